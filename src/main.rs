@@ -1,0 +1,2 @@
+//! credbroker command line.
+fn main() {}

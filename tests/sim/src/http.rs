@@ -1,0 +1,217 @@
+//! The HTTP/1.1 server under both simulators: loopback only, whole requests in, answers or faults out.
+
+use std::fmt;
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Request, Response, request};
+use http_body::{Body, Frame, SizeHint};
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpListener;
+use tokio::task::{JoinHandle, JoinSet};
+use tokio_rustls::TlsAcceptor;
+
+/// A request as it arrived: head (raw path and query in `uri`), whole body, and who sent it.
+#[derive(Clone, Debug)]
+pub struct Received {
+    /// Method, target as on the wire, headers.
+    pub head: Arc<request::Parts>,
+    /// The body, byte for byte.
+    pub body: Bytes,
+    /// Address and port of the sender.
+    pub peer: SocketAddr,
+}
+
+/// What the server does with a request.
+#[derive(Debug)]
+pub enum Reply {
+    /// Sends the whole answer.
+    Answer(Response<Bytes>),
+    /// Sends the head and the first bytes of the body, then closes the connection.
+    CutShort(Response<Bytes>, usize),
+    /// Keeps the connection open and never answers.
+    Hang,
+    /// Closes the connection without an answer.
+    Close,
+}
+
+impl From<Response<Bytes>> for Reply {
+    fn from(response: Response<Bytes>) -> Self {
+        Self::Answer(response)
+    }
+}
+
+/// A listening server; it and all its connections end when this is dropped.
+#[derive(Debug)]
+pub struct Server {
+    address: SocketAddr,
+    task: JoinHandle<()>,
+}
+
+impl Server {
+    /// Binds `address`, which must be loopback (port 0: the system picks one), and answers with `handler`.
+    ///
+    /// Fails when the address is not loopback or cannot be bound.
+    pub async fn start<H, F>(
+        address: SocketAddr,
+        tls: Option<Arc<rustls::ServerConfig>>,
+        handler: H,
+    ) -> io::Result<Self>
+    where
+        H: Fn(Received) -> F + Send + Sync + 'static,
+        F: Future<Output = Reply> + Send + 'static,
+    {
+        if !address.ip().is_loopback() {
+            let problem = format!(
+                "a simulator binds to loopback only, not to {}",
+                address.ip()
+            );
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, problem));
+        }
+        let listener = TcpListener::bind(address).await?;
+        let address = listener.local_addr()?;
+        let task = tokio::spawn(accept(
+            listener,
+            tls.map(TlsAcceptor::from),
+            Arc::new(handler),
+        ));
+        Ok(Self { address, task })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn accept<H, F>(listener: TcpListener, tls: Option<TlsAcceptor>, handler: Arc<H>)
+where
+    H: Fn(Received) -> F + Send + Sync + 'static,
+    F: Future<Output = Reply> + Send + 'static,
+{
+    let mut connections = JoinSet::new();
+    loop {
+        while connections.try_join_next().is_some() {}
+        let Ok((stream, peer)) = listener.accept().await else {
+            // Out of descriptors, most likely: let some connections end.
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            continue;
+        };
+        let _ = stream.set_nodelay(true);
+        let (tls, handler) = (tls.clone(), Arc::clone(&handler));
+        connections.spawn(async move {
+            match tls {
+                None => connection(stream, peer, handler).await,
+                Some(tls) => {
+                    if let Ok(stream) = tls.accept(stream).await {
+                        connection(stream, peer, handler).await;
+                    }
+                }
+            }
+        });
+    }
+}
+
+async fn connection<S, H, F>(stream: S, peer: SocketAddr, handler: Arc<H>)
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    H: Fn(Received) -> F,
+    F: Future<Output = Reply>,
+{
+    let service = service_fn(move |request: Request<Incoming>| {
+        let handler = Arc::clone(&handler);
+        async move {
+            let (head, body) = request.into_parts();
+            let body = body.collect().await.map_err(|_| Closed)?.to_bytes();
+            match handler(Received {
+                head: Arc::new(head),
+                body,
+                peer,
+            })
+            .await
+            {
+                Reply::Answer(response) => Ok(response.map(|body| Partial::new(body, usize::MAX))),
+                Reply::CutShort(response, bytes) => {
+                    Ok(response.map(|body| Partial::new(body, bytes)))
+                }
+                Reply::Hang => std::future::pending().await,
+                Reply::Close => Err(Closed),
+            }
+        }
+    });
+    // The error is the client's hanging up or a fault that was asked for: nothing to report.
+    let _ = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .serve_connection(TokioIo::new(stream), service)
+        .await;
+}
+
+/// Ends a connection without an answer.
+#[derive(Debug)]
+struct Closed;
+
+impl fmt::Display for Closed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("connection closed on purpose")
+    }
+}
+
+impl std::error::Error for Closed {}
+
+/// A body that promises its whole length and may break off before.
+#[derive(Debug)]
+struct Partial {
+    missing: usize,
+    next: Option<Bytes>,
+}
+
+impl Partial {
+    fn new(mut body: Bytes, send: usize) -> Self {
+        let whole = body.len();
+        body.truncate(send);
+        Self {
+            missing: whole - body.len(),
+            next: Some(body).filter(|body| !body.is_empty()),
+        }
+    }
+}
+
+impl Body for Partial {
+    type Data = Bytes;
+    type Error = Closed;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Closed>>> {
+        Poll::Ready(match self.next.take() {
+            Some(bytes) => Some(Ok(Frame::data(bytes))),
+            None if self.missing > 0 => Some(Err(Closed)),
+            None => None,
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.next.is_none() && self.missing == 0
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact((self.next.as_ref().map_or(0, Bytes::len) + self.missing) as u64)
+    }
+}

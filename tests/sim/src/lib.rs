@@ -1,0 +1,8 @@
+//! Simulated KuCoin and simulated Vault for credbroker's tests, its demo and bot authors.
+//!
+//! Nothing here ships in the broker. Both simulators bind to loopback only and label every answer as simulated.
+
+pub mod http;
+pub mod kucoin;
+pub mod pki;
+pub mod vault;

@@ -1,0 +1,2 @@
+//! Runs a simulator as a program: `cargo run -p credbroker-sim -- kucoin` or `-- vault`.
+fn main() {}

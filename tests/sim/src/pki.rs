@@ -1,0 +1,106 @@
+//! Throw-away certificates for tests and the demo: one CA, one server, any number of bots.
+
+use rcgen::{
+    BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, SanType,
+};
+
+/// A certificate authority that lives as long as the process.
+#[derive(Debug)]
+pub struct Ca {
+    certificate_pem: String,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+/// A certificate and its private key, both PEM.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// The certificate chain (one certificate).
+    pub certificate_pem: String,
+    /// The private key, PKCS #8.
+    pub key_pem: String,
+}
+
+/// What a certificate may be used for.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Usage {
+    /// TLS client (a bot).
+    Client,
+    /// No extended key usage at all.
+    None,
+    /// TLS server.
+    Server,
+}
+
+impl Ca {
+    /// Makes a CA with a new key.
+    ///
+    /// # Errors
+    /// When the system gives no randomness.
+    pub fn new(common_name: &str) -> Result<Self, rcgen::Error> {
+        let key = KeyPair::generate()?;
+        let mut params = CertificateParams::default();
+        params
+            .distinguished_name
+            .push(rcgen::DnType::CommonName, common_name);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        let certificate_pem = params.self_signed(&key)?.pem();
+        Ok(Self {
+            certificate_pem,
+            issuer: Issuer::new(params, key),
+        })
+    }
+
+    /// The CA's own certificate.
+    pub fn certificate_pem(&self) -> &str {
+        &self.certificate_pem
+    }
+
+    /// A server certificate for `localhost`, 127.0.0.1 and ::1.
+    pub fn server(&self) -> Result<Identity, rcgen::Error> {
+        let names = [
+            SanType::DnsName("localhost".try_into()?),
+            SanType::IpAddress([127, 0, 0, 1].into()),
+            SanType::IpAddress(std::net::Ipv6Addr::LOCALHOST.into()),
+        ];
+        self.issue("credbroker", &names, Usage::Server)
+    }
+
+    /// A bot's certificate with one URI SAN, `spiffe://demo.test/bot/<name>`.
+    pub fn bot(&self, name: &str) -> Result<Identity, rcgen::Error> {
+        let uri = SanType::URI(
+            format!("spiffe://demo.test/bot/{name}")
+                .as_str()
+                .try_into()?,
+        );
+        self.issue(name, &[uri], Usage::Client)
+    }
+
+    /// A certificate with exactly these subject alternative names.
+    pub fn issue(
+        &self,
+        common_name: &str,
+        names: &[SanType],
+        usage: Usage,
+    ) -> Result<Identity, rcgen::Error> {
+        let key = KeyPair::generate()?;
+        let mut params = CertificateParams::default();
+        params
+            .distinguished_name
+            .push(rcgen::DnType::CommonName, common_name);
+        params.subject_alt_names = names.to_vec();
+        params.use_authority_key_identifier_extension = true;
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = match usage {
+            Usage::Client => vec![ExtendedKeyUsagePurpose::ClientAuth],
+            Usage::None => Vec::new(),
+            Usage::Server => vec![ExtendedKeyUsagePurpose::ServerAuth],
+        };
+        let certificate_pem = params.signed_by(&key, &self.issuer)?.pem();
+        Ok(Identity {
+            certificate_pem,
+            key_pem: key.serialize_pem(),
+        })
+    }
+}
