@@ -1,1 +1,21 @@
-//! credbroker
+//! credbroker: sends the unsigned requests of trading bots to KuCoin, signed with keys that the bots never see.
+//!
+//! In reading order: [`broker`] is the request path; [`policy`], [`audit`], [`keyring`], [`clock`] and [`egress`] answer
+//! its questions; [`kucoin`] holds the exchange's rules; [`outcome`], [`ids`] and [`secret`] are what all else is made
+//! of. [`api`] holds the doors, [`server`] puts everything together from [`config`], [`cli`] is the command line.
+
+pub mod api;
+pub mod audit;
+pub mod broker;
+pub mod cli;
+pub mod clock;
+pub mod config;
+pub mod egress;
+pub mod ids;
+pub mod keyring;
+pub mod kucoin;
+pub mod outcome;
+pub mod policy;
+pub mod secret;
+pub mod server;
+pub mod telemetry;

@@ -1,2 +1,7 @@
-//! credbroker command line.
-fn main() {}
+//! The `credbroker` program: command line in, exit code out.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    credbroker::cli::run()
+}

@@ -179,6 +179,8 @@ impl std::error::Error for Closed {}
 struct Partial {
     missing: usize,
     next: Option<Bytes>,
+    /// Whether hyper has had a turn to send what came before the break.
+    sent: bool,
 }
 
 impl Partial {
@@ -188,6 +190,7 @@ impl Partial {
         Self {
             missing: whole - body.len(),
             next: Some(body).filter(|body| !body.is_empty()),
+            sent: false,
         }
     }
 }
@@ -198,13 +201,19 @@ impl Body for Partial {
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
-        _: &mut Context<'_>,
+        context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Closed>>> {
-        Poll::Ready(match self.next.take() {
-            Some(bytes) => Some(Ok(Frame::data(bytes))),
-            None if self.missing > 0 => Some(Err(Closed)),
-            None => None,
-        })
+        match self.next.take() {
+            Some(bytes) => Poll::Ready(Some(Ok(Frame::data(bytes)))),
+            None if self.missing == 0 => Poll::Ready(None),
+            // An error at once would make hyper drop the bytes it has buffered; it sends them while the body waits.
+            None if !self.sent => {
+                self.sent = true;
+                context.waker().wake_by_ref();
+                Poll::Pending
+            }
+            None => Poll::Ready(Some(Err(Closed))),
+        }
     }
 
     fn is_end_stream(&self) -> bool {

@@ -1,0 +1,20 @@
+//! The doors: they translate and decide nothing.
+
+pub mod caller;
+pub mod grpc;
+pub mod ops;
+pub mod status;
+
+/// Code generated from `proto/credbroker/v1/broker.proto`.
+#[allow(
+    missing_docs,
+    clippy::pedantic,
+    clippy::allow_attributes_without_reason,
+    reason = "generated"
+)]
+pub mod proto {
+    tonic::include_proto!("credbroker.v1");
+
+    /// The compiled descriptors, for reflection.
+    pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+}

@@ -1,0 +1,154 @@
+//! Peer certificate -> bot. Refuses, and logs with names and reason, what is not a bot's certificate.
+
+use std::fmt::Write;
+use std::sync::Arc;
+
+use rustls::client::danger::HandshakeSignatureValid;
+use rustls::pki_types::{CertificateDer, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::{
+    CertificateError, DigitallySignedStruct, DistinguishedName, OtherError, SignatureScheme,
+};
+use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
+
+use crate::ids::{BotId, IdError};
+use crate::telemetry::Metrics;
+
+/// Why a certificate that a trusted CA signed is not a bot's.
+#[derive(Debug, thiserror::Error)]
+pub enum CertificateRefused {
+    /// The names say something else.
+    #[error("its name is not a bot's: {0}")]
+    Name(#[from] IdError),
+    /// Too many or too few names to know who it is.
+    #[error(
+        "expected one URI SAN, or without one exactly one DNS SAN; it has {uris} URI and {dns} DNS"
+    )]
+    Names {
+        /// How many URI SANs it has.
+        uris: usize,
+        /// How many DNS SANs it has.
+        dns: usize,
+    },
+    /// It does not parse.
+    #[error("it is not an X.509 certificate")]
+    NotX509,
+    /// It was not issued for clients.
+    #[error("its extended key usage does not name clientAuth")]
+    Usage,
+}
+
+/// The bot that a certificate names: its one URI SAN, or without one its one DNS SAN. The common name is never used.
+pub fn bot_of(certificate: &CertificateDer<'_>) -> Result<BotId, CertificateRefused> {
+    let (_, certificate) =
+        X509Certificate::from_der(certificate).map_err(|_| CertificateRefused::NotX509)?;
+    let usage = certificate
+        .extended_key_usage()
+        .map_err(|_| CertificateRefused::NotX509)?;
+    if !usage.is_some_and(|usage| usage.value.client_auth) {
+        return Err(CertificateRefused::Usage);
+    }
+    let names = certificate
+        .subject_alternative_name()
+        .map_err(|_| CertificateRefused::NotX509)?;
+    let (mut uris, mut dns) = (Vec::new(), Vec::new());
+    for name in names.iter().flat_map(|names| &names.value.general_names) {
+        match name {
+            GeneralName::URI(uri) => uris.push(*uri),
+            GeneralName::DNSName(name) => dns.push(*name),
+            _ => {}
+        }
+    }
+    match (uris.as_slice(), dns.as_slice()) {
+        ([name], _) | ([], [name]) => Ok(name.parse()?),
+        _ => Err(CertificateRefused::Names {
+            uris: uris.len(),
+            dns: dns.len(),
+        }),
+    }
+}
+
+/// Verifies client certificates: the chain as rustls does, then that it names one bot.
+#[derive(Debug)]
+pub struct BotVerifier {
+    chain: Arc<dyn ClientCertVerifier>,
+    metrics: Arc<Metrics>,
+}
+
+impl BotVerifier {
+    /// Verifies against `chain` first.
+    pub fn new(chain: Arc<dyn ClientCertVerifier>, metrics: Arc<Metrics>) -> Self {
+        Self { chain, metrics }
+    }
+}
+
+impl ClientCertVerifier for BotVerifier {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        self.chain.root_hint_subjects()
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        let refused = |error: rustls::Error| {
+            self.metrics.certificate_refused();
+            tracing::warn!(names = names(end_entity), reason = %error, "client certificate refused");
+            error
+        };
+        let verified = self
+            .chain
+            .verify_client_cert(end_entity, intermediates, now)
+            .map_err(refused)?;
+        let other = |error| {
+            rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(error))))
+        };
+        bot_of(end_entity).map_err(other).map_err(refused)?;
+        Ok(verified)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.chain
+            .verify_tls12_signature(message, certificate, signed)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.chain
+            .verify_tls13_signature(message, certificate, signed)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.chain.supported_verify_schemes()
+    }
+}
+
+/// Subject and alternative names of any certificate, for the log. Whoever sent it chose them: escaped and cut.
+fn names(certificate: &CertificateDer<'_>) -> String {
+    let Ok((_, certificate)) = X509Certificate::from_der(certificate) else {
+        return "unreadable certificate".to_owned();
+    };
+    let mut names = format!("subject {:?}", certificate.subject().to_string());
+    if let Ok(Some(alternative)) = certificate.subject_alternative_name() {
+        for name in &alternative.value.general_names {
+            // Writing to a String does not fail.
+            let _ = match name {
+                GeneralName::URI(uri) => write!(names, ", URI {uri:?}"),
+                GeneralName::DNSName(name) => write!(names, ", DNS {name:?}"),
+                _ => Ok(()),
+            };
+        }
+    }
+    names.chars().take(500).collect()
+}

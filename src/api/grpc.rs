@@ -1,0 +1,239 @@
+//! `Broker.SignAndSend`: proto in, proto out.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use tokio::time::Instant;
+use tonic::metadata::MetadataMap;
+use tonic::{Request, Response, Status};
+
+use super::proto::{self, broker_server::Broker as BrokerRpc};
+use super::status::status;
+use crate::broker::{Broker, BrokerError, Call, Receipt, micros};
+use crate::ids::{BotId, RequestId};
+use crate::kucoin::request::{self, RequestLimits};
+use crate::kucoin::{Malformed, Method, Scope, UnsignedRequest};
+use crate::outcome::Outcome;
+
+/// How long before the bot's deadline the answer is given at the latest, so that it arrives before the transport's.
+const DEADLINE_MARGIN: Duration = Duration::from_millis(50);
+
+/// The service.
+#[derive(Debug)]
+pub struct GrpcApi {
+    broker: Arc<Broker>,
+    limits: RequestLimits,
+    default_deadline: Duration,
+}
+
+impl GrpcApi {
+    /// Opens the door to `broker`.
+    pub fn new(broker: Arc<Broker>, limits: RequestLimits, default_deadline: Duration) -> Self {
+        Self {
+            broker,
+            limits,
+            default_deadline,
+        }
+    }
+
+    async fn answer(
+        &self,
+        bot: BotId,
+        message: proto::SignAndSendRequest,
+        id: &RequestId,
+        limit: Duration,
+    ) -> Result<Receipt, BrokerError> {
+        let arrived = Instant::now();
+        let request = unsigned_request(message, id, &self.limits)
+            .map_err(|problems| self.broker.refuse_malformed(&bot, id, problems))?;
+        let deadline = arrived + limit.saturating_sub(DEADLINE_MARGIN.min(limit / 10));
+        self.broker
+            .sign_and_send(Call {
+                bot,
+                request,
+                arrived,
+                deadline,
+            })
+            .await
+    }
+}
+
+#[tonic::async_trait]
+impl BrokerRpc for GrpcApi {
+    async fn sign_and_send(
+        &self,
+        request: Request<proto::SignAndSendRequest>,
+    ) -> Result<Response<proto::SignAndSendResponse>, Status> {
+        let bot = request.extensions().get::<BotId>().cloned();
+        let bot = bot.ok_or_else(|| Status::unauthenticated("no client certificate"))?;
+        let limit = time_limit(request.metadata()).unwrap_or(self.default_deadline);
+        let message = request.into_inner();
+        // A bad id is reported with the other fields, under an id of ours.
+        let id = message
+            .request_id
+            .parse()
+            .unwrap_or_else(|_| RequestId::random());
+        let answer = AssertUnwindSafe(self.answer(bot, message, &id, limit))
+            .catch_unwind()
+            .await;
+        match answer.unwrap_or(Err(BrokerError::Internal)) {
+            Ok(receipt) => Ok(Response::new(response(receipt, &id))),
+            Err(error) => Err(status(&error, &id)),
+        }
+    }
+}
+
+/// The bot's time limit. Source: gRPC over HTTP/2, `grpc-timeout`: at most 8 digits and a unit.
+fn time_limit(metadata: &MetadataMap) -> Option<Duration> {
+    let text = metadata.get("grpc-timeout")?.to_str().ok()?;
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    let value: u64 = digits.parse().ok().filter(|_| digits.len() <= 8)?;
+    Some(match unit {
+        "H" => Duration::from_secs(value * 3600),
+        "M" => Duration::from_secs(value * 60),
+        "S" => Duration::from_secs(value),
+        "m" => Duration::from_millis(value),
+        "u" => Duration::from_micros(value),
+        "n" => Duration::from_nanos(value),
+        _ => return None,
+    })
+}
+
+fn unsigned_request(
+    message: proto::SignAndSendRequest,
+    id: &RequestId,
+    limits: &RequestLimits,
+) -> Result<UnsignedRequest, Vec<Malformed>> {
+    let mut problems = Vec::new();
+    let scope = match message.scope() {
+        proto::Scope::Futures => Some(Scope::Futures),
+        proto::Scope::SpotMargin => Some(Scope::SpotMargin),
+        proto::Scope::Unified => Some(Scope::Unified),
+        proto::Scope::Unspecified => None,
+    };
+    let method = match message.method() {
+        proto::Method::Delete => Some(Method::Delete),
+        proto::Method::Get => Some(Method::Get),
+        proto::Method::Post => Some(Method::Post),
+        proto::Method::Unspecified => None,
+    };
+    if scope.is_none() {
+        problems.push(Malformed::new(
+            "scope",
+            "expected SCOPE_SPOT_MARGIN, SCOPE_FUTURES or SCOPE_UNIFIED",
+        ));
+    }
+    if method.is_none() {
+        problems.push(Malformed::new(
+            "method",
+            "expected METHOD_GET, METHOD_POST or METHOD_DELETE",
+        ));
+    }
+    let account = message
+        .account
+        .parse()
+        .map_err(|error| problems.push(Malformed::new("account", error)))
+        .ok();
+    if !message.request_id.is_empty() && message.request_id != id.as_str() {
+        problems.push(Malformed::new(
+            "request_id",
+            "expected 1 to 64 of A-Z, a-z, 0-9, '.', '_', '-', or nothing",
+        ));
+    }
+    let oids = match method
+        .map(|method| request::body(scope, method, &message.path, &message.body, limits))
+    {
+        Some(Ok(oids)) => oids,
+        Some(Err(problem)) => {
+            problems.push(problem);
+            Vec::new()
+        }
+        None => Vec::new(),
+    };
+    let query = message
+        .query
+        .into_iter()
+        .map(|parameter| (parameter.name, parameter.value))
+        .collect();
+    let target = request::target(&message.path, query, limits, &mut problems);
+    match (account, scope, method, target) {
+        (Some(account), Some(scope), Some(method), Some(target)) if problems.is_empty() => {
+            Ok(UnsignedRequest {
+                account,
+                scope,
+                method,
+                target,
+                body: message.body,
+                id: id.clone(),
+                body_client_oids: oids,
+            })
+        }
+        _ => Err(problems),
+    }
+}
+
+fn response(receipt: Receipt, id: &RequestId) -> proto::SignAndSendResponse {
+    let Receipt {
+        answer,
+        timestamp_ms,
+        waiting,
+        signing,
+        exchange,
+    } = receipt;
+    let outcome = match answer.outcome {
+        Outcome::Accepted => proto::Outcome::Accepted,
+        Outcome::MaybeSent => proto::Outcome::MaybeSent,
+        Outcome::NotSent => proto::Outcome::Unspecified,
+        Outcome::Rejected => proto::Outcome::Rejected,
+    };
+    proto::SignAndSendResponse {
+        http_status: answer.http_status.as_u16().into(),
+        body: answer.body,
+        content_type: answer.content_type,
+        code: answer.code,
+        msg: answer.msg,
+        outcome: outcome.into(),
+        rate_limit: answer.rate_limit.map(|limit| proto::RateLimit {
+            limit: limit.limit,
+            remaining: limit.remaining,
+            reset_ms: millis(limit.reset),
+        }),
+        retry_after_ms: answer.retry_after.map(millis),
+        request_id: id.to_string(),
+        timestamp_ms,
+        timing: Some(proto::Timing {
+            waiting_us: micros(waiting),
+            signing_us: micros(signing),
+            exchange_us: micros(exchange),
+        }),
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_limits_are_read_as_grpc_writes_them() {
+        let limit = |text: &str| {
+            let mut metadata = MetadataMap::new();
+            metadata.insert("grpc-timeout", text.parse().unwrap());
+            time_limit(&metadata)
+        };
+        assert_eq!(limit("250m"), Some(Duration::from_millis(250)));
+        assert_eq!(limit("2S"), Some(Duration::from_secs(2)));
+        assert_eq!(
+            limit("99999999H"),
+            Some(Duration::from_secs(99_999_999 * 3600))
+        );
+        for bad in ["", "S", "1", "999999999n", "-1S", "1.5S", "1s"] {
+            assert_eq!(limit(bad), None, "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,342 @@
+//! The record of who asked for what and how it ended: one JSON line before a request leaves, one after.
+//!
+//! A record, not a log: it holds digests and masked targets, never bodies, secrets or signatures.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+
+use crate::clock::Clock;
+use crate::ids::{BotId, RequestId};
+use crate::kucoin::UnsignedRequest;
+use crate::outcome::{Outcome, Reason};
+use crate::policy::Permit;
+
+/// How often written lines are flushed to the disk: what a power cut can take.
+const SYNC_EVERY: Duration = Duration::from_millis(500);
+
+/// The audit file.
+#[derive(Debug)]
+pub struct Audit {
+    file: Mutex<Appender>,
+    clock: Clock,
+}
+
+/// Proof that the intent of one request is on file (or, for what does not add risk, at least in the log).
+#[derive(Debug)]
+#[must_use = "nothing is sent without it"]
+pub struct Recorded(());
+
+/// The record could not be written.
+#[derive(Debug, thiserror::Error)]
+#[error("the audit file cannot be written, and requests that add risk are refused until it can")]
+pub struct AuditError(#[source] io::Error);
+
+/// Who asked, in every line of a call.
+#[derive(Clone, Debug)]
+pub struct Caller<'a> {
+    /// The bot.
+    pub bot: &'a BotId,
+    /// The call's name.
+    pub request_id: &'a RequestId,
+    /// This run's own name of the call; request ids are the bot's and may repeat.
+    pub call: u64,
+}
+
+/// How a call ended, as far as its lines tell.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Ending<'a> {
+    /// What is known about the request.
+    pub outcome: Option<Outcome>,
+    /// Why it failed; none for an answer of the exchange.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<Reason>,
+    /// What the bot was told beside the reason.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub detail: Option<String>,
+    /// HTTP status of the answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub http_status: Option<u16>,
+    /// `code` of the answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub code: Option<&'a str>,
+    /// The timestamp that was signed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timestamp_ms: Option<i64>,
+    /// From the arrival of the call to this line.
+    pub duration_us: u64,
+}
+
+/// One line of the file. The order of its fields is the order in the file.
+#[derive(Serialize)]
+struct Line<'a> {
+    event: &'static str,
+    time_ms: i64,
+    run: &'a str,
+    call: u64,
+    request_id: &'a str,
+    bot: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    endpoint: Option<&'a str>,
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    request: Option<What<'a>>,
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    ending: Option<&'a Ending<'a>>,
+}
+
+/// What was asked.
+#[derive(Serialize)]
+struct What<'a> {
+    account: &'a str,
+    scope: &'static str,
+    method: &'static str,
+    target: String,
+    body_bytes: usize,
+    body_sha256: String,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    client_oids: Vec<&'a str>,
+}
+
+impl Audit {
+    /// Opens the file for appending, makes it where it is missing, and flushes it in the background.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    pub fn open(path: &Path, clock: Clock) -> io::Result<Arc<Self>> {
+        let file = OpenOptions::new()
+            .read(true)
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .open(path)?;
+        let appender = Appender::new(file)?;
+        let run = format!("{:08x}", fastrand::u32(..));
+        let synced = appender.file.try_clone()?;
+        let audit = Arc::new(Self {
+            file: Mutex::new(Appender { run, ..appender }),
+            clock,
+        });
+        let alive = Arc::downgrade(&audit);
+        std::thread::Builder::new()
+            .name("audit-sync".to_owned())
+            .spawn(move || {
+                while alive.upgrade().is_some() {
+                    std::thread::sleep(SYNC_EVERY);
+                    // A device or a full disk cannot sync; the write that follows will say so.
+                    let _ = synced.sync_data();
+                }
+            })?;
+        Ok(audit)
+    }
+
+    /// Records that a request is about to leave.
+    ///
+    /// # Errors
+    /// When the line cannot be written and the request adds risk; any other goes on, with its line in the log.
+    pub fn intent(
+        &self,
+        caller: &Caller<'_>,
+        permit: &Permit,
+        request: &UnsignedRequest,
+    ) -> Result<Recorded, AuditError> {
+        let client_oid_in_path = permit
+            .endpoint()
+            .and_then(|e| e.path_parameter("clientOid", request.target.path()));
+        let what = What::new(request, client_oid_in_path);
+        match self.write(
+            "intent",
+            caller,
+            Some(permit.endpoint_id()),
+            Some(what),
+            None,
+        ) {
+            Err(error) if permit.adds_risk() => Err(AuditError(error)),
+            _ => Ok(Recorded(())),
+        }
+    }
+
+    /// Records a call that ended without an intent: refused by the rules, malformed, or while shutting down.
+    pub fn denied(
+        &self,
+        caller: &Caller<'_>,
+        request: Option<&UnsignedRequest>,
+        ending: &Ending<'_>,
+    ) {
+        let what = request.map(|request| What::new(request, None));
+        // A refusal stands even where it cannot be recorded; `write` has put it into the log.
+        let _ = self.write("denied", caller, None, what, Some(ending));
+    }
+
+    /// Records how a call ended: what the bot was told.
+    pub fn outcome(&self, caller: &Caller<'_>, endpoint: &str, ending: &Ending<'_>) {
+        let _ = self.write("outcome", caller, Some(endpoint), None, Some(ending));
+    }
+
+    /// Records what was learnt about a request after its bot had been told that nobody knows.
+    pub fn learnt(&self, caller: &Caller<'_>, endpoint: &str, ending: &Ending<'_>) {
+        let _ = self.write("learnt", caller, Some(endpoint), None, Some(ending));
+    }
+
+    /// Flushes the file to the disk.
+    pub fn sync(&self) -> io::Result<()> {
+        self.file
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .file
+            .sync_data()
+    }
+
+    fn write(
+        &self,
+        event: &'static str,
+        caller: &Caller<'_>,
+        endpoint: Option<&str>,
+        request: Option<What<'_>>,
+        ending: Option<&Ending<'_>>,
+    ) -> io::Result<()> {
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let line = Line {
+            event,
+            time_ms: self.clock.now_ms(),
+            run: &file.run,
+            call: caller.call,
+            request_id: caller.request_id.as_str(),
+            bot: caller.bot.as_str(),
+            endpoint,
+            request,
+            ending,
+        };
+        let mut text = serde_json::to_string(&line)?;
+        let result = file.append(&mut text);
+        drop(file);
+        if let Err(error) = &result {
+            tracing::error!(target: "credbroker::audit", line = text.trim_end(), %error, "audit file cannot be written");
+        }
+        result
+    }
+}
+
+impl<'a> What<'a> {
+    fn new(request: &'a UnsignedRequest, client_oid_in_path: Option<&'a str>) -> Self {
+        let in_query = request
+            .target
+            .query()
+            .iter()
+            .filter(|(name, _)| name == "clientOid")
+            .map(|(_, value)| value.as_str());
+        let in_body = request.body_client_oids.iter().map(String::as_str);
+        Self {
+            account: request.account.as_str(),
+            scope: request.scope.as_str(),
+            method: request.method.as_str(),
+            target: request.target.masked(),
+            body_bytes: request.body.len(),
+            body_sha256: hex(&Sha256::digest(&request.body)),
+            client_oids: in_body.chain(in_query).chain(client_oid_in_path).collect(),
+        }
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    const DIGITS: [char; 16] = [
+        '0', '1', '2', '3', '4', '5', '6', '7', '8', '9', 'a', 'b', 'c', 'd', 'e', 'f',
+    ];
+    let digit = |nibble: u8| DIGITS.get(usize::from(nibble)).copied().unwrap_or('?');
+    bytes
+        .iter()
+        .flat_map(|byte| [digit(byte >> 4), digit(byte & 15)])
+        .collect()
+}
+
+/// Appends whole lines.
+#[derive(Debug)]
+struct Appender {
+    file: File,
+    run: String,
+    /// Whether the file ends inside a line that could not be finished.
+    torn: bool,
+}
+
+impl Appender {
+    fn new(mut file: File) -> io::Result<Self> {
+        let mut torn = false;
+        // A crash can leave half a line behind; devices have no end to look at.
+        if !file.metadata()?.file_type().is_char_device() && file.seek(SeekFrom::End(0))? > 0 {
+            let mut last = [0];
+            file.seek(SeekFrom::End(-1))?;
+            file.read_exact(&mut last)?;
+            torn = last != *b"\n";
+        }
+        Ok(Self {
+            file,
+            run: String::new(),
+            torn,
+        })
+    }
+
+    fn append(&mut self, line: &mut String) -> io::Result<()> {
+        if self.torn {
+            line.insert(0, '\n');
+        }
+        line.push('\n');
+        let mut rest = line.as_bytes();
+        while !rest.is_empty() {
+            match self.file.write(rest) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => {
+                    rest = rest.get(written..).unwrap_or_default();
+                    self.torn = !rest.is_empty();
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn half_a_line_of_a_crash_does_not_swallow_the_next() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("audit.jsonl");
+        std::fs::write(&path, "{\"event\":\"int").unwrap();
+        let audit = Audit::open(&path, Clock).unwrap();
+        let (bot, request_id) = ("b".parse().unwrap(), "r".parse().unwrap());
+        let caller = Caller {
+            bot: &bot,
+            request_id: &request_id,
+            call: 1,
+        };
+        audit.denied(
+            &caller,
+            None,
+            &Ending {
+                reason: Some(Reason::PolicyDenied),
+                ..Ending::default()
+            },
+        );
+        let text = std::fs::read_to_string(&path).unwrap();
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines.len(), 2);
+        let line: serde_json::Value = serde_json::from_str(lines[1]).unwrap();
+        assert_eq!(line["reason"], "POLICY_DENIED");
+        assert!(text.ends_with('\n'));
+    }
+
+    #[test]
+    fn digests_are_those_of_openssl() {
+        // printf '' | openssl dgst -sha256
+        let empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+        assert_eq!(hex(&Sha256::digest(b"")), empty);
+    }
+}

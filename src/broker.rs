@@ -1,0 +1,345 @@
+//! The request path.
+//!
+//! It decides nothing itself: each line of [`Broker::attempt`] is a module's question. It waits for no Vault, it sends
+//! nothing that is not on record, and it lets no hang-up tear a send in two.
+
+mod error;
+mod gate;
+
+use std::panic::AssertUnwindSafe;
+use std::pin::pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use tokio::sync::oneshot;
+use tokio::time::{Instant, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::Instrument;
+
+use crate::audit::{Audit, Caller, Ending};
+use crate::clock::Clock;
+use crate::egress::{Egress, SendError};
+use crate::ids::{BotId, RequestId};
+use crate::keyring::Keyring;
+use crate::kucoin::{self, Answer, Malformed, UnsignedRequest};
+use crate::outcome::{Outcome, Reason};
+use crate::policy::{Permit, Policy};
+use crate::telemetry::Metrics;
+
+pub use error::BrokerError;
+use gate::Gate;
+
+/// Everything that a request needs on its way.
+#[derive(Debug)]
+pub struct Broker {
+    /// The rules.
+    pub policy: Policy,
+    /// The record.
+    pub audit: Arc<Audit>,
+    /// The keys.
+    pub keyring: Arc<Keyring>,
+    /// The way to the exchange.
+    pub egress: Egress,
+    /// The time.
+    pub clock: Clock,
+    /// The counters.
+    pub metrics: Arc<Metrics>,
+    /// What is in flight.
+    pub calls: Calls,
+}
+
+/// Calls in flight, and their end when the broker stops.
+#[derive(Debug, Default)]
+pub struct Calls {
+    count: AtomicU64,
+    tasks: TaskTracker,
+    give_up: CancellationToken,
+    /// Calls that ended after the stop began with nobody knowing whether they were executed.
+    unresolved: AtomicU64,
+}
+
+/// One call of a bot.
+#[derive(Debug)]
+pub struct Call {
+    /// Who calls.
+    pub bot: BotId,
+    /// What for.
+    pub request: UnsignedRequest,
+    /// When it came in.
+    pub arrived: Instant,
+    /// When the bot must have an answer.
+    pub deadline: Instant,
+}
+
+/// The exchange's answer, and what the broker did for it.
+#[derive(Debug)]
+pub struct Receipt {
+    /// The answer.
+    pub answer: Answer,
+    /// The timestamp that was signed, Unix milliseconds; 0 for a public request.
+    pub timestamp_ms: i64,
+    /// From the arrival of the call until signing began.
+    pub waiting: Duration,
+    /// Signing.
+    pub signing: Duration,
+    /// From handing the request to the connection until the answer was whole.
+    pub exchange: Duration,
+}
+
+/// What has become of a call so far; written by its attempt, read where it ends.
+#[derive(Debug, Default)]
+struct Progress {
+    gate: Gate,
+    permit: OnceLock<Permit>,
+    recorded: OnceLock<()>,
+}
+
+impl Broker {
+    /// Signs a request, sends it, and returns the exchange's answer. A caller that stops waiting tears nothing.
+    pub async fn sign_and_send(self: &Arc<Self>, call: Call) -> Result<Receipt, BrokerError> {
+        let (tell, told) = oneshot::channel();
+        let span = tracing::info_span!("call", request.id = %call.request.id, bot.id = %call.bot);
+        self.calls
+            .tasks
+            .spawn(Arc::clone(self).run(call, tell).instrument(span));
+        told.await.unwrap_or(Err(BrokerError::Internal))
+    }
+
+    /// May this bot do this, on file before it leaves, key from memory, time last.
+    async fn attempt(
+        &self,
+        call: &Call,
+        number: u64,
+        progress: &Progress,
+    ) -> Result<Receipt, BrokerError> {
+        let Call {
+            bot,
+            request,
+            arrived,
+            ..
+        } = call;
+        if self.calls.tasks.is_closed() {
+            return Err(BrokerError::ShuttingDown);
+        }
+        let permit = self.policy.authorize(bot, request)?;
+        let permit = progress.permit.get_or_init(|| permit);
+        let recorded = self.audit.intent(&caller(call, number), permit, request)?;
+        let _ = progress.recorded.set(());
+        let mut again = true;
+        loop {
+            let connection = self
+                .egress
+                .connect(permit.destination(), permit.is_idempotent())
+                .await?;
+            let signing = Instant::now();
+            let signed = self.sign(permit, request)?;
+            let (timestamp_ms, sending) = (signed.timestamp_ms, Instant::now());
+            if !progress.gate.take() {
+                return Err(BrokerError::DeadlineExceeded);
+            }
+            match self.egress.send(connection, signed, &recorded).await {
+                Ok(response) => {
+                    let (head, body) = response.into_parts();
+                    let scope = permit.scope();
+                    return Ok(Receipt {
+                        answer: Answer::read(
+                            head.status,
+                            &head.headers,
+                            body,
+                            scope,
+                            permit.changes(),
+                        ),
+                        timestamp_ms,
+                        waiting: signing - *arrived,
+                        signing: sending - signing,
+                        exchange: sending.elapsed(),
+                    });
+                }
+                Err(SendError::HandedBack(_)) if again && progress.gate.hand_back() => {}
+                Err(_) if again && permit.is_idempotent() => {}
+                Err(error) => return Err(error.into()),
+            }
+            again = false;
+        }
+    }
+
+    /// The key is taken and used without a pause, so that a key that was just replaced signs nothing more.
+    fn sign(
+        &self,
+        permit: &Permit,
+        request: &UnsignedRequest,
+    ) -> Result<kucoin::SignedRequest, BrokerError> {
+        let site = permit.account().site;
+        if !permit.is_private() {
+            return Ok(kucoin::unsigned(request, site)?);
+        }
+        let key = self.keyring.key(permit)?;
+        Ok(kucoin::sign(
+            request,
+            site,
+            &key,
+            permit.partner(),
+            self.clock.now_ms(),
+        )?)
+    }
+
+    /// Runs one call to its end: tells the bot in time, and writes what it was told.
+    async fn run(self: Arc<Self>, call: Call, tell: oneshot::Sender<Result<Receipt, BrokerError>>) {
+        let number = self.calls.count.fetch_add(1, Ordering::Relaxed);
+        let progress = Progress::default();
+        let attempt = AssertUnwindSafe(self.attempt(&call, number, &progress)).catch_unwind();
+        let mut attempt = pin!(attempt.map(|ended| ended.unwrap_or(Err(BrokerError::Internal))));
+        let cut_short = tokio::select! {
+            biased;
+            ended = &mut attempt => {
+                self.settle(&call, number, &progress, &ended, "outcome");
+                let _ = tell.send(ended);
+                return;
+            }
+            () = sleep_until(call.deadline) => BrokerError::DeadlineExceeded,
+            () = self.calls.give_up.cancelled() => BrokerError::ShuttingDown,
+        };
+        let is_sent = progress.gate.close();
+        let ended = Err(if is_sent {
+            BrokerError::AnswerLate
+        } else {
+            cut_short
+        });
+        self.settle(&call, number, &progress, &ended, "outcome");
+        let _ = tell.send(ended);
+        if is_sent {
+            // The bot has its answer; the request goes on, and what is learnt of it is recorded too.
+            let late = tokio::select! {
+                late = &mut attempt => late,
+                () = self.calls.give_up.cancelled() => Err(BrokerError::AnswerLate),
+            };
+            self.settle(&call, number, &progress, &late, "learnt");
+        }
+    }
+
+    /// Writes how a call ended: audit line, log line, metrics.
+    fn settle(
+        &self,
+        call: &Call,
+        number: u64,
+        progress: &Progress,
+        ended: &Result<Receipt, BrokerError>,
+        event: &'static str,
+    ) {
+        let (outcome, reason) = verdict(ended);
+        let endpoint = progress.permit.get().map_or("", Permit::endpoint_id);
+        let answer = ended.as_ref().ok();
+        let ending = Ending {
+            outcome: Some(outcome),
+            reason,
+            detail: ended.as_ref().err().map(ToString::to_string),
+            http_status: answer.map(|receipt| receipt.answer.http_status.as_u16()),
+            code: answer.map(|receipt| receipt.answer.code.as_str()),
+            timestamp_ms: answer.map(|receipt| receipt.timestamp_ms),
+            duration_us: micros(call.arrived.elapsed()),
+        };
+        let caller = caller(call, number);
+        match (event, progress.recorded.get()) {
+            ("learnt", _) => self.audit.learnt(&caller, endpoint, &ending),
+            (_, Some(())) => self.audit.outcome(&caller, endpoint, &ending),
+            (_, None) => self.audit.denied(&caller, Some(&call.request), &ending),
+        }
+        tracing::info!(
+            account.id = %call.request.account,
+            scope = %call.request.scope,
+            endpoint,
+            %outcome,
+            reason = reason.map(Reason::as_str),
+            http.status = ending.http_status,
+            duration_ms = ending.duration_us / 1000,
+            error = ended.as_ref().err().map(|error| error as &dyn std::error::Error),
+            "{event}",
+        );
+        if event == "outcome" {
+            self.metrics
+                .request(Some(call.request.scope), outcome, reason, answer);
+        }
+        let goes_on = event == "outcome" && matches!(ended, Err(BrokerError::AnswerLate));
+        if outcome == Outcome::MaybeSent && !goes_on && self.calls.tasks.is_closed() {
+            self.calls.unresolved.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Records a call that was malformed, and returns the error for its bot.
+    pub fn refuse_malformed(
+        &self,
+        bot: &BotId,
+        request_id: &RequestId,
+        problems: Vec<Malformed>,
+    ) -> BrokerError {
+        let number = self.calls.count.fetch_add(1, Ordering::Relaxed);
+        let fields: Vec<_> = problems
+            .iter()
+            .map(|problem| problem.field.as_str())
+            .collect();
+        let detail = format!("malformed: {}", fields.join(", "));
+        tracing::info!(request.id = %request_id, bot.id = %bot, outcome = %Outcome::NotSent, reason = %Reason::RequestMalformed, fields = detail, "outcome");
+        let ending = Ending {
+            outcome: Some(Outcome::NotSent),
+            reason: Some(Reason::RequestMalformed),
+            detail: Some(detail),
+            ..Ending::default()
+        };
+        self.audit.denied(
+            &Caller {
+                bot,
+                request_id,
+                call: number,
+            },
+            None,
+            &ending,
+        );
+        self.metrics
+            .request(None, Outcome::NotSent, Some(Reason::RequestMalformed), None);
+        BrokerError::Malformed(problems)
+    }
+
+    /// Takes no new calls, finishes those in flight within `limit`, and returns how many of them ended with nobody
+    /// knowing whether they were executed.
+    pub async fn drain(&self, limit: Duration) -> u64 {
+        self.calls.tasks.close();
+        if timeout(limit, self.calls.tasks.wait()).await.is_err() {
+            tracing::warn!(
+                in_flight = self.calls.tasks.len(),
+                "calls are still in flight; they end as they stand"
+            );
+            self.calls.give_up.cancel();
+            self.calls.tasks.wait().await;
+        }
+        let _ = self.audit.sync();
+        self.calls.unresolved.load(Ordering::Relaxed)
+    }
+
+    /// Whether the broker takes no new calls.
+    pub fn is_draining(&self) -> bool {
+        self.calls.tasks.is_closed()
+    }
+}
+
+fn caller(call: &Call, number: u64) -> Caller<'_> {
+    Caller {
+        bot: &call.bot,
+        request_id: &call.request.id,
+        call: number,
+    }
+}
+
+fn verdict(ended: &Result<Receipt, BrokerError>) -> (Outcome, Option<Reason>) {
+    match ended {
+        Ok(receipt) => (receipt.answer.outcome, None),
+        Err(error) => (error.reason().outcome(), Some(error.reason())),
+    }
+}
+
+/// Whole microseconds.
+pub fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,23 @@
+//! `credbroker check-config`: every problem at once, each with its key and the fix.
+
+use std::path::Path;
+
+use super::{DONE, USAGE, read_config, say, say_problems};
+use crate::config::load::{Loaded, load};
+
+pub(super) fn run(file: &Path) -> u8 {
+    match read_config(file).and_then(|config| load(&config)) {
+        Ok(Loaded { policy, .. }) => {
+            say(&format!(
+                "{}: no problems; {} account(s)",
+                file.display(),
+                policy.accounts().count()
+            ));
+            DONE
+        }
+        Err(problems) => {
+            say_problems(&problems);
+            USAGE
+        }
+    }
+}

@@ -1,0 +1,65 @@
+//! `credbroker serve`: runs until it is told to stop.
+
+use std::io;
+use std::path::Path;
+
+use anyhow::Context;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::{DONE, FAILED, USAGE, read_config, say, say_problems};
+use crate::config::Config;
+use crate::server::{Server, StartError};
+use crate::telemetry::init_logs;
+
+pub(super) fn run(file: &Path) -> u8 {
+    let config = match read_config(file) {
+        Ok(config) => config,
+        Err(problems) => {
+            say_problems(&problems);
+            return USAGE;
+        }
+    };
+    match serve(config) {
+        Ok(0) => DONE,
+        Ok(unresolved) => {
+            say(&format!(
+                "stopped; {unresolved} request(s) may have been sent without anybody knowing how they ended\n\
+                 fix: look up the lines with outcome maybe_sent at the end of the audit file"
+            ));
+            FAILED
+        }
+        Err(error) => {
+            if let Some(StartError::Config(problems)) = error.downcast_ref() {
+                say_problems(problems);
+                return USAGE;
+            }
+            say(&format!("{error:#}"));
+            FAILED
+        }
+    }
+}
+
+/// Returns how many calls ended with nobody knowing whether they were executed.
+fn serve(config: Config) -> anyhow::Result<u64> {
+    init_logs(&config.log_filter, config.log_format).context("log.filter")?;
+    // One thread: a call costs less than waking a second one would.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("no runtime")?;
+    runtime.block_on(async {
+        let server = Server::start(config).await?;
+        let signal = stop_signal().await.context("no signal handler")?;
+        tracing::info!(signal, "stopping");
+        Ok(server.stop().await)
+    })
+}
+
+async fn stop_signal() -> io::Result<&'static str> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+    })
+}

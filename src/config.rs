@@ -1,0 +1,472 @@
+//! The configuration file: as typed becomes as meant in one step, or a list of every problem in it.
+//!
+//! One TOML file without secrets. Keys that do not exist are problems, not ignored. Files it names are read by
+//! [`load`].
+
+pub mod load;
+pub mod reader;
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use url::{Host as UrlHost, Url};
+
+use crate::egress::{EgressSettings, Origin};
+use crate::keyring::vault::{Auth, VaultSettings};
+use crate::kucoin::{Host, RequestLimits, Site};
+use crate::telemetry::LogFormat;
+
+use reader::{Problem, Problems, Section};
+
+/// Everything the broker is told, as meant.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The rules file.
+    pub rules: PathBuf,
+    /// Folder for what outlives the process; locked by one broker at a time.
+    pub state_dir: PathBuf,
+    /// The audit file.
+    pub audit_file: PathBuf,
+    /// Where bots call.
+    pub grpc: SocketAddr,
+    /// Where health and metrics are asked for.
+    pub ops: SocketAddr,
+    /// Certificates of the bots' listener.
+    pub tls: TlsFiles,
+    /// Vault.
+    pub vault: VaultSettings,
+    /// CA of Vault's certificate.
+    pub vault_roots: Roots,
+    /// How often the metadata of keys is polled.
+    pub vault_poll: Duration,
+    /// How the exchange is reached.
+    pub egress: EgressSettings,
+    /// CAs of the exchange's certificates.
+    pub egress_roots: Roots,
+    /// Where each host of each site is.
+    pub origins: HashMap<(Site, Host), Origin>,
+    /// How large requests may be.
+    pub request_limits: RequestLimits,
+    /// Time limit of calls that come without one.
+    pub default_deadline: Duration,
+    /// How long calls in flight may take to end after SIGTERM.
+    pub drain_timeout: Duration,
+    /// Which logs are written.
+    pub log_filter: String,
+    /// How they are written.
+    pub log_format: LogFormat,
+}
+
+/// PEM files of the bots' listener.
+#[derive(Clone, Debug)]
+pub struct TlsFiles {
+    /// Certificate chain.
+    pub certificate: PathBuf,
+    /// Private key.
+    pub key: PathBuf,
+    /// CAs that bots' certificates come from.
+    pub client_ca: PathBuf,
+}
+
+/// Which certificate authorities are trusted.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Roots {
+    /// The CAs in this PEM file, and no others.
+    File(PathBuf),
+    /// Mozilla's list, compiled in.
+    Mozilla,
+}
+
+impl Config {
+    /// Reads the text of a configuration file; relative paths in it start at `folder`.
+    ///
+    /// # Errors
+    /// With every problem at once, each under its key.
+    pub fn parse(text: &str, folder: &Path) -> Result<Self, Vec<Problem>> {
+        let problems = Problems::default();
+        let config =
+            Section::parse(text, "config", &problems).and_then(|mut file| read(&mut file, folder));
+        problems.into_result()?;
+        // A value that is missing has been reported as a problem.
+        config.ok_or_else(Vec::new)
+    }
+}
+
+fn read(file: &mut Section, folder: &Path) -> Option<Config> {
+    let path = |path: PathBuf| folder.join(path);
+    let rules = file
+        .required("rules", "\"/etc/credbroker/rules.toml\"")
+        .map(path);
+    let state_dir = file
+        .required("state_dir", "\"/var/lib/credbroker\"")
+        .map(path);
+    let audit_file = file.section("audit").optional("file").map(path);
+
+    let mut listen = file.section("listen");
+    let grpc = listen.required("grpc", "\"0.0.0.0:8443\"");
+    let ops = listen.required("ops", "\"127.0.0.1:9464\"");
+
+    let mut tls = file.section("tls");
+    let certificate = tls
+        .required("certificate", "\"/etc/credbroker/tls/server.pem\"")
+        .map(path);
+    let key = tls
+        .required("key", "\"/etc/credbroker/tls/server.key\"")
+        .map(path);
+    let client_ca = tls
+        .required("client_ca", "\"/etc/credbroker/tls/bots-ca.pem\"")
+        .map(path);
+
+    let mut section = file.section("vault");
+    let vault_roots = roots(&mut section, "roots", folder);
+    let vault_poll = Duration::from_secs(section.number("poll_s", 30, 1..=3600));
+    let vault = vault(&mut section, folder);
+
+    let mut section = file.section("egress");
+    let egress_roots = roots(&mut section, "roots", folder);
+    let egress = egress(&mut section);
+    let origins = origins(&mut file.section("exchange"));
+
+    let mut limits = file.section("limits");
+    let default = RequestLimits::default();
+    let mut size = |key, default: usize, most| {
+        usize::try_from(limits.number(key, default as u64, 1..=most)).unwrap_or(default)
+    };
+    let request_limits = RequestLimits {
+        path_bytes: size("path_bytes", default.path_bytes, 4096),
+        // Three times as many when percent-encoded; the HTTP library takes targets of up to 65,534 bytes.
+        query_bytes: size("query_bytes", default.query_bytes, 16_384),
+        query_parameters: size("query_parameters", default.query_parameters, 1000),
+        body_bytes: size("body_bytes", default.body_bytes, 4 * 1024 * 1024),
+    };
+    let default_deadline =
+        Duration::from_millis(limits.number("default_deadline_ms", 10_000, 1..=600_000));
+    // A little more than the broker waits for the exchange, so that every answer that still comes is recorded.
+    let drain_timeout =
+        Duration::from_millis(limits.number("drain_timeout_ms", 35_000, 0..=600_000));
+
+    let mut log = file.section("log");
+    let log_filter = log.optional("filter").unwrap_or_else(|| "info".to_owned());
+    if let Err(error) = crate::telemetry::log_filter(&log_filter) {
+        log.problem(
+            "filter",
+            format_args!("expected for example \"info\" or \"info,credbroker=debug\": {error}"),
+        );
+    }
+    let log_format = log.optional("format").unwrap_or(LogFormat::Json);
+
+    let state_dir: PathBuf = state_dir?;
+    Some(Config {
+        rules: rules?,
+        audit_file: audit_file.unwrap_or_else(|| state_dir.join("audit.jsonl")),
+        state_dir,
+        grpc: grpc?,
+        ops: ops?,
+        tls: TlsFiles {
+            certificate: certificate?,
+            key: key?,
+            client_ca: client_ca?,
+        },
+        vault: vault?,
+        vault_roots,
+        vault_poll,
+        egress: egress?,
+        egress_roots,
+        origins,
+        request_limits,
+        default_deadline,
+        drain_timeout,
+        log_filter,
+        log_format,
+    })
+}
+
+fn vault(section: &mut Section, folder: &Path) -> Option<VaultSettings> {
+    let address = section.required("address", "\"https://vault.example.org:8200\"");
+    let address = address.and_then(|text: String| vault_address(section, "address", &text));
+    let redirects: Vec<String> = section.optional("redirects").unwrap_or_default();
+    let redirects = redirects
+        .iter()
+        .filter_map(|text| vault_address(section, "redirects", text))
+        .collect();
+    let namespace: Option<String> = section.optional("namespace");
+    if namespace
+        .as_ref()
+        .is_some_and(|name| name.is_empty() || !name.bytes().all(|b| b.is_ascii_graphic()))
+    {
+        section.problem("namespace", "expected printable ASCII without spaces");
+    }
+    let mount = kv_path(section, "mount", "kv");
+    let prefix = kv_path(section, "prefix", "kucoin/prod");
+    // The time limit of a whole request; the background waits for it, never a bot.
+    let timeout = Duration::from_millis(section.number("timeout_ms", 3000, 100..=60_000));
+    let auth = auth(&mut section.section("auth"), folder);
+    Some(VaultSettings {
+        address: address?,
+        redirects,
+        namespace,
+        mount,
+        prefix,
+        auth: auth?,
+        timeout,
+    })
+}
+
+fn vault_address(section: &Section, key: &str, text: &str) -> Option<Url> {
+    let problem = match Url::parse(text) {
+        Ok(url) if url.path() != "/" || url.query().is_some() || !url.username().is_empty() => {
+            "expected scheme, host and port alone; Vault behind a path does not work".to_owned()
+        }
+        Ok(url) if url.scheme() == "https" || (url.scheme() == "http" && is_loopback(&url)) => {
+            return Some(url);
+        }
+        Ok(url) => format!("expected https, or http on loopback, got {}", url.scheme()),
+        Err(error) => format!("expected a URL such as https://vault.example.org:8200: {error}"),
+    };
+    section.problem(key, problem);
+    None
+}
+
+fn kv_path(section: &mut Section, key: &'static str, default: &str) -> String {
+    let text: String = section.optional(key).unwrap_or_else(|| default.to_owned());
+    let segment = |s: &str| {
+        !matches!(s, "" | "." | "..")
+            && s.bytes()
+                .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+    };
+    if !text.split('/').all(segment) {
+        section.problem(
+            key,
+            format_args!(
+                "expected names separated by single '/', such as {default:?}, got {text:?}"
+            ),
+        );
+    }
+    text
+}
+
+fn auth(section: &mut Section, folder: &Path) -> Option<Auth> {
+    match section
+        .required::<String>("method", "\"token_file\"")?
+        .as_str()
+    {
+        "approle" => {
+            let mount = kv_path(section, "mount", "approle");
+            let role_id = section.required("role_id", "\"00000000-0000-0000-0000-000000000000\"");
+            let file = section.required::<PathBuf>(
+                "secret_id_file",
+                "\"/run/credentials/credbroker/secret-id\"",
+            );
+            Some(Auth::AppRole {
+                mount,
+                role_id: role_id?,
+                secret_id_file: folder.join(file?),
+            })
+        }
+        "token_file" => {
+            let file = section.required::<PathBuf>("file", "\"/run/vault-agent/token\"")?;
+            Some(Auth::TokenFile(folder.join(file)))
+        }
+        other => {
+            section.problem(
+                "method",
+                format_args!("expected \"token_file\" or \"approle\", got {other:?}"),
+            );
+            None
+        }
+    }
+}
+
+fn roots(section: &mut Section, key: &'static str, folder: &Path) -> Roots {
+    match section.optional::<String>(key) {
+        None => Roots::Mozilla,
+        Some(text) if text == "mozilla" => Roots::Mozilla,
+        Some(text) => Roots::File(folder.join(text)),
+    }
+}
+
+fn egress(section: &mut Section) -> Option<EgressSettings> {
+    let address: Option<IpAddr> = section.required("address", "\"203.0.113.7\"");
+    let millis = |section: &mut Section, key, default| {
+        Duration::from_millis(section.number(key, default, 1..=600_000))
+    };
+    let seconds = |section: &mut Section, key, default| {
+        Duration::from_secs(section.number(key, default, 1..=3600))
+    };
+    Some(EgressSettings {
+        connect_timeout: millis(section, "connect_timeout_ms", 3000),
+        // Longer than the exchange's own gateway waits, so that its word is heard.
+        answer_timeout: millis(section, "answer_timeout_ms", 30_000),
+        // The largest answers (all symbols, all contracts) have 2 to 3 MB.
+        max_answer_bytes: usize::try_from(section.number(
+            "max_answer_bytes",
+            16 << 20,
+            1024..=256 << 20,
+        ))
+        .ok()?,
+        max_idle: seconds(section, "max_idle_s", 60),
+        // An order that meets a connection the exchange has just closed ends as maybe_sent: take young ones.
+        max_idle_for_writes: seconds(section, "max_idle_for_writes_s", 20),
+        warm_connections: usize::try_from(section.number("warm_connections", 2, 0..=64)).ok()?,
+        address: address?,
+    })
+}
+
+fn origins(section: &mut Section) -> HashMap<(Site, Host), Origin> {
+    let elsewhere = "send_signed_requests_to_hosts_other_than_kucoin";
+    let anywhere: bool = section.optional(elsewhere).unwrap_or_default();
+    let mut origins = HashMap::new();
+    for (key, host) in [("futures", Host::Futures), ("spot", Host::Spot)] {
+        let other: Option<String> = section.optional(key);
+        let other = other.and_then(|text| match simulator(&text, anywhere) {
+            Ok(origin) => Some(origin),
+            Err(problem) => {
+                section.problem(key, problem);
+                None
+            }
+        });
+        for site in Site::ALL {
+            let own = site.dns_name(host).map(|name| Origin {
+                tls: true,
+                name: name.to_owned(),
+                port: 443,
+            });
+            if let Some(origin) = own.map(|own| other.clone().unwrap_or(own)) {
+                origins.insert((site, host), origin);
+            }
+        }
+    }
+    origins
+}
+
+/// The address of something that is not KuCoin: signed requests go to loopback, or wherever a setting says so aloud.
+fn simulator(text: &str, anywhere: bool) -> Result<Origin, String> {
+    let url = Url::parse(text)
+        .map_err(|error| format!("expected a URL such as http://127.0.0.1:8300: {error}"))?;
+    let origin = match (url.scheme(), url.host(), url.port_or_known_default()) {
+        ("http" | "https", Some(host), Some(port))
+            if url.path() == "/" && url.query().is_none() =>
+        {
+            Origin {
+                tls: url.scheme() == "https",
+                name: host.to_string(),
+                port,
+            }
+        }
+        _ => return Err("expected http or https, a host and a port, and nothing else".to_owned()),
+    };
+    if anywhere || is_loopback(&url) {
+        Ok(origin)
+    } else {
+        Err("signed requests would leave for a host that is not KuCoin; use loopback, or set \
+             exchange.send_signed_requests_to_hosts_other_than_kucoin = true if that is what you want"
+            .to_owned())
+    }
+}
+
+fn is_loopback(url: &Url) -> bool {
+    match url.host() {
+        Some(UrlHost::Domain(name)) => name == "localhost",
+        Some(UrlHost::Ipv4(address)) => address.is_loopback(),
+        Some(UrlHost::Ipv6(address)) => address.is_loopback(),
+        None => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn problems(text: &str) -> Vec<String> {
+        let problems = Config::parse(text, Path::new("/etc/credbroker"))
+            .expect_err("this configuration is wrong");
+        problems.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn an_empty_file_names_every_key_that_must_stand() {
+        let problems = problems("");
+        let keys: Vec<_> = problems
+            .iter()
+            .map(|p| p.split(": ").next().unwrap())
+            .collect();
+        let expected = [
+            "rules",
+            "state_dir",
+            "listen.grpc",
+            "listen.ops",
+            "tls.certificate",
+            "tls.key",
+            "tls.client_ca",
+            "vault.address",
+            "vault.auth.method",
+            "egress.address",
+        ];
+        assert_eq!(keys, expected);
+        assert!(
+            problems
+                .iter()
+                .all(|problem| problem.contains("is missing; write for example: "))
+        );
+    }
+
+    #[test]
+    fn a_wrong_value_and_an_unknown_key_are_reported_together() {
+        let text = "rulez = 1\n[egress]\naddress = \"here\"\nwarm_connections = 65\n[vault]\naddress = \"http://vault:8200\"\n\
+                    [exchange]\nspot = \"https://evil.example\"\nfutures = \"127.0.0.1\"\n[log]\nfilter = \"a=b=c\"";
+        let problems = problems(text).join("\n");
+        for part in [
+            "rulez: is not a key of this section; its keys are: rules,",
+            "egress.address: invalid IP address syntax",
+            "egress.warm_connections: expected 0 to 64, got 65",
+            "vault.address: expected https, or http on loopback, got http",
+            "exchange.spot: signed requests would leave for a host that is not KuCoin",
+            "exchange.futures: expected a URL",
+            "log.filter: expected",
+        ] {
+            assert!(problems.contains(part), "{part} is not in\n{problems}");
+        }
+    }
+
+    #[test]
+    fn signed_requests_stay_on_kucoin_and_loopback_unless_told_aloud() {
+        for url in [
+            "http://127.0.0.1:1",
+            "http://localhost:1",
+            "https://[::1]:1",
+        ] {
+            assert!(simulator(url, false).is_ok(), "{url}");
+        }
+        for url in [
+            "http://10.0.0.1:1",
+            "https://localhost.evil.example",
+            "https://127.0.0.1.evil.example",
+            "http://127.0.0.1:1/x",
+            "ftp://127.0.0.1",
+        ] {
+            assert!(simulator(url, false).is_err(), "{url}");
+        }
+        assert!(simulator("https://mirror.example:8443", true).is_ok());
+    }
+
+    #[test]
+    fn every_site_has_its_own_hosts() {
+        let mut section = Section::parse("", "config", &Problems::default()).unwrap();
+        let origins = origins(&mut section);
+        let name = |site, host| {
+            origins
+                .get(&(site, host))
+                .map(|origin: &Origin| origin.name.as_str())
+        };
+        assert_eq!(name(Site::Global, Host::Spot), Some("api.kucoin.com"));
+        assert_eq!(
+            name(Site::Au, Host::Futures),
+            Some("api-futures.kucoin.com")
+        );
+        assert_eq!(name(Site::Eu, Host::Spot), Some("api.kucoin.eu"));
+        assert_eq!(name(Site::Eu, Host::Futures), None);
+        assert_eq!(name(Site::Tr, Host::Spot), Some("api.kucoin.tr"));
+    }
+}

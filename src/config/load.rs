@@ -1,0 +1,133 @@
+//! Reads the files that the configuration names, and reports every problem in them together.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use rustls::RootCertStore;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+
+use super::reader::{Problem, Problems};
+use super::{Config, Roots};
+use crate::policy::Policy;
+
+/// What stands in the files.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The rules.
+    pub policy: Policy,
+    /// Certificate chain of the bots' listener.
+    pub certificate: Vec<CertificateDer<'static>>,
+    /// Its key.
+    pub key: PrivateKeyDer<'static>,
+    /// CAs of the bots' certificates.
+    pub client_ca: Arc<RootCertStore>,
+    /// CAs of Vault.
+    pub vault_roots: RootCertStore,
+    /// CAs of the exchange.
+    pub egress_roots: RootCertStore,
+}
+
+/// Reads them all.
+///
+/// # Errors
+/// With every problem at once, each under the key that names the file.
+pub fn load(config: &Config) -> Result<Loaded, Vec<Problem>> {
+    let problems = Problems::default();
+    let policy = policy(&config.rules, &problems);
+    let certificate = certificates("tls.certificate", &config.tls.certificate, &problems);
+    let key = match PrivateKeyDer::from_pem_file(&config.tls.key) {
+        Ok(key) => Some(key),
+        Err(error) => {
+            problems.add(
+                "tls.key",
+                unreadable(&config.tls.key, "a private key as PEM", &error),
+            );
+            None
+        }
+    };
+    let client_ca = root_file("tls.client_ca", &config.tls.client_ca, &problems);
+    let vault_roots = roots("vault.roots", &config.vault_roots, &problems);
+    let egress_roots = roots("egress.roots", &config.egress_roots, &problems);
+    problems.into_result()?;
+    // What is missing has been reported as a problem.
+    let loaded = || {
+        Some(Loaded {
+            policy: policy?,
+            certificate: certificate?,
+            key: key?,
+            client_ca: Arc::new(client_ca?),
+            vault_roots: vault_roots?,
+            egress_roots: egress_roots?,
+        })
+    };
+    loaded().ok_or_else(Vec::new)
+}
+
+fn policy(file: &Path, problems: &Problems) -> Option<Policy> {
+    let found = match std::fs::read_to_string(file) {
+        Ok(text) => Policy::parse(&text),
+        Err(error) => {
+            problems.add(
+                "rules",
+                format_args!("{} cannot be read: {error}", file.display()),
+            );
+            return None;
+        }
+    };
+    match found {
+        Ok(policy) => Some(policy),
+        Err(found) => {
+            for problem in found {
+                problems.add(
+                    format!("{}: {}", file.display(), problem.key),
+                    problem.problem,
+                );
+            }
+            None
+        }
+    }
+}
+
+fn certificates(
+    key: &str,
+    file: &Path,
+    problems: &Problems,
+) -> Option<Vec<CertificateDer<'static>>> {
+    let found =
+        CertificateDer::pem_file_iter(file).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    match found {
+        Ok(found) if !found.is_empty() => return Some(found),
+        Ok(_) => problems.add(key, format_args!("{} holds no certificate", file.display())),
+        Err(error) => problems.add(key, unreadable(file, "certificates as PEM", &error)),
+    }
+    None
+}
+
+fn roots(key: &str, roots: &Roots, problems: &Problems) -> Option<RootCertStore> {
+    match roots {
+        Roots::File(file) => root_file(key, file, problems),
+        Roots::Mozilla => Some(webpki_roots::TLS_SERVER_ROOTS.iter().cloned().collect()),
+    }
+}
+
+fn root_file(key: &str, file: &Path, problems: &Problems) -> Option<RootCertStore> {
+    let mut store = RootCertStore::empty();
+    for certificate in certificates(key, file, problems)? {
+        if let Err(error) = store.add(certificate) {
+            problems.add(
+                key,
+                format_args!(
+                    "{} holds a certificate that is no CA: {error}",
+                    file.display()
+                ),
+            );
+            return None;
+        }
+    }
+    Some(store)
+}
+
+fn unreadable(file: &Path, expected: &str, error: &dyn std::error::Error) -> String {
+    format!("expected {expected} in {}: {error}", file.display())
+}

@@ -1,0 +1,421 @@
+//! The only client that reaches the exchange: own connections from the egress address, nothing followed, nothing
+//! guessed.
+//!
+//! It speaks HTTP/1.1 over bare hyper connections, because a general client normalizes the target after it was signed.
+//! It knows no proxy, no redirect and no 0-RTT, and it never sends a request twice: trying again is the broker's.
+
+mod pool;
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderValue, Response, header, uri};
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
+use rustls::pki_types::ServerName;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpSocket;
+use tokio::time::{Instant, timeout};
+use tokio_rustls::TlsConnector;
+
+use crate::audit::Recorded;
+use crate::kucoin::{Host, SignedRequest, Site};
+
+use pool::Pool;
+
+/// How often idle connections are looked after and, less often, names resolved again.
+const MAINTAIN_EVERY: Duration = Duration::from_secs(5);
+
+/// How long a resolved address is used before the name is asked for again.
+const RESOLVE_EVERY: Duration = Duration::from_secs(30);
+
+/// How the exchange is reached.
+#[derive(Clone, Debug)]
+pub struct EgressSettings {
+    /// Source address of every connection; unspecified (0.0.0.0) leaves the choice to the system. An IPv4 address means
+    /// that only IPv4 is used.
+    pub address: IpAddr,
+    /// Limit for making a connection, TLS included.
+    pub connect_timeout: Duration,
+    /// How long the broker itself waits for a whole answer, whatever the bot's deadline.
+    pub answer_timeout: Duration,
+    /// Bytes of the largest answer that is taken.
+    pub max_answer_bytes: usize,
+    /// Age from which an idle connection is closed.
+    pub max_idle: Duration,
+    /// Age from which an idle connection is not used for a request that must not be repeated.
+    pub max_idle_for_writes: Duration,
+    /// Idle connections kept ready per host.
+    pub warm_connections: usize,
+}
+
+/// Where a host is: KuCoin's own address, or a simulator's.
+#[derive(Clone, Debug, Eq, Hash, PartialEq)]
+pub struct Origin {
+    /// Whether to speak TLS.
+    pub tls: bool,
+    /// DNS name or address.
+    pub name: String,
+    /// TCP port.
+    pub port: u16,
+}
+
+/// The client.
+#[derive(Debug)]
+pub struct Egress {
+    destinations: HashMap<(Site, Host), Arc<Destination>>,
+    settings: EgressSettings,
+}
+
+/// One host with its addresses and idle connections.
+struct Destination {
+    origin: Origin,
+    host_header: HeaderValue,
+    tls: Option<(TlsConnector, ServerName<'static>)>,
+    addresses: RwLock<Vec<SocketAddr>>,
+    pool: Pool,
+}
+
+impl std::fmt::Debug for Destination {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Destination({}:{})", self.origin.name, self.origin.port)
+    }
+}
+
+/// A connection that is ready for one request.
+#[derive(Debug)]
+pub struct Connection {
+    sender: http1::SendRequest<Full<Bytes>>,
+    destination: Arc<Destination>,
+}
+
+/// No connection could be made; nothing was sent.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// No site of the accounts has this host.
+    #[error("site {} has no {} host", .0.as_str(), .1.as_str())]
+    NoHost(Site, Host),
+    /// TCP or TLS failed.
+    #[error("the exchange could not be reached; nothing was sent")]
+    Failed(#[source] std::io::Error),
+    /// HTTP could not be set up.
+    #[error("the exchange could not be reached; nothing was sent")]
+    Handshake(#[source] hyper::Error),
+    /// It took too long.
+    #[error("the exchange could not be reached within {} ms; nothing was sent", .0.as_millis())]
+    Timeout(Duration),
+    /// The name has no address yet.
+    #[error("the name {0} has not been resolved; nothing was sent")]
+    Unresolved(String),
+}
+
+/// What became of a request that was to be sent.
+#[derive(Debug, thiserror::Error)]
+pub enum SendError {
+    /// It may have reached the exchange.
+    #[error("the request may have reached the exchange, but no complete answer came back")]
+    AnswerLost(#[source] hyper::Error),
+    /// It may have reached the exchange; the answer took longer than the broker waits.
+    #[error("the request may have reached the exchange, but no complete answer came within {} ms", .0.as_millis())]
+    AnswerTimeout(Duration),
+    /// It reached the exchange; the answer is too large.
+    #[error("the request reached the exchange, but its answer has more than {0} bytes")]
+    AnswerTooLarge(usize),
+    /// The connection closed before it took the request: provably not sent.
+    #[error("the connection closed before it took the request; nothing was sent")]
+    HandedBack(#[source] hyper::Error),
+}
+
+impl Egress {
+    /// Prepares the hosts; nothing is connected until [`Egress::start`].
+    ///
+    /// # Errors
+    /// With the origin whose name is neither a DNS name nor an address.
+    pub fn new(
+        settings: EgressSettings,
+        origins: HashMap<(Site, Host), Origin>,
+        tls: &Arc<rustls::ClientConfig>,
+    ) -> Result<Self, Origin> {
+        // Sites that share a host share its connections.
+        let mut known: HashMap<Origin, Arc<Destination>> = HashMap::new();
+        let mut destinations = HashMap::new();
+        for (place, origin) in origins {
+            let destination = match known.get(&origin) {
+                Some(destination) => Arc::clone(destination),
+                None => {
+                    Arc::new(Destination::new(origin.clone(), tls).ok_or_else(|| origin.clone())?)
+                }
+            };
+            known.insert(origin, Arc::clone(&destination));
+            destinations.insert(place, destination);
+        }
+        Ok(Self {
+            destinations,
+            settings,
+        })
+    }
+
+    /// Resolves all names once, then keeps names and warm connections fresh in the background.
+    pub async fn start(&self) {
+        let mut distinct: Vec<&Arc<Destination>> = Vec::new();
+        for destination in self.destinations.values() {
+            if !distinct.iter().any(|known| Arc::ptr_eq(known, destination)) {
+                distinct.push(destination);
+            }
+        }
+        for destination in distinct {
+            // A name that does not resolve now is asked for again; it must not keep the broker from starting.
+            let _ = timeout(
+                self.settings.connect_timeout,
+                destination.resolve(self.settings.address),
+            )
+            .await;
+            tokio::spawn(Arc::clone(destination).maintain(self.settings.clone()));
+        }
+    }
+
+    /// Hosts whose name has never been resolved.
+    pub fn unresolved(&self) -> Vec<String> {
+        let unresolved = |destination: &&Arc<Destination>| destination.addresses().is_empty();
+        let mut names: Vec<_> = self
+            .destinations
+            .values()
+            .filter(unresolved)
+            .map(|destination| destination.origin.name.clone())
+            .collect();
+        names.sort();
+        names.dedup();
+        names
+    }
+
+    /// A connection ready for one request: a warm one, or a new one.
+    ///
+    /// With `repeatable`, an older idle connection will do, since a request that finds it closed can go again.
+    pub async fn connect(
+        &self,
+        place: (Site, Host),
+        repeatable: bool,
+    ) -> Result<Connection, ConnectError> {
+        let destination = self
+            .destinations
+            .get(&place)
+            .ok_or(ConnectError::NoHost(place.0, place.1))?;
+        let max_idle = if repeatable {
+            self.settings.max_idle
+        } else {
+            self.settings.max_idle_for_writes
+        };
+        let sender = match destination.pool.take(max_idle).await {
+            Some(sender) => sender,
+            None => destination.dial(&self.settings).await?,
+        };
+        Ok(Connection {
+            sender,
+            destination: Arc::clone(destination),
+        })
+    }
+
+    /// Sends a request and waits for the whole answer.
+    ///
+    /// # Errors
+    /// Of all of them only [`SendError::HandedBack`] means that nothing was sent.
+    pub async fn send(
+        &self,
+        connection: Connection,
+        signed: SignedRequest,
+        _: &Recorded,
+    ) -> Result<Response<Bytes>, SendError> {
+        let limit = self.settings.answer_timeout;
+        let exchange = exchange(connection, signed, self.settings.max_answer_bytes);
+        timeout(limit, exchange)
+            .await
+            .unwrap_or(Err(SendError::AnswerTimeout(limit)))
+    }
+}
+
+async fn exchange(
+    mut connection: Connection,
+    signed: SignedRequest,
+    max_bytes: usize,
+) -> Result<Response<Bytes>, SendError> {
+    let mut request = signed.request;
+    request
+        .headers_mut()
+        .insert(header::HOST, connection.destination.host_header.clone());
+    let response = connection
+        .sender
+        .try_send_request(request)
+        .await
+        .map_err(|mut error| {
+            let untaken = error.take_message().is_some();
+            let error = error.into_error();
+            if untaken {
+                SendError::HandedBack(error)
+            } else {
+                SendError::AnswerLost(error)
+            }
+        })?;
+    let (head, body) = response.into_parts();
+    let body = match Limited::new(body, max_bytes).collect().await {
+        Ok(body) => body.to_bytes(),
+        Err(error) => {
+            return Err(match error.downcast::<hyper::Error>() {
+                Ok(error) => SendError::AnswerLost(*error),
+                Err(error) => {
+                    debug_assert!(error.is::<LengthLimitError>());
+                    SendError::AnswerTooLarge(max_bytes)
+                }
+            });
+        }
+    };
+    connection.destination.pool.put(connection.sender);
+    Ok(Response::from_parts(head, body))
+}
+
+impl Destination {
+    fn new(origin: Origin, tls: &Arc<rustls::ClientConfig>) -> Option<Self> {
+        let default_port = if origin.tls { 443 } else { 80 };
+        let host = if origin.port == default_port {
+            origin.name.clone()
+        } else {
+            format!("{}:{}", origin.name, origin.port)
+        };
+        let host: uri::Authority = host.parse().ok()?;
+        let tls = if origin.tls {
+            let name = ServerName::try_from(origin.name.clone()).ok()?;
+            Some((TlsConnector::from(Arc::clone(tls)), name))
+        } else {
+            None
+        };
+        let host_header = HeaderValue::from_str(host.as_str()).ok()?;
+        Some(Self {
+            origin,
+            host_header,
+            tls,
+            addresses: RwLock::default(),
+            pool: Pool::default(),
+        })
+    }
+
+    fn addresses(&self) -> Vec<SocketAddr> {
+        self.addresses
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Asks for the name; an answer without a usable address leaves the last good one in place.
+    async fn resolve(&self, source: IpAddr) {
+        let name = (self.origin.name.as_str(), self.origin.port);
+        match tokio::net::lookup_host(name).await {
+            Ok(found) => {
+                let found: Vec<_> = found
+                    .filter(|address| address.is_ipv4() || source.is_ipv6())
+                    .collect();
+                if !found.is_empty() {
+                    *self
+                        .addresses
+                        .write()
+                        .unwrap_or_else(PoisonError::into_inner) = found;
+                }
+            }
+            Err(error) => {
+                tracing::warn!(host = self.origin.name, %error, "name cannot be resolved; the last addresses serve on");
+            }
+        }
+    }
+
+    async fn maintain(self: Arc<Self>, settings: EgressSettings) {
+        let mut resolved = Instant::now();
+        loop {
+            self.pool.drop_older_than(settings.max_idle);
+            for _ in self.pool.fresh(settings.max_idle_for_writes)..settings.warm_connections {
+                match self.dial(&settings).await {
+                    Ok(sender) => self.pool.put(sender),
+                    Err(error) => {
+                        tracing::warn!(
+                            host = self.origin.name,
+                            error = &error as &dyn std::error::Error,
+                            "no connection"
+                        );
+                        break;
+                    }
+                }
+            }
+            tokio::time::sleep(MAINTAIN_EVERY).await;
+            if self.addresses().is_empty() || resolved.elapsed() >= RESOLVE_EVERY {
+                self.resolve(settings.address).await;
+                resolved = Instant::now();
+            }
+        }
+    }
+
+    /// Makes a new connection within the time limit, from the egress address.
+    async fn dial(
+        &self,
+        settings: &EgressSettings,
+    ) -> Result<http1::SendRequest<Full<Bytes>>, ConnectError> {
+        let addresses = self.addresses();
+        let dialled = timeout(settings.connect_timeout, async {
+            let mut failure = ConnectError::Unresolved(self.origin.name.clone());
+            for address in addresses {
+                match self.dial_one(address, settings.address).await {
+                    Ok(sender) => return Ok(sender),
+                    Err(error) => failure = error,
+                }
+            }
+            Err(failure)
+        });
+        dialled
+            .await
+            .unwrap_or(Err(ConnectError::Timeout(settings.connect_timeout)))
+    }
+
+    async fn dial_one(
+        &self,
+        address: SocketAddr,
+        source: IpAddr,
+    ) -> Result<http1::SendRequest<Full<Bytes>>, ConnectError> {
+        let open = async {
+            let socket = if address.is_ipv4() {
+                TcpSocket::new_v4()?
+            } else {
+                TcpSocket::new_v6()?
+            };
+            if !source.is_unspecified() {
+                socket.bind(SocketAddr::new(source, 0))?;
+            }
+            socket.set_nodelay(true)?;
+            socket.connect(address).await
+        };
+        let stream = open.await.map_err(ConnectError::Failed)?;
+        match &self.tls {
+            Some((connector, name)) => {
+                let stream = connector
+                    .connect(name.clone(), stream)
+                    .await
+                    .map_err(ConnectError::Failed)?;
+                handshake(stream).await
+            }
+            None => handshake(stream).await,
+        }
+    }
+}
+
+async fn handshake<S>(stream: S) -> Result<http1::SendRequest<Full<Bytes>>, ConnectError>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let (sender, connection) = http1::handshake(TokioIo::new(stream))
+        .await
+        .map_err(ConnectError::Handshake)?;
+    // Its end is seen by whoever holds the sender.
+    tokio::spawn(async move {
+        let _ = connection.await;
+    });
+    Ok(sender)
+}

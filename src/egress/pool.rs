@@ -1,0 +1,67 @@
+//! Idle connections to one host, newest first.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::client::conn::http1::SendRequest;
+use tokio::time::Instant;
+
+/// More idle connections than this are not worth their sockets.
+const MAX_IDLE_CONNECTIONS: usize = 256;
+
+/// Last in, first out, so that a burst's surplus ages and goes.
+#[derive(Debug, Default)]
+pub(super) struct Pool(Mutex<Vec<Idle>>);
+
+#[derive(Debug)]
+struct Idle {
+    sender: SendRequest<Full<Bytes>>,
+    since: Instant,
+}
+
+impl Pool {
+    /// The newest connection that is open, ready, and idle for less than `max_idle`.
+    pub(super) async fn take(&self, max_idle: Duration) -> Option<SendRequest<Full<Bytes>>> {
+        loop {
+            let mut sender = {
+                let mut idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+                // The newest is last: when it is too old, all are.
+                idle.pop_if(|newest| newest.since.elapsed() < max_idle)?
+                    .sender
+            };
+            // An answered connection is ready at once; a closed one says so here.
+            if sender.ready().await.is_ok() {
+                return Some(sender);
+            }
+        }
+    }
+
+    /// Keeps a connection for the next request.
+    pub(super) fn put(&self, sender: SendRequest<Full<Bytes>>) {
+        let mut idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if !sender.is_closed() && idle.len() < MAX_IDLE_CONNECTIONS {
+            idle.push(Idle {
+                sender,
+                since: Instant::now(),
+            });
+        }
+    }
+
+    /// Closes what is closed by the other side or idle for longer.
+    pub(super) fn drop_older_than(&self, max_idle: Duration) {
+        let mut idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        idle.retain(|connection| {
+            !connection.sender.is_closed() && connection.since.elapsed() < max_idle
+        });
+    }
+
+    /// How many open connections have been idle for less than `max_idle`.
+    pub(super) fn fresh(&self, max_idle: Duration) -> usize {
+        let idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        idle.iter()
+            .filter(|c| !c.sender.is_closed() && c.since.elapsed() < max_idle)
+            .count()
+    }
+}

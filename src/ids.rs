@@ -1,0 +1,199 @@
+//! Names that come from outside, checked once: accounts, keys, bots, requests.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::Deserialize;
+
+/// A text that is not the name it should be; says what was expected and what came.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+#[error("expected {expected}, got {got:?}")]
+pub struct IdError {
+    expected: &'static str,
+    got: String,
+}
+
+impl IdError {
+    fn new(expected: &'static str, got: &str) -> Self {
+        // Whoever sent it knows the rest; logs and answers stay short.
+        Self {
+            expected,
+            got: got.chars().take(80).collect(),
+        }
+    }
+}
+
+/// Makes a checked name: private text, one fallible constructor, safe to log.
+macro_rules! name {
+    ($(#[$doc:meta])* $name:ident, $check:path, $expected:expr) => {
+        $(#[$doc])*
+        #[derive(Clone, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd)]
+        #[serde(try_from = "String")]
+        pub struct $name(Box<str>);
+
+        impl $name {
+            /// The name as text.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = IdError;
+
+            fn from_str(text: &str) -> Result<Self, IdError> {
+                if $check(text) { Ok(Self(text.into())) } else { Err(IdError::new($expected, text)) }
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = IdError;
+
+            fn try_from(text: String) -> Result<Self, IdError> {
+                text.parse()
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+    };
+}
+
+name!(
+    /// Name an admin gave to a KuCoin account: a letter or digit, then up to 31 of a-z, 0-9, '-'. Not secret.
+    AccountId,
+    is_short_name,
+    "a name of a-z, 0-9 and '-', at most 32 long and not starting with '-'"
+);
+name!(
+    /// Name of one key of an account, the last part of its Vault path; same form as an account's name. Not secret.
+    KeyName,
+    is_short_name,
+    "a name of a-z, 0-9 and '-', at most 32 long and not starting with '-'"
+);
+name!(
+    /// A bot: the URI SAN `spiffe://<trust domain>/bot/<name>` of its certificate, or without one its DNS SAN.
+    BotId,
+    is_bot,
+    "spiffe://<trust domain>/bot/<name> or a DNS name"
+);
+name!(
+    /// Name of one call, chosen by the bot or made here: 1 to 64 of A-Z, a-z, 0-9, '.', '_', '-'.
+    RequestId,
+    is_request_id,
+    "1 to 64 of A-Z, a-z, 0-9, '.', '_', '-'"
+);
+
+impl RequestId {
+    /// A new one: 32 random hex digits.
+    pub fn random() -> Self {
+        Self(uuid::Uuid::new_v4().simple().to_string().into())
+    }
+}
+
+fn is_short_name(text: &str) -> bool {
+    text.len() <= 32
+        && text.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+}
+
+fn is_bot(text: &str) -> bool {
+    match text
+        .strip_prefix("spiffe://")
+        .map(|rest| rest.split_once("/bot/"))
+    {
+        Some(Some((domain, name))) => is_dns_name(domain) && is_segment(name),
+        Some(None) => false,
+        None => is_dns_name(text),
+    }
+}
+
+fn is_segment(text: &str) -> bool {
+    let fits = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_');
+    (1..=128).contains(&text.len()) && text.bytes().all(fits) && !matches!(text, "." | "..")
+}
+
+/// Lower case, as SPIFFE asks for trust domains and as names are compared here: byte for byte.
+fn is_dns_name(text: &str) -> bool {
+    let label = |l: &str| {
+        let fits = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'_');
+        (1..=63).contains(&l.len())
+            && l.bytes().all(fits)
+            && !l.starts_with('-')
+            && !l.ends_with('-')
+    };
+    text.len() <= 253 && text.split('.').all(label)
+}
+
+fn is_request_id(text: &str) -> bool {
+    let fits = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_');
+    (1..=64).contains(&text.len()) && text.bytes().all(fits)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_accounts_and_keys_cannot_climb_out_of_their_path() {
+        for good in ["main", "0", "a-b-1", &"x".repeat(32)] {
+            assert!(good.parse::<AccountId>().is_ok(), "{good}");
+        }
+        for bad in [
+            "",
+            "-a",
+            "A",
+            "a/b",
+            "..",
+            "a.b",
+            "a b",
+            "ä",
+            "a\n",
+            &"x".repeat(33),
+        ] {
+            assert!(bad.parse::<KeyName>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_bot_is_a_spiffe_bot_or_a_dns_name() {
+        for good in [
+            "spiffe://example.org/bot/maker",
+            "spiffe://a/bot/M_1.x",
+            "maker.bots.example.org",
+            "maker",
+        ] {
+            assert!(good.parse::<BotId>().is_ok(), "{good}");
+        }
+        let bad = [
+            "spiffe://example.org/admin/anna",
+            "spiffe://example.org/bot/",
+            "spiffe://example.org/bot/a/b",
+            "spiffe:///bot/a",
+            "spiffe://Example.org/bot/a",
+            "https://example.org/bot/a",
+            "*.example.org",
+            "Maker",
+            "a..b",
+            "",
+            "bot/a",
+        ];
+        for bad in bad {
+            assert!(bad.parse::<BotId>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn an_error_says_what_was_expected_and_what_came() {
+        let error = "a b".parse::<RequestId>().unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "expected 1 to 64 of A-Z, a-z, 0-9, '.', '_', '-', got \"a b\""
+        );
+    }
+}

@@ -1,0 +1,174 @@
+//! KuCoin's rules: what a request may look like, how it is signed, what an answer means.
+//!
+//! No I/O, no clock, no async: everything here is a function of its arguments. Rules and their sources are in the
+//! public API documentation; each item says which page.
+
+pub mod answer;
+pub mod catalog;
+pub mod request;
+pub mod sign;
+pub mod target;
+
+use std::fmt;
+
+use serde::Deserialize;
+
+pub use answer::{Answer, RateLimit};
+pub use catalog::{Catalog, Effect, Endpoint, Risk};
+pub use request::{Malformed, RequestLimits, UnsignedRequest};
+pub use sign::{Key, KeyVersion, Partner, SignedRequest, sign, unsigned};
+pub use target::Target;
+
+/// What an account's key is used for; it decides the host.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd)]
+#[serde(rename_all = "kebab-case")]
+pub enum Scope {
+    /// Classic futures.
+    Futures,
+    /// Classic spot and margin, and the account endpoints beside them.
+    SpotMargin,
+    /// Unified trading account.
+    Unified,
+}
+
+impl Scope {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Futures, Self::SpotMargin, Self::Unified];
+
+    /// The word for it in rules, logs, metrics and audit lines.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Futures => "futures",
+            Self::SpotMargin => "spot-margin",
+            Self::Unified => "unified",
+        }
+    }
+
+    /// The host that serves this scope. Source: KuCoin API documentation, "Introduction", base URLs.
+    pub fn host(self) -> Host {
+        match self {
+            Self::Futures => Host::Futures,
+            Self::SpotMargin | Self::Unified => Host::Spot,
+        }
+    }
+}
+
+impl fmt::Display for Scope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// One of the two hosts of a site that the broker speaks to.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub enum Host {
+    /// Classic futures.
+    Futures,
+    /// Everything else.
+    Spot,
+}
+
+impl Host {
+    /// The word for it in the configuration, logs and metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Futures => "futures",
+            Self::Spot => "spot",
+        }
+    }
+}
+
+/// HTTP methods that KuCoin's endpoints use; its own SDKs refuse any other.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum Method {
+    /// DELETE
+    Delete,
+    /// GET
+    Get,
+    /// POST
+    Post,
+}
+
+impl Method {
+    /// Upper case, as on the wire and in the string-to-sign.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Delete => "DELETE",
+            Self::Get => "GET",
+            Self::Post => "POST",
+        }
+    }
+
+    /// The same for the HTTP library.
+    pub fn as_http(self) -> http::Method {
+        match self {
+            Self::Delete => http::Method::DELETE,
+            Self::Get => http::Method::GET,
+            Self::Post => http::Method::POST,
+        }
+    }
+}
+
+impl fmt::Display for Method {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// The KuCoin site that an account belongs to; keys of one site do not exist on another.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd)]
+#[serde(rename_all = "lowercase")]
+pub enum Site {
+    /// Australia: the global hosts, told apart by a header.
+    Au,
+    /// European Union: spot and margin only.
+    Eu,
+    /// The global site.
+    #[default]
+    Global,
+    /// Turkey: spot only.
+    Tr,
+}
+
+impl Site {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Au, Self::Eu, Self::Global, Self::Tr];
+
+    /// The word for it in the rules.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Au => "au",
+            Self::Eu => "eu",
+            Self::Global => "global",
+            Self::Tr => "tr",
+        }
+    }
+
+    /// DNS name of a host of this site, `None` where the site has no such host.
+    ///
+    /// Source: KuCoin API documentation, "Introduction"; the EU and Turkish documentation.
+    pub fn dns_name(self, host: Host) -> Option<&'static str> {
+        match (self, host) {
+            (Self::Au | Self::Global, Host::Futures) => Some("api-futures.kucoin.com"),
+            (Self::Au | Self::Global, Host::Spot) => Some("api.kucoin.com"),
+            (Self::Eu, Host::Spot) => Some("api.kucoin.eu"),
+            (Self::Tr, Host::Spot) => Some("api.kucoin.tr"),
+            (Self::Eu | Self::Tr, Host::Futures) => None,
+        }
+    }
+
+    /// Whether accounts of this site can act in `scope`.
+    pub fn serves(self, scope: Scope) -> bool {
+        match self {
+            Self::Au | Self::Global => true,
+            Self::Eu | Self::Tr => scope == Scope::SpotMargin,
+        }
+    }
+}
+
+impl fmt::Display for Site {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}

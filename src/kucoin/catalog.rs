@@ -1,0 +1,419 @@
+//! The catalogue of KuCoin's endpoints: whose scope each is, what it risks, what it does to orders.
+
+use std::collections::HashMap;
+use std::sync::LazyLock;
+
+use serde::Deserialize;
+
+use super::{Method, Scope};
+
+/// Compiled from the official SDK specifications and documentation; risk, effect and idempotent are our own judgement.
+const ENDPOINTS: &str = include_str!("endpoints.json");
+
+static CATALOG: LazyLock<Catalog> = LazyLock::new(|| {
+    #[expect(clippy::expect_used, reason = "compiled in, and a test parses it")]
+    let endpoints: Vec<Endpoint> =
+        serde_json::from_str(ENDPOINTS).expect("endpoints.json fits `Endpoint`");
+    Catalog::new(endpoints)
+});
+
+/// One endpoint.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Endpoint {
+    /// Name in rules, logs and audit lines, such as `spot.post.v1-hf-orders`.
+    pub id: String,
+    /// HTTP method.
+    pub method: Method,
+    /// Path; `{name}` segments are parameters.
+    pub path: String,
+    /// KuCoin's product word: spot, margin, futures, account, …
+    pub product: String,
+    /// The scope it belongs to; `None` for the host of exchange brokers, which is not served.
+    pub scope: Option<Scope>,
+    /// What a call can do to the account.
+    pub risk: Risk,
+    /// What a call does to orders.
+    pub effect: Effect,
+    /// Whether sending it twice does no more than sending it once.
+    pub idempotent: bool,
+    /// Whether rules may grant it at all: false where it makes, changes, returns or deletes API keys.
+    #[serde(default = "yes")]
+    pub grantable: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// What a call can do to the account, worst case.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd)]
+#[serde(rename_all = "kebab-case")]
+pub enum Risk {
+    /// Changes sub-accounts, API keys, account mode.
+    AccountAdmin,
+    /// Makes or reads deposit addresses.
+    DepositAddress,
+    /// Needs no key.
+    Public,
+    /// Reads; order tests too.
+    Read,
+    /// Hands out a session for private streams.
+    Token,
+    /// Orders.
+    Trade,
+    /// Leverage, margin mode, position mode.
+    TradeConfig,
+    /// Moves money between accounts.
+    Transfer,
+    /// Borrows, repays, converts, subscribes, redeems.
+    ValueMove,
+    /// Sends money away.
+    Withdraw,
+    /// Cancels a withdrawal.
+    WithdrawCancel,
+}
+
+impl Risk {
+    /// All of them.
+    pub const ALL: [Self; 11] = [
+        Self::AccountAdmin,
+        Self::DepositAddress,
+        Self::Public,
+        Self::Read,
+        Self::Token,
+        Self::Trade,
+        Self::TradeConfig,
+        Self::Transfer,
+        Self::ValueMove,
+        Self::Withdraw,
+        Self::WithdrawCancel,
+    ];
+
+    /// The word for it in rules.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::AccountAdmin => "account-admin",
+            Self::DepositAddress => "deposit-address",
+            Self::Public => "public",
+            Self::Read => "read",
+            Self::Token => "token",
+            Self::Trade => "trade",
+            Self::TradeConfig => "trade-config",
+            Self::Transfer => "transfer",
+            Self::ValueMove => "value-move",
+            Self::Withdraw => "withdraw",
+            Self::WithdrawCancel => "withdraw-cancel",
+        }
+    }
+
+    /// Whether a rule may grant the whole class; the others are granted endpoint by endpoint.
+    pub fn grantable_as_class(self) -> bool {
+        matches!(
+            self,
+            Self::Public | Self::Read | Self::Trade | Self::TradeConfig
+        )
+    }
+
+    /// Whether it moves money or mints keys, so that the account must say `allow_money_out`.
+    pub fn moves_money(self) -> bool {
+        match self {
+            Self::AccountAdmin
+            | Self::DepositAddress
+            | Self::Transfer
+            | Self::ValueMove
+            | Self::Withdraw
+            | Self::WithdrawCancel => true,
+            Self::Public | Self::Read | Self::Token | Self::Trade | Self::TradeConfig => false,
+        }
+    }
+}
+
+/// What a call does to orders.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd)]
+#[serde(rename_all = "kebab-case")]
+pub enum Effect {
+    /// Changes an order.
+    Amend,
+    /// Cancels named orders.
+    Cancel,
+    /// Cancels all orders, or all that match.
+    CancelAll,
+    /// Nothing.
+    None,
+    /// Places orders.
+    Place,
+    /// Validates an order and places none.
+    Test,
+}
+
+impl Endpoint {
+    /// Whether a call adds risk: everything but cancels, order tests, reads and public data. It is refused first when
+    /// something is wrong.
+    pub fn adds_risk(&self) -> bool {
+        let reduces = matches!(
+            self.effect,
+            Effect::Cancel | Effect::CancelAll | Effect::Test
+        );
+        !reduces && !matches!(self.risk, Risk::Public | Risk::Read)
+    }
+
+    /// Whether it needs a signature.
+    pub fn is_private(&self) -> bool {
+        self.risk != Risk::Public
+    }
+
+    /// The value that `path` has for the parameter `{name}`.
+    pub fn path_parameter<'p>(&self, name: &str, path: &'p str) -> Option<&'p str> {
+        let wanted = |segment: &str| {
+            segment.strip_prefix('{').and_then(|s| s.strip_suffix('}')) == Some(name)
+        };
+        self.path
+            .split('/')
+            .zip(path.split('/'))
+            .find(|(segment, _)| wanted(segment))
+            .map(|(_, value)| value)
+    }
+}
+
+/// All endpoints, found by name or by scope, method and path.
+#[derive(Debug)]
+pub struct Catalog {
+    endpoints: Vec<Endpoint>,
+    by_id: HashMap<String, usize>,
+    routes: HashMap<(Option<Scope>, Method), Node>,
+}
+
+/// What the catalogue knows of a path.
+#[derive(Clone, Copy, Debug)]
+pub enum Found<'c> {
+    /// This endpoint.
+    Endpoint(&'c Endpoint),
+    /// A path that only a lax router would take for this endpoint, whose literal path it resembles.
+    Lookalike(&'c Endpoint),
+    /// Not this scope's, but this endpoint of another scope, or of a host that is not served.
+    OtherScope(&'c Endpoint),
+    /// Nothing.
+    Unlisted,
+}
+
+#[derive(Debug, Default)]
+struct Node {
+    literal: HashMap<String, Node>,
+    parameter: Option<Box<Node>>,
+    endpoint: Option<usize>,
+}
+
+impl Catalog {
+    /// The compiled-in catalogue.
+    pub fn get() -> &'static Self {
+        &CATALOG
+    }
+
+    fn new(endpoints: Vec<Endpoint>) -> Self {
+        let mut by_id = HashMap::new();
+        let mut routes: HashMap<_, Node> = HashMap::new();
+        for (index, endpoint) in endpoints.iter().enumerate() {
+            by_id.insert(endpoint.id.clone(), index);
+            let mut node = routes.entry((endpoint.scope, endpoint.method)).or_default();
+            for segment in endpoint.path.split('/') {
+                node = if segment.starts_with('{') {
+                    node.parameter.get_or_insert_default()
+                } else {
+                    node.literal.entry(segment.to_owned()).or_default()
+                };
+            }
+            node.endpoint = Some(index);
+        }
+        Self {
+            endpoints,
+            by_id,
+            routes,
+        }
+    }
+
+    /// All endpoints.
+    pub fn endpoints(&self) -> &[Endpoint] {
+        &self.endpoints
+    }
+
+    /// The endpoint of this name.
+    pub fn by_id(&self, id: &str) -> Option<&Endpoint> {
+        self.by_id
+            .get(id)
+            .and_then(|&index| self.endpoints.get(index))
+    }
+
+    /// The endpoint that serves `path`; literal paths match before templates, since `cancelAll` is no order id.
+    pub fn find(&self, scope: Scope, method: Method, path: &str) -> Found<'_> {
+        if let Some(endpoint) = self.route(Some(scope), method, path) {
+            let is_template = endpoint.path.contains('{');
+            return match self.resembles(scope, method, path).filter(|_| is_template) {
+                Some(literal) => Found::Lookalike(literal),
+                None => Found::Endpoint(endpoint),
+            };
+        }
+        let elsewhere = Scope::ALL
+            .map(Some)
+            .into_iter()
+            .chain([None])
+            .filter(|other| *other != Some(scope));
+        match elsewhere
+            .into_iter()
+            .find_map(|other| self.route(other, method, path))
+        {
+            Some(endpoint) => Found::OtherScope(endpoint),
+            None => Found::Unlisted,
+        }
+    }
+
+    fn route(&self, scope: Option<Scope>, method: Method, path: &str) -> Option<&Endpoint> {
+        let segments: Vec<&str> = path.split('/').collect();
+        let index = self.routes.get(&(scope, method))?.find(&segments)?;
+        self.endpoints.get(index)
+    }
+
+    /// The literal endpoint that `path` equals but for case or a suffix after a dot, which a lax router drops.
+    fn resembles(&self, scope: Scope, method: Method, path: &str) -> Option<&Endpoint> {
+        let stem = |segment: &str| {
+            segment
+                .split_once('.')
+                .map_or(segment.len(), |(stem, _)| stem.len())
+        };
+        let alike = |l: &str, r: &str| l.eq_ignore_ascii_case(r.get(..stem(r)).unwrap_or(r));
+        let same = |literal: &str| {
+            let (mut left, mut right) = (literal.split('/'), path.split('/'));
+            left.by_ref()
+                .zip(right.by_ref())
+                .all(|(l, r)| l == r || alike(l, r))
+                && literal.matches('/').count() == path.matches('/').count()
+        };
+        self.endpoints.iter().find(|endpoint| {
+            endpoint.scope == Some(scope)
+                && endpoint.method == method
+                && !endpoint.path.contains('{')
+                && same(&endpoint.path)
+        })
+    }
+}
+
+impl Node {
+    fn find(&self, segments: &[&str]) -> Option<usize> {
+        let Some((segment, rest)) = segments.split_first() else {
+            return self.endpoint;
+        };
+        let literal = self.literal.get(*segment).and_then(|node| node.find(rest));
+        literal.or_else(|| self.parameter.as_ref().and_then(|node| node.find(rest)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(scope: Scope, method: Method, path: &str) -> String {
+        match Catalog::get().find(scope, method, path) {
+            Found::Endpoint(endpoint) => endpoint.path.clone(),
+            Found::Lookalike(endpoint) => format!("like {}", endpoint.path),
+            Found::OtherScope(endpoint) => format!("other {:?}", endpoint.scope),
+            Found::Unlisted => "unlisted".to_owned(),
+        }
+    }
+
+    #[test]
+    fn the_catalogue_is_whole() {
+        let endpoints = Catalog::get().endpoints();
+        assert_eq!(endpoints.len(), 572);
+        assert_eq!(Catalog::get().by_id.len(), 572, "ids are unique");
+        let served = |e: &&Endpoint| e.scope.is_some() && e.is_private() && e.grantable;
+        assert_eq!(endpoints.iter().filter(served).count(), 417);
+    }
+
+    #[test]
+    fn every_endpoint_is_found_by_its_own_path() {
+        for endpoint in Catalog::get().endpoints() {
+            let Some(scope) = endpoint.scope else {
+                continue;
+            };
+            assert_eq!(
+                found(scope, endpoint.method, &endpoint.path),
+                endpoint.path,
+                "{}",
+                endpoint.id
+            );
+        }
+    }
+
+    #[test]
+    fn literal_paths_match_before_templates() {
+        let delete = |path: &str| found(Scope::SpotMargin, Method::Delete, path);
+        assert_eq!(
+            delete("/api/v1/hf/orders/67fe"),
+            "/api/v1/hf/orders/{orderId}"
+        );
+        assert_eq!(
+            delete("/api/v1/hf/orders/cancelAll"),
+            "/api/v1/hf/orders/cancelAll"
+        );
+        assert_eq!(
+            delete("/api/v1/hf/orders/CANCELALL"),
+            "like /api/v1/hf/orders/cancelAll"
+        );
+        assert_eq!(
+            delete("/api/v1/hf/orders/cancelAll.json"),
+            "like /api/v1/hf/orders/cancelAll"
+        );
+        assert_eq!(
+            delete("/api/v1/stop-order/cancel"),
+            "/api/v1/stop-order/cancel"
+        );
+        assert_eq!(
+            found(
+                Scope::Futures,
+                Method::Delete,
+                "/api/v1/orders/multi-cancel"
+            ),
+            "/api/v1/orders/multi-cancel"
+        );
+    }
+
+    #[test]
+    fn the_scope_decides_and_other_scopes_are_named() {
+        assert_eq!(
+            found(Scope::Futures, Method::Post, "/api/v1/hf/orders"),
+            "other Some(SpotMargin)"
+        );
+        assert_eq!(
+            found(Scope::SpotMargin, Method::Get, "/api/v1/broker/nd/info"),
+            "other None"
+        );
+        assert_eq!(
+            found(Scope::SpotMargin, Method::Get, "/api/v9/nothing"),
+            "unlisted"
+        );
+    }
+
+    #[test]
+    fn adding_risk_is_everything_but_cancels_tests_and_reads() {
+        let adds = |id: &str| Catalog::get().by_id(id).unwrap().adds_risk();
+        assert!(adds("spot.post.v1-hf-orders"));
+        assert!(!adds("spot.post.v1-hf-orders-test"));
+        assert!(!adds("spot.delete.v1-hf-orders-order-id"));
+        assert!(!adds("spot.get.v1-accounts"));
+    }
+
+    #[test]
+    fn a_path_parameter_is_read_by_name() {
+        let endpoint = Catalog::get()
+            .by_id("spot.delete.v1-hf-orders-order-id")
+            .unwrap();
+        assert_eq!(
+            endpoint.path_parameter("orderId", "/api/v1/hf/orders/67fe"),
+            Some("67fe")
+        );
+        assert_eq!(
+            endpoint.path_parameter("clientOid", "/api/v1/hf/orders/67fe"),
+            None
+        );
+    }
+}

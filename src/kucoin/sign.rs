@@ -1,0 +1,251 @@
+//! Signs requests: string-to-sign and headers, key versions 2 and 3, partner headers.
+//!
+//! Source: KuCoin API documentation, "Authentication" and "Broker: Instructions". The only place that sees a secret.
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use bytes::Bytes;
+use hmac::{Hmac, KeyInit, Mac};
+use http::header::{CONTENT_TYPE, HeaderName, HeaderValue, USER_AGENT};
+use http::uri::{PathAndQuery, Uri};
+use http_body_util::Full;
+use sha2::Sha256;
+use zeroize::Zeroizing;
+
+use super::{Site, UnsignedRequest};
+use crate::secret::{ApiSecret, PartnerKey, Passphrase};
+
+const API_KEY: HeaderName = HeaderName::from_static("kc-api-key");
+const BROKER_NAME: HeaderName = HeaderName::from_static("kc-broker-name");
+const KEY_VERSION: HeaderName = HeaderName::from_static("kc-api-key-version");
+const PARTNER: HeaderName = HeaderName::from_static("kc-api-partner");
+const PARTNER_SIGN: HeaderName = HeaderName::from_static("kc-api-partner-sign");
+const PARTNER_VERIFY: HeaderName = HeaderName::from_static("kc-api-partner-verify");
+const PASSPHRASE: HeaderName = HeaderName::from_static("kc-api-passphrase");
+const SIGN: HeaderName = HeaderName::from_static("kc-api-sign");
+const SITE_TYPE: HeaderName = HeaderName::from_static("x-site-type");
+const TIMESTAMP: HeaderName = HeaderName::from_static("kc-api-timestamp");
+
+/// Base64 of an HMAC-SHA256: 32 bytes in 44 characters.
+const SIGNATURE_CHARS: usize = 44;
+
+/// Version of an API key, as KuCoin's key management shows it. Version 1 ended in 2021.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum KeyVersion {
+    /// Keys made between 2021 and 2025.
+    V2,
+    /// Keys made since.
+    V3,
+}
+
+impl KeyVersion {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::V2 => "2",
+            Self::V3 => "3",
+        }
+    }
+}
+
+/// A KuCoin API key, ready to sign: the HMAC states and the signed passphrase are computed once.
+///
+/// Not `Clone`; what it holds is wiped on drop.
+pub struct Key {
+    id: Zeroizing<String>,
+    version: KeyVersion,
+    secret: Hmac<Sha256>,
+    /// As secret as the passphrase itself: constant for the life of the key, and all that the header asks for.
+    passphrase: Zeroizing<[u8; SIGNATURE_CHARS]>,
+    partner: Option<Hmac<Sha256>>,
+}
+
+impl std::fmt::Debug for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Key(redacted)")
+    }
+}
+
+/// Why a key's values cannot be one.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum KeyError {
+    /// The key id cannot stand in a header.
+    #[error("`api_key` is empty or not printable ASCII")]
+    Id,
+    /// The named value is empty.
+    #[error("`{0}` is empty")]
+    Empty(&'static str),
+}
+
+impl Key {
+    /// Prepares a key; the secrets given are not needed afterwards.
+    pub fn new(
+        id: Zeroizing<String>,
+        secret: &ApiSecret,
+        passphrase: &Passphrase,
+        version: KeyVersion,
+        partner: Option<&PartnerKey>,
+    ) -> Result<Self, KeyError> {
+        if id.is_empty() || !id.bytes().all(|b| b.is_ascii_graphic()) {
+            return Err(KeyError::Id);
+        }
+        let secret = mac(secret.expose(), "api_secret")?;
+        if passphrase.expose().is_empty() {
+            return Err(KeyError::Empty("passphrase"));
+        }
+        let partner = partner
+            .map(|key| mac(key.expose(), "partner_key"))
+            .transpose()?;
+        let passphrase = Zeroizing::new(signature(&secret, &[passphrase.expose()]));
+        Ok(Self {
+            id,
+            version,
+            secret,
+            passphrase,
+            partner,
+        })
+    }
+}
+
+fn mac(key: &[u8], name: &'static str) -> Result<Hmac<Sha256>, KeyError> {
+    if key.is_empty() {
+        return Err(KeyError::Empty(name));
+    }
+    // HMAC takes keys of any length, so this does not fail.
+    Hmac::new_from_slice(key).map_err(|_| KeyError::Empty(name))
+}
+
+/// A partner (broker) as KuCoin registered it; its key is part of the account's key in Vault.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Partner {
+    /// Partner id, `KC-API-PARTNER`.
+    pub id: String,
+    /// Broker name, `KC-BROKER-NAME`; sent where there is one.
+    pub broker_name: Option<String>,
+}
+
+/// A request ready to leave. Moved, never copied: no signature is sent twice.
+#[derive(Debug)]
+pub struct SignedRequest {
+    /// What goes on the wire, but for the host.
+    pub(crate) request: http::Request<Full<Bytes>>,
+    /// The timestamp that was signed, Unix milliseconds; 0 where nothing was.
+    pub timestamp_ms: i64,
+}
+
+/// Why a request cannot be signed.
+#[derive(Debug, thiserror::Error)]
+pub enum SignError {
+    /// The rules name a partner, but the key has no partner key.
+    #[error("the account has a partner, but its key in Vault has no `partner_key`")]
+    PartnerKeyMissing,
+    /// The HTTP library would send another target than was checked and signed.
+    #[error("the HTTP library changed the target")]
+    Rewritten,
+    /// The target or a value is not what HTTP can carry.
+    #[error("the request cannot be written as HTTP")]
+    Unwritable(#[source] http::Error),
+}
+
+/// Signs `request` as of `now_ms` (Unix milliseconds, exchange clock). KuCoin refuses it from 5 s off.
+///
+/// String-to-sign: timestamp, method, path and query *not* percent-encoded, body; no separators. Partner signature:
+/// timestamp, partner id, key id, with the partner's key.
+/// Source: KuCoin API documentation, "Authentication", key versions 2 and 3; "Broker: Instructions".
+pub fn sign(
+    request: &UnsignedRequest,
+    site: Site,
+    key: &Key,
+    partner: Option<&Partner>,
+    now_ms: i64,
+) -> Result<SignedRequest, SignError> {
+    let timestamp = now_ms.to_string();
+    let signed_target = request.target.to_sign();
+    let parts = string_to_sign(&timestamp, request, &signed_target);
+    let mut signed = unsigned(request, site)?;
+    signed.timestamp_ms = now_ms;
+    let mut add = |name, value: &[u8]| -> Result<(), SignError> {
+        let mut value = HeaderValue::from_bytes(value).map_err(unwritable)?;
+        value.set_sensitive(true);
+        signed.request.headers_mut().insert(name, value);
+        Ok(())
+    };
+    add(API_KEY, key.id.as_bytes())?;
+    add(SIGN, &signature(&key.secret, &parts))?;
+    add(TIMESTAMP, timestamp.as_bytes())?;
+    add(PASSPHRASE, &key.passphrase[..])?;
+    add(KEY_VERSION, key.version.as_str().as_bytes())?;
+    if let Some(partner) = partner {
+        let mac = key.partner.as_ref().ok_or(SignError::PartnerKeyMissing)?;
+        add(PARTNER, partner.id.as_bytes())?;
+        add(
+            PARTNER_SIGN,
+            &signature(
+                mac,
+                &[
+                    timestamp.as_bytes(),
+                    partner.id.as_bytes(),
+                    key.id.as_bytes(),
+                ],
+            ),
+        )?;
+        add(PARTNER_VERIFY, b"true")?;
+        if let Some(name) = &partner.broker_name {
+            add(BROKER_NAME, name.as_bytes())?;
+        }
+    }
+    Ok(signed)
+}
+
+/// The string-to-sign, in the four parts that are fed to the HMAC one after the other.
+pub fn string_to_sign<'a>(
+    timestamp: &'a str,
+    request: &'a UnsignedRequest,
+    target: &'a str,
+) -> [&'a [u8]; 4] {
+    [
+        timestamp.as_bytes(),
+        request.method.as_str().as_bytes(),
+        target.as_bytes(),
+        &request.body,
+    ]
+}
+
+/// Writes `request` without a signature, as public endpoints take it.
+pub fn unsigned(request: &UnsignedRequest, site: Site) -> Result<SignedRequest, SignError> {
+    let wire = request.target.to_wire();
+    let target: PathAndQuery = wire.parse().map_err(unwritable)?;
+    if target.as_str() != wire {
+        return Err(SignError::Rewritten);
+    }
+    let mut written = http::Request::new(Full::new(request.body.clone()));
+    *written.method_mut() = request.method.as_http();
+    *written.uri_mut() = Uri::from(target);
+    let headers = written.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    headers.insert(
+        USER_AGENT,
+        HeaderValue::from_static(concat!("credbroker/", env!("CARGO_PKG_VERSION"))),
+    );
+    if site == Site::Au {
+        headers.insert(SITE_TYPE, HeaderValue::from_static("australia"));
+    }
+    Ok(SignedRequest {
+        request: written,
+        timestamp_ms: 0,
+    })
+}
+
+fn unwritable(error: impl Into<http::Error>) -> SignError {
+    SignError::Unwritable(error.into())
+}
+
+fn signature(mac: &Hmac<Sha256>, parts: &[&[u8]]) -> [u8; SIGNATURE_CHARS] {
+    let mut mac = mac.clone();
+    for part in parts {
+        mac.update(part);
+    }
+    let mut text = [0; SIGNATURE_CHARS];
+    let written = BASE64.encode_slice(mac.finalize().into_bytes(), &mut text);
+    debug_assert_eq!(written, Ok(SIGNATURE_CHARS));
+    text
+}

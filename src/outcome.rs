@@ -1,0 +1,112 @@
+//! The words that errors, metrics, audit lines and the proto share for how a call ended.
+
+use std::fmt;
+
+use serde::{Serialize, Serializer};
+
+/// What is known about a request once its call has ended.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub enum Outcome {
+    /// The exchange took the request.
+    Accepted,
+    /// It may have reached the exchange and been executed; nobody knows yet.
+    MaybeSent,
+    /// Nothing left the broker.
+    NotSent,
+    /// The exchange refused the request; nothing was executed.
+    Rejected,
+}
+
+impl Outcome {
+    /// The word for it, as in metrics, audit lines and `ErrorInfo`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Accepted => "accepted",
+            Self::MaybeSent => "maybe_sent",
+            Self::NotSent => "not_sent",
+            Self::Rejected => "rejected",
+        }
+    }
+}
+
+impl Serialize for Outcome {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.as_str())
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Why a call failed: `ErrorInfo.reason`, and the label of the same name in metrics and audit lines.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub enum Reason {
+    /// The request may have reached the exchange, and no whole answer came back.
+    AnswerLost,
+    /// The audit file cannot be written, and the request adds risk.
+    AuditUnavailable,
+    /// No rule names this bot.
+    CallerUnknown,
+    /// The time limit passed while nothing was sent.
+    DeadlineExceeded,
+    /// No connection to the exchange could be made.
+    ExchangeUnreachable,
+    /// A defect of the broker.
+    Internal,
+    /// The account's key is not in memory.
+    KeyUnavailable,
+    /// The rules do not allow it.
+    PolicyDenied,
+    /// A field of the request is not as it must be.
+    RequestMalformed,
+    /// The broker is stopping.
+    ShuttingDown,
+}
+
+impl Reason {
+    /// The word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::AnswerLost => "ANSWER_LOST",
+            Self::AuditUnavailable => "AUDIT_UNAVAILABLE",
+            Self::CallerUnknown => "CALLER_UNKNOWN",
+            Self::DeadlineExceeded => "DEADLINE_EXCEEDED",
+            Self::ExchangeUnreachable => "EXCHANGE_UNREACHABLE",
+            Self::Internal => "INTERNAL",
+            Self::KeyUnavailable => "KEY_UNAVAILABLE",
+            Self::PolicyDenied => "POLICY_DENIED",
+            Self::RequestMalformed => "REQUEST_MALFORMED",
+            Self::ShuttingDown => "SHUTTING_DOWN",
+        }
+    }
+
+    /// What a call that fails for this reason must assume about its request.
+    pub fn outcome(self) -> Outcome {
+        match self {
+            Self::AnswerLost | Self::Internal => Outcome::MaybeSent,
+            Self::AuditUnavailable
+            | Self::CallerUnknown
+            | Self::DeadlineExceeded
+            | Self::ExchangeUnreachable
+            | Self::KeyUnavailable
+            | Self::PolicyDenied
+            | Self::RequestMalformed
+            | Self::ShuttingDown => Outcome::NotSent,
+        }
+    }
+}
+
+impl Serialize for Reason {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.as_str())
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}

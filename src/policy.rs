@@ -1,0 +1,301 @@
+//! May this bot do this? Pure: rules and request in, [`Permit`] or [`Denied`] out.
+//!
+//! Deny by default. It does not count, wait, or look at the body of a request.
+
+pub mod file;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt;
+use std::sync::Arc;
+
+use serde::Deserialize;
+
+use crate::ids::{AccountId, BotId, KeyName};
+use crate::kucoin::catalog::Found;
+use crate::kucoin::{Catalog, Endpoint, Host, Method, Partner, Risk, Scope, Site, UnsignedRequest};
+
+/// An account as the rules describe it.
+#[derive(Debug)]
+pub struct Account {
+    /// Its name.
+    pub id: AccountId,
+    /// The KuCoin site it lives on.
+    pub site: Site,
+    /// Its VIP level, 0 to 12, which sets its quotas.
+    pub vip: u8,
+    /// What its keys are for.
+    pub purpose: Purpose,
+    /// Whether endpoints that move money may be granted at all.
+    pub allow_money_out: bool,
+    /// Which key serves which scope.
+    pub keys: BTreeMap<Scope, KeyName>,
+    /// Partner (rebate programme) per scope.
+    pub partners: BTreeMap<Scope, Partner>,
+}
+
+/// What an account's keys are for.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq)]
+#[serde(rename_all = "kebab-case")]
+pub enum Purpose {
+    /// Reads and public data only.
+    ReadOnly,
+    /// Whatever the grants say.
+    #[default]
+    Trade,
+}
+
+/// The rules as meant.
+#[derive(Debug, Default)]
+pub struct Policy {
+    accounts: BTreeMap<AccountId, Arc<Account>>,
+    bots: HashMap<BotId, HashMap<AccountId, HashMap<Scope, Grants>>>,
+}
+
+/// What one bot may do on one account in one scope.
+#[derive(Debug, Default)]
+struct Grants {
+    classes: HashSet<Risk>,
+    endpoints: HashSet<&'static str>,
+    unlisted: HashSet<(Method, String)>,
+}
+
+/// Proof that the rules allow one request. Only [`Policy::authorize`] makes one; no key is taken without it.
+#[derive(Clone, Debug)]
+pub struct Permit {
+    account: Arc<Account>,
+    scope: Scope,
+    endpoint: Option<&'static Endpoint>,
+}
+
+impl Permit {
+    /// The account.
+    pub fn account(&self) -> &Account {
+        &self.account
+    }
+
+    /// The scope.
+    pub fn scope(&self) -> Scope {
+        self.scope
+    }
+
+    /// The site and host that the request goes to.
+    pub fn destination(&self) -> (Site, Host) {
+        (self.account.site, self.scope.host())
+    }
+
+    /// The catalogue's name of the endpoint, or `unlisted`.
+    pub fn endpoint_id(&self) -> &'static str {
+        self.endpoint
+            .map_or("unlisted", |endpoint| endpoint.id.as_str())
+    }
+
+    /// The endpoint; `None` for one outside the catalogue.
+    pub fn endpoint(&self) -> Option<&'static Endpoint> {
+        self.endpoint
+    }
+
+    /// The key that signs; `None` where the request goes unsigned or the account has none in this scope.
+    pub fn key_name(&self) -> Option<&KeyName> {
+        self.account.keys.get(&self.scope)
+    }
+
+    /// The partner whose headers go along.
+    pub fn partner(&self) -> Option<&Partner> {
+        self.account.partners.get(&self.scope)
+    }
+
+    /// Whether the request needs a signature.
+    pub fn is_private(&self) -> bool {
+        self.endpoint.is_none_or(Endpoint::is_private)
+    }
+
+    /// Whether the request adds risk; one outside the catalogue does.
+    pub fn adds_risk(&self) -> bool {
+        self.endpoint.is_none_or(Endpoint::adds_risk)
+    }
+
+    /// Whether the request may be sent again although it may have been executed.
+    pub fn is_idempotent(&self) -> bool {
+        self.endpoint.is_some_and(|endpoint| endpoint.idempotent)
+    }
+
+    /// Whether the request could change anything on the exchange.
+    pub fn changes(&self) -> bool {
+        !self
+            .endpoint
+            .is_some_and(|endpoint| matches!(endpoint.risk, Risk::Public | Risk::Read))
+    }
+}
+
+/// Why the rules do not allow a request.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum Denied {
+    /// Account unknown or not this bot's: the two look the same.
+    #[error("account {0} is unknown or not granted to this bot")]
+    Account(AccountId),
+    /// No rule names the bot.
+    #[error("no rule names the bot {0}; ask an admin for a grant")]
+    Caller(BotId),
+    /// A path that a lax router could take for a literal endpoint.
+    #[error("the path resembles {literal}, which is another endpoint; write it exactly")]
+    Lookalike {
+        /// The literal path.
+        literal: &'static str,
+    },
+    /// Endpoints of API keys.
+    #[error("{endpoint} makes, changes, returns or deletes API keys and is never granted")]
+    NeverGranted {
+        /// The endpoint's id.
+        endpoint: &'static str,
+    },
+    /// Nothing grants it.
+    #[error("no rule grants {what} to this bot on account {account} in scope {scope}")]
+    NotGranted {
+        /// The endpoint's id, or method and path.
+        what: String,
+        /// The account.
+        account: AccountId,
+        /// The scope asked for.
+        scope: Scope,
+    },
+    /// The endpoint lives on a host that the broker does not serve.
+    #[error(
+        "{endpoint} is served by the host for exchange brokers, which credbroker does not serve"
+    )]
+    NotServed {
+        /// The endpoint's id.
+        endpoint: &'static str,
+    },
+    /// The endpoint belongs to another scope.
+    #[error("{endpoint} belongs to scope {belongs}, not to {asked}")]
+    Scope {
+        /// The endpoint's id.
+        endpoint: &'static str,
+        /// The scope it belongs to.
+        belongs: Scope,
+        /// The scope asked for.
+        asked: Scope,
+    },
+    /// The account's site has no such market.
+    #[error("site {site} does not serve {endpoint}")]
+    Site {
+        /// The site.
+        site: Site,
+        /// The endpoint's id.
+        endpoint: &'static str,
+    },
+}
+
+impl Policy {
+    /// All accounts, by name.
+    pub fn accounts(&self) -> impl Iterator<Item = &Arc<Account>> {
+        self.accounts.values()
+    }
+
+    /// Whether any rule names this bot.
+    pub fn knows(&self, bot: &BotId) -> bool {
+        self.bots.contains_key(bot)
+    }
+
+    /// Whether `bot` may send `request`.
+    pub fn authorize(&self, bot: &BotId, request: &UnsignedRequest) -> Result<Permit, Denied> {
+        let &UnsignedRequest {
+            scope,
+            method,
+            ref account,
+            ref target,
+            ..
+        } = request;
+        let granted_accounts = self
+            .bots
+            .get(bot)
+            .ok_or_else(|| Denied::Caller(bot.clone()))?;
+        let (Some(grants), Some(entry)) =
+            (granted_accounts.get(account), self.accounts.get(account))
+        else {
+            return Err(Denied::Account(account.clone()));
+        };
+        let not_granted = |what: String| Denied::NotGranted {
+            what,
+            account: account.clone(),
+            scope,
+        };
+        let grants = grants.get(&scope);
+        let endpoint = match Catalog::get().find(scope, method, target.path()) {
+            Found::Endpoint(endpoint) => Some(endpoint),
+            Found::Lookalike(literal) => {
+                return Err(Denied::Lookalike {
+                    literal: &literal.path,
+                });
+            }
+            Found::OtherScope(endpoint)
+                if !grants.is_some_and(|g| g.has_unlisted(method, target.path())) =>
+            {
+                let endpoint_id = endpoint.id.as_str();
+                return Err(endpoint.scope.map_or(
+                    Denied::NotServed {
+                        endpoint: endpoint_id,
+                    },
+                    |belongs| Denied::Scope {
+                        endpoint: endpoint_id,
+                        belongs,
+                        asked: scope,
+                    },
+                ));
+            }
+            Found::OtherScope(_) | Found::Unlisted => None,
+        };
+        let allowed = match endpoint {
+            Some(endpoint) if !endpoint.grantable => {
+                return Err(Denied::NeverGranted {
+                    endpoint: &endpoint.id,
+                });
+            }
+            Some(endpoint) if !serves(entry.site, endpoint) => {
+                return Err(Denied::Site {
+                    site: entry.site,
+                    endpoint: &endpoint.id,
+                });
+            }
+            Some(endpoint) => grants.is_some_and(|grants| grants.cover(endpoint)),
+            None => grants.is_some_and(|grants| grants.has_unlisted(method, target.path())),
+        };
+        if !allowed {
+            let unlisted = || format!("{method} on this path, which is not in the catalogue,");
+            return Err(not_granted(
+                endpoint.map_or_else(unlisted, |endpoint| endpoint.id.clone()),
+            ));
+        }
+        Ok(Permit {
+            account: Arc::clone(entry),
+            scope,
+            endpoint,
+        })
+    }
+}
+
+impl Grants {
+    fn cover(&self, endpoint: &Endpoint) -> bool {
+        self.classes.contains(&endpoint.risk) || self.endpoints.contains(endpoint.id.as_str())
+    }
+
+    fn has_unlisted(&self, method: Method, path: &str) -> bool {
+        // The set is empty in all but a few installations: no need to look without allocating.
+        !self.unlisted.is_empty() && self.unlisted.contains(&(method, path.to_owned()))
+    }
+}
+
+/// Whether a site has the market of an endpoint. Source: KuCoin's Turkish documentation (spot only).
+fn serves(site: Site, endpoint: &Endpoint) -> bool {
+    endpoint.scope.is_some_and(|scope| site.serves(scope))
+        && !(site == Site::Tr && endpoint.product == "margin")
+}
+
+impl fmt::Display for Purpose {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ReadOnly => "read-only",
+            Self::Trade => "trade",
+        })
+    }
+}

@@ -1,0 +1,390 @@
+//! The rules file: rules as written become rules as meant, or a list of every problem in them.
+
+use std::sync::Arc;
+
+use super::{Account, Grants, Policy, Purpose, serves};
+use crate::config::reader::{Problem, Problems, Section};
+use crate::ids::{AccountId, BotId};
+use crate::kucoin::catalog::Found;
+use crate::kucoin::request::{self, RequestLimits};
+use crate::kucoin::{Catalog, Endpoint, Method, Partner, Risk, Scope};
+
+impl Policy {
+    /// Reads the text of a rules file.
+    ///
+    /// # Errors
+    /// With every problem at once, each under its key.
+    pub fn parse(text: &str) -> Result<Self, Vec<Problem>> {
+        let problems = Problems::default();
+        let mut policy = Self::default();
+        if let Some(mut rules) = Section::parse(text, "rules", &problems) {
+            for (name, section) in rules.named_sections("account") {
+                policy.add_account(&name, section);
+            }
+            for section in rules.numbered_sections("grant") {
+                policy.add_grant(section);
+            }
+        }
+        problems.into_result().map(|()| policy)
+    }
+
+    fn add_account(&mut self, name: &str, mut section: Section) {
+        let site = section.optional("site").unwrap_or_default();
+        let vip = section.number("vip", 0, 0..=12);
+        let purpose = section.optional("purpose").unwrap_or_default();
+        let allow_money_out = section.optional("allow_money_out").unwrap_or_default();
+        let mut keys = section.section("key");
+        let mut partners = section.section("partner");
+        let mut account = Account {
+            id: match name.parse() {
+                Ok(id) => id,
+                Err(error) => return section.problem("", error),
+            },
+            site,
+            vip: u8::try_from(vip).unwrap_or_default(),
+            purpose,
+            allow_money_out,
+            keys: [].into(),
+            partners: [].into(),
+        };
+        for scope in Scope::ALL {
+            if let Some(key) = keys.optional(scope.as_str()) {
+                if !site.serves(scope) {
+                    keys.problem(
+                        scope.as_str(),
+                        format_args!("site {site} does not serve this scope; remove the key"),
+                    );
+                }
+                account.keys.insert(scope, key);
+            }
+            if partners.has(scope.as_str()) {
+                let mut partner = partners.section(scope.as_str());
+                let id = partner.required::<String>("id", "\"your-partner-id\"");
+                let broker_name = partner.optional::<String>("broker_name");
+                for (key, value) in [("id", &id), ("broker_name", &broker_name)] {
+                    let fits = |text: &String| {
+                        !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic())
+                    };
+                    if value.as_ref().is_some_and(|value| !fits(value)) {
+                        partner.problem(
+                            key,
+                            "expected printable ASCII without spaces, as it stands in a header",
+                        );
+                    }
+                }
+                if let Some(id) = id {
+                    account.partners.insert(scope, Partner { id, broker_name });
+                }
+            }
+        }
+        self.accounts.insert(account.id.clone(), Arc::new(account));
+    }
+
+    fn add_grant(&mut self, mut section: Section) {
+        let bot = section.required::<BotId>("bot", "\"spiffe://example.org/bot/maker\"");
+        let account = section.required::<AccountId>("account", "\"main\"");
+        let scope = section.required::<Scope>("scope", "\"spot-margin\"");
+        let what = if section.optional("unlisted") == Some(true) {
+            let method = section.required::<Method>("method", "\"GET\"");
+            let path = section.required::<String>("path", "\"/api/v1/new-endpoint\"");
+            method
+                .zip(path)
+                .map(|(method, path)| What::Unlisted(method, path))
+        } else {
+            section
+                .required::<Vec<String>>("allow", "[\"read\", \"trade\"]")
+                .map(What::Allow)
+        };
+        let (Some(bot), Some(account), Some(scope), Some(what)) = (bot, account, scope, what)
+        else {
+            return;
+        };
+        let Some(entry) = self.accounts.get(&account) else {
+            let fix = format_args!(
+                "names no account of this file; add [account.{account}] or correct the name"
+            );
+            return section.problem("account", fix);
+        };
+        let grants = self
+            .bots
+            .entry(bot)
+            .or_default()
+            .entry(account)
+            .or_default()
+            .entry(scope)
+            .or_default();
+        match what {
+            What::Allow(words) => {
+                for (index, word) in words.iter().enumerate() {
+                    if let Err(problem) = grants.allow(entry, scope, word) {
+                        section.problem(
+                            &format!("allow[{index}]"),
+                            format_args!("{word:?} {problem}"),
+                        );
+                    }
+                }
+            }
+            What::Unlisted(method, path) => match unlisted(entry, scope, method, &path) {
+                Ok(()) => _ = grants.unlisted.insert((method, path)),
+                Err(problem) => section.problem("path", problem),
+            },
+        }
+    }
+}
+
+/// What a grant grants.
+enum What {
+    Allow(Vec<String>),
+    Unlisted(Method, String),
+}
+
+impl Grants {
+    fn allow(&mut self, account: &Account, scope: Scope, word: &str) -> Result<(), String> {
+        if let Some(class) = Risk::ALL.into_iter().find(|risk| risk.as_str() == word) {
+            if !class.grantable_as_class() {
+                return Err("is not granted as a class; name each endpoint by its id".to_owned());
+            }
+            fits_account(account, scope, class)?;
+            self.classes.insert(class);
+            return Ok(());
+        }
+        let endpoint: &'static Endpoint = Catalog::get().by_id(word).ok_or_else(|| {
+            let classes = Risk::ALL
+                .into_iter()
+                .filter(|r| r.grantable_as_class())
+                .map(Risk::as_str);
+            let classes = classes.collect::<Vec<_>>().join(", ");
+            format!("is neither a class ({classes}) nor the id of an endpoint in the catalogue")
+        })?;
+        match endpoint.scope {
+            None => {
+                return Err(
+                    "is served by the host for exchange brokers, which credbroker does not serve"
+                        .to_owned(),
+                );
+            }
+            Some(belongs) if belongs != scope => {
+                return Err(format!("belongs to scope {belongs}, not to {scope}"));
+            }
+            Some(_) => {}
+        }
+        if !endpoint.grantable {
+            return Err(
+                "makes, changes, returns or deletes API keys and can never be granted".to_owned(),
+            );
+        }
+        if endpoint.risk.moves_money() && !account.allow_money_out {
+            return Err(money_out(account, endpoint.risk.as_str()));
+        }
+        if !serves(account.site, endpoint) {
+            return Err(format!("is not served by site {}", account.site));
+        }
+        fits_account(account, scope, endpoint.risk)?;
+        self.endpoints.insert(&endpoint.id);
+        Ok(())
+    }
+}
+
+/// Whether the account has what a class needs: a key, and the purpose.
+fn fits_account(account: &Account, scope: Scope, risk: Risk) -> Result<(), String> {
+    if !account.site.serves(scope) {
+        return Err(format!(
+            "cannot be granted: site {} does not serve scope {scope}",
+            account.site
+        ));
+    }
+    if risk != Risk::Public && !account.keys.contains_key(&scope) {
+        return Err(format!(
+            "needs a key, and the account has none in this scope; add {scope} = \"<key name>\" to [account.{}.key]",
+            account.id
+        ));
+    }
+    if account.purpose == Purpose::ReadOnly && !matches!(risk, Risk::Public | Risk::Read) {
+        return Err(format!(
+            "is more than reading, and the purpose of account {} is read-only",
+            account.id
+        ));
+    }
+    Ok(())
+}
+
+fn unlisted(account: &Account, scope: Scope, method: Method, path: &str) -> Result<(), String> {
+    let mut problems = Vec::new();
+    let Some(target) = request::target(path, Vec::new(), &RequestLimits::default(), &mut problems)
+    else {
+        return Err(problems
+            .into_iter()
+            .map(|problem| problem.problem)
+            .collect::<Vec<_>>()
+            .join("; "));
+    };
+    match Catalog::get().find(scope, method, target.path()) {
+        Found::Endpoint(endpoint) => {
+            return Err(format!(
+                "is {} of the catalogue; grant it by that name in `allow`",
+                endpoint.id
+            ));
+        }
+        Found::Lookalike(endpoint) => {
+            return Err(format!("resembles {} of the catalogue", endpoint.id));
+        }
+        Found::OtherScope(endpoint) if !endpoint.grantable => {
+            return Err(format!(
+                "is the path of {}, which can never be granted",
+                endpoint.id
+            ));
+        }
+        Found::OtherScope(_) | Found::Unlisted => {}
+    }
+    if path.to_ascii_lowercase().contains("api-key") {
+        return Err("contains api-key: API keys are never within a bot's reach".to_owned());
+    }
+    if !account.allow_money_out {
+        return Err(money_out(account, "unlisted"));
+    }
+    // What an endpoint outside the catalogue does is unknown: take it for the worst that still has a class.
+    fits_account(account, scope, Risk::Trade)
+}
+
+fn money_out(account: &Account, kind: &str) -> String {
+    format!(
+        "({kind}) may move money; it needs allow_money_out = true in [account.{}]",
+        account.id
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn problems(rules: &str) -> Vec<String> {
+        let problems = Policy::parse(rules).expect_err("these rules are wrong");
+        problems.iter().map(ToString::to_string).collect()
+    }
+
+    const ACCOUNT: &str = "[account.main]\nkey = { spot-margin = \"main\" }\n";
+
+    fn grant(allow: &str) -> String {
+        format!(
+            "{ACCOUNT}[[grant]]\nbot = \"b\"\naccount = \"main\"\nscope = \"spot-margin\"\nallow = [{allow}]\n"
+        )
+    }
+
+    #[test]
+    fn every_problem_is_reported_under_its_key() {
+        let rules = r#"
+            typo = 1
+            [account.Main]
+            [account.a]
+            site = "mars"
+            vip = 13
+            allow_monye_out = true
+            [account.e]
+            site = "eu"
+            key = { futures = "main" }
+            [[grant]]
+            bot = "spiffe://x/admin/y"
+            account = "a"
+            scope = "spot"
+            [[grant]]
+            bot = "b"
+            account = "nobody"
+            scope = "futures"
+            allow = ["read"]
+        "#;
+        let problems = problems(rules);
+        let keys: Vec<_> = problems
+            .iter()
+            .map(|p| p.split(": ").next().unwrap())
+            .collect();
+        for key in [
+            "typo",
+            "account.Main",
+            "account.a.site",
+            "account.a.vip",
+            "account.a.allow_monye_out",
+            "account.e.key.futures",
+            "grant[0].bot",
+            "grant[0].scope",
+            "grant[0].allow",
+            "grant[1].account",
+        ] {
+            assert!(keys.contains(&key), "{key} is not among {keys:?}");
+        }
+    }
+
+    #[test]
+    fn classes_that_move_money_are_never_granted() {
+        for risk in Risk::ALL
+            .into_iter()
+            .filter(|risk| !risk.grantable_as_class())
+        {
+            let rules = grant(&format!("\"{}\"", risk.as_str()))
+                .replace("[account.main]", "[account.main]\nallow_money_out = true");
+            assert!(
+                problems(&rules)[0].contains("not granted as a class"),
+                "{}",
+                risk.as_str()
+            );
+        }
+    }
+
+    #[test]
+    fn an_endpoint_that_moves_money_needs_the_accounts_word_for_it() {
+        let rules = grant("\"spot.post.v3-withdrawals\"");
+        assert!(problems(&rules)[0].contains("needs allow_money_out = true in [account.main]"));
+        assert!(
+            Policy::parse(
+                &rules.replace("[account.main]", "[account.main]\nallow_money_out = true")
+            )
+            .is_ok()
+        );
+    }
+
+    #[test]
+    fn no_endpoint_of_api_keys_can_be_granted() {
+        for endpoint in Catalog::get()
+            .endpoints()
+            .iter()
+            .filter(|endpoint| !endpoint.grantable)
+        {
+            let Some(scope) = endpoint.scope else {
+                continue;
+            };
+            let rules = format!(
+                "[account.main]\nallow_money_out = true\nkey = {{ {scope} = \"main\" }}\n\
+                 [[grant]]\nbot = \"b\"\naccount = \"main\"\nscope = \"{scope}\"\nallow = [\"{}\"]\n",
+                endpoint.id
+            );
+            assert!(
+                problems(&rules)[0].contains("can never be granted"),
+                "{}",
+                endpoint.id
+            );
+        }
+    }
+
+    #[test]
+    fn an_unlisted_endpoint_needs_every_word() {
+        let rules = |path: &str, money_out: bool| {
+            format!(
+                "[account.main]\nallow_money_out = {money_out}\nkey = {{ spot-margin = \"main\" }}\n\
+                 [[grant]]\nbot = \"b\"\naccount = \"main\"\nscope = \"spot-margin\"\n\
+                 unlisted = true\nmethod = \"GET\"\npath = \"{path}\"\n"
+            )
+        };
+        assert!(Policy::parse(&rules("/api/v9/new", true)).is_ok());
+        assert!(problems(&rules("/api/v9/new", false))[0].contains("allow_money_out"));
+        assert!(problems(&rules("/api/v9/sub/API-Key/list", true))[0].contains("api-key"));
+        assert!(problems(&rules("/api/v1/accounts", true))[0].contains("of the catalogue"));
+        assert!(problems(&rules("/api/v9/../new", true))[0].contains("expected segments"));
+        assert!(problems(&rules("/api/v9/new", true).replace("unlisted = true\n", "")).len() >= 2);
+    }
+
+    #[test]
+    fn a_read_only_account_is_read_only() {
+        let rules =
+            grant("\"trade\"").replace("[account.main]", "[account.main]\npurpose = \"read-only\"");
+        assert!(problems(&rules)[0].contains("read-only"));
+    }
+}

@@ -1,0 +1,67 @@
+//! What a key is made of. Wiped on drop; shows nothing in `Debug`; no copy, no comparison, no serialization.
+
+use std::fmt;
+
+use zeroize::Zeroizing;
+
+/// Makes a type for secret text.
+macro_rules! secret {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        pub struct $name(Zeroizing<Box<[u8]>>);
+
+        impl $name {
+            /// Takes the text over; the caller's copy is gone.
+            pub fn new(text: Zeroizing<String>) -> Self {
+                // `as_bytes().into()` allocates exactly; the argument is wiped when it drops.
+                Self(Zeroizing::new(text.as_bytes().into()))
+            }
+
+            /// Lends the bytes, to `kucoin/sign.rs` alone.
+            pub(crate) fn expose(&self) -> &[u8] {
+                &self.0
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(concat!(stringify!($name), "(redacted)"))
+            }
+        }
+    };
+}
+
+secret!(
+    /// HMAC key of one KuCoin API key.
+    ApiSecret
+);
+secret!(
+    /// Passphrase of one KuCoin API key, as the admin chose it.
+    Passphrase
+);
+secret!(
+    /// HMAC key of a KuCoin partner (broker rebate programme).
+    PartnerKey
+);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn debug_shows_no_secret() {
+        let text = || Zeroizing::new("fake-secret".to_owned());
+        assert_eq!(
+            format!("{:?}", ApiSecret::new(text())),
+            "ApiSecret(redacted)"
+        );
+        assert_eq!(
+            format!("{:?}", Passphrase::new(text())),
+            "Passphrase(redacted)"
+        );
+        assert_eq!(
+            format!("{:?}", PartnerKey::new(text())),
+            "PartnerKey(redacted)"
+        );
+    }
+}

@@ -1,0 +1,270 @@
+//! Builds everything from [`Config`], opens the listeners, and drains on the way out.
+
+mod listener;
+
+use std::fs::File;
+use std::io;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustls::crypto::CryptoProvider;
+use rustls::{ClientConfig, RootCertStore};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use crate::api::grpc::GrpcApi;
+use crate::api::ops;
+use crate::api::proto::DESCRIPTORS;
+use crate::api::proto::broker_server::BrokerServer;
+use crate::audit::Audit;
+use crate::broker::{Broker, Calls};
+use crate::clock::Clock;
+use crate::config::Config;
+use crate::config::load::{Loaded, load};
+use crate::config::reader::Problem;
+use crate::egress::Egress;
+use crate::keyring::vault::Vault;
+use crate::keyring::{Keyring, refresh};
+use crate::telemetry::Metrics;
+
+/// How long the last answers may take to leave once all calls have ended.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How often the health service looks for what no event tells, such as a name that resolves at last.
+const HEALTH_EVERY: Duration = Duration::from_secs(1);
+
+/// More than any call needs beside its body: names and numbers.
+const MESSAGE_OVERHEAD: usize = 64 * 1024;
+
+/// Why the broker cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The audit file cannot be opened.
+    #[error("the audit file {0} cannot be opened; make it writable or correct audit.file")]
+    Audit(String, #[source] io::Error),
+    /// Files that the configuration names are not as they must be.
+    #[error("the configuration has {} problem(s)", .0.len())]
+    Config(Vec<Problem>),
+    /// A listener cannot be opened.
+    #[error("{0} cannot be listened on; is another process using it?")]
+    Listen(SocketAddr, #[source] io::Error),
+    /// Another broker uses the state folder.
+    #[error("another broker runs on {0}; stop it, or give this one a state_dir of its own")]
+    Locked(String),
+    /// The descriptors do not fit the reflection service: a defect of the build.
+    #[error("the reflection service cannot be set up")]
+    Reflection(#[source] tonic_reflection::server::Error),
+    /// The state folder cannot be used.
+    #[error("the state folder {0} cannot be used; make it writable or correct state_dir")]
+    State(String, #[source] io::Error),
+    /// TLS cannot be set up.
+    #[error("TLS cannot be set up: check tls.certificate, tls.key and tls.client_ca")]
+    Tls(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// A running broker.
+#[derive(Debug)]
+pub struct Server {
+    /// Where bots call.
+    pub grpc: SocketAddr,
+    /// Where health and metrics are asked for.
+    pub ops: SocketAddr,
+    broker: Arc<Broker>,
+    drain_timeout: Duration,
+    stop: watch::Sender<bool>,
+    serving: JoinHandle<()>,
+    background: Vec<JoinHandle<()>>,
+    /// Held while the broker runs, so that no second one uses the folder.
+    _lock: File,
+}
+
+impl Server {
+    /// Starts a broker; it takes calls once this returns, and is ready once its keys are read.
+    ///
+    /// # Errors
+    /// When anything that it cannot do without is missing; says what. Vault is not among them.
+    pub async fn start(config: Config) -> Result<Self, StartError> {
+        let Loaded {
+            policy,
+            certificate,
+            key,
+            client_ca,
+            vault_roots,
+            egress_roots,
+        } = load(&config).map_err(StartError::Config)?;
+        let lock = lock(&config.state_dir)?;
+        let clock = Clock;
+        let audit = Audit::open(&config.audit_file, clock)
+            .map_err(|error| StartError::Audit(config.audit_file.display().to_string(), error))?;
+        let metrics = Arc::new(Metrics::default());
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let mut exchange_tls = client_tls(egress_roots, &provider)?;
+        exchange_tls.alpn_protocols = vec![b"http/1.1".to_vec()];
+        let egress = Egress::new(config.egress, config.origins, &Arc::new(exchange_tls));
+        let egress = egress.map_err(|origin| {
+            StartError::Config(vec![Problem {
+                key: "exchange".to_owned(),
+                problem: format!("{} is neither a DNS name nor an address", origin.name),
+            }])
+        })?;
+        let vault = Vault::new(config.vault, client_tls(vault_roots, &provider)?)
+            .map_err(|error| StartError::Tls(Box::new(error)))?;
+
+        let tls = listener::tls(certificate, key, client_ca, &provider, &metrics)?;
+
+        let (grpc_listener, grpc) = listen(config.grpc).await?;
+        let (ops_listener, ops) = listen(config.ops).await?;
+
+        let keyring = Arc::new(Keyring::new(policy.accounts()));
+        egress.start().await;
+        refresh::start(&keyring, &Arc::new(vault), config.vault_poll);
+        let broker = Arc::new(Broker {
+            policy,
+            audit,
+            keyring,
+            egress,
+            clock,
+            metrics,
+            calls: Calls::default(),
+        });
+
+        let (stop, stopping) = watch::channel(false);
+        let (health, health_service) = tonic_health::server::health_reporter();
+        let api = GrpcApi::new(
+            Arc::clone(&broker),
+            config.request_limits,
+            config.default_deadline,
+        );
+        let api = BrokerServer::new(api)
+            .max_decoding_message_size(config.request_limits.body_bytes + MESSAGE_OVERHEAD);
+        let router = tonic::transport::Server::builder()
+            .add_service(api)
+            .add_service(health_service)
+            .add_service(reflection().build_v1().map_err(StartError::Reflection)?)
+            .add_service(
+                reflection()
+                    .build_v1alpha()
+                    .map_err(StartError::Reflection)?,
+            );
+        let incoming = listener::accept(grpc_listener, tls, stopping.clone());
+        let serving = tokio::spawn(async move {
+            let mut stopping = stopping;
+            let stopped = async move {
+                let _ = stopping.wait_for(|stop| *stop).await;
+            };
+            if let Err(error) = router.serve_with_incoming_shutdown(incoming, stopped).await {
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "the bots' listener failed"
+                );
+            }
+        });
+        let background = vec![
+            tokio::spawn(ops::serve(ops_listener, Arc::clone(&broker))),
+            tokio::spawn(report_health(Arc::clone(&broker), health)),
+        ];
+        tracing::info!(%grpc, %ops, "listening");
+        let drain_timeout = config.drain_timeout;
+        Ok(Self {
+            grpc,
+            ops,
+            broker,
+            drain_timeout,
+            stop,
+            serving,
+            background,
+            _lock: lock,
+        })
+    }
+
+    /// Stops: takes no new calls, finishes those in flight, writes their outcomes.
+    ///
+    /// Returns how many calls ended with nobody knowing whether they were executed.
+    pub async fn stop(mut self) -> u64 {
+        self.stop.send_replace(true);
+        let unresolved = self.broker.drain(self.drain_timeout).await;
+        // The calls have ended; what is left are their answers on the way out.
+        let _ = timeout(FLUSH_TIMEOUT, &mut self.serving).await;
+        unresolved
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.serving.abort();
+        for task in &self.background {
+            task.abort();
+        }
+    }
+}
+
+/// TLS towards Vault and the exchange: these roots and no others, no client certificate.
+fn client_tls(
+    roots: RootCertStore,
+    provider: &Arc<CryptoProvider>,
+) -> Result<ClientConfig, StartError> {
+    let builder = ClientConfig::builder_with_provider(Arc::clone(provider));
+    let builder = builder.with_safe_default_protocol_versions();
+    let builder = builder.map_err(|error| StartError::Tls(Box::new(error)))?;
+    Ok(builder.with_root_certificates(roots).with_no_client_auth())
+}
+
+/// So that `grpcurl` and its like work without the proto file.
+fn reflection() -> tonic_reflection::server::Builder<'static> {
+    tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+}
+
+fn lock(folder: &Path) -> Result<File, StartError> {
+    let name = || folder.display().to_string();
+    let open = || {
+        std::fs::create_dir_all(folder)?;
+        File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(folder.join("lock"))
+    };
+    let file = open().map_err(|error| StartError::State(name(), error))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => Err(StartError::Locked(name())),
+        Err(std::fs::TryLockError::Error(error)) => Err(StartError::State(name(), error)),
+    }
+}
+
+async fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {
+    let open = async {
+        let listener = TcpListener::bind(address).await?;
+        let bound = listener.local_addr()?;
+        Ok((listener, bound))
+    };
+    open.await
+        .map_err(|error| StartError::Listen(address, error))
+}
+
+async fn report_health(broker: Arc<Broker>, health: tonic_health::server::HealthReporter) {
+    let mut changes = broker.keyring.changes();
+    loop {
+        let status = if ops::readiness(&broker).is_ready {
+            tonic_health::ServingStatus::Serving
+        } else {
+            tonic_health::ServingStatus::NotServing
+        };
+        for service in [
+            "",
+            <BrokerServer<GrpcApi> as tonic::server::NamedService>::NAME,
+        ] {
+            health.set_service_status(service, status).await;
+        }
+        // Whichever comes first; an error means that the keyring is gone, and so is the broker.
+        if let Ok(Err(_)) = timeout(HEALTH_EVERY, changes.changed()).await {
+            return;
+        }
+    }
+}

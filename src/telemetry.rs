@@ -1,0 +1,167 @@
+//! Log subscriber and metric names.
+
+use std::fmt;
+
+use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::ParseError;
+
+use crate::broker::Receipt;
+use crate::kucoin::Scope;
+use crate::outcome::{Outcome, Reason};
+
+/// Always off, whatever the configuration asks for: these log tokens, bodies or every failure twice.
+const SILENCED: &str = "vaultrs=off,rustify=off,reqwest=off,hyper=warn,h2=warn,hyper_util=warn";
+
+/// Seconds: from a signature to an exchange that is slow.
+const BUCKETS: [f64; 14] = [
+    1e-6, 1e-5, 1e-4, 5e-4, 1e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0,
+];
+
+/// How logs are written.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// One JSON object per line.
+    Json,
+    /// For people.
+    Text,
+}
+
+/// Sends logs to stderr, and panics to the logs.
+///
+/// # Errors
+/// When `filter` is not a filter such as `info,credbroker=debug`.
+pub fn init_logs(filter: &str, format: LogFormat) -> Result<(), ParseError> {
+    let filter = log_filter(filter)?;
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    // A second subscriber in one process (tests) is refused; the first one stays.
+    let _ = match format {
+        LogFormat::Json => subscriber.json().flatten_event(true).try_init().is_ok(),
+        LogFormat::Text => subscriber.with_ansi(false).try_init().is_ok(),
+    };
+    std::panic::set_hook(Box::new(|panic| {
+        // The message could hold anything; the place is enough to find it.
+        let place = panic
+            .location()
+            .map(ToString::to_string)
+            .unwrap_or_default();
+        tracing::error!(place, "panic");
+    }));
+    Ok(())
+}
+
+/// The filter asked for, with the dependencies that must not speak turned down.
+pub fn log_filter(filter: &str) -> Result<EnvFilter, ParseError> {
+    EnvFilter::builder().parse(format!("{filter},{SILENCED}"))
+}
+
+/// All metrics.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    requests: Family<RequestLabels, Counter>,
+    stages: Family<StageLabels, Histogram, fn() -> Histogram>,
+    certificates_refused: Counter,
+}
+
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+struct RequestLabels {
+    scope: Word,
+    outcome: Word,
+    reason: Word,
+}
+
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+struct StageLabels {
+    stage: Word,
+}
+
+/// A label value from a closed set.
+#[derive(Clone, Debug, Eq, Hash, PartialEq)]
+struct Word(&'static str);
+
+impl EncodeLabelValue for Word {
+    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> fmt::Result {
+        EncodeLabelValue::encode(&self.0, encoder)
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let mut registry = Registry::with_prefix("credbroker");
+        let requests = Family::default();
+        let stages =
+            Family::new_with_constructor((|| Histogram::new(BUCKETS)) as fn() -> Histogram);
+        let certificates_refused = Counter::default();
+        registry.register(
+            "requests",
+            "Calls of bots by how they ended",
+            requests.clone(),
+        );
+        registry.register(
+            "stage_duration_seconds",
+            "Where the time of answered calls went",
+            stages.clone(),
+        );
+        registry.register(
+            "certificates_refused",
+            "Client certificates refused in the TLS handshake",
+            certificates_refused.clone(),
+        );
+        Self {
+            registry,
+            requests,
+            stages,
+            certificates_refused,
+        }
+    }
+}
+
+impl Metrics {
+    /// Counts a call that ended.
+    pub fn request(
+        &self,
+        scope: Option<Scope>,
+        outcome: Outcome,
+        reason: Option<Reason>,
+        answer: Option<&Receipt>,
+    ) {
+        let labels = RequestLabels {
+            scope: Word(scope.map_or("", Scope::as_str)),
+            outcome: Word(outcome.as_str()),
+            reason: Word(reason.map_or("", Reason::as_str)),
+        };
+        self.requests.get_or_create(&labels).inc();
+        let Some(receipt) = answer else { return };
+        for (stage, took) in [
+            ("waiting", receipt.waiting),
+            ("signing", receipt.signing),
+            ("exchange", receipt.exchange),
+        ] {
+            self.stages
+                .get_or_create(&StageLabels { stage: Word(stage) })
+                .observe(took.as_secs_f64());
+        }
+    }
+
+    /// Counts a refused client certificate.
+    pub fn certificate_refused(&self) {
+        self.certificates_refused.inc();
+    }
+
+    /// Text for Prometheus.
+    pub fn text(&self) -> String {
+        let mut text = String::new();
+        // Writing to a String does not fail.
+        let _ = encode(&mut text, &self.registry);
+        text
+    }
+}

@@ -1,0 +1,290 @@
+//! `AppRole`: roles, `secret_ids`, login.
+//!
+//! `secret_id_bound_cidrs` is taken and ignored: whoever reaches the simulator sits on loopback.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, SystemTime};
+
+use serde_json::{Value, json};
+
+use super::answer::{Answer, Logical, Outcome, Refusal};
+use super::ids::Ids;
+use super::request::{Operation, Request};
+use super::tokens::{Grant, Tokens, sorted};
+
+/// The server looks for expired `secret_ids` this often, and lets them log in until then.
+const SWEEP: Duration = Duration::from_secs(60);
+
+/// What logins with an `AppRole` get. The default: tokens for 20 minutes, renewable up to 24 hours.
+#[derive(Clone, Debug)]
+pub struct RoleSettings {
+    /// How often a `secret_id` may log in; 0: without limit.
+    pub secret_id_num_uses: u64,
+    /// How long a `secret_id` may log in; none: for ever.
+    pub secret_id_ttl: Option<Duration>,
+    /// Addresses that the tokens work from; none: all.
+    pub token_bound_cidrs: Vec<String>,
+    /// How long a token can live with renewals; none: the server's 768 hours.
+    pub token_max_ttl: Option<Duration>,
+    /// How many requests a token is good for; 0: without limit.
+    pub token_num_uses: u64,
+    /// Makes tokens periodic: each renewal is for this long, without a maximum.
+    pub token_period: Option<Duration>,
+    /// The tokens' policies, `default` included if they shall have it.
+    pub token_policies: Vec<String>,
+    /// How long a token lives without renewal; none: the server's 768 hours.
+    pub token_ttl: Option<Duration>,
+}
+
+impl Default for RoleSettings {
+    fn default() -> Self {
+        Self {
+            secret_id_num_uses: 0,
+            secret_id_ttl: None,
+            token_bound_cidrs: Vec::new(),
+            token_max_ttl: Some(Duration::from_secs(24 * 3600)),
+            token_num_uses: 0,
+            token_period: None,
+            token_policies: vec!["broker".to_owned()],
+            token_ttl: Some(Duration::from_secs(20 * 60)),
+        }
+    }
+}
+
+/// One mount.
+pub(super) struct Approle {
+    mount: String,
+    roles: BTreeMap<String, Role>,
+    started: SystemTime,
+}
+
+struct Role {
+    entity_id: String,
+    /// The `role_id` of its logins.
+    id: String,
+    secret_ids: BTreeMap<String, SecretId>,
+    settings: RoleSettings,
+}
+
+struct SecretId {
+    expires: Option<SystemTime>,
+    /// None: without limit.
+    uses_left: Option<u64>,
+}
+
+impl Role {
+    fn new(settings: RoleSettings, ids: &mut Ids) -> Self {
+        Self {
+            entity_id: ids.uuid(),
+            id: ids.uuid(),
+            secret_ids: BTreeMap::new(),
+            settings,
+        }
+    }
+
+    fn new_secret_id(&mut self, now: SystemTime, ids: &mut Ids) -> String {
+        let id = ids.uuid();
+        let uses = self.settings.secret_id_num_uses;
+        let secret_id = SecretId {
+            expires: self.settings.secret_id_ttl.map(|ttl| now + ttl),
+            uses_left: (uses > 0).then_some(uses),
+        };
+        self.secret_ids.insert(id.clone(), secret_id);
+        id
+    }
+}
+
+impl Approle {
+    pub(super) fn new(mount: &str, now: SystemTime) -> Self {
+        Self {
+            mount: mount.to_owned(),
+            roles: BTreeMap::new(),
+            started: now,
+        }
+    }
+
+    /// Makes or replaces a role; returns its `role_id` and a `secret_id`.
+    pub(super) fn set_role(
+        &mut self,
+        name: &str,
+        settings: RoleSettings,
+        now: SystemTime,
+        ids: &mut Ids,
+    ) -> (String, String) {
+        let mut role = Role::new(settings, ids);
+        let secret_id = role.new_secret_id(now, ids);
+        let role_id = role.id.clone();
+        self.roles.insert(name.to_owned(), role);
+        (role_id, secret_id)
+    }
+
+    /// The login, the only request here that needs no token.
+    pub(super) fn login(
+        &mut self,
+        request: &Request,
+        tokens: &mut Tokens,
+        ids: &mut Ids,
+    ) -> Outcome {
+        let refused = || Refusal::bad_request("invalid role or secret ID");
+        let role_id = match request.body.text("role_id") {
+            None | Some("") => return Err(Refusal::routed(500, "missing role_id")),
+            Some(role_id) => role_id,
+        };
+        let secret_id = request.body.text("secret_id").unwrap_or_default();
+        let swept = self.last_sweep(request.now);
+        let (name, role) = self
+            .roles
+            .iter_mut()
+            .find(|(_, role)| role.id == role_id)
+            .ok_or_else(refused)?;
+        role.secret_ids
+            .retain(|_, known| known.expires.is_none_or(|expires| expires > swept));
+        let known = role.secret_ids.get_mut(secret_id).ok_or_else(refused)?;
+        if let Some(uses_left) = &mut known.uses_left {
+            *uses_left -= 1;
+            if *uses_left == 0 {
+                role.secret_ids.remove(secret_id);
+            }
+        }
+        let settings = &role.settings;
+        let grant = Grant {
+            bound_cidrs: settings.token_bound_cidrs.clone(),
+            display_name: self.mount.clone(),
+            entity_id: role.entity_id.clone(),
+            max_ttl: settings.token_max_ttl,
+            metadata: json!({ "role_name": name }),
+            num_uses: settings.token_num_uses,
+            path: request.path.clone(),
+            period: settings.token_period,
+            policies: settings.token_policies.clone(),
+            renewable: true,
+            ttl: settings.token_ttl,
+            ..Grant::default()
+        };
+        let id = ids.token();
+        Ok(tokens.issue(id, grant, request.now, ids).into())
+    }
+
+    /// Requests below the mount other than the login.
+    pub(super) fn handle(&mut self, path: &str, request: &Request, ids: &mut Ids) -> Outcome {
+        let mut segments = path.splitn(3, '/');
+        if segments.next() != Some("role") {
+            return Err(Refusal::unsupported_path());
+        }
+        let name = segments.next().unwrap_or_default();
+        match (name, segments.next(), request.operation) {
+            ("", None, Operation::List) if self.roles.is_empty() => Err(Refusal::missing()),
+            ("", None, Operation::List) => {
+                let names: Vec<_> = self.roles.keys().collect();
+                Ok(Logical::data(json!({ "keys": names })).into())
+            }
+            ("", _, _) => Err(Refusal::unsupported_operation()),
+            (_, None, Operation::Delete) => {
+                self.roles.remove(name);
+                Ok(Answer::Empty)
+            }
+            (_, None, Operation::Read) => {
+                let role = self.roles.get(name).ok_or_else(Refusal::missing)?;
+                Ok(Logical::data(describe(&role.settings)).into())
+            }
+            (_, None, Operation::Write) => self.write_role(name, request, ids),
+            (_, Some("role-id"), Operation::Read) => {
+                let role = self.roles.get(name).ok_or_else(Refusal::missing)?;
+                Ok(Logical::data(json!({ "role_id": role.id })).into())
+            }
+            (_, Some("secret-id"), Operation::Write) => self.write_secret_id(name, request, ids),
+            (_, None | Some("role-id" | "secret-id"), _) => Err(Refusal::unsupported_operation()),
+            _ => Err(Refusal::unsupported_path()),
+        }
+    }
+
+    fn write_role(&mut self, name: &str, request: &Request, ids: &mut Ids) -> Outcome {
+        let body = &request.body;
+        if body.text("token_type") == Some("batch") || body.flag("bind_secret_id") == Some(false) {
+            return Err(Refusal::bad_request(
+                "simulator: batch tokens and roles without secret_id are not simulated",
+            ));
+        }
+        let bare = RoleSettings {
+            token_max_ttl: None,
+            token_policies: Vec::new(),
+            token_ttl: None,
+            ..RoleSettings::default()
+        };
+        let old = self
+            .roles
+            .get(name)
+            .map_or(bare, |role| role.settings.clone());
+        let given_policies = body.texts("token_policies");
+        let no_default = body.flag("token_no_default_policy").unwrap_or(false);
+        let token_policies = match given_policies {
+            None if self.roles.contains_key(name) => old.token_policies,
+            given => {
+                let mut policies = given.unwrap_or_default();
+                if !no_default {
+                    policies.push("default".to_owned());
+                }
+                sorted(policies)
+            }
+        };
+        let settings = RoleSettings {
+            secret_id_num_uses: body
+                .number("secret_id_num_uses")
+                .unwrap_or(old.secret_id_num_uses),
+            secret_id_ttl: body.duration("secret_id_ttl")?.or(old.secret_id_ttl),
+            token_bound_cidrs: body
+                .texts("token_bound_cidrs")
+                .unwrap_or(old.token_bound_cidrs),
+            token_max_ttl: body.duration("token_max_ttl")?.or(old.token_max_ttl),
+            token_num_uses: body.number("token_num_uses").unwrap_or(old.token_num_uses),
+            token_period: body.duration("token_period")?.or(old.token_period),
+            token_policies,
+            token_ttl: body.duration("token_ttl")?.or(old.token_ttl),
+        };
+        let role = self
+            .roles
+            .entry(name.to_owned())
+            .or_insert_with(|| Role::new(settings.clone(), ids));
+        role.settings = settings;
+        if let Some(role_id) = body.text("role_id") {
+            role_id.clone_into(&mut role.id);
+        }
+        Ok(Answer::Empty)
+    }
+
+    fn write_secret_id(&mut self, name: &str, request: &Request, ids: &mut Ids) -> Outcome {
+        let role = self
+            .roles
+            .get_mut(name)
+            .ok_or_else(|| Refusal::bad_request(format!("role {name:?} does not exist")))?;
+        let data = json!({
+            "secret_id": role.new_secret_id(request.now, ids),
+            "secret_id_accessor": ids.uuid(),
+            "secret_id_num_uses": role.settings.secret_id_num_uses,
+            "secret_id_ttl": role.settings.secret_id_ttl.unwrap_or_default().as_secs(),
+        });
+        Ok(Logical::data(data).into())
+    }
+
+    fn last_sweep(&self, now: SystemTime) -> SystemTime {
+        let running = now.duration_since(self.started).unwrap_or_default();
+        let sweeps = running.as_secs() / SWEEP.as_secs();
+        self.started + Duration::from_secs(sweeps * SWEEP.as_secs())
+    }
+}
+
+fn describe(settings: &RoleSettings) -> Value {
+    let seconds = |duration: Option<Duration>| duration.unwrap_or_default().as_secs();
+    json!({
+        "bind_secret_id": true,
+        "secret_id_num_uses": settings.secret_id_num_uses,
+        "secret_id_ttl": seconds(settings.secret_id_ttl),
+        "token_bound_cidrs": settings.token_bound_cidrs,
+        "token_max_ttl": seconds(settings.token_max_ttl),
+        "token_num_uses": settings.token_num_uses,
+        "token_period": seconds(settings.token_period),
+        "token_policies": settings.token_policies,
+        "token_ttl": seconds(settings.token_ttl),
+        "token_type": "service",
+    })
+}

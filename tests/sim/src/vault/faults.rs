@@ -1,0 +1,203 @@
+//! Faults on request: what to do wrong, for which requests, how often.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderValue, Response, header};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::answer::{labelled, response};
+use super::request::relative_path;
+use crate::http::Reply;
+
+const API: &str = "/v1/";
+
+/// What goes wrong. In JSON: `"kind"` in snake case, and the fields beside it.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Fault {
+    /// The connection is closed without an answer; the request is not carried out.
+    Close,
+    /// The right answer comes late.
+    Delay {
+        /// By how much, in real milliseconds.
+        ms: u64,
+    },
+    /// The token of the request expires just before it.
+    ExpireToken,
+    /// The request is carried out, half the body of its answer arrives, then the connection closes.
+    HalfBody,
+    /// The connection stays open, and nothing happens.
+    Hang,
+    /// 200 with an HTML page, as a proxy in between would send; the request is not carried out.
+    NotJson,
+    /// 307 to the same path and query at another origin; the request is not carried out.
+    Redirect {
+        /// Scheme, host and port.
+        to: String,
+    },
+    /// This status with an errors body; the request is not carried out.
+    Status {
+        /// 400 to 599.
+        code: u16,
+        /// The value of a Retry-After header.
+        #[serde(default)]
+        retry_after_s: Option<u32>,
+    },
+    /// The request is carried out, and `data` of its answer, with all it holds, arrives inside a list.
+    WrongJson,
+}
+
+/// A fault and the requests that it hits. Of several rules the oldest wins.
+#[derive(Clone, Debug, Deserialize)]
+pub struct FaultRule {
+    /// What goes wrong.
+    #[serde(flatten)]
+    pub fault: Fault,
+    /// Only requests with this method; none: all.
+    #[serde(default)]
+    pub method: Option<String>,
+    /// Start of the path, with or without `/v1/` before it; empty: every path.
+    #[serde(default)]
+    pub path: String,
+    /// How many requests it hits; none: all until faults are cleared.
+    #[serde(default)]
+    pub times: Option<u32>,
+}
+
+impl FaultRule {
+    /// Hits every request below `path` until faults are cleared.
+    pub fn new(path: &str, fault: Fault) -> Self {
+        Self {
+            fault,
+            method: None,
+            path: path.to_owned(),
+            times: None,
+        }
+    }
+
+    /// Hits only requests with this method.
+    #[must_use]
+    pub fn method(mut self, method: &str) -> Self {
+        self.method = Some(method.to_owned());
+        self
+    }
+
+    /// Hits only the next requests, as many as this.
+    #[must_use]
+    pub fn times(mut self, times: u32) -> Self {
+        self.times = Some(times);
+        self
+    }
+}
+
+/// The rules in force.
+#[derive(Default)]
+pub(super) struct Faults(Vec<FaultRule>);
+
+impl Faults {
+    pub(super) fn add(&mut self, mut rule: FaultRule) {
+        if rule.path.starts_with(API) {
+            rule.path.drain(..API.len());
+        }
+        self.0.push(rule);
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    /// The fault that hits this request, counted.
+    pub(super) fn hit(&mut self, method: &str, path: &str) -> Option<Fault> {
+        let path = relative_path(path);
+        let rule = self.0.iter_mut().find(|rule| {
+            rule.times != Some(0)
+                && path.starts_with(&rule.path)
+                && rule.method.as_deref().is_none_or(|wanted| wanted == method)
+        })?;
+        if let Some(times) = &mut rule.times {
+            *times -= 1;
+        }
+        Some(rule.fault.clone())
+    }
+}
+
+impl Fault {
+    /// The whole answer, for faults that do not carry the request out.
+    pub(super) fn instead(&self, path_and_query: &str) -> Option<Reply> {
+        match self {
+            Self::Close => Some(Reply::Close),
+            Self::Hang => Some(Reply::Hang),
+            Self::NotJson => {
+                let page = "<html><body>simulated proxy error</body></html>\n".to_owned();
+                Some(labelled(200, "text/html; charset=utf-8", page).into())
+            }
+            Self::Redirect { to } => Some(redirect(to, path_and_query).into()),
+            Self::Status {
+                code,
+                retry_after_s,
+            } => {
+                let mut refused =
+                    response(*code, &json!({ "errors": errors(*code, path_and_query) }));
+                if let Some(seconds) = retry_after_s {
+                    let headers = refused.headers_mut();
+                    headers.insert(header::RETRY_AFTER, HeaderValue::from(*seconds));
+                }
+                Some(refused.into())
+            }
+            Self::Delay { .. } | Self::ExpireToken | Self::HalfBody | Self::WrongJson => None,
+        }
+    }
+
+    /// How long to wait before the request is carried out.
+    pub(super) fn delay(&self) -> Duration {
+        match self {
+            Self::Delay { ms } => Duration::from_millis(*ms),
+            _ => Duration::ZERO,
+        }
+    }
+
+    /// The answer of a request that was carried out, damaged.
+    pub(super) fn damage(&self, answer: Response<Bytes>) -> Reply {
+        match self {
+            Self::HalfBody => {
+                let half = answer.body().len() / 2;
+                Reply::CutShort(answer, half)
+            }
+            Self::WrongJson => {
+                let mut body: Value = serde_json::from_slice(answer.body()).unwrap_or(json!({}));
+                let data = [body.get("data").cloned().unwrap_or_default()];
+                if let Some(body) = body.as_object_mut() {
+                    body.insert("data".to_owned(), json!(data));
+                }
+                response(200, &body).into()
+            }
+            _ => answer.into(),
+        }
+    }
+}
+
+/// 307 to the same path and query at `origin`.
+pub(super) fn redirect(origin: &str, path_and_query: &str) -> Response<Bytes> {
+    let mut response = response(307, &Value::Null);
+    let location = format!("{}{path_and_query}", origin.trim_end_matches('/'));
+    if let Ok(location) = HeaderValue::try_from(location) {
+        response.headers_mut().insert(header::LOCATION, location);
+    }
+    response
+}
+
+fn errors(code: u16, path_and_query: &str) -> Vec<String> {
+    let path = path_and_query.split('?').next().unwrap_or_default();
+    match code {
+        403 => vec!["permission denied".to_owned()],
+        404 => Vec::new(),
+        429 => vec![format!(
+            "request path {:?}: rate limit quota exceeded",
+            relative_path(path)
+        )],
+        503 => vec!["Vault is sealed".to_owned()],
+        _ => vec![format!("simulated fault {code}")],
+    }
+}

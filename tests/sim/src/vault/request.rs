@@ -1,0 +1,185 @@
+//! A request as handlers see it: operation, decoded path, query, JSON body, token.
+
+use std::net::IpAddr;
+use std::time::{Duration, SystemTime};
+
+use serde_json::{Map, Value};
+
+use super::answer::Refusal;
+use super::clock::parse_duration;
+use crate::http::Received;
+
+/// Vault's operations; POST and PUT are the same.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Operation {
+    Delete,
+    List,
+    Other,
+    Read,
+    Write,
+}
+
+/// A request whose body is still text.
+pub(super) struct Request {
+    pub(super) operation: Operation,
+    pub(super) method: String,
+    /// Without `/v1/`, percent-decoded, no slash at the end.
+    pub(super) path: String,
+    pub(super) query: Vec<(String, String)>,
+    pub(super) body: Fields,
+    pub(super) token: Option<String>,
+    pub(super) namespace: Option<String>,
+    pub(super) wrap_ttl: Option<Duration>,
+    pub(super) peer: IpAddr,
+    pub(super) now: SystemTime,
+}
+
+impl Request {
+    /// Fails with the server's 400 when the body is not JSON or a header cannot be read.
+    pub(super) fn read(received: &Received, now: SystemTime) -> Result<Self, Refusal> {
+        let head = &received.head;
+        let header = |name: &str| {
+            let value = head.headers.get(name)?.to_str().ok()?.trim();
+            (!value.is_empty()).then(|| value.to_owned())
+        };
+        let query: Vec<_> = head
+            .uri
+            .query()
+            .unwrap_or_default()
+            .split('&')
+            .filter_map(|pair| pair.split_once('='))
+            .map(|(name, value)| (decode(name), decode(value)))
+            .collect();
+        let listing = query
+            .iter()
+            .any(|(name, value)| name == "list" && value == "true");
+        let operation = match head.method.as_str() {
+            "DELETE" => Operation::Delete,
+            "GET" | "HEAD" if listing => Operation::List,
+            "GET" | "HEAD" => Operation::Read,
+            "LIST" => Operation::List,
+            "POST" | "PUT" => Operation::Write,
+            _ => Operation::Other,
+        };
+        let wrap_ttl = match header("x-vault-wrap-ttl") {
+            None => None,
+            Some(text) => Some(
+                parse_duration(&text)
+                    .ok_or_else(|| Refusal::bad_request("error parsing X-Vault-Wrap-TTL header"))?,
+            ),
+        };
+        Ok(Self {
+            operation,
+            method: head.method.to_string(),
+            path: relative_path(head.uri.path()),
+            query,
+            body: Fields::read(&received.body)?,
+            token: header("x-vault-token"),
+            namespace: header("x-vault-namespace"),
+            wrap_ttl,
+            peer: received.peer.ip(),
+            now,
+        })
+    }
+
+    /// The value of a query parameter.
+    pub(super) fn query(&self, name: &str) -> Option<&str> {
+        let found = self.query.iter().find(|(parameter, _)| parameter == name)?;
+        Some(&found.1)
+    }
+}
+
+/// The path below `/v1/`, decoded, without slashes at its end.
+pub(super) fn relative_path(path: &str) -> String {
+    let path = path.strip_prefix("/v1/").unwrap_or(path);
+    decode(path).trim_end_matches('/').to_owned()
+}
+
+/// The fields of a JSON body; none when there is no body.
+#[derive(Default)]
+pub(super) struct Fields(Map<String, Value>);
+
+impl Fields {
+    fn read(body: &[u8]) -> Result<Self, Refusal> {
+        if body.trim_ascii().is_empty() {
+            return Ok(Self::default());
+        }
+        serde_json::from_slice(body).map(Self).map_err(|error| {
+            let problem = if error.is_eof() {
+                "unexpected EOF"
+            } else {
+                "invalid JSON object"
+            };
+            Refusal::bad_request(format!("failed to decode JSON input: {problem}"))
+        })
+    }
+
+    pub(super) fn get(&self, name: &str) -> Option<&Value> {
+        self.0.get(name)
+    }
+
+    pub(super) fn text(&self, name: &str) -> Option<&str> {
+        self.get(name)?.as_str()
+    }
+
+    pub(super) fn flag(&self, name: &str) -> Option<bool> {
+        self.get(name)?.as_bool()
+    }
+
+    pub(super) fn number(&self, name: &str) -> Option<u64> {
+        self.get(name)?.as_u64()
+    }
+
+    /// A list of strings, or one string with commas.
+    pub(super) fn texts(&self, name: &str) -> Option<Vec<String>> {
+        let texts = match self.get(name)? {
+            Value::Array(items) => items
+                .iter()
+                .filter_map(Value::as_str)
+                .map(str::to_owned)
+                .collect(),
+            Value::String(text) => text
+                .split(',')
+                .map(|item| item.trim().to_owned())
+                .filter(|item| !item.is_empty())
+                .collect(),
+            _ => return None,
+        };
+        Some(texts)
+    }
+
+    /// A duration: seconds, or text with units.
+    pub(super) fn duration(&self, name: &str) -> Result<Option<Duration>, Refusal> {
+        let parsed = match self.get(name) {
+            None | Some(Value::Null) => return Ok(None),
+            Some(Value::String(text)) if text.is_empty() => return Ok(None),
+            Some(Value::String(text)) => parse_duration(text),
+            Some(value) => value.as_u64().map(Duration::from_secs),
+        };
+        match parsed {
+            Some(duration) => Ok(Some(duration)),
+            None => Err(Refusal::bad_request(format!(
+                "error converting input for field {name:?}"
+            ))),
+        }
+    }
+}
+
+/// Percent-decoding; what is not an escape stays as it is.
+fn decode(text: &str) -> String {
+    let mut decoded = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&byte, tail)) = rest.split_first() {
+        let escaped = tail
+            .get(..2)
+            .filter(|_| byte == b'%')
+            .and_then(|digits| std::str::from_utf8(digits).ok())
+            .and_then(|digits| u8::from_str_radix(digits, 16).ok());
+        decoded.push(escaped.unwrap_or(byte));
+        rest = match escaped {
+            Some(_) => tail.get(2..).unwrap_or_default(),
+            None => tail,
+        };
+    }
+    String::from_utf8_lossy(&decoded).into_owned()
+}
