@@ -1,0 +1,431 @@
+//! A whole installation in one process: simulated Vault and KuCoin, throw-away certificates, one broker, any bots.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::future::Future;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use bytes::Bytes;
+use credbroker::api::proto::broker_client::BrokerClient;
+use credbroker::api::proto::{
+    Method, QueryParameter, Scope, SignAndSendRequest, SignAndSendResponse,
+};
+use credbroker::config::Config;
+use credbroker::server::Server;
+use credbroker_sim::kucoin::{KucoinSettings, KucoinSim, Limits, SimKey};
+use credbroker_sim::pki::{Ca, Identity};
+use credbroker_sim::vault::VaultSim;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::{Instant, sleep, timeout};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
+use tonic::{Code, Status};
+use tonic_types::StatusExt;
+
+/// No wait of a test is longer; each ends as soon as its condition holds.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The token that the simulated Vault starts with; the broker's token file holds it unless a test changes it.
+pub(crate) const ROOT_TOKEN: &str = "fake-root-token";
+
+/// The account whose keys the default rules use.
+pub(crate) const MAIN_UID: u64 = 1001;
+
+/// Rules under which `maker` trades everywhere on account `main`, and `reader` only reads spot.
+pub(crate) const RULES: &str = r#"
+[account.main]
+key = { spot-margin = "main", futures = "main", unified = "main" }
+
+[account.other]
+key = { spot-margin = "main" }
+
+[[grant]]
+bot = "spiffe://demo.test/bot/maker"
+account = "main"
+scope = "spot-margin"
+allow = ["public", "read", "trade", "trade-config"]
+
+[[grant]]
+bot = "spiffe://demo.test/bot/maker"
+account = "main"
+scope = "futures"
+allow = ["public", "read", "trade", "trade-config"]
+
+[[grant]]
+bot = "spiffe://demo.test/bot/maker"
+account = "main"
+scope = "unified"
+allow = ["public", "read", "trade", "trade-config"]
+
+[[grant]]
+bot = "spiffe://demo.test/bot/reader"
+account = "main"
+scope = "spot-margin"
+allow = ["read"]
+"#;
+
+/// How an installation differs from the usual one.
+pub(crate) struct Settings {
+    /// The rules file.
+    pub(crate) rules: String,
+    /// Further tables of the configuration, such as `[limits]`.
+    pub(crate) config: String,
+    /// Further keys of `[egress]`.
+    pub(crate) egress: String,
+    /// The `[vault.auth]` table; `None`: a token file with the root token.
+    pub(crate) auth: Option<String>,
+    /// How the simulated KuCoin starts.
+    pub(crate) kucoin: KucoinSettings,
+    /// Keys that Vault holds from the start: account, key name, KuCoin uid.
+    pub(crate) keys: Vec<(&'static str, &'static str, u64)>,
+    /// Whether to wait for readiness before the test goes on.
+    pub(crate) wait_ready: bool,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            rules: RULES.to_owned(),
+            config: String::new(),
+            egress: String::new(),
+            auth: None,
+            kucoin: KucoinSettings {
+                limits: Limits::none(),
+                ..KucoinSettings::default()
+            },
+            keys: vec![("main", "main", MAIN_UID), ("other", "main", 1002)],
+            wait_ready: true,
+        }
+    }
+}
+
+/// A whole installation.
+pub(crate) struct Lab {
+    pub(crate) vault: VaultSim,
+    pub(crate) kucoin: KucoinSim,
+    pub(crate) ca: Ca,
+    pub(crate) folder: TempDir,
+    pub(crate) server: Option<Server>,
+}
+
+impl Lab {
+    pub(crate) async fn start() -> Self {
+        Self::with(Settings::default()).await
+    }
+
+    pub(crate) async fn with(settings: Settings) -> Self {
+        let vault = VaultSim::start_dev(ROOT_TOKEN).await.unwrap();
+        vault.mount_kv("kv");
+        let kucoin = KucoinSim::start(settings.kucoin.clone()).await.unwrap();
+        for (account, name, uid) in &settings.keys {
+            let key = SimKey::fake(*uid);
+            vault.put_secret("kv", &kv_path(account, name), secret(&key));
+            kucoin.add_key(key);
+        }
+        let ca = Ca::new("throw-away CA of a test").unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let mut lab = Self {
+            vault,
+            kucoin,
+            ca,
+            folder,
+            server: None,
+        };
+        lab.write_files(&settings);
+        lab.start_broker().await;
+        if settings.wait_ready {
+            lab.until_ready().await;
+        }
+        lab
+    }
+
+    fn write_files(&self, settings: &Settings) {
+        let write =
+            |name: &str, text: &str| std::fs::write(self.folder.path().join(name), text).unwrap();
+        let Identity {
+            certificate_pem,
+            key_pem,
+        } = self.ca.server().unwrap();
+        write("server.pem", &certificate_pem);
+        write("server.key", &key_pem);
+        write("ca.pem", self.ca.certificate_pem());
+        write("token", &format!("{ROOT_TOKEN}\n"));
+        write("rules.toml", &settings.rules);
+        let auth = settings
+            .auth
+            .as_deref()
+            .unwrap_or("method = \"token_file\"\nfile = \"token\"");
+        let config = format!(
+            "rules = \"rules.toml\"\nstate_dir = \"state\"\n\
+             [listen]\ngrpc = \"127.0.0.1:0\"\nops = \"127.0.0.1:0\"\n\
+             [tls]\ncertificate = \"server.pem\"\nkey = \"server.key\"\nclient_ca = \"ca.pem\"\n\
+             [vault]\naddress = \"{}\"\npoll_s = 1\ntimeout_ms = 1000\n[vault.auth]\n{auth}\n\
+             [egress]\naddress = \"127.0.0.1\"\n{}\n\
+             [exchange]\nspot = \"{}\"\nfutures = \"{}\"\n{}",
+            self.vault.address(),
+            settings.egress,
+            self.kucoin.spot_url(),
+            self.kucoin.futures_url(),
+            settings.config,
+        );
+        write("config.toml", &config);
+    }
+
+    pub(crate) fn config(&self) -> Config {
+        let text = std::fs::read_to_string(self.path("config.toml")).unwrap();
+        Config::parse(&text, self.folder.path()).unwrap()
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    pub(crate) async fn start_broker(&mut self) {
+        self.server = Some(Server::start(self.config()).await.unwrap());
+    }
+
+    pub(crate) fn server(&self) -> &Server {
+        self.server.as_ref().unwrap()
+    }
+
+    /// Stops the broker and returns how many calls it left unresolved; checks the record on the way.
+    pub(crate) async fn stop(&mut self) -> u64 {
+        let unresolved = self.server.take().unwrap().stop().await;
+        self.check_record();
+        unresolved
+    }
+
+    pub(crate) async fn until_ready(&self) {
+        until("the broker is ready", async || {
+            self.get("/readyz").await.0 == 200
+        })
+        .await;
+    }
+
+    /// A bot with its own certificate, connected.
+    pub(crate) async fn bot(&self, name: &str) -> Bot {
+        self.bot_with(&self.ca.bot(name).unwrap()).await
+    }
+
+    pub(crate) async fn bot_with(&self, identity: &Identity) -> Bot {
+        let channel = self.endpoint(identity).connect().await.unwrap();
+        Bot {
+            client: BrokerClient::new(channel),
+        }
+    }
+
+    pub(crate) fn endpoint(&self, identity: &Identity) -> Endpoint {
+        let tls = ClientTlsConfig::new()
+            .ca_certificate(Certificate::from_pem(self.ca.certificate_pem()))
+            .identity(tonic::transport::Identity::from_pem(
+                &identity.certificate_pem,
+                &identity.key_pem,
+            ))
+            .domain_name("localhost");
+        Endpoint::from_shared(format!("https://{}", self.server().grpc))
+            .unwrap()
+            .tls_config(tls)
+            .unwrap()
+    }
+
+    /// Status and body of a GET on the ops listener.
+    pub(crate) async fn get(&self, path: &str) -> (u16, String) {
+        let mut stream = tokio::net::TcpStream::connect(self.server().ops)
+            .await
+            .unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nhost: ops\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        (
+            head.split(' ').nth(1).unwrap().parse().unwrap(),
+            body.to_owned(),
+        )
+    }
+
+    /// Every line of the audit file.
+    pub(crate) fn audit(&self) -> Vec<Value> {
+        let text = std::fs::read_to_string(self.path("state/audit.jsonl")).unwrap();
+        text.lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect()
+    }
+
+    /// The lines of one call, by its request id.
+    pub(crate) fn audit_of(&self, request_id: &str) -> Vec<Value> {
+        let mut lines = self.audit();
+        lines.retain(|line| line["request_id"] == request_id);
+        lines
+    }
+
+    /// Every intent has exactly one outcome, and the exchange received nothing that has no intent.
+    pub(crate) fn check_record(&self) {
+        let mut calls: BTreeMap<(String, u64), (usize, usize)> = BTreeMap::new();
+        for line in self.audit() {
+            let call = (
+                line["run"].as_str().unwrap().to_owned(),
+                line["call"].as_u64().unwrap(),
+            );
+            let counts = calls.entry(call).or_default();
+            match line["event"].as_str().unwrap() {
+                "intent" => counts.0 += 1,
+                "outcome" => counts.1 += 1,
+                "denied" | "learnt" => {}
+                other => panic!("unknown event {other}"),
+            }
+        }
+        for (call, counts) in &calls {
+            assert!(
+                matches!(counts, (0, 0) | (1, 1)),
+                "call {call:?} has {counts:?} intents and outcomes"
+            );
+        }
+        let intents = calls.values().filter(|counts| counts.0 == 1).count();
+        // An idempotent read may be sent twice.
+        assert!(
+            self.kucoin.received().len() <= 2 * intents,
+            "the exchange received what has no intent"
+        );
+    }
+}
+
+/// One bot's connection.
+#[derive(Clone)]
+pub(crate) struct Bot {
+    pub(crate) client: BrokerClient<Channel>,
+}
+
+impl Bot {
+    pub(crate) async fn send(
+        &mut self,
+        request: SignAndSendRequest,
+    ) -> Result<SignAndSendResponse, Status> {
+        Ok(self.client.sign_and_send(request).await?.into_inner())
+    }
+
+    pub(crate) async fn send_within(
+        &mut self,
+        request: SignAndSendRequest,
+        limit: Duration,
+    ) -> Result<SignAndSendResponse, Status> {
+        let mut request = tonic::Request::new(request);
+        request.set_timeout(limit);
+        Ok(self.client.sign_and_send(request).await?.into_inner())
+    }
+}
+
+/// A request of account `main`; the target may hold a query, which is decoded here.
+pub(crate) fn request(
+    scope: Scope,
+    method: Method,
+    target: &str,
+    body: &str,
+) -> SignAndSendRequest {
+    let (path, query) = target.split_once('?').unwrap_or((target, ""));
+    let query = query
+        .split('&')
+        .filter_map(|pair| pair.split_once('='))
+        .map(|(name, value)| QueryParameter {
+            name: name.to_owned(),
+            value: value.to_owned(),
+        });
+    SignAndSendRequest {
+        account: "main".to_owned(),
+        scope: scope.into(),
+        method: method.into(),
+        path: path.to_owned(),
+        query: query.collect(),
+        body: Bytes::from(body.to_owned()),
+        request_id: String::new(),
+    }
+}
+
+pub(crate) fn spot_order(client_oid: &str) -> SignAndSendRequest {
+    let body = json!({
+        "clientOid": client_oid, "side": "buy", "symbol": "BTC-USDT", "type": "limit", "price": "10000", "size": "0.001",
+    });
+    request(
+        Scope::SpotMargin,
+        Method::Post,
+        "/api/v1/hf/orders",
+        &body.to_string(),
+    )
+}
+
+pub(crate) fn futures_order(client_oid: &str) -> SignAndSendRequest {
+    let body = json!({
+        "clientOid": client_oid, "side": "buy", "symbol": "XBTUSDTM", "type": "limit", "price": "10000", "size": 1,
+        "leverage": 3,
+    });
+    request(
+        Scope::Futures,
+        Method::Post,
+        "/api/v1/orders",
+        &body.to_string(),
+    )
+}
+
+pub(crate) fn accounts() -> SignAndSendRequest {
+    request(Scope::SpotMargin, Method::Get, "/api/v1/accounts", "")
+}
+
+/// What a failure says: code, reason, outcome, request id. Panics where our `ErrorInfo` is missing.
+pub(crate) fn failure(status: &Status) -> (Code, String, String, String) {
+    let info = status
+        .get_details_error_info()
+        .unwrap_or_else(|| panic!("no ErrorInfo in {status:?}"));
+    assert_eq!(info.domain, "credbroker");
+    (
+        status.code(),
+        info.reason,
+        info.metadata["outcome"].clone(),
+        info.metadata["request_id"].clone(),
+    )
+}
+
+/// Code, reason and outcome of a call that must fail.
+pub(crate) fn refusal(result: Result<SignAndSendResponse, Status>) -> (Code, String, String) {
+    let (code, reason, outcome, _) = failure(&result.expect_err("this call must fail"));
+    (code, reason, outcome)
+}
+
+/// The body of an answer as JSON.
+pub(crate) fn json_of(response: &SignAndSendResponse) -> Value {
+    serde_json::from_slice(&response.body).unwrap()
+}
+
+/// What Vault holds for a key.
+pub(crate) fn secret(key: &SimKey) -> Value {
+    json!({
+        "api_key": key.api_key, "api_secret": key.api_secret, "passphrase": key.passphrase,
+        "key_version": key.version, "partner_key": key.partners.first().map(|partner| &partner.key),
+    })
+}
+
+pub(crate) fn kv_path(account: &str, name: &str) -> String {
+    format!("kucoin/prod/{account}/{name}")
+}
+
+/// Waits for a condition that nothing announces; fails when it does not come.
+pub(crate) async fn until<F: Future<Output = bool>>(what: &str, condition: impl Fn() -> F) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition().await {
+        assert!(Instant::now() < deadline, "it did not happen: {what}");
+        // Only how often to look again: what the test waits for is the condition.
+        let _ = timeout(Duration::from_millis(10), std::future::pending::<()>()).await;
+    }
+}
+
+/// Rules of one bot on one account: `(scope, allow)` pairs.
+pub(crate) fn rules_for(account: &str, grants: &[(&str, &str)]) -> String {
+    grants.iter().fold(account.to_owned(), |mut rules, (scope, allow)| {
+        let _ = write!(
+            rules,
+            "\n[[grant]]\nbot = \"spiffe://demo.test/bot/maker\"\naccount = \"main\"\nscope = \"{scope}\"\nallow = [{allow}]\n"
+        );
+        rules
+    })
+}
