@@ -3,7 +3,11 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::future::Future;
-use std::path::PathBuf;
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -19,7 +23,7 @@ use credbroker_sim::vault::VaultSim;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, timeout};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
@@ -74,6 +78,12 @@ pub(crate) struct Settings {
     pub(crate) config: String,
     /// Further keys of `[egress]`.
     pub(crate) egress: String,
+    /// `egress.address`.
+    pub(crate) address: &'static str,
+    /// Where the broker finds the spot host; `None`: at the simulated KuCoin.
+    pub(crate) spot_url: Option<String>,
+    /// Further files beside the configuration.
+    pub(crate) files: Vec<(&'static str, String)>,
     /// The `[vault.auth]` table; `None`: a token file with the root token.
     pub(crate) auth: Option<String>,
     /// How the simulated KuCoin starts.
@@ -82,6 +92,8 @@ pub(crate) struct Settings {
     pub(crate) keys: Vec<(&'static str, &'static str, u64)>,
     /// Whether to wait for readiness before the test goes on.
     pub(crate) wait_ready: bool,
+    /// Whether the broker runs as the real program, in a process of its own.
+    pub(crate) process: bool,
 }
 
 impl Default for Settings {
@@ -90,6 +102,9 @@ impl Default for Settings {
             rules: RULES.to_owned(),
             config: String::new(),
             egress: String::new(),
+            address: "127.0.0.1",
+            spot_url: None,
+            files: Vec::new(),
             auth: None,
             kucoin: KucoinSettings {
                 limits: Limits::none(),
@@ -97,6 +112,7 @@ impl Default for Settings {
             },
             keys: vec![("main", "main", MAIN_UID), ("other", "main", 1002)],
             wait_ready: true,
+            process: false,
         }
     }
 }
@@ -108,6 +124,11 @@ pub(crate) struct Lab {
     pub(crate) ca: Ca,
     pub(crate) folder: TempDir,
     pub(crate) server: Option<Server>,
+    pub(crate) process: Option<Process>,
+    /// Where bots call.
+    pub(crate) grpc: SocketAddr,
+    /// Where health and metrics are asked for.
+    pub(crate) ops: SocketAddr,
 }
 
 impl Lab {
@@ -132,9 +153,16 @@ impl Lab {
             ca,
             folder,
             server: None,
+            process: None,
+            grpc: SocketAddr::from(([127, 0, 0, 1], 0)),
+            ops: SocketAddr::from(([127, 0, 0, 1], 0)),
         };
         lab.write_files(&settings);
-        lab.start_broker().await;
+        if settings.process {
+            lab.spawn_broker().await;
+        } else {
+            lab.start_broker().await;
+        }
         if settings.wait_ready {
             lab.until_ready().await;
         }
@@ -153,6 +181,9 @@ impl Lab {
         write("ca.pem", self.ca.certificate_pem());
         write("token", &format!("{ROOT_TOKEN}\n"));
         write("rules.toml", &settings.rules);
+        for (name, text) in &settings.files {
+            write(name, text);
+        }
         let auth = settings
             .auth
             .as_deref()
@@ -162,11 +193,15 @@ impl Lab {
              [listen]\ngrpc = \"127.0.0.1:0\"\nops = \"127.0.0.1:0\"\n\
              [tls]\ncertificate = \"server.pem\"\nkey = \"server.key\"\nclient_ca = \"ca.pem\"\n\
              [vault]\naddress = \"{}\"\npoll_s = 1\ntimeout_ms = 1000\n[vault.auth]\n{auth}\n\
-             [egress]\naddress = \"127.0.0.1\"\n{}\n\
+             [egress]\naddress = \"{}\"\n{}\n\
              [exchange]\nspot = \"{}\"\nfutures = \"{}\"\n{}",
             self.vault.address(),
+            settings.address,
             settings.egress,
-            self.kucoin.spot_url(),
+            settings
+                .spot_url
+                .clone()
+                .unwrap_or_else(|| self.kucoin.spot_url()),
             self.kucoin.futures_url(),
             settings.config,
         );
@@ -183,11 +218,22 @@ impl Lab {
     }
 
     pub(crate) async fn start_broker(&mut self) {
-        self.server = Some(Server::start(self.config()).await.unwrap());
+        let server = Server::start(self.config()).await.unwrap();
+        (self.grpc, self.ops) = (server.grpc, server.ops);
+        self.server = Some(server);
     }
 
-    pub(crate) fn server(&self) -> &Server {
-        self.server.as_ref().unwrap()
+    /// Starts the real program.
+    pub(crate) async fn spawn_broker(&mut self) {
+        let process = Process::start(&self.path("config.toml"));
+        let listening = process.log_line("listening").await;
+        let address = |key: &str| listening[key].as_str().unwrap().parse().unwrap();
+        (self.grpc, self.ops) = (address("grpc"), address("ops"));
+        self.process = Some(process);
+    }
+
+    pub(crate) fn process(&mut self) -> &mut Process {
+        self.process.as_mut().unwrap()
     }
 
     /// Stops the broker and returns how many calls it left unresolved; checks the record on the way.
@@ -224,7 +270,7 @@ impl Lab {
                 &identity.key_pem,
             ))
             .domain_name("localhost");
-        Endpoint::from_shared(format!("https://{}", self.server().grpc))
+        Endpoint::from_shared(format!("https://{}", self.grpc))
             .unwrap()
             .tls_config(tls)
             .unwrap()
@@ -232,9 +278,7 @@ impl Lab {
 
     /// Status and body of a GET on the ops listener.
     pub(crate) async fn get(&self, path: &str) -> (u16, String) {
-        let mut stream = tokio::net::TcpStream::connect(self.server().ops)
-            .await
-            .unwrap();
+        let mut stream = tokio::net::TcpStream::connect(self.ops).await.unwrap();
         let request = format!("GET {path} HTTP/1.1\r\nhost: ops\r\nconnection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = String::new();
@@ -289,6 +333,88 @@ impl Lab {
             self.kucoin.received().len() <= 2 * intents,
             "the exchange received what has no intent"
         );
+    }
+}
+
+/// The real program, killed when this drops.
+pub(crate) struct Process {
+    child: Child,
+    log: Arc<Mutex<String>>,
+}
+
+impl Process {
+    fn start(config: &Path) -> Self {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_credbroker"))
+            .args(["serve", "--config"])
+            .arg(config)
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let log = Arc::new(Mutex::new(String::new()));
+        let (stderr, sink) = (child.stderr.take().unwrap(), Arc::clone(&log));
+        std::thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                let mut log = sink.lock().unwrap();
+                log.push_str(&line);
+                log.push('\n');
+            }
+        });
+        Self { child, log }
+    }
+
+    /// Everything on stderr so far.
+    pub(crate) fn log(&self) -> String {
+        self.log.lock().unwrap().clone()
+    }
+
+    /// The first log line with this message, once it is there.
+    pub(crate) async fn log_line(&self, message: &str) -> Value {
+        let find = || {
+            let log = self.log();
+            let mut lines = log
+                .lines()
+                .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+            lines.find(|line| line["message"] == message)
+        };
+        until(&format!("the log says {message:?}"), async || {
+            find().is_some()
+        })
+        .await;
+        find().unwrap()
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends SIGTERM.
+    pub(crate) fn terminate(&self) {
+        self.signal("TERM");
+    }
+
+    /// Sends a signal by its name.
+    pub(crate) fn signal(&self, name: &str) {
+        let sent = Command::new("kill")
+            .arg(format!("-{name}"))
+            .arg(self.id().to_string())
+            .status();
+        assert!(sent.unwrap().success());
+    }
+
+    /// The exit code, once it has ended.
+    pub(crate) async fn exit_code(&mut self) -> Option<i32> {
+        let child = std::cell::RefCell::new(&mut self.child);
+        let ended = || child.borrow_mut().try_wait().unwrap();
+        until("the broker ends", async || ended().is_some()).await;
+        ended().unwrap().code()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 

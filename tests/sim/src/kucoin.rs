@@ -1,1 +1,300 @@
-//! The simulated KuCoin.
+//! The simulated KuCoin: two hosts over one exchange that checks every signature itself, keeps balances and orders,
+//! and goes wrong on demand.
+//!
+//! What the documentation leaves open is decided here and said so where it is decided ("assumed"). There are no
+//! streams, no moving prices, no fees and no positions. It listens on loopback only, and every answer carries
+//! `X-Credbroker-Sim: 1`.
+
+mod accounts;
+mod amount;
+mod answers;
+mod auth;
+mod call;
+mod catalog;
+mod conditional;
+mod control;
+mod exchange;
+mod faults;
+mod futures;
+mod limits;
+mod market;
+mod orders;
+mod record;
+mod spot;
+mod unified;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Response, StatusCode};
+
+pub use accounts::Wallet;
+pub use amount::{Amount, BadAmount};
+pub use auth::{Partner, SimKey};
+pub use catalog::Host;
+pub use faults::{Fault, FaultAction, Matching, When};
+pub use limits::Limits;
+pub use orders::{Book, Order, OrderState, Side};
+pub use record::{CreatedOrder, ReceivedRequest, Signature};
+
+use self::accounts::Accounts;
+use self::catalog::Catalog;
+use self::exchange::{Clock, Exchange};
+use self::limits::{Quota, Usage};
+use self::record::Records;
+use crate::http::{Received, Reply, Server};
+
+/// Enough for any test, and a bound for a simulator that runs for days.
+const KEPT_REQUESTS: usize = 10_000;
+
+/// How a simulator starts.
+#[derive(Clone)]
+pub struct KucoinSettings {
+    /// Address of the spot host; must be loopback. Default: 127.0.0.1, port 0.
+    pub spot: SocketAddr,
+    /// Address of the futures host; must be loopback. Default: 127.0.0.1, port 0.
+    pub futures: SocketAddr,
+    /// TLS for both hosts; `None`: plain HTTP.
+    pub tls: Option<Arc<rustls::ServerConfig>>,
+    /// Rate limits. Default: those of VIP 0.
+    pub limits: Limits,
+    /// Milliseconds that the exchange's clock is ahead of this machine's.
+    pub clock_offset_ms: i64,
+    /// Keys of an older version are refused with 400008. Default: 2, as version 1 was switched off in 2021.
+    pub oldest_key_version: u8,
+    /// So many requests are kept for [`KucoinSim::received`]; 0 records nothing. Default: 10000.
+    pub keep_requests: usize,
+}
+
+impl Default for KucoinSettings {
+    fn default() -> Self {
+        let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        Self {
+            spot: any_port,
+            futures: any_port,
+            tls: None,
+            limits: Limits::default(),
+            clock_offset_ms: 0,
+            oldest_key_version: 2,
+            keep_requests: KEPT_REQUESTS,
+        }
+    }
+}
+
+impl fmt::Debug for KucoinSettings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KucoinSettings")
+            .field("spot", &self.spot)
+            .field("futures", &self.futures)
+            .field("tls", &self.tls.is_some())
+            .finish_non_exhaustive()
+    }
+}
+
+/// A running simulator; it ends when the last clone is dropped.
+#[derive(Clone, Debug)]
+pub struct KucoinSim {
+    hosts: Arc<Hosts>,
+    world: Arc<World>,
+}
+
+#[derive(Debug)]
+struct Hosts {
+    scheme: &'static str,
+    spot: Server,
+    futures: Server,
+}
+
+#[derive(Debug)]
+struct World {
+    catalog: Catalog,
+    exchange: Mutex<Exchange>,
+}
+
+impl KucoinSim {
+    /// Starts both hosts. It knows no keys yet.
+    ///
+    /// Fails when an address is not loopback or cannot be bound.
+    pub async fn start(settings: KucoinSettings) -> io::Result<Self> {
+        let exchange = Exchange {
+            accounts: Accounts::default(),
+            clock: Clock::Offset(settings.clock_offset_ms),
+            faults: faults::Faults::default(),
+            keys: HashMap::new(),
+            limits: settings.limits,
+            oldest_key_version: settings.oldest_key_version,
+            records: Records::new(settings.keep_requests),
+            usage: Usage::default(),
+        };
+        let world = Arc::new(World {
+            catalog: Catalog::load()?,
+            exchange: Mutex::new(exchange),
+        });
+        let serve = |host| {
+            let world = Arc::clone(&world);
+            move |request| {
+                let world = Arc::clone(&world);
+                async move { world.reply(host, request).await }
+            }
+        };
+        let tls = settings.tls;
+        let hosts = Hosts {
+            scheme: if tls.is_some() { "https" } else { "http" },
+            spot: Server::start(settings.spot, tls.clone(), serve(Host::Spot)).await?,
+            futures: Server::start(settings.futures, tls, serve(Host::Futures)).await?,
+        };
+        Ok(Self {
+            hosts: Arc::new(hosts),
+            world,
+        })
+    }
+
+    /// `http://127.0.0.1:<port>` of the spot host (spot, margin, account, unified account); `https` with TLS.
+    pub fn spot_url(&self) -> String {
+        self.hosts.url(&self.hosts.spot)
+    }
+
+    /// The same for the futures host.
+    pub fn futures_url(&self) -> String {
+        self.hosts.url(&self.hosts.futures)
+    }
+
+    /// Adds a key, or replaces the one with the same id.
+    pub fn add_key(&self, key: SimKey) {
+        self.exchange().keys.insert(key.api_key.clone(), key);
+    }
+
+    /// Removes a key, as when an admin deletes it on the web site.
+    pub fn remove_key(&self, api_key: &str) {
+        self.exchange().keys.remove(api_key);
+    }
+
+    /// Sets what an account has available in a wallet. A new account has 1000000 of each currency everywhere.
+    pub fn set_balance(&self, uid: u64, wallet: Wallet, currency: &str, amount: Amount) {
+        let mut exchange = self.exchange();
+        exchange
+            .accounts
+            .of(uid)
+            .set_available(wallet, currency, amount);
+    }
+
+    /// Adds a fault; see [`Fault`] for which requests it hits.
+    pub fn fault(&self, fault: Fault) {
+        self.exchange().faults.add(fault);
+    }
+
+    /// Removes all faults.
+    pub fn clear_faults(&self) {
+        self.exchange().faults.clear();
+    }
+
+    /// Sets the rate limits and starts counting anew.
+    pub fn set_limits(&self, limits: Limits) {
+        self.exchange().set_limits(limits);
+    }
+
+    /// Sets how many milliseconds the exchange's clock is ahead of this machine's.
+    pub fn set_clock_offset_ms(&self, offset_ms: i64) {
+        self.exchange().clock = Clock::Offset(offset_ms);
+    }
+
+    /// Stops the exchange's clock at this time, milliseconds since 1970.
+    pub fn set_fixed_time_ms(&self, now_ms: i64) {
+        self.exchange().clock = Clock::Fixed(now_ms);
+    }
+
+    /// What arrived at both hosts, in order, as far as it is kept.
+    pub fn received(&self) -> Vec<ReceivedRequest> {
+        self.exchange().records.iter().cloned().collect()
+    }
+
+    /// All orders of an account, oldest first.
+    pub fn orders(&self, uid: u64) -> Vec<Order> {
+        self.exchange().accounts.orders(uid).to_vec()
+    }
+
+    fn exchange(&self) -> MutexGuard<'_, Exchange> {
+        self.world.exchange()
+    }
+}
+
+impl Hosts {
+    fn url(&self, server: &Server) -> String {
+        format!("{}://{}", self.scheme, server.address())
+    }
+}
+
+impl World {
+    fn exchange(&self) -> MutexGuard<'_, Exchange> {
+        self.exchange.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn reply(&self, host: Host, request: Received) -> Reply {
+        if host == Host::Spot && request.head.uri.path().starts_with(control::PREFIX) {
+            return control::answer(&mut self.exchange(), &request).into();
+        }
+        let arrival = self.exchange().arrive(&self.catalog, host, &request);
+        let arrival = match arrival {
+            Ok(arrival) => arrival,
+            Err(blocked) => return Response::from(blocked).into(),
+        };
+        let take = || {
+            self.exchange()
+                .take(&self.catalog, host, &arrival, &request)
+        };
+        let take_when = |when| {
+            if when == When::AfterTaken {
+                take();
+            }
+        };
+        let Some(fault) = &arrival.fault else {
+            return take().into();
+        };
+        match fault {
+            FaultAction::Answer { status, body, when } => {
+                take_when(*when);
+                answers::json_answer(status_of(*status), body).into()
+            }
+            FaultAction::Close { when } => {
+                take_when(*when);
+                Reply::Close
+            }
+            FaultAction::CutShort { bytes } => Reply::CutShort(take(), *bytes),
+            FaultAction::Delay { ms } => {
+                tokio::time::sleep(Duration::from_millis(*ms)).await;
+                take().into()
+            }
+            FaultAction::Html { status, when } => {
+                take_when(*when);
+                answers::html_page(status_of(*status), "simulated fault").into()
+            }
+            FaultAction::Oversized { megabytes } => {
+                take();
+                answers::oversized(*megabytes).into()
+            }
+            FaultAction::RateLimited { reset_ms } => rate_limited(*reset_ms).into(),
+            FaultAction::Stall { when } => {
+                take_when(*when);
+                Reply::Hang
+            }
+        }
+    }
+}
+
+/// A status that no HTTP answer can have becomes 500.
+fn status_of(status: u16) -> StatusCode {
+    StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
+}
+
+fn rate_limited(reset_ms: Option<u64>) -> Response<Bytes> {
+    let mut response = answers::envelope(&Err(exchange::too_many()));
+    if let Some(reset_ms) = reset_ms {
+        Quota::used_up(2000, reset_ms).label(&mut response);
+    }
+    response
+}

@@ -2,8 +2,10 @@
 
 use rcgen::{
     BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, SanType,
+    KeyUsagePurpose,
 };
+
+pub use rcgen::SanType;
 
 /// A certificate authority that lives as long as the process.
 #[derive(Debug)]
@@ -57,7 +59,7 @@ impl Ca {
         &self.certificate_pem
     }
 
-    /// A server certificate for `localhost`, 127.0.0.1 and ::1.
+    /// A server certificate for `localhost`, 127.0.0.1 and `::1`.
     pub fn server(&self) -> Result<Identity, rcgen::Error> {
         let names = [
             SanType::DnsName("localhost".try_into()?),

@@ -1,0 +1,409 @@
+//! Accounts: what they own, what is held for their orders, and the orders themselves.
+
+use std::collections::{BTreeMap, HashMap};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::amount::Amount;
+use super::answers::{Outcome, Refusal};
+use super::call::Call;
+use super::market::{CURRENCIES, Instrument};
+use super::orders::{Book, Draft, Order, OrderState, Product, Side};
+
+/// Where money lies.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Wallet {
+    /// Funding account (`main`).
+    Funding,
+    /// Futures account.
+    Futures,
+    /// Cross margin account.
+    Margin,
+    /// Spot trading account (`trade`).
+    Trade,
+    /// Unified trading account.
+    Unified,
+}
+
+/// What a new account finds in each wallet of every currency, so that a test need not fund it.
+const OPENING_BALANCE: u32 = 1_000_000;
+
+/// All accounts.
+#[derive(Debug, Default)]
+pub(super) struct Accounts {
+    by_uid: HashMap<u64, Account>,
+    last_id: u64,
+}
+
+/// One account.
+#[derive(Debug)]
+pub(super) struct Account {
+    balances: BTreeMap<(Wallet, String), Balance>,
+    orders: Vec<Order>,
+    by_id: HashMap<String, usize>,
+    by_client_oid: HashMap<(Product, String), usize>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Balance {
+    available: Amount,
+    /// For resting orders.
+    hold: Amount,
+    /// Margin of positions.
+    position: Amount,
+}
+
+impl Accounts {
+    /// The account of `uid`, opened if need be.
+    pub(super) fn of(&mut self, uid: u64) -> &mut Account {
+        self.by_uid.entry(uid).or_insert_with(Account::new)
+    }
+
+    /// Its orders, oldest first.
+    pub(super) fn orders(&self, uid: u64) -> &[Order] {
+        self.by_uid.get(&uid).map_or(&[], |one| &one.orders)
+    }
+
+    /// Accepts an order, or says why not. Market orders fill at once at the fixed price, all others rest.
+    pub(super) fn place(&mut self, call: &Call<'_>, draft: Draft) -> Result<&Order, Refusal> {
+        self.last_id += 1;
+        // Like KuCoin's ids of newer orders, 18 digits; they never repeat.
+        let id = format!("{:018}", 600_000_000_000_000_000 + self.last_id);
+        self.of(call.uid).accept(id, draft, call)
+    }
+}
+
+impl Account {
+    fn new() -> Self {
+        let wallets = [
+            Wallet::Funding,
+            Wallet::Futures,
+            Wallet::Margin,
+            Wallet::Trade,
+            Wallet::Unified,
+        ];
+        let opening = Balance {
+            available: Amount::from(OPENING_BALANCE),
+            ..Balance::default()
+        };
+        let balances = wallets
+            .into_iter()
+            .flat_map(|wallet| CURRENCIES.map(|currency| ((wallet, currency.to_owned()), opening)))
+            .collect();
+        Self {
+            balances,
+            orders: Vec::new(),
+            by_id: HashMap::new(),
+            by_client_oid: HashMap::new(),
+        }
+    }
+
+    /// Sets what is available; holds stay.
+    pub(super) fn set_available(&mut self, wallet: Wallet, currency: &str, amount: Amount) {
+        self.balance(wallet, currency).available = amount;
+    }
+
+    /// Would an order be accepted? What it needs, else why not.
+    pub(super) fn check(&self, draft: &Draft) -> Result<(String, Amount), Refusal> {
+        let product = draft.book.product();
+        if let Some(id) = &draft.client_oid
+            && self.by_client_oid.contains_key(&(product, id.clone()))
+        {
+            return Err(product.duplicate());
+        }
+        let (currency, needed) = draft.needs()?;
+        let balance = self.balances.get(&(product.wallet(), currency.clone()));
+        if balance.is_none_or(|balance| balance.available < needed) {
+            return Err(product.too_poor());
+        }
+        Ok((currency, needed))
+    }
+
+    fn accept(&mut self, id: String, draft: Draft, call: &Call<'_>) -> Result<&Order, Refusal> {
+        let (currency, needed) = self.check(&draft)?;
+        let product = draft.book.product();
+        let balance = self.balance(product.wallet(), &currency);
+        balance.available -= needed;
+        balance.hold += needed;
+        let fills = draft.price.is_none() && !draft.conditional;
+        let at = self.orders.len();
+        if let Some(client_oid) = &draft.client_oid {
+            self.by_client_oid.insert((product, client_oid.clone()), at);
+        }
+        self.by_id.insert(id.clone(), at);
+        self.orders.push(Order {
+            uid: call.uid,
+            id,
+            client_oid: draft.client_oid,
+            book: draft.book,
+            symbol: draft.instrument.symbol.to_owned(),
+            side: draft.side,
+            price: draft.price,
+            size: draft.size,
+            filled: Amount::ZERO,
+            cancelled: Amount::ZERO,
+            state: OrderState::Open,
+            created_at_ms: call.now_ms,
+            updated_at_ms: call.now_ms,
+            fields: draft.fields,
+            held: (currency, needed),
+        });
+        if fills {
+            self.fill(at, draft.instrument);
+        }
+        self.orders.get(at).ok_or_else(|| product.absent())
+    }
+
+    fn fill(&mut self, at: usize, instrument: Instrument) {
+        let Some(order) = self.orders.get_mut(at) else {
+            return;
+        };
+        order.filled = order.size;
+        order.state = OrderState::Filled;
+        let (currency, held) = std::mem::take(&mut order.held);
+        let wallet = order.book.product().wallet();
+        let (currency_got, got) = match order.side {
+            Side::Buy => (instrument.base, order.size),
+            Side::Sell => (instrument.quote, order.filled_value()),
+        };
+        let paid = self.balance(wallet, &currency);
+        paid.hold -= held;
+        if instrument.contracts_per_unit.is_some() {
+            paid.position += held;
+        } else {
+            self.balance(wallet, currency_got).available += got;
+        }
+    }
+
+    /// Finds an order of these books by id.
+    pub(super) fn by_id(&self, books: &[Book], id: &str) -> Option<&Order> {
+        self.orders
+            .get(*self.by_id.get(id)?)
+            .filter(|order| books.contains(&order.book))
+    }
+
+    /// Finds an order of these books by clientOid.
+    pub(super) fn by_client_oid(&self, books: &[Book], id: &str) -> Option<&Order> {
+        let product = books.first()?.product();
+        let at = self.by_client_oid.get(&(product, id.to_owned()))?;
+        self.orders
+            .get(*at)
+            .filter(|order| books.contains(&order.book))
+    }
+
+    /// Cancels a resting order and returns it as it is now; `None` when it does not rest.
+    pub(super) fn cancel(&mut self, id: &str, now_ms: i64) -> Option<&Order> {
+        let remaining = self.open(id)?.remaining();
+        self.reduce(id, remaining, now_ms)
+    }
+
+    /// Cancels so much of a resting order, at most the rest, and returns it as it is now.
+    pub(super) fn reduce(&mut self, id: &str, by: Amount, now_ms: i64) -> Option<&Order> {
+        let order = self.open(id)?;
+        let remaining = order.remaining();
+        let by = by.min(remaining);
+        order.cancelled += by;
+        order.updated_at_ms = now_ms;
+        let wallet = order.book.product().wallet();
+        let (currency, held) = order.held.clone();
+        let freed = if by == remaining {
+            order.state = OrderState::Cancelled;
+            held
+        } else {
+            held.times(by)?.over(remaining)?
+        };
+        order.held.1 -= freed;
+        let balance = self.balance(wallet, &currency);
+        balance.hold -= freed;
+        balance.available += freed;
+        self.orders.get(*self.by_id.get(id)?)
+    }
+
+    /// Changes price and size of a resting order in place and returns it; what is held for it stays.
+    pub(super) fn amend(
+        &mut self,
+        id: &str,
+        price: Option<Amount>,
+        size: Option<Amount>,
+        now_ms: i64,
+    ) -> Option<&Order> {
+        let order = self.open(id)?;
+        order.price = price.or(order.price);
+        order.size = size
+            .unwrap_or(order.size)
+            .max(order.filled + order.cancelled);
+        order.updated_at_ms = now_ms;
+        Some(order)
+    }
+
+    /// Makes a clientOid free again, for an amendment that places anew under it.
+    pub(super) fn free_client_oid(&mut self, product: Product, id: &str) {
+        self.by_client_oid.remove(&(product, id.to_owned()));
+    }
+
+    /// Cancels every resting order that fits and returns the ids.
+    pub(super) fn cancel_all(&mut self, now_ms: i64, fits: impl Fn(&Order) -> bool) -> Vec<Order> {
+        let ids: Vec<String> = self
+            .orders
+            .iter()
+            .filter(|order| order.is_open() && fits(order))
+            .map(|order| order.id.clone())
+            .collect();
+        ids.iter()
+            .filter_map(|id| self.cancel(id, now_ms).cloned())
+            .collect()
+    }
+
+    /// The orders that fit, newest first as KuCoin lists them.
+    pub(super) fn list<'a>(
+        &'a self,
+        fits: impl Fn(&Order) -> bool + 'a,
+    ) -> impl Iterator<Item = &'a Order> {
+        self.orders.iter().rev().filter(move |order| fits(order))
+    }
+
+    fn open(&mut self, id: &str) -> Option<&mut Order> {
+        let at = *self.by_id.get(id)?;
+        self.orders.get_mut(at).filter(|order| order.is_open())
+    }
+
+    fn balance(&mut self, wallet: Wallet, currency: &str) -> &mut Balance {
+        self.balances
+            .entry((wallet, currency.to_owned()))
+            .or_default()
+    }
+
+    fn wallet(&self, wallet: Wallet) -> impl Iterator<Item = (&str, &Balance)> {
+        self.balances
+            .iter()
+            .filter(move |((of, _), _)| *of == wallet)
+            .map(|((_, currency), balance)| (currency.as_str(), balance))
+    }
+}
+
+/// Answers the account endpoints that are simulated; `None` for the others.
+pub(super) fn answer(accounts: &mut Accounts, call: &Call<'_>) -> Option<Outcome> {
+    let account = accounts.of(call.uid);
+    let data = match call.route() {
+        ("GET", "/api/v1/accounts") => spot_list(account, call),
+        ("GET", "/api/v1/hf/accounts/opened") => json!(true),
+        ("GET", "/api/v1/account-overview") => {
+            futures_view(account, call.query("currency").unwrap_or("XBT"))
+        }
+        ("GET", "/api/v1/margin/account" | "/api/v3/margin/accounts") => margin_view(account),
+        ("GET", "/api/v3/isolated/accounts") => json!({
+            "totalAssetOfQuoteCurrency": "0", "totalLiabilityOfQuoteCurrency": "0", "timestamp": call.now_ms, "assets": [],
+        }),
+        ("GET", "/api/ua/v1/account/mode" | "/api/ua/v2/account/mode") => {
+            json!({"selfAccountMode": "CLASSIC"})
+        }
+        ("GET", "/api/ua/v2/account/balance" | "/api/ua/v2/unified/account/balance") => {
+            unified_view(account, call)
+        }
+        ("GET", "/api/v1/user/api-key" | "/api/ua/v2/user/api-key") => key_view(call),
+        _ => return None,
+    };
+    Some(Ok(data))
+}
+
+fn spot_list(account: &Account, call: &Call<'_>) -> Value {
+    let wanted = |name: &str, value: &str| call.query(name).is_none_or(|wanted| wanted == value);
+    // `trade_hf` is an older name of the same wallet: ccxt asks for it and wants it in the answer.
+    let trade = match call.query("type") {
+        Some("trade_hf") => "trade_hf",
+        _ => "trade",
+    };
+    [(Wallet::Funding, "main"), (Wallet::Trade, trade)]
+        .into_iter()
+        .filter(|(_, kind)| wanted("type", kind))
+        .flat_map(|(wallet, kind)| account.wallet(wallet).map(move |entry| (kind, entry)))
+        .filter(|(_, (currency, _))| wanted("currency", currency))
+        .map(|(kind, (currency, balance))| {
+            json!({
+                "id": format!("{}-{kind}-{currency}", call.uid), "currency": currency, "type": kind,
+                "balance": balance.available + balance.hold, "available": balance.available, "holds": balance.hold,
+            })
+        })
+        .collect()
+}
+
+fn futures_view(account: &Account, currency: &str) -> Value {
+    let balance = account
+        .balances
+        .get(&(Wallet::Futures, currency.to_owned()))
+        .copied()
+        .unwrap_or_default();
+    let number = Amount::to_json_number;
+    let equity = balance.available + balance.hold + balance.position;
+    json!({
+        "accountEquity": number(equity), "unrealisedPNL": 0, "marginBalance": number(equity),
+        "positionMargin": number(balance.position), "orderMargin": number(balance.hold), "frozenFunds": 0,
+        "availableBalance": number(balance.available), "currency": currency, "riskRatio": 0,
+        "maxWithdrawAmount": number(balance.available), "availableMargin": number(balance.available),
+    })
+}
+
+fn margin_view(account: &Account) -> Value {
+    let accounts: Value = account
+        .wallet(Wallet::Margin)
+        .map(|(currency, balance)| {
+            let total = balance.available + balance.hold;
+            json!({
+                "currency": currency, "total": total, "available": balance.available, "hold": balance.hold,
+                "totalBalance": total, "availableBalance": balance.available, "holdBalance": balance.hold,
+                "liability": "0", "maxBorrowSize": "0", "borrowEnabled": true, "transferInEnabled": true,
+                "liabilityPrincipal": "0", "liabilityInterest": "0",
+            })
+        })
+        .collect();
+    json!({
+        "totalAssetOfQuoteCurrency": "0", "totalLiabilityOfQuoteCurrency": "0", "debtRatio": "0", "status": "EFFECTIVE",
+        "accounts": accounts,
+    })
+}
+
+fn unified_view(account: &Account, call: &Call<'_>) -> Value {
+    let currencies: Value = account
+        .wallet(Wallet::Unified)
+        .map(|(currency, balance)| {
+            let equity = balance.available + balance.hold + balance.position;
+            json!({
+                "currency": currency, "equity": equity, "balance": equity, "available": balance.available,
+                "hold": balance.hold + balance.position, "liability": "0",
+            })
+        })
+        .collect();
+    json!({
+        "accountType": "UNIFIED", "ts": call.now_ms,
+        "accounts": [{"accountSubtype": null, "riskRatio": "0", "currencies": currencies}],
+    })
+}
+
+fn key_view(call: &Call<'_>) -> Value {
+    let Some(key) = call.key else {
+        return Value::Null;
+    };
+    let mut permissions = vec!["General"];
+    permissions.extend(
+        key.permissions
+            .iter()
+            .map(|held| match held.as_str() {
+                "FlexTransfers" => "InnerTransfer",
+                "Withdrawal" => "Transfer",
+                other => other,
+            })
+            .filter(|held| *held != "General"),
+    );
+    let addresses: Vec<String> = key.ip_whitelist.iter().map(ToString::to_string).collect();
+    let mut view = json!({
+        "remark": "simulated", "apiKey": key.api_key, "apiVersion": key.version, "permission": permissions.join(","),
+        "createdAt": 1_735_689_600_000_u64, "uid": key.uid, "isMaster": true, "region": "simulated", "siteType": "global",
+    });
+    // KuCoin leaves the field out when there is no restriction.
+    if let (Some(view), false) = (view.as_object_mut(), addresses.is_empty()) {
+        view.insert("ipWhitelist".to_owned(), json!(addresses.join(",")));
+    }
+    view
+}

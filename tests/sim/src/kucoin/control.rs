@@ -1,0 +1,130 @@
+//! `/_sim/...` on the spot listener: how another process drives the simulator. KuCoin has nothing of the kind.
+//!
+//! | Request | Body or answer |
+//! |---|---|
+//! | `POST /_sim/keys` | a [`SimKey`] |
+//! | `DELETE /_sim/keys?api_key=` | |
+//! | `POST /_sim/balance` | `{"uid": 1, "wallet": "trade", "currency": "USDT", "amount": "10"}` |
+//! | `POST /_sim/fault`, `DELETE /_sim/fault` | a [`Fault`]; all are cleared |
+//! | `POST /_sim/limits` | [`Limits`]; what is left out has its default |
+//! | `POST /_sim/clock` | `{"offset_ms": -6000}` or `{"fixed_ms": 1735689600123}` |
+//! | `GET /_sim/received` | `{"requests": [{method, path, code, signature, count}], "client_oids": [...]}` |
+//! | `GET /_sim/orders?uid=` | the account's orders, oldest first |
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use http::{Response, StatusCode};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use super::accounts::Wallet;
+use super::amount::Amount;
+use super::answers::json_answer;
+use super::auth::SimKey;
+use super::call::query_pairs;
+use super::exchange::{Clock, Exchange};
+use super::faults::Fault;
+use super::limits::Limits;
+use super::record::Signature;
+use crate::http::Received;
+
+/// Paths that belong to the simulator, not to KuCoin.
+pub(super) const PREFIX: &str = "/_sim/";
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct BalanceOrder {
+    uid: u64,
+    wallet: Wallet,
+    currency: String,
+    amount: Amount,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum ClockOrder {
+    FixedMs(i64),
+    OffsetMs(i64),
+}
+
+/// Answers a control request.
+pub(super) fn answer(exchange: &mut Exchange, request: &Received) -> Response<Bytes> {
+    match act(exchange, request) {
+        Ok(answer) => json_answer(StatusCode::OK, &answer),
+        Err(problem) => json_answer(StatusCode::BAD_REQUEST, &json!({"error": problem})),
+    }
+}
+
+fn act(exchange: &mut Exchange, request: &Received) -> Result<Value, String> {
+    let query = query_pairs(request.head.uri.query().unwrap_or_default());
+    let query = |wanted: &str| {
+        let found = query.iter().find(|(name, _)| name == wanted);
+        found
+            .map(|(_, value)| value.clone())
+            .ok_or_else(|| format!("the query has no {wanted}"))
+    };
+    match (request.head.method.as_str(), request.head.uri.path()) {
+        ("POST", "/_sim/keys") => {
+            let key: SimKey = body(request)?;
+            exchange.keys.insert(key.api_key.clone(), key);
+        }
+        ("DELETE", "/_sim/keys") => {
+            exchange.keys.remove(&query("api_key")?);
+        }
+        ("POST", "/_sim/balance") => {
+            let order: BalanceOrder = body(request)?;
+            let account = exchange.accounts.of(order.uid);
+            account.set_available(order.wallet, &order.currency, order.amount);
+        }
+        ("POST", "/_sim/fault") => exchange.faults.add(body::<Fault>(request)?),
+        ("DELETE", "/_sim/fault") => exchange.faults.clear(),
+        ("POST", "/_sim/limits") => exchange.set_limits(body::<Limits>(request)?),
+        ("POST", "/_sim/clock") => {
+            exchange.clock = match body(request)? {
+                ClockOrder::FixedMs(ms) => Clock::Fixed(ms),
+                ClockOrder::OffsetMs(ms) => Clock::Offset(ms),
+            };
+        }
+        ("GET", "/_sim/received") => return Ok(received(exchange)),
+        ("GET", "/_sim/orders") => {
+            let uid = query("uid")?.parse().map_err(|_| "uid is no number")?;
+            return Ok(json!(exchange.accounts.orders(uid)));
+        }
+        (method, path) => return Err(format!("the simulator has no {method} {path}")),
+    }
+    Ok(json!({"ok": true}))
+}
+
+fn body<T: DeserializeOwned>(request: &Received) -> Result<T, String> {
+    serde_json::from_slice(&request.body).map_err(|error| error.to_string())
+}
+
+fn received(exchange: &Exchange) -> Value {
+    let mut counts = BTreeMap::<_, u64>::new();
+    let mut client_oids = Vec::new();
+    for request in exchange.records.iter() {
+        let signature = match request.signature {
+            Signature::Refused(_) => "refused",
+            Signature::Unchecked => "unchecked",
+            Signature::Verified => "verified",
+        };
+        let code = request.code().unwrap_or("none");
+        let of = (request.method.as_str(), request.path(), code, signature);
+        *counts.entry(of).or_default() += 1;
+        client_oids.extend(
+            request
+                .created
+                .iter()
+                .filter_map(|order| order.client_oid.as_deref()),
+        );
+    }
+    let requests: Vec<Value> = counts
+        .into_iter()
+        .map(|((method, path, code, signature), count)| {
+            json!({"method": method, "path": path, "code": code, "signature": signature, "count": count})
+        })
+        .collect();
+    json!({"requests": requests, "client_oids": client_oids})
+}

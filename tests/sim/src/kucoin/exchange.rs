@@ -1,0 +1,236 @@
+//! The exchange behind both hosts: one request at a time, from the edge through the checks to the products.
+//!
+//! Order: edge limit, fault, endpoint known, checks of `auth`, quota of the pool, permission, product. KuCoin does not
+//! document its own.
+
+use std::collections::HashMap;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use http::{Response, StatusCode};
+use serde_json::{Value, json};
+
+use super::accounts::{self, Accounts};
+use super::answers::{self, Outcome, Refusal, refuse};
+use super::auth::{self, SimKey};
+use super::call::Call;
+use super::catalog::{Catalog, Endpoint, Host, Route};
+use super::faults::{FaultAction, Faults};
+use super::limits::{Limits, Quota, Subject, Usage};
+use super::record::{CreatedOrder, ReceivedRequest, Records, Signature};
+use super::{conditional, futures, market, spot, unified};
+use crate::http::Received;
+
+/// Everything that both hosts share.
+#[derive(Debug)]
+pub(super) struct Exchange {
+    pub(super) accounts: Accounts,
+    pub(super) clock: Clock,
+    pub(super) faults: Faults,
+    pub(super) keys: HashMap<String, SimKey>,
+    pub(super) limits: Limits,
+    pub(super) oldest_key_version: u8,
+    pub(super) records: Records,
+    pub(super) usage: Usage,
+}
+
+/// The exchange's clock.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Clock {
+    /// Stands still.
+    Fixed(i64),
+    /// So many milliseconds before (negative) or after this machine's clock.
+    Offset(i64),
+}
+
+impl Clock {
+    /// Milliseconds since 1970.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the simulator's clock; the ban is for the broker, which has its own in clock.rs"
+    )]
+    pub(super) fn now_ms(self) -> i64 {
+        match self {
+            Self::Fixed(ms) => ms,
+            Self::Offset(ms) => {
+                let now = SystemTime::now().duration_since(UNIX_EPOCH);
+                let now_ms =
+                    now.map_or(0, |now| i64::try_from(now.as_millis()).unwrap_or(i64::MAX));
+                now_ms.saturating_add(ms)
+            }
+        }
+    }
+}
+
+/// A request that got past the edge.
+#[derive(Debug)]
+pub(super) struct Arrival {
+    number: u64,
+    /// What goes wrong with it.
+    pub(super) fault: Option<FaultAction>,
+}
+
+/// The edge lets nothing through from this address.
+#[derive(Debug)]
+pub(super) struct Blocked;
+
+impl From<Blocked> for Response<Bytes> {
+    fn from(_: Blocked) -> Self {
+        let detail = "Error 1015: you are being rate limited";
+        answers::html_page(StatusCode::TOO_MANY_REQUESTS, detail)
+    }
+}
+
+impl Exchange {
+    /// Records a request; the edge may answer it at once.
+    pub(super) fn arrive(
+        &mut self,
+        catalog: &Catalog,
+        host: Host,
+        request: &Received,
+    ) -> Result<Arrival, Blocked> {
+        let now_ms = self.clock.now_ms();
+        let mut record = ReceivedRequest::new(host, request, now_ms);
+        if !self
+            .usage
+            .passes_edge(&self.limits, request.peer.ip(), now_ms)
+        {
+            record.answered = Some((429, "1015".to_owned()));
+            self.records.add(record);
+            return Err(Blocked);
+        }
+        let path = request.head.uri.path();
+        if let Some(route) = catalog.find(host, request.head.method.as_str(), path) {
+            record.endpoint = Some(route.endpoint.id.clone());
+            if route.endpoint.is_private() {
+                match self.signed_by(request, now_ms) {
+                    Ok(key) => {
+                        record.uid = Some(key.uid);
+                        record.signature = Signature::Verified;
+                    }
+                    Err(refusal) => record.signature = Signature::Refused(refusal.code),
+                }
+            }
+        }
+        let fault = self.faults.hit(host, request.head.method.as_str(), path);
+        record.fault = fault.is_some();
+        Ok(Arrival {
+            number: self.records.add(record),
+            fault,
+        })
+    }
+
+    /// Sets the limits and starts counting anew.
+    pub(super) fn set_limits(&mut self, limits: Limits) {
+        self.limits = limits;
+        self.usage.clear();
+    }
+
+    /// Takes a request: checks it, acts on it, answers it.
+    pub(super) fn take(
+        &mut self,
+        catalog: &Catalog,
+        host: Host,
+        arrival: &Arrival,
+        request: &Received,
+    ) -> Response<Bytes> {
+        let method = request.head.method.as_str();
+        let Some(route) = catalog.find(host, method, request.head.uri.path()) else {
+            self.settle(arrival, 404, "404", Vec::new());
+            return answers::not_found();
+        };
+        let (outcome, quota, created) = self.act(host, &route, request);
+        let mut response = answers::envelope(&outcome);
+        if let Some(quota) = quota {
+            quota.label(&mut response);
+        }
+        let code = outcome
+            .as_ref()
+            .map_or_else(|refusal| refusal.code, |_| "200000");
+        self.settle(arrival, response.status().as_u16(), code, created);
+        response
+    }
+
+    fn settle(&mut self, arrival: &Arrival, status: u16, code: &str, created: Vec<CreatedOrder>) {
+        if let Some(record) = self.records.get_mut(arrival.number) {
+            record.answered = Some((status, code.to_owned()));
+            record.created = created;
+        }
+    }
+
+    fn signed_by(&self, request: &Received, now_ms: i64) -> Result<&SimKey, Refusal> {
+        auth::check(&self.keys, request, self.oldest_key_version, now_ms)
+    }
+
+    fn act(
+        &mut self,
+        host: Host,
+        route: &Route<'_>,
+        request: &Received,
+    ) -> (Outcome, Option<Quota>, Vec<CreatedOrder>) {
+        let now_ms = self.clock.now_ms();
+        let endpoint = route.endpoint;
+        let key = match endpoint
+            .is_private()
+            .then(|| self.signed_by(request, now_ms))
+        {
+            None => None,
+            Some(Ok(key)) => Some(key.clone()),
+            Some(Err(refusal)) => return (Err(refusal), None, Vec::new()),
+        };
+        let who = key
+            .as_ref()
+            .map_or(Subject::Address(request.peer.ip()), |key| {
+                Subject::Account(key.uid)
+            });
+        let quota = endpoint.pool().and_then(|pool| {
+            let weight = endpoint.weight();
+            self.usage.charge(&self.limits, pool, who, weight, now_ms)
+        });
+        if quota.is_some_and(|quota| quota.exceeded) {
+            return (Err(too_many()), quota, Vec::new());
+        }
+        if let Some(key) = &key
+            && !key.may(endpoint.permission())
+        {
+            let msg = "Access denied, require more permission.";
+            return (Err(refuse("400007", msg)), quota, Vec::new());
+        }
+        let uid = key.as_ref().map_or(0, |key| key.uid);
+        let before = self.accounts.orders(uid).len();
+        let outcome = Call::new(route, request, key.as_ref(), now_ms)
+            .and_then(|call| self.product(host, &call));
+        let created = self.accounts.orders(uid).iter().skip(before);
+        let created = created
+            .map(|order| CreatedOrder {
+                id: order.id.clone(),
+                client_oid: order.client_oid.clone(),
+            })
+            .collect();
+        (outcome, quota, created)
+    }
+
+    fn product(&mut self, host: Host, call: &Call<'_>) -> Outcome {
+        let accounts = &mut self.accounts;
+        market::answer(call)
+            .or_else(|| accounts::answer(accounts, call))
+            .or_else(|| match host {
+                Host::Futures => futures::answer(accounts, call),
+                Host::Spot => spot::answer(accounts, call)
+                    .or_else(|| conditional::answer(accounts, call))
+                    .or_else(|| unified::answer(accounts, call)),
+            })
+            .unwrap_or_else(|| Ok(unsimulated(call.endpoint)))
+    }
+}
+
+/// The refusal when a quota is used up.
+pub(super) fn too_many() -> Refusal {
+    refuse("429000", "Too many requests")
+}
+
+/// Catalogued, but nothing is behind it: well-formed and empty.
+fn unsimulated(endpoint: &Endpoint) -> Value {
+    let listing = endpoint.method == "GET" && endpoint.path.ends_with('s');
+    if listing { json!([]) } else { json!({}) }
+}

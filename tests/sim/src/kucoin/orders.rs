@@ -1,0 +1,396 @@
+//! What an order is, and the words for it that all products share.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::accounts::Wallet;
+use super::amount::Amount;
+use super::answers::{Refusal, refuse};
+use super::call::{amount, flag, text};
+use super::market::{Instrument, instrument};
+
+/// Which of KuCoin's order interfaces an order belongs to.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Book {
+    /// Futures, stop orders included.
+    Futures,
+    /// Margin.
+    Margin,
+    /// Margin one-cancels-other.
+    MarginOco,
+    /// Margin stop orders.
+    MarginStop,
+    /// Spot, high-frequency or old.
+    Spot,
+    /// Spot one-cancels-other.
+    SpotOco,
+    /// Spot stop orders.
+    SpotStop,
+    /// Unified trading account.
+    Unified,
+}
+
+/// Products that count clientOids apart.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub(super) enum Product {
+    Futures,
+    Margin,
+    Spot,
+    Unified,
+}
+
+impl Book {
+    /// Its product.
+    pub(super) fn product(self) -> Product {
+        match self {
+            Self::Futures => Product::Futures,
+            Self::Margin | Self::MarginOco | Self::MarginStop => Product::Margin,
+            Self::Spot | Self::SpotOco | Self::SpotStop => Product::Spot,
+            Self::Unified => Product::Unified,
+        }
+    }
+}
+
+impl Product {
+    /// Where its balances are.
+    pub(super) fn wallet(self) -> Wallet {
+        match self {
+            Self::Futures => Wallet::Futures,
+            Self::Margin => Wallet::Margin,
+            Self::Spot => Wallet::Trade,
+            Self::Unified => Wallet::Unified,
+        }
+    }
+
+    /// The refusal of a clientOid that was used before. None is documented for spot: that one is assumed.
+    pub(super) fn duplicate(self) -> Refusal {
+        match self {
+            Self::Futures => refuse("300018", "clientOid parameter repeated"),
+            Self::Margin => refuse("126044", "Duplicate clientOid"),
+            Self::Spot => refuse("400100", "Duplicate clientOid (assumed by the simulator)"),
+            Self::Unified => refuse("106151", "Duplicate clientOid"),
+        }
+    }
+
+    /// The refusal for want of funds.
+    pub(super) fn too_poor(self) -> Refusal {
+        match self {
+            Self::Futures => refuse("300003", "Balance insufficient. Please deposit first"),
+            Self::Margin => refuse("126013", "Insufficient account balance"),
+            Self::Spot => refuse("200004", "Balance insufficient!"),
+            Self::Unified => refuse("106150", "Insufficient balance"),
+        }
+    }
+
+    /// A lookup found nothing. Codes of spot, margin and futures as ccxt knows them; of the unified account assumed.
+    pub(super) fn absent(self) -> Refusal {
+        match self {
+            Self::Futures => refuse("100001", "error.getOrder.orderNotExist"),
+            Self::Margin => refuse("126043", "Order does not exist"),
+            Self::Spot => refuse("400100", "order not exist."),
+            Self::Unified => refuse("106100", "Order does not exist"),
+        }
+    }
+
+    /// There is nothing to cancel, or no longer. Sources as for [`Product::absent`].
+    pub(super) fn not_cancellable(self) -> Refusal {
+        match self {
+            Self::Futures => refuse("100004", "The order cannot be canceled."),
+            Self::Margin => refuse("126043", "Order does not exist"),
+            Self::Spot => refuse("400100", "order_not_exist_or_not_allow_to_cancel"),
+            Self::Unified => refuse("106102", "Order does not exist or cannot be canceled"),
+        }
+    }
+
+    /// A parameter is missing or wrong.
+    pub(super) fn bad_parameter(self, name: &str) -> Refusal {
+        let code = match self {
+            Self::Futures => "100001",
+            Self::Margin | Self::Spot | Self::Unified => "400100",
+        };
+        refuse(code, format!("Parameter error: {name}"))
+    }
+
+    fn unknown_symbol(self) -> Refusal {
+        match self {
+            Self::Futures => refuse("100001", "Symbol parameter invalid"),
+            Self::Margin => refuse("126004", "Trading pair does not exist"),
+            Self::Spot => refuse("900001", "symbol not exists"),
+            Self::Unified => refuse("106053", "Symbol does not exist"),
+        }
+    }
+}
+
+/// Buy or sell.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Side {
+    /// Buy.
+    Buy,
+    /// Sell.
+    Sell,
+}
+
+impl Side {
+    /// As Classic answers have it.
+    pub(super) fn lower(self) -> &'static str {
+        match self {
+            Self::Buy => "buy",
+            Self::Sell => "sell",
+        }
+    }
+
+    /// As unified answers have it.
+    pub(super) fn upper(self) -> &'static str {
+        match self {
+            Self::Buy => "BUY",
+            Self::Sell => "SELL",
+        }
+    }
+}
+
+/// Where an order stands.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OrderState {
+    /// Cancelled; it may have been reduced before.
+    Cancelled,
+    /// Filled completely.
+    Filled,
+    /// Resting.
+    Open,
+}
+
+/// An order that the simulator accepted.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Order {
+    /// Account.
+    pub uid: u64,
+    /// Order id.
+    pub id: String,
+    /// The bot's id for it.
+    pub client_oid: Option<String>,
+    /// Interface that it was placed with.
+    pub book: Book,
+    /// Symbol.
+    pub symbol: String,
+    /// Buy or sell.
+    pub side: Side,
+    /// Price of a limit order; unset for a market order.
+    pub price: Option<Amount>,
+    /// Base currency, or contracts.
+    pub size: Amount,
+    /// So much of it is filled.
+    pub filled: Amount,
+    /// So much of it was cancelled.
+    pub cancelled: Amount,
+    /// Where it stands.
+    pub state: OrderState,
+    /// When it was accepted, exchange clock.
+    pub created_at_ms: i64,
+    /// When it last changed, exchange clock.
+    pub updated_at_ms: i64,
+    /// The order as it was sent.
+    pub fields: Value,
+    /// What is held for it: currency and amount.
+    #[serde(skip)]
+    pub(super) held: (String, Amount),
+}
+
+impl Order {
+    /// Is it resting?
+    pub fn is_open(&self) -> bool {
+        self.state == OrderState::Open
+    }
+
+    /// What is neither filled nor cancelled.
+    pub(super) fn remaining(&self) -> Amount {
+        self.size - self.filled - self.cancelled
+    }
+
+    /// Is it waiting for a trigger?
+    pub(super) fn is_conditional(&self) -> bool {
+        is_conditional(&self.fields)
+    }
+
+    /// A text member as it was sent, else empty.
+    pub(super) fn sent(&self, name: &str) -> Value {
+        self.fields.get(name).cloned().unwrap_or_else(|| json!(""))
+    }
+
+    /// Quote currency that was paid or received for what is filled.
+    pub(super) fn filled_value(&self) -> Amount {
+        instrument(&self.symbol)
+            .and_then(|one| one.base_units(self.filled)?.times(one.fixed_price()))
+            .unwrap_or_default()
+    }
+
+    /// Ids of the two legs of a one-cancels-other order: its own names the pair, not a leg.
+    pub(super) fn legs(&self) -> [String; 2] {
+        [format!("{}-limit", self.id), format!("{}-stop", self.id)]
+    }
+}
+
+/// Has the order a trigger, in the words of any product?
+fn is_conditional(fields: &Value) -> bool {
+    [
+        "stop",
+        "stopPrice",
+        "triggerPrice",
+        "triggerStopUpPrice",
+        "triggerStopDownPrice",
+    ]
+    .into_iter()
+    .any(|name| match fields.get(name) {
+        None | Some(Value::Null) => false,
+        Some(Value::String(text)) => !text.is_empty(),
+        Some(_) => true,
+    })
+}
+
+/// An order as asked for, understood.
+#[derive(Debug)]
+pub(super) struct Draft {
+    pub(super) book: Book,
+    pub(super) client_oid: Option<String>,
+    pub(super) instrument: Instrument,
+    pub(super) side: Side,
+    /// Unset for a market order.
+    pub(super) price: Option<Amount>,
+    pub(super) size: Amount,
+    /// Rests until something else happens, which in the simulator it never does.
+    pub(super) conditional: bool,
+    /// Needs no funds: a stop order (assumed: KuCoin freezes nothing before the trigger), or one that only reduces.
+    pub(super) unfunded: bool,
+    /// Margin is the value divided by this; 1 outside futures.
+    pub(super) leverage: Amount,
+    pub(super) fields: Value,
+}
+
+impl Draft {
+    /// Reads one order. `type_field` is its name for limit or market.
+    pub(super) fn read(book: Book, type_field: &str, fields: &Value) -> Result<Self, Refusal> {
+        let product = book.product();
+        let bad = |name: &str| product.bad_parameter(name);
+        let symbol = text(fields, "symbol").ok_or_else(|| bad("symbol"))?;
+        let instrument = instrument(symbol).ok_or_else(|| product.unknown_symbol())?;
+        let conditional = is_conditional(fields);
+        let closing = flag(fields, "closeOrder");
+        let side = match text(fields, "side").map(str::to_ascii_lowercase).as_deref() {
+            Some("buy") => Side::Buy,
+            Some("sell") => Side::Sell,
+            None if closing => Side::Sell,
+            _ => return Err(bad("side")),
+        };
+        let positive = |name: &str| positive(product, fields, name);
+        let kind = text(fields, type_field).unwrap_or("limit");
+        let price = match kind.to_ascii_lowercase().as_str() {
+            "limit" => Some(positive("price")?.ok_or_else(|| bad("price"))?),
+            "market" => None,
+            _ => return Err(bad(type_field)),
+        };
+        let leverage = positive("leverage")?.unwrap_or(Amount::from(1));
+        Ok(Self {
+            book,
+            client_oid: client_oid(product, fields)?,
+            instrument,
+            side,
+            price,
+            size: quantity(product, fields, instrument, price)?,
+            conditional,
+            unfunded: closing
+                || flag(fields, "reduceOnly")
+                || conditional && !matches!(book, Book::MarginOco | Book::SpotOco),
+            leverage,
+            fields: fields.clone(),
+        })
+    }
+
+    /// Refuses an order without clientOid.
+    pub(super) fn demand_client_oid(self) -> Result<Self, Refusal> {
+        match self.client_oid {
+            Some(_) => Ok(self),
+            None => Err(self.book.product().bad_parameter("clientOid")),
+        }
+    }
+
+    /// What it needs: currency and amount.
+    pub(super) fn needs(&self) -> Result<(String, Amount), Refusal> {
+        let at = self.price.unwrap_or_else(|| self.instrument.fixed_price());
+        let currency = match (self.instrument.contracts_per_unit, self.side) {
+            (None, Side::Sell) => self.instrument.base,
+            _ => self.instrument.quote,
+        };
+        let needed = if self.unfunded {
+            Some(Amount::ZERO)
+        } else if currency == self.instrument.base {
+            Some(self.size)
+        } else {
+            self.instrument
+                .base_units(self.size)
+                .and_then(|units| units.times(at)?.over(self.leverage))
+        };
+        let needed = needed.ok_or_else(|| self.book.product().bad_parameter("size"))?;
+        Ok((currency.to_owned(), needed))
+    }
+}
+
+/// An amount that, when it is there, is more than nothing.
+fn positive(product: Product, fields: &Value, name: &str) -> Result<Option<Amount>, Refusal> {
+    match amount(fields, name)? {
+        Some(Amount::ZERO) => Err(product.bad_parameter(name)),
+        value => Ok(value),
+    }
+}
+
+/// The size in base currency or contracts, however it was given: as such, by its price, or for contracts in base currency.
+fn quantity(
+    product: Product,
+    fields: &Value,
+    instrument: Instrument,
+    price: Option<Amount>,
+) -> Result<Amount, Refusal> {
+    let positive = |name: &str| positive(product, fields, name);
+    let (mut size, mut funds) = (positive("size")?, positive("funds")?);
+    funds = funds.or(positive("valueQty")?);
+    if text(fields, "sizeUnit") == Some("QUOTECCY") {
+        funds = size.take();
+    }
+    if let (Some(units), Some(per_unit)) = (positive("qty")?, instrument.contracts_per_unit) {
+        size = units.times(Amount::from(per_unit));
+    }
+    match (size, funds) {
+        (Some(size), None) => Some(size),
+        (None, Some(funds)) => bought_for(
+            funds,
+            price.unwrap_or_else(|| instrument.fixed_price()),
+            instrument,
+        ),
+        // Closes a position of unknown size: the simulator has no positions.
+        (None, None) if flag(fields, "closeOrder") => Some(Amount::from(1)),
+        _ => None,
+    }
+    .ok_or_else(|| product.bad_parameter("size"))
+}
+
+fn bought_for(funds: Amount, at: Amount, instrument: Instrument) -> Option<Amount> {
+    let units = funds.over(at)?;
+    match instrument.contracts_per_unit {
+        None => Some(units),
+        Some(per_unit) => Some(units.times(Amount::from(per_unit))?.whole()),
+    }
+    .filter(|size| *size > Amount::ZERO)
+}
+
+/// Letters, digits, `_` and `-`, at most 40. Source: KuCoin API documentation, "Add Order".
+fn client_oid(product: Product, fields: &Value) -> Result<Option<String>, Refusal> {
+    let Some(id) = text(fields, "clientOid") else {
+        return Ok(None);
+    };
+    let fits = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-');
+    if id.len() > 40 || !id.bytes().all(fits) {
+        return Err(product.bad_parameter("clientOid"));
+    }
+    Ok(Some(id.to_owned()))
+}

@@ -1,0 +1,142 @@
+//! Every fault, and what it leaves behind.
+
+use std::time::{Duration, Instant};
+
+use credbroker_sim::kucoin::{Fault, FaultAction, Host, Matching, Signature, When};
+use serde_json::{Value, json};
+
+use crate::client::Client;
+
+#[tokio::test]
+async fn faults_hit_before_or_after_the_order_is_placed() {
+    let client = Client::start().await;
+    let path = "/api/v1/hf/orders";
+    let mut number = 0;
+    let mut placed = 0;
+    for (action, places) in [
+        (
+            FaultAction::Close {
+                when: When::BeforeTaken,
+            },
+            false,
+        ),
+        (
+            FaultAction::Close {
+                when: When::AfterTaken,
+            },
+            true,
+        ),
+        (FaultAction::CutShort { bytes: 10 }, true),
+        (
+            FaultAction::Html {
+                status: 502,
+                when: When::BeforeTaken,
+            },
+            false,
+        ),
+        (
+            FaultAction::Html {
+                status: 502,
+                when: When::AfterTaken,
+            },
+            true,
+        ),
+        (answered(When::BeforeTaken), false),
+        (answered(When::AfterTaken), true),
+        (FaultAction::Oversized { megabytes: 2 }, true),
+        (
+            FaultAction::RateLimited {
+                reset_ms: Some(1500),
+            },
+            false,
+        ),
+        (FaultAction::RateLimited { reset_ms: None }, false),
+    ] {
+        number += 1;
+        placed += usize::from(places);
+        client.sim.fault(Fault::once(path, action.clone()));
+        let order = json!({
+            "clientOid": format!("o{number}"), "symbol": "BTC-USDT", "side": "buy", "price": "1", "size": "1",
+        });
+        let answer = client.try_call(Host::Spot, "POST", path, &order).await;
+        let label = format!("{action:?}: {answer:?}");
+        match action {
+            FaultAction::Close { .. } => assert!(answer.is_none(), "{label}"),
+            FaultAction::CutShort { bytes } => {
+                let answer = answer.unwrap();
+                assert_eq!((answer.body.len(), answer.is_whole()), (bytes, false));
+            }
+            FaultAction::Html { status, .. } => {
+                let answer = answer.unwrap();
+                assert_eq!((answer.status, answer.json()), (status, Value::Null));
+                assert!(
+                    answer
+                        .header("content-type")
+                        .unwrap()
+                        .starts_with("text/html")
+                );
+            }
+            FaultAction::Answer { status, body, .. } => {
+                let answer = answer.unwrap();
+                assert_eq!((answer.status, answer.json()), (status, body));
+            }
+            FaultAction::RateLimited { reset_ms } => {
+                let answer = answer.unwrap();
+                assert_eq!((answer.status, answer.code()), (429, "429000".to_owned()));
+                let reset = reset_ms.map(|ms| ms.to_string());
+                assert_eq!(answer.header("gw-ratelimit-reset"), reset);
+            }
+            _ => {
+                let answer = answer.unwrap();
+                assert!(answer.is_whole() && answer.body.len() > 2_000_000);
+            }
+        }
+        assert_eq!(client.sim.orders(7).len(), placed, "{label}");
+        let received = client.sim.received().pop().unwrap();
+        assert!(received.fault && received.signature == Signature::Verified);
+        assert_eq!(received.code().is_some(), places);
+        assert_eq!(received.created.len(), usize::from(places));
+    }
+}
+
+fn answered(when: When) -> FaultAction {
+    FaultAction::Answer {
+        status: 500,
+        body: json!({"code": "500000", "msg": "internal"}),
+        when,
+    }
+}
+
+#[tokio::test]
+async fn faults_delay_and_stall_the_requests_they_are_meant_for() {
+    let client = Client::start().await;
+    let path = "/api/v1/timestamp";
+    client.sim.fault(Fault {
+        host: Some(Host::Spot),
+        method: Some("GET".to_owned()),
+        path: "/api/v1/time".to_owned(),
+        matching: Matching::Prefix,
+        skip: 1,
+        times: None,
+        action: FaultAction::Delay { ms: 60 },
+    });
+    let started = Instant::now();
+    client.futures("GET", path, Value::Null).await.data();
+    client.spot("GET", path, Value::Null).await.data();
+    assert!(!client.sim.received().iter().any(|request| request.fault));
+    client.spot("GET", path, Value::Null).await.data();
+    assert!(started.elapsed() >= Duration::from_millis(60));
+    client.sim.clear_faults();
+    for when in [When::BeforeTaken, When::AfterTaken] {
+        client.sim.fault(Fault::once(
+            "/api/v1/hf/orders",
+            FaultAction::Stall { when },
+        ));
+        let order = json!({"symbol": "BTC-USDT", "side": "buy", "price": "1", "size": "1"});
+        let call = client.try_call(Host::Spot, "POST", "/api/v1/hf/orders", &order);
+        let patience = Duration::from_millis(200);
+        assert!(tokio::time::timeout(patience, call).await.is_err());
+        let placed = usize::from(when == When::AfterTaken);
+        assert_eq!(client.sim.orders(7).len(), placed);
+    }
+}
