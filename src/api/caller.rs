@@ -80,6 +80,11 @@ impl BotVerifier {
     pub fn new(chain: Arc<dyn ClientCertVerifier>, metrics: Arc<Metrics>) -> Self {
         Self { chain, metrics }
     }
+
+    fn refused(&self, certificate: &CertificateDer<'_>, reason: &dyn std::error::Error) {
+        self.metrics.certificate_refused();
+        tracing::warn!(names = names(certificate), %reason, "client certificate refused");
+    }
 }
 
 impl ClientCertVerifier for BotVerifier {
@@ -93,19 +98,15 @@ impl ClientCertVerifier for BotVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        let refused = |error: rustls::Error| {
-            self.metrics.certificate_refused();
-            tracing::warn!(names = names(end_entity), reason = %error, "client certificate refused");
-            error
-        };
         let verified = self
             .chain
-            .verify_client_cert(end_entity, intermediates, now)
-            .map_err(refused)?;
-        let other = |error| {
-            rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(error))))
-        };
-        bot_of(end_entity).map_err(other).map_err(refused)?;
+            .verify_client_cert(end_entity, intermediates, now);
+        let verified = verified.inspect_err(|error| self.refused(end_entity, error))?;
+        if let Err(error) = bot_of(end_entity) {
+            self.refused(end_entity, &error);
+            let error = CertificateError::Other(OtherError(Arc::new(error)));
+            return Err(rustls::Error::InvalidCertificate(error));
+        }
         Ok(verified)
     }
 

@@ -1,6 +1,6 @@
 //! The catalogue of KuCoin's endpoints: whose scope each is, what it risks, what it does to orders.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::LazyLock;
 
 use serde::Deserialize;
@@ -25,7 +25,7 @@ pub struct Endpoint {
     pub id: String,
     /// HTTP method.
     pub method: Method,
-    /// Path; `{name}` segments are parameters.
+    /// Path; `{name}` is a parameter and ends its segment, which may start with text: `level2_{size}`.
     pub path: String,
     /// KuCoin's product word: spot, margin, futures, account, …
     pub product: String,
@@ -165,15 +165,19 @@ impl Endpoint {
 
     /// The value that `path` has for the parameter `{name}`.
     pub fn path_parameter<'p>(&self, name: &str, path: &'p str) -> Option<&'p str> {
-        let wanted = |segment: &str| {
-            segment.strip_prefix('{').and_then(|s| s.strip_suffix('}')) == Some(name)
-        };
         self.path
             .split('/')
             .zip(path.split('/'))
-            .find(|(segment, _)| wanted(segment))
-            .map(|(_, value)| value)
+            .find_map(|(segment, value)| match parameter(segment) {
+                Some((before, found)) if found == name => value.strip_prefix(before),
+                _ => None,
+            })
     }
+}
+
+/// The parts of a segment that ends in a parameter: what stands before it, and its name.
+fn parameter(segment: &str) -> Option<(&str, &str)> {
+    segment.strip_suffix('}')?.split_once('{')
 }
 
 /// All endpoints, found by name or by scope, method and path.
@@ -200,7 +204,8 @@ pub enum Found<'c> {
 #[derive(Debug, Default)]
 struct Node {
     literal: HashMap<String, Node>,
-    parameter: Option<Box<Node>>,
+    /// Segments that end in a parameter, under the text before it.
+    parameters: BTreeMap<String, Node>,
     endpoint: Option<usize>,
 }
 
@@ -217,10 +222,9 @@ impl Catalog {
             by_id.insert(endpoint.id.clone(), index);
             let mut node = routes.entry((endpoint.scope, endpoint.method)).or_default();
             for segment in endpoint.path.split('/') {
-                node = if segment.starts_with('{') {
-                    node.parameter.get_or_insert_default()
-                } else {
-                    node.literal.entry(segment.to_owned()).or_default()
+                node = match parameter(segment) {
+                    Some((before, _)) => node.parameters.entry(before.to_owned()).or_default(),
+                    None => node.literal.entry(segment.to_owned()).or_default(),
                 };
             }
             node.endpoint = Some(index);
@@ -303,7 +307,20 @@ impl Node {
             return self.endpoint;
         };
         let literal = self.literal.get(*segment).and_then(|node| node.find(rest));
-        literal.or_else(|| self.parameter.as_ref().and_then(|node| node.find(rest)))
+        let fits = |before: &str| {
+            segment
+                .strip_prefix(before)
+                .is_some_and(|value| !value.is_empty())
+        };
+        literal.or_else(|| {
+            // Backwards: of two texts that both fit, the longer one comes first.
+            let mut fitting = self
+                .parameters
+                .iter()
+                .rev()
+                .filter(|(before, _)| fits(before));
+            fitting.find_map(|(_, node)| node.find(rest))
+        })
     }
 }
 
@@ -374,6 +391,37 @@ mod tests {
                 "/api/v1/orders/multi-cancel"
             ),
             "/api/v1/orders/multi-cancel"
+        );
+    }
+
+    #[test]
+    fn a_parameter_may_be_the_end_of_a_segment() {
+        let get = |scope, path: &str| found(scope, Method::Get, path);
+        let spot = |path: &str| get(Scope::SpotMargin, path);
+        assert_eq!(
+            get(Scope::Futures, "/api/v1/level2/depth20"),
+            "/api/v1/level2/depth{size}"
+        );
+        assert_eq!(get(Scope::Futures, "/api/v1/level2/depth"), "unlisted");
+        assert_eq!(get(Scope::Futures, "/api/v1/level2/20depth"), "unlisted");
+        assert_eq!(
+            spot("/api/v1/market/orderbook/level2_100"),
+            "/api/v1/market/orderbook/level2_{size}"
+        );
+        assert_eq!(
+            spot("/api/v3/market/orderbook/level3"),
+            "/api/v3/market/orderbook/level{level}"
+        );
+        assert_eq!(
+            spot("/api/v3/market/orderbook/level2"),
+            "/api/v3/market/orderbook/level2"
+        );
+        let depth = Catalog::get()
+            .by_id("futures.get.v1-level2-depth-size")
+            .unwrap();
+        assert_eq!(
+            depth.path_parameter("size", "/api/v1/level2/depth20"),
+            Some("20")
         );
     }
 

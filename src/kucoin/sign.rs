@@ -6,7 +6,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
 use hmac::{Hmac, KeyInit, Mac};
-use http::header::{CONTENT_TYPE, HeaderName, HeaderValue, USER_AGENT};
+use http::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, USER_AGENT};
 use http::uri::{PathAndQuery, Uri};
 use http_body_util::Full;
 use sha2::Sha256;
@@ -130,6 +130,26 @@ pub struct SignedRequest {
     pub(crate) request: http::Request<Full<Bytes>>,
     /// The timestamp that was signed, Unix milliseconds; 0 where nothing was.
     pub timestamp_ms: i64,
+}
+
+impl SignedRequest {
+    /// The headers, signature and all: as secret as a signature for as long as KuCoin takes it.
+    pub fn headers(&self) -> &HeaderMap {
+        self.request.headers()
+    }
+
+    /// Path and query as on the wire.
+    pub fn target(&self) -> &str {
+        self.request
+            .uri()
+            .path_and_query()
+            .map_or("", PathAndQuery::as_str)
+    }
+
+    /// The body as on the wire.
+    pub fn body(&self) -> Full<Bytes> {
+        self.request.body().clone()
+    }
 }
 
 /// Why a request cannot be signed.

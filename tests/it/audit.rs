@@ -1,1 +1,206 @@
-//! audit
+//! The record: a line before, a line after, and what happens when it cannot be written.
+
+use credbroker::api::proto::{Method, Outcome, QueryParameter, Scope};
+use credbroker::server::{Server, StartError};
+use serde_json::json;
+use tonic::Code;
+
+use crate::harness::{Lab, MAIN_UID, Settings, accounts, refusal, request, spot_order};
+
+#[tokio::test]
+async fn a_call_leaves_an_intent_and_an_outcome() {
+    let mut lab = Lab::start().await;
+    let mut bot = lab.bot("maker").await;
+    let mut order = spot_order("oid-1");
+    order.request_id = "call-1".to_owned();
+    // printf '%s' "$body" | openssl dgst -sha256
+    order.body = r#"{"clientOid":"oid-1","side":"buy","symbol":"BTC-USDT","type":"limit","price":"1","size":"1"}"#.into();
+    bot.send(order).await.unwrap();
+    let lines = lab.audit_of("call-1");
+    assert_eq!(lines.len(), 2);
+    let (intent, outcome) = (&lines[0], &lines[1]);
+    let expected = json!({
+        "event": "intent", "request_id": "call-1", "bot": "spiffe://demo.test/bot/maker",
+        "endpoint": "spot.post.v1-hf-orders", "account": "main", "scope": "spot-margin", "method": "POST",
+        "target": "/api/v1/hf/orders", "body_bytes": 92, "client_oids": ["oid-1"],
+        "body_sha256": "0cccf24a2f09b389ede297b563075da25baef9c9fae0b51d44b0e6e350cb21e4",
+    });
+    for (key, value) in expected.as_object().unwrap() {
+        assert_eq!(&intent[key], value, "{key} of {intent}");
+    }
+    assert!(intent["time_ms"].as_i64().unwrap() <= outcome["time_ms"].as_i64().unwrap());
+    assert_eq!(
+        (&intent["run"], &intent["call"]),
+        (&outcome["run"], &outcome["call"])
+    );
+    assert_eq!(outcome["event"], "outcome");
+    assert_eq!(outcome["outcome"], "accepted");
+    assert_eq!(outcome["http_status"], 200);
+    assert_eq!(outcome["code"], "200000");
+    assert!(outcome["timestamp_ms"].as_i64().unwrap() >= intent["time_ms"].as_i64().unwrap());
+    assert!(outcome.get("reason").is_none());
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn the_client_oid_is_recorded_wherever_it_stands() {
+    let mut lab = Lab::start().await;
+    let mut bot = lab.bot("maker").await;
+    let in_path = "/api/v1/hf/orders/client-order/in-path?symbol=BTC-USDT";
+    let in_query = "/api/v1/orders/byClientOid?clientOid=in-query";
+    let batch = r#"{"orderList":[{"clientOid":"a"},{"clientOid":"b"}]}"#;
+    let calls = [
+        (
+            request(Scope::SpotMargin, Method::Delete, in_path, ""),
+            json!(["in-path"]),
+        ),
+        (
+            request(Scope::Futures, Method::Get, in_query, ""),
+            json!(["in-query"]),
+        ),
+        (
+            request(
+                Scope::SpotMargin,
+                Method::Post,
+                "/api/v1/hf/orders/multi",
+                batch,
+            ),
+            json!(["a", "b"]),
+        ),
+    ];
+    for (index, (mut call, oids)) in calls.into_iter().enumerate() {
+        call.request_id = format!("oid-{index}");
+        bot.send(call).await.unwrap();
+        assert_eq!(
+            lab.audit_of(&format!("oid-{index}"))[0]["client_oids"],
+            oids
+        );
+    }
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn a_denied_call_is_one_line_and_its_secrets_are_masked() {
+    let mut lab = Lab::start().await;
+    let mut bot = lab.bot("maker").await;
+    let mut delete_key = request(Scope::SpotMargin, Method::Delete, "/api/v1/sub/api-key", "");
+    delete_key.query = ["apiKey", "subName", "passphrase"]
+        .map(|name| QueryParameter {
+            name: name.to_owned(),
+            value: "fake-pass-7".to_owned(),
+        })
+        .to_vec();
+    delete_key.request_id = "denied".to_owned();
+    assert_eq!(
+        refusal(bot.send(delete_key).await).0,
+        Code::PermissionDenied
+    );
+    let lines = lab.audit_of("denied");
+    assert_eq!(lines.len(), 1);
+    assert_eq!(lines[0]["event"], "denied");
+    assert_eq!(lines[0]["reason"], "POLICY_DENIED");
+    assert_eq!(lines[0]["outcome"], "not_sent");
+    assert!(
+        lines[0]["detail"]
+            .as_str()
+            .unwrap()
+            .contains("never granted")
+    );
+    let target = lines[0]["target"].as_str().unwrap();
+    assert!(target.ends_with("&passphrase=%2A%2A%2A"), "{target}");
+
+    let mut malformed = accounts();
+    malformed.path = "/api/v1/../v2".to_owned();
+    malformed.request_id = "malformed".to_owned();
+    assert_eq!(refusal(bot.send(malformed).await).0, Code::InvalidArgument);
+    let lines = lab.audit_of("malformed");
+    assert_eq!(lines.len(), 1);
+    assert_eq!(lines[0]["reason"], "REQUEST_MALFORMED");
+    assert_eq!(lines[0]["detail"], "malformed: path");
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn without_a_record_nothing_adds_risk_and_orders_can_still_be_withdrawn() {
+    let settings = Settings {
+        config: "[audit]\nfile = \"/dev/full\"".to_owned(),
+        ..Settings::default()
+    };
+    let mut lab = Lab::with(settings).await;
+    let mut bot = lab.bot("maker").await;
+    let refused = refusal(bot.send(spot_order("unrecorded")).await);
+    assert_eq!(
+        refused,
+        (
+            Code::Unavailable,
+            "AUDIT_UNAVAILABLE".to_owned(),
+            "not_sent".to_owned()
+        )
+    );
+    let leverage = r#"{"symbol":"XBTUSDTM","leverage":"5"}"#;
+    let config = request(
+        Scope::Futures,
+        Method::Post,
+        "/api/v2/changeCrossUserLeverage",
+        leverage,
+    );
+    assert_eq!(refusal(bot.send(config).await).1, "AUDIT_UNAVAILABLE");
+    assert!(lab.kucoin.received().is_empty());
+    assert!(lab.kucoin.orders(MAIN_UID).is_empty());
+
+    let test = request(
+        Scope::SpotMargin,
+        Method::Post,
+        "/api/v1/hf/orders/test",
+        r#"{"clientOid":"t"}"#,
+    );
+    let cancel_all = "/api/v1/hf/orders?symbol=BTC-USDT";
+    let goes_on = [
+        accounts(),
+        request(Scope::SpotMargin, Method::Delete, cancel_all, ""),
+        request(
+            Scope::SpotMargin,
+            Method::Delete,
+            "/api/v1/hf/orders/cancelAll",
+            "",
+        ),
+        request(
+            Scope::Futures,
+            Method::Delete,
+            "/api/v3/orders?symbol=XBTUSDTM",
+            "",
+        ),
+        test,
+    ];
+    for call in goes_on {
+        let path = call.path.clone();
+        assert!(bot.send(call).await.is_ok(), "{path}");
+    }
+    assert_eq!(lab.server.take().unwrap().stop().await, 0);
+}
+
+#[tokio::test]
+async fn a_second_broker_on_the_same_state_refuses_to_start() {
+    let mut lab = Lab::start().await;
+    let second = Server::start(lab.config()).await.unwrap_err();
+    assert!(matches!(second, StartError::Locked(_)), "{second}");
+    lab.stop().await;
+    let mut third = Server::start(lab.config()).await;
+    assert!(third.as_mut().is_ok(), "the lock goes with its broker");
+    assert_eq!(third.unwrap().stop().await, 0);
+}
+
+#[tokio::test]
+async fn runs_append_to_the_same_file() {
+    let mut lab = Lab::start().await;
+    lab.bot("maker").await.send(accounts()).await.unwrap();
+    lab.stop().await;
+    lab.start_broker().await;
+    lab.until_ready().await;
+    let answer = lab.bot("maker").await.send(accounts()).await.unwrap();
+    assert_eq!(answer.outcome(), Outcome::Accepted);
+    lab.stop().await;
+    let lines = lab.audit();
+    assert_eq!(lines.len(), 4);
+    assert_ne!(lines[0]["run"], lines[3]["run"]);
+}

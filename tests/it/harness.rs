@@ -82,6 +82,8 @@ pub(crate) struct Settings {
     pub(crate) address: &'static str,
     /// Where the broker finds the spot host; `None`: at the simulated KuCoin.
     pub(crate) spot_url: Option<String>,
+    /// Simulators that run elsewhere; `None`: those of this installation.
+    pub(crate) addresses: Option<Addresses>,
     /// Further files beside the configuration.
     pub(crate) files: Vec<(&'static str, String)>,
     /// The `[vault.auth]` table; `None`: a token file with the root token.
@@ -104,6 +106,7 @@ impl Default for Settings {
             egress: String::new(),
             address: "127.0.0.1",
             spot_url: None,
+            addresses: None,
             files: Vec::new(),
             auth: None,
             kucoin: KucoinSettings {
@@ -115,6 +118,14 @@ impl Default for Settings {
             process: false,
         }
     }
+}
+
+/// Where simulators are.
+#[derive(Clone)]
+pub(crate) struct Addresses {
+    pub(crate) vault: String,
+    pub(crate) spot: String,
+    pub(crate) futures: String,
 }
 
 /// A whole installation.
@@ -188,6 +199,11 @@ impl Lab {
             .auth
             .as_deref()
             .unwrap_or("method = \"token_file\"\nfile = \"token\"");
+        let addresses = settings.addresses.clone().unwrap_or_else(|| Addresses {
+            vault: self.vault.address(),
+            spot: self.kucoin.spot_url(),
+            futures: self.kucoin.futures_url(),
+        });
         let config = format!(
             "rules = \"rules.toml\"\nstate_dir = \"state\"\n\
              [listen]\ngrpc = \"127.0.0.1:0\"\nops = \"127.0.0.1:0\"\n\
@@ -195,14 +211,11 @@ impl Lab {
              [vault]\naddress = \"{}\"\npoll_s = 1\ntimeout_ms = 1000\n[vault.auth]\n{auth}\n\
              [egress]\naddress = \"{}\"\n{}\n\
              [exchange]\nspot = \"{}\"\nfutures = \"{}\"\n{}",
-            self.vault.address(),
+            addresses.vault,
             settings.address,
             settings.egress,
-            settings
-                .spot_url
-                .clone()
-                .unwrap_or_else(|| self.kucoin.spot_url()),
-            self.kucoin.futures_url(),
+            settings.spot_url.as_ref().unwrap_or(&addresses.spot),
+            addresses.futures,
             settings.config,
         );
         write("config.toml", &config);
@@ -278,16 +291,7 @@ impl Lab {
 
     /// Status and body of a GET on the ops listener.
     pub(crate) async fn get(&self, path: &str) -> (u16, String) {
-        let mut stream = tokio::net::TcpStream::connect(self.ops).await.unwrap();
-        let request = format!("GET {path} HTTP/1.1\r\nhost: ops\r\nconnection: close\r\n\r\n");
-        stream.write_all(request.as_bytes()).await.unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).await.unwrap();
-        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-        (
-            head.split(' ').nth(1).unwrap().parse().unwrap(),
-            body.to_owned(),
-        )
+        get(&self.ops.to_string(), path).await
     }
 
     /// Every line of the audit file.
@@ -533,6 +537,27 @@ pub(crate) fn secret(key: &SimKey) -> Value {
 
 pub(crate) fn kv_path(account: &str, name: &str) -> String {
     format!("kucoin/prod/{account}/{name}")
+}
+
+/// Status and body of a GET in plain HTTP.
+async fn get(authority: &str, path: &str) -> (u16, String) {
+    let mut stream = tokio::net::TcpStream::connect(authority).await.unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (
+        head.split(' ').nth(1).unwrap().parse().unwrap(),
+        body.to_owned(),
+    )
+}
+
+/// Body of a GET from a simulator.
+pub(crate) async fn http_get(base: &str, path: &str) -> String {
+    let (status, body) = get(base.strip_prefix("http://").unwrap(), path).await;
+    assert_eq!(status, 200, "{body}");
+    body
 }
 
 /// Waits for a condition that nothing announces; fails when it does not come.

@@ -1,1 +1,208 @@
-//! secrecy
+//! No secret leaves: marked ones are planted everywhere, everything is logged at TRACE, and every place is searched.
+
+use credbroker::api::proto::{Method, QueryParameter, Scope};
+use credbroker_sim::kucoin::{Fault, FaultAction, Partner, SimKey, When};
+use credbroker_sim::vault;
+
+use crate::harness::{
+    Lab, MAIN_UID, Settings, accounts, futures_order, kv_path, request, secret, spot_order, until,
+};
+
+/// The mark of every planted secret.
+const MARK: &str = "canary0secret";
+
+/// Planted on purpose where it must be found, so that the search is known to work.
+const PLANTED: &str = "canary0planted";
+
+struct Haystack(Vec<(&'static str, String)>);
+
+impl Haystack {
+    fn places_of(&self, needle: &str) -> Vec<&'static str> {
+        self.0
+            .iter()
+            .filter(|(_, text)| text.contains(needle))
+            .map(|(place, _)| *place)
+            .collect()
+    }
+}
+
+#[tokio::test]
+async fn no_secret_reaches_a_log_an_error_a_metric_or_the_record() {
+    let rules = "[account.main]\nkey = { spot-margin = \"main\", futures = \"main\" }\n\
+                 [account.main.partner.spot-margin]\nid = \"FakePartner\"\n";
+    let rules = crate::harness::rules_for(
+        rules,
+        &[
+            ("spot-margin", "\"read\", \"trade\", \"public\""),
+            ("futures", "\"read\", \"trade\""),
+        ],
+    );
+    let auth = "method = \"approle\"\nrole_id = \"fake-role-id\"\nsecret_id_file = \"secret-id\"";
+    let settings = Settings {
+        rules,
+        auth: Some(auth.to_owned()),
+        config: "[log]\nfilter = \"trace\"".to_owned(),
+        files: vec![("secret-id", format!("{MARK}-secret-id\n"))],
+        keys: Vec::new(),
+        wait_ready: false,
+        process: true,
+        ..Settings::default()
+    };
+    let mut lab = Lab::with(settings).await;
+
+    // A login that is refused, a secret that is no key, an answer that is not what it should be: errors about secrets.
+    until("the refused login is told", async || {
+        lab.get("/readyz").await.1.contains("login")
+    })
+    .await;
+    let role = lab
+        .vault
+        .enable_approle("credbroker", vault::RoleSettings::default());
+    let auth = format!("role_id = \"{}\"", role.0);
+    let config = std::fs::read_to_string(lab.path("config.toml")).unwrap();
+    std::fs::write(
+        lab.path("config.toml"),
+        config.replace("role_id = \"fake-role-id\"", &auth),
+    )
+    .unwrap();
+    std::fs::write(lab.path("secret-id"), format!("{}\n", role.1)).unwrap();
+    let first_log = lab.process().log();
+    lab.process = None;
+    let key = SimKey {
+        api_key: format!("{MARK}-id"),
+        api_secret: format!("{MARK}-key"),
+        passphrase: format!("{MARK}-passphrase"),
+        partners: vec![Partner {
+            id: "FakePartner".to_owned(),
+            key: format!("{MARK}-partner"),
+        }],
+        ..SimKey::fake(MAIN_UID)
+    };
+    let mut broken = secret(&key);
+    broken["passphrase"] = serde_json::json!([format!("{MARK}-passphrase")]);
+    lab.vault.put_secret("kv", &kv_path("main", "main"), broken);
+    let wrong_json = vault::FaultRule::new("kv/data", vault::Fault::WrongJson).times(2);
+    lab.vault.fault(wrong_json);
+    lab.spawn_broker().await;
+    until("the broken key is told", async || {
+        lab.get("/readyz")
+            .await
+            .1
+            .contains("`passphrase` is not text")
+    })
+    .await;
+    let (_, not_ready) = lab.get("/readyz").await;
+    lab.kucoin.add_key(key.clone());
+    lab.vault
+        .put_secret("kv", &kv_path("main", "main"), secret(&key));
+    lab.until_ready().await;
+
+    let mut bot = lab.bot("maker").await;
+    let mut errors = String::new();
+    let mut order = spot_order(&format!("{PLANTED}-oid"));
+    order.request_id = PLANTED.to_owned();
+    let masked = QueryParameter {
+        name: "passphrase".to_owned(),
+        value: format!("{MARK}-in-query"),
+    };
+    let mut delete_key = request(Scope::SpotMargin, Method::Delete, "/api/v1/sub/api-key", "");
+    delete_key.query.push(masked.clone());
+    let mut read = accounts();
+    read.query.push(masked);
+    let body = format!(r#"{{"clientTimestamp":1,"remark":"{MARK}-in-body"}}"#);
+    let malformed = request(Scope::SpotMargin, Method::Post, "/api/v1/hf/orders", &body);
+    let body = format!(r#"{{"remark":"{MARK}-in-body"}}"#);
+    let unknown = request(
+        Scope::SpotMargin,
+        Method::Post,
+        "/api/v1/hf/orders/test",
+        &body,
+    );
+    for call in [
+        order,
+        futures_order("f"),
+        accounts(),
+        read,
+        delete_key,
+        malformed,
+        unknown,
+    ] {
+        if let Err(status) = bot.send(call).await {
+            errors += &format!("{status:?}\n");
+        }
+    }
+    for action in [
+        FaultAction::Close {
+            when: When::AfterTaken,
+        },
+        FaultAction::CutShort { bytes: 3 },
+        FaultAction::Html {
+            status: 502,
+            when: When::AfterTaken,
+        },
+    ] {
+        lab.kucoin.fault(Fault::once("/api/v1/hf/orders", action));
+        if let Err(status) = bot.send(spot_order("faulty")).await {
+            errors += &format!("{status:?}\n");
+        }
+    }
+    lab.kucoin.remove_key(&key.api_key);
+    lab.vault
+        .put_secret("kv", &kv_path("main", "main"), serde_json::Value::Null);
+    lab.vault.seal();
+    let log = || lab.process.as_ref().unwrap().log();
+    until("the sealed Vault is noticed", async || {
+        log().contains("sealed")
+    })
+    .await;
+    let _ = bot.send(accounts()).await;
+
+    let (_, metrics) = lab.get("/metrics").await;
+    let (_, readiness) = lab.get("/readyz").await;
+    lab.process().terminate();
+    assert!(lab.process().exit_code().await.is_some());
+    let haystack = Haystack(vec![
+        ("log", first_log + &lab.process().log()),
+        ("errors", errors),
+        ("metrics", metrics),
+        ("readiness", not_ready + &readiness),
+        (
+            "audit",
+            std::fs::read_to_string(lab.path("state/audit.jsonl")).unwrap(),
+        ),
+    ]);
+    assert!(haystack.0.iter().all(|(_, text)| !text.is_empty()));
+    assert!(
+        haystack.0[0].1.contains("\"level\":\"TRACE\""),
+        "everything is logged"
+    );
+    assert_eq!(
+        haystack.places_of(PLANTED),
+        ["log", "audit"],
+        "the search finds what is there"
+    );
+
+    let received = lab.kucoin.received();
+    assert!(received.len() > 5);
+    let mut secrets = vec![
+        MARK.to_owned(),
+        role.1,
+        crate::harness::ROOT_TOKEN.to_owned(),
+    ];
+    for request in &received {
+        for name in ["kc-api-sign", "kc-api-passphrase", "kc-api-partner-sign"] {
+            secrets.extend(request.header(name).map(ToOwned::to_owned));
+        }
+    }
+    secrets.extend(lab.vault.tokens());
+    assert!(secrets.len() > 10);
+    for secret in secrets {
+        assert_eq!(haystack.places_of(&secret), [""; 0], "{secret}");
+        let encoded: String = url::form_urlencoded::byte_serialize(secret.as_bytes()).collect();
+        assert_eq!(
+            haystack.places_of(&encoded),
+            [""; 0],
+            "{secret} percent-encoded"
+        );
+    }
+}

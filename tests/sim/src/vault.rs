@@ -304,6 +304,11 @@ impl VaultSim {
         self.core().tokens.revoke(token);
     }
 
+    /// Every valid token, for tests that search for leaks.
+    pub fn tokens(&self) -> Vec<String> {
+        self.core().tokens.ids().map(ToOwned::to_owned).collect()
+    }
+
     /// Denies requests as a policy would: 403 for `token` (none: any valid one) with `method` (none: any) at `path`,
     /// or below it if it ends in `*`.
     pub fn deny(&self, token: Option<&str>, method: Option<&str>, path: &str) {

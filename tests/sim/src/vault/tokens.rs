@@ -68,6 +68,10 @@ impl Grant {
 }
 
 impl Tokens {
+    pub(super) fn ids(&self) -> impl Iterator<Item = &str> {
+        self.0.keys().map(String::as_str)
+    }
+
     /// Enters a token and answers its `auth` object.
     pub(super) fn issue(
         &mut self,
