@@ -1,9 +1,15 @@
 //! The contract with bots: requests in, answers out, failures that say what to do.
 
-use credbroker::api::proto::{Method, Outcome, Scope};
-use tonic::Code;
+use std::collections::BTreeSet;
 
-use crate::harness::{Lab, futures_order, json_of, refusal, request, spot_order};
+use credbroker::api::proto::{Method, Outcome, QueryParameter, Scope, SignAndSendRequest};
+use credbroker_sim::kucoin::{Fault, FaultAction};
+use tonic::Code;
+use tonic_types::StatusExt;
+
+use crate::harness::{
+    Lab, accounts, failure, futures_order, json_of, kv_path, refusal, request, spot_order, until,
+};
 
 #[tokio::test]
 async fn a_bot_places_looks_up_and_cancels_a_spot_order() {
@@ -76,5 +82,186 @@ async fn a_refused_request_says_why() {
         )
     );
     assert!(lab.kucoin.received().is_empty());
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn every_bad_field_is_named() {
+    let mut lab = Lab::start().await;
+    let mut bot = lab.bot("maker").await;
+    let call = SignAndSendRequest {
+        account: "Main".to_owned(),
+        scope: 7,
+        method: Method::Get.into(),
+        path: "/api//v1".to_owned(),
+        query: vec![QueryParameter {
+            name: String::new(),
+            value: "x".to_owned(),
+        }],
+        body: "{}".into(),
+        request_id: "a b".to_owned(),
+    };
+    let ended = bot.send(call).await.unwrap_err();
+    let (code, reason, outcome, id) = failure(&ended);
+    assert_eq!(
+        (code, reason.as_str(), outcome.as_str()),
+        (Code::InvalidArgument, "REQUEST_MALFORMED", "not_sent")
+    );
+    assert_eq!(id.len(), 32, "an id of the broker's own");
+    let fields: BTreeSet<_> = ended
+        .get_details_bad_request()
+        .unwrap()
+        .field_violations
+        .into_iter()
+        .map(|v| v.field)
+        .collect();
+    let expected = ["account", "body", "path", "request_id", "scope"];
+    assert_eq!(
+        fields.iter().map(String::as_str).collect::<Vec<_>>(),
+        expected
+    );
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn a_message_of_the_largest_body_fits() {
+    let mut lab = Lab::start().await;
+    let mut bot = lab.bot("maker").await;
+    let body = |bytes: usize| format!("{{\"remark\":\"{}\"}}", "x".repeat(bytes - 13));
+    let test = |bytes| {
+        request(
+            Scope::SpotMargin,
+            Method::Post,
+            "/api/v1/hf/orders/test",
+            &body(bytes),
+        )
+    };
+    assert!(bot.send(test(128 * 1024)).await.is_ok());
+    let ended = bot.send(test(128 * 1024 + 1)).await.unwrap_err();
+    assert!(
+        ended
+            .message()
+            .contains("expected at most 131072 bytes, got 131073"),
+        "{}",
+        ended.message()
+    );
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn the_answer_says_where_the_time_went() {
+    let mut lab = Lab::start().await;
+    let mut bot = lab.bot("maker").await;
+    lab.kucoin.fault(Fault::once(
+        "/api/v1/accounts",
+        FaultAction::Delay { ms: 80 },
+    ));
+    let mut call = accounts();
+    call.request_id = "timed".to_owned();
+    let answer = bot.send(call).await.unwrap();
+    let timing = answer.timing.unwrap();
+    assert!(timing.exchange_us >= 80_000, "{timing:?}");
+    assert!(timing.signing_us > 0, "{timing:?}");
+    assert_eq!(answer.request_id, "timed");
+    let received = lab.kucoin.received();
+    assert_eq!(
+        received[0].header("kc-api-timestamp"),
+        Some(answer.timestamp_ms.to_string().as_str())
+    );
+    assert_eq!(
+        received[0].header("user-agent"),
+        Some(concat!("credbroker/", env!("CARGO_PKG_VERSION")))
+    );
+    let (_, metrics) = lab.get("/metrics").await;
+    let line =
+        "credbroker_requests_total{scope=\"spot-margin\",outcome=\"accepted\",reason=\"\"} 1";
+    assert!(metrics.contains(line), "{metrics}");
+    assert!(
+        metrics.contains("credbroker_stage_duration_seconds_count{stage=\"exchange\"} 1"),
+        "{metrics}"
+    );
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn health_follows_readiness() {
+    let mut lab = Lab::start().await;
+    let channel = lab
+        .endpoint(&lab.ca.bot("maker").unwrap())
+        .connect()
+        .await
+        .unwrap();
+    let client = tonic_health::pb::health_client::HealthClient::new(channel);
+    let status = async |service: &str| {
+        let service = service.to_owned();
+        let request = tonic_health::pb::HealthCheckRequest { service };
+        client
+            .clone()
+            .check(request)
+            .await
+            .unwrap()
+            .into_inner()
+            .status
+    };
+    let (serving, not_serving) = (1, 2);
+    for service in ["", "credbroker.v1.Broker"] {
+        until("it is serving", async || status(service).await == serving).await;
+    }
+    assert_eq!(lab.get("/healthz").await, (200, "ok\n".to_owned()));
+    assert_eq!(lab.get("/readyz").await, (200, "ready\n".to_owned()));
+    assert_eq!(lab.get("/nothing").await.0, 404);
+    for account in ["main", "other"] {
+        lab.vault.delete_metadata("kv", &kv_path(account, "main"));
+    }
+    until("it is not serving", async || {
+        status("credbroker.v1.Broker").await == not_serving
+    })
+    .await;
+    let (code, reasons) = lab.get("/readyz").await;
+    assert_eq!(code, 503);
+    assert!(
+        reasons.contains("key main/main: not available: Vault has no such key (404)"),
+        "{reasons}"
+    );
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn reflection_tells_tools_what_there_is() {
+    use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+    use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
+    use tonic_reflection::pb::v1::{
+        ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+    };
+    let mut lab = Lab::start().await;
+    let channel = lab
+        .endpoint(&lab.ca.bot("maker").unwrap())
+        .connect()
+        .await
+        .unwrap();
+    let mut client = ServerReflectionClient::new(channel);
+    let ask = |message| ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(message),
+    };
+    let asked = tokio_stream::iter([ask(MessageRequest::ListServices(String::new()))]);
+    let mut answers = client
+        .server_reflection_info(asked)
+        .await
+        .unwrap()
+        .into_inner();
+    let Some(MessageResponse::ListServicesResponse(list)) =
+        answers.message().await.unwrap().unwrap().message_response
+    else {
+        panic!("no list")
+    };
+    let names: BTreeSet<_> = list
+        .service
+        .into_iter()
+        .map(|service| service.name)
+        .collect();
+    for name in ["credbroker.v1.Broker", "grpc.health.v1.Health"] {
+        assert!(names.contains(name), "{names:?}");
+    }
     lab.stop().await;
 }

@@ -1,1 +1,102 @@
-//! deploy
+//! The example files load as they stand, and say what the defaults are.
+
+use std::path::Path;
+use std::process::Command;
+
+use credbroker::config::Config;
+use credbroker::policy::Policy;
+
+const CONFIG: &str = include_str!("../../deploy/config.toml");
+const RULES: &str = include_str!("../../deploy/rules.toml");
+
+#[test]
+fn the_example_configuration_loads() {
+    Config::parse(CONFIG, Path::new("/etc/credbroker")).unwrap();
+}
+
+#[test]
+fn the_example_rules_load() {
+    let policy = Policy::parse(RULES).unwrap();
+    assert_eq!(policy.accounts().count(), 2);
+}
+
+/// Keys that are commented out because another choice stands beside them.
+const ALTERNATIVES: [&str; 6] = [
+    "method = \"approle\"",
+    "mount = \"approle\"",
+    "role_id",
+    "secret_id_file",
+    "namespace",
+    "send_signed",
+];
+
+#[test]
+fn what_is_commented_out_is_the_default() {
+    let uncommented: Vec<_> = CONFIG
+        .lines()
+        .map(|line| match line.strip_prefix("# ") {
+            Some(key)
+                if key.split_once(" = ").is_some_and(|(name, _)| {
+                    name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_')
+                }) && !ALTERNATIVES.iter().any(|other| key.starts_with(other))
+                    && !key.starts_with("spot =")
+                    && !key.starts_with("futures =") =>
+            {
+                key
+            }
+            _ => line,
+        })
+        .collect();
+    let folder = Path::new("/etc/credbroker");
+    let (short, long) = (
+        Config::parse(CONFIG, folder).unwrap(),
+        Config::parse(&uncommented.join("\n"), folder).unwrap(),
+    );
+    assert_ne!(CONFIG, uncommented.join("\n"));
+    assert_eq!(format!("{short:?}").len(), format!("{long:?}").len());
+    assert_eq!(short.request_limits, long.request_limits);
+    assert_eq!(short.vault_poll, long.vault_poll);
+    assert_eq!(format!("{:?}", short.egress), format!("{:?}", long.egress));
+    assert_eq!(format!("{:?}", short.vault), format!("{:?}", long.vault));
+    assert_eq!(
+        (short.default_deadline, short.drain_timeout),
+        (long.default_deadline, long.drain_timeout)
+    );
+    assert_eq!(short.audit_file, long.audit_file);
+}
+
+#[test]
+fn check_config_reports_problems_of_all_files_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+    write(
+        "config.toml",
+        &CONFIG
+            .replace("/etc/credbroker/", "")
+            .replace("/var/lib/credbroker", "state"),
+    );
+    write(
+        "rules.toml",
+        &RULES
+            .replace("vip = 3", "vip = 99")
+            .replace("\"trade\"]", "\"withdraw\"]"),
+    );
+    let mut command = Command::new(env!("CARGO_BIN_EXE_credbroker"));
+    let output = command
+        .args(["check-config", "--config"])
+        .arg(folder.path().join("config.toml"))
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let said = String::from_utf8(output.stderr).unwrap();
+    for part in [
+        "account.main.vip: expected 0 to 12, got 99",
+        "grant[0].allow[2]: \"withdraw\" is not granted as a class",
+        "tls.certificate: expected certificates as PEM",
+        "tls.key: expected a private key as PEM",
+        "tls.client_ca: expected certificates as PEM",
+        "5 problem(s)",
+    ] {
+        assert!(said.contains(part), "{part} is not in\n{said}");
+    }
+}
