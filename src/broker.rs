@@ -190,8 +190,7 @@ impl Broker {
     async fn run(self: Arc<Self>, call: Call, tell: oneshot::Sender<Result<Receipt, BrokerError>>) {
         let number = self.calls.count.fetch_add(1, Ordering::Relaxed);
         let progress = Progress::default();
-        let attempt = AssertUnwindSafe(self.attempt(&call, number, &progress)).catch_unwind();
-        let mut attempt = pin!(attempt.map(|ended| ended.unwrap_or(Err(BrokerError::Internal))));
+        let mut attempt = pin!(caught(self.attempt(&call, number, &progress)));
         let cut_short = tokio::select! {
             biased;
             ended = &mut attempt => {
@@ -324,6 +323,16 @@ impl Broker {
     }
 }
 
+/// Runs a step of a call; a panic in it ends the call as [`BrokerError::Internal`], and nothing else.
+pub async fn caught<T>(
+    step: impl Future<Output = Result<T, BrokerError>>,
+) -> Result<T, BrokerError> {
+    AssertUnwindSafe(step)
+        .catch_unwind()
+        .await
+        .unwrap_or(Err(BrokerError::Internal))
+}
+
 fn caller(call: &Call, number: u64) -> Caller<'_> {
     Caller {
         bot: &call.bot,
@@ -342,4 +351,17 @@ fn verdict(ended: &Result<Receipt, BrokerError>) -> (Outcome, Option<Reason>) {
 /// Whole microseconds.
 pub fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_ends_its_call_as_internal_and_nothing_else() {
+        let ended: Result<(), _> = caught(async { panic!("a defect") }).await;
+        let error = ended.unwrap_err();
+        assert_eq!(error.reason(), Reason::Internal);
+        assert_eq!(error.reason().outcome(), Outcome::MaybeSent);
+    }
 }

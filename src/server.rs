@@ -17,7 +17,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::api::grpc::GrpcApi;
-use crate::api::ops;
+use crate::api::ops::{self, Readiness};
 use crate::api::proto::DESCRIPTORS;
 use crate::api::proto::broker_server::BrokerServer;
 use crate::audit::Audit;
@@ -74,6 +74,7 @@ pub struct Server {
     /// Where health and metrics are asked for.
     pub ops: SocketAddr,
     broker: Arc<Broker>,
+    readiness: watch::Receiver<Readiness>,
     drain_timeout: Duration,
     stop: watch::Sender<bool>,
     serving: JoinHandle<()>,
@@ -163,9 +164,10 @@ impl Server {
                 );
             }
         });
+        let (tell_readiness, readiness) = watch::channel(ops::readiness(&broker));
         let background = vec![
             tokio::spawn(ops::serve(ops_listener, Arc::clone(&broker))),
-            tokio::spawn(report_health(Arc::clone(&broker), health)),
+            tokio::spawn(report_health(Arc::clone(&broker), health, tell_readiness)),
         ];
         tracing::info!(%grpc, %ops, "listening");
         let drain_timeout = config.drain_timeout;
@@ -173,12 +175,18 @@ impl Server {
             grpc,
             ops,
             broker,
+            readiness,
             drain_timeout,
             stop,
             serving,
             background,
             _lock: lock,
         })
+    }
+
+    /// Whether the broker can do its work, now and from now on.
+    pub fn readiness(&self) -> watch::Receiver<Readiness> {
+        self.readiness.clone()
     }
 
     /// Stops: takes no new calls, finishes those in flight, writes their outcomes.
@@ -248,10 +256,16 @@ async fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartE
         .map_err(|error| StartError::Listen(address, error))
 }
 
-async fn report_health(broker: Arc<Broker>, health: tonic_health::server::HealthReporter) {
+/// Keeps the health service and [`Server::readiness`] as the broker is.
+async fn report_health(
+    broker: Arc<Broker>,
+    health: tonic_health::server::HealthReporter,
+    readiness: watch::Sender<Readiness>,
+) {
     let mut changes = broker.keyring.changes();
     loop {
-        let status = if ops::readiness(&broker).is_ready {
+        let now = ops::readiness(&broker);
+        let status = if now.is_ready {
             tonic_health::ServingStatus::Serving
         } else {
             tonic_health::ServingStatus::NotServing
@@ -262,6 +276,7 @@ async fn report_health(broker: Arc<Broker>, health: tonic_health::server::Health
         ] {
             health.set_service_status(service, status).await;
         }
+        readiness.send_replace(now);
         // Whichever comes first; an error means that the keyring is gone, and so is the broker.
         if let Ok(Err(_)) = timeout(HEALTH_EVERY, changes.changed()).await {
             return;

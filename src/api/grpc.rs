@@ -1,17 +1,15 @@
 //! `Broker.SignAndSend`: proto in, proto out.
 
-use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::FutureExt;
 use tokio::time::Instant;
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
 use super::proto::{self, broker_server::Broker as BrokerRpc};
 use super::status::status;
-use crate::broker::{Broker, BrokerError, Call, Receipt, micros};
+use crate::broker::{Broker, BrokerError, Call, Receipt, caught, micros};
 use crate::ids::{BotId, RequestId};
 use crate::kucoin::request::{self, RequestLimits};
 use crate::kucoin::{Malformed, Method, Scope, UnsignedRequest};
@@ -75,10 +73,7 @@ impl BrokerRpc for GrpcApi {
             .request_id
             .parse()
             .unwrap_or_else(|_| RequestId::random());
-        let answer = AssertUnwindSafe(self.answer(bot, message, &id, limit))
-            .catch_unwind()
-            .await;
-        match answer.unwrap_or(Err(BrokerError::Internal)) {
+        match caught(self.answer(bot, message, &id, limit)).await {
             Ok(receipt) => Ok(Response::new(response(receipt, &id))),
             Err(error) => Err(status(&error, &id)),
         }

@@ -65,3 +65,33 @@ impl Pool {
             .count()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use hyper::client::conn::http1;
+    use hyper_util::rt::TokioIo;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn an_old_connection_is_kept_from_writes_and_a_closed_one_from_all() {
+        let pool = Pool::default();
+        let (ours, theirs) = tokio::io::duplex(64);
+        let (sender, connection) = http1::handshake(TokioIo::new(ours)).await.unwrap();
+        let connection = tokio::spawn(connection);
+        pool.put(sender);
+        tokio::time::advance(Duration::from_secs(21)).await;
+        let (writes, reads) = (Duration::from_secs(20), Duration::from_secs(60));
+        assert_eq!((pool.fresh(writes), pool.fresh(reads)), (0, 1));
+        assert!(pool.take(writes).await.is_none());
+        let sender = pool.take(reads).await.expect("a read may use it");
+        assert!(
+            pool.take(reads).await.is_none(),
+            "each connection serves one call at a time"
+        );
+        pool.put(sender);
+        drop(theirs);
+        let _ = connection.await.unwrap();
+        assert!(pool.take(reads).await.is_none());
+    }
+}

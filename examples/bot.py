@@ -1,0 +1,60 @@
+"""A bot in Python: reads balances and tests an order. `python bot.py ADDRESS FOLDER`, as the demo prints it.
+
+Needs grpcio, grpcio-tools (which compiles the proto on import) and grpcio-status.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "proto"))
+messages, services = grpc.protos_and_services("credbroker/v1/broker.proto")
+
+
+def connect(address, folder):
+    def read(name):
+        return (Path(folder) / name).read_bytes()
+
+    identity = grpc.ssl_channel_credentials(read("ca.pem"), read("bot.key"), read("bot.pem"))
+    return services.BrokerStub(grpc.secure_channel(address, identity))
+
+
+def outcome_of(error):
+    """What a failed call must assume: without our ErrorInfo the failure is the transport's."""
+    status = rpc_status.from_call(error)
+    for detail in status.details if status else ():
+        info = error_details_pb2.ErrorInfo()
+        if detail.Unpack(info) and info.domain == "credbroker":
+            return info.reason, info.metadata["outcome"]
+    return "TRANSPORT", "maybe_sent"
+
+
+def main(address, folder):
+    broker = connect(address, folder)
+    order = {
+        "clientOid": "python-1", "side": "buy", "symbol": "BTC-USDT", "type": "limit", "price": "10000", "size": "0.001",
+    }
+    for method, path, body in (
+        (messages.METHOD_GET, "/api/v1/accounts", b""),
+        (messages.METHOD_POST, "/api/v1/hf/orders/test", json.dumps(order).encode()),
+    ):
+        request = messages.SignAndSendRequest(
+            account="alpha", scope=messages.SCOPE_SPOT_MARGIN, method=method, path=path, body=body
+        )
+        try:
+            answer = broker.SignAndSend(request, timeout=5)
+        except grpc.RpcError as error:
+            reason, outcome = outcome_of(error)
+            print(f"{path}: {reason}, {outcome}: {error.details()}")
+        else:
+            print(f"{path}: HTTP {answer.http_status}, {messages.Outcome.Name(answer.outcome)}: {answer.body.decode()}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: bot.py ADDRESS FOLDER")
+    main(*sys.argv[1:])

@@ -1,0 +1,67 @@
+//! A bot in Rust: reads balances and tests an order. `cargo run --example bot -- ADDRESS FOLDER`, as the demo prints it.
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::Context;
+use credbroker::api::proto::broker_client::BrokerClient;
+use credbroker::api::proto::{Method, Scope, SignAndSendRequest};
+use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
+use tonic_types::StatusExt;
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> anyhow::Result<()> {
+    let mut arguments = std::env::args().skip(1);
+    let (address, folder) = arguments
+        .next()
+        .zip(arguments.next())
+        .context("usage: bot ADDRESS FOLDER")?;
+    let read = |name: &str| std::fs::read(Path::new(&folder).join(name));
+    let tls = ClientTlsConfig::new()
+        .ca_certificate(Certificate::from_pem(read("ca.pem")?))
+        .identity(Identity::from_pem(read("bot.pem")?, read("bot.key")?));
+    let channel = Endpoint::from_shared(format!("https://{address}"))?
+        .tls_config(tls)?
+        .connect()
+        .await?;
+    let mut broker = BrokerClient::new(channel);
+
+    let order = r#"{"clientOid":"rust-1","side":"buy","symbol":"BTC-USDT","type":"limit","price":"10000","size":"0.001"}"#;
+    for (method, path, body) in [
+        (Method::Get, "/api/v1/accounts", ""),
+        (Method::Post, "/api/v1/hf/orders/test", order),
+    ] {
+        let mut request = tonic::Request::new(SignAndSendRequest {
+            account: "alpha".to_owned(),
+            scope: Scope::SpotMargin.into(),
+            method: method.into(),
+            path: path.to_owned(),
+            body: body.into(),
+            ..SignAndSendRequest::default()
+        });
+        request.set_timeout(Duration::from_secs(5));
+        match broker.sign_and_send(request).await {
+            Ok(answer) => {
+                let answer = answer.into_inner();
+                let (outcome, body) = (
+                    answer.outcome().as_str_name(),
+                    String::from_utf8_lossy(&answer.body),
+                );
+                writeln!(
+                    io::stdout(),
+                    "{path}: HTTP {}, {outcome}: {body}",
+                    answer.http_status
+                )?;
+            }
+            Err(status) => {
+                // Without our ErrorInfo the failure is the transport's, and the request may have been sent.
+                let info = status.get_details_error_info();
+                let outcome = info.as_ref().and_then(|info| info.metadata.get("outcome"));
+                let outcome = outcome.map_or("maybe_sent", String::as_str);
+                writeln!(io::stdout(), "{path}: {outcome}: {}", status.message())?;
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,447 @@
+//! Everything running in one command: `cargo run --release --example demo`.
+//!
+//! A simulated Vault, a simulated KuCoin, a throw-away CA, the real broker, and a bot that trades through it. Each step
+//! prints what the bot sent, what the broker signed and what came back. Then all stays up for your own first calls.
+//! With `--once` it ends after the steps.
+
+use std::io::{self, Write};
+use std::path::Path;
+
+use anyhow::{Context, ensure};
+use credbroker::api::proto::broker_client::BrokerClient;
+use credbroker::api::proto::{
+    Method, Outcome, QueryParameter, Scope, SignAndSendRequest, SignAndSendResponse,
+};
+use credbroker::config::Config;
+use credbroker::server::Server;
+use credbroker::telemetry::{LogFormat, init_logs};
+use credbroker_sim::kucoin::{
+    Fault, FaultAction, KucoinSettings, KucoinSim, ReceivedRequest, SimKey, When,
+};
+use credbroker_sim::pki::{Ca, Identity};
+use credbroker_sim::vault::VaultSim;
+use serde_json::{Value, json};
+use tokio::signal::unix::{SignalKind, signal};
+use tonic::Status;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
+use tonic_types::StatusExt;
+
+const RULES: &str = r#"
+[account.alpha]
+key = { spot-margin = "main" }
+
+[account.beta]
+key = { futures = "main" }
+
+[[grant]]
+bot = "spiffe://demo.test/bot/demo"
+account = "alpha"
+scope = "spot-margin"
+allow = ["public", "read", "trade"]
+
+[[grant]]
+bot = "spiffe://demo.test/bot/demo"
+account = "beta"
+scope = "futures"
+allow = ["public", "read", "trade"]
+"#;
+
+/// The accounts of the demo and their uids at the simulated KuCoin.
+const ACCOUNTS: [(&str, u64); 2] = [("alpha", 1001), ("beta", 1002)];
+
+const VAULT_TOKEN: &str = "simulated-root-token";
+
+macro_rules! say {
+    ($($text:tt)*) => { writeln!(io::stdout(), $($text)*)? };
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> anyhow::Result<()> {
+    let once = std::env::args().any(|argument| argument == "--once");
+    init_logs("warn", LogFormat::Text)?;
+    let folder = tempfile::Builder::new()
+        .prefix("credbroker-demo-")
+        .tempdir()?;
+    let demo = Demo::start(folder.path()).await?;
+    demo.steps().await?;
+    if !once {
+        demo.invite(folder.path())?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        tokio::select! {
+            interrupt = tokio::signal::ctrl_c() => interrupt?,
+            _ = terminate.recv() => {}
+        }
+    }
+    demo.server.stop().await;
+    folder.close()?;
+    say!("\nStopped; nothing is left behind.");
+    Ok(())
+}
+
+struct Demo {
+    vault: VaultSim,
+    kucoin: KucoinSim,
+    server: Server,
+    bot: BrokerClient<Channel>,
+}
+
+impl Demo {
+    async fn start(folder: &Path) -> anyhow::Result<Self> {
+        say!(
+            "credbroker demo: the broker is real; Vault and KuCoin are simulated. No order leaves this machine.\n"
+        );
+        let vault = VaultSim::start_dev(VAULT_TOKEN).await?;
+        vault.mount_kv("kv");
+        let kucoin = KucoinSim::start(KucoinSettings::default()).await?;
+        for (account, uid) in ACCOUNTS {
+            let key = SimKey::fake(uid);
+            let secret = json!({
+                "api_key": key.api_key, "api_secret": key.api_secret, "passphrase": key.passphrase, "key_version": 3,
+            });
+            vault.put_secret("kv", &format!("kucoin/demo/{account}/main"), secret);
+            kucoin.add_key(key);
+        }
+        say!(
+            "simulated Vault            {}   holds the keys of accounts alpha and beta",
+            vault.address()
+        );
+        say!("simulated KuCoin, spot     {}", kucoin.spot_url());
+        say!("simulated KuCoin, futures  {}", kucoin.futures_url());
+
+        let ca = Ca::new("throw-away CA of the credbroker demo")?;
+        let (server, bot) = (ca.server()?, ca.bot("demo")?);
+        write_files(folder, &vault, &kucoin, &ca, &server, &bot)?;
+        let config = std::fs::read_to_string(folder.join("config.toml"))?;
+        let config =
+            Config::parse(&config, folder).map_err(|problems| anyhow::anyhow!("{problems:?}"))?;
+        let server = Server::start(config).await?;
+        say!(
+            "broker                     {}   gRPC, TLS 1.3, client certificates",
+            server.grpc
+        );
+        say!("broker, health and metrics http://{}", server.ops);
+        say!(
+            "the bot                    holds a certificate (spiffe://demo.test/bot/demo) and no key of any exchange"
+        );
+
+        let tls = ClientTlsConfig::new()
+            .ca_certificate(Certificate::from_pem(ca.certificate_pem()))
+            .identity(tonic::transport::Identity::from_pem(
+                &bot.certificate_pem,
+                &bot.key_pem,
+            ));
+        let channel = Endpoint::from_shared(format!("https://{}", server.grpc))?
+            .tls_config(tls)?
+            .connect()
+            .await?;
+        let demo = Self {
+            vault,
+            kucoin,
+            server,
+            bot: BrokerClient::new(channel),
+        };
+        demo.until_ready().await?;
+        Ok(demo)
+    }
+
+    /// Asks the health service until the keys have come from Vault.
+    async fn until_ready(&self) -> anyhow::Result<()> {
+        let mut ready = self.server.readiness();
+        while !ready.borrow_and_update().is_ready {
+            ready.changed().await.context("the broker stopped")?;
+        }
+        Ok(())
+    }
+
+    async fn steps(&self) -> anyhow::Result<()> {
+        let (spot, futures) = (("alpha", Scope::SpotMargin), ("beta", Scope::Futures));
+        let spot_order = |oid: &str| json!({"clientOid": oid, "side": "buy", "symbol": "BTC-USDT", "type": "limit", "price": "10000", "size": "0.001"});
+
+        self.call(
+            "Balances of account alpha",
+            spot,
+            Method::Get,
+            "/api/v1/accounts?currency=USDT&type=trade",
+            None,
+        )
+        .await?;
+        let body = spot_order("demo-spot-1");
+        self.call(
+            "Place a spot order",
+            spot,
+            Method::Post,
+            "/api/v1/hf/orders",
+            Some(body),
+        )
+        .await?;
+        let by_oid = "/api/v1/hf/orders/client-order/demo-spot-1?symbol=BTC-USDT";
+        self.call("Look it up by clientOid", spot, Method::Get, by_oid, None)
+            .await?;
+        self.call("Cancel it", spot, Method::Delete, by_oid, None)
+            .await?;
+
+        let body = json!({
+            "clientOid": "demo-futures-1", "side": "buy", "symbol": "XBTUSDTM", "type": "limit", "price": "10000", "size": 1,
+            "leverage": 3,
+        });
+        let placed = self
+            .call(
+                "Place a futures order on account beta: another key, another host",
+                futures,
+                Method::Post,
+                "/api/v1/orders",
+                Some(body),
+            )
+            .await?;
+        let by_oid = "/api/v1/orders/byClientOid?clientOid=demo-futures-1";
+        self.call("Look it up", futures, Method::Get, by_oid, None)
+            .await?;
+        let body: Value =
+            serde_json::from_slice(&placed.context("the futures order failed")?.body)?;
+        let order_id = body
+            .pointer("/data/orderId")
+            .and_then(Value::as_str)
+            .context("no order id")?;
+        self.call(
+            "Cancel it",
+            futures,
+            Method::Delete,
+            &format!("/api/v1/orders/{order_id}"),
+            None,
+        )
+        .await?;
+
+        let body = json!({"currency": "USDT", "amount": "1000000", "toAddress": "somewhere", "withdrawType": "ADDRESS"});
+        let refused = self
+            .call(
+                "A withdrawal: the rules grant the bot no such thing",
+                spot,
+                Method::Post,
+                "/api/v3/withdrawals",
+                Some(body),
+            )
+            .await?;
+        ensure!(refused.is_none(), "the withdrawal must be refused");
+
+        self.kucoin.fault(Fault::once(
+            "/api/v1/hf/orders",
+            FaultAction::Close {
+                when: When::AfterTaken,
+            },
+        ));
+        let body = spot_order("demo-lost-1");
+        let lost = self
+            .call(
+                "A lost answer: the simulated KuCoin takes the order and hangs up",
+                spot,
+                Method::Post,
+                "/api/v1/hf/orders",
+                Some(body),
+            )
+            .await?;
+        ensure!(lost.is_none(), "the answer must be lost");
+        say!(
+            "   The broker does not send it again: that could buy twice. The bot looks it up by its clientOid:"
+        );
+        let by_oid = "/api/v1/hf/orders/client-order/demo-lost-1?symbol=BTC-USDT";
+        let found = self
+            .call(
+                "Look up the order whose answer was lost",
+                spot,
+                Method::Get,
+                by_oid,
+                None,
+            )
+            .await?;
+        ensure!(
+            found.is_some_and(|answer| answer.outcome() == Outcome::Accepted),
+            "the order must be there"
+        );
+        Ok(())
+    }
+
+    /// One call: prints what went in, what was signed and what came back.
+    async fn call(
+        &self,
+        title: &str,
+        (account, scope): (&str, Scope),
+        method: Method,
+        target: &str,
+        body: Option<Value>,
+    ) -> anyhow::Result<Option<SignAndSendResponse>> {
+        let (path, query) = target.split_once('?').unwrap_or((target, ""));
+        let pairs = query.split('&').filter_map(|pair| pair.split_once('='));
+        let request = SignAndSendRequest {
+            account: account.to_owned(),
+            scope: scope.into(),
+            method: method.into(),
+            path: path.to_owned(),
+            query: pairs
+                .map(|(name, value)| QueryParameter {
+                    name: name.to_owned(),
+                    value: value.to_owned(),
+                })
+                .collect(),
+            body: body.map(|body| body.to_string()).unwrap_or_default().into(),
+            request_id: String::new(),
+        };
+        say!("\n== {title}");
+        say!(
+            "   in      account {account}, {}, {} {target}",
+            scope.as_str_name(),
+            method.as_str_name()
+        );
+        if !request.body.is_empty() {
+            say!("           {}", String::from_utf8_lossy(&request.body));
+        }
+        let before = self.kucoin.received().len();
+        let ended = self.bot.clone().sign_and_send(request).await;
+        match self.kucoin.received().get(before) {
+            Some(received) => say_signed(received)?,
+            None => say!("   signed  nothing; nothing left the broker"),
+        }
+        match ended {
+            Ok(answer) => {
+                let answer = answer.into_inner();
+                say!(
+                    "   back    HTTP {}, code {}, {}",
+                    answer.http_status,
+                    answer.code,
+                    answer.outcome().as_str_name()
+                );
+                say!("           {}", String::from_utf8_lossy(&answer.body));
+                Ok(Some(answer))
+            }
+            Err(status) => {
+                say_failure(&status)?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// What to type next, in a second terminal.
+    fn invite(&self, folder: &Path) -> anyhow::Result<()> {
+        let (folder, grpc, ops) = (folder.display(), self.server.grpc, self.server.ops);
+        say!(
+            "\n== Your turn: all of it stays up until Ctrl-C. In a second terminal, from the project's folder:\n"
+        );
+        say!("grpcurl -cacert {folder}/ca.pem -cert {folder}/bot.pem -key {folder}/bot.key \\");
+        say!(
+            "  -d '{{\"account\":\"alpha\",\"scope\":\"SCOPE_SPOT_MARGIN\",\"method\":\"METHOD_GET\",\"path\":\"/api/v1/accounts\"}}' \\"
+        );
+        say!("  {grpc} credbroker.v1.Broker/SignAndSend\n");
+        say!(
+            "python3 -m venv .venv && .venv/bin/pip install --quiet grpcio grpcio-tools grpcio-status"
+        );
+        say!(".venv/bin/python examples/bot.py {grpc} {folder}\n");
+        say!("cargo run --release --example bot -- {grpc} {folder}\n");
+        say!("curl -s http://{ops}/readyz http://{ops}/metrics");
+        say!("cat {folder}/state/audit.jsonl");
+        say!(
+            "curl -s -H 'X-Vault-Token: {VAULT_TOKEN}' {}/v1/kv/metadata/kucoin/demo/alpha/main   # simulated",
+            self.vault.address()
+        );
+        Ok(())
+    }
+}
+
+fn say_signed(received: &ReceivedRequest) -> anyhow::Result<()> {
+    let header = |name| received.header(name).unwrap_or_default();
+    // As the simulated exchange saw it; what it verifies is the query decoded again.
+    let target =
+        received
+            .target
+            .split_once('?')
+            .map_or(received.target.clone(), |(path, query)| {
+                let pairs = url::form_urlencoded::parse(query.as_bytes())
+                    .map(|(name, value)| format!("{name}={value}"));
+                format!("{path}?{}", pairs.collect::<Vec<_>>().join("&"))
+            });
+    say!(
+        "   signed  {}{}{target}{}",
+        header("kc-api-timestamp"),
+        received.method,
+        String::from_utf8_lossy(&received.body)
+    );
+    let sign: String = header("kc-api-sign").chars().take(8).collect();
+    say!(
+        "           KC-API-KEY {}, KC-API-SIGN {sign}…, key version {}",
+        header("kc-api-key"),
+        header("kc-api-key-version")
+    );
+    say!(
+        "           simulated KuCoin says of the signature: {:?}",
+        received.signature
+    );
+    Ok(())
+}
+
+fn say_failure(status: &Status) -> anyhow::Result<()> {
+    let info = status
+        .get_details_error_info()
+        .context("a failure without ErrorInfo")?;
+    let outcome = info
+        .metadata
+        .get("outcome")
+        .map(String::as_str)
+        .unwrap_or_default();
+    say!(
+        "   back    {:?}, reason {}, outcome {outcome}",
+        status.code(),
+        info.reason
+    );
+    say!("           {}", status.message());
+    Ok(())
+}
+
+fn write_files(
+    folder: &Path,
+    vault: &VaultSim,
+    kucoin: &KucoinSim,
+    ca: &Ca,
+    server: &Identity,
+    bot: &Identity,
+) -> io::Result<()> {
+    let config = format!(
+        r#"rules = "rules.toml"
+state_dir = "state"
+
+[listen]
+grpc = "127.0.0.1:0"
+ops = "127.0.0.1:0"
+
+[tls]
+certificate = "server.pem"
+key = "server.key"
+client_ca = "ca.pem"
+
+[vault]
+address = "{}"
+prefix = "kucoin/demo"
+auth = {{ method = "token_file", file = "token" }}
+
+[egress]
+address = "127.0.0.1"
+
+[exchange]
+spot = "{}"
+futures = "{}"
+"#,
+        vault.address(),
+        kucoin.spot_url(),
+        kucoin.futures_url(),
+    );
+    for (name, text) in [
+        ("config.toml", config.as_str()),
+        ("rules.toml", RULES),
+        ("token", VAULT_TOKEN),
+        ("ca.pem", ca.certificate_pem()),
+        ("server.pem", &server.certificate_pem),
+        ("server.key", &server.key_pem),
+        ("bot.pem", &bot.certificate_pem),
+        ("bot.key", &bot.key_pem),
+    ] {
+        std::fs::write(folder.join(name), text)?;
+    }
+    Ok(())
+}
