@@ -49,6 +49,12 @@ allow = ["public", "read", "trade"]
 /// The accounts of the demo and their uids at the simulated KuCoin.
 const ACCOUNTS: [(&str, u64); 2] = [("alpha", 1001), ("beta", 1002)];
 
+/// Account and scope of the spot steps.
+const SPOT: (&str, Scope) = ("alpha", Scope::SpotMargin);
+
+/// Account and scope of the futures steps: another key, another host.
+const FUTURES: (&str, Scope) = ("beta", Scope::Futures);
+
 const VAULT_TOKEN: &str = "simulated-root-token";
 
 macro_rules! say {
@@ -63,7 +69,8 @@ async fn main() -> anyhow::Result<()> {
         .prefix("credbroker-demo-")
         .tempdir()?;
     let demo = Demo::start(folder.path()).await?;
-    demo.steps().await?;
+    demo.trade().await?;
+    demo.fail().await?;
     if !once {
         demo.invite(folder.path())?;
         let mut terminate = signal(SignalKind::terminate())?;
@@ -153,13 +160,11 @@ impl Demo {
         Ok(())
     }
 
-    async fn steps(&self) -> anyhow::Result<()> {
-        let (spot, futures) = (("alpha", Scope::SpotMargin), ("beta", Scope::Futures));
-        let spot_order = |oid: &str| json!({"clientOid": oid, "side": "buy", "symbol": "BTC-USDT", "type": "limit", "price": "10000", "size": "0.001"});
-
+    /// Reads balances; places, looks up and cancels a spot order and a futures order.
+    async fn trade(&self) -> anyhow::Result<()> {
         self.call(
             "Balances of account alpha",
-            spot,
+            SPOT,
             Method::Get,
             "/api/v1/accounts?currency=USDT&type=trade",
             None,
@@ -168,16 +173,16 @@ impl Demo {
         let body = spot_order("demo-spot-1");
         self.call(
             "Place a spot order",
-            spot,
+            SPOT,
             Method::Post,
             "/api/v1/hf/orders",
             Some(body),
         )
         .await?;
         let by_oid = "/api/v1/hf/orders/client-order/demo-spot-1?symbol=BTC-USDT";
-        self.call("Look it up by clientOid", spot, Method::Get, by_oid, None)
+        self.call("Look it up by clientOid", SPOT, Method::Get, by_oid, None)
             .await?;
-        self.call("Cancel it", spot, Method::Delete, by_oid, None)
+        self.call("Cancel it", SPOT, Method::Delete, by_oid, None)
             .await?;
 
         let body = json!({
@@ -187,14 +192,14 @@ impl Demo {
         let placed = self
             .call(
                 "Place a futures order on account beta: another key, another host",
-                futures,
+                FUTURES,
                 Method::Post,
                 "/api/v1/orders",
                 Some(body),
             )
             .await?;
         let by_oid = "/api/v1/orders/byClientOid?clientOid=demo-futures-1";
-        self.call("Look it up", futures, Method::Get, by_oid, None)
+        self.call("Look it up", FUTURES, Method::Get, by_oid, None)
             .await?;
         let body: Value =
             serde_json::from_slice(&placed.context("the futures order failed")?.body)?;
@@ -204,18 +209,23 @@ impl Demo {
             .context("no order id")?;
         self.call(
             "Cancel it",
-            futures,
+            FUTURES,
             Method::Delete,
             &format!("/api/v1/orders/{order_id}"),
             None,
         )
         .await?;
 
+        Ok(())
+    }
+
+    /// A call that the rules refuse, and one whose answer is lost.
+    async fn fail(&self) -> anyhow::Result<()> {
         let body = json!({"currency": "USDT", "amount": "1000000", "toAddress": "somewhere", "withdrawType": "ADDRESS"});
         let refused = self
             .call(
                 "A withdrawal: the rules grant the bot no such thing",
-                spot,
+                SPOT,
                 Method::Post,
                 "/api/v3/withdrawals",
                 Some(body),
@@ -233,7 +243,7 @@ impl Demo {
         let lost = self
             .call(
                 "A lost answer: the simulated KuCoin takes the order and hangs up",
-                spot,
+                SPOT,
                 Method::Post,
                 "/api/v1/hf/orders",
                 Some(body),
@@ -247,7 +257,7 @@ impl Demo {
         let found = self
             .call(
                 "Look up the order whose answer was lost",
-                spot,
+                SPOT,
                 Method::Get,
                 by_oid,
                 None,
@@ -343,6 +353,12 @@ impl Demo {
         );
         Ok(())
     }
+}
+
+fn spot_order(client_oid: &str) -> Value {
+    json!({
+        "clientOid": client_oid, "side": "buy", "symbol": "BTC-USDT", "type": "limit", "price": "10000", "size": "0.001",
+    })
 }
 
 fn say_signed(received: &ReceivedRequest) -> anyhow::Result<()> {

@@ -13,8 +13,8 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::clock::Clock;
-use crate::ids::{BotId, RequestId};
-use crate::kucoin::UnsignedRequest;
+use crate::ids::{AccountId, BotId, RequestId};
+use crate::kucoin::{Scope, UnsignedRequest};
 use crate::outcome::{Outcome, Reason};
 use crate::policy::Permit;
 
@@ -47,6 +47,8 @@ pub struct Caller<'a> {
     pub request_id: &'a RequestId,
     /// This run's own name of the call; request ids are the bot's and may repeat.
     pub call: u64,
+    /// On whose account and in which scope; unknown where the request is malformed.
+    pub place: Option<(&'a AccountId, Scope)>,
 }
 
 /// How a call ended, as far as its lines tell.
@@ -83,6 +85,10 @@ struct Line<'a> {
     request_id: &'a str,
     bot: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
+    account: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    scope: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     endpoint: Option<&'a str>,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     request: Option<What<'a>>,
@@ -93,8 +99,6 @@ struct Line<'a> {
 /// What was asked.
 #[derive(Serialize)]
 struct What<'a> {
-    account: &'a str,
-    scope: &'static str,
     method: &'static str,
     target: String,
     body_bytes: usize,
@@ -208,6 +212,8 @@ impl Audit {
             call: caller.call,
             request_id: caller.request_id.as_str(),
             bot: caller.bot.as_str(),
+            account: caller.place.map(|(account, _)| account.as_str()),
+            scope: caller.place.map(|(_, scope)| scope.as_str()),
             endpoint,
             request,
             ending,
@@ -232,8 +238,6 @@ impl<'a> What<'a> {
             .map(|(_, value)| value.as_str());
         let in_body = request.body_client_oids.iter().map(String::as_str);
         Self {
-            account: request.account.as_str(),
-            scope: request.scope.as_str(),
             method: request.method.as_str(),
             target: request.target.masked(),
             body_bytes: request.body.len(),
@@ -316,6 +320,7 @@ mod tests {
             bot: &bot,
             request_id: &request_id,
             call: 1,
+            place: None,
         };
         audit.denied(
             &caller,

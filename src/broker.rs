@@ -292,6 +292,7 @@ impl Broker {
                 bot,
                 request_id,
                 call: number,
+                place: None,
             },
             None,
             &ending,
@@ -334,10 +335,13 @@ pub async fn caught<T>(
 }
 
 fn caller(call: &Call, number: u64) -> Caller<'_> {
+    let Call { bot, request, .. } = call;
+    let place = Some((&request.account, request.scope));
     Caller {
-        bot: &call.bot,
-        request_id: &call.request.id,
+        bot,
+        request_id: &request.id,
         call: number,
+        place,
     }
 }
 

@@ -34,6 +34,9 @@ async fn a_call_leaves_an_intent_and_an_outcome() {
         (&outcome["run"], &outcome["call"])
     );
     assert_eq!(outcome["event"], "outcome");
+    for key in ["bot", "account", "scope", "endpoint", "request_id"] {
+        assert_eq!(outcome[key], intent[key], "{key}");
+    }
     assert_eq!(outcome["outcome"], "accepted");
     assert_eq!(outcome["http_status"], 200);
     assert_eq!(outcome["code"], "200000");

@@ -1,6 +1,7 @@
 //! Broker, simulated Vault and simulated KuCoin as separate processes, eight bots at once: every call ends once.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -158,7 +159,8 @@ async fn ten_thousand_mixed_calls_each_end_in_exactly_one_outcome_and_its_lines(
         String::from("[account.main]\nkey = { spot-margin = \"main\", futures = \"main\" }\n");
     for bot in 0..BOTS {
         for scope in ["spot-margin", "futures"] {
-            rules += &format!(
+            let _ = write!(
+                rules,
                 "[[grant]]\nbot = \"spiffe://demo.test/bot/bot-{bot}\"\naccount = \"main\"\nscope = \"{scope}\"\nallow = [\"read\", \"trade\", \"public\"]\n"
             );
         }
@@ -304,7 +306,7 @@ async fn check_orders(
 fn nth_call(id: &str, step: usize) -> SignAndSendRequest {
     let spot = Scope::SpotMargin;
     match step % 10 {
-        0 | 1 | 2 => spot_order(id),
+        0..=2 => spot_order(id),
         3 | 4 => futures_order(id),
         5 => accounts(),
         6 => request(

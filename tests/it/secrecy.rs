@@ -1,5 +1,7 @@
 //! No secret leaves: marked ones are planted everywhere, everything is logged at TRACE, and every place is searched.
 
+use std::fmt::Write as _;
+
 use credbroker::api::proto::{Method, QueryParameter, Scope};
 use credbroker_sim::kucoin::{Fault, FaultAction, Partner, SimKey, When};
 use credbroker_sim::vault;
@@ -128,7 +130,7 @@ async fn no_secret_reaches_a_log_an_error_a_metric_or_the_record() {
         unknown,
     ] {
         if let Err(status) = bot.send(call).await {
-            errors += &format!("{status:?}\n");
+            let _ = writeln!(errors, "{status:?}");
         }
     }
     for action in [
@@ -143,7 +145,7 @@ async fn no_secret_reaches_a_log_an_error_a_metric_or_the_record() {
     ] {
         lab.kucoin.fault(Fault::once("/api/v1/hf/orders", action));
         if let Err(status) = bot.send(spot_order("faulty")).await {
-            errors += &format!("{status:?}\n");
+            let _ = writeln!(errors, "{status:?}");
         }
     }
     lab.kucoin.remove_key(&key.api_key);

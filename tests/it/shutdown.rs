@@ -25,7 +25,7 @@ async fn order_under_way(
     lab.kucoin.fault(Fault::once(ORDERS, action));
     let mut bot = lab.bot("maker").await;
     let mut order = spot_order("under-way");
-    order.request_id = "under-way".to_owned();
+    "under-way".clone_into(&mut order.request_id);
     let call = tokio::spawn(async move { bot.send(order).await });
     until("the order has left", async || {
         !lab.kucoin.received().is_empty()

@@ -35,7 +35,7 @@ struct KucoinArgs {
     /// Address of the futures host
     #[arg(long, default_value = "127.0.0.1:0")]
     futures: SocketAddr,
-    /// A made-up API key as JSON (api_key, api_secret, passphrase, uid, ...); may be repeated
+    /// A made-up API key as JSON (`api_key`, `api_secret`, `passphrase`, `uid`, ...); may be repeated
     #[arg(long = "key", value_name = "FILE")]
     keys: Vec<PathBuf>,
     /// Do not limit the rate of requests
