@@ -221,11 +221,12 @@ fn client_tls(
     Ok(builder.with_root_certificates(roots).with_no_client_auth())
 }
 
-/// So that `grpcurl` and its like work without the proto file.
+/// So that `grpcurl` and its like work without the proto file, and show the details of errors.
 fn reflection() -> tonic_reflection::server::Builder<'static> {
     tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(DESCRIPTORS)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
 }
 
 fn lock(folder: &Path) -> Result<File, StartError> {

@@ -20,6 +20,7 @@ mod certificates;
 mod contract;
 mod delivery;
 mod deploy;
+mod examples;
 mod keys;
 mod load;
 mod policy;

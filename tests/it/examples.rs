@@ -1,0 +1,123 @@
+//! What the README shows a newcomer does what it says.
+
+use std::path::Path;
+use std::process::Output;
+
+use credbroker_sim::kucoin::SimKey;
+use tokio::task::spawn_blocking;
+
+use crate::harness::{Lab, MAIN_UID, RULES, Settings};
+
+/// The programs of `examples/`, which `cargo test` builds beside the broker.
+fn example(name: &str) -> Option<std::path::PathBuf> {
+    let built = Path::new(env!("CARGO_BIN_EXE_credbroker"))
+        .parent()
+        .unwrap()
+        .join("examples")
+        .join(name);
+    built.exists().then_some(built)
+}
+
+async fn run(program: impl AsRef<Path>, arguments: Vec<String>) -> Output {
+    let mut command = std::process::Command::new(program.as_ref());
+    command
+        .args(arguments)
+        .current_dir(env!("CARGO_MANIFEST_DIR"));
+    // Not on this thread: the broker runs on it.
+    spawn_blocking(move || command.output())
+        .await
+        .unwrap()
+        .unwrap()
+}
+
+fn text(output: &Output) -> String {
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+/// An installation whose folder holds what the example bots read.
+async fn lab() -> Lab {
+    let rules = RULES
+        .replace("\"main\"\nscope", "\"alpha\"\nscope")
+        .replace("[account.main]", "[account.alpha]");
+    let keys = vec![("alpha", "main", MAIN_UID), ("other", "main", 1002)];
+    let lab = Lab::with(Settings {
+        rules,
+        keys,
+        ..Settings::default()
+    })
+    .await;
+    let identity = lab.ca.bot("maker").unwrap();
+    std::fs::write(lab.path("bot.pem"), identity.certificate_pem).unwrap();
+    std::fs::write(lab.path("bot.key"), identity.key_pem).unwrap();
+    lab
+}
+
+fn check_bot(lab: &Lab, said: &str) {
+    assert!(
+        said.contains("/api/v1/accounts: HTTP 200, OUTCOME_ACCEPTED: {\"code\":\"200000\""),
+        "{said}"
+    );
+    assert!(
+        said.contains("/api/v1/hf/orders/test: HTTP 200, OUTCOME_ACCEPTED"),
+        "{said}"
+    );
+    assert_eq!(lab.kucoin.received().len(), 2);
+}
+
+#[tokio::test]
+async fn the_python_bot_trades() {
+    let python = Path::new(env!("CARGO_MANIFEST_DIR")).join(".venv/bin/python");
+    if !python.exists() {
+        eprintln!("Python bot: not run (no .venv; run tests/python/setup.sh)");
+        return;
+    }
+    let mut lab = lab().await;
+    let folder = lab.folder.path().display().to_string();
+    let output = run(
+        python,
+        vec!["examples/bot.py".to_owned(), lab.grpc.to_string(), folder],
+    )
+    .await;
+    check_bot(&lab, &text(&output));
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn the_rust_bot_trades() {
+    let Some(bot) = example("bot") else {
+        eprintln!("Rust bot: not run (not built; cargo test --workspace builds it)");
+        return;
+    };
+    let mut lab = lab().await;
+    let folder = lab.folder.path().display().to_string();
+    check_bot(
+        &lab,
+        &text(&run(bot, vec![lab.grpc.to_string(), folder]).await),
+    );
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn the_demo_shows_what_it_promises() {
+    let Some(demo) = example("demo") else {
+        eprintln!("demo: not run (not built; cargo test --workspace builds it)");
+        return;
+    };
+    let said = text(&run(demo, vec!["--once".to_owned()]).await);
+    for part in [
+        "Vault and KuCoin are simulated",
+        "simulated KuCoin says of the signature: Verified",
+        "reason POLICY_DENIED, outcome not_sent",
+        "reason ANSWER_LOST, outcome maybe_sent",
+        "Stopped; nothing is left behind.",
+    ] {
+        assert!(said.contains(part), "{part} is not in\n{said}");
+    }
+    assert_eq!(said.matches("signature: Verified").count(), 9, "{said}");
+    assert!(!said.contains(&SimKey::fake(MAIN_UID).api_secret));
+}
