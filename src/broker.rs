@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
-use crate::audit::{Audit, Caller, Ending};
+use crate::audit::{Audit, Caller, Ending, Recorded};
 use crate::clock::Clock;
 use crate::egress::{Egress, SendError};
 use crate::ids::{BotId, RequestId};
@@ -27,7 +27,7 @@ use crate::keyring::Keyring;
 use crate::kucoin::{self, Answer, Malformed, UnsignedRequest};
 use crate::outcome::{Outcome, Reason};
 use crate::policy::{Permit, Policy};
-use crate::telemetry::Metrics;
+use crate::telemetry::{Metrics, chain};
 
 pub use error::BrokerError;
 use gate::Gate;
@@ -108,62 +108,61 @@ impl Broker {
         told.await.unwrap_or(Err(BrokerError::Internal))
     }
 
-    /// May this bot do this, on file before it leaves, key from memory, time last.
+    /// May this bot do this? On file before it leaves; then sent, and once more where that can do no harm.
     async fn attempt(
         &self,
         call: &Call,
         number: u64,
         progress: &Progress,
     ) -> Result<Receipt, BrokerError> {
-        let Call {
-            bot,
-            request,
-            arrived,
-            ..
-        } = call;
         if self.calls.tasks.is_closed() {
             return Err(BrokerError::ShuttingDown);
         }
-        let permit = self.policy.authorize(bot, request)?;
+        let permit = self.policy.authorize(&call.bot, &call.request)?;
         let permit = progress.permit.get_or_init(|| permit);
-        let recorded = self.audit.intent(&caller(call, number), permit, request)?;
+        let recorded = self
+            .audit
+            .intent(&caller(call, number), permit, &call.request)?;
         let _ = progress.recorded.set(());
-        let mut again = true;
-        loop {
-            let connection = self
-                .egress
-                .connect(permit.destination(), permit.is_idempotent())
-                .await?;
-            let signing = Instant::now();
-            let signed = self.sign(permit, request)?;
-            let (timestamp_ms, sending) = (signed.timestamp_ms, Instant::now());
-            if !progress.gate.take() {
-                return Err(BrokerError::DeadlineExceeded);
+        match self.send(call, permit, &recorded, &progress.gate).await {
+            Err(error) if may_go_again(&error, permit, &progress.gate) => {
+                self.send(call, permit, &recorded, &progress.gate).await
             }
-            match self.egress.send(connection, signed, &recorded).await {
-                Ok(response) => {
-                    let (head, body) = response.into_parts();
-                    let scope = permit.scope();
-                    return Ok(Receipt {
-                        answer: Answer::read(
-                            head.status,
-                            &head.headers,
-                            body,
-                            scope,
-                            permit.changes(),
-                        ),
-                        timestamp_ms,
-                        waiting: signing - *arrived,
-                        signing: sending - signing,
-                        exchange: sending.elapsed(),
-                    });
-                }
-                Err(SendError::HandedBack(_)) if again && progress.gate.hand_back() => {}
-                Err(_) if again && permit.is_idempotent() => {}
-                Err(error) => return Err(error.into()),
-            }
-            again = false;
+            ended => ended,
         }
+    }
+
+    /// Connection first, since it can take time; then key, time and signature; then nothing waits.
+    async fn send(
+        &self,
+        call: &Call,
+        permit: &Permit,
+        recorded: &Recorded,
+        gate: &Gate,
+    ) -> Result<Receipt, BrokerError> {
+        let connection = self
+            .egress
+            .connect(permit.destination(), permit.is_idempotent())
+            .await?;
+        let signing = Instant::now();
+        let signed = self.sign(permit, &call.request)?;
+        let (timestamp_ms, sending) = (signed.timestamp_ms, Instant::now());
+        if !gate.take() {
+            return Err(BrokerError::DeadlineExceeded);
+        }
+        let (head, body) = self
+            .egress
+            .send(connection, signed, recorded)
+            .await?
+            .into_parts();
+        let (scope, changes) = (permit.scope(), permit.changes());
+        Ok(Receipt {
+            answer: Answer::read(head.status, &head.headers, body, scope, changes),
+            timestamp_ms,
+            waiting: signing - call.arrived,
+            signing: sending - signing,
+            exchange: sending.elapsed(),
+        })
     }
 
     /// The key is taken and used without a pause, so that a key that was just replaced signs nothing more.
@@ -254,8 +253,9 @@ impl Broker {
             reason = reason.map(Reason::as_str),
             http.status = ending.http_status,
             duration_ms = ending.duration_us / 1000,
-            error = ended.as_ref().err().map(|error| error as &dyn std::error::Error),
-            "{event}",
+            error = ended.as_ref().err().map(|error| chain(error)),
+            "{}",
+            if event == "learnt" { "late answer" } else { "call ended" },
         );
         if event == "outcome" {
             self.metrics
@@ -280,7 +280,7 @@ impl Broker {
             .map(|problem| problem.field.as_str())
             .collect();
         let detail = format!("malformed: {}", fields.join(", "));
-        tracing::info!(request.id = %request_id, bot.id = %bot, outcome = %Outcome::NotSent, reason = %Reason::RequestMalformed, fields = detail, "outcome");
+        tracing::info!(request.id = %request_id, bot.id = %bot, outcome = %Outcome::NotSent, reason = %Reason::RequestMalformed, fields = detail, "call ended");
         let ending = Ending {
             outcome: Some(Outcome::NotSent),
             reason: Some(Reason::RequestMalformed),
@@ -321,6 +321,16 @@ impl Broker {
     /// Whether the broker takes no new calls.
     pub fn is_draining(&self) -> bool {
         self.calls.tasks.is_closed()
+    }
+}
+
+/// What was provably not sent, unless the bot has been told otherwise, and what may be executed twice.
+fn may_go_again(error: &BrokerError, permit: &Permit, gate: &Gate) -> bool {
+    match error {
+        BrokerError::Connect(_) => true,
+        BrokerError::Send(SendError::HandedBack(_)) => gate.hand_back(),
+        BrokerError::Send(_) => permit.is_idempotent(),
+        _ => false,
     }
 }
 

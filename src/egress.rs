@@ -24,6 +24,7 @@ use tokio_rustls::TlsConnector;
 
 use crate::audit::Recorded;
 use crate::kucoin::{Host, SignedRequest, Site};
+use crate::telemetry::chain;
 
 use pool::Pool;
 
@@ -339,7 +340,7 @@ impl Destination {
                     Err(error) => {
                         tracing::warn!(
                             host = self.origin.name,
-                            error = &error as &dyn std::error::Error,
+                            error = chain(&error),
                             "no connection"
                         );
                         break;

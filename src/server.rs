@@ -29,7 +29,7 @@ use crate::config::reader::Problem;
 use crate::egress::Egress;
 use crate::keyring::vault::Vault;
 use crate::keyring::{Keyring, refresh};
-use crate::telemetry::Metrics;
+use crate::telemetry::{Metrics, chain};
 
 /// How long the last answers may take to leave once all calls have ended.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
@@ -158,10 +158,7 @@ impl Server {
                 let _ = stopping.wait_for(|stop| *stop).await;
             };
             if let Err(error) = router.serve_with_incoming_shutdown(incoming, stopped).await {
-                tracing::error!(
-                    error = &error as &dyn std::error::Error,
-                    "the bots' listener failed"
-                );
+                tracing::error!(error = chain(&error), "the bots' listener failed");
             }
         });
         let (tell_readiness, readiness) = watch::channel(ops::readiness(&broker));

@@ -1,5 +1,6 @@
 //! Log subscriber and metric names.
 
+use std::error::Error;
 use std::fmt;
 
 use prometheus_client::encoding::text::encode;
@@ -44,7 +45,12 @@ pub fn init_logs(filter: &str, format: LogFormat) -> Result<(), ParseError> {
         .with_writer(std::io::stderr);
     // A second subscriber in one process (tests) is refused; the first one stays.
     let _ = match format {
-        LogFormat::Json => subscriber.json().flatten_event(true).try_init().is_ok(),
+        LogFormat::Json => subscriber
+            .json()
+            .flatten_event(true)
+            .with_span_list(false)
+            .try_init()
+            .is_ok(),
         LogFormat::Text => subscriber.with_ansi(false).try_init().is_ok(),
     };
     std::panic::set_hook(Box::new(|panic| {
@@ -61,6 +67,12 @@ pub fn init_logs(filter: &str, format: LogFormat) -> Result<(), ParseError> {
 /// The filter asked for, with the dependencies that must not speak turned down.
 pub fn log_filter(filter: &str) -> Result<EnvFilter, ParseError> {
     EnvFilter::builder().parse(format!("{filter},{SILENCED}"))
+}
+
+/// An error and its causes in one line, outermost first.
+pub fn chain(error: &(dyn Error + 'static)) -> String {
+    let causes = std::iter::successors(error.source(), |&cause| cause.source());
+    causes.fold(error.to_string(), |line, cause| format!("{line}: {cause}"))
 }
 
 /// All metrics.

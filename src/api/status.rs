@@ -16,6 +16,12 @@ pub const DOMAIN: &str = "credbroker";
 /// How long to wait before a retry that may help: long enough for a connection to be made or a peer to take over.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
+/// A status goes out in headers, and clients take about 8 KB of them: more would break the whole connection.
+const MAX_VIOLATIONS: usize = 8;
+
+/// Characters of the message, and of the fields' descriptions.
+const MAX_TEXT: usize = 250;
+
 /// The status that a bot gets: message, `ErrorInfo` with reason, outcome and request id, and what else helps.
 pub fn status(error: &BrokerError, request_id: &RequestId) -> Status {
     let reason = error.reason();
@@ -25,14 +31,21 @@ pub fn status(error: &BrokerError, request_id: &RequestId) -> Status {
     ]);
     let mut details = ErrorDetails::with_error_info(reason.as_str(), DOMAIN, metadata);
     if let BrokerError::Malformed(problems) = error {
-        for problem in problems {
-            details.add_bad_request_violation(&problem.field, &problem.problem);
+        for problem in problems.iter().take(MAX_VIOLATIONS) {
+            details.add_bad_request_violation(&problem.field, cut(&problem.problem));
         }
     }
     if retry_helps(reason) {
         details.set_retry_info(Some(RETRY_AFTER));
     }
-    Status::with_error_details(code(reason), error.to_string(), details)
+    Status::with_error_details(code(reason), cut(&error.to_string()), details)
+}
+
+fn cut(text: &str) -> String {
+    match text.char_indices().nth(MAX_TEXT) {
+        Some((end, _)) => text.get(..end).unwrap_or_default().to_owned() + "…",
+        None => text.to_owned(),
+    }
 }
 
 fn code(reason: Reason) -> Code {
@@ -61,5 +74,26 @@ fn retry_helps(reason: Reason) -> bool {
         | Reason::KeyUnavailable
         | Reason::PolicyDenied
         | Reason::RequestMalformed => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kucoin::Malformed;
+
+    #[test]
+    fn a_status_fits_into_the_headers_of_any_client() {
+        let problem = Malformed::new("query[99].name", "é".repeat(100_000));
+        let error = BrokerError::Malformed(vec![problem; 100]);
+        let status = status(&error, &RequestId::random());
+        // The message goes percent-encoded: three bytes for each byte beyond ASCII.
+        let message = status
+            .message()
+            .bytes()
+            .map(|b| if b.is_ascii() { 1 } else { 3 })
+            .sum::<usize>();
+        let details = status.details().len() * 4 / 3;
+        assert!(details + message < 8_000, "{details} + {message}");
     }
 }

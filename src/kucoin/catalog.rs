@@ -409,7 +409,7 @@ mod tests {
             "/api/v1/market/orderbook/level2_{size}"
         );
         assert_eq!(
-            spot("/api/v3/market/orderbook/level3"),
+            spot("/api/v3/market/orderbook/level4"),
             "/api/v3/market/orderbook/level{level}"
         );
         assert_eq!(

@@ -103,13 +103,13 @@ pub fn target(
             .sum(),
         limits.query_bytes,
     );
-    for (index, (name, _)) in query.iter().enumerate() {
-        if is_client_timestamp(name) {
-            problems.push(Malformed::new(
-                format!("query[{index}].name"),
-                CLIENT_TIMESTAMP,
-            ));
-        }
+    // The first will do: a status goes out in headers, and a hundred problems do not fit into them.
+    let client_timestamp = query.iter().position(|(name, _)| is_client_timestamp(name));
+    if let Some(index) = client_timestamp {
+        problems.push(Malformed::new(
+            format!("query[{index}].name"),
+            CLIENT_TIMESTAMP,
+        ));
     }
     if problems.len() > before {
         return None;
@@ -176,13 +176,13 @@ pub fn body(
 
 const CLIENT_TIMESTAMP: &str = "`clientTimestamp` must equal the signed timestamp, which the broker chooses last; leave it out";
 
-/// Also other spellings, since some JSON readers match names loosely.
+/// Also other spellings, since some JSON readers match names loosely; Go's, for one, takes `ſ` (U+017F) for an s.
 fn is_client_timestamp(name: &str) -> bool {
     let letters = name
-        .bytes()
-        .filter(|b| !matches!(b, b'-' | b'_'))
-        .map(|b| b.to_ascii_lowercase());
-    letters.eq(b"clienttimestamp".iter().copied())
+        .chars()
+        .filter(|c| !matches!(c, '-' | '_'))
+        .flat_map(char::to_uppercase);
+    letters.eq("CLIENTTIMESTAMP".chars())
 }
 
 /// Walks a JSON document without building it.
@@ -218,6 +218,8 @@ impl<'de> Visitor<'de> for Walk<'_> {
                 collect: name == "clientOid",
             })?;
             if let Some(name) = names.replace(name) {
+                // Cut, because a name may be as long as the body and a status goes out in headers.
+                let name: String = name.chars().take(80).collect();
                 return Err(A::Error::custom(format_args!(
                     "the name {name:?} stands twice in one object"
                 )));
@@ -287,6 +289,7 @@ mod tests {
             r#"{"orderList":[{"a":1},{"clientTimestamp":1}]}"#,
             r#"{"ClientTimestamp":1}"#,
             r#"{"client_timestamp":1}"#,
+            r#"{"clientTime\u017ftamp":1}"#,
             r#"[[{"x":{"clientTimestamp":null}}]]"#,
         ];
         for text in hidden {

@@ -1,0 +1,179 @@
+//! Templates and the literal paths that fit them: `cancelAll` is no order id, however it is written.
+
+use credbroker::api::proto::Method::{self, Delete, Get};
+use credbroker::api::proto::Scope::{self, Futures, SpotMargin};
+
+use super::{Arena, Case, case, denied, on};
+
+/// Literal paths that a granted template also fits: scope, method, folder, literal, its endpoint id.
+const COLLISIONS: [(Scope, Method, &str, &str, &str); 14] = [
+    (
+        Futures,
+        Delete,
+        "/api/v1/orders/",
+        "multi-cancel",
+        "futures.delete.v1-orders-multi-cancel",
+    ),
+    (
+        Futures,
+        Get,
+        "/api/v1/contracts/",
+        "active",
+        "futures.get.v1-contracts-active",
+    ),
+    (
+        Futures,
+        Get,
+        "/api/v1/orders/",
+        "byClientOid",
+        "futures.get.v1-orders-by-client-oid",
+    ),
+    (
+        Futures,
+        Get,
+        "/api/v2/contracts/",
+        "active",
+        "futures.get.v2-contracts-active",
+    ),
+    (
+        SpotMargin,
+        Delete,
+        "/api/v1/hf/orders/",
+        "cancelAll",
+        "spot.delete.v1-hf-orders-cancel-all",
+    ),
+    (
+        SpotMargin,
+        Delete,
+        "/api/v1/stop-order/",
+        "cancel",
+        "spot.delete.v1-stop-order-cancel",
+    ),
+    (
+        SpotMargin,
+        Delete,
+        "/api/v1/stop-order/",
+        "cancelOrderByClientOid",
+        "spot.delete.v1-stop-order-cancel-order-by-client-oid",
+    ),
+    (
+        SpotMargin,
+        Get,
+        "/api/v1/accounts/",
+        "ledgers",
+        "spot.get.v1-accounts-ledgers",
+    ),
+    (
+        SpotMargin,
+        Get,
+        "/api/v1/accounts/",
+        "transferable",
+        "spot.get.v1-accounts-transferable",
+    ),
+    (
+        SpotMargin,
+        Get,
+        "/api/v1/hf/orders/",
+        "active",
+        "spot.get.v1-hf-orders-active",
+    ),
+    (
+        SpotMargin,
+        Get,
+        "/api/v1/hf/orders/",
+        "done",
+        "spot.get.v1-hf-orders-done",
+    ),
+    (
+        SpotMargin,
+        Get,
+        "/api/v1/stop-order/",
+        "queryOrderByClientOid",
+        "spot.get.v1-stop-order-query-order-by-client-oid",
+    ),
+    (
+        SpotMargin,
+        Get,
+        "/api/v1/withdrawals/",
+        "quotas",
+        "spot.get.v1-withdrawals-quotas",
+    ),
+    (
+        SpotMargin,
+        Get,
+        "/api/v3/market/orderbook/",
+        "level2",
+        "spot.get.v3-market-orderbook-level2",
+    ),
+];
+
+/// `picky` holds the templates only: a literal is another endpoint, and what looks like it is nobody's order id.
+pub(super) fn collisions() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (scope, method, folder, literal, id) in COLLISIONS {
+        let upper = literal.to_ascii_uppercase();
+        let (first, rest) = literal.split_at(1);
+        let title = format!("{}{rest}", first.to_ascii_uppercase());
+        let exact = on("main", scope, method, &format!("{folder}{literal}"));
+        cases.push(case(
+            format!("{literal} under the template's grant"),
+            "picky",
+            exact,
+            denied(format!("no rule grants {id} to this bot")),
+        ));
+        for like in [
+            upper.clone(),
+            title,
+            format!("{literal}.json"),
+            format!("{literal}."),
+            format!("{upper}.x.y"),
+        ] {
+            let request = on("main", scope, method, &format!("{folder}{like}"));
+            // The template of level2 is `level{level}`, which other letters do not fit.
+            let says = if literal == "level2" && !like.starts_with("level") {
+                "not in the catalogue".to_owned()
+            } else {
+                format!("the path resembles {folder}{literal}, which is another endpoint")
+            };
+            cases.push(case(
+                format!("{like} for {literal}"),
+                "picky",
+                request,
+                denied(says),
+            ));
+        }
+    }
+    // Even who may do both must say which.
+    for path in [
+        "/api/v1/hf/orders/CancelAll",
+        "/api/v1/hf/orders/cancelall.do",
+    ] {
+        let request = on("main", SpotMargin, Delete, path);
+        cases.push(case(
+            format!("{path} of maker"),
+            "maker",
+            request,
+            denied("resembles"),
+        ));
+    }
+    // A folder in other letters is no endpoint at all.
+    for path in [
+        "/API/v1/hf/orders/cancelAll",
+        "/api/v1/HF/orders/67fe",
+        "/api/v1/hf/orders.x/67fe",
+    ] {
+        let request = on("main", SpotMargin, Delete, path);
+        cases.push(case(
+            format!("{path} of maker"),
+            "maker",
+            request,
+            denied("not in the catalogue"),
+        ));
+    }
+    cases
+}
+
+#[tokio::test]
+async fn a_grant_of_a_template_grants_no_literal_path_and_nothing_that_looks_like_one() {
+    Arena::start().await.refuses(collisions()).await;
+}

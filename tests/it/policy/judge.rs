@@ -1,0 +1,397 @@
+//! Random descriptors from a grammar of nasty fragments, judged twice: by the broker, and by a reading of the rules that
+//! shares no code with it.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use bytes::Bytes;
+use credbroker::api::proto::{Method, Scope, SignAndSendRequest};
+use credbroker_sim::kucoin::{Host, ReceivedRequest, Signature};
+use proptest::prelude::*;
+use proptest::sample::{Index, select};
+use proptest::test_runner::{Config, TestRunner};
+use serde_json::Value;
+use tonic::Code;
+
+use super::{
+    Arena, BOTS, CATALOGUE, GRANTS, METHODS, SCOPES, UNLISTED, filled, method_of, on, parameter,
+    scope_of, verb,
+};
+use crate::harness::failure;
+
+/// Enough that every fragment meets every kind of endpoint; a case takes about a millisecond.
+const CASES: u32 = 1500;
+
+/// What the rules of the arena say about a request.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Verdict {
+    Public,
+    Signed,
+    Refused,
+}
+
+fn verdict(bot: &str, request: &SignAndSendRequest) -> Verdict {
+    let (scope, method, path) = (request.scope(), request.method(), request.path.as_str());
+    let grants: Vec<_> = GRANTS
+        .iter()
+        .filter(|grant| (grant.bot, grant.account, grant.scope) == (bot, &request.account, scope))
+        .collect();
+    let Some(endpoint) = endpoint(scope, method, path) else {
+        let exactly = UNLISTED.iter().any(|unlisted| {
+            (
+                unlisted.bot,
+                unlisted.account,
+                unlisted.scope,
+                unlisted.method,
+                unlisted.path,
+            ) == (bot, request.account.as_str(), scope, method, path)
+        });
+        return if exactly {
+            Verdict::Signed
+        } else {
+            Verdict::Refused
+        };
+    };
+    let site_has_it = match request.account.as_str() {
+        "europe" => scope == Scope::SpotMargin,
+        "turkey" => scope == Scope::SpotMargin && endpoint["product"] != "margin",
+        _ => true,
+    };
+    let named = |word: &&str| endpoint["risk"] == **word || endpoint["id"] == **word;
+    let granted = grants.iter().any(|grant| grant.allow.iter().any(named));
+    if endpoint["grantable"] == false || !site_has_it || !granted {
+        Verdict::Refused
+    } else if endpoint["auth"] == "public" {
+        Verdict::Public
+    } else {
+        Verdict::Signed
+    }
+}
+
+/// The endpoint that a path means; none where it means none, or could be taken for two.
+fn endpoint(scope: Scope, method: Method, path: &str) -> Option<&'static Value> {
+    let mine = |e: &&Value| scope_of(e) == Some(scope) && method_of(e) == method;
+    let mine: Vec<_> = CATALOGUE.iter().filter(mine).collect();
+    let path_of = |e: &Value| e["path"].as_str().unwrap().to_owned();
+    let (templates, literals): (Vec<_>, Vec<_>) =
+        mine.into_iter().partition(|e| path_of(e).contains('{'));
+    if let Some(literal) = literals.iter().find(|e| path_of(e) == path) {
+        return Some(literal);
+    }
+    let lax = |path: &str| {
+        let segments = path
+            .split('/')
+            .map(|segment| segment.split('.').next().unwrap());
+        segments.collect::<Vec<_>>().join("/").to_ascii_lowercase()
+    };
+    if literals
+        .iter()
+        .any(|e| path_of(e).to_ascii_lowercase() == lax(path))
+    {
+        return None;
+    }
+    templates.into_iter().find(|e| fits(&path_of(e), path))
+}
+
+fn fits(template: &str, path: &str) -> bool {
+    let (wanted, found): (Vec<_>, Vec<_>) =
+        (template.split('/').collect(), path.split('/').collect());
+    wanted.len() == found.len()
+        && wanted
+            .iter()
+            .zip(found)
+            .all(|(wanted, found)| match wanted.find('{') {
+                Some(at) => found.len() > at && found.starts_with(&wanted[..at]),
+                None => *wanted == found,
+            })
+}
+
+/// Path parameters, and endings of all kinds.
+const FRAGMENTS: [&str; 48] = [
+    "67fe0c1a",
+    "BTC-USDT",
+    "XBTUSDTM",
+    "a.b_c~d-E",
+    "20",
+    "cancelAll",
+    "cancelall",
+    "CANCELALL",
+    "cancelAll.json",
+    "cancelAll.",
+    "cancel",
+    "multi-cancel",
+    "Multi-Cancel",
+    "byClientOid",
+    "active",
+    "active.x",
+    "done",
+    "ledgers",
+    "LEDGERS",
+    "transferable",
+    "quotas",
+    "level2",
+    "api-key",
+    "API-KEY",
+    "apikey",
+    "update",
+    "client-order",
+    "sync",
+    "..",
+    ".",
+    "...",
+    "",
+    "%2e",
+    "%2e%2e",
+    "%2F",
+    "..%2f",
+    ";x",
+    "a;b",
+    "\\",
+    "?a=b",
+    "#x",
+    " ",
+    "\r\n",
+    "\0",
+    "é",
+    "@evil",
+    "{orderId}",
+    "*",
+];
+
+#[derive(Clone, Debug)]
+enum PathShape {
+    /// The endpoint's own, with a fragment for each parameter.
+    Own(&'static str),
+    /// One more segment.
+    Longer(&'static str),
+    /// One segment replaced.
+    Replaced(Index, &'static str),
+    /// One segment in other letters.
+    Cased(Index),
+    /// Something put in front.
+    Prefixed(&'static str),
+    /// Fragments alone.
+    Made(Vec<&'static str>),
+}
+
+impl PathShape {
+    fn of(self, endpoint: &Value) -> String {
+        let plain = filled(endpoint, "67fe0c1a");
+        let mut segments: Vec<_> = plain.split('/').map(str::to_owned).collect();
+        match self {
+            Self::Own(value) => return filled(endpoint, value),
+            Self::Longer(last) => segments.push(last.to_owned()),
+            Self::Replaced(at, with) => with.clone_into(at.get_mut(&mut segments[1..])),
+            Self::Cased(at) => {
+                let segment = at.get_mut(&mut segments[1..]);
+                *segment = segment
+                    .chars()
+                    .map(|c| {
+                        if c.is_lowercase() {
+                            c.to_ascii_uppercase()
+                        } else {
+                            c.to_ascii_lowercase()
+                        }
+                    })
+                    .collect();
+            }
+            Self::Prefixed(before) => return format!("{before}{plain}"),
+            Self::Made(fragments) => return format!("/{}", fragments.join("/")),
+        }
+        segments.join("/")
+    }
+}
+
+fn shapes() -> impl Strategy<Value = PathShape> {
+    // Mostly such as a segment may be: what is malformed at once meets no rule.
+    let well_formed = FRAGMENTS
+        .iter()
+        .position(|fragment| *fragment == "..")
+        .unwrap();
+    let fragment =
+        move || prop_oneof![4 => select(&FRAGMENTS[..well_formed]), 1 => select(&FRAGMENTS[..])];
+    let before = [
+        "/",
+        "//evil.example",
+        "http://evil",
+        "@evil",
+        "/api",
+        "/x/..",
+        "/.",
+        " ",
+        "/%2e",
+    ];
+    prop_oneof![
+        6 => fragment().prop_map(PathShape::Own),
+        1 => fragment().prop_map(PathShape::Longer),
+        2 => (any::<Index>(), fragment()).prop_map(|(at, with)| PathShape::Replaced(at, with)),
+        1 => any::<Index>().prop_map(PathShape::Cased),
+        1 => select(before.to_vec()).prop_map(PathShape::Prefixed),
+        1 => prop::collection::vec(fragment(), 0..6).prop_map(PathShape::Made),
+    ]
+}
+
+fn queries() -> impl Strategy<Value = Vec<(String, String)>> {
+    let text = || {
+        prop_oneof![
+            6 => "[a-zA-Z]{1,8}",
+            2 => "[&=#+% ?/;,:@!$'()*<>\"{}|^`~\\[\\]\\\\-]{0,6}",
+            2 => "\\PC{0,6}",
+            1 => select(vec!["", "\r\n", "\0", "clientTimestamp", "\u{85}", "..", "symbol"]).prop_map(str::to_owned),
+        ]
+    };
+    prop_oneof![
+        3 => Just(Vec::new()),
+        1 => prop::collection::vec((text(), text()), 0..4),
+    ]
+}
+
+fn bodies() -> impl Strategy<Value = Bytes> {
+    let texts = [
+        "{}",
+        "[]",
+        " {\"a\" : 1} ",
+        "{\"symbol\":\"BTC-USDT\",\"remark\":\"Zürich \\u00e9 🚀\"}",
+        "x",
+        "null",
+        "{\"a\":1,\"a\":2}",
+        "{\"clientTimestamp\":1}",
+        "{\"x\":[{\"client_timestamp\":1}]}",
+        "{}\r\n",
+        "{\"orderIdsList\":[\"1\"]}",
+    ];
+    prop_oneof![
+        8 => Just(Bytes::new()),
+        1 => select(texts.to_vec()).prop_map(|text| Bytes::from_static(text.as_bytes())),
+    ]
+}
+
+/// Who asks, and what.
+fn descriptors() -> impl Strategy<Value = (&'static str, SignAndSendRequest)> {
+    let is_template = |e: &&Value| e["path"].as_str().unwrap().contains('{');
+    let templates: Vec<_> = CATALOGUE.iter().filter(is_template).collect();
+    let endpoint = prop_oneof![
+        3 => (0..CATALOGUE.len()).prop_map(|at| &CATALOGUE[at]),
+        2 => select(templates),
+    ];
+    // Mostly of a bot on its own account in the endpoint's own scope: what is refused at once teaches little.
+    let who = prop_oneof![
+        8 => (0..GRANTS.len()).prop_map(|at| (GRANTS[at].bot, GRANTS[at].account)),
+        1 => select(BOTS.to_vec()).prop_map(|bot| (bot, "main")),
+        1 => (select(BOTS.to_vec()), select(vec!["treasury", "nobody", "Main", ""])),
+    ];
+    let scope = prop_oneof![4 => Just(None), 1 => select(SCOPES.to_vec()).prop_map(Some)];
+    let method = prop_oneof![6 => Just(None), 1 => select(METHODS.to_vec()).prop_map(Some)];
+    (endpoint, shapes(), who, scope, method, queries(), bodies()).prop_map(
+        |(endpoint, shape, (bot, account), scope, method, query, body)| {
+            let scope = scope.or(scope_of(endpoint)).unwrap_or(Scope::SpotMargin);
+            let method = method.unwrap_or(method_of(endpoint));
+            let request = SignAndSendRequest {
+                query: query
+                    .iter()
+                    .map(|(name, value)| parameter(name, value))
+                    .collect(),
+                body,
+                ..on(account, scope, method, &shape.of(endpoint))
+            };
+            (bot, request)
+        },
+    )
+}
+
+/// What arrived is what was asked, at the right host, signed if and only if it must be.
+fn check(
+    request: &SignAndSendRequest,
+    came: &ReceivedRequest,
+    verdict: Verdict,
+) -> Result<(), TestCaseError> {
+    prop_assert_ne!(verdict, Verdict::Refused);
+    prop_assert_eq!(came.path(), &request.path);
+    prop_assert_eq!(&came.method, verb(request.method()));
+    let host = match request.scope() {
+        Scope::Futures => Host::Futures,
+        _ => Host::Spot,
+    };
+    prop_assert_eq!(came.host, host);
+    prop_assert_eq!(&came.body, &request.body);
+    let query = came.target.split_once('?').map_or("", |(_, query)| query);
+    let came_pairs: Vec<_> = url::form_urlencoded::parse(query.as_bytes())
+        .into_owned()
+        .collect();
+    let pairs: Vec<_> = request
+        .query
+        .iter()
+        .map(|p| (p.name.clone(), p.value.clone()))
+        .collect();
+    prop_assert_eq!(came_pairs, pairs);
+    let has_key = came.headers.iter().any(|(name, _)| name.starts_with("kc-"));
+    prop_assert_eq!(has_key, verdict == Verdict::Signed);
+    if verdict == Verdict::Signed && came.endpoint.is_some() {
+        prop_assert_eq!(&came.signature, &Signature::Verified);
+    }
+    Ok(())
+}
+
+#[test]
+fn whatever_reaches_the_exchange_was_granted_and_whatever_was_granted_is_not_denied() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let mut arena = runtime.block_on(Arena::start());
+    let (reached, refused, ill) = (
+        AtomicUsize::new(0),
+        AtomicUsize::new(0),
+        AtomicUsize::new(0),
+    );
+    let count = |counter: &AtomicUsize| counter.fetch_add(1, Ordering::Relaxed);
+    let mut runner = TestRunner::new(Config {
+        cases: CASES,
+        failure_persistence: None,
+        ..Config::default()
+    });
+    let result = runner.run(&descriptors(), |(bot, request)| {
+        let before = arena.lab.kucoin.received().len();
+        let answer = runtime.block_on(arena.bot(bot).send(request.clone()));
+        let received = arena.lab.kucoin.received();
+        let expected = verdict(bot, &request);
+        match answer {
+            Ok(_) => {
+                count(&reached);
+                prop_assert_eq!(received.len(), before + 1);
+                check(&request, &received[before], expected)?;
+            }
+            Err(status) => {
+                prop_assert_eq!(received.len(), before);
+                match failure(&status).0 {
+                    Code::InvalidArgument => count(&ill),
+                    code => {
+                        let known = bot != "stranger";
+                        let as_judged = if known {
+                            Code::PermissionDenied
+                        } else {
+                            Code::Unauthenticated
+                        };
+                        prop_assert_eq!(code, as_judged);
+                        prop_assert_eq!(expected, Verdict::Refused);
+                        count(&refused)
+                    }
+                };
+            }
+        }
+        Ok(())
+    });
+    result.unwrap_or_else(|failure| panic!("{failure}"));
+    for (what, counter) in [
+        ("reached", &reached),
+        ("refused", &refused),
+        ("malformed", &ill),
+    ] {
+        let count = counter.load(Ordering::Relaxed);
+        assert!(count >= 50, "only {count} of {CASES} were {what}");
+    }
+    let lines = arena.lab.audit();
+    let denied = lines
+        .iter()
+        .filter(|line| line["event"] == "denied")
+        .count();
+    let not_sent = refused.load(Ordering::Relaxed) + ill.load(Ordering::Relaxed);
+    assert_eq!(denied, not_sent, "refusals on record");
+    runtime.block_on(arena.lab.stop());
+}

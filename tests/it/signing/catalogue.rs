@@ -1,0 +1,158 @@
+//! Every private endpoint that rules may grant, through a running broker, verified by the simulator.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+
+use credbroker::api::proto::{Method, QueryParameter, Scope, SignAndSendRequest};
+use credbroker_sim::kucoin::{Host, Signature, SimKey};
+use serde_json::Value;
+
+use crate::harness::{Lab, MAIN_UID, Settings, request};
+
+/// Values for path parameters: ids, symbols, and every character that a segment may have.
+const VALUES: [&str; 6] = [
+    "67fe0c1aab12cd0001f3e5a7",
+    "BTC-USDT",
+    "XBTUSDTM",
+    "00000000-0000-4000-8000-000000000001",
+    "A.z_0~9-.",
+    "~",
+];
+
+const QUERY: [(&str, &str); 10] = [
+    ("symbol", "BTC-USDT"),
+    ("symbols", "BTC-USDT,ETH-USDT"),
+    ("id", "1"),
+    ("id", "2"),
+    ("id", "1"),
+    ("note", "a&b=c#d+e f%20g?h/i:j@k!l$m'n(o)p*q;r,s[t]"),
+    ("uni", "Zürich-测试-🚀"),
+    ("empty", ""),
+    ("na me[&=]", "\"<>\\^`{|}~"),
+    ("percent", "100%"),
+];
+
+const BODY: &str = "{ \"clientOid\":\"signing-1\",\"symbol\":\"BTC-USDT\", \"remark\":\"Z\u{fc}rich \\\"x\\\" \\u00e9 \u{6d4b}\u{8bd5} \u{1f680}\",\n\"list\":[1,2.50,{\"a\":null}] }";
+
+fn endpoints() -> Vec<Value> {
+    let all: Vec<Value> =
+        serde_json::from_str(include_str!("../../../src/kucoin/endpoints.json")).unwrap();
+    let wanted =
+        |e: &Value| !e["scope"].is_null() && e["auth"] == "private" && e["grantable"] != false;
+    all.into_iter().filter(wanted).collect()
+}
+
+/// Classes where there are any; everything else by name.
+fn rules(endpoints: &[Value]) -> String {
+    let mut rules = "[account.main]\nallow_money_out = true\n\
+                     key = { spot-margin = \"main\", futures = \"main\", unified = \"main\" }\n"
+        .to_owned();
+    for scope in ["spot-margin", "futures", "unified"] {
+        let classes = ["read", "trade", "trade-config"];
+        let named = endpoints
+            .iter()
+            .filter(|e| e["scope"] == scope && !classes.contains(&e["risk"].as_str().unwrap()))
+            .map(|e| e["id"].as_str().unwrap());
+        let allow: Vec<_> = classes.into_iter().chain(named).collect();
+        writeln!(
+ rules,
+            "[[grant]]\nbot = \"spiffe://demo.test/bot/maker\"\naccount = \"main\"\nscope = \"{scope}\"\nallow = {allow:?}"
+        ).unwrap();
+    }
+    rules
+}
+
+fn descriptor(endpoint: &Value, index: usize) -> SignAndSendRequest {
+    let scope = match endpoint["scope"].as_str().unwrap() {
+        "futures" => Scope::Futures,
+        "spot-margin" => Scope::SpotMargin,
+        "unified" => Scope::Unified,
+        other => panic!("scope {other}"),
+    };
+    let (method, body) = match endpoint["method"].as_str().unwrap() {
+        "DELETE" if endpoint["path"] == "/api/v1/orders/multi-cancel" => (Method::Delete, BODY),
+        "DELETE" => (Method::Delete, ""),
+        "GET" => (Method::Get, ""),
+        "POST" => (Method::Post, BODY),
+        other => panic!("method {other}"),
+    };
+    let value = VALUES[index % VALUES.len()];
+    let segments = endpoint["path"].as_str().unwrap().split('/');
+    let filled = segments.map(|segment| match segment.split_once('{') {
+        Some((before, _)) => format!("{before}{value}"),
+        None => segment.to_owned(),
+    });
+    let query = if body.is_empty() { &QUERY[..] } else { &[] };
+    SignAndSendRequest {
+        path: filled.collect::<Vec<_>>().join("/"),
+        query: query
+            .iter()
+            .map(|(name, value)| QueryParameter {
+                name: (*name).to_owned(),
+                value: (*value).to_owned(),
+            })
+            .collect(),
+        ..request(scope, method, "", body)
+    }
+}
+
+#[tokio::test]
+async fn every_private_endpoint_that_can_be_granted_is_verified_from_the_wire() {
+    let endpoints = endpoints();
+    assert_eq!(endpoints.len(), 417);
+    let mut lab = Lab::with(Settings {
+        rules: rules(&endpoints),
+        ..Settings::default()
+    })
+    .await;
+    let permissions: BTreeSet<_> = endpoints
+        .iter()
+        .filter_map(|endpoint| endpoint["permission"].as_str().map(str::to_owned))
+        .collect();
+    assert!(permissions.len() >= 9, "{permissions:?}");
+    lab.kucoin.add_key(SimKey {
+        permissions: permissions.into_iter().collect(),
+        ..SimKey::fake(MAIN_UID)
+    });
+    let mut maker = lab.bot("maker").await;
+    let mut verified = 0;
+    for (index, endpoint) in endpoints.iter().enumerate() {
+        let id = endpoint["id"].as_str().unwrap();
+        let sent = descriptor(endpoint, index);
+        let answer = maker.send(sent.clone()).await;
+        let answer = answer.unwrap_or_else(|status| panic!("{id}: {status:?}"));
+        let received = lab.kucoin.received();
+        assert_eq!(received.len(), index + 1, "{id}");
+        let came = &received[index];
+        assert_eq!(came.signature, Signature::Verified, "{id}: {came:?}");
+        assert_eq!(came.endpoint.as_deref(), Some(id));
+        assert_eq!(
+            came.host == Host::Futures,
+            sent.scope() == Scope::Futures,
+            "{id}"
+        );
+        assert_eq!(came.path(), sent.path, "{id}");
+        assert_eq!(came.body, sent.body, "{id}");
+        assert_ne!(came.code(), Some("400007"), "{id}: the key may everything");
+        assert_eq!(came.uid, Some(MAIN_UID), "{id}");
+        assert_eq!(
+            came.header("kc-api-timestamp"),
+            Some(&*answer.timestamp_ms.to_string()),
+            "{id}"
+        );
+        verified += 1;
+    }
+    assert_eq!(verified, 417);
+    // By every host, method and kind of path.
+    let received = lab.kucoin.received();
+    for host in [Host::Futures, Host::Spot] {
+        for method in ["DELETE", "GET", "POST"] {
+            assert!(
+                received
+                    .iter()
+                    .any(|came| came.host == host && came.method == method)
+            );
+        }
+    }
+    lab.stop().await;
+}
