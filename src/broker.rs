@@ -259,7 +259,12 @@ impl Broker {
         );
         if event == "outcome" {
             self.metrics
-                .request(Some(call.request.scope), outcome, reason, answer);
+                .request(Some(call.request.scope), outcome, reason);
+            if let Some(receipt) = answer {
+                self.metrics.stage("waiting", receipt.waiting);
+                self.metrics.stage("signing", receipt.signing);
+                self.metrics.stage("exchange", receipt.exchange);
+            }
         }
         let goes_on = event == "outcome" && matches!(ended, Err(BrokerError::AnswerLate));
         if outcome == Outcome::MaybeSent && !goes_on && self.calls.tasks.is_closed() {
@@ -298,7 +303,7 @@ impl Broker {
             &ending,
         );
         self.metrics
-            .request(None, Outcome::NotSent, Some(Reason::RequestMalformed), None);
+            .request(None, Outcome::NotSent, Some(Reason::RequestMalformed));
         BrokerError::Malformed(problems)
     }
 

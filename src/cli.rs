@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::config::Config;
-use crate::config::reader::Problem;
+use crate::toml_file::Problem;
 
 /// Done.
 const DONE: u8 = 0;

@@ -4,7 +4,6 @@
 //! [`load`].
 
 pub mod load;
-pub mod reader;
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -18,7 +17,7 @@ use crate::keyring::vault::{Auth, VaultSettings};
 use crate::kucoin::{Host, RequestLimits, Site};
 use crate::telemetry::LogFormat;
 
-use reader::{Problem, Problems, Section};
+use crate::toml_file::{Problem, Problems, Section};
 
 /// Everything the broker is told, as meant.
 #[derive(Clone, Debug)]

@@ -309,24 +309,26 @@ impl Destination {
             .clone()
     }
 
-    /// Asks for the name; an answer without a usable address leaves the last good one in place.
+    /// Asks for the name.
     async fn resolve(&self, source: IpAddr) {
         let name = (self.origin.name.as_str(), self.origin.port);
-        match tokio::net::lookup_host(name).await {
-            Ok(found) => {
-                let found: Vec<_> = found
-                    .filter(|address| address.is_ipv4() || source.is_ipv6())
-                    .collect();
-                if !found.is_empty() {
-                    *self
-                        .addresses
-                        .write()
-                        .unwrap_or_else(PoisonError::into_inner) = found;
-                }
-            }
-            Err(error) => {
-                tracing::warn!(host = self.origin.name, %error, "name cannot be resolved; the last addresses serve on");
-            }
+        let found = tokio::net::lookup_host(name).await;
+        if let Err(error) = &found {
+            tracing::warn!(host = self.origin.name, %error, "name cannot be resolved; the last addresses serve on");
+        }
+        self.keep(found.into_iter().flatten(), source);
+    }
+
+    /// Keeps what can be reached from `source`; without a usable address the last good answer stays.
+    fn keep(&self, found: impl Iterator<Item = SocketAddr>, source: IpAddr) {
+        let usable: Vec<_> = found
+            .filter(|address| address.is_ipv4() == source.is_ipv4())
+            .collect();
+        if !usable.is_empty() {
+            *self
+                .addresses
+                .write()
+                .unwrap_or_else(PoisonError::into_inner) = usable;
         }
     }
 
@@ -419,4 +421,36 @@ where
         let _ = connection.await;
     });
     Ok(sender)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_good_addresses_stay_and_ipv4_keeps_to_ipv4() {
+        let origin = Origin {
+            tls: false,
+            name: "localhost".to_owned(),
+            port: 1,
+        };
+        let roots = rustls::RootCertStore::empty();
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let tls = rustls::ClientConfig::builder_with_provider(provider);
+        let tls = tls.with_safe_default_protocol_versions().unwrap();
+        let tls = tls.with_root_certificates(roots).with_no_client_auth();
+        let destination = Destination::new(origin, &Arc::new(tls)).unwrap();
+        let (four, six) = (
+            "192.0.2.1:1".parse().unwrap(),
+            "[2001:db8::1]:1".parse().unwrap(),
+        );
+        let source = |text: &str| text.parse::<IpAddr>().unwrap();
+        destination.keep([six, four].into_iter(), source("192.0.2.9"));
+        assert_eq!(destination.addresses(), [four]);
+        destination.keep([].into_iter(), source("192.0.2.9"));
+        destination.keep([six].into_iter(), source("0.0.0.0"));
+        assert_eq!(destination.addresses(), [four], "nothing usable came");
+        destination.keep([six].into_iter(), source("2001:db8::9"));
+        assert_eq!(destination.addresses(), [six]);
+    }
 }

@@ -19,3 +19,4 @@ pub mod policy;
 pub mod secret;
 pub mod server;
 pub mod telemetry;
+pub mod toml_file;

@@ -25,7 +25,7 @@ use crate::broker::{Broker, Calls};
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::config::load::{Loaded, load};
-use crate::config::reader::Problem;
+use crate::toml_file::Problem;
 use crate::egress::Egress;
 use crate::keyring::vault::Vault;
 use crate::keyring::{Keyring, refresh};

@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::fmt;
+use std::time::Duration;
 
 use prometheus_client::encoding::text::encode;
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
@@ -12,7 +13,6 @@ use prometheus_client::registry::Registry;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::ParseError;
 
-use crate::broker::Receipt;
 use crate::kucoin::Scope;
 use crate::outcome::{Outcome, Reason};
 
@@ -139,29 +139,21 @@ impl Default for Metrics {
 
 impl Metrics {
     /// Counts a call that ended.
-    pub fn request(
-        &self,
-        scope: Option<Scope>,
-        outcome: Outcome,
-        reason: Option<Reason>,
-        answer: Option<&Receipt>,
-    ) {
+    pub fn request(&self, scope: Option<Scope>, outcome: Outcome, reason: Option<Reason>) {
         let labels = RequestLabels {
             scope: Word(scope.map_or("", Scope::as_str)),
             outcome: Word(outcome.as_str()),
             reason: Word(reason.map_or("", Reason::as_str)),
         };
         self.requests.get_or_create(&labels).inc();
-        let Some(receipt) = answer else { return };
-        for (stage, took) in [
-            ("waiting", receipt.waiting),
-            ("signing", receipt.signing),
-            ("exchange", receipt.exchange),
-        ] {
-            self.stages
-                .get_or_create(&StageLabels { stage: Word(stage) })
-                .observe(took.as_secs_f64());
-        }
+    }
+
+    /// Observes how long a stage of an answered call took.
+    pub fn stage(&self, stage: &'static str, took: Duration) {
+        let labels = StageLabels { stage: Word(stage) };
+        self.stages
+            .get_or_create(&labels)
+            .observe(took.as_secs_f64());
     }
 
     /// Counts a refused client certificate.

@@ -7,7 +7,7 @@ use rustls::RootCertStore;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
-use super::reader::{Problem, Problems};
+use crate::toml_file::{Problem, Problems};
 use super::{Config, Roots};
 use crate::policy::Policy;
 

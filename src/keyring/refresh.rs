@@ -93,11 +93,15 @@ impl Watch {
                 "its metadata in Vault says state=disabled".to_owned(),
             ));
         }
-        if self.seen.as_ref() == Some(&metadata) {
+        let is_unchanged = self.seen.as_ref() == Some(&metadata);
+        if is_unchanged && !metadata.deletes_itself() {
             return Ok(());
         }
         let version = metadata.current_version;
         let key = self.vault.read(&self.account, &self.name, version).await;
+        if is_unchanged && key.is_ok() {
+            return Ok(());
+        }
         // Seen even when unusable, so that a broken version is read once and not at every poll.
         if matches!(key, Ok(_) | Err(VaultError::Unusable(_))) {
             self.seen = Some(metadata);

@@ -98,6 +98,13 @@ impl Metadata {
             .get("state")
             .is_some_and(|state| state == "disabled")
     }
+
+    /// Whether the newest version has a time at which it deletes itself; nothing in the metadata changes then.
+    pub fn deletes_itself(&self) -> bool {
+        self.versions
+            .get(&self.current_version.to_string())
+            .is_some_and(|(_, deletion_time, _)| !deletion_time.is_empty())
+    }
 }
 
 /// The connection to Vault.
@@ -219,48 +226,60 @@ impl Vault {
         )
     }
 
-    /// Runs a read; a 403 counts as Vault's word only when it comes twice and Vault accepts the token.
+    /// Runs a read; a 403 counts as Vault's word only when it comes twice and Vault accepts the token that met it.
     async fn with_authority<T, F>(&self, read: impl Fn(VaultClient) -> F) -> Result<T, VaultError>
     where
         F: Future<Output = Result<T, ClientError>>,
     {
-        match read(self.client().await?).await {
-            Err(error) if status_of(&error) == Some(403) => {}
+        let token = self.token().await?;
+        match read(self.client(&token)).await {
+            Err(error) if reduce(&error) == VaultError::Denied => {}
             other => return other.map_err(|error| reduce(&error)),
         }
-        if !self.token_is_good().await? {
-            *self.login.lock().await = None;
+        if !self.is_good(&token).await? {
+            self.forget(&token).await;
         }
         tokio::time::sleep(Duration::from_millis(fastrand::u64(
             REPEAT_AFTER.0..=REPEAT_AFTER.1,
         )))
         .await;
-        match read(self.client().await?).await {
-            Err(error) if status_of(&error) == Some(403) => {
-                if self.token_is_good().await? {
-                    Err(VaultError::Denied)
-                } else {
-                    Err(VaultError::Outage(
-                        "Vault does not accept the broker's token (403)".to_owned(),
-                    ))
-                }
+        let token = self.token().await?;
+        match read(self.client(&token)).await {
+            Err(error) if reduce(&error) == VaultError::Denied && !self.is_good(&token).await? => {
+                Err(VaultError::Outage(
+                    "Vault does not accept the broker's token (403)".to_owned(),
+                ))
             }
             other => other.map_err(|error| reduce(&error)),
         }
     }
 
-    async fn token_is_good(&self) -> Result<bool, VaultError> {
-        match vaultrs::token::lookup_self(&self.client().await?).await {
+    async fn is_good(&self, token: &str) -> Result<bool, VaultError> {
+        match vaultrs::token::lookup_self(&self.client(token)).await {
             Ok(_) => Ok(true),
-            Err(error) if status_of(&error) == Some(403) => Ok(false),
-            Err(error) => Err(reduce(&error)),
+            Err(error) => match reduce(&error) {
+                VaultError::Denied => Ok(false),
+                // It was the token that Vault was asked about, not the key.
+                other => Err(VaultError::Outage(format!("lookup of the token: {other}"))),
+            },
         }
     }
 
-    /// A client with a valid token.
-    async fn client(&self) -> Result<VaultClient, VaultError> {
+    /// Gives up the login that got `token`, unless another key has already logged in again.
+    async fn forget(&self, token: &str) {
+        let mut login = self.login.lock().await;
+        if login
+            .as_ref()
+            .is_some_and(|login| login.token.as_str() == token)
+        {
+            *login = None;
+        }
+    }
+
+    /// A token that should be valid.
+    async fn token(&self) -> Result<Zeroizing<String>, VaultError> {
         match &self.settings.auth {
-            Auth::TokenFile(file) => Ok(self.client_with(&read_token(file)?)),
+            Auth::TokenFile(file) => read_token(file),
             Auth::AppRole {
                 mount,
                 role_id,
@@ -271,16 +290,12 @@ impl Vault {
                     .as_ref()
                     .filter(|login| Instant::now() < login.good_until)
                 {
-                    return Ok(self.client_with(&login.token));
+                    return Ok(login.token.clone());
                 }
                 let secret_id = read_token(secret_id_file)?;
-                let found = vaultrs::auth::approle::login(
-                    &self.client_with(""),
-                    mount,
-                    role_id,
-                    &secret_id,
-                )
-                .await;
+                let found =
+                    vaultrs::auth::approle::login(&self.client(""), mount, role_id, &secret_id)
+                        .await;
                 let found = found.map_err(|error| match reduce(&error) {
                     // A login that is refused says nothing about the keys.
                     VaultError::Outage(reason) => VaultError::Outage(format!("login: {reason}")),
@@ -288,21 +303,22 @@ impl Vault {
                 })?;
                 let token = checked_token(&Zeroizing::new(found.client_token))?;
                 // Two thirds of the lease, as the official clients do; 0 means that it does not expire.
-                let lease = if found.lease_duration == 0 {
-                    u64::from(u32::MAX)
-                } else {
-                    found.lease_duration
+                let lease = match found.lease_duration {
+                    0 => u64::from(u32::MAX),
+                    lease => lease.min(u64::from(u32::MAX)),
                 };
                 let good_until = Instant::now() + Duration::from_secs(lease) * 2 / 3;
-                let client = self.client_with(&token);
-                *login = Some(Login { token, good_until });
-                Ok(client)
+                *login = Some(Login {
+                    token: token.clone(),
+                    good_until,
+                });
+                Ok(token)
             }
         }
     }
 
     /// Written out in full, because the builder of these settings reads the environment.
-    fn client_with(&self, token: &str) -> VaultClient {
+    fn client(&self, token: &str) -> VaultClient {
         let address = self.settings.address.clone();
         let http = rustify::clients::reqwest::Client::new(address.as_str(), self.http.clone());
         let settings = VaultClientSettings {
@@ -362,6 +378,24 @@ fn status_of(error: &ClientError) -> Option<u16> {
     }
 }
 
+/// Whether Vault itself wrote this error, and not a proxy in front of it.
+fn is_vaults_own(error: &ClientError) -> bool {
+    match error {
+        // It holds Vault's list of texts.
+        ClientError::APIError { .. } => true,
+        // For a deleted version it is the envelope of an ordinary answer.
+        ClientError::RestClientError {
+            source:
+                rustify::errors::ClientError::ServerResponseError {
+                    content: Some(body),
+                    ..
+                },
+        } => serde_json::from_str::<serde_json::Map<String, Value>>(body)
+            .is_ok_and(|body| body.contains_key("request_id")),
+        _ => false,
+    }
+}
+
 /// Reduces an error of the library to what may be known: never a body, never a token.
 fn reduce(error: &ClientError) -> VaultError {
     let texts = match error {
@@ -369,6 +403,9 @@ fn reduce(error: &ClientError) -> VaultError {
         _ => String::new(),
     };
     match status_of(error) {
+        Some(status @ (403 | 404)) if !is_vaults_own(error) => VaultError::Outage(format!(
+            "Vault answered {status}, but not in its own words; is a proxy in between?"
+        )),
         Some(404) if texts.is_empty() => VaultError::Gone("Vault has no such key (404)".to_owned()),
         Some(404) => VaultError::Gone(format!(
             "Vault has no such mount or namespace (404: {texts})"

@@ -269,3 +269,34 @@ fn signature(mac: &Hmac<Sha256>, parts: &[&[u8]]) -> [u8; SIGNATURE_CHARS] {
     debug_assert_eq!(written, Ok(SIGNATURE_CHARS));
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Compiles only where a value is wiped on drop.
+    fn is_wiped<T: zeroize::ZeroizeOnDrop>() {}
+
+    #[test]
+    fn what_a_key_holds_is_wiped_on_drop() {
+        // An HMAC is two of these.
+        is_wiped::<Sha256>();
+        is_wiped::<Zeroizing<String>>();
+        is_wiped::<Zeroizing<[u8; SIGNATURE_CHARS]>>();
+        is_wiped::<Zeroizing<Box<[u8]>>>();
+    }
+
+    #[test]
+    fn a_key_shows_nothing() {
+        let text = |text: &str| Zeroizing::new(text.to_owned());
+        let secret = ApiSecret::new(text("fake-secret"));
+        let passphrase = Passphrase::new(text("fake-pass"));
+        let key = Key::new(text("fake-id"), &secret, &passphrase, KeyVersion::V3, None).unwrap();
+        assert_eq!(format!("{key:?}"), "Key(redacted)");
+        let newline = Key::new(text("fake\nid"), &secret, &passphrase, KeyVersion::V3, None);
+        assert_eq!(newline.unwrap_err(), KeyError::Id);
+        let empty = ApiSecret::new(text(""));
+        let empty = Key::new(text("fake-id"), &empty, &passphrase, KeyVersion::V3, None);
+        assert_eq!(empty.unwrap_err(), KeyError::Empty("api_secret"));
+    }
+}

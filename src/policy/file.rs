@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{Account, Grants, Policy, Purpose, serves};
-use crate::config::reader::{Problem, Problems, Section};
+use crate::toml_file::{Problem, Problems, Section};
 use crate::ids::{AccountId, BotId};
 use crate::kucoin::catalog::Found;
 use crate::kucoin::request::{self, RequestLimits};

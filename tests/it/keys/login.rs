@@ -1,0 +1,251 @@
+//! The broker's own token: from a file that an agent writes, or from an AppRole login.
+
+use std::time::Duration;
+
+use credbroker_sim::vault::{Fault, FaultRule, RoleSettings};
+
+use super::{NO_ANSWER, Rig, Setup, answered, key, put, replace};
+use crate::harness::{ROOT_TOKEN, until};
+
+const LOGIN: &str = "auth/approle/login";
+const LOOKUP: &str = "auth/token/lookup-self";
+const METADATA: &str = "kv/metadata/kucoin/prod/main/main";
+const DEAD_TOKEN: &str = "Vault does not accept the broker's token (403)";
+
+#[tokio::test]
+async fn a_token_file_may_have_blanks_and_a_line_end_around_the_token() {
+    let mut setup = Setup::new(&["main"]).await;
+    setup.files = vec![("token", format!("\n  {ROOT_TOKEN} \r\n"))];
+    let rig = setup.ready().await;
+    assert_eq!(rig.signer("main").await, Ok(key("main", 1).api_key));
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn a_dead_token_or_a_broken_token_file_evicts_nothing_and_a_good_token_is_picked_up() {
+    let mut setup = Setup::new(&["main"]).await;
+    let vault = setup.vault.clone();
+    let token = || vault.create_token(Duration::from_secs(3600));
+    let good = token();
+    setup.files = vec![("token", format!("{good}\n"))];
+    let rig = setup.ready().await;
+    let file = rig.lab.path("token");
+
+    vault.revoke_token(&good);
+    serves_through(&rig, 1, DEAD_TOKEN).await;
+    replace(&file, "never-a-token\n");
+    serves_through(&rig, 1, DEAD_TOKEN).await;
+    assert!(answered(&vault, METADATA, 403) >= 4 && answered(&vault, LOOKUP, 403) >= 4);
+    replace(&file, &token());
+    rig.until_signed_with(2).await;
+
+    replace(&file, "two\nlines\n");
+    serves_through(&rig, 2, "expected a token: one line of printable ASCII").await;
+    replace(&file, "");
+    serves_through(&rig, 2, "expected a token: one line of printable ASCII").await;
+    replace(&file, &token());
+    rig.until_signed_with(3).await;
+
+    std::fs::remove_file(&file).unwrap();
+    serves_through(&rig, 3, "token cannot be read").await;
+    replace(&file, &token());
+    rig.until_signed_with(4).await;
+    assert_eq!(rig.logs.count(&["never-a-token"]), 0);
+    rig.end().await;
+}
+
+/// A poll fails for this reason, and the key of `generation` serves on. Vault then holds the next one, unseen.
+async fn serves_through(rig: &Rig, generation: u32, reason: &str) {
+    let before = rig.logs.count(&[NO_ANSWER, reason]);
+    rig.serves_until(generation, reason, async || {
+        rig.logs.count(&[NO_ANSWER, reason]) > before
+    })
+    .await;
+    put(rig.vault(), "main", generation + 1);
+}
+
+/// The agent replaces a dead token between the second 403 and the lookup: the 403 were not about the new one.
+#[tokio::test]
+async fn a_403_counts_only_against_the_token_that_met_it() {
+    let mut setup = Setup::new(&["main"]).await;
+    let vault = setup.vault.clone();
+    let dead = vault.create_token(Duration::from_secs(3600));
+    setup.files = vec![("token", dead.clone())];
+    let rig = setup.ready().await;
+    let file = rig.lab.path("token");
+    let begun = || {
+        let requests = vault.requests();
+        requests
+            .iter()
+            .filter(|seen| seen.path == format!("/v1/{METADATA}"))
+            .count()
+    };
+    // Late enough that the file can be replaced while the broker waits for a 403.
+    let before = begun();
+    vault.fault(FaultRule::new(METADATA, Fault::Delay { ms: 600 }));
+    vault.revoke_token(&dead);
+    until("one 403 has come and a second is on its way", async || {
+        answered(&vault, METADATA, 403) == 1
+            && answered(&vault, LOOKUP, 403) == 1
+            && begun() > before + 1
+    })
+    .await;
+    replace(&file, ROOT_TOKEN);
+    put(&vault, "main", 2);
+    rig.until_signed_with(2).await;
+    assert_eq!(rig.logs.count(&["key is not available"]), 0);
+    assert_eq!(rig.logs.count(&[NO_ANSWER, DEAD_TOKEN]), 1);
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn a_403_to_a_token_that_cannot_be_looked_up_evicts_nothing() {
+    for (fault, reason) in [
+        (
+            status(404),
+            "lookup of the token: Vault has no such key (404)",
+        ),
+        (status(500), "lookup of the token: Vault answered 500"),
+        (
+            Fault::WrongJson,
+            "lookup of the token: Vault's answer is not what its API describes",
+        ),
+    ] {
+        let rig = Setup::new(&["main"]).await.ready().await;
+        rig.vault().fault(FaultRule::new(LOOKUP, fault));
+        rig.vault().deny(None, None, METADATA);
+        serves_through(&rig, 1, reason).await;
+        rig.vault().clear_faults();
+        rig.until_evicted("Vault refuses it to the broker (403)")
+            .await;
+        rig.end().await;
+    }
+}
+
+fn status(code: u16) -> Fault {
+    Fault::Status {
+        code,
+        retry_after_s: None,
+    }
+}
+
+/// A broker that logs in with an AppRole; its secret id stands in `secret-id`, with a line end.
+async fn approle(accounts: &[&str], role: RoleSettings) -> Setup {
+    let mut setup = Setup::new(accounts).await;
+    let (role_id, secret_id) = setup.vault.enable_approle("credbroker", role);
+    setup.auth =
+        format!("method = \"approle\"\nrole_id = \"{role_id}\"\nsecret_id_file = \"secret-id\"");
+    setup.files = vec![("secret-id", format!("{secret_id}\n"))];
+    setup
+}
+
+const FIVE: [&str; 5] = ["main", "b", "c", "d", "e"];
+
+#[tokio::test]
+async fn an_approle_logs_in_once_for_all_keys_with_the_secret_id_from_its_file() {
+    let setup = approle(&FIVE, RoleSettings::default()).await;
+    let vault = setup.vault.clone();
+    // Long enough for every key to want a token.
+    vault.fault(FaultRule::new(LOGIN, Fault::Delay { ms: 300 }));
+    let rig = setup.ready().await;
+    for account in FIVE {
+        assert_eq!(rig.signer(account).await, Ok(key(account, 1).api_key));
+    }
+    assert_eq!(answered(&vault, LOGIN, 200), 1);
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn a_new_login_comes_before_the_lease_of_the_last_one_ends() {
+    let role = RoleSettings {
+        token_ttl: Some(Duration::from_secs(5)),
+        ..RoleSettings::default()
+    };
+    let setup = approle(&["main"], role).await;
+    let vault = setup.vault.clone();
+    let rig = setup.ready().await;
+    rig.serves_until(1, "a second login", async || {
+        answered(&vault, LOGIN, 200) >= 2
+    })
+    .await;
+    let refused = vault
+        .requests()
+        .into_iter()
+        .filter(|seen| seen.status == Some(403));
+    assert_eq!(refused.count(), 0);
+    // Once per lease, not once per poll.
+    assert!(answered(&vault, METADATA, 200) > answered(&vault, LOGIN, 200));
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn a_login_that_vault_revoked_is_repeated_once_for_all_keys_and_no_call_fails() {
+    let setup = approle(&FIVE, RoleSettings::default()).await;
+    let vault = setup.vault.clone();
+    vault.stop_clock();
+    let rig = setup.ready().await;
+    // Long enough for one key to find its token dead while another has already logged in again.
+    vault.fault(FaultRule::new(LOOKUP, Fault::Delay { ms: 600 }));
+    vault.advance_clock(Duration::from_secs(3600));
+    for account in FIVE {
+        put(&vault, account, 2);
+    }
+    until("every key has its new version", async || {
+        let mut all = true;
+        for account in FIVE {
+            all &= rig.signer(account).await.unwrap() == key(account, 2).api_key;
+        }
+        all
+    })
+    .await;
+    assert!(answered(&vault, LOOKUP, 403) >= 2, "the keys were to meet");
+    assert_eq!(answered(&vault, LOGIN, 200), 2);
+    assert_eq!(rig.logs.count(&[NO_ANSWER]), 0);
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn a_wrong_secret_id_is_told_and_the_right_one_is_picked_up() {
+    let mut setup = approle(&["main"], RoleSettings::default()).await;
+    let vault = setup.vault.clone();
+    let (_, secret_id) = setup.files.pop().unwrap();
+    let rig = setup.start().await;
+    rig.until_not_ready("secret-id cannot be read").await;
+    assert_eq!(vault.requests(), []);
+    replace(&rig.lab.path("secret-id"), "simulated-wrong-secret-id\n");
+    let reason =
+        "key main/main: waiting for Vault: login: Vault answered 400: invalid role or secret ID\n";
+    rig.until_not_ready(reason).await;
+    assert_eq!(rig.logs.count(&["simulated-wrong-secret-id"]), 0);
+    replace(&rig.lab.path("secret-id"), &secret_id);
+    rig.until_restored(1).await;
+    rig.end().await;
+}
+
+/// Kubernetes logins are 403 while its API server is down: no authority over the secret.
+#[tokio::test]
+async fn a_login_that_is_refused_evicts_nothing() {
+    for (fault, reason) in [
+        (status(400), "login: Vault answered 400"),
+        (status(403), "Vault refuses the login"),
+        (status(404), "Vault refuses the login"),
+        (Fault::Hang, "login: Vault cannot be reached"),
+        (
+            Fault::NotJson,
+            "login: Vault's answer is not what its API describes",
+        ),
+    ] {
+        let mut setup = approle(&["main"], RoleSettings::default()).await;
+        setup.timeout_ms = 1000;
+        let vault = setup.vault.clone();
+        vault.stop_clock();
+        let rig = setup.ready().await;
+        vault.fault(FaultRule::new(LOGIN, fault));
+        vault.advance_clock(Duration::from_secs(3600));
+        serves_through(&rig, 1, reason).await;
+        vault.clear_faults();
+        rig.until_signed_with(2).await;
+        assert_eq!(rig.logs.count(&["key is not available"]), 0);
+        rig.end().await;
+    }
+}
