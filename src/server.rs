@@ -25,11 +25,11 @@ use crate::broker::{Broker, Calls};
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::config::load::{Loaded, load};
-use crate::toml_file::Problem;
 use crate::egress::Egress;
 use crate::keyring::vault::Vault;
 use crate::keyring::{Keyring, refresh};
 use crate::telemetry::{Metrics, chain};
+use crate::toml_file::Problem;
 
 /// How long the last answers may take to leave once all calls have ended.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);

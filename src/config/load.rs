@@ -7,9 +7,9 @@ use rustls::RootCertStore;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
-use crate::toml_file::{Problem, Problems};
 use super::{Config, Roots};
 use crate::policy::Policy;
+use crate::toml_file::{Problem, Problems};
 
 /// What stands in the files.
 #[derive(Debug)]

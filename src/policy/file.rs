@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use super::{Account, Grants, Policy, Purpose, serves};
-use crate::toml_file::{Problem, Problems, Section};
 use crate::ids::{AccountId, BotId};
 use crate::kucoin::catalog::Found;
 use crate::kucoin::request::{self, RequestLimits};
 use crate::kucoin::{Catalog, Endpoint, Method, Partner, Risk, Scope};
+use crate::toml_file::{Problem, Problems, Section};
 
 impl Policy {
     /// Reads the text of a rules file.

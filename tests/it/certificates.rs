@@ -2,7 +2,7 @@
 
 use credbroker_sim::pki::{Ca, Identity, SanType, Usage};
 
-use crate::harness::{Lab, RULES, Settings, accounts, failure, until};
+use crate::harness::{Lab, RULES, Settings, accounts, failure, say, until};
 
 fn uri(text: &str) -> SanType {
     SanType::URI(text.try_into().unwrap())
@@ -155,7 +155,7 @@ async fn tls_1_2_is_refused() {
             let said = String::from_utf8_lossy(&output.stderr).into_owned();
             assert!(said.contains("alert protocol version"), "{said}");
         }
-        Err(_) => eprintln!("TLS 1.2: not run (no openssl on PATH)"),
+        Err(_) => say("TLS 1.2: not run (no openssl on PATH)"),
     }
     lab.stop().await;
 }

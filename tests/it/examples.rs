@@ -6,7 +6,7 @@ use std::process::Output;
 use credbroker_sim::kucoin::SimKey;
 use tokio::task::spawn_blocking;
 
-use crate::harness::{Lab, MAIN_UID, RULES, Settings};
+use crate::harness::{Lab, MAIN_UID, RULES, Settings, say};
 
 /// The programs of `examples/`, which `cargo test` builds beside the broker.
 fn example(name: &str) -> Option<std::path::PathBuf> {
@@ -73,7 +73,7 @@ fn check_bot(lab: &Lab, said: &str) {
 async fn the_python_bot_trades() {
     let python = Path::new(env!("CARGO_MANIFEST_DIR")).join(".venv/bin/python");
     if !python.exists() {
-        eprintln!("Python bot: not run (no .venv; run tests/python/setup.sh)");
+        say("Python bot: not run (no .venv; run tests/python/setup.sh)");
         return;
     }
     let mut lab = lab().await;
@@ -90,7 +90,7 @@ async fn the_python_bot_trades() {
 #[tokio::test]
 async fn the_rust_bot_trades() {
     let Some(bot) = example("bot") else {
-        eprintln!("Rust bot: not run (not built; cargo test --workspace builds it)");
+        say("Rust bot: not run (not built; cargo test --workspace builds it)");
         return;
     };
     let mut lab = lab().await;
@@ -105,7 +105,7 @@ async fn the_rust_bot_trades() {
 #[tokio::test]
 async fn the_demo_shows_what_it_promises() {
     let Some(demo) = example("demo") else {
-        eprintln!("demo: not run (not built; cargo test --workspace builds it)");
+        say("demo: not run (not built; cargo test --workspace builds it)");
         return;
     };
     let said = text(&run(demo, vec!["--once".to_owned()]).await);

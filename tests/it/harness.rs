@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::future::Future;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write as _};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -558,6 +558,11 @@ pub(crate) async fn http_get(base: &str, path: &str) -> String {
     let (status, body) = get(base.strip_prefix("http://").unwrap(), path).await;
     assert_eq!(status, 200, "{body}");
     body
+}
+
+/// Says something that a person must see even when the test passes: past libtest, which keeps what it captures.
+pub(crate) fn say(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 /// Waits for a condition that nothing announces; fails when it does not come.

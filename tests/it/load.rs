@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use crate::harness::{
     Addresses, Lab, MAIN_UID, ROOT_TOKEN, Settings, accounts, failure, futures_order, kv_path,
-    request, secret, spot_order,
+    request, say, secret, spot_order,
 };
 
 const BOTS: usize = 8;
@@ -254,7 +254,7 @@ async fn ten_thousand_mixed_calls_each_end_in_exactly_one_outcome_and_its_lines(
             .entry((told.outcome.clone(), told.reason.clone()))
             .or_insert(0) += 1;
     }
-    eprintln!("{CALLS} calls ended as: {kinds:#?}");
+    say(&format!("{CALLS} calls ended as: {kinds:#?}"));
     for kind in [
         ("accepted", None),
         ("rejected", None),

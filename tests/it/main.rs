@@ -7,9 +7,8 @@
     reason = "a test that cannot go on says so by panicking"
 )]
 #![expect(
-    clippy::print_stderr,
     clippy::print_stdout,
-    reason = "tests say what they did not run, and simulators where they listen"
+    reason = "simulators in processes of their own say where they listen"
 )]
 #![expect(clippy::too_many_lines, reason = "a long story is told in one piece")]
 
