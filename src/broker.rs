@@ -1,6 +1,6 @@
 //! The request path.
 //!
-//! It decides nothing itself: each line of [`Broker::attempt`] is a module's question. It waits for no Vault, it sends
+//! It decides nothing itself: each line of `Broker::attempt` is a module's question. It waits for no Vault, it sends
 //! nothing that is not on record, and it lets no hang-up tear a send in two.
 
 mod error;
