@@ -21,6 +21,12 @@ use crate::policy::Permit;
 /// How often written lines are flushed to the disk: what a power cut can take.
 const SYNC_EVERY: Duration = Duration::from_millis(500);
 
+/// A batch has 20 orders; more is nobody's order, and a line has to end.
+const MAX_CLIENT_OIDS: usize = 100;
+
+/// KuCoin takes 40 characters.
+const MAX_CLIENT_OID_CHARS: usize = 64;
+
 /// The audit file.
 #[derive(Debug)]
 pub struct Audit {
@@ -132,8 +138,7 @@ impl Audit {
             .spawn(move || {
                 while alive.upgrade().is_some() {
                     std::thread::sleep(SYNC_EVERY);
-                    // A device or a full disk cannot sync; the write that follows will say so.
-                    let _ = synced.sync_data();
+                    report(synced.sync_data());
                 }
             })?;
         Ok(audit)
@@ -188,12 +193,9 @@ impl Audit {
     }
 
     /// Flushes the file to the disk.
-    pub fn sync(&self) -> io::Result<()> {
-        self.file
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .file
-            .sync_data()
+    pub fn sync(&self) {
+        let file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        report(file.file.sync_data());
     }
 
     fn write(
@@ -242,9 +244,30 @@ impl<'a> What<'a> {
             target: request.target.masked(),
             body_bytes: request.body.len(),
             body_sha256: hex(&Sha256::digest(&request.body)),
-            client_oids: in_body.chain(in_query).chain(client_oid_in_path).collect(),
+            client_oids: in_body
+                .chain(in_query)
+                .chain(client_oid_in_path)
+                .take(MAX_CLIENT_OIDS)
+                .map(|oid| cut(oid, MAX_CLIENT_OID_CHARS))
+                .collect(),
         }
     }
+}
+
+/// The system tells of lost data once, here, and takes later writes as if nothing had been.
+fn report(synced: io::Result<()>) {
+    match synced {
+        // What is no file of a disk cannot be flushed to one.
+        Err(error) if error.kind() != io::ErrorKind::InvalidInput => {
+            tracing::error!(%error, "audit file cannot be flushed to the disk; lines may be lost");
+        }
+        _ => {}
+    }
+}
+
+fn cut(text: &str, chars: usize) -> &str {
+    let end = text.char_indices().nth(chars).map(|(end, _)| end);
+    end.and_then(|end| text.get(..end)).unwrap_or(text)
 }
 
 fn hex(bytes: &[u8]) -> String {

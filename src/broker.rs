@@ -124,10 +124,13 @@ impl Broker {
             .audit
             .intent(&caller(call, number), permit, &call.request)?;
         let _ = progress.recorded.set(());
+        let first = match self.send(call, permit, &recorded, &progress.gate).await {
+            Err(error) if may_go_again(&error, permit, &progress.gate) => error,
+            ended => return ended,
+        };
         match self.send(call, permit, &recorded, &progress.gate).await {
-            Err(error) if may_go_again(&error, permit, &progress.gate) => {
-                self.send(call, permit, &recorded, &progress.gate).await
-            }
+            // What the second try did not send, the first may have.
+            Err(second) if is_unsent(&second) && !is_unsent(&first) => Err(first),
             ended => ended,
         }
     }
@@ -140,6 +143,10 @@ impl Broker {
         recorded: &Recorded,
         gate: &Gate,
     ) -> Result<Receipt, BrokerError> {
+        if permit.is_private() {
+            // A call that cannot be signed takes no connection away from one that can.
+            self.keyring.key(permit)?;
+        }
         let connection = self
             .egress
             .connect(permit.destination(), permit.is_idempotent())
@@ -147,7 +154,8 @@ impl Broker {
         let signing = Instant::now();
         let signed = self.sign(permit, &call.request)?;
         let (timestamp_ms, sending) = (signed.timestamp_ms, Instant::now());
-        if !gate.take() {
+        // The clock too: a record that took long to write leaves the timer no turn before this.
+        if sending >= call.deadline || !gate.take() {
             return Err(BrokerError::DeadlineExceeded);
         }
         let (head, body) = self
@@ -319,7 +327,7 @@ impl Broker {
             self.calls.give_up.cancel();
             self.calls.tasks.wait().await;
         }
-        let _ = self.audit.sync();
+        self.audit.sync();
         self.calls.unresolved.load(Ordering::Relaxed)
     }
 
@@ -334,9 +342,15 @@ fn may_go_again(error: &BrokerError, permit: &Permit, gate: &Gate) -> bool {
     match error {
         BrokerError::Connect(_) => true,
         BrokerError::Send(SendError::HandedBack(_)) => gate.hand_back(),
-        BrokerError::Send(_) => permit.is_idempotent(),
+        BrokerError::Send(SendError::AnswerLost(_) | SendError::AnswerTimeout(_)) => {
+            permit.is_idempotent()
+        }
         _ => false,
     }
+}
+
+fn is_unsent(error: &BrokerError) -> bool {
+    error.reason().outcome() == Outcome::NotSent
 }
 
 /// Runs a step of a call; a panic in it ends the call as [`BrokerError::Internal`], and nothing else.

@@ -215,7 +215,12 @@ fn vault(section: &mut Section, folder: &Path) -> Option<VaultSettings> {
 
 fn vault_address(section: &Section, key: &str, text: &str) -> Option<Url> {
     let problem = match Url::parse(text) {
-        Ok(url) if url.path() != "/" || url.query().is_some() || !url.username().is_empty() => {
+        Ok(url)
+            if url.path() != "/"
+                || url.query().is_some()
+                || !url.username().is_empty()
+                || url.password().is_some() =>
+        {
             "expected scheme, host and port alone; Vault behind a path does not work".to_owned()
         }
         Ok(url) if url.scheme() == "https" || (url.scheme() == "http" && is_loopback(&url)) => {
@@ -316,6 +321,16 @@ fn egress(section: &mut Section) -> Option<EgressSettings> {
 fn origins(section: &mut Section) -> HashMap<(Site, Host), Origin> {
     let elsewhere = "send_signed_requests_to_hosts_other_than_kucoin";
     let anywhere: bool = section.optional(elsewhere).unwrap_or_default();
+    if section.has("spot") != section.has("futures") {
+        let (there, missing) = if section.has("spot") {
+            ("spot", "futures")
+        } else {
+            ("futures", "spot")
+        };
+        let problem =
+            format!("is missing beside exchange.{there}: the other half would be the real KuCoin");
+        section.problem(missing, problem);
+    }
     let mut origins = HashMap::new();
     for (key, host) in [("futures", Host::Futures), ("spot", Host::Spot)] {
         let other: Option<String> = section.optional(key);
@@ -350,7 +365,10 @@ fn simulator(text: &str, anywhere: bool) -> Result<Origin, String> {
         {
             Origin {
                 tls: url.scheme() == "https",
-                name: host.to_string(),
+                name: match host {
+                    UrlHost::Ipv6(address) => address.to_string(),
+                    host => host.to_string(),
+                },
                 port,
             }
         }

@@ -280,10 +280,14 @@ async fn exchange(
 impl Destination {
     fn new(origin: Origin, tls: &Arc<rustls::ClientConfig>) -> Option<Self> {
         let default_port = if origin.tls { 443 } else { 80 };
+        let name = match origin.name.parse() {
+            Ok(IpAddr::V6(address)) => format!("[{address}]"),
+            _ => origin.name.clone(),
+        };
         let host = if origin.port == default_port {
-            origin.name.clone()
+            name
         } else {
-            format!("{}:{}", origin.name, origin.port)
+            format!("{name}:{}", origin.port)
         };
         let host: uri::Authority = host.parse().ok()?;
         let tls = if origin.tls {
@@ -351,7 +355,8 @@ impl Destination {
             }
             tokio::time::sleep(MAINTAIN_EVERY).await;
             if self.addresses().is_empty() || resolved.elapsed() >= RESOLVE_EVERY {
-                self.resolve(settings.address).await;
+                // A name server that hangs must not keep connections from being made ready.
+                let _ = timeout(settings.connect_timeout, self.resolve(settings.address)).await;
                 resolved = Instant::now();
             }
         }
@@ -363,19 +368,29 @@ impl Destination {
         settings: &EgressSettings,
     ) -> Result<http1::SendRequest<Full<Bytes>>, ConnectError> {
         let addresses = self.addresses();
-        let dialled = timeout(settings.connect_timeout, async {
-            let mut failure = ConnectError::Unresolved(self.origin.name.clone());
-            for address in addresses {
-                match self.dial_one(address, settings.address).await {
-                    Ok(sender) => return Ok(sender),
-                    Err(error) => failure = error,
-                }
+        // A share of the time for each, so that one that does not answer leaves some to the others.
+        let share = settings.connect_timeout / u32::try_from(addresses.len().max(1)).unwrap_or(1);
+        let mut failure = ConnectError::Unresolved(self.origin.name.clone());
+        for address in addresses {
+            match timeout(share, self.dial_one(address, settings.address)).await {
+                Ok(Ok(sender)) => return Ok(sender),
+                Ok(Err(error)) => failure = error,
+                Err(_) => failure = ConnectError::Timeout(share),
             }
-            Err(failure)
-        });
-        dialled
-            .await
-            .unwrap_or(Err(ConnectError::Timeout(settings.connect_timeout)))
+            self.put_last(address);
+        }
+        Err(failure)
+    }
+
+    /// The next connection starts with another address than one that has just failed.
+    fn put_last(&self, failed: SocketAddr) {
+        let mut addresses = self
+            .addresses
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        if addresses.first() == Some(&failed) {
+            addresses.rotate_left(1);
+        }
     }
 
     async fn dial_one(

@@ -79,6 +79,13 @@ impl Keyring {
             .ok_or_else(|| unavailable("the rules name none"))?;
         let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
         match slots.get(account).and_then(|keys| keys.get(name)) {
+            Some(Slot::Ready { key, .. })
+                if permit.partner().is_some() && !key.has_partner_key() =>
+            {
+                Err(unavailable(
+                    "the account has a partner, and the key in Vault has no `partner_key`",
+                ))
+            }
             Some(Slot::Ready { key, .. }) => Ok(Arc::clone(key)),
             Some(Slot::Gone(reason) | Slot::Waiting(reason)) => Err(unavailable(reason)),
             None => Err(unavailable("the rules name none")),

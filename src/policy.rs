@@ -5,7 +5,6 @@
 pub mod file;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::fmt;
 use std::sync::Arc;
 
 use serde::Deserialize;
@@ -192,11 +191,6 @@ impl Policy {
         self.accounts.values()
     }
 
-    /// Whether any rule names this bot.
-    pub fn knows(&self, bot: &BotId) -> bool {
-        self.bots.contains_key(bot)
-    }
-
     /// Whether `bot` may send `request`.
     pub fn authorize(&self, bot: &BotId, request: &UnsignedRequest) -> Result<Permit, Denied> {
         let &UnsignedRequest {
@@ -228,22 +222,18 @@ impl Policy {
                     literal: &literal.path,
                 });
             }
-            Found::OtherScope(endpoint)
-                if !grants.is_some_and(|g| g.has_unlisted(method, target.path())) =>
-            {
-                let endpoint_id = endpoint.id.as_str();
-                return Err(endpoint.scope.map_or(
-                    Denied::NotServed {
-                        endpoint: endpoint_id,
-                    },
-                    |belongs| Denied::Scope {
-                        endpoint: endpoint_id,
+            Found::OtherScope(endpoint) => {
+                let name = endpoint.id.as_str();
+                return Err(match endpoint.scope {
+                    Some(belongs) => Denied::Scope {
+                        endpoint: name,
                         belongs,
                         asked: scope,
                     },
-                ));
+                    None => Denied::NotServed { endpoint: name },
+                });
             }
-            Found::OtherScope(_) | Found::Unlisted => None,
+            Found::Unlisted => None,
         };
         let allowed = match endpoint {
             Some(endpoint) if !endpoint.grantable => {
@@ -289,13 +279,4 @@ impl Grants {
 fn serves(site: Site, endpoint: &Endpoint) -> bool {
     endpoint.scope.is_some_and(|scope| site.serves(scope))
         && !(site == Site::Tr && endpoint.product == "margin")
-}
-
-impl fmt::Display for Purpose {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::ReadOnly => "read-only",
-            Self::Trade => "trade",
-        })
-    }
 }

@@ -2,9 +2,10 @@
 
 mod listener;
 
-use std::fs::File;
+use std::fs::{DirBuilder, File};
 use std::io;
 use std::net::SocketAddr;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -228,13 +229,15 @@ fn reflection() -> tonic_reflection::server::Builder<'static> {
 
 fn lock(folder: &Path) -> Result<File, StartError> {
     let name = || folder.display().to_string();
+    // What others can open they can lock.
     let open = || {
-        std::fs::create_dir_all(folder)?;
-        File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(folder.join("lock"))
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(folder)?;
+        let mut options = File::options();
+        options.create(true).truncate(false).write(true).mode(0o600);
+        options.open(folder.join("lock"))
     };
     let file = open().map_err(|error| StartError::State(name(), error))?;
     match file.try_lock() {

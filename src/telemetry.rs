@@ -10,14 +10,24 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
-use tracing_subscriber::EnvFilter;
-use tracing_subscriber::filter::ParseError;
+use tracing::Metadata;
+use tracing_subscriber::filter::{EnvFilter, FilterExt, LevelFilter, ParseError, filter_fn};
+use tracing_subscriber::layer::{Layer, SubscriberExt};
+use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::kucoin::Scope;
 use crate::outcome::{Outcome, Reason};
 
-/// Always off, whatever the configuration asks for: these log tokens, bodies or every failure twice.
-const SILENCED: &str = "vaultrs=off,rustify=off,reqwest=off,hyper=warn,h2=warn,hyper_util=warn";
+/// The most that these crates may say, whatever the configuration asks for: they log tokens, bodies, or every failure
+/// twice.
+const SILENCED: [(&str, LevelFilter); 6] = [
+    ("h2", LevelFilter::WARN),
+    ("hyper", LevelFilter::WARN),
+    ("hyper_util", LevelFilter::WARN),
+    ("reqwest", LevelFilter::OFF),
+    ("rustify", LevelFilter::OFF),
+    ("vaultrs", LevelFilter::OFF),
+];
 
 /// Seconds: from a signature to an exchange that is slow.
 const BUCKETS: [f64; 14] = [
@@ -39,20 +49,23 @@ pub enum LogFormat {
 /// # Errors
 /// When `filter` is not a filter such as `info,credbroker=debug`.
 pub fn init_logs(filter: &str, format: LogFormat) -> Result<(), ParseError> {
-    let filter = log_filter(filter)?;
-    let subscriber = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr);
-    // A second subscriber in one process (tests) is refused; the first one stays.
-    let _ = match format {
-        LogFormat::Json => subscriber
+    let layer = tracing_subscriber::fmt::layer()
+        .with_writer(std::io::stderr)
+        // Its complaint about a stderr that cannot be written goes to stderr: that would panic, and end the process.
+        .log_internal_errors(false);
+    let layer = match format {
+        LogFormat::Json => layer
             .json()
             .flatten_event(true)
             .with_span_list(false)
-            .try_init()
-            .is_ok(),
-        LogFormat::Text => subscriber.with_ansi(false).try_init().is_ok(),
+            .boxed(),
+        LogFormat::Text => layer.with_ansi(false).boxed(),
     };
+    let filter = log_filter(filter)?.and(filter_fn(may_speak));
+    // A second subscriber in one process (tests) is refused; the first one stays.
+    let _ = tracing_subscriber::registry()
+        .with(layer.with_filter(filter))
+        .try_init();
     std::panic::set_hook(Box::new(|panic| {
         // The message could hold anything; the place is enough to find it.
         let place = panic
@@ -64,9 +77,16 @@ pub fn init_logs(filter: &str, format: LogFormat) -> Result<(), ParseError> {
     Ok(())
 }
 
-/// The filter asked for, with the dependencies that must not speak turned down.
+/// Reads a filter such as `info,credbroker=debug`.
 pub fn log_filter(filter: &str) -> Result<EnvFilter, ParseError> {
-    EnvFilter::builder().parse(format!("{filter},{SILENCED}"))
+    EnvFilter::builder().parse(filter)
+}
+
+/// Whether a line or span may be written at all.
+pub fn may_speak(metadata: &Metadata<'_>) -> bool {
+    let speaker = metadata.target().split("::").next().unwrap_or_default();
+    let limit = SILENCED.iter().find(|(silenced, _)| *silenced == speaker);
+    limit.is_none_or(|(_, most)| metadata.level() <= most)
 }
 
 /// An error and its causes in one line, outermost first.

@@ -56,6 +56,8 @@ pub fn bot_of(certificate: &CertificateDer<'_>) -> Result<BotId, CertificateRefu
         match name {
             GeneralName::URI(uri) => uris.push(*uri),
             GeneralName::DNSName(name) => dns.push(*name),
+            // It could be a URI that was meant to count.
+            GeneralName::Invalid(..) => return Err(CertificateRefused::NotX509),
             _ => {}
         }
     }

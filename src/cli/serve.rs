@@ -47,12 +47,15 @@ fn serve(config: Config) -> anyhow::Result<u64> {
         .enable_all()
         .build()
         .context("no runtime")?;
-    runtime.block_on(async {
+    let ended = runtime.block_on(async {
         let server = Server::start(config).await?;
         let signal = stop_signal().await.context("no signal handler")?;
         tracing::info!(signal, "stopping");
         Ok(server.stop().await)
-    })
+    });
+    // Whoever still asks a name server that does not answer is not waited for.
+    runtime.shutdown_background();
+    ended
 }
 
 async fn stop_signal() -> io::Result<&'static str> {

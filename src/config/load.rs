@@ -6,6 +6,7 @@ use std::sync::Arc;
 use rustls::RootCertStore;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::sign::CertifiedKey;
 
 use super::{Config, Roots};
 use crate::policy::Policy;
@@ -46,6 +47,17 @@ pub fn load(config: &Config) -> Result<Loaded, Vec<Problem>> {
             None
         }
     };
+    if let (Some(certificate), Some(key)) = (&certificate, &key) {
+        let provider = rustls::crypto::aws_lc_rs::default_provider();
+        let pair = CertifiedKey::from_der(certificate.clone(), key.clone_key(), &provider);
+        if let Err(error) = pair {
+            let file = config.tls.key.display();
+            problems.add(
+                "tls.key",
+                format_args!("{file} is not the key of tls.certificate: {error}"),
+            );
+        }
+    }
     let client_ca = root_file("tls.client_ca", &config.tls.client_ca, &problems);
     let vault_roots = roots("vault.roots", &config.vault_roots, &problems);
     let egress_roots = roots("egress.roots", &config.egress_roots, &problems);

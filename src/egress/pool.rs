@@ -6,10 +6,14 @@ use std::time::Duration;
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::client::conn::http1::SendRequest;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 /// More idle connections than this are not worth their sockets.
 const MAX_IDLE_CONNECTIONS: usize = 256;
+
+/// After a whole answer a connection is ready at once. One that is not may still be writing the body of a request that
+/// was answered early, and may never be done with it.
+const READY_WITHIN: Duration = Duration::from_millis(20);
 
 /// Last in, first out, so that a burst's surplus ages and goes.
 #[derive(Debug, Default)]
@@ -31,8 +35,7 @@ impl Pool {
                 idle.pop_if(|newest| newest.since.elapsed() < max_idle)?
                     .sender
             };
-            // An answered connection is ready at once; a closed one says so here.
-            if sender.ready().await.is_ok() {
+            if let Ok(Ok(())) = timeout(READY_WITHIN, sender.ready()).await {
                 return Some(sender);
             }
         }

@@ -9,7 +9,7 @@
 //! - Its health call fails on current OpenBao servers: it is not used.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ use vaultrs::api::EndpointMiddleware;
 use vaultrs::api::kv2::requests::ReadSecretRequest;
 use vaultrs::client::{VaultClient, VaultClientSettings};
 use vaultrs::error::ClientError;
-use zeroize::Zeroizing;
+use zeroize::{Zeroize, Zeroizing};
 
 use crate::ids::{AccountId, KeyName};
 use crate::kucoin::{Key, KeyVersion};
@@ -29,6 +29,9 @@ use crate::secret::{ApiSecret, PartnerKey, Passphrase};
 
 /// A follower may not know a token for a moment after its login: the wait before a 403 counts.
 const REPEAT_AFTER: (u64, u64) = (100, 250);
+
+/// How often a read meets a 403 before it is given up: once with a dead token, twice with the next.
+const TRIES: usize = 3;
 
 /// Where Vault is and how the broker logs in.
 #[derive(Clone, Debug)]
@@ -231,27 +234,27 @@ impl Vault {
     where
         F: Future<Output = Result<T, ClientError>>,
     {
-        let token = self.token().await?;
-        match read(self.client(&token)).await {
-            Err(error) if reduce(&error) == VaultError::Denied => {}
-            other => return other.map_err(|error| reduce(&error)),
-        }
-        if !self.is_good(&token).await? {
-            self.forget(&token).await;
-        }
-        tokio::time::sleep(Duration::from_millis(fastrand::u64(
-            REPEAT_AFTER.0..=REPEAT_AFTER.1,
-        )))
-        .await;
-        let token = self.token().await?;
-        match read(self.client(&token)).await {
-            Err(error) if reduce(&error) == VaultError::Denied && !self.is_good(&token).await? => {
-                Err(VaultError::Outage(
-                    "Vault does not accept the broker's token (403)".to_owned(),
-                ))
+        let mut refusals = 0;
+        for _ in 0..TRIES {
+            let token = self.token().await?;
+            match read(self.client(&token)).await {
+                Err(error) if reduce(&error) == VaultError::Denied => {}
+                other => return other.map_err(|error| reduce(&error)),
             }
-            other => other.map_err(|error| reduce(&error)),
+            if self.is_good(&token).await? {
+                refusals += 1;
+            } else {
+                self.forget(&token).await;
+            }
+            if refusals == 2 {
+                return Err(VaultError::Denied);
+            }
+            let wait = fastrand::u64(REPEAT_AFTER.0..=REPEAT_AFTER.1);
+            tokio::time::sleep(Duration::from_millis(wait)).await;
         }
+        Err(VaultError::Outage(
+            "Vault does not accept the broker's token (403)".to_owned(),
+        ))
     }
 
     async fn is_good(&self, token: &str) -> Result<bool, VaultError> {
@@ -279,7 +282,7 @@ impl Vault {
     /// A token that should be valid.
     async fn token(&self) -> Result<Zeroizing<String>, VaultError> {
         match &self.settings.auth {
-            Auth::TokenFile(file) => read_token(file),
+            Auth::TokenFile(file) => read_token(file).await,
             Auth::AppRole {
                 mount,
                 role_id,
@@ -292,7 +295,7 @@ impl Vault {
                 {
                     return Ok(login.token.clone());
                 }
-                let secret_id = read_token(secret_id_file)?;
+                let secret_id = read_token(secret_id_file).await?;
                 let found =
                     vaultrs::auth::approle::login(&self.client(""), mount, role_id, &secret_id)
                         .await;
@@ -347,13 +350,16 @@ impl Vault {
     }
 }
 
-fn read_token(file: &PathBuf) -> Result<Zeroizing<String>, VaultError> {
-    match std::fs::read_to_string(file) {
-        Ok(text) => checked_token(&Zeroizing::new(text)),
-        Err(error) => Err(VaultError::Outage(format!(
-            "{} cannot be read: {error}",
-            file.display()
-        ))),
+/// Reads off the broker's own thread: a file on a mount that hangs must not keep bots waiting.
+async fn read_token(file: &Path) -> Result<Zeroizing<String>, VaultError> {
+    let unreadable = |error: &dyn std::fmt::Display| {
+        VaultError::Outage(format!("{} cannot be read: {error}", file.display()))
+    };
+    let owned = file.to_owned();
+    match tokio::task::spawn_blocking(|| std::fs::read_to_string(owned)).await {
+        Ok(Ok(text)) => checked_token(&Zeroizing::new(text)),
+        Ok(Err(error)) => Err(unreadable(&error)),
+        Err(error) => Err(unreadable(&error)),
     }
 }
 
@@ -423,8 +429,9 @@ fn reduce(error: &ClientError) -> VaultError {
 }
 
 /// Makes a key of the fields of a secret: `api_key`, `api_secret`, `passphrase`, `key_version`, `partner_key`.
-fn key_from(mut data: Value) -> Result<Key, String> {
-    let mut text = |name: &str| match data.get_mut(name).map(Value::take) {
+fn key_from(data: Value) -> Result<Key, String> {
+    let mut data = Wiped(data);
+    let mut text = |name: &str| match data.0.get_mut(name).map(Value::take) {
         Some(Value::String(text)) => {
             let text = Zeroizing::new(text);
             let blank = |c: char| c.is_whitespace() || c.is_control();
@@ -448,6 +455,24 @@ fn key_from(mut data: Value) -> Result<Key, String> {
     let passphrase = Passphrase::new(required("passphrase")?);
     let partner = text("partner_key")?.map(PartnerKey::new);
     Key::new(id, &secret, &passphrase, version, partner.as_ref()).map_err(|error| error.to_string())
+}
+
+/// What Vault sent, wiped on drop, also where it turns out to be no key.
+struct Wiped(Value);
+
+impl Drop for Wiped {
+    fn drop(&mut self) {
+        wipe(&mut self.0);
+    }
+}
+
+fn wipe(value: &mut Value) {
+    match value {
+        Value::Array(items) => items.iter_mut().for_each(wipe),
+        Value::Object(fields) => fields.values_mut().for_each(wipe),
+        Value::String(text) => text.zeroize(),
+        Value::Bool(_) | Value::Null | Value::Number(_) => {}
+    }
 }
 
 #[cfg(test)]

@@ -136,7 +136,12 @@ fn judge(http_status: StatusCode, envelope: &Envelope, scope: Scope) -> Outcome 
         // "Position does not exist" has been seen under 200000: a message there contradicts the code.
         TAKEN if msg.is_empty() || msg.eq_ignore_ascii_case("success") => Outcome::Accepted,
         TAKEN | "" => Outcome::MaybeSent,
-        _ if unclear || http_status.is_server_error() => Outcome::MaybeSent,
+        _ if unclear
+            || http_status.is_server_error()
+            || http_status == StatusCode::REQUEST_TIMEOUT =>
+        {
+            Outcome::MaybeSent
+        }
         _ => Outcome::Rejected,
     }
 }
@@ -244,6 +249,11 @@ mod tests {
             (429, "<html>1015</html>", Outcome::Rejected),
             (403, "<html>blocked</html>", Outcome::Rejected),
             (408, "", Outcome::MaybeSent),
+            (
+                408,
+                r#"{"code":"408","msg":"Request Timeout"}"#,
+                Outcome::MaybeSent,
+            ),
             (302, "", Outcome::MaybeSent),
             (200, "", Outcome::MaybeSent),
             (200, "{", Outcome::MaybeSent),

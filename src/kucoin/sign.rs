@@ -104,6 +104,11 @@ impl Key {
             partner,
         })
     }
+
+    /// Whether it can sign for a partner.
+    pub fn has_partner_key(&self) -> bool {
+        self.partner.is_some()
+    }
 }
 
 fn mac(key: &[u8], name: &'static str) -> Result<Hmac<Sha256>, KeyError> {

@@ -228,13 +228,13 @@ fn unlisted(account: &Account, scope: Scope, method: Method, path: &str) -> Resu
         Found::Lookalike(endpoint) => {
             return Err(format!("resembles {} of the catalogue", endpoint.id));
         }
-        Found::OtherScope(endpoint) if !endpoint.grantable => {
+        Found::OtherScope(endpoint) => {
             return Err(format!(
-                "is the path of {}, which can never be granted",
+                "is the path of {}, which does not belong to scope {scope}",
                 endpoint.id
             ));
         }
-        Found::OtherScope(_) | Found::Unlisted => {}
+        Found::Unlisted => {}
     }
     if names_api_keys(path) {
         return Err("contains api-key: API keys are never within a bot's reach".to_owned());
@@ -394,6 +394,16 @@ mod tests {
                 "{path}"
             );
         }
+        let other_scope = problems(&rules("/api/v1/account-overview", true));
+        assert!(
+            other_scope[0].contains("does not belong to scope spot-margin"),
+            "{other_scope:?}"
+        );
+        let other_host = problems(&rules("/api/v1/broker/nd/info", true));
+        assert!(
+            other_host[0].contains("does not belong to scope spot-margin"),
+            "{other_host:?}"
+        );
         assert!(problems(&rules("/api/v1/accounts", true))[0].contains("of the catalogue"));
         assert!(problems(&rules("/api/v9/../new", true))[0].contains("expected segments"));
         assert!(problems(&rules("/api/v9/new", true).replace("unlisted = true\n", "")).len() >= 2);

@@ -405,3 +405,64 @@ async fn a_partner_without_its_key_sends_nothing() {
     assert!(lab.kucoin.received().is_empty());
     lab.stop().await;
 }
+
+#[tokio::test]
+async fn a_read_that_left_and_could_not_go_again_is_not_called_unsent() {
+    // Takes one request and is gone: the second try finds nobody.
+    let exchange = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let settings = Settings {
+        spot_url: Some(format!("http://{}", exchange.local_addr().unwrap())),
+        egress: "warm_connections = 0".to_owned(),
+        ..Settings::default()
+    };
+    let mut lab = Lab::with(settings).await;
+    let mut bot = lab.bot("maker").await;
+    let call = tokio::spawn(async move { bot.send(accounts()).await });
+    let (mut stream, _) = exchange.accept().await.unwrap();
+    drop(exchange);
+    let mut first = [0; 3];
+    tokio::io::AsyncReadExt::read_exact(&mut stream, &mut first)
+        .await
+        .unwrap();
+    assert_eq!(&first, b"GET");
+    drop(stream);
+    assert_eq!(refusal(call.await.unwrap()), lost());
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn calls_without_a_key_take_no_connection_from_others() {
+    let mut lab = Lab::start().await;
+    let mut bot = lab.bot("maker").await;
+    bot.send(spot_order("before")).await.unwrap();
+    lab.vault
+        .delete_metadata("kv", &crate::harness::kv_path("main", "main"));
+    until("the key is gone", async || {
+        lab.get("/readyz").await.1.contains("main/main")
+    })
+    .await;
+    for _ in 0..5 {
+        assert_eq!(
+            refusal(bot.send(spot_order("never")).await).1,
+            "KEY_UNAVAILABLE"
+        );
+    }
+    lab.vault.put_secret(
+        "kv",
+        &crate::harness::kv_path("main", "main"),
+        secret(&SimKey::fake(MAIN_UID)),
+    );
+    until("the key is back", async || {
+        !lab.get("/readyz").await.1.contains("main/main")
+    })
+    .await;
+    bot.send(spot_order("after")).await.unwrap();
+    let peers: Vec<_> = lab
+        .kucoin
+        .received()
+        .iter()
+        .map(|request| request.peer)
+        .collect();
+    assert_eq!(peers[0], peers[1], "the same connection as before");
+    lab.stop().await;
+}

@@ -7,6 +7,7 @@ use std::io::{BufRead, BufReader, Write as _};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -344,6 +345,7 @@ impl Lab {
 pub(crate) struct Process {
     child: Child,
     log: Arc<Mutex<String>>,
+    is_read: Arc<AtomicBool>,
 }
 
 impl Process {
@@ -357,14 +359,28 @@ impl Process {
             .unwrap();
         let log = Arc::new(Mutex::new(String::new()));
         let (stderr, sink) = (child.stderr.take().unwrap(), Arc::clone(&log));
+        let is_read = Arc::new(AtomicBool::new(true));
+        let goes_on = Arc::clone(&is_read);
         std::thread::spawn(move || {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
                 let mut log = sink.lock().unwrap();
                 log.push_str(&line);
                 log.push('\n');
+                if !goes_on.load(Ordering::Relaxed) {
+                    break;
+                }
             }
         });
-        Self { child, log }
+        Self {
+            child,
+            log,
+            is_read,
+        }
+    }
+
+    /// Reads one more line and then closes the pipe, as a log collector that dies.
+    pub(crate) fn close_log(&self) {
+        self.is_read.store(false, Ordering::Relaxed);
     }
 
     /// Everything on stderr so far.

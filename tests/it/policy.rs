@@ -147,7 +147,7 @@ struct Unlisted {
     path: &'static str,
 }
 
-/// `explorer` has two of its own, and one that the catalogue knows in another scope only.
+/// What `explorer` may do.
 const UNLISTED: [Unlisted; 3] = [
     Unlisted {
         bot: "explorer",
@@ -168,7 +168,7 @@ const UNLISTED: [Unlisted; 3] = [
         account: "treasury",
         scope: Scope::Unified,
         method: Method::Get,
-        path: "/api/v1/accounts",
+        path: "/api/ua/v9/accounts",
     },
 ];
 

@@ -43,7 +43,8 @@ async fn no_secret_reaches_a_log_an_error_a_metric_or_the_record() {
     let settings = Settings {
         rules,
         auth: Some(auth.to_owned()),
-        config: "[log]\nfilter = \"trace\"".to_owned(),
+        config: "[log]\nfilter = \"trace,rustify::client=trace,vaultrs::api=trace,reqwest=trace\""
+            .to_owned(),
         files: vec![("secret-id", format!("{MARK}-secret-id\n"))],
         keys: Vec::new(),
         wait_ready: false,
@@ -178,6 +179,17 @@ async fn no_secret_reaches_a_log_an_error_a_metric_or_the_record() {
         haystack.0[0].1.contains("\"level\":\"TRACE\""),
         "everything is logged"
     );
+    for silenced in [
+        "\"target\":\"rustify",
+        "\"target\":\"vaultrs",
+        "\"target\":\"reqwest",
+    ] {
+        assert_eq!(
+            haystack.places_of(silenced),
+            [""; 0],
+            "{silenced} is silent, whatever the filter asks for"
+        );
+    }
     assert_eq!(
         haystack.places_of(PLANTED),
         ["log", "audit"],

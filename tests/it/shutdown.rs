@@ -152,3 +152,21 @@ async fn draining_takes_no_longer_than_it_may() {
     assert_eq!(unresolved, 1);
     assert_eq!(refusal(call.await.unwrap()).1, "ANSWER_LOST");
 }
+
+#[tokio::test]
+async fn a_log_that_nobody_takes_any_more_stops_nothing() {
+    let mut lab = lab("").await;
+    lab.process().close_log();
+    let mut bot = lab.bot("maker").await;
+    for index in 0..5 {
+        let placed = bot
+            .send(spot_order(&format!("unlogged-{index}")))
+            .await
+            .unwrap();
+        assert_eq!(placed.code, "200000");
+    }
+    lab.process().terminate();
+    assert_eq!(lab.process().exit_code().await, Some(0));
+    assert_eq!(lab.kucoin.orders(MAIN_UID).len(), 5);
+    lab.check_record();
+}

@@ -165,9 +165,6 @@ async fn an_endpoint_outside_the_catalogue_goes_out_signed() {
         assert!(came.header("kc-api-sign").is_some());
         assert_eq!(came.host == Host::Futures, unlisted.scope == Scope::Futures);
     }
-    // The one that the catalogue knows in another scope is checked by the simulator too.
-    let last = arena.lab.kucoin.received().pop().unwrap();
-    assert_eq!(last.signature, Signature::Verified);
     arena.lab.stop().await;
 }
 
