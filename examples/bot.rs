@@ -57,6 +57,7 @@ async fn main() -> anyhow::Result<()> {
             Err(status) => {
                 // Without our ErrorInfo the failure is the transport's, and the request may have been sent.
                 let info = status.get_details_error_info();
+                let info = info.filter(|info| info.domain == "credbroker");
                 let outcome = info.as_ref().and_then(|info| info.metadata.get("outcome"));
                 let outcome = outcome.map_or("maybe_sent", String::as_str);
                 writeln!(io::stdout(), "{path}: {outcome}: {}", status.message())?;

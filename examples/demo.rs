@@ -4,7 +4,9 @@
 //! prints what the bot sent, what the broker signed and what came back. Then all stays up for your own first calls.
 //! With `--once` it ends after the steps.
 
+use std::fs::Permissions;
 use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use anyhow::{Context, ensure};
@@ -67,6 +69,7 @@ async fn main() -> anyhow::Result<()> {
     init_logs("warn", LogFormat::Text)?;
     let folder = tempfile::Builder::new()
         .prefix("credbroker-demo-")
+        .permissions(Permissions::from_mode(0o700))
         .tempdir()?;
     let demo = Demo::start(folder.path()).await?;
     demo.trade().await?;
@@ -74,9 +77,11 @@ async fn main() -> anyhow::Result<()> {
     if !once {
         demo.invite(folder.path())?;
         let mut terminate = signal(SignalKind::terminate())?;
+        let mut hang_up = signal(SignalKind::hangup())?;
         tokio::select! {
             interrupt = tokio::signal::ctrl_c() => interrupt?,
             _ = terminate.recv() => {}
+            _ = hang_up.recv() => {}
         }
     }
     demo.server.stop().await;
@@ -137,6 +142,11 @@ impl Demo {
                 &bot.certificate_pem,
                 &bot.key_pem,
             ));
+        say!("certificates, rules, audit  {}", folder.display());
+        say!(
+            "\nOf each call: in, what the bot sent; signed, the string that was signed (time, method, path and query, body)"
+        );
+        say!("as the simulated KuCoin read it off the wire; back, what the bot got.");
         let channel = Endpoint::from_shared(format!("https://{}", server.grpc))?
             .tls_config(tls)?
             .connect()
@@ -267,6 +277,8 @@ impl Demo {
             found.is_some_and(|answer| answer.outcome() == Outcome::Accepted),
             "the order must be there"
         );
+        self.call("Cancel it, too", SPOT, Method::Delete, by_oid, None)
+            .await?;
         Ok(())
     }
 
@@ -319,7 +331,7 @@ impl Demo {
                     answer.code,
                     answer.outcome().as_str_name()
                 );
-                say!("           {}", String::from_utf8_lossy(&answer.body));
+                say!("           {}", brief(&answer.body));
                 Ok(Some(answer))
             }
             Err(status) => {
@@ -335,16 +347,26 @@ impl Demo {
         say!(
             "\n== Your turn: all of it stays up until Ctrl-C. In a second terminal, from the project's folder:\n"
         );
+        say!(
+            "# balances with grpcurl (go install github.com/fullstorydev/grpcurl/cmd/grpcurl@latest)"
+        );
         say!("grpcurl -cacert {folder}/ca.pem -cert {folder}/bot.pem -key {folder}/bot.key \\");
         say!(
             "  -d '{{\"account\":\"alpha\",\"scope\":\"SCOPE_SPOT_MARGIN\",\"method\":\"METHOD_GET\",\"path\":\"/api/v1/accounts\"}}' \\"
         );
         say!("  {grpc} credbroker.v1.Broker/SignAndSend\n");
+        say!("# the bot of examples/bot.py");
         say!(
             "python3 -m venv .venv && .venv/bin/pip install --quiet grpcio grpcio-tools grpcio-status"
         );
         say!(".venv/bin/python examples/bot.py {grpc} {folder}\n");
+        say!("# the same in Rust; it stands in examples/bot.rs");
+        say!("# the bot of examples/bot.rs");
         say!("cargo run --release --example bot -- {grpc} {folder}\n");
+        say!(
+            "# readiness and metrics, the record, and the metadata of a key in the simulated Vault"
+        );
+        say!("# readiness and metrics; the record; the metadata of a key in the simulated Vault");
         say!("curl -s http://{ops}/readyz http://{ops}/metrics");
         say!("cat {folder}/state/audit.jsonl");
         say!(
@@ -359,6 +381,19 @@ fn spot_order(client_oid: &str) -> Value {
     json!({
         "clientOid": client_oid, "side": "buy", "symbol": "BTC-USDT", "type": "limit", "price": "10000", "size": "0.001",
     })
+}
+
+/// The beginning of a long answer.
+fn brief(body: &[u8]) -> String {
+    let text = String::from_utf8_lossy(body);
+    match text.char_indices().nth(240) {
+        Some((end, _)) => format!(
+            "{}… ({} bytes)",
+            text.get(..end).unwrap_or_default(),
+            body.len()
+        ),
+        None => text.into_owned(),
+    }
 }
 
 fn say_signed(received: &ReceivedRequest) -> anyhow::Result<()> {

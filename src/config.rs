@@ -104,8 +104,18 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
     let audit_file = file.section("audit").optional("file").map(path);
 
     let mut listen = file.section("listen");
-    let grpc = listen.required("grpc", "\"0.0.0.0:8443\"");
-    let ops = listen.required("ops", "\"127.0.0.1:9464\"");
+    let grpc: Option<SocketAddr> = listen.required("grpc", "\"0.0.0.0:8443\"");
+    let ops: Option<SocketAddr> = listen.required("ops", "\"127.0.0.1:9464\"");
+
+    if let (Some(grpc), Some(ops)) = (grpc, ops)
+        && grpc == ops
+        && SocketAddr::port(&grpc) != 0
+    {
+        listen.problem(
+            "ops",
+            "is listen.grpc too; each listener needs an address of its own",
+        );
+    }
 
     let mut tls = file.section("tls");
     let certificate = tls
@@ -278,6 +288,7 @@ fn auth(section: &mut Section, folder: &Path) -> Option<Auth> {
                 "method",
                 format_args!("expected \"token_file\" or \"approle\", got {other:?}"),
             );
+            section.ignore_rest();
             None
         }
     }

@@ -30,6 +30,8 @@ pub enum Slot {
         key: Arc<Key>,
         /// The version in Vault.
         version: u64,
+        /// What is wrong with a newer version, which is not used.
+        problem: Option<String>,
     },
     /// Vault has not answered yet.
     Waiting(String),

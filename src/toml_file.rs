@@ -141,6 +141,11 @@ impl Section {
         }
     }
 
+    /// Leaves the rest unread, where what stands before it makes it impossible to tell what belongs here.
+    pub fn ignore_rest(&mut self) {
+        self.table.clear();
+    }
+
     /// Whether the key stands and has not been taken.
     pub fn has(&self, key: &str) -> bool {
         self.table.contains_key(key)

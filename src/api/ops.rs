@@ -49,7 +49,14 @@ pub fn readiness(broker: &Broker) -> Readiness {
             Slot::Gone(reason) => {
                 reasons.push(format!("key {account}/{name}: not available: {reason}"));
             }
-            Slot::Ready { .. } => {}
+            Slot::Ready {
+                version, problem, ..
+            } => {
+                let line = |problem| {
+                    format!("key {account}/{name}: version {version} serves on: {problem}")
+                };
+                reasons.extend(problem.map(line));
+            }
             Slot::Waiting(reason) => {
                 is_ready = false;
                 reasons.push(format!("key {account}/{name}: waiting for Vault: {reason}"));

@@ -58,7 +58,7 @@ impl Watch {
         match self.fetch().await {
             Ok(()) => true,
             Err(VaultError::Outage(reason)) => {
-                tracing::warn!(account.id = %self.account, key = %self.name, %reason, "Vault gives no answer; keys in memory serve on");
+                tracing::warn!(account.id = %self.account, key = %self.name, %reason, "keys cannot be refreshed; what is in memory serves on");
                 if let Some(Slot::Waiting(_)) = self.keyring.slot(&self.account, &self.name) {
                     self.keyring
                         .set(&self.account, &self.name, Slot::Waiting(reason));
@@ -76,8 +76,15 @@ impl Watch {
             Err(VaultError::Unusable(reason)) => {
                 // A half-written new version must not take a working key away.
                 let slot = self.keyring.slot(&self.account, &self.name);
-                if let Some(Slot::Ready { version, .. }) = slot {
+                if let Some(Slot::Ready { key, version, .. }) = slot {
                     tracing::error!(account.id = %self.account, key = %self.name, %reason, version, "new version is unusable; the one in memory serves on");
+                    let problem = Some(reason);
+                    let slot = Slot::Ready {
+                        key,
+                        version,
+                        problem,
+                    };
+                    self.keyring.set(&self.account, &self.name, slot);
                 } else {
                     self.evict(&reason);
                 }
@@ -102,7 +109,7 @@ impl Watch {
         if is_unchanged && key.is_ok() {
             return Ok(());
         }
-        // Seen even when unusable, so that a broken version is read once and not at every poll.
+        // Seen even when unusable, so that a broken version beside a working key is read once and not at every poll.
         if matches!(key, Ok(_) | Err(VaultError::Unusable(_))) {
             self.seen = Some(metadata);
         }
@@ -112,6 +119,7 @@ impl Watch {
             Slot::Ready {
                 key: Arc::new(key?),
                 version,
+                problem: None,
             },
         );
         tracing::info!(account.id = %self.account, key = %self.name, version, "key is in memory");

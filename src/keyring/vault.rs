@@ -353,7 +353,8 @@ impl Vault {
 /// Reads off the broker's own thread: a file on a mount that hangs must not keep bots waiting.
 async fn read_token(file: &Path) -> Result<Zeroizing<String>, VaultError> {
     let unreadable = |error: &dyn std::fmt::Display| {
-        VaultError::Outage(format!("{} cannot be read: {error}", file.display()))
+        // Bots are told this too: which file it is, the configuration knows.
+        VaultError::Outage(format!("the file of vault.auth cannot be read: {error}"))
     };
     let owned = file.to_owned();
     match tokio::task::spawn_blocking(|| std::fs::read_to_string(owned)).await {

@@ -3,6 +3,7 @@
 //! Source: KuCoin API documentation, "Error Code" and "Rate Limit"; an answer is judged by its code first, by its HTTP
 //! status only where there is no code.
 
+use std::fmt;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -33,7 +34,7 @@ const EDGE_BLOCK: Duration = Duration::from_secs(30);
 const FUTURES_BLOCK: Duration = Duration::from_secs(10);
 
 /// A whole answer of the exchange.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Answer {
     /// HTTP status.
     pub http_status: StatusCode,
@@ -51,6 +52,19 @@ pub struct Answer {
     pub rate_limit: Option<RateLimit>,
     /// How long to wait, where the exchange says so.
     pub retry_after: Option<Duration>,
+}
+
+/// Without the body: what an account holds is nobody's to read in a log.
+impl fmt::Debug for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            http_status,
+            code,
+            outcome,
+            ..
+        } = self;
+        write!(f, "Answer({http_status}, code {code:?}, {outcome})")
+    }
 }
 
 /// A weighted quota.

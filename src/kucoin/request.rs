@@ -39,7 +39,7 @@ impl Default for RequestLimits {
 }
 
 /// A request as the bot means it, in normal form.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct UnsignedRequest {
     /// Whose key shall sign.
     pub account: AccountId,
@@ -55,6 +55,25 @@ pub struct UnsignedRequest {
     pub id: RequestId,
     /// Every `clientOid` in the body, in order of appearance.
     pub body_client_oids: Vec<String>,
+}
+
+/// Without query and body: what a bot sends is nobody's to read in a log.
+impl fmt::Debug for UnsignedRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            account,
+            scope,
+            method,
+            target,
+            id,
+            ..
+        } = self;
+        write!(
+            f,
+            "UnsignedRequest({id}: {account} {scope} {method} {})",
+            target.path()
+        )
+    }
 }
 
 /// A field that is not as it must be.

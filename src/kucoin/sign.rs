@@ -129,7 +129,6 @@ pub struct Partner {
 }
 
 /// A request ready to leave. Moved, never copied: no signature is sent twice.
-#[derive(Debug)]
 pub struct SignedRequest {
     /// What goes on the wire, but for the host.
     pub(crate) request: http::Request<Full<Bytes>>,
@@ -154,6 +153,14 @@ impl SignedRequest {
     /// The body as on the wire.
     pub fn body(&self) -> Full<Bytes> {
         self.request.body().clone()
+    }
+}
+
+/// Without headers, query and body.
+impl std::fmt::Debug for SignedRequest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (method, path) = (self.request.method(), self.request.uri().path());
+        write!(f, "SignedRequest({method} {path})")
     }
 }
 

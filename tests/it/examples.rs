@@ -118,6 +118,6 @@ async fn the_demo_shows_what_it_promises() {
     ] {
         assert!(said.contains(part), "{part} is not in\n{said}");
     }
-    assert_eq!(said.matches("signature: Verified").count(), 9, "{said}");
+    assert_eq!(said.matches("signature: Verified").count(), 10, "{said}");
     assert!(!said.contains(&SimKey::fake(MAIN_UID).api_secret));
 }

@@ -29,7 +29,7 @@ const TOKEN_FILE: &str = "method = \"token_file\"\nfile = \"token\"";
 const NOWHERE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
 /// What the broker logs when Vault says nothing about a key.
-const NO_ANSWER: &str = "Vault gives no answer; keys in memory serve on";
+const NO_ANSWER: &str = "keys cannot be refreshed; what is in memory serves on";
 
 /// How the broker of a test reaches its Vault.
 struct Setup {

@@ -284,6 +284,12 @@ async fn a_malformed_new_version_leaves_the_old_key_in_memory_and_is_read_only_o
         ];
         rig.serves_until(1, &reason, async || rig.logs.count(&line) == 1)
             .await;
+        let (status, ready) = rig.lab.get("/readyz").await;
+        assert_eq!(status, 200);
+        assert!(
+            ready.contains(&format!("version 1 serves on: {reason}")),
+            "{ready}"
+        );
     }
     let polls = answered(rig.vault(), metadata, 200);
     rig.serves_until(1, "two more polls have passed", async || {

@@ -47,7 +47,7 @@ async fn a_dead_token_or_a_broken_token_file_evicts_nothing_and_a_good_token_is_
     rig.until_signed_with(3).await;
 
     std::fs::remove_file(&file).unwrap();
-    serves_through(&rig, 3, "token cannot be read").await;
+    serves_through(&rig, 3, "file of vault.auth cannot be read").await;
     replace(&file, &token());
     rig.until_signed_with(4).await;
     assert_eq!(rig.logs.count(&["never-a-token"]), 0);
@@ -210,7 +210,8 @@ async fn a_wrong_secret_id_is_told_and_the_right_one_is_picked_up() {
     let vault = setup.vault.clone();
     let (_, secret_id) = setup.files.pop().unwrap();
     let rig = setup.start().await;
-    rig.until_not_ready("secret-id cannot be read").await;
+    rig.until_not_ready("file of vault.auth cannot be read")
+        .await;
     assert_eq!(vault.requests(), []);
     replace(&rig.lab.path("secret-id"), "simulated-wrong-secret-id\n");
     let reason =
