@@ -142,7 +142,7 @@ impl Demo {
                 &bot.certificate_pem,
                 &bot.key_pem,
             ));
-        say!("certificates, rules, audit  {}", folder.display());
+        say!("certificates, rules, audit {}", folder.display());
         say!(
             "\nOf each call: in, what the bot sent; signed, the string that was signed (time, method, path and query, body)"
         );
@@ -360,12 +360,8 @@ impl Demo {
             "python3 -m venv .venv && .venv/bin/pip install --quiet grpcio grpcio-tools grpcio-status"
         );
         say!(".venv/bin/python examples/bot.py {grpc} {folder}\n");
-        say!("# the same in Rust; it stands in examples/bot.rs");
         say!("# the bot of examples/bot.rs");
         say!("cargo run --release --example bot -- {grpc} {folder}\n");
-        say!(
-            "# readiness and metrics, the record, and the metadata of a key in the simulated Vault"
-        );
         say!("# readiness and metrics; the record; the metadata of a key in the simulated Vault");
         say!("curl -s http://{ops}/readyz http://{ops}/metrics");
         say!("cat {folder}/state/audit.jsonl");
