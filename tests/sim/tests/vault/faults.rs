@@ -1,0 +1,116 @@
+//! Faults on demand.
+
+use std::time::{Duration, Instant};
+
+use credbroker_sim::vault::{Fault, FaultRule};
+
+use crate::client::call;
+use crate::{SECRET, read, with_secret};
+
+#[tokio::test]
+async fn status_faults_answer_with_the_status_and_an_errors_body() {
+    let (sim, token) = with_secret().await;
+    for code in [400, 403, 404, 412, 429, 472, 473, 500, 501, 502, 503, 504] {
+        let retry_after_s = (code == 429).then_some(7);
+        let fault = Fault::Status {
+            code,
+            retry_after_s,
+        };
+        sim.fault(FaultRule::new("kv/", fault).times(1));
+        let came = read(&sim, &token).await;
+        assert_eq!(came.status, code);
+        assert!(came.body["errors"].is_array());
+        assert_eq!(came.header("retry-after"), retry_after_s.map(|_| "7"));
+    }
+    assert_eq!(read(&sim, &token).await.status, 200);
+}
+
+#[tokio::test]
+async fn a_fault_hits_only_its_path_method_and_number_of_requests() {
+    let (sim, token) = with_secret().await;
+    let fault = Fault::Status {
+        code: 500,
+        retry_after_s: None,
+    };
+    sim.fault(FaultRule::new("/v1/kv/metadata/", fault.clone()));
+    sim.fault(FaultRule::new("kv/data/", fault.clone()).method("POST"));
+    assert_eq!(read(&sim, &token).await.status, 200);
+    sim.fault(FaultRule::new("", fault).times(2));
+    for status in [500, 500, 200] {
+        assert_eq!(read(&sim, &token).await.status, status);
+    }
+    let metadata = call("GET", "/v1/kv/metadata/kucoin/prod/main").header("X-Vault-Token", &token);
+    assert_eq!(metadata.clone().send(&sim.address()).await.status, 500);
+    sim.clear_faults();
+    assert_eq!(metadata.send(&sim.address()).await.status, 200);
+}
+
+#[tokio::test]
+async fn a_delayed_answer_is_late_and_right() {
+    let (sim, token) = with_secret().await;
+    sim.fault(FaultRule::new("kv/", Fault::Delay { ms: 40 }));
+    let asked = Instant::now();
+    assert_eq!(read(&sim, &token).await.status, 200);
+    assert!(asked.elapsed() >= Duration::from_millis(40));
+}
+
+#[tokio::test]
+async fn a_hanging_request_gets_no_answer_and_a_closed_one_neither() {
+    let (sim, token) = with_secret().await;
+    sim.fault(FaultRule::new("kv/", Fault::Hang).times(1));
+    let mut hanging = Box::pin(read(&sim, &token));
+    let patience = Duration::from_millis(40);
+    while sim.requests().is_empty() {
+        assert!(tokio::time::timeout(patience, &mut hanging).await.is_err());
+    }
+    assert!(tokio::time::timeout(patience, hanging).await.is_err());
+    sim.fault(FaultRule::new("kv/", Fault::Close).times(1));
+    let call = call("GET", SECRET).header("X-Vault-Token", &token);
+    assert_eq!(call.bytes(&sim.address()).await, b"");
+    let statuses: Vec<_> = sim.requests().iter().map(|seen| seen.status).collect();
+    assert_eq!(statuses, [None, None]);
+}
+
+#[tokio::test]
+async fn half_a_body_breaks_off_before_its_promised_length() {
+    let (sim, token) = with_secret().await;
+    let whole = read(&sim, &token).await;
+    sim.fault(FaultRule::new("kv/", Fault::HalfBody));
+    let call = call("GET", SECRET).header("X-Vault-Token", &token);
+    let came = String::from_utf8(call.bytes(&sim.address()).await).unwrap();
+    let (head, body) = came.split_once("\r\n\r\n").unwrap();
+    let promised = whole.header("content-length").unwrap();
+    assert!(head.contains(&format!("content-length: {promised}")));
+    assert_eq!(body.len(), promised.parse::<usize>().unwrap() / 2);
+}
+
+#[tokio::test]
+async fn wrong_answers_are_200_with_another_shape_or_no_json() {
+    let (sim, token) = with_secret().await;
+    sim.fault(FaultRule::new("kv/", Fault::WrongJson).times(1));
+    let came = read(&sim, &token).await;
+    assert_eq!(came.body["data"][0]["data"]["api_key"], "fake-key");
+    sim.fault(FaultRule::new("kv/", Fault::NotJson).times(1));
+    let came = read(&sim, &token).await;
+    assert_eq!(
+        (came.status, came.header("content-type")),
+        (200, Some("text/html; charset=utf-8"))
+    );
+}
+
+#[tokio::test]
+async fn a_redirect_keeps_path_and_query() {
+    let (sim, token) = with_secret().await;
+    let to = "http://127.0.0.1:1/".to_owned();
+    sim.fault(FaultRule::new("kv/", Fault::Redirect { to }));
+    let path = format!("{SECRET}?version=1");
+    let came = call("GET", &path)
+        .header("X-Vault-Token", &token)
+        .send(&sim.address())
+        .await;
+    assert_eq!(came.status, 307);
+    assert_eq!(
+        came.header("location"),
+        Some(&*format!("http://127.0.0.1:1{path}"))
+    );
+}

@@ -1,0 +1,336 @@
+//! The requests recorded with a real server, replayed: the answers must be the same.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use credbroker_sim::vault::{InitialState, VaultSettings, VaultSim};
+use serde_json::{Value, json};
+
+use crate::ROOT;
+use crate::client::{Answer, call};
+
+const TRANSCRIPTS: &str = include_str!("../../../vectors/vault-transcripts.json");
+
+/// Steps that are not replayed, and why.
+const SKIPPED: &[(&str, &[&str])] = &[
+    (
+        "certificate logins come with a later issue",
+        &["f20", "f21", "f22", "f23", "f24", "f25"],
+    ),
+    (
+        "HTTP clients refuse to send such a token, and hyper would judge it before the simulator",
+        &["d60", "d61"],
+    ),
+    (
+        "transit and BYOK import are not simulated: the broker does not use them",
+        &["d73", "d74", "d75", "d76"],
+    ),
+    (
+        "Kubernetes logins come with a later issue",
+        &["d77", "d78", "d79", "d80", "d81", "d82", "d83"],
+    ),
+    (
+        "quotas are not simulated: a fault answers 429",
+        &["d91", "d92", "d93", "d94", "d95"],
+    ),
+];
+
+type Captured = BTreeMap<String, String>;
+
+#[tokio::test]
+async fn it_answers_as_the_recorded_server_did() {
+    let file: Value = serde_json::from_str(TRANSCRIPTS).unwrap();
+    let interesting = texts(&file["headers_of_interest"]);
+    let steps = file["steps"].as_array().unwrap();
+    let mut skipped: Vec<&str> = SKIPPED.iter().flat_map(|(_, ids)| *ids).copied().collect();
+    let (mut replayed, mut problems) = (0, Vec::new());
+    for state in ["file", "dev"] {
+        let sim = VaultSim::start(VaultSettings {
+            state: match state {
+                "file" => InitialState::File,
+                _ => InitialState::Dev {
+                    root_token: ROOT.to_owned(),
+                },
+            },
+            ..VaultSettings::default()
+        })
+        .await
+        .unwrap();
+        sim.stop_clock();
+        let mut captured = Captured::from([("root".to_owned(), ROOT.to_owned())]);
+        let in_state = |step: &&Value| step["state"].as_str().unwrap().starts_with(state);
+        for step in steps.iter().filter(in_state) {
+            let id = step["id"].as_str().unwrap();
+            if let Some(at) = skipped.iter().position(|skipped| *skipped == id) {
+                skipped.remove(at);
+                continue;
+            }
+            let came = replay(&sim, step, &captured).await;
+            for problem in differences(&step["response"], &came, &interesting, &captured) {
+                problems.push(format!("{id} ({}): {problem}", step["about"]));
+            }
+            for (name, path) in step["capture"].as_object().into_iter().flatten() {
+                let value = came.body.pointer(&pointer(path.as_str().unwrap()));
+                match value.and_then(Value::as_str) {
+                    Some(value) => captured.extend([(name.clone(), value.to_owned())]),
+                    None => problems.push(format!("{id}: nothing at {path} to capture")),
+                }
+            }
+            replayed += 1;
+        }
+    }
+    assert!(problems.is_empty(), "{}", problems.join("\n"));
+    assert!(skipped.is_empty(), "not in the file: {skipped:?}");
+    assert_eq!((replayed, steps.len()), (96, 120));
+}
+
+#[tokio::test]
+async fn the_comparison_notices_every_kind_of_difference() {
+    type Alter = fn(&mut Answer);
+    let file: Value = serde_json::from_str(TRANSCRIPTS).unwrap();
+    let interesting = texts(&file["headers_of_interest"]);
+    let steps = file["steps"].as_array().unwrap();
+    let sim = VaultSim::start_dev(ROOT).await.unwrap();
+    sim.mount_kv("kv");
+    sim.put_secret("kv", "kucoin/prod/main", json!({ "api_key": "fake-key" }));
+    let captured = Captured::from([("root".to_owned(), ROOT.to_owned())]);
+    let step = steps.iter().find(|step| step["id"] == "f19").unwrap();
+    let came = replay(&sim, step, &captured).await;
+    let differ =
+        |came: &Answer| differences(&step["response"], came, &interesting, &captured).len();
+    assert_eq!(differ(&came), 0);
+
+    let altered: [(&str, Alter); 11] = [
+        ("status", |came| came.status = 201),
+        ("header changed", |came| {
+            came.set_header("cache-control", "no-cache");
+        }),
+        ("header added", |came| came.set_header("location", "/v1/")),
+        ("header lost", |came| came.headers.clear()),
+        ("value", |came| {
+            came.body["data"]["data"]["api_key"] = json!("other");
+        }),
+        ("type", |came| {
+            came.body["data"]["metadata"]["version"] = json!("1");
+        }),
+        ("key added", |came| {
+            came.body["data"]["data"]["more"] = json!(1);
+        }),
+        ("key lost", |came| {
+            came.body["data"]
+                .as_object_mut()
+                .unwrap()
+                .remove("metadata");
+        }),
+        ("not a UUID", |came| came.body["request_id"] = json!("F0F0")),
+        ("not a time", |came| {
+            came.body["data"]["metadata"]["created_time"] = json!("2026-11-21 03:00:00Z");
+        }),
+        ("body lost", |came| came.body = Value::Null),
+    ];
+    for (what, alter) in altered {
+        let mut came = came.clone();
+        alter(&mut came);
+        assert!(differ(&came) > 0, "unnoticed: {what}");
+    }
+    let list = |came: Value| {
+        let mut problems = Vec::new();
+        compare(&json!(["a", "<int>"]), &came, &captured, "", &mut problems);
+        problems.len()
+    };
+    assert_eq!(list(json!(["a", 1])), 0);
+    for other in [
+        json!([1, "a"]),
+        json!(["a"]),
+        json!(["a", 1, 1]),
+        json!(["a", 1.5]),
+    ] {
+        assert!(list(other.clone()) > 0, "unnoticed: {other}");
+    }
+}
+
+async fn replay(sim: &VaultSim, step: &Value, captured: &Captured) -> Answer {
+    if let Some(wait_s) = step["wait_s"].as_f64() {
+        sim.advance_clock(Duration::from_secs_f64(wait_s));
+    }
+    if step["restart"] == true {
+        sim.restart().await.unwrap();
+    }
+    let request = &step["request"];
+    let (method, path) = (
+        request["method"].as_str().unwrap(),
+        request["path"].as_str().unwrap(),
+    );
+    let mut call = call(method, path);
+    for (name, value) in request["headers"].as_object().unwrap() {
+        let value = value.as_str().unwrap();
+        let name_of_token = value
+            .strip_prefix('<')
+            .and_then(|value| value.strip_suffix('>'));
+        call = match name_of_token {
+            Some("none") => call,
+            Some(token) => call.header(name, &captured[token]),
+            None => call.header(name, value),
+        };
+    }
+    if let Some(raw) = request["raw_body"].as_str() {
+        call = call.raw_body(raw);
+    } else if !request["body"].is_null() {
+        call = call.raw_body(&filled(&request["body"].to_string(), captured));
+    }
+    let denied = step["tags"]
+        .as_array()
+        .is_some_and(|tags| tags.contains(&json!("acl")));
+    let token = call.token().map(str::to_owned);
+    if denied {
+        sim.deny(token.as_deref(), Some(method), path);
+    }
+    let came = call.send(&sim.address()).await;
+    if denied {
+        sim.allow_again(token.as_deref(), Some(method), path);
+    }
+    came
+}
+
+/// What is wrong with an answer, by the rules in the head of the file.
+fn differences(
+    expected: &Value,
+    came: &Answer,
+    interesting: &[String],
+    captured: &Captured,
+) -> Vec<String> {
+    let mut problems = Vec::new();
+    if expected["status"] != came.status {
+        problems.push(format!(
+            "status: expected {}, came {}",
+            expected["status"], came.status
+        ));
+    }
+    for name in interesting {
+        let expected = expected["headers"]
+            .get(name)
+            .map(|value| value.as_str().unwrap());
+        let came = came.header(name);
+        let same = match (expected, came) {
+            (None, None) => true,
+            (Some("<int>"), Some(came)) => came.parse::<u64>().is_ok(),
+            (Some(expected), Some(came)) => fits(expected, came),
+            _ => false,
+        };
+        if !same {
+            problems.push(format!("{name}: expected {expected:?}, came {came:?}"));
+        }
+    }
+    compare(
+        &expected["body"],
+        &came.body,
+        captured,
+        "body",
+        &mut problems,
+    );
+    problems
+}
+
+fn compare(
+    expected: &Value,
+    came: &Value,
+    captured: &Captured,
+    at: &str,
+    problems: &mut Vec<String>,
+) {
+    let same = match (expected, came) {
+        (Value::Object(expected), Value::Object(came)) => {
+            for (key, expected) in expected {
+                match came.get(key) {
+                    Some(came) => {
+                        compare(expected, came, captured, &format!("{at}.{key}"), problems);
+                    }
+                    None => problems.push(format!("{at}.{key}: expected {expected}, came nothing")),
+                }
+            }
+            for (key, came) in came.iter().filter(|(key, _)| !expected.contains_key(*key)) {
+                problems.push(format!("{at}.{key}: expected nothing, came {came}"));
+            }
+            return;
+        }
+        (Value::Array(expected), Value::Array(came)) if expected.len() == came.len() => {
+            for (index, (expected, came)) in expected.iter().zip(came).enumerate() {
+                compare(expected, came, captured, &format!("{at}.{index}"), problems);
+            }
+            return;
+        }
+        (Value::String(expected), came) if expected == "<int>" => came.is_i64() || came.is_u64(),
+        (Value::String(expected), Value::String(came)) => fits(&filled(expected, captured), came),
+        _ => expected == came,
+    };
+    if !same {
+        problems.push(format!("{at}: expected {expected}, came {came}"));
+    }
+}
+
+/// Whether `text` is `pattern`, in which placeholders may stand.
+fn fits(pattern: &str, text: &str) -> bool {
+    type Allows = fn(&str) -> bool;
+    let kinds: [(&str, Allows); 3] = [
+        ("<rfc3339>", is_rfc3339),
+        ("<string>", |text| !text.is_empty()),
+        ("<uuid>", is_uuid),
+    ];
+    let placed = kinds
+        .iter()
+        .filter_map(|(name, allows)| Some((pattern.find(name)?, name, allows)))
+        .min_by_key(|(at, ..)| *at);
+    let Some((at, name, allows)) = placed else {
+        return pattern == text;
+    };
+    let Some(text) = text.strip_prefix(&pattern[..at]) else {
+        return false;
+    };
+    let rest = &pattern[at + name.len()..];
+    let ends = text.char_indices().map(|(at, _)| at).chain([text.len()]);
+    ends.into_iter()
+        .any(|end| allows(&text[..end]) && fits(rest, &text[end..]))
+}
+
+fn is_uuid(text: &str) -> bool {
+    let shape = text.chars().map(|c| match c {
+        '0'..='9' | 'a'..='f' => 'x',
+        other => other,
+    });
+    shape.eq("xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx".chars())
+}
+
+fn is_rfc3339(text: &str) -> bool {
+    let shape: String = text
+        .chars()
+        .map(|c| if c.is_ascii_digit() { '0' } else { c })
+        .collect();
+    let Some(fraction) = shape
+        .strip_prefix("0000-00-00T00:00:00")
+        .and_then(|rest| rest.strip_suffix('Z'))
+    else {
+        return false;
+    };
+    let decimals = fraction.strip_prefix('.').unwrap_or(fraction);
+    decimals.len() <= 9 && decimals.chars().all(|c| c == '0') && fraction != "."
+}
+
+fn filled(text: &str, captured: &Captured) -> String {
+    captured
+        .iter()
+        .fold(text.to_owned(), |text, (name, value)| {
+            text.replace(&format!("{{{{{name}}}}}"), value)
+        })
+}
+
+fn pointer(dotted: &str) -> String {
+    format!("/{}", dotted.replace('.', "/"))
+}
+
+fn texts(list: &Value) -> Vec<String> {
+    list.as_array()
+        .unwrap()
+        .iter()
+        .map(|text| text.as_str().unwrap().to_owned())
+        .collect()
+}
