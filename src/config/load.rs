@@ -7,8 +7,10 @@ use rustls::RootCertStore;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
+use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 use super::{Config, Roots};
+
 use crate::policy::Policy;
 use crate::toml_file::{Problem, Problems};
 
@@ -47,6 +49,9 @@ pub fn load(config: &Config) -> Result<Loaded, Vec<Problem>> {
             None
         }
     };
+    if let Some(problem) = certificate.as_deref().and_then(unfit_for_a_server) {
+        problems.add("tls.certificate", problem);
+    }
     if let (Some(certificate), Some(key)) = (&certificate, &key) {
         let provider = rustls::crypto::aws_lc_rs::default_provider();
         let pair = CertifiedKey::from_der(certificate.clone(), key.clone_key(), &provider);
@@ -112,6 +117,27 @@ fn certificates(
         Ok(found) if !found.is_empty() => return Some(found),
         Ok(_) => problems.add(key, format_args!("{} holds no certificate", file.display())),
         Err(error) => problems.add(key, unreadable(file, "certificates as PEM", &error)),
+    }
+    None
+}
+
+/// What would make every bot refuse the broker's certificate.
+fn unfit_for_a_server(chain: &[CertificateDer<'_>]) -> Option<&'static str> {
+    let Ok((_, certificate)) = X509Certificate::from_der(chain.first()?) else {
+        return Some("is not an X.509 certificate");
+    };
+    let usage = certificate.extended_key_usage().ok().flatten();
+    if usage.is_some_and(|usage| !usage.value.server_auth && !usage.value.any) {
+        return Some("is not for servers: its extended key usage does not name serverAuth");
+    }
+    let names = certificate.subject_alternative_name().ok().flatten();
+    let is_name = |name: &GeneralName<'_>| {
+        matches!(name, GeneralName::DNSName(_) | GeneralName::IPAddress(_))
+    };
+    if names.is_none_or(|names| !names.value.general_names.iter().any(is_name)) {
+        return Some(
+            "names no host: it needs a DNS name or an IP address as subject alternative name",
+        );
     }
     None
 }

@@ -5,6 +5,7 @@ use std::process::Command;
 
 use credbroker::config::Config;
 use credbroker::policy::Policy;
+use credbroker_sim::pki::{Ca, Usage};
 
 const CONFIG: &str = include_str!("../../deploy/config.toml");
 const RULES: &str = include_str!("../../deploy/rules.toml");
@@ -98,5 +99,56 @@ fn check_config_reports_problems_of_all_files_at_once() {
         "5 problem(s)",
     ] {
         assert!(said.contains(part), "{part} is not in\n{said}");
+    }
+}
+
+#[test]
+fn a_certificate_that_no_bot_would_accept_is_found_before_the_start() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+    let ca = Ca::new("throw-away CA of a test").unwrap();
+    let (server, bot) = (ca.server().unwrap(), ca.bot("maker").unwrap());
+    let nameless = ca.issue("credbroker", &[], Usage::Server).unwrap();
+    write(
+        "config.toml",
+        &CONFIG
+            .replace("/etc/credbroker/tls/", "")
+            .replace("/etc/credbroker/", ""),
+    );
+    write("rules.toml", RULES);
+    write("bots-ca.pem", ca.certificate_pem());
+    let check = |certificate: &str, key: &str| {
+        write("server.pem", certificate);
+        write("server.key", key);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_credbroker"));
+        let config = folder.path().join("config.toml");
+        let output = command
+            .args(["check-config", "--config"])
+            .arg(config)
+            .output()
+            .unwrap();
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let cases = [
+        (
+            &server.certificate_pem,
+            &server.key_pem,
+            "no problems; 2 account(s)",
+        ),
+        (&server.certificate_pem, &bot.key_pem, "tls.key: "),
+        (
+            &bot.certificate_pem,
+            &bot.key_pem,
+            "tls.certificate: is not for servers",
+        ),
+        (
+            &nameless.certificate_pem,
+            &nameless.key_pem,
+            "tls.certificate: names no host",
+        ),
+    ];
+    for (certificate, key, part) in cases {
+        let said = check(certificate, key);
+        assert!(said.contains(part), "{part} is not in {said}");
     }
 }
