@@ -208,8 +208,15 @@ impl KucoinSim {
         self.exchange().clock = Clock::Fixed(now_ms);
     }
 
-    /// What arrived at both hosts, in order, as far as it is kept.
+    /// Everything that bots had sent here, oldest first; without what a broker asks on its own behalf.
     pub fn received(&self) -> Vec<ReceivedRequest> {
+        let mut records = self.everything_received();
+        records.retain(|request| !request.is_own_question());
+        records
+    }
+
+    /// Everything that has arrived, oldest first.
+    pub fn everything_received(&self) -> Vec<ReceivedRequest> {
         self.exchange().records.iter().cloned().collect()
     }
 

@@ -63,6 +63,12 @@ impl ReceivedRequest {
         Some(value)
     }
 
+    /// Whether a broker asked it on its own behalf (the time, its address), as its user agent says.
+    pub fn is_own_question(&self) -> bool {
+        self.header("user-agent")
+            .is_some_and(|agent| agent.ends_with("(own)"))
+    }
+
     /// The code of the exchange's answer.
     pub fn code(&self) -> Option<&str> {
         let (_, code) = self.answered.as_ref()?;
