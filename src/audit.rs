@@ -17,6 +17,7 @@ use crate::ids::{AccountId, BotId, RequestId};
 use crate::kucoin::{Scope, UnsignedRequest};
 use crate::outcome::{Outcome, Reason};
 use crate::policy::Permit;
+use crate::telemetry::Metrics;
 
 /// How often written lines are flushed to the disk: what a power cut can take.
 const SYNC_EVERY: Duration = Duration::from_millis(500);
@@ -31,7 +32,8 @@ const MAX_CLIENT_OID_CHARS: usize = 64;
 #[derive(Debug)]
 pub struct Audit {
     file: Mutex<Appender>,
-    clock: Clock,
+    clock: Arc<Clock>,
+    metrics: Arc<Metrics>,
 }
 
 /// Proof that the intent of one request is on file (or, for what does not add risk, at least in the log).
@@ -102,6 +104,37 @@ struct Line<'a> {
     ending: Option<&'a Ending<'a>>,
 }
 
+/// A change of what the broker goes by. Nobody asked for it over the wire: whoever can write the file did.
+#[derive(Debug)]
+pub struct Change<'a> {
+    /// Which file or files.
+    pub what: &'static str,
+    /// SHA-256 of what was in force until now; none at the start.
+    pub before: Option<&'a [u8; 32]>,
+    /// SHA-256 of what was found.
+    pub after: &'a [u8; 32],
+    /// `in_force` at the start, `taken` or `refused` later.
+    pub outcome: &'static str,
+    /// Why it was refused.
+    pub detail: Option<String>,
+}
+
+/// A change as it stands in the file.
+#[derive(Serialize)]
+struct ChangeLine<'a> {
+    event: &'static str,
+    time_ms: i64,
+    run: &'a str,
+    who: &'static str,
+    what: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sha256_before: Option<String>,
+    sha256_after: String,
+    outcome: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    detail: Option<&'a str>,
+}
+
 /// What was asked.
 #[derive(Serialize)]
 struct What<'a> {
@@ -118,7 +151,7 @@ impl Audit {
     ///
     /// # Errors
     /// When it cannot be opened.
-    pub fn open(path: &Path, clock: Clock) -> io::Result<Arc<Self>> {
+    pub fn open(path: &Path, clock: Arc<Clock>, metrics: Arc<Metrics>) -> io::Result<Arc<Self>> {
         let file = OpenOptions::new()
             .read(true)
             .append(true)
@@ -131,6 +164,7 @@ impl Audit {
         let audit = Arc::new(Self {
             file: Mutex::new(Appender { run, ..appender }),
             clock,
+            metrics,
         });
         let alive = Arc::downgrade(&audit);
         std::thread::Builder::new()
@@ -192,6 +226,27 @@ impl Audit {
         let _ = self.write("learnt", caller, Some(endpoint), None, Some(ending));
     }
 
+    /// Records a change of what the broker goes by. It is in force (or not) whether or not it can be recorded.
+    pub fn changed(&self, change: &Change<'_>) {
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let line = ChangeLine {
+            event: "change",
+            time_ms: self.clock.wall_ms(),
+            run: &file.run,
+            who: "file",
+            what: change.what,
+            sha256_before: change.before.map(|digest| hex(digest)),
+            sha256_after: hex(change.after),
+            outcome: change.outcome,
+            detail: change.detail.as_deref(),
+        };
+        let text = serde_json::to_string(&line);
+        // `append` has logged what it could not write.
+        let _ = text
+            .map_err(io::Error::from)
+            .and_then(|text| self.append(&mut file, text));
+    }
+
     /// Flushes the file to the disk.
     pub fn sync(&self) {
         let file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
@@ -209,7 +264,7 @@ impl Audit {
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         let line = Line {
             event,
-            time_ms: self.clock.now_ms(),
+            time_ms: self.clock.wall_ms(),
             run: &file.run,
             call: caller.call,
             request_id: caller.request_id.as_str(),
@@ -220,10 +275,14 @@ impl Audit {
             request,
             ending,
         };
-        let mut text = serde_json::to_string(&line)?;
+        let text = serde_json::to_string(&line)?;
+        self.append(&mut file, text)
+    }
+
+    fn append(&self, file: &mut Appender, mut text: String) -> io::Result<()> {
         let result = file.append(&mut text);
-        drop(file);
         if let Err(error) = &result {
+            self.metrics.audit_failure();
             tracing::error!(target: "credbroker::audit", line = text.trim_end(), %error, "audit file cannot be written");
         }
         result
@@ -337,7 +396,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("audit.jsonl");
         std::fs::write(&path, "{\"event\":\"int").unwrap();
-        let audit = Audit::open(&path, Clock).unwrap();
+        let audit = Audit::open(&path, Arc::new(Clock::system()), Arc::default()).unwrap();
         let (bot, request_id) = ("b".parse().unwrap(), "r".parse().unwrap());
         let caller = Caller {
             bot: &bot,

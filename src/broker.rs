@@ -3,13 +3,15 @@
 //! It decides nothing itself: each line of `Broker::attempt` is a module's question. It waits for no Vault, it sends
 //! nothing that is not on record, and it lets no hang-up tear a send in two.
 
+pub mod admission;
 mod error;
 mod gate;
+pub mod probes;
 
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use futures_util::FutureExt;
@@ -21,32 +23,47 @@ use tracing::Instrument;
 
 use crate::audit::{Audit, Caller, Ending, Recorded};
 use crate::clock::Clock;
+use crate::egress::proof::Proof;
 use crate::egress::{Egress, SendError};
 use crate::ids::{BotId, RequestId};
 use crate::keyring::Keyring;
-use crate::kucoin::{self, Answer, Malformed, UnsignedRequest};
+use crate::kucoin::{self, Answer, UnsignedRequest, question};
 use crate::outcome::{Outcome, Reason};
 use crate::policy::{Permit, Policy};
 use crate::telemetry::{Metrics, chain};
 
-pub use error::BrokerError;
+use admission::{Admission, CallSlot};
+pub use error::{BrokerError, Overload};
 use gate::Gate;
+use probes::Doubts;
+
+/// The exchange refused the timestamp; it executed nothing.
+const TIMESTAMP_REFUSED: &str = "400002";
+
+/// The exchange refused the address that the request came from; it executed nothing.
+const ADDRESS_REFUSED: &str = "400006";
 
 /// Everything that a request needs on its way.
 #[derive(Debug)]
 pub struct Broker {
-    /// The rules.
-    pub policy: Policy,
+    /// The rules, until others take their place.
+    pub policy: RwLock<Arc<Policy>>,
     /// The record.
     pub audit: Arc<Audit>,
     /// The keys.
     pub keyring: Arc<Keyring>,
     /// The way to the exchange.
     pub egress: Egress,
+    /// Whether that way starts at the right address.
+    pub proof: Proof,
     /// The time.
-    pub clock: Clock,
+    pub clock: Arc<Clock>,
+    /// What calls for the broker's own questions.
+    pub doubts: Doubts,
     /// The counters.
     pub metrics: Arc<Metrics>,
+    /// Who has how many connections and calls.
+    pub admission: Arc<Admission>,
     /// What is in flight.
     pub calls: Calls,
 }
@@ -72,6 +89,8 @@ pub struct Call {
     pub arrived: Instant,
     /// When the bot must have an answer.
     pub deadline: Instant,
+    /// Its place among the calls in flight; free again once the call has ended, whatever its bot does meanwhile.
+    pub slot: Option<CallSlot>,
 }
 
 /// The exchange's answer, and what the broker did for it.
@@ -87,6 +106,8 @@ pub struct Receipt {
     pub signing: Duration,
     /// From handing the request to the connection until the answer was whole.
     pub exchange: Duration,
+    /// Since Vault last confirmed the key; zero while Vault answers, and for a public request.
+    pub stale: Duration,
 }
 
 /// What has become of a call so far; written by its attempt, read where it ends.
@@ -118,21 +139,34 @@ impl Broker {
         if self.calls.tasks.is_closed() {
             return Err(BrokerError::ShuttingDown);
         }
-        let permit = self.policy.authorize(&call.bot, &call.request)?;
+        let permit = self.policy().authorize(&call.bot, &call.request)?;
         let permit = progress.permit.get_or_init(|| permit);
+        self.check_surroundings(permit)?;
         let recorded = self
             .audit
             .intent(&caller(call, number), permit, &call.request)?;
         let _ = progress.recorded.set(());
-        let first = match self.send(call, permit, &recorded, &progress.gate).await {
-            Err(error) if may_go_again(&error, permit, &progress.gate) => error,
-            ended => return ended,
-        };
+        let first = self.send(call, permit, &recorded, &progress.gate).await;
+        if !self.may_go_again(&first, permit, &progress.gate).await {
+            return first;
+        }
         match self.send(call, permit, &recorded, &progress.gate).await {
             // What the second try did not send, the first may have.
-            Err(second) if is_unsent(&second) && !is_unsent(&first) => Err(first),
+            Err(second) if is_unsent(&second) && !first.as_ref().is_err_and(is_unsent) => first,
             ended => ended,
         }
+    }
+
+    /// Refuses what adds risk while it is not certain from which address, or with which time, it would leave.
+    fn check_surroundings(&self, permit: &Permit) -> Result<(), BrokerError> {
+        if !permit.adds_risk() {
+            return Ok(());
+        }
+        self.proof.check()?;
+        self.clock
+            .check(permit.destination())
+            .inspect_err(|_| self.doubts.time())?;
+        Ok(())
     }
 
     /// Connection first, since it can take time; then key, time and signature; then nothing waits.
@@ -152,7 +186,7 @@ impl Broker {
             .connect(permit.destination(), permit.is_idempotent())
             .await?;
         let signing = Instant::now();
-        let signed = self.sign(permit, &call.request)?;
+        let (signed, stale) = self.sign(permit, &call.request)?;
         let (timestamp_ms, sending) = (signed.timestamp_ms, Instant::now());
         // The clock too: a record that took long to write leaves the timer no turn before this.
         if sending >= call.deadline || !gate.take() {
@@ -164,12 +198,15 @@ impl Broker {
             .await?
             .into_parts();
         let (scope, changes) = (permit.scope(), permit.changes());
+        let answer = Answer::read(head.status, &head.headers, body, scope, changes);
+        self.heed(permit, &answer);
         Ok(Receipt {
-            answer: Answer::read(head.status, &head.headers, body, scope, changes),
+            answer,
             timestamp_ms,
             waiting: signing - call.arrived,
             signing: sending - signing,
             exchange: sending.elapsed(),
+            stale,
         })
     }
 
@@ -178,19 +215,65 @@ impl Broker {
         &self,
         permit: &Permit,
         request: &UnsignedRequest,
-    ) -> Result<kucoin::SignedRequest, BrokerError> {
+    ) -> Result<(kucoin::SignedRequest, Duration), BrokerError> {
         let site = permit.account().site;
         if !permit.is_private() {
-            return Ok(kucoin::unsigned(request, site)?);
+            return Ok((kucoin::unsigned(request, site)?, Duration::ZERO));
         }
-        let key = self.keyring.key(permit)?;
-        Ok(kucoin::sign(
-            request,
-            site,
-            &key,
-            permit.partner(),
-            self.clock.now_ms(),
-        )?)
+        let lent = self.keyring.key(permit)?;
+        let now_ms = self.clock.exchange(permit.destination()).ms;
+        let signed = kucoin::sign(request, site, &lent.key, permit.partner(), now_ms)?;
+        Ok((signed, lent.stale))
+    }
+
+    /// Takes what an answer says about the broker itself: its time, its address.
+    fn heed(&self, permit: &Permit, answer: &Answer) {
+        match answer.code.as_str() {
+            ADDRESS_REFUSED => {
+                let seen = question::address_in(&answer.msg).map(|address| address.to_string());
+                self.metrics.address_refused();
+                tracing::error!(
+                    account.id = %permit.account().id,
+                    seen,
+                    "the exchange refuses the egress address for this key; compare the key's whitelist with egress.expected_ip"
+                );
+                self.doubts.address();
+            }
+            TIMESTAMP_REFUSED => self.metrics.timestamp_refused(),
+            _ => {}
+        }
+    }
+
+    /// What was provably not executed, unless the bot has been told otherwise, and what may be executed twice.
+    async fn may_go_again(
+        &self,
+        first: &Result<Receipt, BrokerError>,
+        permit: &Permit,
+        gate: &Gate,
+    ) -> bool {
+        match first {
+            // The exchange executed nothing; its time is asked for, and the request signed anew.
+            Ok(receipt) if receipt.answer.code == TIMESTAMP_REFUSED => {
+                gate.hand_back() && self.measure(permit.destination(), true).await.is_ok()
+            }
+            Err(BrokerError::Connect(_)) => true,
+            Err(BrokerError::Send(SendError::HandedBack(_))) => gate.hand_back(),
+            Err(BrokerError::Send(SendError::AnswerLost(_) | SendError::AnswerTimeout(_))) => {
+                permit.is_idempotent()
+            }
+            _ => false,
+        }
+    }
+
+    /// The rules of this moment.
+    pub fn policy(&self) -> Arc<Policy> {
+        let policy = self.policy.read().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(&policy)
+    }
+
+    /// Puts other rules in place; calls from now on go by them.
+    pub fn set_policy(&self, policy: Arc<Policy>) {
+        *self.policy.write().unwrap_or_else(PoisonError::into_inner) = policy;
     }
 
     /// Runs one call to its end: tells the bot in time, and writes what it was told.
@@ -280,39 +363,27 @@ impl Broker {
         }
     }
 
-    /// Records a call that was malformed, and returns the error for its bot.
-    pub fn refuse_malformed(
-        &self,
-        bot: &BotId,
-        request_id: &RequestId,
-        problems: Vec<Malformed>,
-    ) -> BrokerError {
+    /// Records a call that never became one (malformed, one too many), and returns the error for its bot.
+    pub fn refuse(&self, bot: &BotId, request_id: &RequestId, error: BrokerError) -> BrokerError {
         let number = self.calls.count.fetch_add(1, Ordering::Relaxed);
-        let fields: Vec<_> = problems
-            .iter()
-            .map(|problem| problem.field.as_str())
-            .collect();
-        let detail = format!("malformed: {}", fields.join(", "));
-        tracing::info!(request.id = %request_id, bot.id = %bot, outcome = %Outcome::NotSent, reason = %Reason::RequestMalformed, fields = detail, "call ended");
+        let reason = error.reason();
+        let detail = error.for_the_record();
+        tracing::info!(request.id = %request_id, bot.id = %bot, outcome = %reason.outcome(), %reason, detail, "call ended");
         let ending = Ending {
-            outcome: Some(Outcome::NotSent),
-            reason: Some(Reason::RequestMalformed),
+            outcome: Some(reason.outcome()),
+            reason: Some(reason),
             detail: Some(detail),
             ..Ending::default()
         };
-        self.audit.denied(
-            &Caller {
-                bot,
-                request_id,
-                call: number,
-                place: None,
-            },
-            None,
-            &ending,
-        );
-        self.metrics
-            .request(None, Outcome::NotSent, Some(Reason::RequestMalformed));
-        BrokerError::Malformed(problems)
+        let caller = Caller {
+            bot,
+            request_id,
+            call: number,
+            place: None,
+        };
+        self.audit.denied(&caller, None, &ending);
+        self.metrics.request(None, reason.outcome(), Some(reason));
+        error
     }
 
     /// Takes no new calls, finishes those in flight within `limit`, and returns how many of them ended with nobody
@@ -334,18 +405,6 @@ impl Broker {
     /// Whether the broker takes no new calls.
     pub fn is_draining(&self) -> bool {
         self.calls.tasks.is_closed()
-    }
-}
-
-/// What was provably not sent, unless the bot has been told otherwise, and what may be executed twice.
-fn may_go_again(error: &BrokerError, permit: &Permit, gate: &Gate) -> bool {
-    match error {
-        BrokerError::Connect(_) => true,
-        BrokerError::Send(SendError::HandedBack(_)) => gate.hand_back(),
-        BrokerError::Send(SendError::AnswerLost(_) | SendError::AnswerTimeout(_)) => {
-            permit.is_idempotent()
-        }
-        _ => false,
     }
 }
 

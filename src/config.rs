@@ -5,16 +5,19 @@
 
 pub mod load;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use url::{Host as UrlHost, Url};
 
+use crate::broker::admission::AdmissionLimits;
+use crate::egress::proof::ProofMode;
 use crate::egress::{EgressSettings, Origin};
 use crate::keyring::vault::{Auth, VaultSettings};
 use crate::kucoin::{Host, RequestLimits, Site};
+use crate::server::ConnectionLimits;
 use crate::telemetry::LogFormat;
 
 use crate::toml_file::{Problem, Problems, Section};
@@ -46,8 +49,20 @@ pub struct Config {
     pub egress_roots: Roots,
     /// Where each host of each site is.
     pub origins: HashMap<(Site, Host), Origin>,
+    /// How often the exchange is asked from which address requests come.
+    pub proof_every: Duration,
+    /// The address that the exchange must see.
+    pub expected_ip: IpAddr,
+    /// What to do when it sees another.
+    pub proof: ProofMode,
     /// How large requests may be.
     pub request_limits: RequestLimits,
+    /// What connections may take.
+    pub connection_limits: ConnectionLimits,
+    /// What one bot, and all of them, may have at once.
+    pub admission_limits: AdmissionLimits,
+    /// How often rules and certificates are looked at for changes.
+    pub reload_every: Duration,
     /// Time limit of calls that come without one.
     pub default_deadline: Duration,
     /// How long calls in flight may take to end after SIGTERM.
@@ -68,6 +83,9 @@ pub struct TlsFiles {
     /// CAs that bots' certificates come from.
     pub client_ca: PathBuf,
 }
+
+/// What is wrong with files that changed and were not taken, by what they hold.
+pub type FileProblems = BTreeMap<&'static str, Vec<Problem>>;
 
 /// Which certificate authorities are trusted.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -136,6 +154,9 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
     let mut section = file.section("egress");
     let egress_roots = roots(&mut section, "roots", folder);
     let egress = egress(&mut section);
+    let expected_ip = expected_ip(&mut section, egress.as_ref().map(|egress| egress.address));
+    let proof = section.optional("proof").unwrap_or_default();
+    let proof_every = Duration::from_secs(section.number("proof_every_s", 300, 1..=3600));
     let origins = origins(&mut file.section("exchange"));
 
     let mut limits = file.section("limits");
@@ -150,11 +171,31 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
         query_parameters: size("query_parameters", default.query_parameters, 1000),
         body_bytes: size("body_bytes", default.body_bytes, 4 * 1024 * 1024),
     };
+    let mut count = |key, default, most| {
+        usize::try_from(limits.number(key, default, 1..=most)).unwrap_or(usize::MAX)
+    };
+    let admission_limits = AdmissionLimits {
+        calls: count("calls_in_flight", 1024, 100_000),
+        calls_per_bot: count("calls_in_flight_per_bot", 256, 100_000),
+        connections_per_bot: count("connections_per_bot", 64, 100_000),
+    };
+    let connections = count("connections", 8192, 1_000_000);
+    let mut millis =
+        |key, default, most| Duration::from_millis(limits.number(key, default, 1..=most));
+    let handshake = millis("handshake_timeout_ms", 5000, 60_000);
+    let request = millis("request_timeout_ms", 10_000, 60_000);
+    let mut seconds = |key, default| Duration::from_secs(limits.number(key, default, 1..=3600));
+    // Less than what firewalls and NATs commonly forget connections after.
+    let idle = seconds("connection_idle_s", 900);
+    let age = seconds("connection_age_s", 3600);
     let default_deadline =
         Duration::from_millis(limits.number("default_deadline_ms", 10_000, 1..=600_000));
     // A little more than the broker waits for the exchange, so that every answer that still comes is recorded.
     let drain_timeout =
         Duration::from_millis(limits.number("drain_timeout_ms", 35_000, 0..=600_000));
+
+    let reload_every =
+        Duration::from_millis(file.section("reload").number("every_ms", 1000, 10..=60_000));
 
     let mut log = file.section("log");
     let log_filter = log.optional("filter").unwrap_or_else(|| "info".to_owned());
@@ -184,7 +225,21 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
         egress: egress?,
         egress_roots,
         origins,
+        proof_every,
+        expected_ip: expected_ip?,
+        proof,
         request_limits,
+        connection_limits: ConnectionLimits {
+            connections,
+            handshake,
+            request,
+            idle,
+            age,
+            // The answers of calls that the drain cut short have still to leave.
+            grace: drain_timeout + Duration::from_secs(1),
+        },
+        admission_limits,
+        reload_every,
         default_deadline,
         drain_timeout,
         log_filter,
@@ -327,6 +382,19 @@ fn egress(section: &mut Section) -> Option<EgressSettings> {
         warm_connections: usize::try_from(section.number("warm_connections", 2, 0..=64)).ok()?,
         address: address?,
     })
+}
+
+/// The address that the exchange must see: that of the host unless a gateway translates it.
+fn expected_ip(section: &mut Section, address: Option<IpAddr>) -> Option<IpAddr> {
+    let expected: Option<IpAddr> = section.optional("expected_ip");
+    if expected.is_none() && address.is_some_and(|address| address.is_unspecified()) {
+        section.problem(
+            "expected_ip",
+            "is missing: egress.address leaves the choice to the system, so write here which address KuCoin must see, \
+             for example: expected_ip = \"203.0.113.7\"",
+        );
+    }
+    expected.or(address)
 }
 
 fn origins(section: &mut Section) -> HashMap<(Site, Host), Origin> {

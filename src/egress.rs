@@ -5,6 +5,7 @@
 //! It knows no proxy, no redirect and no 0-RTT, and it never sends a request twice: trying again is the broker's.
 
 mod pool;
+pub mod proof;
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -12,7 +13,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderValue, Response, header, uri};
+use http::{HeaderValue, Request, Response, header, uri};
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
@@ -23,6 +24,7 @@ use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsConnector;
 
 use crate::audit::Recorded;
+use crate::kucoin::question::Question;
 use crate::kucoin::{Host, SignedRequest, Site};
 use crate::telemetry::chain;
 
@@ -230,8 +232,25 @@ impl Egress {
         signed: SignedRequest,
         _: &Recorded,
     ) -> Result<Response<Bytes>, SendError> {
+        self.exchange(connection, signed.request).await
+    }
+
+    /// Asks something of the broker's own: what every stranger may ask, so that it needs neither rules nor record.
+    pub async fn ask(
+        &self,
+        connection: Connection,
+        question: Question,
+    ) -> Result<Response<Bytes>, SendError> {
+        self.exchange(connection, question.request()).await
+    }
+
+    async fn exchange(
+        &self,
+        connection: Connection,
+        request: Request<Full<Bytes>>,
+    ) -> Result<Response<Bytes>, SendError> {
         let limit = self.settings.answer_timeout;
-        let exchange = exchange(connection, signed, self.settings.max_answer_bytes);
+        let exchange = exchange(connection, request, self.settings.max_answer_bytes);
         timeout(limit, exchange)
             .await
             .unwrap_or(Err(SendError::AnswerTimeout(limit)))
@@ -240,10 +259,9 @@ impl Egress {
 
 async fn exchange(
     mut connection: Connection,
-    signed: SignedRequest,
+    mut request: Request<Full<Bytes>>,
     max_bytes: usize,
 ) -> Result<Response<Bytes>, SendError> {
-    let mut request = signed.request;
     request
         .headers_mut()
         .insert(header::HOST, connection.destination.host_header.clone());

@@ -5,6 +5,7 @@
 
 pub mod answer;
 pub mod catalog;
+pub mod question;
 pub mod request;
 pub mod sign;
 pub mod target;

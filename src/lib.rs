@@ -2,7 +2,7 @@
 //!
 //! In reading order: [`broker`] is the request path; [`policy`], [`audit`], [`keyring`], [`clock`] and [`egress`] answer
 //! its questions; [`kucoin`] holds the exchange's rules; [`outcome`], [`ids`] and [`secret`] are what all else is made
-//! of. [`api`] holds the doors, [`server`] puts everything together from [`config`], [`cli`] is the command line.
+//! of. [`api`] holds the doors, [`server`] puts everything together from [`config`], [`process`] closes the process to others, [`cli`] is the command line.
 
 pub mod api;
 pub mod audit;
@@ -16,6 +16,7 @@ pub mod keyring;
 pub mod kucoin;
 pub mod outcome;
 pub mod policy;
+pub mod process;
 pub mod secret;
 pub mod server;
 pub mod telemetry;

@@ -50,14 +50,20 @@ pub enum Reason {
     AuditUnavailable,
     /// No rule names this bot.
     CallerUnknown,
+    /// The exchange's time is not known well enough, and the request adds risk.
+    ClockUncertain,
     /// The time limit passed while nothing was sent.
     DeadlineExceeded,
+    /// Requests do not provably leave from the expected address, and the request adds risk.
+    EgressMismatch,
     /// No connection to the exchange could be made.
     ExchangeUnreachable,
     /// A defect of the broker.
     Internal,
     /// The account's key is not in memory.
     KeyUnavailable,
+    /// Too much at once.
+    Overloaded,
     /// The rules do not allow it.
     PolicyDenied,
     /// A field of the request is not as it must be.
@@ -73,10 +79,13 @@ impl Reason {
             Self::AnswerLost => "ANSWER_LOST",
             Self::AuditUnavailable => "AUDIT_UNAVAILABLE",
             Self::CallerUnknown => "CALLER_UNKNOWN",
+            Self::ClockUncertain => "CLOCK_UNCERTAIN",
             Self::DeadlineExceeded => "DEADLINE_EXCEEDED",
+            Self::EgressMismatch => "EGRESS_MISMATCH",
             Self::ExchangeUnreachable => "EXCHANGE_UNREACHABLE",
             Self::Internal => "INTERNAL",
             Self::KeyUnavailable => "KEY_UNAVAILABLE",
+            Self::Overloaded => "OVERLOADED",
             Self::PolicyDenied => "POLICY_DENIED",
             Self::RequestMalformed => "REQUEST_MALFORMED",
             Self::ShuttingDown => "SHUTTING_DOWN",
@@ -89,9 +98,12 @@ impl Reason {
             Self::AnswerLost | Self::Internal => Outcome::MaybeSent,
             Self::AuditUnavailable
             | Self::CallerUnknown
+            | Self::ClockUncertain
             | Self::DeadlineExceeded
+            | Self::EgressMismatch
             | Self::ExchangeUnreachable
             | Self::KeyUnavailable
+            | Self::Overloaded
             | Self::PolicyDenied
             | Self::RequestMalformed
             | Self::ShuttingDown => Outcome::NotSent,

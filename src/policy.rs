@@ -6,6 +6,7 @@ pub mod file;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::Deserialize;
 
@@ -30,6 +31,17 @@ pub struct Account {
     pub keys: BTreeMap<Scope, KeyName>,
     /// Partner (rebate programme) per scope.
     pub partners: BTreeMap<Scope, Partner>,
+    /// How long its keys serve while Vault is silent.
+    pub max_stale: MaxStale,
+}
+
+/// How long a key serves on since Vault last confirmed it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct MaxStale {
+    /// For what adds risk.
+    pub add_risk: Duration,
+    /// For cancels and reads, so that open orders can be withdrawn while Vault is down; past it the key is wiped.
+    pub withdraw_risk: Duration,
 }
 
 /// What an account's keys are for.

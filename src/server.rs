@@ -1,13 +1,16 @@
 //! Builds everything from [`Config`], opens the listeners, and drains on the way out.
 
 mod listener;
+mod probes;
+mod reload;
+mod tls;
 
 use std::fs::{DirBuilder, File};
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 use rustls::crypto::CryptoProvider;
@@ -16,21 +19,32 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
+use tonic::service::Routes;
 
 use crate::api::grpc::GrpcApi;
 use crate::api::ops::{self, Readiness};
 use crate::api::proto::DESCRIPTORS;
 use crate::api::proto::broker_server::BrokerServer;
 use crate::audit::Audit;
+use crate::broker::admission::Admission;
+use crate::broker::probes::Doubts;
 use crate::broker::{Broker, Calls};
 use crate::clock::Clock;
-use crate::config::Config;
-use crate::config::load::{Loaded, load};
+use crate::config::load::{Loaded, Source, load, tls_sources};
+use crate::config::{Config, FileProblems};
 use crate::egress::Egress;
+use crate::egress::proof::Proof;
+use crate::keyring::Keyring;
+use crate::keyring::refresh::Refresher;
 use crate::keyring::vault::Vault;
-use crate::keyring::{Keyring, refresh};
-use crate::telemetry::{Metrics, chain};
+use crate::telemetry::Metrics;
 use crate::toml_file::Problem;
+
+pub use listener::ConnectionLimits;
+use listener::Listener;
+use probes::Probes;
+use reload::Reloader;
+use tls::Tls;
 
 /// How long the last answers may take to leave once all calls have ended.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
@@ -90,49 +104,70 @@ impl Server {
     /// # Errors
     /// When anything that it cannot do without is missing; says what. Vault is not among them.
     pub async fn start(config: Config) -> Result<Self, StartError> {
+        Self::start_on(config, Clock::system()).await
+    }
+
+    /// The same, by the given clock.
+    ///
+    /// # Errors
+    /// As [`Server::start`].
+    pub async fn start_on(config: Config, clock: Clock) -> Result<Self, StartError> {
+        let clock = Arc::new(clock);
+        let watched = (Source::read(&config.rules), tls_sources(&config.tls));
         let Loaded {
             policy,
-            certificate,
-            key,
-            client_ca,
+            certificates,
             vault_roots,
             egress_roots,
-        } = load(&config).map_err(StartError::Config)?;
+        } = load(&config, clock.wall_ms()).map_err(StartError::Config)?;
         let lock = lock(&config.state_dir)?;
-        let clock = Clock;
-        let audit = Audit::open(&config.audit_file, clock)
-            .map_err(|error| StartError::Audit(config.audit_file.display().to_string(), error))?;
         let metrics = Arc::new(Metrics::default());
+        let audit = Audit::open(&config.audit_file, Arc::clone(&clock), Arc::clone(&metrics))
+            .map_err(|error| StartError::Audit(config.audit_file.display().to_string(), error))?;
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let mut exchange_tls = client_tls(egress_roots, &provider)?;
         exchange_tls.alpn_protocols = vec![b"http/1.1".to_vec()];
         let egress = Egress::new(config.egress, config.origins, &Arc::new(exchange_tls));
         let egress = egress.map_err(|origin| {
-            StartError::Config(vec![Problem {
-                key: "exchange".to_owned(),
-                problem: format!("{} is neither a DNS name nor an address", origin.name),
-            }])
+            let problem = format!("{} is neither a DNS name nor an address", origin.name);
+            StartError::Config(vec![Problem::new("exchange", problem)])
         })?;
         let vault = Vault::new(config.vault, client_tls(vault_roots, &provider)?)
             .map_err(|error| StartError::Tls(Box::new(error)))?;
 
-        let tls = listener::tls(certificate, key, client_ca, &provider, &metrics)?;
+        metrics.certificate_ends(certificates.not_after_ms);
+        let (set_tls, tls) =
+            watch::channel(Arc::new(Tls::new(certificates, 0, &provider, &metrics)?));
 
         let (grpc_listener, grpc) = listen(config.grpc).await?;
         let (ops_listener, ops) = listen(config.ops).await?;
 
-        let keyring = Arc::new(Keyring::new(policy.accounts()));
+        let keyring = Arc::new(Keyring::new(Arc::clone(&clock)));
+        keyring.add(policy.accounts());
         egress.start().await;
-        refresh::start(&keyring, &Arc::new(vault), config.vault_poll);
+        let refresher = Refresher::new(
+            Arc::clone(&keyring),
+            Arc::new(vault),
+            Arc::clone(&metrics),
+            config.vault_poll,
+        );
+        refresher.follow();
+        let policy = Arc::new(policy);
         let broker = Arc::new(Broker {
-            policy,
+            policy: RwLock::new(Arc::clone(&policy)),
             audit,
             keyring,
             egress,
+            proof: Proof::new(config.expected_ip, config.proof),
             clock,
+            doubts: Doubts::default(),
             metrics,
+            admission: Admission::new(config.admission_limits),
             calls: Calls::default(),
         });
+        let mut probes = Probes::default();
+        probes.watch_address(&broker, config.proof_every);
+        probes.follow(&broker, &policy);
 
         let (stop, stopping) = watch::channel(false);
         let (health, health_service) = tonic_health::server::health_reporter();
@@ -143,8 +178,7 @@ impl Server {
         );
         let api = BrokerServer::new(api)
             .max_decoding_message_size(config.request_limits.body_bytes + MESSAGE_OVERHEAD);
-        let router = tonic::transport::Server::builder()
-            .add_service(api)
+        let routes = Routes::new(api)
             .add_service(health_service)
             .add_service(reflection().build_v1().map_err(StartError::Reflection)?)
             .add_service(
@@ -152,19 +186,29 @@ impl Server {
                     .build_v1alpha()
                     .map_err(StartError::Reflection)?,
             );
-        let incoming = listener::accept(grpc_listener, tls, stopping.clone());
-        let serving = tokio::spawn(async move {
-            let mut stopping = stopping;
-            let stopped = async move {
-                let _ = stopping.wait_for(|stop| *stop).await;
-            };
-            if let Err(error) = router.serve_with_incoming_shutdown(incoming, stopped).await {
-                tracing::error!(error = chain(&error), "the bots' listener failed");
-            }
-        });
+        let listener = Listener {
+            broker: Arc::clone(&broker),
+            routes: routes.prepare(),
+            tls,
+            limits: config.connection_limits,
+            stopping,
+        };
+        let serving = tokio::spawn(listener.serve(grpc_listener));
+        let (tell_problems, problems) = watch::channel(FileProblems::new());
+        let reloader = Reloader {
+            broker: Arc::clone(&broker),
+            refresher,
+            probes,
+            provider,
+            rules: config.rules,
+            tls_files: config.tls,
+            tls: set_tls,
+            problems: tell_problems,
+        };
         let (tell_readiness, readiness) = watch::channel(ops::readiness(&broker));
         let background = vec![
-            tokio::spawn(ops::serve(ops_listener, Arc::clone(&broker))),
+            tokio::spawn(reloader.run(config.reload_every, watched.0, watched.1)),
+            tokio::spawn(ops::serve(ops_listener, Arc::clone(&broker), problems)),
             tokio::spawn(report_health(Arc::clone(&broker), health, tell_readiness)),
         ];
         tracing::info!(%grpc, %ops, "listening");

@@ -1,15 +1,16 @@
 //! Log subscriber and metric names.
 
 use std::error::Error;
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::time::Duration;
 
-use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::text::encode_registry;
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
-use prometheus_client::registry::Registry;
+use prometheus_client::registry::{Metric, Registry};
 use tracing::Metadata;
 use tracing_subscriber::filter::{EnvFilter, FilterExt, LevelFilter, ParseError, filter_fn};
 use tracing_subscriber::layer::{Layer, SubscriberExt};
@@ -95,13 +96,23 @@ pub fn chain(error: &(dyn Error + 'static)) -> String {
     causes.fold(error.to_string(), |line, cause| format!("{line}: {cause}"))
 }
 
-/// All metrics.
+/// All metrics. What is a state of the broker and not an event is written when somebody asks: see `api/ops.rs`.
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
     requests: Family<RequestLabels, Counter>,
     stages: Family<StageLabels, Histogram, fn() -> Histogram>,
     certificates_refused: Counter,
+    connections_refused: Family<ReasonLabels, Counter>,
+    vault_failures: Family<ReasonLabels, Counter>,
+    clock_failures: Counter,
+    clock_jumps_refused: Counter,
+    timestamps_refused: Counter,
+    addresses_refused: Counter,
+    audit_failures: Counter,
+    reloads: Family<ReloadLabels, Counter>,
+    files_unusable: Family<FileLabels, Gauge>,
+    certificate_ends: Gauge,
 }
 
 #[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
@@ -114,6 +125,22 @@ struct RequestLabels {
 #[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
 struct StageLabels {
     stage: Word,
+}
+
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+struct ReasonLabels {
+    reason: Word,
+}
+
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+struct FileLabels {
+    file: Word,
+}
+
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+struct ReloadLabels {
+    file: Word,
+    outcome: Word,
 }
 
 /// A label value from a closed set.
@@ -129,32 +156,79 @@ impl EncodeLabelValue for Word {
 impl Default for Metrics {
     fn default() -> Self {
         let mut registry = Registry::with_prefix("credbroker");
-        let requests = Family::default();
-        let stages =
-            Family::new_with_constructor((|| Histogram::new(BUCKETS)) as fn() -> Histogram);
-        let certificates_refused = Counter::default();
-        registry.register(
-            "requests",
-            "Calls of bots by how they ended",
-            requests.clone(),
-        );
-        registry.register(
-            "stage_duration_seconds",
-            "Where the time of answered calls went",
-            stages.clone(),
-        );
-        registry.register(
-            "certificates_refused",
-            "Client certificates refused in the TLS handshake",
-            certificates_refused.clone(),
-        );
+        let histogram = || Histogram::new(BUCKETS);
         Self {
+            requests: registered(&mut registry, "requests", "Calls of bots by how they ended"),
+            stages: {
+                let stages = Family::new_with_constructor(histogram as fn() -> Histogram);
+                let help = "Where the time of answered calls went";
+                registry.register("stage_duration_seconds", help, stages.clone());
+                stages
+            },
+            certificates_refused: registered(
+                &mut registry,
+                "certificates_refused",
+                "Client certificates refused in the TLS handshake or on an open connection",
+            ),
+            connections_refused: registered(
+                &mut registry,
+                "connections_refused",
+                "Connections of bots that were not served",
+            ),
+            vault_failures: registered(
+                &mut registry,
+                "vault_failures",
+                "Looks at a key in Vault that did not find it as it should be",
+            ),
+            clock_failures: registered(
+                &mut registry,
+                "clock_failures",
+                "Questions for the exchange's time without an answer",
+            ),
+            clock_jumps_refused: registered(
+                &mut registry,
+                "clock_jumps_refused",
+                "Answers about the exchange's time that were too far off to be applied",
+            ),
+            timestamps_refused: registered(
+                &mut registry,
+                "timestamps_refused",
+                "Answers of the exchange that refuse a timestamp (400002)",
+            ),
+            addresses_refused: registered(
+                &mut registry,
+                "addresses_refused",
+                "Answers of the exchange that refuse the egress address (400006)",
+            ),
+            audit_failures: registered(
+                &mut registry,
+                "audit_failures",
+                "Lines that could not be written to the audit file",
+            ),
+            reloads: registered(
+                &mut registry,
+                "reloads",
+                "Changed files by what became of them",
+            ),
+            files_unusable: registered(
+                &mut registry,
+                "file_unusable",
+                "1 while a changed file cannot be used and the old state is in force",
+            ),
+            certificate_ends: registered(
+                &mut registry,
+                "certificate_not_after_timestamp_seconds",
+                "When the server certificate in force ends, Unix time",
+            ),
             registry,
-            requests,
-            stages,
-            certificates_refused,
         }
     }
+}
+
+fn registered<M: Metric + Clone + Default>(registry: &mut Registry, name: &str, help: &str) -> M {
+    let metric = M::default();
+    registry.register(name, help, metric.clone());
+    metric
 }
 
 impl Metrics {
@@ -181,11 +255,116 @@ impl Metrics {
         self.certificates_refused.inc();
     }
 
-    /// Text for Prometheus.
-    pub fn text(&self) -> String {
+    /// Counts a connection that was not served: `handshake`, `certificate`, `bot` or `many` at once, `descriptors`.
+    pub fn connection_refused(&self, reason: &'static str) {
+        let reason = Word(reason);
+        self.connections_refused
+            .get_or_create(&ReasonLabels { reason })
+            .inc();
+    }
+
+    /// Counts a look at a key that found no key: `outage`, `login`, `unusable`, `evicted`.
+    pub fn vault_failure(&self, reason: &'static str) {
+        let reason = Word(reason);
+        self.vault_failures
+            .get_or_create(&ReasonLabels { reason })
+            .inc();
+    }
+
+    /// Counts a question for the time without an answer.
+    pub fn clock_failure(&self) {
+        self.clock_failures.inc();
+    }
+
+    /// Counts an answer about the time that was not believed.
+    pub fn clock_jump_refused(&self) {
+        self.clock_jumps_refused.inc();
+    }
+
+    /// Counts a 400002.
+    pub fn timestamp_refused(&self) {
+        self.timestamps_refused.inc();
+    }
+
+    /// Counts a 400006.
+    pub fn address_refused(&self) {
+        self.addresses_refused.inc();
+    }
+
+    /// Counts an audit line that could not be written.
+    pub fn audit_failure(&self) {
+        self.audit_failures.inc();
+    }
+
+    /// Counts a changed file, and keeps whether it could be used.
+    pub fn reloaded(&self, file: &'static str, outcome: &'static str, is_unusable: bool) {
+        let file = Word(file);
+        self.files_unusable
+            .get_or_create(&FileLabels { file: file.clone() })
+            .set(i64::from(is_unusable));
+        let outcome = Word(outcome);
+        self.reloads
+            .get_or_create(&ReloadLabels { file, outcome })
+            .inc();
+    }
+
+    /// Keeps when the server certificate ends: Unix time in milliseconds.
+    pub fn certificate_ends(&self, not_after_ms: i64) {
+        self.certificate_ends.set(not_after_ms / 1000);
+    }
+
+    /// Text for Prometheus: what has been counted, then `states`, which are read at this moment.
+    pub fn text(&self, states: &[State]) -> String {
         let mut text = String::new();
         // Writing to a String does not fail.
-        let _ = encode(&mut text, &self.registry);
+        let _ = encode_registry(&mut text, &self.registry);
+        for state in states {
+            state.write(&mut text);
+        }
+        text.push_str("# EOF\n");
         text
+    }
+}
+
+/// A gauge whose value is read when somebody asks for it.
+#[derive(Debug)]
+pub struct State {
+    /// Name without the prefix.
+    pub name: &'static str,
+    /// What it means, with its unit.
+    pub help: &'static str,
+    /// Labels, from the configuration or closed sets, and values.
+    pub values: Vec<(Vec<(&'static str, String)>, f64)>,
+}
+
+impl State {
+    /// One value without labels.
+    pub fn single(name: &'static str, help: &'static str, value: f64) -> Self {
+        Self {
+            name,
+            help,
+            values: vec![(Vec::new(), value)],
+        }
+    }
+
+    fn write(&self, text: &mut String) {
+        let Self { name, help, values } = self;
+        // Writing to a String does not fail.
+        let _ = writeln!(
+            text,
+            "# HELP credbroker_{name} {help}.\n# TYPE credbroker_{name} gauge"
+        );
+        for (labels, value) in values {
+            let labels: Vec<_> = labels
+                .iter()
+                .map(|(label, value)| format!("{label}=\"{value}\""))
+                .collect();
+            let braces = if labels.is_empty() {
+                String::new()
+            } else {
+                format!("{{{}}}", labels.join(","))
+            };
+            let _ = writeln!(text, "credbroker_{name}{braces} {value}");
+        }
     }
 }

@@ -15,6 +15,16 @@ pub struct Problem {
     pub problem: String,
 }
 
+impl Problem {
+    /// A problem of `key`.
+    pub fn new(key: impl Into<String>, problem: impl fmt::Display) -> Self {
+        Self {
+            key: key.into(),
+            problem: problem.to_string(),
+        }
+    }
+}
+
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.key, self.problem)

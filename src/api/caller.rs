@@ -70,6 +70,16 @@ pub fn bot_of(certificate: &CertificateDer<'_>) -> Result<BotId, CertificateRefu
     }
 }
 
+/// When a certificate ends: Unix time in milliseconds; `None` where it does not parse.
+pub fn not_after_ms(certificate: &CertificateDer<'_>) -> Option<i64> {
+    let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
+    certificate
+        .validity()
+        .not_after
+        .timestamp()
+        .checked_mul(1000)
+}
+
 /// Verifies client certificates: the chain as rustls does, then that it names one bot.
 #[derive(Debug)]
 pub struct BotVerifier {

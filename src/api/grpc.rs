@@ -9,6 +9,7 @@ use tonic::{Request, Response, Status};
 
 use super::proto::{self, broker_server::Broker as BrokerRpc};
 use super::status::status;
+use crate::broker::admission::CallSlot;
 use crate::broker::{Broker, BrokerError, Call, Receipt, caught, micros};
 use crate::ids::{BotId, RequestId};
 use crate::kucoin::request::{self, RequestLimits};
@@ -42,10 +43,13 @@ impl GrpcApi {
         message: proto::SignAndSendRequest,
         id: &RequestId,
         limit: Duration,
+        slot: Option<CallSlot>,
     ) -> Result<Receipt, BrokerError> {
         let arrived = Instant::now();
-        let request = unsigned_request(message, id, &self.limits)
-            .map_err(|problems| self.broker.refuse_malformed(&bot, id, problems))?;
+        let request = unsigned_request(message, id, &self.limits).map_err(|problems| {
+            self.broker
+                .refuse(&bot, id, BrokerError::Malformed(problems))
+        })?;
         let deadline = arrived + limit.saturating_sub(DEADLINE_MARGIN.min(limit / 10));
         self.broker
             .sign_and_send(Call {
@@ -53,6 +57,7 @@ impl GrpcApi {
                 request,
                 arrived,
                 deadline,
+                slot,
             })
             .await
     }
@@ -65,6 +70,7 @@ impl BrokerRpc for GrpcApi {
         request: Request<proto::SignAndSendRequest>,
     ) -> Result<Response<proto::SignAndSendResponse>, Status> {
         let bot = request.extensions().get::<BotId>().cloned();
+        let slot = request.extensions().get::<CallSlot>().cloned();
         let limit = time_limit(request.metadata()).unwrap_or(self.default_deadline);
         let message = request.into_inner();
         // A bad id is reported with the other fields, under an id of ours.
@@ -74,7 +80,7 @@ impl BrokerRpc for GrpcApi {
             .unwrap_or_else(|_| RequestId::random());
         // The listener lets no connection in without a bot's certificate.
         let bot = bot.ok_or_else(|| status(&BrokerError::Internal, &id))?;
-        match caught(self.answer(bot, message, &id, limit)).await {
+        match caught(self.answer(bot, message, &id, limit, slot)).await {
             Ok(receipt) => Ok(Response::new(response(receipt, &id))),
             Err(error) => Err(status(&error, &id)),
         }
@@ -177,6 +183,7 @@ fn response(receipt: Receipt, id: &RequestId) -> proto::SignAndSendResponse {
         waiting,
         signing,
         exchange,
+        stale,
     } = receipt;
     let outcome = match answer.outcome {
         Outcome::Accepted => proto::Outcome::Accepted,
@@ -204,6 +211,7 @@ fn response(receipt: Receipt, id: &RequestId) -> proto::SignAndSendResponse {
             signing_us: micros(signing),
             exchange_us: micros(exchange),
         }),
+        stale_seconds: stale.as_secs(),
     }
 }
 

@@ -58,7 +58,10 @@ fn code(reason: Reason) -> Code {
         Reason::CallerUnknown => Code::Unauthenticated,
         Reason::DeadlineExceeded => Code::DeadlineExceeded,
         Reason::Internal => Code::Internal,
-        Reason::KeyUnavailable => Code::FailedPrecondition,
+        Reason::ClockUncertain | Reason::EgressMismatch | Reason::KeyUnavailable => {
+            Code::FailedPrecondition
+        }
+        Reason::Overloaded => Code::ResourceExhausted,
         Reason::PolicyDenied => Code::PermissionDenied,
         Reason::RequestMalformed => Code::InvalidArgument,
     }
@@ -66,10 +69,15 @@ fn code(reason: Reason) -> Code {
 
 fn retry_helps(reason: Reason) -> bool {
     match reason {
-        Reason::AuditUnavailable | Reason::ExchangeUnreachable | Reason::ShuttingDown => true,
+        Reason::AuditUnavailable
+        | Reason::ExchangeUnreachable
+        | Reason::Overloaded
+        | Reason::ShuttingDown => true,
         Reason::AnswerLost
         | Reason::CallerUnknown
+        | Reason::ClockUncertain
         | Reason::DeadlineExceeded
+        | Reason::EgressMismatch
         | Reason::Internal
         | Reason::KeyUnavailable
         | Reason::PolicyDenied

@@ -1,6 +1,10 @@
 //! Why a call failed: the errors of every step, joined.
 
+use std::time::Duration;
+
 use crate::audit::AuditError;
+use crate::clock::ClockUncertain;
+use crate::egress::proof::EgressMismatch;
 use crate::egress::{ConnectError, SendError};
 use crate::keyring::KeyUnavailable;
 use crate::kucoin::Malformed;
@@ -19,6 +23,9 @@ pub enum BrokerError {
     /// The audit file cannot be written.
     #[error(transparent)]
     Audit(#[from] AuditError),
+    /// Nobody knows the exchange's time well enough.
+    #[error(transparent)]
+    Clock(#[from] ClockUncertain),
     /// No connection.
     #[error(transparent)]
     Connect(#[from] ConnectError),
@@ -28,6 +35,9 @@ pub enum BrokerError {
     /// The rules say no.
     #[error(transparent)]
     Denied(#[from] Denied),
+    /// Requests do not provably leave from the right address.
+    #[error(transparent)]
+    Egress(#[from] EgressMismatch),
     /// A defect of the broker.
     #[error(
         "the broker failed; the request may have been sent: look it up and quote the request id"
@@ -39,15 +49,44 @@ pub enum BrokerError {
     /// Fields that are not as they must be.
     #[error("the request is malformed: {}", sentence(.0))]
     Malformed(Vec<Malformed>),
+    /// One too many at once.
+    #[error(transparent)]
+    Overloaded(#[from] Overload),
     /// Sent or not, it failed.
     #[error(transparent)]
     Send(#[from] SendError),
     /// The broker is stopping.
     #[error("the broker is stopping; nothing was sent")]
     ShuttingDown,
+    /// The bot's certificate is not good any more: it has expired, or its CA is trusted no longer.
+    #[error(
+        "the certificate of this connection is trusted no longer; connect again with a valid one"
+    )]
+    Untrusted,
+    /// The request took too long to arrive.
+    #[error("the request did not arrive whole within {} ms; nothing was sent", .0.as_millis())]
+    Slow(Duration),
     /// It cannot be signed.
     #[error(transparent)]
     Sign(#[from] SignError),
+}
+
+/// One too many at once.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum Overload {
+    /// Calls in flight, over all bots.
+    #[error("{0} calls are in flight, and no more fit (limits.calls_in_flight); nothing was sent")]
+    Calls(usize),
+    /// Calls in flight of this bot.
+    #[error(
+        "this bot has {0} calls in flight, and no more are allowed (limits.calls_in_flight_per_bot); nothing was sent"
+    )]
+    CallsOfBot(usize),
+    /// Connections of this bot.
+    #[error(
+        "this bot has {0} connections open, and no more are allowed (limits.connections_per_bot); share one; nothing was sent"
+    )]
+    ConnectionsOfBot(usize),
 }
 
 fn sentence(problems: &[Malformed]) -> String {
@@ -69,16 +108,30 @@ impl BrokerError {
                 | SendError::AnswerTooLarge(_),
             ) => Reason::AnswerLost,
             Self::Audit(_) => Reason::AuditUnavailable,
+            Self::Clock(_) => Reason::ClockUncertain,
             Self::Connect(_) | Self::Send(SendError::HandedBack(_)) => Reason::ExchangeUnreachable,
-            Self::DeadlineExceeded => Reason::DeadlineExceeded,
-            Self::Denied(Denied::Caller(_)) => Reason::CallerUnknown,
+            Self::DeadlineExceeded | Self::Slow(_) => Reason::DeadlineExceeded,
+            Self::Denied(Denied::Caller(_)) | Self::Untrusted => Reason::CallerUnknown,
             Self::Denied(_) => Reason::PolicyDenied,
+            Self::Egress(_) => Reason::EgressMismatch,
             Self::Internal | Self::Sign(SignError::Rewritten | SignError::Unwritable(_)) => {
                 Reason::Internal
             }
             Self::Key(_) | Self::Sign(SignError::PartnerKeyMissing) => Reason::KeyUnavailable,
             Self::Malformed(_) => Reason::RequestMalformed,
+            Self::Overloaded(_) => Reason::Overloaded,
             Self::ShuttingDown => Reason::ShuttingDown,
+        }
+    }
+
+    /// What the audit line says of it: of a malformed request only which fields, since their values are a stranger's.
+    pub fn for_the_record(&self) -> String {
+        match self {
+            Self::Malformed(problems) => {
+                let fields: Vec<_> = problems.iter().map(|p| p.field.as_str()).collect();
+                format!("malformed: {}", fields.join(", "))
+            }
+            other => other.to_string(),
         }
     }
 }

@@ -3,10 +3,12 @@
 use std::path::Path;
 
 use super::{DONE, USAGE, read_config, say, say_problems};
+use crate::clock::Clock;
 use crate::config::load::{Loaded, load};
 
 pub(super) fn run(file: &Path) -> u8 {
-    match read_config(file).and_then(|config| load(&config)) {
+    let now_ms = Clock::system().wall_ms();
+    match read_config(file).and_then(|config| load(&config, now_ms)) {
         Ok(Loaded { policy, .. }) => {
             say(&format!(
                 "{}: no problems; {} account(s)",

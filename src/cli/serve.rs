@@ -8,6 +8,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::{DONE, FAILED, USAGE, read_config, say, say_problems};
 use crate::config::Config;
+use crate::process::harden;
 use crate::server::{Server, StartError};
 use crate::telemetry::init_logs;
 
@@ -42,6 +43,7 @@ pub(super) fn run(file: &Path) -> u8 {
 /// Returns how many calls ended with nobody knowing whether they were executed.
 fn serve(config: Config) -> anyhow::Result<u64> {
     init_logs(&config.log_filter, config.log_format).context("log.filter")?;
+    harden();
     // One thread: a call costs less than waking a second one would.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -1,15 +1,18 @@
 //! Reads the files that the configuration names, and reports every problem in them together.
 
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustls::RootCertStore;
-use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
+use sha2::{Digest, Sha256};
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
+use zeroize::Zeroizing;
 
-use super::{Config, Roots};
+use super::{Config, Roots, TlsFiles};
 
 use crate::policy::Policy;
 use crate::toml_file::{Problem, Problems};
@@ -19,51 +22,60 @@ use crate::toml_file::{Problem, Problems};
 pub struct Loaded {
     /// The rules.
     pub policy: Policy,
-    /// Certificate chain of the bots' listener.
-    pub certificate: Vec<CertificateDer<'static>>,
-    /// Its key.
-    pub key: PrivateKeyDer<'static>,
-    /// CAs of the bots' certificates.
-    pub client_ca: Arc<RootCertStore>,
+    /// Certificates of the bots' listener.
+    pub certificates: Certificates,
     /// CAs of Vault.
     pub vault_roots: RootCertStore,
     /// CAs of the exchange.
     pub egress_roots: RootCertStore,
 }
 
-/// Reads them all.
+/// What the bots' listener shows and whom it trusts.
+#[derive(Debug)]
+pub struct Certificates {
+    /// Certificate chain.
+    pub chain: Vec<CertificateDer<'static>>,
+    /// Its key.
+    pub key: PrivateKeyDer<'static>,
+    /// When the first certificate of the chain ends: Unix time in milliseconds.
+    pub not_after_ms: i64,
+    /// CAs of the bots' certificates.
+    pub client_ca: Arc<RootCertStore>,
+}
+
+/// A file and what stood in it at one moment.
+#[derive(Debug)]
+pub struct Source {
+    file: PathBuf,
+    content: io::Result<Zeroizing<Vec<u8>>>,
+}
+
+impl Source {
+    /// Reads it.
+    pub fn read(file: &Path) -> Self {
+        Self {
+            file: file.to_owned(),
+            content: std::fs::read(file).map(Zeroizing::new),
+        }
+    }
+
+    /// What stands in it, or that it cannot be read.
+    pub fn digest(&self) -> [u8; 32] {
+        match &self.content {
+            Ok(content) => Sha256::digest(content).into(),
+            Err(error) => Sha256::digest(format!("unreadable: {error}")).into(),
+        }
+    }
+}
+
+/// Reads them all; `now_ms` is the time at which certificates must be valid.
 ///
 /// # Errors
 /// With every problem at once, each under the key that names the file.
-pub fn load(config: &Config) -> Result<Loaded, Vec<Problem>> {
+pub fn load(config: &Config, now_ms: i64) -> Result<Loaded, Vec<Problem>> {
     let problems = Problems::default();
-    let policy = policy(&config.rules, &problems);
-    let certificate = certificates("tls.certificate", &config.tls.certificate, &problems);
-    let key = match PrivateKeyDer::from_pem_file(&config.tls.key) {
-        Ok(key) => Some(key),
-        Err(error) => {
-            problems.add(
-                "tls.key",
-                unreadable(&config.tls.key, "a private key as PEM", &error),
-            );
-            None
-        }
-    };
-    if let Some(problem) = certificate.as_deref().and_then(unfit_for_a_server) {
-        problems.add("tls.certificate", problem);
-    }
-    if let (Some(certificate), Some(key)) = (&certificate, &key) {
-        let provider = rustls::crypto::aws_lc_rs::default_provider();
-        let pair = CertifiedKey::from_der(certificate.clone(), key.clone_key(), &provider);
-        if let Err(error) = pair {
-            let file = config.tls.key.display();
-            problems.add(
-                "tls.key",
-                format_args!("{file} is not the key of tls.certificate: {error}"),
-            );
-        }
-    }
-    let client_ca = root_file("tls.client_ca", &config.tls.client_ca, &problems);
+    let policy = policy(&Source::read(&config.rules), &problems);
+    let certificates = certificates(&tls_sources(&config.tls), now_ms, &problems);
     let vault_roots = roots("vault.roots", &config.vault_roots, &problems);
     let egress_roots = roots("egress.roots", &config.egress_roots, &problems);
     problems.into_result()?;
@@ -71,9 +83,7 @@ pub fn load(config: &Config) -> Result<Loaded, Vec<Problem>> {
     let loaded = || {
         Some(Loaded {
             policy: policy?,
-            certificate: certificate?,
-            key: key?,
-            client_ca: Arc::new(client_ca?),
+            certificates: certificates?,
             vault_roots: vault_roots?,
             egress_roots: egress_roots?,
         })
@@ -81,84 +91,163 @@ pub fn load(config: &Config) -> Result<Loaded, Vec<Problem>> {
     loaded().ok_or_else(Vec::new)
 }
 
-fn policy(file: &Path, problems: &Problems) -> Option<Policy> {
-    let found = match std::fs::read_to_string(file) {
-        Ok(text) => Policy::parse(&text),
+/// The files of the bots' listener: chain, key, client CA.
+pub fn tls_sources(files: &TlsFiles) -> [Source; 3] {
+    [&files.certificate, &files.key, &files.client_ca].map(|file| Source::read(file))
+}
+
+/// Reads the certificates of the bots' listener.
+pub fn certificates(
+    [chain, key, client_ca]: &[Source; 3],
+    now_ms: i64,
+    problems: &Problems,
+) -> Option<Certificates> {
+    let certificate = pem_certificates("tls.certificate", chain, problems);
+    let key_der = pem(key).and_then(PrivateKeyDer::from_pem_slice);
+    let key_der = match key_der {
+        Ok(key) => Some(key),
         Err(error) => {
+            problems.add("tls.key", unreadable(key, "a private key as PEM", &error));
+            None
+        }
+    };
+    let not_after_ms = match certificate
+        .as_deref()
+        .map(|chain| fit_for_a_server(chain, now_ms))
+    {
+        Some(Ok(not_after_ms)) => Some(not_after_ms),
+        Some(Err(problem)) => {
+            problems.add("tls.certificate", problem);
+            None
+        }
+        None => None,
+    };
+    if let (Some(certificate), Some(der)) = (&certificate, &key_der) {
+        let provider = rustls::crypto::aws_lc_rs::default_provider();
+        let pair = CertifiedKey::from_der(certificate.clone(), der.clone_key(), &provider);
+        if let Err(error) = pair {
+            let file = key.file.display();
             problems.add(
-                "rules",
-                format_args!("{} cannot be read: {error}", file.display()),
+                "tls.key",
+                format_args!("{file} is not the key of tls.certificate: {error}"),
             );
             return None;
         }
+    }
+    let client_ca = root_file("tls.client_ca", client_ca, problems);
+    Some(Certificates {
+        chain: certificate?,
+        key: key_der?,
+        not_after_ms: not_after_ms?,
+        client_ca: Arc::new(client_ca?),
+    })
+}
+
+/// Reads the rules.
+pub fn policy(source: &Source, problems: &Problems) -> Option<Policy> {
+    let file = source.file.display();
+    let text = match &source.content {
+        Ok(content) => std::str::from_utf8(content).map_err(|error| error.to_string()),
+        Err(error) => Err(error.to_string()),
     };
-    match found {
+    let text = match text {
+        Ok(text) => text,
+        Err(error) => {
+            problems.add("rules", format_args!("{file} cannot be read: {error}"));
+            return None;
+        }
+    };
+    match Policy::parse(text) {
         Ok(policy) => Some(policy),
         Err(found) => {
             for problem in found {
-                problems.add(
-                    format!("{}: {}", file.display(), problem.key),
-                    problem.problem,
-                );
+                problems.add(format!("{file}: {}", problem.key), problem.problem);
             }
             None
         }
     }
 }
 
-fn certificates(
+fn pem(source: &Source) -> Result<&[u8], pem::Error> {
+    match &source.content {
+        Ok(content) => Ok(content),
+        Err(error) => Err(pem::Error::Io(io::Error::new(
+            error.kind(),
+            error.to_string(),
+        ))),
+    }
+}
+
+fn pem_certificates(
     key: &str,
-    file: &Path,
+    source: &Source,
     problems: &Problems,
 ) -> Option<Vec<CertificateDer<'static>>> {
-    let found =
-        CertificateDer::pem_file_iter(file).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    let found = pem(source)
+        .and_then(|text| CertificateDer::pem_slice_iter(text).collect::<Result<Vec<_>, _>>());
     match found {
         Ok(found) if !found.is_empty() => return Some(found),
-        Ok(_) => problems.add(key, format_args!("{} holds no certificate", file.display())),
-        Err(error) => problems.add(key, unreadable(file, "certificates as PEM", &error)),
+        Ok(_) => problems.add(
+            key,
+            format_args!("{} holds no certificate", source.file.display()),
+        ),
+        Err(error) => problems.add(key, unreadable(source, "certificates as PEM", &error)),
     }
     None
 }
 
-/// What would make every bot refuse the broker's certificate.
-fn unfit_for_a_server(chain: &[CertificateDer<'_>]) -> Option<&'static str> {
-    let Ok((_, certificate)) = X509Certificate::from_der(chain.first()?) else {
-        return Some("is not an X.509 certificate");
-    };
+/// When the certificate ends (Unix time in milliseconds), or what would make every bot refuse it.
+fn fit_for_a_server(chain: &[CertificateDer<'_>], now_ms: i64) -> Result<i64, String> {
+    let not_x509 = || "is not an X.509 certificate".to_owned();
+    let first = chain.first().ok_or_else(not_x509)?;
+    let (_, certificate) = X509Certificate::from_der(first).map_err(|_| not_x509())?;
     let usage = certificate.extended_key_usage().ok().flatten();
     if usage.is_some_and(|usage| !usage.value.server_auth && !usage.value.any) {
-        return Some("is not for servers: its extended key usage does not name serverAuth");
+        return Err(
+            "is not for servers: its extended key usage does not name serverAuth".to_owned(),
+        );
     }
     let names = certificate.subject_alternative_name().ok().flatten();
     let is_name = |name: &GeneralName<'_>| {
         matches!(name, GeneralName::DNSName(_) | GeneralName::IPAddress(_))
     };
     if names.is_none_or(|names| !names.value.general_names.iter().any(is_name)) {
-        return Some(
-            "names no host: it needs a DNS name or an IP address as subject alternative name",
+        return Err(
+            "names no host: it needs a DNS name or an IP address as subject alternative name"
+                .to_owned(),
         );
     }
-    None
+    let validity = certificate.validity();
+    if validity.not_after.timestamp() < now_ms / 1000 {
+        return Err(format!(
+            "ended on {}; put a new one in its place",
+            validity.not_after
+        ));
+    }
+    if validity.not_before.timestamp() > now_ms / 1000 {
+        return Err(format!(
+            "is not valid before {}; is the clock of this machine right?",
+            validity.not_before
+        ));
+    }
+    Ok(validity.not_after.timestamp().saturating_mul(1000))
 }
 
 fn roots(key: &str, roots: &Roots, problems: &Problems) -> Option<RootCertStore> {
     match roots {
-        Roots::File(file) => root_file(key, file, problems),
+        Roots::File(file) => root_file(key, &Source::read(file), problems),
         Roots::Mozilla => Some(webpki_roots::TLS_SERVER_ROOTS.iter().cloned().collect()),
     }
 }
 
-fn root_file(key: &str, file: &Path, problems: &Problems) -> Option<RootCertStore> {
+fn root_file(key: &str, source: &Source, problems: &Problems) -> Option<RootCertStore> {
     let mut store = RootCertStore::empty();
-    for certificate in certificates(key, file, problems)? {
+    for certificate in pem_certificates(key, source, problems)? {
         if let Err(error) = store.add(certificate) {
+            let file = source.file.display();
             problems.add(
                 key,
-                format_args!(
-                    "{} holds a certificate that is no CA: {error}",
-                    file.display()
-                ),
+                format_args!("{file} holds a certificate that is no CA: {error}"),
             );
             return None;
         }
@@ -166,6 +255,6 @@ fn root_file(key: &str, file: &Path, problems: &Problems) -> Option<RootCertStor
     Some(store)
 }
 
-fn unreadable(file: &Path, expected: &str, error: &dyn std::error::Error) -> String {
-    format!("expected {expected} in {}: {error}", file.display())
+fn unreadable(source: &Source, expected: &str, error: &dyn std::error::Error) -> String {
+    format!("expected {expected} in {}: {error}", source.file.display())
 }

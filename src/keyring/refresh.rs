@@ -1,35 +1,96 @@
 //! Keeps the keyring as Vault has it: reads at start, then polls the metadata of each key for changes.
 //!
 //! Vault's word (404, or 403 twice to a good token, or `state=disabled`) evicts at once. No answer, or an answer that is
-//! a fault, changes nothing: what is in memory serves on.
+//! a fault, changes nothing: what is in memory serves on, within the bounds of its account.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+
+use tokio::task::AbortHandle;
+use tokio::time::{sleep, timeout};
 
 use super::vault::{Metadata, Vault, VaultError};
 use super::{Keyring, Slot};
 use crate::ids::{AccountId, KeyName};
+use crate::kucoin::Key;
+use crate::telemetry::Metrics;
 
 /// First and longest wait after a failure; each failure doubles it.
 const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
-/// Starts one polling task per key. They end with the runtime.
-pub fn start(keyring: &Arc<Keyring>, vault: &Arc<Vault>, poll: Duration) {
-    for (account, name, _) in keyring.slots() {
-        let watch = Watch {
-            keyring: Arc::clone(keyring),
-            vault: Arc::clone(vault),
-            account,
-            name,
-            seen: None,
-        };
-        tokio::spawn(watch.run(poll));
+/// However much there is to doubt, Vault is not asked more often.
+const AT_LEAST: Duration = Duration::from_millis(100);
+
+/// One polling task for each key of the keyring.
+#[derive(Debug)]
+pub struct Refresher {
+    keyring: Arc<Keyring>,
+    vault: Arc<Vault>,
+    metrics: Arc<Metrics>,
+    poll: Duration,
+    tasks: Mutex<BTreeMap<(AccountId, KeyName), AbortHandle>>,
+}
+
+impl Refresher {
+    /// Nothing is polled until [`Refresher::follow`].
+    pub fn new(
+        keyring: Arc<Keyring>,
+        vault: Arc<Vault>,
+        metrics: Arc<Metrics>,
+        poll: Duration,
+    ) -> Self {
+        Self {
+            keyring,
+            vault,
+            metrics,
+            poll,
+            tasks: Mutex::default(),
+        }
+    }
+
+    /// Polls every key that the keyring has a place for, and no other.
+    pub fn follow(&self) {
+        let keys: Vec<_> = self.keyring.status();
+        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        tasks.retain(|(account, name), task| {
+            let stays = keys
+                .iter()
+                .any(|key| key.account == *account && key.name == *name);
+            if !stays {
+                task.abort();
+            }
+            stays
+        });
+        for key in keys {
+            tasks
+                .entry((key.account.clone(), key.name.clone()))
+                .or_insert_with(|| {
+                    let watch = Watch {
+                        keyring: Arc::clone(&self.keyring),
+                        vault: Arc::clone(&self.vault),
+                        metrics: Arc::clone(&self.metrics),
+                        account: key.account,
+                        name: key.name,
+                        seen: None,
+                    };
+                    tokio::spawn(watch.run(self.poll)).abort_handle()
+                });
+        }
+    }
+}
+
+impl Drop for Refresher {
+    fn drop(&mut self) {
+        let tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        tasks.values().for_each(AbortHandle::abort);
     }
 }
 
 struct Watch {
     keyring: Arc<Keyring>,
     vault: Arc<Vault>,
+    metrics: Arc<Metrics>,
     account: AccountId,
     name: KeyName,
     /// The metadata of the version in memory.
@@ -40,6 +101,8 @@ impl Watch {
     async fn run(mut self, poll: Duration) {
         let mut backoff = BACKOFF.0;
         loop {
+            let doubt = Arc::clone(&self.keyring);
+            let doubt = doubt.doubts.notified();
             let wait = if self.check().await {
                 backoff = BACKOFF.0;
                 poll.mul_f64(0.8 + 0.4 * fastrand::f64())
@@ -49,7 +112,8 @@ impl Watch {
                 backoff = (backoff * 2).min(BACKOFF.1);
                 wait
             };
-            tokio::time::sleep(wait).await;
+            sleep(AT_LEAST).await;
+            let _ = timeout(wait.saturating_sub(AT_LEAST), doubt).await;
         }
     }
 
@@ -58,11 +122,9 @@ impl Watch {
         match self.fetch().await {
             Ok(()) => true,
             Err(VaultError::Outage(reason)) => {
+                self.metrics.vault_failure("outage");
                 tracing::warn!(account.id = %self.account, key = %self.name, %reason, "keys cannot be refreshed; what is in memory serves on");
-                if let Some(Slot::Waiting(_)) = self.keyring.slot(&self.account, &self.name) {
-                    self.keyring
-                        .set(&self.account, &self.name, Slot::Waiting(reason));
-                }
+                self.serve_on(reason);
                 false
             }
             Err(VaultError::Denied) => {
@@ -77,14 +139,9 @@ impl Watch {
                 // A half-written new version must not take a working key away.
                 let slot = self.keyring.slot(&self.account, &self.name);
                 if let Some(Slot::Ready { key, version, .. }) = slot {
+                    self.metrics.vault_failure("unusable");
                     tracing::error!(account.id = %self.account, key = %self.name, %reason, version, "new version is unusable; the one in memory serves on");
-                    let problem = Some(reason);
-                    let slot = Slot::Ready {
-                        key,
-                        version,
-                        problem,
-                    };
-                    self.keyring.set(&self.account, &self.name, slot);
+                    self.confirm(key, version, Some(reason));
                 } else {
                     self.evict(&reason);
                 }
@@ -102,34 +159,82 @@ impl Watch {
         }
         let is_unchanged = self.seen.as_ref() == Some(&metadata);
         if is_unchanged && !metadata.deletes_itself() {
+            self.confirm_again();
             return Ok(());
         }
         let version = metadata.current_version;
         let key = self.vault.read(&self.account, &self.name, version).await;
         if is_unchanged && key.is_ok() {
+            self.confirm_again();
             return Ok(());
         }
         // Seen even when unusable, so that a broken version beside a working key is read once and not at every poll.
         if matches!(key, Ok(_) | Err(VaultError::Unusable(_))) {
             self.seen = Some(metadata);
         }
-        self.keyring.set(
-            &self.account,
-            &self.name,
-            Slot::Ready {
-                key: Arc::new(key?),
-                version,
-                problem: None,
-            },
-        );
+        self.confirm(Arc::new(key?), version, None);
         tracing::info!(account.id = %self.account, key = %self.name, version, "key is in memory");
         Ok(())
+    }
+
+    /// Vault has just vouched for this key.
+    fn confirm(&self, key: Arc<Key>, version: u64, problem: Option<String>) {
+        let slot = Slot::Ready {
+            key,
+            version,
+            problem,
+            confirmed: self.keyring.clock.boot(),
+            outage: None,
+        };
+        self.keyring.set(&self.account, &self.name, slot);
+    }
+
+    /// Nothing has changed, says Vault.
+    fn confirm_again(&mut self) {
+        match self.keyring.slot(&self.account, &self.name) {
+            Some(Slot::Ready {
+                key,
+                version,
+                problem,
+                ..
+            }) => self.confirm(key, version, problem),
+            // It was wiped meanwhile: the next look reads it again.
+            _ => self.seen = None,
+        }
+    }
+
+    /// Vault has not answered: the key goes on serving, unless it is too old for anything.
+    fn serve_on(&mut self, reason: String) {
+        if self.keyring.wipe_if_too_old(&self.account, &self.name) {
+            self.seen = None;
+            tracing::error!(account.id = %self.account, key = %self.name, "key is wiped: Vault has been silent for longer than max_stale_cancel_s");
+            return;
+        }
+        let slot = match self.keyring.slot(&self.account, &self.name) {
+            Some(Slot::Ready {
+                key,
+                version,
+                problem,
+                confirmed,
+                ..
+            }) => Slot::Ready {
+                key,
+                version,
+                problem,
+                confirmed,
+                outage: Some(reason),
+            },
+            Some(Slot::Waiting(_)) => Slot::Waiting(reason),
+            Some(Slot::Gone(_)) | None => return,
+        };
+        self.keyring.set(&self.account, &self.name, slot);
     }
 
     fn evict(&mut self, reason: &str) {
         self.seen = None;
         let told = matches!(self.keyring.slot(&self.account, &self.name), Some(Slot::Gone(before)) if before == reason);
         if !told {
+            self.metrics.vault_failure("evicted");
             tracing::error!(account.id = %self.account, key = %self.name, reason, "key is not available");
         }
         self.keyring

@@ -1,8 +1,9 @@
 //! The rules file: rules as written become rules as meant, or a list of every problem in them.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::{Account, Grants, Policy, Purpose, serves};
+use super::{Account, Grants, MaxStale, Policy, Purpose, serves};
 use crate::ids::{AccountId, BotId};
 use crate::kucoin::catalog::Found;
 use crate::kucoin::request::{self, RequestLimits};
@@ -33,6 +34,15 @@ impl Policy {
         let vip = section.number("vip", 0, 0..=12);
         let purpose = section.optional("purpose").unwrap_or_default();
         let allow_money_out = section.optional("allow_money_out").unwrap_or_default();
+        // A revocation that only Vault knows of stays unseen for as long.
+        let add_risk = section.number("max_stale_s", 15 * 60, 60..=24 * 3600);
+        let withdraw_risk = section.number("max_stale_cancel_s", 24 * 3600, 60..=7 * 24 * 3600);
+        if withdraw_risk < add_risk {
+            section.problem(
+                "max_stale_cancel_s",
+                format_args!("is {withdraw_risk}, less than max_stale_s = {add_risk}; cancels and reads must last as long"),
+            );
+        }
         let mut keys = section.section("key");
         let mut partners = section.section("partner");
         let mut account = Account {
@@ -46,6 +56,10 @@ impl Policy {
             allow_money_out,
             keys: [].into(),
             partners: [].into(),
+            max_stale: MaxStale {
+                add_risk: Duration::from_secs(add_risk),
+                withdraw_risk: Duration::from_secs(withdraw_risk),
+            },
         };
         for scope in Scope::ALL {
             if let Some(key) = keys.optional(scope.as_str()) {

@@ -1,141 +1,382 @@
-//! The bots' listener: TLS 1.3 with client certificates, always.
+//! The bots' listener: TLS 1.3 with client certificates, always; HTTP/2 connections that end in time.
+//!
+//! A connection ends gracefully after an hour, with its certificate, when its CA is trusted no longer, or when it has
+//! been idle for long. What a bot may have at once is bounded, and a call that is refused here is told why.
 
+use std::convert::Infallible;
+use std::future::pending;
 use std::io;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use rustls::crypto::CryptoProvider;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::server::WebPkiClientVerifier;
-use rustls::version::TLS13;
-use rustls::{RootCertStore, ServerConfig};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use hyper::server::conn::http2;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use rustls::pki_types::{CertificateDer, UnixTime};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{mpsc, watch};
-use tokio::time::timeout;
-use tokio_rustls::TlsAcceptor;
+use tokio::sync::{Semaphore, watch};
+use tokio::time::{Sleep, sleep, timeout};
 use tokio_rustls::server::TlsStream;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::server::Connected;
+use tokio_util::task::TaskTracker;
+use tonic::codegen::Service;
+use tonic::service::Routes;
+use tonic::{Code, Status};
 
-use super::StartError;
-use crate::api::caller::{BotVerifier, bot_of};
-use crate::ids::BotId;
-use crate::telemetry::Metrics;
+use super::tls::Tls;
+use crate::api::caller::{bot_of, not_after_ms};
+use crate::api::status::status;
+use crate::broker::admission::{Admitted, ConnectionSlot};
+use crate::broker::{Broker, BrokerError, Overload};
+use crate::ids::{BotId, RequestId};
+use crate::kucoin::Malformed;
 
-/// How long a client may take for its TLS handshake.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// TLS handshakes at once; the rest waits in the system's queue.
+const HANDSHAKES: usize = 512;
 
-/// TLS 1.3 for bots whose certificates come from `client_ca`.
-pub(super) fn tls(
-    certificate: Vec<CertificateDer<'static>>,
-    key: PrivateKeyDer<'static>,
-    client_ca: Arc<RootCertStore>,
-    provider: &Arc<CryptoProvider>,
-    metrics: &Arc<Metrics>,
-) -> Result<TlsAcceptor, StartError> {
-    let failed = |error: rustls::Error| StartError::Tls(Box::new(error));
-    let chain =
-        WebPkiClientVerifier::builder_with_provider(client_ca, Arc::clone(provider)).build();
-    let chain = chain.map_err(|error| StartError::Tls(Box::new(error)))?;
-    let verifier = Arc::new(BotVerifier::new(chain, Arc::clone(metrics)));
-    let builder = ServerConfig::builder_with_provider(Arc::clone(provider));
-    let builder = builder.with_protocol_versions(&[&TLS13]).map_err(failed)?;
-    let builder = builder.with_client_cert_verifier(verifier);
-    let mut config = builder.with_single_cert(certificate, key).map_err(failed)?;
-    config.alpn_protocols = vec![b"h2".to_vec()];
-    // A resumed session would skip the look at the client's certificate.
-    config.send_tls13_tickets = 0;
-    Ok(TlsAcceptor::from(Arc::new(config)))
+/// Calls at once on one connection; gRPC clients queue what is beyond.
+const STREAMS: u32 = 256;
+
+/// More than any call's headers need.
+const HEADER_BYTES: u32 = 16 * 1024;
+
+/// A peer that answers no ping for so long is gone.
+const PING: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(20));
+
+/// How often a connection looks at the wall clock: its certificate ends by that, also after the machine has slept.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+
+/// How long a connection that is one too many is kept, to tell its calls why.
+const TURNED_AWAY_FOR: Duration = Duration::from_secs(5);
+
+/// What a connection may take.
+#[derive(Clone, Copy, Debug)]
+pub struct ConnectionLimits {
+    /// Connections over all bots.
+    pub connections: usize,
+    /// For the TLS handshake.
+    pub handshake: Duration,
+    /// For a request to arrive whole.
+    pub request: Duration,
+    /// Without a call.
+    pub idle: Duration,
+    /// In all.
+    pub age: Duration,
+    /// For calls in flight, once the connection shall end.
+    pub grace: Duration,
 }
 
-/// Makes TLS connections of TCP connections until told to stop.
-pub(super) fn accept(
-    listener: TcpListener,
-    tls: TlsAcceptor,
-    mut stopping: watch::Receiver<bool>,
-) -> ReceiverStream<io::Result<BotStream>> {
-    let (accepted, incoming) = mpsc::channel(16);
-    tokio::spawn(async move {
+/// Accepts bots.
+pub(super) struct Listener {
+    pub(super) broker: Arc<Broker>,
+    pub(super) routes: Routes,
+    pub(super) tls: watch::Receiver<Arc<Tls>>,
+    pub(super) limits: ConnectionLimits,
+    pub(super) stopping: watch::Receiver<bool>,
+}
+
+/// One connection of one bot.
+struct Connection {
+    listener: Arc<Listener>,
+    bot: BotId,
+    chain: Vec<CertificateDer<'static>>,
+    not_after_ms: i64,
+    trust: watch::Receiver<Arc<Tls>>,
+    /// The generation of CAs under which its certificate was verified last.
+    verified: AtomicU64,
+    /// Why its calls are refused; none where they are served.
+    refusal: Option<Overload>,
+    calls: AtomicUsize,
+    /// When its last call ended, in milliseconds since boot.
+    used_ms: AtomicI64,
+    _slot: ConnectionSlot,
+}
+
+impl Listener {
+    /// Serves until told to stop; returns once every connection has ended.
+    pub(super) async fn serve(self, socket: TcpListener) {
+        let (connections, handshakes) = (TaskTracker::new(), Arc::new(Semaphore::new(HANDSHAKES)));
+        let listener = Arc::new(self);
+        let mut stopping = listener.stopping.clone();
         loop {
-            let connection = tokio::select! {
-                connection = listener.accept() => connection,
-                _ = stopping.wait_for(|stop| *stop) => return,
+            // Never closed, so it never fails.
+            let handshake = Arc::clone(&handshakes).acquire_owned().await;
+            let accepted = tokio::select! {
+                accepted = socket.accept() => accepted,
+                () = told(&mut stopping) => break,
             };
-            let Ok((stream, peer)) = connection else {
+            let Ok((stream, peer)) = accepted else {
                 // Out of descriptors: let some connections end first.
-                tokio::time::sleep(Duration::from_millis(50)).await;
+                listener.broker.metrics.connection_refused("descriptors");
+                sleep(Duration::from_millis(50)).await;
                 continue;
             };
-            let (tls, accepted) = (tls.clone(), accepted.clone());
-            tokio::spawn(async move {
-                match timeout(HANDSHAKE_TIMEOUT, BotStream::accept(&tls, stream)).await {
-                    Ok(Ok(stream)) => _ = accepted.send(Ok(stream)).await,
-                    Ok(Err(error)) => tracing::info!(%peer, %error, "TLS handshake failed"),
-                    Err(_) => tracing::info!(%peer, "TLS handshake took too long"),
+            let listener = Arc::clone(&listener);
+            connections.spawn(async move {
+                let shaken = listener.shake_hands(stream).await;
+                drop(handshake);
+                match shaken {
+                    Ok((stream, generation)) => listener.admit(stream, generation).await,
+                    Err(error) => {
+                        listener.broker.metrics.connection_refused("handshake");
+                        tracing::info!(%peer, %error, "TLS handshake failed");
+                    }
                 }
             });
         }
-    });
-    ReceiverStream::new(incoming)
-}
+        connections.close();
+        connections.wait().await;
+    }
 
-/// A connection of one bot.
-pub(super) struct BotStream {
-    stream: TlsStream<TcpStream>,
-    bot: BotId,
-}
-
-impl BotStream {
-    async fn accept(tls: &TlsAcceptor, stream: TcpStream) -> io::Result<Self> {
+    /// Returns the generation of CAs too under which the peer's certificate was verified.
+    async fn shake_hands(&self, stream: TcpStream) -> io::Result<(TlsStream<TcpStream>, u64)> {
         // Small answers must not wait for acknowledgements: 40 ms each without this.
         stream.set_nodelay(true)?;
-        let stream = tls.accept(stream).await?;
-        let certificate = stream
-            .get_ref()
-            .1
-            .peer_certificates()
-            .and_then(<[_]>::first);
-        let certificate = certificate.ok_or_else(|| io::Error::other("no client certificate"))?;
-        let bot = bot_of(certificate).map_err(io::Error::other)?;
-        Ok(Self { stream, bot })
+        let (acceptor, generation) = {
+            let tls = self.tls.borrow();
+            (tls.acceptor.clone(), tls.generation)
+        };
+        let stream = timeout(self.limits.handshake, acceptor.accept(stream))
+            .await
+            .unwrap_or(Err(io::ErrorKind::TimedOut.into()))?;
+        Ok((stream, generation))
+    }
+
+    /// Serves a connection if its bot has a place for it.
+    async fn admit(self: Arc<Self>, stream: TlsStream<TcpStream>, generation: u64) {
+        let trust = self.tls.clone();
+        let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
+        let chain: Vec<_> = chain.iter().map(|link| link.clone().into_owned()).collect();
+        // The verifier has seen to it that there is one, and that it names one bot.
+        let Some((bot, not_after_ms)) = chain
+            .first()
+            .and_then(|first| Some((bot_of(first).ok()?, not_after_ms(first)?)))
+        else {
+            return self.broker.metrics.connection_refused("certificate");
+        };
+        let (all, _) = self.broker.admission.now();
+        let admitted = if all < self.limits.connections {
+            self.broker.admission.connection(&bot)
+        } else {
+            None
+        };
+        let (slot, refusal) = match admitted {
+            Some(Admitted::Served(slot)) => (slot, None),
+            Some(Admitted::TurnedAway(slot, refusal)) => {
+                self.broker.metrics.connection_refused("bot");
+                tracing::warn!(bot.id = %bot, "{refusal}");
+                (slot, Some(refusal))
+            }
+            None => return self.broker.metrics.connection_refused("many"),
+        };
+        let used_ms = AtomicI64::new(self.boot_ms());
+        let connection = Arc::new(Connection {
+            listener: self,
+            bot,
+            chain,
+            not_after_ms,
+            trust,
+            verified: AtomicU64::new(generation),
+            refusal,
+            calls: AtomicUsize::new(0),
+            used_ms,
+            _slot: slot,
+        });
+        connection.serve(stream).await;
+    }
+
+    fn boot_ms(&self) -> i64 {
+        i64::try_from(self.broker.clock.boot().as_millis()).unwrap_or(i64::MAX)
     }
 }
 
-impl Connected for BotStream {
-    type ConnectInfo = BotId;
+impl Connection {
+    async fn serve(self: Arc<Self>, stream: TlsStream<TcpStream>) {
+        let service = service_fn(|request| {
+            let connection = Arc::clone(&self);
+            async move { Ok::<_, Infallible>(connection.call(request).await) }
+        });
+        let mut http = http2::Builder::new(TokioExecutor::new());
+        http.timer(TokioTimer::new())
+            .keep_alive_interval(PING.0)
+            .keep_alive_timeout(PING.1)
+            .max_concurrent_streams(STREAMS)
+            .max_header_list_size(HEADER_BYTES);
+        let mut http = pin!(http.serve_connection(TokioIo::new(stream), service));
+        let why = tokio::select! {
+            // The peer went, or broke the protocol: nobody is left to tell.
+            _ = &mut http => return,
+            why = self.must_end() => why,
+        };
+        tracing::debug!(bot.id = %self.bot, why, "connection ends");
+        http.as_mut().graceful_shutdown();
+        // Calls in flight are the broker's, and end whether or not anybody waits for their answer.
+        let _ = timeout(self.listener.limits.grace, http).await;
+    }
 
-    fn connect_info(&self) -> BotId {
-        self.bot.clone()
+    /// Returns once the connection shall take no more calls, with the reason.
+    async fn must_end(&self) -> &'static str {
+        let limits = self.listener.limits;
+        let age = match self.refusal {
+            Some(_) => TURNED_AWAY_FOR,
+            // Not all at once that came at once.
+            None => limits.age.mul_f64(0.9 + 0.1 * fastrand::f64()),
+        };
+        let (mut trust, mut stopping) = (self.trust.clone(), self.listener.stopping.clone());
+        let mut age = pin!(sleep(age));
+        loop {
+            tokio::select! {
+                () = &mut age => return "age",
+                () = told(&mut stopping) => return "stopping",
+                changed = trust.changed() => if changed.is_err() {
+                    // Nobody is left to change it.
+                    pending::<()>().await;
+                },
+                () = sleep(LOOK_EVERY) => {}
+            }
+            if !self.is_trusted() {
+                return "certificate";
+            }
+            let idle_ms = self.listener.boot_ms() - self.used_ms.load(Ordering::Relaxed);
+            if self.calls.load(Ordering::Relaxed) == 0
+                && idle_ms > i64::try_from(limits.idle.as_millis()).unwrap_or(i64::MAX)
+            {
+                return "idle";
+            }
+        }
+    }
+
+    /// Whether the bot's certificate would still be let in.
+    fn is_trusted(&self) -> bool {
+        let now_ms = self.listener.broker.clock.wall_ms();
+        if now_ms > self.not_after_ms {
+            return false;
+        }
+        let tls = Arc::clone(&self.trust.borrow());
+        if tls.generation == self.verified.load(Ordering::Relaxed) {
+            return true;
+        }
+        let now = UnixTime::since_unix_epoch(Duration::from_millis(now_ms.unsigned_abs()));
+        let is_verified = self.chain.split_first().is_some_and(|(first, others)| {
+            tls.verifier.verify_client_cert(first, others, now).is_ok()
+        });
+        if is_verified {
+            self.verified.store(tls.generation, Ordering::Relaxed);
+        }
+        is_verified
+    }
+
+    /// One call: refused here, or passed on with the bot's name.
+    async fn call(self: Arc<Self>, request: Request<Incoming>) -> Response<tonic::body::Body> {
+        let broker = &self.listener.broker;
+        let refused = if !self.is_trusted() {
+            Err(BrokerError::Untrusted)
+        } else if let Some(refusal) = self.refusal {
+            Err(refusal.into())
+        } else {
+            broker.admission.call(&self.bot).map_err(BrokerError::from)
+        };
+        let slot = match refused {
+            Ok(slot) => slot,
+            Err(error) => return self.refused(error).into_http(),
+        };
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        let _in_use = InUse(Arc::clone(&self));
+        let mut request = request.map(|body| {
+            tonic::body::Body::new(Timed {
+                body,
+                deadline: Box::pin(sleep(self.listener.limits.request)),
+                connection: Arc::clone(&self),
+            })
+        });
+        request.extensions_mut().insert(self.bot.clone());
+        request.extensions_mut().insert(slot);
+        let mut routes = self.listener.routes.clone();
+        let response = match routes.call(request).await {
+            Ok(response) => response,
+            Err(never) => match never {},
+        };
+        match unread(&response) {
+            Some(problem) => {
+                let problem = Malformed::new("message", problem);
+                self.refused(BrokerError::Malformed(vec![problem]))
+                    .into_http()
+            }
+            None => response,
+        }
+    }
+
+    /// Records a call that never got as far as the broker, and makes the answer to it.
+    fn refused(&self, error: BrokerError) -> Status {
+        let id = RequestId::random();
+        status(&self.listener.broker.refuse(&self.bot, &id, error), &id)
     }
 }
 
-impl AsyncRead for BotStream {
-    fn poll_read(
+/// What the gRPC library said of a message that it could not read (too large, or not the one it should be): it says so
+/// without our details, and a bot would have to take it for `maybe_sent`.
+fn unread(response: &Response<tonic::body::Body>) -> Option<String> {
+    let status = Status::from_header_map(response.headers())?;
+    let is_ours = !status.details().is_empty();
+    let is_about_the_message = matches!(
+        status.code(),
+        Code::Internal | Code::InvalidArgument | Code::OutOfRange | Code::ResourceExhausted
+    );
+    (!is_ours && is_about_the_message).then(|| status.message().to_owned())
+}
+
+/// Returns once the broker stops.
+async fn told(stopping: &mut watch::Receiver<bool>) {
+    // An error means that the broker is gone.
+    let _ = stopping.wait_for(|stop| *stop).await;
+}
+
+/// Counts a call on its connection.
+struct InUse(Arc<Connection>);
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        self.0.calls.fetch_sub(1, Ordering::Relaxed);
+        let now_ms = self.0.listener.boot_ms();
+        self.0.used_ms.store(now_ms, Ordering::Relaxed);
+    }
+}
+
+/// A body that must have arrived within a limit.
+struct Timed {
+    body: Incoming,
+    deadline: Pin<Box<Sleep>>,
+    connection: Arc<Connection>,
+}
+
+impl Body for Timed {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
         mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for BotStream {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        // First, so that a body that comes in drops never outlives it.
+        if self.deadline.as_mut().poll(context).is_ready() {
+            let error = BrokerError::Slow(self.connection.listener.limits.request);
+            return Poll::Ready(Some(Err(self.connection.refused(error))));
+        }
+        let frame = Pin::new(&mut self.body).poll_frame(context);
+        frame.map_err(|error| Status::cancelled(format!("the request broke off: {error}")))
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }

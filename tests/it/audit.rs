@@ -40,7 +40,9 @@ async fn a_call_leaves_an_intent_and_an_outcome() {
     assert_eq!(outcome["outcome"], "accepted");
     assert_eq!(outcome["http_status"], 200);
     assert_eq!(outcome["code"], "200000");
-    assert!(outcome["timestamp_ms"].as_i64().unwrap() >= intent["time_ms"].as_i64().unwrap());
+    // The exchange's clock and ours are the same here, but for the error of the measurement.
+    let apart_ms = outcome["timestamp_ms"].as_i64().unwrap() - intent["time_ms"].as_i64().unwrap();
+    assert!(apart_ms.abs() < 2000, "{apart_ms}");
     assert!(outcome.get("reason").is_none());
     lab.stop().await;
 }

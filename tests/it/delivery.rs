@@ -125,7 +125,7 @@ async fn a_read_whose_answer_is_lost_is_sent_once_more() {
 #[tokio::test]
 async fn the_bot_is_told_before_its_deadline_and_the_rest_is_learnt() {
     let mut lab = Lab::start().await;
-    let mut bot = lab.bot("maker").await;
+    let mut bot = lab.patient_bot("maker").await;
     lab.kucoin
         .fault(Fault::once(ORDERS, FaultAction::Delay { ms: 600 }));
     let mut order = spot_order("late");
@@ -154,15 +154,22 @@ async fn the_bot_is_told_before_its_deadline_and_the_rest_is_learnt() {
 
 #[tokio::test]
 async fn a_deadline_that_passes_before_anything_was_sent_says_so_and_nothing_is_sent() {
-    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    // TLS to somebody who never speaks: connecting takes as long as it may.
+    let ca = credbroker_sim::pki::Ca::new("CA of a simulated exchange").unwrap();
     let settings = Settings {
-        spot_url: Some(format!("https://{}", silent.local_addr().unwrap())),
-        egress: "warm_connections = 0".to_owned(),
+        kucoin: KucoinSettings {
+            tls: Some(tls_of(&ca)),
+            limits: Limits::none(),
+            ..KucoinSettings::default()
+        },
+        road: true,
+        files: vec![("exchange-ca.pem", ca.certificate_pem().to_owned())],
+        egress: "warm_connections = 0\nroots = \"exchange-ca.pem\"".to_owned(),
         ..Settings::default()
     };
     let mut lab = Lab::with(settings).await;
-    let mut bot = lab.bot("maker").await;
+    let mut bot = lab.patient_bot("maker").await;
+    // TLS to somebody who never speaks: connecting takes as long as it may.
+    lab.road().silence();
     let ended = refusal(
         bot.send_within(spot_order("never"), Duration::from_millis(200))
             .await,
@@ -230,16 +237,13 @@ async fn a_bot_that_hangs_up_still_gets_its_outcome_recorded() {
 
 #[tokio::test]
 async fn an_exchange_that_cannot_be_reached_is_not_sent_and_may_be_retried() {
-    let refused = {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        listener.local_addr().unwrap()
-    };
     let settings = Settings {
-        spot_url: Some(format!("http://{refused}")),
+        road: true,
         ..Settings::default()
     };
     let mut lab = Lab::with(settings).await;
     let mut bot = lab.bot("maker").await;
+    lab.road().close();
     let ended = bot.send(spot_order("never")).await.unwrap_err();
     assert!(ended.get_details_retry_info().is_some());
     assert_eq!(
@@ -314,30 +318,31 @@ async fn connections_come_from_the_egress_address_and_are_kept() {
     lab.stop().await;
 }
 
+/// TLS of a simulated exchange.
+fn tls_of(ca: &credbroker_sim::pki::Ca) -> std::sync::Arc<rustls::ServerConfig> {
+    use rustls::pki_types::pem::PemObject;
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+    let identity = ca.server().unwrap();
+    let certificate = CertificateDer::from_pem_slice(identity.certificate_pem.as_bytes()).unwrap();
+    let key = PrivateKeyDer::from_pem_slice(identity.key_pem.as_bytes()).unwrap();
+    let provider = rustls::crypto::aws_lc_rs::default_provider();
+    let builder = rustls::ServerConfig::builder_with_provider(provider.into());
+    let builder = builder
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth();
+    std::sync::Arc::new(builder.with_single_cert(vec![certificate], key).unwrap())
+}
+
 #[tokio::test]
 async fn the_exchange_is_reached_over_tls_with_the_named_roots_alone() {
-    let tls = |lab_ca: &credbroker_sim::pki::Ca| {
-        use rustls::pki_types::pem::PemObject;
-        use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-        let identity = lab_ca.server().unwrap();
-        let certificate =
-            CertificateDer::from_pem_slice(identity.certificate_pem.as_bytes()).unwrap();
-        let key = PrivateKeyDer::from_pem_slice(identity.key_pem.as_bytes()).unwrap();
-        let provider = rustls::crypto::aws_lc_rs::default_provider();
-        let builder = rustls::ServerConfig::builder_with_provider(provider.into());
-        let builder = builder
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_no_client_auth();
-        std::sync::Arc::new(builder.with_single_cert(vec![certificate], key).unwrap())
-    };
     for (roots, is_trusted) in [
         ("roots = \"exchange-ca.pem\"", true),
         ("roots = \"mozilla\"", false),
     ] {
         let ca = credbroker_sim::pki::Ca::new("CA of a simulated exchange").unwrap();
         let kucoin = KucoinSettings {
-            tls: Some(tls(&ca)),
+            tls: Some(tls_of(&ca)),
             limits: Limits::none(),
             ..KucoinSettings::default()
         };
@@ -346,15 +351,21 @@ async fn the_exchange_is_reached_over_tls_with_the_named_roots_alone() {
             kucoin,
             files,
             egress: roots.to_owned(),
+            wait_ready: is_trusted,
             ..Settings::default()
         };
         let mut lab = Lab::with(settings).await;
+        lab.until_keys().await;
         let mut bot = lab.bot("maker").await;
-        let ended = bot.send(spot_order("tls")).await;
         if is_trusted {
-            assert_eq!(ended.unwrap().outcome(), Outcome::Accepted);
+            let placed = bot.send(spot_order("tls")).await.unwrap();
+            assert_eq!(placed.outcome(), Outcome::Accepted);
         } else {
-            assert_eq!(refusal(ended).1, "EXCHANGE_UNREACHABLE");
+            // An order is not even tried: whoever answers there has not proven our address.
+            let refused = refusal(bot.send(spot_order("tls")).await).1;
+            assert_eq!(refused, "EGRESS_MISMATCH");
+            let refused = refusal(bot.send(accounts()).await).1;
+            assert_eq!(refused, "EXCHANGE_UNREACHABLE");
         }
         lab.stop().await;
     }
@@ -408,24 +419,23 @@ async fn a_partner_without_its_key_sends_nothing() {
 
 #[tokio::test]
 async fn a_read_that_left_and_could_not_go_again_is_not_called_unsent() {
-    // Takes one request and is gone: the second try finds nobody.
-    let exchange = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    // The exchange takes one request and is gone: the second try finds nobody.
     let settings = Settings {
-        spot_url: Some(format!("http://{}", exchange.local_addr().unwrap())),
-        egress: "warm_connections = 0".to_owned(),
+        road: true,
         ..Settings::default()
     };
     let mut lab = Lab::with(settings).await;
+    let stall = FaultAction::Stall {
+        when: When::AfterTaken,
+    };
+    lab.kucoin.fault(Fault::once("/api/v1/accounts", stall));
     let mut bot = lab.bot("maker").await;
     let call = tokio::spawn(async move { bot.send(accounts()).await });
-    let (mut stream, _) = exchange.accept().await.unwrap();
-    drop(exchange);
-    let mut first = [0; 3];
-    tokio::io::AsyncReadExt::read_exact(&mut stream, &mut first)
-        .await
-        .unwrap();
-    assert_eq!(&first, b"GET");
-    drop(stream);
+    until("the request has arrived", async || {
+        !lab.kucoin.received().is_empty()
+    })
+    .await;
+    lab.road().close();
     assert_eq!(refusal(call.await.unwrap()), lost());
     lab.stop().await;
 }

@@ -6,9 +6,11 @@ use std::future::Future;
 use std::io::{BufRead, BufReader, Write as _};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -16,15 +18,24 @@ use credbroker::api::proto::broker_client::BrokerClient;
 use credbroker::api::proto::{
     Method, QueryParameter, Scope, SignAndSendRequest, SignAndSendResponse,
 };
+use credbroker::clock::Clock;
 use credbroker::config::Config;
 use credbroker::server::Server;
 use credbroker_sim::kucoin::{KucoinSettings, KucoinSim, Limits, SimKey};
 use credbroker_sim::pki::{Ca, Identity};
 use credbroker_sim::vault::VaultSim;
+use http_body::Body;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
+use tonic::client::GrpcService;
+use tonic::codegen::{Service, StdError};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
@@ -83,6 +94,8 @@ pub(crate) struct Settings {
     pub(crate) address: &'static str,
     /// Where the broker finds the spot host; `None`: at the simulated KuCoin.
     pub(crate) spot_url: Option<String>,
+    /// Whether the spot host is reached over [`Lab::road`].
+    pub(crate) road: bool,
     /// Simulators that run elsewhere; `None`: those of this installation.
     pub(crate) addresses: Option<Addresses>,
     /// Further files beside the configuration.
@@ -107,6 +120,7 @@ impl Default for Settings {
             egress: String::new(),
             address: "127.0.0.1",
             spot_url: None,
+            road: false,
             addresses: None,
             files: Vec::new(),
             auth: None,
@@ -137,6 +151,8 @@ pub(crate) struct Lab {
     pub(crate) folder: TempDir,
     pub(crate) server: Option<Server>,
     pub(crate) process: Option<Process>,
+    /// The way to the spot host, where the settings ask for one.
+    pub(crate) road: Option<Road>,
     /// Where bots call.
     pub(crate) grpc: SocketAddr,
     /// Where health and metrics are asked for.
@@ -166,9 +182,13 @@ impl Lab {
             folder,
             server: None,
             process: None,
+            road: None,
             grpc: SocketAddr::from(([127, 0, 0, 1], 0)),
             ops: SocketAddr::from(([127, 0, 0, 1], 0)),
         };
+        if settings.road {
+            lab.road = Some(Road::to(&lab.kucoin.spot_url()).await);
+        }
         lab.write_files(&settings);
         if settings.process {
             lab.spawn_broker().await;
@@ -205,17 +225,26 @@ impl Lab {
             spot: self.kucoin.spot_url(),
             futures: self.kucoin.futures_url(),
         });
+        let road = self.road.as_ref().map(|road| {
+            let scheme = addresses.spot.split(':').next().unwrap();
+            format!("{scheme}://{}", road.address)
+        });
         let config = format!(
             "rules = \"rules.toml\"\nstate_dir = \"state\"\n\
              [listen]\ngrpc = \"127.0.0.1:0\"\nops = \"127.0.0.1:0\"\n\
              [tls]\ncertificate = \"server.pem\"\nkey = \"server.key\"\nclient_ca = \"ca.pem\"\n\
              [vault]\naddress = \"{}\"\npoll_s = 1\ntimeout_ms = 1000\n[vault.auth]\n{auth}\n\
+             [reload]\nevery_ms = 50\n\
              [egress]\naddress = \"{}\"\n{}\n\
              [exchange]\nspot = \"{}\"\nfutures = \"{}\"\n{}",
             addresses.vault,
             settings.address,
             settings.egress,
-            settings.spot_url.as_ref().unwrap_or(&addresses.spot),
+            settings
+                .spot_url
+                .as_ref()
+                .or(road.as_ref())
+                .unwrap_or(&addresses.spot),
             addresses.futures,
             settings.config,
         );
@@ -231,8 +260,16 @@ impl Lab {
         self.folder.path().join(name)
     }
 
+    pub(crate) fn road(&self) -> &Road {
+        self.road.as_ref().unwrap()
+    }
+
     pub(crate) async fn start_broker(&mut self) {
-        let server = Server::start(self.config()).await.unwrap();
+        self.start_broker_on(Clock::system()).await;
+    }
+
+    pub(crate) async fn start_broker_on(&mut self, clock: Clock) {
+        let server = Server::start_on(self.config(), clock).await.unwrap();
         (self.grpc, self.ops) = (server.grpc, server.ops);
         self.server = Some(server);
     }
@@ -264,6 +301,15 @@ impl Lab {
         .await;
     }
 
+    /// Waits until the keys are in memory, where the exchange cannot be reached and the broker is never ready.
+    pub(crate) async fn until_keys(&self) {
+        until("the keys are in memory", async || {
+            let text = self.get("/readyz?verbose").await.1;
+            text.contains("in memory") && !text.contains("waiting for Vault")
+        })
+        .await;
+    }
+
     /// A bot with its own certificate, connected.
     pub(crate) async fn bot(&self, name: &str) -> Bot {
         self.bot_with(&self.ca.bot(name).unwrap()).await
@@ -273,6 +319,44 @@ impl Lab {
         let channel = self.endpoint(identity).connect().await.unwrap();
         Bot {
             client: BrokerClient::new(channel),
+        }
+    }
+
+    /// A bot that leaves all deadlines to the broker: its own library would give up on a busy machine, and hide the answer.
+    pub(crate) async fn patient_bot(&self, name: &str) -> Bot<Patient> {
+        let identity = self.ca.bot(name).unwrap();
+        let mut roots = rustls::RootCertStore::empty();
+        let ca = CertificateDer::from_pem_slice(self.ca.certificate_pem().as_bytes()).unwrap();
+        roots.add(ca).unwrap();
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let tls = rustls::ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap();
+        let pem = identity.certificate_pem.as_bytes();
+        let mut tls = tls
+            .with_root_certificates(roots)
+            .with_client_auth_cert(
+                vec![CertificateDer::from_pem_slice(pem).unwrap()],
+                PrivateKeyDer::from_pem_slice(identity.key_pem.as_bytes()).unwrap(),
+            )
+            .unwrap();
+        tls.alpn_protocols = vec![b"h2".to_vec()];
+        let stream = TcpStream::connect(self.grpc).await.unwrap();
+        // Without this each call waits 40 ms for an acknowledgement.
+        stream.set_nodelay(true).unwrap();
+        let name = ServerName::try_from("localhost").unwrap();
+        let stream = tokio_rustls::TlsConnector::from(Arc::new(tls))
+            .connect(name, stream)
+            .await
+            .unwrap();
+        let (sender, connection) =
+            hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
+                .await
+                .unwrap();
+        tokio::spawn(connection);
+        let origin = "https://localhost".parse().unwrap();
+        Bot {
+            client: BrokerClient::with_origin(Patient(sender), origin),
         }
     }
 
@@ -295,8 +379,21 @@ impl Lab {
         get(&self.ops.to_string(), path).await
     }
 
-    /// Every line of the audit file.
+    /// Every line of the audit file that belongs to a call.
     pub(crate) fn audit(&self) -> Vec<Value> {
+        let mut lines = self.audit_file();
+        lines.retain(|line| line["event"] != "change");
+        lines
+    }
+
+    /// Every line of the audit file about a change of rules or certificates, but those of a start.
+    pub(crate) fn changes(&self) -> Vec<Value> {
+        let mut lines = self.audit_file();
+        lines.retain(|line| line["event"] == "change" && line["outcome"] != "in_force");
+        lines
+    }
+
+    fn audit_file(&self) -> Vec<Value> {
         let text = std::fs::read_to_string(self.path("state/audit.jsonl")).unwrap();
         text.lines()
             .map(|line| serde_json::from_str(line).unwrap())
@@ -438,13 +535,96 @@ impl Drop for Process {
     }
 }
 
-/// One bot's connection.
+/// One HTTP/2 connection that knows no deadline: `grpc-timeout` goes out, and only the broker acts on it.
 #[derive(Clone)]
-pub(crate) struct Bot {
-    pub(crate) client: BrokerClient<Channel>,
+pub(crate) struct Patient(hyper::client::conn::http2::SendRequest<tonic::body::Body>);
+
+impl Service<http::Request<tonic::body::Body>> for Patient {
+    type Response = http::Response<hyper::body::Incoming>;
+    type Error = hyper::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, hyper::Error>> + Send>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), hyper::Error>> {
+        self.0.poll_ready(context)
+    }
+
+    fn call(&mut self, request: http::Request<tonic::body::Body>) -> Self::Future {
+        Box::pin(self.0.send_request(request))
+    }
 }
 
-impl Bot {
+/// A way to a server that can be closed, or swallow everything.
+pub(crate) struct Road {
+    pub(crate) address: SocketAddr,
+    state: watch::Sender<Way>,
+}
+
+#[derive(Clone, Copy, Eq, PartialEq)]
+enum Way {
+    Closed,
+    Open,
+    Silent,
+}
+
+impl Road {
+    /// An open one to `target`, an address such as `http://127.0.0.1:1234`.
+    pub(crate) async fn to(target: &str) -> Self {
+        let target: SocketAddr = target.rsplit('/').next().unwrap().parse().unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (state, mut way) = watch::channel(Way::Open);
+        tokio::spawn(async move {
+            loop {
+                let (mut from, _) = tokio::select! {
+                    accepted = listener.accept() => accepted.unwrap(),
+                    // The listener goes with this task: nobody answers any more.
+                    _ = way.wait_for(|way| *way == Way::Closed) => return,
+                };
+                let mut way = way.clone();
+                tokio::spawn(async move {
+                    let at_first = *way.borrow_and_update();
+                    if at_first == Way::Silent {
+                        let _ = way.changed().await;
+                        return;
+                    }
+                    let Ok(mut to) = TcpStream::connect(target).await else {
+                        return;
+                    };
+                    from.set_nodelay(true).unwrap();
+                    to.set_nodelay(true).unwrap();
+                    tokio::select! {
+                        _ = tokio::io::copy_bidirectional(&mut from, &mut to) => {}
+                        // What is on its way is cut.
+                        _ = way.changed() => {}
+                    }
+                });
+            }
+        });
+        Self { address, state }
+    }
+
+    /// Refuses connections from now on, and cuts those that are open.
+    pub(crate) fn close(&self) {
+        self.state.send_replace(Way::Closed);
+    }
+
+    /// Takes connections and says nothing; cuts those that are open.
+    pub(crate) fn silence(&self) {
+        self.state.send_replace(Way::Silent);
+    }
+}
+
+/// One bot's connection.
+#[derive(Clone)]
+pub(crate) struct Bot<T = Channel> {
+    pub(crate) client: BrokerClient<T>,
+}
+
+impl<T> Bot<T>
+where
+    T: GrpcService<tonic::body::Body, Error: Into<StdError>>,
+    T::ResponseBody: Body<Data = Bytes, Error: Into<StdError> + Send> + Send + 'static,
+{
     pub(crate) async fn send(
         &mut self,
         request: SignAndSendRequest,

@@ -125,6 +125,7 @@ impl Setup {
             folder: tempfile::tempdir().unwrap(),
             server: None,
             process: None,
+            road: None,
             grpc: NOWHERE,
             ops: NOWHERE,
         };

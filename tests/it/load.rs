@@ -176,7 +176,7 @@ async fn ten_thousand_mixed_calls_each_end_in_exactly_one_outcome_and_its_lines(
 
     let mut bots = Vec::new();
     for number in 0..BOTS {
-        let mut bot = lab.bot(&format!("bot-{number}")).await;
+        let mut bot = lab.patient_bot(&format!("bot-{number}")).await;
         bots.push(tokio::spawn(async move {
             let mut told = BTreeMap::new();
             for step in 0..CALLS / BOTS {

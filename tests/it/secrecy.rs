@@ -176,7 +176,7 @@ async fn no_secret_reaches_a_log_an_error_a_metric_or_the_record() {
     ]);
     assert!(haystack.0.iter().all(|(_, text)| !text.is_empty()));
     assert!(
-        haystack.0[0].1.contains("\"level\":\"TRACE\""),
+        haystack.0[0].1.contains("\"level\":\"DEBUG\""),
         "everything is logged"
     );
     for silenced in [

@@ -113,9 +113,16 @@ async fn text_that_is_no_utf_8_and_bytes_that_are_no_message_reach_nothing() {
         method: "GET".to_owned(),
     };
     refused.push(send(&channel, twisted).await.unwrap_err().code());
-    assert_eq!(refused, [Code::Internal; 8]);
+    assert_eq!(refused, [Code::InvalidArgument; 8]);
     assert!(arena.lab.kucoin.received().is_empty());
-    assert!(arena.lab.audit().is_empty());
+    assert!(
+        arena
+            .lab
+            .audit()
+            .iter()
+            .all(|line| line["reason"] == "REQUEST_MALFORMED")
+    );
+    assert_eq!(arena.lab.audit().len(), 8);
     arena.lab.stop().await;
 }
 

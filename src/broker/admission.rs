@@ -1,0 +1,212 @@
+//! How many connections and calls there may be at once, so that one bot cannot take the place of another.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::Overload;
+use crate::ids::BotId;
+
+/// So many connections beyond a bot's limit are kept open for a moment, to tell it why; any more are closed.
+const TURNED_AWAY: usize = 8;
+
+/// The limits.
+#[derive(Clone, Copy, Debug)]
+pub struct AdmissionLimits {
+    /// Calls in flight over all bots.
+    pub calls: usize,
+    /// Calls in flight of one bot.
+    pub calls_per_bot: usize,
+    /// Connections of one bot.
+    pub connections_per_bot: usize,
+}
+
+/// Who has how much.
+#[derive(Debug)]
+pub struct Admission {
+    limits: AdmissionLimits,
+    counts: Mutex<Counts>,
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    bots: HashMap<BotId, OfBot>,
+    calls: usize,
+    connections: usize,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct OfBot {
+    calls: usize,
+    connections: usize,
+}
+
+/// What may become of a connection.
+#[derive(Debug)]
+pub enum Admitted {
+    /// It is served.
+    Served(ConnectionSlot),
+    /// One too many: its calls are told so.
+    TurnedAway(ConnectionSlot, Overload),
+}
+
+/// The place of one connection; free again when it drops.
+#[derive(Debug)]
+pub struct ConnectionSlot(Holder);
+
+/// The place of one call; free again when its last clone drops.
+#[derive(Clone, Debug)]
+pub struct CallSlot(#[expect(dead_code, reason = "held for its drop")] Arc<CallHolder>);
+
+#[derive(Debug)]
+struct CallHolder(Holder);
+
+#[derive(Debug)]
+struct Holder {
+    admission: Arc<Admission>,
+    bot: BotId,
+}
+
+impl Admission {
+    /// Nobody is there yet.
+    pub fn new(limits: AdmissionLimits) -> Arc<Self> {
+        Arc::new(Self {
+            limits,
+            counts: Mutex::default(),
+        })
+    }
+
+    /// Takes a connection of `bot` in; `None` when there are so many that not even telling it helps.
+    pub fn connection(self: &Arc<Self>, bot: &BotId) -> Option<Admitted> {
+        let mut counts = self.counts();
+        let of_bot = counts.bots.entry(bot.clone()).or_default();
+        let limit = self.limits.connections_per_bot;
+        if of_bot.connections >= limit + TURNED_AWAY {
+            return None;
+        }
+        of_bot.connections += 1;
+        let is_served = of_bot.connections <= limit;
+        counts.connections += 1;
+        let slot = ConnectionSlot(self.holder(bot));
+        Some(if is_served {
+            Admitted::Served(slot)
+        } else {
+            Admitted::TurnedAway(slot, Overload::ConnectionsOfBot(limit))
+        })
+    }
+
+    /// Takes a call of `bot` in.
+    ///
+    /// # Errors
+    /// When it, or all bots together, have as many calls in flight as they may.
+    pub fn call(self: &Arc<Self>, bot: &BotId) -> Result<CallSlot, Overload> {
+        let mut counts = self.counts();
+        if counts.calls >= self.limits.calls {
+            return Err(Overload::Calls(self.limits.calls));
+        }
+        let of_bot = counts.bots.entry(bot.clone()).or_default();
+        if of_bot.calls >= self.limits.calls_per_bot {
+            return Err(Overload::CallsOfBot(self.limits.calls_per_bot));
+        }
+        of_bot.calls += 1;
+        counts.calls += 1;
+        Ok(CallSlot(Arc::new(CallHolder(self.holder(bot)))))
+    }
+
+    /// Connections and calls of now.
+    pub fn now(&self) -> (usize, usize) {
+        let counts = self.counts();
+        (counts.connections, counts.calls)
+    }
+
+    fn holder(self: &Arc<Self>, bot: &BotId) -> Holder {
+        Holder {
+            admission: Arc::clone(self),
+            bot: bot.clone(),
+        }
+    }
+
+    /// Gives back what `bot` had.
+    fn release(&self, bot: &BotId, back: OfBot) {
+        let mut counts = self.counts();
+        counts.calls -= back.calls;
+        counts.connections -= back.connections;
+        if let Some(of_bot) = counts.bots.get_mut(bot) {
+            of_bot.calls -= back.calls;
+            of_bot.connections -= back.connections;
+            if of_bot.calls + of_bot.connections == 0 {
+                counts.bots.remove(bot);
+            }
+        }
+    }
+
+    fn counts(&self) -> std::sync::MutexGuard<'_, Counts> {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for ConnectionSlot {
+    fn drop(&mut self) {
+        let Holder { admission, bot } = &self.0;
+        let connection = OfBot {
+            calls: 0,
+            connections: 1,
+        };
+        admission.release(bot, connection);
+    }
+}
+
+impl Drop for CallHolder {
+    fn drop(&mut self) {
+        let Holder { admission, bot } = &self.0;
+        let call = OfBot {
+            calls: 1,
+            connections: 0,
+        };
+        admission.release(bot, call);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_given_back_can_be_had_again_and_nothing_is_left_behind() {
+        let admission = Admission::new(AdmissionLimits {
+            calls: 3,
+            calls_per_bot: 2,
+            connections_per_bot: 1,
+        });
+        let (one, two): (BotId, BotId) = ("one".parse().unwrap(), "two".parse().unwrap());
+        let first = admission.call(&one).unwrap();
+        let clone = first.clone();
+        let second = admission.call(&one).unwrap();
+        assert_eq!(admission.call(&one).unwrap_err(), Overload::CallsOfBot(2));
+        let others = admission.call(&two).unwrap();
+        assert_eq!(admission.call(&two).unwrap_err(), Overload::Calls(3));
+        drop(first);
+        assert_eq!(
+            admission.call(&two).unwrap_err(),
+            Overload::Calls(3),
+            "a clone holds it"
+        );
+        drop(clone);
+        drop(admission.call(&one).unwrap());
+
+        let served = admission.connection(&one).unwrap();
+        assert!(matches!(served, Admitted::Served(_)));
+        let turned: Vec<_> = (0..TURNED_AWAY)
+            .map(|_| admission.connection(&one).unwrap())
+            .collect();
+        assert!(
+            turned
+                .iter()
+                .all(|one| matches!(one, Admitted::TurnedAway(..)))
+        );
+        assert!(admission.connection(&one).is_none());
+        assert_eq!(admission.now(), (1 + TURNED_AWAY, 2));
+        drop((served, turned, second, others));
+        assert_eq!(admission.now(), (0, 0));
+        assert!(admission.counts().bots.is_empty());
+    }
+}

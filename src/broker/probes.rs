@@ -1,0 +1,183 @@
+//! The broker's own questions to the exchange: what time is it, and from which address do we come?
+//!
+//! They go the way that orders go. A host is asked at start and every half minute for the time, the spot host every few
+//! minutes for the address; at once when an answer to a bot gives reason to doubt what is known.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::{sleep, timeout};
+
+use super::Broker;
+use crate::clock::{Measured, Place, Sample};
+use crate::egress::{ConnectError, SendError};
+use crate::kucoin::Host;
+use crate::kucoin::question::{self, Question};
+use crate::telemetry::chain;
+
+/// How often the time is asked for: often enough that a good measurement is always at hand.
+const TIME_EVERY: Duration = Duration::from_secs(30);
+
+/// How soon after an answer that could not be believed; long enough for an answer from a cache to show itself.
+const DOUBT_AFTER: Duration = Duration::from_secs(1);
+
+/// First and longest wait after a failure; each failure doubles it.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(30));
+
+/// An answer that takes longer tells little about the time, and a call waits for it after a 400002.
+const ANSWER_WITHIN: Duration = Duration::from_secs(3);
+
+/// Calls for questions to be asked at once.
+#[derive(Debug, Default)]
+pub struct Doubts {
+    address: Notify,
+    time: Notify,
+}
+
+impl Doubts {
+    /// The address may have changed.
+    pub fn address(&self) {
+        self.address.notify_one();
+    }
+
+    /// The time may be off.
+    pub fn time(&self) {
+        self.time.notify_waiters();
+    }
+}
+
+/// Why a question has no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum Unanswered {
+    /// No connection.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// It took too long.
+    #[error("no answer within {} ms", ANSWER_WITHIN.as_millis())]
+    Late,
+    /// An answer, but not to this question.
+    #[error("the answer (HTTP {0}) is not what the API describes")]
+    Other(u16),
+    /// Lost on the way.
+    #[error(transparent)]
+    Send(#[from] SendError),
+}
+
+/// Keeps asking `place` for its time.
+pub async fn watch_time(broker: Arc<Broker>, place: Place) {
+    let mut backoff = BACKOFF.0;
+    loop {
+        // Before the question, so that a doubt that comes up meanwhile is not missed.
+        let doubt = broker.doubts.time.notified();
+        let wait = match broker.measure(place, false).await {
+            Ok(Measured::Implausible(_)) => DOUBT_AFTER,
+            Ok(_) => {
+                backoff = BACKOFF.0;
+                TIME_EVERY.mul_f64(0.9 + 0.2 * fastrand::f64())
+            }
+            Err(_) => next(&mut backoff),
+        };
+        // A doubt shortens the wait, but never to nothing: a host that answers nonsense is not asked without pause.
+        sleep(wait.min(BACKOFF.0)).await;
+        let _ = timeout(wait.saturating_sub(BACKOFF.0), doubt).await;
+    }
+}
+
+/// Keeps asking a spot host from which address requests come.
+pub async fn watch_address(broker: Arc<Broker>, every: Duration) {
+    let mut backoff = BACKOFF.0;
+    loop {
+        // All sites see the same address; ask one that the rules name.
+        let site = broker.policy().accounts().map(|account| account.site).min();
+        let wait = match broker.prove((site.unwrap_or_default(), Host::Spot)).await {
+            Ok(()) => {
+                backoff = BACKOFF.0;
+                every
+            }
+            Err(_) => next(&mut backoff).min(every),
+        };
+        sleep(wait.min(BACKOFF.0)).await;
+        let doubt = broker.doubts.address.notified();
+        let _ = timeout(wait.saturating_sub(BACKOFF.0), doubt).await;
+    }
+}
+
+/// The wait after one more failure; it doubles, with jitter.
+fn next(backoff: &mut Duration) -> Duration {
+    let wait = backoff.mul_f64(0.5 + 0.5 * fastrand::f64());
+    *backoff = (*backoff * 2).min(BACKOFF.1);
+    wait
+}
+
+impl Broker {
+    /// Measures the time at `place` once. `is_refuted`: it has just refused a timestamp of ours.
+    pub(super) async fn measure(
+        &self,
+        place: Place,
+        is_refuted: bool,
+    ) -> Result<Measured, Unanswered> {
+        let (site, host) = place;
+        let (server_ms, asked, answered) = self
+            .ask(place, Question::Time)
+            .await
+            .inspect_err(|error| {
+                self.metrics.clock_failure();
+                tracing::warn!(%site, host = host.as_str(), error = chain(error), "exchange time cannot be asked for; the last offset serves on");
+            })?;
+        let sample = Sample {
+            asked,
+            answered,
+            server_ms,
+        };
+        let measured = self.clock.take_in(place, sample, is_refuted);
+        match measured {
+            Measured::Implausible(by_ms) => {
+                self.metrics.clock_jump_refused();
+                tracing::warn!(%site, host = host.as_str(), by_ms, server_ms, "exchange time is implausible; not applied, asked again");
+            }
+            Measured::Moved(by_ms) => {
+                tracing::warn!(%site, host = host.as_str(), by_ms, "exchange time has moved; signed times follow it");
+            }
+            Measured::Agreed | Measured::Applied => {}
+        }
+        Ok(measured)
+    }
+
+    /// Asks once from which address requests come.
+    async fn prove(&self, place: Place) -> Result<(), Unanswered> {
+        let asked = self.ask(place, Question::MyIp).await;
+        let (address, _, _): (IpAddr, _, _) = asked.inspect_err(|error| {
+            let reason = chain(error);
+            tracing::warn!(
+                error = reason,
+                "egress address cannot be asked for; the last answer stands"
+            );
+            self.proof.failed(reason);
+        })?;
+        if self.proof.seen(address, self.clock.boot()) {
+            match self.proof.status().mismatch {
+                Some(mismatch) => tracing::error!(%address, "{mismatch}"),
+                None => tracing::info!(%address, "egress address is as expected"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks `place` and returns `data` of its answer, with the times since boot between which it was given.
+    async fn ask<T: serde::de::DeserializeOwned>(
+        &self,
+        place: Place,
+        question: Question,
+    ) -> Result<(T, Duration, Duration), Unanswered> {
+        let connection = self.egress.connect(place, true).await?;
+        let asked = self.clock.boot();
+        let answer = timeout(ANSWER_WITHIN, self.egress.ask(connection, question)).await;
+        let answered = self.clock.boot();
+        let answer = answer.map_err(|_| Unanswered::Late)??;
+        let data =
+            question::data(answer.body()).ok_or(Unanswered::Other(answer.status().as_u16()))?;
+        Ok((data, asked, answered))
+    }
+}

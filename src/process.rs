@@ -1,0 +1,75 @@
+//! What the system is told about this process: nobody may read its memory, on disk or while it runs.
+
+use rustix::mm::{MlockAllFlags, mlockall};
+use rustix::process::{
+    DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit,
+};
+
+/// What could be had of the system.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Hardened {
+    /// Whether nobody but root can attach to it or read its memory, and no core is dumped.
+    pub is_undumpable: bool,
+    /// Whether its memory stays out of swap.
+    pub is_locked: bool,
+    /// How many files and connections it may have open.
+    pub descriptors: u64,
+}
+
+/// Closes what can be closed, and warns of the rest with what to set. To be called before any secret is read, and
+/// before threads are started.
+pub fn harden() -> Hardened {
+    let no_core = Rlimit {
+        current: Some(0),
+        maximum: Some(0),
+    };
+    let core = setrlimit(Resource::Core, no_core);
+    let dumpable = set_dumpable_behavior(DumpableBehavior::NotDumpable);
+    for error in [core, dumpable].into_iter().filter_map(Result::err) {
+        tracing::warn!(%error, "memory could end up in a core dump: the system refuses to switch dumps off");
+    }
+    let hardened = Hardened {
+        is_undumpable: core.is_ok() && dumpable.is_ok(),
+        is_locked: lock_memory(),
+        descriptors: raise_descriptors(),
+    };
+    tracing::info!(
+        undumpable = hardened.is_undumpable,
+        locked = hardened.is_locked,
+        descriptors = hardened.descriptors,
+        "process is hardened"
+    );
+    hardened
+}
+
+/// Locks pages as they are used; only where there is no limit, since with one the next allocation past it would fail.
+fn lock_memory() -> bool {
+    if let Some(limit) = getrlimit(Resource::Memlock).current {
+        tracing::warn!(
+            limit_bytes = limit,
+            "memory is not locked and could be swapped out: set LimitMEMLOCK=infinity (systemd) or --ulimit memlock=-1 (containers), or run without swap"
+        );
+        return false;
+    }
+    let all = MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT;
+    match mlockall(all) {
+        Ok(()) => true,
+        Err(error) => {
+            tracing::warn!(%error, "memory is not locked and could be swapped out");
+            false
+        }
+    }
+}
+
+/// As many descriptors as the system allows: each connection is one.
+fn raise_descriptors() -> u64 {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => limit.maximum.unwrap_or(u64::MAX),
+        Err(_) => limit.current.unwrap_or(u64::MAX),
+    }
+}
