@@ -36,7 +36,7 @@ use serde_json::Value;
 use tokio::net::TcpSocket;
 
 pub use self::approle::RoleSettings;
-pub use self::certs::{CertRole, NoCa};
+pub use self::certs::{CaError, CertRole};
 pub use self::faults::{Fault, FaultRule};
 pub use self::kubernetes::{KubernetesRole, REVIEWER_URL, Reviewer, ServiceAccount};
 pub use self::program::{VaultArgs, serve};
@@ -318,8 +318,8 @@ impl VaultSim {
     /// Mounts certificate logins at `auth/<mount>` if needed, and makes or replaces a role. For logins to work the
     /// server must ask for certificates: [`start_dev_tls`](Self::start_dev_tls).
     ///
-    /// Fails when the role's CAs cannot be read.
-    pub fn enable_cert(&self, mount: &str, role: &str, settings: CertRole) -> Result<(), NoCa> {
+    /// Fails when the role's CAs cannot be read or are none.
+    pub fn enable_cert(&self, mount: &str, role: &str, settings: CertRole) -> Result<(), CaError> {
         let mut core = self.core();
         let Core { auth, ids, .. } = &mut *core;
         let mut certs = match auth.mounts.remove(mount) {

@@ -44,17 +44,25 @@ pub struct CertRole {
     pub tokens: TokenSettings,
 }
 
-/// The CAs of a role are none.
+/// Why a role has nothing to trust.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct NoCa;
+pub enum CaError {
+    /// A certificate is not that of a CA. The server would trust just that one; the simulator does not know how.
+    NotCa,
+    /// There is no certificate, or one cannot be read.
+    Unreadable,
+}
 
-impl fmt::Display for NoCa {
+impl fmt::Display for CaError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("expected PEM with the certificates of CAs and nothing else")
+        f.write_str(match self {
+            Self::NotCa => "simulator: only the certificates of CAs can be trusted",
+            Self::Unreadable => "failed to parse certificate",
+        })
     }
 }
 
-impl std::error::Error for NoCa {}
+impl std::error::Error for CaError {}
 
 /// One mount.
 pub(super) struct Certs {
@@ -82,8 +90,8 @@ impl Certs {
         name: &str,
         settings: CertRole,
         ids: &mut Ids,
-    ) -> Result<(), NoCa> {
-        let chains = chains_to(&settings.certificate_pem).ok_or(NoCa)?;
+    ) -> Result<(), CaError> {
+        let chains = chains_to(&settings.certificate_pem)?;
         let old = self.roles.remove(name);
         let role = Role {
             chains,
@@ -238,7 +246,7 @@ impl Certs {
             tokens,
         };
         self.set_role(name, settings, ids)
-            .map_err(|NoCa| Refusal::bad_request("failed to parse certificate"))?;
+            .map_err(|error| Refusal::bad_request(error.to_string()))?;
         Ok(Answer::Empty)
     }
 }

@@ -171,6 +171,7 @@ impl Kubernetes {
         let (area, name) = path.split_once('/').unwrap_or((path, ""));
         match (area, name, request.operation) {
             ("config", "", Operation::Write) => {
+                left_out(request, "pem_keys")?;
                 let host = request.body.text("kubernetes_host");
                 let host = host.filter(|host| !host.is_empty());
                 let host = host.ok_or_else(|| Refusal::bad_request("no host provided"))?;
@@ -207,26 +208,39 @@ impl Kubernetes {
     }
 
     fn write_role(&mut self, name: &str, request: &Request, ids: &mut Ids) -> Outcome {
+        left_out(request, "bound_service_account_namespace_selector")?;
         let body = &request.body;
         let old = self.roles.get(name).map(|role| &role.settings);
-        let bound = |field: &str, old: Option<&Vec<String>>| {
+        let bound = |field: &str, old: Option<&Vec<String>>, when: &str| {
             let texts = body.texts(field).or_else(|| old.cloned());
             texts
                 .filter(|texts| !texts.is_empty())
-                .ok_or_else(|| Refusal::bad_request(format!("{field:?} can not be empty")))
+                .ok_or_else(|| Refusal::bad_request(format!("{field:?} can not be empty{when}")))
         };
         let settings = KubernetesRole {
             service_account_names: bound(
                 "bound_service_account_names",
                 old.map(|old| &old.service_account_names),
+                "",
             )?,
             service_account_namespaces: bound(
                 "bound_service_account_namespaces",
                 old.map(|old| &old.service_account_namespaces),
+                " if \"bound_service_account_namespace_selector\" is not set",
             )?,
             tokens: TokenSettings::written(old.map(|old| &old.tokens), body)?,
         };
         self.set_role(name, settings, ids);
         Ok(Answer::Empty)
+    }
+}
+
+/// Refuses a field that would change what the server does and that the simulator does not know.
+fn left_out(request: &Request, field: &str) -> Result<(), Refusal> {
+    match request.body.get(field) {
+        None => Ok(()),
+        Some(_) => Err(Refusal::bad_request(format!(
+            "simulator: {field} is not simulated"
+        ))),
     }
 }

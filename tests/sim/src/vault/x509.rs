@@ -11,6 +11,7 @@ use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::ClientCertVerifier;
 use x509_parser::prelude::{FromDer, GeneralName, ParsedExtension, X509Certificate};
 
+use super::certs::CaError;
 use super::ids::hex;
 
 /// What roles ask of a certificate, and what the answer to a login says of it.
@@ -23,22 +24,23 @@ pub(super) struct Described {
     pub(super) uris: Vec<String>,
 }
 
-/// Verifies chains that end in one of these CAs; none if one is no CA, or there is none.
-pub(super) fn chains_to(pem: &str) -> Option<Arc<dyn ClientCertVerifier>> {
+/// Verifies chains that end in one of these CAs.
+pub(super) fn chains_to(pem: &str) -> Result<Arc<dyn ClientCertVerifier>, CaError> {
     let mut roots = RootCertStore::empty();
     for certificate in CertificateDer::pem_slice_iter(pem.as_bytes()) {
-        let certificate = certificate.ok()?;
-        let (_, parsed) = X509Certificate::from_der(&certificate).ok()?;
+        let certificate = certificate.map_err(|_| CaError::Unreadable)?;
+        let parsed = X509Certificate::from_der(&certificate);
+        let (_, parsed) = parsed.map_err(|_| CaError::Unreadable)?;
         if !parsed.is_ca() {
-            return None;
+            return Err(CaError::NotCa);
         }
-        roots.add(certificate).ok()?;
+        roots.add(certificate).map_err(|_| CaError::Unreadable)?;
     }
     let provider = Arc::new(default_provider());
     // An empty store is an error here.
     WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
         .build()
-        .ok()
+        .map_err(|_| CaError::Unreadable)
 }
 
 /// None if it is no certificate.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use credbroker_sim::pki::{Ca, Identity, SanType, Usage};
 use credbroker_sim::vault::{
-    CertRole, Fault, FaultRule, KubernetesRole, NoCa, Reviewer, ServiceAccount, TokenSettings,
+    CaError, CertRole, Fault, FaultRule, KubernetesRole, Reviewer, ServiceAccount, TokenSettings,
     VaultSim,
 };
 use rustls::ClientConfig;
@@ -226,17 +226,21 @@ async fn a_role_bound_to_other_addresses_refuses_the_login() {
 async fn a_role_of_certificates_needs_a_ca() {
     let (sim, ca) = with_cert().await;
     let pem = client(&ca, "broker").certificate_pem;
-    for certificate_pem in ["", "nonsense", &pem] {
+    for (certificate_pem, error) in [
+        ("", CaError::Unreadable),
+        ("nonsense", CaError::Unreadable),
+        (&pem, CaError::NotCa),
+    ] {
         let role = CertRole {
             certificate_pem: certificate_pem.to_owned(),
             ..named(&ca, "broker")
         };
-        assert_eq!(sim.enable_cert("cert", "broker", role), Err(NoCa));
+        assert_eq!(sim.enable_cert("cert", "broker", role), Err(error));
         let write = call("POST", "/v1/auth/cert/certs/new").header("X-Vault-Token", ROOT);
         let body = json!({ "certificate": certificate_pem }).to_string();
         let write = write.raw_body(&body).over(&tls(&ca, None));
         let came = write.send(&sim.address()).await;
-        assert_eq!(refused(&came), (400, "failed to parse certificate"));
+        assert_eq!(refused(&came), (400, &*error.to_string()));
     }
     // The role that was there is as it was.
     let broker = tls(&ca, Some(&client(&ca, "broker")));
@@ -327,10 +331,8 @@ async fn a_kubernetes_login_needs_role_jwt_and_configuration() {
     let unbound = role
         .clone()
         .raw_body(r#"{"bound_service_account_names": "*"}"#);
-    assert_eq!(
-        refused(&unbound.send(&at).await),
-        (400, "\"bound_service_account_namespaces\" can not be empty")
-    );
+    let problem = r#""bound_service_account_namespaces" can not be empty if "bound_service_account_namespace_selector" is not set"#;
+    assert_eq!(refused(&unbound.send(&at).await), (400, problem));
     let bound = r#"{"bound_service_account_names": "*", "bound_service_account_namespaces": "*"}"#;
     assert_eq!(role.raw_body(bound).send(&at).await.status, 204);
 
@@ -342,6 +344,15 @@ async fn a_kubernetes_login_needs_role_jwt_and_configuration() {
     assert_eq!(jwt_login(&sim, "credbroker", "fake-jwt").await.status, 500);
     let config = admin("/v1/auth/kubernetes/config").raw_body("{}");
     assert_eq!(refused(&config.send(&at).await), (400, "no host provided"));
+    for (path, field) in [
+        ("config", "pem_keys"),
+        ("role/new", "bound_service_account_namespace_selector"),
+    ] {
+        let body = json!({ field: "x" }).to_string();
+        let write = admin(&format!("/v1/auth/kubernetes/{path}")).raw_body(&body);
+        let problem = format!("simulator: {field} is not simulated");
+        assert_eq!(refused(&write.send(&at).await), (400, &*problem));
+    }
 }
 
 #[tokio::test]
