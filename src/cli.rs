@@ -55,13 +55,13 @@ pub fn run() -> ExitCode {
 /// Reads a configuration file, or says what is wrong with it.
 fn read_config(file: &Path) -> Result<Config, Vec<Problem>> {
     let text = std::fs::read_to_string(file).map_err(|error| {
-        let problem = format!("cannot be read: {error}; name another with --config");
-        vec![Problem {
-            key: file.display().to_string(),
-            problem,
-        }]
+        let problem = format_args!("cannot be read: {error}; name another with --config");
+        vec![Problem::new(file.display().to_string(), problem)]
     })?;
-    Config::parse(&text, file.parent().unwrap_or(Path::new(".")))
+    Config::parse(&text, file.parent().unwrap_or(Path::new("."))).map_err(|problems| {
+        let in_file = |problem: Problem| problem.in_file(file);
+        problems.into_iter().map(in_file).collect()
+    })
 }
 
 /// Talk goes to stderr.

@@ -108,10 +108,8 @@ impl Server {
         exchange_tls.alpn_protocols = vec![b"http/1.1".to_vec()];
         let egress = Egress::new(config.egress, config.origins, &Arc::new(exchange_tls));
         let egress = egress.map_err(|origin| {
-            StartError::Config(vec![Problem {
-                key: "exchange".to_owned(),
-                problem: format!("{} is neither a DNS name nor an address", origin.name),
-            }])
+            let problem = format!("{} is neither a DNS name nor an address", origin.name);
+            StartError::Config(vec![Problem::new("exchange", problem)])
         })?;
         let vault = Vault::new(config.vault, client_tls(vault_roots, &provider)?)
             .map_err(|error| StartError::Tls(Box::new(error)))?;

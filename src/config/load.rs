@@ -37,7 +37,15 @@ pub struct Loaded {
 /// With every problem at once, each under the key that names the file.
 pub fn load(config: &Config) -> Result<Loaded, Vec<Problem>> {
     let problems = Problems::default();
-    let policy = policy(&config.rules, &problems);
+    let policy = match rules(&config.rules) {
+        Ok(policy) => Some(policy),
+        Err(found) => {
+            for problem in found {
+                problems.push(problem);
+            }
+            None
+        }
+    };
     let certificate = certificates("tls.certificate", &config.tls.certificate, &problems);
     let key = match PrivateKeyDer::from_pem_file(&config.tls.key) {
         Ok(key) => Some(key),
@@ -81,29 +89,19 @@ pub fn load(config: &Config) -> Result<Loaded, Vec<Problem>> {
     loaded().ok_or_else(Vec::new)
 }
 
-fn policy(file: &Path, problems: &Problems) -> Option<Policy> {
-    let found = match std::fs::read_to_string(file) {
-        Ok(text) => Policy::parse(&text),
-        Err(error) => {
-            problems.add(
-                "rules",
-                format_args!("{} cannot be read: {error}", file.display()),
-            );
-            return None;
-        }
-    };
-    match found {
-        Ok(policy) => Some(policy),
-        Err(found) => {
-            for problem in found {
-                problems.add(
-                    format!("{}: {}", file.display(), problem.key),
-                    problem.problem,
-                );
-            }
-            None
-        }
-    }
+/// Reads the rules file.
+///
+/// # Errors
+/// With every problem at once, each with the file and its line.
+pub fn rules(file: &Path) -> Result<Policy, Vec<Problem>> {
+    let text = std::fs::read_to_string(file).map_err(|error| {
+        let problem = format_args!("{} cannot be read: {error}", file.display());
+        vec![Problem::new("rules", problem)]
+    })?;
+    Policy::parse(&text).map_err(|problems| {
+        let in_file = |problem: Problem| problem.in_file(file);
+        problems.into_iter().map(in_file).collect()
+    })
 }
 
 fn certificates(
