@@ -353,9 +353,7 @@ mod tests {
             file.required::<String>("none", "1");
             let mut table = file.section("table");
             table.required::<String>("missing", "1");
-            table
-                .section("absent")
-                .required::<String>("deeper", "1");
+            table.section("absent").required::<String>("deeper", "1");
             table.section("inner").optional::<u8>("size");
             let mut entries = file.numbered_sections("entry");
             entries[0].required::<String>("words", "[]");
