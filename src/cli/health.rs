@@ -62,20 +62,24 @@ pub(super) fn run(probe: &Probe) -> u8 {
     }
 }
 
-/// The ops listener as it is reached from the same machine.
 fn ops_address(config: &Path) -> Result<SocketAddr, u8> {
-    let config = read_config(config).map_err(|problems| {
-        say_problems(&problems, "credbroker check-config");
-        USAGE
-    })?;
-    let mut address = config.ops;
-    if address.ip().is_unspecified() {
-        address.set_ip(match address.ip() {
-            IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
-            IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
-        });
+    match read_config(config) {
+        Ok(config) => Ok(from_here(config.ops)),
+        Err(problems) => {
+            say_problems(&problems, "credbroker check-config");
+            Err(USAGE)
+        }
     }
-    Ok(address)
+}
+
+/// Where a listener is reached from the same machine: one on every address, on loopback.
+fn from_here(listener: SocketAddr) -> SocketAddr {
+    let ip = match listener.ip() {
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED) => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    SocketAddr::new(ip, listener.port())
 }
 
 /// Status and body of the answer. In a thread of its own, because nothing limits a look-up of a name.
@@ -94,14 +98,13 @@ fn ask(address: &str, path: &'static str) -> io::Result<(u16, String)> {
 }
 
 fn exchange(address: &str, path: &str) -> io::Result<(u16, String)> {
+    let head = format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for resolved in address.to_socket_addrs()? {
         match TcpStream::connect(resolved) {
             Ok(mut stream) => {
-                write!(
-                    stream,
-                    "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n"
-                )?;
+                // In one piece: a head that trickles in is what a listener defends itself against.
+                stream.write_all(head.as_bytes())?;
                 let mut answer = Vec::new();
                 stream.take(MAX_ANSWER_BYTES).read_to_end(&mut answer)?;
                 return parse(&String::from_utf8_lossy(&answer));
@@ -130,6 +133,19 @@ fn parse(answer: &str) -> io::Result<(u16, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_listener_on_every_address_is_asked_on_loopback() {
+        let cases = [
+            ("0.0.0.0:1", "127.0.0.1:1"),
+            ("[::]:2", "[::1]:2"),
+            ("10.0.0.7:3", "10.0.0.7:3"),
+        ];
+        for (listener, asked) in cases {
+            let asked: SocketAddr = asked.parse().unwrap();
+            assert_eq!(from_here(listener.parse().unwrap()), asked);
+        }
+    }
 
     #[test]
     fn an_answer_is_a_status_and_a_body() {
