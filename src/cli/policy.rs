@@ -137,7 +137,7 @@ fn diff(old: &Path, new: &Path, json: bool, exit_code: bool) -> Result<u8, Vec<P
     let diff = Diff::between(&old, &new);
     let text = if json {
         let lines = diff.to_json().into_iter();
-        lines.map(|line| format!("{line}\n")).collect()
+        lines.fold(String::new(), |text, line| text + &line.to_string() + "\n")
     } else {
         diff.to_string()
     };
@@ -165,12 +165,11 @@ fn explain(question: &Question) -> Result<u8, Vec<Problem>> {
         method,
         path,
     } = question;
-    let (file, limits) = match file {
-        Some(file) => (file.clone(), RequestLimits::default()),
-        None => {
-            let config = read_config(config)?;
-            (config.rules, config.request_limits)
-        }
+    let (file, limits) = if let Some(file) = file {
+        (file.clone(), RequestLimits::default())
+    } else {
+        let config = read_config(config)?;
+        (config.rules, config.request_limits)
     };
     let policy = rules(&file)?;
     // What is not as it must be is refused before any rule is asked, as the broker does.

@@ -167,11 +167,11 @@ impl<'p> Diff<'p> {
             kind,
             ..
         } = first;
-        let (side, other, had) = match kind {
+        let (whole, other, had) = match kind {
             Kind::Gain => (self.new, self.old, "had"),
             Kind::Loss => (self.old, self.new, "keeps"),
         };
-        let site = side.accounts.get(account).map(|account| account.site);
+        let site = whole.accounts.get(account).map(|account| account.site);
         let class = || {
             let in_class = |endpoint: &&Endpoint| {
                 endpoint.risk == risk
@@ -181,7 +181,7 @@ impl<'p> Diff<'p> {
             };
             Catalog::get().endpoints().iter().filter(in_class)
         };
-        let is_whole = class().all(|endpoint| side.may(bot, account, scope, endpoint));
+        let is_whole = class().all(|endpoint| whole.may(bot, account, scope, endpoint));
         if !risk.grantable_as_class() || !is_whole || endpoints.len() < 2 {
             for endpoint in endpoints {
                 writeln!(f, "{} {}{}", head(first), endpoint.id, mark(risk))?;
@@ -351,14 +351,15 @@ fn settings(account: &Account) -> BTreeMap<String, String> {
 
 #[cfg(test)]
 mod tests {
+    use std::fmt::Write;
+
     use super::*;
 
     fn rules(account: &str, grants: &[(&str, &str)]) -> Policy {
         let mut rules = format!("[account.main]\n{account}\n");
         for (bot, allow) in grants {
-            rules += &format!(
-                "[[grant]]\nbot = \"{bot}\"\naccount = \"main\"\nscope = \"spot-margin\"\n{allow}\n"
-            );
+            rules += "[[grant]]\naccount = \"main\"\nscope = \"spot-margin\"\n";
+            writeln!(rules, "bot = \"{bot}\"\n{allow}").unwrap();
         }
         Policy::parse(&rules).unwrap()
     }

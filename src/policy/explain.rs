@@ -275,7 +275,7 @@ path = "/api/v9/new"
         let (bot, account) = ("x".parse().unwrap(), "vault".parse().unwrap());
         let mut helped = 0;
         for endpoint in Catalog::get().endpoints() {
-            let path = endpoint.path.replace('{', "").replace('}', "");
+            let path = endpoint.path.replace(['{', '}'], "");
             let ask = |policy: &Policy| {
                 let scope = Scope::SpotMargin;
                 let explanation = policy.explain(&bot, &account, scope, endpoint.method, &path);

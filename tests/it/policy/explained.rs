@@ -3,6 +3,7 @@
 
 use std::cell::Cell;
 use std::collections::BTreeSet;
+use std::fmt::Write as _;
 
 use bytes::Bytes;
 use credbroker::api::proto::{Method as ProtoMethod, Scope as ProtoScope};
@@ -203,14 +204,18 @@ impl SmallRules {
             self.site
         );
         for (bot, scope, allow) in &self.grants {
-            rules += &format!(
+            write!(
+                rules,
                 "[[grant]]\nbot = \"{bot}\"\naccount = \"main\"\nscope = \"{scope}\"\nallow = {allow:?}\n"
-            );
+            )
+            .unwrap();
         }
         for (bot, path) in &self.unlisted {
-            rules += &format!(
+            write!(
+                rules,
                 "[[grant]]\nbot = \"{bot}\"\naccount = \"main\"\nscope = \"spot-margin\"\nunlisted = true\nmethod = \"GET\"\npath = \"{path}\"\n"
-            );
+            )
+            .unwrap();
         }
         Policy::parse(&rules).unwrap_or_else(|problems| panic!("{problems:?} in\n{rules}"))
     }
