@@ -403,12 +403,19 @@ mod tests {
 
     #[test]
     fn a_syntax_error_names_its_line() {
-        let problems = problems("a = 1\r\nb = \r\n", |_| {});
-        assert_eq!(problems.len(), 1, "{problems:?}");
-        assert!(
-            problems[0].starts_with("line 2: file: is not TOML: "),
-            "{problems:?}"
-        );
+        for text in [
+            "a = 1\r\nb = \r\n",
+            "a = 1\na = 2\n",
+            "[t]\n[t]\n",
+            "\u{feff}\n\"é",
+        ] {
+            let problems = problems(text, |_| {});
+            assert_eq!(problems.len(), 1, "{problems:?}");
+            assert!(
+                problems[0].starts_with("line 2: file: is not TOML: "),
+                "{problems:?}"
+            );
+        }
     }
 
     #[test]

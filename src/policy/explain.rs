@@ -1,7 +1,7 @@
 //! Why the rules allow or refuse a request, for the admin who writes them. A bot is told less.
 
 use super::file::Place;
-use super::{Denied, Policy, Rule};
+use super::{Denied, Grants, Policy, Rule};
 use crate::ids::{AccountId, BotId, KeyName};
 use crate::kucoin::catalog::Found;
 use crate::kucoin::{Catalog, Endpoint, Method, Scope};
@@ -72,7 +72,7 @@ impl Policy {
                 let grants = grants.and_then(|(_, grants)| grants);
                 Err(Refused {
                     advice: self.advice(&why, account, scope, method, path),
-                    has: grants.map(super::Grants::rules).unwrap_or_default(),
+                    has: grants.map(Grants::rules).unwrap_or_default(),
                     why,
                 })
             }

@@ -408,6 +408,21 @@ mod tests {
     }
 
     #[test]
+    fn every_problem_of_half_a_file_stands_on_a_line_of_it() {
+        let whole = include_str!("../../deploy/rules.toml");
+        let mut wrong = 0;
+        for end in (0..whole.len()).step_by(3) {
+            let half = whole.get(..end).unwrap();
+            for problem in Policy::parse(half).err().into_iter().flatten() {
+                let line = problem.line.unwrap();
+                assert!((1..=half.split('\n').count()).contains(&line), "{problem}");
+                wrong += 1;
+            }
+        }
+        assert!(wrong > 100, "{wrong}");
+    }
+
+    #[test]
     fn classes_that_move_money_are_never_granted() {
         for risk in Risk::ALL
             .into_iter()

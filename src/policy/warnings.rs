@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::{Grants, Policy, Rule};
 use crate::ids::{AccountId, BotId};
-use crate::kucoin::{Catalog, Risk, Scope};
+use crate::kucoin::{Catalog, Endpoint, Risk, Scope};
 use crate::toml_file::Problem;
 
 impl Policy {
@@ -73,7 +73,7 @@ impl Policy {
         }
         for (class, rules) in &grants.classes {
             let mut endpoints = Catalog::get().endpoints().iter();
-            let is_effective = |endpoint: &'static super::Endpoint| {
+            let is_effective = |endpoint: &'static Endpoint| {
                 endpoint.risk == *class && self.may(bot, account, scope, endpoint)
             };
             if let (false, Some(rule)) = (endpoints.any(is_effective), rules.first()) {
