@@ -1,9 +1,11 @@
 //! The command line: one file per command.
 
 mod check_config;
+mod health;
+mod policy;
 mod serve;
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -11,6 +13,9 @@ use clap::{Parser, Subcommand};
 
 use crate::config::Config;
 use crate::toml_file::Problem;
+
+/// Where the configuration file is, unless the command line says otherwise.
+const CONFIG: &str = "/etc/credbroker/config.toml";
 
 /// Done.
 const DONE: u8 = 0;
@@ -32,13 +37,26 @@ enum Command {
     /// Reports every problem of the configuration, the rules and the files they name.
     CheckConfig {
         /// The configuration file.
-        #[arg(long, default_value = "/etc/credbroker/config.toml")]
+        #[arg(long, default_value = CONFIG)]
         config: PathBuf,
+    },
+    /// Asks a running broker whether it is healthy, and prints its answer.
+    ///
+    /// Exit code 0: it is; 1: it is not, or no answer came within 2 s; 2: usage or configuration.
+    #[command(
+        after_long_help = "Examples, for the exec probes of a container:\n  credbroker health\n  \
+                                 credbroker health --ready --address 127.0.0.1:9464"
+    )]
+    Health(health::Probe),
+    /// Explains, checks and compares rules.
+    Policy {
+        #[command(subcommand)]
+        command: policy::Command,
     },
     /// Runs the broker until SIGTERM or Ctrl-C.
     Serve {
         /// The configuration file.
-        #[arg(long, default_value = "/etc/credbroker/config.toml")]
+        #[arg(long, default_value = CONFIG)]
         config: PathBuf,
     },
 }
@@ -48,6 +66,8 @@ pub fn run() -> ExitCode {
     let Arguments { command } = Arguments::parse();
     ExitCode::from(match command {
         Command::CheckConfig { config } => check_config::run(&config),
+        Command::Health(probe) => health::run(&probe),
+        Command::Policy { command } => policy::run(&command),
         Command::Serve { config } => serve::run(&config),
     })
 }
@@ -55,13 +75,13 @@ pub fn run() -> ExitCode {
 /// Reads a configuration file, or says what is wrong with it.
 fn read_config(file: &Path) -> Result<Config, Vec<Problem>> {
     let text = std::fs::read_to_string(file).map_err(|error| {
-        let problem = format!("cannot be read: {error}; name another with --config");
-        vec![Problem {
-            key: file.display().to_string(),
-            problem,
-        }]
+        let problem = format_args!("cannot be read: {error}; name another with --config");
+        vec![Problem::new(file.display().to_string(), problem)]
     })?;
-    Config::parse(&text, file.parent().unwrap_or(Path::new(".")))
+    Config::parse(&text, file.parent().unwrap_or(Path::new("."))).map_err(|problems| {
+        let in_file = |problem: Problem| problem.in_file(file);
+        problems.into_iter().map(in_file).collect()
+    })
 }
 
 /// Talk goes to stderr.
@@ -70,12 +90,30 @@ fn say(text: &str) {
     let _ = writeln!(std::io::stderr(), "{text}");
 }
 
-fn say_problems(problems: &[Problem]) {
+/// Data goes to stdout. Returns `code`, or that it could not be written.
+fn show(text: &str, code: u8) -> u8 {
+    let mut stdout = std::io::stdout();
+    match stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+    {
+        Ok(()) => code,
+        // Whoever reads has seen enough, as `head` does.
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => code,
+        Err(error) => {
+            say(&format!("stdout cannot be written: {error}"));
+            FAILED
+        }
+    }
+}
+
+/// `again` is the command that looks again.
+fn say_problems(problems: &[Problem], again: &str) {
     for problem in problems {
         say(&format!("{problem}"));
     }
     say(&format!(
-        "{} problem(s)\nfix: correct them; credbroker check-config looks again",
+        "{} problem(s)\nfix: correct them; {again} looks again",
         problems.len()
     ));
 }

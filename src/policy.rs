@@ -2,9 +2,13 @@
 //!
 //! Deny by default. It does not count, wait, or look at the body of a request.
 
+pub mod diff;
+pub mod explain;
 pub mod file;
+pub mod warnings;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -55,19 +59,60 @@ pub enum Purpose {
     Trade,
 }
 
+impl Purpose {
+    /// The word for it in the rules.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::ReadOnly => "read-only",
+            Self::Trade => "trade",
+        }
+    }
+}
+
 /// The rules as meant.
 #[derive(Debug, Default)]
 pub struct Policy {
     accounts: BTreeMap<AccountId, Arc<Account>>,
+    /// Where the accounts stand in the rules file. Not part of them: a line that moves changes no account.
+    account_lines: BTreeMap<AccountId, usize>,
     bots: HashMap<BotId, HashMap<AccountId, HashMap<Scope, Grants>>>,
 }
 
-/// What one bot may do on one account in one scope.
+/// What one bot may do on one account in one scope: never an empty list of rules.
 #[derive(Debug, Default)]
 struct Grants {
-    classes: HashSet<Risk>,
-    endpoints: HashSet<&'static str>,
-    unlisted: HashSet<(Method, String)>,
+    classes: HashMap<Risk, Vec<Rule>>,
+    endpoints: HashMap<&'static str, Vec<Rule>>,
+    unlisted: HashMap<(Method, String), Vec<Rule>>,
+    /// Grants with `allow = []`.
+    idle: Vec<Rule>,
+}
+
+/// One word of a grant, and where it stands.
+#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub struct Rule {
+    /// Its line in the rules file, from 1.
+    pub line: usize,
+    /// Its key, such as `grant[2].allow[1]`.
+    pub key: String,
+    /// A class, the id of an endpoint, or the path of an endpoint outside the catalogue.
+    pub word: String,
+}
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} = {:?}", self.key, self.word)
+    }
+}
+
+/// The rules that allow something, granted as a class and by name; nothing is allowed without at least one.
+type By<'p> = [&'p [Rule]; 2];
+
+/// A yes of the rules, before it becomes a [`Permit`] or an explanation.
+struct Granted<'p> {
+    account: &'p Arc<Account>,
+    endpoint: Option<&'static Endpoint>,
+    by: By<'p>,
 }
 
 /// Proof that the rules allow one request. Only [`Policy::authorize`] makes one; no key is taken without it.
@@ -212,23 +257,31 @@ impl Policy {
             ref target,
             ..
         } = request;
-        let granted_accounts = self
-            .bots
-            .get(bot)
-            .ok_or_else(|| Denied::Caller(bot.clone()))?;
-        let (Some(grants), Some(entry)) =
-            (granted_accounts.get(account), self.accounts.get(account))
-        else {
-            return Err(Denied::Account(account.clone()));
-        };
+        let granted = self.decide(bot, account, scope, method, target.path())?;
+        Ok(Permit {
+            account: Arc::clone(granted.account),
+            scope,
+            endpoint: granted.endpoint,
+        })
+    }
+
+    /// The one place where requests are judged; [`explain`] tells of what it says.
+    fn decide(
+        &self,
+        bot: &BotId,
+        account: &AccountId,
+        scope: Scope,
+        method: Method,
+        path: &str,
+    ) -> Result<Granted<'_>, Denied> {
+        let (entry, grants) = self.grants(bot, account, scope)?;
         let not_granted = |what: String| Denied::NotGranted {
             what,
             account: account.clone(),
             scope,
         };
-        let grants = grants.get(&scope);
-        let endpoint = match Catalog::get().find(scope, method, target.path()) {
-            Found::Endpoint(endpoint) => Some(endpoint),
+        let endpoint = match Catalog::get().find(scope, method, path) {
+            Found::Endpoint(endpoint) => endpoint,
             Found::Lookalike(literal) => {
                 return Err(Denied::Lookalike {
                     literal: &literal.path,
@@ -245,45 +298,116 @@ impl Policy {
                     None => Denied::NotServed { endpoint: name },
                 });
             }
-            Found::Unlisted => None,
-        };
-        let allowed = match endpoint {
-            Some(endpoint) if !endpoint.grantable => {
-                return Err(Denied::NeverGranted {
-                    endpoint: &endpoint.id,
-                });
+            Found::Unlisted => {
+                let by = grants.and_then(|grants| grants.unlisted(method, path));
+                return match by {
+                    Some(rules) => Ok(Granted {
+                        account: entry,
+                        endpoint: None,
+                        by: [&[], rules],
+                    }),
+                    None => Err(not_granted(format!(
+                        "{method} on this path, which is not in the catalogue,"
+                    ))),
+                };
             }
-            Some(endpoint) if !serves(entry.site, endpoint) => {
-                return Err(Denied::Site {
-                    site: entry.site,
-                    endpoint: &endpoint.id,
-                });
-            }
-            Some(endpoint) => grants.is_some_and(|grants| grants.cover(endpoint)),
-            None => grants.is_some_and(|grants| grants.has_unlisted(method, target.path())),
         };
-        if !allowed {
-            let unlisted = || format!("{method} on this path, which is not in the catalogue,");
-            return Err(not_granted(
-                endpoint.map_or_else(unlisted, |endpoint| endpoint.id.clone()),
-            ));
+        match allowed_by(entry, grants, endpoint)? {
+            [[], []] => Err(not_granted(endpoint.id.clone())),
+            by => Ok(Granted {
+                account: entry,
+                endpoint: Some(endpoint),
+                by,
+            }),
         }
-        Ok(Permit {
-            account: Arc::clone(entry),
-            scope,
-            endpoint,
-        })
+    }
+
+    /// The account and what the bot has there; an account where it has nothing at all looks unknown.
+    fn grants(
+        &self,
+        bot: &BotId,
+        account: &AccountId,
+        scope: Scope,
+    ) -> Result<(&Arc<Account>, Option<&Grants>), Denied> {
+        let granted_accounts = self
+            .bots
+            .get(bot)
+            .ok_or_else(|| Denied::Caller(bot.clone()))?;
+        match (granted_accounts.get(account), self.accounts.get(account)) {
+            (Some(grants), Some(entry)) => Ok((entry, grants.get(&scope))),
+            _ => Err(Denied::Account(account.clone())),
+        }
+    }
+
+    /// Whether `bot` may call `endpoint`, whatever its path parameters are.
+    fn may(
+        &self,
+        bot: &BotId,
+        account: &AccountId,
+        scope: Scope,
+        endpoint: &'static Endpoint,
+    ) -> bool {
+        let by = self
+            .grants(bot, account, scope)
+            .and_then(|(entry, grants)| allowed_by(entry, grants, endpoint));
+        endpoint.scope == Some(scope) && !matches!(by, Ok([[], []]) | Err(_))
+    }
+
+    /// Every bot, account and scope that a grant names, in order.
+    fn granted(&self) -> BTreeMap<(&BotId, &AccountId, Scope), &Grants> {
+        let mut all = BTreeMap::new();
+        for (bot, accounts) in &self.bots {
+            for (account, scopes) in accounts {
+                let grants = scopes.iter();
+                all.extend(grants.map(|(&scope, grants)| ((bot, account, scope), grants)));
+            }
+        }
+        all
     }
 }
 
+/// The rules that allow an endpoint; none of them helps where it can never be granted or the site does not have it.
+fn allowed_by<'p>(
+    account: &Account,
+    grants: Option<&'p Grants>,
+    endpoint: &'static Endpoint,
+) -> Result<By<'p>, Denied> {
+    if !endpoint.grantable {
+        return Err(Denied::NeverGranted {
+            endpoint: &endpoint.id,
+        });
+    }
+    if !serves(account.site, endpoint) {
+        return Err(Denied::Site {
+            site: account.site,
+            endpoint: &endpoint.id,
+        });
+    }
+    Ok(grants.map_or([&[], &[]], |grants| grants.by(endpoint)))
+}
+
 impl Grants {
-    fn cover(&self, endpoint: &Endpoint) -> bool {
-        self.classes.contains(&endpoint.risk) || self.endpoints.contains(endpoint.id.as_str())
+    fn by(&self, endpoint: &Endpoint) -> By<'_> {
+        let class = self.classes.get(&endpoint.risk);
+        let name = self.endpoints.get(endpoint.id.as_str());
+        [class, name].map(|rules| rules.map_or(&[][..], Vec::as_slice))
     }
 
-    fn has_unlisted(&self, method: Method, path: &str) -> bool {
-        // The set is empty in all but a few installations: no need to look without allocating.
-        !self.unlisted.is_empty() && self.unlisted.contains(&(method, path.to_owned()))
+    fn unlisted(&self, method: Method, path: &str) -> Option<&[Rule]> {
+        // There are none in all but a few installations: no need to look without allocating.
+        if self.unlisted.is_empty() {
+            return None;
+        }
+        let rules = self.unlisted.get(&(method, path.to_owned()))?;
+        Some(rules)
+    }
+
+    /// Every rule, in the order of the file.
+    fn rules(&self) -> Vec<&Rule> {
+        let listed = self.classes.values().chain(self.endpoints.values());
+        let mut rules: Vec<_> = listed.chain(self.unlisted.values()).flatten().collect();
+        rules.sort_unstable();
+        rules
     }
 }
 

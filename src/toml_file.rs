@@ -1,14 +1,22 @@
-//! Reads a TOML document key by key and collects every problem, instead of stopping at the first.
+//! Reads a TOML document key by key and collects every problem with its line, instead of stopping at the first.
 
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::fmt;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use serde::de::DeserializeOwned;
+use toml::Spanned;
+use toml::de::{DeTable, DeValue, ValueDeserializer};
 
 /// A key that is not as it must be.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub struct Problem {
+    /// The file, where the problem stands in one whose name is known.
+    pub file: Option<PathBuf>,
+    /// The line in it, from 1, where the problem has one: of the key, or of its table where the key is missing.
+    pub line: Option<usize>,
     /// The key in full, such as `egress.address`.
     pub key: String,
     /// What was expected, what came and what to do.
@@ -16,17 +24,35 @@ pub struct Problem {
 }
 
 impl Problem {
-    /// A problem of `key`.
+    /// A problem of a key that stands on no known line.
     pub fn new(key: impl Into<String>, problem: impl fmt::Display) -> Self {
         Self {
+            file: None,
+            line: None,
             key: key.into(),
             problem: problem.to_string(),
         }
     }
+
+    /// The same problem, of this file.
+    #[must_use]
+    pub fn in_file(self, file: &Path) -> Self {
+        Self {
+            file: Some(file.to_owned()),
+            ..self
+        }
+    }
 }
 
+/// `rules.toml:12: grant[0].bot: expected …`, which editors and terminals know how to open.
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.file, self.line) {
+            (Some(file), Some(line)) => write!(f, "{}:{line}: ", file.display())?,
+            (Some(file), None) => write!(f, "{}: ", file.display())?,
+            (None, Some(line)) => write!(f, "line {line}: ")?,
+            (None, None) => {}
+        }
         write!(f, "{}: {}", self.key, self.problem)
     }
 }
@@ -36,12 +62,14 @@ impl fmt::Display for Problem {
 pub struct Problems(Rc<RefCell<Vec<Problem>>>);
 
 impl Problems {
-    /// Adds one.
+    /// Adds one that stands on no known line.
     pub fn add(&self, key: impl Into<String>, problem: impl fmt::Display) {
-        self.0.borrow_mut().push(Problem {
-            key: key.into(),
-            problem: problem.to_string(),
-        });
+        self.push(Problem::new(key, problem));
+    }
+
+    /// Adds one.
+    pub fn push(&self, problem: Problem) {
+        self.0.borrow_mut().push(problem);
     }
 
     /// `Ok` when there is none.
@@ -55,34 +83,80 @@ impl Problems {
     }
 }
 
+/// Where the lines of a document end, in bytes.
+#[derive(Debug)]
+struct LineEnds(Vec<usize>);
+
+impl LineEnds {
+    fn of(text: &str) -> Rc<Self> {
+        Rc::new(Self(text.match_indices('\n').map(|(at, _)| at).collect()))
+    }
+
+    /// The line, from 1, that holds this byte.
+    fn line(&self, at: usize) -> usize {
+        self.0.partition_point(|end| *end < at) + 1
+    }
+}
+
 /// One table of the document. Keys that nobody took are problems when it drops.
 #[derive(Debug)]
-pub struct Section {
+pub struct Section<'t> {
     name: String,
-    table: toml::Table,
+    table: DeTable<'t>,
+    /// Its own, or that of the nearest table around it that stands in the document.
+    line: Option<usize>,
+    /// Of its keys and of the elements of arrays, such as `allow[1]`.
+    lines: HashMap<String, usize>,
+    ends: Rc<LineEnds>,
     known: Vec<&'static str>,
     problems: Problems,
 }
 
-impl Section {
+impl<'t> Section<'t> {
     /// Parses a document; a syntax error is its one problem.
-    pub fn parse(text: &str, file: &str, problems: &Problems) -> Option<Self> {
-        match text.parse::<toml::Table>() {
-            Ok(table) => Some(Self::new(String::new(), table, problems)),
+    pub fn parse(text: &'t str, file: &str, problems: &Problems) -> Option<Self> {
+        let ends = LineEnds::of(text);
+        match DeTable::parse(text) {
+            Ok(table) => Some(Self::new(
+                String::new(),
+                table.into_inner(),
+                None,
+                &ends,
+                problems,
+            )),
             Err(error) => {
-                problems.add(
-                    file,
-                    format_args!("is not TOML: {}", error.to_string().trim_end()),
-                );
+                problems.push(Problem {
+                    line: error.span().map(|span| ends.line(span.start)),
+                    ..Problem::new(file, format_args!("is not TOML: {}", error.message()))
+                });
                 None
             }
         }
     }
 
-    fn new(name: String, table: toml::Table, problems: &Problems) -> Self {
+    fn new(
+        name: String,
+        table: DeTable<'t>,
+        line: Option<usize>,
+        ends: &Rc<LineEnds>,
+        problems: &Problems,
+    ) -> Self {
+        let mut lines = HashMap::new();
+        for (key, value) in &table {
+            if let DeValue::Array(array) = value.get_ref() {
+                for (index, element) in array.iter().enumerate() {
+                    let line = ends.line(element.span().start);
+                    lines.insert(format!("{}[{index}]", key.get_ref()), line);
+                }
+            }
+            lines.insert(key.get_ref().to_string(), ends.line(key.span().start));
+        }
         Self {
             name,
             table,
+            line,
+            lines,
+            ends: Rc::clone(ends),
             known: Vec::new(),
             problems: problems.clone(),
         }
@@ -97,22 +171,36 @@ impl Section {
         }
     }
 
-    /// Reports a problem of this section's `key`.
-    pub fn problem(&self, key: &str, problem: impl fmt::Display) {
-        self.problems.add(self.key(key), problem);
+    /// The line, from 1, of `key` or of an element such as `allow[1]`; that of the table where the key does not stand.
+    pub fn line(&self, key: &str) -> Option<usize> {
+        self.lines.get(key).copied().or(self.line)
     }
 
-    fn take(&mut self, key: &'static str) -> Option<toml::Value> {
+    /// Reports a problem of this section's `key`.
+    pub fn problem(&self, key: &str, problem: impl fmt::Display) {
+        self.problem_at(self.line(key), key, problem);
+    }
+
+    fn problem_at(&self, line: Option<usize>, key: &str, problem: impl fmt::Display) {
+        self.problems.push(Problem {
+            line,
+            ..Problem::new(self.key(key), problem)
+        });
+    }
+
+    fn take(&mut self, key: &'static str) -> Option<Spanned<DeValue<'t>>> {
         self.known.push(key);
         self.table.remove(key)
     }
 
     /// The value of `key` if it stands there; a value of the wrong kind is a problem.
     pub fn optional<T: DeserializeOwned>(&mut self, key: &'static str) -> Option<T> {
-        match self.take(key)?.try_into() {
+        match T::deserialize(ValueDeserializer::from(self.take(key)?)) {
             Ok(value) => Some(value),
             Err(error) => {
-                self.problem(key, error.to_string().trim_end());
+                // Within an array that fills several lines, the error knows better than the key.
+                let line = error.span().map(|span| self.ends.line(span.start));
+                self.problem_at(line.or(self.line(key)), key, error.message());
                 None
             }
         }
@@ -164,40 +252,180 @@ impl Section {
     /// The table under `key`; an empty one where there is none.
     #[must_use]
     pub fn section(&mut self, key: &'static str) -> Self {
-        let table = self.optional(key).unwrap_or_default();
-        Self::new(self.key(key), table, &self.problems)
+        let table = match self.take(key).map(Spanned::into_inner) {
+            Some(DeValue::Table(table)) => table,
+            Some(other) => {
+                let came = other.type_str();
+                self.problem(key, format_args!("expected a table, got {came}"));
+                DeTable::new()
+            }
+            None => DeTable::new(),
+        };
+        self.inner(self.key(key), table, self.line(key))
     }
 
     /// The tables under `key` by name, as in `[account.main]`.
     pub fn named_sections(&mut self, key: &'static str) -> Vec<(String, Self)> {
-        let tables: std::collections::BTreeMap<String, toml::Table> =
-            self.optional(key).unwrap_or_default();
-        let prefix = self.key(key);
-        let section = |(name, table)| {
-            let section = Self::new(format!("{prefix}.{name}"), table, &self.problems);
-            (name, section)
-        };
-        tables.into_iter().map(section).collect()
+        let mut tables = self.section(key);
+        let mut sections = Vec::new();
+        for (name, value) in std::mem::take(&mut tables.table) {
+            let name = name.into_inner().into_owned();
+            match value.into_inner() {
+                DeValue::Table(table) => {
+                    let section = self.inner(tables.key(&name), table, tables.line(&name));
+                    sections.push((name, section));
+                }
+                other => tables.problem(
+                    &name,
+                    format_args!("expected a table, got {}", other.type_str()),
+                ),
+            }
+        }
+        sections
     }
 
     /// The tables of an array, as in `[[grant]]`.
     pub fn numbered_sections(&mut self, key: &'static str) -> Vec<Self> {
-        let tables: Vec<toml::Table> = self.optional(key).unwrap_or_default();
-        let prefix = self.key(key);
-        let section =
-            |(index, table)| Self::new(format!("{prefix}[{index}]"), table, &self.problems);
-        tables.into_iter().enumerate().map(section).collect()
+        let elements = match self.take(key).map(Spanned::into_inner) {
+            Some(DeValue::Array(array)) => array,
+            Some(other) => {
+                let came = other.type_str();
+                self.problem(
+                    key,
+                    format_args!("expected tables, each under [[{key}]], got {came}"),
+                );
+                return Vec::new();
+            }
+            None => return Vec::new(),
+        };
+        let mut sections = Vec::new();
+        for (index, element) in elements.into_iter().enumerate() {
+            let key = format!("{key}[{index}]");
+            match element.into_inner() {
+                DeValue::Table(table) => {
+                    sections.push(self.inner(self.key(&key), table, self.line(&key)));
+                }
+                other => self.problem(
+                    &key,
+                    format_args!("expected a table, got {}", other.type_str()),
+                ),
+            }
+        }
+        sections
+    }
+
+    fn inner(&self, name: String, table: DeTable<'t>, line: Option<usize>) -> Self {
+        Self::new(name, table, line, &self.ends, &self.problems)
     }
 }
 
-impl Drop for Section {
+impl Drop for Section<'_> {
     fn drop(&mut self) {
         for key in self.table.keys() {
             let known = self.known.join(", ");
             self.problem(
-                key,
+                key.get_ref(),
                 format_args!("is not a key of this section; its keys are: {known}"),
             );
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn problems(text: &str, read: impl FnOnce(&mut Section)) -> Vec<String> {
+        let problems = Problems::default();
+        if let Some(mut section) = Section::parse(text, "file", &problems) {
+            read(&mut section);
+        }
+        let problems = problems.into_result().expect_err("this text is wrong");
+        problems.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn each_problem_names_the_line_of_its_key_and_a_missing_key_that_of_its_table() {
+        let text = "# one\nname = 1\n\n[table]\n\n[table.inner]\nsize = \"x\"\n\n[[entry]]\n\n[[entry]]\nwords = [\n  \"a\",\n  2,\n]\n[[entry]]\nport = 9\ntypo = 1\n\
+                    [by.name]\n[by]\nodd = 1\n[late]\n";
+        let problems = problems(text, |file| {
+            file.optional::<String>("name");
+            file.required::<String>("none", "1");
+            let mut table = file.section("table");
+            table.required::<String>("missing", "1");
+            table.section("absent").required::<String>("deeper", "1");
+            table.section("inner").optional::<u8>("size");
+            let mut entries = file.numbered_sections("entry");
+            entries[0].required::<String>("words", "[]");
+            entries[1].optional::<Vec<String>>("words");
+            entries[2].number("port", 1, 1..=8);
+            entries[1].problem("words[1]", "said later");
+            drop(entries);
+            for (_, mut named) in file.named_sections("by") {
+                named.required::<u8>("x", "1");
+            }
+            file.section("late").problem("", "is late");
+        });
+        let expected = [
+            "line 2: name: invalid type: integer `1`, expected a string",
+            "none: is missing; write for example: none = 1",
+            "line 4: table.missing: is missing; write for example: missing = 1",
+            "line 4: table.absent.deeper: is missing; write for example: deeper = 1",
+            "line 7: table.inner.size: invalid type: string \"x\", expected u8",
+            "line 9: entry[0].words: is missing; write for example: words = []",
+            "line 14: entry[1].words: invalid type: integer `2`, expected a string",
+            "line 17: entry[2].port: expected 1 to 8, got 9",
+            "line 14: entry[1].words[1]: said later",
+            "line 18: entry[2].typo: is not a key of this section; its keys are: port",
+            "line 21: by.odd: expected a table, got integer",
+            "line 19: by.name.x: is missing; write for example: x = 1",
+            "line 22: late: is late",
+        ];
+        assert_eq!(problems, expected);
+    }
+
+    #[test]
+    fn what_should_be_tables_and_is_not_is_a_problem() {
+        let problems = problems("a = 1\nb = 2\nc = [ {}, 3 ]\nd = { e = 4 }", |file| {
+            let _ = file.section("a");
+            file.numbered_sections("b");
+            file.numbered_sections("c");
+            file.named_sections("d");
+        });
+        let expected = [
+            "line 1: a: expected a table, got integer",
+            "line 2: b: expected tables, each under [[b]], got integer",
+            "line 3: c[1]: expected a table, got integer",
+            "line 4: d.e: expected a table, got integer",
+        ];
+        assert_eq!(problems, expected);
+    }
+
+    #[test]
+    fn a_syntax_error_names_its_line() {
+        for text in [
+            "a = 1\r\nb = \r\n",
+            "a = 1\na = 2\n",
+            "[t]\n[t]\n",
+            "\u{feff}\n\"é",
+        ] {
+            let problems = problems(text, |_| {});
+            assert_eq!(problems.len(), 1, "{problems:?}");
+            assert!(
+                problems[0].starts_with("line 2: file: is not TOML: "),
+                "{problems:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_problem_says_where_in_a_form_that_editors_open() {
+        let problem = Problem {
+            line: Some(12),
+            ..Problem::new("a.b", "is wrong")
+        };
+        assert_eq!(problem.to_string(), "line 12: a.b: is wrong");
+        let problem = problem.in_file(Path::new("/etc/x.toml"));
+        assert_eq!(problem.to_string(), "/etc/x.toml:12: a.b: is wrong");
     }
 }

@@ -18,7 +18,7 @@ pub(super) fn run(file: &Path) -> u8 {
             DONE
         }
         Err(problems) => {
-            say_problems(&problems);
+            say_problems(&problems, "credbroker check-config");
             USAGE
         }
     }

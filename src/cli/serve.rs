@@ -16,7 +16,7 @@ pub(super) fn run(file: &Path) -> u8 {
     let config = match read_config(file) {
         Ok(config) => config,
         Err(problems) => {
-            say_problems(&problems);
+            say_problems(&problems, "credbroker check-config");
             return USAGE;
         }
     };
@@ -31,7 +31,7 @@ pub(super) fn run(file: &Path) -> u8 {
         }
         Err(error) => {
             if let Some(StartError::Config(problems)) = error.downcast_ref() {
-                say_problems(problems);
+                say_problems(problems, "credbroker check-config");
                 return USAGE;
             }
             say(&format!("{error:#}"));

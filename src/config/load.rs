@@ -74,7 +74,9 @@ impl Source {
 /// With every problem at once, each under the key that names the file.
 pub fn load(config: &Config, now_ms: i64) -> Result<Loaded, Vec<Problem>> {
     let problems = Problems::default();
-    let policy = policy(&Source::read(&config.rules), &problems);
+    let policy = rules(&Source::read(&config.rules))
+        .map_err(|found| found.into_iter().for_each(|problem| problems.push(problem)))
+        .ok();
     let certificates = certificates(&tls_sources(&config.tls), now_ms, &problems);
     let vault_roots = roots("vault.roots", &config.vault_roots, &problems);
     let egress_roots = roots("egress.roots", &config.egress_roots, &problems);
@@ -144,28 +146,23 @@ pub fn certificates(
 }
 
 /// Reads the rules.
-pub fn policy(source: &Source, problems: &Problems) -> Option<Policy> {
-    let file = source.file.display();
-    let text = match &source.content {
-        Ok(content) => std::str::from_utf8(content).map_err(|error| error.to_string()),
-        Err(error) => Err(error.to_string()),
+///
+/// # Errors
+/// With every problem at once, each with the file and its line.
+pub fn rules(source: &Source) -> Result<Policy, Vec<Problem>> {
+    let unreadable = |error: &dyn std::fmt::Display| {
+        let problem = format!("{} cannot be read: {error}", source.file.display());
+        vec![Problem::new("rules", problem)]
     };
-    let text = match text {
-        Ok(text) => text,
-        Err(error) => {
-            problems.add("rules", format_args!("{file} cannot be read: {error}"));
-            return None;
-        }
-    };
-    match Policy::parse(text) {
-        Ok(policy) => Some(policy),
-        Err(found) => {
-            for problem in found {
-                problems.add(format!("{file}: {}", problem.key), problem.problem);
-            }
-            None
-        }
-    }
+    let text = source
+        .content
+        .as_deref()
+        .map_err(|error| unreadable(error))?;
+    let text = std::str::from_utf8(text).map_err(|error| unreadable(&error))?;
+    Policy::parse(text).map_err(|problems| {
+        let in_file = |problem: Problem| problem.in_file(&source.file);
+        problems.into_iter().map(in_file).collect()
+    })
 }
 
 fn pem(source: &Source) -> Result<&[u8], pem::Error> {

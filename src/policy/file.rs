@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Account, Grants, MaxStale, Policy, Purpose, serves};
+use super::{Account, MaxStale, Policy, Purpose, Rule, serves};
 use crate::ids::{AccountId, BotId};
 use crate::kucoin::catalog::Found;
 use crate::kucoin::request::{self, RequestLimits};
@@ -91,6 +91,8 @@ impl Policy {
                 }
             }
         }
+        let line = section.line("").unwrap_or_default();
+        self.account_lines.insert(account.id.clone(), line);
         self.accounts.insert(account.id.clone(), Arc::new(account));
     }
 
@@ -98,71 +100,99 @@ impl Policy {
         let bot = section.required::<BotId>("bot", "\"spiffe://example.org/bot/maker\"");
         let account = section.required::<AccountId>("account", "\"main\"");
         let scope = section.required::<Scope>("scope", "\"spot-margin\"");
-        let what = if section.optional("unlisted") == Some(true) {
-            let method = section.required::<Method>("method", "\"GET\"");
-            let path = section.required::<String>("path", "\"/api/v1/new-endpoint\"");
-            method
-                .zip(path)
-                .map(|(method, path)| What::Unlisted(method, path))
-        } else {
-            section
-                .required::<Vec<String>>("allow", "[\"read\", \"trade\"]")
-                .map(What::Allow)
-        };
-        let (Some(bot), Some(account), Some(scope), Some(what)) = (bot, account, scope, what)
-        else {
-            return;
-        };
-        let Some(entry) = self.accounts.get(&account) else {
+        let entry = account.as_ref().and_then(|id| self.accounts.get(id));
+        if let (Some(account), None) = (&account, entry) {
             let fix = format_args!(
                 "names no account of this file; add [account.{account}] or correct the name"
             );
-            return section.problem("account", fix);
+            section.problem("account", fix);
+        }
+        let entry = entry.cloned();
+        let place = Place {
+            account: entry.as_deref(),
+            scope,
         };
-        let grants = self
-            .bots
-            .entry(bot)
-            .or_default()
-            .entry(account)
-            .or_default()
-            .entry(scope)
-            .or_default();
-        match what {
-            What::Allow(words) => {
-                for (index, word) in words.iter().enumerate() {
-                    if let Err(problem) = grants.allow(entry, scope, word) {
-                        section.problem(
-                            &format!("allow[{index}]"),
-                            format_args!("{word:?} {problem}"),
-                        );
-                    }
-                }
-            }
-            What::Unlisted(method, path) => match unlisted(entry, scope, method, &path) {
-                Ok(()) => _ = grants.unlisted.insert((method, path)),
-                Err(problem) => section.problem("path", problem),
-            },
+        // Judged before the grant is known to be whole: what is wrong with its words is said in the same breath.
+        let (whats, idle) = if section.optional("unlisted") == Some(true) {
+            (place.read_unlisted(&mut section), None)
+        } else {
+            place.read_allow(&mut section)
+        };
+        let (Some(bot), Some(account), Some(scope), Some(_)) = (bot, account, scope, &entry) else {
+            return;
+        };
+        let scopes = self.bots.entry(bot).or_default().entry(account);
+        let grants = scopes.or_default().entry(scope).or_default();
+        grants.idle.extend(idle);
+        for (what, rule) in whats {
+            let rules = match what {
+                What::Class(class) => grants.classes.entry(class).or_default(),
+                What::Endpoint(endpoint) => grants.endpoints.entry(&endpoint.id).or_default(),
+                What::Unlisted(method, path) => grants.unlisted.entry((method, path)).or_default(),
+            };
+            rules.push(rule);
         }
     }
 }
 
-/// What a grant grants.
-enum What {
-    Allow(Vec<String>),
+/// What one word of a grant grants.
+pub(super) enum What {
+    Class(Risk),
+    Endpoint(&'static Endpoint),
     Unlisted(Method, String),
 }
 
-impl Grants {
-    fn allow(&mut self, account: &Account, scope: Scope, word: &str) -> Result<(), String> {
+/// Where a grant applies, as far as it is known: what hangs on the rest is judged once that is right.
+#[derive(Clone, Copy)]
+pub(super) struct Place<'a> {
+    pub(super) account: Option<&'a Account>,
+    pub(super) scope: Option<Scope>,
+}
+
+impl Place<'_> {
+    /// The words of `allow`; or, where it is empty, where it stands.
+    fn read_allow(self, section: &mut Section) -> (Vec<(What, Rule)>, Option<Rule>) {
+        let words = section.required::<Vec<String>>("allow", "[\"read\", \"trade\"]");
+        let Some(words) = words else {
+            return (Vec::new(), None);
+        };
+        let mut whats = Vec::new();
+        let idle = words.is_empty().then(|| rule(section, "allow", ""));
+        for (index, word) in words.iter().enumerate() {
+            let key = format!("allow[{index}]");
+            match self.judge(word) {
+                Ok(what) => whats.push((what, rule(section, &key, word))),
+                Err(problem) => section.problem(&key, format_args!("{word:?} {problem}")),
+            }
+        }
+        (whats, idle)
+    }
+
+    fn read_unlisted(self, section: &mut Section) -> Vec<(What, Rule)> {
+        let method = section.required::<Method>("method", "\"GET\"");
+        let path = section.required::<String>("path", "\"/api/v1/new-endpoint\"");
+        let Some(path) = path else {
+            return Vec::new();
+        };
+        if let Err(problem) = self.judge_unlisted(method, &path) {
+            section.problem("path", problem);
+            return Vec::new();
+        }
+        let rule = rule(section, "path", &path);
+        let what = method.map(|method| What::Unlisted(method, path));
+        what.map(|what| (what, rule)).into_iter().collect()
+    }
+
+    /// What a word of `allow` grants here, or why it cannot.
+    pub(super) fn judge(self, word: &str) -> Result<What, String> {
         if let Some(class) = Risk::ALL.into_iter().find(|risk| risk.as_str() == word) {
             if !class.grantable_as_class() {
                 return Err("is not granted as a class; name each endpoint by its id".to_owned());
             }
-            fits_account(account, scope, class)?;
-            self.classes.insert(class);
-            return Ok(());
+            self.fits(class)?;
+            return Ok(What::Class(class));
         }
-        let endpoint: &'static Endpoint = Catalog::get().by_id(word).ok_or_else(|| {
+        let endpoint = Catalog::get().by_id(word).ok_or_else(|| {
             let classes = Risk::ALL
                 .into_iter()
                 .filter(|r| r.grantable_as_class())
@@ -170,36 +200,95 @@ impl Grants {
             let classes = classes.collect::<Vec<_>>().join(", ");
             format!("is neither a class ({classes}) nor the id of an endpoint in the catalogue")
         })?;
-        match endpoint.scope {
-            None => {
-                return Err(
-                    "is served by the host for exchange brokers, which credbroker does not serve"
-                        .to_owned(),
-                );
-            }
-            Some(belongs) if belongs != scope => {
-                return Err(format!("belongs to scope {belongs}, not to {scope}"));
-            }
-            Some(_) => {}
+        let Some(belongs) = endpoint.scope else {
+            return Err(
+                "is served by the host for exchange brokers, which credbroker does not serve"
+                    .to_owned(),
+            );
+        };
+        if let Some(scope) = self.scope
+            && belongs != scope
+        {
+            return Err(format!("belongs to scope {belongs}, not to {scope}"));
         }
         if !endpoint.grantable {
             return Err(
                 "makes, changes, returns or deletes API keys and can never be granted".to_owned(),
             );
         }
-        if endpoint.risk.moves_money() && !account.allow_money_out {
-            return Err(money_out(account, endpoint.risk.as_str()));
+        if let Some(account) = self.account {
+            if endpoint.risk.moves_money() && !account.allow_money_out {
+                return Err(money_out(account, endpoint.risk.as_str()));
+            }
+            if !serves(account.site, endpoint) {
+                return Err(format!("is not served by site {}", account.site));
+            }
         }
-        if !serves(account.site, endpoint) {
-            return Err(format!("is not served by site {}", account.site));
+        self.fits(endpoint.risk)?;
+        Ok(What::Endpoint(endpoint))
+    }
+
+    /// Whether an endpoint outside the catalogue can be granted here, or why not.
+    pub(super) fn judge_unlisted(self, method: Option<Method>, path: &str) -> Result<(), String> {
+        let mut problems = Vec::new();
+        let limits = RequestLimits::default();
+        let Some(target) = request::target(path, Vec::new(), &limits, &mut problems) else {
+            return Err(problems
+                .into_iter()
+                .map(|problem| problem.problem)
+                .collect::<Vec<_>>()
+                .join("; "));
+        };
+        if let Some((scope, method)) = self.scope.zip(method) {
+            match Catalog::get().find(scope, method, target.path()) {
+                Found::Endpoint(endpoint) => {
+                    return Err(format!(
+                        "is {} of the catalogue; grant it by that name in `allow`",
+                        endpoint.id
+                    ));
+                }
+                Found::Lookalike(endpoint) => {
+                    return Err(format!("resembles {} of the catalogue", endpoint.id));
+                }
+                Found::OtherScope(endpoint) => {
+                    return Err(format!(
+                        "is the path of {}, which does not belong to scope {scope}",
+                        endpoint.id
+                    ));
+                }
+                Found::Unlisted => {}
+            }
         }
-        fits_account(account, scope, endpoint.risk)?;
-        self.endpoints.insert(&endpoint.id);
-        Ok(())
+        if names_api_keys(path) {
+            return Err("contains api-key: API keys are never within a bot's reach".to_owned());
+        }
+        if let Some(account) = self.account
+            && !account.allow_money_out
+        {
+            return Err(money_out(account, "unlisted"));
+        }
+        // What an endpoint outside the catalogue does is unknown: take it for the worst that still has a class.
+        self.fits(Risk::Trade)
+    }
+
+    /// Whether the account has what a class needs: a key, and the purpose.
+    fn fits(self, risk: Risk) -> Result<(), String> {
+        match (self.account, self.scope) {
+            (Some(account), Some(scope)) => fits_account(account, scope, risk),
+            _ => Ok(()),
+        }
     }
 }
 
-/// Whether the account has what a class needs: a key, and the purpose.
+fn rule(section: &Section, key: &str, word: &str) -> Rule {
+    Rule {
+        // A grant is a table of an array, and so always on a line.
+        line: section.line(key).unwrap_or_default(),
+        key: section.key(key),
+        word: word.to_owned(),
+    }
+}
+
 fn fits_account(account: &Account, scope: Scope, risk: Risk) -> Result<(), String> {
     if !account.site.serves(scope) {
         return Err(format!(
@@ -220,44 +309,6 @@ fn fits_account(account: &Account, scope: Scope, risk: Risk) -> Result<(), Strin
         ));
     }
     Ok(())
-}
-
-fn unlisted(account: &Account, scope: Scope, method: Method, path: &str) -> Result<(), String> {
-    let mut problems = Vec::new();
-    let Some(target) = request::target(path, Vec::new(), &RequestLimits::default(), &mut problems)
-    else {
-        return Err(problems
-            .into_iter()
-            .map(|problem| problem.problem)
-            .collect::<Vec<_>>()
-            .join("; "));
-    };
-    match Catalog::get().find(scope, method, target.path()) {
-        Found::Endpoint(endpoint) => {
-            return Err(format!(
-                "is {} of the catalogue; grant it by that name in `allow`",
-                endpoint.id
-            ));
-        }
-        Found::Lookalike(endpoint) => {
-            return Err(format!("resembles {} of the catalogue", endpoint.id));
-        }
-        Found::OtherScope(endpoint) => {
-            return Err(format!(
-                "is the path of {}, which does not belong to scope {scope}",
-                endpoint.id
-            ));
-        }
-        Found::Unlisted => {}
-    }
-    if names_api_keys(path) {
-        return Err("contains api-key: API keys are never within a bot's reach".to_owned());
-    }
-    if !account.allow_money_out {
-        return Err(money_out(account, "unlisted"));
-    }
-    // What an endpoint outside the catalogue does is unknown: take it for the worst that still has a class.
-    fits_account(account, scope, Risk::Trade)
 }
 
 /// KuCoin writes `api-key` and, for exchange brokers, `apikey`; a router may take other spellings for the same.
@@ -316,7 +367,7 @@ mod tests {
         let problems = problems(rules);
         let keys: Vec<_> = problems
             .iter()
-            .map(|p| p.split(": ").next().unwrap())
+            .map(|p| p.split(": ").nth(1).unwrap())
             .collect();
         for key in [
             "typo",
@@ -332,6 +383,57 @@ mod tests {
         ] {
             assert!(keys.contains(&key), "{key} is not among {keys:?}");
         }
+    }
+
+    #[test]
+    fn the_words_of_a_grant_are_judged_although_its_account_or_bot_is_wrong() {
+        let rules = r#"
+            [account.main]
+            key = { spot-margin = "main" }
+            [[grant]]
+            bot = "b"
+            account = "nobody"
+            scope = "spot-margin"
+            allow = ["withdraw", "read", "futures.get.v1-position"]
+            [[grant]]
+            account = "main"
+            scope = "spot-margin"
+            allow = ["spot.post.v3-withdrawals"]
+            [[grant]]
+            bot = "b"
+            account = "nobody"
+            scope = "spot-margin"
+            unlisted = true
+            method = "GET"
+            path = "/api/v9/apikey"
+        "#;
+        let problems = problems(rules);
+        let expected = [
+            "line 6: grant[0].account: names no account of this file; add [account.nobody] or correct the name",
+            "line 8: grant[0].allow[0]: \"withdraw\" is not granted as a class; name each endpoint by its id",
+            "line 8: grant[0].allow[2]: \"futures.get.v1-position\" belongs to scope futures, not to spot-margin",
+            "line 9: grant[1].bot: is missing; write for example: bot = \"spiffe://example.org/bot/maker\"",
+            "line 12: grant[1].allow[0]: \"spot.post.v3-withdrawals\" (withdraw) may move money; it needs \
+             allow_money_out = true in [account.main]",
+            "line 15: grant[2].account: names no account of this file; add [account.nobody] or correct the name",
+            "line 19: grant[2].path: contains api-key: API keys are never within a bot's reach",
+        ];
+        assert_eq!(problems, expected);
+    }
+
+    #[test]
+    fn every_problem_of_half_a_file_stands_on_a_line_of_it() {
+        let whole = include_str!("../../deploy/rules.toml");
+        let mut wrong = 0;
+        for end in (0..whole.len()).step_by(3) {
+            let half = whole.get(..end).unwrap();
+            for problem in Policy::parse(half).err().into_iter().flatten() {
+                let line = problem.line.unwrap();
+                assert!((1..=half.split('\n').count()).contains(&line), "{problem}");
+                wrong += 1;
+            }
+        }
+        assert!(wrong > 100, "{wrong}");
     }
 
     #[test]

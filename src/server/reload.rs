@@ -108,7 +108,7 @@ impl Reloader {
     /// New keys first, so that no call fails for a key that is only on its way; then the rules; then what they no longer
     /// name goes.
     async fn take_rules(&mut self, source: &Source) -> Result<(), Vec<Problem>> {
-        let policy = Arc::new(whole(|problems| load::policy(source, problems))?);
+        let policy = Arc::new(load::rules(source)?);
         self.broker.keyring.add(policy.accounts());
         self.refresher.follow();
         self.probes.follow(&self.broker, &policy);
@@ -122,7 +122,11 @@ impl Reloader {
     /// Connections from now on shake hands by them; those of CAs that are gone end.
     fn take_certificates(&mut self, sources: &[Source; 3]) -> Result<(), Vec<Problem>> {
         let now_ms = self.broker.clock.wall_ms();
-        let certificates = whole(|problems| load::certificates(sources, now_ms, problems))?;
+        let problems = Problems::default();
+        let certificates = load::certificates(sources, now_ms, &problems);
+        problems.into_result()?;
+        // What is missing has been reported as a problem.
+        let certificates = certificates.ok_or_else(Vec::new)?;
         let not_after_ms = certificates.not_after_ms;
         let generation = self.tls.borrow().generation + 1;
         let tls = Tls::new(
@@ -171,15 +175,6 @@ impl Reloader {
             Err(problems) => _ = all.insert(what, problems),
         });
     }
-}
-
-/// What was read, if nothing is wrong with it.
-fn whole<T>(read: impl FnOnce(&Problems) -> Option<T>) -> Result<T, Vec<Problem>> {
-    let problems = Problems::default();
-    let found = read(&problems);
-    problems.into_result()?;
-    // What is missing has been reported as a problem.
-    found.ok_or_else(Vec::new)
 }
 
 fn digest(sources: &[Source]) -> [u8; 32] {

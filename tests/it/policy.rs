@@ -5,6 +5,7 @@
 
 mod collisions;
 mod denied;
+mod explained;
 mod granted;
 mod judge;
 mod keys;
@@ -86,6 +87,7 @@ const FUTURES_TEMPLATES: [&str; 4] = [
 ];
 
 /// What one bot may do on one account in one scope.
+#[derive(Debug)]
 struct Grant {
     bot: &'static str,
     account: &'static str,
@@ -139,6 +141,7 @@ const GRANTS: [Grant; 22] = [
 ];
 
 /// One endpoint outside the catalogue.
+#[derive(Debug)]
 struct Unlisted {
     bot: &'static str,
     account: &'static str,
@@ -229,13 +232,17 @@ fn filled(endpoint: &Value, value: &str) -> String {
 }
 
 fn rules() -> String {
+    rules_of(&GRANTS.each_ref(), &UNLISTED.each_ref())
+}
+
+fn rules_of(grants: &[&Grant], unlisted: &[&Unlisted]) -> String {
     let mut rules = ACCOUNTS.to_owned();
     for Grant {
         bot,
         account,
         scope,
         allow,
-    } in &GRANTS
+    } in grants
     {
         let scope = word(*scope);
         write!(
@@ -250,7 +257,7 @@ fn rules() -> String {
         scope,
         method,
         path,
-    } in &UNLISTED
+    } in unlisted
     {
         let (scope, method) = (word(*scope), verb(*method));
         write!(

@@ -13,8 +13,8 @@ use serde_json::Value;
 use tonic::Code;
 
 use super::{
-    Arena, BOTS, CATALOGUE, GRANTS, METHODS, SCOPES, UNLISTED, filled, method_of, on, parameter,
-    scope_of, verb,
+    Arena, BOTS, CATALOGUE, GRANTS, Grant, METHODS, SCOPES, UNLISTED, Unlisted, filled, method_of,
+    on, parameter, scope_of, verb,
 };
 use crate::harness::failure;
 
@@ -23,20 +23,25 @@ const CASES: u32 = 1500;
 
 /// What the rules of the arena say about a request.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Verdict {
+pub(super) enum Verdict {
     Public,
     Signed,
     Refused,
 }
 
-fn verdict(bot: &str, request: &SignAndSendRequest) -> Verdict {
+pub(super) fn verdict(
+    grants: &[&Grant],
+    unlisted: &[&Unlisted],
+    bot: &str,
+    request: &SignAndSendRequest,
+) -> Verdict {
     let (scope, method, path) = (request.scope(), request.method(), request.path.as_str());
-    let grants: Vec<_> = GRANTS
+    let grants: Vec<_> = grants
         .iter()
         .filter(|grant| (grant.bot, grant.account, grant.scope) == (bot, &request.account, scope))
         .collect();
     let Some(endpoint) = endpoint(scope, method, path) else {
-        let exactly = UNLISTED.iter().any(|unlisted| {
+        let exactly = unlisted.iter().any(|unlisted| {
             (
                 unlisted.bot,
                 unlisted.account,
@@ -266,7 +271,7 @@ fn bodies() -> impl Strategy<Value = Bytes> {
 }
 
 /// Who asks, and what.
-fn descriptors() -> impl Strategy<Value = (&'static str, SignAndSendRequest)> {
+pub(super) fn descriptors() -> impl Strategy<Value = (&'static str, SignAndSendRequest)> {
     let is_template = |e: &&Value| e["path"].as_str().unwrap().contains('{');
     let templates: Vec<_> = CATALOGUE.iter().filter(is_template).collect();
     let endpoint = prop_oneof![
@@ -350,7 +355,7 @@ fn whatever_reaches_the_exchange_was_granted_and_whatever_was_granted_is_not_den
         let before = arena.lab.kucoin.received().len();
         let answer = runtime.block_on(arena.bot(bot).send(request.clone()));
         let received = arena.lab.kucoin.received();
-        let expected = verdict(bot, &request);
+        let expected = verdict(&GRANTS.each_ref(), &UNLISTED.each_ref(), bot, &request);
         match answer {
             Ok(_) => {
                 count(&reached);

@@ -1,0 +1,233 @@
+//! `credbroker policy`: what the rules say, before a bot or a restart finds out.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Subcommand};
+
+use super::{CONFIG, DONE, FAILED, USAGE, read_config, say, say_problems, show};
+use crate::broker::BrokerError;
+use crate::config::load::{Source, rules};
+use crate::ids::{AccountId, BotId};
+use crate::kucoin::{Method, RequestLimits, Scope, request};
+use crate::policy::Policy;
+use crate::policy::diff::{Diff, Kind};
+use crate::policy::explain::{Allowed, Explanation, Refused};
+use crate::toml_file::Problem;
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Reports every problem of a rules file with its line, and warns of what is hardly meant.
+    ///
+    /// Exit code 0: no problems, perhaps warnings; 2: problems, or no such file.
+    #[command(after_long_help = "Example:\n  credbroker policy check /etc/credbroker/rules.toml")]
+    Check {
+        /// The rules file.
+        file: PathBuf,
+    },
+    /// Compares two rules files: which bot gains or loses which endpoint on which account.
+    ///
+    /// What is compared is what the rules allow, endpoint by endpoint over the whole catalogue, and not their text.
+    /// `+` is a gain, `-` a loss, `~` a changed setting of an account; what moves money is always named and marked.
+    /// Exit code 0: compared; 1: with --exit-code, when something changes; 2: a file is missing or has problems.
+    #[command(
+        after_long_help = "Example, before new rules take the place of old ones:\n  credbroker policy diff /etc/credbroker/rules.toml rules.new.toml\n\n\
+                           With --json, one object a line:\n  {\"change\":\"gain\",\"bot\":…,\"account\":…,\"scope\":…,\"endpoint\":…,\"risk\":…,\"moves_money\":…}\n  \
+                           {\"change\":\"setting\",\"account\":…,\"setting\":…,\"old\":…,\"new\":…}"
+    )]
+    Diff {
+        /// The rules as they are.
+        old: PathBuf,
+        /// The rules as they shall be.
+        new: PathBuf,
+        /// Writes a JSON object a line, for machines.
+        #[arg(long)]
+        json: bool,
+        /// Ends with exit code 1 when something changes.
+        #[arg(long)]
+        exit_code: bool,
+    },
+    /// Says whether a bot may send a request, and by which lines of the rules.
+    ///
+    /// Exit code 0: allowed; 1: refused; 2: the command line, the configuration or the rules are wrong.
+    #[command(
+        after_long_help = "Example:\n  credbroker policy explain --rules /etc/credbroker/rules.toml --bot spiffe://example.org/bot/maker \\\n    \
+                           --account main --scope spot-margin POST /api/v1/hf/orders"
+    )]
+    Explain(Question),
+}
+
+#[derive(Args, Debug)]
+pub(super) struct Question {
+    /// The configuration file, which names the rules file and the limits of requests.
+    #[arg(long, default_value = CONFIG)]
+    config: PathBuf,
+    /// The rules file, without a configuration.
+    #[arg(long, conflicts_with = "config")]
+    rules: Option<PathBuf>,
+    /// The bot, as its certificate names it.
+    #[arg(long)]
+    bot: BotId,
+    /// The account.
+    #[arg(long)]
+    account: AccountId,
+    /// futures, spot-margin or unified.
+    #[arg(long, value_parser = scope)]
+    scope: Scope,
+    /// DELETE, GET or POST.
+    #[arg(value_parser = method)]
+    method: Method,
+    /// The path without a query, such as /api/v1/accounts.
+    path: String,
+}
+
+fn scope(text: &str) -> Result<Scope, &'static str> {
+    let named = |scope: &Scope| scope.as_str() == text;
+    let expected = "expected futures, spot-margin or unified";
+    Scope::ALL.into_iter().find(named).ok_or(expected)
+}
+
+fn method(text: &str) -> Result<Method, &'static str> {
+    let named = |method: &Method| method.as_str().eq_ignore_ascii_case(text);
+    let expected = "expected DELETE, GET or POST";
+    let all = [Method::Delete, Method::Get, Method::Post];
+    all.into_iter().find(named).ok_or(expected)
+}
+
+pub(super) fn run(command: &Command) -> u8 {
+    let result = match command {
+        Command::Check { file } => check(file),
+        Command::Diff {
+            old,
+            new,
+            json,
+            exit_code,
+        } => diff(old, new, *json, *exit_code),
+        Command::Explain(question) => explain(question),
+    };
+    result.unwrap_or_else(|problems| {
+        say_problems(&problems, "the same command");
+        USAGE
+    })
+}
+
+fn check(file: &Path) -> Result<u8, Vec<Problem>> {
+    let policy = rules(&Source::read(file))?;
+    for warning in policy.warnings() {
+        say(&format!("warning: {}", warning.in_file(file)));
+    }
+    let (bots, grants) = policy.counts();
+    let accounts = policy.accounts().count();
+    Ok(show(
+        &format!(
+            "{}: no problems; {accounts} account(s), {bots} bot(s), {grants} grant(s)\n",
+            file.display()
+        ),
+        DONE,
+    ))
+}
+
+fn diff(old: &Path, new: &Path, json: bool, exit_code: bool) -> Result<u8, Vec<Problem>> {
+    let (old, new) = match (rules(&Source::read(old)), rules(&Source::read(new))) {
+        (Ok(old), Ok(new)) => (old, new),
+        (old, new) => {
+            let problems = [old, new].into_iter().filter_map(Result::err);
+            return Err(problems.flatten().collect());
+        }
+    };
+    let diff = Diff::between(&old, &new);
+    let text = if json {
+        let lines = diff.to_json().into_iter();
+        lines.fold(String::new(), |text, line| text + &line.to_string() + "\n")
+    } else {
+        diff.to_string()
+    };
+    let gains = diff
+        .permissions
+        .iter()
+        .filter(|change| change.kind == Kind::Gain);
+    let gains = gains.count();
+    say(&format!(
+        "{gains} permission(s) gained, {} lost, {} setting(s) changed",
+        diff.permissions.len() - gains,
+        diff.settings.len()
+    ));
+    let differs = exit_code && !diff.is_empty();
+    Ok(show(&text, if differs { FAILED } else { DONE }))
+}
+
+fn explain(question: &Question) -> Result<u8, Vec<Problem>> {
+    let Question {
+        config,
+        rules: file,
+        bot,
+        account,
+        scope,
+        method,
+        path,
+    } = question;
+    let (file, limits) = if let Some(file) = file {
+        (file.clone(), RequestLimits::default())
+    } else {
+        let config = read_config(config)?;
+        (config.rules, config.request_limits)
+    };
+    let policy = rules(&Source::read(&file))?;
+    // What is not as it must be is refused before any rule is asked, as the broker does.
+    let mut problems = Vec::new();
+    let Some(target) = request::target(path, Vec::new(), &limits, &mut problems) else {
+        let error = BrokerError::Malformed(problems);
+        return Ok(show(
+            &format!("refused: {}: {error}\n", error.reason()),
+            FAILED,
+        ));
+    };
+    let explanation = policy.explain(bot, account, *scope, *method, target.path());
+    let (text, code) = told(&policy, &file, account, explanation);
+    Ok(show(&text, code))
+}
+
+fn told(
+    policy: &Policy,
+    file: &Path,
+    account: &AccountId,
+    explanation: Explanation,
+) -> (String, u8) {
+    let mut lines = Vec::new();
+    let adds_risk = if explanation.adds_risk() { "yes" } else { "no" };
+    let about = match explanation.endpoint {
+        Some(endpoint) => [
+            format!("endpoint: {}", endpoint.id),
+            format!("risk: {}", endpoint.risk.as_str()),
+        ],
+        None => ["endpoint: not in the catalogue", "risk: unknown"].map(str::to_owned),
+    };
+    let at = |rule: &crate::policy::Rule| format!("{}:{}: {rule}", file.display(), rule.line);
+    let code = match explanation.verdict {
+        Ok(Allowed { by, key }) => {
+            lines.push("allowed".to_owned());
+            lines.extend(by.into_iter().map(at));
+            lines.extend(about);
+            lines.push(format!("adds risk: {adds_risk}"));
+            let key = key.map_or("none, it goes unsigned".to_owned(), |key| {
+                format!("{account}/{key}")
+            });
+            lines.push(format!("key: {key}"));
+            let site = policy.accounts().find(|entry| entry.id == *account);
+            lines.extend(site.map(|entry| format!("site: {}", entry.site)));
+            DONE
+        }
+        Err(Refused { why, advice, has }) => {
+            let error = BrokerError::from(why);
+            lines.push(format!("refused: {}: {error}", error.reason()));
+            lines.extend(about);
+            lines.push(format!("adds risk: {adds_risk}"));
+            lines.extend(advice.map(|advice| format!("to allow it: {advice}")));
+            if !has.is_empty() {
+                lines.push("what this bot may do on this account in this scope:".to_owned());
+                lines.extend(has.into_iter().map(at));
+            }
+            FAILED
+        }
+    };
+    (lines.join("\n") + "\n", code)
+}

@@ -1,0 +1,306 @@
+//! Why the rules allow or refuse a request, for the admin who writes them. A bot is told less.
+
+use super::file::Place;
+use super::{Denied, Grants, Policy, Rule};
+use crate::ids::{AccountId, BotId, KeyName};
+use crate::kucoin::catalog::Found;
+use crate::kucoin::{Catalog, Endpoint, Method, Scope};
+
+/// What the rules say to a request, and why.
+#[derive(Debug)]
+pub struct Explanation<'p> {
+    /// The endpoint that the path means, perhaps of another scope; `None` for one outside the catalogue.
+    pub endpoint: Option<&'static Endpoint>,
+    /// Yes or no.
+    pub verdict: Result<Allowed<'p>, Refused<'p>>,
+}
+
+impl Explanation<'_> {
+    /// Whether the request would add risk; one outside the catalogue would.
+    pub fn adds_risk(&self) -> bool {
+        self.endpoint.is_none_or(Endpoint::adds_risk)
+    }
+}
+
+/// A yes.
+#[derive(Debug)]
+pub struct Allowed<'p> {
+    /// The rules that allow it: at least one, in the order of the file.
+    pub by: Vec<&'p Rule>,
+    /// The key that would sign; `None` where the request goes unsigned.
+    pub key: Option<&'p KeyName>,
+}
+
+/// A no.
+#[derive(Debug)]
+pub struct Refused<'p> {
+    /// Why.
+    pub why: Denied,
+    /// What an admin would write to allow it, or why nothing would; `None` where `why` has said it.
+    pub advice: Option<String>,
+    /// What the bot may do on this account in this scope, in the order of the file.
+    pub has: Vec<&'p Rule>,
+}
+
+impl Policy {
+    /// Says what [`Policy::authorize`] would say to this request, and by which lines of the rules.
+    pub fn explain(
+        &self,
+        bot: &BotId,
+        account: &AccountId,
+        scope: Scope,
+        method: Method,
+        path: &str,
+    ) -> Explanation<'_> {
+        let found = Catalog::get().find(scope, method, path);
+        let endpoint = match found {
+            Found::Endpoint(endpoint) | Found::OtherScope(endpoint) => Some(endpoint),
+            Found::Lookalike(_) | Found::Unlisted => None,
+        };
+        let verdict = match self.decide(bot, account, scope, method, path) {
+            Ok(granted) => {
+                let mut by: Vec<_> = granted.by.into_iter().flatten().collect();
+                by.sort_unstable();
+                let key = granted.account.keys.get(&scope);
+                Ok(Allowed {
+                    by,
+                    key: key.filter(|_| granted.endpoint.is_none_or(Endpoint::is_private)),
+                })
+            }
+            Err(why) => {
+                let grants = self.grants(bot, account, scope).ok();
+                let grants = grants.and_then(|(_, grants)| grants);
+                Err(Refused {
+                    advice: self.advice(&why, account, scope, method, path),
+                    has: grants.map(Grants::rules).unwrap_or_default(),
+                    why,
+                })
+            }
+        };
+        Explanation { endpoint, verdict }
+    }
+
+    fn advice(
+        &self,
+        why: &Denied,
+        account: &AccountId,
+        scope: Scope,
+        method: Method,
+        path: &str,
+    ) -> Option<String> {
+        match why {
+            Denied::Account(_) | Denied::Caller(_) | Denied::NotGranted { .. } => {}
+            Denied::Lookalike { .. }
+            | Denied::NeverGranted { .. }
+            | Denied::NotServed { .. }
+            | Denied::Scope { .. }
+            | Denied::Site { .. } => return None,
+        }
+        let Some(entry) = self.accounts.get(account) else {
+            return Some(format!("the rules have no [account.{account}]"));
+        };
+        let place = Place {
+            account: Some(entry),
+            scope: Some(scope),
+        };
+        let judged = match Catalog::get().find(scope, method, path) {
+            Found::Endpoint(endpoint) => {
+                let word = if endpoint.risk.grantable_as_class() {
+                    endpoint.risk.as_str()
+                } else {
+                    &endpoint.id
+                };
+                // By its id, since a class that holds an endpoint does not make it grantable.
+                place
+                    .judge(&endpoint.id)
+                    .map(|_| format!("allow = [{word:?}]"))
+                    .map_err(|problem| format!("{:?} {problem}", endpoint.id))
+            }
+            Found::Unlisted => place
+                .judge_unlisted(Some(method), path)
+                .map(|()| format!("unlisted = true, method = \"{method}\", path = {path:?}"))
+                .map_err(|problem| format!("{path:?} {problem}")),
+            Found::Lookalike(literal) => Err(format!(
+                "the path resembles {}; write it exactly",
+                literal.id
+            )),
+            Found::OtherScope(endpoint) => Err(match endpoint.scope {
+                Some(belongs) => format!("{} belongs to scope {belongs}", endpoint.id),
+                None => format!("{} is on a host that is not served", endpoint.id),
+            }),
+        };
+        Some(match judged {
+            Ok(line) => format!("a [[grant]] for this bot, account and scope with {line}"),
+            Err(problem) => format!("no grant can allow it as things stand: {problem}"),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RULES: &str = r#"[account.main]
+key = { spot-margin = "main" }
+[account.vault]
+allow_money_out = true
+key = { spot-margin = "cold" }
+[[grant]]
+bot = "b"
+account = "main"
+scope = "spot-margin"
+allow = [
+  "public",
+  "spot.get.v1-accounts",
+]
+[[grant]]
+bot = "b"
+account = "main"
+scope = "spot-margin"
+allow = ["read"]
+[[grant]]
+bot = "b"
+account = "vault"
+scope = "spot-margin"
+unlisted = true
+method = "GET"
+path = "/api/v9/new"
+"#;
+
+    fn explained(
+        (bot, account): (&str, &str),
+        scope: Scope,
+        method: Method,
+        path: &str,
+    ) -> Result<Vec<String>, (String, Option<String>)> {
+        let policy = Policy::parse(RULES).unwrap();
+        let (bot, account) = (bot.parse().unwrap(), account.parse().unwrap());
+        let explanation = policy.explain(&bot, &account, scope, method, path);
+        match explanation.verdict {
+            Ok(Allowed { by, .. }) => {
+                let at = |rule: &&Rule| format!("{}: {rule}", rule.line);
+                Ok(by.iter().map(at).collect())
+            }
+            Err(Refused { why, advice, .. }) => Err((why.to_string(), advice)),
+        }
+    }
+
+    #[test]
+    fn a_yes_names_every_line_that_says_it() {
+        let by = explained(
+            ("b", "main"),
+            Scope::SpotMargin,
+            Method::Get,
+            "/api/v1/accounts",
+        );
+        let expected = [
+            "12: grant[0].allow[1] = \"spot.get.v1-accounts\"",
+            "18: grant[1].allow[0] = \"read\"",
+        ];
+        assert_eq!(by.unwrap(), expected);
+        let by = explained(
+            ("b", "vault"),
+            Scope::SpotMargin,
+            Method::Get,
+            "/api/v9/new",
+        );
+        assert_eq!(by.unwrap(), ["25: grant[2].path = \"/api/v9/new\""]);
+    }
+
+    #[test]
+    fn a_no_says_what_to_write() {
+        let cases = [
+            (
+                "b",
+                "main",
+                Method::Post,
+                "/api/v1/hf/orders",
+                "allow = [\"trade\"]",
+            ),
+            (
+                "x",
+                "main",
+                Method::Get,
+                "/api/v1/accounts",
+                "allow = [\"read\"]",
+            ),
+            (
+                "b",
+                "main",
+                Method::Post,
+                "/api/v3/withdrawals",
+                "no grant can allow it as things stand: \"spot.post.v3-withdrawals\" (withdraw) may move money; it needs \
+                 allow_money_out = true in [account.main]",
+            ),
+            (
+                "b",
+                "vault",
+                Method::Post,
+                "/api/v3/withdrawals",
+                "allow = [\"spot.post.v3-withdrawals\"]",
+            ),
+            (
+                "b",
+                "vault",
+                Method::Post,
+                "/api/v9/new",
+                "unlisted = true, method = \"POST\", path = \"/api/v9/new\"",
+            ),
+            (
+                "b",
+                "nobody",
+                Method::Get,
+                "/api/v1/accounts",
+                "no [account.nobody]",
+            ),
+            (
+                "x",
+                "main",
+                Method::Get,
+                "/api/v1/account-overview",
+                "belongs to scope futures",
+            ),
+        ];
+        for (bot, account, method, path, part) in cases {
+            let (_, advice) =
+                explained((bot, account), Scope::SpotMargin, method, path).unwrap_err();
+            let advice = advice.unwrap();
+            assert!(advice.contains(part), "{part} is not in {advice}");
+        }
+    }
+
+    #[test]
+    fn what_is_advised_helps() {
+        let policy = Policy::parse(RULES).unwrap();
+        let (bot, account) = ("x".parse().unwrap(), "vault".parse().unwrap());
+        let mut helped = 0;
+        for endpoint in Catalog::get().endpoints() {
+            let path = endpoint.path.replace(['{', '}'], "");
+            let ask = |policy: &Policy| {
+                let scope = Scope::SpotMargin;
+                let explanation = policy.explain(&bot, &account, scope, endpoint.method, &path);
+                explanation.verdict.map(|_| ()).map_err(|no| no.advice)
+            };
+            let advice = ask(&policy).unwrap_err().unwrap();
+            let Some((_, line)) = advice.split_once("scope with ") else {
+                assert!(
+                    endpoint.scope != Some(Scope::SpotMargin) || !endpoint.grantable,
+                    "{}: {advice}",
+                    endpoint.id
+                );
+                continue;
+            };
+            let rules = format!(
+                "{RULES}[[grant]]\nbot = \"x\"\naccount = \"vault\"\nscope = \"spot-margin\"\n{line}\n"
+            );
+            assert_eq!(
+                ask(&Policy::parse(&rules).unwrap()),
+                Ok(()),
+                "{}",
+                endpoint.id
+            );
+            helped += 1;
+        }
+        assert!(helped > 100, "{helped}");
+    }
+}

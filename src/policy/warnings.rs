@@ -1,0 +1,188 @@
+//! What is allowed to stand in the rules, but hardly meant.
+
+use std::collections::BTreeSet;
+
+use super::{Grants, Policy, Rule};
+use crate::ids::{AccountId, BotId};
+use crate::kucoin::{Catalog, Endpoint, Risk, Scope};
+use crate::toml_file::Problem;
+
+impl Policy {
+    /// Bots and grants of the rules: how many there are.
+    pub fn counts(&self) -> (usize, usize) {
+        let granted = self.granted();
+        let rules = granted.values().flat_map(|grants| grants.all());
+        let grants = rules.map(|rule| rule.key.split('.').next());
+        (self.bots.len(), grants.collect::<BTreeSet<_>>().len())
+    }
+
+    /// What in these rules does nothing, or less than it seems to, in the order of the file.
+    pub fn warnings(&self) -> Vec<Problem> {
+        let mut warnings = Vec::new();
+        let granted = self.granted();
+        for (id, account) in &self.accounts {
+            let warn = |key: &str, problem: &str| Problem {
+                line: self.account_lines.get(id).copied(),
+                ..Problem::new(format!("account.{id}{key}"), problem)
+            };
+            let scopes = granted.keys().filter(|(_, account, _)| *account == id);
+            let scopes: BTreeSet<_> = scopes.map(|(.., scope)| *scope).collect();
+            if scopes.is_empty() {
+                warnings.push(warn(
+                    "",
+                    "no grant names this account; its keys are held for nobody",
+                ));
+                continue;
+            }
+            for scope in account.keys.keys().filter(|scope| !scopes.contains(scope)) {
+                let key = format!(".key.{scope}");
+                warnings.push(warn(
+                    &key,
+                    "no grant names this account in this scope; the key is held for nobody",
+                ));
+            }
+        }
+        for (&(bot, account, scope), grants) in &granted {
+            self.warn_of_grants(bot, account, scope, grants, &mut warnings);
+        }
+        for bot in self.bots.keys() {
+            let mine = granted.iter().filter(|((other, ..), _)| *other == bot);
+            let mut mine: Vec<&Rule> = mine.flat_map(|(_, grants)| grants.all()).collect();
+            mine.sort_unstable();
+            if let (false, Some(first)) = (mine.iter().any(|rule| needs_key(rule)), mine.first()) {
+                warnings.push(at(
+                    first,
+                    format_args!("nothing that {bot} may do needs a key"),
+                ));
+            }
+        }
+        warnings.sort_unstable();
+        warnings
+    }
+
+    fn warn_of_grants(
+        &self,
+        bot: &BotId,
+        account: &AccountId,
+        scope: Scope,
+        grants: &Grants,
+        warnings: &mut Vec<Problem>,
+    ) {
+        for rule in &grants.idle {
+            warnings.push(at(rule, "grants nothing"));
+        }
+        for (class, rules) in &grants.classes {
+            let mut endpoints = Catalog::get().endpoints().iter();
+            let is_effective = |endpoint: &'static Endpoint| {
+                endpoint.risk == *class && self.may(bot, account, scope, endpoint)
+            };
+            if let (false, Some(rule)) = (endpoints.any(is_effective), rules.first()) {
+                let word = &rule.word;
+                warnings.push(at(
+                    rule,
+                    format_args!(
+                        "{word:?} grants nothing: the site has no such endpoint in this scope"
+                    ),
+                ));
+            }
+        }
+        let unlisted = grants.unlisted.values().map(|rules| (None, rules));
+        let classes = grants.classes.values().map(|rules| (None, rules));
+        let endpoints = grants.endpoints.iter().map(|(id, rules)| {
+            let risk = Catalog::get().by_id(id).map(|endpoint| endpoint.risk);
+            (risk.and_then(|risk| grants.classes.get(&risk)), rules)
+        });
+        for (class, rules) in endpoints.chain(classes).chain(unlisted) {
+            let (first, rest) = match class.and_then(|class| class.first()) {
+                Some(class) => (class, rules.as_slice()),
+                None => match rules.split_first() {
+                    Some(split) => split,
+                    None => continue,
+                },
+            };
+            for rule in rest {
+                let (word, line) = (&rule.word, first.line);
+                let problem =
+                    format_args!("{word:?} grants nothing more than {first} in line {line}");
+                warnings.push(at(rule, problem));
+            }
+        }
+    }
+}
+
+impl Grants {
+    /// Every rule, and grants without any.
+    fn all(&self) -> impl Iterator<Item = &Rule> {
+        self.rules().into_iter().chain(&self.idle)
+    }
+}
+
+fn needs_key(rule: &Rule) -> bool {
+    match Catalog::get().by_id(&rule.word) {
+        Some(endpoint) => endpoint.is_private(),
+        None => !rule.word.is_empty() && rule.word != Risk::Public.as_str(),
+    }
+}
+
+fn at(rule: &Rule, problem: impl std::fmt::Display) -> Problem {
+    Problem {
+        line: Some(rule.line),
+        ..Problem::new(&rule.key, problem)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_hardly_meant_is_said_with_its_line() {
+        let rules = r#"[account.main]
+key = { spot-margin = "main", futures = "main" }
+[account.spare]
+[account.turkey]
+site = "tr"
+key = { spot-margin = "main" }
+[[grant]]
+bot = "b"
+account = "main"
+scope = "spot-margin"
+allow = ["read", "trade"]
+[[grant]]
+bot = "b"
+account = "main"
+scope = "spot-margin"
+allow = [
+  "spot.get.v1-accounts",
+  "spot.post.v1-bullet-private",
+  "trade",
+]
+[[grant]]
+bot = "c"
+account = "main"
+scope = "spot-margin"
+allow = []
+[[grant]]
+bot = "d"
+account = "main"
+scope = "spot-margin"
+allow = ["public", "spot.get.v1-timestamp"]
+"#;
+        let rules = rules.to_owned()
+            + "[[grant]]\nbot = \"b\"\naccount = \"turkey\"\nscope = \"spot-margin\"\nallow = [\"read\"]\n";
+        let policy = Policy::parse(&rules).unwrap();
+        let warnings: Vec<_> = policy.warnings().iter().map(ToString::to_string).collect();
+        let expected = [
+            "line 1: account.main.key.futures: no grant names this account in this scope; the key is held for nobody",
+            "line 3: account.spare: no grant names this account; its keys are held for nobody",
+            "line 17: grant[1].allow[0]: \"spot.get.v1-accounts\" grants nothing more than grant[0].allow[0] = \"read\" in line 11",
+            "line 19: grant[1].allow[2]: \"trade\" grants nothing more than grant[0].allow[1] = \"trade\" in line 11",
+            "line 25: grant[2].allow: grants nothing",
+            "line 25: grant[2].allow: nothing that c may do needs a key",
+            "line 30: grant[3].allow[0]: nothing that d may do needs a key",
+            "line 30: grant[3].allow[1]: \"spot.get.v1-timestamp\" grants nothing more than grant[3].allow[0] = \"public\" in line 30",
+        ];
+        assert_eq!(warnings, expected);
+        assert_eq!(policy.counts(), (3, 5));
+    }
+}

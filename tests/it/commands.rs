@@ -1,0 +1,447 @@
+//! The commands that ask without changing anything, as the real program: `policy explain`, `check`, `diff`, and `health`.
+
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::thread;
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::harness::{Lab, Settings};
+
+const CONFIG: &str = include_str!("../../deploy/config.toml");
+const RULES: &str = include_str!("../../deploy/rules.toml");
+
+const MAKER: &str = "spiffe://example.org/bot/maker";
+
+struct Folder(TempDir);
+
+impl Folder {
+    /// With the example configuration and rules.
+    fn new() -> Self {
+        let folder = Self(tempfile::tempdir().unwrap());
+        folder.write("config.toml", &CONFIG.replace("/etc/credbroker/", ""));
+        folder.write("rules.toml", RULES);
+        folder
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) -> PathBuf {
+        std::fs::write(self.path(name), text).unwrap();
+        self.path(name)
+    }
+}
+
+fn program() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_credbroker"))
+}
+
+/// Exit code, stdout, stderr.
+fn told(output: Output) -> (Option<i32>, String, String) {
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (
+        output.status.code(),
+        text(output.stdout),
+        text(output.stderr),
+    )
+}
+
+fn explain(rules: &Path, words: &[&str]) -> (Option<i32>, String, String) {
+    let mut command = program();
+    command.args(["policy", "explain", "--rules"]).arg(rules);
+    told(command.args(words).output().unwrap())
+}
+
+/// The line, from 1, of the first one that holds this.
+fn line_of(text: &str, part: &str) -> usize {
+    text.lines().position(|line| line.contains(part)).unwrap() + 1
+}
+
+#[test]
+fn explain_names_the_line_that_allows() {
+    let folder = Folder::new();
+    let rules = folder.path("rules.toml");
+    let words = [
+        "--bot",
+        MAKER,
+        "--account",
+        "main",
+        "--scope",
+        "spot-margin",
+        "POST",
+        "/api/v1/hf/orders",
+    ];
+    let (code, said, talk) = explain(&rules, &words);
+    let line = line_of(RULES, "allow = [\"public\", \"read\", \"trade\"]");
+    let expected = format!(
+        "allowed\n{}:{line}: grant[0].allow[2] = \"trade\"\nendpoint: spot.post.v1-hf-orders\nrisk: trade\nadds risk: yes\n\
+         key: main/main\nsite: global\n",
+        rules.display()
+    );
+    assert_eq!(
+        (code, said.as_str(), talk.as_str()),
+        (Some(0), expected.as_str(), "")
+    );
+
+    let mut command = program();
+    command
+        .args(["policy", "explain", "--config"])
+        .arg(folder.path("config.toml"));
+    let by_config = told(command.args(words).output().unwrap());
+    assert_eq!(by_config, (Some(0), expected, String::new()));
+}
+
+#[test]
+fn explain_says_why_not_and_what_would_help() {
+    let folder = Folder::new();
+    let rules = folder.path("rules.toml");
+    let spot = ["--account", "main", "--scope", "spot-margin"];
+    let cases: [(&str, [&str; 2], &[&str]); 6] = [
+        (
+            MAKER,
+            ["POST", "/api/v3/withdrawals"],
+            &[
+                "refused: POLICY_DENIED: no rule grants spot.post.v3-withdrawals to this bot on account main",
+                "endpoint: spot.post.v3-withdrawals",
+                "risk: withdraw",
+                "to allow it: no grant can allow it as things stand:",
+                "allow_money_out = true in [account.main]",
+                "what this bot may do on this account in this scope:",
+                "grant[0].allow[0] = \"public\"",
+            ],
+        ),
+        (
+            "spiffe://example.org/bot/nobody",
+            ["GET", "/api/v1/accounts"],
+            &[
+                "refused: CALLER_UNKNOWN: no rule names the bot",
+                "to allow it: a [[grant]] for this bot, account and scope with allow = [\"read\"]",
+            ],
+        ),
+        (
+            "spiffe://example.org/bot/treasurer",
+            ["GET", "/api/v1/accounts"],
+            &["refused: POLICY_DENIED: account main is unknown or not granted"],
+        ),
+        (
+            MAKER,
+            ["GET", "/api/v1/position"],
+            &["refused: POLICY_DENIED: futures.get.v1-position belongs to scope futures"],
+        ),
+        (
+            MAKER,
+            ["GET", "/api/v1/brand-new"],
+            &[
+                "endpoint: not in the catalogue",
+                "risk: unknown",
+                "adds risk: yes",
+            ],
+        ),
+        (
+            MAKER,
+            ["GET", "/api/v1/accounts?currency=BTC"],
+            &[
+                "refused: REQUEST_MALFORMED: the request is malformed: path: expected segments",
+                "query parameters go into `query`",
+            ],
+        ),
+    ];
+    for (bot, [method, path], parts) in cases {
+        let words = [&["--bot", bot], &spot[..], &[method, path]].concat();
+        let (code, said, talk) = explain(&rules, &words);
+        assert_eq!((code, talk.as_str()), (Some(1), ""), "{said}");
+        for part in parts {
+            assert!(said.contains(part), "{part} is not in\n{said}");
+        }
+    }
+}
+
+#[test]
+fn explain_tells_its_own_misuse_from_a_refusal() {
+    let folder = Folder::new();
+    let rules = folder.path("rules.toml");
+    let good = [
+        "--bot",
+        MAKER,
+        "--account",
+        "main",
+        "--scope",
+        "spot-margin",
+        "GET",
+        "/a",
+    ];
+    let wrong = [
+        ("spot-margin", "spot"),
+        ("main", "Main"),
+        (MAKER, "*"),
+        ("GET", "PUT"),
+    ];
+    for (from, to) in wrong {
+        let words = good.map(|word| if word == from { to } else { word });
+        let (code, said, talk) = explain(&rules, &words);
+        assert_eq!((code, said.as_str()), (Some(2), ""), "{to}: {talk}");
+        assert!(talk.contains("expected"), "{talk}");
+    }
+    let (code, said, talk) = explain(&folder.path("none.toml"), &good);
+    assert_eq!((code, said.as_str()), (Some(2), ""));
+    assert!(talk.contains("none.toml cannot be read"), "{talk}");
+}
+
+#[test]
+fn check_names_the_line_of_every_problem() {
+    let folder = Folder::new();
+    let bad = RULES
+        .replace("vip = 3", "vip = 99")
+        .replace("\"trade\"]", "\"withdraw\"]")
+        .replace("account = \"treasury\"", "account = \"tresury\"");
+    let file = folder.write("bad.toml", &bad);
+    let check = |file: &Path| {
+        told(
+            program()
+                .args(["policy", "check"])
+                .arg(file)
+                .output()
+                .unwrap(),
+        )
+    };
+    let (code, said, talk) = check(&file);
+    assert_eq!((code, said.as_str()), (Some(2), ""));
+    let at = |part| format!("{}:{}: ", file.display(), line_of(&bad, part));
+    for part in [
+        at("vip = 99") + "account.main.vip: expected 0 to 12, got 99",
+        at("withdraw") + "grant[0].allow[2]: \"withdraw\" is not granted as a class",
+        at("account = \"tresury\"") + "grant[3].account: names no account of this file",
+        "3 problem(s)".to_owned(),
+    ] {
+        assert!(talk.contains(&part), "{part} is not in\n{talk}");
+    }
+
+    let file = folder.write("syntax.toml", "[account.main]\nvip = \n");
+    let (code, _, talk) = check(&file);
+    assert_eq!(code, Some(2));
+    let start = format!("{}:2: rules: is not TOML: ", file.display());
+    assert!(talk.starts_with(&start), "{talk}");
+}
+
+#[test]
+fn check_counts_and_warns() {
+    let folder = Folder::new();
+    let check = |file: &Path| {
+        told(
+            program()
+                .args(["policy", "check"])
+                .arg(file)
+                .output()
+                .unwrap(),
+        )
+    };
+    let rules = folder.path("rules.toml");
+    let expected = format!(
+        "{}: no problems; 2 account(s), 3 bot(s), 4 grant(s)\n",
+        rules.display()
+    );
+    assert_eq!(check(&rules), (Some(0), expected, String::new()));
+
+    let text = RULES.to_owned() + "[account.spare]\n";
+    let file = folder.write("spare.toml", &text);
+    let (code, _, talk) = check(&file);
+    let line = line_of(&text, "[account.spare]");
+    let warning = format!(
+        "warning: {}:{line}: account.spare: no grant names this account",
+        file.display()
+    );
+    assert_eq!(code, Some(0));
+    assert!(talk.starts_with(&warning), "{talk}");
+}
+
+#[test]
+fn diff_shows_what_changes_and_not_how_it_is_written() {
+    let folder = Folder::new();
+    let old = folder.path("rules.toml");
+    let diff = |new: &Path, flags: &[&str]| {
+        let mut command = program();
+        command
+            .args(["policy", "diff"])
+            .args([&old, new])
+            .args(flags);
+        told(command.output().unwrap())
+    };
+    let same = folder.write("same.toml", &format!("# other words\n{RULES}"));
+    let nothing = (
+        Some(0),
+        String::new(),
+        "0 permission(s) gained, 0 lost, 0 setting(s) changed\n".to_owned(),
+    );
+    assert_eq!(diff(&same, &["--exit-code"]), nothing);
+
+    let text = RULES
+        .replace(
+            "allow = [\"read\", \"spot.post.v3-accounts-universal-transfer\"]",
+            "allow = [\"read\", \"spot.post.v3-withdrawals\"]",
+        )
+        .replace("vip = 3", "vip = 4");
+    let new = folder.write("new.toml", &text);
+    let (code, said, _) = diff(&new, &[]);
+    let treasurer = "spiffe://example.org/bot/treasurer treasury spot-margin:";
+    let expected = format!(
+        "~ account main: vip = 3 -> 4\n\
+         + {treasurer} spot.post.v3-withdrawals (withdraw, MOVES MONEY)\n\
+         - {treasurer} spot.post.v3-accounts-universal-transfer (transfer, MOVES MONEY)\n"
+    );
+    assert_eq!((code, said.as_str()), (Some(0), expected.as_str()));
+    let (code, said, _) = diff(&new, &["--exit-code", "--json"]);
+    assert_eq!(code, Some(1));
+    let lines: Vec<Value> = said
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(lines.len(), 3);
+    let permission = serde_json::json!({
+        "change": "gain", "bot": "spiffe://example.org/bot/treasurer", "account": "treasury", "scope": "spot-margin",
+        "endpoint": "spot.post.v3-withdrawals", "risk": "withdraw", "moves_money": true,
+    });
+    assert_eq!(lines[1], permission);
+
+    let bad = folder.write("bad.toml", "typo = 1\n");
+    let (code, said, talk) = diff(&bad, &[]);
+    assert_eq!((code, said.as_str()), (Some(2), ""));
+    assert!(talk.contains("bad.toml:1: typo: is not a key"), "{talk}");
+}
+
+#[test]
+fn a_reader_that_leaves_early_is_no_failure() {
+    let folder = Folder::new();
+    let empty = folder.write("empty.toml", "");
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut command = program();
+    command
+        .args(["policy", "diff"])
+        .arg(&empty)
+        .arg(folder.path("rules.toml"));
+    let output = command.stdout(Stdio::from(writer)).output().unwrap();
+    let (code, _, talk) = told(output);
+    assert_eq!(code, Some(0), "{talk}");
+    assert!(!talk.contains("panicked"), "{talk}");
+}
+
+async fn health(words: Vec<String>) -> (Option<i32>, String, String) {
+    // The broker under test needs this thread.
+    let run = move || told(program().arg("health").args(words).output().unwrap());
+    tokio::task::spawn_blocking(run).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_probe_says_what_the_broker_says() {
+    let mut lab = Lab::start().await;
+    let at = || vec!["--address".to_owned(), lab.ops.to_string()];
+    assert_eq!(
+        health(at()).await,
+        (Some(0), "ok\n".to_owned(), String::new())
+    );
+    let ready = [at(), vec!["--ready".to_owned()]].concat();
+    assert_eq!(
+        health(ready.clone()).await,
+        (Some(0), "ready\n".to_owned(), String::new())
+    );
+    let ops = lab.ops;
+    lab.stop().await;
+    let (code, said, talk) = health(vec!["--address".to_owned(), ops.to_string()]).await;
+    assert_eq!((code, said.as_str()), (Some(1), ""));
+    assert!(talk.contains("/healthz: "), "{talk}");
+}
+
+#[tokio::test]
+async fn a_probe_of_a_broker_without_keys_fails_when_asked_for_readiness_alone() {
+    let mut lab = Lab::with(Settings {
+        keys: Vec::new(),
+        wait_ready: false,
+        ..Settings::default()
+    })
+    .await;
+    let at = vec!["--address".to_owned(), lab.ops.to_string()];
+    assert_eq!(health(at.clone()).await.0, Some(0));
+    let (code, said, talk) = health([at, vec!["--ready".to_owned()]].concat()).await;
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.starts_with("not ready\nkey "), "{said}");
+    assert!(talk.contains("/readyz answered 503"), "{talk}");
+    lab.stop().await;
+}
+
+/// Answers one connection with this, and then keeps it open for as long as the other side does.
+fn stub(answer: &'static str) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.write_all(answer.as_bytes()).unwrap();
+        let _ = stream.read_to_end(&mut Vec::new());
+    });
+    port
+}
+
+#[test]
+fn a_probe_waits_two_seconds_and_no_longer() {
+    let port = stub("HTTP/1.1 200 OK\r\n");
+    let started = std::time::Instant::now();
+    let mut command = program();
+    let (code, said, talk) = told(
+        command
+            .args(["health", "--address", &format!("127.0.0.1:{port}")])
+            .output()
+            .unwrap(),
+    );
+    let took = started.elapsed().as_millis();
+    assert_eq!((code, said.as_str()), (Some(1), ""));
+    assert!(talk.contains("no whole answer within 2 s"), "{talk}");
+    assert!((2000..10_000).contains(&took), "{took} ms");
+}
+
+#[test]
+fn a_probe_asks_where_the_configuration_says() {
+    let folder = Folder::new();
+    let port = {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut head = [0; 4096];
+            let count = stream.read(&mut head).unwrap();
+            let line = String::from_utf8_lossy(&head[..count]);
+            let asked = line.lines().next().unwrap();
+            write!(stream, "HTTP/1.1 200 OK\r\n\r\n{asked}\n").unwrap();
+        });
+        port
+    };
+    let with_ops = |ops: &str| {
+        let text = CONFIG.replace("ops = \"127.0.0.1:9464\"", &format!("ops = \"{ops}\""));
+        assert_ne!(text, CONFIG);
+        let file = folder.write("config.toml", &text);
+        told(
+            program()
+                .args(["health", "--ready", "--config"])
+                .arg(file)
+                .output()
+                .unwrap(),
+        )
+    };
+    let asked = with_ops(&format!("0.0.0.0:{port}"));
+    assert_eq!(
+        asked,
+        (Some(0), "GET /readyz HTTP/1.1\n".to_owned(), String::new())
+    );
+    let (code, _, talk) = with_ops("127.0.0.1:0");
+    assert_eq!(code, Some(2));
+    assert!(
+        talk.contains("expected an address with a port, got 127.0.0.1:0"),
+        "{talk}"
+    );
+    let (code, _, talk) = with_ops("nowhere");
+    assert_eq!(code, Some(2));
+    assert!(talk.contains("listen.ops: "), "{talk}");
+}

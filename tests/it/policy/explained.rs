@@ -1,0 +1,290 @@
+//! What admins are told of the rules is what bots meet: explanations and comparisons against `authorize`, under random
+//! rules.
+
+use std::cell::Cell;
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+
+use bytes::Bytes;
+use credbroker::api::proto::{Method as ProtoMethod, Scope as ProtoScope};
+use credbroker::ids::{BotId, RequestId};
+use credbroker::kucoin::{Catalog, Method, Scope, Target, UnsignedRequest};
+use credbroker::policy::Policy;
+use credbroker::policy::diff::{Diff, Kind, Permission};
+use proptest::prelude::*;
+use proptest::sample::subsequence;
+use proptest::test_runner::{Config, TestRunner};
+
+use super::judge::{Verdict, descriptors, verdict};
+use super::{CATALOGUE, GRANTS, Grant, UNLISTED, Unlisted, filled, method_of, rules_of, scope_of};
+
+fn runner(cases: u32) -> TestRunner {
+    TestRunner::new(Config {
+        cases,
+        failure_persistence: None,
+        ..Config::default()
+    })
+}
+
+fn scope_as_meant(scope: ProtoScope) -> Scope {
+    match scope {
+        ProtoScope::Futures => Scope::Futures,
+        ProtoScope::SpotMargin => Scope::SpotMargin,
+        ProtoScope::Unified => Scope::Unified,
+        ProtoScope::Unspecified => panic!("the generators name a scope"),
+    }
+}
+
+fn method_as_meant(method: ProtoMethod) -> Method {
+    match method {
+        ProtoMethod::Delete => Method::Delete,
+        ProtoMethod::Get => Method::Get,
+        ProtoMethod::Post => Method::Post,
+        ProtoMethod::Unspecified => panic!("the generators name a method"),
+    }
+}
+
+fn unsigned(account: &str, scope: Scope, method: Method, path: &str) -> Option<UnsignedRequest> {
+    Some(UnsignedRequest {
+        account: account.parse().ok()?,
+        scope,
+        method,
+        target: Target::new(path, Vec::new()).ok()?,
+        body: Bytes::new(),
+        id: RequestId::random(),
+        body_client_oids: Vec::new(),
+    })
+}
+
+fn spiffe(bot: &str) -> BotId {
+    format!("spiffe://demo.test/bot/{bot}").parse().unwrap()
+}
+
+/// Some of the arena's grants.
+fn grants() -> impl Strategy<Value = (Vec<&'static Grant>, Vec<&'static Unlisted>)> {
+    (
+        subsequence(GRANTS.iter().collect::<Vec<_>>(), 0..=GRANTS.len()),
+        subsequence(UNLISTED.iter().collect::<Vec<_>>(), 0..=UNLISTED.len()),
+    )
+}
+
+#[test]
+fn an_explanation_says_what_authorize_says_and_names_lines_that_say_so() {
+    let (allowed, refused) = (Cell::new(0), Cell::new(0));
+    let requests = prop::collection::vec(descriptors(), 1..40);
+    let strategy = (grants(), requests);
+    let result = runner(100).run(&strategy, |((grants, unlisted), requests)| {
+        let rules = rules_of(&grants, &unlisted);
+        let lines: Vec<_> = rules.lines().collect();
+        let policy = Policy::parse(&rules).unwrap();
+        for (bot, asked) in requests {
+            let scope = scope_as_meant(asked.scope());
+            let method = method_as_meant(asked.method());
+            let Some(request) = unsigned(&asked.account, scope, method, &asked.path) else {
+                continue;
+            };
+            let id = spiffe(bot);
+            let permit = policy.authorize(&id, &request);
+            let explanation =
+                policy.explain(&id, &request.account, scope, method, request.target.path());
+            let judged = verdict(&grants, &unlisted, bot, &asked);
+            match (permit, explanation.verdict) {
+                (Ok(permit), Ok(yes)) => {
+                    prop_assert_ne!(judged, Verdict::Refused);
+                    prop_assert_eq!(
+                        permit.endpoint().map(|e| &e.id),
+                        explanation.endpoint.map(|e| &e.id)
+                    );
+                    prop_assert_eq!(permit.is_private(), yes.key.is_some());
+                    prop_assert!(!yes.by.is_empty());
+                    for rule in yes.by {
+                        let line = lines[rule.line - 1];
+                        let quoted = format!("{:?}", rule.word);
+                        prop_assert!(line.contains(&quoted), "{} is not in {}", quoted, line);
+                        // The grant above the line is this bot's, on this account, in this scope.
+                        let grant = lines[..rule.line]
+                            .rsplit(|line| *line == "[[grant]]")
+                            .next()
+                            .unwrap();
+                        let has = |key: &str, value: &str| {
+                            grant.contains(&format!("{key} = \"{value}\"").as_str())
+                        };
+                        prop_assert!(
+                            has("bot", id.as_str())
+                                && has("account", &asked.account)
+                                && has("scope", scope.as_str())
+                        );
+                        // The word is of the endpoint: its class, its id, or the path itself.
+                        let word = rule.word.as_str();
+                        let fits = permit.endpoint().map_or(word == asked.path, |e| {
+                            word == e.id || word == e.risk.as_str()
+                        });
+                        prop_assert!(fits, "{}", word);
+                    }
+                    allowed.set(allowed.get() + 1);
+                }
+                (Err(denied), Err(no)) => {
+                    prop_assert_eq!(judged, Verdict::Refused);
+                    prop_assert_eq!(denied, no.why);
+                    refused.set(refused.get() + 1);
+                }
+                (permit, explained) => prop_assert!(false, "{:?}, but {:?}", permit, explained),
+            }
+        }
+        Ok(())
+    });
+    result.unwrap_or_else(|failure| panic!("{failure}"));
+    assert!(allowed.get() >= 100, "{} were allowed", allowed.get());
+    assert!(refused.get() >= 100, "{} were refused", refused.get());
+}
+
+/// One bot's words on one account, at a site that may lack the endpoint.
+#[derive(Clone, Debug)]
+struct SmallRules {
+    site: &'static str,
+    grants: Vec<(&'static str, Scope, Vec<&'static str>)>,
+    unlisted: Vec<(&'static str, &'static str)>,
+}
+
+const WORDS: [(Scope, &[&str]); 3] = [
+    (
+        Scope::SpotMargin,
+        &[
+            "public",
+            "read",
+            "trade",
+            "trade-config",
+            "spot.post.v3-withdrawals",
+            "spot.post.v1-bullet-private",
+            "spot.get.v1-accounts",
+            "spot.post.v1-hf-orders",
+        ],
+    ),
+    (
+        Scope::Futures,
+        &["read", "trade", "futures.get.v1-position"],
+    ),
+    (Scope::Unified, &["public", "read", "trade"]),
+];
+
+fn small_rules() -> impl Strategy<Value = SmallRules> {
+    let grant = (
+        prop::sample::select(vec!["a", "b"]),
+        prop::sample::select(WORDS.to_vec()),
+    )
+        .prop_flat_map(|(bot, (scope, words))| {
+            subsequence(words, 0..=words.len()).prop_map(move |words| (bot, scope, words))
+        });
+    let unlisted = subsequence(
+        vec![("a", "/api/v9/x"), ("a", "/api/v9/y"), ("b", "/api/v9/x")],
+        0..=3,
+    );
+    let site = prop_oneof![4 => Just("global"), 1 => Just("au"), 1 => Just("tr"), 1 => Just("eu")];
+    (site, prop::collection::vec(grant, 0..5), unlisted).prop_map(|(site, mut grants, unlisted)| {
+        if matches!(site, "eu" | "tr") {
+            // Grants of scopes that the site does not have are problems.
+            grants.retain(|(_, scope, _)| *scope == Scope::SpotMargin);
+        }
+        SmallRules {
+            site,
+            grants,
+            unlisted,
+        }
+    })
+}
+
+impl SmallRules {
+    fn policy(&self) -> Policy {
+        let keys = match self.site {
+            "eu" | "tr" => "spot-margin = \"k\"",
+            _ => "spot-margin = \"k\", futures = \"k\", unified = \"k\"",
+        };
+        let mut rules = format!(
+            "[account.main]\nsite = \"{}\"\nallow_money_out = true\nkey = {{ {keys} }}\n",
+            self.site
+        );
+        for (bot, scope, allow) in &self.grants {
+            write!(
+                rules,
+                "[[grant]]\nbot = \"{bot}\"\naccount = \"main\"\nscope = \"{scope}\"\nallow = {allow:?}\n"
+            )
+            .unwrap();
+        }
+        for (bot, path) in &self.unlisted {
+            write!(
+                rules,
+                "[[grant]]\nbot = \"{bot}\"\naccount = \"main\"\nscope = \"spot-margin\"\nunlisted = true\nmethod = \"GET\"\npath = \"{path}\"\n"
+            )
+            .unwrap();
+        }
+        Policy::parse(&rules).unwrap_or_else(|problems| panic!("{problems:?} in\n{rules}"))
+    }
+}
+
+#[test]
+fn a_comparison_shows_exactly_what_authorize_decides_otherwise() {
+    // Every path of the catalogue in its own scope and in one that is not its own, and what the catalogue lacks.
+    let mut questions = Vec::new();
+    for endpoint in CATALOGUE.iter() {
+        let own = scope_of(endpoint).map_or(Scope::SpotMargin, scope_as_meant);
+        let other = if own == Scope::Futures {
+            Scope::Unified
+        } else {
+            Scope::Futures
+        };
+        let method = method_as_meant(method_of(endpoint));
+        for scope in [own, other] {
+            questions.push(unsigned("main", scope, method, &filled(endpoint, "67fe0c1a")).unwrap());
+        }
+    }
+    for path in ["/api/v9/x", "/api/v9/y"] {
+        questions.push(unsigned("main", Scope::SpotMargin, Method::Get, path).unwrap());
+    }
+    let changed = Cell::new(0);
+    let result = runner(32).run(&(small_rules(), small_rules()), |(old, new)| {
+        let (old, new) = (old.policy(), new.policy());
+        let mut expected = BTreeSet::new();
+        for bot in ["a", "b"] {
+            let id: BotId = bot.parse().unwrap();
+            for request in &questions {
+                let (before, after) = (old.authorize(&id, request), new.authorize(&id, request));
+                let (kind, permit) = match (before, after) {
+                    (Err(_), Ok(permit)) => (Kind::Gain, permit),
+                    (Ok(permit), Err(_)) => (Kind::Loss, permit),
+                    (Ok(_), Ok(_)) | (Err(_), Err(_)) => continue,
+                };
+                let what = match permit.endpoint() {
+                    Some(endpoint) => Permission::Endpoint(&endpoint.id),
+                    None => Permission::Unlisted("GET", request.target.path()),
+                };
+                expected.insert((bot, request.scope, kind, what));
+            }
+        }
+        let diff = Diff::between(&old, &new);
+        let shown: BTreeSet<_> = diff
+            .permissions
+            .iter()
+            .map(|change| (change.bot.as_str(), change.scope, change.kind, change.what))
+            .collect();
+        prop_assert_eq!(shown.len(), diff.permissions.len());
+        prop_assert_eq!(&shown, &expected);
+        let json = diff
+            .to_json()
+            .into_iter()
+            .filter(|line| line["change"] != "setting");
+        prop_assert_eq!(json.count(), expected.len());
+        // For people: every endpoint that moves money is there by name, and nothing else is marked.
+        let text = diff.to_string();
+        for (_, _, _, what) in &expected {
+            if let Permission::Endpoint(id) = what
+                && Catalog::get().by_id(id).unwrap().risk.moves_money()
+            {
+                prop_assert!(text.contains(&format!("{id} (")), "{}", text);
+            }
+        }
+        changed.set(changed.get() + expected.len());
+        Ok(())
+    });
+    result.unwrap_or_else(|failure| panic!("{failure}"));
+    assert!(changed.get() > 1000, "only {} changes", changed.get());
+}
