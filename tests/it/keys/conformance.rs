@@ -1,6 +1,7 @@
 //! What the broker makes of Vault is the same for the simulated server and for a real one: each situation is one test
 //! on either.
 
+use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Once};
 use std::time::Duration;
@@ -265,17 +266,15 @@ async fn a_failover_is_noticed_by_no_call_and_the_standby_serves_what_is_new(sta
     if !stage.vault.is_ours() {
         return;
     }
+    stage.vault.add_standby().await;
     let rig = stage.broker().await;
-    let over = stage.vault.fail_over();
-    let calls = async {
-        loop {
-            assert_eq!(rig.signer("main").await, Ok(key("main", 1).api_key));
-        }
+    let is_over = Cell::new(false);
+    let failover = async {
+        stage.vault.fail_over().await;
+        is_over.set(true);
     };
-    tokio::select! {
-        () = over => {}
-        () = calls => {}
-    }
+    let calls = rig.serves_until(1, "the failover", async || is_over.get());
+    tokio::join!(failover, calls);
     // The broker goes on asking the node that it knows, which now is the standby.
     stage.put("main", 2).await;
     rig.until_signed_with(2).await;
