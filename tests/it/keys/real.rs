@@ -107,7 +107,7 @@ pub(super) struct Backend {
 enum Kind {
     /// Somebody's server; we can neither unseal nor restart it.
     Given,
-    Own(Cluster),
+    Own(Box<Cluster>),
     Sim(VaultSim),
 }
 
@@ -142,8 +142,9 @@ impl Node {
         // HashiCorp Vault wants its memory locked unless told otherwise; OpenBao only warns of the unknown key.
         let config = format!(
             "disable_mlock = true\napi_addr = \"http://{address}\"\ncluster_addr = \"https://{cluster}\"\n\
-             storage \"raft\" {{\n  path = {data:?}\n  node_id = \"{name}\"\n  performance_multiplier = 1\n}}\n\
+             storage \"raft\" {{\n  path = \"{}\"\n  node_id = \"{name}\"\n  performance_multiplier = 1\n}}\n\
              listener \"tcp\" {{\n  address = \"{address}\"\n  cluster_address = \"{cluster}\"\n  tls_disable = true\n}}\n",
+            data.display(),
         );
         std::fs::write(home.path().join("server.hcl"), config).unwrap();
         Self {
@@ -238,7 +239,7 @@ impl Backend {
             first,
             standby: Mutex::new(None),
         };
-        Some(Self::initialised(&url, Kind::Own(cluster)).await)
+        Some(Self::initialised(&url, Kind::Own(Box::new(cluster))).await)
     }
 
     async fn initialised(url: &str, kind: Kind) -> Self {
