@@ -1,8 +1,10 @@
 //! The shipped policies suffice and allow nothing else; only a real server can prove it, because the simulator keeps
 //! policies without going by them.
 
+use std::path::Path;
 use std::sync::Once;
 
+use credbroker::config::Config;
 use serde_json::{Value, json};
 
 use super::real::{Api, Backend};
@@ -11,10 +13,14 @@ use crate::harness::{kv_path, say, secret, until};
 
 /// A file of `deploy/vault/`, for a mount and an `AppRole` mount of this name.
 pub(super) fn shipped(file: &str, name: &str) -> String {
-    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/vault");
-    let text = std::fs::read_to_string(format!("{folder}/{file}")).unwrap();
-    text.replace("path \"kv/", &format!("path \"{name}/"))
+    as_shipped(file)
+        .replace("path \"kv/", &format!("path \"{name}/"))
         .replace("path \"auth/approle/", &format!("path \"auth/{name}/"))
+}
+
+fn as_shipped(file: &str) -> String {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/vault");
+    std::fs::read_to_string(format!("{folder}/{file}")).unwrap()
 }
 
 const UNWRAPPED: &str = "/v1/sys/wrapping/unwrap";
@@ -153,6 +159,21 @@ const NOBODYS: [(&str, &str); 11] = [
     ("POST", "auth/token/create"),
     ("POST", "auth/{}/role/credbroker"),
 ];
+
+#[test]
+fn the_shipped_policies_name_the_mount_and_the_prefix_of_the_example_configuration() {
+    let text = include_str!("../../../deploy/config.toml");
+    let vault = Config::parse(text, Path::new("/etc/credbroker"))
+        .unwrap()
+        .vault;
+    for file in ["broker.hcl", "admin.hcl"] {
+        let policy = as_shipped(file);
+        for area in ["data", "metadata"] {
+            let path = format!("\npath \"{}/{area}/{}/*\"", vault.mount, vault.prefix);
+            assert!(policy.contains(&path), "{path} is not in {file}");
+        }
+    }
+}
 
 #[tokio::test]
 async fn the_brokers_policy_suffices_for_a_broker_and_allows_nothing_else() {
