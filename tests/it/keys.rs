@@ -5,6 +5,7 @@ mod conformance;
 mod guards;
 mod login;
 mod outages;
+mod policies;
 mod real;
 
 use std::fmt::Write as _;

@@ -64,27 +64,6 @@ async fn a_new_version_is_used_after_the_next_poll_and_no_call_fails_meanwhile()
 }
 
 #[tokio::test]
-async fn a_key_that_was_deleted_and_made_anew_is_noticed_although_its_version_numbers_start_again()
-{
-    let rig = Setup::new(&["main"]).await.ready().await;
-    rig.vault().delete_metadata("kv", &kv_path("main", "main"));
-    assert_eq!(put(rig.vault(), "main", 2), 1);
-    rig.until_signed_with(2).await;
-    rig.end().await;
-}
-
-#[tokio::test]
-async fn a_key_that_is_deleted_with_its_metadata_is_evicted_and_comes_back_when_it_is_written_again()
- {
-    let rig = Setup::new(&["main"]).await.ready().await;
-    rig.vault().delete_metadata("kv", &kv_path("main", "main"));
-    rig.until_evicted("Vault has no such key (404)").await;
-    put(rig.vault(), "main", 2);
-    rig.until_restored(2).await;
-    rig.end().await;
-}
-
-#[tokio::test]
 async fn a_deleted_version_evicts_the_key_and_never_brings_the_one_before_it_back() {
     let rig = Setup::new(&["main"]).await.ready().await;
     put(rig.vault(), "main", 2);

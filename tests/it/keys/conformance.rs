@@ -1,50 +1,169 @@
-//! What the broker makes of Vault is the same for the simulated server and for a real one.
+//! What the broker makes of Vault is the same for the simulated server and for a real one: each situation is one test
+//! on either.
 
-use std::io::Write as _;
+use std::cell::Cell;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Once};
+use std::time::Duration;
 
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::timeout;
 
-use super::real::{Api, Backend};
+use super::policies::shipped;
+use super::real::Backend;
 use super::{NO_ANSWER, Rig, Setup, key, replace};
-use crate::harness::{kv_path, secret};
+use crate::harness::{kv_path, say, secret, until};
 
-#[tokio::test]
-async fn the_simulated_vault_behaves_as_a_real_one_must() {
-    let setup = Setup::new(&["main", "other"]).await;
-    let backend = Backend::simulated(&setup.vault);
-    behaves(&backend, setup).await;
+/// Each situation on the simulator, and on a real server if there is one.
+macro_rules! on_both {
+    ($($situation:ident)*) => {
+        mod simulated {
+            $(#[tokio::test]
+            async fn $situation() {
+                super::$situation(&super::Stage::simulated().await).await;
+            })*
+        }
+
+        mod real {
+            $(#[tokio::test]
+            async fn $situation() {
+                if let Some(stage) = super::Stage::real().await {
+                    super::$situation(&stage).await;
+                    stage.clean_up().await;
+                }
+            })*
+        }
+    };
 }
 
-#[tokio::test]
-async fn a_real_vault_behaves_like_the_simulated_one() {
-    if let Some(backend) = Backend::real().await {
-        behaves(&backend, Setup::new(&["main", "other"]).await).await;
-        let _ = writeln!(std::io::stderr(), "real Vault: run");
-    } else {
-        let _ = writeln!(
-            std::io::stderr(),
-            "real Vault: not run (no CREDBROKER_TEST_VAULT_ADDR, no bao or vault on PATH); policies: not proven"
-        );
+on_both! {
+    a_broker_that_starts_before_vault_is_ready_once_vault_is_there_and_unsealed
+    a_deleted_version_evicts_the_key_until_it_is_undeleted
+    a_destroyed_version_evicts_the_key_until_there_is_a_new_one
+    a_failover_is_noticed_by_no_call_and_the_standby_serves_what_is_new
+    a_key_that_is_deleted_and_made_anew_is_told_from_the_old_one_by_more_than_its_number
+    a_key_that_is_disabled_is_evicted_until_it_is_active_again
+    a_login_that_is_revoked_is_repeated_and_one_that_is_refused_evicts_nothing
+    a_mount_that_is_gone_evicts_the_key_until_it_is_back
+    a_new_version_is_used_and_one_without_data_is_not
+    a_policy_that_is_removed_evicts_the_key_until_it_is_back
+    a_restart_evicts_nothing_and_what_changed_meanwhile_is_found
+    a_seal_evicts_nothing_and_what_changed_meanwhile_is_found
+    a_slow_vault_delays_no_call_and_one_that_is_too_slow_counts_as_no_answer
+    a_token_that_is_revoked_evicts_nothing_and_the_next_one_is_picked_up
+    a_version_that_deletes_itself_evicts_the_key
+}
+
+const GONE: &str = "Vault has no such key (404)";
+const SEALED: &str = "Vault is sealed or not initialised (503)";
+const UNREACHABLE: &str = "Vault cannot be reached";
+
+/// A Vault with one mount, one role under the shipped policy for account `main`, and the first key of `main` and `other`.
+struct Stage {
+    vault: Backend,
+    role_id: Value,
+}
+
+impl Stage {
+    async fn simulated() -> Self {
+        Self::on(Backend::simulated().await).await
     }
-}
 
-/// What an admin does to the keys of one mount.
-struct Admin<'a> {
-    backend: &'a Backend,
-    api: &'a Api,
-    mount: &'a str,
-}
-
-impl Admin<'_> {
-    async fn on_key(&self, method: &str, area: &str, account: &str, body: Value) -> Value {
-        let path = format!("{}/{area}/{}", self.mount, kv_path(account, "main"));
-        self.api.call(method, &path, body).await
+    async fn real() -> Option<Self> {
+        static TOLD: Once = Once::new();
+        let vault = Backend::real().await;
+        TOLD.call_once(|| {
+            say(match &vault {
+                None => {
+                    "real Vault: not run (no CREDBROKER_TEST_VAULT_ADDR, no bao or vault on PATH)"
+                }
+                Some(vault) if vault.is_ours() => "real Vault: run",
+                Some(_) => {
+                    "real Vault: run; cold start, seal, restart and failover not run, the server is not ours"
+                }
+            });
+        });
+        Some(Self::on(vault?).await)
     }
 
-    async fn put(&self, account: &str, generation: u32) {
-        let data = secret(&key(account, generation));
-        self.on_key("POST", "data", account, json!({ "data": data }))
+    async fn on(vault: Backend) -> Self {
+        let Backend { api, name, .. } = &vault;
+        let approle = json!({ "type": "approle" });
+        api.call("POST", &format!("sys/auth/{name}"), approle).await;
+        let role = format!("auth/{name}/role/credbroker");
+        let settings = json!({
+            "token_policies": [name], "token_no_default_policy": true, "token_ttl": "20m",
+        });
+        api.call("POST", &role, settings).await;
+        let role_id = api
+            .call("GET", &format!("{role}/role-id"), Value::Null)
             .await;
+        let stage = Self {
+            role_id: role_id["data"]["role_id"].clone(),
+            vault,
+        };
+        stage.allow_main().await;
+        stage.mount().await;
+        for account in ["main", "other"] {
+            stage.put(account, 1).await;
+        }
+        stage
+    }
+
+    /// The files of a broker that logs in to it.
+    async fn setup(&self) -> Setup {
+        let Backend { api, name, .. } = &self.vault;
+        let mut setup = Setup::new(&["main", "other"]).await;
+        setup.address = Some(api.url.clone());
+        setup.more = format!("mount = \"{name}\"");
+        setup.auth = format!(
+            "method = \"approle\"\nmount = \"{name}\"\nrole_id = {}\nsecret_id_file = \"secret-id\"",
+            self.role_id,
+        );
+        setup.files = vec![("secret-id", format!("{}\n", self.secret_id().await))];
+        setup
+    }
+
+    /// A broker that has logged in and has the first key of `main`.
+    async fn broker(&self) -> Rig {
+        let rig = self.setup().await.ready().await;
+        rig.until_restored(1).await;
+        rig
+    }
+
+    async fn mount(&self) {
+        let Backend { api, name, .. } = &self.vault;
+        let settings = json!({ "type": "kv", "options": { "version": "2" } });
+        api.call("POST", &format!("sys/mounts/{name}"), settings)
+            .await;
+        until("the mount is ready", async || {
+            let config = format!("/v1/{name}/config");
+            api.raw("GET", &config, None).await.0 == 200
+        })
+        .await;
+    }
+
+    async fn unmount(&self) {
+        let path = format!("sys/mounts/{}", self.vault.name);
+        self.vault.api.call("DELETE", &path, json!({})).await;
+    }
+
+    async fn on_key(&self, method: &str, area: &str, account: &str, body: Value) -> Value {
+        let path = format!("{}/{area}/{}", self.vault.name, kv_path(account, "main"));
+        self.vault.api.call(method, &path, body).await
+    }
+
+    /// Writes a key as a new version; returns the version.
+    async fn put(&self, account: &str, generation: u32) -> u64 {
+        let data = json!({ "data": secret(&key(account, generation)) });
+        let written = self.on_key("POST", "data", account, data).await;
+        written["data"]["version"].as_u64().unwrap()
+    }
+
+    async fn delete_with_metadata(&self) {
+        self.on_key("DELETE", "metadata", "main", json!({})).await;
     }
 
     async fn set_state(&self, state: &str) {
@@ -52,105 +171,180 @@ impl Admin<'_> {
         self.on_key("POST", "metadata", "main", custom).await;
     }
 
-    /// The broker's policy: the keys of one account, and its own token.
+    /// The shipped policy, narrowed to one account as its head describes.
     async fn allow_main(&self) {
-        let area = |area: &str| {
-            let path = format!("{}/{area}/kucoin/prod/main/*", self.mount);
-            format!("path \"{path}\" {{ capabilities = [\"read\"] }}\n")
-        };
-        let policy = format!("{OWN_TOKEN}{}{}", area("data"), area("metadata"));
-        self.backend.set_policy(&policy, &["other"]).await;
+        let policy = shipped("broker.hcl", &self.vault.name);
+        let policy = policy.replace("/kucoin/prod/*", "/kucoin/prod/main/*");
+        self.vault.set_policy(&policy, &["other"]).await;
     }
 
     async fn allow_no_key(&self) {
-        self.backend.set_policy(OWN_TOKEN, &["main", "other"]).await;
+        let policy = shipped("broker.hcl", &self.vault.name);
+        let policy = policy.replace("/kucoin/prod/*", "/kucoin/prod/nobody/*");
+        self.vault.set_policy(&policy, &["main", "other"]).await;
     }
 
     async fn secret_id(&self) -> String {
-        let path = format!("auth/{}/role/credbroker/secret-id", self.mount);
-        let answer = self.api.call("POST", &path, json!({})).await;
+        let path = format!("auth/{}/role/credbroker/secret-id", self.vault.name);
+        let answer = self.vault.api.call("POST", &path, json!({})).await;
         answer["data"]["secret_id"].as_str().unwrap().to_owned()
     }
+
+    async fn clean_up(&self) {
+        self.vault.clean_up().await;
+    }
 }
 
-const OWN_TOKEN: &str = r#"
-path "auth/token/lookup-self" { capabilities = ["read"] }
-path "auth/token/renew-self"  { capabilities = ["update"] }
-path "auth/token/revoke-self" { capabilities = ["update"] }
-"#;
-
-async fn behaves(backend: &Backend, mut setup: Setup) {
-    let Backend { api, name, .. } = backend;
-    let admin = Admin {
-        backend,
-        api,
-        mount: name,
-    };
-    api.call(
-        "POST",
-        &format!("sys/mounts/{name}"),
-        json!({ "type": "kv", "options": { "version": "2" } }),
-    )
-    .await;
-    api.call(
-        "POST",
-        &format!("sys/auth/{name}"),
-        json!({ "type": "approle" }),
-    )
-    .await;
-    admin.allow_main().await;
-    let role =
-        json!({ "token_policies": [name], "token_no_default_policy": true, "token_ttl": "20m" });
-    let role_path = format!("auth/{name}/role/credbroker");
-    api.call("POST", &role_path, role).await;
-    let role_id = api
-        .call("GET", &format!("{role_path}/role-id"), Value::Null)
+/// The key of `generation` signs every call until this many polls more have failed for this reason.
+async fn serves_through(rig: &Rig, generation: u32, reason: &str) {
+    let line = [NO_ANSWER, "account.id=main", reason];
+    let before = rig.logs.count(&line);
+    rig.serves_until(generation, reason, async || rig.logs.count(&line) > before)
         .await;
-    for account in ["main", "other"] {
-        admin.put(account, 1).await;
-    }
-    setup.address = Some(api.url.clone());
-    setup.more = format!("mount = \"{name}\"");
-    setup.auth = format!(
-        "method = \"approle\"\nmount = \"{name}\"\nrole_id = {}\nsecret_id_file = \"secret-id\"",
-        role_id["data"]["role_id"],
+    assert_eq!(
+        rig.logs.count(&["key is not available", "account.id=main"]),
+        0
     );
-    setup.files = vec![("secret-id", format!("{}\n", admin.secret_id().await))];
-    let rig = setup.ready().await;
+}
 
-    follows_versions(&rig, &admin).await;
-    follows_authority(&rig, &admin).await;
-    survives_sealing(&rig, &admin).await;
-    survives_a_lost_login(&rig, &admin).await;
-    if backend.is_real() {
-        follows_a_version_that_deletes_itself(&rig, &admin).await;
+async fn a_broker_that_starts_before_vault_is_ready_once_vault_is_there_and_unsealed(
+    stage: &Stage,
+) {
+    if !stage.vault.is_ours() {
+        return;
     }
+    let setup = stage.setup().await;
+    stage.vault.stop().await;
+    let rig = setup.start().await;
+    for reason in [UNREACHABLE, SEALED] {
+        if reason == SEALED {
+            stage.vault.restart().await;
+        }
+        rig.until_not_ready(&format!(
+            "key main/main: waiting for Vault: login: {reason}\n"
+        ))
+        .await;
+        rig.until_evicted(reason).await;
+        assert_eq!(rig.lab.get("/healthz").await, (200, "ok\n".to_owned()));
+    }
+    assert!(rig.lab.kucoin.received().is_empty());
+    stage.vault.unseal().await;
+    rig.lab.until_ready().await;
+    rig.until_restored(1).await;
     rig.end().await;
-    survives_a_revoked_token(&admin).await;
-    backend.clean_up().await;
 }
 
-/// Read at start, with this policy alone; then rotation, deletion, undeletion, a version without data.
-async fn follows_versions(rig: &Rig, admin: &Admin<'_>) {
-    assert_eq!(rig.signer("main").await, Ok(key("main", 1).api_key));
-    let refused = rig.signer("other").await.unwrap_err();
-    assert!(
-        refused.contains("Vault refuses it to the broker (403)"),
-        "{refused}"
-    );
-
-    admin.put("main", 2).await;
+async fn a_deleted_version_evicts_the_key_until_it_is_undeleted(stage: &Stage) {
+    let rig = stage.broker().await;
+    stage.put("main", 2).await;
     rig.until_signed_with(2).await;
-    admin.on_key("DELETE", "data", "main", json!({})).await;
-    rig.until_evicted("Vault has no such key (404)").await;
-    admin
-        .on_key("POST", "undelete", "main", json!({ "versions": [2] }))
-        .await;
+    stage.on_key("DELETE", "data", "main", json!({})).await;
+    rig.until_evicted(GONE).await;
+    let undeleted = json!({ "versions": [2] });
+    stage.on_key("POST", "undelete", "main", undeleted).await;
     rig.until_restored(2).await;
+    rig.end().await;
+}
 
-    admin
-        .on_key("POST", "data", "main", json!({ "data": null }))
+async fn a_destroyed_version_evicts_the_key_until_there_is_a_new_one(stage: &Stage) {
+    let rig = stage.broker().await;
+    stage.put("main", 2).await;
+    rig.until_signed_with(2).await;
+    let destroyed = json!({ "versions": [2] });
+    stage
+        .on_key("PUT", "destroy", "main", destroyed.clone())
         .await;
+    rig.until_evicted(GONE).await;
+    // It cannot be brought back: the new version is the first thing that signs.
+    stage.on_key("POST", "undelete", "main", destroyed).await;
+    stage.put("main", 3).await;
+    rig.until_restored(3).await;
+    rig.end().await;
+}
+
+async fn a_failover_is_noticed_by_no_call_and_the_standby_serves_what_is_new(stage: &Stage) {
+    if !stage.vault.is_ours() {
+        return;
+    }
+    stage.vault.add_standby().await;
+    let rig = stage.broker().await;
+    let is_over = Cell::new(false);
+    let failover = async {
+        stage.vault.fail_over().await;
+        is_over.set(true);
+    };
+    let calls = rig.serves_until(1, "the failover", async || is_over.get());
+    tokio::join!(failover, calls);
+    // The broker goes on asking the node that it knows, which now is the standby.
+    stage.put("main", 2).await;
+    rig.until_signed_with(2).await;
+    stage.vault.revoke_logins().await;
+    stage.put("main", 3).await;
+    rig.until_signed_with(3).await;
+    rig.end().await;
+}
+
+async fn a_key_that_is_deleted_and_made_anew_is_told_from_the_old_one_by_more_than_its_number(
+    stage: &Stage,
+) {
+    let rig = stage.broker().await;
+    stage.delete_with_metadata().await;
+    rig.until_evicted(GONE).await;
+    assert_eq!(stage.put("main", 2).await, 1);
+    rig.until_restored(2).await;
+    // Between two polls, so that the broker never sees the key gone.
+    stage.delete_with_metadata().await;
+    assert_eq!(stage.put("main", 3).await, 1);
+    until("the new key signs", async || {
+        rig.signer("main").await == Ok(key("main", 3).api_key)
+    })
+    .await;
+    rig.end().await;
+}
+
+async fn a_key_that_is_disabled_is_evicted_until_it_is_active_again(stage: &Stage) {
+    let rig = stage.broker().await;
+    stage.set_state("disabled").await;
+    rig.until_evicted("its metadata in Vault says state=disabled")
+        .await;
+    stage.set_state("active").await;
+    rig.until_restored(1).await;
+    rig.end().await;
+}
+
+async fn a_login_that_is_revoked_is_repeated_and_one_that_is_refused_evicts_nothing(stage: &Stage) {
+    let rig = stage.broker().await;
+    stage.vault.revoke_logins().await;
+    stage.put("main", 2).await;
+    rig.until_signed_with(2).await;
+
+    replace(&rig.lab.path("secret-id"), "never-a-secret-id\n");
+    stage.vault.revoke_logins().await;
+    let reason = "login: Vault answered 400: invalid role or secret ID";
+    serves_through(&rig, 2, reason).await;
+    stage.put("main", 3).await;
+    replace(&rig.lab.path("secret-id"), &stage.secret_id().await);
+    rig.until_signed_with(3).await;
+    rig.end().await;
+}
+
+async fn a_mount_that_is_gone_evicts_the_key_until_it_is_back(stage: &Stage) {
+    let rig = stage.broker().await;
+    stage.unmount().await;
+    rig.until_evicted("Vault has no such mount or namespace (404: no handler for route")
+        .await;
+    stage.mount().await;
+    assert_eq!(stage.put("main", 2).await, 1);
+    rig.until_restored(2).await;
+    rig.end().await;
+}
+
+async fn a_new_version_is_used_and_one_without_data_is_not(stage: &Stage) {
+    let rig = stage.broker().await;
+    stage.put("main", 2).await;
+    rig.until_signed_with(2).await;
+    let nothing = json!({ "data": null });
+    stage.on_key("POST", "data", "main", nothing).await;
     let line = [
         "new version is unusable",
         "version 3 in Vault: `api_key` is missing",
@@ -159,101 +353,160 @@ async fn follows_versions(rig: &Rig, admin: &Admin<'_>) {
         rig.logs.count(&line) == 1
     })
     .await;
-
-    admin.on_key("DELETE", "metadata", "main", json!({})).await;
-    rig.until_evicted("Vault has no such key (404)").await;
-    admin.put("main", 3).await;
-    rig.until_restored(3).await;
+    stage.put("main", 4).await;
+    rig.until_signed_with(4).await;
+    rig.end().await;
 }
 
-async fn follows_authority(rig: &Rig, admin: &Admin<'_>) {
-    admin.set_state("disabled").await;
-    rig.until_evicted("its metadata in Vault says state=disabled")
-        .await;
-    admin.set_state("active").await;
-    rig.until_restored(3).await;
-
-    admin.allow_no_key().await;
-    rig.until_evicted("Vault refuses it to the broker (403)")
-        .await;
-    admin.allow_main().await;
-    rig.until_restored(3).await;
+async fn a_policy_that_is_removed_evicts_the_key_until_it_is_back(stage: &Stage) {
+    let refused = "Vault refuses it to the broker (403)";
+    let rig = stage.broker().await;
+    let other = rig.signer("other").await.unwrap_err();
+    assert!(other.contains(refused), "{other}");
+    stage.allow_no_key().await;
+    rig.until_evicted(refused).await;
+    stage.allow_main().await;
+    rig.until_restored(1).await;
+    rig.end().await;
 }
 
-async fn survives_sealing(rig: &Rig, admin: &Admin<'_>) {
-    if !admin.backend.seal().await {
+async fn a_restart_evicts_nothing_and_what_changed_meanwhile_is_found(stage: &Stage) {
+    if !stage.vault.is_ours() {
         return;
     }
-    let line = [
-        NO_ANSWER,
-        "key=main",
-        "Vault is sealed or not initialised (503)",
-    ];
-    rig.serves_until(3, "a poll has met the seal", async || {
-        rig.logs.count(&line) >= 1
-    })
-    .await;
-    admin.backend.unseal().await;
-    admin.put("main", 4).await;
-    rig.until_signed_with(4).await;
-}
-
-async fn survives_a_lost_login(rig: &Rig, admin: &Admin<'_>) {
-    admin.backend.revoke_logins().await;
-    admin.put("main", 1).await;
-    rig.until_signed_with(1).await;
-
-    replace(&rig.lab.path("secret-id"), "never-a-secret-id\n");
-    admin.backend.revoke_logins().await;
-    let line = [
-        NO_ANSWER,
-        "account.id=main",
-        "login: Vault answered 400: invalid role or secret ID",
-    ];
-    rig.serves_until(1, "a login was refused", async || {
-        rig.logs.count(&line) >= 1
-    })
-    .await;
-    admin.put("main", 2).await;
-    replace(&rig.lab.path("secret-id"), &admin.secret_id().await);
+    let rig = stage.broker().await;
+    stage.vault.stop().await;
+    serves_through(&rig, 1, UNREACHABLE).await;
+    stage.vault.restart().await;
+    serves_through(&rig, 1, SEALED).await;
+    stage.vault.unseal().await;
+    stage.put("main", 2).await;
     rig.until_signed_with(2).await;
+    rig.end().await;
 }
 
-/// Nothing in the metadata changes at the moment when it is gone.
-async fn follows_a_version_that_deletes_itself(rig: &Rig, admin: &Admin<'_>) {
-    let after = |text: &str| json!({ "delete_version_after": text });
-    admin.on_key("POST", "metadata", "main", after("3s")).await;
-    admin.put("main", 3).await;
+async fn a_seal_evicts_nothing_and_what_changed_meanwhile_is_found(stage: &Stage) {
+    if !stage.vault.is_ours() {
+        return;
+    }
+    let rig = stage.broker().await;
+    stage.vault.seal().await;
+    serves_through(&rig, 1, SEALED).await;
+    stage.vault.unseal().await;
+    stage.put("main", 2).await;
+    rig.until_signed_with(2).await;
+    rig.end().await;
+}
+
+async fn a_slow_vault_delays_no_call_and_one_that_is_too_slow_counts_as_no_answer(stage: &Stage) {
+    const SLOW_MS: u64 = 300;
+    const TOO_SLOW_MS: u64 = 3000;
+    let link = Link::to(&stage.vault.api.url).await;
+    let mut setup = stage.setup().await;
+    setup.address = Some(link.url.clone());
+    setup.timeout_ms = 1500;
+    link.delay_ms.store(SLOW_MS, Ordering::Relaxed);
+    let rig = setup.ready().await;
+    rig.until_restored(1).await;
+    stage.put("main", 2).await;
+    rig.until_signed_with(2).await;
+
+    link.delay_ms.store(TOO_SLOW_MS, Ordering::Relaxed);
+    stage.put("main", 3).await;
+    for _ in 0..2 {
+        serves_through(&rig, 2, UNREACHABLE).await;
+    }
+    // A call that waited for any answer of Vault would take this long.
+    let call = timeout(Duration::from_millis(TOO_SLOW_MS), rig.signer("main"));
+    assert_eq!(call.await.unwrap(), Ok(key("main", 2).api_key));
+    link.delay_ms.store(0, Ordering::Relaxed);
     rig.until_signed_with(3).await;
-    rig.until_evicted("Vault has no such key (404)").await;
-    admin.on_key("POST", "metadata", "main", after("0s")).await;
-    admin.put("main", 4).await;
-    rig.until_restored(4).await;
+    rig.end().await;
 }
 
-/// The token of a token file, restricted to the broker's policy, is revoked and replaced.
-async fn survives_a_revoked_token(admin: &Admin<'_>) {
+/// The token of a token file, restricted to the broker's policy.
+async fn a_token_that_is_revoked_evicts_nothing_and_the_next_one_is_picked_up(stage: &Stage) {
+    let Backend { api, name, .. } = &stage.vault;
     let token = async || {
-        let wanted = json!({ "policies": [admin.mount], "no_default_policy": true, "ttl": "1h" });
-        let answer = admin.api.call("POST", "auth/token/create", wanted).await;
+        let wanted = json!({ "policies": [name], "no_default_policy": true, "ttl": "1h" });
+        let answer = api.call("POST", "auth/token/create", wanted).await;
         answer["auth"]["client_token"].as_str().unwrap().to_owned()
     };
-    admin.put("main", 1).await;
     let first = token().await;
     let mut setup = Setup::new(&["main"]).await;
-    setup.address = Some(admin.api.url.clone());
-    setup.more = format!("mount = \"{}\"", admin.mount);
+    setup.address = Some(api.url.clone());
+    setup.more = format!("mount = \"{name}\"");
     setup.files = vec![("token", format!("{first}\n"))];
     let rig = setup.ready().await;
-    let own = Api::new(&admin.api.url, &first);
+    let own = api.with_token(&first);
     own.call("POST", "auth/token/revoke-self", json!({})).await;
-    let line = [NO_ANSWER, "Vault does not accept the broker's token (403)"];
-    rig.serves_until(1, "the token is refused", async || {
-        rig.logs.count(&line) >= 1
-    })
-    .await;
-    admin.put("main", 2).await;
+    serves_through(&rig, 1, "Vault does not accept the broker's token (403)").await;
+    stage.put("main", 2).await;
     replace(&rig.lab.path("token"), &token().await);
     rig.until_signed_with(2).await;
     rig.end().await;
+}
+
+/// Nothing in the metadata changes at the moment when it is gone.
+async fn a_version_that_deletes_itself_evicts_the_key(stage: &Stage) {
+    // The simulator refuses `delete_version_after`.
+    if !stage.vault.is_real() {
+        return;
+    }
+    let after = |text: &str| json!({ "delete_version_after": text });
+    let rig = stage.broker().await;
+    stage.on_key("POST", "metadata", "main", after("3s")).await;
+    stage.put("main", 2).await;
+    rig.until_signed_with(2).await;
+    rig.until_evicted(GONE).await;
+    stage.on_key("POST", "metadata", "main", after("0s")).await;
+    stage.put("main", 3).await;
+    rig.until_restored(3).await;
+    rig.end().await;
+}
+
+/// Passes TCP connections on; what comes back is late by as much as is set.
+struct Link {
+    url: String,
+    delay_ms: Arc<AtomicU64>,
+}
+
+impl Link {
+    async fn to(url: &str) -> Self {
+        let host = url.strip_prefix("http://").unwrap().to_owned();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let delay_ms = Arc::new(AtomicU64::new(0));
+        let delay = Arc::clone(&delay_ms);
+        tokio::spawn(async move {
+            while let Ok((near, _)) = listener.accept().await {
+                let far = TcpStream::connect(&host).await;
+                if let Ok(far) = far {
+                    tokio::spawn(pass_on(near, far, Arc::clone(&delay)));
+                }
+            }
+        });
+        Self { url, delay_ms }
+    }
+}
+
+async fn pass_on(near: TcpStream, far: TcpStream, delay_ms: Arc<AtomicU64>) {
+    let (mut near_read, mut near_write) = near.into_split();
+    let (mut far_read, mut far_write) = far.into_split();
+    let there = async {
+        let _ = tokio::io::copy(&mut near_read, &mut far_write).await;
+    };
+    let back = async {
+        let mut chunk = vec![0; 16384];
+        while let Ok(length @ 1..) = far_read.read(&mut chunk).await {
+            tokio::time::sleep(Duration::from_millis(delay_ms.load(Ordering::Relaxed))).await;
+            if near_write.write_all(&chunk[..length]).await.is_err() {
+                break;
+            }
+        }
+    };
+    tokio::select! {
+        () = there => {}
+        () = back => {}
+    }
 }

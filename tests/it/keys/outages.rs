@@ -3,10 +3,12 @@
 use bytes::Bytes;
 use credbroker::api::proto::{Method, Outcome, Scope};
 use credbroker_sim::http::{Reply, Server};
-use credbroker_sim::vault::{Fault, FaultRule};
+use credbroker_sim::vault::{
+    Fault, FaultRule, InitialState, RoleSettings, Standby, VaultSettings, VaultSim,
+};
 
-use super::{NO_ANSWER, Setup, key, put};
-use crate::harness::{kv_path, request, until};
+use super::{NO_ANSWER, Setup, answered, key, put};
+use crate::harness::{ROOT_TOKEN, kv_path, request, until};
 
 /// Ways to give no answer: a name for the account that meets it, the fault, what the log says.
 fn faults() -> Vec<(String, Fault, &'static str)> {
@@ -118,17 +120,32 @@ async fn an_outage_between_the_metadata_and_the_secret_leaves_the_old_version_in
     rig.end().await;
 }
 
+/// A standby that does not forward names the active node instead.
 #[tokio::test]
-async fn a_vault_that_is_stopped_changes_nothing_until_it_is_back() {
-    let rig = Setup::new(&["main"]).await.ready().await;
-    rig.vault().stop().await.unwrap();
-    rig.serves_until(1, "two polls have failed", async || {
-        rig.logs.count(&[NO_ANSWER, "Vault cannot be reached"]) >= 2
-    })
-    .await;
-    put(rig.vault(), "main", 2);
-    rig.vault().restart().await.unwrap();
+async fn after_a_failover_to_a_listed_node_the_next_login_follows_its_one_redirect() {
+    let vault = VaultSim::start(VaultSettings {
+        state: InitialState::Dev {
+            root_token: ROOT_TOKEN.to_owned(),
+        },
+        standby: Standby::Redirects,
+        ..VaultSettings::default()
+    });
+    let vault = vault.await.unwrap();
+    let (role_id, secret_id) = vault.enable_approle("credbroker", RoleSettings::default());
+    let mut setup = Setup::on(vault.clone(), &["main"]);
+    setup.more = format!("redirects = [\"{}\"]", vault.standby_address().unwrap());
+    setup.auth =
+        format!("method = \"approle\"\nrole_id = \"{role_id}\"\nsecret_id_file = \"secret-id\"");
+    setup.files = vec![("secret-id", secret_id)];
+    let rig = setup.ready().await;
+    vault.fail_over();
+    for token in vault.tokens() {
+        vault.revoke_token(&token);
+    }
+    put(&vault, "main", 2);
     rig.until_signed_with(2).await;
+    let logins = [200, 307].map(|status| answered(&vault, "auth/approle/login", status));
+    assert_eq!(logins, [2, 1], "at the start, and by way of the standby");
     rig.end().await;
 }
 

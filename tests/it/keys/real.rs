@@ -1,22 +1,26 @@
 //! A Vault over its HTTP API, real or simulated, as an admin uses it.
 
 use std::ffi::OsStr;
-use std::io::Write as _;
-use std::path::PathBuf;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 
-use credbroker_sim::vault::{Fault, FaultRule, VaultSim};
+use credbroker_sim::vault::{Fault, FaultRule, InitialState, Standby, VaultSettings, VaultSim};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::harness::{ROOT_TOKEN, until};
+use crate::harness::until;
 
 /// An HTTP server on plain TCP, and the token to show it.
+#[derive(Clone)]
 pub(super) struct Api {
     pub(super) url: String,
     token: String,
+    /// Further lines of each request's head.
+    headers: String,
 }
 
 impl Api {
@@ -24,6 +28,21 @@ impl Api {
         Self {
             url: url.trim_end_matches('/').to_owned(),
             token: token.to_owned(),
+            headers: String::new(),
+        }
+    }
+
+    /// The same server, asked with another token.
+    pub(super) fn with_token(&self, token: &str) -> Self {
+        Self::new(&self.url, token)
+    }
+
+    /// The same server and token, asked with a further header.
+    pub(super) fn with_header(&self, name: &str, value: &str) -> Self {
+        let headers = format!("{}{name}: {value}\r\n", self.headers);
+        Self {
+            headers,
+            ..self.clone()
         }
     }
 
@@ -41,8 +60,9 @@ impl Api {
         let body = body.map(Value::to_string).unwrap_or_default();
         // HTTP/1.0, so that the answer ends with the connection.
         let request = format!(
-            "{method} {path} HTTP/1.0\r\nhost: {host}\r\nx-vault-token: {}\r\ncontent-length: {}\r\n\r\n{body}",
+            "{method} {path} HTTP/1.0\r\nhost: {host}\r\nx-vault-token: {}\r\n{}content-length: {}\r\n\r\n{body}",
             self.token,
+            self.headers,
             body.len(),
         );
         let mut answer = String::new();
@@ -75,68 +95,69 @@ impl Api {
     }
 }
 
-/// A Vault under test.
+/// A Vault under test: initialised, unsealed, its storage kept through restarts.
 pub(super) struct Backend {
     pub(super) api: Api,
     /// Name of everything that the test mounts and writes, so that a server can be used twice.
     pub(super) name: String,
+    unseal_key: String,
     kind: Kind,
 }
 
 enum Kind {
-    /// A dev server of our own.
-    Dev(Dev),
-    /// Somebody's dev server; we have no key to unseal it.
+    /// Somebody's server; we can neither unseal nor restart it.
     Given,
+    Own(Box<Cluster>),
     Sim(VaultSim),
 }
 
-/// A dev server; it ends with the test.
-struct Dev {
-    process: Child,
-    unseal_key: String,
-    _home: TempDir,
+/// A server of our own, and its standby once it has one. Both end with the test.
+struct Cluster {
+    program: PathBuf,
+    first: Node,
+    standby: Mutex<Option<Node>>,
 }
 
-impl Drop for Dev {
+/// One server process with its storage.
+struct Node {
+    process: Mutex<Child>,
+    address: SocketAddr,
+    home: TempDir,
+}
+
+impl Drop for Node {
     fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
+        self.kill();
     }
 }
 
-impl Backend {
-    pub(super) fn simulated(vault: &VaultSim) -> Self {
-        Self::new(
-            Api::new(&vault.address(), ROOT_TOKEN),
-            Kind::Sim(vault.clone()),
-        )
-    }
-
-    /// The server that the environment names, or a dev server of the program that PATH has, or none.
-    pub(super) async fn real() -> Option<Self> {
-        let text = |name: &str| std::env::var_os(name).map(|value| value.into_string().unwrap());
-        if let Some(address) = text("CREDBROKER_TEST_VAULT_ADDR") {
-            let token = text("CREDBROKER_TEST_VAULT_TOKEN")
-                .expect("CREDBROKER_TEST_VAULT_TOKEN is needed too");
-            return Some(Self::new(Api::new(&address, &token), Kind::Given));
-        }
-        let path = std::env::var_os("PATH")?;
-        let mut programs = std::env::split_paths(&path)
-            .flat_map(|folder| ["bao", "vault"].map(|name| folder.join(name)));
-        Some(Self::dev(programs.find(|program| program.is_file())?).await)
-    }
-
-    async fn dev(program: PathBuf) -> Self {
+impl Node {
+    /// Starts a server that has no storage yet.
+    fn new(program: &Path, name: &str) -> Self {
         let home = tempfile::tempdir().unwrap();
-        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = free.local_addr().unwrap();
-        drop(free);
-        let output = home.path().join("output");
+        let free = [(); 2].map(|()| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+        let [address, cluster] = free.map(|listener| listener.local_addr().unwrap());
+        let data = home.path().join("data");
+        std::fs::create_dir(&data).unwrap();
+        // HashiCorp Vault wants its memory locked unless told otherwise; OpenBao only warns of the unknown key.
+        let config = format!(
+            "disable_mlock = true\napi_addr = \"http://{address}\"\ncluster_addr = \"https://{cluster}\"\n\
+             storage \"raft\" {{\n  path = \"{}\"\n  node_id = \"{name}\"\n  performance_multiplier = 1\n}}\n\
+             listener \"tcp\" {{\n  address = \"{address}\"\n  cluster_address = \"{cluster}\"\n  tls_disable = true\n}}\n",
+            data.display(),
+        );
+        std::fs::write(home.path().join("server.hcl"), config).unwrap();
+        Self {
+            process: Mutex::new(Self::spawn(program, &home)),
+            address,
+            home,
+        }
+    }
+
+    fn spawn(program: &Path, home: &TempDir) -> Child {
         let mut command = Command::new(program);
-        command.args(["server", "-dev", "-dev-no-store-token"]);
-        command.arg(format!("-dev-root-token-id={ROOT_TOKEN}"));
-        command.arg(format!("-dev-listen-address={address}"));
+        command.arg("server").arg("-config");
+        command.arg(home.path().join("server.hcl"));
         let is_own = |name: &OsStr| {
             let name = name.to_string_lossy();
             name.starts_with("VAULT_") || name.starts_with("BAO_")
@@ -144,48 +165,113 @@ impl Backend {
         for (name, _) in std::env::vars_os().filter(|(name, _)| is_own(name)) {
             command.env_remove(name);
         }
-        let process = command
+        command
             .env("HOME", home.path())
             .stdin(Stdio::null())
-            .stdout(std::fs::File::create(&output).unwrap())
+            .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
-            .unwrap();
-        let mut dev = Dev {
-            process,
-            unseal_key: String::new(),
-            _home: home,
-        };
-        let unseal_key = || {
-            let output = std::fs::read_to_string(&output).unwrap();
-            let key = output
-                .lines()
-                .find_map(|line| line.strip_prefix("Unseal Key: "));
-            key.map(|key| key.trim().to_owned())
-        };
-        until("the dev server prints its unseal key", async || {
-            unseal_key().is_some()
-        })
-        .await;
-        dev.unseal_key = unseal_key().unwrap();
-        let api = Api::new(&format!("http://{address}"), ROOT_TOKEN);
-        until("the dev server is up", async || {
-            api.raw("GET", "/v1/sys/health", None).await.0 == 200
-        })
-        .await;
-        Self::new(api, Kind::Dev(dev))
+            .unwrap()
     }
 
-    fn new(api: Api, kind: Kind) -> Self {
-        let name = format!("credbroker-test-{:08x}", fastrand::u32(..));
-        Self { api, name, kind }
+    fn kill(&self) {
+        let mut process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = process.kill();
+        let _ = process.wait();
+    }
+
+    fn restart(&self, program: &Path) {
+        self.kill();
+        *self.process.lock().unwrap() = Self::spawn(program, &self.home);
+    }
+
+    fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+}
+
+/// What a server says of itself: its health as a status.
+async fn health(api: &Api) -> u16 {
+    api.raw("GET", "/v1/sys/health", None).await.0
+}
+
+const ACTIVE: u16 = 200;
+const STANDBY: u16 = 429;
+const UNINITIALISED: u16 = 501;
+const SEALED: u16 = 503;
+
+async fn until_health(api: &Api, expected: u16) {
+    until(&format!("{} has health {expected}", api.url), async || {
+        health(api).await == expected
+    })
+    .await;
+}
+
+impl Backend {
+    pub(super) async fn simulated() -> Self {
+        let vault = VaultSim::start(VaultSettings {
+            state: InitialState::File,
+            standby: Standby::Forwards,
+            ..VaultSettings::default()
+        });
+        let vault = vault.await.unwrap();
+        let url = vault.address();
+        Self::initialised(&url, Kind::Sim(vault)).await
+    }
+
+    /// The server that the environment names, or one of the program that PATH has, or none.
+    pub(super) async fn real() -> Option<Self> {
+        let text = |name: &str| std::env::var_os(name).map(|value| value.into_string().unwrap());
+        if let Some(address) = text("CREDBROKER_TEST_VAULT_ADDR") {
+            let token = text("CREDBROKER_TEST_VAULT_TOKEN")
+                .expect("CREDBROKER_TEST_VAULT_TOKEN is needed too");
+            let api = Api::new(&address, &token);
+            return Some(Self::new(api, String::new(), Kind::Given));
+        }
+        let path = std::env::var_os("PATH")?;
+        let mut programs = std::env::split_paths(&path)
+            .flat_map(|folder| ["bao", "vault"].map(|name| folder.join(name)));
+        let program = programs.find(|program| program.is_file())?;
+        let first = Node::new(&program, "first");
+        let url = first.url();
+        let cluster = Cluster {
+            program,
+            first,
+            standby: Mutex::new(None),
+        };
+        Some(Self::initialised(&url, Kind::Own(Box::new(cluster))).await)
+    }
+
+    async fn initialised(url: &str, kind: Kind) -> Self {
+        let nobody = Api::new(url, "");
+        until_health(&nobody, UNINITIALISED).await;
+        let shares = json!({ "secret_shares": 1, "secret_threshold": 1 });
+        let made = nobody.call("PUT", "sys/init", shares).await;
+        let api = nobody.with_token(made["root_token"].as_str().unwrap());
+        let backend = Self::new(api, made["keys"][0].as_str().unwrap().to_owned(), kind);
+        backend.unseal().await;
+        backend
+    }
+
+    fn new(api: Api, unseal_key: String, kind: Kind) -> Self {
+        Self {
+            api,
+            name: format!("credbroker-test-{:08x}", fastrand::u32(..)),
+            unseal_key,
+            kind,
+        }
     }
 
     pub(super) fn is_real(&self) -> bool {
         !matches!(self.kind, Kind::Sim(_))
     }
 
-    /// Takes a policy into force. The simulator only keeps it: there, these paths are denied besides.
+    /// Whether it may be sealed, stopped and given a standby.
+    pub(super) fn is_ours(&self) -> bool {
+        !matches!(self.kind, Kind::Given)
+    }
+
+    /// Takes a policy into force. The simulator only keeps it: there, these accounts are denied besides.
     pub(super) async fn set_policy(&self, policy: &str, denied: &[&str]) {
         let path = format!("sys/policies/acl/{}", self.name);
         self.api
@@ -215,35 +301,79 @@ impl Backend {
         }
     }
 
-    /// Seals it; false where nobody could unseal it again.
-    pub(super) async fn seal(&self) -> bool {
-        if let Kind::Given = self.kind {
-            let _ = writeln!(
-                std::io::stderr(),
-                "real Vault: sealing not run, the server is not ours"
-            );
-            return false;
-        }
+    pub(super) async fn seal(&self) {
         self.api.call("PUT", "sys/seal", json!({})).await;
-        true
     }
 
     pub(super) async fn unseal(&self) {
+        unseal(&self.api, &self.unseal_key).await;
+        until_health(&self.api, ACTIVE).await;
+    }
+
+    /// Stops it without warning; from now on connections are refused.
+    pub(super) async fn stop(&self) {
         match &self.kind {
-            Kind::Dev(dev) => {
-                let status = self
-                    .api
-                    .call("PUT", "sys/unseal", json!({ "key": dev.unseal_key }))
-                    .await;
-                assert_eq!(status["sealed"], false, "{status}");
-                until("the dev server is active", async || {
-                    self.api.raw("GET", "/v1/sys/health", None).await.0 == 200
-                })
-                .await;
-            }
             Kind::Given => {}
-            Kind::Sim(vault) => vault.unseal(),
+            Kind::Own(cluster) => cluster.first.kill(),
+            Kind::Sim(vault) => vault.stop().await.unwrap(),
         }
+    }
+
+    /// Starts it again at its address, sealed.
+    pub(super) async fn restart(&self) {
+        match &self.kind {
+            Kind::Given => {}
+            Kind::Own(cluster) => cluster.first.restart(&cluster.program),
+            Kind::Sim(vault) => vault.restart().await.unwrap(),
+        }
+        until_health(&self.api, SEALED).await;
+    }
+
+    /// Adds a standby with a vote, where there is none yet.
+    pub(super) async fn add_standby(&self) {
+        if let Kind::Own(cluster) = &self.kind {
+            let second = Node::new(&cluster.program, "second");
+            self.join(&Api::new(&second.url(), "")).await;
+            *cluster.standby.lock().unwrap() = Some(second);
+        }
+    }
+
+    /// Makes the standby the active node; the node that has been asked so far is the standby from now on.
+    pub(super) async fn fail_over(&self) {
+        if let Kind::Sim(vault) = &self.kind {
+            vault.fail_over();
+        } else {
+            self.api.call("PUT", "sys/step-down", json!({})).await;
+        }
+        until_health(&self.api, STANDBY).await;
+        // A standby can carry out a write only together with an active node.
+        until("there is an active node again", async || {
+            let wanted = json!({ "ttl": "1s" });
+            let path = "/v1/auth/token/create";
+            self.api.raw("POST", path, Some(&wanted)).await.0 == 200
+        })
+        .await;
+    }
+
+    /// Makes an uninitialised server a standby with a vote.
+    async fn join(&self, second: &Api) {
+        until_health(second, UNINITIALISED).await;
+        // So that it gets its vote at the next of the rounds, which come every 10 s.
+        let autopilot = "sys/storage/raft/autopilot/configuration";
+        let soon = json!({ "server_stabilization_time": "1s" });
+        self.api.call("POST", autopilot, soon).await;
+        let leader = json!({ "leader_api_addr": self.api.url });
+        let join = "sys/storage/raft/join";
+        second.call("POST", join, leader).await;
+        unseal(second, &self.unseal_key).await;
+        until_health(second, STANDBY).await;
+        until("the standby has a vote", async || {
+            let path = "sys/storage/raft/configuration";
+            let raft = self.api.call("GET", path, Value::Null).await;
+            let servers = raft["data"]["config"]["servers"].as_array().unwrap();
+            servers.iter().filter(|node| node["voter"] == true).count() == 2
+        })
+        .await;
     }
 
     /// Removes all that the test made.
@@ -254,4 +384,8 @@ impl Backend {
                 .await;
         }
     }
+}
+
+async fn unseal(api: &Api, key: &str) {
+    api.call("PUT", "sys/unseal", json!({ "key": key })).await;
 }

@@ -1,0 +1,342 @@
+//! The shipped policies suffice and allow nothing else; only a real server can prove it, because the simulator keeps
+//! policies without going by them.
+
+use std::path::Path;
+use std::sync::Once;
+
+use credbroker::config::Config;
+use serde_json::{Value, json};
+
+use super::real::{Api, Backend};
+use super::{Setup, key};
+use crate::harness::{kv_path, say, secret, until};
+
+/// A file of `deploy/vault/`, for a mount and an `AppRole` mount of this name.
+pub(super) fn shipped(file: &str, name: &str) -> String {
+    as_shipped(file)
+        .replace("path \"kv/", &format!("path \"{name}/"))
+        .replace("path \"auth/approle/", &format!("path \"auth/{name}/"))
+}
+
+fn as_shipped(file: &str) -> String {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/vault");
+    std::fs::read_to_string(format!("{folder}/{file}")).unwrap()
+}
+
+const UNWRAPPED: &str = "/v1/sys/wrapping/unwrap";
+
+/// A real server with a mount that wants check-and-set, the three shipped policies, and the broker's role.
+struct Stage {
+    vault: Backend,
+}
+
+impl Stage {
+    async fn new() -> Option<Self> {
+        let Some(vault) = Backend::real().await else {
+            static TOLD: Once = Once::new();
+            TOLD.call_once(|| say("policies: not proven (no real Vault)"));
+            return None;
+        };
+        let Backend { api, name, .. } = &vault;
+        for (method, path, body) in [
+            (
+                "POST",
+                format!("sys/mounts/{name}"),
+                json!({ "type": "kv", "options": { "version": "2" } }),
+            ),
+            (
+                "POST",
+                format!("sys/auth/{name}"),
+                json!({ "type": "approle" }),
+            ),
+            (
+                "PUT",
+                format!("sys/policies/acl/{name}"),
+                json!({ "policy": shipped("broker.hcl", name) }),
+            ),
+            (
+                "PUT",
+                format!("sys/policies/acl/{name}-admin"),
+                json!({ "policy": shipped("admin.hcl", name) }),
+            ),
+            (
+                "PUT",
+                format!("sys/policies/acl/{name}-deployer"),
+                json!({ "policy": shipped("deployer.hcl", name) }),
+            ),
+            (
+                "POST",
+                format!("auth/{name}/role/credbroker"),
+                json!({
+                    "token_type": "service", "token_policies": [name], "token_no_default_policy": true,
+                    "token_period": "1h",
+                }),
+            ),
+        ] {
+            api.call(method, &path, body).await;
+        }
+        until("the mount is ready", async || {
+            let config = format!("/v1/{name}/config");
+            let settings = json!({ "cas_required": true });
+            api.raw("POST", &config, Some(&settings)).await.0 == 204
+        })
+        .await;
+        Some(Self { vault })
+    }
+
+    fn name(&self) -> &str {
+        &self.vault.name
+    }
+
+    /// Somebody whose token has this policy alone.
+    async fn holder_of(&self, policy: &str) -> Api {
+        let api = &self.vault.api;
+        let wanted = json!({ "policies": [policy], "no_default_policy": true, "ttl": "1h" });
+        let made = api.call("POST", "auth/token/create", wanted).await;
+        assert_eq!(
+            made["auth"]["policies"],
+            json!([policy]),
+            "no default policy"
+        );
+        api.with_token(made["auth"]["client_token"].as_str().unwrap())
+    }
+
+    /// The first key of `main`, written past all policies.
+    async fn write_first_key(&self) {
+        let path = format!("{}/data/{}", self.name(), kv_path("main", "main"));
+        let written = json!({ "options": { "cas": 0 }, "data": secret(&key("main", 1)) });
+        self.vault.api.call("POST", &path, written).await;
+    }
+
+    async fn role_id(&self) -> String {
+        let path = format!("auth/{}/role/credbroker/role-id", self.name());
+        let answer = self.vault.api.call("GET", &path, Value::Null).await;
+        answer["data"]["role_id"].as_str().unwrap().to_owned()
+    }
+
+    async fn login(&self, secret_id: &str) -> Api {
+        let nobody = self.vault.api.with_token("");
+        let path = format!("auth/{}/login", self.name());
+        let shown = json!({ "role_id": self.role_id().await, "secret_id": secret_id });
+        let login = nobody.call("POST", &path, shown).await;
+        assert_eq!(login["auth"]["policies"], json!([self.name()]));
+        nobody.with_token(login["auth"]["client_token"].as_str().unwrap())
+    }
+
+    async fn clean_up(&self) {
+        for policy in ["admin", "deployer"] {
+            let path = format!("sys/policies/acl/{}-{policy}", self.name());
+            self.vault.api.call("DELETE", &path, json!({})).await;
+        }
+        self.vault.clean_up().await;
+    }
+}
+
+/// Every one of these requests is 403; `{}` in a path is the mount.
+async fn refuses(who: &Api, name: &str, requests: &[(&str, &str)]) {
+    let who = who.with_header("content-type", "application/merge-patch+json");
+    let body = json!({ "data": {}, "options": { "cas": 1 }, "versions": [1], "policy": "" });
+    for (method, path) in requests {
+        let path = path.replace("{}", name);
+        let body = Some(&body).filter(|_| *method != "GET" && *method != "LIST");
+        let (status, answer) = who.raw(method, &format!("/v1/{path}"), body).await;
+        assert_eq!(status, 403, "{method} {path}: {answer}");
+        assert!(answer.contains("permission denied"), "{answer}");
+    }
+}
+
+/// What none of the three may do.
+const NOBODYS: [(&str, &str); 11] = [
+    ("GET", "sys/mounts"),
+    ("GET", "sys/policies/acl/{}"),
+    ("PUT", "sys/policies/acl/{}"),
+    ("GET", "{}/config"),
+    ("POST", "{}/config"),
+    ("GET", "{}/data/kucoin/test/main/main"),
+    ("POST", "{}/data/kucoin/test/main/main"),
+    ("DELETE", "{}/metadata/kucoin/prod/main/main"),
+    ("PUT", "{}/destroy/kucoin/prod/main/main"),
+    ("POST", "auth/token/create"),
+    ("POST", "auth/{}/role/credbroker"),
+];
+
+#[test]
+fn the_shipped_policies_name_the_mount_and_the_prefix_of_the_example_configuration() {
+    let text = include_str!("../../../deploy/config.toml");
+    let vault = Config::parse(text, Path::new("/etc/credbroker"))
+        .unwrap()
+        .vault;
+    for file in ["broker.hcl", "admin.hcl"] {
+        let policy = as_shipped(file);
+        for area in ["data", "metadata"] {
+            let path = format!("\npath \"{}/{area}/{}/*\"", vault.mount, vault.prefix);
+            assert!(policy.contains(&path), "{path} is not in {file}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_brokers_policy_suffices_for_a_broker_and_allows_nothing_else() {
+    let Some(stage) = Stage::new().await else {
+        return;
+    };
+    let Backend { api, name, .. } = &stage.vault;
+    stage.write_first_key().await;
+    let path = format!("auth/{name}/role/credbroker/secret-id");
+    let minted = api.call("POST", &path, json!({})).await;
+    let secret_id = minted["data"]["secret_id"].as_str().unwrap().to_owned();
+
+    // Login, read and poll, as the broker itself does them.
+    let mut setup = Setup::new(&["main"]).await;
+    setup.address = Some(api.url.clone());
+    setup.more = format!("mount = \"{name}\"");
+    setup.auth = format!(
+        "method = \"approle\"\nmount = \"{name}\"\nrole_id = \"{}\"\nsecret_id_file = \"secret-id\"",
+        stage.role_id().await,
+    );
+    setup.files = vec![("secret-id", format!("{secret_id}\n"))];
+    let rig = setup.ready().await;
+    rig.until_restored(1).await;
+    let path = format!("{name}/data/{}", kv_path("main", "main"));
+    let written = json!({ "options": { "cas": 1 }, "data": secret(&key("main", 2)) });
+    api.call("POST", &path, written).await;
+    rig.until_signed_with(2).await;
+    rig.end().await;
+
+    let own = stage.login(&secret_id).await;
+    refuses(&own, name, &NOBODYS).await;
+    refuses(
+        &own,
+        name,
+        &[
+            ("POST", "{}/data/kucoin/prod/main/main"),
+            ("PATCH", "{}/data/kucoin/prod/main/main"),
+            ("DELETE", "{}/data/kucoin/prod/main/main"),
+            ("POST", "{}/metadata/kucoin/prod/main/main"),
+            ("PATCH", "{}/metadata/kucoin/prod/main/main"),
+            ("POST", "{}/delete/kucoin/prod/main/main"),
+            ("POST", "{}/undelete/kucoin/prod/main/main"),
+            ("LIST", "{}/metadata/kucoin/prod/main"),
+            ("LIST", "{}/metadata/kucoin/prod"),
+            ("LIST", "{}/metadata/kucoin"),
+            ("GET", "{}/subkeys/kucoin/prod/main/main"),
+            ("GET", "{}/metadata/kucoin/test/main/main"),
+            ("POST", "auth/{}/role/credbroker/secret-id"),
+        ],
+    )
+    .await;
+
+    let looked_up = own.call("GET", "auth/token/lookup-self", Value::Null).await;
+    assert_eq!(looked_up["data"]["policies"], json!([name]));
+    let renewed = own.call("POST", "auth/token/renew-self", json!({})).await;
+    assert_eq!(renewed["auth"]["lease_duration"], 3600);
+    own.call("POST", "auth/token/revoke-self", json!({})).await;
+    refuses(&own, name, &[("GET", "auth/token/lookup-self")]).await;
+    stage.clean_up().await;
+}
+
+#[tokio::test]
+async fn the_admins_policy_writes_keys_with_check_and_set_and_reads_none_back() {
+    let Some(stage) = Stage::new().await else {
+        return;
+    };
+    let name = stage.name();
+    let admin = stage.holder_of(&format!("{name}-admin")).await;
+    let path = kv_path("main", "main");
+    let metadata = async || {
+        let path = format!("{name}/metadata/{path}");
+        admin.call("GET", &path, Value::Null).await["data"].clone()
+    };
+    let write = async |version: u64, generation: u32| {
+        let body =
+            json!({ "options": { "cas": version }, "data": secret(&key("main", generation)) });
+        let path = format!("/v1/{name}/data/{path}");
+        admin.raw("POST", &path, Some(&body)).await.0
+    };
+
+    assert_eq!(write(0, 1).await, 200);
+    assert_eq!(metadata().await["current_version"], 1);
+    assert_eq!(write(1, 2).await, 200);
+    assert_eq!(write(1, 3).await, 400, "a stale version");
+    let blind = json!({ "data": secret(&key("main", 3)) });
+    let data = format!("/v1/{name}/data/{path}");
+    let (status, answer) = admin.raw("POST", &data, Some(&blind)).await;
+    assert_eq!(status, 400, "without check-and-set: {answer}");
+
+    let custom = json!({ "custom_metadata": { "owner": "desk", "state": "disabled" } });
+    admin
+        .call("POST", &format!("{name}/metadata/{path}"), custom)
+        .await;
+    assert_eq!(metadata().await["custom_metadata"]["state"], "disabled");
+    let folder = format!("{name}/metadata/kucoin/prod/");
+    let listed = admin.call("LIST", &folder, Value::Null).await;
+    assert_eq!(listed["data"]["keys"], json!(["main/"]));
+    let second = json!({ "versions": [2] });
+    for (area, is_deleted) in [("delete", true), ("undelete", false)] {
+        admin
+            .call("POST", &format!("{name}/{area}/{path}"), second.clone())
+            .await;
+        let deleted_at = metadata().await["versions"]["2"]["deletion_time"].clone();
+        assert_eq!(deleted_at != "", is_deleted, "{area}");
+    }
+
+    let reads = [
+        ("GET", "{}/data/kucoin/prod/main/main"),
+        ("GET", "{}/data/kucoin/prod/main/main?version=1"),
+        ("GET", "{}/subkeys/kucoin/prod/main/main"),
+        ("PATCH", "{}/data/kucoin/prod/main/main"),
+        ("PATCH", "{}/metadata/kucoin/prod/main/main"),
+        ("GET", "auth/token/lookup-self"),
+    ];
+    for who in [&admin, &admin.with_header("x-vault-wrap-ttl", "60s")] {
+        refuses(who, name, &reads).await;
+        refuses(who, name, &NOBODYS).await;
+    }
+    stage.clean_up().await;
+}
+
+#[tokio::test]
+async fn the_deployers_policy_mints_secret_ids_that_are_wrapped_for_30_s_to_5_min_and_no_others() {
+    let Some(stage) = Stage::new().await else {
+        return;
+    };
+    let name = stage.name();
+    let deployer = stage.holder_of(&format!("{name}-deployer")).await;
+    let path = format!("auth/{name}/role/credbroker/secret-id");
+    for ttl in ["30s", "60s", "5m"] {
+        let wrapping = deployer.with_header("x-vault-wrap-ttl", ttl);
+        let wrapped = wrapping.call("POST", &path, json!({})).await;
+        assert_eq!(wrapped["data"], Value::Null);
+        assert_eq!(wrapped["wrap_info"]["creation_path"], path.as_str());
+        let bearer = deployer.with_token(wrapped["wrap_info"]["token"].as_str().unwrap());
+        let (status, unwrapped) = bearer.raw("POST", UNWRAPPED, None).await;
+        assert_eq!(status, 200, "{unwrapped}");
+        let unwrapped: Value = serde_json::from_str(&unwrapped).unwrap();
+        let secret_id = unwrapped["data"]["secret_id"].as_str().unwrap();
+        let own = stage.login(secret_id).await;
+        own.call("POST", "auth/token/revoke-self", json!({})).await;
+        let (status, again) = bearer.raw("POST", UNWRAPPED, None).await;
+        assert_eq!(status, 400, "unwrapped once: {again}");
+    }
+    let mint = [("POST", "auth/{}/role/credbroker/secret-id")];
+    refuses(&deployer, name, &mint).await;
+    for ttl in ["10s", "29s", "301s", "10m"] {
+        refuses(&deployer.with_header("x-vault-wrap-ttl", ttl), name, &mint).await;
+    }
+    let wrapping = deployer.with_header("x-vault-wrap-ttl", "60s");
+    let others = [
+        ("GET", "auth/{}/role/credbroker"),
+        ("GET", "auth/{}/role/credbroker/role-id"),
+        ("LIST", "auth/{}/role/credbroker/secret-id"),
+        ("POST", "auth/{}/role/credbroker/custom-secret-id"),
+        ("POST", "auth/{}/role/other/secret-id"),
+        ("GET", "{}/data/kucoin/prod/main/main"),
+        ("POST", "{}/data/kucoin/prod/main/main"),
+        ("GET", "{}/metadata/kucoin/prod/main/main"),
+    ];
+    for who in [&deployer, &wrapping] {
+        refuses(who, name, &others).await;
+        refuses(who, name, &NOBODYS).await;
+    }
+    stage.clean_up().await;
+}
