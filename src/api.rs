@@ -3,6 +3,7 @@
 pub mod caller;
 pub mod grpc;
 pub mod ops;
+pub mod state;
 pub mod status;
 
 /// Code generated from `proto/credbroker/v1/broker.proto`.

@@ -170,9 +170,10 @@ impl Audit {
         std::thread::Builder::new()
             .name("audit-sync".to_owned())
             .spawn(move || {
-                while alive.upgrade().is_some() {
+                while let Some(audit) = alive.upgrade() {
+                    audit.report(synced.sync_data());
+                    drop(audit);
                     std::thread::sleep(SYNC_EVERY);
-                    report(synced.sync_data());
                 }
             })?;
         Ok(audit)
@@ -250,7 +251,19 @@ impl Audit {
     /// Flushes the file to the disk.
     pub fn sync(&self) {
         let file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        report(file.file.sync_data());
+        self.report(file.file.sync_data());
+    }
+
+    /// The system tells of lost data once, here, and takes later writes as if nothing had been.
+    fn report(&self, synced: io::Result<()>) {
+        match synced {
+            // What is no file of a disk cannot be flushed to one.
+            Err(error) if error.kind() != io::ErrorKind::InvalidInput => {
+                self.metrics.audit_failure();
+                tracing::error!(%error, "audit file cannot be flushed to the disk; lines may be lost");
+            }
+            _ => {}
+        }
     }
 
     fn write(
@@ -310,17 +323,6 @@ impl<'a> What<'a> {
                 .map(|oid| cut(oid, MAX_CLIENT_OID_CHARS))
                 .collect(),
         }
-    }
-}
-
-/// The system tells of lost data once, here, and takes later writes as if nothing had been.
-fn report(synced: io::Result<()>) {
-    match synced {
-        // What is no file of a disk cannot be flushed to one.
-        Err(error) if error.kind() != io::ErrorKind::InvalidInput => {
-            tracing::error!(%error, "audit file cannot be flushed to the disk; lines may be lost");
-        }
-        _ => {}
     }
 }
 

@@ -159,41 +159,7 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
     let proof_every = Duration::from_secs(section.number("proof_every_s", 300, 1..=3600));
     let origins = origins(&mut file.section("exchange"));
 
-    let mut limits = file.section("limits");
-    let default = RequestLimits::default();
-    let mut size = |key, default: usize, most| {
-        usize::try_from(limits.number(key, default as u64, 1..=most)).unwrap_or(default)
-    };
-    let request_limits = RequestLimits {
-        path_bytes: size("path_bytes", default.path_bytes, 4096),
-        // Three times as many when percent-encoded; the HTTP library takes targets of up to 65,534 bytes.
-        query_bytes: size("query_bytes", default.query_bytes, 16_384),
-        query_parameters: size("query_parameters", default.query_parameters, 1000),
-        body_bytes: size("body_bytes", default.body_bytes, 4 * 1024 * 1024),
-    };
-    let mut count = |key, default, most| {
-        usize::try_from(limits.number(key, default, 1..=most)).unwrap_or(usize::MAX)
-    };
-    let admission_limits = AdmissionLimits {
-        calls: count("calls_in_flight", 1024, 100_000),
-        calls_per_bot: count("calls_in_flight_per_bot", 256, 100_000),
-        connections_per_bot: count("connections_per_bot", 64, 100_000),
-    };
-    let connections = count("connections", 8192, 1_000_000);
-    let mut millis =
-        |key, default, most| Duration::from_millis(limits.number(key, default, 1..=most));
-    let handshake = millis("handshake_timeout_ms", 5000, 60_000);
-    let request = millis("request_timeout_ms", 10_000, 60_000);
-    let mut seconds = |key, default| Duration::from_secs(limits.number(key, default, 1..=3600));
-    // Less than what firewalls and NATs commonly forget connections after.
-    let idle = seconds("connection_idle_s", 900);
-    let age = seconds("connection_age_s", 3600);
-    let default_deadline =
-        Duration::from_millis(limits.number("default_deadline_ms", 10_000, 1..=600_000));
-    // A little more than the broker waits for the exchange, so that every answer that still comes is recorded.
-    let drain_timeout =
-        Duration::from_millis(limits.number("drain_timeout_ms", 35_000, 0..=600_000));
-
+    let limits = limits(&mut file.section("limits"));
     let reload_every =
         Duration::from_millis(file.section("reload").number("every_ms", 1000, 10..=60_000));
 
@@ -228,8 +194,63 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
         proof_every,
         expected_ip: expected_ip?,
         proof,
-        request_limits,
-        connection_limits: ConnectionLimits {
+        request_limits: limits.request,
+        connection_limits: limits.connection,
+        admission_limits: limits.admission,
+        reload_every,
+        default_deadline: limits.default_deadline,
+        drain_timeout: limits.drain_timeout,
+        log_filter,
+        log_format,
+    })
+}
+
+/// The table `[limits]`.
+struct Limits {
+    request: RequestLimits,
+    connection: ConnectionLimits,
+    admission: AdmissionLimits,
+    default_deadline: Duration,
+    drain_timeout: Duration,
+}
+
+fn limits(section: &mut Section) -> Limits {
+    let default = RequestLimits::default();
+    let mut size = |key, default: usize, most| {
+        usize::try_from(section.number(key, default as u64, 1..=most)).unwrap_or(default)
+    };
+    let request_limits = RequestLimits {
+        path_bytes: size("path_bytes", default.path_bytes, 4096),
+        // Three times as many when percent-encoded; the HTTP library takes targets of up to 65,534 bytes.
+        query_bytes: size("query_bytes", default.query_bytes, 16_384),
+        query_parameters: size("query_parameters", default.query_parameters, 1000),
+        body_bytes: size("body_bytes", default.body_bytes, 4 * 1024 * 1024),
+    };
+    let mut count = |key, default, most| {
+        usize::try_from(section.number(key, default, 1..=most)).unwrap_or(usize::MAX)
+    };
+    let admission_limits = AdmissionLimits {
+        calls: count("calls_in_flight", 1024, 100_000),
+        calls_per_bot: count("calls_in_flight_per_bot", 256, 100_000),
+        connections_per_bot: count("connections_per_bot", 64, 100_000),
+    };
+    let connections = count("connections", 8192, 1_000_000);
+    let mut millis =
+        |key, default, most| Duration::from_millis(section.number(key, default, 1..=most));
+    let handshake = millis("handshake_timeout_ms", 5000, 60_000);
+    let request = millis("request_timeout_ms", 10_000, 60_000);
+    let mut seconds = |key, default| Duration::from_secs(section.number(key, default, 1..=3600));
+    // Less than what firewalls and NATs commonly forget connections after.
+    let idle = seconds("connection_idle_s", 900);
+    let age = seconds("connection_age_s", 3600);
+    let default_deadline =
+        Duration::from_millis(section.number("default_deadline_ms", 10_000, 1..=600_000));
+    // A little more than the broker waits for the exchange, so that every answer that still comes is recorded.
+    let drain_timeout =
+        Duration::from_millis(section.number("drain_timeout_ms", 35_000, 0..=600_000));
+    Limits {
+        request: request_limits,
+        connection: ConnectionLimits {
             connections,
             handshake,
             request,
@@ -238,13 +259,10 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
             // The answers of calls that the drain cut short have still to leave.
             grace: drain_timeout + Duration::from_secs(1),
         },
-        admission_limits,
-        reload_every,
+        admission: admission_limits,
         default_deadline,
         drain_timeout,
-        log_filter,
-        log_format,
-    })
+    }
 }
 
 fn vault(section: &mut Section, folder: &Path) -> Option<VaultSettings> {

@@ -1,5 +1,7 @@
 //! What the system is told about this process: nobody may read its memory, on disk or while it runs.
 
+use std::sync::OnceLock;
+
 use rustix::mm::{MlockAllFlags, mlockall};
 use rustix::process::{
     DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit,
@@ -14,6 +16,14 @@ pub struct Hardened {
     pub is_locked: bool,
     /// How many files and connections it may have open.
     pub descriptors: u64,
+}
+
+/// What [`harden`] came to.
+static HARDENED: OnceLock<Hardened> = OnceLock::new();
+
+/// What could be had of the system; `None` where nobody has asked (tests).
+pub fn hardened() -> Option<Hardened> {
+    HARDENED.get().copied()
 }
 
 /// Closes what can be closed, and warns of the rest with what to set. To be called before any secret is read, and
@@ -39,7 +49,7 @@ pub fn harden() -> Hardened {
         descriptors = hardened.descriptors,
         "process is hardened"
     );
-    hardened
+    *HARDENED.get_or_init(|| hardened)
 }
 
 /// Locks pages as they are used; only where there is no limit, since with one the next allocation past it would fail.

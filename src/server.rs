@@ -5,6 +5,7 @@ mod probes;
 mod reload;
 mod tls;
 
+use std::collections::HashMap;
 use std::fs::{DirBuilder, File};
 use std::io;
 use std::net::SocketAddr;
@@ -22,9 +23,10 @@ use tokio::time::timeout;
 use tonic::service::Routes;
 
 use crate::api::grpc::GrpcApi;
-use crate::api::ops::{self, Readiness};
+use crate::api::ops;
 use crate::api::proto::DESCRIPTORS;
 use crate::api::proto::broker_server::BrokerServer;
+use crate::api::state::{Readiness, readiness};
 use crate::audit::Audit;
 use crate::broker::admission::Admission;
 use crate::broker::probes::Doubts;
@@ -32,11 +34,12 @@ use crate::broker::{Broker, Calls};
 use crate::clock::Clock;
 use crate::config::load::{Loaded, Source, load, tls_sources};
 use crate::config::{Config, FileProblems};
-use crate::egress::Egress;
 use crate::egress::proof::Proof;
+use crate::egress::{Egress, EgressSettings, Origin};
 use crate::keyring::Keyring;
 use crate::keyring::refresh::Refresher;
 use crate::keyring::vault::Vault;
+use crate::kucoin::{Host, Site};
 use crate::telemetry::Metrics;
 use crate::toml_file::Problem;
 
@@ -125,13 +128,7 @@ impl Server {
         let audit = Audit::open(&config.audit_file, Arc::clone(&clock), Arc::clone(&metrics))
             .map_err(|error| StartError::Audit(config.audit_file.display().to_string(), error))?;
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let mut exchange_tls = client_tls(egress_roots, &provider)?;
-        exchange_tls.alpn_protocols = vec![b"http/1.1".to_vec()];
-        let egress = Egress::new(config.egress, config.origins, &Arc::new(exchange_tls));
-        let egress = egress.map_err(|origin| {
-            let problem = format!("{} is neither a DNS name nor an address", origin.name);
-            StartError::Config(vec![Problem::new("exchange", problem)])
-        })?;
+        let egress = egress(config.egress, config.origins, egress_roots, &provider)?;
         let vault = Vault::new(config.vault, client_tls(vault_roots, &provider)?)
             .map_err(|error| StartError::Tls(Box::new(error)))?;
 
@@ -178,14 +175,8 @@ impl Server {
         );
         let api = BrokerServer::new(api)
             .max_decoding_message_size(config.request_limits.body_bytes + MESSAGE_OVERHEAD);
-        let routes = Routes::new(api)
-            .add_service(health_service)
-            .add_service(reflection().build_v1().map_err(StartError::Reflection)?)
-            .add_service(
-                reflection()
-                    .build_v1alpha()
-                    .map_err(StartError::Reflection)?,
-            );
+        let routes = Routes::new(api).add_service(health_service);
+        let routes = with_reflection(routes).map_err(StartError::Reflection)?;
         let listener = Listener {
             broker: Arc::clone(&broker),
             routes: routes.prepare(),
@@ -205,7 +196,7 @@ impl Server {
             tls: set_tls,
             problems: tell_problems,
         };
-        let (tell_readiness, readiness) = watch::channel(ops::readiness(&broker));
+        let (tell_readiness, told_readiness) = watch::channel(readiness(&broker));
         let background = vec![
             tokio::spawn(reloader.run(config.reload_every, watched.0, watched.1)),
             tokio::spawn(ops::serve(ops_listener, Arc::clone(&broker), problems)),
@@ -217,7 +208,7 @@ impl Server {
             grpc,
             ops,
             broker,
-            readiness,
+            readiness: told_readiness,
             drain_timeout,
             stop,
             serving,
@@ -252,6 +243,21 @@ impl Drop for Server {
     }
 }
 
+/// The way to the exchange.
+fn egress(
+    settings: EgressSettings,
+    origins: HashMap<(Site, Host), Origin>,
+    roots: RootCertStore,
+    provider: &Arc<CryptoProvider>,
+) -> Result<Egress, StartError> {
+    let mut tls = client_tls(roots, provider)?;
+    tls.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Egress::new(settings, origins, &Arc::new(tls)).map_err(|origin| {
+        let problem = format!("{} is neither a DNS name nor an address", origin.name);
+        StartError::Config(vec![Problem::new("exchange", problem)])
+    })
+}
+
 /// TLS towards Vault and the exchange: these roots and no others, no client certificate.
 fn client_tls(
     roots: RootCertStore,
@@ -264,11 +270,16 @@ fn client_tls(
 }
 
 /// So that `grpcurl` and its like work without the proto file, and show the details of errors.
-fn reflection() -> tonic_reflection::server::Builder<'static> {
-    tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(DESCRIPTORS)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
+fn with_reflection(routes: Routes) -> Result<Routes, tonic_reflection::server::Error> {
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
+    };
+    Ok(routes
+        .add_service(reflection().build_v1()?)
+        .add_service(reflection().build_v1alpha()?))
 }
 
 fn lock(folder: &Path) -> Result<File, StartError> {
@@ -305,11 +316,11 @@ async fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartE
 async fn report_health(
     broker: Arc<Broker>,
     health: tonic_health::server::HealthReporter,
-    readiness: watch::Sender<Readiness>,
+    tell: watch::Sender<Readiness>,
 ) {
     let mut changes = broker.keyring.changes();
     loop {
-        let now = ops::readiness(&broker);
+        let now = readiness(&broker);
         let status = if now.is_ready {
             tonic_health::ServingStatus::Serving
         } else {
@@ -321,7 +332,7 @@ async fn report_health(
         ] {
             health.set_service_status(service, status).await;
         }
-        readiness.send_replace(now);
+        tell.send_replace(now);
         // Whichever comes first; an error means that the keyring is gone, and so is the broker.
         if let Ok(Err(_)) = timeout(HEALTH_EVERY, changes.changed()).await {
             return;

@@ -96,7 +96,7 @@ pub fn chain(error: &(dyn Error + 'static)) -> String {
     causes.fold(error.to_string(), |line, cause| format!("{line}: {cause}"))
 }
 
-/// All metrics. What is a state of the broker and not an event is written when somebody asks: see `api/ops.rs`.
+/// All metrics. What is a state of the broker and not an event is written when somebody asks: see `api/state.rs`.
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
@@ -344,6 +344,16 @@ impl State {
             name,
             help,
             values: vec![(Vec::new(), value)],
+        }
+    }
+
+    /// One value without labels, absent while it is not known.
+    pub fn known(name: &'static str, help: &'static str, value: Option<f64>) -> Self {
+        let values = value.map(|value| (Vec::new(), value));
+        Self {
+            name,
+            help,
+            values: values.into_iter().collect(),
         }
     }
 

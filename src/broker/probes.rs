@@ -157,9 +157,10 @@ impl Broker {
             self.proof.failed(reason);
         })?;
         if self.proof.seen(address, self.clock.boot()) {
-            match self.proof.status().mismatch {
-                Some(mismatch) => tracing::error!(%address, "{mismatch}"),
-                None => tracing::info!(%address, "egress address is as expected"),
+            if let Some(mismatch) = self.proof.status().mismatch {
+                tracing::error!(%address, "{mismatch}");
+            } else {
+                tracing::info!(%address, "egress address is as expected");
             }
         }
         Ok(())

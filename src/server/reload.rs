@@ -147,20 +147,17 @@ impl Reloader {
         let (what, before, after) = (watched.what, watched.in_force, watched.seen);
         watched.judged = after;
         let detail = judged.as_ref().err().map(|problems| sentence(problems));
-        let outcome = match &judged {
-            Ok(()) => {
-                watched.in_force = after;
-                tracing::info!(what, "changed file is in force");
-                "taken"
-            }
-            Err(_) => {
-                tracing::error!(
-                    what,
-                    problems = detail,
-                    "changed file cannot be used; what was in force stays"
-                );
-                "refused"
-            }
+        let outcome = if judged.is_ok() {
+            watched.in_force = after;
+            tracing::info!(what, "changed file is in force");
+            "taken"
+        } else {
+            tracing::error!(
+                what,
+                problems = detail,
+                "changed file cannot be used; what was in force stays"
+            );
+            "refused"
         };
         self.broker.metrics.reloaded(what, outcome, judged.is_err());
         self.broker.audit.changed(&Change {

@@ -1,0 +1,303 @@
+//! How the broker is, at this moment: whether it is ready, what is wrong, and its state as gauges.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use crate::broker::Broker;
+use crate::clock::{ExchangeTime, Place};
+use crate::config::FileProblems;
+use crate::egress::proof::ProofStatus;
+use crate::keyring::{KeyStatus, Slot};
+use crate::policy::Account;
+use crate::process::hardened;
+use crate::telemetry::State;
+
+/// Whether the broker can do its work, and what is wrong.
+#[derive(Debug)]
+pub struct Readiness {
+    /// Whether bots should be sent here.
+    pub is_ready: bool,
+    /// One line for each thing that is wrong, also where the broker is ready all the same.
+    pub reasons: Vec<String>,
+}
+
+/// Asks `broker` how it is.
+///
+/// Not ready while it stops, while Vault has not said a word about a key, while no key at all is in memory and fresh
+/// enough, while a host of the exchange has no address or no known time, and while requests do not provably leave from
+/// the expected address. A key that Vault refuses is a reason, but does not take the others down.
+pub fn readiness(broker: &Broker) -> Readiness {
+    let mut reasons = Vec::new();
+    let mut is_ready = !broker.is_draining();
+    if !is_ready {
+        reasons.push("the broker is stopping".to_owned());
+    }
+    let keys = broker.keyring.status();
+    is_ready &= keys.is_empty()
+        || keys
+            .iter()
+            .any(|key| matches!(key.slot, Slot::Ready { .. }) && !key.is_too_old);
+    for key in keys {
+        let name = format!("key {}/{}", key.account, key.name);
+        match key.slot {
+            Slot::Gone(reason) => reasons.push(format!("{name}: not available: {reason}")),
+            Slot::Ready {
+                version,
+                problem,
+                outage,
+                ..
+            } => {
+                let serves = |problem| format!("{name}: version {version} serves on: {problem}");
+                reasons.extend(problem.map(serves));
+                if let Some(outage) = outage {
+                    let age_s = key.age.unwrap_or_default().as_secs();
+                    let what = if key.is_too_old {
+                        "too old for what adds risk"
+                    } else {
+                        "serves on"
+                    };
+                    reasons.push(format!(
+                        "{name}: {what}; Vault last confirmed it {age_s} s ago: {outage}"
+                    ));
+                }
+            }
+            Slot::Waiting(reason) => {
+                is_ready = false;
+                reasons.push(format!("{name}: waiting for Vault: {reason}"));
+            }
+        }
+    }
+    for host in broker.egress.unresolved() {
+        is_ready = false;
+        reasons.push(format!("exchange: the name {host} has not been resolved"));
+    }
+    let ProofStatus {
+        mismatch,
+        is_strict,
+        failure,
+        ..
+    } = broker.proof.status();
+    if let Some(mismatch) = mismatch {
+        is_ready &= !is_strict;
+        let failure = failure.map(|failure| format!(" (last question: {failure})"));
+        reasons.push(format!("egress: {mismatch}{}", failure.unwrap_or_default()));
+    }
+    for (site, host) in places(broker) {
+        if let Err(uncertain) = broker.clock.check((site, host)) {
+            is_ready = false;
+            reasons.push(format!("clock {site}/{}: {uncertain}", host.as_str()));
+        }
+    }
+    Readiness { is_ready, reasons }
+}
+
+/// The hosts whose time matters: those that accounts sign for.
+fn places(broker: &Broker) -> BTreeSet<Place> {
+    let policy = broker.policy();
+    let of_account = |account: &Arc<Account>| {
+        let site = account.site;
+        let hosts: Vec<_> = account
+            .keys
+            .keys()
+            .map(|scope| (site, scope.host()))
+            .collect();
+        hosts
+    };
+    policy.accounts().flat_map(of_account).collect()
+}
+
+/// What is in force, beside what is wrong: for `/readyz?verbose`.
+pub fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
+    let mut lines = Vec::new();
+    for key in broker.keyring.status() {
+        if let (Slot::Ready { version, .. }, Some(age)) = (&key.slot, key.age) {
+            lines.push(format!(
+                "key {}/{}: version {version} in memory, confirmed by Vault {} s ago",
+                key.account,
+                key.name,
+                age.as_secs()
+            ));
+        }
+    }
+    let ProofStatus { seen, failure, .. } = broker.proof.status();
+    let now = broker.clock.boot();
+    if let Some((address, at)) = seen {
+        let age_s = now.saturating_sub(at).as_secs();
+        lines.push(format!("egress: the exchange saw {address} {age_s} s ago"));
+    }
+    lines.extend(
+        failure.map(|failure| format!("egress: the last question got no answer: {failure}")),
+    );
+    for place in places(broker) {
+        let time = broker.clock.exchange(place);
+        if let (Some(uncertainty), Some(age)) = (time.uncertainty, time.age) {
+            lines.push(format!(
+                "clock {}/{}: {} ms from the system's, to within {} ms, measured {} s ago",
+                place.0,
+                place.1.as_str(),
+                time.ms - broker.clock.wall_ms(),
+                uncertainty.as_millis(),
+                age.as_secs()
+            ));
+        }
+    }
+    let (connections, calls) = broker.admission.now();
+    lines.push(format!(
+        "{connections} connection(s), {calls} call(s) in flight"
+    ));
+    for (what, problems) in problems {
+        for problem in problems {
+            lines.push(format!("{what}: a changed file is not in force: {problem}"));
+        }
+    }
+    lines
+}
+
+/// The broker's state as gauges.
+pub fn gauges(broker: &Broker) -> Vec<State> {
+    let mut states = vec![State::single(
+        "ready",
+        "1 while the broker can do all of its work",
+        flag(readiness(broker).is_ready),
+    )];
+    states.extend(of_keys(&broker.keyring.status()));
+    states.extend(of_clock(broker));
+    states.extend(of_egress(broker));
+    states.extend(of_process(broker));
+    states
+}
+
+fn of_keys(keys: &[KeyStatus]) -> [State; 3] {
+    let state = |name, help, value: &dyn Fn(&KeyStatus) -> Option<f64>| State {
+        name,
+        help,
+        values: keys
+            .iter()
+            .filter_map(|key| {
+                let (account, name) = (key.account.to_string(), key.name.to_string());
+                Some((vec![("account", account), ("key", name)], value(key)?))
+            })
+            .collect(),
+    };
+    [
+        state(
+            "key_available",
+            "1 while the key is in memory and fresh enough for everything",
+            &|key| {
+                Some(flag(
+                    matches!(key.slot, Slot::Ready { .. }) && !key.is_too_old,
+                ))
+            },
+        ),
+        state(
+            "key_age_seconds",
+            "Since Vault last confirmed the key; absent while it is not in memory",
+            &|key| key.age.map(|age| age.as_secs_f64()),
+        ),
+        state(
+            "key_version",
+            "Version of the key in memory, as Vault counts",
+            &|key| match &key.slot {
+                Slot::Ready { version, .. } => Some(count(*version)),
+                Slot::Gone(_) | Slot::Waiting(_) => None,
+            },
+        ),
+    ]
+}
+
+fn of_clock(broker: &Broker) -> [State; 3] {
+    let wall_ms = broker.clock.wall_ms();
+    let times: Vec<_> = places(broker)
+        .into_iter()
+        .map(|place| (place, broker.clock.exchange(place)))
+        .collect();
+    let state = |name, help, value: &dyn Fn(&ExchangeTime) -> Option<f64>| State {
+        name,
+        help,
+        values: times
+            .iter()
+            .filter_map(|((site, host), time)| {
+                let (site, host) = (site.to_string(), host.as_str().to_owned());
+                Some((vec![("site", site), ("host", host)], value(time)?))
+            })
+            .collect(),
+    };
+    [
+        state(
+            "clock_offset_seconds",
+            "The exchange's time less the system's",
+            &|time| {
+                #[expect(clippy::cast_precision_loss, reason = "far below 2^53 milliseconds")]
+                time.age.map(|_| (time.ms - wall_ms) as f64 / 1000.0)
+            },
+        ),
+        state(
+            "clock_uncertainty_seconds",
+            "How far the exchange's time may be off; past 2 what adds risk is refused",
+            &|time| {
+                time.uncertainty
+                    .map(|uncertainty| uncertainty.as_secs_f64())
+            },
+        ),
+        state(
+            "clock_age_seconds",
+            "Since the exchange's time was measured",
+            &|time| time.age.map(|age| age.as_secs_f64()),
+        ),
+    ]
+}
+
+fn of_egress(broker: &Broker) -> [State; 3] {
+    let proof = broker.proof.status();
+    let now = broker.clock.boot();
+    let age = proof
+        .seen
+        .map(|(_, at)| now.saturating_sub(at).as_secs_f64());
+    [
+        State::single(
+            "egress_mismatch",
+            "1 while requests do not provably leave from the expected address",
+            flag(proof.mismatch.is_some()),
+        ),
+        State::known(
+            "egress_proof_age_seconds",
+            "Since the exchange last said from which address requests come",
+            age,
+        ),
+        State::single(
+            "egress_check_failed",
+            "1 while the last question for the egress address has no answer",
+            flag(proof.failure.is_some()),
+        ),
+    ]
+}
+
+fn of_process(broker: &Broker) -> [State; 3] {
+    let (connections, calls) = broker.admission.now();
+    [
+        State::known(
+            "memory_locked",
+            "1 while memory cannot be swapped out",
+            hardened().map(|process| flag(process.is_locked)),
+        ),
+        State::single(
+            "connections",
+            "Open connections of bots",
+            count(connections as u64),
+        ),
+        State::single(
+            "calls_in_flight",
+            "Calls of bots that have not ended",
+            count(calls as u64),
+        ),
+    ]
+}
+
+fn flag(is_set: bool) -> f64 {
+    if is_set { 1.0 } else { 0.0 }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "far below 2^53")]
+fn count(number: u64) -> f64 {
+    number as f64
+}
