@@ -75,6 +75,7 @@ pub struct Server {
     /// Where health and metrics are asked for.
     pub ops: SocketAddr,
     broker: Arc<Broker>,
+    vault: Arc<Vault>,
     readiness: watch::Receiver<Readiness>,
     drain_timeout: Duration,
     stop: watch::Sender<bool>,
@@ -115,6 +116,7 @@ impl Server {
         })?;
         let vault = Vault::new(config.vault, client_tls(vault_roots, &provider)?)
             .map_err(|error| StartError::Tls(Box::new(error)))?;
+        let vault = Arc::new(vault);
 
         let tls = listener::tls(certificate, key, client_ca, &provider, &metrics)?;
 
@@ -123,7 +125,7 @@ impl Server {
 
         let keyring = Arc::new(Keyring::new(policy.accounts()));
         egress.start().await;
-        refresh::start(&keyring, &Arc::new(vault), config.vault_poll);
+        refresh::start(&keyring, &vault, config.vault_poll);
         let broker = Arc::new(Broker {
             policy,
             audit,
@@ -173,6 +175,7 @@ impl Server {
             grpc,
             ops,
             broker,
+            vault,
             readiness,
             drain_timeout,
             stop,
@@ -194,7 +197,8 @@ impl Server {
         self.stop.send_replace(true);
         let unresolved = self.broker.drain(self.drain_timeout).await;
         // The calls have ended; what is left are their answers on the way out.
-        let _ = timeout(FLUSH_TIMEOUT, &mut self.serving).await;
+        let flush = timeout(FLUSH_TIMEOUT, &mut self.serving);
+        let _ = tokio::join!(flush, self.vault.close());
         unresolved
     }
 }

@@ -11,6 +11,7 @@ use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 use super::{Config, Roots};
 
+use crate::keyring::vault::Auth;
 use crate::policy::Policy;
 use crate::toml_file::{Problem, Problems};
 
@@ -38,30 +39,17 @@ pub struct Loaded {
 pub fn load(config: &Config) -> Result<Loaded, Vec<Problem>> {
     let problems = Problems::default();
     let policy = policy(&config.rules, &problems);
-    let certificate = certificates("tls.certificate", &config.tls.certificate, &problems);
-    let key = match PrivateKeyDer::from_pem_file(&config.tls.key) {
-        Ok(key) => Some(key),
-        Err(error) => {
-            problems.add(
-                "tls.key",
-                unreadable(&config.tls.key, "a private key as PEM", &error),
-            );
-            None
-        }
-    };
+    let tls = &config.tls;
+    let (certificate, key) = pair("tls", &tls.certificate, &tls.key, &problems);
     if let Some(problem) = certificate.as_deref().and_then(unfit_for_a_server) {
         problems.add("tls.certificate", problem);
     }
-    if let (Some(certificate), Some(key)) = (&certificate, &key) {
-        let provider = rustls::crypto::aws_lc_rs::default_provider();
-        let pair = CertifiedKey::from_der(certificate.clone(), key.clone_key(), &provider);
-        if let Err(error) = pair {
-            let file = config.tls.key.display();
-            problems.add(
-                "tls.key",
-                format_args!("{file} is not the key of tls.certificate: {error}"),
-            );
-        }
+    if let Auth::Cert {
+        certificate, key, ..
+    } = &config.vault.auth
+    {
+        // Only to find problems early: both are read again at every login.
+        pair("vault.auth", certificate, key, &problems);
     }
     let client_ca = root_file("tls.client_ca", &config.tls.client_ca, &problems);
     let vault_roots = roots("vault.roots", &config.vault_roots, &problems);
@@ -119,6 +107,45 @@ fn certificates(
         Err(error) => problems.add(key, unreadable(file, "certificates as PEM", &error)),
     }
     None
+}
+
+/// A certificate chain and its key, under `certificate` and `key` of `section`.
+fn pair(
+    section: &str,
+    certificate_file: &Path,
+    key_file: &Path,
+    problems: &Problems,
+) -> (
+    Option<Vec<CertificateDer<'static>>>,
+    Option<PrivateKeyDer<'static>>,
+) {
+    let certificate = certificates(
+        &format!("{section}.certificate"),
+        certificate_file,
+        problems,
+    );
+    let key = match PrivateKeyDer::from_pem_file(key_file) {
+        Ok(key) => Some(key),
+        Err(error) => {
+            problems.add(
+                format!("{section}.key"),
+                unreadable(key_file, "a private key as PEM", &error),
+            );
+            None
+        }
+    };
+    if let (Some(certificate), Some(key)) = (&certificate, &key) {
+        let provider = rustls::crypto::aws_lc_rs::default_provider();
+        let pair = CertifiedKey::from_der(certificate.clone(), key.clone_key(), &provider);
+        if let Err(error) = pair {
+            let file = key_file.display();
+            problems.add(
+                format!("{section}.key"),
+                format_args!("{file} is not the key of {section}.certificate: {error}"),
+            );
+        }
+    }
+    (certificate, key)
 }
 
 /// What would make every bot refuse the broker's certificate.

@@ -57,12 +57,14 @@ impl Watch {
     async fn check(&mut self) -> bool {
         match self.fetch().await {
             Ok(()) => true,
+            Err(VaultError::LoginRefused(reason)) => {
+                tracing::error!(account.id = %self.account, key = %self.name, %reason, "Vault refuses the broker's login; what is in memory serves on");
+                self.keep_waiting(reason);
+                false
+            }
             Err(VaultError::Outage(reason)) => {
                 tracing::warn!(account.id = %self.account, key = %self.name, %reason, "keys cannot be refreshed; what is in memory serves on");
-                if let Some(Slot::Waiting(_)) = self.keyring.slot(&self.account, &self.name) {
-                    self.keyring
-                        .set(&self.account, &self.name, Slot::Waiting(reason));
-                }
+                self.keep_waiting(reason);
                 false
             }
             Err(VaultError::Denied) => {
@@ -124,6 +126,14 @@ impl Watch {
         );
         tracing::info!(account.id = %self.account, key = %self.name, version, "key is in memory");
         Ok(())
+    }
+
+    /// Tells why a key that was never read is still not there.
+    fn keep_waiting(&self, reason: String) {
+        if let Some(Slot::Waiting(_)) = self.keyring.slot(&self.account, &self.name) {
+            self.keyring
+                .set(&self.account, &self.name, Slot::Waiting(reason));
+        }
     }
 
     fn evict(&mut self, reason: &str) {

@@ -5,7 +5,7 @@ use std::io::Write as _;
 use serde_json::{Value, json};
 
 use super::real::{Api, Backend};
-use super::{NO_ANSWER, Rig, Setup, key, replace};
+use super::{LOGIN_REFUSED, NO_ANSWER, Rig, Setup, key, replace};
 use crate::harness::{kv_path, secret};
 
 #[tokio::test]
@@ -206,7 +206,7 @@ async fn survives_a_lost_login(rig: &Rig, admin: &Admin<'_>) {
     replace(&rig.lab.path("secret-id"), "never-a-secret-id\n");
     admin.backend.revoke_logins().await;
     let line = [
-        NO_ANSWER,
+        LOGIN_REFUSED,
         "account.id=main",
         "login: Vault answered 400: invalid role or secret ID",
     ];

@@ -34,6 +34,27 @@ impl Api {
         path: &str,
         body: Option<&Value>,
     ) -> (u16, String) {
+        self.exchange(method, path, "", body).await
+    }
+
+    /// One request below `/v1/` whose answer Vault wraps for `ttl`.
+    pub(super) async fn wrapped(&self, method: &str, path: &str, ttl: &str) -> Value {
+        let more = format!("x-vault-wrap-ttl: {ttl}\r\n");
+        let (status, answer) = self
+            .exchange(method, &format!("/v1/{path}"), &more, None)
+            .await;
+        assert_eq!(status, 200, "{method} {path}: {answer}");
+        serde_json::from_str(&answer).unwrap()
+    }
+
+    /// `more`: further header lines.
+    async fn exchange(
+        &self,
+        method: &str,
+        path: &str,
+        more: &str,
+        body: Option<&Value>,
+    ) -> (u16, String) {
         let host = self
             .url
             .strip_prefix("http://")
@@ -41,7 +62,7 @@ impl Api {
         let body = body.map(Value::to_string).unwrap_or_default();
         // HTTP/1.0, so that the answer ends with the connection.
         let request = format!(
-            "{method} {path} HTTP/1.0\r\nhost: {host}\r\nx-vault-token: {}\r\ncontent-length: {}\r\n\r\n{body}",
+            "{method} {path} HTTP/1.0\r\nhost: {host}\r\nx-vault-token: {}\r\n{more}content-length: {}\r\n\r\n{body}",
             self.token,
             body.len(),
         );
