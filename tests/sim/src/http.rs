@@ -16,6 +16,7 @@ use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use rustls::pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::task::{JoinHandle, JoinSet};
@@ -28,6 +29,8 @@ pub struct Received {
     pub head: Arc<request::Parts>,
     /// The body, byte for byte.
     pub body: Bytes,
+    /// The certificates that the client showed, its own first; none without TLS or if it showed none.
+    pub certificates: Arc<[CertificateDer<'static>]>,
     /// Address and port of the sender.
     pub peer: SocketAddr,
 }
@@ -117,10 +120,12 @@ where
         let (tls, handler) = (tls.clone(), Arc::clone(&handler));
         connections.spawn(async move {
             match tls {
-                None => connection(stream, peer, handler).await,
+                None => connection(stream, Arc::default(), peer, handler).await,
                 Some(tls) => {
                     if let Ok(stream) = tls.accept(stream).await {
-                        connection(stream, peer, handler).await;
+                        let shown = stream.get_ref().1.peer_certificates();
+                        let certificates = shown.unwrap_or_default().into();
+                        connection(stream, certificates, peer, handler).await;
                     }
                 }
             }
@@ -128,20 +133,25 @@ where
     }
 }
 
-async fn connection<S, H, F>(stream: S, peer: SocketAddr, handler: Arc<H>)
-where
+async fn connection<S, H, F>(
+    stream: S,
+    certificates: Arc<[CertificateDer<'static>]>,
+    peer: SocketAddr,
+    handler: Arc<H>,
+) where
     S: AsyncRead + AsyncWrite + Unpin,
     H: Fn(Received) -> F,
     F: Future<Output = Reply>,
 {
     let service = service_fn(move |request: Request<Incoming>| {
-        let handler = Arc::clone(&handler);
+        let (handler, certificates) = (Arc::clone(&handler), Arc::clone(&certificates));
         async move {
             let (head, body) = request.into_parts();
             let body = body.collect().await.map_err(|_| Closed)?.to_bytes();
             match handler(Received {
                 head: Arc::new(head),
                 body,
+                certificates,
                 peer,
             })
             .await

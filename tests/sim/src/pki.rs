@@ -92,6 +92,8 @@ impl Ca {
             .distinguished_name
             .push(rcgen::DnType::CommonName, common_name);
         params.subject_alt_names = names.to_vec();
+        // With a subject key identifier, as most CAs issue them; Vault shows it to whoever logs in with the certificate.
+        params.is_ca = IsCa::ExplicitNoCa;
         params.use_authority_key_identifier_extension = true;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = match usage {

@@ -1,11 +1,12 @@
 //! The simulated Vault: what credbroker uses of Vault and `OpenBao`, answering as `OpenBao` 2.6.2 was recorded to.
 //!
 //! The recording is `tests/vectors/vault-transcripts.json`. Policies are kept but not enforced: a token is valid,
-//! invalid, or denied on paths that a test lists. Left out until later: certificate and Kubernetes logins, transit,
-//! quotas, batch tokens. Where a request asks for something left out, the error text begins with `simulator:`.
+//! invalid, or denied on paths that a test lists. Left out: transit, quotas, batch tokens. Where a request asks for something left out, the error text begins with `simulator:`.
 
 mod answer;
 mod approle;
+mod auth;
+mod certs;
 mod cidr;
 mod clock;
 mod control;
@@ -13,12 +14,16 @@ mod core;
 mod denials;
 mod faults;
 mod ids;
+mod kubernetes;
 mod kv;
 mod program;
 mod request;
+mod roles;
 mod seal;
+mod tls;
 mod tokens;
 mod wrapping;
+mod x509;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -31,13 +36,21 @@ use serde_json::Value;
 use tokio::net::TcpSocket;
 
 pub use self::approle::RoleSettings;
+pub use self::certs::{CertRole, NoCa};
 pub use self::faults::{Fault, FaultRule};
+pub use self::kubernetes::{KubernetesRole, REVIEWER_URL, Reviewer, ServiceAccount};
 pub use self::program::{VaultArgs, serve};
+pub use self::roles::TokenSettings;
+pub use self::tls::asking_for_certificates;
 
 use self::approle::Approle;
+use self::auth::Method;
+use self::certs::Certs;
 use self::core::{Core, Node};
+use self::kubernetes::Kubernetes;
 use self::tokens::Grant;
 use crate::http::{Received, Reply, Server};
+use crate::pki::Identity;
 
 /// A running simulator. Clones share it; it stops listening when the last one is dropped.
 #[derive(Clone)]
@@ -134,6 +147,21 @@ impl VaultSim {
         };
         Self::start(VaultSettings {
             state,
+            ..VaultSettings::default()
+        })
+        .await
+    }
+
+    /// As [`start_dev`](Self::start_dev), but speaks TLS with the certificate of `server` and asks for a client
+    /// certificate: any will do, and none too, until a certificate login wants one that its role trusts.
+    pub async fn start_dev_tls(root_token: &str, server: &Identity) -> io::Result<Self> {
+        let state = InitialState::Dev {
+            root_token: root_token.to_owned(),
+        };
+        let tls = asking_for_certificates(server);
+        Self::start(VaultSettings {
+            state,
+            tls: Some(tls.map_err(io::Error::other)?),
             ..VaultSettings::default()
         })
         .await
@@ -276,11 +304,62 @@ impl VaultSim {
     pub fn enable_approle(&self, role: &str, settings: RoleSettings) -> (String, String) {
         let mut core = self.core();
         let now = core.now();
-        let Core { approle, ids, .. } = &mut *core;
-        let mount = approle
-            .entry("approle".to_owned())
-            .or_insert_with(|| Approle::new("approle", now));
-        mount.set_role(role, settings, now, ids)
+        let Core { auth, ids, .. } = &mut *core;
+        let mut approle = match auth.mounts.remove("approle") {
+            Some(Method::Approle(approle)) => approle,
+            _ => Approle::new("approle", now),
+        };
+        let logins = approle.set_role(role, settings, now, ids);
+        let approle = Method::Approle(approle);
+        auth.mounts.insert("approle".to_owned(), approle);
+        logins
+    }
+
+    /// Mounts certificate logins at `auth/<mount>` if needed, and makes or replaces a role. For logins to work the
+    /// server must ask for certificates: [`start_dev_tls`](Self::start_dev_tls).
+    ///
+    /// Fails when the role's CAs cannot be read.
+    pub fn enable_cert(&self, mount: &str, role: &str, settings: CertRole) -> Result<(), NoCa> {
+        let mut core = self.core();
+        let Core { auth, ids, .. } = &mut *core;
+        let mut certs = match auth.mounts.remove(mount) {
+            Some(Method::Cert(certs)) => certs,
+            _ => Certs::new(mount),
+        };
+        let made = certs.set_role(role, settings, ids);
+        auth.mounts.insert(mount.to_owned(), Method::Cert(certs));
+        made
+    }
+
+    /// Mounts Kubernetes logins at `auth/<mount>` if needed, with the simulator's own reviewer, and makes or replaces
+    /// a role. [`accept_jwt`](Self::accept_jwt) says who can log in.
+    pub fn enable_kubernetes(&self, mount: &str, role: &str, settings: KubernetesRole) {
+        let mut core = self.core();
+        let Core { auth, ids, .. } = &mut *core;
+        let mut kubernetes = match auth.mounts.remove(mount) {
+            Some(Method::Kubernetes(kubernetes)) => kubernetes,
+            _ => Kubernetes::new(mount),
+        };
+        kubernetes.use_reviewer();
+        kubernetes.set_role(role, settings, ids);
+        let kubernetes = Method::Kubernetes(kubernetes);
+        auth.mounts.insert(mount.to_owned(), kubernetes);
+    }
+
+    /// From now on the reviewer takes `jwt`, any text, for that of a service account.
+    pub fn accept_jwt(&self, jwt: &str, account: ServiceAccount) {
+        let mut core = self.core();
+        core.auth.reviews.accounts.insert(jwt.to_owned(), account);
+    }
+
+    /// From now on the reviewer does not know `jwt`, as if it had expired. Tokens that it brought stay valid.
+    pub fn refuse_jwt(&self, jwt: &str) {
+        self.core().auth.reviews.accounts.remove(jwt);
+    }
+
+    /// Lets the reviewer answer from now on, or not.
+    pub fn set_reviewer(&self, reviewer: Reviewer) {
+        self.core().auth.reviews.reviewer = reviewer;
     }
 
     /// Makes a renewable token that dies with no other, has the policy `default` and no maximum of its own.

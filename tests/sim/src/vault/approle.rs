@@ -5,12 +5,13 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::answer::{Answer, Logical, Outcome, Refusal};
 use super::ids::Ids;
 use super::request::{Operation, Request};
-use super::tokens::{Grant, Tokens, sorted};
+use super::roles::TokenSettings;
+use super::tokens::{Tokens, extend};
 
 /// The server looks for expired `secret_ids` this often, and lets them log in until then.
 const SWEEP: Duration = Duration::from_secs(60);
@@ -38,15 +39,16 @@ pub struct RoleSettings {
 
 impl Default for RoleSettings {
     fn default() -> Self {
+        let tokens = TokenSettings::default();
         Self {
             secret_id_num_uses: 0,
             secret_id_ttl: None,
-            token_bound_cidrs: Vec::new(),
-            token_max_ttl: Some(Duration::from_secs(24 * 3600)),
-            token_num_uses: 0,
-            token_period: None,
-            token_policies: vec!["broker".to_owned()],
-            token_ttl: Some(Duration::from_secs(20 * 60)),
+            token_bound_cidrs: tokens.bound_cidrs,
+            token_max_ttl: tokens.max_ttl,
+            token_num_uses: tokens.num_uses,
+            token_period: tokens.period,
+            token_policies: tokens.policies,
+            token_ttl: tokens.ttl,
         }
     }
 }
@@ -62,8 +64,10 @@ struct Role {
     entity_id: String,
     /// The `role_id` of its logins.
     id: String,
+    secret_id_num_uses: u64,
+    secret_id_ttl: Option<Duration>,
     secret_ids: BTreeMap<String, SecretId>,
-    settings: RoleSettings,
+    tokens: TokenSettings,
 }
 
 struct SecretId {
@@ -73,20 +77,22 @@ struct SecretId {
 }
 
 impl Role {
-    fn new(settings: RoleSettings, ids: &mut Ids) -> Self {
+    fn new(tokens: TokenSettings, ids: &mut Ids) -> Self {
         Self {
             entity_id: ids.uuid(),
             id: ids.uuid(),
+            secret_id_num_uses: 0,
+            secret_id_ttl: None,
             secret_ids: BTreeMap::new(),
-            settings,
+            tokens,
         }
     }
 
     fn new_secret_id(&mut self, now: SystemTime, ids: &mut Ids) -> String {
         let id = ids.uuid();
-        let uses = self.settings.secret_id_num_uses;
+        let uses = self.secret_id_num_uses;
         let secret_id = SecretId {
-            expires: self.settings.secret_id_ttl.map(|ttl| now + ttl),
+            expires: self.secret_id_ttl.map(|ttl| now + ttl),
             uses_left: (uses > 0).then_some(uses),
         };
         self.secret_ids.insert(id.clone(), secret_id);
@@ -111,7 +117,17 @@ impl Approle {
         now: SystemTime,
         ids: &mut Ids,
     ) -> (String, String) {
-        let mut role = Role::new(settings, ids);
+        let tokens = TokenSettings {
+            bound_cidrs: settings.token_bound_cidrs,
+            max_ttl: settings.token_max_ttl,
+            num_uses: settings.token_num_uses,
+            period: settings.token_period,
+            policies: settings.token_policies,
+            ttl: settings.token_ttl,
+        };
+        let mut role = Role::new(tokens, ids);
+        role.secret_id_num_uses = settings.secret_id_num_uses;
+        role.secret_id_ttl = settings.secret_id_ttl;
         let secret_id = role.new_secret_id(now, ids);
         let role_id = role.id.clone();
         self.roles.insert(name.to_owned(), role);
@@ -146,21 +162,11 @@ impl Approle {
                 role.secret_ids.remove(secret_id);
             }
         }
-        let settings = &role.settings;
-        let grant = Grant {
-            bound_cidrs: settings.token_bound_cidrs.clone(),
-            display_name: self.mount.clone(),
-            entity_id: role.entity_id.clone(),
-            max_ttl: settings.token_max_ttl,
-            metadata: json!({ "role_name": name }),
-            num_uses: settings.token_num_uses,
-            path: request.path.clone(),
-            period: settings.token_period,
-            policies: settings.token_policies.clone(),
-            renewable: true,
-            ttl: settings.token_ttl,
-            ..Grant::default()
-        };
+        let mut grant = role.tokens.grant();
+        grant.display_name.clone_from(&self.mount);
+        grant.entity_id.clone_from(&role.entity_id);
+        grant.metadata = json!({ "role_name": name });
+        grant.path.clone_from(&request.path);
         let id = ids.token();
         Ok(tokens.issue(id, grant, request.now, ids).into())
     }
@@ -185,7 +191,12 @@ impl Approle {
             }
             (_, None, Operation::Read) => {
                 let role = self.roles.get(name).ok_or_else(Refusal::missing)?;
-                Ok(Logical::data(describe(&role.settings)).into())
+                let data = json!({
+                    "bind_secret_id": true,
+                    "secret_id_num_uses": role.secret_id_num_uses,
+                    "secret_id_ttl": role.secret_id_ttl.unwrap_or_default().as_secs(),
+                });
+                Ok(Logical::data(extend(data, role.tokens.describe())).into())
             }
             (_, None, Operation::Write) => self.write_role(name, request, ids),
             (_, Some("role-id"), Operation::Read) => {
@@ -200,52 +211,23 @@ impl Approle {
 
     fn write_role(&mut self, name: &str, request: &Request, ids: &mut Ids) -> Outcome {
         let body = &request.body;
-        if body.text("token_type") == Some("batch") || body.flag("bind_secret_id") == Some(false) {
+        if body.flag("bind_secret_id") == Some(false) {
             return Err(Refusal::bad_request(
-                "simulator: batch tokens and roles without secret_id are not simulated",
+                "simulator: roles without secret_id are not simulated",
             ));
         }
-        let bare = RoleSettings {
-            token_max_ttl: None,
-            token_policies: Vec::new(),
-            token_ttl: None,
-            ..RoleSettings::default()
-        };
-        let old = self
-            .roles
-            .get(name)
-            .map_or(bare, |role| role.settings.clone());
-        let given_policies = body.texts("token_policies");
-        let no_default = body.flag("token_no_default_policy").unwrap_or(false);
-        let token_policies = match given_policies {
-            None if self.roles.contains_key(name) => old.token_policies,
-            given => {
-                let mut policies = given.unwrap_or_default();
-                if !no_default {
-                    policies.push("default".to_owned());
-                }
-                sorted(policies)
-            }
-        };
-        let settings = RoleSettings {
-            secret_id_num_uses: body
-                .number("secret_id_num_uses")
-                .unwrap_or(old.secret_id_num_uses),
-            secret_id_ttl: body.duration("secret_id_ttl")?.or(old.secret_id_ttl),
-            token_bound_cidrs: body
-                .texts("token_bound_cidrs")
-                .unwrap_or(old.token_bound_cidrs),
-            token_max_ttl: body.duration("token_max_ttl")?.or(old.token_max_ttl),
-            token_num_uses: body.number("token_num_uses").unwrap_or(old.token_num_uses),
-            token_period: body.duration("token_period")?.or(old.token_period),
-            token_policies,
-            token_ttl: body.duration("token_ttl")?.or(old.token_ttl),
-        };
+        let old = self.roles.get(name).map(|role| &role.tokens);
+        let tokens = TokenSettings::written(old, body)?;
+        let secret_id_ttl = body.duration("secret_id_ttl")?;
         let role = self
             .roles
             .entry(name.to_owned())
-            .or_insert_with(|| Role::new(settings.clone(), ids));
-        role.settings = settings;
+            .or_insert_with(|| Role::new(tokens.clone(), ids));
+        role.tokens = tokens;
+        role.secret_id_ttl = secret_id_ttl.or(role.secret_id_ttl);
+        if let Some(uses) = body.number("secret_id_num_uses") {
+            role.secret_id_num_uses = uses;
+        }
         if let Some(role_id) = body.text("role_id") {
             role_id.clone_into(&mut role.id);
         }
@@ -260,8 +242,8 @@ impl Approle {
         let data = json!({
             "secret_id": role.new_secret_id(request.now, ids),
             "secret_id_accessor": ids.uuid(),
-            "secret_id_num_uses": role.settings.secret_id_num_uses,
-            "secret_id_ttl": role.settings.secret_id_ttl.unwrap_or_default().as_secs(),
+            "secret_id_num_uses": role.secret_id_num_uses,
+            "secret_id_ttl": role.secret_id_ttl.unwrap_or_default().as_secs(),
         });
         Ok(Logical::data(data).into())
     }
@@ -271,20 +253,4 @@ impl Approle {
         let sweeps = running.as_secs() / SWEEP.as_secs();
         self.started + Duration::from_secs(sweeps * SWEEP.as_secs())
     }
-}
-
-fn describe(settings: &RoleSettings) -> Value {
-    let seconds = |duration: Option<Duration>| duration.unwrap_or_default().as_secs();
-    json!({
-        "bind_secret_id": true,
-        "secret_id_num_uses": settings.secret_id_num_uses,
-        "secret_id_ttl": seconds(settings.secret_id_ttl),
-        "token_bound_cidrs": settings.token_bound_cidrs,
-        "token_max_ttl": seconds(settings.token_max_ttl),
-        "token_num_uses": settings.token_num_uses,
-        "token_period": seconds(settings.token_period),
-        "token_policies": settings.token_policies,
-        "token_ttl": seconds(settings.token_ttl),
-        "token_type": "service",
-    })
 }

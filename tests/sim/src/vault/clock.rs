@@ -27,7 +27,7 @@ impl Clock {
     }
 }
 
-/// Whole seconds since 1970; times before that do not occur.
+/// Whole seconds since 1970.
 pub(super) fn unix_s(time: SystemTime) -> u64 {
     since_epoch(time).as_secs()
 }
@@ -46,7 +46,8 @@ pub(super) fn rfc3339(time: SystemTime) -> String {
     )
 }
 
-fn since_epoch(time: SystemTime) -> Duration {
+/// Time since 1970; times before that do not occur.
+pub(super) fn since_epoch(time: SystemTime) -> Duration {
     time.duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 

@@ -9,7 +9,7 @@ use http::{HeaderValue, Response};
 use serde_json::{Value, json};
 
 use super::answer::{Answer, Logical, Outcome, Refusal, response};
-use super::approle::Approle;
+use super::auth::Auth;
 use super::clock::Clock;
 use super::denials::Denials;
 use super::faults::{Faults, redirect};
@@ -25,7 +25,7 @@ use crate::http::Received;
 /// Everything but the sockets.
 pub(super) struct Core {
     pub(super) active: Node,
-    pub(super) approle: BTreeMap<String, Approle>,
+    pub(super) auth: Auth,
     pub(super) clock: Clock,
     pub(super) denials: Denials,
     pub(super) faults: Faults,
@@ -84,7 +84,7 @@ impl Core {
         let mut ids = Ids::new()?;
         let mut core = Self {
             active: Node::First,
-            approle: BTreeMap::new(),
+            auth: Auth::default(),
             clock: Clock::default(),
             denials: Denials::default(),
             faults: Faults::default(),
@@ -211,15 +211,10 @@ impl Core {
             }
             _ => {}
         }
-        let mount = request.path.strip_prefix("auth/");
-        let login = mount
-            .and_then(|path| path.strip_suffix("/login"))
-            .and_then(|mount| self.approle.get_mut(mount));
-        let answer = match (login, request.operation) {
-            (Some(approle), Operation::Write) => {
-                approle.login(request, &mut self.tokens, &mut self.ids)?
-            }
-            _ => self.authenticated(request)?,
+        let login = self.auth.login(request, &mut self.tokens, &mut self.ids);
+        let answer = match login {
+            Some(outcome) => outcome?,
+            None => self.authenticated(request)?,
         };
         Ok(match (answer, request.wrap_ttl) {
             (Answer::Logical(answer), Some(ttl)) if answer.status == 200 && !ttl.is_zero() => {
@@ -250,12 +245,17 @@ impl Core {
             return self.sys(rest, request);
         }
         if let Some(rest) = path.strip_prefix("auth/token/") {
+            if (rest, request.operation) == ("renew-self", Operation::Write) {
+                self.auth.check_renewal(token, request, &self.tokens)?;
+            }
             return self.tokens.handle(rest, token, request, &mut self.ids);
         }
-        if let Some((mount, rest)) = below_mount(path.strip_prefix("auth/"), &mut self.approle) {
-            return mount.handle(rest, request, &mut self.ids);
+        if let Some(rest) = path.strip_prefix("auth/")
+            && let Some(outcome) = self.auth.handle(rest, request, &mut self.ids)
+        {
+            return outcome;
         }
-        match below_mount(Some(path), &mut self.kv) {
+        match below_mount(path, &mut self.kv) {
             Some((mount, rest)) => mount.handle(rest, request),
             None => Err(Refusal::no_route(path)),
         }
@@ -279,12 +279,13 @@ impl Core {
                 Ok(Answer::Empty)
             }
             ("auth", "", Operation::Read) => {
-                let mounts = self.approle.keys().map(|mount| (mount, "approle"));
+                let mounts = self.auth.mounts.iter();
+                let mounts = mounts.map(|(mount, method)| (mount, method.kind()));
                 Ok(describe_mounts(mounts))
             }
-            ("auth", _, Operation::Write) if !name.is_empty() => self.mount_approle(name, request),
+            ("auth", _, Operation::Write) if !name.is_empty() => self.auth.mount(name, request),
             ("auth", _, Operation::Delete) if !name.is_empty() => {
-                self.approle.remove(name);
+                self.auth.mounts.remove(name);
                 Ok(Answer::Empty)
             }
             ("policies", _, operation) => match name
@@ -318,20 +319,6 @@ impl Core {
             )));
         }
         self.kv.insert(name.to_owned(), Kv::default());
-        Ok(Answer::Empty)
-    }
-
-    fn mount_approle(&mut self, name: &str, request: &Request) -> Outcome {
-        if request.body.text("type") != Some("approle") {
-            return Err(Refusal::bad_request("simulator: only AppRole is simulated"));
-        }
-        if self.approle.contains_key(name) {
-            return Err(Refusal::bad_request(format!(
-                "path is already in use at {name}/"
-            )));
-        }
-        self.approle
-            .insert(name.to_owned(), Approle::new(name, request.now));
         Ok(Answer::Empty)
     }
 
@@ -373,11 +360,10 @@ fn needs_active(request: &Request) -> bool {
 }
 
 /// The mount with the longest name that `path` lies below, and the rest of the path.
-fn below_mount<'a, 'b, T>(
-    path: Option<&'a str>,
+pub(super) fn below_mount<'a, 'b, T>(
+    path: &'a str,
     mounts: &'b mut BTreeMap<String, T>,
 ) -> Option<(&'b mut T, &'a str)> {
-    let path = path?;
     mounts
         .iter_mut()
         .filter_map(|(name, mount)| {

@@ -1,8 +1,10 @@
 //! A request as handlers see it: operation, decoded path, query, JSON body, token.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use rustls::pki_types::CertificateDer;
 use serde_json::{Map, Value};
 
 use super::answer::Refusal;
@@ -30,6 +32,8 @@ pub(super) struct Request {
     pub(super) token: Option<String>,
     pub(super) namespace: Option<String>,
     pub(super) wrap_ttl: Option<Duration>,
+    /// The client's certificates, its own first.
+    pub(super) certificates: Arc<[CertificateDer<'static>]>,
     pub(super) peer: IpAddr,
     pub(super) now: SystemTime,
 }
@@ -77,6 +81,7 @@ impl Request {
             token: header("x-vault-token"),
             namespace: header("x-vault-namespace"),
             wrap_ttl,
+            certificates: Arc::clone(&received.certificates),
             peer: received.peer.ip(),
             now,
         })

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::{Duration, SystemTime};
 
+use rustls::pki_types::CertificateDer;
 use serde_json::{Map, Value, json};
 
 use super::answer::{Answer, Logical, Outcome, Refusal};
@@ -34,6 +35,8 @@ struct Token {
 #[derive(Clone, Default)]
 pub(super) struct Grant {
     pub(super) bound_cidrs: Vec<String>,
+    /// The certificate that it was given for, by a certificate login.
+    pub(super) certificate: Option<CertificateDer<'static>>,
     pub(super) display_name: String,
     pub(super) entity_id: String,
     pub(super) explicit_max_ttl: Option<Duration>,
@@ -49,6 +52,14 @@ pub(super) struct Grant {
     pub(super) renewable: bool,
     /// None: the server's default, or no end for a root token.
     pub(super) ttl: Option<Duration>,
+}
+
+/// How a token came of a certificate login.
+pub(super) struct CertificateLogin<'a> {
+    pub(super) certificate: &'a CertificateDer<'static>,
+    /// Its mount, without `auth/`.
+    pub(super) mount: &'a str,
+    pub(super) role: &'a str,
 }
 
 impl Grant {
@@ -101,6 +112,16 @@ impl Tokens {
         answer.warnings = warnings;
         self.0.insert(id, token);
         answer
+    }
+
+    /// The certificate login that a token came of; none if it came otherwise.
+    pub(super) fn certificate_login(&self, id: &str) -> Option<CertificateLogin<'_>> {
+        let grant = &self.0.get(id)?.grant;
+        Some(CertificateLogin {
+            certificate: grant.certificate.as_ref()?,
+            mount: grant.path.strip_prefix("auth/")?.strip_suffix("/login")?,
+            role: grant.metadata.get("cert_name")?.as_str()?,
+        })
     }
 
     /// Counts a use of a valid token; an invalid one is refused.
@@ -341,7 +362,8 @@ pub(super) fn sorted(mut policies: Vec<String>) -> Vec<String> {
     policies
 }
 
-fn extend(object: Value, more: Value) -> Value {
+/// Both objects in one.
+pub(super) fn extend(object: Value, more: Value) -> Value {
     match (object, more) {
         (Value::Object(object), Value::Object(more)) => {
             Value::Object(object.into_iter().chain(more).collect::<Map<_, _>>())

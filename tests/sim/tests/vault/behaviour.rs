@@ -9,13 +9,11 @@ use credbroker_sim::vault::{
     Fault, FaultRule, RoleSettings, Standby, VaultArgs, VaultSettings, VaultSim, serve,
 };
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde_json::json;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio_rustls::TlsConnector;
 
-use crate::client::{Answer, call, host};
+use crate::client::{Answer, call, host, tls};
 use crate::{ROOT, SECRET, read, with_secret};
 
 #[tokio::test]
@@ -243,40 +241,17 @@ async fn it_speaks_tls_when_given_a_certificate() {
     let server = ca.server().unwrap();
     let certificate = CertificateDer::from_pem_slice(server.certificate_pem.as_bytes()).unwrap();
     let key = PrivateKeyDer::from_pem_slice(server.key_pem.as_bytes()).unwrap();
-    let tls = rustls::ServerConfig::builder().with_no_client_auth();
-    let tls = Some(Arc::new(
-        tls.with_single_cert(vec![certificate], key).unwrap(),
-    ));
+    let config = rustls::ServerConfig::builder().with_no_client_auth();
+    let config = config.with_single_cert(vec![certificate], key).unwrap();
     let sim = VaultSim::start(VaultSettings {
-        tls,
+        tls: Some(Arc::new(config)),
         ..VaultSettings::default()
     })
     .await
     .unwrap();
 
-    let mut roots = rustls::RootCertStore::empty();
-    roots
-        .add(CertificateDer::from_pem_slice(ca.certificate_pem().as_bytes()).unwrap())
-        .unwrap();
-    let client = rustls::ClientConfig::builder()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    let address = sim.address();
-    let address = address.strip_prefix("https://").unwrap();
-    let stream = TcpStream::connect(address).await.unwrap();
-    let name = ServerName::try_from("127.0.0.1").unwrap();
-    let mut stream = TlsConnector::from(Arc::new(client))
-        .connect(name, stream)
-        .await
-        .unwrap();
-    let request = call("GET", "/v1/sys/health");
-    stream
-        .write_all(format!("{}\r\n", request.head).as_bytes())
-        .await
-        .unwrap();
-    let mut came = [0; 15];
-    stream.read_exact(&mut came).await.unwrap();
-    assert_eq!(&came, b"HTTP/1.1 200 OK");
+    let health = call("GET", "/v1/sys/health").over(&tls(&ca, None));
+    assert_eq!(health.send(&sim.address()).await.status, 200);
 }
 
 #[tokio::test]

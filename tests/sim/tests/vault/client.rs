@@ -1,13 +1,21 @@
 //! A client of a few lines: one connection per request.
 
+use std::sync::Arc;
+
+use credbroker_sim::pki::{Ca, Identity};
+use rustls::ClientConfig;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
 
 #[derive(Clone)]
 pub(crate) struct Call {
     pub(crate) head: String,
     pub(crate) body: String,
+    pub(crate) tls: Option<Arc<ClientConfig>>,
     pub(crate) token: Option<String>,
 }
 
@@ -23,12 +31,34 @@ pub(crate) fn call(method: &str, path: &str) -> Call {
     Call {
         head: format!("{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"),
         body: String::new(),
+        tls: None,
         token: None,
     }
 }
 
 pub(crate) fn host(url: &str) -> &str {
-    url.strip_prefix("http://").unwrap()
+    url.split_once("://").unwrap().1
+}
+
+/// TLS that trusts servers of `ca`, with a client certificate or without.
+pub(crate) fn tls(ca: &Ca, identity: Option<&Identity>) -> Arc<ClientConfig> {
+    let certificate = |pem: &str| CertificateDer::from_pem_slice(pem.as_bytes()).unwrap();
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(certificate(ca.certificate_pem())).unwrap();
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots);
+    Arc::new(match identity {
+        None => config.with_no_client_auth(),
+        Some(identity) => {
+            let key = PrivateKeyDer::from_pem_slice(identity.key_pem.as_bytes()).unwrap();
+            config
+                .with_client_auth_cert(vec![certificate(&identity.certificate_pem)], key)
+                .unwrap()
+        }
+    })
 }
 
 impl Call {
@@ -49,18 +79,27 @@ impl Call {
         self.token.as_deref()
     }
 
+    pub(crate) fn over(mut self, tls: &Arc<ClientConfig>) -> Self {
+        self.tls = Some(Arc::clone(tls));
+        self
+    }
+
     pub(crate) async fn bytes(&self, url: &str) -> Vec<u8> {
-        let mut stream = TcpStream::connect(host(url)).await.unwrap();
+        let stream = TcpStream::connect(host(url)).await.unwrap();
         let request = format!(
             "{}content-length: {}\r\n\r\n{}",
             self.head,
             self.body.len(),
             self.body
         );
-        stream.write_all(request.as_bytes()).await.unwrap();
-        let mut came = Vec::new();
-        stream.read_to_end(&mut came).await.unwrap();
-        came
+        match &self.tls {
+            None => exchange(stream, &request).await,
+            Some(tls) => {
+                let name = ServerName::try_from("127.0.0.1").unwrap();
+                let tls = TlsConnector::from(Arc::clone(tls));
+                exchange(tls.connect(name, stream).await.unwrap(), &request).await
+            }
+        }
     }
 
     pub(crate) async fn send(self, url: &str) -> Answer {
@@ -95,6 +134,13 @@ impl Call {
         );
         answer
     }
+}
+
+async fn exchange(mut stream: impl AsyncRead + AsyncWrite + Unpin, request: &str) -> Vec<u8> {
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut came = Vec::new();
+    stream.read_to_end(&mut came).await.unwrap();
+    came
 }
 
 impl Answer {

@@ -1,5 +1,5 @@
 //! The simulated Vault against the recorded requests and answers of a real server, and what only the simulator does:
-//! faults, a clock to move, a standby, stop and restart.
+//! faults, a clock to move, a standby, stop and restart; a reviewer of its own.
 #![expect(
     clippy::panic,
     clippy::unwrap_used,
@@ -9,6 +9,7 @@
 mod behaviour;
 mod client;
 mod faults;
+mod logins;
 mod recording;
 
 use std::time::Duration;

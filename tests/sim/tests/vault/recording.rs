@@ -1,22 +1,23 @@
 //! The requests recorded with a real server, replayed: the answers must be the same.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
-use credbroker_sim::vault::{InitialState, VaultSettings, VaultSim};
+use credbroker_sim::pki::{Ca, Identity, Usage};
+use credbroker_sim::vault::{
+    InitialState, REVIEWER_URL, ServiceAccount, VaultSettings, VaultSim, asking_for_certificates,
+};
+use rustls::ClientConfig;
 use serde_json::{Value, json};
 
 use crate::ROOT;
-use crate::client::{Answer, call};
+use crate::client::{Answer, call, tls};
 
 const TRANSCRIPTS: &str = include_str!("../../../vectors/vault-transcripts.json");
 
 /// Steps that are not replayed, and why.
 const SKIPPED: &[(&str, &[&str])] = &[
-    (
-        "certificate logins come with a later issue",
-        &["f20", "f21", "f22", "f23", "f24", "f25"],
-    ),
     (
         "HTTP clients refuse to send such a token, and hyper would judge it before the simulator",
         &["d60", "d61"],
@@ -24,10 +25,6 @@ const SKIPPED: &[(&str, &[&str])] = &[
     (
         "transit and BYOK import are not simulated: the broker does not use them",
         &["d73", "d74", "d75", "d76"],
-    ),
-    (
-        "Kubernetes logins come with a later issue",
-        &["d77", "d78", "d79", "d80", "d81", "d82", "d83"],
     ),
     (
         "quotas are not simulated: a fault answers 429",
@@ -44,6 +41,7 @@ async fn it_answers_as_the_recorded_server_did() {
     let steps = file["steps"].as_array().unwrap();
     let mut skipped: Vec<&str> = SKIPPED.iter().flat_map(|(_, ids)| *ids).copied().collect();
     let (mut replayed, mut problems) = (0, Vec::new());
+    let clients = Clients::new();
     for state in ["file", "dev"] {
         let sim = VaultSim::start(VaultSettings {
             state: match state {
@@ -52,12 +50,21 @@ async fn it_answers_as_the_recorded_server_did() {
                     root_token: ROOT.to_owned(),
                 },
             },
+            tls: (state == "file").then(|| asking_for_certificates(&clients.server).unwrap()),
             ..VaultSettings::default()
         })
         .await
         .unwrap();
         sim.stop_clock();
-        let mut captured = Captured::from([("root".to_owned(), ROOT.to_owned())]);
+        sim.accept_jwt("fake-jwt", ServiceAccount::default());
+        let given = [
+            ("root", ROOT),
+            ("ca_pem", clients.ca.certificate_pem()),
+            ("jwt", "fake-jwt"),
+            ("reviewer_url", REVIEWER_URL),
+        ];
+        let given = given.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let mut captured = Captured::from(given);
         let in_state = |step: &&Value| step["state"].as_str().unwrap().starts_with(state);
         for step in steps.iter().filter(in_state) {
             let id = step["id"].as_str().unwrap();
@@ -65,7 +72,8 @@ async fn it_answers_as_the_recorded_server_did() {
                 skipped.remove(at);
                 continue;
             }
-            let came = replay(&sim, step, &captured).await;
+            let client = (state == "file").then(|| clients.of(step));
+            let came = replay(&sim, step, client, &captured).await;
             for problem in differences(&step["response"], &came, &interesting, &captured) {
                 problems.push(format!("{id} ({}): {problem}", step["about"]));
             }
@@ -81,7 +89,7 @@ async fn it_answers_as_the_recorded_server_did() {
     }
     assert!(problems.is_empty(), "{}", problems.join("\n"));
     assert!(skipped.is_empty(), "not in the file: {skipped:?}");
-    assert_eq!((replayed, steps.len()), (96, 120));
+    assert_eq!((replayed, steps.len()), (109, 120));
 }
 
 #[tokio::test]
@@ -95,7 +103,7 @@ async fn the_comparison_notices_every_kind_of_difference() {
     sim.put_secret("kv", "kucoin/prod/main", json!({ "api_key": "fake-key" }));
     let captured = Captured::from([("root".to_owned(), ROOT.to_owned())]);
     let step = steps.iter().find(|step| step["id"] == "f19").unwrap();
-    let came = replay(&sim, step, &captured).await;
+    let came = replay(&sim, step, None, &captured).await;
     let differ =
         |came: &Answer| differences(&step["response"], came, &interesting, &captured).len();
     assert_eq!(differ(&came), 0);
@@ -149,7 +157,44 @@ async fn the_comparison_notices_every_kind_of_difference() {
     }
 }
 
-async fn replay(sim: &VaultSim, step: &Value, captured: &Captured) -> Answer {
+/// The CA of the file and what it issued. In the state "file" every step goes to the TLS listener: the simulator has
+/// either that or the plain one.
+struct Clients {
+    broker: Identity,
+    broker2: Identity,
+    ca: Ca,
+    server: Identity,
+}
+
+impl Clients {
+    fn new() -> Self {
+        let ca = Ca::new("CA of the recording").unwrap();
+        let broker = || ca.issue("broker", &[], Usage::Client).unwrap();
+        Self {
+            broker: broker(),
+            broker2: broker(),
+            server: ca.server().unwrap(),
+            ca,
+        }
+    }
+
+    fn of(&self, step: &Value) -> Arc<ClientConfig> {
+        let identity = match step["client_cert"].as_str() {
+            Some("broker") => Some(&self.broker),
+            Some("broker2") => Some(&self.broker2),
+            None | Some("absent") => None,
+            Some(other) => panic!("unknown client certificate {other}"),
+        };
+        tls(&self.ca, identity)
+    }
+}
+
+async fn replay(
+    sim: &VaultSim,
+    step: &Value,
+    client: Option<Arc<ClientConfig>>,
+    captured: &Captured,
+) -> Answer {
     if let Some(wait_s) = step["wait_s"].as_f64() {
         sim.advance_clock(Duration::from_secs_f64(wait_s));
     }
@@ -162,6 +207,7 @@ async fn replay(sim: &VaultSim, step: &Value, captured: &Captured) -> Answer {
         request["path"].as_str().unwrap(),
     );
     let mut call = call(method, path);
+    call.tls = client;
     for (name, value) in request["headers"].as_object().unwrap() {
         let value = value.as_str().unwrap();
         let name_of_token = value
@@ -176,7 +222,7 @@ async fn replay(sim: &VaultSim, step: &Value, captured: &Captured) -> Answer {
     if let Some(raw) = request["raw_body"].as_str() {
         call = call.raw_body(raw);
     } else if !request["body"].is_null() {
-        call = call.raw_body(&filled(&request["body"].to_string(), captured));
+        call = call.raw_body(&filled_in(&request["body"], captured).to_string());
     }
     let denied = step["tags"]
         .as_array()
@@ -321,6 +367,19 @@ fn filled(text: &str, captured: &Captured) -> String {
         .fold(text.to_owned(), |text, (name, value)| {
             text.replace(&format!("{{{{{name}}}}}"), value)
         })
+}
+
+/// A JSON value with its texts filled; some of what is filled in has line breaks.
+fn filled_in(value: &Value, captured: &Captured) -> Value {
+    match value {
+        Value::Array(items) => items.iter().map(|item| filled_in(item, captured)).collect(),
+        Value::Object(fields) => fields
+            .iter()
+            .map(|(name, value)| (name.clone(), filled_in(value, captured)))
+            .collect(),
+        Value::String(text) => json!(filled(text, captured)),
+        other => other.clone(),
+    }
 }
 
 fn pointer(dotted: &str) -> String {
