@@ -4,6 +4,7 @@ mod changes;
 mod conformance;
 mod guards;
 mod login;
+mod methods;
 mod outages;
 mod real;
 mod token_life;

@@ -59,7 +59,7 @@ async fn serves_through(rig: &Rig, generation: u32, reason: &str) {
     serves_through_what_is_logged(rig, generation, &[NO_ANSWER, reason]).await;
 }
 
-async fn serves_through_what_is_logged(rig: &Rig, generation: u32, line: &[&str]) {
+pub(super) async fn serves_through_what_is_logged(rig: &Rig, generation: u32, line: &[&str]) {
     let before = rig.logs.count(line);
     rig.serves_until(generation, &line.join(": "), async || {
         rig.logs.count(line) > before

@@ -196,11 +196,16 @@ async fn outside_the_addresses_of_a_token_there_is_no_storm_of_logins() {
 async fn the_token_of_a_login_is_revoked_when_the_broker_stops() {
     let setup = approle(&FIVE, RoleSettings::default()).await;
     let vault = setup.vault.clone();
-    let rig = setup.ready().await;
+    let mut rig = setup.ready().await;
     assert_eq!(own_tokens(&vault).len(), 1);
-    rig.end().await;
+    assert_eq!(rig.lab.stop().await, 0);
     assert_eq!(own_tokens(&vault), [""; 0]);
     assert_eq!(answered(&vault, REVOKE, 204), 1);
+    until("a poll comes too late", async || {
+        rig.logs.count(&[NO_ANSWER, "the broker is stopping"]) >= 1
+    })
+    .await;
+    assert_eq!(answered(&vault, LOGIN, 200), 1);
 }
 
 #[tokio::test]

@@ -23,7 +23,7 @@ async fn wrapping_token(vault: &VaultSim, role: &str) -> String {
 }
 
 /// A broker whose wrapping token is made for `role`, where it expects one for `credbroker`.
-async fn wrapped(role: &str) -> Setup {
+pub(super) async fn wrapped(role: &str) -> Setup {
     let mut setup = Setup::new(&["main", "b", "c"]).await;
     let vault = setup.vault.clone();
     let (role_id, _) = vault.enable_approle("credbroker", RoleSettings::default());
