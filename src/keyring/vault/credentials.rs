@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustls::ClientConfig;
-use rustls::client::Resumption;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
@@ -40,9 +39,8 @@ impl Identity {
         let pair = CertifiedKey::from_der(chain, key, base.crypto_provider());
         let pair = pair.map_err(|error| error.to_string())?;
         let mut tls = base.clone();
+        // rustls resumes no session that was begun with another of these.
         tls.client_auth_cert_resolver = Arc::new(SingleCertAndKey::from(pair));
-        // A session that is resumed would show Vault the certificate of the session before.
-        tls.resumption = Resumption::default();
         Ok(tls)
     }
 }
@@ -159,7 +157,7 @@ impl Session {
         self.secret_id.unwrapped = Some(checked_token(&Zeroizing::new(secret_id))?);
         self.spend(token, used_or_expired());
         // It is good for nothing any more, so that this is tidiness, and no reason to fail.
-        if let Err(error) = off_thread(file, |file| std::fs::remove_file(file)).await {
+        if let Err(error) = off_thread(file, std::fs::remove_file).await {
             tracing::warn!(reason = error, "the used wrapping token cannot be deleted");
         }
         Ok(())
