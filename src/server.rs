@@ -92,6 +92,7 @@ pub struct Server {
     /// Where health and metrics are asked for.
     pub ops: SocketAddr,
     broker: Arc<Broker>,
+    vault: Arc<Vault>,
     readiness: watch::Receiver<Readiness>,
     drain_timeout: Duration,
     stop: watch::Sender<bool>,
@@ -131,6 +132,7 @@ impl Server {
         let egress = egress(config.egress, config.origins, egress_roots, &provider)?;
         let vault = Vault::new(config.vault, client_tls(vault_roots, &provider)?)
             .map_err(|error| StartError::Tls(Box::new(error)))?;
+        let vault = Arc::new(vault);
 
         metrics.certificate_ends(certificates.not_after_ms);
         let (set_tls, tls) =
@@ -144,7 +146,7 @@ impl Server {
         egress.start().await;
         let refresher = Refresher::new(
             Arc::clone(&keyring),
-            Arc::new(vault),
+            Arc::clone(&vault),
             Arc::clone(&metrics),
             config.vault_poll,
         );
@@ -208,6 +210,7 @@ impl Server {
             grpc,
             ops,
             broker,
+            vault,
             readiness: told_readiness,
             drain_timeout,
             stop,
@@ -229,7 +232,8 @@ impl Server {
         self.stop.send_replace(true);
         let unresolved = self.broker.drain(self.drain_timeout).await;
         // The calls have ended; what is left are their answers on the way out.
-        let _ = timeout(FLUSH_TIMEOUT, &mut self.serving).await;
+        let flush = timeout(FLUSH_TIMEOUT, &mut self.serving);
+        let _ = tokio::join!(flush, self.vault.close());
         unresolved
     }
 }

@@ -14,6 +14,7 @@ use zeroize::Zeroizing;
 
 use super::{Config, Roots, TlsFiles};
 
+use crate::keyring::vault::Auth;
 use crate::policy::Policy;
 use crate::toml_file::{Problem, Problems};
 
@@ -78,6 +79,18 @@ pub fn load(config: &Config, now_ms: i64) -> Result<Loaded, Vec<Problem>> {
         .map_err(|found| found.into_iter().for_each(|problem| problems.push(problem)))
         .ok();
     let certificates = certificates(&tls_sources(&config.tls), now_ms, &problems);
+    if let Auth::Cert {
+        certificate, key, ..
+    } = &config.vault.auth
+    {
+        // Only to find problems early: both are read again at every login.
+        pair(
+            "vault.auth",
+            &Source::read(certificate),
+            &Source::read(key),
+            &problems,
+        );
+    }
     let vault_roots = roots("vault.roots", &config.vault_roots, &problems);
     let egress_roots = roots("egress.roots", &config.egress_roots, &problems);
     problems.into_result()?;
@@ -104,19 +117,11 @@ pub fn certificates(
     now_ms: i64,
     problems: &Problems,
 ) -> Option<Certificates> {
-    let certificate = pem_certificates("tls.certificate", chain, problems);
-    let key_der = pem(key).and_then(PrivateKeyDer::from_pem_slice);
-    let key_der = match key_der {
-        Ok(key) => Some(key),
-        Err(error) => {
-            problems.add("tls.key", unreadable(key, "a private key as PEM", &error));
-            None
-        }
-    };
-    let not_after_ms = match certificate
-        .as_deref()
-        .map(|chain| fit_for_a_server(chain, now_ms))
-    {
+    let pair = pair("tls", chain, key, problems);
+    let fit = pair
+        .as_ref()
+        .map(|(chain, _)| fit_for_a_server(chain, now_ms));
+    let not_after_ms = match fit {
         Some(Ok(not_after_ms)) => Some(not_after_ms),
         Some(Err(problem)) => {
             problems.add("tls.certificate", problem);
@@ -124,25 +129,44 @@ pub fn certificates(
         }
         None => None,
     };
-    if let (Some(certificate), Some(der)) = (&certificate, &key_der) {
-        let provider = rustls::crypto::aws_lc_rs::default_provider();
-        let pair = CertifiedKey::from_der(certificate.clone(), der.clone_key(), &provider);
-        if let Err(error) = pair {
-            let file = key.file.display();
-            problems.add(
-                "tls.key",
-                format_args!("{file} is not the key of tls.certificate: {error}"),
-            );
-            return None;
-        }
-    }
     let client_ca = root_file("tls.client_ca", client_ca, problems);
+    let (chain, key) = pair?;
     Some(Certificates {
-        chain: certificate?,
-        key: key_der?,
+        chain,
+        key,
         not_after_ms: not_after_ms?,
         client_ca: Arc::new(client_ca?),
     })
+}
+
+/// A certificate chain and its key, under `certificate` and `key` of `section`.
+fn pair(
+    section: &str,
+    chain: &Source,
+    key: &Source,
+    problems: &Problems,
+) -> Option<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)> {
+    let certificates = pem_certificates(&format!("{section}.certificate"), chain, problems);
+    let name = format!("{section}.key");
+    let der = pem(key).and_then(PrivateKeyDer::from_pem_slice);
+    let der = der
+        .map_err(|error| {
+            problems.add(&name, unreadable(key, "a private key as PEM", &error));
+        })
+        .ok()?;
+    let certificates = certificates?;
+    let provider = rustls::crypto::aws_lc_rs::default_provider();
+    match CertifiedKey::from_der(certificates.clone(), der.clone_key(), &provider) {
+        Ok(_) => Some((certificates, der)),
+        Err(error) => {
+            let file = key.file.display();
+            problems.add(
+                name,
+                format_args!("{file} is not the key of {section}.certificate: {error}"),
+            );
+            None
+        }
+    }
 }
 
 /// Reads the rules.

@@ -121,6 +121,12 @@ impl Watch {
     async fn check(&mut self) -> bool {
         match self.fetch().await {
             Ok(()) => true,
+            Err(VaultError::LoginRefused(reason)) => {
+                self.metrics.vault_failure("login");
+                tracing::error!(account.id = %self.account, key = %self.name, %reason, "Vault refuses the broker's login; what is in memory serves on");
+                self.serve_on(reason);
+                false
+            }
             Err(VaultError::Outage(reason)) => {
                 self.metrics.vault_failure("outage");
                 tracing::warn!(account.id = %self.account, key = %self.name, %reason, "keys cannot be refreshed; what is in memory serves on");

@@ -1,28 +1,34 @@
 //! The only user of vaultrs: reads keys from KV v2, with a guard for each defect that the library has.
 //!
-//! - Its settings and errors show tokens and bodies in `Debug`: none of its types leaves this file, and errors are
+//! - Its settings and errors show tokens and bodies in `Debug`: none of its types leaves this module, and errors are
 //!   reduced to status and Vault's own error texts.
 //! - It panics on a token with a line end: tokens are trimmed and checked before a client is made.
-//! - It takes addresses, tokens and `VAULT_SKIP_VERIFY` from the environment: its settings are written out here.
+//! - It takes addresses, tokens and `VAULT_SKIP_VERIFY` from the environment: its settings are written out.
 //! - It has no time limit, follows redirects with the token to any host, and honours proxies from the environment: the
 //!   HTTP client is ours.
 //! - Its health call fails on current OpenBao servers: it is not used.
+//! - Its certificate login names the role in a field that servers do not read: that request is ours.
+
+mod connection;
+mod credentials;
+mod lease;
+mod login;
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::{Path, PathBuf};
-
+use std::path::PathBuf;
 use std::time::Duration;
 
+use rustls::ClientConfig;
 use serde_json::Value;
 use tokio::sync::Mutex;
-use tokio::time::Instant;
 use url::Url;
-use vaultrs::api::EndpointMiddleware;
 use vaultrs::api::kv2::requests::ReadSecretRequest;
-use vaultrs::client::{VaultClient, VaultClientSettings};
+use vaultrs::client::VaultClient;
 use vaultrs::error::ClientError;
 use zeroize::{Zeroize, Zeroizing};
 
+use self::connection::{Connection, caught_up, reduce};
+use self::login::{Pass, Session};
 use crate::ids::{AccountId, KeyName};
 use crate::kucoin::{Key, KeyVersion};
 use crate::secret::{ApiSecret, PartnerKey, Passphrase};
@@ -30,8 +36,8 @@ use crate::secret::{ApiSecret, PartnerKey, Passphrase};
 /// A follower may not know a token for a moment after its login: the wait before a 403 counts.
 const REPEAT_AFTER: (u64, u64) = (100, 250);
 
-/// How often a read meets a 403 before it is given up: once with a dead token, twice with the next.
-const TRIES: usize = 3;
+/// How often a read meets a 403 before it is given up: twice with a dead token, twice with the next.
+const TRIES: usize = 4;
 
 /// Where Vault is and how the broker logs in.
 #[derive(Clone, Debug)]
@@ -61,8 +67,30 @@ pub enum Auth {
         mount: String,
         /// The role id; not secret.
         role_id: String,
-        /// File that holds the secret id; read again at every login.
+        /// File that holds the secret id, or a wrapping token for it; read again at every login.
         secret_id_file: PathBuf,
+        /// Name of the role, where the file holds a wrapping token.
+        wrapped_for: Option<String>,
+    },
+    /// The certificate that the broker shows Vault. When the files change it logs in again.
+    Cert {
+        /// Mount of the auth method.
+        mount: String,
+        /// Role to log in as; without it Vault takes any that fits the certificate.
+        role: Option<String>,
+        /// Certificate chain, PEM.
+        certificate: PathBuf,
+        /// Its private key, PEM.
+        key: PathBuf,
+    },
+    /// The service account of a pod.
+    Kubernetes {
+        /// Mount of the auth method.
+        mount: String,
+        /// Role to log in as.
+        role: String,
+        /// File that holds the account's token; Kubernetes replaces it, and it is read again at every login.
+        jwt_file: PathBuf,
     },
     /// A file that somebody else (an agent) keeps a valid token in; read again at every use.
     TokenFile(PathBuf),
@@ -77,7 +105,10 @@ pub enum VaultError {
     /// 404: no such path, or the version is deleted. Authority.
     #[error("{0}")]
     Gone(String),
-    /// No answer, a fault, a refused login: says nothing about the key.
+    /// Vault refuses the broker's login: says nothing about the key, and somebody must do something.
+    #[error("{0}")]
+    LoginRefused(String),
+    /// No answer, a fault: says nothing about the key.
     #[error("{0}")]
     Outage(String),
     /// The secret is there and is not a key.
@@ -114,20 +145,9 @@ impl Metadata {
 #[derive(Debug)]
 pub struct Vault {
     settings: VaultSettings,
-    http: reqwest::Client,
-    /// The token of our own login; held while logging in, so that only one login is under way.
-    login: Mutex<Option<Login>>,
-}
-
-struct Login {
-    token: Zeroizing<String>,
-    good_until: Instant,
-}
-
-impl std::fmt::Debug for Login {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Login(redacted)")
-    }
+    tls: ClientConfig,
+    /// Held while logging in, so that only one login is under way.
+    session: Mutex<Session>,
 }
 
 impl Vault {
@@ -135,38 +155,12 @@ impl Vault {
     ///
     /// # Errors
     /// When the TLS library refuses the configuration.
-    pub fn new(settings: VaultSettings, tls: rustls::ClientConfig) -> Result<Self, reqwest::Error> {
-        let known: Vec<_> = settings
-            .redirects
-            .iter()
-            .chain([&settings.address])
-            .map(Url::origin)
-            .collect();
-        let redirects = reqwest::redirect::Policy::custom(move |attempt| {
-            let follows = attempt.status() == http::StatusCode::TEMPORARY_REDIRECT
-                && attempt.previous().len() == 1
-                && attempt
-                    .previous()
-                    .first()
-                    .is_some_and(|first| first.scheme() == attempt.url().scheme())
-                && known.contains(&attempt.url().origin());
-            if follows {
-                attempt.follow()
-            } else {
-                attempt.stop()
-            }
-        });
-        let http = reqwest::Client::builder()
-            .tls_backend_preconfigured(tls)
-            .connect_timeout(settings.timeout.min(Duration::from_secs(1)))
-            .timeout(settings.timeout)
-            .redirect(redirects)
-            .no_proxy()
-            .build()?;
+    pub fn new(settings: VaultSettings, tls: ClientConfig) -> Result<Self, reqwest::Error> {
+        let connection = Connection::new(&settings, tls.clone())?;
         Ok(Self {
             settings,
-            http,
-            login: Mutex::new(None),
+            tls,
+            session: Mutex::new(Session::new(connection)),
         })
     }
 
@@ -235,16 +229,24 @@ impl Vault {
         F: Future<Output = Result<T, ClientError>>,
     {
         let mut refusals = 0;
+        let mut dead: Option<Zeroizing<String>> = None;
         for _ in 0..TRIES {
-            let token = self.token().await?;
-            match read(self.client(&token)).await {
+            let pass = self.pass().await?;
+            match caught_up(|| read(pass.client())).await {
+                Ok(found) => {
+                    self.accepted(&pass).await;
+                    return Ok(found);
+                }
                 Err(error) if reduce(&error) == VaultError::Denied => {}
-                other => return other.map_err(|error| reduce(&error)),
+                Err(error) => return Err(reduce(&error)),
             }
-            if self.is_good(&token).await? {
+            if self.is_good(&pass).await? {
+                self.accepted(&pass).await;
                 refusals += 1;
+            } else if dead.as_ref() == Some(&pass.token) {
+                self.forget(&pass).await;
             } else {
-                self.forget(&token).await;
+                dead = Some(pass.token);
             }
             if refusals == 2 {
                 return Err(VaultError::Denied);
@@ -252,180 +254,20 @@ impl Vault {
             let wait = fastrand::u64(REPEAT_AFTER.0..=REPEAT_AFTER.1);
             tokio::time::sleep(Duration::from_millis(wait)).await;
         }
-        Err(VaultError::Outage(
-            "Vault does not accept the broker's token (403)".to_owned(),
-        ))
+        Err(login::not_accepted())
     }
 
-    async fn is_good(&self, token: &str) -> Result<bool, VaultError> {
-        match vaultrs::token::lookup_self(&self.client(token)).await {
+    async fn is_good(&self, pass: &Pass) -> Result<bool, VaultError> {
+        let client = pass.client();
+        match caught_up(|| vaultrs::token::lookup_self(&client)).await {
             Ok(_) => Ok(true),
             Err(error) => match reduce(&error) {
-                VaultError::Denied => Ok(false),
+                // Without any policy it may not look itself up either.
+                VaultError::Denied => Ok(is_by_policy(&error)),
                 // It was the token that Vault was asked about, not the key.
                 other => Err(VaultError::Outage(format!("lookup of the token: {other}"))),
             },
         }
-    }
-
-    /// Gives up the login that got `token`, unless another key has already logged in again.
-    async fn forget(&self, token: &str) {
-        let mut login = self.login.lock().await;
-        if login
-            .as_ref()
-            .is_some_and(|login| login.token.as_str() == token)
-        {
-            *login = None;
-        }
-    }
-
-    /// A token that should be valid.
-    async fn token(&self) -> Result<Zeroizing<String>, VaultError> {
-        match &self.settings.auth {
-            Auth::TokenFile(file) => read_token(file).await,
-            Auth::AppRole {
-                mount,
-                role_id,
-                secret_id_file,
-            } => {
-                let mut login = self.login.lock().await;
-                if let Some(login) = login
-                    .as_ref()
-                    .filter(|login| Instant::now() < login.good_until)
-                {
-                    return Ok(login.token.clone());
-                }
-                let secret_id = read_token(secret_id_file).await?;
-                let found =
-                    vaultrs::auth::approle::login(&self.client(""), mount, role_id, &secret_id)
-                        .await;
-                let found = found.map_err(|error| match reduce(&error) {
-                    // A login that is refused says nothing about the keys.
-                    VaultError::Outage(reason) => VaultError::Outage(format!("login: {reason}")),
-                    other => VaultError::Outage(format!("Vault refuses the login: {other}")),
-                })?;
-                let token = checked_token(&Zeroizing::new(found.client_token))?;
-                // Two thirds of the lease, as the official clients do; 0 means that it does not expire.
-                let lease = match found.lease_duration {
-                    0 => u64::from(u32::MAX),
-                    lease => lease.min(u64::from(u32::MAX)),
-                };
-                let good_until = Instant::now() + Duration::from_secs(lease) * 2 / 3;
-                *login = Some(Login {
-                    token: token.clone(),
-                    good_until,
-                });
-                Ok(token)
-            }
-        }
-    }
-
-    /// Written out in full, because the builder of these settings reads the environment.
-    fn client(&self, token: &str) -> VaultClient {
-        let address = self.settings.address.clone();
-        let http = rustify::clients::reqwest::Client::new(address.as_str(), self.http.clone());
-        let settings = VaultClientSettings {
-            address,
-            ca_certs: Vec::new(),
-            identity: None,
-            timeout: Some(self.settings.timeout),
-            token: String::new(),
-            verify: true,
-            version: 1,
-            wrapping: false,
-            namespace: self.settings.namespace.clone(),
-            proxy: None,
-        };
-        let middle = EndpointMiddleware {
-            token: token.to_owned(),
-            version: "v1".to_owned(),
-            wrap: None,
-            namespace: self.settings.namespace.clone(),
-        };
-        VaultClient {
-            http,
-            middle,
-            settings,
-        }
-    }
-}
-
-/// Reads off the broker's own thread: a file on a mount that hangs must not keep bots waiting.
-async fn read_token(file: &Path) -> Result<Zeroizing<String>, VaultError> {
-    let unreadable = |error: &dyn std::fmt::Display| {
-        // Bots are told this too: which file it is, the configuration knows.
-        VaultError::Outage(format!("the file of vault.auth cannot be read: {error}"))
-    };
-    let owned = file.to_owned();
-    match tokio::task::spawn_blocking(|| std::fs::read_to_string(owned)).await {
-        Ok(Ok(text)) => checked_token(&Zeroizing::new(text)),
-        Ok(Err(error)) => Err(unreadable(&error)),
-        Err(error) => Err(unreadable(&error)),
-    }
-}
-
-fn checked_token(text: &str) -> Result<Zeroizing<String>, VaultError> {
-    let token = text.trim();
-    if token.is_empty() || !token.bytes().all(|b| b.is_ascii_graphic()) {
-        return Err(VaultError::Outage(
-            "expected a token: one line of printable ASCII".to_owned(),
-        ));
-    }
-    Ok(Zeroizing::new(token.to_owned()))
-}
-
-/// The HTTP status in either of the two forms in which the library hides it.
-fn status_of(error: &ClientError) -> Option<u16> {
-    match error {
-        ClientError::APIError { code, .. }
-        | ClientError::RestClientError {
-            source: rustify::errors::ClientError::ServerResponseError { code, .. },
-        } => Some(*code),
-        _ => None,
-    }
-}
-
-/// Whether Vault itself wrote this error, and not a proxy in front of it.
-fn is_vaults_own(error: &ClientError) -> bool {
-    match error {
-        // It holds Vault's list of texts.
-        ClientError::APIError { .. } => true,
-        // For a deleted version it is the envelope of an ordinary answer.
-        ClientError::RestClientError {
-            source:
-                rustify::errors::ClientError::ServerResponseError {
-                    content: Some(body),
-                    ..
-                },
-        } => serde_json::from_str::<serde_json::Map<String, Value>>(body)
-            .is_ok_and(|body| body.contains_key("request_id")),
-        _ => false,
-    }
-}
-
-/// Reduces an error of the library to what may be known: never a body, never a token.
-fn reduce(error: &ClientError) -> VaultError {
-    let texts = match error {
-        ClientError::APIError { errors, .. } => errors.join("; ").replace(['\n', '\t'], " "),
-        _ => String::new(),
-    };
-    match status_of(error) {
-        Some(status @ (403 | 404)) if !is_vaults_own(error) => VaultError::Outage(format!(
-            "Vault answered {status}, but not in its own words; is a proxy in between?"
-        )),
-        Some(404) if texts.is_empty() => VaultError::Gone("Vault has no such key (404)".to_owned()),
-        Some(404) => VaultError::Gone(format!(
-            "Vault has no such mount or namespace (404: {texts})"
-        )),
-        Some(403) => VaultError::Denied,
-        Some(503) => VaultError::Outage("Vault is sealed or not initialised (503)".to_owned()),
-        Some(status) => VaultError::Outage(format!("Vault answered {status}: {texts}")),
-        None => VaultError::Outage(match error {
-            ClientError::RestClientError {
-                source: rustify::errors::ClientError::RequestError { .. },
-            } => "Vault cannot be reached".to_owned(),
-            _ => "Vault's answer is not what its API describes".to_owned(),
-        }),
     }
 }
 
@@ -516,14 +358,5 @@ mod tests {
             assert_eq!(key_from(broken).unwrap_err(), problem);
         }
         assert_eq!(key_from(Value::Null).unwrap_err(), "`api_key` is missing");
-    }
-
-    #[test]
-    fn a_token_is_one_line_of_printable_ascii() {
-        let checked = |text: &str| checked_token(text).map(|token| token.to_string());
-        assert_eq!(checked("s.fake\n"), Ok("s.fake".to_owned()));
-        for bad in ["", "\n", "a b", "a\nb", "é"] {
-            assert!(checked(bad).is_err(), "{bad:?}");
-        }
     }
 }

@@ -4,9 +4,12 @@ mod changes;
 mod conformance;
 mod guards;
 mod login;
+mod methods;
 mod outages;
 mod policies;
 mod real;
+mod token_life;
+mod wrapped;
 
 use std::fmt::Write as _;
 use std::io;
@@ -31,6 +34,9 @@ const NOWHERE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
 /// What the broker logs when Vault says nothing about a key.
 const NO_ANSWER: &str = "keys cannot be refreshed; what is in memory serves on";
+
+/// What it logs when Vault refuses its login, which says nothing about a key either.
+const LOGIN_REFUSED: &str = "Vault refuses the broker's login; what is in memory serves on";
 
 /// How the broker of a test reaches its Vault.
 struct Setup {

@@ -13,7 +13,7 @@ use tokio::time::timeout;
 
 use super::policies::shipped;
 use super::real::Backend;
-use super::{NO_ANSWER, Rig, Setup, key, replace};
+use super::{Rig, Setup, key, replace};
 use crate::harness::{kv_path, say, secret, until};
 
 /// Each situation on the simulator, and on a real server if there is one.
@@ -48,6 +48,7 @@ on_both! {
     a_login_that_is_revoked_is_repeated_and_one_that_is_refused_evicts_nothing
     a_mount_that_is_gone_evicts_the_key_until_it_is_back
     a_new_version_is_used_and_one_without_data_is_not
+    a_policy_that_is_deleted_altogether_evicts_the_key_until_it_is_back
     a_policy_that_is_removed_evicts_the_key_until_it_is_back
     a_restart_evicts_nothing_and_what_changed_meanwhile_is_found
     a_seal_evicts_nothing_and_what_changed_meanwhile_is_found
@@ -197,7 +198,8 @@ impl Stage {
 
 /// The key of `generation` signs every call until this many polls more have failed for this reason.
 async fn serves_through(rig: &Rig, generation: u32, reason: &str) {
-    let line = [NO_ANSWER, "account.id=main", reason];
+    // Whether Vault did not answer, or refused the login.
+    let line = ["; what is in memory serves on", "account.id=main", reason];
     let before = rig.logs.count(&line);
     rig.serves_until(generation, reason, async || rig.logs.count(&line) > before)
         .await;
@@ -355,6 +357,17 @@ async fn a_new_version_is_used_and_one_without_data_is_not(stage: &Stage) {
     .await;
     stage.put("main", 4).await;
     rig.until_signed_with(4).await;
+    rig.end().await;
+}
+
+/// The token lives and may not even look itself up.
+async fn a_policy_that_is_deleted_altogether_evicts_the_key_until_it_is_back(stage: &Stage) {
+    let rig = stage.broker().await;
+    stage.vault.delete_policy().await;
+    rig.until_evicted("Vault refuses it to the broker (403)")
+        .await;
+    stage.allow_main().await;
+    rig.until_restored(1).await;
     rig.end().await;
 }
 

@@ -14,7 +14,7 @@ use tokio::time::timeout;
 
 use super::real::Api;
 use super::{NO_ANSWER, Setup, key, put};
-use crate::harness::{ROOT_TOKEN, until};
+use crate::harness::{Lab, ROOT_TOKEN, until};
 
 /// Another server that knows the token and holds the key of `generation`: what a redirect leads to would work there.
 async fn elsewhere(generation: u32) -> VaultSim {
@@ -142,12 +142,52 @@ async fn a_configured_namespace_is_asked_for_and_one_that_does_not_exist_is_told
 }
 
 /// The shipped program, with a log file; it ends with the test.
-struct Program {
+pub(super) struct Program {
     child: Child,
     log: std::path::PathBuf,
 }
 
 impl Program {
+    /// Starts it on the files of `lab` and waits until it is ready; `adjust` changes its environment.
+    pub(super) async fn ready(lab: &Lab, adjust: impl FnOnce(&mut Command)) -> Self {
+        let log = lab.path("log");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_credbroker"));
+        command
+            .args(["serve", "--config"])
+            .arg(lab.path("config.toml"));
+        adjust(&mut command);
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(std::fs::File::create(&log).unwrap())
+            .spawn()
+            .unwrap();
+        let program = Self { child, log };
+        let ops = program.line("listening").await["ops"]
+            .as_str()
+            .unwrap()
+            .to_owned();
+        let ops = Api::new(&format!("http://{ops}"), "");
+        until("the program is ready", async || {
+            ops.raw("GET", "/readyz", None).await.0 == 200
+        })
+        .await;
+        program
+    }
+
+    /// Has it stop as systemd does, and returns its whole log.
+    pub(super) async fn stop(mut self) -> String {
+        let pid = self.child.id().to_string();
+        let sent = Command::new("kill").args(["-TERM", &pid]).status();
+        assert!(sent.unwrap().success());
+        let child = std::cell::RefCell::new(&mut self.child);
+        until("the program ends", async || {
+            child.borrow_mut().try_wait().unwrap().is_some()
+        })
+        .await;
+        std::fs::read_to_string(&self.log).unwrap()
+    }
+
     /// The JSON log line with this message, once it is there.
     async fn line(&self, message: &str) -> Value {
         let find = || {
@@ -175,44 +215,26 @@ async fn proxies_and_vault_settings_in_the_environment_are_ignored() {
     let proxy = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let trap = format!("http://{}", proxy.local_addr().unwrap());
     let lab = Setup::new(&["main"]).await.install().await;
-    let log = lab.path("log");
-    let mut command = Command::new(env!("CARGO_BIN_EXE_credbroker"));
-    command
-        .args(["serve", "--config"])
-        .arg(lab.path("config.toml"));
-    for name in [
-        "HTTP_PROXY",
-        "HTTPS_PROXY",
-        "ALL_PROXY",
-        "http_proxy",
-        "https_proxy",
-        "all_proxy",
-        "VAULT_ADDR",
-    ] {
-        command.env(name, &trap);
-    }
-    for name in ["NO_PROXY", "no_proxy", "REQUEST_METHOD"] {
-        command.env_remove(name);
-    }
-    command
-        .env("VAULT_TOKEN", "simulated-token-from-the-environment")
-        .env("VAULT_NAMESPACE", "nowhere");
-    let child = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(std::fs::File::create(&log).unwrap())
-        .spawn()
-        .unwrap();
-    let program = Program { child, log };
-    let ops = program.line("listening").await["ops"]
-        .as_str()
-        .unwrap()
-        .to_owned();
-    let ops = Api::new(&format!("http://{ops}"), "");
-    until("the program is ready", async || {
-        ops.raw("GET", "/readyz", None).await.0 == 200
-    })
-    .await;
+    let adjust = |command: &mut Command| {
+        for name in [
+            "HTTP_PROXY",
+            "HTTPS_PROXY",
+            "ALL_PROXY",
+            "http_proxy",
+            "https_proxy",
+            "all_proxy",
+            "VAULT_ADDR",
+        ] {
+            command.env(name, &trap);
+        }
+        for name in ["NO_PROXY", "no_proxy", "REQUEST_METHOD"] {
+            command.env_remove(name);
+        }
+        command
+            .env("VAULT_TOKEN", "simulated-token-from-the-environment")
+            .env("VAULT_NAMESPACE", "nowhere");
+    };
+    let program = Program::ready(&lab, adjust).await;
     program.line("key is in memory").await;
     // What came would be waiting here.
     let came = timeout(std::time::Duration::ZERO, proxy.accept()).await;

@@ -278,6 +278,7 @@ impl Backend {
             .call("PUT", &path, json!({ "policy": policy }))
             .await;
         if let Kind::Sim(vault) = &self.kind {
+            vault.allow_again(None, Some("GET"), "auth/token/lookup-self");
             for area in ["data", "metadata"] {
                 for account in ["main", "other"] {
                     let path = format!("{}/{area}/kucoin/prod/{account}/*", self.name);
@@ -288,6 +289,16 @@ impl Backend {
                 }
             }
         }
+    }
+
+    /// Deletes the policy, and with it what it says of the token itself.
+    pub(super) async fn delete_policy(&self) {
+        let path = format!("sys/policies/acl/{}", self.name);
+        if let Kind::Sim(vault) = &self.kind {
+            self.set_policy("", &["main", "other"]).await;
+            vault.deny(None, Some("GET"), "auth/token/lookup-self");
+        }
+        self.api.call("DELETE", &path, json!({})).await;
     }
 
     /// Kills all tokens that logins gave out.

@@ -1,0 +1,194 @@
+//! One hardened HTTP client, and what may be known of its errors.
+
+use std::time::Duration;
+
+use rustls::ClientConfig;
+use serde_json::Value;
+use url::Url;
+use vaultrs::api::EndpointMiddleware;
+use vaultrs::client::{VaultClient, VaultClientSettings};
+use vaultrs::error::ClientError;
+
+use super::{VaultError, VaultSettings};
+
+/// How often a node that has not heard of the last write yet is asked.
+const TRIES_BEHIND: usize = 3;
+
+/// The longest wait between two of these.
+const CATCH_UP: Duration = Duration::from_millis(500);
+
+/// A way to Vault with one TLS identity, or none.
+#[derive(Clone, Debug)]
+pub(super) struct Connection {
+    address: Url,
+    http: reqwest::Client,
+    namespace: Option<String>,
+    timeout: Duration,
+}
+
+impl Connection {
+    /// Nothing is sent yet. Fails when the TLS library refuses the configuration.
+    pub(super) fn new(settings: &VaultSettings, tls: ClientConfig) -> Result<Self, reqwest::Error> {
+        let known: Vec<_> = settings
+            .redirects
+            .iter()
+            .chain([&settings.address])
+            .map(Url::origin)
+            .collect();
+        let redirects = reqwest::redirect::Policy::custom(move |attempt| {
+            let follows = attempt.status() == http::StatusCode::TEMPORARY_REDIRECT
+                && attempt.previous().len() == 1
+                && attempt
+                    .previous()
+                    .first()
+                    .is_some_and(|first| first.scheme() == attempt.url().scheme())
+                && known.contains(&attempt.url().origin());
+            if follows {
+                attempt.follow()
+            } else {
+                attempt.stop()
+            }
+        });
+        let http = reqwest::Client::builder()
+            .tls_backend_preconfigured(tls)
+            .connect_timeout(settings.timeout.min(Duration::from_secs(1)))
+            .timeout(settings.timeout)
+            .redirect(redirects)
+            .no_proxy()
+            .build()?;
+        Ok(Self {
+            address: settings.address.clone(),
+            http,
+            namespace: settings.namespace.clone(),
+            timeout: settings.timeout,
+        })
+    }
+
+    /// A client of the library that sends `token`, or none if it is empty.
+    ///
+    /// Written out in full, because the builder of these settings reads the environment.
+    pub(super) fn client(&self, token: &str) -> VaultClient {
+        let address = self.address.clone();
+        let http = rustify::clients::reqwest::Client::new(address.as_str(), self.http.clone());
+        let settings = VaultClientSettings {
+            address,
+            ca_certs: Vec::new(),
+            identity: None,
+            timeout: Some(self.timeout),
+            token: String::new(),
+            verify: true,
+            version: 1,
+            wrapping: false,
+            namespace: self.namespace.clone(),
+            proxy: None,
+        };
+        let middle = EndpointMiddleware {
+            token: token.to_owned(),
+            version: "v1".to_owned(),
+            wrap: None,
+            namespace: self.namespace.clone(),
+        };
+        VaultClient {
+            http,
+            middle,
+            settings,
+        }
+    }
+}
+
+/// Repeats a request that is answered 412: the node has not heard of the last write yet.
+pub(super) async fn caught_up<T, F>(ask: impl Fn() -> F) -> Result<T, ClientError>
+where
+    F: Future<Output = Result<T, ClientError>>,
+{
+    for _ in 1..TRIES_BEHIND {
+        match ask().await {
+            Err(error) if status_of(&error) == Some(412) => {
+                tokio::time::sleep(CATCH_UP.mul_f64(fastrand::f64())).await;
+            }
+            other => return other,
+        }
+    }
+    ask().await
+}
+
+/// The HTTP status in either of the two forms in which the library hides it.
+pub(super) fn status_of(error: &ClientError) -> Option<u16> {
+    match error {
+        ClientError::APIError { code, .. }
+        | ClientError::RestClientError {
+            source: rustify::errors::ClientError::ServerResponseError { code, .. },
+        } => Some(*code),
+        _ => None,
+    }
+}
+
+/// Whether a policy has forbidden it. A token that is dead, or that comes from outside its bound addresses, is refused
+/// before any policy is asked, in other words.
+pub(super) fn is_by_policy(error: &ClientError) -> bool {
+    let ClientError::APIError { code: 403, errors } = error else {
+        return false;
+    };
+    matches!(errors.as_slice(), [text] if text == "1 error occurred:\n\t* permission denied\n\n")
+}
+
+/// Whether Vault itself wrote this error, and not a proxy in front of it.
+fn is_vaults_own(error: &ClientError) -> bool {
+    match error {
+        // It holds Vault's list of texts.
+        ClientError::APIError { .. } => true,
+        // For a deleted version it is the envelope of an ordinary answer.
+        ClientError::RestClientError {
+            source:
+                rustify::errors::ClientError::ServerResponseError {
+                    content: Some(body),
+                    ..
+                },
+        } => serde_json::from_str::<serde_json::Map<String, Value>>(body)
+            .is_ok_and(|body| body.contains_key("request_id")),
+        _ => false,
+    }
+}
+
+fn texts_of(error: &ClientError) -> String {
+    match error {
+        ClientError::APIError { errors, .. } => errors.join("; ").replace(['\n', '\t'], " "),
+        _ => String::new(),
+    }
+}
+
+/// Reduces an error of the library to what may be known: never a body, never a token.
+pub(super) fn reduce(error: &ClientError) -> VaultError {
+    let texts = texts_of(error);
+    match status_of(error) {
+        Some(status @ (403 | 404)) if !is_vaults_own(error) => VaultError::Outage(format!(
+            "Vault answered {status}, but not in its own words; is a proxy in between?"
+        )),
+        Some(404) if texts.is_empty() => VaultError::Gone("Vault has no such key (404)".to_owned()),
+        Some(404) => VaultError::Gone(format!(
+            "Vault has no such mount or namespace (404: {texts})"
+        )),
+        Some(403) => VaultError::Denied,
+        Some(503) => VaultError::Outage("Vault is sealed or not initialised (503)".to_owned()),
+        Some(status) => VaultError::Outage(format!("Vault answered {status}: {texts}")),
+        None => VaultError::Outage(match error {
+            ClientError::RestClientError {
+                source: rustify::errors::ClientError::RequestError { .. },
+            } => "Vault cannot be reached".to_owned(),
+            _ => "Vault's answer is not what its API describes".to_owned(),
+        }),
+    }
+}
+
+/// Reduces the error of a login. It says nothing about the keys, whatever it is.
+///
+/// 403 is also what a Vault answers whose Kubernetes does not; 412 and 429 pass by themselves.
+pub(super) fn reduce_login(error: &ClientError) -> VaultError {
+    match (status_of(error), reduce(error)) {
+        (Some(status @ 400..=499), _) if !matches!(status, 412 | 429) && is_vaults_own(error) => {
+            let texts = texts_of(error);
+            VaultError::LoginRefused(format!("login: Vault answered {status}: {texts}"))
+        }
+        (_, other) => VaultError::Outage(format!("login: {other}")),
+    }
+}

@@ -1,0 +1,234 @@
+//! What the broker logs in with: files, read again whenever they are needed.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustls::ClientConfig;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use serde_json::Value;
+use vaultrs::api::sys::requests::UnwrapRequest;
+use zeroize::Zeroizing;
+
+use super::connection::{Connection, reduce, status_of};
+use super::login::Session;
+use super::{Vault, VaultError, Wiped};
+
+/// The secret id of a wrapping token, which can be had only once.
+#[derive(Default)]
+pub(super) struct SecretId {
+    unwrapped: Option<Zeroizing<String>>,
+    /// A wrapping token that is good for nothing, and why; Vault is not asked about it again.
+    spent: Option<(Zeroizing<String>, VaultError)>,
+}
+
+/// A certificate chain and its key, PEM as in their files.
+#[derive(Eq, PartialEq)]
+pub(super) struct Identity {
+    certificate: Vec<u8>,
+    key: Zeroizing<Vec<u8>>,
+}
+
+impl Identity {
+    /// `base` with this certificate for the client.
+    fn tls(&self, base: &ClientConfig) -> Result<ClientConfig, String> {
+        let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&self.certificate).collect();
+        let chain = chain.map_err(|error| error.to_string())?;
+        let key = PrivateKeyDer::from_pem_slice(&self.key).map_err(|error| error.to_string())?;
+        let pair = CertifiedKey::from_der(chain, key, base.crypto_provider());
+        let pair = pair.map_err(|error| error.to_string())?;
+        let mut tls = base.clone();
+        // rustls resumes no session that was begun with another of these.
+        tls.client_auth_cert_resolver = Arc::new(SingleCertAndKey::from(pair));
+        Ok(tls)
+    }
+}
+
+impl Vault {
+    /// Makes the connection show the certificate that stands in the files.
+    ///
+    /// What cannot be used is no reason to give up the one in use: the two files do not change at the same moment.
+    pub(super) async fn follow_identity(
+        &self,
+        session: &mut Session,
+        certificate: &Path,
+        key: &Path,
+    ) -> Result<(), VaultError> {
+        let connection = match self.changed(session, certificate, key).await {
+            Ok(None) => return Ok(()),
+            Ok(Some(connection)) => connection,
+            Err(reason) if session.identity.is_some() => {
+                tracing::warn!(%reason, "the certificate for Vault cannot be replaced; the one in memory serves on");
+                return Ok(());
+            }
+            Err(reason) => {
+                return Err(VaultError::Outage(format!(
+                    "the certificate of vault.auth cannot be used: {reason}"
+                )));
+            }
+        };
+        session.connection = connection;
+        session.replace_token();
+        Ok(())
+    }
+
+    /// A connection with the certificate in the files, where that is not the one in use.
+    async fn changed(
+        &self,
+        session: &mut Session,
+        certificate: &Path,
+        key: &Path,
+    ) -> Result<Option<Connection>, String> {
+        let found = Identity {
+            certificate: read(certificate).await?.to_vec(),
+            key: read(key).await?,
+        };
+        if session.identity.as_ref() == Some(&found) {
+            return Ok(None);
+        }
+        let tls = found.tls(&self.tls)?;
+        let connection = Connection::new(&self.settings, tls).map_err(|error| error.to_string())?;
+        session.identity = Some(found);
+        Ok(Some(connection))
+    }
+}
+
+impl Session {
+    /// The secret id: of the wrapping token in `file` if there is a fresh one, else the one that is in memory.
+    ///
+    /// `path` is where the token must have been made; another one may have been put in its place to have the broker
+    /// log in as somebody else.
+    pub(super) async fn unwrapped(
+        &mut self,
+        file: &Path,
+        path: &str,
+    ) -> Result<Zeroizing<String>, VaultError> {
+        let memory = self.secret_id.unwrapped.clone();
+        let token = match (read_token(file).await, memory) {
+            (Ok(token), _) => token,
+            (Err(_), Some(secret_id)) => return Ok(secret_id),
+            (Err(error), None) => return Err(error),
+        };
+        match &self.secret_id.spent {
+            Some((spent, _)) if *spent == token && self.secret_id.unwrapped.is_some() => {}
+            Some((spent, reason)) if *spent == token => return Err(reason.clone()),
+            _ => self.unwrap(token, file, path).await?,
+        }
+        let secret_id = self.secret_id.unwrapped.clone();
+        secret_id.ok_or_else(used_or_expired)
+    }
+
+    async fn unwrap(
+        &mut self,
+        token: Zeroizing<String>,
+        file: &Path,
+        path: &str,
+    ) -> Result<(), VaultError> {
+        let client = self.connection.client("");
+        let made_at = match vaultrs::sys::wrapping::lookup(&client, &token).await {
+            Ok(found) => found.creation_path,
+            Err(error) if status_of(&error) == Some(400) => {
+                return Err(self.spend(token, used_or_expired()));
+            }
+            Err(error) => return Err(wrapping_outage(&reduce(&error))),
+        };
+        if made_at != path {
+            let reason = format!(
+                "login: the wrapping token is not from {path}, but from {made_at}: who put it there?"
+            );
+            return Err(self.spend(token, VaultError::LoginRefused(reason)));
+        }
+        // With the token as client token and in no other place: else the server loses the secret id.
+        let client = self.connection.client(&token);
+        let request = UnwrapRequest { token: None };
+        let mut data = match vaultrs::api::exec_with_result(&client, request).await {
+            Ok(data) => Wiped(data),
+            Err(error) if status_of(&error) == Some(400) => {
+                return Err(self.spend(token, used_or_expired()));
+            }
+            // Perhaps it is used up now; the next lookup tells.
+            Err(error) => return Err(wrapping_outage(&reduce(&error))),
+        };
+        let Some(Value::String(secret_id)) = data.0.get_mut("secret_id").map(Value::take) else {
+            let reason = "login: the wrapping token held no secret id".to_owned();
+            return Err(self.spend(token, VaultError::LoginRefused(reason)));
+        };
+        self.secret_id.unwrapped = Some(checked_token(&Zeroizing::new(secret_id))?);
+        self.spend(token, used_or_expired());
+        // It is good for nothing any more, so that this is tidiness, and no reason to fail.
+        if let Err(error) = off_thread(file, std::fs::remove_file).await {
+            tracing::warn!(reason = error, "the used wrapping token cannot be deleted");
+        }
+        Ok(())
+    }
+
+    fn spend(&mut self, token: Zeroizing<String>, reason: VaultError) -> VaultError {
+        self.secret_id.spent = Some((token, reason.clone()));
+        reason
+    }
+}
+
+fn used_or_expired() -> VaultError {
+    VaultError::LoginRefused(
+        "login: wrapping token used or expired: every start needs a fresh one".to_owned(),
+    )
+}
+
+fn wrapping_outage(reason: &VaultError) -> VaultError {
+    VaultError::Outage(format!("login: wrapping token: {reason}"))
+}
+
+/// The token in a file, without the blanks around it.
+pub(super) async fn read_token(file: &Path) -> Result<Zeroizing<String>, VaultError> {
+    // Bots are told this too: which file it is, the configuration knows.
+    let unreadable =
+        |error| VaultError::Outage(format!("the file of vault.auth cannot be read: {error}"));
+    let bytes = read(file).await.map_err(unreadable)?;
+    let text = std::str::from_utf8(&bytes).map_err(|_| not_a_token())?;
+    checked_token(text)
+}
+
+/// Trims a token, and refuses what the library would panic on.
+pub(super) fn checked_token(text: &str) -> Result<Zeroizing<String>, VaultError> {
+    let token = text.trim();
+    if token.is_empty() || !token.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(not_a_token());
+    }
+    Ok(Zeroizing::new(token.to_owned()))
+}
+
+fn not_a_token() -> VaultError {
+    VaultError::Outage("expected a token: one line of printable ASCII".to_owned())
+}
+
+async fn read(file: &Path) -> Result<Zeroizing<Vec<u8>>, String> {
+    off_thread(file, |file| std::fs::read(file).map(Zeroizing::new)).await
+}
+
+/// Off the broker's own thread: a file on a mount that hangs must not keep bots waiting.
+async fn off_thread<T: Send + 'static>(
+    file: &Path,
+    work: impl FnOnce(PathBuf) -> std::io::Result<T> + Send + 'static,
+) -> Result<T, String> {
+    let file = file.to_owned();
+    match tokio::task::spawn_blocking(|| work(file)).await {
+        Ok(Ok(done)) => Ok(done),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_is_one_line_of_printable_ascii() {
+        let checked = |text: &str| checked_token(text).map(|token| token.to_string());
+        assert_eq!(checked("s.fake\n"), Ok("s.fake".to_owned()));
+        for bad in ["", "\n", "a b", "a\nb", "é"] {
+            assert!(checked(bad).is_err(), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,344 @@
+//! The broker's own token: one login at a time, renewed, replaced before it ends, revoked at the stop.
+//!
+//! Whoever needs a token drives this: each poll of a key looks at the lease. A lease much shorter than the time between
+//! two polls is therefore not renewed, and a new login takes its place.
+
+use rustify::endpoint::Endpoint;
+use rustify::enums::{RequestMethod, RequestType, ResponseType};
+use serde_json::json;
+use tokio::time::Instant;
+use vaultrs::api::AuthInfo;
+use vaultrs::client::VaultClient;
+use vaultrs::error::ClientError;
+use zeroize::Zeroizing;
+
+use super::connection::{Connection, reduce, reduce_login, status_of};
+use super::credentials::{Identity, SecretId, checked_token, read_token};
+use super::lease::{Backoff, Due, Lease};
+use super::{Auth, Vault, VaultError};
+
+/// A token and the connection to use it on.
+pub(super) struct Pass {
+    pub(super) token: Zeroizing<String>,
+    connection: Connection,
+}
+
+impl Pass {
+    pub(super) fn client(&self) -> VaultClient {
+        self.connection.client(&self.token)
+    }
+}
+
+/// What is known of the broker's login.
+pub(super) struct Session {
+    pub(super) connection: Connection,
+    /// What `connection` shows Vault, where the login is by certificate.
+    pub(super) identity: Option<Identity>,
+    pub(super) secret_id: SecretId,
+    token: Option<Token>,
+    /// Grows with each login until a token is accepted, which the login itself does not prove.
+    backoff: Backoff,
+    next_login: Instant,
+    /// Why there is no token while no login may be tried.
+    failure: VaultError,
+    is_closed: bool,
+}
+
+/// A token of our own login.
+struct Token {
+    text: Zeroizing<String>,
+    lease: Lease,
+    /// Renewals in a row that were answered 403.
+    refusals: u32,
+    backoff: Backoff,
+}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Session(redacted)")
+    }
+}
+
+impl Session {
+    pub(super) fn new(connection: Connection) -> Self {
+        Self {
+            connection,
+            identity: None,
+            secret_id: SecretId::default(),
+            token: None,
+            backoff: Backoff::default(),
+            next_login: Instant::now(),
+            failure: not_accepted(),
+            is_closed: false,
+        }
+    }
+
+    fn due(&self) -> Due {
+        let due = |token: &Token| token.lease.due(Instant::now());
+        self.token.as_ref().map_or(Due::LogIn, due)
+    }
+
+    fn holds(&self, pass: &Pass) -> bool {
+        let token = self.token.as_ref();
+        token.is_some_and(|token| token.text == pass.token)
+    }
+
+    /// The connection has another certificate now, with which the token cannot be renewed.
+    pub(super) fn replace_token(&mut self) {
+        if let Some(token) = &mut self.token {
+            token.lease.give_up(Instant::now());
+        }
+        // The new certificate is no repetition of what failed with the old one.
+        self.next_login = Instant::now();
+    }
+}
+
+/// Vault takes logins, perhaps, but not their tokens.
+pub(super) fn not_accepted() -> VaultError {
+    VaultError::Outage(
+        "Vault does not accept the broker's token (403); is its address in token_bound_cidrs?"
+            .to_owned(),
+    )
+}
+
+impl Vault {
+    /// A token that should be valid.
+    pub(super) async fn pass(&self) -> Result<Pass, VaultError> {
+        if let Auth::TokenFile(file) = &self.settings.auth {
+            let token = read_token(file).await?;
+            let connection = self.session.lock().await.connection.clone();
+            return Ok(Pass { token, connection });
+        }
+        let mut session = self.session.lock().await;
+        if session.is_closed {
+            return Err(VaultError::Outage("the broker is stopping".to_owned()));
+        }
+        if let Auth::Cert {
+            certificate, key, ..
+        } = &self.settings.auth
+        {
+            self.follow_identity(&mut session, certificate, key).await?;
+        }
+        if session.due() == Due::Renew {
+            renew(&mut session).await;
+        }
+        if session.due() == Due::LogIn
+            && let Err(error) = self.log_in(&mut session).await
+        {
+            let has_ended = |token: &Token| token.lease.has_ended(Instant::now());
+            if session.token.as_ref().is_none_or(has_ended) {
+                session.token = None;
+                return Err(error);
+            }
+            tracing::warn!(reason = %error, "the broker's Vault token is about to end and no new one is to be had");
+        }
+        let connection = session.connection.clone();
+        match &session.token {
+            Some(token) => Ok(Pass {
+                token: token.text.clone(),
+                connection,
+            }),
+            None => Err(session.failure.clone()),
+        }
+    }
+
+    /// Vault has taken this token for good: the login that got it needs no backoff any more.
+    pub(super) async fn accepted(&self, pass: &Pass) {
+        let mut session = self.session.lock().await;
+        if session.holds(pass) {
+            session.backoff = Backoff::default();
+            session.next_login = Instant::now();
+        }
+    }
+
+    /// Gives up the login that got this token, unless another key has already logged in again.
+    pub(super) async fn forget(&self, pass: &Pass) {
+        let mut session = self.session.lock().await;
+        if session.holds(pass) {
+            session.token = None;
+        }
+    }
+
+    /// Revokes the token of our own login; nothing more can be read after that. A token file is its agent's affair.
+    ///
+    /// Takes no longer than one request may.
+    pub async fn close(&self) {
+        let revoke = async {
+            let mut session = self.session.lock().await;
+            session.is_closed = true;
+            let Some(token) = session.token.take() else {
+                return Ok(());
+            };
+            if token.lease.has_ended(Instant::now()) {
+                return Ok(());
+            }
+            let client = session.connection.client(&token.text);
+            let revoked = vaultrs::token::revoke_self(&client).await;
+            revoked.map_err(|error| reduce(&error))
+        };
+        let problem = match tokio::time::timeout(self.settings.timeout, revoke).await {
+            Ok(Ok(())) => return,
+            Ok(Err(problem)) => problem.to_string(),
+            Err(_) => "Vault did not answer in time".to_owned(),
+        };
+        tracing::warn!(reason = %problem, "the broker's Vault token is not revoked; it ends with its lease");
+    }
+
+    /// Gets a token in place of the one there is, which stays if that fails.
+    async fn log_in(&self, session: &mut Session) -> Result<(), VaultError> {
+        // Before it is sent, so that the lease is never thought longer than it is.
+        let start = Instant::now();
+        let found = match &self.settings.auth {
+            Auth::AppRole {
+                mount,
+                role_id,
+                secret_id_file,
+                wrapped_for: None,
+            } => {
+                let secret_id = read_token(secret_id_file).await?;
+                session.may_log_in()?;
+                let client = session.connection.client("");
+                vaultrs::auth::approle::login(&client, mount, role_id, &secret_id).await
+            }
+            Auth::AppRole {
+                mount,
+                role_id,
+                secret_id_file,
+                wrapped_for: Some(role),
+            } => {
+                session.may_log_in()?;
+                let path = format!("auth/{mount}/role/{role}/secret-id");
+                let secret_id = session.unwrapped(secret_id_file, &path).await;
+                let secret_id = secret_id.map_err(|error| session.failed(error))?;
+                let client = session.connection.client("");
+                vaultrs::auth::approle::login(&client, mount, role_id, &secret_id).await
+            }
+            Auth::Cert { mount, role, .. } => {
+                session.may_log_in()?;
+                let (mount, role) = (mount.clone(), role.clone());
+                let client = session.connection.client("");
+                vaultrs::api::auth(&client, CertLogin { mount, role }).await
+            }
+            Auth::Kubernetes {
+                mount,
+                role,
+                jwt_file,
+            } => {
+                let jwt = read_token(jwt_file).await?;
+                session.may_log_in()?;
+                let client = session.connection.client("");
+                vaultrs::auth::kubernetes::login(&client, mount, role, &jwt).await
+            }
+            // Never called for it: there is no login.
+            Auth::TokenFile(_) => return Err(not_accepted()),
+        };
+        session.take(start, found)
+    }
+}
+
+impl Session {
+    /// Counts a login; until the backoff is over there is none, but what the last one met.
+    fn may_log_in(&mut self) -> Result<(), VaultError> {
+        let now = Instant::now();
+        if now < self.next_login {
+            return Err(self.failure.clone());
+        }
+        self.next_login = now + self.backoff.wait();
+        Ok(())
+    }
+
+    fn failed(&mut self, error: VaultError) -> VaultError {
+        self.failure = error.clone();
+        error
+    }
+
+    fn take(
+        &mut self,
+        start: Instant,
+        found: Result<AuthInfo, ClientError>,
+    ) -> Result<(), VaultError> {
+        let found = found.map_err(|error| self.failed(reduce_login(&error)))?;
+        let text = checked_token(&Zeroizing::new(found.client_token))?;
+        let lease = Lease::new(start, found.lease_duration, found.renewable);
+        tracing::info!(
+            lease_s = found.lease_duration,
+            renewable = found.renewable,
+            "logged in to Vault"
+        );
+        self.failure = not_accepted();
+        self.token = Some(Token {
+            text,
+            lease,
+            refusals: 0,
+            backoff: Backoff::default(),
+        });
+        Ok(())
+    }
+}
+
+/// Renews the token there is. If that fails the token stays, and it is tried again later or given up.
+async fn renew(session: &mut Session) {
+    let Some(token) = &mut session.token else {
+        return;
+    };
+    let client = session.connection.client(&token.text);
+    let start = Instant::now();
+    // Without an increment: it could only ask for less than the role gives.
+    let found = match vaultrs::token::renew_self(&client, None).await {
+        Ok(found) => found,
+        Err(error) => {
+            let status = status_of(&error);
+            token.refusals = if status == Some(403) {
+                token.refusals + 1
+            } else {
+                0
+            };
+            // 400: not renewable after all, or the certificate is not that of the login.
+            if status == Some(400) || token.refusals == 2 {
+                token.lease.give_up(Instant::now());
+            } else {
+                token.lease.put_off(Instant::now() + token.backoff.wait());
+            }
+            tracing::warn!(reason = %reduce(&error), "the broker's Vault token is not renewed");
+            return;
+        }
+    };
+    drop(Zeroizing::new(found.client_token));
+    token.lease = token
+        .lease
+        .renewed(start, found.lease_duration, found.renewable);
+    token.refusals = 0;
+    token.backoff = Backoff::default();
+    tracing::debug!(
+        lease_s = found.lease_duration,
+        "the broker's Vault token is renewed"
+    );
+}
+
+/// `POST auth/<mount>/login`. The library has it too, but sends the role as `cert_name`, which servers do not read.
+struct CertLogin {
+    mount: String,
+    role: Option<String>,
+}
+
+impl Endpoint for CertLogin {
+    type Response = ();
+    const REQUEST_BODY_TYPE: RequestType = RequestType::JSON;
+    const RESPONSE_BODY_TYPE: ResponseType = ResponseType::JSON;
+
+    fn path(&self) -> String {
+        format!("/auth/{}/login", self.mount)
+    }
+
+    fn method(&self) -> RequestMethod {
+        RequestMethod::POST
+    }
+
+    fn body(&self) -> Result<Option<Vec<u8>>, rustify::errors::ClientError> {
+        let body = match &self.role {
+            Some(role) => json!({ "name": role }),
+            None => json!({}),
+        };
+        Ok(Some(body.to_string().into_bytes()))
+    }
+}
