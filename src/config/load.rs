@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustls::RootCertStore;
-use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
 use sha2::{Digest, Sha256};
@@ -15,6 +14,7 @@ use zeroize::Zeroizing;
 use super::{Config, Roots, TlsFiles};
 
 use crate::keyring::vault::Auth;
+use crate::pem::{self, PemProblem};
 use crate::policy::Policy;
 use crate::toml_file::{Problem, Problems};
 
@@ -58,6 +58,15 @@ impl Source {
             file: file.to_owned(),
             content: std::fs::read(file).map(Zeroizing::new),
         }
+    }
+
+    fn pem<T>(&self, parse: impl Fn(&[u8]) -> Result<T, PemProblem>) -> Result<T, String> {
+        let content = self.content.as_ref().map_err(ToString::to_string)?;
+        parse(content).map_err(|problem| problem.to_string())
+    }
+
+    fn unfit(&self, expected: &str, problem: &str) -> String {
+        format!("expected {expected} in {}: {problem}", self.file.display())
     }
 
     /// What stands in it, or that it cannot be read.
@@ -148,11 +157,9 @@ fn pair(
 ) -> Option<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)> {
     let certificates = pem_certificates(&format!("{section}.certificate"), chain, problems);
     let name = format!("{section}.key");
-    let der = pem(key).and_then(PrivateKeyDer::from_pem_slice);
-    let der = der
-        .map_err(|error| {
-            problems.add(&name, unreadable(key, "a private key as PEM", &error));
-        })
+    let der = key
+        .pem(pem::private_key)
+        .map_err(|error| problems.add(&name, key.unfit("a private key as PEM", &error)))
         .ok()?;
     let certificates = certificates?;
     let provider = rustls::crypto::aws_lc_rs::default_provider();
@@ -189,32 +196,15 @@ pub fn rules(source: &Source) -> Result<Policy, Vec<Problem>> {
     })
 }
 
-fn pem(source: &Source) -> Result<&[u8], pem::Error> {
-    match &source.content {
-        Ok(content) => Ok(content),
-        Err(error) => Err(pem::Error::Io(io::Error::new(
-            error.kind(),
-            error.to_string(),
-        ))),
-    }
-}
-
 fn pem_certificates(
     key: &str,
     source: &Source,
     problems: &Problems,
 ) -> Option<Vec<CertificateDer<'static>>> {
-    let found = pem(source)
-        .and_then(|text| CertificateDer::pem_slice_iter(text).collect::<Result<Vec<_>, _>>());
-    match found {
-        Ok(found) if !found.is_empty() => return Some(found),
-        Ok(_) => problems.add(
-            key,
-            format_args!("{} holds no certificate", source.file.display()),
-        ),
-        Err(error) => problems.add(key, unreadable(source, "certificates as PEM", &error)),
-    }
-    None
+    source
+        .pem(pem::certificates)
+        .map_err(|error| problems.add(key, source.unfit("certificates as PEM", &error)))
+        .ok()
 }
 
 /// When the certificate ends (Unix time in milliseconds), or what would make every bot refuse it.
@@ -274,8 +264,4 @@ fn root_file(key: &str, source: &Source, problems: &Problems) -> Option<RootCert
         }
     }
     Some(store)
-}
-
-fn unreadable(source: &Source, expected: &str, error: &dyn std::error::Error) -> String {
-    format!("expected {expected} in {}: {error}", source.file.display())
 }

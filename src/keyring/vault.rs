@@ -27,7 +27,7 @@ use vaultrs::client::VaultClient;
 use vaultrs::error::ClientError;
 use zeroize::{Zeroize, Zeroizing};
 
-use self::connection::{Connection, caught_up, reduce};
+use self::connection::{Connection, caught_up, is_by_policy, reduce};
 use self::login::{Pass, Session};
 use crate::ids::{AccountId, KeyName};
 use crate::kucoin::{Key, KeyVersion};

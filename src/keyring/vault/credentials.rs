@@ -4,8 +4,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustls::ClientConfig;
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use serde_json::Value;
 use vaultrs::api::sys::requests::UnwrapRequest;
@@ -14,6 +12,7 @@ use zeroize::Zeroizing;
 use super::connection::{Connection, reduce, status_of};
 use super::login::Session;
 use super::{Vault, VaultError, Wiped};
+use crate::pem;
 
 /// The secret id of a wrapping token, which can be had only once.
 #[derive(Default)]
@@ -33,9 +32,8 @@ pub(super) struct Identity {
 impl Identity {
     /// `base` with this certificate for the client.
     fn tls(&self, base: &ClientConfig) -> Result<ClientConfig, String> {
-        let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&self.certificate).collect();
-        let chain = chain.map_err(|error| error.to_string())?;
-        let key = PrivateKeyDer::from_pem_slice(&self.key).map_err(|error| error.to_string())?;
+        let chain = pem::certificates(&self.certificate).map_err(|error| error.to_string())?;
+        let key = pem::private_key(&self.key).map_err(|error| error.to_string())?;
         let pair = CertifiedKey::from_der(chain, key, base.crypto_provider());
         let pair = pair.map_err(|error| error.to_string())?;
         let mut tls = base.clone();
