@@ -11,7 +11,7 @@ pub mod probes;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use futures_util::FutureExt;
@@ -116,6 +116,15 @@ struct Progress {
     gate: Gate,
     permit: OnceLock<Permit>,
     recorded: OnceLock<()>,
+    /// An answer that the exchange has given, while the broker sees whether a better one is to be had.
+    refused: Mutex<Option<Receipt>>,
+}
+
+impl Progress {
+    fn keep(&self, refused: Option<Receipt>) -> Option<Receipt> {
+        let mut kept = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut *kept, refused)
+    }
 }
 
 impl Broker {
@@ -131,7 +140,7 @@ impl Broker {
 
     /// May this bot do this? On file before it leaves; then sent, and once more where that can do no harm.
     async fn attempt(
-        &self,
+        self: &Arc<Self>,
         call: &Call,
         number: u64,
         progress: &Progress,
@@ -146,8 +155,21 @@ impl Broker {
             .audit
             .intent(&caller(call, number), permit, &call.request)?;
         let _ = progress.recorded.set(());
-        let first = self.send(call, permit, &recorded, &progress.gate).await;
-        if !self.may_go_again(&first, permit, &progress.gate).await {
+        let mut first = self.send(call, permit, &recorded, &progress.gate).await;
+        if let Ok(receipt) = &first
+            && is_timestamp_refused(&receipt.answer)
+        {
+            // Whoever runs out of time meanwhile is told this answer.
+            progress.keep(first.ok());
+            let is_known = self.refuted(permit.destination()).await;
+            first = progress.keep(None).ok_or(BrokerError::AnswerLate);
+            if !is_known {
+                return first;
+            }
+        } else if !may_go_again(&first, permit, &progress.gate) {
+            return first;
+        }
+        if self.check_surroundings(permit).is_err() {
             return first;
         }
         match self.send(call, permit, &recorded, &progress.gate).await {
@@ -230,8 +252,10 @@ impl Broker {
     fn heed(&self, permit: &Permit, answer: &Answer) {
         match answer.code.as_str() {
             ADDRESS_REFUSED => {
-                let seen = question::address_in(&answer.msg).map(|address| address.to_string());
+                let seen = question::address_in(&answer.msg);
+                self.proof.refused(seen, self.clock.boot());
                 self.metrics.address_refused();
+                let seen = seen.map(|address| address.to_string());
                 tracing::error!(
                     account.id = %permit.account().id,
                     seen,
@@ -239,29 +263,11 @@ impl Broker {
                 );
                 self.doubts.address();
             }
-            TIMESTAMP_REFUSED => self.metrics.timestamp_refused(),
+            TIMESTAMP_REFUSED => {
+                self.metrics.timestamp_refused();
+                self.doubts.time();
+            }
             _ => {}
-        }
-    }
-
-    /// What was provably not executed, unless the bot has been told otherwise, and what may be executed twice.
-    async fn may_go_again(
-        &self,
-        first: &Result<Receipt, BrokerError>,
-        permit: &Permit,
-        gate: &Gate,
-    ) -> bool {
-        match first {
-            // The exchange executed nothing; its time is asked for, and the request signed anew.
-            Ok(receipt) if receipt.answer.code == TIMESTAMP_REFUSED => {
-                gate.hand_back() && self.measure(permit.destination(), true).await.is_ok()
-            }
-            Err(BrokerError::Connect(_)) => true,
-            Err(BrokerError::Send(SendError::HandedBack(_))) => gate.hand_back(),
-            Err(BrokerError::Send(SendError::AnswerLost(_) | SendError::AnswerTimeout(_))) => {
-                permit.is_idempotent()
-            }
-            _ => false,
         }
     }
 
@@ -292,14 +298,14 @@ impl Broker {
             () = self.calls.give_up.cancelled() => BrokerError::ShuttingDown,
         };
         let is_sent = progress.gate.close();
-        let ended = Err(if is_sent {
-            BrokerError::AnswerLate
-        } else {
-            cut_short
-        });
+        let (ended, goes_on) = match progress.keep(None) {
+            Some(refused) => (Ok(refused), false),
+            None if is_sent => (Err(BrokerError::AnswerLate), true),
+            None => (Err(cut_short), false),
+        };
         self.settle(&call, number, &progress, &ended, "outcome");
         let _ = tell.send(ended);
-        if is_sent {
+        if goes_on {
             // The bot has its answer; the request goes on, and what is learnt of it is recorded too.
             let late = tokio::select! {
                 late = &mut attempt => late,
@@ -363,10 +369,16 @@ impl Broker {
         }
     }
 
-    /// Records a call that never became one (malformed, one too many), and returns the error for its bot.
+    /// Records a call that never became one (malformed, one too many), and returns the error for its bot. Of refusals
+    /// that cost their bot nothing only so many are recorded.
     pub fn refuse(&self, bot: &BotId, request_id: &RequestId, error: BrokerError) -> BrokerError {
-        let number = self.calls.count.fetch_add(1, Ordering::Relaxed);
         let reason = error.reason();
+        self.metrics.request(None, reason.outcome(), Some(reason));
+        let is_cheap = !matches!(error, BrokerError::Malformed(_));
+        if is_cheap && !self.admission.is_recorded(bot, self.clock.boot()) {
+            return error;
+        }
+        let number = self.calls.count.fetch_add(1, Ordering::Relaxed);
         let detail = error.for_the_record();
         tracing::info!(request.id = %request_id, bot.id = %bot, outcome = %reason.outcome(), %reason, detail, "call ended");
         let ending = Ending {
@@ -382,7 +394,6 @@ impl Broker {
             place: None,
         };
         self.audit.denied(&caller, None, &ending);
-        self.metrics.request(None, reason.outcome(), Some(reason));
         error
     }
 
@@ -406,6 +417,24 @@ impl Broker {
     pub fn is_draining(&self) -> bool {
         self.calls.tasks.is_closed()
     }
+}
+
+/// What was provably not sent, unless the bot has been told otherwise, and what may be executed twice.
+fn may_go_again(first: &Result<Receipt, BrokerError>, permit: &Permit, gate: &Gate) -> bool {
+    match first {
+        Err(BrokerError::Connect(_)) => true,
+        Err(BrokerError::Send(SendError::HandedBack(_))) => gate.hand_back(),
+        Err(BrokerError::Send(SendError::AnswerLost(_) | SendError::AnswerTimeout(_))) => {
+            permit.is_idempotent()
+        }
+        _ => false,
+    }
+}
+
+/// The exchange executed nothing, and will take the same request with another time. A gateway that only quotes the code
+/// says nothing of the kind.
+fn is_timestamp_refused(answer: &Answer) -> bool {
+    answer.code == TIMESTAMP_REFUSED && answer.outcome == Outcome::Rejected
 }
 
 fn is_unsent(error: &BrokerError) -> bool {

@@ -16,6 +16,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use crate::kucoin::{Host, Site};
 use offset::Offset;
+pub(crate) use offset::WITNESSES_APART;
 pub use offset::{Measured, Sample};
 
 /// From here on the exchange could refuse a signature: it takes timestamps less than 5 s off, and the request has still

@@ -233,9 +233,9 @@ fn limits(section: &mut Section) -> Limits {
     let admission_limits = AdmissionLimits {
         calls: count("calls_in_flight", 1024, 100_000),
         calls_per_bot: count("calls_in_flight_per_bot", 256, 100_000),
+        connections: count("connections", 8192, 1_000_000),
         connections_per_bot: count("connections_per_bot", 64, 100_000),
     };
-    let connections = count("connections", 8192, 1_000_000);
     let mut millis =
         |key, default, most| Duration::from_millis(section.number(key, default, 1..=most));
     let handshake = millis("handshake_timeout_ms", 5000, 60_000);
@@ -252,7 +252,6 @@ fn limits(section: &mut Section) -> Limits {
     Limits {
         request: request_limits,
         connection: ConnectionLimits {
-            connections,
             handshake,
             request,
             idle,

@@ -7,7 +7,7 @@
 mod pool;
 pub mod proof;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -181,18 +181,15 @@ impl Egress {
         }
     }
 
-    /// Hosts whose name has never been resolved.
-    pub fn unresolved(&self) -> Vec<String> {
-        let unresolved = |destination: &&Arc<Destination>| destination.addresses().is_empty();
-        let mut names: Vec<_> = self
-            .destinations
-            .values()
-            .filter(unresolved)
+    /// Those of `places` whose name has never been resolved.
+    pub fn unresolved(&self, places: &BTreeSet<(Site, Host)>) -> BTreeSet<String> {
+        let of_place = |place| self.destinations.get(place);
+        places
+            .iter()
+            .filter_map(of_place)
+            .filter(|destination| destination.addresses().is_empty())
             .map(|destination| destination.origin.name.clone())
-            .collect();
-        names.sort();
-        names.dedup();
-        names
+            .collect()
     }
 
     /// A connection ready for one request: a warm one, or a new one.

@@ -7,7 +7,7 @@ pub mod explain;
 pub mod file;
 pub mod warnings;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -246,6 +246,16 @@ impl Policy {
     /// All accounts, by name.
     pub fn accounts(&self) -> impl Iterator<Item = &Arc<Account>> {
         self.accounts.values()
+    }
+
+    /// The hosts that accounts have keys for: those whose time matters.
+    pub fn places(&self) -> BTreeSet<(Site, Host)> {
+        let of_account = |account: &Arc<Account>| {
+            let site = account.site;
+            let scopes: Vec<_> = account.keys.keys().copied().collect();
+            scopes.into_iter().map(move |scope| (site, scope.host()))
+        };
+        self.accounts().flat_map(of_account).collect()
     }
 
     /// Whether `bot` may send `request`.

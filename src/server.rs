@@ -17,8 +17,8 @@ use std::time::Duration;
 use rustls::crypto::CryptoProvider;
 use rustls::{ClientConfig, RootCertStore};
 use tokio::net::TcpListener;
-use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tonic::service::Routes;
 
@@ -96,8 +96,9 @@ pub struct Server {
     readiness: watch::Receiver<Readiness>,
     drain_timeout: Duration,
     stop: watch::Sender<bool>,
-    serving: JoinHandle<()>,
-    background: Vec<JoinHandle<()>>,
+    /// Tells when the last connection of a bot has ended.
+    serving: oneshot::Receiver<()>,
+    background: JoinSet<&'static str>,
     /// Held while the broker runs, so that no second one uses the folder.
     _lock: File,
 }
@@ -115,6 +116,10 @@ impl Server {
     ///
     /// # Errors
     /// As [`Server::start`].
+    #[expect(
+        clippy::too_many_lines,
+        reason = "everything is put together here, each part after what it needs"
+    )]
     pub async fn start_on(config: Config, clock: Clock) -> Result<Self, StartError> {
         let clock = Arc::new(clock);
         let watched = (Source::read(&config.rules), tls_sources(&config.tls));
@@ -126,14 +131,11 @@ impl Server {
         } = load(&config, clock.wall_ms()).map_err(StartError::Config)?;
         let lock = lock(&config.state_dir)?;
         let metrics = Arc::new(Metrics::default());
-        let audit = Audit::open(&config.audit_file, Arc::clone(&clock), Arc::clone(&metrics))
-            .map_err(|error| StartError::Audit(config.audit_file.display().to_string(), error))?;
+        let audit = open_audit(&config.audit_file, &clock, &metrics)?;
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let egress = egress(config.egress, config.origins, egress_roots, &provider)?;
-        let vault = Vault::new(config.vault, client_tls(vault_roots, &provider)?)
-            .map_err(|error| StartError::Tls(Box::new(error)))?;
-        let vault = Arc::new(vault);
-
+        let vault = Vault::new(config.vault, client_tls(vault_roots, &provider)?);
+        let vault = Arc::new(vault.map_err(|error| StartError::Tls(Box::new(error)))?);
         metrics.certificate_ends(certificates.not_after_ms);
         let (set_tls, tls) =
             watch::channel(Arc::new(Tls::new(certificates, 0, &provider, &metrics)?));
@@ -143,14 +145,14 @@ impl Server {
 
         let keyring = Arc::new(Keyring::new(Arc::clone(&clock)));
         keyring.add(policy.accounts());
-        egress.start().await;
-        let refresher = Refresher::new(
+        let (ring, asked, counted) = (
             Arc::clone(&keyring),
             Arc::clone(&vault),
             Arc::clone(&metrics),
-            config.vault_poll,
         );
+        let refresher = Refresher::new(ring, asked, counted, config.vault_poll);
         refresher.follow();
+        egress.start().await;
         let policy = Arc::new(policy);
         let broker = Arc::new(Broker {
             policy: RwLock::new(Arc::clone(&policy)),
@@ -186,7 +188,6 @@ impl Server {
             limits: config.connection_limits,
             stopping,
         };
-        let serving = tokio::spawn(listener.serve(grpc_listener));
         let (tell_problems, problems) = watch::channel(FileProblems::new());
         let reloader = Reloader {
             broker: Arc::clone(&broker),
@@ -197,13 +198,24 @@ impl Server {
             tls_files: config.tls,
             tls: set_tls,
             problems: tell_problems,
+            client_ca: watched.1[2].digest(),
+            keep_until: None,
         };
         let (tell_readiness, told_readiness) = watch::channel(readiness(&broker));
-        let background = vec![
-            tokio::spawn(reloader.run(config.reload_every, watched.0, watched.1)),
-            tokio::spawn(ops::serve(ops_listener, Arc::clone(&broker), problems)),
-            tokio::spawn(report_health(Arc::clone(&broker), health, tell_readiness)),
-        ];
+        let health = report_health(Arc::clone(&broker), health, tell_readiness);
+        let mut background = JoinSet::new();
+        background.spawn(named(
+            "ops listener",
+            ops::serve(ops_listener, Arc::clone(&broker), problems),
+        ));
+        background.spawn(named("health service", health));
+        let reloads = reloader.run(config.reload_every, watched.0, watched.1);
+        background.spawn(named("look at changed files", reloads));
+        let (bots_are_served, serving) = oneshot::channel();
+        background.spawn(named("bots' listener", async move {
+            listener.serve(grpc_listener).await;
+            let _ = bots_are_served.send(());
+        }));
         tracing::info!(%grpc, %ops, "listening");
         let drain_timeout = config.drain_timeout;
         Ok(Self {
@@ -225,6 +237,16 @@ impl Server {
         self.readiness.clone()
     }
 
+    /// Returns when a part of the broker that never ends has ended: a defect, after which it had better be started anew.
+    pub async fn failed(&mut self) -> String {
+        match self.background.join_next().await {
+            Some(Ok(name)) => format!("{name}: ended"),
+            Some(Err(error)) => error.to_string(),
+            // There are always some.
+            None => "nothing is left".to_owned(),
+        }
+    }
+
     /// Stops: takes no new calls, finishes those in flight, writes their outcomes.
     ///
     /// Returns how many calls ended with nobody knowing whether they were executed.
@@ -238,13 +260,19 @@ impl Server {
     }
 }
 
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.serving.abort();
-        for task in &self.background {
-            task.abort();
-        }
-    }
+/// A task of the background, by name.
+async fn named(name: &'static str, task: impl Future<Output = ()>) -> &'static str {
+    task.await;
+    name
+}
+
+fn open_audit(
+    file: &Path,
+    clock: &Arc<Clock>,
+    metrics: &Arc<Metrics>,
+) -> Result<Arc<Audit>, StartError> {
+    Audit::open(file, Arc::clone(clock), Arc::clone(metrics))
+        .map_err(|error| StartError::Audit(file.display().to_string(), error))
 }
 
 /// The way to the exchange.

@@ -255,7 +255,8 @@ impl Metrics {
         self.certificates_refused.inc();
     }
 
-    /// Counts a connection that was not served: `handshake`, `certificate`, `bot` or `many` at once, `descriptors`.
+    /// Counts a connection that was not served: `handshake`, `handshakes`
+    /// (too many at once), `certificate`, `bot` (one too many), `many` (far more), `descriptors`.
     pub fn connection_refused(&self, reason: &'static str) {
         let reason = Word(reason);
         self.connections_refused
@@ -296,21 +297,30 @@ impl Metrics {
         self.audit_failures.inc();
     }
 
-    /// Counts a changed file, and keeps whether it could be used.
-    pub fn reloaded(&self, file: &'static str, outcome: &'static str, is_unusable: bool) {
-        let file = Word(file);
-        self.files_unusable
-            .get_or_create(&FileLabels { file: file.clone() })
-            .set(i64::from(is_unusable));
-        let outcome = Word(outcome);
+    /// Counts a changed file by what became of it: `taken` or `refused`.
+    pub fn reloaded(&self, file: &'static str, outcome: &'static str) {
+        let (file, outcome) = (Word(file), Word(outcome));
         self.reloads
             .get_or_create(&ReloadLabels { file, outcome })
             .inc();
     }
 
+    /// Keeps whether a changed file cannot be used.
+    pub fn file_unusable(&self, file: &'static str, is_unusable: bool) {
+        let file = Word(file);
+        self.files_unusable
+            .get_or_create(&FileLabels { file })
+            .set(i64::from(is_unusable));
+    }
+
     /// Keeps when the server certificate ends: Unix time in milliseconds.
     pub fn certificate_ends(&self, not_after_ms: i64) {
         self.certificate_ends.set(not_after_ms / 1000);
+    }
+
+    /// Whether the server certificate has ended at `now_ms`, Unix time in milliseconds.
+    pub fn has_certificate_ended(&self, now_ms: i64) -> bool {
+        self.certificate_ends.get() < now_ms / 1000
     }
 
     /// Text for Prometheus: what has been counted, then `states`, which are read at this moment.

@@ -19,6 +19,13 @@ use crate::outcome::Outcome;
 /// How long before the bot's deadline the answer is given at the latest, so that it arrives before the transport's.
 const DEADLINE_MARGIN: Duration = Duration::from_millis(50);
 
+/// The path of the one method.
+pub const SIGN_AND_SEND: &str = "/credbroker.v1.Broker/SignAndSend";
+
+/// When the head of a call was there; its body may have taken time, and the bot's deadline counts from here.
+#[derive(Clone, Copy, Debug)]
+pub struct Arrived(pub Instant);
+
 /// The service.
 #[derive(Debug)]
 pub struct GrpcApi {
@@ -42,10 +49,10 @@ impl GrpcApi {
         bot: BotId,
         message: proto::SignAndSendRequest,
         id: &RequestId,
+        arrived: Instant,
         limit: Duration,
         slot: Option<CallSlot>,
     ) -> Result<Receipt, BrokerError> {
-        let arrived = Instant::now();
         let request = unsigned_request(message, id, &self.limits).map_err(|problems| {
             self.broker
                 .refuse(&bot, id, BrokerError::Malformed(problems))
@@ -71,6 +78,8 @@ impl BrokerRpc for GrpcApi {
     ) -> Result<Response<proto::SignAndSendResponse>, Status> {
         let bot = request.extensions().get::<BotId>().cloned();
         let slot = request.extensions().get::<CallSlot>().cloned();
+        let arrived = request.extensions().get::<Arrived>();
+        let arrived = arrived.map_or_else(Instant::now, |arrived| arrived.0);
         let limit = time_limit(request.metadata()).unwrap_or(self.default_deadline);
         let message = request.into_inner();
         // A bad id is reported with the other fields, under an id of ours.
@@ -80,7 +89,7 @@ impl BrokerRpc for GrpcApi {
             .unwrap_or_else(|_| RequestId::random());
         // The listener lets no connection in without a bot's certificate.
         let bot = bot.ok_or_else(|| status(&BrokerError::Internal, &id))?;
-        match caught(self.answer(bot, message, &id, limit, slot)).await {
+        match caught(self.answer(bot, message, &id, arrived, limit, slot)).await {
             Ok(receipt) => Ok(Response::new(response(receipt, &id))),
             Err(error) => Err(status(&error, &id)),
         }

@@ -1,14 +1,10 @@
 //! How the broker is, at this moment: whether it is ready, what is wrong, and its state as gauges.
 
-use std::collections::BTreeSet;
-use std::sync::Arc;
-
 use crate::broker::Broker;
-use crate::clock::{ExchangeTime, Place};
+use crate::clock::ExchangeTime;
 use crate::config::FileProblems;
 use crate::egress::proof::ProofStatus;
 use crate::keyring::{KeyStatus, Slot};
-use crate::policy::Account;
 use crate::process::hardened;
 use crate::telemetry::State;
 
@@ -49,13 +45,14 @@ pub fn readiness(broker: &Broker) -> Readiness {
             } => {
                 let serves = |problem| format!("{name}: version {version} serves on: {problem}");
                 reasons.extend(problem.map(serves));
-                if let Some(outage) = outage {
+                if outage.is_some() || key.is_too_old {
                     let age_s = key.age.unwrap_or_default().as_secs();
                     let what = if key.is_too_old {
                         "too old for what adds risk"
                     } else {
                         "serves on"
                     };
+                    let outage = outage.unwrap_or_else(|| "it is being asked now".to_owned());
                     reasons.push(format!(
                         "{name}: {what}; Vault last confirmed it {age_s} s ago: {outage}"
                     ));
@@ -67,7 +64,11 @@ pub fn readiness(broker: &Broker) -> Readiness {
             }
         }
     }
-    for host in broker.egress.unresolved() {
+    if broker.metrics.has_certificate_ended(broker.clock.wall_ms()) {
+        is_ready = false;
+        reasons.push("the server certificate has ended; put a new one in its place".to_owned());
+    }
+    for host in broker.egress.unresolved(&broker.policy().places()) {
         is_ready = false;
         reasons.push(format!("exchange: the name {host} has not been resolved"));
     }
@@ -82,28 +83,13 @@ pub fn readiness(broker: &Broker) -> Readiness {
         let failure = failure.map(|failure| format!(" (last question: {failure})"));
         reasons.push(format!("egress: {mismatch}{}", failure.unwrap_or_default()));
     }
-    for (site, host) in places(broker) {
+    for (site, host) in broker.policy().places() {
         if let Err(uncertain) = broker.clock.check((site, host)) {
             is_ready = false;
             reasons.push(format!("clock {site}/{}: {uncertain}", host.as_str()));
         }
     }
     Readiness { is_ready, reasons }
-}
-
-/// The hosts whose time matters: those that accounts sign for.
-fn places(broker: &Broker) -> BTreeSet<Place> {
-    let policy = broker.policy();
-    let of_account = |account: &Arc<Account>| {
-        let site = account.site;
-        let hosts: Vec<_> = account
-            .keys
-            .keys()
-            .map(|scope| (site, scope.host()))
-            .collect();
-        hosts
-    };
-    policy.accounts().flat_map(of_account).collect()
 }
 
 /// What is in force, beside what is wrong: for `/readyz?verbose`.
@@ -119,7 +105,12 @@ pub fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
             ));
         }
     }
-    let ProofStatus { seen, failure, .. } = broker.proof.status();
+    let ProofStatus {
+        seen,
+        failure,
+        refused,
+        ..
+    } = broker.proof.status();
     let now = broker.clock.boot();
     if let Some((address, at)) = seen {
         let age_s = now.saturating_sub(at).as_secs();
@@ -128,7 +119,15 @@ pub fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
     lines.extend(
         failure.map(|failure| format!("egress: the last question got no answer: {failure}")),
     );
-    for place in places(broker) {
+    if let Some((address, at)) = refused {
+        let address =
+            address.map_or_else(|| "our address".to_owned(), |address| address.to_string());
+        let age_s = now.saturating_sub(at).as_secs();
+        lines.push(format!(
+            "egress: the exchange refused {address} for a key {age_s} s ago (400006): is it on the key's whitelist?"
+        ));
+    }
+    for place in broker.policy().places() {
         let time = broker.clock.exchange(place);
         if let (Some(uncertainty), Some(age)) = (time.uncertainty, time.age) {
             lines.push(format!(
@@ -207,7 +206,9 @@ fn of_keys(keys: &[KeyStatus]) -> [State; 3] {
 
 fn of_clock(broker: &Broker) -> [State; 3] {
     let wall_ms = broker.clock.wall_ms();
-    let times: Vec<_> = places(broker)
+    let times: Vec<_> = broker
+        .policy()
+        .places()
         .into_iter()
         .map(|place| (place, broker.clock.exchange(place)))
         .collect();
@@ -272,13 +273,23 @@ fn of_egress(broker: &Broker) -> [State; 3] {
     ]
 }
 
-fn of_process(broker: &Broker) -> [State; 3] {
+fn of_process(broker: &Broker) -> [State; 5] {
     let (connections, calls) = broker.admission.now();
     [
         State::known(
             "memory_locked",
             "1 while memory cannot be swapped out",
             hardened().map(|process| flag(process.is_locked)),
+        ),
+        State::known(
+            "undumpable",
+            "1 while nobody but root can read the process's memory",
+            hardened().map(|process| flag(process.is_undumpable)),
+        ),
+        State::known(
+            "descriptors_limit",
+            "Files and connections that the process may have open",
+            hardened().map(|process| count(process.descriptors)),
         ),
         State::single(
             "connections",

@@ -2,12 +2,17 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use super::Overload;
 use crate::ids::BotId;
 
-/// So many connections beyond a bot's limit are kept open for a moment, to tell it why; any more are closed.
+/// So many connections beyond a limit are kept open for a moment, to tell why; any more are closed.
 const TURNED_AWAY: usize = 8;
+
+/// So many refusals of one bot are recorded in one second; the rest is only counted. A bot in a loop must not fill the
+/// disk that every order needs.
+const RECORDED_PER_SECOND: u32 = 20;
 
 /// The limits.
 #[derive(Clone, Copy, Debug)]
@@ -16,6 +21,8 @@ pub struct AdmissionLimits {
     pub calls: usize,
     /// Calls in flight of one bot.
     pub calls_per_bot: usize,
+    /// Connections over all bots.
+    pub connections: usize,
     /// Connections of one bot.
     pub connections_per_bot: usize,
 }
@@ -30,6 +37,7 @@ pub struct Admission {
 #[derive(Debug, Default)]
 struct Counts {
     bots: HashMap<BotId, OfBot>,
+    refusals: HashMap<BotId, Refusals>,
     calls: usize,
     connections: usize,
 }
@@ -38,6 +46,13 @@ struct Counts {
 struct OfBot {
     calls: usize,
     connections: usize,
+}
+
+/// Refusals of one bot in one second.
+#[derive(Clone, Copy, Debug, Default)]
+struct Refusals {
+    second: u64,
+    count: u32,
 }
 
 /// What may become of a connection.
@@ -78,19 +93,23 @@ impl Admission {
     /// Takes a connection of `bot` in; `None` when there are so many that not even telling it helps.
     pub fn connection(self: &Arc<Self>, bot: &BotId) -> Option<Admitted> {
         let mut counts = self.counts();
-        let of_bot = counts.bots.entry(bot.clone()).or_default();
-        let limit = self.limits.connections_per_bot;
-        if of_bot.connections >= limit + TURNED_AWAY {
+        let of_all = counts.connections;
+        let of_bot = counts.bots.get(bot).map_or(0, |bot| bot.connections);
+        let limits = &self.limits;
+        if of_bot >= limits.connections_per_bot + TURNED_AWAY
+            || of_all >= limits.connections + TURNED_AWAY
+        {
             return None;
         }
-        of_bot.connections += 1;
-        let is_served = of_bot.connections <= limit;
+        counts.bots.entry(bot.clone()).or_default().connections += 1;
         counts.connections += 1;
         let slot = ConnectionSlot(self.holder(bot));
-        Some(if is_served {
-            Admitted::Served(slot)
+        Some(if of_bot >= limits.connections_per_bot {
+            Admitted::TurnedAway(slot, Overload::ConnectionsOfBot(limits.connections_per_bot))
+        } else if of_all >= limits.connections {
+            Admitted::TurnedAway(slot, Overload::Connections(limits.connections))
         } else {
-            Admitted::TurnedAway(slot, Overload::ConnectionsOfBot(limit))
+            Admitted::Served(slot)
         })
     }
 
@@ -110,6 +129,20 @@ impl Admission {
         of_bot.calls += 1;
         counts.calls += 1;
         Ok(CallSlot(Arc::new(CallHolder(self.holder(bot)))))
+    }
+
+    /// Whether one more refusal of `bot` is recorded at `now` (time since boot), or only counted.
+    pub fn is_recorded(&self, bot: &BotId, now: Duration) -> bool {
+        let mut counts = self.counts();
+        let second = now.as_secs();
+        // Whoever has been quiet for a second starts anew.
+        counts
+            .refusals
+            .retain(|_, refusals| refusals.second == second);
+        let refusals = counts.refusals.entry(bot.clone()).or_default();
+        refusals.second = second;
+        refusals.count = refusals.count.saturating_add(1);
+        refusals.count <= RECORDED_PER_SECOND
     }
 
     /// Connections and calls of now.
@@ -175,6 +208,7 @@ mod tests {
         let admission = Admission::new(AdmissionLimits {
             calls: 3,
             calls_per_bot: 2,
+            connections: 100,
             connections_per_bot: 1,
         });
         let (one, two): (BotId, BotId) = ("one".parse().unwrap(), "two".parse().unwrap());
@@ -208,5 +242,21 @@ mod tests {
         drop((served, turned, second, others));
         assert_eq!(admission.now(), (0, 0));
         assert!(admission.counts().bots.is_empty());
+    }
+
+    #[test]
+    fn only_so_many_refusals_of_a_bot_are_recorded_in_one_second() {
+        let admission = Admission::new(AdmissionLimits {
+            calls: 1,
+            calls_per_bot: 1,
+            connections: 1,
+            connections_per_bot: 1,
+        });
+        let (one, two): (BotId, BotId) = ("one".parse().unwrap(), "two".parse().unwrap());
+        let recorded = |bot, ms| admission.is_recorded(bot, Duration::from_millis(ms));
+        let of_hundred = (0..100).filter(|_| recorded(&one, 1500)).count();
+        assert_eq!(of_hundred, 20);
+        assert!(recorded(&two, 1500), "another bot's are");
+        assert!(recorded(&one, 2000), "and those of the next second");
     }
 }

@@ -82,6 +82,9 @@ pub enum Overload {
         "this bot has {0} calls in flight, and no more are allowed (limits.calls_in_flight_per_bot); nothing was sent"
     )]
     CallsOfBot(usize),
+    /// Connections, over all bots.
+    #[error("{0} connections are open, and no more fit (limits.connections); nothing was sent")]
+    Connections(usize),
     /// Connections of this bot.
     #[error(
         "this bot has {0} connections open, and no more are allowed (limits.connections_per_bot); share one; nothing was sent"

@@ -3,15 +3,16 @@
 //! They go the way that orders go. A host is asked at start and every half minute for the time, the spot host every few
 //! minutes for the address; at once when an answer to a bot gives reason to doubt what is known.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::time::{sleep, timeout};
 
 use super::Broker;
-use crate::clock::{Measured, Place, Sample};
+use crate::clock::{Measured, Place, Sample, WITNESSES_APART};
 use crate::egress::{ConnectError, SendError};
 use crate::kucoin::Host;
 use crate::kucoin::question::{self, Question};
@@ -22,6 +23,9 @@ const TIME_EVERY: Duration = Duration::from_secs(30);
 
 /// How soon after an answer that could not be believed; long enough for an answer from a cache to show itself.
 const DOUBT_AFTER: Duration = Duration::from_secs(1);
+
+/// How often the address is asked for while it is not the expected one.
+const MISMATCH_EVERY: Duration = Duration::from_secs(5);
 
 /// First and longest wait after a failure; each failure doubles it.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(30));
@@ -34,9 +38,15 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(3);
 pub struct Doubts {
     address: Notify,
     time: Notify,
+    /// Hosts that have refused a timestamp and are being asked, with the answer whether their time is known now.
+    refuted: Mutex<BTreeMap<Place, watch::Receiver<Option<bool>>>>,
 }
 
 impl Doubts {
+    fn refuted(&self) -> std::sync::MutexGuard<'_, BTreeMap<Place, watch::Receiver<Option<bool>>>> {
+        self.refuted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The address may have changed.
     pub fn address(&self) {
         self.address.notify_one();
@@ -72,7 +82,7 @@ pub async fn watch_time(broker: Arc<Broker>, place: Place) {
         // Before the question, so that a doubt that comes up meanwhile is not missed.
         let doubt = broker.doubts.time.notified();
         let wait = match broker.measure(place, false).await {
-            Ok(Measured::Implausible(_)) => DOUBT_AFTER,
+            Ok(Measured::Absurd | Measured::Implausible(_)) => DOUBT_AFTER,
             Ok(_) => {
                 backoff = BACKOFF.0;
                 TIME_EVERY.mul_f64(0.9 + 0.2 * fastrand::f64())
@@ -94,7 +104,11 @@ pub async fn watch_address(broker: Arc<Broker>, every: Duration) {
         let wait = match broker.prove((site.unwrap_or_default(), Host::Spot)).await {
             Ok(()) => {
                 backoff = BACKOFF.0;
-                every
+                // As long as orders wait for it, the way back is looked for more often.
+                match broker.proof.status().mismatch {
+                    Some(_) => every.min(MISMATCH_EVERY),
+                    None => every,
+                }
             }
             Err(_) => next(&mut backoff).min(every),
         };
@@ -113,11 +127,7 @@ fn next(backoff: &mut Duration) -> Duration {
 
 impl Broker {
     /// Measures the time at `place` once. `is_refuted`: it has just refused a timestamp of ours.
-    pub(super) async fn measure(
-        &self,
-        place: Place,
-        is_refuted: bool,
-    ) -> Result<Measured, Unanswered> {
+    async fn measure(&self, place: Place, is_refuted: bool) -> Result<Measured, Unanswered> {
         let (site, host) = place;
         let (server_ms, asked, answered) = self
             .ask(place, Question::Time)
@@ -133,6 +143,10 @@ impl Broker {
         };
         let measured = self.clock.take_in(place, sample, is_refuted);
         match measured {
+            Measured::Absurd => {
+                self.metrics.clock_jump_refused();
+                tracing::warn!(%site, host = host.as_str(), server_ms, "exchange time is no time at all; not applied");
+            }
             Measured::Implausible(by_ms) => {
                 self.metrics.clock_jump_refused();
                 tracing::warn!(%site, host = host.as_str(), by_ms, server_ms, "exchange time is implausible; not applied, asked again");
@@ -145,10 +159,52 @@ impl Broker {
         Ok(measured)
     }
 
+    /// Finds out the time at a host that has refused a timestamp; returns whether it is known now. All calls that were
+    /// refused wait for the same answer, and none of them can stop it by giving up.
+    pub(super) async fn refuted(self: &Arc<Self>, place: Place) -> bool {
+        let mut answer = {
+            let mut refuted = self.doubts.refuted();
+            let is_done = refuted
+                .get(&place)
+                .is_none_or(|answer| answer.borrow().is_some());
+            if is_done {
+                let (tell, answer) = watch::channel(None);
+                refuted.insert(place, answer);
+                let broker = Arc::clone(self);
+                tokio::spawn(async move {
+                    let is_known = broker.measure_refuted(place).await.is_ok();
+                    tell.send_replace(Some(is_known));
+                });
+            }
+            let Some(answer) = refuted.get(&place) else {
+                return false;
+            };
+            answer.clone()
+        };
+        // An error means that the question ended in a panic.
+        answer
+            .wait_for(Option::is_some)
+            .await
+            .is_ok_and(|is_known| *is_known == Some(true))
+    }
+
+    /// One answer that disagrees with what is known needs a second one; the refusal was the first witness.
+    async fn measure_refuted(&self, place: Place) -> Result<(), Unanswered> {
+        let just_now = self.clock.exchange(place).age;
+        if just_now.is_some_and(|age| age < WITNESSES_APART) {
+            return Ok(());
+        }
+        if let Measured::Implausible(_) = self.measure(place, true).await? {
+            sleep(WITNESSES_APART).await;
+            self.measure(place, true).await?;
+        }
+        Ok(())
+    }
+
     /// Asks once from which address requests come.
     async fn prove(&self, place: Place) -> Result<(), Unanswered> {
         let asked = self.ask(place, Question::MyIp).await;
-        let (address, _, _): (IpAddr, _, _) = asked.inspect_err(|error| {
+        let (address, asked, _): (IpAddr, _, _) = asked.inspect_err(|error| {
             let reason = chain(error);
             tracing::warn!(
                 error = reason,
@@ -156,7 +212,7 @@ impl Broker {
             );
             self.proof.failed(reason);
         })?;
-        if self.proof.seen(address, self.clock.boot()) {
+        if self.proof.seen(address, asked) {
             if let Some(mismatch) = self.proof.status().mismatch {
                 tracing::error!(%address, "{mismatch}");
             } else {

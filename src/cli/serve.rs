@@ -3,7 +3,7 @@
 use std::io;
 use std::path::Path;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{DONE, FAILED, USAGE, read_config, say, say_problems};
@@ -50,10 +50,25 @@ fn serve(config: Config) -> anyhow::Result<u64> {
         .build()
         .context("no runtime")?;
     let ended = runtime.block_on(async {
-        let server = Server::start(config).await?;
-        let signal = stop_signal().await.context("no signal handler")?;
-        tracing::info!(signal, "stopping");
-        Ok(server.stop().await)
+        let mut server = Server::start(config).await?;
+        let failure = tokio::select! {
+            signal = stop_signal() => {
+                let signal = signal.context("no signal handler")?;
+                tracing::info!(signal, "stopping");
+                None
+            }
+            failure = server.failed() => {
+                tracing::error!(failure, "a part of the broker has ended; stopping");
+                Some(failure)
+            }
+        };
+        let unresolved = server.stop().await;
+        match failure {
+            Some(failure) => Err(anyhow!(
+                "{failure}: a defect; {unresolved} request(s) left unresolved, see the audit file"
+            )),
+            None => Ok(unresolved),
+        }
     });
     // Whoever still asks a name server that does not answer is not waited for.
     runtime.shutdown_background();

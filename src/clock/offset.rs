@@ -14,6 +14,15 @@ const SLACK_US: i64 = 250_000;
 /// clock that was wrong does not stay so.
 const CONFIRMATIONS: u32 = 3;
 
+/// After a timestamp of ours was refused, the refusal is the first witness.
+const CONFIRMATIONS_REFUTED: u32 = 2;
+
+/// Measurements closer together than this are one witness: an answer from a cache would agree with itself.
+pub(crate) const WITNESSES_APART: Duration = Duration::from_millis(600);
+
+/// What a host may call the time: the years 2020 to 2100, in Unix milliseconds.
+const PLAUSIBLE_MS: std::ops::Range<i64> = 1_577_836_800_000..4_102_444_800_000;
+
 /// One question for the time.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Sample {
@@ -28,6 +37,8 @@ pub struct Sample {
 /// What became of a measurement.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Measured {
+    /// No time at all; not applied.
+    Absurd,
     /// The clock goes by it.
     Applied,
     /// A better one is in use; this one agrees with it.
@@ -67,6 +78,9 @@ impl Offset {
     }
 
     pub(super) fn take_in(&mut self, sample: Sample, is_refuted: bool) -> Measured {
+        if !PLAUSIBLE_MS.contains(&sample.server_ms) {
+            return Measured::Absurd;
+        }
         let new = Estimate::from(sample);
         let Some(known) = self.known else {
             self.known = Some(new);
@@ -80,12 +94,22 @@ impl Offset {
             }
             return Measured::Agreed;
         }
+        let by_ms = (new.offset_us - known.offset_us) / 1000;
         let seen = match self.doubtful {
-            Some((before, seen)) if before.agrees_with(&new) => seen + 1,
+            Some((before, seen)) if before.agrees_with(&new) => {
+                if new.at.saturating_sub(before.at) < WITNESSES_APART {
+                    return Measured::Implausible(by_ms);
+                }
+                seen + 1
+            }
             _ => 1,
         };
-        let by_ms = (new.offset_us - known.offset_us) / 1000;
-        if is_refuted || seen >= CONFIRMATIONS {
+        let enough = if is_refuted {
+            CONFIRMATIONS_REFUTED
+        } else {
+            CONFIRMATIONS
+        };
+        if seen >= enough {
             (self.known, self.doubtful) = (Some(new), None);
             return Measured::Moved(by_ms);
         }
@@ -137,12 +161,15 @@ mod tests {
 
     const HOUR: Duration = Duration::from_secs(3600);
 
-    /// The host's clock showed `server_ms` half-way between these two.
-    fn sample(asked_ms: u64, answered_ms: u64, server_ms: i64) -> Sample {
+    /// When these machines were booted: 2026-01-01, in Unix milliseconds.
+    const BOOT_MS: i64 = 1_767_225_600_000;
+
+    /// The host said that this many milliseconds had passed since [`BOOT_MS`].
+    fn sample(asked_ms: u64, answered_ms: u64, since_boot_ms: i64) -> Sample {
         Sample {
             asked: Duration::from_millis(asked_ms),
             answered: Duration::from_millis(answered_ms),
-            server_ms,
+            server_ms: BOOT_MS + since_boot_ms,
         }
     }
 
@@ -156,7 +183,7 @@ mod tests {
             Measured::Applied
         );
         let time = offset.at(Duration::from_millis(1200)).unwrap();
-        assert_eq!(time.ms, 50_100);
+        assert_eq!(time.ms, BOOT_MS + 50_100);
         assert_eq!(time.uncertainty, Some(Duration::from_micros(100_500)));
     }
 
@@ -229,13 +256,30 @@ mod tests {
     }
 
     #[test]
-    fn a_jump_counts_at_once_when_the_exchange_has_refused_our_time() {
+    fn when_the_exchange_has_refused_our_time_two_that_agree_move_it() {
         let mut offset = Offset::default();
         offset.take_in(sample(0, 10, 1_000_000), false);
+        let jumped = |asked| sample(asked, asked + 10, 1_060_000 + i64::try_from(asked).unwrap());
         assert_eq!(
-            offset.take_in(sample(1000, 1010, 1_061_000), true),
-            Measured::Moved(60_000)
+            offset.take_in(jumped(1000), true),
+            Measured::Implausible(60_000)
         );
+        let too_soon = offset.take_in(jumped(1500), true);
+        assert_eq!(too_soon, Measured::Implausible(60_000));
+        assert_eq!(offset.take_in(jumped(1700), true), Measured::Moved(60_000));
+    }
+
+    #[test]
+    fn what_is_no_time_at_all_is_not_taken_for_one() {
+        let mut offset = Offset::default();
+        for server_ms in [0, -1, i64::MAX, i64::MIN, 1_767_225_600] {
+            let absurd = Sample {
+                server_ms,
+                ..sample(0, 10, 0)
+            };
+            assert_eq!(offset.take_in(absurd, false), Measured::Absurd);
+        }
+        assert!(offset.at(HOUR).is_none());
     }
 
     #[test]
@@ -244,7 +288,7 @@ mod tests {
         offset.take_in(sample(0, 10, 1_000_000), false);
         // Boot time runs through suspend: half an hour later it is half an hour later.
         let time = offset.at(Duration::from_millis(5) + HOUR / 2).unwrap();
-        assert_eq!(time.ms, 1_000_000 + 1_800_000);
+        assert_eq!(time.ms, BOOT_MS + 1_000_000 + 1_800_000);
         assert_eq!(
             offset.take_in(sample(1_800_000, 1_800_010, 2_800_000), false),
             Measured::Applied

@@ -32,6 +32,8 @@ struct State {
     seen: Option<(IpAddr, Duration)>,
     /// Why the last question got no answer.
     failure: Option<String>,
+    /// What a 400006 named last, and when (time since boot).
+    refused: Option<(Option<IpAddr>, Duration)>,
 }
 
 /// For readiness and metrics.
@@ -41,6 +43,8 @@ pub struct ProofStatus {
     pub seen: Option<(IpAddr, Duration)>,
     /// Why the last question got no answer; none when it got one.
     pub failure: Option<String>,
+    /// The address that the last 400006 named, if it did, and when (time since boot).
+    pub refused: Option<(Option<IpAddr>, Duration)>,
     /// What is wrong, if anything is.
     pub mismatch: Option<EgressMismatch>,
     /// Whether that keeps requests back.
@@ -96,10 +100,8 @@ impl Proof {
         let mut state = self.state();
         let address = address.to_canonical();
         let is_news = state.seen.is_none_or(|(before, _)| before != address);
-        *state = State {
-            seen: Some((address, at)),
-            failure: None,
-        };
+        state.seen = Some((address, at));
+        state.failure = None;
         is_news
     }
 
@@ -108,13 +110,23 @@ impl Proof {
         self.state().failure = Some(reason);
     }
 
+    /// Takes in that the exchange refused a request for its address; no proof, since the key's whitelist may be wrong.
+    pub fn refused(&self, address: Option<IpAddr>, at: Duration) {
+        self.state().refused = Some((address, at));
+    }
+
     /// What is known.
     pub fn status(&self) -> ProofStatus {
-        let State { seen, failure } = self.state().clone();
+        let State {
+            seen,
+            failure,
+            refused,
+        } = self.state().clone();
         ProofStatus {
             mismatch: self.mismatch(seen),
             seen,
             failure,
+            refused,
             is_strict: self.mode == ProofMode::Strict,
         }
     }

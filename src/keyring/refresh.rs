@@ -54,9 +54,11 @@ impl Refresher {
         let keys: Vec<_> = self.keyring.status();
         let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
         tasks.retain(|(account, name), task| {
-            let stays = keys
-                .iter()
-                .any(|key| key.account == *account && key.name == *name);
+            // One that a defect has ended is started again.
+            let stays = !task.is_finished()
+                && keys
+                    .iter()
+                    .any(|key| key.account == *account && key.name == *name);
             if !stays {
                 task.abort();
             }
@@ -119,7 +121,8 @@ impl Watch {
 
     /// Compares Vault with memory once; false when Vault gave no usable answer.
     async fn check(&mut self) -> bool {
-        match self.fetch().await {
+        let asked = self.keyring.clock.boot();
+        match self.fetch(asked).await {
             Ok(()) => true,
             Err(VaultError::LoginRefused(reason)) => {
                 self.metrics.vault_failure("login");
@@ -147,7 +150,7 @@ impl Watch {
                 if let Some(Slot::Ready { key, version, .. }) = slot {
                     self.metrics.vault_failure("unusable");
                     tracing::error!(account.id = %self.account, key = %self.name, %reason, version, "new version is unusable; the one in memory serves on");
-                    self.confirm(key, version, Some(reason));
+                    self.confirm(key, version, Some(reason), asked);
                 } else {
                     self.evict(&reason);
                 }
@@ -156,7 +159,8 @@ impl Watch {
         }
     }
 
-    async fn fetch(&mut self) -> Result<(), VaultError> {
+    /// `asked`: when, in time since boot; an answer confirms no more than that moment.
+    async fn fetch(&mut self, asked: Duration) -> Result<(), VaultError> {
         let metadata = self.vault.metadata(&self.account, &self.name).await?;
         if metadata.is_disabled() {
             return Err(VaultError::Gone(
@@ -165,45 +169,45 @@ impl Watch {
         }
         let is_unchanged = self.seen.as_ref() == Some(&metadata);
         if is_unchanged && !metadata.deletes_itself() {
-            self.confirm_again();
+            self.confirm_again(asked);
             return Ok(());
         }
         let version = metadata.current_version;
         let key = self.vault.read(&self.account, &self.name, version).await;
         if is_unchanged && key.is_ok() {
-            self.confirm_again();
+            self.confirm_again(asked);
             return Ok(());
         }
         // Seen even when unusable, so that a broken version beside a working key is read once and not at every poll.
         if matches!(key, Ok(_) | Err(VaultError::Unusable(_))) {
             self.seen = Some(metadata);
         }
-        self.confirm(Arc::new(key?), version, None);
+        self.confirm(Arc::new(key?), version, None, asked);
         tracing::info!(account.id = %self.account, key = %self.name, version, "key is in memory");
         Ok(())
     }
 
     /// Vault has just vouched for this key.
-    fn confirm(&self, key: Arc<Key>, version: u64, problem: Option<String>) {
+    fn confirm(&self, key: Arc<Key>, version: u64, problem: Option<String>, asked: Duration) {
         let slot = Slot::Ready {
             key,
             version,
             problem,
-            confirmed: self.keyring.clock.boot(),
+            confirmed: asked,
             outage: None,
         };
         self.keyring.set(&self.account, &self.name, slot);
     }
 
     /// Nothing has changed, says Vault.
-    fn confirm_again(&mut self) {
+    fn confirm_again(&mut self, asked: Duration) {
         match self.keyring.slot(&self.account, &self.name) {
             Some(Slot::Ready {
                 key,
                 version,
                 problem,
                 ..
-            }) => self.confirm(key, version, problem),
+            }) => self.confirm(key, version, problem, asked),
             // It was wiped meanwhile: the next look reads it again.
             _ => self.seen = None,
         }

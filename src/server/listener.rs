@@ -3,12 +3,13 @@
 //! A connection ends gracefully after an hour, with its certificate, when its CA is trusted no longer, or when it has
 //! been idle for long. What a bot may have at once is bounded, and a call that is refused here is told why.
 
+use std::collections::HashMap;
 use std::convert::Infallible;
-use std::future::pending;
 use std::io;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::{Pin, pin};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -21,8 +22,8 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustls::pki_types::{CertificateDer, UnixTime};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
-use tokio::time::{Sleep, sleep, timeout};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::time::{Instant, Sleep, sleep, timeout};
 use tokio_rustls::server::TlsStream;
 use tokio_util::task::TaskTracker;
 use tonic::codegen::Service;
@@ -31,14 +32,21 @@ use tonic::{Code, Status};
 
 use super::tls::Tls;
 use crate::api::caller::{bot_of, not_after_ms};
+use crate::api::grpc::{Arrived, SIGN_AND_SEND};
 use crate::api::status::status;
-use crate::broker::admission::{Admitted, ConnectionSlot};
+use crate::broker::admission::{Admitted, CallSlot, ConnectionSlot};
 use crate::broker::{Broker, BrokerError, Overload};
 use crate::ids::{BotId, RequestId};
 use crate::kucoin::Malformed;
 
 /// TLS handshakes at once; the rest waits in the system's queue.
 const HANDSHAKES: usize = 512;
+
+/// TLS handshakes at once from one address: whoever opens connections and says nothing does not keep others out.
+const HANDSHAKES_OF_ONE: usize = 64;
+
+/// How long an answer may wait for its bot to take it.
+const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 
 /// Calls at once on one connection; gRPC clients queue what is beyond.
 const STREAMS: u32 = 256;
@@ -58,8 +66,6 @@ const TURNED_AWAY_FOR: Duration = Duration::from_secs(5);
 /// What a connection may take.
 #[derive(Clone, Copy, Debug)]
 pub struct ConnectionLimits {
-    /// Connections over all bots.
-    pub connections: usize,
     /// For the TLS handshake.
     pub handshake: Duration,
     /// For a request to arrive whole.
@@ -90,9 +96,15 @@ struct Connection {
     trust: watch::Receiver<Arc<Tls>>,
     /// The generation of CAs under which its certificate was verified last.
     verified: AtomicU64,
+    /// Whether its certificate has been refused since.
+    is_refused: AtomicBool,
+    /// Answers that are being written, by their number, since when.
+    answers: Mutex<HashMap<u64, Instant>>,
     /// Why its calls are refused; none where they are served.
     refusal: Option<Overload>,
     calls: AtomicUsize,
+    /// How many calls it has had.
+    numbers: AtomicU64,
     /// When its last call ended, in milliseconds since boot.
     used_ms: AtomicI64,
     _slot: ConnectionSlot,
@@ -104,23 +116,26 @@ impl Listener {
         let (connections, handshakes) = (TaskTracker::new(), Arc::new(Semaphore::new(HANDSHAKES)));
         let listener = Arc::new(self);
         let mut stopping = listener.stopping.clone();
+        let peers = Arc::new(Peers::default());
         loop {
-            // Never closed, so it never fails.
-            let handshake = Arc::clone(&handshakes).acquire_owned().await;
             let accepted = tokio::select! {
-                accepted = socket.accept() => accepted,
+                accepted = accept(&socket, &handshakes) => accepted,
                 () = told(&mut stopping) => break,
             };
-            let Ok((stream, peer)) = accepted else {
+            let Ok((stream, peer, handshake)) = accepted else {
                 // Out of descriptors: let some connections end first.
                 listener.broker.metrics.connection_refused("descriptors");
                 sleep(Duration::from_millis(50)).await;
                 continue;
             };
+            let Some(place) = Peers::place(&peers, peer.ip()) else {
+                listener.broker.metrics.connection_refused("handshakes");
+                continue;
+            };
             let listener = Arc::clone(&listener);
             connections.spawn(async move {
                 let shaken = listener.shake_hands(stream).await;
-                drop(handshake);
+                drop((handshake, place));
                 match shaken {
                     Ok((stream, generation)) => listener.admit(stream, generation).await,
                     Err(error) => {
@@ -160,13 +175,7 @@ impl Listener {
         else {
             return self.broker.metrics.connection_refused("certificate");
         };
-        let (all, _) = self.broker.admission.now();
-        let admitted = if all < self.limits.connections {
-            self.broker.admission.connection(&bot)
-        } else {
-            None
-        };
-        let (slot, refusal) = match admitted {
+        let (slot, refusal) = match self.broker.admission.connection(&bot) {
             Some(Admitted::Served(slot)) => (slot, None),
             Some(Admitted::TurnedAway(slot, refusal)) => {
                 self.broker.metrics.connection_refused("bot");
@@ -183,8 +192,11 @@ impl Listener {
             not_after_ms,
             trust,
             verified: AtomicU64::new(generation),
+            is_refused: AtomicBool::new(false),
+            answers: Mutex::default(),
             refusal,
             calls: AtomicUsize::new(0),
+            numbers: AtomicU64::new(0),
             used_ms,
             _slot: slot,
         });
@@ -234,14 +246,14 @@ impl Connection {
             tokio::select! {
                 () = &mut age => return "age",
                 () = told(&mut stopping) => return "stopping",
-                changed = trust.changed() => if changed.is_err() {
-                    // Nobody is left to change it.
-                    pending::<()>().await;
-                },
+                Ok(()) = trust.changed() => {}
                 () = sleep(LOOK_EVERY) => {}
             }
             if !self.is_trusted() {
                 return "certificate";
+            }
+            if self.is_stuck() {
+                return "answers are not taken";
             }
             let idle_ms = self.listener.boot_ms() - self.used_ms.load(Ordering::Relaxed);
             if self.calls.load(Ordering::Relaxed) == 0
@@ -255,7 +267,7 @@ impl Connection {
     /// Whether the bot's certificate would still be let in.
     fn is_trusted(&self) -> bool {
         let now_ms = self.listener.broker.clock.wall_ms();
-        if now_ms > self.not_after_ms {
+        if now_ms > self.not_after_ms || self.is_refused.load(Ordering::Relaxed) {
             return false;
         }
         let tls = Arc::clone(&self.trust.borrow());
@@ -268,8 +280,21 @@ impl Connection {
         });
         if is_verified {
             self.verified.store(tls.generation, Ordering::Relaxed);
+        } else {
+            self.is_refused.store(true, Ordering::Relaxed);
         }
         is_verified
+    }
+
+    /// Whether an answer has been waiting for long to be taken.
+    fn is_stuck(&self) -> bool {
+        let answers = self.answers();
+        let oldest = answers.values().min();
+        oldest.is_some_and(|since| since.elapsed() > ANSWER_WITHIN)
+    }
+
+    fn answers(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Instant>> {
+        self.answers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// One call: refused here, or passed on with the bot's name.
@@ -286,8 +311,8 @@ impl Connection {
             Ok(slot) => slot,
             Err(error) => return self.refused(error).into_http(),
         };
-        self.calls.fetch_add(1, Ordering::Relaxed);
-        let _in_use = InUse(Arc::clone(&self));
+        let in_use = InUse::new(&self, slot.clone());
+        let is_ours = request.uri().path() == SIGN_AND_SEND;
         let mut request = request.map(|body| {
             tonic::body::Body::new(Timed {
                 body,
@@ -295,6 +320,7 @@ impl Connection {
                 connection: Arc::clone(&self),
             })
         });
+        request.extensions_mut().insert(Arrived(Instant::now()));
         request.extensions_mut().insert(self.bot.clone());
         request.extensions_mut().insert(slot);
         let mut routes = self.listener.routes.clone();
@@ -302,13 +328,23 @@ impl Connection {
             Ok(response) => response,
             Err(never) => match never {},
         };
-        match unread(&response) {
+        match unread(&response).filter(|_| is_ours) {
             Some(problem) => {
                 let problem = Malformed::new("message", problem);
                 self.refused(BrokerError::Malformed(vec![problem]))
                     .into_http()
             }
-            None => response,
+            // A stream of health reports lasts; it is no answer that waits.
+            None if !is_ours => response,
+            None => {
+                in_use.is_answered();
+                response.map(|body| {
+                    tonic::body::Body::new(Held {
+                        body,
+                        _in_use: in_use,
+                    })
+                })
+            }
         }
     }
 
@@ -326,26 +362,123 @@ fn unread(response: &Response<tonic::body::Body>) -> Option<String> {
     let is_ours = !status.details().is_empty();
     let is_about_the_message = matches!(
         status.code(),
-        Code::Internal | Code::InvalidArgument | Code::OutOfRange | Code::ResourceExhausted
+        Code::Internal
+            | Code::InvalidArgument
+            | Code::OutOfRange
+            | Code::ResourceExhausted
+            | Code::Unimplemented
     );
     (!is_ours && is_about_the_message).then(|| status.message().to_owned())
+}
+
+/// The next connection, with its place among the handshakes.
+async fn accept(
+    socket: &TcpListener,
+    handshakes: &Arc<Semaphore>,
+) -> io::Result<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
+    let permit = Arc::clone(handshakes).acquire_owned().await;
+    let permit = permit.map_err(io::Error::other)?;
+    let (stream, peer) = socket.accept().await?;
+    Ok((stream, peer, permit))
+}
+
+/// How many handshakes each address has under way.
+#[derive(Default)]
+struct Peers(Mutex<HashMap<IpAddr, usize>>);
+
+/// The place of one handshake; free again when it drops.
+struct PeerPlace(Arc<Peers>, IpAddr);
+
+impl Peers {
+    fn place(peers: &Arc<Self>, address: IpAddr) -> Option<PeerPlace> {
+        let mut counts = peers.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = counts.entry(address).or_default();
+        if *count >= HANDSHAKES_OF_ONE {
+            return None;
+        }
+        *count += 1;
+        Some(PeerPlace(Arc::clone(peers), address))
+    }
+}
+
+impl Drop for PeerPlace {
+    fn drop(&mut self) {
+        let Self(peers, address) = self;
+        let mut counts = peers.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = counts.get_mut(address) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(address);
+            }
+        }
+    }
+}
+
+/// Counts a call on its connection, until its answer is written.
+struct InUse {
+    connection: Arc<Connection>,
+    number: u64,
+    _slot: CallSlot,
+}
+
+impl InUse {
+    fn new(connection: &Arc<Connection>, slot: CallSlot) -> Self {
+        connection.calls.fetch_add(1, Ordering::Relaxed);
+        Self {
+            connection: Arc::clone(connection),
+            number: connection.numbers.fetch_add(1, Ordering::Relaxed),
+            _slot: slot,
+        }
+    }
+
+    /// From now on it is for the bot to take the answer.
+    fn is_answered(&self) {
+        self.connection
+            .answers()
+            .insert(self.number, Instant::now());
+    }
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        let connection = &self.connection;
+        connection.answers().remove(&self.number);
+        connection.calls.fetch_sub(1, Ordering::Relaxed);
+        let now_ms = connection.listener.boot_ms();
+        connection.used_ms.store(now_ms, Ordering::Relaxed);
+    }
+}
+
+/// An answer that holds its call's place until it is written: one that nobody takes uses memory.
+struct Held {
+    body: tonic::body::Body,
+    _in_use: InUse,
+}
+
+impl Body for Held {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
 }
 
 /// Returns once the broker stops.
 async fn told(stopping: &mut watch::Receiver<bool>) {
     // An error means that the broker is gone.
     let _ = stopping.wait_for(|stop| *stop).await;
-}
-
-/// Counts a call on its connection.
-struct InUse(Arc<Connection>);
-
-impl Drop for InUse {
-    fn drop(&mut self) {
-        self.0.calls.fetch_sub(1, Ordering::Relaxed);
-        let now_ms = self.0.listener.boot_ms();
-        self.0.used_ms.store(now_ms, Ordering::Relaxed);
-    }
 }
 
 /// A body that must have arrived within a limit.

@@ -1,6 +1,6 @@
 //! Which hosts are asked for their time: those that the rules' accounts sign for.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,15 +26,10 @@ impl Probes {
 
     /// Asks the hosts of these rules for their time, and no other.
     pub(super) fn follow(&mut self, broker: &Arc<Broker>, policy: &Policy) {
-        let places: BTreeSet<Place> = policy
-            .accounts()
-            .flat_map(|account| {
-                let scopes = account.keys.keys();
-                scopes.map(|scope| (account.site, scope.host()))
-            })
-            .collect();
+        let places = policy.places();
         self.times.retain(|place, task| {
-            let stays = places.contains(place);
+            // One that a defect has ended is started again.
+            let stays = !task.is_finished() && places.contains(place);
             if !stays {
                 task.abort();
             }

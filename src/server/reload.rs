@@ -12,7 +12,7 @@ use rustls::crypto::CryptoProvider;
 use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 use tokio::task::{JoinError, spawn_blocking};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::probes::Probes;
 use super::tls::Tls;
@@ -20,13 +20,22 @@ use crate::audit::Change;
 use crate::broker::Broker;
 use crate::config::load::{self, Source};
 use crate::config::{FileProblems, TlsFiles};
-use crate::keyring::Slot;
 use crate::keyring::refresh::Refresher;
+use crate::keyring::{KeyStatus, Slot};
 use crate::policy::Policy;
 use crate::toml_file::{Problem, Problems};
 
-/// How long new rules wait for keys that nobody has asked Vault for yet.
-const KEYS_WITHIN: Duration = Duration::from_secs(5);
+/// How long new rules wait for what they name for the first time: keys in Vault, the time at a host.
+const READY_WITHIN: Duration = Duration::from_secs(5);
+
+/// How long keys stay that the rules no longer name: calls that were allowed by the old rules are still being signed.
+const KEEP_FOR: Duration = Duration::from_secs(10);
+
+/// How often it is looked whether a host has told its time.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// How often a file that was refused is judged again: a certificate that is not valid yet will be.
+const JUDGE_AGAIN: Duration = Duration::from_secs(60);
 
 /// Keeps the broker as its files are.
 pub(super) struct Reloader {
@@ -38,16 +47,22 @@ pub(super) struct Reloader {
     pub(super) tls_files: TlsFiles,
     pub(super) tls: watch::Sender<Arc<Tls>>,
     pub(super) problems: watch::Sender<FileProblems>,
+    /// SHA-256 of the client CA in force.
+    pub(super) client_ca: [u8; 32],
+    /// When keys go that the rules no longer name.
+    pub(super) keep_until: Option<Instant>,
 }
 
 /// What stands in a group of files, and what of it has been dealt with.
 struct Watched {
     what: &'static str,
     in_force: [u8; 32],
-    /// Taken or refused, so that it is not judged again.
+    /// Taken or refused, so that it is not judged at every look.
     judged: [u8; 32],
     /// What the last look saw.
     seen: [u8; 32],
+    /// Why it was refused, and when.
+    refused: Option<(String, Instant)>,
 }
 
 impl Watched {
@@ -57,13 +72,15 @@ impl Watched {
             in_force: digest,
             judged: digest,
             seen: digest,
+            refused: None,
         }
     }
 
-    /// Whether two looks in a row saw something that has not been judged.
+    /// Whether two looks in a row saw something that has not been judged, or was refused a while ago.
     fn is_to_be_judged(&mut self, digest: [u8; 32]) -> bool {
         let is_settled = std::mem::replace(&mut self.seen, digest) == digest;
-        is_settled && self.judged != digest
+        let is_due = |(_, at): &(String, Instant)| at.elapsed() >= JUDGE_AGAIN;
+        is_settled && (self.judged != digest || self.refused.as_ref().is_some_and(is_due))
     }
 }
 
@@ -75,6 +92,8 @@ impl Reloader {
         self.record_start(&rules, &tls);
         loop {
             sleep(every).await;
+            // Also starts again what a defect has ended.
+            self.follow();
             // A mount that hangs holds this task up, and nothing else.
             let (rules_file, tls_files) = (self.rules.clone(), self.tls_files.clone());
             let read = move || (Source::read(&rules_file), load::tls_sources(&tls_files));
@@ -92,9 +111,20 @@ impl Reloader {
         }
     }
 
+    /// Asks Vault for the keys, and the exchange for the time, that the rules in force name; lets go of others in time.
+    fn follow(&mut self) {
+        if self.keep_until.is_some_and(|until| until <= Instant::now()) {
+            self.keep_until = None;
+            self.broker.keyring.retain(self.broker.policy().accounts());
+        }
+        self.refresher.follow();
+        self.probes.follow(&self.broker, &self.broker.policy());
+    }
+
     /// The record begins with what is in force.
     fn record_start(&self, rules: &Watched, tls: &Watched) {
         for watched in [rules, tls] {
+            self.broker.metrics.file_unusable(watched.what, false);
             self.broker.audit.changed(&Change {
                 what: watched.what,
                 before: None,
@@ -105,22 +135,33 @@ impl Reloader {
         }
     }
 
-    /// New keys first, so that no call fails for a key that is only on its way; then the rules; then what they no longer
-    /// name goes.
+    /// New keys first, so that no call fails for a key that is only on its way; then the rules. What they no longer name
+    /// goes a little later.
     async fn take_rules(&mut self, source: &Source) -> Result<(), Vec<Problem>> {
         let policy = Arc::new(load::rules(source)?);
+        let old = self.broker.policy();
+        if policy.counts().1 == 0 && old.counts().1 > 0 {
+            let problem = "holds no grant at all; a file that was cut short looks like this. To lock every bot out, stop the broker";
+            return Err(vec![Problem::new("rules", problem)]);
+        }
+        let known: Vec<_> = self.broker.keyring.status();
+        let is_new = |key: &KeyStatus| {
+            !known
+                .iter()
+                .any(|known| known.account == key.account && known.name == key.name)
+        };
         self.broker.keyring.add(policy.accounts());
         self.refresher.follow();
         self.probes.follow(&self.broker, &policy);
-        let _ = timeout(KEYS_WITHIN, keys_of(&self.broker, &policy)).await;
-        self.broker.set_policy(Arc::clone(&policy));
-        self.broker.keyring.retain(policy.accounts());
-        self.refresher.follow();
+        let _ = timeout(READY_WITHIN, ready_for(&self.broker, &policy, is_new)).await;
+        self.broker.set_policy(policy);
+        self.keep_until = Some(Instant::now() + KEEP_FOR);
         Ok(())
     }
 
     /// Connections from now on shake hands by them; those of CAs that are gone end.
     fn take_certificates(&mut self, sources: &[Source; 3]) -> Result<(), Vec<Problem>> {
+        let [_, _, client_ca] = sources;
         let now_ms = self.broker.clock.wall_ms();
         let problems = Problems::default();
         let certificates = load::certificates(sources, now_ms, &problems);
@@ -128,7 +169,10 @@ impl Reloader {
         // What is missing has been reported as a problem.
         let certificates = certificates.ok_or_else(Vec::new)?;
         let not_after_ms = certificates.not_after_ms;
-        let generation = self.tls.borrow().generation + 1;
+        // Connections are looked at anew only where other CAs may have issued their certificates.
+        let ca = client_ca.digest();
+        let is_other_ca = std::mem::replace(&mut self.client_ca, ca) != ca;
+        let generation = self.tls.borrow().generation + u64::from(is_other_ca);
         let tls = Tls::new(
             certificates,
             generation,
@@ -145,9 +189,19 @@ impl Reloader {
     /// Records and reports what became of a change.
     fn settle(&self, watched: &mut Watched, judged: Result<(), Vec<Problem>>) {
         let (what, before, after) = (watched.what, watched.in_force, watched.seen);
-        watched.judged = after;
         let detail = judged.as_ref().err().map(|problems| sentence(problems));
-        let outcome = if judged.is_ok() {
+        let refused = detail.clone().map(|detail| (detail, Instant::now()));
+        let refused_before = std::mem::replace(&mut watched.refused, refused);
+        let is_old_news = std::mem::replace(&mut watched.judged, after) == after
+            && refused_before.map(|(detail, _)| detail) == detail;
+        self.problems.send_modify(|all| match judged {
+            Ok(()) => _ = all.remove(what),
+            Err(problems) => _ = all.insert(what, problems),
+        });
+        if is_old_news {
+            return;
+        }
+        let outcome = if detail.is_none() {
             watched.in_force = after;
             tracing::info!(what, "changed file is in force");
             "taken"
@@ -159,17 +213,14 @@ impl Reloader {
             );
             "refused"
         };
-        self.broker.metrics.reloaded(what, outcome, judged.is_err());
+        self.broker.metrics.file_unusable(what, detail.is_some());
+        self.broker.metrics.reloaded(what, outcome);
         self.broker.audit.changed(&Change {
             what,
             before: Some(&before),
             after: &after,
             outcome,
             detail,
-        });
-        self.problems.send_modify(|all| match judged {
-            Ok(()) => _ = all.remove(what),
-            Err(problems) => _ = all.insert(what, problems),
         });
     }
 }
@@ -184,21 +235,20 @@ fn sentence(problems: &[Problem]) -> String {
     problems.join("; ")
 }
 
-/// Waits until Vault has said something about every key that these rules name.
-async fn keys_of(broker: &Broker, policy: &Policy) {
+/// Waits until Vault has said something about every key that is new, and every host of these rules its time.
+async fn ready_for(broker: &Broker, policy: &Policy, is_new: impl Fn(&KeyStatus) -> bool) {
+    let is_waiting = |key: &KeyStatus| matches!(key.slot, Slot::Waiting(_)) && is_new(key);
     let mut changes = broker.keyring.changes();
-    let is_named = |account, name| {
-        policy
-            .accounts()
-            .any(|named| named.id == account && named.keys.values().any(|key| *key == name))
-    };
-    loop {
-        let mut keys = broker.keyring.status().into_iter();
-        let waits =
-            keys.any(|key| matches!(key.slot, Slot::Waiting(_)) && is_named(key.account, key.name));
+    while broker.keyring.status().iter().any(is_waiting) {
         // An error means that the keyring is gone.
-        if !waits || changes.changed().await.is_err() {
+        if changes.changed().await.is_err() {
             return;
+        }
+    }
+    let known_before = broker.policy().places();
+    for place in policy.places().difference(&known_before) {
+        while broker.clock.check(*place).is_err() {
+            sleep(LOOK_EVERY).await;
         }
     }
 }

@@ -226,12 +226,16 @@ async fn the_check_finds_a_certificate_that_cannot_be_shown() {
     let text = std::fs::read_to_string(lab.path("config.toml")).unwrap();
     let plain = text.replace("https://", "http://");
     let problems = Config::parse(&plain, lab.folder.path()).unwrap_err();
-    let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();
+    let problems: Vec<_> = problems
+        .iter()
+        .map(|problem| (problem.key.as_str(), problem.problem.as_str()))
+        .collect();
     assert_eq!(
         problems,
-        [
-            "vault.address: expected https: vault.auth.method = \"cert\" shows a certificate, which http cannot"
-        ]
+        [(
+            "vault.address",
+            "expected https: vault.auth.method = \"cert\" shows a certificate, which http cannot"
+        )]
     );
 }
 
