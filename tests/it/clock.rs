@@ -79,9 +79,7 @@ async fn metric(lab: &Lab, name: &str, host: &str) -> Option<f64> {
 
 async fn until_counted(lab: &Lab, counter: &str, count: f64) {
     until(&format!("{counter} is {count}"), async || {
-        let now = lab.metric(counter).await.unwrap();
-        assert!(now <= count, "{counter} is {now}");
-        (now - count).abs() < 0.5
+        lab.metric(counter).await.unwrap() >= count
     })
     .await;
 }
@@ -284,11 +282,15 @@ async fn a_deadline_that_passes_while_the_time_is_measured_again_ends_the_call_a
         when: When::BeforeTaken,
     };
     lab.kucoin.fault(time_fault(None, None, stalled));
-    let limit = Duration::from_millis(300);
-    let status = bot
-        .send_within(spot_order("late"), limit)
-        .await
-        .unwrap_err();
+    let limit = Duration::from_millis(2500);
+    let before = asked(&lab, Host::Spot);
+    let call = tokio::spawn(async move { bot.send_within(spot_order("late"), limit).await });
+    until("the time is measured again", async || {
+        asked(&lab, Host::Spot) > before
+    })
+    .await;
+    time.pass(&lab, limit).await;
+    let status = call.await.unwrap().unwrap_err();
     let (code, reason, outcome, request_id) = failure(&status);
     assert_eq!(
         (code, reason.as_str(), outcome.as_str()),
@@ -329,30 +331,35 @@ async fn one_wrong_answer_moves_nothing_and_three_that_agree_do() {
     assert_offset(&lab, "spot", 40.0).await;
 
     // It is asked again soon, and what it says then is as before.
-    let before = asked(&lab, Host::Spot);
-    time.pass(&lab, Duration::from_secs(2)).await;
+    time.pass(&lab, Duration::from_secs(1)).await;
     until("the spot host is asked again", async || {
-        asked(&lab, Host::Spot) > before
+        asked(&lab, Host::Spot) >= 3
     })
     .await;
     accepted(&mut bot, spot_order("right-again")).await;
-    until_counted(&lab, "clock_jumps_refused_total", 1.0).await;
+    assert_offset(&lab, "spot", 41.0).await;
+    assert_eq!(lab.metric("clock_jumps_refused_total").await, Some(1.0));
 
     // Now it is the exchange that has jumped, and both hosts say so.
     time.jump(&lab, HOUR_MS);
     time.pass(&lab, HALF_MINUTE_AND_MORE).await;
     until_counted(&lab, "clock_jumps_refused_total", 3.0).await;
-    time.pass(&lab, Duration::from_secs(2)).await;
+    time.pass(&lab, Duration::from_secs(1)).await;
     until_counted(&lab, "clock_jumps_refused_total", 5.0).await;
-    assert_offset(&lab, "spot", 82.0).await;
-    time.pass(&lab, Duration::from_secs(2)).await;
+    time.pass(&lab, Duration::from_secs(1)).await;
     for host in ["spot", "futures"] {
         until("the clock has moved", async || {
             metric(&lab, "clock_offset_seconds", host).await.unwrap() > 1800.0
         })
         .await;
-        assert_offset(&lab, host, 3684.0).await;
+        assert_offset(&lab, host, 3683.0).await;
     }
+    let refused = lab.metric("clock_jumps_refused_total").await;
+    assert_eq!(
+        refused,
+        Some(5.0),
+        "two of each host; the third is believed"
+    );
     let before = lab.kucoin.received().len();
     accepted(&mut bot, spot_order("moved")).await;
     accepted(&mut bot, futures_order("moved")).await;
@@ -523,18 +530,22 @@ async fn orders_that_are_refused_do_not_hurry_the_question_whose_answer_was_not_
     lab.kucoin.fault(time_fault(Some(Host::Spot), None, cached));
     time.pass(&lab, HOUR * 2).await;
     until_counted(&lab, "clock_jumps_refused_total", 1.0).await;
-    let before = asked(&lab, Host::Spot);
     let mut bot = lab.bot("maker").await;
-    assert_eq!(
-        refusal(bot.send(spot_order("hurry")).await).1,
-        "CLOCK_UNCERTAIN"
-    );
+    let refused = refusal(bot.send(spot_order("hurry")).await).1;
+    assert_eq!(refused, "CLOCK_UNCERTAIN");
     time.pass(&lab, Duration::from_millis(500)).await;
-    // A whole round trip, in which a question would have come through as well.
+    // A whole round trip, in which a question that is due comes through as well.
     accepted(&mut bot, accounts()).await;
-    accepted(&mut bot, accounts()).await;
-    assert_eq!(asked(&lab, Host::Spot), before, "asked after 0.5 s");
-    time.pass(&lab, Duration::from_secs(1)).await;
-    until_counted(&lab, "clock_jumps_refused_total", 2.0).await;
+    time.pass(&lab, Duration::from_millis(500)).await;
+    until("the spot host is asked again", async || {
+        asked(&lab, Host::Spot) >= 3
+    })
+    .await;
+    let all = lab.kucoin.everything_received();
+    let mut asked = all
+        .iter()
+        .filter(|request| request.path() == "/api/v1/timestamp" && request.host == Host::Spot);
+    let (second, third) = (asked.nth(1).unwrap().at_ms, asked.next().unwrap().at_ms);
+    assert!(third - second > 950, "asked after {} ms", third - second);
     lab.stop().await;
 }

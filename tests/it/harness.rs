@@ -489,7 +489,7 @@ impl Time {
         self.set_exchange(lab);
     }
 
-    /// Time passes, and every timer goes on. No call of a bot may be in flight: it would run into its limits.
+    /// Time passes, and every timer goes on; a call that is in flight runs into its limits.
     pub(crate) async fn pass(&self, lab: &Lab, time: Duration) {
         self.sleep(lab, time);
         // What waits a moment before it begins its long wait gets to begin it.
