@@ -82,7 +82,11 @@ pub async fn watch_time(broker: Arc<Broker>, place: Place) {
         // Before the question, so that a doubt that comes up meanwhile is not missed.
         let doubt = broker.doubts.time.notified();
         let wait = match broker.measure(place, false).await {
-            Ok(Measured::Absurd | Measured::Implausible(_)) => DOUBT_AFTER,
+            Ok(Measured::Absurd | Measured::Implausible(_)) => {
+                // Not sooner, whatever is in doubt: asked again at once, a cache would agree with itself.
+                sleep(DOUBT_AFTER).await;
+                continue;
+            }
             Ok(_) => {
                 backoff = BACKOFF.0;
                 TIME_EVERY.mul_f64(0.9 + 0.2 * fastrand::f64())

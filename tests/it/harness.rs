@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -165,6 +165,20 @@ impl Lab {
     }
 
     pub(crate) async fn with(settings: Settings) -> Self {
+        let mut lab = Self::install(&settings).await;
+        if settings.process {
+            lab.spawn_broker().await;
+        } else {
+            lab.start_broker().await;
+        }
+        if settings.wait_ready {
+            lab.until_ready().await;
+        }
+        lab
+    }
+
+    /// The simulators run and the broker's files are written; the broker itself has not started.
+    pub(crate) async fn install(settings: &Settings) -> Self {
         let vault = VaultSim::start_dev(ROOT_TOKEN).await.unwrap();
         vault.mount_kv("kv");
         let kucoin = KucoinSim::start(settings.kucoin.clone()).await.unwrap();
@@ -189,15 +203,7 @@ impl Lab {
         if settings.road {
             lab.road = Some(Road::to(&lab.kucoin.spot_url()).await);
         }
-        lab.write_files(&settings);
-        if settings.process {
-            lab.spawn_broker().await;
-        } else {
-            lab.start_broker().await;
-        }
-        if settings.wait_ready {
-            lab.until_ready().await;
-        }
+        lab.write_files(settings);
         lab
     }
 
@@ -379,6 +385,21 @@ impl Lab {
         get(&self.ops.to_string(), path).await
     }
 
+    /// A metric by its name and labels as they stand in the text, without the prefix; `None` while it has no value.
+    pub(crate) async fn metric(&self, name: &str) -> Option<f64> {
+        let (_, text) = self.get("/metrics").await;
+        let name = format!("credbroker_{name} ");
+        let value = text.lines().find_map(|line| line.strip_prefix(&name))?;
+        Some(value.parse().unwrap())
+    }
+
+    /// Changes the text of the configuration file, before a broker starts with it.
+    pub(crate) fn reconfigure(&self, from: &str, to: &str) {
+        let text = std::fs::read_to_string(self.path("config.toml")).unwrap();
+        assert!(text.contains(from), "{text}");
+        std::fs::write(self.path("config.toml"), text.replace(from, to)).unwrap();
+    }
+
     /// Every line of the audit file that belongs to a call.
     pub(crate) fn audit(&self) -> Vec<Value> {
         let mut lines = self.audit_file();
@@ -435,6 +456,64 @@ impl Lab {
             self.kucoin.received().len() <= 2 * intents,
             "the exchange received what has no intent"
         );
+    }
+}
+
+/// Time that passes without anybody waiting for it, for a broker in this process and its exchange.
+pub(crate) struct Time {
+    since: std::time::Instant,
+    skipped: Arc<Mutex<Duration>>,
+    /// How far the exchange's clock has been set ahead besides, in milliseconds.
+    ahead_ms: AtomicI64,
+}
+
+impl Time {
+    /// The exchange's clock is so many milliseconds ahead of this machine's.
+    pub(crate) fn new(ahead_ms: i64) -> Self {
+        Self {
+            since: std::time::Instant::now(),
+            skipped: Arc::default(),
+            ahead_ms: AtomicI64::new(ahead_ms),
+        }
+    }
+
+    /// The clock to start the broker with.
+    pub(crate) fn clock(&self) -> Clock {
+        let (since, skipped) = (self.since, Arc::clone(&self.skipped));
+        Clock::reading(move || since.elapsed() + *skipped.lock().unwrap())
+    }
+
+    /// The broker's machine sleeps: the world goes on, and no timer does.
+    pub(crate) fn sleep(&self, lab: &Lab, time: Duration) {
+        *self.skipped.lock().unwrap() += time;
+        self.set_exchange(lab);
+    }
+
+    /// Time passes, and every timer goes on; a call that is in flight runs into its limits.
+    pub(crate) async fn pass(&self, lab: &Lab, time: Duration) {
+        self.sleep(lab, time);
+        // What waits a moment before it begins its long wait gets to begin it.
+        let first = time.min(Duration::from_secs(1));
+        for step in [first, time.saturating_sub(first)] {
+            tokio::time::pause();
+            tokio::time::advance(step).await;
+            tokio::time::resume();
+            for _ in 0..10 {
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+
+    /// The exchange's clock, and no other, is set ahead by so many milliseconds.
+    pub(crate) fn jump(&self, lab: &Lab, by_ms: i64) {
+        self.ahead_ms.fetch_add(by_ms, Ordering::Relaxed);
+        self.set_exchange(lab);
+    }
+
+    fn set_exchange(&self, lab: &Lab) {
+        let skipped_ms = i64::try_from(self.skipped.lock().unwrap().as_millis()).unwrap();
+        let ahead_ms = self.ahead_ms.load(Ordering::Relaxed);
+        lab.kucoin.set_clock_offset_ms(skipped_ms + ahead_ms);
     }
 }
 
@@ -721,6 +800,12 @@ pub(crate) fn refusal(result: Result<SignAndSendResponse, Status>) -> (Code, Str
 /// The body of an answer as JSON.
 pub(crate) fn json_of(response: &SignAndSendResponse) -> Value {
     serde_json::from_slice(&response.body).unwrap()
+}
+
+/// Cancels whatever rests: a call that is never refused for the broker's own troubles.
+pub(crate) fn spot_cancel_all() -> SignAndSendRequest {
+    let target = "/api/v1/hf/orders?symbol=BTC-USDT";
+    request(Scope::SpotMargin, Method::Delete, target, "")
 }
 
 /// What Vault holds for a key.

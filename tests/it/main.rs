@@ -16,6 +16,7 @@ mod harness;
 
 mod audit;
 mod certificates;
+mod clock;
 mod commands;
 mod contract;
 mod delivery;

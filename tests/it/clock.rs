@@ -1,0 +1,551 @@
+//! What is signed with is the exchange's time, whatever the clocks of either side do, and a doubt about it keeps orders back.
+
+use std::time::Duration;
+
+use credbroker::api::proto::{Outcome, SignAndSendRequest};
+use credbroker_sim::kucoin::{
+    Fault, FaultAction, Host, KucoinSettings, KucoinSim, Limits, Matching, ReceivedRequest, SimKey,
+    When,
+};
+use serde_json::json;
+use tonic::Code;
+
+use crate::harness::{
+    Bot, Lab, MAIN_UID, RULES, Settings, Time, accounts, failure, futures_order, refusal,
+    spot_cancel_all, spot_order, until,
+};
+
+const MINUTE_MS: i64 = 60_000;
+const HOUR: Duration = Duration::from_secs(3600);
+const HOUR_MS: i64 = 3_600_000;
+
+/// Longer than the broker waits between two questions for the time.
+const HALF_MINUTE_AND_MORE: Duration = Duration::from_secs(40);
+
+/// A ready broker, and an exchange whose clock is so far ahead.
+async fn ready(ahead_ms: i64) -> (Lab, Time) {
+    let (mut lab, time) = installed(ahead_ms).await;
+    lab.start_broker_on(time.clock()).await;
+    lab.until_ready().await;
+    (lab, time)
+}
+
+async fn installed(ahead_ms: i64) -> (Lab, Time) {
+    let kucoin = KucoinSettings {
+        limits: Limits::none(),
+        clock_offset_ms: ahead_ms,
+        ..KucoinSettings::default()
+    };
+    let settings = Settings {
+        kucoin,
+        // What is told of the clock must not be told of keys.
+        rules: RULES.replace("[account.main]", "[account.main]\nmax_stale_s = 86400"),
+        ..Settings::default()
+    };
+    (Lab::install(&settings).await, Time::new(ahead_ms))
+}
+
+/// Something that goes wrong with questions for the time, on one host or on both.
+fn time_fault(host: Option<Host>, times: Option<u32>, action: FaultAction) -> Fault {
+    Fault {
+        host,
+        method: None,
+        path: "/api/v1/timestamp".to_owned(),
+        matching: Matching::Exact,
+        skip: 0,
+        times,
+        action,
+    }
+}
+
+fn closed() -> FaultAction {
+    FaultAction::Close {
+        when: When::BeforeTaken,
+    }
+}
+
+/// How often `host` has been asked for its time.
+fn asked(lab: &Lab, host: Host) -> usize {
+    let all = lab.kucoin.everything_received();
+    let asks =
+        |request: &&ReceivedRequest| request.path() == "/api/v1/timestamp" && request.host == host;
+    all.iter().filter(asks).count()
+}
+
+async fn metric(lab: &Lab, name: &str, host: &str) -> Option<f64> {
+    lab.metric(&format!("{name}{{site=\"global\",host=\"{host}\"}}"))
+        .await
+}
+
+async fn until_counted(lab: &Lab, counter: &str, count: f64) {
+    until(&format!("{counter} is {count}"), async || {
+        lab.metric(counter).await.unwrap() >= count
+    })
+    .await;
+}
+
+/// The offset of `host` as the metric tells it, in whole seconds; a measurement on a busy machine may be off by a few.
+async fn assert_offset(lab: &Lab, host: &str, expected_s: f64) {
+    let offset = metric(lab, "clock_offset_seconds", host).await.unwrap();
+    assert!(
+        (offset - expected_s).abs() < 5.0,
+        "{host}: {offset} instead of {expected_s}"
+    );
+}
+
+/// Every private request so far was signed right, and in time by the exchange's clock; returns how many there were.
+fn all_verified(kucoin: &KucoinSim) -> usize {
+    let received = kucoin.received();
+    for request in &received {
+        assert_eq!(request.code(), Some("200000"), "{request:?}");
+    }
+    received.len()
+}
+
+async fn accepted(bot: &mut Bot, request: SignAndSendRequest) -> i64 {
+    let answer = bot.send(request).await.unwrap();
+    assert_eq!(answer.outcome(), Outcome::Accepted, "{answer:?}");
+    answer.timestamp_ms
+}
+
+#[tokio::test]
+async fn signed_time_follows_the_exchanges_clock_however_far_it_is_from_ours() {
+    for ahead_ms in [MINUTE_MS, HOUR_MS, -HOUR_MS] {
+        let (mut lab, _) = ready(ahead_ms).await;
+        let mut bot = lab.bot("maker").await;
+        for request in [
+            spot_order("ahead"),
+            futures_order("ahead"),
+            accounts(),
+            spot_cancel_all(),
+        ] {
+            let told = accepted(&mut bot, request).await;
+            let received = lab.kucoin.received();
+            let signed = received.last().unwrap().header("kc-api-timestamp").unwrap();
+            assert_eq!(signed, told.to_string(), "the bot is told what was signed");
+        }
+        assert_eq!(all_verified(&lab.kucoin), 4, "each at the first try");
+        for host in ["spot", "futures"] {
+            #[expect(
+                clippy::cast_precision_loss,
+                reason = "an hour in milliseconds is exact"
+            )]
+            assert_offset(&lab, host, ahead_ms as f64 / 1000.0).await;
+            let uncertainty = metric(&lab, "clock_uncertainty_seconds", host)
+                .await
+                .unwrap();
+            assert!((0.0..2.0).contains(&uncertainty), "{uncertainty}");
+        }
+        lab.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn each_host_has_a_time_of_its_own() {
+    let (mut lab, time) = installed(HOUR_MS).await;
+    let futures = KucoinSim::start(KucoinSettings {
+        limits: Limits::none(),
+        clock_offset_ms: -HOUR_MS,
+        ..KucoinSettings::default()
+    });
+    let futures = futures.await.unwrap();
+    futures.add_key(SimKey::fake(MAIN_UID));
+    lab.reconfigure(&lab.kucoin.futures_url(), &futures.futures_url());
+    lab.start_broker_on(time.clock()).await;
+    lab.until_ready().await;
+    let mut bot = lab.bot("maker").await;
+    accepted(&mut bot, spot_order("ahead")).await;
+    accepted(&mut bot, futures_order("behind")).await;
+    assert_eq!((all_verified(&lab.kucoin), all_verified(&futures)), (1, 1));
+    assert_offset(&lab, "spot", 3600.0).await;
+    assert_offset(&lab, "futures", -3600.0).await;
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn a_refused_timestamp_is_measured_again_signed_anew_and_sent_once_more() {
+    let (mut lab, time) = ready(0).await;
+    let mut bot = lab.bot("maker").await;
+    for request in [
+        spot_order("jump"),
+        futures_order("jump"),
+        accounts(),
+        spot_cancel_all(),
+    ] {
+        // For its host alone: what the other one knows was measured before this jump too.
+        time.jump(&lab, MINUTE_MS);
+        let (path, before) = (request.path.clone(), lab.kucoin.received().len());
+        let answer = bot.send(request).await.unwrap();
+        assert_eq!(
+            (answer.outcome(), answer.code.as_str()),
+            (Outcome::Accepted, "200000")
+        );
+        let received = lab.kucoin.received().split_off(before);
+        let codes: Vec<_> = received
+            .iter()
+            .map(|request| request.code().unwrap())
+            .collect();
+        assert_eq!(codes, ["400002", "200000"], "{path}");
+        assert!(received.iter().all(|request| request.path() == path));
+        let [first, second] = [0, 1].map(|at: usize| {
+            let signed = received[at].header("kc-api-timestamp").unwrap();
+            signed.parse::<i64>().unwrap()
+        });
+        assert!(second - first > MINUTE_MS / 2, "{first} and {second}");
+        assert_eq!(answer.timestamp_ms, second);
+        let signatures: Vec<_> = received
+            .iter()
+            .map(|request| request.header("kc-api-sign"))
+            .collect();
+        assert_ne!(signatures[0], signatures[1]);
+        let lines = lab.audit_of(&answer.request_id);
+        let events: Vec<_> = lines.iter().map(|line| &line["event"]).collect();
+        assert_eq!(events, ["intent", "outcome"]);
+        assert_eq!(lines[1]["outcome"], "accepted");
+    }
+    assert_eq!(lab.kucoin.orders(MAIN_UID).len(), 2, "each order once");
+    assert_eq!(lab.metric("timestamps_refused_total").await, Some(4.0));
+    // From now on both hosts are known again.
+    time.jump(&lab, 0);
+    let before = lab.kucoin.received().len();
+    accepted(&mut bot, spot_order("afterwards")).await;
+    assert_eq!(lab.kucoin.received().len(), before + 1);
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn many_calls_that_meet_a_jump_at_once_are_all_sent_again_and_none_a_third_time() {
+    let (mut lab, time) = ready(0).await;
+    let bot = lab.bot("maker").await;
+    time.jump(&lab, -HOUR_MS);
+    let calls = (0..20).map(|index| {
+        let mut bot = bot.clone();
+        async move { accepted(&mut bot, spot_order(&format!("together-{index}"))).await }
+    });
+    futures_util::future::join_all(calls).await;
+    assert_eq!(lab.kucoin.orders(MAIN_UID).len(), 20);
+    let received = lab.kucoin.received();
+    let of = |code: &str| {
+        received
+            .iter()
+            .filter(|request| request.code() == Some(code))
+            .count()
+    };
+    assert_eq!(of("200000"), 20);
+    assert_eq!(received.len(), 20 + of("400002"));
+    assert!((1..=20).contains(&of("400002")));
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn a_timestamp_that_is_refused_again_or_cannot_be_measured_is_passed_on() {
+    let (mut lab, _) = ready(0).await;
+    let mut bot = lab.bot("maker").await;
+    let refused = FaultAction::Answer {
+        status: 400,
+        body: json!({"code": "400002", "msg": "KC-API-TIMESTAMP Invalid"}),
+        when: When::BeforeTaken,
+    };
+    for (is_measured, sent) in [(true, 2), (false, 1)] {
+        lab.kucoin.fault(Fault {
+            times: None,
+            ..Fault::once("/api/v1/hf/orders", refused.clone())
+        });
+        if !is_measured {
+            lab.kucoin.fault(time_fault(None, None, closed()));
+        }
+        let before = lab.kucoin.received().len();
+        let answer = bot.send(spot_order("refused")).await.unwrap();
+        assert_eq!(
+            (answer.outcome(), answer.code.as_str()),
+            (Outcome::Rejected, "400002")
+        );
+        assert_eq!(lab.kucoin.received().len() - before, sent);
+        let events: Vec<_> = lab.audit_of(&answer.request_id);
+        let events: Vec<_> = events
+            .iter()
+            .map(|line| line["event"].as_str().unwrap())
+            .collect();
+        assert_eq!(events, ["intent", "outcome"]);
+        lab.kucoin.clear_faults();
+    }
+    assert!(lab.kucoin.orders(MAIN_UID).is_empty());
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn a_deadline_that_passes_while_the_time_is_measured_again_ends_the_call_as_not_sent() {
+    let (mut lab, time) = ready(0).await;
+    let mut bot = lab.patient_bot("maker").await;
+    time.jump(&lab, MINUTE_MS);
+    let stalled = FaultAction::Stall {
+        when: When::BeforeTaken,
+    };
+    lab.kucoin.fault(time_fault(None, None, stalled));
+    let limit = Duration::from_millis(2500);
+    let before = asked(&lab, Host::Spot);
+    let call = tokio::spawn(async move { bot.send_within(spot_order("late"), limit).await });
+    until("the time is measured again", async || {
+        asked(&lab, Host::Spot) > before
+    })
+    .await;
+    time.pass(&lab, limit).await;
+    let status = call.await.unwrap().unwrap_err();
+    let (code, reason, outcome, request_id) = failure(&status);
+    assert_eq!(
+        (code, reason.as_str(), outcome.as_str()),
+        (Code::DeadlineExceeded, "DEADLINE_EXCEEDED", "not_sent")
+    );
+    // The measurement gives up, and the host is heard again: still nothing more leaves.
+    lab.kucoin.clear_faults();
+    time.pass(&lab, HALF_MINUTE_AND_MORE).await;
+    let mut other = lab.bot("maker").await;
+    accepted(&mut other, accounts()).await;
+    let orders = lab.kucoin.received();
+    let orders: Vec<_> = orders
+        .iter()
+        .filter(|request| request.method == "POST")
+        .collect();
+    assert_eq!(orders.len(), 1);
+    assert_eq!(orders[0].code(), Some("400002"));
+    assert_eq!(lab.audit_of(&request_id).len(), 2);
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn one_wrong_answer_moves_nothing_and_three_that_agree_do() {
+    let (mut lab, time) = ready(0).await;
+    let mut bot = lab.bot("maker").await;
+    let now_ms = accepted(&mut bot, accounts()).await;
+    let wrong = FaultAction::Answer {
+        status: 200,
+        body: json!({"code": "200000", "data": now_ms + HOUR_MS}),
+        when: When::BeforeTaken,
+    };
+    lab.kucoin
+        .fault(time_fault(Some(Host::Spot), Some(1), wrong));
+    time.pass(&lab, HALF_MINUTE_AND_MORE).await;
+    until_counted(&lab, "clock_jumps_refused_total", 1.0).await;
+    accepted(&mut bot, spot_order("one-wrong")).await;
+    assert_eq!(all_verified(&lab.kucoin), 2);
+    assert_offset(&lab, "spot", 40.0).await;
+
+    // It is asked again soon, and what it says then is as before.
+    time.pass(&lab, Duration::from_secs(1)).await;
+    until("the spot host is asked again", async || {
+        asked(&lab, Host::Spot) >= 3
+    })
+    .await;
+    accepted(&mut bot, spot_order("right-again")).await;
+    assert_offset(&lab, "spot", 41.0).await;
+    assert_eq!(lab.metric("clock_jumps_refused_total").await, Some(1.0));
+
+    // Now it is the exchange that has jumped, and both hosts say so.
+    time.jump(&lab, HOUR_MS);
+    time.pass(&lab, HALF_MINUTE_AND_MORE).await;
+    until_counted(&lab, "clock_jumps_refused_total", 3.0).await;
+    time.pass(&lab, Duration::from_secs(1)).await;
+    until_counted(&lab, "clock_jumps_refused_total", 5.0).await;
+    time.pass(&lab, Duration::from_secs(1)).await;
+    for host in ["spot", "futures"] {
+        until("the clock has moved", async || {
+            metric(&lab, "clock_offset_seconds", host).await.unwrap() > 1800.0
+        })
+        .await;
+        assert_offset(&lab, host, 3683.0).await;
+    }
+    let refused = lab.metric("clock_jumps_refused_total").await;
+    assert_eq!(
+        refused,
+        Some(5.0),
+        "two of each host; the third is believed"
+    );
+    let before = lab.kucoin.received().len();
+    accepted(&mut bot, spot_order("moved")).await;
+    accepted(&mut bot, futures_order("moved")).await;
+    assert_eq!(lab.kucoin.received().len(), before + 2, "at the first try");
+    assert_eq!(lab.metric("timestamps_refused_total").await, Some(0.0));
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn after_the_machine_slept_for_an_hour_signed_time_is_still_right() {
+    let (mut lab, time) = ready(MINUTE_MS).await;
+    let mut bot = lab.bot("maker").await;
+    time.sleep(&lab, HOUR);
+    accepted(&mut bot, spot_order("awake")).await;
+    accepted(&mut bot, futures_order("awake")).await;
+    assert_eq!(all_verified(&lab.kucoin), 2, "each at the first try");
+    for host in [Host::Spot, Host::Futures] {
+        assert_eq!(asked(&lab, host), 1, "an hour old is good enough");
+    }
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn after_a_longer_sleep_the_first_order_has_the_time_measured_and_half_a_minute_is_not_waited_for()
+ {
+    let (mut lab, time) = ready(0).await;
+    let mut bot = lab.bot("maker").await;
+    time.sleep(&lab, HOUR * 2);
+    let (status, text) = lab.get("/readyz").await;
+    assert_eq!(status, 503);
+    assert!(
+        text.contains("clock global/spot: the exchange's time is known only to 36"),
+        "{text}"
+    );
+    accepted(&mut bot, accounts()).await;
+    accepted(&mut bot, spot_cancel_all()).await;
+    assert_eq!(asked(&lab, Host::Spot), 1);
+    let refused = bot.send(spot_order("asleep")).await.unwrap_err();
+    assert!(
+        refused.message().contains("last measured 72"),
+        "{refused:?}"
+    );
+    assert_eq!(
+        refusal(Err(refused)),
+        (
+            Code::FailedPrecondition,
+            "CLOCK_UNCERTAIN".to_owned(),
+            "not_sent".to_owned()
+        )
+    );
+    // No timer has gone on meanwhile: it is the refusal that asks.
+    lab.until_ready().await;
+    accepted(&mut bot, spot_order("awake")).await;
+    assert_eq!(all_verified(&lab.kucoin), 3);
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn while_the_time_cannot_be_measured_orders_are_refused_and_the_rest_goes_by_the_last_offset()
+{
+    let (mut lab, time) = ready(MINUTE_MS).await;
+    lab.kucoin.fault(time_fault(None, None, closed()));
+    time.pass(&lab, HOUR * 2).await;
+    until("the question has failed", async || {
+        lab.metric("clock_failures_total").await.unwrap() >= 2.0
+    })
+    .await;
+    let mut bot = lab.bot("maker").await;
+    for order in [spot_order("uncertain"), futures_order("uncertain")] {
+        let status = bot.send(order).await.unwrap_err();
+        let (code, reason, outcome, request_id) = failure(&status);
+        assert_eq!(
+            (code, reason.as_str(), outcome.as_str()),
+            (Code::FailedPrecondition, "CLOCK_UNCERTAIN", "not_sent")
+        );
+        let lines = lab.audit_of(&request_id);
+        assert_eq!((lines.len(), &lines[0]["event"]), (1, &json!("denied")));
+        assert_eq!(lines[0]["reason"], "CLOCK_UNCERTAIN");
+    }
+    accepted(&mut bot, spot_cancel_all()).await;
+    accepted(&mut bot, accounts()).await;
+    assert_eq!(all_verified(&lab.kucoin), 2);
+    for host in ["spot", "futures"] {
+        let age = metric(&lab, "clock_age_seconds", host).await.unwrap();
+        assert!(age >= 7200.0, "{age}");
+        let uncertainty = metric(&lab, "clock_uncertainty_seconds", host)
+            .await
+            .unwrap();
+        assert!((3.6..5.0).contains(&uncertainty), "{uncertainty}");
+        assert_offset(&lab, host, 7260.0).await;
+    }
+    let (status, text) = lab.get("/readyz").await;
+    assert_eq!(status, 503);
+    for host in ["spot", "futures"] {
+        assert!(text.contains(&format!("clock global/{host}: ")), "{text}");
+    }
+    assert_eq!(lab.metric("ready").await, Some(0.0));
+
+    lab.kucoin.clear_faults();
+    time.pass(&lab, HALF_MINUTE_AND_MORE).await;
+    lab.until_ready().await;
+    accepted(&mut bot, spot_order("certain")).await;
+    accepted(&mut bot, futures_order("certain")).await;
+    let age = metric(&lab, "clock_age_seconds", "spot").await.unwrap();
+    assert!(age < 7200.0, "{age}");
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn before_the_first_measurement_orders_are_refused_and_the_rest_goes_by_the_systems_clock() {
+    let (mut lab, time) = installed(0).await;
+    lab.kucoin.fault(time_fault(None, None, closed()));
+    lab.start_broker_on(time.clock()).await;
+    lab.until_keys().await;
+    until("the address is proven", async || {
+        lab.metric("egress_mismatch").await == Some(0.0)
+    })
+    .await;
+    let mut bot = lab.bot("maker").await;
+    let refused = bot.send(spot_order("too-early")).await.unwrap_err();
+    assert!(
+        refused.message().contains("has not been measured yet"),
+        "{refused:?}"
+    );
+    assert_eq!(
+        refusal(Err(refused)),
+        (
+            Code::FailedPrecondition,
+            "CLOCK_UNCERTAIN".to_owned(),
+            "not_sent".to_owned()
+        )
+    );
+    accepted(&mut bot, accounts()).await;
+    accepted(&mut bot, spot_cancel_all()).await;
+    assert_eq!(all_verified(&lab.kucoin), 2);
+    for name in [
+        "clock_offset_seconds",
+        "clock_uncertainty_seconds",
+        "clock_age_seconds",
+    ] {
+        assert_eq!(metric(&lab, name, "spot").await, None, "{name}");
+    }
+    let (status, text) = lab.get("/readyz").await;
+    assert_eq!(status, 503);
+    assert!(
+        text.contains("clock global/futures: the exchange's time has not been measured yet"),
+        "{text}"
+    );
+
+    lab.kucoin.clear_faults();
+    time.pass(&lab, HALF_MINUTE_AND_MORE).await;
+    lab.until_ready().await;
+    accepted(&mut bot, spot_order("measured")).await;
+    lab.stop().await;
+}
+
+/// An answer from a cache agrees with itself when it is asked for again too soon.
+#[tokio::test]
+async fn orders_that_are_refused_do_not_hurry_the_question_whose_answer_was_not_believed() {
+    let (mut lab, time) = ready(0).await;
+    let mut bot = lab.bot("maker").await;
+    let now_ms = accepted(&mut bot, accounts()).await;
+    let cached = FaultAction::Answer {
+        status: 200,
+        body: json!({"code": "200000", "data": now_ms}),
+        when: When::BeforeTaken,
+    };
+    lab.kucoin.fault(time_fault(Some(Host::Spot), None, cached));
+    time.pass(&lab, HOUR * 2).await;
+    until_counted(&lab, "clock_jumps_refused_total", 1.0).await;
+    let mut bot = lab.bot("maker").await;
+    let refused = refusal(bot.send(spot_order("hurry")).await).1;
+    assert_eq!(refused, "CLOCK_UNCERTAIN");
+    time.pass(&lab, Duration::from_millis(500)).await;
+    // A whole round trip, in which a question that is due comes through as well.
+    accepted(&mut bot, accounts()).await;
+    time.pass(&lab, Duration::from_millis(500)).await;
+    until("the spot host is asked again", async || {
+        asked(&lab, Host::Spot) >= 3
+    })
+    .await;
+    let all = lab.kucoin.everything_received();
+    let mut asked = all
+        .iter()
+        .filter(|request| request.path() == "/api/v1/timestamp" && request.host == Host::Spot);
+    let (second, third) = (asked.nth(1).unwrap().at_ms, asked.next().unwrap().at_ms);
+    assert!(third - second > 950, "asked after {} ms", third - second);
+    lab.stop().await;
+}
