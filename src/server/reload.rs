@@ -44,8 +44,11 @@ pub(super) struct Reloader {
 struct Watched {
     what: &'static str,
     in_force: [u8; 32],
-    /// Taken or refused, so that it is not judged again.
+    /// Taken or refused.
     judged: [u8; 32],
+    /// Why it was refused, as long as it is: what is taken is not judged again, but what is too early for its time is
+    /// good later.
+    refused: Option<String>,
     /// What the last look saw.
     seen: [u8; 32],
 }
@@ -56,14 +59,15 @@ impl Watched {
             what,
             in_force: digest,
             judged: digest,
+            refused: None,
             seen: digest,
         }
     }
 
-    /// Whether two looks in a row saw something that has not been judged.
+    /// Whether two looks in a row saw something that has not been taken.
     fn is_to_be_judged(&mut self, digest: [u8; 32]) -> bool {
         let is_settled = std::mem::replace(&mut self.seen, digest) == digest;
-        is_settled && self.judged != digest
+        is_settled && (self.judged != digest || self.refused.is_some())
     }
 }
 
@@ -145,8 +149,13 @@ impl Reloader {
     /// Records and reports what became of a change.
     fn settle(&self, watched: &mut Watched, judged: Result<(), Vec<Problem>>) {
         let (what, before, after) = (watched.what, watched.in_force, watched.seen);
-        watched.judged = after;
         let detail = judged.as_ref().err().map(|problems| sentence(problems));
+        if watched.judged == after && judged.is_err() && watched.refused == detail {
+            // As it was told before.
+            return;
+        }
+        watched.judged = after;
+        watched.refused.clone_from(&detail);
         let outcome = match &judged {
             Ok(()) => {
                 watched.in_force = after;
