@@ -589,6 +589,7 @@ pub(crate) struct Road {
 #[derive(Clone, Copy, Eq, PartialEq)]
 enum Way {
     Closed,
+    Held,
     Open,
     Silent,
 }
@@ -610,9 +611,15 @@ impl Road {
                 let mut way = way.clone();
                 tokio::spawn(async move {
                     let at_first = *way.borrow_and_update();
-                    if at_first == Way::Silent {
-                        let _ = way.changed().await;
-                        return;
+                    match at_first {
+                        Way::Silent => {
+                            let _ = way.changed().await;
+                            return;
+                        }
+                        Way::Held => {
+                            let _ = way.changed().await;
+                        }
+                        Way::Closed | Way::Open => {}
                     }
                     let Ok(mut to) = TcpStream::connect(target).await else {
                         return;
@@ -633,6 +640,16 @@ impl Road {
     /// Refuses connections from now on, and cuts those that are open.
     pub(crate) fn close(&self) {
         self.state.send_replace(Way::Closed);
+    }
+
+    /// Takes connections and says nothing until it is opened; cuts those that are open.
+    pub(crate) fn hold(&self) {
+        self.state.send_replace(Way::Held);
+    }
+
+    /// Lets everything through.
+    pub(crate) fn open(&self) {
+        self.state.send_replace(Way::Open);
     }
 
     /// Takes connections and says nothing; cuts those that are open.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use credbroker::api::proto::SignAndSendRequest;
 use credbroker::clock::Clock;
 use credbroker::server::{Server, StartError};
-use credbroker_sim::kucoin::{Fault, FaultAction, SimKey};
+use credbroker_sim::kucoin::{Fault, FaultAction, KucoinSettings, Limits, SimKey};
 use credbroker_sim::pki::{Ca, Identity};
 use credbroker_sim::vault::{Fault as VaultFault, FaultRule};
 use rustls::pki_types::CertificateDer;
@@ -21,6 +21,7 @@ use tonic::{Code, Status};
 
 use crate::certificates::gets_in;
 use crate::connections::{GOAWAY, RawBot};
+use crate::delivery::tls_of;
 use crate::harness::{
     Bot, Lab, Patient, RULES, Settings, accounts, kv_path, refusal, secret, spot_order, until,
 };
@@ -531,19 +532,66 @@ async fn an_account_whose_key_gets_another_name_loses_no_call() {
         .put_secret("kv", &kv_path("main", "second"), secret(&key));
     lab.kucoin.add_key(key);
     let busy = Busy::start(lab.patient_bot("maker").await, accounts());
-    set_rules(&lab, &RULES.replacen("\"main\"", "\"second\"", 1)).await;
+    set_rules(&lab, &RULES.replacen("\"main\"", "\"second\"", 3)).await;
     let mut bot = lab.patient_bot("maker").await;
     bot.send(accounts()).await.unwrap();
     let (served, failures) = busy.stop().await;
     assert!(served > 0 && failures.is_empty(), "{served} {failures:?}");
-    let last = lab.kucoin.received().pop().unwrap();
-    let signed_by = last
-        .headers
-        .iter()
-        .find(|(name, _)| name == "kc-api-key")
-        .unwrap();
-    assert_eq!(signed_by.1, "simulated-second-key");
+    assert_eq!(signed_by(&lab).pop().unwrap(), "simulated-second-key");
     lab.stop().await;
+}
+
+#[tokio::test]
+async fn a_call_that_still_waits_for_a_connection_goes_by_the_rules_that_it_is_signed_under() {
+    let exchange_ca = Ca::new("CA of a simulated exchange").unwrap();
+    let mut lab = Lab::with(Settings {
+        kucoin: KucoinSettings {
+            tls: Some(tls_of(&exchange_ca)),
+            limits: Limits::none(),
+            ..KucoinSettings::default()
+        },
+        road: true,
+        files: vec![("exchange-ca.pem", exchange_ca.certificate_pem().to_owned())],
+        egress: "warm_connections = 0\nroots = \"exchange-ca.pem\"\nconnect_timeout_ms = 20000"
+            .to_owned(),
+        ..Settings::default()
+    })
+    .await;
+    let key = SimKey {
+        api_key: "simulated-second-key".to_owned(),
+        ..SimKey::fake(crate::harness::MAIN_UID)
+    };
+    lab.vault
+        .put_secret("kv", &kv_path("main", "second"), secret(&key));
+    lab.kucoin.add_key(key);
+    lab.road().hold();
+    let mut calls = Vec::new();
+    for name in ["maker", "reader"] {
+        let mut bot = lab.patient_bot(name).await;
+        calls.push(tokio::spawn(async move { bot.send(accounts()).await }));
+    }
+    until("both are on record", async || lab.audit().len() == 2).await;
+    let rules = RULES.replacen("\"main\"", "\"second\"", 3);
+    set_rules(&lab, &rules.replace("bot/reader", "bot/somebody-else")).await;
+    lab.road().open();
+    let reader = calls.pop().unwrap();
+    calls.pop().unwrap().await.unwrap().unwrap();
+    let refused = refusal(reader.await.unwrap());
+    assert_eq!(
+        (refused.1.as_str(), refused.2.as_str()),
+        ("CALLER_UNKNOWN", "not_sent")
+    );
+    assert_eq!(signed_by(&lab), ["simulated-second-key"]);
+    lab.stop().await;
+}
+
+/// With which keys the requests of bots were signed.
+fn signed_by(lab: &Lab) -> Vec<String> {
+    let key = |(name, value)| (name == "kc-api-key").then_some(value);
+    let requests = lab.kucoin.received().into_iter();
+    requests
+        .filter_map(|request| request.headers.into_iter().find_map(key))
+        .collect()
 }
 
 #[tokio::test]
