@@ -207,6 +207,8 @@ impl Broker {
             .egress
             .connect(permit.destination(), permit.is_idempotent())
             .await?;
+        // The rules may have changed meanwhile: the account may have another key now, and the bot less to say.
+        let permit = &self.policy().authorize(&call.bot, &call.request)?;
         let signing = Instant::now();
         let (signed, stale) = self.sign(permit, &call.request)?;
         let (timestamp_ms, sending) = (signed.timestamp_ms, Instant::now());

@@ -39,13 +39,17 @@ struct Counts {
     bots: HashMap<BotId, OfBot>,
     refusals: HashMap<BotId, Refusals>,
     calls: usize,
-    connections: usize,
+    served: usize,
+    turned_away: usize,
 }
 
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 struct OfBot {
     calls: usize,
-    connections: usize,
+    /// Connections that are served.
+    served: usize,
+    /// Connections that are told that they are one too many.
+    turned_away: usize,
 }
 
 /// Refusals of one bot in one second.
@@ -66,19 +70,18 @@ pub enum Admitted {
 
 /// The place of one connection; free again when it drops.
 #[derive(Debug)]
-pub struct ConnectionSlot(Holder);
+pub struct ConnectionSlot(#[expect(dead_code, reason = "held for its drop")] Holder);
 
 /// The place of one call; free again when its last clone drops.
 #[derive(Clone, Debug)]
-pub struct CallSlot(#[expect(dead_code, reason = "held for its drop")] Arc<CallHolder>);
+pub struct CallSlot(#[expect(dead_code, reason = "held for its drop")] Arc<Holder>);
 
-#[derive(Debug)]
-struct CallHolder(Holder);
-
+/// Gives back what it holds when it drops.
 #[derive(Debug)]
 struct Holder {
     admission: Arc<Admission>,
     bot: BotId,
+    holds: OfBot,
 }
 
 impl Admission {
@@ -93,24 +96,30 @@ impl Admission {
     /// Takes a connection of `bot` in; `None` when there are so many that not even telling it helps.
     pub fn connection(self: &Arc<Self>, bot: &BotId) -> Option<Admitted> {
         let mut counts = self.counts();
-        let of_all = counts.connections;
-        let of_bot = counts.bots.get(bot).map_or(0, |bot| bot.connections);
+        let now = counts.bots.get(bot).copied().unwrap_or_default();
         let limits = &self.limits;
-        if of_bot >= limits.connections_per_bot + TURNED_AWAY
-            || of_all >= limits.connections + TURNED_AWAY
-        {
+        // Those that are turned away take no place: else they would keep each other out once places are free.
+        let refusal = if now.served >= limits.connections_per_bot {
+            Overload::ConnectionsOfBot(limits.connections_per_bot)
+        } else if counts.served >= limits.connections {
+            Overload::Connections(limits.connections)
+        } else {
+            let served = OfBot {
+                served: 1,
+                ..OfBot::default()
+            };
+            let slot = ConnectionSlot(self.hold(&mut counts, bot, served));
+            return Some(Admitted::Served(slot));
+        };
+        if now.turned_away >= TURNED_AWAY {
             return None;
         }
-        counts.bots.entry(bot.clone()).or_default().connections += 1;
-        counts.connections += 1;
-        let slot = ConnectionSlot(self.holder(bot));
-        Some(if of_bot >= limits.connections_per_bot {
-            Admitted::TurnedAway(slot, Overload::ConnectionsOfBot(limits.connections_per_bot))
-        } else if of_all >= limits.connections {
-            Admitted::TurnedAway(slot, Overload::Connections(limits.connections))
-        } else {
-            Admitted::Served(slot)
-        })
+        let turned_away = OfBot {
+            turned_away: 1,
+            ..OfBot::default()
+        };
+        let slot = ConnectionSlot(self.hold(&mut counts, bot, turned_away));
+        Some(Admitted::TurnedAway(slot, refusal))
     }
 
     /// Takes a call of `bot` in.
@@ -122,13 +131,15 @@ impl Admission {
         if counts.calls >= self.limits.calls {
             return Err(Overload::Calls(self.limits.calls));
         }
-        let of_bot = counts.bots.entry(bot.clone()).or_default();
-        if of_bot.calls >= self.limits.calls_per_bot {
+        let of_bot = counts.bots.get(bot).map_or(0, |of_bot| of_bot.calls);
+        if of_bot >= self.limits.calls_per_bot {
             return Err(Overload::CallsOfBot(self.limits.calls_per_bot));
         }
-        of_bot.calls += 1;
-        counts.calls += 1;
-        Ok(CallSlot(Arc::new(CallHolder(self.holder(bot)))))
+        let call = OfBot {
+            calls: 1,
+            ..OfBot::default()
+        };
+        Ok(CallSlot(Arc::new(self.hold(&mut counts, bot, call))))
     }
 
     /// Whether one more refusal of `bot` is recorded at `now` (time since boot), or only counted.
@@ -148,27 +159,22 @@ impl Admission {
     /// Connections and calls of now.
     pub fn now(&self) -> (usize, usize) {
         let counts = self.counts();
-        (counts.connections, counts.calls)
+        (counts.served + counts.turned_away, counts.calls)
     }
 
-    fn holder(self: &Arc<Self>, bot: &BotId) -> Holder {
+    /// Gives `bot` more.
+    fn hold(self: &Arc<Self>, counts: &mut Counts, bot: &BotId, holds: OfBot) -> Holder {
+        counts.calls += holds.calls;
+        counts.served += holds.served;
+        counts.turned_away += holds.turned_away;
+        let of_bot = counts.bots.entry(bot.clone()).or_default();
+        of_bot.calls += holds.calls;
+        of_bot.served += holds.served;
+        of_bot.turned_away += holds.turned_away;
         Holder {
             admission: Arc::clone(self),
             bot: bot.clone(),
-        }
-    }
-
-    /// Gives back what `bot` had.
-    fn release(&self, bot: &BotId, back: OfBot) {
-        let mut counts = self.counts();
-        counts.calls -= back.calls;
-        counts.connections -= back.connections;
-        if let Some(of_bot) = counts.bots.get_mut(bot) {
-            of_bot.calls -= back.calls;
-            of_bot.connections -= back.connections;
-            if of_bot.calls + of_bot.connections == 0 {
-                counts.bots.remove(bot);
-            }
+            holds,
         }
     }
 
@@ -177,25 +183,20 @@ impl Admission {
     }
 }
 
-impl Drop for ConnectionSlot {
+impl Drop for Holder {
     fn drop(&mut self) {
-        let Holder { admission, bot } = &self.0;
-        let connection = OfBot {
-            calls: 0,
-            connections: 1,
-        };
-        admission.release(bot, connection);
-    }
-}
-
-impl Drop for CallHolder {
-    fn drop(&mut self) {
-        let Holder { admission, bot } = &self.0;
-        let call = OfBot {
-            calls: 1,
-            connections: 0,
-        };
-        admission.release(bot, call);
+        let mut counts = self.admission.counts();
+        counts.calls -= self.holds.calls;
+        counts.served -= self.holds.served;
+        counts.turned_away -= self.holds.turned_away;
+        if let Some(of_bot) = counts.bots.get_mut(&self.bot) {
+            of_bot.calls -= self.holds.calls;
+            of_bot.served -= self.holds.served;
+            of_bot.turned_away -= self.holds.turned_away;
+            if *of_bot == OfBot::default() {
+                counts.bots.remove(&self.bot);
+            }
+        }
     }
 }
 
@@ -239,6 +240,12 @@ mod tests {
         );
         assert!(admission.connection(&one).is_none());
         assert_eq!(admission.now(), (1 + TURNED_AWAY, 2));
+        drop(served);
+        let served = admission.connection(&one).unwrap();
+        assert!(
+            matches!(served, Admitted::Served(_)),
+            "those turned away take no place"
+        );
         drop((served, turned, second, others));
         assert_eq!(admission.now(), (0, 0));
         assert!(admission.counts().bots.is_empty());

@@ -176,7 +176,7 @@ fn pair(
     }
 }
 
-/// Reads the rules.
+/// Reads the rules; there must be at least one account.
 ///
 /// # Errors
 /// With every problem at once, each with the file and its line.
@@ -190,10 +190,17 @@ pub fn rules(source: &Source) -> Result<Policy, Vec<Problem>> {
         .as_deref()
         .map_err(|error| unreadable(error))?;
     let text = std::str::from_utf8(text).map_err(|error| unreadable(&error))?;
-    Policy::parse(text).map_err(|problems| {
+    let policy = Policy::parse(text).map_err(|problems| {
         let in_file = |problem: Problem| problem.in_file(&source.file);
-        problems.into_iter().map(in_file).collect()
-    })
+        problems.into_iter().map(in_file).collect::<Vec<_>>()
+    })?;
+    if policy.accounts().next().is_none() {
+        // A write that failed on a full disk leaves nothing behind: that is nobody's wish.
+        let file = source.file.display();
+        let problem = format!("{file} names no account; expected at least one [account.NAME]");
+        return Err(vec![Problem::new("rules", problem)]);
+    }
+    Ok(policy)
 }
 
 fn pem_certificates(

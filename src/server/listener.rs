@@ -63,6 +63,9 @@ const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// How long a connection that is one too many is kept, to tell its calls why.
 const TURNED_AWAY_FOR: Duration = Duration::from_secs(5);
 
+/// How long a connection that shall end waits for a peer that neither calls nor goes.
+const FAREWELL: Duration = Duration::from_secs(5);
+
 /// What a connection may take.
 #[derive(Clone, Copy, Debug)]
 pub struct ConnectionLimits {
@@ -229,7 +232,27 @@ impl Connection {
         tracing::debug!(bot.id = %self.bot, why, "connection ends");
         http.as_mut().graceful_shutdown();
         // Calls in flight are the broker's, and end whether or not anybody waits for their answer.
-        let _ = timeout(self.listener.limits.grace, http).await;
+        tokio::select! {
+            _ = timeout(self.listener.limits.grace, http) => {}
+            () = self.unused() => {}
+        }
+    }
+
+    /// Returns once no call has used the connection for a while from now on.
+    async fn unused(&self) {
+        loop {
+            sleep(FAREWELL).await;
+            if self.is_idle_for(FAREWELL) {
+                return;
+            }
+        }
+    }
+
+    /// Whether it has no call, and had none for so long.
+    fn is_idle_for(&self, limit: Duration) -> bool {
+        let idle_ms = self.listener.boot_ms() - self.used_ms.load(Ordering::Relaxed);
+        self.calls.load(Ordering::Relaxed) == 0
+            && idle_ms >= i64::try_from(limit.as_millis()).unwrap_or(i64::MAX)
     }
 
     /// Returns once the connection shall take no more calls, with the reason.
@@ -255,10 +278,7 @@ impl Connection {
             if self.is_stuck() {
                 return "answers are not taken";
             }
-            let idle_ms = self.listener.boot_ms() - self.used_ms.load(Ordering::Relaxed);
-            if self.calls.load(Ordering::Relaxed) == 0
-                && idle_ms > i64::try_from(limits.idle.as_millis()).unwrap_or(i64::MAX)
-            {
+            if self.is_idle_for(limits.idle) {
                 return "idle";
             }
         }

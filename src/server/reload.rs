@@ -34,9 +34,6 @@ const KEEP_FOR: Duration = Duration::from_secs(10);
 /// How often it is looked whether a host has told its time.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
-/// How often a file that was refused is judged again: a certificate that is not valid yet will be.
-const JUDGE_AGAIN: Duration = Duration::from_secs(60);
-
 /// Keeps the broker as its files are.
 pub(super) struct Reloader {
     pub(super) broker: Arc<Broker>,
@@ -57,12 +54,13 @@ pub(super) struct Reloader {
 struct Watched {
     what: &'static str,
     in_force: [u8; 32],
-    /// Taken or refused, so that it is not judged at every look.
+    /// Taken or refused.
     judged: [u8; 32],
+    /// Why it was refused, as long as it is: what is taken is not judged again, but what is too early for its time is
+    /// good later.
+    refused: Option<String>,
     /// What the last look saw.
     seen: [u8; 32],
-    /// Why it was refused, and when.
-    refused: Option<(String, Instant)>,
 }
 
 impl Watched {
@@ -71,16 +69,15 @@ impl Watched {
             what,
             in_force: digest,
             judged: digest,
-            seen: digest,
             refused: None,
+            seen: digest,
         }
     }
 
-    /// Whether two looks in a row saw something that has not been judged, or was refused a while ago.
+    /// Whether two looks in a row saw something that has not been taken.
     fn is_to_be_judged(&mut self, digest: [u8; 32]) -> bool {
         let is_settled = std::mem::replace(&mut self.seen, digest) == digest;
-        let is_due = |(_, at): &(String, Instant)| at.elapsed() >= JUDGE_AGAIN;
-        is_settled && (self.judged != digest || self.refused.as_ref().is_some_and(is_due))
+        is_settled && (self.judged != digest || self.refused.is_some())
     }
 }
 
@@ -190,10 +187,10 @@ impl Reloader {
     fn settle(&self, watched: &mut Watched, judged: Result<(), Vec<Problem>>) {
         let (what, before, after) = (watched.what, watched.in_force, watched.seen);
         let detail = judged.as_ref().err().map(|problems| sentence(problems));
-        let refused = detail.clone().map(|detail| (detail, Instant::now()));
-        let refused_before = std::mem::replace(&mut watched.refused, refused);
+        let refused_before = std::mem::replace(&mut watched.refused, detail.clone());
         let is_old_news = std::mem::replace(&mut watched.judged, after) == after
-            && refused_before.map(|(detail, _)| detail) == detail;
+            && detail.is_some()
+            && refused_before == detail;
         self.problems.send_modify(|all| match judged {
             Ok(()) => _ = all.remove(what),
             Err(problems) => _ = all.insert(what, problems),

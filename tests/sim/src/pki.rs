@@ -1,8 +1,11 @@
 //! Throw-away certificates for tests and the demo: one CA, one server, any number of bots.
 
+use std::ops::Range;
+use std::time::Duration;
+
 use rcgen::{
     BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose,
+    KeyUsagePurpose, date_time_ymd,
 };
 
 pub use rcgen::SanType;
@@ -61,22 +64,23 @@ impl Ca {
 
     /// A server certificate for `localhost`, 127.0.0.1 and `::1`.
     pub fn server(&self) -> Result<Identity, rcgen::Error> {
-        let names = [
-            SanType::DnsName("localhost".try_into()?),
-            SanType::IpAddress([127, 0, 0, 1].into()),
-            SanType::IpAddress(std::net::Ipv6Addr::LOCALHOST.into()),
-        ];
-        self.issue("credbroker", &names, Usage::Server)
+        self.issue("credbroker", &server_names()?, Usage::Server)
+    }
+
+    /// The same, valid in these seconds of Unix time only.
+    pub fn server_within(&self, seconds: Range<u64>) -> Result<Identity, rcgen::Error> {
+        let names = server_names()?;
+        self.sign("credbroker", &names, Usage::Server, Some(seconds))
     }
 
     /// A bot's certificate with one URI SAN, `spiffe://demo.test/bot/<name>`.
     pub fn bot(&self, name: &str) -> Result<Identity, rcgen::Error> {
-        let uri = SanType::URI(
-            format!("spiffe://demo.test/bot/{name}")
-                .as_str()
-                .try_into()?,
-        );
-        self.issue(name, &[uri], Usage::Client)
+        self.issue(name, &bot_names(name)?, Usage::Client)
+    }
+
+    /// The same, valid in these seconds of Unix time only.
+    pub fn bot_within(&self, name: &str, seconds: Range<u64>) -> Result<Identity, rcgen::Error> {
+        self.sign(name, &bot_names(name)?, Usage::Client, Some(seconds))
     }
 
     /// A certificate with exactly these subject alternative names.
@@ -86,8 +90,24 @@ impl Ca {
         names: &[SanType],
         usage: Usage,
     ) -> Result<Identity, rcgen::Error> {
+        self.sign(common_name, names, usage, None)
+    }
+
+    /// Without `seconds` valid at any time.
+    fn sign(
+        &self,
+        common_name: &str,
+        names: &[SanType],
+        usage: Usage,
+        seconds: Option<Range<u64>>,
+    ) -> Result<Identity, rcgen::Error> {
         let key = KeyPair::generate()?;
         let mut params = CertificateParams::default();
+        if let Some(Range { start, end }) = seconds {
+            let epoch = date_time_ymd(1970, 1, 1);
+            params.not_before = epoch + Duration::from_secs(start);
+            params.not_after = epoch + Duration::from_secs(end);
+        }
         params
             .distinguished_name
             .push(rcgen::DnType::CommonName, common_name);
@@ -107,4 +127,17 @@ impl Ca {
             key_pem: key.serialize_pem(),
         })
     }
+}
+
+fn server_names() -> Result<[SanType; 3], rcgen::Error> {
+    Ok([
+        SanType::DnsName("localhost".try_into()?),
+        SanType::IpAddress([127, 0, 0, 1].into()),
+        SanType::IpAddress(std::net::Ipv6Addr::LOCALHOST.into()),
+    ])
+}
+
+fn bot_names(name: &str) -> Result<[SanType; 1], rcgen::Error> {
+    let uri = format!("spiffe://demo.test/bot/{name}");
+    Ok([SanType::URI(uri.as_str().try_into()?)])
 }
