@@ -159,9 +159,10 @@ impl Broker {
         if let Ok(receipt) = &first
             && is_timestamp_refused(&receipt.answer)
         {
+            let signed = receipt.signing + receipt.exchange;
             // Whoever runs out of time meanwhile is told this answer.
             progress.keep(first.ok());
-            let is_known = self.refuted(permit.destination()).await;
+            let is_known = self.refuted(permit.destination(), signed).await;
             first = progress.keep(None).ok_or(BrokerError::AnswerLate);
             if !is_known {
                 return first;

@@ -255,8 +255,7 @@ impl Metrics {
         self.certificates_refused.inc();
     }
 
-    /// Counts a connection that was not served: `handshake`, `handshakes`
-    /// (too many at once), `certificate`, `bot` (one too many), `many` (far more), `descriptors`.
+    /// Counts a connection that was not served: `handshake`, `certificate`, `bot` (one too many), `many` (far more), `descriptors`.
     pub fn connection_refused(&self, reason: &'static str) {
         let reason = Word(reason);
         self.connections_refused

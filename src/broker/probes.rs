@@ -164,8 +164,13 @@ impl Broker {
     }
 
     /// Finds out the time at a host that has refused a timestamp; returns whether it is known now. All calls that were
-    /// refused wait for the same answer, and none of them can stop it by giving up.
-    pub(super) async fn refuted(self: &Arc<Self>, place: Place) -> bool {
+    /// refused wait for the same answer, and none of them can stop it by giving up. `signed`: how long ago the refused
+    /// timestamp was signed; what has been measured since need not be measured again.
+    pub(super) async fn refuted(self: &Arc<Self>, place: Place, signed: Duration) -> bool {
+        let measured = self.clock.exchange(place).age;
+        if measured.is_some_and(|age| age < signed) {
+            return true;
+        }
         let mut answer = {
             let mut refuted = self.doubts.refuted();
             let is_done = refuted
@@ -194,10 +199,6 @@ impl Broker {
 
     /// One answer that disagrees with what is known needs a second one; the refusal was the first witness.
     async fn measure_refuted(&self, place: Place) -> Result<(), Unanswered> {
-        let just_now = self.clock.exchange(place).age;
-        if just_now.is_some_and(|age| age < WITNESSES_APART) {
-            return Ok(());
-        }
         if let Measured::Implausible(_) = self.measure(place, true).await? {
             sleep(WITNESSES_APART).await;
             self.measure(place, true).await?;

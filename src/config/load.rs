@@ -126,10 +126,10 @@ pub fn certificates(
     now_ms: i64,
     problems: &Problems,
 ) -> Option<Certificates> {
-    let pair = pair("tls", chain, key, problems);
-    let fit = pair
-        .as_ref()
-        .map(|(chain, _)| fit_for_a_server(chain, now_ms));
+    let (chain, key) = pair("tls", chain, key, problems);
+    let fit = chain
+        .as_deref()
+        .map(|chain| fit_for_a_server(chain, now_ms));
     let not_after_ms = match fit {
         Some(Ok(not_after_ms)) => Some(not_after_ms),
         Some(Err(problem)) => {
@@ -139,10 +139,9 @@ pub fn certificates(
         None => None,
     };
     let client_ca = root_file("tls.client_ca", client_ca, problems);
-    let (chain, key) = pair?;
     Some(Certificates {
-        chain,
-        key,
+        chain: chain?,
+        key: key?,
         not_after_ms: not_after_ms?,
         client_ca: Arc::new(client_ca?),
     })
@@ -154,26 +153,28 @@ fn pair(
     chain: &Source,
     key: &Source,
     problems: &Problems,
-) -> Option<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)> {
+) -> (
+    Option<Vec<CertificateDer<'static>>>,
+    Option<PrivateKeyDer<'static>>,
+) {
     let certificates = pem_certificates(&format!("{section}.certificate"), chain, problems);
     let name = format!("{section}.key");
     let der = key
         .pem(pem::private_key)
         .map_err(|error| problems.add(&name, key.unfit("a private key as PEM", &error)))
-        .ok()?;
-    let certificates = certificates?;
-    let provider = rustls::crypto::aws_lc_rs::default_provider();
-    match CertifiedKey::from_der(certificates.clone(), der.clone_key(), &provider) {
-        Ok(_) => Some((certificates, der)),
-        Err(error) => {
+        .ok();
+    if let (Some(certificates), Some(der)) = (&certificates, &der) {
+        let provider = rustls::crypto::aws_lc_rs::default_provider();
+        let pair = CertifiedKey::from_der(certificates.clone(), der.clone_key(), &provider);
+        if let Err(error) = pair {
             let file = key.file.display();
             problems.add(
                 name,
                 format_args!("{file} is not the key of {section}.certificate: {error}"),
             );
-            None
         }
     }
+    (certificates, der)
 }
 
 /// Reads the rules; there must be at least one account.

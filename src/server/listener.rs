@@ -3,10 +3,10 @@
 //! A connection ends gracefully after an hour, with its certificate, when its CA is trusted no longer, or when it has
 //! been idle for long. What a bot may have at once is bounded, and a call that is refused here is told why.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -22,9 +22,10 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustls::pki_types::{CertificateDer, UnixTime};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::watch;
 use tokio::time::{Instant, Sleep, sleep, timeout};
 use tokio_rustls::server::TlsStream;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::codegen::Service;
 use tonic::service::Routes;
@@ -39,11 +40,9 @@ use crate::broker::{Broker, BrokerError, Overload};
 use crate::ids::{BotId, RequestId};
 use crate::kucoin::Malformed;
 
-/// TLS handshakes at once; the rest waits in the system's queue.
+/// TLS handshakes at once. One more ends the oldest of the address that has the most: a handshake that goes on takes
+/// milliseconds, and whoever opens connections and says nothing does not keep others out.
 const HANDSHAKES: usize = 512;
-
-/// TLS handshakes at once from one address: whoever opens connections and says nothing does not keep others out.
-const HANDSHAKES_OF_ONE: usize = 64;
 
 /// How long an answer may wait for its bot to take it.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
@@ -116,29 +115,28 @@ struct Connection {
 impl Listener {
     /// Serves until told to stop; returns once every connection has ended.
     pub(super) async fn serve(self, socket: TcpListener) {
-        let (connections, handshakes) = (TaskTracker::new(), Arc::new(Semaphore::new(HANDSHAKES)));
+        let (connections, handshakes) = (TaskTracker::new(), Arc::<Handshakes>::default());
         let listener = Arc::new(self);
         let mut stopping = listener.stopping.clone();
-        let peers = Arc::new(Peers::default());
         loop {
             let accepted = tokio::select! {
-                accepted = accept(&socket, &handshakes) => accepted,
+                accepted = socket.accept() => accepted,
                 () = told(&mut stopping) => break,
             };
-            let Ok((stream, peer, handshake)) = accepted else {
+            let Ok((stream, peer)) = accepted else {
                 // Out of descriptors: let some connections end first.
                 listener.broker.metrics.connection_refused("descriptors");
                 sleep(Duration::from_millis(50)).await;
                 continue;
             };
-            let Some(place) = Peers::place(&peers, peer.ip()) else {
-                listener.broker.metrics.connection_refused("handshakes");
-                continue;
-            };
+            let handshake = Handshakes::begin(&handshakes, peer.ip());
             let listener = Arc::clone(&listener);
             connections.spawn(async move {
-                let shaken = listener.shake_hands(stream).await;
-                drop((handshake, place));
+                let shaken = tokio::select! {
+                    shaken = listener.shake_hands(stream) => shaken,
+                    () = handshake.is_given_up.cancelled() => Err(io::Error::other("too many handshakes at once")),
+                };
+                drop(handshake);
                 match shaken {
                     Ok((stream, generation)) => listener.admit(stream, generation).await,
                     Err(error) => {
@@ -391,46 +389,67 @@ fn unread(response: &Response<tonic::body::Body>) -> Option<String> {
     (!is_ours && is_about_the_message).then(|| status.message().to_owned())
 }
 
-/// The next connection, with its place among the handshakes.
-async fn accept(
-    socket: &TcpListener,
-    handshakes: &Arc<Semaphore>,
-) -> io::Result<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
-    let permit = Arc::clone(handshakes).acquire_owned().await;
-    let permit = permit.map_err(io::Error::other)?;
-    let (stream, peer) = socket.accept().await?;
-    Ok((stream, peer, permit))
+/// Handshakes under way, by the order in which they began.
+#[derive(Default)]
+struct Handshakes(Mutex<UnderWay>);
+
+#[derive(Default)]
+struct UnderWay {
+    begun: u64,
+    peers: BTreeMap<u64, (IpAddr, CancellationToken)>,
 }
 
-/// How many handshakes each address has under way.
-#[derive(Default)]
-struct Peers(Mutex<HashMap<IpAddr, usize>>);
+/// One of them; it is over when this drops.
+struct Handshake {
+    handshakes: Arc<Handshakes>,
+    number: u64,
+    is_given_up: CancellationToken,
+}
 
-/// The place of one handshake; free again when it drops.
-struct PeerPlace(Arc<Peers>, IpAddr);
-
-impl Peers {
-    fn place(peers: &Arc<Self>, address: IpAddr) -> Option<PeerPlace> {
-        let mut counts = peers.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = counts.entry(address).or_default();
-        if *count >= HANDSHAKES_OF_ONE {
-            return None;
+impl Handshakes {
+    fn begin(handshakes: &Arc<Self>, peer: IpAddr) -> Handshake {
+        let mut under_way = handshakes.under_way();
+        if under_way.peers.len() >= HANDSHAKES {
+            under_way.give_one_up();
         }
-        *count += 1;
-        Some(PeerPlace(Arc::clone(peers), address))
+        under_way.begun += 1;
+        let (number, is_given_up) = (under_way.begun, CancellationToken::new());
+        under_way.peers.insert(number, (peer, is_given_up.clone()));
+        Handshake {
+            handshakes: Arc::clone(handshakes),
+            number,
+            is_given_up,
+        }
+    }
+
+    fn under_way(&self) -> std::sync::MutexGuard<'_, UnderWay> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Drop for PeerPlace {
-    fn drop(&mut self) {
-        let Self(peers, address) = self;
-        let mut counts = peers.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = counts.get_mut(address) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(address);
-            }
+impl UnderWay {
+    /// Ends the oldest of the address that has the most.
+    fn give_one_up(&mut self) {
+        let mut counts: HashMap<IpAddr, usize> = HashMap::new();
+        for (peer, _) in self.peers.values() {
+            *counts.entry(*peer).or_default() += 1;
         }
+        let Some((busiest, _)) = counts.into_iter().max_by_key(|(_, count)| *count) else {
+            return;
+        };
+        let oldest = self.peers.iter().find(|(_, (peer, _))| *peer == busiest);
+        if let Some((_, is_given_up)) = oldest
+            .map(|(number, _)| *number)
+            .and_then(|number| self.peers.remove(&number))
+        {
+            is_given_up.cancel();
+        }
+    }
+}
+
+impl Drop for Handshake {
+    fn drop(&mut self) {
+        self.handshakes.under_way().peers.remove(&self.number);
     }
 }
 

@@ -29,7 +29,7 @@ use crate::toml_file::{Problem, Problems};
 const READY_WITHIN: Duration = Duration::from_secs(5);
 
 /// How long keys stay that the rules no longer name: calls that were allowed by the old rules are still being signed.
-const KEEP_FOR: Duration = Duration::from_secs(10);
+const KEEP_FOR: Duration = Duration::from_secs(5);
 
 /// How often it is looked whether a host has told its time.
 const LOOK_EVERY: Duration = Duration::from_millis(20);

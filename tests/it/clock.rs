@@ -274,7 +274,7 @@ async fn a_timestamp_that_is_refused_again_or_cannot_be_measured_is_passed_on() 
 }
 
 #[tokio::test]
-async fn a_deadline_that_passes_while_the_time_is_measured_again_ends_the_call_as_not_sent() {
+async fn a_deadline_that_passes_while_the_time_is_measured_again_ends_the_call_with_the_refusal() {
     let (mut lab, time) = ready(0).await;
     let mut bot = lab.patient_bot("maker").await;
     time.jump(&lab, MINUTE_MS);
@@ -290,11 +290,10 @@ async fn a_deadline_that_passes_while_the_time_is_measured_again_ends_the_call_a
     })
     .await;
     time.pass(&lab, limit).await;
-    let status = call.await.unwrap().unwrap_err();
-    let (code, reason, outcome, request_id) = failure(&status);
+    let answer = call.await.unwrap().unwrap();
     assert_eq!(
-        (code, reason.as_str(), outcome.as_str()),
-        (Code::DeadlineExceeded, "DEADLINE_EXCEEDED", "not_sent")
+        (answer.outcome(), answer.code.as_str()),
+        (Outcome::Rejected, "400002")
     );
     // The measurement gives up, and the host is heard again: still nothing more leaves.
     lab.kucoin.clear_faults();
@@ -308,7 +307,12 @@ async fn a_deadline_that_passes_while_the_time_is_measured_again_ends_the_call_a
         .collect();
     assert_eq!(orders.len(), 1);
     assert_eq!(orders[0].code(), Some("400002"));
-    assert_eq!(lab.audit_of(&request_id).len(), 2);
+    let lines = lab.audit_of(&answer.request_id);
+    assert_eq!(lines.len(), 2);
+    assert_eq!(
+        (&lines[1]["outcome"], &lines[1]["code"]),
+        (&json!("rejected"), &json!("400002"))
+    );
     lab.stop().await;
 }
 

@@ -217,7 +217,7 @@ async fn the_check_finds_a_certificate_that_cannot_be_shown() {
     let found = problems(lab.config());
     for part in [
         "vault.auth.certificate: ",
-        "holds no certificate",
+        "there is none in it",
         "vault.auth.key: expected a private key as PEM in ",
     ] {
         assert!(found.contains(part), "{part} is not in\n{found}");
