@@ -7,6 +7,7 @@ mod login;
 mod outages;
 mod policies;
 mod real;
+mod stale;
 
 use std::fmt::Write as _;
 use std::io;

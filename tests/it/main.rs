@@ -21,6 +21,7 @@ mod commands;
 mod contract;
 mod delivery;
 mod deploy;
+mod egress;
 mod examples;
 mod keys;
 mod load;
