@@ -45,16 +45,17 @@ pub fn readiness(broker: &Broker) -> Readiness {
             } => {
                 let serves = |problem| format!("{name}: version {version} serves on: {problem}");
                 reasons.extend(problem.map(serves));
-                if outage.is_some() || key.is_too_old {
+                let what = if key.is_too_old {
+                    "too old for what adds risk"
+                } else {
+                    "serves on"
+                };
+                // Too old without an outage: the machine has slept.
+                let why = outage.or_else(|| key.is_too_old.then(|| "not asked since".to_owned()));
+                if let Some(why) = why {
                     let age_s = key.age.unwrap_or_default().as_secs();
-                    let what = if key.is_too_old {
-                        "too old for what adds risk"
-                    } else {
-                        "serves on"
-                    };
-                    let outage = outage.unwrap_or_else(|| "it is being asked now".to_owned());
                     reasons.push(format!(
-                        "{name}: {what}; Vault last confirmed it {age_s} s ago: {outage}"
+                        "{name}: {what}; Vault last confirmed it {age_s} s ago: {why}"
                     ));
                 }
             }

@@ -10,6 +10,7 @@ mod policies;
 mod real;
 mod token_life;
 mod wrapped;
+mod stale;
 
 use std::fmt::Write as _;
 use std::io;

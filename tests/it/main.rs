@@ -22,6 +22,7 @@ mod connections;
 mod contract;
 mod delivery;
 mod deploy;
+mod egress;
 mod examples;
 mod keys;
 mod load;
