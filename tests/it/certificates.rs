@@ -15,7 +15,7 @@ fn dns(text: &str) -> SanType {
 const MAKER: &str = "spiffe://demo.test/bot/maker";
 
 /// Whether a call with this certificate gets as far as our handler.
-async fn gets_in(lab: &Lab, identity: &Identity) -> bool {
+pub(crate) async fn gets_in(lab: &Lab, identity: &Identity) -> bool {
     let Ok(channel) = lab.endpoint(identity).connect().await else {
         return false;
     };

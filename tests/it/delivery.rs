@@ -319,7 +319,7 @@ async fn connections_come_from_the_egress_address_and_are_kept() {
 }
 
 /// TLS of a simulated exchange.
-fn tls_of(ca: &credbroker_sim::pki::Ca) -> std::sync::Arc<rustls::ServerConfig> {
+pub(crate) fn tls_of(ca: &credbroker_sim::pki::Ca) -> std::sync::Arc<rustls::ServerConfig> {
     use rustls::pki_types::pem::PemObject;
     use rustls::pki_types::{CertificateDer, PrivateKeyDer};
     let identity = ca.server().unwrap();

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::future::Future;
-use std::io::{BufRead, BufReader, Write as _};
+use std::io::{self, BufRead, BufReader, Write as _};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -34,6 +34,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 use tonic::client::GrpcService;
 use tonic::codegen::{Service, StdError};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
@@ -276,7 +278,12 @@ impl Lab {
 
     /// Starts the real program.
     pub(crate) async fn spawn_broker(&mut self) {
-        let process = Process::start(&self.path("config.toml"));
+        self.spawn_broker_under(&[]).await;
+    }
+
+    /// The same, started by a command such as `prlimit` that becomes it.
+    pub(crate) async fn spawn_broker_under(&mut self, command: &[&str]) {
+        let process = Process::start(command, &self.path("config.toml"));
         let listening = process.log_line("listening").await;
         let address = |key: &str| listening[key].as_str().unwrap().parse().unwrap();
         (self.grpc, self.ops) = (address("grpc"), address("ops"));
@@ -324,7 +331,34 @@ impl Lab {
 
     /// A bot that leaves all deadlines to the broker: its own library would give up on a busy machine, and hide the answer.
     pub(crate) async fn patient_bot(&self, name: &str) -> Bot<Patient> {
-        let identity = self.ca.bot(name).unwrap();
+        self.patient_bot_with(&self.ca.bot(name).unwrap()).await
+    }
+
+    pub(crate) async fn patient_bot_with(&self, identity: &Identity) -> Bot<Patient> {
+        let origin = "https://localhost".parse().unwrap();
+        Bot {
+            client: BrokerClient::with_origin(self.patient(identity).await, origin),
+        }
+    }
+
+    /// A connection for requests that no bot's library would send.
+    pub(crate) async fn patient(&self, identity: &Identity) -> Patient {
+        let stream = self.tls(identity).await.unwrap();
+        let (sender, connection) =
+            hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
+                .await
+                .unwrap();
+        tokio::spawn(connection);
+        Patient(sender)
+    }
+
+    /// A connection over which nothing has been said yet.
+    pub(crate) async fn tls(&self, identity: &Identity) -> io::Result<TlsStream<TcpStream>> {
+        tls(self.grpc, &self.client_tls(identity)).await
+    }
+
+    /// What a bot with this certificate shakes hands with.
+    pub(crate) fn client_tls(&self, identity: &Identity) -> TlsConnector {
         let mut roots = rustls::RootCertStore::empty();
         let ca = CertificateDer::from_pem_slice(self.ca.certificate_pem().as_bytes()).unwrap();
         roots.add(ca).unwrap();
@@ -341,23 +375,7 @@ impl Lab {
             )
             .unwrap();
         tls.alpn_protocols = vec![b"h2".to_vec()];
-        let stream = TcpStream::connect(self.grpc).await.unwrap();
-        // Without this each call waits 40 ms for an acknowledgement.
-        stream.set_nodelay(true).unwrap();
-        let name = ServerName::try_from("localhost").unwrap();
-        let stream = tokio_rustls::TlsConnector::from(Arc::new(tls))
-            .connect(name, stream)
-            .await
-            .unwrap();
-        let (sender, connection) =
-            hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
-                .await
-                .unwrap();
-        tokio::spawn(connection);
-        let origin = "https://localhost".parse().unwrap();
-        Bot {
-            client: BrokerClient::with_origin(Patient(sender), origin),
-        }
+        TlsConnector::from(Arc::new(tls))
     }
 
     pub(crate) fn endpoint(&self, identity: &Identity) -> Endpoint {
@@ -377,6 +395,13 @@ impl Lab {
     /// Status and body of a GET on the ops listener.
     pub(crate) async fn get(&self, path: &str) -> (u16, String) {
         get(&self.ops.to_string(), path).await
+    }
+
+    /// The value of a metric, named with its labels; `None` where it is not there.
+    pub(crate) async fn metric(&self, name: &str) -> Option<f64> {
+        let (_, text) = self.get("/metrics").await;
+        let value = |line: &str| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok();
+        text.lines().find_map(value)
     }
 
     /// Every line of the audit file that belongs to a call.
@@ -446,9 +471,11 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    fn start(config: &Path) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_credbroker"))
-            .args(["serve", "--config"])
+    fn start(command: &[&str], config: &Path) -> Self {
+        let program = [env!("CARGO_BIN_EXE_credbroker"), "serve", "--config"];
+        let mut words = command.iter().chain(&program);
+        let mut child = Command::new(words.next().unwrap())
+            .args(words)
             .arg(config)
             .stdin(Stdio::null())
             .stderr(Stdio::piped())
@@ -562,6 +589,7 @@ pub(crate) struct Road {
 #[derive(Clone, Copy, Eq, PartialEq)]
 enum Way {
     Closed,
+    Held,
     Open,
     Silent,
 }
@@ -583,9 +611,15 @@ impl Road {
                 let mut way = way.clone();
                 tokio::spawn(async move {
                     let at_first = *way.borrow_and_update();
-                    if at_first == Way::Silent {
-                        let _ = way.changed().await;
-                        return;
+                    match at_first {
+                        Way::Silent => {
+                            let _ = way.changed().await;
+                            return;
+                        }
+                        Way::Held => {
+                            let _ = way.changed().await;
+                        }
+                        Way::Closed | Way::Open => {}
                     }
                     let Ok(mut to) = TcpStream::connect(target).await else {
                         return;
@@ -606,6 +640,16 @@ impl Road {
     /// Refuses connections from now on, and cuts those that are open.
     pub(crate) fn close(&self) {
         self.state.send_replace(Way::Closed);
+    }
+
+    /// Takes connections and says nothing until it is opened; cuts those that are open.
+    pub(crate) fn hold(&self) {
+        self.state.send_replace(Way::Held);
+    }
+
+    /// Lets everything through.
+    pub(crate) fn open(&self) {
+        self.state.send_replace(Way::Open);
     }
 
     /// Takes connections and says nothing; cuts those that are open.
@@ -733,6 +777,18 @@ pub(crate) fn secret(key: &SimKey) -> Value {
 
 pub(crate) fn kv_path(account: &str, name: &str) -> String {
     format!("kucoin/prod/{account}/{name}")
+}
+
+/// Connects and shakes hands.
+pub(crate) async fn tls(
+    address: SocketAddr,
+    connector: &TlsConnector,
+) -> io::Result<TlsStream<TcpStream>> {
+    let stream = TcpStream::connect(address).await?;
+    // Without this each call waits 40 ms for an acknowledgement.
+    stream.set_nodelay(true)?;
+    let name = ServerName::try_from("localhost").unwrap();
+    connector.connect(name, stream).await
 }
 
 /// Status and body of a GET in plain HTTP.

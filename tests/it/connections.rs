@@ -1,0 +1,580 @@
+//! How much a bot may take: connections, calls in flight, time and size; each limit with a clear error, none at the
+//! cost of another bot.
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use credbroker::api::proto::{SignAndSendRequest, SignAndSendResponse};
+use credbroker::clock::Clock;
+use credbroker_sim::kucoin::{Fault, FaultAction, Matching};
+use credbroker_sim::pki::Identity;
+use http_body_util::StreamBody;
+use prost::Message;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::{sleep, timeout};
+use tokio_rustls::client::TlsStream;
+use tokio_stream::StreamExt;
+use tonic::codegen::Service;
+use tonic::{Code, Status};
+use tonic_types::StatusExt;
+
+use crate::harness::{
+    Bot, Lab, Patient, Settings, accounts, failure, refusal, say, spot_order, tls, until,
+};
+
+const ACCOUNTS: &str = "/api/v1/accounts";
+const OPEN: &str = "credbroker_connections";
+const IN_FLIGHT: &str = "credbroker_calls_in_flight";
+
+/// Kinds of HTTP/2 frames (RFC 9113, section 6).
+const DATA: u8 = 0;
+const HEADERS: u8 = 1;
+const SETTINGS: u8 = 4;
+pub(crate) const GOAWAY: u8 = 7;
+
+/// Flags of frames.
+const END_STREAM: u8 = 1;
+const END_HEADERS: u8 = 4;
+
+/// A bot that speaks HTTP/2 frame by frame and answers nothing by itself: no SETTINGS, no PING, no GOAWAY.
+pub(crate) struct RawBot {
+    stream: TlsStream<TcpStream>,
+    next: u32,
+}
+
+impl RawBot {
+    pub(crate) async fn open(lab: &Lab, identity: &Identity) -> Self {
+        let mut stream = lab.tls(identity).await.unwrap();
+        stream
+            .write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+            .await
+            .unwrap();
+        let mut bot = Self { stream, next: 1 };
+        bot.write(SETTINGS, 0, 0, &[]).await;
+        bot
+    }
+
+    /// Sends a whole call, if anybody still listens.
+    pub(crate) async fn call(&mut self, request: &SignAndSendRequest) {
+        let stream = self.head(&[]).await;
+        self.write(DATA, END_STREAM, stream, &message(request))
+            .await;
+    }
+
+    /// Opens a call with these further headers; returns its stream.
+    async fn head(&mut self, more: &[(&str, &str)]) -> u32 {
+        let stream = self.next;
+        self.next += 2;
+        let usual = [
+            (":method", "POST"),
+            (":scheme", "https"),
+            (":path", "/credbroker.v1.Broker/SignAndSend"),
+            (":authority", "localhost"),
+            ("content-type", "application/grpc"),
+            ("te", "trailers"),
+        ];
+        // HPACK: literal fields that are not indexed (RFC 7541, section 6.2.2).
+        let mut block = Vec::new();
+        for (name, value) in usual.iter().chain(more) {
+            block.push(0);
+            for text in [name, value] {
+                block.push(
+                    u8::try_from(text.len())
+                        .ok()
+                        .filter(|&length| length < 127)
+                        .unwrap(),
+                );
+                block.extend(text.as_bytes());
+            }
+        }
+        self.write(HEADERS, END_HEADERS, stream, &block).await;
+        stream
+    }
+
+    async fn write(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
+        let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+        let mut frame = length[1..].to_vec();
+        frame.extend([kind, flags]);
+        frame.extend(stream.to_be_bytes());
+        frame.extend(payload);
+        // The other side may have gone.
+        let _ = self.stream.write_all(&frame).await;
+    }
+
+    /// Reads until a frame of this kind has come.
+    pub(crate) async fn until_frame(&mut self, kind: u8) {
+        let wait = async {
+            loop {
+                let mut head = [0; 9];
+                self.stream.read_exact(&mut head).await.unwrap();
+                let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+                let mut payload = vec![0; usize::try_from(length).unwrap()];
+                self.stream.read_exact(&mut payload).await.unwrap();
+                if head[3] == kind {
+                    return;
+                }
+            }
+        };
+        timeout(Duration::from_secs(20), wait).await.unwrap();
+    }
+
+    /// Waits until the other side has closed.
+    async fn until_closed(&mut self) {
+        closed(&mut self.stream).await;
+    }
+}
+
+/// Reads until the other side has closed.
+async fn closed(stream: &mut (impl tokio::io::AsyncRead + Unpin)) {
+    let mut rest = Vec::new();
+    let read = timeout(Duration::from_secs(20), stream.read_to_end(&mut rest)).await;
+    // Closed with or without a farewell.
+    let _: io::Result<usize> = read.expect("the connection stays open");
+}
+
+/// A message as gRPC frames it.
+fn message(request: &SignAndSendRequest) -> Vec<u8> {
+    let encoded = request.encode_to_vec();
+    let length = u32::try_from(encoded.len()).unwrap();
+    let mut framed = vec![0];
+    framed.extend(length.to_be_bytes());
+    framed.extend(encoded);
+    framed
+}
+
+async fn lab(limits: &str) -> Lab {
+    Lab::with(Settings {
+        config: format!("[limits]\n{limits}"),
+        ..Settings::default()
+    })
+    .await
+}
+
+/// That a call was refused for being one too many, and told when to come again.
+fn assert_overloaded(ended: Result<SignAndSendResponse, Status>, said: &str) {
+    let status = ended.expect_err("this call must be refused");
+    let (code, reason, outcome, _) = failure(&status);
+    assert_eq!(
+        (code, reason.as_str(), outcome.as_str()),
+        (Code::ResourceExhausted, "OVERLOADED", "not_sent")
+    );
+    assert!(status.message().contains(said), "{status:?}");
+    let retry = status
+        .get_details_retry_info()
+        .and_then(|info| info.retry_delay);
+    assert_eq!(retry, Some(Duration::from_secs(1)));
+}
+
+/// How many lines of the record refuse a call for this reason.
+fn denied(lab: &Lab, reason: &str) -> usize {
+    let mut lines = lab.audit();
+    lines.retain(|line| line["event"] == "denied" && line["reason"] == reason);
+    lines.len()
+}
+
+async fn until_open(lab: &Lab, count: f64) {
+    until(&format!("{count} connections are open"), async || {
+        lab.metric(OPEN).await == Some(count)
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_connection_too_many_is_told_so_and_closed_and_places_come_back() {
+    let mut lab = lab("connections_per_bot = 2").await;
+    let limit = "limits.connections_per_bot";
+    let mut served = [
+        lab.patient_bot("maker").await,
+        lab.patient_bot("maker").await,
+    ];
+    for bot in &mut served {
+        bot.send(accounts()).await.unwrap();
+    }
+    let mut third = lab.patient_bot("maker").await;
+    assert_overloaded(third.send(accounts()).await, limit);
+    assert_eq!(denied(&lab, "OVERLOADED"), 1);
+    // So many are told; the next is closed.
+    let mut told = vec![third];
+    for _ in 0..7 {
+        let mut bot = lab.patient_bot("maker").await;
+        assert_overloaded(bot.send(accounts()).await, limit);
+        told.push(bot);
+    }
+    let identity = lab.ca.bot("maker").unwrap();
+    closed(&mut lab.tls(&identity).await.unwrap()).await;
+    let refused = async |reason| {
+        lab.metric(&format!(
+            "credbroker_connections_refused_total{{reason=\"{reason}\"}}"
+        ))
+        .await
+    };
+    assert_eq!(
+        (refused("bot").await, refused("many").await),
+        (Some(8.0), Some(1.0))
+    );
+    lab.patient_bot("reader")
+        .await
+        .send(accounts())
+        .await
+        .unwrap();
+    for bot in &mut served {
+        bot.send(accounts()).await.unwrap();
+    }
+
+    // A place is free as soon as its connection has ended, however many still wait to be closed.
+    let [first, second] = served;
+    drop(first);
+    until_open(&lab, 9.0).await;
+    let mut in_its_place = lab.patient_bot("maker").await;
+    in_its_place.send(accounts()).await.unwrap();
+    // Those that were told are closed after a moment.
+    until_open(&lab, 2.0).await;
+    for bot in &mut told {
+        bot.send(accounts()).await.unwrap_err();
+    }
+    drop((second, in_its_place));
+    until_open(&lab, 0.0).await;
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn connections_of_all_bots_together_have_a_limit_too() {
+    let mut lab = lab("connections = 2").await;
+    let mut first = lab.patient_bot("maker").await;
+    let mut second = lab.patient_bot("reader").await;
+    first.send(accounts()).await.unwrap();
+    second.send(accounts()).await.unwrap();
+    let identity = lab.ca.bot("maker").unwrap();
+    closed(&mut lab.tls(&identity).await.unwrap()).await;
+    drop(second);
+    until_open(&lab, 1.0).await;
+    lab.patient_bot("reader")
+        .await
+        .send(accounts())
+        .await
+        .unwrap();
+    lab.stop().await;
+}
+
+/// Calls that the exchange answers late, once they have left.
+async fn under_way<const N: usize>(
+    lab: &Lab,
+    bot: &Bot<Patient>,
+) -> [tokio::task::JoinHandle<Result<SignAndSendResponse, Status>>; N] {
+    let before = lab.kucoin.received().len();
+    let calls = [(); N].map(|()| {
+        let mut bot = bot.clone();
+        tokio::spawn(async move { bot.send(accounts()).await })
+    });
+    until("the calls have left", async || {
+        lab.kucoin.received().len() == before + N
+    })
+    .await;
+    calls
+}
+
+fn slow(ms: u64) -> Fault {
+    Fault {
+        times: None,
+        matching: Matching::Exact,
+        ..Fault::once(ACCOUNTS, FaultAction::Delay { ms })
+    }
+}
+
+#[tokio::test]
+async fn a_call_too_many_is_refused_and_recorded_and_hanging_up_does_not_help() {
+    let mut lab = lab("calls_in_flight = 3\ncalls_in_flight_per_bot = 2").await;
+    let (mut maker, mut reader) = (
+        lab.patient_bot("maker").await,
+        lab.patient_bot("reader").await,
+    );
+    lab.kucoin.fault(slow(3000));
+    let of_maker = under_way::<2>(&lab, &maker).await;
+    assert_overloaded(
+        maker.send(accounts()).await,
+        "limits.calls_in_flight_per_bot",
+    );
+    let of_reader = under_way::<1>(&lab, &reader).await;
+    assert_overloaded(reader.send(accounts()).await, "(limits.calls_in_flight)");
+    assert_eq!(denied(&lab, "OVERLOADED"), 2);
+    assert_eq!(lab.metric(IN_FLIGHT).await, Some(3.0));
+
+    for call in of_maker {
+        call.abort();
+    }
+    // Another connection, so that the broker has had time to hear of the hang-up on the first.
+    let mut again = lab.patient_bot("maker").await;
+    assert_overloaded(again.send(accounts()).await, "limits.calls_in_flight");
+    assert_overloaded(maker.send(accounts()).await, "limits.calls_in_flight");
+    assert_eq!(lab.kucoin.received().len(), 3);
+    for call in of_reader {
+        call.await.unwrap().unwrap();
+    }
+    until("all have ended", async || {
+        lab.metric(IN_FLIGHT).await == Some(0.0)
+    })
+    .await;
+    lab.kucoin.clear_faults();
+    maker.send(accounts()).await.unwrap();
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn peers_that_say_nothing_are_dropped_and_keep_nobody_out_for_longer() {
+    let limit = Duration::from_secs(2);
+    let mut lab = lab("handshake_timeout_ms = 2000").await;
+    let mut silent = Vec::new();
+    for _ in 0..600 {
+        silent.push(TcpStream::connect(lab.grpc).await.unwrap());
+    }
+    let called = async {
+        let mut bot = lab.patient_bot("reader").await;
+        bot.send(accounts()).await.unwrap();
+        bot
+    };
+    // And as much again for a machine that is busy with other tests.
+    let mut bot = timeout(2 * limit, called)
+        .await
+        .expect("it waits for longer");
+    for stream in &mut silent {
+        closed(stream).await;
+    }
+    bot.send(accounts()).await.unwrap();
+    until("they are counted", async || {
+        lab.metric("credbroker_connections_refused_total{reason=\"handshake\"}")
+            .await
+            == Some(600.0)
+    })
+    .await;
+    lab.stop().await;
+}
+
+/// Sends a call whose body arrives in pieces, one after each pause; returns its status.
+async fn in_pieces(lab: &Lab, pieces: Vec<Bytes>, pause: Duration) -> Status {
+    let pieces = tokio_stream::iter(pieces).then(move |piece| async move {
+        sleep(pause).await;
+        Ok::<_, Status>(http_body::Frame::data(piece))
+    });
+    let body = tonic::body::Body::new(http_body_util::combinators::UnsyncBoxBody::new(
+        StreamBody::new(pieces),
+    ));
+    let request = http::Request::post("https://localhost/credbroker.v1.Broker/SignAndSend")
+        .header("content-type", "application/grpc")
+        .header("te", "trailers");
+    let mut connection = lab.patient(&lab.ca.bot("maker").unwrap()).await;
+    let answer = connection.call(request.body(body).unwrap()).await.unwrap();
+    Status::from_header_map(answer.headers()).unwrap()
+}
+
+#[tokio::test]
+async fn a_request_that_arrives_in_drops_is_refused_in_time() {
+    let mut lab = lab("request_timeout_ms = 500").await;
+    let mut bot = lab.patient_bot("maker").await;
+    let drops = message(&spot_order("drops"))
+        .iter()
+        .map(|&byte| Bytes::from(vec![byte]))
+        .collect();
+    let started = Instant::now();
+    let status = in_pieces(&lab, drops, Duration::from_millis(100)).await;
+    let waited = started.elapsed();
+    assert!(
+        Duration::from_millis(500) <= waited && waited < Duration::from_secs(3),
+        "{waited:?}"
+    );
+    let (code, reason, outcome, _) = failure(&status);
+    assert_eq!(
+        (code, reason.as_str(), outcome.as_str()),
+        (Code::DeadlineExceeded, "DEADLINE_EXCEEDED", "not_sent")
+    );
+    assert!(status.message().contains("within 500 ms"), "{status:?}");
+    assert_eq!(denied(&lab, "DEADLINE_EXCEEDED"), 1);
+    until("its place is free", async || {
+        lab.metric(IN_FLIGHT).await == Some(0.0)
+    })
+    .await;
+    assert!(lab.kucoin.received().is_empty());
+    bot.send(accounts()).await.unwrap();
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn a_message_that_cannot_be_read_is_malformed_and_recorded() {
+    let mut lab = lab("body_bytes = 1000").await;
+    let mut bot = lab.patient_bot("maker").await;
+    let large = SignAndSendRequest {
+        body: Bytes::from(vec![b' '; 100_000]),
+        ..spot_order("large")
+    };
+    let malformed = (
+        Code::InvalidArgument,
+        "REQUEST_MALFORMED".to_owned(),
+        "not_sent".to_owned(),
+    );
+    let status = bot.send(large).await.unwrap_err();
+    let field = &status.get_details_bad_request().unwrap().field_violations[0];
+    assert_eq!(field.field, "message");
+    assert!(field.description.contains("66536"), "{field:?}");
+    assert_eq!(refusal(Err(status)), malformed);
+    // The head of a message that is no message of ours.
+    let nonsense = vec![Bytes::from_static(&[0, 0, 0, 0, 3, 0xff, 0xff, 0xff])];
+    let status = in_pieces(&lab, nonsense, Duration::ZERO).await;
+    assert_eq!(refusal(Err(status)), malformed);
+    assert_eq!(denied(&lab, "REQUEST_MALFORMED"), 2);
+    assert!(lab.kucoin.received().is_empty());
+    bot.send(accounts()).await.unwrap();
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn headers_that_are_too_long_end_no_more_than_their_call() {
+    let mut lab = lab("").await;
+    let mut bot = lab.patient_bot("maker").await;
+    let mut request = tonic::Request::new(accounts());
+    let long = "x".repeat(20_000).parse().unwrap();
+    request.metadata_mut().insert("x-long", long);
+    let status = bot.client.sign_and_send(request).await.unwrap_err();
+    assert!(status.get_details_error_info().is_none(), "{status:?}");
+    assert!(lab.kucoin.received().is_empty());
+    bot.send(accounts()).await.unwrap();
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn an_idle_connection_is_closed_and_the_next_call_works() {
+    let mut lab = lab("connection_idle_s = 1").await;
+    let mut usual = lab.bot("reader").await;
+    usual.send(accounts()).await.unwrap();
+    // One that never speaks HTTP/2, and one that speaks it and says no farewell.
+    let identity = lab.ca.bot("reader").unwrap();
+    let mut mute = lab.tls(&identity).await.unwrap();
+    let mut raw = RawBot::open(&lab, &identity).await;
+    let mut busy = lab.patient_bot("maker").await;
+    // Longer than until somebody looks for idle connections; the exchange refuses so late a timestamp, and the second
+    // try is on time.
+    lab.kucoin
+        .fault(Fault::once(ACCOUNTS, FaultAction::Delay { ms: 6500 }));
+    let [call] = under_way::<1>(&lab, &busy).await;
+    call.await.unwrap().unwrap();
+    // A connection with a call in flight was not idle: it takes another.
+    busy.send(accounts()).await.unwrap();
+    closed(&mut mute).await;
+    raw.until_closed().await;
+    until_open(&lab, 0.0).await;
+    usual.send(accounts()).await.unwrap();
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn a_connection_has_an_age_that_calls_do_not_prolong() {
+    let mut lab = lab("connection_age_s = 2").await;
+    // Its library connects again by itself.
+    let mut bot = lab.bot("reader").await;
+    let mut raw = RawBot::open(&lab, &lab.ca.bot("maker").unwrap()).await;
+    let started = Instant::now();
+    let aged = tokio::spawn(async move {
+        raw.until_frame(GOAWAY).await;
+        started.elapsed()
+    });
+    while !aged.is_finished() {
+        bot.send(accounts()).await.unwrap();
+        sleep(Duration::from_millis(5)).await;
+    }
+    let age = aged.await.unwrap();
+    assert!(
+        Duration::from_millis(1700) < age && age < Duration::from_secs(4),
+        "{age:?}"
+    );
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn a_connection_ends_with_its_certificate() {
+    let mut lab = lab("drain_timeout_ms = 500").await;
+    let now_s = || u64::try_from(Clock::system().wall_ms() / 1000).unwrap();
+    let end = now_s() + 3;
+    let identity = lab.ca.bot_within("maker", end - 60..end).unwrap();
+    let mut bot = lab.patient_bot_with(&identity).await;
+    let mut raw = RawBot::open(&lab, &identity).await;
+    let mut served = 0;
+    let refused = loop {
+        match bot.send(accounts()).await {
+            Ok(_) => served += 1,
+            Err(status) => break status,
+        }
+        assert!(now_s() <= end + 1, "it is served past its end");
+        sleep(Duration::from_millis(20)).await;
+    };
+    assert!(served > 0);
+    assert!(now_s() >= end, "{} s before its end", end - now_s());
+    let (code, reason, outcome) = refusal(Err(refused));
+    assert_eq!(
+        (code, reason.as_str(), outcome.as_str()),
+        (Code::Unauthenticated, "CALLER_UNKNOWN", "not_sent")
+    );
+    raw.until_closed().await;
+    until_open(&lab, 0.0).await;
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn ten_thousand_idle_connections_of_one_bot_leave_another_served() {
+    const CONNECTIONS: u64 = 10_000;
+    const AT_ONCE: usize = 50;
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    setrlimit(Resource::Nofile, raised).unwrap();
+    // Other tests of this process need some too.
+    let allowed = limit.maximum.unwrap_or(u64::MAX).saturating_sub(2000);
+    let connections = CONNECTIONS.min(allowed);
+    let lab = Lab::with(Settings {
+        process: true,
+        ..Settings::default()
+    })
+    .await;
+    let (address, connector) = (lab.grpc, lab.client_tls(&lab.ca.bot("maker").unwrap()));
+    let mut other = lab.patient_bot("reader").await;
+    let started = Instant::now();
+    let flood = tokio::spawn(async move {
+        let handshakes = tokio_stream::iter(0..connections).map(|_| tls(address, &connector));
+        let opened = futures_util::StreamExt::buffer_unordered(handshakes, AT_ONCE);
+        opened.collect::<io::Result<Vec<_>>>().await
+    });
+    let (mut calls, mut slowest) = (0, Duration::ZERO);
+    while !flood.is_finished() {
+        let called = Instant::now();
+        other.send(accounts()).await.unwrap();
+        slowest = slowest.max(called.elapsed());
+        calls += 1;
+    }
+    let open = flood.await.unwrap().unwrap();
+    let took = started.elapsed();
+    other.send(accounts()).await.unwrap();
+    lab.patient_bot("reader")
+        .await
+        .send(accounts())
+        .await
+        .unwrap();
+    let held = lab.metric(OPEN).await.unwrap();
+    let refused = async |reason| {
+        let name = format!("credbroker_connections_refused_total{{reason=\"{reason}\"}}");
+        lab.metric(&name).await.unwrap_or_default()
+    };
+    let (told, closed) = (refused("bot").await, refused("many").await);
+    say(&format!(
+        "{} connections of one bot in {took:?}: {held} held, {told} told, {closed} closed; {calls} calls of another bot, slowest {slowest:?}",
+        open.len()
+    ));
+    assert_eq!(u64::try_from(open.len()).unwrap(), connections);
+    assert!(
+        held < 80.0,
+        "64 served, some told, and two of the other bot"
+    );
+    assert!(told >= 8.0 && closed > 0.0);
+    assert!(calls > 10);
+}

@@ -1,0 +1,764 @@
+//! Rules and certificates change while bots work, however their files are replaced; what cannot be used changes nothing.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use credbroker::api::proto::SignAndSendRequest;
+use credbroker::clock::Clock;
+use credbroker::server::{Server, StartError};
+use credbroker_sim::kucoin::{Fault, FaultAction, KucoinSettings, Limits, SimKey};
+use credbroker_sim::pki::{Ca, Identity};
+use credbroker_sim::vault::{Fault as VaultFault, FaultRule};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+use serde_json::Value;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::sleep;
+use tonic::{Code, Status};
+
+use crate::certificates::gets_in;
+use crate::connections::{GOAWAY, RawBot};
+use crate::delivery::tls_of;
+use crate::harness::{
+    Bot, Lab, Patient, RULES, Settings, accounts, kv_path, refusal, secret, spot_order, until,
+};
+
+/// A grant to read spot on an account.
+fn reading(bot: &str, account: &str) -> String {
+    format!(
+        "\n[[grant]]\nbot = \"spiffe://demo.test/bot/{bot}\"\naccount = \"{account}\"\nscope = \"spot-margin\"\nallow = [\"read\"]\n"
+    )
+}
+
+/// Accounts of the usual rules, and one that is new.
+fn with_account(name: &str) -> String {
+    format!("{RULES}\n[account.{name}]\nkey = {{ spot-margin = \"main\" }}\n")
+}
+
+fn balance_of(account: &str) -> SignAndSendRequest {
+    SignAndSendRequest {
+        account: account.to_owned(),
+        ..accounts()
+    }
+}
+
+/// How a file gets other contents.
+#[derive(Clone, Copy, Debug)]
+enum Way {
+    /// Another file takes its name.
+    Rename,
+    /// It is a link into a folder that is itself a link, and that is turned to another folder, as Kubernetes does.
+    Links,
+    /// It is written over.
+    Write,
+}
+
+fn rename_over(lab: &Lab, name: &str, text: &str) {
+    let new = lab.path(&format!("{name}.new"));
+    std::fs::write(&new, text).unwrap();
+    std::fs::rename(new, lab.path(name)).unwrap();
+}
+
+fn link_over(lab: &Lab, name: &str, target: &str) {
+    let new = lab.path("link.new");
+    std::os::unix::fs::symlink(target, &new).unwrap();
+    std::fs::rename(new, lab.path(name)).unwrap();
+}
+
+/// Turns the files into links as Kubernetes mounts them; their contents stay.
+fn mount(lab: &Lab, names: &[&str]) {
+    std::fs::create_dir(lab.path("..first")).unwrap();
+    link_over(lab, "..data", "..first");
+    for name in names {
+        std::fs::copy(lab.path(name), lab.path(&format!("..first/{name}"))).unwrap();
+        link_over(lab, name, &format!("..data/{name}"));
+    }
+}
+
+impl Way {
+    fn replace(self, lab: &Lab, files: &[(&str, &str)]) {
+        if let Self::Links = self {
+            let names: Vec<_> = files.iter().map(|(name, _)| *name).collect();
+            mount(lab, &names);
+            std::fs::create_dir(lab.path("..second")).unwrap();
+        }
+        for (name, text) in files {
+            match self {
+                Self::Rename => rename_over(lab, name, text),
+                Self::Links => std::fs::write(lab.path(&format!("..second/{name}")), text).unwrap(),
+                Self::Write => std::fs::write(lab.path(name), text).unwrap(),
+            }
+        }
+        if let Self::Links = self {
+            link_over(lab, "..data", "..second");
+            std::fs::remove_dir_all(lab.path("..first")).unwrap();
+        }
+    }
+}
+
+/// What another program says of the file.
+fn sha256sum(file: &Path) -> String {
+    let output = Command::new("sha256sum").arg(file).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    text.split(' ').next().unwrap().to_owned()
+}
+
+/// The next change after `known` others, once it is on record.
+async fn change_after(lab: &Lab, known: usize) -> Value {
+    until("a change is recorded", async || lab.changes().len() > known).await;
+    lab.changes()[known].clone()
+}
+
+/// Replaces the rules and waits until the others are in force.
+async fn set_rules(lab: &Lab, rules: &str) {
+    let known = lab.changes().len();
+    rename_over(lab, "rules.toml", rules);
+    let change = change_after(lab, known).await;
+    assert_eq!(
+        (&change["what"], &change["outcome"]),
+        (&"rules".into(), &"taken".into()),
+        "{change}"
+    );
+}
+
+/// Replaces the bots' CAs and waits until the others are in force.
+async fn set_cas(lab: &Lab, cas: &[&Ca]) {
+    let known = lab.changes().len();
+    rename_over(lab, "ca.pem", &bundle(cas));
+    let change = change_after(lab, known).await;
+    assert_eq!(
+        (&change["what"], &change["outcome"]),
+        (&"tls".into(), &"taken".into()),
+        "{change}"
+    );
+}
+
+fn bundle(cas: &[&Ca]) -> String {
+    cas.iter().map(|ca| ca.certificate_pem()).collect()
+}
+
+/// The server certificate that a new connection is shown.
+async fn shown(lab: &Lab) -> CertificateDer<'static> {
+    let stream = lab.tls(&lab.ca.bot("maker").unwrap()).await.unwrap();
+    let chain = stream.get_ref().1.peer_certificates().unwrap();
+    chain[0].clone().into_owned()
+}
+
+fn der(identity: &Identity) -> CertificateDer<'static> {
+    CertificateDer::from_pem_slice(identity.certificate_pem.as_bytes()).unwrap()
+}
+
+/// A bot that calls without a pause until it is told to stop.
+struct Busy {
+    stop: watch::Sender<bool>,
+    calls: JoinHandle<(usize, Vec<Status>)>,
+}
+
+impl Busy {
+    fn start(mut bot: Bot<Patient>, request: SignAndSendRequest) -> Self {
+        let (stop, stopped) = watch::channel(false);
+        let calls = tokio::spawn(async move {
+            let (mut served, mut failures) = (0, Vec::new());
+            while !*stopped.borrow() {
+                match bot.send(request.clone()).await {
+                    Ok(_) => served += 1,
+                    Err(status) => failures.push(status),
+                }
+                // What the test waits for is on the same thread.
+                sleep(Duration::from_millis(1)).await;
+            }
+            (served, failures)
+        });
+        Self { stop, calls }
+    }
+
+    /// How many calls were served, and what the others were told.
+    async fn stop(self) -> (usize, Vec<Status>) {
+        self.stop.send_replace(true);
+        self.calls.await.unwrap()
+    }
+}
+
+#[tokio::test]
+async fn files_are_taken_up_however_they_are_replaced() {
+    let mut lab = Lab::start().await;
+    let mut rules = RULES.to_owned();
+    for way in [Way::Rename, Way::Write, Way::Links] {
+        let known = lab.changes().len();
+        let name = format!("{way:?}").to_lowercase();
+        let ca = Ca::new(&name).unwrap();
+        let identity = ca.bot(&name).unwrap();
+        let server = lab.ca.server().unwrap();
+        let before = sha256sum(&lab.path("rules.toml"));
+        rules += &reading(&name, "main");
+        way.replace(
+            &lab,
+            &[
+                ("rules.toml", rules.as_str()),
+                ("server.pem", server.certificate_pem.as_str()),
+                ("server.key", server.key_pem.as_str()),
+                ("ca.pem", bundle(&[&lab.ca, &ca]).as_str()),
+            ],
+        );
+        change_after(&lab, known + 1).await;
+        let mut changes = lab.changes().split_off(known);
+        changes.sort_by_key(|change| change["what"].to_string());
+        let of =
+            |change: &Value| format!("{} {} {}", change["who"], change["what"], change["outcome"]);
+        assert_eq!(
+            changes.iter().map(of).collect::<Vec<_>>(),
+            [r#""file" "rules" "taken""#, r#""file" "tls" "taken""#],
+            "{way:?}"
+        );
+        assert_eq!(changes[0]["sha256_before"], before);
+        assert_eq!(
+            changes[0]["sha256_after"],
+            sha256sum(&lab.path("rules.toml"))
+        );
+        assert_ne!(changes[1]["sha256_before"], changes[1]["sha256_after"]);
+
+        let mut bot = lab.patient_bot_with(&identity).await;
+        bot.send(accounts()).await.unwrap();
+        assert_eq!(shown(&lab).await, der(&server), "{way:?}");
+    }
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn a_file_that_is_still_being_written_is_never_in_force() {
+    let mut lab = Lab::start().await;
+    let busy = Busy::start(lab.patient_bot("reader").await, accounts());
+    let (head, tail) = RULES.split_at(
+        RULES
+            .find("[[grant]]\nbot = \"spiffe://demo.test/bot/reader\"")
+            .unwrap(),
+    );
+    let whole: Vec<_> = (0..20)
+        .map(|round| format!("# {round}\n{head}{tail}"))
+        .collect();
+    let file = lab.path("rules.toml");
+    let mut digests = BTreeSet::new();
+    for text in &whole {
+        let known = lab.changes().len();
+        let (first, rest) = text.split_at(text.len() - tail.len());
+        assert!(
+            credbroker::policy::Policy::parse(first).is_ok(),
+            "the half must be valid rules"
+        );
+        std::fs::write(&file, first).unwrap();
+        // Less than the time between two looks: one of them, at the most, sees the half.
+        sleep(Duration::from_millis(30)).await;
+        let mut open = std::fs::File::options().append(true).open(&file).unwrap();
+        std::io::Write::write_all(&mut open, rest.as_bytes()).unwrap();
+        digests.insert(sha256sum(&file));
+        change_after(&lab, known).await;
+    }
+    let (served, failures) = busy.stop().await;
+    assert!(served > 20, "{served}");
+    assert!(failures.is_empty(), "{failures:?}");
+    let taken = lab.changes();
+    assert_eq!(taken.len(), whole.len());
+    for change in taken {
+        assert!(
+            digests.contains(change["sha256_after"].as_str().unwrap()),
+            "{change}"
+        );
+    }
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn certificate_and_key_may_be_replaced_one_after_the_other() {
+    let mut lab = Lab::start().await;
+    let (old, new) = (shown(&lab).await, lab.ca.server().unwrap());
+    for (name, text, outcome) in [
+        ("server.pem", &new.certificate_pem, "refused"),
+        ("server.key", &new.key_pem, "taken"),
+    ] {
+        let known = lab.changes().len();
+        assert_eq!(shown(&lab).await, old);
+        rename_over(&lab, name, text);
+        assert_eq!(change_after(&lab, known).await["outcome"], outcome);
+    }
+    assert_eq!(shown(&lab).await, der(&new));
+    assert_eq!(
+        lab.metric("credbroker_file_unusable{file=\"tls\"}").await,
+        Some(0.0)
+    );
+    lab.stop().await;
+}
+
+fn now_s() -> u64 {
+    u64::try_from(Clock::system().wall_ms() / 1000).unwrap()
+}
+
+/// What a bad file holds.
+enum Bad {
+    Text(String),
+    Missing,
+    Folder,
+}
+
+#[tokio::test]
+async fn what_cannot_be_used_changes_nothing_and_is_told_until_it_is_mended() {
+    let mut lab = Lab::with(Settings {
+        process: true,
+        ..Settings::default()
+    })
+    .await;
+    let mut old_connection = lab.patient_bot("maker").await;
+    let (day, now) = (86_400, now_s());
+    let ended = lab.ca.server_within(now - 2 * day..now - day).unwrap();
+    let early = lab.ca.server_within(now + day..now + 2 * day).unwrap();
+    let other = lab.ca.server().unwrap();
+    let rules_line = RULES.lines().count() + 1;
+    let text = |text: &str| Bad::Text(text.to_owned());
+    let cases = [
+        (
+            "rules.toml",
+            Bad::Text(format!("{RULES}[[grant")),
+            format!("rules.toml:{rules_line}"),
+        ),
+        (
+            "rules.toml",
+            Bad::Text(format!("{RULES}permit = [\"read\"]\n")),
+            format!("rules.toml:{rules_line}"),
+        ),
+        (
+            "rules.toml",
+            Bad::Text(RULES.replace("reader", "\u{7f}")),
+            "rules.toml:".to_owned(),
+        ),
+        ("rules.toml", text(""), "rules.toml".to_owned()),
+        (
+            "rules.toml",
+            Bad::Missing,
+            "rules.toml cannot be read".to_owned(),
+        ),
+        (
+            "rules.toml",
+            Bad::Folder,
+            "rules.toml cannot be read".to_owned(),
+        ),
+        (
+            "server.key",
+            Bad::Text(other.key_pem),
+            "server.key is not the key of tls.certificate".to_owned(),
+        ),
+        ("server.key", text(""), "server.key".to_owned()),
+        (
+            "server.pem",
+            Bad::Text(ended.certificate_pem),
+            "ended on".to_owned(),
+        ),
+        (
+            "server.pem",
+            Bad::Text(early.certificate_pem),
+            "is not valid before".to_owned(),
+        ),
+        (
+            "server.pem",
+            text(""),
+            "server.pem holds no certificate".to_owned(),
+        ),
+        ("server.pem", Bad::Missing, "server.pem".to_owned()),
+        ("ca.pem", text(""), "ca.pem holds no certificate".to_owned()),
+        (
+            "ca.pem",
+            text("-----BEGIN CERTIFICATE-----\nAAAA\n"),
+            "ca.pem".to_owned(),
+        ),
+        ("ca.pem", Bad::Folder, "ca.pem".to_owned()),
+    ];
+    for (number, (name, bad, said)) in cases.iter().enumerate() {
+        let case = format!("{number}: {name}: {said}");
+        let what = if *name == "rules.toml" {
+            "rules"
+        } else {
+            "tls"
+        };
+        let (known, path) = (lab.changes().len(), lab.path(name));
+        let (good, in_force) = (std::fs::read_to_string(&path).unwrap(), sha256sum(&path));
+        let certificate = shown(&lab).await;
+        match bad {
+            Bad::Text(text) => rename_over(&lab, name, text),
+            Bad::Missing => std::fs::remove_file(&path).unwrap(),
+            Bad::Folder => {
+                std::fs::remove_file(&path).unwrap();
+                std::fs::create_dir(&path).unwrap();
+            }
+        }
+        let refused = change_after(&lab, known).await;
+        assert_eq!(
+            (&refused["what"], &refused["outcome"]),
+            (&what.into(), &"refused".into()),
+            "{case}"
+        );
+        assert!(
+            refused["detail"].as_str().unwrap().contains(said),
+            "{case}: {refused}"
+        );
+        if what == "rules" {
+            assert_eq!(refused["sha256_before"], in_force, "{case}");
+        }
+        if let (Bad::Text(_), "rules") = (bad, what) {
+            assert_eq!(refused["sha256_after"], sha256sum(&path), "{case}");
+        }
+        let unusable = format!("credbroker_file_unusable{{file=\"{what}\"}}");
+        let refusals = format!("credbroker_reloads_total{{file=\"{what}\",outcome=\"refused\"}}");
+        assert_eq!(lab.metric(&unusable).await, Some(1.0), "{case}");
+        let refusals = lab.metric(&refusals).await.unwrap();
+        let recorded = lab.changes();
+        let recorded = recorded
+            .iter()
+            .filter(|change| change["what"] == what && change["outcome"] == "refused");
+        assert!(
+            (refusals - f64::from(u32::try_from(recorded.count()).unwrap())).abs() < 0.1,
+            "{case}"
+        );
+        let (status, verbose) = lab.get("/readyz?verbose").await;
+        assert_eq!(status, 200, "what is in force works: {case}");
+        let line = verbose
+            .lines()
+            .find(|line| line.contains("a changed file is not in force"));
+        assert!(
+            line.is_some_and(|line| line.starts_with(what) && line.contains(said)),
+            "{case}: {verbose}"
+        );
+        let log = lab.process().log();
+        let told = |line: &str| line.contains("changed file cannot be used") && line.contains(said);
+        assert!(log.lines().any(told), "{case}: {log}");
+
+        old_connection.send(accounts()).await.unwrap();
+        lab.patient_bot("reader")
+            .await
+            .send(accounts())
+            .await
+            .unwrap();
+        assert_eq!(shown(&lab).await, certificate, "{case}");
+
+        if let Bad::Folder = bad {
+            std::fs::remove_dir(&path).unwrap();
+        }
+        rename_over(&lab, name, &good);
+        assert_eq!(
+            change_after(&lab, known + 1).await["outcome"],
+            "taken",
+            "{case}"
+        );
+        assert_eq!(lab.metric(&unusable).await, Some(0.0), "{case}");
+        assert!(
+            !lab.get("/readyz?verbose")
+                .await
+                .1
+                .contains("a changed file"),
+            "{case}"
+        );
+    }
+    assert_eq!(lab.changes().len(), 2 * cases.len(), "each is judged once");
+}
+
+#[tokio::test]
+async fn a_certificate_that_comes_too_early_is_taken_when_its_time_comes() {
+    let mut lab = Lab::start().await;
+    let now = now_s();
+    let early = lab.ca.server_within(now + 3..now + 86_400).unwrap();
+    rename_over(&lab, "server.pem", &early.certificate_pem);
+    rename_over(&lab, "server.key", &early.key_pem);
+    assert_eq!(change_after(&lab, 0).await["outcome"], "refused");
+    assert_eq!(change_after(&lab, 1).await["outcome"], "taken");
+    assert_eq!(lab.changes().len(), 2);
+    assert_eq!(shown(&lab).await, der(&early));
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn a_bot_is_refused_or_served_by_the_rules_of_its_next_call() {
+    let mut lab = Lab::start().await;
+    let mut reader = lab.patient_bot("reader").await;
+    let mut newcomer = lab.patient_bot("newcomer").await;
+    let unknown = (
+        Code::Unauthenticated,
+        "CALLER_UNKNOWN".to_owned(),
+        "not_sent".to_owned(),
+    );
+    reader.send(accounts()).await.unwrap();
+    assert_eq!(refusal(newcomer.send(accounts()).await), unknown);
+    set_rules(&lab, &RULES.replace("bot/reader", "bot/newcomer")).await;
+    assert_eq!(refusal(reader.send(accounts()).await), unknown);
+    newcomer.send(accounts()).await.unwrap();
+    set_rules(&lab, RULES).await;
+    reader.send(accounts()).await.unwrap();
+    assert_eq!(refusal(newcomer.send(accounts()).await), unknown);
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn a_new_account_has_its_key_before_its_rules_are_in_force() {
+    let mut lab = Lab::start().await;
+    let key = SimKey::fake(1003);
+    lab.vault
+        .put_secret("kv", &kv_path("added", "main"), secret(&key));
+    lab.kucoin.add_key(key);
+    // Slow, so that rules without a key would be seen.
+    lab.vault.fault(FaultRule::new(
+        "kv/data/kucoin/prod/added",
+        VaultFault::Delay { ms: 300 },
+    ));
+    let busy = Busy::start(lab.patient_bot("reader").await, balance_of("added"));
+    let rules = with_account("added") + &reading("reader", "added");
+    set_rules(&lab, &rules).await;
+    let mut bot = lab.patient_bot("reader").await;
+    bot.send(balance_of("added")).await.unwrap();
+    let (_, failures) = busy.stop().await;
+    assert!(!failures.is_empty(), "it called before too");
+    for status in failures {
+        assert_eq!(status.code(), Code::PermissionDenied, "{status:?}");
+    }
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn an_account_whose_key_gets_another_name_loses_no_call() {
+    let mut lab = Lab::start().await;
+    let key = SimKey {
+        api_key: "simulated-second-key".to_owned(),
+        ..SimKey::fake(crate::harness::MAIN_UID)
+    };
+    lab.vault
+        .put_secret("kv", &kv_path("main", "second"), secret(&key));
+    lab.kucoin.add_key(key);
+    let busy = Busy::start(lab.patient_bot("maker").await, accounts());
+    set_rules(&lab, &RULES.replacen("\"main\"", "\"second\"", 3)).await;
+    let mut bot = lab.patient_bot("maker").await;
+    bot.send(accounts()).await.unwrap();
+    let (served, failures) = busy.stop().await;
+    assert!(served > 0 && failures.is_empty(), "{served} {failures:?}");
+    assert_eq!(signed_by(&lab).pop().unwrap(), "simulated-second-key");
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn a_call_that_still_waits_for_a_connection_goes_by_the_rules_that_it_is_signed_under() {
+    let exchange_ca = Ca::new("CA of a simulated exchange").unwrap();
+    let mut lab = Lab::with(Settings {
+        kucoin: KucoinSettings {
+            tls: Some(tls_of(&exchange_ca)),
+            limits: Limits::none(),
+            ..KucoinSettings::default()
+        },
+        road: true,
+        files: vec![("exchange-ca.pem", exchange_ca.certificate_pem().to_owned())],
+        egress: "warm_connections = 0\nroots = \"exchange-ca.pem\"\nconnect_timeout_ms = 20000"
+            .to_owned(),
+        ..Settings::default()
+    })
+    .await;
+    let key = SimKey {
+        api_key: "simulated-second-key".to_owned(),
+        ..SimKey::fake(crate::harness::MAIN_UID)
+    };
+    lab.vault
+        .put_secret("kv", &kv_path("main", "second"), secret(&key));
+    lab.kucoin.add_key(key);
+    lab.road().hold();
+    let mut calls = Vec::new();
+    for name in ["maker", "reader"] {
+        let mut bot = lab.patient_bot(name).await;
+        calls.push(tokio::spawn(async move { bot.send(accounts()).await }));
+    }
+    until("both are on record", async || lab.audit().len() == 2).await;
+    let rules = RULES.replacen("\"main\"", "\"second\"", 3);
+    set_rules(&lab, &rules.replace("bot/reader", "bot/somebody-else")).await;
+    lab.road().open();
+    let reader = calls.pop().unwrap();
+    calls.pop().unwrap().await.unwrap().unwrap();
+    let refused = refusal(reader.await.unwrap());
+    assert_eq!(
+        (refused.1.as_str(), refused.2.as_str()),
+        ("CALLER_UNKNOWN", "not_sent")
+    );
+    assert_eq!(signed_by(&lab), ["simulated-second-key"]);
+    lab.stop().await;
+}
+
+/// With which keys the requests of bots were signed.
+fn signed_by(lab: &Lab) -> Vec<String> {
+    let key = |(name, value)| (name == "kc-api-key").then_some(value);
+    let requests = lab.kucoin.received().into_iter();
+    requests
+        .filter_map(|request| request.headers.into_iter().find_map(key))
+        .collect()
+}
+
+#[tokio::test]
+async fn the_key_of_an_account_that_is_gone_is_in_memory_no_longer() {
+    let mut lab = Lab::start().await;
+    let version = "credbroker_key_version{account=\"other\",key=\"main\"}";
+    assert_eq!(lab.metric(version).await, Some(1.0));
+    let rules = RULES.replace("[account.other]\nkey = { spot-margin = \"main\" }\n", "");
+    set_rules(&lab, &rules).await;
+    assert_eq!(lab.metric(version).await, None);
+    assert!(!lab.get("/readyz?verbose").await.1.contains("other/main"));
+    // Nor does anybody ask Vault for it any more.
+    let asked = || lab.vault.requests().len();
+    let of_other = || {
+        let seen = lab.vault.requests();
+        seen.iter()
+            .filter(|seen| seen.path.contains("/other/"))
+            .count()
+    };
+    let (all, before) = (asked(), of_other());
+    until("Vault is asked again for the others", async || {
+        asked() >= all + 3
+    })
+    .await;
+    assert_eq!(of_other(), before);
+    lab.stop().await;
+}
+
+/// An installation that trusts bots of a second CA too.
+async fn with_second_ca(config: &str) -> (Lab, Ca) {
+    let lab = Lab::with(Settings {
+        config: config.to_owned(),
+        ..Settings::default()
+    })
+    .await;
+    let second = Ca::new("a second CA").unwrap();
+    set_cas(&lab, &[&lab.ca, &second]).await;
+    (lab, second)
+}
+
+#[tokio::test]
+async fn connections_of_a_ca_that_is_gone_end_gracefully_and_those_of_others_go_on() {
+    let (mut lab, second) = with_second_ca("").await;
+    let identity = second.bot("maker").unwrap();
+    let busy = Busy::start(lab.patient_bot("maker").await, accounts());
+    let mut idle = lab.patient_bot_with(&identity).await;
+    idle.send(accounts()).await.unwrap();
+    let mut in_flight = lab.patient_bot_with(&identity).await;
+    let orders = "/api/v1/hf/orders";
+    lab.kucoin
+        .fault(Fault::once(orders, FaultAction::Delay { ms: 1000 }));
+    let mut same_connection = in_flight.clone();
+    let call = tokio::spawn(async move { in_flight.send(spot_order("in-flight")).await });
+    until("the order has left", async || {
+        lab.kucoin
+            .received()
+            .iter()
+            .any(|request| request.target == orders)
+    })
+    .await;
+    let connections = "credbroker_connections";
+    assert_eq!(lab.metric(connections).await, Some(3.0));
+    let started = std::time::Instant::now();
+    set_cas(&lab, &[&lab.ca]).await;
+    until("the idle connection is closed", async || {
+        lab.metric(connections)
+            .await
+            .is_some_and(|open| open <= 2.0)
+    })
+    .await;
+    let placed = call.await.unwrap().unwrap();
+    assert_eq!(placed.code, "200000", "a call in flight finishes");
+    assert!(
+        started.elapsed() < Duration::from_secs(4),
+        "not only when somebody looks at the clock"
+    );
+    until("the other connection is closed", async || {
+        lab.metric(connections).await == Some(1.0)
+    })
+    .await;
+    let orders_before = lab
+        .kucoin
+        .received()
+        .iter()
+        .filter(|r| r.target == orders)
+        .count();
+    for bot in [&mut idle, &mut same_connection] {
+        let status = bot.send(spot_order("too-late")).await.unwrap_err();
+        if tonic_types::StatusExt::get_details_error_info(&status).is_some() {
+            assert_eq!(refusal(Err(status)).1, "CALLER_UNKNOWN");
+        }
+    }
+    assert!(!gets_in(&lab, &identity).await, "it shakes hands no more");
+    let orders_after = lab
+        .kucoin
+        .received()
+        .iter()
+        .filter(|r| r.target == orders)
+        .count();
+    assert_eq!(orders_before, orders_after);
+    let (served, failures) = busy.stop().await;
+    assert!(served > 10 && failures.is_empty(), "{served} {failures:?}");
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn a_peer_that_does_not_heed_the_end_of_its_ca_gets_no_call_through() {
+    let (mut lab, second) = with_second_ca("[limits]\ndrain_timeout_ms = 1000").await;
+    let mut hostile = RawBot::open(&lab, &second.bot("maker").unwrap()).await;
+    hostile.call(&spot_order("before")).await;
+    until("its order is placed", async || {
+        lab.kucoin.received().len() == 1
+    })
+    .await;
+    set_cas(&lab, &[&lab.ca]).await;
+    hostile.until_frame(GOAWAY).await;
+    // It answers no PING and goes on.
+    for number in 0..3 {
+        hostile.call(&spot_order(&format!("after-{number}"))).await;
+    }
+    let denied = || {
+        let mut lines = lab.audit();
+        lines.retain(|line| line["event"] == "denied" && line["reason"] == "CALLER_UNKNOWN");
+        lines.len()
+    };
+    until(
+        "its calls are refused, or its connection is gone",
+        async || denied() == 3,
+    )
+    .await;
+    until("its connection is gone", async || {
+        lab.metric("credbroker_connections").await == Some(0.0)
+    })
+    .await;
+    assert_eq!(lab.kucoin.received().len(), 1);
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn nothing_starts_with_a_server_certificate_that_has_ended_or_not_begun() {
+    let mut lab = Lab::start().await;
+    lab.stop().await;
+    let (day, now) = (86_400, now_s());
+    for (seconds, said) in [
+        (now - 2 * day..now - day, "ended on"),
+        (now + day..now + 2 * day, "is not valid before"),
+    ] {
+        let server = lab.ca.server_within(seconds).unwrap();
+        rename_over(&lab, "server.pem", &server.certificate_pem);
+        rename_over(&lab, "server.key", &server.key_pem);
+        let Err(StartError::Config(problems)) = Server::start(lab.config()).await else {
+            panic!("it starts with a certificate that {said}");
+        };
+        assert_eq!(problems.len(), 1);
+        assert!(problems[0].to_string().contains(said), "{problems:?}");
+        for command in ["check-config", "serve"] {
+            let output = Command::new(env!("CARGO_BIN_EXE_credbroker"))
+                .args([command, "--config"])
+                .arg(lab.path("config.toml"))
+                .output()
+                .unwrap();
+            let told = String::from_utf8(output.stderr).unwrap();
+            assert_eq!(output.status.code(), Some(2), "{told}");
+            assert!(
+                told.contains("tls.certificate") && told.contains(said),
+                "{told}"
+            );
+        }
+    }
+}
