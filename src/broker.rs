@@ -8,6 +8,7 @@ mod error;
 mod gate;
 pub mod probes;
 
+use std::io;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -24,7 +25,7 @@ use tracing::Instrument;
 use crate::audit::{Audit, Caller, Ending, Recorded};
 use crate::clock::Clock;
 use crate::egress::proof::Proof;
-use crate::egress::{Egress, SendError};
+use crate::egress::{ConnectError, Egress, SendError};
 use crate::ids::{BotId, RequestId};
 use crate::keyring::Keyring;
 use crate::kucoin::{self, Answer, UnsignedRequest, question};
@@ -209,7 +210,12 @@ impl Broker {
             .connect(permit.destination(), permit.is_idempotent())
             .await?;
         // The rules may have changed meanwhile: the account may have another key now, and the bot less to say.
+        let destination = permit.destination();
         let permit = &self.policy().authorize(&call.bot, &call.request)?;
+        if permit.destination() != destination {
+            let moved = io::Error::other("the account has moved to another site meanwhile");
+            return Err(ConnectError::Failed(moved).into());
+        }
         let signing = Instant::now();
         let (signed, stale) = self.sign(permit, &call.request)?;
         let (timestamp_ms, sending) = (signed.timestamp_ms, Instant::now());

@@ -199,7 +199,6 @@ impl Server {
             tls: set_tls,
             problems: tell_problems,
             client_ca: watched.1[2].digest(),
-            keep_until: None,
         };
         let (tell_readiness, told_readiness) = watch::channel(readiness(&broker));
         let health = report_health(Arc::clone(&broker), health, tell_readiness);

@@ -12,7 +12,7 @@ use rustls::crypto::CryptoProvider;
 use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 use tokio::task::{JoinError, spawn_blocking};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{sleep, timeout};
 
 use super::probes::Probes;
 use super::tls::Tls;
@@ -27,9 +27,6 @@ use crate::toml_file::{Problem, Problems};
 
 /// How long new rules wait for what they name for the first time: keys in Vault, the time at a host.
 const READY_WITHIN: Duration = Duration::from_secs(5);
-
-/// How long keys stay that the rules no longer name: calls that were allowed by the old rules are still being signed.
-const KEEP_FOR: Duration = Duration::from_secs(5);
 
 /// How often it is looked whether a host has told its time.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
@@ -46,8 +43,6 @@ pub(super) struct Reloader {
     pub(super) problems: watch::Sender<FileProblems>,
     /// SHA-256 of the client CA in force.
     pub(super) client_ca: [u8; 32],
-    /// When keys go that the rules no longer name.
-    pub(super) keep_until: Option<Instant>,
 }
 
 /// What stands in a group of files, and what of it has been dealt with.
@@ -108,12 +103,8 @@ impl Reloader {
         }
     }
 
-    /// Asks Vault for the keys, and the exchange for the time, that the rules in force name; lets go of others in time.
+    /// Asks Vault for the keys, and the exchange for the time, that the rules in force name, and for no others.
     fn follow(&mut self) {
-        if self.keep_until.is_some_and(|until| until <= Instant::now()) {
-            self.keep_until = None;
-            self.broker.keyring.retain(self.broker.policy().accounts());
-        }
         self.refresher.follow();
         self.probes.follow(&self.broker, &self.broker.policy());
     }
@@ -132,8 +123,8 @@ impl Reloader {
         }
     }
 
-    /// New keys first, so that no call fails for a key that is only on its way; then the rules. What they no longer name
-    /// goes a little later.
+    /// New keys first, so that no call fails for a key that is only on its way; then the rules; then what they no longer
+    /// name goes. A call that is still waiting for a connection asks the rules once more.
     async fn take_rules(&mut self, source: &Source) -> Result<(), Vec<Problem>> {
         let policy = Arc::new(load::rules(source)?);
         let old = self.broker.policy();
@@ -151,8 +142,9 @@ impl Reloader {
         self.refresher.follow();
         self.probes.follow(&self.broker, &policy);
         let _ = timeout(READY_WITHIN, ready_for(&self.broker, &policy, is_new)).await;
-        self.broker.set_policy(policy);
-        self.keep_until = Some(Instant::now() + KEEP_FOR);
+        self.broker.set_policy(Arc::clone(&policy));
+        self.broker.keyring.retain(policy.accounts());
+        self.follow();
         Ok(())
     }
 

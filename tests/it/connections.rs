@@ -330,12 +330,15 @@ async fn peers_that_say_nothing_are_dropped_and_keep_nobody_out_for_longer() {
     for _ in 0..600 {
         silent.push(TcpStream::connect(lab.grpc).await.unwrap());
     }
-    let started = Instant::now();
-    let mut bot = lab.patient_bot("reader").await;
-    bot.send(accounts()).await.unwrap();
-    let waited = started.elapsed();
+    let called = async {
+        let mut bot = lab.patient_bot("reader").await;
+        bot.send(accounts()).await.unwrap();
+        bot
+    };
     // And as much again for a machine that is busy with other tests.
-    assert!(waited < 2 * limit, "{waited:?}");
+    let mut bot = timeout(2 * limit, called)
+        .await
+        .expect("it waits for longer");
     for stream in &mut silent {
         closed(stream).await;
     }
@@ -448,17 +451,17 @@ async fn an_idle_connection_is_closed_and_the_next_call_works() {
     let identity = lab.ca.bot("reader").unwrap();
     let mut mute = lab.tls(&identity).await.unwrap();
     let mut raw = RawBot::open(&lab, &identity).await;
-    let busy = lab.patient_bot("maker").await;
+    let mut busy = lab.patient_bot("maker").await;
     // Longer than until somebody looks for idle connections; the exchange refuses so late a timestamp, and the second
     // try is on time.
     lab.kucoin
         .fault(Fault::once(ACCOUNTS, FaultAction::Delay { ms: 6500 }));
     let [call] = under_way::<1>(&lab, &busy).await;
+    call.await.unwrap().unwrap();
+    // A connection with a call in flight was not idle: it takes another.
+    busy.send(accounts()).await.unwrap();
     closed(&mut mute).await;
     raw.until_closed().await;
-    call.await
-        .unwrap()
-        .expect("a connection with a call in flight is not idle");
     until_open(&lab, 0.0).await;
     usual.send(accounts()).await.unwrap();
     lab.stop().await;

@@ -8,9 +8,9 @@ mod methods;
 mod outages;
 mod policies;
 mod real;
+mod stale;
 mod token_life;
 mod wrapped;
-mod stale;
 
 use std::fmt::Write as _;
 use std::io;
