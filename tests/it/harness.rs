@@ -112,6 +112,8 @@ pub(crate) struct Settings {
     pub(crate) wait_ready: bool,
     /// Whether the broker runs as the real program, in a process of its own.
     pub(crate) process: bool,
+    /// The last word on the text of the configuration.
+    pub(crate) edit: Box<dyn Fn(String) -> String + Send>,
 }
 
 impl Default for Settings {
@@ -133,6 +135,7 @@ impl Default for Settings {
             keys: vec![("main", "main", MAIN_UID), ("other", "main", 1002)],
             wait_ready: true,
             process: false,
+            edit: Box::new(|config| config),
         }
     }
 }
@@ -256,7 +259,7 @@ impl Lab {
             addresses.futures,
             settings.config,
         );
-        write("config.toml", &config);
+        write("config.toml", &(settings.edit)(config));
     }
 
     pub(crate) fn config(&self) -> Config {
@@ -341,21 +344,13 @@ impl Lab {
     }
 
     pub(crate) async fn patient_bot_with(&self, identity: &Identity) -> Bot<Patient> {
-        let origin = "https://localhost".parse().unwrap();
-        Bot {
-            client: BrokerClient::with_origin(self.patient(identity).await, origin),
-        }
+        Bot::over(self.patient(identity).await)
     }
 
     /// A connection for requests that no bot's library would send.
     pub(crate) async fn patient(&self, identity: &Identity) -> Patient {
-        let stream = self.tls(identity).await.unwrap();
-        let (sender, connection) =
-            hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
-                .await
-                .unwrap();
-        tokio::spawn(connection);
-        Patient(sender)
+        let roots = [self.ca.certificate_pem().to_owned()];
+        patient(self.grpc, &roots, identity).await.unwrap()
     }
 
     /// A connection over which nothing has been said yet.
@@ -365,23 +360,7 @@ impl Lab {
 
     /// What a bot with this certificate shakes hands with.
     pub(crate) fn client_tls(&self, identity: &Identity) -> TlsConnector {
-        let mut roots = rustls::RootCertStore::empty();
-        let ca = CertificateDer::from_pem_slice(self.ca.certificate_pem().as_bytes()).unwrap();
-        roots.add(ca).unwrap();
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let tls = rustls::ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .unwrap();
-        let pem = identity.certificate_pem.as_bytes();
-        let mut tls = tls
-            .with_root_certificates(roots)
-            .with_client_auth_cert(
-                vec![CertificateDer::from_pem_slice(pem).unwrap()],
-                PrivateKeyDer::from_pem_slice(identity.key_pem.as_bytes()).unwrap(),
-            )
-            .unwrap();
-        tls.alpn_protocols = vec![b"h2".to_vec()];
-        TlsConnector::from(Arc::new(tls))
+        client_tls(&[self.ca.certificate_pem().to_owned()], identity)
     }
 
     pub(crate) fn endpoint(&self, identity: &Identity) -> Endpoint {
@@ -646,6 +625,13 @@ impl Drop for Process {
 #[derive(Clone)]
 pub(crate) struct Patient(hyper::client::conn::http2::SendRequest<tonic::body::Body>);
 
+impl Patient {
+    /// Whether it takes calls, as far as this end knows.
+    pub(crate) fn is_open(&self) -> bool {
+        !self.0.is_closed()
+    }
+}
+
 impl Service<http::Request<tonic::body::Body>> for Patient {
     type Response = http::Response<hyper::body::Incoming>;
     type Error = hyper::Error;
@@ -658,6 +644,44 @@ impl Service<http::Request<tonic::body::Body>> for Patient {
     fn call(&mut self, request: http::Request<tonic::body::Body>) -> Self::Future {
         Box::pin(self.0.send_request(request))
     }
+}
+
+/// What a client with this certificate shakes hands with.
+fn client_tls(roots: &[String], identity: &Identity) -> TlsConnector {
+    let mut trusted = rustls::RootCertStore::empty();
+    for root in roots {
+        let root = CertificateDer::from_pem_slice(root.as_bytes()).unwrap();
+        trusted.add(root).unwrap();
+    }
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let tls = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap();
+    let pem = identity.certificate_pem.as_bytes();
+    let mut tls = tls
+        .with_root_certificates(trusted)
+        .with_client_auth_cert(
+            vec![CertificateDer::from_pem_slice(pem).unwrap()],
+            PrivateKeyDer::from_pem_slice(identity.key_pem.as_bytes()).unwrap(),
+        )
+        .unwrap();
+    tls.alpn_protocols = vec![b"h2".to_vec()];
+    TlsConnector::from(Arc::new(tls))
+}
+
+/// Connects; `roots` are the CAs, as PEM, that it trusts. Fails when it is not let in.
+pub(crate) async fn patient(
+    address: SocketAddr,
+    roots: &[String],
+    identity: &Identity,
+) -> io::Result<Patient> {
+    let stream = tls(address, &client_tls(roots, identity)).await?;
+    let (sender, connection) =
+        hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
+            .await
+            .map_err(io::Error::other)?;
+    tokio::spawn(connection);
+    Ok(Patient(sender))
 }
 
 /// A way to a server that can be closed, or swallow everything.
@@ -764,6 +788,15 @@ where
         let mut request = tonic::Request::new(request);
         request.set_timeout(limit);
         Ok(self.client.sign_and_send(request).await?.into_inner())
+    }
+}
+
+impl Bot<Patient> {
+    pub(crate) fn over(connection: Patient) -> Self {
+        let origin = "https://localhost".parse().unwrap();
+        Self {
+            client: BrokerClient::with_origin(connection, origin),
+        }
     }
 }
 
@@ -879,8 +912,16 @@ pub(crate) async fn tls(
 
 /// Status and body of a GET in plain HTTP.
 async fn get(authority: &str, path: &str) -> (u16, String) {
+    http(authority, "GET", path, "").await
+}
+
+/// Status and body of an answer in plain HTTP.
+pub(crate) async fn http(authority: &str, method: &str, path: &str, body: &str) -> (u16, String) {
     let mut stream = tokio::net::TcpStream::connect(authority).await.unwrap();
-    let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
+    let length = body.len();
+    let request = format!(
+        "{method} {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}"
+    );
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).await.unwrap();

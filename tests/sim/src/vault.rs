@@ -48,7 +48,6 @@ use self::auth::Method;
 use self::certs::Certs;
 use self::core::{Core, Node};
 use self::kubernetes::Kubernetes;
-use self::tokens::Grant;
 use crate::http::{Received, Reply, Server};
 use crate::pki::Identity;
 
@@ -364,18 +363,7 @@ impl VaultSim {
 
     /// Makes a renewable token that dies with no other, has the policy `default` and no maximum of its own.
     pub fn create_token(&self, ttl: Duration) -> String {
-        let mut core = self.core();
-        let id = core.ids.token();
-        let grant = Grant {
-            display_name: "token".to_owned(),
-            path: "auth/token/create".to_owned(),
-            policies: vec!["default".to_owned()],
-            renewable: true,
-            ttl: Some(ttl),
-            ..Grant::default()
-        };
-        core.issue(id.clone(), grant);
-        id
+        self.core().create_token(ttl)
     }
 
     /// Revokes a token and its children.

@@ -1,49 +1,137 @@
 //! `/_sim/`: control of the simulator over HTTP, for when it runs as a process of its own. No part of Vault.
 //!
-//! `POST fault` with a [`FaultRule`](super::FaultRule), `DELETE fault` clears them all; `POST seal`; `POST unseal`;
-//! `POST advance` with `{"seconds": 60}` moves the clock ahead.
+//! | Request | Body |
+//! |---|---|
+//! | `POST fault`, `DELETE fault` | a [`FaultRule`](super::FaultRule); all are cleared |
+//! | `POST seal`, `POST unseal` | |
+//! | `POST fail-over` | the other listener becomes the active node |
+//! | `POST advance` | `{"seconds": 60}` moves the clock ahead |
+//! | `POST secret` | `{"mount": "kv", "path": "a/b", "data": {...}}` writes a version, and mounts what is not there |
+//! | `DELETE secret` | `{"mount": "kv", "path": "a/b"}` soft-deletes the newest version |
+//! | `DELETE metadata` | the same fields; removes the path with all its versions |
+//! | `DELETE mount` | `{"mount": "kv"}` |
+//! | `POST denial`, `DELETE denial` | `{"path": "kv/*"}`, and if need be `token` and `method` |
+//! | `POST token` | `{"seconds": 3600}`; the answer has the new `token` |
+//! | `DELETE token` | `{"token": "..."}` revokes it |
 
 use std::time::Duration;
 
 use bytes::Bytes;
 use http::Response;
 use serde::Deserialize;
-use serde_json::json;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
 
 use super::answer::response;
 use super::core::Core;
+use super::faults::FaultRule;
 use crate::http::Received;
 
 #[derive(Deserialize)]
-struct Advance {
+struct Seconds {
     seconds: u64,
+}
+
+#[derive(Deserialize)]
+struct Place {
+    mount: String,
+    path: String,
+}
+
+#[derive(Deserialize)]
+struct Written {
+    mount: String,
+    path: String,
+    data: Value,
+}
+
+#[derive(Deserialize)]
+struct Mount {
+    mount: String,
+}
+
+#[derive(Deserialize)]
+struct Denial {
+    token: Option<String>,
+    method: Option<String>,
+    path: String,
+}
+
+#[derive(Deserialize)]
+struct Token {
+    token: String,
 }
 
 /// Carries out a control request, if it is one.
 pub(super) fn control(core: &mut Core, received: &Received) -> Option<Response<Bytes>> {
     let command = received.head.uri.path().strip_prefix("/_sim/")?;
-    let done = match (received.head.method.as_str(), command) {
-        ("POST", "advance") => serde_json::from_slice(&received.body)
-            .map(|Advance { seconds }| core.clock.advance(Duration::from_secs(seconds))),
-        ("DELETE", "fault") => {
-            core.faults.clear();
-            Ok(())
-        }
-        ("POST", "fault") => {
-            serde_json::from_slice(&received.body).map(|rule| core.faults.add(rule))
-        }
-        ("POST", "seal") => {
-            core.seal.close();
-            Ok(())
-        }
-        ("POST", "unseal") => {
-            core.seal.open();
-            Ok(())
-        }
-        _ => return Some(response(404, &json!({ "simulator": "no such control" }))),
-    };
-    Some(match done {
-        Ok(()) => response(200, &json!({ "simulator": "done" })),
+    Some(match act(core, received, command) {
+        Ok(Some(answer)) => response(200, &answer),
+        Ok(None) => response(404, &json!({ "simulator": "no such control" })),
         Err(problem) => response(400, &json!({ "simulator": problem.to_string() })),
     })
+}
+
+/// The answer; none where there is no such command.
+fn act(
+    core: &mut Core,
+    received: &Received,
+    command: &str,
+) -> Result<Option<Value>, serde_json::Error> {
+    fn body<T: DeserializeOwned>(received: &Received) -> Result<T, serde_json::Error> {
+        serde_json::from_slice(&received.body)
+    }
+    let now = core.now();
+    match (received.head.method.as_str(), command) {
+        ("POST", "advance") => {
+            let Seconds { seconds } = body(received)?;
+            core.clock.advance(Duration::from_secs(seconds));
+        }
+        ("POST", "denial") => {
+            let denial: Denial = body(received)?;
+            let (token, method) = (denial.token.as_deref(), denial.method.as_deref());
+            core.denials.add(token, method, &denial.path);
+        }
+        ("DELETE", "denial") => {
+            let denial: Denial = body(received)?;
+            let (token, method) = (denial.token.as_deref(), denial.method.as_deref());
+            core.denials.remove(token, method, &denial.path);
+        }
+        ("POST", "fail-over") => core.active = core.active.other(),
+        ("POST", "fault") => core.faults.add(body::<FaultRule>(received)?),
+        ("DELETE", "fault") => core.faults.clear(),
+        ("DELETE", "metadata") => {
+            let Place { mount, path } = body(received)?;
+            if let Some(kv) = core.kv.get_mut(&mount) {
+                kv.delete_metadata(&path);
+            }
+        }
+        ("DELETE", "mount") => {
+            let Mount { mount } = body(received)?;
+            core.kv.remove(&mount);
+        }
+        ("POST", "seal") => core.seal.close(),
+        ("POST", "unseal") => core.seal.open(),
+        ("POST", "secret") => {
+            let Written { mount, path, data } = body(received)?;
+            core.kv.entry(mount).or_default().put(&path, data, now);
+        }
+        ("DELETE", "secret") => {
+            let Place { mount, path } = body(received)?;
+            if let Some(kv) = core.kv.get_mut(&mount) {
+                kv.delete_latest(&path, now);
+            }
+        }
+        ("POST", "token") => {
+            let Seconds { seconds } = body(received)?;
+            let token = core.create_token(Duration::from_secs(seconds));
+            return Ok(Some(json!({ "token": token })));
+        }
+        ("DELETE", "token") => {
+            let Token { token } = body(received)?;
+            core.tokens.revoke(&token);
+        }
+        _ => return Ok(None),
+    }
+    Ok(Some(json!({ "simulator": "done" })))
 }

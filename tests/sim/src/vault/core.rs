@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use http::{HeaderValue, Response};
@@ -114,6 +114,21 @@ impl Core {
     pub(super) fn issue(&mut self, id: String, grant: Grant) {
         self.tokens
             .issue(id, grant, self.clock.now(), &mut self.ids);
+    }
+
+    /// Makes a renewable token that dies with no other.
+    pub(super) fn create_token(&mut self, ttl: Duration) -> String {
+        let id = self.ids.token();
+        let grant = Grant {
+            display_name: "token".to_owned(),
+            path: "auth/token/create".to_owned(),
+            policies: vec!["default".to_owned()],
+            renewable: true,
+            ttl: Some(ttl),
+            ..Grant::default()
+        };
+        self.issue(id.clone(), grant);
+        id
     }
 
     /// Answers a request that arrived at `node`.
