@@ -349,11 +349,13 @@ async fn after_a_sleep_past_the_bound_the_first_refusal_has_vault_asked_at_once(
     lab.stop().await;
 }
 
+/// What Vault is told to say.
+type Say<'a> = &'a dyn Fn(&Lab);
+
 #[tokio::test]
 async fn vaults_word_evicts_at_once_after_an_outage_and_a_new_outage_does_not_undo_it() {
     let path = kv_path("main", "main");
     let disabled = BTreeMap::from([("state".to_owned(), "disabled".to_owned())]);
-    type Say<'a> = &'a dyn Fn(&Lab);
     let disable: Say = &|lab| lab.vault.set_custom_metadata("kv", &path, disabled.clone());
     let delete: Say = &|lab| lab.vault.delete_metadata("kv", &path);
     let deny: Say = &|lab| lab.vault.deny(None, None, &format!("kv/metadata/{path}"));
