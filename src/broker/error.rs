@@ -36,7 +36,7 @@ pub enum BrokerError {
     #[error(transparent)]
     Denied(#[from] Denied),
     /// Requests do not provably leave from the right address.
-    #[error(transparent)]
+    #[error("{0}; nothing was sent")]
     Egress(#[from] EgressMismatch),
     /// A defect of the broker.
     #[error(

@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 
 use super::{CONFIG, DONE, FAILED, USAGE, read_config, say, say_problems, show};
 use crate::broker::BrokerError;
-use crate::config::load::{Source, rules};
+use crate::config::load::{Source, any_rules, rules};
 use crate::ids::{AccountId, BotId};
 use crate::kucoin::{Method, RequestLimits, Scope, request};
 use crate::policy::Policy;
@@ -127,7 +127,7 @@ fn check(file: &Path) -> Result<u8, Vec<Problem>> {
 }
 
 fn diff(old: &Path, new: &Path, json: bool, exit_code: bool) -> Result<u8, Vec<Problem>> {
-    let (old, new) = match (rules(&Source::read(old)), rules(&Source::read(new))) {
+    let (old, new) = match (any_rules(&Source::read(old)), any_rules(&Source::read(new))) {
         (Ok(old), Ok(new)) => (old, new),
         (old, new) => {
             let problems = [old, new].into_iter().filter_map(Result::err);

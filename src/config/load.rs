@@ -177,11 +177,26 @@ fn pair(
     (certificates, der)
 }
 
-/// Reads the rules; there must be at least one account.
+/// Reads the rules that a broker shall go by: there must be at least one account.
 ///
 /// # Errors
 /// With every problem at once, each with the file and its line.
 pub fn rules(source: &Source) -> Result<Policy, Vec<Problem>> {
+    let policy = any_rules(source)?;
+    if policy.accounts().next().is_none() {
+        // A write that failed on a full disk leaves nothing behind: that is nobody's wish.
+        let file = source.file.display();
+        let problem = format!("{file} names no account; expected at least one [account.NAME]");
+        return Err(vec![Problem::new("rules", problem)]);
+    }
+    Ok(policy)
+}
+
+/// Reads rules to compare them with others: they may be empty.
+///
+/// # Errors
+/// With every problem at once, each with the file and its line.
+pub fn any_rules(source: &Source) -> Result<Policy, Vec<Problem>> {
     let unreadable = |error: &dyn std::fmt::Display| {
         let problem = format!("{} cannot be read: {error}", source.file.display());
         vec![Problem::new("rules", problem)]
@@ -191,17 +206,10 @@ pub fn rules(source: &Source) -> Result<Policy, Vec<Problem>> {
         .as_deref()
         .map_err(|error| unreadable(error))?;
     let text = std::str::from_utf8(text).map_err(|error| unreadable(&error))?;
-    let policy = Policy::parse(text).map_err(|problems| {
+    Policy::parse(text).map_err(|problems| {
         let in_file = |problem: Problem| problem.in_file(&source.file);
-        problems.into_iter().map(in_file).collect::<Vec<_>>()
-    })?;
-    if policy.accounts().next().is_none() {
-        // A write that failed on a full disk leaves nothing behind: that is nobody's wish.
-        let file = source.file.display();
-        let problem = format!("{file} names no account; expected at least one [account.NAME]");
-        return Err(vec![Problem::new("rules", problem)]);
-    }
-    Ok(policy)
+        problems.into_iter().map(in_file).collect()
+    })
 }
 
 fn pem_certificates(

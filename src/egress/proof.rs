@@ -55,9 +55,7 @@ pub struct ProofStatus {
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum EgressMismatch {
     /// Another address.
-    #[error(
-        "requests leave from {seen} instead of egress.expected_ip {expected}; nothing was sent"
-    )]
+    #[error("requests leave from {seen} instead of egress.expected_ip {expected}")]
     Other {
         /// The address that the exchange saw.
         seen: IpAddr,
@@ -65,9 +63,7 @@ pub enum EgressMismatch {
         expected: IpAddr,
     },
     /// Not asked with success yet.
-    #[error(
-        "the exchange has not confirmed yet that requests leave from {expected}; nothing was sent"
-    )]
+    #[error("the exchange has not confirmed yet that requests leave from {expected}")]
     Unproven {
         /// The address it should be.
         expected: IpAddr,

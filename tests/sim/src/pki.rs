@@ -70,7 +70,7 @@ impl Ca {
     /// The same, valid in these seconds of Unix time only.
     pub fn server_within(&self, seconds: Range<u64>) -> Result<Identity, rcgen::Error> {
         let names = server_names()?;
-        self.sign("credbroker", &names, Usage::Server, Some(seconds))
+        self.sign("credbroker", &names, Usage::Server, Some(&seconds))
     }
 
     /// A bot's certificate with one URI SAN, `spiffe://demo.test/bot/<name>`.
@@ -80,7 +80,7 @@ impl Ca {
 
     /// The same, valid in these seconds of Unix time only.
     pub fn bot_within(&self, name: &str, seconds: Range<u64>) -> Result<Identity, rcgen::Error> {
-        self.sign(name, &bot_names(name)?, Usage::Client, Some(seconds))
+        self.sign(name, &bot_names(name)?, Usage::Client, Some(&seconds))
     }
 
     /// A certificate with exactly these subject alternative names.
@@ -99,14 +99,14 @@ impl Ca {
         common_name: &str,
         names: &[SanType],
         usage: Usage,
-        seconds: Option<Range<u64>>,
+        seconds: Option<&Range<u64>>,
     ) -> Result<Identity, rcgen::Error> {
         let key = KeyPair::generate()?;
         let mut params = CertificateParams::default();
         if let Some(Range { start, end }) = seconds {
             let epoch = date_time_ymd(1970, 1, 1);
-            params.not_before = epoch + Duration::from_secs(start);
-            params.not_after = epoch + Duration::from_secs(end);
+            params.not_before = epoch + Duration::from_secs(*start);
+            params.not_after = epoch + Duration::from_secs(*end);
         }
         params
             .distinguished_name
