@@ -73,6 +73,23 @@ pub enum Reason {
 }
 
 impl Reason {
+    /// All of them.
+    pub const ALL: [Self; 13] = [
+        Self::AnswerLost,
+        Self::AuditUnavailable,
+        Self::CallerUnknown,
+        Self::ClockUncertain,
+        Self::DeadlineExceeded,
+        Self::EgressMismatch,
+        Self::ExchangeUnreachable,
+        Self::Internal,
+        Self::KeyUnavailable,
+        Self::Overloaded,
+        Self::PolicyDenied,
+        Self::RequestMalformed,
+        Self::ShuttingDown,
+    ];
+
     /// The word for it.
     pub fn as_str(self) -> &'static str {
         match self {

@@ -157,7 +157,7 @@ impl Default for Metrics {
     fn default() -> Self {
         let mut registry = Registry::with_prefix("credbroker");
         let histogram = || Histogram::new(BUCKETS);
-        Self {
+        let metrics = Self {
             requests: registered(&mut registry, "requests", "Calls of bots by how they ended"),
             stages: {
                 let stages = Family::new_with_constructor(histogram as fn() -> Histogram);
@@ -221,7 +221,9 @@ impl Default for Metrics {
                 "When the server certificate in force ends, Unix time",
             ),
             registry,
-        }
+        };
+        metrics.begin_at_zero();
+        metrics
     }
 }
 
@@ -232,6 +234,39 @@ fn registered<M: Metric + Clone + Default>(registry: &mut Registry, name: &str, 
 }
 
 impl Metrics {
+    /// Makes every counter there from the start: of one that begins with 1 an alarm on its increase sees nothing.
+    fn begin_at_zero(&self) {
+        for scope in ["", "futures", "spot-margin", "unified"] {
+            let answers = [Outcome::Accepted, Outcome::MaybeSent, Outcome::Rejected];
+            let answers = answers.map(|outcome| (outcome, ""));
+            let failures = Reason::ALL.map(|reason| (reason.outcome(), reason.as_str()));
+            for (outcome, reason) in answers.into_iter().chain(failures) {
+                self.requests.get_or_create(&RequestLabels {
+                    scope: Word(scope),
+                    outcome: Word(outcome.as_str()),
+                    reason: Word(reason),
+                });
+            }
+        }
+        for reason in ["bot", "certificate", "descriptors", "handshake", "many"] {
+            let reason = Word(reason);
+            self.connections_refused
+                .get_or_create(&ReasonLabels { reason });
+        }
+        for reason in ["evicted", "login", "outage", "unusable"] {
+            let reason = Word(reason);
+            self.vault_failures.get_or_create(&ReasonLabels { reason });
+        }
+        for file in ["rules", "tls"] {
+            self.files_unusable
+                .get_or_create(&FileLabels { file: Word(file) });
+            for outcome in ["refused", "taken"] {
+                let (file, outcome) = (Word(file), Word(outcome));
+                self.reloads.get_or_create(&ReloadLabels { file, outcome });
+            }
+        }
+    }
+
     /// Counts a call that ended.
     pub fn request(&self, scope: Option<Scope>, outcome: Outcome, reason: Option<Reason>) {
         let labels = RequestLabels {

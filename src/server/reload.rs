@@ -112,7 +112,6 @@ impl Reloader {
     /// The record begins with what is in force.
     fn record_start(&self, rules: &Watched, tls: &Watched) {
         for watched in [rules, tls] {
-            self.broker.metrics.file_unusable(watched.what, false);
             self.broker.audit.changed(&Change {
                 what: watched.what,
                 before: None,

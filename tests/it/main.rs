@@ -22,6 +22,7 @@ mod connections;
 mod contract;
 mod delivery;
 mod deploy;
+mod documents;
 mod drive;
 mod egress;
 mod examples;
