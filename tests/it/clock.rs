@@ -274,6 +274,26 @@ async fn a_timestamp_that_is_refused_again_or_cannot_be_measured_is_passed_on() 
 }
 
 #[tokio::test]
+async fn a_gateway_that_quotes_a_refused_timestamp_has_nothing_sent_again() {
+    let (mut lab, _) = ready(0).await;
+    let mut bot = lab.bot("maker").await;
+    let quoted = FaultAction::Answer {
+        status: 502,
+        body: json!({"code": "400002", "msg": "KC-API-TIMESTAMP Invalid"}),
+        when: When::AfterTaken,
+    };
+    lab.kucoin.fault(Fault::once("/api/v1/hf/orders", quoted));
+    let answer = bot.send(spot_order("quoted")).await.unwrap();
+    assert_eq!(
+        (answer.outcome(), answer.code.as_str()),
+        (Outcome::MaybeSent, "400002")
+    );
+    assert_eq!(lab.kucoin.received().len(), 1);
+    assert_eq!(lab.kucoin.orders(MAIN_UID).len(), 1);
+    lab.stop().await;
+}
+
+#[tokio::test]
 async fn a_deadline_that_passes_while_the_time_is_measured_again_ends_the_call_with_the_refusal() {
     let (mut lab, time) = ready(0).await;
     let mut bot = lab.patient_bot("maker").await;

@@ -313,7 +313,7 @@ async fn what_cannot_be_used_changes_nothing_and_is_told_until_it_is_mended() {
     let (day, now) = (86_400, now_s());
     let ended = lab.ca.server_within(now - 2 * day..now - day).unwrap();
     let early = lab.ca.server_within(now + day..now + 2 * day).unwrap();
-    let other = lab.ca.server().unwrap();
+    let (other, one_line) = (lab.ca.server().unwrap(), lab.ca.server().unwrap().key_pem);
     let rules_line = RULES.lines().count() + 1;
     let text = |text: &str| Bad::Text(text.to_owned());
     let cases = [
@@ -333,6 +333,18 @@ async fn what_cannot_be_used_changes_nothing_and_is_told_until_it_is_mended() {
             "rules.toml:".to_owned(),
         ),
         ("rules.toml", text(""), "rules.toml".to_owned()),
+        (
+            "rules.toml",
+            // As it stands while somebody is still writing the grants.
+            Bad::Text(RULES.split("[[grant]]").next().unwrap().to_owned()),
+            "holds no grant at all".to_owned(),
+        ),
+        (
+            "server.key",
+            // Line breaks that were lost on the way: the whole key on one line.
+            Bad::Text(one_line.replace('\n', "\\n")),
+            "expected a private key as PEM".to_owned(),
+        ),
         (
             "rules.toml",
             Bad::Missing,
@@ -457,6 +469,12 @@ async fn what_cannot_be_used_changes_nothing_and_is_told_until_it_is_mended() {
         );
     }
     assert_eq!(lab.changes().len(), 2 * cases.len(), "each is judged once");
+    // Not a byte of a key is told, neither as text nor as the numbers that a debugger shows.
+    let key = one_line.lines().nth(1).unwrap();
+    let numbers: Vec<_> = key.bytes().take(8).map(|byte| byte.to_string()).collect();
+    let told = lab.process.as_ref().unwrap().log()
+        + &std::fs::read_to_string(lab.path("state/audit.jsonl")).unwrap();
+    assert!(!told.contains(&key[..8]) && !told.contains(&numbers.join(", ")));
 }
 
 #[tokio::test]
