@@ -171,9 +171,6 @@ impl Broker {
         } else if !may_go_again(&first, permit, &progress.gate) {
             return first;
         }
-        if self.check_surroundings(permit).is_err() {
-            return first;
-        }
         match self.send(call, permit, &recorded, &progress.gate).await {
             // What the second try did not send, the first may have.
             Err(second) if is_unsent(&second) && !first.as_ref().is_err_and(is_unsent) => first,
@@ -216,6 +213,7 @@ impl Broker {
             let moved = io::Error::other("the account has moved to another site meanwhile");
             return Err(ConnectError::Failed(moved).into());
         }
+        self.check_surroundings(permit)?;
         let signing = Instant::now();
         let (signed, stale) = self.sign(permit, &call.request)?;
         let (timestamp_ms, sending) = (signed.timestamp_ms, Instant::now());
