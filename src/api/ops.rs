@@ -14,6 +14,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
+use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, watch};
 
 use crate::broker::Broker;
@@ -212,11 +213,12 @@ fn states(broker: &Broker) -> Vec<State> {
         .seen
         .map(|(_, at)| broker.clock.boot().saturating_sub(at).as_secs_f64());
     let (connections, calls) = broker.admission.now();
+    let tasks = Handle::try_current().map_or(0, |runtime| runtime.metrics().num_alive_tasks());
     #[expect(
         clippy::cast_precision_loss,
         reason = "counts of connections are small"
     )]
-    let (connections, calls) = (connections as f64, calls as f64);
+    let (connections, calls, tasks) = (connections as f64, calls as f64, tasks as f64);
     let flag = |is_set: bool| if is_set { 1.0 } else { 0.0 };
     vec![
         State::single(
@@ -293,6 +295,7 @@ fn states(broker: &Broker) -> Vec<State> {
             "Calls of bots that have not ended",
             calls,
         ),
+        State::single("tasks", "Tasks of the runtime that have not ended", tasks),
     ]
 }
 
