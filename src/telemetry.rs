@@ -241,28 +241,29 @@ impl Metrics {
             let answers = answers.map(|outcome| (outcome, ""));
             let failures = Reason::ALL.map(|reason| (reason.outcome(), reason.as_str()));
             for (outcome, reason) in answers.into_iter().chain(failures) {
-                self.requests.get_or_create(&RequestLabels {
+                let labels = RequestLabels {
                     scope: Word(scope),
                     outcome: Word(outcome.as_str()),
                     reason: Word(reason),
-                });
+                };
+                drop(self.requests.get_or_create(&labels));
             }
         }
         for reason in ["bot", "certificate", "descriptors", "handshake", "many"] {
             let reason = Word(reason);
-            self.connections_refused
-                .get_or_create(&ReasonLabels { reason });
+            let labels = ReasonLabels { reason };
+            drop(self.connections_refused.get_or_create(&labels));
         }
         for reason in ["evicted", "login", "outage", "unusable"] {
             let reason = Word(reason);
-            self.vault_failures.get_or_create(&ReasonLabels { reason });
+            drop(self.vault_failures.get_or_create(&ReasonLabels { reason }));
         }
         for file in ["rules", "tls"] {
-            self.files_unusable
-                .get_or_create(&FileLabels { file: Word(file) });
+            let labels = FileLabels { file: Word(file) };
+            drop(self.files_unusable.get_or_create(&labels));
             for outcome in ["refused", "taken"] {
                 let (file, outcome) = (Word(file), Word(outcome));
-                self.reloads.get_or_create(&ReloadLabels { file, outcome });
+                drop(self.reloads.get_or_create(&ReloadLabels { file, outcome }));
             }
         }
     }

@@ -1,5 +1,7 @@
 //! How the broker is, at this moment: whether it is ready, what is wrong, and its state as gauges.
 
+use tokio::runtime::Handle;
+
 use crate::broker::Broker;
 use crate::clock::ExchangeTime;
 use crate::config::FileProblems;
@@ -274,7 +276,7 @@ fn of_egress(broker: &Broker) -> [State; 3] {
     ]
 }
 
-fn of_process(broker: &Broker) -> [State; 5] {
+fn of_process(broker: &Broker) -> [State; 6] {
     let (connections, calls) = broker.admission.now();
     [
         State::known(
@@ -291,6 +293,13 @@ fn of_process(broker: &Broker) -> [State; 5] {
             "descriptors_limit",
             "Files and connections that the process may have open",
             hardened().map(|process| count(process.descriptors)),
+        ),
+        State::known(
+            "tasks",
+            "Tasks of the runtime that have not ended",
+            Handle::try_current()
+                .ok()
+                .map(|runtime| count(runtime.metrics().num_alive_tasks() as u64)),
         ),
         State::single(
             "connections",

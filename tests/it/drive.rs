@@ -88,12 +88,13 @@ pub(crate) const AS_TEST: &[&str] = &[
     "--nocapture",
 ];
 
-/// Runs the simulator that the environment asks for until stdin closes; returns at once where it asks for none.
-pub(crate) async fn simulate() {
-    let Ok(role) = std::env::var(ROLE) else {
-        return;
+/// Runs the simulator that the environment asks for until stdin closes; false, at once, where it asks for none.
+pub(crate) async fn simulate() -> bool {
+    let variable = |name| std::env::var_os(name).and_then(|value| value.into_string().ok());
+    let Some(role) = variable(ROLE) else {
+        return false;
     };
-    let ports = std::env::var(PORTS).unwrap();
+    let ports = variable(PORTS).unwrap();
     let ports: Vec<SocketAddr> = ports
         .split(',')
         .map(|port| SocketAddr::from(([127, 0, 0, 1], port.parse().unwrap())))
@@ -105,7 +106,7 @@ pub(crate) async fn simulate() {
             address: ports[0],
             standby: Standby::Forwards,
             state: InitialState::Dev {
-                root_token: std::env::var(TOKEN).unwrap(),
+                root_token: variable(TOKEN).unwrap(),
             },
             tls: None,
         });
@@ -130,6 +131,7 @@ pub(crate) async fn simulate() {
         println!("\nlistening");
         until_stdin_closes().await;
     }
+    true
 }
 
 /// The parent's end of the pipe goes with the parent, so that no simulator outlives its test.
@@ -311,11 +313,19 @@ struct State {
     calls: Mutex<Vec<Call>>,
     /// When the calls began that have not ended.
     open: Mutex<BTreeSet<(Instant, u64)>>,
-    /// Orders that stand on the exchange's books, oldest first, and whether they are futures orders.
-    orders: Mutex<VecDeque<(String, bool)>>,
+    books: Mutex<Books>,
     /// Ids of first tries that never left.
     unsent: Mutex<Vec<String>>,
     count: AtomicU64,
+}
+
+/// What stands on the exchange's books, as far as the trader knows.
+#[derive(Default)]
+struct Books {
+    /// Counts how often the exchange has lost its memory; what was placed before is not there any more.
+    era: u64,
+    /// Oldest first, and whether they are futures orders.
+    orders: VecDeque<(String, bool)>,
 }
 
 /// One bot's connection, and of which dial it is; the number tells connections apart.
@@ -334,7 +344,7 @@ impl Driver {
             dial: Mutex::new((0, Arc::new(dial))),
             calls: Mutex::default(),
             open: Mutex::default(),
-            orders: Mutex::default(),
+            books: Mutex::default(),
             unsent: Mutex::default(),
             count: AtomicU64::new(0),
         });
@@ -357,12 +367,16 @@ impl Driver {
 
     /// The orders on the books are gone with the exchange's memory.
     pub(crate) fn forget_orders(&self) {
-        locked(&self.state.orders).clear();
+        let mut books = locked(&self.state.books);
+        *books = Books {
+            era: books.era + 1,
+            orders: VecDeque::new(),
+        };
     }
 
     /// How many orders could be cancelled.
     pub(crate) fn standing_orders(&self) -> usize {
-        locked(&self.state.orders).len()
+        locked(&self.state.books).orders.len()
     }
 
     /// All calls so far that have ended and began at `from` or later.
@@ -394,9 +408,14 @@ impl Driver {
         self.settled().await;
     }
 
+    /// No new calls.
+    pub(crate) fn rest(&mut self) {
+        self.tasks.drain(..).for_each(|task| task.abort());
+    }
+
     /// No new calls; waits for those under way. Returns them all, and the ids of first tries that never left.
     pub(crate) async fn stop(mut self) -> (Vec<Call>, Vec<String>) {
-        self.tasks.drain(..).for_each(|task| task.abort());
+        self.rest();
         self.settled().await;
         let calls = std::mem::take(&mut *locked(&self.state.calls));
         (calls, std::mem::take(&mut *locked(&self.state.unsent)))
@@ -433,7 +452,8 @@ impl State {
         let started = Instant::now();
         locked(&self.open).insert((started, number));
         let is_futures = step.is_multiple_of(10);
-        let to_cancel = || locked(&self.orders).pop_front();
+        let era = locked(&self.books).era;
+        let to_cancel = || locked(&self.books).orders.pop_front();
         let of_trader = bot == "trader";
         let mut cancelled = None;
         let (kind, order) = match step % 5 {
@@ -466,11 +486,16 @@ impl State {
             }
             break (id, told, stale_s);
         };
-        match (kind, told.is_well(), cancelled) {
-            (Kind::Order, true, _) => locked(&self.orders).push_back((id.clone(), is_futures)),
-            (_, false, Some(order)) => locked(&self.orders).push_back(order),
-            _ => {}
+        let stands = match (kind, told.is_well(), cancelled) {
+            (Kind::Order, true, _) => Some((id.clone(), is_futures)),
+            (_, false, order) => order,
+            _ => None,
+        };
+        let mut books = locked(&self.books);
+        if books.era == era {
+            books.orders.extend(stands);
         }
+        drop(books);
         let mut open = locked(&self.open);
         locked(&self.calls).push(Call {
             bot,
@@ -655,7 +680,7 @@ impl Site {
             roots: vec![lab.ca.certificate_pem().to_owned()],
             identities: identities(&lab.ca),
         });
-        let mut site = Self {
+        let site = Self {
             record: Tail::of(lab.path("state/audit.jsonl")),
             lab,
             vault,
@@ -663,7 +688,6 @@ impl Site {
             driver,
             _ports: ports,
         };
-        site.record.read_on();
         site.driver.more_calls(50).await;
         site
     }

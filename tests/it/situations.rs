@@ -683,8 +683,8 @@ async fn exchange_unreachable(site: &mut Site) -> Row {
     let unreachable = "`EXCHANGE_UNREACHABLE` (not_sent)";
     assert!(seen.is_only(unreachable, &ALL), "{seen}");
     let mended = Look::now();
-    site.kucoin.start("").await;
     site.driver.forget_orders();
+    site.kucoin.start("").await;
     let took = mended.until_well(site).await;
     // Of what was under way at that moment nobody knows; an order must not be called not_sent then.
     let calls = site.driver.calls_since(look.from);
