@@ -714,6 +714,8 @@ impl Site {
             .iter()
             .position(|change| change["what"] == what);
         let change = self.record.changes.remove(at.unwrap());
+        let digests = ["sha256_before", "sha256_after"].map(|key| change[key].as_str().unwrap());
+        assert_ne!(digests[0], digests[1], "{change}");
         let text = |key: &str| change[key].as_str().unwrap_or_default().to_owned();
         (text("outcome"), text("detail"))
     }

@@ -136,7 +136,7 @@ impl fmt::Display for Seen {
                 })
                 .collect();
             let who = match bots.keys().copied().collect::<Vec<_>>()[..] {
-                [one] if one == "reader" => " of that bot",
+                ["reader"] => " of that bot",
                 _ => "",
             };
             format!("{}{who}: {told}", kinds.join(", "))
@@ -417,7 +417,7 @@ async fn eviction(
 ) -> (String, String) {
     let (look, before) = (Look::now(), site.metric(EVICTIONS).await);
     take(site).await;
-    site.until_metric(AVAILABLE, |available| available == 0.0)
+    site.until_metric(AVAILABLE, |available| available < 0.5)
         .await;
     let gone = Look::now();
     site.driver.more_calls(A_WHILE).await;
@@ -448,13 +448,13 @@ async fn policy_removed(site: &mut Site) -> Row {
             _ = site
                 .vault
                 .control("POST", "denial", json!({"path": "kv/*"}))
-                .await
+                .await;
         },
         async |site| {
             _ = site
                 .vault
                 .control("DELETE", "denial", json!({"path": "kv/*"}))
-                .await
+                .await;
         },
     )
     .await;
@@ -513,7 +513,7 @@ async fn mount_gone(site: &mut Site) -> Row {
             _ = site
                 .vault
                 .control("DELETE", "mount", json!({"mount": "kv"}))
-                .await
+                .await;
         },
         write_again,
     )
@@ -554,7 +554,7 @@ async fn key_rotated(site: &mut Site) -> Row {
         done: "new version in Vault; once it is in force the old key is deleted at KuCoin",
         bots: seen.to_string(),
         how_long: format!("in force {} after", rough(took)),
-        recorded: "log line with the version; `key_version`",
+        recorded: "`key_version`",
     }
 }
 
@@ -653,14 +653,15 @@ async fn address_not_told(site: &mut Site) -> Row {
     const FAILED: &str = "egress_check_failed";
     let look = Look::now();
     site.kucoin.control("POST", "fault", my_ip_fails()).await;
-    site.until_metric(FAILED, |failed| failed == 1.0).await;
+    site.until_metric(FAILED, |failed| failed > 0.5).await;
     site.until_readyz_says("egress: the last question got no answer")
         .await;
     site.driver.more_calls(A_WHILE).await;
     assert_eq!(site.readyz().await, "ready\n");
+    assert!(site.metric("egress_proof_age_seconds").await > 0.0);
     let mended = Instant::now();
     site.kucoin.control("DELETE", "fault", json!({})).await;
-    site.until_metric(FAILED, |failed| failed == 0.0).await;
+    site.until_metric(FAILED, |failed| failed < 0.5).await;
     let took = mended.elapsed();
     let seen = look.seen(site).await;
     assert!(seen.is_nothing(), "{seen}");
@@ -698,6 +699,8 @@ async fn exchange_unreachable(site: &mut Site) -> Row {
             "{call:?}"
         );
     }
+    let unreachable = "requests_total{scope=\"spot-margin\",outcome=\"not_sent\",reason=\"EXCHANGE_UNREACHABLE\"}";
+    assert!(site.metric(unreachable).await > 0.0);
     Row {
         situation: "The exchange unreachable",
         done: "process killed, connections refused for some seconds, started again",
@@ -730,6 +733,8 @@ async fn bot_removed(site: &mut Site) -> Row {
     let unknown = seen.0.get("`CALLER_UNKNOWN` (not_sent)");
     assert!(unknown.is_some_and(|bots| bots.len() == 1), "{seen}");
     assert_eq!(seen.0.len(), 1, "{seen}");
+    let taken = "reloads_total{file=\"rules\",outcome=\"taken\"}";
+    assert!(site.metric(taken).await > 1.5);
     Row {
         situation: "A bot removed from the rules, and added again",
         done: "rules file replaced, twice",
@@ -749,7 +754,7 @@ async fn rules_broken(site: &mut Site) -> Row {
     let (outcome, detail) = site.change("rules").await;
     assert_eq!(outcome, "refused");
     assert!(!detail.is_empty());
-    assert_eq!(site.metric(STATE).await, 1.0);
+    assert!(site.metric(STATE).await > 0.5);
     site.until_readyz_says("rules: a changed file is not in force")
         .await;
     site.driver.more_calls(A_WHILE).await;
@@ -758,7 +763,7 @@ async fn rules_broken(site: &mut Site) -> Row {
     site.rename_over("rules.toml", &format!("# mended\n{TRADER}{READER}"));
     site.taken("rules").await;
     let took = mended.elapsed();
-    assert_eq!(site.metric(STATE).await, 0.0);
+    assert!(site.metric(STATE).await < 0.5);
     let seen = look.seen(site).await;
     assert!(seen.is_nothing(), "{seen}");
     Row {
@@ -794,6 +799,7 @@ async fn server_certificate_replaced(site: &mut Site) -> Row {
     site.driver.more_calls(A_WHILE).await;
     let seen = look.seen(site).await;
     assert!(seen.is_nothing(), "{seen}");
+    assert!(site.metric("certificate_not_after_timestamp_seconds").await > 0.0);
     Row {
         situation: "Server certificate replaced",
         done: "key and certificate of another CA, which bots trust beforehand",
@@ -837,6 +843,7 @@ async fn client_ca_replaced(site: &mut Site) -> Row {
     site.driver.more_calls(A_WHILE).await;
     let seen = look.seen(site).await;
     assert!(seen.is_nothing(), "{seen}");
+    assert!(site.metric("certificates_refused_total").await > 0.0);
     Row {
         situation: "Client CA replaced",
         done: "new CA added, bots given its certificates, old CA removed",
@@ -864,14 +871,14 @@ async fn certificates_broken(site: &mut Site) -> Row {
     let (outcome, detail) = site.change("tls").await;
     assert_eq!(outcome, "refused");
     assert!(detail.contains("tls.certificate"), "{detail}");
-    assert_eq!(site.metric(STATE).await, 1.0);
+    assert!(site.metric(STATE).await > 0.5);
     site.until_readyz_says("tls: a changed file is not in force")
         .await;
     site.driver.redial(|_| {});
     site.driver.more_calls(A_WHILE).await;
     let mended = Instant::now();
     site.rename_over("server.pem", &whole);
-    site.until_metric(STATE, |unusable| unusable == 0.0).await;
+    site.until_metric(STATE, |unusable| unusable < 0.5).await;
     let took = mended.elapsed();
     let seen = look.seen(site).await;
     assert!(seen.is_nothing(), "{seen}");
@@ -928,6 +935,12 @@ async fn broker_restarted(site: &mut Site) -> Row {
     site.lab.spawn_broker().await;
     let started = Look::now();
     let took = started.until_well(site).await;
+    let record = std::fs::read_to_string(site.lab.path("state/audit.jsonl")).unwrap();
+    let starts = record
+        .lines()
+        .filter(|line| line.contains("\"outcome\":\"in_force\""));
+    // Two starts, with rules and certificates each.
+    assert_eq!(starts.count(), 4);
     let calls = site.driver.calls_since(look.from);
     for call in calls.iter().filter(|call| !call.told.is_well()) {
         let fits = match &call.told {
@@ -984,7 +997,9 @@ async fn address_wrong(site: &mut Site) -> Row {
     let look = Look::now();
     site.driver.more_calls(A_WHILE).await;
     assert!(site.readyz().await.starts_with("not ready\n"));
-    assert_eq!(site.metric("egress_mismatch").await, 1.0);
+    assert!(site.metric("egress_mismatch").await > 0.5);
+    let log = site.lab.process().log();
+    assert!(log.contains("instead of egress.expected_ip"), "{log}");
     let seen = look.seen(site).await;
     assert!(seen.is_only(NOT_PROVEN, &[Kind::Order]), "{seen}");
     restart_with(site, |_| right).await;
@@ -1013,6 +1028,9 @@ async fn address_never_told(site: &mut Site) -> Row {
     site.driver.more_calls(A_WHILE).await;
     let seen = look.seen(site).await;
     assert!(seen.is_only(NOT_PROVEN, &[Kind::Order]), "{seen}");
+    for gauge in ["egress_mismatch", "egress_check_failed"] {
+        assert!(site.metric(gauge).await > 0.5, "{gauge}");
+    }
     let mended = Look::now();
     site.kucoin.control("DELETE", "fault", json!({})).await;
     let took = mended.until_well(site).await;
