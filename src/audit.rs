@@ -4,8 +4,8 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::Path;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -25,12 +25,19 @@ const SYNC_EVERY: Duration = Duration::from_millis(500);
 /// A batch has 20 orders; more is nobody's order, and a line has to end.
 const MAX_CLIENT_OIDS: usize = 100;
 
+/// Characters of the target in the line of a call that was refused.
+const MAX_DENIED_TARGET: usize = 512;
+
+/// `clientOid`s in the line of a call that was refused.
+const MAX_DENIED_OIDS: usize = 5;
+
 /// KuCoin takes 40 characters.
 const MAX_CLIENT_OID_CHARS: usize = 64;
 
 /// The audit file.
 #[derive(Debug)]
 pub struct Audit {
+    path: PathBuf,
     file: Mutex<Appender>,
     clock: Arc<Clock>,
     metrics: Arc<Metrics>,
@@ -152,16 +159,10 @@ impl Audit {
     /// # Errors
     /// When it cannot be opened.
     pub fn open(path: &Path, clock: Arc<Clock>, metrics: Arc<Metrics>) -> io::Result<Arc<Self>> {
-        let file = OpenOptions::new()
-            .read(true)
-            .append(true)
-            .create(true)
-            .mode(0o600)
-            .open(path)?;
-        let appender = Appender::new(file)?;
+        let appender = Appender::new(open(path)?)?;
         let run = format!("{:08x}", fastrand::u32(..));
-        let synced = appender.file.try_clone()?;
         let audit = Arc::new(Self {
+            path: path.to_owned(),
             file: Mutex::new(Appender { run, ..appender }),
             clock,
             metrics,
@@ -171,7 +172,8 @@ impl Audit {
             .name("audit-sync".to_owned())
             .spawn(move || {
                 while let Some(audit) = alive.upgrade() {
-                    audit.report(synced.sync_data());
+                    audit.follow();
+                    audit.flush();
                     drop(audit);
                     std::thread::sleep(SYNC_EVERY);
                 }
@@ -212,7 +214,13 @@ impl Audit {
         request: Option<&UnsignedRequest>,
         ending: &Ending<'_>,
     ) {
-        let what = request.map(|request| What::new(request, None));
+        let what = request.map(|request| {
+            let mut what = What::new(request, None);
+            // Whoever is refused chooses how long it is.
+            what.target = cut(&what.target, MAX_DENIED_TARGET).to_owned();
+            what.client_oids.truncate(MAX_DENIED_OIDS);
+            what
+        });
         // A refusal stands even where it cannot be recorded; `write` has put it into the log.
         let _ = self.write("denied", caller, None, what, Some(ending));
     }
@@ -250,8 +258,56 @@ impl Audit {
 
     /// Flushes the file to the disk.
     pub fn sync(&self) {
+        self.flush();
+    }
+
+    /// Why the last line could not be written, as long as none could be written since.
+    pub fn failure(&self) -> Option<String> {
         let file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        self.report(file.file.sync_data());
+        let failure = file.failure.as_ref()?;
+        Some(format!(
+            "{} cannot be written: {failure}",
+            self.path.display()
+        ))
+    }
+
+    /// Flushes without keeping anybody from writing meanwhile.
+    fn flush(&self) {
+        let file = {
+            let file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+            file.file.try_clone()
+        };
+        self.report(file.and_then(|file| file.sync_data()));
+    }
+
+    /// Goes on in a new file once the old one has been renamed or removed, as by whoever rotates it.
+    fn follow(&self) {
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let Ok(in_use) = file.file.metadata() else {
+            return;
+        };
+        if !in_use.is_file() {
+            return;
+        }
+        let stays = std::fs::metadata(&self.path)
+            .is_ok_and(|there| (there.dev(), there.ino()) == (in_use.dev(), in_use.ino()));
+        if stays {
+            return;
+        }
+        match open(&self.path).and_then(Appender::new) {
+            Ok(new) => {
+                let run = std::mem::take(&mut file.run);
+                self.report(file.file.sync_data());
+                *file = Appender { run, ..new };
+                drop(file);
+                tracing::info!(file = %self.path.display(), "audit file was renamed or removed; a new one is begun");
+            }
+            Err(error) => {
+                drop(file);
+                self.metrics.audit_failure();
+                tracing::error!(file = %self.path.display(), %error, "audit file was renamed or removed, and no new one can be begun; lines go on to the old one");
+            }
+        }
     }
 
     /// The system tells of lost data once, here, and takes later writes as if nothing had been.
@@ -294,9 +350,17 @@ impl Audit {
 
     fn append(&self, file: &mut Appender, mut text: String) -> io::Result<()> {
         let result = file.append(&mut text);
-        if let Err(error) = &result {
-            self.metrics.audit_failure();
-            tracing::error!(target: "credbroker::audit", line = text.trim_end(), %error, "audit file cannot be written");
+        match &result {
+            Ok(()) => {
+                if file.failure.take().is_some() {
+                    tracing::info!(file = %self.path.display(), "audit file is written again");
+                }
+            }
+            Err(error) => {
+                file.failure = Some(error.to_string());
+                self.metrics.audit_failure();
+                tracing::error!(target: "credbroker::audit", line = text.trim_end(), file = %self.path.display(), %error, "audit file cannot be written");
+            }
         }
         result
     }
@@ -342,6 +406,15 @@ fn hex(bytes: &[u8]) -> String {
         .collect()
 }
 
+fn open(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(path)
+}
+
 /// Appends whole lines.
 #[derive(Debug)]
 struct Appender {
@@ -349,6 +422,8 @@ struct Appender {
     run: String,
     /// Whether the file ends inside a line that could not be finished.
     torn: bool,
+    /// Why the last line could not be written.
+    failure: Option<String>,
 }
 
 impl Appender {
@@ -365,6 +440,7 @@ impl Appender {
             file,
             run: String::new(),
             torn,
+            failure: None,
         })
     }
 

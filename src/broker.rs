@@ -41,6 +41,9 @@ use probes::Doubts;
 /// The exchange refused the timestamp; it executed nothing.
 const TIMESTAMP_REFUSED: &str = "400002";
 
+/// The exchange refused the key, its passphrase or its signature; it executed nothing.
+const CREDENTIALS_REFUSED: [&str; 3] = ["400003", "400004", "400005"];
+
 /// The exchange refused the address that the request came from; it executed nothing.
 const ADDRESS_REFUSED: &str = "400006";
 
@@ -95,7 +98,7 @@ pub struct Call {
 }
 
 /// The exchange's answer, and what the broker did for it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Receipt {
     /// The answer.
     pub answer: Answer,
@@ -117,7 +120,7 @@ struct Progress {
     gate: Gate,
     permit: OnceLock<Permit>,
     recorded: OnceLock<()>,
-    /// An answer that the exchange has given, while the broker sees whether a better one is to be had.
+    /// An answer that the exchange has given, until the request leaves once more for a better one.
     refused: Mutex<Option<Receipt>>,
 }
 
@@ -156,16 +159,14 @@ impl Broker {
             .audit
             .intent(&caller(call, number), permit, &call.request)?;
         let _ = progress.recorded.set(());
-        let mut first = self.send(call, permit, &recorded, &progress.gate).await;
+        let first = self.send(call, permit, &recorded, &progress.gate).await;
         if let Ok(receipt) = &first
             && is_timestamp_refused(&receipt.answer)
         {
             let signed = receipt.signing + receipt.exchange;
-            // Whoever runs out of time meanwhile is told this answer.
-            progress.keep(first.ok());
-            let is_known = self.refuted(permit.destination(), signed).await;
-            first = progress.keep(None).ok_or(BrokerError::AnswerLate);
-            if !is_known {
+            // It counts as not sent any more, and whoever runs out of time before it leaves again is told this answer.
+            progress.keep(Some(receipt.clone()));
+            if !progress.gate.hand_back() || !self.refuted(permit.destination(), signed).await {
                 return first;
             }
         } else if !may_go_again(&first, permit, &progress.gate) {
@@ -270,6 +271,14 @@ impl Broker {
                 );
                 self.doubts.address();
             }
+            code if CREDENTIALS_REFUSED.contains(&code) => {
+                self.metrics.credentials_refused();
+                tracing::error!(
+                    account.id = %permit.account().id,
+                    code,
+                    "the exchange refuses this key, its passphrase or its signature; compare what Vault holds with KuCoin's key page"
+                );
+            }
             TIMESTAMP_REFUSED => {
                 self.metrics.timestamp_refused();
                 self.doubts.time();
@@ -305,14 +314,14 @@ impl Broker {
             () = self.calls.give_up.cancelled() => BrokerError::ShuttingDown,
         };
         let is_sent = progress.gate.close();
-        let (ended, goes_on) = match progress.keep(None) {
-            Some(refused) => (Ok(refused), false),
-            None if is_sent => (Err(BrokerError::AnswerLate), true),
-            None => (Err(cut_short), false),
+        let ended = match progress.keep(None) {
+            _ if is_sent => Err(BrokerError::AnswerLate),
+            Some(refused) => Ok(refused),
+            None => Err(cut_short),
         };
         self.settle(&call, number, &progress, &ended, "outcome");
         let _ = tell.send(ended);
-        if goes_on {
+        if is_sent {
             // The bot has its answer; the request goes on, and what is learnt of it is recorded too.
             let late = tokio::select! {
                 late = &mut attempt => late,
@@ -347,20 +356,43 @@ impl Broker {
         match (event, progress.recorded.get()) {
             ("learnt", _) => self.audit.learnt(&caller, endpoint, &ending),
             (_, Some(())) => self.audit.outcome(&caller, endpoint, &ending),
-            (_, None) => self.audit.denied(&caller, Some(&call.request), &ending),
+            (_, None) if self.is_recorded(&call.bot) => {
+                self.audit.denied(&caller, Some(&call.request), &ending);
+            }
+            (_, None) => {
+                self.metrics
+                    .request(Some(call.request.scope), outcome, reason);
+                return;
+            }
         }
-        tracing::info!(
-            account.id = %call.request.account,
-            scope = %call.request.scope,
-            endpoint,
-            %outcome,
-            reason = reason.map(Reason::as_str),
-            http.status = ending.http_status,
-            duration_ms = ending.duration_us / 1000,
-            error = ended.as_ref().err().map(|error| chain(error)),
-            "{}",
-            if event == "learnt" { "late answer" } else { "call ended" },
-        );
+        let message = if event == "learnt" {
+            "late answer"
+        } else {
+            "call ended"
+        };
+        // What nobody knows the end of is somebody's to look up.
+        let is_loose = outcome == Outcome::MaybeSent;
+        let error = ended.as_ref().err().map(|error| chain(error));
+        macro_rules! line {
+            ($level:ident) => {
+                tracing::$level!(
+                    account.id = %call.request.account,
+                    scope = %call.request.scope,
+                    endpoint,
+                    %outcome,
+                    reason = reason.map(Reason::as_str),
+                    http.status = ending.http_status,
+                    duration_ms = ending.duration_us / 1000,
+                    error,
+                    "{message}",
+                )
+            };
+        }
+        if is_loose {
+            line!(warn);
+        } else {
+            line!(info);
+        }
         if event == "outcome" {
             self.metrics
                 .request(Some(call.request.scope), outcome, reason);
@@ -376,13 +408,20 @@ impl Broker {
         }
     }
 
-    /// Records a call that never became one (malformed, one too many), and returns the error for its bot. Of refusals
-    /// that cost their bot nothing only so many are recorded.
+    /// Whether one more refusal of a bot goes on record: they cost the bot nothing, and must not fill the disk.
+    fn is_recorded(&self, bot: &BotId) -> bool {
+        let is_recorded = self.admission.is_recorded(bot, self.clock.boot());
+        if !is_recorded {
+            self.metrics.refusal_unrecorded();
+        }
+        is_recorded
+    }
+
+    /// Records a call that never became one (malformed, one too many), and returns the error for its bot.
     pub fn refuse(&self, bot: &BotId, request_id: &RequestId, error: BrokerError) -> BrokerError {
         let reason = error.reason();
         self.metrics.request(None, reason.outcome(), Some(reason));
-        let is_cheap = !matches!(error, BrokerError::Malformed(_));
-        if is_cheap && !self.admission.is_recorded(bot, self.clock.boot()) {
+        if !self.is_recorded(bot) {
             return error;
         }
         let number = self.calls.count.fetch_add(1, Ordering::Relaxed);

@@ -160,7 +160,13 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
     let proof_every = Duration::from_secs(section.number("proof_every_s", 300, 1..=3600));
     let origins = origins(&mut file.section("exchange"));
 
-    let limits = limits(&mut file.section("limits"));
+    let mut limits = limits(&mut file.section("limits"));
+    if let Some(egress) = &egress {
+        // A connection that ends must not tear calls that are in order: two tries, and the answer has still to leave.
+        let longest = 2 * (egress.connect_timeout + egress.answer_timeout);
+        let grace = limits.drain_timeout.max(longest) + Duration::from_secs(5);
+        limits.connection.grace = grace;
+    }
     let reload_every =
         Duration::from_millis(file.section("reload").number("every_ms", 1000, 10..=60_000));
 
@@ -256,8 +262,8 @@ fn limits(section: &mut Section) -> Limits {
             request,
             idle,
             age,
-            // The answers of calls that the drain cut short have still to leave.
-            grace: drain_timeout + Duration::from_secs(1),
+            // Set by `read`, which knows how long calls may take.
+            grace: drain_timeout,
         },
         admission: admission_limits,
         default_deadline,

@@ -216,6 +216,14 @@ impl Keyring {
         self.changed.subscribe()
     }
 
+    /// How long the keys of an account serve for everything while Vault is silent.
+    fn max_stale(&self, account: &AccountId) -> Duration {
+        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        slots
+            .get(account)
+            .map_or(Duration::MAX, |keys| keys.max_stale.add_risk)
+    }
+
     /// Wipes a key that is too old even to withdraw risk; returns whether it did.
     fn wipe_if_too_old(&self, account: &AccountId, name: &KeyName) -> bool {
         let now = self.clock.boot();

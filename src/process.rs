@@ -7,6 +7,8 @@ use rustix::process::{
     DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit,
 };
 
+use crate::clock::Clock;
+
 /// What could be had of the system.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Hardened {
@@ -16,6 +18,8 @@ pub struct Hardened {
     pub is_locked: bool,
     /// How many files and connections it may have open.
     pub descriptors: u64,
+    /// When it started, in seconds of Unix time.
+    pub started_s: u64,
 }
 
 /// What [`harden`] came to.
@@ -42,6 +46,7 @@ pub fn harden() -> Hardened {
         is_undumpable: core.is_ok() && dumpable.is_ok(),
         is_locked: lock_memory(),
         descriptors: raise_descriptors(),
+        started_s: Clock::system().wall_ms().unsigned_abs() / 1000,
     };
     tracing::info!(
         undumpable = hardened.is_undumpable,

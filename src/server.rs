@@ -58,6 +58,9 @@ const HEALTH_EVERY: Duration = Duration::from_secs(1);
 /// More than any call needs beside its body: names and numbers.
 const MESSAGE_OVERHEAD: usize = 64 * 1024;
 
+/// More than any question for health or reflection needs; the library's own limit is 4 MB for each.
+const HELPER_MESSAGE: usize = 4096;
+
 /// Why the broker cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -134,7 +137,11 @@ impl Server {
         let audit = open_audit(&config.audit_file, &clock, &metrics)?;
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let egress = egress(config.egress, config.origins, egress_roots, &provider)?;
-        let vault = Vault::new(config.vault, client_tls(vault_roots, &provider)?);
+        let vault = Vault::new(
+            config.vault,
+            client_tls(vault_roots, &provider)?,
+            Arc::clone(&metrics),
+        );
         let vault = Arc::new(vault.map_err(|error| StartError::Tls(Box::new(error)))?);
         metrics.certificate_ends(certificates.not_after_ms);
         let (set_tls, tls) =
@@ -166,8 +173,7 @@ impl Server {
             admission: Admission::new(config.admission_limits),
             calls: Calls::default(),
         });
-        let mut probes = Probes::default();
-        probes.watch_address(&broker, config.proof_every);
+        let mut probes = Probes::new(config.proof_every);
         probes.follow(&broker, &policy);
 
         let (stop, stopping) = watch::channel(false);
@@ -179,6 +185,7 @@ impl Server {
         );
         let api = BrokerServer::new(api)
             .max_decoding_message_size(config.request_limits.body_bytes + MESSAGE_OVERHEAD);
+        let health_service = health_service.max_decoding_message_size(HELPER_MESSAGE);
         let routes = Routes::new(api).add_service(health_service);
         let routes = with_reflection(routes).map_err(StartError::Reflection)?;
         let listener = Listener {
@@ -309,8 +316,16 @@ fn with_reflection(routes: Routes) -> Result<Routes, tonic_reflection::server::E
             .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
     };
     Ok(routes
-        .add_service(reflection().build_v1()?)
-        .add_service(reflection().build_v1alpha()?))
+        .add_service(
+            reflection()
+                .build_v1()?
+                .max_decoding_message_size(HELPER_MESSAGE),
+        )
+        .add_service(
+            reflection()
+                .build_v1alpha()?
+                .max_decoding_message_size(HELPER_MESSAGE),
+        ))
 }
 
 fn lock(folder: &Path) -> Result<File, StartError> {

@@ -109,6 +109,8 @@ pub struct Metrics {
     clock_jumps_refused: Counter,
     timestamps_refused: Counter,
     addresses_refused: Counter,
+    credentials_refused: Counter,
+    refusals_unrecorded: Counter,
     audit_failures: Counter,
     reloads: Family<ReloadLabels, Counter>,
     files_unusable: Family<FileLabels, Gauge>,
@@ -199,6 +201,16 @@ impl Default for Metrics {
                 &mut registry,
                 "addresses_refused",
                 "Answers of the exchange that refuse the egress address (400006)",
+            ),
+            refusals_unrecorded: registered(
+                &mut registry,
+                "refusals_unrecorded",
+                "Refused calls that were only counted, because their bot had too many",
+            ),
+            credentials_refused: registered(
+                &mut registry,
+                "credentials_refused",
+                "Answers of the exchange that refuse a key, its passphrase or signature (400003 to 400005)",
             ),
             audit_failures: registered(
                 &mut registry,
@@ -325,6 +337,16 @@ impl Metrics {
     /// Counts a 400006.
     pub fn address_refused(&self) {
         self.addresses_refused.inc();
+    }
+
+    /// Counts a refused call that is neither in the audit file nor in the log.
+    pub fn refusal_unrecorded(&self) {
+        self.refusals_unrecorded.inc();
+    }
+
+    /// Counts a 400003, 400004 or 400005.
+    pub fn credentials_refused(&self) {
+        self.credentials_refused.inc();
     }
 
     /// Counts an audit line that could not be written.

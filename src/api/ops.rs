@@ -14,6 +14,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
+use tokio::time::timeout;
 
 use super::state::{Readiness, details, gauges, readiness};
 use crate::broker::Broker;
@@ -21,6 +22,9 @@ use crate::config::FileProblems;
 
 /// Scrapers and probes at once.
 const CONNECTIONS: usize = 64;
+
+/// How long a scraper may take in all, so that those that do not read leave room for probes.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long a scraper may take to send its request head.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -48,9 +52,11 @@ pub async fn serve(
             });
             let mut http = http1::Builder::new();
             http.timer(TokioTimer::new())
-                .header_read_timeout(HEADER_TIMEOUT);
+                .header_read_timeout(HEADER_TIMEOUT)
+                .keep_alive(false);
             // The scraper's connection failed: nobody is left to tell.
-            let _ = http.serve_connection(TokioIo::new(stream), service).await;
+            let serving = http.serve_connection(TokioIo::new(stream), service);
+            let _ = timeout(CONNECTION_TIMEOUT, serving).await;
             drop(permit);
         });
     }

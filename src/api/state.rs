@@ -67,6 +67,10 @@ pub fn readiness(broker: &Broker) -> Readiness {
             }
         }
     }
+    if let Some(failure) = broker.audit.failure() {
+        is_ready = false;
+        reasons.push(format!("audit: {failure}; what adds risk is refused"));
+    }
     if broker.metrics.has_certificate_ended(broker.clock.wall_ms()) {
         is_ready = false;
         reasons.push("the server certificate has ended; put a new one in its place".to_owned());
@@ -276,7 +280,7 @@ fn of_egress(broker: &Broker) -> [State; 3] {
     ]
 }
 
-fn of_process(broker: &Broker) -> [State; 6] {
+fn of_process(broker: &Broker) -> [State; 8] {
     let (connections, calls) = broker.admission.now();
     [
         State::known(
@@ -293,6 +297,16 @@ fn of_process(broker: &Broker) -> [State; 6] {
             "descriptors_limit",
             "Files and connections that the process may have open",
             hardened().map(|process| count(process.descriptors)),
+        ),
+        State::single(
+            "audit_writable",
+            "1 while the last line could be written to the audit file",
+            flag(broker.audit.failure().is_none()),
+        ),
+        State::known(
+            "start_time_seconds",
+            "When the process started, Unix time",
+            hardened().map(|process| count(process.started_s)),
         ),
         State::known(
             "tasks",

@@ -10,9 +10,12 @@ use crate::ids::BotId;
 /// So many connections beyond a limit are kept open for a moment, to tell why; any more are closed.
 const TURNED_AWAY: usize = 8;
 
-/// So many refusals of one bot are recorded in one second; the rest is only counted. A bot in a loop must not fill the
-/// disk that every order needs.
-const RECORDED_PER_SECOND: u32 = 20;
+/// Calls for health and reflection that one bot may have open. They can last, and take nobody's place among the others.
+const HELPERS_OF_BOT: usize = 16;
+
+/// So many refusals of one bot are recorded in a row, and so many in a second after that; the rest is only counted. A
+/// bot in a loop must not fill the disk that every order needs.
+const RECORDED: (u64, u64) = (1000, 20);
 
 /// The limits.
 #[derive(Clone, Copy, Debug)]
@@ -50,13 +53,15 @@ struct OfBot {
     served: usize,
     /// Connections that are told that they are one too many.
     turned_away: usize,
+    /// Calls for health and reflection.
+    helpers: usize,
 }
 
-/// Refusals of one bot in one second.
-#[derive(Clone, Copy, Debug, Default)]
+/// What may still be recorded of one bot's refusals, in thousandths, as of a time since boot.
+#[derive(Clone, Copy, Debug)]
 struct Refusals {
-    second: u64,
-    count: u32,
+    left: u64,
+    at: Duration,
 }
 
 /// What may become of a connection.
@@ -142,18 +147,48 @@ impl Admission {
         Ok(CallSlot(Arc::new(self.hold(&mut counts, bot, call))))
     }
 
+    /// Takes in a call for health or reflection.
+    ///
+    /// # Errors
+    /// When the bot has as many open as it may.
+    pub fn helper(self: &Arc<Self>, bot: &BotId) -> Result<CallSlot, Overload> {
+        let mut counts = self.counts();
+        let of_bot = counts.bots.get(bot).map_or(0, |of_bot| of_bot.helpers);
+        if of_bot >= HELPERS_OF_BOT {
+            return Err(Overload::HelpersOfBot(HELPERS_OF_BOT));
+        }
+        let helper = OfBot {
+            helpers: 1,
+            ..OfBot::default()
+        };
+        Ok(CallSlot(Arc::new(self.hold(&mut counts, bot, helper))))
+    }
+
     /// Whether one more refusal of `bot` is recorded at `now` (time since boot), or only counted.
     pub fn is_recorded(&self, bot: &BotId, now: Duration) -> bool {
+        let (burst, per_second) = RECORDED;
         let mut counts = self.counts();
-        let second = now.as_secs();
-        // Whoever has been quiet for a second starts anew.
+        let refreshed = |refusals: &Refusals| {
+            let passed_ms = now.saturating_sub(refusals.at).as_millis();
+            let more = u64::try_from(passed_ms)
+                .unwrap_or(u64::MAX)
+                .saturating_mul(per_second);
+            refusals.left.saturating_add(more).min(burst * 1000)
+        };
+        // Whoever may do all again needs no place.
         counts
             .refusals
-            .retain(|_, refusals| refusals.second == second);
-        let refusals = counts.refusals.entry(bot.clone()).or_default();
-        refusals.second = second;
-        refusals.count = refusals.count.saturating_add(1);
-        refusals.count <= RECORDED_PER_SECOND
+            .retain(|_, refusals| refreshed(refusals) < burst * 1000);
+        let refusals = counts.refusals.entry(bot.clone()).or_insert(Refusals {
+            left: burst * 1000,
+            at: now,
+        });
+        let left = refreshed(refusals);
+        *refusals = Refusals {
+            left: left.saturating_sub(1000),
+            at: now,
+        };
+        left >= 1000
     }
 
     /// Connections and calls of now.
@@ -171,6 +206,7 @@ impl Admission {
         of_bot.calls += holds.calls;
         of_bot.served += holds.served;
         of_bot.turned_away += holds.turned_away;
+        of_bot.helpers += holds.helpers;
         Holder {
             admission: Arc::clone(self),
             bot: bot.clone(),
@@ -193,6 +229,7 @@ impl Drop for Holder {
             of_bot.calls -= self.holds.calls;
             of_bot.served -= self.holds.served;
             of_bot.turned_away -= self.holds.turned_away;
+            of_bot.helpers -= self.holds.helpers;
             if *of_bot == OfBot::default() {
                 counts.bots.remove(&self.bot);
             }
@@ -252,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn only_so_many_refusals_of_a_bot_are_recorded_in_one_second() {
+    fn of_a_bots_refusals_a_thousand_are_recorded_and_then_twenty_in_a_second() {
         let admission = Admission::new(AdmissionLimits {
             calls: 1,
             calls_per_bot: 1,
@@ -261,9 +298,9 @@ mod tests {
         });
         let (one, two): (BotId, BotId) = ("one".parse().unwrap(), "two".parse().unwrap());
         let recorded = |bot, ms| admission.is_recorded(bot, Duration::from_millis(ms));
-        let of_hundred = (0..100).filter(|_| recorded(&one, 1500)).count();
-        assert_eq!(of_hundred, 20);
+        assert_eq!((0..5000).filter(|_| recorded(&one, 1500)).count(), 1000);
         assert!(recorded(&two, 1500), "another bot's are");
-        assert!(recorded(&one, 2000), "and those of the next second");
+        assert_eq!((0..5000).filter(|_| recorded(&one, 2500)).count(), 20);
+        assert_eq!((0..5000).filter(|_| recorded(&one, 600_000)).count(), 1000);
     }
 }

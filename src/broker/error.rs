@@ -90,6 +90,11 @@ pub enum Overload {
         "this bot has {0} connections open, and no more are allowed (limits.connections_per_bot); share one; nothing was sent"
     )]
     ConnectionsOfBot(usize),
+    /// Calls for health and reflection of this bot.
+    #[error(
+        "this bot has {0} calls for health or reflection open, and no more are allowed; nothing was sent"
+    )]
+    HelpersOfBot(usize),
 }
 
 fn sentence(problems: &[Malformed]) -> String {

@@ -175,7 +175,8 @@ impl Broker {
             let mut refuted = self.doubts.refuted();
             let is_done = refuted
                 .get(&place)
-                .is_none_or(|answer| answer.borrow().is_some());
+                // An error means that the last question ended in a panic.
+                .is_none_or(|answer| answer.borrow().is_some() || answer.has_changed().is_err());
             if is_done {
                 let (tell, answer) = watch::channel(None);
                 refuted.insert(place, answer);

@@ -78,6 +78,15 @@ fn serve(config: Config) -> anyhow::Result<u64> {
 async fn stop_signal() -> io::Result<&'static str> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    // Its default would end the process; files that change are noticed without it.
+    let mut hangup = signal(SignalKind::hangup())?;
+    tokio::spawn(async move {
+        while hangup.recv().await.is_some() {
+            tracing::info!(
+                "SIGHUP: nothing to do, changed and rotated files are noticed without it"
+            );
+        }
+    });
     Ok(tokio::select! {
         _ = terminate.recv() => "SIGTERM",
         _ = interrupt.recv() => "SIGINT",

@@ -69,6 +69,20 @@ impl Source {
         format!("expected {expected} in {}: {problem}", self.file.display())
     }
 
+    /// Whether it could not be looked at for want of descriptors, which says nothing about the file.
+    pub fn is_unseen(&self) -> bool {
+        let of_system = |code| {
+            code == rustix::io::Errno::MFILE.raw_os_error()
+                || code == rustix::io::Errno::NFILE.raw_os_error()
+        };
+        let code = self
+            .content
+            .as_ref()
+            .err()
+            .and_then(io::Error::raw_os_error);
+        code.is_some_and(of_system)
+    }
+
     /// What stands in it, or that it cannot be read.
     pub fn digest(&self) -> [u8; 32] {
         match &self.content {

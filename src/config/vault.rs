@@ -197,15 +197,13 @@ fn approle(section: &mut Section, folder: &Path) -> Option<Auth> {
     })
 }
 
-/// The file of a credential that systemd hands to the service; `folder` is its `$CREDENTIALS_DIRECTORY`.
+/// The file of a credential that systemd hands to the service; `folder` is its `$CREDENTIALS_DIRECTORY`, which nobody
+/// but the service has: for commands given by hand it is where systemd puts those of `credbroker.service`.
 fn credential_file(folder: Option<PathBuf>, name: &str) -> Result<PathBuf, &'static str> {
     if name.is_empty() || matches!(name, "." | "..") || name.contains('/') {
         return Err("expected the name of a credential, as in LoadCredential=NAME:PATH");
     }
-    let folder = folder.ok_or(
-        "there is no $CREDENTIALS_DIRECTORY, which systemd sets for units with LoadCredential=; \
-         to check by hand, set it too",
-    )?;
+    let folder = folder.unwrap_or_else(|| PathBuf::from("/run/credentials/credbroker.service"));
     Ok(folder.join(name))
 }
 
@@ -304,15 +302,14 @@ mod tests {
 
     #[test]
     fn a_credential_is_a_file_in_the_folder_that_systemd_names() {
-        let folder = || Some(PathBuf::from("/run/credentials/credbroker.service"));
+        let folder = || Some(PathBuf::from("/run/credentials/other.service"));
         assert_eq!(
             credential_file(folder(), "secret-id"),
-            Ok("/run/credentials/credbroker.service/secret-id".into())
+            Ok("/run/credentials/other.service/secret-id".into())
         );
-        assert!(
-            credential_file(None, "secret-id")
-                .unwrap_err()
-                .contains("LoadCredential=")
+        assert_eq!(
+            credential_file(None, "secret-id"),
+            Ok("/run/credentials/credbroker.service/secret-id".into())
         );
         for bad in ["", ".", "..", "../x", "/etc/x"] {
             assert!(credential_file(folder(), bad).is_err(), "{bad:?}");

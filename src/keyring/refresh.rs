@@ -107,6 +107,8 @@ impl Watch {
             let doubt = doubt.doubts.notified();
             let wait = if self.check().await {
                 backoff = BACKOFF.0;
+                // A key must not grow too old between two polls that both go well.
+                let poll = poll.min(self.keyring.max_stale(&self.account) / 3);
                 poll.mul_f64(0.8 + 0.4 * fastrand::f64())
             } else {
                 // Full jitter, so that many brokers do not meet at a Vault that has just come back.
@@ -147,7 +149,9 @@ impl Watch {
             Err(VaultError::Unusable(reason)) => {
                 // A half-written new version must not take a working key away.
                 let slot = self.keyring.slot(&self.account, &self.name);
-                if let Some(Slot::Ready { key, version, .. }) = slot {
+                if let Some(Slot::Ready { key, version, .. }) = slot
+                    && self.seen.as_ref().is_some_and(|seen| seen.has(version))
+                {
                     self.metrics.vault_failure("unusable");
                     tracing::error!(account.id = %self.account, key = %self.name, %reason, version, "new version is unusable; the one in memory serves on");
                     self.confirm(key, version, Some(reason), asked);
@@ -189,6 +193,12 @@ impl Watch {
 
     /// Vault has just vouched for this key.
     fn confirm(&self, key: Arc<Key>, version: u64, problem: Option<String>, asked: Duration) {
+        if let Some(Slot::Ready {
+            outage: Some(_), ..
+        }) = self.keyring.slot(&self.account, &self.name)
+        {
+            tracing::info!(account.id = %self.account, key = %self.name, version, "Vault answers again; the key is confirmed");
+        }
         let slot = Slot::Ready {
             key,
             version,

@@ -16,6 +16,7 @@ mod login;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::ClientConfig;
@@ -32,6 +33,7 @@ use self::login::{Pass, Session};
 use crate::ids::{AccountId, KeyName};
 use crate::kucoin::{Key, KeyVersion};
 use crate::secret::{ApiSecret, PartnerKey, Passphrase};
+use crate::telemetry::Metrics;
 
 /// A follower may not know a token for a moment after its login: the wait before a 403 counts.
 const REPEAT_AFTER: (u64, u64) = (100, 250);
@@ -133,6 +135,13 @@ impl Metadata {
             .is_some_and(|state| state == "disabled")
     }
 
+    /// Whether a version is there and neither deleted nor destroyed; one that is to be deleted some day counts as deleted.
+    pub fn has(&self, version: u64) -> bool {
+        self.versions
+            .get(&version.to_string())
+            .is_some_and(|(_, deletion_time, destroyed)| deletion_time.is_empty() && !destroyed)
+    }
+
     /// Whether the newest version has a time at which it deletes itself; nothing in the metadata changes then.
     pub fn deletes_itself(&self) -> bool {
         self.versions
@@ -148,6 +157,7 @@ pub struct Vault {
     tls: ClientConfig,
     /// Held while logging in, so that only one login is under way.
     session: Mutex<Session>,
+    metrics: Arc<Metrics>,
 }
 
 impl Vault {
@@ -155,12 +165,17 @@ impl Vault {
     ///
     /// # Errors
     /// When the TLS library refuses the configuration.
-    pub fn new(settings: VaultSettings, tls: ClientConfig) -> Result<Self, reqwest::Error> {
+    pub fn new(
+        settings: VaultSettings,
+        tls: ClientConfig,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, reqwest::Error> {
         let connection = Connection::new(&settings, tls.clone())?;
         Ok(Self {
             settings,
             tls,
             session: Mutex::new(Session::new(connection)),
+            metrics,
         })
     }
 

@@ -6,11 +6,11 @@
 use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -50,11 +50,21 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 /// Calls at once on one connection; gRPC clients queue what is beyond.
 const STREAMS: u32 = 256;
 
+/// Bytes of an answer that are handed on at once. The next ones wait until the bot has taken these, so that an answer
+/// that nobody reads is known to be one.
+const PIECE: usize = 16 * 1024;
+
+/// Bytes of answers that a connection buffers for its bot.
+const SEND_BUFFER: usize = 64 * 1024;
+
 /// More than any call's headers need.
 const HEADER_BYTES: u32 = 16 * 1024;
 
 /// A peer that answers no ping for so long is gone.
 const PING: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(20));
+
+/// Why a connection ends whose peer does not read.
+const STUCK: &str = "answers are not taken";
 
 /// How often a connection looks at the wall clock: its certificate ends by that, also after the machine has slept.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
@@ -123,11 +133,16 @@ impl Listener {
                 accepted = socket.accept() => accepted,
                 () = told(&mut stopping) => break,
             };
-            let Ok((stream, peer)) = accepted else {
-                // Out of descriptors: let some connections end first.
-                listener.broker.metrics.connection_refused("descriptors");
-                sleep(Duration::from_millis(50)).await;
-                continue;
+            let (stream, peer) = match accepted {
+                Ok(accepted) => accepted,
+                // The peer has gone again already.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
+                Err(_) => {
+                    // Out of descriptors: let some connections end first.
+                    listener.broker.metrics.connection_refused("descriptors");
+                    sleep(Duration::from_millis(50)).await;
+                    continue;
+                }
             };
             let handshake = Handshakes::begin(&handshakes, peer.ip());
             let listener = Arc::clone(&listener);
@@ -146,6 +161,8 @@ impl Listener {
                 }
             });
         }
+        // Whoever comes now is refused, and goes elsewhere.
+        drop(socket);
         connections.close();
         connections.wait().await;
     }
@@ -179,7 +196,11 @@ impl Listener {
         let (slot, refusal) = match self.broker.admission.connection(&bot) {
             Some(Admitted::Served(slot)) => (slot, None),
             Some(Admitted::TurnedAway(slot, refusal)) => {
-                self.broker.metrics.connection_refused("bot");
+                let whose = match refusal {
+                    Overload::Connections(_) => "many",
+                    _ => "bot",
+                };
+                self.broker.metrics.connection_refused(whose);
                 tracing::warn!(bot.id = %bot, "{refusal}");
                 (slot, Some(refusal))
             }
@@ -220,6 +241,7 @@ impl Connection {
             .keep_alive_interval(PING.0)
             .keep_alive_timeout(PING.1)
             .max_concurrent_streams(STREAMS)
+            .max_send_buf_size(SEND_BUFFER)
             .max_header_list_size(HEADER_BYTES);
         let mut http = pin!(http.serve_connection(TokioIo::new(stream), service));
         let why = tokio::select! {
@@ -228,6 +250,9 @@ impl Connection {
             why = self.must_end() => why,
         };
         tracing::debug!(bot.id = %self.bot, why, "connection ends");
+        if why == STUCK {
+            return;
+        }
         http.as_mut().graceful_shutdown();
         // Calls in flight are the broker's, and end whether or not anybody waits for their answer.
         tokio::select! {
@@ -274,7 +299,7 @@ impl Connection {
                 return "certificate";
             }
             if self.is_stuck() {
-                return "answers are not taken";
+                return STUCK;
             }
             if self.is_idle_for(limits.idle) {
                 return "idle";
@@ -318,19 +343,24 @@ impl Connection {
     /// One call: refused here, or passed on with the bot's name.
     async fn call(self: Arc<Self>, request: Request<Incoming>) -> Response<tonic::body::Body> {
         let broker = &self.listener.broker;
+        let is_ours = request.uri().path() == SIGN_AND_SEND;
         let refused = if !self.is_trusted() {
             Err(BrokerError::Untrusted)
         } else if let Some(refusal) = self.refusal {
             Err(refusal.into())
-        } else {
+        } else if is_ours {
             broker.admission.call(&self.bot).map_err(BrokerError::from)
+        } else {
+            broker
+                .admission
+                .helper(&self.bot)
+                .map_err(BrokerError::from)
         };
         let slot = match refused {
             Ok(slot) => slot,
             Err(error) => return self.refused(error).into_http(),
         };
         let in_use = InUse::new(&self, slot.clone());
-        let is_ours = request.uri().path() == SIGN_AND_SEND;
         let mut request = request.map(|body| {
             tonic::body::Body::new(Timed {
                 body,
@@ -346,24 +376,24 @@ impl Connection {
             Ok(response) => response,
             Err(never) => match never {},
         };
-        match unread(&response).filter(|_| is_ours) {
-            Some(problem) => {
-                let problem = Malformed::new("message", problem);
-                self.refused(BrokerError::Malformed(vec![problem]))
-                    .into_http()
-            }
-            // A stream of health reports lasts; it is no answer that waits.
-            None if !is_ours => response,
-            None => {
-                in_use.is_answered();
-                response.map(|body| {
-                    tonic::body::Body::new(Held {
-                        body,
-                        _in_use: in_use,
-                    })
-                })
-            }
+        if let Some(problem) = unread(&response).filter(|_| is_ours) {
+            let problem = Malformed::new("message", problem);
+            return self
+                .refused(BrokerError::Malformed(vec![problem]))
+                .into_http();
         }
+        if is_ours {
+            in_use.is_answered();
+        }
+        response.map(|body| {
+            tonic::body::Body::new(Held {
+                body,
+                rest: Bytes::new(),
+                in_use,
+                // A stream of health reports lasts; it is no answer that waits.
+                is_timed: is_ours,
+            })
+        })
     }
 
     /// Records a call that never got as far as the broker, and makes the answer to it.
@@ -414,7 +444,9 @@ impl Handshakes {
         }
         under_way.begun += 1;
         let (number, is_given_up) = (under_way.begun, CancellationToken::new());
-        under_way.peers.insert(number, (peer, is_given_up.clone()));
+        under_way
+            .peers
+            .insert(number, (network(peer), is_given_up.clone()));
         Handshake {
             handshakes: Arc::clone(handshakes),
             number,
@@ -427,6 +459,14 @@ impl Handshakes {
     }
 }
 
+/// What one peer can have for itself: an IPv4 address, or a /64 of IPv6.
+fn network(peer: IpAddr) -> IpAddr {
+    match peer.to_canonical() {
+        IpAddr::V4(address) => address.into(),
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & (u128::MAX << 64)).into(),
+    }
+}
+
 impl UnderWay {
     /// Ends the oldest of the address that has the most.
     fn give_one_up(&mut self) {
@@ -434,10 +474,11 @@ impl UnderWay {
         for (peer, _) in self.peers.values() {
             *counts.entry(*peer).or_default() += 1;
         }
-        let Some((busiest, _)) = counts.into_iter().max_by_key(|(_, count)| *count) else {
-            return;
-        };
-        let oldest = self.peers.iter().find(|(_, (peer, _))| *peer == busiest);
+        let most = counts.values().max().copied().unwrap_or_default();
+        let oldest = self
+            .peers
+            .iter()
+            .find(|(_, (peer, _))| counts.get(peer) == Some(&most));
         if let Some((_, is_given_up)) = oldest
             .map(|(number, _)| *number)
             .and_then(|number| self.peers.remove(&number))
@@ -470,7 +511,7 @@ impl InUse {
         }
     }
 
-    /// From now on it is for the bot to take the answer.
+    /// From now on it is for the bot to take what comes of the answer.
     fn is_answered(&self) {
         self.connection
             .answers()
@@ -491,7 +532,11 @@ impl Drop for InUse {
 /// An answer that holds its call's place until it is written: one that nobody takes uses memory.
 struct Held {
     body: tonic::body::Body,
-    _in_use: InUse,
+    /// What of the body has not been handed on yet.
+    rest: Bytes,
+    in_use: InUse,
+    /// Whether it must be taken within a limit.
+    is_timed: bool,
 }
 
 impl Body for Held {
@@ -502,15 +547,30 @@ impl Body for Held {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        Pin::new(&mut self.body).poll_frame(context)
+        if self.rest.is_empty() {
+            let frame = ready!(Pin::new(&mut self.body).poll_frame(context));
+            match frame.map(|frame| frame.map(Frame::into_data)) {
+                Some(Ok(Ok(data))) => self.rest = data,
+                Some(Ok(Err(trailers))) => return Poll::Ready(Some(Ok(trailers))),
+                Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+                None => return Poll::Ready(None),
+            }
+        }
+        if self.is_timed {
+            // The bot takes it: the wait begins anew.
+            self.in_use.is_answered();
+        }
+        let piece = self.rest.len().min(PIECE);
+        let piece = self.rest.split_to(piece);
+        Poll::Ready(Some(Ok(Frame::data(piece))))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.rest.is_empty() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        SizeHint::default()
     }
 }
 
@@ -540,8 +600,13 @@ impl Body for Timed {
             let error = BrokerError::Slow(self.connection.listener.limits.request);
             return Poll::Ready(Some(Err(self.connection.refused(error))));
         }
-        let frame = Pin::new(&mut self.body).poll_frame(context);
-        frame.map_err(|error| Status::cancelled(format!("the request broke off: {error}")))
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(context));
+        // Its CA may have been taken away, or its time be over, since the head of the call came.
+        if frame.is_some() && !self.connection.is_trusted() {
+            return Poll::Ready(Some(Err(self.connection.refused(BrokerError::Untrusted))));
+        }
+        Poll::Ready(frame)
+            .map_err(|error| Status::cancelled(format!("the request broke off: {error}")))
     }
 
     fn is_end_stream(&self) -> bool {

@@ -11,22 +11,30 @@ use crate::clock::Place;
 use crate::policy::Policy;
 
 /// The running questions; they end when this drops.
-#[derive(Default)]
 pub(super) struct Probes {
     times: BTreeMap<Place, AbortHandle>,
     address: Option<AbortHandle>,
+    /// How often to ask for the address.
+    address_every: Duration,
 }
 
 impl Probes {
-    /// Starts to ask from which address requests come.
-    pub(super) fn watch_address(&mut self, broker: &Arc<Broker>, every: Duration) {
-        let task = tokio::spawn(probes::watch_address(Arc::clone(broker), every));
-        self.address = Some(task.abort_handle());
+    /// Nothing is asked until [`Probes::follow`].
+    pub(super) fn new(address_every: Duration) -> Self {
+        Self {
+            times: BTreeMap::new(),
+            address: None,
+            address_every,
+        }
     }
 
-    /// Asks the hosts of these rules for their time, and no other.
+    /// Asks from which address requests come, and the hosts of these rules, and no other, for their time.
     pub(super) fn follow(&mut self, broker: &Arc<Broker>, policy: &Policy) {
         let places = policy.places();
+        if self.address.as_ref().is_none_or(AbortHandle::is_finished) {
+            let asking = probes::watch_address(Arc::clone(broker), self.address_every);
+            self.address = Some(tokio::spawn(asking).abort_handle());
+        }
         self.times.retain(|place, task| {
             // One that a defect has ended is started again.
             let stays = !task.is_finished() && places.contains(place);

@@ -92,6 +92,9 @@ impl Reloader {
             let Ok::<_, JoinError>((rules_source, tls_sources)) = spawn_blocking(read).await else {
                 continue;
             };
+            if rules_source.is_unseen() || tls_sources.iter().any(Source::is_unseen) {
+                continue;
+            }
             if rules.is_to_be_judged(rules_source.digest()) {
                 let judged = self.take_rules(&rules_source).await;
                 self.settle(&mut rules, judged);
@@ -159,8 +162,7 @@ impl Reloader {
         let not_after_ms = certificates.not_after_ms;
         // Connections are looked at anew only where other CAs may have issued their certificates.
         let ca = client_ca.digest();
-        let is_other_ca = std::mem::replace(&mut self.client_ca, ca) != ca;
-        let generation = self.tls.borrow().generation + u64::from(is_other_ca);
+        let generation = self.tls.borrow().generation + u64::from(self.client_ca != ca);
         let tls = Tls::new(
             certificates,
             generation,
@@ -169,6 +171,7 @@ impl Reloader {
         );
         let tls =
             tls.map_err(|error| vec![Problem::new("tls", crate::telemetry::chain(&error))])?;
+        self.client_ca = ca;
         self.broker.metrics.certificate_ends(not_after_ms);
         self.tls.send_replace(Arc::new(tls));
         Ok(())

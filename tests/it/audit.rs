@@ -5,7 +5,7 @@ use credbroker::server::{Server, StartError};
 use serde_json::json;
 use tonic::Code;
 
-use crate::harness::{Lab, MAIN_UID, Settings, accounts, refusal, request, spot_order};
+use crate::harness::{Lab, MAIN_UID, Settings, accounts, refusal, request, spot_order, until};
 
 #[tokio::test]
 async fn a_call_leaves_an_intent_and_an_outcome() {
@@ -129,9 +129,12 @@ async fn a_denied_call_is_one_line_and_its_secrets_are_masked() {
 async fn without_a_record_nothing_adds_risk_and_orders_can_still_be_withdrawn() {
     let settings = Settings {
         config: "[audit]\nfile = \"/dev/full\"".to_owned(),
+        wait_ready: false,
         ..Settings::default()
     };
     let mut lab = Lab::with(settings).await;
+    lab.until_only_the_record_fails().await;
+    assert_eq!(lab.metric("audit_writable").await, Some(0.0));
     let mut bot = lab.bot("maker").await;
     let refused = refusal(bot.send(spot_order("unrecorded")).await);
     assert_eq!(
@@ -208,4 +211,25 @@ async fn runs_append_to_the_same_file() {
     let lines = lab.audit();
     assert_eq!(lines.len(), 4);
     assert_ne!(lines[0]["run"], lines[3]["run"]);
+}
+
+#[tokio::test]
+async fn a_record_that_is_renamed_or_removed_goes_on_in_a_new_file() {
+    let mut lab = Lab::start().await;
+    let mut bot = lab.bot("maker").await;
+    let path = lab.path("state/audit.jsonl");
+    bot.send(spot_order("before")).await.unwrap();
+    std::fs::rename(&path, lab.path("state/audit.jsonl.1")).unwrap();
+    until("a new file is begun", async || path.exists()).await;
+    bot.send(spot_order("between")).await.unwrap();
+    let events = |lab: &Lab| lab.audit().len();
+    assert_eq!(events(&lab), 2, "only what came since");
+    let old = std::fs::read_to_string(lab.path("state/audit.jsonl.1")).unwrap();
+    assert!(old.contains("before") && !old.contains("between"));
+    std::fs::remove_file(&path).unwrap();
+    until("another one is begun", async || path.exists()).await;
+    bot.send(spot_order("after")).await.unwrap();
+    assert_eq!(events(&lab), 2);
+    let left = lab.server.take().unwrap().stop().await;
+    assert_eq!(left, 0);
 }

@@ -7,11 +7,13 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use credbroker::api::proto::{SignAndSendRequest, SignAndSendResponse};
 use credbroker::clock::Clock;
-use credbroker_sim::kucoin::{Fault, FaultAction, Matching};
+use credbroker_sim::kucoin::{Fault, FaultAction, Matching, When};
 use credbroker_sim::pki::Identity;
-use http_body_util::StreamBody;
+use http_body_util::{BodyExt, StreamBody};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use prost::Message;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
@@ -319,6 +321,50 @@ async fn a_call_too_many_is_refused_and_recorded_and_hanging_up_does_not_help() 
     .await;
     lab.kucoin.clear_faults();
     maker.send(accounts()).await.unwrap();
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn an_answer_that_its_bot_does_not_take_keeps_its_place() {
+    let mut lab = lab("calls_in_flight_per_bot = 1").await;
+    let large = FaultAction::Answer {
+        status: 200,
+        body: json!({"code": "200000", "data": "x".repeat(300_000)}),
+        when: When::BeforeTaken,
+    };
+    lab.kucoin.fault(Fault::once(ACCOUNTS, large));
+    let stream = lab.tls(&lab.ca.bot("maker").unwrap()).await.unwrap();
+    // A window that takes a small part of the answer.
+    let (mut sender, connection) = hyper::client::conn::http2::Builder::new(TokioExecutor::new())
+        .initial_stream_window_size(16 * 1024)
+        .handshake(TokioIo::new(stream))
+        .await
+        .unwrap();
+    tokio::spawn(connection);
+    let request = http::Request::post("https://localhost/credbroker.v1.Broker/SignAndSend")
+        .header("content-type", "application/grpc")
+        .header("te", "trailers");
+    let body = http_body_util::Full::new(Bytes::from(message(&accounts())));
+    let answer = sender
+        .send_request(request.body(body).unwrap())
+        .await
+        .unwrap();
+    assert_eq!(answer.status(), 200);
+    // The call has ended, and its answer waits.
+    until("the outcome is recorded", async || lab.audit().len() == 2).await;
+    assert_eq!(lab.metric(IN_FLIGHT).await, Some(1.0));
+    let mut other = lab.patient_bot("maker").await;
+    assert_overloaded(
+        other.send(accounts()).await,
+        "limits.calls_in_flight_per_bot",
+    );
+    let body = answer.into_body().collect().await.unwrap().to_bytes();
+    assert!(body.len() > 300_000);
+    until("its place is free", async || {
+        lab.metric(IN_FLIGHT).await == Some(0.0)
+    })
+    .await;
+    other.send(accounts()).await.unwrap();
     lab.stop().await;
 }
 

@@ -317,6 +317,17 @@ impl Lab {
         .await;
     }
 
+    /// Waits until nothing is wrong but that the audit file cannot be written.
+    pub(crate) async fn until_only_the_record_fails(&self) {
+        until("nothing is wrong but the record", async || {
+            let (status, text) = self.get("/readyz").await;
+            let lines: Vec<_> = text.lines().collect();
+            status == 503
+                && matches!(lines.as_slice(), [_, line] if line.starts_with("audit: /dev/full cannot be written"))
+        })
+        .await;
+    }
+
     /// Waits until the keys are in memory, where the exchange cannot be reached and the broker is never ready.
     pub(crate) async fn until_keys(&self) {
         until("the keys are in memory", async || {

@@ -1047,7 +1047,7 @@ async fn disk_full(site: &mut Site) -> Row {
     until_orders_stand(site).await;
     let full = |config: &str| format!("{config}\n[audit]\nfile = \"/dev/full\"\n");
     let usual = restart_with(site, full).await;
-    site.lab.until_ready().await;
+    site.lab.until_only_the_record_fails().await;
     let look = Look::now();
     site.driver.more_calls(A_WHILE).await;
     let seen = look.seen(site).await;
@@ -1069,7 +1069,7 @@ async fn disk_full(site: &mut Site) -> Row {
         done: "started with `/dev/full`; then with a file that can be written",
         bots: seen.to_string(),
         how_long: format!("until {} after the restart", rough(took)),
-        recorded: "every line in the log instead; `audit_failures_total`",
+        recorded: "`/readyz`: not ready, with path and error; `audit_writable` 0; every line in the log instead; `audit_failures_total`",
     }
 }
 

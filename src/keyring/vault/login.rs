@@ -51,6 +51,8 @@ struct Token {
     /// Renewals in a row that were answered 403.
     refusals: u32,
     backoff: Backoff,
+    /// Whether Vault has accepted it for a request.
+    is_proven: bool,
 }
 
 impl std::fmt::Debug for Session {
@@ -130,6 +132,7 @@ impl Vault {
                 session.token = None;
                 return Err(error);
             }
+            self.metrics.vault_failure("login");
             tracing::warn!(reason = %error, "the broker's Vault token is about to end and no new one is to be had");
         }
         let connection = session.connection.clone();
@@ -145,7 +148,12 @@ impl Vault {
     /// Vault has taken this token for good: the login that got it needs no backoff any more.
     pub(super) async fn accepted(&self, pass: &Pass) {
         let mut session = self.session.lock().await;
-        if session.holds(pass) {
+        if !session.holds(pass) {
+            return;
+        }
+        // Once for each token: while one that was proven long ago serves on, the logins for the next one back off.
+        let is_first = |token: &mut Token| !std::mem::replace(&mut token.is_proven, true);
+        if session.token.as_mut().is_some_and(is_first) {
             session.backoff = Backoff::default();
             session.next_login = Instant::now();
         }
@@ -271,6 +279,7 @@ impl Session {
             lease,
             refusals: 0,
             backoff: Backoff::default(),
+            is_proven: false,
         });
         Ok(())
     }

