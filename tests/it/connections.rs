@@ -24,7 +24,7 @@ use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
 use crate::harness::{
-    Bot, Lab, Patient, Settings, accounts, failure, refusal, say, spot_order, tls, until,
+    Bot, Lab, MAIN_UID, Patient, Settings, accounts, failure, refusal, say, spot_order, tls, until,
 };
 
 const ACCOUNTS: &str = "/api/v1/accounts";
@@ -399,7 +399,7 @@ async fn peers_that_say_nothing_are_dropped_and_keep_nobody_out_for_longer() {
 }
 
 /// Sends a call whose body arrives in pieces, one after each pause; returns its status.
-async fn in_pieces(lab: &Lab, pieces: Vec<Bytes>, pause: Duration) -> Status {
+async fn in_pieces(lab: &Lab, identity: &Identity, pieces: Vec<Bytes>, pause: Duration) -> Status {
     let pieces = tokio_stream::iter(pieces).then(move |piece| async move {
         sleep(pause).await;
         Ok::<_, Status>(http_body::Frame::data(piece))
@@ -410,7 +410,7 @@ async fn in_pieces(lab: &Lab, pieces: Vec<Bytes>, pause: Duration) -> Status {
     let request = http::Request::post("https://localhost/credbroker.v1.Broker/SignAndSend")
         .header("content-type", "application/grpc")
         .header("te", "trailers");
-    let mut connection = lab.patient(&lab.ca.bot("maker").unwrap()).await;
+    let mut connection = lab.patient(identity).await;
     let answer = connection.call(request.body(body).unwrap()).await.unwrap();
     Status::from_header_map(answer.headers()).unwrap()
 }
@@ -424,7 +424,13 @@ async fn a_request_that_arrives_in_drops_is_refused_in_time() {
         .map(|&byte| Bytes::from(vec![byte]))
         .collect();
     let started = Instant::now();
-    let status = in_pieces(&lab, drops, Duration::from_millis(100)).await;
+    let status = in_pieces(
+        &lab,
+        &lab.ca.bot("maker").unwrap(),
+        drops,
+        Duration::from_millis(100),
+    )
+    .await;
     let waited = started.elapsed();
     assert!(
         Duration::from_millis(500) <= waited && waited < Duration::from_secs(3),
@@ -466,7 +472,13 @@ async fn a_message_that_cannot_be_read_is_malformed_and_recorded() {
     assert_eq!(refusal(Err(status)), malformed);
     // The head of a message that is no message of ours.
     let nonsense = vec![Bytes::from_static(&[0, 0, 0, 0, 3, 0xff, 0xff, 0xff])];
-    let status = in_pieces(&lab, nonsense, Duration::ZERO).await;
+    let status = in_pieces(
+        &lab,
+        &lab.ca.bot("maker").unwrap(),
+        nonsense,
+        Duration::ZERO,
+    )
+    .await;
     assert_eq!(refusal(Err(status)), malformed);
     assert_eq!(denied(&lab, "REQUEST_MALFORMED"), 2);
     assert!(lab.kucoin.received().is_empty());
@@ -533,6 +545,70 @@ async fn a_connection_has_an_age_that_calls_do_not_prolong() {
         Duration::from_millis(1700) < age && age < Duration::from_secs(4),
         "{age:?}"
     );
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn a_call_that_began_before_its_certificate_ended_is_not_served_after() {
+    let mut lab = lab("").await;
+    let end = u64::try_from(Clock::system().wall_ms() / 1000).unwrap() + 2;
+    let identity = lab.ca.bot_within("maker", end - 60..end).unwrap();
+    let order = Bytes::from(message(&spot_order("late")));
+    let (head, rest) = (order.slice(..40), order.slice(40..));
+    // The first part comes in time, the second one when the certificate has ended.
+    let status = in_pieces(
+        &lab,
+        &identity,
+        vec![head, rest],
+        Duration::from_millis(1700),
+    )
+    .await;
+    let (code, reason, outcome, _) = failure(&status);
+    assert_eq!(
+        (code, reason.as_str(), outcome.as_str()),
+        (Code::Unauthenticated, "CALLER_UNKNOWN", "not_sent")
+    );
+    assert!(lab.kucoin.orders(MAIN_UID).is_empty());
+    assert_eq!(denied(&lab, "CALLER_UNKNOWN"), 1);
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn calls_for_reflection_are_few_and_small() {
+    let mut lab = lab("").await;
+    let bot = lab.ca.bot("nobody").unwrap();
+    let connection = lab.patient(&bot).await;
+    let open = |first: &'static [u8]| {
+        let mut connection = connection.clone();
+        let pieces = [Ok::<_, Status>(http_body::Frame::data(Bytes::from_static(
+            first,
+        )))];
+        let body = StreamBody::new(tokio_stream::iter(pieces).chain(tokio_stream::pending()));
+        let body = tonic::body::Body::new(http_body_util::combinators::UnsyncBoxBody::new(body));
+        let path = "https://localhost/grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
+        let request = http::Request::post(path)
+            .header("content-type", "application/grpc")
+            .header("te", "trailers")
+            .body(body)
+            .unwrap();
+        async move { connection.call(request).await.unwrap() }
+    };
+    // Whoever announces 4 MB is not waited for.
+    let announced = open(&[0, 0, 0x3f, 0, 0]).await;
+    let ended = timeout(Duration::from_secs(5), announced.into_body().collect()).await;
+    ended.expect("it is not waited for").unwrap();
+    until("its place is free", async || {
+        lab.metric(IN_FLIGHT).await == Some(0.0)
+    })
+    .await;
+    let mut lasting = Vec::new();
+    for _ in 0..16 {
+        lasting.push(open(&[0]).await);
+    }
+    let refused = Status::from_header_map(open(&[0]).await.headers()).unwrap();
+    assert_overloaded(Err(refused), "health or reflection");
+    // They take nobody's place among the calls.
+    lab.bot("maker").await.send(accounts()).await.unwrap();
     lab.stop().await;
 }
 
