@@ -1,5 +1,6 @@
 //! Builds everything from [`Config`], opens the listeners, and drains on the way out.
 
+mod handshakes;
 mod listener;
 mod probes;
 mod reload;

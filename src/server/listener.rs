@@ -3,10 +3,9 @@
 //! A connection ends gracefully after an hour, with its certificate, when its CA is trusted no longer, or when it has
 //! been idle for long. What a bot may have at once is bounded, and a call that is refused here is told why.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::io;
-use std::net::{IpAddr, Ipv6Addr};
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,12 +24,12 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::time::{Instant, Sleep, sleep, timeout};
 use tokio_rustls::server::TlsStream;
-use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::codegen::Service;
 use tonic::service::Routes;
 use tonic::{Code, Status};
 
+use super::handshakes::Handshakes;
 use super::tls::Tls;
 use crate::api::caller::{bot_of, not_after_ms};
 use crate::api::grpc::{Arrived, SIGN_AND_SEND};
@@ -39,10 +38,6 @@ use crate::broker::admission::{Admitted, CallSlot, ConnectionSlot};
 use crate::broker::{Broker, BrokerError, Overload};
 use crate::ids::{BotId, RequestId};
 use crate::kucoin::Malformed;
-
-/// TLS handshakes at once. One more ends the oldest of the address that has the most: a handshake that goes on takes
-/// milliseconds, and whoever opens connections and says nothing does not keep others out.
-const HANDSHAKES: usize = 512;
 
 /// How long an answer may wait for its bot to take it.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
@@ -417,81 +412,6 @@ fn unread(response: &Response<tonic::body::Body>) -> Option<String> {
             | Code::Unimplemented
     );
     (!is_ours && is_about_the_message).then(|| status.message().to_owned())
-}
-
-/// Handshakes under way, by the order in which they began.
-#[derive(Default)]
-struct Handshakes(Mutex<UnderWay>);
-
-#[derive(Default)]
-struct UnderWay {
-    begun: u64,
-    peers: BTreeMap<u64, (IpAddr, CancellationToken)>,
-}
-
-/// One of them; it is over when this drops.
-struct Handshake {
-    handshakes: Arc<Handshakes>,
-    number: u64,
-    is_given_up: CancellationToken,
-}
-
-impl Handshakes {
-    fn begin(handshakes: &Arc<Self>, peer: IpAddr) -> Handshake {
-        let mut under_way = handshakes.under_way();
-        if under_way.peers.len() >= HANDSHAKES {
-            under_way.give_one_up();
-        }
-        under_way.begun += 1;
-        let (number, is_given_up) = (under_way.begun, CancellationToken::new());
-        under_way
-            .peers
-            .insert(number, (network(peer), is_given_up.clone()));
-        Handshake {
-            handshakes: Arc::clone(handshakes),
-            number,
-            is_given_up,
-        }
-    }
-
-    fn under_way(&self) -> std::sync::MutexGuard<'_, UnderWay> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// What one peer can have for itself: an IPv4 address, or a /64 of IPv6.
-fn network(peer: IpAddr) -> IpAddr {
-    match peer.to_canonical() {
-        IpAddr::V4(address) => address.into(),
-        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & (u128::MAX << 64)).into(),
-    }
-}
-
-impl UnderWay {
-    /// Ends the oldest of the address that has the most.
-    fn give_one_up(&mut self) {
-        let mut counts: HashMap<IpAddr, usize> = HashMap::new();
-        for (peer, _) in self.peers.values() {
-            *counts.entry(*peer).or_default() += 1;
-        }
-        let most = counts.values().max().copied().unwrap_or_default();
-        let oldest = self
-            .peers
-            .iter()
-            .find(|(_, (peer, _))| counts.get(peer) == Some(&most));
-        if let Some((_, is_given_up)) = oldest
-            .map(|(number, _)| *number)
-            .and_then(|number| self.peers.remove(&number))
-        {
-            is_given_up.cancel();
-        }
-    }
-}
-
-impl Drop for Handshake {
-    fn drop(&mut self) {
-        self.handshakes.under_way().peers.remove(&self.number);
-    }
 }
 
 /// Counts a call on its connection, until its answer is written.
