@@ -13,7 +13,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::clock::Clock;
-use crate::ids::{AccountId, BotId, RequestId};
+use crate::ids::{AccountId, BotId, RequestId, Who, hex};
 use crate::kucoin::{Scope, UnsignedRequest};
 use crate::outcome::{Outcome, Reason};
 use crate::policy::Permit;
@@ -56,8 +56,8 @@ pub struct AuditError(#[source] io::Error);
 /// Who asked, in every line of a call.
 #[derive(Clone, Debug)]
 pub struct Caller<'a> {
-    /// The bot.
-    pub bot: &'a BotId,
+    /// The bot, or an admin, or the broker itself.
+    pub who: &'a Who,
     /// The call's name.
     pub request_id: &'a RequestId,
     /// This run's own name of the call; request ids are the bot's and may repeat.
@@ -98,7 +98,10 @@ struct Line<'a> {
     run: &'a str,
     call: u64,
     request_id: &'a str,
-    bot: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bot: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    who: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     account: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -337,7 +340,8 @@ impl Audit {
             run: &file.run,
             call: caller.call,
             request_id: caller.request_id.as_str(),
-            bot: caller.bot.as_str(),
+            bot: caller.who.bot().map(BotId::as_str),
+            who: caller.who.other(),
             account: caller.place.map(|(account, _)| account.as_str()),
             scope: caller.place.map(|(_, scope)| scope.as_str()),
             endpoint,
@@ -393,17 +397,6 @@ impl<'a> What<'a> {
 fn cut(text: &str, chars: usize) -> &str {
     let end = text.char_indices().nth(chars).map(|(end, _)| end);
     end.and_then(|end| text.get(..end)).unwrap_or(text)
-}
-
-fn hex(bytes: &[u8]) -> String {
-    const DIGITS: [char; 16] = [
-        '0', '1', '2', '3', '4', '5', '6', '7', '8', '9', 'a', 'b', 'c', 'd', 'e', 'f',
-    ];
-    let digit = |nibble: u8| DIGITS.get(usize::from(nibble)).copied().unwrap_or('?');
-    bytes
-        .iter()
-        .flat_map(|byte| [digit(byte >> 4), digit(byte & 15)])
-        .collect()
 }
 
 fn open(path: &Path) -> io::Result<File> {
@@ -475,9 +468,9 @@ mod tests {
         let path = folder.path().join("audit.jsonl");
         std::fs::write(&path, "{\"event\":\"int").unwrap();
         let audit = Audit::open(&path, Arc::new(Clock::system()), Arc::default()).unwrap();
-        let (bot, request_id) = ("b".parse().unwrap(), "r".parse().unwrap());
+        let (who, request_id) = (Who::Bot("b".parse().unwrap()), "r".parse().unwrap());
         let caller = Caller {
-            bot: &bot,
+            who: &who,
             request_id: &request_id,
             call: 1,
             place: None,
