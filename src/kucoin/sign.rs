@@ -9,7 +9,7 @@ use hmac::{Hmac, KeyInit, Mac};
 use http::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, USER_AGENT};
 use http::uri::{PathAndQuery, Uri};
 use http_body_util::Full;
-use sha2::Sha256;
+use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
 use super::{Site, UnsignedRequest};
@@ -108,6 +108,12 @@ impl Key {
     /// Whether it can sign for a partner.
     pub fn has_partner_key(&self) -> bool {
         self.partner.is_some()
+    }
+
+    /// SHA-256 of the key id: names the key where the id itself has no business (custom metadata, lists of revoked
+    /// keys). Not a secret: key ids are random, so nobody finds one by trying.
+    pub fn id_sha256(&self) -> [u8; 32] {
+        Sha256::digest(self.id.as_bytes()).into()
     }
 }
 
@@ -296,6 +302,23 @@ mod tests {
         is_wiped::<Zeroizing<String>>();
         is_wiped::<Zeroizing<[u8; SIGNATURE_CHARS]>>();
         is_wiped::<Zeroizing<Box<[u8]>>>();
+    }
+
+    #[test]
+    fn a_key_is_named_by_the_sha256_of_its_id() {
+        let text = |text: &str| Zeroizing::new(text.to_owned());
+        let secret = ApiSecret::new(text("fake-secret"));
+        let passphrase = Passphrase::new(text("fake-pass"));
+        let id = text("0123456789abcdef01234567");
+        let key = Key::new(id, &secret, &passphrase, KeyVersion::V3, None).unwrap();
+        let hex: String = (key.id_sha256().iter())
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        // By `printf 0123456789abcdef01234567 | openssl dgst -sha256`.
+        assert_eq!(
+            hex,
+            "8865fea8edb697169ac2b4f5e6339e16439381033640eeb4f55edbad9bdc2d3d"
+        );
     }
 
     #[test]
