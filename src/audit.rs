@@ -13,7 +13,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::clock::Clock;
-use crate::ids::{AccountId, BotId, RequestId, Who, hex};
+use crate::ids::{AccountId, BotId, KeyName, RequestId, Who, hex};
 use crate::kucoin::{Scope, UnsignedRequest};
 use crate::outcome::{Outcome, Reason};
 use crate::policy::Permit;
@@ -112,6 +112,50 @@ struct Line<'a> {
     request: Option<What<'a>>,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     ending: Option<&'a Ending<'a>>,
+}
+
+/// What an admin did, or what became of a key.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Act<'a> {
+    /// What was done: the name of the call, or `key` where another key serves.
+    pub action: &'static str,
+    /// The account.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub account: Option<&'a AccountId>,
+    /// The name of the key.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub key: Option<&'a KeyName>,
+    /// The bot it is about.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub about_bot: Option<&'a BotId>,
+    /// The version that served until now, as Vault counts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub version_before: Option<u64>,
+    /// The version that was found.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub version_after: Option<u64>,
+    /// SHA-256 of the id of the key that served until now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub key_before: Option<String>,
+    /// SHA-256 of the id of the key that was found.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub key_after: Option<String>,
+    /// `done` or `failed`; of a key `in_use`, `refused` or `gone`.
+    pub outcome: &'static str,
+    /// Why, or what else is to be known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub detail: Option<String>,
+}
+
+/// An act as it stands in the file.
+#[derive(Serialize)]
+struct ActLine<'a> {
+    event: &'static str,
+    time_ms: i64,
+    run: &'a str,
+    who: &'a str,
+    #[serde(flatten)]
+    act: &'a Act<'a>,
 }
 
 /// A change of what the broker goes by. Nobody asked for it over the wire: whoever can write the file did.
@@ -251,6 +295,23 @@ impl Audit {
             sha256_after: hex(change.after),
             outcome: change.outcome,
             detail: change.detail.as_deref(),
+        };
+        let text = serde_json::to_string(&line);
+        // `append` has logged what it could not write.
+        let _ = text
+            .map_err(io::Error::from)
+            .and_then(|text| self.append(&mut file, text));
+    }
+
+    /// Records what `who` did: an admin's name, or `vault`. It is done whether or not it can be recorded.
+    pub fn acted(&self, who: &str, act: &Act<'_>) {
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let line = ActLine {
+            event: "act",
+            time_ms: self.clock.wall_ms(),
+            run: &file.run,
+            who,
+            act,
         };
         let text = serde_json::to_string(&line);
         // `append` has logged what it could not write.

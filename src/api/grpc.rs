@@ -11,7 +11,7 @@ use super::proto::{self, broker_server::Broker as BrokerRpc};
 use super::status::status;
 use crate::broker::admission::CallSlot;
 use crate::broker::{Broker, BrokerError, Call, Receipt, caught, micros};
-use crate::ids::{BotId, RequestId};
+use crate::ids::{BotId, RequestId, Who};
 use crate::kucoin::request::{self, RequestLimits};
 use crate::kucoin::{Malformed, Method, Scope, UnsignedRequest};
 use crate::outcome::Outcome;
@@ -60,8 +60,9 @@ impl GrpcApi {
         let deadline = arrived + limit.saturating_sub(DEADLINE_MARGIN.min(limit / 10));
         self.broker
             .sign_and_send(Call {
-                bot,
+                who: Who::Bot(bot),
                 request,
+                key: None,
                 arrived,
                 deadline,
                 slot,
@@ -186,13 +187,14 @@ fn unsigned_request(
 }
 
 fn response(receipt: Receipt, id: &RequestId) -> proto::SignAndSendResponse {
+    let stale = receipt.stale();
     let Receipt {
         answer,
         timestamp_ms,
         waiting,
         signing,
         exchange,
-        stale,
+        lent: _,
     } = receipt;
     let outcome = match answer.outcome {
         Outcome::Accepted => proto::Outcome::Accepted,

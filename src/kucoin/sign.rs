@@ -12,7 +12,7 @@ use http_body_util::Full;
 use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
-use super::{Site, UnsignedRequest};
+use super::{Site, UnsignedRequest, question};
 use crate::secret::{ApiSecret, PartnerKey, Passphrase};
 
 const API_KEY: HeaderName = HeaderName::from_static("kc-api-key");
@@ -143,6 +143,12 @@ pub struct SignedRequest {
 }
 
 impl SignedRequest {
+    /// Tells it apart from what bots ask, on both sides.
+    pub(crate) fn is_own(&mut self) {
+        let headers = self.request.headers_mut();
+        headers.insert(USER_AGENT, HeaderValue::from_static(question::OWN));
+    }
+
     /// The headers, signature and all: as secret as a signature for as long as KuCoin takes it.
     pub fn headers(&self) -> &HeaderMap {
         self.request.headers()
