@@ -6,6 +6,7 @@
 pub mod advice;
 pub mod answer;
 pub mod catalog;
+pub mod key_info;
 pub mod question;
 pub mod request;
 pub mod sign;
