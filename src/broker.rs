@@ -29,7 +29,7 @@ use crate::egress::proof::Proof;
 use crate::egress::{ConnectError, Egress, SendError};
 use crate::ids::{BotId, RequestId, Who};
 use crate::keyring::{KeyUnavailable, Keyring, Lent};
-use crate::kucoin::{self, Answer, Key, UnsignedRequest, question};
+use crate::kucoin::{self, Answer, Endpoint, Key, Scope, UnsignedRequest, question};
 use crate::outcome::{Outcome, Reason};
 use crate::policy::{Permit, Policy};
 use crate::restrictions::{KeyDigest, Restrictions};
@@ -114,6 +114,10 @@ pub struct Call {
 pub struct Receipt {
     /// The answer.
     pub answer: Answer,
+    /// The endpoint that was asked; `None` for one outside the catalogue.
+    pub endpoint: Option<&'static Endpoint>,
+    /// The scope of the request.
+    pub scope: Scope,
     /// The timestamp that was signed, Unix milliseconds; 0 for a public request.
     pub timestamp_ms: i64,
     /// From the arrival of the call until signing began.
@@ -300,6 +304,8 @@ impl Broker {
         self.heed(call, permit, lent.as_ref(), &answer);
         Ok(Receipt {
             answer,
+            endpoint: permit.endpoint(),
+            scope,
             timestamp_ms,
             waiting: signing - call.arrived,
             signing: sending - signing,

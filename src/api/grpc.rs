@@ -13,7 +13,7 @@ use crate::broker::admission::CallSlot;
 use crate::broker::{Broker, BrokerError, Call, Receipt, caught, micros};
 use crate::ids::{BotId, RequestId, Who};
 use crate::kucoin::request::{self, RequestLimits};
-use crate::kucoin::{Malformed, Method, Scope, UnsignedRequest};
+use crate::kucoin::{Malformed, Method, Scope, UnsignedRequest, advice};
 use crate::outcome::Outcome;
 
 /// How long before the bot's deadline the answer is given at the latest, so that it arrives before the transport's.
@@ -190,6 +190,8 @@ fn response(receipt: Receipt, id: &RequestId) -> proto::SignAndSendResponse {
     let stale = receipt.stale();
     let Receipt {
         answer,
+        endpoint,
+        scope,
         timestamp_ms,
         waiting,
         signing,
@@ -202,6 +204,7 @@ fn response(receipt: Receipt, id: &RequestId) -> proto::SignAndSendResponse {
         Outcome::NotSent => proto::Outcome::Unspecified,
         Outcome::Rejected => proto::Outcome::Rejected,
     };
+    let advice = advice::for_bot(&answer, scope, endpoint);
     proto::SignAndSendResponse {
         http_status: answer.http_status.as_u16().into(),
         body: answer.body,
@@ -223,6 +226,7 @@ fn response(receipt: Receipt, id: &RequestId) -> proto::SignAndSendResponse {
             exchange_us: micros(exchange),
         }),
         stale_seconds: stale.as_secs(),
+        advice,
     }
 }
 

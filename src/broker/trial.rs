@@ -134,7 +134,8 @@ impl Broker {
         match KeyInfo::read(&body) {
             Ok(info) => {
                 let judged = info.judge(&self.expected(&test));
-                if let Some(finding) = judged.iter().find(|finding| finding.is_fatal) {
+                let lacks = |f: &&Finding| f.is_refusal && f.name == "permission-missing";
+                if let Some(finding) = judged.iter().find(lacks) {
                     tested.report.verdict = Verdict::Refused(finding.cause.clone());
                 }
                 tested.report.findings.extend(judged);
@@ -164,11 +165,12 @@ impl Broker {
     /// What the rules and this broker expect of a key.
     fn expected(&self, test: &KeyTest) -> Expected {
         Expected {
-            scopes: test.scopes.clone(),
+            scopes: test.scopes.iter().copied().collect(),
             is_read_only: test.account.purpose == Purpose::ReadOnly,
             allow_money_out: test.account.allow_money_out,
             site: test.account.site,
             egress_ip: self.proof.expected(),
+            version: test.key.version(),
             now_ms: self.clock.wall_ms(),
         }
     }
@@ -208,8 +210,7 @@ impl Broker {
                     && (KEY_REFUSED.contains(&code) || ACCOUNT_REFUSED.contains(&code));
                 let verdict = if is_final {
                     let egress_ip = self.proof.expected();
-                    let finding =
-                        Finding::of_refusal(code, &answer.msg, Some(scope), egress_ip);
+                    let finding = key_info::refusal(code, &answer.msg, scope, egress_ip);
                     let verdict = Verdict::Refused(finding.cause.clone());
                     if !tested.report.findings.iter().any(|f| f.name == finding.name) {
                         tested.report.findings.push(finding);

@@ -110,6 +110,11 @@ impl Key {
         self.partner.is_some()
     }
 
+    /// The version that it signs with.
+    pub fn version(&self) -> KeyVersion {
+        self.version
+    }
+
     /// SHA-256 of the key id: names the key where the id itself has no business (custom metadata, lists of revoked
     /// keys). Not a secret: key ids are random, so nobody finds one by trying.
     pub fn id_sha256(&self) -> [u8; 32] {
