@@ -12,6 +12,7 @@ mod client;
 mod control;
 mod faults;
 mod golden;
+mod keys;
 mod limits;
 mod orders;
 mod others;
