@@ -19,6 +19,7 @@ mod futures;
 mod limits;
 mod market;
 mod orders;
+mod pages;
 mod record;
 mod spot;
 mod unified;

@@ -70,6 +70,11 @@ impl<'a> Call<'a> {
         value_of(&self.query, name)
     }
 
+    /// Does it name this symbol, or none?
+    pub(super) fn means_symbol(&self, symbol: &str) -> bool {
+        self.query("symbol").is_none_or(|wanted| wanted == symbol)
+    }
+
     /// A parameter wherever it is: path, query or body.
     pub(super) fn any(&self, name: &str) -> Option<&str> {
         self.param(name)

@@ -17,6 +17,7 @@ mod limits;
 mod orders;
 mod others;
 mod program;
+mod withdrawing;
 
 /// The clock of the golden requests; the simulators of most tests stand still at it.
 const NOW_MS: i64 = 1_735_689_600_123;
