@@ -81,6 +81,12 @@ name!(
     "spiffe://<trust domain>/bot/<name> or a DNS name"
 );
 name!(
+    /// An admin: the URI SAN `spiffe://<trust domain>/admin/<name>` of a certificate.
+    AdminId,
+    is_admin,
+    "spiffe://<trust domain>/admin/<name>"
+);
+name!(
     /// Name of one call, chosen by the bot or made here: 1 to 64 of A-Z, a-z, 0-9, '.', '_', '-'.
     RequestId,
     is_request_id,
@@ -103,14 +109,17 @@ fn is_short_name(text: &str) -> bool {
 }
 
 fn is_bot(text: &str) -> bool {
-    match text
-        .strip_prefix("spiffe://")
-        .map(|rest| rest.split_once("/bot/"))
-    {
-        Some(Some((domain, name))) => is_dns_name(domain) && is_segment(name),
-        Some(None) => false,
-        None => is_dns_name(text),
-    }
+    is_spiffe(text, "/bot/") || is_dns_name(text)
+}
+
+fn is_admin(text: &str) -> bool {
+    is_spiffe(text, "/admin/")
+}
+
+fn is_spiffe(text: &str, role: &str) -> bool {
+    let rest = text.strip_prefix("spiffe://");
+    let parts = rest.and_then(|rest| rest.split_once(role));
+    parts.is_some_and(|(domain, name)| is_dns_name(domain) && is_segment(name))
 }
 
 fn is_segment(text: &str) -> bool {
@@ -185,6 +194,25 @@ mod tests {
         ];
         for bad in bad {
             assert!(bad.parse::<BotId>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn an_admin_is_a_spiffe_admin_and_nothing_else() {
+        assert!("spiffe://example.org/admin/anna".parse::<AdminId>().is_ok());
+        let bad = [
+            "spiffe://example.org/bot/maker",
+            "spiffe://example.org/bot/admin/anna",
+            "spiffe://example.org/admin/anna/bot/maker",
+            "spiffe://example.org/admin/",
+            "spiffe:///admin/anna",
+            "https://example.org/admin/anna",
+            "admin.example.org",
+            "anna",
+            "",
+        ];
+        for bad in bad {
+            assert!(bad.parse::<AdminId>().is_err(), "{bad:?}");
         }
     }
 
