@@ -4,7 +4,7 @@
 //! [`load`].
 
 pub mod load;
-mod vault;
+pub(crate) mod vault;
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};
@@ -281,7 +281,8 @@ fn limits(section: &mut Section) -> Limits {
     }
 }
 
-fn roots(section: &mut Section, key: &'static str, folder: &Path) -> Roots {
+/// Which CAs `key` names; Mozilla's list where it does not stand.
+pub(crate) fn roots(section: &mut Section, key: &'static str, folder: &Path) -> Roots {
     match section.optional::<String>(key) {
         None => Roots::Mozilla,
         Some(text) if text == "mozilla" => Roots::Mozilla,
