@@ -154,6 +154,8 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
         .required("client_ca", "\"/etc/credbroker/tls/bots-ca.pem\"")
         .map(path);
     let admin_ca = tls.optional("admin_ca").map(path);
+    // Whoever writes the default out means the default.
+    let admin_ca = admin_ca.filter(|admin_ca| client_ca.as_ref() != Some(admin_ca));
 
     let mut section = file.section("vault");
     let vault_roots = roots(&mut section, "roots", folder);
