@@ -1,12 +1,13 @@
 //! The doors: they translate and decide nothing.
 
+pub mod admin;
 pub mod caller;
 pub mod grpc;
 pub mod ops;
 pub mod state;
 pub mod status;
 
-/// Code generated from `proto/credbroker/v1/broker.proto`.
+/// Code generated from `proto/credbroker/v1/`.
 #[allow(
     missing_docs,
     clippy::pedantic,
@@ -16,6 +17,6 @@ pub mod status;
 pub mod proto {
     tonic::include_proto!("credbroker.v1");
 
-    /// The compiled descriptors, for reflection.
+    /// The compiled descriptors of the bots' door, for reflection.
     pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 }

@@ -1,7 +1,9 @@
 //! The command line: one file per command.
 
+pub mod admin;
 mod check_config;
 mod health;
+mod keys;
 mod policy;
 mod serve;
 
@@ -48,6 +50,11 @@ enum Command {
                                  credbroker health --ready --address 127.0.0.1:9464"
     )]
     Health(health::Probe),
+    /// Shows the keys of a running broker.
+    Keys {
+        #[command(subcommand)]
+        command: keys::Command,
+    },
     /// Explains, checks and compares rules.
     Policy {
         #[command(subcommand)]
@@ -67,6 +74,7 @@ pub fn run() -> ExitCode {
     ExitCode::from(match command {
         Command::CheckConfig { config } => check_config::run(&config),
         Command::Health(probe) => health::run(&probe),
+        Command::Keys { command } => keys::run(&command),
         Command::Policy { command } => policy::run(&command),
         Command::Serve { config } => serve::run(&config),
     })
@@ -74,11 +82,20 @@ pub fn run() -> ExitCode {
 
 /// Reads a configuration file, or says what is wrong with it.
 fn read_config(file: &Path) -> Result<Config, Vec<Problem>> {
+    read_file(file, "--config", Config::parse)
+}
+
+/// Reads the file that this option names, or says what is wrong with it.
+fn read_file<T>(
+    file: &Path,
+    option: &str,
+    parse: impl FnOnce(&str, &Path) -> Result<T, Vec<Problem>>,
+) -> Result<T, Vec<Problem>> {
     let text = std::fs::read_to_string(file).map_err(|error| {
-        let problem = format_args!("cannot be read: {error}; name another with --config");
+        let problem = format_args!("cannot be read: {error}; name another with {option}");
         vec![Problem::new(file.display().to_string(), problem)]
     })?;
-    Config::parse(&text, file.parent().unwrap_or(Path::new("."))).map_err(|problems| {
+    parse(&text, file.parent().unwrap_or(Path::new("."))).map_err(|problems| {
         let in_file = |problem: Problem| problem.in_file(file);
         problems.into_iter().map(in_file).collect()
     })

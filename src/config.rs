@@ -4,7 +4,7 @@
 //! [`load`].
 
 pub mod load;
-mod vault;
+pub(crate) mod vault;
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};
@@ -36,7 +36,9 @@ pub struct Config {
     pub grpc: SocketAddr,
     /// Where health and metrics are asked for.
     pub ops: SocketAddr,
-    /// Certificates of the bots' listener.
+    /// Where admins call; none: nowhere.
+    pub admin: Option<SocketAddr>,
+    /// Certificates of the listeners for bots and admins.
     pub tls: TlsFiles,
     /// Vault.
     pub vault: VaultSettings,
@@ -74,7 +76,7 @@ pub struct Config {
     pub log_format: LogFormat,
 }
 
-/// PEM files of the bots' listener.
+/// PEM files of the listeners for bots and admins.
 #[derive(Clone, Debug)]
 pub struct TlsFiles {
     /// Certificate chain.
@@ -83,6 +85,8 @@ pub struct TlsFiles {
     pub key: PathBuf,
     /// CAs that bots' certificates come from.
     pub client_ca: PathBuf,
+    /// CAs that admins' certificates come from; none: the same.
+    pub admin_ca: Option<PathBuf>,
 }
 
 /// What is wrong with files that changed and were not taken, by what they hold.
@@ -126,14 +130,17 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
     let grpc: Option<SocketAddr> = listen.required("grpc", "\"0.0.0.0:8443\"");
     let ops: Option<SocketAddr> = listen.required("ops", "\"127.0.0.1:9464\"");
 
-    if let (Some(grpc), Some(ops)) = (grpc, ops)
-        && grpc == ops
-        && SocketAddr::port(&grpc) != 0
-    {
-        listen.problem(
-            "ops",
-            "is listen.grpc too; each listener needs an address of its own",
-        );
+    let admin: Option<SocketAddr> = listen.optional("admin");
+    for (key, address, (other, taken)) in [
+        ("ops", ops, ("grpc", grpc)),
+        ("admin", admin, ("grpc", grpc)),
+        ("admin", admin, ("ops", ops)),
+    ] {
+        if address.is_some_and(|address| address.port() != 0 && taken == Some(address)) {
+            let problem =
+                format!("is listen.{other} too; each listener needs an address of its own");
+            listen.problem(key, problem);
+        }
     }
 
     let mut tls = file.section("tls");
@@ -146,6 +153,9 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
     let client_ca = tls
         .required("client_ca", "\"/etc/credbroker/tls/bots-ca.pem\"")
         .map(path);
+    let admin_ca = tls.optional("admin_ca").map(path);
+    // Whoever writes the default out means the default.
+    let admin_ca = admin_ca.filter(|admin_ca| client_ca.as_ref() != Some(admin_ca));
 
     let mut section = file.section("vault");
     let vault_roots = roots(&mut section, "roots", folder);
@@ -187,10 +197,12 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
         state_dir,
         grpc: grpc?,
         ops: ops?,
+        admin,
         tls: TlsFiles {
             certificate: certificate?,
             key: key?,
             client_ca: client_ca?,
+            admin_ca,
         },
         vault: vault?,
         vault_roots,
@@ -271,7 +283,8 @@ fn limits(section: &mut Section) -> Limits {
     }
 }
 
-fn roots(section: &mut Section, key: &'static str, folder: &Path) -> Roots {
+/// Which CAs `key` names; Mozilla's list where it does not stand.
+pub(crate) fn roots(section: &mut Section, key: &'static str, folder: &Path) -> Roots {
     match section.optional::<String>(key) {
         None => Roots::Mozilla,
         Some(text) if text == "mozilla" => Roots::Mozilla,
@@ -428,6 +441,26 @@ mod tests {
                 .iter()
                 .all(|problem| problem.contains("is missing; write for example: "))
         );
+    }
+
+    #[test]
+    fn each_listener_needs_an_address_of_its_own() {
+        let text = |addresses: &str| format!("[listen]\n{addresses}");
+        let [a, b] = ["127.0.0.1:1", "127.0.0.1:2"];
+        for (grpc, ops, admin, expected) in [
+            (a, a, b, "listen.ops: is listen.grpc too"),
+            (a, b, a, "listen.admin: is listen.grpc too"),
+            (a, b, b, "listen.admin: is listen.ops too"),
+        ] {
+            let problems = problems(&text(&format!(
+                "grpc = \"{grpc}\"\nops = \"{ops}\"\nadmin = \"{admin}\""
+            )));
+            let shared: Vec<_> = problems.iter().filter(|p| p.contains(" too;")).collect();
+            assert_eq!(shared.len(), 1, "{problems:?}");
+            assert!(shared.iter().all(|p| p.contains(expected)), "{shared:?}");
+        }
+        let any = text("grpc = \"[::1]:0\"\nops = \"[::1]:0\"\nadmin = \"[::1]:0\"");
+        assert!(!problems(&any).iter().any(|p| p.contains(" too;")));
     }
 
     #[test]

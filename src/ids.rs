@@ -244,6 +244,25 @@ mod tests {
     }
 
     #[test]
+    fn an_admin_is_a_spiffe_admin_and_nothing_else() {
+        assert!("spiffe://example.org/admin/anna".parse::<AdminId>().is_ok());
+        let bad = [
+            "spiffe://example.org/bot/maker",
+            "spiffe://example.org/bot/admin/anna",
+            "spiffe://example.org/admin/anna/bot/maker",
+            "spiffe://example.org/admin/",
+            "spiffe:///admin/anna",
+            "https://example.org/admin/anna",
+            "admin.example.org",
+            "anna",
+            "",
+        ];
+        for bad in bad {
+            assert!(bad.parse::<AdminId>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
     fn an_error_says_what_was_expected_and_what_came() {
         let error = "a b".parse::<RequestId>().unwrap_err().to_string();
         assert_eq!(

@@ -1,7 +1,9 @@
 //! Builds everything from [`Config`], opens the listeners, and drains on the way out.
 
-mod handshakes;
+mod accept;
+mod admin;
 mod listener;
+mod places;
 mod probes;
 mod reload;
 mod tls;
@@ -18,14 +20,17 @@ use std::time::Duration;
 use rustls::crypto::CryptoProvider;
 use rustls::{ClientConfig, RootCertStore};
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
+use tokio_util::task::TaskTracker;
 use tonic::service::Routes;
 
+use crate::api::admin::AdminApi;
 use crate::api::grpc::GrpcApi;
 use crate::api::ops;
 use crate::api::proto::DESCRIPTORS;
+use crate::api::proto::admin_server::AdminServer;
 use crate::api::proto::broker_server::BrokerServer;
 use crate::api::state::{Readiness, readiness};
 use crate::audit::Audit;
@@ -33,10 +38,11 @@ use crate::broker::admission::Admission;
 use crate::broker::probes::Doubts;
 use crate::broker::{Broker, Calls, trial};
 use crate::clock::Clock;
-use crate::config::load::{Loaded, Source, load, tls_sources};
+use crate::config::load::{Loaded, Source, TlsSources, load};
 use crate::config::{Config, FileProblems};
 use crate::egress::proof::Proof;
 use crate::egress::{Egress, EgressSettings, Origin};
+use crate::ids::{AdminId, BotId};
 use crate::keyring::Keyring;
 use crate::keyring::refresh::Refresher;
 use crate::keyring::vault::Vault;
@@ -45,6 +51,7 @@ use crate::restrictions::{Restrictions, RestrictionsError};
 use crate::telemetry::Metrics;
 use crate::toml_file::Problem;
 
+use admin::AdminListener;
 pub use listener::ConnectionLimits;
 use listener::Listener;
 use probes::Probes;
@@ -88,7 +95,7 @@ pub enum StartError {
     #[error("the state folder {0} cannot be used; make it writable or correct state_dir")]
     State(String, #[source] io::Error),
     /// TLS cannot be set up.
-    #[error("TLS cannot be set up: check tls.certificate, tls.key and tls.client_ca")]
+    #[error("TLS cannot be set up: check tls.certificate, tls.key, tls.client_ca and tls.admin_ca")]
     Tls(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
@@ -99,13 +106,15 @@ pub struct Server {
     pub grpc: SocketAddr,
     /// Where health and metrics are asked for.
     pub ops: SocketAddr,
+    /// Where admins call; none where the configuration names no address.
+    pub admin: Option<SocketAddr>,
     broker: Arc<Broker>,
     vault: Arc<Vault>,
     readiness: watch::Receiver<Readiness>,
     drain_timeout: Duration,
     stop: watch::Sender<bool>,
-    /// Tells when the last connection of a bot has ended.
-    serving: oneshot::Receiver<()>,
+    /// The listeners of bots and admins; each ends with its last connection.
+    listeners: TaskTracker,
     background: JoinSet<&'static str>,
     /// Held while the broker runs, so that no second one uses the folder.
     _lock: File,
@@ -130,7 +139,7 @@ impl Server {
     )]
     pub async fn start_on(config: Config, clock: Clock) -> Result<Self, StartError> {
         let clock = Arc::new(clock);
-        let watched = (Source::read(&config.rules), tls_sources(&config.tls));
+        let watched = (Source::read(&config.rules), TlsSources::read(&config.tls));
         let Loaded {
             policy,
             certificates,
@@ -151,11 +160,19 @@ impl Server {
         );
         let vault = Arc::new(vault.map_err(|error| StartError::Tls(Box::new(error)))?);
         metrics.certificate_ends(certificates.not_after_ms);
-        let (set_tls, tls) =
-            watch::channel(Arc::new(Tls::new(certificates, 0, &provider, &metrics)?));
+        let (bots_ca, admins_ca) = (&certificates.client_ca, &certificates.admin_ca);
+        let tls = Tls::new::<BotId>(&certificates, bots_ca, 0, &provider, &metrics)?;
+        let (set_tls, tls) = watch::channel(Arc::new(tls));
+        let admins_tls = Tls::new::<AdminId>(&certificates, admins_ca, 0, &provider, &metrics)?;
+        let (set_admins_tls, admins_tls) = watch::channel(Arc::new(admins_tls));
 
         let (grpc_listener, grpc) = listen(config.grpc).await?;
         let (ops_listener, ops) = listen(config.ops).await?;
+        let admin_listener = match config.admin {
+            Some(address) => Some(listen(address).await?),
+            None => None,
+        };
+        let admin = admin_listener.as_ref().map(|(_, bound)| *bound);
 
         let keyring = Arc::new(Keyring::new(Arc::clone(&clock), Arc::clone(&restrictions)));
         keyring.add(policy.accounts());
@@ -204,6 +221,14 @@ impl Server {
             routes: routes.prepare(),
             tls,
             limits: config.connection_limits,
+            stopping: stopping.clone(),
+        };
+        let admins = AdminServer::new(AdminApi::new(Arc::clone(&broker)));
+        let admins = AdminListener {
+            broker: Arc::clone(&broker),
+            routes: Routes::new(admins).prepare(),
+            tls: admins_tls,
+            limits: config.connection_limits,
             stopping,
         };
         let (tell_problems, problems) = watch::channel(FileProblems::new());
@@ -215,8 +240,9 @@ impl Server {
             rules: config.rules,
             tls_files: config.tls,
             tls: set_tls,
+            admins_tls: set_admins_tls,
             problems: tell_problems,
-            client_ca: watched.1[2].digest(),
+            cas: watched.1.cas_digest(),
         };
         let (tell_readiness, told_readiness) = watch::channel(readiness(&broker));
         let health = report_health(Arc::clone(&broker), health, tell_readiness);
@@ -232,22 +258,27 @@ impl Server {
         background.spawn(named("health service", health));
         let reloads = reloader.run(config.reload_every, watched.0, watched.1);
         background.spawn(named("look at changed files", reloads));
-        let (bots_are_served, serving) = oneshot::channel();
-        background.spawn(named("bots' listener", async move {
-            listener.serve(grpc_listener).await;
-            let _ = bots_are_served.send(());
-        }));
-        tracing::info!(%grpc, %ops, "listening");
+        let listeners = TaskTracker::new();
+        let serving = listeners.track_future(listener.serve(grpc_listener));
+        background.spawn(named("bots' listener", serving));
+        if let Some((socket, _)) = admin_listener {
+            let serving = listeners.track_future(admins.serve(socket));
+            background.spawn(named("admins' listener", serving));
+        }
+        listeners.close();
+        let shown = admin.map(tracing::field::display);
+        tracing::info!(%grpc, %ops, admin = shown, "listening");
         let drain_timeout = config.drain_timeout;
         Ok(Self {
             grpc,
             ops,
+            admin,
             broker,
             vault,
             readiness: told_readiness,
             drain_timeout,
             stop,
-            serving,
+            listeners,
             background,
             _lock: lock,
         })
@@ -271,11 +302,11 @@ impl Server {
     /// Stops: takes no new calls, finishes those in flight, writes their outcomes.
     ///
     /// Returns how many calls ended with nobody knowing whether they were executed.
-    pub async fn stop(mut self) -> u64 {
+    pub async fn stop(self) -> u64 {
         self.stop.send_replace(true);
         let unresolved = self.broker.drain(self.drain_timeout).await;
         // The calls have ended; what is left are their answers on the way out.
-        let flush = timeout(FLUSH_TIMEOUT, &mut self.serving);
+        let flush = timeout(FLUSH_TIMEOUT, self.listeners.wait());
         let _ = tokio::join!(flush, self.vault.close());
         unresolved
     }

@@ -1,6 +1,8 @@
-//! Peer certificate -> bot. Refuses, and logs with names and reason, what is not a bot's certificate.
+//! Peer certificate -> caller of a role: bot or admin. Refuses, and logs with names and reason, any other certificate.
 
-use std::fmt::Write;
+use std::fmt::{self, Write};
+use std::marker::PhantomData;
+use std::str::FromStr;
 use std::sync::Arc;
 
 use rustls::client::danger::HandshakeSignatureValid;
@@ -11,14 +13,14 @@ use rustls::{
 };
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
-use crate::ids::{BotId, IdError};
+use crate::ids::IdError;
 use crate::telemetry::Metrics;
 
-/// Why a certificate that a trusted CA signed is not a bot's.
+/// Why a certificate that a trusted CA signed names no caller of the role that the door is for.
 #[derive(Debug, thiserror::Error)]
 pub enum CertificateRefused {
     /// The names say something else.
-    #[error("its name is not a bot's: {0}")]
+    #[error("its name is not one for this door: {0}")]
     Name(#[from] IdError),
     /// Too many or too few names to know who it is.
     #[error(
@@ -38,8 +40,11 @@ pub enum CertificateRefused {
     Usage,
 }
 
-/// The bot that a certificate names: its one URI SAN, or without one its one DNS SAN. The common name is never used.
-pub fn bot_of(certificate: &CertificateDer<'_>) -> Result<BotId, CertificateRefused> {
+/// The caller, a [`BotId`](crate::ids::BotId) or [`AdminId`](crate::ids::AdminId), that a certificate names: its one URI
+/// SAN, or without one its one DNS SAN. The common name is never used.
+pub fn caller_of<R: FromStr<Err = IdError>>(
+    certificate: &CertificateDer<'_>,
+) -> Result<R, CertificateRefused> {
     let (_, certificate) =
         X509Certificate::from_der(certificate).map_err(|_| CertificateRefused::NotX509)?;
     let usage = certificate
@@ -80,17 +85,22 @@ pub fn not_after_ms(certificate: &CertificateDer<'_>) -> Option<i64> {
         .checked_mul(1000)
 }
 
-/// Verifies client certificates: the chain as rustls does, then that it names one bot.
+/// Verifies client certificates: the chain as rustls does, then that it names one caller of the role `R`.
 #[derive(Debug)]
-pub struct BotVerifier {
+pub struct CallerVerifier<R> {
     chain: Arc<dyn ClientCertVerifier>,
     metrics: Arc<Metrics>,
+    role: PhantomData<fn() -> R>,
 }
 
-impl BotVerifier {
+impl<R> CallerVerifier<R> {
     /// Verifies against `chain` first.
     pub fn new(chain: Arc<dyn ClientCertVerifier>, metrics: Arc<Metrics>) -> Self {
-        Self { chain, metrics }
+        Self {
+            chain,
+            metrics,
+            role: PhantomData,
+        }
     }
 
     fn refused(&self, certificate: &CertificateDer<'_>, reason: &dyn std::error::Error) {
@@ -99,7 +109,7 @@ impl BotVerifier {
     }
 }
 
-impl ClientCertVerifier for BotVerifier {
+impl<R: FromStr<Err = IdError> + fmt::Debug> ClientCertVerifier for CallerVerifier<R> {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
         self.chain.root_hint_subjects()
     }
@@ -114,7 +124,7 @@ impl ClientCertVerifier for BotVerifier {
             .chain
             .verify_client_cert(end_entity, intermediates, now);
         let verified = verified.inspect_err(|error| self.refused(end_entity, error))?;
-        if let Err(error) = bot_of(end_entity) {
+        if let Err(error) = caller_of::<R>(end_entity) {
             self.refused(end_entity, &error);
             let error = CertificateError::Other(OtherError(Arc::new(error)));
             return Err(rustls::Error::InvalidCertificate(error));

@@ -8,6 +8,7 @@ use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::broker::BrokerError;
 use crate::ids::RequestId;
+use crate::kucoin::Malformed;
 use crate::outcome::Reason;
 
 /// `ErrorInfo.domain` of every failure of ours.
@@ -31,9 +32,7 @@ pub fn status(error: &BrokerError, request_id: &RequestId) -> Status {
     ]);
     let mut details = ErrorDetails::with_error_info(reason.as_str(), DOMAIN, metadata);
     if let BrokerError::Malformed(problems) = error {
-        for problem in problems.iter().take(MAX_VIOLATIONS) {
-            details.add_bad_request_violation(&problem.field, cut(&problem.problem));
-        }
+        add_violations(&mut details, problems);
     }
     if retry_helps(reason) {
         details.set_retry_info(Some(RETRY_AFTER));
@@ -41,7 +40,15 @@ pub fn status(error: &BrokerError, request_id: &RequestId) -> Status {
     Status::with_error_details(code(reason), cut(&error.to_string()), details)
 }
 
-fn cut(text: &str) -> String {
+/// Names the fields that are not as they must be.
+pub(super) fn add_violations(details: &mut ErrorDetails, problems: &[Malformed]) {
+    for problem in problems.iter().take(MAX_VIOLATIONS) {
+        details.add_bad_request_violation(&problem.field, cut(&problem.problem));
+    }
+}
+
+/// As much of a text as fits into headers.
+pub(super) fn cut(text: &str) -> String {
     match text.char_indices().nth(MAX_TEXT) {
         Some((end, _)) => text.get(..end).unwrap_or_default().to_owned() + "…",
         None => text.to_owned(),
@@ -91,7 +98,6 @@ fn retry_helps(reason: Reason) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kucoin::Malformed;
 
     #[test]
     fn a_status_fits_into_the_headers_of_any_client() {

@@ -23,7 +23,7 @@ use crate::toml_file::{Problem, Problems};
 pub struct Loaded {
     /// The rules.
     pub policy: Policy,
-    /// Certificates of the bots' listener.
+    /// Certificates of the listeners for bots and admins.
     pub certificates: Certificates,
     /// CAs of Vault.
     pub vault_roots: RootCertStore,
@@ -31,7 +31,7 @@ pub struct Loaded {
     pub egress_roots: RootCertStore,
 }
 
-/// What the bots' listener shows and whom it trusts.
+/// What the listeners for bots and admins show, and whom they trust.
 #[derive(Debug)]
 pub struct Certificates {
     /// Certificate chain.
@@ -42,6 +42,58 @@ pub struct Certificates {
     pub not_after_ms: i64,
     /// CAs of the bots' certificates.
     pub client_ca: Arc<RootCertStore>,
+    /// CAs of the admins' certificates.
+    pub admin_ca: Arc<RootCertStore>,
+}
+
+/// The files of [`Certificates`].
+#[derive(Debug)]
+pub struct TlsSources {
+    certificate: Source,
+    key: Source,
+    client_ca: Source,
+    /// None: bots and admins have the same CAs.
+    admin_ca: Option<Source>,
+}
+
+impl TlsSources {
+    /// Reads them.
+    pub fn read(files: &TlsFiles) -> Self {
+        Self {
+            certificate: Source::read(&files.certificate),
+            key: Source::read(&files.key),
+            client_ca: Source::read(&files.client_ca),
+            admin_ca: files.admin_ca.as_deref().map(Source::read),
+        }
+    }
+
+    fn cas(&self) -> impl Iterator<Item = &Source> {
+        [&self.client_ca].into_iter().chain(&self.admin_ca)
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Source> {
+        [&self.certificate, &self.key].into_iter().chain(self.cas())
+    }
+
+    /// Whether one of them could not be looked at for want of descriptors.
+    pub fn is_unseen(&self) -> bool {
+        self.all().any(Source::is_unseen)
+    }
+
+    /// What stands in all of them.
+    pub fn digest(&self) -> [u8; 32] {
+        digest(self.all())
+    }
+
+    /// What stands in those of the CAs.
+    pub fn cas_digest(&self) -> [u8; 32] {
+        digest(self.cas())
+    }
+}
+
+fn digest<'s>(sources: impl Iterator<Item = &'s Source>) -> [u8; 32] {
+    let digests: Vec<_> = sources.map(Source::digest).collect();
+    Sha256::digest(digests.concat()).into()
 }
 
 /// A file and what stood in it at one moment.
@@ -101,14 +153,14 @@ pub fn load(config: &Config, now_ms: i64) -> Result<Loaded, Vec<Problem>> {
     let policy = rules(&Source::read(&config.rules))
         .map_err(|found| found.into_iter().for_each(|problem| problems.push(problem)))
         .ok();
-    let certificates = certificates(&tls_sources(&config.tls), now_ms, &problems);
+    let certificates = certificates(&TlsSources::read(&config.tls), now_ms, &problems);
     if let Auth::Cert {
         certificate, key, ..
     } = &config.vault.auth
     {
         // Only to find problems early: both are read again at every login.
         pair(
-            "vault.auth",
+            ["vault.auth.certificate", "vault.auth.key"],
             &Source::read(certificate),
             &Source::read(key),
             &problems,
@@ -129,18 +181,14 @@ pub fn load(config: &Config, now_ms: i64) -> Result<Loaded, Vec<Problem>> {
     loaded().ok_or_else(Vec::new)
 }
 
-/// The files of the bots' listener: chain, key, client CA.
-pub fn tls_sources(files: &TlsFiles) -> [Source; 3] {
-    [&files.certificate, &files.key, &files.client_ca].map(|file| Source::read(file))
-}
-
-/// Reads the certificates of the bots' listener.
+/// Reads the certificates of the listeners for bots and admins.
 pub fn certificates(
-    [chain, key, client_ca]: &[Source; 3],
+    sources: &TlsSources,
     now_ms: i64,
     problems: &Problems,
 ) -> Option<Certificates> {
-    let (chain, key) = pair("tls", chain, key, problems);
+    let names = ["tls.certificate", "tls.key"];
+    let (chain, key) = pair(names, &sources.certificate, &sources.key, problems);
     let fit = chain
         .as_deref()
         .map(|chain| fit_for_a_server(chain, now_ms));
@@ -152,18 +200,23 @@ pub fn certificates(
         }
         None => None,
     };
-    let client_ca = root_file("tls.client_ca", client_ca, problems);
+    let client_ca = root_file("tls.client_ca", &sources.client_ca, problems).map(Arc::new);
+    let admin_ca = match &sources.admin_ca {
+        Some(admin_ca) => root_file("tls.admin_ca", admin_ca, problems).map(Arc::new),
+        None => client_ca.clone(),
+    };
     Some(Certificates {
         chain: chain?,
         key: key?,
         not_after_ms: not_after_ms?,
-        client_ca: Arc::new(client_ca?),
+        client_ca: client_ca?,
+        admin_ca: admin_ca?,
     })
 }
 
-/// A certificate chain and its key, under `certificate` and `key` of `section`.
-fn pair(
-    section: &str,
+/// A certificate chain and its key, under the names of their settings.
+pub(crate) fn pair(
+    [chain_name, key_name]: [&str; 2],
     chain: &Source,
     key: &Source,
     problems: &Problems,
@@ -171,11 +224,10 @@ fn pair(
     Option<Vec<CertificateDer<'static>>>,
     Option<PrivateKeyDer<'static>>,
 ) {
-    let certificates = pem_certificates(&format!("{section}.certificate"), chain, problems);
-    let name = format!("{section}.key");
+    let certificates = pem_certificates(chain_name, chain, problems);
     let der = key
         .pem(pem::private_key)
-        .map_err(|error| problems.add(&name, key.unfit("a private key as PEM", &error)))
+        .map_err(|error| problems.add(key_name, key.unfit("a private key as PEM", &error)))
         .ok();
     if let (Some(certificates), Some(der)) = (&certificates, &der) {
         let provider = rustls::crypto::aws_lc_rs::default_provider();
@@ -183,8 +235,8 @@ fn pair(
         if let Err(error) = pair {
             let file = key.file.display();
             problems.add(
-                name,
-                format_args!("{file} is not the key of {section}.certificate: {error}"),
+                key_name,
+                format_args!("{file} is not the key of {chain_name}: {error}"),
             );
         }
     }
@@ -281,7 +333,8 @@ fn roots(key: &str, roots: &Roots, problems: &Problems) -> Option<RootCertStore>
     }
 }
 
-fn root_file(key: &str, source: &Source, problems: &Problems) -> Option<RootCertStore> {
+/// The CAs in a PEM file.
+pub(crate) fn root_file(key: &str, source: &Source, problems: &Problems) -> Option<RootCertStore> {
     let mut store = RootCertStore::empty();
     for certificate in pem_certificates(key, source, problems)? {
         if let Err(error) = store.add(certificate) {

@@ -13,7 +13,7 @@ use crate::toml_file::Section;
 const JWT_FILE: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
 
 /// Reads `[vault]`, all but what stands in [`Config`](super::Config) beside it.
-pub(super) fn read(section: &mut Section, folder: &Path) -> Option<VaultSettings> {
+pub(crate) fn read(section: &mut Section, folder: &Path) -> Option<VaultSettings> {
     let address = section.required("address", "\"https://vault.example.org:8200\"");
     let address = address.and_then(|text: String| vault_address(section, "address", &text));
     let redirects: Vec<String> = section.optional("redirects").unwrap_or_default();

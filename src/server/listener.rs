@@ -5,9 +5,8 @@
 
 use std::collections::HashMap;
 use std::convert::Infallible;
-use std::io;
 use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -19,19 +18,16 @@ use hyper::body::Incoming;
 use hyper::server::conn::http2;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use rustls::pki_types::{CertificateDer, UnixTime};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::time::{Instant, Sleep, sleep, timeout};
 use tokio_rustls::server::TlsStream;
-use tokio_util::task::TaskTracker;
 use tonic::codegen::Service;
 use tonic::service::Routes;
 use tonic::{Code, Status};
 
-use super::handshakes::Handshakes;
-use super::tls::Tls;
-use crate::api::caller::{bot_of, not_after_ms};
+use super::accept::{Acceptor, told};
+use super::tls::{Tls, Trust};
 use crate::api::grpc::{Arrived, SIGN_AND_SEND};
 use crate::api::status::status;
 use crate::broker::admission::{Admitted, CallSlot, ConnectionSlot};
@@ -98,13 +94,7 @@ pub(super) struct Listener {
 struct Connection {
     listener: Arc<Listener>,
     bot: BotId,
-    chain: Vec<CertificateDer<'static>>,
-    not_after_ms: i64,
-    trust: watch::Receiver<Arc<Tls>>,
-    /// The generation of CAs under which its certificate was verified last.
-    verified: AtomicU64,
-    /// Whether its certificate has been refused since.
-    is_refused: AtomicBool,
+    trust: Trust,
     /// Answers that are being written, by their number, since when.
     answers: Mutex<HashMap<u64, Instant>>,
     /// Why its calls are refused; none where they are served.
@@ -120,72 +110,21 @@ struct Connection {
 impl Listener {
     /// Serves until told to stop; returns once every connection has ended.
     pub(super) async fn serve(self, socket: TcpListener) {
-        let (connections, handshakes) = (TaskTracker::new(), Arc::<Handshakes>::default());
         let listener = Arc::new(self);
-        let mut stopping = listener.stopping.clone();
-        loop {
-            let accepted = tokio::select! {
-                accepted = socket.accept() => accepted,
-                () = told(&mut stopping) => break,
-            };
-            let (stream, peer) = match accepted {
-                Ok(accepted) => accepted,
-                // The peer has gone again already.
-                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
-                Err(_) => {
-                    // Out of descriptors: let some connections end first.
-                    listener.broker.metrics.connection_refused("descriptors");
-                    sleep(Duration::from_millis(50)).await;
-                    continue;
-                }
-            };
-            let handshake = Handshakes::begin(&handshakes, peer.ip());
-            let listener = Arc::clone(&listener);
-            connections.spawn(async move {
-                let shaken = tokio::select! {
-                    shaken = listener.shake_hands(stream) => shaken,
-                    () = handshake.is_given_up.cancelled() => Err(io::Error::other("too many handshakes at once")),
-                };
-                drop(handshake);
-                match shaken {
-                    Ok((stream, generation)) => listener.admit(stream, generation).await,
-                    Err(error) => {
-                        listener.broker.metrics.connection_refused("handshake");
-                        tracing::info!(%peer, %error, "TLS handshake failed");
-                    }
-                }
-            });
-        }
-        // Whoever comes now is refused, and goes elsewhere.
-        drop(socket);
-        connections.close();
-        connections.wait().await;
-    }
-
-    /// Returns the generation of CAs too under which the peer's certificate was verified.
-    async fn shake_hands(&self, stream: TcpStream) -> io::Result<(TlsStream<TcpStream>, u64)> {
-        // Small answers must not wait for acknowledgements: 40 ms each without this.
-        stream.set_nodelay(true)?;
-        let (acceptor, generation) = {
-            let tls = self.tls.borrow();
-            (tls.acceptor.clone(), tls.generation)
+        let acceptor = Acceptor {
+            tls: listener.tls.clone(),
+            within: listener.limits.handshake,
+            metrics: Arc::clone(&listener.broker.metrics),
+            stopping: listener.stopping.clone(),
         };
-        let stream = timeout(self.limits.handshake, acceptor.accept(stream))
-            .await
-            .unwrap_or(Err(io::ErrorKind::TimedOut.into()))?;
-        Ok((stream, generation))
+        let serve = move |stream, trust| Arc::clone(&listener).admit(stream, trust);
+        acceptor.run(socket, serve).await;
     }
 
     /// Serves a connection if its bot has a place for it.
-    async fn admit(self: Arc<Self>, stream: TlsStream<TcpStream>, generation: u64) {
-        let trust = self.tls.clone();
-        let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
-        let chain: Vec<_> = chain.iter().map(|link| link.clone().into_owned()).collect();
-        // The verifier has seen to it that there is one, and that it names one bot.
-        let Some((bot, not_after_ms)) = chain
-            .first()
-            .and_then(|first| Some((bot_of(first).ok()?, not_after_ms(first)?)))
-        else {
+    async fn admit(self: Arc<Self>, stream: TlsStream<TcpStream>, trust: Trust) {
+        // The verifier has seen to it that the certificate names one bot.
+        let Some(bot) = trust.caller::<BotId>() else {
             return self.broker.metrics.connection_refused("certificate");
         };
         let (slot, refusal) = match self.broker.admission.connection(&bot) {
@@ -205,11 +144,7 @@ impl Listener {
         let connection = Arc::new(Connection {
             listener: self,
             bot,
-            chain,
-            not_after_ms,
             trust,
-            verified: AtomicU64::new(generation),
-            is_refused: AtomicBool::new(false),
             answers: Mutex::default(),
             refusal,
             calls: AtomicUsize::new(0),
@@ -281,7 +216,7 @@ impl Connection {
             // Not all at once that came at once.
             None => limits.age.mul_f64(0.9 + 0.1 * fastrand::f64()),
         };
-        let (mut trust, mut stopping) = (self.trust.clone(), self.listener.stopping.clone());
+        let (mut trust, mut stopping) = (self.trust.changes(), self.listener.stopping.clone());
         let mut age = pin!(sleep(age));
         loop {
             tokio::select! {
@@ -304,24 +239,7 @@ impl Connection {
 
     /// Whether the bot's certificate would still be let in.
     fn is_trusted(&self) -> bool {
-        let now_ms = self.listener.broker.clock.wall_ms();
-        if now_ms > self.not_after_ms || self.is_refused.load(Ordering::Relaxed) {
-            return false;
-        }
-        let tls = Arc::clone(&self.trust.borrow());
-        if tls.generation == self.verified.load(Ordering::Relaxed) {
-            return true;
-        }
-        let now = UnixTime::since_unix_epoch(Duration::from_millis(now_ms.unsigned_abs()));
-        let is_verified = self.chain.split_first().is_some_and(|(first, others)| {
-            tls.verifier.verify_client_cert(first, others, now).is_ok()
-        });
-        if is_verified {
-            self.verified.store(tls.generation, Ordering::Relaxed);
-        } else {
-            self.is_refused.store(true, Ordering::Relaxed);
-        }
-        is_verified
+        self.trust.holds(self.listener.broker.clock.wall_ms())
     }
 
     /// Whether an answer has been waiting for long to be taken.
@@ -492,12 +410,6 @@ impl Body for Held {
     fn size_hint(&self) -> SizeHint {
         SizeHint::default()
     }
-}
-
-/// Returns once the broker stops.
-async fn told(stopping: &mut watch::Receiver<bool>) {
-    // An error means that the broker is gone.
-    let _ = stopping.wait_for(|stop| *stop).await;
 }
 
 /// A body that must have arrived within a limit.

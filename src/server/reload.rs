@@ -9,17 +9,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::crypto::CryptoProvider;
-use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 use tokio::task::{JoinError, spawn_blocking};
 use tokio::time::{sleep, timeout};
 
+use super::StartError;
 use super::probes::Probes;
 use super::tls::Tls;
 use crate::audit::Change;
 use crate::broker::Broker;
-use crate::config::load::{self, Source};
+use crate::config::load::{self, Source, TlsSources};
 use crate::config::{FileProblems, TlsFiles};
+use crate::ids::{AdminId, BotId};
 use crate::keyring::refresh::Refresher;
 use crate::keyring::{KeyStatus, Slot};
 use crate::policy::Policy;
@@ -39,10 +40,12 @@ pub(super) struct Reloader {
     pub(super) provider: Arc<CryptoProvider>,
     pub(super) rules: PathBuf,
     pub(super) tls_files: TlsFiles,
+    /// The bots'.
     pub(super) tls: watch::Sender<Arc<Tls>>,
+    pub(super) admins_tls: watch::Sender<Arc<Tls>>,
     pub(super) problems: watch::Sender<FileProblems>,
-    /// SHA-256 of the client CA in force.
-    pub(super) client_ca: [u8; 32],
+    /// SHA-256 of the CAs of bots and admins in force.
+    pub(super) cas: [u8; 32],
 }
 
 /// What stands in a group of files, and what of it has been dealt with.
@@ -78,9 +81,9 @@ impl Watched {
 
 impl Reloader {
     /// Looks every so often until it is dropped. `rules` and `tls` are the files as they were read at the start.
-    pub(super) async fn run(mut self, every: Duration, rules: Source, tls: [Source; 3]) {
+    pub(super) async fn run(mut self, every: Duration, rules: Source, tls: TlsSources) {
         let mut rules = Watched::new("rules", rules.digest());
-        let mut tls = Watched::new("tls", digest(&tls));
+        let mut tls = Watched::new("tls", tls.digest());
         self.record_start(&rules, &tls);
         loop {
             sleep(every).await;
@@ -88,18 +91,18 @@ impl Reloader {
             self.follow();
             // A mount that hangs holds this task up, and nothing else.
             let (rules_file, tls_files) = (self.rules.clone(), self.tls_files.clone());
-            let read = move || (Source::read(&rules_file), load::tls_sources(&tls_files));
+            let read = move || (Source::read(&rules_file), TlsSources::read(&tls_files));
             let Ok::<_, JoinError>((rules_source, tls_sources)) = spawn_blocking(read).await else {
                 continue;
             };
-            if rules_source.is_unseen() || tls_sources.iter().any(Source::is_unseen) {
+            if rules_source.is_unseen() || tls_sources.is_unseen() {
                 continue;
             }
             if rules.is_to_be_judged(rules_source.digest()) {
                 let judged = self.take_rules(&rules_source).await;
                 self.settle(&mut rules, judged);
             }
-            if tls.is_to_be_judged(digest(&tls_sources)) {
+            if tls.is_to_be_judged(tls_sources.digest()) {
                 let judged = self.take_certificates(&tls_sources);
                 self.settle(&mut tls, judged);
             }
@@ -151,8 +154,7 @@ impl Reloader {
     }
 
     /// Connections from now on shake hands by them; those of CAs that are gone end.
-    fn take_certificates(&mut self, sources: &[Source; 3]) -> Result<(), Vec<Problem>> {
-        let [_, _, client_ca] = sources;
+    fn take_certificates(&mut self, sources: &TlsSources) -> Result<(), Vec<Problem>> {
         let now_ms = self.broker.clock.wall_ms();
         let problems = Problems::default();
         let certificates = load::certificates(sources, now_ms, &problems);
@@ -161,19 +163,19 @@ impl Reloader {
         let certificates = certificates.ok_or_else(Vec::new)?;
         let not_after_ms = certificates.not_after_ms;
         // Connections are looked at anew only where other CAs may have issued their certificates.
-        let ca = client_ca.digest();
-        let generation = self.tls.borrow().generation + u64::from(self.client_ca != ca);
-        let tls = Tls::new(
-            certificates,
-            generation,
-            &self.provider,
-            &self.broker.metrics,
-        );
-        let tls =
-            tls.map_err(|error| vec![Problem::new("tls", crate::telemetry::chain(&error))])?;
-        self.client_ca = ca;
-        self.broker.metrics.certificate_ends(not_after_ms);
-        self.tls.send_replace(Arc::new(tls));
+        let cas = sources.cas_digest();
+        let generation = self.tls.borrow().generation + u64::from(self.cas != cas);
+        let (provider, metrics) = (&self.provider, &self.broker.metrics);
+        let (bots_ca, admins_ca) = (&certificates.client_ca, &certificates.admin_ca);
+        let unfit = |error: StartError| vec![Problem::new("tls", crate::telemetry::chain(&error))];
+        let bots = Tls::new::<BotId>(&certificates, bots_ca, generation, provider, metrics);
+        let bots = bots.map_err(unfit)?;
+        let admins = Tls::new::<AdminId>(&certificates, admins_ca, generation, provider, metrics);
+        let admins = admins.map_err(unfit)?;
+        self.cas = cas;
+        metrics.certificate_ends(not_after_ms);
+        self.tls.send_replace(Arc::new(bots));
+        self.admins_tls.send_replace(Arc::new(admins));
         Ok(())
     }
 
@@ -214,11 +216,6 @@ impl Reloader {
             detail,
         });
     }
-}
-
-fn digest(sources: &[Source]) -> [u8; 32] {
-    let all = sources.iter().map(Source::digest).collect::<Vec<_>>();
-    Sha256::digest(all.concat()).into()
 }
 
 fn sentence(problems: &[Problem]) -> String {

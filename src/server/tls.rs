@@ -1,51 +1,57 @@
-//! What the bots' listener trusts and shows: replaced as a whole when its files change.
+//! What a listener trusts and shows: replaced as a whole when its files change.
 
+use std::fmt;
+use std::str::FromStr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
-use rustls::ServerConfig;
 use rustls::crypto::CryptoProvider;
+use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::ClientCertVerifier;
 use rustls::version::TLS13;
+use rustls::{RootCertStore, ServerConfig};
+use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
 
 use super::StartError;
-use crate::api::caller::BotVerifier;
+use crate::api::caller::{CallerVerifier, caller_of, not_after_ms};
 use crate::config::load::Certificates;
+use crate::ids::IdError;
 use crate::telemetry::Metrics;
 
-/// TLS 1.3 for bots whose certificates come from the client CA.
+/// TLS 1.3 for callers of one role, whose certificates come from certain CAs.
 pub(super) struct Tls {
     /// Shakes hands.
     pub(super) acceptor: TlsAcceptor,
     /// Looks at certificates, also at those of connections that are already open.
-    pub(super) verifier: Arc<dyn ClientCertVerifier>,
+    verifier: Arc<dyn ClientCertVerifier>,
     /// Another one for other CAs.
     pub(super) generation: u64,
 }
 
 impl Tls {
-    pub(super) fn new(
-        certificates: Certificates,
+    /// For callers of the role `R` whose certificates come from `trusted`.
+    pub(super) fn new<R: FromStr<Err = IdError> + fmt::Debug + 'static>(
+        certificates: &Certificates,
+        trusted: &Arc<RootCertStore>,
         generation: u64,
         provider: &Arc<CryptoProvider>,
         metrics: &Arc<Metrics>,
     ) -> Result<Self, StartError> {
-        let Certificates {
-            chain,
-            key,
-            client_ca,
-            ..
-        } = certificates;
         let failed = |error: rustls::Error| StartError::Tls(Box::new(error));
         let trusted =
-            WebPkiClientVerifier::builder_with_provider(client_ca, Arc::clone(provider)).build();
-        let trusted = trusted.map_err(|error| StartError::Tls(Box::new(error)))?;
+            WebPkiClientVerifier::builder_with_provider(Arc::clone(trusted), Arc::clone(provider));
+        let trusted = trusted
+            .build()
+            .map_err(|error| StartError::Tls(Box::new(error)))?;
         let verifier: Arc<dyn ClientCertVerifier> =
-            Arc::new(BotVerifier::new(trusted, Arc::clone(metrics)));
+            Arc::new(CallerVerifier::<R>::new(trusted, Arc::clone(metrics)));
         let builder = ServerConfig::builder_with_provider(Arc::clone(provider));
         let builder = builder.with_protocol_versions(&[&TLS13]).map_err(failed)?;
         let builder = builder.with_client_cert_verifier(Arc::clone(&verifier));
+        let (chain, key) = (certificates.chain.clone(), certificates.key.clone_key());
         let mut config = builder.with_single_cert(chain, key).map_err(failed)?;
         config.alpn_protocols = vec![b"h2".to_vec()];
         // A resumed session would skip the look at the client's certificate.
@@ -55,5 +61,65 @@ impl Tls {
             verifier,
             generation,
         })
+    }
+}
+
+/// The certificate of an open connection, looked at again whenever other CAs are trusted.
+pub(super) struct Trust {
+    chain: Vec<CertificateDer<'static>>,
+    not_after_ms: i64,
+    tls: watch::Receiver<Arc<Tls>>,
+    /// The generation of CAs under which it was verified last.
+    verified: AtomicU64,
+    /// Whether it has been refused since.
+    is_refused: AtomicBool,
+}
+
+impl Trust {
+    /// In a chain that was verified in a handshake under this generation; none where it cannot be read.
+    pub(super) fn new(
+        chain: &[CertificateDer<'_>],
+        generation: u64,
+        tls: watch::Receiver<Arc<Tls>>,
+    ) -> Option<Self> {
+        let chain: Vec<_> = chain.iter().map(|link| link.clone().into_owned()).collect();
+        Some(Self {
+            not_after_ms: not_after_ms(chain.first()?)?,
+            chain,
+            tls,
+            verified: AtomicU64::new(generation),
+            is_refused: AtomicBool::new(false),
+        })
+    }
+
+    /// Whom it names.
+    pub(super) fn caller<R: FromStr<Err = IdError>>(&self) -> Option<R> {
+        caller_of(self.chain.first()?).ok()
+    }
+
+    /// Whether it would still be let in; `now_ms` is Unix time in milliseconds.
+    pub(super) fn holds(&self, now_ms: i64) -> bool {
+        if now_ms > self.not_after_ms || self.is_refused.load(Ordering::Relaxed) {
+            return false;
+        }
+        let tls = Arc::clone(&self.tls.borrow());
+        if tls.generation == self.verified.load(Ordering::Relaxed) {
+            return true;
+        }
+        let now = UnixTime::since_unix_epoch(Duration::from_millis(now_ms.unsigned_abs()));
+        let is_verified = self.chain.split_first().is_some_and(|(first, others)| {
+            tls.verifier.verify_client_cert(first, others, now).is_ok()
+        });
+        if is_verified {
+            self.verified.store(tls.generation, Ordering::Relaxed);
+        } else {
+            self.is_refused.store(true, Ordering::Relaxed);
+        }
+        is_verified
+    }
+
+    /// Tells when it had better be looked at again.
+    pub(super) fn changes(&self) -> watch::Receiver<Arc<Tls>> {
+        self.tls.clone()
     }
 }

@@ -65,7 +65,7 @@ async fn a_bot_is_its_one_uri_san_or_its_one_dns_san() {
         ),
         (
             issue(&[uri("spiffe://demo.test/admin/anna")], Usage::Client),
-            "its name is not a bot's",
+            "its name is not one for this door: expected spiffe://<trust domain>/bot/<name> or a DNS name",
         ),
         (
             issue(
@@ -75,7 +75,7 @@ async fn a_bot_is_its_one_uri_san_or_its_one_dns_san() {
                 ],
                 Usage::Client,
             ),
-            "not a bot's",
+            "its name is not one for this door",
         ),
         (
             issue(&[uri(MAKER)], Usage::None),

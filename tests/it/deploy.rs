@@ -3,16 +3,41 @@
 use std::path::Path;
 use std::process::Command;
 
+use credbroker::cli::admin::AdminFile;
 use credbroker::config::Config;
 use credbroker::policy::Policy;
 use credbroker_sim::pki::{Ca, Usage};
 
 const CONFIG: &str = include_str!("../../deploy/config.toml");
+const ADMIN: &str = include_str!("../../deploy/admin.toml");
 const RULES: &str = include_str!("../../deploy/rules.toml");
 
 #[test]
 fn the_example_configuration_loads() {
     Config::parse(CONFIG, Path::new("/etc/credbroker")).unwrap();
+}
+
+#[test]
+fn the_example_for_admins_loads_and_fits_the_example_configuration() {
+    let folder = Path::new("/etc/credbroker");
+    let admin = AdminFile::parse(ADMIN, folder).unwrap();
+    let config = Config::parse(CONFIG, folder).unwrap();
+    assert_eq!(admin.broker, config.admin.unwrap().to_string());
+    let vault = admin.vault.unwrap();
+    assert_eq!(
+        (vault.settings.mount, vault.settings.prefix),
+        (config.vault.mount, config.vault.prefix)
+    );
+    let long = uncommented(ADMIN, &["namespace"]);
+    assert_ne!(long, ADMIN);
+    let (short, long) = (
+        AdminFile::parse(ADMIN, folder),
+        AdminFile::parse(&long, folder),
+    );
+    assert_eq!(
+        format!("{:?}", short.unwrap()),
+        format!("{:?}", long.unwrap())
+    );
 }
 
 #[test]
@@ -22,38 +47,39 @@ fn the_example_rules_load() {
 }
 
 /// Keys that are commented out because another choice stands beside them.
-const ALTERNATIVES: [&str; 6] = [
+const ALTERNATIVES: [&str; 8] = [
     "method = \"approle\"",
     "mount = \"approle\"",
     "role_id",
     "secret_id_file",
     "namespace",
     "send_signed",
+    "spot =",
+    "futures =",
 ];
+
+/// What it says with the defaults that are commented out, but those that begin like one of these.
+fn uncommented(text: &str, but: &[&str]) -> String {
+    let is_key = |key: &str| {
+        key.split_once(" = ")
+            .is_some_and(|(name, _)| name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'))
+    };
+    let lines = text.lines().map(|line| match line.strip_prefix("# ") {
+        Some(key) if is_key(key) && !but.iter().any(|other| key.starts_with(other)) => key,
+        _ => line,
+    });
+    lines.collect::<Vec<_>>().join("\n")
+}
 
 #[test]
 fn what_is_commented_out_is_the_default() {
-    let uncommented: Vec<_> = CONFIG
-        .lines()
-        .map(|line| match line.strip_prefix("# ") {
-            Some(key)
-                if key.split_once(" = ").is_some_and(|(name, _)| {
-                    name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_')
-                }) && !ALTERNATIVES.iter().any(|other| key.starts_with(other))
-                    && !key.starts_with("spot =")
-                    && !key.starts_with("futures =") =>
-            {
-                key
-            }
-            _ => line,
-        })
-        .collect();
+    let uncommented = uncommented(CONFIG, &ALTERNATIVES);
     let folder = Path::new("/etc/credbroker");
     let (short, long) = (
         Config::parse(CONFIG, folder).unwrap(),
-        Config::parse(&uncommented.join("\n"), folder).unwrap(),
+        Config::parse(&uncommented, folder).unwrap(),
     );
-    assert_ne!(CONFIG, uncommented.join("\n"));
+    assert_ne!(CONFIG, uncommented);
     assert_eq!(format!("{short:?}").len(), format!("{long:?}").len());
     assert_eq!(short.request_limits, long.request_limits);
     assert_eq!(short.vault_poll, long.vault_poll);

@@ -14,6 +14,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
+use credbroker::api::proto::admin_client::AdminClient;
 use credbroker::api::proto::broker_client::BrokerClient;
 use credbroker::api::proto::{
     Method, QueryParameter, Scope, SignAndSendRequest, SignAndSendResponse,
@@ -162,6 +163,16 @@ pub(crate) struct Lab {
     pub(crate) grpc: SocketAddr,
     /// Where health and metrics are asked for.
     pub(crate) ops: SocketAddr,
+    /// Where admins call.
+    pub(crate) admin: SocketAddr,
+}
+
+/// What a command has come to.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    pub(crate) code: Option<i32>,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
 }
 
 impl Lab {
@@ -204,6 +215,7 @@ impl Lab {
             road: None,
             grpc: SocketAddr::from(([127, 0, 0, 1], 0)),
             ops: SocketAddr::from(([127, 0, 0, 1], 0)),
+            admin: SocketAddr::from(([127, 0, 0, 1], 0)),
         };
         if settings.road {
             lab.road = Some(Road::to(&lab.kucoin.spot_url()).await);
@@ -242,7 +254,7 @@ impl Lab {
         });
         let config = format!(
             "rules = \"rules.toml\"\nstate_dir = \"state\"\n\
-             [listen]\ngrpc = \"127.0.0.1:0\"\nops = \"127.0.0.1:0\"\n\
+             [listen]\ngrpc = \"127.0.0.1:0\"\nops = \"127.0.0.1:0\"\nadmin = \"127.0.0.1:0\"\n\
              [tls]\ncertificate = \"server.pem\"\nkey = \"server.key\"\nclient_ca = \"ca.pem\"\n\
              [vault]\naddress = \"{}\"\npoll_s = 1\ntimeout_ms = 1000\n[vault.auth]\n{auth}\n\
              [reload]\nevery_ms = 50\n\
@@ -282,6 +294,9 @@ impl Lab {
     pub(crate) async fn start_broker_on(&mut self, clock: Clock) {
         let server = Server::start_on(self.config(), clock).await.unwrap();
         (self.grpc, self.ops) = (server.grpc, server.ops);
+        if let Some(admin) = server.admin {
+            self.admin = admin;
+        }
         self.server = Some(server);
     }
 
@@ -296,6 +311,9 @@ impl Lab {
         let listening = process.log_line("listening").await;
         let address = |key: &str| listening[key].as_str().unwrap().parse().unwrap();
         (self.grpc, self.ops) = (address("grpc"), address("ops"));
+        if listening.get("admin").is_some() {
+            self.admin = address("admin");
+        }
         self.process = Some(process);
     }
 
@@ -356,6 +374,62 @@ impl Lab {
 
     pub(crate) async fn patient_bot_with(&self, identity: &Identity) -> Bot<Patient> {
         Bot::over(self.patient(identity).await)
+    }
+
+    /// An admin with a certificate of his own, connected.
+    pub(crate) async fn admin_client(&self, name: &str) -> AdminClient<Patient> {
+        let identity = self.ca.admin(name).unwrap();
+        let roots = [self.ca.certificate_pem().to_owned()];
+        let connection = patient(self.admin, &roots, &identity).await.unwrap();
+        admin_over(connection)
+    }
+
+    /// Runs the real program as an admin of this name.
+    pub(crate) async fn admin_cli(&self, name: &str, words: &[&str]) -> Ended {
+        self.write_admin_files(&self.ca.admin(name).unwrap());
+        self.cli(words, "").await
+    }
+
+    /// `admin.toml`, and the files that it names.
+    pub(crate) fn write_admin_files(&self, identity: &Identity) {
+        let write = |name: &str, text: &str| std::fs::write(self.path(name), text).unwrap();
+        write("admin.pem", &identity.certificate_pem);
+        write("admin.key", &identity.key_pem);
+        write("admin-broker-ca.pem", self.ca.certificate_pem());
+        let (broker, vault) = (self.admin, self.vault.address());
+        let text = format!(
+            "broker = \"{broker}\"\nca = \"admin-broker-ca.pem\"\ncertificate = \"admin.pem\"\nkey = \"admin.key\"\n\
+             [vault]\naddress = \"{vault}\"\n[vault.auth]\nmethod = \"token_file\"\nfile = \"token\"\n"
+        );
+        write("admin.toml", &text);
+    }
+
+    /// Runs the real program, with this installation's `admin.toml`; `input` is what its stdin says.
+    pub(crate) async fn cli(&self, words: &[&str], input: &str) -> Ended {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_credbroker"));
+        command
+            .args(words)
+            .arg("--admin")
+            .arg(self.path("admin.toml"));
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let input = input.to_owned();
+        // Not on this thread: the broker may run on it.
+        let run = move || {
+            let mut child = command.spawn().unwrap();
+            // A program that has ended already reads nothing.
+            let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
+            child.wait_with_output().unwrap()
+        };
+        let output = tokio::task::spawn_blocking(run).await.unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        Ended {
+            code: output.status.code(),
+            stdout: text(output.stdout),
+            stderr: text(output.stderr),
+        }
     }
 
     /// A connection for requests that no bot's library would send.
@@ -783,6 +857,11 @@ impl Road {
     pub(crate) fn silence(&self) {
         self.state.send_replace(Way::Silent);
     }
+}
+
+/// An admin's calls over a connection.
+pub(crate) fn admin_over(connection: Patient) -> AdminClient<Patient> {
+    AdminClient::with_origin(connection, "https://localhost".parse().unwrap())
 }
 
 /// One bot's connection.

@@ -136,12 +136,13 @@ impl Setup {
             road: None,
             grpc: NOWHERE,
             ops: NOWHERE,
+            admin: NOWHERE,
         };
         let identity = lab.ca.server().unwrap();
         let address = self.address.unwrap_or_else(|| lab.vault.address());
         let config = format!(
             "rules = \"rules.toml\"\nstate_dir = \"state\"\n\
-             [listen]\ngrpc = \"127.0.0.1:0\"\nops = \"127.0.0.1:0\"\n\
+             [listen]\ngrpc = \"127.0.0.1:0\"\nops = \"127.0.0.1:0\"\nadmin = \"127.0.0.1:0\"\n\
              [tls]\ncertificate = \"server.pem\"\nkey = \"server.key\"\nclient_ca = \"ca.pem\"\n\
              [vault]\naddress = \"{address}\"\npoll_s = {}\ntimeout_ms = {}\n{}\n[vault.auth]\n{}\n\
              [egress]\naddress = \"127.0.0.1\"\n\

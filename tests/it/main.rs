@@ -14,6 +14,7 @@
 
 mod harness;
 
+mod admin;
 mod audit;
 mod certificates;
 mod clock;

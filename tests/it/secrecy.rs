@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use credbroker::api::proto::{Method, QueryParameter, Scope};
+use credbroker::api::proto::{Candidate, Method, QueryParameter, Scope, TestKeyRequest};
 use credbroker_sim::kucoin::{Fault, FaultAction, Partner, SimKey, When};
 use credbroker_sim::vault;
 
@@ -148,6 +148,21 @@ async fn no_secret_reaches_a_log_an_error_a_metric_or_the_record() {
         if let Err(status) = bot.send(spot_order("faulty")).await {
             let _ = writeln!(errors, "{status:?}");
         }
+    }
+    let mut admin = lab.admin_client("anna").await;
+    for account in ["main", "No Such"] {
+        let candidate = Candidate {
+            api_key: format!("{MARK}-candidate-id"),
+            api_secret: format!("{MARK}-candidate-key"),
+            passphrase: format!("{MARK}-candidate-passphrase"),
+            key_version: 3,
+        };
+        let test = TestKeyRequest {
+            account: account.to_owned(),
+            candidate: Some(candidate),
+            ..TestKeyRequest::default()
+        };
+        let _ = writeln!(errors, "{:?}", admin.test_key(test).await);
     }
     lab.kucoin.remove_key(&key.api_key);
     lab.vault

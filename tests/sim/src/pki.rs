@@ -1,4 +1,4 @@
-//! Throw-away certificates for tests and the demo: one CA, one server, any number of bots.
+//! Throw-away certificates for tests and the demo: one CA, one server, any number of bots and admins.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -29,7 +29,7 @@ pub struct Identity {
 /// What a certificate may be used for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Usage {
-    /// TLS client (a bot).
+    /// TLS client (a bot or an admin).
     Client,
     /// No extended key usage at all.
     None,
@@ -81,6 +81,16 @@ impl Ca {
     /// The same, valid in these seconds of Unix time only.
     pub fn bot_within(&self, name: &str, seconds: Range<u64>) -> Result<Identity, rcgen::Error> {
         self.sign(name, &bot_names(name)?, Usage::Client, Some(&seconds))
+    }
+
+    /// An admin's certificate with one URI SAN, `spiffe://demo.test/admin/<name>`.
+    pub fn admin(&self, name: &str) -> Result<Identity, rcgen::Error> {
+        self.issue(name, &admin_names(name)?, Usage::Client)
+    }
+
+    /// The same, valid in these seconds of Unix time only.
+    pub fn admin_within(&self, name: &str, seconds: Range<u64>) -> Result<Identity, rcgen::Error> {
+        self.sign(name, &admin_names(name)?, Usage::Client, Some(&seconds))
     }
 
     /// A certificate with exactly these subject alternative names.
@@ -139,5 +149,10 @@ fn server_names() -> Result<[SanType; 3], rcgen::Error> {
 
 fn bot_names(name: &str) -> Result<[SanType; 1], rcgen::Error> {
     let uri = format!("spiffe://demo.test/bot/{name}");
+    Ok([SanType::URI(uri.as_str().try_into()?)])
+}
+
+fn admin_names(name: &str) -> Result<[SanType; 1], rcgen::Error> {
+    let uri = format!("spiffe://demo.test/admin/{name}");
     Ok([SanType::URI(uri.as_str().try_into()?)])
 }

@@ -1,0 +1,480 @@
+//! How commands for admins reach a running broker: `admin.toml`, and calls through the admin door.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use hyper::body::Incoming;
+use hyper::client::conn::http2::{SendRequest, handshake};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use rustls::pki_types::ServerName;
+use rustls::version::TLS13;
+use rustls::{AlertDescription, CertificateError, ClientConfig};
+use tokio::io::AsyncBufReadExt;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tonic::codegen::Service;
+use tonic::{Code, Request, Response, Status};
+use tonic_types::StatusExt;
+
+use super::{FAILED, USAGE, read_file, say, say_problems};
+use crate::api::caller::caller_of;
+use crate::api::proto::admin_client::AdminClient;
+use crate::api::status::DOMAIN;
+use crate::config::load::{Source, pair, root_file};
+use crate::config::{Roots, roots, vault};
+use crate::ids::AdminId;
+use crate::keyring::vault::VaultSettings;
+use crate::toml_file::{Problem, Problems, Section};
+
+/// Where the file is, unless the command line says otherwise.
+pub(super) const ADMIN: &str = "/etc/credbroker/admin.toml";
+
+/// For a connection and both handshakes, name resolution included.
+const CONNECT_WITHIN: Duration = Duration::from_secs(10);
+
+/// How an admin reaches the broker, and Vault: `admin.toml`, as meant.
+#[derive(Clone, Debug)]
+pub struct AdminFile {
+    /// Host and port of the broker's `listen.admin`.
+    pub broker: String,
+    /// The name that the broker's certificate must have.
+    pub server_name: ServerName<'static>,
+    /// CA of the broker's certificate.
+    pub ca: PathBuf,
+    /// The admin's certificate chain.
+    pub certificate: PathBuf,
+    /// Its private key.
+    pub key: PathBuf,
+    /// The admin's own way into Vault; none: commands that write there do not work.
+    pub vault: Option<AdminVault>,
+}
+
+/// An admin's own way into Vault.
+#[derive(Clone, Debug)]
+pub struct AdminVault {
+    /// Where it is, and how the admin logs in.
+    pub settings: VaultSettings,
+    /// CAs of its certificate.
+    pub roots: Roots,
+}
+
+impl AdminFile {
+    /// Reads the text of the file; relative paths in it start at `folder`.
+    ///
+    /// # Errors
+    /// With every problem at once, each under its key.
+    pub fn parse(text: &str, folder: &Path) -> Result<Self, Vec<Problem>> {
+        let problems = Problems::default();
+        let file = Section::parse(text, "admin", &problems)
+            .and_then(|mut section| read(&mut section, folder));
+        problems.into_result()?;
+        // A value that is missing has been reported as a problem.
+        file.ok_or_else(Vec::new)
+    }
+
+    /// What it shakes hands with; reads the files.
+    fn tls(&self) -> Result<ClientConfig, Vec<Problem>> {
+        let problems = Problems::default();
+        let roots = root_file("ca", &Source::read(&self.ca), &problems);
+        let (certificate, key) = (Source::read(&self.certificate), Source::read(&self.key));
+        let (chain, key) = pair(["certificate", "key"], &certificate, &key, &problems);
+        // Said here, because the broker can only refuse it.
+        if let Some(Err(error)) = chain.iter().flatten().next().map(caller_of::<AdminId>) {
+            let file = self.certificate.display();
+            problems.add(
+                "certificate",
+                format_args!("{file} is no admin's certificate: {error}"),
+            );
+        }
+        problems.into_result()?;
+        let config = || {
+            let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+            let builder = ClientConfig::builder_with_provider(provider);
+            let builder = builder.with_protocol_versions(&[&TLS13]).ok()?;
+            let builder = builder.with_root_certificates(roots?);
+            let mut config = builder.with_client_auth_cert(chain?, key?).ok()?;
+            config.alpn_protocols = vec![b"h2".to_vec()];
+            Some(config)
+        };
+        // What does not fit together has been reported as a problem.
+        config().ok_or_else(Vec::new)
+    }
+}
+
+fn read(file: &mut Section, folder: &Path) -> Option<AdminFile> {
+    let broker: Option<String> = file.required("broker", "\"127.0.0.1:8444\"");
+    let host = broker.as_deref().and_then(host);
+    if broker.is_some() && host.is_none() {
+        file.problem(
+            "broker",
+            "expected host and port of the broker's listen.admin, such as \"127.0.0.1:8444\"",
+        );
+    }
+    let (key, name) = match file.optional::<String>("server_name") {
+        Some(name) => ("server_name", Some(name)),
+        None => ("broker", host.map(ToOwned::to_owned)),
+    };
+    let server_name = name.and_then(|name| match ServerName::try_from(name.clone()) {
+        Ok(name) => Some(name),
+        Err(_) => {
+            file.problem(
+                key,
+                format_args!("expected a DNS name or an address, got {name:?}"),
+            );
+            None
+        }
+    });
+    let mut path = |key, example: &str| {
+        let path: Option<PathBuf> = file.required(key, example);
+        path.map(|path| folder.join(path))
+    };
+    let ca = path("ca", "\"/etc/credbroker/admin/broker-ca.pem\"");
+    let certificate = path("certificate", "\"/etc/credbroker/admin/anna.pem\"");
+    let key = path("key", "\"/etc/credbroker/admin/anna.key\"");
+    let has_vault = file.has("vault");
+    let mut section = file.section("vault");
+    let vault = if has_vault {
+        let roots = roots(&mut section, "roots", folder);
+        let settings = vault::read(&mut section, folder)?;
+        Some(AdminVault { settings, roots })
+    } else {
+        None
+    };
+    Some(AdminFile {
+        broker: broker?,
+        server_name: server_name?,
+        ca: ca?,
+        certificate: certificate?,
+        key: key?,
+        vault,
+    })
+}
+
+/// The host of `host:port`, an IPv6 address without its brackets.
+fn host(address: &str) -> Option<&str> {
+    let (host, port) = address.rsplit_once(':')?;
+    port.parse::<u16>().ok().filter(|port| *port != 0)?;
+    match host.strip_prefix('[') {
+        Some(host) => host.strip_suffix(']'),
+        None => Some(host).filter(|host| !host.is_empty() && !host.contains(':')),
+    }
+}
+
+/// Why a command did not do what it was asked to.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// The broker was not reached, or refused.
+    Broker {
+        /// One sentence.
+        what: String,
+        /// The next step.
+        fix: String,
+    },
+    /// `admin.toml`, or files that it names, are not as they must be.
+    Files(Vec<Problem>),
+}
+
+impl Failure {
+    fn broker(what: impl Into<String>, fix: impl Into<String>) -> Self {
+        Self::Broker {
+            what: what.into(),
+            fix: fix.into(),
+        }
+    }
+
+    /// Says it; returns the exit code.
+    pub(super) fn say(&self) -> u8 {
+        match self {
+            Self::Broker { what, fix } => {
+                say(&format!("{what}\nfix: {fix}"));
+                FAILED
+            }
+            Self::Files(problems) => {
+                say_problems(problems, "the same command");
+                USAGE
+            }
+        }
+    }
+}
+
+/// Reads `file`, connects, and runs a command; returns its exit code.
+pub(super) fn run(file: &Path, command: impl AsyncFnOnce(Admin) -> Result<u8, Failure>) -> u8 {
+    let runtime = match tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            say(&format!("no runtime: {error}"));
+            return FAILED;
+        }
+    };
+    let code = runtime.block_on(async { command(Admin::connect(file).await?).await });
+    // Whoever still asks a name server that does not answer is not waited for.
+    runtime.shutdown_background();
+    code.unwrap_or_else(|failure| failure.say())
+}
+
+/// The calls of `admin.proto`.
+pub(super) type Client = AdminClient<Connection>;
+
+/// A connection to the broker's admin door.
+pub(super) struct Admin {
+    client: Client,
+    broker: String,
+}
+
+impl Admin {
+    /// Connects as `file` says.
+    pub(super) async fn connect(file: &Path) -> Result<Self, Failure> {
+        let admin = read_file(file, "--admin", AdminFile::parse).map_err(Failure::Files)?;
+        let tls = admin.tls().map_err(|problems| {
+            let in_file = |problem: Problem| problem.in_file(file);
+            Failure::Files(problems.into_iter().map(in_file).collect())
+        })?;
+        let AdminFile { broker, .. } = &admin;
+        let connecting = async {
+            let stream = TcpStream::connect(broker)
+                .await
+                .map_err(|error| unreached(&admin, &error))?;
+            let refused = |error: io::Error| refused(&admin, &error);
+            stream.set_nodelay(true).map_err(refused)?;
+            let connector = TlsConnector::from(Arc::new(tls));
+            let mut stream: TlsStream<TcpStream> = connector
+                .connect(admin.server_name.clone(), stream)
+                .await
+                .map_err(refused)?;
+            // With TLS 1.3 the broker judges our certificate once our handshake is over; then it speaks first.
+            if stream.fill_buf().await.map_err(refused)?.is_empty() {
+                return Err(refused(io::ErrorKind::UnexpectedEof.into()));
+            }
+            let shaken = handshake(TokioExecutor::new(), TokioIo::new(stream)).await;
+            let (sender, connection) = shaken.map_err(|error| refused(io::Error::other(error)))?;
+            tokio::spawn(connection);
+            Ok(sender)
+        };
+        let sender = timeout(CONNECT_WITHIN, connecting)
+            .await
+            .unwrap_or_else(|_| {
+                let late = format!("no answer within {} s", CONNECT_WITHIN.as_secs());
+                Err(unreached(&admin, &io::Error::other(late)))
+            })?;
+        let origin = http::Uri::from_static("https://credbroker");
+        Ok(Self {
+            client: AdminClient::with_origin(Connection(sender), origin),
+            broker: admin.broker,
+        })
+    }
+
+    /// Makes one call that is given up after `within`.
+    pub(super) async fn ask<M, T>(
+        &mut self,
+        within: Duration,
+        message: M,
+        call: impl AsyncFnOnce(&mut Client, Request<M>) -> Result<Response<T>, Status>,
+    ) -> Result<T, Failure> {
+        let mut request = Request::new(message);
+        request.set_timeout(within);
+        match timeout(within, call(&mut self.client, request)).await {
+            Ok(Ok(response)) => Ok(response.into_inner()),
+            Ok(Err(status)) => Err(told(&self.broker, &status)),
+            Err(_) => Err(Failure::broker(
+                format!(
+                    "the broker at {} did not answer within {} s; it may still do what was asked",
+                    self.broker,
+                    within.as_secs()
+                ),
+                "look whether it did with `credbroker keys list`, and in the broker's log and audit file",
+            )),
+        }
+    }
+}
+
+/// One HTTP/2 connection, without tonic's own transport, which the broker needs nowhere else.
+pub(super) struct Connection(SendRequest<tonic::body::Body>);
+
+impl Service<http::Request<tonic::body::Body>> for Connection {
+    type Response = http::Response<Incoming>;
+    type Error = hyper::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, hyper::Error>> + Send>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), hyper::Error>> {
+        self.0.poll_ready(context)
+    }
+
+    fn call(&mut self, request: http::Request<tonic::body::Body>) -> Self::Future {
+        Box::pin(self.0.send_request(request))
+    }
+}
+
+/// Nobody answers.
+fn unreached(file: &AdminFile, error: &io::Error) -> Failure {
+    let broker = &file.broker;
+    Failure::broker(
+        format!("the broker cannot be reached at {broker}: {error}"),
+        format!(
+            "does it run, and does its configuration say [listen] admin = {broker:?}? Its log line \"listening\" names the \
+             address; `broker` in admin.toml must be the same"
+        ),
+    )
+}
+
+/// Somebody answers, and one of the two does not take the other's certificate.
+fn refused(file: &AdminFile, error: &io::Error) -> Failure {
+    let AdminFile { broker, .. } = file;
+    let (ca, certificate) = (file.ca.display(), file.certificate.display());
+    let tls = error
+        .get_ref()
+        .and_then(|error| error.downcast_ref::<rustls::Error>());
+    let (what, fix) = match tls {
+        Some(rustls::Error::AlertReceived(alert)) => match alert {
+            AlertDescription::AccessDenied | AlertDescription::CertificateUnknown => (
+                format!("what listens at {broker} takes no admins"),
+                "`broker` in admin.toml must be the broker's listen.admin, and not listen.grpc, which is the bots'".to_owned(),
+            ),
+            AlertDescription::CertificateExpired => (
+                format!("the broker at {broker} refused {certificate}: it has ended, or is not valid yet"),
+                "get a new one; if its dates are right, look at the clock of the broker's machine".to_owned(),
+            ),
+            AlertDescription::UnknownCA => (
+                format!("the broker at {broker} does not trust the CA of {certificate}"),
+                "use a certificate from a CA in the broker's tls.admin_ca (tls.client_ca where that is not set), or add \
+                 its CA there; it is taken up without a restart"
+                    .to_owned(),
+            ),
+            other => (
+                format!("the broker at {broker} refused the handshake: {other:?}"),
+                "its log says why, at the line \"client certificate refused\" or \"TLS handshake failed\"".to_owned(),
+            ),
+        },
+        Some(rustls::Error::InvalidCertificate(problem)) => match problem {
+            CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => (
+                format!("the certificate of the broker at {broker} does not name {}", file.server_name.to_str()),
+                "set server_name in admin.toml to a name that stands in it".to_owned(),
+            ),
+            CertificateError::UnknownIssuer => (
+                format!("the certificate of the broker at {broker} does not come from a CA in {ca}"),
+                "`ca` in admin.toml must hold the CA of the broker's tls.certificate; if it does, something else listens there"
+                    .to_owned(),
+            ),
+            other => (
+                format!("the certificate of the broker at {broker} cannot be trusted: {other}"),
+                "renew the broker's tls.certificate; it is taken up without a restart".to_owned(),
+            ),
+        },
+        Some(rustls::Error::InvalidMessage(_)) => (
+            format!("what listens at {broker} does not speak TLS"),
+            "`broker` in admin.toml must be the broker's listen.admin, and not listen.ops".to_owned(),
+        ),
+        _ => (
+            format!("the broker at {broker} broke the connection off: {error}"),
+            "try again; its log says why".to_owned(),
+        ),
+    };
+    Failure::broker(what, fix)
+}
+
+/// What the answer to a call says that failed.
+fn told(broker: &str, status: &Status) -> Failure {
+    let info = status.get_details_error_info();
+    let Some(info) = info.filter(|info| info.domain == DOMAIN) else {
+        return if status.code() == Code::Unimplemented {
+            Failure::broker(
+                format!("the broker at {broker} does not know this call"),
+                "it is older than this command: use the broker's own `credbroker`, or update the broker",
+            )
+        } else {
+            Failure::broker(
+                format!(
+                    "the connection to the broker at {broker} broke off: {}",
+                    status.message()
+                ),
+                "look whether it did what was asked with `credbroker keys list`, and try again",
+            )
+        };
+    };
+    let fix = match status.code() {
+        Code::InvalidArgument | Code::NotFound => "correct the command",
+        Code::Unauthenticated => "get a certificate from a CA that the broker trusts",
+        _ => "look into the broker's log",
+    };
+    Failure::broker(
+        format!("refused: {}: {}", info.reason, status.message()),
+        fix,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: &str = "broker = \"[::1]:8444\"\nca = \"ca.pem\"\ncertificate = \"/a/anna.pem\"\nkey = \"anna.key\"\n";
+
+    fn problems(text: &str) -> Vec<String> {
+        let problems = AdminFile::parse(text, Path::new("/etc/credbroker")).unwrap_err();
+        problems.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn paths_start_at_the_folder_and_the_name_is_that_of_the_address_unless_another_is_given() {
+        let folder = Path::new("/etc/credbroker");
+        let file = AdminFile::parse(TEXT, folder).unwrap();
+        assert_eq!(file.server_name, ServerName::try_from("::1").unwrap());
+        assert_eq!(file.ca, Path::new("/etc/credbroker/ca.pem"));
+        assert_eq!(file.certificate, Path::new("/a/anna.pem"));
+        assert!(file.vault.is_none());
+        let named = format!("{TEXT}server_name = \"broker.example.org\"");
+        let named = AdminFile::parse(&named, folder).unwrap();
+        assert_eq!(
+            named.server_name,
+            ServerName::try_from("broker.example.org").unwrap()
+        );
+    }
+
+    #[test]
+    fn every_problem_is_told_with_its_line() {
+        let all = problems(
+            "broker = \"localhost\"\nserver_name = \"a b\"\nport = 1\n[vault]\naddress = \"http://vault:8200\"",
+        );
+        for part in [
+            "line 1: broker: expected host and port",
+            "line 2: server_name: expected a DNS name or an address",
+            "line 3: port: is not a key of this section",
+            "ca: is missing",
+            "certificate: is missing",
+            "key: is missing",
+            "line 5: vault.address: expected https",
+            "line 4: vault.auth.method: is missing",
+        ] {
+            assert!(
+                all.iter().any(|problem| problem.starts_with(part)),
+                "{part} is not in {all:?}"
+            );
+        }
+        assert_eq!(all.len(), 8, "{all:?}");
+    }
+
+    #[test]
+    fn an_address_has_a_host_and_a_port() {
+        assert_eq!(host("broker.example.org:8444"), Some("broker.example.org"));
+        assert_eq!(host("[::1]:8444"), Some("::1"));
+        for bad in [
+            "",
+            "127.0.0.1",
+            ":8444",
+            "a:0",
+            "a:65536",
+            "::1:8444",
+            "[::1:8444",
+            "a:x",
+        ] {
+            assert_eq!(host(bad), None, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,606 @@
+//! The door for admins: who gets in, what the others see of it, and what the commands say that cannot get through.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use credbroker::api::proto::admin_client::AdminClient;
+use credbroker::api::proto::broker_client::BrokerClient;
+use credbroker::api::proto::{
+    FreezeAccountRequest, HaltRequest, KeyState, ListKeysRequest, RefreshKeyRequest, Scope,
+};
+use credbroker::clock::Clock;
+use credbroker_sim::pki::{Ca, Identity, SanType, Usage};
+use http_body_util::StreamBody;
+use serde_json::Value;
+use tokio::net::TcpStream;
+use tokio_stream::StreamExt;
+use tonic::codegen::Service;
+use tonic::{Code, Status};
+use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
+use tonic_reflection::pb::v1::{ServerReflectionRequest, ServerReflectionResponse};
+use tonic_types::StatusExt;
+
+use crate::certificates::gets_in;
+use crate::harness::{
+    Lab, Patient, Settings, accounts, admin_over, kv_path, patient, secret, until,
+};
+
+/// An admin's connection with this certificate.
+async fn connection(lab: &Lab, identity: &Identity) -> Option<Patient> {
+    let roots = [lab.ca.certificate_pem().to_owned()];
+    patient(lab.admin, &roots, identity).await.ok()
+}
+
+/// What becomes of a call with this certificate at the admins' door.
+async fn listed(lab: &Lab, identity: &Identity) -> Result<Vec<KeyState>, Option<Status>> {
+    let connection = connection(lab, identity).await.ok_or(None)?;
+    list(&mut admin_over(connection)).await.map_err(Some)
+}
+
+async fn list(admin: &mut AdminClient<Patient>) -> Result<Vec<KeyState>, Status> {
+    Ok(admin.list_keys(ListKeysRequest {}).await?.into_inner().keys)
+}
+
+/// Code and reason of a call that must fail.
+fn refusal<T: std::fmt::Debug>(result: Result<T, Status>) -> (Code, String) {
+    let status = result.expect_err("this call must fail");
+    let info = status.get_details_error_info();
+    let info = info.unwrap_or_else(|| panic!("no ErrorInfo in {status:?}"));
+    assert_eq!(info.domain, "credbroker");
+    (status.code(), info.reason)
+}
+
+#[tokio::test]
+async fn each_role_gets_in_at_its_own_door_and_at_no_other() {
+    let mut lab = Lab::with(Settings {
+        process: true,
+        ..Settings::default()
+    })
+    .await;
+    let names = |name: &str| [SanType::DnsName(name.try_into().unwrap())];
+    let named = lab
+        .ca
+        .issue("anna", &names("admin.demo.test"), Usage::Client);
+    let stranger = Ca::new("somebody else's CA").unwrap();
+    let uri = SanType::URI("spiffe://demo.test/admin/anna".try_into().unwrap());
+    let served = lab.ca.issue("anna", &[uri], Usage::Server).unwrap();
+    let admin = lab.ca.admin("anna").unwrap();
+    listed(&lab, &admin).await.unwrap();
+    let expected = "expected spiffe://<trust domain>/admin/<name>, got ";
+    for (identity, reason) in [
+        (
+            lab.ca.bot("maker").unwrap(),
+            format!("{expected}\\\"spiffe://demo.test/bot/maker"),
+        ),
+        (named.unwrap(), format!("{expected}\\\"admin.demo.test")),
+        (stranger.admin("anna").unwrap(), "UnknownIssuer".to_owned()),
+        (served, "invalid peer certificate".to_owned()),
+    ] {
+        let refusals = |lab: &Lab| {
+            let log = lab.process.as_ref().unwrap().log();
+            let lines = log
+                .lines()
+                .filter(|line| line.contains("client certificate refused"));
+            lines.map(ToOwned::to_owned).collect::<Vec<_>>()
+        };
+        let before = refusals(&lab).len();
+        // In the handshake: what the client gets is no answer of gRPC's.
+        let failure = listed(&lab, &identity).await.unwrap_err();
+        assert!(
+            failure.is_none_or(|status| status.details().is_empty()),
+            "{reason}"
+        );
+        until("the refusal is logged", async || {
+            refusals(&lab).len() > before
+        })
+        .await;
+        let line = refusals(&lab).pop().unwrap();
+        assert!(line.contains(&reason), "{reason} is not in {line}");
+    }
+    assert!(!gets_in(&lab, &admin).await, "an admin is no bot");
+    assert!(gets_in(&lab, &lab.ca.bot("maker").unwrap()).await);
+
+    let tls = tonic::transport::ClientTlsConfig::new()
+        .ca_certificate(tonic::transport::Certificate::from_pem(
+            lab.ca.certificate_pem(),
+        ))
+        .domain_name("localhost");
+    let endpoint = |scheme: &str| {
+        tonic::transport::Endpoint::from_shared(format!("{scheme}://{}", lab.admin)).unwrap()
+    };
+    for endpoint in [endpoint("https").tls_config(tls).unwrap(), endpoint("http")] {
+        if let Ok(channel) = endpoint.connect().await {
+            let mut anonymous = AdminClient::new(channel);
+            anonymous.list_keys(ListKeysRequest {}).await.unwrap_err();
+        }
+    }
+    lab.process().terminate();
+    assert_eq!(lab.process().exit_code().await, Some(0));
+}
+
+async fn reflect(
+    connection: Patient,
+    question: MessageRequest,
+) -> Result<ServerReflectionResponse, Status> {
+    let origin = "https://localhost".parse().unwrap();
+    let mut client = ServerReflectionClient::with_origin(connection, origin);
+    let asked = tokio_stream::iter([ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(question),
+    }]);
+    let mut answers = client.server_reflection_info(asked).await?.into_inner();
+    Ok(answers.message().await?.unwrap())
+}
+
+#[tokio::test]
+async fn neither_door_shows_or_serves_the_other_ones_calls() {
+    let mut lab = Lab::start().await;
+    let bot = lab.patient(&lab.ca.bot("maker").unwrap()).await;
+    let services = MessageRequest::ListServices(String::new());
+    let answer = reflect(bot.clone(), services.clone()).await.unwrap();
+    let Some(MessageResponse::ListServicesResponse(list)) = answer.message_response else {
+        panic!("no list")
+    };
+    let names: Vec<_> = list
+        .service
+        .into_iter()
+        .map(|service| service.name)
+        .collect();
+    assert!(
+        names.iter().any(|name| name == "credbroker.v1.Broker"),
+        "{names:?}"
+    );
+    assert!(
+        !names.iter().any(|name| name.contains("Admin")),
+        "{names:?}"
+    );
+    for question in [
+        MessageRequest::FileByFilename("credbroker/v1/admin.proto".to_owned()),
+        MessageRequest::FileContainingSymbol("credbroker.v1.Admin".to_owned()),
+        MessageRequest::FileContainingSymbol("credbroker.v1.Candidate".to_owned()),
+    ] {
+        let answer = reflect(bot.clone(), question.clone()).await;
+        let found = answer.is_ok_and(|answer| {
+            !matches!(
+                answer.message_response,
+                Some(MessageResponse::ErrorResponse(_))
+            )
+        });
+        assert!(!found, "{question:?}");
+    }
+    // What it does show, found the same way.
+    let broker = MessageRequest::FileByFilename("credbroker/v1/broker.proto".to_owned());
+    let answer = reflect(bot.clone(), broker).await.unwrap().message_response;
+    assert!(
+        matches!(answer, Some(MessageResponse::FileDescriptorResponse(_))),
+        "{answer:?}"
+    );
+    let ended = list_keys_over(bot).await.unwrap_err();
+    assert_eq!(ended.code(), Code::Unimplemented);
+
+    let admin = connection(&lab, &lab.ca.admin("anna").unwrap())
+        .await
+        .unwrap();
+    let ended = reflect(admin.clone(), services).await.unwrap_err();
+    assert_eq!(ended.code(), Code::Unimplemented);
+    let mut bots_call = BrokerClient::with_origin(admin, "https://localhost".parse().unwrap());
+    let ended = bots_call.sign_and_send(accounts()).await.unwrap_err();
+    assert_eq!(ended.code(), Code::Unimplemented);
+    lab.stop().await;
+}
+
+async fn list_keys_over(connection: Patient) -> Result<Vec<KeyState>, Status> {
+    list(&mut admin_over(connection)).await
+}
+
+#[tokio::test]
+async fn without_an_address_there_is_no_door() {
+    let mut lab = Lab::with(Settings {
+        edit: Box::new(|config| config.replace("admin = \"127.0.0.1:0\"\n", "")),
+        ..Settings::default()
+    })
+    .await;
+    assert_eq!(lab.server.as_ref().unwrap().admin, None);
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn keys_are_listed_as_they_are() {
+    let mut lab = Lab::with(Settings {
+        keys: vec![("main", "main", crate::harness::MAIN_UID)],
+        wait_ready: false,
+        ..Settings::default()
+    })
+    .await;
+    let mut admin = lab.admin_client("anna").await;
+    let listed = async || list(&mut admin.clone()).await.unwrap();
+    until("Vault has said what it has", async || {
+        !listed()
+            .await
+            .iter()
+            .any(|key| key.reasons.iter().any(|reason| reason.contains("waiting")))
+    })
+    .await;
+    let keys = listed().await;
+    let [main, other] = keys.as_slice() else {
+        panic!("{keys:?}")
+    };
+    let named =
+        |key: &KeyState| format!("{}/{} {} {}", key.account, key.key, key.status, key.version);
+    assert_eq!(named(main), "main/main untested 1");
+    let scopes: Vec<_> = main.scopes().collect();
+    assert_eq!(scopes, [Scope::Futures, Scope::SpotMargin, Scope::Unified]);
+    assert_eq!(main.reasons, [""; 0]);
+    assert_eq!(named(other), "other/main unavailable 0");
+    assert_eq!(other.reasons.len(), 1, "{other:?}");
+
+    let key = credbroker_sim::kucoin::SimKey::fake(crate::harness::MAIN_UID);
+    let mut broken = secret(&key);
+    broken["passphrase"] = Value::Null;
+    lab.vault.put_secret("kv", &kv_path("main", "main"), broken);
+    until("the broken version is told", async || {
+        let keys = listed().await;
+        keys[0].status == "degraded"
+            && keys[0].version == 1
+            && keys[0].reasons[0].contains("passphrase")
+    })
+    .await;
+    lab.vault.seal();
+    until("the outage is told", async || {
+        let reasons = listed().await[0].reasons.join("; ");
+        reasons.contains("Vault last confirmed it")
+    })
+    .await;
+    list(&mut admin).await.unwrap();
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn what_a_call_names_is_checked() {
+    let mut lab = Lab::start().await;
+    let mut admin = lab.admin_client("anna").await;
+    let freeze = |account: &str| FreezeAccountRequest {
+        account: account.to_owned(),
+    };
+    let malformed = (Code::InvalidArgument, "REQUEST_MALFORMED".to_owned());
+    let ended = admin.freeze_account(freeze("No Such")).await.unwrap_err();
+    let fields = ended.get_details_bad_request().unwrap().field_violations;
+    assert_eq!(fields[0].field, "account");
+    assert!(
+        ended
+            .message()
+            .starts_with("the call is malformed: account: expected a name"),
+        "{ended:?}"
+    );
+    assert_eq!(refusal(Err::<(), _>(ended)), malformed);
+    let unknown = refusal(admin.freeze_account(freeze("nobody")).await);
+    assert_eq!(unknown, (Code::NotFound, "ACCOUNT_UNKNOWN".to_owned()));
+    let refresh = |key: &str| RefreshKeyRequest {
+        account: "main".to_owned(),
+        key: key.to_owned(),
+    };
+    let unknown = refusal(admin.refresh_key(refresh("second")).await);
+    assert_eq!(unknown, (Code::NotFound, "KEY_UNKNOWN".to_owned()));
+    for (account, all) in [("", false), ("main", true)] {
+        let halt = HaltRequest {
+            account: account.to_owned(),
+            all,
+            cancel_all: false,
+        };
+        assert_eq!(
+            refusal(admin.halt(halt).await),
+            malformed,
+            "{account:?} {all}"
+        );
+    }
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn calls_are_small_and_arrive_in_time() {
+    let mut lab = Lab::with(Settings {
+        config: "[limits]\nrequest_timeout_ms = 300".to_owned(),
+        ..Settings::default()
+    })
+    .await;
+    let mut admin = lab.admin_client("anna").await;
+    let large = FreezeAccountRequest {
+        account: "x".repeat(64 * 1024),
+    };
+    let malformed = (Code::InvalidArgument, "REQUEST_MALFORMED".to_owned());
+    assert_eq!(refusal(admin.freeze_account(large).await), malformed);
+
+    let mut raw = connection(&lab, &lab.ca.admin("anna").unwrap())
+        .await
+        .unwrap();
+    let mut call = async |first: &'static [u8], ends: bool| {
+        let pieces = tokio_stream::iter([Ok::<_, Status>(http_body::Frame::data(
+            Bytes::from_static(first),
+        ))]);
+        let body = if ends {
+            http_body_util::combinators::UnsyncBoxBody::new(StreamBody::new(pieces))
+        } else {
+            let pieces = pieces.chain(tokio_stream::pending());
+            http_body_util::combinators::UnsyncBoxBody::new(StreamBody::new(pieces))
+        };
+        let request = http::Request::post("https://localhost/credbroker.v1.Admin/FreezeAccount")
+            .header("content-type", "application/grpc")
+            .header("te", "trailers")
+            .body(tonic::body::Body::new(body))
+            .unwrap();
+        let response = raw.call(request).await.unwrap();
+        Err::<(), _>(Status::from_header_map(response.headers()).unwrap())
+    };
+    let slow = (Code::DeadlineExceeded, "DEADLINE_EXCEEDED".to_owned());
+    assert_eq!(refusal(call(&[0, 0], false).await), slow);
+    // A field that says it is longer than the message.
+    assert_eq!(
+        refusal(call(&[0, 0, 0, 0, 2, 0x0a, 0x7f], true).await),
+        malformed
+    );
+    list(&mut admin).await.unwrap();
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn admins_get_in_whoever_else_holds_connections() {
+    let mut lab = Lab::start().await;
+    let mut silent = Vec::new();
+    for _ in 0..100 {
+        silent.push(TcpStream::connect(lab.admin).await.unwrap());
+    }
+    let mut anna = lab.admin_client("anna").await;
+    list(&mut anna).await.unwrap();
+    let (bob, mut many) = (lab.ca.admin("bob").unwrap(), Vec::new());
+    for _ in 0..40 {
+        let mut one = connection(&lab, &bob).await.unwrap();
+        list(&mut admin_over(one.clone())).await.unwrap();
+        // It must not be closed by this end.
+        assert!(one.is_open());
+        std::future::poll_fn(|context| one.poll_ready(context))
+            .await
+            .unwrap();
+        many.push(one);
+    }
+    until("the oldest of bob's have ended", async || {
+        many.iter().filter(|one| one.is_open()).count() == 15
+    })
+    .await;
+    assert!(many[25..].iter().all(Patient::is_open));
+    list(&mut anna).await.unwrap();
+    list(&mut admin_over(many.pop().unwrap())).await.unwrap();
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn a_removed_ca_ends_admin_access_at_once() {
+    let (own, next) = (
+        Ca::new("CA of admins").unwrap(),
+        Ca::new("next CA of admins").unwrap(),
+    );
+    let mut lab = Lab::with(Settings {
+        files: vec![("admins-ca.pem", own.certificate_pem().to_owned())],
+        edit: Box::new(|config| config.replace("[tls]\n", "[tls]\nadmin_ca = \"admins-ca.pem\"\n")),
+        ..Settings::default()
+    })
+    .await;
+    let old = own.admin("anna").unwrap();
+    let connected = connection(&lab, &old).await.unwrap();
+    let mut anna = admin_over(connected.clone());
+    list(&mut anna).await.unwrap();
+    // Each CA is for its own door.
+    listed(&lab, &lab.ca.admin("anna").unwrap())
+        .await
+        .unwrap_err();
+    assert!(!gets_in(&lab, &own.bot("maker").unwrap()).await);
+    let mut bot = lab.patient_bot("maker").await;
+    bot.send(accounts()).await.unwrap();
+
+    let unusable = lab.changes().len();
+    std::fs::write(lab.path("admins-ca.pem"), "no certificate").unwrap();
+    until("the unusable file is told", async || {
+        lab.changes().len() > unusable
+    })
+    .await;
+    let change = lab.changes().pop().unwrap();
+    assert_eq!(
+        (&change["what"], &change["outcome"]),
+        (&"tls".into(), &"refused".into())
+    );
+    assert!(
+        change["detail"]
+            .as_str()
+            .unwrap()
+            .starts_with("tls.admin_ca: "),
+        "{change}"
+    );
+    list(&mut anna).await.unwrap();
+
+    let known = lab.changes().len();
+    std::fs::write(lab.path("admins-ca.pem"), next.certificate_pem()).unwrap();
+    until("the next CA is in force", async || {
+        lab.changes().len() > known
+    })
+    .await;
+    // The call comes before or after the connection has ended.
+    let ended = list(&mut anna).await.unwrap_err();
+    assert!(ended.details().is_empty() || refusal(Err::<(), _>(ended)).1 == "CALLER_UNKNOWN");
+    until("the connection has ended", async || !connected.is_open()).await;
+    listed(&lab, &old).await.unwrap_err();
+    listed(&lab, &next.admin("anna").unwrap()).await.unwrap();
+    bot.send(accounts()).await.unwrap();
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn no_call_is_taken_on_a_certificate_that_has_ended() {
+    let mut lab = Lab::start().await;
+    let now_s = || u64::try_from(Clock::system().wall_ms() / 1000).unwrap();
+    let end = now_s() + 3;
+    let identity = lab.ca.admin_within("anna", end - 60..end).unwrap();
+    let connected = connection(&lab, &identity).await.unwrap();
+    let mut anna = admin_over(connected.clone());
+    let mut served = 0;
+    let ended = loop {
+        match list(&mut anna).await {
+            Ok(_) => served += 1,
+            Err(status) => break status,
+        }
+        assert!(now_s() <= end + 1, "it is served past its end");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    assert!(served > 0 && now_s() >= end);
+    assert_eq!(
+        refusal(Err::<(), _>(ended)),
+        (Code::Unauthenticated, "CALLER_UNKNOWN".to_owned())
+    );
+    until("the connection has ended", async || !connected.is_open()).await;
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn the_command_lists_keys() {
+    let mut lab = Lab::start().await;
+    let shown = lab.admin_cli("anna", &["keys", "list"]).await;
+    assert_eq!(
+        (shown.code, shown.stdout.as_str(), shown.stderr.as_str()),
+        (
+            Some(0),
+            "STATUS       VERSION  KEY\n\
+             untested           1  main/main\n    serves futures, spot-margin, unified\n\
+             untested           1  other/main\n    serves spot-margin\n",
+            ""
+        )
+    );
+    let shown = lab.admin_cli("anna", &["keys", "list", "--json"]).await;
+    let lines: Vec<Value> = shown
+        .stdout
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(lines.len(), 2);
+    assert_eq!(lines[0]["account"], "main");
+    assert_eq!(lines[0]["status"], "untested");
+    assert_eq!(lines[0]["version"], 1);
+    assert_eq!(lines[0]["tested_at_ms"], Value::Null);
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn a_command_that_cannot_get_through_says_why_and_what_to_do() {
+    let mut lab = Lab::start().await;
+    let admin = lab.ca.admin("anna").unwrap();
+    lab.write_admin_files(&admin);
+    let toml = std::fs::read_to_string(lab.path("admin.toml")).unwrap();
+    let now_s = u64::try_from(Clock::system().wall_ms() / 1000).unwrap();
+    let stranger = Ca::new("somebody else's CA").unwrap();
+    let ended = lab.ca.admin_within("anna", now_s - 60..now_s - 30).unwrap();
+    let stranger_pem = stranger.certificate_pem().to_owned();
+    let ca = lab.ca.certificate_pem().to_owned();
+    let at = |address| toml.replace(&lab.admin.to_string(), &format!("{address}"));
+    let cases = [
+        (
+            &admin,
+            &stranger_pem,
+            toml.clone(),
+            1,
+            "does not come from a CA in",
+            "fix: `ca` in admin.toml must hold the CA of the broker's tls.certificate",
+        ),
+        (
+            &admin,
+            &ca,
+            format!("server_name = \"other.test\"\n{toml}"),
+            1,
+            "does not name other.test",
+            "fix: set server_name in admin.toml",
+        ),
+        (
+            &stranger.admin("anna").unwrap(),
+            &ca,
+            toml.clone(),
+            1,
+            "does not trust the CA of",
+            "tls.admin_ca",
+        ),
+        (
+            &ended,
+            &ca,
+            toml.clone(),
+            1,
+            "it has ended, or is not valid yet",
+            "fix: get a new one",
+        ),
+        (
+            &lab.ca.bot("maker").unwrap(),
+            &ca,
+            toml.clone(),
+            2,
+            "admin.pem is no admin's certificate: its name is not one for this door: expected spiffe://<trust domain>/admin/<name>, got",
+            "fix: ",
+        ),
+        (
+            &admin,
+            &ca,
+            at(lab.grpc),
+            1,
+            "takes no admins",
+            "fix: `broker` in admin.toml must be the broker's listen.admin",
+        ),
+        (
+            &admin,
+            &ca,
+            at(lab.ops),
+            1,
+            "does not speak TLS",
+            "and not listen.ops",
+        ),
+        (
+            &admin,
+            &ca,
+            "broker = 1".to_owned(),
+            2,
+            "admin.toml:1: broker: ",
+            "fix: ",
+        ),
+    ];
+    for (identity, ca, toml, code, what, fix) in cases {
+        lab.write_admin_files(identity);
+        std::fs::write(lab.path("admin-broker-ca.pem"), ca).unwrap();
+        std::fs::write(lab.path("admin.toml"), toml).unwrap();
+        let said = lab.cli(&["keys", "list"], "").await;
+        assert_eq!(
+            (said.code, said.stdout.as_str()),
+            (Some(code), ""),
+            "{said:?}"
+        );
+        assert!(
+            said.stderr.contains(what),
+            "{what} is not in {}",
+            said.stderr
+        );
+        assert!(said.stderr.contains(fix), "{fix} is not in {}", said.stderr);
+    }
+    std::fs::remove_file(lab.path("admin.toml")).unwrap();
+    let said = lab.cli(&["keys", "list"], "").await;
+    assert_eq!(said.code, Some(2));
+    assert!(
+        said.stderr.contains("name another with --admin"),
+        "{}",
+        said.stderr
+    );
+
+    lab.stop().await;
+    let said = lab.admin_cli("anna", &["keys", "list"]).await;
+    assert_eq!((said.code, said.stdout.as_str()), (Some(1), ""));
+    let expected = format!("the broker cannot be reached at {}: ", lab.admin);
+    assert!(said.stderr.starts_with(&expected), "{}", said.stderr);
+    assert!(
+        said.stderr
+            .contains("\nfix: does it run, and does its configuration say [listen] admin = "),
+        "{}",
+        said.stderr
+    );
+}
