@@ -147,6 +147,26 @@ pub struct Act<'a> {
     pub detail: Option<String>,
 }
 
+impl<'a> Act<'a> {
+    /// About an account.
+    pub fn on_account(action: &'static str, account: &'a AccountId) -> Self {
+        Self {
+            action,
+            account: Some(account),
+            ..Self::default()
+        }
+    }
+
+    /// About a bot.
+    pub fn on_bot(action: &'static str, bot: &'a BotId) -> Self {
+        Self {
+            action,
+            about_bot: Some(bot),
+            ..Self::default()
+        }
+    }
+}
+
 /// An act as it stands in the file.
 #[derive(Serialize)]
 struct ActLine<'a> {

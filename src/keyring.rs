@@ -342,11 +342,8 @@ impl Keyring {
     /// Puts a slot in place; a key that stood there is wiped once its last request is signed.
     fn set(&self, account: &AccountId, name: &KeyName, slot: Slot) {
         self.change(account, name, |place| {
-            // Asked under the lock that `revoke` takes: a key that was revoked meanwhile does not come back.
-            let revoked = match &slot {
-                Slot::Ready { key, .. } => self.restrictions.revoked(KeyDigest(key.id_sha256())),
-                Slot::Gone(_) | Slot::Waiting(_) => None,
-            };
+            // Asked under the lock that `wipe_revoked` takes: a key that was revoked meanwhile does not come back.
+            let revoked = self.revoked(&slot);
             place.put(revoked.map_or(slot, |revoked| Slot::Gone(revoked_by(&revoked))));
         });
     }
@@ -384,17 +381,23 @@ impl Keyring {
         self.changed.send_replace(());
     }
 
-    /// Wipes a key wherever it stands; it is dead, as `reason` says.
-    pub fn revoke(&self, digest: KeyDigest, revoked: &Revoked) {
+    /// Wipes every key that has been revoked.
+    pub fn wipe_revoked(&self) {
         let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
         for place in slots.values_mut().flat_map(|keys| keys.places.values_mut()) {
-            let is_it = matches!(&place.slot, Slot::Ready { key, .. } if key.id_sha256() == digest.0);
-            if is_it {
-                place.put(Slot::Gone(revoked_by(revoked)));
+            if let Some(revoked) = self.revoked(&place.slot) {
+                place.put(Slot::Gone(revoked_by(&revoked)));
             }
         }
         drop(slots);
         self.changed.send_replace(());
+    }
+
+    fn revoked(&self, slot: &Slot) -> Option<Revoked> {
+        match slot {
+            Slot::Ready { key, .. } => self.restrictions.revoked(KeyDigest(key.id_sha256())),
+            Slot::Gone(_) | Slot::Waiting(_) => None,
+        }
     }
 
     /// Whether another key than `used`, which the exchange has refused, signs by now. Waits for one that is being tested.
