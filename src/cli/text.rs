@@ -196,6 +196,9 @@ mod tests {
             format!("a\n{long}\nb\n")
         );
         assert_eq!(paragraph("- ", ""), "-\n");
+        let two = |first: usize| format!("{} {}", "a".repeat(first), "b".repeat(40));
+        assert_eq!(paragraph("", &two(39)), two(39) + "\n");
+        assert_eq!(paragraph("", &two(40)), two(40).replace(' ', "\n") + "\n");
         let full = "y".repeat(78);
         assert_eq!(paragraph("- ", &full), format!("- {full}\n"));
     }
