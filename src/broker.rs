@@ -6,6 +6,7 @@
 pub mod admission;
 mod error;
 mod gate;
+pub mod halt;
 pub mod probes;
 pub mod trial;
 

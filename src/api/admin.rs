@@ -15,6 +15,7 @@ use super::standing::{Standing, scopes, standing, standings};
 use super::status::{DOMAIN, add_violations, cut};
 use crate::audit::Act;
 use crate::broker::Broker;
+use crate::broker::halt::Cancelled;
 use crate::broker::trial::{KeyTest, KeyTested, Probe};
 use crate::ids::{AccountId, AdminId, BotId, KeyName, Who};
 use crate::keyring::Slot;
@@ -297,6 +298,17 @@ impl From<Finding> for proto::Finding {
             is_refusal: finding.is_refusal,
             cause: finding.cause,
             fix: finding.fix,
+        }
+    }
+}
+
+impl From<Cancelled> for proto::Cancelled {
+    fn from(cancelled: Cancelled) -> Self {
+        Self {
+            account: cancelled.account.to_string(),
+            scope: proto::Scope::from(cancelled.scope).into(),
+            probes: cancelled.probes.into_iter().map(proto::Probe::from).collect(),
+            still_open: cancelled.still_open,
         }
     }
 }

@@ -536,8 +536,8 @@ pub fn refusal(code: &str, msg: &str, scope: Scope, egress_ip: IpAddr) -> Findin
     };
     let mut cause = format!("{} {}", advice.meaning, advice.cause);
     if let Some(seen) = seen.filter(|&seen| seen != egress_ip) {
-        cause += &format!(
-            " KuCoin saw {seen}, and {egress_ip} was expected: see egress.expected_ip in the configuration."
+        cause = format!(
+            "{cause} KuCoin saw {seen}, and {egress_ip} was expected: see egress.expected_ip in the configuration."
         );
     }
     Finding::refusal(advice.topic, cause, advice.fix(&facts))
@@ -668,6 +668,88 @@ mod tests {
             {"id": "63355cd156298d0001b66e61", "currency": "USDT", "type": "main", "balance": "0.01", "available": "0.01", "holds": "0"}
         ]
     }"#;
+
+    /// Code, name, beginning of the cause, part of the fix.
+    const REFUSED: [(&str, &str, &str, &str); 13] = [
+        (
+            "400003",
+            "key-unknown",
+            "KuCoin does not know this API key. It was deleted, has expired,",
+            "create a new key",
+        ),
+        (
+            "400004",
+            "secret-or-passphrase-wrong",
+            "Either the secret or the passphrase of this API key is wrong.",
+            "Register the key again",
+        ),
+        (
+            "400005",
+            "secret-or-passphrase-wrong",
+            "Either the secret or the passphrase of this API key is wrong.",
+            "Register the key again",
+        ),
+        (
+            "400006",
+            "address-not-whitelisted",
+            "KuCoin takes no requests with this API key from the address",
+            "Add 203.0.113.7 to the key's",
+        ),
+        (
+            "400007",
+            "permission-missing",
+            "This API key is not allowed to do this.",
+            "tick the permission Futures under",
+        ),
+        (
+            "400008",
+            "key-too-old",
+            "KuCoin no longer accepts API keys of this version.",
+            "which will have version 3",
+        ),
+        (
+            "400009",
+            "key-version-wrong",
+            "KuCoin does not accept the key version that was sent.",
+            "finds the version out",
+        ),
+        (
+            "400010",
+            "account-not-allowed",
+            "KuCoin does not let this account do this.",
+            "Open the product",
+        ),
+        (
+            "400301",
+            "region-restricted",
+            "KuCoin does not offer this in the region",
+            "the country of 203.0.113.7",
+        ),
+        (
+            "400302",
+            "region-restricted",
+            "KuCoin does not offer this in the region",
+            "the country of 203.0.113.7",
+        ),
+        (
+            "400303",
+            "identity-unverified",
+            "KuCoin asks the owner of this account to verify",
+            "identity verification",
+        ),
+        (
+            "400304",
+            "identity-unverified",
+            "KuCoin asks the owner of this account to verify",
+            "in the master account",
+        ),
+        (
+            "411100",
+            "account-frozen",
+            "KuCoin has frozen this account.",
+            "support",
+        ),
+    ];
 
     const NOW_MS: i64 = 1_760_000_000_000;
 
@@ -1096,86 +1178,7 @@ mod tests {
     fn a_refused_key_is_told_in_the_sentences_of_the_table() {
         let ours = ip("203.0.113.7");
         let told = |code, msg| refusal(code, msg, Scope::Futures, ours);
-        for (code, name, cause, fix) in [
-            (
-                "400003",
-                "key-unknown",
-                "KuCoin does not know this API key. It was deleted, has expired,",
-                "create a new key",
-            ),
-            (
-                "400004",
-                "secret-or-passphrase-wrong",
-                "Either the secret or the passphrase of this API key is wrong.",
-                "Register the key again",
-            ),
-            (
-                "400005",
-                "secret-or-passphrase-wrong",
-                "Either the secret or the passphrase of this API key is wrong.",
-                "Register the key again",
-            ),
-            (
-                "400006",
-                "address-not-whitelisted",
-                "KuCoin takes no requests with this API key from the address",
-                "Add 203.0.113.7 to the key's",
-            ),
-            (
-                "400007",
-                "permission-missing",
-                "This API key is not allowed to do this.",
-                "tick the permission Futures under",
-            ),
-            (
-                "400008",
-                "key-too-old",
-                "KuCoin no longer accepts API keys of this version.",
-                "which will have version 3",
-            ),
-            (
-                "400009",
-                "key-version-wrong",
-                "KuCoin does not accept the key version that was sent.",
-                "finds the version out",
-            ),
-            (
-                "400010",
-                "account-not-allowed",
-                "KuCoin does not let this account do this.",
-                "Open the product",
-            ),
-            (
-                "400301",
-                "region-restricted",
-                "KuCoin does not offer this in the region",
-                "the country of 203.0.113.7",
-            ),
-            (
-                "400302",
-                "region-restricted",
-                "KuCoin does not offer this in the region",
-                "the country of 203.0.113.7",
-            ),
-            (
-                "400303",
-                "identity-unverified",
-                "KuCoin asks the owner of this account to verify",
-                "identity verification",
-            ),
-            (
-                "400304",
-                "identity-unverified",
-                "KuCoin asks the owner of this account to verify",
-                "in the master account",
-            ),
-            (
-                "411100",
-                "account-frozen",
-                "KuCoin has frozen this account.",
-                "support",
-            ),
-        ] {
+        for (code, name, cause, fix) in REFUSED {
             let found = told(code, "");
             assert_eq!((found.name, found.is_refusal), (name, true), "{code}");
             assert!(found.cause.starts_with(cause), "{code}: {}", found.cause);
