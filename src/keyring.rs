@@ -363,8 +363,7 @@ impl Keyring {
     ) {
         let at_ms = self.clock.wall_ms();
         self.change(account, name, |place| {
-            let is_it =
-                matches!(&place.slot, Slot::Ready { key, .. } if Arc::ptr_eq(key, tested));
+            let is_it = matches!(&place.slot, Slot::Ready { key, .. } if Arc::ptr_eq(key, tested));
             if is_it {
                 place.tested = Some(Tested { at_ms, report });
             }
@@ -415,7 +414,8 @@ impl Keyring {
                     let Some(place) = keys.and_then(|keys| keys.places.get(name)) else {
                         return false;
                     };
-                    let is_other = matches!(&place.slot, Slot::Ready { key, .. } if !Arc::ptr_eq(key, used));
+                    let is_other =
+                        matches!(&place.slot, Slot::Ready { key, .. } if !Arc::ptr_eq(key, used));
                     (is_other, place.is_on_trial)
                 };
                 // An error means that the keyring is gone.

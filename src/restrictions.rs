@@ -101,7 +101,9 @@ pub enum RestrictionsError {
     )]
     Unwritten(String, #[source] io::Error),
     /// A restriction is not lifted.
-    #[error("it is still in force: {0} cannot be written; mend that and give the same command again")]
+    #[error(
+        "it is still in force: {0} cannot be written; mend that and give the same command again"
+    )]
     StillInForce(String, #[source] io::Error),
 }
 
@@ -134,12 +136,7 @@ impl Restrictions {
     ///
     /// # Errors
     /// When an admin has forbidden it.
-    pub fn check(
-        &self,
-        who: &Who,
-        account: &AccountId,
-        adds_risk: bool,
-    ) -> Result<(), Restricted> {
+    pub fn check(&self, who: &Who, account: &AccountId, adds_risk: bool) -> Result<(), Restricted> {
         let state = self.state();
         if who
             .bot()

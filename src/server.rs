@@ -147,7 +147,8 @@ impl Server {
             egress_roots,
         } = load(&config, clock.wall_ms()).map_err(StartError::Config)?;
         let lock = lock(&config.state_dir)?;
-        let restrictions = Restrictions::open(&config.state_dir).map_err(StartError::Restrictions)?;
+        let restrictions =
+            Restrictions::open(&config.state_dir).map_err(StartError::Restrictions)?;
         let restrictions = Arc::new(restrictions);
         let metrics = Arc::new(Metrics::default());
         let audit = open_audit(&config.audit_file, &clock, &metrics)?;

@@ -209,7 +209,14 @@ impl AdminApi {
             Err(error) => ("failed", Some(chain(error))),
         };
         let detail = problem.or(act.detail.clone());
-        self.record(admin, &Act { outcome, detail, ..act });
+        self.record(
+            admin,
+            &Act {
+                outcome,
+                detail,
+                ..act
+            },
+        );
         Ok(changed?)
     }
 
@@ -221,7 +228,8 @@ impl AdminApi {
         name: KeyName,
     ) -> Result<RevokedKey, AdminError> {
         let standing = standing(&self.broker, account, &name);
-        let standing = standing.ok_or_else(|| AdminError::KeyUnknown(account.clone(), name.clone()))?;
+        let standing =
+            standing.ok_or_else(|| AdminError::KeyUnknown(account.clone(), name.clone()))?;
         let (id, version) = (standing.id, standing.version);
         let act = Act {
             action: "revoke",
@@ -272,7 +280,9 @@ impl From<Standing> for KeyState {
 
 fn in_proto(scopes: &[Scope]) -> Vec<i32> {
     let scopes = scopes.iter().copied();
-    scopes.map(|scope| proto::Scope::from(scope).into()).collect()
+    scopes
+        .map(|scope| proto::Scope::from(scope).into())
+        .collect()
 }
 
 impl From<&KeyInfo> for KeyFacts {
@@ -284,7 +294,10 @@ impl From<&KeyInfo> for KeyFacts {
             site: info.site.clone().unwrap_or_default(),
             permissions: info.permissions.iter().map(ToString::to_string).collect(),
             ip_whitelist: info.ip_whitelist.clone(),
-            key_version: info.version.and_then(|version| version.try_into().ok()).unwrap_or_default(),
+            key_version: info
+                .version
+                .and_then(|version| version.try_into().ok())
+                .unwrap_or_default(),
             created_at_ms: info.created_at_ms.unwrap_or_default(),
             expires_at_ms: info.expires_at_ms.unwrap_or_default(),
         }
@@ -307,7 +320,11 @@ impl From<Cancelled> for proto::Cancelled {
         Self {
             account: cancelled.account.to_string(),
             scope: proto::Scope::from(cancelled.scope).into(),
-            probes: cancelled.probes.into_iter().map(proto::Probe::from).collect(),
+            probes: cancelled
+                .probes
+                .into_iter()
+                .map(proto::Probe::from)
+                .collect(),
             still_open: cancelled.still_open,
         }
     }
@@ -346,10 +363,7 @@ fn bot(name: &str) -> Result<BotId, AdminError> {
 }
 
 /// The key that an admin gave, in the version asked for.
-fn candidate(
-    candidate: proto::Candidate,
-    version: KeyVersion,
-) -> Result<Key, AdminError> {
+fn candidate(candidate: proto::Candidate, version: KeyVersion) -> Result<Key, AdminError> {
     let proto::Candidate {
         api_key,
         api_secret,
@@ -401,7 +415,12 @@ impl Admin for AdminApi {
         let response = TestKeyResponse {
             facts: report.info.as_deref().map(KeyFacts::from),
             probes: probes.into_iter().map(proto::Probe::from).collect(),
-            findings: report.findings.iter().cloned().map(proto::Finding::from).collect(),
+            findings: report
+                .findings
+                .iter()
+                .cloned()
+                .map(proto::Finding::from)
+                .collect(),
             scopes: in_proto(&scopes),
             key: name.to_string(),
             id_sha256: digest.hex(),
@@ -409,7 +428,9 @@ impl Admin for AdminApi {
         };
         if !is_candidate {
             let report = Arc::new(report);
-            self.broker.keyring.set_tested(&account.id, &name, &key, report);
+            self.broker
+                .keyring
+                .set_tested(&account.id, &name, &key, report);
         }
         Ok(Response::new(response))
     }
@@ -531,7 +552,10 @@ impl Admin for AdminApi {
     ) -> Result<Response<proto::HaltResponse>, Status> {
         let (admin, message) = opened(request)?;
         let account = self.meant(&message.account, message.all)?;
-        let (mark, id) = (self.mark(&admin), account.as_ref().map(|account| account.id.clone()));
+        let (mark, id) = (
+            self.mark(&admin),
+            account.as_ref().map(|account| account.id.clone()),
+        );
         let act = Act {
             action: "halt",
             account: account.as_ref().map(|account| &account.id),
@@ -565,7 +589,9 @@ impl Admin for AdminApi {
         let resume = move |restrictions: &Restrictions| restrictions.resume(id.as_ref());
         self.restrict(&admin, act, resume).await?;
         let policy = self.broker.policy();
-        let meant = policy.accounts().filter(|entry| account.as_ref().is_none_or(|one| one.id == entry.id));
+        let meant = policy
+            .accounts()
+            .filter(|entry| account.as_ref().is_none_or(|one| one.id == entry.id));
         let frozen = meant.filter(|entry| self.broker.restrictions.is_frozen(&entry.id));
         let still_frozen = frozen.map(|entry| entry.id.to_string()).collect();
         Ok(Response::new(proto::ResumeResponse { still_frozen }))

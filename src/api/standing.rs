@@ -6,8 +6,8 @@ use crate::broker::Broker;
 use crate::ids::{AccountId, KeyName};
 use crate::keyring::trial::{Report, Verdict};
 use crate::keyring::{KeyStatus, Slot};
-use crate::kucoin::key_info::{self, Finding, KeyInfo};
 use crate::kucoin::Scope;
+use crate::kucoin::key_info::{self, Finding, KeyInfo};
 use crate::policy::Account;
 use crate::restrictions::KeyDigest;
 
@@ -164,10 +164,10 @@ impl Standing {
         if rank(status) < rank(self.status) {
             self.status = status;
         }
-        for reason in reason {
-            if !self.reasons.contains(&reason) {
-                self.reasons.push(reason);
-            }
+        if let Some(reason) = reason
+            && !self.reasons.contains(&reason)
+        {
+            self.reasons.push(reason);
         }
     }
 
@@ -190,7 +190,14 @@ impl Standing {
             }
             Verdict::Unclear(reason) => {
                 let reason = format!("the last test has no answer: {reason}");
-                self.is_wrong(if self.used_ms.is_some() { "connected" } else { "degraded" }, Some(reason));
+                self.is_wrong(
+                    if self.used_ms.is_some() {
+                        "connected"
+                    } else {
+                        "degraded"
+                    },
+                    Some(reason),
+                );
             }
         }
         for finding in report.findings.iter().filter(|finding| finding.is_refusal) {

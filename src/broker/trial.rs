@@ -142,8 +142,9 @@ impl Broker {
                 tested.report.info = Some(Arc::new(info));
             }
             Err(problem) => {
-                tested.report.verdict =
-                    Verdict::Unclear(format!("the answer about the key cannot be read: {problem}"));
+                tested.report.verdict = Verdict::Unclear(format!(
+                    "the answer about the key cannot be read: {problem}"
+                ));
             }
         }
         for scope in test.scopes.iter().copied() {
@@ -151,7 +152,10 @@ impl Broker {
                 && let Some(body) = self.probe(&test, &mut tested, scope, read_of(scope)).await
                 && scope == Scope::SpotMargin
             {
-                tested.report.findings.extend(key_info::funds_in_main(&body));
+                tested
+                    .report
+                    .findings
+                    .extend(key_info::funds_in_main(&body));
             }
             if test.orders
                 && let Some(order) = order_of(scope)
@@ -212,7 +216,12 @@ impl Broker {
                     let egress_ip = self.proof.expected();
                     let finding = key_info::refusal(code, &answer.msg, scope, egress_ip);
                     let verdict = Verdict::Refused(finding.cause.clone());
-                    if !tested.report.findings.iter().any(|f| f.name == finding.name) {
+                    if !tested
+                        .report
+                        .findings
+                        .iter()
+                        .any(|f| f.name == finding.name)
+                    {
                         tested.report.findings.push(finding);
                     }
                     verdict

@@ -195,8 +195,7 @@ impl Watch {
     async fn check(&mut self) -> bool {
         let asked = self.keyring.clock.boot();
         let found = self.fetch(asked).await;
-        self.keyring
-            .set_on_trial(&self.account, &self.name, false);
+        self.keyring.set_on_trial(&self.account, &self.name, false);
         match found {
             Ok(()) => true,
             Err(VaultError::LoginRefused(reason)) => {
@@ -222,7 +221,10 @@ impl Watch {
             Err(VaultError::Unusable(reason)) => {
                 // A half-written new version must not take a working key away.
                 if let Some(serving) = self.serving()
-                    && self.seen.as_ref().is_some_and(|seen| seen.has(serving.version))
+                    && self
+                        .seen
+                        .as_ref()
+                        .is_some_and(|seen| seen.has(serving.version))
                 {
                     self.metrics.vault_failure("unusable");
                     let version = serving.version;
@@ -259,9 +261,10 @@ impl Watch {
         };
         let is_fresh = self.look.is_fresh.swap(false, Ordering::Relaxed);
         let is_unchanged = !is_fresh
-            && self.seen.as_ref().is_some_and(|seen| {
-                seen.wanted() == Ok(wanted) && metadata.is_same(seen, wanted)
-            });
+            && self
+                .seen
+                .as_ref()
+                .is_some_and(|seen| seen.wanted() == Ok(wanted) && metadata.is_same(seen, wanted));
         if is_unchanged && !metadata.deletes_itself(wanted) {
             self.seen = Some(metadata);
             return match self.untested.take() {
@@ -362,16 +365,16 @@ impl Watch {
                 self.fall_back(&serving, reason).await;
             }
         }
-        self.keyring
-            .set_on_trial(&self.account, &self.name, false);
+        self.keyring.set_on_trial(&self.account, &self.name, false);
     }
 
     /// After a start whose newest version the exchange refuses: the one before it may be good.
     async fn fall_back(&mut self, refused: &Serving, reason: &str) {
         let version = refused.version.saturating_sub(1);
-        let is_newest = self.seen.as_ref().is_some_and(|seen| {
-            seen.current_version == refused.version && seen.has(version)
-        });
+        let is_newest = self
+            .seen
+            .as_ref()
+            .is_some_and(|seen| seen.current_version == refused.version && seen.has(version));
         if !is_newest {
             return;
         }

@@ -55,6 +55,8 @@ impl Usage {
     pub fn refusal(&self) -> Option<Refusal> {
         let refusal = self.refusal.lock().unwrap_or_else(PoisonError::into_inner);
         let accepted_ms = self.accepted_ms.load(Ordering::Relaxed);
-        refusal.clone().filter(|refusal| refusal.at_ms > accepted_ms)
+        refusal
+            .clone()
+            .filter(|refusal| refusal.at_ms > accepted_ms)
     }
 }

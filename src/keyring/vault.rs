@@ -140,7 +140,11 @@ impl Metadata {
     /// # Errors
     /// When the version that is named is none that Vault has.
     pub fn wanted(&self) -> Result<u64, String> {
-        let Some(named) = self.custom.get("use_version").filter(|text| !text.is_empty()) else {
+        let Some(named) = self
+            .custom
+            .get("use_version")
+            .filter(|text| !text.is_empty())
+        else {
             return Ok(self.current_version);
         };
         match named.parse() {

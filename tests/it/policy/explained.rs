@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 
 use bytes::Bytes;
 use credbroker::api::proto::{Method as ProtoMethod, Scope as ProtoScope};
-use credbroker::ids::{Who, BotId, RequestId};
+use credbroker::ids::{BotId, RequestId, Who};
 use credbroker::kucoin::{Catalog, Method, Scope, Target, UnsignedRequest};
 use credbroker::policy::Policy;
 use credbroker::policy::diff::{Diff, Kind, Permission};
