@@ -305,6 +305,14 @@ impl Kv {
             .get("custom_metadata")
             .map(custom_metadata)
             .transpose()?;
+        let known = self.secrets.get(path);
+        if let Some(cas) = body.get("metadata_cas")
+            && as_number(cas) != Some(known.map_or(0, |secret| secret.metadata_version))
+        {
+            return Err(Refusal::bad_request(
+                "metadata check-and-set parameter does not match the current version",
+            ));
+        }
         let secret = self
             .secrets
             .entry(path.to_owned())
@@ -377,7 +385,7 @@ fn custom_metadata(value: &Value) -> Result<Option<BTreeMap<String, String>>, Re
     }
     match custom
         .iter()
-        .find(|(name, value)| name.is_empty() || name.len() > 128 || value.len() > 512)
+        .find(|(name, value)| !(1..=128).contains(&name.len()) || !(1..=512).contains(&value.len()))
     {
         None => Ok(Some(custom)),
         Some((name, _)) => Err(Refusal::bad_request(format!(
