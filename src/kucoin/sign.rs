@@ -39,7 +39,8 @@ pub enum KeyVersion {
 }
 
 impl KeyVersion {
-    fn as_str(self) -> &'static str {
+    /// Its number.
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::V2 => "2",
             Self::V3 => "3",

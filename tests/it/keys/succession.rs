@@ -283,7 +283,7 @@ async fn an_admin_goes_back_to_an_older_version_and_on_again() {
             .any(|reason| reason.contains("use_version=7")),
         "{reasons:?}"
     );
-    use_version("");
+    use_version("2");
     until_version(&lab, 2).await;
 }
 
