@@ -7,7 +7,7 @@ use clap::Subcommand;
 use serde_json::json;
 
 use super::admin::{self, ADMIN};
-use super::{DONE, show};
+use super::{DONE, printable, show};
 use crate::api::proto::{KeyState, ListKeysRequest, Scope};
 use crate::clock::Clock;
 
@@ -97,10 +97,8 @@ fn table(keys: &[KeyState], now_ms: i64) -> String {
         let KeyState {
             account, key: name, ..
         } = key;
-        lines.push(format!(
-            "{:<11}  {version:>7}  {account}/{name}",
-            key.status
-        ));
+        let row = format!("{:<11}  {version:>7}  {account}/{name}", key.status);
+        lines.push(printable(&row));
         let mut below = vec![format!("serves {}", scopes(key).join(", "))];
         if !key.permissions.is_empty() {
             below.push(format!("permissions {}", key.permissions.join(", ")));
@@ -130,14 +128,10 @@ fn ago(ms: i64) -> String {
     }
 }
 
-/// Lines that fit a terminal. What others wrote (Vault, the exchange) moves no cursor.
+/// Lines that fit a terminal.
 fn wrapped(text: &str) -> Vec<String> {
-    let text: String = text
-        .chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .collect();
     let mut lines: Vec<String> = Vec::new();
-    for word in text.split_whitespace() {
+    for word in printable(text).split_whitespace() {
         match lines.last_mut() {
             Some(line) if line.chars().count() + 1 + word.chars().count() <= WIDTH => {
                 line.push(' ');

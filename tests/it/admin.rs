@@ -10,10 +10,14 @@ use credbroker::api::proto::{
 };
 use credbroker::clock::Clock;
 use credbroker_sim::pki::{Ca, Identity, SanType, Usage};
+use http_body::Frame;
 use http_body_util::StreamBody;
+use http_body_util::combinators::UnsyncBoxBody;
 use serde_json::Value;
 use tokio::net::TcpStream;
+use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::codegen::Service;
 use tonic::{Code, Status};
 use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
@@ -43,6 +47,15 @@ async fn list(admin: &mut AdminClient<Patient>) -> Result<Vec<KeyState>, Status>
     Ok(admin.list_keys(ListKeysRequest {}).await?.into_inner().keys)
 }
 
+/// A call whose message comes as the body says.
+fn posted(method: &str, body: UnsyncBoxBody<Bytes, Status>) -> http::Request<tonic::body::Body> {
+    http::Request::post(format!("https://localhost/credbroker.v1.Admin/{method}"))
+        .header("content-type", "application/grpc")
+        .header("te", "trailers")
+        .body(tonic::body::Body::new(body))
+        .unwrap()
+}
+
 /// Code and reason of a call that must fail.
 fn refusal<T: std::fmt::Debug>(result: Result<T, Status>) -> (Code, String) {
     let status = result.expect_err("this call must fail");
@@ -59,10 +72,8 @@ async fn each_role_gets_in_at_its_own_door_and_at_no_other() {
         ..Settings::default()
     })
     .await;
-    let names = |name: &str| [SanType::DnsName(name.try_into().unwrap())];
-    let named = lab
-        .ca
-        .issue("anna", &names("admin.demo.test"), Usage::Client);
+    let dns = SanType::DnsName("admin.demo.test".try_into().unwrap());
+    let named = lab.ca.issue("anna", &[dns], Usage::Client);
     let stranger = Ca::new("somebody else's CA").unwrap();
     let uri = SanType::URI("spiffe://demo.test/admin/anna".try_into().unwrap());
     let served = lab.ca.issue("anna", &[uri], Usage::Server).unwrap();
@@ -316,20 +327,14 @@ async fn calls_are_small_and_arrive_in_time() {
         .await
         .unwrap();
     let mut call = async |first: &'static [u8], ends: bool| {
-        let pieces = tokio_stream::iter([Ok::<_, Status>(http_body::Frame::data(
-            Bytes::from_static(first),
-        ))]);
+        let pieces = [Ok::<_, Status>(Frame::data(Bytes::from_static(first)))];
+        let pieces = tokio_stream::iter(pieces);
         let body = if ends {
-            http_body_util::combinators::UnsyncBoxBody::new(StreamBody::new(pieces))
+            UnsyncBoxBody::new(StreamBody::new(pieces))
         } else {
-            let pieces = pieces.chain(tokio_stream::pending());
-            http_body_util::combinators::UnsyncBoxBody::new(StreamBody::new(pieces))
+            UnsyncBoxBody::new(StreamBody::new(pieces.chain(tokio_stream::pending())))
         };
-        let request = http::Request::post("https://localhost/credbroker.v1.Admin/FreezeAccount")
-            .header("content-type", "application/grpc")
-            .header("te", "trailers")
-            .body(tonic::body::Body::new(body))
-            .unwrap();
+        let request = posted("FreezeAccount", body);
         let response = raw.call(request).await.unwrap();
         Err::<(), _>(Status::from_header_map(response.headers()).unwrap())
     };
@@ -419,11 +424,26 @@ async fn a_removed_ca_ends_admin_access_at_once() {
     list(&mut anna).await.unwrap();
 
     let known = lab.changes().len();
+    let (pieces, body) = mpsc::channel(1);
+    let body = StreamBody::new(ReceiverStream::new(body));
+    let mut slow = connected.clone();
+    let half_way = slow.call(posted("ListKeys", UnsyncBoxBody::new(body)));
+    let half_way = tokio::spawn(half_way);
+    let piece = |bytes| Ok::<_, Status>(Frame::data(Bytes::from_static(bytes)));
+    pieces.send(piece(&[0, 0])).await.unwrap();
+    // The broker has seen what was sent before this.
+    list(&mut anna).await.unwrap();
     std::fs::write(lab.path("admins-ca.pem"), next.certificate_pem()).unwrap();
     until("the next CA is in force", async || {
         lab.changes().len() > known
     })
     .await;
+    pieces.send(piece(&[0, 0, 0])).await.unwrap();
+    drop(pieces);
+    let ended = half_way.await.unwrap().unwrap();
+    let ended = Status::from_header_map(ended.headers()).unwrap();
+    let untrusted = (Code::Unauthenticated, "CALLER_UNKNOWN".to_owned());
+    assert_eq!(refusal(Err::<(), _>(ended)), untrusted);
     // The call comes before or after the connection has ended.
     let ended = list(&mut anna).await.unwrap_err();
     assert!(ended.details().is_empty() || refusal(Err::<(), _>(ended)).1 == "CALLER_UNKNOWN");
