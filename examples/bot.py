@@ -52,6 +52,8 @@ def main(address, folder):
             print(f"{path}: {reason}, {outcome}: {error.details()}")
         else:
             print(f"{path}: HTTP {answer.http_status}, {messages.Outcome.Name(answer.outcome)}: {answer.body.decode()}")
+            if answer.advice:  # empty unless the exchange refused, or may have
+                print(f"{path}: {answer.advice}")
 
 
 if __name__ == "__main__":

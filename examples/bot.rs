@@ -53,6 +53,10 @@ async fn main() -> anyhow::Result<()> {
                     "{path}: HTTP {}, {outcome}: {body}",
                     answer.http_status
                 )?;
+                // Empty unless the exchange refused, or may have.
+                if !answer.advice.is_empty() {
+                    writeln!(io::stdout(), "{path}: {}", answer.advice)?;
+                }
             }
             Err(status) => {
                 // Without our ErrorInfo the failure is the transport's, and the request may have been sent.

@@ -4,6 +4,7 @@ pub mod admin;
 pub mod caller;
 pub mod grpc;
 pub mod ops;
+pub mod standing;
 pub mod state;
 pub mod status;
 

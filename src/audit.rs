@@ -13,7 +13,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::clock::Clock;
-use crate::ids::{AccountId, BotId, RequestId};
+use crate::ids::{AccountId, BotId, KeyName, RequestId, Who, hex};
 use crate::kucoin::{Scope, UnsignedRequest};
 use crate::outcome::{Outcome, Reason};
 use crate::policy::Permit;
@@ -56,8 +56,8 @@ pub struct AuditError(#[source] io::Error);
 /// Who asked, in every line of a call.
 #[derive(Clone, Debug)]
 pub struct Caller<'a> {
-    /// The bot.
-    pub bot: &'a BotId,
+    /// The bot, or an admin, or the broker itself.
+    pub who: &'a Who,
     /// The call's name.
     pub request_id: &'a RequestId,
     /// This run's own name of the call; request ids are the bot's and may repeat.
@@ -98,7 +98,10 @@ struct Line<'a> {
     run: &'a str,
     call: u64,
     request_id: &'a str,
-    bot: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bot: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    who: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     account: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -109,6 +112,70 @@ struct Line<'a> {
     request: Option<What<'a>>,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     ending: Option<&'a Ending<'a>>,
+}
+
+/// What an admin did, or what became of a key.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Act<'a> {
+    /// What was done: the name of the call, or `key` where another key serves.
+    pub action: &'static str,
+    /// The account.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub account: Option<&'a AccountId>,
+    /// The name of the key.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub key: Option<&'a KeyName>,
+    /// The bot it is about.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub about_bot: Option<&'a BotId>,
+    /// The version that served until now, as Vault counts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub version_before: Option<u64>,
+    /// The version that was found.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub version_after: Option<u64>,
+    /// SHA-256 of the id of the key that served until now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub key_before: Option<String>,
+    /// SHA-256 of the id of the key that was found.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub key_after: Option<String>,
+    /// `done` or `failed`; of a key `in_use`, `refused` or `gone`.
+    pub outcome: &'static str,
+    /// Why, or what else is to be known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub detail: Option<String>,
+}
+
+impl<'a> Act<'a> {
+    /// About an account.
+    pub fn on_account(action: &'static str, account: &'a AccountId) -> Self {
+        Self {
+            action,
+            account: Some(account),
+            ..Self::default()
+        }
+    }
+
+    /// About a bot.
+    pub fn on_bot(action: &'static str, bot: &'a BotId) -> Self {
+        Self {
+            action,
+            about_bot: Some(bot),
+            ..Self::default()
+        }
+    }
+}
+
+/// An act as it stands in the file.
+#[derive(Serialize)]
+struct ActLine<'a> {
+    event: &'static str,
+    time_ms: i64,
+    run: &'a str,
+    who: &'a str,
+    #[serde(flatten)]
+    act: &'a Act<'a>,
 }
 
 /// A change of what the broker goes by. Nobody asked for it over the wire: whoever can write the file did.
@@ -256,6 +323,23 @@ impl Audit {
             .and_then(|text| self.append(&mut file, text));
     }
 
+    /// Records what `who` did: an admin's name, or `vault`. It is done whether or not it can be recorded.
+    pub fn acted(&self, who: &str, act: &Act<'_>) {
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let line = ActLine {
+            event: "act",
+            time_ms: self.clock.wall_ms(),
+            run: &file.run,
+            who,
+            act,
+        };
+        let text = serde_json::to_string(&line);
+        // `append` has logged what it could not write.
+        let _ = text
+            .map_err(io::Error::from)
+            .and_then(|text| self.append(&mut file, text));
+    }
+
     /// Flushes the file to the disk.
     pub fn sync(&self) {
         self.flush();
@@ -337,7 +421,8 @@ impl Audit {
             run: &file.run,
             call: caller.call,
             request_id: caller.request_id.as_str(),
-            bot: caller.bot.as_str(),
+            bot: caller.who.bot().map(BotId::as_str),
+            who: caller.who.other(),
             account: caller.place.map(|(account, _)| account.as_str()),
             scope: caller.place.map(|(_, scope)| scope.as_str()),
             endpoint,
@@ -393,17 +478,6 @@ impl<'a> What<'a> {
 fn cut(text: &str, chars: usize) -> &str {
     let end = text.char_indices().nth(chars).map(|(end, _)| end);
     end.and_then(|end| text.get(..end)).unwrap_or(text)
-}
-
-fn hex(bytes: &[u8]) -> String {
-    const DIGITS: [char; 16] = [
-        '0', '1', '2', '3', '4', '5', '6', '7', '8', '9', 'a', 'b', 'c', 'd', 'e', 'f',
-    ];
-    let digit = |nibble: u8| DIGITS.get(usize::from(nibble)).copied().unwrap_or('?');
-    bytes
-        .iter()
-        .flat_map(|byte| [digit(byte >> 4), digit(byte & 15)])
-        .collect()
 }
 
 fn open(path: &Path) -> io::Result<File> {
@@ -475,9 +549,9 @@ mod tests {
         let path = folder.path().join("audit.jsonl");
         std::fs::write(&path, "{\"event\":\"int").unwrap();
         let audit = Audit::open(&path, Arc::new(Clock::system()), Arc::default()).unwrap();
-        let (bot, request_id) = ("b".parse().unwrap(), "r".parse().unwrap());
+        let (who, request_id) = (Who::Bot("b".parse().unwrap()), "r".parse().unwrap());
         let caller = Caller {
-            bot: &bot,
+            who: &who,
             request_id: &request_id,
             call: 1,
             place: None,

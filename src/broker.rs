@@ -6,7 +6,9 @@
 pub mod admission;
 mod error;
 mod gate;
+pub mod halt;
 pub mod probes;
+pub mod trial;
 
 use std::io;
 use std::panic::AssertUnwindSafe;
@@ -26,11 +28,12 @@ use crate::audit::{Audit, Caller, Ending, Recorded};
 use crate::clock::Clock;
 use crate::egress::proof::Proof;
 use crate::egress::{ConnectError, Egress, SendError};
-use crate::ids::{BotId, RequestId};
-use crate::keyring::Keyring;
-use crate::kucoin::{self, Answer, UnsignedRequest, question};
+use crate::ids::{BotId, RequestId, Who};
+use crate::keyring::{KeyUnavailable, Keyring, Lent};
+use crate::kucoin::{self, Answer, Endpoint, Key, Scope, UnsignedRequest, question};
 use crate::outcome::{Outcome, Reason};
 use crate::policy::{Permit, Policy};
+use crate::restrictions::{KeyDigest, Restrictions};
 use crate::telemetry::{Metrics, chain};
 
 use admission::{Admission, CallSlot};
@@ -47,6 +50,12 @@ const CREDENTIALS_REFUSED: [&str; 3] = ["400003", "400004", "400005"];
 /// The exchange refused the address that the request came from; it executed nothing.
 const ADDRESS_REFUSED: &str = "400006";
 
+/// The exchange refused what belongs to the key: the key itself, its address, its permissions or its version. Another
+/// key may fare better; it executed nothing.
+const KEY_REFUSED: [&str; 7] = [
+    "400003", "400004", "400005", "400006", "400007", "400008", "400009",
+];
+
 /// Everything that a request needs on its way.
 #[derive(Debug)]
 pub struct Broker {
@@ -54,6 +63,8 @@ pub struct Broker {
     pub policy: RwLock<Arc<Policy>>,
     /// The record.
     pub audit: Arc<Audit>,
+    /// What admins have forbidden.
+    pub restrictions: Arc<Restrictions>,
     /// The keys.
     pub keyring: Arc<Keyring>,
     /// The way to the exchange.
@@ -82,13 +93,15 @@ pub struct Calls {
     unresolved: AtomicU64,
 }
 
-/// One call of a bot.
+/// One call of a bot, or of an admin, or of the broker itself.
 #[derive(Debug)]
 pub struct Call {
     /// Who calls.
-    pub bot: BotId,
+    pub who: Who,
     /// What for.
     pub request: UnsignedRequest,
+    /// A key that is being tested, to sign with in place of the account's.
+    pub key: Option<Arc<Key>>,
     /// When it came in.
     pub arrived: Instant,
     /// When the bot must have an answer.
@@ -102,6 +115,10 @@ pub struct Call {
 pub struct Receipt {
     /// The answer.
     pub answer: Answer,
+    /// The endpoint that was asked; `None` for one outside the catalogue.
+    pub endpoint: Option<&'static Endpoint>,
+    /// The scope of the request.
+    pub scope: Scope,
     /// The timestamp that was signed, Unix milliseconds; 0 for a public request.
     pub timestamp_ms: i64,
     /// From the arrival of the call until signing began.
@@ -110,8 +127,15 @@ pub struct Receipt {
     pub signing: Duration,
     /// From handing the request to the connection until the answer was whole.
     pub exchange: Duration,
+    /// The key that signed; none for a public request.
+    pub lent: Option<Lent>,
+}
+
+impl Receipt {
     /// Since Vault last confirmed the key; zero while Vault answers, and for a public request.
-    pub stale: Duration,
+    pub fn stale(&self) -> Duration {
+        self.lent.as_ref().map_or(Duration::ZERO, |lent| lent.stale)
+    }
 }
 
 /// What has become of a call so far; written by its attempt, read where it ends.
@@ -122,6 +146,17 @@ struct Progress {
     recorded: OnceLock<()>,
     /// An answer that the exchange has given, until the request leaves once more for a better one.
     refused: Mutex<Option<Receipt>>,
+}
+
+/// What has been tried to mend a refusal or a failure; each helps once.
+#[derive(Debug, Default)]
+struct Remedies {
+    /// Another key.
+    key: bool,
+    /// Once more as it was.
+    repeated: bool,
+    /// The exchange's time.
+    time: bool,
 }
 
 impl Progress {
@@ -135,7 +170,8 @@ impl Broker {
     /// Signs a request, sends it, and returns the exchange's answer. A caller that stops waiting tears nothing.
     pub async fn sign_and_send(self: &Arc<Self>, call: Call) -> Result<Receipt, BrokerError> {
         let (tell, told) = oneshot::channel();
-        let span = tracing::info_span!("call", request.id = %call.request.id, bot.id = %call.bot);
+        let (bot, who) = (call.who.bot().map(BotId::as_str), call.who.other());
+        let span = tracing::info_span!("call", request.id = %call.request.id, bot.id = bot, who);
         self.calls
             .tasks
             .spawn(Arc::clone(self).run(call, tell).instrument(span));
@@ -152,35 +188,73 @@ impl Broker {
         if self.calls.tasks.is_closed() {
             return Err(BrokerError::ShuttingDown);
         }
-        let permit = self.policy().authorize(&call.bot, &call.request)?;
+        let permit = self.policy().authorize(&call.who, &call.request)?;
         let permit = progress.permit.get_or_init(|| permit);
-        self.check_surroundings(permit)?;
+        self.check_surroundings(&call.who, permit)?;
         let recorded = self
             .audit
             .intent(&caller(call, number), permit, &call.request)?;
         let _ = progress.recorded.set(());
-        let first = self.send(call, permit, &recorded, &progress.gate).await;
-        if let Ok(receipt) = &first
-            && is_timestamp_refused(&receipt.answer)
+        let mut last = self.send(call, permit, &recorded, &progress.gate).await;
+        let mut remedies = Remedies::default();
+        while self
+            .is_worth_another(call, permit, &last, progress, &mut remedies)
+            .await
         {
-            let signed = receipt.signing + receipt.exchange;
-            // It counts as not sent any more, and whoever runs out of time before it leaves again is told this answer.
-            progress.keep(Some(receipt.clone()));
-            if !progress.gate.hand_back() || !self.refuted(permit.destination(), signed).await {
-                return first;
+            match self.send(call, permit, &recorded, &progress.gate).await {
+                // What this try did not send, the last one may have.
+                Err(next) if is_unsent(&next) && !last.as_ref().is_err_and(is_unsent) => break,
+                ended => last = ended,
             }
-        } else if !may_go_again(&first, permit, &progress.gate) {
-            return first;
         }
-        match self.send(call, permit, &recorded, &progress.gate).await {
-            // What the second try did not send, the first may have.
-            Err(second) if is_unsent(&second) && !first.as_ref().is_err_and(is_unsent) => first,
-            ended => ended,
+        last
+    }
+
+    /// Whether the request shall leave once more, signed anew: each remedy helps once, and only where it does no harm.
+    async fn is_worth_another(
+        self: &Arc<Self>,
+        call: &Call,
+        permit: &Permit,
+        last: &Result<Receipt, BrokerError>,
+        progress: &Progress,
+        remedies: &mut Remedies,
+    ) -> bool {
+        let receipt = match last {
+            Ok(receipt) if receipt.answer.outcome == Outcome::Rejected => receipt,
+            Ok(_) => return false,
+            Err(_) => {
+                return !std::mem::replace(&mut remedies.repeated, true)
+                    && may_go_again(last, permit, &progress.gate);
+            }
+        };
+        let code = receipt.answer.code.as_str();
+        let is_about_time = code == TIMESTAMP_REFUSED && !remedies.time;
+        let is_about_key = KEY_REFUSED.contains(&code) && call.key.is_none() && !remedies.key;
+        if !is_about_time && !is_about_key {
+            return false;
+        }
+        // It counts as not sent any more, and whoever runs out of time before it leaves again is told this answer.
+        progress.keep(Some(receipt.clone()));
+        if !progress.gate.hand_back() {
+            return false;
+        }
+        if is_about_time {
+            remedies.time = true;
+            let signed = receipt.signing + receipt.exchange;
+            return self.refuted(permit.destination(), signed).await;
+        }
+        remedies.key = true;
+        match &receipt.lent {
+            Some(lent) => self.keyring.has_another(permit, &lent.key).await,
+            None => false,
         }
     }
 
-    /// Refuses what adds risk while it is not certain from which address, or with which time, it would leave.
-    fn check_surroundings(&self, permit: &Permit) -> Result<(), BrokerError> {
+    /// Refuses what an admin has forbidden, and what adds risk while it is not certain from which address, or with which
+    /// time, it would leave.
+    fn check_surroundings(&self, who: &Who, permit: &Permit) -> Result<(), BrokerError> {
+        self.restrictions
+            .check(who, &permit.account().id, permit.adds_risk())?;
         if !permit.adds_risk() {
             return Ok(());
         }
@@ -199,24 +273,23 @@ impl Broker {
         recorded: &Recorded,
         gate: &Gate,
     ) -> Result<Receipt, BrokerError> {
-        if permit.is_private() {
-            // A call that cannot be signed takes no connection away from one that can.
-            self.keyring.key(permit)?;
-        }
+        // A call that cannot be signed takes no connection away from one that can.
+        self.key(call, permit)?;
         let connection = self
             .egress
             .connect(permit.destination(), permit.is_idempotent())
             .await?;
         // The rules may have changed meanwhile: the account may have another key now, and the bot less to say.
         let destination = permit.destination();
-        let permit = &self.policy().authorize(&call.bot, &call.request)?;
+        let permit = &self.policy().authorize(&call.who, &call.request)?;
         if permit.destination() != destination {
             let moved = io::Error::other("the account has moved to another site meanwhile");
             return Err(ConnectError::Failed(moved).into());
         }
-        self.check_surroundings(permit)?;
+        self.check_surroundings(&call.who, permit)?;
         let signing = Instant::now();
-        let (signed, stale) = self.sign(permit, &call.request)?;
+        let lent = self.key(call, permit)?;
+        let signed = self.sign(call, permit, lent.as_ref())?;
         let (timestamp_ms, sending) = (signed.timestamp_ms, Instant::now());
         // The clock too: a record that took long to write leaves the timer no turn before this.
         if sending >= call.deadline || !gate.take() {
@@ -229,36 +302,73 @@ impl Broker {
             .into_parts();
         let (scope, changes) = (permit.scope(), permit.changes());
         let answer = Answer::read(head.status, &head.headers, body, scope, changes);
-        self.heed(permit, &answer);
+        self.heed(call, permit, lent.as_ref(), &answer);
         Ok(Receipt {
             answer,
+            endpoint: permit.endpoint(),
+            scope,
             timestamp_ms,
             waiting: signing - call.arrived,
             signing: sending - signing,
             exchange: sending.elapsed(),
-            stale,
+            lent,
         })
     }
 
-    /// The key is taken and used without a pause, so that a key that was just replaced signs nothing more.
-    fn sign(
-        &self,
-        permit: &Permit,
-        request: &UnsignedRequest,
-    ) -> Result<(kucoin::SignedRequest, Duration), BrokerError> {
-        let site = permit.account().site;
+    /// The key that signs, unless none has to; never one that is revoked, wherever it comes from.
+    fn key(&self, call: &Call, permit: &Permit) -> Result<Option<Lent>, KeyUnavailable> {
         if !permit.is_private() {
-            return Ok((kucoin::unsigned(request, site)?, Duration::ZERO));
+            return Ok(None);
         }
-        let lent = self.keyring.key(permit)?;
-        let now_ms = self.clock.exchange(permit.destination()).ms;
-        let signed = kucoin::sign(request, site, &lent.key, permit.partner(), now_ms)?;
-        Ok((signed, lent.stale))
+        let lent = match &call.key {
+            Some(key) => Lent::of_a_test(Arc::clone(key)),
+            None => self.keyring.key(permit)?,
+        };
+        match self.restrictions.revoked(KeyDigest(lent.key.id_sha256())) {
+            Some(revoked) => Err(KeyUnavailable::revoked(&permit.account().id, &revoked)),
+            None => Ok(Some(lent)),
+        }
     }
 
-    /// Takes what an answer says about the broker itself: its time, its address.
-    fn heed(&self, permit: &Permit, answer: &Answer) {
+    /// The key has just been taken, and is used without a pause: one that was replaced or revoked signs nothing more.
+    fn sign(
+        &self,
+        call: &Call,
+        permit: &Permit,
+        lent: Option<&Lent>,
+    ) -> Result<kucoin::SignedRequest, BrokerError> {
+        let (request, site) = (&call.request, permit.account().site);
+        let mut signed = match lent {
+            None => kucoin::unsigned(request, site)?,
+            Some(lent) => {
+                let now_ms = self.clock.exchange(permit.destination()).ms;
+                // A key that is only tested need not be a partner's.
+                let partner = permit.partner().filter(|_| call.key.is_none());
+                kucoin::sign(request, site, &lent.key, partner, now_ms)?
+            }
+        };
+        if call.who == Who::Broker {
+            signed.is_own();
+        }
+        Ok(signed)
+    }
+
+    /// Takes what an answer says about the broker itself: its time, its address, its key.
+    fn heed(&self, call: &Call, permit: &Permit, lent: Option<&Lent>, answer: &Answer) {
+        if let Some(lent) = lent {
+            let refused = KEY_REFUSED.contains(&answer.code.as_str());
+            if answer.outcome == Outcome::Accepted {
+                lent.usage.accepted(self.clock.wall_ms());
+            } else if answer.outcome == Outcome::Rejected && refused {
+                let is_news = lent.usage.refused(&answer.code, self.clock.wall_ms());
+                if is_news && call.key.is_none() {
+                    self.keyring.look_again(permit);
+                }
+            }
+        }
         match answer.code.as_str() {
+            // Whoever tests a key is told what is wrong with it; it says nothing about the broker.
+            code if code != TIMESTAMP_REFUSED && call.key.is_some() => {}
             ADDRESS_REFUSED => {
                 let seen = question::address_in(&answer.msg);
                 self.proof.refused(seen, self.clock.boot());
@@ -356,7 +466,7 @@ impl Broker {
         match (event, progress.recorded.get()) {
             ("learnt", _) => self.audit.learnt(&caller, endpoint, &ending),
             (_, Some(())) => self.audit.outcome(&caller, endpoint, &ending),
-            (_, None) if self.is_recorded(&call.bot) => {
+            (_, None) if call.who.bot().is_none_or(|bot| self.is_recorded(bot)) => {
                 self.audit.denied(&caller, Some(&call.request), &ending);
             }
             (_, None) => {
@@ -388,12 +498,14 @@ impl Broker {
                 )
             };
         }
-        if is_loose {
+        if call.who == Who::Broker {
+            line!(debug);
+        } else if is_loose {
             line!(warn);
         } else {
             line!(info);
         }
-        if event == "outcome" {
+        if event == "outcome" && call.who.bot().is_some() {
             self.metrics
                 .request(Some(call.request.scope), outcome, reason);
             if let Some(receipt) = answer {
@@ -434,7 +546,7 @@ impl Broker {
             ..Ending::default()
         };
         let caller = Caller {
-            bot,
+            who: &Who::Bot(bot.clone()),
             request_id,
             call: number,
             place: None,
@@ -477,12 +589,6 @@ fn may_go_again(first: &Result<Receipt, BrokerError>, permit: &Permit, gate: &Ga
     }
 }
 
-/// The exchange executed nothing, and will take the same request with another time. A gateway that only quotes the code
-/// says nothing of the kind.
-fn is_timestamp_refused(answer: &Answer) -> bool {
-    answer.code == TIMESTAMP_REFUSED && answer.outcome == Outcome::Rejected
-}
-
 fn is_unsent(error: &BrokerError) -> bool {
     error.reason().outcome() == Outcome::NotSent
 }
@@ -498,10 +604,10 @@ pub async fn caught<T>(
 }
 
 fn caller(call: &Call, number: u64) -> Caller<'_> {
-    let Call { bot, request, .. } = call;
+    let Call { who, request, .. } = call;
     let place = Some((&request.account, request.scope));
     Caller {
-        bot,
+        who,
         request_id: &request.id,
         call: number,
         place,

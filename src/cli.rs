@@ -2,10 +2,12 @@
 
 pub mod admin;
 mod check_config;
+mod explain;
 mod health;
 mod keys;
 mod policy;
 mod serve;
+pub mod text;
 
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -14,6 +16,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::config::Config;
+use crate::kucoin::Scope;
 use crate::toml_file::Problem;
 
 /// Where the configuration file is, unless the command line says otherwise.
@@ -42,6 +45,13 @@ enum Command {
         #[arg(long, default_value = CONFIG)]
         config: PathBuf,
     },
+    /// Says what a code of `KuCoin`'s means, why it usually comes, and what to do; without a code, lists them all.
+    ///
+    /// Exit code 0: explained; 1: there is no advice on this code; 2: usage.
+    #[command(
+        after_long_help = "Examples:\n  credbroker explain 400006\n  credbroker explain 200002 --scope futures\n  credbroker explain funds-in-main"
+    )]
+    Explain(explain::Question),
     /// Asks a running broker whether it is healthy, and prints its answer.
     ///
     /// Exit code 0: it is; 1: it is not, or no answer came within 2 s; 2: usage or configuration.
@@ -73,6 +83,7 @@ pub fn run() -> ExitCode {
     let Arguments { command } = Arguments::parse();
     ExitCode::from(match command {
         Command::CheckConfig { config } => check_config::run(&config),
+        Command::Explain(question) => explain::run(&question),
         Command::Health(probe) => health::run(&probe),
         Command::Keys { command } => keys::run(&command),
         Command::Policy { command } => policy::run(&command),
@@ -99,6 +110,13 @@ fn read_file<T>(
         let in_file = |problem: Problem| problem.in_file(file);
         problems.into_iter().map(in_file).collect()
     })
+}
+
+/// A scope on the command line.
+fn scope(text: &str) -> Result<Scope, &'static str> {
+    let named = |scope: &Scope| scope.as_str() == text;
+    let expected = "expected futures, spot-margin or unified";
+    Scope::ALL.into_iter().find(named).ok_or(expected)
 }
 
 /// Talk goes to stderr.

@@ -1,9 +1,9 @@
-//! Names that come from outside, checked once: accounts, keys, bots, requests.
+//! Names that come from outside, checked once: accounts, keys, bots, admins, requests.
 
 use std::fmt;
 use std::str::FromStr;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize, Serializer};
 
 /// A text that is not the name it should be; says what was expected and what came.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
@@ -46,6 +46,12 @@ macro_rules! name {
             }
         }
 
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.serialize_str(&self.0)
+            }
+        }
+
         impl TryFrom<String> for $name {
             type Error = IdError;
 
@@ -81,7 +87,7 @@ name!(
     "spiffe://<trust domain>/bot/<name> or a DNS name"
 );
 name!(
-    /// An admin: the URI SAN `spiffe://<trust domain>/admin/<name>` of a certificate.
+    /// An admin: the URI SAN `spiffe://<trust domain>/admin/<name>` of the certificate.
     AdminId,
     is_admin,
     "spiffe://<trust domain>/admin/<name>"
@@ -98,6 +104,46 @@ impl RequestId {
     pub fn random() -> Self {
         Self(uuid::Uuid::new_v4().simple().to_string().into())
     }
+}
+
+/// Who wants something of the exchange.
+#[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub enum Who {
+    /// An admin, over the admins' door.
+    Admin(AdminId),
+    /// A bot.
+    Bot(BotId),
+    /// The broker itself, to test a key.
+    Broker,
+}
+
+impl Who {
+    /// The bot, if it is one.
+    pub fn bot(&self) -> Option<&BotId> {
+        match self {
+            Self::Bot(bot) => Some(bot),
+            Self::Admin(_) | Self::Broker => None,
+        }
+    }
+
+    /// Whoever it is, if it is no bot: the admin's name, or `broker`.
+    pub fn other(&self) -> Option<&str> {
+        match self {
+            Self::Admin(admin) => Some(admin.as_str()),
+            Self::Bot(_) => None,
+            Self::Broker => Some("broker"),
+        }
+    }
+}
+
+/// Bytes as hex digits.
+pub fn hex(bytes: &[u8]) -> String {
+    const DIGITS: [char; 16] = [
+        '0', '1', '2', '3', '4', '5', '6', '7', '8', '9', 'a', 'b', 'c', 'd', 'e', 'f',
+    ];
+    let digit = |nibble: u8| DIGITS.get(usize::from(nibble)).copied().unwrap_or('?');
+    let nibbles = bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+    nibbles.map(digit).collect()
 }
 
 fn is_short_name(text: &str) -> bool {
@@ -117,9 +163,9 @@ fn is_admin(text: &str) -> bool {
 }
 
 fn is_spiffe(text: &str, role: &str) -> bool {
-    let rest = text.strip_prefix("spiffe://");
-    let parts = rest.and_then(|rest| rest.split_once(role));
-    parts.is_some_and(|(domain, name)| is_dns_name(domain) && is_segment(name))
+    let name = text.strip_prefix("spiffe://");
+    name.and_then(|rest| rest.split_once(role))
+        .is_some_and(|(domain, name)| is_dns_name(domain) && is_segment(name))
 }
 
 fn is_segment(text: &str) -> bool {

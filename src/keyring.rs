@@ -1,26 +1,42 @@
 //! The keys of all accounts, in memory. Filled and emptied in the background; the request path only reads.
 //!
 //! A key serves on while Vault is silent, but not for ever: its age is the time since Vault last confirmed it, and past
-//! the account's bounds it signs no more.
+//! the account's bounds it signs no more. Another key takes its place once the exchange has taken requests that the new
+//! one signed.
 
 pub mod refresh;
+pub mod trial;
+pub mod usage;
 pub mod vault;
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
+use tokio::time::timeout;
 
 use crate::clock::Clock;
 use crate::ids::{AccountId, KeyName};
 use crate::kucoin::Key;
 use crate::policy::{Account, MaxStale, Permit};
+use crate::restrictions::{KeyDigest, Restrictions, Revoked};
+
+use trial::Report;
+use usage::Usage;
+
+/// How long a refused request waits for another key at most; a test takes a few round trips to the exchange.
+const TRIAL_WITHIN: Duration = Duration::from_secs(5);
+
+/// How long whoever asks for a look at Vault waits for it, test and all.
+const LOOK_WITHIN: Duration = Duration::from_secs(20);
 
 /// Every key that the rules name, with its value or the reason why there is none.
 #[derive(Debug)]
 pub struct Keyring {
     clock: Arc<Clock>,
+    restrictions: Arc<Restrictions>,
     slots: RwLock<BTreeMap<AccountId, Keys>>,
     changed: watch::Sender<()>,
     /// Wakes whoever asks Vault, when a key turns out older than anybody knew.
@@ -31,7 +47,38 @@ pub struct Keyring {
 #[derive(Debug)]
 struct Keys {
     max_stale: MaxStale,
-    slots: BTreeMap<KeyName, Slot>,
+    places: BTreeMap<KeyName, Place>,
+}
+
+/// One key, and what is going on about it.
+#[derive(Debug)]
+struct Place {
+    slot: Slot,
+    /// Whether a key is being tested that may take its place.
+    is_on_trial: bool,
+    /// What the last test said of the key in memory.
+    tested: Option<Tested>,
+    look: Arc<Look>,
+}
+
+/// The last test of a key.
+#[derive(Clone, Debug)]
+pub struct Tested {
+    /// When: Unix time in milliseconds.
+    pub at_ms: i64,
+    /// What came of it.
+    pub report: Arc<Report>,
+}
+
+/// Looks at one key in Vault: asked for, and counted.
+#[derive(Debug, Default)]
+struct Look {
+    /// Wakes whoever looks.
+    wanted: Notify,
+    /// How many have begun, and how many of these have ended.
+    count: watch::Sender<(u64, u64)>,
+    /// Whether a version that has been refused is to be tried once more.
+    is_fresh: AtomicBool,
 }
 
 /// What is known about one key.
@@ -43,6 +90,8 @@ pub enum Slot {
     Ready {
         /// The key.
         key: Arc<Key>,
+        /// What the exchange has said about it.
+        usage: Arc<Usage>,
         /// The version in Vault.
         version: u64,
         /// What is wrong with a newer version, which is not used.
@@ -57,12 +106,25 @@ pub enum Slot {
 }
 
 /// A key, and how far it can be trusted.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Lent {
     /// The key.
     pub key: Arc<Key>,
+    /// What the exchange has said about it.
+    pub usage: Arc<Usage>,
     /// Since Vault last confirmed it; zero while Vault answers.
     pub stale: Duration,
+}
+
+impl Lent {
+    /// A key that is only tested.
+    pub fn of_a_test(key: Arc<Key>) -> Self {
+        Self {
+            key,
+            usage: Arc::default(),
+            stale: Duration::ZERO,
+        }
+    }
 }
 
 /// What is known about one key, for readiness and metrics.
@@ -78,6 +140,8 @@ pub struct KeyStatus {
     pub age: Option<Duration>,
     /// Whether it is so old that it signs nothing that adds risk.
     pub is_too_old: bool,
+    /// What its last test said.
+    pub tested: Option<Tested>,
 }
 
 /// The account's key is not in memory, or too old.
@@ -88,11 +152,30 @@ pub struct KeyUnavailable {
     reason: String,
 }
 
+impl KeyUnavailable {
+    /// An admin has killed it.
+    pub fn revoked(account: &AccountId, revoked: &Revoked) -> Self {
+        Self {
+            account: account.clone(),
+            reason: revoked_by(revoked),
+        }
+    }
+}
+
+/// Says that a key is dead.
+fn revoked_by(revoked: &Revoked) -> String {
+    format!(
+        "{} has revoked it; register another key",
+        revoked.by.as_str()
+    )
+}
+
 impl Keyring {
-    /// No keys yet; ages count on `clock`.
-    pub fn new(clock: Arc<Clock>) -> Self {
+    /// No keys yet; ages count on `clock`. What `restrictions` say is revoked is never kept.
+    pub fn new(clock: Arc<Clock>, restrictions: Arc<Restrictions>) -> Self {
         Self {
             clock,
+            restrictions,
             slots: RwLock::default(),
             changed: watch::Sender::new(()),
             doubts: Notify::new(),
@@ -105,12 +188,11 @@ impl Keyring {
         for account in accounts {
             let keys = slots.entry(account.id.clone()).or_insert_with(|| Keys {
                 max_stale: account.max_stale,
-                slots: BTreeMap::new(),
+                places: BTreeMap::new(),
             });
             keys.max_stale = account.max_stale;
             for name in account.keys.values() {
-                let waiting = || Slot::Waiting("not read from Vault yet".to_owned());
-                keys.slots.entry(name.clone()).or_insert_with(waiting);
+                keys.places.entry(name.clone()).or_insert_with(Place::new);
             }
         }
         drop(slots);
@@ -125,7 +207,7 @@ impl Keyring {
             let Some(account) = accounts.get(id) else {
                 return false;
             };
-            keys.slots
+            keys.places
                 .retain(|name, _| account.keys.values().any(|named| named == name));
             true
         });
@@ -150,7 +232,7 @@ impl Keyring {
         let keys = slots
             .get(account)
             .ok_or_else(|| unavailable("the rules name none"))?;
-        match keys.slots.get(name) {
+        match keys.places.get(name).map(|place| &place.slot) {
             Some(Slot::Ready { key, .. })
                 if permit.partner().is_some() && !key.has_partner_key() =>
             {
@@ -160,6 +242,7 @@ impl Keyring {
             }
             Some(Slot::Ready {
                 key,
+                usage,
                 confirmed,
                 outage,
                 ..
@@ -184,6 +267,7 @@ impl Keyring {
                 };
                 Ok(Lent {
                     key: Arc::clone(key),
+                    usage: Arc::clone(usage),
                     stale,
                 })
             }
@@ -197,7 +281,8 @@ impl Keyring {
         let now = self.clock.boot();
         let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
         let all = slots.iter().flat_map(|(account, keys)| {
-            keys.slots.iter().map(move |(name, slot)| {
+            keys.places.iter().map(move |(name, place)| {
+                let slot = &place.slot;
                 let age = slot.confirmed().map(|at| now.saturating_sub(at));
                 KeyStatus {
                     account: account.clone(),
@@ -205,6 +290,7 @@ impl Keyring {
                     slot: slot.clone(),
                     age,
                     is_too_old: age.is_some_and(|age| age > keys.max_stale.add_risk),
+                    tested: place.tested.clone(),
                 }
             })
         });
@@ -232,13 +318,13 @@ impl Keyring {
             return false;
         };
         let max = keys.max_stale.withdraw_risk;
-        let Some(slot) = keys.slots.get_mut(name) else {
+        let Some(place) = keys.places.get_mut(name) else {
             return false;
         };
-        let age = slot.confirmed().map(|at| now.saturating_sub(at));
+        let age = place.slot.confirmed().map(|at| now.saturating_sub(at));
         match age {
             Some(age) if age > max => {
-                *slot = Slot::Waiting(too_old(age, max, Some("wiped from memory")));
+                place.put(Slot::Waiting(too_old(age, max, Some("wiped from memory"))));
             }
             _ => return false,
         }
@@ -250,18 +336,144 @@ impl Keyring {
     /// What is known about one key.
     fn slot(&self, account: &AccountId, name: &KeyName) -> Option<Slot> {
         let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
-        slots.get(account)?.slots.get(name).cloned()
+        Some(slots.get(account)?.places.get(name)?.slot.clone())
     }
 
     /// Puts a slot in place; a key that stood there is wiped once its last request is signed.
     fn set(&self, account: &AccountId, name: &KeyName, slot: Slot) {
+        self.change(account, name, |place| {
+            // Asked under the lock that `wipe_revoked` takes: a key that was revoked meanwhile does not come back.
+            let revoked = self.revoked(&slot);
+            place.put(revoked.map_or(slot, |revoked| Slot::Gone(revoked_by(&revoked))));
+        });
+    }
+
+    /// Keeps whether a key is being tested that may take this one's place.
+    fn set_on_trial(&self, account: &AccountId, name: &KeyName, is_on_trial: bool) {
+        self.change(account, name, |place| place.is_on_trial = is_on_trial);
+    }
+
+    /// Keeps what a test said of the key in memory, unless another has taken its place meanwhile.
+    pub fn set_tested(
+        &self,
+        account: &AccountId,
+        name: &KeyName,
+        tested: &Arc<Key>,
+        report: Arc<Report>,
+    ) {
+        let at_ms = self.clock.wall_ms();
+        self.change(account, name, |place| {
+            let is_it = matches!(&place.slot, Slot::Ready { key, .. } if Arc::ptr_eq(key, tested));
+            if is_it {
+                place.tested = Some(Tested { at_ms, report });
+            }
+        });
+    }
+
+    fn change(&self, account: &AccountId, name: &KeyName, change: impl FnOnce(&mut Place)) {
         let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
         let keys = slots.get_mut(account);
-        if let Some(place) = keys.and_then(|keys| keys.slots.get_mut(name)) {
-            *place = slot;
+        if let Some(place) = keys.and_then(|keys| keys.places.get_mut(name)) {
+            change(place);
         }
         drop(slots);
         self.changed.send_replace(());
+    }
+
+    /// Wipes every key that has been revoked.
+    pub fn wipe_revoked(&self) {
+        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+        for place in slots.values_mut().flat_map(|keys| keys.places.values_mut()) {
+            if let Some(revoked) = self.revoked(&place.slot) {
+                place.put(Slot::Gone(revoked_by(&revoked)));
+            }
+        }
+        drop(slots);
+        self.changed.send_replace(());
+    }
+
+    fn revoked(&self, slot: &Slot) -> Option<Revoked> {
+        match slot {
+            Slot::Ready { key, .. } => self.restrictions.revoked(KeyDigest(key.id_sha256())),
+            Slot::Gone(_) | Slot::Waiting(_) => None,
+        }
+    }
+
+    /// Whether another key than `used`, which the exchange has refused, signs by now. Waits for one that is being tested.
+    pub async fn has_another(&self, permit: &Permit, used: &Arc<Key>) -> bool {
+        let Some(name) = permit.key_name() else {
+            return false;
+        };
+        let wait = async {
+            let mut changes = self.changes();
+            loop {
+                changes.borrow_and_update();
+                let (is_other, is_on_trial) = {
+                    let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+                    let keys = slots.get(&permit.account().id);
+                    let Some(place) = keys.and_then(|keys| keys.places.get(name)) else {
+                        return false;
+                    };
+                    let is_other =
+                        matches!(&place.slot, Slot::Ready { key, .. } if !Arc::ptr_eq(key, used));
+                    (is_other, place.is_on_trial)
+                };
+                // An error means that the keyring is gone.
+                if is_other || !is_on_trial || changes.changed().await.is_err() {
+                    return is_other;
+                }
+            }
+        };
+        timeout(TRIAL_WITHIN, wait).await.unwrap_or(false)
+    }
+
+    /// The exchange has refused the key of `permit`: Vault may have another one.
+    pub fn look_again(&self, permit: &Permit) {
+        if let Some(name) = permit.key_name()
+            && let Some(look) = self.look(&permit.account().id, name)
+        {
+            look.wanted.notify_waiters();
+        }
+    }
+
+    /// Has a look taken at a key in Vault, and waits until it has ended, with the test of what it found. A version that
+    /// was refused is tried once more. Returns whether there was one.
+    pub async fn look_now(&self, account: &AccountId, name: &KeyName) -> bool {
+        let Some(look) = self.look(account, name) else {
+            return false;
+        };
+        look.is_fresh.store(true, Ordering::Relaxed);
+        let mut count = look.count.subscribe();
+        let (begun, _) = *count.borrow_and_update();
+        look.wanted.notify_waiters();
+        let ended = count.wait_for(|(_, ended)| *ended > begun);
+        matches!(timeout(LOOK_WITHIN, ended).await, Ok(Ok(_)))
+    }
+
+    fn look(&self, account: &AccountId, name: &KeyName) -> Option<Arc<Look>> {
+        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        Some(Arc::clone(&slots.get(account)?.places.get(name)?.look))
+    }
+}
+
+impl Place {
+    fn new() -> Self {
+        Self {
+            slot: Slot::Waiting("not read from Vault yet".to_owned()),
+            is_on_trial: false,
+            tested: None,
+            look: Arc::default(),
+        }
+    }
+
+    /// What was said of one key says nothing of another.
+    fn put(&mut self, slot: Slot) {
+        let is_same = matches!((&self.slot, &slot),
+            (Slot::Ready { key, .. }, Slot::Ready { key: next, .. }) if Arc::ptr_eq(key, next));
+        if !is_same {
+            self.tested = None;
+        }
+        self.slot = slot;
     }
 }
 

@@ -3,8 +3,10 @@
 //! No I/O, no clock, no async: everything here is a function of its arguments. Rules and their sources are in the
 //! public API documentation; each item says which page.
 
+pub mod advice;
 pub mod answer;
 pub mod catalog;
+pub mod key_info;
 pub mod question;
 pub mod request;
 pub mod sign;

@@ -44,10 +44,14 @@ impl fmt::Display for Outcome {
 /// Why a call failed: `ErrorInfo.reason`, and the label of the same name in metrics and audit lines.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub enum Reason {
+    /// An admin has frozen the account, and the request adds risk.
+    AccountFrozen,
     /// The request may have reached the exchange, and no whole answer came back.
     AnswerLost,
     /// The audit file cannot be written, and the request adds risk.
     AuditUnavailable,
+    /// An admin has blocked this bot.
+    CallerBlocked,
     /// No rule names this bot.
     CallerUnknown,
     /// The exchange's time is not known well enough, and the request adds risk.
@@ -74,9 +78,11 @@ pub enum Reason {
 
 impl Reason {
     /// All of them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 15] = [
+        Self::AccountFrozen,
         Self::AnswerLost,
         Self::AuditUnavailable,
+        Self::CallerBlocked,
         Self::CallerUnknown,
         Self::ClockUncertain,
         Self::DeadlineExceeded,
@@ -93,8 +99,10 @@ impl Reason {
     /// The word for it.
     pub fn as_str(self) -> &'static str {
         match self {
+            Self::AccountFrozen => "ACCOUNT_FROZEN",
             Self::AnswerLost => "ANSWER_LOST",
             Self::AuditUnavailable => "AUDIT_UNAVAILABLE",
+            Self::CallerBlocked => "CALLER_BLOCKED",
             Self::CallerUnknown => "CALLER_UNKNOWN",
             Self::ClockUncertain => "CLOCK_UNCERTAIN",
             Self::DeadlineExceeded => "DEADLINE_EXCEEDED",
@@ -113,7 +121,9 @@ impl Reason {
     pub fn outcome(self) -> Outcome {
         match self {
             Self::AnswerLost | Self::Internal => Outcome::MaybeSent,
-            Self::AuditUnavailable
+            Self::AccountFrozen
+            | Self::AuditUnavailable
+            | Self::CallerBlocked
             | Self::CallerUnknown
             | Self::ClockUncertain
             | Self::DeadlineExceeded

@@ -14,9 +14,11 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use crate::ids::{AccountId, BotId, KeyName};
+use crate::ids::{AccountId, BotId, KeyName, Who};
 use crate::kucoin::catalog::Found;
-use crate::kucoin::{Catalog, Endpoint, Host, Method, Partner, Risk, Scope, Site, UnsignedRequest};
+use crate::kucoin::{
+    Catalog, Effect, Endpoint, Host, Method, Partner, Risk, Scope, Site, UnsignedRequest,
+};
 
 /// An account as the rules describe it.
 #[derive(Debug)]
@@ -214,6 +216,12 @@ pub enum Denied {
         /// The scope asked for.
         scope: Scope,
     },
+    /// More than admins and the broker itself may ask of the exchange.
+    #[error("{what} is more than an admin or the broker may ask: they read, test and cancel")]
+    NotOurs {
+        /// The endpoint's id, or method and path.
+        what: String,
+    },
     /// The endpoint lives on a host that the broker does not serve.
     #[error(
         "{endpoint} is served by the host for exchange brokers, which credbroker does not serve"
@@ -258,8 +266,9 @@ impl Policy {
         self.accounts().flat_map(of_account).collect()
     }
 
-    /// Whether `bot` may send `request`.
-    pub fn authorize(&self, bot: &BotId, request: &UnsignedRequest) -> Result<Permit, Denied> {
+    /// Whether whoever it is may send `request`: a bot what the rules grant it; an admin and the broker itself what adds
+    /// no risk, on any account of the rules.
+    pub fn authorize(&self, who: &Who, request: &UnsignedRequest) -> Result<Permit, Denied> {
         let &UnsignedRequest {
             scope,
             method,
@@ -267,12 +276,44 @@ impl Policy {
             ref target,
             ..
         } = request;
-        let granted = self.decide(bot, account, scope, method, target.path())?;
+        let (entry, endpoint) = match who {
+            Who::Bot(bot) => {
+                let granted = self.decide(bot, account, scope, method, target.path())?;
+                (granted.account, granted.endpoint)
+            }
+            Who::Admin(_) => self.decide_own(request, |endpoint| !endpoint.adds_risk())?,
+            Who::Broker => self.decide_own(request, |endpoint| {
+                !endpoint.adds_risk()
+                    && !matches!(endpoint.effect, Effect::Cancel | Effect::CancelAll)
+            })?,
+        };
         Ok(Permit {
-            account: Arc::clone(granted.account),
+            account: Arc::clone(entry),
             scope,
-            endpoint: granted.endpoint,
+            endpoint,
         })
+    }
+
+    /// Judges a request of no bot.
+    fn decide_own(
+        &self,
+        request: &UnsignedRequest,
+        may: impl Fn(&Endpoint) -> bool,
+    ) -> Result<(&Arc<Account>, Option<&'static Endpoint>), Denied> {
+        let (scope, method, path) = (request.scope, request.method, request.target.path());
+        let account = self.accounts.get(&request.account);
+        let account = account.ok_or_else(|| Denied::Account(request.account.clone()))?;
+        match Catalog::get().find(scope, method, path) {
+            Found::Endpoint(endpoint) if may(endpoint) && serves(account.site, endpoint) => {
+                Ok((account, Some(endpoint)))
+            }
+            Found::Endpoint(endpoint) => Err(Denied::NotOurs {
+                what: endpoint.id.clone(),
+            }),
+            _ => Err(Denied::NotOurs {
+                what: format!("{method} {path}"),
+            }),
+        }
     }
 
     /// The one place where requests are judged; [`explain`] tells of what it says.

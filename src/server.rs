@@ -20,7 +20,7 @@ use std::time::Duration;
 use rustls::crypto::CryptoProvider;
 use rustls::{ClientConfig, RootCertStore};
 use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
@@ -36,7 +36,7 @@ use crate::api::state::{Readiness, readiness};
 use crate::audit::Audit;
 use crate::broker::admission::Admission;
 use crate::broker::probes::Doubts;
-use crate::broker::{Broker, Calls};
+use crate::broker::{Broker, Calls, trial};
 use crate::clock::Clock;
 use crate::config::load::{Loaded, Source, TlsSources, load};
 use crate::config::{Config, FileProblems};
@@ -47,6 +47,7 @@ use crate::keyring::Keyring;
 use crate::keyring::refresh::Refresher;
 use crate::keyring::vault::Vault;
 use crate::kucoin::{Host, Site};
+use crate::restrictions::{Restrictions, RestrictionsError};
 use crate::telemetry::Metrics;
 use crate::toml_file::Problem;
 
@@ -87,6 +88,9 @@ pub enum StartError {
     /// The descriptors do not fit the reflection service: a defect of the build.
     #[error("the reflection service cannot be set up")]
     Reflection(#[source] tonic_reflection::server::Error),
+    /// What admins have forbidden cannot be read.
+    #[error("what admins have forbidden cannot be read")]
+    Restrictions(#[source] RestrictionsError),
     /// The state folder cannot be used.
     #[error("the state folder {0} cannot be used; make it writable or correct state_dir")]
     State(String, #[source] io::Error),
@@ -143,6 +147,9 @@ impl Server {
             egress_roots,
         } = load(&config, clock.wall_ms()).map_err(StartError::Config)?;
         let lock = lock(&config.state_dir)?;
+        let restrictions =
+            Restrictions::open(&config.state_dir).map_err(StartError::Restrictions)?;
+        let restrictions = Arc::new(restrictions);
         let metrics = Arc::new(Metrics::default());
         let audit = open_audit(&config.audit_file, &clock, &metrics)?;
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
@@ -168,20 +175,24 @@ impl Server {
         };
         let admin = admin_listener.as_ref().map(|(_, bound)| *bound);
 
-        let keyring = Arc::new(Keyring::new(Arc::clone(&clock)));
+        let keyring = Arc::new(Keyring::new(Arc::clone(&clock), Arc::clone(&restrictions)));
         keyring.add(policy.accounts());
-        let (ring, asked, counted) = (
+        let (notices, noticed) = mpsc::unbounded_channel();
+        let refresher = Refresher::new(
             Arc::clone(&keyring),
             Arc::clone(&vault),
+            Arc::clone(&restrictions),
+            notices,
             Arc::clone(&metrics),
+            config.vault_poll,
         );
-        let refresher = Refresher::new(ring, asked, counted, config.vault_poll);
         refresher.follow();
         egress.start().await;
         let policy = Arc::new(policy);
         let broker = Arc::new(Broker {
             policy: RwLock::new(Arc::clone(&policy)),
             audit,
+            restrictions,
             keyring,
             egress,
             proof: Proof::new(config.expected_ip, config.proof),
@@ -237,6 +248,10 @@ impl Server {
         let (tell_readiness, told_readiness) = watch::channel(readiness(&broker));
         let health = report_health(Arc::clone(&broker), health, tell_readiness);
         let mut background = JoinSet::new();
+        background.spawn(named(
+            "tests of keys",
+            trial::attend(Arc::clone(&broker), noticed),
+        ));
         background.spawn(named(
             "ops listener",
             ops::serve(ops_listener, Arc::clone(&broker), problems),

@@ -1,19 +1,31 @@
 //! `Admin`: keys, accounts and bots, as admins see and change them. Proto in, proto out; no answer holds a secret.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::task::spawn_blocking;
 use tonic::{Code, Request, Response, Status};
 use tonic_types::{ErrorDetails, StatusExt};
+use zeroize::Zeroizing;
 
 use super::proto::admin_server::Admin;
-use super::proto::{self, KeyState};
+use super::proto::{self, KeyFacts, KeyState, RefreshKeyResponse, RevokedKey, TestKeyResponse};
+use super::standing::{Standing, scopes, standing, standings};
 use super::status::{DOMAIN, add_violations, cut};
+use crate::audit::Act;
 use crate::broker::Broker;
-use crate::ids::{AccountId, AdminId, BotId, KeyName};
-use crate::keyring::{KeyStatus, Slot};
-use crate::kucoin::{Malformed, Scope};
+use crate::broker::halt::Cancelled;
+use crate::broker::trial::{KeyTest, KeyTested, Probe};
+use crate::ids::{AccountId, AdminId, BotId, KeyName, Who};
+use crate::keyring::Slot;
+use crate::keyring::trial::Verdict;
+use crate::kucoin::key_info::{Finding, KeyInfo};
+use crate::kucoin::{Key, KeyVersion, Malformed, Scope};
 use crate::policy::Account;
+use crate::restrictions::{KeyDigest, Mark, Restrictions, RestrictionsError};
+use crate::secret::{ApiSecret, Passphrase};
+use crate::telemetry::chain;
 
 /// Why an admin's call failed. `Display` is one sentence for the admin.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +36,12 @@ pub enum AdminError {
     /// The CA of the caller's certificate was taken away, or its time is over.
     #[error("the certificate of this connection has ended, or its CA is trusted no longer")]
     CallerUnknown,
+    /// There is no key in memory that could be tested.
+    #[error("the key is not in memory: {0}")]
+    KeyUnavailable(String),
+    /// What is forbidden cannot be written.
+    #[error("{}", chain(.0))]
+    Restrictions(#[from] RestrictionsError),
     /// A defect of the broker.
     #[error("the broker failed; its log and the audit file tell how far it came")]
     Internal,
@@ -49,6 +67,8 @@ impl AdminError {
             Self::AccountUnknown(_) => ("ACCOUNT_UNKNOWN", Code::NotFound),
             Self::CallerUnknown => ("CALLER_UNKNOWN", Code::Unauthenticated),
             Self::Internal => ("INTERNAL", Code::Internal),
+            Self::KeyUnavailable(_) => ("KEY_UNAVAILABLE", Code::FailedPrecondition),
+            Self::Restrictions(_) => ("STATE_UNWRITABLE", Code::Unavailable),
             Self::KeyUnknown(..) => ("KEY_UNKNOWN", Code::NotFound),
             Self::Malformed(_) => ("REQUEST_MALFORMED", Code::InvalidArgument),
             Self::Slow(_) => ("DEADLINE_EXCEEDED", Code::DeadlineExceeded),
@@ -89,6 +109,35 @@ impl AdminApi {
         found.ok_or(AdminError::AccountUnknown(id))
     }
 
+    /// The account that is meant, or all of them: one of the two must be said.
+    fn meant(&self, account: &str, all: bool) -> Result<Option<Arc<Account>>, AdminError> {
+        match (account.is_empty(), all) {
+            (true, false) => Err(AdminError::field(
+                "account",
+                "expected an account, or `all`",
+            )),
+            (false, true) => Err(AdminError::field(
+                "all",
+                "stands beside an account; expected one of them",
+            )),
+            (true, true) => Ok(None),
+            (false, false) => self.account(account).map(Some),
+        }
+    }
+
+    /// The key that signs now.
+    fn in_memory(&self, account: &AccountId, name: &KeyName) -> Result<Arc<Key>, AdminError> {
+        let mut keys = self.broker.keyring.status().into_iter();
+        let found = keys.find(|key| key.account == *account && key.name == *name);
+        match found.map(|key| key.slot) {
+            Some(Slot::Ready { key, .. }) => Ok(key),
+            Some(Slot::Gone(reason) | Slot::Waiting(reason)) => {
+                Err(AdminError::KeyUnavailable(reason))
+            }
+            None => Err(AdminError::KeyUnknown(account.clone(), name.clone())),
+        }
+    }
+
     /// A key of one account; without a name its only one.
     fn key(&self, account: &str, name: &str) -> Result<(Arc<Account>, KeyName), AdminError> {
         let account = self.account(account)?;
@@ -114,55 +163,179 @@ impl AdminApi {
         }
     }
 
-    fn state(&self, key: KeyStatus) -> KeyState {
-        let policy = self.broker.policy();
-        let account = policy.accounts().find(|account| account.id == key.account);
-        let keys = account.iter().flat_map(|account| &account.keys);
-        let scopes = keys
-            .filter(|(_, name)| **name == key.name)
-            .map(|(scope, _)| proto::Scope::from(*scope).into());
-        let mut reasons = Vec::new();
-        let (status, version) = match key.slot {
-            Slot::Gone(reason) => {
-                reasons.push(reason);
-                ("unavailable", 0)
-            }
-            Slot::Ready {
-                version,
-                problem,
-                outage,
-                ..
-            } => {
-                reasons.extend(
-                    problem.map(|problem| format!("a newer version is not used: {problem}")),
-                );
-                if let (Some(outage), Some(age)) = (outage, key.age) {
-                    let age_s = age.as_secs();
-                    reasons.push(format!("Vault last confirmed it {age_s} s ago: {outage}"));
-                }
-                if key.is_too_old {
-                    reasons.push("too old for what adds risk; cancels and reads go on".to_owned());
-                }
-                let status = if reasons.is_empty() {
-                    "untested"
-                } else {
-                    "degraded"
-                };
-                (status, version)
-            }
-            Slot::Waiting(reason) => {
-                reasons.push(format!("waiting for Vault: {reason}"));
-                ("unavailable", 0)
-            }
+    /// Puts what an admin did on record, and in the log.
+    fn record(&self, admin: &AdminId, act: &Act<'_>) {
+        let Act {
+            action,
+            account,
+            key,
+            about_bot,
+            outcome,
+            ..
+        } = act;
+        tracing::warn!(
+            admin = %admin,
+            action,
+            account.id = account.map(AccountId::as_str),
+            key = key.map(KeyName::as_str),
+            about_bot = about_bot.map(BotId::as_str),
+            outcome,
+            detail = act.detail,
+            "an admin has acted"
+        );
+        self.broker.audit.acted(admin.as_str(), act);
+    }
+
+    fn mark(&self, admin: &AdminId) -> Mark {
+        Mark {
+            by: admin.clone(),
+            at_ms: self.broker.clock.wall_ms(),
+        }
+    }
+
+    /// Changes what is forbidden, on disk before it returns, and puts it on record.
+    async fn restrict<T: Send + 'static>(
+        &self,
+        admin: &AdminId,
+        act: Act<'_>,
+        change: impl FnOnce(&Restrictions) -> Result<T, RestrictionsError> + Send + 'static,
+    ) -> Result<T, AdminError> {
+        let restrictions = Arc::clone(&self.broker.restrictions);
+        // A disk that hangs must not hold up every call of every bot.
+        let changed = spawn_blocking(move || change(&restrictions)).await;
+        let changed = changed.map_err(|_| AdminError::Internal)?;
+        let (outcome, problem) = match &changed {
+            Ok(_) => ("done", None),
+            Err(error) => ("failed", Some(chain(error))),
         };
-        KeyState {
-            account: key.account.to_string(),
-            key: key.name.to_string(),
-            scopes: scopes.collect(),
-            status: status.to_owned(),
-            reasons,
-            version,
-            ..KeyState::default()
+        let detail = problem.or(act.detail.clone());
+        self.record(
+            admin,
+            &Act {
+                outcome,
+                detail,
+                ..act
+            },
+        );
+        Ok(changed?)
+    }
+
+    /// Kills one key of an account.
+    async fn revoke(
+        &self,
+        admin: &AdminId,
+        account: &AccountId,
+        name: KeyName,
+    ) -> Result<RevokedKey, AdminError> {
+        let standing = standing(&self.broker, account, &name);
+        let standing =
+            standing.ok_or_else(|| AdminError::KeyUnknown(account.clone(), name.clone()))?;
+        let (id, version) = (standing.id, standing.version);
+        let act = Act {
+            action: "revoke",
+            account: Some(account),
+            key: Some(&name),
+            version_before: version,
+            key_before: id.map(KeyDigest::hex),
+            ..Act::default()
+        };
+        let (mark, place) = (self.mark(admin), (account.clone(), name.clone()));
+        let revoked = self
+            .restrict(admin, act, move |restrictions| {
+                restrictions.revoke(&place.0, &place.1, id, mark)
+            })
+            .await;
+        // Dead either way; whether it is on disk is the admin's to know.
+        self.broker.keyring.wipe_revoked();
+        revoked?;
+        Ok(RevokedKey {
+            key: name.to_string(),
+            version: version.unwrap_or_default(),
+            id_sha256: id.map(KeyDigest::hex).unwrap_or_default(),
+        })
+    }
+}
+
+impl From<Standing> for KeyState {
+    fn from(standing: Standing) -> Self {
+        let info = standing.info.as_deref();
+        let permissions = info.map(|info| info.permissions.iter().map(ToString::to_string));
+        Self {
+            account: standing.account.to_string(),
+            key: standing.name.to_string(),
+            scopes: in_proto(&standing.scopes),
+            status: standing.status.to_owned(),
+            reasons: standing.reasons,
+            version: standing.version.unwrap_or_default(),
+            permissions: permissions.map(Iterator::collect).unwrap_or_default(),
+            is_whitelisted: standing.is_whitelisted,
+            used_at_ms: standing.used_ms.unwrap_or_default(),
+            tested_at_ms: standing.tested_ms.unwrap_or_default(),
+            uid: info.and_then(|info| info.uid.clone()).unwrap_or_default(),
+            expires_at_ms: info.and_then(|info| info.expires_at_ms).unwrap_or_default(),
+            id_sha256: standing.id.map(KeyDigest::hex).unwrap_or_default(),
+        }
+    }
+}
+
+fn in_proto(scopes: &[Scope]) -> Vec<i32> {
+    let scopes = scopes.iter().copied();
+    scopes
+        .map(|scope| proto::Scope::from(scope).into())
+        .collect()
+}
+
+impl From<&KeyInfo> for KeyFacts {
+    fn from(info: &KeyInfo) -> Self {
+        Self {
+            uid: info.uid.clone().unwrap_or_default(),
+            is_master: info.is_master,
+            sub_name: info.sub_name.clone().unwrap_or_default(),
+            site: info.site.clone().unwrap_or_default(),
+            permissions: info.permissions.iter().map(ToString::to_string).collect(),
+            ip_whitelist: info.ip_whitelist.clone(),
+            key_version: info
+                .version
+                .and_then(|version| version.try_into().ok())
+                .unwrap_or_default(),
+            created_at_ms: info.created_at_ms.unwrap_or_default(),
+            expires_at_ms: info.expires_at_ms.unwrap_or_default(),
+        }
+    }
+}
+
+impl From<Finding> for proto::Finding {
+    fn from(finding: Finding) -> Self {
+        Self {
+            name: finding.name.to_owned(),
+            is_refusal: finding.is_refusal,
+            cause: finding.cause,
+            fix: finding.fix,
+        }
+    }
+}
+
+impl From<Cancelled> for proto::Cancelled {
+    fn from(cancelled: Cancelled) -> Self {
+        Self {
+            account: cancelled.account.to_string(),
+            scope: proto::Scope::from(cancelled.scope).into(),
+            probes: cancelled
+                .probes
+                .into_iter()
+                .map(proto::Probe::from)
+                .collect(),
+            still_open: cancelled.still_open,
+        }
+    }
+}
+
+impl From<Probe> for proto::Probe {
+    fn from(probe: Probe) -> Self {
+        Self {
+            question: probe.question,
+            is_ok: probe.is_ok,
+            answer: probe.answer,
         }
     }
 }
@@ -189,116 +362,238 @@ fn bot(name: &str) -> Result<BotId, AdminError> {
         .map_err(|error| AdminError::field("bot", error))
 }
 
-/// Either an account or all of them must be meant, and said.
-fn is_all(account: &str, all: bool) -> Result<bool, AdminError> {
-    match (account.is_empty(), all) {
-        (true, false) => Err(AdminError::field(
-            "account",
-            "expected an account, or `all`",
-        )),
-        (false, true) => Err(AdminError::field(
-            "all",
-            "stands beside an account; expected one of them",
-        )),
-        (_, all) => Ok(all),
-    }
+/// The key that an admin gave, in the version asked for.
+fn candidate(candidate: proto::Candidate, version: KeyVersion) -> Result<Key, AdminError> {
+    let proto::Candidate {
+        api_key,
+        api_secret,
+        passphrase,
+        ..
+    } = candidate;
+    let secret = ApiSecret::new(Zeroizing::new(api_secret));
+    let passphrase = Passphrase::new(Zeroizing::new(passphrase));
+    Key::new(Zeroizing::new(api_key), &secret, &passphrase, version, None)
+        .map_err(|error| AdminError::field("candidate", error))
 }
 
-// TODO: all but `list_keys` check what they are given and do nothing yet: they need tests of keys, restrictions and calls
-// by admins; until then they answer UNIMPLEMENTED.
 #[tonic::async_trait]
 impl Admin for AdminApi {
     async fn test_key(
         &self,
         request: Request<proto::TestKeyRequest>,
-    ) -> Result<Response<proto::TestKeyResponse>, Status> {
-        let (_admin, message) = opened(request)?;
-        self.key(&message.account, &message.key)?;
-        Err(Status::unimplemented("TestKey"))
+    ) -> Result<Response<TestKeyResponse>, Status> {
+        let (admin, message) = opened(request)?;
+        let (account, name) = self.key(&message.account, &message.key)?;
+        let scopes = scopes(&account, &name);
+        let (key, is_candidate) = match message.candidate {
+            Some(given) => (Arc::new(candidate(given, KeyVersion::V3)?), true),
+            None => (self.in_memory(&account.id, &name)?, false),
+        };
+        let digest = KeyDigest(key.id_sha256());
+        let test = KeyTest {
+            who: Who::Admin(admin.clone()),
+            account: Arc::clone(&account),
+            scopes: scopes.iter().copied().collect(),
+            key: Arc::clone(&key),
+            reads: true,
+            orders: message.try_order,
+        };
+        let KeyTested { report, probes } = self.broker.test_key(test).await;
+        let act = Act {
+            action: "test",
+            account: Some(&account.id),
+            key: Some(&name),
+            key_after: Some(digest.hex()),
+            outcome: "done",
+            detail: Some(match &report.verdict {
+                Verdict::Good => "the exchange takes it".to_owned(),
+                Verdict::Refused(reason) | Verdict::Unclear(reason) => reason.clone(),
+            }),
+            ..Act::default()
+        };
+        self.record(&admin, &act);
+        let response = TestKeyResponse {
+            facts: report.info.as_deref().map(KeyFacts::from),
+            probes: probes.into_iter().map(proto::Probe::from).collect(),
+            findings: report
+                .findings
+                .iter()
+                .cloned()
+                .map(proto::Finding::from)
+                .collect(),
+            scopes: in_proto(&scopes),
+            key: name.to_string(),
+            id_sha256: digest.hex(),
+            egress_ip: self.broker.proof.expected().to_string(),
+        };
+        if !is_candidate {
+            let report = Arc::new(report);
+            self.broker
+                .keyring
+                .set_tested(&account.id, &name, &key, report);
+        }
+        Ok(Response::new(response))
     }
 
     async fn list_keys(
         &self,
         _request: Request<proto::ListKeysRequest>,
     ) -> Result<Response<proto::ListKeysResponse>, Status> {
-        let keys = self.broker.keyring.status().into_iter();
-        let keys = keys.map(|key| self.state(key)).collect();
+        let keys = standings(&self.broker).into_iter().map(KeyState::from);
+        let keys = keys.collect();
         Ok(Response::new(proto::ListKeysResponse { keys }))
     }
 
     async fn refresh_key(
         &self,
         request: Request<proto::RefreshKeyRequest>,
-    ) -> Result<Response<proto::RefreshKeyResponse>, Status> {
-        let (_admin, message) = opened(request)?;
-        self.key(&message.account, &message.key)?;
-        Err(Status::unimplemented("RefreshKey"))
+    ) -> Result<Response<RefreshKeyResponse>, Status> {
+        let (admin, message) = opened(request)?;
+        let (account, name) = self.key(&message.account, &message.key)?;
+        let unknown = || AdminError::KeyUnknown(account.id.clone(), name.clone());
+        let before = standing(&self.broker, &account.id, &name).ok_or_else(unknown)?;
+        let is_seen = self.broker.keyring.look_now(&account.id, &name).await;
+        let after = standing(&self.broker, &account.id, &name).ok_or_else(unknown)?;
+        let act = Act {
+            action: "refresh",
+            account: Some(&account.id),
+            key: Some(&name),
+            version_before: before.version,
+            version_after: after.version,
+            key_before: before.id.map(KeyDigest::hex),
+            key_after: after.id.map(KeyDigest::hex),
+            outcome: if is_seen { "done" } else { "failed" },
+            detail: (!after.reasons.is_empty()).then(|| after.reasons.join("; ")),
+            ..Act::default()
+        };
+        self.record(&admin, &act);
+        let state = Some(after.into());
+        Ok(Response::new(RefreshKeyResponse { state }))
     }
 
     async fn revoke_key(
         &self,
         request: Request<proto::RevokeKeyRequest>,
     ) -> Result<Response<proto::RevokeKeyResponse>, Status> {
-        let (_admin, message) = opened(request)?;
-        self.account(&message.account)?;
-        Err(Status::unimplemented("RevokeKey"))
+        let (admin, message) = opened(request)?;
+        let (account, names) = if message.key.is_empty() {
+            let account = self.account(&message.account)?;
+            let names: BTreeSet<_> = account.keys.values().cloned().collect();
+            (account, names)
+        } else {
+            let (account, name) = self.key(&message.account, &message.key)?;
+            (account, [name].into())
+        };
+        let mut keys = Vec::new();
+        for name in names {
+            keys.push(self.revoke(&admin, &account.id, name).await?);
+        }
+        Ok(Response::new(proto::RevokeKeyResponse { keys }))
     }
 
     async fn freeze_account(
         &self,
         request: Request<proto::FreezeAccountRequest>,
     ) -> Result<Response<proto::FreezeAccountResponse>, Status> {
-        let (_admin, message) = opened(request)?;
-        self.account(&message.account)?;
-        Err(Status::unimplemented("FreezeAccount"))
+        let (admin, message) = opened(request)?;
+        let account = self.account(&message.account)?;
+        let (mark, id) = (self.mark(&admin), account.id.clone());
+        let act = Act::on_account("freeze", &account.id);
+        let freeze = move |restrictions: &Restrictions| restrictions.freeze(&id, mark);
+        let was_frozen = self.restrict(&admin, act, freeze).await?;
+        Ok(Response::new(proto::FreezeAccountResponse { was_frozen }))
     }
 
     async fn thaw_account(
         &self,
         request: Request<proto::ThawAccountRequest>,
     ) -> Result<Response<proto::ThawAccountResponse>, Status> {
-        let (_admin, message) = opened(request)?;
-        self.account(&message.account)?;
-        Err(Status::unimplemented("ThawAccount"))
+        let (admin, message) = opened(request)?;
+        let account = self.account(&message.account)?;
+        let id = account.id.clone();
+        let act = Act::on_account("thaw", &account.id);
+        let thaw = move |restrictions: &Restrictions| restrictions.thaw(&id);
+        let was_frozen = self.restrict(&admin, act, thaw).await?;
+        Ok(Response::new(proto::ThawAccountResponse {
+            was_frozen,
+            is_halted: self.broker.restrictions.is_halted(&account.id),
+        }))
     }
 
     async fn block_bot(
         &self,
         request: Request<proto::BlockBotRequest>,
     ) -> Result<Response<proto::BlockBotResponse>, Status> {
-        let (_admin, message) = opened(request)?;
-        bot(&message.bot)?;
-        Err(Status::unimplemented("BlockBot"))
+        let (admin, message) = opened(request)?;
+        let bot = bot(&message.bot)?;
+        let (mark, id) = (self.mark(&admin), bot.clone());
+        let act = Act::on_bot("block", &bot);
+        let block = move |restrictions: &Restrictions| restrictions.block(&id, mark);
+        let was_blocked = self.restrict(&admin, act, block).await?;
+        Ok(Response::new(proto::BlockBotResponse { was_blocked }))
     }
 
     async fn unblock_bot(
         &self,
         request: Request<proto::UnblockBotRequest>,
     ) -> Result<Response<proto::UnblockBotResponse>, Status> {
-        let (_admin, message) = opened(request)?;
-        bot(&message.bot)?;
-        Err(Status::unimplemented("UnblockBot"))
+        let (admin, message) = opened(request)?;
+        let bot = bot(&message.bot)?;
+        let id = bot.clone();
+        let act = Act::on_bot("unblock", &bot);
+        let unblock = move |restrictions: &Restrictions| restrictions.unblock(&id);
+        let was_blocked = self.restrict(&admin, act, unblock).await?;
+        Ok(Response::new(proto::UnblockBotResponse { was_blocked }))
     }
 
     async fn halt(
         &self,
         request: Request<proto::HaltRequest>,
     ) -> Result<Response<proto::HaltResponse>, Status> {
-        let (_admin, message) = opened(request)?;
-        if !is_all(&message.account, message.all)? {
-            self.account(&message.account)?;
+        let (admin, message) = opened(request)?;
+        let account = self.meant(&message.account, message.all)?;
+        let (mark, id) = (
+            self.mark(&admin),
+            account.as_ref().map(|account| account.id.clone()),
+        );
+        let act = Act {
+            action: "halt",
+            account: account.as_ref().map(|account| &account.id),
+            ..Act::default()
+        };
+        let halt = move |restrictions: &Restrictions| restrictions.halt(id.as_ref(), mark);
+        let halted = self.restrict(&admin, act, halt).await;
+        if !message.cancel_all {
+            halted?;
+            return Ok(Response::new(proto::HaltResponse::default()));
         }
-        Err(Status::unimplemented("Halt"))
+        // It is in force, if not on disk: orders are withdrawn all the same, and then the admin is told.
+        let cancelled = self.broker.cancel_all(&admin, account.as_deref()).await;
+        halted?;
+        let cancelled = cancelled.into_iter().map(proto::Cancelled::from).collect();
+        Ok(Response::new(proto::HaltResponse { cancelled }))
     }
 
     async fn resume(
         &self,
         request: Request<proto::ResumeRequest>,
     ) -> Result<Response<proto::ResumeResponse>, Status> {
-        let (_admin, message) = opened(request)?;
-        if !is_all(&message.account, message.all)? {
-            self.account(&message.account)?;
-        }
-        Err(Status::unimplemented("Resume"))
+        let (admin, message) = opened(request)?;
+        let account = self.meant(&message.account, message.all)?;
+        let id = account.as_ref().map(|account| account.id.clone());
+        let act = Act {
+            action: "resume",
+            account: account.as_ref().map(|account| &account.id),
+            ..Act::default()
+        };
+        let resume = move |restrictions: &Restrictions| restrictions.resume(id.as_ref());
+        self.restrict(&admin, act, resume).await?;
+        let policy = self.broker.policy();
+        let meant = policy
+            .accounts()
+            .filter(|entry| account.as_ref().is_none_or(|one| one.id == entry.id));
+        let frozen = meant.filter(|entry| self.broker.restrictions.is_frozen(&entry.id));
+        let still_frozen = frozen.map(|entry| entry.id.to_string()).collect();
+        Ok(Response::new(proto::ResumeResponse { still_frozen }))
     }
 }

@@ -11,9 +11,9 @@ use super::proto::{self, broker_server::Broker as BrokerRpc};
 use super::status::status;
 use crate::broker::admission::CallSlot;
 use crate::broker::{Broker, BrokerError, Call, Receipt, caught, micros};
-use crate::ids::{BotId, RequestId};
+use crate::ids::{BotId, RequestId, Who};
 use crate::kucoin::request::{self, RequestLimits};
-use crate::kucoin::{Malformed, Method, Scope, UnsignedRequest};
+use crate::kucoin::{Malformed, Method, Scope, UnsignedRequest, advice};
 use crate::outcome::Outcome;
 
 /// How long before the bot's deadline the answer is given at the latest, so that it arrives before the transport's.
@@ -60,8 +60,9 @@ impl GrpcApi {
         let deadline = arrived + limit.saturating_sub(DEADLINE_MARGIN.min(limit / 10));
         self.broker
             .sign_and_send(Call {
-                bot,
+                who: Who::Bot(bot),
                 request,
+                key: None,
                 arrived,
                 deadline,
                 slot,
@@ -186,13 +187,16 @@ fn unsigned_request(
 }
 
 fn response(receipt: Receipt, id: &RequestId) -> proto::SignAndSendResponse {
+    let stale = receipt.stale();
     let Receipt {
         answer,
+        endpoint,
+        scope,
         timestamp_ms,
         waiting,
         signing,
         exchange,
-        stale,
+        lent: _,
     } = receipt;
     let outcome = match answer.outcome {
         Outcome::Accepted => proto::Outcome::Accepted,
@@ -200,6 +204,7 @@ fn response(receipt: Receipt, id: &RequestId) -> proto::SignAndSendResponse {
         Outcome::NotSent => proto::Outcome::Unspecified,
         Outcome::Rejected => proto::Outcome::Rejected,
     };
+    let advice = advice::for_bot(&answer, scope, endpoint);
     proto::SignAndSendResponse {
         http_status: answer.http_status.as_u16().into(),
         body: answer.body,
@@ -221,6 +226,7 @@ fn response(receipt: Receipt, id: &RequestId) -> proto::SignAndSendResponse {
             exchange_us: micros(exchange),
         }),
         stale_seconds: stale.as_secs(),
+        advice,
     }
 }
 

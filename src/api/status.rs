@@ -62,12 +62,13 @@ fn code(reason: Reason) -> Code {
         Reason::AuditUnavailable | Reason::ExchangeUnreachable | Reason::ShuttingDown => {
             Code::Unavailable
         }
-        Reason::CallerUnknown => Code::Unauthenticated,
+        Reason::CallerBlocked | Reason::CallerUnknown => Code::Unauthenticated,
         Reason::DeadlineExceeded => Code::DeadlineExceeded,
         Reason::Internal => Code::Internal,
-        Reason::ClockUncertain | Reason::EgressMismatch | Reason::KeyUnavailable => {
-            Code::FailedPrecondition
-        }
+        Reason::AccountFrozen
+        | Reason::ClockUncertain
+        | Reason::EgressMismatch
+        | Reason::KeyUnavailable => Code::FailedPrecondition,
         Reason::Overloaded => Code::ResourceExhausted,
         Reason::PolicyDenied => Code::PermissionDenied,
         Reason::RequestMalformed => Code::InvalidArgument,
@@ -80,7 +81,9 @@ fn retry_helps(reason: Reason) -> bool {
         | Reason::ExchangeUnreachable
         | Reason::Overloaded
         | Reason::ShuttingDown => true,
-        Reason::AnswerLost
+        Reason::AccountFrozen
+        | Reason::AnswerLost
+        | Reason::CallerBlocked
         | Reason::CallerUnknown
         | Reason::ClockUncertain
         | Reason::DeadlineExceeded

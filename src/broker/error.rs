@@ -11,6 +11,7 @@ use crate::kucoin::Malformed;
 use crate::kucoin::sign::SignError;
 use crate::outcome::Reason;
 use crate::policy::Denied;
+use crate::restrictions::Restricted;
 
 /// Why a call failed. `Display` is one sentence for the bot; causes go to the log.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +56,9 @@ pub enum BrokerError {
     /// Sent or not, it failed.
     #[error(transparent)]
     Send(#[from] SendError),
+    /// An admin has forbidden it.
+    #[error(transparent)]
+    Restricted(#[from] Restricted),
     /// The broker is stopping.
     #[error("the broker is stopping; nothing was sent")]
     ShuttingDown,
@@ -128,6 +132,8 @@ impl BrokerError {
             Self::Key(_) | Self::Sign(SignError::PartnerKeyMissing) => Reason::KeyUnavailable,
             Self::Malformed(_) => Reason::RequestMalformed,
             Self::Overloaded(_) => Reason::Overloaded,
+            Self::Restricted(Restricted::Blocked) => Reason::CallerBlocked,
+            Self::Restricted(Restricted::Frozen(_)) => Reason::AccountFrozen,
             Self::ShuttingDown => Reason::ShuttingDown,
         }
     }

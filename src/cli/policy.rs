@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 
-use super::{CONFIG, DONE, FAILED, USAGE, read_config, say, say_problems, show};
+use super::{CONFIG, DONE, FAILED, USAGE, read_config, say, say_problems, scope, show};
 use crate::broker::BrokerError;
 use crate::config::load::{Source, any_rules, rules};
 use crate::ids::{AccountId, BotId};
@@ -78,12 +78,6 @@ pub(super) struct Question {
     method: Method,
     /// The path without a query, such as /api/v1/accounts.
     path: String,
-}
-
-fn scope(text: &str) -> Result<Scope, &'static str> {
-    let named = |scope: &Scope| scope.as_str() == text;
-    let expected = "expected futures, spot-margin or unified";
-    Scope::ALL.into_iter().find(named).ok_or(expected)
 }
 
 fn method(text: &str) -> Result<Method, &'static str> {

@@ -80,6 +80,11 @@ impl Proof {
         }
     }
 
+    /// The address that the exchange must see.
+    pub fn expected(&self) -> IpAddr {
+        self.expected
+    }
+
     /// Whether what adds risk may leave.
     ///
     /// # Errors

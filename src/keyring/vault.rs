@@ -135,6 +135,47 @@ impl Metadata {
             .is_some_and(|state| state == "disabled")
     }
 
+    /// The version that shall serve: the newest one, unless an admin has named another (`keys rollback`).
+    ///
+    /// # Errors
+    /// When the version that is named is none that Vault has.
+    pub fn wanted(&self) -> Result<u64, String> {
+        let Some(named) = self
+            .custom
+            .get("use_version")
+            .filter(|text| !text.is_empty())
+        else {
+            return Ok(self.current_version);
+        };
+        match named.parse() {
+            Ok(version) if self.has(version) => Ok(version),
+            _ => Err(format!(
+                "its custom metadata says use_version={named}, and Vault has no such version; see `credbroker keys rollback`"
+            )),
+        }
+    }
+
+    /// What would have to differ for version `version` to be read again.
+    fn of(&self, version: u64) -> Option<&(String, String, bool)> {
+        self.versions.get(&version.to_string())
+    }
+
+    /// Whether `version` has been taken away since it was `seen`: deleted or destroyed, or all was deleted and counting
+    /// began anew. That an old version is pruned when a new one is written takes nothing away.
+    pub fn has_taken_away(&self, seen: &Self, version: u64) -> bool {
+        match self.of(version) {
+            Some((_, deletion_time, destroyed)) => {
+                !self.is_same(seen, version) && (*destroyed || !deletion_time.is_empty())
+            }
+            None => self.current_version < version,
+        }
+    }
+
+    /// Whether `version` is the one that was `seen`.
+    pub fn is_same(&self, seen: &Self, version: u64) -> bool {
+        self.of(version) == seen.of(version)
+    }
+
     /// Whether a version is there and neither deleted nor destroyed; one that is to be deleted some day counts as deleted.
     pub fn has(&self, version: u64) -> bool {
         self.versions
@@ -142,10 +183,9 @@ impl Metadata {
             .is_some_and(|(_, deletion_time, destroyed)| deletion_time.is_empty() && !destroyed)
     }
 
-    /// Whether the newest version has a time at which it deletes itself; nothing in the metadata changes then.
-    pub fn deletes_itself(&self) -> bool {
-        self.versions
-            .get(&self.current_version.to_string())
+    /// Whether a version has a time at which it deletes itself; nothing in the metadata changes then.
+    pub fn deletes_itself(&self, version: u64) -> bool {
+        self.of(version)
             .is_some_and(|(_, deletion_time, _)| !deletion_time.is_empty())
     }
 }

@@ -31,6 +31,8 @@ pub struct Endpoint {
     pub product: String,
     /// The scope it belongs to; `None` for the host of exchange brokers, which is not served.
     pub scope: Option<Scope>,
+    /// The permission that a key needs, in the words of KuCoin's page; `None` where none is needed or it is not known.
+    pub permission: Option<String>,
     /// What a call can do to the account.
     pub risk: Risk,
     /// What a call does to orders.

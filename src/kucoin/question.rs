@@ -9,6 +9,9 @@ use http_body_util::Full;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
+/// `User-Agent` of what the broker asks on its own behalf: told apart from what bots ask, on both sides.
+pub(super) const OWN: &str = concat!("credbroker/", env!("CARGO_PKG_VERSION"), " (own)");
+
 /// A question of the broker's own.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Question {
@@ -31,9 +34,7 @@ impl Question {
         *request.uri_mut() = Uri::from_static(path);
         let headers = request.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        // Told apart from what bots ask, on both sides.
-        let own = concat!("credbroker/", env!("CARGO_PKG_VERSION"), " (own)");
-        headers.insert(USER_AGENT, HeaderValue::from_static(own));
+        headers.insert(USER_AGENT, HeaderValue::from_static(OWN));
         request
     }
 }

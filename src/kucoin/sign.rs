@@ -9,10 +9,10 @@ use hmac::{Hmac, KeyInit, Mac};
 use http::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, USER_AGENT};
 use http::uri::{PathAndQuery, Uri};
 use http_body_util::Full;
-use sha2::Sha256;
+use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
-use super::{Site, UnsignedRequest};
+use super::{Site, UnsignedRequest, question};
 use crate::secret::{ApiSecret, PartnerKey, Passphrase};
 
 const API_KEY: HeaderName = HeaderName::from_static("kc-api-key");
@@ -109,6 +109,17 @@ impl Key {
     pub fn has_partner_key(&self) -> bool {
         self.partner.is_some()
     }
+
+    /// The version that it signs with.
+    pub fn version(&self) -> KeyVersion {
+        self.version
+    }
+
+    /// SHA-256 of the key id: names the key where the id itself has no business (custom metadata, lists of revoked
+    /// keys). Not a secret: key ids are random, so nobody finds one by trying.
+    pub fn id_sha256(&self) -> [u8; 32] {
+        Sha256::digest(self.id.as_bytes()).into()
+    }
 }
 
 fn mac(key: &[u8], name: &'static str) -> Result<Hmac<Sha256>, KeyError> {
@@ -137,6 +148,12 @@ pub struct SignedRequest {
 }
 
 impl SignedRequest {
+    /// Tells it apart from what bots ask, on both sides.
+    pub(crate) fn is_own(&mut self) {
+        let headers = self.request.headers_mut();
+        headers.insert(USER_AGENT, HeaderValue::from_static(question::OWN));
+    }
+
     /// The headers, signature and all: as secret as a signature for as long as KuCoin takes it.
     pub fn headers(&self) -> &HeaderMap {
         self.request.headers()
@@ -296,6 +313,23 @@ mod tests {
         is_wiped::<Zeroizing<String>>();
         is_wiped::<Zeroizing<[u8; SIGNATURE_CHARS]>>();
         is_wiped::<Zeroizing<Box<[u8]>>>();
+    }
+
+    #[test]
+    fn a_key_is_named_by_the_sha256_of_its_id() {
+        let text = |text: &str| Zeroizing::new(text.to_owned());
+        let secret = ApiSecret::new(text("fake-secret"));
+        let passphrase = Passphrase::new(text("fake-pass"));
+        let id = text("0123456789abcdef01234567");
+        let key = Key::new(id, &secret, &passphrase, KeyVersion::V3, None).unwrap();
+        let hex: String = (key.id_sha256().iter())
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        // By `printf 0123456789abcdef01234567 | openssl dgst -sha256`.
+        assert_eq!(
+            hex,
+            "8865fea8edb697169ac2b4f5e6339e16439381033640eeb4f55edbad9bdc2d3d"
+        );
     }
 
     #[test]

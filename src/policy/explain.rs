@@ -92,6 +92,7 @@ impl Policy {
             Denied::Account(_) | Denied::Caller(_) | Denied::NotGranted { .. } => {}
             Denied::Lookalike { .. }
             | Denied::NeverGranted { .. }
+            | Denied::NotOurs { .. }
             | Denied::NotServed { .. }
             | Denied::Scope { .. }
             | Denied::Site { .. } => return None,

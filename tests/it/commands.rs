@@ -1,4 +1,5 @@
-//! The commands that ask without changing anything, as the real program: `policy explain`, `check`, `diff`, and `health`.
+//! The commands that ask without changing anything, as the real program: `policy explain`, `check`, `diff`, `explain`, and
+//! `health`.
 
 use std::io::{Read, Write};
 use std::net::TcpListener;
@@ -55,6 +56,10 @@ fn explain(rules: &Path, words: &[&str]) -> (Option<i32>, String, String) {
     let mut command = program();
     command.args(["policy", "explain", "--rules"]).arg(rules);
     told(command.args(words).output().unwrap())
+}
+
+fn code(words: &[&str]) -> (Option<i32>, String, String) {
+    told(program().arg("explain").args(words).output().unwrap())
 }
 
 /// The line, from 1, of the first one that holds this.
@@ -311,6 +316,105 @@ fn diff_shows_what_changes_and_not_how_it_is_written() {
     let (code, said, talk) = diff(&bad, &[]);
     assert_eq!((code, said.as_str()), (Some(2), ""));
     assert!(talk.contains("bad.toml:1: typo: is not a key"), "{talk}");
+}
+
+#[test]
+fn a_code_is_explained_in_the_sentences_that_bots_get() {
+    let expected = "\
+400006: address-not-whitelisted
+  KuCoin takes no requests with this API key from the address that this one came
+  from.
+  why: The key is restricted to certain IP addresses, and this one is not among
+       them.
+  fix: Add the broker's egress address to the key's addresses under API
+       Management > Edit > IP restriction.
+";
+    let nothing = String::new();
+    assert_eq!(
+        code(&["400006"]),
+        (Some(0), expected.to_owned(), nothing.clone())
+    );
+
+    let (ended, both, _) = code(&["200002"]);
+    assert_eq!(ended, Some(0));
+    let titles: Vec<_> = both
+        .lines()
+        .filter(|line| line.starts_with("200002"))
+        .collect();
+    let expected = [
+        "200002 (futures): futures-rate-limited",
+        "200002 (spot-margin): cancel-suspended",
+    ];
+    assert_eq!(titles, expected);
+    let (_, one, _) = code(&["200002", "--scope", "spot-margin"]);
+    assert!(
+        one.starts_with(expected[1]) && !one.contains(expected[0]),
+        "{one}"
+    );
+    let (ended, topic, _) = code(&["funds-in-main"]);
+    assert_eq!(ended, Some(0));
+    assert!(
+        topic.contains("  Balances are in the main account, not in the trading account.\n"),
+        "{topic}"
+    );
+
+    let (ended, json, _) = code(&["400004", "--json"]);
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(
+        (ended, &json["topic"]),
+        (Some(0), &"secret-or-passphrase-wrong".into())
+    );
+    assert_eq!(
+        json["codes"][0]["codes"],
+        serde_json::json!(["400004", "400005"])
+    );
+}
+
+#[test]
+fn a_code_without_advice_is_no_success() {
+    let (ended, said, talk) = code(&["123456"]);
+    assert_eq!((ended, said.as_str()), (Some(1), ""));
+    assert!(
+        talk.starts_with("There is no advice on 123456.\nfix: Look it up"),
+        "{talk}"
+    );
+    let (ended, _, talk) = code(&["200002", "--scope", "unified"]);
+    assert_eq!(ended, Some(1));
+    assert!(
+        talk.contains("in scope unified.\nfix: Leave --scope out"),
+        "{talk}"
+    );
+    for misuse in [&["400006", "--list"][..], &["400006", "--scope", "spot"]] {
+        assert_eq!(code(misuse).0, Some(2), "{misuse:?}");
+    }
+}
+
+#[test]
+fn all_codes_are_listed_in_one_screenful_of_eighty_columns() {
+    let (ended, list, talk) = code(&["--list"]);
+    assert_eq!((ended, talk.as_str()), (Some(0), ""));
+    assert_eq!(code(&[]).1, list);
+    assert!(list.lines().count() <= 60, "{list}");
+    assert!(list.lines().all(|line| line.len() <= 80), "{list}");
+    for advice in credbroker::kucoin::advice::ALL {
+        let codes = advice
+            .codes
+            .iter()
+            .flat_map(|(_, codes)| codes.iter().copied());
+        for word in codes.chain([advice.topic]) {
+            assert!(list.split_whitespace().any(|shown| shown == word), "{word}");
+        }
+        let (ended, said, _) = code(&[advice.topic]);
+        assert_eq!(ended, Some(0));
+        assert!(
+            said.lines().all(|line| line.chars().count() <= 80),
+            "{said}"
+        );
+    }
+    let (_, json, _) = code(&["--json"]);
+    assert_eq!(json.lines().count(), credbroker::kucoin::advice::ALL.len());
+    let (_, unified, _) = code(&["--scope", "unified"]);
+    assert!(unified.contains("not-a-unified-account") && !unified.contains("cancel-suspended"));
 }
 
 #[test]

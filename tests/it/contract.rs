@@ -3,12 +3,13 @@
 use std::collections::BTreeSet;
 
 use credbroker::api::proto::{Method, Outcome, QueryParameter, Scope, SignAndSendRequest};
-use credbroker_sim::kucoin::{Fault, FaultAction};
+use credbroker_sim::kucoin::{Fault, FaultAction, SimKey};
 use tonic::Code;
 use tonic_types::StatusExt;
 
 use crate::harness::{
-    Lab, accounts, failure, futures_order, json_of, kv_path, refusal, request, spot_order, until,
+    Lab, MAIN_UID, accounts, failure, futures_order, json_of, kv_path, refusal, request,
+    spot_order, until,
 };
 
 #[tokio::test]
@@ -82,6 +83,39 @@ async fn a_refused_request_says_why() {
         )
     );
     assert!(lab.kucoin.received().is_empty());
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn a_refusal_of_the_exchange_comes_with_advice() {
+    let mut lab = Lab::start().await;
+    let mut bot = lab.bot("maker").await;
+    let accepted = bot.send(accounts()).await.unwrap();
+    assert_eq!(accepted.advice, "");
+    lab.kucoin.add_key(SimKey {
+        permissions: Vec::new(),
+        ..SimKey::fake(MAIN_UID)
+    });
+    let refused = bot.send(futures_order("not-allowed")).await.unwrap();
+    assert_eq!(refused.code, "400007", "{refused:?}");
+    assert_eq!(
+        refused.advice,
+        "This API key is not allowed to do this. A permission that the request needs is not ticked for the key. If the key \
+         shall be allowed to do it, tick the permission Futures under API Management > Edit > API permissions."
+    );
+    lab.kucoin.add_key(SimKey {
+        ip_whitelist: vec!["192.0.2.1".parse().unwrap()],
+        ..SimKey::fake(MAIN_UID)
+    });
+    let refused = bot.send(accounts()).await.unwrap();
+    assert_eq!(refused.code, "400006", "{refused:?}");
+    assert!(
+        refused
+            .advice
+            .contains("Add 127.0.0.1 to the key's addresses under API Management"),
+        "{}",
+        refused.advice
+    );
     lab.stop().await;
 }
 

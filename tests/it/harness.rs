@@ -489,10 +489,17 @@ impl Lab {
         std::fs::write(self.path("config.toml"), text.replace(from, to)).unwrap();
     }
 
-    /// Every line of the audit file that belongs to a call.
+    /// Every line of the audit file that belongs to a call of a bot.
     pub(crate) fn audit(&self) -> Vec<Value> {
         let mut lines = self.audit_file();
-        lines.retain(|line| line["event"] != "change");
+        lines.retain(|line| line["bot"].is_string());
+        lines
+    }
+
+    /// Every line of the audit file about what an admin did, or what became of a key.
+    pub(crate) fn acts(&self) -> Vec<Value> {
+        let mut lines = self.audit_file();
+        lines.retain(|line| line["event"] == "act");
         lines
     }
 
@@ -520,7 +527,9 @@ impl Lab {
     /// Every intent has exactly one outcome, and the exchange received nothing that has no intent.
     pub(crate) fn check_record(&self) {
         let mut calls: BTreeMap<(String, u64), (usize, usize)> = BTreeMap::new();
-        for line in self.audit() {
+        let mut lines = self.audit_file();
+        lines.retain(|line| line["call"].is_u64());
+        for line in lines {
             let call = (
                 line["run"].as_str().unwrap().to_owned(),
                 line["call"].as_u64().unwrap(),
@@ -540,9 +549,12 @@ impl Lab {
             );
         }
         let intents = calls.values().filter(|counts| counts.0 == 1).count();
-        // An idempotent read may be sent twice.
+        // An idempotent read may be sent twice; what the broker asks of its own, but for time and address, is on record too.
+        let is_public = |path: &str| matches!(path, "/api/v1/timestamp" | "/api/v1/my-ip");
+        let mut received = self.kucoin.everything_received();
+        received.retain(|request| !(request.is_own_question() && is_public(request.path())));
         assert!(
-            self.kucoin.received().len() <= 2 * intents,
+            received.len() <= 2 * intents,
             "the exchange received what has no intent"
         );
     }

@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 
 use bytes::Bytes;
 use credbroker::api::proto::{Method as ProtoMethod, Scope as ProtoScope};
-use credbroker::ids::{BotId, RequestId};
+use credbroker::ids::{BotId, RequestId, Who};
 use credbroker::kucoin::{Catalog, Method, Scope, Target, UnsignedRequest};
 use credbroker::policy::Policy;
 use credbroker::policy::diff::{Diff, Kind, Permission};
@@ -84,7 +84,7 @@ fn an_explanation_says_what_authorize_says_and_names_lines_that_say_so() {
                 continue;
             };
             let id = spiffe(bot);
-            let permit = policy.authorize(&id, &request);
+            let permit = policy.authorize(&Who::Bot(id.clone()), &request);
             let explanation =
                 policy.explain(&id, &request.account, scope, method, request.target.path());
             let judged = verdict(&grants, &unlisted, bot, &asked);
@@ -246,8 +246,9 @@ fn a_comparison_shows_exactly_what_authorize_decides_otherwise() {
         let mut expected = BTreeSet::new();
         for bot in ["a", "b"] {
             let id: BotId = bot.parse().unwrap();
+            let who = Who::Bot(id.clone());
             for request in &questions {
-                let (before, after) = (old.authorize(&id, request), new.authorize(&id, request));
+                let (before, after) = (old.authorize(&who, request), new.authorize(&who, request));
                 let (kind, permit) = match (before, after) {
                     (Err(_), Ok(permit)) => (Kind::Gain, permit),
                     (Ok(permit), Err(_)) => (Kind::Loss, permit),

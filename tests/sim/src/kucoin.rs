@@ -19,6 +19,7 @@ mod futures;
 mod limits;
 mod market;
 mod orders;
+mod pages;
 mod record;
 mod spot;
 mod unified;
@@ -26,7 +27,7 @@ mod unified;
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -35,7 +36,7 @@ use http::{Response, StatusCode};
 
 pub use accounts::Wallet;
 pub use amount::{Amount, BadAmount};
-pub use auth::{Partner, SimKey};
+pub use auth::{Partner, SimKey, Site};
 pub use catalog::Host;
 pub use faults::{Fault, FaultAction, Matching, When};
 pub use limits::Limits;
@@ -43,6 +44,7 @@ pub use orders::{Book, Order, OrderState, Side};
 pub use record::{CreatedOrder, ReceivedRequest, Signature};
 
 use self::accounts::Accounts;
+use self::auth::KeyRules;
 use self::catalog::Catalog;
 use self::exchange::{Clock, Exchange};
 use self::limits::{Quota, Usage};
@@ -67,6 +69,11 @@ pub struct KucoinSettings {
     pub clock_offset_ms: i64,
     /// Keys of an older version are refused with 400008. Default: 2, as version 1 was switched off in 2021.
     pub oldest_key_version: u8,
+    /// The exchange that this is: keys of the others do not exist here. Default: the global one.
+    pub site: Site,
+    /// Does a version 3 key also work under the header value 2, as ccxt uses it? Otherwise that is refused with 400009.
+    /// Default: it does.
+    pub two_opens_three: bool,
     /// So many requests are kept for [`KucoinSim::received`]; 0 records nothing. Default: 10000.
     pub keep_requests: usize,
 }
@@ -81,6 +88,8 @@ impl Default for KucoinSettings {
             limits: Limits::default(),
             clock_offset_ms: 0,
             oldest_key_version: 2,
+            site: Site::default(),
+            two_opens_three: true,
             keep_requests: KEPT_REQUESTS,
         }
     }
@@ -125,10 +134,15 @@ impl KucoinSim {
             accounts: Accounts::default(),
             clock: Clock::Offset(settings.clock_offset_ms),
             faults: faults::Faults::default(),
+            key_rules: KeyRules {
+                oldest_version: settings.oldest_key_version,
+                site: settings.site,
+                two_opens_three: settings.two_opens_three,
+            },
             keys: HashMap::new(),
             limits: settings.limits,
-            oldest_key_version: settings.oldest_key_version,
             records: Records::new(settings.keep_requests),
+            seen_address: None,
             usage: Usage::default(),
         };
         let world = Arc::new(World {
@@ -181,6 +195,12 @@ impl KucoinSim {
             .accounts
             .of(uid)
             .set_available(wallet, currency, amount);
+    }
+
+    /// Sets the address that every request seems to come from: what `my-ip` says, what whitelists are held against and
+    /// what 400006 names. `None`: the one that it comes from.
+    pub fn set_seen_address(&self, address: Option<IpAddr>) {
+        self.exchange().seen_address = address;
     }
 
     /// Adds a fault; see [`Fault`] for which requests it hits.

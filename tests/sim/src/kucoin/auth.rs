@@ -39,9 +39,50 @@ pub struct SimKey {
     pub ip_whitelist: Vec<IpAddr>,
     /// Account; keys of one account share balances, orders and rate limits.
     pub uid: u64,
+    /// Name of the sub-account that it belongs to; unset: it belongs to a master account.
+    #[serde(default)]
+    pub sub_name: Option<String>,
+    /// Master account of that sub-account.
+    #[serde(default)]
+    pub parent_uid: Option<u64>,
+    /// What its owner called it.
+    #[serde(default = "remark")]
+    pub remark: String,
+    /// When it was created, milliseconds since 1970.
+    #[serde(default = "created_at_ms")]
+    pub created_at_ms: i64,
+    /// From then on it is as if it did not exist, milliseconds since 1970; unset: never.
+    #[serde(default)]
+    pub expires_at_ms: Option<i64>,
+    /// The KuCoin that it belongs to: on the others it does not exist.
+    #[serde(default)]
+    pub site: Site,
+    /// Two-letter country code of the account's owner.
+    #[serde(default = "region")]
+    pub region: String,
+    /// Has the owner shown who they are? KuCoin says 1 or 0.
+    #[serde(default = "identified")]
+    pub identified: bool,
     /// Partners whose signature is accepted next to the key's own.
     #[serde(default)]
     pub partners: Vec<Partner>,
+}
+
+/// One of the exchanges called KuCoin; a key of one is unknown to the others.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Site {
+    /// Australia.
+    Australia,
+    /// Europe.
+    Europe,
+    /// All other countries.
+    #[default]
+    Global,
+    /// Thailand.
+    Thailand,
+    /// Turkey.
+    Turkey,
 }
 
 /// A partner (broker) and its key.
@@ -65,6 +106,14 @@ impl SimKey {
             permissions: all_trading(),
             ip_whitelist: Vec::new(),
             uid,
+            sub_name: None,
+            parent_uid: None,
+            remark: remark(),
+            created_at_ms: created_at_ms(),
+            expires_at_ms: None,
+            site: Site::default(),
+            region: region(),
+            identified: identified(),
             partners: Vec::new(),
         }
     }
@@ -93,14 +142,44 @@ fn all_trading() -> Vec<String> {
         .into()
 }
 
-/// Checks a private request and returns its key.
+fn remark() -> String {
+    "simulated".to_owned()
+}
+
+/// 2025-01-01.
+fn created_at_ms() -> i64 {
+    1_735_689_600_000
+}
+
+/// ISO's code for a place that is none.
+fn region() -> String {
+    "ZZ".to_owned()
+}
+
+fn identified() -> bool {
+    true
+}
+
+/// What this exchange makes of keys.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct KeyRules {
+    /// Older ones are refused with 400008.
+    pub(super) oldest_version: u8,
+    /// Keys of other sites do not exist here.
+    pub(super) site: Site,
+    /// Does a version 3 key also work under the header value 2?
+    pub(super) two_opens_three: bool,
+}
+
+/// Checks a private request that came from `from` and returns its key.
 ///
 /// Order: headers present, media type, key known, address, timestamp, key version, passphrase, signature, partner. KuCoin
 /// does not document its order; this one tells least to a stranger. The permission comes last, by the caller.
 pub(super) fn check<'a>(
     keys: &'a HashMap<String, SimKey>,
+    rules: KeyRules,
     request: &Received,
-    oldest_key_version: u8,
+    from: IpAddr,
     now_ms: i64,
 ) -> Result<&'a SimKey, Refusal> {
     let headers = &request.head.headers;
@@ -112,15 +191,16 @@ pub(super) fn check<'a>(
     media_type(request)?;
     let key = keys
         .get(api_key)
+        .filter(|key| key.site == rules.site)
+        .filter(|key| key.expires_at_ms.is_none_or(|at_ms| now_ms < at_ms))
         .ok_or_else(|| refuse("400003", "KC-API-KEY not exists"))?;
-    let from = request.peer.ip();
     if !key.ip_whitelist.is_empty() && !key.ip_whitelist.contains(&from) {
         let msg =
             format!("The requested ip address is not in the api whitelist, current ip: {from}");
         return Err(refuse("400006", msg));
     }
     timely(timestamp, now_ms)?;
-    accepted_version(version, key.version, oldest_key_version)?;
+    accepted_version(version, key.version, rules)?;
     let expected = match key.version {
         1 => key.passphrase.clone(),
         _ => mac(&key.api_secret, &[key.passphrase.as_bytes()]),
@@ -170,13 +250,14 @@ fn timely(timestamp: &str, now_ms: i64) -> Result<(), Refusal> {
 }
 
 /// The header must name the key's version. One exception is known: ccxt sends 2 for every key, and version 3 keys work with it.
-fn accepted_version(header: &str, version: u8, oldest: u8) -> Result<(), Refusal> {
-    if version < oldest {
+fn accepted_version(header: &str, version: u8, rules: KeyRules) -> Result<(), Refusal> {
+    if version < rules.oldest_version {
         let msg = "V1 & V2 API keys are no longer supported by this API, please create a V3 key";
         return Err(refuse("400008", msg));
     }
     match (header, version) {
-        ("1", 1) | ("2", 2 | 3) | ("3", 3) => Ok(()),
+        ("1", 1) | ("2", 2) | ("3", 3) => Ok(()),
+        ("2", 3) if rules.two_opens_three => Ok(()),
         _ => Err(refuse("400009", "Invalid KC-API-KEY-VERSION")),
     }
 }

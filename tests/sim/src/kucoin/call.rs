@@ -15,7 +15,7 @@ use crate::http::Received;
 pub(super) struct Call<'a> {
     /// The catalogued endpoint.
     pub(super) endpoint: &'a Endpoint,
-    /// Address of the sender.
+    /// Address of the sender, as the exchange sees it.
     pub(super) from: IpAddr,
     /// The key that signed it; `None` on public endpoints.
     pub(super) key: Option<&'a SimKey>,
@@ -35,6 +35,7 @@ impl<'a> Call<'a> {
         route: &'a Route<'a>,
         request: &Received,
         key: Option<&'a SimKey>,
+        from: IpAddr,
         now_ms: i64,
     ) -> Result<Self, Refusal> {
         let body = match request.body.as_ref() {
@@ -44,7 +45,7 @@ impl<'a> Call<'a> {
         };
         Ok(Self {
             endpoint: route.endpoint,
-            from: request.peer.ip(),
+            from,
             key,
             uid: key.map_or(0, |key| key.uid),
             now_ms,
@@ -67,6 +68,11 @@ impl<'a> Call<'a> {
     /// A query parameter, decoded.
     pub(super) fn query(&self, name: &str) -> Option<&str> {
         value_of(&self.query, name)
+    }
+
+    /// Does it name this symbol, or none?
+    pub(super) fn means_symbol(&self, symbol: &str) -> bool {
+        self.query("symbol").is_none_or(|wanted| wanted == symbol)
     }
 
     /// A parameter wherever it is: path, query or body.

@@ -7,7 +7,8 @@ use super::amount::Amount;
 use super::answers::{Outcome, Refusal};
 use super::call::{Call, text};
 use super::orders::{Book, Draft, Order, OrderState};
-use super::spot::page;
+use super::pages::{FIFTY, Paging};
+use super::spot::margin_trade_type;
 
 /// Answers the stop and OCO endpoints; `None` for all others.
 pub(super) fn answer(accounts: &mut Accounts, call: &Call<'_>) -> Option<Outcome> {
@@ -53,10 +54,10 @@ pub(super) fn answer(accounts: &mut Accounts, call: &Call<'_>) -> Option<Outcome
             "/api/v3/oco/order/details/{orderId}" | "/api/v3/hf/margin/oco-order/detail/orderId",
         ) => find(accounts, call, book).map(oco_detail),
         ("GET", "/api/v1/stop-order" | "/api/v3/hf/margin/stop-orders") => {
-            Ok(list(accounts, call, book, stop_view))
+            list(accounts, call, book, stop_view)
         }
         ("GET", "/api/v3/oco/orders" | "/api/v3/hf/margin/oco-orders") => {
-            Ok(list(accounts, call, book, oco_view))
+            list(accounts, call, book, oco_view)
         }
         ("DELETE", "/api/v1/stop-order/cancelOrderByClientOid") => {
             let order = cancel(accounts, call, book);
@@ -78,7 +79,7 @@ pub(super) fn answer(accounts: &mut Accounts, call: &Call<'_>) -> Option<Outcome
             | "/api/v3/hf/margin/stop-order/cancel"
             | "/api/v3/oco/orders"
             | "/api/v3/hf/margin/oco-order/cancel",
-        ) => Ok(cancel_all(accounts, call, book)),
+        ) => cancel_all(accounts, call, book),
         _ => return None,
     })
 }
@@ -123,17 +124,41 @@ fn cancel(accounts: &mut Accounts, call: &Call<'_>, book: Book) -> Result<Order,
 }
 
 /// With `orderIds` those, without it everything that fits symbol and trade type.
-fn cancel_all(accounts: &mut Accounts, call: &Call<'_>, book: Book) -> Value {
-    let symbol = call.query("symbol");
-    let ids: Option<Vec<&str>> = call.query("orderIds").map(|ids| ids.split(',').collect());
-    let orders = accounts.of(call.uid).cancel_all(call.now_ms, |order| {
-        order.book == book
-            && symbol.is_none_or(|symbol| symbol == order.symbol)
-            && ids
-                .as_ref()
-                .is_none_or(|ids| ids.contains(&order.id.as_str()))
-    });
-    cancelled(&orders)
+fn cancel_all(accounts: &mut Accounts, call: &Call<'_>, book: Book) -> Outcome {
+    if book == Book::MarginStop {
+        margin_trade_type(call)?;
+    }
+    let kind = trade_type(call, book)?;
+    let orders = accounts
+        .of(call.uid)
+        .cancel_all(call.now_ms, |order| fits(call, book, kind, order));
+    Ok(cancelled(&orders))
+}
+
+/// The trade type that a call means. Where it names none, spot is documented to be meant in the list of spot's stop
+/// orders; that the others do alike, and that margin then means cross margin, is assumed.
+fn trade_type<'a>(call: &'a Call<'_>, book: Book) -> Result<&'a str, Refusal> {
+    let margin = matches!(book, Book::MarginOco | Book::MarginStop);
+    match call.query("tradeType") {
+        None if margin => Ok("MARGIN_TRADE"),
+        None | Some("TRADE") if !margin => Ok("TRADE"),
+        // One-cancels-other orders of spot have no trade type to ask for.
+        Some(_) if book == Book::SpotOco => Ok("TRADE"),
+        _ => margin_trade_type(call),
+    }
+}
+
+/// Is it one that a call means by trade type, symbol, side and ids? Times and kinds of trigger are not looked at.
+fn fits(call: &Call<'_>, book: Book, kind: &str, order: &Order) -> bool {
+    order.book == book
+        && order.trade_type() == kind
+        && call.means_symbol(&order.symbol)
+        && call
+            .query("side")
+            .is_none_or(|side| side == order.side.lower())
+        && call
+            .query("orderIds")
+            .is_none_or(|ids| ids.split(',').any(|id| id == order.id))
 }
 
 /// The ids that a cancellation reports: of an OCO order those of its legs.
@@ -152,18 +177,28 @@ fn cancelled(orders: &[Order]) -> Value {
 }
 
 /// Stop lists show what waits, OCO lists everything.
-fn list(accounts: &mut Accounts, call: &Call<'_>, book: Book, view: fn(&Order) -> Value) -> Value {
-    let symbol = call.query("symbol");
+fn list(
+    accounts: &mut Accounts,
+    call: &Call<'_>,
+    book: Book,
+    view: fn(&Order) -> Value,
+) -> Outcome {
+    let kind = trade_type(call, book)?;
     let items: Vec<Value> = accounts
         .of(call.uid)
-        .list(|order| {
-            order.book == book
-                && (order.is_open() || is_oco(book))
-                && symbol.is_none_or(|symbol| symbol == order.symbol)
-        })
+        .list(|order| (order.is_open() || is_oco(book)) && fits(call, book, kind, order))
         .map(view)
         .collect();
-    page(&items)
+    let paging = Paging {
+        // The page about margin's one-cancels-other orders demands both; that about its stop orders says 50, seen were 20.
+        usual: match book {
+            Book::MarginOco => None,
+            Book::MarginStop => Some(20),
+            _ => FIFTY.usual,
+        },
+        ..FIFTY
+    };
+    paging.answer(call, book.product(), &items)
 }
 
 fn state(order: &Order) -> &'static str {
@@ -182,7 +217,7 @@ fn stop_view(order: &Order) -> Value {
         "stp": null, "timeInForce": text(&order.fields, "timeInForce").unwrap_or("GTC"), "cancelAfter": -1,
         "postOnly": false, "hidden": false, "iceberg": false, "visibleSize": null, "channel": "API",
         "remark": order.sent("remark"), "tags": order.sent("tags"), "domainId": "kucoin", "tradeSource": "USER",
-        "tradeType": if order.book == Book::SpotStop { "TRADE" } else { "MARGIN_TRADE" },
+        "tradeType": order.trade_type(),
         "feeCurrency": "USDT", "takerFeeRate": "0.001", "makerFeeRate": "0.001", "createdAt": order.created_at_ms,
         "stop": text(&order.fields, "stop").unwrap_or("loss"), "stopTriggerTime": null,
         "stopPrice": order.sent("stopPrice"), "orderTime": order.created_at_ms.saturating_mul(1_000_000),

@@ -7,11 +7,13 @@
 //! | `POST /_sim/balance` | `{"uid": 1, "wallet": "trade", "currency": "USDT", "amount": "10"}` |
 //! | `POST /_sim/fault`, `DELETE /_sim/fault` | a [`Fault`]; all are cleared |
 //! | `POST /_sim/limits` | [`Limits`]; what is left out has its default |
+//! | `POST /_sim/seen-address` | `{"address": "203.0.113.7"}`: every request seems to come from there; null: no longer |
 //! | `POST /_sim/clock` | `{"offset_ms": -6000}` or `{"fixed_ms": 1735689600123}` |
 //! | `GET /_sim/received` | `{"requests": [{method, path, code, signature, count}], "client_oids": [...]}` |
 //! | `GET /_sim/orders?uid=` | the account's orders, oldest first |
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 use bytes::Bytes;
 use http::{Response, StatusCode};
@@ -40,6 +42,14 @@ struct BalanceOrder {
     wallet: Wallet,
     currency: String,
     amount: Amount,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SeenAddress {
+    // Required, so that a misspelt order is refused rather than taken for null.
+    #[serde(deserialize_with = "Option::deserialize")]
+    address: Option<IpAddr>,
 }
 
 #[derive(Deserialize)]
@@ -81,6 +91,9 @@ fn act(exchange: &mut Exchange, request: &Received) -> Result<Value, String> {
         ("POST", "/_sim/fault") => exchange.faults.add(body::<Fault>(request)?),
         ("DELETE", "/_sim/fault") => exchange.faults.clear(),
         ("POST", "/_sim/limits") => exchange.set_limits(body::<Limits>(request)?),
+        ("POST", "/_sim/seen-address") => {
+            exchange.seen_address = body::<SeenAddress>(request)?.address;
+        }
         ("POST", "/_sim/clock") => {
             exchange.clock = match body(request)? {
                 ClockOrder::FixedMs(ms) => Clock::Fixed(ms),

@@ -4,6 +4,7 @@
 //! document its own.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
@@ -12,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::accounts::{self, Accounts};
 use super::answers::{self, Outcome, Refusal, refuse};
-use super::auth::{self, SimKey};
+use super::auth::{self, KeyRules, SimKey};
 use super::call::Call;
 use super::catalog::{Catalog, Endpoint, Host, Route};
 use super::faults::{FaultAction, Faults};
@@ -27,10 +28,12 @@ pub(super) struct Exchange {
     pub(super) accounts: Accounts,
     pub(super) clock: Clock,
     pub(super) faults: Faults,
+    pub(super) key_rules: KeyRules,
     pub(super) keys: HashMap<String, SimKey>,
     pub(super) limits: Limits,
-    pub(super) oldest_key_version: u8,
     pub(super) records: Records,
+    /// Every request seems to come from here; unset: from where it comes.
+    pub(super) seen_address: Option<IpAddr>,
     pub(super) usage: Usage,
 }
 
@@ -93,7 +96,7 @@ impl Exchange {
         let mut record = ReceivedRequest::new(host, request, now_ms);
         if !self
             .usage
-            .passes_edge(&self.limits, request.peer.ip(), now_ms)
+            .passes_edge(&self.limits, self.seen(request), now_ms)
         {
             record.answered = Some((429, "1015".to_owned()));
             self.records.add(record);
@@ -159,7 +162,13 @@ impl Exchange {
     }
 
     fn signed_by(&self, request: &Received, now_ms: i64) -> Result<&SimKey, Refusal> {
-        auth::check(&self.keys, request, self.oldest_key_version, now_ms)
+        let from = self.seen(request);
+        auth::check(&self.keys, self.key_rules, request, from, now_ms)
+    }
+
+    /// The address that a request seems to come from.
+    fn seen(&self, request: &Received) -> IpAddr {
+        self.seen_address.unwrap_or_else(|| request.peer.ip())
     }
 
     fn act(
@@ -178,11 +187,10 @@ impl Exchange {
             Some(Ok(key)) => Some(key.clone()),
             Some(Err(refusal)) => return (Err(refusal), None, Vec::new()),
         };
+        let from = self.seen(request);
         let who = key
             .as_ref()
-            .map_or(Subject::Address(request.peer.ip()), |key| {
-                Subject::Account(key.uid)
-            });
+            .map_or(Subject::Address(from), |key| Subject::Account(key.uid));
         let quota = endpoint.pool().and_then(|pool| {
             let weight = endpoint.weight();
             self.usage.charge(&self.limits, pool, who, weight, now_ms)
@@ -198,7 +206,7 @@ impl Exchange {
         }
         let uid = key.as_ref().map_or(0, |key| key.uid);
         let before = self.accounts.orders(uid).len();
-        let outcome = Call::new(route, request, key.as_ref(), now_ms)
+        let outcome = Call::new(route, request, key.as_ref(), from, now_ms)
             .and_then(|call| self.product(host, &call));
         let created = self.accounts.orders(uid).iter().skip(before);
         let created = created

@@ -3,12 +3,19 @@
 use serde_json::{Value, json};
 
 use super::accounts::Accounts;
+use super::amount::Amount;
 use super::answers::{Outcome, Refusal, refuse};
 use super::call::{Call, flag, text};
-use super::orders::{Book, Draft, Order, OrderState, Product};
-use super::spot::page;
+use super::orders::{Book, Draft, Order, OrderState, Product, Side};
+use super::pages::Paging;
 
 const BOOKS: &[Book] = &[Book::Futures];
+
+const PAGING: Paging = Paging {
+    number: "currentPage",
+    sizes: 1..=1000,
+    usual: Some(50),
+};
 
 /// Answers the futures order endpoints; `None` for all others.
 pub(super) fn answer(accounts: &mut Accounts, call: &Call<'_>) -> Option<Outcome> {
@@ -34,18 +41,17 @@ pub(super) fn answer(accounts: &mut Accounts, call: &Call<'_>) -> Option<Outcome
             let found = accounts.of(call.uid).by_client_oid(BOOKS, id);
             found.map(order_view).ok_or_else(absent)
         }
-        ("GET", "/api/v1/orders") => Ok(page(&match call.query("status") {
-            Some("active") => list(accounts, call, |order| {
+        ("GET", "/api/v1/orders") => match call.query("status") {
+            Some("active") => page(accounts, call, |order| {
                 order.is_open() && !order.is_conditional()
             }),
-            Some("done") => list(accounts, call, |order| !order.is_open()),
-            _ => list(accounts, call, |order| {
-                !(order.is_open() && order.is_conditional())
-            }),
-        })),
-        ("GET", "/api/v1/stopOrders") => Ok(page(&list(accounts, call, |order| {
+            None | Some("done") => page(accounts, call, |order| !order.is_open()),
+            Some(_) => Err(Product::Futures.bad_parameter("status")),
+        },
+        ("GET", "/api/v1/stopOrders") => page(accounts, call, |order| {
             order.is_open() && order.is_conditional()
-        }))),
+        }),
+        ("GET", "/api/v1/openOrderStatistics") => statistics(accounts, call),
         ("GET", "/api/v1/recentDoneOrders") => {
             Ok(json!(list(accounts, call, |order| !order.is_open())))
         }
@@ -64,8 +70,12 @@ pub(super) fn answer(accounts: &mut Accounts, call: &Call<'_>) -> Option<Outcome
             order.map(|order| json!({"clientOid": order.client_oid}))
         }
         ("DELETE", "/api/v1/orders/multi-cancel") => cancel_named(accounts, call),
-        ("DELETE", "/api/v1/orders" | "/api/v3/orders") => {
+        ("DELETE", "/api/v1/orders") => {
             Ok(cancel_all(accounts, call, |order| !order.is_conditional()))
+        }
+        // The older interface cancels everything without a symbol, this one demands it.
+        ("DELETE", "/api/v3/orders") => {
+            symbol(call).map(|_| cancel_all(accounts, call, |order| !order.is_conditional()))
         }
         ("DELETE", "/api/v1/stopOrders") => Ok(cancel_all(accounts, call, Order::is_conditional)),
         _ => return None,
@@ -164,28 +174,56 @@ fn cancel_named(accounts: &mut Accounts, call: &Call<'_>) -> Outcome {
     Ok(Value::Array(items))
 }
 
+fn symbol<'a>(call: &'a Call<'_>) -> Result<&'a str, Refusal> {
+    call.query("symbol")
+        .ok_or_else(|| Product::Futures.bad_parameter("symbol"))
+}
+
 fn cancel_all(accounts: &mut Accounts, call: &Call<'_>, kind: fn(&Order) -> bool) -> Value {
-    let symbol = call.query("symbol");
     let orders = accounts.of(call.uid).cancel_all(call.now_ms, |order| {
-        order.book == Book::Futures
-            && kind(order)
-            && symbol.is_none_or(|symbol| symbol == order.symbol)
+        order.book == Book::Futures && kind(order) && call.means_symbol(&order.symbol)
     });
     let ids: Vec<String> = orders.into_iter().map(|order| order.id).collect();
     json!({"cancelledOrderIds": ids})
 }
 
 fn list(accounts: &mut Accounts, call: &Call<'_>, kind: fn(&Order) -> bool) -> Vec<Value> {
-    let symbol = call.query("symbol");
     accounts
         .of(call.uid)
         .list(|order| {
-            order.book == Book::Futures
-                && kind(order)
-                && symbol.is_none_or(|symbol| symbol == order.symbol)
+            order.book == Book::Futures && kind(order) && call.means_symbol(&order.symbol)
         })
         .map(order_view)
         .collect()
+}
+
+fn page(accounts: &mut Accounts, call: &Call<'_>, kind: fn(&Order) -> bool) -> Outcome {
+    PAGING.answer(call, Product::Futures, &list(accounts, call, kind))
+}
+
+/// Contracts in resting orders of one symbol, and what they would cost.
+fn statistics(accounts: &mut Accounts, call: &Call<'_>) -> Outcome {
+    let symbol = symbol(call)?;
+    let mut sums = [(Amount::ZERO, Amount::ZERO); 2];
+    for order in accounts.of(call.uid).list(|order| {
+        order.book == Book::Futures
+            && order.is_open()
+            && !order.is_conditional()
+            && order.symbol == symbol
+    }) {
+        let [buy, sell] = &mut sums;
+        let (size, cost) = match order.side {
+            Side::Buy => buy,
+            Side::Sell => sell,
+        };
+        *size += order.remaining();
+        *cost += order.held.1;
+    }
+    let [buy, sell] = sums;
+    Ok(json!({
+        "openOrderBuySize": buy.0.to_json_number(), "openOrderSellSize": sell.0.to_json_number(),
+        "openOrderBuyCost": buy.1, "openOrderSellCost": sell.1, "settleCurrency": "USDT",
+    }))
 }
 
 fn order_view(order: &Order) -> Value {

@@ -214,6 +214,24 @@ impl Order {
         is_conditional(&self.fields)
     }
 
+    /// Spot, cross margin or isolated margin, in Classic's words. An isolated order uses the cross margin wallet here.
+    pub(super) fn trade_type(&self) -> &'static str {
+        let isolated = match self.book {
+            Book::Margin | Book::MarginOco | Book::MarginStop => flag(&self.fields, "isIsolated"),
+            // This interface alone still takes them all.
+            Book::SpotStop if text(&self.fields, "tradeType") == Some("MARGIN_TRADE") => false,
+            Book::SpotStop if text(&self.fields, "tradeType") == Some("MARGIN_ISOLATED_TRADE") => {
+                true
+            }
+            _ => return "TRADE",
+        };
+        if isolated {
+            "MARGIN_ISOLATED_TRADE"
+        } else {
+            "MARGIN_TRADE"
+        }
+    }
+
     /// A text member as it was sent, else empty.
     pub(super) fn sent(&self, name: &str) -> Value {
         self.fields.get(name).cloned().unwrap_or_else(|| json!(""))

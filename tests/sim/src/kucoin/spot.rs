@@ -7,6 +7,7 @@ use super::amount::Amount;
 use super::answers::{Outcome, Refusal, refuse};
 use super::call::{Call, amount, flag, text};
 use super::orders::{Book, Draft, Order, Product};
+use super::pages::{FIFTY, Paging};
 
 /// Answers the spot and margin order endpoints; `None` for all others.
 pub(super) fn answer(accounts: &mut Accounts, call: &Call<'_>) -> Option<Outcome> {
@@ -29,8 +30,17 @@ fn high_frequency(accounts: &mut Accounts, call: &Call<'_>) -> Option<Outcome> {
         ("GET", "orders/client-order/{clientOid}" | "orders/{orderId}") => {
             find(accounts, call, BOOK).map(order_view)
         }
-        ("GET", "orders/active") => Ok(json!(list(accounts, call, BOOK, true))),
-        ("GET", "orders/active/page") => Ok(page(&list(accounts, call, BOOK, true))),
+        ("GET", "orders/active") => {
+            symbol(call, BOOK).map(|_| json!(list(accounts, call, BOOK, true)))
+        }
+        ("GET", "orders/active/page") => symbol(call, BOOK).and_then(|_| {
+            let paging = Paging {
+                number: "pageNum",
+                sizes: 1..=50,
+                usual: Some(20),
+            };
+            paging.answer(call, Product::Spot, &list(accounts, call, BOOK, true))
+        }),
         ("GET", "orders/active/symbols") => {
             Ok(json!({"symbols": open_symbols(accounts, call, BOOK)}))
         }
@@ -49,7 +59,7 @@ fn high_frequency(accounts: &mut Accounts, call: &Call<'_>) -> Option<Outcome> {
             })
         }
         ("DELETE", "orders/cancel/{orderId}") => reduce(accounts, call),
-        ("DELETE", "orders") => cancel_symbol(accounts, call, BOOK),
+        ("DELETE", "orders") => symbol(call, BOOK).map(|_| cancel_fitting(accounts, call, BOOK)),
         ("DELETE", "orders/cancelAll") => {
             let symbols = open_symbols(accounts, call, BOOK);
             cancel_where(accounts, call, |order| order.book == BOOK);
@@ -69,18 +79,22 @@ fn margin(accounts: &mut Accounts, call: &Call<'_>) -> Option<Outcome> {
         ("GET", "orders/client-order/{clientOid}" | "orders/{orderId}") => {
             find(accounts, call, BOOK).map(order_view)
         }
-        ("GET", "orders/active") => Ok(json!(list(accounts, call, BOOK, true))),
+        ("GET", "orders/active") => symbol(call, BOOK)
+            .and_then(|_| margin_trade_type(call))
+            .map(|_| json!(list(accounts, call, BOOK, true))),
         ("GET", "orders/done") => Ok(scrolled(&list(accounts, call, BOOK, false))),
-        ("GET", "order/active/symbols") => {
+        ("GET", "order/active/symbols") => margin_trade_type(call).map(|_| {
             let symbols = open_symbols(accounts, call, BOOK);
-            Ok(json!({"symbolSize": symbols.len(), "symbols": symbols}))
-        }
+            json!({"symbolSize": symbols.len(), "symbols": symbols})
+        }),
         ("GET", "fills") => Ok(scrolled(&[])),
         ("DELETE", "orders/{orderId}") => cancel(accounts, call, BOOK, by_id),
         ("DELETE", "orders/client-order/{clientOid}") => {
             cancel(accounts, call, BOOK, by_client_oid)
         }
-        ("DELETE", "orders") => cancel_symbol(accounts, call, BOOK),
+        ("DELETE", "orders") => symbol(call, BOOK)
+            .and_then(|_| margin_trade_type(call))
+            .map(|_| cancel_fitting(accounts, call, BOOK)),
         _ => return None,
     })
 }
@@ -99,7 +113,7 @@ fn old(accounts: &mut Accounts, call: &Call<'_>) -> Option<Outcome> {
         }
         ("GET", "/api/v1/orders") => {
             let open = call.query("status") == Some("active");
-            Ok(page(&list(accounts, call, BOOK, open)))
+            FIFTY.answer(call, Product::Spot, &list(accounts, call, BOOK, open))
         }
         ("DELETE", "/api/v1/orders/{orderId}") => cancel(
             accounts,
@@ -114,9 +128,8 @@ fn old(accounts: &mut Accounts, call: &Call<'_>) -> Option<Outcome> {
             |order| json!({"cancelledOrderId": order.id, "clientOid": order.client_oid}),
         ),
         ("DELETE", "/api/v1/orders") => {
-            let symbol = call.query("symbol");
             let orders = cancel_where(accounts, call, |order| {
-                order.book == BOOK && symbol.is_none_or(|symbol| symbol == order.symbol)
+                order.book == BOOK && call.means_symbol(&order.symbol)
             });
             let ids: Vec<String> = orders.into_iter().map(|order| order.id).collect();
             Ok(json!({"cancelledOrderIds": ids}))
@@ -239,13 +252,33 @@ fn reduce(accounts: &mut Accounts, call: &Call<'_>) -> Outcome {
         .ok_or_else(|| Product::Spot.not_cancellable())
 }
 
-fn cancel_symbol(accounts: &mut Accounts, call: &Call<'_>, book: Book) -> Outcome {
-    let symbol = call.query("symbol");
-    let symbol = symbol.ok_or_else(|| book.product().bad_parameter("symbol"))?;
-    cancel_where(accounts, call, |order| {
-        order.book == book && order.symbol == symbol
-    });
-    Ok(json!("success"))
+/// The symbol, where the call must name one.
+fn symbol<'a>(call: &'a Call<'_>, book: Book) -> Result<&'a str, Refusal> {
+    call.query("symbol")
+        .ok_or_else(|| book.product().bad_parameter("symbol"))
+}
+
+/// Cross or isolated margin, where the call must say which.
+pub(super) fn margin_trade_type<'a>(call: &'a Call<'_>) -> Result<&'a str, Refusal> {
+    call.query("tradeType")
+        .filter(|kind| ["MARGIN_ISOLATED_TRADE", "MARGIN_TRADE"].contains(kind))
+        .ok_or_else(|| Product::Margin.bad_parameter("tradeType"))
+}
+
+/// Cancels what the call's symbol and trade type fit.
+fn cancel_fitting(accounts: &mut Accounts, call: &Call<'_>, book: Book) -> Value {
+    cancel_where(accounts, call, |order| fits(call, book, order));
+    json!("success")
+}
+
+/// Is it an order of this book, and of the symbol and the trade type that a call names, if it names any?
+fn fits(call: &Call<'_>, book: Book, order: &Order) -> bool {
+    order.book == book
+        && call.means_symbol(&order.symbol)
+        && (book != Book::Margin
+            || call
+                .query("tradeType")
+                .is_none_or(|kind| kind == order.trade_type()))
 }
 
 fn cancel_where(
@@ -257,23 +290,11 @@ fn cancel_where(
 }
 
 fn list(accounts: &mut Accounts, call: &Call<'_>, book: Book, open: bool) -> Vec<Value> {
-    let symbol = call.query("symbol");
     accounts
         .of(call.uid)
-        .list(|order| {
-            order.book == book
-                && order.is_open() == open
-                && symbol.is_none_or(|symbol| symbol == order.symbol)
-        })
+        .list(|order| order.is_open() == open && fits(call, book, order))
         .map(view_of(call))
         .collect()
-}
-
-/// Everything as the first of one page: the simulator does not split lists.
-pub(super) fn page(items: &[Value]) -> Value {
-    json!({
-        "currentPage": 1, "pageSize": 500, "totalNum": items.len(), "totalPage": 1, "items": items,
-    })
 }
 
 /// Everything at once, where KuCoin lets a client scroll.
@@ -284,7 +305,7 @@ fn scrolled(items: &[Value]) -> Value {
 fn open_symbols(accounts: &mut Accounts, call: &Call<'_>, book: Book) -> Vec<String> {
     let mut symbols: Vec<String> = accounts
         .of(call.uid)
-        .list(|order| order.book == book && order.is_open())
+        .list(|order| order.is_open() && fits(call, book, order))
         .map(|order| order.symbol.clone())
         .collect();
     symbols.sort();
@@ -349,10 +370,6 @@ fn joined(mut one: Value, other: Value) -> Value {
 
 fn order_view(order: &Order) -> Value {
     let market = order.price.is_none();
-    let trade_type = match order.book {
-        Book::Margin => "MARGIN_TRADE",
-        _ => "TRADE",
-    };
     json!({
         "id": order.id, "clientOid": order.client_oid, "symbol": order.symbol, "opType": "DEAL",
         "type": if market { "market" } else { "limit" }, "side": order.side.lower(),
@@ -364,7 +381,7 @@ fn order_view(order: &Order) -> Value {
         "timeInForce": text(&order.fields, "timeInForce").unwrap_or("GTC"),
         "postOnly": flag(&order.fields, "postOnly"), "hidden": false, "iceberg": false, "visibleSize": "0",
         "cancelAfter": 0, "channel": "API", "remark": order.sent("remark"), "tags": order.sent("tags"),
-        "cancelExist": order.cancelled > Amount::ZERO, "tradeType": trade_type,
+        "cancelExist": order.cancelled > Amount::ZERO, "tradeType": order.trade_type(),
         "inOrderBook": order.is_open(), "active": order.is_open(),
         "createdAt": order.created_at_ms, "lastUpdatedAt": order.updated_at_ms,
     })

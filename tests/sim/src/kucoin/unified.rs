@@ -7,8 +7,12 @@ use super::amount::Amount;
 use super::answers::{Outcome, Refusal};
 use super::call::{Call, amount, flag, text};
 use super::orders::{Book, Draft, Order, OrderState, Product};
+use super::pages::Paging;
 
 const BOOKS: &[Book] = &[Book::Unified];
+
+/// `CROSS` and `ISOLATED` are version 1's words for what version 2 calls `MARGIN`.
+const TRADE_TYPES: [&str; 5] = ["CROSS", "FUTURES", "ISOLATED", "MARGIN", "SPOT"];
 
 /// Answers the unified order endpoints; `None` for all others.
 pub(super) fn answer(accounts: &mut Accounts, call: &Call<'_>) -> Option<Outcome> {
@@ -26,8 +30,8 @@ pub(super) fn answer(accounts: &mut Accounts, call: &Call<'_>) -> Option<Outcome
         ("POST", "cancel-batch") => cancel_named(accounts, call),
         ("POST", "cancel-all") => cancel_all(accounts, call),
         ("GET", "detail") => detail(accounts, call),
-        ("GET", "open-list") => Ok(list(accounts, call, true)),
-        ("GET", "history") => Ok(list(accounts, call, false)),
+        ("GET", "open-list") => list(accounts, call, true),
+        ("GET", "history") => list(accounts, call, false),
         ("GET", "execution") => Ok(json!({"items": [], "lastId": null})),
         _ => return None,
     })
@@ -39,7 +43,7 @@ fn bad(name: &str) -> Refusal {
 
 fn trade_type(fields: &Value) -> Result<&str, Refusal> {
     text(fields, "tradeType")
-        .filter(|kind| ["CROSS", "FUTURES", "ISOLATED", "MARGIN", "SPOT"].contains(kind))
+        .filter(|kind| TRADE_TYPES.contains(kind))
         .ok_or_else(|| bad("tradeType"))
 }
 
@@ -138,13 +142,24 @@ fn cancel_named(accounts: &mut Accounts, call: &Call<'_>) -> Outcome {
     Ok(json!({"tradeType": kind, "ts": nanoseconds(call.now_ms), "items": items}))
 }
 
+/// Cancels one symbol, margin mode (cross when not named) and kind: plain orders, or those with a trigger. There is no
+/// request for everything at once.
 fn cancel_all(accounts: &mut Accounts, call: &Call<'_>) -> Outcome {
     let kind = trade_type(&call.body)?;
-    let symbol = text(&call.body, "symbol");
+    let symbol = text(&call.body, "symbol").ok_or_else(|| bad("symbol"))?;
+    let conditional = text(&call.body, "orderFilter")
+        .and_then(is_advanced)
+        .ok_or_else(|| bad("orderFilter"))?;
+    let mode = margin_mode(&call.body);
+    if !["CROSS", "ISOLATED"].contains(&mode) {
+        return Err(bad("marginMode"));
+    }
     let orders = accounts.of(call.uid).cancel_all(call.now_ms, |order| {
         order.book == Book::Unified
             && text(&order.fields, "tradeType") == Some(kind)
-            && symbol.is_none_or(|symbol| symbol == order.symbol)
+            && order.symbol == symbol
+            && order.is_conditional() == conditional
+            && (kind == "SPOT" || margin_mode(&order.fields) == mode)
     });
     let items: Value = orders.iter().map(named).collect();
     Ok(json!({"tradeType": kind, "ts": nanoseconds(call.now_ms), "items": items}))
@@ -165,25 +180,51 @@ fn detail(accounts: &mut Accounts, call: &Call<'_>) -> Outcome {
     find(accounts, call, &named).map(order_view)
 }
 
-fn list(accounts: &mut Accounts, call: &Call<'_>, open: bool) -> Value {
-    let fits = |name: &str, order: &Order| {
-        let wanted = call.query(name);
-        wanted.is_none() || text(&order.fields, name) == wanted
-    };
+/// Does a filter mean orders with a trigger? `None`: it is none.
+fn is_advanced(filter: &str) -> Option<bool> {
+    match filter {
+        "ADVANCED" => Some(true),
+        "NORMAL" => Some(false),
+        _ => None,
+    }
+}
+
+fn margin_mode(fields: &Value) -> &str {
+    text(fields, "marginMode").unwrap_or("CROSS")
+}
+
+/// Orders of one trade type; plain ones, unless those with a trigger are asked for.
+fn list(accounts: &mut Accounts, call: &Call<'_>, open: bool) -> Outcome {
+    let kind = call.query("tradeType");
+    let kind = kind.filter(|kind| TRADE_TYPES.contains(kind));
+    let kind = kind.ok_or_else(|| bad("tradeType"))?;
+    let filter = call.query("orderFilter").unwrap_or("NORMAL");
+    let conditional = is_advanced(filter).ok_or_else(|| bad("orderFilter"))?;
     let items: Vec<Value> = accounts
         .of(call.uid)
         .list(|order| {
             order.book == Book::Unified
                 && order.is_open() == open
-                && fits("symbol", order)
-                && fits("tradeType", order)
+                && order.is_conditional() == conditional
+                && call.means_symbol(&order.symbol)
+                && text(&order.fields, "tradeType") == Some(kind)
         })
         .map(order_view)
         .collect();
-    json!({
-        "tradeType": call.query("tradeType"), "pageNumber": 1, "pageSize": 500, "totalNum": items.len(), "totalPage": 1,
-        "items": items,
-    })
+    let paging = Paging {
+        number: "pageNumber",
+        sizes: 1..=200,
+        usual: Some(50),
+    };
+    let page = paging.cut(call, Product::Unified, &items)?;
+    // Only version 1 says how many there are.
+    if call.endpoint.path.starts_with("/api/ua/v1/") {
+        return Ok(json!({
+            "tradeType": kind, "pageNumber": page.number, "pageSize": page.size, "totalNum": page.total,
+            "totalPage": page.pages, "items": page.items,
+        }));
+    }
+    Ok(json!({"tradeType": kind, "pageNumber": page.number, "items": page.items}))
 }
 
 fn nanoseconds(ms: i64) -> i64 {
@@ -212,6 +253,7 @@ fn order_view(order: &Order) -> Value {
         "size": order.size, "sizeUnit": text(&order.fields, "sizeUnit").unwrap_or("BASECCY"), "price": price,
         "timeInForce": text(&order.fields, "timeInForce").unwrap_or("GTC"), "tags": order.sent("tags"),
         "orderTime": nanoseconds(order.created_at_ms), "updatedTime": nanoseconds(order.updated_at_ms), "stp": "",
+        "marginMode": if order.sent("tradeType") == "SPOT" { "" } else { margin_mode(&order.fields) },
         "cancelAfter": null, "postOnly": flag(&order.fields, "postOnly"), "reduceOnly": flag(&order.fields, "reduceOnly"),
         "triggerDirection": order.sent("triggerDirection"), "triggerPrice": order.sent("triggerPrice"),
         "triggerPriceType": order.sent("triggerPriceType"), "filledSize": order.filled, "avgPrice": "0", "fee": "0",

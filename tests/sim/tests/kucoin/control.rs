@@ -25,6 +25,7 @@ async fn another_process_can_control_it() {
         ),
         ("/_sim/limits", json!({"edge_requests": 100})),
         ("/_sim/clock", json!({"fixed_ms": NOW_MS})),
+        ("/_sim/seen-address", json!({"address": "203.0.113.7"})),
         (
             "/_sim/fault",
             json!({"path": "/api/v1/status", "times": 1, "action": {"close": {"when": "before_taken"}}}),
@@ -32,7 +33,24 @@ async fn another_process_can_control_it() {
     ] {
         assert_eq!(control("POST", target, body).await, accepted, "{target}");
     }
-    assert_eq!(control("POST", "/_sim/keys", json!({})).await.0, 400);
+    for (target, body) in [
+        ("/_sim/keys", json!({})),
+        ("/_sim/seen-address", json!({})),
+        ("/_sim/seen-address", json!({"address": "here"})),
+    ] {
+        assert_eq!(control("POST", target, body).await.0, 400, "{target}");
+    }
+    let from = async || {
+        let answer = send(&sim.spot_url(), "GET", "/api/v1/my-ip", &[], "").await;
+        answer.unwrap().data()
+    };
+    assert_eq!(from().await, "203.0.113.7");
+    let nowhere = json!({"address": null});
+    assert_eq!(
+        control("POST", "/_sim/seen-address", nowhere).await,
+        accepted
+    );
+    assert_eq!(from().await, "127.0.0.1");
     let client = Client {
         sim: sim.clone(),
         key,

@@ -12,10 +12,12 @@ mod client;
 mod control;
 mod faults;
 mod golden;
+mod keys;
 mod limits;
 mod orders;
 mod others;
 mod program;
+mod withdrawing;
 
 /// The clock of the golden requests; the simulators of most tests stand still at it.
 const NOW_MS: i64 = 1_735_689_600_123;

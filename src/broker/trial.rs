@@ -1,0 +1,383 @@
+//! Tests keys on the exchange, over the one request path: what is this key, and does the exchange take what it signs?
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use serde_json::json;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::{Broker, BrokerError, Call, KEY_REFUSED, Receipt};
+use crate::audit::Act;
+use crate::ids::{AccountId, KeyName, RequestId, Who};
+use crate::keyring::trial::{KeyChange, Notice, Report, Trial, Verdict};
+use crate::kucoin::key_info::{self, Expected, Finding, KeyInfo};
+use crate::kucoin::{Key, Method, Scope, Target, UnsignedRequest};
+use crate::outcome::Outcome;
+use crate::policy::{Account, Purpose};
+
+/// How long one question may take.
+const ANSWER_WITHIN: Duration = Duration::from_secs(4);
+
+/// Refusals that are about the account and not about one request, beside those of the key itself: no access, region,
+/// identity, frozen, blacklisted.
+const ACCOUNT_REFUSED: [&str; 7] = [
+    "400010", "400301", "400302", "400303", "400304", "411100", "411200",
+];
+
+/// A key to be tested.
+#[derive(Debug)]
+pub struct KeyTest {
+    /// Who wants to know.
+    pub who: Who,
+    /// Its account, as the rules have it.
+    pub account: Arc<Account>,
+    /// What it shall serve.
+    pub scopes: BTreeSet<Scope>,
+    /// The key.
+    pub key: Arc<Key>,
+    /// Whether every scope is tried with a read.
+    pub reads: bool,
+    /// Whether an order is validated where there is an endpoint for that; none is placed.
+    pub orders: bool,
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub struct KeyTested {
+    /// What the exchange says about the key.
+    pub report: Report,
+    /// What was asked, and what came.
+    pub probes: Vec<Probe>,
+}
+
+/// One question, and what came.
+#[derive(Clone, Debug)]
+pub struct Probe {
+    /// What was asked.
+    pub question: String,
+    /// Whether the answer was the one expected.
+    pub is_ok: bool,
+    /// What came, in a few words; no balances.
+    pub answer: String,
+}
+
+/// Answers the keyring: tests keys, and puts on record what became of them. Never ends.
+pub async fn attend(broker: Arc<Broker>, mut notices: mpsc::UnboundedReceiver<Notice>) {
+    while let Some(notice) = notices.recv().await {
+        match notice {
+            Notice::Changed(change) => broker.record(&change),
+            Notice::Trial(trial) => {
+                tokio::spawn(Arc::clone(&broker).try_key(trial));
+            }
+        }
+    }
+}
+
+impl Broker {
+    async fn try_key(self: Arc<Self>, trial: Trial) {
+        let Trial {
+            account,
+            name,
+            key,
+            is_candidate,
+            tell,
+        } = trial;
+        let Some((account, scopes)) = self.served(&account, &name) else {
+            // The rules have dropped it: nobody waits any more.
+            return;
+        };
+        let test = KeyTest {
+            who: Who::Broker,
+            account,
+            scopes,
+            key,
+            reads: is_candidate,
+            orders: false,
+        };
+        let _ = tell.send(self.test_key(test).await.report);
+    }
+
+    /// The account of a key, and the scopes that it serves; none where the rules do not name it.
+    pub fn served(
+        &self,
+        account: &AccountId,
+        name: &KeyName,
+    ) -> Option<(Arc<Account>, BTreeSet<Scope>)> {
+        let policy = self.policy();
+        let account = policy.accounts().find(|entry| entry.id == *account)?;
+        let serves = account.keys.iter().filter(|(_, named)| *named == name);
+        let scopes: BTreeSet<_> = serves.map(|(scope, _)| *scope).collect();
+        (!scopes.is_empty()).then(|| (Arc::clone(account), scopes))
+    }
+
+    /// Asks the exchange about a key, and with it.
+    pub async fn test_key(self: &Arc<Self>, test: KeyTest) -> KeyTested {
+        let mut tested = KeyTested {
+            report: Report {
+                verdict: Verdict::Good,
+                info: None,
+                findings: Vec::new(),
+            },
+            probes: Vec::new(),
+        };
+        let (scope, path) = if test.scopes.iter().all(|scope| *scope == Scope::Unified) {
+            (Scope::Unified, "/api/ua/v2/user/api-key")
+        } else {
+            (Scope::SpotMargin, "/api/v1/user/api-key")
+        };
+        let Some(body) = self.probe(&test, &mut tested, scope, Ask::get(path)).await else {
+            return tested;
+        };
+        match KeyInfo::read(&body) {
+            Ok(info) => {
+                let judged = info.judge(&self.expected(&test));
+                let lacks = |f: &&Finding| f.is_refusal && f.name == "permission-missing";
+                if let Some(finding) = judged.iter().find(lacks) {
+                    tested.report.verdict = Verdict::Refused(finding.cause.clone());
+                }
+                tested.report.findings.extend(judged);
+                tested.report.info = Some(Arc::new(info));
+            }
+            Err(problem) => {
+                tested.report.verdict = Verdict::Unclear(format!(
+                    "the answer about the key cannot be read: {problem}"
+                ));
+            }
+        }
+        for scope in test.scopes.iter().copied() {
+            if test.reads
+                && let Some(body) = self.probe(&test, &mut tested, scope, read_of(scope)).await
+                && scope == Scope::SpotMargin
+            {
+                tested
+                    .report
+                    .findings
+                    .extend(key_info::funds_in_main(&body));
+            }
+            if test.orders
+                && let Some(order) = order_of(scope)
+            {
+                self.probe(&test, &mut tested, scope, order).await;
+            }
+        }
+        tested
+    }
+
+    /// What the rules and this broker expect of a key.
+    fn expected(&self, test: &KeyTest) -> Expected {
+        Expected {
+            scopes: test.scopes.iter().copied().collect(),
+            is_read_only: test.account.purpose == Purpose::ReadOnly,
+            allow_money_out: test.account.allow_money_out,
+            site: test.account.site,
+            egress_ip: self.proof.expected(),
+            version: test.key.version(),
+            now_ms: self.clock.wall_ms(),
+        }
+    }
+
+    /// Asks one thing; returns the body of an answer that says that all went well.
+    async fn probe(
+        self: &Arc<Self>,
+        test: &KeyTest,
+        tested: &mut KeyTested,
+        scope: Scope,
+        ask: Ask,
+    ) -> Option<Bytes> {
+        let question = format!("{} {} ({scope})", ask.method, ask.path);
+        let asked = self
+            .ask_as(
+                test.who.clone(),
+                &test.account.id,
+                scope,
+                ask,
+                Some(Arc::clone(&test.key)),
+            )
+            .await;
+        let (is_ok, answer, verdict) = match &asked {
+            Ok(receipt) if receipt.answer.outcome == Outcome::Accepted => {
+                (true, "taken".to_owned(), None)
+            }
+            Ok(receipt) => {
+                let answer = &receipt.answer;
+                let code = answer.code.as_str();
+                let told = format!("{code} {}", answer.msg).trim().to_owned();
+                let told = if told.is_empty() {
+                    format!("HTTP {}", answer.http_status.as_u16())
+                } else {
+                    told
+                };
+                let is_final = answer.outcome == Outcome::Rejected
+                    && (KEY_REFUSED.contains(&code) || ACCOUNT_REFUSED.contains(&code));
+                let verdict = if is_final {
+                    let egress_ip = self.proof.expected();
+                    let finding = key_info::refusal(code, &answer.msg, scope, egress_ip);
+                    let verdict = Verdict::Refused(finding.cause.clone());
+                    if !tested
+                        .report
+                        .findings
+                        .iter()
+                        .any(|f| f.name == finding.name)
+                    {
+                        tested.report.findings.push(finding);
+                    }
+                    verdict
+                } else {
+                    Verdict::Unclear(told.clone())
+                };
+                (false, told, Some(verdict))
+            }
+            Err(error) => (
+                false,
+                error.to_string(),
+                Some(Verdict::Unclear(error.to_string())),
+            ),
+        };
+        tested.probes.push(Probe {
+            question,
+            is_ok,
+            answer,
+        });
+        match (&tested.report.verdict, verdict) {
+            (_, None) | (Verdict::Refused(_), _) => {}
+            (_, Some(verdict)) => tested.report.verdict = verdict,
+        }
+        asked
+            .ok()
+            .filter(|_| is_ok)
+            .map(|receipt| receipt.answer.body)
+    }
+
+    /// Sends a request of an admin, or of the broker's own, over the one request path.
+    pub async fn ask_as(
+        self: &Arc<Self>,
+        who: Who,
+        account: &AccountId,
+        scope: Scope,
+        ask: Ask,
+        key: Option<Arc<Key>>,
+    ) -> Result<Receipt, BrokerError> {
+        let Ask {
+            method,
+            path,
+            query,
+            body,
+        } = ask;
+        // Its paths are constants, and in normal form.
+        let target = Target::new(path, query).map_err(|_| BrokerError::Internal)?;
+        let arrived = Instant::now();
+        let request = UnsignedRequest {
+            account: account.clone(),
+            scope,
+            method,
+            target,
+            body,
+            id: RequestId::random(),
+            body_client_oids: Vec::new(),
+        };
+        self.sign_and_send(Call {
+            who,
+            request,
+            key,
+            arrived,
+            deadline: arrived + ANSWER_WITHIN,
+            slot: None,
+        })
+        .await
+    }
+
+    fn record(&self, change: &KeyChange) {
+        let digest = |place: &Option<(u64, _)>| {
+            let place: Option<&(u64, crate::restrictions::KeyDigest)> = place.as_ref();
+            place.map(|(_, digest)| digest.hex())
+        };
+        self.audit.acted(
+            "vault",
+            &Act {
+                action: "key",
+                account: Some(&change.account),
+                key: Some(&change.name),
+                version_before: change.before.map(|(version, _)| version),
+                version_after: change.after.map(|(version, _)| version),
+                key_before: digest(&change.before),
+                key_after: digest(&change.after),
+                outcome: change.outcome,
+                detail: change.detail.clone(),
+                ..Act::default()
+            },
+        );
+    }
+}
+
+/// A request of an admin or of the broker's own.
+#[derive(Clone, Debug)]
+pub struct Ask {
+    /// HTTP method.
+    pub method: Method,
+    /// Path.
+    pub path: &'static str,
+    /// Query.
+    pub query: Vec<(String, String)>,
+    /// Body.
+    pub body: Bytes,
+}
+
+impl Ask {
+    /// A read.
+    pub fn get(path: &'static str) -> Self {
+        Self {
+            method: Method::Get,
+            path,
+            query: Vec::new(),
+            body: Bytes::new(),
+        }
+    }
+
+    /// The same with one more parameter.
+    #[must_use]
+    pub fn with(mut self, name: &str, value: &str) -> Self {
+        self.query.push((name.to_owned(), value.to_owned()));
+        self
+    }
+}
+
+/// A read that needs what trading in the scope needs. Source: KuCoin API documentation, "Get Account List - Spot", "Get
+/// Account - Futures" (permission Futures), "Get Account Overview" of the unified account.
+fn read_of(scope: Scope) -> Ask {
+    match scope {
+        Scope::Futures => Ask::get("/api/v1/account-overview").with("currency", "USDT"),
+        Scope::SpotMargin => Ask::get("/api/v1/accounts"),
+        Scope::Unified => Ask::get("/api/ua/v2/unified/account/overview"),
+    }
+}
+
+/// An order that is only validated. Source: KuCoin API documentation, "Add Order Test" of spot and futures.
+fn order_of(scope: Scope) -> Option<Ask> {
+    let client_oid = RequestId::random().to_string();
+    let (path, body) = match scope {
+        Scope::Futures => (
+            "/api/v1/orders/test",
+            json!({
+                "clientOid": client_oid, "side": "buy", "symbol": "XBTUSDTM", "type": "limit", "price": "1000",
+                "size": 1, "leverage": 1,
+            }),
+        ),
+        Scope::SpotMargin => (
+            "/api/v1/hf/orders/test",
+            json!({
+                "clientOid": client_oid, "side": "buy", "symbol": "BTC-USDT", "type": "limit", "price": "1000",
+                "size": "0.001",
+            }),
+        ),
+        Scope::Unified => return None,
+    };
+    Some(Ask {
+        method: Method::Post,
+        path,
+        query: Vec::new(),
+        body: Bytes::from(body.to_string()),
+    })
+}

@@ -1,0 +1,260 @@
+//! How commands talk to people: 80 columns, whole words, and colour that only repeats what the words say.
+//!
+//! 80 columns whatever the terminal has: text of that width is read everywhere, pasted anywhere, and the same in tests.
+
+use std::ffi::OsStr;
+use std::io::{self, IsTerminal};
+
+/// Columns of a line.
+const WIDTH: usize = 80;
+
+/// Columns between two columns of a table.
+const GAP: usize = 2;
+
+/// The least that the last column of a table gets, however wide the others are.
+const LEAST: usize = 20;
+
+/// How something is; the word is shown in the colour of its kind.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Level {
+    /// Red.
+    Failed,
+    /// Green.
+    Ok,
+    /// Yellow.
+    Warning,
+}
+
+impl Level {
+    /// The word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Failed => "failed",
+            Self::Ok => "ok",
+            Self::Warning => "warning",
+        }
+    }
+
+    /// ANSI: set the foreground.
+    fn colour(self) -> &'static str {
+        match self {
+            Self::Failed => "\x1b[31m",
+            Self::Ok => "\x1b[32m",
+            Self::Warning => "\x1b[33m",
+        }
+    }
+}
+
+/// One field of a table.
+#[derive(Clone, Debug, Default)]
+pub struct Cell {
+    text: String,
+    level: Option<Level>,
+}
+
+impl Cell {
+    /// A word in the colour of `level`.
+    pub fn of(level: Level, text: impl Into<String>) -> Self {
+        let (text, level) = (text.into(), Some(level));
+        Self { text, level }
+    }
+}
+
+impl From<&str> for Cell {
+    fn from(text: &str) -> Self {
+        text.to_owned().into()
+    }
+}
+
+impl From<String> for Cell {
+    fn from(text: String) -> Self {
+        Self { text, level: None }
+    }
+}
+
+/// How text is made for one reader.
+#[derive(Clone, Copy, Debug)]
+pub struct Style {
+    colour: bool,
+}
+
+impl Style {
+    /// For whoever reads stdout: in colour where that is a terminal that wants it.
+    ///
+    /// `NO_COLOR` and `TERM` say what a terminal can show: they configure nothing and are no secrets, so they are read here and
+    /// not in the configuration.
+    pub fn of_stdout() -> Self {
+        let (no_color, term) = (std::env::var_os("NO_COLOR"), std::env::var_os("TERM"));
+        Self {
+            colour: wants_colour(
+                io::stdout().is_terminal(),
+                no_color.as_deref(),
+                term.as_deref(),
+            ),
+        }
+    }
+
+    /// Without colour.
+    pub fn plain() -> Self {
+        Self { colour: false }
+    }
+
+    /// `text` in the colour of `level`.
+    pub fn coloured(self, level: Level, text: &str) -> String {
+        if self.colour {
+            format!("{}{text}\x1b[0m", level.colour())
+        } else {
+            text.to_owned()
+        }
+    }
+
+    /// Rows whose columns stand one below the other, the first ones as wide as they must be, the last one wrapped.
+    pub fn table(self, rows: &[Vec<Cell>]) -> String {
+        let columns = rows.iter().map(Vec::len).max().unwrap_or_default();
+        let width = |column: usize| {
+            let cells = rows.iter().filter_map(|row| row.get(column));
+            cells.map(|cell| columns_of(&cell.text)).max().unwrap_or(0)
+        };
+        let widths: Vec<usize> = (0..columns.saturating_sub(1)).map(width).collect();
+        let indent: usize = widths.iter().map(|width| width + GAP).sum();
+        let mut table = String::new();
+        for row in rows {
+            let mut line = String::new();
+            for (cell, width) in row.iter().zip(&widths) {
+                let pad = width - columns_of(&cell.text) + GAP;
+                line += &self.cell(cell, &cell.text);
+                line += &" ".repeat(pad);
+            }
+            if let Some(last) = row.get(widths.len()) {
+                let lines = wrap(&last.text, WIDTH.saturating_sub(indent).max(LEAST));
+                let lines: Vec<_> = lines.iter().map(|text| self.cell(last, text)).collect();
+                line += &lines.join(&format!("\n{}", " ".repeat(indent)));
+            }
+            table += line.trim_end();
+            table.push('\n');
+        }
+        table
+    }
+
+    fn cell(self, cell: &Cell, text: &str) -> String {
+        match cell.level {
+            Some(level) => self.coloured(level, text),
+            None => text.to_owned(),
+        }
+    }
+}
+
+/// `text` after `label`, wrapped; further lines stand below the beginning of the text.
+pub fn paragraph(label: &str, text: &str) -> String {
+    let indent = columns_of(label);
+    let lines = wrap(text, WIDTH.saturating_sub(indent).max(LEAST));
+    let lines = lines.join(&format!("\n{}", " ".repeat(indent)));
+    format!("{label}{lines}").trim_end().to_owned() + "\n"
+}
+
+/// Lines of whole words, none wider than `width` unless one word is: what is to be copied stays in one piece.
+fn wrap(text: &str, width: usize) -> Vec<String> {
+    let mut lines = Vec::new();
+    let mut line = String::new();
+    for word in text.split_whitespace() {
+        if !line.is_empty() && columns_of(&line) + 1 + columns_of(word) > width {
+            lines.push(std::mem::take(&mut line));
+        }
+        if !line.is_empty() {
+            line.push(' ');
+        }
+        line += word;
+    }
+    lines.push(line);
+    lines
+}
+
+/// Columns that `text` takes; what this program says has no wide or combining characters.
+fn columns_of(text: &str) -> usize {
+    text.chars().count()
+}
+
+/// Sources: no-color.org (set and not empty), and the terminfo name of terminals that know no colours.
+fn wants_colour(is_terminal: bool, no_color: Option<&OsStr>, term: Option<&OsStr>) -> bool {
+    is_terminal && no_color.is_none_or(OsStr::is_empty) && term.is_none_or(|term| term != "dumb")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_paragraph_keeps_words_whole_and_hangs_below_its_label() {
+        let text = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen";
+        assert_eq!(
+            paragraph("fix: ", text),
+            "fix: one two three four five six seven eight nine ten eleven twelve thirteen\n     fourteen fifteen\n"
+        );
+        let long = "x".repeat(100);
+        assert_eq!(
+            paragraph("", &format!("a {long} b")),
+            format!("a\n{long}\nb\n")
+        );
+        assert_eq!(paragraph("- ", ""), "-\n");
+        let two = |first: usize| format!("{} {}", "a".repeat(first), "b".repeat(40));
+        assert_eq!(paragraph("", &two(39)), two(39) + "\n");
+        assert_eq!(paragraph("", &two(40)), two(40).replace(' ', "\n") + "\n");
+        let full = "y".repeat(78);
+        assert_eq!(paragraph("- ", &full), format!("- {full}\n"));
+    }
+
+    #[test]
+    fn a_table_stands_in_columns_and_fits_eighty() {
+        let style = Style::plain();
+        let words = "word ".repeat(30);
+        let table = style.table(&[
+            vec!["account".into(), "status".into(), "why".into()],
+            vec![
+                "main".into(),
+                Cell::of(Level::Ok, "connected"),
+                words.into(),
+            ],
+            vec!["other".into()],
+        ]);
+        let lines: Vec<_> = table.lines().collect();
+        assert_eq!(lines[0], "account  status     why");
+        assert!(
+            lines[1].starts_with("main     connected  word word"),
+            "{table}"
+        );
+        assert!(lines[2].starts_with("                    word"), "{table}");
+        assert_eq!(lines.last().unwrap(), &"other");
+        assert!(lines.iter().all(|line| line.len() <= 80), "{table}");
+        assert_eq!(style.table(&[]), "");
+    }
+
+    #[test]
+    fn colour_is_around_words_and_moves_nothing() {
+        let rows = [
+            vec![Cell::of(Level::Failed, "failed"), "a".into()],
+            vec![Cell::of(Level::Ok, "ok"), "b".into()],
+        ];
+        let coloured = Style { colour: true }.table(&rows);
+        assert_eq!(
+            coloured,
+            "\x1b[31mfailed\x1b[0m  a\n\x1b[32mok\x1b[0m      b\n"
+        );
+        assert_eq!(Style::plain().table(&rows), "failed  a\nok      b\n");
+        assert_eq!(
+            Style::plain().coloured(Level::Warning, Level::Warning.as_str()),
+            "warning"
+        );
+    }
+
+    #[test]
+    fn colour_is_for_terminals_that_want_it() {
+        let wants = |is_terminal, no_color: Option<&str>, term: Option<&str>| {
+            wants_colour(is_terminal, no_color.map(OsStr::new), term.map(OsStr::new))
+        };
+        assert!(wants(true, None, Some("xterm")));
+        assert!(wants(true, Some(""), None));
+        assert!(!wants(true, Some("1"), Some("xterm")));
+        assert!(!wants(true, None, Some("dumb")));
+        assert!(!wants(false, None, Some("xterm")));
+    }
+}

@@ -1,0 +1,76 @@
+//! What the keyring asks of whoever can reach the exchange: is this key good? And what it tells of its keys.
+
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, oneshot};
+
+use crate::ids::{AccountId, KeyName};
+use crate::kucoin::Key;
+use crate::kucoin::key_info::{Finding, KeyInfo};
+use crate::restrictions::KeyDigest;
+
+/// To whoever tests keys and keeps the record.
+pub type Notices = mpsc::UnboundedSender<Notice>;
+
+/// Something that the keyring wants, or has done.
+#[derive(Debug)]
+pub enum Notice {
+    /// Another key, or none, serves from now on.
+    Changed(KeyChange),
+    /// A key is to be tested.
+    Trial(Trial),
+}
+
+/// A key to be tested on the exchange.
+#[derive(Debug)]
+pub struct Trial {
+    /// Its account.
+    pub account: AccountId,
+    /// Its name.
+    pub name: KeyName,
+    /// The key.
+    pub key: Arc<Key>,
+    /// Whether it shall take the place of another, so that every scope is tried too.
+    pub is_candidate: bool,
+    /// Takes the answer.
+    pub tell: oneshot::Sender<Report>,
+}
+
+/// What the exchange says about a key.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// Whether it can be used.
+    pub verdict: Verdict,
+    /// What the exchange told about it.
+    pub info: Option<Arc<KeyInfo>>,
+    /// What is wrong with it, or worth knowing.
+    pub findings: Vec<Finding>,
+}
+
+/// Whether a key can be used.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Verdict {
+    /// The exchange has taken requests that it signed.
+    Good,
+    /// The exchange refuses it.
+    Refused(String),
+    /// The exchange has not said.
+    Unclear(String),
+}
+
+/// What became of the key in one place.
+#[derive(Debug)]
+pub struct KeyChange {
+    /// Its account.
+    pub account: AccountId,
+    /// Its name.
+    pub name: KeyName,
+    /// The version that served until now, and the digest of its id.
+    pub before: Option<(u64, KeyDigest)>,
+    /// The version that was found, and the digest of its id.
+    pub after: Option<(u64, KeyDigest)>,
+    /// `in_use`, `refused`, `gone`.
+    pub outcome: &'static str,
+    /// Why.
+    pub detail: Option<String>,
+}

@@ -1,0 +1,497 @@
+//! What admins have forbidden: accounts that are frozen or halted, bots that are blocked, keys that are revoked.
+//!
+//! In force at once, and on disk before anybody is told so: a restart brings nothing back. It holds names and digests of
+//! key ids, no secret.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError, RwLock};
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::ids::{AccountId, AdminId, BotId, KeyName, Who, hex};
+
+/// SHA-256 of the id of a KuCoin API key.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub struct KeyDigest(pub [u8; 32]);
+
+/// Name of the file in the state folder.
+const FILE: &str = "restrictions.json";
+
+/// All restrictions.
+#[derive(Debug)]
+pub struct Restrictions {
+    folder: PathBuf,
+    state: RwLock<State>,
+    /// Held while the file is written, so that it never holds an older state than memory.
+    writing: Mutex<()>,
+}
+
+/// As it stands in the file.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+struct State {
+    blocked_bots: BTreeMap<BotId, Mark>,
+    frozen_accounts: BTreeMap<AccountId, Mark>,
+    halted_accounts: BTreeMap<AccountId, Mark>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    halted_all: Option<Mark>,
+    /// Keys that are dead, whatever Vault says.
+    revoked_keys: BTreeMap<KeyDigest, Revoked>,
+    /// Keys that were revoked while nobody knew their ids: the first one that Vault shows in this place is dead.
+    revoked_unseen: BTreeMap<AccountId, BTreeMap<KeyName, Mark>>,
+}
+
+/// Who forbade it, and when.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Mark {
+    /// The admin.
+    pub by: AdminId,
+    /// Unix time in milliseconds.
+    pub at_ms: i64,
+}
+
+/// A key that is dead.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Revoked {
+    /// The account that it served.
+    pub account: AccountId,
+    /// Its name there.
+    pub key: KeyName,
+    /// The admin who killed it.
+    pub by: AdminId,
+    /// Unix time in milliseconds.
+    pub at_ms: i64,
+}
+
+/// An admin has forbidden it.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum Restricted {
+    /// The bot.
+    #[error("an admin has blocked this bot; nothing was sent")]
+    Blocked,
+    /// The account, for what adds risk.
+    #[error(
+        "account {0} is frozen by an admin; what adds risk is refused, cancels and reads go on; nothing was sent"
+    )]
+    Frozen(AccountId),
+}
+
+/// The file cannot be used or written.
+#[derive(Debug, thiserror::Error)]
+pub enum RestrictionsError {
+    /// It is there and cannot be read: whoever was blocked or revoked must not come back by that.
+    #[error(
+        "{file} cannot be read, and what it forbids must not be lost; restore it, or remove it if nothing is forbidden: {problem}"
+    )]
+    Unreadable {
+        /// The file.
+        file: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A restriction is in force, but a restart would lift it.
+    #[error(
+        "it is in force, but not on disk, and a restart would lift it: {0} cannot be written; mend that and give the same command again"
+    )]
+    Unwritten(String, #[source] io::Error),
+    /// A restriction is not lifted.
+    #[error(
+        "it is still in force: {0} cannot be written; mend that and give the same command again"
+    )]
+    StillInForce(String, #[source] io::Error),
+}
+
+impl Restrictions {
+    /// Reads what is forbidden from the state folder; nothing is where there is no such file.
+    ///
+    /// # Errors
+    /// When the file is there and cannot be read.
+    pub fn open(folder: &Path) -> Result<Self, RestrictionsError> {
+        let file = folder.join(FILE);
+        let unreadable = |problem: String| RestrictionsError::Unreadable {
+            file: file.display().to_string(),
+            problem,
+        };
+        let state = match fs::read(&file) {
+            Ok(text) => {
+                serde_json::from_slice(&text).map_err(|error| unreadable(error.to_string()))?
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => State::default(),
+            Err(error) => return Err(unreadable(error.to_string())),
+        };
+        Ok(Self {
+            folder: folder.to_owned(),
+            state: RwLock::new(state),
+            writing: Mutex::default(),
+        })
+    }
+
+    /// Whether whoever it is may go on; `adds_risk` is what the request does to `account`.
+    ///
+    /// # Errors
+    /// When an admin has forbidden it.
+    pub fn check(&self, who: &Who, account: &AccountId, adds_risk: bool) -> Result<(), Restricted> {
+        let state = self.state();
+        if who
+            .bot()
+            .is_some_and(|bot| state.blocked_bots.contains_key(bot))
+        {
+            return Err(Restricted::Blocked);
+        }
+        if adds_risk && state.is_frozen(account) {
+            return Err(Restricted::Frozen(account.clone()));
+        }
+        Ok(())
+    }
+
+    /// Whether what adds risk on an account is refused.
+    pub fn is_frozen(&self, account: &AccountId) -> bool {
+        self.state().is_frozen(account)
+    }
+
+    /// Whether that is because of a halt.
+    pub fn is_halted(&self, account: &AccountId) -> bool {
+        self.state().is_halted(account)
+    }
+
+    /// The bots that are blocked.
+    pub fn blocked_bots(&self) -> Vec<(BotId, Mark)> {
+        self.state().blocked_bots.clone().into_iter().collect()
+    }
+
+    /// Why a key must not be used, if it is dead.
+    pub fn revoked(&self, key: KeyDigest) -> Option<Revoked> {
+        self.state().revoked_keys.get(&key).cloned()
+    }
+
+    /// Whether a key of this place has been revoked.
+    pub fn has_revoked(&self, account: &AccountId, name: &KeyName) -> bool {
+        let state = self.state();
+        let is_it = |revoked: &Revoked| revoked.account == *account && revoked.key == *name;
+        let unseen = state.revoked_unseen.get(account);
+        state.revoked_keys.values().any(is_it) || unseen.is_some_and(|keys| keys.contains_key(name))
+    }
+
+    /// Whether the first key that Vault shows in this place is dead; it is `key`, and is known to be from now on.
+    ///
+    /// # Errors
+    /// When that cannot be written; it is dead all the same.
+    pub fn seen(
+        &self,
+        account: &AccountId,
+        name: &KeyName,
+        key: KeyDigest,
+    ) -> Result<(), RestrictionsError> {
+        let unseen = |state: &State| state.revoked_unseen.get(account)?.get(name).cloned();
+        let Some(mark) = unseen(&self.state()) else {
+            return Ok(());
+        };
+        self.tighten(|state| {
+            if let Some(keys) = state.revoked_unseen.get_mut(account) {
+                keys.remove(name);
+            }
+            state.revoked_unseen.retain(|_, keys| !keys.is_empty());
+            let revoked = Revoked::new(account, name, mark);
+            state.revoked_keys.entry(key).or_insert(revoked);
+        })
+    }
+
+    /// Kills a key, or, where its id is not known, the first one that Vault will show in its place.
+    ///
+    /// # Errors
+    /// When it is in force, but cannot be written.
+    pub fn revoke(
+        &self,
+        account: &AccountId,
+        name: &KeyName,
+        key: Option<KeyDigest>,
+        mark: Mark,
+    ) -> Result<(), RestrictionsError> {
+        self.tighten(|state| {
+            if let Some(key) = key {
+                let revoked = Revoked::new(account, name, mark);
+                state.revoked_keys.entry(key).or_insert(revoked);
+            } else {
+                let keys = state.revoked_unseen.entry(account.clone()).or_default();
+                keys.entry(name.clone()).or_insert(mark);
+            }
+        })
+    }
+
+    /// Refuses what adds risk on an account. Returns whether it was frozen already.
+    ///
+    /// # Errors
+    /// When it is in force, but cannot be written.
+    pub fn freeze(&self, account: &AccountId, mark: Mark) -> Result<bool, RestrictionsError> {
+        self.tighten(|state| {
+            let is_new = !state.frozen_accounts.contains_key(account);
+            state.frozen_accounts.entry(account.clone()).or_insert(mark);
+            !is_new
+        })
+    }
+
+    /// Undoes [`Restrictions::freeze`]. Returns whether it was frozen.
+    ///
+    /// # Errors
+    /// When that cannot be written; it is frozen still.
+    pub fn thaw(&self, account: &AccountId) -> Result<bool, RestrictionsError> {
+        self.loosen(|state| state.frozen_accounts.remove(account).is_some())
+    }
+
+    /// Refuses what adds risk on an account; without one on all accounts, also those to come.
+    ///
+    /// # Errors
+    /// When it is in force, but cannot be written.
+    pub fn halt(&self, account: Option<&AccountId>, mark: Mark) -> Result<(), RestrictionsError> {
+        self.tighten(|state| match account {
+            Some(account) => {
+                state.halted_accounts.entry(account.clone()).or_insert(mark);
+            }
+            None => {
+                state.halted_all.get_or_insert(mark);
+            }
+        })
+    }
+
+    /// Undoes [`Restrictions::halt`]; without an account all of them.
+    ///
+    /// # Errors
+    /// When that cannot be written; it is halted still.
+    pub fn resume(&self, account: Option<&AccountId>) -> Result<(), RestrictionsError> {
+        self.loosen(|state| {
+            if let Some(account) = account {
+                state.halted_accounts.remove(account);
+            } else {
+                state.halted_accounts.clear();
+                state.halted_all = None;
+            }
+        })
+    }
+
+    /// Refuses every call of a bot. Returns whether it was blocked already.
+    ///
+    /// # Errors
+    /// When it is in force, but cannot be written.
+    pub fn block(&self, bot: &BotId, mark: Mark) -> Result<bool, RestrictionsError> {
+        self.tighten(|state| {
+            let is_new = !state.blocked_bots.contains_key(bot);
+            state.blocked_bots.entry(bot.clone()).or_insert(mark);
+            !is_new
+        })
+    }
+
+    /// Undoes [`Restrictions::block`]. Returns whether it was blocked.
+    ///
+    /// # Errors
+    /// When that cannot be written; it is blocked still.
+    pub fn unblock(&self, bot: &BotId) -> Result<bool, RestrictionsError> {
+        self.loosen(|state| state.blocked_bots.remove(bot).is_some())
+    }
+
+    /// Forbids something: in force first, then on disk, since a full disk must not keep an admin from stopping a bot.
+    fn tighten<T>(&self, change: impl FnOnce(&mut State) -> T) -> Result<T, RestrictionsError> {
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let (result, state) = {
+            let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+            (change(&mut state), state.clone())
+        };
+        self.write(&state)
+            .map_err(|error| RestrictionsError::Unwritten(self.file(), error))?;
+        Ok(result)
+    }
+
+    /// Allows something again: on disk first.
+    fn loosen<T>(&self, change: impl FnOnce(&mut State) -> T) -> Result<T, RestrictionsError> {
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state().clone();
+        let result = change(&mut state);
+        self.write(&state)
+            .map_err(|error| RestrictionsError::StillInForce(self.file(), error))?;
+        *self.state.write().unwrap_or_else(PoisonError::into_inner) = state;
+        Ok(result)
+    }
+
+    /// A whole new file takes the place of the old one, and both it and the folder are flushed.
+    fn write(&self, state: &State) -> io::Result<()> {
+        let new = self.folder.join(format!("{FILE}.new"));
+        let mut text = serde_json::to_vec_pretty(state)?;
+        text.push(b'\n');
+        let mut options = File::options();
+        options.create(true).truncate(true).write(true).mode(0o600);
+        let mut file = options.open(&new)?;
+        file.write_all(&text)?;
+        file.sync_all()?;
+        fs::rename(&new, self.folder.join(FILE))?;
+        File::open(&self.folder)?.sync_all()
+    }
+
+    fn file(&self) -> String {
+        self.folder.join(FILE).display().to_string()
+    }
+
+    fn state(&self) -> std::sync::RwLockReadGuard<'_, State> {
+        self.state.read().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Revoked {
+    fn new(account: &AccountId, key: &KeyName, mark: Mark) -> Self {
+        Self {
+            account: account.clone(),
+            key: key.clone(),
+            by: mark.by,
+            at_ms: mark.at_ms,
+        }
+    }
+}
+
+impl State {
+    fn is_frozen(&self, account: &AccountId) -> bool {
+        self.frozen_accounts.contains_key(account) || self.is_halted(account)
+    }
+
+    fn is_halted(&self, account: &AccountId) -> bool {
+        self.halted_all.is_some() || self.halted_accounts.contains_key(account)
+    }
+}
+
+impl KeyDigest {
+    /// 64 hex digits.
+    pub fn hex(self) -> String {
+        hex(&self.0)
+    }
+
+    /// Reads 64 hex digits.
+    fn from_hex(text: &str) -> Option<Self> {
+        let mut bytes = [0; 32];
+        if text.len() != 64 {
+            return None;
+        }
+        for (byte, pair) in bytes.iter_mut().zip(text.as_bytes().chunks(2)) {
+            *byte = u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()?;
+        }
+        Some(Self(bytes))
+    }
+}
+
+impl Serialize for KeyDigest {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.hex())
+    }
+}
+
+impl<'de> Deserialize<'de> for KeyDigest {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        Self::from_hex(&text)
+            .ok_or_else(|| serde::de::Error::custom("expected the SHA-256 of a key id in hex"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mark() -> Mark {
+        Mark {
+            by: "spiffe://demo.test/admin/anna".parse().unwrap(),
+            at_ms: 1,
+        }
+    }
+
+    fn account(name: &str) -> AccountId {
+        name.parse().unwrap()
+    }
+
+    #[test]
+    fn what_is_forbidden_stays_so_when_the_file_is_read_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let restrictions = Restrictions::open(folder.path()).unwrap();
+        let (bot, key) = ("maker".parse::<BotId>().unwrap(), KeyDigest([0xab; 32]));
+        let name = "main".parse::<KeyName>().unwrap();
+        assert!(!restrictions.block(&bot, mark()).unwrap());
+        assert!(restrictions.block(&bot, mark()).unwrap());
+        assert!(!restrictions.freeze(&account("a"), mark()).unwrap());
+        restrictions.halt(Some(&account("b")), mark()).unwrap();
+        restrictions
+            .revoke(&account("a"), &name, Some(key), mark())
+            .unwrap();
+        restrictions
+            .revoke(&account("b"), &name, None, mark())
+            .unwrap();
+        let again = Restrictions::open(folder.path()).unwrap();
+        let who = Who::Bot(bot.clone());
+        assert_eq!(
+            again.check(&who, &account("c"), false),
+            Err(Restricted::Blocked)
+        );
+        let other = Who::Bot("other".parse().unwrap());
+        for frozen in ["a", "b"] {
+            let refused = Err(Restricted::Frozen(account(frozen)));
+            assert_eq!(again.check(&other, &account(frozen), true), refused);
+            assert_eq!(again.check(&other, &account(frozen), false), Ok(()));
+        }
+        assert_eq!(again.check(&other, &account("c"), true), Ok(()));
+        assert!(again.revoked(key).is_some());
+        let unseen = KeyDigest([1; 32]);
+        assert!(again.revoked(unseen).is_none());
+        again.seen(&account("b"), &name, unseen).unwrap();
+        assert!(again.revoked(unseen).is_some());
+        // Only the first one that is seen.
+        again
+            .seen(&account("b"), &name, KeyDigest([2; 32]))
+            .unwrap();
+        assert!(again.revoked(KeyDigest([2; 32])).is_none());
+        assert!(again.unblock(&bot).unwrap());
+        assert!(again.thaw(&account("a")).unwrap());
+        let last = Restrictions::open(folder.path()).unwrap();
+        assert_eq!(last.check(&who, &account("a"), true), Ok(()));
+        assert!(last.is_halted(&account("b")));
+        assert!(last.revoked(unseen).is_some());
+    }
+
+    #[test]
+    fn a_halt_of_all_holds_for_accounts_to_come_and_a_freeze_outlasts_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let restrictions = Restrictions::open(folder.path()).unwrap();
+        restrictions.freeze(&account("a"), mark()).unwrap();
+        restrictions.halt(None, mark()).unwrap();
+        assert!(restrictions.is_frozen(&account("not-yet-there")));
+        restrictions.resume(Some(&account("b"))).unwrap();
+        assert!(restrictions.is_frozen(&account("b")), "halted with all");
+        restrictions.resume(None).unwrap();
+        assert!(!restrictions.is_frozen(&account("b")));
+        assert!(restrictions.is_frozen(&account("a")));
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_forbids_the_start() {
+        let folder = tempfile::tempdir().unwrap();
+        for broken in ["", "{", "{\"blocked_bots\":{},\"typo\":1}"] {
+            fs::write(folder.path().join(FILE), broken).unwrap();
+            let error = Restrictions::open(folder.path()).unwrap_err().to_string();
+            assert!(error.contains("must not be lost"), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_written_is_forbidden_all_the_same_and_never_allowed() {
+        let folder = tempfile::tempdir().unwrap();
+        let restrictions = Restrictions::open(folder.path()).unwrap();
+        restrictions.freeze(&account("a"), mark()).unwrap();
+        // A folder where the new file should be written: also root cannot.
+        fs::create_dir(folder.path().join(format!("{FILE}.new"))).unwrap();
+        let error = restrictions.freeze(&account("b"), mark()).unwrap_err();
+        assert!(matches!(error, RestrictionsError::Unwritten(..)));
+        assert!(restrictions.is_frozen(&account("b")));
+        let error = restrictions.thaw(&account("a")).unwrap_err();
+        assert!(matches!(error, RestrictionsError::StillInForce(..)));
+        assert!(restrictions.is_frozen(&account("a")));
+    }
+}
