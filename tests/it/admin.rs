@@ -488,9 +488,9 @@ async fn the_command_lists_keys() {
         (shown.code, shown.stdout.as_str(), shown.stderr.as_str()),
         (
             Some(0),
-            "STATUS       VERSION  KEY\n\
-             untested           1  main/main\n    serves futures, spot-margin, unified\n\
-             untested           1  other/main\n    serves spot-margin\n",
+            "KEY         STATUS    VERSION\n\
+             main/main   untested  1        serves futures, spot-margin, unified\n\
+             other/main  untested  1        serves spot-margin\n",
             ""
         )
     );
