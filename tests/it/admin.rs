@@ -227,12 +227,14 @@ async fn keys_are_listed_as_they_are() {
     .await;
     let mut admin = lab.admin_client("anna").await;
     let listed = async || list(&mut admin.clone()).await.unwrap();
-    until("Vault has said what it has", async || {
-        !listed()
-            .await
-            .iter()
-            .any(|key| key.reasons.iter().any(|reason| reason.contains("waiting")))
-    })
+    until(
+        "Vault has said what it has, and the exchange how it is",
+        async || {
+            let keys = listed().await;
+            let is_waiting = |reason: &String| reason.contains("waiting");
+            keys[0].tested_at_ms != 0 && !keys[1].reasons.iter().any(is_waiting)
+        },
+    )
     .await;
     let keys = listed().await;
     let [main, other] = keys.as_slice() else {
@@ -240,10 +242,20 @@ async fn keys_are_listed_as_they_are() {
     };
     let named =
         |key: &KeyState| format!("{}/{} {} {}", key.account, key.key, key.status, key.version);
-    assert_eq!(named(main), "main/main untested 1");
+    assert_eq!(named(main), "main/main at-risk 1");
     let scopes: Vec<_> = main.scopes().collect();
     assert_eq!(scopes, [Scope::Futures, Scope::SpotMargin, Scope::Unified]);
-    assert_eq!(main.reasons, [""; 0]);
+    assert!(
+        main.reasons[0].starts_with("The key has no IP restriction"),
+        "{main:?}"
+    );
+    assert!(
+        main.permissions
+            .iter()
+            .any(|permission| permission == "Futures"),
+        "{main:?}"
+    );
+    assert_eq!((main.reasons.len(), main.is_whitelisted), (1, None));
     assert_eq!(named(other), "other/main unavailable 0");
     assert_eq!(other.reasons.len(), 1, "{other:?}");
 
@@ -253,9 +265,11 @@ async fn keys_are_listed_as_they_are() {
     lab.vault.put_secret("kv", &kv_path("main", "main"), broken);
     until("the broken version is told", async || {
         let keys = listed().await;
-        keys[0].status == "degraded"
-            && keys[0].version == 1
-            && keys[0].reasons[0].contains("passphrase")
+        keys[0].version == 1
+            && keys[0]
+                .reasons
+                .iter()
+                .any(|reason| reason.contains("passphrase"))
     })
     .await;
     lab.vault.seal();
@@ -483,16 +497,39 @@ async fn no_call_is_taken_on_a_certificate_that_has_ended() {
 #[tokio::test]
 async fn the_command_lists_keys() {
     let mut lab = Lab::start().await;
+    let admin = lab.admin_client("anna").await;
+    until("every key is tested", async || {
+        let keys = list(&mut admin.clone()).await.unwrap();
+        keys.iter().all(|key| key.tested_at_ms != 0)
+    })
+    .await;
     let shown = lab.admin_cli("anna", &["keys", "list"]).await;
-    assert_eq!(
-        (shown.code, shown.stdout.as_str(), shown.stderr.as_str()),
-        (
-            Some(0),
-            "KEY         STATUS    VERSION\n\
-             main/main   untested  1        serves futures, spot-margin, unified\n\
-             other/main  untested  1        serves spot-margin\n",
-            ""
-        )
+    assert_eq!((shown.code, shown.stderr.as_str()), (Some(0), ""));
+    let lines: Vec<_> = shown.stdout.lines().collect();
+    assert!(
+        lines.iter().all(|line| line.chars().count() <= 80),
+        "{lines:#?}"
+    );
+    let expected = [
+        "KEY         STATUS   VERSION",
+        "main/main   at-risk  1        serves futures, spot-margin, unified",
+        "                              permissions General, Spot, Margin, Futures,",
+        "                              Unified",
+    ];
+    assert_eq!(lines[..4], expected);
+    assert!(
+        lines[4].trim_start().starts_with("tested ") && lines[4].ends_with(" s ago"),
+        "{lines:#?}"
+    );
+    assert!(
+        lines[5]
+            .trim_start()
+            .starts_with("The key has no IP restriction"),
+        "{lines:#?}"
+    );
+    assert!(
+        lines.contains(&"other/main  at-risk  1        serves spot-margin"),
+        "{lines:#?}"
     );
     let shown = lab.admin_cli("anna", &["keys", "list", "--json"]).await;
     let lines: Vec<Value> = shown
@@ -502,9 +539,10 @@ async fn the_command_lists_keys() {
         .collect();
     assert_eq!(lines.len(), 2);
     assert_eq!(lines[0]["account"], "main");
-    assert_eq!(lines[0]["status"], "untested");
+    assert_eq!(lines[0]["status"], "at-risk");
     assert_eq!(lines[0]["version"], 1);
-    assert_eq!(lines[0]["tested_at_ms"], Value::Null);
+    assert!(lines[0]["tested_at_ms"].as_i64().unwrap() > 1_700_000_000_000);
+    assert_eq!(lines[0]["used_at_ms"], Value::Null);
     lab.stop().await;
 }
 
