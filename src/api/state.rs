@@ -2,6 +2,7 @@
 
 use tokio::runtime::Handle;
 
+use super::standing::{Standing, WORDS, standings};
 use crate::broker::Broker;
 use crate::clock::ExchangeTime;
 use crate::config::FileProblems;
@@ -112,6 +113,15 @@ pub fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
             ));
         }
     }
+    for key in standings(broker) {
+        let name = format!("key {}/{}", key.account, key.name);
+        lines.push(format!("{name}: {}", key.status));
+        let reasons = key.reasons.iter();
+        lines.extend(reasons.map(|reason| format!("{name}: {reason}")));
+    }
+    for (bot, mark) in broker.restrictions.blocked_bots() {
+        lines.push(format!("bot {bot}: blocked by {}", mark.by));
+    }
     let ProofStatus {
         seen,
         failure,
@@ -167,6 +177,7 @@ pub fn gauges(broker: &Broker) -> Vec<State> {
         flag(readiness(broker).is_ready),
     )];
     states.extend(of_keys(&broker.keyring.status()));
+    states.extend(of_standings(&standings(broker)));
     states.extend(of_clock(broker));
     states.extend(of_egress(broker));
     states.extend(of_process(broker));
@@ -207,6 +218,53 @@ fn of_keys(keys: &[KeyStatus]) -> [State; 3] {
                 Slot::Ready { version, .. } => Some(count(*version)),
                 Slot::Gone(_) | Slot::Waiting(_) => None,
             },
+        ),
+    ]
+}
+
+fn of_standings(keys: &[Standing]) -> [State; 4] {
+    let labels = |key: &Standing| {
+        let (account, name) = (key.account.to_string(), key.name.to_string());
+        vec![("account", account), ("key", name)]
+    };
+    let of_words = |key: &Standing| {
+        WORDS.map(|word| {
+            let mut labels = labels(key);
+            labels.push(("status", word.to_owned()));
+            (labels, flag(key.status == word))
+        })
+    };
+    let time = |name, help, value: &dyn Fn(&Standing) -> Option<i64>| State {
+        name,
+        help,
+        values: keys
+            .iter()
+            .filter_map(|key| {
+                #[expect(clippy::cast_precision_loss, reason = "far below 2^53 milliseconds")]
+                Some((labels(key), value(key)? as f64 / 1000.0))
+            })
+            .collect(),
+    };
+    [
+        State {
+            name: "key_status",
+            help: "1 for the word that tells how the key is, 0 for the others",
+            values: keys.iter().flat_map(of_words).collect(),
+        },
+        time(
+            "key_used_timestamp_seconds",
+            "When the exchange last took a request that the key signed, Unix time",
+            &|key| key.used_ms,
+        ),
+        time(
+            "key_tested_timestamp_seconds",
+            "When the key was last tested, Unix time",
+            &|key| key.tested_ms,
+        ),
+        time(
+            "key_not_after_timestamp_seconds",
+            "When the key ends, Unix time; absent where it does not",
+            &|key| key.info.as_ref()?.expires_at_ms,
         ),
     ]
 }

@@ -9,6 +9,7 @@ mod outages;
 mod policies;
 mod real;
 mod stale;
+mod succession;
 mod token_life;
 mod wrapped;
 

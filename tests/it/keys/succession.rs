@@ -1,0 +1,472 @@
+//! One key follows another: it is tested before it signs for a bot, and the one before it stays until then.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use credbroker::api::proto::{Outcome, RefreshKeyRequest};
+use credbroker_sim::kucoin::{Fault, FaultAction, ReceivedRequest, SimKey, When};
+use serde_json::{Value, json};
+
+use crate::harness::{
+    Bot, Lab, MAIN_UID, Patient, accounts, kv_path, say, secret, spot_order, until,
+};
+
+const INFO: &str = "/api/v1/user/api-key";
+
+/// Another key of the account that the default rules use.
+fn key(number: u64) -> SimKey {
+    SimKey {
+        api_key: format!("simulated-key-{number:010}"),
+        ..SimKey::fake(MAIN_UID)
+    }
+}
+
+/// Vault holds it as the next version of `main/main`.
+fn put(lab: &Lab, key: &SimKey) {
+    lab.vault
+        .put_secret("kv", &kv_path("main", "main"), secret(key));
+}
+
+fn signed_by<'r>(requests: &'r [ReceivedRequest], key: &SimKey) -> Vec<&'r ReceivedRequest> {
+    let mut of_key: Vec<_> = requests.iter().collect();
+    of_key.retain(|request| request.header("kc-api-key") == Some(&key.api_key));
+    of_key
+}
+
+async fn until_version(lab: &Lab, version: u64) {
+    let name = "key_version{account=\"main\",key=\"main\"}";
+    until(&format!("version {version} serves"), async || {
+        lab.metric(name).await == Some(version as f64)
+    })
+    .await;
+}
+
+/// What the broker says of `main/main` now.
+async fn status(lab: &Lab) -> (String, Vec<String>) {
+    let mut admin = lab.admin_client("anna").await;
+    let keys = admin
+        .list_keys(credbroker::api::proto::ListKeysRequest {})
+        .await;
+    let mut keys = keys.unwrap().into_inner().keys;
+    keys.retain(|key| key.account == "main");
+    let key = keys.remove(0);
+    (key.status, key.reasons)
+}
+
+/// Has the broker look at Vault now, and returns the version that serves then.
+async fn refresh(lab: &Lab) -> u64 {
+    let mut admin = lab.admin_client("anna").await;
+    let request = RefreshKeyRequest {
+        account: "main".to_owned(),
+        key: "main".to_owned(),
+    };
+    let state = admin.refresh_key(request).await.unwrap().into_inner().state;
+    state.unwrap().version
+}
+
+async fn reads(bot: &mut Bot<Patient>) -> (Outcome, String) {
+    let answer = bot.send(accounts()).await.unwrap();
+    (answer.outcome(), answer.code)
+}
+
+#[tokio::test]
+async fn a_new_version_is_tested_on_every_scope_before_it_signs_for_a_bot() {
+    let lab = Lab::start().await;
+    let mut bot = lab.patient_bot("maker").await;
+    let next = key(2);
+    lab.kucoin.add_key(next.clone());
+    put(&lab, &next);
+    assert_eq!(refresh(&lab).await, 2);
+    assert_eq!(reads(&mut bot).await.0, Outcome::Accepted);
+    let requests = lab.kucoin.everything_received();
+    let paths: Vec<_> = signed_by(&requests, &next)
+        .into_iter()
+        .map(|request| (request.is_own_question(), request.path()))
+        .collect();
+    let expected = [
+        (true, INFO),
+        (true, "/api/v1/account-overview"),
+        (true, "/api/v1/accounts"),
+        (true, "/api/ua/v2/unified/account/overview"),
+        (false, "/api/v1/accounts"),
+    ];
+    assert_eq!(paths, expected);
+    let acts = lab.acts();
+    let change = acts.iter().rfind(|act| act["action"] == "key").unwrap();
+    assert_eq!(change["outcome"], "in_use");
+    assert_eq!(
+        (&change["version_before"], &change["version_after"]),
+        (&json!(1), &json!(2))
+    );
+    assert_eq!(change["who"], "vault");
+    lab.check_record();
+}
+
+#[tokio::test]
+async fn a_version_that_the_exchange_refuses_changes_nothing_and_the_reason_shows() {
+    let lab = Lab::start().await;
+    let mut bot = lab.patient_bot("maker").await;
+    // The exchange does not know it.
+    put(&lab, &key(2));
+    assert_eq!(refresh(&lab).await, 1);
+    assert_eq!(reads(&mut bot).await.0, Outcome::Accepted);
+    let (_, reasons) = status(&lab).await;
+    let told = reasons
+        .iter()
+        .any(|reason| reason.contains("version 2 is refused"));
+    assert!(told, "{reasons:?}");
+    let requests = lab.kucoin.everything_received();
+    let of_bots = signed_by(&requests, &key(2));
+    assert!(of_bots.iter().all(|request| request.is_own_question()));
+    // It is not asked again at every poll.
+    let asked = of_bots.len();
+    let polls = || lab.vault.requests().len();
+    let before = polls();
+    until("more polls have passed", async || polls() >= before + 6).await;
+    let requests = lab.kucoin.everything_received();
+    assert_eq!(signed_by(&requests, &key(2)).len(), asked);
+    // Mended at the exchange, an admin has it tried once more.
+    lab.kucoin.add_key(key(2));
+    assert_eq!(refresh(&lab).await, 2);
+    lab.check_record();
+}
+
+#[tokio::test]
+async fn a_key_that_may_not_trade_does_not_take_the_place_of_one_that_may() {
+    let lab = Lab::start().await;
+    let weak = SimKey {
+        permissions: vec!["Futures".to_owned(), "Unified".to_owned()],
+        ..key(2)
+    };
+    lab.kucoin.add_key(weak.clone());
+    put(&lab, &weak);
+    assert_eq!(refresh(&lab).await, 1);
+    let (_, reasons) = status(&lab).await;
+    let told = reasons
+        .iter()
+        .any(|reason| reason.contains("lacks the permission Spot"));
+    assert!(told, "{reasons:?}");
+}
+
+#[tokio::test]
+async fn a_version_that_cannot_be_tested_waits_and_is_used_once_it_can() {
+    let lab = Lab::start().await;
+    let mut bot = lab.patient_bot("maker").await;
+    lab.kucoin.add_key(key(2));
+    let busy = Fault {
+        times: None,
+        ..Fault::once(
+            INFO,
+            FaultAction::RateLimited {
+                reset_ms: Some(100),
+            },
+        )
+    };
+    lab.kucoin.fault(busy);
+    put(&lab, &key(2));
+    assert_eq!(refresh(&lab).await, 1);
+    let (_, reasons) = status(&lab).await;
+    let told = reasons
+        .iter()
+        .any(|reason| reason.contains("waits for its test"));
+    assert!(told, "{reasons:?}");
+    assert_eq!(reads(&mut bot).await.0, Outcome::Accepted);
+    lab.kucoin.clear_faults();
+    until_version(&lab, 2).await;
+    assert!(
+        status(&lab)
+            .await
+            .1
+            .iter()
+            .all(|reason| !reason.contains("version"))
+    );
+}
+
+#[tokio::test]
+async fn a_request_whose_key_is_deleted_under_it_is_signed_again_and_the_bot_never_sees_it() {
+    let lab = Lab::start().await;
+    let mut bot = lab.patient_bot("maker").await;
+    lab.kucoin.add_key(key(2));
+    // The test of the new key takes a while, and meanwhile the old one dies.
+    lab.kucoin
+        .fault(Fault::once(INFO, FaultAction::Delay { ms: 700 }));
+    put(&lab, &key(2));
+    until("the new key is being tested", async || {
+        let requests = lab.kucoin.everything_received();
+        !signed_by(&requests, &key(2)).is_empty()
+    })
+    .await;
+    lab.kucoin.remove_key(&SimKey::fake(MAIN_UID).api_key);
+    let answer = bot.send(spot_order("under-it")).await.unwrap();
+    assert_eq!(answer.outcome(), Outcome::Accepted, "{answer:?}");
+    let codes: Vec<_> = lab
+        .kucoin
+        .received()
+        .iter()
+        .map(|request| request.code().unwrap().to_owned())
+        .collect();
+    assert_eq!(codes, ["400003", "200000"]);
+    assert_eq!(lab.kucoin.orders(MAIN_UID).len(), 1);
+    lab.check_record();
+}
+
+#[tokio::test]
+async fn a_refusal_without_another_key_is_the_bots_and_comes_at_once() {
+    let lab = Lab::start().await;
+    let mut bot = lab.patient_bot("maker").await;
+    lab.kucoin.remove_key(&SimKey::fake(MAIN_UID).api_key);
+    assert_eq!(
+        reads(&mut bot).await,
+        (Outcome::Rejected, "400003".to_owned())
+    );
+    assert_eq!(lab.kucoin.received().len(), 1);
+    let (word, reasons) = status(&lab).await;
+    assert_eq!(word, "refused", "{reasons:?}");
+    let (_, text) = lab.get("/readyz?verbose").await;
+    assert!(text.contains("key main/main: refused"), "{text}");
+    assert_eq!(
+        lab.metric("key_status{account=\"main\",key=\"main\",status=\"refused\"}")
+            .await,
+        Some(1.0)
+    );
+}
+
+#[tokio::test]
+async fn after_a_start_whose_newest_version_is_refused_the_one_before_it_serves() {
+    let mut lab = Lab::install(&crate::harness::Settings::default()).await;
+    put(&lab, &key(2));
+    lab.start_broker().await;
+    until_version(&lab, 1).await;
+    let mut bot = lab.patient_bot("maker").await;
+    assert_eq!(reads(&mut bot).await.0, Outcome::Accepted);
+    let (_, reasons) = status(&lab).await;
+    let told = reasons
+        .iter()
+        .any(|reason| reason.contains("version 2 is refused"));
+    assert!(told, "{reasons:?}");
+    // And the next one is taken up as ever.
+    lab.kucoin.add_key(key(3));
+    put(&lab, &key(3));
+    until_version(&lab, 3).await;
+    assert_eq!(
+        status(&lab).await.0,
+        "at-risk",
+        "the keys of tests have no whitelist"
+    );
+}
+
+#[tokio::test]
+async fn an_admin_goes_back_to_an_older_version_and_on_again() {
+    let lab = Lab::start().await;
+    let mut bot = lab.patient_bot("maker").await;
+    lab.kucoin.add_key(key(2));
+    put(&lab, &key(2));
+    until_version(&lab, 2).await;
+    let use_version = |version: &str| {
+        lab.vault.set_custom_metadata(
+            "kv",
+            &kv_path("main", "main"),
+            BTreeMap::from([("use_version".to_owned(), version.to_owned())]),
+        );
+    };
+    use_version("1");
+    until_version(&lab, 1).await;
+    assert_eq!(reads(&mut bot).await.0, Outcome::Accepted);
+    // One that is not there takes nothing away.
+    use_version("7");
+    assert_eq!(refresh(&lab).await, 1);
+    let (_, reasons) = status(&lab).await;
+    assert!(
+        reasons
+            .iter()
+            .any(|reason| reason.contains("use_version=7")),
+        "{reasons:?}"
+    );
+    use_version("");
+    until_version(&lab, 2).await;
+}
+
+#[tokio::test]
+async fn keys_are_tested_once_after_the_start_and_the_status_tells() {
+    let lab = Lab::start().await;
+    until("the key is tested", async || {
+        lab.metric("key_tested_timestamp_seconds{account=\"main\",key=\"main\"}")
+            .await
+            .is_some()
+    })
+    .await;
+    let asked = || {
+        let requests = lab.kucoin.everything_received();
+        let of_key = signed_by(&requests, &SimKey::fake(MAIN_UID)).len();
+        of_key
+    };
+    assert_eq!(asked(), 1);
+    let before = lab.vault.requests().len();
+    until("polls have passed", async || {
+        lab.vault.requests().len() >= before + 6
+    })
+    .await;
+    assert_eq!(asked(), 1, "at most once in ten minutes");
+}
+
+/// Eight bots, and a hundred keys one after the other, each deleted at the exchange as soon as the next one serves.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hundred_rotations_under_load_fail_no_call_and_no_key_signs_after_its_successor_is_proven()
+ {
+    const ROTATIONS: u64 = 100;
+    let lab = Arc::new(Lab::start().await);
+    let (calls, goes_on) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(true)));
+    let mut bots = Vec::new();
+    for number in 0..8 {
+        let mut bot = lab.patient_bot("maker").await;
+        let (calls, goes_on) = (Arc::clone(&calls), Arc::clone(&goes_on));
+        bots.push(tokio::spawn(async move {
+            let mut step = 0;
+            while goes_on.load(Ordering::Relaxed) {
+                step += 1;
+                let request = if step % 4 == 0 {
+                    spot_order(&format!("bot-{number}-{step}"))
+                } else {
+                    accounts()
+                };
+                let answer = bot.send(request).await.unwrap();
+                assert_eq!(answer.outcome(), Outcome::Accepted, "{answer:?}");
+                calls.fetch_add(1, Ordering::Relaxed);
+            }
+        }));
+    }
+    let began = std::time::Instant::now();
+    let mut before = SimKey::fake(MAIN_UID);
+    for number in 2..2 + ROTATIONS {
+        let next = key(number);
+        lab.kucoin.add_key(next.clone());
+        put(&lab, &next);
+        assert_eq!(refresh(&lab).await, number);
+        lab.kucoin.remove_key(&before.api_key);
+        before = next;
+        let so_far = calls.load(Ordering::Relaxed);
+        until("bots have called", async || {
+            calls.load(Ordering::Relaxed) >= so_far + 8
+        })
+        .await;
+    }
+    let took = began.elapsed();
+    goes_on.store(false, Ordering::Relaxed);
+    for bot in bots {
+        bot.await.unwrap();
+    }
+    let calls = calls.load(Ordering::Relaxed);
+    say(&format!(
+        "{ROTATIONS} rotations under {calls} calls, {} a second: none failed",
+        calls / took.as_secs().max(1)
+    ));
+    let mut replaced_ms: BTreeMap<u64, i64> = BTreeMap::new();
+    for act in lab.acts() {
+        if act["action"] == "key" && act["outcome"] == "in_use" && act["account"] == "main" {
+            let version = act["version_before"].as_u64().unwrap_or_default();
+            replaced_ms.insert(version, act["time_ms"].as_i64().unwrap());
+        }
+    }
+    assert_eq!(replaced_ms.len() as u64, ROTATIONS + 1);
+    let requests = lab.kucoin.received();
+    assert!(!requests.is_empty());
+    for version in 1..=ROTATIONS {
+        let key = if version == 1 {
+            SimKey::fake(MAIN_UID)
+        } else {
+            key(version)
+        };
+        for request in signed_by(&requests, &key) {
+            let signed_ms: i64 = request.header("kc-api-timestamp").unwrap().parse().unwrap();
+            // The exchange's time is known to some milliseconds.
+            assert!(
+                signed_ms <= replaced_ms[&version] + 5,
+                "version {version} signed at {signed_ms}, {} ms after it was replaced",
+                signed_ms - replaced_ms[&version]
+            );
+        }
+    }
+    lab.check_record();
+}
+
+/// New versions that no exchange takes, one after the other, some of them no keys at all.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rotations_to_broken_keys_under_load_fail_no_call() {
+    let lab = Arc::new(Lab::start().await);
+    let goes_on = Arc::new(AtomicBool::new(true));
+    let mut bots = Vec::new();
+    for _ in 0..8 {
+        let mut bot = lab.patient_bot("maker").await;
+        let goes_on = Arc::clone(&goes_on);
+        bots.push(tokio::spawn(async move {
+            let mut calls = 0;
+            while goes_on.load(Ordering::Relaxed) {
+                let answer = bot.send(accounts()).await.unwrap();
+                assert_eq!(answer.outcome(), Outcome::Accepted, "{answer:?}");
+                calls += 1;
+            }
+            calls
+        }));
+    }
+    let wrong_secret = SimKey {
+        api_secret: "simulated-secret-that-is-wrong".to_owned(),
+        ..key(2)
+    };
+    lab.kucoin.add_key(key(2));
+    let elsewhere = SimKey {
+        ip_whitelist: vec!["203.0.113.9".parse().unwrap()],
+        ..key(3)
+    };
+    lab.kucoin.add_key(elsewhere.clone());
+    let broken: [Value; 5] = [
+        secret(&key(99)),
+        secret(&wrong_secret),
+        secret(&elsewhere),
+        json!({"api_key": "simulated-half"}),
+        Value::Null,
+    ];
+    for value in broken {
+        lab.vault.put_secret("kv", &kv_path("main", "main"), value);
+        assert_eq!(refresh(&lab).await, 1);
+        let (_, reasons) = status(&lab).await;
+        let told = |reason: &String| reason.starts_with("a newer version is not used: ");
+        assert!(reasons.iter().any(told), "{reasons:?}");
+    }
+    goes_on.store(false, Ordering::Relaxed);
+    let mut calls = 0;
+    for bot in bots {
+        calls += bot.await.unwrap();
+    }
+    assert!(calls > 0);
+    let answered = |request: &ReceivedRequest| request.answered.clone().unwrap().1;
+    assert!(
+        lab.kucoin
+            .received()
+            .iter()
+            .all(|request| answered(request) == "200000")
+    );
+    lab.check_record();
+}
+
+#[tokio::test]
+async fn a_stalled_test_of_a_new_key_holds_no_call_up() {
+    let lab = Lab::start().await;
+    let mut bot = lab.patient_bot("maker").await;
+    lab.kucoin.add_key(key(2));
+    let stall = FaultAction::Stall {
+        when: When::BeforeTaken,
+    };
+    lab.kucoin.fault(Fault::once(INFO, stall));
+    put(&lab, &key(2));
+    until("the new key is being tested", async || {
+        let requests = lab.kucoin.everything_received();
+        !signed_by(&requests, &key(2)).is_empty()
+    })
+    .await;
+    for _ in 0..20 {
+        assert_eq!(reads(&mut bot).await.0, Outcome::Accepted);
+    }
+    let requests = lab.kucoin.received();
+    assert!(signed_by(&requests, &key(2)).is_empty());
+}
