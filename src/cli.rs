@@ -142,6 +142,11 @@ fn show(text: &str, code: u8) -> u8 {
     }
 }
 
+/// One line of what others wrote (Vault, the exchange): it moves no cursor.
+fn printable(text: &str) -> String {
+    text.replace(char::is_control, " ")
+}
+
 /// `again` is the command that looks again.
 fn say_problems(problems: &[Problem], again: &str) {
     for problem in problems {

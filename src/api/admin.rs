@@ -1,6 +1,7 @@
 //! `Admin`: keys, accounts and bots, as admins see and change them. Proto in, proto out; no answer holds a secret.
 
 use std::collections::BTreeSet;
+use std::mem::take;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -142,16 +143,14 @@ impl AdminApi {
     fn key(&self, account: &str, name: &str) -> Result<(Arc<Account>, KeyName), AdminError> {
         let account = self.account(account)?;
         if name.is_empty() {
-            let mut names: Vec<_> = account.keys.values().collect();
-            names.dedup();
-            return match names.as_slice() {
-                [only] => Ok((Arc::clone(&account), (*only).clone())),
-                names => {
-                    let names: Vec<_> = names.iter().map(|name| name.as_str()).collect();
-                    let problem = format!("name one of the account's keys: {}", names.join(", "));
-                    Err(AdminError::field("key", problem))
-                }
-            };
+            let names: BTreeSet<_> = account.keys.values().collect();
+            let only = names.first().filter(|_| names.len() == 1);
+            if let Some(only) = only.map(|only| (*only).clone()) {
+                return Ok((account, only));
+            }
+            let names: Vec<_> = names.iter().map(|name| name.as_str()).collect();
+            let problem = format!("name one of the account's keys: {}", names.join(", "));
+            return Err(AdminError::field("key", problem));
         }
         let name: KeyName = name
             .parse()
@@ -363,16 +362,12 @@ fn bot(name: &str) -> Result<BotId, AdminError> {
 }
 
 /// The key that an admin gave, in the version asked for.
-fn candidate(candidate: proto::Candidate, version: KeyVersion) -> Result<Key, AdminError> {
-    let proto::Candidate {
-        api_key,
-        api_secret,
-        passphrase,
-        ..
-    } = candidate;
-    let secret = ApiSecret::new(Zeroizing::new(api_secret));
-    let passphrase = Passphrase::new(Zeroizing::new(passphrase));
-    Key::new(Zeroizing::new(api_key), &secret, &passphrase, version, None)
+fn candidate(mut candidate: proto::Candidate, version: KeyVersion) -> Result<Key, AdminError> {
+    // Moved, not copied: each is wiped where it ends up.
+    let id = Zeroizing::new(take(&mut candidate.api_key));
+    let secret = ApiSecret::new(Zeroizing::new(take(&mut candidate.api_secret)));
+    let passphrase = Passphrase::new(Zeroizing::new(take(&mut candidate.passphrase)));
+    Key::new(id, &secret, &passphrase, version, None)
         .map_err(|error| AdminError::field("candidate", error))
 }
 
