@@ -3,6 +3,8 @@
 mod check_config;
 mod health;
 mod policy;
+#[expect(dead_code, reason = "the commands on keys call it")]
+mod secrets;
 mod serve;
 
 use std::io::{ErrorKind, Write};
