@@ -32,9 +32,11 @@ pub struct Metadata {
     /// Number of the newest version; 0: there is none yet.
     pub current_version: u64,
     versions: BTreeMap<u64, Version>,
-    custom_metadata: Option<HashMap<String, String>>,
+    #[serde(rename = "custom_metadata")]
+    notes: Option<HashMap<String, String>>,
     /// Counts the writes of the metadata, where the server checks it (OpenBao).
-    pub(super) current_metadata_version: Option<u64>,
+    #[serde(rename = "current_metadata_version")]
+    pub(super) writes: Option<u64>,
 }
 
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq)]
@@ -141,14 +143,21 @@ impl Metadata {
 
     /// Any note by its name.
     pub fn note(&self, name: &str) -> Option<&str> {
-        let notes = self.custom_metadata.as_ref()?;
-        notes.get(name).map(String::as_str)
+        self.notes.as_ref()?.get(name).map(String::as_str)
+    }
+
+    /// Where there is no key yet. A server that counts makes its metadata once then; one that does not, ignores the 0.
+    pub(super) fn of_nothing() -> Self {
+        Self {
+            writes: Some(0),
+            ..Self::default()
+        }
     }
 
     /// All notes, with these changes.
     pub(super) fn noted(&self, changes: &Notes) -> BTreeMap<String, String> {
         let mut notes: BTreeMap<_, _> = self
-            .custom_metadata
+            .notes
             .iter()
             .flatten()
             .map(|(name, text)| (name.clone(), text.clone()))
@@ -193,7 +202,10 @@ pub struct Facts {
 impl Facts {
     /// By name, as text; empty: not known.
     pub(super) fn texts(&self) -> [(&'static str, String); 8] {
-        let time = |ms: i64| (ms != 0).then(|| ms.to_string()).unwrap_or_default();
+        let time = |ms: i64| match ms {
+            0 => String::new(),
+            ms => ms.to_string(),
+        };
         [
             (UID, self.uid.clone()),
             ("site", self.site.clone()),

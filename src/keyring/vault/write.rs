@@ -169,7 +169,7 @@ impl Vault {
         for round in 0..=TRIES {
             let found = self.find(account, name).await;
             let before = match (found, &open) {
-                (Ok(before), _) => before.unwrap_or_default(),
+                (Ok(before), _) => before.unwrap_or_else(Metadata::of_nothing),
                 (Err(error), None) => return Err(WriteError::Vault(error)),
                 (Err(error), Some(_)) => return Err(WriteError::Unclear(error.to_string())),
             };
@@ -186,10 +186,10 @@ impl Vault {
                     notes.len()
                 )));
             }
-            let mut body = json!({ "custom_metadata": notes });
-            if let Some(version) = before.current_metadata_version {
-                body["metadata_cas"] = version.into();
-            }
+            let body = match before.writes {
+                Some(writes) => json!({ "custom_metadata": notes, "metadata_cas": writes }),
+                None => json!({ "custom_metadata": notes }),
+            };
             match self.send(&path, &body.to_string().into()).await {
                 Ok(_) => {
                     open = Some(others.to_owned());

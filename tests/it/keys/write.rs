@@ -304,11 +304,11 @@ async fn notes_are_kept_short_and_few_enough_for_vault(stage: &Stage) {
 
 async fn two_who_note_something_at_once_both_see_it_kept(stage: &Stage) {
     for version in 1..=10 {
-        let (state, using) = (
+        let (switched, using) = (
             Notes::state(version % 2 == 0),
             Notes::use_version(Some(version)),
         );
-        let (one, other) = tokio::join!(note(&stage.admin, &state), note(&stage.admin, &using));
+        let (one, other) = tokio::join!(note(&stage.admin, &switched), note(&stage.admin, &using));
         one.unwrap();
         other.unwrap();
         let noted = stage
