@@ -39,9 +39,10 @@ impl Drop for proto::Candidate {
             api_key,
             api_secret,
             passphrase,
+            partner_key,
             ..
         } = self;
-        for secret in [api_key, api_secret, passphrase] {
+        for secret in [api_key, api_secret, passphrase, partner_key] {
             secret.zeroize();
         }
     }
@@ -58,6 +59,7 @@ mod tests {
             api_secret: "fake-secret".to_owned(),
             passphrase: "fake-passphrase".to_owned(),
             key_version: 3,
+            partner_key: "fake-partner-key".to_owned(),
         };
         let request = proto::TestKeyRequest {
             candidate: Some(candidate),

@@ -1,7 +1,6 @@
 //! `Admin`: keys, accounts and bots, as admins see and change them. Proto in, proto out; no answer holds a secret.
 
 use std::collections::BTreeSet;
-use std::mem::take;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,11 +20,11 @@ use crate::broker::trial::{KeyTest, KeyTested, Probe};
 use crate::ids::{AccountId, AdminId, BotId, KeyName, Who};
 use crate::keyring::Slot;
 use crate::keyring::trial::Verdict;
-use crate::kucoin::key_info::{Finding, KeyInfo};
+use crate::kucoin::key_info::{self, Finding, KeyInfo};
 use crate::kucoin::{Key, KeyVersion, Malformed, Scope};
 use crate::policy::Account;
 use crate::restrictions::{KeyDigest, Mark, Restrictions, RestrictionsError};
-use crate::secret::{ApiSecret, Passphrase};
+use crate::secret::{ApiSecret, PartnerKey, Passphrase};
 use crate::telemetry::chain;
 
 /// Why an admin's call failed. `Display` is one sentence for the admin.
@@ -219,6 +218,25 @@ impl AdminApi {
         Ok(changed?)
     }
 
+    /// What is wrong with a key that another account has already, as far as the keys in memory tell.
+    fn taken(
+        &self,
+        account: &AccountId,
+        digest: KeyDigest,
+        info: Option<&KeyInfo>,
+    ) -> Option<Finding> {
+        let uid = info.and_then(|info| info.uid.as_deref());
+        let others = standings(&self.broker).into_iter();
+        let mut others = others.filter(|other| other.account != *account);
+        let has = |other: &Standing| {
+            let other_uid = other.info.as_ref().and_then(|info| info.uid.as_deref());
+            other.id == Some(digest) || (uid.is_some() && other_uid == uid)
+        };
+        others
+            .find(has)
+            .map(|other| key_info::taken(&other.account.to_string(), &other.name.to_string()))
+    }
+
     /// Kills one key of an account.
     async fn revoke(
         &self,
@@ -362,12 +380,14 @@ fn bot(name: &str) -> Result<BotId, AdminError> {
 }
 
 /// The key that an admin gave, in the version asked for.
-fn candidate(mut candidate: proto::Candidate, version: KeyVersion) -> Result<Key, AdminError> {
-    // Moved, not copied: each is wiped where it ends up.
-    let id = Zeroizing::new(take(&mut candidate.api_key));
-    let secret = ApiSecret::new(Zeroizing::new(take(&mut candidate.api_secret)));
-    let passphrase = Passphrase::new(Zeroizing::new(take(&mut candidate.passphrase)));
-    Key::new(id, &secret, &passphrase, version, None)
+fn candidate(given: &proto::Candidate, version: KeyVersion) -> Result<Key, AdminError> {
+    let text = |text: &str| Zeroizing::new(text.to_owned());
+    let secret = ApiSecret::new(text(&given.api_secret));
+    let passphrase = Passphrase::new(text(&given.passphrase));
+    let partner =
+        (!given.partner_key.is_empty()).then(|| PartnerKey::new(text(&given.partner_key)));
+    let id = text(&given.api_key);
+    Key::new(id, &secret, &passphrase, version, partner.as_ref())
         .map_err(|error| AdminError::field("candidate", error))
 }
 
@@ -380,10 +400,21 @@ impl Admin for AdminApi {
         let (admin, message) = opened(request)?;
         let (account, name) = self.key(&message.account, &message.key)?;
         let scopes = scopes(&account, &name);
-        let (key, is_candidate) = match message.candidate {
-            Some(given) => (Arc::new(candidate(given, KeyVersion::V3)?), true),
-            None => (self.in_memory(&account.id, &name)?, false),
+        let given = message.candidate;
+        let is_candidate = given.is_some();
+        let make = |version| match &given {
+            Some(given) => candidate(given, version).map(Arc::new),
+            None => self.in_memory(&account.id, &name),
         };
+        let version = match given.as_ref().map_or(0, |given| given.key_version) {
+            0 | 3 => KeyVersion::V3,
+            2 => KeyVersion::V2,
+            other => {
+                let problem = format!("expected 2 or 3, or 0 to have it found out, got {other}");
+                return Err(AdminError::field("candidate.key_version", problem).into());
+            }
+        };
+        let key = make(version)?;
         let digest = KeyDigest(key.id_sha256());
         let test = KeyTest {
             who: Who::Admin(admin.clone()),
@@ -393,7 +424,17 @@ impl Admin for AdminApi {
             reads: true,
             orders: message.try_order,
         };
-        let KeyTested { report, probes } = self.broker.test_key(test).await;
+        let needs_partner_key = test.has_partner();
+        let (KeyTested { mut report, probes }, version) =
+            if given.as_ref().is_some_and(|given| given.key_version == 0) {
+                self.broker.test_versions(test, make).await?
+            } else {
+                (self.broker.test_key(&test).await, key.version())
+            };
+        if is_candidate {
+            let taken = self.taken(&account.id, digest, report.info.as_deref());
+            report.findings.extend(taken);
+        }
         let act = Act {
             action: "test",
             account: Some(&account.id),
@@ -420,6 +461,9 @@ impl Admin for AdminApi {
             key: name.to_string(),
             id_sha256: digest.hex(),
             egress_ip: self.broker.proof.expected().to_string(),
+            key_version: if version == KeyVersion::V2 { 2 } else { 3 },
+            is_unclear: matches!(report.verdict, Verdict::Unclear(_)),
+            needs_partner_key,
         };
         if !is_candidate {
             let report = Arc::new(report);
