@@ -7,8 +7,10 @@ use credbroker::api::proto::admin_client::AdminClient;
 use credbroker::api::proto::broker_client::BrokerClient;
 use credbroker::api::proto::{
     FreezeAccountRequest, HaltRequest, KeyState, ListKeysRequest, RefreshKeyRequest, Scope,
+    TestKeyRequest,
 };
 use credbroker::clock::Clock;
+use credbroker_sim::kucoin::{Fault, FaultAction};
 use credbroker_sim::pki::{Ca, Identity, SanType, Usage};
 use http_body::Frame;
 use http_body_util::StreamBody;
@@ -360,6 +362,40 @@ async fn calls_are_small_and_arrive_in_time() {
         malformed
     );
     list(&mut admin).await.unwrap();
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn an_admin_who_hangs_up_tears_nothing() {
+    let mut lab = Lab::start().await;
+    let mut admin = lab.admin_client("anna").await;
+    until("the key is tested", async || {
+        let keys = list(&mut admin.clone()).await.unwrap();
+        keys.iter().all(|key| key.tested_at_ms != 0)
+    })
+    .await;
+    for path in ["/api/v1/user/api-key", "/api/ua/v2/user/api-key"] {
+        let slow = FaultAction::Delay { ms: 500 };
+        lab.kucoin.fault(Fault::once(path, slow));
+    }
+    let test = TestKeyRequest {
+        account: "main".to_owned(),
+        ..TestKeyRequest::default()
+    };
+    let call = tokio::spawn(async move { admin.test_key(test).await });
+    until("the test is under way", async || {
+        let record = std::fs::read_to_string(lab.path("state/audit.jsonl")).unwrap();
+        record.contains("spiffe://demo.test/admin/anna")
+    })
+    .await;
+    let is_on_record = || {
+        let acts = lab.acts().into_iter();
+        acts.filter(|act| act["action"] == "test")
+            .any(|act| act["outcome"] == "done")
+    };
+    assert!(!is_on_record());
+    call.abort();
+    until("the test is on record", async || is_on_record()).await;
     lab.stop().await;
 }
 
