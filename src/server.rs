@@ -177,7 +177,7 @@ impl Server {
 
         let keyring = Arc::new(Keyring::new(Arc::clone(&clock), Arc::clone(&restrictions)));
         keyring.add(policy.accounts());
-        let (notices, noticed) = mpsc::unbounded_channel();
+        let (notices, trials) = mpsc::unbounded_channel();
         let refresher = Refresher::new(
             Arc::clone(&keyring),
             Arc::clone(&vault),
@@ -250,7 +250,7 @@ impl Server {
         let mut background = JoinSet::new();
         background.spawn(named(
             "tests of keys",
-            trial::attend(Arc::clone(&broker), noticed),
+            trial::attend(Arc::clone(&broker), trials),
         ));
         background.spawn(named(
             "ops listener",
