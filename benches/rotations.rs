@@ -66,6 +66,10 @@ fn put(lab: &Lab, key: &SimKey) {
         .put_secret("kv", &kv_path("main", "main"), secret(key));
 }
 
+#[expect(
+    clippy::too_many_lines,
+    reason = "one measurement, told from its beginning to its end"
+)]
 async fn rotations() {
     let kucoin = KucoinSettings {
         limits: Limits::none(),
