@@ -2,11 +2,14 @@
 
 pub mod admin;
 mod check_config;
+mod door;
 mod explain;
 mod health;
 mod keys;
 mod policy;
-#[expect(dead_code, reason = "the commands on keys call it")]
+mod register;
+mod report;
+mod rollback;
 mod secrets;
 mod serve;
 pub mod text;
@@ -62,7 +65,7 @@ enum Command {
                                  credbroker health --ready --address 127.0.0.1:9464"
     )]
     Health(health::Probe),
-    /// Shows the keys of a running broker.
+    /// Registers, tests and shows keys.
     Keys {
         #[command(subcommand)]
         command: keys::Command,

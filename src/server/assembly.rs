@@ -120,7 +120,7 @@ pub(crate) fn vault(
 }
 
 /// TLS towards Vault and the exchange: these roots and no others, no client certificate.
-fn client_tls(
+pub(crate) fn client_tls(
     roots: RootCertStore,
     provider: &Arc<CryptoProvider>,
 ) -> Result<ClientConfig, StartError> {
