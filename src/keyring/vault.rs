@@ -9,6 +9,7 @@
 //! - Its health call fails on current OpenBao servers: it is not used.
 //! - Its certificate login names the role in a field that servers do not read: that request is ours.
 
+pub mod check;
 mod connection;
 mod credentials;
 mod lease;
