@@ -2,6 +2,7 @@
 
 pub mod admin;
 mod check_config;
+mod doctor;
 mod explain;
 mod health;
 mod keys;
@@ -47,6 +48,15 @@ enum Command {
         #[arg(long, default_value = CONFIG)]
         config: PathBuf,
     },
+    /// Looks at everything that the broker needs, and says what is wrong and what to do; the broker need not run.
+    ///
+    /// Changes nothing. What it asks of the exchange with a key is on record in the audit file. Exit code 0: all is well,
+    /// perhaps with warnings; 1: something failed; 2: usage, or a configuration that cannot be read.
+    #[command(
+        after_long_help = "Examples:\n  credbroker doctor\n  credbroker doctor --live main > report.txt\n\n\
+                           With --json, one object a line: {\"check\":…,\"status\":…,\"detail\":…,\"fix\":…}"
+    )]
+    Doctor(doctor::Arguments),
     /// Says what a code of `KuCoin`'s means, why it usually comes, and what to do; without a code, lists them all.
     ///
     /// Exit code 0: explained; 1: there is no advice on this code; 2: usage.
@@ -85,6 +95,7 @@ pub fn run() -> ExitCode {
     let Arguments { command } = Arguments::parse();
     ExitCode::from(match command {
         Command::CheckConfig { config } => check_config::run(&config),
+        Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Explain(question) => explain::run(&question),
         Command::Health(probe) => health::run(&probe),
         Command::Keys { command } => keys::run(&command),
