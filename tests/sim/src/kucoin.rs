@@ -218,6 +218,13 @@ impl KucoinSim {
         self.exchange().set_limits(limits);
     }
 
+    /// Sets how long a cancellation of a whole list (a cancel-all) takes from being accepted to its effect: KuCoin
+    /// documents that it only takes them on. Default: no time at all.
+    pub fn set_cancel_lag(&self, lag: Duration) {
+        let lag_ms = i64::try_from(lag.as_millis()).unwrap_or(i64::MAX);
+        self.exchange().accounts.cancel_lag_ms = lag_ms;
+    }
+
     /// Sets how many milliseconds the exchange's clock is ahead of this machine's.
     pub fn set_clock_offset_ms(&self, offset_ms: i64) {
         self.exchange().clock = Clock::Offset(offset_ms);
@@ -242,7 +249,7 @@ impl KucoinSim {
 
     /// All orders of an account, oldest first.
     pub fn orders(&self, uid: u64) -> Vec<Order> {
-        self.exchange().accounts.orders(uid).to_vec()
+        self.exchange().orders(uid).to_vec()
     }
 
     fn exchange(&self) -> MutexGuard<'_, Exchange> {

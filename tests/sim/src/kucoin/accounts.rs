@@ -34,6 +34,8 @@ const OPENING_BALANCE: u32 = 1_000_000;
 #[derive(Debug, Default)]
 pub(super) struct Accounts {
     by_uid: HashMap<u64, Account>,
+    /// So long after they were accepted cancellations of whole lists take effect.
+    pub(super) cancel_lag_ms: i64,
     last_id: u64,
 }
 
@@ -44,6 +46,9 @@ pub(super) struct Account {
     orders: Vec<Order>,
     by_id: HashMap<String, usize>,
     by_client_oid: HashMap<(Product, String), usize>,
+    cancel_lag_ms: i64,
+    /// Orders whose cancellation is accepted, and when it takes effect.
+    due: Vec<(i64, String)>,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -58,7 +63,20 @@ struct Balance {
 impl Accounts {
     /// The account of `uid`, opened if need be.
     pub(super) fn of(&mut self, uid: u64) -> &mut Account {
-        self.by_uid.entry(uid).or_insert_with(Account::new)
+        let account = self.by_uid.entry(uid).or_insert_with(Account::new);
+        account.cancel_lag_ms = self.cancel_lag_ms;
+        account
+    }
+
+    /// Lets the cancellations take effect whose time has come.
+    pub(super) fn settle(&mut self, now_ms: i64) {
+        for account in self.by_uid.values_mut() {
+            let due = account.due.extract_if(.., |(at_ms, _)| *at_ms <= now_ms);
+            let due: Vec<_> = due.collect();
+            for (at_ms, id) in due {
+                account.cancel(&id, at_ms);
+            }
+        }
     }
 
     /// Its orders, oldest first.
@@ -97,6 +115,8 @@ impl Account {
             orders: Vec::new(),
             by_id: HashMap::new(),
             by_client_oid: HashMap::new(),
+            cancel_lag_ms: 0,
+            due: Vec::new(),
         }
     }
 
@@ -243,7 +263,7 @@ impl Account {
         self.by_client_oid.remove(&(product, id.to_owned()));
     }
 
-    /// Cancels every resting order that fits and returns the ids.
+    /// Cancels every resting order that fits, at once or after the lag, and returns them.
     pub(super) fn cancel_all(&mut self, now_ms: i64, fits: impl Fn(&Order) -> bool) -> Vec<Order> {
         let ids: Vec<String> = self
             .orders
@@ -251,6 +271,11 @@ impl Account {
             .filter(|order| order.is_open() && fits(order))
             .map(|order| order.id.clone())
             .collect();
+        if self.cancel_lag_ms > 0 {
+            let at_ms = now_ms.saturating_add(self.cancel_lag_ms);
+            self.due.extend(ids.iter().map(|id| (at_ms, id.clone())));
+            return ids.iter().filter_map(|id| self.open(id).cloned()).collect();
+        }
         ids.iter()
             .filter_map(|id| self.cancel(id, now_ms).cloned())
             .collect()

@@ -5,6 +5,7 @@
 //! | `POST /_sim/keys` | a [`SimKey`] |
 //! | `DELETE /_sim/keys?api_key=` | |
 //! | `POST /_sim/balance` | `{"uid": 1, "wallet": "trade", "currency": "USDT", "amount": "10"}` |
+//! | `POST /_sim/cancel-lag` | `{"ms": 300}`: a cancel-all takes effect so long after it was accepted |
 //! | `POST /_sim/fault`, `DELETE /_sim/fault` | a [`Fault`]; all are cleared |
 //! | `POST /_sim/limits` | [`Limits`]; what is left out has its default |
 //! | `POST /_sim/seen-address` | `{"address": "203.0.113.7"}`: every request seems to come from there; null: no longer |
@@ -42,6 +43,12 @@ struct BalanceOrder {
     wallet: Wallet,
     currency: String,
     amount: Amount,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CancelLag {
+    ms: u32,
 }
 
 #[derive(Deserialize)]
@@ -88,6 +95,9 @@ fn act(exchange: &mut Exchange, request: &Received) -> Result<Value, String> {
             let account = exchange.accounts.of(order.uid);
             account.set_available(order.wallet, &order.currency, order.amount);
         }
+        ("POST", "/_sim/cancel-lag") => {
+            exchange.accounts.cancel_lag_ms = i64::from(body::<CancelLag>(request)?.ms);
+        }
         ("POST", "/_sim/fault") => exchange.faults.add(body::<Fault>(request)?),
         ("DELETE", "/_sim/fault") => exchange.faults.clear(),
         ("POST", "/_sim/limits") => exchange.set_limits(body::<Limits>(request)?),
@@ -103,7 +113,7 @@ fn act(exchange: &mut Exchange, request: &Received) -> Result<Value, String> {
         ("GET", "/_sim/received") => return Ok(received(exchange)),
         ("GET", "/_sim/orders") => {
             let uid = query("uid")?.parse().map_err(|_| "uid is no number")?;
-            return Ok(json!(exchange.accounts.orders(uid)));
+            return Ok(json!(exchange.orders(uid)));
         }
         (method, path) => return Err(format!("the simulator has no {method} {path}")),
     }

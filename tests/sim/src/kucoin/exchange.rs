@@ -18,6 +18,7 @@ use super::call::Call;
 use super::catalog::{Catalog, Endpoint, Host, Route};
 use super::faults::{FaultAction, Faults};
 use super::limits::{Limits, Quota, Subject, Usage};
+use super::orders::Order;
 use super::record::{CreatedOrder, ReceivedRequest, Records, Signature};
 use super::{conditional, futures, market, spot, unified};
 use crate::http::Received;
@@ -123,6 +124,12 @@ impl Exchange {
         })
     }
 
+    /// All orders of an account as they are now, oldest first.
+    pub(super) fn orders(&mut self, uid: u64) -> &[Order] {
+        self.accounts.settle(self.clock.now_ms());
+        self.accounts.orders(uid)
+    }
+
     /// Sets the limits and starts counting anew.
     pub(super) fn set_limits(&mut self, limits: Limits) {
         self.limits = limits;
@@ -205,6 +212,7 @@ impl Exchange {
             return (Err(refuse("400007", msg)), quota, Vec::new());
         }
         let uid = key.as_ref().map_or(0, |key| key.uid);
+        self.accounts.settle(now_ms);
         let before = self.accounts.orders(uid).len();
         let outcome = Call::new(route, request, key.as_ref(), from, now_ms)
             .and_then(|call| self.product(host, &call));

@@ -14,6 +14,15 @@ use super::request::{Fields, Operation, Request};
 /// Versions a key keeps unless its metadata or the mount says otherwise.
 const DEFAULT_MAX_VERSIONS: u64 = 10;
 
+/// What a write of metadata can set; one that sets none of it changes nothing, and makes no path.
+const METADATA: [&str; 5] = [
+    "cas_required",
+    "custom_metadata",
+    "delete_version_after",
+    "max_versions",
+    "metadata_cas_required",
+];
+
 /// One mount.
 #[derive(Default)]
 pub(super) struct Kv {
@@ -212,6 +221,7 @@ impl Kv {
             "cas_required": self.cas_required,
             "delete_version_after": "0s",
             "max_versions": self.max_versions,
+            "metadata_cas_required": false,
         });
         Logical::data(config).into()
     }
@@ -275,19 +285,17 @@ impl Kv {
             .get("data")
             .ok_or_else(|| Refusal::bad_request("no data provided"))?;
         if !data.is_object() && !data.is_null() {
-            return Err(Refusal::bad_request(
-                "error converting input for field \"data\"",
-            ));
+            return Err(no_object("data", data));
         }
         let secret = self.secrets.get(path);
         let cas = body.get("options").and_then(|options| options.get("cas"));
-        match cas.map(as_number) {
+        match cas.map(check_and_set).transpose()? {
             None if self.cas_required || secret.is_some_and(|secret| secret.cas_required) => {
                 return Err(Refusal::bad_request(
                     "check-and-set parameter required for this call",
                 ));
             }
-            Some(cas) if cas != Some(secret.map_or(0, |secret| secret.current_version)) => {
+            Some(cas) if cas != secret.map_or(0, |secret| i128::from(secret.current_version)) => {
                 return Err(Refusal::bad_request(
                     "check-and-set parameter did not match the current version",
                 ));
@@ -301,6 +309,9 @@ impl Kv {
     fn write_metadata(&mut self, path: &str, request: &Request) -> Outcome {
         let body = &request.body;
         refuse_unsimulated(body)?;
+        if METADATA.iter().all(|name| body.get(name).is_none()) {
+            return Ok(Answer::Empty);
+        }
         let custom = body
             .get("custom_metadata")
             .map(custom_metadata)
@@ -351,6 +362,39 @@ fn as_number(value: &Value) -> Option<u64> {
     value.as_u64().or_else(|| value.as_str()?.parse().ok())
 }
 
+/// The number of a check-and-set: whatever the server can make one of. Below zero it fits no version.
+fn check_and_set(value: &Value) -> Result<i128, Refusal> {
+    let number = match value {
+        Value::Null => Some(0),
+        Value::Bool(flag) => Some(i128::from(*flag)),
+        Value::Number(number) => number.as_i64().map(i128::from),
+        Value::String(text) if text.is_empty() => Some(0),
+        Value::String(text) => text.parse().ok(),
+        Value::Array(_) | Value::Object(_) => None,
+    };
+    number.ok_or_else(|| Refusal::bad_request("error parsing check-and-set parameter"))
+}
+
+/// The server names types as its language does.
+fn kind_of(value: &Value) -> &'static str {
+    match value {
+        Value::Array(_) => "[]interface {}",
+        Value::Bool(_) => "bool",
+        Value::Null => "nil",
+        Value::Number(_) => "json.Number",
+        Value::Object(_) => "map[string]interface {}",
+        Value::String(_) => "string",
+    }
+}
+
+fn no_object(field: &str, value: &Value) -> Refusal {
+    Refusal::bad_request(format!(
+        "error converting input for field {field:?}: '' expected type 'map[string]interface {{}}', \
+         got unconvertible type '{}'",
+        kind_of(value)
+    ))
+}
+
 fn refuse_unsimulated(body: &Fields) -> Result<(), Refusal> {
     let delay = body.duration("delete_version_after")?.unwrap_or_default();
     if !delay.is_zero() || body.flag("metadata_cas_required") == Some(true) {
@@ -361,29 +405,79 @@ fn refuse_unsimulated(body: &Fields) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// Checks what the server checks: text only, 64 pairs, 128 bytes a name, 512 a value.
+/// Makes text of numbers and truth values, and checks what the server checks: 64 pairs, names of 1 to 128 bytes, values of
+/// 1 to 512, nothing that does not print. No pairs are as good as none.
 fn custom_metadata(value: &Value) -> Result<Option<BTreeMap<String, String>>, Refusal> {
     const PROBLEM: &str = "custom_metadata validation failed";
-    if value.is_null() {
-        return Ok(None);
+    let pairs = match value {
+        Value::Null => return Ok(None),
+        Value::Object(pairs) => pairs,
+        other => return Err(no_object("custom_metadata", other)),
+    };
+    let mut custom = BTreeMap::new();
+    for (name, value) in pairs {
+        let text = match value {
+            Value::Bool(flag) => u8::from(*flag).to_string(),
+            Value::Null => String::new(),
+            Value::Number(number) => number.to_string(),
+            Value::String(text) => text.clone(),
+            Value::Array(_) | Value::Object(_) => {
+                return Err(Refusal::bad_request(format!(
+                    "{PROBLEM}: '' expected type 'string', got unconvertible type '{}'",
+                    kind_of(value)
+                )));
+            }
+        };
+        custom.insert(name.clone(), text);
     }
-    let custom: BTreeMap<String, String> =
-        serde_json::from_value(value.clone()).map_err(|_| Refusal::bad_request(PROBLEM))?;
+    let mut problems = Vec::new();
     if custom.len() > 64 {
-        return Err(Refusal::bad_request(format!(
+        problems.push(format!(
             "{PROBLEM}: payload must contain at most 64 keys, provided {}",
             custom.len()
-        )));
+        ));
     }
-    match custom
-        .iter()
-        .find(|(name, value)| name.is_empty() || name.len() > 128 || value.len() > 512)
-    {
-        None => Ok(Some(custom)),
-        Some((name, _)) => Err(Refusal::bad_request(format!(
-            "{PROBLEM}: length of key {name:?} or of its value is out of range"
-        ))),
+    for (name, value) in &custom {
+        if !(1..=128).contains(&name.len()) {
+            problems.push(format!(
+                "{PROBLEM}: length of key {name:?} is {} but must be 0 < len(key) <= 128",
+                name.len()
+            ));
+        }
+        if !(1..=512).contains(&value.len()) {
+            problems.push(format!(
+                "{PROBLEM}: length of value for key {name:?} is {} but must be 0 < len(value) <= 512",
+                value.len()
+            ));
+        }
+        if !name.chars().all(prints) {
+            problems.push(format!(
+                "{PROBLEM}: key {name:?} ({name}) contains unprintable characters"
+            ));
+        }
+        if !value.chars().all(prints) {
+            problems.push(format!(
+                "{PROBLEM}: value for key {name:?} contains unprintable characters"
+            ));
+        }
     }
+    if problems.is_empty() {
+        return Ok(Some(custom).filter(|custom| !custom.is_empty()));
+    }
+    let count = match problems.len() {
+        1 => "1 error".to_owned(),
+        count => format!("{count} errors"),
+    };
+    let problems = problems.join("\n\t* ");
+    Err(Refusal::bad_request(format!(
+        "{count} occurred:\n\t* {problems}\n\n"
+    )))
+}
+
+/// Letters, marks, numbers, punctuation, symbols and the plain space; near enough to the server's own list.
+fn prints(c: char) -> bool {
+    let invisible = matches!(c, '\u{ad}' | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{2064}' | '\u{feff}');
+    c == ' ' || !(c.is_control() || c.is_whitespace() || invisible)
 }
 
 /// A path without `data/`, as version 1 had them.

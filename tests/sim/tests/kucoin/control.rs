@@ -26,6 +26,7 @@ async fn another_process_can_control_it() {
         ("/_sim/limits", json!({"edge_requests": 100})),
         ("/_sim/clock", json!({"fixed_ms": NOW_MS})),
         ("/_sim/seen-address", json!({"address": "203.0.113.7"})),
+        ("/_sim/cancel-lag", json!({"ms": 0})),
         (
             "/_sim/fault",
             json!({"path": "/api/v1/status", "times": 1, "action": {"close": {"when": "before_taken"}}}),

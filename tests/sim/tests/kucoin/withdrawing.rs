@@ -1,10 +1,12 @@
 //! How all orders of an account are withdrawn: which requests cancel each kind, and which say what is still open.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use credbroker_sim::kucoin::{Host, Order};
 use serde_json::{Value, json};
 
+use crate::NOW_MS;
 use crate::client::{Client, text};
 
 const CATALOGUE: &str = include_str!("../../../../src/kucoin/endpoints.json");
@@ -396,4 +398,34 @@ async fn lists_come_in_pages_and_symbols_with_open_orders_are_named() {
         json!(["BTC-USDT", "ETH-USDT"])
     );
     assert_eq!(symbols("MARGIN_ISOLATED_TRADE").await, json!(["BTC-USDT"]));
+}
+
+#[tokio::test]
+async fn a_cancellation_of_everything_can_be_accepted_before_it_takes_effect() {
+    let client = Client::start().await;
+    client.sim.set_cancel_lag(Duration::from_millis(300));
+    let path = "/api/v1/hf/orders";
+    for id in ["a", "b"] {
+        let order = json!({"clientOid": id, "symbol": "BTC-USDT", "side": "buy", "price": "50000", "size": "1"});
+        client.spot("POST", path, order).await.data();
+    }
+    let cancelled = client
+        .spot("DELETE", "/api/v1/hf/orders/cancelAll", Value::Null)
+        .await
+        .data();
+    assert_eq!(cancelled["succeedSymbols"], json!(["BTC-USDT"]));
+    // What is named is cancelled at once, also while it waits for its end.
+    let named = "/api/v1/hf/orders/client-order/a?symbol=BTC-USDT";
+    client.spot("DELETE", named, Value::Null).await.data();
+    let later = "c";
+    let order = json!({"clientOid": later, "symbol": "BTC-USDT", "side": "buy", "price": "50000", "size": "1"});
+    client.spot("POST", path, order).await.data();
+    for (after_ms, expected) in [
+        (0, vec!["b", later]),
+        (299, vec!["b", later]),
+        (300, vec![later]),
+    ] {
+        client.sim.set_fixed_time_ms(NOW_MS + after_ms);
+        assert_eq!(open(&client), expected, "after {after_ms} ms");
+    }
 }

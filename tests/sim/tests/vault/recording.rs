@@ -89,7 +89,7 @@ async fn it_answers_as_the_recorded_server_did() {
     }
     assert!(problems.is_empty(), "{}", problems.join("\n"));
     assert!(skipped.is_empty(), "not in the file: {skipped:?}");
-    assert_eq!((replayed, steps.len()), (109, 120));
+    assert_eq!((replayed, steps.len()), (143, 154));
 }
 
 #[tokio::test]
