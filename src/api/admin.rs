@@ -579,13 +579,13 @@ impl Admin for AdminApi {
         let cancelled = self.broker.cancel_all(&admin, account.as_deref()).await;
         for one in &cancelled {
             let (outcome, open) = match one.still_open {
-                Some(0) => ("done", "nothing is".to_owned()),
-                Some(open) => ("failed", format!("{open} are")),
-                None => ("failed", "nobody knows what is".to_owned()),
+                Some(0) => ("done", "nothing is open".to_owned()),
+                Some(open) => ("failed", format!("still open: {open}")),
+                None => ("failed", "nobody knows what is open".to_owned()),
             };
             let act = Act {
                 outcome,
-                detail: Some(format!("{}: {open} open", one.scope)),
+                detail: Some(format!("{}: {open}", one.scope)),
                 ..Act::on_account("cancel-all", &one.account)
             };
             self.record(&admin, &act);
