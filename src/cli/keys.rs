@@ -1,6 +1,8 @@
 //! `credbroker keys`: the keys of a running broker.
 
-use std::path::PathBuf;
+mod stop;
+
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Subcommand;
@@ -17,6 +19,10 @@ const LIST_WITHIN: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
+    /// Refuses what adds risk on an account; cancels and reads go on.
+    ///
+    /// Exit code 0: done; 1: the broker was not reached, or refused, or it is not on disk; 2: usage or admin.toml.
+    Freeze(stop::Whose),
     /// Shows every key that the rules name, and how it is.
     ///
     /// Exit code 0: shown; 1: the broker was not reached, or refused; 2: the command line or admin.toml is wrong.
@@ -33,14 +39,33 @@ pub(super) enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Kills a key, or all keys of an account, at once and for good: only another key lifts it. Vault is not needed.
+    ///
+    /// Exit code 0: done; 1: the broker was not reached, or refused, or it is not on disk; 2: usage or admin.toml.
+    #[command(
+        after_long_help = "The broker cancels orders with the same keys: where they shall go, `credbroker halt ACCOUNT --cancel-all` first."
+    )]
+    Revoke(stop::Which),
+    /// Undoes freeze.
+    ///
+    /// Exit code 0: done; 1: the broker was not reached, or refused; 2: usage or admin.toml.
+    Thaw(stop::Whose),
 }
 
 pub(super) fn run(command: &Command) -> u8 {
-    let Command::List { admin, json } = command;
+    match command {
+        Command::Freeze(whose) => stop::freeze(whose),
+        Command::List { admin, json } => list(admin, *json),
+        Command::Revoke(which) => stop::revoke(which),
+        Command::Thaw(whose) => stop::thaw(whose),
+    }
+}
+
+fn list(admin: &Path, json: bool) -> u8 {
     admin::run(admin, async |mut admin| {
         let list = async |client: &mut admin::Client, request| client.list_keys(request).await;
         let keys = admin.ask(LIST_WITHIN, ListKeysRequest {}, list).await?.keys;
-        let text = if *json {
+        let text = if json {
             keys.iter()
                 .fold(String::new(), |text, key| text + &in_json(key) + "\n")
         } else {
