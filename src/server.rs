@@ -9,7 +9,7 @@ pub(crate) mod probes;
 mod reload;
 mod tls;
 
-use std::fs::{DirBuilder, File};
+use std::fs::{DirBuilder, File, TryLockError};
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -20,7 +20,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_util::task::TaskTracker;
 use tonic::service::Routes;
 
@@ -60,6 +60,13 @@ const MESSAGE_OVERHEAD: usize = 64 * 1024;
 
 /// More than any question for health or reflection needs; the library's own limit is 4 MB for each.
 const HELPER_MESSAGE: usize = 4096;
+
+/// The file in the state folder that a running broker holds locked.
+const LOCK: &str = "lock";
+
+/// How often the lock is tried, and how long between two tries: somebody may be looking whether it is held.
+const LOCK_TRIES: u32 = 5;
+const LOCK_AGAIN: Duration = Duration::from_millis(20);
 
 /// Why the broker cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -132,7 +139,7 @@ impl Server {
         let clock = Arc::new(clock);
         let watched = (Source::read(&config.rules), TlsSources::read(&config.tls));
         let loaded = load(&config, clock.wall_ms()).map_err(StartError::Config)?;
-        let lock = lock(&config.state_dir)?;
+        let lock = lock(&config.state_dir).await?;
         let Assembled {
             broker,
             vault,
@@ -305,7 +312,7 @@ fn with_reflection(routes: Routes) -> Result<Routes, tonic_reflection::server::E
 }
 
 /// Keeps every other broker off the state folder for as long as the file is open.
-pub(crate) fn lock(folder: &Path) -> Result<File, StartError> {
+pub(crate) async fn lock(folder: &Path) -> Result<File, StartError> {
     let name = || folder.display().to_string();
     // What others can open they can lock.
     let open = || {
@@ -315,13 +322,35 @@ pub(crate) fn lock(folder: &Path) -> Result<File, StartError> {
             .create(folder)?;
         let mut options = File::options();
         options.create(true).truncate(false).write(true).mode(0o600);
-        options.open(folder.join("lock"))
+        options.open(folder.join(LOCK))
     };
     let file = open().map_err(|error| StartError::State(name(), error))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(std::fs::TryLockError::WouldBlock) => Err(StartError::Locked(name())),
-        Err(std::fs::TryLockError::Error(error)) => Err(StartError::State(name(), error)),
+    for _ in 0..LOCK_TRIES {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            // Whoever only looks whether it is held lets go at once.
+            Err(TryLockError::WouldBlock) => sleep(LOCK_AGAIN).await,
+            Err(TryLockError::Error(error)) => return Err(StartError::State(name(), error)),
+        }
+    }
+    Err(StartError::Locked(name()))
+}
+
+/// Whether a broker runs on a state folder; none does where there is no such folder. It is not kept from starting.
+///
+/// # Errors
+/// When nobody can tell.
+pub(crate) fn is_locked(folder: &Path) -> io::Result<bool> {
+    let file = match File::open(folder.join(LOCK)) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    match file.try_lock_shared() {
+        // Closing the file lets go of it.
+        Ok(()) => Ok(false),
+        Err(TryLockError::WouldBlock) => Ok(true),
+        Err(TryLockError::Error(error)) => Err(error),
     }
 }
 

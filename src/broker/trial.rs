@@ -170,12 +170,8 @@ impl Broker {
         if !test.key.has_partner_key() && test.has_partner() {
             tested.find(lacks_partner_key(&test.account));
         }
-        let (scope, path) = if test.scopes.iter().all(|scope| *scope == Scope::Unified) {
-            (Scope::Unified, "/api/ua/v2/user/api-key")
-        } else {
-            (Scope::SpotMargin, "/api/v1/user/api-key")
-        };
-        let Some(body) = self.probe(test, &mut tested, scope, Ask::get(path)).await else {
+        let (scope, ask) = info_of(&test.scopes);
+        let Some(body) = self.probe(test, &mut tested, scope, ask).await else {
             return tested;
         };
         match KeyInfo::read(&body) {
@@ -444,9 +440,18 @@ impl Ask {
     }
 }
 
+/// What is this key? The question that fits a key of these scopes, and the scope to ask it in.
+pub fn info_of(scopes: &BTreeSet<Scope>) -> (Scope, Ask) {
+    if scopes.iter().all(|scope| *scope == Scope::Unified) {
+        (Scope::Unified, Ask::get("/api/ua/v2/user/api-key"))
+    } else {
+        (Scope::SpotMargin, Ask::get("/api/v1/user/api-key"))
+    }
+}
+
 /// A read that needs what trading in the scope needs. Source: KuCoin API documentation, "Get Account List - Spot", "Get
 /// Account - Futures" (permission Futures), "Get Account Overview" of the unified account.
-fn read_of(scope: Scope) -> Ask {
+pub fn read_of(scope: Scope) -> Ask {
     match scope {
         Scope::Futures => Ask::get("/api/v1/account-overview").with("currency", "USDT"),
         Scope::SpotMargin => Ask::get("/api/v1/accounts"),
@@ -455,7 +460,7 @@ fn read_of(scope: Scope) -> Ask {
 }
 
 /// An order that is only validated. Source: KuCoin API documentation, "Add Order Test" of spot and futures.
-fn order_of(scope: Scope) -> Option<Ask> {
+pub fn order_of(scope: Scope) -> Option<Ask> {
     let client_oid = RequestId::random().to_string();
     let (path, body) = match scope {
         Scope::Futures => (

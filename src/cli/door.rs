@@ -78,7 +78,7 @@ impl Door {
                 "run this as the broker's own user, on its host",
             ),
         };
-        let lock = lock(&config.state_dir).map_err(unstarted)?;
+        let lock = lock(&config.state_dir).await.map_err(unstarted)?;
         let broker = assemble(&config, loaded, clock).map_err(unstarted)?.broker;
         broker.egress.start().await;
         let mut probes = Probes::new(config.proof_every);

@@ -1,5 +1,9 @@
 //! `credbroker keys`: the keys of a running broker, listed and tested; the other commands have files of their own.
 
+mod register;
+mod rollback;
+mod stop;
+
 use std::path::PathBuf;
 
 use clap::Subcommand;
@@ -9,13 +13,17 @@ use super::admin::{self, ADMIN, Failure};
 use super::door::{Door, scopes_of};
 use super::report::{is_refused, report};
 use super::text::{Cell, Level, Style};
-use super::{DONE, FAILED, printable, register, rollback, show};
+use super::{DONE, FAILED, printable, show};
 use crate::api::proto::{KeyState, TestKeyRequest};
 use crate::clock::Clock;
 use crate::ids::{AccountId, KeyName};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
+    /// Refuses what adds risk on an account; cancels and reads go on.
+    ///
+    /// Exit code 0: done; 1: the broker was not reached, or refused, or it is not on disk; 2: usage or admin.toml.
+    Freeze(stop::Whose),
     /// Shows every key that the rules name, and how it is.
     ///
     /// Exit code 0: shown; 1: the broker was not reached, or refused; 2: the command line or admin.toml is wrong.
@@ -42,6 +50,13 @@ pub(super) enum Command {
                            credbroker keys register main < key.json      # api_key, api_secret, passphrase"
     )]
     Register(register::Options),
+    /// Kills a key, or all keys of an account, at once and for good: only another key lifts it. Vault is not needed.
+    ///
+    /// Exit code 0: done; 1: the broker was not reached, or refused, or it is not on disk; 2: usage or admin.toml.
+    #[command(
+        after_long_help = "The broker cancels orders with the same keys: where they shall go, `credbroker halt ACCOUNT --cancel-all` first."
+    )]
+    Revoke(stop::Which),
     /// Goes back to the version before, or to another one; --newest undoes that.
     ///
     /// Exit code 0: in use; 1: refused or failed; 2: the command line or admin.toml is wrong.
@@ -71,14 +86,20 @@ pub(super) enum Command {
         #[arg(long, default_value = ADMIN)]
         admin: PathBuf,
     },
+    /// Undoes freeze.
+    ///
+    /// Exit code 0: done; 1: the broker was not reached, or refused; 2: usage or admin.toml.
+    Thaw(stop::Whose),
 }
 
 pub(super) fn run(command: &Command) -> u8 {
     match command {
+        Command::Freeze(whose) => stop::freeze(whose),
         Command::List { admin: file, json } => {
             admin::run(file, async |admin| list(Door::Running(admin), *json).await)
         }
         Command::Register(options) => register::run(register::Command::Register, options),
+        Command::Revoke(which) => stop::revoke(which),
         Command::Rollback(options) => rollback::run(options),
         Command::Rotate(options) => register::run(register::Command::Rotate, options),
         Command::Test {
@@ -97,6 +118,7 @@ pub(super) fn run(command: &Command) -> u8 {
                 test(Door::Running(admin), request).await
             })
         }
+        Command::Thaw(whose) => stop::thaw(whose),
     }
 }
 

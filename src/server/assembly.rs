@@ -19,6 +19,7 @@ use crate::egress::Egress;
 use crate::egress::proof::Proof;
 use crate::keyring::Keyring;
 use crate::keyring::vault::Vault;
+use crate::policy::Policy;
 use crate::restrictions::Restrictions;
 use crate::telemetry::Metrics;
 use crate::toml_file::Problem;
@@ -26,8 +27,8 @@ use crate::toml_file::Problem;
 /// A broker that has not begun anything.
 #[derive(Debug)]
 pub(crate) struct Assembled {
-    /// Sends requests as soon as it is asked to; the names of hosts are resolved by [`Egress::start`] or
-    /// [`Egress::resolve`], and places for keys are there and empty.
+    /// Sends requests once the names of hosts are resolved, by [`Egress::start`] or [`Egress::resolve`]; the places of its
+    /// keys are empty.
     pub(crate) broker: Arc<Broker>,
     /// The way to Vault, not logged in.
     pub(crate) vault: Arc<Vault>,
@@ -55,18 +56,37 @@ pub(crate) fn assemble(
         vault_roots,
         egress_roots,
     } = loaded;
+    let provider = provider();
+    let egress = egress(config, egress_roots, &provider)?;
+    let broker = broker(config, policy, egress, clock)?;
+    let vault = vault(config, vault_roots, &provider, &broker.metrics)?;
+    Ok(Assembled {
+        broker: Arc::new(broker),
+        vault: Arc::new(vault),
+        certificates,
+        provider,
+    })
+}
+
+/// The request path alone: no keys, and no way to Vault.
+///
+/// # Errors
+/// When the audit file or what admins have forbidden cannot be read.
+pub(crate) fn broker(
+    config: &Config,
+    policy: Policy,
+    egress: Egress,
+    clock: Arc<Clock>,
+) -> Result<Broker, StartError> {
     let restrictions = Restrictions::open(&config.state_dir).map_err(StartError::Restrictions)?;
     let restrictions = Arc::new(restrictions);
     let metrics = Arc::new(Metrics::default());
     let audit = Audit::open(&config.audit_file, Arc::clone(&clock), Arc::clone(&metrics));
     let unopened = |error| StartError::Audit(config.audit_file.display().to_string(), error);
     let audit = audit.map_err(unopened)?;
-    let provider = provider();
-    let egress = egress(config, egress_roots, &provider)?;
-    let vault = vault(config, vault_roots, &provider, &metrics)?;
     let keyring = Arc::new(Keyring::new(Arc::clone(&clock), Arc::clone(&restrictions)));
     keyring.add(policy.accounts());
-    let broker = Broker {
+    Ok(Broker {
         policy: RwLock::new(Arc::new(policy)),
         audit,
         restrictions,
@@ -78,12 +98,6 @@ pub(crate) fn assemble(
         metrics,
         admission: Admission::new(config.admission_limits),
         calls: Calls::default(),
-    };
-    Ok(Assembled {
-        broker: Arc::new(broker),
-        vault: Arc::new(vault),
-        certificates,
-        provider,
     })
 }
 

@@ -11,12 +11,12 @@ use clap::Args;
 use tokio::signal::ctrl_c;
 use tokio::time::sleep;
 
-use super::admin::{ADMIN, AdminFile, Failure, block_on};
-use super::door::{Door, pick, scopes_of};
-use super::report::{is_refused, report};
-use super::text::{Style, paragraph};
-use super::{CONFIG, DONE, printable, say, secrets, show};
 use crate::api::proto::{Candidate, Finding, KeyFacts, KeyState, TestKeyRequest, TestKeyResponse};
+use crate::cli::admin::{ADMIN, AdminFile, Failure, block_on};
+use crate::cli::door::{Door, pick, scopes_of};
+use crate::cli::report::{is_refused, report};
+use crate::cli::text::{Style, paragraph};
+use crate::cli::{CONFIG, DONE, printable, say, secrets, show};
 use crate::clock::Clock;
 use crate::ids::{AccountId, AdminId, KeyName};
 use crate::keyring::vault::{Facts, Metadata, Notes, Registration, Vault, VaultError, WriteError};
@@ -35,11 +35,11 @@ const SHOWN_DIGITS: usize = 12;
 
 #[derive(Args, Debug)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
-pub(super) struct Options {
+pub(in crate::cli) struct Options {
     /// Account, as the rules name it.
     account: AccountId,
     /// What the key shall serve; may be repeated. Without it: what the rules say.
-    #[arg(long = "scope", value_parser = super::scope)]
+    #[arg(long = "scope", value_parser = crate::cli::scope)]
     scopes: Vec<Scope>,
     /// Name of the key, where the account has several.
     #[arg(long)]
