@@ -78,6 +78,8 @@ pub(super) fn run(command: Command, options: &Options) -> u8 {
     harden();
     block_on(async || {
         tokio::select! {
+            // First, because the prompt hears of it too, and has more to say.
+            biased;
             ended = register(command, options) => ended,
             // The prompt listens for signals, and from then on they end nothing by themselves.
             _ = ctrl_c() => Err(Failure::new(
@@ -144,7 +146,7 @@ async fn register(command: Command, options: &Options) -> Result<u8, Failure> {
         &test,
         Clock::system().wall_ms(),
     );
-    if show(&told, DONE) != DONE {
+    if show(&(told + "\n"), DONE) != DONE {
         return Err(place.undone(&found, "the report cannot be shown", AGAIN));
     }
     if is_refused(&test) {
