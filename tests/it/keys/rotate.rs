@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use credbroker::api::proto::Outcome;
-use credbroker_sim::kucoin::{Fault as Trouble, FaultAction, SimKey};
+use credbroker_sim::kucoin::{Fault as Trouble, FaultAction, SimKey, When};
 use credbroker_sim::vault::{Fault, FaultRule};
 use serde_json::{Value, json};
 
@@ -135,7 +135,7 @@ async fn a_new_key_that_the_broker_does_not_take_leaves_the_one_before_in_use_an
     let mut bot = lab.patient_bot("maker").await;
     let second = known(&lab, 2);
     // It passes its test, and is dead by the time that the broker tries it.
-    let late = FaultRule::new("kv/data/kucoin/prod/main", Fault::Delay { ms: 1000 });
+    let late = FaultRule::new("kv/data/kucoin/prod/main", Fault::Delay { ms: 2000 });
     lab.vault.fault(late.method("POST").times(1));
     let dies = async {
         until("it is written", async || is_hanging(&lab, "kv/data/")).await;
@@ -267,16 +267,23 @@ async fn kill_at(lab: &Lab, step: Step, words: &[&str], key: &SimKey) {
     const DATA: &str = "kv/data/kucoin/prod/main";
     const NOTES: &str = "kv/metadata/kucoin/prod/main";
     let on = |path, fault| FaultRule::new(path, fault).method("POST");
-    let stall = Trouble::once(INFO, FaultAction::Delay { ms: 3000 });
+    // However late it is killed, a test that gets no answer stores nothing.
+    let when = When::BeforeTaken;
+    let silence = Trouble {
+        times: None,
+        ..Trouble::once(INFO, FaultAction::Stall { when })
+    };
     match step {
-        Step::Tested => lab.kucoin.fault(stall.clone()),
+        Step::Tested => lab.kucoin.fault(silence.clone()),
         Step::Announced => lab.vault.fault(on(NOTES, Fault::Hang)),
         Step::Writing => lab.vault.fault(on(DATA, Fault::Hang)),
         Step::Written => {
             lab.vault.fault(on(DATA, Fault::HalfBody).times(1));
             lab.vault.fault(on(DATA, Fault::Hang));
         }
-        Step::Noting | Step::Used => lab.vault.fault(on(DATA, Fault::Delay { ms: 700 }).times(1)),
+        Step::Noting | Step::Used => lab
+            .vault
+            .fault(on(DATA, Fault::Delay { ms: 2000 }).times(1)),
     }
     let before = lab.vault.requests().len();
     // After so many that have an answer.
@@ -315,7 +322,7 @@ async fn kill_at(lab: &Lab, step: Step, words: &[&str], key: &SimKey) {
         }
         Step::Used => {
             until("it is written", async || hangs(DATA, 0)).await;
-            lab.kucoin.fault(stall);
+            lab.kucoin.fault(silence);
             let held = Held::of(lab);
             until("it is noted", async || {
                 held.note("main", "pending_version").await == Value::Null
@@ -455,7 +462,7 @@ async fn a_first_registration_that_is_killed_leaves_no_key_or_the_new_one_and_th
 async fn what_somebody_else_has_written_meanwhile_is_not_replaced() {
     let (lab, _, held) = with_first_key().await;
     let (second, third) = (known(&lab, 2), known(&lab, 3));
-    let late = FaultRule::new("kv/data/kucoin/prod/main", Fault::Delay { ms: 1000 });
+    let late = FaultRule::new("kv/data/kucoin/prod/main", Fault::Delay { ms: 2000 });
     lab.vault.fault(late.method("POST").times(1));
     let others = async {
         until("it is on its way", async || is_hanging(&lab, "kv/data/")).await;
