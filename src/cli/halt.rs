@@ -175,24 +175,17 @@ pub(super) fn resume(command: &Resume) -> u8 {
 }
 
 fn resumed(whose: &Whose, still_frozen: &[String]) -> String {
-    let mut text = paragraph(
-        "resumed: ",
-        &format!(
-            "{}, in force now. What adds risk goes through again.",
-            whose.name()
-        ),
-    );
-    if !still_frozen.is_empty() {
-        let accounts = still_frozen.join(", ");
-        text += &paragraph(
-            "but: ",
-            &format!(
-                "these refuse what adds risk still, since they are frozen, or halted with all accounts: {accounts}. `credbroker keys \
-                 thaw ACCOUNT` ends the one, `credbroker resume --all` the other"
-            ),
-        );
+    let name = whose.name();
+    if still_frozen.is_empty() {
+        let what = format!("{name}, in force now. What adds risk goes through again.");
+        return paragraph("resumed: ", &what);
     }
-    text
+    let accounts = still_frozen.join(", ");
+    let but = format!(
+        "what adds risk is refused still on {accounts}: frozen besides (`credbroker keys thaw ACCOUNT` ends that), or halted with \
+         all accounts (`credbroker resume --all`)."
+    );
+    paragraph("resumed: ", &format!("{name}, in force now.")) + &paragraph("but: ", &but)
 }
 
 #[cfg(test)]

@@ -573,7 +573,9 @@ async fn one_account_is_halted_alone() {
     );
     let resumed = lab.admin_cli("anna", &["resume", "main"]).await;
     assert!(
-        resumed.stdout.contains("refuse what adds risk still"),
+        resumed
+            .stdout
+            .contains("what adds risk is refused still on main"),
         "{resumed:?}"
     );
     assert_eq!(
