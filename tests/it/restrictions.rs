@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use credbroker::api::proto::{
-    Method, Outcome, RefreshKeyRequest, RevokeKeyRequest, Scope, SignAndSendRequest,
+    Candidate, Method, Outcome, RefreshKeyRequest, Scope, SignAndSendRequest, TestKeyRequest,
 };
 use credbroker::clock::Clock;
 use credbroker_sim::kucoin::{KucoinSettings, Limits, SimKey};
@@ -169,6 +169,11 @@ async fn a_revoked_key_signs_nothing_a_second_later_and_stays_dead() {
             "{}",
             revoked.stdout
         );
+        let listed = lab.admin_cli("anna", &["keys", "list"]).await.stdout;
+        assert!(
+            listed.contains("revoked            -  main/main"),
+            "wiped: {listed}"
+        );
         load.until_more(|load| &load.refused).await;
         load.stop().await;
         let took_ms = last_use(&lab, &key(0)) - began_ms;
@@ -248,6 +253,28 @@ async fn only_another_key_takes_the_place_of_a_revoked_one() {
         "another key"
     );
 
+    // Nor is it tested.
+    let asked = lab.kucoin.everything_received().len();
+    let candidate = Candidate {
+        api_key: key(0).api_key,
+        api_secret: key(0).api_secret,
+        passphrase: key(0).passphrase,
+        key_version: 3,
+    };
+    let request = TestKeyRequest {
+        account: "main".to_owned(),
+        key: "main".to_owned(),
+        candidate: Some(candidate),
+        try_order: false,
+    };
+    let tested = lab.admin_client("anna").await.test_key(request).await;
+    let tested = tested.unwrap().into_inner();
+    assert!(
+        tested.probes[0].answer.contains("has revoked it"),
+        "{tested:?}"
+    );
+    assert_eq!(lab.kucoin.everything_received().len(), asked);
+
     // Written again, made anew so that its versions count from 1, and under another name: it is the same key.
     let looked = async |name: &str| {
         let request = RefreshKeyRequest {
@@ -312,7 +339,7 @@ async fn a_key_that_is_not_in_memory_is_revoked_before_it_comes() {
 }
 
 #[tokio::test]
-async fn a_call_that_waits_for_its_connection_leaves_with_no_revoked_key() {
+async fn a_call_that_waits_for_its_connection_does_not_leave_once_it_is_forbidden() {
     let ca = Ca::new("CA of a simulated exchange").unwrap();
     let settings = Settings {
         kucoin: KucoinSettings {
@@ -326,25 +353,38 @@ async fn a_call_that_waits_for_its_connection_leaves_with_no_revoked_key() {
         ..Settings::default()
     };
     let mut lab = Lab::with(settings).await;
-    lab.road().hold();
-    let mut bot = lab.patient_bot("maker").await;
-    let waiting = tokio::spawn(async move { bot.send(spot_order("never")).await });
-    until("the call is on record", async || {
-        lab.audit().iter().any(|line| line["event"] == "intent")
-    })
-    .await;
-    let revoke = RevokeKeyRequest {
-        account: "main".to_owned(),
-        key: String::new(),
-    };
-    lab.admin_client("anna")
-        .await
-        .revoke_key(revoke)
-        .await
-        .unwrap();
-    assert!(!waiting.is_finished());
-    lab.road().open();
-    assert_eq!(refusal(waiting.await.unwrap()).1, "KEY_UNAVAILABLE");
+    for (words, undo, reason) in [
+        (
+            &["bots", "block", MAKER][..],
+            &["bots", "unblock", MAKER][..],
+            "CALLER_BLOCKED",
+        ),
+        (
+            &["keys", "freeze", "main"],
+            &["keys", "thaw", "main"],
+            "ACCOUNT_FROZEN",
+        ),
+        (
+            &["keys", "revoke", "main"],
+            &["keys", "list"],
+            "KEY_UNAVAILABLE",
+        ),
+    ] {
+        lab.road().hold();
+        let mut bot = lab.patient_bot("maker").await;
+        let intents = || {
+            let lines = lab.audit().into_iter();
+            lines.filter(|line| line["event"] == "intent").count()
+        };
+        let before = intents();
+        let waiting = tokio::spawn(async move { bot.send(spot_order("never")).await });
+        until("the call is on record", async || intents() > before).await;
+        assert_eq!(lab.admin_cli("anna", words).await.code, Some(0));
+        assert!(!waiting.is_finished());
+        lab.road().open();
+        assert_eq!(refusal(waiting.await.unwrap()).1, reason);
+        assert_eq!(lab.admin_cli("anna", undo).await.code, Some(0));
+    }
     assert!(lab.kucoin.received().is_empty());
     lab.stop().await;
 }
