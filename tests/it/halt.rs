@@ -1,6 +1,7 @@
 //! The emergency stop: nothing new gets through, everything open is withdrawn, and what is not is reported.
 
 use std::collections::BTreeSet;
+use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -27,7 +28,8 @@ fn rules() -> String {
     let mut rules = accounts.replace(keys, every);
     for account in ["main", "other"] {
         for scope in ["spot-margin", "futures", "unified"] {
-            rules += &format!(
+            let _ = write!(
+                rules,
                 "[[grant]]\nbot = \"spiffe://demo.test/bot/maker\"\naccount = \"{account}\"\nscope = \"{scope}\"\n\
                  allow = [\"read\", \"trade\"]\n"
             );
