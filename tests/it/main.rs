@@ -37,3 +37,4 @@ mod secrecy;
 mod shutdown;
 mod signing;
 mod situations;
+mod standing;
