@@ -39,3 +39,4 @@ mod secrecy;
 mod shutdown;
 mod signing;
 mod situations;
+mod standing;

@@ -260,6 +260,7 @@ async fn only_another_key_takes_the_place_of_a_revoked_one() {
         api_secret: key(0).api_secret,
         passphrase: key(0).passphrase,
         key_version: 3,
+        partner_key: String::new(),
     };
     let request = TestKeyRequest {
         account: "main".to_owned(),
