@@ -4,12 +4,15 @@ pub mod admin;
 mod bots;
 mod check_config;
 mod doctor;
+mod door;
 mod explain;
 mod halt;
 mod health;
 mod keys;
 mod policy;
-#[expect(dead_code, reason = "the commands on keys call it")]
+mod register;
+mod report;
+mod rollback;
 mod secrets;
 mod serve;
 pub mod text;
@@ -92,7 +95,7 @@ enum Command {
                                  credbroker health --ready --address 127.0.0.1:9464"
     )]
     Health(health::Probe),
-    /// Shows the keys of a running broker, and stops them.
+    /// Registers, tests, rotates, stops and shows keys.
     Keys {
         #[command(subcommand)]
         command: keys::Command,

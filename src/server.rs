@@ -5,7 +5,7 @@ mod admin;
 pub(crate) mod assembly;
 mod listener;
 mod places;
-mod probes;
+pub(crate) mod probes;
 mod reload;
 mod tls;
 
@@ -311,7 +311,8 @@ fn with_reflection(routes: Routes) -> Result<Routes, tonic_reflection::server::E
         ))
 }
 
-async fn lock(folder: &Path) -> Result<File, StartError> {
+/// Keeps every other broker off the state folder for as long as the file is open.
+pub(crate) async fn lock(folder: &Path) -> Result<File, StartError> {
     let name = || folder.display().to_string();
     // What others can open they can lock.
     let open = || {

@@ -291,6 +291,7 @@ impl From<Standing> for KeyState {
             uid: info.and_then(|info| info.uid.clone()).unwrap_or_default(),
             expires_at_ms: info.and_then(|info| info.expires_at_ms).unwrap_or_default(),
             id_sha256: standing.id.map(KeyDigest::hex).unwrap_or_default(),
+            needs_partner_key: standing.needs_partner_key,
         }
     }
 }

@@ -233,6 +233,7 @@ impl Broker {
         ask: Ask,
     ) -> Option<Bytes> {
         let question = format!("{} {} ({scope})", ask.method, ask.path);
+        let is_order = ask.method == Method::Post;
         let asked = self
             .ask_as(
                 test.who.clone(),
@@ -257,10 +258,13 @@ impl Broker {
                 };
                 let is_final = answer.outcome == Outcome::Rejected
                     && (KEY_REFUSED.contains(&code) || ACCOUNT_REFUSED.contains(&code));
-                let verdict = if is_final {
+                // An order that is refused for what it says, or for want of money, was refused to a key that may place it.
+                let is_about_order = is_order && answer.outcome == Outcome::Rejected;
+                let verdict = if is_final || is_about_order {
                     let egress_ip = self.proof.expected();
-                    let finding = key_info::refusal(code, &answer.msg, scope, egress_ip);
-                    let verdict = Verdict::Refused(finding.cause.clone());
+                    let mut finding = key_info::refusal(code, &answer.msg, scope, egress_ip);
+                    finding.is_refusal = is_final;
+                    let verdict = is_final.then(|| Verdict::Refused(finding.cause.clone()));
                     if !tested
                         .report
                         .findings
@@ -271,9 +275,9 @@ impl Broker {
                     }
                     verdict
                 } else {
-                    Verdict::Unclear(told.clone())
+                    Some(Verdict::Unclear(told.clone()))
                 };
-                (false, told, Some(verdict))
+                (false, told, verdict)
             }
             Err(error) => (
                 false,

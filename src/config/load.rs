@@ -326,6 +326,7 @@ fn fit_for_a_server(chain: &[CertificateDer<'_>], now_ms: i64) -> Result<i64, St
     Ok(validity.not_after.timestamp().saturating_mul(1000))
 }
 
+/// The CAs that a setting names.
 pub(crate) fn roots(key: &str, roots: &Roots, problems: &Problems) -> Option<RootCertStore> {
     match roots {
         Roots::File(file) => root_file(key, &Source::read(file), problems),

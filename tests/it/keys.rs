@@ -30,6 +30,8 @@ mod methods;
 mod outages;
 mod policies;
 mod real;
+mod register;
+mod rotate;
 mod stale;
 mod succession;
 mod token_life;

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Once;
 
 use credbroker::config::Config;
+use credbroker_sim::kucoin::SimKey;
 use serde_json::{Value, json};
 
 use super::real::{Api, Backend};
@@ -232,6 +233,71 @@ async fn the_brokers_policy_suffices_for_a_broker_and_allows_nothing_else() {
     assert_eq!(renewed["auth"]["lease_duration"], 3600);
     own.call("POST", "auth/token/revoke-self", json!({})).await;
     refuses(&own, name, &[("GET", "auth/token/lookup-self")]).await;
+    stage.clean_up().await;
+}
+
+#[tokio::test]
+async fn keys_are_registered_rotated_and_rolled_back_under_the_shipped_policies() {
+    use super::register::{is, lines, run};
+    let Some(stage) = Stage::new().await else {
+        return;
+    };
+    let Backend { api, name, .. } = &stage.vault;
+    let path = format!("auth/{name}/role/credbroker/secret-id");
+    let minted = api.call("POST", &path, json!({})).await;
+    let secret_id = minted["data"]["secret_id"].as_str().unwrap();
+    let mut setup = Setup::new(&["main"]).await;
+    setup.address = Some(api.url.clone());
+    setup.more = format!("mount = \"{name}\"");
+    setup.auth = format!(
+        "method = \"approle\"\nmount = \"{name}\"\nrole_id = \"{}\"\nsecret_id_file = \"secret-id\"",
+        stage.role_id().await,
+    );
+    setup.files = vec![("secret-id", format!("{secret_id}\n"))];
+    let rig = setup.start().await;
+    let lab = &rig.lab;
+
+    let admin = stage.holder_of(&format!("{name}-admin")).await;
+    lab.write_admin_files(&lab.ca.admin("anna").unwrap());
+    std::fs::write(lab.path("admin-token"), &admin.token).unwrap();
+    let toml = std::fs::read_to_string(lab.path("admin.toml")).unwrap();
+    let own = format!("address = \"{}\"\nmount = \"{name}\"", api.url);
+    let toml = toml
+        .replace(&format!("address = \"{}\"", lab.vault.address()), &own)
+        .replace("file = \"token\"", "file = \"admin-token\"");
+    std::fs::write(lab.path("admin.toml"), toml).unwrap();
+
+    let key = |number| {
+        let key = SimKey {
+            uid: 2001,
+            ..super::register::key(number, &["Spot", "Margin"])
+        };
+        lab.kucoin.add_key(key.clone());
+        key
+    };
+    let (first, second) = (key(1), key(2));
+    for (words, key, expected) in [
+        (&["register", "main"][..], &first, "version 1 is in use"),
+        (&["rotate", "main"], &second, "version 2 is in use"),
+        (&["rollback", "main"], &first, "version 1 is in use"),
+        (
+            &["rollback", "main", "--newest"],
+            &second,
+            "version 2 is in use",
+        ),
+    ] {
+        let words = [&["keys"], words].concat();
+        let (code, said) = run(lab, &words, key, &lines(key)).await;
+        assert_eq!(code, 0, "{said}");
+        assert!(said.contains(expected), "{said}");
+        assert_eq!(rig.signer("main").await, Ok(key.api_key.clone()));
+    }
+    for (version, key) in [(1, &first), (2, &second)] {
+        let path = format!("{name}/data/{}?version={version}", kv_path("main", "main"));
+        let held = api.call("GET", &path, Value::Null).await["data"]["data"].clone();
+        assert!(is(&held, key), "version {version}");
+    }
+    rig.end().await;
     stage.clean_up().await;
 }
 
