@@ -7,7 +7,7 @@ mod login;
 mod methods;
 mod outages;
 mod policies;
-mod real;
+pub(crate) mod real;
 mod stale;
 mod succession;
 mod token_life;
