@@ -1,18 +1,23 @@
 //! The command line: one file per command.
 
 pub mod admin;
+mod bots;
 mod check_config;
 mod doctor;
 mod explain;
+mod halt;
 mod health;
 mod keys;
 mod policy;
+#[expect(dead_code, reason = "the commands on keys call it")]
+mod secrets;
 mod serve;
 pub mod text;
 
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 
@@ -22,6 +27,9 @@ use crate::toml_file::Problem;
 
 /// Where the configuration file is, unless the command line says otherwise.
 const CONFIG: &str = "/etc/credbroker/config.toml";
+
+/// How long the broker gets to put on disk what an admin forbids or allows.
+const DECIDE_WITHIN: Duration = Duration::from_secs(30);
 
 /// Done.
 const DONE: u8 = 0;
@@ -40,6 +48,11 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Keeps bots out, and lets them in again.
+    Bots {
+        #[command(subcommand)]
+        command: bots::Command,
+    },
     /// Reports every problem of the configuration, the rules and the files they name.
     CheckConfig {
         /// The configuration file.
@@ -62,6 +75,15 @@ enum Command {
         after_long_help = "Examples:\n  credbroker explain 400006\n  credbroker explain 200002 --scope futures\n  credbroker explain funds-in-main"
     )]
     Explain(explain::Question),
+    /// The emergency stop: refuses what adds risk on an account or on all of them, and cancels open orders if asked to.
+    ///
+    /// Exit code 0: done, and with --cancel-all nothing is open; 1: the broker was not reached, or refused, or something is
+    /// open, or it is not known; 2: usage or admin.toml.
+    #[command(
+        after_long_help = "Examples:\n  credbroker halt --all --cancel-all\n  credbroker halt main\n\nOrders are cancelled with the keys in memory: \
+                                 halt before you revoke."
+    )]
+    Halt(halt::Halt),
     /// Asks a running broker whether it is healthy, and prints its answer.
     ///
     /// Exit code 0: it is; 1: it is not, or no answer came within 2 s; 2: usage or configuration.
@@ -70,7 +92,7 @@ enum Command {
                                  credbroker health --ready --address 127.0.0.1:9464"
     )]
     Health(health::Probe),
-    /// Shows the keys of a running broker.
+    /// Shows the keys of a running broker, and stops them.
     Keys {
         #[command(subcommand)]
         command: keys::Command,
@@ -80,6 +102,10 @@ enum Command {
         #[command(subcommand)]
         command: policy::Command,
     },
+    /// Ends a halt.
+    ///
+    /// Exit code 0: done; 1: the broker was not reached, or refused; 2: usage or admin.toml.
+    Resume(halt::Resume),
     /// Runs the broker until SIGTERM or Ctrl-C.
     Serve {
         /// The configuration file.
@@ -92,12 +118,15 @@ enum Command {
 pub fn run() -> ExitCode {
     let Arguments { command } = Arguments::parse();
     ExitCode::from(match command {
+        Command::Bots { command } => bots::run(&command),
         Command::CheckConfig { config } => check_config::run(&config),
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Explain(question) => explain::run(&question),
+        Command::Halt(command) => halt::halt(&command),
         Command::Health(probe) => health::run(&probe),
         Command::Keys { command } => keys::run(&command),
         Command::Policy { command } => policy::run(&command),
+        Command::Resume(command) => halt::resume(&command),
         Command::Serve { config } => serve::run(&config),
     })
 }
@@ -151,6 +180,11 @@ fn show(text: &str, code: u8) -> u8 {
             FAILED
         }
     }
+}
+
+/// One line of what others wrote (Vault, the exchange): it moves no cursor.
+fn printable(text: &str) -> String {
+    text.replace(char::is_control, " ")
 }
 
 /// `again` is the command that looks again.

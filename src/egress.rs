@@ -197,6 +197,11 @@ impl Egress {
         Ok((destination.origin.name.clone(), destination.addresses()))
     }
 
+    /// How long it waits for a whole answer: past that no call is in flight.
+    pub fn answer_timeout(&self) -> Duration {
+        self.settings.answer_timeout
+    }
+
     /// Those of `places` whose name has never been resolved.
     pub fn unresolved(&self, places: &BTreeSet<(Site, Host)>) -> BTreeSet<String> {
         let of_place = |place| self.destinations.get(place);

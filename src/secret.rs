@@ -17,7 +17,8 @@ macro_rules! secret {
                 Self(Zeroizing::new(text.as_bytes().into()))
             }
 
-            /// Lends the bytes, to `kucoin/sign.rs` alone.
+            /// Lends the bytes: to `kucoin/sign.rs`, and when an admin registers a key to `keyring/vault/write.rs` and
+            /// to the call that tests it.
             pub(crate) fn expose(&self) -> &[u8] {
                 &self.0
             }
@@ -43,6 +44,24 @@ secret!(
     /// HMAC key of a KuCoin partner (broker rebate programme).
     PartnerKey
 );
+
+/// The values of one KuCoin API key, as an admin gives them.
+pub struct KeyValues {
+    /// Id of the key. Not as secret as the others, and wiped all the same.
+    pub api_key: Zeroizing<String>,
+    /// Its secret.
+    pub api_secret: ApiSecret,
+    /// Its passphrase.
+    pub passphrase: Passphrase,
+    /// The partner's key, for an account that has a partner.
+    pub partner_key: Option<PartnerKey>,
+}
+
+impl fmt::Debug for KeyValues {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("KeyValues(redacted)")
+    }
+}
 
 #[cfg(test)]
 mod tests {

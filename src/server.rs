@@ -162,7 +162,7 @@ impl Server {
         };
         let admin = admin_listener.as_ref().map(|(_, bound)| *bound);
 
-        let (notices, noticed) = mpsc::unbounded_channel();
+        let (notices, trials) = mpsc::unbounded_channel();
         let refresher = Refresher::new(
             Arc::clone(&broker.keyring),
             Arc::clone(&vault),
@@ -221,7 +221,7 @@ impl Server {
         let mut background = JoinSet::new();
         background.spawn(named(
             "tests of keys",
-            trial::attend(Arc::clone(&broker), noticed),
+            trial::attend(Arc::clone(&broker), trials),
         ));
         background.spawn(named(
             "ops listener",

@@ -20,11 +20,11 @@ use crate::broker::trial::{KeyTest, KeyTested, Probe};
 use crate::ids::{AccountId, AdminId, BotId, KeyName, Who};
 use crate::keyring::Slot;
 use crate::keyring::trial::Verdict;
-use crate::kucoin::key_info::{Finding, KeyInfo};
+use crate::kucoin::key_info::{self, Finding, KeyInfo};
 use crate::kucoin::{Key, KeyVersion, Malformed, Scope};
 use crate::policy::Account;
 use crate::restrictions::{KeyDigest, Mark, Restrictions, RestrictionsError};
-use crate::secret::{ApiSecret, Passphrase};
+use crate::secret::{ApiSecret, PartnerKey, Passphrase};
 use crate::telemetry::chain;
 
 /// Why an admin's call failed. `Display` is one sentence for the admin.
@@ -142,16 +142,14 @@ impl AdminApi {
     fn key(&self, account: &str, name: &str) -> Result<(Arc<Account>, KeyName), AdminError> {
         let account = self.account(account)?;
         if name.is_empty() {
-            let mut names: Vec<_> = account.keys.values().collect();
-            names.dedup();
-            return match names.as_slice() {
-                [only] => Ok((Arc::clone(&account), (*only).clone())),
-                names => {
-                    let names: Vec<_> = names.iter().map(|name| name.as_str()).collect();
-                    let problem = format!("name one of the account's keys: {}", names.join(", "));
-                    Err(AdminError::field("key", problem))
-                }
-            };
+            let names: BTreeSet<_> = account.keys.values().collect();
+            let only = names.first().filter(|_| names.len() == 1);
+            if let Some(only) = only.map(|only| (*only).clone()) {
+                return Ok((account, only));
+            }
+            let names: Vec<_> = names.iter().map(|name| name.as_str()).collect();
+            let problem = format!("name one of the account's keys: {}", names.join(", "));
+            return Err(AdminError::field("key", problem));
         }
         let name: KeyName = name
             .parse()
@@ -218,6 +216,25 @@ impl AdminApi {
             },
         );
         Ok(changed?)
+    }
+
+    /// What is wrong with a key that another account has already, as far as the keys in memory tell.
+    fn taken(
+        &self,
+        account: &AccountId,
+        digest: KeyDigest,
+        info: Option<&KeyInfo>,
+    ) -> Option<Finding> {
+        let uid = info.and_then(|info| info.uid.as_deref());
+        let others = standings(&self.broker).into_iter();
+        let mut others = others.filter(|other| other.account != *account);
+        let has = |other: &Standing| {
+            let other_uid = other.info.as_ref().and_then(|info| info.uid.as_deref());
+            other.id == Some(digest) || (uid.is_some() && other_uid == uid)
+        };
+        others
+            .find(has)
+            .map(|other| key_info::taken(&other.account.to_string(), &other.name.to_string()))
     }
 
     /// Kills one key of an account.
@@ -363,16 +380,14 @@ fn bot(name: &str) -> Result<BotId, AdminError> {
 }
 
 /// The key that an admin gave, in the version asked for.
-fn candidate(candidate: proto::Candidate, version: KeyVersion) -> Result<Key, AdminError> {
-    let proto::Candidate {
-        api_key,
-        api_secret,
-        passphrase,
-        ..
-    } = candidate;
-    let secret = ApiSecret::new(Zeroizing::new(api_secret));
-    let passphrase = Passphrase::new(Zeroizing::new(passphrase));
-    Key::new(Zeroizing::new(api_key), &secret, &passphrase, version, None)
+fn candidate(given: &proto::Candidate, version: KeyVersion) -> Result<Key, AdminError> {
+    let text = |text: &str| Zeroizing::new(text.to_owned());
+    let secret = ApiSecret::new(text(&given.api_secret));
+    let passphrase = Passphrase::new(text(&given.passphrase));
+    let partner =
+        (!given.partner_key.is_empty()).then(|| PartnerKey::new(text(&given.partner_key)));
+    let id = text(&given.api_key);
+    Key::new(id, &secret, &passphrase, version, partner.as_ref())
         .map_err(|error| AdminError::field("candidate", error))
 }
 
@@ -385,10 +400,21 @@ impl Admin for AdminApi {
         let (admin, message) = opened(request)?;
         let (account, name) = self.key(&message.account, &message.key)?;
         let scopes = scopes(&account, &name);
-        let (key, is_candidate) = match message.candidate {
-            Some(given) => (Arc::new(candidate(given, KeyVersion::V3)?), true),
-            None => (self.in_memory(&account.id, &name)?, false),
+        let given = message.candidate;
+        let is_candidate = given.is_some();
+        let make = |version| match &given {
+            Some(given) => candidate(given, version).map(Arc::new),
+            None => self.in_memory(&account.id, &name),
         };
+        let version = match given.as_ref().map_or(0, |given| given.key_version) {
+            0 | 3 => KeyVersion::V3,
+            2 => KeyVersion::V2,
+            other => {
+                let problem = format!("expected 2 or 3, or 0 to have it found out, got {other}");
+                return Err(AdminError::field("candidate.key_version", problem).into());
+            }
+        };
+        let key = make(version)?;
         let digest = KeyDigest(key.id_sha256());
         let test = KeyTest {
             who: Who::Admin(admin.clone()),
@@ -398,7 +424,17 @@ impl Admin for AdminApi {
             reads: true,
             orders: message.try_order,
         };
-        let KeyTested { report, probes } = self.broker.test_key(test).await;
+        let needs_partner_key = test.has_partner();
+        let (KeyTested { mut report, probes }, version) =
+            if given.as_ref().is_some_and(|given| given.key_version == 0) {
+                self.broker.test_versions(test, make).await?
+            } else {
+                (self.broker.test_key(&test).await, key.version())
+            };
+        if is_candidate {
+            let taken = self.taken(&account.id, digest, report.info.as_deref());
+            report.findings.extend(taken);
+        }
         let act = Act {
             action: "test",
             account: Some(&account.id),
@@ -425,6 +461,9 @@ impl Admin for AdminApi {
             key: name.to_string(),
             id_sha256: digest.hex(),
             egress_ip: self.broker.proof.expected().to_string(),
+            key_version: if version == KeyVersion::V2 { 2 } else { 3 },
+            is_unclear: matches!(report.verdict, Verdict::Unclear(_)),
+            needs_partner_key,
         };
         if !is_candidate {
             let report = Arc::new(report);
@@ -486,8 +525,10 @@ impl Admin for AdminApi {
         };
         let mut keys = Vec::new();
         for name in names {
-            keys.push(self.revoke(&admin, &account.id, name).await?);
+            keys.push(self.revoke(&admin, &account.id, name).await);
         }
+        // All are dead before anything is told of one that a restart would bring back.
+        let keys = keys.into_iter().collect::<Result<_, _>>()?;
         Ok(Response::new(proto::RevokeKeyResponse { keys }))
     }
 
@@ -559,6 +600,7 @@ impl Admin for AdminApi {
         let act = Act {
             action: "halt",
             account: account.as_ref().map(|account| &account.id),
+            detail: account.is_none().then(|| "all accounts".to_owned()),
             ..Act::default()
         };
         let halt = move |restrictions: &Restrictions| restrictions.halt(id.as_ref(), mark);
@@ -567,11 +609,28 @@ impl Admin for AdminApi {
             halted?;
             return Ok(Response::new(proto::HaltResponse::default()));
         }
-        // It is in force, if not on disk: orders are withdrawn all the same, and then the admin is told.
+        // It is in force, if not on disk: orders are withdrawn all the same, and the admin is told of both.
+        let problem = match halted {
+            Ok(()) => String::new(),
+            Err(error @ AdminError::Restrictions(_)) => error.to_string(),
+            Err(error) => return Err(error.into()),
+        };
         let cancelled = self.broker.cancel_all(&admin, account.as_deref()).await;
-        halted?;
+        for one in &cancelled {
+            let (outcome, open) = match one.still_open {
+                Some(0) => ("done", "nothing is open".to_owned()),
+                Some(open) => ("failed", format!("still open: {open}")),
+                None => ("failed", "nobody knows what is open".to_owned()),
+            };
+            let act = Act {
+                outcome,
+                detail: Some(format!("{}: {open}", one.scope)),
+                ..Act::on_account("cancel-all", &one.account)
+            };
+            self.record(&admin, &act);
+        }
         let cancelled = cancelled.into_iter().map(proto::Cancelled::from).collect();
-        Ok(Response::new(proto::HaltResponse { cancelled }))
+        Ok(Response::new(proto::HaltResponse { cancelled, problem }))
     }
 
     async fn resume(
@@ -584,6 +643,7 @@ impl Admin for AdminApi {
         let act = Act {
             action: "resume",
             account: account.as_ref().map(|account| &account.id),
+            detail: account.is_none().then(|| "all accounts".to_owned()),
             ..Act::default()
         };
         let resume = move |restrictions: &Restrictions| restrictions.resume(id.as_ref());

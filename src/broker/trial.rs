@@ -14,9 +14,10 @@ use crate::audit::Act;
 use crate::ids::{AccountId, KeyName, RequestId, Who};
 use crate::keyring::trial::{KeyChange, Notice, Report, Trial, Verdict};
 use crate::kucoin::key_info::{self, Expected, Finding, KeyInfo};
-use crate::kucoin::{Key, Method, Scope, Target, UnsignedRequest};
+use crate::kucoin::{Key, KeyVersion, Method, Scope, Target, UnsignedRequest};
 use crate::outcome::Outcome;
 use crate::policy::{Account, Purpose};
+use crate::restrictions::{KeyDigest, Revoked};
 
 /// How long one question may take.
 const ANSWER_WITHIN: Duration = Duration::from_secs(4);
@@ -26,6 +27,9 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(4);
 const ACCOUNT_REFUSED: [&str; 7] = [
     "400010", "400301", "400302", "400303", "400304", "411100", "411200",
 ];
+
+/// Refusals that another version, or another secret, would mend.
+const VERSION_OR_SECRET: [&str; 4] = ["400004", "400005", "400008", "400009"];
 
 /// A key to be tested.
 #[derive(Debug)]
@@ -97,7 +101,7 @@ impl Broker {
             reads: is_candidate,
             orders: false,
         };
-        let _ = tell.send(self.test_key(test).await.report);
+        let _ = tell.send(self.test_key(&test).await.report);
     }
 
     /// The account of a key, and the scopes that it serves; none where the rules do not name it.
@@ -113,8 +117,43 @@ impl Broker {
         (!scopes.is_empty()).then(|| (Arc::clone(account), scopes))
     }
 
+    /// Tests a key whose version is not known: as the newest kind first, which is what KuCoin makes now. `make` makes the
+    /// key of a version.
+    ///
+    /// # Errors
+    /// What `make` fails with.
+    pub async fn test_versions<E>(
+        self: &Arc<Self>,
+        test: KeyTest,
+        make: impl Fn(KeyVersion) -> Result<Arc<Key>, E>,
+    ) -> Result<(KeyTested, KeyVersion), E> {
+        let newest = test.key.version();
+        let told = |tested: &KeyTested| match tested.report.info.as_ref()?.version? {
+            2 => Some(KeyVersion::V2),
+            3 => Some(KeyVersion::V3),
+            _ => None,
+        };
+        let first = self.test_key(&test).await;
+        let other = match told(&first) {
+            // It is taken, and the exchange says itself which version it is.
+            Some(version) if version == newest => return Ok((first, newest)),
+            Some(version) => version,
+            None if first.report.info.is_some() => return Ok((first, newest)),
+            // KuCoin does not document how it refuses a key that is used as one of another version.
+            None if first.is_refused_for(&VERSION_OR_SECRET) => KeyVersion::V2,
+            None => return Ok((first, newest)),
+        };
+        let key = make(other)?;
+        let second = self.test_key(&KeyTest { key, ..test }).await;
+        Ok(if second.report.info.is_some() {
+            (second, other)
+        } else {
+            (first, newest)
+        })
+    }
+
     /// Asks the exchange about a key, and with it.
-    pub async fn test_key(self: &Arc<Self>, test: KeyTest) -> KeyTested {
+    pub async fn test_key(self: &Arc<Self>, test: &KeyTest) -> KeyTested {
         let mut tested = KeyTested {
             report: Report {
                 verdict: Verdict::Good,
@@ -123,15 +162,25 @@ impl Broker {
             },
             probes: Vec::new(),
         };
+        let digest = KeyDigest(test.key.id_sha256());
+        if let Some(revoked) = self.restrictions.revoked(digest) {
+            tested.find(is_revoked(&revoked));
+            return tested;
+        }
+        if !test.key.has_partner_key() && test.has_partner() {
+            tested.find(lacks_partner_key(&test.account));
+        }
         let (scope, ask) = info_of(&test.scopes);
-        let Some(body) = self.probe(&test, &mut tested, scope, ask).await else {
+        let Some(body) = self.probe(test, &mut tested, scope, ask).await else {
             return tested;
         };
         match KeyInfo::read(&body) {
             Ok(info) => {
-                let judged = info.judge(&self.expected(&test));
+                let judged = info.judge(&self.expected(test));
                 let lacks = |f: &&Finding| f.is_refusal && f.name == "permission-missing";
-                if let Some(finding) = judged.iter().find(lacks) {
+                if let Some(finding) = judged.iter().find(lacks)
+                    && tested.report.verdict == Verdict::Good
+                {
                     tested.report.verdict = Verdict::Refused(finding.cause.clone());
                 }
                 tested.report.findings.extend(judged);
@@ -145,7 +194,7 @@ impl Broker {
         }
         for scope in test.scopes.iter().copied() {
             if test.reads
-                && let Some(body) = self.probe(&test, &mut tested, scope, read_of(scope)).await
+                && let Some(body) = self.probe(test, &mut tested, scope, read_of(scope)).await
                 && scope == Scope::SpotMargin
             {
                 tested
@@ -156,7 +205,7 @@ impl Broker {
             if test.orders
                 && let Some(order) = order_of(scope)
             {
-                self.probe(&test, &mut tested, scope, order).await;
+                self.probe(test, &mut tested, scope, order).await;
             }
         }
         tested
@@ -286,10 +335,7 @@ impl Broker {
     }
 
     fn record(&self, change: &KeyChange) {
-        let digest = |place: &Option<(u64, _)>| {
-            let place: Option<&(u64, crate::restrictions::KeyDigest)> = place.as_ref();
-            place.map(|(_, digest)| digest.hex())
-        };
+        let digest = |place: &Option<(u64, KeyDigest)>| place.map(|(_, digest)| digest.hex());
         self.audit.acted(
             "vault",
             &Act {
@@ -305,6 +351,56 @@ impl Broker {
                 ..Act::default()
             },
         );
+    }
+}
+
+impl KeyTest {
+    /// Whether the account has a partner where this key signs.
+    pub fn has_partner(&self) -> bool {
+        let mut partners = self.account.partners.keys();
+        partners.any(|scope| self.scopes.contains(scope))
+    }
+}
+
+impl KeyTested {
+    /// Takes in something for which the key cannot be used.
+    fn find(&mut self, finding: Finding) {
+        self.report.verdict = Verdict::Refused(finding.cause.clone());
+        self.report.findings.push(finding);
+    }
+
+    /// Whether the first question was refused with one of these codes.
+    fn is_refused_for(&self, codes: &[&str]) -> bool {
+        self.report.info.is_none()
+            && self.probes.iter().any(|probe| {
+                let code = probe.answer.split(' ').next().unwrap_or_default();
+                !probe.is_ok && codes.contains(&code)
+            })
+    }
+}
+
+fn is_revoked(revoked: &Revoked) -> Finding {
+    Finding {
+        name: "key-revoked",
+        is_refusal: true,
+        cause: format!(
+            "{} has revoked this key for account {}, and it never serves again.",
+            revoked.by, revoked.account
+        ),
+        fix: "Create a new key under API Management, delete this one there, and register the new one."
+            .to_owned(),
+    }
+}
+
+fn lacks_partner_key(account: &Account) -> Finding {
+    Finding {
+        name: "partner-key-missing",
+        is_refusal: true,
+        cause: format!(
+            "Account {} has a partner in the rules, and the key comes without a partner key.",
+            account.id
+        ),
+        fix: "Give the partner key with it, or take the partner out of the rules.".to_owned(),
     }
 }
 

@@ -22,7 +22,7 @@ use tonic::codegen::Service;
 use tonic::{Code, Request, Response, Status};
 use tonic_types::StatusExt;
 
-use super::{FAILED, USAGE, read_file, say, say_problems};
+use super::{FAILED, USAGE, printable, read_file, say, say_problems};
 use crate::api::caller::caller_of;
 use crate::api::proto::admin_client::AdminClient;
 use crate::api::status::DOMAIN;
@@ -120,15 +120,10 @@ fn read(file: &mut Section, folder: &Path) -> Option<AdminFile> {
         Some(name) => ("server_name", Some(name)),
         None => ("broker", host.map(ToOwned::to_owned)),
     };
-    let server_name = name.and_then(|name| match ServerName::try_from(name.clone()) {
-        Ok(name) => Some(name),
-        Err(_) => {
-            file.problem(
-                key,
-                format_args!("expected a DNS name or an address, got {name:?}"),
-            );
-            None
-        }
+    let server_name = name.and_then(|name| {
+        let unfit = format!("expected a DNS name or an address, got {name:?}");
+        let name = ServerName::try_from(name);
+        name.map_err(|_| file.problem(key, unfit)).ok()
     });
     let mut path = |key, example: &str| {
         let path: Option<PathBuf> = file.required(key, example);
@@ -192,7 +187,7 @@ impl Failure {
     pub(super) fn say(&self) -> u8 {
         match self {
             Self::Broker { what, fix } => {
-                say(&format!("{what}\nfix: {fix}"));
+                say(&format!("{}\nfix: {fix}", printable(what)));
                 FAILED
             }
             Self::Files(problems) => {

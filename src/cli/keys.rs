@@ -1,27 +1,28 @@
 //! `credbroker keys`: the keys of a running broker.
 
-use std::path::PathBuf;
+mod stop;
+
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Subcommand;
 use serde_json::json;
 
 use super::admin::{self, ADMIN};
-use super::{DONE, show};
+use super::text::{Cell, Level, Style};
+use super::{DONE, printable, show};
 use crate::api::proto::{KeyState, ListKeysRequest, Scope};
 use crate::clock::Clock;
 
 /// The broker answers from memory.
 const LIST_WITHIN: Duration = Duration::from_secs(10);
 
-/// Columns of a terminal.
-const WIDTH: usize = 80;
-
-/// How far what belongs to a row stands in.
-const INDENT: &str = "    ";
-
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
+    /// Refuses what adds risk on an account; cancels and reads go on.
+    ///
+    /// Exit code 0: done; 1: the broker was not reached, or refused, or it is not on disk; 2: usage or admin.toml.
+    Freeze(stop::Whose),
     /// Shows every key that the rules name, and how it is.
     ///
     /// Exit code 0: shown; 1: the broker was not reached, or refused; 2: the command line or admin.toml is wrong.
@@ -38,18 +39,37 @@ pub(super) enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Kills a key, or all keys of an account, at once and for good: only another key lifts it. Vault is not needed.
+    ///
+    /// Exit code 0: done; 1: the broker was not reached, or refused, or it is not on disk; 2: usage or admin.toml.
+    #[command(
+        after_long_help = "The broker cancels orders with the same keys: where they shall go, `credbroker halt ACCOUNT --cancel-all` first."
+    )]
+    Revoke(stop::Which),
+    /// Undoes freeze.
+    ///
+    /// Exit code 0: done; 1: the broker was not reached, or refused; 2: usage or admin.toml.
+    Thaw(stop::Whose),
 }
 
 pub(super) fn run(command: &Command) -> u8 {
-    let Command::List { admin, json } = command;
+    match command {
+        Command::Freeze(whose) => stop::freeze(whose),
+        Command::List { admin, json } => list(admin, *json),
+        Command::Revoke(which) => stop::revoke(which),
+        Command::Thaw(whose) => stop::thaw(whose),
+    }
+}
+
+fn list(admin: &Path, json: bool) -> u8 {
     admin::run(admin, async |mut admin| {
         let list = async |client: &mut admin::Client, request| client.list_keys(request).await;
         let keys = admin.ask(LIST_WITHIN, ListKeysRequest {}, list).await?.keys;
-        let text = if *json {
+        let text = if json {
             keys.iter()
                 .fold(String::new(), |text, key| text + &in_json(key) + "\n")
         } else {
-            table(&keys, Clock::system().wall_ms())
+            table(Style::of_stdout(), &keys, Clock::system().wall_ms())
         };
         Ok(show(&text, DONE))
     })
@@ -86,38 +106,57 @@ fn scopes(key: &KeyState) -> Vec<&'static str> {
     key.scopes().map(word).collect()
 }
 
-/// Status, version, scopes and name of each key, and below each what else is to be known.
-fn table(keys: &[KeyState], now_ms: i64) -> String {
-    let mut lines = vec![format!("{:<11}  {:>7}  KEY", "STATUS", "VERSION")];
+/// Each key with its status, and beside it what else is to be known.
+fn table(style: Style, keys: &[KeyState], now_ms: i64) -> String {
+    let mut rows = vec![["KEY", "STATUS", "VERSION", ""].map(Cell::from).to_vec()];
     for key in keys {
         let version = match key.version {
             0 => "-".to_owned(),
             version => version.to_string(),
         };
-        let KeyState {
-            account, key: name, ..
-        } = key;
-        lines.push(format!(
-            "{:<11}  {version:>7}  {account}/{name}",
-            key.status
-        ));
-        let mut below = vec![format!("serves {}", scopes(key).join(", "))];
-        if !key.permissions.is_empty() {
-            below.push(format!("permissions {}", key.permissions.join(", ")));
+        let name = format!("{}/{}", key.account, key.key);
+        let mut row = vec![
+            printable(&name).into(),
+            Cell::of(level(&key.status), printable(&key.status)),
+            version.into(),
+        ];
+        for line in facts(key, now_ms).iter().chain(&key.reasons) {
+            row.push(printable(line).into());
+            rows.push(row);
+            row = vec![Cell::default(); 3];
         }
-        if let Some(is_whitelisted) = key.is_whitelisted {
-            let not = if is_whitelisted { "" } else { "not " };
-            below.push(format!("our address is {not}whitelisted"));
-        }
-        for (what, at_ms) in [("used", key.used_at_ms), ("tested", key.tested_at_ms)] {
-            if at_ms != 0 {
-                below.push(format!("{what} {}", ago(now_ms - at_ms)));
-            }
-        }
-        lines.extend(wrapped(&below.join("; ")));
-        lines.extend(key.reasons.iter().flat_map(|reason| wrapped(reason)));
     }
-    lines.join("\n") + "\n"
+    style.table(&rows)
+}
+
+fn level(status: &str) -> Level {
+    match status {
+        "connected" => Level::Ok,
+        "refused" | "revoked" | "unavailable" => Level::Failed,
+        _ => Level::Warning,
+    }
+}
+
+/// What is known about a key: at least what it serves.
+fn facts(key: &KeyState, now_ms: i64) -> Vec<String> {
+    let mut facts = vec![format!("serves {}", scopes(key).join(", "))];
+    if !key.permissions.is_empty() {
+        facts.push(format!("permissions {}", key.permissions.join(", ")));
+    }
+    if let Some(is_whitelisted) = key.is_whitelisted {
+        let not = if is_whitelisted { "" } else { "not " };
+        facts.push(format!("our address is {not}on its whitelist"));
+    }
+    let times = [("used", key.used_at_ms), ("tested", key.tested_at_ms)];
+    let times: Vec<_> = times
+        .iter()
+        .filter(|(_, at_ms)| *at_ms != 0)
+        .map(|(what, at_ms)| format!("{what} {}", ago(now_ms - at_ms)))
+        .collect();
+    if !times.is_empty() {
+        facts.push(times.join(", "));
+    }
+    facts
 }
 
 fn ago(ms: i64) -> String {
@@ -128,25 +167,6 @@ fn ago(ms: i64) -> String {
         7200..172_800 => format!("{} h ago", s / 3600),
         _ => format!("{} days ago", s / 86_400),
     }
-}
-
-/// Lines that fit a terminal. What others wrote (Vault, the exchange) moves no cursor.
-fn wrapped(text: &str) -> Vec<String> {
-    let text: String = text
-        .chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .collect();
-    let mut lines: Vec<String> = Vec::new();
-    for word in text.split_whitespace() {
-        match lines.last_mut() {
-            Some(line) if line.chars().count() + 1 + word.chars().count() <= WIDTH => {
-                line.push(' ');
-                line.push_str(word);
-            }
-            _ => lines.push(format!("{INDENT}{word}")),
-        }
-    }
-    lines
 }
 
 #[cfg(test)]
@@ -169,23 +189,24 @@ mod tests {
             ..KeyState::default()
         };
         let unknown = KeyState {
-            account: "x".repeat(32),
-            key: "y".repeat(25),
+            account: "other".to_owned(),
+            key: "main".to_owned(),
+            scopes: vec![Scope::SpotMargin.into()],
             status: "unavailable".to_owned(),
             ..KeyState::default()
         };
-        let table = table(&[known, unknown], 1_005_000);
-        let expected = "STATUS       VERSION  KEY\n\
-                        degraded           3  main/main\n    \
-                            serves spot-margin, futures, unified; permissions General, Spot; our address\n    \
-                            is not whitelisted; used 5 s ago; tested 15 min ago\n    \
-                            a newer version is not used: [2Jthe secret has no field `passphrase`, which\n    \
-                            every key has\n";
-        assert!(table.starts_with(expected), "{table}");
-        assert!(
-            table.lines().all(|line| line.chars().count() <= WIDTH),
-            "{table}"
-        );
+        let table = table(Style::plain(), &[known, unknown], 1_005_000);
+        let expected = "\
+KEY         STATUS       VERSION
+main/main   degraded     3        serves spot-margin, futures, unified
+                                  permissions General, Spot
+                                  our address is not on its whitelist
+                                  used 5 s ago, tested 15 min ago
+                                  a newer version is not used: [2Jthe secret has
+                                  no field `passphrase`, which every key has
+other/main  unavailable  -        serves spot-margin
+";
+        assert_eq!(table, expected);
     }
 
     #[test]

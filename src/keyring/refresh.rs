@@ -267,13 +267,11 @@ impl Watch {
                 .is_some_and(|seen| seen.wanted() == Ok(wanted) && metadata.is_same(seen, wanted));
         if is_unchanged && !metadata.deletes_itself(wanted) {
             self.seen = Some(metadata);
-            return match self.untested.take() {
-                Some((version, key)) => self.adopt(version, key, asked).await,
-                None => {
-                    self.confirm_again(asked);
-                    Ok(())
-                }
-            };
+            if let Some((version, key)) = self.untested.take() {
+                return self.adopt(version, key, asked).await;
+            }
+            self.confirm_again(asked);
+            return Ok(());
         }
         let key = self.vault.read(&self.account, &self.name, wanted).await;
         // Seen even when unusable, so that a broken version beside a working key is read once and not at every poll.

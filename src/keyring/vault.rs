@@ -1,4 +1,5 @@
-//! The only user of vaultrs: reads keys from KV v2, with a guard for each defect that the library has.
+//! The only user of vaultrs: reads keys from KV v2, and writes them for admins, with a guard for each defect that the
+//! library has.
 //!
 //! - Its settings and errors show tokens and bodies in `Debug`: none of its types leaves this module, and errors are
 //!   reduced to status and Vault's own error texts.
@@ -8,14 +9,16 @@
 //!   HTTP client is ours.
 //! - Its health call fails on current OpenBao servers: it is not used.
 //! - Its certificate login names the role in a field that servers do not read: that request is ours.
+//! - It takes bodies as text that nobody wipes: a key is written past it, on the same HTTP client.
 
 pub mod check;
 mod connection;
 mod credentials;
 mod lease;
 mod login;
+mod metadata;
+mod write;
 
-use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,8 +32,11 @@ use vaultrs::client::VaultClient;
 use vaultrs::error::ClientError;
 use zeroize::{Zeroize, Zeroizing};
 
-use self::connection::{Connection, caught_up, is_by_policy, reduce};
+use self::connection::{Connection, caught_up, if_there, is_by_policy, reduce};
 use self::login::{Pass, Session};
+use self::metadata::ReadMetadata;
+pub use self::metadata::{Facts, Metadata, Notes, Pending};
+pub use self::write::{Registration, WriteError};
 use crate::ids::{AccountId, KeyName};
 use crate::kucoin::{Key, KeyVersion};
 use crate::secret::{ApiSecret, PartnerKey, Passphrase};
@@ -119,78 +125,6 @@ pub enum VaultError {
     Unusable(String),
 }
 
-/// What polling compares: any difference means that the key changed.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Metadata {
-    /// Number of the newest version.
-    pub current_version: u64,
-    versions: BTreeMap<String, (String, String, bool)>,
-    custom: HashMap<String, String>,
-}
-
-impl Metadata {
-    /// Whether an admin has switched the key off.
-    pub fn is_disabled(&self) -> bool {
-        self.custom
-            .get("state")
-            .is_some_and(|state| state == "disabled")
-    }
-
-    /// The version that shall serve: the newest one, unless an admin has named another (`keys rollback`).
-    ///
-    /// # Errors
-    /// When the version that is named is none that Vault has.
-    pub fn wanted(&self) -> Result<u64, String> {
-        let Some(named) = self
-            .custom
-            .get("use_version")
-            .filter(|text| !text.is_empty())
-        else {
-            return Ok(self.current_version);
-        };
-        match named.parse() {
-            Ok(version) if self.has(version) => Ok(version),
-            _ => Err(format!(
-                "its custom metadata says use_version={named}, and Vault has no such version; see `credbroker keys rollback`"
-            )),
-        }
-    }
-
-    /// What would have to differ for version `version` to be read again.
-    fn of(&self, version: u64) -> Option<&(String, String, bool)> {
-        self.versions.get(&version.to_string())
-    }
-
-    /// Whether `version` has been taken away since it was `seen`: deleted or destroyed, or all was deleted and counting
-    /// began anew. That an old version is pruned when a new one is written takes nothing away.
-    pub fn has_taken_away(&self, seen: &Self, version: u64) -> bool {
-        match self.of(version) {
-            Some((_, deletion_time, destroyed)) => {
-                !self.is_same(seen, version) && (*destroyed || !deletion_time.is_empty())
-            }
-            None => self.current_version < version,
-        }
-    }
-
-    /// Whether `version` is the one that was `seen`.
-    pub fn is_same(&self, seen: &Self, version: u64) -> bool {
-        self.of(version) == seen.of(version)
-    }
-
-    /// Whether a version is there and neither deleted nor destroyed; one that is to be deleted some day counts as deleted.
-    pub fn has(&self, version: u64) -> bool {
-        self.versions
-            .get(&version.to_string())
-            .is_some_and(|(_, deletion_time, destroyed)| deletion_time.is_empty() && !destroyed)
-    }
-
-    /// Whether a version has a time at which it deletes itself; nothing in the metadata changes then.
-    pub fn deletes_itself(&self, version: u64) -> bool {
-        self.of(version)
-            .is_some_and(|(_, deletion_time, _)| !deletion_time.is_empty())
-    }
-}
-
 /// The connection to Vault.
 #[derive(Debug)]
 pub struct Vault {
@@ -226,28 +160,23 @@ impl Vault {
         account: &AccountId,
         name: &KeyName,
     ) -> Result<Metadata, VaultError> {
+        let found = self.find(account, name).await?;
+        found.ok_or_else(|| VaultError::Gone("Vault has no such key (404)".to_owned()))
+    }
+
+    /// The same; none where Vault has no such key.
+    pub async fn find(
+        &self,
+        account: &AccountId,
+        name: &KeyName,
+    ) -> Result<Option<Metadata>, VaultError> {
         let (mount, path) = self.place(account, name);
         let read = |client: VaultClient| {
             let (mount, path) = (mount.clone(), path.clone());
-            async move { vaultrs::kv2::read_metadata(&client, &mount, &path).await }
+            let request = ReadMetadata { mount, path };
+            async move { if_there(vaultrs::api::exec_with_result(&client, request).await) }
         };
-        let found = self.with_authority(read).await?;
-        let version =
-            |(number, version): (String, vaultrs::api::kv2::responses::SecretMetadata)| {
-                (
-                    number,
-                    (
-                        version.created_time,
-                        version.deletion_time,
-                        version.destroyed,
-                    ),
-                )
-            };
-        Ok(Metadata {
-            current_version: found.current_version,
-            versions: found.versions.into_iter().map(version).collect(),
-            custom: found.custom_metadata.unwrap_or_default(),
-        })
+        self.with_authority(read).await
     }
 
     /// One version of a key, ready to sign.

@@ -543,6 +543,17 @@ pub fn refusal(code: &str, msg: &str, scope: Scope, egress_ip: IpAddr) -> Findin
     Finding::refusal(advice.topic, cause, advice.fix(&facts))
 }
 
+/// Refuses a key that another account has already.
+pub fn taken(account: &str, key: &str) -> Finding {
+    Finding::refusal(
+        "key-taken",
+        format!(
+            "This key, or another one of the same KuCoin account, is registered for account {account} ({account}/{key})."
+        ),
+        "Use a key of another KuCoin account or sub-account, or name both scopes in one account of the rules.",
+    )
+}
+
 /// A warning when `answer`, that of `GET /api/v1/accounts`, has money in the main account and nowhere else.
 pub fn funds_in_main(answer: &[u8]) -> Option<Finding> {
     let accounts: Vec<Map<String, Value>> = data(answer)?;

@@ -39,7 +39,8 @@ pub enum KeyVersion {
 }
 
 impl KeyVersion {
-    fn as_str(self) -> &'static str {
+    /// Its number.
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::V2 => "2",
             Self::V3 => "3",
@@ -322,14 +323,11 @@ mod tests {
         let passphrase = Passphrase::new(text("fake-pass"));
         let id = text("0123456789abcdef01234567");
         let key = Key::new(id, &secret, &passphrase, KeyVersion::V3, None).unwrap();
-        let hex: String = (key.id_sha256().iter())
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
+        let digest = key.id_sha256();
         // By `printf 0123456789abcdef01234567 | openssl dgst -sha256`.
-        assert_eq!(
-            hex,
-            "8865fea8edb697169ac2b4f5e6339e16439381033640eeb4f55edbad9bdc2d3d"
-        );
+        let expected = "8865fea8edb697169ac2b4f5e6339e16439381033640eeb4f55edbad9bdc2d3d";
+        let digits = |n: usize| u8::from_str_radix(&expected[2 * n..2 * n + 2], 16).unwrap();
+        assert_eq!(digest, std::array::from_fn(digits));
     }
 
     #[test]

@@ -7,13 +7,19 @@ use credbroker::api::proto::admin_client::AdminClient;
 use credbroker::api::proto::broker_client::BrokerClient;
 use credbroker::api::proto::{
     FreezeAccountRequest, HaltRequest, KeyState, ListKeysRequest, RefreshKeyRequest, Scope,
+    TestKeyRequest,
 };
 use credbroker::clock::Clock;
+use credbroker_sim::kucoin::{Fault, FaultAction};
 use credbroker_sim::pki::{Ca, Identity, SanType, Usage};
+use http_body::Frame;
 use http_body_util::StreamBody;
+use http_body_util::combinators::UnsyncBoxBody;
 use serde_json::Value;
 use tokio::net::TcpStream;
+use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::codegen::Service;
 use tonic::{Code, Status};
 use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
@@ -43,6 +49,15 @@ async fn list(admin: &mut AdminClient<Patient>) -> Result<Vec<KeyState>, Status>
     Ok(admin.list_keys(ListKeysRequest {}).await?.into_inner().keys)
 }
 
+/// A call whose message comes as the body says.
+fn posted(method: &str, body: UnsyncBoxBody<Bytes, Status>) -> http::Request<tonic::body::Body> {
+    http::Request::post(format!("https://localhost/credbroker.v1.Admin/{method}"))
+        .header("content-type", "application/grpc")
+        .header("te", "trailers")
+        .body(tonic::body::Body::new(body))
+        .unwrap()
+}
+
 /// Code and reason of a call that must fail.
 fn refusal<T: std::fmt::Debug>(result: Result<T, Status>) -> (Code, String) {
     let status = result.expect_err("this call must fail");
@@ -59,10 +74,8 @@ async fn each_role_gets_in_at_its_own_door_and_at_no_other() {
         ..Settings::default()
     })
     .await;
-    let names = |name: &str| [SanType::DnsName(name.try_into().unwrap())];
-    let named = lab
-        .ca
-        .issue("anna", &names("admin.demo.test"), Usage::Client);
+    let dns = SanType::DnsName("admin.demo.test".try_into().unwrap());
+    let named = lab.ca.issue("anna", &[dns], Usage::Client);
     let stranger = Ca::new("somebody else's CA").unwrap();
     let uri = SanType::URI("spiffe://demo.test/admin/anna".try_into().unwrap());
     let served = lab.ca.issue("anna", &[uri], Usage::Server).unwrap();
@@ -216,12 +229,14 @@ async fn keys_are_listed_as_they_are() {
     .await;
     let mut admin = lab.admin_client("anna").await;
     let listed = async || list(&mut admin.clone()).await.unwrap();
-    until("Vault has said what it has", async || {
-        !listed()
-            .await
-            .iter()
-            .any(|key| key.reasons.iter().any(|reason| reason.contains("waiting")))
-    })
+    until(
+        "Vault has said what it has, and the exchange how it is",
+        async || {
+            let keys = listed().await;
+            let is_waiting = |reason: &String| reason.contains("waiting");
+            keys[0].tested_at_ms != 0 && !keys[1].reasons.iter().any(is_waiting)
+        },
+    )
     .await;
     let keys = listed().await;
     let [main, other] = keys.as_slice() else {
@@ -229,10 +244,20 @@ async fn keys_are_listed_as_they_are() {
     };
     let named =
         |key: &KeyState| format!("{}/{} {} {}", key.account, key.key, key.status, key.version);
-    assert_eq!(named(main), "main/main untested 1");
+    assert_eq!(named(main), "main/main at-risk 1");
     let scopes: Vec<_> = main.scopes().collect();
     assert_eq!(scopes, [Scope::Futures, Scope::SpotMargin, Scope::Unified]);
-    assert_eq!(main.reasons, [""; 0]);
+    assert!(
+        main.reasons[0].starts_with("The key has no IP restriction"),
+        "{main:?}"
+    );
+    assert!(
+        main.permissions
+            .iter()
+            .any(|permission| permission == "Futures"),
+        "{main:?}"
+    );
+    assert_eq!((main.reasons.len(), main.is_whitelisted), (1, None));
     assert_eq!(named(other), "other/main unavailable 0");
     assert_eq!(other.reasons.len(), 1, "{other:?}");
 
@@ -242,9 +267,11 @@ async fn keys_are_listed_as_they_are() {
     lab.vault.put_secret("kv", &kv_path("main", "main"), broken);
     until("the broken version is told", async || {
         let keys = listed().await;
-        keys[0].status == "degraded"
-            && keys[0].version == 1
-            && keys[0].reasons[0].contains("passphrase")
+        keys[0].version == 1
+            && keys[0]
+                .reasons
+                .iter()
+                .any(|reason| reason.contains("passphrase"))
     })
     .await;
     lab.vault.seal();
@@ -316,20 +343,14 @@ async fn calls_are_small_and_arrive_in_time() {
         .await
         .unwrap();
     let mut call = async |first: &'static [u8], ends: bool| {
-        let pieces = tokio_stream::iter([Ok::<_, Status>(http_body::Frame::data(
-            Bytes::from_static(first),
-        ))]);
+        let pieces = [Ok::<_, Status>(Frame::data(Bytes::from_static(first)))];
+        let pieces = tokio_stream::iter(pieces);
         let body = if ends {
-            http_body_util::combinators::UnsyncBoxBody::new(StreamBody::new(pieces))
+            UnsyncBoxBody::new(StreamBody::new(pieces))
         } else {
-            let pieces = pieces.chain(tokio_stream::pending());
-            http_body_util::combinators::UnsyncBoxBody::new(StreamBody::new(pieces))
+            UnsyncBoxBody::new(StreamBody::new(pieces.chain(tokio_stream::pending())))
         };
-        let request = http::Request::post("https://localhost/credbroker.v1.Admin/FreezeAccount")
-            .header("content-type", "application/grpc")
-            .header("te", "trailers")
-            .body(tonic::body::Body::new(body))
-            .unwrap();
+        let request = posted("FreezeAccount", body);
         let response = raw.call(request).await.unwrap();
         Err::<(), _>(Status::from_header_map(response.headers()).unwrap())
     };
@@ -341,6 +362,40 @@ async fn calls_are_small_and_arrive_in_time() {
         malformed
     );
     list(&mut admin).await.unwrap();
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn an_admin_who_hangs_up_tears_nothing() {
+    let mut lab = Lab::start().await;
+    let mut admin = lab.admin_client("anna").await;
+    until("the key is tested", async || {
+        let keys = list(&mut admin.clone()).await.unwrap();
+        keys.iter().all(|key| key.tested_at_ms != 0)
+    })
+    .await;
+    for path in ["/api/v1/user/api-key", "/api/ua/v2/user/api-key"] {
+        let slow = FaultAction::Delay { ms: 500 };
+        lab.kucoin.fault(Fault::once(path, slow));
+    }
+    let test = TestKeyRequest {
+        account: "main".to_owned(),
+        ..TestKeyRequest::default()
+    };
+    let call = tokio::spawn(async move { admin.test_key(test).await });
+    until("the test is under way", async || {
+        let record = std::fs::read_to_string(lab.path("state/audit.jsonl")).unwrap();
+        record.contains("spiffe://demo.test/admin/anna")
+    })
+    .await;
+    let is_on_record = || {
+        let acts = lab.acts().into_iter();
+        acts.filter(|act| act["action"] == "test")
+            .any(|act| act["outcome"] == "done")
+    };
+    assert!(!is_on_record());
+    call.abort();
+    until("the test is on record", async || is_on_record()).await;
     lab.stop().await;
 }
 
@@ -419,11 +474,26 @@ async fn a_removed_ca_ends_admin_access_at_once() {
     list(&mut anna).await.unwrap();
 
     let known = lab.changes().len();
+    let (pieces, body) = mpsc::channel(1);
+    let body = StreamBody::new(ReceiverStream::new(body));
+    let mut slow = connected.clone();
+    let half_way = slow.call(posted("ListKeys", UnsyncBoxBody::new(body)));
+    let half_way = tokio::spawn(half_way);
+    let piece = |bytes| Ok::<_, Status>(Frame::data(Bytes::from_static(bytes)));
+    pieces.send(piece(&[0, 0])).await.unwrap();
+    // The broker has seen what was sent before this.
+    list(&mut anna).await.unwrap();
     std::fs::write(lab.path("admins-ca.pem"), next.certificate_pem()).unwrap();
     until("the next CA is in force", async || {
         lab.changes().len() > known
     })
     .await;
+    pieces.send(piece(&[0, 0, 0])).await.unwrap();
+    drop(pieces);
+    let ended = half_way.await.unwrap().unwrap();
+    let ended = Status::from_header_map(ended.headers()).unwrap();
+    let untrusted = (Code::Unauthenticated, "CALLER_UNKNOWN".to_owned());
+    assert_eq!(refusal(Err::<(), _>(ended)), untrusted);
     // The call comes before or after the connection has ended.
     let ended = list(&mut anna).await.unwrap_err();
     assert!(ended.details().is_empty() || refusal(Err::<(), _>(ended)).1 == "CALLER_UNKNOWN");
@@ -463,16 +533,39 @@ async fn no_call_is_taken_on_a_certificate_that_has_ended() {
 #[tokio::test]
 async fn the_command_lists_keys() {
     let mut lab = Lab::start().await;
+    let admin = lab.admin_client("anna").await;
+    until("every key is tested", async || {
+        let keys = list(&mut admin.clone()).await.unwrap();
+        keys.iter().all(|key| key.tested_at_ms != 0)
+    })
+    .await;
     let shown = lab.admin_cli("anna", &["keys", "list"]).await;
-    assert_eq!(
-        (shown.code, shown.stdout.as_str(), shown.stderr.as_str()),
-        (
-            Some(0),
-            "STATUS       VERSION  KEY\n\
-             untested           1  main/main\n    serves futures, spot-margin, unified\n\
-             untested           1  other/main\n    serves spot-margin\n",
-            ""
-        )
+    assert_eq!((shown.code, shown.stderr.as_str()), (Some(0), ""));
+    let lines: Vec<_> = shown.stdout.lines().collect();
+    assert!(
+        lines.iter().all(|line| line.chars().count() <= 80),
+        "{lines:#?}"
+    );
+    let expected = [
+        "KEY         STATUS   VERSION",
+        "main/main   at-risk  1        serves futures, spot-margin, unified",
+        "                              permissions General, Spot, Margin, Futures,",
+        "                              Unified",
+    ];
+    assert_eq!(lines[..4], expected);
+    assert!(
+        lines[4].trim_start().starts_with("tested ") && lines[4].ends_with(" s ago"),
+        "{lines:#?}"
+    );
+    assert!(
+        lines[5]
+            .trim_start()
+            .starts_with("The key has no IP restriction"),
+        "{lines:#?}"
+    );
+    assert!(
+        lines.contains(&"other/main  at-risk  1        serves spot-margin"),
+        "{lines:#?}"
     );
     let shown = lab.admin_cli("anna", &["keys", "list", "--json"]).await;
     let lines: Vec<Value> = shown
@@ -482,9 +575,10 @@ async fn the_command_lists_keys() {
         .collect();
     assert_eq!(lines.len(), 2);
     assert_eq!(lines[0]["account"], "main");
-    assert_eq!(lines[0]["status"], "untested");
+    assert_eq!(lines[0]["status"], "at-risk");
     assert_eq!(lines[0]["version"], 1);
-    assert_eq!(lines[0]["tested_at_ms"], Value::Null);
+    assert!(lines[0]["tested_at_ms"].as_i64().unwrap() > 1_700_000_000_000);
+    assert_eq!(lines[0]["used_at_ms"], Value::Null);
     lab.stop().await;
 }
 

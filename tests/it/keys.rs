@@ -1,5 +1,27 @@
 //! The keys of all accounts come from Vault and follow it: read at start, changed, evicted, kept through outages.
 
+/// Each situation on the simulator, and on a real server if there is one.
+macro_rules! on_both {
+    ($($situation:ident)*) => {
+        mod simulated {
+            $(#[tokio::test]
+            async fn $situation() {
+                super::$situation(&super::Stage::simulated().await).await;
+            })*
+        }
+
+        mod real {
+            $(#[tokio::test]
+            async fn $situation() {
+                if let Some(stage) = super::Stage::real().await {
+                    super::$situation(&stage).await;
+                    stage.clean_up().await;
+                }
+            })*
+        }
+    };
+}
+
 mod changes;
 mod conformance;
 mod guards;
@@ -12,6 +34,7 @@ mod stale;
 mod succession;
 mod token_life;
 mod wrapped;
+mod write;
 
 use std::fmt::Write as _;
 use std::io;

@@ -156,6 +156,7 @@ async fn no_secret_reaches_a_log_an_error_a_metric_or_the_record() {
             api_secret: format!("{MARK}-candidate-key"),
             passphrase: format!("{MARK}-candidate-passphrase"),
             key_version: 3,
+            partner_key: format!("{MARK}-candidate-partner"),
         };
         let test = TestKeyRequest {
             account: account.to_owned(),

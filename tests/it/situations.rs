@@ -318,8 +318,7 @@ async fn vault_token_lost(site: &mut Site) -> Row {
         async |site| {
             site.vault.kill();
             site.vault.start(TOKEN).await;
-            site.until_readyz_says("does not accept the broker's token")
-                .await;
+            site.until_readyz_says("does not accept our token").await;
         },
         async |site| site.rename_over("token", TOKEN),
     )

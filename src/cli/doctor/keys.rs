@@ -54,7 +54,7 @@ pub(super) async fn test(broker: &Arc<Broker>, found: Found) -> Vec<Line> {
         return vec![Line::failed(check, &about, detail, fix)];
     }
     let tested = broker
-        .test_key(KeyTest {
+        .test_key(&KeyTest {
             who: Who::Broker,
             account,
             scopes,

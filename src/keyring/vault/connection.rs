@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
+use http::header::{CONTENT_TYPE, HeaderValue};
 use rustls::ClientConfig;
 use serde_json::Value;
 use url::Url;
-use vaultrs::api::EndpointMiddleware;
+use vaultrs::api::{EndpointError, EndpointMiddleware, EndpointResult};
 use vaultrs::client::{VaultClient, VaultClientSettings};
 use vaultrs::error::ClientError;
 
@@ -112,6 +114,84 @@ where
     ask().await
 }
 
+/// Nothing, where Vault has no such path; a mount or namespace that is not there is an error.
+pub(super) fn if_there<T>(found: Result<T, ClientError>) -> Result<Option<T>, ClientError> {
+    match found {
+        Err(ClientError::APIError { code: 404, errors }) if errors.is_empty() => Ok(None),
+        found => found.map(Some),
+    }
+}
+
+/// Posts JSON with the token of `client` and returns the answer's `data`, if it has any.
+///
+/// Past the library, so that whoever owns `body` wipes it; errors are the library's own.
+pub(super) async fn post(
+    client: &VaultClient,
+    path: &str,
+    body: Bytes,
+) -> Result<Option<Value>, ClientError> {
+    let url = format!("{}v1/{path}", client.settings.address);
+    let mut request = (client.http.http.post(&url))
+        .header("x-vault-request", "true")
+        .header("x-vault-token", sensitive(&client.middle.token)?)
+        .header(CONTENT_TYPE, "application/json")
+        .body(body);
+    if let Some(namespace) = &client.settings.namespace {
+        request = request.header("x-vault-namespace", namespace);
+    }
+    let failed = |error: reqwest::Error| rustify::errors::ClientError::RequestError {
+        source: error.without_url().into(),
+        url: url.clone(),
+        method: "POST".to_owned(),
+    };
+    let answer = request.send().await.map_err(failed)?;
+    let status = answer.status();
+    let text = answer.text().await.map_err(failed)?;
+    if !status.is_success() {
+        let code = status.as_u16();
+        return Err(match serde_json::from_str::<EndpointError>(&text) {
+            Ok(EndpointError { errors }) => ClientError::APIError { code, errors },
+            Err(_) => rustify::errors::ClientError::ServerResponseError {
+                code,
+                content: Some(text),
+            }
+            .into(),
+        });
+    }
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let answer: Option<EndpointResult<Value>> = serde_json::from_str(&text).ok();
+    answer
+        .map(|answer| answer.data)
+        .ok_or(ClientError::ResponseEmptyError)
+}
+
+fn sensitive(token: &str) -> Result<HeaderValue, ClientError> {
+    // Tokens are checked before a client is made, so this does not fail.
+    let mut token = HeaderValue::from_str(token).map_err(|_| ClientError::ResponseEmptyError)?;
+    token.set_sensitive(true);
+    Ok(token)
+}
+
+/// Whether Vault may have done, or may yet do, what it was asked for; no where it certainly has not got the request,
+/// or says itself that it has not.
+pub(super) fn may_be_done(error: &ClientError) -> bool {
+    match (status_of(error), error) {
+        (Some(503), _) => !is_vaults_own(error),
+        (Some(status), _) => status >= 500,
+        (
+            None,
+            ClientError::RestClientError {
+                source: rustify::errors::ClientError::RequestError { source, .. },
+            },
+        ) => !source
+            .downcast_ref::<reqwest::Error>()
+            .is_some_and(reqwest::Error::is_connect),
+        (None, _) => true,
+    }
+}
+
 /// The HTTP status in either of the two forms in which the library hides it.
 pub(super) fn status_of(error: &ClientError) -> Option<u16> {
     match error {
@@ -133,7 +213,7 @@ pub(super) fn is_by_policy(error: &ClientError) -> bool {
 }
 
 /// Whether Vault itself wrote this error, and not a proxy in front of it.
-fn is_vaults_own(error: &ClientError) -> bool {
+pub(super) fn is_vaults_own(error: &ClientError) -> bool {
     match error {
         // It holds Vault's list of texts.
         ClientError::APIError { .. } => true,
@@ -150,7 +230,8 @@ fn is_vaults_own(error: &ClientError) -> bool {
     }
 }
 
-fn texts_of(error: &ClientError) -> String {
+/// Vault's own words, on one line.
+pub(super) fn texts_of(error: &ClientError) -> String {
     match error {
         ClientError::APIError { errors, .. } => errors.join("; ").replace(['\n', '\t'], " "),
         _ => String::new(),

@@ -98,8 +98,7 @@ impl Session {
 /// Vault takes logins, perhaps, but not their tokens.
 pub(super) fn not_accepted() -> VaultError {
     VaultError::Outage(
-        "Vault does not accept the broker's token (403); is its address in token_bound_cidrs?"
-            .to_owned(),
+        "Vault does not accept our token (403); is this address in token_bound_cidrs?".to_owned(),
     )
 }
 

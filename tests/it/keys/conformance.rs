@@ -16,28 +16,6 @@ use super::real::Backend;
 use super::{Rig, Setup, key, replace};
 use crate::harness::{kv_path, say, secret, until};
 
-/// Each situation on the simulator, and on a real server if there is one.
-macro_rules! on_both {
-    ($($situation:ident)*) => {
-        mod simulated {
-            $(#[tokio::test]
-            async fn $situation() {
-                super::$situation(&super::Stage::simulated().await).await;
-            })*
-        }
-
-        mod real {
-            $(#[tokio::test]
-            async fn $situation() {
-                if let Some(stage) = super::Stage::real().await {
-                    super::$situation(&stage).await;
-                    stage.clean_up().await;
-                }
-            })*
-        }
-    };
-}
-
 on_both! {
     a_broker_that_starts_before_vault_is_ready_once_vault_is_there_and_unsealed
     a_deleted_version_evicts_the_key_until_it_is_undeleted
@@ -453,7 +431,7 @@ async fn a_token_that_is_revoked_evicts_nothing_and_the_next_one_is_picked_up(st
     let rig = setup.ready().await;
     let own = api.with_token(&first);
     own.call("POST", "auth/token/revoke-self", json!({})).await;
-    serves_through(&rig, 1, "Vault does not accept the broker's token (403)").await;
+    serves_through(&rig, 1, "Vault does not accept our token (403)").await;
     stage.put("main", 2).await;
     replace(&rig.lab.path("token"), &token().await);
     rig.until_signed_with(2).await;

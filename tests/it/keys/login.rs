@@ -10,7 +10,7 @@ use crate::harness::{ROOT_TOKEN, until};
 pub(super) const LOGIN: &str = "auth/approle/login";
 const LOOKUP: &str = "auth/token/lookup-self";
 pub(super) const METADATA: &str = "kv/metadata/kucoin/prod/main/main";
-const DEAD_TOKEN: &str = "Vault does not accept the broker's token (403)";
+const DEAD_TOKEN: &str = "Vault does not accept our token (403)";
 
 #[tokio::test]
 async fn a_token_file_may_have_blanks_and_a_line_end_around_the_token() {

@@ -18,7 +18,7 @@ use crate::harness::until;
 #[derive(Clone)]
 pub(crate) struct Api {
     pub(super) url: String,
-    token: String,
+    pub(super) token: String,
     /// Further lines of each request's head.
     headers: String,
 }

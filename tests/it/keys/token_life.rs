@@ -192,7 +192,7 @@ async fn outside_the_addresses_of_a_token_there_is_no_storm_of_logins() {
     let setup = approle(&FIVE, role).await;
     let vault = setup.vault.clone();
     let rig = setup.start().await;
-    rig.until_not_ready("key main/main: waiting for Vault: Vault does not accept the broker's token (403); is its address in token_bound_cidrs?")
+    rig.until_not_ready("key main/main: waiting for Vault: Vault does not accept our token (403); is this address in token_bound_cidrs?")
         .await;
     // Five keys have asked; the logins are a random part of 1, 2, 4, 8 s apart.
     until("many polls", async || rig.logs.count(&[NO_ANSWER]) >= 15).await;

@@ -316,6 +316,14 @@ impl Kv {
             .get("custom_metadata")
             .map(custom_metadata)
             .transpose()?;
+        let known = self.secrets.get(path);
+        if let Some(cas) = body.get("metadata_cas")
+            && as_number(cas) != Some(known.map_or(0, |secret| secret.metadata_version))
+        {
+            return Err(Refusal::bad_request(
+                "metadata check-and-set parameter does not match the current version",
+            ));
+        }
         let secret = self
             .secrets
             .entry(path.to_owned())

@@ -1,0 +1,746 @@
+//! Reads the values of a key, from a terminal that does not show them or from stdin, and says what is odd about them.
+//!
+//! Never from arguments or the environment, which other processes can see. No error and no remark holds a value.
+
+use std::io::{self, IsTerminal, Write};
+use std::os::fd::AsFd;
+use std::thread;
+
+use rustix::io::Errno;
+use rustix::termios::{
+    LocalModes, OptionalActions, SpecialCodeIndex, Termios, tcgetattr, tcsetattr,
+};
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Deserializer};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
+use zeroize::Zeroizing;
+
+use super::say;
+use crate::secret::{ApiSecret, KeyValues, PartnerKey, Passphrase};
+
+/// Much more than three values need.
+const MAX_BYTES: usize = 64 * 1024;
+
+/// The longest line that a terminal hands over.
+const MAX_LINE_BYTES: usize = 4096;
+
+/// What is asked for, in this order; the last one only for an account with a partner.
+const NAMES: [&str; 4] = ["api_key", "api_secret", "passphrase", "partner_key"];
+
+/// A key as an admin gave it.
+#[derive(Debug)]
+pub(super) struct Given {
+    pub(super) values: KeyValues,
+    /// What was removed, and what does not look as it should; each is a sentence for the admin.
+    pub(super) remarks: Vec<String>,
+}
+
+/// Why there is no key.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum InputError {
+    /// A signal came (Ctrl-C).
+    #[error("interrupted")]
+    Interrupted,
+    /// Not readable.
+    #[error("the input cannot be read: {0}")]
+    Io(#[from] io::Error),
+    /// What was given cannot be a key.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// Reads a key: by prompts where stdin is a terminal, else from stdin as lines or as a JSON object.
+///
+/// The terminal shows again what is typed when this returns, for whatever reason. What else was pasted is thrown away
+/// then, so that no shell takes it for a command.
+pub(super) async fn read(has_partner: bool) -> Result<Given, InputError> {
+    let names = if has_partner { &NAMES[..] } else { &NAMES[..3] };
+    let stdin = io::stdin();
+    if !stdin.is_terminal() {
+        return given(parse(&read_all(stdin)?, names)?);
+    }
+    let mut signals = [
+        signal(SignalKind::hangup())?,
+        signal(SignalKind::interrupt())?,
+        signal(SignalKind::terminate())?,
+    ];
+    let [hangup, interrupt, terminate] = &mut signals;
+    let _silent = Silent::new(io::stdin())?;
+    let (sender, answer) = oneshot::channel();
+    // In a thread of its own, which nobody waits for when a signal comes.
+    thread::spawn(move || sender.send(ask(io::stdin(), io::stderr(), names)));
+    tokio::select! {
+        answer = answer => given(answer.map_err(|_| InputError::Interrupted)??),
+        _ = hangup.recv() => Err(InputError::Interrupted),
+        _ = interrupt.recv() => Err(InputError::Interrupted),
+        _ = terminate.recv() => Err(InputError::Interrupted),
+    }
+}
+
+/// A terminal that does not show what is typed, for as long as this lives.
+struct Silent<T: AsFd> {
+    terminal: T,
+    before: Termios,
+}
+
+impl<T: AsFd> Silent<T> {
+    fn new(terminal: T) -> io::Result<Self> {
+        let before = tcgetattr(&terminal)?;
+        let mut silent = before.clone();
+        silent.local_modes.remove(LocalModes::ECHO);
+        // But the end of the line, so that the next prompt stands on its own.
+        silent
+            .local_modes
+            .insert(LocalModes::ECHONL | LocalModes::ICANON);
+        // Stopped or killed like this it would leave the terminal silent. Ctrl-C stays: that is a signal we wait for.
+        for key in [SpecialCodeIndex::VSUSP, SpecialCodeIndex::VQUIT] {
+            silent.special_codes[key] = 0;
+        }
+        tcsetattr(&terminal, OptionalActions::Flush, &silent)?;
+        Ok(Self { terminal, before })
+    }
+}
+
+impl<T: AsFd> Drop for Silent<T> {
+    fn drop(&mut self) {
+        if tcsetattr(&self.terminal, OptionalActions::Flush, &self.before).is_err() {
+            say("the terminal may not show what you type; `stty echo` repairs that");
+        }
+    }
+}
+
+/// Asks for one value after the other.
+fn ask(
+    terminal: impl AsFd,
+    mut prompt: impl Write,
+    names: &[&'static str],
+) -> Result<Vec<Value>, InputError> {
+    let mut values = Vec::new();
+    for &name in names {
+        write!(prompt, "{name} (not shown): ")?;
+        prompt.flush()?;
+        let mut line = Zeroizing::new([0; MAX_LINE_BYTES]);
+        let length = read_some(&terminal, &mut line[..])?;
+        if length == 0 {
+            return Err(refused(format!("{name}: the input has ended")));
+        }
+        let text = line.get(..length).unwrap_or_default();
+        values.push(Value::new(name, as_text(text)?));
+    }
+    Ok(values)
+}
+
+/// One value as it was given.
+struct Value {
+    name: &'static str,
+    text: Zeroizing<String>,
+}
+
+impl Value {
+    fn new(name: &'static str, text: &str) -> Self {
+        let text = Zeroizing::new(text.to_owned());
+        Self { name, text }
+    }
+}
+
+fn refused(problem: String) -> InputError {
+    InputError::Refused(problem)
+}
+
+/// All that is piped in.
+fn read_all(input: impl AsFd) -> Result<Zeroizing<String>, InputError> {
+    // Its full size from the start, so that it never moves and leaves a copy behind.
+    let mut bytes = Zeroizing::new(vec![0; MAX_BYTES]);
+    let mut length = 0;
+    loop {
+        let room = bytes.get_mut(length..).unwrap_or_default();
+        if room.is_empty() {
+            let limit = MAX_BYTES / 1024;
+            return Err(refused(format!("expected a key, got {limit} KiB or more")));
+        }
+        match read_some(&input, room)? {
+            0 => break,
+            more => length += more,
+        }
+    }
+    let text = as_text(bytes.get(..length).unwrap_or_default())?;
+    Ok(Zeroizing::new(text.to_owned()))
+}
+
+/// Past the buffer of the standard library, which nobody wipes.
+fn read_some(input: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match rustix::io::read(&input, &mut *buffer) {
+            Err(Errno::INTR) => {}
+            other => return Ok(other?),
+        }
+    }
+}
+
+fn as_text(bytes: &[u8]) -> Result<&str, InputError> {
+    str::from_utf8(bytes).map_err(|_| refused("expected text in UTF-8".to_owned()))
+}
+
+/// Takes a text apart: a JSON object, or one value in each line.
+fn parse(text: &str, names: &[&'static str]) -> Result<Vec<Value>, InputError> {
+    let json = text.trim_matches(|c| unseen(c).is_some());
+    if json.starts_with('{') {
+        return parse_json(json, names);
+    }
+    let is_blank = |line: &&str| line.chars().all(|c| unseen(c).is_some());
+    let lines: Vec<_> = text.lines().filter(|line| !is_blank(line)).collect();
+    if lines.len() != names.len() {
+        return Err(refused(format!(
+            "expected {} lines ({}), or a JSON object with these names; got {}",
+            names.len(),
+            names.join(", "),
+            lines.len()
+        )));
+    }
+    let values = names.iter().zip(lines);
+    Ok(values.map(|(name, line)| Value::new(name, line)).collect())
+}
+
+fn parse_json(json: &str, names: &[&'static str]) -> Result<Vec<Value>, InputError> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Fields {
+        #[serde(deserialize_with = "wiped")]
+        api_key: Zeroizing<String>,
+        #[serde(deserialize_with = "wiped")]
+        api_secret: Zeroizing<String>,
+        #[serde(deserialize_with = "wiped")]
+        passphrase: Zeroizing<String>,
+        #[serde(default, deserialize_with = "wiped")]
+        partner_key: Zeroizing<String>,
+        /// As in what was written to Vault by hand. It is found out, whatever it says.
+        #[serde(default, rename = "key_version")]
+        _key_version: IgnoredAny,
+    }
+    fn wiped<'de, D: Deserializer<'de>>(input: D) -> Result<Zeroizing<String>, D::Error> {
+        String::deserialize(input).map(Zeroizing::new)
+    }
+    let fields: Fields = serde_json::from_str(json).map_err(|error| {
+        // Its own words may hold what was given.
+        refused(format!(
+            "expected a JSON object with the texts {}; line {}, column {} is something else",
+            names.join(", "),
+            error.line(),
+            error.column()
+        ))
+    })?;
+    let is_asked = names.contains(&"partner_key");
+    if !is_asked && !fields.partner_key.is_empty() {
+        return Err(refused(
+            "partner_key: the account has no partner in the rules; leave it out".to_owned(),
+        ));
+    }
+    let texts = [
+        fields.api_key,
+        fields.api_secret,
+        fields.passphrase,
+        fields.partner_key,
+    ];
+    let values = names.iter().zip(texts);
+    Ok(values.map(|(name, text)| Value { name, text }).collect())
+}
+
+/// Makes a key of the values, in the order of [`NAMES`].
+fn given(values: Vec<Value>) -> Result<Given, InputError> {
+    let mut remarks = Vec::new();
+    let mut texts = Vec::new();
+    for value in values {
+        let (text, removed) = trimmed(&value.text);
+        if let Some(removed) = removed {
+            remarks.push(format!("{}: removed {removed}", value.name));
+        }
+        check(value.name, text)?;
+        if let Some(remark) = odd(value.name, text) {
+            remarks.push(format!("{}: {remark}", value.name));
+        }
+        texts.push(Zeroizing::new(text.to_owned()));
+    }
+    let mut texts = texts.into_iter();
+    let mut next = || {
+        let missing = || refused("a value is missing".to_owned());
+        texts.next().ok_or_else(missing)
+    };
+    let (api_key, api_secret, passphrase) = (next()?, next()?, next()?);
+    let values = KeyValues {
+        api_key,
+        api_secret: ApiSecret::new(api_secret),
+        passphrase: Passphrase::new(passphrase),
+        partner_key: texts.next().map(PartnerKey::new),
+    };
+    Ok(Given { values, remarks })
+}
+
+/// Cuts off what pasting brings along: blanks, invisible characters, quotes around it all. Says what that was.
+fn trimmed(mut text: &str) -> (&str, Option<String>) {
+    let mut removed = Vec::new();
+    let mut is_quoted = false;
+    loop {
+        let start = text.trim_start_matches(|c| unseen(c).is_some());
+        let rest = start.trim_end_matches(|c| unseen(c).is_some());
+        removed.extend(counted(&text[..text.len() - start.len()], "start"));
+        removed.extend(counted(&start[rest.len()..], "end"));
+        text = rest;
+        let Some(inner) = unquoted(rest) else { break };
+        is_quoted = true;
+        text = inner;
+    }
+    if is_quoted {
+        removed.push("the quotes around it".to_owned());
+    }
+    let removed = match removed.as_slice() {
+        [] => None,
+        [one] => Some(one.clone()),
+        [others @ .., last] => Some(format!("{} and {last}", others.join(", "))),
+    };
+    (text, removed)
+}
+
+/// Such as "2 spaces at the start", one for each kind.
+fn counted(text: &str, place: &str) -> Vec<String> {
+    let mut kinds: Vec<(&str, usize)> = Vec::new();
+    for kind in text.chars().filter_map(unseen) {
+        match kinds.iter_mut().find(|(known, _)| *known == kind) {
+            Some((_, count)) => *count += 1,
+            None => kinds.push((kind, 1)),
+        }
+    }
+    let sentence = |(kind, count): (&str, usize)| {
+        let plural = if count == 1 { "" } else { "s" };
+        format!("{count} {kind}{plural} at the {place}")
+    };
+    kinds.into_iter().map(sentence).collect()
+}
+
+fn unquoted(text: &str) -> Option<&str> {
+    const PAIRS: [(char, char); 7] = [
+        ('"', '"'),
+        ('\'', '\''),
+        ('`', '`'),
+        ('\u{201c}', '\u{201d}'),
+        ('\u{2018}', '\u{2019}'),
+        ('\u{201e}', '\u{201c}'),
+        ('\u{ab}', '\u{bb}'),
+    ];
+    let inner = |(open, close)| text.strip_prefix(open)?.strip_suffix(close);
+    PAIRS.into_iter().find_map(inner)
+}
+
+/// What a character is that nobody sees; none: one that is seen.
+fn unseen(c: char) -> Option<&'static str> {
+    match c {
+        '\n' | '\r' | '\u{85}' | '\u{2028}' | '\u{2029}' => Some("line end"),
+        '\t' => Some("tab"),
+        c if c.is_whitespace() => Some("space"),
+        c if c.is_control() => Some("invisible character"),
+        // Unicode, Default_Ignorable_Code_Point: zero-width, marks of direction, variation selectors, tags.
+        '\u{ad}'
+        | '\u{34f}'
+        | '\u{61c}'
+        | '\u{115f}'..='\u{1160}'
+        | '\u{17b4}'..='\u{17b5}'
+        | '\u{180b}'..='\u{180f}'
+        | '\u{200b}'..='\u{200f}'
+        | '\u{202a}'..='\u{202e}'
+        | '\u{2060}'..='\u{206f}'
+        | '\u{3164}'
+        | '\u{fe00}'..='\u{fe0f}'
+        | '\u{feff}'
+        | '\u{ffa0}'
+        | '\u{fff0}'..='\u{fffb}'
+        | '\u{1bca0}'..='\u{1bca3}'
+        | '\u{1d173}'..='\u{1d17a}'
+        | '\u{e0000}'..='\u{e0fff}' => Some("invisible character"),
+        _ => None,
+    }
+}
+
+/// Refuses what can be no value of a key.
+fn check(name: &str, text: &str) -> Result<(), InputError> {
+    if text.is_empty() {
+        return Err(refused(format!("{name}: is empty")));
+    }
+    for (place, c) in (1..).zip(text.chars()) {
+        // Only a passphrase was chosen by a person.
+        let kind = match unseen(c) {
+            Some(_) if c == ' ' && name == "passphrase" => continue,
+            None if name == "api_key" && !c.is_ascii() => "character outside ASCII",
+            None => continue,
+            Some(kind) => kind,
+        };
+        return Err(refused(format!(
+            "{name}: character {place} is {article} {kind} (U+{:04X}); copy it again",
+            u32::from(c),
+            article = if kind == "invisible character" {
+                "an"
+            } else {
+                "a"
+            },
+        )));
+    }
+    Ok(())
+}
+
+/// What makes a value look like another one, or like none. KuCoin documents no form of a key or a secret, so that this
+/// is no reason to refuse it.
+fn odd(name: &str, text: &str) -> Option<String> {
+    if text.starts_with(is_quote) || text.ends_with(is_quote) {
+        return Some("begins or ends with a quote".to_owned());
+    }
+    if let Some(place) = text.chars().position(|c| !c.is_ascii()) {
+        return Some(format!(
+            "character {} is outside ASCII; is it meant?",
+            place + 1
+        ));
+    }
+    let remark = match name {
+        "api_key" if is_uuid(text) => "looks like a secret; have key and secret been swapped?",
+        "api_key" if !is_hex(text, 24) => {
+            "does not look like KuCoin's key ids, which have 24 hexadecimal digits"
+        }
+        "api_secret" if is_hex(text, 24) => {
+            "looks like a key id; have key and secret been swapped?"
+        }
+        "api_secret" if !is_uuid(text) => {
+            "does not look like KuCoin's secrets, which have 36 characters: 5 groups of hexadecimal digits with '-' between"
+        }
+        "passphrase" if text.len() == 6 && text.bytes().all(|b| b.is_ascii_digit()) => {
+            "six digits look like the trading password; KuCoin's API passphrase is the one that was chosen when the key was made"
+        }
+        "passphrase" if is_uuid(text) => "looks like a secret; have the values been swapped?",
+        "passphrase" if !(7..=32).contains(&text.len()) || text.contains(' ') => {
+            "KuCoin's API passphrases have 7 to 32 characters and no spaces"
+        }
+        _ => return None,
+    };
+    Some(remark.to_owned())
+}
+
+fn is_quote(c: char) -> bool {
+    matches!(
+        c,
+        '"' | '\'' | '`' | '\u{ab}' | '\u{bb}' | '\u{2018}'..='\u{201e}'
+    )
+}
+
+fn is_hex(text: &str, length: usize) -> bool {
+    text.len() == length && text.bytes().all(|b| b.is_ascii_hexdigit())
+}
+
+/// In the form in which KuCoin shows secrets.
+fn is_uuid(text: &str) -> bool {
+    let groups: Vec<_> = text.split('-').collect();
+    groups.len() == 5
+        && groups
+            .iter()
+            .zip([8, 4, 4, 4, 12])
+            .all(|(group, length)| is_hex(group, length))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{File, OpenOptions};
+    use std::io::Read as _;
+    use std::os::unix::fs::OpenOptionsExt as _;
+
+    use proptest::prelude::*;
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+
+    use super::*;
+
+    const ID: &str = "0123456789abcdef01234567";
+    const SECRET: &str = "01234567-89ab-cdef-0123-456789abcdef";
+
+    fn from(text: &str) -> Result<Given, String> {
+        let given = parse(text, &NAMES[..3]).and_then(given);
+        given.map_err(|error| error.to_string())
+    }
+
+    fn remarks(text: &str) -> Vec<String> {
+        from(text).unwrap().remarks
+    }
+
+    fn holds(values: &KeyValues, id: &str, secret: &str, passphrase: &str) -> bool {
+        *values.api_key == id
+            && values.api_secret.expose() == secret.as_bytes()
+            && values.passphrase.expose() == passphrase.as_bytes()
+    }
+
+    #[test]
+    fn lines_and_json_are_both_understood() {
+        let json = format!(
+            r#"{{ "passphrase": "fake \"pass", "api_secret": "{SECRET}", "key_version": 3, "api_key": "{ID}" }}"#
+        );
+        for text in [
+            format!("{ID}\n{SECRET}\nfake \"pass"),
+            format!("\u{feff}\r\n{ID}\r\n\r\n{SECRET}\r\nfake \"pass\r\n"),
+            format!("\u{feff} {json}\n"),
+        ] {
+            let given = from(&text).unwrap();
+            assert!(holds(&given.values, ID, SECRET, "fake \"pass"), "{text}");
+        }
+        let four = format!("{ID}\n{SECRET}\nfake-pass\nfake-partner");
+        let given = given(parse(&four, &NAMES).unwrap()).unwrap();
+        assert_eq!(given.values.partner_key.unwrap().expose(), b"fake-partner");
+    }
+
+    #[test]
+    fn what_pasting_brought_along_is_removed_and_told() {
+        assert_eq!(remarks(&format!("{ID}\n{SECRET}\nfake-pass\n")), [""; 0]);
+        let text = format!(
+            "\u{feff}{ID}\u{a0}\n\t \"{SECRET}\" \n \u{201c}\u{200b}fake-pass \u{201d}  \r\n"
+        );
+        assert!(holds(&from(&text).unwrap().values, ID, SECRET, "fake-pass"));
+        assert_eq!(
+            remarks(&text),
+            [
+                "api_key: removed 1 invisible character at the start and 1 space at the end",
+                "api_secret: removed 1 tab at the start, 1 space at the start, 1 space at the end and the quotes around it",
+                "passphrase: removed 1 space at the start, 2 spaces at the end, 1 invisible character at the start, \
+                 1 space at the end and the quotes around it",
+            ]
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_a_key_is_refused_without_its_values() {
+        let lines = |id: &str, secret: &str, pass: &str| format!("{id}\n{secret}\n{pass}\n");
+        let json = |id: &str| {
+            format!(r#"{{"api_key":{id},"api_secret":"{SECRET}","passphrase":"fake-pass"}}"#)
+        };
+        let expected = "expected 3 lines (api_key, api_secret, passphrase), or a JSON object with these names; got ";
+        let object = "expected a JSON object with the texts api_key, api_secret, passphrase; line 1, column ";
+        for (text, problem) in [
+            (String::new(), format!("{expected}0")),
+            (lines(ID, " \t", "fake-pass"), format!("{expected}2")),
+            (
+                format!("{}more", lines(ID, SECRET, "fake-pass")),
+                format!("{expected}4"),
+            ),
+            (
+                lines(ID, "\"\"", "fake-pass"),
+                "api_secret: is empty".to_owned(),
+            ),
+            (json("\"\""), "api_key: is empty".to_owned()),
+            (json("7"), format!("{object}12 is something else")),
+            (
+                "{\"api_key\":\"fake\"}".to_owned(),
+                format!("{object}18 is something else"),
+            ),
+            (
+                "{\"fake\":\"fake\"}".to_owned(),
+                format!("{object}7 is something else"),
+            ),
+            (
+                lines("0123\u{200b}4567", SECRET, "fake-pass"),
+                "api_key: character 5 is an invisible character (U+200B); copy it again".to_owned(),
+            ),
+            (
+                lines(ID, "01 23", "fake-pass"),
+                "api_secret: character 3 is a space (U+0020); copy it again".to_owned(),
+            ),
+            (
+                lines(ID, SECRET, "fake\u{a0}pass"),
+                "passphrase: character 5 is a space (U+00A0); copy it again".to_owned(),
+            ),
+            (
+                lines("fak\u{435}", SECRET, "fake-pass"),
+                "api_key: character 4 is a character outside ASCII (U+0435); copy it again"
+                    .to_owned(),
+            ),
+        ] {
+            assert_eq!(from(&text).unwrap_err(), problem, "{text:?}");
+        }
+        let partner = format!(
+            r#"{{"partner_key":"fake","api_key":"{ID}","api_secret":"{SECRET}","passphrase":"fake-pass"}}"#
+        );
+        assert_eq!(
+            from(&partner).unwrap_err(),
+            "partner_key: the account has no partner in the rules; leave it out"
+        );
+    }
+
+    #[test]
+    fn what_looks_like_something_else_is_told() {
+        for (id, secret, pass, remark) in [
+            (
+                SECRET,
+                ID,
+                "fake-pass",
+                "api_key: looks like a secret; have key and secret been swapped?",
+            ),
+            (
+                ID,
+                ID,
+                "fake-pass",
+                "api_secret: looks like a key id; have key and secret been swapped?",
+            ),
+            (
+                "fake",
+                SECRET,
+                "fake-pass",
+                "api_key: does not look like KuCoin's key ids, which have 24 hexadecimal digits",
+            ),
+            (
+                ID,
+                "fake",
+                "fake-pass",
+                "api_secret: does not look like KuCoin's secrets, which have 36 characters: 5 groups of hexadecimal \
+                 digits with '-' between",
+            ),
+            (
+                ID,
+                SECRET,
+                "123456",
+                "passphrase: six digits look like the trading password; KuCoin's API passphrase is the one that was \
+                 chosen when the key was made",
+            ),
+            (
+                ID,
+                SECRET,
+                "fake pass",
+                "passphrase: KuCoin's API passphrases have 7 to 32 characters and no spaces",
+            ),
+            (
+                ID,
+                SECRET,
+                "12345",
+                "passphrase: KuCoin's API passphrases have 7 to 32 characters and no spaces",
+            ),
+            (
+                ID,
+                SECRET,
+                SECRET,
+                "passphrase: looks like a secret; have the values been swapped?",
+            ),
+            (
+                ID,
+                SECRET,
+                "fake-p\u{e4}ss",
+                "passphrase: character 7 is outside ASCII; is it meant?",
+            ),
+            (
+                ID,
+                SECRET,
+                "\"fake-pass",
+                "passphrase: begins or ends with a quote",
+            ),
+        ] {
+            let text = format!("{id}\n{secret}\n{pass}\n");
+            assert_eq!(remarks(&text).first().map(String::as_str), Some(remark));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_surrounds_a_value_is_removed_and_nothing_of_it(
+            value in "[!-~&&[^\"'`]]{1,40}",
+            start in "[ \t\r\u{a0}\u{200b}\u{feff}\u{202e}]{0,5}",
+            end in "[ \t\r\u{a0}\u{200b}\u{feff}\u{202e}]{0,5}",
+            quote in "[\"'`]?",
+        ) {
+            let text = format!("{end}{quote}{start}{value}{end}{quote}{start}");
+            let (found, removed) = trimmed(&text);
+            prop_assert_eq!(found, &value);
+            prop_assert_eq!(removed.is_some(), text != value);
+        }
+
+        #[test]
+        fn no_error_and_no_remark_holds_a_value(
+            before in "\\PC{0,8}",
+            after in "[ -~\u{80}-\u{ff}\u{2000}-\u{2100}]{0,8}",
+            json in any::<bool>(),
+        ) {
+            let value = |name: &str| format!("{before}canary-{name}{after}");
+            let [id, secret, pass] = ["id", "secret", "pass"].map(value);
+            let text = if json {
+                serde_json::json!({ "api_key": id, "api_secret": secret, "passphrase": pass }).to_string()
+            } else {
+                format!("{id}\n{secret}\n{pass}\n")
+            };
+            let told = match from(&text) {
+                Ok(Given { remarks, .. }) => remarks.join("\n"),
+                Err(problem) => problem,
+            };
+            prop_assert!(!told.contains("canary"), "{}", told);
+        }
+    }
+
+    /// A terminal and whoever sits at it.
+    fn terminal() -> (File, File) {
+        let no_control = OpenptFlags::NOCTTY;
+        let person = openpt(OpenptFlags::RDWR | no_control).unwrap();
+        grantpt(&person).unwrap();
+        unlockpt(&person).unwrap();
+        let name = ptsname(&person, Vec::new()).unwrap();
+        let terminal = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(no_control.bits().cast_signed())
+            .open(name.to_str().unwrap())
+            .unwrap();
+        (terminal, File::from(person))
+    }
+
+    #[test]
+    fn a_terminal_shows_nothing_of_what_is_typed_and_all_again_afterwards() {
+        let (terminal, mut person) = terminal();
+        let another = || terminal.try_clone().unwrap();
+        let before = tcgetattr(&terminal).unwrap();
+        // Still shown: so that it is known that what is shown is found.
+        person.write_all(b"typed too early\n").unwrap();
+        let mut echo = [0; "typed too early\r\n".len()];
+        person.read_exact(&mut echo).unwrap();
+        assert_eq!(&echo, b"typed too early\r\n");
+        let silent = Silent::new(another()).unwrap();
+        let asked = another();
+        let asking = thread::spawn(move || {
+            let mut prompts = Vec::new();
+            let values = ask(asked, &mut prompts, &NAMES[..3]);
+            (values, String::from_utf8(prompts).unwrap())
+        });
+        // With a slip of the finger, which the terminal corrects, and more than was asked for.
+        person
+            .write_all(b"fake-idd\x7f\nfake-secret\nfake-")
+            .unwrap();
+        person.write_all(b"pass\nrm -rf fake\n").unwrap();
+        let (values, prompts) = asking.join().unwrap();
+        let left_over = || rustix::io::ioctl_fionread(&terminal).unwrap();
+        while left_over() == 0 {
+            thread::yield_now();
+        }
+        drop(silent);
+        let given = given(values.unwrap()).unwrap();
+        assert!(holds(&given.values, "fake-id", "fake-secret", "fake-pass"));
+        assert_eq!(
+            prompts,
+            "api_key (not shown): api_secret (not shown): passphrase (not shown): "
+        );
+        let after = tcgetattr(&terminal).unwrap();
+        assert_eq!(after.local_modes, before.local_modes);
+        assert!(after.local_modes.contains(LocalModes::ECHO));
+        let suspend = SpecialCodeIndex::VSUSP;
+        assert_eq!(after.special_codes[suspend], before.special_codes[suspend]);
+        assert_eq!(left_over(), 0);
+
+        drop(terminal);
+        let mut shown = Vec::new();
+        // The end of a terminal that nobody has open is an error.
+        let _ = person.read_to_end(&mut shown);
+        let shown = String::from_utf8(shown).unwrap();
+        assert_eq!(shown, "\r\n\r\n\r\n\r\n");
+    }
+
+    #[test]
+    fn an_input_that_ends_says_before_what() {
+        let (terminal, mut person) = terminal();
+        person.write_all(b"fake-id\n\x04").unwrap();
+        let asked = ask(&terminal, io::sink(), &NAMES[..3]).err().unwrap();
+        assert_eq!(asked.to_string(), "api_secret: the input has ended");
+    }
+}

@@ -1,0 +1,354 @@
+//! The admin's side: registers keys, and notes things about them, under a policy that reads no key back.
+
+use std::collections::BTreeMap;
+use std::str::Utf8Error;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use serde::Serialize;
+use serde_json::{Value, json};
+use vaultrs::client::VaultClient;
+use zeroize::Zeroizing;
+
+use super::connection::{self, if_there, is_vaults_own, post, status_of, texts_of};
+use super::metadata::{Facts, MAX_NOTES, Metadata, Notes};
+use super::{Vault, VaultError};
+use crate::ids::{AccountId, KeyName};
+use crate::kucoin::KeyVersion;
+use crate::secret::{KeyValues, PartnerKey};
+
+/// How often something is written: what may not have arrived, and notes that somebody else changes at the same time.
+const TRIES: usize = 3;
+
+/// The wait before a write is repeated, in milliseconds.
+const REPEAT_AFTER: (u64, u64) = (100, 400);
+
+/// One version of a key, as it is to be written.
+#[derive(Debug)]
+pub struct Registration {
+    /// The key itself.
+    pub values: KeyValues,
+    /// Its version at KuCoin.
+    pub key_version: KeyVersion,
+    /// What was found out about it.
+    pub facts: Facts,
+}
+
+/// Why something was not written, or why that is not known.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum WriteError {
+    /// Vault has understood and refuses; nothing was written.
+    #[error("Vault refuses it: {0}")]
+    Refused(String),
+    /// Somebody else has written meanwhile; nothing of ours was written.
+    #[error(
+        "somebody else has written this key meanwhile: version {expected} was the newest one, now it is version {found}"
+    )]
+    Stale {
+        /// The version that was to be the newest.
+        expected: u64,
+        /// The one that is.
+        found: u64,
+    },
+    /// It may be written or not, and may yet be.
+    #[error("it is not known whether it was written: {0}")]
+    Unclear(String),
+    /// Nothing was written.
+    #[error(transparent)]
+    Vault(#[from] VaultError),
+}
+
+/// Why one request changed nothing, or may have.
+enum Failure {
+    /// Vault's 400, in its own words.
+    Refused(String),
+    Vault {
+        error: VaultError,
+        may_be_done: bool,
+    },
+}
+
+impl Vault {
+    /// The accounts that have keys in Vault. What else stands below the prefix is left out.
+    pub async fn accounts(&self) -> Result<Vec<AccountId>, VaultError> {
+        let names = self.names(self.settings.prefix.clone()).await?;
+        let account = |name: &String| name.strip_suffix('/')?.parse().ok();
+        Ok(names.iter().filter_map(account).collect())
+    }
+
+    /// The keys of an account in Vault, also those of which no version is left.
+    pub async fn keys(&self, account: &AccountId) -> Result<Vec<KeyName>, VaultError> {
+        let folder = format!("{}/{account}", self.settings.prefix);
+        let names = self.names(folder).await?;
+        Ok(names.iter().filter_map(|name| name.parse().ok()).collect())
+    }
+
+    async fn names(&self, folder: String) -> Result<Vec<String>, VaultError> {
+        let list = |client: VaultClient| {
+            // With the slash, because the policy for what is below a folder does not cover its own name.
+            let (mount, folder) = (self.settings.mount.clone(), format!("{folder}/"));
+            async move { if_there(vaultrs::kv2::list(&client, &mount, &folder).await) }
+        };
+        Ok(self.with_authority(list).await?.unwrap_or_default())
+    }
+
+    /// Writes a key as the version that follows `cas` (0: as the first), and returns the number of the new version.
+    ///
+    /// [`Notes::pending`] for it should be in the metadata before: where an answer is lost, they are how a version that
+    /// arrived is told from somebody else's.
+    ///
+    /// # Errors
+    /// None of them holds a value of the key. Only [`WriteError::Unclear`] leaves open whether it is written.
+    pub async fn write(
+        &self,
+        account: &AccountId,
+        name: &KeyName,
+        registration: &Registration,
+        cas: u64,
+    ) -> Result<u64, WriteError> {
+        let (mount, path) = self.place(account, name);
+        let path = format!("{mount}/data/{path}");
+        let body = body(registration, cas)?;
+        let mut unclear = None;
+        // With check-and-set it takes effect at most once, however often it is sent.
+        for _ in 0..TRIES {
+            let problem = match self.send(&path, &body).await {
+                Ok(answer) => match answer.and_then(|answer| answer.get("version")?.as_u64()) {
+                    Some(version) => return Ok(version),
+                    None => "Vault's answer is not what its API describes".to_owned(),
+                },
+                // Either somebody else has written, or the first attempt has arrived after all.
+                Err(Failure::Refused(text)) if unclear.is_some() || is_stale(&text) => break,
+                Err(Failure::Refused(text)) => {
+                    return Err(WriteError::Refused(without_values(text, registration)));
+                }
+                Err(Failure::Vault { error, may_be_done }) if !may_be_done && unclear.is_none() => {
+                    return Err(WriteError::Vault(error));
+                }
+                Err(Failure::Vault { error, .. }) => error.to_string(),
+            };
+            unclear = Some(without_values(problem, registration));
+            pause().await;
+        }
+        let newest = match self.find(account, name).await {
+            Ok(newest) => newest.unwrap_or_default(),
+            Err(error) => {
+                return Err(unclear.map_or(WriteError::Vault(error), WriteError::Unclear));
+            }
+        };
+        let found = newest.current_version;
+        let is_ours = newest.pending().is_some_and(|pending| {
+            pending.version == found && pending.key_sha256 == registration.facts.key_sha256
+        });
+        match unclear {
+            Some(_) if found == cas + 1 && is_ours => Ok(found),
+            Some(problem) if found == cas => Err(WriteError::Unclear(problem)),
+            _ => Err(WriteError::Stale {
+                expected: cas,
+                found,
+            }),
+        }
+    }
+
+    /// Changes what is noted about a key, and returns its metadata as they are then. All other notes stay.
+    ///
+    /// A server that counts writes of metadata (OpenBao) refuses one that would undo somebody else's, and it is made
+    /// again on top of that. Elsewhere what somebody else writes between our look and our write is lost.
+    pub async fn note(
+        &self,
+        account: &AccountId,
+        name: &KeyName,
+        changes: &Notes,
+    ) -> Result<Metadata, WriteError> {
+        let (mount, path) = self.place(account, name);
+        let path = format!("{mount}/metadata/{path}");
+        let others = "somebody else keeps changing its custom metadata; try again";
+        // Why a write may have taken effect that does not show.
+        let mut open = None;
+        for round in 0..=TRIES {
+            let found = self.find(account, name).await;
+            let before = match (found, &open) {
+                (Ok(before), _) => before.unwrap_or_else(Metadata::of_nothing),
+                (Err(error), None) => return Err(WriteError::Vault(error)),
+                (Err(error), Some(_)) => return Err(WriteError::Unclear(error.to_string())),
+            };
+            if before.shows(changes) {
+                return Ok(before);
+            }
+            if round == TRIES {
+                break;
+            }
+            let notes = before.noted(changes);
+            if notes.len() > MAX_NOTES {
+                return Err(WriteError::Refused(format!(
+                    "its custom metadata would have {} entries, and Vault keeps {MAX_NOTES}; remove some that are not ours",
+                    notes.len()
+                )));
+            }
+            let body = match before.writes {
+                Some(writes) => json!({ "custom_metadata": notes, "metadata_cas": writes }),
+                None => json!({ "custom_metadata": notes }),
+            };
+            match self.send(&path, &body.to_string().into()).await {
+                Ok(_) => {
+                    open = Some(others.to_owned());
+                    continue;
+                }
+                Err(Failure::Refused(text)) if is_stale(&text) => {}
+                Err(Failure::Refused(text)) => return Err(WriteError::Refused(text)),
+                Err(Failure::Vault { error, may_be_done }) if !may_be_done && open.is_none() => {
+                    return Err(WriteError::Vault(error));
+                }
+                Err(Failure::Vault { error, .. }) => open = Some(error.to_string()),
+            }
+            pause().await;
+        }
+        Err(open.map_or_else(
+            || WriteError::Refused(others.to_owned()),
+            WriteError::Unclear,
+        ))
+    }
+
+    /// Posts once, but for what a read repeats too: a 403 that may pass, a node that is behind.
+    async fn send(&self, path: &str, body: &Bytes) -> Result<Option<Value>, Failure> {
+        let may_be_done = AtomicBool::new(false);
+        let write = |client: VaultClient| {
+            let may_be_done = &may_be_done;
+            async move {
+                match post(&client, path, body.clone()).await {
+                    Err(error) if status_of(&error) == Some(400) && is_vaults_own(&error) => {
+                        Ok(Err(Failure::Refused(texts_of(&error))))
+                    }
+                    Err(error) => {
+                        may_be_done.fetch_or(connection::may_be_done(&error), Ordering::Relaxed);
+                        Err(error)
+                    }
+                    Ok(answer) => Ok(Ok(answer)),
+                }
+            }
+        };
+        let done = self.with_authority(write).await;
+        done.unwrap_or_else(|error| {
+            let may_be_done = may_be_done.load(Ordering::Relaxed);
+            Err(Failure::Vault { error, may_be_done })
+        })
+    }
+}
+
+/// In the words of either check-and-set: that of the versions, that of the metadata.
+fn is_stale(text: &str) -> bool {
+    text.contains("check-and-set parameter d")
+}
+
+async fn pause() {
+    let wait = fastrand::u64(REPEAT_AFTER.0..=REPEAT_AFTER.1);
+    tokio::time::sleep(Duration::from_millis(wait)).await;
+}
+
+/// Vault has no reason to repeat what it was sent; should it all the same, its words are not shown.
+fn without_values(text: String, registration: &Registration) -> String {
+    let values = &registration.values;
+    let partner_key = values.partner_key.as_ref().map(PartnerKey::expose);
+    let repeats = |value: &[u8]| {
+        !value.is_empty()
+            && text
+                .as_bytes()
+                .windows(value.len())
+                .any(|part| part == value)
+    };
+    let all = [
+        Some(values.api_key.as_bytes()),
+        Some(values.api_secret.expose()),
+        Some(values.passphrase.expose()),
+        partner_key,
+    ];
+    if all.into_iter().flatten().any(repeats) {
+        return "its words repeat a value of the key and are withheld".to_owned();
+    }
+    text
+}
+
+/// What is sent, wiped once the last copy of the handle is gone.
+fn body(registration: &Registration, cas: u64) -> Result<Bytes, WriteError> {
+    #[derive(Serialize)]
+    struct Options {
+        cas: u64,
+    }
+    #[derive(Serialize)]
+    struct Body<'a> {
+        options: Options,
+        data: BTreeMap<&'a str, &'a str>,
+    }
+    let values = &registration.values;
+    let facts = registration.facts.texts();
+    let mut data: BTreeMap<_, _> = facts
+        .iter()
+        .filter(|(_, text)| !text.is_empty())
+        .map(|(name, text)| (*name, text.as_bytes()))
+        .collect();
+    data.insert("api_key", values.api_key.as_bytes());
+    data.insert("api_secret", values.api_secret.expose());
+    data.insert("passphrase", values.passphrase.expose());
+    data.insert("key_version", registration.key_version.as_str().as_bytes());
+    if let Some(key) = &values.partner_key {
+        data.insert("partner_key", key.expose());
+    }
+    // JSON makes at most six bytes of one. Were it too little, the buffer would move and leave a copy behind.
+    let room = |(name, value): (&&str, &&[u8])| name.len() + 6 * value.len() + 8;
+    let room = 64 + data.iter().map(room).sum::<usize>();
+    let text = |(name, value)| Ok((name, str::from_utf8(value)?));
+    let data = data.into_iter().map(text).collect::<Result<_, Utf8Error>>();
+    let unwritable = || WriteError::Refused("a value of the key is not text".to_owned());
+    let data = data.map_err(|_| unwritable())?;
+    let options = Options { cas };
+    let mut body = Zeroizing::new(Vec::with_capacity(room));
+    serde_json::to_writer(&mut *body, &Body { options, data }).map_err(|_| unwritable())?;
+    debug_assert!(body.len() <= room, "{} of {room} bytes", body.len());
+    Ok(Bytes::from_owner(body))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::secret::{ApiSecret, Passphrase};
+
+    fn registration(text: &str) -> Registration {
+        let text = |name: &str| Zeroizing::new(format!("fake-{name}{text}"));
+        Registration {
+            values: KeyValues {
+                api_key: text("id"),
+                api_secret: ApiSecret::new(text("secret")),
+                passphrase: Passphrase::new(text("passphrase")),
+                partner_key: Some(PartnerKey::new(text("partner"))),
+            },
+            key_version: KeyVersion::V2,
+            facts: Facts::default(),
+        }
+    }
+
+    #[test]
+    fn words_of_vault_that_repeat_a_value_are_not_shown() {
+        let registration = registration("");
+        for name in ["id", "secret", "passphrase", "partner"] {
+            let echo = format!("cannot read \"fake-{name}\"");
+            let shown = without_values(echo, &registration);
+            assert_eq!(
+                shown,
+                "its words repeat a value of the key and are withheld"
+            );
+        }
+        let harmless = "check-and-set parameter required for this call";
+        assert_eq!(without_values(harmless.to_owned(), &registration), harmless);
+    }
+
+    #[test]
+    fn a_body_has_room_for_values_that_json_writes_six_times_as_long() {
+        let body = body(&registration(&"\u{1}".repeat(1000)), 7).unwrap();
+        let body: Value = serde_json::from_slice(&body).unwrap();
+        assert_eq!(body["options"]["cas"], 7);
+        assert_eq!(body["data"]["key_version"], "2");
+        let secret = body["data"]["api_secret"].as_str().unwrap();
+        assert_eq!(secret.len(), "fake-secret".len() + 1000);
+    }
+}
