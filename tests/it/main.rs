@@ -23,6 +23,7 @@ mod connections;
 mod contract;
 mod delivery;
 mod deploy;
+mod doctor;
 mod documents;
 mod drive;
 mod egress;
