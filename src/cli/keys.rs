@@ -1,5 +1,7 @@
 //! `credbroker keys`: the keys of a running broker, listed and tested; the other commands have files of their own.
 
+mod register;
+mod rollback;
 mod stop;
 
 use std::path::PathBuf;
@@ -11,7 +13,7 @@ use super::admin::{self, ADMIN, Failure};
 use super::door::{Door, scopes_of};
 use super::report::{is_refused, report};
 use super::text::{Cell, Level, Style};
-use super::{DONE, FAILED, printable, register, rollback, show};
+use super::{DONE, FAILED, printable, show};
 use crate::api::proto::{KeyState, TestKeyRequest};
 use crate::clock::Clock;
 use crate::ids::{AccountId, KeyName};
@@ -135,15 +137,19 @@ async fn test(mut door: Door, request: TestKeyRequest) -> Result<u8, Failure> {
     let account = request.account.clone();
     let test = door.test(request).await?;
     let now_ms = Clock::system().wall_ms();
-    let code = if is_refused(&test) || test.is_unclear {
-        FAILED
-    } else {
-        DONE
-    };
-    Ok(show(
-        &report(Style::of_stdout(), &account, &test, now_ms),
-        code,
-    ))
+    let told = report(Style::of_stdout(), &account, &test, now_ms);
+    if show(&told, DONE) != DONE {
+        return Ok(FAILED);
+    }
+    if is_refused(&test) {
+        let what = "the key must not be used like this: see `refused` above";
+        return Err(Failure::new(what, "do what stands beside `fix:` above"));
+    }
+    if test.is_unclear {
+        let what = "KuCoin has not said whether the key is good: see `failed` above";
+        return Err(Failure::new(what, "give the same command again"));
+    }
+    Ok(DONE)
 }
 
 fn in_json(key: &KeyState) -> String {

@@ -695,6 +695,8 @@ async fn a_key_that_vault_alone_knows_for_another_account_is_refused() {
         let (code, said) = run(&lab, &["keys", "register", "spot"], key, &lines(key)).await;
         assert_eq!(code, 1, "{said}");
         assert!(said.contains(expected), "{said}");
+        let fix = "The rules of this broker do not name account elsewhere: if no other broker does, delete the versions of elsewhere/spare in Vault";
+        assert!(said.contains(fix), "{said}");
         assert_eq!(held.newest("spot").await, 0);
     }
     // Once that version is deleted, nobody uses the key.
@@ -819,7 +821,7 @@ async fn the_values_of_a_key_stand_in_no_argument_and_no_environment() {
     lab.kucoin.add_key(good.clone());
     lab.vault
         .fault(FaultRule::new("kv/data/kucoin/prod/spot", Fault::Hang).method("POST"));
-    let mut running = spawn(&lab, &["keys", "register", "spot"], &lines(&good));
+    let running = spawn(&lab, &["keys", "register", "spot"], &lines(&good));
     until("it writes to Vault", async || is_hanging(&lab, "kv/data/")).await;
     let folder = format!("/proc/{}", running.id());
     for file in ["cmdline", "environ"] {
@@ -833,8 +835,18 @@ async fn the_values_of_a_key_stand_in_no_argument_and_no_environment() {
     // Nobody but root reads its memory.
     let status = std::fs::read_to_string(format!("{folder}/status")).unwrap();
     assert!(status.contains("CoreDumping:\t0"), "{status}");
-    running.kill().unwrap();
-    running.wait().unwrap();
+    // And it ends when it is told to.
+    let sent = Command::new("kill")
+        .args(["-TERM", &running.id().to_string()])
+        .status();
+    assert!(sent.unwrap().success());
+    let ended = std::cell::RefCell::new(running);
+    until("it has ended", async || {
+        ended.borrow_mut().try_wait().unwrap().is_some()
+    })
+    .await;
+    let status = ended.borrow_mut().wait().unwrap();
+    assert_eq!(status.code(), Some(1));
 }
 
 /// Starts a command, which reads `input` to its end.

@@ -185,7 +185,7 @@ async fn an_admin_goes_back_a_version_and_on_again_and_only_to_versions_that_are
         &[
             "main/main: version 1 is in use (id SHA-256 ",
             "Version 2 signs no more.",
-            "next: versions that are written by hand are not used from now on; `credbroker keys rollback main --key main --newest` or the next key that is registered ends that",
+            "undo: credbroker keys rollback main --key main --newest; the next key that is registered ends it as well. Until then no version that is written by hand is used.",
         ],
     );
     assert_eq!(signer(&lab, &mut bot).await, first.api_key);

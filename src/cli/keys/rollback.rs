@@ -7,17 +7,17 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::admin::{ADMIN, AdminFile, Failure, block_on};
-use super::door::{Door, pick};
 use super::register::{ended, shown};
-use super::text::paragraph;
-use super::{DONE, printable, say, show};
 use crate::api::proto::KeyState;
+use crate::cli::admin::{ADMIN, AdminFile, Failure, block_on};
+use crate::cli::door::{Door, pick};
+use crate::cli::text::paragraph;
+use crate::cli::{DONE, printable, show};
 use crate::ids::{AccountId, KeyName};
 use crate::keyring::vault::{Metadata, Notes, Vault};
 
 #[derive(Args, Debug)]
-pub(super) struct Options {
+pub(in crate::cli) struct Options {
     /// Account, as the rules name it.
     account: AccountId,
     /// Name of the key, where the account has several.
@@ -170,11 +170,11 @@ impl Step<'_> {
             text += &paragraph("note: ", &printable(reason));
         }
         if !options.newest {
-            let next = format!(
-                "versions that are written by hand are not used from now on; `credbroker keys rollback {account} --key {key} \
-                 --newest` or the next key that is registered ends that"
+            let undo = format!(
+                "credbroker keys rollback {account} --key {key} --newest; the next key that is registered ends it as well. Until \
+                 then no version that is written by hand is used."
             );
-            say(paragraph("next: ", &next).trim_end());
+            text += &paragraph("undo: ", &undo);
         }
         show(&text, DONE)
     }

@@ -4,19 +4,22 @@
 //! version is about to be written, the version itself (whole, on top of the one that was seen), the note of what it is.
 //! Until the last step the key that served goes on.
 
+use std::collections::BTreeSet;
+use std::future::poll_fn;
 use std::path::PathBuf;
+use std::task::Poll;
 use std::time::Duration;
 
 use clap::Args;
-use tokio::signal::ctrl_c;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::sleep;
 
-use super::admin::{ADMIN, AdminFile, Failure, block_on};
-use super::door::{Door, pick, scopes_of};
-use super::report::{is_refused, report};
-use super::text::{Style, paragraph};
-use super::{CONFIG, DONE, printable, say, secrets, show};
 use crate::api::proto::{Candidate, Finding, KeyFacts, KeyState, TestKeyRequest, TestKeyResponse};
+use crate::cli::admin::{ADMIN, AdminFile, Failure, block_on};
+use crate::cli::door::{Door, pick, scopes_of};
+use crate::cli::report::{is_refused, report};
+use crate::cli::text::{Style, paragraph};
+use crate::cli::{CONFIG, DONE, printable, say, secrets, show};
 use crate::clock::Clock;
 use crate::ids::{AccountId, AdminId, KeyName};
 use crate::keyring::vault::{Facts, Metadata, Notes, Registration, Vault, VaultError, WriteError};
@@ -35,11 +38,11 @@ const SHOWN_DIGITS: usize = 12;
 
 #[derive(Args, Debug)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
-pub(super) struct Options {
+pub(in crate::cli) struct Options {
     /// Account, as the rules name it.
     account: AccountId,
     /// What the key shall serve; may be repeated. Without it: what the rules say.
-    #[arg(long = "scope", value_parser = super::scope)]
+    #[arg(long = "scope", value_parser = crate::cli::scope)]
     scopes: Vec<Scope>,
     /// Name of the key, where the account has several.
     #[arg(long)]
@@ -78,14 +81,35 @@ pub(super) fn run(command: Command, options: &Options) -> u8 {
     harden();
     block_on(async || {
         tokio::select! {
+            // First, because the prompt hears of it too, and has more to say.
+            biased;
             ended = register(command, options) => ended,
             // The prompt listens for signals, and from then on they end nothing by themselves.
-            _ = ctrl_c() => Err(Failure::new(
+            () = stopped() => Err(Failure::new(
                 "interrupted",
                 "give the same command again: it says what Vault holds, and goes on",
             )),
         }
     })
+}
+
+/// Returns when a signal comes that would end the process.
+async fn stopped() {
+    let signals = [
+        SignalKind::hangup(),
+        SignalKind::interrupt(),
+        SignalKind::terminate(),
+    ];
+    let mut signals: Vec<_> = signals.into_iter().flat_map(signal).collect();
+    poll_fn(|context| {
+        let has_come = |signal: &mut Signal| signal.poll_recv(context).is_ready();
+        if signals.iter_mut().any(has_come) {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
+    })
+    .await;
 }
 
 async fn register(command: Command, options: &Options) -> Result<u8, Failure> {
@@ -96,8 +120,10 @@ async fn register(command: Command, options: &Options) -> Result<u8, Failure> {
     } else {
         Door::of_broker(&file).await?
     };
+    let keys = door.keys().await?;
+    let in_rules = keys.iter().map(|key| key.account.clone()).collect();
     let state = pick(
-        door.keys().await?,
+        keys,
         &options.account,
         options.key.as_ref(),
         &options.scopes,
@@ -112,6 +138,7 @@ async fn register(command: Command, options: &Options) -> Result<u8, Failure> {
         vault,
         admin,
         before: state,
+        in_rules,
     };
     let found = place.look().await?;
     place.check(command, &found, options.enable)?;
@@ -144,7 +171,7 @@ async fn register(command: Command, options: &Options) -> Result<u8, Failure> {
         &test,
         Clock::system().wall_ms(),
     );
-    if show(&told, DONE) != DONE {
+    if show(&(told + "\n"), DONE) != DONE {
         return Err(place.undone(&found, "the report cannot be shown", AGAIN));
     }
     if is_refused(&test) {
@@ -184,6 +211,8 @@ struct Place {
     admin: AdminId,
     /// How the broker had it before.
     before: KeyState,
+    /// Accounts that the rules name.
+    in_rules: BTreeSet<String>,
 }
 
 impl std::fmt::Display for Place {
@@ -328,7 +357,14 @@ impl Place {
                     continue;
                 };
                 if has(&found, digest, uid) {
-                    let taken = key_info::taken(account.as_str(), key.as_str());
+                    let mut taken = key_info::taken(account.as_str(), key.as_str());
+                    if !self.in_rules.contains(account.as_str()) {
+                        let free = format!(
+                            " The rules of this broker do not name account {account}: if no other broker does, delete \
+                             the versions of {account}/{key} in Vault, as deploy/vault/README.md shows."
+                        );
+                        taken.fix.push_str(&free);
+                    }
                     return Ok(Some(taken));
                 }
             }
