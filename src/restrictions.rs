@@ -69,6 +69,21 @@ pub struct Revoked {
     pub at_ms: i64,
 }
 
+/// How much is forbidden.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Counts {
+    /// Bots that are blocked.
+    pub blocked_bots: usize,
+    /// Accounts that are frozen by name.
+    pub frozen_accounts: usize,
+    /// Accounts that are halted by name.
+    pub halted_accounts: usize,
+    /// Whether all accounts are halted.
+    pub is_all_halted: bool,
+    /// Keys that are dead.
+    pub revoked_keys: usize,
+}
+
 /// An admin has forbidden it.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum Restricted {
@@ -148,6 +163,19 @@ impl Restrictions {
             return Err(Restricted::Frozen(account.clone()));
         }
         Ok(())
+    }
+
+    /// How much is forbidden.
+    pub fn counts(&self) -> Counts {
+        let state = self.state();
+        let unseen = state.revoked_unseen.values().map(BTreeMap::len);
+        Counts {
+            blocked_bots: state.blocked_bots.len(),
+            frozen_accounts: state.frozen_accounts.len(),
+            halted_accounts: state.halted_accounts.len(),
+            is_all_halted: state.halted_all.is_some(),
+            revoked_keys: state.revoked_keys.len() + unseen.sum::<usize>(),
+        }
     }
 
     /// Whether what adds risk on an account is refused.

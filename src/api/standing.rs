@@ -57,6 +57,8 @@ pub struct Standing {
     pub id: Option<KeyDigest>,
     /// What the reasons are about, so that none is told twice.
     topics: Vec<&'static str>,
+    /// Whether the account has a partner where it signs.
+    pub needs_partner_key: bool,
 }
 
 /// Every key that the rules name.
@@ -116,8 +118,14 @@ fn of(broker: &Broker, key: KeyStatus) -> Standing {
     } = key;
     let policy = broker.policy();
     let entry = policy.accounts().find(|entry| entry.id == account);
+    let scopes = entry.map(|entry| scopes(entry, &name)).unwrap_or_default();
+    let has_partner = |entry: &Arc<Account>| {
+        let mut partners = entry.partners.keys();
+        partners.any(|scope| scopes.contains(scope))
+    };
     let mut standing = Standing {
-        scopes: entry.map(|entry| scopes(entry, &name)).unwrap_or_default(),
+        needs_partner_key: entry.is_some_and(has_partner),
+        scopes,
         account,
         name,
         status: "untested",
