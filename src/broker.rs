@@ -30,8 +30,9 @@ use crate::clock::Clock;
 use crate::egress::proof::Proof;
 use crate::egress::{ConnectError, Egress, SendError};
 use crate::ids::{AccountId, BotId, RequestId, Who};
+use crate::keyring::usage::Refusal;
 use crate::keyring::{KeyUnavailable, Keyring, Lent};
-use crate::kucoin::{self, Answer, Endpoint, Key, Scope, UnsignedRequest, question};
+use crate::kucoin::{self, Answer, Endpoint, Key, Scope, UnsignedRequest, advice, question};
 use crate::outcome::{Outcome, Reason};
 use crate::policy::{Permit, Policy};
 use crate::restrictions::{KeyDigest, Restrictions};
@@ -366,7 +367,11 @@ impl Broker {
             if answer.outcome == Outcome::Accepted {
                 lent.usage.accepted(self.clock.wall_ms());
             } else if answer.outcome == Outcome::Rejected && refused {
-                let is_news = lent.usage.refused(&answer.code, self.clock.wall_ms());
+                let is_news = lent.usage.refused(Refusal {
+                    code: answer.code.clone(),
+                    advice: advice::for_bot(answer, permit.scope(), permit.endpoint()),
+                    at_ms: self.clock.wall_ms(),
+                });
                 if is_news && call.key.is_none() {
                     self.keyring.look_again(permit);
                 }

@@ -93,7 +93,7 @@ enum Command {
                                  credbroker health --ready --address 127.0.0.1:9464"
     )]
     Health(health::Probe),
-    /// Registers, tests and shows keys, and stops them.
+    /// Registers, tests, rotates, stops and shows keys.
     Keys {
         #[command(subcommand)]
         command: keys::Command,

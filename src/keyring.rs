@@ -23,7 +23,7 @@ use crate::kucoin::Key;
 use crate::policy::{Account, MaxStale, Permit};
 use crate::restrictions::{KeyDigest, Restrictions, Revoked};
 
-use trial::Report;
+use trial::{Report, Verdict};
 use usage::Usage;
 
 /// How long a refused request waits for another key at most; a test takes a few round trips to the exchange.
@@ -58,6 +58,10 @@ struct Place {
     is_on_trial: bool,
     /// What the last test said of the key in memory.
     tested: Option<Tested>,
+    /// Why the exchange has said nothing in a test after that.
+    unanswered: Option<String>,
+    /// The last key that was in memory here, or found to be revoked.
+    last: Option<KeyDigest>,
     look: Arc<Look>,
 }
 
@@ -140,8 +144,12 @@ pub struct KeyStatus {
     pub age: Option<Duration>,
     /// Whether it is so old that it signs nothing that adds risk.
     pub is_too_old: bool,
-    /// What its last test said.
+    /// What its last test said that the exchange answered.
     pub tested: Option<Tested>,
+    /// Why the exchange has said nothing in a test after that.
+    pub unanswered: Option<String>,
+    /// The last key that was in memory in this place, or found to be revoked.
+    pub last: Option<KeyDigest>,
 }
 
 /// The account's key is not in memory, or too old.
@@ -291,6 +299,8 @@ impl Keyring {
                     age,
                     is_too_old: age.is_some_and(|age| age > keys.max_stale.add_risk),
                     tested: place.tested.clone(),
+                    unanswered: place.unanswered.clone(),
+                    last: place.last,
                 }
             })
         });
@@ -348,12 +358,18 @@ impl Keyring {
         });
     }
 
+    /// Keeps that the key that Vault holds is a revoked one.
+    fn set_revoked(&self, account: &AccountId, name: &KeyName, key: KeyDigest) {
+        self.change(account, name, |place| place.last = Some(key));
+    }
+
     /// Keeps whether a key is being tested that may take this one's place.
     fn set_on_trial(&self, account: &AccountId, name: &KeyName, is_on_trial: bool) {
         self.change(account, name, |place| place.is_on_trial = is_on_trial);
     }
 
-    /// Keeps what a test said of the key in memory, unless another has taken its place meanwhile.
+    /// Keeps what a test said of the key in memory, unless another has taken its place meanwhile. A test that the
+    /// exchange did not answer leaves what is known as it is.
     pub fn set_tested(
         &self,
         account: &AccountId,
@@ -364,8 +380,15 @@ impl Keyring {
         let at_ms = self.clock.wall_ms();
         self.change(account, name, |place| {
             let is_it = matches!(&place.slot, Slot::Ready { key, .. } if Arc::ptr_eq(key, tested));
-            if is_it {
-                place.tested = Some(Tested { at_ms, report });
+            match &report.verdict {
+                _ if !is_it => {}
+                Verdict::Unclear(reason) if report.info.is_none() => {
+                    place.unanswered = Some(reason.clone());
+                }
+                _ => {
+                    place.tested = Some(Tested { at_ms, report });
+                    place.unanswered = None;
+                }
             }
         });
     }
@@ -462,6 +485,8 @@ impl Place {
             slot: Slot::Waiting("not read from Vault yet".to_owned()),
             is_on_trial: false,
             tested: None,
+            unanswered: None,
+            last: None,
             look: Arc::default(),
         }
     }
@@ -472,6 +497,10 @@ impl Place {
             (Slot::Ready { key, .. }, Slot::Ready { key: next, .. }) if Arc::ptr_eq(key, next));
         if !is_same {
             self.tested = None;
+            self.unanswered = None;
+        }
+        if let Slot::Ready { key, .. } = &slot {
+            self.last = Some(KeyDigest(key.id_sha256()));
         }
         self.slot = slot;
     }

@@ -198,12 +198,17 @@ impl Restrictions {
         self.state().revoked_keys.get(&key).cloned()
     }
 
-    /// Whether a key of this place has been revoked.
-    pub fn has_revoked(&self, account: &AccountId, name: &KeyName) -> bool {
+    /// Whether `last`, the last key known in this place, is dead, or the first one that Vault shows there will be.
+    pub fn has_revoked(
+        &self,
+        account: &AccountId,
+        name: &KeyName,
+        last: Option<KeyDigest>,
+    ) -> bool {
         let state = self.state();
-        let is_it = |revoked: &Revoked| revoked.account == *account && revoked.key == *name;
         let unseen = state.revoked_unseen.get(account);
-        state.revoked_keys.values().any(is_it) || unseen.is_some_and(|keys| keys.contains_key(name))
+        last.is_some_and(|key| state.revoked_keys.contains_key(&key))
+            || unseen.is_some_and(|keys| keys.contains_key(name))
     }
 
     /// Whether the first key that Vault shows in this place is dead; it is `key`, and is known to be from now on.

@@ -485,7 +485,11 @@ impl Halt<'_> {
     /// it goes again.
     async fn ask(&self, scope: Scope, ask: Ask) -> Result<Value, Unseen> {
         loop {
-            sleep_until(self.pace.next(Instant::now())).await;
+            let turn = self.pace.next(Instant::now());
+            if turn > self.until {
+                return Err(Unseen::Unknown("there was no time left to ask".to_owned()));
+            }
+            sleep_until(turn).await;
             let (who, account) = (self.who.clone(), &self.account.id);
             let asked = self.broker.ask_as(who, account, scope, ask.clone(), None);
             let answer = match asked.await {

@@ -101,7 +101,8 @@ fn halted(whose: &Whose, cancel_all: bool, response: &HaltResponse, style: Style
         text += &reported(one, style);
     }
     if !cancelled.is_empty() {
-        text.push('\n');
+        text += "\n";
+        text += &paragraph("open: ", &left(cancelled));
     }
     if cancel_all && cancelled.is_empty() {
         let what = "the rules name no key for it: nothing could be cancelled, and nobody has looked what is open";
@@ -113,10 +114,11 @@ fn halted(whose: &Whose, cancel_all: bool, response: &HaltResponse, style: Style
     }
     let next = match (cancel_all, is_clear) {
         (true, true) => None,
-        (true, false) => Some(format!(
+        (true, false) => Some(
             "give the same command again, which cancels what is left; or cancel it on KuCoin's site. `credbroker keys list` says \
              whether a key is the trouble"
-        )),
+                .to_owned(),
+        ),
         (false, _) => Some(format!(
             "orders that were open are open still: `credbroker halt {word} --cancel-all` cancels them"
         )),
@@ -128,21 +130,42 @@ fn halted(whose: &Whose, cancel_all: bool, response: &HaltResponse, style: Style
     (text, code)
 }
 
-/// What was asked about one account in one scope, what came, and what is left.
-fn reported(one: &Cancelled, style: Style) -> String {
-    let scope = match one.scope() {
+/// What is left of all of it, since the report is longer than a screen.
+fn left(cancelled: &[Cancelled]) -> String {
+    let places = cancelled.iter().filter_map(|one| {
+        let place = format!("{} in {}", one.account, scope(one));
+        match one.still_open {
+            Some(0) => None,
+            Some(open) => Some(format!("{open} on {place}")),
+            None => Some(format!("nobody knows on {place}")),
+        }
+    });
+    let places: Vec<_> = places.collect();
+    if places.is_empty() {
+        "none".to_owned()
+    } else {
+        places.join(", ")
+    }
+}
+
+fn scope(one: &Cancelled) -> &'static str {
+    match one.scope() {
         Scope::Futures => "futures",
         Scope::SpotMargin => "spot-margin",
         Scope::Unified => "unified",
         Scope::Unspecified => "unknown",
-    };
+    }
+}
+
+/// What was asked about one account in one scope, what came, and what is left.
+fn reported(one: &Cancelled, style: Style) -> String {
     let (level, left) = match one.still_open {
         Some(0) => (Level::Ok, "none open".to_owned()),
         Some(open) => (Level::Failed, format!("{open} still open")),
         None => (Level::Failed, "not known what is open".to_owned()),
     };
     let left = style.coloured(level, &left);
-    let mut text = format!("\n{} in {scope}: {left}\n", one.account);
+    let mut text = format!("\n{} in {}: {left}\n", one.account, scope(one));
     for probe in &one.probes {
         let level = match (probe.is_ok, one.still_open) {
             (true, _) => Level::Ok,
@@ -154,9 +177,9 @@ fn reported(one: &Cancelled, style: Style) -> String {
             &format!("{}: {}", probe.question, probe.answer),
         );
         let word = level.as_str();
-        let (shown, pad) = (style.coloured(level, word), 9 - word.len());
-        let rest = asked.trim_start();
-        text += &format!("  {shown}{}{rest}", " ".repeat(pad));
+        // Put in afterwards: colour takes no columns.
+        let shown = style.coloured(level, word) + &" ".repeat(9 - word.len());
+        text += &["  ", &shown, asked.trim_start()].concat();
     }
     text
 }
@@ -175,24 +198,17 @@ pub(super) fn resume(command: &Resume) -> u8 {
 }
 
 fn resumed(whose: &Whose, still_frozen: &[String]) -> String {
-    let mut text = paragraph(
-        "resumed: ",
-        &format!(
-            "{}, in force now. What adds risk goes through again.",
-            whose.name()
-        ),
-    );
-    if !still_frozen.is_empty() {
-        let accounts = still_frozen.join(", ");
-        text += &paragraph(
-            "but: ",
-            &format!(
-                "these refuse what adds risk still, since they are frozen, or halted with all accounts: {accounts}. `credbroker keys \
-                 thaw ACCOUNT` ends the one, `credbroker resume --all` the other"
-            ),
-        );
+    let name = whose.name();
+    if still_frozen.is_empty() {
+        let what = format!("{name}, in force now. What adds risk goes through again.");
+        return paragraph("resumed: ", &what);
     }
-    text
+    let accounts = still_frozen.join(", ");
+    let but = format!(
+        "what adds risk is refused still on {accounts}: frozen besides (`credbroker keys thaw ACCOUNT` ends that), or halted with \
+         all accounts (`credbroker resume --all`)."
+    );
+    paragraph("resumed: ", &format!("{name}, in force now.")) + &paragraph("but: ", &but)
 }
 
 #[cfg(test)]
@@ -252,6 +268,12 @@ mod tests {
                  not known: no answer came\n\n"
             );
             assert!(text.contains(&expected), "{text}");
+            let open = match still_open {
+                Some(0) => "none",
+                Some(_) => "3 on main in spot-margin",
+                None => "nobody knows on main in spot-margin",
+            };
+            assert!(text.contains(&format!("\nopen: {open}\n")), "{text}");
             assert_eq!(text.contains("\nnext: "), code == FAILED, "{text}");
             assert!(text.ends_with("undo: credbroker resume --all\n"), "{text}");
             assert!(

@@ -332,13 +332,16 @@ impl Watch {
         if let Err(error) = self.restrictions.seen(&self.account, &self.name, digest) {
             tracing::error!(account.id = %self.account, key = %self.name, %error, "revocation cannot be written");
         }
-        match self.restrictions.revoked(digest) {
-            Some(revoked) => Err(VaultError::Unusable(format!(
-                "version {version}: {}",
-                super::revoked_by(&revoked)
-            ))),
-            None => Ok(()),
+        let Some(revoked) = self.restrictions.revoked(digest) else {
+            return Ok(());
+        };
+        if self.serving().is_none() {
+            self.keyring.set_revoked(&self.account, &self.name, digest);
         }
+        Err(VaultError::Unusable(format!(
+            "version {version}: {}",
+            super::revoked_by(&revoked)
+        )))
     }
 
     /// Tests the key in memory now and then, and at once when it is new.

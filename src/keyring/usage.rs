@@ -1,7 +1,7 @@
 //! What the exchange has said about one key, in answers to real requests and to tests.
 
-use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// How long after one refusal the next one of the same kind is news again.
 const OLD_NEWS_MS: i64 = 5000;
@@ -11,7 +11,16 @@ const OLD_NEWS_MS: i64 = 5000;
 pub struct Usage {
     /// When the exchange last took a request that it signed: Unix time in milliseconds; 0: never.
     accepted_ms: AtomicI64,
-    refusal: Mutex<Option<Refusal>>,
+    /// Whether the exchange has refused the key since.
+    is_refused: AtomicBool,
+    refusal: Mutex<Option<Told>>,
+}
+
+/// A refusal, and since when the same one is known.
+#[derive(Debug)]
+struct Told {
+    refusal: Refusal,
+    since_ms: i64,
 }
 
 /// A refusal of the key itself, its address, its permissions or its version.
@@ -19,6 +28,8 @@ pub struct Usage {
 pub struct Refusal {
     /// KuCoin's code.
     pub code: String,
+    /// What the bot was told about it.
+    pub advice: String,
     /// When: Unix time in milliseconds.
     pub at_ms: i64,
 }
@@ -27,21 +38,21 @@ impl Usage {
     /// The exchange has taken a request that the key signed.
     pub fn accepted(&self, now_ms: i64) {
         self.accepted_ms.store(now_ms, Ordering::Relaxed);
+        self.is_refused.store(false, Ordering::Relaxed);
     }
 
     /// The exchange has refused the key. Returns whether that is news.
-    pub fn refused(&self, code: &str, now_ms: i64) -> bool {
-        let mut refusal = self.refusal.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_news = refusal
+    pub fn refused(&self, refusal: Refusal) -> bool {
+        let mut told = self.told();
+        let since_ms = told
             .as_ref()
-            .is_none_or(|before| before.code != code || now_ms - before.at_ms > OLD_NEWS_MS);
-        if is_news {
-            let code = code.to_owned();
-            *refusal = Some(Refusal {
-                code,
-                at_ms: now_ms,
-            });
-        }
+            .filter(|told| told.refusal.code == refusal.code)
+            .map(|told| told.since_ms)
+            .filter(|since_ms| refusal.at_ms - since_ms <= OLD_NEWS_MS);
+        let is_news = since_ms.is_none();
+        let since_ms = since_ms.unwrap_or(refusal.at_ms);
+        *told = Some(Told { refusal, since_ms });
+        self.is_refused.store(true, Ordering::Relaxed);
         is_news
     }
 
@@ -53,10 +64,42 @@ impl Usage {
 
     /// The last refusal, unless the exchange has taken a request since.
     pub fn refusal(&self) -> Option<Refusal> {
-        let refusal = self.refusal.lock().unwrap_or_else(PoisonError::into_inner);
-        let accepted_ms = self.accepted_ms.load(Ordering::Relaxed);
-        refusal
-            .clone()
-            .filter(|refusal| refusal.at_ms > accepted_ms)
+        let is_refused = self.is_refused.load(Ordering::Relaxed);
+        let told = self.told();
+        told.as_ref()
+            .filter(|_| is_refused)
+            .map(|told| told.refusal.clone())
+    }
+
+    fn told(&self) -> MutexGuard<'_, Option<Told>> {
+        self.refusal.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_stands_until_a_request_is_taken_and_is_news_now_and_then() {
+        let usage = Usage::default();
+        let refused = |code: &str, at_ms| {
+            usage.refused(Refusal {
+                code: code.to_owned(),
+                advice: format!("advice on {code}"),
+                at_ms,
+            })
+        };
+        assert_eq!((usage.accepted_ms(), usage.refusal()), (None, None));
+        assert!(refused("400003", 1000));
+        assert!(!refused("400003", 6000));
+        assert!(refused("400003", 6001), "however many came in between");
+        assert!(refused("400006", 6002));
+        assert_eq!(usage.refusal().unwrap().advice, "advice on 400006");
+        // Whatever the clock says: the order counts.
+        usage.accepted(5000);
+        assert_eq!((usage.accepted_ms(), usage.refusal()), (Some(5000), None));
+        assert!(!refused("400006", 6003));
+        assert_eq!(usage.refusal().unwrap().at_ms, 6003);
     }
 }

@@ -452,17 +452,21 @@ impl KeyInfo {
         }
     }
 
-    fn expiry(&self, now_ms: i64) -> Option<Finding> {
+    /// What is wrong with the time that the key has left.
+    pub fn expiry(&self, now_ms: i64) -> Option<Finding> {
         let left_ms = self.expires_at_ms?.saturating_sub(now_ms);
         let when = match left_ms.div_euclid(DAY_MS) {
-            ..0 => "has expired".to_owned(),
+            _ if self.has_expired(now_ms) => "has expired".to_owned(),
             0 => "expires in less than a day".to_owned(),
             1 => "expires in 1 day".to_owned(),
             days => format!("expires in {days} days"),
         };
         let fix = "Create a new key under API Management that lasts longer, and put it in this one's place.";
         let cause = format!("The key {when}.");
-        if left_ms < EXPIRY_REFUSED_DAYS * DAY_MS {
+        if self.has_expired(now_ms) {
+            let cause = format!("{cause} KuCoin takes no more requests with it.");
+            Some(Finding::refusal("expires-soon", cause, fix))
+        } else if left_ms < EXPIRY_REFUSED_DAYS * DAY_MS {
             let cause = format!("{cause} At least {EXPIRY_REFUSED_DAYS} days are asked for.");
             Some(Finding::refusal("expires-soon", cause, fix))
         } else if left_ms < EXPIRY_WARNED_DAYS * DAY_MS {
@@ -470,6 +474,11 @@ impl KeyInfo {
         } else {
             None
         }
+    }
+
+    /// Whether its time is over.
+    pub fn has_expired(&self, now_ms: i64) -> bool {
+        self.expires_at_ms.is_some_and(|at_ms| at_ms <= now_ms)
     }
 
     fn oddities(&self, expected: &Expected) -> Vec<Finding> {

@@ -1,13 +1,14 @@
 //! The emergency stop: nothing new gets through, everything open is withdrawn, and what is not is reported.
 
 use std::collections::BTreeSet;
+use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use credbroker::api::proto::{Cancelled, HaltRequest, Method, Outcome, Scope, SignAndSendRequest};
 use credbroker_sim::kucoin::{
-    Fault, FaultAction, KucoinSettings, KucoinSim, Limits, Order, SimKey, When,
+    Fault, FaultAction, KucoinSettings, KucoinSim, Limits, Order, ReceivedRequest, SimKey, When,
 };
 use serde_json::{Value, json};
 
@@ -27,7 +28,8 @@ fn rules() -> String {
     let mut rules = accounts.replace(keys, every);
     for account in ["main", "other"] {
         for scope in ["spot-margin", "futures", "unified"] {
-            rules += &format!(
+            let _ = write!(
+                rules,
                 "[[grant]]\nbot = \"spiffe://demo.test/bot/maker\"\naccount = \"{account}\"\nscope = \"{scope}\"\n\
                  allow = [\"read\", \"trade\"]\n"
             );
@@ -431,6 +433,10 @@ async fn a_key_without_a_permission_is_no_failure_of_the_rest() {
     lab.stop().await;
 }
 
+fn account_of(request: &ReceivedRequest) -> Option<&str> {
+    request.header("kc-api-key")
+}
+
 #[tokio::test]
 async fn an_exchange_that_says_too_many_is_waited_for() {
     let mut limits = Limits::none();
@@ -439,11 +445,13 @@ async fn an_exchange_that_says_too_many_is_waited_for() {
     let mut lab = Lab::with(settings()).await;
     place_each_kind(&lab, &["main", "other"]).await;
     lab.kucoin.set_limits(limits);
-    let path = "/api/v3/orders";
-    lab.kucoin.fault(Fault::once(
-        path,
-        FaultAction::RateLimited { reset_ms: None },
-    ));
+    let path = "/api/v1/stopOrders";
+    let reset_ms = Some(1700);
+    let fault = Fault::once(path, FaultAction::RateLimited { reset_ms });
+    lab.kucoin.fault(Fault {
+        method: Some("DELETE".to_owned()),
+        ..fault
+    });
     let from = lab.kucoin.received().len();
     let cancelled = cancel_all(&lab).await;
     for one in &cancelled {
@@ -451,6 +459,18 @@ async fn an_exchange_that_says_too_many_is_waited_for() {
     }
     assert!(open(&lab.kucoin).is_empty());
     let received = lab.kucoin.received().split_off(from);
+    let told = received.iter().find(|request| request.fault).unwrap();
+    let again = received.iter().find(|request| {
+        !request.fault
+            && request.target == told.target
+            && request.method == told.method
+            && account_of(request) == account_of(told)
+    });
+    let waited_ms = again.unwrap().at_ms - told.at_ms;
+    assert!(
+        waited_ms >= 1700,
+        "it was told to wait, and waited {waited_ms} ms"
+    );
     let refused: BTreeSet<_> = received
         .iter()
         .filter(|request| request.code() == Some("429000"))
@@ -573,7 +593,9 @@ async fn one_account_is_halted_alone() {
     );
     let resumed = lab.admin_cli("anna", &["resume", "main"]).await;
     assert!(
-        resumed.stdout.contains("refuse what adds risk still"),
+        resumed
+            .stdout
+            .contains("what adds risk is refused still on main"),
         "{resumed:?}"
     );
     assert_eq!(

@@ -29,7 +29,7 @@ mod login;
 mod methods;
 mod outages;
 mod policies;
-mod real;
+pub(crate) mod real;
 mod register;
 mod rotate;
 mod stale;

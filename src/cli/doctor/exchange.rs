@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 
-use super::{ASK_WITHIN, Line};
+use super::{ADDRESS_WITHIN, ASK_WITHIN, Line};
 use crate::broker::probes::{Unanswered, ask};
 use crate::clock::{Clock, MAX_UNCERTAINTY, Place, Sample};
 use crate::config::Config;
@@ -54,11 +54,15 @@ pub(super) async fn look(
         // All sites see the same address.
         let site = places.first().map(|(site, _)| *site).unwrap_or_default();
         let place = (site, Host::Spot);
-        if !places.contains(&place) {
-            let _ = egress.resolve(place).await;
-        }
-        let answer = timeout(ASK_WITHIN, my_ip(egress, clock, place)).await;
-        let answer = answer.unwrap_or_else(|_| Err(within(ASK_WITHIN)));
+        let ask = async {
+            if !places.contains(&place) {
+                // A name that is not known makes the question fail, and that is told.
+                let _ = egress.resolve(place).await;
+            }
+            my_ip(egress, clock, place).await
+        };
+        let late = |_| Err(within(ADDRESS_WITHIN));
+        let answer = timeout(ADDRESS_WITHIN, ask).await.unwrap_or_else(late);
         of_address(config, answer)
     };
     // After the names are resolved.
@@ -83,7 +87,7 @@ fn late(about: &str, limit: Duration) -> Line {
 /// The name, the connection and the time of one host.
 async fn host(config: &Config, egress: &Egress, clock: &Clock, place: Place) -> Vec<Line> {
     let about = name(place);
-    let (host, addresses) = match egress.resolve(place).await {
+    let host = match egress.resolve(place).await {
         Ok((host, addresses)) if addresses.is_empty() => {
             let detail = format!(
                 "{host} has no address that {} can reach",
@@ -92,7 +96,7 @@ async fn host(config: &Config, egress: &Egress, clock: &Clock, place: Place) -> 
             let fix = "egress.address is IPv4 or IPv6, and the host must have an address of that kind: correct egress.address";
             return vec![Line::failed("host", &about, detail, fix)];
         }
-        Ok(resolved) => resolved,
+        Ok((host, _)) => host,
         Err(error) => {
             let host = config
                 .origins
@@ -123,15 +127,12 @@ async fn host(config: &Config, egress: &Egress, clock: &Clock, place: Place) -> 
         server_ms,
     };
     clock.take_in(place, sample, false);
-    let tls = if config.origins.get(&place).is_some_and(|origin| origin.tls) {
-        ", TLS"
-    } else {
-        ""
+    let tls = match config.origins.get(&place) {
+        Some(origin) if origin.tls => " over TLS",
+        _ => "",
     };
-    let took_ms = (answered - asked).as_millis();
-    let count = addresses.len();
-    let reached =
-        format!("{host} is reached ({count} address(es){tls}), and answers in {took_ms} ms");
+    let took_ms = answered.saturating_sub(asked).as_millis();
+    let reached = format!("{host} answers{tls} in {took_ms} ms");
     vec![Line::ok("host", &about, reached), time(clock, place)]
 }
 
@@ -183,12 +184,13 @@ fn time(clock: &Clock, place: Place) -> Line {
             "compare with a third clock; is it KuCoin that answers there?",
         );
     };
-    let detail = format!(
-        "this machine's is {} ms {} the exchange's, to within {} ms",
-        offset_ms.abs(),
-        if offset_ms > 0 { "behind" } else { "ahead of" },
-        uncertainty.as_millis()
-    );
+    let off = match offset_ms {
+        0 => "agrees with".to_owned(),
+        1.. => format!("is {offset_ms} ms behind"),
+        _ => format!("is {} ms ahead of", offset_ms.abs()),
+    };
+    let within_ms = uncertainty.as_millis();
+    let detail = format!("this machine's {off} the exchange's, to within {within_ms} ms");
     if uncertainty > MAX_UNCERTAINTY {
         let fix = "the answer takes too long: look at the route to the exchange; what adds risk is refused";
         Line::failed("clock", &about, detail, fix)
@@ -202,7 +204,7 @@ fn time(clock: &Clock, place: Place) -> Line {
 }
 
 /// The address that the exchange sees, or why it did not tell.
-pub(super) async fn my_ip(egress: &Egress, clock: &Clock, place: Place) -> Result<IpAddr, String> {
+async fn my_ip(egress: &Egress, clock: &Clock, place: Place) -> Result<IpAddr, String> {
     let answer = ask(egress, clock, place, Question::MyIp).await;
     let (address, ..): (IpAddr, _, _) = answer.map_err(|error| cause(&error))?;
     Ok(address.to_canonical())

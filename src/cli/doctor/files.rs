@@ -9,7 +9,7 @@ use rustix::fs::{Access, access, statvfs};
 use rustls::RootCertStore;
 use x509_parser::time::ASN1Time;
 
-use super::{Line, no_roots};
+use super::Line;
 use crate::api::caller::not_after_ms;
 use crate::config::load::{self, Source, TlsSources};
 use crate::config::{Config, Roots};
@@ -150,16 +150,15 @@ fn date(ms: i64) -> String {
 /// CAs; none where they cannot be read, which the line says.
 pub(super) fn roots(key: &str, roots: &Roots) -> (RootCertStore, Option<Line>) {
     let problems = Problems::default();
-    match load::roots(key, roots, &problems) {
-        Some(roots) => (roots, None),
-        None => {
-            let problems = problems.into_result().err().unwrap_or_default();
-            let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();
-            let fix = format!("put the CA's certificate there, or correct {key}");
-            let line = Line::failed("certificate", "", problems.join("; "), fix);
-            (no_roots(), Some(line))
-        }
+    if let Some(roots) = load::roots(key, roots, &problems) {
+        return (roots, None);
     }
+    let problems = problems.into_result().err().unwrap_or_default();
+    let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();
+    let fix = format!("put the CA's certificate there, or correct {key}");
+    let line = Line::failed("certificate", "", problems.join("; "), fix);
+    // Nobody is trusted then.
+    (RootCertStore::empty(), Some(line))
 }
 
 /// The record: whether it can be written, and how much room is left. Returns why nothing can be recorded from here, if so.
@@ -170,6 +169,13 @@ pub(super) fn audit(config: &Config) -> (Vec<Line>, Result<(), String>) {
     let fix = "make it writable for the broker's user, or correct audit.file";
     let (there, recordable) = match OpenOptions::new().append(true).open(file) {
         Ok(_) => (format!("{name} can be written"), Ok(())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound && !folder.exists() => {
+            let reason = format!("the folder of {name} is not there yet");
+            let fix =
+                "start the broker, which makes state_dir, or make the folder for its user alone";
+            let line = Line::warning(check, "", &reason, fix);
+            return (vec![line], Err(reason));
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             // Made by somebody else it would keep the broker from its own record.
             let recordable = match (
@@ -311,6 +317,9 @@ fn forbidden(place: &str, counts: Counts) -> Line {
     } else {
         format!("{halted_accounts} account(s)")
     };
+    if counts == Counts::default() {
+        return Line::ok("state", "", format!("{place}; nothing is forbidden"));
+    }
     let detail = format!(
         "{place}; {frozen_accounts} account(s) frozen, {halted} halted, {blocked_bots} bot(s) blocked, {revoked_keys} key(s) revoked"
     );

@@ -77,22 +77,23 @@ pub(super) async fn test(broker: &Arc<Broker>, found: Found) -> Vec<Line> {
         })
         .collect();
     let version = found.version;
+    let has_findings = !lines.is_empty();
     match report.verdict {
-        Verdict::Good if lines.is_empty() => {
+        Verdict::Unclear(reason) => {
+            let detail = format!("version {version} in Vault is not tested: {reason}");
+            lines.push(Line::unseen(check, &about, detail));
+        }
+        // They say it all.
+        Verdict::Good | Verdict::Refused(_) if has_findings => {}
+        Verdict::Good => {
             let info = report.info.map(|info| described(&info, broker));
             let info = info.unwrap_or_default();
             let detail = format!("works (version {version} in Vault){info}");
             lines.push(Line::ok(check, &about, detail));
         }
-        Verdict::Good => {}
-        Verdict::Refused(reason) if lines.is_empty() => {
+        Verdict::Refused(reason) => {
             let fix = "look at the key on KuCoin's page, API Management";
             lines.push(Line::failed(check, &about, reason, fix));
-        }
-        Verdict::Refused(_) => {}
-        Verdict::Unclear(reason) => {
-            let detail = format!("version {version} in Vault is not tested: {reason}");
-            lines.push(Line::unseen(check, &about, detail));
         }
     }
     lines

@@ -263,7 +263,7 @@ impl Came<'_> {
         let (http_status, code) = (self.http_status, shown(self.code));
         let mut came = format!("HTTP {http_status}, code {code}, data: {kind}");
         if !self.msg.is_empty() {
-            came += &format!(", msg: {}", shown(self.msg));
+            came = format!("{came}, msg: {}", shown(self.msg));
         }
         let is_taken = http_status == 200 && self.code == "200000";
         let is_of_kind = documented.is_none_or(|documented| documented.kind() == kind);
@@ -274,6 +274,9 @@ impl Came<'_> {
         } else {
             Level::Warning
         };
+        if level == Level::Ok {
+            came += ", as documented";
+        }
         Compared {
             question,
             level,

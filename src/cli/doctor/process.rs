@@ -49,20 +49,25 @@ pub(super) fn lines(config: &Config, is_running: bool, hardened: &Hardened) -> V
         }
         Err(error) => unasked(error.to_string()),
     }];
-    let is_one = |name: &str| {
-        metrics
-            .lines()
-            .any(|line| line.strip_prefix(name) == Some(" 1.0"))
+    let gauge = |name: &str| {
+        let mut lines = metrics.lines();
+        lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))
     };
-    lines.push(if !is_one("credbroker_undumpable") {
-        let detail =
-            "the running broker's memory can be read: the system refuses to switch dumps off";
-        Line::failed("memory", "", detail, "its log says what the system refuses")
-    } else if is_one("credbroker_memory_locked") {
-        Line::ok("memory", "", "the running broker's is locked, out of swap")
-    } else {
-        let detail = "the running broker's is not locked: keys could be swapped out";
-        Line::warning("memory", "", detail, lock)
+    let is_one = |name| gauge(name) == Some("1");
+    let state = (
+        is_one("credbroker_undumpable"),
+        is_one("credbroker_memory_locked"),
+    );
+    lines.push(match state {
+        (true, true) => Line::ok("memory", "", "the running broker's is locked, out of swap"),
+        (true, false) => {
+            let detail = "the running broker's is not locked: keys could be swapped out";
+            Line::warning("memory", "", detail, lock)
+        }
+        (false, _) => {
+            let detail = "the running broker's can be read: the system refuses to switch dumps off";
+            Line::failed("memory", "", detail, "its log says what the system refuses")
+        }
     });
     lines
 }

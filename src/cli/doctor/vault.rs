@@ -146,12 +146,11 @@ async fn inside(
     match vault.token().await {
         Ok(Some(token)) => {
             let ends = match token.ttl_s {
-                0 => "does not end".to_owned(),
+                0 => "never ends".to_owned(),
                 ttl_s => format!("is good for {ttl_s} s"),
             };
             let policies = token.policies.join(", ");
-            let detail =
-                format!("the login works; the token {ends}, with the policies: {policies}");
+            let detail = format!("the login works; policies of the token: {policies}; it {ends}");
             lines.push(Line::ok(CHECK, "", detail));
         }
         Ok(None) => {
@@ -164,7 +163,7 @@ async fn inside(
                 CHECK,
                 "",
                 error.to_string(),
-                login_fix(&config.vault.auth),
+                login_fix(&error, &config.vault.auth),
             ));
             return Vec::new();
         }
@@ -208,7 +207,7 @@ async fn inside(
         lines.push(Line::ok(
             CHECK,
             "",
-            format!("gives all of the {count} key(s) of the rules"),
+            format!("gives every key of the rules ({count})"),
         ));
     }
     if let Some((account, name)) = readable {
@@ -314,7 +313,11 @@ fn of_writing(may: Result<Vec<&'static str>, VaultError>) -> Line {
     }
 }
 
-fn login_fix(auth: &Auth) -> String {
+fn login_fix(error: &VaultError, auth: &Auth) -> String {
+    if error.to_string().contains("sealed") {
+        return "unseal it; until then a running broker serves on with what it has in memory, within max_stale_s"
+            .to_owned();
+    }
     match auth {
         Auth::AppRole { secret_id_file, .. } => format!(
             "compare vault.auth.role_id with the role; put a fresh secret id into {}; is this machine's address in the role's \

@@ -68,11 +68,11 @@ pub(super) fn thaw(whose: &Whose) -> u8 {
         };
         let thaw = async |client: &mut Client, request| client.thaw_account(request).await;
         let response = admin.ask(DECIDE_WITHIN, request, thaw).await?;
-        Ok(show(&thawed(&whose.account, &response), DONE))
+        Ok(show(&thawed(&whose.account, response), DONE))
     })
 }
 
-fn thawed(account: &str, response: &ThawAccountResponse) -> String {
+fn thawed(account: &str, response: ThawAccountResponse) -> String {
     let mut text = match (response.was_frozen, response.is_halted) {
         (true, false) => {
             let what =
@@ -168,11 +168,11 @@ mod tests {
             (frozen(&account, false), "undo: credbroker keys thaw"),
             (frozen(&account, true), "it was frozen already"),
             (
-                thawed(&account, &response(true, false)),
+                thawed(&account, response(true, false)),
                 "goes through again",
             ),
-            (thawed(&account, &response(true, true)), "but: it is halted"),
-            (thawed(&account, &response(false, false)), "was not frozen"),
+            (thawed(&account, response(true, true)), "but: it is halted"),
+            (thawed(&account, response(false, false)), "was not frozen"),
         ];
         for (text, expected) in said {
             assert!(
