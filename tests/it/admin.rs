@@ -671,9 +671,7 @@ async fn a_command_that_cannot_get_through_says_why_and_what_to_do() {
             (Some(code), ""),
             "{said:?}"
         );
-        // Lines end where a terminal does.
-        let words: Vec<_> = said.stderr.split_whitespace().collect();
-        let words = words.join(" ");
+        let words = said.said();
         assert!(words.contains(what), "{what} is not in {words}");
         assert!(words.contains(fix.trim_end()), "{fix} is not in {words}");
     }

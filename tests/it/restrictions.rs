@@ -16,8 +16,8 @@ use tonic::Status;
 
 use crate::delivery::tls_of;
 use crate::harness::{
-    Bot, Lab, MAIN_UID, Patient, RULES, Settings, accounts, failure, futures_order, kv_path,
-    refusal, request, secret, spot_cancel_all, spot_order, until,
+    Bot, Lab, MAIN_UID, Patient, RULES, Settings, accounts, failure, futures_order, in_one_line,
+    kv_path, refusal, request, secret, spot_cancel_all, spot_order, until,
 };
 
 const ANNA: &str = "spiffe://demo.test/admin/anna";
@@ -171,7 +171,7 @@ async fn a_revoked_key_signs_nothing_a_second_later_and_stays_dead() {
         );
         let listed = lab.admin_cli("anna", &["keys", "list"]).await.stdout;
         assert!(
-            listed.contains("revoked            -  main/main"),
+            in_one_line(&listed).contains("main/main revoked - "),
             "wiped: {listed}"
         );
         load.until_more(|load| &load.refused).await;
@@ -270,10 +270,8 @@ async fn only_another_key_takes_the_place_of_a_revoked_one() {
     };
     let tested = lab.admin_client("anna").await.test_key(request).await;
     let tested = tested.unwrap().into_inner();
-    assert!(
-        tested.probes[0].answer.contains("has revoked it"),
-        "{tested:?}"
-    );
+    let found = tested.findings.iter().find(|finding| finding.is_refusal);
+    assert_eq!(found.unwrap().name, "key-revoked", "{tested:?}");
     assert_eq!(lab.kucoin.everything_received().len(), asked);
 
     // Written again, made anew so that its versions count from 1, and under another name: it is the same key.
@@ -579,7 +577,7 @@ async fn a_full_disk_keeps_nobody_from_forbidding_and_the_admin_knows() {
     let mut bot = lab.patient_bot("maker").await;
     let frozen = lab.admin_cli("anna", &["keys", "freeze", "main"]).await;
     assert_eq!((frozen.code, frozen.stdout.as_str()), (Some(1), ""));
-    assert!(frozen.stderr.starts_with(told), "{}", frozen.stderr);
+    assert!(frozen.said().starts_with(told), "{}", frozen.stderr);
     assert_eq!(
         refused(&mut bot, spot_order("never")).await.unwrap(),
         "ACCOUNT_FROZEN"
@@ -587,7 +585,7 @@ async fn a_full_disk_keeps_nobody_from_forbidding_and_the_admin_knows() {
     // Both of its keys, although the first one fails.
     let revoked = lab.admin_cli("anna", &["keys", "revoke", "main"]).await;
     assert!(
-        revoked.code == Some(1) && revoked.stderr.starts_with(told),
+        revoked.code == Some(1) && revoked.said().starts_with(told),
         "{revoked:?}"
     );
     let read = request(Scope::Futures, Method::Get, "/api/v1/orders", "");
@@ -596,7 +594,7 @@ async fn a_full_disk_keeps_nobody_from_forbidding_and_the_admin_knows() {
     }
     let blocked = lab.admin_cli("anna", &["bots", "block", MAKER]).await;
     assert!(
-        blocked.code == Some(1) && blocked.stderr.starts_with(told),
+        blocked.code == Some(1) && blocked.said().starts_with(told),
         "{blocked:?}"
     );
     assert_eq!(
@@ -604,7 +602,7 @@ async fn a_full_disk_keeps_nobody_from_forbidding_and_the_admin_knows() {
         "CALLER_BLOCKED"
     );
     let lifted = lab.admin_cli("anna", &["bots", "unblock", MAKER]).await;
-    assert!(lifted.stderr.contains("it is still in force"), "{lifted:?}");
+    assert!(lifted.said().contains("it is still in force"), "{lifted:?}");
     assert_eq!(
         refused(&mut bot, accounts()).await.unwrap(),
         "CALLER_BLOCKED"
