@@ -1,6 +1,6 @@
 //! Withdraws all open orders, over the one request path: what the emergency stop does once nothing new gets through.
 //!
-//! Each kind of order has requests of its own that cancel it, and a list that shows it; [`KINDS`] is the table. What is
+//! Each kind of order has requests of its own that cancel it, and a list that shows it; `KINDS` is the table. What is
 //! reported as open is what the lists say in the end, whatever the exchange answered to the cancellations: it only takes
 //! them on.
 
