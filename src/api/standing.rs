@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use crate::broker::Broker;
 use crate::ids::{AccountId, KeyName};
-use crate::keyring::trial::{Report, Verdict};
-use crate::keyring::{KeyStatus, Slot};
+use crate::keyring::trial::Verdict;
+use crate::keyring::usage::Refusal;
+use crate::keyring::{KeyStatus, Slot, Tested};
 use crate::kucoin::Scope;
 use crate::kucoin::key_info::{self, Finding, KeyInfo};
 use crate::policy::Account;
@@ -52,6 +53,8 @@ pub struct Standing {
     pub tested_ms: Option<i64>,
     /// SHA-256 of its id.
     pub id: Option<KeyDigest>,
+    /// The same; where none is in memory, of the key that was there last.
+    pub last: Option<KeyDigest>,
 }
 
 /// Every key that the rules name.
@@ -75,6 +78,7 @@ fn of(broker: &Broker, key: KeyStatus) -> Standing {
         age,
         is_too_old,
         tested,
+        last,
     } = key;
     let policy = broker.policy();
     let entry = policy.accounts().find(|entry| entry.id == account);
@@ -90,18 +94,14 @@ fn of(broker: &Broker, key: KeyStatus) -> Standing {
         used_ms: None,
         tested_ms: None,
         id: None,
+        last,
     };
     let frozen = frozen(broker, &standing.account);
     match slot {
-        Slot::Gone(reason) => {
-            let is_revoked = broker
-                .restrictions
-                .has_revoked(&standing.account, &standing.name);
-            let status = if is_revoked { "revoked" } else { "unavailable" };
-            standing.is(status, Some(reason));
-        }
+        Slot::Gone(reason) => standing.is(absent(broker, &standing), Some(reason)),
         Slot::Waiting(reason) => {
-            standing.is("unavailable", Some(format!("waiting for Vault: {reason}")));
+            let reason = format!("waiting for Vault: {reason}");
+            standing.is(absent(broker, &standing), Some(reason));
         }
         Slot::Ready {
             key,
@@ -117,7 +117,12 @@ fn of(broker: &Broker, key: KeyStatus) -> Standing {
             if standing.used_ms.is_some() {
                 standing.is("connected", None);
             }
-            if let Some(refusal) = usage.refusal() {
+            let is_mended = |refusal: &Refusal| {
+                tested.as_ref().is_some_and(|tested| {
+                    tested.report.verdict == Verdict::Good && tested.at_ms > refusal.at_ms
+                })
+            };
+            if let Some(refusal) = usage.refusal().filter(|refusal| !is_mended(refusal)) {
                 let scope = standing.scopes.first().copied();
                 let scope = scope.unwrap_or(Scope::SpotMargin);
                 let ip = broker.proof.expected();
@@ -127,7 +132,7 @@ fn of(broker: &Broker, key: KeyStatus) -> Standing {
                 standing.is(status, Some(sentence(&found)));
             }
             if let Some(tested) = tested {
-                standing.heed(broker, tested.at_ms, &tested.report);
+                standing.heed(broker, &tested);
             }
             let unused = problem.map(|problem| format!("a newer version is not used: {problem}"));
             standing.is_wrong("degraded", unused);
@@ -178,44 +183,74 @@ impl Standing {
     }
 
     /// Takes in what the last test said.
-    fn heed(&mut self, broker: &Broker, at_ms: i64, report: &Report) {
-        self.tested_ms = Some(at_ms);
+    fn heed(&mut self, broker: &Broker, tested: &Tested) {
+        let Tested {
+            at_ms,
+            report,
+            unanswered,
+        } = tested;
+        self.tested_ms = Some(*at_ms);
+        let has_signed_since = self.used_ms.is_some_and(|used_ms| used_ms > *at_ms);
         match &report.verdict {
             Verdict::Good => self.is("connected", None),
             // A key that has signed since is not refused any more.
-            Verdict::Refused(_) if self.used_ms.is_some_and(|used_ms| used_ms > at_ms) => {}
+            Verdict::Refused(_) if has_signed_since => {}
             Verdict::Refused(reason) => {
                 let found = report.findings.iter().any(|finding| finding.is_refusal);
                 self.is("refused", (!found).then(|| reason.clone()));
             }
-            Verdict::Unclear(reason) => {
-                let reason = format!("the last test has no answer: {reason}");
-                self.is_wrong(
-                    if self.used_ms.is_some() {
-                        "connected"
-                    } else {
-                        "degraded"
-                    },
-                    Some(reason),
-                );
+            Verdict::Unclear(reason) if self.used_ms.is_some() => {
+                self.is("connected", Some(no_answer(reason)));
             }
+            Verdict::Unclear(reason) => self.is("degraded", Some(no_answer(reason))),
         }
-        for finding in report.findings.iter().filter(|finding| finding.is_refusal) {
+        if let Some(reason) = unanswered {
+            self.is("untested", Some(no_answer(reason)));
+        }
+        // What the exchange said when it refused the key is over with that; what it told about the key is not.
+        let is_over = has_signed_since && report.info.is_none();
+        let refusals = report.findings.iter().filter(|finding| {
+            finding.is_refusal && !is_over && finding.name != key_info::EXPIRES_SOON
+        });
+        for finding in refusals {
             let status = match finding.name {
-                "expires-soon" => "expiring",
                 "inactivity-rule" | "ip-restriction-missing" => "at-risk",
                 _ => "degraded",
             };
             self.is(status, Some(sentence(finding)));
         }
-        let warned = report.findings.iter().find(|f| f.name == "expires-soon");
-        self.is_wrong("expiring", warned.map(sentence));
+        // Time has passed since the test.
+        let now_ms = broker.clock.wall_ms();
+        let expiry = report.info.as_ref().and_then(|info| info.expiry(now_ms));
+        self.is_wrong("expiring", expiry.as_ref().map(sentence));
         self.is_whitelisted = report
             .info
             .as_ref()
             .and_then(|info| info.admits(broker.proof.expected()));
         self.info.clone_from(&report.info);
     }
+}
+
+fn no_answer(reason: &str) -> String {
+    format!("the last test has no answer: {reason}")
+}
+
+/// The word for a key that is not in memory.
+fn absent(broker: &Broker, standing: &Standing) -> &'static str {
+    let Standing {
+        account,
+        name,
+        last,
+        ..
+    } = standing;
+    let is_revoked = match last {
+        Some(key) => broker
+            .restrictions
+            .revoked_in(account, name, *key)
+            .is_some(),
+        None => broker.restrictions.has_revoked_unseen(account, name),
+    };
+    if is_revoked { "revoked" } else { "unavailable" }
 }
 
 /// The scopes that a key serves, by the rules.

@@ -18,6 +18,9 @@ const EXPIRY_REFUSED_DAYS: i64 = 14;
 /// A key that ends sooner is warned of.
 const EXPIRY_WARNED_DAYS: i64 = 30;
 
+/// Name of the finding that a key ends soon, or has ended.
+pub const EXPIRES_SOON: &str = "expires-soon";
+
 /// KuCoin deletes a trading key without IP restriction, or its trade permissions, after this long without use.
 const INACTIVITY_DAYS: i64 = 30;
 
@@ -452,7 +455,8 @@ impl KeyInfo {
         }
     }
 
-    fn expiry(&self, now_ms: i64) -> Option<Finding> {
+    /// What is wrong with when the key ends, as of `now_ms`.
+    pub fn expiry(&self, now_ms: i64) -> Option<Finding> {
         let left_ms = self.expires_at_ms?.saturating_sub(now_ms);
         let when = match left_ms.div_euclid(DAY_MS) {
             ..0 => "has expired".to_owned(),
@@ -464,9 +468,9 @@ impl KeyInfo {
         let cause = format!("The key {when}.");
         if left_ms < EXPIRY_REFUSED_DAYS * DAY_MS {
             let cause = format!("{cause} At least {EXPIRY_REFUSED_DAYS} days are asked for.");
-            Some(Finding::refusal("expires-soon", cause, fix))
+            Some(Finding::refusal(EXPIRES_SOON, cause, fix))
         } else if left_ms < EXPIRY_WARNED_DAYS * DAY_MS {
-            Some(Finding::warning("expires-soon", cause, fix))
+            Some(Finding::warning(EXPIRES_SOON, cause, fix))
         } else {
             None
         }
@@ -1089,7 +1093,7 @@ mod tests {
         let ends_in = |ms: i64| json!({"expiredAt": NOW_MS + ms});
         says(
             &refused(ends_in(9 * DAY_MS + 1), &expected()),
-            "expires-soon",
+            EXPIRES_SOON,
             "The key expires in 9 days. At least 14 days are asked for.",
             "Create a new key under API Management that lasts longer, and put it in this one's place.",
         );
@@ -1104,7 +1108,7 @@ mod tests {
         let (name, cause, _) = warned(ends_in(14 * DAY_MS), &expected());
         assert_eq!(
             (name, cause.as_str()),
-            ("expires-soon", "The key expires in 14 days.")
+            (EXPIRES_SOON, "The key expires in 14 days.")
         );
         assert_eq!(key(ends_in(30 * DAY_MS)).judge(&expected()), []);
     }
@@ -1177,7 +1181,7 @@ mod tests {
             ("permission-missing", true),
             ("withdrawal-permission", true),
             ("ip-restriction-missing", true),
-            ("expires-soon", true),
+            (EXPIRES_SOON, true),
             ("site-unknown", false),
             ("permission-unneeded", false),
             ("inactivity-rule", false),

@@ -33,6 +33,7 @@ mod real;
 mod stale;
 mod succession;
 mod token_life;
+mod trials;
 mod wrapped;
 mod write;
 
