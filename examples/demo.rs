@@ -6,6 +6,7 @@
 
 use std::fs::Permissions;
 use std::io::{self, Write};
+use std::net::Ipv4Addr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
@@ -107,7 +108,11 @@ impl Demo {
         vault.mount_kv("kv");
         let kucoin = KucoinSim::start(KucoinSettings::default()).await?;
         for (account, uid) in ACCOUNTS {
-            let key = SimKey::fake(uid);
+            // Bound to the broker's address, as real keys should be.
+            let key = SimKey {
+                ip_whitelist: vec![Ipv4Addr::LOCALHOST.into()],
+                ..SimKey::fake(uid)
+            };
             let secret = json!({
                 "api_key": key.api_key, "api_secret": key.api_secret, "passphrase": key.passphrase, "key_version": 3,
             });
@@ -122,16 +127,19 @@ impl Demo {
         say!("simulated KuCoin, futures  {}", kucoin.futures_url());
 
         let ca = Ca::new("throw-away CA of the credbroker demo")?;
-        let (server, bot) = (ca.server()?, ca.bot("demo")?);
-        write_files(folder, &vault, &kucoin, &ca, &server, &bot)?;
+        let bot = ca.bot("demo")?;
+        write_files(folder, &vault, &kucoin, &ca, &bot)?;
         let config = std::fs::read_to_string(folder.join("config.toml"))?;
         let config =
             Config::parse(&config, folder).map_err(|problems| anyhow::anyhow!("{problems:?}"))?;
         let server = Server::start(config).await?;
+        let admin = server.admin.context("no door for admins")?;
+        write_admin(folder, &ca, &admin.to_string())?;
         say!(
             "broker                     {}   gRPC, TLS 1.3, client certificates",
             server.grpc
         );
+        say!("broker, for admins         {admin}");
         say!("broker, health and metrics http://{}", server.ops);
         say!(
             "the bot                    holds a certificate (spiffe://demo.test/bot/demo) and no key of any exchange"
@@ -363,6 +371,8 @@ impl Demo {
         say!(".venv/bin/python examples/bot.py {grpc} {folder}\n");
         say!("# the bot of examples/bot.rs");
         say!("cargo run --release --example bot -- {grpc} {folder}\n");
+        say!("# how the keys are, for the admin of {folder}/admin.toml");
+        say!("cargo run --release -- keys list --admin {folder}/admin.toml\n");
         say!("# readiness and metrics; the record; the metadata of a key in the simulated Vault");
         say!("curl -s http://{ops}/readyz http://{ops}/metrics");
         say!("cat {folder}/state/audit.jsonl");
@@ -447,9 +457,9 @@ fn write_files(
     vault: &VaultSim,
     kucoin: &KucoinSim,
     ca: &Ca,
-    server: &Identity,
     bot: &Identity,
-) -> io::Result<()> {
+) -> anyhow::Result<()> {
+    let server = ca.server()?;
     let config = format!(
         r#"rules = "rules.toml"
 state_dir = "state"
@@ -457,6 +467,7 @@ state_dir = "state"
 [listen]
 grpc = "127.0.0.1:0"
 ops = "127.0.0.1:0"
+admin = "127.0.0.1:0"
 
 [tls]
 certificate = "server.pem"
@@ -488,6 +499,22 @@ futures = "{}"
         ("server.key", &server.key_pem),
         ("bot.pem", &bot.certificate_pem),
         ("bot.key", &bot.key_pem),
+    ] {
+        std::fs::write(folder.join(name), text)?;
+    }
+    Ok(())
+}
+
+/// What the commands of an admin need.
+fn write_admin(folder: &Path, ca: &Ca, broker: &str) -> anyhow::Result<()> {
+    let admin = ca.admin("demo")?;
+    let toml = format!(
+        "broker = \"{broker}\"\nca = \"ca.pem\"\ncertificate = \"admin.pem\"\nkey = \"admin.key\"\n"
+    );
+    for (name, text) in [
+        ("admin.toml", &toml),
+        ("admin.pem", &admin.certificate_pem),
+        ("admin.key", &admin.key_pem),
     ] {
         std::fs::write(folder.join(name), text)?;
     }

@@ -10,6 +10,7 @@ pub mod halt;
 pub mod probes;
 pub mod trial;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
@@ -18,7 +19,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -28,10 +29,11 @@ use crate::audit::{Audit, Caller, Ending, Recorded};
 use crate::clock::Clock;
 use crate::egress::proof::Proof;
 use crate::egress::{ConnectError, Egress, SendError};
-use crate::ids::{BotId, RequestId, Who};
+use crate::ids::{AccountId, BotId, RequestId, Who};
+use crate::keyring::usage::Refusal;
 use crate::keyring::{KeyUnavailable, Keyring, Lent};
 use crate::kucoin::{
-    self, Answer, CREDENTIALS_REFUSED, Endpoint, Key, Scope, UnsignedRequest, question,
+    self, Answer, CREDENTIALS_REFUSED, Endpoint, Key, Scope, UnsignedRequest, advice, question,
 };
 use crate::outcome::{Outcome, Reason};
 use crate::policy::{Permit, Policy};
@@ -90,6 +92,8 @@ pub struct Calls {
     give_up: CancellationToken,
     /// Calls that ended after the stop began with nobody knowing whether they were executed.
     unresolved: AtomicU64,
+    /// How many may be adding risk, per account: a halt waits for their end.
+    adding_risk: watch::Sender<BTreeMap<AccountId, u64>>,
 }
 
 /// One call of a bot, or of an admin, or of the broker itself.
@@ -285,6 +289,9 @@ impl Broker {
             let moved = io::Error::other("the account has moved to another site meanwhile");
             return Err(ConnectError::Failed(moved).into());
         }
+        // A halt that this check does not see yet sees this call.
+        let account = &permit.account().id;
+        let _adding = permit.adds_risk().then(|| self.calls.add_risk(account));
         self.check_surroundings(&call.who, permit)?;
         let signing = Instant::now();
         let lent = self.key(call, permit)?;
@@ -365,7 +372,11 @@ impl Broker {
             if answer.outcome == Outcome::Accepted {
                 lent.usage.accepted(self.clock.wall_ms());
             } else if answer.outcome == Outcome::Rejected && refused {
-                let is_news = lent.usage.refused(&answer.code, self.clock.wall_ms());
+                let is_news = lent.usage.refused(Refusal {
+                    code: answer.code.clone(),
+                    advice: advice::for_bot(answer, permit.scope(), permit.endpoint()),
+                    at_ms: self.clock.wall_ms(),
+                });
                 if is_news && call.key.is_none() {
                     self.keyring.look_again(permit);
                 }

@@ -1,12 +1,16 @@
 //! The command line: one file per command.
 
 pub mod admin;
+mod bots;
 mod check_config;
+mod doctor;
+mod door;
 mod explain;
+mod halt;
 mod health;
 mod keys;
 mod policy;
-#[expect(dead_code, reason = "the commands on keys call it")]
+mod report;
 mod secrets;
 mod serve;
 pub mod text;
@@ -14,6 +18,7 @@ pub mod text;
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 
@@ -23,6 +28,9 @@ use crate::toml_file::Problem;
 
 /// Where the configuration file is, unless the command line says otherwise.
 const CONFIG: &str = "/etc/credbroker/config.toml";
+
+/// How long the broker gets to put on disk what an admin forbids or allows.
+const DECIDE_WITHIN: Duration = Duration::from_secs(30);
 
 /// Done.
 const DONE: u8 = 0;
@@ -41,12 +49,26 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Keeps bots out, and lets them in again.
+    Bots {
+        #[command(subcommand)]
+        command: bots::Command,
+    },
     /// Reports every problem of the configuration, the rules and the files they name.
     CheckConfig {
         /// The configuration file.
         #[arg(long, default_value = CONFIG)]
         config: PathBuf,
     },
+    /// Looks at everything that the broker needs, and says what is wrong and what to do; the broker need not run.
+    ///
+    /// Changes nothing. What it asks of the exchange with a key is on record in the audit file. Exit code 0: all is well,
+    /// perhaps with warnings; 1: something failed; 2: usage, or a configuration that cannot be read.
+    #[command(
+        after_long_help = "Examples:\n  credbroker doctor\n  credbroker doctor --live main > report.txt\n\n\
+                           With --json, one object a line: {\"check\":…,\"status\":…,\"detail\":…,\"fix\":…}"
+    )]
+    Doctor(doctor::Arguments),
     /// Says what a code of `KuCoin`'s means, why it usually comes, and what to do; without a code, lists them all.
     ///
     /// Exit code 0: explained; 1: there is no advice on this code; 2: usage.
@@ -54,6 +76,15 @@ enum Command {
         after_long_help = "Examples:\n  credbroker explain 400006\n  credbroker explain 200002 --scope futures\n  credbroker explain funds-in-main"
     )]
     Explain(explain::Question),
+    /// The emergency stop: refuses what adds risk on an account or on all of them, and cancels open orders if asked to.
+    ///
+    /// Exit code 0: done, and with --cancel-all nothing is open; 1: the broker was not reached, or refused, or something is
+    /// open, or it is not known; 2: usage or admin.toml.
+    #[command(
+        after_long_help = "Examples:\n  credbroker halt --all --cancel-all\n  credbroker halt main\n\nOrders are cancelled with the keys in memory: \
+                                 halt before you revoke."
+    )]
+    Halt(halt::Halt),
     /// Asks a running broker whether it is healthy, and prints its answer.
     ///
     /// Exit code 0: it is; 1: it is not, or no answer came within 2 s; 2: usage or configuration.
@@ -62,7 +93,7 @@ enum Command {
                                  credbroker health --ready --address 127.0.0.1:9464"
     )]
     Health(health::Probe),
-    /// Shows the keys of a running broker.
+    /// Registers, tests, rotates, stops and shows keys.
     Keys {
         #[command(subcommand)]
         command: keys::Command,
@@ -72,6 +103,10 @@ enum Command {
         #[command(subcommand)]
         command: policy::Command,
     },
+    /// Ends a halt.
+    ///
+    /// Exit code 0: done; 1: the broker was not reached, or refused; 2: usage or admin.toml.
+    Resume(halt::Resume),
     /// Runs the broker until SIGTERM or Ctrl-C.
     Serve {
         /// The configuration file.
@@ -84,11 +119,15 @@ enum Command {
 pub fn run() -> ExitCode {
     let Arguments { command } = Arguments::parse();
     ExitCode::from(match command {
+        Command::Bots { command } => bots::run(&command),
         Command::CheckConfig { config } => check_config::run(&config),
+        Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Explain(question) => explain::run(&question),
+        Command::Halt(command) => halt::halt(&command),
         Command::Health(probe) => health::run(&probe),
         Command::Keys { command } => keys::run(&command),
         Command::Policy { command } => policy::run(&command),
+        Command::Resume(command) => halt::resume(&command),
         Command::Serve { config } => serve::run(&config),
     })
 }

@@ -8,6 +8,7 @@ mod pool;
 pub mod proof;
 
 use std::collections::{BTreeSet, HashMap};
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -104,7 +105,7 @@ pub enum ConnectError {
     NoHost(Site, Host),
     /// TCP or TLS failed.
     #[error("the exchange could not be reached; nothing was sent")]
-    Failed(#[source] std::io::Error),
+    Failed(#[source] io::Error),
     /// HTTP could not be set up.
     #[error("the exchange could not be reached; nothing was sent")]
     Handshake(#[source] hyper::Error),
@@ -172,13 +173,33 @@ impl Egress {
         }
         for destination in distinct {
             // A name that does not resolve now is asked for again; it must not keep the broker from starting.
-            let _ = timeout(
-                self.settings.connect_timeout,
-                destination.resolve(self.settings.address),
-            )
-            .await;
+            destination.refresh(&self.settings).await;
             tokio::spawn(Arc::clone(destination).maintain(self.settings.clone()));
         }
+    }
+
+    /// Asks once for the name of a host, and keeps nothing fresh; for whoever does not [`start`](Self::start).
+    ///
+    /// Returns the name, and the addresses that can be reached from the egress address.
+    ///
+    /// # Errors
+    /// When there is no such host, or nobody answers in time.
+    pub async fn resolve(
+        &self,
+        place: (Site, Host),
+    ) -> Result<(String, Vec<SocketAddr>), ConnectError> {
+        let destination = self.destination(place)?;
+        let limit = self.settings.connect_timeout;
+        timeout(limit, destination.resolve(self.settings.address))
+            .await
+            .map_err(|_| ConnectError::Timeout(limit))?
+            .map_err(ConnectError::Failed)?;
+        Ok((destination.origin.name.clone(), destination.addresses()))
+    }
+
+    /// How long it waits for a whole answer: past that no call is in flight.
+    pub fn answer_timeout(&self) -> Duration {
+        self.settings.answer_timeout
     }
 
     /// Those of `places` whose name has never been resolved.
@@ -200,10 +221,7 @@ impl Egress {
         place: (Site, Host),
         repeatable: bool,
     ) -> Result<Connection, ConnectError> {
-        let destination = self
-            .destinations
-            .get(&place)
-            .ok_or(ConnectError::NoHost(place.0, place.1))?;
+        let destination = self.destination(place)?;
         let max_idle = if repeatable {
             self.settings.max_idle
         } else {
@@ -239,6 +257,11 @@ impl Egress {
         question: Question,
     ) -> Result<Response<Bytes>, SendError> {
         self.exchange(connection, question.request()).await
+    }
+
+    fn destination(&self, place: (Site, Host)) -> Result<&Arc<Destination>, ConnectError> {
+        let destination = self.destinations.get(&place);
+        destination.ok_or(ConnectError::NoHost(place.0, place.1))
     }
 
     async fn exchange(
@@ -328,14 +351,20 @@ impl Destination {
             .clone()
     }
 
-    /// Asks for the name.
-    async fn resolve(&self, source: IpAddr) {
+    /// Asks for the name. Fails when nobody answers; the last addresses serve on then.
+    async fn resolve(&self, source: IpAddr) -> io::Result<()> {
         let name = (self.origin.name.as_str(), self.origin.port);
-        let found = tokio::net::lookup_host(name).await;
-        if let Err(error) = &found {
+        let found = tokio::net::lookup_host(name).await?;
+        self.keep(found, source);
+        Ok(())
+    }
+
+    /// The same within a time limit: a name server that hangs must not hold up anything else.
+    async fn refresh(&self, settings: &EgressSettings) {
+        let resolving = self.resolve(settings.address);
+        if let Ok(Err(error)) = timeout(settings.connect_timeout, resolving).await {
             tracing::warn!(host = self.origin.name, %error, "name cannot be resolved; the last addresses serve on");
         }
-        self.keep(found.into_iter().flatten(), source);
     }
 
     /// Keeps what can be reached from `source`; without a usable address the last good answer stays.
@@ -370,8 +399,7 @@ impl Destination {
             }
             tokio::time::sleep(MAINTAIN_EVERY).await;
             if self.addresses().is_empty() || resolved.elapsed() >= RESOLVE_EVERY {
-                // A name server that hangs must not keep connections from being made ready.
-                let _ = timeout(settings.connect_timeout, self.resolve(settings.address)).await;
+                self.refresh(&settings).await;
                 resolved = Instant::now();
             }
         }

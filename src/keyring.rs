@@ -60,20 +60,20 @@ struct Place {
     is_on_trial: bool,
     /// What the last test said of the key in memory.
     tested: Option<Tested>,
-    /// The key that is in memory, or was there last.
+    /// Why the exchange has said nothing in a test after that.
+    unanswered: Option<String>,
+    /// The last key that was in memory here, or found to be revoked.
     last: Option<KeyDigest>,
     look: Arc<Look>,
 }
 
-/// The last test of a key that had an answer, or the first one.
+/// The last test of a key.
 #[derive(Clone, Debug)]
 pub struct Tested {
     /// When: Unix time in milliseconds.
     pub at_ms: i64,
     /// What came of it.
     pub report: Arc<Report>,
-    /// Why a later one had none.
-    pub unanswered: Option<String>,
 }
 
 /// A test of a key that has come back: it needs no other one before its time.
@@ -156,9 +156,11 @@ pub struct KeyStatus {
     pub age: Option<Duration>,
     /// Whether it is so old that it signs nothing that adds risk.
     pub is_too_old: bool,
-    /// What its last test said.
+    /// What its last test said that the exchange answered.
     pub tested: Option<Tested>,
-    /// The key that is in memory, or was there last.
+    /// Why the exchange has said nothing in a test after that.
+    pub unanswered: Option<String>,
+    /// The last key that was in memory in this place, or found to be revoked.
     pub last: Option<KeyDigest>,
 }
 
@@ -310,6 +312,7 @@ impl Keyring {
                     age,
                     is_too_old: age.is_some_and(|age| age > keys.max_stale.add_risk),
                     tested: place.tested.clone(),
+                    unanswered: place.unanswered.clone(),
                     last: place.last,
                 }
             })
@@ -368,8 +371,8 @@ impl Keyring {
         });
     }
 
-    /// Keeps which key Vault shows in a place where none may serve.
-    fn set_last(&self, account: &AccountId, name: &KeyName, key: KeyDigest) {
+    /// Keeps that the key that Vault holds is a revoked one.
+    fn set_revoked(&self, account: &AccountId, name: &KeyName, key: KeyDigest) {
         self.change(account, name, |place| place.last = Some(key));
     }
 
@@ -396,7 +399,8 @@ impl Keyring {
         self.change(account, name, |place| place.is_on_trial = is_on_trial);
     }
 
-    /// Keeps what a test said of the key in memory, unless another has taken its place meanwhile.
+    /// Keeps what a test said of the key in memory, unless another has taken its place meanwhile. A test that the
+    /// exchange did not answer leaves what is known as it is.
     pub fn set_tested(
         &self,
         account: &AccountId,
@@ -407,20 +411,14 @@ impl Keyring {
         let at_ms = self.clock.wall_ms();
         self.change(account, name, |place| {
             let is_it = matches!(&place.slot, Slot::Ready { key, .. } if Arc::ptr_eq(key, tested));
-            if !is_it {
-                return;
-            }
-            match (&mut place.tested, &report.verdict) {
-                // What is known of the key stays known.
-                (Some(before), Verdict::Unclear(reason)) => {
-                    before.unanswered = Some(reason.clone());
+            match &report.verdict {
+                _ if !is_it => {}
+                Verdict::Unclear(reason) if report.info.is_none() => {
+                    place.unanswered = Some(reason.clone());
                 }
-                (tested, _) => {
-                    *tested = Some(Tested {
-                        at_ms,
-                        report,
-                        unanswered: None,
-                    });
+                _ => {
+                    place.tested = Some(Tested { at_ms, report });
+                    place.unanswered = None;
                 }
             }
         });
@@ -571,6 +569,7 @@ impl Place {
             slot: Slot::Waiting("not read from Vault yet".to_owned()),
             is_on_trial: false,
             tested: None,
+            unanswered: None,
             last: None,
             look: Arc::default(),
         }
@@ -582,6 +581,7 @@ impl Place {
             (Slot::Ready { key, .. }, Slot::Ready { key: next, .. }) if Arc::ptr_eq(key, next));
         if !is_same {
             self.tested = None;
+            self.unanswered = None;
         }
         if let Slot::Ready { key, .. } = &slot {
             self.last = Some(KeyDigest(key.id_sha256()));

@@ -9,6 +9,7 @@ pub mod catalog;
 pub mod key_info;
 pub mod question;
 pub mod request;
+pub mod shape;
 pub mod sign;
 pub mod target;
 

@@ -69,6 +69,21 @@ pub struct Revoked {
     pub at_ms: i64,
 }
 
+/// How much is forbidden.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Counts {
+    /// Bots that are blocked.
+    pub blocked_bots: usize,
+    /// Accounts that are frozen by name.
+    pub frozen_accounts: usize,
+    /// Accounts that are halted by name.
+    pub halted_accounts: usize,
+    /// Whether all accounts are halted.
+    pub is_all_halted: bool,
+    /// Keys that are dead.
+    pub revoked_keys: usize,
+}
+
 /// An admin has forbidden it.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum Restricted {
@@ -150,6 +165,19 @@ impl Restrictions {
         Ok(())
     }
 
+    /// How much is forbidden.
+    pub fn counts(&self) -> Counts {
+        let state = self.state();
+        let unseen = state.revoked_unseen.values().map(BTreeMap::len);
+        Counts {
+            blocked_bots: state.blocked_bots.len(),
+            frozen_accounts: state.frozen_accounts.len(),
+            halted_accounts: state.halted_accounts.len(),
+            is_all_halted: state.halted_all.is_some(),
+            revoked_keys: state.revoked_keys.len() + unseen.sum::<usize>(),
+        }
+    }
+
     /// Whether what adds risk on an account is refused.
     pub fn is_frozen(&self, account: &AccountId) -> bool {
         self.state().is_frozen(account)
@@ -185,6 +213,19 @@ impl Restrictions {
     /// Whether the next key that Vault shows in this place is dead.
     pub fn has_revoked_unseen(&self, account: &AccountId, name: &KeyName) -> bool {
         self.state().unseen(account, name).is_some()
+    }
+
+    /// Whether `last`, the last key known in this place, is dead, or the first one that Vault shows there will be.
+    pub fn has_revoked(
+        &self,
+        account: &AccountId,
+        name: &KeyName,
+        last: Option<KeyDigest>,
+    ) -> bool {
+        let state = self.state();
+        let unseen = state.revoked_unseen.get(account);
+        last.is_some_and(|key| state.revoked_keys.contains_key(&key))
+            || unseen.is_some_and(|keys| keys.contains_key(name))
     }
 
     /// Whether the first key that Vault shows in this place is dead; it is `key`, and is known to be from now on.

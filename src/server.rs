@@ -2,27 +2,25 @@
 
 mod accept;
 mod admin;
+pub(crate) mod assembly;
 mod listener;
 mod places;
-mod probes;
+pub(crate) mod probes;
 mod reload;
 mod tls;
 
-use std::collections::HashMap;
-use std::fs::{DirBuilder, File};
+use std::fs::{DirBuilder, File, TryLockError};
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::{Arc, RwLock};
+use std::sync::Arc;
 use std::time::Duration;
 
-use rustls::crypto::CryptoProvider;
-use rustls::{ClientConfig, RootCertStore};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_util::task::TaskTracker;
 use tonic::service::Routes;
 
@@ -33,25 +31,18 @@ use crate::api::proto::DESCRIPTORS;
 use crate::api::proto::admin_server::AdminServer;
 use crate::api::proto::broker_server::BrokerServer;
 use crate::api::state::{Readiness, readiness};
-use crate::audit::Audit;
-use crate::broker::admission::Admission;
-use crate::broker::probes::Doubts;
-use crate::broker::{Broker, Calls, trial};
+use crate::broker::{Broker, trial};
 use crate::clock::Clock;
-use crate::config::load::{Loaded, Source, TlsSources, load};
+use crate::config::load::{Source, TlsSources, load};
 use crate::config::{Config, FileProblems};
-use crate::egress::proof::Proof;
-use crate::egress::{Egress, EgressSettings, Origin};
 use crate::ids::{AdminId, BotId};
-use crate::keyring::Keyring;
 use crate::keyring::refresh::Refresher;
 use crate::keyring::vault::Vault;
-use crate::kucoin::{Host, Site};
-use crate::restrictions::{Restrictions, RestrictionsError};
-use crate::telemetry::Metrics;
+use crate::restrictions::RestrictionsError;
 use crate::toml_file::Problem;
 
 use admin::AdminListener;
+use assembly::{Assembled, assemble};
 pub use listener::ConnectionLimits;
 use listener::Listener;
 use probes::Probes;
@@ -69,6 +60,13 @@ const MESSAGE_OVERHEAD: usize = 64 * 1024;
 
 /// More than any question for health or reflection needs; the library's own limit is 4 MB for each.
 const HELPER_MESSAGE: usize = 4096;
+
+/// The file in the state folder that a running broker holds locked.
+const LOCK: &str = "lock";
+
+/// How often the lock is tried, and how long between two tries: somebody may be looking whether it is held.
+const LOCK_TRIES: u32 = 5;
+const LOCK_AGAIN: Duration = Duration::from_millis(20);
 
 /// Why the broker cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -140,26 +138,15 @@ impl Server {
     pub async fn start_on(config: Config, clock: Clock) -> Result<Self, StartError> {
         let clock = Arc::new(clock);
         let watched = (Source::read(&config.rules), TlsSources::read(&config.tls));
-        let Loaded {
-            policy,
+        let loaded = load(&config, clock.wall_ms()).map_err(StartError::Config)?;
+        let lock = lock(&config.state_dir).await?;
+        let Assembled {
+            broker,
+            vault,
             certificates,
-            vault_roots,
-            egress_roots,
-        } = load(&config, clock.wall_ms()).map_err(StartError::Config)?;
-        let lock = lock(&config.state_dir)?;
-        let restrictions =
-            Restrictions::open(&config.state_dir).map_err(StartError::Restrictions)?;
-        let restrictions = Arc::new(restrictions);
-        let metrics = Arc::new(Metrics::default());
-        let audit = open_audit(&config.audit_file, &clock, &metrics)?;
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let egress = egress(config.egress, config.origins, egress_roots, &provider)?;
-        let vault = Vault::new(
-            config.vault,
-            client_tls(vault_roots, &provider)?,
-            Arc::clone(&metrics),
-        );
-        let vault = Arc::new(vault.map_err(|error| StartError::Tls(Box::new(error)))?);
+            provider,
+        } = assemble(&config, loaded, clock)?;
+        let metrics = Arc::clone(&broker.metrics);
         metrics.certificate_ends(certificates.not_after_ms);
         let (bots_ca, admins_ca) = (&certificates.client_ca, &certificates.admin_ca);
         let tls = Tls::new::<BotId>(&certificates, bots_ca, 0, &provider, &metrics)?;
@@ -175,35 +162,19 @@ impl Server {
         };
         let admin = admin_listener.as_ref().map(|(_, bound)| *bound);
 
-        let keyring = Arc::new(Keyring::new(Arc::clone(&clock), Arc::clone(&restrictions)));
-        keyring.add(policy.accounts());
         let (notices, trials) = mpsc::unbounded_channel();
         let refresher = Refresher::new(
-            Arc::clone(&keyring),
+            Arc::clone(&broker.keyring),
             Arc::clone(&vault),
-            Arc::clone(&restrictions),
+            Arc::clone(&broker.restrictions),
             notices,
-            Arc::clone(&metrics),
+            metrics,
             config.vault_poll,
         );
         refresher.follow();
-        egress.start().await;
-        let policy = Arc::new(policy);
-        let broker = Arc::new(Broker {
-            policy: RwLock::new(Arc::clone(&policy)),
-            audit,
-            restrictions,
-            keyring,
-            egress,
-            proof: Proof::new(config.expected_ip, config.proof),
-            clock,
-            doubts: Doubts::default(),
-            metrics,
-            admission: Admission::new(config.admission_limits),
-            calls: Calls::default(),
-        });
+        broker.egress.start().await;
         let mut probes = Probes::new(config.proof_every);
-        probes.follow(&broker, &policy);
+        probes.follow(&broker, &broker.policy());
 
         let (stop, stopping) = watch::channel(false);
         let (health, health_service) = tonic_health::server::health_reporter();
@@ -319,41 +290,6 @@ async fn named(name: &'static str, task: impl Future<Output = ()>) -> &'static s
     name
 }
 
-fn open_audit(
-    file: &Path,
-    clock: &Arc<Clock>,
-    metrics: &Arc<Metrics>,
-) -> Result<Arc<Audit>, StartError> {
-    Audit::open(file, Arc::clone(clock), Arc::clone(metrics))
-        .map_err(|error| StartError::Audit(file.display().to_string(), error))
-}
-
-/// The way to the exchange.
-fn egress(
-    settings: EgressSettings,
-    origins: HashMap<(Site, Host), Origin>,
-    roots: RootCertStore,
-    provider: &Arc<CryptoProvider>,
-) -> Result<Egress, StartError> {
-    let mut tls = client_tls(roots, provider)?;
-    tls.alpn_protocols = vec![b"http/1.1".to_vec()];
-    Egress::new(settings, origins, &Arc::new(tls)).map_err(|origin| {
-        let problem = format!("{} is neither a DNS name nor an address", origin.name);
-        StartError::Config(vec![Problem::new("exchange", problem)])
-    })
-}
-
-/// TLS towards Vault and the exchange: these roots and no others, no client certificate.
-fn client_tls(
-    roots: RootCertStore,
-    provider: &Arc<CryptoProvider>,
-) -> Result<ClientConfig, StartError> {
-    let builder = ClientConfig::builder_with_provider(Arc::clone(provider));
-    let builder = builder.with_safe_default_protocol_versions();
-    let builder = builder.map_err(|error| StartError::Tls(Box::new(error)))?;
-    Ok(builder.with_root_certificates(roots).with_no_client_auth())
-}
-
 /// So that `grpcurl` and its like work without the proto file, and show the details of errors.
 fn with_reflection(routes: Routes) -> Result<Routes, tonic_reflection::server::Error> {
     let reflection = || {
@@ -375,7 +311,8 @@ fn with_reflection(routes: Routes) -> Result<Routes, tonic_reflection::server::E
         ))
 }
 
-fn lock(folder: &Path) -> Result<File, StartError> {
+/// Keeps every other broker off the state folder for as long as the file is open.
+pub(crate) async fn lock(folder: &Path) -> Result<File, StartError> {
     let name = || folder.display().to_string();
     // What others can open they can lock.
     let open = || {
@@ -385,13 +322,35 @@ fn lock(folder: &Path) -> Result<File, StartError> {
             .create(folder)?;
         let mut options = File::options();
         options.create(true).truncate(false).write(true).mode(0o600);
-        options.open(folder.join("lock"))
+        options.open(folder.join(LOCK))
     };
     let file = open().map_err(|error| StartError::State(name(), error))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(std::fs::TryLockError::WouldBlock) => Err(StartError::Locked(name())),
-        Err(std::fs::TryLockError::Error(error)) => Err(StartError::State(name(), error)),
+    for _ in 0..LOCK_TRIES {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            // Whoever only looks whether it is held lets go at once.
+            Err(TryLockError::WouldBlock) => sleep(LOCK_AGAIN).await,
+            Err(TryLockError::Error(error)) => return Err(StartError::State(name(), error)),
+        }
+    }
+    Err(StartError::Locked(name()))
+}
+
+/// Whether a broker runs on a state folder; none does where there is no such folder. It is not kept from starting.
+///
+/// # Errors
+/// When nobody can tell.
+pub(crate) fn is_locked(folder: &Path) -> io::Result<bool> {
+    let file = match File::open(folder.join(LOCK)) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    match file.try_lock_shared() {
+        // Closing the file lets go of it.
+        Ok(()) => Ok(false),
+        Err(TryLockError::WouldBlock) => Ok(true),
+        Err(TryLockError::Error(error)) => Err(error),
     }
 }
 

@@ -301,6 +301,7 @@ impl From<Standing> for KeyState {
             uid: info.and_then(|info| info.uid.clone()).unwrap_or_default(),
             expires_at_ms: info.and_then(|info| info.expires_at_ms).unwrap_or_default(),
             id_sha256: standing.id.map(KeyDigest::hex).unwrap_or_default(),
+            needs_partner_key: standing.needs_partner_key,
         }
     }
 }
@@ -535,8 +536,10 @@ impl Admin for AdminApi {
         };
         let mut keys = Vec::new();
         for name in names {
-            keys.push(self.revoke(&admin, &account.id, name).await?);
+            keys.push(self.revoke(&admin, &account.id, name).await);
         }
+        // All are dead before anything is told of one that a restart would bring back.
+        let keys = keys.into_iter().collect::<Result<_, _>>()?;
         Ok(Response::new(proto::RevokeKeyResponse { keys }))
     }
 
@@ -608,6 +611,7 @@ impl Admin for AdminApi {
         let act = Act {
             action: "halt",
             account: account.as_ref().map(|account| &account.id),
+            detail: account.is_none().then(|| "all accounts".to_owned()),
             ..Act::default()
         };
         let halt = move |restrictions: &Restrictions| restrictions.halt(id.as_ref(), &mark);
@@ -616,11 +620,28 @@ impl Admin for AdminApi {
             halted?;
             return Ok(Response::new(proto::HaltResponse::default()));
         }
-        // It is in force, if not on disk: orders are withdrawn all the same, and then the admin is told.
+        // It is in force, if not on disk: orders are withdrawn all the same, and the admin is told of both.
+        let problem = match halted {
+            Ok(()) => String::new(),
+            Err(error @ AdminError::Restrictions(_)) => error.to_string(),
+            Err(error) => return Err(error.into()),
+        };
         let cancelled = self.broker.cancel_all(&admin, account.as_deref()).await;
-        halted?;
+        for one in &cancelled {
+            let (outcome, open) = match one.still_open {
+                Some(0) => ("done", "nothing is open".to_owned()),
+                Some(open) => ("failed", format!("still open: {open}")),
+                None => ("failed", "nobody knows what is open".to_owned()),
+            };
+            let act = Act {
+                outcome,
+                detail: Some(format!("{}: {open}", one.scope)),
+                ..Act::on_account("cancel-all", &one.account)
+            };
+            self.record(&admin, &act);
+        }
         let cancelled = cancelled.into_iter().map(proto::Cancelled::from).collect();
-        Ok(Response::new(proto::HaltResponse { cancelled }))
+        Ok(Response::new(proto::HaltResponse { cancelled, problem }))
     }
 
     async fn resume(
@@ -633,6 +654,7 @@ impl Admin for AdminApi {
         let act = Act {
             action: "resume",
             account: account.as_ref().map(|account| &account.id),
+            detail: account.is_none().then(|| "all accounts".to_owned()),
             ..Act::default()
         };
         let resume = move |restrictions: &Restrictions| restrictions.resume(id.as_ref());

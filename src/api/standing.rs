@@ -7,8 +7,8 @@ use crate::ids::{AccountId, KeyName};
 use crate::keyring::trial::Verdict;
 use crate::keyring::usage::Refusal;
 use crate::keyring::{KeyStatus, Slot, Tested};
-use crate::kucoin::Scope;
-use crate::kucoin::key_info::{self, Finding, KeyInfo};
+use crate::kucoin::key_info::{Finding, KeyInfo};
+use crate::kucoin::{Scope, advice};
 use crate::policy::Account;
 use crate::restrictions::KeyDigest;
 
@@ -25,8 +25,8 @@ pub const WORDS: [&str; 9] = [
     "untested",
 ];
 
-/// Codes with which the exchange refuses a key whatever it signs; 400007 may be about one endpoint alone.
-const REFUSED: [&str; 6] = ["400003", "400004", "400005", "400006", "400008", "400009"];
+/// What a key lacks for one request, and may have for another.
+const PERMISSION_MISSING: &str = "permission-missing";
 
 /// How one key is.
 #[derive(Debug)]
@@ -41,6 +41,8 @@ pub struct Standing {
     pub status: &'static str,
     /// Why, a sentence for each thing; none: all is well.
     pub reasons: Vec<String>,
+    /// Those of the reasons that keep it from serving as it should, whatever the exchange says.
+    pub troubles: Vec<String>,
     /// The version in memory.
     pub version: Option<u64>,
     /// What the exchange told about it.
@@ -49,12 +51,16 @@ pub struct Standing {
     pub is_whitelisted: Option<bool>,
     /// When the exchange last took a request that it signed: Unix time in milliseconds.
     pub used_ms: Option<i64>,
-    /// When it was last tested: Unix time in milliseconds.
+    /// When it was last tested, and the exchange answered: Unix time in milliseconds.
     pub tested_ms: Option<i64>,
     /// SHA-256 of its id.
     pub id: Option<KeyDigest>,
-    /// The same; where none is in memory, of the key that was there last.
+    /// The same; where none is in memory, of the last one that was.
     pub last: Option<KeyDigest>,
+    /// What the reasons are about, so that none is told twice.
+    topics: Vec<&'static str>,
+    /// Whether the account has a partner where it signs.
+    pub needs_partner_key: bool,
 }
 
 /// Every key that the rules name.
@@ -70,24 +76,63 @@ pub fn standing(broker: &Broker, account: &AccountId, name: &KeyName) -> Option<
         .map(|key| of(broker, key))
 }
 
+/// What keeps a key from serving as it should, as far as Vault and admins have a say in it.
+pub fn troubles(key: &KeyStatus) -> Vec<String> {
+    match &key.slot {
+        Slot::Gone(reason) => vec![format!("not available: {reason}")],
+        Slot::Waiting(reason) => vec![format!("waiting for Vault: {reason}")],
+        Slot::Ready {
+            version,
+            problem,
+            outage,
+            ..
+        } => {
+            let serves_on = |problem: &String| format!("version {version} serves on: {problem}");
+            let mut troubles: Vec<_> = problem.iter().map(serves_on).collect();
+            let what = if key.is_too_old {
+                "too old for what adds risk"
+            } else {
+                "serves on"
+            };
+            // Too old without an outage: the machine has slept.
+            let why = outage
+                .as_deref()
+                .or_else(|| key.is_too_old.then_some("not asked since"));
+            troubles.extend(why.map(|why| {
+                let age_s = key.age.unwrap_or_default().as_secs();
+                format!("{what}; Vault last confirmed it {age_s} s ago: {why}")
+            }));
+            troubles
+        }
+    }
+}
+
 fn of(broker: &Broker, key: KeyStatus) -> Standing {
+    let troubles = troubles(&key);
     let KeyStatus {
         account,
         name,
         slot,
-        age,
-        is_too_old,
         tested,
+        unanswered,
         last,
+        ..
     } = key;
     let policy = broker.policy();
     let entry = policy.accounts().find(|entry| entry.id == account);
+    let scopes = entry.map(|entry| scopes(entry, &name)).unwrap_or_default();
+    let has_partner = |entry: &Arc<Account>| {
+        let mut partners = entry.partners.keys();
+        partners.any(|scope| scopes.contains(scope))
+    };
     let mut standing = Standing {
-        scopes: entry.map(|entry| scopes(entry, &name)).unwrap_or_default(),
+        needs_partner_key: entry.is_some_and(has_partner),
+        scopes,
         account,
         name,
         status: "untested",
-        reasons: Vec::new(),
+        reasons: troubles.clone(),
+        troubles,
         version: None,
         info: None,
         is_whitelisted: None,
@@ -95,57 +140,49 @@ fn of(broker: &Broker, key: KeyStatus) -> Standing {
         tested_ms: None,
         id: None,
         last,
+        topics: Vec::new(),
     };
-    let frozen = frozen(broker, &standing.account);
     match slot {
-        Slot::Gone(reason) => standing.is(absent(broker, &standing), Some(reason)),
-        Slot::Waiting(reason) => {
-            let reason = format!("waiting for Vault: {reason}");
-            standing.is(absent(broker, &standing), Some(reason));
+        Slot::Gone(_) => {
+            let (account, name) = (&standing.account, &standing.name);
+            let is_revoked = broker.restrictions.has_revoked(account, name, last);
+            standing.is(if is_revoked { "revoked" } else { "unavailable" });
         }
+        Slot::Waiting(_) => standing.is("unavailable"),
         Slot::Ready {
             key,
             usage,
             version,
-            problem,
-            outage,
             ..
         } => {
             standing.version = Some(version);
             standing.id = Some(KeyDigest(key.id_sha256()));
             standing.used_ms = usage.accepted_ms();
             if standing.used_ms.is_some() {
-                standing.is("connected", None);
+                standing.is("connected");
             }
-            let is_mended = |refusal: &Refusal| {
-                tested.as_ref().is_some_and(|tested| {
-                    tested.report.verdict == Verdict::Good && tested.at_ms > refusal.at_ms
-                })
+            if !standing.troubles.is_empty() {
+                standing.is("degraded");
+            }
+            if let Some(tested) = &tested {
+                standing.heed(broker, tested);
+            }
+            if let Some(refusal) = usage.refusal() {
+                standing.heed_refusal(refusal, tested.as_ref());
+            }
+            let no_answer = if standing.tested_ms.is_some() {
+                "the last test has had no answer"
+            } else {
+                "it could not be tested yet"
             };
-            if let Some(refusal) = usage.refusal().filter(|refusal| !is_mended(refusal)) {
-                let scope = standing.scopes.first().copied();
-                let scope = scope.unwrap_or(Scope::SpotMargin);
-                let ip = broker.proof.expected();
-                let found = key_info::refusal(&refusal.code, "", scope, ip);
-                let is_final = REFUSED.contains(&refusal.code.as_str());
-                let status = if is_final { "refused" } else { "degraded" };
-                standing.is(status, Some(sentence(&found)));
-            }
-            if let Some(tested) = tested {
-                standing.heed(broker, &tested);
-            }
-            let unused = problem.map(|problem| format!("a newer version is not used: {problem}"));
-            standing.is_wrong("degraded", unused);
-            let silent = outage.map(|outage| {
-                let age_s = age.unwrap_or_default().as_secs();
-                format!("Vault last confirmed it {age_s} s ago: {outage}")
-            });
-            standing.is_wrong("degraded", silent);
-            let old = "too old for what adds risk; cancels and reads go on".to_owned();
-            standing.is_wrong("degraded", is_too_old.then_some(old));
+            let unanswered = unanswered.map(|reason| format!("{no_answer}: {reason}"));
+            standing.reasons.extend(unanswered);
         }
     }
-    standing.is_wrong("frozen", frozen);
+    if let Some(frozen) = frozen(broker, &standing.account) {
+        standing.is("frozen");
+        standing.reasons.push(frozen);
+    }
     standing
 }
 
@@ -163,94 +200,80 @@ const ORDER: [&str; 9] = [
 ];
 
 impl Standing {
-    /// Takes the worse of two words, and keeps every reason.
-    fn is(&mut self, status: &'static str, reason: Option<String>) {
+    /// Takes the worse of two words.
+    fn is(&mut self, status: &'static str) {
         let rank = |word: &str| ORDER.iter().position(|known| *known == word);
         if rank(status) < rank(self.status) {
             self.status = status;
         }
-        if let Some(reason) = reason
-            && !self.reasons.contains(&reason)
-        {
-            self.reasons.push(reason);
-        }
     }
 
-    fn is_wrong(&mut self, status: &'static str, reason: Option<String>) {
-        if reason.is_some() {
-            self.is(status, reason);
+    /// Takes the worse of two words, and the reason unless one about the same thing is known.
+    fn is_for(&mut self, status: &'static str, topic: &'static str, reason: String) {
+        self.is(status);
+        if !self.topics.contains(&topic) {
+            self.topics.push(topic);
+            self.reasons.push(reason);
         }
     }
 
     /// Takes in what the last test said.
     fn heed(&mut self, broker: &Broker, tested: &Tested) {
-        let Tested {
-            at_ms,
-            report,
-            unanswered,
-        } = tested;
+        let Tested { at_ms, report } = tested;
         self.tested_ms = Some(*at_ms);
-        let has_signed_since = self.used_ms.is_some_and(|used_ms| used_ms > *at_ms);
-        match &report.verdict {
-            Verdict::Good => self.is("connected", None),
+        if report.info.is_none() && self.used_ms.is_some_and(|used_ms| used_ms > *at_ms) {
             // A key that has signed since is not refused any more.
-            Verdict::Refused(_) if has_signed_since => {}
-            Verdict::Refused(reason) => {
-                let found = report.findings.iter().any(|finding| finding.is_refusal);
-                self.is("refused", (!found).then(|| reason.clone()));
-            }
-            Verdict::Unclear(reason) if self.used_ms.is_some() => {
-                self.is("connected", Some(no_answer(reason)));
-            }
-            Verdict::Unclear(reason) => self.is("degraded", Some(no_answer(reason))),
+            return;
         }
-        if let Some(reason) = unanswered {
-            self.is("untested", Some(no_answer(reason)));
+        self.info.clone_from(&report.info);
+        let info = report.info.as_deref();
+        self.is_whitelisted = info.and_then(|info| info.admits(broker.proof.expected()));
+        let now_ms = broker.clock.wall_ms();
+        // Days pass between two tests.
+        if let Some(finding) = info.and_then(|info| info.expiry(now_ms)) {
+            let has_ended = info.is_some_and(|info| info.has_expired(now_ms));
+            let status = if has_ended { "refused" } else { "expiring" };
+            self.is_for(status, finding.name, sentence(&finding));
+            if has_ended {
+                // That is how KuCoin refuses it then.
+                self.topics.push("key-unknown");
+            }
         }
-        // What the exchange said when it refused the key is over with that; what it told about the key is not.
-        let is_over = has_signed_since && report.info.is_none();
-        let refusals = report.findings.iter().filter(|finding| {
-            finding.is_refusal && !is_over && finding.name != key_info::EXPIRES_SOON
-        });
-        for finding in refusals {
+        let refusals = report.findings.iter().filter(|finding| finding.is_refusal);
+        for finding in refusals.clone() {
             let status = match finding.name {
-                "inactivity-rule" | "ip-restriction-missing" => "at-risk",
+                "expires-soon" => continue,
+                "ip-restriction-missing" => "at-risk",
                 _ => "degraded",
             };
-            self.is(status, Some(sentence(finding)));
+            self.is_for(status, finding.name, sentence(finding));
         }
-        // Time has passed since the test.
-        let now_ms = broker.clock.wall_ms();
-        let expiry = report.info.as_ref().and_then(|info| info.expiry(now_ms));
-        self.is_wrong("expiring", expiry.as_ref().map(sentence));
-        self.is_whitelisted = report
-            .info
-            .as_ref()
-            .and_then(|info| info.admits(broker.proof.expected()));
-        self.info.clone_from(&report.info);
+        let lacking = refusals.filter(|finding| finding.name == PERMISSION_MISSING);
+        self.is(match &report.verdict {
+            Verdict::Refused(_) if info.is_none() || lacking.count() >= self.scopes.len() => {
+                "refused"
+            }
+            Verdict::Refused(_) => "degraded",
+            Verdict::Good | Verdict::Unclear(_) => "connected",
+        });
     }
-}
 
-fn no_answer(reason: &str) -> String {
-    format!("the last test has no answer: {reason}")
-}
-
-/// The word for a key that is not in memory.
-fn absent(broker: &Broker, standing: &Standing) -> &'static str {
-    let Standing {
-        account,
-        name,
-        last,
-        ..
-    } = standing;
-    let is_revoked = match last {
-        Some(key) => broker
-            .restrictions
-            .revoked_in(account, name, *key)
-            .is_some(),
-        None => broker.restrictions.has_revoked_unseen(account, name),
-    };
-    if is_revoked { "revoked" } else { "unavailable" }
+    /// Takes in what a bot was told last, unless a test has gone well since.
+    fn heed_refusal(&mut self, refusal: Refusal, tested: Option<&Tested>) {
+        let is_mended = tested.is_some_and(|tested| {
+            tested.at_ms > refusal.at_ms && tested.report.verdict == Verdict::Good
+        });
+        let topic = advice::of(None, &refusal.code).map(|advice| advice.topic);
+        let Some(topic) = topic.filter(|_| !is_mended) else {
+            return;
+        };
+        let status = if topic == PERMISSION_MISSING {
+            "degraded"
+        } else {
+            "refused"
+        };
+        self.is_for(status, topic, refusal.advice);
+    }
 }
 
 /// The scopes that a key serves, by the rules.
@@ -272,6 +295,6 @@ fn frozen(broker: &Broker, account: &AccountId) -> Option<String> {
         return None;
     };
     Some(format!(
-        "the account is {how}; what adds risk is refused, cancels and reads go on"
+        "what adds risk is refused, cancels and reads go on: the account is {how}"
     ))
 }

@@ -2,7 +2,7 @@
 
 use tokio::runtime::Handle;
 
-use super::standing::{Standing, WORDS, standings};
+use super::standing::{Standing, WORDS, standings, troubles};
 use crate::broker::Broker;
 use crate::clock::ExchangeTime;
 use crate::config::FileProblems;
@@ -37,36 +37,9 @@ pub fn readiness(broker: &Broker) -> Readiness {
             .iter()
             .any(|key| matches!(key.slot, Slot::Ready { .. }) && !key.is_too_old);
     for key in keys {
-        let name = format!("key {}/{}", key.account, key.name);
-        match key.slot {
-            Slot::Gone(reason) => reasons.push(format!("{name}: not available: {reason}")),
-            Slot::Ready {
-                version,
-                problem,
-                outage,
-                ..
-            } => {
-                let serves = |problem| format!("{name}: version {version} serves on: {problem}");
-                reasons.extend(problem.map(serves));
-                let what = if key.is_too_old {
-                    "too old for what adds risk"
-                } else {
-                    "serves on"
-                };
-                // Too old without an outage: the machine has slept.
-                let why = outage.or_else(|| key.is_too_old.then(|| "not asked since".to_owned()));
-                if let Some(why) = why {
-                    let age_s = key.age.unwrap_or_default().as_secs();
-                    reasons.push(format!(
-                        "{name}: {what}; Vault last confirmed it {age_s} s ago: {why}"
-                    ));
-                }
-            }
-            Slot::Waiting(reason) => {
-                is_ready = false;
-                reasons.push(format!("{name}: waiting for Vault: {reason}"));
-            }
-        }
+        is_ready &= !matches!(key.slot, Slot::Waiting(_));
+        let tell = |trouble| format!("key {}/{}: {trouble}", key.account, key.name);
+        reasons.extend(troubles(&key).into_iter().map(tell));
     }
     if let Some(failure) = broker.audit.failure() {
         is_ready = false;
@@ -104,20 +77,28 @@ pub fn readiness(broker: &Broker) -> Readiness {
 pub fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
     let mut lines = Vec::new();
     for key in broker.keyring.status() {
-        if let (Slot::Ready { version, .. }, Some(age)) = (&key.slot, key.age) {
+        if let Slot::Ready {
+            version, outage, ..
+        } = &key.slot
+        {
+            // Otherwise it has been told as what is wrong.
+            let age = key.age.filter(|_| outage.is_none() && !key.is_too_old);
+            let confirmed = age.map(|age| format!(", confirmed by Vault {} s ago", age.as_secs()));
             lines.push(format!(
-                "key {}/{}: version {version} in memory, confirmed by Vault {} s ago",
+                "key {}/{}: version {version} in memory{}",
                 key.account,
                 key.name,
-                age.as_secs()
+                confirmed.unwrap_or_default()
             ));
         }
     }
     for key in standings(broker) {
         let name = format!("key {}/{}", key.account, key.name);
         lines.push(format!("{name}: {}", key.status));
+        // The troubles have been told as what is wrong.
         let reasons = key.reasons.iter();
-        lines.extend(reasons.map(|reason| format!("{name}: {reason}")));
+        let others = reasons.filter(|reason| !key.troubles.contains(reason));
+        lines.extend(others.map(|reason| format!("{name}: {reason}")));
     }
     for (bot, mark) in broker.restrictions.blocked_bots() {
         lines.push(format!("bot {bot}: blocked by {}", mark.by));

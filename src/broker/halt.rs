@@ -1,12 +1,64 @@
-//! Withdraws all open orders.
+//! Withdraws all open orders, over the one request path: what the emergency stop does once nothing new gets through.
+//!
+//! Each kind of order has requests of its own that cancel it, and a list that shows it; [`KINDS`] is the table. What is
+//! reported as open is what the lists say in the end, whatever the exchange answered to the cancellations: it only takes
+//! them on.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use super::Broker;
-use super::trial::Probe;
-use crate::ids::{AccountId, AdminId};
-use crate::kucoin::Scope;
+use bytes::Bytes;
+use futures_util::future::join_all;
+use serde_json::{Map, Value};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+
+use super::trial::{Ask, Probe};
+use super::{Broker, BrokerError, Calls, KEY_REFUSED};
+use crate::ids::{AccountId, AdminId, Who};
+use crate::kucoin::{Answer, Method, Scope, advice};
+use crate::outcome::Outcome;
 use crate::policy::Account;
+
+/// All of it takes no longer; what is not known by then is reported as unknown.
+pub const WITHIN: Duration = Duration::from_secs(90);
+
+/// How long what the exchange has taken on may take to show in its lists: assumed, nobody says. What shows later still is
+/// left for the next halt.
+const SHOWS_WITHIN: Duration = Duration::from_millis(500);
+
+/// How often the lists are read once nothing can be added any more, and what is still open is cancelled again.
+const ROUNDS: u32 = 6;
+
+/// Between the first two of these rounds; twice as long before each further one, since cancellations are only taken on.
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+
+/// While orders are in flight, what is known is cancelled again so often.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// How long to wait where the exchange says "too many" and not how long.
+const BUSY: Duration = Duration::from_secs(1);
+
+/// Orders on a page: every list takes so many. Source: KuCoin API documentation, `pageSize` of these lists.
+const PAGE: usize = 100;
+
+/// Pages of a list that are read: 5000 orders. Lists of one-cancels-other orders hold those that are over, too.
+const PAGES: usize = 50;
+
+/// Requests of all accounts together that may leave at once, and the time between two after that: 400 in any 10 s, since
+/// the exchange's edge blocks an address for half a minute at 500. Source: KuCoin API documentation, "Rate Limit", 2023.
+const BURST: (u32, Duration) = (150, Duration::from_millis(40));
+
+/// `status` of a one-cancels-other order that is over. What a triggered one has placed is an order like any other.
+const OVER: [&str; 3] = ["CANCELLED", "DONE", "TRIGGERED"];
+
+/// Advice on refusals that mean that this key can have no such orders.
+const NOT_ALLOWED: [&str; 3] = [
+    "margin-not-enabled",
+    "not-a-unified-account",
+    "permission-missing",
+];
 
 /// What became of the open orders of one account in one scope.
 #[derive(Debug)]
@@ -21,10 +73,703 @@ pub struct Cancelled {
     pub still_open: Option<u64>,
 }
 
+/// One kind of order, which no other kind's requests withdraw.
+#[derive(Debug)]
+struct Kind {
+    scope: Scope,
+    /// Cancels all of them (DELETE).
+    whole: Option<&'static str>,
+    /// Cancels those of one symbol; on the unified account of one margin mode, too.
+    by_symbol: Option<(Method, &'static str)>,
+    list: List,
+    /// What each of these requests names.
+    names: &'static [(&'static str, &'static str)],
+}
+
+/// How the open orders of a kind are listed.
+#[derive(Debug)]
+enum List {
+    /// Page by page; with what only the list names.
+    Paged {
+        path: &'static str,
+        /// The parameter that says which page.
+        number: &'static str,
+        names: &'static [(&'static str, &'static str)],
+    },
+    /// The symbols that have any, then those of each symbol.
+    PerSymbol {
+        symbols: &'static str,
+        path: &'static str,
+    },
+}
+
+const SPOT: &[(&str, &str)] = &[("tradeType", "TRADE")];
+const CROSS: &[(&str, &str)] = &[("tradeType", "MARGIN_TRADE")];
+const ISOLATED: &[(&str, &str)] = &[("tradeType", "MARGIN_ISOLATED_TRADE")];
+
+/// Every kind. Source: KuCoin API documentation, the pages of these endpoints; a test compares them with the catalogue.
+const KINDS: [Kind; 19] = [
+    Kind {
+        scope: Scope::SpotMargin,
+        whole: Some("/api/v1/hf/orders/cancelAll"),
+        // It answers with symbols that have failed; these are cancelled one by one.
+        by_symbol: Some((Method::Delete, "/api/v1/hf/orders")),
+        list: List::PerSymbol {
+            symbols: "/api/v1/hf/orders/active/symbols",
+            path: "/api/v1/hf/orders/active",
+        },
+        names: &[],
+    },
+    margin(CROSS),
+    margin(ISOLATED),
+    // The one place where spot's interface still takes margin's orders.
+    stop("/api/v1/stop-order/cancel", "/api/v1/stop-order", SPOT),
+    stop("/api/v1/stop-order/cancel", "/api/v1/stop-order", CROSS),
+    stop("/api/v1/stop-order/cancel", "/api/v1/stop-order", ISOLATED),
+    stop(MARGIN_STOP.0, MARGIN_STOP.1, CROSS),
+    stop(MARGIN_STOP.0, MARGIN_STOP.1, ISOLATED),
+    stop("/api/v3/oco/orders", "/api/v3/oco/orders", &[]),
+    stop(MARGIN_OCO.0, MARGIN_OCO.1, CROSS),
+    stop(MARGIN_OCO.0, MARGIN_OCO.1, ISOLATED),
+    Kind {
+        scope: Scope::Futures,
+        whole: None,
+        by_symbol: Some((Method::Delete, "/api/v3/orders")),
+        list: paged("/api/v1/orders", "currentPage", &[("status", "active")]),
+        names: &[],
+    },
+    Kind {
+        scope: Scope::Futures,
+        whole: Some("/api/v1/stopOrders"),
+        by_symbol: None,
+        list: paged("/api/v1/stopOrders", "currentPage", &[]),
+        names: &[],
+    },
+    unified(&[("tradeType", "SPOT"), ("orderFilter", "NORMAL")]),
+    unified(&[("tradeType", "SPOT"), ("orderFilter", "ADVANCED")]),
+    unified(&[("tradeType", "MARGIN"), ("orderFilter", "NORMAL")]),
+    unified(&[("tradeType", "MARGIN"), ("orderFilter", "ADVANCED")]),
+    unified(&[("tradeType", "FUTURES"), ("orderFilter", "NORMAL")]),
+    unified(&[("tradeType", "FUTURES"), ("orderFilter", "ADVANCED")]),
+];
+
+const MARGIN_STOP: (&str, &str) = (
+    "/api/v3/hf/margin/stop-order/cancel",
+    "/api/v3/hf/margin/stop-orders",
+);
+
+const MARGIN_OCO: (&str, &str) = (
+    "/api/v3/hf/margin/oco-order/cancel",
+    "/api/v3/hf/margin/oco-orders",
+);
+
+const fn margin(names: &'static [(&'static str, &'static str)]) -> Kind {
+    Kind {
+        scope: Scope::SpotMargin,
+        whole: None,
+        by_symbol: Some((Method::Delete, "/api/v3/hf/margin/orders")),
+        list: List::PerSymbol {
+            symbols: "/api/v3/hf/margin/order/active/symbols",
+            path: "/api/v3/hf/margin/orders/active",
+        },
+        names,
+    }
+}
+
+/// Stop orders and one-cancels-other orders of spot and margin.
+const fn stop(
+    whole: &'static str,
+    list: &'static str,
+    names: &'static [(&'static str, &'static str)],
+) -> Kind {
+    Kind {
+        scope: Scope::SpotMargin,
+        whole: Some(whole),
+        by_symbol: None,
+        list: paged(list, "currentPage", &[]),
+        names,
+    }
+}
+
+const fn unified(names: &'static [(&'static str, &'static str)]) -> Kind {
+    Kind {
+        scope: Scope::Unified,
+        whole: None,
+        by_symbol: Some((Method::Post, "/api/ua/v2/unified/order/cancel-all")),
+        list: paged("/api/ua/v2/unified/order/open-list", "pageNumber", &[]),
+        names,
+    }
+}
+
+const fn paged(
+    path: &'static str,
+    number: &'static str,
+    names: &'static [(&'static str, &'static str)],
+) -> List {
+    List::Paged {
+        path,
+        number,
+        names,
+    }
+}
+
+/// Orders that one request cancels, where it must name them: a symbol, and a margin mode where orders have one.
+#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
+struct Group {
+    symbol: String,
+    margin_mode: Option<String>,
+}
+
+/// Why it is not known what is open.
+#[derive(Clone, Debug)]
+enum Unseen {
+    /// The key can have no orders of this kind.
+    NotAllowed(String),
+    /// No key signs, or the exchange refuses it: every further request would fail, too.
+    NoKey(String),
+    /// The account's site has none of it.
+    NotServed,
+    /// Perhaps the next time.
+    Unknown(String),
+}
+
+/// What has come of one kind so far.
+#[derive(Debug)]
+struct Withdrawal {
+    kind: &'static Kind,
+    /// What the list said last.
+    open: BTreeMap<Group, u64>,
+    /// What kept the list from saying it all.
+    unseen: Option<Unseen>,
+    /// The last answer to each cancellation.
+    cancels: BTreeMap<String, Probe>,
+}
+
+/// One account being withdrawn from.
+struct Halt<'h> {
+    broker: &'h Arc<Broker>,
+    who: Who,
+    account: &'h Account,
+    pace: &'h Pace,
+    until: Instant,
+}
+
 impl Broker {
-    /// Cancels every open order of an account, or of all.
-    #[expect(clippy::unused_async, reason = "being written")]
-    pub async fn cancel_all(self: &Arc<Self>, _: &AdminId, _: Option<&Account>) -> Vec<Cancelled> {
-        Vec::new()
+    /// Cancels every open order of an account, or of all, in every scope that has a key, and looks what is still open.
+    /// What adds risk must have been forbidden before: it stops looking once that is allowed again.
+    pub async fn cancel_all(
+        self: &Arc<Self>,
+        admin: &AdminId,
+        account: Option<&Account>,
+    ) -> Vec<Cancelled> {
+        let (policy, pace) = (self.policy(), Pace::new(Instant::now()));
+        let until = Instant::now() + WITHIN;
+        let meant = policy
+            .accounts()
+            .filter(|entry| account.is_none_or(|one| one.id == entry.id));
+        let halts: Vec<_> = meant
+            .map(|account| Halt {
+                broker: self,
+                who: Who::Admin(admin.clone()),
+                account,
+                pace: &pace,
+                until,
+            })
+            .collect();
+        let scopes = halts.iter().flat_map(|halt| {
+            let scopes = halt.account.keys.keys();
+            scopes.map(move |scope| halt.withdraw(*scope))
+        });
+        join_all(scopes).await
+    }
+}
+
+impl Halt<'_> {
+    async fn withdraw(&self, scope: Scope) -> Cancelled {
+        let of_scope = KINDS.iter().filter(|kind| kind.scope == scope);
+        let mut all: Vec<_> = of_scope.map(Withdrawal::new).collect();
+        join_all(all.iter_mut().map(|one| self.cancel_at_once(one))).await;
+        let (calls, account) = (&self.broker.calls, &self.account.id);
+        let patience = Instant::now() + self.broker.egress.answer_timeout();
+        let mut rounds = 0;
+        loop {
+            // Asked before the lists are: what was in flight then may land after they have been read.
+            let is_calm = calls.is_calm(account) || Instant::now() >= patience;
+            if is_calm {
+                if rounds == 0 {
+                    sleep(SHOWS_WITHIN).await;
+                }
+                rounds += 1;
+            }
+            join_all(all.iter_mut().map(|one| self.look(one))).await;
+            let is_over = Instant::now() >= self.until || rounds == ROUNDS;
+            let is_lifted = !self.broker.restrictions.is_frozen(account);
+            if is_over || is_lifted || (is_calm && all.iter().all(Withdrawal::is_settled)) {
+                break;
+            }
+            join_all(all.iter_mut().map(|one| self.cancel_again(one))).await;
+            if is_calm {
+                sleep(FIRST_PAUSE * 2_u32.pow(rounds - 1)).await;
+            } else {
+                let _ = timeout(LOOK_EVERY, calls.calm(account)).await;
+            }
+        }
+        Cancelled {
+            account: account.clone(),
+            scope,
+            still_open: all.iter().map(Withdrawal::still_open).sum(),
+            probes: probes(&all),
+        }
+    }
+
+    /// Where everything can be cancelled at once, without looking first.
+    async fn cancel_at_once(&self, withdrawal: &mut Withdrawal) {
+        if withdrawal.kind.whole.is_none() {
+            self.look(withdrawal).await;
+        }
+        self.cancel_again(withdrawal).await;
+    }
+
+    async fn cancel_whole(&self, withdrawal: &mut Withdrawal) {
+        if let Some(path) = withdrawal.kind.whole {
+            self.cancel(withdrawal, Method::Delete, path, None).await;
+        }
+    }
+
+    /// Cancels what the list has shown, or could not show.
+    async fn cancel_again(&self, withdrawal: &mut Withdrawal) {
+        if withdrawal.is_settled() {
+            return;
+        }
+        self.cancel_whole(withdrawal).await;
+        if let Some((method, path)) = withdrawal.kind.by_symbol {
+            let groups: Vec<_> = withdrawal.open.keys().cloned().collect();
+            for group in groups {
+                self.cancel(withdrawal, method, path, Some(group)).await;
+            }
+        }
+    }
+
+    async fn cancel(
+        &self,
+        withdrawal: &mut Withdrawal,
+        method: Method,
+        path: &'static str,
+        group: Option<Group>,
+    ) {
+        let names = withdrawal.kind.names.iter();
+        let mut names: Vec<_> = names
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+            .collect();
+        if let Some(group) = group {
+            names.push(("symbol".to_owned(), group.symbol));
+            names.extend(
+                group
+                    .margin_mode
+                    .map(|mode| ("marginMode".to_owned(), mode)),
+            );
+        }
+        let question = question(method, path, &names);
+        let mut ask = Ask::get(path);
+        ask.method = method;
+        if method == Method::Post {
+            let fields = names
+                .into_iter()
+                .map(|(name, value)| (name, Value::from(value)));
+            ask.body = Bytes::from(Value::Object(fields.collect::<Map<_, _>>()).to_string());
+        } else {
+            ask.query = names;
+        }
+        let (is_ok, answer) = match self.ask(withdrawal.kind.scope, ask).await {
+            Ok(_) => (true, "taken".to_owned()),
+            Err(Unseen::NotServed) => return,
+            Err(
+                Unseen::NoKey(problem) | Unseen::NotAllowed(problem) | Unseen::Unknown(problem),
+            ) => (false, problem),
+        };
+        let probe = Probe {
+            question: question.clone(),
+            is_ok,
+            answer,
+        };
+        withdrawal.cancels.insert(question, probe);
+    }
+
+    /// Reads the list.
+    async fn look(&self, withdrawal: &mut Withdrawal) {
+        let mut open = BTreeMap::new();
+        let read = match withdrawal.kind.list {
+            List::Paged {
+                path,
+                number,
+                names,
+            } => {
+                let names = withdrawal.kind.names.iter().chain(names);
+                let ask = names.fold(Ask::get(path), |ask, (name, value)| ask.with(name, value));
+                self.read_pages(withdrawal.kind, &ask, number, &mut open)
+                    .await
+            }
+            List::PerSymbol { symbols, path } => {
+                self.read_symbols(withdrawal.kind, symbols, path, &mut open)
+                    .await
+            }
+        };
+        withdrawal.open = open;
+        withdrawal.unseen = read.err();
+    }
+
+    async fn read_pages(
+        &self,
+        kind: &Kind,
+        ask: &Ask,
+        number: &str,
+        open: &mut BTreeMap<Group, u64>,
+    ) -> Result<(), Unseen> {
+        let ask = ask.clone().with("pageSize", &PAGE.to_string());
+        for page in 1..=PAGES {
+            let ask = ask.clone().with(number, &page.to_string());
+            let data = self.ask(kind.scope, ask).await?;
+            let items = items(data.get("items").unwrap_or(&Value::Null))?;
+            for item in items.iter().filter(|item| !is_over(item)) {
+                *open.entry(Group::of(kind, item)).or_default() += 1;
+            }
+            let is_last = match data.get("totalPage").and_then(Value::as_u64) {
+                Some(pages) => page as u64 >= pages,
+                None => items.len() < PAGE,
+            };
+            if is_last {
+                return Ok(());
+            }
+        }
+        let read = PAGE * PAGES;
+        Err(Unseen::Unknown(format!(
+            "the list is longer than the {read} orders that are read"
+        )))
+    }
+
+    async fn read_symbols(
+        &self,
+        kind: &Kind,
+        symbols: &'static str,
+        path: &'static str,
+        open: &mut BTreeMap<Group, u64>,
+    ) -> Result<(), Unseen> {
+        let names = || kind.names.iter();
+        let with = |path| names().fold(Ask::get(path), |ask, (name, value)| ask.with(name, value));
+        let data = self.ask(kind.scope, with(symbols)).await?;
+        let symbols = items(data.get("symbols").unwrap_or(&Value::Null))?;
+        let mut read = Ok(());
+        for symbol in symbols.iter().filter_map(Value::as_str) {
+            let group = Group {
+                symbol: symbol.to_owned(),
+                margin_mode: None,
+            };
+            let ask = with(path).with("symbol", symbol);
+            let listed = self.ask(kind.scope, ask).await;
+            // Where this list fails, the symbol is known all the same, and its orders can be cancelled.
+            match listed.and_then(|data| Ok(items(&data)?.len() as u64)) {
+                Ok(0) => {}
+                Ok(count) => {
+                    open.insert(group, count);
+                }
+                Err(unseen) => {
+                    open.insert(group, 0);
+                    read = Err(unseen);
+                }
+            }
+        }
+        read
+    }
+
+    /// Sends one request, and returns `data` of an answer that says that all went well. Where the exchange says "later",
+    /// it goes again.
+    async fn ask(&self, scope: Scope, ask: Ask) -> Result<Value, Unseen> {
+        loop {
+            let turn = self.pace.next(Instant::now());
+            if turn > self.until {
+                return Err(Unseen::Unknown("there was no time left to ask".to_owned()));
+            }
+            sleep_until(turn).await;
+            let (who, account) = (self.who.clone(), &self.account.id);
+            let asked = self.broker.ask_as(who, account, scope, ask.clone(), None);
+            let answer = match asked.await {
+                Ok(receipt) => receipt.answer,
+                Err(BrokerError::Denied(_)) => return Err(Unseen::NotServed),
+                Err(error @ BrokerError::Key(_)) => return Err(Unseen::NoKey(error.to_string())),
+                Err(error) => return Err(Unseen::Unknown(error.to_string())),
+            };
+            if answer.outcome == Outcome::Accepted {
+                let whole: Option<Value> = serde_json::from_slice(&answer.body).ok();
+                let data = whole.and_then(|mut whole| Some(whole.get_mut("data")?.take()));
+                return Ok(data.unwrap_or_default());
+            }
+            match later(&answer) {
+                Some(wait) if Instant::now() + wait < self.until => sleep(wait).await,
+                _ => return Err(refused(scope, &answer)),
+            }
+        }
+    }
+}
+
+/// How long to wait before the same request is worth another try.
+fn later(answer: &Answer) -> Option<Duration> {
+    let is_busy = matches!(answer.code.as_str(), "429000" | "429001" | "429002");
+    answer.retry_after.or(is_busy.then_some(BUSY))
+}
+
+fn refused(scope: Scope, answer: &Answer) -> Unseen {
+    let (code, msg) = (answer.code.as_str(), answer.msg.as_str());
+    let advice = advice::of_message(scope, code, msg);
+    let told = match (advice, code) {
+        (Some(advice), _) => format!("{code}: {}", advice.meaning),
+        (None, "") => format!("HTTP {}", answer.http_status.as_u16()),
+        // What a stranger wrote goes to a terminal.
+        (None, _) => {
+            let msg = msg.chars().filter(|c| !c.is_control()).take(200);
+            format!("{code} {}", msg.collect::<String>())
+        }
+    };
+    match advice {
+        Some(advice) if NOT_ALLOWED.contains(&advice.topic) => Unseen::NotAllowed(told),
+        _ if KEY_REFUSED.contains(&code) => Unseen::NoKey(told),
+        _ => Unseen::Unknown(told),
+    }
+}
+
+/// A list; an empty one may come as null.
+fn items(list: &Value) -> Result<&[Value], Unseen> {
+    match list {
+        Value::Array(items) => Ok(items),
+        Value::Null => Ok(&[]),
+        _ => Err(Unseen::Unknown(
+            "the answer is not the list that was expected".to_owned(),
+        )),
+    }
+}
+
+fn is_over(item: &Value) -> bool {
+    let status = item.get("status").and_then(Value::as_str);
+    status.is_some_and(|status| OVER.contains(&status))
+}
+
+fn question(method: Method, path: &str, names: &[(String, String)]) -> String {
+    let mut question = format!("{method} {path}");
+    for (name, value) in names {
+        let _ = write!(question, " {name}={value}");
+    }
+    question
+}
+
+impl Group {
+    fn of(kind: &Kind, item: &Value) -> Self {
+        let text = |name| item.get(name).and_then(Value::as_str).unwrap_or_default();
+        let mode = text("marginMode");
+        let has_mode = kind.scope == Scope::Unified && !mode.is_empty();
+        Self {
+            symbol: text("symbol").to_owned(),
+            margin_mode: has_mode.then(|| mode.to_owned()),
+        }
+    }
+}
+
+impl Withdrawal {
+    fn new(kind: &'static Kind) -> Self {
+        Self {
+            kind,
+            open: BTreeMap::new(),
+            unseen: Some(Unseen::Unknown("nobody has looked yet".to_owned())),
+            cancels: BTreeMap::new(),
+        }
+    }
+
+    /// Whether nothing is left to do: nothing is open, or nothing can be done about it.
+    fn is_settled(&self) -> bool {
+        match &self.unseen {
+            None => self.open.is_empty(),
+            Some(Unseen::NotAllowed(_) | Unseen::NoKey(_) | Unseen::NotServed) => true,
+            Some(Unseen::Unknown(_)) => false,
+        }
+    }
+
+    fn still_open(&self) -> Option<u64> {
+        match &self.unseen {
+            None | Some(Unseen::NotAllowed(_) | Unseen::NotServed) => {
+                Some(self.open.values().sum())
+            }
+            Some(Unseen::NoKey(_) | Unseen::Unknown(_)) => None,
+        }
+    }
+
+    /// What the list said in the end.
+    fn listed(&self) -> Option<Probe> {
+        let (path, names) = match self.kind.list {
+            List::Paged { path, names, .. } => (path, names),
+            List::PerSymbol { path, .. } => (path, &[][..]),
+        };
+        let names = self.kind.names.iter().chain(names);
+        let names: Vec<_> = names
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+            .collect();
+        let open: u64 = self.open.values().sum();
+        let answer = match &self.unseen {
+            None if open == 0 => "none open".to_owned(),
+            None => format!("{open} open"),
+            Some(Unseen::NotServed) => return None,
+            Some(Unseen::NotAllowed(told)) => {
+                format!("not this key's to see, and it places none: {told}")
+            }
+            Some(Unseen::NoKey(problem) | Unseen::Unknown(problem)) => {
+                format!("not known: {problem}")
+            }
+        };
+        Some(Probe {
+            question: question(Method::Get, path, &names),
+            is_ok: self.unseen.is_none() && open == 0,
+            answer,
+        })
+    }
+}
+
+/// What was asked, kind by kind; where no key signs, that alone.
+fn probes(all: &[Withdrawal]) -> Vec<Probe> {
+    let without_key = all
+        .iter()
+        .find(|one| matches!(one.unseen, Some(Unseen::NoKey(_))));
+    if let Some(withdrawal) = without_key {
+        return withdrawal.listed().into_iter().collect();
+    }
+    let of_each = all.iter().flat_map(|one| {
+        let cancels = one.cancels.values().cloned();
+        cancels.chain(one.listed())
+    });
+    of_each.collect()
+}
+
+/// Who goes when, so that the exchange's edge takes all of it.
+#[derive(Debug)]
+struct Pace(Mutex<Instant>);
+
+impl Pace {
+    /// A whole burst may go at `now`.
+    fn new(now: Instant) -> Self {
+        let (burst, gap) = BURST;
+        Self(Mutex::new(now.checked_sub(gap * burst).unwrap_or(now)))
+    }
+
+    /// When the next request goes.
+    fn next(&self, now: Instant) -> Instant {
+        let (burst, gap) = BURST;
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let earliest = now.checked_sub(gap * burst).unwrap_or(now);
+        *last = (*last + gap).max(earliest + gap);
+        // What is left of the burst goes at once.
+        (*last).max(now)
+    }
+}
+
+/// A call that may add risk, from before the last look at what admins forbid until it has ended.
+#[derive(Debug)]
+pub(super) struct AddingRisk<'c> {
+    calls: &'c Calls,
+    account: AccountId,
+}
+
+impl Calls {
+    /// Counts a call that may add risk on an account until the guard drops.
+    pub(super) fn add_risk(&self, account: &AccountId) -> AddingRisk<'_> {
+        self.adding_risk.send_modify(|counts| {
+            *counts.entry(account.clone()).or_default() += 1;
+        });
+        AddingRisk {
+            calls: self,
+            account: account.clone(),
+        }
+    }
+
+    fn is_calm(&self, account: &AccountId) -> bool {
+        !self.adding_risk.borrow().contains_key(account)
+    }
+
+    /// Returns once no such call of the account is in flight.
+    async fn calm(&self, account: &AccountId) {
+        let mut counts = self.adding_risk.subscribe();
+        // An error means that the broker is gone.
+        let _ = counts
+            .wait_for(|counts| !counts.contains_key(account))
+            .await;
+    }
+}
+
+impl Drop for AddingRisk<'_> {
+    fn drop(&mut self) {
+        self.calls.adding_risk.send_modify(|counts| {
+            if let Some(count) = counts.get_mut(&self.account) {
+                *count -= 1;
+                if *count == 0 {
+                    counts.remove(&self.account);
+                }
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn every_current_cancel_all_of_the_catalogue_is_used() {
+        let endpoints: Vec<Value> =
+            serde_json::from_str(include_str!("../kucoin/endpoints.json")).unwrap();
+        let wanted: BTreeSet<_> = endpoints
+            .iter()
+            .filter(|one| one["effect"] == "cancel-all" && one["status"] == "current")
+            .map(|one| {
+                let text = |name: &str| one[name].as_str().unwrap().to_owned();
+                (text("scope"), text("method"), text("path"))
+            })
+            .collect();
+        assert!(wanted.len() >= 10);
+        let used: BTreeSet<_> = KINDS
+            .iter()
+            .flat_map(|kind| {
+                let whole = kind.whole.map(|path| (Method::Delete, path));
+                let requests = [whole, kind.by_symbol].into_iter().flatten();
+                requests.map(|(method, path)| {
+                    let (scope, method) = (kind.scope.to_string(), method.to_string());
+                    (scope, method, path.to_owned())
+                })
+            })
+            .collect();
+        assert_eq!(used, wanted);
+    }
+
+    #[tokio::test]
+    async fn a_burst_goes_at_once_and_four_hundred_in_ten_seconds() {
+        let start = Instant::now();
+        let pace = Pace::new(start);
+        let ten_s = start + Duration::from_secs(10);
+        let at_once = (0..150).filter(|_| pace.next(start) == start).count();
+        assert_eq!(at_once, 150);
+        let then = (0..1000).map(|_| pace.next(start));
+        assert_eq!(then.filter(|at| *at <= ten_s).count(), 250);
+        let later = start + Duration::from_secs(1000);
+        assert_eq!((0..200).filter(|_| pace.next(later) == later).count(), 150);
+    }
+
+    #[tokio::test]
+    async fn an_account_is_calm_once_the_last_call_that_adds_risk_has_ended() {
+        let calls = Calls::default();
+        let (one, other) = ("one".parse().unwrap(), "other".parse().unwrap());
+        let (first, second) = (calls.add_risk(&one), calls.add_risk(&one));
+        assert!(!calls.is_calm(&one) && calls.is_calm(&other));
+        drop(first);
+        let within = Duration::from_millis(20);
+        timeout(within, calls.calm(&one)).await.unwrap_err();
+        drop(second);
+        calls.calm(&one).await;
+        assert!(calls.adding_risk.borrow().is_empty());
     }
 }

@@ -8,12 +8,13 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use serde::de::DeserializeOwned;
 use tokio::sync::{Notify, watch};
 use tokio::time::{sleep, timeout};
 
 use super::Broker;
-use crate::clock::{Measured, Place, Sample, WITNESSES_APART};
-use crate::egress::{ConnectError, SendError};
+use crate::clock::{Clock, Measured, Place, Sample, WITNESSES_APART};
+use crate::egress::{ConnectError, Egress, SendError};
 use crate::kucoin::Host;
 use crate::kucoin::question::{self, Question};
 use crate::telemetry::chain;
@@ -228,19 +229,30 @@ impl Broker {
         Ok(())
     }
 
-    /// Asks `place` and returns `data` of its answer, with the times since boot between which it was given.
-    async fn ask<T: serde::de::DeserializeOwned>(
+    async fn ask<T: DeserializeOwned>(
         &self,
         place: Place,
         question: Question,
     ) -> Result<(T, Duration, Duration), Unanswered> {
-        let connection = self.egress.connect(place, true).await?;
-        let asked = self.clock.boot();
-        let answer = timeout(ANSWER_WITHIN, self.egress.ask(connection, question)).await;
-        let answered = self.clock.boot();
-        let answer = answer.map_err(|_| Unanswered::Late)??;
-        let data =
-            question::data(answer.body()).ok_or(Unanswered::Other(answer.status().as_u16()))?;
-        Ok((data, asked, answered))
+        ask(&self.egress, &self.clock, place, question).await
     }
+}
+
+/// Asks `place` and returns `data` of its answer, with the times since boot between which it was given.
+///
+/// # Errors
+/// When no answer comes, or another one than the API describes.
+pub async fn ask<T: DeserializeOwned>(
+    egress: &Egress,
+    clock: &Clock,
+    place: Place,
+    question: Question,
+) -> Result<(T, Duration, Duration), Unanswered> {
+    let connection = egress.connect(place, true).await?;
+    let asked = clock.boot();
+    let answer = timeout(ANSWER_WITHIN, egress.ask(connection, question)).await;
+    let answered = clock.boot();
+    let answer = answer.map_err(|_| Unanswered::Late)??;
+    let data = question::data(answer.body()).ok_or(Unanswered::Other(answer.status().as_u16()))?;
+    Ok((data, asked, answered))
 }

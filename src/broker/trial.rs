@@ -194,12 +194,8 @@ impl Broker {
         if !test.key.has_partner_key() && test.has_partner() {
             tested.find(lacks_partner_key(&test.account));
         }
-        let (scope, path) = if test.scopes.iter().all(|scope| *scope == Scope::Unified) {
-            (Scope::Unified, "/api/ua/v2/user/api-key")
-        } else {
-            (Scope::SpotMargin, "/api/v1/user/api-key")
-        };
-        let Some(body) = self.probe(test, &mut tested, scope, Ask::get(path)).await else {
+        let (scope, ask) = info_of(&test.scopes);
+        let Some(body) = self.probe(test, &mut tested, scope, ask).await else {
             return tested;
         };
         match KeyInfo::read(&body) {
@@ -261,6 +257,7 @@ impl Broker {
         ask: Ask,
     ) -> Option<Bytes> {
         let question = format!("{} {} ({scope})", ask.method, ask.path);
+        let is_order = ask.method == Method::Post;
         let asked = self
             .ask_as(
                 test.who.clone(),
@@ -285,10 +282,13 @@ impl Broker {
                 };
                 let is_final = answer.outcome == Outcome::Rejected
                     && (KEY_REFUSED.contains(&code) || ACCOUNT_REFUSED.contains(&code));
-                let verdict = if is_final {
+                // An order that is refused for what it says, or for want of money, was refused to a key that may place it.
+                let is_about_order = is_order && answer.outcome == Outcome::Rejected;
+                let verdict = if is_final || is_about_order {
                     let egress_ip = self.proof.expected();
-                    let finding = key_info::refusal(code, &answer.msg, scope, egress_ip);
-                    let verdict = Verdict::Refused(finding.cause.clone());
+                    let mut finding = key_info::refusal(code, &answer.msg, scope, egress_ip);
+                    finding.is_refusal = is_final;
+                    let verdict = is_final.then(|| Verdict::Refused(finding.cause.clone()));
                     if !tested
                         .report
                         .findings
@@ -299,9 +299,9 @@ impl Broker {
                     }
                     verdict
                 } else {
-                    Verdict::Unclear(told.clone())
+                    Some(Verdict::Unclear(told.clone()))
                 };
-                (false, told, Some(verdict))
+                (false, told, verdict)
             }
             Err(error) => (
                 false,
@@ -470,9 +470,18 @@ impl Ask {
     }
 }
 
+/// What is this key? The question that fits a key of these scopes, and the scope to ask it in.
+pub fn info_of(scopes: &BTreeSet<Scope>) -> (Scope, Ask) {
+    if scopes.iter().all(|scope| *scope == Scope::Unified) {
+        (Scope::Unified, Ask::get("/api/ua/v2/user/api-key"))
+    } else {
+        (Scope::SpotMargin, Ask::get("/api/v1/user/api-key"))
+    }
+}
+
 /// A read that needs what trading in the scope needs. Source: KuCoin API documentation, "Get Account List - Spot", "Get
 /// Account - Futures" (permission Futures), "Get Account Overview" of the unified account.
-fn read_of(scope: Scope) -> Ask {
+pub fn read_of(scope: Scope) -> Ask {
     match scope {
         Scope::Futures => Ask::get("/api/v1/account-overview").with("currency", "USDT"),
         Scope::SpotMargin => Ask::get("/api/v1/accounts"),
@@ -481,7 +490,7 @@ fn read_of(scope: Scope) -> Ask {
 }
 
 /// An order that is only validated. Source: KuCoin API documentation, "Add Order Test" of spot and futures.
-fn order_of(scope: Scope) -> Option<Ask> {
+pub fn order_of(scope: Scope) -> Option<Ask> {
     let client_oid = RequestId::random().to_string();
     let (path, body) = match scope {
         Scope::Futures => (

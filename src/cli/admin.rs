@@ -22,14 +22,17 @@ use tonic::codegen::Service;
 use tonic::{Code, Request, Response, Status};
 use tonic_types::StatusExt;
 
+use super::text::paragraph;
 use super::{FAILED, USAGE, printable, read_file, say, say_problems};
 use crate::api::caller::caller_of;
 use crate::api::proto::admin_client::AdminClient;
 use crate::api::status::DOMAIN;
-use crate::config::load::{Source, pair, root_file};
+use crate::config::load::{self, Source, pair, root_file};
 use crate::config::{Roots, roots, vault};
 use crate::ids::AdminId;
-use crate::keyring::vault::VaultSettings;
+use crate::keyring::vault::{Vault, VaultSettings};
+use crate::pem;
+use crate::server::assembly::{client_tls, provider};
 use crate::toml_file::{Problem, Problems, Section};
 
 /// Where the file is, unless the command line says otherwise.
@@ -41,6 +44,8 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 /// How an admin reaches the broker, and Vault: `admin.toml`, as meant.
 #[derive(Clone, Debug)]
 pub struct AdminFile {
+    /// Where it stands.
+    pub file: PathBuf,
     /// Host and port of the broker's `listen.admin`.
     pub broker: String,
     /// The name that the broker's certificate must have.
@@ -76,6 +81,59 @@ impl AdminFile {
         problems.into_result()?;
         // A value that is missing has been reported as a problem.
         file.ok_or_else(Vec::new)
+    }
+
+    /// Reads `file`.
+    pub(super) fn read(file: &Path) -> Result<Self, Failure> {
+        let mut read = read_file(file, "--admin", Self::parse).map_err(Failure::Files)?;
+        file.clone_into(&mut read.file);
+        Ok(read)
+    }
+
+    /// The name in the admin's certificate.
+    pub(super) fn name(&self) -> Result<AdminId, Failure> {
+        let chain = std::fs::read(&self.certificate)
+            .map_err(|error| error.to_string())
+            .and_then(|pem| pem::certificates(&pem).map_err(|error| error.to_string()));
+        let name = chain.and_then(|chain| {
+            let first = chain.first().map(caller_of::<AdminId>);
+            let name = first.ok_or_else(|| "it holds none".to_owned())?;
+            name.map_err(|error| error.to_string())
+        });
+        name.map_err(|error| {
+            let file = self.certificate.display();
+            let problem = format!("{file} is no admin's certificate: {error}");
+            self.files(vec![Problem::new("certificate", problem)])
+        })
+    }
+
+    /// The admin's own way to Vault; nothing is sent yet.
+    pub(super) fn vault(&self) -> Result<Vault, Failure> {
+        let Some(AdminVault { settings, roots }) = &self.vault else {
+            let problem =
+                "is missing: this command writes to Vault as you; deploy/admin.toml is an example";
+            return Err(self.files(vec![Problem::new("vault", problem)]));
+        };
+        let problems = Problems::default();
+        let roots = load::roots("vault.roots", roots, &problems);
+        problems
+            .into_result()
+            .map_err(|problems| self.files(problems))?;
+        // What is missing has been reported as a problem.
+        let roots = roots.ok_or_else(|| Failure::Files(Vec::new()))?;
+        let unusable = |error: &dyn std::fmt::Display| {
+            Failure::new(
+                format!("TLS towards Vault cannot be set up: {error}"),
+                "check [vault] in admin.toml",
+            )
+        };
+        let tls = client_tls(roots, &provider()).map_err(|error| unusable(&error))?;
+        Vault::new(settings.clone(), tls, Arc::default()).map_err(|error| unusable(&error))
+    }
+
+    fn files(&self, problems: Vec<Problem>) -> Failure {
+        let in_file = |problem: Problem| problem.in_file(&self.file);
+        Failure::Files(problems.into_iter().map(in_file).collect())
     }
 
     /// What it shakes hands with; reads the files.
@@ -142,6 +200,7 @@ fn read(file: &mut Section, folder: &Path) -> Option<AdminFile> {
         None
     };
     Some(AdminFile {
+        file: PathBuf::new(),
         broker: broker?,
         server_name: server_name?,
         ca: ca?,
@@ -164,20 +223,21 @@ fn host(address: &str) -> Option<&str> {
 /// Why a command did not do what it was asked to.
 #[derive(Debug)]
 pub(super) enum Failure {
-    /// The broker was not reached, or refused.
-    Broker {
-        /// One sentence.
+    /// `admin.toml`, or files that it names, are not as they must be.
+    Files(Vec<Problem>),
+    /// The broker, Vault or the exchange was not reached, or refused.
+    Undone {
+        /// What happened, and what is in force now.
         what: String,
         /// The next step.
         fix: String,
     },
-    /// `admin.toml`, or files that it names, are not as they must be.
-    Files(Vec<Problem>),
 }
 
 impl Failure {
-    fn broker(what: impl Into<String>, fix: impl Into<String>) -> Self {
-        Self::Broker {
+    /// One sentence, and the next step.
+    pub(super) fn new(what: impl Into<String>, fix: impl Into<String>) -> Self {
+        Self::Undone {
             what: what.into(),
             fix: fix.into(),
         }
@@ -186,13 +246,14 @@ impl Failure {
     /// Says it; returns the exit code.
     pub(super) fn say(&self) -> u8 {
         match self {
-            Self::Broker { what, fix } => {
-                say(&format!("{}\nfix: {fix}", printable(what)));
-                FAILED
-            }
             Self::Files(problems) => {
                 say_problems(problems, "the same command");
                 USAGE
+            }
+            Self::Undone { what, fix } => {
+                let said = paragraph("", &printable(what)) + &paragraph("fix: ", &printable(fix));
+                say(said.trim_end());
+                FAILED
             }
         }
     }
@@ -200,6 +261,11 @@ impl Failure {
 
 /// Reads `file`, connects, and runs a command; returns its exit code.
 pub(super) fn run(file: &Path, command: impl AsyncFnOnce(Admin) -> Result<u8, Failure>) -> u8 {
+    block_on(async || command(Admin::connect(&AdminFile::read(file)?).await?).await)
+}
+
+/// Runs a command; returns its exit code.
+pub(super) fn block_on(command: impl AsyncFnOnce() -> Result<u8, Failure>) -> u8 {
     let runtime = match tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -210,7 +276,7 @@ pub(super) fn run(file: &Path, command: impl AsyncFnOnce(Admin) -> Result<u8, Fa
             return FAILED;
         }
     };
-    let code = runtime.block_on(async { command(Admin::connect(file).await?).await });
+    let code = runtime.block_on(command());
     // Whoever still asks a name server that does not answer is not waited for.
     runtime.shutdown_background();
     code.unwrap_or_else(|failure| failure.say())
@@ -226,19 +292,15 @@ pub(super) struct Admin {
 }
 
 impl Admin {
-    /// Connects as `file` says.
-    pub(super) async fn connect(file: &Path) -> Result<Self, Failure> {
-        let admin = read_file(file, "--admin", AdminFile::parse).map_err(Failure::Files)?;
-        let tls = admin.tls().map_err(|problems| {
-            let in_file = |problem: Problem| problem.in_file(file);
-            Failure::Files(problems.into_iter().map(in_file).collect())
-        })?;
-        let AdminFile { broker, .. } = &admin;
+    /// Connects as `admin` says.
+    pub(super) async fn connect(admin: &AdminFile) -> Result<Self, Failure> {
+        let tls = admin.tls().map_err(|problems| admin.files(problems))?;
+        let AdminFile { broker, .. } = admin;
         let connecting = async {
             let stream = TcpStream::connect(broker)
                 .await
-                .map_err(|error| unreached(&admin, &error))?;
-            let refused = |error: io::Error| refused(&admin, &error);
+                .map_err(|error| unreached(admin, &error))?;
+            let refused = |error: io::Error| refused(admin, &error);
             stream.set_nodelay(true).map_err(refused)?;
             let connector = TlsConnector::from(Arc::new(tls));
             let mut stream: TlsStream<TcpStream> = connector
@@ -258,12 +320,12 @@ impl Admin {
             .await
             .unwrap_or_else(|_| {
                 let late = format!("no answer within {} s", CONNECT_WITHIN.as_secs());
-                Err(unreached(&admin, &io::Error::other(late)))
+                Err(unreached(admin, &io::Error::other(late)))
             })?;
         let origin = http::Uri::from_static("https://credbroker");
         Ok(Self {
             client: AdminClient::with_origin(Connection(sender), origin),
-            broker: admin.broker,
+            broker: admin.broker.clone(),
         })
     }
 
@@ -279,7 +341,7 @@ impl Admin {
         match timeout(within, call(&mut self.client, request)).await {
             Ok(Ok(response)) => Ok(response.into_inner()),
             Ok(Err(status)) => Err(told(&self.broker, &status)),
-            Err(_) => Err(Failure::broker(
+            Err(_) => Err(Failure::new(
                 format!(
                     "the broker at {} did not answer within {} s; it may still do what was asked",
                     self.broker,
@@ -311,7 +373,7 @@ impl Service<http::Request<tonic::body::Body>> for Connection {
 /// Nobody answers.
 fn unreached(file: &AdminFile, error: &io::Error) -> Failure {
     let broker = &file.broker;
-    Failure::broker(
+    Failure::new(
         format!("the broker cannot be reached at {broker}: {error}"),
         format!(
             "does it run, and does its configuration say [listen] admin = {broker:?}? Its log line \"listening\" names the \
@@ -372,20 +434,20 @@ fn refused(file: &AdminFile, error: &io::Error) -> Failure {
             "try again; its log says why".to_owned(),
         ),
     };
-    Failure::broker(what, fix)
+    Failure::new(what, fix)
 }
 
 /// What the answer to a call says that failed.
-fn told(broker: &str, status: &Status) -> Failure {
+pub(super) fn told(broker: &str, status: &Status) -> Failure {
     let info = status.get_details_error_info();
     let Some(info) = info.filter(|info| info.domain == DOMAIN) else {
         return if status.code() == Code::Unimplemented {
-            Failure::broker(
+            Failure::new(
                 format!("the broker at {broker} does not know this call"),
                 "it is older than this command: use the broker's own `credbroker`, or update the broker",
             )
         } else {
-            Failure::broker(
+            Failure::new(
                 format!(
                     "the connection to the broker at {broker} broke off: {}",
                     status.message()
@@ -399,7 +461,7 @@ fn told(broker: &str, status: &Status) -> Failure {
         Code::Unauthenticated => "get a certificate from a CA that the broker trusts",
         _ => "look into the broker's log",
     };
-    Failure::broker(
+    Failure::new(
         format!("refused: {}: {}", info.reason, status.message()),
         fix,
     )

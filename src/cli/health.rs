@@ -14,8 +14,8 @@ use super::{CONFIG, DONE, FAILED, USAGE, read_config, say, say_problems, show};
 /// For everything together, name resolution included: a probe that waits longer is killed and says nothing.
 const LIMIT: Duration = Duration::from_secs(2);
 
-/// What an answer may have; a line for each of a few hundred keys.
-const MAX_ANSWER_BYTES: u64 = 64 * 1024;
+/// What an answer may have; a few lines for each of a few hundred keys.
+const MAX_ANSWER_BYTES: u64 = 1024 * 1024;
 
 #[derive(Args, Debug)]
 pub(super) struct Probe {
@@ -73,7 +73,7 @@ fn ops_address(config: &Path) -> Result<SocketAddr, u8> {
 }
 
 /// Where a listener is reached from the same machine: one on every address, on loopback.
-fn from_here(listener: SocketAddr) -> SocketAddr {
+pub(super) fn from_here(listener: SocketAddr) -> SocketAddr {
     let ip = match listener.ip() {
         IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::LOCALHOST.into(),
         IpAddr::V6(Ipv6Addr::UNSPECIFIED) => Ipv6Addr::LOCALHOST.into(),
@@ -83,7 +83,7 @@ fn from_here(listener: SocketAddr) -> SocketAddr {
 }
 
 /// Status and body of the answer. In a thread of its own, because nothing limits a look-up of a name.
-fn ask(address: &str, path: &'static str) -> io::Result<(u16, String)> {
+pub(super) fn ask(address: &str, path: &'static str) -> io::Result<(u16, String)> {
     let (sender, receiver) = mpsc::channel();
     let address = address.to_owned();
     thread::spawn(move || {

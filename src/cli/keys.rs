@@ -1,22 +1,29 @@
-//! `credbroker keys`: the keys of a running broker.
+//! `credbroker keys`: the keys of a running broker, listed and tested; the other commands have files of their own.
+
+mod register;
+mod rollback;
+mod stop;
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use clap::Subcommand;
 use serde_json::json;
 
-use super::admin::{self, ADMIN};
+use super::admin::{self, ADMIN, Failure};
+use super::door::{Door, scopes_of};
+use super::report::{is_refused, report};
 use super::text::{Cell, Level, Style};
-use super::{DONE, printable, show};
-use crate::api::proto::{KeyState, ListKeysRequest, Scope};
+use super::{DONE, FAILED, printable, show};
+use crate::api::proto::{KeyState, TestKeyRequest};
 use crate::clock::Clock;
-
-/// The broker answers from memory.
-const LIST_WITHIN: Duration = Duration::from_secs(10);
+use crate::ids::{AccountId, KeyName};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
+    /// Refuses what adds risk on an account; cancels and reads go on.
+    ///
+    /// Exit code 0: done; 1: the broker was not reached, or refused, or it is not on disk; 2: usage or admin.toml.
+    Freeze(stop::Whose),
     /// Shows every key that the rules name, and how it is.
     ///
     /// Exit code 0: shown; 1: the broker was not reached, or refused; 2: the command line or admin.toml is wrong.
@@ -33,21 +40,116 @@ pub(super) enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Tests a key, writes it to Vault and puts it to use; or says what is wrong with it, and stores nothing.
+    ///
+    /// Key, secret and passphrase are asked for, or read from stdin: one in each line, or as a JSON object. The running
+    /// broker tests them from its egress address before anything is stored. Exit code 0: in use; 1: refused or failed;
+    /// 2: the command line or admin.toml is wrong.
+    #[command(
+        after_long_help = "Examples:\n  credbroker keys register main\n  credbroker keys register main --scope futures --try-order\n  \
+                           credbroker keys register main < key.json      # api_key, api_secret, passphrase"
+    )]
+    Register(register::Options),
+    /// Kills a key, or all keys of an account, at once and for good: only another key lifts it. Vault is not needed.
+    ///
+    /// Exit code 0: done; 1: the broker was not reached, or refused, or it is not on disk; 2: usage or admin.toml.
+    #[command(
+        after_long_help = "The broker cancels orders with the same keys: where they shall go, `credbroker halt ACCOUNT --cancel-all` first."
+    )]
+    Revoke(stop::Which),
+    /// Goes back to the version before, or to another one; --newest undoes that.
+    ///
+    /// Exit code 0: in use; 1: refused or failed; 2: the command line or admin.toml is wrong.
+    Rollback(rollback::Options),
+    /// Puts another key in the place of one that is there, as `register` does; the one before serves until the new one has
+    /// proven itself.
+    ///
+    /// Exit code 0: in use; 1: refused or failed, and the one before serves on; 2: the command line or admin.toml is wrong.
+    #[command(
+        after_long_help = "Examples:\n  credbroker keys rotate main\n  credbroker keys rotate main --key futures < key.json"
+    )]
+    Rotate(register::Options),
+    /// Tests the key that a running broker has in memory.
+    ///
+    /// Exit code 0: the exchange takes it; 1: it is refused, or could not be tested; 2: the command line or admin.toml is
+    /// wrong.
+    Test {
+        /// Account, as the rules name it.
+        account: AccountId,
+        /// Name of the key, where the account has several.
+        #[arg(long)]
+        key: Option<KeyName>,
+        /// Has an order validated too, by the exchange's test endpoint, in each scope that has one; none is placed.
+        #[arg(long)]
+        try_order: bool,
+        /// How to reach the broker.
+        #[arg(long, default_value = ADMIN)]
+        admin: PathBuf,
+    },
+    /// Undoes freeze.
+    ///
+    /// Exit code 0: done; 1: the broker was not reached, or refused; 2: usage or admin.toml.
+    Thaw(stop::Whose),
 }
 
 pub(super) fn run(command: &Command) -> u8 {
-    let Command::List { admin, json } = command;
-    admin::run(admin, async |mut admin| {
-        let list = async |client: &mut admin::Client, request| client.list_keys(request).await;
-        let keys = admin.ask(LIST_WITHIN, ListKeysRequest {}, list).await?.keys;
-        let text = if *json {
-            keys.iter()
-                .fold(String::new(), |text, key| text + &in_json(key) + "\n")
-        } else {
-            table(Style::of_stdout(), &keys, Clock::system().wall_ms())
-        };
-        Ok(show(&text, DONE))
-    })
+    match command {
+        Command::Freeze(whose) => stop::freeze(whose),
+        Command::List { admin: file, json } => {
+            admin::run(file, async |admin| list(Door::Running(admin), *json).await)
+        }
+        Command::Register(options) => register::run(register::Command::Register, options),
+        Command::Revoke(which) => stop::revoke(which),
+        Command::Rollback(options) => rollback::run(options),
+        Command::Rotate(options) => register::run(register::Command::Rotate, options),
+        Command::Test {
+            account,
+            key,
+            try_order,
+            admin: file,
+        } => {
+            let request = TestKeyRequest {
+                account: account.to_string(),
+                key: key.as_ref().map(ToString::to_string).unwrap_or_default(),
+                candidate: None,
+                try_order: *try_order,
+            };
+            admin::run(file, async |admin| {
+                test(Door::Running(admin), request).await
+            })
+        }
+        Command::Thaw(whose) => stop::thaw(whose),
+    }
+}
+
+async fn list(mut door: Door, json: bool) -> Result<u8, Failure> {
+    let keys = door.keys().await?;
+    let text = if json {
+        keys.iter()
+            .fold(String::new(), |text, key| text + &in_json(key) + "\n")
+    } else {
+        table(Style::of_stdout(), &keys, Clock::system().wall_ms())
+    };
+    Ok(show(&text, DONE))
+}
+
+async fn test(mut door: Door, request: TestKeyRequest) -> Result<u8, Failure> {
+    let account = request.account.clone();
+    let test = door.test(request).await?;
+    let now_ms = Clock::system().wall_ms();
+    let told = report(Style::of_stdout(), &account, &test, now_ms);
+    if show(&told, DONE) != DONE {
+        return Ok(FAILED);
+    }
+    if is_refused(&test) {
+        let what = "the key must not be used like this: see `refused` above";
+        return Err(Failure::new(what, "do what stands beside `fix:` above"));
+    }
+    if test.is_unclear {
+        let what = "KuCoin has not said whether the key is good: see `failed` above";
+        return Err(Failure::new(what, "give the same command again"));
+    }
+    Ok(DONE)
 }
 
 fn in_json(key: &KeyState) -> String {
@@ -56,7 +158,7 @@ fn in_json(key: &KeyState) -> String {
     json!({
         "account": key.account,
         "key": key.key,
-        "scopes": scopes(key),
+        "scopes": scopes_of(key),
         "status": key.status,
         "reasons": key.reasons,
         "version": (key.version != 0).then_some(key.version),
@@ -69,16 +171,6 @@ fn in_json(key: &KeyState) -> String {
         "id_sha256": text(&key.id_sha256),
     })
     .to_string()
-}
-
-fn scopes(key: &KeyState) -> Vec<&'static str> {
-    let word = |scope| match scope {
-        Scope::Futures => "futures",
-        Scope::SpotMargin => "spot-margin",
-        Scope::Unified => "unified",
-        Scope::Unspecified => "unknown",
-    };
-    key.scopes().map(word).collect()
 }
 
 /// Each key with its status, and beside it what else is to be known.
@@ -114,7 +206,7 @@ fn level(status: &str) -> Level {
 
 /// What is known about a key: at least what it serves.
 fn facts(key: &KeyState, now_ms: i64) -> Vec<String> {
-    let mut facts = vec![format!("serves {}", scopes(key).join(", "))];
+    let mut facts = vec![format!("serves {}", scopes_of(key).join(", "))];
     if !key.permissions.is_empty() {
         facts.push(format!("permissions {}", key.permissions.join(", ")));
     }
@@ -134,7 +226,8 @@ fn facts(key: &KeyState, now_ms: i64) -> Vec<String> {
     facts
 }
 
-fn ago(ms: i64) -> String {
+/// How long ago something was.
+pub(super) fn ago(ms: i64) -> String {
     let s = ms.max(0) / 1000;
     match s {
         0..120 => format!("{s} s ago"),
@@ -147,6 +240,7 @@ fn ago(ms: i64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::api::proto::Scope;
 
     #[test]
     fn a_table_fits_a_terminal_and_shows_what_is_known() {

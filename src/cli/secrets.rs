@@ -71,11 +71,14 @@ pub(super) async fn read(has_partner: bool) -> Result<Given, InputError> {
     // In a thread of its own, which nobody waits for when a signal comes.
     thread::spawn(move || sender.send(ask(io::stdin(), io::stderr(), names)));
     tokio::select! {
-        answer = answer => given(answer.map_err(|_| InputError::Interrupted)??),
-        _ = hangup.recv() => Err(InputError::Interrupted),
-        _ = interrupt.recv() => Err(InputError::Interrupted),
-        _ = terminate.recv() => Err(InputError::Interrupted),
+        answer = answer => return given(answer.map_err(|_| InputError::Interrupted)??),
+        _ = hangup.recv() => {}
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
     }
+    // The cursor stands behind a prompt.
+    say("");
+    Err(InputError::Interrupted)
 }
 
 /// A terminal that does not show what is typed, for as long as this lives.
@@ -125,8 +128,9 @@ fn ask(
         if length == 0 {
             return Err(refused(format!("{name}: the input has ended")));
         }
-        let text = line.get(..length).unwrap_or_default();
-        values.push(Value::new(name, as_text(text)?));
+        let text = as_text(line.get(..length).unwrap_or_default())?;
+        // The Enter that ends it was not pasted.
+        values.push(Value::new(name, text.strip_suffix('\n').unwrap_or(text)));
     }
     Ok(values)
 }

@@ -326,7 +326,8 @@ fn fit_for_a_server(chain: &[CertificateDer<'_>], now_ms: i64) -> Result<i64, St
     Ok(validity.not_after.timestamp().saturating_mul(1000))
 }
 
-fn roots(key: &str, roots: &Roots, problems: &Problems) -> Option<RootCertStore> {
+/// The CAs that a setting names.
+pub(crate) fn roots(key: &str, roots: &Roots, problems: &Problems) -> Option<RootCertStore> {
     match roots {
         Roots::File(file) => root_file(key, &Source::read(file), problems),
         Roots::Mozilla => Some(webpki_roots::TLS_SERVER_ROOTS.iter().cloned().collect()),

@@ -511,7 +511,7 @@ impl Watch {
             return Ok(());
         };
         if self.serving().is_none() {
-            self.keyring.set_last(&self.account, &self.name, digest);
+            self.keyring.set_revoked(&self.account, &self.name, digest);
         }
         Err(VaultError::Unusable(format!(
             "version {version}: {}",
@@ -659,16 +659,14 @@ impl Watch {
 
     /// After a start whose newest version the exchange refuses: the one before it may be good.
     async fn try_before(&mut self, refused: Serving, reason: String) {
-        let version = refused.version.saturating_sub(1);
         // An admin who has named a version wants no other one.
-        let is_newest = |seen: &Metadata| {
-            seen.use_version().is_none()
-                && seen.current_version == refused.version
-                && seen.has(version)
+        let is_newest = |seen: &&Metadata| {
+            seen.use_version().is_none() && seen.current_version == refused.version
         };
-        if !self.seen.as_ref().is_some_and(is_newest) {
+        let newest = self.seen.as_ref().filter(is_newest);
+        let Some(version) = newest.and_then(|seen| seen.before(refused.version)) else {
             return;
-        }
+        };
         let Ok(key) = self.vault.read(&self.account, &self.name, version).await else {
             return;
         };

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// How long after one refusal the next one is news again.
+/// How long after one refusal the next one is news again: each piece of news has Vault asked.
 const OLD_NEWS_MS: i64 = 5000;
 
 /// Kept as long as the key is in memory; another key begins anew.
@@ -11,16 +11,16 @@ const OLD_NEWS_MS: i64 = 5000;
 pub struct Usage {
     /// When the exchange last took a request that it signed: Unix time in milliseconds; 0: never.
     accepted_ms: AtomicI64,
-    /// Whether the last answer was a refusal.
+    /// Whether the exchange has refused the key since.
     is_refused: AtomicBool,
-    refusals: Mutex<Refusals>,
+    refusal: Mutex<Option<Told>>,
 }
 
-#[derive(Debug, Default)]
-struct Refusals {
-    last: Option<Refusal>,
-    /// When one was last told as news.
-    told_ms: Option<i64>,
+/// The last refusal, and when one was news last.
+#[derive(Debug)]
+struct Told {
+    refusal: Refusal,
+    since_ms: i64,
 }
 
 /// A refusal of the key itself, its address, its permissions or its version.
@@ -28,6 +28,8 @@ struct Refusals {
 pub struct Refusal {
     /// KuCoin's code.
     pub code: String,
+    /// What the bot was told about it.
+    pub advice: String,
     /// When: Unix time in milliseconds.
     pub at_ms: i64,
 }
@@ -39,20 +41,16 @@ impl Usage {
         self.is_refused.store(false, Ordering::Relaxed);
     }
 
-    /// The exchange has refused the key. Returns whether that is news, which it is once in a while, whatever the code.
-    pub fn refused(&self, code: &str, now_ms: i64) -> bool {
-        let mut refusals = self.refusals();
-        self.is_refused.store(true, Ordering::Relaxed);
-        refusals.last = Some(Refusal {
-            code: code.to_owned(),
-            at_ms: now_ms,
-        });
+    /// The exchange has refused the key. Returns whether that is news, which it is now and then, whatever the code.
+    pub fn refused(&self, refusal: Refusal) -> bool {
+        let mut told = self.told();
         // Also where the wall clock was set back.
-        let is_old = |told_ms: i64| !(0..=OLD_NEWS_MS).contains(&(now_ms - told_ms));
-        let is_news = refusals.told_ms.is_none_or(is_old);
-        if is_news {
-            refusals.told_ms = Some(now_ms);
-        }
+        let is_fresh = |since_ms: &i64| (0..=OLD_NEWS_MS).contains(&(refusal.at_ms - since_ms));
+        let since_ms = told.as_ref().map(|told| told.since_ms).filter(is_fresh);
+        let is_news = since_ms.is_none();
+        let since_ms = since_ms.unwrap_or(refusal.at_ms);
+        *told = Some(Told { refusal, since_ms });
+        self.is_refused.store(true, Ordering::Relaxed);
         is_news
     }
 
@@ -65,11 +63,14 @@ impl Usage {
     /// The last refusal, unless the exchange has taken a request since.
     pub fn refusal(&self) -> Option<Refusal> {
         let is_refused = self.is_refused.load(Ordering::Relaxed);
-        self.refusals().last.clone().filter(|_| is_refused)
+        let told = self.told();
+        told.as_ref()
+            .filter(|_| is_refused)
+            .map(|told| told.refusal.clone())
     }
 
-    fn refusals(&self) -> MutexGuard<'_, Refusals> {
-        self.refusals.lock().unwrap_or_else(PoisonError::into_inner)
+    fn told(&self) -> MutexGuard<'_, Option<Told>> {
+        self.refusal.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -78,31 +79,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_answer_says_whether_a_key_is_refused_however_close_they_are() {
+    fn a_refusal_stands_until_a_request_is_taken_and_is_news_now_and_then() {
         let usage = Usage::default();
-        assert_eq!(usage.refusal(), None);
-        usage.refused("400003", 1000);
-        usage.accepted(2000);
-        assert_eq!(usage.refusal(), None);
-        usage.refused("400003", 2000);
-        assert_eq!(usage.refusal().unwrap().at_ms, 2000);
-        usage.accepted(2000);
-        assert_eq!((usage.refusal(), usage.accepted_ms()), (None, Some(2000)));
-        // The wall clock was set back.
-        usage.refused("400006", 100);
-        assert_eq!(usage.refusal().unwrap().code, "400006");
-    }
-
-    #[test]
-    fn refusals_are_news_once_in_a_while_however_their_codes_alternate() {
-        let usage = Usage::default();
-        let news: Vec<_> = (0..20_000)
-            .step_by(100)
-            .filter(|now| {
-                usage.refused(["400006", "400007"][usize::from(now / 100 % 2 == 1)], *now)
+        let refused = |code: &str, at_ms| {
+            usage.refused(Refusal {
+                code: code.to_owned(),
+                advice: format!("advice on {code}"),
+                at_ms,
             })
-            .collect();
-        assert_eq!(news, [0, 5100, 10_200, 15_300]);
-        assert!(usage.refused("400003", -1), "set back");
+        };
+        assert_eq!((usage.accepted_ms(), usage.refusal()), (None, None));
+        assert!(refused("400003", 1000));
+        assert!(!refused("400003", 6000));
+        assert!(refused("400003", 6001), "however many came in between");
+        assert!(!refused("400006", 6002), "codes may alternate");
+        assert_eq!(usage.refusal().unwrap().advice, "advice on 400006");
+        // Whatever the clock says: the order counts.
+        usage.accepted(5000);
+        assert_eq!((usage.accepted_ms(), usage.refusal()), (Some(5000), None));
+        assert!(!refused("400006", 6003));
+        assert_eq!(usage.refusal().unwrap().at_ms, 6003);
+        assert!(refused("400006", 1), "the clock was set back");
     }
 }

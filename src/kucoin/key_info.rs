@@ -18,9 +18,6 @@ const EXPIRY_REFUSED_DAYS: i64 = 14;
 /// A key that ends sooner is warned of.
 const EXPIRY_WARNED_DAYS: i64 = 30;
 
-/// Name of the finding that a key ends soon, or has ended.
-pub const EXPIRES_SOON: &str = "expires-soon";
-
 /// KuCoin deletes a trading key without IP restriction, or its trade permissions, after this long without use.
 const INACTIVITY_DAYS: i64 = 30;
 
@@ -455,25 +452,33 @@ impl KeyInfo {
         }
     }
 
-    /// What is wrong with when the key ends, as of `now_ms`.
+    /// What is wrong with the time that the key has left.
     pub fn expiry(&self, now_ms: i64) -> Option<Finding> {
         let left_ms = self.expires_at_ms?.saturating_sub(now_ms);
         let when = match left_ms.div_euclid(DAY_MS) {
-            ..0 => "has expired".to_owned(),
+            _ if self.has_expired(now_ms) => "has expired".to_owned(),
             0 => "expires in less than a day".to_owned(),
             1 => "expires in 1 day".to_owned(),
             days => format!("expires in {days} days"),
         };
         let fix = "Create a new key under API Management that lasts longer, and put it in this one's place.";
         let cause = format!("The key {when}.");
-        if left_ms < EXPIRY_REFUSED_DAYS * DAY_MS {
+        if self.has_expired(now_ms) {
+            let cause = format!("{cause} KuCoin takes no more requests with it.");
+            Some(Finding::refusal("expires-soon", cause, fix))
+        } else if left_ms < EXPIRY_REFUSED_DAYS * DAY_MS {
             let cause = format!("{cause} At least {EXPIRY_REFUSED_DAYS} days are asked for.");
-            Some(Finding::refusal(EXPIRES_SOON, cause, fix))
+            Some(Finding::refusal("expires-soon", cause, fix))
         } else if left_ms < EXPIRY_WARNED_DAYS * DAY_MS {
-            Some(Finding::warning(EXPIRES_SOON, cause, fix))
+            Some(Finding::warning("expires-soon", cause, fix))
         } else {
             None
         }
+    }
+
+    /// Whether its time is over.
+    pub fn has_expired(&self, now_ms: i64) -> bool {
+        self.expires_at_ms.is_some_and(|at_ms| at_ms <= now_ms)
     }
 
     fn oddities(&self, expected: &Expected) -> Vec<Finding> {
@@ -1093,7 +1098,7 @@ mod tests {
         let ends_in = |ms: i64| json!({"expiredAt": NOW_MS + ms});
         says(
             &refused(ends_in(9 * DAY_MS + 1), &expected()),
-            EXPIRES_SOON,
+            "expires-soon",
             "The key expires in 9 days. At least 14 days are asked for.",
             "Create a new key under API Management that lasts longer, and put it in this one's place.",
         );
@@ -1108,7 +1113,7 @@ mod tests {
         let (name, cause, _) = warned(ends_in(14 * DAY_MS), &expected());
         assert_eq!(
             (name, cause.as_str()),
-            (EXPIRES_SOON, "The key expires in 14 days.")
+            ("expires-soon", "The key expires in 14 days.")
         );
         assert_eq!(key(ends_in(30 * DAY_MS)).judge(&expected()), []);
     }
@@ -1181,7 +1186,7 @@ mod tests {
             ("permission-missing", true),
             ("withdrawal-permission", true),
             ("ip-restriction-missing", true),
-            (EXPIRES_SOON, true),
+            ("expires-soon", true),
             ("site-unknown", false),
             ("permission-unneeded", false),
             ("inactivity-rule", false),

@@ -11,7 +11,7 @@ use crate::clock::Place;
 use crate::policy::Policy;
 
 /// The running questions; they end when this drops.
-pub(super) struct Probes {
+pub(crate) struct Probes {
     times: BTreeMap<Place, AbortHandle>,
     address: Option<AbortHandle>,
     /// How often to ask for the address.
@@ -20,7 +20,7 @@ pub(super) struct Probes {
 
 impl Probes {
     /// Nothing is asked until [`Probes::follow`].
-    pub(super) fn new(address_every: Duration) -> Self {
+    pub(crate) fn new(address_every: Duration) -> Self {
         Self {
             times: BTreeMap::new(),
             address: None,
@@ -29,7 +29,7 @@ impl Probes {
     }
 
     /// Asks from which address requests come, and the hosts of these rules, and no other, for their time.
-    pub(super) fn follow(&mut self, broker: &Arc<Broker>, policy: &Policy) {
+    pub(crate) fn follow(&mut self, broker: &Arc<Broker>, policy: &Policy) {
         let places = policy.places();
         if self.address.as_ref().is_none_or(AbortHandle::is_finished) {
             let asking = probes::watch_address(Arc::clone(broker), self.address_every);

@@ -1,5 +1,6 @@
 //! The door for admins: who gets in, what the others see of it, and what the commands say that cannot get through.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -670,12 +671,9 @@ async fn a_command_that_cannot_get_through_says_why_and_what_to_do() {
             (Some(code), ""),
             "{said:?}"
         );
-        assert!(
-            said.stderr.contains(what),
-            "{what} is not in {}",
-            said.stderr
-        );
-        assert!(said.stderr.contains(fix), "{fix} is not in {}", said.stderr);
+        let words = said.said();
+        assert!(words.contains(what), "{what} is not in {words}");
+        assert!(words.contains(fix.trim_end()), "{fix} is not in {words}");
     }
     std::fs::remove_file(lab.path("admin.toml")).unwrap();
     let said = lab.cli(&["keys", "list"], "").await;
@@ -691,10 +689,49 @@ async fn a_command_that_cannot_get_through_says_why_and_what_to_do() {
     assert_eq!((said.code, said.stdout.as_str()), (Some(1), ""));
     let expected = format!("the broker cannot be reached at {}: ", lab.admin);
     assert!(said.stderr.starts_with(&expected), "{}", said.stderr);
+    let fix = "\nfix: does it run, and does its configuration say [listen] admin =\n";
+    assert!(said.stderr.contains(fix), "{}", said.stderr);
+}
+
+#[test]
+fn what_admins_are_told_has_no_field_for_a_secret() {
+    let proto = include_str!("../../proto/credbroker/v1/admin.proto");
+    let lines = || {
+        proto
+            .lines()
+            .map(|line| line.split("//").next().unwrap().trim())
+    };
+    let mut messages: BTreeMap<&str, Vec<(&str, &str)>> = BTreeMap::new();
+    let mut message = "";
+    for line in lines() {
+        if let Some(name) = line.strip_prefix("message ") {
+            message = name.split(' ').next().unwrap();
+            messages.insert(message, Vec::new());
+        } else if let Some((field, _)) = line.split_once(" = ").filter(|_| !message.is_empty()) {
+            let mut words = field.rsplit(' ');
+            let (name, kind) = (words.next().unwrap(), words.next().unwrap());
+            messages.get_mut(message).unwrap().push((kind, name));
+        }
+    }
+    let of_calls = lines().filter_map(|line| line.split("returns (").nth(1)?.split(')').next());
+    let mut told: Vec<_> = of_calls.collect();
+    assert!(told.len() >= 10, "{told:?}");
+    let mut seen = BTreeSet::new();
+    while let Some(name) = told.pop() {
+        for (kind, field) in messages.get(name).into_iter().flatten() {
+            let is_text = matches!(*kind, "string" | "bytes");
+            let is_secret = ["secret", "passphrase", "api_key", "partner_key"]
+                .iter()
+                .any(|word| field.contains(word));
+            assert!(!(is_text && is_secret), "{name}.{field}");
+            told.push(kind);
+        }
+        seen.insert(name);
+    }
     assert!(
-        said.stderr
-            .contains("\nfix: does it run, and does its configuration say [listen] admin = "),
-        "{}",
-        said.stderr
+        seen.contains("KeyState") && !seen.contains("Candidate"),
+        "{seen:?}"
     );
+    // The search finds them where they are.
+    assert!(messages["Candidate"].contains(&("string", "api_secret")));
 }

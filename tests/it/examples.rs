@@ -111,6 +111,7 @@ async fn the_demo_shows_what_it_promises() {
     let said = text(&run(demo, vec!["--once".to_owned()]).await);
     for part in [
         "Vault and KuCoin are simulated",
+        "broker, for admins         127.0.0.1:",
         "simulated KuCoin says of the signature: Verified",
         "reason POLICY_DENIED, outcome not_sent",
         "reason ANSWER_LOST, outcome maybe_sent",

@@ -175,6 +175,18 @@ pub(crate) struct Ended {
     pub(crate) stderr: String,
 }
 
+impl Ended {
+    /// What it said on stderr, in one line: lines end where a terminal does.
+    pub(crate) fn said(&self) -> String {
+        in_one_line(&self.stderr)
+    }
+}
+
+/// A text without its line ends and indents.
+pub(crate) fn in_one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
 impl Lab {
     pub(crate) async fn start() -> Self {
         Self::with(Settings::default()).await

@@ -7,6 +7,9 @@ use std::fmt;
 use std::path::Path;
 use std::time::Duration;
 
+use credbroker::api::proto::{
+    BlockBotRequest, FreezeAccountRequest, RevokeKeyRequest, ThawAccountRequest, UnblockBotRequest,
+};
 use credbroker_sim::kucoin::SimKey;
 use credbroker_sim::pki::Ca;
 use serde_json::json;
@@ -253,8 +256,12 @@ async fn vault_and_keys() -> Rows {
         key_soft_deleted(&mut site).await,
         key_deleted(&mut site).await,
         mount_gone(&mut site).await,
+        key_deleted_at_exchange(&mut site).await,
+        key_version_refused(&mut site).await,
         key_rotated(&mut site).await,
         cold_start(&mut site).await,
+        // The last: the key never serves again.
+        key_revoked(&mut site).await,
     ];
     (rows, site.compare_record(&[]).await)
 }
@@ -526,6 +533,115 @@ async fn mount_gone(site: &mut Site) -> Row {
     }
 }
 
+async fn key_deleted_at_exchange(site: &mut Site) -> Row {
+    const REFUSED: &str = "key_status{account=\"main\",key=\"main\",status=\"refused\"}";
+    let (look, before) = (Look::now(), site.metric("credentials_refused_total").await);
+    let key = SimKey::fake(MAIN_UID);
+    let gone = format!("keys?api_key={}", key.api_key);
+    site.kucoin.control("DELETE", &gone, json!({})).await;
+    site.until_metric(REFUSED, |refused| refused > 0.5).await;
+    site.until_readyz_says("KuCoin does not know this API key.")
+        .await;
+    site.driver.more_calls(A_WHILE).await;
+    let mended = Look::now();
+    site.kucoin.control("POST", "keys", json!(key)).await;
+    let took = mended.until_well(site).await;
+    let seen = look.seen(site).await;
+    assert!(seen.is_only("rejected (400003)", &ALL), "{seen}");
+    assert!(site.metric("credentials_refused_total").await > before);
+    site.until_metric(REFUSED, |refused| refused < 0.5).await;
+    let began = rough(look.first_bad(site));
+    Row {
+        situation: "Key deleted at KuCoin",
+        done: "the key in use; some seconds later there again",
+        bots: seen.to_string(),
+        how_long: format!("from {began} after until {} after it is back", rough(took)),
+        recorded: "each call's outcome; `key_status{status=\"refused\"}` 1; `credentials_refused_total`; `/readyz?verbose` and `keys list` with cause and fix",
+    }
+}
+
+async fn key_version_refused(site: &mut Site) -> Row {
+    const UNUSABLE: &str = "vault_failures_total{reason=\"unusable\"}";
+    let (look, before) = (Look::now(), site.metric(UNUSABLE).await);
+    let version = site.metric(VERSION).await;
+    let unknown = SimKey {
+        api_key: "simulated-key-that-is-not-there".to_owned(),
+        ..SimKey::fake(MAIN_UID)
+    };
+    let changed = Instant::now();
+    let secret = written("main", &unknown);
+    site.vault.control("POST", "secret", secret).await;
+    site.until_readyz_says(&format!("version {version} serves on: "))
+        .await;
+    let told = changed.elapsed();
+    site.driver.more_calls(A_WHILE).await;
+    assert!(site.metric(UNUSABLE).await > before);
+    let is_same = (site.metric(VERSION).await - version).abs() < 0.5;
+    assert!(is_same, "the refused version is in use");
+    let mended = Instant::now();
+    write_again(site).await;
+    site.until_metric(VERSION, |now| now > version).await;
+    let took = mended.elapsed();
+    let seen = look.seen(site).await;
+    assert!(seen.is_nothing(), "{seen}");
+    site.until_all_is_well().await;
+    Row {
+        situation: "New key version that KuCoin refuses",
+        done: "a key that KuCoin does not know in Vault; some seconds later a good one",
+        bots: seen.to_string(),
+        how_long: format!(
+            "told {} after; the good one in force {} after",
+            rough(told),
+            rough(took)
+        ),
+        recorded: "`act` line *refused* with the reason; `/readyz`: ready, version *serves on* with the reason; `vault_failures_total{reason=\"unusable\"}`",
+    }
+}
+
+async fn key_revoked(site: &mut Site) -> Row {
+    const REVOKED: &str = "key_status{account=\"main\",key=\"main\",status=\"revoked\"}";
+    let mut admin = site.lab.admin_client("anna").await;
+    let changed = Instant::now();
+    let revoke = RevokeKeyRequest {
+        account: "main".to_owned(),
+        key: "main".to_owned(),
+    };
+    admin.revoke_key(revoke).await.unwrap();
+    let took = changed.elapsed();
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    let look = Look::now();
+    site.driver.more_calls(A_WHILE).await;
+    let calls = site.driver.calls_since(look.from);
+    assert!(
+        calls.iter().all(|call| !call.told.is_well()),
+        "signed with a revoked key"
+    );
+    assert!(site.metric(REVOKED).await > 0.5);
+    let next = SimKey {
+        api_key: "simulated-key-after-revocation".to_owned(),
+        ..SimKey::fake(MAIN_UID)
+    };
+    site.kucoin.control("POST", "keys", json!(next)).await;
+    let mended = Look::now();
+    let secret = written("main", &next);
+    site.vault.control("POST", "secret", secret).await;
+    let back = mended.until_well(site).await;
+    let seen = look.seen(site).await;
+    assert!(seen.is_only(NO_KEY, &ALL), "{seen}");
+    site.until_all_is_well().await;
+    Row {
+        situation: "Key revoked",
+        done: "by an admin; some seconds later another key in Vault",
+        bots: seen.to_string(),
+        how_long: format!(
+            "in force {} after, before the admin is told; until {} after another key is there",
+            rough(took),
+            rough(back)
+        ),
+        recorded: "`act` line with the admin; `/readyz`: not ready, who revoked it; `key_status{status=\"revoked\"}` 1; `restrictions.json`",
+    }
+}
+
 async fn key_rotated(site: &mut Site) -> Row {
     let (look, version) = (Look::now(), site.metric(VERSION).await);
     let (old, new) = (SimKey::fake(MAIN_UID), SimKey::fake(SECOND_UID));
@@ -598,6 +714,8 @@ async fn everything_else() -> Rows {
         address_not_told(&mut site).await,
         exchange_unreachable(&mut site).await,
         bot_removed(&mut site).await,
+        bot_blocked(&mut site).await,
+        account_frozen(&mut site).await,
         rules_broken(&mut site).await,
         server_certificate_replaced(&mut site).await,
         client_ca_replaced(&mut site).await,
@@ -740,6 +858,91 @@ async fn bot_removed(site: &mut Site) -> Row {
         bots: "reads of that bot: `CALLER_UNKNOWN` (not_sent); the other: nothing".to_owned(),
         how_long: format!("in force {} after, with the next call", rough(took)),
         recorded: "`change` lines with both digests; `reloads_total{file=\"rules\",outcome=\"taken\"}`",
+    }
+}
+
+async fn bot_blocked(site: &mut Site) -> Row {
+    let mut admin = site.lab.admin_client("anna").await;
+    let bot = "spiffe://demo.test/bot/reader";
+    let changed = Instant::now();
+    let block = BlockBotRequest {
+        bot: bot.to_owned(),
+    };
+    admin.block_bot(block).await.unwrap();
+    let took = changed.elapsed();
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    let look = Look::now();
+    site.until_readyz_says(&format!("bot {bot}: blocked by "))
+        .await;
+    site.driver.more_calls(A_WHILE).await;
+    let calls = site.driver.calls_since(look.from);
+    assert!(
+        calls
+            .iter()
+            .all(|call| (call.bot == "reader") != call.told.is_well())
+    );
+    let mended = Look::now();
+    let unblock = UnblockBotRequest {
+        bot: bot.to_owned(),
+    };
+    admin.unblock_bot(unblock).await.unwrap();
+    let over = mended.until_well(site).await;
+    let seen = look.seen(site).await;
+    assert!(seen.0.contains_key("`CALLER_BLOCKED` (not_sent)"), "{seen}");
+    assert_eq!(seen.0.len(), 1, "{seen}");
+    Row {
+        situation: "A bot blocked, and unblocked",
+        done: "by an admin, some seconds apart",
+        bots: "reads of that bot: `CALLER_BLOCKED` (not_sent); the other: nothing".to_owned(),
+        how_long: format!(
+            "in force {} after, before the admin is told; until {} after",
+            rough(took),
+            rough(over)
+        ),
+        recorded: "`act` lines with the admin; `/readyz?verbose`; `restrictions.json`",
+    }
+}
+
+async fn account_frozen(site: &mut Site) -> Row {
+    const FROZEN: &str = "key_status{account=\"main\",key=\"main\",status=\"frozen\"}";
+    until_orders_stand(site).await;
+    let mut admin = site.lab.admin_client("anna").await;
+    let account = "main".to_owned();
+    let changed = Instant::now();
+    let freeze = FreezeAccountRequest {
+        account: account.clone(),
+    };
+    admin.freeze_account(freeze).await.unwrap();
+    let took = changed.elapsed();
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    let look = Look::now();
+    site.driver.more_calls(A_WHILE).await;
+    let calls = site.driver.calls_since(look.from);
+    assert!(
+        calls
+            .iter()
+            .all(|call| (call.kind == Kind::Order) != call.told.is_well())
+    );
+    assert!(site.metric(FROZEN).await > 0.5);
+    let mended = Look::now();
+    admin
+        .thaw_account(ThawAccountRequest { account })
+        .await
+        .unwrap();
+    let over = mended.until_well(site).await;
+    let seen = look.seen(site).await;
+    let frozen = "`ACCOUNT_FROZEN` (not_sent)";
+    assert!(seen.is_only(frozen, &[Kind::Order]), "{seen}");
+    Row {
+        situation: "Account frozen, and thawed",
+        done: "by an admin, some seconds apart; a halt is the same",
+        bots: seen.to_string(),
+        how_long: format!(
+            "in force {} after, before the admin is told; until {} after",
+            rough(took),
+            rough(over)
+        ),
+        recorded: "`act` lines with the admin; `key_status{status=\"frozen\"}` 1; `restrictions.json`",
     }
 }
 

@@ -123,19 +123,10 @@ impl Session {
         file: &Path,
         path: &str,
     ) -> Result<(), VaultError> {
-        let client = self.connection.client("");
-        let made_at = match vaultrs::sys::wrapping::lookup(&client, &token).await {
-            Ok(found) => found.creation_path,
-            Err(error) if status_of(&error) == Some(400) => {
-                return Err(self.spend(token, used_or_expired()));
-            }
-            Err(error) => return Err(wrapping_outage(&reduce(&error))),
-        };
-        if made_at != path {
-            let reason = format!(
-                "login: the wrapping token is not from {path}, but from {made_at}: who put it there?"
-            );
-            return Err(self.spend(token, VaultError::LoginRefused(reason)));
+        match check_wrapping(&self.connection, &token, path).await {
+            Ok(()) => {}
+            Err(reason @ VaultError::LoginRefused(_)) => return Err(self.spend(token, reason)),
+            Err(other) => return Err(other),
         }
         // With the token as client token and in no other place: else the server loses the secret id.
         let client = self.connection.client(&token);
@@ -164,6 +155,23 @@ impl Session {
     fn spend(&mut self, token: Zeroizing<String>, reason: VaultError) -> VaultError {
         self.secret_id.spent = Some((token, reason.clone()));
         reason
+    }
+}
+
+/// Looks at a wrapping token, which leaves it as it is: `path` is where it must have been made.
+pub(super) async fn check_wrapping(
+    connection: &Connection,
+    token: &str,
+    path: &str,
+) -> Result<(), VaultError> {
+    match vaultrs::sys::wrapping::lookup(&connection.client(""), token).await {
+        Ok(found) if found.creation_path == path => Ok(()),
+        Ok(found) => Err(VaultError::LoginRefused(format!(
+            "login: the wrapping token is not from {path}, but from {}: who put it there?",
+            found.creation_path
+        ))),
+        Err(error) if status_of(&error) == Some(400) => Err(used_or_expired()),
+        Err(error) => Err(wrapping_outage(&reduce(&error))),
     }
 }
 

@@ -116,6 +116,12 @@ impl Metadata {
             .is_some_and(|version| version.deletion_time.is_empty() && !version.destroyed)
     }
 
+    /// The newest version below `version` that is there.
+    pub fn before(&self, version: u64) -> Option<u64> {
+        let mut older = self.versions.range(..version).map(|(number, _)| *number);
+        older.rfind(|number| self.has(*number))
+    }
+
     /// Whether a version has a time at which it deletes itself; nothing in the metadata changes then.
     pub fn deletes_itself(&self, version: u64) -> bool {
         self.versions
@@ -269,6 +275,13 @@ impl Notes {
         Self(BTreeMap::from([(STATE, Some(state.to_owned()))]))
     }
 
+    /// These changes and others, in one write.
+    #[must_use]
+    pub fn and(mut self, others: Self) -> Self {
+        self.0.extend(others.0);
+        self
+    }
+
     /// Which version is to be used; none: the newest.
     pub fn use_version(version: Option<u64>) -> Self {
         let version = version.map(|version| version.to_string());
@@ -334,6 +347,7 @@ mod tests {
             (None, None, None)
         );
         assert_eq!(none.wanted(), Ok(3));
+        assert_eq!((none.before(4), none.before(3)), (Some(3), None));
         assert_eq!(none.created(3), Some("2026-01-02T03:04:05Z"));
         let strange = metadata(
             &json!({ "for_version": "x", "pending_version": "-1", "pending_sha256": "ab", "use_version": "two" }),

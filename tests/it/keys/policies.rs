@@ -2,9 +2,12 @@
 //! policies without going by them.
 
 use std::path::Path;
-use std::sync::Once;
+use std::sync::{Arc, Once};
+use std::time::Duration;
 
 use credbroker::config::Config;
+use credbroker::keyring::vault::{Auth, Vault, VaultSettings};
+use credbroker_sim::kucoin::SimKey;
 use serde_json::{Value, json};
 
 use super::real::{Api, Backend};
@@ -232,6 +235,131 @@ async fn the_brokers_policy_suffices_for_a_broker_and_allows_nothing_else() {
     assert_eq!(renewed["auth"]["lease_duration"], 3600);
     own.call("POST", "auth/token/revoke-self", json!({})).await;
     refuses(&own, name, &[("GET", "auth/token/lookup-self")]).await;
+    stage.clean_up().await;
+}
+
+#[tokio::test]
+async fn keys_are_registered_rotated_and_rolled_back_under_the_shipped_policies() {
+    use super::register::{is, lines, run};
+    let Some(stage) = Stage::new().await else {
+        return;
+    };
+    let Backend { api, name, .. } = &stage.vault;
+    let path = format!("auth/{name}/role/credbroker/secret-id");
+    let minted = api.call("POST", &path, json!({})).await;
+    let secret_id = minted["data"]["secret_id"].as_str().unwrap();
+    let mut setup = Setup::new(&["main"]).await;
+    setup.address = Some(api.url.clone());
+    setup.more = format!("mount = \"{name}\"");
+    setup.auth = format!(
+        "method = \"approle\"\nmount = \"{name}\"\nrole_id = \"{}\"\nsecret_id_file = \"secret-id\"",
+        stage.role_id().await,
+    );
+    setup.files = vec![("secret-id", format!("{secret_id}\n"))];
+    let rig = setup.start().await;
+    let lab = &rig.lab;
+
+    let admin = stage.holder_of(&format!("{name}-admin")).await;
+    lab.write_admin_files(&lab.ca.admin("anna").unwrap());
+    std::fs::write(lab.path("admin-token"), admin.token()).unwrap();
+    let toml = std::fs::read_to_string(lab.path("admin.toml")).unwrap();
+    let own = format!("address = \"{}\"\nmount = \"{name}\"", api.url);
+    let toml = toml
+        .replace(&format!("address = \"{}\"", lab.vault.address()), &own)
+        .replace("file = \"token\"", "file = \"admin-token\"");
+    std::fs::write(lab.path("admin.toml"), toml).unwrap();
+
+    let key = |number| {
+        let key = SimKey {
+            uid: 2001,
+            ..super::register::key(number, &["Spot", "Margin"])
+        };
+        lab.kucoin.add_key(key.clone());
+        key
+    };
+    let (first, second) = (key(1), key(2));
+    for (words, key, expected) in [
+        (&["register", "main"][..], &first, "version 1 is in use"),
+        (&["rotate", "main"], &second, "version 2 is in use"),
+        (&["rollback", "main"], &first, "version 1 is in use"),
+        (
+            &["rollback", "main", "--newest"],
+            &second,
+            "version 2 is in use",
+        ),
+    ] {
+        let words = [&["keys"], words].concat();
+        let (code, said) = run(lab, &words, key, &lines(key)).await;
+        assert_eq!(code, 0, "{said}");
+        assert!(said.contains(expected), "{said}");
+        assert_eq!(rig.signer("main").await, Ok(key.api_key.clone()));
+    }
+    for (version, key) in [(1, &first), (2, &second)] {
+        let path = format!("{name}/data/{}?version={version}", kv_path("main", "main"));
+        let held = api.call("GET", &path, Value::Null).await["data"]["data"].clone();
+        assert!(is(&held, key), "version {version}");
+    }
+    rig.end().await;
+    stage.clean_up().await;
+}
+
+#[tokio::test]
+async fn the_doctor_sees_who_can_write_and_never_writes_itself() {
+    let Some(stage) = Stage::new().await else {
+        return;
+    };
+    let name = stage.name();
+    stage.write_first_key().await;
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("token");
+    let settings = VaultSettings {
+        address: stage.vault.api.url.parse().unwrap(),
+        redirects: Vec::new(),
+        namespace: None,
+        mount: name.to_owned(),
+        prefix: "kucoin/prod".to_owned(),
+        auth: Auth::TokenFile(file.clone()),
+        timeout: Duration::from_secs(10),
+    };
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let tls = rustls::ClientConfig::builder_with_provider(provider);
+    let tls = tls.with_safe_default_protocol_versions().unwrap();
+    let tls = tls
+        .with_root_certificates(rustls::RootCertStore::empty())
+        .with_no_client_auth();
+    let vault = Vault::new(settings, tls, Arc::default()).unwrap();
+    let seen_by = async |token: &str| {
+        std::fs::write(&file, token).unwrap();
+        let (account, key) = ("main".parse().unwrap(), "main".parse().unwrap());
+        let token = vault.token().await.unwrap();
+        let may = vault.may_write(&account, &key).await.unwrap();
+        (token.map(|token| token.policies), may)
+    };
+    let metadata = format!("{name}/metadata/{}", kv_path("main", "main"));
+    let api = &stage.vault.api;
+    let before = api.call("GET", &metadata, Value::Null).await;
+    let broker = stage.holder_of(name).await;
+    assert_eq!(
+        seen_by(broker.token()).await,
+        (Some(vec![name.to_owned()]), Vec::new())
+    );
+    let admin = stage.holder_of(&format!("{name}-admin")).await;
+    let all = [
+        "write versions",
+        "change metadata",
+        "delete versions",
+        "undelete versions",
+        "destroy versions",
+    ];
+    assert_eq!(seen_by(admin.token()).await, (None, all[..4].to_vec()));
+    assert_eq!(seen_by(api.token()).await.1, all);
+    let after = api.call("GET", &metadata, Value::Null).await;
+    assert_eq!(before["data"], after["data"]);
+    // A place where there is no key yet stays empty.
+    let (account, key) = ("other".parse().unwrap(), "main".parse().unwrap());
+    assert_eq!(vault.may_write(&account, &key).await.unwrap(), all);
+    let path = format!("/v1/{name}/metadata/{}", kv_path("other", "main"));
+    assert_eq!(api.raw("GET", &path, None).await.0, 404);
     stage.clean_up().await;
 }
 

@@ -16,7 +16,7 @@ use crate::harness::until;
 
 /// An HTTP server on plain TCP, and the token to show it.
 #[derive(Clone)]
-pub(super) struct Api {
+pub(crate) struct Api {
     pub(super) url: String,
     pub(super) token: String,
     /// Further lines of each request's head.
@@ -24,12 +24,17 @@ pub(super) struct Api {
 }
 
 impl Api {
-    pub(super) fn new(url: &str, token: &str) -> Self {
+    pub(crate) fn new(url: &str, token: &str) -> Self {
         Self {
             url: url.trim_end_matches('/').to_owned(),
             token: token.to_owned(),
             headers: String::new(),
         }
+    }
+
+    /// The token that it is asked with.
+    pub(super) fn token(&self) -> &str {
+        &self.token
     }
 
     /// The same server, asked with another token.
@@ -38,7 +43,7 @@ impl Api {
     }
 
     /// The same server and token, asked with a further header.
-    pub(super) fn with_header(&self, name: &str, value: &str) -> Self {
+    pub(crate) fn with_header(&self, name: &str, value: &str) -> Self {
         let headers = format!("{}{name}: {value}\r\n", self.headers);
         Self {
             headers,
@@ -82,7 +87,7 @@ impl Api {
     }
 
     /// One request below `/v1/` that must succeed; the JSON of its answer. A body of null is none.
-    pub(super) async fn call(&self, method: &str, path: &str, body: Value) -> Value {
+    pub(crate) async fn call(&self, method: &str, path: &str, body: Value) -> Value {
         let body = Some(body).filter(|body| !body.is_null());
         let (status, answer) = self
             .raw(method, &format!("/v1/{path}"), body.as_ref())

@@ -196,7 +196,7 @@ async fn a_key_that_has_no_version_yet_is_told_so() {
     lab.start_broker().await;
     until("Vault has been asked", async || {
         let (word, reasons) = status(&lab).await;
-        word == "unavailable" && reasons == ["Vault has no version of it yet"]
+        word == "unavailable" && reasons == ["not available: Vault has no version of it yet"]
     })
     .await;
     lab.kucoin.add_key(key(1));
@@ -266,7 +266,7 @@ async fn a_refusal_is_over_once_a_test_says_so_and_a_test_without_an_answer_take
         (&sound.status, &sound.permissions)
     );
     assert_eq!(unanswered.tested_at_ms, sound.tested_at_ms);
-    let told = |reason: &String| reason.starts_with("the last test has no answer: 429000");
+    let told = |reason: &String| reason.starts_with("the last test has had no answer: 429000");
     assert!(unanswered.reasons.iter().any(told), "{unanswered:?}");
     lab.kucoin.clear_faults();
     lab.kucoin.remove_key(&SimKey::fake(MAIN_UID).api_key);

@@ -1,0 +1,243 @@
+//! The way to the exchange: names, connections, time, address. Nothing of it needs a key.
+
+use std::collections::BTreeSet;
+use std::error::Error;
+use std::io;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use tokio::time::timeout;
+
+use super::{ADDRESS_WITHIN, ASK_WITHIN, Line};
+use crate::broker::probes::{Unanswered, ask};
+use crate::clock::{Clock, MAX_UNCERTAINTY, Place, Sample};
+use crate::config::Config;
+use crate::egress::proof::ProofMode;
+use crate::egress::{ConnectError, Egress};
+use crate::kucoin::Host;
+use crate::kucoin::question::Question;
+use crate::policy::Policy;
+use crate::server::StartError;
+use crate::telemetry::chain;
+
+/// What the machine's own clock may be off: audit lines, logs and certificates go by it.
+const SYSTEM_CLOCK_MS: i64 = 1000;
+
+/// The hosts that the rules need; without rules the one that tells addresses.
+pub(super) fn places(policy: Option<&Policy>) -> BTreeSet<Place> {
+    let places = policy.map(Policy::places).unwrap_or_default();
+    if places.is_empty() {
+        return BTreeSet::from([(crate::kucoin::Site::default(), Host::Spot)]);
+    }
+    places
+}
+
+/// The way cannot even be set up.
+pub(super) fn unfit(error: &StartError) -> Line {
+    let fix = "correct `[exchange]` and egress.roots; `credbroker check-config` looks again";
+    Line::failed("host", "", chain(error), fix)
+}
+
+/// Asks every host for its time, and one of them for our address.
+pub(super) async fn look(
+    config: &Config,
+    egress: &Egress,
+    clock: &Clock,
+    places: &BTreeSet<Place>,
+) -> Vec<Line> {
+    let hosts = places.iter().map(|place| async move {
+        let looked = timeout(ASK_WITHIN, host(config, egress, clock, *place)).await;
+        looked.unwrap_or_else(|_| vec![late(&name(*place), ASK_WITHIN)])
+    });
+    let hosts = futures_util::future::join_all(hosts);
+    let address = async {
+        // All sites see the same address.
+        let site = places.first().map(|(site, _)| *site).unwrap_or_default();
+        let place = (site, Host::Spot);
+        let ask = async {
+            if !places.contains(&place) {
+                // A name that is not known makes the question fail, and that is told.
+                let _ = egress.resolve(place).await;
+            }
+            my_ip(egress, clock, place).await
+        };
+        let late = |_| Err(within(ADDRESS_WITHIN));
+        let answer = timeout(ADDRESS_WITHIN, ask).await.unwrap_or_else(late);
+        of_address(config, answer)
+    };
+    // After the names are resolved.
+    let mut lines = hosts.await.concat();
+    lines.push(address.await);
+    lines
+}
+
+fn name((site, host): Place) -> String {
+    format!("{site}/{}", host.as_str())
+}
+
+fn within(limit: Duration) -> String {
+    format!("no answer within {} s", limit.as_secs())
+}
+
+fn late(about: &str, limit: Duration) -> Line {
+    let fix = "can this machine reach the exchange at all? Look at the route and the firewall";
+    Line::failed("host", about, within(limit), fix)
+}
+
+/// The name, the connection and the time of one host.
+async fn host(config: &Config, egress: &Egress, clock: &Clock, place: Place) -> Vec<Line> {
+    let about = name(place);
+    let host = match egress.resolve(place).await {
+        Ok((host, addresses)) if addresses.is_empty() => {
+            let detail = format!(
+                "{host} has no address that {} can reach",
+                config.egress.address
+            );
+            let fix = "egress.address is IPv4 or IPv6, and the host must have an address of that kind: correct egress.address";
+            return vec![Line::failed("host", &about, detail, fix)];
+        }
+        Ok((host, _)) => host,
+        Err(error) => {
+            let host = config
+                .origins
+                .get(&place)
+                .map_or("the host", |origin| &origin.name);
+            let detail = format!("the name {host} cannot be resolved: {}", cause(&error));
+            let fix = format!(
+                "ask the name server: `getent hosts {host}`; look at /etc/resolv.conf and the firewall"
+            );
+            return vec![Line::failed("host", &about, detail, fix)];
+        }
+    };
+    let asked = ask(egress, clock, place, Question::Time).await;
+    let (server_ms, asked, answered) = match asked {
+        Ok(answer) => answer,
+        Err(Unanswered::Connect(error)) => return vec![unreached(config, &about, &host, &error)],
+        Err(error) => {
+            let reached = Line::ok("host", &about, format!("{host} is reached"));
+            let detail = format!("the time is not known: {}", cause(&error));
+            let fix =
+                "is it KuCoin that answers there? Look at `[exchange]` and at what stands between";
+            return vec![reached, Line::failed("clock", &about, detail, fix)];
+        }
+    };
+    let sample = Sample {
+        asked,
+        answered,
+        server_ms,
+    };
+    clock.take_in(place, sample, false);
+    let tls = match config.origins.get(&place) {
+        Some(origin) if origin.tls => " over TLS",
+        _ => "",
+    };
+    let took_ms = answered.saturating_sub(asked).as_millis();
+    let reached = format!("{host} answers{tls} in {took_ms} ms");
+    vec![Line::ok("host", &about, reached), time(clock, place)]
+}
+
+/// No connection.
+fn unreached(config: &Config, about: &str, host: &str, error: &ConnectError) -> Line {
+    let source = config.egress.address;
+    let kind = error
+        .source()
+        .and_then(<dyn Error>::downcast_ref::<io::Error>);
+    let kind = kind.map(io::Error::kind);
+    let fix = match kind {
+        Some(io::ErrorKind::AddrNotAvailable) => format!(
+            "egress.address {source} is no address of this machine: correct it, or give the machine this address (`ip address`)"
+        ),
+        Some(io::ErrorKind::InvalidData) => {
+            "the certificate is not one that egress.roots trust: something stands between, or the clock of this machine is wrong"
+                .to_owned()
+        }
+        _ => format!("look at route and firewall: `curl --interface {source} -v https://{host}/`"),
+    };
+    Line::failed(
+        "host",
+        about,
+        format!("{host} cannot be reached: {}", cause(error)),
+        fix,
+    )
+}
+
+/// What lies at the bottom of an error: its sentences are for bots.
+fn cause(error: &(dyn Error + 'static)) -> String {
+    let mut last = error;
+    while let Some(source) = last.source() {
+        last = source;
+    }
+    last.to_string()
+}
+
+/// How far the host's time is from the machine's.
+fn time(clock: &Clock, place: Place) -> Line {
+    let about = name(place);
+    let found = clock.exchange(place);
+    let offset_ms = found.ms - clock.wall_ms();
+    let Some(uncertainty) = found.uncertainty else {
+        let detail = "the host told a time that cannot be right";
+        return Line::failed(
+            "clock",
+            &about,
+            detail,
+            "compare with a third clock; is it KuCoin that answers there?",
+        );
+    };
+    let off = match offset_ms {
+        0 => "agrees with".to_owned(),
+        1.. => format!("is {offset_ms} ms behind"),
+        _ => format!("is {} ms ahead of", offset_ms.abs()),
+    };
+    let within_ms = uncertainty.as_millis();
+    let detail = format!("this machine's {off} the exchange's, to within {within_ms} ms");
+    if uncertainty > MAX_UNCERTAINTY {
+        let fix = "the answer takes too long: look at the route to the exchange; what adds risk is refused";
+        Line::failed("clock", &about, detail, fix)
+    } else if offset_ms.abs() > SYSTEM_CLOCK_MS {
+        let fix = "set the machine's clock (NTP): signatures follow the exchange, but audit lines, logs and certificates \
+                   go by the machine";
+        Line::warning("clock", &about, detail, fix)
+    } else {
+        Line::ok("clock", &about, detail)
+    }
+}
+
+/// The address that the exchange sees, or why it did not tell.
+async fn my_ip(egress: &Egress, clock: &Clock, place: Place) -> Result<IpAddr, String> {
+    let answer = ask(egress, clock, place, Question::MyIp).await;
+    let (address, ..): (IpAddr, _, _) = answer.map_err(|error| cause(&error))?;
+    Ok(address.to_canonical())
+}
+
+fn of_address(config: &Config, answer: Result<IpAddr, String>) -> Line {
+    let (check, expected) = ("egress", config.expected_ip.to_canonical());
+    match answer {
+        Ok(seen) if seen == expected => {
+            let detail = format!("the exchange sees {seen}, as egress.expected_ip says");
+            Line::ok(check, "", detail)
+        }
+        Ok(seen) => {
+            let detail = format!("the exchange sees {seen}, and egress.expected_ip is {expected}");
+            let fix = format!(
+                "repair the route, so that requests leave from {expected}; or, if {seen} is right, write egress.expected_ip = \
+                 \"{seen}\" and enter {seen} under API Management > Edit > IP restriction of each key"
+            );
+            if config.proof == ProofMode::Lenient {
+                Line::warning(check, "", detail, fix)
+            } else {
+                Line::failed(
+                    check,
+                    "",
+                    format!("{detail}; what adds risk is refused"),
+                    fix,
+                )
+            }
+        }
+        Err(reason) => {
+            let detail = format!("the exchange did not say which address it sees: {reason}");
+            let fix = "see the lines about hosts; what adds risk is refused until it says so";
+            Line::failed(check, "", detail, fix)
+        }
+    }
+}

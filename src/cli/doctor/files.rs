@@ -1,0 +1,332 @@
+//! What stands on this machine: rules, certificates, the record, the state folder.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use rustix::fs::{Access, access, statvfs};
+use rustls::RootCertStore;
+use x509_parser::time::ASN1Time;
+
+use super::Line;
+use crate::api::caller::not_after_ms;
+use crate::config::load::{self, Source, TlsSources};
+use crate::config::{Config, Roots};
+use crate::keyring::vault::Auth;
+use crate::pem;
+use crate::policy::Policy;
+use crate::restrictions::{Counts, Restrictions, RestrictionsError};
+use crate::server::is_locked;
+use crate::toml_file::{Problem, Problems};
+
+/// Time enough to get a certificate without haste.
+const WARN_DAYS: i64 = 30;
+
+const DAY_MS: i64 = 24 * 60 * 60 * 1000;
+
+/// Less is warned of; the record grows by about 1 kB a call.
+const WARN_FREE: u64 = 1 << 30;
+
+/// Less is a failure: minutes of trading.
+const LEAST_FREE: u64 = 64 << 20;
+
+/// What is wrong with the rules, and what is hardly meant; and the rules, where they can be used.
+pub(super) fn rules(file: &Path) -> (Vec<Line>, Option<Policy>) {
+    let name = file.display();
+    let again = format!("`credbroker policy check {name}` looks again");
+    match load::rules(&Source::read(file)) {
+        Ok(policy) => {
+            let (bots, grants) = policy.counts();
+            let accounts = policy.accounts().count();
+            let counts = format!("{name}: {accounts} account(s), {bots} bot(s), {grants} grant(s)");
+            let mut lines = vec![Line::ok("rules", "", counts)];
+            lines.extend(policy.warnings().into_iter().map(|warning| {
+                let warning = warning.in_file(file).to_string();
+                let fix = format!("correct it, or leave it if it is meant; {again}");
+                Line::warning("rules", "", warning, fix)
+            }));
+            (lines, Some(policy))
+        }
+        Err(problems) => {
+            let failed = |problem: &Problem| {
+                Line::failed(
+                    "rules",
+                    "",
+                    problem.to_string(),
+                    format!("correct it; {again}"),
+                )
+            };
+            (problems.iter().map(failed).collect(), None)
+        }
+    }
+}
+
+/// What the listeners show, whom they trust, and what Vault is shown.
+pub(super) fn certificates(config: &Config, now_ms: i64) -> Vec<Line> {
+    let problems = Problems::default();
+    load::certificates(&TlsSources::read(&config.tls), now_ms, &problems);
+    let mut files = vec![
+        (
+            ["tls.certificate", "tls.key"],
+            "server",
+            &config.tls.certificate,
+        ),
+        (["tls.client_ca", ""], "bots' CA", &config.tls.client_ca),
+    ];
+    if let Some(admin_ca) = &config.tls.admin_ca {
+        files.push((["tls.admin_ca", ""], "admins' CA", admin_ca));
+    }
+    if let Auth::Cert {
+        certificate, key, ..
+    } = &config.vault.auth
+    {
+        let names = ["vault.auth.certificate", "vault.auth.key"];
+        load::pair(
+            names,
+            &Source::read(certificate),
+            &Source::read(key),
+            &problems,
+        );
+        files.push((names, "for Vault", certificate));
+    }
+    let problems = problems.into_result().err().unwrap_or_default();
+    let lines = files.into_iter().flat_map(|(keys, about, file)| {
+        let of_file = |problem: &&Problem| keys.contains(&problem.key.as_str());
+        let mut failed: Vec<_> = problems
+            .iter()
+            .filter(of_file)
+            .map(|problem| {
+                let fix = "put the right files in place; a running broker takes them up without a restart";
+                Line::failed("certificate", about, problem.to_string(), fix)
+            })
+            .collect();
+        if failed.is_empty() {
+            failed.push(expiry(about, ends_ms(file), now_ms));
+        }
+        failed
+    });
+    lines.collect()
+}
+
+/// When the first certificate of a file ends: Unix time in milliseconds.
+fn ends_ms(file: &Path) -> Option<i64> {
+    let certificates = pem::certificates(&std::fs::read(file).ok()?).ok()?;
+    certificates.iter().filter_map(not_after_ms).min()
+}
+
+/// Whether a certificate ends soon.
+pub(super) fn expiry(about: &str, ends_ms: Option<i64>, now_ms: i64) -> Line {
+    let check = "certificate";
+    let fix = if about.ends_with("CA") {
+        "put the next CA into the file beside this one, and issue new certificates from it"
+    } else if about == "of Vault" {
+        "have Vault's certificate renewed"
+    } else {
+        "put a new certificate and its key in place; a running broker takes them up without a restart"
+    };
+    let Some(ends_ms) = ends_ms else {
+        return Line::failed(check, about, "is not an X.509 certificate", fix);
+    };
+    let (day, days) = (date(ends_ms), (ends_ms - now_ms) / DAY_MS);
+    if ends_ms <= now_ms {
+        Line::failed(check, about, format!("ended on {day}"), fix)
+    } else if days < WARN_DAYS {
+        let detail = format!("ends on {day}, in {days} day(s)");
+        Line::warning(check, about, detail, fix)
+    } else {
+        Line::ok(check, about, format!("good until {day}, for {days} days"))
+    }
+}
+
+/// Year, month and day.
+fn date(ms: i64) -> String {
+    match ASN1Time::from_timestamp(ms / 1000) {
+        Ok(time) => time.to_datetime().date().to_string(),
+        Err(_) => "a day that no calendar has".to_owned(),
+    }
+}
+
+/// CAs; none where they cannot be read, which the line says.
+pub(super) fn roots(key: &str, roots: &Roots) -> (RootCertStore, Option<Line>) {
+    let problems = Problems::default();
+    if let Some(roots) = load::roots(key, roots, &problems) {
+        return (roots, None);
+    }
+    let problems = problems.into_result().err().unwrap_or_default();
+    let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();
+    let fix = format!("put the CA's certificate there, or correct {key}");
+    let line = Line::failed("certificate", "", problems.join("; "), fix);
+    // Nobody is trusted then.
+    (RootCertStore::empty(), Some(line))
+}
+
+/// The record: whether it can be written, and how much room is left. Returns why nothing can be recorded from here, if so.
+pub(super) fn audit(config: &Config) -> (Vec<Line>, Result<(), String>) {
+    let (file, check) = (&config.audit_file, "audit");
+    let name = file.display();
+    let folder = file.parent().unwrap_or(Path::new("/"));
+    let fix = "make it writable for the broker's user, or correct audit.file";
+    let (there, recordable) = match OpenOptions::new().append(true).open(file) {
+        Ok(_) => (format!("{name} can be written"), Ok(())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound && !folder.exists() => {
+            let reason = format!("the folder of {name} is not there yet");
+            let fix =
+                "start the broker, which makes state_dir, or make the folder for its user alone";
+            let line = Line::warning(check, "", &reason, fix);
+            return (vec![line], Err(reason));
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            // Made by somebody else it would keep the broker from its own record.
+            let recordable = match (
+                access(folder, Access::WRITE_OK | Access::EXEC_OK),
+                is_ours(folder),
+            ) {
+                (Err(error), _) => Err(format!(
+                    "the folder of {name} cannot be written: {}",
+                    io::Error::from(error)
+                )),
+                (Ok(()), false) => Err(format!(
+                    "{name} is not there yet, and this is not the broker's user, who will make it"
+                )),
+                (Ok(()), true) => Ok(()),
+            };
+            (
+                format!("{name} is not there yet, and can be made"),
+                recordable,
+            )
+        }
+        Err(error) => {
+            let reason = format!("{name} cannot be written: {error}");
+            return (vec![Line::failed(check, "", &reason, fix)], Err(reason));
+        }
+    };
+    if let Err(reason) = recordable {
+        return (vec![Line::failed(check, "", &reason, fix)], Err(reason));
+    }
+    let free = "free the disk, or move the file (audit.file)";
+    let line = match statvfs(folder) {
+        Ok(disk) if disk.f_blocks > 0 => {
+            let room = disk.f_bavail.saturating_mul(disk.f_frsize);
+            let full = 100 - disk.f_bavail.saturating_mul(100) / disk.f_blocks;
+            let detail = format!("{there}; the disk is {full} % full, {} free", bytes(room));
+            if room < LEAST_FREE {
+                Line::failed(check, "", detail, free)
+            } else if room < WARN_FREE {
+                Line::warning(check, "", detail, free)
+            } else {
+                Line::ok(check, "", detail)
+            }
+        }
+        Ok(_) => Line::ok(check, "", there),
+        Err(error) => {
+            let error = io::Error::from(error);
+            let detail = format!("{there}; how full the disk is cannot be told: {error}");
+            Line::warning(check, "", detail, "look with `df`")
+        }
+    };
+    (vec![line], Ok(()))
+}
+
+fn bytes(number: u64) -> String {
+    match number >> 20 {
+        mib @ 0..2048 => format!("{mib} MiB"),
+        mib => format!("{} GiB", mib >> 10),
+    }
+}
+
+/// Whether a folder belongs to whoever runs this.
+fn is_ours(folder: &Path) -> bool {
+    folder
+        .metadata()
+        .is_ok_and(|there| there.uid() == rustix::process::geteuid().as_raw())
+}
+
+/// The state folder: whether it can be used, what is forbidden, and whether a broker runs on it.
+pub(super) fn state(config: &Config) -> (Vec<Line>, bool) {
+    let (folder, check) = (&config.state_dir, "state");
+    let name = folder.display();
+    let usable =
+        "make it a folder that the broker's user alone can read and write, or correct state_dir";
+    let metadata = match folder.metadata() {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let detail = format!("{name} is not there; the broker makes it at its start");
+            let fix = "start the broker; if it has run before, correct state_dir: what was forbidden is there";
+            return (vec![Line::warning(check, "", detail, fix)], false);
+        }
+        Err(error) => {
+            let detail = format!("{name} cannot be used: {error}");
+            return (vec![Line::failed(check, "", detail, usable)], false);
+        }
+    };
+    let mut lines = Vec::new();
+    if !is_ours(folder) {
+        let (owner, me) = (metadata.uid(), rustix::process::geteuid().as_raw());
+        let detail = format!(
+            "{name} belongs to user {owner}, and this runs as user {me}: what it can read and write tells little of the broker"
+        );
+        let fix = format!("run it as the broker does: sudo -u '#{owner}' credbroker doctor");
+        lines.push(Line::warning(check, "", detail, fix));
+    }
+    if metadata.mode() & 0o022 != 0 {
+        let detail = format!("{name} can be written by others, who could lift what is forbidden");
+        lines.push(Line::failed(check, "", detail, format!("chmod 700 {name}")));
+    }
+    if let Err(error) = access(folder, Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK) {
+        let detail = format!("{name} cannot be used: {}", io::Error::from(error));
+        lines.push(Line::failed(check, "", detail, usable));
+    }
+    let is_running = match is_locked(folder) {
+        Ok(is_running) => is_running,
+        Err(error) => {
+            let detail = format!("whether a broker runs on {name} cannot be told: {error}");
+            let fix = "run it as the broker's user";
+            lines.push(Line::warning(check, "", detail, fix));
+            false
+        }
+    };
+    let runs = if is_running {
+        "a broker runs on it"
+    } else {
+        "no broker runs on it"
+    };
+    lines.push(match Restrictions::open(folder) {
+        Ok(restrictions) => forbidden(&format!("{name}: {runs}"), restrictions.counts()),
+        Err(RestrictionsError::Unreadable { file, problem }) => {
+            let detail = format!("{file} cannot be read, and no broker starts: {problem}");
+            let fix = "restore it; remove it only if no bot is blocked, no account frozen and no key revoked";
+            Line::failed(check, "", detail, fix)
+        }
+        Err(error) => Line::failed(check, "", error.to_string(), usable),
+    });
+    (lines, is_running)
+}
+
+/// What admins have forbidden; what they have stopped is worth a warning, since bots will say so too.
+fn forbidden(place: &str, counts: Counts) -> Line {
+    let Counts {
+        blocked_bots,
+        frozen_accounts,
+        halted_accounts,
+        is_all_halted,
+        revoked_keys,
+    } = counts;
+    let halted = if is_all_halted {
+        "all accounts".to_owned()
+    } else {
+        format!("{halted_accounts} account(s)")
+    };
+    if counts == Counts::default() {
+        return Line::ok("state", "", format!("{place}; nothing is forbidden"));
+    }
+    let detail = format!(
+        "{place}; {frozen_accounts} account(s) frozen, {halted} halted, {blocked_bots} bot(s) blocked, {revoked_keys} key(s) revoked"
+    );
+    if is_all_halted || frozen_accounts + halted_accounts > 0 {
+        let fix = "if that is over: `credbroker resume`, `credbroker keys thaw ACCOUNT`";
+        Line::warning("state", "", detail, fix)
+    } else {
+        Line::ok("state", "", detail)
+    }
+}

@@ -1,0 +1,310 @@
+//! `credbroker halt` and `resume`: the emergency stop, and its end.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+
+use super::admin::{self, ADMIN, Client};
+use super::text::{Level, Style, paragraph};
+use super::{DECIDE_WITHIN, DONE, FAILED, show};
+use crate::api::proto::{Cancelled, HaltRequest, HaltResponse, ResumeRequest, Scope};
+use crate::broker::halt::WITHIN;
+
+/// Beside the time that the broker gives itself for the orders.
+const SLACK: Duration = Duration::from_secs(30);
+
+/// Whose orders are meant.
+#[derive(Args, Debug)]
+struct Whose {
+    /// The account, as the rules file names it.
+    #[arg(required_unless_present = "all", conflicts_with = "all")]
+    account: Option<String>,
+    /// Every account, also those that the rules name later.
+    #[arg(long)]
+    all: bool,
+    /// How to reach the broker.
+    #[arg(long, default_value = ADMIN)]
+    admin: PathBuf,
+}
+
+#[derive(Args, Debug)]
+pub(super) struct Halt {
+    #[command(flatten)]
+    whose: Whose,
+    /// Cancels every open order too, and looks what is still open.
+    #[arg(long)]
+    cancel_all: bool,
+}
+
+#[derive(Args, Debug)]
+pub(super) struct Resume {
+    #[command(flatten)]
+    whose: Whose,
+}
+
+impl Whose {
+    fn account(&self) -> String {
+        self.account.clone().unwrap_or_default()
+    }
+
+    /// As the command line has it.
+    fn word(&self) -> &str {
+        self.account.as_deref().unwrap_or("--all")
+    }
+
+    fn name(&self) -> String {
+        match &self.account {
+            Some(account) => format!("account {account}"),
+            None => "every account".to_owned(),
+        }
+    }
+}
+
+pub(super) fn halt(command: &Halt) -> u8 {
+    let Halt { whose, cancel_all } = command;
+    admin::run(&whose.admin, async |mut admin| {
+        let request = HaltRequest {
+            account: whose.account(),
+            all: whose.all,
+            cancel_all: *cancel_all,
+        };
+        let within = if *cancel_all {
+            WITHIN + SLACK
+        } else {
+            DECIDE_WITHIN
+        };
+        let halt = async |client: &mut Client, request| client.halt(request).await;
+        let response = admin.ask(within, request, halt).await?;
+        let (text, code) = halted(whose, *cancel_all, &response, Style::of_stdout());
+        Ok(show(&text, code))
+    })
+}
+
+fn halted(whose: &Whose, cancel_all: bool, response: &HaltResponse, style: Style) -> (String, u8) {
+    let HaltResponse { cancelled, problem } = response;
+    let (name, word) = (whose.name(), whose.word());
+    let mut text = paragraph(
+        "halted: ",
+        &format!(
+            "{name}, in force now. What adds risk is refused (ACCOUNT_FROZEN), also after a restart of the broker; cancels and \
+             reads go on."
+        ),
+    );
+    let is_clear = !cancelled.is_empty() && cancelled.iter().all(|one| one.still_open == Some(0));
+    let mut code = if is_clear || !cancel_all {
+        DONE
+    } else {
+        FAILED
+    };
+    for one in cancelled {
+        text += &reported(one, style);
+    }
+    if !cancelled.is_empty() {
+        text += "\n";
+        text += &paragraph("open: ", &left(cancelled));
+    }
+    if cancel_all && cancelled.is_empty() {
+        let what = "the rules name no key for it: nothing could be cancelled, and nobody has looked what is open";
+        text += &paragraph("failed: ", what);
+    }
+    if !problem.is_empty() {
+        text += &paragraph("failed: ", problem);
+        code = FAILED;
+    }
+    let next = match (cancel_all, is_clear) {
+        (true, true) => None,
+        (true, false) => Some(
+            "give the same command again, which cancels what is left; or cancel it on KuCoin's site. `credbroker keys list` says \
+             whether a key is the trouble"
+                .to_owned(),
+        ),
+        (false, _) => Some(format!(
+            "orders that were open are open still: `credbroker halt {word} --cancel-all` cancels them"
+        )),
+    };
+    if let Some(next) = next {
+        text += &paragraph("next: ", &next);
+    }
+    text += &paragraph("undo: ", &format!("credbroker resume {word}"));
+    (text, code)
+}
+
+/// What is left of all of it, since the report is longer than a screen.
+fn left(cancelled: &[Cancelled]) -> String {
+    let places = cancelled.iter().filter_map(|one| {
+        let place = format!("{} in {}", one.account, scope(one));
+        match one.still_open {
+            Some(0) => None,
+            Some(open) => Some(format!("{open} on {place}")),
+            None => Some(format!("nobody knows on {place}")),
+        }
+    });
+    let places: Vec<_> = places.collect();
+    if places.is_empty() {
+        "none".to_owned()
+    } else {
+        places.join(", ")
+    }
+}
+
+fn scope(one: &Cancelled) -> &'static str {
+    match one.scope() {
+        Scope::Futures => "futures",
+        Scope::SpotMargin => "spot-margin",
+        Scope::Unified => "unified",
+        Scope::Unspecified => "unknown",
+    }
+}
+
+/// What was asked about one account in one scope, what came, and what is left.
+fn reported(one: &Cancelled, style: Style) -> String {
+    let (level, left) = match one.still_open {
+        Some(0) => (Level::Ok, "none open".to_owned()),
+        Some(open) => (Level::Failed, format!("{open} still open")),
+        None => (Level::Failed, "not known what is open".to_owned()),
+    };
+    let left = style.coloured(level, &left);
+    let mut text = format!("\n{} in {}: {left}\n", one.account, scope(one));
+    for probe in &one.probes {
+        let level = match (probe.is_ok, one.still_open) {
+            (true, _) => Level::Ok,
+            (false, Some(0)) => Level::Warning,
+            (false, _) => Level::Failed,
+        };
+        let asked = paragraph(
+            "           ",
+            &format!("{}: {}", probe.question, probe.answer),
+        );
+        let word = level.as_str();
+        // Put in afterwards: colour takes no columns.
+        let shown = style.coloured(level, word) + &" ".repeat(9 - word.len());
+        text += &["  ", &shown, asked.trim_start()].concat();
+    }
+    text
+}
+
+pub(super) fn resume(command: &Resume) -> u8 {
+    let Resume { whose } = command;
+    admin::run(&whose.admin, async |mut admin| {
+        let request = ResumeRequest {
+            account: whose.account(),
+            all: whose.all,
+        };
+        let resume = async |client: &mut Client, request| client.resume(request).await;
+        let still = admin.ask(DECIDE_WITHIN, request, resume).await?;
+        Ok(show(&resumed(whose, &still.still_frozen), DONE))
+    })
+}
+
+fn resumed(whose: &Whose, still_frozen: &[String]) -> String {
+    let name = whose.name();
+    if still_frozen.is_empty() {
+        let what = format!("{name}, in force now. What adds risk goes through again.");
+        return paragraph("resumed: ", &what);
+    }
+    let accounts = still_frozen.join(", ");
+    let but = format!(
+        "what adds risk is refused still on {accounts}: frozen besides (`credbroker keys thaw ACCOUNT` ends that), or halted with \
+         all accounts (`credbroker resume --all`)."
+    );
+    paragraph("resumed: ", &format!("{name}, in force now.")) + &paragraph("but: ", &but)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::proto::Probe;
+
+    fn whose(account: Option<&str>) -> Whose {
+        Whose {
+            account: account.map(ToOwned::to_owned),
+            all: account.is_none(),
+            admin: PathBuf::new(),
+        }
+    }
+
+    fn cancelled(still_open: Option<u64>) -> Cancelled {
+        let probe = |question: &str, is_ok, answer: &str| Probe {
+            question: question.to_owned(),
+            is_ok,
+            answer: answer.to_owned(),
+        };
+        Cancelled {
+            account: "main".to_owned(),
+            scope: Scope::SpotMargin.into(),
+            probes: vec![
+                probe(
+                    "DELETE /api/v1/stop-order/cancel tradeType=TRADE",
+                    true,
+                    "taken",
+                ),
+                probe(
+                    "GET /api/v3/hf/margin/orders/active tradeType=MARGIN_ISOLATED_TRADE",
+                    false,
+                    "not known: no answer came",
+                ),
+            ],
+            still_open,
+        }
+    }
+
+    #[test]
+    fn a_report_says_what_is_left_and_what_to_do_and_fits_a_terminal() {
+        let cases = [
+            (Some(0), "none open", "warning", DONE),
+            (Some(3), "3 still open", "failed", FAILED),
+            (None, "not known what is open", "failed", FAILED),
+        ];
+        for (still_open, left, word, code) in cases {
+            let response = HaltResponse {
+                cancelled: vec![cancelled(still_open)],
+                problem: String::new(),
+            };
+            let (text, ended) = halted(&whose(None), true, &response, Style::plain());
+            let expected = format!(
+                "\nmain in spot-margin: {left}\n  ok       DELETE /api/v1/stop-order/cancel tradeType=TRADE: taken\n  \
+                 {word:<9}GET /api/v3/hf/margin/orders/active tradeType=MARGIN_ISOLATED_TRADE:\n           \
+                 not known: no answer came\n\n"
+            );
+            assert!(text.contains(&expected), "{text}");
+            let open = match still_open {
+                Some(0) => "none",
+                Some(_) => "3 on main in spot-margin",
+                None => "nobody knows on main in spot-margin",
+            };
+            assert!(text.contains(&format!("\nopen: {open}\n")), "{text}");
+            assert_eq!(text.contains("\nnext: "), code == FAILED, "{text}");
+            assert!(text.ends_with("undo: credbroker resume --all\n"), "{text}");
+            assert!(
+                text.lines().all(|line| line.chars().count() <= 80),
+                "{text}"
+            );
+            assert_eq!(ended, code);
+        }
+    }
+
+    #[test]
+    fn what_is_not_on_disk_or_was_not_looked_at_is_a_failure() {
+        let unwritten = HaltResponse {
+            cancelled: vec![cancelled(Some(0))],
+            problem: "it is in force, but not on disk".to_owned(),
+        };
+        let (text, code) = halted(&whose(Some("main")), true, &unwritten, Style::plain());
+        assert!(
+            text.contains("\nfailed: it is in force, but not on disk\n"),
+            "{text}"
+        );
+        assert_eq!(code, FAILED);
+        let none = HaltResponse::default();
+        let (text, code) = halted(&whose(Some("main")), true, &none, Style::plain());
+        assert!(text.contains("the rules name no key for it"), "{text}");
+        assert_eq!(code, FAILED);
+        let (text, code) = halted(&whose(Some("main")), false, &none, Style::plain());
+        assert!(
+            text.contains("`credbroker halt main --cancel-all`"),
+            "{text}"
+        );
+        assert_eq!(code, DONE);
+    }
+}

@@ -1,0 +1,605 @@
+//! `credbroker keys register` and `keys rotate`: a key is tested, then written to Vault, then put to use.
+//!
+//! Vault is written in three steps, so that whoever comes after a crash knows which half happened: the note that a
+//! version is about to be written, the version itself (whole, on top of the one that was seen), the note of what it is.
+//! Until the last step the key that served goes on.
+
+use std::collections::BTreeSet;
+use std::future::poll_fn;
+use std::path::PathBuf;
+use std::task::Poll;
+use std::time::Duration;
+
+use clap::Args;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::sleep;
+
+use crate::api::proto::{Candidate, Finding, KeyFacts, KeyState, TestKeyRequest, TestKeyResponse};
+use crate::cli::admin::{ADMIN, AdminFile, Failure, block_on};
+use crate::cli::door::{Door, pick, scopes_of};
+use crate::cli::report::{is_refused, report};
+use crate::cli::text::{Style, paragraph};
+use crate::cli::{CONFIG, DONE, printable, say, secrets, show};
+use crate::clock::Clock;
+use crate::ids::{AccountId, AdminId, KeyName};
+use crate::keyring::vault::{Facts, Metadata, Notes, Registration, Vault, VaultError, WriteError};
+use crate::kucoin::{KeyVersion, Scope, key_info};
+use crate::process::harden;
+use crate::secret::{KeyValues, PartnerKey};
+
+/// How often the broker is asked to look at a new version; each look tests it, and takes as long as that.
+const LOOKS: usize = 3;
+
+/// The wait between two of them.
+const LOOK_AFTER: Duration = Duration::from_secs(2);
+
+/// Characters of a digest that are shown; enough to tell two keys apart.
+const SHOWN_DIGITS: usize = 12;
+
+#[derive(Args, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
+pub(in crate::cli) struct Options {
+    /// Account, as the rules name it.
+    account: AccountId,
+    /// What the key shall serve; may be repeated. Without it: what the rules say.
+    #[arg(long = "scope", value_parser = crate::cli::scope)]
+    scopes: Vec<Scope>,
+    /// Name of the key, where the account has several.
+    #[arg(long)]
+    key: Option<KeyName>,
+    /// Has an order validated too, by the exchange's test endpoint, in each scope that has one; none is placed.
+    #[arg(long)]
+    try_order: bool,
+    /// Takes a key of another `KuCoin` account than the key before it.
+    #[arg(long)]
+    other_account: bool,
+    /// Switches the key on again if it is disabled in Vault.
+    #[arg(long)]
+    enable: bool,
+    /// Tests from this process in place of the running broker; as the broker's user, on its host, while it is stopped.
+    #[arg(long)]
+    direct: bool,
+    /// The broker's configuration, for --direct.
+    #[arg(long, default_value = CONFIG, requires = "direct")]
+    config: PathBuf,
+    /// How to reach the broker and Vault.
+    #[arg(long, default_value = ADMIN)]
+    admin: PathBuf,
+}
+
+/// Which of the two commands it is.
+#[derive(Clone, Copy, Eq, PartialEq)]
+pub(super) enum Command {
+    /// The first key, or another one.
+    Register,
+    /// Another key in the place of one that is there.
+    Rotate,
+}
+
+pub(super) fn run(command: Command, options: &Options) -> u8 {
+    // Before there is a secret, or a second thread.
+    harden();
+    block_on(async || {
+        tokio::select! {
+            // First, because the prompt hears of it too, and has more to say.
+            biased;
+            ended = register(command, options) => ended,
+            // The prompt listens for signals, and from then on they end nothing by themselves.
+            () = stopped() => Err(Failure::new(
+                "interrupted",
+                "give the same command again: it says what Vault holds, and goes on",
+            )),
+        }
+    })
+}
+
+/// Returns when a signal comes that would end the process.
+async fn stopped() {
+    let signals = [
+        SignalKind::hangup(),
+        SignalKind::interrupt(),
+        SignalKind::terminate(),
+    ];
+    let mut signals: Vec<_> = signals.into_iter().flat_map(signal).collect();
+    poll_fn(|context| {
+        let has_come = |signal: &mut Signal| signal.poll_recv(context).is_ready();
+        if signals.iter_mut().any(has_come) {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
+    })
+    .await;
+}
+
+async fn register(command: Command, options: &Options) -> Result<u8, Failure> {
+    let file = AdminFile::read(&options.admin)?;
+    let (vault, admin) = (file.vault()?, file.name()?);
+    let mut door = if options.direct {
+        Door::direct(admin.clone(), &options.config).await?
+    } else {
+        Door::of_broker(&file).await?
+    };
+    let keys = door.keys().await?;
+    let in_rules = keys.iter().map(|key| key.account.clone()).collect();
+    let state = pick(
+        keys,
+        &options.account,
+        options.key.as_ref(),
+        &options.scopes,
+    )?;
+    let key = state.key.parse().map_err(|error| {
+        let what = format!("the broker names a key that cannot be: {error}");
+        Failure::new(what, "use the broker's own `credbroker`")
+    })?;
+    let place = Place {
+        account: options.account.clone(),
+        key,
+        vault,
+        admin,
+        before: state,
+        in_rules,
+    };
+    let found = place.look().await?;
+    place.check(command, &found, options.enable)?;
+
+    let wanted = format!(
+        "{place} serves {}: give a key that may do that, and no more.",
+        scopes_of(&place.before).join(", ")
+    );
+    say(paragraph("", &wanted).trim_end());
+    let given = secrets::read(place.before.needs_partner_key).await;
+    let given = given.map_err(|error| place.undone(&found, &error.to_string(), AGAIN))?;
+    for remark in &given.remarks {
+        say(paragraph("note: ", remark).trim_end());
+    }
+    say("testing it with KuCoin …");
+    let request = TestKeyRequest {
+        account: place.account.to_string(),
+        key: place.key.to_string(),
+        candidate: Some(candidate(&given.values)),
+        try_order: options.try_order,
+    };
+    let mut test = door.test(request).await?;
+    place
+        .compare(&found, &mut test, options.other_account)
+        .await?;
+    let style = Style::of_stdout();
+    let told = report(
+        style,
+        place.account.as_str(),
+        &test,
+        Clock::system().wall_ms(),
+    );
+    if show(&(told + "\n"), DONE) != DONE {
+        return Err(place.undone(&found, "the report cannot be shown", AGAIN));
+    }
+    if is_refused(&test) {
+        let fix = "do what stands beside `fix:` above, and give the same command again";
+        return Err(place.undone(&found, "the key is refused", fix));
+    }
+    if test.is_unclear {
+        let what = "KuCoin has not said whether the key is good: see `failed` above";
+        return Err(place.undone(&found, what, AGAIN));
+    }
+
+    let registration = Registration {
+        key_version: if test.key_version == 2 {
+            KeyVersion::V2
+        } else {
+            KeyVersion::V3
+        },
+        facts: facts(&test, &place.admin),
+        values: given.values,
+    };
+    let version = place.write(&found, &registration).await?;
+    let noted = place
+        .note(version, &registration.facts, options.enable)
+        .await;
+    let used = place.put_to_use(&mut door, version, &test.id_sha256).await;
+    noted.and(used)
+}
+
+/// What to do where nothing else is to be done.
+const AGAIN: &str = "give the same command again";
+
+/// A key of an account, and the way to it.
+struct Place {
+    account: AccountId,
+    key: KeyName,
+    vault: Vault,
+    admin: AdminId,
+    /// How the broker had it before.
+    before: KeyState,
+    /// Accounts that the rules name.
+    in_rules: BTreeSet<String>,
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.account, self.key)
+    }
+}
+
+impl Place {
+    /// What Vault has; says what a run has left that came to no end.
+    async fn look(&self) -> Result<Metadata, Failure> {
+        let found = self.vault.find(&self.account, &self.key).await;
+        let found = found
+            .map_err(|error| unreached(&error))?
+            .unwrap_or_default();
+        if let Some(told) = self.interrupted(&found) {
+            say(paragraph("note: ", &told).trim_end());
+        }
+        Ok(found)
+    }
+
+    /// What a run has done that came to no end.
+    fn interrupted(&self, found: &Metadata) -> Option<String> {
+        let pending = found.pending()?;
+        let (version, current) = (pending.version, found.current_version);
+        let (short, used) = (shown(pending.key_sha256), self.in_use(found));
+        Some(if version == current && self.is_finished(found) {
+            format!(
+                "a run before this one ended early: Vault holds its key (id SHA-256 {short}) as version {version}, whole, and \
+                 the broker uses it. Give the same key to finish that run, or another one to replace it."
+            )
+        } else if version == current {
+            format!(
+                "a run before this one ended early: Vault holds its key (id SHA-256 {short}) as version {version}, whole, \
+                 unless somebody else has written that version. {used} This run starts anew."
+            )
+        } else if version == current + 1 {
+            let held = match current {
+                0 => "no key yet".to_owned(),
+                current => format!("the key before it, version {current}, whole"),
+            };
+            format!(
+                "a run before this one ended early, before its key (id SHA-256 {short}) was written: Vault holds {held}. {used} \
+                 This run starts anew."
+            )
+        } else {
+            format!(
+                "a run before this one ended early; it was to write version {version}, and by now Vault holds version \
+                 {current}. {used} This run starts anew."
+            )
+        })
+    }
+
+    /// Whether the version that a run before was about to write is there, and proven by the broker to be its key.
+    fn is_finished(&self, found: &Metadata) -> bool {
+        found.pending().is_some_and(|pending| {
+            pending.version == found.current_version
+                && self.before.version == found.current_version
+                && self.before.id_sha256 == pending.key_sha256
+        })
+    }
+
+    /// What can be known before a key is asked for.
+    fn check(&self, command: Command, found: &Metadata, enable: bool) -> Result<(), Failure> {
+        let (account, key) = (&self.account, &self.key);
+        let is_there = found.before(u64::MAX).is_some();
+        if command == Command::Rotate && !is_there {
+            return Err(Failure::new(
+                format!(
+                    "Vault has no version of {self} that another key could replace; nothing was stored"
+                ),
+                format!("`credbroker keys register {account} --key {key}` registers the first one"),
+            ));
+        }
+        if found.is_disabled() && !enable {
+            return Err(Failure::new(
+                format!(
+                    "{self} is disabled in Vault (state=disabled), and a new key would be switched on with it; nothing was stored"
+                ),
+                "find out who has disabled it and why; --enable registers a key and switches it on",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Adds to `test` what is wrong with the key beside others that Vault has.
+    async fn compare(
+        &self,
+        found: &Metadata,
+        test: &mut TestKeyResponse,
+        other_account: bool,
+    ) -> Result<(), Failure> {
+        let uid = test.facts.as_ref().map_or("", |facts| facts.uid.as_str());
+        let mut findings = Vec::new();
+        let is_known = found.for_version() == Some(found.current_version);
+        if let Some(before) = found.uid().filter(|before| is_known && *before != uid)
+            && !uid.is_empty()
+            && !other_account
+        {
+            findings.push(Finding {
+                name: "account-changed".to_owned(),
+                is_refusal: true,
+                cause: format!(
+                    "The key belongs to KuCoin account {uid}, and the key before it to {before}: bots of {} would trade in \
+                     another account.",
+                    self.account
+                ),
+                fix: format!(
+                    "Use a key of KuCoin account {before}. If the account is meant to change, add --other-account."
+                ),
+            });
+        }
+        let is_told = test
+            .findings
+            .iter()
+            .any(|finding| finding.name == "key-taken");
+        if !is_told && (!test.id_sha256.is_empty() || !uid.is_empty()) {
+            let taken = self.taken(&test.id_sha256, uid).await;
+            let taken = taken.map_err(|error| {
+                let what =
+                    format!("whether another account has the key cannot be checked: {error}");
+                self.undone(found, &what, VAULT)
+            })?;
+            findings.extend(taken.map(Finding::from));
+        }
+        test.findings.splice(0..0, findings);
+        Ok(())
+    }
+
+    /// The key of another account that is this one, or one of the same `KuCoin` account, by what is noted in Vault.
+    async fn taken(
+        &self,
+        digest: &str,
+        uid: &str,
+    ) -> Result<Option<key_info::Finding>, VaultError> {
+        for account in self.vault.accounts().await? {
+            if account == self.account {
+                continue;
+            }
+            for key in self.vault.keys(&account).await? {
+                let Some(found) = self.vault.find(&account, &key).await? else {
+                    continue;
+                };
+                if has(&found, digest, uid) {
+                    let mut taken = key_info::taken(account.as_str(), key.as_str());
+                    if !self.in_rules.contains(account.as_str()) {
+                        let free = format!(
+                            " The rules of this broker do not name account {account}: if no other broker does, delete \
+                             the versions of {account}/{key} in Vault, as deploy/vault/README.md shows."
+                        );
+                        taken.fix.push_str(&free);
+                    }
+                    return Ok(Some(taken));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Writes the key; returns its version.
+    async fn write(&self, found: &Metadata, registration: &Registration) -> Result<u64, Failure> {
+        let (account, key, current) = (&self.account, &self.key, found.current_version);
+        let digest = &registration.facts.key_sha256;
+        let is_again = found
+            .pending()
+            .is_some_and(|pending| pending.key_sha256 == digest);
+        if is_again && self.is_finished(found) {
+            say(&format!(
+                "Vault holds this key as version {current}; it is not written again."
+            ));
+            return Ok(current);
+        }
+        let pending = Notes::pending(current + 1, digest);
+        let noted = self.vault.note(account, key, &pending).await;
+        noted.map_err(|error| self.undone(found, &error.to_string(), VAULT))?;
+        let error = match self.vault.write(account, key, registration, current).await {
+            Ok(version) => return Ok(version),
+            Err(error) => error,
+        };
+        if let WriteError::Unclear(_) = error {
+            return Err(Failure::new(
+                format!(
+                    "{error}. Vault holds the new key as version {}, or what it held before. {} A new version that arrives \
+                     late is used only once KuCoin takes what it signs.",
+                    current + 1,
+                    self.in_use(found)
+                ),
+                "give the same command again once Vault answers: it says which key Vault holds, and goes on",
+            ));
+        }
+        self.take_back(digest).await;
+        let fix = match error {
+            WriteError::Stale { .. } => {
+                "ask who else registers keys for this account; then give the same command again"
+            }
+            _ => VAULT,
+        };
+        Err(self.undone(found, &error.to_string(), fix))
+    }
+
+    /// Removes the note that a version is about to be written, if it is ours. Left behind it does no harm.
+    async fn take_back(&self, digest: &str) {
+        let (account, key) = (&self.account, &self.key);
+        let noted = self.vault.find(account, key).await.ok().flatten();
+        let pending = noted.as_ref().and_then(Metadata::pending);
+        if pending.is_some_and(|pending| pending.key_sha256 == digest) {
+            let _ = self.vault.note(account, key, &Notes::not_pending()).await;
+        }
+    }
+
+    /// Notes what was written.
+    async fn note(&self, version: u64, facts: &Facts, enable: bool) -> Result<u8, Failure> {
+        let mut notes = Notes::registered(version, facts);
+        if enable {
+            notes = notes.and(Notes::state(true));
+        }
+        let written = self.vault.note(&self.account, &self.key, &notes).await;
+        written.map(|_| DONE).map_err(|error| {
+            Failure::new(
+                format!(
+                    "version {version} of {self} is in Vault, whole; what it is could not be noted beside it, nor that no \
+                     other version shall be used: {error}"
+                ),
+                "give the same command with the same key again: it goes on from there",
+            )
+        })
+    }
+
+    /// Has the broker take the version up, and says what came of it.
+    async fn put_to_use(&self, door: &mut Door, version: u64, digest: &str) -> Result<u8, Failure> {
+        let (account, key) = (&self.account, &self.key);
+        if !door.is_running() {
+            let told = format!(
+                "{self}: version {version} is in Vault. A broker takes it up when it starts, or within vault.poll_s."
+            );
+            return Ok(show(&paragraph("", &told), DONE));
+        }
+        let mut state = None;
+        for look in 0..LOOKS {
+            if look > 0 {
+                sleep(LOOK_AFTER).await;
+            }
+            let seen = door.refresh(account, key).await.map_err(|failure| {
+                let Failure::Undone { what, fix } = failure else {
+                    return failure;
+                };
+                let what = format!(
+                    "version {version} of {self} is in Vault, and a broker takes it up within vault.poll_s; whether this one \
+                     has is not known: {what}"
+                );
+                Failure::Undone { what, fix }
+            })?;
+            let seen = seen.unwrap_or_default();
+            if seen.version == version && seen.id_sha256 == digest {
+                return Ok(self.tell_done(&seen));
+            }
+            state = Some(seen);
+        }
+        let state = state.unwrap_or_default();
+        let why = match state.reasons.as_slice() {
+            [] => "it does not say why".to_owned(),
+            reasons => reasons.join("; "),
+        };
+        let used = match state.version {
+            0 => "No key is in use.".to_owned(),
+            used => format!("Version {used} stays in use."),
+        };
+        Err(Failure::new(
+            format!(
+                "version {version} of {self} is in Vault, and the broker does not use it: {why}. {used}"
+            ),
+            format!(
+                "if the reason can be mended, mend it: the broker takes the version up by itself. If not, `credbroker keys \
+                 rollback {account} --key {key}` makes sure that a restart does not take it up either; then register another \
+                 key"
+            ),
+        ))
+    }
+
+    fn tell_done(&self, state: &KeyState) -> u8 {
+        let (before, version) = (&self.before, state.version);
+        let told = format!(
+            "{self}: version {version} is in use, and KuCoin takes what it signs.{}",
+            ended(before, version)
+        );
+        let mut text = paragraph("", &told);
+        for reason in &state.reasons {
+            text += &paragraph("note: ", &printable(reason));
+        }
+        let is_another = !before.id_sha256.is_empty() && before.id_sha256 != state.id_sha256;
+        if is_another {
+            let next = format!(
+                "delete the key before it (id SHA-256 {}) on KuCoin's page under API Management, once you are sure that \
+                 you do not want to go back to it; `credbroker keys rollback {} --key {}` does that as long as it exists",
+                shown(&before.id_sha256),
+                self.account,
+                self.key,
+            );
+            text += &paragraph("next: ", &next);
+        }
+        show(&text, DONE)
+    }
+
+    /// Nothing of the new key is in Vault.
+    fn undone(&self, found: &Metadata, what: &str, fix: &str) -> Failure {
+        let what = format!("{what}; nothing was stored. {}", self.in_use(found));
+        Failure::new(what, fix)
+    }
+
+    /// What is in force while nothing has changed.
+    fn in_use(&self, found: &Metadata) -> String {
+        match (self.before.version, found.current_version) {
+            (0, 0) => format!("{self} has no key."),
+            (0, current) => format!(
+                "Vault holds version {current} of {self}, and no broker is known to use it."
+            ),
+            (used, _) => format!("Version {used} of {self} stays in use."),
+        }
+    }
+}
+
+/// Whether hints say that a version that is there, or about to be, is this key or one of the same `KuCoin` account.
+fn has(found: &Metadata, digest: &str, uid: &str) -> bool {
+    let is_same = |noted: Option<&str>, told: &str| !told.is_empty() && noted == Some(told);
+    // Hints on a version that was deleted since tell of a key that serves nobody.
+    let is_there = found
+        .for_version()
+        .is_some_and(|version| found.has(version));
+    let pending = found.pending().map(|pending| pending.key_sha256);
+    is_same(pending, digest)
+        || (is_there && (is_same(found.key_sha256(), digest) || is_same(found.uid(), uid)))
+}
+
+/// What to do where Vault does not play along.
+const VAULT: &str = "look at [vault] in admin.toml: the address, the login (an admin's token ends), and whether it has the \
+                     policy deploy/vault/admin.hcl; then give the same command again";
+
+fn unreached(error: &VaultError) -> Failure {
+    let what = format!("what Vault has cannot be asked for: {error}; nothing was stored");
+    Failure::new(what, VAULT)
+}
+
+/// What has become of the version that served before; empty where there was none.
+pub(super) fn ended(before: &KeyState, version: u64) -> String {
+    if before.version == 0 || before.version == version {
+        return String::new();
+    }
+    format!(" Version {} signs no more.", before.version)
+}
+
+/// The beginning of a digest.
+pub(super) fn shown(digest: &str) -> String {
+    let short: String = digest.chars().take(SHOWN_DIGITS).collect();
+    format!("{}…", printable(&short))
+}
+
+/// The key as the call takes it, which wipes it too.
+fn candidate(values: &KeyValues) -> Candidate {
+    // All of them were text when they were read.
+    let text = |bytes: &[u8]| str::from_utf8(bytes).unwrap_or_default().to_owned();
+    let partner_key = values.partner_key.as_ref().map(PartnerKey::expose);
+    Candidate {
+        api_key: values.api_key.to_string(),
+        api_secret: text(values.api_secret.expose()),
+        passphrase: text(values.passphrase.expose()),
+        key_version: 0,
+        partner_key: partner_key.map(text).unwrap_or_default(),
+    }
+}
+
+fn facts(test: &TestKeyResponse, admin: &AdminId) -> Facts {
+    let KeyFacts {
+        uid,
+        site,
+        permissions,
+        ip_whitelist,
+        expires_at_ms,
+        ..
+    } = test.facts.clone().unwrap_or_default();
+    Facts {
+        uid,
+        site,
+        permissions,
+        ip_whitelist,
+        expires_at_ms,
+        registered_by: admin.to_string(),
+        registered_at_ms: Clock::system().wall_ms(),
+        key_sha256: test.id_sha256.clone(),
+    }
+}

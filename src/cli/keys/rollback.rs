@@ -1,0 +1,181 @@
+//! `credbroker keys rollback`: the version before serves again, and on from there.
+//!
+//! Nobody can copy it: the admin cannot read a key back, and the broker cannot write one. So the admin notes beside the
+//! key which version is to be used.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::register::{ended, shown};
+use crate::api::proto::KeyState;
+use crate::cli::admin::{ADMIN, AdminFile, Failure, block_on};
+use crate::cli::door::{Door, pick};
+use crate::cli::text::paragraph;
+use crate::cli::{DONE, printable, show};
+use crate::ids::{AccountId, KeyName};
+use crate::keyring::vault::{Metadata, Notes, Vault};
+
+#[derive(Args, Debug)]
+pub(in crate::cli) struct Options {
+    /// Account, as the rules name it.
+    account: AccountId,
+    /// Name of the key, where the account has several.
+    #[arg(long)]
+    key: Option<KeyName>,
+    /// The version to go to, as Vault counts. Without it: the one before the one to be used now.
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..), conflicts_with = "newest")]
+    to: Option<u64>,
+    /// Undoes a rollback: the newest version is used again.
+    #[arg(long)]
+    newest: bool,
+    /// How to reach the broker and Vault.
+    #[arg(long, default_value = ADMIN)]
+    admin: PathBuf,
+}
+
+pub(super) fn run(options: &Options) -> u8 {
+    block_on(async || rollback(options).await)
+}
+
+async fn rollback(options: &Options) -> Result<u8, Failure> {
+    let file = AdminFile::read(&options.admin)?;
+    let vault = file.vault()?;
+    let mut door = Door::of_broker(&file).await?;
+    let account = &options.account;
+    let before = pick(door.keys().await?, account, options.key.as_ref(), &[])?;
+    let key: KeyName = before.key.parse().map_err(|error| {
+        let what = format!("the broker names a key that cannot be: {error}");
+        Failure::new(what, "use the broker's own `credbroker`")
+    })?;
+    let found = vault.metadata(account, &key).await.map_err(|error| {
+        let what = format!(
+            "what Vault has of {account}/{key} cannot be told: {error}; nothing was changed"
+        );
+        Failure::new(
+            what,
+            "look at [vault] in admin.toml, and at `credbroker keys list`",
+        )
+    })?;
+    let change = wanted(options, &found)
+        .map_err(|what| Failure::new(format!("{what}; nothing was changed"), PICK))?;
+    let version = change.unwrap_or(found.current_version);
+    let step = Step {
+        account,
+        key: &key,
+        vault: &vault,
+        version,
+    };
+    step.note(change).await?;
+    let state = door
+        .refresh(account, &key)
+        .await
+        .map_err(|failure| step.unknown(failure))?;
+    let state = state.unwrap_or_default();
+    if state.version == version {
+        return Ok(step.tell(options, &before, &state));
+    }
+    // What a restart would use must not be a version that the broker does not take.
+    let back = found.use_version().and_then(|noted| noted.parse().ok());
+    step.note(back).await?;
+    // So that its status tells of what is wanted now.
+    let _ = door.refresh(account, &key).await;
+    let used = match state.version {
+        0 => "No key is in use".to_owned(),
+        used => format!("Version {used} stays in use"),
+    };
+    Err(Failure::new(
+        format!(
+            "the broker does not take version {version} of {account}/{key}: {}. {used}, and what is noted in Vault is as it was.",
+            state.reasons.join("; ")
+        ),
+        "name another version with --to, or register a key",
+    ))
+}
+
+/// What to do where the version that was meant cannot be used.
+const PICK: &str = "name a version that is there with --to, or register another key with `credbroker keys register`";
+
+/// The version to note; none: that the newest one is to be used.
+fn wanted(options: &Options, found: &Metadata) -> Result<Option<u64>, String> {
+    let newest = found.current_version;
+    let usable = |version| {
+        if found.has(version) {
+            Ok(version)
+        } else {
+            Err(format!(
+                "Vault has no version {version}: it was never there, or is deleted or destroyed"
+            ))
+        }
+    };
+    if options.newest {
+        return usable(newest).map(|_| None);
+    }
+    if let Some(to) = options.to {
+        // The newest one needs no note, and with one a later version would not be used.
+        return usable(to).map(|to| Some(to).filter(|to| *to != newest));
+    }
+    let now = found.wanted()?;
+    let before = found.before(now);
+    let none = || format!("Vault has no version before version {now} that could be used");
+    before.map(Some).ok_or_else(none)
+}
+
+/// One change of the version that is to be used.
+struct Step<'a> {
+    account: &'a AccountId,
+    key: &'a KeyName,
+    vault: &'a Vault,
+    version: u64,
+}
+
+impl Step<'_> {
+    async fn note(&self, version: Option<u64>) -> Result<(), Failure> {
+        let notes = Notes::use_version(version);
+        let written = self.vault.note(self.account, self.key, &notes).await;
+        written.map(drop).map_err(|error| {
+            Failure::new(
+                format!("which version of {}/{} is to be used cannot be noted in Vault: {error}", self.account, self.key),
+                "look at [vault] in admin.toml and at `credbroker keys list`, and give the same command again",
+            )
+        })
+    }
+
+    fn unknown(&self, failure: Failure) -> Failure {
+        let Failure::Undone { what, fix } = failure else {
+            return failure;
+        };
+        let what = format!(
+            "it is noted in Vault that version {} of {}/{} is to be used, and a broker follows within vault.poll_s; whether \
+             this one has is not known: {what}",
+            self.version, self.account, self.key
+        );
+        Failure::Undone { what, fix }
+    }
+
+    fn tell(&self, options: &Options, before: &KeyState, state: &KeyState) -> u8 {
+        let Self {
+            account,
+            key,
+            version,
+            ..
+        } = self;
+        let told = format!(
+            "{account}/{key}: version {version} is in use (id SHA-256 {}).{}",
+            shown(&state.id_sha256),
+            ended(before, *version)
+        );
+        let mut text = paragraph("", &told);
+        for reason in &state.reasons {
+            text += &paragraph("note: ", &printable(reason));
+        }
+        if !options.newest {
+            let undo = format!(
+                "credbroker keys rollback {account} --key {key} --newest; the next key that is registered ends it as well. Until \
+                 then no version that is written by hand is used."
+            );
+            text += &paragraph("undo: ", &undo);
+        }
+        show(&text, DONE)
+    }
+}

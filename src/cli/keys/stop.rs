@@ -1,0 +1,189 @@
+//! `credbroker keys revoke`, `freeze` and `thaw`: what takes effect at once, whatever Vault does.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::api::proto::{
+    FreezeAccountRequest, RevokeKeyRequest, RevokedKey, ThawAccountRequest, ThawAccountResponse,
+};
+use crate::cli::admin::{self, ADMIN, Client};
+use crate::cli::text::paragraph;
+use crate::cli::{DECIDE_WITHIN, DONE, show};
+
+#[derive(Args, Debug)]
+pub(in crate::cli) struct Whose {
+    /// The account, as the rules file names it.
+    account: String,
+    /// How to reach the broker.
+    #[arg(long, default_value = ADMIN)]
+    admin: PathBuf,
+}
+
+#[derive(Args, Debug)]
+pub(in crate::cli) struct Which {
+    #[command(flatten)]
+    whose: Whose,
+    /// One key of the account; all of them without it.
+    #[arg(long)]
+    key: Option<String>,
+}
+
+pub(super) fn freeze(whose: &Whose) -> u8 {
+    admin::run(&whose.admin, async |mut admin| {
+        let account = &whose.account;
+        let request = FreezeAccountRequest {
+            account: account.clone(),
+        };
+        let freeze = async |client: &mut Client, request| client.freeze_account(request).await;
+        let response = admin.ask(DECIDE_WITHIN, request, freeze).await?;
+        Ok(show(&frozen(account, response.was_frozen), DONE))
+    })
+}
+
+fn frozen(account: &str, was_frozen: bool) -> String {
+    let since = if was_frozen {
+        "it was frozen already"
+    } else {
+        "in force now"
+    };
+    let mut text = paragraph(
+        "frozen: ",
+        &format!(
+            "account {account}, {since}. What adds risk is refused (ACCOUNT_FROZEN), also after a restart of the broker; cancels and \
+             reads go on."
+        ),
+    );
+    let next = format!(
+        "orders that were open are open still: its bots can cancel them, and so can `credbroker halt {account} --cancel-all`"
+    );
+    text += &paragraph("next: ", &next);
+    text + &paragraph("undo: ", &format!("credbroker keys thaw {account}"))
+}
+
+pub(super) fn thaw(whose: &Whose) -> u8 {
+    admin::run(&whose.admin, async |mut admin| {
+        let request = ThawAccountRequest {
+            account: whose.account.clone(),
+        };
+        let thaw = async |client: &mut Client, request| client.thaw_account(request).await;
+        let response = admin.ask(DECIDE_WITHIN, request, thaw).await?;
+        Ok(show(&thawed(&whose.account, response), DONE))
+    })
+}
+
+fn thawed(account: &str, response: ThawAccountResponse) -> String {
+    let mut text = match (response.was_frozen, response.is_halted) {
+        (true, false) => {
+            let what =
+                format!("account {account}, in force now. What adds risk goes through again.");
+            paragraph("thawed: ", &what)
+        }
+        (true, true) => paragraph("thawed: ", &format!("account {account}.")),
+        (false, _) => paragraph("unchanged: ", &format!("account {account} was not frozen.")),
+    };
+    if response.is_halted {
+        let what = format!(
+            "it is halted, and refuses what adds risk still: `credbroker resume {account}`, or `credbroker resume --all` where all \
+             accounts were halted"
+        );
+        text += &paragraph("but: ", &what);
+    }
+    text
+}
+
+pub(super) fn revoke(which: &Which) -> u8 {
+    let Which { whose, key } = which;
+    admin::run(&whose.admin, async |mut admin| {
+        let request = RevokeKeyRequest {
+            account: whose.account.clone(),
+            key: key.clone().unwrap_or_default(),
+        };
+        let revoke = async |client: &mut Client, request| client.revoke_key(request).await;
+        let response = admin.ask(DECIDE_WITHIN, request, revoke).await?;
+        Ok(show(&revoked(&whose.account, &response.keys), DONE))
+    })
+}
+
+fn revoked(account: &str, keys: &[RevokedKey]) -> String {
+    let mut text = String::new();
+    for RevokedKey {
+        key,
+        version,
+        id_sha256,
+    } in keys
+    {
+        let what = if id_sha256.is_empty() {
+            format!(
+                "{account}/{key}. None was in memory: the first that Vault shows there is dead."
+            )
+        } else {
+            format!(
+                "{account}/{key} version {version}, in force now: it signs nothing more. SHA-256 of its id: {id_sha256}"
+            )
+        };
+        text += &paragraph("revoked: ", &what);
+    }
+    text += &paragraph(
+        "",
+        "It stays dead after a restart of the broker, whatever Vault holds and under every name. What has left already ends.",
+    );
+    text += &paragraph(
+        "next: ",
+        "1. Delete the key at KuCoin, API Management: until then whoever has it can use it past this broker.",
+    );
+    text += &paragraph(
+        "      ",
+        "2. Look at the open orders there: without a key the broker cannot cancel them.",
+    );
+    let register = format!(
+        "3. Make another key there, and `credbroker keys register {account}` it: a key with another id takes the place at once."
+    );
+    text += &paragraph("      ", &register);
+    text + &paragraph("undo: ", "none; only another key lifts it.")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_said_fits_a_terminal_and_names_the_next_step() {
+        let key = |id_sha256: &str| RevokedKey {
+            key: "y".repeat(32),
+            version: 18,
+            id_sha256: id_sha256.to_owned(),
+        };
+        let account = "x".repeat(32);
+        let response = |was_frozen, is_halted| ThawAccountResponse {
+            was_frozen,
+            is_halted,
+        };
+        let said = [
+            (
+                revoked(&account, &[key(&"a".repeat(64))]),
+                "Delete the key at KuCoin",
+            ),
+            (revoked(&account, &[key("")]), "None was in memory"),
+            (frozen(&account, false), "undo: credbroker keys thaw"),
+            (frozen(&account, true), "it was frozen already"),
+            (
+                thawed(&account, response(true, false)),
+                "goes through again",
+            ),
+            (thawed(&account, response(true, true)), "but: it is halted"),
+            (thawed(&account, response(false, false)), "was not frozen"),
+        ];
+        for (text, expected) in said {
+            assert!(
+                text.split_whitespace()
+                    .collect::<Vec<_>>()
+                    .join(" ")
+                    .contains(expected),
+                "{text}"
+            );
+            let fits = |line: &str| line.chars().count() <= 80;
+            assert!(text.lines().all(fits), "{text}");
+        }
+    }
+}
