@@ -531,7 +531,9 @@ impl Broker {
             }
         }
         let goes_on = event == "outcome" && matches!(ended, Err(BrokerError::AnswerLate));
-        if outcome == Outcome::MaybeSent && !goes_on && self.calls.tasks.is_closed() {
+        // The broker's own questions change nothing, so nobody has to look them up.
+        let matters = is_loose && call.who != Who::Broker;
+        if matters && !goes_on && self.calls.tasks.is_closed() {
             self.calls.unresolved.fetch_add(1, Ordering::Relaxed);
         }
     }

@@ -386,3 +386,17 @@ async fn what_strangers_write_reaches_no_terminal_as_it_is() {
         "{text}"
     );
 }
+
+#[tokio::test]
+async fn a_test_that_hangs_when_the_broker_stops_leaves_nothing_to_look_up() {
+    let mut lab = Lab::start().await;
+    until_tested(&lab, "main").await;
+    lab.kucoin.fault(hang());
+    lab.kucoin.add_key(key(2));
+    put(&lab, &key(2));
+    until("the new key is being tested", async || {
+        tests_of(&lab, &key(2)) > 0
+    })
+    .await;
+    assert_eq!(lab.stop().await, 0);
+}
