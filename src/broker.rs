@@ -32,7 +32,9 @@ use crate::egress::{ConnectError, Egress, SendError};
 use crate::ids::{AccountId, BotId, RequestId, Who};
 use crate::keyring::usage::Refusal;
 use crate::keyring::{KeyUnavailable, Keyring, Lent};
-use crate::kucoin::{self, Answer, Endpoint, Key, Scope, UnsignedRequest, advice, question};
+use crate::kucoin::{
+    self, Answer, CREDENTIALS_REFUSED, Endpoint, Key, Scope, UnsignedRequest, advice, question,
+};
 use crate::outcome::{Outcome, Reason};
 use crate::policy::{Permit, Policy};
 use crate::restrictions::{KeyDigest, Restrictions};
@@ -45,9 +47,6 @@ use probes::Doubts;
 
 /// The exchange refused the timestamp; it executed nothing.
 const TIMESTAMP_REFUSED: &str = "400002";
-
-/// The exchange refused the key, its passphrase or its signature; it executed nothing.
-const CREDENTIALS_REFUSED: [&str; 3] = ["400003", "400004", "400005"];
 
 /// The exchange refused the address that the request came from; it executed nothing.
 const ADDRESS_REFUSED: &str = "400006";
@@ -327,12 +326,18 @@ impl Broker {
         if !permit.is_private() {
             return Ok(None);
         }
+        let account = &permit.account().id;
         let lent = match &call.key {
             Some(key) => Lent::of_a_test(Arc::clone(key)),
             None => self.keyring.key(permit)?,
         };
-        match self.restrictions.revoked(KeyDigest(lent.key.id_sha256())) {
-            Some(revoked) => Err(KeyUnavailable::revoked(&permit.account().id, &revoked)),
+        let key = KeyDigest(lent.key.id_sha256());
+        let revoked = match permit.key_name().filter(|_| call.key.is_none()) {
+            Some(name) => self.restrictions.revoked_in(account, name, key),
+            None => self.restrictions.revoked(key),
+        };
+        match revoked {
+            Some(revoked) => Err(KeyUnavailable::revoked(account, &revoked)),
             None => Ok(Some(lent)),
         }
     }
@@ -526,7 +531,9 @@ impl Broker {
             }
         }
         let goes_on = event == "outcome" && matches!(ended, Err(BrokerError::AnswerLate));
-        if outcome == Outcome::MaybeSent && !goes_on && self.calls.tasks.is_closed() {
+        // The broker's own questions change nothing, so nobody has to look them up.
+        let matters = is_loose && call.who != Who::Broker;
+        if matters && !goes_on && self.calls.tasks.is_closed() {
             self.calls.unresolved.fetch_add(1, Ordering::Relaxed);
         }
     }

@@ -11,7 +11,7 @@ pub mod vault;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
@@ -38,6 +38,8 @@ pub struct Keyring {
     clock: Arc<Clock>,
     restrictions: Arc<Restrictions>,
     slots: RwLock<BTreeMap<AccountId, Keys>>,
+    /// The last test of each key, also of those that are not in memory any more.
+    past: Mutex<BTreeMap<(AccountId, KeyName), Past>>,
     changed: watch::Sender<()>,
     /// Wakes whoever asks Vault, when a key turns out older than anybody knew.
     doubts: Notify,
@@ -72,6 +74,16 @@ pub struct Tested {
     pub at_ms: i64,
     /// What came of it.
     pub report: Arc<Report>,
+}
+
+/// A test of a key that has come back: it needs no other one before its time.
+#[derive(Clone, Debug)]
+struct Past {
+    key: KeyDigest,
+    version: u64,
+    /// When it is to be tested again: time since boot.
+    due: Duration,
+    tested: Tested,
 }
 
 /// Looks at one key in Vault: asked for, and counted.
@@ -185,6 +197,7 @@ impl Keyring {
             clock,
             restrictions,
             slots: RwLock::default(),
+            past: Mutex::default(),
             changed: watch::Sender::new(()),
             doubts: Notify::new(),
         }
@@ -353,7 +366,7 @@ impl Keyring {
     fn set(&self, account: &AccountId, name: &KeyName, slot: Slot) {
         self.change(account, name, |place| {
             // Asked under the lock that `wipe_revoked` takes: a key that was revoked meanwhile does not come back.
-            let revoked = self.revoked(&slot);
+            let revoked = self.revoked(account, name, &slot);
             place.put(revoked.map_or(slot, |revoked| Slot::Gone(revoked_by(&revoked))));
         });
     }
@@ -363,8 +376,26 @@ impl Keyring {
         self.change(account, name, |place| place.last = Some(key));
     }
 
+    /// Keeps what is wrong with a version that is not used, beside the key in memory.
+    fn set_problem(&self, account: &AccountId, name: &KeyName, reason: Option<String>) {
+        self.change(account, name, |place| {
+            if let Slot::Ready { problem, .. } = &mut place.slot {
+                *problem = reason;
+            }
+        });
+    }
+
     /// Keeps whether a key is being tested that may take this one's place.
     fn set_on_trial(&self, account: &AccountId, name: &KeyName, is_on_trial: bool) {
+        let is_so = {
+            let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+            let place = slots.get(account).and_then(|keys| keys.places.get(name));
+            place.is_some_and(|place| place.is_on_trial == is_on_trial)
+        };
+        // After every look: nobody needs to wake for that.
+        if is_so {
+            return;
+        }
         self.change(account, name, |place| place.is_on_trial = is_on_trial);
     }
 
@@ -393,6 +424,48 @@ impl Keyring {
         });
     }
 
+    /// Keeps for later that the key in memory needs no test before `due`.
+    fn remember(&self, account: &AccountId, name: &KeyName, due: Duration) {
+        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        let place = slots.get(account).and_then(|keys| keys.places.get(name));
+        if let Some(Place {
+            slot: Slot::Ready { key, version, .. },
+            tested: Some(tested),
+            ..
+        }) = place
+        {
+            let past = Past {
+                key: KeyDigest(key.id_sha256()),
+                version: *version,
+                due,
+                tested: tested.clone(),
+            };
+            let mut all = self.past.lock().unwrap_or_else(PoisonError::into_inner);
+            all.insert((account.clone(), name.clone()), past);
+        }
+    }
+
+    /// Says of a key that has come back what its last test said, and returns when the next one is due; none where it was
+    /// not good, or where it is due by now.
+    fn recall(&self, account: &AccountId, name: &KeyName) -> Option<Duration> {
+        let all = self.past.lock().unwrap_or_else(PoisonError::into_inner);
+        let past = all.get(&(account.clone(), name.clone())).cloned()?;
+        drop(all);
+        if past.due <= self.clock.boot() || past.tested.report.verdict != Verdict::Good {
+            return None;
+        }
+        let mut due = None;
+        self.change(account, name, |place| {
+            if let Slot::Ready { key, version, .. } = &place.slot
+                && (KeyDigest(key.id_sha256()), *version) == (past.key, past.version)
+            {
+                place.tested = Some(past.tested);
+                due = Some(past.due);
+            }
+        });
+        due
+    }
+
     fn change(&self, account: &AccountId, name: &KeyName, change: impl FnOnce(&mut Place)) {
         let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
         let keys = slots.get_mut(account);
@@ -403,21 +476,32 @@ impl Keyring {
         self.changed.send_replace(());
     }
 
-    /// Wipes every key that has been revoked.
-    pub fn wipe_revoked(&self) {
+    /// Wipes every key that has been revoked. Returns those that were revoked before anybody knew their ids, for
+    /// [`Restrictions::seen`].
+    pub fn wipe_revoked(&self) -> Vec<(AccountId, KeyName, KeyDigest)> {
+        let mut unseen = Vec::new();
         let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
-        for place in slots.values_mut().flat_map(|keys| keys.places.values_mut()) {
-            if let Some(revoked) = self.revoked(&place.slot) {
+        for (account, keys) in slots.iter_mut() {
+            for (name, place) in &mut keys.places {
+                let Some(revoked) = self.revoked(account, name, &place.slot) else {
+                    continue;
+                };
                 place.put(Slot::Gone(revoked_by(&revoked)));
+                unseen.extend(place.last.map(|key| (account.clone(), name.clone(), key)));
             }
         }
         drop(slots);
         self.changed.send_replace(());
+        unseen.retain(|(account, name, _)| self.restrictions.has_revoked_unseen(account, name));
+        unseen
     }
 
-    fn revoked(&self, slot: &Slot) -> Option<Revoked> {
+    fn revoked(&self, account: &AccountId, name: &KeyName, slot: &Slot) -> Option<Revoked> {
         match slot {
-            Slot::Ready { key, .. } => self.restrictions.revoked(KeyDigest(key.id_sha256())),
+            Slot::Ready { key, .. } => {
+                let key = KeyDigest(key.id_sha256());
+                self.restrictions.revoked_in(account, name, key)
+            }
             Slot::Gone(_) | Slot::Waiting(_) => None,
         }
     }
@@ -522,4 +606,69 @@ fn too_old(age: Duration, max: Duration, why: Option<&str>) -> String {
         age.as_secs(),
         max.as_secs()
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use zeroize::Zeroizing;
+
+    use super::*;
+    use crate::kucoin::KeyVersion;
+    use crate::restrictions::Mark;
+    use crate::secret::{ApiSecret, Passphrase};
+
+    fn ready(id: &str) -> Slot {
+        let text = |text: &str| Zeroizing::new(text.to_owned());
+        let secret = ApiSecret::new(text("fake-secret"));
+        let passphrase = Passphrase::new(text("fake-pass"));
+        let key = Key::new(text(id), &secret, &passphrase, KeyVersion::V3, None).unwrap();
+        Slot::Ready {
+            key: Arc::new(key),
+            usage: Arc::default(),
+            version: 1,
+            problem: None,
+            confirmed: Duration::ZERO,
+            outage: None,
+        }
+    }
+
+    #[test]
+    fn a_key_that_shows_while_an_order_to_kill_it_is_under_way_does_not_serve() {
+        let folder = tempfile::tempdir().unwrap();
+        let restrictions = Arc::new(Restrictions::open(folder.path()).unwrap());
+        let keyring = Keyring::new(Arc::new(Clock::system()), Arc::clone(&restrictions));
+        let rules = crate::policy::Policy::parse(
+            "[account.main]\nkey = { spot-margin = \"main\", futures = \"late\" }\n",
+        );
+        keyring.add(rules.unwrap().accounts());
+        let account: AccountId = "main".parse().unwrap();
+        let names: [KeyName; 2] = ["main", "late"].map(|name| name.parse().unwrap());
+        // Each order came while nobody knew the key's id: one key shows before the order, one after it.
+        keyring.set(&account, &names[0], ready("fake-1"));
+        for name in &names {
+            let by = "spiffe://demo.test/admin/anna".parse().unwrap();
+            let mark = Mark { by, at_ms: 1 };
+            restrictions.revoke(&account, name, None, &mark).unwrap();
+        }
+        let unseen = keyring.wipe_revoked();
+        keyring.set(&account, &names[1], ready("fake-2"));
+        for name in &names {
+            let slot = keyring.slot(&account, name);
+            assert!(matches!(slot, Some(Slot::Gone(_))), "{name}: {slot:?}");
+        }
+        // What it was is known now, and another key may come.
+        for (account, name, key) in unseen {
+            restrictions.seen(&account, &name, key).unwrap();
+        }
+        keyring.set(&account, &names[0], ready("fake-1"));
+        assert!(matches!(
+            keyring.slot(&account, &names[0]),
+            Some(Slot::Gone(_))
+        ));
+        keyring.set(&account, &names[0], ready("fake-3"));
+        assert!(matches!(
+            keyring.slot(&account, &names[0]),
+            Some(Slot::Ready { .. })
+        ));
+    }
 }

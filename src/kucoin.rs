@@ -17,7 +17,7 @@ use std::fmt;
 
 use serde::Deserialize;
 
-pub use answer::{Answer, RateLimit};
+pub use answer::{Answer, CREDENTIALS_REFUSED, RateLimit};
 pub use catalog::{Catalog, Effect, Endpoint, Risk};
 pub use request::{Malformed, RequestLimits, UnsignedRequest};
 pub use sign::{Key, KeyVersion, Partner, SignedRequest, sign, unsigned};

@@ -198,6 +198,23 @@ impl Restrictions {
         self.state().revoked_keys.get(&key).cloned()
     }
 
+    /// Why a key must not be used in this place, if it or whatever is there is dead.
+    pub fn revoked_in(
+        &self,
+        account: &AccountId,
+        name: &KeyName,
+        key: KeyDigest,
+    ) -> Option<Revoked> {
+        let state = self.state();
+        let unseen = || Some(Revoked::new(account, name, state.unseen(account, name)?));
+        state.revoked_keys.get(&key).cloned().or_else(unseen)
+    }
+
+    /// Whether the next key that Vault shows in this place is dead.
+    pub fn has_revoked_unseen(&self, account: &AccountId, name: &KeyName) -> bool {
+        self.state().unseen(account, name).is_some()
+    }
+
     /// Whether `last`, the last key known in this place, is dead, or the first one that Vault shows there will be.
     pub fn has_revoked(
         &self,
@@ -221,17 +238,18 @@ impl Restrictions {
         name: &KeyName,
         key: KeyDigest,
     ) -> Result<(), RestrictionsError> {
-        let unseen = |state: &State| state.revoked_unseen.get(account)?.get(name).cloned();
-        let Some(mark) = unseen(&self.state()) else {
+        let Some(mark) = self.state().unseen(account, name).cloned() else {
             return Ok(());
         };
         self.tighten(|state| {
-            if let Some(keys) = state.revoked_unseen.get_mut(account) {
+            let revoked = Revoked::new(account, name, &mark);
+            state.revoked_keys.entry(key).or_insert(revoked);
+            if state.unseen(account, name) == Some(&mark)
+                && let Some(keys) = state.revoked_unseen.get_mut(account)
+            {
                 keys.remove(name);
             }
             state.revoked_unseen.retain(|_, keys| !keys.is_empty());
-            let revoked = Revoked::new(account, name, mark);
-            state.revoked_keys.entry(key).or_insert(revoked);
         })
     }
 
@@ -244,7 +262,7 @@ impl Restrictions {
         account: &AccountId,
         name: &KeyName,
         key: Option<KeyDigest>,
-        mark: Mark,
+        mark: &Mark,
     ) -> Result<(), RestrictionsError> {
         self.tighten(|state| {
             if let Some(key) = key {
@@ -252,7 +270,7 @@ impl Restrictions {
                 state.revoked_keys.entry(key).or_insert(revoked);
             } else {
                 let keys = state.revoked_unseen.entry(account.clone()).or_default();
-                keys.entry(name.clone()).or_insert(mark);
+                keys.entry(name.clone()).or_insert_with(|| mark.clone());
             }
         })
     }
@@ -261,10 +279,13 @@ impl Restrictions {
     ///
     /// # Errors
     /// When it is in force, but cannot be written.
-    pub fn freeze(&self, account: &AccountId, mark: Mark) -> Result<bool, RestrictionsError> {
+    pub fn freeze(&self, account: &AccountId, mark: &Mark) -> Result<bool, RestrictionsError> {
         self.tighten(|state| {
             let is_new = !state.frozen_accounts.contains_key(account);
-            state.frozen_accounts.entry(account.clone()).or_insert(mark);
+            state
+                .frozen_accounts
+                .entry(account.clone())
+                .or_insert_with(|| mark.clone());
             !is_new
         })
     }
@@ -281,13 +302,16 @@ impl Restrictions {
     ///
     /// # Errors
     /// When it is in force, but cannot be written.
-    pub fn halt(&self, account: Option<&AccountId>, mark: Mark) -> Result<(), RestrictionsError> {
+    pub fn halt(&self, account: Option<&AccountId>, mark: &Mark) -> Result<(), RestrictionsError> {
         self.tighten(|state| match account {
             Some(account) => {
-                state.halted_accounts.entry(account.clone()).or_insert(mark);
+                state
+                    .halted_accounts
+                    .entry(account.clone())
+                    .or_insert_with(|| mark.clone());
             }
             None => {
-                state.halted_all.get_or_insert(mark);
+                state.halted_all.get_or_insert_with(|| mark.clone());
             }
         })
     }
@@ -311,10 +335,13 @@ impl Restrictions {
     ///
     /// # Errors
     /// When it is in force, but cannot be written.
-    pub fn block(&self, bot: &BotId, mark: Mark) -> Result<bool, RestrictionsError> {
+    pub fn block(&self, bot: &BotId, mark: &Mark) -> Result<bool, RestrictionsError> {
         self.tighten(|state| {
             let is_new = !state.blocked_bots.contains_key(bot);
-            state.blocked_bots.entry(bot.clone()).or_insert(mark);
+            state
+                .blocked_bots
+                .entry(bot.clone())
+                .or_insert_with(|| mark.clone());
             !is_new
         })
     }
@@ -327,27 +354,32 @@ impl Restrictions {
         self.loosen(|state| state.blocked_bots.remove(bot).is_some())
     }
 
-    /// Forbids something: in force first, then on disk, since a full disk must not keep an admin from stopping a bot.
-    fn tighten<T>(&self, change: impl FnOnce(&mut State) -> T) -> Result<T, RestrictionsError> {
+    /// Forbids something: in force first, then on disk, since a full disk must not keep an admin from stopping a bot, nor
+    /// a disk that hangs in somebody else's write.
+    fn tighten<T>(&self, change: impl Fn(&mut State) -> T) -> Result<T, RestrictionsError> {
+        let result = self.change(&change);
         let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-        let (result, state) = {
-            let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
-            (change(&mut state), state.clone())
-        };
+        // Once more: who lifted it meanwhile did not know of this.
+        self.change(change);
+        let state = self.state().clone();
         self.write(&state)
             .map_err(|error| RestrictionsError::Unwritten(self.file(), error))?;
         Ok(result)
     }
 
     /// Allows something again: on disk first.
-    fn loosen<T>(&self, change: impl FnOnce(&mut State) -> T) -> Result<T, RestrictionsError> {
+    fn loosen<T>(&self, change: impl Fn(&mut State) -> T) -> Result<T, RestrictionsError> {
         let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let mut state = self.state().clone();
-        let result = change(&mut state);
+        change(&mut state);
         self.write(&state)
             .map_err(|error| RestrictionsError::StillInForce(self.file(), error))?;
-        *self.state.write().unwrap_or_else(PoisonError::into_inner) = state;
-        Ok(result)
+        // What was forbidden meanwhile stays so.
+        Ok(self.change(change))
+    }
+
+    fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        change(&mut self.state.write().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// A whole new file takes the place of the old one, and both it and the folder are flushed.
@@ -374,17 +406,21 @@ impl Restrictions {
 }
 
 impl Revoked {
-    fn new(account: &AccountId, key: &KeyName, mark: Mark) -> Self {
+    fn new(account: &AccountId, key: &KeyName, mark: &Mark) -> Self {
         Self {
             account: account.clone(),
             key: key.clone(),
-            by: mark.by,
+            by: mark.by.clone(),
             at_ms: mark.at_ms,
         }
     }
 }
 
 impl State {
+    fn unseen(&self, account: &AccountId, name: &KeyName) -> Option<&Mark> {
+        self.revoked_unseen.get(account)?.get(name)
+    }
+
     fn is_frozen(&self, account: &AccountId) -> bool {
         self.frozen_accounts.contains_key(account) || self.is_halted(account)
     }
@@ -448,15 +484,15 @@ mod tests {
         let restrictions = Restrictions::open(folder.path()).unwrap();
         let (bot, key) = ("maker".parse::<BotId>().unwrap(), KeyDigest([0xab; 32]));
         let name = "main".parse::<KeyName>().unwrap();
-        assert!(!restrictions.block(&bot, mark()).unwrap());
-        assert!(restrictions.block(&bot, mark()).unwrap());
-        assert!(!restrictions.freeze(&account("a"), mark()).unwrap());
-        restrictions.halt(Some(&account("b")), mark()).unwrap();
+        assert!(!restrictions.block(&bot, &mark()).unwrap());
+        assert!(restrictions.block(&bot, &mark()).unwrap());
+        assert!(!restrictions.freeze(&account("a"), &mark()).unwrap());
+        restrictions.halt(Some(&account("b")), &mark()).unwrap();
         restrictions
-            .revoke(&account("a"), &name, Some(key), mark())
+            .revoke(&account("a"), &name, Some(key), &mark())
             .unwrap();
         restrictions
-            .revoke(&account("b"), &name, None, mark())
+            .revoke(&account("b"), &name, None, &mark())
             .unwrap();
         let again = Restrictions::open(folder.path()).unwrap();
         let who = Who::Bot(bot.clone());
@@ -493,8 +529,8 @@ mod tests {
     fn a_halt_of_all_holds_for_accounts_to_come_and_a_freeze_outlasts_it() {
         let folder = tempfile::tempdir().unwrap();
         let restrictions = Restrictions::open(folder.path()).unwrap();
-        restrictions.freeze(&account("a"), mark()).unwrap();
-        restrictions.halt(None, mark()).unwrap();
+        restrictions.freeze(&account("a"), &mark()).unwrap();
+        restrictions.halt(None, &mark()).unwrap();
         assert!(restrictions.is_frozen(&account("not-yet-there")));
         restrictions.resume(Some(&account("b"))).unwrap();
         assert!(restrictions.is_frozen(&account("b")), "halted with all");
@@ -514,13 +550,63 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_that_hangs_keeps_no_admin_from_forbidding_more_and_lifts_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let restrictions = Restrictions::open(folder.path()).unwrap();
+        restrictions.freeze(&account("a"), &mark()).unwrap();
+        // Opening it waits for a reader.
+        let pipe = folder.path().join(format!("{FILE}.new"));
+        let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+        assert!(made.unwrap().success());
+        std::thread::scope(|scope| {
+            let thaw = scope.spawn(|| restrictions.thaw(&account("a")));
+            let freeze = scope.spawn(|| restrictions.freeze(&account("b"), &mark()));
+            let began = std::time::Instant::now();
+            while !restrictions.is_frozen(&account("b")) && began.elapsed().as_secs() < 5 {
+                std::thread::yield_now();
+            }
+            let is_frozen = restrictions.is_frozen(&account("b"));
+            let is_lifted = !restrictions.is_frozen(&account("a"));
+            // The disk comes back: a reader that does not wait for a writer itself (O_NONBLOCK).
+            let _reader = File::options().read(true).custom_flags(0o4000).open(&pipe);
+            let _ = (thaw.join(), freeze.join());
+            assert!(is_frozen, "it waits for somebody else's write");
+            assert!(!is_lifted, "it is not on disk");
+        });
+        assert!(restrictions.is_frozen(&account("b")));
+    }
+
+    #[test]
+    fn what_is_forbidden_while_something_is_lifted_stays_forbidden() {
+        let folder = tempfile::tempdir().unwrap();
+        let restrictions = Restrictions::open(folder.path()).unwrap();
+        let bot = |n: u32| format!("bot-{n}").parse::<BotId>().unwrap();
+        restrictions.freeze(&account("a"), &mark()).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for n in 0..50 {
+                    restrictions.block(&bot(n), &mark()).unwrap();
+                }
+            });
+            scope.spawn(|| {
+                for _ in 0..50 {
+                    restrictions.thaw(&account("a")).unwrap();
+                }
+            });
+        });
+        let again = Restrictions::open(folder.path()).unwrap();
+        assert_eq!(restrictions.blocked_bots().len(), 50);
+        assert_eq!(again.blocked_bots(), restrictions.blocked_bots());
+    }
+
+    #[test]
     fn what_cannot_be_written_is_forbidden_all_the_same_and_never_allowed() {
         let folder = tempfile::tempdir().unwrap();
         let restrictions = Restrictions::open(folder.path()).unwrap();
-        restrictions.freeze(&account("a"), mark()).unwrap();
+        restrictions.freeze(&account("a"), &mark()).unwrap();
         // A folder where the new file should be written: also root cannot.
         fs::create_dir(folder.path().join(format!("{FILE}.new"))).unwrap();
-        let error = restrictions.freeze(&account("b"), mark()).unwrap_err();
+        let error = restrictions.freeze(&account("b"), &mark()).unwrap_err();
         assert!(matches!(error, RestrictionsError::Unwritten(..)));
         assert!(restrictions.is_frozen(&account("b")));
         let error = restrictions.thaw(&account("a")).unwrap_err();

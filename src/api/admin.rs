@@ -247,7 +247,8 @@ impl AdminApi {
         let standing = standing(&self.broker, account, &name);
         let standing =
             standing.ok_or_else(|| AdminError::KeyUnknown(account.clone(), name.clone()))?;
-        let (id, version) = (standing.id, standing.version);
+        // One that is not in memory now may come back.
+        let (id, version) = (standing.last, standing.version);
         let act = Act {
             action: "revoke",
             account: Some(account),
@@ -259,12 +260,21 @@ impl AdminApi {
         let (mark, place) = (self.mark(admin), (account.clone(), name.clone()));
         let revoked = self
             .restrict(admin, act, move |restrictions| {
-                restrictions.revoke(&place.0, &place.1, id, mark)
+                restrictions.revoke(&place.0, &place.1, id, &mark)
             })
             .await;
         // Dead either way; whether it is on disk is the admin's to know.
-        self.broker.keyring.wipe_revoked();
+        let unseen = self.broker.keyring.wipe_revoked();
         revoked?;
+        if !unseen.is_empty() {
+            // Vault has shown it between the question for its id and the order to kill it.
+            let restrictions = Arc::clone(&self.broker.restrictions);
+            let seen = spawn_blocking(move || {
+                let mut seen = unseen.iter();
+                seen.try_for_each(|(account, name, key)| restrictions.seen(account, name, *key))
+            });
+            seen.await.map_err(|_| AdminError::Internal)??;
+        }
         Ok(RevokedKey {
             key: name.to_string(),
             version: version.unwrap_or_default(),
@@ -541,7 +551,7 @@ impl Admin for AdminApi {
         let account = self.account(&message.account)?;
         let (mark, id) = (self.mark(&admin), account.id.clone());
         let act = Act::on_account("freeze", &account.id);
-        let freeze = move |restrictions: &Restrictions| restrictions.freeze(&id, mark);
+        let freeze = move |restrictions: &Restrictions| restrictions.freeze(&id, &mark);
         let was_frozen = self.restrict(&admin, act, freeze).await?;
         Ok(Response::new(proto::FreezeAccountResponse { was_frozen }))
     }
@@ -570,7 +580,7 @@ impl Admin for AdminApi {
         let bot = bot(&message.bot)?;
         let (mark, id) = (self.mark(&admin), bot.clone());
         let act = Act::on_bot("block", &bot);
-        let block = move |restrictions: &Restrictions| restrictions.block(&id, mark);
+        let block = move |restrictions: &Restrictions| restrictions.block(&id, &mark);
         let was_blocked = self.restrict(&admin, act, block).await?;
         Ok(Response::new(proto::BlockBotResponse { was_blocked }))
     }
@@ -604,7 +614,7 @@ impl Admin for AdminApi {
             detail: account.is_none().then(|| "all accounts".to_owned()),
             ..Act::default()
         };
-        let halt = move |restrictions: &Restrictions| restrictions.halt(id.as_ref(), mark);
+        let halt = move |restrictions: &Restrictions| restrictions.halt(id.as_ref(), &mark);
         let halted = self.restrict(&admin, act, halt).await;
         if !message.cancel_all {
             halted?;

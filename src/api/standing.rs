@@ -55,6 +55,8 @@ pub struct Standing {
     pub tested_ms: Option<i64>,
     /// SHA-256 of its id.
     pub id: Option<KeyDigest>,
+    /// The same; where none is in memory, of the last one that was.
+    pub last: Option<KeyDigest>,
     /// What the reasons are about, so that none is told twice.
     topics: Vec<&'static str>,
     /// Whether the account has a partner where it signs.
@@ -137,6 +139,7 @@ fn of(broker: &Broker, key: KeyStatus) -> Standing {
         used_ms: None,
         tested_ms: None,
         id: None,
+        last,
         topics: Vec::new(),
     };
     match slot {

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use serde_json::json;
-use tokio::sync::mpsc;
-use tokio::time::Instant;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::{Instant, sleep};
 
 use super::{Broker, BrokerError, Call, KEY_REFUSED, Receipt};
 use crate::audit::Act;
@@ -21,6 +21,12 @@ use crate::restrictions::{KeyDigest, Revoked};
 
 /// How long one question may take.
 const ANSWER_WITHIN: Duration = Duration::from_secs(4);
+
+/// How many keys are tested at once in the background.
+const AT_ONCE: usize = 8;
+
+/// How often it is looked whether new rules name a key.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// Refusals that are about the account and not about one request, beside those of the key itself: no access, region,
 /// identity, frozen, blacklisted.
@@ -70,38 +76,56 @@ pub struct Probe {
 
 /// Answers the keyring: tests keys, and puts on record what became of them. Never ends.
 pub async fn attend(broker: Arc<Broker>, mut notices: mpsc::UnboundedReceiver<Notice>) {
+    let at_once = Arc::new(Semaphore::new(AT_ONCE));
     while let Some(notice) = notices.recv().await {
         match notice {
             Notice::Changed(change) => broker.record(&change),
             Notice::Trial(trial) => {
-                tokio::spawn(Arc::clone(&broker).try_key(trial));
+                tokio::spawn(Arc::clone(&broker).try_key(trial, Arc::clone(&at_once)));
             }
         }
     }
 }
 
 impl Broker {
-    async fn try_key(self: Arc<Self>, trial: Trial) {
+    async fn try_key(self: Arc<Self>, trial: Trial, at_once: Arc<Semaphore>) {
         let Trial {
             account,
             name,
             key,
             is_candidate,
-            tell,
+            mut tell,
         } = trial;
-        let Some((account, scopes)) = self.served(&account, &name) else {
-            // The rules have dropped it: nobody waits any more.
-            return;
+        let test = async {
+            // The rules that name it may be about to take their place.
+            let (account, scopes) = loop {
+                match self.served(&account, &name) {
+                    Some(served) => break served,
+                    None => sleep(LOOK_EVERY).await,
+                }
+            };
+            // Somebody may be waiting for a candidate; the others come a few at a time.
+            let _place = if is_candidate {
+                None
+            } else {
+                at_once.acquire().await.ok()
+            };
+            let test = KeyTest {
+                who: Who::Broker,
+                account,
+                scopes,
+                key,
+                reads: is_candidate,
+                orders: false,
+            };
+            self.test_key(&test).await.report
         };
-        let test = KeyTest {
-            who: Who::Broker,
-            account,
-            scopes,
-            key,
-            reads: is_candidate,
-            orders: false,
+        let report = tokio::select! {
+            report = test => report,
+            // Nobody waits any more: it may not even be ours any more.
+            () = tell.closed() => return,
         };
-        let _ = tell.send(self.test_key(&test).await.report);
+        let _ = tell.send(report);
     }
 
     /// The account of a key, and the scopes that it serves; none where the rules do not name it.
@@ -250,7 +274,7 @@ impl Broker {
             Ok(receipt) => {
                 let answer = &receipt.answer;
                 let code = answer.code.as_str();
-                let told = format!("{code} {}", answer.msg).trim().to_owned();
+                let told = printable(&format!("{code} {}", answer.msg));
                 let told = if told.is_empty() {
                     format!("HTTP {}", answer.http_status.as_u16())
                 } else {
@@ -381,6 +405,12 @@ impl KeyTested {
                 !probe.is_ok && codes.contains(&code)
             })
     }
+}
+
+/// What a stranger wrote goes to logs and terminals.
+fn printable(text: &str) -> String {
+    let text: String = text.chars().filter(|c| !c.is_control()).take(200).collect();
+    text.trim().to_owned()
 }
 
 fn is_revoked(revoked: &Revoked) -> Finding {

@@ -6,22 +6,26 @@
 //! Another version takes the place of the one in memory once the exchange has taken requests that it signed. One that
 //! the exchange refuses changes nothing, and the reason shows. Only after a start there is nothing to compare with: the
 //! newest version serves at once, and if the exchange turns out to refuse it, the version before it is tried.
+//!
+//! Tests go on beside the polls: an exchange that does not answer keeps nobody from hearing what Vault says.
 
 use std::collections::BTreeMap;
+use std::future::pending;
+use std::pin::pin;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
-use tokio::task::AbortHandle;
-use tokio::time::{sleep, timeout};
+use tokio::task::{AbortHandle, spawn_blocking};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::trial::{KeyChange, Notice, Notices, Report, Trial, Verdict};
 use super::usage::Usage;
 use super::vault::{Metadata, Vault, VaultError};
 use super::{Keyring, Look, Slot};
 use crate::ids::{AccountId, KeyName};
-use crate::kucoin::Key;
+use crate::kucoin::{CREDENTIALS_REFUSED, Key};
 use crate::restrictions::{KeyDigest, Restrictions};
 use crate::telemetry::Metrics;
 
@@ -31,12 +35,15 @@ const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_se
 /// However much there is to doubt, Vault is not asked more often.
 const AT_LEAST: Duration = Duration::from_millis(100);
 
-/// How often a key is tested in the background at most, with up to a fifth more so that keys spread out. A test has
-/// weight 20 of the 2000 that an account has for such questions in 30 s.
+/// How often a key is tested in the background at most. A test has weight 20 of the 2000 that an account has for such
+/// questions in 30 s.
 const TEST_EVERY: Duration = Duration::from_secs(600);
 
 /// How long a test may take.
 const TEST_WITHIN: Duration = Duration::from_secs(10);
+
+/// First wait after a background test that had no answer; each one in a row doubles it, up to [`TEST_EVERY`].
+const TEST_AGAIN: Duration = Duration::from_secs(5);
 
 /// One polling task for each key of the keyring.
 #[derive(Debug)]
@@ -103,8 +110,13 @@ impl Refresher {
                         name: key.name,
                         look,
                         seen: None,
-                        untested: None,
+                        asked: Duration::ZERO,
+                        is_unusable: false,
+                        candidate: None,
+                        refused: None,
                         next_test: Duration::ZERO,
+                        test_again: TEST_AGAIN,
+                        running: None,
                     };
                     tokio::spawn(watch.run(self.poll)).abort_handle()
                 });
@@ -129,12 +141,55 @@ struct Watch {
     account: AccountId,
     name: KeyName,
     look: Arc<Look>,
-    /// The metadata with which the last look ended well.
+    /// The metadata that Vault has shown last; none: whatever it shows next is read.
     seen: Option<Metadata>,
+    /// When that was asked for, in time since boot: an answer confirms no more than that moment.
+    asked: Duration,
+    /// Whether the version that shall serve can never do so: it is no key, or it is revoked.
+    is_unusable: bool,
     /// The version that shall serve, as long as the exchange has not said whether it takes it.
-    untested: Option<(u64, Arc<Key>)>,
+    candidate: Option<Serving>,
+    /// When the version that shall serve, and that the exchange has refused, is to be tried again: time since boot.
+    refused: Option<Duration>,
     /// When the key in memory is to be tested again: time since boot.
     next_test: Duration,
+    /// How long to wait after the next test that has no answer.
+    test_again: Duration,
+    running: Option<Running>,
+}
+
+/// A test that is under way.
+struct Running {
+    what: What,
+    told: oneshot::Receiver<Report>,
+    /// When it is given up.
+    until: Instant,
+}
+
+/// What is being tested.
+enum What {
+    /// The version before the one in memory, which the exchange refuses.
+    Before {
+        before: Serving,
+        refused: Serving,
+        reason: String,
+    },
+    /// [`Watch::candidate`].
+    Candidate,
+    /// The key in memory.
+    Serving(Serving),
+}
+
+/// What a look at Vault calls for.
+enum Step {
+    /// Nothing: all is as it was.
+    Confirm,
+    /// The version in memory is the one that shall serve.
+    Settle(Serving),
+    /// To read the version that shall serve, and try it.
+    Take,
+    /// To test the candidate, if that is not under way.
+    Try,
 }
 
 /// The key in memory.
@@ -157,6 +212,16 @@ impl Serving {
     fn digest(&self) -> KeyDigest {
         KeyDigest(self.key.id_sha256())
     }
+
+    /// Whether the exchange has taken a request that it signed.
+    fn is_proven(&self) -> bool {
+        self.usage.accepted_ms().is_some()
+    }
+}
+
+/// With up to a fifth more, so that keys spread out.
+fn until_next_test() -> Duration {
+    TEST_EVERY.mul_f64(1.0 + 0.2 * fastrand::f64())
 }
 
 impl Watch {
@@ -178,25 +243,44 @@ impl Watch {
                 backoff = (backoff * 2).min(BACKOFF.1);
                 wait
             };
-            self.test_if_due().await;
-            look.count.send_modify(|(begun, ended)| *ended = *begun);
-            sleep(AT_LEAST).await;
-            let called = async {
-                tokio::select! {
-                    () = doubt => {}
-                    () = wanted => {}
-                }
+            self.go_on();
+            let next_look = async {
+                sleep(AT_LEAST).await;
+                let called = async {
+                    tokio::select! {
+                        () = doubt => {}
+                        () = wanted => {}
+                    }
+                };
+                let _ = timeout(wait.saturating_sub(AT_LEAST), called).await;
             };
-            let _ = timeout(wait.saturating_sub(AT_LEAST), called).await;
+            let mut next_look = pin!(next_look);
+            loop {
+                tokio::select! {
+                    () = &mut next_look => break,
+                    report = self.report() => {
+                        self.conclude(report).await;
+                        self.go_on();
+                    }
+                }
+            }
+        }
+    }
+
+    /// Begins the test that is due; where nothing is left to test, the look has ended.
+    fn go_on(&mut self) {
+        self.test_if_due();
+        if self.running.is_none() {
+            self.keyring.set_on_trial(&self.account, &self.name, false);
+            let ended = |(begun, ended): &mut (u64, u64)| *ended = *begun;
+            self.look.count.send_modify(ended);
         }
     }
 
     /// Compares Vault with memory once; false when Vault gave no usable answer.
     async fn check(&mut self) -> bool {
         let asked = self.keyring.clock.boot();
-        let found = self.fetch(asked).await;
-        self.keyring.set_on_trial(&self.account, &self.name, false);
-        match found {
+        match self.fetch(asked).await {
             Ok(()) => true,
             Err(VaultError::LoginRefused(reason)) => {
                 self.metrics.vault_failure("login");
@@ -219,26 +303,34 @@ impl Watch {
                 true
             }
             Err(VaultError::Unusable(reason)) => {
-                // A half-written new version must not take a working key away.
-                if let Some(serving) = self.serving()
-                    && self
-                        .seen
-                        .as_ref()
-                        .is_some_and(|seen| seen.has(serving.version))
-                {
-                    self.metrics.vault_failure("unusable");
-                    let version = serving.version;
-                    tracing::error!(account.id = %self.account, key = %self.name, %reason, version, "new version is unusable; the one in memory serves on");
-                    self.confirm(serving, Some(reason), asked);
-                } else {
-                    self.evict(&reason);
-                }
+                self.keep_from(reason, asked);
                 true
             }
         }
     }
 
-    /// `asked`: when, in time since boot; an answer confirms no more than that moment.
+    /// The version that shall serve cannot: a half-written one must not take a working key away.
+    fn keep_from(&mut self, reason: String, asked: Duration) {
+        self.forget_candidate();
+        if let Some(serving) = self.serving()
+            && self
+                .seen
+                .as_ref()
+                .is_some_and(|seen| seen.has(serving.version))
+        {
+            self.metrics.vault_failure("unusable");
+            let version = serving.version;
+            tracing::error!(account.id = %self.account, key = %self.name, %reason, version, "new version is unusable; the one in memory serves on");
+            self.confirm(serving, Some(reason), asked);
+        } else {
+            let seen = self.seen.take();
+            self.evict(&reason);
+            // It stays so until Vault shows something else: no need to read it at every poll.
+            self.seen = seen;
+        }
+        self.is_unusable = true;
+    }
+
     async fn fetch(&mut self, asked: Duration) -> Result<(), VaultError> {
         let metadata = self.vault.metadata(&self.account, &self.name).await?;
         if metadata.is_disabled() {
@@ -246,11 +338,21 @@ impl Watch {
                 "its metadata in Vault says state=disabled".to_owned(),
             ));
         }
+        if metadata.current_version == 0 {
+            return Err(VaultError::Gone(
+                "Vault has no version of it yet".to_owned(),
+            ));
+        }
+        self.asked = asked;
         if let (Some(serving), Some(seen)) = (self.serving(), &self.seen)
             && metadata.has_taken_away(seen, serving.version)
         {
             let version = serving.version;
-            self.evict(&format!("version {version} has been deleted in Vault"));
+            let replaced = self.replace(&serving, metadata).await;
+            if replaced.is_err() {
+                self.evict(&format!("version {version} has been deleted in Vault"));
+            }
+            return replaced;
         }
         let wanted = match metadata.wanted() {
             Ok(wanted) => wanted,
@@ -259,31 +361,93 @@ impl Watch {
                 return Err(VaultError::Unusable(reason));
             }
         };
-        let is_fresh = self.look.is_fresh.swap(false, Ordering::Relaxed);
-        let is_unchanged = !is_fresh
-            && self
-                .seen
-                .as_ref()
-                .is_some_and(|seen| seen.wanted() == Ok(wanted) && metadata.is_same(seen, wanted));
-        if is_unchanged && !metadata.deletes_itself(wanted) {
-            self.seen = Some(metadata);
-            if let Some((version, key)) = self.untested.take() {
-                return self.adopt(version, key, asked).await;
+        self.look_after_itself(&metadata, wanted).await?;
+        let step = self.step(&metadata, wanted, asked);
+        let mut read = None;
+        if matches!(step, Step::Take) || metadata.deletes_itself(wanted) {
+            let key = self.vault.read(&self.account, &self.name, wanted).await;
+            // Seen even when unusable, so that a broken version is read once and not at every poll.
+            if matches!(key, Ok(_) | Err(VaultError::Unusable(_))) {
+                self.seen = Some(metadata);
             }
-            self.confirm_again(asked);
-            return Ok(());
-        }
-        let key = self.vault.read(&self.account, &self.name, wanted).await;
-        // Seen even when unusable, so that a broken version beside a working key is read once and not at every poll.
-        if matches!(key, Ok(_) | Err(VaultError::Unusable(_))) {
+            read = Some(key?);
+        } else {
             self.seen = Some(metadata);
         }
-        let key = Arc::new(key?);
-        if is_unchanged && self.untested.is_none() {
-            self.confirm_again(asked);
+        match (step, read) {
+            (Step::Settle(serving), _) => {
+                self.forget_candidate();
+                self.confirm(serving, None, asked);
+            }
+            (Step::Take, Some(key)) => return self.adopt(wanted, Arc::new(key), asked).await,
+            (Step::Try, _) => {
+                self.confirm_again(asked);
+                self.try_candidate().await;
+            }
+            (Step::Confirm | Step::Take, _) => self.confirm_again(asked),
+        }
+        Ok(())
+    }
+
+    /// The key in memory has been deleted in Vault: what Vault has instead serves without a test, and without a gap.
+    async fn replace(&mut self, gone: &Serving, metadata: Metadata) -> Result<(), VaultError> {
+        self.forget_candidate();
+        self.running = None;
+        let wanted = metadata.wanted().map_err(VaultError::Unusable)?;
+        let key = self.vault.read(&self.account, &self.name, wanted).await?;
+        let next = Serving::new(Arc::new(key), wanted);
+        self.check_revoked(wanted, &next.key).await?;
+        self.seen = Some(metadata);
+        self.serve_untested(Some(gone), next).await;
+        Ok(())
+    }
+
+    /// What to do about what Vault shows.
+    fn step(&mut self, metadata: &Metadata, wanted: u64, asked: Duration) -> Step {
+        // Somebody has asked for it.
+        let is_fresh = self.look.is_fresh.swap(false, Ordering::Relaxed);
+        let seen = self.seen.as_ref();
+        if !seen.is_some_and(|seen| metadata.is_same(seen, wanted)) {
+            return Step::Take;
+        }
+        let was_wanted = seen.is_some_and(|seen| seen.wanted() == Ok(wanted));
+        match (self.serving(), &self.candidate) {
+            (Some(serving), _) if serving.version == wanted => {
+                if is_fresh {
+                    self.next_test = Duration::ZERO;
+                }
+                Step::Settle(serving)
+            }
+            (_, Some(candidate)) if candidate.version == wanted => Step::Try,
+            _ if is_fresh || !was_wanted => Step::Take,
+            (Some(_), _) if self.refused.is_some_and(|at| asked >= at) => Step::Take,
+            (Some(_), _) => Step::Confirm,
+            (None, _) if self.is_unusable => Step::Confirm,
+            (None, _) => Step::Take,
+        }
+    }
+
+    /// The version in memory may have a time at which it deletes itself, of which the metadata say nothing then.
+    async fn look_after_itself(
+        &mut self,
+        metadata: &Metadata,
+        wanted: u64,
+    ) -> Result<(), VaultError> {
+        let Some(serving) = self.serving() else {
+            return Ok(());
+        };
+        let version = serving.version;
+        if version == wanted || !metadata.deletes_itself(version) {
             return Ok(());
         }
-        self.adopt(wanted, key, asked).await
+        match self.vault.read(&self.account, &self.name, version).await {
+            Err(VaultError::Gone(_)) => {
+                self.evict(&format!("version {version} has been deleted in Vault"));
+                Ok(())
+            }
+            Ok(_) | Err(VaultError::Unusable(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     /// Puts a version to use that Vault has just shown, if the exchange takes it.
@@ -293,44 +457,55 @@ impl Watch {
         key: Arc<Key>,
         asked: Duration,
     ) -> Result<(), VaultError> {
-        self.untested = None;
-        self.check_revoked(version, &key)?;
-        let next = Serving::new(key, version);
-        let Some(serving) = self.serving() else {
-            // Nothing better is there, and the test follows at once.
-            self.put_to_use(None, next, None, asked);
-            self.next_test = Duration::ZERO;
-            return Ok(());
-        };
-        self.keyring.set_on_trial(&self.account, &self.name, true);
-        let report = self.trial(&next.key, true).await;
-        match &report.verdict {
-            Verdict::Good => {
-                // It took time: an admin may have killed it meanwhile.
-                self.check_revoked(version, &next.key)?;
-                self.put_to_use(Some(&serving), next, Some(report), asked);
-            }
-            Verdict::Refused(reason) => {
-                let problem = format!("version {version} is refused: {reason}");
-                self.metrics.vault_failure("unusable");
-                tracing::error!(account.id = %self.account, key = %self.name, version, %reason, "the exchange refuses the new version; the one in memory serves on");
-                self.tell(Some(&serving), Some(&next), "refused", Some(reason.clone()));
-                self.confirm_serving(Some(problem), asked);
-            }
-            Verdict::Unclear(reason) => {
-                let problem = format!("version {version} waits for its test: {reason}");
-                tracing::warn!(account.id = %self.account, key = %self.name, version, %reason, "the new version cannot be tested yet; the one in memory serves on");
-                self.untested = Some((version, next.key));
-                self.confirm_serving(Some(problem), asked);
-            }
-        }
+        self.forget_candidate();
+        self.check_revoked(version, &key).await?;
+        self.candidate = Some(Serving::new(key, version));
+        self.confirm_again(asked);
+        self.try_candidate().await;
         Ok(())
     }
 
-    fn check_revoked(&self, version: u64, key: &Arc<Key>) -> Result<(), VaultError> {
+    /// Tests the candidate, unless that is under way; where there is nothing better, it serves at once.
+    async fn try_candidate(&mut self) {
+        let is_under_way = |running: &Running| matches!(running.what, What::Candidate);
+        if self.running.as_ref().is_some_and(is_under_way) {
+            return;
+        }
+        if self.serving().is_some() {
+            if let Some(key) = self.candidate.as_ref().map(|next| Arc::clone(&next.key)) {
+                self.begin(What::Candidate, key, true);
+            }
+        } else if let Some(next) = self.candidate.take() {
+            self.serve_untested(None, next).await;
+        }
+    }
+
+    async fn serve_untested(&mut self, before: Option<&Serving>, next: Serving) {
+        // Before it signs: whoever is refused for it waits for its test, which follows at once.
+        self.keyring.set_on_trial(&self.account, &self.name, true);
+        self.put_to_use(before, next, None).await;
+        let due = self.keyring.recall(&self.account, &self.name);
+        self.next_test = due.unwrap_or(Duration::ZERO);
+    }
+
+    /// What Vault wants now is something else.
+    fn forget_candidate(&mut self) {
+        if self.candidate.take().is_some() {
+            self.running = None;
+        }
+        self.refused = None;
+        self.is_unusable = false;
+    }
+
+    async fn check_revoked(&self, version: u64, key: &Arc<Key>) -> Result<(), VaultError> {
         let digest = KeyDigest(key.id_sha256());
-        if let Err(error) = self.restrictions.seen(&self.account, &self.name, digest) {
-            tracing::error!(account.id = %self.account, key = %self.name, %error, "revocation cannot be written");
+        let (account, name) = (self.account.clone(), self.name.clone());
+        if self.restrictions.has_revoked_unseen(&account, &name) {
+            let restrictions = Arc::clone(&self.restrictions);
+            let seen = spawn_blocking(move || restrictions.seen(&account, &name, digest)).await;
+            if let Ok(Err(error)) = seen {
+                tracing::error!(account.id = %self.account, key = %self.name, %error, "revocation cannot be written");
+            }
         }
         let Some(revoked) = self.restrictions.revoked(digest) else {
             return Ok(());
@@ -345,95 +520,228 @@ impl Watch {
     }
 
     /// Tests the key in memory now and then, and at once when it is new.
-    async fn test_if_due(&mut self) {
+    fn test_if_due(&mut self) {
         let now = self.keyring.clock.boot();
-        let Some(serving) = self.serving() else {
-            return;
-        };
-        if now < self.next_test {
+        if self.running.is_some() || now < self.next_test {
             return;
         }
-        self.next_test = now + TEST_EVERY.mul_f64(1.0 + 0.2 * fastrand::f64());
-        let is_proven = serving.usage.accepted_ms().is_some();
-        self.keyring
-            .set_on_trial(&self.account, &self.name, !is_proven);
-        let report = Arc::new(self.trial(&serving.key, false).await);
-        self.keyring
-            .set_tested(&self.account, &self.name, &serving.key, Arc::clone(&report));
-        if let Verdict::Refused(reason) = &report.verdict {
-            tracing::error!(account.id = %self.account, key = %self.name, version = serving.version, %reason, "the exchange refuses the key");
-            if !is_proven {
-                self.fall_back(&serving, reason).await;
-            }
-        }
-        self.keyring.set_on_trial(&self.account, &self.name, false);
-    }
-
-    /// After a start whose newest version the exchange refuses: the one before it may be good.
-    async fn fall_back(&mut self, refused: &Serving, reason: &str) {
-        let version = refused.version.saturating_sub(1);
-        let is_newest = self
-            .seen
-            .as_ref()
-            .is_some_and(|seen| seen.current_version == refused.version && seen.has(version));
-        if !is_newest {
-            return;
-        }
-        let asked = self.keyring.clock.boot();
-        let Ok(key) = self.vault.read(&self.account, &self.name, version).await else {
-            return;
-        };
-        let before = Serving::new(Arc::new(key), version);
-        if self.check_revoked(version, &before.key).is_err() {
-            return;
-        }
-        let report = self.trial(&before.key, true).await;
-        if report.verdict == Verdict::Good {
-            let problem = format!("version {} is refused: {reason}", refused.version);
-            self.put_to_use(Some(refused), before, Some(report), asked);
-            self.confirm_serving(Some(problem), asked);
+        if let Some(serving) = self.serving() {
+            self.next_test = now + until_next_test();
+            let key = Arc::clone(&serving.key);
+            self.begin(What::Serving(serving), key, false);
         }
     }
 
-    async fn trial(&self, key: &Arc<Key>, is_candidate: bool) -> Report {
+    /// Has a key tested; whoever is refused meanwhile waits for what may be a better one.
+    fn begin(&mut self, what: What, key: Arc<Key>, is_candidate: bool) {
+        let may_change = match &what {
+            What::Before { .. } | What::Candidate => true,
+            What::Serving(serving) => !serving.is_proven(),
+        };
+        self.keyring
+            .set_on_trial(&self.account, &self.name, may_change);
         let (tell, told) = oneshot::channel();
         let trial = Trial {
             account: self.account.clone(),
             name: self.name.clone(),
-            key: Arc::clone(key),
+            key,
             is_candidate,
             tell,
         };
         let _ = self.notices.send(Notice::Trial(trial));
-        let no_answer = || Report {
+        let until = Instant::now() + TEST_WITHIN;
+        self.running = Some(Running { what, told, until });
+    }
+
+    /// What has come of the test that is under way; without one it never returns.
+    async fn report(&mut self) -> Report {
+        let Some(running) = &mut self.running else {
+            return pending().await;
+        };
+        let told = timeout_at(running.until, &mut running.told).await;
+        // An error means that the broker is stopping, or that its rules do not name the key yet.
+        told.ok().and_then(Result::ok).unwrap_or_else(|| Report {
             verdict: Verdict::Unclear("the exchange did not answer in time".to_owned()),
             info: None,
             findings: Vec::new(),
+        })
+    }
+
+    /// Goes by what a test has said.
+    async fn conclude(&mut self, report: Report) {
+        match self.running.take().map(|running| running.what) {
+            Some(What::Before {
+                before,
+                refused,
+                reason,
+            }) => self.fall_back(before, &refused, &reason, report).await,
+            Some(What::Candidate) => {
+                if let Some(next) = self.candidate.take() {
+                    self.judge(next, report).await;
+                }
+            }
+            Some(What::Serving(serving)) => self.heed(serving, report).await,
+            None => {}
+        }
+    }
+
+    /// Decides about the version that shall serve.
+    async fn judge(&mut self, next: Serving, report: Report) {
+        let version = next.version;
+        let before = self.serving();
+        match &report.verdict {
+            Verdict::Good => self.take_over(next, report).await,
+            // The exchange has told what it is, so it takes what it signs, and the one in memory is dead.
+            Verdict::Unclear(_) if report.info.is_some() && self.is_dead() => {
+                self.take_over(next, report).await;
+            }
+            Verdict::Refused(reason) => {
+                self.metrics.vault_failure("unusable");
+                tracing::error!(account.id = %self.account, key = %self.name, version, %reason, "the exchange refuses the new version; the one in memory serves on");
+                self.tell(
+                    before.as_ref(),
+                    Some(&next),
+                    "refused",
+                    Some(reason.clone()),
+                );
+                self.set_problem(format!("version {version} is refused: {reason}"));
+                self.refused = Some(self.keyring.clock.boot() + until_next_test());
+            }
+            Verdict::Unclear(reason) => {
+                tracing::warn!(account.id = %self.account, key = %self.name, version, %reason, "the new version cannot be tested yet; the one in memory serves on");
+                self.set_problem(format!("version {version} waits for its test: {reason}"));
+                self.candidate = Some(next);
+            }
+        }
+    }
+
+    /// The exchange has taken what `next` signed. That took time: an admin may have killed it meanwhile.
+    async fn take_over(&mut self, next: Serving, report: Report) {
+        match self.check_revoked(next.version, &next.key).await {
+            Ok(()) => {
+                let before = self.serving();
+                self.put_to_use(before.as_ref(), next, Some(report)).await;
+            }
+            Err(error) => self.keep_from(error.to_string(), self.asked),
+        }
+    }
+
+    /// Whether the exchange refuses what the key in memory signs.
+    fn is_dead(&self) -> bool {
+        let refusal = self.serving().and_then(|serving| serving.usage.refusal());
+        refusal.is_some_and(|refusal| CREDENTIALS_REFUSED.contains(&refusal.code.as_str()))
+    }
+
+    /// Keeps what a test said of the key in memory.
+    async fn heed(&mut self, serving: Serving, report: Report) {
+        let now = self.keyring.clock.boot();
+        let report = Arc::new(report);
+        self.keyring
+            .set_tested(&self.account, &self.name, &serving.key, Arc::clone(&report));
+        match &report.verdict {
+            Verdict::Good => self.test_again = TEST_AGAIN,
+            Verdict::Refused(reason) => {
+                self.test_again = TEST_AGAIN;
+                tracing::error!(account.id = %self.account, key = %self.name, version = serving.version, %reason, "the exchange refuses the key");
+                if !serving.is_proven() {
+                    self.try_before(serving, reason.clone()).await;
+                }
+            }
+            Verdict::Unclear(_) => {
+                self.next_test = self.next_test.min(now + self.test_again);
+                self.test_again = (self.test_again * 2).min(TEST_EVERY);
+                return;
+            }
+        }
+        self.keyring
+            .remember(&self.account, &self.name, self.next_test);
+    }
+
+    /// After a start whose newest version the exchange refuses: the one before it may be good.
+    async fn try_before(&mut self, refused: Serving, reason: String) {
+        // An admin who has named a version wants no other one.
+        let is_newest = |seen: &&Metadata| {
+            seen.use_version().is_none() && seen.current_version == refused.version
         };
-        let told = timeout(TEST_WITHIN, told).await;
-        // An error means that the broker is stopping.
-        told.ok().and_then(Result::ok).unwrap_or_else(no_answer)
+        let newest = self.seen.as_ref().filter(is_newest);
+        let Some(version) = newest.and_then(|seen| seen.before(refused.version)) else {
+            return;
+        };
+        let Ok(key) = self.vault.read(&self.account, &self.name, version).await else {
+            return;
+        };
+        let before = Serving::new(Arc::new(key), version);
+        if self.check_revoked(version, &before.key).await.is_err() {
+            return;
+        }
+        let key = Arc::clone(&before.key);
+        let what = What::Before {
+            before,
+            refused,
+            reason,
+        };
+        self.begin(what, key, true);
+    }
+
+    async fn fall_back(
+        &mut self,
+        before: Serving,
+        refused: &Serving,
+        reason: &str,
+        report: Report,
+    ) {
+        let is_there = |serving: Serving| Arc::ptr_eq(&serving.key, &refused.key);
+        match report.verdict {
+            Verdict::Good if self.serving().is_some_and(is_there) => {
+                if self
+                    .check_revoked(before.version, &before.key)
+                    .await
+                    .is_err()
+                {
+                    return;
+                }
+                let problem = format!("version {} is refused: {reason}", refused.version);
+                self.put_to_use(Some(refused), before, Some(report)).await;
+                self.set_problem(problem);
+                self.refused = Some(self.keyring.clock.boot() + until_next_test());
+            }
+            Verdict::Unclear(_) => {
+                let again = self.keyring.clock.boot() + self.test_again;
+                self.next_test = self.next_test.min(again);
+                self.test_again = (self.test_again * 2).min(TEST_EVERY);
+            }
+            Verdict::Good | Verdict::Refused(_) => {}
+        }
     }
 
     /// From now on `next` signs, and nothing else does.
-    fn put_to_use(
+    async fn put_to_use(
         &mut self,
         before: Option<&Serving>,
         next: Serving,
         report: Option<Report>,
-        asked: Duration,
     ) {
         let (key, version) = (Arc::clone(&next.key), next.version);
-        self.tell(before, Some(&next), "in_use", None);
-        self.confirm(next, None, asked);
-        if let Some(report) = report {
-            let report = Arc::new(report);
-            self.keyring
-                .set_tested(&self.account, &self.name, &key, report);
-            let now = self.keyring.clock.boot();
-            self.next_test = now + TEST_EVERY.mul_f64(1.0 + 0.2 * fastrand::f64());
+        let outage = match self.keyring.slot(&self.account, &self.name) {
+            Some(Slot::Ready { outage, .. }) => outage,
+            Some(Slot::Gone(_) | Slot::Waiting(_)) | None => None,
+        };
+        self.set(next.clone(), None, self.asked, outage);
+        let is_there = |serving: Serving| Arc::ptr_eq(&serving.key, &key);
+        if !self.serving().is_some_and(is_there) {
+            // An admin has killed it a moment ago, maybe without knowing its id.
+            let _ = self.check_revoked(version, &key).await;
+            return;
         }
+        self.tell(before, Some(&next), "in_use", None);
         tracing::info!(account.id = %self.account, key = %self.name, version, "key is in memory");
+        if let Some(report) = report {
+            self.next_test = self.keyring.clock.boot() + until_next_test();
+            self.keyring
+                .set_tested(&self.account, &self.name, &key, Arc::new(report));
+            self.keyring
+                .remember(&self.account, &self.name, self.next_test);
+        }
     }
 
     /// Puts a change on record.
@@ -474,54 +782,60 @@ impl Watch {
 
     /// Vault has just vouched for this key.
     fn confirm(&self, serving: Serving, problem: Option<String>, asked: Duration) {
+        if let Some(Slot::Ready {
+            outage: Some(_), ..
+        }) = self.keyring.slot(&self.account, &self.name)
+        {
+            let version = serving.version;
+            tracing::info!(account.id = %self.account, key = %self.name, version, "Vault answers again; the key is confirmed");
+        }
+        self.set(serving, problem, asked, None);
+    }
+
+    fn set(
+        &self,
+        serving: Serving,
+        problem: Option<String>,
+        confirmed: Duration,
+        outage: Option<String>,
+    ) {
         let Serving {
             key,
             usage,
             version,
         } = serving;
-        if let Some(Slot::Ready {
-            outage: Some(_), ..
-        }) = self.keyring.slot(&self.account, &self.name)
-        {
-            tracing::info!(account.id = %self.account, key = %self.name, version, "Vault answers again; the key is confirmed");
-        }
         let slot = Slot::Ready {
             key,
             usage,
             version,
             problem,
-            confirmed: asked,
-            outage: None,
+            confirmed,
+            outage,
         };
         self.keyring.set(&self.account, &self.name, slot);
     }
 
-    /// The key in memory goes on, whatever was found beside it; unless it is gone meanwhile.
-    fn confirm_serving(&self, problem: Option<String>, asked: Duration) {
-        if let Some(serving) = self.serving() {
-            self.confirm(serving, problem, asked);
-        }
+    fn set_problem(&self, problem: String) {
+        self.keyring
+            .set_problem(&self.account, &self.name, Some(problem));
     }
 
-    /// Nothing has changed, says Vault.
-    fn confirm_again(&mut self, asked: Duration) {
-        match self.keyring.slot(&self.account, &self.name) {
-            Some(Slot::Ready {
+    /// Vault has vouched for the key in memory, whatever stands beside it.
+    fn confirm_again(&self, asked: Duration) {
+        if let Some(Slot::Ready {
+            key,
+            usage,
+            version,
+            problem,
+            ..
+        }) = self.keyring.slot(&self.account, &self.name)
+        {
+            let serving = Serving {
                 key,
                 usage,
                 version,
-                problem,
-                ..
-            }) => {
-                let serving = Serving {
-                    key,
-                    usage,
-                    version,
-                };
-                self.confirm(serving, problem, asked);
-            }
-            // It was wiped meanwhile: the next look reads it again.
-            _ => self.seen = None,
+            };
+            self.confirm(serving, problem, asked);
         }
     }
 
@@ -529,6 +843,8 @@ impl Watch {
     fn serve_on(&mut self, reason: String) {
         if self.keyring.wipe_if_too_old(&self.account, &self.name) {
             self.seen = None;
+            self.forget_candidate();
+            self.running = None;
             tracing::error!(account.id = %self.account, key = %self.name, "key is wiped: Vault has been silent for longer than max_stale_cancel_s");
             return;
         }
@@ -556,7 +872,8 @@ impl Watch {
 
     fn evict(&mut self, reason: &str) {
         self.seen = None;
-        self.untested = None;
+        self.forget_candidate();
+        self.running = None;
         let told = matches!(self.keyring.slot(&self.account, &self.name), Some(Slot::Gone(before)) if before == reason);
         if !told {
             self.metrics.vault_failure("evicted");

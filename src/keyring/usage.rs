@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// How long after one refusal the next one of the same kind is news again.
+/// How long after one refusal the next one is news again: each piece of news has Vault asked.
 const OLD_NEWS_MS: i64 = 5000;
 
 /// Kept as long as the key is in memory; another key begins anew.
@@ -16,7 +16,7 @@ pub struct Usage {
     refusal: Mutex<Option<Told>>,
 }
 
-/// A refusal, and since when the same one is known.
+/// The last refusal, and when one was news last.
 #[derive(Debug)]
 struct Told {
     refusal: Refusal,
@@ -41,14 +41,12 @@ impl Usage {
         self.is_refused.store(false, Ordering::Relaxed);
     }
 
-    /// The exchange has refused the key. Returns whether that is news.
+    /// The exchange has refused the key. Returns whether that is news, which it is now and then, whatever the code.
     pub fn refused(&self, refusal: Refusal) -> bool {
         let mut told = self.told();
-        let since_ms = told
-            .as_ref()
-            .filter(|told| told.refusal.code == refusal.code)
-            .map(|told| told.since_ms)
-            .filter(|since_ms| refusal.at_ms - since_ms <= OLD_NEWS_MS);
+        // Also where the wall clock was set back.
+        let is_fresh = |since_ms: &i64| (0..=OLD_NEWS_MS).contains(&(refusal.at_ms - since_ms));
+        let since_ms = told.as_ref().map(|told| told.since_ms).filter(is_fresh);
         let is_news = since_ms.is_none();
         let since_ms = since_ms.unwrap_or(refusal.at_ms);
         *told = Some(Told { refusal, since_ms });
@@ -94,12 +92,13 @@ mod tests {
         assert!(refused("400003", 1000));
         assert!(!refused("400003", 6000));
         assert!(refused("400003", 6001), "however many came in between");
-        assert!(refused("400006", 6002));
+        assert!(!refused("400006", 6002), "codes may alternate");
         assert_eq!(usage.refusal().unwrap().advice, "advice on 400006");
         // Whatever the clock says: the order counts.
         usage.accepted(5000);
         assert_eq!((usage.accepted_ms(), usage.refusal()), (Some(5000), None));
         assert!(!refused("400006", 6003));
         assert_eq!(usage.refusal().unwrap().at_ms, 6003);
+        assert!(refused("400006", 1), "the clock was set back");
     }
 }

@@ -27,6 +27,9 @@ const UNCLEAR_UNIFIED: [&str; 7] = [
     "106204", "109099", "110000", "110001", "112001", "112002", "112003",
 ];
 
+/// The exchange refused the key, its passphrase or its signature; it executed nothing.
+pub const CREDENTIALS_REFUSED: [&str; 3] = ["400003", "400004", "400005"];
+
 /// How long the edge blocks an address after too many requests. Source: KuCoin API documentation, code 1015.
 const EDGE_BLOCK: Duration = Duration::from_secs(30);
 

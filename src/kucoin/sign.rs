@@ -53,6 +53,8 @@ impl KeyVersion {
 /// Not `Clone`; what it holds is wiped on drop.
 pub struct Key {
     id: Zeroizing<String>,
+    /// Asked for at every call: a key that is revoked must sign nothing.
+    id_sha256: [u8; 32],
     version: KeyVersion,
     secret: Hmac<Sha256>,
     /// As secret as the passphrase itself: constant for the life of the key, and all that the header asks for.
@@ -98,6 +100,7 @@ impl Key {
             .transpose()?;
         let passphrase = Zeroizing::new(signature(&secret, &[passphrase.expose()]));
         Ok(Self {
+            id_sha256: Sha256::digest(id.as_bytes()).into(),
             id,
             version,
             secret,
@@ -119,7 +122,7 @@ impl Key {
     /// SHA-256 of the key id: names the key where the id itself has no business (custom metadata, lists of revoked
     /// keys). Not a secret: key ids are random, so nobody finds one by trying.
     pub fn id_sha256(&self) -> [u8; 32] {
-        Sha256::digest(self.id.as_bytes()).into()
+        self.id_sha256
     }
 }
 

@@ -35,6 +35,7 @@ mod rotate;
 mod stale;
 mod succession;
 mod token_life;
+mod trials;
 mod wrapped;
 mod write;
 

@@ -16,6 +16,9 @@ use super::{VaultError, VaultSettings};
 /// How often a node that has not heard of the last write yet is asked.
 const TRIES_BEHIND: usize = 3;
 
+/// Characters of Vault's words that are kept.
+const MAX_TEXT: usize = 500;
+
 /// The longest wait between two of these.
 const CATCH_UP: Duration = Duration::from_millis(500);
 
@@ -230,10 +233,14 @@ pub(super) fn is_vaults_own(error: &ClientError) -> bool {
     }
 }
 
-/// Vault's own words, on one line.
+/// Vault's own words, on one line that fits into a log.
 pub(super) fn texts_of(error: &ClientError) -> String {
     match error {
-        ClientError::APIError { errors, .. } => errors.join("; ").replace(['\n', '\t'], " "),
+        ClientError::APIError { errors, .. } => {
+            let texts = errors.join("; ").replace(['\n', '\t'], " ");
+            let printable = texts.chars().filter(|c| !c.is_control());
+            printable.take(MAX_TEXT).collect()
+        }
         _ => String::new(),
     }
 }

@@ -90,12 +90,23 @@ impl Metadata {
     /// Whether `version` has been taken away since it was `seen`: deleted or destroyed, or all was deleted and counting
     /// began anew. That an old version is pruned when a new one is written takes nothing away.
     pub fn has_taken_away(&self, seen: &Self, version: u64) -> bool {
+        if self.began_anew(seen) {
+            return true;
+        }
         match self.versions.get(&version) {
             Some(found) => {
                 !self.is_same(seen, version) && (found.destroyed || !found.deletion_time.is_empty())
             }
             None => self.current_version < version,
         }
+    }
+
+    /// Whether a version that was `seen` is another one of the same number now.
+    fn began_anew(&self, seen: &Self) -> bool {
+        seen.versions.iter().any(|(number, seen)| {
+            let found = self.versions.get(number);
+            found.is_some_and(|found| found.created_time != seen.created_time)
+        })
     }
 
     /// Whether a version is there and neither deleted nor destroyed; one that is to be deleted some day counts as deleted.

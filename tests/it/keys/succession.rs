@@ -12,10 +12,10 @@ use crate::harness::{
     Bot, Lab, MAIN_UID, Patient, accounts, kv_path, say, secret, spot_order, until,
 };
 
-const INFO: &str = "/api/v1/user/api-key";
+pub(super) const INFO: &str = "/api/v1/user/api-key";
 
 /// Another key of the account that the default rules use.
-fn key(number: u64) -> SimKey {
+pub(super) fn key(number: u64) -> SimKey {
     SimKey {
         api_key: format!("simulated-key-{number:010}"),
         ..SimKey::fake(MAIN_UID)
@@ -23,18 +23,21 @@ fn key(number: u64) -> SimKey {
 }
 
 /// Vault holds it as the next version of `main/main`.
-fn put(lab: &Lab, key: &SimKey) {
+pub(super) fn put(lab: &Lab, key: &SimKey) {
     lab.vault
         .put_secret("kv", &kv_path("main", "main"), secret(key));
 }
 
-fn signed_by<'r>(requests: &'r [ReceivedRequest], key: &SimKey) -> Vec<&'r ReceivedRequest> {
+pub(super) fn signed_by<'r>(
+    requests: &'r [ReceivedRequest],
+    key: &SimKey,
+) -> Vec<&'r ReceivedRequest> {
     let mut of_key: Vec<_> = requests.iter().collect();
     of_key.retain(|request| request.header("kc-api-key") == Some(&key.api_key));
     of_key
 }
 
-async fn until_version(lab: &Lab, version: u64) {
+pub(super) async fn until_version(lab: &Lab, version: u64) {
     let name = "key_version{account=\"main\",key=\"main\"}";
     until(&format!("version {version} serves"), async || {
         lab.metric(name).await.map(|now| now.to_string()) == Some(version.to_string())
@@ -43,7 +46,7 @@ async fn until_version(lab: &Lab, version: u64) {
 }
 
 /// What the broker says of `main/main` now.
-async fn status(lab: &Lab) -> (String, Vec<String>) {
+pub(super) async fn status(lab: &Lab) -> (String, Vec<String>) {
     let mut admin = lab.admin_client("anna").await;
     let keys = admin
         .list_keys(credbroker::api::proto::ListKeysRequest {})
@@ -55,7 +58,7 @@ async fn status(lab: &Lab) -> (String, Vec<String>) {
 }
 
 /// Has the broker look at Vault now, and returns the version that serves then.
-async fn refresh(lab: &Lab) -> u64 {
+pub(super) async fn refresh(lab: &Lab) -> u64 {
     let mut admin = lab.admin_client("anna").await;
     let request = RefreshKeyRequest {
         account: "main".to_owned(),
@@ -65,7 +68,7 @@ async fn refresh(lab: &Lab) -> u64 {
     state.unwrap().version
 }
 
-async fn reads(bot: &mut Bot<Patient>) -> (Outcome, String) {
+pub(super) async fn reads(bot: &mut Bot<Patient>) -> (Outcome, String) {
     let answer = bot.send(accounts()).await.unwrap();
     (answer.outcome(), answer.code)
 }
