@@ -50,6 +50,9 @@ const PAGES: usize = 50;
 /// the exchange's edge blocks an address for half a minute at 500. Source: KuCoin API documentation, "Rate Limit", 2023.
 const BURST: (u32, Duration) = (150, Duration::from_millis(40));
 
+/// Requests of one kind that are reported one by one. The report has to fit into a message, whatever the exchange lists.
+const REPORTED: usize = 200;
+
 /// `status` of a one-cancels-other order that is over. What a triggered one has placed is an order like any other.
 const OVER: [&str; 3] = ["CANCELLED", "DONE", "TRIGGERED"];
 
@@ -426,19 +429,24 @@ impl Halt<'_> {
         open: &mut BTreeMap<Group, u64>,
     ) -> Result<(), Unseen> {
         let ask = ask.clone().with("pageSize", &PAGE.to_string());
+        let mut read = Ok(());
         for page in 1..=PAGES {
             let ask = ask.clone().with(number, &page.to_string());
-            let data = self.ask(kind.scope, ask).await?;
-            let items = items(data.get("items").unwrap_or(&Value::Null))?;
+            let data = self.list(kind.scope, ask).await?;
+            let items = items(&data, "items")?;
             for item in items.iter().filter(|item| !is_over(item)) {
-                *open.entry(Group::of(kind, item)).or_default() += 1;
+                match Group::of(kind, item) {
+                    Ok(group) => *open.entry(group).or_default() += 1,
+                    // The others can be cancelled all the same.
+                    Err(unseen) => read = Err(unseen),
+                }
             }
             let is_last = match data.get("totalPage").and_then(Value::as_u64) {
                 Some(pages) => page as u64 >= pages,
                 None => items.len() < PAGE,
             };
             if is_last {
-                return Ok(());
+                return read;
             }
         }
         let read = PAGE * PAGES;
@@ -456,18 +464,24 @@ impl Halt<'_> {
     ) -> Result<(), Unseen> {
         let names = || kind.names.iter();
         let with = |path| names().fold(Ask::get(path), |ask, (name, value)| ask.with(name, value));
-        let data = self.ask(kind.scope, with(symbols)).await?;
-        let symbols = items(data.get("symbols").unwrap_or(&Value::Null))?;
+        let data = self.list(kind.scope, with(symbols)).await?;
         let mut read = Ok(());
-        for symbol in symbols.iter().filter_map(Value::as_str) {
+        for symbol in items(&data, "symbols")? {
+            let symbol = match name(symbol) {
+                Ok(symbol) => symbol,
+                Err(unseen) => {
+                    read = Err(unseen);
+                    continue;
+                }
+            };
             let group = Group {
                 symbol: symbol.to_owned(),
                 margin_mode: None,
             };
             let ask = with(path).with("symbol", symbol);
-            let listed = self.ask(kind.scope, ask).await;
+            let listed = self.list(kind.scope, ask).await;
             // Where this list fails, the symbol is known all the same, and its orders can be cancelled.
-            match listed.and_then(|data| Ok(items(&data)?.len() as u64)) {
+            match listed.and_then(|data| Ok(list(&data)?.len() as u64)) {
                 Ok(0) => {}
                 Ok(count) => {
                     open.insert(group, count);
@@ -481,9 +495,14 @@ impl Halt<'_> {
         read
     }
 
+    /// Asks for a list. An answer without one does not say that it is empty.
+    async fn list(&self, scope: Scope, ask: Ask) -> Result<Value, Unseen> {
+        self.ask(scope, ask).await?.ok_or_else(unexpected)
+    }
+
     /// Sends one request, and returns `data` of an answer that says that all went well. Where the exchange says "later",
     /// it goes again.
-    async fn ask(&self, scope: Scope, ask: Ask) -> Result<Value, Unseen> {
+    async fn ask(&self, scope: Scope, ask: Ask) -> Result<Option<Value>, Unseen> {
         loop {
             let turn = self.pace.next(Instant::now());
             if turn > self.until {
@@ -500,8 +519,7 @@ impl Halt<'_> {
             };
             if answer.outcome == Outcome::Accepted {
                 let whole: Option<Value> = serde_json::from_slice(&answer.body).ok();
-                let data = whole.and_then(|mut whole| Some(whole.get_mut("data")?.take()));
-                return Ok(data.unwrap_or_default());
+                return Ok(whole.and_then(|mut whole| Some(whole.get_mut("data")?.take())));
             }
             match later(&answer) {
                 Some(wait) if Instant::now() + wait < self.until => sleep(wait).await,
@@ -537,14 +555,30 @@ fn refused(scope: Scope, answer: &Answer) -> Unseen {
 }
 
 /// A list; an empty one may come as null.
-fn items(list: &Value) -> Result<&[Value], Unseen> {
+fn list(list: &Value) -> Result<&[Value], Unseen> {
     match list {
         Value::Array(items) => Ok(items),
         Value::Null => Ok(&[]),
-        _ => Err(Unseen::Unknown(
-            "the answer is not the list that was expected".to_owned(),
-        )),
+        _ => Err(unexpected()),
     }
+}
+
+/// The list in this field; where there is nothing at all it may be missing.
+fn items<'v>(data: &'v Value, field: &str) -> Result<&'v [Value], Unseen> {
+    if data.is_null() {
+        return Ok(&[]);
+    }
+    list(data.get(field).ok_or_else(unexpected)?)
+}
+
+/// A symbol or a mode: a name that can be asked for, and shown.
+fn name(name: &Value) -> Result<&str, Unseen> {
+    let fits = |name: &&str| (1..=64).contains(&name.len()) && !name.contains(char::is_control);
+    name.as_str().filter(fits).ok_or_else(unexpected)
+}
+
+fn unexpected() -> Unseen {
+    Unseen::Unknown("the answer is not the list that was expected".to_owned())
 }
 
 fn is_over(item: &Value) -> bool {
@@ -561,14 +595,16 @@ fn question(method: Method, path: &str, names: &[(String, String)]) -> String {
 }
 
 impl Group {
-    fn of(kind: &Kind, item: &Value) -> Self {
-        let text = |name| item.get(name).and_then(Value::as_str).unwrap_or_default();
-        let mode = text("marginMode");
-        let has_mode = kind.scope == Scope::Unified && !mode.is_empty();
-        Self {
-            symbol: text("symbol").to_owned(),
-            margin_mode: has_mode.then(|| mode.to_owned()),
-        }
+    fn of(kind: &Kind, item: &Value) -> Result<Self, Unseen> {
+        let mode = item.get("marginMode").filter(|mode| {
+            let is_none = mode.is_null() || mode.as_str() == Some("");
+            kind.scope == Scope::Unified && !is_none
+        });
+        let mode = mode.map(name).transpose()?;
+        Ok(Self {
+            symbol: name(item.get("symbol").unwrap_or(&Value::Null))?.to_owned(),
+            margin_mode: mode.map(ToOwned::to_owned),
+        })
     }
 }
 
@@ -598,6 +634,18 @@ impl Withdrawal {
             }
             Some(Unseen::NoKey(_) | Unseen::Unknown(_)) => None,
         }
+    }
+
+    /// The cancellations that are not reported one by one.
+    fn others(&self) -> Option<Probe> {
+        let others: Vec<_> = self.cancels.values().skip(REPORTED).collect();
+        let (_, path) = self.kind.by_symbol.filter(|_| !others.is_empty())?;
+        let failed = others.iter().filter(|one| !one.is_ok).count();
+        Some(Probe {
+            question: format!("{} more to {path}", others.len()),
+            is_ok: failed == 0,
+            answer: format!("{failed} failed"),
+        })
     }
 
     /// What the list said in the end.
@@ -639,8 +687,8 @@ fn probes(all: &[Withdrawal]) -> Vec<Probe> {
         return withdrawal.listed().into_iter().collect();
     }
     let of_each = all.iter().flat_map(|one| {
-        let cancels = one.cancels.values().cloned();
-        cancels.chain(one.listed())
+        let cancels = one.cancels.values().take(REPORTED).cloned();
+        cancels.chain(one.others()).chain(one.listed())
     });
     of_each.collect()
 }
@@ -744,6 +792,26 @@ mod tests {
             })
             .collect();
         assert_eq!(used, wanted);
+    }
+
+    #[test]
+    fn a_report_is_bounded_however_much_the_exchange_lists() {
+        let by_symbol = |kind: &&Kind| kind.by_symbol.is_some();
+        let mut withdrawal = Withdrawal::new(KINDS.iter().find(by_symbol).unwrap());
+        for number in 0..REPORTED + 5 {
+            let probe = Probe {
+                question: format!("{number:05}"),
+                is_ok: number != REPORTED + 1,
+                answer: String::new(),
+            };
+            withdrawal.cancels.insert(probe.question.clone(), probe);
+        }
+        let told = probes(&[withdrawal]);
+        // These, the others in one line, and what the list says.
+        assert_eq!(told.len(), REPORTED + 2);
+        let others = told.get(REPORTED).unwrap();
+        assert!(others.question.starts_with("5 more to /api/"), "{others:?}");
+        assert_eq!((others.is_ok, others.answer.as_str()), (false, "1 failed"));
     }
 
     #[tokio::test]

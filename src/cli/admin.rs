@@ -41,6 +41,9 @@ pub(super) const ADMIN: &str = "/etc/credbroker/admin.toml";
 /// For a connection and both handshakes, name resolution included.
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 
+/// Much more than any answer has: what a halt of hundreds of accounts reports outgrows the 4 MiB that are usual.
+const ANSWER_BYTES: usize = 64 * 1024 * 1024;
+
 /// How an admin reaches the broker, and Vault: `admin.toml`, as meant.
 #[derive(Clone, Debug)]
 pub struct AdminFile {
@@ -324,7 +327,8 @@ impl Admin {
             })?;
         let origin = http::Uri::from_static("https://credbroker");
         Ok(Self {
-            client: AdminClient::with_origin(Connection(sender), origin),
+            client: AdminClient::with_origin(Connection(sender), origin)
+                .max_decoding_message_size(ANSWER_BYTES),
             broker: admin.broker.clone(),
         })
     }

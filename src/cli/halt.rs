@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::admin::{self, ADMIN, Client};
 use super::text::{Level, Style, paragraph};
-use super::{DECIDE_WITHIN, DONE, FAILED, show};
+use super::{DECIDE_WITHIN, DONE, FAILED, printable, show};
 use crate::api::proto::{Cancelled, HaltRequest, HaltResponse, ResumeRequest, Scope};
 use crate::broker::halt::WITHIN;
 
@@ -174,7 +174,7 @@ fn reported(one: &Cancelled, style: Style) -> String {
         };
         let asked = paragraph(
             "           ",
-            &format!("{}: {}", probe.question, probe.answer),
+            &printable(&format!("{}: {}", probe.question, probe.answer)),
         );
         let word = level.as_str();
         // Put in afterwards: colour takes no columns.
@@ -242,7 +242,7 @@ mod tests {
                 probe(
                     "GET /api/v3/hf/margin/orders/active tradeType=MARGIN_ISOLATED_TRADE",
                     false,
-                    "not known: no answer came",
+                    "not known: no \u{1b}answer came",
                 ),
             ],
             still_open,

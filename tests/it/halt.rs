@@ -406,6 +406,70 @@ async fn one_request_that_fails_keeps_no_other_from_being_tried_and_what_stays_i
 }
 
 #[tokio::test]
+async fn an_answer_that_is_no_list_does_not_say_that_nothing_is_open() {
+    let mut lab = Lab::with(settings()).await;
+    place_each_kind(&lab, &["main"]).await;
+    let answers = |path: &str, body: Value| Fault {
+        method: Some("GET".to_owned()),
+        times: None,
+        ..Fault::once(
+            path,
+            FaultAction::Answer {
+                status: 200,
+                body,
+                when: When::BeforeTaken,
+            },
+        )
+    };
+    let taken = |data: Value| json!({"code": "200000", "data": data});
+    let odd = [
+        ("/api/v1/stop-order", json!({"code": "200000"})),
+        ("/api/v3/oco/orders", taken(json!({"total": 0}))),
+        ("/api/v1/stopOrders", taken(json!("maintenance"))),
+        (
+            "/api/ua/v2/unified/order/open-list",
+            taken(
+                json!({"items": [{"symbol": "BTC\u{1b}[2J"}, {"side": "BUY"}, {"symbol": "ETH-USDT"}], "totalPage": 1}),
+            ),
+        ),
+        (
+            "/api/v1/hf/orders/active/symbols",
+            taken(json!({"symbols": ["BTC\u{1b}[2J", "", 7, "ETH-USDT"]})),
+        ),
+    ];
+    for (path, body) in odd {
+        lab.kucoin.fault(answers(path, body));
+    }
+    let cancelled = cancel_all(&lab).await;
+    for scope in [Scope::SpotMargin, Scope::Futures, Scope::Unified] {
+        assert_eq!(of(&cancelled, "main", scope).still_open, None, "{scope:?}");
+    }
+    let expected = "not known: the answer is not the list that was expected";
+    for (scope, question) in [
+        (Scope::SpotMargin, "GET /api/v1/stop-order tradeType=TRADE"),
+        (Scope::SpotMargin, "GET /api/v3/oco/orders"),
+        (Scope::SpotMargin, "GET /api/v1/hf/orders/active"),
+        (Scope::Futures, "GET /api/v1/stopOrders"),
+        (
+            Scope::Unified,
+            "GET /api/ua/v2/unified/order/open-list tradeType=SPOT orderFilter=NORMAL",
+        ),
+    ] {
+        let told = said(&of(&cancelled, "main", scope), question);
+        assert_eq!(told, [(false, expected.to_owned())], "{question}");
+    }
+    // What could be read of a list is cancelled.
+    let asked = said(
+        &of(&cancelled, "main", Scope::Unified),
+        "POST /api/ua/v2/unified/order/cancel-all tradeType=SPOT orderFilter=NORMAL symbol=ETH-USDT",
+    );
+    assert!(matches!(&asked[..], [(true, _)]), "{asked:?}");
+    let mut probes = cancelled.iter().flat_map(|one| &one.probes);
+    assert!(!probes.any(|probe| probe.question.contains('\u{1b}')));
+    lab.stop().await;
+}
+
+#[tokio::test]
 async fn a_key_without_a_permission_is_no_failure_of_the_rest() {
     let mut lab = Lab::with(settings()).await;
     let mut bot = lab.patient_bot("maker").await;
