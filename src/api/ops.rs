@@ -86,9 +86,10 @@ fn route(
             if request.uri().query() == Some("verbose") {
                 reasons.extend(details(broker, problems));
             }
-            let lines = reasons
-                .iter()
-                .fold(format!("{word}\n"), |text, reason| text + reason + "\n");
+            // What Vault and the exchange write is quoted here, and read in terminals.
+            let line = |reason: &String| reason.replace(char::is_control, " ") + "\n";
+            let lines: String = reasons.iter().map(line).collect();
+            let lines = format!("{word}\n{lines}");
             (status, "text/plain; charset=utf-8", lines)
         }
         (&Method::GET, "/metrics") => (

@@ -550,3 +550,25 @@ async fn bots_tests_lists_and_explanations_say_the_same_of_a_refusal() {
     }
     lab.stop().await;
 }
+
+#[tokio::test]
+async fn what_vault_and_the_exchange_write_adds_no_line_and_moves_no_cursor() {
+    let mut lab = started(SimKey {
+        permissions: vec!["Spot\u{1b}[2J\nready".to_owned()],
+        ..good()
+    })
+    .await;
+    let odd = "9\u{1b}[2J\nready";
+    let notes = [("use_version".to_owned(), odd.to_owned())];
+    let path = kv_path("main", "main");
+    lab.vault.set_custom_metadata("kv", &path, notes.into());
+    until("the odd note shows", async || {
+        lab.get("/readyz?verbose").await.1.contains("use_version=9")
+    })
+    .await;
+    let (_, text) = lab.get("/readyz?verbose").await;
+    assert!(!text.contains('\u{1b}'), "{text:?}");
+    let heads = text.lines().filter(|line| line.starts_with("ready"));
+    assert_eq!(heads.count(), 1, "{text}");
+    lab.stop().await;
+}
