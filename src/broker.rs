@@ -337,7 +337,7 @@ impl Broker {
             None => self.restrictions.revoked(key),
         };
         match revoked {
-            Some(revoked) => Err(KeyUnavailable::revoked(account, &revoked)),
+            Some(_) => Err(KeyUnavailable::revoked(account)),
             None => Ok(Some(lent)),
         }
     }

@@ -173,16 +173,16 @@ pub struct KeyUnavailable {
 }
 
 impl KeyUnavailable {
-    /// An admin has killed it.
-    pub fn revoked(account: &AccountId, revoked: &Revoked) -> Self {
+    /// An admin has killed it; which one is not for bots to know.
+    pub fn revoked(account: &AccountId) -> Self {
         Self {
             account: account.clone(),
-            reason: revoked_by(revoked),
+            reason: "an admin has revoked it; register another key".to_owned(),
         }
     }
 }
 
-/// Says that a key is dead.
+/// Says to admins that a key is dead.
 fn revoked_by(revoked: &Revoked) -> String {
     format!(
         "{} has revoked it; register another key",
@@ -253,7 +253,8 @@ impl Keyring {
         let keys = slots
             .get(account)
             .ok_or_else(|| unavailable("the rules name none"))?;
-        match keys.places.get(name).map(|place| &place.slot) {
+        let place = keys.places.get(name);
+        match place.map(|place| &place.slot) {
             Some(Slot::Ready { key, .. })
                 if permit.partner().is_some() && !key.has_partner_key() =>
             {
@@ -292,9 +293,17 @@ impl Keyring {
                     stale,
                 })
             }
+            Some(Slot::Gone(_)) if self.is_revoked(account, name, place) => {
+                Err(KeyUnavailable::revoked(account))
+            }
             Some(Slot::Gone(reason) | Slot::Waiting(reason)) => Err(unavailable(reason)),
             None => Err(unavailable("the rules name none")),
         }
+    }
+
+    fn is_revoked(&self, account: &AccountId, name: &KeyName, place: Option<&Place>) -> bool {
+        let last = place.and_then(|place| place.last);
+        self.restrictions.has_revoked(account, name, last)
     }
 
     /// Every key with what is known about it.
