@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::fmt::{self, Write as _};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use prometheus_client::encoding::text::encode_registry;
@@ -11,6 +12,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Metric, Registry};
+use tokio::time::Instant;
 use tracing::Metadata;
 use tracing_subscriber::filter::{EnvFilter, FilterExt, LevelFilter, ParseError, filter_fn};
 use tracing_subscriber::layer::{Layer, SubscriberExt};
@@ -115,6 +117,39 @@ pub struct Metrics {
     reloads: Family<ReloadLabels, Counter>,
     files_unusable: Family<FileLabels, Gauge>,
     certificate_ends: Gauge,
+    strangers: Mutex<Allowance>,
+}
+
+/// So many lines about strangers are logged in a row, and so many in a second after that.
+const STRANGERS: (f64, f64) = (200.0, 5.0);
+
+/// What may still be logged, as of a time.
+#[derive(Debug)]
+struct Allowance {
+    left: f64,
+    at: Instant,
+    untold: u64,
+}
+
+impl Allowance {
+    fn new(at: Instant) -> Self {
+        let (left, untold) = (STRANGERS.0, 0);
+        Self { left, at, untold }
+    }
+
+    /// Whether one more line may be written at `now`: then how many were not since the last one.
+    fn take(&mut self, now: Instant) -> Option<u64> {
+        let (burst, per_second) = STRANGERS;
+        let passed = now.saturating_duration_since(self.at).as_secs_f64();
+        self.left = (self.left + passed * per_second).min(burst);
+        self.at = now;
+        if self.left < 1.0 {
+            self.untold += 1;
+            return None;
+        }
+        self.left -= 1.0;
+        Some(std::mem::take(&mut self.untold))
+    }
 }
 
 #[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
@@ -232,6 +267,7 @@ impl Default for Metrics {
                 "certificate_not_after_timestamp_seconds",
                 "When the server certificate in force ends, Unix time",
             ),
+            strangers: Mutex::new(Allowance::new(Instant::now())),
             registry,
         };
         metrics.begin_at_zero();
@@ -296,6 +332,16 @@ impl Metrics {
         self.stages
             .get_or_create(&labels)
             .observe(took.as_secs_f64());
+    }
+
+    /// Whether one more line about a peer that was not let in goes to the log, and how many did not since the last one.
+    /// Anybody can make such lines, and they must not fill the disk that every order needs.
+    pub fn may_tell_of_stranger(&self) -> Option<u64> {
+        let mut strangers = self
+            .strangers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        strangers.take(Instant::now())
     }
 
     /// Counts a refused client certificate.
@@ -443,5 +489,25 @@ impl State {
             };
             let _ = writeln!(text, "credbroker_{name}{braces} {value}");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_strangers_two_hundred_lines_are_told_and_then_five_in_a_second() {
+        let start = Instant::now();
+        let mut strangers = Allowance::new(start);
+        let mut told = |seconds| {
+            let now = start + Duration::from_secs(seconds);
+            let lines: Vec<_> = (0..1000).filter_map(|_| strangers.take(now)).collect();
+            (lines.len(), lines.iter().sum::<u64>())
+        };
+        assert_eq!(told(0), (200, 0));
+        assert_eq!(told(1), (5, 800), "with what was left out");
+        assert_eq!(told(1), (0, 0));
+        assert_eq!(told(3600), (200, 1995));
     }
 }

@@ -105,7 +105,9 @@ impl<R> CallerVerifier<R> {
 
     fn refused(&self, certificate: &CertificateDer<'_>, reason: &dyn std::error::Error) {
         self.metrics.certificate_refused();
-        tracing::warn!(names = names(certificate), %reason, "client certificate refused");
+        if let Some(untold) = self.metrics.may_tell_of_stranger() {
+            tracing::warn!(names = names(certificate), %reason, untold, "client certificate refused");
+        }
     }
 }
 

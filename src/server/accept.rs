@@ -77,7 +77,9 @@ impl Acceptor {
 
 fn refused(metrics: &Metrics, peer: SocketAddr, error: &io::Error) {
     metrics.connection_refused("handshake");
-    tracing::info!(%peer, %error, "TLS handshake failed");
+    if let Some(untold) = metrics.may_tell_of_stranger() {
+        tracing::info!(%peer, %error, untold, "TLS handshake failed");
+    }
 }
 
 async fn shake_hands(

@@ -398,6 +398,34 @@ async fn peers_that_say_nothing_are_dropped_and_keep_nobody_out_for_longer() {
     lab.stop().await;
 }
 
+#[tokio::test]
+async fn strangers_do_not_fill_the_disk_with_lines_about_themselves() {
+    let mut lab = Lab::with(Settings {
+        process: true,
+        ..Settings::default()
+    })
+    .await;
+    let strangers = 600;
+    for door in [lab.grpc, lab.admin] {
+        for _ in 0..strangers / 2 {
+            let mut stranger = TcpStream::connect(door).await.unwrap();
+            stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+            closed(&mut stranger).await;
+        }
+    }
+    let refused = "credbroker_connections_refused_total{reason=\"handshake\"}";
+    until("all are counted", async || {
+        lab.metric(refused).await == Some(f64::from(strangers))
+    })
+    .await;
+    let log = lab.process().log();
+    let lines = log.matches("TLS handshake failed").count();
+    // Two hundred, and some for the time that it took.
+    assert!((200..400).contains(&lines), "{lines}");
+    lab.process().terminate();
+    lab.process().exit_code().await;
+}
+
 /// Sends a call whose body arrives in pieces, one after each pause; returns its status.
 async fn in_pieces(lab: &Lab, identity: &Identity, pieces: Vec<Bytes>, pause: Duration) -> Status {
     let pieces = tokio_stream::iter(pieces).then(move |piece| async move {
