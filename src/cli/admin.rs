@@ -463,6 +463,10 @@ pub(super) fn told(broker: &str, status: &Status) -> Failure {
     let fix = match status.code() {
         Code::InvalidArgument | Code::NotFound => "correct the command",
         Code::Unauthenticated => "get a certificate from a CA that the broker trusts",
+        // The message names the file.
+        Code::Unavailable if info.reason == "STATE_UNWRITABLE" => {
+            "look at the space and the permissions of that folder"
+        }
         _ => "look into the broker's log",
     };
     Failure::new(

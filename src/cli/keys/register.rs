@@ -472,6 +472,16 @@ impl Place {
             state = Some(seen);
         }
         let state = state.unwrap_or_default();
+        if state.version > version {
+            let newer = state.version;
+            return Err(Failure::new(
+                format!(
+                    "version {version} of {self} is in Vault, but somebody else has written version {newer} after it, which is in \
+                     use"
+                ),
+                "ask who else registers keys for this account; if yours is the right one, give the same command again",
+            ));
+        }
         let why = match state.reasons.as_slice() {
             [] => "it does not say why".to_owned(),
             reasons => reasons.join("; "),

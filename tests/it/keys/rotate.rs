@@ -459,6 +459,35 @@ async fn a_first_registration_that_is_killed_leaves_no_key_or_the_new_one_and_th
 }
 
 #[tokio::test]
+async fn a_key_that_somebody_else_replaces_before_it_is_in_use_is_told_so() {
+    let (lab, _, held) = with_first_key().await;
+    let (second, third) = (known(&lab, 2), known(&lab, 3));
+    // The command's own test passes; the broker's test of the version in Vault takes long.
+    let slow = FaultAction::Delay { ms: 3000 };
+    lab.kucoin.fault(Trouble {
+        skip: 1,
+        ..Trouble::once(INFO, slow)
+    });
+    let others = async {
+        until("it is written", async || {
+            held.note("main", "for_version").await == "2"
+        })
+        .await;
+        lab.vault
+            .put_secret("kv", &kv_path("main", "main"), secret(&third));
+    };
+    let ((code, said), ()) = tokio::join!(rotate(&lab, &second), others);
+    assert_eq!(code, 1, "{said}");
+    holds_all(
+        &said,
+        &[
+            "version 2 of main/main is in Vault, but somebody else has written version 3 after it, which is in use",
+            "fix: ask who else registers keys for this account; if yours is the right one, give the same command again",
+        ],
+    );
+}
+
+#[tokio::test]
 async fn what_somebody_else_has_written_meanwhile_is_not_replaced() {
     let (lab, _, held) = with_first_key().await;
     let (second, third) = (known(&lab, 2), known(&lab, 3));
