@@ -495,6 +495,10 @@ impl Halt<'_> {
         read
     }
 
+    fn left(&self) -> Duration {
+        self.until.saturating_duration_since(Instant::now())
+    }
+
     /// Asks for a list. An answer without one does not say that it is empty.
     async fn list(&self, scope: Scope, ask: Ask) -> Result<Value, Unseen> {
         self.ask(scope, ask).await?.ok_or_else(unexpected)
@@ -522,7 +526,7 @@ impl Halt<'_> {
                 return Ok(whole.and_then(|mut whole| Some(whole.get_mut("data")?.take())));
             }
             match later(&answer) {
-                Some(wait) if Instant::now() + wait < self.until => sleep(wait).await,
+                Some(wait) if wait < self.left() => sleep(wait).await,
                 _ => return Err(refused(scope, &answer)),
             }
         }

@@ -6,11 +6,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use credbroker::api::proto::{Cancelled, HaltRequest, Method, Outcome, Scope, SignAndSendRequest};
+use credbroker::api::proto::{
+    Cancelled, HaltRequest, Method, Outcome, ResumeRequest, Scope, SignAndSendRequest,
+};
 use credbroker_sim::kucoin::{
     Fault, FaultAction, KucoinSettings, KucoinSim, Limits, Order, ReceivedRequest, SimKey, When,
 };
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
 
 use crate::harness::{
     Bot, Lab, MAIN_UID, Patient, RULES, Settings, Time, kv_path, refusal, request, spot_order,
@@ -541,6 +545,56 @@ async fn an_exchange_that_says_too_many_is_waited_for() {
         .map(|request| request.uid)
         .collect();
     assert!(refused.len() >= 2, "nobody was told to wait: {refused:?}");
+    lab.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wait_that_no_clock_can_hold_ends_no_halt() {
+    let exchange = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = exchange.local_addr().unwrap();
+    let asked = Arc::new(AtomicBool::new(false));
+    let is_asked = Arc::clone(&asked);
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = exchange.accept().await.unwrap();
+            let is_asked = Arc::clone(&is_asked);
+            tokio::spawn(async move {
+                let mut head = [0; 4096];
+                let length = stream.read(&mut head).await.unwrap_or_default();
+                if head[..length].starts_with(b"DELETE ") {
+                    is_asked.store(true, Ordering::Relaxed);
+                }
+                let answer = format!(
+                    "HTTP/1.1 429 Too Many Requests\r\nretry-after: {}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",
+                    u64::MAX
+                );
+                let _ = stream.write_all(answer.as_bytes()).await;
+            });
+        }
+    });
+    let mut lab = Lab::with(Settings {
+        spot_url: Some(format!("http://{address}")),
+        wait_ready: false,
+        ..settings()
+    })
+    .await;
+    lab.until_keys().await;
+    let mut admin = lab.admin_client("bert").await;
+    let resumed = async {
+        until("a cancellation has been sent", async || {
+            asked.load(Ordering::Relaxed)
+        })
+        .await;
+        // So that it does not try for as long as it may.
+        let all = ResumeRequest {
+            account: String::new(),
+            all: true,
+        };
+        admin.resume(all).await.unwrap();
+    };
+    let (cancelled, ()) = tokio::join!(cancel_all(&lab), resumed);
+    let spot = of(&cancelled, "main", Scope::SpotMargin);
+    assert_eq!(spot.still_open, None, "{spot:?}");
     lab.stop().await;
 }
 
