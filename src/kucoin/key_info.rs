@@ -225,7 +225,8 @@ impl KeyInfo {
             number
         };
         let version = number("apiVersion");
-        let created_at_ms = number("createdAt");
+        // A time before 1970 is none: whoever counts the days since then must not overflow.
+        let created_at_ms = number("createdAt").filter(|&at| at > 0);
         // Sub-account keys are made with -1 for "never".
         let expires_at_ms = number("expiredAt").filter(|&at| at > 0);
         // The second is how KuCoin's answers about sub-account keys of exchange brokers write it.
@@ -899,6 +900,7 @@ mod tests {
         assert_eq!((info.ip_whitelist.len(), info.third_party_app), (2, None));
         assert_eq!(info.unread, ["createdAt"]);
         assert_eq!(key(json!({"expiredAt": -1})).expires_at_ms, None);
+        assert_eq!(key(json!({"createdAt": i64::MIN})).created_at_ms, None);
         assert_eq!(
             key(json!({"ipWhitelist": ""})).admits(ip("203.0.113.7")),
             None
