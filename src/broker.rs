@@ -447,7 +447,8 @@ impl Broker {
         };
         self.settle(&call, number, &progress, &ended, "outcome");
         let _ = tell.send(ended);
-        if is_sent {
+        // Nobody wants to know how a question of the broker's own went on; a stop does not wait for it.
+        if is_sent && call.who != Who::Broker {
             // The bot has its answer; the request goes on, and what is learnt of it is recorded too.
             let late = tokio::select! {
                 late = &mut attempt => late,

@@ -256,6 +256,11 @@ impl Policy {
         self.accounts.values()
     }
 
+    /// All bots that grants name, in no order.
+    pub fn bots(&self) -> impl Iterator<Item = &BotId> {
+        self.bots.keys()
+    }
+
     /// The hosts that accounts have keys for: those whose time matters.
     pub fn places(&self) -> BTreeSet<(Site, Host)> {
         let of_account = |account: &Arc<Account>| {

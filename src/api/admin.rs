@@ -125,6 +125,35 @@ impl AdminApi {
         }
     }
 
+    /// A bot by its whole name, or by the end of it where that is one bot's alone: what blocks nobody is refused.
+    fn bot(&self, name: &str) -> Result<BotId, AdminError> {
+        let id: BotId = name
+            .parse()
+            .map_err(|error| AdminError::field("bot", error))?;
+        let policy = self.broker.policy();
+        let blocked = self.broker.restrictions.blocked_bots();
+        let blocked = blocked.iter().map(|(bot, _)| bot);
+        let known: BTreeSet<_> = policy.bots().chain(blocked).collect();
+        // Also a bot that no rule names may have to be kept out before it comes.
+        if name.starts_with("spiffe://") || known.contains(&id) {
+            return Ok(id);
+        }
+        let is_meant = |bot: &&BotId| bot.as_str().rsplit('/').next() == Some(name);
+        let meant: Vec<_> = known.into_iter().filter(is_meant).collect();
+        match meant.as_slice() {
+            [bot] => Ok((*bot).clone()),
+            [] => {
+                let problem = "no rule names such a bot; write its name in full, as its certificate has it: spiffe://<trust domain>/bot/<name>";
+                Err(AdminError::field("bot", problem))
+            }
+            many => {
+                let many: Vec<_> = many.iter().map(|bot| bot.as_str()).collect();
+                let problem = format!("could be any of {}; write it in full", many.join(", "));
+                Err(AdminError::field("bot", problem))
+            }
+        }
+    }
+
     /// The key that signs now.
     fn in_memory(&self, account: &AccountId, name: &KeyName) -> Result<Arc<Key>, AdminError> {
         let mut keys = self.broker.keyring.status().into_iter();
@@ -385,11 +414,6 @@ fn opened<T>(request: Request<T>) -> Result<(AdminId, T), AdminError> {
     Ok((admin.ok_or(AdminError::Internal)?, request.into_inner()))
 }
 
-fn bot(name: &str) -> Result<BotId, AdminError> {
-    name.parse()
-        .map_err(|error| AdminError::field("bot", error))
-}
-
 /// The key that an admin gave, in the version asked for.
 fn candidate(given: &proto::Candidate, version: KeyVersion) -> Result<Key, AdminError> {
     let text = |text: &str| Zeroizing::new(text.to_owned());
@@ -577,12 +601,15 @@ impl Admin for AdminApi {
         request: Request<proto::BlockBotRequest>,
     ) -> Result<Response<proto::BlockBotResponse>, Status> {
         let (admin, message) = opened(request)?;
-        let bot = bot(&message.bot)?;
+        let bot = self.bot(&message.bot)?;
         let (mark, id) = (self.mark(&admin), bot.clone());
         let act = Act::on_bot("block", &bot);
         let block = move |restrictions: &Restrictions| restrictions.block(&id, &mark);
         let was_blocked = self.restrict(&admin, act, block).await?;
-        Ok(Response::new(proto::BlockBotResponse { was_blocked }))
+        Ok(Response::new(proto::BlockBotResponse {
+            was_blocked,
+            bot: bot.to_string(),
+        }))
     }
 
     async fn unblock_bot(
@@ -590,12 +617,15 @@ impl Admin for AdminApi {
         request: Request<proto::UnblockBotRequest>,
     ) -> Result<Response<proto::UnblockBotResponse>, Status> {
         let (admin, message) = opened(request)?;
-        let bot = bot(&message.bot)?;
+        let bot = self.bot(&message.bot)?;
         let id = bot.clone();
         let act = Act::on_bot("unblock", &bot);
         let unblock = move |restrictions: &Restrictions| restrictions.unblock(&id);
         let was_blocked = self.restrict(&admin, act, unblock).await?;
-        Ok(Response::new(proto::UnblockBotResponse { was_blocked }))
+        Ok(Response::new(proto::UnblockBotResponse {
+            was_blocked,
+            bot: bot.to_string(),
+        }))
     }
 
     async fn halt(

@@ -12,7 +12,8 @@ use crate::api::proto::{BlockBotRequest, UnblockBotRequest};
 /// Which bot.
 #[derive(Args, Debug)]
 pub(super) struct Which {
-    /// The bot, as its certificate names it: `spiffe://<trust domain>/bot/<name>`, or a DNS name.
+    /// The bot, as its certificate names it: `spiffe://<trust domain>/bot/<name>`, or a DNS name. The end of the name will
+    /// do where the rules name one such bot alone.
     name: String,
     /// How to reach the broker.
     #[arg(long, default_value = ADMIN)]
@@ -40,14 +41,14 @@ pub(super) fn run(command: &Command) -> u8 {
                 let request = BlockBotRequest { bot: name.clone() };
                 let block = async |client: &mut Client, request| client.block_bot(request).await;
                 let response = admin.ask(DECIDE_WITHIN, request, block).await?;
-                blocked(name, response.was_blocked)
+                blocked(&response.bot, response.was_blocked)
             }
             Command::Unblock(_) => {
                 let request = UnblockBotRequest { bot: name.clone() };
                 let unblock =
                     async |client: &mut Client, request| client.unblock_bot(request).await;
                 let response = admin.ask(DECIDE_WITHIN, request, unblock).await?;
-                unblocked(name, response.was_blocked)
+                unblocked(&response.bot, response.was_blocked)
             }
         };
         Ok(show(&text, DONE))

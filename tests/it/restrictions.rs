@@ -659,3 +659,35 @@ async fn what_an_admin_forbids_holds_within_a_second() {
     );
     lab.stop().await;
 }
+
+#[tokio::test]
+async fn a_bot_is_blocked_by_the_end_of_its_name_and_what_would_block_nobody_is_refused() {
+    let lab = Lab::start().await;
+    let mut bot = lab.patient_bot("maker").await;
+    let blocked = lab.admin_cli("anna", &["bots", "block", "maker"]).await;
+    assert_eq!(blocked.code, Some(0), "{blocked:?}");
+    let told = in_one_line(&blocked.stdout);
+    assert!(
+        told.starts_with(&format!("blocked: {MAKER}, in force now.")),
+        "{told}"
+    );
+    assert_eq!(
+        refused(&mut bot, accounts()).await.unwrap(),
+        "CALLER_BLOCKED"
+    );
+    let unknown = lab.admin_cli("anna", &["bots", "block", "makre"]).await;
+    assert_eq!(unknown.code, Some(1), "{unknown:?}");
+    assert!(
+        unknown.said().contains("no rule names such a bot"),
+        "{unknown:?}"
+    );
+    // In full it counts, also before any rule names it.
+    let later = "spiffe://demo.test/bot/later";
+    let blocked = lab.admin_cli("anna", &["bots", "block", later]).await;
+    assert_eq!(blocked.code, Some(0), "{blocked:?}");
+    for name in ["maker", "later"] {
+        let lifted = lab.admin_cli("anna", &["bots", "unblock", name]).await;
+        assert_eq!(lifted.code, Some(0), "{lifted:?}");
+    }
+    assert_eq!(refused(&mut bot, accounts()).await, None);
+}
