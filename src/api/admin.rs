@@ -247,7 +247,8 @@ impl AdminApi {
         let standing = standing(&self.broker, account, &name);
         let standing =
             standing.ok_or_else(|| AdminError::KeyUnknown(account.clone(), name.clone()))?;
-        let (id, version) = (standing.id, standing.version);
+        // A key that is dead already stays that one: repeated, the command must not kill the key that comes next.
+        let (id, version) = (standing.id.or(standing.dead), standing.version);
         let act = Act {
             action: "revoke",
             account: Some(account),
@@ -269,6 +270,7 @@ impl AdminApi {
             key: name.to_string(),
             version: version.unwrap_or_default(),
             id_sha256: id.map(KeyDigest::hex).unwrap_or_default(),
+            was_revoked: standing.id.is_none() && standing.dead.is_some(),
         })
     }
 }
@@ -572,7 +574,10 @@ impl Admin for AdminApi {
         let act = Act::on_bot("block", &bot);
         let block = move |restrictions: &Restrictions| restrictions.block(&id, mark);
         let was_blocked = self.restrict(&admin, act, block).await?;
-        Ok(Response::new(proto::BlockBotResponse { was_blocked }))
+        Ok(Response::new(proto::BlockBotResponse {
+            was_blocked,
+            is_in_rules: self.broker.policy().names(&bot),
+        }))
     }
 
     async fn unblock_bot(
@@ -648,13 +653,17 @@ impl Admin for AdminApi {
             ..Act::default()
         };
         let resume = move |restrictions: &Restrictions| restrictions.resume(id.as_ref());
-        self.restrict(&admin, act, resume).await?;
+        let was_halted = self.restrict(&admin, act, resume).await?;
         let policy = self.broker.policy();
         let meant = policy
             .accounts()
             .filter(|entry| account.as_ref().is_none_or(|one| one.id == entry.id));
         let frozen = meant.filter(|entry| self.broker.restrictions.is_frozen(&entry.id));
         let still_frozen = frozen.map(|entry| entry.id.to_string()).collect();
-        Ok(Response::new(proto::ResumeResponse { still_frozen }))
+        Ok(Response::new(proto::ResumeResponse {
+            still_frozen,
+            was_halted,
+            is_all_halted: self.broker.restrictions.counts().is_all_halted,
+        }))
     }
 }

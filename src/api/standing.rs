@@ -55,6 +55,8 @@ pub struct Standing {
     pub tested_ms: Option<i64>,
     /// SHA-256 of its id.
     pub id: Option<KeyDigest>,
+    /// Where none is in memory: the key that was there last, if it is revoked.
+    pub dead: Option<KeyDigest>,
     /// What the reasons are about, so that none is told twice.
     topics: Vec<&'static str>,
     /// Whether the account has a partner where it signs.
@@ -137,6 +139,7 @@ fn of(broker: &Broker, key: KeyStatus) -> Standing {
         used_ms: None,
         tested_ms: None,
         id: None,
+        dead: None,
         topics: Vec::new(),
     };
     match slot {
@@ -144,6 +147,7 @@ fn of(broker: &Broker, key: KeyStatus) -> Standing {
             let (account, name) = (&standing.account, &standing.name);
             let is_revoked = broker.restrictions.has_revoked(account, name, last);
             standing.is(if is_revoked { "revoked" } else { "unavailable" });
+            standing.dead = last.filter(|key| broker.restrictions.revoked(*key).is_some());
         }
         Slot::Waiting(_) => standing.is("unavailable"),
         Slot::Ready {

@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use super::admin::{self, ADMIN, Client};
 use super::text::paragraph;
 use super::{DECIDE_WITHIN, DONE, show};
-use crate::api::proto::{BlockBotRequest, UnblockBotRequest};
+use crate::api::proto::{BlockBotRequest, BlockBotResponse, UnblockBotRequest};
 
 /// Which bot.
 #[derive(Args, Debug)]
@@ -40,7 +40,7 @@ pub(super) fn run(command: &Command) -> u8 {
                 let request = BlockBotRequest { bot: name.clone() };
                 let block = async |client: &mut Client, request| client.block_bot(request).await;
                 let response = admin.ask(DECIDE_WITHIN, request, block).await?;
-                blocked(name, response.was_blocked)
+                blocked(name, response)
             }
             Command::Unblock(_) => {
                 let request = UnblockBotRequest { bot: name.clone() };
@@ -54,9 +54,9 @@ pub(super) fn run(command: &Command) -> u8 {
     })
 }
 
-fn blocked(name: &str, was_blocked: bool) -> String {
-    let since = if was_blocked {
-        "it was blocked already"
+fn blocked(name: &str, response: BlockBotResponse) -> String {
+    let since = if response.was_blocked {
+        "as it was already"
     } else {
         "in force now"
     };
@@ -67,6 +67,11 @@ fn blocked(name: &str, was_blocked: bool) -> String {
              already ends."
         ),
     );
+    if !response.is_in_rules {
+        let but = "the rules name no such bot, so look whether the name is right: it is compared whole, as certificates have it. \
+                   The `bot` lines of the audit file and the grants in the rules show names.";
+        text += &paragraph("but: ", but);
+    }
     text += &paragraph(
         "next: ",
         "its orders stay open, and it cannot cancel them any more: `credbroker halt ACCOUNT --cancel-all`, or another bot. If its \

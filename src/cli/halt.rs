@@ -8,7 +8,9 @@ use clap::Args;
 use super::admin::{self, ADMIN, Client};
 use super::text::{Level, Style, paragraph};
 use super::{DECIDE_WITHIN, DONE, FAILED, show};
-use crate::api::proto::{Cancelled, HaltRequest, HaltResponse, ResumeRequest, Scope};
+use crate::api::proto::{
+    Cancelled, HaltRequest, HaltResponse, ResumeRequest, ResumeResponse, Scope,
+};
 use crate::broker::halt::WITHIN;
 
 /// Beside the time that the broker gives itself for the orders.
@@ -192,23 +194,39 @@ pub(super) fn resume(command: &Resume) -> u8 {
             all: whose.all,
         };
         let resume = async |client: &mut Client, request| client.resume(request).await;
-        let still = admin.ask(DECIDE_WITHIN, request, resume).await?;
-        Ok(show(&resumed(whose, &still.still_frozen), DONE))
+        let response = admin.ask(DECIDE_WITHIN, request, resume).await?;
+        Ok(show(&resumed(whose, &response), DONE))
     })
 }
 
-fn resumed(whose: &Whose, still_frozen: &[String]) -> String {
+fn resumed(whose: &Whose, response: &ResumeResponse) -> String {
     let name = whose.name();
-    if still_frozen.is_empty() {
-        let what = format!("{name}, in force now. What adds risk goes through again.");
-        return paragraph("resumed: ", &what);
+    let goes = if response.still_frozen.is_empty() {
+        " What adds risk goes through again."
+    } else {
+        ""
+    };
+    let mut text = if response.was_halted {
+        paragraph("resumed: ", &format!("{name}, in force now.{goes}"))
+    } else if whose.all {
+        paragraph("unchanged: ", "nothing was halted.")
+    } else {
+        paragraph(
+            "unchanged: ",
+            &format!("{name} was not halted by its name."),
+        )
+    };
+    let accounts = response.still_frozen.join(", ");
+    let why = if response.is_all_halted {
+        "all accounts are halted, and `credbroker resume --all` ends that"
+    } else {
+        "frozen besides, and `credbroker keys thaw ACCOUNT` ends that"
+    };
+    if !accounts.is_empty() {
+        let but = format!("what adds risk is still refused on {accounts}: {why}.");
+        text += &paragraph("but: ", &but);
     }
-    let accounts = still_frozen.join(", ");
-    let but = format!(
-        "what adds risk is refused still on {accounts}: frozen besides (`credbroker keys thaw ACCOUNT` ends that), or halted with \
-         all accounts (`credbroker resume --all`)."
-    );
-    paragraph("resumed: ", &format!("{name}, in force now.")) + &paragraph("but: ", &but)
+    text
 }
 
 #[cfg(test)]
@@ -282,6 +300,37 @@ mod tests {
             );
             assert_eq!(ended, code);
         }
+    }
+
+    #[test]
+    fn a_resume_says_what_it_ended_and_what_is_refused_still() {
+        let said = |account, was_halted, is_all_halted, still_frozen: &[&str]| {
+            let still_frozen = still_frozen.iter().map(ToString::to_string).collect();
+            let response = ResumeResponse {
+                still_frozen,
+                was_halted,
+                is_all_halted,
+            };
+            resumed(&whose(account), &response)
+        };
+        assert_eq!(
+            said(Some("main"), true, false, &[]),
+            "resumed: account main, in force now. What adds risk goes through again.\n"
+        );
+        assert_eq!(
+            said(Some("main"), false, true, &["main"]),
+            "unchanged: account main was not halted by its name.\nbut: what adds risk is still refused on main: all accounts are \
+             halted, and\n     `credbroker resume --all` ends that.\n"
+        );
+        assert_eq!(
+            said(None, true, false, &["main", "other"]),
+            "resumed: every account, in force now.\nbut: what adds risk is still refused on main, other: frozen besides, and\n     \
+             `credbroker keys thaw ACCOUNT` ends that.\n"
+        );
+        assert_eq!(
+            said(None, false, false, &[]),
+            "unchanged: nothing was halted.\n"
+        );
     }
 
     #[test]
