@@ -459,6 +459,7 @@ pub(super) fn told(broker: &str, status: &Status) -> Failure {
     let fix = match status.code() {
         Code::InvalidArgument | Code::NotFound => "correct the command",
         Code::Unauthenticated => "get a certificate from a CA that the broker trusts",
+        Code::FailedPrecondition => "look at `credbroker keys list`",
         _ => "look into the broker's log",
     };
     Failure::new(

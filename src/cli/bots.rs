@@ -24,10 +24,14 @@ pub(super) enum Command {
     /// Refuses every call of a bot, cancels and reads too, at once and also after a restart of the broker.
     ///
     /// Exit code 0: done; 1: the broker was not reached, or refused, or it is not on disk; 2: usage or admin.toml.
+    #[command(after_long_help = "Example:\n  credbroker bots block spiffe://example.org/bot/maker")]
     Block(Which),
     /// Lets a blocked bot call again; the rules say what it may.
     ///
     /// Exit code 0: done; 1: the broker was not reached, or refused; 2: usage or admin.toml.
+    #[command(
+        after_long_help = "Example:\n  credbroker bots unblock spiffe://example.org/bot/maker"
+    )]
     Unblock(Which),
 }
 

@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Args;
+use clap::{ArgGroup, Args};
 
 use super::admin::{self, ADMIN, Client};
-use super::text::{Level, Style, paragraph};
+use super::text::{Level, Style, counted, paragraph};
 use super::{DECIDE_WITHIN, DONE, FAILED, show};
 use crate::api::proto::{
     Cancelled, HaltRequest, HaltResponse, ResumeRequest, ResumeResponse, Scope,
@@ -18,9 +18,9 @@ const SLACK: Duration = Duration::from_secs(30);
 
 /// Whose orders are meant.
 #[derive(Args, Debug)]
+#[command(group(ArgGroup::new("whose").required(true).args(["account", "all"])))]
 struct Whose {
     /// The account, as the rules file names it.
-    #[arg(required_unless_present = "all", conflicts_with = "all")]
     account: Option<String>,
     /// Every account, also those that the rules name later.
     #[arg(long)]
@@ -99,6 +99,9 @@ fn halted(whose: &Whose, cancel_all: bool, response: &HaltResponse, style: Style
     } else {
         FAILED
     };
+    if !cancelled.is_empty() {
+        text.push('\n');
+    }
     for one in cancelled {
         text += &reported(one, style);
     }
@@ -159,7 +162,8 @@ fn scope(one: &Cancelled) -> &'static str {
     }
 }
 
-/// What was asked about one account in one scope, what came, and what is left.
+/// What is left of one account in one scope, and what was asked that did not go well. The rest is counted: a screen that is
+/// full of good news hides the bad.
 fn reported(one: &Cancelled, style: Style) -> String {
     let (level, left) = match one.still_open {
         Some(0) => (Level::Ok, "none open".to_owned()),
@@ -167,21 +171,25 @@ fn reported(one: &Cancelled, style: Style) -> String {
         None => (Level::Failed, "not known what is open".to_owned()),
     };
     let left = style.coloured(level, &left);
-    let mut text = format!("\n{} in {}: {left}\n", one.account, scope(one));
-    for probe in &one.probes {
-        let level = match (probe.is_ok, one.still_open) {
-            (true, _) => Level::Ok,
-            (false, Some(0)) => Level::Warning,
-            (false, _) => Level::Failed,
-        };
-        let asked = paragraph(
-            "           ",
-            &format!("{}: {}", probe.question, probe.answer),
-        );
-        let word = level.as_str();
+    let mut text = format!("{} in {}: {left}\n", one.account, scope(one));
+    let mut row = |level: Level, told: &str| {
+        let (told, word) = (paragraph("           ", told), level.as_str());
         // Put in afterwards: colour takes no columns.
         let shown = style.coloured(level, word) + &" ".repeat(9 - word.len());
-        text += &["  ", &shown, asked.trim_start()].concat();
+        text += &["  ", &shown, told.trim_start()].concat();
+    };
+    let (good, bad): (Vec<_>, Vec<_>) = one.probes.iter().partition(|probe| probe.is_ok);
+    if !good.is_empty() {
+        let told = format!("{}: taken, or none open", counted(good.len(), "request"));
+        row(Level::Ok, &told);
+    }
+    let level = if one.still_open == Some(0) {
+        Level::Warning
+    } else {
+        Level::Failed
+    };
+    for probe in bad {
+        row(level, &format!("{}: {}", probe.question, probe.answer));
     }
     text
 }
@@ -281,7 +289,7 @@ mod tests {
             };
             let (text, ended) = halted(&whose(None), true, &response, Style::plain());
             let expected = format!(
-                "\nmain in spot-margin: {left}\n  ok       DELETE /api/v1/stop-order/cancel tradeType=TRADE: taken\n  \
+                "\n\nmain in spot-margin: {left}\n  ok       1 request: taken, or none open\n  \
                  {word:<9}GET /api/v3/hf/margin/orders/active tradeType=MARGIN_ISOLATED_TRADE:\n           \
                  not known: no answer came\n\n"
             );
