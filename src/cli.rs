@@ -15,7 +15,7 @@ mod secrets;
 mod serve;
 pub mod text;
 
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -39,9 +39,9 @@ const FAILED: u8 = 1;
 /// The command line or the configuration is wrong.
 const USAGE: u8 = 2;
 
-/// Sends the unsigned requests of trading bots to `KuCoin`, signed with keys that the bots never see.
+/// Sends the unsigned requests of trading bots to KuCoin, signed with keys that the bots never see.
 #[derive(Debug, Parser)]
-#[command(name = "credbroker", version)]
+#[command(name = "credbroker", version, term_width = text::WIDTH)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -55,6 +55,8 @@ enum Command {
         command: bots::Command,
     },
     /// Reports every problem of the configuration, the rules and the files they name.
+    ///
+    /// Exit code 0: no problems; 2: problems, or no such file.
     CheckConfig {
         /// The configuration file.
         #[arg(long, default_value = CONFIG)]
@@ -69,7 +71,7 @@ enum Command {
                            With --json, one object a line: {\"check\":…,\"status\":…,\"detail\":…,\"fix\":…}"
     )]
     Doctor(doctor::Arguments),
-    /// Says what a code of `KuCoin`'s means, why it usually comes, and what to do; without a code, lists them all.
+    /// Says what a code of KuCoin means, why it usually comes, and what to do; without a code, lists them all.
     ///
     /// Exit code 0: explained; 1: there is no advice on this code; 2: usage.
     #[command(
@@ -106,8 +108,15 @@ enum Command {
     /// Ends a halt.
     ///
     /// Exit code 0: done; 1: the broker was not reached, or refused; 2: usage or admin.toml.
+    #[command(
+        after_long_help = "Examples:\n  credbroker resume main\n  credbroker resume --all\n\nA freeze besides stays: \
+                           `credbroker keys thaw ACCOUNT` ends that."
+    )]
     Resume(halt::Resume),
     /// Runs the broker until SIGTERM or Ctrl-C.
+    ///
+    /// Calls in flight end first. Exit code 0: stopped, and every request has its outcome; 1: failed, or stopped with
+    /// requests that nobody knows the end of; 2: usage or configuration.
     Serve {
         /// The configuration file.
         #[arg(long, default_value = CONFIG)]
@@ -190,11 +199,19 @@ fn printable(text: &str) -> String {
 
 /// `again` is the command that looks again.
 fn say_problems(problems: &[Problem], again: &str) {
+    // One line for each, as tools expect it; whole words for a person.
+    let is_wrapped = std::io::stderr().is_terminal();
     for problem in problems {
-        say(&format!("{problem}"));
+        let told = problem.to_string();
+        if is_wrapped && !told.contains('\n') {
+            say(text::paragraph("", &told).trim_end());
+        } else {
+            say(&told);
+        }
     }
+    let number = text::counted(problems.len(), "problem");
+    let them = if problems.len() == 1 { "it" } else { "them" };
     say(&format!(
-        "{} problem(s)\nfix: correct them; {again} looks again",
-        problems.len()
+        "{number}\nfix: correct {them}; {again} looks again"
     ));
 }

@@ -261,6 +261,11 @@ impl Policy {
         self.bots.keys()
     }
 
+    /// Whether a grant names `bot`.
+    pub fn names(&self, bot: &BotId) -> bool {
+        self.bots.contains_key(bot)
+    }
+
     /// The hosts that accounts have keys for: those whose time matters.
     pub fn places(&self) -> BTreeSet<(Site, Host)> {
         let of_account = |account: &Arc<Account>| {

@@ -316,18 +316,17 @@ impl Restrictions {
         })
     }
 
-    /// Undoes [`Restrictions::halt`]; without an account all of them.
+    /// Undoes [`Restrictions::halt`]; without an account all of them. Returns whether there was one.
     ///
     /// # Errors
     /// When that cannot be written; it is halted still.
-    pub fn resume(&self, account: Option<&AccountId>) -> Result<(), RestrictionsError> {
+    pub fn resume(&self, account: Option<&AccountId>) -> Result<bool, RestrictionsError> {
         self.loosen(|state| {
             if let Some(account) = account {
-                state.halted_accounts.remove(account);
-            } else {
-                state.halted_accounts.clear();
-                state.halted_all = None;
+                return state.halted_accounts.remove(account).is_some();
             }
+            let accounts = std::mem::take(&mut state.halted_accounts);
+            state.halted_all.take().is_some() || !accounts.is_empty()
         })
     }
 
@@ -532,9 +531,10 @@ mod tests {
         restrictions.freeze(&account("a"), &mark()).unwrap();
         restrictions.halt(None, &mark()).unwrap();
         assert!(restrictions.is_frozen(&account("not-yet-there")));
-        restrictions.resume(Some(&account("b"))).unwrap();
+        assert!(!restrictions.resume(Some(&account("b"))).unwrap());
         assert!(restrictions.is_frozen(&account("b")), "halted with all");
-        restrictions.resume(None).unwrap();
+        assert!(restrictions.resume(None).unwrap());
+        assert!(!restrictions.resume(None).unwrap());
         assert!(!restrictions.is_frozen(&account("b")));
         assert!(restrictions.is_frozen(&account("a")));
     }

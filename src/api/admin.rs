@@ -276,8 +276,11 @@ impl AdminApi {
         let standing = standing(&self.broker, account, &name);
         let standing =
             standing.ok_or_else(|| AdminError::KeyUnknown(account.clone(), name.clone()))?;
-        // One that is not in memory now may come back.
+        // One that is not in memory now may come back; and one that is dead already stays the one that is meant: repeated,
+        // the command must not kill the key that comes next.
         let (id, version) = (standing.last, standing.version);
+        let is_dead = |id| self.broker.restrictions.revoked(id).is_some();
+        let was_revoked = standing.id.is_none() && id.is_some_and(is_dead);
         let act = Act {
             action: "revoke",
             account: Some(account),
@@ -308,6 +311,7 @@ impl AdminApi {
             key: name.to_string(),
             version: version.unwrap_or_default(),
             id_sha256: id.map(KeyDigest::hex).unwrap_or_default(),
+            was_revoked,
         })
     }
 }
@@ -609,6 +613,7 @@ impl Admin for AdminApi {
         Ok(Response::new(proto::BlockBotResponse {
             was_blocked,
             bot: bot.to_string(),
+            is_in_rules: self.broker.policy().names(&bot),
         }))
     }
 
@@ -688,13 +693,17 @@ impl Admin for AdminApi {
             ..Act::default()
         };
         let resume = move |restrictions: &Restrictions| restrictions.resume(id.as_ref());
-        self.restrict(&admin, act, resume).await?;
+        let was_halted = self.restrict(&admin, act, resume).await?;
         let policy = self.broker.policy();
         let meant = policy
             .accounts()
             .filter(|entry| account.as_ref().is_none_or(|one| one.id == entry.id));
         let frozen = meant.filter(|entry| self.broker.restrictions.is_frozen(&entry.id));
         let still_frozen = frozen.map(|entry| entry.id.to_string()).collect();
-        Ok(Response::new(proto::ResumeResponse { still_frozen }))
+        Ok(Response::new(proto::ResumeResponse {
+            still_frozen,
+            was_halted,
+            is_all_halted: self.broker.restrictions.counts().is_all_halted,
+        }))
     }
 }

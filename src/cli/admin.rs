@@ -467,6 +467,7 @@ pub(super) fn told(broker: &str, status: &Status) -> Failure {
         Code::Unavailable if info.reason == "STATE_UNWRITABLE" => {
             "look at the space and the permissions of that folder"
         }
+        Code::FailedPrecondition => "look at `credbroker keys list`",
         _ => "look into the broker's log",
     };
     Failure::new(

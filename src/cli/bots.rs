@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use super::admin::{self, ADMIN, Client};
 use super::text::paragraph;
 use super::{DECIDE_WITHIN, DONE, show};
-use crate::api::proto::{BlockBotRequest, UnblockBotRequest};
+use crate::api::proto::{BlockBotRequest, BlockBotResponse, UnblockBotRequest};
 
 /// Which bot.
 #[derive(Args, Debug)]
@@ -25,10 +25,14 @@ pub(super) enum Command {
     /// Refuses every call of a bot, cancels and reads too, at once and also after a restart of the broker.
     ///
     /// Exit code 0: done; 1: the broker was not reached, or refused, or it is not on disk; 2: usage or admin.toml.
+    #[command(after_long_help = "Example:\n  credbroker bots block spiffe://example.org/bot/maker")]
     Block(Which),
     /// Lets a blocked bot call again; the rules say what it may.
     ///
     /// Exit code 0: done; 1: the broker was not reached, or refused; 2: usage or admin.toml.
+    #[command(
+        after_long_help = "Example:\n  credbroker bots unblock spiffe://example.org/bot/maker"
+    )]
     Unblock(Which),
 }
 
@@ -41,7 +45,7 @@ pub(super) fn run(command: &Command) -> u8 {
                 let request = BlockBotRequest { bot: name.clone() };
                 let block = async |client: &mut Client, request| client.block_bot(request).await;
                 let response = admin.ask(DECIDE_WITHIN, request, block).await?;
-                blocked(&response.bot, response.was_blocked)
+                blocked(response)
             }
             Command::Unblock(_) => {
                 let request = UnblockBotRequest { bot: name.clone() };
@@ -55,9 +59,10 @@ pub(super) fn run(command: &Command) -> u8 {
     })
 }
 
-fn blocked(name: &str, was_blocked: bool) -> String {
-    let since = if was_blocked {
-        "it was blocked already"
+fn blocked(response: BlockBotResponse) -> String {
+    let name = &response.bot;
+    let since = if response.was_blocked {
+        "as it was already"
     } else {
         "in force now"
     };
@@ -68,6 +73,11 @@ fn blocked(name: &str, was_blocked: bool) -> String {
              already ends."
         ),
     );
+    if !response.is_in_rules {
+        let but = "the rules name no such bot, so look whether the name is right: it is compared whole, as certificates have it. \
+                   The `bot` lines of the audit file and the grants in the rules show names.";
+        text += &paragraph("but: ", but);
+    }
     text += &paragraph(
         "next: ",
         "its orders stay open, and it cannot cancel them any more: `credbroker halt ACCOUNT --cancel-all`, or another bot. If its \

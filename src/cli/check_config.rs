@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use super::text::counted;
 use super::{DONE, USAGE, read_config, say, say_problems};
 use crate::clock::Clock;
 use crate::config::load::{Loaded, load};
@@ -11,9 +12,9 @@ pub(super) fn run(file: &Path) -> u8 {
     match read_config(file).and_then(|config| load(&config, now_ms)) {
         Ok(Loaded { policy, .. }) => {
             say(&format!(
-                "{}: no problems; {} account(s)",
+                "{}: no problems; {}",
                 file.display(),
-                policy.accounts().count()
+                counted(policy.accounts().count(), "account")
             ));
             DONE
         }

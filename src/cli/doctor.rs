@@ -18,7 +18,7 @@ use clap::Args;
 use serde_json::json;
 use tokio::time::timeout;
 
-use super::text::{Cell, Level, Style};
+use super::text::{Cell, Level, Style, counted};
 use super::{CONFIG, DONE, FAILED, USAGE, read_config, say, show};
 use crate::broker::Broker;
 use crate::clock::Clock;
@@ -188,9 +188,19 @@ fn report(lines: &[Line], json: bool, failed: u8) -> u8 {
             .fold(String::new(), |text, line| text + &line.json() + "\n")
     } else {
         let rows: Vec<_> = lines.iter().flat_map(Line::rows).collect();
-        Style::of_stdout().table(&rows)
+        Style::of_stdout().table(&rows) + &verdict(lines) + "\n"
     };
     show(&text, code(lines, failed))
+}
+
+/// What it comes to: the last line, as the first ones may have left the screen.
+fn verdict(lines: &[Line]) -> String {
+    let number = |level| lines.iter().filter(|line| line.level == level).count();
+    match (number(Level::Failed), number(Level::Warning)) {
+        (0, 0) => "nothing is wrong".to_owned(),
+        (0, warnings) => format!("nothing failed; {}", counted(warnings, "warning")),
+        (failed, warnings) => format!("{failed} failed; {}", counted(warnings, "warning")),
+    }
 }
 
 fn code(lines: &[Line], failed: u8) -> u8 {

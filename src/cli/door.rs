@@ -214,7 +214,9 @@ pub(super) fn pick(
                 "the rules name no account {account}; they name {}",
                 listed(&known)
             ),
-            format!("add to the rules: [account.{account}] with key = {{ {scope} = \"{name}\" }}"),
+            format!(
+                "correct the name, or add to the rules: [account.{account}] with key = {{ {scope} = \"{name}\" }}"
+            ),
         ));
     }
     let serves = |key: &KeyState, scope: Scope| scopes_of(key).contains(&scope.as_str());
@@ -336,7 +338,7 @@ mod tests {
                 "three",
                 None,
                 &[Scope::Futures][..],
-                "the rules name no account three; they name one, two / add to the rules: [account.three] with key = { futures = \"main\" }",
+                "the rules name no account three; they name one, two / correct the name, or add to the rules: [account.three] with key = { futures = \"main\" }",
             ),
             (
                 "one",

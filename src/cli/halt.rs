@@ -3,12 +3,14 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Args;
+use clap::{ArgGroup, Args};
 
 use super::admin::{self, ADMIN, Client};
-use super::text::{Level, Style, paragraph};
+use super::text::{Level, Style, counted, paragraph};
 use super::{DECIDE_WITHIN, DONE, FAILED, printable, show};
-use crate::api::proto::{Cancelled, HaltRequest, HaltResponse, ResumeRequest, Scope};
+use crate::api::proto::{
+    Cancelled, HaltRequest, HaltResponse, ResumeRequest, ResumeResponse, Scope,
+};
 use crate::broker::halt::WITHIN;
 
 /// Beside the time that the broker gives itself for the orders.
@@ -16,9 +18,9 @@ const SLACK: Duration = Duration::from_secs(30);
 
 /// Whose orders are meant.
 #[derive(Args, Debug)]
+#[command(group(ArgGroup::new("whose").required(true).args(["account", "all"])))]
 struct Whose {
     /// The account, as the rules file names it.
-    #[arg(required_unless_present = "all", conflicts_with = "all")]
     account: Option<String>,
     /// Every account, also those that the rules name later.
     #[arg(long)]
@@ -97,6 +99,9 @@ fn halted(whose: &Whose, cancel_all: bool, response: &HaltResponse, style: Style
     } else {
         FAILED
     };
+    if !cancelled.is_empty() {
+        text.push('\n');
+    }
     for one in cancelled {
         text += &reported(one, style);
     }
@@ -157,7 +162,8 @@ fn scope(one: &Cancelled) -> &'static str {
     }
 }
 
-/// What was asked about one account in one scope, what came, and what is left.
+/// What is left of one account in one scope, and what was asked that did not go well. The rest is counted: a screen that is
+/// full of good news hides the bad.
 fn reported(one: &Cancelled, style: Style) -> String {
     let (level, left) = match one.still_open {
         Some(0) => (Level::Ok, "none open".to_owned()),
@@ -165,21 +171,28 @@ fn reported(one: &Cancelled, style: Style) -> String {
         None => (Level::Failed, "not known what is open".to_owned()),
     };
     let left = style.coloured(level, &left);
-    let mut text = format!("\n{} in {}: {left}\n", one.account, scope(one));
-    for probe in &one.probes {
-        let level = match (probe.is_ok, one.still_open) {
-            (true, _) => Level::Ok,
-            (false, Some(0)) => Level::Warning,
-            (false, _) => Level::Failed,
-        };
-        let asked = paragraph(
-            "           ",
-            &printable(&format!("{}: {}", probe.question, probe.answer)),
-        );
-        let word = level.as_str();
+    let mut text = format!("{} in {}: {left}\n", one.account, scope(one));
+    let mut row = |level: Level, told: &str| {
+        let (told, word) = (paragraph("           ", told), level.as_str());
         // Put in afterwards: colour takes no columns.
         let shown = style.coloured(level, word) + &" ".repeat(9 - word.len());
-        text += &["  ", &shown, asked.trim_start()].concat();
+        text += &["  ", &shown, told.trim_start()].concat();
+    };
+    let (good, bad): (Vec<_>, Vec<_>) = one.probes.iter().partition(|probe| probe.is_ok);
+    if !good.is_empty() {
+        let told = format!("{}: taken, or none open", counted(good.len(), "request"));
+        row(Level::Ok, &told);
+    }
+    let level = if one.still_open == Some(0) {
+        Level::Warning
+    } else {
+        Level::Failed
+    };
+    for probe in bad {
+        row(
+            level,
+            &printable(&format!("{}: {}", probe.question, probe.answer)),
+        );
     }
     text
 }
@@ -192,23 +205,39 @@ pub(super) fn resume(command: &Resume) -> u8 {
             all: whose.all,
         };
         let resume = async |client: &mut Client, request| client.resume(request).await;
-        let still = admin.ask(DECIDE_WITHIN, request, resume).await?;
-        Ok(show(&resumed(whose, &still.still_frozen), DONE))
+        let response = admin.ask(DECIDE_WITHIN, request, resume).await?;
+        Ok(show(&resumed(whose, &response), DONE))
     })
 }
 
-fn resumed(whose: &Whose, still_frozen: &[String]) -> String {
+fn resumed(whose: &Whose, response: &ResumeResponse) -> String {
     let name = whose.name();
-    if still_frozen.is_empty() {
-        let what = format!("{name}, in force now. What adds risk goes through again.");
-        return paragraph("resumed: ", &what);
+    let goes = if response.still_frozen.is_empty() {
+        " What adds risk goes through again."
+    } else {
+        ""
+    };
+    let mut text = if response.was_halted {
+        paragraph("resumed: ", &format!("{name}, in force now.{goes}"))
+    } else if whose.all {
+        paragraph("unchanged: ", "nothing was halted.")
+    } else {
+        paragraph(
+            "unchanged: ",
+            &format!("{name} was not halted by its name."),
+        )
+    };
+    let accounts = response.still_frozen.join(", ");
+    let why = if response.is_all_halted {
+        "all accounts are halted, and `credbroker resume --all` ends that"
+    } else {
+        "frozen besides, and `credbroker keys thaw ACCOUNT` ends that"
+    };
+    if !accounts.is_empty() {
+        let but = format!("what adds risk is still refused on {accounts}: {why}.");
+        text += &paragraph("but: ", &but);
     }
-    let accounts = still_frozen.join(", ");
-    let but = format!(
-        "what adds risk is refused still on {accounts}: frozen besides (`credbroker keys thaw ACCOUNT` ends that), or halted with \
-         all accounts (`credbroker resume --all`)."
-    );
-    paragraph("resumed: ", &format!("{name}, in force now.")) + &paragraph("but: ", &but)
+    text
 }
 
 #[cfg(test)]
@@ -263,7 +292,7 @@ mod tests {
             };
             let (text, ended) = halted(&whose(None), true, &response, Style::plain());
             let expected = format!(
-                "\nmain in spot-margin: {left}\n  ok       DELETE /api/v1/stop-order/cancel tradeType=TRADE: taken\n  \
+                "\n\nmain in spot-margin: {left}\n  ok       1 request: taken, or none open\n  \
                  {word:<9}GET /api/v3/hf/margin/orders/active tradeType=MARGIN_ISOLATED_TRADE:\n           \
                  not known: no answer came\n\n"
             );
@@ -282,6 +311,37 @@ mod tests {
             );
             assert_eq!(ended, code);
         }
+    }
+
+    #[test]
+    fn a_resume_says_what_it_ended_and_what_is_refused_still() {
+        let said = |account, was_halted, is_all_halted, still_frozen: &[&str]| {
+            let still_frozen = still_frozen.iter().map(ToString::to_string).collect();
+            let response = ResumeResponse {
+                still_frozen,
+                was_halted,
+                is_all_halted,
+            };
+            resumed(&whose(account), &response)
+        };
+        assert_eq!(
+            said(Some("main"), true, false, &[]),
+            "resumed: account main, in force now. What adds risk goes through again.\n"
+        );
+        assert_eq!(
+            said(Some("main"), false, true, &["main"]),
+            "unchanged: account main was not halted by its name.\nbut: what adds risk is still refused on main: all accounts are \
+             halted, and\n     `credbroker resume --all` ends that.\n"
+        );
+        assert_eq!(
+            said(None, true, false, &["main", "other"]),
+            "resumed: every account, in force now.\nbut: what adds risk is still refused on main, other: frozen besides, and\n     \
+             `credbroker keys thaw ACCOUNT` ends that.\n"
+        );
+        assert_eq!(
+            said(None, false, false, &[]),
+            "unchanged: nothing was halted.\n"
+        );
     }
 
     #[test]

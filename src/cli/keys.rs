@@ -23,13 +23,16 @@ pub(super) enum Command {
     /// Refuses what adds risk on an account; cancels and reads go on.
     ///
     /// Exit code 0: done; 1: the broker was not reached, or refused, or it is not on disk; 2: usage or admin.toml.
+    #[command(after_long_help = "Example:\n  credbroker keys freeze main")]
     Freeze(stop::Whose),
     /// Shows every key that the rules name, and how it is.
     ///
     /// Exit code 0: shown; 1: the broker was not reached, or refused; 2: the command line or admin.toml is wrong.
     #[command(
-        after_long_help = "Status:\n  connected, untested  in memory, and tested with the exchange or not\n  degraded, expiring, at-risk  \
-                           works, and something will go wrong unless somebody acts\n  frozen, refused, revoked, unavailable  does not work\n\n\
+        after_long_help = "Status:\n  connected    in memory, and the exchange takes it\n  untested     in memory, and not tested yet\n  \
+                           degraded, expiring, at-risk\n               works, and will not for long unless somebody acts\n  \
+                           frozen       signs cancels and reads only\n  refused, revoked, unavailable\n               does not work\n\n\
+                           Examples:\n  credbroker keys list\n  credbroker keys list --json | jq -r .status\n\n\
                            With --json, one object a line, with the fields of KeyState in admin.proto."
     )]
     List {
@@ -47,32 +50,41 @@ pub(super) enum Command {
     /// 2: the command line or admin.toml is wrong.
     #[command(
         after_long_help = "Examples:\n  credbroker keys register main\n  credbroker keys register main --scope futures --try-order\n  \
-                           credbroker keys register main < key.json      # api_key, api_secret, passphrase"
+                           credbroker keys register main < key.json  # api_key, api_secret, passphrase"
     )]
     Register(register::Options),
     /// Kills a key, or all keys of an account, at once and for good: only another key lifts it. Vault is not needed.
     ///
     /// Exit code 0: done; 1: the broker was not reached, or refused, or it is not on disk; 2: usage or admin.toml.
     #[command(
-        after_long_help = "The broker cancels orders with the same keys: where they shall go, `credbroker halt ACCOUNT --cancel-all` first."
+        after_long_help = "Examples:\n  credbroker keys revoke main --key main\n  credbroker keys revoke main\n\nThe broker cancels orders with \
+                           the same keys: where they shall go, `credbroker halt ACCOUNT --cancel-all` first."
     )]
     Revoke(stop::Which),
     /// Goes back to the version before, or to another one; --newest undoes that.
     ///
     /// Exit code 0: in use; 1: refused or failed; 2: the command line or admin.toml is wrong.
+    #[command(
+        after_long_help = "Examples:\n  credbroker keys rollback main\n  credbroker keys rollback main --to 3\n  \
+                           credbroker keys rollback main --newest"
+    )]
     Rollback(rollback::Options),
     /// Puts another key in the place of one that is there, as `register` does; the one before serves until the new one has
     /// proven itself.
     ///
     /// Exit code 0: in use; 1: refused or failed, and the one before serves on; 2: the command line or admin.toml is wrong.
     #[command(
-        after_long_help = "Examples:\n  credbroker keys rotate main\n  credbroker keys rotate main --key futures < key.json"
+        after_long_help = "Examples:\n  credbroker keys rotate main\n  credbroker keys rotate main --key futures < key.json\n\n\
+                           Delete the old key on KuCoin's page once the bots go on well."
     )]
     Rotate(register::Options),
     /// Tests the key that a running broker has in memory.
     ///
     /// Exit code 0: the exchange takes it; 1: it is refused, or could not be tested; 2: the command line or admin.toml is
     /// wrong.
+    #[command(
+        after_long_help = "Examples:\n  credbroker keys test main\n  credbroker keys test main --key futures --try-order"
+    )]
     Test {
         /// Account, as the rules name it.
         account: AccountId,
@@ -89,6 +101,7 @@ pub(super) enum Command {
     /// Undoes freeze.
     ///
     /// Exit code 0: done; 1: the broker was not reached, or refused; 2: usage or admin.toml.
+    #[command(after_long_help = "Example:\n  credbroker keys thaw main")]
     Thaw(stop::Whose),
 }
 
@@ -149,7 +162,8 @@ async fn test(mut door: Door, request: TestKeyRequest) -> Result<u8, Failure> {
         let what = "KuCoin has not said whether the key is good: see `failed` above";
         return Err(Failure::new(what, "give the same command again"));
     }
-    Ok(DONE)
+    let good = format!("{account}/{}: KuCoin takes what this key signs.", test.key);
+    Ok(show(&format!("\n{}\n", printable(&good)), DONE))
 }
 
 fn in_json(key: &KeyState) -> String {

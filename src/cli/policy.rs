@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 
+use super::text::counted;
 use super::{CONFIG, DONE, FAILED, USAGE, read_config, say, say_problems, scope, show};
 use crate::broker::BrokerError;
 use crate::config::load::{Source, any_rules, rules};
@@ -50,8 +51,8 @@ pub(super) enum Command {
     ///
     /// Exit code 0: allowed; 1: refused; 2: the command line, the configuration or the rules are wrong.
     #[command(
-        after_long_help = "Example:\n  credbroker policy explain --rules /etc/credbroker/rules.toml --bot spiffe://example.org/bot/maker \\\n    \
-                           --account main --scope spot-margin POST /api/v1/hf/orders"
+        after_long_help = "Example:\n  credbroker policy explain --rules /etc/credbroker/rules.toml \\\n    \
+                           --bot spiffe://example.org/bot/maker --account main \\\n    --scope spot-margin POST /api/v1/hf/orders"
     )]
     Explain(Question),
 }
@@ -113,8 +114,11 @@ fn check(file: &Path) -> Result<u8, Vec<Problem>> {
     let accounts = policy.accounts().count();
     Ok(show(
         &format!(
-            "{}: no problems; {accounts} account(s), {bots} bot(s), {grants} grant(s)\n",
-            file.display()
+            "{}: no problems; {}, {}, {}\n",
+            file.display(),
+            counted(accounts, "account"),
+            counted(bots, "bot"),
+            counted(grants, "grant")
         ),
         DONE,
     ))
@@ -141,9 +145,10 @@ fn diff(old: &Path, new: &Path, json: bool, exit_code: bool) -> Result<u8, Vec<P
         .filter(|change| change.kind == Kind::Gain);
     let gains = gains.count();
     say(&format!(
-        "{gains} permission(s) gained, {} lost, {} setting(s) changed",
+        "{} gained, {} lost, {} changed",
+        counted(gains, "permission"),
         diff.permissions.len() - gains,
-        diff.settings.len()
+        counted(diff.settings.len(), "setting")
     ));
     let differs = exit_code && !diff.is_empty();
     Ok(show(&text, if differs { FAILED } else { DONE }))

@@ -91,7 +91,7 @@ fn known(facts: &KeyFacts, now_ms: i64) -> Vec<(&'static str, String)> {
                 "none: any address may use it",
             ),
         ),
-        ("key", format!("version {version}, {age}, {end}")),
+        ("key", format!("API key version {version}, {age}, {end}")),
     ]
 }
 
@@ -137,7 +137,7 @@ desk/main, for spot-margin, futures
 account         uid 1001, sub-account desk7, site global
 permissions     General, Withdrawal
 IP restriction  none: any address may use it
-key             version 3, made 10 days ago, expires in 30 days
+key             API key version 3, made 10 days ago, expires in 30 days
 tested from     203.0.113.7
 failed          GET /api/v1/accounts (spot-margin): 400007 [2Jno
 refused         The key has it.

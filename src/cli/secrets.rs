@@ -91,11 +91,10 @@ impl<T: AsFd> Silent<T> {
     fn new(terminal: T) -> io::Result<Self> {
         let before = tcgetattr(&terminal)?;
         let mut silent = before.clone();
-        silent.local_modes.remove(LocalModes::ECHO);
-        // But the end of the line, so that the next prompt stands on its own.
         silent
             .local_modes
-            .insert(LocalModes::ECHONL | LocalModes::ICANON);
+            .remove(LocalModes::ECHO | LocalModes::ECHONL);
+        silent.local_modes.insert(LocalModes::ICANON);
         // Stopped or killed like this it would leave the terminal silent. Ctrl-C stays: that is a signal we wait for.
         for key in [SpecialCodeIndex::VSUSP, SpecialCodeIndex::VQUIT] {
             silent.special_codes[key] = 0;
@@ -125,6 +124,9 @@ fn ask(
         prompt.flush()?;
         let mut line = Zeroizing::new([0; MAX_LINE_BYTES]);
         let length = read_some(&terminal, &mut line[..])?;
+        // The terminal does not show Enter either: of three lines that are pasted at once it would show all three before the
+        // second prompt.
+        writeln!(prompt)?;
         if length == 0 {
             return Err(refused(format!("{name}: the input has ended")));
         }
@@ -367,7 +369,7 @@ fn unseen(c: char) -> Option<&'static str> {
 /// Refuses what can be no value of a key.
 fn check(name: &str, text: &str) -> Result<(), InputError> {
     if text.is_empty() {
-        return Err(refused(format!("{name}: is empty")));
+        return Err(refused(format!("{name} is empty")));
     }
     for (place, c) in (1..).zip(text.chars()) {
         // Only a passphrase was chosen by a person.
@@ -528,9 +530,9 @@ mod tests {
             ),
             (
                 lines(ID, "\"\"", "fake-pass"),
-                "api_secret: is empty".to_owned(),
+                "api_secret is empty".to_owned(),
             ),
-            (json("\"\""), "api_key: is empty".to_owned()),
+            (json("\"\""), "api_key is empty".to_owned()),
             (json("7"), format!("{object}12 is something else")),
             (
                 "{\"api_key\":\"fake\"}".to_owned(),
@@ -723,7 +725,7 @@ mod tests {
         assert!(holds(&given.values, "fake-id", "fake-secret", "fake-pass"));
         assert_eq!(
             prompts,
-            "api_key (not shown): api_secret (not shown): passphrase (not shown): "
+            "api_key (not shown): \napi_secret (not shown): \npassphrase (not shown): \n"
         );
         let after = tcgetattr(&terminal).unwrap();
         assert_eq!(after.local_modes, before.local_modes);
@@ -737,7 +739,7 @@ mod tests {
         // The end of a terminal that nobody has open is an error.
         let _ = person.read_to_end(&mut shown);
         let shown = String::from_utf8(shown).unwrap();
-        assert_eq!(shown, "\r\n\r\n\r\n\r\n");
+        assert_eq!(shown, "");
     }
 
     #[test]

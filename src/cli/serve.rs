@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::{Context, anyhow};
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::text::counted;
 use super::{DONE, FAILED, USAGE, read_config, say, say_problems};
 use crate::config::Config;
 use crate::process::harden;
@@ -24,8 +25,9 @@ pub(super) fn run(file: &Path) -> u8 {
         Ok(0) => DONE,
         Ok(unresolved) => {
             say(&format!(
-                "stopped; {unresolved} request(s) may have been sent without anybody knowing how they ended\n\
-                 fix: look up the lines with outcome maybe_sent at the end of the audit file"
+                "stopped; {} may have been sent without anybody knowing how it ended\n\
+                 fix: look up the lines with outcome maybe_sent at the end of the audit file",
+                requests(unresolved)
             ));
             FAILED
         }
@@ -65,7 +67,8 @@ fn serve(config: Config) -> anyhow::Result<u64> {
         let unresolved = server.stop().await;
         match failure {
             Some(failure) => Err(anyhow!(
-                "{failure}: a defect; {unresolved} request(s) left unresolved, see the audit file"
+                "{failure}: a defect; {} left unresolved, see the audit file",
+                requests(unresolved)
             )),
             None => Ok(unresolved),
         }
@@ -73,6 +76,10 @@ fn serve(config: Config) -> anyhow::Result<u64> {
     // Whoever still asks a name server that does not answer is not waited for.
     runtime.shutdown_background();
     ended
+}
+
+fn requests(number: u64) -> String {
+    counted(usize::try_from(number).unwrap_or(usize::MAX), "request")
 }
 
 async fn stop_signal() -> io::Result<&'static str> {

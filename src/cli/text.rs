@@ -6,7 +6,7 @@ use std::ffi::OsStr;
 use std::io::{self, IsTerminal};
 
 /// Columns of a line.
-const WIDTH: usize = 80;
+pub const WIDTH: usize = 80;
 
 /// Columns between two columns of a table.
 const GAP: usize = 2;
@@ -152,6 +152,12 @@ pub fn paragraph(label: &str, text: &str) -> String {
     format!("{label}{lines}").trim_end().to_owned() + "\n"
 }
 
+/// A number of things, such as "1 account" and "2 accounts".
+pub fn counted(number: usize, thing: &str) -> String {
+    let plural = if number == 1 { "" } else { "s" };
+    format!("{number} {thing}{plural}")
+}
+
 /// Lines of whole words, none wider than `width` unless one word is: what is to be copied stays in one piece.
 fn wrap(text: &str, width: usize) -> Vec<String> {
     let mut lines = Vec::new();
@@ -201,6 +207,12 @@ mod tests {
         assert_eq!(paragraph("", &two(40)), two(40).replace(' ', "\n") + "\n");
         let full = "y".repeat(78);
         assert_eq!(paragraph("- ", &full), format!("- {full}\n"));
+    }
+
+    #[test]
+    fn one_thing_is_no_plural() {
+        let told = [0, 1, 2].map(|number| counted(number, "account"));
+        assert_eq!(told, ["0 accounts", "1 account", "2 accounts"]);
     }
 
     #[test]

@@ -221,7 +221,7 @@ fn check_names_the_line_of_every_problem() {
         at("vip = 99") + "account.main.vip: expected 0 to 12, got 99",
         at("withdraw") + "grant[0].allow[2]: \"withdraw\" is not granted as a class",
         at("account = \"tresury\"") + "grant[3].account: names no account of this file",
-        "3 problem(s)".to_owned(),
+        "3 problems".to_owned(),
     ] {
         assert!(talk.contains(&part), "{part} is not in\n{talk}");
     }
@@ -247,7 +247,7 @@ fn check_counts_and_warns() {
     };
     let rules = folder.path("rules.toml");
     let expected = format!(
-        "{}: no problems; 2 account(s), 3 bot(s), 4 grant(s)\n",
+        "{}: no problems; 2 accounts, 3 bots, 4 grants\n",
         rules.display()
     );
     assert_eq!(check(&rules), (Some(0), expected, String::new()));
@@ -280,7 +280,7 @@ fn diff_shows_what_changes_and_not_how_it_is_written() {
     let nothing = (
         Some(0),
         String::new(),
-        "0 permission(s) gained, 0 lost, 0 setting(s) changed\n".to_owned(),
+        "0 permissions gained, 0 lost, 0 settings changed\n".to_owned(),
     );
     assert_eq!(diff(&same, &["--exit-code"]), nothing);
 

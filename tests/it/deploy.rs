@@ -122,7 +122,7 @@ fn check_config_reports_problems_of_all_files_at_once() {
         "tls.certificate: expected certificates as PEM",
         "tls.key: expected a private key as PEM",
         "tls.client_ca: expected certificates as PEM",
-        "5 problem(s)",
+        "5 problems",
     ] {
         assert!(said.contains(part), "{part} is not in\n{said}");
     }
@@ -159,7 +159,7 @@ fn a_certificate_that_no_bot_would_accept_is_found_before_the_start() {
         (
             &server.certificate_pem,
             &server.key_pem,
-            "no problems; 2 account(s)",
+            "no problems; 2 accounts",
         ),
         (&server.certificate_pem, &bot.key_pem, "tls.key: "),
         (

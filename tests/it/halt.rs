@@ -713,7 +713,7 @@ async fn one_account_is_halted_alone() {
     assert!(
         resumed
             .stdout
-            .contains("what adds risk is refused still on main"),
+            .contains("what adds risk is still refused on main: all accounts are"),
         "{resumed:?}"
     );
     assert_eq!(

@@ -316,6 +316,30 @@ async fn only_another_key_takes_the_place_of_a_revoked_one() {
 }
 
 #[tokio::test]
+async fn a_revocation_that_is_repeated_does_not_kill_the_next_key() {
+    let mut lab = Lab::start().await;
+    for said in [
+        "revoked: main/main version 1",
+        "unchanged: main/main was revoked already",
+    ] {
+        let revoked = lab.admin_cli("anna", &["keys", "revoke", "main"]).await;
+        assert_eq!(revoked.code, Some(0), "{revoked:?}");
+        assert!(revoked.stdout.starts_with(said), "{}", revoked.stdout);
+    }
+    assert_eq!(put(&lab, "main", &key(1)), 2);
+    let request = RefreshKeyRequest {
+        account: "main".to_owned(),
+        key: "main".to_owned(),
+    };
+    let response = lab.admin_client("anna").await.refresh_key(request).await;
+    let state = response.unwrap().into_inner().state.unwrap();
+    assert_eq!(state.version, 2, "{state:?}");
+    let mut bot = lab.patient_bot("maker").await;
+    assert_eq!(refused(&mut bot, accounts()).await, None);
+    lab.stop().await;
+}
+
+#[tokio::test]
 async fn a_key_that_is_not_in_memory_is_revoked_before_it_comes() {
     let mut lab = Lab::install(&Settings::default()).await;
     lab.vault.seal();
@@ -453,7 +477,12 @@ async fn frozen_halted_and_blocked_stay_so_over_a_kill_until_they_are_lifted() {
 
     run(&lab, &["bots", "block", MAKER], "blocked: ").await;
     let again = run(&lab, &["bots", "block", MAKER], "blocked: ").await;
-    assert!(again.contains("blocked already"), "{again}");
+    assert!(again.contains("as it was already"), "{again}");
+    let but = "but: the rules name no such bot";
+    assert!(!again.contains(but), "{again}");
+    let typo = run(&lab, &["bots", "block", "maker"], "blocked: ").await;
+    assert!(typo.contains(but), "{typo}");
+    run(&lab, &["bots", "unblock", "maker"], "unblocked: ").await;
     for is_restarted in [false, true] {
         if is_restarted {
             kill_and_restart(&mut lab).await;
@@ -493,6 +522,8 @@ async fn frozen_halted_and_blocked_stay_so_over_a_kill_until_they_are_lifted() {
         "resume all accounts done",
         &format!("block {MAKER} done"),
         &format!("block {MAKER} done"),
+        "block maker done",
+        "unblock maker done",
         &format!("unblock {MAKER} done"),
         &format!("unblock {MAKER} done"),
     ];
@@ -520,7 +551,7 @@ async fn what_two_admins_ask_for_is_lifted_one_by_one() {
     assert!(
         resumed
             .stdout
-            .contains("but: what adds risk is refused still on main"),
+            .contains("but: what adds risk is still refused on main: frozen besides"),
         "{resumed:?}"
     );
     assert_eq!(

@@ -11,6 +11,7 @@ use x509_parser::time::ASN1Time;
 
 use super::Line;
 use crate::api::caller::not_after_ms;
+use crate::cli::text::counted;
 use crate::config::load::{self, Source, TlsSources};
 use crate::config::{Config, Roots};
 use crate::keyring::vault::Auth;
@@ -39,7 +40,12 @@ pub(super) fn rules(file: &Path) -> (Vec<Line>, Option<Policy>) {
         Ok(policy) => {
             let (bots, grants) = policy.counts();
             let accounts = policy.accounts().count();
-            let counts = format!("{name}: {accounts} account(s), {bots} bot(s), {grants} grant(s)");
+            let counts = format!(
+                "{name}: {}, {}, {}",
+                counted(accounts, "account"),
+                counted(bots, "bot"),
+                counted(grants, "grant")
+            );
             let mut lines = vec![Line::ok("rules", "", counts)];
             lines.extend(policy.warnings().into_iter().map(|warning| {
                 let warning = warning.in_file(file).to_string();
@@ -132,7 +138,8 @@ pub(super) fn expiry(about: &str, ends_ms: Option<i64>, now_ms: i64) -> Line {
     if ends_ms <= now_ms {
         Line::failed(check, about, format!("ended on {day}"), fix)
     } else if days < WARN_DAYS {
-        let detail = format!("ends on {day}, in {days} day(s)");
+        let in_days = usize::try_from(days).unwrap_or_default();
+        let detail = format!("ends on {day}, in {}", counted(in_days, "day"));
         Line::warning(check, about, detail, fix)
     } else {
         Line::ok(check, about, format!("good until {day}, for {days} days"))
@@ -312,19 +319,26 @@ fn forbidden(place: &str, counts: Counts) -> Line {
         is_all_halted,
         revoked_keys,
     } = counts;
-    let halted = if is_all_halted {
-        "all accounts".to_owned()
-    } else {
-        format!("{halted_accounts} account(s)")
-    };
     if counts == Counts::default() {
         return Line::ok("state", "", format!("{place}; nothing is forbidden"));
     }
-    let detail = format!(
-        "{place}; {frozen_accounts} account(s) frozen, {halted} halted, {blocked_bots} bot(s) blocked, {revoked_keys} key(s) revoked"
-    );
+    let mut told = Vec::new();
+    if is_all_halted {
+        told.push("all accounts halted".to_owned());
+    }
+    for (number, thing, how) in [
+        (halted_accounts, "account", "halted by name"),
+        (frozen_accounts, "account", "frozen"),
+        (blocked_bots, "bot", "blocked"),
+        (revoked_keys, "key", "revoked"),
+    ] {
+        if number > 0 {
+            told.push(format!("{} {how}", counted(number, thing)));
+        }
+    }
+    let detail = format!("{place}; {}", told.join(", "));
     if is_all_halted || frozen_accounts + halted_accounts > 0 {
-        let fix = "if that is over: `credbroker resume`, `credbroker keys thaw ACCOUNT`";
+        let fix = "if that is over: `credbroker resume --all`, `credbroker keys thaw ACCOUNT`; `credbroker keys list` shows where";
         Line::warning("state", "", detail, fix)
     } else {
         Line::ok("state", "", detail)

@@ -207,7 +207,7 @@ async fn inside(
         lines.push(Line::ok(
             CHECK,
             "",
-            format!("gives every key of the rules ({count})"),
+            format!("gives every key that the rules name ({count})"),
         ));
     }
     if let Some((account, name)) = readable {

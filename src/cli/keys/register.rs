@@ -50,7 +50,7 @@ pub(in crate::cli) struct Options {
     /// Has an order validated too, by the exchange's test endpoint, in each scope that has one; none is placed.
     #[arg(long)]
     try_order: bool,
-    /// Takes a key of another `KuCoin` account than the key before it.
+    /// Takes a key of another KuCoin account than the key before it.
     #[arg(long)]
     other_account: bool,
     /// Switches the key on again if it is disabled in Vault.
@@ -342,7 +342,7 @@ impl Place {
         Ok(())
     }
 
-    /// The key of another account that is this one, or one of the same `KuCoin` account, by what is noted in Vault.
+    /// The key of another account that is this one, or one of the same KuCoin account, by what is noted in Vault.
     async fn taken(
         &self,
         digest: &str,
@@ -544,7 +544,7 @@ impl Place {
     }
 }
 
-/// Whether hints say that a version that is there, or about to be, is this key or one of the same `KuCoin` account.
+/// Whether hints say that a version that is there, or about to be, is this key or one of the same KuCoin account.
 fn has(found: &Metadata, digest: &str, uid: &str) -> bool {
     let is_same = |noted: Option<&str>, told: &str| !told.is_empty() && noted == Some(told);
     // Hints on a version that was deleted since tell of a key that serves nobody.
@@ -557,11 +557,11 @@ fn has(found: &Metadata, digest: &str, uid: &str) -> bool {
 }
 
 /// What to do where Vault does not play along.
-const VAULT: &str = "look at [vault] in admin.toml: the address, the login (an admin's token ends), and whether it has the \
-                     policy deploy/vault/admin.hcl; then give the same command again";
+pub(super) const VAULT: &str = "is Vault up and unsealed? Else look at [vault] in admin.toml: the address, the login (an admin's token \
+                                ends), and whether it has the policy deploy/vault/admin.hcl; then give the same command again";
 
 fn unreached(error: &VaultError) -> Failure {
-    let what = format!("what Vault has cannot be asked for: {error}; nothing was stored");
+    let what = format!("Vault cannot be asked what it has: {error}; nothing was stored");
     Failure::new(what, VAULT)
 }
 

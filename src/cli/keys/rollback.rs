@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::register::{ended, shown};
+use super::register::{VAULT, ended, shown};
 use crate::api::proto::KeyState;
 use crate::cli::admin::{ADMIN, AdminFile, Failure, block_on};
 use crate::cli::door::{Door, pick};
@@ -50,12 +50,9 @@ async fn rollback(options: &Options) -> Result<u8, Failure> {
     })?;
     let found = vault.metadata(account, &key).await.map_err(|error| {
         let what = format!(
-            "what Vault has of {account}/{key} cannot be told: {error}; nothing was changed"
+            "Vault cannot be asked what it has of {account}/{key}: {error}; nothing was changed"
         );
-        Failure::new(
-            what,
-            "look at [vault] in admin.toml, and at `credbroker keys list`",
-        )
+        Failure::new(what, VAULT)
     })?;
     let change = wanted(options, &found)
         .map_err(|what| Failure::new(format!("{what}; nothing was changed"), PICK))?;
@@ -135,8 +132,11 @@ impl Step<'_> {
         let written = self.vault.note(self.account, self.key, &notes).await;
         written.map(drop).map_err(|error| {
             Failure::new(
-                format!("which version of {}/{} is to be used cannot be noted in Vault: {error}", self.account, self.key),
-                "look at [vault] in admin.toml and at `credbroker keys list`, and give the same command again",
+                format!(
+                    "which version of {}/{} is to be used cannot be noted in Vault: {error}",
+                    self.account, self.key
+                ),
+                VAULT,
             )
         })
     }

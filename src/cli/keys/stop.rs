@@ -43,7 +43,7 @@ pub(super) fn freeze(whose: &Whose) -> u8 {
 
 fn frozen(account: &str, was_frozen: bool) -> String {
     let since = if was_frozen {
-        "it was frozen already"
+        "as it was already"
     } else {
         "in force now"
     };
@@ -111,35 +111,42 @@ fn revoked(account: &str, keys: &[RevokedKey]) -> String {
         key,
         version,
         id_sha256,
+        was_revoked,
     } in keys
     {
-        let what = if id_sha256.is_empty() {
-            format!(
-                "{account}/{key}. None was in memory: the first that Vault shows there is dead."
-            )
+        text += &if *was_revoked {
+            let what =
+                format!("{account}/{key} was revoked already. SHA-256 of its id: {id_sha256}");
+            paragraph("unchanged: ", &what)
+        } else if id_sha256.is_empty() {
+            let what = format!(
+                "{account}/{key}. None was in memory: the first one that Vault shows there is dead, be it one that is registered \
+                 after this."
+            );
+            paragraph("revoked: ", &what)
         } else {
-            format!(
+            let what = format!(
                 "{account}/{key} version {version}, in force now: it signs nothing more. SHA-256 of its id: {id_sha256}"
-            )
+            );
+            paragraph("revoked: ", &what)
         };
-        text += &paragraph("revoked: ", &what);
     }
     text += &paragraph(
         "",
         "It stays dead after a restart of the broker, whatever Vault holds and under every name. What has left already ends.",
     );
     text += &paragraph(
-        "next: ",
-        "1. Delete the key at KuCoin, API Management: until then whoever has it can use it past this broker.",
+        "next: 1. ",
+        "Delete the key on KuCoin's page under API Management: until then whoever has it can use it past this broker.",
     );
     text += &paragraph(
-        "      ",
-        "2. Look at the open orders there: without a key the broker cannot cancel them.",
+        "      2. ",
+        "Look at the open orders there: without a key the broker cannot cancel them.",
     );
     let register = format!(
-        "3. Make another key there, and `credbroker keys register {account}` it: a key with another id takes the place at once."
+        "Make another key there, and `credbroker keys register {account}` it: a key with another id takes the place at once."
     );
-    text += &paragraph("      ", &register);
+    text += &paragraph("      3. ", &register);
     text + &paragraph("undo: ", "none; only another key lifts it.")
 }
 
@@ -149,10 +156,11 @@ mod tests {
 
     #[test]
     fn what_is_said_fits_a_terminal_and_names_the_next_step() {
-        let key = |id_sha256: &str| RevokedKey {
+        let key = |id_sha256: &str, was_revoked| RevokedKey {
             key: "y".repeat(32),
             version: 18,
             id_sha256: id_sha256.to_owned(),
+            was_revoked,
         };
         let account = "x".repeat(32);
         let response = |was_frozen, is_halted| ThawAccountResponse {
@@ -161,12 +169,16 @@ mod tests {
         };
         let said = [
             (
-                revoked(&account, &[key(&"a".repeat(64))]),
-                "Delete the key at KuCoin",
+                revoked(&account, &[key(&"a".repeat(64), false)]),
+                "Delete the key on KuCoin's page",
             ),
-            (revoked(&account, &[key("")]), "None was in memory"),
+            (revoked(&account, &[key("", false)]), "None was in memory"),
+            (
+                revoked(&account, &[key(&"a".repeat(64), true)]),
+                "was revoked already",
+            ),
             (frozen(&account, false), "undo: credbroker keys thaw"),
-            (frozen(&account, true), "it was frozen already"),
+            (frozen(&account, true), "as it was already"),
             (
                 thawed(&account, response(true, false)),
                 "goes through again",

@@ -449,7 +449,7 @@ async fn a_key_is_registered_for_each_scope_and_is_in_use_when_the_command_ends(
             "reader",
             &[],
             None,
-            "permissions General IP restriction 127.0.0.1 key version 3",
+            "permissions General IP restriction 127.0.0.1 key API key version 3",
         ),
     ] {
         let key = key(number, permissions);
@@ -518,13 +518,12 @@ async fn a_key_is_registered_for_each_scope_and_is_in_use_when_the_command_ends(
     )
     .await;
     assert_eq!(tested.0, 0, "{}", tested.1);
-    assert!(
-        tested
-            .1
-            .contains("ok POST /api/v1/hf/orders/test (spot-margin): taken"),
-        "{}",
-        tested.1
-    );
+    for part in [
+        "ok POST /api/v1/hf/orders/test (spot-margin): taken",
+        "spot/main: KuCoin takes what this key signs.",
+    ] {
+        assert!(tested.1.contains(part), "{}", tested.1);
+    }
     lab.kucoin.remove_key(&key(1, SPOT).api_key);
     let (code, said) = run(&lab, &["keys", "test", "spot"], &key(1, SPOT), "").await;
     assert_eq!(code, 1);
@@ -591,7 +590,7 @@ async fn what_the_rules_do_not_name_is_refused_before_a_key_is_asked_for() {
         (
             &["nobody"][..],
             1,
-            "the rules name no account nobody; they name futures, many, mover, other, partner, reader, spot, two, unified fix: add to the rules: [account.nobody] with key = { spot-margin = \"main\" }",
+            "the rules name no account nobody; they name futures, many, mover, other, partner, reader, spot, two, unified fix: correct the name, or add to the rules: [account.nobody] with key = { spot-margin = \"main\" }",
         ),
         (
             &["spot", "--scope", "futures"],
@@ -775,7 +774,7 @@ async fn a_vault_that_refuses_leaves_everything_as_it_was_and_says_so() {
         (
             "GET",
             "kv/metadata/kucoin/prod/spot/main",
-            "what Vault has cannot be asked for: Vault refuses the path (403); nothing was stored",
+            "Vault cannot be asked what it has: Vault refuses the path (403); nothing was stored",
         ),
         (
             "LIST",
@@ -799,7 +798,7 @@ async fn a_vault_that_refuses_leaves_everything_as_it_was_and_says_so() {
         assert_eq!(code, 1, "{method} {path}: {said}");
         for part in [
             expected,
-            "fix: look at [vault] in admin.toml: the address, the login (an admin's token ends)",
+            "look at [vault] in admin.toml: the address, the login (an admin's token ends)",
         ] {
             assert!(
                 said.contains(part),
