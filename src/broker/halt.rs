@@ -6,10 +6,12 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::FutureExt;
 use futures_util::future::join_all;
 use serde_json::{Map, Value};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
@@ -281,13 +283,29 @@ impl Broker {
             .collect();
         let scopes = halts.iter().flat_map(|halt| {
             let scopes = halt.account.keys.keys();
-            scopes.map(move |scope| halt.withdraw(*scope))
+            scopes.map(move |scope| halt.withdraw_caught(*scope))
         });
         join_all(scopes).await
     }
 }
 
 impl Halt<'_> {
+    /// A defect that one scope's answers hit upon must not keep the others from being withdrawn.
+    async fn withdraw_caught(&self, scope: Scope) -> Cancelled {
+        let withdrawn = AssertUnwindSafe(self.withdraw(scope)).catch_unwind().await;
+        withdrawn.unwrap_or_else(|_| Cancelled {
+            account: self.account.id.clone(),
+            scope,
+            probes: vec![Probe {
+                question: "all of it".to_owned(),
+                is_ok: false,
+                answer: "the broker failed; its log has the place. Cancel by other means"
+                    .to_owned(),
+            }],
+            still_open: None,
+        })
+    }
+
     async fn withdraw(&self, scope: Scope) -> Cancelled {
         let of_scope = KINDS.iter().filter(|kind| kind.scope == scope);
         let mut all: Vec<_> = of_scope.map(Withdrawal::new).collect();

@@ -45,7 +45,7 @@ pub(super) fn run(command: &Command) -> u8 {
                 let request = BlockBotRequest { bot: name.clone() };
                 let block = async |client: &mut Client, request| client.block_bot(request).await;
                 let response = admin.ask(DECIDE_WITHIN, request, block).await?;
-                blocked(response)
+                blocked(&response)
             }
             Command::Unblock(_) => {
                 let request = UnblockBotRequest { bot: name.clone() };
@@ -59,7 +59,7 @@ pub(super) fn run(command: &Command) -> u8 {
     })
 }
 
-fn blocked(response: BlockBotResponse) -> String {
+fn blocked(response: &BlockBotResponse) -> String {
     let name = &response.bot;
     let since = if response.was_blocked {
         "as it was already"

@@ -480,9 +480,10 @@ async fn frozen_halted_and_blocked_stay_so_over_a_kill_until_they_are_lifted() {
     assert!(again.contains("as it was already"), "{again}");
     let but = "but: the rules name no such bot";
     assert!(!again.contains(but), "{again}");
-    let typo = run(&lab, &["bots", "block", "maker"], "blocked: ").await;
-    assert!(typo.contains(but), "{typo}");
-    run(&lab, &["bots", "unblock", "maker"], "unblocked: ").await;
+    let typo = "spiffe://demo.test/bot/makre";
+    let told = run(&lab, &["bots", "block", typo], "blocked: ").await;
+    assert!(told.contains(but), "{told}");
+    run(&lab, &["bots", "unblock", typo], "unblocked: ").await;
     for is_restarted in [false, true] {
         if is_restarted {
             kill_and_restart(&mut lab).await;
@@ -522,8 +523,8 @@ async fn frozen_halted_and_blocked_stay_so_over_a_kill_until_they_are_lifted() {
         "resume all accounts done",
         &format!("block {MAKER} done"),
         &format!("block {MAKER} done"),
-        "block maker done",
-        "unblock maker done",
+        "block spiffe://demo.test/bot/makre done",
+        "unblock spiffe://demo.test/bot/makre done",
         &format!("unblock {MAKER} done"),
         &format!("unblock {MAKER} done"),
     ];
