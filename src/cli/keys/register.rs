@@ -275,6 +275,16 @@ impl Place {
         })
     }
 
+    /// Whether the newest version in Vault is this key, and KuCoin takes what it signs for bots.
+    fn is_in_use(&self, found: &Metadata, digest: &str) -> bool {
+        self.before.version == found.current_version
+            && self.before.id_sha256 == digest
+            && matches!(
+                self.before.status.as_str(),
+                "at-risk" | "connected" | "expiring"
+            )
+    }
+
     /// What can be known before a key is asked for.
     fn check(&self, command: Command, found: &Metadata, enable: bool) -> Result<(), Failure> {
         let (account, key) = (&self.account, &self.key);
@@ -379,7 +389,9 @@ impl Place {
         let is_again = found
             .pending()
             .is_some_and(|pending| pending.key_sha256 == digest);
-        if is_again && self.is_finished(found) {
+        // A partner key is not seen by any test: it may be another one.
+        let is_in_use = self.is_in_use(found, digest) && registration.values.partner_key.is_none();
+        if is_in_use || (is_again && self.is_finished(found)) {
             say(&format!(
                 "Vault holds this key as version {current}; it is not written again."
             ));

@@ -97,6 +97,18 @@ async fn a_rotation_ends_once_the_new_key_signs_and_says_what_to_delete() {
 }
 
 #[tokio::test]
+async fn the_key_that_is_in_use_is_not_written_again() {
+    let (lab, first, held) = with_first_key().await;
+    for command in ["rotate", "register"] {
+        let (code, said) = run(&lab, &["keys", command, "main"], &first, &lines(&first)).await;
+        assert_eq!(code, 0, "{said}");
+        holds_all(&said, &["it is not written again", "version 1 is in use"]);
+        assert!(!said.contains("signs no more"), "{said}");
+    }
+    assert_eq!(held.newest("main").await, 1);
+}
+
+#[tokio::test]
 async fn a_rotation_without_a_key_or_to_another_account_is_refused() {
     let (lab, _, held) = with_first_key().await;
     let stranger = super::register::key(5, EVERYTHING);
@@ -396,8 +408,8 @@ async fn a_rotation_that_is_killed_leaves_the_old_key_or_the_new_one_and_the_nex
         }
         // Finished, where the key was there already; written, where it was not.
         newest = match step {
-            Step::Written | Step::Noting => version,
-            Step::Announced | Step::Tested | Step::Used | Step::Writing => version + 1,
+            Step::Written | Step::Noting | Step::Used => version,
+            Step::Announced | Step::Tested | Step::Writing => version + 1,
         };
         assert_eq!(held.newest("main").await, newest, "{step:?}: {said}");
         assert_eq!(held.note("main", "for_version").await, newest.to_string());
