@@ -12,16 +12,16 @@ use crate::kucoin::{Scope, advice};
 use crate::policy::Account;
 use crate::restrictions::KeyDigest;
 
-/// All words for how a key is.
+/// All words for how a key is, from worst to best.
 pub const WORDS: [&str; 9] = [
-    "at-risk",
-    "connected",
-    "degraded",
-    "expiring",
-    "frozen",
-    "refused",
     "revoked",
     "unavailable",
+    "refused",
+    "frozen",
+    "expiring",
+    "at-risk",
+    "degraded",
+    "connected",
     "untested",
 ];
 
@@ -186,23 +186,10 @@ fn of(broker: &Broker, key: KeyStatus) -> Standing {
     standing
 }
 
-/// From worst to best.
-const ORDER: [&str; 9] = [
-    "revoked",
-    "unavailable",
-    "refused",
-    "frozen",
-    "expiring",
-    "at-risk",
-    "degraded",
-    "connected",
-    "untested",
-];
-
 impl Standing {
     /// Takes the worse of two words.
     fn is(&mut self, status: &'static str) {
-        let rank = |word: &str| ORDER.iter().position(|known| *known == word);
+        let rank = |word: &str| WORDS.iter().position(|known| *known == word);
         if rank(status) < rank(self.status) {
             self.status = status;
         }
