@@ -1,0 +1,96 @@
+//! Instructions that the broker's process executes for one call, counted by callgrind.
+//!
+//! `cargo bench --bench instructions --features valgrind`. Each number is the difference of two runs, with 100 and with
+//! 600 calls of one bot over one connection, divided by 500: what starting and connecting cost is in neither. It
+//! repeats within about half a percent for the same binary. Valgrind hides the processor's SHA instructions, so hashing
+//! weighs more here than it does in production; compare two builds, and quote the ratio.
+#![expect(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a measurement that cannot go on says so by panicking"
+)]
+
+#[path = "../tests/it/harness.rs"]
+#[allow(dead_code, reason = "shared with the tests, which use all of it")]
+mod harness;
+
+use std::process::Command;
+
+use credbroker::api::proto::{Outcome, SignAndSendRequest};
+
+use harness::{Lab, Settings, accounts, spot_order};
+
+const FEW: u64 = 100;
+const MANY: u64 = 600;
+
+fn main() {
+    if Command::new("valgrind").arg("--version").output().is_err() {
+        println!("instructions: not run, valgrind is not installed");
+        return;
+    }
+    if !cfg!(feature = "valgrind") {
+        println!("instructions: not run, it needs --features valgrind");
+        return;
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    println!("| Call | Instructions |");
+    println!("|---|---|");
+    for (name, request) in [
+        ("read", read as fn(u64) -> SignAndSendRequest),
+        ("order", order),
+    ] {
+        let [few, many] = [FEW, MANY].map(|calls| runtime.block_on(count(calls, request)));
+        println!("| {name} | {} |", (many - few) / (MANY - FEW));
+    }
+}
+
+fn read(_: u64) -> SignAndSendRequest {
+    accounts()
+}
+
+fn order(number: u64) -> SignAndSendRequest {
+    spot_order(&format!("order-{number}"))
+}
+
+/// Instructions of a whole run of the broker that answers this many calls.
+async fn count(calls: u64, request: fn(u64) -> SignAndSendRequest) -> u64 {
+    // What goes on in the background takes no part of a slow run.
+    let settings = Settings {
+        edit: Box::new(|config| {
+            config
+                .replace("poll_s = 1\n", "poll_s = 60\n")
+                .replace("timeout_ms = 1000", "timeout_ms = 20000")
+                .replace("every_ms = 50", "every_ms = 60000")
+        }),
+        ..Settings::default()
+    };
+    let mut lab = Lab::install(&settings).await;
+    let profile = lab.path("callgrind.out");
+    let output = format!("--callgrind-out-file={}", profile.display());
+    lab.spawn_broker_under(&["valgrind", "--tool=callgrind", &output])
+        .await;
+    lab.until_ready().await;
+    let mut bot = lab.patient_bot("maker").await;
+    for number in 0..calls {
+        let answer = bot.send(request(number)).await.expect("an answer");
+        assert_eq!(answer.outcome(), Outcome::Accepted, "{answer:?}");
+    }
+    lab.process().terminate();
+    assert_eq!(lab.process().exit_code().await, Some(0));
+    let profile = std::fs::read_to_string(profile).unwrap();
+    let line = profile
+        .lines()
+        .find_map(|line| {
+            line.strip_prefix("totals: ")
+                .or(line.strip_prefix("summary: "))
+        })
+        .expect("callgrind sums up");
+    line.trim().parse().unwrap()
+}
