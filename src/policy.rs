@@ -200,6 +200,14 @@ pub enum Denied {
         /// The literal path.
         literal: &'static str,
     },
+    /// A literal path of another method or scope, where a template has an id.
+    #[error("the path belongs to {endpoint} ({method}) and is never an id")]
+    NotAnId {
+        /// The id of the endpoint that has this path.
+        endpoint: &'static str,
+        /// Its method.
+        method: Method,
+    },
     /// Endpoints of API keys.
     #[error("{endpoint} makes, changes, returns or deletes API keys and is never granted")]
     NeverGranted {
@@ -348,6 +356,12 @@ impl Policy {
                     literal: &literal.path,
                 });
             }
+            Found::NotAnId(endpoint) => {
+                return Err(Denied::NotAnId {
+                    endpoint: &endpoint.id,
+                    method: endpoint.method,
+                });
+            }
             Found::OtherScope(endpoint) => {
                 let name = endpoint.id.as_str();
                 return Err(match endpoint.scope {
@@ -449,7 +463,7 @@ fn allowed_by<'p>(
 
 impl Grants {
     fn by(&self, endpoint: &Endpoint) -> By<'_> {
-        let class = self.classes.get(&endpoint.risk);
+        let class = endpoint.class().and_then(|class| self.classes.get(&class));
         let name = self.endpoints.get(endpoint.id.as_str());
         [class, name].map(|rules| rules.map_or(&[][..], Vec::as_slice))
     }

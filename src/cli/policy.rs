@@ -9,6 +9,7 @@ use super::{CONFIG, DONE, FAILED, USAGE, read_config, say, say_problems, scope, 
 use crate::broker::BrokerError;
 use crate::config::load::{Source, any_rules, rules};
 use crate::ids::{AccountId, BotId};
+use crate::kucoin::catalog::Status;
 use crate::kucoin::{Method, RequestLimits, Scope, request};
 use crate::policy::Policy;
 use crate::policy::diff::{Diff, Kind};
@@ -107,7 +108,10 @@ pub(super) fn run(command: &Command) -> u8 {
 
 fn check(file: &Path) -> Result<u8, Vec<Problem>> {
     let policy = rules(&Source::read(file))?;
-    for warning in policy.warnings() {
+    let mut warnings = policy.warnings();
+    warnings.extend(policy.warnings_of_master_keys());
+    warnings.sort_unstable();
+    for warning in warnings {
         say(&format!("warning: {}", warning.in_file(file)));
     }
     let (bots, grants) = policy.counts();
@@ -193,13 +197,22 @@ fn told(
 ) -> (String, u8) {
     let mut lines = Vec::new();
     let adds_risk = if explanation.adds_risk() { "yes" } else { "no" };
-    let about = match explanation.endpoint {
-        Some(endpoint) => [
+    let mut about = match explanation.endpoint {
+        Some(endpoint) => vec![
             format!("endpoint: {}", endpoint.id),
             format!("risk: {}", endpoint.risk.as_str()),
         ],
-        None => ["endpoint: not in the catalogue", "risk: unknown"].map(str::to_owned),
+        None => vec![
+            "endpoint: not in the catalogue".to_owned(),
+            "risk: unknown".to_owned(),
+        ],
     };
+    if explanation
+        .endpoint
+        .is_some_and(|endpoint| endpoint.status == Status::Undocumented)
+    {
+        about.push("status: undocumented; granted by its id only".to_owned());
+    }
     let at = |rule: &crate::policy::Rule| format!("{}:{}: {rule}", file.display(), rule.line);
     let code = match explanation.verdict {
         Ok(Allowed { by, key }) => {

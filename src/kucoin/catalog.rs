@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 
 use serde::Deserialize;
 
-use super::{Method, Scope};
+use super::{Host, Method, Scope};
 
 /// Compiled from the official SDK specifications and documentation; risk, effect and idempotent are our own judgement.
 const ENDPOINTS: &str = include_str!("endpoints.json");
@@ -42,6 +42,22 @@ pub struct Endpoint {
     /// Whether rules may grant it at all: false where it makes, changes, returns or deletes API keys.
     #[serde(default = "yes")]
     pub grantable: bool,
+    /// Whether a master account's key reads other accounts here: its sub-accounts, or users it has invited.
+    #[serde(default)]
+    pub reads_other_accounts: bool,
+    /// Whether KuCoin has ever documented it.
+    pub status: Status,
+}
+
+/// How an endpoint is known, as far as the rules care.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
+#[serde(rename_all = "kebab-case")]
+pub enum Status {
+    /// Found in a client library alone; what it does is a guess, so no class includes it.
+    Undocumented,
+    /// Everything else: documented now or once.
+    #[serde(other)]
+    Known,
 }
 
 fn yes() -> bool {
@@ -160,6 +176,12 @@ impl Endpoint {
         !reduces && !matches!(self.risk, Risk::Public | Risk::Read)
     }
 
+    /// The class that grants it; `None` where a rule must name it by its id.
+    pub fn class(&self) -> Option<Risk> {
+        let by_class = self.status != Status::Undocumented && self.risk.grantable_as_class();
+        by_class.then_some(self.risk)
+    }
+
     /// Whether it needs a signature.
     pub fn is_private(&self) -> bool {
         self.risk != Risk::Public
@@ -188,6 +210,8 @@ pub struct Catalog {
     endpoints: Vec<Endpoint>,
     by_id: HashMap<String, usize>,
     routes: HashMap<(Option<Scope>, Method), Node>,
+    /// Literal paths of each host, of every scope and method, under their [`lax`] form: none of them is an id.
+    literals: HashMap<(Host, String), usize>,
 }
 
 /// What the catalogue knows of a path.
@@ -197,6 +221,8 @@ pub enum Found<'c> {
     Endpoint(&'c Endpoint),
     /// A path that only a lax router would take for this endpoint, whose literal path it resembles.
     Lookalike(&'c Endpoint),
+    /// The literal path of this endpoint, which has another method or scope; it fits a template, but is no id.
+    NotAnId(&'c Endpoint),
     /// Not this scope's, but this endpoint of another scope, or of a host that is not served.
     OtherScope(&'c Endpoint),
     /// Nothing.
@@ -220,6 +246,7 @@ impl Catalog {
     fn new(endpoints: Vec<Endpoint>) -> Self {
         let mut by_id = HashMap::new();
         let mut routes: HashMap<_, Node> = HashMap::new();
+        let mut literals = HashMap::new();
         for (index, endpoint) in endpoints.iter().enumerate() {
             by_id.insert(endpoint.id.clone(), index);
             let mut node = routes.entry((endpoint.scope, endpoint.method)).or_default();
@@ -230,11 +257,15 @@ impl Catalog {
                 };
             }
             node.endpoint = Some(index);
+            if let (Some(scope), false) = (endpoint.scope, endpoint.path.contains('{')) {
+                literals.insert((scope.host(), lax(&endpoint.path)), index);
+            }
         }
         Self {
             endpoints,
             by_id,
             routes,
+            literals,
         }
     }
 
@@ -250,27 +281,39 @@ impl Catalog {
             .and_then(|&index| self.endpoints.get(index))
     }
 
-    /// The endpoint that serves `path`; literal paths match before templates, since `cancelAll` is no order id.
+    /// The endpoint that serves `path`. A literal path of any method on the host is never an id: `cancelAll` is no order.
     pub fn find(&self, scope: Scope, method: Method, path: &str) -> Found<'_> {
         if let Some(endpoint) = self.route(Some(scope), method, path) {
-            let is_template = endpoint.path.contains('{');
-            return match self.resembles(scope, method, path).filter(|_| is_template) {
-                Some(literal) => Found::Lookalike(literal),
-                None => Found::Endpoint(endpoint),
-            };
+            return self
+                .mistaken(scope, endpoint, path)
+                .unwrap_or(Found::Endpoint(endpoint));
         }
         let elsewhere = Scope::ALL
             .map(Some)
             .into_iter()
             .chain([None])
             .filter(|other| *other != Some(scope));
-        match elsewhere
-            .into_iter()
-            .find_map(|other| self.route(other, method, path))
-        {
-            Some(endpoint) => Found::OtherScope(endpoint),
+        let route = |other| Some((other, self.route(other, method, path)?));
+        match elsewhere.into_iter().find_map(route) {
+            Some((other, endpoint)) => other
+                .and_then(|other| self.mistaken(other, endpoint, path))
+                .unwrap_or(Found::OtherScope(endpoint)),
             None => Found::Unlisted,
         }
+    }
+
+    /// What `path` is when it fits the template of `endpoint`, but is a literal path of the same host or resembles one.
+    fn mistaken(&self, scope: Scope, endpoint: &Endpoint, path: &str) -> Option<Found<'_>> {
+        if !endpoint.path.contains('{') {
+            return None;
+        }
+        let index = self.literals.get(&(scope.host(), lax(path)))?;
+        let literal = self.endpoints.get(*index)?;
+        Some(if literal.path == path {
+            Found::NotAnId(literal)
+        } else {
+            Found::Lookalike(literal)
+        })
     }
 
     fn route(&self, scope: Option<Scope>, method: Method, path: &str) -> Option<&Endpoint> {
@@ -278,29 +321,14 @@ impl Catalog {
         let index = self.routes.get(&(scope, method))?.find(&segments)?;
         self.endpoints.get(index)
     }
+}
 
-    /// The literal endpoint that `path` equals but for case or a suffix after a dot, which a lax router drops.
-    fn resembles(&self, scope: Scope, method: Method, path: &str) -> Option<&Endpoint> {
-        let stem = |segment: &str| {
-            segment
-                .split_once('.')
-                .map_or(segment.len(), |(stem, _)| stem.len())
-        };
-        let alike = |l: &str, r: &str| l.eq_ignore_ascii_case(r.get(..stem(r)).unwrap_or(r));
-        let same = |literal: &str| {
-            let (mut left, mut right) = (literal.split('/'), path.split('/'));
-            left.by_ref()
-                .zip(right.by_ref())
-                .all(|(l, r)| l == r || alike(l, r))
-                && literal.matches('/').count() == path.matches('/').count()
-        };
-        self.endpoints.iter().find(|endpoint| {
-            endpoint.scope == Some(scope)
-                && endpoint.method == method
-                && !endpoint.path.contains('{')
-                && same(&endpoint.path)
-        })
-    }
+/// A path as a lax router reads it: without regard to case, and without a suffix after a dot in a segment.
+fn lax(path: &str) -> String {
+    let stems = path
+        .split('/')
+        .map(|segment| segment.split('.').next().unwrap_or_default());
+    stems.collect::<Vec<_>>().join("/").to_ascii_lowercase()
 }
 
 impl Node {
@@ -334,6 +362,7 @@ mod tests {
         match Catalog::get().find(scope, method, path) {
             Found::Endpoint(endpoint) => endpoint.path.clone(),
             Found::Lookalike(endpoint) => format!("like {}", endpoint.path),
+            Found::NotAnId(endpoint) => format!("of {}", endpoint.id),
             Found::OtherScope(endpoint) => format!("other {:?}", endpoint.scope),
             Found::Unlisted => "unlisted".to_owned(),
         }
@@ -342,10 +371,10 @@ mod tests {
     #[test]
     fn the_catalogue_is_whole() {
         let endpoints = Catalog::get().endpoints();
-        assert_eq!(endpoints.len(), 572);
-        assert_eq!(Catalog::get().by_id.len(), 572, "ids are unique");
+        assert_eq!(endpoints.len(), 584);
+        assert_eq!(Catalog::get().by_id.len(), 584, "ids are unique");
         let served = |e: &&Endpoint| e.scope.is_some() && e.is_private() && e.grantable;
-        assert_eq!(endpoints.iter().filter(served).count(), 417);
+        assert_eq!(endpoints.iter().filter(served).count(), 429);
     }
 
     #[test]
@@ -394,6 +423,78 @@ mod tests {
             ),
             "/api/v1/orders/multi-cancel"
         );
+    }
+
+    #[test]
+    fn a_literal_of_any_method_on_the_host_is_never_an_id() {
+        for (scope, method, path, expected) in [
+            (
+                Scope::Futures,
+                Method::Delete,
+                "/api/v1/orders/multi",
+                "of futures.post.v1-orders-multi",
+            ),
+            (
+                Scope::Futures,
+                Method::Delete,
+                "/api/v1/orders/Multi",
+                "like /api/v1/orders/multi",
+            ),
+            (
+                Scope::SpotMargin,
+                Method::Get,
+                "/api/v1/hf/orders/cancelall.x",
+                "like /api/v1/hf/orders/cancelAll",
+            ),
+            // No literal of the futures host.
+            (
+                Scope::Futures,
+                Method::Delete,
+                "/api/v1/orders/active",
+                "/api/v1/orders/{orderId}",
+            ),
+        ] {
+            assert_eq!(found(scope, method, path), expected, "{method} {path}");
+        }
+        // Over the whole catalogue: no template takes the path of a literal that stands on the same host.
+        let all = Catalog::get().endpoints();
+        let is_literal = |endpoint: &&Endpoint| !endpoint.path.contains('{');
+        let mut tried = 0;
+        for literal in all.iter().filter(is_literal) {
+            let Some(host) = literal.scope.map(Scope::host) else {
+                continue;
+            };
+            for scope in Scope::ALL.into_iter().filter(|scope| scope.host() == host) {
+                for method in [Method::Delete, Method::Get, Method::Post] {
+                    for path in [literal.path.clone(), format!("{}.json", literal.path)] {
+                        tried += 1;
+                        if let Found::Endpoint(endpoint) | Found::OtherScope(endpoint) =
+                            Catalog::get().find(scope, method, &path)
+                        {
+                            assert_eq!(endpoint.path, path, "{method} as {scope}");
+                        }
+                    }
+                }
+            }
+        }
+        assert!(tried > 5000, "{tried}");
+    }
+
+    #[test]
+    fn undocumented_endpoints_belong_to_no_class() {
+        let undocumented: Vec<_> = Catalog::get()
+            .endpoints()
+            .iter()
+            .filter(|endpoint| endpoint.status == Status::Undocumented)
+            .collect();
+        assert_eq!(undocumented.len(), 12);
+        for endpoint in undocumented {
+            assert!(endpoint.path.starts_with("/api/ua/v1/classic/"));
+            assert_eq!(endpoint.class(), None, "{}", endpoint.id);
+        }
+        let class = |id: &str| Catalog::get().by_id(id).unwrap().class();
+        assert_eq!(class("spot.get.v1-accounts"), Some(Risk::Read));
+        assert_eq!(class("spot.post.v3-withdrawals"), None);
     }
 
     #[test]

@@ -175,7 +175,7 @@ impl<'p> Diff<'p> {
         let site = whole.accounts.get(account).map(|account| account.site);
         let class = || {
             let in_class = |endpoint: &&Endpoint| {
-                endpoint.risk == risk
+                endpoint.class() == Some(risk)
                     && endpoint.scope == Some(scope)
                     && endpoint.grantable
                     && site.is_some_and(|site| serves(site, endpoint))
@@ -183,11 +183,8 @@ impl<'p> Diff<'p> {
             Catalog::get().endpoints().iter().filter(in_class)
         };
         let is_whole = class().all(|endpoint| whole.may(bot, account, scope, endpoint));
-        if !risk.grantable_as_class() || !is_whole || endpoints.len() < 2 {
-            for endpoint in endpoints {
-                writeln!(f, "{} {}{}", head(first), endpoint.id, mark(risk))?;
-            }
-            return Ok(());
+        if !is_whole || endpoints.len() < 2 {
+            return write_each(f, first, endpoints);
         }
         let (changed, of) = (endpoints.len(), class().count());
         write!(f, "{} class {} (", head(first), risk.as_str())?;
@@ -231,11 +228,13 @@ impl fmt::Display for Diff<'_> {
             };
             for risk in Risk::ALL {
                 let endpoints = changes.iter().filter_map(|change| change.what.endpoint());
-                let endpoints: Vec<_> =
-                    endpoints.filter(|endpoint| endpoint.risk == risk).collect();
-                if !endpoints.is_empty() {
-                    self.write_class(f, first, risk, &endpoints)?;
+                let (of_class, by_id): (Vec<_>, Vec<_>) = endpoints
+                    .filter(|endpoint| endpoint.risk == risk)
+                    .partition(|endpoint| endpoint.class().is_some());
+                if !of_class.is_empty() {
+                    self.write_class(f, first, risk, &of_class)?;
                 }
+                write_each(f, first, &by_id)?;
             }
             for change in changes {
                 if let Permission::Unlisted(method, path) = change.what {
@@ -246,6 +245,17 @@ impl fmt::Display for Diff<'_> {
         }
         Ok(())
     }
+}
+
+fn write_each(
+    f: &mut fmt::Formatter<'_>,
+    first: &PermissionChange<'_>,
+    endpoints: &[&'static Endpoint],
+) -> fmt::Result {
+    for endpoint in endpoints {
+        writeln!(f, "{} {}{}", head(first), endpoint.id, mark(endpoint.risk))?;
+    }
+    Ok(())
 }
 
 fn head(change: &PermissionChange<'_>) -> String {
@@ -379,6 +389,32 @@ mod tests {
         let in_class =
             |e: &&Endpoint| e.risk == risk && e.scope == Some(Scope::SpotMargin) && e.grantable;
         endpoints.filter(in_class).count()
+    }
+
+    #[test]
+    fn an_undocumented_endpoint_is_listed_beside_its_class_and_not_in_it() {
+        let rules = |allow: &str| {
+            let text = format!(
+                "[account.main]\nkey = {{ unified = \"main\" }}\n\
+                 [[grant]]\nbot = \"b\"\naccount = \"main\"\nscope = \"unified\"\nallow = [{allow}]\n"
+            );
+            Policy::parse(&text).unwrap()
+        };
+        let undocumented = "spot.get.ua-v1-classic-order-detail";
+        let (old, new) = (rules(""), rules(&format!("\"read\", {undocumented:?}")));
+        let text = Diff::between(&old, &new).to_string();
+        let lines: Vec<_> = text.lines().collect();
+        let in_class = Catalog::get()
+            .endpoints()
+            .iter()
+            .filter(|e| e.scope == Some(Scope::Unified) && e.risk == Risk::Read && e.grantable)
+            .filter(|e| !e.path.contains("/classic/"))
+            .count();
+        let expected = [
+            format!("+ b main unified: class read ({in_class} endpoints)"),
+            format!("+ b main unified: {undocumented} (read)"),
+        ];
+        assert_eq!(lines, expected);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use super::file::Place;
 use super::{Denied, Grants, Policy, Rule};
 use crate::ids::{AccountId, BotId, KeyName};
 use crate::kucoin::catalog::Found;
-use crate::kucoin::{Catalog, Endpoint, Method, Scope};
+use crate::kucoin::{Catalog, Endpoint, Method, Risk, Scope};
 
 /// What the rules say to a request, and why.
 #[derive(Debug)]
@@ -55,7 +55,7 @@ impl Policy {
         let found = Catalog::get().find(scope, method, path);
         let endpoint = match found {
             Found::Endpoint(endpoint) | Found::OtherScope(endpoint) => Some(endpoint),
-            Found::Lookalike(_) | Found::Unlisted => None,
+            Found::Lookalike(_) | Found::NotAnId(_) | Found::Unlisted => None,
         };
         let verdict = match self.decide(bot, account, scope, method, path) {
             Ok(granted) => {
@@ -92,6 +92,7 @@ impl Policy {
             Denied::Account(_) | Denied::Caller(_) | Denied::NotGranted { .. } => {}
             Denied::Lookalike { .. }
             | Denied::NeverGranted { .. }
+            | Denied::NotAnId { .. }
             | Denied::NotOurs { .. }
             | Denied::NotServed { .. }
             | Denied::Scope { .. }
@@ -106,11 +107,7 @@ impl Policy {
         };
         let judged = match Catalog::get().find(scope, method, path) {
             Found::Endpoint(endpoint) => {
-                let word = if endpoint.risk.grantable_as_class() {
-                    endpoint.risk.as_str()
-                } else {
-                    &endpoint.id
-                };
+                let word = endpoint.class().map_or(endpoint.id.as_str(), Risk::as_str);
                 // By its id, since a class that holds an endpoint does not make it grantable.
                 place
                     .judge(&endpoint.id)
@@ -124,6 +121,10 @@ impl Policy {
             Found::Lookalike(literal) => Err(format!(
                 "the path resembles {}; write it exactly",
                 literal.id
+            )),
+            Found::NotAnId(endpoint) => Err(format!(
+                "the path belongs to {} ({}) and is never an id",
+                endpoint.id, endpoint.method
             )),
             Found::OtherScope(endpoint) => Err(match endpoint.scope {
                 Some(belongs) => format!("{} belongs to scope {belongs}", endpoint.id),

@@ -250,6 +250,12 @@ impl Place<'_> {
                 Found::Lookalike(endpoint) => {
                     return Err(format!("resembles {} of the catalogue", endpoint.id));
                 }
+                Found::NotAnId(endpoint) => {
+                    return Err(format!(
+                        "is the path of {} ({}) and never an id",
+                        endpoint.id, endpoint.method
+                    ));
+                }
                 Found::OtherScope(endpoint) => {
                     return Err(format!(
                         "is the path of {}, which does not belong to scope {scope}",
@@ -523,6 +529,46 @@ mod tests {
         assert!(problems(&rules("/api/v1/accounts", true))[0].contains("of the catalogue"));
         assert!(problems(&rules("/api/v9/../new", true))[0].contains("expected segments"));
         assert!(problems(&rules("/api/v9/new", true).replace("unlisted = true\n", "")).len() >= 2);
+    }
+
+    #[test]
+    fn an_undocumented_endpoint_is_granted_by_its_id_alone() {
+        let allowed = |allow: &str, method, path: &str| {
+            let rules = grant(allow)
+                .replace("spot-margin = \"main\"", "unified = \"main\"")
+                .replace("scope = \"spot-margin\"", "scope = \"unified\"");
+            let policy = Policy::parse(&rules).unwrap();
+            let (bot, account) = ("b".parse().unwrap(), "main".parse().unwrap());
+            policy
+                .explain(&bot, &account, Scope::Unified, method, path)
+                .verdict
+                .is_ok()
+        };
+        let classes = "\"public\", \"read\", \"trade\", \"trade-config\"";
+        for (id, method, path) in [
+            (
+                "spot.get.ua-v1-classic-account-balance",
+                Method::Get,
+                "/api/ua/v1/classic/account/balance",
+            ),
+            (
+                "spot.post.ua-v1-classic-account-modify-leverage",
+                Method::Post,
+                "/api/ua/v1/classic/account/modify-leverage",
+            ),
+            (
+                "spot.post.ua-v1-classic-order-cancel-all",
+                Method::Post,
+                "/api/ua/v1/classic/order/cancel-all",
+            ),
+        ] {
+            assert!(!allowed(classes, method, path), "{path} by class");
+            assert!(allowed(&format!("{id:?}"), method, path), "{path} by id");
+            assert!(
+                allowed(&format!("{classes}, {id:?}"), method, path),
+                "{path} by both"
+            );
+        }
     }
 
     #[test]

@@ -60,6 +60,44 @@ impl Policy {
         warnings
     }
 
+    /// Where class `read` covers other accounts, should the key be a master account's: one warning for each account. The
+    /// rules do not say whose key it is, so the warnings do not either.
+    pub fn warnings_of_master_keys(&self) -> Vec<Problem> {
+        let accounts = self.accounts.keys();
+        accounts.filter_map(|id| self.warn_of_master(id)).collect()
+    }
+
+    fn warn_of_master(&self, account: &AccountId) -> Option<Problem> {
+        let granted = self.granted().into_iter();
+        let reads = granted
+            .filter(|((_, other, _), _)| *other == account)
+            .filter_map(|(of, grants)| Some((of, grants.classes.get(&Risk::Read)?)));
+        let mut endpoints = BTreeSet::new();
+        let mut first: Option<&Rule> = None;
+        for ((bot, _, scope), rules) in reads {
+            let all = Catalog::get().endpoints().iter();
+            let affected = all.filter(|endpoint| {
+                endpoint.reads_other_accounts
+                    && endpoint.class() == Some(Risk::Read)
+                    && self.may(bot, account, scope, endpoint)
+            });
+            let before = endpoints.len();
+            endpoints.extend(affected.map(|endpoint| endpoint.id.as_str()));
+            if endpoints.len() > before {
+                first = first.into_iter().chain(rules).min();
+            }
+        }
+        let example = endpoints.last()?;
+        Some(at(
+            first?,
+            format_args!(
+                "\"read\" also reads other accounts if {account}'s key is a master account's: sub-accounts, invited users \
+                 ({} endpoints, such as {example}); use a sub-account's key, or grant endpoints by id",
+                endpoints.len()
+            ),
+        ))
+    }
+
     fn warn_of_grants(
         &self,
         bot: &BotId,
@@ -74,7 +112,7 @@ impl Policy {
         for (class, rules) in &grants.classes {
             let mut endpoints = Catalog::get().endpoints().iter();
             let is_effective = |endpoint: &'static Endpoint| {
-                endpoint.risk == *class && self.may(bot, account, scope, endpoint)
+                endpoint.class() == Some(*class) && self.may(bot, account, scope, endpoint)
             };
             if let (false, Some(rule)) = (endpoints.any(is_effective), rules.first()) {
                 let word = &rule.word;
@@ -89,8 +127,8 @@ impl Policy {
         let unlisted = grants.unlisted.values().map(|rules| (None, rules));
         let classes = grants.classes.values().map(|rules| (None, rules));
         let endpoints = grants.endpoints.iter().map(|(id, rules)| {
-            let risk = Catalog::get().by_id(id).map(|endpoint| endpoint.risk);
-            (risk.and_then(|risk| grants.classes.get(&risk)), rules)
+            let class = Catalog::get().by_id(id).and_then(Endpoint::class);
+            (class.and_then(|class| grants.classes.get(&class)), rules)
         });
         for (class, rules) in endpoints.chain(classes).chain(unlisted) {
             let (first, rest) = match class.and_then(|class| class.first()) {
@@ -171,7 +209,9 @@ allow = ["public", "spot.get.v1-timestamp"]
         let rules = rules.to_owned()
             + "[[grant]]\nbot = \"b\"\naccount = \"turkey\"\nscope = \"spot-margin\"\nallow = [\"read\"]\n";
         let policy = Policy::parse(&rules).unwrap();
-        let warnings: Vec<_> = policy.warnings().iter().map(ToString::to_string).collect();
+        let texts = |problems: Vec<Problem>| -> Vec<_> {
+            problems.iter().map(ToString::to_string).collect()
+        };
         let expected = [
             "line 1: account.main.key.futures: no grant names this account in this scope; the key is held for nobody",
             "line 3: account.spare: no grant names this account; its keys are held for nobody",
@@ -182,7 +222,18 @@ allow = ["public", "spot.get.v1-timestamp"]
             "line 30: grant[3].allow[0]: nothing that d may do needs a key",
             "line 30: grant[3].allow[1]: \"spot.get.v1-timestamp\" grants nothing more than grant[3].allow[0] = \"public\" in line 30",
         ];
-        assert_eq!(warnings, expected);
+        assert_eq!(texts(policy.warnings()), expected);
+        let of_master = |account: &str| {
+            format!(
+                "\"read\" also reads other accounts if {account}'s key is a master account's: sub-accounts, invited users \
+                 (12 endpoints, such as spot.get.v2-sub-user); use a sub-account's key, or grant endpoints by id"
+            )
+        };
+        let expected = [
+            format!("line 11: grant[0].allow[0]: {}", of_master("main")),
+            format!("line 35: grant[4].allow[0]: {}", of_master("turkey")),
+        ];
+        assert_eq!(texts(policy.warnings_of_master_keys()), expected);
         assert_eq!(policy.counts(), (3, 5));
     }
 }

@@ -107,6 +107,83 @@ const COLLISIONS: [(Scope, Method, &str, &str, &str); 14] = [
     ),
 ];
 
+/// Literal paths of another method that a granted template also fits: scope, method asked, folder, literal, its endpoint
+/// and the method of that.
+const OTHER_METHODS: [(Scope, Method, &str, &str, &str, &str); 9] = [
+    (
+        Futures,
+        Delete,
+        "/api/v1/orders/",
+        "multi",
+        "futures.post.v1-orders-multi",
+        "POST",
+    ),
+    (
+        Futures,
+        Delete,
+        "/api/v1/orders/",
+        "byClientOid",
+        "futures.get.v1-orders-by-client-oid",
+        "GET",
+    ),
+    (
+        Futures,
+        Get,
+        "/api/v1/orders/",
+        "multi-cancel",
+        "futures.delete.v1-orders-multi-cancel",
+        "DELETE",
+    ),
+    (
+        SpotMargin,
+        Delete,
+        "/api/v1/hf/orders/",
+        "active",
+        "spot.get.v1-hf-orders-active",
+        "GET",
+    ),
+    (
+        SpotMargin,
+        Delete,
+        "/api/v1/hf/orders/",
+        "dead-cancel-all",
+        "spot.post.v1-hf-orders-dead-cancel-all",
+        "POST",
+    ),
+    (
+        SpotMargin,
+        Delete,
+        "/api/v1/orders/",
+        "multi",
+        "spot.post.v1-orders-multi",
+        "POST",
+    ),
+    (
+        SpotMargin,
+        Delete,
+        "/api/v1/stop-order/",
+        "queryOrderByClientOid",
+        "spot.get.v1-stop-order-query-order-by-client-oid",
+        "GET",
+    ),
+    (
+        SpotMargin,
+        Get,
+        "/api/v1/hf/orders/",
+        "cancelAll",
+        "spot.delete.v1-hf-orders-cancel-all",
+        "DELETE",
+    ),
+    (
+        SpotMargin,
+        Get,
+        "/api/v1/stop-order/",
+        "cancel",
+        "spot.delete.v1-stop-order-cancel",
+        "DELETE",
+    ),
+];
+
 /// `picky` holds the templates only: a literal is another endpoint, and what looks like it is nobody's order id.
 pub(super) fn collisions() -> Vec<Case> {
     let mut cases = Vec::new();
@@ -140,6 +217,27 @@ pub(super) fn collisions() -> Vec<Case> {
                 "picky",
                 request,
                 denied(says),
+            ));
+        }
+    }
+    for (scope, method, folder, literal, id, of) in OTHER_METHODS {
+        cases.push(case(
+            format!("{method:?} of {folder}{literal}, which is a {of}"),
+            "picky",
+            on("main", scope, method, &format!("{folder}{literal}")),
+            denied(format!(
+                "the path belongs to {id} ({of}) and is never an id"
+            )),
+        ));
+        let upper = literal.to_ascii_uppercase();
+        for like in [upper.clone(), format!("{literal}.json"), upper + "."] {
+            cases.push(case(
+                format!("{method:?} of {folder}{like}, which resembles a {of}"),
+                "picky",
+                on("main", scope, method, &format!("{folder}{like}")),
+                denied(format!(
+                    "the path resembles {folder}{literal}, which is another endpoint"
+                )),
             ));
         }
     }

@@ -61,7 +61,8 @@ pub(super) fn verdict(
         "turkey" => scope == Scope::SpotMargin && endpoint["product"] != "margin",
         _ => true,
     };
-    let named = |word: &&str| endpoint["risk"] == **word || endpoint["id"] == **word;
+    let by_class = endpoint["status"] != "undocumented";
+    let named = |word: &&str| (by_class && endpoint["risk"] == **word) || endpoint["id"] == **word;
     let granted = grants.iter().any(|grant| grant.allow.iter().any(named));
     if endpoint["grantable"] == false || !site_has_it || !granted {
         Verdict::Refused
@@ -88,9 +89,20 @@ fn endpoint(scope: Scope, method: Method, path: &str) -> Option<&'static Value> 
             .map(|segment| segment.split('.').next().unwrap());
         segments.collect::<Vec<_>>().join("/").to_ascii_lowercase()
     };
-    if literals
+    // A literal path of any method on the host is no id, and what looks like it is none either.
+    let on_host = |e: &&Value| {
+        e["host"]
+            == if scope == Scope::Futures {
+                "futures"
+            } else {
+                "spot"
+            }
+    };
+    if CATALOGUE
         .iter()
-        .any(|e| path_of(e).to_ascii_lowercase() == lax(path))
+        .filter(on_host)
+        .map(path_of)
+        .any(|literal| !literal.contains('{') && literal.to_ascii_lowercase() == lax(path))
     {
         return None;
     }
@@ -111,7 +123,7 @@ fn fits(template: &str, path: &str) -> bool {
 }
 
 /// Path parameters, and endings of all kinds.
-const FRAGMENTS: [&str; 48] = [
+const FRAGMENTS: [&str; 51] = [
     "67fe0c1a",
     "BTC-USDT",
     "XBTUSDTM",
@@ -123,8 +135,11 @@ const FRAGMENTS: [&str; 48] = [
     "cancelAll.json",
     "cancelAll.",
     "cancel",
+    "multi",
+    "MULTI",
     "multi-cancel",
     "Multi-Cancel",
+    "classic",
     "byClientOid",
     "active",
     "active.x",

@@ -49,9 +49,12 @@ fn rules(endpoints: &[Value]) -> String {
         .to_owned();
     for scope in ["spot-margin", "futures", "unified"] {
         let classes = ["read", "trade", "trade-config"];
+        let by_class = |e: &Value| {
+            e["status"] != "undocumented" && classes.contains(&e["risk"].as_str().unwrap())
+        };
         let named = endpoints
             .iter()
-            .filter(|e| e["scope"] == scope && !classes.contains(&e["risk"].as_str().unwrap()))
+            .filter(|e| e["scope"] == scope && !by_class(e))
             .map(|e| e["id"].as_str().unwrap());
         let allow: Vec<_> = classes.into_iter().chain(named).collect();
         writeln!(
@@ -99,7 +102,7 @@ fn descriptor(endpoint: &Value, index: usize) -> SignAndSendRequest {
 #[tokio::test]
 async fn every_private_endpoint_that_can_be_granted_is_verified_from_the_wire() {
     let endpoints = endpoints();
-    assert_eq!(endpoints.len(), 417);
+    assert_eq!(endpoints.len(), 429);
     let mut lab = Lab::with(Settings {
         rules: rules(&endpoints),
         ..Settings::default()
@@ -142,7 +145,7 @@ async fn every_private_endpoint_that_can_be_granted_is_verified_from_the_wire() 
         );
         verified += 1;
     }
-    assert_eq!(verified, 417);
+    assert_eq!(verified, 429);
     // By every host, method and kind of path.
     let received = lab.kucoin.received();
     for host in [Host::Futures, Host::Spot] {
