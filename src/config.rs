@@ -173,7 +173,7 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
     let mut limits = limits(&mut file.section("limits"));
     if let Some(egress) = &egress {
         // A connection that ends must not tear calls that are in order: two tries, and the answer has still to leave.
-        let longest = 2 * (egress.connect_timeout + egress.answer_timeout);
+        let longest = 2 * (egress.longest_connect() + egress.answer_timeout);
         let grace = limits.drain_timeout.max(longest) + Duration::from_secs(5);
         limits.connection.grace = grace;
     }

@@ -10,6 +10,7 @@ pub mod proof;
 use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -29,13 +30,19 @@ use crate::kucoin::question::Question;
 use crate::kucoin::{Host, SignedRequest, Site};
 use crate::telemetry::chain;
 
-use pool::Pool;
+use pool::{Open, Pool};
 
 /// How often idle connections are looked after and, less often, names resolved again.
 const MAINTAIN_EVERY: Duration = Duration::from_secs(5);
 
 /// How long a resolved address is used before the name is asked for again.
 const RESOLVE_EVERY: Duration = Duration::from_secs(30);
+
+/// After a failed connect the name is asked for again at once, but not more often than this.
+const RESOLVE_AGAIN_EVERY: Duration = Duration::from_secs(1);
+
+/// How long a call whose connect failed waits for that answer; a later one is for the next call.
+const RESOLVE_AGAIN_WITHIN: Duration = Duration::from_secs(1);
 
 /// How the exchange is reached.
 #[derive(Clone, Debug)]
@@ -55,6 +62,13 @@ pub struct EgressSettings {
     pub max_idle_for_writes: Duration,
     /// Idle connections kept ready per host.
     pub warm_connections: usize,
+}
+
+impl EgressSettings {
+    /// The longest that one request waits for a connection: where the name has moved, it is asked for in between.
+    pub fn longest_connect(&self) -> Duration {
+        2 * self.connect_timeout + RESOLVE_AGAIN_WITHIN
+    }
 }
 
 /// Where a host is: KuCoin's own address, or a simulator's.
@@ -81,6 +95,10 @@ struct Destination {
     host_header: HeaderValue,
     tls: Option<(TlsConnector, ServerName<'static>)>,
     addresses: RwLock<Vec<SocketAddr>>,
+    /// Whether the last answer for the name had addresses, but none of the kind of the egress address.
+    is_other_kind: AtomicBool,
+    /// When the name was last asked for after a failed connect; held while it is asked for.
+    resolved_again: tokio::sync::Mutex<Option<Instant>>,
     pool: Pool,
 }
 
@@ -93,8 +111,40 @@ impl std::fmt::Debug for Destination {
 /// A connection that is ready for one request.
 #[derive(Debug)]
 pub struct Connection {
-    sender: http1::SendRequest<Full<Bytes>>,
+    open: Open,
+    is_reused: bool,
     destination: Arc<Destination>,
+}
+
+impl Connection {
+    /// The exchange's address at the other end.
+    pub fn peer(&self) -> SocketAddr {
+        self.open.peer
+    }
+
+    /// Whether it was open before this request asked for one.
+    pub fn is_reused(&self) -> bool {
+        self.is_reused
+    }
+}
+
+/// Why a host has no address that can be connected to.
+#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd, thiserror::Error)]
+pub enum NoAddress {
+    /// It has addresses, but only IPv6 ones under an IPv4 egress address, or the other way round.
+    #[error(
+        "{host} has no {} address, the kind of egress.address {egress}",
+        if egress.is_ipv4() { "IPv4" } else { "IPv6" }
+    )]
+    OtherKind {
+        /// The host.
+        host: String,
+        /// Our address.
+        egress: IpAddr,
+    },
+    /// No answer for its name yet.
+    #[error("the name {0} has not been resolved")]
+    Unresolved(String),
 }
 
 /// No connection could be made; nothing was sent.
@@ -112,9 +162,9 @@ pub enum ConnectError {
     /// It took too long.
     #[error("the exchange could not be reached within {} ms; nothing was sent", .0.as_millis())]
     Timeout(Duration),
-    /// The name has no address yet.
-    #[error("the name {0} has not been resolved; nothing was sent")]
-    Unresolved(String),
+    /// The host has no address to connect to.
+    #[error("{0}; nothing was sent")]
+    NoAddress(NoAddress),
 }
 
 /// What became of a request that was to be sent.
@@ -180,21 +230,21 @@ impl Egress {
 
     /// Asks once for the name of a host, and keeps nothing fresh; for whoever does not [`start`](Self::start).
     ///
-    /// Returns the name, and the addresses that can be reached from the egress address.
+    /// Returns the name.
     ///
     /// # Errors
-    /// When there is no such host, or nobody answers in time.
-    pub async fn resolve(
-        &self,
-        place: (Site, Host),
-    ) -> Result<(String, Vec<SocketAddr>), ConnectError> {
+    /// When there is no such host, nobody answers in time, or it has no address that can be connected to.
+    pub async fn resolve(&self, place: (Site, Host)) -> Result<String, ConnectError> {
         let destination = self.destination(place)?;
-        let limit = self.settings.connect_timeout;
-        timeout(limit, destination.resolve(self.settings.address))
+        let (limit, source) = (self.settings.connect_timeout, self.settings.address);
+        timeout(limit, destination.resolve(source))
             .await
             .map_err(|_| ConnectError::Timeout(limit))?
             .map_err(ConnectError::Failed)?;
-        Ok((destination.origin.name.clone(), destination.addresses()))
+        match destination.no_address(source) {
+            Some(missing) => Err(ConnectError::NoAddress(missing)),
+            None => Ok(destination.origin.name.clone()),
+        }
     }
 
     /// How long it waits for a whole answer: past that no call is in flight.
@@ -202,14 +252,13 @@ impl Egress {
         self.settings.answer_timeout
     }
 
-    /// Those of `places` whose name has never been resolved.
-    pub fn unresolved(&self, places: &BTreeSet<(Site, Host)>) -> BTreeSet<String> {
+    /// Those of `places` that have no address to connect to, and why.
+    pub fn without_address(&self, places: &BTreeSet<(Site, Host)>) -> BTreeSet<NoAddress> {
         let of_place = |place| self.destinations.get(place);
         places
             .iter()
             .filter_map(of_place)
-            .filter(|destination| destination.addresses().is_empty())
-            .map(|destination| destination.origin.name.clone())
+            .filter_map(|destination| destination.no_address(self.settings.address))
             .collect()
     }
 
@@ -227,12 +276,15 @@ impl Egress {
         } else {
             self.settings.max_idle_for_writes
         };
-        let sender = match destination.pool.take(max_idle).await {
-            Some(sender) => sender,
-            None => destination.dial(&self.settings).await?,
+        let idle = destination.pool.take(max_idle).await;
+        let is_reused = idle.is_some();
+        let open = match idle {
+            Some(open) => open,
+            None => destination.open(&self.settings).await?,
         };
         Ok(Connection {
-            sender,
+            open,
+            is_reused,
             destination: Arc::clone(destination),
         })
     }
@@ -286,6 +338,7 @@ async fn exchange(
         .headers_mut()
         .insert(header::HOST, connection.destination.host_header.clone());
     let response = connection
+        .open
         .sender
         .try_send_request(request)
         .await
@@ -311,7 +364,7 @@ async fn exchange(
             });
         }
     };
-    connection.destination.pool.put(connection.sender);
+    connection.destination.pool.put(connection.open);
     Ok(Response::from_parts(head, body))
 }
 
@@ -340,6 +393,8 @@ impl Destination {
             host_header,
             tls,
             addresses: RwLock::default(),
+            is_other_kind: AtomicBool::new(false),
+            resolved_again: tokio::sync::Mutex::default(),
             pool: Pool::default(),
         })
     }
@@ -351,7 +406,20 @@ impl Destination {
             .clone()
     }
 
-    /// Asks for the name. Fails when nobody answers; the last addresses serve on then.
+    /// Why there is no address to connect to; `None` while there is one.
+    fn no_address(&self, egress: IpAddr) -> Option<NoAddress> {
+        if !self.addresses().is_empty() {
+            return None;
+        }
+        let host = self.origin.name.clone();
+        Some(if self.is_other_kind.load(Ordering::Relaxed) {
+            NoAddress::OtherKind { host, egress }
+        } else {
+            NoAddress::Unresolved(host)
+        })
+    }
+
+    /// Asks for the name. Fails when nobody answers; the last addresses stay in use then.
     async fn resolve(&self, source: IpAddr) -> io::Result<()> {
         let name = (self.origin.name.as_str(), self.origin.port);
         let found = tokio::net::lookup_host(name).await?;
@@ -361,17 +429,34 @@ impl Destination {
 
     /// The same within a time limit: a name server that hangs must not hold up anything else.
     async fn refresh(&self, settings: &EgressSettings) {
-        let resolving = self.resolve(settings.address);
-        if let Ok(Err(error)) = timeout(settings.connect_timeout, resolving).await {
-            tracing::warn!(host = self.origin.name, %error, "name cannot be resolved; the last addresses serve on");
+        let limit = settings.connect_timeout;
+        let error = match timeout(limit, self.resolve(settings.address)).await {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => error,
+            Err(_) => io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("no answer within {} ms", limit.as_millis()),
+            ),
+        };
+        tracing::warn!(host = self.origin.name, %error, "DNS lookup failed; using cached addresses");
+    }
+
+    /// The same after a failed connect: at once, but not more often than [`RESOLVE_AGAIN_EVERY`]. Who comes while another
+    /// asks waits for the same answer.
+    async fn refresh_again(self: Arc<Self>, settings: EgressSettings) {
+        let mut last = self.resolved_again.lock().await;
+        if last.is_none_or(|at| at.elapsed() >= RESOLVE_AGAIN_EVERY) {
+            self.refresh(&settings).await;
+            *last = Some(Instant::now());
         }
     }
 
     /// Keeps what can be reached from `source`; without a usable address the last good answer stays.
     fn keep(&self, found: impl Iterator<Item = SocketAddr>, source: IpAddr) {
-        let usable: Vec<_> = found
-            .filter(|address| address.is_ipv4() == source.is_ipv4())
-            .collect();
+        let (usable, others): (Vec<_>, Vec<_>) =
+            found.partition(|address| address.is_ipv4() == source.is_ipv4());
+        let is_other_kind = usable.is_empty() && !others.is_empty();
+        self.is_other_kind.store(is_other_kind, Ordering::Relaxed);
         if !usable.is_empty() {
             *self
                 .addresses
@@ -385,8 +470,8 @@ impl Destination {
         loop {
             self.pool.drop_older_than(settings.max_idle);
             for _ in self.pool.fresh(settings.max_idle_for_writes)..settings.warm_connections {
-                match self.dial(&settings).await {
-                    Ok(sender) => self.pool.put(sender),
+                match self.open(&settings).await {
+                    Ok(open) => self.pool.put(open),
                     Err(error) => {
                         tracing::warn!(
                             host = self.origin.name,
@@ -405,24 +490,60 @@ impl Destination {
         }
     }
 
-    /// Makes a new connection within the time limit, from the egress address.
+    /// Makes a new connection. Where no known address takes it, the name may have moved: asks for it again, and tries the
+    /// addresses that are new.
+    async fn open(self: &Arc<Self>, settings: &EgressSettings) -> Result<Open, ConnectError> {
+        let tried = self.addresses();
+        let error = match self.dial(&tried, settings).await {
+            Ok(open) => return Ok(open),
+            Err(error) => error,
+        };
+        // In a task of its own: the next call needs the answer too, whatever becomes of this one.
+        let again = tokio::spawn(Arc::clone(self).refresh_again(settings.clone()));
+        let _ = timeout(RESOLVE_AGAIN_WITHIN, again).await;
+        let now = self.addresses();
+        let is_gone = |address: &SocketAddr| tried.contains(address) && !now.contains(address);
+        self.pool.drop_where(is_gone);
+        let new: Vec<_> = now
+            .iter()
+            .copied()
+            .filter(|address| !tried.contains(address))
+            .collect();
+        if new.is_empty() && !tried.is_empty() {
+            return Err(error);
+        }
+        self.dial(&new, settings).await
+    }
+
+    /// Connects to the first of `addresses` that lets us, within the time limit, from the egress address.
     async fn dial(
         &self,
+        addresses: &[SocketAddr],
         settings: &EgressSettings,
-    ) -> Result<http1::SendRequest<Full<Bytes>>, ConnectError> {
-        let addresses = self.addresses();
+    ) -> Result<Open, ConnectError> {
         // A share of the time for each, so that one that does not answer leaves some to the others.
         let share = settings.connect_timeout / u32::try_from(addresses.len().max(1)).unwrap_or(1);
-        let mut failure = ConnectError::Unresolved(self.origin.name.clone());
-        for address in addresses {
-            match timeout(share, self.dial_one(address, settings.address)).await {
-                Ok(Ok(sender)) => return Ok(sender),
-                Ok(Err(error)) => failure = error,
-                Err(_) => failure = ConnectError::Timeout(share),
-            }
+        let mut failure = None;
+        for &address in addresses {
+            let dialled = timeout(share, self.dial_one(address, settings.address)).await;
+            let error = match dialled.unwrap_or(Err(ConnectError::Timeout(share))) {
+                Ok(sender) => {
+                    return Ok(Open {
+                        sender,
+                        peer: address,
+                    });
+                }
+                Err(error) => error,
+            };
+            tracing::debug!(host = self.origin.name, peer = %address, error = chain(&error), "address did not accept the connection");
+            failure = Some(error);
             self.put_last(address);
         }
-        Err(failure)
+        Err(failure.unwrap_or_else(|| {
+            let missing = self.no_address(settings.address);
+            let unresolved = || NoAddress::Unresolved(self.origin.name.clone());
+            ConnectError::NoAddress(missing.unwrap_or_else(unresolved))
+        }))
     }
 
     /// The next connection starts with another address than one that has just failed.
@@ -485,25 +606,104 @@ where
 mod tests {
     use super::*;
 
-    #[test]
-    fn the_last_good_addresses_stay_and_ipv4_keeps_to_ipv4() {
+    fn localhost(port: u16) -> Arc<Destination> {
         let origin = Origin {
             tls: false,
             name: "localhost".to_owned(),
-            port: 1,
+            port,
         };
         let roots = rustls::RootCertStore::empty();
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let tls = rustls::ClientConfig::builder_with_provider(provider);
         let tls = tls.with_safe_default_protocol_versions().unwrap();
         let tls = tls.with_root_certificates(roots).with_no_client_auth();
-        let destination = Destination::new(origin, &Arc::new(tls)).unwrap();
+        Arc::new(Destination::new(origin, &Arc::new(tls)).unwrap())
+    }
+
+    fn settings() -> EgressSettings {
+        EgressSettings {
+            address: "127.0.0.1".parse().unwrap(),
+            connect_timeout: Duration::from_secs(10),
+            answer_timeout: Duration::from_secs(10),
+            max_answer_bytes: 1024,
+            max_idle: Duration::from_secs(60),
+            max_idle_for_writes: Duration::from_secs(20),
+            warm_connections: 0,
+        }
+    }
+
+    /// Points the destination at an address of this machine where nobody listens.
+    fn move_away(destination: &Destination) -> SocketAddr {
+        let old = SocketAddr::from(([127, 7, 7, 6], destination.origin.port));
+        destination.keep([old].into_iter(), settings().address);
+        old
+    }
+
+    #[tokio::test]
+    async fn a_failed_connect_looks_the_name_up_again_and_uses_the_new_address() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let new = listener.local_addr().unwrap();
+        let destination = localhost(new.port());
+        move_away(&destination);
+        let open = destination.open(&settings()).await.unwrap();
+        assert_eq!(open.peer, new);
+        assert_eq!(destination.addresses(), [new]);
+    }
+
+    #[tokio::test]
+    async fn idle_connections_to_an_address_that_is_gone_are_dropped_and_others_stay() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let new = listener.local_addr().unwrap();
+        let destination = localhost(new.port());
+        let old = move_away(&destination);
+        let (ours, _theirs) = tokio::io::duplex(64);
+        let sender = handshake(ours).await.unwrap();
+        destination.pool.put(Open { sender, peer: old });
+        let open = destination.open(&settings()).await.unwrap();
+        destination.pool.put(open);
+        let idle = destination.pool.take(settings().max_idle).await.unwrap();
+        assert_eq!(idle.peer, new);
+        assert!(destination.pool.take(settings().max_idle).await.is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn failed_connects_look_the_name_up_at_most_once_a_second() {
+        let destination = localhost(1);
+        let again = || Arc::clone(&destination).refresh_again(settings());
+        let new = SocketAddr::from(([127, 0, 0, 1], 1));
+        move_away(&destination);
+        again().await;
+        assert_eq!(destination.addresses(), [new], "at once");
+        let old = move_away(&destination);
+        for _ in 0..3 {
+            again().await;
+        }
+        assert_eq!(destination.addresses(), [old], "within a second");
+        tokio::time::advance(RESOLVE_AGAIN_EVERY).await;
+        again().await;
+        assert_eq!(destination.addresses(), [new], "after a second");
+    }
+
+    #[test]
+    fn the_last_good_addresses_stay_and_ipv4_keeps_to_ipv4() {
+        let destination = localhost(1);
         let (four, six) = (
             "192.0.2.1:1".parse().unwrap(),
             "[2001:db8::1]:1".parse().unwrap(),
         );
         let source = |text: &str| text.parse::<IpAddr>().unwrap();
+        let words = |egress| destination.no_address(source(egress)).unwrap().to_string();
+        assert_eq!(
+            words("192.0.2.9"),
+            "the name localhost has not been resolved"
+        );
+        destination.keep([four].into_iter(), source("2001:db8::9"));
+        assert_eq!(
+            words("2001:db8::9"),
+            "localhost has no IPv6 address, the kind of egress.address 2001:db8::9"
+        );
         destination.keep([six, four].into_iter(), source("192.0.2.9"));
+        assert_eq!(destination.no_address(source("192.0.2.9")), None);
         assert_eq!(destination.addresses(), [four]);
         destination.keep([].into_iter(), source("192.0.2.9"));
         destination.keep([six].into_iter(), source("0.0.0.0"));

@@ -49,9 +49,9 @@ pub fn readiness(broker: &Broker) -> Readiness {
         is_ready = false;
         reasons.push("the server certificate has ended; put a new one in its place".to_owned());
     }
-    for host in broker.egress.unresolved(&broker.policy().places()) {
+    for missing in broker.egress.without_address(&broker.policy().places()) {
         is_ready = false;
-        reasons.push(format!("exchange: the name {host} has not been resolved"));
+        reasons.push(format!("exchange: {missing}"));
     }
     let ProofStatus {
         mismatch,

@@ -1,5 +1,6 @@
 //! Idle connections to one host, newest first.
 
+use std::net::SocketAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -19,34 +20,42 @@ const READY_WITHIN: Duration = Duration::from_millis(20);
 #[derive(Debug, Default)]
 pub(super) struct Pool(Mutex<Vec<Idle>>);
 
+/// An open connection.
+#[derive(Debug)]
+pub(super) struct Open {
+    pub(super) sender: SendRequest<Full<Bytes>>,
+    /// The address at the other end.
+    pub(super) peer: SocketAddr,
+}
+
 #[derive(Debug)]
 struct Idle {
-    sender: SendRequest<Full<Bytes>>,
+    open: Open,
     since: Instant,
 }
 
 impl Pool {
     /// The newest connection that is open, ready, and idle for less than `max_idle`.
-    pub(super) async fn take(&self, max_idle: Duration) -> Option<SendRequest<Full<Bytes>>> {
+    pub(super) async fn take(&self, max_idle: Duration) -> Option<Open> {
         loop {
-            let mut sender = {
+            let mut open = {
                 let mut idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
                 // The newest is last: when it is too old, all are.
                 idle.pop_if(|newest| newest.since.elapsed() < max_idle)?
-                    .sender
+                    .open
             };
-            if let Ok(Ok(())) = timeout(READY_WITHIN, sender.ready()).await {
-                return Some(sender);
+            if let Ok(Ok(())) = timeout(READY_WITHIN, open.sender.ready()).await {
+                return Some(open);
             }
         }
     }
 
     /// Keeps a connection for the next request.
-    pub(super) fn put(&self, sender: SendRequest<Full<Bytes>>) {
+    pub(super) fn put(&self, open: Open) {
         let mut idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if !sender.is_closed() && idle.len() < MAX_IDLE_CONNECTIONS {
+        if !open.sender.is_closed() && idle.len() < MAX_IDLE_CONNECTIONS {
             idle.push(Idle {
-                sender,
+                open,
                 since: Instant::now(),
             });
         }
@@ -56,15 +65,21 @@ impl Pool {
     pub(super) fn drop_older_than(&self, max_idle: Duration) {
         let mut idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         idle.retain(|connection| {
-            !connection.sender.is_closed() && connection.since.elapsed() < max_idle
+            !connection.open.sender.is_closed() && connection.since.elapsed() < max_idle
         });
+    }
+
+    /// Closes those to an address that `is_gone`.
+    pub(super) fn drop_where(&self, is_gone: impl Fn(&SocketAddr) -> bool) {
+        let mut idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        idle.retain(|connection| !is_gone(&connection.open.peer));
     }
 
     /// How many open connections have been idle for less than `max_idle`.
     pub(super) fn fresh(&self, max_idle: Duration) -> usize {
         let idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         idle.iter()
-            .filter(|c| !c.sender.is_closed() && c.since.elapsed() < max_idle)
+            .filter(|c| !c.open.sender.is_closed() && c.since.elapsed() < max_idle)
             .count()
     }
 }
@@ -82,17 +97,18 @@ mod tests {
         let (ours, theirs) = tokio::io::duplex(64);
         let (sender, connection) = http1::handshake(TokioIo::new(ours)).await.unwrap();
         let connection = tokio::spawn(connection);
-        pool.put(sender);
+        let peer = SocketAddr::from(([127, 0, 0, 1], 1));
+        pool.put(Open { sender, peer });
         tokio::time::advance(Duration::from_secs(21)).await;
         let (writes, reads) = (Duration::from_secs(20), Duration::from_secs(60));
         assert_eq!((pool.fresh(writes), pool.fresh(reads)), (0, 1));
         assert!(pool.take(writes).await.is_none());
-        let sender = pool.take(reads).await.expect("a read may use it");
+        let open = pool.take(reads).await.expect("a read may use it");
         assert!(
             pool.take(reads).await.is_none(),
             "each connection serves one call at a time"
         );
-        pool.put(sender);
+        pool.put(open);
         drop(theirs);
         let _ = connection.await.unwrap();
         assert!(pool.take(reads).await.is_none());

@@ -631,6 +631,15 @@ async fn what_is_wrong_with_the_way_to_the_exchange_is_told() {
         "curl --interface 127.0.0.1",
     )
     .await;
+    lab.reconfigure("http://127.0.0.1:1\"", "http://[::1]:1\"");
+    fails(
+        &lab,
+        host,
+        "::1 has no IPv4 address, the kind of egress.address 127.0.0.1",
+        "correct egress.address",
+    )
+    .await;
+    lab.reconfigure("http://[::1]:1\"", "http://127.0.0.1:1\"");
     let elsewhere = "[exchange]\nsend_signed_requests_to_hosts_other_than_kucoin = true";
     lab.reconfigure("[exchange]", elsewhere);
     lab.reconfigure("http://127.0.0.1:1\"", "https://kucoin.invalid\"");

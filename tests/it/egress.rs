@@ -10,8 +10,8 @@ use serde_json::json;
 use tonic::Code;
 
 use crate::harness::{
-    Bot, Lab, MAIN_UID, Settings, Time, accounts, failure, futures_order, spot_cancel_all,
-    spot_order, until,
+    Bot, Lab, MAIN_UID, Road, Settings, Time, accounts, failure, futures_order, say,
+    spot_cancel_all, spot_order, until,
 };
 
 /// The default of `egress.proof_every_s`, and a little more.
@@ -383,4 +383,105 @@ async fn where_the_system_chooses_the_address_the_expected_one_must_be_said() {
         problems[0].contains("egress.expected_ip: is missing"),
         "{problems:?}"
     );
+}
+
+/// Where the exchange's name points before it moves; no other test uses this address.
+const OLD_ADDRESS: &str = "127.7.7.7";
+
+/// Whether this machine lets a process have an `/etc/hosts` of its own.
+fn has_mount_namespaces() -> bool {
+    let status = std::process::Command::new("unshare")
+        .args(["--mount", "sh", "-c", "mount --bind /etc/hosts /etc/hosts"])
+        .stderr(std::process::Stdio::null())
+        .status();
+    status.is_ok_and(|status| status.success())
+}
+
+/// How many open connections lead to `address`, as the kernel knows them.
+fn open_connections(address: std::net::SocketAddrV4) -> usize {
+    let octets = address.ip().octets();
+    let hex = format!("{:08X}:{:04X}", u32::from_le_bytes(octets), address.port());
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let rows = table.lines().map(|line| line.split_whitespace());
+    rows.filter_map(|mut row| Some((row.nth(2)?.to_owned(), row.next()?.to_owned())))
+        // Established, or closed by the other end alone.
+        .filter(|(peer, state)| *peer == hex && matches!(state.as_str(), "01" | "08"))
+        .count()
+}
+
+#[tokio::test]
+async fn calls_follow_the_exchange_to_its_new_address_at_once() {
+    if !has_mount_namespaces() {
+        say("exchange's name moves: not run (needs root and unshare)");
+        return;
+    }
+    let mut lab = Lab::install(&Settings {
+        // Kept short, so that the first call after the move needs a new connection.
+        egress: "warm_connections = 0\nexpected_ip = \"127.0.0.1\"".to_owned(),
+        ..Settings::default()
+    })
+    .await;
+    let target: std::net::SocketAddrV4 = lab.kucoin.spot_url().split_off(7).parse().unwrap();
+    let old = format!("{OLD_ADDRESS}:{}", target.port());
+    let road = Road::from(&old, &lab.kucoin.spot_url()).await;
+    let hosts = lab.path("hosts");
+    let points_to = |address: &str| {
+        std::fs::write(&hosts, format!("{address} localhost\n")).unwrap();
+    };
+    points_to(OLD_ADDRESS);
+    lab.reconfigure(
+        &lab.kucoin.spot_url(),
+        &format!("http://localhost:{}", target.port()),
+    );
+    let own_hosts = "mount --bind \"$1\" /etc/hosts && shift && exec \"$@\"";
+    let hosts_file = hosts.to_str().unwrap();
+    let command = [
+        "unshare", "--mount", "sh", "-c", own_hosts, "sh", hosts_file,
+    ];
+    lab.spawn_broker_under(&command).await;
+    lab.until_ready().await;
+    let mut bot = lab.bot("maker").await;
+    accepted(&mut bot, spot_order("before")).await;
+
+    points_to("127.0.0.1");
+    road.close();
+    until("connections to the old address are closed", async || {
+        open_connections(old.parse().unwrap()) == 0
+    })
+    .await;
+    // The very first call, which is one that must not be repeated.
+    accepted(&mut bot, spot_cancel_all()).await;
+    accepted(&mut bot, spot_order("after")).await;
+    accepted(&mut bot, accounts()).await;
+    lab.process().terminate();
+    assert_eq!(lab.process().exit_code().await, Some(0));
+    lab.check_record();
+}
+
+#[tokio::test]
+async fn a_host_without_an_address_of_the_right_kind_is_named_as_such() {
+    let mut lab = Lab::with(Settings {
+        spot_url: Some("http://[::1]:9".to_owned()),
+        wait_ready: false,
+        ..Settings::default()
+    })
+    .await;
+    lab.until_keys().await;
+    let words = "::1 has no IPv4 address, the kind of egress.address 127.0.0.1";
+    let (status, text) = lab.get("/readyz").await;
+    assert_eq!(status, 503);
+    assert!(text.contains(&format!("exchange: {words}\n")), "{text}");
+    let mut bot = lab.bot("maker").await;
+    let status = bot.send(spot_cancel_all()).await.unwrap_err();
+    let (code, reason, outcome, _) = failure(&status);
+    assert_eq!(
+        (code, reason.as_str(), outcome.as_str(), status.message()),
+        (
+            Code::Unavailable,
+            "EXCHANGE_UNREACHABLE",
+            "not_sent",
+            format!("{words}; nothing was sent").as_str()
+        )
+    );
+    lab.stop().await;
 }

@@ -810,8 +810,13 @@ enum Way {
 impl Road {
     /// An open one to `target`, an address such as `http://127.0.0.1:1234`.
     pub(crate) async fn to(target: &str) -> Self {
+        Self::from("127.0.0.1:0", target).await
+    }
+
+    /// The same, listening on `address`.
+    pub(crate) async fn from(address: &str, target: &str) -> Self {
         let target: SocketAddr = target.rsplit('/').next().unwrap().parse().unwrap();
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listener = TcpListener::bind(address).await.unwrap();
         let address = listener.local_addr().unwrap();
         let (state, mut way) = watch::channel(Way::Open);
         tokio::spawn(async move {

@@ -13,7 +13,7 @@ use crate::broker::probes::{Unanswered, ask};
 use crate::clock::{Clock, MAX_UNCERTAINTY, Place, Sample};
 use crate::config::Config;
 use crate::egress::proof::ProofMode;
-use crate::egress::{ConnectError, Egress};
+use crate::egress::{ConnectError, Egress, NoAddress};
 use crate::kucoin::Host;
 use crate::kucoin::question::Question;
 use crate::policy::Policy;
@@ -88,15 +88,12 @@ fn late(about: &str, limit: Duration) -> Line {
 async fn host(config: &Config, egress: &Egress, clock: &Clock, place: Place) -> Vec<Line> {
     let about = name(place);
     let host = match egress.resolve(place).await {
-        Ok((host, addresses)) if addresses.is_empty() => {
-            let detail = format!(
-                "{host} has no address that {} can reach",
-                config.egress.address
-            );
+        Err(ConnectError::NoAddress(missing @ NoAddress::OtherKind { .. })) => {
+            let detail = missing.to_string();
             let fix = "egress.address is IPv4 or IPv6, and the host must have an address of that kind: correct egress.address";
             return vec![Line::failed("host", &about, detail, fix)];
         }
-        Ok((host, _)) => host,
+        Ok(host) => host,
         Err(error) => {
             let host = config
                 .origins
