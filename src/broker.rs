@@ -29,7 +29,7 @@ use crate::audit::{Audit, Caller, Ending, Recorded};
 use crate::clock::Clock;
 use crate::egress::proof::Proof;
 use crate::egress::{ConnectError, Egress, SendError};
-use crate::ids::{AccountId, BotId, RequestId, Who};
+use crate::ids::{AccountId, BotId, KeyName, RequestId, Who};
 use crate::keyring::usage::Refusal;
 use crate::keyring::{KeyUnavailable, Keyring, Lent};
 use crate::kucoin::{
@@ -193,17 +193,21 @@ impl Broker {
         }
         let permit = self.policy().authorize(&call.who, &call.request)?;
         let permit = progress.permit.get_or_init(|| permit);
+        self.log_permit(call, permit);
         self.check_surroundings(&call.who, permit)?;
+        tracing::debug!(risk_increasing = permit.adds_risk(), "interlocks passed");
         let recorded = self
             .audit
             .intent(&caller(call, number), permit, &call.request)?;
         let _ = progress.recorded.set(());
+        tracing::debug!("intent audited");
         let mut last = self.send(call, permit, &recorded, &progress.gate).await;
         let mut remedies = Remedies::default();
         while self
             .is_worth_another(call, permit, &last, progress, &mut remedies)
             .await
         {
+            tracing::debug!(cause = why_again(&last), "sending again");
             match self.send(call, permit, &recorded, &progress.gate).await {
                 // What this try did not send, the last one may have.
                 Err(next) if is_unsent(&next) && !last.as_ref().is_err_and(is_unsent) => break,
@@ -281,7 +285,13 @@ impl Broker {
         let connection = self
             .egress
             .connect(permit.destination(), permit.is_idempotent())
-            .await?;
+            .await
+            .inspect_err(|error| tracing::debug!(error = chain(error), "connect failed"))?;
+        tracing::debug!(
+            peer = %connection.peer(),
+            reused = connection.is_reused(),
+            "connection ready"
+        );
         // The rules may have changed meanwhile: the account may have another key now, and the bot less to say.
         let destination = permit.destination();
         let permit = &self.policy().authorize(&call.who, &call.request)?;
@@ -301,13 +311,28 @@ impl Broker {
         if sending >= call.deadline || !gate.take() {
             return Err(BrokerError::DeadlineExceeded);
         }
+        let key = permit.key_name().filter(|_| lent.is_some());
+        tracing::debug!(
+            key.name = key.map(KeyName::as_str),
+            key.vault_version = lent.as_ref().and_then(|lent| lent.version),
+            timestamp_ms,
+            "request signed"
+        );
         let (head, body) = self
             .egress
             .send(connection, signed, recorded)
-            .await?
+            .await
+            .inspect_err(|error| tracing::debug!(error = chain(error), "send failed"))?
             .into_parts();
         let (scope, changes) = (permit.scope(), permit.changes());
         let answer = Answer::read(head.status, &head.headers, body, scope, changes);
+        tracing::debug!(
+            http.status = answer.http_status.as_u16(),
+            code = answer.code,
+            outcome = %answer.outcome,
+            exchange_us = micros(sending.elapsed()),
+            "answer received"
+        );
         self.heed(call, permit, lent.as_ref(), &answer);
         Ok(Receipt {
             answer,
@@ -319,6 +344,34 @@ impl Broker {
             exchange: sending.elapsed(),
             lent,
         })
+    }
+
+    /// Logs at debug which lines of the rules allow a bot's call.
+    fn log_permit(&self, call: &Call, permit: &Permit) {
+        if !tracing::enabled!(tracing::Level::DEBUG) {
+            return;
+        }
+        let rules = call.who.bot().and_then(|bot| {
+            let (policy, request) = (self.policy(), &call.request);
+            let &UnsignedRequest {
+                ref account,
+                scope,
+                method,
+                ref target,
+                ..
+            } = request;
+            let explained = policy.explain(bot, account, scope, method, target.path());
+            let by = explained.verdict.ok()?.by.into_iter();
+            let by = by.map(|rule| format!("line {}: {rule}", rule.line));
+            Some(by.collect::<Vec<_>>().join(", "))
+        });
+        tracing::debug!(
+            account.id = %permit.account().id,
+            scope = %permit.scope(),
+            endpoint = permit.endpoint_id(),
+            rules,
+            "call authorized"
+        );
     }
 
     /// The key that signs, unless none has to; never one that is revoked, wherever it comes from.
@@ -605,6 +658,17 @@ fn may_go_again(first: &Result<Receipt, BrokerError>, permit: &Permit, gate: &Ga
             permit.is_idempotent()
         }
         _ => false,
+    }
+}
+
+/// Why a request leaves once more; for the log.
+fn why_again(last: &Result<Receipt, BrokerError>) -> &'static str {
+    match last {
+        Ok(receipt) if receipt.answer.code == TIMESTAMP_REFUSED => "timestamp refused",
+        Ok(_) => "key refused",
+        Err(BrokerError::Connect(_)) => "connect failed",
+        Err(BrokerError::Send(SendError::HandedBack(_))) => "connection closed before the send",
+        Err(_) => "answer lost, and the request may be repeated",
     }
 }
 

@@ -128,6 +128,8 @@ pub struct Lent {
     pub key: Arc<Key>,
     /// What the exchange has said about it.
     pub usage: Arc<Usage>,
+    /// Its version in Vault; none for one that is only tested.
+    pub version: Option<u64>,
     /// Since Vault last confirmed it; zero while Vault answers.
     pub stale: Duration,
 }
@@ -138,6 +140,7 @@ impl Lent {
         Self {
             key,
             usage: Arc::default(),
+            version: None,
             stale: Duration::ZERO,
         }
     }
@@ -267,6 +270,7 @@ impl Keyring {
                 usage,
                 confirmed,
                 outage,
+                version,
                 ..
             }) => {
                 let age = self.clock.boot().saturating_sub(*confirmed);
@@ -290,6 +294,7 @@ impl Keyring {
                 Ok(Lent {
                     key: Arc::clone(key),
                     usage: Arc::clone(usage),
+                    version: Some(*version),
                     stale,
                 })
             }

@@ -5,9 +5,11 @@ use std::fmt::Write as _;
 use credbroker::api::proto::{Candidate, Method, QueryParameter, Scope, TestKeyRequest};
 use credbroker_sim::kucoin::{Fault, FaultAction, Partner, SimKey, When};
 use credbroker_sim::vault;
+use serde_json::{Value, json};
 
 use crate::harness::{
-    Lab, MAIN_UID, Settings, accounts, futures_order, kv_path, request, secret, spot_order, until,
+    Lab, MAIN_UID, RULES, Settings, accounts, futures_order, kv_path, request, secret, spot_order,
+    until,
 };
 
 /// The mark of every planted secret.
@@ -15,6 +17,17 @@ const MARK: &str = "canary0secret";
 
 /// Planted on purpose where it must be found, so that the search is known to work.
 const PLANTED: &str = "canary0planted";
+
+/// The messages of one call that went well, in their order.
+const STAGES: [&str; 7] = [
+    "call authorized",
+    "interlocks passed",
+    "intent audited",
+    "connection ready",
+    "request signed",
+    "answer received",
+    "call ended",
+];
 
 struct Haystack(Vec<(&'static str, String)>);
 
@@ -195,6 +208,11 @@ async fn no_secret_reaches_a_log_an_error_a_metric_or_the_record() {
         haystack.0[0].1.contains("\"level\":\"DEBUG\""),
         "everything is logged"
     );
+    // Each stage of a call says at DEBUG what it did, and the search below covers its words.
+    for stage in STAGES {
+        let message = format!("\"message\":\"{stage}\"");
+        assert_eq!(haystack.places_of(&message), ["log"], "{stage}");
+    }
     for silenced in [
         "\"target\":\"rustify",
         "\"target\":\"vaultrs",
@@ -233,6 +251,121 @@ async fn no_secret_reaches_a_log_an_error_a_metric_or_the_record() {
             haystack.places_of(&encoded),
             [""; 0],
             "{secret} percent-encoded"
+        );
+    }
+}
+
+/// The lines of the calls of `bot`, each as its message and itself.
+fn lines_of_calls(log: &str, bot: &str) -> Vec<(String, Value)> {
+    let lines = log
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    lines
+        .filter(|line| line["span"]["bot.id"] == bot)
+        .map(|line| (line["message"].as_str().unwrap().to_owned(), line))
+        .collect()
+}
+
+#[tokio::test]
+async fn at_debug_each_stage_of_a_call_says_what_it_did_and_by_default_none_does() {
+    let maker = "spiffe://demo.test/bot/maker";
+    for filter in ["debug", "info"] {
+        let mut lab = Lab::with(Settings {
+            config: format!("[log]\nfilter = \"{filter}\""),
+            process: true,
+            ..Settings::default()
+        })
+        .await;
+        let mut bot = lab.bot("maker").await;
+        let mut order = spot_order("staged");
+        order.request_id = "order-1".to_owned();
+        bot.send(order).await.unwrap();
+        lab.kucoin.fault(Fault::once(
+            "/api/v1/accounts",
+            FaultAction::Close {
+                when: When::AfterTaken,
+            },
+        ));
+        let mut read = accounts();
+        read.request_id = "read-1".to_owned();
+        bot.send(read).await.unwrap();
+        lab.process().terminate();
+        assert!(lab.process().exit_code().await.is_some());
+        let log = lab.process().log();
+        let lines = lines_of_calls(&log, maker);
+        let of = |id: &str| -> Vec<_> {
+            let mine = lines
+                .iter()
+                .filter(|(_, line)| line["span"]["request.id"] == id);
+            mine.map(|(message, _)| message.as_str()).collect()
+        };
+        if filter == "info" {
+            for (_, line) in &lines {
+                assert_ne!(line["level"], "DEBUG", "{line}");
+            }
+            continue;
+        }
+        assert_eq!(of("order-1"), STAGES);
+        // A read whose answer is lost goes once more, from the connection on.
+        let (first_try, second_try) = (&STAGES[..5], &STAGES[3..]);
+        let expected = [first_try, &["send failed", "sending again"], second_try].concat();
+        assert_eq!(of("read-1"), expected);
+
+        let line = |id: &str, message: &str| {
+            let found = lines
+                .iter()
+                .find(|(said, line)| said == message && line["span"]["request.id"] == id);
+            found
+                .unwrap_or_else(|| panic!("{message} of {id}"))
+                .1
+                .clone()
+        };
+        let authorized = line("order-1", "call authorized");
+        assert_eq!(authorized["endpoint"], "spot.post.v1-hf-orders");
+        assert_eq!(authorized["account.id"], "main");
+        let line_number = RULES
+            .lines()
+            .position(|line| line.contains("\"trade\""))
+            .unwrap()
+            + 1;
+        assert_eq!(
+            authorized["rules"],
+            format!("line {line_number}: grant[0].allow[2] = \"trade\"")
+        );
+        assert_eq!(
+            line("order-1", "interlocks passed")["risk_increasing"],
+            true
+        );
+        assert_eq!(
+            line("read-1", "interlocks passed")["risk_increasing"],
+            false
+        );
+        let connection = line("order-1", "connection ready");
+        let spot = lab.kucoin.spot_url();
+        assert_eq!(connection["peer"], spot.trim_start_matches("http://"));
+        assert!(connection["reused"].is_boolean(), "{connection}");
+        let signed = line("order-1", "request signed");
+        assert!(signed["timestamp_ms"].as_i64().unwrap() > 1_700_000_000_000);
+        assert_eq!(
+            (&signed["key.name"], &signed["key.vault_version"]),
+            (&json!("main"), &json!(1))
+        );
+        let answer = line("order-1", "answer received");
+        assert_eq!(
+            (&answer["http.status"], &answer["code"], &answer["outcome"]),
+            (&json!(200), &json!("200000"), &json!("accepted"))
+        );
+        let failed = line("read-1", "send failed");
+        assert!(
+            failed["error"]
+                .as_str()
+                .unwrap()
+                .contains("no complete answer came back"),
+            "{failed}"
+        );
+        assert_eq!(
+            line("read-1", "sending again")["cause"],
+            "answer lost, and the request may be repeated"
         );
     }
 }
