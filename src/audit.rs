@@ -457,7 +457,7 @@ impl<'a> What<'a> {
             .target
             .query()
             .iter()
-            .filter(|(name, _)| name == "clientOid")
+            .filter(|(name, _)| matches!(name.as_str(), "clientOid" | "clientOrderId"))
             .map(|(_, value)| value.as_str());
         let in_body = request.body_client_oids.iter().map(String::as_str);
         Self {

@@ -10,13 +10,13 @@ pub mod halt;
 pub mod probes;
 pub mod trial;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use futures_util::FutureExt;
 use tokio::sync::{oneshot, watch};
@@ -28,12 +28,15 @@ use tracing::Instrument;
 use crate::audit::{Audit, Caller, Ending, Recorded};
 use crate::clock::Clock;
 use crate::egress::proof::Proof;
-use crate::egress::{ConnectError, Egress, SendError};
+use crate::egress::{Answered, ConnectError, Egress, SendError};
 use crate::ids::{AccountId, BotId, KeyName, RequestId, Who};
 use crate::keyring::usage::Refusal;
 use crate::keyring::{KeyUnavailable, Keyring, Lent};
+use crate::kucoin::code::{
+    self, ADDRESS_REFUSED, CREDENTIALS_REFUSED, KEY_REFUSED, RefusalCodes, TIMESTAMP_REFUSED,
+};
 use crate::kucoin::{
-    self, Answer, CREDENTIALS_REFUSED, Endpoint, Key, Scope, UnsignedRequest, advice, question,
+    self, Answer, Asked, Endpoint, Key, Product, Scope, UnsignedRequest, advice, question,
 };
 use crate::outcome::{Outcome, Reason};
 use crate::policy::{Permit, Policy};
@@ -44,18 +47,6 @@ use admission::{Admission, CallSlot};
 pub use error::{BrokerError, Overload};
 use gate::Gate;
 use probes::Doubts;
-
-/// The exchange refused the timestamp; it executed nothing.
-const TIMESTAMP_REFUSED: &str = "400002";
-
-/// The exchange refused the address that the request came from; it executed nothing.
-const ADDRESS_REFUSED: &str = "400006";
-
-/// The exchange refused what belongs to the key: the key itself, its address, its permissions or its version. Another
-/// key may fare better; it executed nothing.
-const KEY_REFUSED: [&str; 7] = [
-    "400003", "400004", "400005", "400006", "400007", "400008", "400009",
-];
 
 /// Everything that a request needs on its way.
 #[derive(Debug)]
@@ -82,6 +73,25 @@ pub struct Broker {
     pub admission: Arc<Admission>,
     /// What is in flight.
     pub calls: Calls,
+    /// The operator's further refusals.
+    pub refusal_codes: RefusalCodes,
+    /// Codes that no table has.
+    pub unknown_codes: UnknownCodes,
+}
+
+/// Unknown codes that have been logged: each is logged once in a run.
+#[derive(Debug, Default)]
+pub struct UnknownCodes(Mutex<BTreeSet<(Scope, Option<Product>, String)>>);
+
+/// Past so many different ones nothing more is logged: the exchange chooses them, and the metric goes on counting.
+const MAX_UNKNOWN_CODES: usize = 256;
+
+impl UnknownCodes {
+    /// Whether this one is to be logged now.
+    fn is_news(&self, scope: Scope, product: Option<Product>, code: &str) -> bool {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        known.len() < MAX_UNKNOWN_CODES && known.insert((scope, product, code.to_owned()))
+    }
 }
 
 /// Calls in flight, and their end when the broker stops.
@@ -318,14 +328,12 @@ impl Broker {
             timestamp_ms,
             "request signed"
         );
-        let (head, body) = self
+        let answered = self
             .egress
             .send(connection, signed, recorded)
             .await
-            .inspect_err(|error| tracing::debug!(error = chain(error), "send failed"))?
-            .into_parts();
-        let (scope, changes) = (permit.scope(), permit.changes());
-        let answer = Answer::read(head.status, &head.headers, body, scope, changes);
+            .inspect_err(|error| tracing::debug!(error = chain(error), "send failed"))?;
+        let answer = self.read(call, permit, answered)?;
         tracing::debug!(
             http.status = answer.http_status.as_u16(),
             code = answer.code,
@@ -337,7 +345,7 @@ impl Broker {
         Ok(Receipt {
             answer,
             endpoint: permit.endpoint(),
-            scope,
+            scope: permit.scope(),
             timestamp_ms,
             waiting: signing - call.arrived,
             signing: sending - signing,
@@ -372,6 +380,35 @@ impl Broker {
             rules,
             "call authorized"
         );
+    }
+
+    /// Reads an answer; one that belongs to another request is shown to nobody, and its connection is closed.
+    fn read(&self, call: &Call, permit: &Permit, answered: Answered) -> Result<Answer, SendError> {
+        let endpoint = permit.endpoint();
+        let is_of_another = endpoint.is_some_and(|endpoint| {
+            permit.changes()
+                && endpoint.is_answer_of_another(&call.request, answered.response.body())
+        });
+        if is_of_another {
+            tracing::error!(
+                account.id = %permit.account().id,
+                endpoint = permit.endpoint_id(),
+                "answer names another clientOid than the request; closing the connection, outcome is maybe_sent"
+            );
+            return Err(SendError::AnswerOfAnother);
+        }
+        let (head, body) = answered.keep().into_parts();
+        let asked = Asked {
+            endpoint,
+            scope: permit.scope(),
+            changes: permit.changes(),
+            refusal_codes: &self.refusal_codes,
+        };
+        let now = || {
+            let ms = self.clock.exchange(permit.destination()).ms;
+            UNIX_EPOCH + Duration::from_millis(u64::try_from(ms).unwrap_or_default())
+        };
+        Ok(Answer::read(head.status, &head.headers, body, asked, now))
     }
 
     /// The key that signs, unless none has to; never one that is revoked, wherever it comes from.
@@ -435,6 +472,9 @@ impl Broker {
                 }
             }
         }
+        if answer.is_of_unknown_code() {
+            self.note_unknown_code(permit, &answer.code);
+        }
         match answer.code.as_str() {
             // Whoever tests a key is told what is wrong with it; it says nothing about the broker.
             code if code != TIMESTAMP_REFUSED && call.key.is_some() => {}
@@ -463,6 +503,23 @@ impl Broker {
                 self.doubts.time();
             }
             _ => {}
+        }
+    }
+
+    /// Counts a code that leaves the outcome open, and logs it once.
+    fn note_unknown_code(&self, permit: &Permit, code: &str) {
+        self.metrics.code_unknown(permit.scope());
+        let product = permit.endpoint().map(|endpoint| endpoint.product);
+        let code: String = code.chars().take(code::MAX_CODE_CHARS).collect();
+        if self.unknown_codes.is_news(permit.scope(), product, &code) {
+            let (host, product) = (permit.scope().host(), product.map_or("*", Product::as_str));
+            tracing::warn!(
+                endpoint = permit.endpoint_id(),
+                scope = %permit.scope(),
+                code = ?code,
+                config = ?format!("{}/{product}/{code}", host.as_str()),
+                "unknown code; outcome is maybe_sent: if KuCoin documents it as a refusal, add it to exchange.refusal_codes"
+            );
         }
     }
 

@@ -17,6 +17,7 @@ use crate::broker::admission::AdmissionLimits;
 use crate::egress::proof::ProofMode;
 use crate::egress::{EgressSettings, Origin};
 use crate::keyring::vault::VaultSettings;
+use crate::kucoin::code::{RefusalCode, RefusalCodes};
 use crate::kucoin::{Host, RequestLimits, Site};
 use crate::server::ConnectionLimits;
 use crate::telemetry::LogFormat;
@@ -50,6 +51,8 @@ pub struct Config {
     pub egress: EgressSettings,
     /// CAs of the exchange's certificates.
     pub egress_roots: Roots,
+    /// Codes of the exchange that mean a refusal, beside those that the broker knows.
+    pub refusal_codes: RefusalCodes,
     /// Where each host of each site is.
     pub origins: HashMap<(Site, Host), Origin>,
     /// How often the exchange is asked from which address requests come.
@@ -168,7 +171,10 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
     let expected_ip = expected_ip(&mut section, egress.as_ref().map(|egress| egress.address));
     let proof = section.optional("proof").unwrap_or_default();
     let proof_every = Duration::from_secs(section.number("proof_every_s", 300, 1..=3600));
-    let origins = origins(&mut file.section("exchange"));
+    let mut section = file.section("exchange");
+    let refusal_codes = refusal_codes(&mut section);
+    let origins = origins(&mut section);
+    drop(section);
 
     let mut limits = limits(&mut file.section("limits"));
     if let Some(egress) = &egress {
@@ -209,6 +215,7 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
         vault_poll,
         egress: egress?,
         egress_roots,
+        refusal_codes,
         origins,
         proof_every,
         expected_ip: expected_ip?,
@@ -330,6 +337,18 @@ fn expected_ip(section: &mut Section, address: Option<IpAddr>) -> Option<IpAddr>
         );
     }
     expected.or(address)
+}
+
+/// Codes that mean a refusal though no release of the broker knows them yet.
+fn refusal_codes(section: &mut Section) -> RefusalCodes {
+    let key = "refusal_codes";
+    let codes: Vec<String> = section.optional(key).unwrap_or_default();
+    let codes = codes.iter().enumerate().filter_map(|(index, code)| {
+        code.parse::<RefusalCode>()
+            .map_err(|problem| section.problem(&format!("{key}[{index}]"), problem))
+            .ok()
+    });
+    codes.collect()
 }
 
 fn origins(section: &mut Section) -> HashMap<(Site, Host), Origin> {
@@ -479,6 +498,29 @@ mod tests {
         ] {
             assert!(problems.contains(part), "{part} is not in\n{problems}");
         }
+    }
+
+    #[test]
+    fn refusal_codes_are_checked_one_by_one() {
+        let text = "[exchange]\nrefusal_codes = [\n  \"spot/margin/126099\",\n  \"spot/futures/1\",\n  \"futures/*/500000\",\n  \"300099\",\n]";
+        let problems: Vec<_> = problems(text)
+            .into_iter()
+            .filter(|problem| problem.contains("refusal_codes"))
+            .collect();
+        assert_eq!(problems.len(), 3, "{problems:?}");
+        for (problem, part) in problems.iter().zip([
+            "line 4: exchange.refusal_codes[1]: \"futures\" is no product of the spot host: expected * or one of account, ",
+            "line 5: exchange.refusal_codes[2]: code 500000 does not say that nothing was executed",
+            "line 6: exchange.refusal_codes[3]: \"300099\" is not host/product/code",
+        ]) {
+            assert!(problem.starts_with(part), "{problem}");
+        }
+        let text = "[exchange]\nrefusal_codes = \"spot/margin/126099\"";
+        assert!(
+            super::tests::problems(text)
+                .iter()
+                .any(|p| p.contains("exchange.refusal_codes: invalid type"))
+        );
     }
 
     #[test]

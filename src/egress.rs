@@ -4,6 +4,7 @@
 //! It speaks HTTP/1.1 over bare hyper connections, because a general client normalizes the target after it was signed.
 //! It knows no proxy, no redirect and no 0-RTT, and it never sends a request twice: trying again is the broker's.
 
+mod decode;
 mod pool;
 pub mod proof;
 
@@ -30,6 +31,7 @@ use crate::kucoin::question::Question;
 use crate::kucoin::{Host, SignedRequest, Site};
 use crate::telemetry::chain;
 
+use decode::TooLarge;
 use pool::{Open, Pool};
 
 /// How often idle connections are looked after and, less often, names resolved again.
@@ -44,6 +46,9 @@ const RESOLVE_AGAIN_EVERY: Duration = Duration::from_secs(1);
 /// How long a call whose connect failed waits for that answer; a later one is for the next call.
 const RESOLVE_AGAIN_WITHIN: Duration = Duration::from_secs(1);
 
+/// Header lines of the longest head that is taken; the HTTP library's own limit of 100 would lose an order's answer.
+const MAX_HEADERS: usize = 512;
+
 /// How the exchange is reached.
 #[derive(Clone, Debug)]
 pub struct EgressSettings {
@@ -54,7 +59,7 @@ pub struct EgressSettings {
     pub connect_timeout: Duration,
     /// How long the broker itself waits for a whole answer, whatever the bot's deadline.
     pub answer_timeout: Duration,
-    /// Bytes of the largest answer that is taken.
+    /// Bytes of the largest answer that is taken, decoded.
     pub max_answer_bytes: usize,
     /// Age from which an idle connection is closed.
     pub max_idle: Duration,
@@ -147,6 +152,25 @@ pub enum NoAddress {
     Unresolved(String),
 }
 
+/// An answer, and the connection that it came on. Whoever drops it closes the connection.
+#[derive(Debug)]
+pub struct Answered {
+    /// The whole answer, decoded where it was compressed.
+    pub response: Response<Bytes>,
+    connection: Connection,
+}
+
+impl Answered {
+    /// Keeps the connection for the next request.
+    pub fn keep(self) -> Response<Bytes> {
+        let Connection {
+            open, destination, ..
+        } = self.connection;
+        destination.pool.put(open);
+        self.response
+    }
+}
+
 /// No connection could be made; nothing was sent.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
@@ -173,6 +197,11 @@ pub enum SendError {
     /// It may have reached the exchange.
     #[error("the request may have reached the exchange, but no complete answer came back")]
     AnswerLost(#[source] hyper::Error),
+    /// It may have reached the exchange; what came names an order that is not this one.
+    #[error(
+        "the request may have reached the exchange, but the answer names another clientOid: it belongs to another request"
+    )]
+    AnswerOfAnother,
     /// It may have reached the exchange; the answer took longer than the broker waits.
     #[error("the request may have reached the exchange, but no complete answer came within {} ms", .0.as_millis())]
     AnswerTimeout(Duration),
@@ -298,7 +327,7 @@ impl Egress {
         connection: Connection,
         signed: SignedRequest,
         _: &Recorded,
-    ) -> Result<Response<Bytes>, SendError> {
+    ) -> Result<Answered, SendError> {
         self.exchange(connection, signed.request).await
     }
 
@@ -308,7 +337,8 @@ impl Egress {
         connection: Connection,
         question: Question,
     ) -> Result<Response<Bytes>, SendError> {
-        self.exchange(connection, question.request()).await
+        let answered = self.exchange(connection, question.request()).await?;
+        Ok(answered.keep())
     }
 
     fn destination(&self, place: (Site, Host)) -> Result<&Arc<Destination>, ConnectError> {
@@ -320,7 +350,7 @@ impl Egress {
         &self,
         connection: Connection,
         request: Request<Full<Bytes>>,
-    ) -> Result<Response<Bytes>, SendError> {
+    ) -> Result<Answered, SendError> {
         let limit = self.settings.answer_timeout;
         let exchange = exchange(connection, request, self.settings.max_answer_bytes);
         timeout(limit, exchange)
@@ -333,7 +363,7 @@ async fn exchange(
     mut connection: Connection,
     mut request: Request<Full<Bytes>>,
     max_bytes: usize,
-) -> Result<Response<Bytes>, SendError> {
+) -> Result<Answered, SendError> {
     request
         .headers_mut()
         .insert(header::HOST, connection.destination.host_header.clone());
@@ -351,7 +381,7 @@ async fn exchange(
                 SendError::AnswerLost(error)
             }
         })?;
-    let (head, body) = response.into_parts();
+    let (mut head, body) = response.into_parts();
     let body = match Limited::new(body, max_bytes).collect().await {
         Ok(body) => body.to_bytes(),
         Err(error) => {
@@ -364,8 +394,12 @@ async fn exchange(
             });
         }
     };
-    connection.destination.pool.put(connection.open);
-    Ok(Response::from_parts(head, body))
+    let body = decode::decode(&mut head.headers, body, max_bytes)
+        .map_err(|TooLarge| SendError::AnswerTooLarge(max_bytes))?;
+    Ok(Answered {
+        response: Response::from_parts(head, body),
+        connection,
+    })
 }
 
 impl Destination {
@@ -592,7 +626,9 @@ async fn handshake<S>(stream: S) -> Result<http1::SendRequest<Full<Bytes>>, Conn
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    let (sender, connection) = http1::handshake(TokioIo::new(stream))
+    let (sender, connection) = http1::Builder::new()
+        .max_headers(MAX_HEADERS)
+        .handshake(TokioIo::new(stream))
         .await
         .map_err(ConnectError::Handshake)?;
     // Its end is seen by whoever holds the sender.

@@ -6,7 +6,9 @@
 pub mod advice;
 pub mod answer;
 pub mod catalog;
+pub mod code;
 pub mod key_info;
+pub mod pointer;
 pub mod question;
 pub mod request;
 pub mod shape;
@@ -17,8 +19,8 @@ use std::fmt;
 
 use serde::Deserialize;
 
-pub use answer::{Answer, CREDENTIALS_REFUSED, RateLimit};
-pub use catalog::{Catalog, Effect, Endpoint, Risk};
+pub use answer::{Answer, Asked, RateLimit};
+pub use catalog::{Catalog, Effect, Endpoint, Product, Risk};
 pub use request::{Malformed, RequestLimits, UnsignedRequest};
 pub use sign::{Key, KeyVersion, Partner, SignedRequest, sign, unsigned};
 pub use target::Target;

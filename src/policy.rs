@@ -17,7 +17,7 @@ use serde::Deserialize;
 use crate::ids::{AccountId, BotId, KeyName, Who};
 use crate::kucoin::catalog::Found;
 use crate::kucoin::{
-    Catalog, Effect, Endpoint, Host, Method, Partner, Risk, Scope, Site, UnsignedRequest,
+    Catalog, Effect, Endpoint, Host, Method, Partner, Product, Risk, Scope, Site, UnsignedRequest,
 };
 
 /// An account as the rules describe it.
@@ -489,5 +489,5 @@ impl Grants {
 /// Whether a site has the market of an endpoint. Source: KuCoin's Turkish documentation (spot only).
 fn serves(site: Site, endpoint: &Endpoint) -> bool {
     endpoint.scope.is_some_and(|scope| site.serves(scope))
-        && !(site == Site::Tr && endpoint.product == "margin")
+        && !(site == Site::Tr && endpoint.product == Product::Margin)
 }

@@ -112,6 +112,7 @@ pub struct Metrics {
     timestamps_refused: Counter,
     addresses_refused: Counter,
     credentials_refused: Counter,
+    codes_unknown: Family<ScopeLabels, Counter>,
     refusals_unrecorded: Counter,
     audit_failures: Counter,
     reloads: Family<ReloadLabels, Counter>,
@@ -167,6 +168,11 @@ struct StageLabels {
 #[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
 struct ReasonLabels {
     reason: Word,
+}
+
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+struct ScopeLabels {
+    scope: Word,
 }
 
 #[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
@@ -247,6 +253,11 @@ impl Default for Metrics {
                 "credentials_refused",
                 "Answers of the exchange that refuse a key, its passphrase or signature (400003 to 400005)",
             ),
+            codes_unknown: registered(
+                &mut registry,
+                "codes_unknown",
+                "Answers with a code that no table has, so that it is not known whether the request was executed",
+            ),
             audit_failures: registered(
                 &mut registry,
                 "audit_failures",
@@ -296,6 +307,10 @@ impl Metrics {
                 };
                 drop(self.requests.get_or_create(&labels));
             }
+        }
+        for scope in Scope::ALL {
+            let scope = Word(scope.as_str());
+            drop(self.codes_unknown.get_or_create(&ScopeLabels { scope }));
         }
         for reason in ["bot", "certificate", "descriptors", "handshake", "many"] {
             let reason = Word(reason);
@@ -393,6 +408,14 @@ impl Metrics {
     /// Counts a 400003, 400004 or 400005.
     pub fn credentials_refused(&self) {
         self.credentials_refused.inc();
+    }
+
+    /// Counts an answer whose code leaves the outcome open.
+    pub fn code_unknown(&self, scope: Scope) {
+        let scope = Word(scope.as_str());
+        self.codes_unknown
+            .get_or_create(&ScopeLabels { scope })
+            .inc();
     }
 
     /// Counts an audit line that could not be written.

@@ -13,7 +13,7 @@ use crate::broker::admission::CallSlot;
 use crate::broker::{Broker, BrokerError, Call, Receipt, caught, micros};
 use crate::ids::{BotId, RequestId, Who};
 use crate::kucoin::request::{self, RequestLimits};
-use crate::kucoin::{Malformed, Method, Scope, UnsignedRequest, advice};
+use crate::kucoin::{Catalog, Malformed, Method, Scope, UnsignedRequest, advice};
 use crate::outcome::Outcome;
 
 /// How long before the bot's deadline the answer is given at the latest, so that it arrives before the transport's.
@@ -154,9 +154,19 @@ fn unsigned_request(
             "expected 1 to 64 of A-Z, a-z, 0-9, '.', '_', '-', or nothing",
         ));
     }
-    let oids = match method
-        .map(|method| request::body(scope, method, &message.path, &message.body, limits))
-    {
+    let endpoint = scope
+        .zip(method)
+        .and_then(|(scope, method)| Catalog::get().route(Some(scope), method, &message.path));
+    let oids = match method.map(|method| {
+        request::body(
+            endpoint,
+            scope,
+            method,
+            &message.path,
+            &message.body,
+            limits,
+        )
+    }) {
         Some(Ok(oids)) => oids,
         Some(Err(problem)) => {
             problems.push(problem);
@@ -164,11 +174,12 @@ fn unsigned_request(
         }
         None => Vec::new(),
     };
-    let query = message
+    let query: Vec<_> = message
         .query
         .into_iter()
         .map(|parameter| (parameter.name, parameter.value))
         .collect();
+    request::client_oid_parameters(endpoint, &message.path, &query, &mut problems);
     let target = request::target(&message.path, query, limits, &mut problems);
     match (account, scope, method, target) {
         (Some(account), Some(scope), Some(method), Some(target)) if problems.is_empty() => {
@@ -209,6 +220,7 @@ fn response(receipt: Receipt, id: &RequestId) -> proto::SignAndSendResponse {
         http_status: answer.http_status.as_u16().into(),
         body: answer.body,
         content_type: answer.content_type,
+        content_encoding: answer.content_encoding,
         code: answer.code,
         msg: answer.msg,
         outcome: outcome.into(),

@@ -116,6 +116,7 @@ impl BrokerError {
             Self::AnswerLate
             | Self::Send(
                 SendError::AnswerLost(_)
+                | SendError::AnswerOfAnother
                 | SendError::AnswerTimeout(_)
                 | SendError::AnswerTooLarge(_),
             ) => Reason::AnswerLost,

@@ -17,8 +17,9 @@ use serde_json::{Map, Value};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::trial::{Ask, Probe};
-use super::{Broker, BrokerError, Calls, KEY_REFUSED};
+use super::{Broker, BrokerError, Calls};
 use crate::ids::{AccountId, AdminId, Who};
+use crate::kucoin::code::{self, KEY_REFUSED};
 use crate::kucoin::{Answer, Method, Scope, advice};
 use crate::outcome::Outcome;
 use crate::policy::Account;
@@ -553,7 +554,7 @@ impl Halt<'_> {
 
 /// How long to wait before the same request is worth another try.
 fn later(answer: &Answer) -> Option<Duration> {
-    let is_busy = matches!(answer.code.as_str(), "429000" | "429001" | "429002");
+    let is_busy = code::BUSY.contains(&answer.code.as_str());
     answer.retry_after.or(is_busy.then_some(BUSY))
 }
 

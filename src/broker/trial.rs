@@ -9,10 +9,11 @@ use serde_json::json;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{Instant, sleep};
 
-use super::{Broker, BrokerError, Call, KEY_REFUSED, Receipt};
+use super::{Broker, BrokerError, Call, Receipt};
 use crate::audit::Act;
 use crate::ids::{AccountId, KeyName, RequestId, Who};
 use crate::keyring::trial::{KeyChange, Notice, Report, Trial, Verdict};
+use crate::kucoin::code::{ACCOUNT_REFUSED, KEY_REFUSED, VERSION_OR_SECRET};
 use crate::kucoin::key_info::{self, Expected, Finding, KeyInfo};
 use crate::kucoin::{Key, KeyVersion, Method, Scope, Target, UnsignedRequest};
 use crate::outcome::Outcome;
@@ -27,15 +28,6 @@ const AT_ONCE: usize = 8;
 
 /// How often it is looked whether new rules name a key.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
-
-/// Refusals that are about the account and not about one request, beside those of the key itself: no access, region,
-/// identity, frozen, blacklisted.
-const ACCOUNT_REFUSED: [&str; 7] = [
-    "400010", "400301", "400302", "400303", "400304", "411100", "411200",
-];
-
-/// Refusals that another version, or another secret, would mend.
-const VERSION_OR_SECRET: [&str; 4] = ["400004", "400005", "400008", "400009"];
 
 /// A key to be tested.
 #[derive(Debug)]

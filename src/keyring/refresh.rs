@@ -25,7 +25,8 @@ use super::usage::Usage;
 use super::vault::{Metadata, Vault, VaultError};
 use super::{Keyring, Look, Slot};
 use crate::ids::{AccountId, KeyName};
-use crate::kucoin::{CREDENTIALS_REFUSED, Key};
+use crate::kucoin::Key;
+use crate::kucoin::code::CREDENTIALS_REFUSED;
 use crate::restrictions::{KeyDigest, Restrictions};
 use crate::telemetry::Metrics;
 

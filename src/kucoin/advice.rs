@@ -57,6 +57,9 @@ const BY_MESSAGE: [(&str, &str, &str); 9] = [
     ("400200", "partner", "partner-unknown"),
 ];
 
+/// The topic of a code that no table has.
+const CODE_UNKNOWN: &str = "code-unknown";
+
 /// The advice on `code` in `scope`, or in any where none is given; the likeliest where a code means several things.
 pub fn of(scope: Option<Scope>, code: &str) -> Option<&'static Advice> {
     meanings(scope, code).next()
@@ -89,7 +92,11 @@ pub fn for_bot(answer: &Answer, scope: Scope, endpoint: Option<&Endpoint>) -> St
         "" if answer.http_status == StatusCode::TOO_MANY_REQUESTS => "1015",
         code => code,
     };
-    let advice = of_message(scope, code, &answer.msg);
+    let advice = if answer.is_of_unknown_code() {
+        topic(CODE_UNKNOWN)
+    } else {
+        of_message(scope, code, &answer.msg)
+    };
     let Some(advice) = advice.filter(|_| answer.outcome != Outcome::Accepted) else {
         return String::new();
     };
@@ -548,14 +555,25 @@ pub static ALL: &[Advice] = &[
         cause: "It was busy, slow or broken for a moment. What the request was to change may have been changed all the same.",
         fix: "Repeat a read. Look an order up by its clientOid before sending it again.",
     },
+    Advice {
+        topic: CODE_UNKNOWN,
+        codes: &[],
+        meaning: "The broker does not know this code of KuCoin's, so it cannot tell whether the request was executed.",
+        cause: "KuCoin has added the code, or uses it for a product where it was not documented.",
+        fix: "Look an order up by its clientOid before sending it again. Where KuCoin's documentation says that the code means a \
+              refusal, an admin can add it to `exchange.refusal_codes` in the configuration.",
+    },
 ];
 
 #[cfg(test)]
 mod tests {
+    use std::time::UNIX_EPOCH;
+
     use bytes::Bytes;
     use http::HeaderMap;
 
-    use super::super::Catalog;
+    use super::super::code::RefusalCodes;
+    use super::super::{Asked, Catalog};
     use super::*;
 
     /// KuCoin API documentation, "Error Code": gateway, HTTP and WebSocket tables; 401000 and 408000 as ccxt has seen them.
@@ -747,13 +765,15 @@ mod tests {
     }
 
     fn answer(http_status: u16, body: &str) -> Answer {
-        Answer::read(
-            StatusCode::from_u16(http_status).unwrap(),
-            &HeaderMap::new(),
-            Bytes::from(body.to_owned()),
-            Scope::SpotMargin,
-            true,
-        )
+        let asked = Asked {
+            endpoint: Catalog::get().by_id("spot.post.v1-hf-orders"),
+            scope: Scope::SpotMargin,
+            changes: true,
+            refusal_codes: &RefusalCodes::default(),
+        };
+        let status = StatusCode::from_u16(http_status).unwrap();
+        let body = Bytes::from(body.to_owned());
+        Answer::read(status, &HeaderMap::new(), body, asked, || UNIX_EPOCH)
     }
 
     #[test]
@@ -776,10 +796,16 @@ mod tests {
             refused.contains("tick the permission Spot under"),
             "{refused}"
         );
+        let unknown = told(200, r#"{"code":"999999","msg":"new"}"#);
+        assert!(
+            unknown.starts_with("The broker does not know this code"),
+            "{unknown}"
+        );
+        assert!(unknown.contains("exchange.refusal_codes"), "{unknown}");
         assert!(told(429, "<html>1015</html>").contains("for about 30 seconds"));
         for (status, body) in [
             (200, r#"{"code":"200000","data":{}}"#),
-            (200, r#"{"code":"999999","msg":"new"}"#),
+            (400, r#"{"code":"999999","msg":"new"}"#),
             (403, "<html>blocked</html>"),
         ] {
             assert_eq!(told(status, body), "", "{body}");

@@ -1,34 +1,23 @@
 //! What an answer of the exchange means: envelope, outcome, rate limit.
 //!
-//! Source: KuCoin API documentation, "Error Code" and "Rate Limit"; an answer is judged by its code first, by its HTTP
-//! status only where there is no code.
+//! Source: KuCoin API documentation, "Error Code" and "Rate Limit". An answer that says that the exchange executed nothing has
+//! a code that is known to be a refusal, or an HTTP status of the 4xx kind; everything else leaves the outcome open.
 
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode, header};
-use serde::{Deserialize, Deserializer};
+use serde::Deserialize;
+use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-use super::Scope;
+use super::code::{self, Class, RefusalCodes};
+use super::{Endpoint, Scope};
 use crate::outcome::Outcome;
 
-/// The code of a request that the exchange took.
-const TAKEN: &str = "200000";
-
-/// Codes that say that something inside the exchange failed, so that the request may or may not have been executed.
-/// Source: KuCoin API documentation, "Error Code": internal error, busy, gateway timeout, unknown, network timeout.
-const UNCLEAR: [&str; 7] = [
-    "230005", "408000", "500000", "501000", "503000", "504000", "505000",
-];
-
-/// The same among the codes of the unified account: system error, busy, timeout.
-const UNCLEAR_UNIFIED: [&str; 7] = [
-    "106204", "109099", "110000", "110001", "112001", "112002", "112003",
-];
-
-/// The exchange refused the key, its passphrase or its signature; it executed nothing.
-pub const CREDENTIALS_REFUSED: [&str; 3] = ["400003", "400004", "400005"];
+/// The longest wait that a bot is told. Source: none of KuCoin's limits lasts longer than its window of 30 s; an hour leaves
+/// room for maintenance that announces itself with `retry-after`.
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(3600);
 
 /// How long the edge blocks an address after too many requests. Source: KuCoin API documentation, code 1015.
 const EDGE_BLOCK: Duration = Duration::from_secs(30);
@@ -45,8 +34,12 @@ pub struct Answer {
     pub body: Bytes,
     /// Content-Type; empty where none came.
     pub content_type: String,
+    /// Content-Encoding of the body where it could not be decoded; otherwise empty.
+    pub content_encoding: String,
     /// `code` of the envelope; empty where there is none.
     pub code: String,
+    /// What the code says where this endpoint is served.
+    pub class: Class,
     /// `msg` of the envelope; empty where there is none.
     pub msg: String,
     /// What it says about the request.
@@ -81,6 +74,19 @@ pub struct RateLimit {
     pub reset: Duration,
 }
 
+/// What an answer is an answer to, as far as its meaning depends on it.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked<'a> {
+    /// The endpoint; `None` outside the catalogue.
+    pub endpoint: Option<&'a Endpoint>,
+    /// The scope of the request.
+    pub scope: Scope,
+    /// Whether the request could change anything.
+    pub changes: bool,
+    /// The operator's further refusals.
+    pub refusal_codes: &'a RefusalCodes,
+}
+
 /// KuCoin's envelope, as far as every answer has it.
 #[derive(Debug, Default, Deserialize)]
 struct Envelope {
@@ -88,6 +94,17 @@ struct Envelope {
     code: String,
     #[serde(default, deserialize_with = "text")]
     msg: String,
+    /// Stands beside `code` in some answers.
+    #[serde(default, deserialize_with = "flag")]
+    success: Option<bool>,
+}
+
+impl Envelope {
+    /// `None` where the body is no JSON object with a code: serde would read `["200000"]` as one too.
+    fn read(body: &[u8]) -> Option<Self> {
+        let is_object = body.trim_ascii_start().first() == Some(&b'{');
+        serde_json::from_slice(body).ok().filter(|_| is_object)
+    }
 }
 
 /// Text, or a number as text: some gateways write `"code":404`.
@@ -106,64 +123,126 @@ fn text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> 
     })
 }
 
+/// True or false; null is neither, and whatever else stands there is not true.
+fn flag<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<bool>, D::Error> {
+    struct Flag;
+
+    impl<'de> Visitor<'de> for Flag {
+        type Value = Option<bool>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a boolean")
+        }
+
+        fn visit_bool<E>(self, is_true: bool) -> Result<Self::Value, E> {
+            Ok(Some(is_true))
+        }
+
+        fn visit_unit<E>(self) -> Result<Self::Value, E> {
+            Ok(None)
+        }
+
+        fn visit_i64<E>(self, _: i64) -> Result<Self::Value, E> {
+            Ok(Some(false))
+        }
+
+        fn visit_u64<E>(self, _: u64) -> Result<Self::Value, E> {
+            Ok(Some(false))
+        }
+
+        fn visit_f64<E>(self, _: f64) -> Result<Self::Value, E> {
+            Ok(Some(false))
+        }
+
+        fn visit_str<E>(self, _: &str) -> Result<Self::Value, E> {
+            Ok(Some(false))
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+            Ok(Some(false))
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+            while seq.next_element::<IgnoredAny>()?.is_some() {}
+            Ok(Some(false))
+        }
+    }
+
+    deserializer.deserialize_any(Flag)
+}
+
 impl Answer {
-    /// Reads an answer to a request in `scope`; `changes` says whether the request could change anything.
+    /// Reads an answer to what was `asked`; `now` stands in for the answer's own date where it has none.
+    ///
+    /// A body that is still encoded (`content-encoding`) is not read: its HTTP status alone decides.
     pub fn read(
         http_status: StatusCode,
         headers: &HeaderMap,
         body: Bytes,
-        scope: Scope,
-        changes: bool,
+        asked: Asked<'_>,
+        now: impl FnOnce() -> SystemTime,
     ) -> Self {
-        let envelope: Option<Envelope> = serde_json::from_slice(&body).ok();
-        let outcome = match &envelope {
-            Some(envelope) => judge(http_status, envelope, scope),
-            None => judge_bare(http_status),
+        let text_of = |name| header_text(headers, &name).unwrap_or_default().to_owned();
+        let content_encoding = text_of(header::CONTENT_ENCODING);
+        let envelope = Some(&body).filter(|_| content_encoding.is_empty());
+        let envelope = envelope.and_then(|body| Envelope::read(body));
+        let (outcome, class) = match &envelope {
+            Some(envelope) => judge(http_status, envelope, asked),
+            None => (judge_bare(http_status), Class::Missing),
         };
         // A read that failed changed nothing, however it failed.
-        let outcome = if outcome == Outcome::MaybeSent && !changes {
+        let outcome = if outcome == Outcome::MaybeSent && !asked.changes {
             Outcome::Rejected
         } else {
             outcome
         };
-        let Envelope { code, msg } = envelope.unwrap_or_default();
+        let Envelope { code, msg, .. } = envelope.unwrap_or_default();
         let rate_limit = rate_limit(headers);
-        let retry_after = retry_after(http_status, headers, &code, scope, rate_limit);
-        let content_type = header_text(headers, &header::CONTENT_TYPE)
-            .unwrap_or_default()
-            .to_owned();
+        let retry_after = retry_after(http_status, headers, &code, asked.scope, rate_limit, now);
         Self {
             http_status,
             body,
-            content_type,
+            content_type: text_of(header::CONTENT_TYPE),
+            content_encoding,
             code,
+            class,
             msg,
             outcome,
             rate_limit,
             retry_after,
         }
     }
-}
 
-fn judge(http_status: StatusCode, envelope: &Envelope, scope: Scope) -> Outcome {
-    let Envelope { code, msg } = envelope;
-    let unclear = UNCLEAR.contains(&code.as_str())
-        || (scope == Scope::Unified && UNCLEAR_UNIFIED.contains(&code.as_str()));
-    match code.as_str() {
-        // "Position does not exist" has been seen under 200000: a message there contradicts the code.
-        TAKEN if msg.is_empty() || msg.eq_ignore_ascii_case("success") => Outcome::Accepted,
-        TAKEN | "" => Outcome::MaybeSent,
-        _ if unclear
-            || http_status.is_server_error()
-            || http_status == StatusCode::REQUEST_TIMEOUT =>
-        {
-            Outcome::MaybeSent
-        }
-        _ => Outcome::Rejected,
+    /// Whether the outcome is open only because no table has this code.
+    pub fn is_of_unknown_code(&self) -> bool {
+        self.outcome == Outcome::MaybeSent && self.class == Class::Unknown
     }
 }
 
-/// An answer without envelope comes from something before the exchange proper: a refusal there (4xx) executed nothing.
+fn judge(http_status: StatusCode, envelope: &Envelope, asked: Asked<'_>) -> (Outcome, Class) {
+    let Envelope { code, msg, success } = envelope;
+    let (product, success_codes) = asked.endpoint.map_or((None, &[][..]), |endpoint| {
+        (Some(endpoint.product), &endpoint.success_codes[..])
+    });
+    let host = asked.scope.host();
+    let class = code::class(host, product, code, success_codes, asked.refusal_codes);
+    // "Position does not exist" has been seen under 200000: a message there contradicts the code.
+    let is_plain = msg.is_empty() || msg.eq_ignore_ascii_case("success");
+    let outcome = match class {
+        Class::Success if http_status.is_success() && is_plain && success.unwrap_or(true) => {
+            Outcome::Accepted
+        }
+        Class::Success | Class::Unclear => Outcome::MaybeSent,
+        // An answer that says "success" beside any other code contradicts itself.
+        _ if *success == Some(true) => Outcome::MaybeSent,
+        Class::Refusal if http_status.is_success() => Outcome::Rejected,
+        Class::Missing | Class::Refusal | Class::Unknown => judge_bare(http_status),
+    };
+    (outcome, class)
+}
+
+/// Where the code does not decide, a refusal of the HTTP kind (4xx) executed nothing.
 fn judge_bare(http_status: StatusCode) -> Outcome {
     if http_status.is_client_error() && http_status != StatusCode::REQUEST_TIMEOUT {
         Outcome::Rejected
@@ -181,7 +260,7 @@ fn rate_limit(headers: &HeaderMap) -> Option<RateLimit> {
     Some(RateLimit {
         limit: number("gw-ratelimit-limit")?,
         remaining: number("gw-ratelimit-remaining")?,
-        reset: Duration::from_millis(number("gw-ratelimit-reset")?),
+        reset: Duration::from_millis(number("gw-ratelimit-reset")?).min(MAX_RETRY_AFTER),
     })
 }
 
@@ -191,17 +270,35 @@ fn retry_after(
     code: &str,
     scope: Scope,
     rate_limit: Option<RateLimit>,
+    now: impl FnOnce() -> SystemTime,
 ) -> Option<Duration> {
     let told = header_text(headers, &header::RETRY_AFTER)
-        .and_then(|text| text.parse().ok())
-        .map(Duration::from_secs);
+        .and_then(|text| told_wait(text, headers, now))
+        .map(|wait| wait.min(MAX_RETRY_AFTER));
     told.or(match code {
-        "429000" => rate_limit.map(|limit| limit.reset),
-        "1015" => Some(EDGE_BLOCK),
-        "200002" if scope == Scope::Futures => Some(FUTURES_BLOCK),
+        code::RATE_LIMITED => rate_limit.map(|limit| limit.reset),
+        code::EDGE_BLOCKED => Some(EDGE_BLOCK),
+        code::FUTURES_RATE_LIMITED if scope == Scope::Futures => Some(FUTURES_BLOCK),
         "" if http_status == StatusCode::TOO_MANY_REQUESTS => Some(EDGE_BLOCK),
         _ => None,
     })
+}
+
+/// `retry-after` in either of its forms: seconds, or a date (RFC 9110, 10.2.3). A date is compared with the answer's own,
+/// since the exchange's clock wrote both.
+fn told_wait(
+    text: &str,
+    headers: &HeaderMap,
+    now: impl FnOnce() -> SystemTime,
+) -> Option<Duration> {
+    if text.bytes().all(|b| b.is_ascii_digit()) && !text.is_empty() {
+        return Some(Duration::from_secs(text.parse().unwrap_or(u64::MAX)));
+    }
+    let until = httpdate::parse_http_date(text).ok()?;
+    let answered = header_text(headers, &header::DATE)
+        .and_then(|date| httpdate::parse_http_date(date).ok())
+        .unwrap_or_else(now);
+    Some(until.duration_since(answered).unwrap_or_default())
 }
 
 fn header_text<'h>(headers: &'h HeaderMap, name: &header::HeaderName) -> Option<&'h str> {
@@ -210,111 +307,270 @@ fn header_text<'h>(headers: &'h HeaderMap, name: &header::HeaderName) -> Option<
 
 #[cfg(test)]
 mod tests {
+    use http::HeaderName;
+
+    use super::super::{Catalog, Risk};
     use super::*;
 
-    fn order(status: u16, body: &str) -> Answer {
+    fn read(endpoint: &str, status: u16, headers: &HeaderMap, body: &str) -> Answer {
+        let endpoint = Catalog::get().by_id(endpoint).unwrap();
+        let asked = Asked {
+            endpoint: Some(endpoint),
+            scope: endpoint.scope.unwrap(),
+            changes: !matches!(endpoint.risk, Risk::Public | Risk::Read),
+            refusal_codes: &RefusalCodes::default(),
+        };
         let status = StatusCode::from_u16(status).unwrap();
-        Answer::read(
-            status,
-            &HeaderMap::new(),
-            Bytes::from(body.to_owned()),
-            Scope::SpotMargin,
-            true,
-        )
+        let body = Bytes::from(body.to_owned());
+        Answer::read(status, headers, body, asked, || SystemTime::UNIX_EPOCH)
+    }
+
+    fn order(status: u16, body: &str) -> Answer {
+        read("spot.post.v1-hf-orders", status, &HeaderMap::new(), body)
+    }
+
+    fn headers(pairs: &[(&'static str, &str)]) -> HeaderMap {
+        let pairs = pairs.iter();
+        let pairs =
+            pairs.map(|(name, value)| (HeaderName::from_static(name), value.parse().unwrap()));
+        pairs.collect()
+    }
+
+    /// What comes for an order, and what is known of it then.
+    const ORDERS: &[(u16, &str, Outcome)] = &[
+        (200, r#"{"code":"200000","data":{}}"#, Outcome::Accepted),
+        (
+            200,
+            r#"{"code":"200000","data":null,"msg":"Position does not exist"}"#,
+            Outcome::MaybeSent,
+        ),
+        (
+            200,
+            r#"{"code":"400100","msg":"Order size below the minimum"}"#,
+            Outcome::Rejected,
+        ),
+        (
+            400,
+            r#"{"code":"400002","msg":"KC-API-TIMESTAMP Invalid"}"#,
+            Outcome::Rejected,
+        ),
+        (
+            429,
+            r#"{"code":"429000","msg":"Too Many Requests"}"#,
+            Outcome::Rejected,
+        ),
+        (
+            500,
+            r#"{"code":"500000","msg":"Internal Server Error"}"#,
+            Outcome::MaybeSent,
+        ),
+        (
+            200,
+            r#"{"code":"504000","msg":"gateway timeout"}"#,
+            Outcome::MaybeSent,
+        ),
+        (
+            404,
+            r#"{"code":404,"msg":"Not Found","retry":false,"success":false}"#,
+            Outcome::Rejected,
+        ),
+        (502, "<html>502</html>", Outcome::MaybeSent),
+        (429, "<html>1015</html>", Outcome::Rejected),
+        (403, "<html>blocked</html>", Outcome::Rejected),
+        (408, "", Outcome::MaybeSent),
+        (
+            408,
+            r#"{"code":"408","msg":"Request Timeout"}"#,
+            Outcome::MaybeSent,
+        ),
+        (302, "", Outcome::MaybeSent),
+        (200, "", Outcome::MaybeSent),
+        (200, "{", Outcome::MaybeSent),
+        (
+            200,
+            r#"{"code":"200000","code":"400100"}"#,
+            Outcome::MaybeSent,
+        ),
+        (200, r#"{"code":null}"#, Outcome::MaybeSent),
+        (200, r#"{"code":"200"}"#, Outcome::MaybeSent),
+        (
+            200,
+            r#"{"success":true,"code":"200","msg":"success","data":{}}"#,
+            Outcome::MaybeSent,
+        ),
+        (200, r#"{"code":"OK","success":true}"#, Outcome::MaybeSent),
+        (200, r#"{"code":"999999","msg":"new"}"#, Outcome::MaybeSent),
+        (400, r#"{"code":"999999","msg":"new"}"#, Outcome::Rejected),
+        (400, r#"{"code":""}"#, Outcome::Rejected),
+        (400, r#"{"code":"500000"}"#, Outcome::MaybeSent),
+        (400, r#"{"code":"200000"}"#, Outcome::MaybeSent),
+        (500, r#"{"code":"200000","data":{}}"#, Outcome::MaybeSent),
+        (302, r#"{"code":"200000","data":{}}"#, Outcome::MaybeSent),
+        (502, r#"{"code":"400100"}"#, Outcome::MaybeSent),
+        (302, r#"{"code":"400100"}"#, Outcome::MaybeSent),
+        (201, r#"{"code":400100}"#, Outcome::Rejected),
+        (
+            200,
+            r#"{"code":"200000","success":false}"#,
+            Outcome::MaybeSent,
+        ),
+        (
+            200,
+            r#"{"code":"200000","success":"no"}"#,
+            Outcome::MaybeSent,
+        ),
+        (
+            200,
+            r#"{"code":"200000","success":{"x":[1]}}"#,
+            Outcome::MaybeSent,
+        ),
+        (
+            200,
+            r#"{"code":"200000","success":null}"#,
+            Outcome::Accepted,
+        ),
+        (200, r#"{"code":200000,"success":true}"#, Outcome::Accepted),
+        (
+            200,
+            r#"{"code":"400100","success":false}"#,
+            Outcome::Rejected,
+        ),
+        (
+            400,
+            r#"{"code":"400100","success":true}"#,
+            Outcome::MaybeSent,
+        ),
+        (200, r#"["200000"]"#, Outcome::MaybeSent),
+        (200, r#"["400100","no"]"#, Outcome::MaybeSent),
+        (200, r#""200000""#, Outcome::MaybeSent),
+    ];
+
+    #[test]
+    fn an_order_is_rejected_only_where_the_answer_says_that_nothing_was_executed() {
+        for (status, body, outcome) in ORDERS {
+            assert_eq!(order(*status, body).outcome, *outcome, "{status} {body}");
+        }
     }
 
     #[test]
-    fn an_answer_is_judged_by_its_code_then_by_its_status() {
-        let cases = [
-            (200, r#"{"code":"200000","data":{}}"#, Outcome::Accepted),
-            (
-                200,
-                r#"{"code":"200000","data":null,"msg":"Position does not exist"}"#,
-                Outcome::MaybeSent,
-            ),
-            (
-                200,
-                r#"{"code":"400100","msg":"Order size below the minimum"}"#,
-                Outcome::Rejected,
-            ),
-            (
-                400,
-                r#"{"code":"400002","msg":"KC-API-TIMESTAMP Invalid"}"#,
-                Outcome::Rejected,
-            ),
-            (
-                429,
-                r#"{"code":"429000","msg":"Too Many Requests"}"#,
-                Outcome::Rejected,
-            ),
-            (
-                500,
-                r#"{"code":"500000","msg":"Internal Server Error"}"#,
-                Outcome::MaybeSent,
-            ),
-            (
-                200,
-                r#"{"code":"504000","msg":"gateway timeout"}"#,
-                Outcome::MaybeSent,
-            ),
-            (
-                404,
-                r#"{"code":404,"msg":"Not Found","retry":false,"success":false}"#,
-                Outcome::Rejected,
-            ),
-            (502, "<html>502</html>", Outcome::MaybeSent),
-            (429, "<html>1015</html>", Outcome::Rejected),
-            (403, "<html>blocked</html>", Outcome::Rejected),
-            (408, "", Outcome::MaybeSent),
-            (
-                408,
-                r#"{"code":"408","msg":"Request Timeout"}"#,
-                Outcome::MaybeSent,
-            ),
-            (302, "", Outcome::MaybeSent),
-            (200, "", Outcome::MaybeSent),
-            (200, "{", Outcome::MaybeSent),
-            (
-                200,
-                r#"{"code":"200000","code":"400100"}"#,
-                Outcome::MaybeSent,
-            ),
-            (200, r#"{"code":null}"#, Outcome::MaybeSent),
-        ];
-        for (status, body, outcome) in cases {
-            assert_eq!(order(status, body).outcome, outcome, "{status} {body}");
+    fn further_success_codes_count_where_the_catalogue_has_them() {
+        let body =
+            r#"{"success":true,"code":"200","msg":"success","retry":false,"data":{"orderId":"1"}}"#;
+        let outcome = |endpoint, body| read(endpoint, 200, &HeaderMap::new(), body).outcome;
+        for endpoint in [
+            "futures.post.v2-order",
+            "spot.post.v1-hf-orders-multi",
+            "spot.post.v3-margin-borrow",
+        ] {
+            assert_eq!(outcome(endpoint, body), Outcome::Accepted, "{endpoint}");
+            let contradicting = r#"{"success":false,"code":"200","msg":"success"}"#;
+            assert_eq!(outcome(endpoint, contradicting), Outcome::MaybeSent);
+        }
+        assert_eq!(outcome("futures.post.v1-orders", body), Outcome::MaybeSent);
+    }
+
+    #[test]
+    fn an_order_that_timed_out_inside_the_exchange_is_maybe_sent() {
+        // As the documentation of this endpoint shows it.
+        let body =
+            r#"{"success":false,"code":"100000","msg":"error.timeOut","retry":false,"data":null}"#;
+        for status in [200, 400] {
+            let answer = read("futures.post.v2-order", status, &HeaderMap::new(), body);
+            assert_eq!(answer.outcome, Outcome::MaybeSent, "{status}");
+            assert!(!answer.is_of_unknown_code());
+        }
+    }
+
+    #[test]
+    fn only_an_open_outcome_is_of_an_unknown_code() {
+        let is_unknown = |status, body| order(status, body).is_of_unknown_code();
+        assert!(is_unknown(200, r#"{"code":"999999"}"#));
+        for (status, body) in [
+            (200, r#"{"code":"400100"}"#),
+            (200, r#"{"code":"500000"}"#),
+            (400, r#"{"code":"999999"}"#),
+            (502, "<html>"),
+        ] {
+            assert!(!is_unknown(status, body), "{status} {body}");
+        }
+        let read = read(
+            "spot.get.v1-accounts",
+            200,
+            &HeaderMap::new(),
+            r#"{"code":"999999"}"#,
+        );
+        assert_eq!(
+            (read.outcome, read.is_of_unknown_code()),
+            (Outcome::Rejected, false)
+        );
+    }
+
+    #[test]
+    fn a_body_that_is_still_encoded_is_judged_by_its_status() {
+        let coded = headers(&[("content-encoding", "br")]);
+        let body = r#"{"code":"200000"}"#;
+        for (status, outcome) in [(200, Outcome::MaybeSent), (403, Outcome::Rejected)] {
+            let answer = read("spot.post.v1-hf-orders", status, &coded, body);
+            assert_eq!((answer.outcome, answer.code.as_str()), (outcome, ""));
+            assert_eq!(answer.content_encoding, "br");
         }
     }
 
     #[test]
     fn a_read_that_failed_changed_nothing() {
-        let read = Answer::read(
-            StatusCode::BAD_GATEWAY,
-            &HeaderMap::new(),
-            Bytes::new(),
-            Scope::SpotMargin,
-            false,
-        );
+        let read = read("spot.get.v1-accounts", 502, &HeaderMap::new(), "");
         assert_eq!(read.outcome, Outcome::Rejected);
     }
 
     #[test]
+    fn a_wait_is_read_in_both_forms_and_is_at_most_an_hour() {
+        const DATE: &str = "Sun, 29 Nov 2026 12:00:00 GMT";
+        const LATER: &str = "Sun, 29 Nov 2026 12:00:20 GMT";
+        let wait = |pairs: &[(&'static str, &str)], body| {
+            let answer = read("spot.post.v1-hf-orders", 429, &headers(pairs), body);
+            answer.retry_after.map(|wait| wait.as_secs())
+        };
+        for (pairs, expected) in [
+            (&[("retry-after", "7")][..], Some(7)),
+            (&[("retry-after", "3601")], Some(3600)),
+            (&[("retry-after", "18446744073709551615")], Some(3600)),
+            (&[("retry-after", "99999999999999999999999999")], Some(3600)),
+            (&[("retry-after", LATER), ("date", DATE)], Some(20)),
+            (&[("retry-after", DATE), ("date", LATER)], Some(0)),
+            (
+                &[
+                    ("retry-after", "Fri, 01 Jan 2100 00:00:00 GMT"),
+                    ("date", DATE),
+                ],
+                Some(3600),
+            ),
+            // 1970 is the time of this test.
+            (&[("retry-after", "Thu, 01 Jan 1970 00:00:09 GMT")], Some(9)),
+            (&[("retry-after", "soon")], None),
+            (&[("retry-after", "-1")], None),
+        ] {
+            assert_eq!(wait(pairs, r#"{"code":"400100"}"#), expected, "{pairs:?}");
+        }
+        let reset = [
+            ("gw-ratelimit-limit", "4000"),
+            ("gw-ratelimit-remaining", "0"),
+            ("gw-ratelimit-reset", "18446744073709551615"),
+        ];
+        assert_eq!(wait(&reset, r#"{"code":"429000"}"#), Some(3600));
+    }
+
+    #[test]
     fn rate_limits_and_waiting_times_are_numbers() {
-        let mut headers = HeaderMap::new();
-        for (name, value) in [
+        let headers = headers(&[
             ("gw-ratelimit-limit", "4000"),
             ("gw-ratelimit-remaining", "0"),
             ("gw-ratelimit-reset", "1234"),
-        ] {
-            headers.insert(name, value.parse().unwrap());
-        }
-        let body = Bytes::from_static(br#"{"code":"429000","msg":"x"}"#);
-        let answer = Answer::read(
-            StatusCode::TOO_MANY_REQUESTS,
+        ]);
+        let answer = read(
+            "futures.post.v1-orders",
+            429,
             &headers,
-            body,
-            Scope::Futures,
-            true,
+            r#"{"code":"429000","msg":"x"}"#,
         );
         let reset = Duration::from_millis(1234);
         assert_eq!(

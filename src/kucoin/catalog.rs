@@ -5,7 +5,8 @@ use std::sync::LazyLock;
 
 use serde::Deserialize;
 
-use super::{Host, Method, Scope};
+use super::pointer::Pointer;
+use super::{Host, Method, Scope, UnsignedRequest};
 
 /// Compiled from the official SDK specifications and documentation; risk, effect and idempotent are our own judgement.
 const ENDPOINTS: &str = include_str!("endpoints.json");
@@ -27,8 +28,8 @@ pub struct Endpoint {
     pub method: Method,
     /// Path; `{name}` is a parameter and ends its segment, which may start with text: `level2_{size}`.
     pub path: String,
-    /// KuCoin's product word: spot, margin, futures, account, …
-    pub product: String,
+    /// KuCoin's product.
+    pub product: Product,
     /// The scope it belongs to; `None` for the host of exchange brokers, which is not served.
     pub scope: Option<Scope>,
     /// The permission that a key needs, in the words of KuCoin's page; `None` where none is needed or it is not known.
@@ -47,6 +48,12 @@ pub struct Endpoint {
     pub reads_other_accounts: bool,
     /// Whether KuCoin has ever documented it.
     pub status: Status,
+    /// Codes that mean success here beside `200000`, as KuCoin's documentation of the endpoint shows them.
+    #[serde(default)]
+    pub success_codes: Vec<String>,
+    /// How it carries the clientOids of orders; `None` where it has nothing to do with orders, or carries none.
+    #[serde(default)]
+    pub order: Option<OrderForm>,
 }
 
 /// How an endpoint is known, as far as the rules care.
@@ -58,6 +65,147 @@ pub enum Status {
     /// Everything else: documented now or once.
     #[serde(other)]
     Known,
+}
+
+/// KuCoin's products, in its own words. Source: the catalogue's `product`.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd)]
+#[serde(rename_all = "lowercase")]
+pub enum Product {
+    /// Accounts, sub-accounts, deposits, transfers, withdrawals.
+    Account,
+    /// Affiliates.
+    Affiliate,
+    /// Brokers.
+    Broker,
+    /// Conversions.
+    Convert,
+    /// Copy trading.
+    CopyTrading,
+    /// Earn.
+    Earn,
+    /// Futures.
+    Futures,
+    /// Margin trading and lending.
+    Margin,
+    /// Market data.
+    Market,
+    /// Spot trading.
+    Spot,
+    /// The unified account.
+    Unified,
+    /// Loans to VIPs.
+    VipLending,
+}
+
+impl Product {
+    /// All of them.
+    pub const ALL: [Self; 12] = [
+        Self::Account,
+        Self::Affiliate,
+        Self::Broker,
+        Self::Convert,
+        Self::CopyTrading,
+        Self::Earn,
+        Self::Futures,
+        Self::Margin,
+        Self::Market,
+        Self::Spot,
+        Self::Unified,
+        Self::VipLending,
+    ];
+
+    /// The word for it in the catalogue and the configuration.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Account => "account",
+            Self::Affiliate => "affiliate",
+            Self::Broker => "broker",
+            Self::Convert => "convert",
+            Self::CopyTrading => "copytrading",
+            Self::Earn => "earn",
+            Self::Futures => "futures",
+            Self::Margin => "margin",
+            Self::Market => "market",
+            Self::Spot => "spot",
+            Self::Unified => "unified",
+            Self::VipLending => "viplending",
+        }
+    }
+}
+
+/// Where an endpoint's requests and answers carry the clientOids of orders.
+#[derive(Debug, Deserialize)]
+#[serde(from = "CatalogOrder")]
+pub struct OrderForm {
+    /// In the request; `None` where it names orders otherwise.
+    pub client_oid: Option<ClientOidPlace>,
+    /// In the answer; `None` where it names none.
+    pub answer_client_oid: Option<Pointer>,
+}
+
+/// Where a request carries clientOids.
+#[derive(Debug)]
+pub enum ClientOidPlace {
+    /// In the body.
+    Body(Pointer),
+    /// The path parameter of this name.
+    Path(String),
+    /// The query parameter of this name.
+    Query(String),
+}
+
+/// `order` as the catalogue writes it, as far as it is read.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct CatalogOrder {
+    client_oid: Option<CatalogClientOid>,
+    items: Option<String>,
+    answer: Option<CatalogAnswer>,
+}
+
+#[derive(Deserialize)]
+struct CatalogClientOid {
+    r#in: CatalogPart,
+    pointer: String,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum CatalogPart {
+    Body,
+    Path,
+    Query,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct CatalogAnswer {
+    client_oid: Option<String>,
+    per_item: Option<CatalogItems>,
+}
+
+#[derive(Deserialize)]
+struct CatalogItems {
+    array: String,
+}
+
+impl From<CatalogOrder> for OrderForm {
+    fn from(order: CatalogOrder) -> Self {
+        let items = order.items.as_deref();
+        let place = |CatalogClientOid { r#in, pointer }| match r#in {
+            CatalogPart::Body => ClientOidPlace::Body(Pointer::new(items, &pointer)),
+            CatalogPart::Path => ClientOidPlace::Path(pointer),
+            CatalogPart::Query => ClientOidPlace::Query(pointer),
+        };
+        let in_answer = |answer: CatalogAnswer| {
+            let items = answer.per_item.as_ref().map(|items| items.array.as_str());
+            Some(Pointer::new(items, &answer.client_oid?))
+        };
+        Self {
+            client_oid: order.client_oid.map(place),
+            answer_client_oid: order.answer.and_then(in_answer),
+        }
+    }
 }
 
 fn yes() -> bool {
@@ -185,6 +333,53 @@ impl Endpoint {
     /// Whether it needs a signature.
     pub fn is_private(&self) -> bool {
         self.risk != Risk::Public
+    }
+
+    /// The clientOids by which `request` names orders.
+    pub fn client_oids<'r>(&self, request: &'r UnsignedRequest) -> Vec<&'r str> {
+        let place = self
+            .order
+            .as_ref()
+            .and_then(|order| order.client_oid.as_ref());
+        match place {
+            None => Vec::new(),
+            Some(ClientOidPlace::Body(_)) => request
+                .body_client_oids
+                .iter()
+                .map(String::as_str)
+                .collect(),
+            Some(ClientOidPlace::Path(name)) => {
+                let found = self.path_parameter(name, request.target.path());
+                found.into_iter().collect()
+            }
+            Some(ClientOidPlace::Query(name)) => {
+                let named = request.target.query().iter().filter(|(n, _)| n == name);
+                named.map(|(_, value)| value.as_str()).collect()
+            }
+        }
+    }
+
+    /// Whether the answer `body` names an order by a clientOid that `request` does not have: it belongs to another request.
+    ///
+    /// Where a cancel names orders by their ids too, the exchange may name them by clientOids that the request does not
+    /// know; and which clientOid the answer to an amendment names is not documented. Nothing follows from those.
+    pub fn is_answer_of_another(&self, request: &UnsignedRequest, body: &[u8]) -> bool {
+        let order = self.order.as_ref();
+        let Some(pointer) = order.and_then(|order| order.answer_client_oid.as_ref()) else {
+            return false;
+        };
+        let asked = self.client_oids(request);
+        let is_other = |named: &String| !named.is_empty() && !asked.contains(&named.as_str());
+        let by_id = || {
+            let id = b"\"orderId";
+            request.body.windows(id.len()).any(|part| part == id)
+        };
+        let names_its_own = match self.effect {
+            Effect::Place => true,
+            Effect::Cancel => !by_id(),
+            Effect::Amend | Effect::CancelAll | Effect::None | Effect::Test => false,
+        };
+        names_its_own && !asked.is_empty() && pointer.strings(body).iter().any(is_other)
     }
 
     /// The value that `path` has for the parameter `{name}`.
@@ -316,7 +511,8 @@ impl Catalog {
         })
     }
 
-    fn route(&self, scope: Option<Scope>, method: Method, path: &str) -> Option<&Endpoint> {
+    /// The endpoint that serves exactly this path in `scope`, look-alikes included.
+    pub fn route(&self, scope: Option<Scope>, method: Method, path: &str) -> Option<&Endpoint> {
         let segments: Vec<&str> = path.split('/').collect();
         let index = self.routes.get(&(scope, method))?.find(&segments)?;
         self.endpoints.get(index)
@@ -356,7 +552,9 @@ impl Node {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{RequestLimits, Target, request};
     use super::*;
+    use crate::ids::RequestId;
 
     fn found(scope: Scope, method: Method, path: &str) -> String {
         match Catalog::get().find(scope, method, path) {
@@ -551,6 +749,94 @@ mod tests {
         assert!(!adds("spot.post.v1-hf-orders-test"));
         assert!(!adds("spot.delete.v1-hf-orders-order-id"));
         assert!(!adds("spot.get.v1-accounts"));
+    }
+
+    #[test]
+    fn an_answer_of_another_request_is_told_by_its_client_oids() {
+        let is_of_another = |id: &str, target: &str, body: &'static str, answer: &str| {
+            let endpoint = Catalog::get().by_id(id).unwrap();
+            let limits = RequestLimits::default();
+            let scope = endpoint.scope.unwrap();
+            let (path, query) = target.split_once('?').unwrap_or((target, ""));
+            let query = query.split_once('=');
+            let query = query.map(|(name, value)| (name.to_owned(), value.to_owned()));
+            let body_client_oids = request::body(
+                Some(endpoint),
+                endpoint.scope,
+                endpoint.method,
+                path,
+                body.as_bytes(),
+                &limits,
+            );
+            let request = UnsignedRequest {
+                account: "main".parse().unwrap(),
+                scope,
+                method: endpoint.method,
+                target: Target::new(path, query.into_iter().collect()).unwrap(),
+                body: body.into(),
+                id: RequestId::random(),
+                body_client_oids: body_client_oids.unwrap(),
+            };
+            endpoint.is_answer_of_another(&request, answer.as_bytes())
+        };
+        let (place, path) = ("spot.post.v1-hf-orders", "/api/v1/hf/orders");
+        let order = r#"{"clientOid":"a"}"#;
+        let named = |oid: &str| {
+            format!(r#"{{"code":"200000","data":{{"orderId":"1","clientOid":{oid}}}}}"#)
+        };
+        for (oid, expected) in [
+            ("\"a\"", false),
+            ("\"b\"", true),
+            ("\"\"", false),
+            ("null", false),
+            ("7", false),
+        ] {
+            assert_eq!(
+                is_of_another(place, path, order, &named(oid)),
+                expected,
+                "{oid}"
+            );
+        }
+        assert!(
+            !is_of_another(place, path, "{}", &named("\"b\"")),
+            "the exchange made one"
+        );
+        assert!(!is_of_another(place, path, order, "<html>"));
+        let amended = is_of_another(
+            "spot.post.v1-hf-orders-alter",
+            "/api/v1/hf/orders/alter",
+            order,
+            &named("\"b\""),
+        );
+        assert!(!amended, "not documented");
+        let cancel = "futures.delete.v1-orders-client-order-client-oid";
+        let path = "/api/v1/orders/client-order/a";
+        assert!(is_of_another(cancel, path, "", &named("\"b\"")));
+        assert!(!is_of_another(cancel, path, "", &named("\"a\"")));
+        let (cancel, path) = (
+            "spot.delete.v1-stop-order-cancel-order-by-client-oid",
+            "/api/v1/stop-order/cancelOrderByClientOid?clientOid=a",
+        );
+        assert!(is_of_another(cancel, path, "", &named("\"b\"")));
+        let (cancel, path) = (
+            "spot.post.ua-v2-unified-order-cancel",
+            "/api/ua/v2/unified/order/cancel",
+        );
+        assert!(is_of_another(cancel, path, order, &named("\"b\"")));
+        let by_id = r#"{"clientOid":"a","orderId":"1"}"#;
+        assert!(
+            !is_of_another(cancel, path, by_id, &named("\"b\"")),
+            "the order id counts"
+        );
+        let (batch, path) = ("futures.post.v1-orders-multi", "/api/v1/orders/multi");
+        let orders = r#"[{"clientOid":"a"},{"clientOid":"b"}]"#;
+        let items = |second: &str| {
+            format!(
+                r#"{{"code":"200000","data":[{{"clientOid":"a"}},{{"clientOid":"{second}"}}]}}"#
+            )
+        };
+        assert!(!is_of_another(batch, path, orders, &items("b")));
+        assert!(is_of_another(batch, path, orders, &items("c")));
     }
 
     #[test]

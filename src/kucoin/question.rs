@@ -3,11 +3,13 @@
 use std::net::IpAddr;
 
 use bytes::Bytes;
-use http::header::{CONTENT_TYPE, HeaderValue, USER_AGENT};
+use http::header::{ACCEPT_ENCODING, CONTENT_TYPE, HeaderValue, USER_AGENT};
 use http::{Request, Uri};
 use http_body_util::Full;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+
+use super::code;
 
 /// `User-Agent` of what the broker asks on its own behalf: told apart from what bots ask, on both sides.
 pub(super) const OWN: &str = concat!("credbroker/", env!("CARGO_PKG_VERSION"), " (own)");
@@ -33,6 +35,7 @@ impl Question {
         let mut request = Request::new(Full::default());
         *request.uri_mut() = Uri::from_static(path);
         let headers = request.headers_mut();
+        headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         headers.insert(USER_AGENT, HeaderValue::from_static(OWN));
         request
@@ -47,7 +50,7 @@ pub fn data<T: DeserializeOwned>(body: &[u8]) -> Option<T> {
         data: T,
     }
     let envelope: Envelope<T> = serde_json::from_slice(body).ok()?;
-    (envelope.code == "200000").then_some(envelope.data)
+    (envelope.code == code::SUCCESS).then_some(envelope.data)
 }
 
 /// The address that the text of a refusal names. Source: KuCoin API documentation, code 400006: "… current ip: …".

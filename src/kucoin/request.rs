@@ -2,12 +2,15 @@
 
 use std::collections::HashSet;
 use std::fmt;
+use std::sync::LazyLock;
 
 use bytes::Bytes;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 
+use super::catalog::ClientOidPlace;
+use super::pointer::{self, At, Pointer};
 use super::target::{Target, TargetError};
-use super::{Method, Scope};
+use super::{Endpoint, Method, Scope};
 use crate::ids::{AccountId, RequestId};
 
 /// The one endpoint that takes a body on DELETE. Source: KuCoin API documentation, futures, "Batch Cancel Orders".
@@ -53,7 +56,7 @@ pub struct UnsignedRequest {
     pub body: Bytes,
     /// Name of the call in logs and in the audit file.
     pub id: RequestId,
-    /// Every `clientOid` in the body, in order of appearance.
+    /// The clientOids in the body, at the place where the catalogue says that they stand, in order of appearance.
     pub body_client_oids: Vec<String>,
 }
 
@@ -147,11 +150,56 @@ pub fn target(
     }
 }
 
+/// Where a clientOid stands in bodies of which the catalogue does not say it.
+static ANYWHERE_ELSE: LazyLock<Pointer> = LazyLock::new(|| Pointer::new(None, "/clientOid"));
+
+/// Most characters of a clientOid. Source: KuCoin API documentation, "Add Order".
+const MAX_CLIENT_OID_CHARS: usize = 40;
+
+/// Why `client_oid` cannot name an order: lookups and cancels would have to carry it in a path.
+///
+/// Source: KuCoin API documentation, "Add Order": letters, digits, `_` and `-`, at most 40 characters.
+fn client_oid_problem(client_oid: &str) -> Option<String> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-');
+    let chars = client_oid.chars().count();
+    if (1..=MAX_CLIENT_OID_CHARS).contains(&chars) && client_oid.chars().all(fits) {
+        return None;
+    }
+    let shown: String = client_oid.chars().take(80).collect();
+    Some(format!(
+        "expected a clientOid of 1 to {MAX_CLIENT_OID_CHARS} letters, digits, '_' or '-', got {shown:?} ({chars} characters); \
+         an order with any other clientOid could not be looked up or cancelled by it"
+    ))
+}
+
+/// Checks the clientOids in path and query; adds the first problem to `problems`.
+pub fn client_oid_parameters(
+    endpoint: Option<&Endpoint>,
+    path: &str,
+    query: &[(String, String)],
+    problems: &mut Vec<Malformed>,
+) {
+    let in_path = endpoint.and_then(|endpoint| endpoint.path_parameter("clientOid", path));
+    let in_path = in_path.map(|value| ("path".to_owned(), value));
+    let in_query = query.iter().enumerate();
+    let in_query = in_query
+        .filter(|(_, (name, _))| matches!(name.as_str(), "clientOid" | "clientOrderId"))
+        .map(|(index, (_, value))| (format!("query[{index}].value"), value.as_str()));
+    let problem = in_path
+        .into_iter()
+        .chain(in_query)
+        .find_map(|(field, value)| {
+            client_oid_problem(value).map(|problem| Malformed::new(field, problem))
+        });
+    problems.extend(problem);
+}
+
 /// Checks that a body may stand on this method and path, and is JSON that means one thing.
 ///
-/// Returns every `clientOid` in it. A name that stands twice in one object is refused, because two readers may see two
-/// different orders in it.
+/// Returns the clientOids in it, at the place where the catalogue says that `endpoint` has them. A name that stands twice in
+/// one object is refused, because two readers may see two different orders in it.
 pub fn body(
+    endpoint: Option<&Endpoint>,
     scope: Option<Scope>,
     method: Method,
     path: &str,
@@ -176,20 +224,63 @@ pub fn body(
         }
         Method::Delete | Method::Post => {}
     }
-    let mut client_oids = Vec::new();
+    let place = endpoint.and_then(|endpoint| endpoint.order.as_ref()?.client_oid.as_ref());
+    let (pointer, is_order) = match place {
+        Some(ClientOidPlace::Body(pointer)) => (pointer, true),
+        _ => (&*ANYWHERE_ELSE, false),
+    };
+    let mut found = ClientOids {
+        is_order,
+        texts: Vec::new(),
+        problem: None,
+    };
     let mut json = serde_json::Deserializer::from_slice(body);
     let walked = Walk {
-        client_oids: &mut client_oids,
-        collect: false,
+        found: &mut found,
+        at: pointer.start(),
+        index: None,
     }
     .deserialize(&mut json)
     .and_then(|()| json.end());
     match walked {
-        Ok(()) if matches!(body.trim_ascii_start().first(), Some(b'{' | b'[')) => Ok(client_oids),
-        Ok(()) => refuse(&"expected a JSON object or array"),
+        Ok(()) if !matches!(body.trim_ascii_start().first(), Some(b'{' | b'[')) => {
+            refuse(&"expected a JSON object or array")
+        }
+        Ok(()) => match found.problem {
+            Some((index, problem)) => {
+                refuse(&format_args!("{}: {problem}", pointer.of_item(index)))
+            }
+            None => Ok(found.texts),
+        },
         Err(error) => refuse(&format_args!(
             "expected JSON without repeated names and `clientTimestamp`: {error}"
         )),
+    }
+}
+
+/// The clientOids of a body.
+struct ClientOids {
+    /// Whether they name orders, so that lookups have to be able to carry them.
+    is_order: bool,
+    texts: Vec<String>,
+    /// The first that is not as it must be: in which item, and why.
+    problem: Option<(Option<usize>, String)>,
+}
+
+impl ClientOids {
+    fn text(&mut self, index: Option<usize>, text: &str) {
+        match client_oid_problem(text).filter(|_| self.is_order) {
+            Some(problem) => self.problem(index, problem),
+            None => self.texts.push(text.to_owned()),
+        }
+    }
+
+    fn other(&mut self, index: Option<usize>, kind: &str) {
+        self.problem(index, format!("expected a clientOid in quotes, got {kind}"));
+    }
+
+    fn problem(&mut self, index: Option<usize>, problem: String) {
+        self.problem.get_or_insert((index, problem));
     }
 }
 
@@ -206,9 +297,24 @@ fn is_client_timestamp(name: &str) -> bool {
 
 /// Walks a JSON document without building it.
 struct Walk<'a> {
-    client_oids: &'a mut Vec<String>,
-    /// Whether the value at hand is that of a `clientOid`.
-    collect: bool,
+    found: &'a mut ClientOids,
+    /// Where the value at hand stands on the way to the clientOids; at the end of it, it is one.
+    at: At<'a>,
+    /// Which item of a list of orders it is in.
+    index: Option<usize>,
+}
+
+impl Walk<'_> {
+    fn is_client_oid(&self) -> bool {
+        self.at.is_some_and(<[_]>::is_empty)
+    }
+
+    /// What stands where a clientOid must, and is no text.
+    fn other(self, kind: &str) {
+        if self.is_client_oid() {
+            self.found.other(self.index, kind);
+        }
+    }
 }
 
 impl<'de> DeserializeSeed<'de> for Walk<'_> {
@@ -233,8 +339,9 @@ impl<'de> Visitor<'de> for Walk<'_> {
                 return Err(A::Error::custom(CLIENT_TIMESTAMP));
             }
             map.next_value_seed(Walk {
-                client_oids: self.client_oids,
-                collect: name == "clientOid",
+                found: &mut *self.found,
+                at: pointer::under(self.at, &name),
+                index: self.index,
             })?;
             if let Some(name) = names.replace(name) {
                 // Cut, because a name may be as long as the body and a status goes out in headers.
@@ -244,43 +351,55 @@ impl<'de> Visitor<'de> for Walk<'_> {
                 )));
             }
         }
+        self.other("an object");
         Ok(())
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
+        let at = pointer::each(self.at);
+        let mut index = 0;
         while seq
             .next_element_seed(Walk {
-                client_oids: self.client_oids,
-                collect: false,
+                found: &mut *self.found,
+                at,
+                index: at.map_or(self.index, |_| Some(index)),
             })?
             .is_some()
-        {}
+        {
+            index += 1;
+        }
+        self.other("a list");
         Ok(())
     }
 
     fn visit_str<E>(self, text: &str) -> Result<(), E> {
-        if self.collect {
-            self.client_oids.push(text.to_owned());
+        if self.is_client_oid() {
+            self.found.text(self.index, text);
         }
         Ok(())
     }
 
     fn visit_bool<E>(self, _: bool) -> Result<(), E> {
+        self.other("a boolean");
         Ok(())
     }
 
     fn visit_i64<E>(self, _: i64) -> Result<(), E> {
+        self.other("a number");
         Ok(())
     }
 
     fn visit_u64<E>(self, _: u64) -> Result<(), E> {
+        self.other("a number");
         Ok(())
     }
 
     fn visit_f64<E>(self, _: f64) -> Result<(), E> {
+        self.other("a number");
         Ok(())
     }
 
+    /// As good as absent.
     fn visit_unit<E>(self) -> Result<(), E> {
         Ok(())
     }
@@ -288,13 +407,20 @@ impl<'de> Visitor<'de> for Walk<'_> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Catalog;
     use super::*;
 
     fn post(text: &str) -> Result<Vec<String>, Malformed> {
+        send("spot.post.v1-hf-orders", text)
+    }
+
+    fn send(endpoint: &str, text: &str) -> Result<Vec<String>, Malformed> {
+        let endpoint = Catalog::get().by_id(endpoint).unwrap();
         body(
-            Some(Scope::SpotMargin),
-            Method::Post,
-            "/api/v1/hf/orders",
+            Some(endpoint),
+            endpoint.scope,
+            endpoint.method,
+            &endpoint.path,
             text.as_bytes(),
             &RequestLimits::default(),
         )
@@ -342,6 +468,7 @@ mod tests {
         }
         assert!(
             body(
+                None,
                 Some(Scope::SpotMargin),
                 Method::Post,
                 "/a",
@@ -353,20 +480,149 @@ mod tests {
     }
 
     #[test]
-    fn client_oids_are_collected_in_order() {
-        let oids = post(
-            r#"{"orderList":[{"clientOid":"a","x":{"clientOid":"b"}},{"clientOid":"c"}],"clientOid":7}"#,
+    fn client_oids_are_read_where_the_catalogue_has_them() {
+        let batch = r#"{"orderList":[{"clientOid":"a","x":{"clientOid":"b:c"}},{"side":"buy"},{"clientOid":"c"}],"clientOid":7}"#;
+        let list = r#"[{"clientOid":"a"},{"clientOid":"b"}]"#;
+        let named = r#"{"orderIdsList":["1"],"clientOidsList":[{"symbol":"X","clientOid":"a"}]}"#;
+        for (endpoint, text, expected) in [
+            (
+                "spot.post.v1-hf-orders",
+                r#"{"x":{"clientOid":7},"clientOid":"a"}"#,
+                &["a"][..],
+            ),
+            ("spot.post.v1-hf-orders", r#"{"clientOid":null}"#, &[]),
+            ("spot.post.v1-hf-orders", "[]", &[]),
+            ("spot.post.v1-hf-orders-multi", batch, &["a", "c"]),
+            (
+                "spot.post.ua-v1-account-mode-order-place-batch",
+                batch,
+                &["a", "c"],
+            ),
+            ("futures.post.v1-orders-multi", list, &["a", "b"]),
+            ("futures.delete.v1-orders-multi-cancel", named, &["a"]),
+            (
+                "spot.post.v1-convert-order",
+                r#"{"clientOrderId":"a","clientOid":":"}"#,
+                &["a"],
+            ),
+            ("futures.post.v2-order", r#"{"clientOid":"a"}"#, &["a"]),
+            (
+                "spot.post.v1-hf-orders-test",
+                r#"{"clientOid":"a"}"#,
+                &["a"],
+            ),
+            // Transfers: nothing is looked up by these, and their characters are KuCoin's to judge.
+            (
+                "spot.post.v3-accounts-universal-transfer",
+                r#"{"clientOid":"a:b"}"#,
+                &["a:b"],
+            ),
+        ] {
+            assert_eq!(send(endpoint, text).unwrap(), expected, "{endpoint} {text}");
+        }
+    }
+
+    #[test]
+    fn a_client_oid_that_no_lookup_can_carry_is_named_with_its_place() {
+        let problem = |endpoint, text: &str| send(endpoint, text).unwrap_err().problem;
+        let long = "x".repeat(41);
+        for (oid, got) in [
+            ("run7:42", "got \"run7:42\" (7 characters)"),
+            ("run7.42", "got \"run7.42\""),
+            ("", "got \"\" (0 characters)"),
+            (&long, "(41 characters)"),
+        ] {
+            let text = format!(r#"{{"clientOid":"{oid}"}}"#);
+            let problem = problem("spot.post.v1-hf-orders", &text);
+            assert!(
+                problem.starts_with(
+                    "/clientOid: expected a clientOid of 1 to 40 letters, digits, '_' or '-', "
+                ),
+                "{problem}"
+            );
+            assert!(problem.contains(got), "{problem}");
+        }
+        assert!(post(&format!(r#"{{"clientOid":"{}"}}"#, "x".repeat(40))).is_ok());
+        for (value, kind) in [
+            ("7", "a number"),
+            ("7.5", "a number"),
+            ("-7", "a number"),
+            ("true", "a boolean"),
+            ("{}", "an object"),
+            ("[\"a\"]", "a list"),
+        ] {
+            let problem = problem(
+                "spot.post.v1-hf-orders",
+                &format!(r#"{{"clientOid":{value}}}"#),
+            );
+            assert_eq!(
+                problem,
+                format!("/clientOid: expected a clientOid in quotes, got {kind}")
+            );
+        }
+        let batch = r#"{"orderList":[{"clientOid":"a"},{"clientOid":"b c"},{"clientOid":"d e"}]}"#;
+        assert!(
+            problem("spot.post.v1-hf-orders-multi", batch)
+                .starts_with("/orderList/1/clientOid: expected")
+        );
+        let transfer = problem(
+            "spot.post.v3-accounts-universal-transfer",
+            r#"{"clientOid":7}"#,
         );
         assert_eq!(
-            oids,
-            Ok(vec!["a".to_owned(), "b".to_owned(), "c".to_owned()])
+            transfer,
+            "/clientOid: expected a clientOid in quotes, got a number"
         );
+    }
+
+    #[test]
+    fn every_client_oid_of_the_catalogue_is_checked_wherever_it_stands() {
+        let bad = "run7:42";
+        for endpoint in Catalog::get().endpoints() {
+            let Some(place) = endpoint
+                .order
+                .as_ref()
+                .and_then(|order| order.client_oid.as_ref())
+            else {
+                continue;
+            };
+            let mut problems = Vec::new();
+            match place {
+                ClientOidPlace::Body(pointer) => {
+                    let text = pointer.of_item(Some(0));
+                    let text = text.split('/').skip(1).collect::<Vec<_>>();
+                    let json = text.iter().rev().fold(format!("\"{bad}\""), |inner, step| {
+                        if *step == "0" {
+                            format!("[{inner}]")
+                        } else {
+                            format!("{{\"{step}\":{inner}}}")
+                        }
+                    });
+                    problems.extend(send(&endpoint.id, &json).err());
+                }
+                ClientOidPlace::Path(name) => {
+                    let path = endpoint.path.replace(&format!("{{{name}}}"), bad);
+                    client_oid_parameters(Some(endpoint), &path, &[], &mut problems);
+                }
+                ClientOidPlace::Query(name) => {
+                    let query = [
+                        ("symbol".to_owned(), "X".to_owned()),
+                        (name.clone(), bad.to_owned()),
+                    ];
+                    client_oid_parameters(Some(endpoint), &endpoint.path, &query, &mut problems);
+                    assert_eq!(problems[0].field, "query[1].value", "{}", endpoint.id);
+                }
+            }
+            assert_eq!(problems.len(), 1, "{}", endpoint.id);
+            assert!(problems[0].problem.contains(bad), "{}", endpoint.id);
+        }
     }
 
     #[test]
     fn a_body_stands_on_post_and_on_one_delete() {
         let limits = RequestLimits::default();
-        let on = |scope, method, path| body(Some(scope), method, path, b"{}", &limits).is_ok();
+        let on =
+            |scope, method, path| body(None, Some(scope), method, path, b"{}", &limits).is_ok();
         assert!(on(
             Scope::Futures,
             Method::Delete,

@@ -6,7 +6,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
 use hmac::{Hmac, KeyInit, Mac};
-use http::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, USER_AGENT};
+use http::header::{ACCEPT_ENCODING, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, USER_AGENT};
 use http::uri::{PathAndQuery, Uri};
 use http_body_util::Full;
 use sha2::{Digest, Sha256};
@@ -274,6 +274,8 @@ pub fn unsigned(request: &UnsignedRequest, site: Site) -> Result<SignedRequest, 
     *written.method_mut() = request.method.as_http();
     *written.uri_mut() = Uri::from(target);
     let headers = written.headers_mut();
+    // Without it every encoding is acceptable (RFC 9110, 12.5.3).
+    headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     headers.insert(
         USER_AGENT,

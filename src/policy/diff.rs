@@ -372,6 +372,7 @@ mod tests {
     use std::fmt::Write;
 
     use super::*;
+    use crate::kucoin::Product;
 
     fn rules(account: &str, grants: &[(&str, &str)]) -> Policy {
         let mut rules = format!("[account.main]\n{account}\n");
@@ -507,7 +508,7 @@ mod tests {
         assert!(!diff.permissions.is_empty());
         for change in &diff.permissions {
             assert_eq!(change.kind, Kind::Loss);
-            assert_eq!(change.what.endpoint().unwrap().product, "margin");
+            assert_eq!(change.what.endpoint().unwrap().product, Product::Margin);
         }
     }
 }

@@ -11,7 +11,7 @@ use super::StartError;
 use crate::audit::Audit;
 use crate::broker::admission::Admission;
 use crate::broker::probes::Doubts;
-use crate::broker::{Broker, Calls};
+use crate::broker::{Broker, Calls, UnknownCodes};
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::config::load::{Certificates, Loaded};
@@ -98,6 +98,8 @@ pub(crate) fn broker(
         metrics,
         admission: Admission::new(config.admission_limits),
         calls: Calls::default(),
+        refusal_codes: config.refusal_codes.clone(),
+        unknown_codes: UnknownCodes::default(),
     })
 }
 

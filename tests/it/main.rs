@@ -15,6 +15,7 @@
 mod harness;
 
 mod admin;
+mod answers;
 mod audit;
 mod certificates;
 mod clock;

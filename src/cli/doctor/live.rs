@@ -21,7 +21,7 @@ use crate::ids::{AccountId, Who};
 use crate::kucoin::key_info;
 use crate::kucoin::question::Question;
 use crate::kucoin::shape::{Difference, Documented, documented};
-use crate::kucoin::{Host, Method, Scope};
+use crate::kucoin::{Host, Method, Scope, code};
 use crate::outcome::Outcome;
 use crate::server::assembly;
 use crate::telemetry::chain;
@@ -265,7 +265,7 @@ impl Came<'_> {
         if !self.msg.is_empty() {
             came = format!("{came}, msg: {}", shown(self.msg));
         }
-        let is_taken = http_status == 200 && self.code == "200000";
+        let is_taken = http_status == 200 && self.code == code::SUCCESS;
         let is_of_kind = documented.is_none_or(|documented| documented.kind() == kind);
         let level = if !is_taken || !is_of_kind {
             Level::Failed

@@ -262,6 +262,7 @@ async fn headers_of_the_bot_end_at_the_broker() {
     assert_eq!(
         names,
         [
+            "accept-encoding",
             "content-type",
             "host",
             "kc-api-key",

@@ -82,6 +82,8 @@ fn descriptor(endpoint: &Value, index: usize) -> SignAndSendRequest {
     let value = VALUES[index % VALUES.len()];
     let segments = endpoint["path"].as_str().unwrap().split('/');
     let filled = segments.map(|segment| match segment.split_once('{') {
+        // No other characters name an order.
+        Some((before, "clientOid}")) => format!("{before}Signing_{index}-a"),
         Some((before, _)) => format!("{before}{value}"),
         None => segment.to_owned(),
     });

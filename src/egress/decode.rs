@@ -1,0 +1,162 @@
+//! Decodes answers that were compressed although the request asked for `identity`.
+
+use std::io::{self, Read};
+
+use bytes::Bytes;
+use flate2::read::{DeflateDecoder, MultiGzDecoder, ZlibDecoder};
+use http::header::{CONTENT_ENCODING, CONTENT_LENGTH};
+use http::{HeaderMap, HeaderValue};
+
+/// The decoded body has more bytes than an answer may have.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) struct TooLarge;
+
+/// Decodes `body` as `headers` say, up to `max_bytes`, and removes from `headers` what is no longer true.
+///
+/// A body that cannot be decoded stays as it came, with its `content-encoding`; `identity` alone is no encoding. Source:
+/// RFC 9110, 8.4; `deflate` is also sent without its zlib frame.
+pub(super) fn decode(
+    headers: &mut HeaderMap,
+    body: Bytes,
+    max_bytes: usize,
+) -> Result<Bytes, TooLarge> {
+    if !headers.contains_key(CONTENT_ENCODING) {
+        return Ok(body);
+    }
+    let encoding = encoding(headers);
+    let decoded = match encoding.as_str() {
+        "" => Ok(body.clone()),
+        "gzip" | "x-gzip" => read(MultiGzDecoder::new(&body[..]), max_bytes),
+        "deflate" if is_zlib(&body) => read(ZlibDecoder::new(&body[..]), max_bytes),
+        "deflate" => read(DeflateDecoder::new(&body[..]), max_bytes),
+        _ => Err(io::ErrorKind::Unsupported.into()),
+    };
+    match decoded {
+        Ok(decoded) if decoded.len() > max_bytes => Err(TooLarge),
+        Ok(decoded) => {
+            headers.remove(CONTENT_ENCODING);
+            headers.remove(CONTENT_LENGTH);
+            Ok(decoded)
+        }
+        Err(error) => {
+            tracing::warn!(content_encoding = ?encoding, %error, "answer of the exchange cannot be decoded; passing it on as it is");
+            if let Ok(encoding) = HeaderValue::from_str(&encoding) {
+                headers.insert(CONTENT_ENCODING, encoding);
+            }
+            Ok(body)
+        }
+    }
+}
+
+/// The encodings of a body in one text, in lower case and without `identity`; at most 64 characters, because the exchange
+/// chooses them.
+fn encoding(headers: &HeaderMap) -> String {
+    let values = headers.get_all(CONTENT_ENCODING).iter();
+    let text: Vec<_> = values
+        .map(|value| String::from_utf8_lossy(value.as_bytes()).to_ascii_lowercase())
+        .collect();
+    let text = text.join(",");
+    let encodings: Vec<_> = text
+        .split(',')
+        .map(str::trim)
+        .filter(|encoding| !matches!(*encoding, "" | "identity"))
+        .collect();
+    let fits = |c: &char| c.is_ascii_graphic() || *c == ' ';
+    encodings.join(", ").chars().filter(fits).take(64).collect()
+}
+
+fn read(body: impl Read, max_bytes: usize) -> io::Result<Bytes> {
+    let mut decoded = Vec::new();
+    // One more than allowed tells that there is more.
+    let limit = u64::try_from(max_bytes)
+        .unwrap_or(u64::MAX)
+        .saturating_add(1);
+    body.take(limit).read_to_end(&mut decoded)?;
+    Ok(decoded.into())
+}
+
+/// Whether it begins with a zlib header. Source: RFC 1950, 2.2.
+fn is_zlib(body: &[u8]) -> bool {
+    match body {
+        [first, second, ..] => {
+            first & 0x0f == 8 && (u16::from(*first) << 8 | u16::from(*second)) % 31 == 0
+        }
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use base64::Engine as _;
+    use base64::engine::general_purpose::STANDARD;
+
+    use super::*;
+
+    // python3: base64.b64encode(gzip.compress(b'{"code":"200000"}', mtime=0)), zlib.compress(…), zlib.compressobj(wbits=-15).
+    const GZIP: &str = "H4sIAAAAAAACA6tWSs5PSVWyUjIyAAGlWgB0XE/lEQAAAA==";
+    const ZLIB: &str = "eJyrVkrOT0lVslIyMgABpVoAK/gEeA==";
+    const RAW: &str = "q1ZKzk9JVbJSMjIAAaVaAA==";
+    const PLAIN: &[u8] = br#"{"code":"200000"}"#;
+
+    fn decoded(encoding: &str, body: &[u8], max: usize) -> Result<(Bytes, String), TooLarge> {
+        let mut headers = HeaderMap::new();
+        headers.insert(CONTENT_ENCODING, HeaderValue::from_str(encoding).unwrap());
+        let body = decode(&mut headers, Bytes::copy_from_slice(body), max)?;
+        let left = headers.get(CONTENT_ENCODING);
+        let left = left.map(|value| value.to_str().unwrap().to_owned());
+        Ok((body, left.unwrap_or_default()))
+    }
+
+    fn bytes(text: &str) -> Vec<u8> {
+        STANDARD.decode(text).unwrap()
+    }
+
+    #[test]
+    fn what_can_be_decoded_is_and_no_encoding_remains() {
+        for (encoding, body) in [
+            ("gzip", bytes(GZIP)),
+            ("x-gzip", bytes(GZIP)),
+            ("GZIP, identity", bytes(GZIP)),
+            ("deflate", bytes(ZLIB)),
+            ("deflate", bytes(RAW)),
+            ("identity", PLAIN.to_vec()),
+            ("", PLAIN.to_vec()),
+        ] {
+            let (body, left) = decoded(encoding, &body, 17).unwrap();
+            assert_eq!((&body[..], left.as_str()), (PLAIN, ""), "{encoding}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_decoded_stays_and_says_so() {
+        let gzip = bytes(GZIP);
+        let mut torn = gzip.clone();
+        torn.truncate(gzip.len() - 6);
+        let mut flipped = gzip.clone();
+        flipped[12] ^= 0xff;
+        for (encoding, body, left) in [
+            ("br", &gzip, "br"),
+            ("zstd", &gzip, "zstd"),
+            ("gzip, br", &gzip, "gzip, br"),
+            ("gzip", &torn, "gzip"),
+            ("gzip", &flipped, "gzip"),
+            ("gzip", &PLAIN.to_vec(), "gzip"),
+            ("deflate", &PLAIN.to_vec(), "deflate"),
+        ] {
+            let came = decoded(encoding, body, 1000).unwrap();
+            assert_eq!(
+                (&came.0[..], came.1.as_str()),
+                (&body[..], left),
+                "{encoding}"
+            );
+        }
+        let long = "x".repeat(1000);
+        assert_eq!(decoded(&long, PLAIN, 1000).unwrap().1.len(), 64);
+    }
+
+    #[test]
+    fn the_limit_holds_after_decoding() {
+        assert_eq!(decoded("gzip", &bytes(GZIP), 16), Err(TooLarge));
+        assert_eq!(decoded("deflate", &bytes(ZLIB), 16), Err(TooLarge));
+    }
+}

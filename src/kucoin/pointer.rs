@@ -1,0 +1,194 @@
+//! Where a value stands in a JSON document, once or in each element of a list; read without building the document.
+
+use std::fmt;
+
+use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+
+/// A JSON pointer (RFC 6901, without escapes) that may lead through every element of one list.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Pointer(Vec<Step>);
+
+/// One step of it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Step {
+    /// Into each element of a list.
+    Each,
+    /// Into the value under this name.
+    Name(String),
+}
+
+/// Where a reader stands on a pointer: the steps that remain; `None` off it.
+pub type At<'p> = Option<&'p [Step]>;
+
+impl Pointer {
+    /// `leaf` in the document, or in each element of the list at `items`; the list is the document where `items` is empty.
+    pub fn new(items: Option<&str>, leaf: &str) -> Self {
+        let names = |pointer: &str| -> Vec<Step> {
+            let names = pointer.split('/').skip(1);
+            names.map(|name| Step::Name(name.to_owned())).collect()
+        };
+        let mut steps = Vec::new();
+        if let Some(items) = items {
+            steps = names(items);
+            steps.push(Step::Each);
+        }
+        steps.extend(names(leaf));
+        Self(steps)
+    }
+
+    /// At its beginning.
+    pub fn start(&self) -> At<'_> {
+        Some(&self.0)
+    }
+
+    /// The strings that it leads to; none where `json` is not JSON to its end.
+    pub fn strings(&self, json: &[u8]) -> Vec<String> {
+        let mut strings = Vec::new();
+        let mut reader = serde_json::Deserializer::from_slice(json);
+        let collect = Collect {
+            at: &self.0,
+            strings: &mut strings,
+        };
+        match collect.deserialize(&mut reader).and_then(|()| reader.end()) {
+            Ok(()) => strings,
+            Err(_) => Vec::new(),
+        }
+    }
+
+    /// The pointer as RFC 6901 writes it, for the element at `index`.
+    pub fn of_item(&self, index: Option<usize>) -> String {
+        let steps = self.0.iter().map(|step| match (step, index) {
+            (Step::Name(name), _) => format!("/{name}"),
+            (Step::Each, Some(index)) => format!("/{index}"),
+            (Step::Each, None) => "/*".to_owned(),
+        });
+        steps.collect()
+    }
+}
+
+/// Where a reader stands that goes from `at` into the value under `name`.
+pub fn under<'p>(at: At<'p>, name: &str) -> At<'p> {
+    match at?.split_first()? {
+        (Step::Name(expected), rest) if expected == name => Some(rest),
+        _ => None,
+    }
+}
+
+/// Where a reader stands that goes from `at` into the elements of a list.
+pub fn each(at: At<'_>) -> At<'_> {
+    match at?.split_first()? {
+        (Step::Each, rest) => Some(rest),
+        _ => None,
+    }
+}
+
+/// Collects the strings at the end of a pointer and reads past everything else.
+struct Collect<'p, 's> {
+    at: &'p [Step],
+    strings: &'s mut Vec<String>,
+}
+
+impl<'de> DeserializeSeed<'de> for Collect<'_, '_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Collect<'_, '_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("JSON")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some(name) = map.next_key::<String>()? {
+            match under(Some(self.at), &name) {
+                Some(at) => map.next_value_seed(Collect {
+                    at,
+                    strings: self.strings,
+                })?,
+                None => drop(map.next_value::<IgnoredAny>()?),
+            }
+        }
+        Ok(())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
+        let Some(at) = each(Some(self.at)) else {
+            while seq.next_element::<IgnoredAny>()?.is_some() {}
+            return Ok(());
+        };
+        while seq
+            .next_element_seed(Collect {
+                at,
+                strings: self.strings,
+            })?
+            .is_some()
+        {}
+        Ok(())
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<(), E> {
+        if self.at.is_empty() {
+            self.strings.push(text.to_owned());
+        }
+        Ok(())
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_u64<E>(self, _: u64) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_unit<E>(self) -> Result<(), E> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn strings_are_read_where_the_pointer_leads() {
+        let read = |items, leaf, json: &str| Pointer::new(items, leaf).strings(json.as_bytes());
+        let nested = r#"{"clientOid":"a","data":{"clientOid":"b","x":{"clientOid":"c"}}}"#;
+        assert_eq!(read(None, "/clientOid", nested), ["a"]);
+        assert_eq!(read(None, "/data/clientOid", nested), ["b"]);
+        let list =
+            r#"{"data":[{"clientOid":"a"},{"clientOid":null},{"clientOid":7},{"clientOid":"b"}]}"#;
+        assert_eq!(read(Some("/data"), "/clientOid", list), ["a", "b"]);
+        assert_eq!(
+            read(Some(""), "/clientOid", r#"[{"clientOid":"a"},1]"#),
+            ["a"]
+        );
+        assert!(read(None, "/clientOid", r#"[{"clientOid":"a"}]"#).is_empty());
+        assert!(read(None, "/clientOid", r#"{"clientOid":["a"]}"#).is_empty());
+        assert!(read(None, "/clientOid", r#"{"clientOid":"a""#).is_empty());
+    }
+
+    #[test]
+    fn a_pointer_names_its_item() {
+        let pointer = Pointer::new(Some("/orderList"), "/clientOid");
+        assert_eq!(pointer.of_item(Some(3)), "/orderList/3/clientOid");
+        assert_eq!(Pointer::new(None, "/clientOid").of_item(None), "/clientOid");
+        assert_eq!(
+            Pointer::new(Some(""), "/clientOid").of_item(Some(0)),
+            "/0/clientOid"
+        );
+    }
+}

@@ -1,0 +1,556 @@
+//! What answers of the exchange mean, byte for byte: codes, encodings, header lines, waits, and answers to another request.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use credbroker::api::proto::{Method, Outcome, Scope, SignAndSendRequest, SignAndSendResponse};
+use credbroker_sim::kucoin::ReceivedRequest;
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tonic::{Code, Status};
+
+use crate::harness::{
+    Lab, Settings, futures_order, json_of, refusal, request, spot_cancel_all, spot_order,
+};
+
+const ORDERS: &str = "/api/v1/hf/orders";
+
+/// Stands before a host of the simulated exchange: answers chosen paths with chosen bytes, and passes the rest through.
+#[derive(Clone)]
+struct Exchange {
+    host: &'static str,
+    address: SocketAddr,
+    upstream: Arc<Mutex<Option<String>>>,
+    answers: Arc<Mutex<HashMap<String, Vec<u8>>>>,
+    /// Paths that were asked for, each with the number of its connection.
+    asked: Arc<Mutex<Vec<(String, usize)>>>,
+}
+
+impl Exchange {
+    async fn start(host: &'static str) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let exchange = Self {
+            host,
+            address: listener.local_addr().unwrap(),
+            upstream: Arc::default(),
+            answers: Arc::default(),
+            asked: Arc::default(),
+        };
+        let serving = exchange.clone();
+        tokio::spawn(async move {
+            for number in 0.. {
+                let (stream, _) = listener.accept().await.unwrap();
+                tokio::spawn(serving.clone().serve(stream, number));
+            }
+        });
+        exchange
+    }
+
+    /// The settings of an installation whose broker reaches this host.
+    fn settings(&self) -> Settings {
+        let exchange = self.clone();
+        let edit = move |config: String| {
+            let key = format!("{} = \"http://", exchange.host);
+            let (before, rest) = config.split_once(&key).unwrap();
+            let (upstream, after) = rest.split_once('"').unwrap();
+            *exchange.upstream.lock().unwrap() = Some(upstream.to_owned());
+            format!("{before}{key}{}\"{after}", exchange.address)
+        };
+        Settings {
+            edit: Box::new(edit),
+            process: true,
+            ..Settings::default()
+        }
+    }
+
+    /// Answers every request to `path` so, until told otherwise.
+    fn answer(&self, path: &str, answer: impl Into<Vec<u8>>) {
+        let mut answers = self.answers.lock().unwrap();
+        answers.insert(path.to_owned(), answer.into());
+    }
+
+    /// Passes requests to `path` through again.
+    fn pass(&self, path: &str) {
+        self.answers.lock().unwrap().remove(path);
+    }
+
+    /// The numbers of the connections on which `path` was asked for.
+    fn connections(&self, path: &str) -> Vec<usize> {
+        let asked = self.asked.lock().unwrap();
+        let asked = asked.iter().filter(|(asked, _)| asked == path);
+        asked.map(|(_, number)| *number).collect()
+    }
+
+    async fn serve(self, mut from: TcpStream, number: usize) {
+        let upstream = self.upstream.lock().unwrap().clone().unwrap();
+        let mut to = TcpStream::connect(upstream).await.unwrap();
+        while let Some(request) = message(&mut from).await {
+            let head = String::from_utf8_lossy(&request);
+            let target = head.split(' ').nth(1).unwrap();
+            let path = target.split('?').next().unwrap().to_owned();
+            self.asked.lock().unwrap().push((path.clone(), number));
+            let chosen = self.answers.lock().unwrap().get(&path).cloned();
+            let answer = if let Some(answer) = chosen {
+                answer
+            } else {
+                to.write_all(&request).await.unwrap();
+                message(&mut to).await.unwrap()
+            };
+            if from.write_all(&answer).await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// One HTTP/1.1 message with a content-length; `None` at the end of the connection.
+async fn message(stream: &mut TcpStream) -> Option<Vec<u8>> {
+    let mut bytes = Vec::new();
+    loop {
+        let end = bytes.windows(4).position(|part| part == b"\r\n\r\n");
+        if let Some(end) = end {
+            let head = String::from_utf8_lossy(&bytes[..end]).to_ascii_lowercase();
+            let length = head.split("content-length:").nth(1);
+            let length = length.map_or(0, |rest| {
+                rest.lines().next().unwrap().trim().parse().unwrap()
+            });
+            if bytes.len() >= end + 4 + length {
+                return Some(bytes);
+            }
+        }
+        if stream.read_buf(&mut bytes).await.unwrap_or_default() == 0 {
+            return None;
+        }
+    }
+}
+
+/// A whole answer with a JSON body.
+fn http(status: &str, body: &str) -> String {
+    let length = body.len();
+    format!(
+        "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
+    )
+}
+
+fn ok(body: &Value) -> String {
+    http("200 OK", &body.to_string())
+}
+
+/// A whole answer from the field cases.
+fn field_case(name: &str) -> Vec<u8> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/field-cases/answers");
+    std::fs::read(folder.join(name)).unwrap()
+}
+
+fn v2_order(client_oid: &str) -> SignAndSendRequest {
+    let body = json!({"clientOid": client_oid, "symbol": "XBTUSDTM", "side": "BUY", "type": "LIMIT", "price": "1", "size": 1});
+    request(
+        Scope::Futures,
+        Method::Post,
+        "/api/v2/order",
+        &body.to_string(),
+    )
+}
+
+fn verdict(answer: &SignAndSendResponse) -> (Outcome, &str) {
+    (answer.outcome(), answer.code.as_str())
+}
+
+async fn metric(lab: &Lab, line: &str) -> u64 {
+    let text = lab.get("/metrics").await.1;
+    let value = text.lines().find_map(|l| l.strip_prefix(line));
+    value
+        .unwrap_or_else(|| panic!("no {line} in\n{text}"))
+        .trim()
+        .parse()
+        .unwrap()
+}
+
+#[tokio::test]
+async fn an_order_is_accepted_by_the_code_that_its_endpoint_documents() {
+    let exchange = Exchange::start("futures").await;
+    let lab = Lab::with(exchange.settings()).await;
+    let mut bot = lab.bot("maker").await;
+    let taken = field_case("futures-v2-order-taken.http");
+    exchange.answer("/api/v2/order", taken.clone());
+    let answer = bot.send(v2_order("v2-1")).await.unwrap();
+    assert_eq!(verdict(&answer), (Outcome::Accepted, "200"));
+    assert_eq!(answer.advice, "");
+    // Where the documentation does not show this code, it leaves the outcome open.
+    exchange.answer("/api/v1/orders", taken);
+    let answer = bot.send(futures_order("v1-1")).await.unwrap();
+    assert_eq!(verdict(&answer), (Outcome::MaybeSent, "200"));
+}
+
+#[tokio::test]
+async fn an_unknown_code_leaves_an_order_open_and_is_counted_and_logged_once() {
+    const COUNTER: &str = "credbroker_codes_unknown_total{scope=\"spot-margin\"} ";
+    let exchange = Exchange::start("spot").await;
+    let mut lab = Lab::with(exchange.settings()).await;
+    let mut bot = lab.bot("maker").await;
+    let unknown = ok(&json!({"code": "987654", "msg": "something new"}));
+    exchange.answer(ORDERS, unknown.clone());
+    assert_eq!(metric(&lab, COUNTER).await, 0);
+    for number in 0..3 {
+        let order = spot_order(&format!("unknown-{number}"));
+        let answer = bot.send(order).await.unwrap();
+        assert_eq!(verdict(&answer), (Outcome::MaybeSent, "987654"));
+        assert!(
+            answer.advice.contains("does not know this code"),
+            "{}",
+            answer.advice
+        );
+    }
+    assert_eq!(metric(&lab, COUNTER).await, 3);
+    let cancelled = bot.send(spot_cancel_all()).await.unwrap();
+    assert_eq!(cancelled.outcome(), Outcome::MaybeSent, "a cancel too");
+    // The same code in a read, or with an HTTP status of its own, says enough.
+    exchange.answer("/api/v1/accounts", unknown);
+    let read = request(Scope::SpotMargin, Method::Get, "/api/v1/accounts", "");
+    assert_eq!(bot.send(read).await.unwrap().outcome(), Outcome::Rejected);
+    let refused = http(
+        "400 Bad Request",
+        r#"{"code":"987654","msg":"something new"}"#,
+    );
+    exchange.answer(ORDERS, refused);
+    let answer = bot.send(spot_order("refused")).await.unwrap();
+    assert_eq!(verdict(&answer), (Outcome::Rejected, "987654"));
+    assert_eq!(metric(&lab, COUNTER).await, 4);
+    let log = lab.process().log();
+    let lines: Vec<_> = log
+        .lines()
+        .filter(|line| line.contains("unknown code;"))
+        .collect();
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    let line: Value = serde_json::from_str(lines[0]).unwrap();
+    assert_eq!(line["level"], "WARN");
+    assert_eq!(line["config"], "\"spot/spot/987654\"");
+    assert!(!lines[0].contains("something new"), "{}", lines[0]);
+}
+
+#[tokio::test]
+async fn a_code_in_the_configuration_is_a_refusal() {
+    let exchange = Exchange::start("spot").await;
+    let mut settings = exchange.settings();
+    let edit = settings.edit;
+    settings.edit = Box::new(move |config| {
+        edit(config).replace(
+            "[exchange]\n",
+            "[exchange]\nrefusal_codes = [\"spot/spot/987654\"]\n",
+        )
+    });
+    let lab = Lab::with(settings).await;
+    let mut bot = lab.bot("maker").await;
+    exchange.answer(
+        ORDERS,
+        ok(&json!({"code": "987654", "msg": "something new"})),
+    );
+    let answer = bot.send(spot_order("configured")).await.unwrap();
+    assert_eq!(verdict(&answer), (Outcome::Rejected, "987654"));
+    exchange.answer(
+        "/api/v3/hf/margin/order",
+        ok(&json!({"code": "987654", "msg": "something new"})),
+    );
+    let mut margin = spot_order("margin");
+    margin.path = "/api/v3/hf/margin/order".to_owned();
+    let answer = bot.send(margin).await.unwrap();
+    assert_eq!(
+        verdict(&answer),
+        (Outcome::MaybeSent, "987654"),
+        "another product"
+    );
+}
+
+#[tokio::test]
+async fn an_answer_that_contradicts_itself_leaves_an_order_open() {
+    let exchange = Exchange::start("spot").await;
+    let lab = Lab::with(exchange.settings()).await;
+    let mut bot = lab.bot("maker").await;
+    for (number, answer) in [
+        http(
+            "500 Internal Server Error",
+            r#"{"code":"200000","data":{}}"#,
+        ),
+        http("200 OK", r#"{"code":"200000","success":false,"data":null}"#),
+        http("200 OK", r#"["200000"]"#),
+        http("200 OK", r#"["400100","no"]"#),
+        http("200 OK", r#""200000""#),
+        http(
+            "200 OK",
+            r#"{"code":"200000","msg":"Position does not exist"}"#,
+        ),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        exchange.answer(ORDERS, answer.clone());
+        let came = bot
+            .send(spot_order(&format!("odd-{number}")))
+            .await
+            .unwrap();
+        assert_eq!(came.outcome(), Outcome::MaybeSent, "{answer}");
+    }
+}
+
+#[tokio::test]
+async fn a_compressed_answer_is_decoded_and_judged_as_if_it_were_not() {
+    let exchange = Exchange::start("spot").await;
+    let lab = Lab::with(Settings {
+        egress: "max_answer_bytes = 1024".to_owned(),
+        ..exchange.settings()
+    })
+    .await;
+    let mut bot = lab.bot("maker").await;
+    let received = lab.kucoin.everything_received();
+    assert!(!received.is_empty());
+    for request in received {
+        assert_eq!(
+            request.header("accept-encoding"),
+            Some("identity"),
+            "{}",
+            request.path()
+        );
+    }
+    exchange.answer(ORDERS, field_case("gzip-order-taken.http"));
+    // As the file has it.
+    let taken = bot.send(spot_order("c-1")).await.unwrap();
+    assert_eq!(verdict(&taken), (Outcome::Accepted, "200000"));
+    assert_eq!(json_of(&taken)["data"]["orderId"], "o-1");
+    assert_eq!(taken.content_encoding, "");
+    exchange.answer(ORDERS, field_case("gzip-order-refused.http"));
+    let refused = bot.send(spot_order("gzip-2")).await.unwrap();
+    assert_eq!(refused.outcome(), Outcome::Rejected);
+    assert_eq!(json_of(&refused)["code"], refused.code.as_str());
+    exchange.answer("/api/v1/accounts", field_case("gzip-read.http"));
+    let read = request(Scope::SpotMargin, Method::Get, "/api/v1/accounts", "");
+    let read = bot.send(read).await.unwrap();
+    assert_eq!(verdict(&read), (Outcome::Accepted, "200000"));
+    assert_eq!(json_of(&read)["code"], "200000");
+}
+
+#[tokio::test]
+async fn an_answer_that_cannot_be_decoded_says_so_and_its_size_counts_decoded() {
+    let exchange = Exchange::start("spot").await;
+    let mut lab = Lab::with(Settings {
+        egress: "max_answer_bytes = 1024".to_owned(),
+        ..exchange.settings()
+    })
+    .await;
+    let mut bot = lab.bot("maker").await;
+    let coded = |encoding: &str, body: &[u8]| {
+        let length = body.len();
+        let head = format!(
+            "HTTP/1.1 200 OK\r\ncontent-encoding: {encoding}\r\ncontent-length: {length}\r\n\r\n"
+        );
+        [head.as_bytes(), body].concat()
+    };
+    exchange.answer(ORDERS, coded("br", b"\x0b\x02\x80{}\x03"));
+    let answer = bot.send(spot_order("br")).await.unwrap();
+    assert_eq!(verdict(&answer), (Outcome::MaybeSent, ""));
+    assert_eq!(answer.content_encoding, "br");
+    assert_eq!(&answer.body[..], b"\x0b\x02\x80{}\x03");
+    let log = lab
+        .process()
+        .log_line("answer of the exchange cannot be decoded; passing it on as it is")
+        .await;
+    assert_eq!(log["level"], "WARN");
+    // 2,000 zeros: python3 -c "import gzip,base64; print(gzip.compress(b'0'*2000, mtime=0).hex())"
+    let bomb = "1f8b080000000000020333301805a360148c8251300a46c15007001d55f97ed0070000";
+    let bomb: Vec<u8> = (0..bomb.len() / 2)
+        .map(|n| u8::from_str_radix(&bomb[2 * n..2 * n + 2], 16).unwrap())
+        .collect();
+    exchange.answer(ORDERS, coded("gzip", &bomb));
+    let ended = bot.send(spot_order("bomb")).await.unwrap_err();
+    assert!(
+        ended.message().contains("more than 1024 bytes"),
+        "{ended:?}"
+    );
+    assert_eq!(refusal(Err(ended)), lost());
+}
+
+fn lost() -> (Code, String, String) {
+    let (reason, outcome) = ("ANSWER_LOST".to_owned(), "maybe_sent".to_owned());
+    (Code::Unknown, reason, outcome)
+}
+
+#[tokio::test]
+async fn a_wait_is_passed_on_from_both_forms_and_is_at_most_an_hour() {
+    let exchange = Exchange::start("spot").await;
+    let lab = Lab::with(exchange.settings()).await;
+    let mut bot = lab.bot("maker").await;
+    let body = r#"{"code":"429000","msg":"slow down"}"#;
+    let with = |headers: &str| {
+        let answer = http("429 Too Many Requests", body);
+        answer
+            .replacen("\r\n", &format!("\r\n{headers}\r\n"), 1)
+            .into_bytes()
+    };
+    let reset = "gw-ratelimit-limit: 1\r\ngw-ratelimit-remaining: 0\r\ngw-ratelimit-reset: 18446744073709551615";
+    for (number, (answer, wait_ms)) in [
+        (field_case("429-retry-after-date.http"), 20_000),
+        (with("retry-after: 7"), 7000),
+        (with("retry-after: 18446744073709551615"), 3_600_000),
+        (with(reset), 3_600_000),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        exchange.answer(ORDERS, answer);
+        let answer = bot
+            .send(spot_order(&format!("wait-{number}")))
+            .await
+            .unwrap();
+        assert_eq!(answer.outcome(), Outcome::Rejected);
+        assert_eq!(answer.retry_after_ms, Some(wait_ms), "{number}");
+        if let Some(limit) = answer.rate_limit {
+            assert_eq!(limit.reset_ms, 3_600_000);
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_answer_with_many_header_lines_is_read() {
+    let exchange = Exchange::start("spot").await;
+    let lab = Lab::with(exchange.settings()).await;
+    let mut bot = lab.bot("maker").await;
+    exchange.answer(ORDERS, field_case("headers-120.http"));
+    let answer = bot.send(spot_order("headers")).await.unwrap();
+    assert_eq!(verdict(&answer), (Outcome::Accepted, "200000"));
+}
+
+#[tokio::test]
+async fn an_answer_that_names_another_order_is_lost_and_its_connection_closed() {
+    let exchange = Exchange::start("spot").await;
+    let mut lab = Lab::with(exchange.settings()).await;
+    let mut bot = lab.bot("maker").await;
+    let taken = |client_oid: &str| {
+        ok(&json!({"code": "200000", "data": {"orderId": "1", "clientOid": client_oid}}))
+    };
+    exchange.answer(ORDERS, taken("mine-1"));
+    let answer = bot.send(spot_order("mine-1")).await.unwrap();
+    assert_eq!(answer.outcome(), Outcome::Accepted);
+    exchange.answer(ORDERS, taken("somebody-else"));
+    let ended: Status = bot.send(spot_order("mine-2")).await.unwrap_err();
+    assert!(
+        ended.message().contains("names another clientOid"),
+        "{ended:?}"
+    );
+    assert_eq!(refusal(Err(ended)), lost());
+    exchange.pass(ORDERS);
+    let answer = bot.send(spot_order("mine-3")).await.unwrap();
+    assert_eq!(answer.outcome(), Outcome::Accepted);
+    let connections = exchange.connections(ORDERS);
+    let (wrong, next) = (connections[1], connections[2]);
+    assert_ne!(
+        wrong, next,
+        "nothing more is sent on the connection of the wrong answer"
+    );
+    let line = lab
+        .process()
+        .log_line("answer names another clientOid than the request; closing the connection, outcome is maybe_sent")
+        .await;
+    assert_eq!(line["level"], "ERROR");
+    assert!(!lab.process().log().contains("somebody-else"));
+    // Within a batch, and for a cancel by clientOid.
+    let batch = r#"{"orderList":[{"clientOid":"b-1","symbol":"BTC-USDT"},{"clientOid":"b-2","symbol":"BTC-USDT"}]}"#;
+    let batch = request(
+        Scope::SpotMargin,
+        Method::Post,
+        "/api/v1/hf/orders/multi",
+        batch,
+    );
+    let items = |second: Value| {
+        ok(
+            &json!({"code": "200000", "data": [{"success": true, "orderId": "1", "clientOid": "b-1"}, second]}),
+        )
+    };
+    exchange.answer(
+        "/api/v1/hf/orders/multi",
+        items(json!({"success": false, "failMsg": "no"})),
+    );
+    assert_eq!(
+        bot.send(batch.clone()).await.unwrap().outcome(),
+        Outcome::Accepted
+    );
+    exchange.answer(
+        "/api/v1/hf/orders/multi",
+        items(json!({"success": true, "orderId": "2", "clientOid": "c-9"})),
+    );
+    assert_eq!(refusal(bot.send(batch).await), lost());
+    let path = "/api/v1/hf/orders/client-order/mine-3";
+    exchange.answer(
+        path,
+        ok(&json!({"code": "200000", "data": {"clientOid": "mine-1"}})),
+    );
+    let cancel = request(
+        Scope::SpotMargin,
+        Method::Delete,
+        &format!("{path}?symbol=BTC-USDT"),
+        "",
+    );
+    assert_eq!(refusal(bot.send(cancel).await), lost());
+}
+
+#[tokio::test]
+async fn an_order_whose_client_oid_no_lookup_can_carry_is_refused() {
+    let lab = Lab::with(Settings {
+        process: true,
+        ..Settings::default()
+    })
+    .await;
+    let mut bot = lab.bot("maker").await;
+    let malformed = || {
+        let (reason, outcome) = ("REQUEST_MALFORMED".to_owned(), "not_sent".to_owned());
+        (Code::InvalidArgument, reason, outcome)
+    };
+    let file = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/field-cases/requests/client-oids-without-a-lookup.jsonl");
+    let cases = std::fs::read_to_string(file).unwrap();
+    let cases: Vec<Value> = cases
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(cases.len(), 6);
+    let text = |case: &Value, name: &str| case[name].as_str().unwrap().to_owned();
+    let mut requests: Vec<_> = cases
+        .iter()
+        .map(|case| {
+            request(
+                Scope::SpotMargin,
+                Method::Post,
+                &text(case, "path"),
+                &text(case, "body"),
+            )
+        })
+        .collect();
+    let numeric = r#"{"clientOid":42,"side":"buy","symbol":"BTC-USDT","type":"limit","price":"10000","size":"0.001"}"#;
+    requests.push(request(Scope::SpotMargin, Method::Post, ORDERS, numeric));
+    let batch = r#"{"orderList":[{"clientOid":"good"},{"clientOid":"not good"}]}"#;
+    requests.push(request(
+        Scope::SpotMargin,
+        Method::Post,
+        "/api/v1/hf/orders/multi",
+        batch,
+    ));
+    let cancel = "/api/v1/stop-order/cancelOrderByClientOid?clientOid=run7:42";
+    requests.push(request(Scope::SpotMargin, Method::Delete, cancel, ""));
+    let lookup = "/api/v1/orders/byClientOid?clientOid=run7:42";
+    requests.push(request(Scope::Futures, Method::Get, lookup, ""));
+    for request in requests {
+        let (path, body) = (request.path.clone(), request.body.clone());
+        let ended = bot
+            .send(request)
+            .await
+            .expect_err(&format!("{path} {body:?}"));
+        assert!(ended.message().contains("clientOid"), "{ended:?}");
+        assert_eq!(refusal(Err(ended)), malformed(), "{path} {body:?}");
+    }
+    let asked = lab.kucoin.received();
+    assert!(
+        asked.iter().all(ReceivedRequest::is_own_question),
+        "nothing was sent"
+    );
+}
