@@ -234,8 +234,8 @@ fn judge(http_status: StatusCode, envelope: &Envelope, asked: Asked<'_>) -> (Out
             Outcome::Accepted
         }
         Class::Success | Class::Unclear => Outcome::MaybeSent,
-        // An answer that says "success" beside any other code contradicts itself.
-        _ if *success == Some(true) => Outcome::MaybeSent,
+        // HTTP 200 and "success" beside any other code: the answer contradicts itself.
+        _ if *success == Some(true) && http_status.is_success() => Outcome::MaybeSent,
         Class::Refusal if http_status.is_success() => Outcome::Rejected,
         Class::Missing | Class::Refusal | Class::Unknown => judge_bare(http_status),
     };
@@ -436,9 +436,14 @@ mod tests {
             Outcome::Rejected,
         ),
         (
-            400,
+            200,
             r#"{"code":"400100","success":true}"#,
             Outcome::MaybeSent,
+        ),
+        (
+            400,
+            r#"{"code":"400100","success":true}"#,
+            Outcome::Rejected,
         ),
         (200, r#"["200000"]"#, Outcome::MaybeSent),
         (200, r#"["400100","no"]"#, Outcome::MaybeSent),

@@ -10,7 +10,7 @@ use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess,
 use super::catalog::ClientOidPlace;
 use super::pointer::{self, At, Pointer};
 use super::target::{Target, TargetError};
-use super::{Endpoint, Method, Scope};
+use super::{Effect, Endpoint, Method, Scope};
 use crate::ids::{AccountId, RequestId};
 
 /// The one endpoint that takes a body on DELETE. Source: KuCoin API documentation, futures, "Batch Cancel Orders".
@@ -183,7 +183,9 @@ pub fn client_oid_parameters(
     let in_path = in_path.map(|value| ("path".to_owned(), value));
     let in_query = query.iter().enumerate();
     let in_query = in_query
-        .filter(|(_, (name, _))| matches!(name.as_str(), "clientOid" | "clientOrderId"))
+        .filter(|(_, (name, value))| {
+            matches!(name.as_str(), "clientOid" | "clientOrderId") && !value.is_empty()
+        })
         .map(|(index, (_, value))| (format!("query[{index}].value"), value.as_str()));
     let problem = in_path
         .into_iter()
@@ -225,12 +227,12 @@ pub fn body(
         Method::Delete | Method::Post => {}
     }
     let place = endpoint.and_then(|endpoint| endpoint.order.as_ref()?.client_oid.as_ref());
-    let (pointer, is_order) = match place {
-        Some(ClientOidPlace::Body(pointer)) => (pointer, true),
-        _ => (&*ANYWHERE_ELSE, false),
+    let (pointer, effect) = match (place, endpoint) {
+        (Some(ClientOidPlace::Body(pointer)), Some(endpoint)) => (pointer, Some(endpoint.effect)),
+        _ => (&*ANYWHERE_ELSE, None),
     };
     let mut found = ClientOids {
-        is_order,
+        effect,
         texts: Vec::new(),
         problem: None,
     };
@@ -260,8 +262,8 @@ pub fn body(
 
 /// The clientOids of a body.
 struct ClientOids {
-    /// Whether they name orders, so that lookups have to be able to carry them.
-    is_order: bool,
+    /// What the request does to the orders that they name; `None` where they name none, so that nobody looks them up.
+    effect: Option<Effect>,
     texts: Vec<String>,
     /// The first that is not as it must be: in which item, and why.
     problem: Option<(Option<usize>, String)>,
@@ -269,7 +271,11 @@ struct ClientOids {
 
 impl ClientOids {
     fn text(&mut self, index: Option<usize>, text: &str) {
-        match client_oid_problem(text).filter(|_| self.is_order) {
+        // Some clients write an empty one beside the order id: a cancel must not fail for that.
+        let is_absent =
+            text.is_empty() && !matches!(self.effect, Some(Effect::Place | Effect::Test));
+        match client_oid_problem(text).filter(|_| self.effect.is_some()) {
+            _ if is_absent => {}
             Some(problem) => self.problem(index, problem),
             None => self.texts.push(text.to_owned()),
         }
@@ -510,6 +516,11 @@ mod tests {
                 "spot.post.v1-hf-orders-test",
                 r#"{"clientOid":"a"}"#,
                 &["a"],
+            ),
+            (
+                "spot.post.ua-v2-unified-order-cancel",
+                r#"{"orderId":"1","clientOid":""}"#,
+                &[],
             ),
             // Transfers: nothing is looked up by these, and their characters are KuCoin's to judge.
             (
