@@ -130,10 +130,12 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
     let audit_file = file.section("audit").optional("file").map(path);
 
     let mut listen = file.section("listen");
-    let grpc: Option<SocketAddr> = listen.required("grpc", "\"0.0.0.0:8443\"");
-    let ops: Option<SocketAddr> = listen.required("ops", "\"127.0.0.1:9464\"");
-
-    let admin: Option<SocketAddr> = listen.optional("admin");
+    let text = listen.required("grpc", "\"0.0.0.0:8443\"");
+    let grpc = listener(&mut listen, "grpc", text);
+    let text = listen.required("ops", "\"127.0.0.1:9464\"");
+    let ops = listener(&mut listen, "ops", text);
+    let text = listen.optional("admin");
+    let admin = listener(&mut listen, "admin", text);
     for (key, address, (other, taken)) in [
         ("ops", ops, ("grpc", grpc)),
         ("admin", admin, ("grpc", grpc)),
@@ -290,6 +292,29 @@ fn limits(section: &mut Section) -> Limits {
     }
 }
 
+/// The address of a listener. A name is refused, since it can have several addresses.
+fn listener(section: &mut Section, key: &str, text: Option<String>) -> Option<SocketAddr> {
+    let text = text?;
+    let address = text.parse().ok();
+    if address.is_none() {
+        let expected =
+            "an IP address and a port (0 to 65535), such as \"0.0.0.0:8443\" or \"[::]:8443\"";
+        section.problem(key, format_args!("expected {expected}, got {text:?}"));
+    }
+    address
+}
+
+/// An address of this machine, or how the exchange sees it.
+fn ip_address(section: &mut Section, key: &str, text: Option<String>) -> Option<IpAddr> {
+    let text = text?;
+    let address = text.parse().ok();
+    if address.is_none() {
+        let expected = "an IP address without a port, such as \"203.0.113.7\"";
+        section.problem(key, format_args!("expected {expected}, got {text:?}"));
+    }
+    address
+}
+
 /// Which CAs `key` names; Mozilla's list where it does not stand.
 pub(crate) fn roots(section: &mut Section, key: &'static str, folder: &Path) -> Roots {
     match section.optional::<String>(key) {
@@ -300,7 +325,8 @@ pub(crate) fn roots(section: &mut Section, key: &'static str, folder: &Path) -> 
 }
 
 fn egress(section: &mut Section) -> Option<EgressSettings> {
-    let address: Option<IpAddr> = section.required("address", "\"203.0.113.7\"");
+    let text = section.required("address", "\"203.0.113.7\"");
+    let address = ip_address(section, "address", text);
     let millis = |section: &mut Section, key, default| {
         Duration::from_millis(section.number(key, default, 1..=600_000))
     };
@@ -328,7 +354,8 @@ fn egress(section: &mut Section) -> Option<EgressSettings> {
 
 /// The address that the exchange must see: that of the host unless a gateway translates it.
 fn expected_ip(section: &mut Section, address: Option<IpAddr>) -> Option<IpAddr> {
-    let expected: Option<IpAddr> = section.optional("expected_ip");
+    let text = section.optional("expected_ip");
+    let expected = ip_address(section, "expected_ip", text);
     if expected.is_none() && address.is_some_and(|address| address.is_unspecified()) {
         section.problem(
             "expected_ip",
@@ -489,7 +516,7 @@ mod tests {
         let problems = problems(text).join("\n");
         for part in [
             "rulez: is not a key of this section; its keys are: rules,",
-            "egress.address: invalid IP address syntax",
+            "egress.address: expected an IP address without a port, such as \"203.0.113.7\", got \"here\"",
             "egress.warm_connections: expected 0 to 64, got 65",
             "vault.address: expected https, or http on loopback, got http",
             "exchange.spot: signed requests would leave for a host that is not KuCoin",
@@ -521,6 +548,56 @@ mod tests {
                 .iter()
                 .any(|p| p.contains("exchange.refusal_codes: invalid type"))
         );
+    }
+
+    #[test]
+    fn a_listener_in_another_form_is_refused_with_the_form_expected() {
+        let cases = include_str!("../tests/field-cases/files/listen-addresses.txt");
+        let cases = cases
+            .lines()
+            .filter(|line| !line.starts_with('#') && !line.is_empty());
+        let mut number = 0;
+        for case in cases {
+            for key in ["grpc", "ops", "admin"] {
+                let expected = format!(
+                    "line 2: listen.{key}: expected an IP address and a port (0 to 65535), such as \"0.0.0.0:8443\" or \"[::]:8443\", got \"{case}\""
+                );
+                let problems = problems(&format!("[listen]\n{key} = \"{case}\""));
+                assert!(problems.contains(&expected), "{problems:?}");
+            }
+            number += 1;
+        }
+        assert_eq!(number, 6);
+        let problems = problems("[egress]\naddress = \"203.0.113.7:443\"\nexpected_ip = \"nat\"");
+        for part in [
+            "line 2: egress.address: expected an IP address without a port",
+            "line 3: egress.expected_ip: expected an IP address",
+        ] {
+            assert!(
+                problems.iter().any(|problem| problem.starts_with(part)),
+                "{problems:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_mount_of_vault_is_named_without_the_data_of_api_paths() {
+        for (mount, bare) in [("kv/data", "kv"), ("team/kv/metadata", "team/kv")] {
+            let problems = problems(&format!("[vault]\nmount = \"{mount}\""));
+            let expected = format!(
+                "line 2: vault.mount: expected the mount alone, \"{bare}\", got the path of an API call: \"{mount}\""
+            );
+            assert!(problems.contains(&expected), "{problems:?}");
+        }
+        for mount in ["kv", "data", "data/kv"] {
+            let problems = problems(&format!("[vault]\nmount = \"{mount}\""));
+            assert!(
+                !problems
+                    .iter()
+                    .any(|problem| problem.contains("vault.mount")),
+                "{problems:?}"
+            );
+        }
     }
 
     #[test]

@@ -29,6 +29,12 @@ pub(crate) fn read(section: &mut Section, folder: &Path) -> Option<VaultSettings
         section.problem("namespace", "expected printable ASCII without spaces");
     }
     let mount = kv_path(section, "mount", "kv");
+    // As it stands in Vault's API and in policies, between the mount and the path of the key.
+    if let Some((bare, "data" | "metadata")) = mount.rsplit_once('/') {
+        let problem =
+            format!("expected the mount alone, {bare:?}, got the path of an API call: {mount:?}");
+        section.problem("mount", problem);
+    }
     let prefix = kv_path(section, "prefix", "kucoin/prod");
     // The time limit of a whole request; the background waits for it, never a bot.
     let timeout = Duration::from_millis(section.number("timeout_ms", 3000, 100..=60_000));
