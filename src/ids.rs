@@ -14,7 +14,7 @@ pub struct IdError {
 }
 
 impl IdError {
-    fn new(expected: &'static str, got: &str) -> Self {
+    pub(crate) fn new(expected: &'static str, got: &str) -> Self {
         // Whoever sent it knows the rest; logs and answers stay short.
         Self {
             expected,
@@ -23,9 +23,10 @@ impl IdError {
     }
 }
 
-/// Makes a checked name: private text, one fallible constructor, safe to log.
+/// Makes a checked name: private text, one fallible constructor, safe to log. `$read` gives the form in which names are
+/// compared.
 macro_rules! name {
-    ($(#[$doc:meta])* $name:ident, $check:path, $expected:expr) => {
+    ($(#[$doc:meta])* $name:ident, $read:path, $expected:expr) => {
         $(#[$doc])*
         #[derive(Clone, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd)]
         #[serde(try_from = "String")]
@@ -42,7 +43,7 @@ macro_rules! name {
             type Err = IdError;
 
             fn from_str(text: &str) -> Result<Self, IdError> {
-                if $check(text) { Ok(Self(text.into())) } else { Err(IdError::new($expected, text)) }
+                $read(text).map(Self).ok_or_else(|| IdError::new($expected, text))
             }
         }
 
@@ -71,33 +72,54 @@ macro_rules! name {
 name!(
     /// Name an admin gave to a KuCoin account: a letter or digit, then up to 31 of a-z, 0-9, '-'. Not secret.
     AccountId,
-    is_short_name,
+    short_name,
     "a name of a-z, 0-9 and '-', at most 32 long and not starting with '-'"
 );
 name!(
     /// Name of one key of an account, the last part of its Vault path; same form as an account's name. Not secret.
     KeyName,
-    is_short_name,
+    short_name,
     "a name of a-z, 0-9 and '-', at most 32 long and not starting with '-'"
 );
 name!(
-    /// A bot: the URI SAN `spiffe://<trust domain>/bot/<name>` of its certificate, or without one its DNS SAN.
+    /// A bot: the URI SAN `spiffe://<trust domain>/bot/<name>` of its certificate, or without one its DNS SAN. DNS names
+    /// become lower case, since they are the same in any case (RFC 5280, 4.2.1.6).
     BotId,
-    is_bot,
+    bot,
     "spiffe://<trust domain>/bot/<name> or a DNS name"
 );
 name!(
     /// An admin: the URI SAN `spiffe://<trust domain>/admin/<name>` of the certificate.
     AdminId,
-    is_admin,
+    spiffe_admin,
     "spiffe://<trust domain>/admin/<name>"
 );
 name!(
     /// Name of one call, chosen by the bot or made here: 1 to 64 of A-Z, a-z, 0-9, '.', '_', '-'.
     RequestId,
-    is_request_id,
+    request_id,
     "1 to 64 of A-Z, a-z, 0-9, '.', '_', '-'"
 );
+
+impl BotId {
+    /// Reads a DNS SAN.
+    ///
+    /// # Errors
+    /// When it is not a DNS name.
+    pub fn from_dns_san(text: &str) -> Result<Self, IdError> {
+        let name = dns_name(text).map(Self);
+        name.ok_or_else(|| IdError::new("a DNS name", text))
+    }
+
+    /// Reads a URI SAN.
+    ///
+    /// # Errors
+    /// When it is not the SPIFFE id of a bot.
+    pub fn from_uri_san(text: &str) -> Result<Self, IdError> {
+        let name = spiffe_bot(text).map(Self);
+        name.ok_or_else(|| IdError::new("spiffe://<trust domain>/bot/<name>", text))
+    }
+}
 
 impl RequestId {
     /// A new one: 32 random hex digits.
@@ -146,20 +168,30 @@ pub fn hex(bytes: &[u8]) -> String {
     nibbles.map(digit).collect()
 }
 
-fn is_short_name(text: &str) -> bool {
-    text.len() <= 32
+fn short_name(text: &str) -> Option<Box<str>> {
+    let fits = text.len() <= 32
         && text.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
         && text
             .bytes()
-            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+    fits.then(|| text.into())
 }
 
-fn is_bot(text: &str) -> bool {
-    is_spiffe(text, "/bot/") || is_dns_name(text)
+fn bot(text: &str) -> Option<Box<str>> {
+    spiffe_bot(text).or_else(|| dns_name(text))
 }
 
-fn is_admin(text: &str) -> bool {
-    is_spiffe(text, "/admin/")
+fn spiffe_bot(text: &str) -> Option<Box<str>> {
+    is_spiffe(text, "/bot/").then(|| text.into())
+}
+
+fn spiffe_admin(text: &str) -> Option<Box<str>> {
+    is_spiffe(text, "/admin/").then(|| text.into())
+}
+
+fn dns_name(text: &str) -> Option<Box<str>> {
+    let name = text.to_ascii_lowercase();
+    is_dns_name(&name).then(|| name.into())
 }
 
 fn is_spiffe(text: &str, role: &str) -> bool {
@@ -173,7 +205,7 @@ fn is_segment(text: &str) -> bool {
     (1..=128).contains(&text.len()) && text.bytes().all(fits) && !matches!(text, "." | "..")
 }
 
-/// Lower case, as SPIFFE asks for trust domains and as names are compared here: byte for byte.
+/// In lower case, as SPIFFE asks for trust domains and as names are compared here: byte for byte.
 fn is_dns_name(text: &str) -> bool {
     let label = |l: &str| {
         let fits = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'_');
@@ -185,9 +217,10 @@ fn is_dns_name(text: &str) -> bool {
     text.len() <= 253 && text.split('.').all(label)
 }
 
-fn is_request_id(text: &str) -> bool {
+fn request_id(text: &str) -> Option<Box<str>> {
     let fits = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_');
-    (1..=64).contains(&text.len()) && text.bytes().all(fits)
+    let fits = (1..=64).contains(&text.len()) && text.bytes().all(fits);
+    fits.then(|| text.into())
 }
 
 #[cfg(test)]
@@ -233,7 +266,8 @@ mod tests {
             "spiffe://Example.org/bot/a",
             "https://example.org/bot/a",
             "*.example.org",
-            "Maker",
+            "Maker.example.org/bot/a",
+            "SPIFFE://example.org/bot/a",
             "a..b",
             "",
             "bot/a",
@@ -241,6 +275,32 @@ mod tests {
         for bad in bad {
             assert!(bad.parse::<BotId>().is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn a_dns_name_is_the_same_bot_in_any_case_and_a_spiffe_id_is_not() {
+        let bot = |text: &str| text.parse::<BotId>().unwrap();
+        assert_eq!(bot("Maker.Example.ORG").as_str(), "maker.example.org");
+        assert_eq!(bot("Maker.Example.ORG"), bot("maker.example.org"));
+        assert_ne!(
+            bot("spiffe://example.org/bot/Maker"),
+            bot("spiffe://example.org/bot/maker")
+        );
+        let stored: BotId = serde_json::from_str("\"Maker.Example.ORG\"").unwrap();
+        assert_eq!(stored, bot("maker.example.org"));
+    }
+
+    #[test]
+    fn a_subject_alternative_name_is_read_as_its_kind_alone() {
+        for uri in ["maker.example.org", "spiffe://example.org/admin/anna", ""] {
+            assert!(BotId::from_uri_san(uri).is_err(), "{uri}");
+        }
+        for name in ["spiffe://example.org/bot/maker", "a b", ""] {
+            assert!(BotId::from_dns_san(name).is_err(), "{name}");
+        }
+        let bot = BotId::from_dns_san("Maker.Example.ORG").unwrap();
+        assert_eq!(bot.as_str(), "maker.example.org");
+        assert!(BotId::from_uri_san("spiffe://example.org/bot/maker").is_ok());
     }
 
     #[test]

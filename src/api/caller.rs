@@ -2,7 +2,6 @@
 
 use std::fmt::{self, Write};
 use std::marker::PhantomData;
-use std::str::FromStr;
 use std::sync::Arc;
 
 use rustls::client::danger::HandshakeSignatureValid;
@@ -13,15 +12,20 @@ use rustls::{
 };
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
-use crate::ids::IdError;
+use crate::ids::{AdminId, BotId, IdError};
 use crate::telemetry::Metrics;
 
-/// Why a certificate that a trusted CA signed names no caller of the role that the door is for.
+/// Why a certificate that a trusted CA signed names no caller of the role that the listener is for.
 #[derive(Debug, thiserror::Error)]
 pub enum CertificateRefused {
-    /// The names say something else.
-    #[error("its name is not one for this door: {0}")]
-    Name(#[from] IdError),
+    /// The name is not one of this role.
+    #[error("certificate identity is not valid for this listener: {kind} SAN: {error}")]
+    Name {
+        /// Which kind of subject alternative name: `DNS` or `URI`.
+        kind: &'static str,
+        /// What was expected.
+        error: IdError,
+    },
     /// Too many or too few names to know who it is.
     #[error(
         "expected one URI SAN, or without one exactly one DNS SAN; it has {uris} URI and {dns} DNS"
@@ -40,9 +44,46 @@ pub enum CertificateRefused {
     Usage,
 }
 
-/// The caller, a [`BotId`](crate::ids::BotId) or [`AdminId`](crate::ids::AdminId), that a certificate names: its one URI
-/// SAN, or without one its one DNS SAN. The common name is never used.
-pub fn caller_of<R: FromStr<Err = IdError>>(
+/// A role that certificates give to callers. Each kind of subject alternative name is read as what it is: the name
+/// constraints of a CA are for one kind each, so a DNS name that reads like a URI would get around those for URIs.
+pub trait CertificateRole: fmt::Debug + Sized + 'static {
+    /// The caller that a DNS SAN names.
+    ///
+    /// # Errors
+    /// When it names none of this role.
+    fn from_dns_san(name: &str) -> Result<Self, IdError>;
+
+    /// The caller that a URI SAN names.
+    ///
+    /// # Errors
+    /// When it names none of this role.
+    fn from_uri_san(uri: &str) -> Result<Self, IdError>;
+}
+
+impl CertificateRole for AdminId {
+    fn from_dns_san(name: &str) -> Result<Self, IdError> {
+        let expected = "a URI SAN spiffe://<trust domain>/admin/<name>";
+        Err(IdError::new(expected, name))
+    }
+
+    fn from_uri_san(uri: &str) -> Result<Self, IdError> {
+        uri.parse()
+    }
+}
+
+impl CertificateRole for BotId {
+    fn from_dns_san(name: &str) -> Result<Self, IdError> {
+        Self::from_dns_san(name)
+    }
+
+    fn from_uri_san(uri: &str) -> Result<Self, IdError> {
+        Self::from_uri_san(uri)
+    }
+}
+
+/// The caller, a [`BotId`] or [`AdminId`], that a certificate names: its one URI SAN, or without one its one DNS SAN. The
+/// common name is never used.
+pub fn caller_of<R: CertificateRole>(
     certificate: &CertificateDer<'_>,
 ) -> Result<R, CertificateRefused> {
     let (_, certificate) =
@@ -67,7 +108,12 @@ pub fn caller_of<R: FromStr<Err = IdError>>(
         }
     }
     match (uris.as_slice(), dns.as_slice()) {
-        ([name], _) | ([], [name]) => Ok(name.parse()?),
+        ([uri], _) => {
+            R::from_uri_san(uri).map_err(|error| CertificateRefused::Name { kind: "URI", error })
+        }
+        ([], [name]) => {
+            R::from_dns_san(name).map_err(|error| CertificateRefused::Name { kind: "DNS", error })
+        }
         _ => Err(CertificateRefused::Names {
             uris: uris.len(),
             dns: dns.len(),
@@ -103,15 +149,20 @@ impl<R> CallerVerifier<R> {
         }
     }
 
-    fn refused(&self, certificate: &CertificateDer<'_>, reason: &dyn std::error::Error) {
+    fn refused(&self, certificate: &CertificateDer<'_>, reason: &str) {
         self.metrics.certificate_refused();
         if let Some(untold) = self.metrics.may_tell_of_stranger() {
-            tracing::warn!(names = names(certificate), %reason, untold, "client certificate refused");
+            tracing::warn!(
+                names = names(certificate),
+                reason,
+                untold,
+                "client certificate refused"
+            );
         }
     }
 }
 
-impl<R: FromStr<Err = IdError> + fmt::Debug> ClientCertVerifier for CallerVerifier<R> {
+impl<R: CertificateRole> ClientCertVerifier for CallerVerifier<R> {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
         self.chain.root_hint_subjects()
     }
@@ -125,9 +176,10 @@ impl<R: FromStr<Err = IdError> + fmt::Debug> ClientCertVerifier for CallerVerifi
         let verified = self
             .chain
             .verify_client_cert(end_entity, intermediates, now);
-        let verified = verified.inspect_err(|error| self.refused(end_entity, error))?;
+        let verified =
+            verified.inspect_err(|error| self.refused(end_entity, &error.to_string()))?;
         if let Err(error) = caller_of::<R>(end_entity) {
-            self.refused(end_entity, &error);
+            self.refused(end_entity, &error.to_string());
             let error = CertificateError::Other(OtherError(Arc::new(error)));
             return Err(rustls::Error::InvalidCertificate(error));
         }

@@ -1,7 +1,5 @@
 //! What a listener trusts and shows: replaced as a whole when its files change.
 
-use std::fmt;
-use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -16,9 +14,8 @@ use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
 
 use super::StartError;
-use crate::api::caller::{CallerVerifier, caller_of, not_after_ms};
+use crate::api::caller::{CallerVerifier, CertificateRole, caller_of, not_after_ms};
 use crate::config::load::Certificates;
-use crate::ids::IdError;
 use crate::telemetry::Metrics;
 
 /// TLS 1.3 for callers of one role, whose certificates come from certain CAs.
@@ -33,7 +30,7 @@ pub(super) struct Tls {
 
 impl Tls {
     /// For callers of the role `R` whose certificates come from `trusted`.
-    pub(super) fn new<R: FromStr<Err = IdError> + fmt::Debug + 'static>(
+    pub(super) fn new<R: CertificateRole>(
         certificates: &Certificates,
         trusted: &Arc<RootCertStore>,
         generation: u64,
@@ -93,7 +90,7 @@ impl Trust {
     }
 
     /// Whom it names.
-    pub(super) fn caller<R: FromStr<Err = IdError>>(&self) -> Option<R> {
+    pub(super) fn caller<R: CertificateRole>(&self) -> Option<R> {
         caller_of(self.chain.first()?).ok()
     }
 

@@ -79,15 +79,24 @@ async fn each_role_gets_in_at_its_own_door_and_at_no_other() {
     let stranger = Ca::new("somebody else's CA").unwrap();
     let uri = SanType::URI("spiffe://demo.test/admin/anna".try_into().unwrap());
     let served = lab.ca.issue("anna", &[uri], Usage::Server).unwrap();
+    let dns = SanType::DnsName("spiffe://demo.test/admin/anna".try_into().unwrap());
+    let disguised = lab.ca.issue("anna", &[dns], Usage::Client).unwrap();
     let admin = lab.ca.admin("anna").unwrap();
     listed(&lab, &admin).await.unwrap();
-    let expected = "expected spiffe://<trust domain>/admin/<name>, got ";
+    let expected = "spiffe://<trust domain>/admin/<name>, got ";
     for (identity, reason) in [
         (
             lab.ca.bot("maker").unwrap(),
-            format!("{expected}\\\"spiffe://demo.test/bot/maker"),
+            format!("URI SAN: expected {expected}\\\"spiffe://demo.test/bot/maker"),
         ),
-        (named.unwrap(), format!("{expected}\\\"admin.demo.test")),
+        (
+            named.unwrap(),
+            format!("DNS SAN: expected a URI SAN {expected}\\\"admin.demo.test"),
+        ),
+        (
+            disguised,
+            format!("DNS SAN: expected a URI SAN {expected}\\\"spiffe://demo.test/admin/anna"),
+        ),
         (stranger.admin("anna").unwrap(), "UnknownIssuer".to_owned()),
         (served, "invalid peer certificate".to_owned()),
     ] {
@@ -631,7 +640,7 @@ async fn a_command_that_cannot_get_through_says_why_and_what_to_do() {
             &ca,
             toml.clone(),
             2,
-            "admin.pem is no admin's certificate: its name is not one for this door: expected spiffe://<trust domain>/admin/<name>, got",
+            "admin.pem is no admin's certificate: certificate identity is not valid for this listener: URI SAN: expected spiffe://<trust domain>/admin/<name>, got",
             "fix: ",
         ),
         (

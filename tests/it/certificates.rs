@@ -2,7 +2,7 @@
 
 use credbroker_sim::pki::{Ca, Identity, SanType, Usage};
 
-use crate::harness::{Lab, RULES, Settings, accounts, failure, say, until};
+use crate::harness::{Lab, RULES, Settings, accounts, failure, refusal, say, until};
 
 fn uri(text: &str) -> SanType {
     SanType::URI(text.try_into().unwrap())
@@ -42,6 +42,7 @@ async fn a_bot_is_its_one_uri_san_or_its_one_dns_san() {
             Usage::Client,
         ),
         issue(&[dns("maker.bots.demo.test")], Usage::Client),
+        issue(&[dns("Maker.Bots.Demo.TEST")], Usage::Client),
     ];
     for (index, identity) in good.iter().enumerate() {
         assert!(gets_in(&lab, identity).await, "good certificate {index}");
@@ -65,7 +66,15 @@ async fn a_bot_is_its_one_uri_san_or_its_one_dns_san() {
         ),
         (
             issue(&[uri("spiffe://demo.test/admin/anna")], Usage::Client),
-            "its name is not one for this door: expected spiffe://<trust domain>/bot/<name> or a DNS name",
+            "certificate identity is not valid for this listener: URI SAN: expected spiffe://<trust domain>/bot/<name>, got",
+        ),
+        (
+            issue(&[dns(MAKER)], Usage::Client),
+            "certificate identity is not valid for this listener: DNS SAN: expected a DNS name, got",
+        ),
+        (
+            issue(&[uri("maker.bots.demo.test")], Usage::Client),
+            "certificate identity is not valid for this listener: URI SAN: expected spiffe://<trust domain>/bot/<name>, got",
         ),
         (
             issue(
@@ -75,7 +84,7 @@ async fn a_bot_is_its_one_uri_san_or_its_one_dns_san() {
                 ],
                 Usage::Client,
             ),
-            "its name is not one for this door",
+            "certificate identity is not valid for this listener",
         ),
         (
             issue(&[uri(MAKER)], Usage::None),
@@ -170,5 +179,26 @@ async fn a_certificate_that_no_rule_names_may_call_and_is_told_so() {
         (tonic::Code::Unauthenticated, "CALLER_UNKNOWN", "not_sent")
     );
     assert!(ended.message().contains("spiffe://demo.test/bot/nobody"));
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn a_dns_name_is_the_same_bot_in_any_case_for_rules_and_blocks() {
+    let grant = "[[grant]]\nbot = \"MAKER.bots.demo.test\"\naccount = \"main\"\nscope = \"spot-margin\"\nallow = [\"read\"]\n";
+    let mut lab = Lab::with(Settings {
+        rules: format!("{RULES}\n{grant}"),
+        ..Settings::default()
+    })
+    .await;
+    let names = [dns("Maker.Bots.Demo.TEST")];
+    let identity = lab.ca.issue("maker", &names, Usage::Client).unwrap();
+    let mut bot = lab.patient_bot_with(&identity).await;
+    bot.send(accounts()).await.unwrap();
+    let words = ["bots", "block", "maker.BOTS.demo.test"];
+    let blocked = lab.admin_cli("anna", &words).await;
+    assert_eq!(blocked.code, Some(0), "{blocked:?}");
+    assert!(!blocked.stdout.contains("no such bot"), "{blocked:?}");
+    let (_, reason, _) = refusal(bot.send(accounts()).await);
+    assert_eq!(reason, "CALLER_BLOCKED");
     lab.stop().await;
 }
