@@ -500,7 +500,7 @@ futures = "{}"
         ("bot.pem", &bot.certificate_pem),
         ("bot.key", &bot.key_pem),
     ] {
-        std::fs::write(folder.join(name), text)?;
+        write_private(&folder.join(name), text)?;
     }
     Ok(())
 }
@@ -516,7 +516,13 @@ fn write_admin(folder: &Path, ca: &Ca, broker: &str) -> anyhow::Result<()> {
         ("admin.pem", &admin.certificate_pem),
         ("admin.key", &admin.key_pem),
     ] {
-        std::fs::write(folder.join(name), text)?;
+        write_private(&folder.join(name), text)?;
     }
     Ok(())
+}
+
+/// Writes a file that nobody else can read: commands refuse keys that others can.
+fn write_private(file: &Path, text: &str) -> std::io::Result<()> {
+    std::fs::write(file, text)?;
+    std::fs::set_permissions(file, Permissions::from_mode(0o600))
 }

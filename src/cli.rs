@@ -143,7 +143,11 @@ pub fn run() -> ExitCode {
 
 /// Reads a configuration file, or says what is wrong with it.
 fn read_config(file: &Path) -> Result<Config, Vec<Problem>> {
-    read_file(file, "--config", Config::parse)
+    let config = read_file(file, "--config", Config::parse)?;
+    Ok(Config {
+        file: Some(file.to_owned()),
+        ..config
+    })
 }
 
 /// Reads the file that this option names, or says what is wrong with it.

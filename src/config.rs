@@ -4,6 +4,7 @@
 //! [`load`].
 
 pub mod load;
+pub(crate) mod permissions;
 pub(crate) mod vault;
 
 use std::collections::{BTreeMap, HashMap};
@@ -27,6 +28,8 @@ use crate::toml_file::{Problem, Problems, Section};
 /// Everything the broker is told, as meant.
 #[derive(Clone, Debug)]
 pub struct Config {
+    /// Where it was read from; none where it is a text alone.
+    pub file: Option<PathBuf>,
     /// The rules file.
     pub rules: PathBuf,
     /// Folder for what outlives the process; locked by one broker at a time.
@@ -92,8 +95,14 @@ pub struct TlsFiles {
     pub admin_ca: Option<PathBuf>,
 }
 
-/// What is wrong with files that changed and were not taken, by what they hold.
-pub type FileProblems = BTreeMap<&'static str, Vec<Problem>>;
+/// What is wrong with the files of a running broker.
+#[derive(Clone, Debug, Default)]
+pub struct FileProblems {
+    /// Of files that changed and were not taken, by what they hold.
+    pub rejected: BTreeMap<&'static str, Vec<Problem>>,
+    /// Of files that are used all the same: permissions, and CAs with constraints that cannot be evaluated.
+    pub warnings: Vec<Problem>,
+}
 
 /// Which certificate authorities are trusted.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -200,6 +209,7 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
 
     let state_dir: PathBuf = state_dir?;
     Some(Config {
+        file: None,
         rules: rules?,
         audit_file: audit_file.unwrap_or_else(|| state_dir.join("audit.jsonl")),
         state_dir,

@@ -34,7 +34,7 @@ use crate::api::state::{Readiness, readiness};
 use crate::broker::{Broker, trial};
 use crate::clock::Clock;
 use crate::config::load::{Source, TlsSources, load};
-use crate::config::{Config, FileProblems};
+use crate::config::{Config, FileProblems, permissions};
 use crate::ids::{AdminId, BotId};
 use crate::keyring::refresh::Refresher;
 use crate::keyring::vault::Vault;
@@ -138,7 +138,8 @@ impl Server {
     pub async fn start_on(config: Config, clock: Clock) -> Result<Self, StartError> {
         let clock = Arc::new(clock);
         let watched = (Source::read(&config.rules), TlsSources::read(&config.tls));
-        let loaded = load(&config, clock.wall_ms()).map_err(StartError::Config)?;
+        let mut loaded = load(&config, clock.wall_ms()).map_err(StartError::Config)?;
+        let ca_warnings = std::mem::take(&mut loaded.warnings);
         let lock = lock(&config.state_dir).await?;
         let Assembled {
             broker,
@@ -203,8 +204,10 @@ impl Server {
             limits: config.connection_limits,
             stopping,
         };
-        let (tell_problems, problems) = watch::channel(FileProblems::new());
+        let (tell_problems, problems) = watch::channel(FileProblems::default());
         let reloader = Reloader {
+            files: permissions::files(&config),
+            ca_warnings,
             broker: Arc::clone(&broker),
             refresher,
             probes,

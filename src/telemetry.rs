@@ -117,6 +117,7 @@ pub struct Metrics {
     audit_failures: Counter,
     reloads: Family<ReloadLabels, Counter>,
     files_unusable: Family<FileLabels, Gauge>,
+    file_warnings: Gauge,
     certificate_ends: Gauge,
     strangers: Mutex<Allowance>,
 }
@@ -272,6 +273,12 @@ impl Default for Metrics {
                 &mut registry,
                 "file_unusable",
                 "1 while a changed file cannot be used and the old state is in force",
+            ),
+            file_warnings: registered(
+                &mut registry,
+                "file_warnings",
+                "Files in use whose permissions are too open, and CAs whose name constraints cannot be evaluated; \
+                 /readyz?verbose names them",
             ),
             certificate_ends: registered(
                 &mut registry,
@@ -437,6 +444,12 @@ impl Metrics {
         self.files_unusable
             .get_or_create(&FileLabels { file })
             .set(i64::from(is_unusable));
+    }
+
+    /// Keeps how many warnings there are about files in use.
+    pub fn file_warnings(&self, number: usize) {
+        self.file_warnings
+            .set(i64::try_from(number).unwrap_or(i64::MAX));
     }
 
     /// Keeps when the server certificate ends: Unix time in milliseconds.

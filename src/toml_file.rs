@@ -57,9 +57,12 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Every problem of a file, in the order in which they were met.
+/// Every problem of a file, in the order in which they were met; and what to warn of, which keeps nothing from being used.
 #[derive(Clone, Debug, Default)]
-pub struct Problems(Rc<RefCell<Vec<Problem>>>);
+pub struct Problems {
+    problems: Rc<RefCell<Vec<Problem>>>,
+    warnings: Rc<RefCell<Vec<Problem>>>,
+}
 
 impl Problems {
     /// Adds one that stands on no known line.
@@ -69,12 +72,22 @@ impl Problems {
 
     /// Adds one.
     pub fn push(&self, problem: Problem) {
-        self.0.borrow_mut().push(problem);
+        self.problems.borrow_mut().push(problem);
+    }
+
+    /// Adds a warning.
+    pub fn warn(&self, key: impl Into<String>, problem: impl fmt::Display) {
+        self.warnings.borrow_mut().push(Problem::new(key, problem));
+    }
+
+    /// Takes the warnings out.
+    pub fn take_warnings(&self) -> Vec<Problem> {
+        self.warnings.take()
     }
 
     /// `Ok` when there is none.
     pub fn into_result(self) -> Result<(), Vec<Problem>> {
-        let problems = self.0.take();
+        let problems = self.problems.take();
         if problems.is_empty() {
             Ok(())
         } else {

@@ -14,6 +14,7 @@ use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 use crate::ids::{AdminId, BotId, IdError};
 use crate::telemetry::Metrics;
+use crate::trust;
 
 /// Why a certificate that a trusted CA signed names no caller of the role that the listener is for.
 #[derive(Debug, thiserror::Error)]
@@ -177,7 +178,7 @@ impl<R: CertificateRole> ClientCertVerifier for CallerVerifier<R> {
             .chain
             .verify_client_cert(end_entity, intermediates, now);
         let verified =
-            verified.inspect_err(|error| self.refused(end_entity, &error.to_string()))?;
+            verified.inspect_err(|error| self.refused(end_entity, &trust::reason(error)))?;
         if let Err(error) = caller_of::<R>(end_entity) {
             self.refused(end_entity, &error.to_string());
             let error = CertificateError::Other(OtherError(Arc::new(error)));

@@ -142,11 +142,13 @@ pub fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
     lines.push(format!(
         "{connections} connection(s), {calls} call(s) in flight"
     ));
-    for (what, problems) in problems {
+    for (what, problems) in &problems.rejected {
         for problem in problems {
             lines.push(format!("{what}: a changed file is not in force: {problem}"));
         }
     }
+    let warnings = problems.warnings.iter();
+    lines.extend(warnings.map(|warning| format!("warning: {warning}")));
     lines
 }
 

@@ -28,12 +28,14 @@ use crate::api::caller::caller_of;
 use crate::api::proto::admin_client::AdminClient;
 use crate::api::status::DOMAIN;
 use crate::config::load::{self, Source, pair, root_file};
+use crate::config::permissions::{self, NamedFile};
 use crate::config::{Roots, roots, vault};
 use crate::ids::AdminId;
 use crate::keyring::vault::{Vault, VaultSettings};
 use crate::pem;
 use crate::server::assembly::{client_tls, provider};
 use crate::toml_file::{Problem, Problems, Section};
+use crate::trust::{Peers, shows_ca, with_roots};
 
 /// Where the file is, unless the command line says otherwise.
 pub(super) const ADMIN: &str = "/etc/credbroker/admin.toml";
@@ -119,6 +121,7 @@ impl AdminFile {
         };
         let problems = Problems::default();
         let roots = load::roots("vault.roots", roots, &problems);
+        keep_private(permissions::secret_of(&settings.auth).as_ref(), &problems);
         problems
             .into_result()
             .map_err(|problems| self.files(problems))?;
@@ -142,7 +145,8 @@ impl AdminFile {
     /// What it shakes hands with; reads the files.
     fn tls(&self) -> Result<ClientConfig, Vec<Problem>> {
         let problems = Problems::default();
-        let roots = root_file("ca", &Source::read(&self.ca), &problems);
+        let roots = root_file("ca", &Source::read(&self.ca), Peers::Servers, &problems);
+        keep_private(Some(&NamedFile::secret("key", &self.key)), &problems);
         let (certificate, key) = (Source::read(&self.certificate), Source::read(&self.key));
         let (chain, key) = pair(["certificate", "key"], &certificate, &key, &problems);
         // Said here, because the broker can only refuse it.
@@ -155,16 +159,23 @@ impl AdminFile {
         }
         problems.into_result()?;
         let config = || {
-            let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-            let builder = ClientConfig::builder_with_provider(provider);
+            let provider = provider();
+            let builder = ClientConfig::builder_with_provider(Arc::clone(&provider));
             let builder = builder.with_protocol_versions(&[&TLS13]).ok()?;
-            let builder = builder.with_root_certificates(roots?);
+            let builder = with_roots(builder, roots?, &provider);
             let mut config = builder.with_client_auth_cert(chain?, key?).ok()?;
             config.alpn_protocols = vec![b"h2".to_vec()];
             Some(config)
         };
         // What does not fit together has been reported as a problem.
         config().ok_or_else(Vec::new)
+    }
+}
+
+/// Refuses a secret that other users of this machine can read: whoever has it is the admin.
+fn keep_private(secret: Option<&NamedFile>, problems: &Problems) {
+    if let Some(open) = secret.and_then(NamedFile::check) {
+        problems.add(open.key(), format_args!("{open}; {}", open.fix()));
     }
 }
 
@@ -429,6 +440,10 @@ fn refused(file: &AdminFile, error: &io::Error) -> Failure {
                 "renew the broker's tls.certificate; it is taken up without a restart".to_owned(),
             ),
         },
+        Some(error) if shows_ca(error) => (
+            format!("the broker at {broker} shows a CA certificate as its own"),
+            "give the broker a tls.certificate that its CA has issued (CA:FALSE)".to_owned(),
+        ),
         Some(rustls::Error::InvalidMessage(_)) => (
             format!("what listens at {broker} does not speak TLS"),
             "`broker` in admin.toml must be the broker's listen.admin, and not listen.ops".to_owned(),

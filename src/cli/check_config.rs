@@ -6,11 +6,22 @@ use super::text::counted;
 use super::{DONE, USAGE, read_config, say, say_problems};
 use crate::clock::Clock;
 use crate::config::load::{Loaded, load};
+use crate::config::permissions;
 
 pub(super) fn run(file: &Path) -> u8 {
     let now_ms = Clock::system().wall_ms();
-    match read_config(file).and_then(|config| load(&config, now_ms)) {
-        Ok(Loaded { policy, .. }) => {
+    let loaded = read_config(file).and_then(|config| {
+        let open = permissions::warnings(&permissions::files(&config));
+        Ok((load(&config, now_ms)?, open))
+    });
+    match loaded {
+        Ok((loaded, open)) => {
+            let Loaded {
+                policy, warnings, ..
+            } = loaded;
+            for warning in warnings.iter().chain(&open) {
+                say(&format!("warning: {warning}"));
+            }
             say(&format!(
                 "{}: no problems; {}",
                 file.display(),

@@ -213,14 +213,15 @@ async fn examine(config: &Config, hardened: &Hardened) -> Vec<Line> {
     let clock = Arc::new(Clock::system());
     let (mut lines, policy) = files::rules(&config.rules);
     lines.extend(files::certificates(config, clock.wall_ms()));
+    lines.extend(files::permissions(config));
     let (state_lines, is_running) = files::state(config);
     let (audit_lines, recordable) = files::audit(config);
     let process_lines = process::lines(config, is_running, hardened);
 
     let provider = assembly::provider();
-    let (egress_roots, egress_problem) = files::roots("egress.roots", &config.egress_roots);
-    let (vault_roots, vault_problem) = files::roots("vault.roots", &config.vault_roots);
-    lines.extend(egress_problem.into_iter().chain(vault_problem));
+    let (egress_roots, egress_lines) = files::roots("egress.roots", &config.egress_roots);
+    let (vault_roots, roots_lines) = files::roots("vault.roots", &config.vault_roots);
+    lines.extend(egress_lines.into_iter().chain(roots_lines));
 
     let egress = assembly::egress(config, egress_roots, &provider);
     let asked = async {

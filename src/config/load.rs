@@ -17,6 +17,7 @@ use crate::keyring::vault::Auth;
 use crate::pem::{self, PemProblem};
 use crate::policy::Policy;
 use crate::toml_file::{Problem, Problems};
+use crate::trust::{Peers, check_anchor};
 
 /// What stands in the files.
 #[derive(Debug)]
@@ -29,6 +30,8 @@ pub struct Loaded {
     pub vault_roots: RootCertStore,
     /// CAs of the exchange.
     pub egress_roots: RootCertStore,
+    /// What the CAs of any of them make the broker refuse, each under the key that names the file.
+    pub warnings: Vec<Problem>,
 }
 
 /// What the listeners for bots and admins show, and whom they trust.
@@ -168,6 +171,7 @@ pub fn load(config: &Config, now_ms: i64) -> Result<Loaded, Vec<Problem>> {
     }
     let vault_roots = roots("vault.roots", &config.vault_roots, &problems);
     let egress_roots = roots("egress.roots", &config.egress_roots, &problems);
+    let warnings = problems.take_warnings();
     problems.into_result()?;
     // What is missing has been reported as a problem.
     let loaded = || {
@@ -176,6 +180,7 @@ pub fn load(config: &Config, now_ms: i64) -> Result<Loaded, Vec<Problem>> {
             certificates: certificates?,
             vault_roots: vault_roots?,
             egress_roots: egress_roots?,
+            warnings,
         })
     };
     loaded().ok_or_else(Vec::new)
@@ -200,9 +205,10 @@ pub fn certificates(
         }
         None => None,
     };
-    let client_ca = root_file("tls.client_ca", &sources.client_ca, problems).map(Arc::new);
+    let cas = |key, source| root_file(key, source, Peers::Clients, problems).map(Arc::new);
+    let client_ca = cas("tls.client_ca", &sources.client_ca);
     let admin_ca = match &sources.admin_ca {
-        Some(admin_ca) => root_file("tls.admin_ca", admin_ca, problems).map(Arc::new),
+        Some(admin_ca) => cas("tls.admin_ca", admin_ca),
         None => client_ca.clone(),
     };
     Some(Certificates {
@@ -326,26 +332,43 @@ fn fit_for_a_server(chain: &[CertificateDer<'_>], now_ms: i64) -> Result<i64, St
     Ok(validity.not_after.timestamp().saturating_mul(1000))
 }
 
-/// The CAs that a setting names.
+/// The CAs of servers that a setting names.
 pub(crate) fn roots(key: &str, roots: &Roots, problems: &Problems) -> Option<RootCertStore> {
     match roots {
-        Roots::File(file) => root_file(key, &Source::read(file), problems),
+        Roots::File(file) => root_file(key, &Source::read(file), Peers::Servers, problems),
         Roots::Mozilla => Some(webpki_roots::TLS_SERVER_ROOTS.iter().cloned().collect()),
     }
 }
 
-/// The CAs in a PEM file.
-pub(crate) fn root_file(key: &str, source: &Source, problems: &Problems) -> Option<RootCertStore> {
-    let mut store = RootCertStore::empty();
-    for certificate in pem_certificates(key, source, problems)? {
-        if let Err(error) = store.add(certificate) {
-            let file = source.file.display();
-            problems.add(
-                key,
-                format_args!("{file} holds a certificate that is no CA: {error}"),
-            );
-            return None;
+/// The CAs in a PEM file. Every certificate in it must be one: what it signs is trusted.
+pub(crate) fn root_file(
+    key: &str,
+    source: &Source,
+    peers: Peers,
+    problems: &Problems,
+) -> Option<RootCertStore> {
+    let file = source.file.display();
+    let certificates = source
+        .pem(pem::ca_certificates)
+        .map_err(|error| problems.add(key, source.unfit("certificates as PEM", &error)))
+        .ok()?;
+    let mut store = Some(RootCertStore::empty());
+    for (line, certificate) in certificates {
+        let problem = match check_anchor(&certificate, peers) {
+            Ok(warning) => {
+                if let Some(warning) = warning {
+                    problems.warn(key, format_args!("{file}:{line}: {warning}"));
+                }
+                let added = store.as_mut().map(|store| store.add(certificate));
+                let unfit = |error| format!("is not a usable CA certificate: {error}");
+                added.and_then(Result::err).map(unfit)
+            }
+            Err(error) => Some(error.to_string()),
+        };
+        if let Some(problem) = problem {
+            problems.add(key, format_args!("{file}:{line}: {problem}"));
+            store = None;
         }
     }
-    Some(store)
+    store
 }

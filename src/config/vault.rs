@@ -10,7 +10,7 @@ use crate::keyring::vault::{Auth, VaultSettings};
 use crate::toml_file::Section;
 
 /// Where Kubernetes puts the token of a pod's service account.
-const JWT_FILE: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
+pub(super) const JWT_FILE: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
 
 /// Reads `[vault]`, all but what stands in [`Config`](super::Config) beside it.
 pub(crate) fn read(section: &mut Section, folder: &Path) -> Option<VaultSettings> {

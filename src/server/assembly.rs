@@ -23,6 +23,7 @@ use crate::policy::Policy;
 use crate::restrictions::Restrictions;
 use crate::telemetry::Metrics;
 use crate::toml_file::Problem;
+use crate::trust;
 
 /// A broker that has not begun anything.
 #[derive(Debug)]
@@ -55,6 +56,7 @@ pub(crate) fn assemble(
         certificates,
         vault_roots,
         egress_roots,
+        ..
     } = loaded;
     let provider = provider();
     let egress = egress(config, egress_roots, &provider)?;
@@ -143,5 +145,5 @@ pub(crate) fn client_tls(
     let builder = ClientConfig::builder_with_provider(Arc::clone(provider));
     let builder = builder.with_safe_default_protocol_versions();
     let builder = builder.map_err(|error| StartError::Tls(Box::new(error)))?;
-    Ok(builder.with_root_certificates(roots).with_no_client_auth())
+    Ok(trust::with_roots(builder, roots, provider).with_no_client_auth())
 }

@@ -19,6 +19,7 @@ use super::tls::Tls;
 use crate::audit::Change;
 use crate::broker::Broker;
 use crate::config::load::{self, Source, TlsSources};
+use crate::config::permissions::{self, NamedFile};
 use crate::config::{FileProblems, TlsFiles};
 use crate::ids::{AdminId, BotId};
 use crate::keyring::refresh::Refresher;
@@ -46,6 +47,10 @@ pub(super) struct Reloader {
     pub(super) problems: watch::Sender<FileProblems>,
     /// SHA-256 of the CAs of bots and admins in force.
     pub(super) cas: [u8; 32],
+    /// All files whose permissions are looked at.
+    pub(super) files: Vec<NamedFile>,
+    /// What to warn of in the CAs in force, each under its setting.
+    pub(super) ca_warnings: Vec<Problem>,
 }
 
 /// What stands in a group of files, and what of it has been dealt with.
@@ -85,14 +90,24 @@ impl Reloader {
         let mut rules = Watched::new("rules", rules.digest());
         let mut tls = Watched::new("tls", tls.digest());
         self.record_start(&rules, &tls);
+        self.warn(permissions::warnings(&self.files));
         loop {
             sleep(every).await;
             // Also starts again what a defect has ended.
             self.follow();
             // A mount that hangs holds this task up, and nothing else.
             let (rules_file, tls_files) = (self.rules.clone(), self.tls_files.clone());
-            let read = move || (Source::read(&rules_file), TlsSources::read(&tls_files));
-            let Ok::<_, JoinError>((rules_source, tls_sources)) = spawn_blocking(read).await else {
+            let files = self.files.clone();
+            let read = move || {
+                let open = permissions::warnings(&files);
+                (
+                    Source::read(&rules_file),
+                    TlsSources::read(&tls_files),
+                    open,
+                )
+            };
+            let read = spawn_blocking(read).await;
+            let Ok::<_, JoinError>((rules_source, tls_sources, open)) = read else {
                 continue;
             };
             if rules_source.is_unseen() || tls_sources.is_unseen() {
@@ -106,6 +121,7 @@ impl Reloader {
                 let judged = self.take_certificates(&tls_sources);
                 self.settle(&mut tls, judged);
             }
+            self.warn(open);
         }
     }
 
@@ -113,6 +129,25 @@ impl Reloader {
     fn follow(&mut self) {
         self.refresher.follow();
         self.probes.follow(&self.broker, &self.broker.policy());
+    }
+
+    /// Keeps the warnings about files in use; `open` are those about permissions. Logs each one that is new.
+    fn warn(&self, open: Vec<Problem>) {
+        let mut warnings = self.ca_warnings.clone();
+        warnings.extend(open);
+        let known = self.problems.borrow().warnings.clone();
+        if warnings == known {
+            return;
+        }
+        for warning in warnings.iter().filter(|warning| !known.contains(warning)) {
+            tracing::warn!(
+                setting = warning.key,
+                problem = warning.problem,
+                "file warning"
+            );
+        }
+        self.broker.metrics.file_warnings(warnings.len());
+        self.problems.send_modify(|all| all.warnings = warnings);
     }
 
     /// The record begins with what is in force.
@@ -158,6 +193,7 @@ impl Reloader {
         let now_ms = self.broker.clock.wall_ms();
         let problems = Problems::default();
         let certificates = load::certificates(sources, now_ms, &problems);
+        let warnings = problems.take_warnings();
         problems.into_result()?;
         // What is missing has been reported as a problem.
         let certificates = certificates.ok_or_else(Vec::new)?;
@@ -173,6 +209,10 @@ impl Reloader {
         let admins = Tls::new::<AdminId>(&certificates, admins_ca, generation, provider, metrics);
         let admins = admins.map_err(unfit)?;
         self.cas = cas;
+        // Those of the roots of Vault and exchange stay: their files are read at the start alone.
+        self.ca_warnings
+            .retain(|warning| !warning.key.starts_with("tls."));
+        self.ca_warnings.extend(warnings);
         metrics.certificate_ends(not_after_ms);
         self.tls.send_replace(Arc::new(bots));
         self.admins_tls.send_replace(Arc::new(admins));
@@ -188,8 +228,8 @@ impl Reloader {
             && detail.is_some()
             && refused_before == detail;
         self.problems.send_modify(|all| match judged {
-            Ok(()) => _ = all.remove(what),
-            Err(problems) => _ = all.insert(what, problems),
+            Ok(()) => _ = all.rejected.remove(what),
+            Err(problems) => _ = all.rejected.insert(what, problems),
         });
         if is_old_news {
             return;

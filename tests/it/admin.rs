@@ -30,7 +30,7 @@ use tonic_types::StatusExt;
 
 use crate::certificates::gets_in;
 use crate::harness::{
-    Lab, Patient, Settings, accounts, admin_over, kv_path, patient, secret, until,
+    Lab, Patient, Settings, accounts, admin_over, kv_path, patient, secret, set_mode, until,
 };
 
 /// An admin's connection with this certificate.
@@ -698,6 +698,34 @@ async fn a_command_that_cannot_get_through_says_why_and_what_to_do() {
     assert!(said.stderr.starts_with(&expected), "{}", said.stderr);
     let fix = "\nfix: does it run, and does its configuration say [listen] admin =\n";
     assert!(said.stderr.contains(fix), "{}", said.stderr);
+}
+
+#[tokio::test]
+async fn commands_refuse_secrets_that_other_users_can_read() {
+    let mut lab = Lab::start().await;
+    lab.write_admin_files(&lab.ca.admin("anna").unwrap());
+    for (file, setting, words) in [
+        ("admin.key", "key", &["keys", "list"][..]),
+        (
+            "token",
+            "vault.auth.file",
+            &["keys", "register", "main", "--key", "new"],
+        ),
+    ] {
+        set_mode(&lab.path(file), 0o644);
+        let said = lab.cli(words, "").await;
+        assert_eq!((said.code, said.stdout.as_str()), (Some(2), ""), "{said:?}");
+        let path = lab.path(file);
+        let path = path.display();
+        let expected = format!(
+            "admin.toml: {setting}: {path} can be read by other users (mode 0644); chmod o-rwx {path}"
+        );
+        assert!(said.stderr.contains(&expected), "{said:?}");
+        set_mode(&lab.path(file), 0o640);
+        let said = lab.cli(words, "").await;
+        assert!(!said.stderr.contains("chmod"), "{said:?}");
+    }
+    lab.stop().await;
 }
 
 #[test]

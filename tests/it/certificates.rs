@@ -1,8 +1,15 @@
 //! Who may connect: TLS 1.3 with a bot's certificate, and nobody else.
 
-use credbroker_sim::pki::{Ca, Identity, SanType, Usage};
+use std::path::Path;
+use std::process::Command;
 
-use crate::harness::{Lab, RULES, Settings, accounts, failure, refusal, say, until};
+use credbroker::clock::Clock;
+use credbroker::config::Config;
+use credbroker::config::load::load;
+use credbroker::server::{Server, StartError};
+use credbroker_sim::pki::{Ca, CaKind, Identity, SanType, Usage};
+
+use crate::harness::{Lab, RULES, Settings, accounts, failure, refusal, say, until, write_private};
 
 fn uri(text: &str) -> SanType {
     SanType::URI(text.try_into().unwrap())
@@ -201,4 +208,218 @@ async fn a_dns_name_is_the_same_bot_in_any_case_for_rules_and_blocks() {
     let (_, reason, _) = refusal(bot.send(accounts()).await);
     assert_eq!(reason, "CALLER_BLOCKED");
     lab.stop().await;
+}
+
+/// What is wrong with the files of this configuration, a line each.
+fn problems(config: &Config) -> String {
+    let problems = load(config, Clock::system().wall_ms()).err();
+    let problems = problems.unwrap_or_default();
+    let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();
+    problems.join("\n")
+}
+
+#[tokio::test]
+async fn only_cas_may_stand_in_the_files_of_cas() {
+    let admin_ca = |config: String| {
+        config.replace(
+            "client_ca = \"ca.pem\"",
+            "client_ca = \"ca.pem\"\nadmin_ca = \"admins-ca.pem\"",
+        )
+    };
+    let lab = Lab::install(&Settings {
+        edit: Box::new(admin_ca),
+        ..Settings::default()
+    })
+    .await;
+    let good = lab.ca.certificate_pem();
+    let lines = good.lines().count();
+    let pem = |kind| {
+        let ca = Ca::of_kind("odd one", kind).unwrap();
+        ca.certificate_pem().to_owned()
+    };
+    let leaf = lab.ca.bot("maker").unwrap().certificate_pem;
+    let not_ca = "is not a CA: expected basicConstraints with CA:TRUE";
+    let not_for_signing =
+        "may not sign certificates: expected a keyUsage with keyCertSign, or none";
+    let cases = [
+        (leaf.clone(), 1, "\"CN=maker\"", not_ca),
+        (format!("{good}{leaf}"), lines + 1, "\"CN=maker\"", not_ca),
+        (pem(CaKind::NotCa), 1, "\"CN=odd one\"", not_ca),
+        (
+            pem(CaKind::NotForSigning),
+            1,
+            "\"CN=odd one\"",
+            not_for_signing,
+        ),
+    ];
+    for (setting, file, other) in [
+        ("tls.client_ca", "ca.pem", "admins-ca.pem"),
+        ("tls.admin_ca", "admins-ca.pem", "ca.pem"),
+    ] {
+        write_private(&lab.path(other), good);
+        for (text, line, subject, said) in &cases {
+            write_private(&lab.path(file), text);
+            let path = lab.path(file);
+            let expected = format!("{setting}: {}:{line}: {subject} {said}", path.display());
+            let found = problems(&lab.config());
+            assert!(found.starts_with(&expected), "{expected} is not in {found}");
+            let started = Server::start(lab.config()).await;
+            assert!(matches!(started, Err(StartError::Config(_))), "{expected}");
+            // Once is enough: they read the files with the same code.
+            let commands: &[_] = if *line > 1 {
+                &["check-config", "doctor"]
+            } else {
+                &[]
+            };
+            for command in commands.iter().copied() {
+                let config = lab.path("config.toml");
+                let output = tokio::task::spawn_blocking(move || run(command, &config)).await;
+                let (code, said) = output.unwrap();
+                assert_ne!(code, Some(0), "{command}: {said}");
+                assert!(said.contains(&without_quotes(subject)), "{command}: {said}");
+            }
+        }
+        for kind in [CaKind::NoKeyUsage, CaKind::Usual, CaKind::BoundToDns] {
+            write_private(&lab.path(file), &(pem(kind) + good));
+            let loaded = load(&lab.config(), Clock::system().wall_ms()).unwrap();
+            assert!(loaded.warnings.is_empty(), "{:?}", loaded.warnings);
+        }
+    }
+    // What the program connects to may show its own certificate, where no other can be signed with it.
+    lab.reconfigure("[vault]\n", "[vault]\nroots = \"root.pem\"\n");
+    write_private(&lab.path("root.pem"), &leaf);
+    assert!(problems(&lab.config()).starts_with("vault.roots: "));
+    let own = Ca::self_signed_server(false).unwrap();
+    write_private(&lab.path("root.pem"), &own.certificate_pem);
+    assert_eq!(problems(&lab.config()), "");
+}
+
+/// A text as it is compared with logs and JSON, which escape quotes.
+fn without_quotes(text: &str) -> String {
+    text.replace('"', "")
+}
+
+/// Runs the real program on a configuration; its exit code, and what it said on both streams without quotes.
+fn run(command: &str, config: &Path) -> (Option<i32>, String) {
+    let mut program = Command::new(env!("CARGO_BIN_EXE_credbroker"));
+    let output = program.arg(command).arg("--config").arg(config).output();
+    let output = output.unwrap();
+    let said = [output.stdout, output.stderr].concat();
+    (
+        output.status.code(),
+        without_quotes(&String::from_utf8(said).unwrap()),
+    )
+}
+
+#[tokio::test]
+async fn a_ca_whose_constraints_cannot_be_compared_is_reported() {
+    let bound = Ca::of_kind("bound CA", CaKind::BoundToDirectory).unwrap();
+    let install = Settings {
+        process: true,
+        ..Settings::default()
+    };
+    let mut lab = Lab::install(&install).await;
+    let both = format!("{}{}", lab.ca.certificate_pem(), bound.certificate_pem());
+    write_private(&lab.path("ca.pem"), &both);
+    let config = lab.path("config.toml");
+    let checked = tokio::task::spawn_blocking(move || run("check-config", &config)).await;
+    let (code, said) = checked.unwrap();
+    assert_eq!(code, Some(0), "{said}");
+    let warning = "CN=bound CA has name constraints for what the TLS library cannot compare: directory names, and refuses \
+                   every certificate from it";
+    assert!(
+        said.starts_with("warning: tls.client_ca: ") && said.contains(warning),
+        "{said}"
+    );
+
+    lab.spawn_broker().await;
+    lab.until_ready().await;
+    let line = lab.process().log_line("file warning").await;
+    assert_eq!(line["level"], "WARN");
+    assert_eq!(line["setting"], "tls.client_ca");
+    assert!(without_quotes(line["problem"].as_str().unwrap()).contains(warning));
+    assert_eq!(lab.metric("credbroker_file_warnings").await, Some(1.0));
+    let (_, verbose) = lab.get("/readyz?verbose").await;
+    assert!(verbose.contains("warning: tls.client_ca: "), "{verbose}");
+    assert!(!gets_in(&lab, &bound.bot("maker").unwrap()).await);
+    let refused = lab.process().log_line("client certificate refused").await;
+    let reason = "a name constraint of its CA does not permit its names, or is for a kind of name that the TLS library cannot \
+                  compare (URI, directory name)";
+    assert_eq!(refused["reason"], reason);
+
+    write_private(&lab.path("ca.pem"), lab.ca.certificate_pem());
+    until("the warning is gone", async || {
+        lab.metric("credbroker_file_warnings").await == Some(0.0)
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn files_that_openssl_makes_are_judged_as_openssl_judges_them() {
+    let lab = Lab::install(&Settings::default()).await;
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/field-cases/pki/make.sh");
+    let made = Command::new("sh").arg(script).arg(lab.path("pki")).output();
+    if !made.is_ok_and(|made| made.status.success()) {
+        say("field cases of openssl: not run (no openssl 3 on PATH)");
+        return;
+    }
+    let at = |name: &str| lab.path("pki").join(name);
+    let config = |change: &dyn Fn(&mut Config)| {
+        let mut config = lab.config();
+        change(&mut config);
+        problems(&config)
+    };
+    let cas = |name: &str| config(&|config| config.tls.client_ca = at(name));
+    assert_eq!(cas("bots-ca.pem"), "");
+    assert_eq!(cas("bound-ca.pem"), "");
+    for (name, expected) in [
+        ("leaf-alone.pem", "leaf-alone.pem:1: \"CN=x\" is not a CA"),
+        ("ca-and-a-leaf.pem", "\"CN=x\" is not a CA"),
+        (
+            "bundle-trusted-label.pem",
+            "line 1 begins a section \"TRUSTED CERTIFICATE\", expected CERTIFICATE",
+        ),
+        (
+            "bundle-first-line-damaged.pem",
+            "line 1 is damaged: expected a line of its own such as -----BEGIN CERTIFICATE-----",
+        ),
+        ("bundle-first-indented.pem", "line 1 is damaged"),
+    ] {
+        let found = cas(name);
+        assert!(found.contains(expected), "{name}: {found}");
+    }
+    let mut bound = lab.config();
+    bound.tls.client_ca = at("bound-ca.pem");
+    let bound = load(&bound, Clock::system().wall_ms()).unwrap();
+    assert_eq!(bound.warnings.len(), 1);
+    assert!(bound.warnings[0].problem.contains("URI names"));
+
+    let key = |name: &str| config(&|config| config.tls.key = at(name));
+    for (name, expected) in [
+        (
+            "key-encrypted-pkcs8.pem",
+            "the private key on line 1 is encrypted, expected one without a passphrase; decrypt it: openssl pkey -in OLD -out NEW",
+        ),
+        (
+            "key-encrypted-sec1.pem",
+            "the private key on line 1 is encrypted",
+        ),
+        (
+            "key.der",
+            "it is DER, expected PEM; convert it: openssl pkey -inform DER -in OLD -out NEW",
+        ),
+        // Read, and found to be of another certificate.
+        (
+            "key-utf8-bom.pem",
+            "key-utf8-bom.pem is not the key of tls.certificate",
+        ),
+    ] {
+        let found = key(name);
+        assert!(found.contains(expected), "{name}: {found}");
+    }
+    let own = config(&|config| {
+        config.tls.certificate = at("certificate-utf8-bom.pem");
+        config.tls.key = at("self.key");
+    });
+    assert_eq!(own, "");
 }

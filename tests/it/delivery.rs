@@ -320,9 +320,15 @@ async fn connections_come_from_the_egress_address_and_are_kept() {
 
 /// TLS of a simulated exchange.
 pub(crate) fn tls_of(ca: &credbroker_sim::pki::Ca) -> std::sync::Arc<rustls::ServerConfig> {
+    tls_with(&ca.server().unwrap())
+}
+
+/// A server's TLS with this certificate and key.
+pub(crate) fn tls_with(
+    identity: &credbroker_sim::pki::Identity,
+) -> std::sync::Arc<rustls::ServerConfig> {
     use rustls::pki_types::pem::PemObject;
     use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-    let identity = ca.server().unwrap();
     let certificate = CertificateDer::from_pem_slice(identity.certificate_pem.as_bytes()).unwrap();
     let key = PrivateKeyDer::from_pem_slice(identity.key_pem.as_bytes()).unwrap();
     let provider = rustls::crypto::aws_lc_rs::default_provider();

@@ -4,13 +4,16 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use credbroker::clock::Clock;
-use credbroker_sim::kucoin::{Fault, FaultAction, ReceivedRequest, SimKey, When};
+use credbroker_sim::kucoin::{Fault, FaultAction, KucoinSettings, ReceivedRequest, SimKey, When};
+use credbroker_sim::pki::Ca;
 use credbroker_sim::vault::{RoleSettings, VaultSim};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
+use crate::delivery::tls_with;
 use crate::harness::{
-    Ended, Lab, MAIN_UID, ROOT_TOKEN, Settings, kv_path, rules_for, secret, until,
+    Ended, Lab, MAIN_UID, ROOT_TOKEN, Settings, kv_path, rules_for, secret, set_mode, until,
+    write_private,
 };
 
 use crate::keys::real::Api;
@@ -156,6 +159,7 @@ async fn a_healthy_installation_is_all_ok_on_one_screen() {
         "rules",
         "certificate server",
         "certificate bots' CA",
+        "permissions",
         "vault",
         "host global/spot",
         "clock global/spot",
@@ -517,6 +521,82 @@ async fn the_certificate_that_vault_shows_is_looked_at() {
     lab.reconfigure("[vault]\n", "[vault]\nroots = \"ca.pem\"\n");
     let renew = "have Vault's certificate renewed";
     told(&lab, "warning", "certificate of Vault", "in 20 days", renew).await;
+}
+
+#[tokio::test]
+async fn a_server_that_shows_a_ca_as_its_own_certificate_is_named() {
+    let sentence = "the server shows a CA certificate as its own; issue a certificate for it from that CA, or make its own \
+                    with CA:FALSE";
+    let mut lab = healthy().await;
+    let mut address = lab.vault.address();
+    lab.reconfigure("[vault]\n", "[vault]\nroots = \"self.pem\"\n");
+    for is_ca in [false, true] {
+        let own = Ca::self_signed_server(is_ca).unwrap();
+        write_private(&lab.path("self.pem"), &own.certificate_pem);
+        let vault = VaultSim::start_dev_tls(ROOT_TOKEN, &own).await.unwrap();
+        vault.mount_kv("kv");
+        vault.put_secret("kv", &kv_path("main", "main"), secret(&key()));
+        vault.deny(Some(ROOT_TOKEN), Some("POST"), "kv/*");
+        lab.reconfigure(&address, &vault.address());
+        address = vault.address();
+        if is_ca {
+            fails(
+                &lab,
+                "vault",
+                sentence,
+                "a certificate that its CA has issued",
+            )
+            .await;
+            lab.start_broker().await;
+            until("the broker names it too", async || {
+                let (_, text) = lab.get("/readyz").await;
+                text.contains(&format!("Vault cannot be reached: {sentence}"))
+            })
+            .await;
+            lab.stop().await;
+        } else {
+            let (code, found) = lines(&lab).await;
+            assert_eq!((code, not_ok(&found)), (Some(0), Vec::new()), "{found:#?}");
+        }
+    }
+    let own = Ca::self_signed_server(true).unwrap();
+    let lab = Lab::install(&Settings {
+        kucoin: KucoinSettings {
+            tls: Some(tls_with(&own)),
+            ..KucoinSettings::default()
+        },
+        egress: "roots = \"self.pem\"\nconnect_timeout_ms = 1000".to_owned(),
+        files: vec![("self.pem", own.certificate_pem)],
+        ..settings()
+    })
+    .await;
+    let fix = "a certificate that its CA has issued";
+    fails(&lab, "host global/spot", sentence, fix).await;
+}
+
+#[tokio::test]
+async fn files_that_others_can_read_or_change_fail() {
+    let lab = healthy().await;
+    for (file, setting, mode, can, fix) in [
+        ("config.toml", "config", 0o666, "changed", "chmod o-w "),
+        ("rules.toml", "rules", 0o602, "changed", "chmod o-w "),
+        ("server.key", "tls.key", 0o644, "read", "chmod o-rwx "),
+        (
+            "token",
+            "vault.auth.file",
+            0o666,
+            "read and changed",
+            "chmod o-rwx ",
+        ),
+    ] {
+        set_mode(&lab.path(file), mode);
+        let detail = format!("{file} can be {can} by other users (mode {mode:04o})");
+        let fix = format!("{fix}{}", lab.path(file).display());
+        fails(&lab, &format!("permissions {setting}"), &detail, &fix).await;
+        set_mode(&lab.path(file), 0o640);
+    }
+    let (code, found) = lines(&lab).await;
+    assert_eq!((code, not_ok(&found)), (Some(0), Vec::new()), "{found:#?}");
 }
 
 #[tokio::test]

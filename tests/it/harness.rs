@@ -2,9 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::fs::Permissions;
 use std::future::Future;
 use std::io::{self, BufRead, BufReader, Write as _};
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::process::{Child, Command, Stdio};
@@ -237,8 +239,7 @@ impl Lab {
     }
 
     fn write_files(&self, settings: &Settings) {
-        let write =
-            |name: &str, text: &str| std::fs::write(self.folder.path().join(name), text).unwrap();
+        let write = |name: &str, text: &str| write_private(&self.folder.path().join(name), text);
         let Identity {
             certificate_pem,
             key_pem,
@@ -404,7 +405,7 @@ impl Lab {
 
     /// `admin.toml`, and the files that it names.
     pub(crate) fn write_admin_files(&self, identity: &Identity) {
-        let write = |name: &str, text: &str| std::fs::write(self.path(name), text).unwrap();
+        let write = |name: &str, text: &str| write_private(&self.path(name), text);
         write("admin.pem", &identity.certificate_pem);
         write("admin.key", &identity.key_pem);
         write("admin-broker-ca.pem", self.ca.certificate_pem());
@@ -1056,6 +1057,17 @@ pub(crate) async fn http_get(base: &str, path: &str) -> String {
     let (status, body) = get(base.strip_prefix("http://").unwrap(), path).await;
     assert_eq!(status, 200, "{body}");
     body
+}
+
+/// Writes a file that nobody else can read, as secrets must be.
+pub(crate) fn write_private(file: &Path, text: &str) {
+    std::fs::write(file, text).unwrap();
+    set_mode(file, 0o600);
+}
+
+/// Sets the permission bits of a file.
+pub(crate) fn set_mode(file: &Path, mode: u32) {
+    std::fs::set_permissions(file, Permissions::from_mode(mode)).unwrap();
 }
 
 /// Says something that a person must see even when the test passes: past libtest, which keeps what it captures.

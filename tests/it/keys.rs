@@ -53,7 +53,9 @@ use credbroker_sim::vault::{Seen, VaultSim};
 use tonic::Code;
 use tracing::subscriber::DefaultGuard;
 
-use crate::harness::{Bot, Lab, MAIN_UID, ROOT_TOKEN, failure, kv_path, request, secret, until};
+use crate::harness::{
+    Bot, Lab, MAIN_UID, ROOT_TOKEN, failure, kv_path, request, secret, until, write_private,
+};
 
 const TOKEN_FILE: &str = "method = \"token_file\"\nfile = \"token\"";
 
@@ -358,7 +360,7 @@ fn put(vault: &VaultSim, account: &str, generation: u32) -> u64 {
 /// Replaces a file as an agent does: written aside, then moved in place.
 fn replace(file: &Path, text: &str) {
     let aside = file.with_extension("new");
-    std::fs::write(&aside, text).unwrap();
+    write_private(&aside, text);
     std::fs::rename(aside, file).unwrap();
 }
 

@@ -23,7 +23,8 @@ use crate::certificates::gets_in;
 use crate::connections::{GOAWAY, RawBot};
 use crate::delivery::tls_of;
 use crate::harness::{
-    Bot, Lab, Patient, RULES, Settings, accounts, kv_path, refusal, secret, spot_order, until,
+    Bot, Lab, Patient, RULES, Settings, accounts, kv_path, refusal, secret, set_mode, spot_order,
+    until, write_private,
 };
 
 /// A grant to read spot on an account.
@@ -58,7 +59,7 @@ enum Way {
 
 fn rename_over(lab: &Lab, name: &str, text: &str) {
     let new = lab.path(&format!("{name}.new"));
-    std::fs::write(&new, text).unwrap();
+    write_private(&new, text);
     std::fs::rename(new, lab.path(name)).unwrap();
 }
 
@@ -298,6 +299,7 @@ fn now_s() -> u64 {
 /// What a bad file holds.
 enum Bad {
     Text(String),
+    Bytes(Vec<u8>),
     Missing,
     Folder,
 }
@@ -314,6 +316,9 @@ async fn what_cannot_be_used_changes_nothing_and_is_told_until_it_is_mended() {
     let ended = lab.ca.server_within(now - 2 * day..now - day).unwrap();
     let early = lab.ca.server_within(now + day..now + 2 * day).unwrap();
     let (other, one_line) = (lab.ca.server().unwrap(), lab.ca.server().unwrap().key_pem);
+    let (first, another) = (lab.ca.certificate_pem(), Ca::new("another CA").unwrap());
+    let second = another.certificate_pem();
+    let utf16: Vec<u8> = first.encode_utf16().flat_map(u16::to_le_bytes).collect();
     let rules_line = RULES.lines().count() + 1;
     let text = |text: &str| Bad::Text(text.to_owned());
     let cases = [
@@ -384,6 +389,37 @@ async fn what_cannot_be_used_changes_nothing_and_is_told_until_it_is_mended() {
             "ca.pem".to_owned(),
         ),
         ("ca.pem", Bad::Folder, "ca.pem".to_owned()),
+        (
+            "ca.pem",
+            Bad::Text(first.replace(" CERTIFICATE", " TRUSTED CERTIFICATE") + second),
+            "ca.pem: line 1 begins a section \"TRUSTED CERTIFICATE\"".to_owned(),
+        ),
+        (
+            "ca.pem",
+            Bad::Text(first.replacen('-', "", 1) + second),
+            "ca.pem: line 1 is damaged".to_owned(),
+        ),
+        (
+            "ca.pem",
+            Bad::Text(first.replace("-----BEGIN", " -----BEGIN") + second),
+            "ca.pem: line 1 is damaged".to_owned(),
+        ),
+        (
+            "ca.pem",
+            Bad::Bytes([second.as_bytes(), &utf16].concat()),
+            format!("ca.pem: line {} has zero bytes", second.lines().count() + 1),
+        ),
+        (
+            "ca.pem",
+            Bad::Text(
+                lab.ca
+                    .signing_bot("maker")
+                    .unwrap()
+                    .certificate_pem()
+                    .to_owned(),
+            ),
+            "ca.pem:1: \"CN=maker\" is not a CA".to_owned(),
+        ),
     ];
     for (number, (name, bad, said)) in cases.iter().enumerate() {
         let case = format!("{number}: {name}: {said}");
@@ -397,6 +433,7 @@ async fn what_cannot_be_used_changes_nothing_and_is_told_until_it_is_mended() {
         let certificate = shown(&lab).await;
         match bad {
             Bad::Text(text) => rename_over(&lab, name, text),
+            Bad::Bytes(bytes) => std::fs::write(&path, bytes).unwrap(),
             Bad::Missing => std::fs::remove_file(&path).unwrap(),
             Bad::Folder => {
                 std::fs::remove_file(&path).unwrap();
@@ -436,6 +473,7 @@ async fn what_cannot_be_used_changes_nothing_and_is_told_until_it_is_mended() {
         let told = format!("{what}: a changed file is not in force");
         let told = |line: &str| line.starts_with(&told) && line.contains(said);
         assert!(verbose.lines().any(told), "{case}: {verbose}");
+        let said = &said.replace('"', "\\\"");
         let told = |line: &str| line.contains("changed file cannot be used") && line.contains(said);
         until(&format!("the log says it: {case}"), async || {
             lab.process.as_ref().unwrap().log().lines().any(told)
@@ -744,6 +782,83 @@ async fn a_peer_that_does_not_heed_the_end_of_its_ca_gets_no_call_through() {
     .await;
     assert_eq!(lab.kucoin.received().len(), 1);
     lab.stop().await;
+}
+
+#[tokio::test]
+async fn bots_that_a_leaf_in_the_file_of_cas_has_signed_never_get_in() {
+    let mut lab = Lab::start().await;
+    let maker = lab.ca.signing_bot("maker").unwrap();
+    let forged = maker.bot("reader").unwrap();
+    for bundle in [
+        maker.certificate_pem().to_owned(),
+        lab.ca.certificate_pem().to_owned() + maker.certificate_pem(),
+    ] {
+        let known = lab.changes().len();
+        rename_over(&lab, "ca.pem", &bundle);
+        let change = change_after(&lab, known).await;
+        assert!(!gets_in(&lab, &forged).await, "{change}");
+        assert_eq!(change["outcome"], "refused");
+        rename_over(&lab, "ca.pem", lab.ca.certificate_pem());
+        change_after(&lab, known + 1).await;
+    }
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn files_that_others_can_read_or_change_are_reported_while_the_broker_runs() {
+    let mut lab = Lab::install(&Settings::default()).await;
+    set_mode(&lab.path("server.key"), 0o644);
+    set_mode(&lab.path("config.toml"), 0o666);
+    lab.spawn_broker().await;
+    lab.until_ready().await;
+    let warnings = async |number: u8| {
+        until("the number of warnings is right", async || {
+            lab.metric("credbroker_file_warnings").await == Some(f64::from(number))
+        })
+        .await;
+        lab.get("/readyz?verbose").await.1
+    };
+    let warning = |setting: &str, file: &str, can: &str, mode: &str, less: &str| {
+        let file = lab.path(file);
+        let file = file.display();
+        format!(
+            "warning: {setting}: {file} can be {can} by other users (mode {mode}); chmod {less} {file}\n"
+        )
+    };
+    let key = warning("tls.key", "server.key", "read", "0644", "o-rwx");
+    let config = warning("config", "config.toml", "changed", "0666", "o-w");
+    let verbose = warnings(2).await;
+    assert!(
+        verbose.contains(&key) && verbose.contains(&config),
+        "{verbose}"
+    );
+    set_mode(&lab.path("server.key"), 0o600);
+    set_mode(&lab.path("config.toml"), 0o644);
+    assert!(!warnings(0).await.contains("warning: "));
+    set_mode(&lab.path("rules.toml"), 0o666);
+    set_mode(&lab.path("ca.pem"), 0o602);
+    set_mode(&lab.path("token"), 0o604);
+    let verbose = warnings(3).await;
+    for expected in [
+        warning("rules", "rules.toml", "changed", "0666", "o-w"),
+        warning("tls.client_ca", "ca.pem", "changed", "0602", "o-w"),
+        warning("vault.auth.file", "token", "read", "0604", "o-rwx"),
+    ] {
+        assert!(
+            verbose.contains(&expected),
+            "{expected} is not in {verbose}"
+        );
+    }
+    let log = lab.process.as_ref().unwrap().log();
+    let logged: Vec<Value> = log
+        .lines()
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .filter(|line: &Value| line["message"] == "file warning")
+        .collect();
+    let settings: Vec<_> = logged.iter().map(|line| &line["setting"]).collect();
+    assert_eq!(settings[..2], ["config", "tls.key"], "{log}");
+    assert_eq!(settings.len(), 5, "each is logged once: {log}");
+    assert!(logged.iter().all(|line| line["level"] == "WARN"));
 }
 
 #[tokio::test]

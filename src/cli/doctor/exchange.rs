@@ -19,6 +19,7 @@ use crate::kucoin::question::Question;
 use crate::policy::Policy;
 use crate::server::StartError;
 use crate::telemetry::chain;
+use crate::trust::shows_ca;
 
 /// What the machine's own clock may be off: audit lines, logs and certificates go by it.
 const SYSTEM_CLOCK_MS: i64 = 1000;
@@ -136,11 +137,16 @@ async fn host(config: &Config, egress: &Egress, clock: &Clock, place: Place) -> 
 /// No connection.
 fn unreached(config: &Config, about: &str, host: &str, error: &ConnectError) -> Line {
     let source = config.egress.address;
-    let kind = error
+    let error_of_system = error
         .source()
         .and_then(<dyn Error>::downcast_ref::<io::Error>);
-    let kind = kind.map(io::Error::kind);
-    let fix = match kind {
+    let tls = error_of_system
+        .and_then(io::Error::get_ref)
+        .and_then(|error| error.downcast_ref());
+    let fix = match error_of_system.map(io::Error::kind) {
+        _ if tls.is_some_and(shows_ca) => {
+            "give the server a certificate that its CA has issued (CA:FALSE); egress.roots may stay as it is".to_owned()
+        }
         Some(io::ErrorKind::AddrNotAvailable) => format!(
             "egress.address {source} is no address of this machine: correct it, or give the machine this address (`ip address`)"
         ),

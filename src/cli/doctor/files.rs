@@ -13,6 +13,7 @@ use super::Line;
 use crate::api::caller::not_after_ms;
 use crate::cli::text::counted;
 use crate::config::load::{self, Source, TlsSources};
+use crate::config::permissions::{self, NamedFile};
 use crate::config::{Config, Roots};
 use crate::keyring::vault::Auth;
 use crate::pem;
@@ -96,6 +97,7 @@ pub(super) fn certificates(config: &Config, now_ms: i64) -> Vec<Line> {
         );
         files.push((names, "for Vault", certificate));
     }
+    let warnings = problems.take_warnings();
     let problems = problems.into_result().err().unwrap_or_default();
     let lines = files.into_iter().flat_map(|(keys, about, file)| {
         let of_file = |problem: &&Problem| keys.contains(&problem.key.as_str());
@@ -110,9 +112,30 @@ pub(super) fn certificates(config: &Config, now_ms: i64) -> Vec<Line> {
         if failed.is_empty() {
             failed.push(expiry(about, ends_ms(file), now_ms));
         }
+        let of_file = |warning: &&Problem| keys.contains(&warning.key.as_str());
+        failed.extend(warnings.iter().filter(of_file).map(constraint));
         failed
     });
     lines.collect()
+}
+
+/// A CA whose name constraints make the TLS library refuse what it issues.
+fn constraint(warning: &Problem) -> Line {
+    let fix = "issue a CA without these constraints, and new certificates from it";
+    Line::warning("certificate", "", warning.to_string(), fix)
+}
+
+/// Which files others can read or change, and must not.
+pub(super) fn permissions(config: &Config) -> Vec<Line> {
+    let (check, files) = ("permissions", permissions::files(config));
+    let open = files.iter().filter_map(NamedFile::check);
+    let mut lines: Vec<_> = open
+        .map(|open| Line::failed(check, open.key(), open.to_string(), open.fix()))
+        .collect();
+    if lines.is_empty() {
+        lines.push(Line::ok(check, "", "no file is open to other users"));
+    }
+    lines
 }
 
 /// When the first certificate of a file ends: Unix time in milliseconds.
@@ -155,17 +178,18 @@ fn date(ms: i64) -> String {
 }
 
 /// CAs; none where they cannot be read, which the line says.
-pub(super) fn roots(key: &str, roots: &Roots) -> (RootCertStore, Option<Line>) {
+pub(super) fn roots(key: &str, roots: &Roots) -> (RootCertStore, Vec<Line>) {
     let problems = Problems::default();
     if let Some(roots) = load::roots(key, roots, &problems) {
-        return (roots, None);
+        let warnings = problems.take_warnings();
+        return (roots, warnings.iter().map(constraint).collect());
     }
     let problems = problems.into_result().err().unwrap_or_default();
     let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();
     let fix = format!("put the CA's certificate there, or correct {key}");
     let line = Line::failed("certificate", "", problems.join("; "), fix);
     // Nobody is trusted then.
-    (RootCertStore::empty(), Some(line))
+    (RootCertStore::empty(), vec![line])
 }
 
 /// The record: whether it can be written, and how much room is left. Returns why nothing can be recorded from here, if so.

@@ -90,10 +90,12 @@ async fn ask(config: &Config, account: &AccountId) -> Result<Vec<Compared>, Unas
     let (lines, recordable) = files::audit(config);
     recordable.map_err(|_| Unasked::Lines(lines))?;
     let provider = assembly::provider();
-    let (egress_roots, problem) = files::roots("egress.roots", &config.egress_roots);
-    let (vault_roots, vault_problem) = files::roots("vault.roots", &config.vault_roots);
-    if let Some(problem) = problem.or(vault_problem) {
-        return Err(Unasked::Lines(vec![problem]));
+    let (egress_roots, egress_lines) = files::roots("egress.roots", &config.egress_roots);
+    let (vault_roots, vault_lines) = files::roots("vault.roots", &config.vault_roots);
+    let lines = egress_lines.into_iter().chain(vault_lines);
+    let failed: Vec<_> = lines.filter(|line| line.level == Level::Failed).collect();
+    if !failed.is_empty() {
+        return Err(Unasked::Lines(failed));
     }
     let egress = assembly::egress(config, egress_roots, &provider);
     let egress = egress.map_err(|error| Unasked::Lines(vec![exchange::unfit(&error)]))?;

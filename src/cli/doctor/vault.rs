@@ -22,6 +22,7 @@ use crate::keyring::vault::{Auth, Vault, VaultError};
 use crate::policy::Policy;
 use crate::server::assembly;
 use crate::telemetry::chain;
+use crate::trust::shows_ca;
 
 const CHECK: &str = "vault";
 
@@ -91,6 +92,9 @@ async fn reach(
             let fix = match tls {
                 Some(rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer)) => {
                     "put the CA of Vault's certificate into the file that vault.roots names"
+                }
+                Some(error) if shows_ca(error) => {
+                    "give Vault a certificate that its CA has issued (CA:FALSE); vault.roots may stay as it is"
                 }
                 Some(rustls::Error::InvalidCertificate(_)) => {
                     "Vault's certificate has ended, or is for another name than vault.address has: renew it, or correct vault.address"

@@ -12,6 +12,7 @@ use vaultrs::client::{VaultClient, VaultClientSettings};
 use vaultrs::error::ClientError;
 
 use super::{VaultError, VaultSettings};
+use crate::trust::{ShowsCa, is_caused_by_shown_ca};
 
 /// How often a node that has not heard of the last write yet is asked.
 const TRIES_BEHIND: usize = 3;
@@ -259,6 +260,9 @@ pub(super) fn reduce(error: &ClientError) -> VaultError {
         Some(403) => VaultError::Denied,
         Some(503) => VaultError::Outage("Vault is sealed or not initialised (503)".to_owned()),
         Some(status) => VaultError::Outage(format!("Vault answered {status}: {texts}")),
+        None if is_caused_by_shown_ca(error) => {
+            VaultError::Outage(format!("Vault cannot be reached: {ShowsCa}"))
+        }
         None => VaultError::Outage(match error {
             ClientError::RestClientError {
                 source: rustify::errors::ClientError::RequestError { .. },

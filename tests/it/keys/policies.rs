@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::real::{Api, Backend};
 use super::{Setup, key};
-use crate::harness::{kv_path, say, secret, until};
+use crate::harness::{kv_path, say, secret, until, write_private};
 
 /// A file of `deploy/vault/`, for a mount and an `AppRole` mount of this name.
 pub(super) fn shipped(file: &str, name: &str) -> String {
@@ -261,7 +261,7 @@ async fn keys_are_registered_rotated_and_rolled_back_under_the_shipped_policies(
 
     let admin = stage.holder_of(&format!("{name}-admin")).await;
     lab.write_admin_files(&lab.ca.admin("anna").unwrap());
-    std::fs::write(lab.path("admin-token"), admin.token()).unwrap();
+    write_private(&lab.path("admin-token"), admin.token());
     let toml = std::fs::read_to_string(lab.path("admin.toml")).unwrap();
     let own = format!("address = \"{}\"\nmount = \"{name}\"", api.url);
     let toml = toml

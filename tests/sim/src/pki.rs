@@ -4,8 +4,8 @@ use std::ops::Range;
 use std::time::Duration;
 
 use rcgen::{
-    BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, date_time_ymd,
+    BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, GeneralSubtree, IsCa, Issuer,
+    KeyPair, KeyUsagePurpose, NameConstraints, date_time_ymd,
 };
 
 pub use rcgen::SanType;
@@ -37,23 +37,95 @@ pub enum Usage {
     Server,
 }
 
+/// How the certificate of a CA differs from the usual one.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum CaKind {
+    /// A name constraint permits only subjects below `O=demo`.
+    BoundToDirectory,
+    /// A name constraint permits only DNS names below `demo.test`.
+    BoundToDns,
+    /// No keyUsage extension, as `openssl req -x509` writes it.
+    NoKeyUsage,
+    /// CA:FALSE.
+    NotCa,
+    /// A keyUsage extension without keyCertSign.
+    NotForSigning,
+    /// CA:TRUE and keyCertSign.
+    Usual,
+}
+
 impl Ca {
     /// Makes a CA with a new key.
     ///
     /// # Errors
     /// When the system gives no randomness.
     pub fn new(common_name: &str) -> Result<Self, rcgen::Error> {
+        Self::of_kind(common_name, CaKind::Usual)
+    }
+
+    /// The same, of another kind.
+    pub fn of_kind(common_name: &str, kind: CaKind) -> Result<Self, rcgen::Error> {
         let key = KeyPair::generate()?;
         let mut params = CertificateParams::default();
         params
             .distinguished_name
             .push(rcgen::DnType::CommonName, common_name);
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        params.is_ca = match kind {
+            CaKind::NotCa => IsCa::ExplicitNoCa,
+            _ => IsCa::Ca(BasicConstraints::Unconstrained),
+        };
+        params.key_usages = match kind {
+            CaKind::NoKeyUsage => Vec::new(),
+            CaKind::NotCa | CaKind::NotForSigning => vec![KeyUsagePurpose::DigitalSignature],
+            _ => vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign],
+        };
+        let permitted = match kind {
+            CaKind::BoundToDirectory => {
+                let mut name = rcgen::DistinguishedName::new();
+                name.push(rcgen::DnType::OrganizationName, "demo");
+                Some(GeneralSubtree::DirectoryName(name))
+            }
+            CaKind::BoundToDns => Some(GeneralSubtree::DnsName("demo.test".to_owned())),
+            _ => None,
+        };
+        params.name_constraints = permitted.map(|permitted| NameConstraints {
+            permitted_subtrees: vec![permitted],
+            excluded_subtrees: Vec::new(),
+        });
         let certificate_pem = params.self_signed(&key)?.pem();
         Ok(Self {
             certificate_pem,
             issuer: Issuer::new(params, key),
+        })
+    }
+
+    /// A bot that signs other certificates with its own key, as if it were a CA.
+    pub fn signing_bot(&self, name: &str) -> Result<Self, rcgen::Error> {
+        let key = KeyPair::generate()?;
+        let params = Self::params(name, &bot_names(name)?, Usage::Client);
+        let certificate_pem = params.signed_by(&key, &self.issuer)?.pem();
+        Ok(Self {
+            certificate_pem,
+            issuer: Issuer::new(params, key),
+        })
+    }
+
+    /// A server certificate for `localhost` that is signed with its own key, and says CA:TRUE or CA:FALSE.
+    pub fn self_signed_server(is_ca: bool) -> Result<Identity, rcgen::Error> {
+        let key = KeyPair::generate()?;
+        let mut params = CertificateParams::default();
+        params
+            .distinguished_name
+            .push(rcgen::DnType::CommonName, "localhost");
+        params.subject_alt_names = server_names()?.to_vec();
+        params.is_ca = if is_ca {
+            IsCa::Ca(BasicConstraints::Unconstrained)
+        } else {
+            IsCa::ExplicitNoCa
+        };
+        Ok(Identity {
+            certificate_pem: params.self_signed(&key)?.pem(),
+            key_pem: key.serialize_pem(),
         })
     }
 
@@ -112,12 +184,22 @@ impl Ca {
         seconds: Option<&Range<u64>>,
     ) -> Result<Identity, rcgen::Error> {
         let key = KeyPair::generate()?;
-        let mut params = CertificateParams::default();
+        let mut params = Self::params(common_name, names, usage);
         if let Some(Range { start, end }) = seconds {
             let epoch = date_time_ymd(1970, 1, 1);
             params.not_before = epoch + Duration::from_secs(*start);
             params.not_after = epoch + Duration::from_secs(*end);
         }
+        let certificate_pem = params.signed_by(&key, &self.issuer)?.pem();
+        Ok(Identity {
+            certificate_pem,
+            key_pem: key.serialize_pem(),
+        })
+    }
+
+    /// What a certificate of this CA says.
+    fn params(common_name: &str, names: &[SanType], usage: Usage) -> CertificateParams {
+        let mut params = CertificateParams::default();
         params
             .distinguished_name
             .push(rcgen::DnType::CommonName, common_name);
@@ -131,11 +213,7 @@ impl Ca {
             Usage::None => Vec::new(),
             Usage::Server => vec![ExtendedKeyUsagePurpose::ServerAuth],
         };
-        let certificate_pem = params.signed_by(&key, &self.issuer)?.pem();
-        Ok(Identity {
-            certificate_pem,
-            key_pem: key.serialize_pem(),
-        })
+        params
     }
 }
 

@@ -1,0 +1,213 @@
+//! Whether others on the machine can read the secrets that the configuration names, or change its files.
+
+use std::fmt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use super::vault::JWT_FILE;
+use super::{Config, Roots};
+use crate::keyring::vault::Auth;
+use crate::toml_file::Problem;
+
+/// Read permission of users who neither own the file nor are in its group.
+const READ: u32 = 0o004;
+
+/// Their write permission.
+const WRITE: u32 = 0o002;
+
+/// A file that a setting names.
+#[derive(Clone, Debug)]
+pub(crate) struct NamedFile {
+    key: &'static str,
+    file: PathBuf,
+    /// Whether nobody but the broker may read it.
+    is_secret: bool,
+}
+
+/// A file with permissions that are too open.
+#[derive(Debug)]
+pub(crate) struct OpenFile<'f> {
+    named: &'f NamedFile,
+    /// Permission bits, such as `0o644`.
+    mode: u32,
+}
+
+impl NamedFile {
+    /// A private key, token or other secret.
+    pub(crate) fn secret(key: &'static str, file: &Path) -> Self {
+        let is_secret = true;
+        let file = file.to_owned();
+        Self {
+            key,
+            file,
+            is_secret,
+        }
+    }
+
+    /// A file that others may read.
+    fn public(key: &'static str, file: &Path) -> Self {
+        let is_secret = false;
+        let file = file.to_owned();
+        Self {
+            key,
+            file,
+            is_secret,
+        }
+    }
+
+    /// Looks at its permissions; a link counts as the file it leads to. `None` where they are right, and where the file
+    /// cannot be looked at, which whoever reads it reports.
+    pub(crate) fn check(&self) -> Option<OpenFile<'_>> {
+        let metadata = self
+            .file
+            .metadata()
+            .ok()
+            .filter(std::fs::Metadata::is_file)?;
+        let forbidden = if self.is_secret { READ | WRITE } else { WRITE };
+        let mode = metadata.mode() & 0o7777;
+        (mode & forbidden != 0).then_some(OpenFile { named: self, mode })
+    }
+}
+
+impl OpenFile<'_> {
+    /// The setting that names it.
+    pub(crate) fn key(&self) -> &'static str {
+        self.named.key
+    }
+
+    /// The command that corrects it.
+    pub(crate) fn fix(&self) -> String {
+        let less = if self.named.is_secret { "o-rwx" } else { "o-w" };
+        format!("chmod {less} {}", self.named.file.display())
+    }
+}
+
+/// `/etc/credbroker/tls/server.key can be read by other users (mode 0644)`
+impl fmt::Display for OpenFile<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let can = match (
+            self.named.is_secret && self.mode & READ != 0,
+            self.mode & WRITE != 0,
+        ) {
+            (true, true) => "read and changed",
+            (true, false) => "read",
+            (false, _) => "changed",
+        };
+        let file = self.named.file.display();
+        write!(
+            f,
+            "{file} can be {can} by other users (mode {:04o})",
+            self.mode
+        )
+    }
+}
+
+/// The files of a broker: its secrets, and all that decides whom it trusts and what bots may do.
+pub(crate) fn files(config: &Config) -> Vec<NamedFile> {
+    let (tls, mut files) = (&config.tls, Vec::new());
+    files.extend(
+        config
+            .file
+            .iter()
+            .map(|file| NamedFile::public("config", file)),
+    );
+    files.push(NamedFile::public("rules", &config.rules));
+    files.push(NamedFile::public("tls.certificate", &tls.certificate));
+    files.push(NamedFile::secret("tls.key", &tls.key));
+    files.push(NamedFile::public("tls.client_ca", &tls.client_ca));
+    files.extend(
+        tls.admin_ca
+            .iter()
+            .map(|file| NamedFile::public("tls.admin_ca", file)),
+    );
+    for (key, roots) in [
+        ("vault.roots", &config.vault_roots),
+        ("egress.roots", &config.egress_roots),
+    ] {
+        if let Roots::File(file) = roots {
+            files.push(NamedFile::public(key, file));
+        }
+    }
+    files.extend(secret_of(&config.vault.auth));
+    files
+}
+
+/// The secret that a login to Vault needs. Not the token that Kubernetes puts into each pod, whose mode nobody sets.
+pub(crate) fn secret_of(auth: &Auth) -> Option<NamedFile> {
+    let (key, file) = match auth {
+        Auth::AppRole { secret_id_file, .. } => ("vault.auth.secret_id_file", secret_id_file),
+        Auth::Cert { key, .. } => ("vault.auth.key", key),
+        Auth::Kubernetes { jwt_file, .. } if jwt_file == Path::new(JWT_FILE) => return None,
+        Auth::Kubernetes { jwt_file, .. } => ("vault.auth.jwt_file", jwt_file),
+        Auth::TokenFile(file) => ("vault.auth.file", file),
+    };
+    Some(NamedFile::secret(key, file))
+}
+
+/// What is wrong with the permissions of these files, each under its key, with the command that corrects it.
+pub(crate) fn warnings(files: &[NamedFile]) -> Vec<Problem> {
+    let open = files.iter().filter_map(NamedFile::check);
+    open.map(|open| Problem::new(open.key(), format_args!("{open}; {}", open.fix())))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn others_may_read_what_is_public_and_change_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("x");
+        std::fs::write(&file, "").unwrap();
+        let link = folder.path().join("link");
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        let said = |named: &NamedFile, mode| {
+            std::fs::set_permissions(&file, Permissions::from_mode(mode)).unwrap();
+            named.check().map(|open| format!("{open}; {}", open.fix()))
+        };
+        let (public, secret) = (NamedFile::public("a", &file), NamedFile::secret("b", &link));
+        for mode in [0o600, 0o640, 0o660, 0o644, 0o664, 0o755] {
+            assert_eq!(said(&public, mode), None, "{mode:o}");
+        }
+        for mode in [0o400, 0o600, 0o640, 0o660, 0o770] {
+            assert_eq!(said(&secret, mode), None, "{mode:o}");
+        }
+        let (file, link) = (file.display(), link.display());
+        for (named, mode, expected) in [
+            (
+                &public,
+                0o666,
+                format!("{file} can be changed by other users (mode 0666); chmod o-w {file}"),
+            ),
+            (
+                &secret,
+                0o644,
+                format!("{link} can be read by other users (mode 0644); chmod o-rwx {link}"),
+            ),
+            (
+                &secret,
+                0o666,
+                format!(
+                    "{link} can be read and changed by other users (mode 0666); chmod o-rwx {link}"
+                ),
+            ),
+            (
+                &secret,
+                0o602,
+                format!("{link} can be changed by other users (mode 0602); chmod o-rwx {link}"),
+            ),
+        ] {
+            assert_eq!(said(named, mode), Some(expected));
+        }
+        assert!(
+            NamedFile::secret("c", Path::new("/dev/null"))
+                .check()
+                .is_none()
+        );
+        assert!(NamedFile::secret("c", folder.path()).check().is_none());
+    }
+}

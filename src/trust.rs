@@ -1,0 +1,267 @@
+//! Which certificates may stand in a file of CAs, and why a chain was refused, in words.
+//!
+//! The TLS library takes any certificate as a root, and never looks at what it says about itself: whoever has the key of a
+//! bot's certificate that stands there could sign other bots and admins.
+
+use std::sync::Arc;
+
+use rustls::client::WebPkiServerVerifier;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, OtherError, RootCertStore,
+    SignatureScheme,
+};
+use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
+
+/// Whose certificates a file of CAs is for.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Peers {
+    /// Bots and admins, which connect to the broker.
+    Clients,
+    /// Vault, the exchange or the broker, which the program connects to. Such a server's own certificate may stand in
+    /// place of its CA where it is self-signed and no CA.
+    Servers,
+}
+
+/// Why a certificate must not stand in a file of CAs.
+#[derive(Debug, thiserror::Error)]
+pub enum AnchorError {
+    /// It does not parse.
+    #[error("is not an X.509 certificate")]
+    NotX509,
+    /// Its basicConstraints do not say CA:TRUE.
+    #[error("{0} is not a CA: expected basicConstraints with CA:TRUE; remove it from the file")]
+    NotCa(String),
+    /// It has a keyUsage extension without keyCertSign.
+    #[error(
+        "{0} may not sign certificates: expected a keyUsage with keyCertSign, or none; remove it from the file"
+    )]
+    NotForSigning(String),
+}
+
+/// Checks that a certificate is a CA. Returns what to warn of: constraints that make the TLS library refuse what it issues.
+///
+/// # Errors
+/// When it is no CA. Source: RFC 5280, 4.2.1.3 and 4.2.1.9.
+pub fn check_anchor(
+    certificate: &CertificateDer<'_>,
+    peers: Peers,
+) -> Result<Option<String>, AnchorError> {
+    let (_, certificate) =
+        X509Certificate::from_der(certificate).map_err(|_| AnchorError::NotX509)?;
+    let constraints = certificate
+        .basic_constraints()
+        .map_err(|_| AnchorError::NotX509)?;
+    let usage = certificate.key_usage().map_err(|_| AnchorError::NotX509)?;
+    let is_ca = constraints.is_some_and(|constraints| constraints.value.ca);
+    let is_self_signed = certificate.issuer().as_raw() == certificate.subject().as_raw();
+    if !is_ca {
+        return if peers == Peers::Servers && is_self_signed {
+            Ok(None)
+        } else {
+            Err(AnchorError::NotCa(subject(&certificate)))
+        };
+    }
+    if usage.is_some_and(|usage| !usage.value.key_cert_sign()) {
+        return Err(AnchorError::NotForSigning(subject(&certificate)));
+    }
+    let constraints = certificate
+        .name_constraints()
+        .map_err(|_| AnchorError::NotX509)?;
+    let Some(constraints) = constraints.map(|constraints| constraints.value) else {
+        return Ok(None);
+    };
+    let subtrees = [
+        &constraints.permitted_subtrees,
+        &constraints.excluded_subtrees,
+    ];
+    let mut unknown: Vec<_> = subtrees
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|subtree| match subtree.base {
+            GeneralName::DNSName(_) | GeneralName::IPAddress(_) => None,
+            // Every certificate has a subject.
+            GeneralName::DirectoryName(_) => {
+                Some("directory names, and refuses every certificate from it")
+            }
+            GeneralName::URI(_) => {
+                Some("URI names, and refuses every certificate from it that has one")
+            }
+            _ => Some("names of this kind, and refuses every certificate from it that has one"),
+        })
+        .collect();
+    unknown.sort_unstable();
+    unknown.dedup();
+    let subject = subject(&certificate);
+    Ok((!unknown.is_empty()).then(|| {
+        format!(
+            "{subject} has name constraints for what the TLS library cannot compare: {}; issue a CA without them",
+            unknown.join("; ")
+        )
+    }))
+}
+
+/// Whoever made the file chose it: escaped and cut.
+fn subject(certificate: &X509Certificate<'_>) -> String {
+    let subject: String = certificate
+        .subject()
+        .to_string()
+        .chars()
+        .take(200)
+        .collect();
+    format!("{subject:?}")
+}
+
+/// A server that shows a CA certificate as its own, as `openssl req -x509` makes one.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the server shows a CA certificate as its own; issue a certificate for it from that CA, or make its own with CA:FALSE"
+)]
+pub struct ShowsCa;
+
+/// Whether a handshake failed because the server shows a CA certificate as its own.
+pub fn shows_ca(error: &rustls::Error) -> bool {
+    matches!(error, rustls::Error::Other(OtherError(inner)) if inner.is::<ShowsCa>())
+}
+
+/// The same, for an error that a connection through other libraries ended with.
+pub fn is_caused_by_shown_ca(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut causes = std::iter::successors(Some(error), |error| error.source());
+    causes.any(|error| {
+        let tls = error.downcast_ref().and_then(tls_error);
+        tls.is_some_and(shows_ca)
+    })
+}
+
+/// The TLS error in an I/O error: libraries wrap one I/O error in another, and its source skips what it holds.
+fn tls_error(error: &std::io::Error) -> Option<&rustls::Error> {
+    let inner = error.get_ref()?;
+    let deeper = || tls_error(inner.downcast_ref()?);
+    inner.downcast_ref().or_else(deeper)
+}
+
+/// Why the chain of a peer was refused.
+pub fn reason(error: &rustls::Error) -> String {
+    match webpki_error(error) {
+        Some(webpki::Error::NameConstraintViolation) => {
+            "a name constraint of its CA does not permit its names, or is for a kind of name that the TLS library cannot \
+             compare (URI, directory name)"
+                .to_owned()
+        }
+        Some(webpki::Error::CaUsedAsEndEntity) => {
+            "it is a CA certificate; issue one from it, or make it with CA:FALSE".to_owned()
+        }
+        _ => error.to_string(),
+    }
+}
+
+fn webpki_error(error: &rustls::Error) -> Option<&webpki::Error> {
+    match error {
+        rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(inner))) => {
+            inner.downcast_ref()
+        }
+        _ => None,
+    }
+}
+
+/// Adds to a client's TLS that its server must have a certificate from these roots.
+pub fn with_roots(
+    builder: rustls::ConfigBuilder<ClientConfig, rustls::WantsVerifier>,
+    roots: RootCertStore,
+    provider: &Arc<CryptoProvider>,
+) -> rustls::ConfigBuilder<ClientConfig, rustls::client::WantsClientCert> {
+    let roots = Arc::new(roots);
+    let verifier =
+        WebPkiServerVerifier::builder_with_provider(Arc::clone(&roots), Arc::clone(provider));
+    match verifier.build() {
+        Ok(verifier) => builder
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(ServerVerifier(verifier))),
+        // Without any root, which is the one reason, no server is trusted.
+        Err(_) => builder.with_root_certificates(roots),
+    }
+}
+
+/// Verifies servers as rustls does; only says some of its refusals in words.
+#[derive(Debug)]
+struct ServerVerifier(Arc<WebPkiServerVerifier>);
+
+impl ServerCertVerifier for ServerVerifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let verified =
+            self.0
+                .verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now);
+        verified.map_err(|error| match webpki_error(&error) {
+            Some(webpki::Error::CaUsedAsEndEntity) => OtherError(Arc::new(ShowsCa)).into(),
+            _ => error,
+        })
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.0.verify_tls12_signature(message, certificate, signed)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.0.verify_tls13_signature(message, certificate, signed)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.supported_verify_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustls::pki_types::pem::PemObject;
+
+    use super::*;
+
+    /// `openssl req -x509 -addext "nameConstraints=critical,permitted;URI:example.org" -addext keyUsage=critical,keyCertSign`
+    const BOUND_BY_URI: &str = "\
+-----BEGIN CERTIFICATE-----\n\
+MIIBtTCCAVygAwIBAgIUAr8QfVxhIu4YK/nfHdq3rgh6uQ4wCgYIKoZIzj0EAwIw\n\
+FzEVMBMGA1UEAwwMYm91bmQgYnkgVVJJMCAXDTI2MTEyOTIzNDExMloYDzIxMjYx\n\
+MTA1MjM0MTEyWjAXMRUwEwYDVQQDDAxib3VuZCBieSBVUkkwWTATBgcqhkjOPQIB\n\
+BggqhkjOPQMBBwNCAAR7a7l8n1sq8EsLwUtVS15UQbnGCJnCD3akg2isJBuWQ5t9\n\
+1zEymK2Mwtyec+/zq5kkaQuT47LOv4/MQZa/o499o4GDMIGAMB0GA1UdDgQWBBTu\n\
+w5A4uMSdHKfl7H7NSyfK7i2pCDAfBgNVHSMEGDAWgBTuw5A4uMSdHKfl7H7NSyfK\n\
+7i2pCDAPBgNVHRMBAf8EBTADAQH/MB0GA1UdHgEB/wQTMBGgDzANhgtleGFtcGxl\n\
+Lm9yZzAOBgNVHQ8BAf8EBAMCAgQwCgYIKoZIzj0EAwIDRwAwRAIgRAyXC1AkRW7+\n\
+0/Ln9Oiin65GmlgH/NY3VA+cmk9XmcgCIF3Qps2ZT0wjZp24nG6+yWov9MPJttp/\n\
+HoExmUFH1Avg\n\
+-----END CERTIFICATE-----\n\
+";
+
+    #[test]
+    fn a_constraint_on_uris_is_warned_of() {
+        let ca = CertificateDer::from_pem_slice(BOUND_BY_URI.as_bytes()).unwrap();
+        for peers in [Peers::Clients, Peers::Servers] {
+            let warning = check_anchor(&ca, peers).unwrap().unwrap();
+            assert_eq!(
+                warning,
+                "\"CN=bound by URI\" has name constraints for what the TLS library cannot compare: URI names, and refuses \
+                 every certificate from it that has one; issue a CA without them"
+            );
+        }
+    }
+}
