@@ -3,6 +3,7 @@
 pub mod admin;
 mod bots;
 mod check_config;
+mod clock;
 mod doctor;
 mod door;
 mod explain;
@@ -61,6 +62,11 @@ enum Command {
         /// The configuration file.
         #[arg(long, default_value = CONFIG)]
         config: PathBuf,
+    },
+    /// Accept the exchange's clock.
+    Clock {
+        #[command(subcommand)]
+        command: clock::Command,
     },
     /// Looks at everything that the broker needs, and says what is wrong and what to do; the broker need not run.
     ///
@@ -130,6 +136,7 @@ pub fn run() -> ExitCode {
     ExitCode::from(match command {
         Command::Bots { command } => bots::run(&command),
         Command::CheckConfig { config } => check_config::run(&config),
+        Command::Clock { command } => clock::run(&command),
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Explain(question) => explain::run(&question),
         Command::Halt(command) => halt::halt(&command),

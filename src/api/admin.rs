@@ -17,6 +17,7 @@ use crate::audit::Act;
 use crate::broker::Broker;
 use crate::broker::halt::Cancelled;
 use crate::broker::trial::{KeyTest, KeyTested, Probe};
+use crate::clock::{self, Place};
 use crate::ids::{AccountId, AdminId, BotId, KeyName, Who};
 use crate::keyring::Slot;
 use crate::keyring::trial::Verdict;
@@ -33,6 +34,9 @@ pub enum AdminError {
     /// The rules do not name it.
     #[error("the rules name no account {0}; `credbroker keys list` shows those that there are")]
     AccountUnknown(AccountId),
+    /// The time of this host has not been measured.
+    #[error("the time of {} has not been measured yet; nothing was accepted", host_name(*.0))]
+    ClockUnknown(Place),
     /// The CA of the caller's certificate was taken away, or its time is over.
     #[error("the certificate of this connection has ended, or its CA is trusted no longer")]
     CallerUnknown,
@@ -66,6 +70,7 @@ impl AdminError {
         match self {
             Self::AccountUnknown(_) => ("ACCOUNT_UNKNOWN", Code::NotFound),
             Self::CallerUnknown => ("CALLER_UNKNOWN", Code::Unauthenticated),
+            Self::ClockUnknown(_) => ("CLOCK_UNCERTAIN", Code::FailedPrecondition),
             Self::Internal => ("INTERNAL", Code::Internal),
             Self::KeyUnavailable(_) => ("KEY_UNAVAILABLE", Code::FailedPrecondition),
             Self::Restrictions(_) => ("STATE_UNWRITABLE", Code::Unavailable),
@@ -152,6 +157,19 @@ impl AdminApi {
                 Err(AdminError::field("bot", problem))
             }
         }
+    }
+
+    /// A host that the accounts of the rules use: `site/host`, or `host` where it is one site's alone.
+    fn place(&self, name: &str) -> Result<Place, AdminError> {
+        let places = self.broker.policy().places();
+        let is_meant = |place: &Place| host_name(*place) == name || place.1.as_str() == name;
+        let mut meant = places.iter().copied().filter(is_meant);
+        if let (Some(place), None) = (meant.next(), meant.next()) {
+            return Ok(place);
+        }
+        let known: Vec<_> = places.iter().copied().map(host_name).collect();
+        let problem = format!("expected one of {}, got {name:?}", known.join(", "));
+        Err(AdminError::field("host", problem))
     }
 
     /// The key that signs now.
@@ -337,6 +355,11 @@ impl From<Standing> for KeyState {
             needs_partner_key: standing.needs_partner_key,
         }
     }
+}
+
+/// A host as `/readyz` and admins name it.
+fn host_name((site, host): Place) -> String {
+    format!("{site}/{}", host.as_str())
 }
 
 fn in_proto(scopes: &[Scope]) -> Vec<i32> {
@@ -704,6 +727,40 @@ impl Admin for AdminApi {
             still_frozen,
             was_halted,
             is_all_halted: self.broker.restrictions.counts().is_all_halted,
+        }))
+    }
+
+    async fn accept_clock(
+        &self,
+        request: Request<proto::AcceptClockRequest>,
+    ) -> Result<Response<proto::AcceptClockResponse>, Status> {
+        let (admin, message) = opened(request)?;
+        let place = self.place(&message.host)?;
+        let host = host_name(place);
+        let accepted = self.broker.clock.accept(place, &admin);
+        let refused = accepted.map_err(|_| AdminError::ClockUnknown(place))?;
+        let clock = &self.broker.clock;
+        let difference_ms = refused.unwrap_or_else(|| clock.exchange(place).ms - clock.wall_ms());
+        let apart = clock::difference(difference_ms);
+        let note = if refused.is_some() {
+            ""
+        } else {
+            "; was not refused"
+        };
+        let detail = format!("the clock of {host} is {apart}{note}");
+        self.record(
+            &admin,
+            &Act {
+                action: "clock-accept",
+                outcome: "done",
+                detail: Some(detail),
+                ..Act::default()
+            },
+        );
+        Ok(Response::new(proto::AcceptClockResponse {
+            host,
+            difference_ms,
+            was_refused: refused.is_some(),
         }))
     }
 }

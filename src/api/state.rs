@@ -4,7 +4,7 @@ use tokio::runtime::Handle;
 
 use super::standing::{Standing, WORDS, standings, troubles};
 use crate::broker::Broker;
-use crate::clock::ExchangeTime;
+use crate::clock::{self, ClockUncertain, ExchangeTime, Place};
 use crate::config::FileProblems;
 use crate::egress::proof::ProofStatus;
 use crate::keyring::{KeyStatus, Slot};
@@ -67,7 +67,14 @@ pub fn readiness(broker: &Broker) -> Readiness {
     for (site, host) in broker.policy().places() {
         if let Err(uncertain) = broker.clock.check((site, host)) {
             is_ready = false;
-            reasons.push(format!("clock {site}/{}: {uncertain}", host.as_str()));
+            let host = host.as_str();
+            let fix = match uncertain {
+                ClockUncertain::Different(_) => format!(
+                    "; set the clock that is wrong, or run `credbroker clock accept {site}/{host}`"
+                ),
+                ClockUncertain::Never | ClockUncertain::Stale(..) => String::new(),
+            };
+            reasons.push(format!("clock {site}/{host}: {uncertain}{fix}"));
         }
     }
     Readiness { is_ready, reasons }
@@ -138,6 +145,16 @@ pub fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
             ));
         }
     }
+    for (site, host) in broker.policy().places() {
+        if let Some(accepted) = broker.clock.accepted((site, host)) {
+            lines.push(format!(
+                "clock {site}/{}: {} has accepted that it is {}, until the broker restarts",
+                host.as_str(),
+                accepted.by,
+                clock::difference(accepted.ms)
+            ));
+        }
+    }
     let (connections, calls) = broker.admission.now();
     lines.push(format!(
         "{connections} connection(s), {calls} call(s) in flight"
@@ -156,7 +173,7 @@ pub fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
 pub fn gauges(broker: &Broker) -> Vec<State> {
     let mut states = vec![State::single(
         "ready",
-        "1 while the broker can do all of its work",
+        "1 while /readyz answers ready; keys that it names may be missing all the same",
         flag(readiness(broker).is_ready),
     )];
     states.extend(of_keys(&broker.keyring.status()));
@@ -252,7 +269,7 @@ fn of_standings(keys: &[Standing]) -> [State; 4] {
     ]
 }
 
-fn of_clock(broker: &Broker) -> [State; 3] {
+fn of_clock(broker: &Broker) -> [State; 4] {
     let wall_ms = broker.clock.wall_ms();
     let times: Vec<_> = broker
         .policy()
@@ -260,16 +277,21 @@ fn of_clock(broker: &Broker) -> [State; 3] {
         .into_iter()
         .map(|place| (place, broker.clock.exchange(place)))
         .collect();
+    let labels = |(site, host): Place| {
+        let (site, host) = (site.to_string(), host.as_str().to_owned());
+        vec![("site", site), ("host", host)]
+    };
     let state = |name, help, value: &dyn Fn(&ExchangeTime) -> Option<f64>| State {
         name,
         help,
         values: times
             .iter()
-            .filter_map(|((site, host), time)| {
-                let (site, host) = (site.to_string(), host.as_str().to_owned());
-                Some((vec![("site", site), ("host", host)], value(time)?))
-            })
+            .filter_map(|(place, time)| Some((labels(*place), value(time)?)))
             .collect(),
+    };
+    let refused = |place: Place| {
+        let refused = broker.clock.refused_difference(place).is_some();
+        (labels(place), flag(refused))
     };
     [
         state(
@@ -293,6 +315,11 @@ fn of_clock(broker: &Broker) -> [State; 3] {
             "Since the exchange's time was measured",
             &|time| time.age.map(|age| age.as_secs_f64()),
         ),
+        State {
+            name: "clock_difference_refused",
+            help: "1 while the exchange's time is more than a day from the system's and no admin has accepted that",
+            values: times.iter().map(|(place, _)| refused(*place)).collect(),
+        },
     ]
 }
 

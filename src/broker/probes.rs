@@ -13,7 +13,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{sleep, timeout};
 
 use super::Broker;
-use crate::clock::{Clock, Measured, Place, Sample, WITNESSES_APART};
+use crate::clock::{self, Clock, Measured, Place, Sample, WITNESSES_APART};
 use crate::egress::{ConnectError, Egress, SendError};
 use crate::kucoin::Host;
 use crate::kucoin::question::{self, Question};
@@ -79,10 +79,13 @@ pub enum Unanswered {
 /// Keeps asking `place` for its time.
 pub async fn watch_time(broker: Arc<Broker>, place: Place) {
     let mut backoff = BACKOFF.0;
+    let mut is_different = false;
     loop {
         // Before the question, so that a doubt that comes up meanwhile is not missed.
         let doubt = broker.doubts.time.notified();
-        let wait = match broker.measure(place, false).await {
+        let measured = broker.measure(place, false).await;
+        broker.log_difference(place, &mut is_different);
+        let wait = match measured {
             Ok(Measured::Absurd | Measured::Implausible(_)) => {
                 // Not sooner, whatever is in doubt: asked again at once, a cache would agree with itself.
                 sleep(DOUBT_AFTER).await;
@@ -162,6 +165,27 @@ impl Broker {
             Measured::Agreed | Measured::Applied => {}
         }
         Ok(measured)
+    }
+
+    /// Logs that the exchange's time and the system's have come to be more than a day apart, or are not any more.
+    fn log_difference(&self, (site, host): Place, is_different: &mut bool) {
+        let refused = self.clock.refused_difference((site, host));
+        if refused.is_some() == std::mem::replace(is_different, refused.is_some()) {
+            return;
+        }
+        let name = host.as_str();
+        match refused {
+            Some(difference_ms) => tracing::error!(
+                %site,
+                host = name,
+                difference_ms,
+                "exchange clock is {}; risk-increasing requests are refused until both agree or an admin runs `credbroker clock accept {site}/{name}`",
+                clock::difference(difference_ms),
+            ),
+            None => {
+                tracing::info!(%site, host = name, "difference between exchange clock and system clock is no longer refused");
+            }
+        }
     }
 
     /// Finds out the time at a host that has refused a timestamp; returns whether it is known now. All calls that were

@@ -733,6 +733,19 @@ async fn what_is_wrong_with_the_way_to_the_exchange_is_told() {
 }
 
 #[tokio::test]
+async fn doctor_fails_where_the_exchange_clock_is_more_than_a_day_off() {
+    let lab = healthy().await;
+    lab.kucoin.set_clock_offset_ms(10 * 365 * 24 * 3_600_000);
+    fails(
+        &lab,
+        "clock global/spot",
+        "the exchange's is 3650 days ahead of the system clock",
+        "`credbroker clock accept global/spot`",
+    )
+    .await;
+}
+
+#[tokio::test]
 async fn what_is_wrong_with_a_key_is_told_in_the_sentences_of_every_command() {
     let lab = healthy().await;
     let check = "key main/main";

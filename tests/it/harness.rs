@@ -579,6 +579,8 @@ pub(crate) struct Time {
     skipped: Arc<Mutex<Duration>>,
     /// How far the exchange's clock has been set ahead besides, in milliseconds.
     ahead_ms: AtomicI64,
+    /// How far the system clock of the broker has been set ahead, in milliseconds.
+    system_ms: Arc<AtomicI64>,
 }
 
 impl Time {
@@ -588,13 +590,24 @@ impl Time {
             since: std::time::Instant::now(),
             skipped: Arc::default(),
             ahead_ms: AtomicI64::new(ahead_ms),
+            system_ms: Arc::default(),
         }
     }
 
     /// The clock to start the broker with.
     pub(crate) fn clock(&self) -> Clock {
         let (since, skipped) = (self.since, Arc::clone(&self.skipped));
-        Clock::reading(move || since.elapsed() + *skipped.lock().unwrap())
+        let (system, system_ms) = (Clock::system(), Arc::clone(&self.system_ms));
+        let passed = Arc::clone(&skipped);
+        Clock::reading(move || since.elapsed() + *skipped.lock().unwrap()).with_wall(move || {
+            let passed_ms = i64::try_from(passed.lock().unwrap().as_millis()).unwrap();
+            system.wall_ms() + passed_ms + system_ms.load(Ordering::Relaxed)
+        })
+    }
+
+    /// The system clock of the broker's machine, and no other, is set ahead by so many milliseconds.
+    pub(crate) fn step_system(&self, by_ms: i64) {
+        self.system_ms.fetch_add(by_ms, Ordering::Relaxed);
     }
 
     /// The broker's machine sleeps: the world goes on, and no timer does.

@@ -10,7 +10,7 @@ use tokio::time::timeout;
 
 use super::{ADDRESS_WITHIN, ASK_WITHIN, Line};
 use crate::broker::probes::{Unanswered, ask};
-use crate::clock::{Clock, MAX_UNCERTAINTY, Place, Sample};
+use crate::clock::{self, Clock, MAX_UNCERTAINTY, Place, Sample};
 use crate::config::Config;
 use crate::egress::proof::ProofMode;
 use crate::egress::{ConnectError, Egress, NoAddress};
@@ -193,6 +193,14 @@ fn time(clock: &Clock, place: Place) -> Line {
         _ => format!("is {} ms ahead of", offset_ms.abs()),
     };
     let within_ms = uncertainty.as_millis();
+    if let Some(difference_ms) = clock.refused_difference(place) {
+        let detail = format!("the exchange's is {}", clock::difference(difference_ms));
+        let fix = format!(
+            "compare both with a third clock and set the one that is wrong; if the difference is to be accepted, run \
+             `credbroker clock accept {about}`. Until then risk-increasing requests are refused (CLOCK_UNCERTAIN)"
+        );
+        return Line::failed("clock", &about, detail, fix);
+    }
     let detail = format!("this machine's {off} the exchange's, to within {within_ms} ms");
     if uncertainty > MAX_UNCERTAINTY {
         let fix = "the answer takes too long: look at the route to the exchange; what adds risk is refused";

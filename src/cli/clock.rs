@@ -1,0 +1,81 @@
+//! `credbroker clock`: what an admin decides about the exchange's clock.
+
+use std::path::PathBuf;
+
+use clap::Subcommand;
+
+use super::admin::{self, ADMIN, Client};
+use super::text::paragraph;
+use super::{DECIDE_WITHIN, DONE, printable, show};
+use crate::api::proto::{AcceptClockRequest, AcceptClockResponse};
+use crate::clock::difference;
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Accept that the exchange's clock and the broker's system clock are more than a day apart.
+    ///
+    /// Until then risk-increasing requests are refused with the reason `CLOCK_UNCERTAIN`. The acceptance covers differences of up to a day
+    /// from the present one and ends when the broker restarts. Compare both clocks with a third one first: a wrong system
+    /// clock is to be set, not accepted. Exit code 0: done; 1: the broker was not reached, or refused; 2: usage or
+    /// admin.toml.
+    #[command(
+        after_long_help = "Examples:\n  credbroker clock accept global/spot\n  credbroker clock accept futures"
+    )]
+    Accept {
+        /// Host, as /readyz names it: SITE/HOST, or HOST (spot or futures) where the rules use it on one site only.
+        host: String,
+        /// How to reach the broker.
+        #[arg(long, default_value = ADMIN)]
+        admin: PathBuf,
+    },
+}
+
+pub(super) fn run(command: &Command) -> u8 {
+    let Command::Accept { host, admin: file } = command;
+    admin::run(file, async |mut admin| {
+        let request = AcceptClockRequest { host: host.clone() };
+        let accept = async |client: &mut Client, request| client.accept_clock(request).await;
+        let response = admin.ask(DECIDE_WITHIN, request, accept).await?;
+        Ok(show(&accepted(&response), DONE))
+    })
+}
+
+fn accepted(response: &AcceptClockResponse) -> String {
+    let AcceptClockResponse {
+        host,
+        difference_ms,
+        was_refused,
+    } = response;
+    let (host, apart) = (printable(host), difference(*difference_ms));
+    if !was_refused {
+        let what = format!("the clock of {host} is {apart}, which was not refused.");
+        return paragraph("unchanged: ", &what);
+    }
+    let what = format!(
+        "the clock of {host} is {apart}. Risk-increasing requests are accepted again, and signed with the exchange's time."
+    );
+    let until = "a restart of the broker, or a further change of more than 24 hours.";
+    paragraph("accepted: ", &what) + &paragraph("until: ", until)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_accepted_is_said_with_its_end() {
+        let response = |was_refused| AcceptClockResponse {
+            host: "global/spot".to_owned(),
+            difference_ms: 3650 * 24 * 60 * 60 * 1000,
+            was_refused,
+        };
+        assert_eq!(
+            accepted(&response(true)),
+            "accepted: the clock of global/spot is 3650 days ahead of the system clock.\n          Risk-increasing requests are \
+             accepted again, and signed with the\n          exchange's time.\nuntil: a restart of the broker, or a further change of more \
+             than 24 hours.\n"
+        );
+        let unchanged = accepted(&response(false));
+        assert!(unchanged.starts_with("unchanged: "), "{unchanged}");
+    }
+}
