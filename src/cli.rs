@@ -4,6 +4,7 @@ pub mod admin;
 mod bots;
 mod check_config;
 mod clock;
+mod confirm;
 mod doctor;
 mod door;
 mod explain;
@@ -115,7 +116,8 @@ enum Command {
     ///
     /// Exit code 0: done; 1: the broker was not reached, or refused; 2: usage or admin.toml.
     #[command(
-        after_long_help = "Examples:\n  credbroker resume main\n  credbroker resume --all\n\nA freeze besides stays: \
+        after_long_help = "Examples:\n  credbroker resume main\n  credbroker resume --all\n\nWith --all it asks for confirmation on a terminal; elsewhere \
+                           it wants --yes.\n\nA freeze besides stays: \
                            `credbroker keys thaw ACCOUNT` ends that."
     )]
     Resume(halt::Resume),

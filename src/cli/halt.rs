@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{ArgGroup, Args};
 
 use super::admin::{self, ADMIN, Client};
+use super::confirm::confirm;
 use super::text::{Level, Style, counted, paragraph};
 use super::{DECIDE_WITHIN, DONE, FAILED, printable, show};
 use crate::api::proto::{
@@ -43,6 +44,9 @@ pub(super) struct Halt {
 pub(super) struct Resume {
     #[command(flatten)]
     whose: Whose,
+    /// Do not ask for confirmation of --all.
+    #[arg(long)]
+    yes: bool,
 }
 
 impl Whose {
@@ -198,7 +202,13 @@ fn reported(one: &Cancelled, style: Style) -> String {
 }
 
 pub(super) fn resume(command: &Resume) -> u8 {
-    let Resume { whose } = command;
+    let Resume { whose, yes } = command;
+    let what = "ends every halt, also those of single accounts, so that risk-increasing requests are accepted again";
+    if whose.all
+        && let Err(code) = confirm(what, *yes)
+    {
+        return code;
+    }
     admin::run(&whose.admin, async |mut admin| {
         let request = ResumeRequest {
             account: whose.account(),

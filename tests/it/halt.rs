@@ -334,7 +334,7 @@ async fn two_hundred_orders_of_every_kind_are_withdrawn_while_bots_place_more() 
             "cancel-all"
         ]
     );
-    let resumed = lab.admin_cli("anna", &["resume", "--all"]).await;
+    let resumed = lab.admin_cli("anna", &["resume", "--all", "--yes"]).await;
     assert_eq!(resumed.code, Some(0), "{resumed:?}");
     placed(&mut bot, order("main", 0, "after")).await;
     assert_eq!(open(&lab.kucoin).len(), 1);

@@ -160,7 +160,9 @@ async fn a_revoked_key_signs_nothing_a_second_later_and_stays_dead() {
             load.until_more(|load| &load.accepted).await;
         }
         let began_ms = clock.wall_ms();
-        let revoked = lab.admin_cli("anna", &["keys", "revoke", "main"]).await;
+        let revoked = lab
+            .admin_cli("anna", &["keys", "revoke", "main", "--yes"])
+            .await;
         assert_eq!((revoked.code, revoked.stderr.as_str()), (Some(0), ""));
         assert!(
             revoked
@@ -225,6 +227,60 @@ async fn until_said(lab: &Lab, status: &str) {
         first["status"] == status
     })
     .await;
+}
+
+/// Nobody can answer a question where stdin is no terminal, and a script must not revoke or resume more than it names.
+#[tokio::test]
+async fn wide_commands_without_a_terminal_do_nothing_unless_yes_is_given() {
+    let mut lab = Lab::start().await;
+    let mut bot = lab.patient_bot("maker").await;
+    let halted = lab.admin_cli("anna", &["halt", "--all"]).await;
+    assert_eq!(halted.code, Some(0), "halt never asks: {halted:?}");
+    let before = acts(&lab).len();
+    for (words, question) in [
+        (&["resume", "--all"][..], "this ends every halt"),
+        (
+            &["keys", "revoke", "main"],
+            "this revokes every key of account main for good",
+        ),
+    ] {
+        let ended = lab.admin_cli("anna", words).await;
+        assert_eq!(
+            (ended.code, ended.stdout.as_str()),
+            (Some(2), ""),
+            "{ended:?}"
+        );
+        let said = ended.said();
+        assert!(said.starts_with(question), "{said}");
+        assert!(
+            said.contains(
+                "stdin is not a terminal, so nobody can confirm it; nothing was done fix: add --yes"
+            ),
+            "{said}"
+        );
+        assert_eq!(acts(&lab).len(), before, "{words:?}");
+    }
+    let frozen = Some("ACCOUNT_FROZEN".to_owned());
+    assert_eq!(refused(&mut bot, spot_order("halted")).await, frozen);
+    assert_eq!(refused(&mut bot, accounts()).await, None);
+
+    let resumed = lab.admin_cli("anna", &["resume", "--all", "--yes"]).await;
+    assert_eq!((resumed.code, resumed.stderr.as_str()), (Some(0), ""));
+    // What names one account or one key needs no confirmation.
+    let narrow = lab.admin_cli("anna", &["resume", "main"]).await;
+    assert_eq!((narrow.code, narrow.stderr.as_str()), (Some(0), ""));
+    let one = ["keys", "revoke", "other", "--key", "main"];
+    let revoked = lab.admin_cli("anna", &one).await;
+    assert_eq!((revoked.code, revoked.stderr.as_str()), (Some(0), ""));
+    let all = ["keys", "revoke", "main", "--yes"];
+    let revoked = lab.admin_cli("anna", &all).await;
+    assert_eq!((revoked.code, revoked.stderr.as_str()), (Some(0), ""));
+    let register = "`credbroker keys register main --key main`";
+    assert!(
+        in_one_line(&revoked.stdout).contains(register),
+        "{revoked:?}"
+    );
+    lab.stop().await;
 }
 
 #[tokio::test]
@@ -322,7 +378,9 @@ async fn a_revocation_that_is_repeated_does_not_kill_the_next_key() {
         "revoked: main/main version 1",
         "unchanged: main/main was revoked already",
     ] {
-        let revoked = lab.admin_cli("anna", &["keys", "revoke", "main"]).await;
+        let revoked = lab
+            .admin_cli("anna", &["keys", "revoke", "main", "--yes"])
+            .await;
         assert_eq!(revoked.code, Some(0), "{revoked:?}");
         assert!(revoked.stdout.starts_with(said), "{}", revoked.stdout);
     }
@@ -344,7 +402,9 @@ async fn a_key_that_is_not_in_memory_is_revoked_before_it_comes() {
     let mut lab = Lab::install(&Settings::default()).await;
     lab.vault.seal();
     lab.start_broker().await;
-    let revoked = lab.admin_cli("anna", &["keys", "revoke", "main"]).await;
+    let revoked = lab
+        .admin_cli("anna", &["keys", "revoke", "main", "--yes"])
+        .await;
     assert_eq!(revoked.code, Some(0), "{revoked:?}");
     assert!(
         revoked.stdout.contains("None was in memory"),
@@ -389,7 +449,7 @@ async fn a_call_that_waits_for_its_connection_does_not_leave_once_it_is_forbidde
             "ACCOUNT_FROZEN",
         ),
         (
-            &["keys", "revoke", "main"],
+            &["keys", "revoke", "main", "--yes"],
             &["keys", "list"],
             "KEY_UNAVAILABLE",
         ),
@@ -434,7 +494,7 @@ async fn frozen_halted_and_blocked_stay_so_over_a_kill_until_they_are_lifted() {
             &["keys", "thaw", "main"][..],
         ),
         (&["halt", "main"], &["resume", "main"]),
-        (&["halt", "--all"], &["resume", "--all"]),
+        (&["halt", "--all"], &["resume", "--all", "--yes"]),
     ] {
         run(
             &lab,
@@ -616,7 +676,9 @@ async fn a_full_disk_keeps_nobody_from_forbidding_and_the_admin_knows() {
         "ACCOUNT_FROZEN"
     );
     // Both of its keys, although the first one fails.
-    let revoked = lab.admin_cli("anna", &["keys", "revoke", "main"]).await;
+    let revoked = lab
+        .admin_cli("anna", &["keys", "revoke", "main", "--yes"])
+        .await;
     assert!(
         revoked.code == Some(1) && revoked.said().starts_with(told),
         "{revoked:?}"
@@ -655,7 +717,10 @@ async fn a_full_disk_keeps_nobody_from_forbidding_and_the_admin_knows() {
     assert_eq!(failed.len(), 5);
 
     std::fs::remove_dir(in_the_way).unwrap();
-    for words in [&["keys", "revoke", "main"][..], &["bots", "block", MAKER]] {
+    for words in [
+        &["keys", "revoke", "main", "--yes"][..],
+        &["bots", "block", MAKER],
+    ] {
         assert_eq!(
             lab.admin_cli("anna", words).await.code,
             Some(0),

@@ -8,6 +8,7 @@ use crate::api::proto::{
     FreezeAccountRequest, RevokeKeyRequest, RevokedKey, ThawAccountRequest, ThawAccountResponse,
 };
 use crate::cli::admin::{self, ADMIN, Client};
+use crate::cli::confirm::confirm;
 use crate::cli::text::paragraph;
 use crate::cli::{DECIDE_WITHIN, DONE, show};
 
@@ -27,6 +28,9 @@ pub(in crate::cli) struct Which {
     /// One key of the account; all of them without it.
     #[arg(long)]
     key: Option<String>,
+    /// Do not ask for confirmation where --key is missing.
+    #[arg(long)]
+    yes: bool,
 }
 
 pub(super) fn freeze(whose: &Whose) -> u8 {
@@ -93,7 +97,16 @@ fn thawed(account: &str, response: ThawAccountResponse) -> String {
 }
 
 pub(super) fn revoke(which: &Which) -> u8 {
-    let Which { whose, key } = which;
+    let Which { whose, key, yes } = which;
+    let what = format!(
+        "revokes every key of account {} for good: only a key with another id lifts that, and --key NAME revokes one",
+        whose.account
+    );
+    if key.is_none()
+        && let Err(code) = confirm(&what, *yes)
+    {
+        return code;
+    }
     admin::run(&whose.admin, async |mut admin| {
         let request = RevokeKeyRequest {
             account: whose.account.clone(),
@@ -143,8 +156,12 @@ fn revoked(account: &str, keys: &[RevokedKey]) -> String {
         "      2. ",
         "Look at the open orders there: without a key the broker cannot cancel them.",
     );
+    let register = keys
+        .iter()
+        .map(|key| format!("`credbroker keys register {account} --key {}`", key.key));
     let register = format!(
-        "Make another key there, and `credbroker keys register {account}` it: a key with another id takes the place at once."
+        "Make another key there and register it, a key with another id: {}.",
+        register.collect::<Vec<_>>().join(", ")
     );
     text += &paragraph("      3. ", &register);
     text + &paragraph("undo: ", "none; only another key lifts it.")
