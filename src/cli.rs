@@ -34,6 +34,10 @@ const CONFIG: &str = "/etc/credbroker/config.toml";
 /// How long the broker gets to put on disk what an admin forbids or allows.
 const DECIDE_WITHIN: Duration = Duration::from_secs(30);
 
+/// How to get a mount that the broker can use.
+const NEW_MOUNT: &str =
+    "`vault secrets enable -path=NAME -version=2 kv` makes one (deploy/vault/README.md, section 1)";
+
 /// Done.
 const DONE: u8 = 0;
 /// Refused or failed.

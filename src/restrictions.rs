@@ -84,6 +84,17 @@ pub struct Counts {
     pub revoked_keys: usize,
 }
 
+/// What refuses risk-increasing requests on one account.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Freezes {
+    /// Whether the account is frozen.
+    pub is_frozen: bool,
+    /// Whether it is halted by its name.
+    pub is_halted: bool,
+    /// Whether all accounts are halted.
+    pub is_all_halted: bool,
+}
+
 /// An admin has forbidden it.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum Restricted {
@@ -186,6 +197,16 @@ impl Restrictions {
     /// Whether that is because of a halt.
     pub fn is_halted(&self, account: &AccountId) -> bool {
         self.state().is_halted(account)
+    }
+
+    /// What refuses risk-increasing requests on an account.
+    pub fn freezes(&self, account: &AccountId) -> Freezes {
+        let state = self.state();
+        Freezes {
+            is_frozen: state.frozen_accounts.contains_key(account),
+            is_halted: state.halted_accounts.contains_key(account),
+            is_all_halted: state.halted_all.is_some(),
+        }
     }
 
     /// The bots that are blocked.

@@ -10,7 +10,7 @@ use crate::keyring::{KeyStatus, Slot, Tested};
 use crate::kucoin::key_info::{Finding, KeyInfo};
 use crate::kucoin::{Scope, advice};
 use crate::policy::Account;
-use crate::restrictions::KeyDigest;
+use crate::restrictions::{Freezes, KeyDigest};
 
 /// All words for how a key is, from worst to best.
 pub const WORDS: [&str; 9] = [
@@ -179,9 +179,10 @@ fn of(broker: &Broker, key: KeyStatus) -> Standing {
             standing.reasons.extend(unanswered);
         }
     }
-    if let Some(frozen) = frozen(broker, &standing.account) {
+    let frozen = frozen(broker, &standing.account);
+    if !frozen.is_empty() {
         standing.is("frozen");
-        standing.reasons.push(frozen);
+        standing.reasons.extend(frozen);
     }
     standing
 }
@@ -273,15 +274,21 @@ fn sentence(finding: &Finding) -> String {
     format!("{} {}", finding.cause, finding.fix)
 }
 
-fn frozen(broker: &Broker, account: &AccountId) -> Option<String> {
-    let how = if broker.restrictions.is_halted(account) {
-        "halted; `credbroker resume` lifts that"
-    } else if broker.restrictions.is_frozen(account) {
-        "frozen; `credbroker keys thaw` lifts that"
-    } else {
-        return None;
-    };
-    Some(format!(
-        "what adds risk is refused, cancels and reads go on: the account is {how}"
-    ))
+/// Which restrictions refuse risk-increasing requests on an account, each with the command that ends it.
+fn frozen(broker: &Broker, account: &AccountId) -> Vec<String> {
+    let Freezes {
+        is_frozen,
+        is_halted,
+        is_all_halted,
+    } = broker.restrictions.freezes(account);
+    let mut frozen = Vec::new();
+    if is_all_halted {
+        frozen.push("halted: `credbroker resume --all` ends it".to_owned());
+    } else if is_halted {
+        frozen.push(format!("halted: `credbroker resume {account}` ends it"));
+    }
+    if is_frozen {
+        frozen.push(format!("frozen: `credbroker keys thaw {account}` ends it"));
+    }
+    frozen
 }

@@ -139,6 +139,15 @@ impl BrokerError {
         }
     }
 
+    /// One sentence for a request that can be repeated without harm, such as a read or a cancel: there is nothing to look up
+    /// before.
+    pub fn of_repeatable_request(&self) -> String {
+        match self.reason() {
+            Reason::AnswerLost => "no complete answer came from the exchange".to_owned(),
+            _ => self.to_string(),
+        }
+    }
+
     /// What the audit line says of it: of a malformed request only which fields, since their values are a stranger's.
     pub fn for_the_record(&self) -> String {
         match self {

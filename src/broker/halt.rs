@@ -538,7 +538,7 @@ impl Halt<'_> {
                 Ok(receipt) => receipt.answer,
                 Err(BrokerError::Denied(_)) => return Err(Unseen::NotServed),
                 Err(error @ BrokerError::Key(_)) => return Err(Unseen::NoKey(error.to_string())),
-                Err(error) => return Err(Unseen::Unknown(error.to_string())),
+                Err(error) => return Err(Unseen::Unknown(error.of_repeatable_request())),
             };
             if answer.outcome == Outcome::Accepted {
                 let whole: Option<Value> = serde_json::from_slice(&answer.body).ok();

@@ -295,11 +295,10 @@ impl Broker {
                 };
                 (false, told, verdict)
             }
-            Err(error) => (
-                false,
-                error.to_string(),
-                Some(Verdict::Unclear(error.to_string())),
-            ),
+            Err(error) => {
+                let told = error.of_repeatable_request();
+                (false, told.clone(), Some(Verdict::Unclear(told)))
+            }
         };
         tested.probes.push(Probe {
             question,

@@ -12,7 +12,7 @@ use serde_json::json;
 use super::admin::{self, ADMIN, Failure};
 use super::door::{Door, scopes_of};
 use super::report::{is_refused, report};
-use super::text::{Cell, Level, Style};
+use super::text::{Cell, Level, Style, paragraph};
 use super::{DONE, FAILED, printable, show};
 use crate::api::proto::{KeyState, TestKeyRequest};
 use crate::clock::Clock;
@@ -136,6 +136,9 @@ pub(super) fn run(command: &Command) -> u8 {
     }
 }
 
+/// What to do where the exchange did not say whether a key is good.
+const UNCLEAR: &str = "check the connection to KuCoin with `credbroker doctor`, then re-run the command; a test changes nothing";
+
 async fn list(mut door: Door, json: bool) -> Result<u8, Failure> {
     let keys = door.keys().await?;
     let text = if json {
@@ -161,7 +164,7 @@ async fn test(mut door: Door, request: TestKeyRequest) -> Result<u8, Failure> {
     }
     if test.is_unclear {
         let what = "KuCoin has not said whether the key is good: see `failed` above";
-        return Err(Failure::new(what, "give the same command again"));
+        return Err(Failure::new(what, UNCLEAR));
     }
     let good = format!("{account}/{}: KuCoin takes what this key signs.", test.key);
     Ok(show(&format!("\n{}\n", printable(&good)), DONE))
@@ -208,7 +211,13 @@ fn table(style: Style, keys: &[KeyState], now_ms: i64) -> String {
             row = vec![Cell::default(); 3];
         }
     }
-    style.table(&rows)
+    let mut text = style.table(&rows);
+    if keys.iter().any(|key| key.status == "frozen") {
+        let frozen =
+            "risk-increasing requests are refused (ACCOUNT_FROZEN); cancels and reads still work.";
+        text += &paragraph("frozen: ", frozen);
+    }
+    text
 }
 
 fn level(status: &str) -> Level {

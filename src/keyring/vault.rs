@@ -33,6 +33,7 @@ use vaultrs::error::ClientError;
 use zeroize::{Zeroize, Zeroizing};
 
 use self::connection::{Connection, caught_up, if_there, is_by_policy, reduce};
+pub use self::connection::{NOT_IN_ITS_WORDS, UNREACHABLE};
 use self::login::{Pass, Session};
 use self::metadata::ReadMetadata;
 pub use self::metadata::{Facts, Metadata, Notes, Pending};
@@ -160,8 +161,12 @@ impl Vault {
         account: &AccountId,
         name: &KeyName,
     ) -> Result<Metadata, VaultError> {
-        let found = self.find(account, name).await?;
-        found.ok_or_else(|| VaultError::Gone("Vault has no such key (404)".to_owned()))
+        if let Some(found) = self.find(account, name).await? {
+            return Ok(found);
+        }
+        let problem = self.unfit_mount().await;
+        let problem = problem.unwrap_or_else(|| "Vault has no such key (404)".to_owned());
+        Err(VaultError::Gone(problem))
     }
 
     /// The same; none where Vault has no such key.

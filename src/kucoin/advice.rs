@@ -154,12 +154,9 @@ pub static ALL: &[Advice] = &[
         topic: "secret-or-passphrase-wrong",
         codes: &[(EVERY, &["400004", "400005"])],
         meaning: "Either the secret or the passphrase of this API key is wrong.",
-        cause: "KuCoin checks the passphrase with the help of the secret, so a wrong secret looks like a wrong passphrase. If \
-                the key works for other requests and only one is refused with 400005, it is that request, or the broker's \
-                signature of it.",
+        cause: "KuCoin checks the passphrase with the help of the secret, so a wrong secret looks like a wrong passphrase.",
         fix: "Register the key again, with secret and passphrase exactly as they were when it was created; the passphrase \
-              is not the trading password. KuCoin never shows them again: if they are lost, create a new key under \
-              API Management. If it is only one request, report its request id as a defect of credbroker.",
+              is not the trading password. If they are lost, create a new key under API Management.",
     },
     Advice {
         topic: "address-not-whitelisted",

@@ -591,6 +591,68 @@ async fn the_command_lists_keys() {
 }
 
 #[tokio::test]
+async fn keys_list_names_the_whole_command_once_per_key_after_a_halt_of_all() {
+    let mut lab = Lab::start().await;
+    let halted = lab.admin_cli("anna", &["halt", "--all"]).await;
+    assert_eq!(halted.code, Some(0), "{halted:?}");
+    let list = async |lab: &Lab| lab.admin_cli("anna", &["keys", "list"]).await.stdout;
+    let shown = list(&lab).await;
+    let about = |shown: &str, word: &str| shown.matches(word).count();
+    let halted = "  halted: `credbroker resume --all` ends it\n";
+    assert_eq!(about(&shown, halted), 2, "{shown}");
+    let once = "frozen: risk-increasing requests are refused (ACCOUNT_FROZEN); cancels and reads\n        still work.\n";
+    assert!(shown.ends_with(once), "{shown}");
+    assert_eq!(about(&shown, "refused"), 1, "{shown}");
+
+    lab.admin_cli("anna", &["resume", "--all", "--yes"]).await;
+    lab.admin_cli("anna", &["halt", "main"]).await;
+    lab.admin_cli("anna", &["keys", "freeze", "main"]).await;
+    let shown = crate::harness::in_one_line(&list(&lab).await);
+    for told in [
+        "halted: `credbroker resume main` ends it",
+        "frozen: `credbroker keys thaw main` ends it",
+    ] {
+        assert_eq!(about(&shown, told), 1, "{shown}");
+    }
+    lab.stop().await;
+}
+
+/// The silent exchange was asked something that changes nothing: there is nothing to look up before it is asked again.
+#[tokio::test]
+async fn a_key_test_without_an_answer_says_to_check_the_connection_and_not_to_look_anything_up() {
+    use credbroker_sim::kucoin::{Fault, FaultAction, When};
+    let mut lab = Lab::start().await;
+    for action in [
+        FaultAction::Stall {
+            when: When::BeforeTaken,
+        },
+        FaultAction::Close {
+            when: When::AfterTaken,
+        },
+    ] {
+        lab.kucoin.fault(Fault {
+            times: None,
+            ..Fault::once("/api/v1/user/api-key", action)
+        });
+        let tested = lab.admin_cli("anna", &["keys", "test", "main"]).await;
+        assert_eq!(tested.code, Some(1), "{tested:?}");
+        let said = crate::harness::in_one_line(&format!("{}{}", tested.stdout, tested.stderr));
+        assert!(
+            !said.contains("look it up") && !said.contains("may have reached"),
+            "{said}"
+        );
+        assert!(
+            said.contains("GET /api/v1/user/api-key (spot-margin): no complete answer came"),
+            "{said}"
+        );
+        let fix = "fix: check the connection to KuCoin with `credbroker doctor`, then re-run the command; a test changes nothing";
+        assert!(said.contains(fix), "{said}");
+        lab.kucoin.clear_faults();
+    }
+    lab.stop().await;
+}
+
+#[tokio::test]
 async fn a_command_that_cannot_get_through_says_why_and_what_to_do() {
     let mut lab = Lab::start().await;
     let admin = lab.ca.admin("anna").unwrap();

@@ -504,6 +504,87 @@ async fn what_is_wrong_with_vault_is_told() {
 }
 
 #[tokio::test]
+async fn doctor_names_the_key_where_an_account_has_several() {
+    let two = ACCOUNT.replace("futures = \"main\"", "futures = \"second\"");
+    let settings = Settings {
+        rules: rules().replace(ACCOUNT, &two),
+        ..settings()
+    };
+    let lab = Lab::install(&settings).await;
+    for name in ["main", "second"] {
+        let check = format!("vault main/{name}");
+        let register = format!("`credbroker keys register main --key {name}`");
+        fails(&lab, &check, "Vault has no such key (404)", &register).await;
+    }
+    let path = kv_path("main", "second");
+    let notes = [("use_version".to_owned(), "9".to_owned())];
+    lab.vault.put_secret("kv", &path, secret(&key()));
+    lab.vault.set_custom_metadata("kv", &path, notes.into());
+    let newest = "`credbroker keys rollback main --key second --newest`";
+    fails(&lab, "vault main/second", "use_version=9", newest).await;
+    lab.vault.set_custom_metadata("kv", &path, [].into());
+    lab.vault
+        .put_secret("kv", &path, json!({ "api_key": MARK }));
+    let rotate = "`credbroker keys rotate main --key second`";
+    fails(&lab, "vault main/second", "`api_secret` is missing", rotate).await;
+}
+
+/// The fix is about the server, and never about a secret id, where Vault does not answer or something else does.
+#[tokio::test]
+async fn a_server_that_is_silent_or_no_vault_is_no_reason_for_a_fresh_secret_id() {
+    let lab = Lab::install(&settings()).await;
+    std::fs::write(lab.path("secret-id"), "fake-secret-id").unwrap();
+    let plain = "method = \"approle\"\nrole_id = \"fake\"\nsecret_id_file = \"secret-id\"";
+    let wrapped = format!("{plain}\nwrapped = true\nrole = \"credbroker\"");
+    // Connections are accepted by the system, and nobody answers them.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let silent = format!("http://{}", silent.local_addr().unwrap());
+    let (mut auth, mut address) = (
+        "method = \"token_file\"\nfile = \"token\"".to_owned(),
+        lab.vault.address(),
+    );
+    for method in [plain, &wrapped] {
+        lab.reconfigure(&auth, method);
+        method.clone_into(&mut auth);
+        for (server, detail, fix) in [
+            (
+                silent.clone(),
+                "Vault cannot be reached",
+                "check that Vault runs at vault.address",
+            ),
+            (
+                lab.kucoin.spot_url(),
+                "not in its own words",
+                "check that vault.address is Vault's own address",
+            ),
+        ] {
+            lab.reconfigure(&address, &server);
+            address = server;
+            let (_, lines) = lines(&lab).await;
+            let failed = lines
+                .iter()
+                .find(|line| line["check"] == "vault" && line["status"] == "failed");
+            let failed = failed.unwrap_or_else(|| panic!("{lines:#?}"));
+            let told = |name: &str| failed[name].as_str().unwrap();
+            assert!(told("detail").contains(detail), "{failed}");
+            assert!(told("fix").contains(fix), "{failed}");
+            assert!(!told("fix").contains("fresh"), "{failed}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_mount_of_kv_version_1_is_told_from_a_missing_key() {
+    let lab = Lab::install(&settings()).await;
+    let vault = VaultSim::start_dev(ROOT_TOKEN).await.unwrap();
+    vault.mount_kv_v1("kv");
+    lab.reconfigure(&lab.vault.address(), &vault.address());
+    let detail = "mount kv is KV version 1, and credbroker needs version 2";
+    let fix = "set vault.mount to a mount of version 2";
+    fails(&lab, "vault main/main", detail, fix).await;
+}
+
+#[tokio::test]
 async fn the_certificate_that_vault_shows_is_looked_at() {
     let lab = healthy().await;
     let now = now_s();

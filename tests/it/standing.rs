@@ -293,13 +293,12 @@ async fn a_frozen_or_halted_account_shows_at_its_keys() {
     expect(&lab, "connected", &[]).await;
     let mut admin = lab.admin_client("anna").await;
     let account = "main".to_owned();
-    let told = "what adds risk is refused, cancels and reads go on: the account is ";
     let freeze = FreezeAccountRequest {
         account: account.clone(),
     };
     admin.freeze_account(freeze).await.unwrap();
-    let frozen = format!("{told}frozen; `credbroker keys thaw` lifts that");
-    expect(&lab, "frozen", &[&frozen]).await;
+    let frozen = "frozen: `credbroker keys thaw main` ends it";
+    expect(&lab, "frozen", &[frozen]).await;
     admin
         .thaw_account(ThawAccountRequest {
             account: account.clone(),
@@ -312,8 +311,8 @@ async fn a_frozen_or_halted_account_shows_at_its_keys() {
         ..HaltRequest::default()
     };
     admin.halt(halt).await.unwrap();
-    let halted = format!("{told}halted; `credbroker resume` lifts that");
-    expect(&lab, "frozen", &[&halted]).await;
+    let halted = "halted: `credbroker resume --all` ends it";
+    expect(&lab, "frozen", &[halted]).await;
     let resume = ResumeRequest {
         all: true,
         ..ResumeRequest::default()

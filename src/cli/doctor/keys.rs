@@ -48,8 +48,8 @@ pub(super) async fn test(broker: &Arc<Broker>, found: Found) -> Vec<Line> {
             revoked.by.as_str()
         );
         let fix = format!(
-            "register another one: `credbroker keys rotate {}`",
-            found.account
+            "register another one: `credbroker keys rotate {} --key {}`",
+            found.account, found.name
         );
         return vec![Line::failed(check, &about, detail, fix)];
     }

@@ -22,7 +22,7 @@ use crate::kucoin::key_info;
 use crate::kucoin::question::Question;
 use crate::kucoin::shape::{Difference, Documented, documented};
 use crate::kucoin::{Host, Method, Scope, code};
-use crate::outcome::Outcome;
+use crate::outcome::{Outcome, Reason};
 use crate::server::assembly;
 use crate::telemetry::chain;
 
@@ -228,7 +228,13 @@ async fn signed(broker: &Arc<Broker>, found: &Found, scope: Scope, ask: Ask) -> 
             }
             compared
         }
-        Err(error) => unanswered(name, documented, &chain(&error)),
+        Err(error) => {
+            let reason = match error.reason() {
+                Reason::AnswerLost => error.of_repeatable_request(),
+                _ => chain(&error),
+            };
+            unanswered(name, documented, &reason)
+        }
     }
 }
 

@@ -15,10 +15,12 @@ use url::Url;
 use super::keys::Found;
 use super::{Line, files};
 use crate::api::caller::not_after_ms;
+use crate::cli::NEW_MOUNT;
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::ids::{AccountId, KeyName};
-use crate::keyring::vault::{Auth, Vault, VaultError};
+use crate::keyring::vault::check::KV_V1;
+use crate::keyring::vault::{Auth, NOT_IN_ITS_WORDS, UNREACHABLE, Vault, VaultError};
 use crate::policy::Policy;
 use crate::server::assembly;
 use crate::telemetry::chain;
@@ -229,15 +231,22 @@ struct Unread {
 }
 
 async fn read(vault: &Vault, account: &AccountId, name: &KeyName) -> Result<Found, Unread> {
-    let register = || format!("`credbroker keys register {account}` puts one there");
+    let register = || format!("`credbroker keys register {account} --key {name}` puts one there");
     let why = |error: VaultError, is_there: bool| {
         let fix = match &error {
             VaultError::Denied => {
                 "let the policy of the broker's role read it: deploy/vault/broker.hcl names mount and prefix".to_owned()
             }
+            VaultError::Gone(reason) if reason.contains(KV_V1) => {
+                format!("set vault.mount to a mount of version 2; {NEW_MOUNT}")
+            }
             VaultError::Gone(_) => register(),
-            VaultError::Unusable(_) => format!("write all of it again: `credbroker keys rotate {account}`"),
-            VaultError::LoginRefused(_) | VaultError::Outage(_) => "try again; Vault's log says more".to_owned(),
+            VaultError::Unusable(_) => {
+                format!("write all of it again: `credbroker keys rotate {account} --key {name}`")
+            }
+            VaultError::LoginRefused(_) | VaultError::Outage(_) => {
+                server_fix(&error).unwrap_or("try again; Vault's log says more").to_owned()
+            }
         };
         Unread {
             reason: error.to_string(),
@@ -262,7 +271,10 @@ async fn read(vault: &Vault, account: &AccountId, name: &KeyName) -> Result<Foun
     let version = metadata.wanted().map_err(|reason| {
         unread(
             reason,
-            "name a version that is there: `credbroker keys rollback`".to_owned(),
+            format!(
+                "`credbroker keys rollback {account} --key {name} --newest` uses the newest version again; --to VERSION another \
+                 one that is there"
+            ),
         )
     })?;
     let key = vault.read(account, name, version).await;
@@ -289,7 +301,8 @@ fn of_wrapping(wrapped: Result<(), VaultError>, is_running: bool) -> Line {
             Line::warning(CHECK, "", detail, fix)
         }
         Err(error) => {
-            let fix = "have a fresh wrapping token put into vault.auth.secret_id_file; every start needs one";
+            let fresh = "have a fresh wrapping token put into vault.auth.secret_id_file; every start needs one";
+            let fix = server_fix(&error).unwrap_or(fresh);
             Line::failed(CHECK, "", error.to_string(), fix)
         }
     }
@@ -317,10 +330,31 @@ fn of_writing(may: Result<Vec<&'static str>, VaultError>) -> Line {
     }
 }
 
+/// What to do where the trouble is Vault itself or the way to it, and no login would help.
+fn server_fix(error: &VaultError) -> Option<&'static str> {
+    let VaultError::Outage(reason) = error else {
+        return None;
+    };
+    if reason.contains("sealed") {
+        Some(
+            "unseal it; until then a running broker uses the keys it has in memory, within max_stale_s",
+        )
+    } else if reason.contains(UNREACHABLE) {
+        Some(
+            "check that Vault runs at vault.address and answers, and that no firewall is in between",
+        )
+    } else if NOT_IN_ITS_WORDS.iter().any(|words| reason.contains(words)) {
+        Some("check that vault.address is Vault's own address, and that no proxy is in between")
+    } else if reason.contains("Vault answered 5") {
+        Some("look at Vault's log; then try again")
+    } else {
+        None
+    }
+}
+
 fn login_fix(error: &VaultError, auth: &Auth) -> String {
-    if error.to_string().contains("sealed") {
-        return "unseal it; until then a running broker serves on with what it has in memory, within max_stale_s"
-            .to_owned();
+    if let Some(fix) = server_fix(error) {
+        return fix.to_owned();
     }
     match auth {
         Auth::AppRole { secret_id_file, .. } => format!(

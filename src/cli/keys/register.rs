@@ -15,6 +15,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::sleep;
 
 use crate::api::proto::{Candidate, Finding, KeyFacts, KeyState, TestKeyRequest, TestKeyResponse};
+use crate::cli::NEW_MOUNT;
 use crate::cli::admin::{ADMIN, AdminFile, Failure, block_on};
 use crate::cli::door::{Door, pick, scopes_of};
 use crate::cli::report::{is_refused, report};
@@ -180,7 +181,7 @@ async fn register(command: Command, options: &Options) -> Result<u8, Failure> {
     }
     if test.is_unclear {
         let what = "KuCoin has not said whether the key is good: see `failed` above";
-        return Err(place.undone(&found, what, AGAIN));
+        return Err(place.undone(&found, what, super::UNCLEAR));
     }
 
     let registration = Registration {
@@ -225,9 +226,16 @@ impl Place {
     /// What Vault has; says what a run has left that came to no end.
     async fn look(&self) -> Result<Metadata, Failure> {
         let found = self.vault.find(&self.account, &self.key).await;
-        let found = found
-            .map_err(|error| unreached(&error))?
-            .unwrap_or_default();
+        let found = found.map_err(|error| unreached(&error))?;
+        // A mount of KV version 1 has no such path either, and would take the key as a secret of another shape.
+        if found.is_none()
+            && let Some(problem) = self.vault.unfit_mount().await
+        {
+            let fix =
+                format!("set mount in [vault] of admin.toml to a mount of version 2; {NEW_MOUNT}");
+            return Err(Failure::new(format!("{problem}; nothing was stored"), fix));
+        }
+        let found = found.unwrap_or_default();
         if let Some(told) = self.interrupted(&found) {
             say(paragraph("note: ", &told).trim_end());
         }

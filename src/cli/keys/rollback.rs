@@ -54,8 +54,12 @@ async fn rollback(options: &Options) -> Result<u8, Failure> {
         );
         Failure::new(what, VAULT)
     })?;
-    let change = wanted(options, &found)
-        .map_err(|what| Failure::new(format!("{what}; nothing was changed"), PICK))?;
+    let change = wanted(options, &found).map_err(|what| {
+        Failure::new(
+            format!("{what}; nothing was changed"),
+            pick_another(account, &key),
+        )
+    })?;
     let version = change.unwrap_or(found.current_version);
     let step = Step {
         account,
@@ -86,12 +90,16 @@ async fn rollback(options: &Options) -> Result<u8, Failure> {
             "the broker does not take version {version} of {account}/{key}: {}. {used}, and what is noted in Vault is as it was.",
             state.reasons.join("; ")
         ),
-        "name another version with --to, or register a key",
+        pick_another(account, &key),
     ))
 }
 
 /// What to do where the version that was meant cannot be used.
-const PICK: &str = "name a version that is there with --to, or register another key with `credbroker keys register`";
+fn pick_another(account: &AccountId, key: &KeyName) -> String {
+    format!(
+        "name a version that is there with --to, or register another key with `credbroker keys register {account} --key {key}`"
+    )
+}
 
 /// The version to note; none: that the newest one is to be used.
 fn wanted(options: &Options, found: &Metadata) -> Result<Option<u64>, String> {

@@ -3,8 +3,11 @@
 //! It leaves no trace there but in Vault's own audit log: a wrapped secret id is looked at and not unwrapped, and no write
 //! that is tried can succeed.
 
+use std::collections::BTreeMap;
+
 use rustify::endpoint::Endpoint;
 use rustify::enums::{RequestMethod, RequestType, ResponseType};
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::connection::{reduce, status_of};
@@ -18,6 +21,9 @@ const NO_VERSION: u32 = i32::MAX.unsigned_abs();
 /// Bytes of a value of custom metadata that the server refuses; it takes 512. What it refuses for its type it refuses before
 /// it looks at policies, so that this would tell nothing.
 const TOO_LONG: usize = 1000;
+
+/// What stands in the problem of a mount of KV version 1.
+pub const KV_V1: &str = "is KV version 1";
 
 /// The broker's token, as Vault describes it.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -65,6 +71,26 @@ impl Vault {
             check_wrapping(&connection, &token, &path).await
         };
         Some(look.await)
+    }
+
+    /// Why the mount cannot hold keys, where Vault says what kind of mount it is; one of KV version 1 answers 404 for every
+    /// key, as one of version 2 does for a key that is not there.
+    pub async fn unfit_mount(&self) -> Option<String> {
+        let mount = self.settings.mount.clone();
+        let pass = self.pass().await.ok()?;
+        let request = DescribeMount(mount.clone());
+        let found = vaultrs::api::exec_with_result(&pass.client(), request).await;
+        let MountInfo { kind, options } = found.ok()?;
+        let version = options.as_ref().and_then(|options| options.get("version"));
+        match (kind.as_str(), version.map(String::as_str)) {
+            ("kv", Some("2")) => None,
+            ("kv", _) => Some(format!(
+                "mount {mount} {KV_V1}, and credbroker needs version 2"
+            )),
+            _ => Some(format!(
+                "mount {mount} is no KV engine, and credbroker needs KV version 2"
+            )),
+        }
     }
 
     /// What the broker may do to a key beyond reading it. The key's metadata must have been read before: that proves that
@@ -115,6 +141,32 @@ impl Vault {
             }
         }
         Ok(allowed)
+    }
+}
+
+/// `GET sys/internal/ui/mounts/<mount>`, which answers every token that may reach something below the mount. Source:
+/// OpenBao 2.6.2 was seen to; the command lines of OpenBao and Vault find the version of KV out like this.
+struct DescribeMount(String);
+
+/// What kind of mount it is.
+#[derive(Debug, Deserialize)]
+struct MountInfo {
+    #[serde(rename = "type")]
+    kind: String,
+    options: Option<BTreeMap<String, String>>,
+}
+
+impl Endpoint for DescribeMount {
+    type Response = MountInfo;
+    const REQUEST_BODY_TYPE: RequestType = RequestType::JSON;
+    const RESPONSE_BODY_TYPE: ResponseType = ResponseType::JSON;
+
+    fn path(&self) -> String {
+        format!("sys/internal/ui/mounts/{}", self.0)
+    }
+
+    fn method(&self) -> RequestMethod {
+        RequestMethod::GET
     }
 }
 

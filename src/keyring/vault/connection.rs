@@ -14,6 +14,15 @@ use vaultrs::error::ClientError;
 use super::{VaultError, VaultSettings};
 use crate::trust::{ShowsCa, is_caused_by_shown_ca};
 
+/// What an outage says where no answer came.
+pub const UNREACHABLE: &str = "Vault cannot be reached";
+
+/// What it says where something answers that does not speak as Vault does.
+pub const NOT_IN_ITS_WORDS: [&str; 2] = [
+    "not in its own words",
+    "Vault's answer is not what its API describes",
+];
+
 /// How often a node that has not heard of the last write yet is asked.
 const TRIES_BEHIND: usize = 3;
 
@@ -266,8 +275,8 @@ pub(super) fn reduce(error: &ClientError) -> VaultError {
         None => VaultError::Outage(match error {
             ClientError::RestClientError {
                 source: rustify::errors::ClientError::RequestError { .. },
-            } => "Vault cannot be reached".to_owned(),
-            _ => "Vault's answer is not what its API describes".to_owned(),
+            } => UNREACHABLE.to_owned(),
+            _ => NOT_IN_ITS_WORDS[1].to_owned(),
         }),
     }
 }

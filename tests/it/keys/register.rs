@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 
 use credbroker::api::proto::RevokeKeyRequest;
 use credbroker_sim::kucoin::{Amount, KucoinSettings, Limits, SimKey, Site, Wallet};
-use credbroker_sim::vault::{Fault, FaultRule};
+use credbroker_sim::vault::{Fault, FaultRule, VaultSim};
 use serde_json::{Value, json};
 
 use super::real::Api;
@@ -811,6 +811,41 @@ async fn a_vault_that_refuses_leaves_everything_as_it_was_and_says_so() {
     let (code, said) = run(&lab, &words, &good, &lines(&good)).await;
     assert_eq!(code, 0, "{said}");
     assert!(!said.contains("ended early"), "{said}");
+}
+
+#[tokio::test]
+async fn nothing_is_asked_or_written_where_the_mount_is_kv_version_1() {
+    let lab = lab(settings()).await;
+    let vault = VaultSim::start_dev(ROOT_TOKEN).await.unwrap();
+    vault.mount_kv_v1("kv");
+    let file = lab.path("admin.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, text.replace(&lab.vault.address(), &vault.address())).unwrap();
+    let good = key(1, SPOT);
+    let (code, said) = run(&lab, &["keys", "register", "spot"], &good, &lines(&good)).await;
+    assert_eq!(code, 1, "{said}");
+    let told = "mount kv is KV version 1, and credbroker needs version 2; nothing was stored fix: set mount in [vault] of admin.toml";
+    assert!(said.contains(told), "{said}");
+    assert!(!said.contains("testing it with KuCoin"), "{said}");
+    assert!(lab.kucoin.received().is_empty());
+}
+
+#[tokio::test]
+async fn a_wrong_passphrase_is_told_in_few_lines_without_advice_for_bots() {
+    let lab = lab(settings()).await;
+    let good = key(1, SPOT);
+    lab.kucoin.add_key(good.clone());
+    let wrong = SimKey {
+        passphrase: "simulated-wrong".to_owned(),
+        ..good
+    };
+    let ended = lab.cli(&["keys", "register", "spot"], &lines(&wrong)).await;
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    let text = ended.stdout.as_str();
+    assert!(!text.contains("request id"), "{text}");
+    let refused = text.lines().skip_while(|line| !line.starts_with("refused"));
+    let refused = refused.take_while(|line| !line.trim().is_empty()).count();
+    assert!((2..=7).contains(&refused), "{refused} lines in {text}");
 }
 
 #[tokio::test]

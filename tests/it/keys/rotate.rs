@@ -219,7 +219,7 @@ async fn an_admin_goes_back_a_version_and_on_again_and_only_to_versions_that_are
         &said,
         &[
             "Vault has no version 7: it was never there, or is deleted or destroyed; nothing was changed",
-            "fix: name a version that is there with --to, or register another key with `credbroker keys register`",
+            "fix: name a version that is there with --to, or register another key with `credbroker keys register main --key main`",
         ],
     );
     // One that the exchange has forgotten: what is noted goes back too.

@@ -266,6 +266,11 @@ impl VaultSim {
         self.core().kv.entry(mount.to_owned()).or_default();
     }
 
+    /// Mounts KV version 1: every read of it is answered 404, as one of a key that is not there.
+    pub fn mount_kv_v1(&self, mount: &str) {
+        self.core().kv_v1.insert(mount.to_owned());
+    }
+
     /// Writes a version, whatever check-and-set says, and returns its number. Mounts `mount` if needed.
     pub fn put_secret(&self, mount: &str, path: &str, data: Value) -> u64 {
         let mut core = self.core();

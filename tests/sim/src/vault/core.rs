@@ -1,6 +1,6 @@
 //! The state behind both listeners, and the way of a request through it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::time::{Duration, SystemTime};
 
@@ -31,6 +31,8 @@ pub(super) struct Core {
     pub(super) faults: Faults,
     pub(super) ids: Ids,
     pub(super) kv: BTreeMap<String, Kv>,
+    /// Mounts of KV version 1; always empty.
+    pub(super) kv_v1: BTreeSet<String>,
     pub(super) listening: Listening,
     pub(super) policies: BTreeMap<String, Value>,
     pub(super) seal: Seal,
@@ -89,6 +91,7 @@ impl Core {
             denials: Denials::default(),
             faults: Faults::default(),
             kv: BTreeMap::new(),
+            kv_v1: BTreeSet::new(),
             listening: Listening::default(),
             policies: BTreeMap::new(),
             seal: Seal::uninitialised(&mut ids),
@@ -270,6 +273,17 @@ impl Core {
         {
             return outcome;
         }
+        if path
+            .split_once('/')
+            .is_some_and(|(mount, _)| self.kv_v1.contains(mount))
+        {
+            return match request.operation {
+                Operation::List | Operation::Read => Err(Refusal::missing()),
+                _ => Err(Refusal::bad_request(
+                    "simulator: KV version 1 cannot be written",
+                )),
+            };
+        }
         match below_mount(path, &mut self.kv) {
             Some((mount, rest)) => mount.handle(rest, request),
             None => Err(Refusal::no_route(path)),
@@ -293,6 +307,7 @@ impl Core {
                 self.kv.remove(name);
                 Ok(Answer::Empty)
             }
+            ("internal", _, Operation::Read) => self.describe_mount(name),
             ("auth", "", Operation::Read) => {
                 let mounts = self.auth.mounts.iter();
                 let mounts = mounts.map(|(mount, method)| (mount, method.kind()));
@@ -313,6 +328,24 @@ impl Core {
             ("seal" | "mounts" | "auth", _, _) => Err(Refusal::unsupported_operation()),
             _ => Err(Refusal::unsupported_path()),
         }
+    }
+
+    /// `sys/internal/ui/mounts/<mount>`, with which clients find out the version of KV. Of a mount that is not there a server
+    /// says the same as of one that the token may not see.
+    fn describe_mount(&self, name: &str) -> Outcome {
+        let mount = name
+            .strip_prefix("ui/mounts/")
+            .map(|name| name.trim_end_matches('/'));
+        let mount = mount.ok_or_else(Refusal::unsupported_path)?;
+        let version = match mount {
+            mount if self.kv.contains_key(mount) => "2",
+            mount if self.kv_v1.contains(mount) => "1",
+            _ => return Err(Refusal::denied()),
+        };
+        Ok(Logical::data(json!({
+            "type": "kv", "path": format!("{mount}/"), "options": { "version": version },
+        }))
+        .into())
     }
 
     fn mount_kv(&mut self, name: &str, request: &Request) -> Outcome {
