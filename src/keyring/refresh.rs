@@ -31,7 +31,7 @@ use crate::restrictions::{KeyDigest, Restrictions};
 use crate::telemetry::Metrics;
 
 /// First and longest wait after a failure; each failure doubles it.
-const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+pub const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
 /// However much there is to doubt, Vault is not asked more often.
 const AT_LEAST: Duration = Duration::from_millis(100);
