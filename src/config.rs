@@ -182,10 +182,7 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
     let expected_ip = expected_ip(&mut section, egress.as_ref().map(|egress| egress.address));
     let proof = section.optional("proof").unwrap_or_default();
     let proof_every = Duration::from_secs(section.number("proof_every_s", 300, 1..=3600));
-    let mut section = file.section("exchange");
-    let refusal_codes = refusal_codes(&mut section);
-    let origins = origins(&mut section);
-    drop(section);
+    let (refusal_codes, origins) = exchange(&mut file.section("exchange"));
 
     let mut limits = limits(&mut file.section("limits"));
     if let Some(egress) = &egress {
@@ -374,6 +371,10 @@ fn expected_ip(section: &mut Section, address: Option<IpAddr>) -> Option<IpAddr>
         );
     }
     expected.or(address)
+}
+
+fn exchange(section: &mut Section) -> (RefusalCodes, HashMap<(Site, Host), Origin>) {
+    (refusal_codes(section), origins(section))
 }
 
 /// Codes that mean a refusal though no release of the broker knows them yet.
