@@ -157,19 +157,7 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
         }
     }
 
-    let mut tls = file.section("tls");
-    let certificate = tls
-        .required("certificate", "\"/etc/credbroker/tls/server.pem\"")
-        .map(path);
-    let key = tls
-        .required("key", "\"/etc/credbroker/tls/server.key\"")
-        .map(path);
-    let client_ca = tls
-        .required("client_ca", "\"/etc/credbroker/tls/bots-ca.pem\"")
-        .map(path);
-    let admin_ca = tls.optional("admin_ca").map(path);
-    // Whoever writes the default out means the default.
-    let admin_ca = admin_ca.filter(|admin_ca| client_ca.as_ref() != Some(admin_ca));
+    let tls = tls_files(&mut file.section("tls"), folder);
 
     let mut section = file.section("vault");
     let vault_roots = roots(&mut section, "roots", folder);
@@ -213,12 +201,7 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
         grpc: grpc?,
         ops: ops?,
         admin,
-        tls: TlsFiles {
-            certificate: certificate?,
-            key: key?,
-            client_ca: client_ca?,
-            admin_ca,
-        },
+        tls: tls?,
         vault: vault?,
         vault_roots,
         vault_poll,
@@ -237,6 +220,29 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
         drain_timeout: limits.drain_timeout,
         log_filter,
         log_format,
+    })
+}
+
+/// The table `[tls]`.
+fn tls_files(tls: &mut Section, folder: &Path) -> Option<TlsFiles> {
+    let path = |path: PathBuf| folder.join(path);
+    let certificate = tls
+        .required("certificate", "\"/etc/credbroker/tls/server.pem\"")
+        .map(path);
+    let key = tls
+        .required("key", "\"/etc/credbroker/tls/server.key\"")
+        .map(path);
+    let client_ca = tls
+        .required("client_ca", "\"/etc/credbroker/tls/bots-ca.pem\"")
+        .map(path);
+    let admin_ca = tls.optional("admin_ca").map(path);
+    // Whoever writes the default out means the default.
+    let admin_ca = admin_ca.filter(|admin_ca| client_ca.as_ref() != Some(admin_ca));
+    Some(TlsFiles {
+        certificate: certificate?,
+        key: key?,
+        client_ca: client_ca?,
+        admin_ca,
     })
 }
 
