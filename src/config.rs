@@ -129,14 +129,14 @@ impl Config {
 }
 
 fn read(file: &mut Section, folder: &Path) -> Option<Config> {
-    let path = |path: PathBuf| folder.join(path);
-    let rules = file
-        .required("rules", "\"/etc/credbroker/rules.toml\"")
-        .map(path);
-    let state_dir = file
-        .required("state_dir", "\"/var/lib/credbroker\"")
-        .map(path);
-    let audit_file = file.section("audit").optional("file").map(path);
+    let rules = required_path(file, "rules", "/etc/credbroker/rules.toml", folder);
+    let state_dir = required_path(file, "state_dir", "/var/lib/credbroker", folder);
+    let audit_file = path(
+        &mut file.section("audit"),
+        "file",
+        "/var/lib/credbroker/audit.jsonl",
+        folder,
+    );
 
     let mut listen = file.section("listen");
     let text = listen.required("grpc", "\"0.0.0.0:8443\"");
@@ -224,25 +224,22 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
 }
 
 /// The table `[tls]`.
-fn tls_files(tls: &mut Section, folder: &Path) -> Option<TlsFiles> {
-    let path = |path: PathBuf| folder.join(path);
-    let certificate = tls
-        .required("certificate", "\"/etc/credbroker/tls/server.pem\"")
-        .map(path);
-    let key = tls
-        .required("key", "\"/etc/credbroker/tls/server.key\"")
-        .map(path);
-    let client_ca = tls
-        .required("client_ca", "\"/etc/credbroker/tls/bots-ca.pem\"")
-        .map(path);
-    let admin_ca = tls.optional("admin_ca").map(path);
-    // Whoever writes the default out means the default.
-    let admin_ca = admin_ca.filter(|admin_ca| client_ca.as_ref() != Some(admin_ca));
+fn tls_files(section: &mut Section, folder: &Path) -> Option<TlsFiles> {
+    let mut required = |key, name: &str| {
+        let example = format!("/etc/credbroker/tls/{name}");
+        required_path(section, key, &example, folder)
+    };
+    let certificate = required("certificate", "server.pem");
+    let key = required("key", "server.key");
+    let client_ca = required("client_ca", "bots-ca.pem");
+    let example = "/etc/credbroker/tls/admins-ca.pem";
+    let admin_ca = path(section, "admin_ca", example, folder);
     Some(TlsFiles {
         certificate: certificate?,
         key: key?,
+        // Whoever writes the default out means the default.
+        admin_ca: admin_ca.filter(|admin_ca| client_ca.as_ref() != Some(admin_ca)),
         client_ca: client_ca?,
-        admin_ca,
     })
 }
 
@@ -330,11 +327,48 @@ fn ip_address(section: &mut Section, key: &str, text: Option<String>) -> Option<
 
 /// Which CAs `key` names; Mozilla's list where it does not stand.
 pub(crate) fn roots(section: &mut Section, key: &'static str, folder: &Path) -> Roots {
-    match section.optional::<String>(key) {
-        None => Roots::Mozilla,
-        Some(text) if text == "mozilla" => Roots::Mozilla,
-        Some(text) => Roots::File(folder.join(text)),
+    match path(section, key, "/etc/credbroker/ca.pem", Path::new("")) {
+        Some(file) if file != Path::new("mozilla") => Roots::File(folder.join(file)),
+        Some(_) | None => Roots::Mozilla,
     }
+}
+
+/// The path under `key` if it stands there; a relative one starts at `folder`.
+///
+/// Nothing in it is expanded, so that one that starts with `~` or `$`, which a shell would, is a problem: taken literally
+/// it would be a new folder beside the file.
+pub(crate) fn path(
+    section: &mut Section,
+    key: &'static str,
+    example: &str,
+    folder: &Path,
+) -> Option<PathBuf> {
+    let text: String = section.optional(key)?;
+    if text.starts_with(['~', '$']) {
+        section.problem(
+            key,
+            format_args!(
+                "expected a path without ~ and variables, which are not expanded, got {text:?}; write the whole path, for \
+                 example: {key} = {example:?}"
+            ),
+        );
+        return None;
+    }
+    Some(folder.join(text))
+}
+
+/// The same; its absence is a problem too.
+pub(crate) fn required_path(
+    section: &mut Section,
+    key: &'static str,
+    example: &str,
+    folder: &Path,
+) -> Option<PathBuf> {
+    if !section.has(key) {
+        // Reports that it is missing.
+        return section.required(key, &format!("{example:?}"));
+    }
+    path(section, key, example, folder)
 }
 
 fn egress(section: &mut Section) -> Option<EgressSettings> {

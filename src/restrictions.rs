@@ -25,6 +25,8 @@ const FILE: &str = "restrictions.json";
 #[derive(Debug)]
 pub struct Restrictions {
     folder: PathBuf,
+    /// Whether the file was there.
+    was_found: bool,
     state: RwLock<State>,
     /// Held while the file is written, so that it never holds an older state than memory.
     writing: Mutex<()>,
@@ -144,18 +146,34 @@ impl Restrictions {
             file: file.display().to_string(),
             problem,
         };
-        let state = match fs::read(&file) {
+        let found = match fs::read(&file) {
             Ok(text) => {
-                serde_json::from_slice(&text).map_err(|error| unreadable(error.to_string()))?
+                Some(serde_json::from_slice(&text).map_err(|error| unreadable(error.to_string()))?)
             }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => State::default(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => return Err(unreadable(error.to_string())),
         };
         Ok(Self {
             folder: folder.to_owned(),
-            state: RwLock::new(state),
+            was_found: found.is_some(),
+            state: RwLock::new(found.unwrap_or_default()),
             writing: Mutex::default(),
         })
+    }
+
+    /// Whether the file was there when it was read.
+    pub fn was_found(&self) -> bool {
+        self.was_found
+    }
+
+    /// Writes the file where none was found: from then on a start without one means that it was lost.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn create(&self) -> io::Result<()> {
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = self.state().clone();
+        self.write(&state)
     }
 
     /// Whether whoever it is may go on; `adds_risk` is what the request does to `account`.

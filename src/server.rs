@@ -17,6 +17,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use sha2::{Digest, Sha256};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -31,6 +32,7 @@ use crate::api::proto::DESCRIPTORS;
 use crate::api::proto::admin_server::AdminServer;
 use crate::api::proto::broker_server::BrokerServer;
 use crate::api::state::{Readiness, readiness};
+use crate::audit::Change;
 use crate::broker::{Broker, trial};
 use crate::clock::Clock;
 use crate::config::load::{Source, TlsSources, load};
@@ -89,6 +91,17 @@ pub enum StartError {
     /// What admins have forbidden cannot be read.
     #[error("what admins have forbidden cannot be read")]
     Restrictions(#[source] RestrictionsError),
+    /// The folder above the state folder is missing: it is never made, since its disk may not be mounted.
+    #[error(
+        "{folder} cannot be made: the folder it is to stand in, {parent}, does not exist; mount its disk, make that folder, or \
+         correct state_dir"
+    )]
+    StateParent {
+        /// The state folder.
+        folder: String,
+        /// The folder above it.
+        parent: String,
+    },
     /// The state folder cannot be used.
     #[error("the state folder {0} cannot be used; make it writable or correct state_dir")]
     State(String, #[source] io::Error),
@@ -141,12 +154,16 @@ impl Server {
         let mut loaded = load(&config, clock.wall_ms()).map_err(StartError::Config)?;
         let ca_warnings = std::mem::take(&mut loaded.warnings);
         let lock = lock(&config.state_dir).await?;
+        let audit_file_found = config.audit_file.exists();
         let Assembled {
             broker,
             vault,
             certificates,
             provider,
         } = assemble(&config, loaded, clock)?;
+        if !broker.restrictions.was_found() {
+            record_missing_restrictions(&broker, &config.state_dir, audit_file_found);
+        }
         let metrics = Arc::clone(&broker.metrics);
         metrics.certificate_ends(certificates.not_after_ms);
         let (bots_ca, admins_ca) = (&certificates.client_ca, &certificates.admin_ca);
@@ -319,15 +336,21 @@ pub(crate) async fn lock(folder: &Path) -> Result<File, StartError> {
     let name = || folder.display().to_string();
     // What others can open they can lock.
     let open = || {
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(folder)?;
+        match DirBuilder::new().mode(0o700).create(folder) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            made => made?,
+        }
         let mut options = File::options();
         options.create(true).truncate(false).write(true).mode(0o600);
         options.open(folder.join(LOCK))
     };
-    let file = open().map_err(|error| StartError::State(name(), error))?;
+    let file = open().map_err(|error| match missing_parent(folder) {
+        Some(parent) => StartError::StateParent {
+            folder: name(),
+            parent: parent.display().to_string(),
+        },
+        None => StartError::State(name(), error),
+    })?;
     for _ in 0..LOCK_TRIES {
         match file.try_lock() {
             Ok(()) => return Ok(file),
@@ -337,6 +360,37 @@ pub(crate) async fn lock(folder: &Path) -> Result<File, StartError> {
         }
     }
     Err(StartError::Locked(name()))
+}
+
+/// The folder above a state folder, where neither of them exists.
+pub(crate) fn missing_parent(folder: &Path) -> Option<&Path> {
+    let parent = folder.parent()?;
+    // The parent of a bare name is empty, and is the working folder.
+    (parent != Path::new("") && !folder.exists() && !parent.exists()).then_some(parent)
+}
+
+/// Logs and audits that no `restrictions.json` was found, and makes one: all that admins have forbidden stands in it.
+fn record_missing_restrictions(broker: &Broker, state_dir: &Path, audit_file_found: bool) {
+    let nothing = "no bot is blocked, no account frozen or halted, no key revoked";
+    let missing = if audit_file_found {
+        "no restrictions.json found"
+    } else {
+        "no restrictions.json and no audit file found"
+    };
+    let state_dir = state_dir.display();
+    tracing::warn!(%state_dir, audit_file_found, "no restrictions.json found; {nothing}");
+    broker.audit.changed(&Change {
+        what: "restrictions",
+        before: None,
+        after: &Sha256::digest(b"").into(),
+        outcome: "in_force",
+        detail: Some(format!(
+            "{missing}: {nothing}. If this broker has run before, check that state_dir ({state_dir}) is right and its disk mounted"
+        )),
+    });
+    if let Err(error) = broker.restrictions.create() {
+        tracing::error!(%state_dir, %error, "restrictions.json not written; the next start warns again");
+    }
 }
 
 /// Whether a broker runs on a state folder; none does where there is no such folder. It is not kept from starting.

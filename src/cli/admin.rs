@@ -29,7 +29,7 @@ use crate::api::proto::admin_client::AdminClient;
 use crate::api::status::DOMAIN;
 use crate::config::load::{self, Source, pair, root_file};
 use crate::config::permissions::{self, NamedFile};
-use crate::config::{Roots, roots, vault};
+use crate::config::{Roots, required_path, roots, vault};
 use crate::ids::AdminId;
 use crate::keyring::vault::{Vault, VaultSettings};
 use crate::pem;
@@ -197,13 +197,10 @@ fn read(file: &mut Section, folder: &Path) -> Option<AdminFile> {
         let name = ServerName::try_from(name);
         name.map_err(|_| file.problem(key, unfit)).ok()
     });
-    let mut path = |key, example: &str| {
-        let path: Option<PathBuf> = file.required(key, example);
-        path.map(|path| folder.join(path))
-    };
-    let ca = path("ca", "\"/etc/credbroker/admin/broker-ca.pem\"");
-    let certificate = path("certificate", "\"/etc/credbroker/admin/anna.pem\"");
-    let key = path("key", "\"/etc/credbroker/admin/anna.key\"");
+    let mut path = |key, example: &str| required_path(file, key, example, folder);
+    let ca = path("ca", "/etc/credbroker/admin/broker-ca.pem");
+    let certificate = path("certificate", "/etc/credbroker/admin/anna.pem");
+    let key = path("key", "/etc/credbroker/admin/anna.key");
     let has_vault = file.has("vault");
     let mut section = file.section("vault");
     let vault = if has_vault {
@@ -516,6 +513,28 @@ mod tests {
             named.server_name,
             ServerName::try_from("broker.example.org").unwrap()
         );
+    }
+
+    #[test]
+    fn paths_that_a_shell_would_expand_are_problems() {
+        let all = problems(
+            "broker = \"127.0.0.1:8444\"\nca = \"~/ca.pem\"\ncertificate = \"$HOME/anna.pem\"\nkey = \"~/anna.key\"\n\
+             [vault]\naddress = \"http://127.0.0.1:8200\"\nroots = \"~/vault.pem\"\n[vault.auth]\nmethod = \"token_file\"\n\
+             file = \"~/.vault-token\"",
+        );
+        for part in [
+            "line 2: ca: expected a path without ~ and variables, which are not expanded, got \"~/ca.pem\"; write the whole path",
+            "line 3: certificate: expected a path without ~",
+            "line 4: key: expected a path without ~",
+            "line 7: vault.roots: expected a path without ~",
+            "line 10: vault.auth.file: expected a path without ~",
+        ] {
+            assert!(
+                all.iter().any(|problem| problem.starts_with(part)),
+                "{part} is not in {all:?}"
+            );
+        }
+        assert_eq!(all.len(), 5, "{all:?}");
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use url::Url;
 
-use super::is_loopback;
+use super::{is_loopback, path, required_path};
 use crate::keyring::vault::{Auth, VaultSettings};
 use crate::toml_file::Section;
 
@@ -105,29 +105,29 @@ fn auth(section: &mut Section, folder: &Path) -> Option<Auth> {
         "cert" => {
             let mount = kv_path(section, "mount", "cert");
             let role = section.optional("role");
-            let certificate =
-                section.required::<PathBuf>("certificate", "\"/etc/credbroker/vault/client.pem\"");
-            let key = section.required::<PathBuf>("key", "\"/etc/credbroker/vault/client.key\"");
+            let example = "/etc/credbroker/vault/client.pem";
+            let certificate = required_path(section, "certificate", example, folder);
+            let key = required_path(section, "key", "/etc/credbroker/vault/client.key", folder);
             Some(Auth::Cert {
                 mount,
                 role,
-                certificate: folder.join(certificate?),
-                key: folder.join(key?),
+                certificate: certificate?,
+                key: key?,
             })
         }
         "kubernetes" => {
             let mount = kv_path(section, "mount", "kubernetes");
             let role = section.required("role", "\"credbroker\"");
-            let jwt_file: Option<PathBuf> = section.optional("jwt_file");
+            let jwt_file = path(section, "jwt_file", JWT_FILE, folder);
             Some(Auth::Kubernetes {
                 mount,
                 role: role?,
-                jwt_file: folder.join(jwt_file.unwrap_or_else(|| JWT_FILE.into())),
+                jwt_file: jwt_file.unwrap_or_else(|| JWT_FILE.into()),
             })
         }
         "token_file" => {
-            let file = section.required::<PathBuf>("file", "\"/run/vault-agent/token\"")?;
-            Some(Auth::TokenFile(folder.join(file)))
+            let file = required_path(section, "file", "/run/vault-agent/token", folder)?;
+            Some(Auth::TokenFile(file))
         }
         other => {
             section.problem(
@@ -158,10 +158,14 @@ fn approle(section: &mut Section, folder: &Path) -> Option<Auth> {
         }
         _ => {}
     }
-    let file: Option<PathBuf> = section.optional("secret_id_file");
+    let has_file = section.has("secret_id_file");
+    let example = "/etc/credbroker/vault/secret-id";
+    let file = path(section, "secret_id_file", example, folder);
     let credential: Option<String> = section.optional("secret_id_credential");
     let secret_id_file = match (file, credential) {
-        (Some(file), None) => Some(folder.join(file)),
+        (Some(file), None) => Some(file),
+        // What is wrong with it has been reported.
+        (None, None) if has_file => None,
         (None, Some(_)) if wrapped => {
             section.problem(
                 "secret_id_credential",

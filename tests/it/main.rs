@@ -42,3 +42,4 @@ mod shutdown;
 mod signing;
 mod situations;
 mod standing;
+mod state;

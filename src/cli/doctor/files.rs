@@ -19,7 +19,7 @@ use crate::keyring::vault::Auth;
 use crate::pem;
 use crate::policy::Policy;
 use crate::restrictions::{Counts, Restrictions, RestrictionsError};
-use crate::server::is_locked;
+use crate::server::{is_locked, missing_parent};
 use crate::toml_file::{Problem, Problems};
 
 /// Time enough to get a certificate without haste.
@@ -282,6 +282,14 @@ pub(super) fn state(config: &Config) -> (Vec<Line>, bool) {
     let metadata = match folder.metadata() {
         Ok(metadata) => metadata,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            if let Some(parent) = missing_parent(folder) {
+                let detail = format!(
+                    "{name} cannot be made: the folder it is to stand in, {}, does not exist",
+                    parent.display()
+                );
+                let fix = "mount its disk, make that folder, or correct state_dir";
+                return (vec![Line::failed(check, "", detail, fix)], false);
+            }
             let detail = format!("{name} is not there; the broker makes it at its start");
             let fix = "start the broker; if it has run before, correct state_dir: what was forbidden is there";
             return (vec![Line::warning(check, "", detail, fix)], false);
@@ -323,6 +331,12 @@ pub(super) fn state(config: &Config) -> (Vec<Line>, bool) {
         "no broker runs on it"
     };
     lines.push(match Restrictions::open(folder) {
+        Ok(restrictions) if !restrictions.was_found() => {
+            let detail = format!("{name}: {runs}; it holds no restrictions.json");
+            let fix = "start the broker, which makes it; if one has run before, check that state_dir is right and its disk mounted: \
+                       what was forbidden stood there";
+            Line::warning(check, "", detail, fix)
+        }
         Ok(restrictions) => forbidden(&format!("{name}: {runs}"), restrictions.counts()),
         Err(RestrictionsError::Unreadable { file, problem }) => {
             let detail = format!("{file} cannot be read, and no broker starts: {problem}");

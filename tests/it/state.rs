@@ -1,0 +1,244 @@
+//! The state folder at the start: what is missing there is never passed over in silence.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use credbroker::config::Config;
+use serde_json::{Value, json};
+
+use crate::harness::{Lab, Settings};
+
+/// What the broker logs where it finds no `restrictions.json`.
+const NOTHING_FOUND: &str =
+    "no restrictions.json found; no bot is blocked, no account frozen or halted, no key revoked";
+
+async fn in_a_process() -> Lab {
+    Lab::with(Settings {
+        process: true,
+        ..Settings::default()
+    })
+    .await
+}
+
+async fn stop(lab: &mut Lab) {
+    lab.process().terminate();
+    assert_eq!(lab.process().exit_code().await, Some(0));
+}
+
+/// The log line about a missing `restrictions.json`, once the broker is ready.
+async fn told(lab: &mut Lab) -> Option<Value> {
+    lab.until_ready().await;
+    let log = lab.process().log();
+    let mut lines = log
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    lines.find(|line| line["message"] == NOTHING_FOUND)
+}
+
+fn audit_lines(lab: &Lab) -> Vec<Value> {
+    let text = std::fs::read_to_string(lab.path("state/audit.jsonl")).unwrap();
+    let lines = text.lines().map(|line| serde_json::from_str(line).unwrap());
+    lines.collect()
+}
+
+/// Runs the real program to its end.
+async fn run(lab: &Lab, words: &[&str]) -> (Output, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_credbroker"));
+    command
+        .args(words)
+        .arg("--config")
+        .arg(lab.path("config.toml"));
+    let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await;
+    let output = output.unwrap();
+    let said = String::from_utf8(output.stderr.clone()).unwrap();
+    (output, said)
+}
+
+#[tokio::test]
+async fn start_with_an_empty_state_dir_is_logged_and_the_first_audit_line() {
+    let mut lab = in_a_process().await;
+    let line = told(&mut lab).await.expect("the very first start says so");
+    assert_eq!(line["level"], "WARN");
+    let frozen = lab.admin_cli("anna", &["keys", "freeze", "main"]).await;
+    assert_eq!(frozen.code, Some(0), "{frozen:?}");
+    stop(&mut lab).await;
+
+    lab.spawn_broker().await;
+    assert_eq!(told(&mut lab).await, None, "restrictions.json is there");
+    stop(&mut lab).await;
+
+    // As where its disk is not mounted.
+    std::fs::remove_dir_all(lab.path("state")).unwrap();
+    lab.spawn_broker().await;
+    let line = told(&mut lab).await.expect("the empty folder is logged");
+    assert_eq!(line["level"], "WARN");
+    assert_eq!(line["audit_file_found"], false);
+    let state_dir = lab.path("state").display().to_string();
+    assert_eq!(line["state_dir"], state_dir);
+    let first = audit_lines(&lab).remove(0);
+    assert_eq!(
+        (&first["event"], &first["what"], &first["outcome"]),
+        (&json!("change"), &json!("restrictions"), &json!("in_force"))
+    );
+    let detail = first["detail"].as_str().unwrap();
+    assert_eq!(
+        detail,
+        format!(
+            "no restrictions.json and no audit file found: no bot is blocked, no account frozen or halted, no key revoked. If \
+             this broker has run before, check that state_dir ({state_dir}) is right and its disk mounted"
+        )
+    );
+    stop(&mut lab).await;
+}
+
+#[tokio::test]
+async fn start_without_restrictions_beside_an_old_audit_file_is_logged_too() {
+    let mut lab = in_a_process().await;
+    lab.until_ready().await;
+    stop(&mut lab).await;
+    let before = audit_lines(&lab).len();
+    std::fs::remove_file(lab.path("state/restrictions.json")).unwrap();
+    lab.spawn_broker().await;
+    let line = told(&mut lab).await.expect("the missing file is logged");
+    assert_eq!(line["audit_file_found"], true);
+    let next = audit_lines(&lab).remove(before);
+    assert_eq!(next["what"], "restrictions");
+    let detail = next["detail"].as_str().unwrap();
+    assert!(
+        detail.starts_with("no restrictions.json found: "),
+        "{detail}"
+    );
+    stop(&mut lab).await;
+}
+
+#[tokio::test]
+async fn parent_of_the_state_dir_is_never_made() {
+    let lab = Lab::install(&Settings::default()).await;
+    lab.reconfigure("state_dir = \"state\"", "state_dir = \"mnt/state\"");
+    let (output, said) = run(&lab, &["serve"]).await;
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    for part in [
+        "mnt/state cannot be made: the folder it is to stand in, ",
+        "does not exist; mount its disk, make that folder, or correct state_dir",
+    ] {
+        assert!(said.contains(part), "{part:?} is not in {said}");
+    }
+    assert!(!lab.path("mnt").exists());
+    let (output, _) = run(&lab, &["doctor", "--json"]).await;
+    let lines = String::from_utf8(output.stdout).unwrap();
+    let state = lines
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap())
+        .find(|line| line["check"] == "state")
+        .unwrap();
+    assert_eq!(state["status"], "failed", "{state}");
+    assert!(
+        state["fix"].as_str().unwrap().contains("mount its disk"),
+        "{state}"
+    );
+    assert!(!lab.path("mnt").exists());
+}
+
+#[tokio::test]
+async fn doctor_warns_of_a_state_dir_that_holds_nothing() {
+    let lab = Lab::install(&Settings::default()).await;
+    std::fs::create_dir(lab.path("state")).unwrap();
+    let (output, _) = run(&lab, &["doctor", "--json"]).await;
+    let lines = String::from_utf8(output.stdout).unwrap();
+    let told = lines.lines().any(|line| {
+        let line: Value = serde_json::from_str(line).unwrap();
+        line["check"] == "state"
+            && line["status"] == "warning"
+            && line["detail"]
+                .as_str()
+                .unwrap()
+                .ends_with("holds no restrictions.json")
+    });
+    assert!(told, "{lines}");
+}
+
+#[tokio::test]
+async fn folders_that_a_shell_would_expand_are_problems_with_the_fix() {
+    let text = std::fs::read_to_string("tests/field-cases/files/folders-taken-literally.toml");
+    let text = text.unwrap();
+    let lines = text.lines().map(|line| line.trim_start_matches("# "));
+    let cases: Vec<_> = lines.filter(|line| line.starts_with("state_dir")).collect();
+    assert_eq!(cases.len(), 2);
+    let lab = Lab::install(&Settings::default()).await;
+    let usual = std::fs::read_to_string(lab.path("config.toml")).unwrap();
+    for case in cases {
+        let config = usual.replace("state_dir = \"state\"", case);
+        let problems = Config::parse(&config, lab.folder.path()).unwrap_err();
+        let value = case.split_once(" = ").unwrap().1;
+        assert_eq!(
+            problems[0].to_string(),
+            format!(
+                "line 2: state_dir: expected a path without ~ and variables, which are not expanded, got {value}; write the \
+                 whole path, for example: state_dir = \"/var/lib/credbroker\""
+            )
+        );
+        assert_eq!(problems.len(), 1, "{problems:?}");
+    }
+    assert!(!Path::new("~").exists());
+}
+
+#[tokio::test]
+async fn files_that_a_shell_would_expand_are_problems_wherever_they_are_named() {
+    let text = "rules = \"~/rules.toml\"\nstate_dir = \"$HOME/state\"\n\
+                [audit]\nfile = \"~broker/audit.jsonl\"\n\
+                [listen]\ngrpc = \"127.0.0.1:0\"\nops = \"127.0.0.1:0\"\n\
+                [tls]\ncertificate = \"${TLS}/server.pem\"\nkey = \"~/server.key\"\nclient_ca = \"~/ca.pem\"\nadmin_ca = \"~/a.pem\"\n\
+                [vault]\naddress = \"http://127.0.0.1:8200\"\nroots = \"~/vault.pem\"\n\
+                [egress]\naddress = \"127.0.0.1\"\nroots = \"$HOME/exchange.pem\"\n\
+                [vault.auth]\n";
+    let common = [
+        "rules",
+        "state_dir",
+        "audit.file",
+        "tls.certificate",
+        "tls.key",
+        "tls.client_ca",
+        "tls.admin_ca",
+        "vault.roots",
+    ];
+    for (auth, keys) in [
+        (
+            "method = \"token_file\"\nfile = \"~/token\"",
+            &["vault.auth.file"][..],
+        ),
+        (
+            "method = \"approle\"\nrole_id = \"i\"\nsecret_id_file = \"~/secret-id\"",
+            &["vault.auth.secret_id_file"],
+        ),
+        (
+            "method = \"kubernetes\"\nrole = \"r\"\njwt_file = \"$DIR/token\"",
+            &["vault.auth.jwt_file"],
+        ),
+        (
+            "method = \"cert\"\ncertificate = \"~/c.pem\"\nkey = \"~/c.key\"",
+            &["vault.auth.certificate", "vault.auth.key"],
+        ),
+    ] {
+        let text = format!("{text}{auth}\n");
+        let problems = Config::parse(&text, Path::new("/etc/credbroker")).unwrap_err();
+        let mut found: Vec<_> = problems
+            .iter()
+            .filter(|problem| problem.problem.starts_with("expected a path without ~"))
+            .map(|problem| problem.key.as_str())
+            .collect();
+        found.sort_unstable();
+        let mut expected: Vec<_> = common.iter().chain(keys).copied().collect();
+        expected.push("egress.roots");
+        expected.sort_unstable();
+        assert_eq!(found, expected, "{problems:?}");
+    }
+}
+
+#[tokio::test]
+async fn restrictions_file_that_cannot_be_made_does_not_stop_the_start() {
+    let mut lab = Lab::install(&Settings::default()).await;
+    std::fs::create_dir_all(lab.path("state/restrictions.json.new")).unwrap();
+    lab.start_broker().await;
+    lab.until_ready().await;
+    lab.stop().await;
+}
