@@ -25,6 +25,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 
 use crate::config::Config;
+use crate::encoding;
 use crate::kucoin::Scope;
 use crate::toml_file::Problem;
 
@@ -169,11 +170,13 @@ fn read_file<T>(
     option: &str,
     parse: impl FnOnce(&str, &Path) -> Result<T, Vec<Problem>>,
 ) -> Result<T, Vec<Problem>> {
-    let text = std::fs::read_to_string(file).map_err(|error| {
+    let unreadable = |error: std::io::Error| {
         let problem = format_args!("cannot be read: {error}; name another with {option}");
         vec![Problem::new(file.display().to_string(), problem)]
-    })?;
-    parse(&text, file.parent().unwrap_or(Path::new("."))).map_err(|problems| {
+    };
+    let bytes = std::fs::read(file).map_err(unreadable)?;
+    let text = encoding::text(&bytes).map_err(unreadable)?;
+    parse(text, file.parent().unwrap_or(Path::new("."))).map_err(|problems| {
         let in_file = |problem: Problem| problem.in_file(file);
         problems.into_iter().map(in_file).collect()
     })

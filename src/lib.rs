@@ -11,6 +11,7 @@ pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod egress;
+mod encoding;
 pub mod ids;
 pub mod keyring;
 pub mod kucoin;

@@ -17,6 +17,7 @@ use tokio::sync::oneshot;
 use zeroize::Zeroizing;
 
 use super::say;
+use crate::encoding::is_utf16;
 use crate::secret::{ApiSecret, KeyValues, PartnerKey, Passphrase};
 
 /// Much more than three values need.
@@ -45,6 +46,9 @@ pub(super) enum InputError {
     /// Not readable.
     #[error("the input cannot be read: {0}")]
     Io(#[from] io::Error),
+    /// Saved in another encoding.
+    #[error("expected text in UTF-8, got UTF-16, as PowerShell's `>` writes it")]
+    Utf16,
     /// What was given cannot be a key.
     #[error("{0}")]
     Refused(String),
@@ -185,6 +189,9 @@ fn read_some(input: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
 }
 
 fn as_text(bytes: &[u8]) -> Result<&str, InputError> {
+    if is_utf16(bytes) {
+        return Err(InputError::Utf16);
+    }
     str::from_utf8(bytes).map_err(|_| refused("expected text in UTF-8".to_owned()))
 }
 

@@ -13,6 +13,7 @@ use zeroize::Zeroizing;
 
 use super::{Config, Roots, TlsFiles};
 
+use crate::encoding;
 use crate::keyring::vault::Auth;
 use crate::pem::{self, PemProblem};
 use crate::policy::Policy;
@@ -277,7 +278,7 @@ pub fn any_rules(source: &Source) -> Result<Policy, Vec<Problem>> {
         .content
         .as_deref()
         .map_err(|error| unreadable(error))?;
-    let text = std::str::from_utf8(text).map_err(|error| unreadable(&error))?;
+    let text = encoding::text(text).map_err(|error| unreadable(&error))?;
     Policy::parse(text).map_err(|problems| {
         let in_file = |problem: Problem| problem.in_file(&source.file);
         problems.into_iter().map(in_file).collect()

@@ -289,7 +289,8 @@ impl Watch {
                 self.serve_on(reason);
                 false
             }
-            Err(VaultError::Outage(reason)) => {
+            Err(error @ (VaultError::Outage(_) | VaultError::Credential(_))) => {
+                let reason = error.to_string();
                 self.metrics.vault_failure("outage");
                 tracing::warn!(account.id = %self.account, key = %self.name, %reason, "keys cannot be refreshed; what is in memory serves on");
                 self.serve_on(reason);

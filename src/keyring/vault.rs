@@ -118,6 +118,9 @@ pub enum VaultError {
     /// Vault refuses the broker's login: says nothing about the key, and somebody must do something.
     #[error("{0}")]
     LoginRefused(String),
+    /// The file that the broker logs in with is not in the form it should have: says nothing about the key.
+    #[error("the token in the file of vault.auth: {0}")]
+    Credential(&'static str),
     /// No answer, a fault: says nothing about the key.
     #[error("{0}")]
     Outage(String),

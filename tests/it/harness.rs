@@ -418,7 +418,7 @@ impl Lab {
     }
 
     /// Runs the real program, with this installation's `admin.toml`; `input` is what its stdin says.
-    pub(crate) async fn cli(&self, words: &[&str], input: &str) -> Ended {
+    pub(crate) async fn cli(&self, words: &[&str], input: impl AsRef<[u8]>) -> Ended {
         let mut command = Command::new(env!("CARGO_BIN_EXE_credbroker"));
         command
             .args(words)
@@ -428,12 +428,12 @@ impl Lab {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
-        let input = input.to_owned();
+        let input = input.as_ref().to_owned();
         // Not on this thread: the broker may run on it.
         let run = move || {
             let mut child = command.spawn().unwrap();
             // A program that has ended already reads nothing.
-            let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
+            let _ = child.stdin.take().unwrap().write_all(&input);
             child.wait_with_output().unwrap()
         };
         let output = tokio::task::spawn_blocking(run).await.unwrap();

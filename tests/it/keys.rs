@@ -24,6 +24,7 @@ macro_rules! on_both {
 
 mod changes;
 mod conformance;
+mod forms;
 mod guards;
 mod login;
 mod methods;

@@ -28,6 +28,9 @@ use crate::trust::shows_ca;
 
 const CHECK: &str = "vault";
 
+const CREDENTIAL_FIX: &str =
+    "write the token alone into the file that vault.auth names, on one line";
+
 /// For a connection and its handshake, name resolution included.
 const CONNECT_WITHIN: Duration = Duration::from_secs(3);
 
@@ -247,6 +250,7 @@ async fn read(vault: &Vault, account: &AccountId, name: &KeyName) -> Result<Foun
             VaultError::LoginRefused(_) | VaultError::Outage(_) => {
                 server_fix(&error).unwrap_or("try again; Vault's log says more").to_owned()
             }
+            VaultError::Credential(_) => CREDENTIAL_FIX.to_owned(),
         };
         Unread {
             reason: error.to_string(),
@@ -353,6 +357,9 @@ fn server_fix(error: &VaultError) -> Option<&'static str> {
 }
 
 fn login_fix(error: &VaultError, auth: &Auth) -> String {
+    if let VaultError::Credential(_) = error {
+        return CREDENTIAL_FIX.to_owned();
+    }
     if let Some(fix) = server_fix(error) {
         return fix.to_owned();
     }

@@ -19,8 +19,9 @@ use crate::cli::NEW_MOUNT;
 use crate::cli::admin::{ADMIN, AdminFile, Failure, block_on};
 use crate::cli::door::{Door, pick, scopes_of};
 use crate::cli::report::{is_refused, report};
+use crate::cli::secrets::{self, InputError};
 use crate::cli::text::{Style, paragraph};
-use crate::cli::{CONFIG, DONE, printable, say, secrets, show};
+use crate::cli::{CONFIG, DONE, printable, say, show};
 use crate::clock::Clock;
 use crate::ids::{AccountId, AdminId, KeyName};
 use crate::keyring::vault::{Facts, Metadata, Notes, Registration, Vault, VaultError, WriteError};
@@ -150,7 +151,13 @@ async fn register(command: Command, options: &Options) -> Result<u8, Failure> {
     );
     say(paragraph("", &wanted).trim_end());
     let given = secrets::read(place.before.needs_partner_key).await;
-    let given = given.map_err(|error| place.undone(&found, &error.to_string(), AGAIN))?;
+    let given = given.map_err(|error| {
+        let fix = match error {
+            InputError::Utf16 => UTF8,
+            InputError::Interrupted | InputError::Io(_) | InputError::Refused(_) => AGAIN,
+        };
+        place.undone(&found, &error.to_string(), fix)
+    })?;
     for remark in &given.remarks {
         say(paragraph("note: ", remark).trim_end());
     }
@@ -203,6 +210,9 @@ async fn register(command: Command, options: &Options) -> Result<u8, Failure> {
 
 /// What to do where nothing else is to be done.
 const AGAIN: &str = "give the same command again";
+
+/// What to do with a key file in UTF-16.
+const UTF8: &str = "convert it, for example with `iconv -f UTF-16 -t UTF-8 key.json`, or write it with `Out-File -Encoding utf8`";
 
 /// A key of an account, and the way to it.
 struct Place {

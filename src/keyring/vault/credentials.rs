@@ -12,6 +12,7 @@ use zeroize::Zeroizing;
 use super::connection::{Connection, reduce, status_of};
 use super::login::Session;
 use super::{Vault, VaultError, Wiped};
+use crate::encoding::is_utf16;
 use crate::pem;
 
 /// The secret id of a wrapping token, which can be had only once.
@@ -191,8 +192,48 @@ pub(super) async fn read_token(file: &Path) -> Result<Zeroizing<String>, VaultEr
     let unreadable =
         |error| VaultError::Outage(format!("the file of vault.auth cannot be read: {error}"));
     let bytes = read(file).await.map_err(unreadable)?;
-    let text = std::str::from_utf8(&bytes).map_err(|_| not_a_token())?;
-    checked_token(text)
+    token_in(&bytes).map_err(VaultError::Credential)
+}
+
+/// The token in a file; or the form that a tool gave it, and what to write instead. Vault would answer 403 to some of them.
+fn token_in(bytes: &[u8]) -> Result<Zeroizing<String>, &'static str> {
+    const EXPECTED: &str = "expected one line of printable ASCII without blanks";
+    if is_utf16(bytes) {
+        return Err(
+            "it is UTF-16, as PowerShell's `>` writes it; save it as ASCII, for example with `Set-Content -Encoding ascii`",
+        );
+    }
+    let text = std::str::from_utf8(bytes).map_err(|_| EXPECTED)?.trim();
+    if text.is_empty() {
+        return Err("it is empty; expected one line of printable ASCII without blanks");
+    }
+    if text.starts_with('\u{feff}') {
+        return Err("it begins with a byte order mark; save it as UTF-8 without BOM, or as ASCII");
+    }
+    if text.starts_with(['{', '[']) {
+        return Err(
+            "it is JSON; write only the value of the token, for example with `jq -r .auth.client_token`",
+        );
+    }
+    if text.starts_with(['"', '\'', '`']) {
+        return Err("the token stands in quotes; write it without them");
+    }
+    if is_assignment(text) {
+        return Err("it holds an assignment (NAME=TOKEN); write only what follows the '='");
+    }
+    checked_token(text).map_err(|_| EXPECTED)
+}
+
+/// Whether it is a line for a shell. Tokens of Vault and JWTs hold a `.`, secret ids a `-`, and padding ends what it pads.
+fn is_assignment(text: &str) -> bool {
+    let text = text.strip_prefix("export ").unwrap_or(text);
+    let Some((name, value)) = text.split_once('=') else {
+        return false;
+    };
+    let is_name = |name: &str| name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
+    name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
+        && is_name(name.trim_end())
+        && !value.trim_start_matches('=').is_empty()
 }
 
 /// Trims a token, and refuses what the library would panic on.
@@ -235,6 +276,27 @@ mod tests {
         assert_eq!(checked("s.fake\n"), Ok("s.fake".to_owned()));
         for bad in ["", "\n", "a b", "a\nb", "é"] {
             assert!(checked(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn token_of_any_known_form_is_taken_for_no_assignment() {
+        for good in [
+            "hvs.CAESIA==",
+            "b.AAAAAQJ",
+            "eyJhbGciOiJSUzI1NiJ9.eyJpc3MiOiJ4In0.c2ln",
+            "00000000-0000-4000-8000-000000000000",
+            "Zm9vYmE=",
+            "Zm9vYg==",
+        ] {
+            assert_eq!(token_in(good.as_bytes()).unwrap().as_str(), good);
+        }
+        for bad in [
+            "VAULT_TOKEN=s.fake",
+            "export T = s.fake",
+            "token=\"s.fake\"",
+        ] {
+            assert!(token_in(bad.as_bytes()).unwrap_err().contains("assignment"));
         }
     }
 }

@@ -39,10 +39,11 @@ async fn a_dead_token_or_a_broken_token_file_evicts_nothing_and_a_good_token_is_
     replace(&file, &token());
     rig.until_signed_with(2).await;
 
+    let expected = "expected one line of printable ASCII without blanks";
     replace(&file, "two\nlines\n");
-    serves_through(&rig, 2, "expected a token: one line of printable ASCII").await;
+    serves_through(&rig, 2, &format!("vault.auth: {expected}")).await;
     replace(&file, "");
-    serves_through(&rig, 2, "expected a token: one line of printable ASCII").await;
+    serves_through(&rig, 2, &format!("vault.auth: it is empty; {expected}")).await;
     replace(&file, &token());
     rig.until_signed_with(3).await;
 

@@ -1,0 +1,149 @@
+//! Tokens and keys in a form that a tool wrote around them: the form is named, with what to write instead.
+
+use std::path::Path;
+
+use super::register::{Held, key, run, settings};
+use super::succession::refresh;
+use super::{Setup, replace};
+use crate::harness::{Lab, ROOT_TOKEN, Settings, in_one_line};
+
+const FIELD_CASES: &str = "tests/field-cases/files";
+
+/// The token in every field case.
+const TOKEN: &str = "s.fieldcase";
+
+fn utf16(text: &str) -> Vec<u8> {
+    let units = std::iter::once(0xfeff).chain(text.encode_utf16());
+    units.flat_map(u16::to_le_bytes).collect()
+}
+
+/// Each file with what is said of it.
+fn tokens() -> Vec<(Vec<u8>, &'static str)> {
+    let file = |name: &str| std::fs::read(Path::new(FIELD_CASES).join(name)).unwrap();
+    vec![
+        (
+            file("token-in-quotes"),
+            "the token stands in quotes; write it without them",
+        ),
+        (
+            file("token-as-assignment"),
+            "it holds an assignment (NAME=TOKEN); write only what follows the '='",
+        ),
+        (
+            b"export VAULT_TOKEN=s.fieldcase\n".to_vec(),
+            "it holds an assignment (NAME=TOKEN); write only what follows the '='",
+        ),
+        (
+            file("token-as-json"),
+            "it is JSON; write only the value of the token, for example with `jq -r .auth.client_token`",
+        ),
+        (
+            file("token-utf8-bom"),
+            "it begins with a byte order mark; save it as UTF-8 without BOM, or as ASCII",
+        ),
+        (
+            utf16("s.fieldcase\r\n"),
+            "it is UTF-16, as PowerShell's `>` writes it; save it as ASCII, for example with `Set-Content -Encoding ascii`",
+        ),
+        (
+            b"s.field case\n".to_vec(),
+            "expected one line of printable ASCII without blanks",
+        ),
+        (
+            b" \n".to_vec(),
+            "it is empty; expected one line of printable ASCII without blanks",
+        ),
+    ]
+}
+
+#[tokio::test]
+async fn token_file_in_a_wrong_form_is_named_with_the_fix() {
+    let rig = Setup::new(&["main"]).await.ready().await;
+    let file = rig.lab.path("token");
+    for (bytes, told) in tokens() {
+        std::fs::write(&file, bytes).unwrap();
+        refresh(&rig.lab).await;
+        let (_, text) = rig.lab.get("/readyz").await;
+        let problem = format!("the token in the file of vault.auth: {told}");
+        assert!(text.contains(&problem), "{problem:?} is not in {text}");
+        assert!(!text.contains(TOKEN), "{text}");
+    }
+    replace(&file, &format!("{ROOT_TOKEN}\n"));
+    assert_eq!(refresh(&rig.lab).await, 1);
+    let (_, text) = rig.lab.get("/readyz").await;
+    assert!(!text.contains("vault.auth"), "{text}");
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn admin_is_told_the_form_of_a_token_too() {
+    let lab = super::register::lab(settings()).await;
+    for (bytes, told) in tokens() {
+        std::fs::write(lab.path("token"), bytes).unwrap();
+        let (code, said) = run(&lab, &["keys", "rotate", "other"], &key(1, &[]), "").await;
+        assert_eq!(code, 1, "{said}");
+        assert!(said.contains(told), "{told:?} is not in {said}");
+        assert!(!said.contains(TOKEN), "{said}");
+    }
+}
+
+#[tokio::test]
+async fn doctor_names_the_form_of_a_token_and_blames_no_agent() {
+    let lab = Lab::install(&Settings::default()).await;
+    for (bytes, told) in tokens() {
+        std::fs::write(lab.path("token"), bytes).unwrap();
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_credbroker"));
+        command
+            .args(["doctor", "--config"])
+            .arg(lab.path("config.toml"));
+        let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await;
+        let said = in_one_line(&String::from_utf8(output.unwrap().stdout).unwrap());
+        assert!(said.contains(told), "{told:?} is not in {said}");
+        assert!(!said.contains("does the agent"), "{said}");
+        assert!(!said.contains(TOKEN), "{said}");
+    }
+}
+
+#[tokio::test]
+async fn key_in_utf16_is_named_with_the_fix_and_nothing_is_stored() {
+    let lab = super::register::lab(settings()).await;
+    let held = Held::of(&lab);
+    let file = std::fs::read(Path::new(FIELD_CASES).join("key-utf16le-bom.json")).unwrap();
+    // The same without its mark, and the other way round.
+    let bare = file[2..].to_vec();
+    let swapped = file.chunks(2).flat_map(|pair| [pair[1], pair[0]]).collect();
+    for input in [file, bare, swapped] {
+        let ended = lab.cli(&["keys", "register", "spot"], input).await;
+        assert_eq!(ended.code, Some(1), "{ended:?}");
+        let said = ended.said();
+        for part in [
+            "expected text in UTF-8, got UTF-16, as PowerShell's `>` writes it; nothing was stored",
+            "fix: convert it, for example with `iconv -f UTF-16 -t UTF-8 key.json`, or write it with `Out-File -Encoding utf8`",
+        ] {
+            assert!(said.contains(part), "{part:?} is not in {said}");
+        }
+        assert!(!said.contains("0123456789abcdef"), "{said}");
+    }
+    assert_eq!(held.newest("spot").await, 0);
+}
+
+#[tokio::test]
+async fn configuration_in_utf16_is_named_with_the_fix() {
+    let lab = Lab::install(&Settings::default()).await;
+    let text = std::fs::read_to_string(lab.path("config.toml")).unwrap();
+    let rules = std::fs::read_to_string(lab.path("rules.toml")).unwrap();
+    std::fs::write(lab.path("rules-utf16.toml"), utf16(&rules)).unwrap();
+    std::fs::write(lab.path("config-utf16.toml"), utf16(&text)).unwrap();
+    let other = text.replace("rules.toml", "rules-utf16.toml");
+    std::fs::write(lab.path("other.toml"), other).unwrap();
+    for file in ["config-utf16.toml", "other.toml"] {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_credbroker"));
+        command
+            .args(["check-config", "--config"])
+            .arg(lab.path(file));
+        let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await;
+        let said = String::from_utf8(output.unwrap().stderr).unwrap();
+        let told = "is UTF-16, as PowerShell's `>` writes it; save it as UTF-8";
+        assert!(said.contains(told), "{said}");
+    }
+}
