@@ -93,6 +93,8 @@ struct Look {
     wanted: Notify,
     /// How many have begun, and how many of these have ended.
     count: watch::Sender<(u64, u64)>,
+    /// Whether Vault has been asked once, with or without an answer.
+    is_read: watch::Sender<bool>,
     /// Whether a version that has been refused is to be tried once more.
     is_fresh: AtomicBool,
 }
@@ -332,6 +334,19 @@ impl Keyring {
             })
         });
         all.collect()
+    }
+
+    /// Returns once Vault has been asked for every key that the keyring has now, with or without an answer.
+    pub async fn first_read(&self) {
+        let all: Vec<_> = {
+            let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+            let keys = slots.values().flat_map(|keys| keys.places.values());
+            keys.map(|place| place.look.is_read.subscribe()).collect()
+        };
+        for mut is_read in all {
+            // An error means that the rules name it no longer.
+            let _ = is_read.wait_for(|is_read| *is_read).await;
+        }
     }
 
     /// Tells when any slot changes.

@@ -43,6 +43,7 @@ use crate::keyring::vault::Vault;
 use crate::restrictions::RestrictionsError;
 use crate::toml_file::Problem;
 
+use accept::told;
 use admin::AdminListener;
 use assembly::{Assembled, assemble};
 pub use listener::ConnectionLimits;
@@ -62,6 +63,9 @@ const MESSAGE_OVERHEAD: usize = 64 * 1024;
 
 /// More than any question for health or reflection needs; the library's own limit is 4 MB for each.
 const HELPER_MESSAGE: usize = 4096;
+
+/// How long bots wait at a start for all keys to be read: a Vault that does not answer holds up no cancel of a key that was.
+const FIRST_READ_WITHIN: Duration = Duration::from_secs(10);
 
 /// The file in the state folder that a running broker holds locked.
 const LOCK: &str = "lock";
@@ -132,7 +136,8 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts a broker; it takes calls once this returns, and is ready once its keys are read.
+    /// Starts a broker. Admins are let in once this returns; bots can connect, and are let in once every key has been read
+    /// from Vault or could not be, after 10 s at most.
     ///
     /// # Errors
     /// When anything that it cannot do without is missing; says what. Vault is not among them.
@@ -251,7 +256,7 @@ impl Server {
         let reloads = reloader.run(config.reload_every, watched.0, watched.1);
         background.spawn(named("look at changed files", reloads));
         let listeners = TaskTracker::new();
-        let serving = listeners.track_future(listener.serve(grpc_listener));
+        let serving = listeners.track_future(serve_bots(listener, grpc_listener));
         background.spawn(named("bots' listener", serving));
         if let Some((socket, _)) = admin_listener {
             let serving = listeners.track_future(admins.serve(socket));
@@ -302,6 +307,23 @@ impl Server {
         let _ = tokio::join!(flush, self.vault.close());
         unresolved
     }
+}
+
+/// Lets bots in once the first read of all keys has ended; until then connections wait in the socket's queue.
+async fn serve_bots(listener: Listener, socket: TcpListener) {
+    let mut stopping = listener.stopping.clone();
+    let keyring = Arc::clone(&listener.broker.keyring);
+    tokio::select! {
+        () = told(&mut stopping) => return,
+        () = keyring.first_read() => {
+            tracing::info!("first read of all keys has ended; accepting bots");
+        }
+        () = sleep(FIRST_READ_WITHIN) => {
+            let within_s = FIRST_READ_WITHIN.as_secs();
+            tracing::warn!("not all keys read within {within_s} s; accepting bots");
+        }
+    }
+    listener.serve(socket).await;
 }
 
 /// A task of the background, by name.

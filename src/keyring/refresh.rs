@@ -233,7 +233,9 @@ impl Watch {
             let (keyring, look) = (Arc::clone(&self.keyring), Arc::clone(&self.look));
             let (doubt, wanted) = (keyring.doubts.notified(), look.wanted.notified());
             look.count.send_modify(|(begun, _)| *begun += 1);
-            let wait = if self.check().await {
+            let is_answered = self.check().await;
+            look.is_read.send_replace(true);
+            let wait = if is_answered {
                 backoff = BACKOFF.0;
                 // A key must not grow too old between two polls that both go well.
                 let poll = poll.min(self.keyring.max_stale(&self.account) / 3);

@@ -34,6 +34,7 @@ pub(crate) mod real;
 mod register;
 mod rotate;
 mod stale;
+mod start;
 mod succession;
 mod token_life;
 mod trials;

@@ -1,0 +1,98 @@
+//! A start: bots are let in once every key has been read, or could not be; admins and probes at once.
+
+use std::time::Duration;
+
+use credbroker::api::proto::{ListKeysRequest, Outcome, SignAndSendResponse};
+use tokio::net::TcpStream;
+use tokio::task::JoinHandle;
+use tonic::Status;
+
+use super::Setup;
+use crate::harness::{Bot, Lab, Road, Settings, Time, patient, refusal, spot_cancel_all};
+
+const KEYS_READ: &str = "first read of all keys has ended; accepting bots";
+
+const TOO_LONG: &str = "not all keys read within 10 s; accepting bots";
+
+/// An installation whose broker reaches Vault over a road, and waits for its answers for long.
+async fn installed() -> (Lab, Road) {
+    let lab = Lab::install(&Settings::default()).await;
+    let road = Road::to(&lab.vault.address()).await;
+    let address = format!("http://{}", road.address);
+    lab.reconfigure(&lab.vault.address(), &address);
+    lab.reconfigure("timeout_ms = 1000", "timeout_ms = 60000");
+    (lab, road)
+}
+
+/// A bot that connects and cancels, however long that takes.
+fn cancel(lab: &Lab) -> JoinHandle<Result<SignAndSendResponse, Status>> {
+    let identity = lab.ca.bot("maker").unwrap();
+    let (address, roots) = (lab.grpc, [lab.ca.certificate_pem().to_owned()]);
+    tokio::spawn(async move {
+        let connection = patient(address, &roots, &identity).await.unwrap();
+        Bot::over(connection).send(spot_cancel_all()).await
+    })
+}
+
+#[tokio::test]
+async fn bots_wait_for_the_first_read_of_all_keys_and_admins_do_not() {
+    let (mut lab, road) = installed().await;
+    road.hold();
+    lab.start_broker().await;
+    drop(TcpStream::connect(lab.grpc).await.unwrap());
+    let cancelled = cancel(&lab);
+    assert_eq!(lab.get("/healthz").await.0, 200);
+    let (status, text) = lab.get("/readyz").await;
+    assert_eq!(status, 503);
+    let waiting = "key main/main: waiting for Vault: not read from Vault yet";
+    assert!(text.contains(waiting), "{text}");
+    let mut admin = lab.admin_client("anna").await;
+    admin.list_keys(ListKeysRequest {}).await.unwrap();
+    for words in [&["halt", "main"][..], &["resume", "main"]] {
+        let ended = lab.admin_cli("anna", words).await;
+        assert_eq!(ended.code, Some(0), "{ended:?}");
+    }
+    assert!(!cancelled.is_finished(), "{:?}", cancelled.await);
+    road.open();
+    let answer = cancelled.await.unwrap().unwrap();
+    assert_eq!(answer.outcome(), Outcome::Accepted, "{answer:?}");
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn bots_wait_ten_seconds_at_most_for_a_vault_that_does_not_answer() {
+    let (mut lab, road) = installed().await;
+    road.silence();
+    let time = Time::new(0);
+    lab.start_broker_on(time.clock()).await;
+    let cancelled = cancel(&lab);
+    time.pass(&lab, Duration::from_secs(5)).await;
+    assert!(!cancelled.is_finished(), "{:?}", cancelled.await);
+    time.pass(&lab, Duration::from_secs(6)).await;
+    assert_eq!(refusal(cancelled.await.unwrap()).1, "KEY_UNAVAILABLE");
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn vault_that_is_down_delays_no_start() {
+    let setup = Setup::new(&["main"]).await;
+    setup.vault.stop().await.unwrap();
+    let rig = setup.start().await;
+    let told = rig.signer("main").await.unwrap_err();
+    assert!(told.contains("Vault cannot be reached"), "{told}");
+    assert_eq!(rig.logs.count(&["INFO", KEYS_READ]), 1, "{:?}", rig.logs);
+    assert_eq!(rig.logs.count(&[TOO_LONG]), 0);
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn broker_that_waits_for_its_keys_stops_at_once() {
+    let (mut lab, road) = installed().await;
+    road.silence();
+    let time = Time::new(0);
+    lab.start_broker_on(time.clock()).await;
+    let cancelled = cancel(&lab);
+    lab.stop().await;
+    // Nobody has let it in.
+    assert!(cancelled.await.is_err());
+}
