@@ -25,6 +25,7 @@ use crate::restrictions::{KeyDigest, Restrictions, Revoked};
 
 use trial::{Report, Verdict};
 use usage::Usage;
+use vault::Hold;
 
 /// How long a refused request waits for another key at most; a test takes a few round trips to the exchange.
 const TRIAL_WITHIN: Duration = Duration::from_secs(5);
@@ -64,7 +65,18 @@ struct Place {
     unanswered: Option<String>,
     /// The last key that was in memory here, or found to be revoked.
     last: Option<KeyDigest>,
+    /// What its metadata say of it beside its versions.
+    noted: Noted,
     look: Arc<Look>,
+}
+
+/// What the metadata of a key in Vault say of it beside its versions.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Noted {
+    /// Why it signs nothing risk-increasing.
+    pub restricted: Option<String>,
+    /// The version that an admin holds in use in place of the newest.
+    pub hold: Option<Hold>,
 }
 
 /// The last test of a key.
@@ -167,6 +179,8 @@ pub struct KeyStatus {
     pub unanswered: Option<String>,
     /// The last key that was in memory in this place, or found to be revoked.
     pub last: Option<KeyDigest>,
+    /// What its metadata say of it beside its versions.
+    pub noted: Noted,
 }
 
 /// The account's key is not in memory, or too old.
@@ -275,6 +289,10 @@ impl Keyring {
                 version,
                 ..
             }) => {
+                let restricted = place.and_then(|place| place.noted.restricted.as_ref());
+                if let Some(reason) = restricted.filter(|_| permit.adds_risk()) {
+                    return Err(unavailable(reason));
+                }
                 let age = self.clock.boot().saturating_sub(*confirmed);
                 let max = if permit.adds_risk() {
                     keys.max_stale.add_risk
@@ -330,6 +348,7 @@ impl Keyring {
                     tested: place.tested.clone(),
                     unanswered: place.unanswered.clone(),
                     last: place.last,
+                    noted: place.noted.clone(),
                 }
             })
         });
@@ -403,6 +422,24 @@ impl Keyring {
     /// Keeps that the key that Vault holds is a revoked one.
     fn set_revoked(&self, account: &AccountId, name: &KeyName, key: KeyDigest) {
         self.change(account, name, |place| place.last = Some(key));
+    }
+
+    /// Keeps what the metadata say; returns what they said before, where that differs.
+    fn set_noted(&self, account: &AccountId, name: &KeyName, noted: &Noted) -> Option<Noted> {
+        let is_so = {
+            let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+            let place = slots.get(account).and_then(|keys| keys.places.get(name));
+            place.is_none_or(|place| place.noted == *noted)
+        };
+        // After every look: nobody needs to wake for that.
+        if is_so {
+            return None;
+        }
+        let mut before = None;
+        self.change(account, name, |place| {
+            before = Some(std::mem::replace(&mut place.noted, noted.clone()));
+        });
+        before
     }
 
     /// Keeps what is wrong with a version that is not used, beside the key in memory.
@@ -600,6 +637,7 @@ impl Place {
             tested: None,
             unanswered: None,
             last: None,
+            noted: Noted::default(),
             look: Arc::default(),
         }
     }

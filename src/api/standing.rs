@@ -6,6 +6,7 @@ use crate::broker::Broker;
 use crate::ids::{AccountId, KeyName};
 use crate::keyring::trial::Verdict;
 use crate::keyring::usage::Refusal;
+use crate::keyring::vault::Hold;
 use crate::keyring::{KeyStatus, Slot, Tested};
 use crate::kucoin::key_info::{Finding, KeyInfo};
 use crate::kucoin::{Scope, advice};
@@ -88,7 +89,9 @@ pub fn troubles(key: &KeyStatus) -> Vec<String> {
             ..
         } => {
             let serves_on = |problem: &String| format!("version {version} serves on: {problem}");
-            let mut troubles: Vec<_> = problem.iter().map(serves_on).collect();
+            let mut troubles: Vec<_> = key.noted.restricted.iter().cloned().collect();
+            troubles.extend(key.noted.hold.map(|hold| held(key, &hold, *version)));
+            troubles.extend(problem.iter().map(serves_on));
             let what = if key.is_too_old {
                 "too old for what adds risk"
             } else {
@@ -107,6 +110,21 @@ pub fn troubles(key: &KeyStatus) -> Vec<String> {
     }
 }
 
+/// What an admin holds in use, and what ends that.
+fn held(key: &KeyStatus, hold: &Hold, version: u64) -> String {
+    let (account, name) = (&key.account, &key.name);
+    let other = if version == hold.version {
+        format!("version {} is not used", hold.newest)
+    } else {
+        format!("version {version}, written after that, serves in its place")
+    };
+    format!(
+        "version {} is held in use by use_version in its custom metadata, and {other}; `credbroker keys rollback {account} --key \
+         {name} --newest` ends that",
+        hold.version
+    )
+}
+
 fn of(broker: &Broker, key: KeyStatus) -> Standing {
     let troubles = troubles(&key);
     let KeyStatus {
@@ -116,6 +134,7 @@ fn of(broker: &Broker, key: KeyStatus) -> Standing {
         tested,
         unanswered,
         last,
+        noted,
         ..
     } = key;
     let policy = broker.policy();
@@ -163,6 +182,9 @@ fn of(broker: &Broker, key: KeyStatus) -> Standing {
             }
             if !standing.troubles.is_empty() {
                 standing.is("degraded");
+            }
+            if noted.restricted.is_some() {
+                standing.is("frozen");
             }
             if let Some(tested) = &tested {
                 standing.heed(broker, tested);

@@ -1,11 +1,15 @@
 //! Keeps the keyring as Vault has it: reads at start, then polls the metadata of each key for changes.
 //!
-//! Vault's word (404, or 403 twice to a good token, or `state=disabled`) evicts at once. No answer, or an answer that is
+//! Vault's word (404, or 403 twice to a good token, or `state=disabled`) evicts at once; a `state` that is neither active nor
+//! disabled refuses what is risk-increasing. No answer, or an answer that is
 //! a fault, changes nothing: what is in memory serves on, within the bounds of its account.
 //!
 //! Another version takes the place of the one in memory once the exchange has taken requests that it signed. One that
 //! the exchange refuses changes nothing, and the reason shows. Only after a start there is nothing to compare with: the
 //! newest version serves at once, and if the exchange turns out to refuse it, the version before it is tried.
+//!
+//! While an admin holds a version in use (`keys rollback`), it alone serves. If the exchange refuses it, a version that was
+//! written after the hold began is tried in its place, and never an older one.
 //!
 //! Tests go on beside the polls: an exchange that does not answer keeps nobody from hearing what Vault says.
 
@@ -22,8 +26,8 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::trial::{KeyChange, Notice, Notices, Report, Trial, Verdict};
 use super::usage::Usage;
-use super::vault::{Metadata, Vault, VaultError};
-use super::{Keyring, Look, Slot};
+use super::vault::{Hold, Metadata, NotedState, Vault, VaultError, unknown_state};
+use super::{Keyring, Look, Noted, Slot};
 use crate::ids::{AccountId, KeyName};
 use crate::kucoin::Key;
 use crate::kucoin::code::CREDENTIALS_REFUSED;
@@ -115,6 +119,7 @@ impl Refresher {
                         is_unusable: false,
                         candidate: None,
                         refused: None,
+                        after_hold: None,
                         next_test: Duration::ZERO,
                         test_again: TEST_AGAIN,
                         running: None,
@@ -152,6 +157,8 @@ struct Watch {
     candidate: Option<Serving>,
     /// When the version that shall serve, and that the exchange has refused, is to be tried again: time since boot.
     refused: Option<Duration>,
+    /// The version that was tried in place of a held one.
+    after_hold: Option<AfterHold>,
     /// When the key in memory is to be tested again: time since boot.
     next_test: Duration,
     /// How long to wait after the next test that has no answer.
@@ -169,16 +176,27 @@ struct Running {
 
 /// What is being tested.
 enum What {
-    /// The version before the one in memory, which the exchange refuses.
-    Before {
-        before: Serving,
+    /// A version that may serve in place of the one in memory, which the exchange refuses.
+    Instead {
+        next: Serving,
         refused: Serving,
         reason: String,
+        /// Whether the one in memory is held in use, and this one was written after that began; else it is the one before.
+        is_after_hold: bool,
     },
     /// [`Watch::candidate`].
     Candidate,
     /// The key in memory.
     Serving(Serving),
+}
+
+/// A version that was tried in place of a held one, which the exchange refuses.
+struct AfterHold {
+    version: u64,
+    /// When it may be tried again: time since boot.
+    due: Duration,
+    /// Why the exchange refuses it too.
+    problem: Option<String>,
 }
 
 /// What a look at Vault calls for.
@@ -337,11 +355,12 @@ impl Watch {
 
     async fn fetch(&mut self, asked: Duration) -> Result<(), VaultError> {
         let metadata = self.vault.metadata(&self.account, &self.name).await?;
-        if metadata.is_disabled() {
-            return Err(VaultError::Gone(
-                "its metadata in Vault says state=disabled".to_owned(),
-            ));
+        if let NotedState::Disabled(word) = metadata.state() {
+            return Err(VaultError::Gone(format!(
+                "its metadata in Vault says state={word}"
+            )));
         }
+        self.keep_noted(&metadata);
         if metadata.current_version == 0 {
             return Err(VaultError::Gone(
                 "Vault has no version of it yet".to_owned(),
@@ -381,7 +400,8 @@ impl Watch {
         match (step, read) {
             (Step::Settle(serving), _) => {
                 self.forget_candidate();
-                self.confirm(serving, None, asked);
+                let problem = self.problem_after_hold();
+                self.confirm(serving, problem, asked);
             }
             (Step::Take, Some(key)) => return self.adopt(wanted, Arc::new(key), asked).await,
             (Step::Try, _) => {
@@ -390,7 +410,39 @@ impl Watch {
             }
             (Step::Confirm | Step::Take, _) => self.confirm_again(asked),
         }
+        if let Some(serving) = self.serving()
+            && self.is_dead()
+            && let Some(refusal) = serving.usage.refusal()
+        {
+            self.try_after_hold(serving, refusal.advice).await;
+        }
         Ok(())
+    }
+
+    /// Keeps what the metadata say beside versions, before the key signs by them.
+    fn keep_noted(&self, metadata: &Metadata) {
+        let restricted = match metadata.state() {
+            NotedState::Unknown(word) => Some(format!(
+                "{}; set state=active or state=disabled",
+                unknown_state(word)
+            )),
+            NotedState::Active | NotedState::Disabled(_) => None,
+        };
+        let noted = Noted {
+            restricted,
+            hold: metadata.hold(),
+        };
+        let Some(before) = self.keyring.set_noted(&self.account, &self.name, &noted) else {
+            return;
+        };
+        if let Some(reason) = noted.restricted.filter(|_| before.restricted.is_none()) {
+            tracing::warn!(account.id = %self.account, key = %self.name, reason, "unknown state of the key in Vault");
+        }
+        if noted.hold != before.hold {
+            let held = noted.hold.map(|hold| hold.version);
+            let newest = metadata.current_version;
+            tracing::info!(account.id = %self.account, key = %self.name, held, newest, "use_version in Vault changed");
+        }
     }
 
     /// The key in memory has been deleted in Vault: what Vault has instead serves without a test, and without a gap.
@@ -411,6 +463,9 @@ impl Watch {
         // Somebody has asked for it.
         let is_fresh = self.look.is_fresh.swap(false, Ordering::Relaxed);
         let seen = self.seen.as_ref();
+        if is_fresh {
+            self.after_hold = None;
+        }
         if !seen.is_some_and(|seen| metadata.is_same(seen, wanted)) {
             return Step::Take;
         }
@@ -539,7 +594,7 @@ impl Watch {
     /// Has a key tested; whoever is refused meanwhile waits for what may be a better one.
     fn begin(&mut self, what: What, key: Arc<Key>, is_candidate: bool) {
         let may_change = match &what {
-            What::Before { .. } | What::Candidate => true,
+            What::Instead { .. } | What::Candidate => true,
             What::Serving(serving) => !serving.is_proven(),
         };
         self.keyring
@@ -574,11 +629,44 @@ impl Watch {
     /// Goes by what a test has said.
     async fn conclude(&mut self, report: Report) {
         match self.running.take().map(|running| running.what) {
-            Some(What::Before {
-                before,
+            Some(What::Instead {
+                next,
                 refused,
                 reason,
-            }) => self.fall_back(before, &refused, &reason, report).await,
+                is_after_hold: false,
+            }) => {
+                let problem = format!("version {} is refused: {reason}", refused.version);
+                self.fall_back(next, &refused, problem, report).await;
+            }
+            Some(What::Instead {
+                next,
+                refused,
+                reason,
+                is_after_hold: true,
+            }) => {
+                let version = next.version;
+                let problem = match self.hold() {
+                    Some(hold) if hold.version == refused.version => format!(
+                        "version {}, which is held in use, is refused: {reason}",
+                        hold.version
+                    ),
+                    Some(_) | None => format!("version {} is refused: {reason}", refused.version),
+                };
+                if let Verdict::Refused(reason) = &report.verdict {
+                    self.metrics.vault_failure("unusable");
+                    tracing::error!(account.id = %self.account, key = %self.name, version, %reason, "exchange rejected the version written after the hold began");
+                    let problem = format!(
+                        "version {version} was written after the hold began, and is refused: {reason}"
+                    );
+                    self.after_hold = Some(AfterHold {
+                        version,
+                        due: self.keyring.clock.boot() + until_next_test(),
+                        problem: Some(problem.clone()),
+                    });
+                    self.set_problem(problem);
+                }
+                self.fall_back(next, &refused, problem, report).await;
+            }
             Some(What::Candidate) => {
                 if let Some(next) = self.candidate.take() {
                     self.judge(next, report).await;
@@ -647,7 +735,9 @@ impl Watch {
             Verdict::Refused(reason) => {
                 self.test_again = TEST_AGAIN;
                 tracing::error!(account.id = %self.account, key = %self.name, version = serving.version, %reason, "the exchange refuses the key");
-                if !serving.is_proven() {
+                if self.hold().is_some() {
+                    self.try_after_hold(serving, reason.clone()).await;
+                } else if !serving.is_proven() {
                     self.try_before(serving, reason.clone()).await;
                 }
             }
@@ -679,33 +769,86 @@ impl Watch {
             return;
         }
         let key = Arc::clone(&before.key);
-        let what = What::Before {
-            before,
+        let what = What::Instead {
+            next: before,
             refused,
             reason,
+            is_after_hold: false,
+        };
+        self.begin(what, key, true);
+    }
+
+    /// What an admin holds in use, by the metadata that Vault has shown last.
+    fn hold(&self) -> Option<Hold> {
+        self.seen.as_ref().and_then(Metadata::hold)
+    }
+
+    /// Why the version that was written after the hold began does not serve in place of the held one.
+    fn problem_after_hold(&self) -> Option<String> {
+        let later = self.hold()?.later?;
+        let tried = self.after_hold.as_ref()?;
+        tried.problem.clone().filter(|_| tried.version == later)
+    }
+
+    /// The exchange refuses the key in memory while an admin holds a version in use: one that was written after that may be
+    /// good. An older one never follows by itself, since the admin went back past it.
+    async fn try_after_hold(&mut self, refused: Serving, reason: String) {
+        if self.running.is_some() || self.candidate.is_some() {
+            return;
+        }
+        let later = self.hold().and_then(|hold| hold.later);
+        let Some(version) = later.filter(|later| *later != refused.version) else {
+            return;
+        };
+        let now = self.keyring.clock.boot();
+        let is_tried = |tried: &AfterHold| tried.version == version && now < tried.due;
+        if self.after_hold.as_ref().is_some_and(is_tried) {
+            return;
+        }
+        self.after_hold = Some(AfterHold {
+            version,
+            due: now + self.test_again,
+            problem: None,
+        });
+        let next = match self.vault.read(&self.account, &self.name, version).await {
+            Ok(key) => Serving::new(Arc::new(key), version),
+            Err(VaultError::Unusable(problem)) => {
+                self.after_hold = Some(AfterHold {
+                    version,
+                    due: now + until_next_test(),
+                    problem: Some(problem.clone()),
+                });
+                return self.set_problem(problem);
+            }
+            Err(_) => return,
+        };
+        if let Err(error) = self.check_revoked(version, &next.key).await {
+            return self.set_problem(error.to_string());
+        }
+        let key = Arc::clone(&next.key);
+        let what = What::Instead {
+            next,
+            refused,
+            reason,
+            is_after_hold: true,
         };
         self.begin(what, key, true);
     }
 
     async fn fall_back(
         &mut self,
-        before: Serving,
+        next: Serving,
         refused: &Serving,
-        reason: &str,
+        problem: String,
         report: Report,
     ) {
         let is_there = |serving: Serving| Arc::ptr_eq(&serving.key, &refused.key);
         match report.verdict {
             Verdict::Good if self.serving().is_some_and(is_there) => {
-                if self
-                    .check_revoked(before.version, &before.key)
-                    .await
-                    .is_err()
-                {
+                if self.check_revoked(next.version, &next.key).await.is_err() {
                     return;
                 }
-                let problem = format!("version {} is refused: {reason}", refused.version);
-                self.put_to_use(Some(refused), before, Some(report)).await;
+                self.put_to_use(Some(refused), next, Some(report)).await;
                 self.set_problem(problem);
                 self.refused = Some(self.keyring.clock.boot() + until_next_test());
             }

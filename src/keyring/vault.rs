@@ -36,7 +36,7 @@ use self::connection::{Connection, caught_up, if_there, is_by_policy, reduce};
 pub use self::connection::{NOT_IN_ITS_WORDS, UNREACHABLE};
 use self::login::{Pass, Session};
 use self::metadata::ReadMetadata;
-pub use self::metadata::{Facts, Metadata, Notes, Pending};
+pub use self::metadata::{Facts, Hold, Metadata, NotedState, Notes, Pending, unknown_state};
 pub use self::write::{Registration, WriteError};
 use crate::ids::{AccountId, KeyName};
 use crate::kucoin::{Key, KeyVersion};

@@ -458,6 +458,10 @@ async fn what_is_wrong_with_vault_is_told() {
     let custom = [("state".to_owned(), "disabled".to_owned())];
     lab.vault.set_custom_metadata("kv", &path, custom.into());
     fails(&lab, of_key, "state=disabled", "set state=active").await;
+    let custom = [("state".to_owned(), "paused".to_owned())];
+    lab.vault.set_custom_metadata("kv", &path, custom.into());
+    let told = "its custom metadata says state=\"paused\", which is neither active nor disabled; risk-increasing requests are refused";
+    fails(&lab, of_key, told, "set state=active or state=disabled").await;
     lab.vault.set_custom_metadata("kv", &path, [].into());
 
     lab.vault

@@ -26,6 +26,7 @@ mod changes;
 mod conformance;
 mod forms;
 mod guards;
+mod hold;
 mod login;
 mod methods;
 mod outages;

@@ -20,7 +20,9 @@ use crate::clock::Clock;
 use crate::config::Config;
 use crate::ids::{AccountId, KeyName};
 use crate::keyring::vault::check::KV_V1;
-use crate::keyring::vault::{Auth, NOT_IN_ITS_WORDS, UNREACHABLE, Vault, VaultError};
+use crate::keyring::vault::{
+    Auth, Hold, NOT_IN_ITS_WORDS, NotedState, UNREACHABLE, Vault, VaultError, unknown_state,
+};
 use crate::policy::Policy;
 use crate::server::assembly;
 use crate::telemetry::chain;
@@ -196,9 +198,10 @@ async fn inside(
     for (account, name, read) in read {
         let about = format!("{account}/{name}");
         match read {
-            Ok(key) => {
+            Ok((key, notes)) => {
                 readable = Some((account, name));
                 found.push(key);
+                lines.extend(notes);
             }
             Err(Unread {
                 reason,
@@ -233,7 +236,12 @@ struct Unread {
     is_there: bool,
 }
 
-async fn read(vault: &Vault, account: &AccountId, name: &KeyName) -> Result<Found, Unread> {
+/// The key that is to be used, and what its metadata say that somebody should know.
+async fn read(
+    vault: &Vault,
+    account: &AccountId,
+    name: &KeyName,
+) -> Result<(Found, Vec<Line>), Unread> {
     let register = || format!("`credbroker keys register {account} --key {name}` puts one there");
     let why = |error: VaultError, is_there: bool| {
         let fix = match &error {
@@ -267,10 +275,32 @@ async fn read(vault: &Vault, account: &AccountId, name: &KeyName) -> Result<Foun
         fix,
         is_there: true,
     };
-    if metadata.is_disabled() {
-        let reason = "it is switched off: its custom metadata says state=disabled".to_owned();
-        let fix = "if that is over, set state=active in its custom metadata (deploy/vault/README.md, section 4)";
-        return Err(unread(reason, fix.to_owned()));
+    let about = format!("{account}/{name}");
+    let mut notes = Vec::new();
+    match metadata.state() {
+        NotedState::Active => {}
+        NotedState::Disabled(word) => {
+            let reason = format!("it is switched off: its custom metadata says state={word}");
+            let fix = "if that is over, set state=active in its custom metadata (deploy/vault/README.md, section 4)";
+            return Err(unread(reason, fix.to_owned()));
+        }
+        NotedState::Unknown(word) => {
+            let fix = "set state=active or state=disabled in its custom metadata (deploy/vault/README.md, section 4)";
+            notes.push(Line::failed(CHECK, &about, unknown_state(word), fix));
+        }
+    }
+    if let Some(Hold {
+        version, newest, ..
+    }) = metadata.hold()
+    {
+        let detail = format!(
+            "version {version} is held in use by use_version in its custom metadata, and version {newest} is not used"
+        );
+        let fix = format!(
+            "`credbroker keys rollback {account} --key {name} --newest` uses the newest version again, and so does the next \
+             key that is registered"
+        );
+        notes.push(Line::warning(CHECK, &about, detail, fix));
     }
     let version = metadata.wanted().map_err(|reason| {
         unread(
@@ -283,12 +313,13 @@ async fn read(vault: &Vault, account: &AccountId, name: &KeyName) -> Result<Foun
     })?;
     let key = vault.read(account, name, version).await;
     let key = Arc::new(key.map_err(|error| why(error, true))?);
-    Ok(Found {
+    let found = Found {
         account: account.clone(),
         name: name.clone(),
         version,
         key,
-    })
+    };
+    Ok((found, notes))
 }
 
 /// A wrapped secret id can be had once, and the broker needs it.

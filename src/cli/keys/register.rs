@@ -24,7 +24,9 @@ use crate::cli::text::{Style, paragraph};
 use crate::cli::{CONFIG, DONE, printable, say, show};
 use crate::clock::Clock;
 use crate::ids::{AccountId, AdminId, KeyName};
-use crate::keyring::vault::{Facts, Metadata, Notes, Registration, Vault, VaultError, WriteError};
+use crate::keyring::vault::{
+    Facts, Metadata, NotedState, Notes, Registration, Vault, VaultError, WriteError, unknown_state,
+};
 use crate::kucoin::{KeyVersion, Scope, key_info};
 use crate::process::harden;
 use crate::secret::{KeyValues, PartnerKey};
@@ -315,15 +317,19 @@ impl Place {
                 format!("`credbroker keys register {account} --key {key}` registers the first one"),
             ));
         }
-        if found.is_disabled() && !enable {
-            return Err(Failure::new(
+        match found.state() {
+            NotedState::Disabled(word) if !enable => Err(Failure::new(
                 format!(
-                    "{self} is disabled in Vault (state=disabled), and a new key would be switched on with it; nothing was stored"
+                    "{self} is disabled in Vault (state={word}), and a new key would be switched on with it; nothing was stored"
                 ),
                 "find out who has disabled it and why; --enable registers a key and switches it on",
-            ));
+            )),
+            NotedState::Unknown(word) if !enable => Err(Failure::new(
+                format!("{self}: {}; nothing was stored", unknown_state(word)),
+                "find out what was meant; --enable registers a key and sets state=active",
+            )),
+            NotedState::Active | NotedState::Disabled(_) | NotedState::Unknown(_) => Ok(()),
         }
-        Ok(())
     }
 
     /// Adds to `test` what is wrong with the key beside others that Vault has.

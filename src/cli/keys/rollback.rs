@@ -67,7 +67,11 @@ async fn rollback(options: &Options) -> Result<u8, Failure> {
         vault: &vault,
         version,
     };
-    step.note(change).await?;
+    let notes = match change {
+        Some(version) => Notes::hold(version, found.current_version),
+        None => Notes::newest(),
+    };
+    step.note(&notes).await?;
     let state = door
         .refresh(account, &key)
         .await
@@ -77,8 +81,7 @@ async fn rollback(options: &Options) -> Result<u8, Failure> {
         return Ok(step.tell(options, &before, &state));
     }
     // What a restart would use must not be a version that the broker does not take.
-    let back = found.use_version().and_then(|noted| noted.parse().ok());
-    step.note(back).await?;
+    step.note(&Notes::as_before(&found)).await?;
     // So that its status tells of what is wanted now.
     let _ = door.refresh(account, &key).await;
     let used = match state.version {
@@ -135,9 +138,8 @@ struct Step<'a> {
 }
 
 impl Step<'_> {
-    async fn note(&self, version: Option<u64>) -> Result<(), Failure> {
-        let notes = Notes::use_version(version);
-        let written = self.vault.note(self.account, self.key, &notes).await;
+    async fn note(&self, notes: &Notes) -> Result<(), Failure> {
+        let written = self.vault.note(self.account, self.key, notes).await;
         written.map(drop).map_err(|error| {
             Failure::new(
                 format!(
@@ -180,7 +182,7 @@ impl Step<'_> {
         if !options.newest {
             let undo = format!(
                 "credbroker keys rollback {account} --key {key} --newest; the next key that is registered ends it as well. Until \
-                 then no version that is written by hand is used."
+                 then a version that is written by hand is used only if KuCoin refuses this one."
             );
             text += &paragraph("undo: ", &undo);
         }

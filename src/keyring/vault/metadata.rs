@@ -1,7 +1,7 @@
 //! What Vault says about a key beside its values: its versions, and what admins have noted in custom metadata.
 //!
-//! Of the notes, `state` and `use_version` are authority. The others are hints: what was found out when a version was
-//! registered (`for_version` says which), and which version somebody was about to write.
+//! Of the notes, `state` and `use_version` are authority, and `hold` says when `use_version` began. The others are hints: what
+//! was found out when a version was registered (`for_version` says which), and which version somebody was about to write.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -15,11 +15,24 @@ pub(super) const MAX_NOTES: usize = 64;
 /// How long a note may be, in bytes.
 const MAX_NOTE_BYTES: usize = 512;
 
+/// Words of the note `state` that switch a key off, in any case.
+const OFF: [&str; 4] = ["disable", "disabled", "off", "revoked"];
+
+/// The word of the note `state` for a key that is on, in any case.
+const ACTIVE: &str = "active";
+
+/// How much of a word that is not known is shown.
+const SHOWN_CHARS: usize = 40;
+
+/// Stands in the note `hold` between the version that is held and the newest one when that began.
+const SINCE: &str = " since ";
+
 /// Stands where a note was cut.
 const CUT: &str = "...";
 
 const STATE: &str = "state";
 const USE_VERSION: &str = "use_version";
+const HOLD: &str = "hold";
 const FOR_VERSION: &str = "for_version";
 const KEY_SHA256: &str = "key_sha256";
 const UID: &str = "uid";
@@ -55,10 +68,72 @@ pub struct Pending<'a> {
     pub key_sha256: &'a str,
 }
 
+/// What the note `state` says of a key. Authority.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum NotedState<'a> {
+    /// `active`, or no such note.
+    Active,
+    /// A word that switches the key off, as it was written.
+    Disabled(&'a str),
+    /// Any other word: somebody meant something by it, and until that is known the key signs nothing risk-increasing.
+    Unknown(&'a str),
+}
+
+/// A version that an admin holds in use in place of the newest (`keys rollback`).
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Hold {
+    /// The version that is held.
+    pub version: u64,
+    /// The newest version that is there.
+    pub newest: u64,
+    /// The newest version that was written after the hold began, if there is one and its beginning is noted.
+    pub later: Option<u64>,
+}
+
+/// What is told of a state word that is not known.
+pub fn unknown_state(word: &str) -> String {
+    let shown: String = word.chars().take(SHOWN_CHARS).collect();
+    format!(
+        "its custom metadata says state={shown:?}, which is neither active nor disabled; risk-increasing requests are refused"
+    )
+}
+
 impl Metadata {
-    /// Whether an admin has switched the key off. Authority.
-    pub fn is_disabled(&self) -> bool {
-        self.note(STATE) == Some("disabled")
+    /// Whether an admin has switched the key on or off. Authority.
+    pub fn state(&self) -> NotedState<'_> {
+        let Some(word) = self.note(STATE).map(str::trim) else {
+            return NotedState::Active;
+        };
+        let is = |known: &str| word.eq_ignore_ascii_case(known);
+        if is(ACTIVE) {
+            NotedState::Active
+        } else if OFF.into_iter().any(is) {
+            NotedState::Disabled(word)
+        } else {
+            NotedState::Unknown(word)
+        }
+    }
+
+    /// The version that an admin holds in use; none where it is the newest one, or not there.
+    pub fn hold(&self) -> Option<Hold> {
+        let version = self
+            .use_version()?
+            .parse()
+            .ok()
+            .filter(|&version| self.has(version))?;
+        let newest = self.before(u64::MAX).filter(|newest| *newest != version)?;
+        // A note of an earlier hold says nothing of this one.
+        let began_at = |note: &str| {
+            let (held, newest) = note.split_once(SINCE)?;
+            let is_this = held.parse::<u64>().ok() == Some(version);
+            newest.parse::<u64>().ok().filter(|_| is_this)
+        };
+        let began_at = self.note(HOLD).and_then(began_at);
+        Some(Hold {
+            version,
+            newest,
+            later: began_at.and_then(|began_at| Some(newest).filter(|newest| *newest > began_at)),
+        })
     }
 
     /// The version that an admin wants used in place of the newest, as it is noted. Authority.
@@ -265,7 +340,7 @@ impl Notes {
         let facts = facts.texts().map(|(name, text)| (name, known(text)));
         notes.0.extend(facts);
         notes.0.insert(FOR_VERSION, Some(version.to_string()));
-        notes.0.insert(USE_VERSION, None);
+        notes.0.extend(Self::newest().0);
         notes
     }
 
@@ -282,10 +357,23 @@ impl Notes {
         self
     }
 
-    /// Which version is to be used; none: the newest.
-    pub fn use_version(version: Option<u64>) -> Self {
-        let version = version.map(|version| version.to_string());
-        Self(BTreeMap::from([(USE_VERSION, version)]))
+    /// The newest version is to be used.
+    pub fn newest() -> Self {
+        Self(BTreeMap::from([(USE_VERSION, None), (HOLD, None)]))
+    }
+
+    /// This version is to be used, while `newest` is the newest one: what is written later may follow it once it is dead.
+    pub fn hold(version: u64, newest: u64) -> Self {
+        Self(BTreeMap::from([
+            (USE_VERSION, Some(version.to_string())),
+            (HOLD, Some(format!("{version}{SINCE}{newest}"))),
+        ]))
+    }
+
+    /// Whichever version was to be used in `before`.
+    pub fn as_before(before: &Metadata) -> Self {
+        let note = |name| (name, before.note(name).map(str::to_owned));
+        Self([USE_VERSION, HOLD].map(note).into())
     }
 }
 
@@ -362,9 +450,60 @@ mod tests {
     }
 
     #[test]
+    fn state_word_is_read_in_any_case_and_an_unknown_one_is_not_taken_for_active() {
+        let state = |word: &str| metadata(&json!({ "state": word }));
+        assert_eq!(metadata(&json!({})).state(), NotedState::Active);
+        for word in ["active", "Active", " ACTIVE "] {
+            assert_eq!(state(word).state(), NotedState::Active);
+        }
+        for word in ["disabled", "Disable", "OFF", "revoked"] {
+            assert_eq!(state(word).state(), NotedState::Disabled(word));
+        }
+        for word in ["paused", "", "disabled!", "inactive", "aktiv"] {
+            assert_eq!(state(word).state(), NotedState::Unknown(word));
+        }
+        let hostile = unknown_state(&format!("\u{202e}\n\u{1b}[2J{}", "x".repeat(500)));
+        assert!(
+            hostile.len() < 250 && !hostile.contains(char::is_control),
+            "{hostile}"
+        );
+        assert!(!hostile.contains('\u{202e}'), "{hostile}");
+    }
+
+    #[test]
+    fn only_a_version_above_the_one_at_which_the_hold_began_is_later() {
+        let version = json!({ "created_time": "2026-01-02T03:04:05Z", "deletion_time": "", "destroyed": false });
+        let versions: HashMap<_, _> = (1..=4)
+            .map(|number| (number.to_string(), &version))
+            .collect();
+        let found = |notes: serde_json::Value| {
+            let metadata =
+                json!({ "current_version": 4, "versions": versions, "custom_metadata": notes });
+            let metadata: Metadata = serde_json::from_value(metadata).unwrap();
+            metadata
+                .hold()
+                .map(|hold| (hold.version, hold.newest, hold.later))
+        };
+        let since = |since: &str| found(json!({ "use_version": "2", "hold": since }));
+        assert_eq!(since("2 since 3"), Some((2, 4, Some(4))));
+        assert_eq!(since("2 since 4"), Some((2, 4, None)));
+        for strange in ["1 since 3", "2 since", "2 since x", "since 3", ""] {
+            assert_eq!(since(strange), Some((2, 4, None)), "{strange}");
+        }
+        assert_eq!(found(json!({ "use_version": "2" })), Some((2, 4, None)));
+        for none in ["4", "7", "two"] {
+            assert_eq!(
+                found(json!({ "use_version": none, "hold": "4 since 4" })),
+                None
+            );
+        }
+        assert_eq!(found(json!({ "hold": "2 since 3" })), None);
+    }
+
+    #[test]
     fn a_registration_replaces_all_that_was_known_of_the_version_before_and_nothing_else() {
         let before = metadata(&json!({
-            "owner": "desk", "state": "active", "use_version": "2", "uid": "1", "ip_whitelist": "192.0.2.1",
+            "owner": "desk", "state": "active", "use_version": "2", "hold": "2 since 3", "uid": "1", "ip_whitelist": "192.0.2.1",
             "for_version": "2", "pending_version": "3", "pending_sha256": "ab",
         }));
         let facts = Facts {

@@ -2,11 +2,14 @@
 
 use std::collections::BTreeMap;
 
+use credbroker::api::proto::Outcome;
 use credbroker_sim::vault::{Fault, FaultRule};
 use serde_json::{Value, json};
 
 use super::{NO_ANSWER, Setup, answered, asked, key, put};
-use crate::harness::{kv_path, secret, until};
+use crate::harness::{
+    Lab, Settings, accounts, failure, kv_path, secret, spot_cancel_all, spot_order, until,
+};
 
 #[tokio::test]
 async fn keys_are_read_at_start_and_no_call_of_a_bot_asks_vault() {
@@ -104,6 +107,98 @@ async fn a_key_that_its_metadata_disables_is_evicted_until_they_say_active() {
         .set_custom_metadata("kv", &path, state("active"));
     rig.until_restored(2).await;
     rig.end().await;
+}
+
+#[tokio::test]
+async fn every_word_for_off_evicts_the_key_in_any_case() {
+    let rig = Setup::new(&["main"]).await.ready().await;
+    let path = kv_path("main", "main");
+    for word in [
+        "disable",
+        "off",
+        "revoked",
+        "Disabled",
+        "DISABLED",
+        "Off",
+        "REVOKED",
+        " disabled ",
+    ] {
+        let note = |word: &str| BTreeMap::from([("state".to_owned(), word.to_owned())]);
+        rig.vault().set_custom_metadata("kv", &path, note(word));
+        let told = format!("its metadata in Vault says state={}", word.trim());
+        rig.until_evicted(&told).await;
+        rig.vault().set_custom_metadata("kv", &path, note("Active"));
+        rig.until_restored(1).await;
+    }
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn unknown_state_word_refuses_risk_increasing_calls_only() {
+    let mut lab = Lab::start().await;
+    let mut bot = lab.patient_bot("maker").await;
+    let path = kv_path("main", "main");
+    let set = |word: &str| {
+        let note = BTreeMap::from([("state".to_owned(), word.to_owned())]);
+        lab.vault.set_custom_metadata("kv", &path, note);
+    };
+    for word in ["paused", "disabled?", "0", ""] {
+        set(word);
+        let told = format!(
+            "its custom metadata says state={word:?}, which is neither active nor disabled; risk-increasing requests \
+             are refused"
+        );
+        until("a new order is refused", async || {
+            lab.get("/readyz").await.1.contains(&told)
+        })
+        .await;
+        let status = bot.send(spot_order("never")).await.unwrap_err();
+        assert_eq!(failure(&status).1, "KEY_UNAVAILABLE", "{status:?}");
+        assert!(status.message().contains(&told), "{status:?}");
+        assert_eq!(
+            bot.send(spot_cancel_all()).await.unwrap().outcome(),
+            Outcome::Accepted
+        );
+        assert_eq!(
+            bot.send(accounts()).await.unwrap().outcome(),
+            Outcome::Accepted
+        );
+        // One word for it in the list and the metric, and its sentence.
+        let (status, reasons) = super::succession::status(&lab).await;
+        assert_eq!(status, "frozen", "{reasons:?}");
+        assert!(reasons.iter().any(|reason| reason.contains(&told)));
+        assert_eq!(lab.get("/readyz").await.0, 200, "others still trade");
+        set("active");
+        until("orders go again", async || {
+            let order = spot_order(&format!("again{}", word.len()));
+            bot.clone().send(order).await.is_ok()
+        })
+        .await;
+    }
+    assert!(
+        lab.kucoin
+            .received()
+            .iter()
+            .all(|request| !String::from_utf8_lossy(&request.body).contains("never"))
+    );
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn unknown_state_word_is_known_before_the_first_order_after_a_start() {
+    let mut lab = Lab::install(&Settings::default()).await;
+    let note = BTreeMap::from([("state".to_owned(), "paused".to_owned())]);
+    lab.vault
+        .set_custom_metadata("kv", &kv_path("main", "main"), note);
+    lab.start_broker().await;
+    let mut bot = lab.patient_bot("maker").await;
+    until("the key is read", async || {
+        bot.clone().send(accounts()).await.is_ok()
+    })
+    .await;
+    let status = bot.send(spot_order("never")).await.unwrap_err();
+    assert_eq!(failure(&status).1, "KEY_UNAVAILABLE", "{status:?}");
+    lab.stop().await;
 }
 
 #[tokio::test]

@@ -284,11 +284,21 @@ async fn a_key_that_is_deleted_and_made_anew_is_told_from_the_old_one_by_more_th
 
 async fn a_key_that_is_disabled_is_evicted_until_it_is_active_again(stage: &Stage) {
     let rig = stage.broker().await;
-    stage.set_state("disabled").await;
-    rig.until_evicted("its metadata in Vault says state=disabled")
-        .await;
-    stage.set_state("active").await;
-    rig.until_restored(1).await;
+    for (off, on) in [("disabled", "active"), ("Off", "Active")] {
+        stage.set_state(off).await;
+        rig.until_evicted(&format!("its metadata in Vault says state={off}"))
+            .await;
+        stage.set_state(on).await;
+        rig.until_restored(1).await;
+    }
+    stage.set_state("paused").await;
+    rig.serves_until(1, "the unknown word shows", async || {
+        let (_, text) = rig.lab.get("/readyz").await;
+        text.contains(
+            "its custom metadata says state=\"paused\", which is neither active nor disabled",
+        )
+    })
+    .await;
     rig.end().await;
 }
 

@@ -25,7 +25,7 @@ fn key(number: u64) -> SimKey {
 }
 
 /// Account `main` has its first key, registered as it should be.
-async fn with_first_key() -> (Lab, SimKey, Held) {
+pub(super) async fn with_first_key() -> (Lab, SimKey, Held) {
     let lab = lab(Settings {
         keys: vec![("other", "main", 1002)],
         wait_ready: false,
@@ -40,23 +40,23 @@ async fn with_first_key() -> (Lab, SimKey, Held) {
 }
 
 /// A key that the exchange knows.
-fn known(lab: &Lab, number: u64) -> SimKey {
+pub(super) fn known(lab: &Lab, number: u64) -> SimKey {
     let key = key(number);
     lab.kucoin.add_key(key.clone());
     key
 }
 
-async fn rotate(lab: &Lab, key: &SimKey) -> (i32, String) {
+pub(super) async fn rotate(lab: &Lab, key: &SimKey) -> (i32, String) {
     run(lab, &["keys", "rotate", "main"], key, &lines(key)).await
 }
 
-async fn rollback(lab: &Lab, more: &[&str]) -> (i32, String) {
+pub(super) async fn rollback(lab: &Lab, more: &[&str]) -> (i32, String) {
     let words = [&["keys", "rollback", "main"], more].concat();
     run(lab, &words, &key(1), "").await
 }
 
 /// The key that signs for a bot now.
-async fn signer(lab: &Lab, bot: &mut Bot<Patient>) -> String {
+pub(super) async fn signer(lab: &Lab, bot: &mut Bot<Patient>) -> String {
     let answer = bot.send(accounts()).await.unwrap();
     assert_eq!(answer.outcome(), Outcome::Accepted, "{answer:?}");
     let received = lab.kucoin.received();
@@ -197,7 +197,7 @@ async fn an_admin_goes_back_a_version_and_on_again_and_only_to_versions_that_are
         &[
             "main/main: version 1 is in use (id SHA-256 ",
             "Version 2 signs no more.",
-            "undo: credbroker keys rollback main --key main --newest; the next key that is registered ends it as well. Until then no version that is written by hand is used.",
+            "undo: credbroker keys rollback main --key main --newest; the next key that is registered ends it as well. Until then a version that is written by hand is used only if KuCoin refuses this one.",
         ],
     );
     assert_eq!(signer(&lab, &mut bot).await, first.api_key);

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use credbroker::ids::{AccountId, KeyName};
 use credbroker::keyring::vault::{
-    Auth, Facts, Metadata, Notes, Pending, Registration, Vault, VaultError, VaultSettings,
-    WriteError,
+    Auth, Facts, Metadata, NotedState, Notes, Pending, Registration, Vault, VaultError,
+    VaultSettings, WriteError,
 };
 use credbroker::kucoin::KeyVersion;
 use credbroker::secret::{ApiSecret, KeyValues, PartnerKey, Passphrase};
@@ -28,6 +28,10 @@ on_both! {
     notes_are_changed_one_by_one_and_those_of_others_stay
     notes_are_kept_short_and_few_enough_for_vault
     two_who_note_something_at_once_both_see_it_kept
+}
+
+fn is_disabled(noted: &Metadata) -> bool {
+    matches!(noted.state(), NotedState::Disabled(_))
 }
 
 /// A Vault with a mount that wants check-and-set, and an admin's way to it.
@@ -259,7 +263,7 @@ async fn notes_are_changed_one_by_one_and_those_of_others_stay(stage: &Stage) {
     let registered = Notes::registered(1, &registration(1).facts);
     let noted = note(admin, &registered).await.unwrap();
     assert_eq!(noted.note("owner"), Some("desk"));
-    assert!(noted.is_disabled());
+    assert!(is_disabled(&noted));
     assert_eq!(noted.use_version(), None);
     assert_eq!((noted.for_version(), noted.pending()), (Some(1), None));
     assert_eq!(
@@ -268,11 +272,11 @@ async fn notes_are_changed_one_by_one_and_those_of_others_stay(stage: &Stage) {
     );
 
     let noted = note(admin, &Notes::state(true)).await.unwrap();
-    assert!(!noted.is_disabled());
-    let noted = note(admin, &Notes::use_version(Some(1))).await.unwrap();
+    assert!(!is_disabled(&noted));
+    let noted = note(admin, &Notes::hold(1, 1)).await.unwrap();
     assert_eq!(noted.use_version(), Some("1"));
     let before = api.call("GET", &path, Value::Null).await["data"].clone();
-    note(admin, &Notes::use_version(Some(1))).await.unwrap();
+    note(admin, &Notes::hold(1, 1)).await.unwrap();
     let after = api.call("GET", &path, Value::Null).await["data"].clone();
     assert_eq!(before, after, "what is noted already is not written again");
     assert_eq!(after["custom_metadata"]["owner"], "desk");
@@ -306,7 +310,7 @@ async fn two_who_note_something_at_once_both_see_it_kept(stage: &Stage) {
     for version in 1..=10 {
         let (switched, using) = (
             Notes::state(version % 2 == 0),
-            Notes::use_version(Some(version)),
+            Notes::hold(version, version),
         );
         let (one, other) = tokio::join!(note(&stage.admin, &switched), note(&stage.admin, &using));
         one.unwrap();
@@ -316,7 +320,7 @@ async fn two_who_note_something_at_once_both_see_it_kept(stage: &Stage) {
             .metadata(&account("main"), &main_key())
             .await
             .unwrap();
-        assert_eq!(noted.is_disabled(), version % 2 == 1);
+        assert_eq!(is_disabled(&noted), version % 2 == 1);
         assert_eq!(noted.use_version(), Some(version.to_string().as_str()));
     }
 }
@@ -437,7 +441,7 @@ async fn a_note_whose_answer_is_lost_is_looked_for_and_made_again() {
     for fault in [Fault::HalfBody, Fault::Close] {
         let (vault, admin, _token) = faulty(on_note(fault).times(1)).await;
         let noted = note(&admin, &Notes::state(false)).await.unwrap();
-        assert!(noted.is_disabled() && noted.pending().is_some());
+        assert!(is_disabled(&noted) && noted.pending().is_some());
         vault.fault(on_note(Fault::Close));
         let error = note(&admin, &Notes::state(true)).await.unwrap_err();
         assert!(matches!(error, WriteError::Unclear(_)), "{error:?}");
@@ -455,10 +459,10 @@ async fn a_note_that_arrives_after_somebody_elses_does_not_undo_it() {
             vault.requests().iter().any(is_note)
         })
         .await;
-        note(&admin, &Notes::use_version(Some(7))).await.unwrap();
+        note(&admin, &Notes::hold(7, 7)).await.unwrap();
     };
     let (late, ()) = tokio::join!(note(&admin, &disabled), others);
     let noted = late.unwrap();
-    assert!(noted.is_disabled());
+    assert!(is_disabled(&noted));
     assert_eq!(noted.use_version(), Some("7"));
 }
