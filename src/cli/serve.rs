@@ -4,6 +4,7 @@ use std::io;
 use std::path::Path;
 
 use anyhow::{Context, anyhow};
+use rustix::process::Signal;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::text::counted;
@@ -52,6 +53,7 @@ fn serve(config: Config) -> anyhow::Result<u64> {
         .build()
         .context("no runtime")?;
     let ended = runtime.block_on(async {
+        ignore_signals().context("no signal handler")?;
         let mut server = Server::start(config).await?;
         let failure = tokio::select! {
             signal = stop_signal() => {
@@ -85,17 +87,33 @@ fn requests(number: u64) -> String {
 async fn stop_signal() -> io::Result<&'static str> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    // Its default would end the process; files that change are noticed without it.
-    let mut hangup = signal(SignalKind::hangup())?;
-    tokio::spawn(async move {
-        while hangup.recv().await.is_some() {
-            tracing::info!(
-                "SIGHUP: nothing to do, changed and rotated files are noticed without it"
-            );
-        }
-    });
+    let mut quit = signal(SignalKind::quit())?;
     Ok(tokio::select! {
         _ = terminate.recv() => "SIGTERM",
         _ = interrupt.recv() => "SIGINT",
+        _ = quit.recv() => "SIGQUIT",
     })
+}
+
+/// Takes signals whose default would end the process with calls in flight.
+fn ignore_signals() -> io::Result<()> {
+    for (name, kind) in [
+        ("SIGHUP", SignalKind::hangup()),
+        ("SIGUSR1", SignalKind::user_defined1()),
+        ("SIGUSR2", SignalKind::user_defined2()),
+    ] {
+        let mut received = signal(kind)?;
+        tokio::spawn(async move {
+            while received.recv().await.is_some() {
+                tracing::info!(
+                    signal = name,
+                    "signal ignored; changed and rotated files are noticed without it"
+                );
+            }
+        });
+    }
+    // The write past a file size limit (RLIMIT_FSIZE) fails as well, and that is logged; the handler stays without its
+    // receiver.
+    drop(signal(SignalKind::from_raw(Signal::XFSZ.as_raw()))?);
+    Ok(())
 }

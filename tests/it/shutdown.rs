@@ -56,6 +56,37 @@ async fn sigterm_finishes_what_is_in_flight_and_exits_0() {
 }
 
 #[tokio::test]
+async fn signals_of_log_rotation_end_nothing() {
+    let mut lab = lab("").await;
+    let call = order_under_way(&lab, FaultAction::Delay { ms: 500 }).await;
+    for signal in ["HUP", "USR1", "USR2"] {
+        lab.process().signal(signal);
+        let process = lab.process.as_ref().unwrap();
+        until(&format!("SIG{signal} is logged"), async || {
+            let log = process.log();
+            let mut lines = log.lines().filter(|line| line.contains("signal ignored"));
+            lines.any(|line| line.contains(&format!("\"SIG{signal}\"")))
+        })
+        .await;
+    }
+    assert_eq!(call.await.unwrap().unwrap().code, "200000");
+    lab.bot("maker").await.send(accounts()).await.unwrap();
+    lab.process().terminate();
+    assert_eq!(lab.process().exit_code().await, Some(0));
+    lab.check_record();
+}
+
+#[tokio::test]
+async fn sigquit_finishes_what_is_in_flight() {
+    let mut lab = lab("").await;
+    let call = order_under_way(&lab, FaultAction::Delay { ms: 500 }).await;
+    lab.process().signal("QUIT");
+    assert_eq!(call.await.unwrap().unwrap().code, "200000");
+    assert_eq!(lab.process().exit_code().await, Some(0));
+    lab.check_record();
+}
+
+#[tokio::test]
 async fn a_request_that_nobody_knows_the_end_of_is_recorded_and_exits_1() {
     let mut lab = lab("[limits]\ndrain_timeout_ms = 200").await;
     let call = order_under_way(
