@@ -2,6 +2,7 @@
 //!
 //! A record, not a log: it holds digests and masked targets, never bodies, secrets or signatures.
 
+use std::borrow::Cow;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -9,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use sha2::{Digest, Sha256};
 
 use crate::clock::Clock;
@@ -18,6 +19,7 @@ use crate::kucoin::{Scope, UnsignedRequest};
 use crate::outcome::{Outcome, Reason};
 use crate::policy::Permit;
 use crate::telemetry::Metrics;
+use crate::text::{MAX_CHARS, clean, clean_json};
 
 /// How often written lines are flushed to the disk: what a power cut can take.
 const SYNC_EVERY: Duration = Duration::from_millis(500);
@@ -33,6 +35,12 @@ const MAX_DENIED_OIDS: usize = 5;
 
 /// KuCoin takes 40 characters.
 const MAX_CLIENT_OID_CHARS: usize = 64;
+
+/// Characters of the exchange's `code`: KuCoin's have 6.
+pub const MAX_CODE_CHARS: usize = 64;
+
+/// No line is longer: the longest are orders of [`MAX_CLIENT_OIDS`], and targets of a few kilobytes.
+const MAX_LINE_BYTES: u64 = 128 * 1024;
 
 /// The audit file.
 #[derive(Debug)]
@@ -75,14 +83,14 @@ pub struct Ending<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<Reason>,
     /// What the bot was told beside the reason.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(serialize_with = "cleaned", skip_serializing_if = "Option::is_none")]
     pub detail: Option<String>,
     /// HTTP status of the answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub http_status: Option<u16>,
-    /// `code` of the answer.
+    /// `code` of the answer, cleaned and cut after [`MAX_CODE_CHARS`].
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub code: Option<&'a str>,
+    pub code: Option<Cow<'a, str>>,
     /// The timestamp that was signed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub timestamp_ms: Option<i64>,
@@ -143,7 +151,7 @@ pub struct Act<'a> {
     /// `done` or `failed`; of a key `in_use`, `refused` or `gone`.
     pub outcome: &'static str,
     /// Why, or what else is to be known.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(serialize_with = "cleaned", skip_serializing_if = "Option::is_none")]
     pub detail: Option<String>,
 }
 
@@ -206,7 +214,16 @@ struct ChangeLine<'a> {
     sha256_after: String,
     outcome: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
-    detail: Option<&'a str>,
+    detail: Option<Cow<'a, str>>,
+}
+
+/// Says that the line before it was cut off.
+#[derive(Serialize)]
+struct TornLine<'a> {
+    event: &'static str,
+    time_ms: i64,
+    run: &'a str,
+    detail: &'static str,
 }
 
 /// What was asked.
@@ -314,7 +331,7 @@ impl Audit {
             sha256_before: change.before.map(|digest| hex(digest)),
             sha256_after: hex(change.after),
             outcome: change.outcome,
-            detail: change.detail.as_deref(),
+            detail: change.detail.as_ref().map(|text| clean(text, MAX_CHARS)),
         };
         let text = serde_json::to_string(&line);
         // `append` has logged what it could not write.
@@ -380,6 +397,8 @@ impl Audit {
         }
         match open(&self.path).and_then(Appender::new) {
             Ok(new) => {
+                // The next line goes to the new file, so that nothing else completes the old one.
+                let _ = file.complete(&self.clock);
                 let run = std::mem::take(&mut file.run);
                 self.report(file.file.sync_data());
                 *file = Appender { run, ..new };
@@ -433,8 +452,13 @@ impl Audit {
         self.append(&mut file, text)
     }
 
-    fn append(&self, file: &mut Appender, mut text: String) -> io::Result<()> {
-        let result = file.append(&mut text);
+    fn append(&self, file: &mut Appender, text: String) -> io::Result<()> {
+        let mut text = match clean_json(&text) {
+            Cow::Borrowed(_) => text,
+            Cow::Owned(cleaned) => cleaned,
+        };
+        text.push('\n');
+        let result = file.append(&text, &self.clock);
         match &result {
             Ok(()) => {
                 if file.failure.take().is_some() {
@@ -489,6 +513,13 @@ fn open(path: &Path) -> io::Result<File> {
         .open(path)
 }
 
+/// Writes a text of others, cleaned and cut.
+#[expect(clippy::ref_option, reason = "serde calls it so")]
+fn cleaned<S: Serializer>(text: &Option<String>, serializer: S) -> Result<S::Ok, S::Error> {
+    let text = text.as_ref().map(|text| clean(text, MAX_CHARS));
+    text.serialize(serializer)
+}
+
 /// Appends whole lines.
 #[derive(Debug)]
 struct Appender {
@@ -501,15 +532,9 @@ struct Appender {
 }
 
 impl Appender {
-    fn new(mut file: File) -> io::Result<Self> {
-        let mut torn = false;
+    fn new(file: File) -> io::Result<Self> {
         // A crash can leave half a line behind; devices have no end to look at.
-        if !file.metadata()?.file_type().is_char_device() && file.seek(SeekFrom::End(0))? > 0 {
-            let mut last = [0];
-            file.seek(SeekFrom::End(-1))?;
-            file.read_exact(&mut last)?;
-            torn = last != *b"\n";
-        }
+        let torn = !file.metadata()?.file_type().is_char_device() && !unfinished(&file)?.is_empty();
         Ok(Self {
             file,
             run: String::new(),
@@ -518,18 +543,54 @@ impl Appender {
         })
     }
 
-    fn append(&mut self, line: &mut String) -> io::Result<()> {
-        if self.torn {
-            line.insert(0, '\n');
+    /// Appends a line, which ends with its line feed. A line that was cut off before it is completed first.
+    fn append(&mut self, line: &str, clock: &Clock) -> io::Result<()> {
+        self.complete(clock)?;
+        self.write(line.as_bytes())
+    }
+
+    /// Completes a line that was cut off, so that it parses and says `"torn":true`, and adds a line that tells why.
+    fn complete(&mut self, clock: &Clock) -> io::Result<()> {
+        if !self.torn {
+            return Ok(());
         }
-        line.push('\n');
-        let mut rest = line.as_bytes();
+        // Read again, since `doctor` may have appended to the same file meanwhile.
+        let unfinished = unfinished(&self.file)?;
+        if unfinished.is_empty() {
+            self.torn = false;
+            return Ok(());
+        }
+        let (mut rest, detail) = match rest_of_line(&unfinished) {
+            Some(rest) => (
+                rest,
+                "the line before was cut off by a full disk or a crash; what increases risk was not sent",
+            ),
+            None => (
+                Vec::new(),
+                "the line before is damaged and cannot be read; look at it with an editor",
+            ),
+        };
+        let marker = serde_json::to_string(&TornLine {
+            event: "torn",
+            time_ms: clock.wall_ms(),
+            run: &self.run,
+            detail,
+        })?;
+        rest.push(b'\n');
+        rest.extend(marker.as_bytes());
+        rest.push(b'\n');
+        self.write(&rest)
+    }
+
+    /// Writes whole lines, or the end of one and further ones.
+    fn write(&mut self, mut rest: &[u8]) -> io::Result<()> {
         while !rest.is_empty() {
             match self.file.write(rest) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(written) => {
-                    rest = rest.get(written..).unwrap_or_default();
-                    self.torn = !rest.is_empty();
+                    let (done, left) = rest.split_at_checked(written).unwrap_or((rest, &[]));
+                    self.torn = !done.ends_with(b"\n");
+                    rest = left;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
@@ -539,15 +600,81 @@ impl Appender {
     }
 }
 
+/// What a file ends with after its last line feed.
+fn unfinished(mut file: &File) -> io::Result<Vec<u8>> {
+    let length = file.seek(SeekFrom::End(0))?;
+    file.seek(SeekFrom::Start(length.saturating_sub(MAX_LINE_BYTES)))?;
+    let mut end = Vec::new();
+    file.take(MAX_LINE_BYTES).read_to_end(&mut end)?;
+    if let Some(line_feed) = end.iter().rposition(|byte| *byte == b'\n') {
+        end.drain(..=line_feed);
+    }
+    Ok(end)
+}
+
+/// What makes a JSON object of a line that was cut off at any byte, with `"torn":true` in it; nothing for a whole object.
+/// `None` where it is not the beginning of an object.
+fn rest_of_line(line: &[u8]) -> Option<Vec<u8>> {
+    /// The end of a character that was cut, for each of the forms of UTF-8 (RFC 3629, section 4).
+    const CHARACTER_ENDS: [&[u8]; 6] = [
+        b"",
+        b"\x80",
+        b"\x80\x80",
+        b"\x80\x80\x80",
+        b"\xa0\x80",
+        b"\x90\x80\x80",
+    ];
+    /// The end of a value, or of a name with a value; the last ones are those of `null`, `true` and `false`.
+    const VALUE_ENDS: [&str; 16] = [
+        "", "\"", "\":0", ":0", "0", "\\\"", "0000\"", "ull", "ll", "l", "rue", "ue", "e", "alse",
+        "lse", "se",
+    ];
+    let is_object = |text: &[u8]| serde_json::from_slice::<serde_json::Map<_, _>>(text).is_ok();
+    if is_object(line) {
+        return Some(Vec::new());
+    }
+    let (mut open, mut in_string, mut escaped) = (Vec::new(), false, false);
+    for byte in line {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            b'{' if !in_string => open.push(b'}'),
+            b'[' if !in_string => open.push(b']'),
+            b'}' | b']' if !in_string => {
+                open.pop();
+            }
+            _ => {}
+        }
+    }
+    // The outermost one ends after the mark.
+    let inner = open.get(1..)?.iter().rev();
+    for character in CHARACTER_ENDS {
+        for value in VALUE_ENDS {
+            for mark in [",\"torn\":true}", "\"torn\":true}"] {
+                let mut rest = character.to_vec();
+                rest.extend(value.as_bytes());
+                rest.extend(inner.clone());
+                rest.extend(mark.as_bytes());
+                if is_object(&[line, &rest].concat()) {
+                    return Some(rest);
+                }
+            }
+        }
+    }
+    None
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn half_a_line_of_a_crash_does_not_swallow_the_next() {
+    /// Writes one refusal to a file that ends as given; returns its lines.
+    fn lines_after(end: &[u8]) -> Vec<serde_json::Value> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("audit.jsonl");
-        std::fs::write(&path, "{\"event\":\"int").unwrap();
+        let before: &[u8] = b"{\"event\":\"act\"}\n";
+        std::fs::write(&path, [before, end].concat()).unwrap();
         let audit = Audit::open(&path, Arc::new(Clock::system()), Arc::default()).unwrap();
         let (who, request_id) = (Who::Bot("b".parse().unwrap()), "r".parse().unwrap());
         let caller = Caller {
@@ -564,12 +691,48 @@ mod tests {
                 ..Ending::default()
             },
         );
-        let text = std::fs::read_to_string(&path).unwrap();
-        let lines: Vec<_> = text.lines().collect();
-        assert_eq!(lines.len(), 2);
-        let line: serde_json::Value = serde_json::from_str(lines[1]).unwrap();
-        assert_eq!(line["reason"], "POLICY_DENIED");
-        assert!(text.ends_with('\n'));
+        let text = std::fs::read(&path).unwrap();
+        assert!(text.starts_with(&[before, end].concat()), "only appended");
+        assert!(text.ends_with(b"\n"));
+        let lines = text
+            .split(|byte| *byte == b'\n')
+            .filter(|line| !line.is_empty());
+        lines
+            .map(|line| serde_json::from_slice(line).unwrap_or_default())
+            .collect()
+    }
+
+    #[test]
+    fn every_line_parses_after_one_was_cut_off_at_any_byte() {
+        let line = r#"{"event":"intent","time_ms":-1792,"run":"5f","call":7,"bot":"spiffe://a/bot/ä€😀ࠀ","is":[true,false,null],"client_oids":["a\"\\b","c\u00e9"],"nested":{"x":[]}}"#;
+        for end in 1..line.len() {
+            let lines = lines_after(&line.as_bytes()[..end]);
+            let [_, torn, marker, next] = lines.as_slice() else {
+                panic!("{end}: {lines:?}")
+            };
+            assert_eq!(torn["torn"], true, "{end}: {torn}");
+            assert_eq!(marker["event"], "torn");
+            assert_eq!(next["reason"], "POLICY_DENIED");
+        }
+    }
+
+    #[test]
+    fn a_line_without_its_line_feed_is_whole() {
+        let lines = lines_after(br#"{"event":"intent","call":7}"#);
+        assert_eq!(lines[1], serde_json::json!({"event": "intent", "call": 7}));
+        assert_eq!((&lines[2]["event"], lines.len()), (&"torn".into(), 4));
+        assert_eq!(lines_after(b"").len(), 2);
+    }
+
+    #[test]
+    fn what_is_no_beginning_of_a_line_is_marked_and_swallows_nothing() {
+        for damaged in [&b"\0\0\0\0"[..], b"plain words", b"\xff{\"event", b"]"] {
+            let lines = lines_after(damaged);
+            assert_eq!(lines.len(), 4, "{damaged:?}");
+            let detail = lines[2]["detail"].as_str().unwrap();
+            assert!(detail.contains("damaged"), "{detail}");
+            assert_eq!(lines[3]["reason"], "POLICY_DENIED");
+        }
     }
 
     #[test]

@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
-use crate::audit::{Audit, Caller, Ending, Recorded};
+use crate::audit::{Audit, Caller, Ending, MAX_CODE_CHARS, Recorded};
 use crate::clock::{Clock, ClockUncertain};
 use crate::egress::proof::Proof;
 use crate::egress::{Answered, ConnectError, Egress, SendError};
@@ -42,6 +42,7 @@ use crate::outcome::{Outcome, Reason};
 use crate::policy::{Permit, Policy};
 use crate::restrictions::{KeyDigest, Restrictions};
 use crate::telemetry::{Metrics, chain};
+use crate::text::clean;
 
 use admission::{Admission, CallSlot};
 pub use error::{BrokerError, Overload};
@@ -589,7 +590,7 @@ impl Broker {
             reason,
             detail: ended.as_ref().err().map(ToString::to_string),
             http_status: answer.map(|receipt| receipt.answer.http_status.as_u16()),
-            code: answer.map(|receipt| receipt.answer.code.as_str()),
+            code: answer.map(|receipt| clean(&receipt.answer.code, MAX_CODE_CHARS)),
             timestamp_ms: answer.map(|receipt| receipt.timestamp_ms),
             duration_us: micros(call.arrived.elapsed()),
         };

@@ -1,8 +1,11 @@
 //! The record: a line before, a line after, and what happens when it cannot be written.
 
+use std::path::Path;
+
 use credbroker::api::proto::{Method, Outcome, QueryParameter, Scope};
 use credbroker::server::{Server, StartError};
-use serde_json::json;
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
+use serde_json::{Value, json};
 use tonic::Code;
 
 use crate::harness::{Lab, MAIN_UID, Settings, accounts, refusal, request, spot_order, until};
@@ -232,4 +235,105 @@ async fn a_record_that_is_renamed_or_removed_goes_on_in_a_new_file() {
     assert_eq!(events(&lab), 2);
     let left = lab.server.take().unwrap().stop().await;
     assert_eq!(left, 0);
+}
+
+/// From how many bytes on the broker's files are full; `None`: never.
+fn limit_files(lab: &Lab, bytes: Option<u64>) {
+    let id = lab.process.as_ref().unwrap().id();
+    let pid = Pid::from_raw(i32::try_from(id).unwrap());
+    let limit = Rlimit {
+        current: bytes,
+        maximum: None,
+    };
+    prlimit(pid, Resource::Fsize, limit).unwrap();
+}
+
+/// Waits until the broker has tested its keys: nothing but calls of bots is audited then.
+async fn until_tested(lab: &Lab) {
+    until("both keys are tested", async || {
+        let labels =
+            ["main", "other"].map(|account| format!("{{account=\"{account}\",key=\"main\"}}"));
+        let mut is_tested = true;
+        for labels in labels {
+            let name = format!("credbroker_key_tested_timestamp_seconds{labels}");
+            is_tested &= lab.metric(&name).await.is_some();
+        }
+        is_tested
+    })
+    .await;
+}
+
+/// Every line of an audit file; each one must parse.
+fn parsed(path: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(path).unwrap();
+    assert!(text.ends_with('\n'), "{text}");
+    let parse = |line: &str| serde_json::from_str(line).unwrap_or_else(|_| panic!("{line}"));
+    text.lines().map(parse).collect()
+}
+
+#[tokio::test]
+async fn a_full_disk_leaves_lines_that_all_parse() {
+    let mut lab = Lab::with(Settings {
+        process: true,
+        ..Settings::default()
+    })
+    .await;
+    until_tested(&lab).await;
+    let path = lab.path("state/audit.jsonl");
+    let length = || std::fs::metadata(&path).unwrap().len();
+    let mut bot = lab.bot("maker").await;
+    bot.send(accounts()).await.unwrap();
+    let torn = |lines: &[Value]| lines.iter().filter(|line| line["torn"] == true).count();
+    let markers = |lines: &[Value]| lines.iter().filter(|line| line["event"] == "torn").count();
+
+    // The next write while it runs.
+    let full = length() + 150;
+    limit_files(&lab, Some(full));
+    let refused = refusal(bot.send(spot_order("torn")).await);
+    assert_eq!(refused.1, "AUDIT_UNAVAILABLE");
+    assert_eq!(length(), full, "half a line");
+    assert_eq!(
+        refusal(bot.send(spot_order("full")).await).1,
+        "AUDIT_UNAVAILABLE"
+    );
+    assert_eq!(length(), full);
+    limit_files(&lab, None);
+    bot.send(spot_order("whole")).await.unwrap();
+    let lines = parsed(&path);
+    assert_eq!((torn(&lines), markers(&lines)), (1, 1));
+    let at = lines.iter().position(|line| line["torn"] == true).unwrap();
+    let events = (&lines[at]["event"], &lines[at + 1]["event"]);
+    assert_eq!(events, (&json!("intent"), &json!("torn")));
+
+    // The next start.
+    limit_files(&lab, Some(length() + 70));
+    refusal(bot.send(spot_order("torn-again")).await);
+    lab.process().signal("KILL");
+    lab.process().exit_code().await;
+    assert!(!std::fs::read(&path).unwrap().ends_with(b"\n"));
+    lab.spawn_broker().await;
+    lab.until_ready().await;
+    until_tested(&lab).await;
+    let lines = parsed(&path);
+    assert_eq!((torn(&lines), markers(&lines)), (2, 2));
+
+    // The file is rotated before the next line.
+    limit_files(&lab, Some(length() + 90));
+    let mut bot = lab.bot("maker").await;
+    refusal(bot.send(spot_order("torn-and-rotated")).await);
+    let rotated = lab.path("state/audit.jsonl.1");
+    limit_files(&lab, None);
+    std::fs::rename(&path, &rotated).unwrap();
+    until("a new file is begun", async || path.exists()).await;
+    until("the old one is completed", async || {
+        std::fs::read(&rotated).unwrap().ends_with(b"\n")
+    })
+    .await;
+    let lines = parsed(&rotated);
+    assert_eq!((torn(&lines), markers(&lines)), (3, 3));
+    bot.send(spot_order("new-file")).await.unwrap();
+    parsed(&path);
+    assert_eq!(lab.kucoin.orders(MAIN_UID).len(), 2);
+    lab.process().terminate();
+    assert_eq!(lab.process().exit_code().await, Some(0));
 }

@@ -1,0 +1,176 @@
+//! Text from outside (the exchange, Vault, bots, certificates, files) on its way to a log, the audit file, `/readyz`, a
+//! gRPC message or a terminal.
+//!
+//! Outputs clean text, so that a new source needs no care: see `telemetry.rs`, `audit.rs`, `api/` and `cli/text.rs`. The
+//! exchange's own `code`, `msg` and body reach the bot as they came.
+
+use std::borrow::Cow;
+use std::fmt::Write as _;
+
+/// The most characters of one text from outside that an output shows: an error of Vault's takes some 200.
+pub const MAX_CHARS: usize = 1000;
+
+/// Stands where a text was cut.
+const CUT: char = '…';
+
+/// `text` on one line, cut after `max` characters. Line breaks and tabs become spaces; other control characters, and
+/// those that are invisible or change the direction of what follows, become escapes such as `\u{202e}`.
+pub fn clean(text: &str, max: usize) -> Cow<'_, str> {
+    if text.len() <= max && text.bytes().all(is_plain) {
+        return Cow::Borrowed(text);
+    }
+    let mut shown = String::with_capacity(text.len().min(max));
+    let mut chars = text.chars();
+    for c in chars.by_ref().take(max) {
+        push(&mut shown, c, "\\");
+    }
+    if chars.next().is_some() {
+        shown.push(CUT);
+    }
+    Cow::Owned(shown)
+}
+
+/// The same for one line of JSON without a length limit: what its strings say is clean, also once they are decoded.
+pub fn clean_json(line: &str) -> Cow<'_, str> {
+    if line.bytes().all(|byte| is_plain(byte) && byte != b'\\') {
+        return Cow::Borrowed(line);
+    }
+    let mut shown = String::with_capacity(line.len());
+    let mut chars = line.chars();
+    while let Some(c) = chars.next() {
+        if c != '\\' {
+            push(&mut shown, c, "\\\\");
+            continue;
+        }
+        // RFC 8259, section 7: what may follow a backslash.
+        let decoded = match chars.next() {
+            Some('b') => '\u{8}',
+            Some('f') => '\u{c}',
+            Some('n' | 'r' | 't') => ' ',
+            Some('u') => {
+                let digits: String = chars.by_ref().take(4).collect();
+                let number = u32::from_str_radix(&digits, 16).ok();
+                let Some(decoded) = number.and_then(char::from_u32) else {
+                    // Half of a surrogate pair; the other half follows.
+                    let _ = write!(shown, "\\u{digits}");
+                    continue;
+                };
+                decoded
+            }
+            Some(other) => {
+                shown.push('\\');
+                shown.push(other);
+                continue;
+            }
+            None => break,
+        };
+        match decoded {
+            '"' | '\\' => {
+                shown.push('\\');
+                shown.push(decoded);
+            }
+            _ => push(&mut shown, decoded, "\\\\"),
+        }
+    }
+    Cow::Owned(shown)
+}
+
+/// Appends one character of a text; `backslash` is how the output writes one.
+fn push(shown: &mut String, c: char, backslash: &str) {
+    match c {
+        '\n' | '\r' | '\t' | '\u{85}' | '\u{2028}' | '\u{2029}' => shown.push(' '),
+        _ if is_deceptive(c) => {
+            // Writing to a String does not fail.
+            let _ = write!(shown, "{backslash}u{{{:x}}}", u32::from(c));
+        }
+        _ => shown.push(c),
+    }
+}
+
+/// Whether a byte is printable ASCII: most texts have nothing else, and are passed on as they are.
+fn is_plain(byte: u8) -> bool {
+    matches!(byte, b' '..=b'~')
+}
+
+/// Control characters, and what a terminal shows nothing for. Source: Unicode 16, general category Cc, and the property
+/// `Default_Ignorable_Code_Point` with the interlinear annotations (UAX #44); bidirectional controls are among them.
+fn is_deceptive(c: char) -> bool {
+    matches!(
+        c,
+        '\0'..='\u{1f}'
+            | '\u{7f}'..='\u{9f}'
+            | '\u{ad}'
+            | '\u{34f}'
+            | '\u{61c}'
+            | '\u{115f}'..='\u{1160}'
+            | '\u{17b4}'..='\u{17b5}'
+            | '\u{180b}'..='\u{180f}'
+            | '\u{200b}'..='\u{200f}'
+            | '\u{2028}'..='\u{202e}'
+            | '\u{2060}'..='\u{206f}'
+            | '\u{3164}'
+            | '\u{fe00}'..='\u{fe0f}'
+            | '\u{feff}'
+            | '\u{ffa0}'
+            | '\u{fff0}'..='\u{fffb}'
+            | '\u{1bca0}'..='\u{1bca3}'
+            | '\u{1d173}'..='\u{1d17a}'
+            | '\u{e0000}'..='\u{e0fff}'
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn hostile_characters_become_visible_and_lines_stay_one() {
+        for (text, shown) in [
+            ("plain text, 200000", "plain text, 200000"),
+            ("Zürich 東京", "Zürich 東京"),
+            ("a\nb\r\tc\u{2028}d", "a b  c d"),
+            ("\u{1b}[2Jcleared", "\\u{1b}[2Jcleared"),
+            ("\u{202e}txet", "\\u{202e}txet"),
+            ("\u{2066}isolated\u{2069}", "\\u{2066}isolated\\u{2069}"),
+            ("zero\u{200b}width\u{feff}", "zero\\u{200b}width\\u{feff}"),
+            ("\0\u{7f}\u{9b}", "\\u{0}\\u{7f}\\u{9b}"),
+        ] {
+            assert_eq!(clean(text, 100), shown);
+        }
+    }
+
+    #[test]
+    fn a_long_text_is_cut_and_says_so() {
+        assert_eq!(clean("abc", 3), "abc");
+        assert_eq!(clean("abcd", 3), "abc…");
+        assert_eq!(clean("äöü", 3), "äöü");
+        assert_eq!(clean("äöüß", 3), "äöü…");
+    }
+
+    #[test]
+    fn json_is_clean_before_and_after_it_is_decoded() {
+        let text = "a\"b\\c\nd\u{1b}[31m\u{8}\u{c}\u{202e}\u{85}é😀";
+        let line = serde_json::to_string(&serde_json::json!({ "text": text })).unwrap();
+        let decoded: serde_json::Value = serde_json::from_str(&clean_json(&line)).unwrap();
+        let expected = "a\"b\\c d\\u{1b}[31m\\u{8}\\u{c}\\u{202e} é😀";
+        assert_eq!(decoded["text"], expected);
+        // As other programs write it.
+        let escaped = r#"{"text":"\u202e\u0022\u005c\ud83d\ude00\u00e9\/"}"#;
+        let decoded: serde_json::Value = serde_json::from_str(&clean_json(escaped)).unwrap();
+        assert_eq!(decoded["text"], "\\u{202e}\"\\😀é/");
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_safe_in_text_and_in_json(text in "\\PC*|[\\x00-\\u{ffff}]*") {
+            let is_safe = |text: &str| !text.chars().any(|c| c.is_control() || is_deceptive(c));
+            prop_assert!(is_safe(&clean(&text, 1000)));
+            let line = serde_json::to_string(&[&text]).unwrap();
+            let [decoded]: [String; 1] = serde_json::from_str(&clean_json(&line)).unwrap();
+            prop_assert!(is_safe(&decoded));
+            prop_assert_eq!(decoded, clean(&text, usize::MAX));
+        }
+    }
+}
