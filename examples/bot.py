@@ -20,7 +20,9 @@ def connect(address, folder):
         return (Path(folder) / name).read_bytes()
 
     identity = grpc.ssl_channel_credentials(read("ca.pem"), read("bot.key"), read("bot.pem"))
-    return services.BrokerStub(grpc.secure_channel(address, identity))
+    # The broker sends answers of up to 16 MiB and a little; the library takes 4 MB unless it is told.
+    options = [("grpc.max_receive_message_length", 17 * 1024 * 1024)]
+    return services.BrokerStub(grpc.secure_channel(address, identity, options=options))
 
 
 def outcome_of(error):

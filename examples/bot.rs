@@ -10,6 +10,9 @@ use credbroker::api::proto::{Method, Scope, SignAndSendRequest};
 use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
 use tonic_types::StatusExt;
 
+/// The broker sends answers of up to 16 MiB and a little; the library takes 4 MB unless it is told.
+const MAX_ANSWER_BYTES: usize = 17 * 1024 * 1024;
+
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<()> {
     let mut arguments = std::env::args().skip(1);
@@ -25,7 +28,7 @@ async fn main() -> anyhow::Result<()> {
         .tls_config(tls)?
         .connect()
         .await?;
-    let mut broker = BrokerClient::new(channel);
+    let mut broker = BrokerClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES);
 
     let order = r#"{"clientOid":"rust-1","side":"buy","symbol":"BTC-USDT","type":"limit","price":"10000","size":"0.001"}"#;
     for (method, path, body) in [

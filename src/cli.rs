@@ -27,6 +27,7 @@ use clap::{Parser, Subcommand};
 use crate::config::Config;
 use crate::encoding;
 use crate::kucoin::Scope;
+use crate::text::{MAX_CHARS, clean};
 use crate::toml_file::Problem;
 
 /// Where the configuration file is, unless the command line says otherwise.
@@ -191,6 +192,7 @@ fn scope(text: &str) -> Result<Scope, &'static str> {
 
 /// Talk goes to stderr.
 fn say(text: &str) {
+    let text = text::clean_lines(text);
     // Nothing is left to do where even stderr is closed.
     let _ = writeln!(std::io::stderr(), "{text}");
 }
@@ -214,7 +216,7 @@ fn show(text: &str, code: u8) -> u8 {
 
 /// One line of what others wrote (Vault, the exchange): it moves no cursor.
 fn printable(text: &str) -> String {
-    text.replace(char::is_control, " ")
+    clean(text, MAX_CHARS).into_owned()
 }
 
 /// `again` is the command that looks again.

@@ -66,6 +66,8 @@ pub enum Reason {
     Internal,
     /// The account's key is not in memory.
     KeyUnavailable,
+    /// No service has the method that was called.
+    MethodUnknown,
     /// Too much at once.
     Overloaded,
     /// The rules do not allow it.
@@ -78,7 +80,7 @@ pub enum Reason {
 
 impl Reason {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::AccountFrozen,
         Self::AnswerLost,
         Self::AuditUnavailable,
@@ -90,6 +92,7 @@ impl Reason {
         Self::ExchangeUnreachable,
         Self::Internal,
         Self::KeyUnavailable,
+        Self::MethodUnknown,
         Self::Overloaded,
         Self::PolicyDenied,
         Self::RequestMalformed,
@@ -110,6 +113,7 @@ impl Reason {
             Self::ExchangeUnreachable => "EXCHANGE_UNREACHABLE",
             Self::Internal => "INTERNAL",
             Self::KeyUnavailable => "KEY_UNAVAILABLE",
+            Self::MethodUnknown => "METHOD_UNKNOWN",
             Self::Overloaded => "OVERLOADED",
             Self::PolicyDenied => "POLICY_DENIED",
             Self::RequestMalformed => "REQUEST_MALFORMED",
@@ -130,6 +134,7 @@ impl Reason {
             | Self::EgressMismatch
             | Self::ExchangeUnreachable
             | Self::KeyUnavailable
+            | Self::MethodUnknown
             | Self::Overloaded
             | Self::PolicyDenied
             | Self::RequestMalformed

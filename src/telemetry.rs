@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::fmt::{self, Write as _};
+use std::io;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -14,23 +15,17 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Metric, Registry};
 use tokio::time::Instant;
 use tracing::Metadata;
-use tracing_subscriber::filter::{EnvFilter, FilterExt, LevelFilter, ParseError, filter_fn};
+use tracing_subscriber::filter::{EnvFilter, FilterExt, ParseError, filter_fn};
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::kucoin::Scope;
 use crate::outcome::{Outcome, Reason};
+use crate::text::{clean, clean_json};
 
-/// The most that these crates may say, whatever the configuration asks for: they log tokens, bodies, or every failure
-/// twice.
-const SILENCED: [(&str, LevelFilter); 6] = [
-    ("h2", LevelFilter::WARN),
-    ("hyper", LevelFilter::WARN),
-    ("hyper_util", LevelFilter::WARN),
-    ("reqwest", LevelFilter::OFF),
-    ("rustify", LevelFilter::OFF),
-    ("vaultrs", LevelFilter::OFF),
-];
+/// Crates that log nothing, whatever the configuration asks for: they log tokens, bodies, every failure twice, or a line
+/// for each frame that a peer sends.
+const SILENCED: [&str; 6] = ["h2", "hyper", "hyper_util", "reqwest", "rustify", "vaultrs"];
 
 /// Seconds: from a signature to an exchange that is slow.
 const BUCKETS: [f64; 14] = [
@@ -53,7 +48,7 @@ pub enum LogFormat {
 /// When `filter` is not a filter such as `info,credbroker=debug`.
 pub fn init_logs(filter: &str, format: LogFormat) -> Result<(), ParseError> {
     let layer = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
+        .with_writer(move || CleanLines(format))
         // Its complaint about a stderr that cannot be written goes to stderr: that would panic, and end the process.
         .log_internal_errors(false);
     let layer = match format {
@@ -80,6 +75,30 @@ pub fn init_logs(filter: &str, format: LogFormat) -> Result<(), ParseError> {
     Ok(())
 }
 
+/// Stderr. Each line that it gets goes out clean, whatever its fields say.
+struct CleanLines(LogFormat);
+
+/// Characters of a log line in the text format.
+const MAX_LINE_CHARS: usize = 16 * 1024;
+
+impl io::Write for CleanLines {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        // The subscriber writes text, one whole line at a time.
+        let text = String::from_utf8_lossy(line);
+        let text = text.trim_end_matches('\n');
+        let text = match self.0 {
+            LogFormat::Json => clean_json(text),
+            LogFormat::Text => clean(text, MAX_LINE_CHARS),
+        };
+        io::Write::write_all(&mut io::stderr(), format!("{text}\n").as_bytes())?;
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// Reads a filter such as `info,credbroker=debug`.
 pub fn log_filter(filter: &str) -> Result<EnvFilter, ParseError> {
     EnvFilter::builder().parse(filter)
@@ -88,8 +107,7 @@ pub fn log_filter(filter: &str) -> Result<EnvFilter, ParseError> {
 /// Whether a line or span may be written at all.
 pub fn may_speak(metadata: &Metadata<'_>) -> bool {
     let speaker = metadata.target().split("::").next().unwrap_or_default();
-    let limit = SILENCED.iter().find(|(silenced, _)| *silenced == speaker);
-    limit.is_none_or(|(_, most)| metadata.level() <= most)
+    !SILENCED.contains(&speaker)
 }
 
 /// An error and its causes in one line, outermost first.
@@ -106,6 +124,7 @@ pub struct Metrics {
     stages: Family<StageLabels, Histogram, fn() -> Histogram>,
     certificates_refused: Counter,
     connections_refused: Family<ReasonLabels, Counter>,
+    connections_unused: Counter,
     vault_failures: Family<ReasonLabels, Counter>,
     clock_failures: Counter,
     clock_jumps_refused: Counter,
@@ -218,6 +237,11 @@ impl Default for Metrics {
                 &mut registry,
                 "connections_refused",
                 "Connections of bots that were not served",
+            ),
+            connections_unused: registered(
+                &mut registry,
+                "connections_unused",
+                "Connections that ended before their first byte, such as TCP checks of a load balancer",
             ),
             vault_failures: registered(
                 &mut registry,
@@ -379,6 +403,11 @@ impl Metrics {
             .inc();
     }
 
+    /// Counts a connection whose peer sent nothing and closed.
+    pub fn connection_unused(&self) {
+        self.connections_unused.inc();
+    }
+
     /// Counts a look at a key that found no key: `outage`, `login`, `unusable`, `evicted`.
     pub fn vault_failure(&self, reason: &'static str) {
         let reason = Word(reason);
@@ -462,17 +491,95 @@ impl Metrics {
         self.certificate_ends.get() < now_ms / 1000
     }
 
-    /// Text for Prometheus: what has been counted, then `states`, which are read at this moment.
-    pub fn text(&self, states: &[State]) -> String {
+    /// What has been counted, then `states`, which are read at this moment.
+    pub fn text(&self, format: MetricsFormat, states: &[State]) -> String {
         let mut text = String::new();
         // Writing to a String does not fail.
         let _ = encode_registry(&mut text, &self.registry);
         for state in states {
             state.write(&mut text);
         }
-        text.push_str("# EOF\n");
-        text
+        match format {
+            MetricsFormat::OpenMetrics => text + "# EOF\n",
+            MetricsFormat::Text => as_text_format(&text),
+        }
     }
+}
+
+/// How metrics are written.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum MetricsFormat {
+    /// OpenMetrics 1.0.0.
+    OpenMetrics,
+    /// The text format of Prometheus, 0.0.4.
+    Text,
+}
+
+impl MetricsFormat {
+    /// The `Content-Type` of it.
+    pub fn content_type(self) -> &'static str {
+        match self {
+            Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
+            Self::Text => "text/plain; version=0.0.4; charset=utf-8",
+        }
+    }
+
+    /// The format that an `Accept` header asks for: OpenMetrics where it is named and nothing else is preferred.
+    ///
+    /// Source: RFC 9110, section 12.5.1; a range without `q` counts 1.
+    pub fn accepted(accept: &str) -> Self {
+        let (mut open_metrics, mut text): (f32, f32) = (0.0, 0.0);
+        for range in accept.split(',') {
+            let mut parts = range.split(';').map(str::trim);
+            let kind = parts.next().unwrap_or_default().to_ascii_lowercase();
+            let (mut weight, mut version) = (1.0, None);
+            for (name, value) in parts.filter_map(|part| part.split_once('=')) {
+                match name.to_ascii_lowercase().as_str() {
+                    "q" => weight = value.parse().unwrap_or(0.0),
+                    "version" => version = Some(value.trim_matches('"')),
+                    _ => {}
+                }
+            }
+            match (kind.as_str(), version) {
+                ("application/openmetrics-text", None | Some("1.0.0")) => {
+                    open_metrics = open_metrics.max(weight);
+                }
+                ("text/plain", None | Some("0.0.4")) | ("text/*" | "*/*", _) => {
+                    text = text.max(weight);
+                }
+                _ => {}
+            }
+        }
+        if open_metrics > 0.0 && open_metrics >= text {
+            Self::OpenMetrics
+        } else {
+            Self::Text
+        }
+    }
+}
+
+/// Rewrites OpenMetrics as the text format, in which help and type of a counter are those of its samples' name.
+///
+/// Source: Prometheus documentation, "Exposition formats", and OpenMetrics 1.0.0, "Counter".
+fn as_text_format(open_metrics: &str) -> String {
+    let counters: Vec<_> = open_metrics
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE ")?.strip_suffix(" counter"))
+        .collect();
+    let mut text = String::with_capacity(open_metrics.len());
+    for line in open_metrics.lines() {
+        let declared = ["# HELP ", "# TYPE "]
+            .iter()
+            .find_map(|kind| Some((kind, line.strip_prefix(kind)?.split_once(' ')?)));
+        // Writing to a String does not fail.
+        let _ = match declared {
+            Some((kind, (name, rest))) if counters.contains(&name) => {
+                writeln!(text, "{kind}{name}_total {rest}")
+            }
+            _ => writeln!(text, "{line}"),
+        };
+    }
+    text
 }
 
 /// A gauge whose value is read when somebody asks for it.
@@ -531,6 +638,37 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn metrics_are_text_unless_open_metrics_is_asked_for() {
+        use MetricsFormat::{OpenMetrics, Text};
+        for (accept, format) in [
+            ("", Text),
+            ("*/*", Text),
+            ("text/plain", Text),
+            ("text/plain;version=0.0.4", Text),
+            ("text/html,application/xhtml+xml,*/*;q=0.8", Text),
+            ("application/openmetrics-text", OpenMetrics),
+            (
+                "Application/OpenMetrics-Text; Version=\"1.0.0\"",
+                OpenMetrics,
+            ),
+            ("application/openmetrics-text;version=0.0.1", Text),
+            ("application/openmetrics-text;q=0", Text),
+            ("application/openmetrics-text;q=0.2,text/plain;q=0.9", Text),
+            // Prometheus 2.49 and 3.5.
+            (
+                "application/openmetrics-text;version=1.0.0;q=0.5,application/openmetrics-text;version=0.0.1;q=0.4,text/plain;version=0.0.4;q=0.3,*/*;q=0.2",
+                OpenMetrics,
+            ),
+            (
+                "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,application/openmetrics-text;version=0.0.1;q=0.4,text/plain;version=1.0.0;escaping=allow-utf-8;q=0.3,text/plain;version=0.0.4;q=0.2,*/*;q=0.1",
+                OpenMetrics,
+            ),
+        ] {
+            assert_eq!(MetricsFormat::accepted(accept), format, "{accept}");
+        }
+    }
 
     #[test]
     fn of_strangers_two_hundred_lines_are_told_and_then_five_in_a_second() {

@@ -27,6 +27,7 @@ use crate::policy::Account;
 use crate::restrictions::{KeyDigest, Mark, Restrictions, RestrictionsError};
 use crate::secret::{ApiSecret, PartnerKey, Passphrase};
 use crate::telemetry::chain;
+use crate::text::{MAX_CHARS, clean};
 
 /// Why an admin's call failed. `Display` is one sentence for the admin.
 #[derive(Debug, thiserror::Error)]
@@ -334,22 +335,31 @@ impl AdminApi {
     }
 }
 
+/// A text that Vault or the exchange may have written, for an admin's terminal.
+fn shown(text: impl AsRef<str>) -> String {
+    clean(text.as_ref(), MAX_CHARS).into_owned()
+}
+
 impl From<Standing> for KeyState {
     fn from(standing: Standing) -> Self {
         let info = standing.info.as_deref();
-        let permissions = info.map(|info| info.permissions.iter().map(ToString::to_string));
+        let permissions =
+            info.map(|info| info.permissions.iter().map(|name| shown(name.to_string())));
         Self {
             account: standing.account.to_string(),
             key: standing.name.to_string(),
             scopes: in_proto(&standing.scopes),
             status: standing.status.to_owned(),
-            reasons: standing.reasons,
+            reasons: standing.reasons.iter().map(shown).collect(),
             version: standing.version.unwrap_or_default(),
             permissions: permissions.map(Iterator::collect).unwrap_or_default(),
             is_whitelisted: standing.is_whitelisted,
             used_at_ms: standing.used_ms.unwrap_or_default(),
             tested_at_ms: standing.tested_ms.unwrap_or_default(),
-            uid: info.and_then(|info| info.uid.clone()).unwrap_or_default(),
+            uid: info
+                .and_then(|info| info.uid.as_ref())
+                .map(shown)
+                .unwrap_or_default(),
             expires_at_ms: info.and_then(|info| info.expires_at_ms).unwrap_or_default(),
             id_sha256: standing.id.map(KeyDigest::hex).unwrap_or_default(),
             needs_partner_key: standing.needs_partner_key,
@@ -372,12 +382,16 @@ fn in_proto(scopes: &[Scope]) -> Vec<i32> {
 impl From<&KeyInfo> for KeyFacts {
     fn from(info: &KeyInfo) -> Self {
         Self {
-            uid: info.uid.clone().unwrap_or_default(),
+            uid: info.uid.as_ref().map(shown).unwrap_or_default(),
             is_master: info.is_master,
-            sub_name: info.sub_name.clone().unwrap_or_default(),
-            site: info.site.clone().unwrap_or_default(),
-            permissions: info.permissions.iter().map(ToString::to_string).collect(),
-            ip_whitelist: info.ip_whitelist.clone(),
+            sub_name: info.sub_name.as_ref().map(shown).unwrap_or_default(),
+            site: info.site.as_ref().map(shown).unwrap_or_default(),
+            permissions: info
+                .permissions
+                .iter()
+                .map(|name| shown(name.to_string()))
+                .collect(),
+            ip_whitelist: info.ip_whitelist.iter().map(shown).collect(),
             key_version: info
                 .version
                 .and_then(|version| version.try_into().ok())
@@ -393,8 +407,8 @@ impl From<Finding> for proto::Finding {
         Self {
             name: finding.name.to_owned(),
             is_refusal: finding.is_refusal,
-            cause: finding.cause,
-            fix: finding.fix,
+            cause: shown(finding.cause),
+            fix: shown(finding.fix),
         }
     }
 }
@@ -417,9 +431,9 @@ impl From<Cancelled> for proto::Cancelled {
 impl From<Probe> for proto::Probe {
     fn from(probe: Probe) -> Self {
         Self {
-            question: probe.question,
+            question: shown(probe.question),
             is_ok: probe.is_ok,
-            answer: probe.answer,
+            answer: shown(probe.answer),
         }
     }
 }

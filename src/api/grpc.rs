@@ -19,6 +19,10 @@ use crate::outcome::Outcome;
 /// How long before the bot's deadline the answer is given at the latest, so that it arrives before the transport's.
 const DEADLINE_MARGIN: Duration = Duration::from_millis(50);
 
+/// Characters of `code` and `msg` in a reply, so that it is little longer than the body, which holds both in full.
+const MAX_CODE_CHARS: usize = 64;
+const MAX_MSG_CHARS: usize = 8192;
+
 /// The path of the one method.
 pub const SIGN_AND_SEND: &str = "/credbroker.v1.Broker/SignAndSend";
 
@@ -221,8 +225,8 @@ fn response(receipt: Receipt, id: &RequestId) -> proto::SignAndSendResponse {
         body: answer.body,
         content_type: answer.content_type,
         content_encoding: answer.content_encoding,
-        code: answer.code,
-        msg: answer.msg,
+        code: cut(answer.code, MAX_CODE_CHARS),
+        msg: cut(answer.msg, MAX_MSG_CHARS),
         outcome: outcome.into(),
         rate_limit: answer.rate_limit.map(|limit| proto::RateLimit {
             limit: limit.limit,
@@ -240,6 +244,14 @@ fn response(receipt: Receipt, id: &RequestId) -> proto::SignAndSendResponse {
         stale_seconds: stale.as_secs(),
         advice,
     }
+}
+
+/// The beginning of a text; its characters are the exchange's own.
+fn cut(mut text: String, chars: usize) -> String {
+    if let Some((end, _)) = text.char_indices().nth(chars) {
+        text.truncate(end);
+    }
+    text
 }
 
 fn millis(duration: Duration) -> u64 {

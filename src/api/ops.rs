@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::CONTENT_TYPE;
+use http::header::{ACCEPT, CONTENT_TYPE};
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::Full;
 use hyper::body::Incoming;
@@ -19,6 +19,8 @@ use tokio::time::timeout;
 use super::state::{Readiness, details, gauges, readiness};
 use crate::broker::Broker;
 use crate::config::FileProblems;
+use crate::telemetry::MetricsFormat;
+use crate::text::{MAX_CHARS, clean};
 
 /// Scrapers and probes at once.
 const CONNECTIONS: usize = 64;
@@ -67,7 +69,12 @@ fn route(
     broker: &Broker,
     problems: &FileProblems,
 ) -> Response<Full<Bytes>> {
-    let (status, kind, text) = match (request.method(), request.uri().path()) {
+    // The HTTP library leaves out the body of the answer to a HEAD (RFC 9110, section 9.3.2).
+    let method = match *request.method() {
+        Method::HEAD => &Method::GET,
+        ref other => other,
+    };
+    let (status, kind, text) = match (method, request.uri().path()) {
         (&Method::GET, "/healthz") => (
             StatusCode::OK,
             "text/plain; charset=utf-8",
@@ -87,16 +94,18 @@ fn route(
                 reasons.extend(details(broker, problems));
             }
             // What Vault and the exchange write is quoted here, and read in terminals.
-            let line = |reason: &String| reason.replace(char::is_control, " ") + "\n";
+            let line = |reason: &String| clean(reason, MAX_CHARS).into_owned() + "\n";
             let lines: String = reasons.iter().map(line).collect();
             let lines = format!("{word}\n{lines}");
             (status, "text/plain; charset=utf-8", lines)
         }
-        (&Method::GET, "/metrics") => (
-            StatusCode::OK,
-            "application/openmetrics-text; version=1.0.0; charset=utf-8",
-            broker.metrics.text(&gauges(broker)),
-        ),
+        (&Method::GET, "/metrics") => {
+            let accept = request.headers().get_all(ACCEPT).iter();
+            let accept: Vec<_> = accept.filter_map(|value| value.to_str().ok()).collect();
+            let format = MetricsFormat::accepted(&accept.join(","));
+            let text = broker.metrics.text(format, &gauges(broker));
+            (StatusCode::OK, format.content_type(), text)
+        }
         _ => (
             StatusCode::NOT_FOUND,
             "text/plain; charset=utf-8",

@@ -10,6 +10,7 @@ use crate::broker::BrokerError;
 use crate::ids::RequestId;
 use crate::kucoin::Malformed;
 use crate::outcome::Reason;
+use crate::text::clean;
 
 /// `ErrorInfo.domain` of every failure of ours.
 pub const DOMAIN: &str = "credbroker";
@@ -43,16 +44,13 @@ pub fn status(error: &BrokerError, request_id: &RequestId) -> Status {
 /// Names the fields that are not as they must be.
 pub(super) fn add_violations(details: &mut ErrorDetails, problems: &[Malformed]) {
     for problem in problems.iter().take(MAX_VIOLATIONS) {
-        details.add_bad_request_violation(&problem.field, cut(&problem.problem));
+        details.add_bad_request_violation(cut(&problem.field), cut(&problem.problem));
     }
 }
 
 /// As much of a text as fits into headers.
 pub(super) fn cut(text: &str) -> String {
-    match text.char_indices().nth(MAX_TEXT) {
-        Some((end, _)) => text.get(..end).unwrap_or_default().to_owned() + "…",
-        None => text.to_owned(),
-    }
+    clean(text, MAX_TEXT).into_owned()
 }
 
 fn code(reason: Reason) -> Code {
@@ -70,6 +68,7 @@ fn code(reason: Reason) -> Code {
         | Reason::EgressMismatch
         | Reason::KeyUnavailable => Code::FailedPrecondition,
         Reason::Overloaded => Code::ResourceExhausted,
+        Reason::MethodUnknown => Code::Unimplemented,
         Reason::PolicyDenied => Code::PermissionDenied,
         Reason::RequestMalformed => Code::InvalidArgument,
     }
@@ -90,6 +89,7 @@ fn retry_helps(reason: Reason) -> bool {
         | Reason::EgressMismatch
         | Reason::Internal
         | Reason::KeyUnavailable
+        | Reason::MethodUnknown
         | Reason::PolicyDenied
         | Reason::RequestMalformed => false,
     }

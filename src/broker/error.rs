@@ -12,6 +12,10 @@ use crate::kucoin::sign::SignError;
 use crate::outcome::Reason;
 use crate::policy::Denied;
 use crate::restrictions::Restricted;
+use crate::text::clean;
+
+/// Characters of a method that nobody knows: ours have fewer.
+const METHOD_CHARS: usize = 100;
 
 /// Why a call failed. `Display` is one sentence for the bot; causes go to the log.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +54,9 @@ pub enum BrokerError {
     /// Fields that are not as they must be.
     #[error("the request is malformed: {}", sentence(.0))]
     Malformed(Vec<Malformed>),
+    /// No service has this method.
+    #[error("there is no method {}; expected /credbroker.v1.Broker/SignAndSend; nothing was sent", clean(.0, METHOD_CHARS))]
+    MethodUnknown(String),
     /// One too many at once.
     #[error(transparent)]
     Overloaded(#[from] Overload),
@@ -132,6 +139,7 @@ impl BrokerError {
             }
             Self::Key(_) | Self::Sign(SignError::PartnerKeyMissing) => Reason::KeyUnavailable,
             Self::Malformed(_) => Reason::RequestMalformed,
+            Self::MethodUnknown(_) => Reason::MethodUnknown,
             Self::Overloaded(_) => Reason::Overloaded,
             Self::Restricted(Restricted::Blocked) => Reason::CallerBlocked,
             Self::Restricted(Restricted::Frozen(_)) => Reason::AccountFrozen,

@@ -23,6 +23,7 @@ use crate::kucoin::code::{self, KEY_REFUSED};
 use crate::kucoin::{Answer, Method, Scope, advice};
 use crate::outcome::Outcome;
 use crate::policy::Account;
+use crate::text::clean;
 
 /// All of it takes no longer; what is not known by then is reported as unknown.
 pub const WITHIN: Duration = Duration::from_secs(90);
@@ -566,8 +567,7 @@ fn refused(scope: Scope, answer: &Answer) -> Unseen {
         (None, "") => format!("HTTP {}", answer.http_status.as_u16()),
         // What a stranger wrote goes to a terminal.
         (None, _) => {
-            let msg = msg.chars().filter(|c| !c.is_control()).take(200);
-            format!("{code} {}", msg.collect::<String>())
+            format!("{} {}", clean(code, 64), clean(msg, 200))
         }
     };
     match advice {
@@ -596,7 +596,7 @@ fn items<'v>(data: &'v Value, field: &str) -> Result<&'v [Value], Unseen> {
 
 /// A symbol or a mode: a name that can be asked for, and shown.
 fn name(name: &Value) -> Result<&str, Unseen> {
-    let fits = |name: &&str| (1..=64).contains(&name.len()) && !name.contains(char::is_control);
+    let fits = |name: &&str| (1..=64).contains(&name.len()) && clean(name, 64) == *name;
     name.as_str().filter(fits).ok_or_else(unexpected)
 }
 

@@ -19,6 +19,7 @@ use crate::kucoin::{Key, KeyVersion, Method, Scope, Target, UnsignedRequest};
 use crate::outcome::Outcome;
 use crate::policy::{Account, Purpose};
 use crate::restrictions::{KeyDigest, Revoked};
+use crate::text::clean;
 
 /// How long one question may take.
 const ANSWER_WITHIN: Duration = Duration::from_secs(4);
@@ -400,8 +401,7 @@ impl KeyTested {
 
 /// What a stranger wrote goes to logs and terminals.
 fn printable(text: &str) -> String {
-    let text: String = text.chars().filter(|c| !c.is_control()).take(200).collect();
-    text.trim().to_owned()
+    clean(text.trim(), 200).into_owned()
 }
 
 fn is_revoked(revoked: &Revoked) -> Finding {

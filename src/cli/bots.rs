@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 
 use super::admin::{self, ADMIN, Client};
-use super::text::paragraph;
+use super::text::{clean_lines, paragraph};
 use super::{DECIDE_WITHIN, DONE, show};
 use crate::api::proto::{BlockBotRequest, BlockBotResponse, UnblockBotRequest};
 
@@ -55,7 +55,7 @@ pub(super) fn run(command: &Command) -> u8 {
                 unblocked(&response.bot, response.was_blocked)
             }
         };
-        Ok(show(&text, DONE))
+        Ok(show(&clean_lines(&text), DONE))
     })
 }
 

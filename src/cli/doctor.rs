@@ -27,6 +27,7 @@ use crate::ids::AccountId;
 use crate::process::{Hardened, harden};
 use crate::server::assembly;
 use crate::telemetry::chain;
+use crate::text::{MAX_CHARS, clean, clean_json};
 
 use keys::Found;
 
@@ -114,10 +115,10 @@ impl Line {
 
     fn json(&self) -> String {
         let check = format!("{} {}", self.check, self.about);
-        json!({
+        let object = json!({
             "check": check.trim_end(), "status": self.level.as_str(), "detail": self.detail, "fix": self.fix,
-        })
-        .to_string()
+        });
+        clean_json(&object.to_string()).into_owned()
     }
 
     /// The line, and the fix on the next one.
@@ -137,9 +138,7 @@ impl Line {
 
 /// What others wrote (Vault, the exchange, a file) moves no cursor.
 fn harmless(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .collect()
+    clean(text, MAX_CHARS).into_owned()
 }
 
 pub(super) fn run(arguments: &Arguments) -> u8 {

@@ -304,7 +304,7 @@ mod tests {
             let expected = format!(
                 "\n\nmain in spot-margin: {left}\n  ok       1 request: taken, or none open\n  \
                  {word:<9}GET /api/v3/hf/margin/orders/active tradeType=MARGIN_ISOLATED_TRADE:\n           \
-                 not known: no answer came\n\n"
+                 not known: no \\u{{1b}}answer came\n\n"
             );
             assert!(text.contains(&expected), "{text}");
             let open = match still_open {

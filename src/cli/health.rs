@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::text::clean_lines;
 use super::{CONFIG, DONE, FAILED, USAGE, read_config, say, say_problems, show};
 
 /// For everything together, name resolution included: a probe that waits longer is killed and says nothing.
@@ -50,10 +51,10 @@ pub(super) fn run(probe: &Probe) -> u8 {
     }
     let path = if probe.ready { "/readyz" } else { "/healthz" };
     match ask(&address, path) {
-        Ok((200, text)) => show(&text, DONE),
+        Ok((200, text)) => show(&clean_lines(&text), DONE),
         Ok((status, text)) => {
             say(&format!("http://{address}{path} answered {status}"));
-            show(&text, FAILED)
+            show(&clean_lines(&text), FAILED)
         }
         Err(error) => {
             say(&format!("http://{address}{path}: {error}"));

@@ -17,6 +17,7 @@ use super::{DONE, FAILED, printable, show};
 use crate::api::proto::{KeyState, TestKeyRequest};
 use crate::clock::Clock;
 use crate::ids::{AccountId, KeyName};
+use crate::text::clean_json;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -173,7 +174,7 @@ async fn test(mut door: Door, request: TestKeyRequest) -> Result<u8, Failure> {
 fn in_json(key: &KeyState) -> String {
     let time = |ms: i64| (ms != 0).then_some(ms);
     let text = |text: &str| (!text.is_empty()).then(|| text.to_owned());
-    json!({
+    let object = json!({
         "account": key.account,
         "key": key.key,
         "scopes": scopes_of(key),
@@ -187,8 +188,8 @@ fn in_json(key: &KeyState) -> String {
         "uid": text(&key.uid),
         "expires_at_ms": time(key.expires_at_ms),
         "id_sha256": text(&key.id_sha256),
-    })
-    .to_string()
+    });
+    clean_json(&object.to_string()).into_owned()
 }
 
 /// Each key with its status, and beside it what else is to be known.
@@ -295,8 +296,9 @@ main/main   degraded     3        serves spot-margin, futures, unified
                                   permissions General, Spot
                                   our address is not on its whitelist
                                   used 5 s ago, tested 15 min ago
-                                  a newer version is not used: [2Jthe secret has
-                                  no field `passphrase`, which every key has
+                                  a newer version is not used: \\u{1b}[2Jthe
+                                  secret has no field `passphrase`, which every
+                                  key has
 other/main  unavailable  -        serves spot-margin
 ";
         assert_eq!(table, expected);

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 
-use super::text::counted;
+use super::text::{clean_lines, counted};
 use super::{CONFIG, DONE, FAILED, USAGE, read_config, say, say_problems, scope, show};
 use crate::broker::BrokerError;
 use crate::config::load::{Source, any_rules, rules};
@@ -14,6 +14,7 @@ use crate::kucoin::{Method, RequestLimits, Scope, request};
 use crate::policy::Policy;
 use crate::policy::diff::{Diff, Kind};
 use crate::policy::explain::{Allowed, Explanation, Refused};
+use crate::text::clean_json;
 use crate::toml_file::Problem;
 
 #[derive(Debug, Subcommand)]
@@ -139,9 +140,11 @@ fn diff(old: &Path, new: &Path, json: bool, exit_code: bool) -> Result<u8, Vec<P
     let diff = Diff::between(&old, &new);
     let text = if json {
         let lines = diff.to_json().into_iter();
-        lines.fold(String::new(), |text, line| text + &line.to_string() + "\n")
+        lines.fold(String::new(), |text, line| {
+            text + &clean_json(&line.to_string()) + "\n"
+        })
     } else {
-        diff.to_string()
+        clean_lines(&diff.to_string())
     };
     let gains = diff
         .permissions
@@ -180,13 +183,13 @@ fn explain(question: &Question) -> Result<u8, Vec<Problem>> {
     let Some(target) = request::target(path, Vec::new(), &limits, &mut problems) else {
         let error = BrokerError::Malformed(problems);
         return Ok(show(
-            &format!("refused: {}: {error}\n", error.reason()),
+            &clean_lines(&format!("refused: {}: {error}\n", error.reason())),
             FAILED,
         ));
     };
     let explanation = policy.explain(bot, account, *scope, *method, target.path());
     let (text, code) = told(&policy, &file, account, explanation);
-    Ok(show(&text, code))
+    Ok(show(&clean_lines(&text), code))
 }
 
 fn told(

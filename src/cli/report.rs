@@ -139,7 +139,7 @@ permissions     General, Withdrawal
 IP restriction  none: any address may use it
 key             API key version 3, made 10 days ago, expires in 30 days
 tested from     203.0.113.7
-failed          GET /api/v1/accounts (spot-margin): 400007 [2Jno
+failed          GET /api/v1/accounts (spot-margin): 400007 \\u{1b}[2Jno
 refused         The key has it.
                 fix: Untick Withdrawal under API Management > Edit > API
                 permissions.

@@ -5,6 +5,8 @@
 use std::ffi::OsStr;
 use std::io::{self, IsTerminal};
 
+use crate::text::clean;
+
 /// Columns of a line.
 pub const WIDTH: usize = 80;
 
@@ -55,8 +57,10 @@ pub struct Cell {
 impl Cell {
     /// A word in the colour of `level`.
     pub fn of(level: Level, text: impl Into<String>) -> Self {
-        let (text, level) = (text.into(), Some(level));
-        Self { text, level }
+        Self {
+            level: Some(level),
+            ..text.into().into()
+        }
     }
 }
 
@@ -68,6 +72,8 @@ impl From<&str> for Cell {
 
 impl From<String> for Cell {
     fn from(text: String) -> Self {
+        // Before it is coloured, since an escape of others is no colour.
+        let text = clean(&text, usize::MAX).into_owned();
         Self { text, level: None }
     }
 }
@@ -147,9 +153,21 @@ impl Style {
 /// `text` after `label`, wrapped; further lines stand below the beginning of the text.
 pub fn paragraph(label: &str, text: &str) -> String {
     let indent = columns_of(label);
-    let lines = wrap(text, WIDTH.saturating_sub(indent).max(LEAST));
+    let lines = wrap(
+        &clean(text, usize::MAX),
+        WIDTH.saturating_sub(indent).max(LEAST),
+    );
     let lines = lines.join(&format!("\n{}", " ".repeat(indent)));
     format!("{label}{lines}").trim_end().to_owned() + "\n"
+}
+
+/// Text of several lines that others may have written: each one is clean.
+pub fn clean_lines(text: &str) -> String {
+    let lines: Vec<_> = text
+        .split('\n')
+        .map(|line| clean(line, usize::MAX))
+        .collect();
+    lines.join("\n")
 }
 
 /// A number of things, such as "1 account" and "2 accounts".

@@ -11,6 +11,7 @@ use serde_json::{Map, Value};
 use super::advice::{self, Facts};
 use super::question::{address_in, data};
 use super::{KeyVersion, Scope, Site};
+use crate::text::clean;
 
 /// A key that ends sooner is refused: time enough to find and replace it without haste.
 const EXPIRY_REFUSED_DAYS: i64 = 14;
@@ -531,7 +532,7 @@ impl KeyInfo {
 pub fn refusal(code: &str, msg: &str, scope: Scope, egress_ip: IpAddr) -> Finding {
     let Some(advice) = advice::of_message(scope, code, msg) else {
         // What a stranger wrote goes to a terminal.
-        let said: String = msg.chars().filter(|c| !c.is_control()).take(200).collect();
+        let (code, said) = (clean(code, 64), clean(msg, 200));
         return Finding::refusal(
             "refused",
             format!("KuCoin refused the key with code {code}: {said}"),
@@ -1223,7 +1224,7 @@ mod tests {
         let new = told("999999", "brand\u{1b}[31m new");
         assert_eq!(
             new.cause,
-            "KuCoin refused the key with code 999999: brand[31m new"
+            "KuCoin refused the key with code 999999: brand\\u{1b}[31m new"
         );
     }
 

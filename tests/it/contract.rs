@@ -299,3 +299,25 @@ async fn reflection_tells_tools_what_there_is() {
     }
     lab.stop().await;
 }
+
+#[tokio::test]
+async fn the_longest_answers_fit_the_receive_limit_of_the_examples() {
+    let mut lab = Lab::start().await;
+    let long = Fault {
+        times: None,
+        ..Fault::once("/api/v1/accounts", FaultAction::Oversized { megabytes: 15 })
+    };
+    lab.kucoin.fault(long);
+    let mut bot = lab.bot("maker").await;
+    let failed = bot.send(accounts()).await.unwrap_err();
+    assert!(
+        failed.get_details_error_info().is_none(),
+        "the library's own"
+    );
+    // As in README and examples.
+    bot.client = bot.client.max_decoding_message_size(17 * 1024 * 1024);
+    let answer = bot.send(accounts()).await.unwrap();
+    assert_eq!(answer.outcome(), Outcome::Accepted);
+    assert!(answer.body.len() > 14_000_000);
+    lab.stop().await;
+}

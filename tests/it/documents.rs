@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use credbroker::api::proto::{Method, Scope};
 
-use crate::harness::{Lab, accounts, request, spot_order};
+use crate::harness::{Lab, accounts, request, say, spot_order};
 
 const OPERATIONS: &str = include_str!("../../docs/operations.md");
 const README: &str = include_str!("../../README.md");
@@ -42,15 +42,13 @@ async fn every_metric_is_documented_and_every_documented_one_exists() {
     );
     bot.send(denied).await.unwrap_err();
     let (_, text) = lab.get("/metrics").await;
-    assert!(text.ends_with("# EOF\n"), "{text}");
     let mut exposed = BTreeSet::new();
     for line in text.lines() {
         let Some(declared) = line.strip_prefix("# TYPE credbroker_") else {
             continue;
         };
-        let (name, kind) = declared.split_once(' ').unwrap();
-        let suffix = if kind == "counter" { "_total" } else { "" };
-        exposed.insert(format!("{name}{suffix}"));
+        let (name, _) = declared.split_once(' ').unwrap();
+        exposed.insert(name.to_owned());
     }
     let documented: BTreeSet<_> = rows(OPERATIONS, "\n## Metrics\n")
         .into_iter()
@@ -98,5 +96,75 @@ fn the_example_configuration_shows_every_setting() {
             };
             assert!(CONFIG.lines().any(shown), "[{section}] {key} is not shown");
         }
+    }
+}
+
+#[test]
+fn examples_take_the_longest_answer_that_the_broker_sends() {
+    // egress.max_answer_bytes by default, and what stands beside the body.
+    assert!(CONFIG.contains("# max_answer_bytes = 16777216 "));
+    let python = include_str!("../../examples/bot.py");
+    let rust = include_str!("../../examples/bot.rs");
+    let limit = "17 * 1024 * 1024";
+    let option = format!("(\"grpc.max_receive_message_length\", {limit})");
+    assert!(python.contains(&option) && README.matches(&option).count() == 2);
+    assert!(rust.contains(&format!("MAX_ANSWER_BYTES: usize = {limit};")));
+    assert!(rust.contains(".max_decoding_message_size(MAX_ANSWER_BYTES)"));
+    let method = format!(".max_decoding_message_size({limit})");
+    assert_eq!(README.matches(&method).count(), 2, "snippet and table");
+}
+
+/// Every command of the operations guide that reads an audit file.
+fn recipes() -> impl Iterator<Item = &'static str> {
+    OPERATIONS.lines().filter(|line| line.starts_with("jq "))
+}
+
+#[test]
+fn recipes_survive_a_torn_line() {
+    let audit = concat!(
+        r#"{"event":"intent","time_ms":1,"run":"a","call":1,"bot":"b","account":"main","client_oids":["lost"]}"#,
+        "\n",
+        r#"{"event":"intent","time_ms":2,"run":"a","call":2,"bot":"b","account":"main","client_oids":["refused"]}"#,
+        "\n",
+        r#"{"event":"denied","time_ms":2,"run":"a","call":2,"bot":"b"}"#,
+        "\n",
+        r#"{"event":"intent","time_ms":3,"run":"a","call":3,"bot":"b","client_oids":["cu"],"torn":true}"#,
+        "\n\0\0\0\n",
+        r#"{"event":"act","time_ms":4,"run":"a","who":"vault","action":"freeze","account":"main","key_after":"51de…"}"#,
+        "\n",
+        r#"{"event":"intent","time_ms":5,"run":"a","ca"#,
+    );
+    assert_eq!(recipes().count(), 4);
+    assert!(recipes().all(|recipe| recipe.contains("fromjson?")));
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("audit.jsonl"), audit).unwrap();
+    for recipe in recipes() {
+        let mut shell = std::process::Command::new("sh");
+        let run = shell
+            .args(["-c", recipe])
+            .current_dir(folder.path())
+            .output();
+        let run = run.unwrap();
+        if run.status.code() == Some(127) {
+            say("recipes with jq: not run (no jq)");
+            return;
+        }
+        let (said, complaint) = (String::from_utf8(run.stdout).unwrap(), run.stderr);
+        assert!(
+            run.status.success(),
+            "{recipe}: {}",
+            String::from_utf8_lossy(&complaint)
+        );
+        let expected = if recipe.contains("group_by") {
+            "1\tb\tmain\tlost\n"
+        } else if recipe.contains("IN(") {
+            "[\"freeze\",\"main\",null,null,null]\n"
+        } else {
+            concat!(
+                r#"{"event":"act","time_ms":4,"run":"a","who":"vault","action":"freeze","account":"main","key_after":"51de…"}"#,
+                "\n"
+            )
+        };
+        assert_eq!(said, expected, "{recipe}");
     }
 }

@@ -25,6 +25,7 @@ use crate::kucoin::{Host, Method, Scope, code};
 use crate::outcome::{Outcome, Reason};
 use crate::server::assembly;
 use crate::telemetry::chain;
+use crate::text::clean_json;
 
 use super::keys::Found;
 
@@ -340,15 +341,15 @@ impl Compared {
     }
 
     fn json(&self) -> String {
-        json!({
+        let object = json!({
             "check": format!("live {}", self.question),
             "status": self.level.as_str(),
             "detail": format!("expected {}; came {}", self.expected, self.came),
             "fix": self.fix,
             "missing": self.missing,
             "new": self.new,
-        })
-        .to_string()
+        });
+        clean_json(&object.to_string()).into_owned()
     }
 }
 

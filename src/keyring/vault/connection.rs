@@ -12,6 +12,7 @@ use vaultrs::client::{VaultClient, VaultClientSettings};
 use vaultrs::error::ClientError;
 
 use super::{VaultError, VaultSettings};
+use crate::text::clean;
 use crate::trust::{ShowsCa, is_caused_by_shown_ca};
 
 /// What an outage says where no answer came.
@@ -246,11 +247,7 @@ pub(super) fn is_vaults_own(error: &ClientError) -> bool {
 /// Vault's own words, on one line that fits into a log.
 pub(super) fn texts_of(error: &ClientError) -> String {
     match error {
-        ClientError::APIError { errors, .. } => {
-            let texts = errors.join("; ").replace(['\n', '\t'], " ");
-            let printable = texts.chars().filter(|c| !c.is_control());
-            printable.take(MAX_TEXT).collect()
-        }
+        ClientError::APIError { errors, .. } => clean(&errors.join("; "), MAX_TEXT).into_owned(),
         _ => String::new(),
     }
 }

@@ -1,0 +1,401 @@
+//! Text that others chose (the exchange, Vault, bots, certificates, admins, files) in every output.
+
+use std::collections::BTreeMap;
+
+use credbroker::api::proto::{
+    BlockBotRequest, HaltRequest, ListKeysRequest, Method, QueryParameter, Scope, TestKeyRequest,
+};
+use credbroker_sim::kucoin::{Fault, FaultAction, Matching, SimKey, When};
+use credbroker_sim::pki::{SanType, Usage};
+use prost::Message;
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
+use tonic::Status;
+use tonic_types::StatusExt;
+
+use crate::harness::{
+    Addresses, Lab, MAIN_UID, RULES, Settings, accounts, kv_path, patient, request, secret,
+    spot_order, until,
+};
+
+/// A line that nobody wrote, a cleared screen, text that reads backwards, what is invisible, and no end.
+fn hostile() -> String {
+    let start = "spoof\u{202e}\u{2066}\u{200b}\u{feff}\u{1b}[2J\u{9b}31m\u{7}\r\nforged 2026-01-01T00:00:00Z ERROR\u{2028}forged";
+    format!("{start}{}", "long".repeat(5000))
+}
+
+/// Asserts that nothing of it is in an output: no control character, nothing invisible, no line of its own, no flood.
+fn assert_clean(output: &str, text: &str) {
+    // Chosen here, from Unicode's Bidi_Control, Cc, Zl, Zp and what is invisible in the text above.
+    let is_hostile = |c: char| {
+        (c.is_control() && c != '\n')
+            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
+    };
+    for line in text.lines() {
+        let found: String = line.chars().filter(|c| is_hostile(*c)).collect();
+        assert_eq!(
+            found.escape_unicode().to_string(),
+            "",
+            "{output}: {line:.300}"
+        );
+        assert!(!line.starts_with("forged"), "{output}: {line:.300}");
+        let flood = line.matches("longlonglonglong").count();
+        assert!(flood < 800, "{output}: {} bytes", line.len());
+    }
+}
+
+/// The same of every string in JSON, once it is decoded.
+fn assert_json_clean(output: &str, value: &Value) {
+    match value {
+        Value::String(text) => {
+            assert!(!text.contains('\n'), "{output}: {text:.300}");
+            assert_clean(output, text);
+        }
+        Value::Array(values) => values
+            .iter()
+            .for_each(|value| assert_json_clean(output, value)),
+        Value::Object(fields) => {
+            for (name, value) in fields {
+                assert_clean(output, name);
+                assert_json_clean(output, value);
+            }
+        }
+        _ => {}
+    }
+}
+
+fn assert_json_lines_clean(output: &str, text: &str) {
+    assert_clean(output, text);
+    assert!(
+        text.contains("spoof"),
+        "{output} has none of it:\n{text:.2000}"
+    );
+    for line in text.lines().filter(|line| line.starts_with('{')) {
+        let value = serde_json::from_str(line).unwrap_or_else(|_| panic!("{output}: {line:.300}"));
+        assert_json_clean(output, &value);
+    }
+}
+
+/// Every string of a message, as it goes over the wire.
+fn assert_message_clean(output: &str, message: &impl Message) {
+    // Tags and lengths are control characters, too: look for what each hostile text begins with, and for its escapes.
+    let bytes = message.encode_to_vec();
+    for hostile in [
+        "\u{202e}", "\u{2066}", "\u{200b}", "\u{feff}", "\u{1b}[", "\u{9b}", "\nforged", "\u{2028}",
+    ] {
+        let found = bytes
+            .windows(hostile.len())
+            .any(|part| part == hostile.as_bytes());
+        assert!(!found, "{output} holds {}", hostile.escape_unicode());
+    }
+    assert!(bytes.len() < 100_000, "{output} has {} bytes", bytes.len());
+}
+
+fn assert_status_clean(output: &str, status: &Status) {
+    assert_clean(output, status.message());
+    assert!(!status.message().contains('\n'));
+    if let Some(request) = status.get_details_bad_request() {
+        for violation in request.field_violations {
+            assert_clean(output, &violation.field);
+            assert_clean(output, &violation.description);
+        }
+    }
+}
+
+/// Answers every request with an error of Vault's whose text is hostile.
+async fn hostile_vault() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let body = json!({ "errors": [hostile()] }).to_string();
+    let answer = format!(
+        "HTTP/1.1 500 no\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
+        body.len()
+    );
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let answer = answer.clone();
+            tokio::spawn(async move {
+                let _ = stream.read(&mut [0; 8192]).await;
+                let _ = stream.write_all(answer.as_bytes()).await;
+            });
+        }
+    });
+    format!("http://{address}")
+}
+
+/// An answer of the exchange whose code and message are hostile.
+fn refusal_of_the_exchange(path: &str) -> Fault {
+    let answer = FaultAction::Answer {
+        status: 400,
+        body: json!({ "code": hostile(), "msg": hostile() }),
+        when: When::BeforeTaken,
+    };
+    Fault {
+        times: None,
+        matching: Matching::Prefix,
+        ..Fault::once(path, answer)
+    }
+}
+
+/// Calls of a bot in which everything that it may choose is hostile.
+async fn calls_of_a_bot(lab: &Lab) {
+    let mut bot = lab.patient_bot("maker").await;
+    let mut by_account = accounts();
+    by_account.account = hostile();
+    let mut by_id = accounts();
+    by_id.request_id = hostile();
+    let mut by_path = accounts();
+    by_path.path = format!("/api/v1/{}", hostile());
+    let mut by_query = accounts();
+    by_query.query.push(QueryParameter {
+        name: hostile(),
+        value: hostile(),
+    });
+    let body = json!({ hostile(): 1, "clientOid": "fits" }).to_string();
+    let by_body = request(Scope::SpotMargin, Method::Post, "/api/v1/hf/orders", &body);
+    for call in [by_account, by_id, by_path, by_query] {
+        let status = bot.send(call).await.unwrap_err();
+        assert_status_clean("status", &status);
+    }
+    for call in [
+        by_body,
+        spot_order(&format!("oid\u{202e}{}", "x".repeat(30))),
+    ] {
+        if let Err(status) = bot.send(call).await {
+            assert_status_clean("status", &status);
+        }
+    }
+}
+
+/// Certificates whose names are hostile, at both listeners.
+async fn handshakes(lab: &Lab) {
+    let uri = SanType::URI(
+        "spiffe://demo.test/wrong/spoof\u{1b}[2J\nforged"
+            .try_into()
+            .unwrap(),
+    );
+    let identity = lab.ca.issue(&hostile(), &[uri], Usage::Client).unwrap();
+    let roots = [lab.ca.certificate_pem().to_owned()];
+    for address in [lab.grpc, lab.admin] {
+        if let Ok(connection) = patient(address, &roots, &identity).await {
+            let mut admin = crate::harness::admin_over(connection);
+            admin.list_keys(ListKeysRequest {}).await.unwrap_err();
+        }
+    }
+    let mut bot = lab.patient(&lab.ca.bot("maker").unwrap()).await;
+    // What a path may hold.
+    let request = http::Request::post("https://localhost/spoof/%E2%80%AE\u{ff}")
+        .header("content-type", "application/grpc");
+    if let Ok(request) = request.body(tonic::body::Body::empty()) {
+        let _ = tonic::codegen::Service::call(&mut bot, request).await;
+    }
+}
+
+/// What admins and monitoring are shown.
+async fn screens(lab: &Lab) {
+    let mut admin = lab.admin_client("anna").await;
+    let listed = admin.list_keys(ListKeysRequest {}).await.unwrap();
+    assert_message_clean("key list", &listed.into_inner());
+
+    let (_, text) = lab.get("/readyz?verbose").await;
+    assert!(text.contains("spoof"), "{text}");
+    assert_clean("readyz", &text);
+    assert_clean("metrics", &lab.get("/metrics").await.1);
+    for words in [
+        &["keys", "list"][..],
+        &["keys", "list", "--json"],
+        &["keys", "test", "main"],
+        &["bots", "block", "spoof\u{202e}\u{1b}[2J"],
+    ] {
+        let ended = lab.admin_cli("anna", words).await;
+        let output = words.join(" ");
+        assert_clean(&output, &ended.stdout);
+        assert_clean(&output, &ended.stderr);
+        if words.contains(&"--json") {
+            assert_json_lines_clean(&output, &ended.stdout);
+        }
+    }
+    for words in [&["doctor"][..], &["doctor", "--json"], &["policy", "check"]] {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_credbroker"));
+        command.args(words);
+        if words[0] == "policy" {
+            command.arg(lab.path("rules.toml"));
+        } else {
+            command.arg("--config").arg(lab.path("config.toml"));
+        }
+        let ended = tokio::task::spawn_blocking(move || command.output().unwrap());
+        let ended = ended.await.unwrap();
+        let output = words.join(" ");
+        assert_clean(&output, &String::from_utf8(ended.stdout).unwrap());
+        let talk = String::from_utf8(ended.stderr).unwrap();
+        assert_clean(&output, &talk);
+    }
+}
+
+async fn outputs_with_a_hostile_exchange(format: &str) {
+    let key = SimKey {
+        sub_name: Some(hostile()),
+        parent_uid: Some(1),
+        remark: hostile(),
+        ..SimKey::fake(MAIN_UID)
+    };
+    let mut lab = Lab::with(Settings {
+        process: true,
+        wait_ready: false,
+        config: format!("[log]\nformat = \"{format}\"\nfilter = \"info,credbroker=debug\""),
+        keys: vec![("other", "main", 1002)],
+        ..Settings::default()
+    })
+    .await;
+    lab.kucoin.add_key(key.clone());
+    lab.vault
+        .put_secret("kv", &kv_path("main", "main"), secret(&key));
+    lab.until_ready().await;
+
+    calls_of_a_bot(&lab).await;
+    handshakes(&lab).await;
+    let mut admin = lab.admin_client("anna").await;
+    let blocked = admin.block_bot(BlockBotRequest { bot: hostile() }).await;
+    assert_status_clean("admin status", &blocked.unwrap_err());
+    let test = || TestKeyRequest {
+        account: "main".to_owned(),
+        ..TestKeyRequest::default()
+    };
+    let good = admin.test_key(test()).await.unwrap().into_inner();
+    assert!(
+        good.facts.as_ref().unwrap().sub_name.contains("spoof"),
+        "{good:?}"
+    );
+    assert_message_clean("key test", &good);
+
+    lab.kucoin.fault(refusal_of_the_exchange("/api/"));
+    let mut bot = lab.patient_bot("maker").await;
+    let refused = bot.send(accounts()).await.unwrap();
+    let first = |chars| hostile().chars().take(chars).collect::<String>();
+    assert_eq!(
+        (refused.code, refused.msg),
+        (first(64), first(8192)),
+        "as they came"
+    );
+    assert_clean("advice", &refused.advice);
+    let bad = admin.test_key(test()).await.unwrap().into_inner();
+    assert_message_clean("key test", &bad);
+    let halt = HaltRequest {
+        account: "main".to_owned(),
+        cancel_all: true,
+        ..HaltRequest::default()
+    };
+    if let Ok(halted) = admin.halt(halt).await {
+        assert_message_clean("halt", &halted.into_inner());
+    }
+    let mut note = BTreeMap::new();
+    note.insert(
+        "use_version".to_owned(),
+        "spoof\u{202e}\n\u{1b}[2Jforged\r\nforged".to_owned(),
+    );
+    lab.vault
+        .set_custom_metadata("kv", &kv_path("main", "main"), note);
+    // A change that cannot be used, so that its problems are told.
+    let wrong = format!("{RULES}\n\"spoof\u{202e}\u{2066}\" = 1\n");
+    std::fs::write(lab.path("rules.toml"), wrong).unwrap();
+    until("note and rules are told", async || {
+        let text = lab.get("/readyz?verbose").await.1;
+        text.contains("use_version") && text.contains("not in force")
+    })
+    .await;
+    screens(&lab).await;
+    lab.process().terminate();
+    lab.process().exit_code().await;
+    let log = lab.process().log();
+    match format {
+        "json" => assert_json_lines_clean("log", &log),
+        _ => {
+            assert_clean("log", &log);
+            assert!(log.contains("spoof"));
+            // Every line is one of ours, and begins with its time.
+            let is_ours = |line: &str| line.starts_with("20") && line.contains("credbroker");
+            assert!(log.lines().all(is_ours), "{log}");
+        }
+    }
+    let audit = std::fs::read_to_string(lab.path("state/audit.jsonl")).unwrap();
+    assert_json_lines_clean("audit", &audit);
+    for line in audit.lines() {
+        let line: Value = serde_json::from_str(line).unwrap();
+        let code = line["code"].as_str().unwrap_or_default();
+        assert!(code.chars().count() < 64 * 10, "{code:.300}");
+    }
+}
+
+#[tokio::test]
+async fn text_from_outside_is_clean_in_every_output_with_a_json_log() {
+    outputs_with_a_hostile_exchange("json").await;
+}
+
+#[tokio::test]
+async fn text_from_outside_is_clean_in_every_output_with_a_text_log() {
+    outputs_with_a_hostile_exchange("text").await;
+}
+
+#[tokio::test]
+async fn what_vault_says_is_clean_in_every_output() {
+    for format in ["json", "text"] {
+        let vault = hostile_vault().await;
+        let mut lab = Lab::install(&Settings::default()).await;
+        let addresses = Addresses {
+            vault,
+            spot: lab.kucoin.spot_url(),
+            futures: lab.kucoin.futures_url(),
+        };
+        lab.reconfigure(
+            &format!("address = \"{}\"", lab.vault.address()),
+            &format!("address = \"{}\"", addresses.vault),
+        );
+        lab.reconfigure(
+            "[reload]",
+            &format!("[log]\nformat = \"{format}\"\n[reload]"),
+        );
+        lab.spawn_broker().await;
+        until("Vault's error is told", async || {
+            lab.get("/readyz").await.1.contains("spoof")
+        })
+        .await;
+        assert_clean("readyz", &lab.get("/readyz?verbose").await.1);
+        let mut admin = lab.admin_client("anna").await;
+        let listed = admin.list_keys(ListKeysRequest {}).await.unwrap();
+        assert_message_clean("key list", &listed.into_inner());
+        let ended = lab.admin_cli("anna", &["keys", "list"]).await;
+        assert_clean("keys list", &ended.stdout);
+        let status = lab.patient_bot("maker").await.send(accounts()).await;
+        assert_status_clean("status", &status.unwrap_err());
+        lab.process().terminate();
+        lab.process().exit_code().await;
+        let log = lab.process().log();
+        assert!(log.contains("spoof"));
+        assert_clean("log", &log);
+        let audit = std::fs::read_to_string(lab.path("state/audit.jsonl")).unwrap();
+        assert_clean("audit", &audit);
+    }
+}
+
+/// A program that answers in the broker's place.
+#[tokio::test]
+async fn the_health_command_shows_no_control_characters() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let _ = stream.read(&mut [0; 1024]).await;
+        let text: String = hostile().chars().take(150).collect();
+        let answer = format!("HTTP/1.1 200 ok\r\nconnection: close\r\n\r\n{text}");
+        let _ = stream.write_all(answer.as_bytes()).await;
+    });
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_credbroker"));
+    command.args(["health", "--address", &address]);
+    let ended = tokio::task::spawn_blocking(move || command.output().unwrap());
+    let text = String::from_utf8(ended.await.unwrap().stdout).unwrap();
+    let text = text.replace("\nforged", "");
+    assert_clean("health", &text);
+    assert!(text.contains("spoof\\u{202e}"), "{text:.300}");
+}

@@ -1,0 +1,124 @@
+//! `/healthz`, `/readyz` and `/metrics` as monitoring asks for them.
+
+use std::collections::BTreeMap;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use crate::harness::{Lab, accounts};
+
+/// Head and body of the answer to a request, with an `Accept` header unless it is empty.
+async fn ask(lab: &Lab, method: &str, path: &str, accept: &str) -> (String, String) {
+    let mut stream = TcpStream::connect(lab.ops).await.unwrap();
+    let accept = match accept {
+        "" => String::new(),
+        accept => format!("accept: {accept}\r\n"),
+    };
+    let request = format!("{method} {path} HTTP/1.1\r\nhost: test\r\n{accept}\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head.to_ascii_lowercase(), body.to_owned())
+}
+
+#[tokio::test]
+async fn head_is_answered_as_get_without_a_body() {
+    let mut lab = Lab::start().await;
+    for path in ["/healthz", "/readyz", "/readyz?verbose", "/metrics"] {
+        let (get, body) = ask(&lab, "GET", path, "").await;
+        assert!(!body.is_empty());
+        let (head, nothing) = ask(&lab, "HEAD", path, "").await;
+        assert_eq!(nothing, "", "{path}");
+        let lines = |head: &str| -> Vec<_> {
+            let lines = head.lines().filter(|line| !line.starts_with("date:"));
+            // The length of what changes from one moment to the next.
+            let lines = lines.filter(|line| !line.starts_with("content-length:"));
+            lines.map(ToOwned::to_owned).collect()
+        };
+        assert_eq!(lines(&head), lines(&get), "{path}");
+        assert!(head.starts_with("http/1.1 200"), "{head}");
+        assert!(head.contains("content-length: "), "{head}");
+    }
+    let (head, _) = ask(&lab, "HEAD", "/", "").await;
+    assert!(head.starts_with("http/1.1 404"), "{head}");
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn metrics_come_in_the_format_that_is_asked_for() {
+    let mut lab = Lab::start().await;
+    let open_metrics = "application/openmetrics-text; version=1.0.0";
+    for (accept, kind) in [
+        ("", "text/plain; version=0.0.4"),
+        ("text/plain;version=0.0.4", "text/plain; version=0.0.4"),
+        ("*/*", "text/plain; version=0.0.4"),
+        (
+            "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3",
+            open_metrics,
+        ),
+    ] {
+        let (head, body) = ask(&lab, "GET", "/metrics", accept).await;
+        assert!(
+            head.contains(&format!("content-type: {kind}")),
+            "{accept}: {head}"
+        );
+        let is_open = kind == open_metrics;
+        assert_eq!(body.ends_with("# EOF\n"), is_open, "{accept}");
+        let counter = "# TYPE credbroker_requests counter\n";
+        assert_eq!(body.contains(counter), is_open, "{accept}");
+    }
+    lab.stop().await;
+}
+
+/// The rules of `promtool check metrics` (promlint) that a text can break, on every line.
+#[tokio::test]
+async fn the_text_format_has_help_and_type_for_every_sample() {
+    let mut lab = Lab::start().await;
+    lab.bot("maker").await.send(accounts()).await.unwrap();
+    let (_, text) = ask(&lab, "GET", "/metrics", "").await;
+    let (mut help, mut types) = (BTreeMap::new(), BTreeMap::new());
+    let mut samples = 0;
+    for line in text.lines() {
+        if let Some(declared) = line.strip_prefix("# HELP ") {
+            let (name, told) = declared.split_once(' ').unwrap();
+            assert!(!told.trim().is_empty(), "{name} has no help");
+            assert!(help.insert(name, told).is_none(), "{name} twice");
+        } else if let Some(declared) = line.strip_prefix("# TYPE ") {
+            let (name, kind) = declared.split_once(' ').unwrap();
+            assert_eq!(name.ends_with("_total"), kind == "counter", "{name} {kind}");
+            assert!(types.insert(name, kind).is_none(), "{name} twice");
+        } else {
+            assert!(!line.starts_with('#'), "{line}");
+            let end = line.find(['{', ' ']).unwrap();
+            let name = &line[..end];
+            let histogram = ["_bucket", "_count", "_sum"]
+                .iter()
+                .find_map(|suffix| name.strip_suffix(suffix))
+                .filter(|name| types.get(name) == Some(&"histogram"));
+            let name = histogram.unwrap_or(name);
+            assert!(
+                help.contains_key(name) && types.contains_key(name),
+                "{line}"
+            );
+            assert!(
+                name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'),
+                "{line}"
+            );
+            let value = line.rsplit_once(' ').unwrap().1;
+            assert!(value.parse::<f64>().is_ok(), "{line}");
+            samples += 1;
+        }
+    }
+    assert_eq!(help.len(), types.len());
+    assert!(samples > 50, "{text}");
+    for (name, kind) in [
+        ("credbroker_requests_total", "counter"),
+        ("credbroker_connections_unused_total", "counter"),
+        ("credbroker_stage_duration_seconds", "histogram"),
+        ("credbroker_ready", "gauge"),
+    ] {
+        assert_eq!(types.get(name), Some(&kind), "{name}");
+    }
+    lab.stop().await;
+}
