@@ -5,14 +5,18 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use http::header::CONTENT_TYPE;
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::server::TlsStream;
 use tokio_util::task::TaskTracker;
 
+use super::listener::HEADER_BYTES;
 use super::places::Places;
 use super::tls::{Tls, Trust};
+use crate::kucoin::Malformed;
 use crate::telemetry::Metrics;
 
 /// TLS handshakes at once. One more ends the oldest of the address that has the most: a handshake that goes on takes
@@ -63,7 +67,8 @@ impl Acceptor {
                 };
                 drop(place);
                 match shaken {
-                    Ok((stream, trust)) => serve(stream, trust).await,
+                    Ok(Some((stream, trust))) => serve(stream, trust).await,
+                    Ok(None) => metrics.connection_unused(),
                     Err(error) => refused(&metrics, peer, &error),
                 }
             });
@@ -82,21 +87,64 @@ fn refused(metrics: &Metrics, peer: SocketAddr, error: &io::Error) {
     }
 }
 
+/// `None` for a peer that closes before its first byte, as the TCP check of a load balancer does.
 async fn shake_hands(
     stream: TcpStream,
     tls: watch::Receiver<Arc<Tls>>,
     within: Duration,
-) -> io::Result<(TlsStream<TcpStream>, Trust)> {
+) -> io::Result<Option<(TlsStream<TcpStream>, Trust)>> {
     // Small answers must not wait for acknowledgements: 40 ms each without this.
     stream.set_nodelay(true)?;
-    let now = Arc::clone(&tls.borrow());
-    let stream = timeout(within, now.acceptor.accept(stream))
-        .await
-        .unwrap_or(Err(io::ErrorKind::TimedOut.into()))?;
+    let (now, shaken) = timeout(within, async {
+        let is_unused = match stream.peek(&mut [0]).await {
+            Ok(bytes) => bytes == 0,
+            Err(error) => error.kind() == io::ErrorKind::ConnectionReset,
+        };
+        let now = Arc::clone(&tls.borrow());
+        if is_unused {
+            return (now, None);
+        }
+        let shaken = now.acceptor.accept(stream).await;
+        (now, Some(shaken))
+    })
+    .await
+    .map_err(|_| io::ErrorKind::TimedOut)?;
+    let Some(stream) = shaken.transpose()? else {
+        return Ok(None);
+    };
     let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
     // The verifier has seen to it that there is a certificate that can be read.
     let trust = Trust::new(chain, now.generation, tls).ok_or(io::ErrorKind::InvalidData)?;
-    Ok((stream, trust))
+    Ok(Some((stream, trust)))
+}
+
+/// Whether a request is a gRPC call; what a browser sends for a page of another site never is.
+///
+/// Source: gRPC over HTTP/2, "Requests".
+pub(super) fn is_grpc<B>(request: &Request<B>) -> bool {
+    let kind = request.headers().get(CONTENT_TYPE);
+    let kind = kind.map(HeaderValue::as_bytes).unwrap_or_default();
+    request.method() == Method::POST && kind.starts_with(b"application/grpc")
+}
+
+/// The answer to a request that is no gRPC call, as the same source has it.
+pub(super) fn unsupported_media_type() -> Response<tonic::body::Body> {
+    let mut response = Response::new(tonic::body::Body::empty());
+    *response.status_mut() = StatusCode::UNSUPPORTED_MEDIA_TYPE;
+    response
+}
+
+/// What is wrong with the headers of a call, if they are longer than [`HEADER_BYTES`]; counted as RFC 9113, section 6.5.2
+/// counts them.
+pub(super) fn oversized(headers: &HeaderMap) -> Option<Malformed> {
+    let bytes: usize = headers
+        .iter()
+        .map(|(name, value)| name.as_str().len() + value.len() + 32)
+        .sum();
+    (bytes > HEADER_BYTES).then(|| {
+        let problem = format!("has {bytes} bytes; expected at most {HEADER_BYTES}");
+        Malformed::new("metadata", problem)
+    })
 }
 
 /// Returns once the broker stops.

@@ -25,14 +25,15 @@ use tonic::codegen::Service;
 use tonic::service::Routes;
 use tonic::{Code, Status};
 
-use super::accept::{Acceptor, told};
-use super::listener::ConnectionLimits;
+use super::accept::{Acceptor, is_grpc, oversized, told, unsupported_media_type};
+use super::listener::{ConnectionLimits, READ_HEADER_BYTES};
 use super::places::Places;
 use super::tls::{Tls, Trust};
 use crate::api::admin::AdminError;
 use crate::broker::Broker;
 use crate::ids::AdminId;
 use crate::kucoin::Malformed;
+use crate::text::clean;
 
 /// Connections of admins. One more ends the oldest of the admin who has the most.
 const CONNECTIONS: usize = 16;
@@ -46,8 +47,8 @@ const AGE: Duration = Duration::from_secs(600);
 /// More than any call needs: names, or a key.
 const MESSAGE_BYTES: usize = 64 * 1024;
 
-/// More than any call's headers need.
-const HEADER_BYTES: u32 = 16 * 1024;
+/// Characters of a method in the log: ours have fewer.
+const METHOD_CHARS: usize = 100;
 
 /// A peer that answers no ping for so long is gone.
 const PING: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(20));
@@ -118,7 +119,7 @@ impl Connection {
             .keep_alive_interval(PING.0)
             .keep_alive_timeout(PING.1)
             .max_concurrent_streams(STREAMS)
-            .max_header_list_size(HEADER_BYTES);
+            .max_header_list_size(READ_HEADER_BYTES);
         let mut http = pin!(http.serve_connection(TokioIo::new(stream), service));
         let why = tokio::select! {
             // The peer went, or broke the protocol: nobody is left to tell.
@@ -155,7 +156,14 @@ impl Connection {
     }
 
     async fn call(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
-        let (began, method) = (Instant::now(), request.uri().path().to_owned());
+        let began = Instant::now();
+        let method = clean(request.uri().path(), METHOD_CHARS).into_owned();
+        if !is_grpc(&request) {
+            if let Some(untold) = self.listener.broker.metrics.may_tell_of_stranger() {
+                tracing::warn!(admin.id = %self.admin, method, http.status = 415, untold, "admin call refused: not gRPC");
+            }
+            return unsupported_media_type();
+        }
         let response = match self.answer(request).await {
             Ok(response) => response,
             Err(error) => Status::from(error).into_http(),
@@ -170,6 +178,9 @@ impl Connection {
     /// In a task of its own, so that an admin who hangs up tears nothing.
     async fn answer(&self, request: Request<Incoming>) -> Result<Response<Body>, AdminError> {
         let (mut head, body) = request.into_parts();
+        if let Some(problem) = oversized(&head.headers) {
+            return Err(AdminError::Malformed(vec![problem]));
+        }
         let body = self.whole(body).await?;
         head.extensions.insert(self.admin.clone());
         let request = Request::from_parts(head, Body::new(body));

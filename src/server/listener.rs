@@ -26,7 +26,7 @@ use tonic::codegen::Service;
 use tonic::service::Routes;
 use tonic::{Code, Status};
 
-use super::accept::{Acceptor, told};
+use super::accept::{Acceptor, is_grpc, oversized, told, unsupported_media_type};
 use super::tls::{Tls, Trust};
 use crate::api::grpc::{Arrived, SIGN_AND_SEND};
 use crate::api::status::status;
@@ -48,8 +48,12 @@ const PIECE: usize = 16 * 1024;
 /// Bytes of answers that a connection buffers for its bot.
 const SEND_BUFFER: usize = 64 * 1024;
 
-/// More than any call's headers need.
-const HEADER_BYTES: u32 = 16 * 1024;
+/// Bytes of a call's headers: more than any call needs.
+pub(super) const HEADER_BYTES: usize = 16 * 1024;
+
+/// Bytes of headers that are read, so that a call with more than [`HEADER_BYTES`] is refused by us: the HTTP library
+/// answers what is beyond with 431, without our details, and libraries of bots do not even send it.
+pub(super) const READ_HEADER_BYTES: u32 = 256 * 1024;
 
 /// A peer that answers no ping for so long is gone.
 const PING: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(20));
@@ -135,7 +139,9 @@ impl Listener {
                     _ => "bot",
                 };
                 self.broker.metrics.connection_refused(whose);
-                tracing::warn!(bot.id = %bot, "{refusal}");
+                if let Some(untold) = self.broker.metrics.may_tell_of_stranger() {
+                    tracing::warn!(bot.id = %bot, untold, "{refusal}");
+                }
                 (slot, Some(refusal))
             }
             None => return self.broker.metrics.connection_refused("many"),
@@ -172,7 +178,7 @@ impl Connection {
             .keep_alive_timeout(PING.1)
             .max_concurrent_streams(STREAMS)
             .max_send_buf_size(SEND_BUFFER)
-            .max_header_list_size(HEADER_BYTES);
+            .max_header_list_size(READ_HEADER_BYTES);
         let mut http = pin!(http.serve_connection(TokioIo::new(stream), service));
         let why = tokio::select! {
             // The peer went, or broke the protocol: nobody is left to tell.
@@ -256,9 +262,17 @@ impl Connection {
     /// One call: refused here, or passed on with the bot's name.
     async fn call(self: Arc<Self>, request: Request<Incoming>) -> Response<tonic::body::Body> {
         let broker = &self.listener.broker;
+        if !is_grpc(&request) {
+            let problem = "expected POST with content-type application/grpc";
+            let problem = Malformed::new("content-type", problem);
+            drop(self.refused(BrokerError::Malformed(vec![problem])));
+            return unsupported_media_type();
+        }
         let is_ours = request.uri().path() == SIGN_AND_SEND;
         let refused = if !self.is_trusted() {
             Err(BrokerError::Untrusted)
+        } else if let Some(problem) = oversized(request.headers()) {
+            Err(BrokerError::Malformed(vec![problem]))
         } else if let Some(refusal) = self.refusal {
             Err(refusal.into())
         } else if is_ours {
@@ -274,6 +288,7 @@ impl Connection {
             Err(error) => return self.refused(error).into_http(),
         };
         let in_use = InUse::new(&self, slot.clone());
+        let method = (!is_ours).then(|| request.uri().path().to_owned());
         let mut request = request.map(|body| {
             tonic::body::Body::new(Timed {
                 body,
@@ -294,6 +309,9 @@ impl Connection {
             return self
                 .refused(BrokerError::Malformed(vec![problem]))
                 .into_http();
+        }
+        if let Some(method) = method.filter(|_| is_unimplemented(&response)) {
+            return self.refused(BrokerError::MethodUnknown(method)).into_http();
         }
         if is_ours {
             in_use.is_answered();
@@ -330,6 +348,12 @@ fn unread(response: &Response<tonic::body::Body>) -> Option<String> {
             | Code::Unimplemented
     );
     (!is_ours && is_about_the_message).then(|| status.message().to_owned())
+}
+
+/// Whether no service has the method that was called.
+fn is_unimplemented(response: &Response<tonic::body::Body>) -> bool {
+    let status = Status::from_header_map(response.headers());
+    status.is_some_and(|status| status.code() == Code::Unimplemented)
 }
 
 /// Counts a call on its connection, until its answer is written.

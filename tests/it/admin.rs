@@ -218,6 +218,62 @@ async fn list_keys_over(connection: Patient) -> Result<Vec<KeyState>, Status> {
 }
 
 #[tokio::test]
+async fn a_page_of_another_site_cannot_call() {
+    let mut lab = Lab::start().await;
+    let identity = lab.ca.admin("anna").unwrap();
+    let mut connection = connection(&lab, &identity).await.unwrap();
+    // FreezeAccountRequest with account "main", as gRPC frames it.
+    let message = Bytes::from_static(b"\0\0\0\0\x06\x0a\x04main");
+    let mut call = async |method: &str, kind: &str| {
+        let body = http_body_util::Full::new(message.clone());
+        let request = http::Request::builder()
+            .method(method)
+            .uri("https://localhost/credbroker.v1.Admin/FreezeAccount")
+            .header("content-type", kind)
+            .header("origin", "https://example.org")
+            .body(tonic::body::Body::new(body));
+        connection.call(request.unwrap()).await.unwrap()
+    };
+    for (method, kind) in [
+        ("POST", "text/plain"),
+        ("POST", "application/x-www-form-urlencoded"),
+        ("POST", "multipart/form-data; boundary=x"),
+        ("GET", "application/grpc"),
+        ("OPTIONS", "application/grpc"),
+    ] {
+        let answer = call(method, kind).await;
+        assert_eq!(answer.status(), 415, "{method} {kind}");
+        assert!(!answer.headers().contains_key("access-control-allow-origin"));
+    }
+    assert!(lab.acts().iter().all(|act| act["action"] != "freeze"));
+    // The same message as a call.
+    let answer = call("POST", "application/grpc+proto").await;
+    assert_eq!(answer.status(), 200);
+    until("it is done", async || {
+        lab.acts().iter().any(|act| act["action"] == "freeze")
+    })
+    .await;
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn metadata_of_an_admin_call_have_a_limit_too() {
+    let mut lab = Lab::start().await;
+    let mut admin = lab.admin_client("anna").await;
+    let mut request = tonic::Request::new(ListKeysRequest {});
+    let long = "x".repeat(17_000).parse().unwrap();
+    request.metadata_mut().insert("x-token", long);
+    let status = admin.list_keys(request).await.unwrap_err();
+    assert!(status.message().contains("metadata: has 17"), "{status:?}");
+    assert_eq!(
+        refusal::<()>(Err(status)),
+        (Code::InvalidArgument, "REQUEST_MALFORMED".to_owned())
+    );
+    list(&mut admin).await.unwrap();
+    lab.stop().await;
+}
+
+#[tokio::test]
 async fn without_an_address_there_is_no_door() {
     let mut lab = Lab::with(Settings {
         edit: Box::new(|config| config.replace("admin = \"127.0.0.1:0\"\n", "")),

@@ -34,10 +34,13 @@ const IN_FLIGHT: &str = "credbroker_calls_in_flight";
 /// Kinds of HTTP/2 frames (RFC 9113, section 6).
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
+const PRIORITY: u8 = 2;
 const SETTINGS: u8 = 4;
+const PING: u8 = 6;
 pub(crate) const GOAWAY: u8 = 7;
 
 /// Flags of frames.
+const ACK: u8 = 1;
 const END_STREAM: u8 = 1;
 const END_HEADERS: u8 = 4;
 
@@ -104,6 +107,7 @@ impl RawBot {
         frame.extend(payload);
         // The other side may have gone.
         let _ = self.stream.write_all(&frame).await;
+        let _ = self.stream.flush().await;
     }
 
     /// Reads until a frame of this kind has come.
@@ -515,17 +519,173 @@ async fn a_message_that_cannot_be_read_is_malformed_and_recorded() {
 }
 
 #[tokio::test]
-async fn headers_that_are_too_long_end_no_more_than_their_call() {
+async fn metadata_over_the_limit_is_refused_by_name_counted_and_recorded() {
     let mut lab = lab("").await;
     let mut bot = lab.patient_bot("maker").await;
-    let mut request = tonic::Request::new(accounts());
-    let long = "x".repeat(20_000).parse().unwrap();
-    request.metadata_mut().insert("x-long", long);
-    let status = bot.client.sign_and_send(request).await.unwrap_err();
+    let mut with_metadata = async |bytes: usize| {
+        let mut request = tonic::Request::new(accounts());
+        let long = "x".repeat(bytes).parse().unwrap();
+        request.metadata_mut().insert("x-token", long);
+        bot.client.sign_and_send(request).await
+    };
+    with_metadata(15_000).await.unwrap();
+    let status = with_metadata(17_000).await.unwrap_err();
+    let field = &status.get_details_bad_request().unwrap().field_violations[0];
+    assert_eq!(field.field, "metadata");
+    assert!(
+        field.description.contains("expected at most 16384"),
+        "{field:?}"
+    );
+    let (code, reason, outcome, _) = failure(&status);
+    assert_eq!(
+        (code, reason.as_str(), outcome.as_str()),
+        (Code::InvalidArgument, "REQUEST_MALFORMED", "not_sent")
+    );
+    assert_eq!(denied(&lab, "REQUEST_MALFORMED"), 1);
+    assert_eq!(refused_calls(&lab, "REQUEST_MALFORMED").await, Some(1.0));
+    // The HTTP library itself refuses what is far longer, and only that call.
+    let status = with_metadata(270_000).await.unwrap_err();
     assert!(status.get_details_error_info().is_none(), "{status:?}");
-    assert!(lab.kucoin.received().is_empty());
-    bot.send(accounts()).await.unwrap();
+    with_metadata(0).await.unwrap();
+    assert_eq!(lab.kucoin.received().len(), 2);
     lab.stop().await;
+}
+
+/// Calls that ended before they had a scope, by reason.
+async fn refused_calls(lab: &Lab, reason: &str) -> Option<f64> {
+    let labels = format!("scope=\"\",outcome=\"not_sent\",reason=\"{reason}\"");
+    lab.metric(&format!("credbroker_requests_total{{{labels}}}"))
+        .await
+}
+
+#[tokio::test]
+async fn a_call_to_an_unknown_method_is_counted_and_recorded() {
+    let mut lab = lab("").await;
+    let mut connection = lab.patient(&lab.ca.bot("maker").unwrap()).await;
+    let long = format!("/credbroker.v1.Broker/{}", "Long".repeat(1000));
+    for path in [
+        "/credbroker.v1.Broker/Withdraw",
+        "/other.v1.Wallet/Send",
+        &long,
+    ] {
+        let request = http::Request::post(format!("https://localhost{path}"))
+            .header("content-type", "application/grpc")
+            .header("te", "trailers")
+            .body(tonic::body::Body::empty())
+            .unwrap();
+        let answer = connection.call(request).await.unwrap();
+        let status = Status::from_header_map(answer.headers()).unwrap();
+        let (code, reason, outcome, _) = failure(&status);
+        assert_eq!(
+            (code, reason.as_str(), outcome.as_str()),
+            (Code::Unimplemented, "METHOD_UNKNOWN", "not_sent")
+        );
+        let shown = &path[..path.len().min(100)];
+        assert!(status.message().contains(shown), "{status:?}");
+    }
+    let lines = lab.audit();
+    let details: Vec<_> = lines
+        .iter()
+        .map(|line| line["detail"].as_str().unwrap())
+        .collect();
+    assert_eq!(denied(&lab, "METHOD_UNKNOWN"), 3);
+    assert!(details[1].contains("/other.v1.Wallet/Send"), "{details:?}");
+    assert!(
+        details.iter().all(|detail| detail.len() < 300),
+        "{details:?}"
+    );
+    assert_eq!(refused_calls(&lab, "METHOD_UNKNOWN").await, Some(3.0));
+    assert!(lab.kucoin.received().is_empty());
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn what_is_no_grpc_call_gets_415_and_is_recorded() {
+    let mut lab = lab("").await;
+    let mut connection = lab.patient(&lab.ca.bot("maker").unwrap()).await;
+    let url = "https://localhost/credbroker.v1.Broker/SignAndSend";
+    let order = Bytes::from(message(&spot_order("from-a-page")));
+    for (method, kind) in [
+        ("POST", "text/plain"),
+        ("GET", "application/grpc"),
+        ("POST", ""),
+    ] {
+        let mut request = http::Request::builder().method(method).uri(url);
+        if !kind.is_empty() {
+            request = request.header("content-type", kind);
+        }
+        let body = tonic::body::Body::new(http_body_util::Full::new(order.clone()));
+        let request = request.header("origin", "https://example.org").body(body);
+        let answer = connection.call(request.unwrap()).await.unwrap();
+        assert_eq!(answer.status(), 415, "{method} {kind}");
+        assert!(!answer.headers().contains_key("grpc-status"));
+    }
+    assert_eq!(denied(&lab, "REQUEST_MALFORMED"), 3);
+    assert!(lab.kucoin.received().is_empty());
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn frames_that_nobody_asked_for_cost_no_log_lines() {
+    let mut lab = Lab::with(Settings {
+        process: true,
+        config: "[log]\nfilter = \"trace\"".to_owned(),
+        ..Settings::default()
+    })
+    .await;
+    let mut bot = RawBot::open(&lab, &lab.ca.bot("maker").unwrap()).await;
+    bot.call(&accounts()).await;
+    until("the first call has ended", async || lab.audit().len() == 2).await;
+    let lines = |lab: &Lab| lab.process.as_ref().unwrap().log().lines().count();
+    let before = lines(&lab);
+    for _ in 0..1000 {
+        // What no request caused: an acknowledged ping, a priority of an idle stream, a kind that does not exist.
+        bot.write(PING, ACK, 0, &[7; 8]).await;
+        bot.write(PRIORITY, 0, 99, &[0, 0, 0, 0, 1]).await;
+        bot.write(0x42, 0, 0, &[0; 8]).await;
+    }
+    bot.call(&accounts()).await;
+    until("the second call has ended", async || lab.audit().len() == 4).await;
+    let more = lines(&lab) - before;
+    assert!(more < 200, "{more} lines for 3000 frames");
+    for library in ["h2", "hyper"] {
+        let target = format!("\"target\":\"{library}");
+        assert!(!lab.process().log().contains(&target), "{library}");
+    }
+    lab.process().terminate();
+    lab.process().exit_code().await;
+}
+
+#[tokio::test]
+async fn connections_without_a_byte_are_counted_and_not_logged() {
+    let mut lab = Lab::with(Settings {
+        process: true,
+        ..Settings::default()
+    })
+    .await;
+    for address in [lab.grpc, lab.admin] {
+        for _ in 0..150 {
+            drop(TcpStream::connect(address).await.unwrap());
+        }
+    }
+    until("all are counted", async || {
+        lab.metric("credbroker_connections_unused_total").await == Some(300.0)
+    })
+    .await;
+    let refused = "credbroker_connections_refused_total{reason=\"handshake\"}";
+    assert_eq!(lab.metric(refused).await, Some(0.0));
+    let mut stranger = TcpStream::connect(lab.grpc).await.unwrap();
+    stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+    closed(&mut stranger).await;
+    until("the stranger is counted", async || {
+        lab.metric(refused).await == Some(1.0)
+    })
+    .await;
+    lab.process().log_line("TLS handshake failed").await;
+    let log = lab.process().log();
+    assert_eq!(log.matches("TLS handshake failed").count(), 1);
+    lab.process().terminate();
+    lab.process().exit_code().await;
 }
 
 #[tokio::test]
