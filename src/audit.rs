@@ -36,9 +36,6 @@ const MAX_DENIED_OIDS: usize = 5;
 /// KuCoin takes 40 characters.
 const MAX_CLIENT_OID_CHARS: usize = 64;
 
-/// Characters of the exchange's `code`: KuCoin's have 6.
-pub const MAX_CODE_CHARS: usize = 64;
-
 /// No line is longer: the longest are orders of [`MAX_CLIENT_OIDS`], and targets of a few kilobytes.
 const MAX_LINE_BYTES: u64 = 128 * 1024;
 
@@ -88,7 +85,7 @@ pub struct Ending<'a> {
     /// HTTP status of the answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub http_status: Option<u16>,
-    /// `code` of the answer, cleaned and cut after [`MAX_CODE_CHARS`].
+    /// `code` of the answer, cleaned and cut.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub code: Option<Cow<'a, str>>,
     /// The timestamp that was signed.

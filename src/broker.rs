@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
-use crate::audit::{Audit, Caller, Ending, MAX_CODE_CHARS, Recorded};
+use crate::audit::{Audit, Caller, Ending, Recorded};
 use crate::clock::{Clock, ClockUncertain};
 use crate::egress::proof::Proof;
 use crate::egress::{Answered, ConnectError, Egress, SendError};
@@ -341,7 +341,7 @@ impl Broker {
         let answer = self.read(call, permit, answered)?;
         tracing::debug!(
             http.status = answer.http_status.as_u16(),
-            code = answer.code,
+            code = %clean(&answer.code, code::MAX_CODE_CHARS),
             outcome = %answer.outcome,
             exchange_us = micros(sending.elapsed()),
             "answer received"
@@ -590,7 +590,7 @@ impl Broker {
             reason,
             detail: ended.as_ref().err().map(ToString::to_string),
             http_status: answer.map(|receipt| receipt.answer.http_status.as_u16()),
-            code: answer.map(|receipt| clean(&receipt.answer.code, MAX_CODE_CHARS)),
+            code: answer.map(|receipt| clean(&receipt.answer.code, code::MAX_CODE_CHARS)),
             timestamp_ms: answer.map(|receipt| receipt.timestamp_ms),
             duration_us: micros(call.arrived.elapsed()),
         };

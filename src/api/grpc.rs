@@ -13,14 +13,14 @@ use crate::broker::admission::CallSlot;
 use crate::broker::{Broker, BrokerError, Call, Receipt, caught, micros};
 use crate::ids::{BotId, RequestId, Who};
 use crate::kucoin::request::{self, RequestLimits};
-use crate::kucoin::{Catalog, Malformed, Method, Scope, UnsignedRequest, advice};
+use crate::kucoin::{Catalog, Malformed, Method, Scope, UnsignedRequest, advice, code};
 use crate::outcome::Outcome;
 
 /// How long before the bot's deadline the answer is given at the latest, so that it arrives before the transport's.
 const DEADLINE_MARGIN: Duration = Duration::from_millis(50);
 
-/// Characters of `code` and `msg` in a reply, so that it is little longer than the body, which holds both in full.
-const MAX_CODE_CHARS: usize = 64;
+/// Characters of `msg` in a reply, so that it is little longer than the body, which holds it in full; for the same reason
+/// `code` is cut as well.
 const MAX_MSG_CHARS: usize = 8192;
 
 /// The path of the one method.
@@ -225,7 +225,7 @@ fn response(receipt: Receipt, id: &RequestId) -> proto::SignAndSendResponse {
         body: answer.body,
         content_type: answer.content_type,
         content_encoding: answer.content_encoding,
-        code: cut(answer.code, MAX_CODE_CHARS),
+        code: cut(answer.code, code::MAX_CODE_CHARS),
         msg: cut(answer.msg, MAX_MSG_CHARS),
         outcome: outcome.into(),
         rate_limit: answer.rate_limit.map(|limit| proto::RateLimit {
