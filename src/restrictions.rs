@@ -10,6 +10,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError, RwLock};
 
+use rustix::fs::OFlags;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::ids::{AccountId, AdminId, BotId, KeyName, Who, hex};
@@ -425,8 +426,15 @@ impl Restrictions {
         let new = self.folder.join(format!("{FILE}.new"));
         let mut text = serde_json::to_vec_pretty(state)?;
         text.push(b'\n');
+        // What is left of an interrupted write, or put there by somebody else: a link would lead elsewhere, and a file
+        // would keep its owner and mode.
+        match fs::remove_file(&new) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
         let mut options = File::options();
-        options.create(true).truncate(true).write(true).mode(0o600);
+        options.create_new(true).write(true).mode(0o600);
+        options.custom_flags(OFlags::NOFOLLOW.bits().cast_signed());
         let mut file = options.open(&new)?;
         file.write_all(&text)?;
         file.sync_all()?;
@@ -593,10 +601,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let restrictions = Restrictions::open(folder.path()).unwrap();
         restrictions.freeze(&account("a"), &mark()).unwrap();
-        // Opening it waits for a reader.
-        let pipe = folder.path().join(format!("{FILE}.new"));
-        let made = std::process::Command::new("mkfifo").arg(&pipe).status();
-        assert!(made.unwrap().success());
+        // Held by whoever writes, for as long as the disk takes.
+        let writing = restrictions.writing.lock().unwrap();
         std::thread::scope(|scope| {
             let thaw = scope.spawn(|| restrictions.thaw(&account("a")));
             let freeze = scope.spawn(|| restrictions.freeze(&account("b"), &mark()));
@@ -606,13 +612,39 @@ mod tests {
             }
             let is_frozen = restrictions.is_frozen(&account("b"));
             let is_lifted = !restrictions.is_frozen(&account("a"));
-            // The disk comes back: a reader that does not wait for a writer itself (O_NONBLOCK).
-            let _reader = File::options().read(true).custom_flags(0o4000).open(&pipe);
+            drop(writing);
             let _ = (thaw.join(), freeze.join());
             assert!(is_frozen, "it waits for somebody else's write");
             assert!(!is_lifted, "it is not on disk");
         });
         assert!(restrictions.is_frozen(&account("b")));
+    }
+
+    #[test]
+    fn the_new_file_replaces_whatever_stands_in_its_place_and_follows_no_link() {
+        use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+        let folder = tempfile::tempdir().unwrap();
+        let restrictions = Restrictions::open(folder.path()).unwrap();
+        let new = folder.path().join(format!("{FILE}.new"));
+        let victim = folder.path().join("victim");
+        fs::write(&victim, "not ours").unwrap();
+        let plant_link = || symlink(&victim, &new).unwrap();
+        let plant_open_file = || {
+            fs::write(&new, "left by an interrupted write").unwrap();
+            fs::set_permissions(&new, fs::Permissions::from_mode(0o666)).unwrap();
+        };
+        let plants: [&dyn Fn(); 2] = [&plant_link, &plant_open_file];
+        for plant in plants {
+            plant();
+            restrictions.freeze(&account("a"), &mark()).unwrap();
+            let file = fs::symlink_metadata(folder.path().join(FILE)).unwrap();
+            assert!(file.is_file(), "a link has taken the place of the file");
+            assert_eq!(file.mode() & 0o7777, 0o600);
+            assert_eq!(fs::read_to_string(&victim).unwrap(), "not ours");
+            assert!(!new.exists());
+            let again = Restrictions::open(folder.path()).unwrap();
+            assert!(again.is_frozen(&account("a")));
+        }
     }
 
     #[test]

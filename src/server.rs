@@ -17,6 +17,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::fs::OFlags;
 use sha2::{Digest, Sha256};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
@@ -364,6 +365,8 @@ pub(crate) async fn lock(folder: &Path) -> Result<File, StartError> {
         }
         let mut options = File::options();
         options.create(true).truncate(false).write(true).mode(0o600);
+        // A link would have somebody else's file made and locked.
+        options.custom_flags(OFlags::NOFOLLOW.bits().cast_signed());
         options.open(folder.join(LOCK))
     };
     let file = open().map_err(|error| match missing_parent(folder) {
@@ -468,5 +471,20 @@ async fn report_health(
         if let Ok(Err(_)) = timeout(HEALTH_EVERY, changes.changed()).await {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_link_in_place_of_the_lock_is_refused_and_makes_no_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let elsewhere = folder.path().join("elsewhere");
+        std::os::unix::fs::symlink(&elsewhere, folder.path().join(LOCK)).unwrap();
+        let error = lock(folder.path()).await.unwrap_err();
+        assert!(matches!(error, StartError::State(..)), "{error}");
+        assert!(!elsewhere.exists());
     }
 }
