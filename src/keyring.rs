@@ -1,7 +1,7 @@
 //! The keys of all accounts, in memory. Filled and emptied in the background; the request path only reads.
 //!
 //! A key serves on while Vault is silent, but not for ever: its age is the time since Vault last confirmed it, and past
-//! the account's bounds it signs no more. Another key takes its place once the exchange has taken requests that the new
+//! the account's bounds it signs no more; past the second one it is wiped. Another key takes its place once the exchange has taken requests that the new
 //! one signed.
 
 pub mod refresh;
@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use crate::clock::Clock;
 use crate::ids::{AccountId, KeyName};
@@ -29,6 +29,10 @@ use vault::Hold;
 
 /// How long a refused request waits for another key at most; a test takes a few round trips to the exchange.
 const TRIAL_WITHIN: Duration = Duration::from_secs(5);
+
+/// How often keys are checked for being too old to stay in memory. Not a timer per key: timers stand still while the
+/// machine sleeps, and ages do not.
+const WIPE_EVERY: Duration = Duration::from_secs(1);
 
 /// How long whoever asks for a look at Vault waits for it, test and all.
 const LOOK_WITHIN: Duration = Duration::from_secs(20);
@@ -67,6 +71,8 @@ struct Place {
     last: Option<KeyDigest>,
     /// What its metadata say of it beside its versions.
     noted: Noted,
+    /// Why the key was wiped, until Vault has been heard again.
+    wiped: Option<String>,
     look: Arc<Look>,
 }
 
@@ -321,7 +327,14 @@ impl Keyring {
             Some(Slot::Gone(_)) if self.is_revoked(account, name, place) => {
                 Err(KeyUnavailable::revoked(account))
             }
-            Some(Slot::Gone(reason) | Slot::Waiting(reason)) => Err(unavailable(reason)),
+            Some(Slot::Waiting(reason)) => {
+                if place.is_some_and(|place| place.wiped.as_ref() == Some(reason)) {
+                    // Nobody has asked Vault since it was wiped.
+                    self.doubts.notify_waiters();
+                }
+                Err(unavailable(reason))
+            }
+            Some(Slot::Gone(reason)) => Err(unavailable(reason)),
             None => Err(unavailable("the rules name none")),
         }
     }
@@ -381,27 +394,54 @@ impl Keyring {
             .map_or(Duration::MAX, |keys| keys.max_stale.add_risk)
     }
 
-    /// Wipes a key that is too old even to withdraw risk; returns whether it did.
-    fn wipe_if_too_old(&self, account: &AccountId, name: &KeyName) -> bool {
-        let now = self.clock.boot();
-        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
-        let Some(keys) = slots.get_mut(account) else {
-            return false;
-        };
-        let max = keys.max_stale.withdraw_risk;
-        let Some(place) = keys.places.get_mut(name) else {
-            return false;
-        };
-        let age = place.slot.confirmed().map(|at| now.saturating_sub(at));
-        match age {
-            Some(age) if age > max => {
-                place.put(Slot::Waiting(too_old(age, max, Some("wiped from memory"))));
+    /// Wipes each key within [`WIPE_EVERY`] of its account's `max_stale_cancel_s`, and has Vault asked for it. Never ends.
+    pub async fn wipe_on_time(self: Arc<Self>) {
+        loop {
+            for (account, name) in self.wipe_too_old() {
+                tracing::error!(account.id = %account, key = %name, "key wiped: not confirmed by Vault within max_stale_cancel_s");
             }
-            _ => return false,
+            sleep(WIPE_EVERY).await;
+        }
+    }
+
+    /// Wipes the keys that are too old even to cancel orders, and returns which.
+    fn wipe_too_old(&self) -> Vec<(AccountId, KeyName)> {
+        let now = self.clock.boot();
+        let age_past = |max: Duration, place: &Place| {
+            let age = now.saturating_sub(place.slot.confirmed()?);
+            (age > max).then_some(age)
+        };
+        let is_past = |keys: &Keys| {
+            let max = keys.max_stale.withdraw_risk;
+            let mut places = keys.places.values();
+            places.any(|place| age_past(max, place).is_some())
+        };
+        // Calls read the same lock, and there is hardly ever anything to wipe.
+        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        let is_any_past = slots.values().any(is_past);
+        drop(slots);
+        let mut wiped = Vec::new();
+        if !is_any_past {
+            return wiped;
+        }
+        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+        for (account, keys) in slots.iter_mut() {
+            let max = keys.max_stale.withdraw_risk;
+            for (name, place) in &mut keys.places {
+                if let Some(age) = age_past(max, place) {
+                    let outage = place.slot.outage();
+                    let why = too_old(age, max, Some("wiped from memory"));
+                    place.wiped = Some(why.clone());
+                    place.put(Slot::Waiting(outage.unwrap_or(why)));
+                    wiped.push((account.clone(), name.clone()));
+                }
+            }
         }
         drop(slots);
         self.changed.send_replace(());
-        true
+        // Also whoever holds a newer version that waits for its test: it is as old.
+        self.doubts.notify_waiters();
+        wiped
     }
 
     /// What is known about one key.
@@ -638,6 +678,7 @@ impl Place {
             unanswered: None,
             last: None,
             noted: Noted::default(),
+            wiped: None,
             look: Arc::default(),
         }
     }
@@ -653,7 +694,16 @@ impl Place {
         if let Slot::Ready { key, .. } = &slot {
             self.last = Some(KeyDigest(key.id_sha256()));
         }
-        self.slot = slot;
+        self.slot = match (slot, &self.wiped) {
+            (Slot::Waiting(reason), Some(wiped)) if reason != *wiped => {
+                Slot::Waiting(format!("{wiped}; {reason}"))
+            }
+            (Slot::Waiting(reason), _) => Slot::Waiting(reason),
+            (slot, _) => {
+                self.wiped = None;
+                slot
+            }
+        };
     }
 }
 
@@ -661,6 +711,13 @@ impl Slot {
     fn confirmed(&self) -> Option<Duration> {
         match self {
             Self::Ready { confirmed, .. } => Some(*confirmed),
+            Self::Gone(_) | Self::Waiting(_) => None,
+        }
+    }
+
+    fn outage(&self) -> Option<String> {
+        match self {
+            Self::Ready { outage, .. } => outage.clone(),
             Self::Gone(_) | Self::Waiting(_) => None,
         }
     }

@@ -254,6 +254,8 @@ impl Server {
             ops::serve(ops_listener, Arc::clone(&broker), problems),
         ));
         background.spawn(named("health service", health));
+        let wiping = Arc::clone(&broker.keyring).wipe_on_time();
+        background.spawn(named("wipe of old keys", wiping));
         let reloads = reloader.run(config.reload_every, watched.0, watched.1);
         background.spawn(named("look at changed files", reloads));
         let listeners = TaskTracker::new();

@@ -300,6 +300,7 @@ impl Watch {
 
     /// Compares Vault with memory once; false when Vault gave no usable answer.
     async fn check(&mut self) -> bool {
+        self.forget_if_wiped();
         let asked = self.keyring.clock.boot();
         match self.fetch(asked).await {
             Ok(()) => true,
@@ -986,15 +987,19 @@ impl Watch {
         }
     }
 
-    /// Vault has not answered: the key goes on serving, unless it is too old for anything.
-    fn serve_on(&mut self, reason: String) {
-        if self.keyring.wipe_if_too_old(&self.account, &self.name) {
+    /// The keyring has wiped the key for its age: a candidate is as old, and what Vault showed last is to be read anew.
+    fn forget_if_wiped(&mut self) {
+        let slot = self.keyring.slot(&self.account, &self.name);
+        if self.seen.is_some() && matches!(slot, Some(Slot::Waiting(_))) {
             self.seen = None;
             self.forget_candidate();
             self.running = None;
-            tracing::error!(account.id = %self.account, key = %self.name, "key is wiped: Vault has been silent for longer than max_stale_cancel_s");
-            return;
         }
+    }
+
+    /// Vault has not answered: the key goes on serving, as long as it is not too old for anything.
+    fn serve_on(&mut self, reason: String) {
+        self.forget_if_wiped();
         let slot = match self.keyring.slot(&self.account, &self.name) {
             Some(Slot::Ready {
                 key,
