@@ -324,10 +324,11 @@ impl Egress {
     /// Of all of them only [`SendError::HandedBack`] means that nothing was sent.
     pub async fn send(
         &self,
-        connection: Connection,
+        mut connection: Connection,
         signed: SignedRequest,
         _: &Recorded,
     ) -> Result<Answered, SendError> {
+        connection.open.will_carry(signed.key);
         self.exchange(connection, signed.request).await
     }
 
@@ -561,12 +562,7 @@ impl Destination {
         for &address in addresses {
             let dialled = timeout(share, self.dial_one(address, settings.address)).await;
             let error = match dialled.unwrap_or(Err(ConnectError::Timeout(share))) {
-                Ok(sender) => {
-                    return Ok(Open {
-                        sender,
-                        peer: address,
-                    });
-                }
+                Ok(sender) => return Ok(Open::new(sender, address)),
                 Err(error) => error,
             };
             tracing::debug!(host = self.origin.name, peer = %address, error = chain(&error), "address did not accept the connection");
@@ -694,7 +690,7 @@ mod tests {
         let old = move_away(&destination);
         let (ours, _theirs) = tokio::io::duplex(64);
         let sender = handshake(ours).await.unwrap();
-        destination.pool.put(Open { sender, peer: old });
+        destination.pool.put(Open::new(sender, old));
         let open = destination.open(&settings()).await.unwrap();
         destination.pool.put(open);
         let idle = destination.pool.take(settings().max_idle).await.unwrap();

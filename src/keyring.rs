@@ -1,8 +1,8 @@
 //! The keys of all accounts, in memory. Filled and emptied in the background; the request path only reads.
 //!
 //! A key serves on while Vault is silent, but not for ever: its age is the time since Vault last confirmed it, and past
-//! the account's bounds it signs no more; past the second one it is wiped. Another key takes its place once the exchange has taken requests that the new
-//! one signed.
+//! the account's bounds it signs no more; past the second one it is wiped. Another key takes its place once the exchange
+//! has taken requests that the new one signed.
 
 pub mod refresh;
 pub mod trial;
@@ -747,7 +747,7 @@ mod tests {
         let passphrase = Passphrase::new(text("fake-pass"));
         let key = Key::new(text(id), &secret, &passphrase, KeyVersion::V3, None).unwrap();
         Slot::Ready {
-            key: Arc::new(key),
+            key,
             usage: Arc::default(),
             version: 1,
             problem: None,

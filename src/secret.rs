@@ -1,8 +1,47 @@
 //! What a key is made of. Wiped on drop; shows nothing in `Debug`; no copy, no comparison, no serialization.
 
+use std::alloc::System;
 use std::fmt;
+use std::hint::black_box;
 
 use zeroize::Zeroizing;
+use zeroizing_alloc::ZeroAlloc;
+
+/// Overwrites all memory as it is freed. Libraries copy what they are given (JSON, HTTP, TLS) and free it as it stands, and
+/// what is freed can stay readable for days.
+#[global_allocator]
+static ALLOCATOR: ZeroAlloc<System> = ZeroAlloc(System);
+
+/// How much of the stack is overwritten, in parts: more than HMAC-SHA256 uses. Without optimisation every value has a
+/// place of its own.
+const STACK_PARTS: usize = if cfg!(debug_assertions) { 64 } else { 4 };
+
+/// Bytes of one part: few enough that `memset` does not write them with slow string instructions.
+const STACK_PART_BYTES: usize = 1024;
+
+/// Runs `work`, then overwrites the stack that it has used: the compiler copies values as it likes, and no drop wipes
+/// those copies. What `work` returns must not be secret itself.
+pub(crate) fn with_clean_stack<T>(work: impl FnOnce() -> T) -> T {
+    let result = below(work);
+    overwrite(STACK_PARTS);
+    result
+}
+
+#[inline(never)]
+fn below<T>(work: impl FnOnce() -> T) -> T {
+    work()
+}
+
+#[inline(never)]
+fn overwrite(parts: usize) {
+    let mut part = [0_u8; STACK_PART_BYTES];
+    black_box(&mut part);
+    if parts > 1 {
+        overwrite(parts - 1);
+    }
+    // Used once more, so that this is no tail call that reuses the frame.
+    black_box(&mut part);
+}
 
 /// Makes a type for secret text.
 macro_rules! secret {

@@ -456,7 +456,7 @@ fn opened<T>(request: Request<T>) -> Result<(AdminId, T), AdminError> {
 }
 
 /// The key that an admin gave, in the version asked for.
-fn candidate(given: &proto::Candidate, version: KeyVersion) -> Result<Key, AdminError> {
+fn candidate(given: &proto::Candidate, version: KeyVersion) -> Result<Arc<Key>, AdminError> {
     let text = |text: &str| Zeroizing::new(text.to_owned());
     let secret = ApiSecret::new(text(&given.api_secret));
     let passphrase = Passphrase::new(text(&given.passphrase));
@@ -479,7 +479,7 @@ impl Admin for AdminApi {
         let given = message.candidate;
         let is_candidate = given.is_some();
         let make = |version| match &given {
-            Some(given) => candidate(given, version).map(Arc::new),
+            Some(given) => candidate(given, version),
             None => self.in_memory(&account.id, &name),
         };
         let version = match given.as_ref().map_or(0, |given| given.key_version) {

@@ -1,13 +1,15 @@
 //! Idle connections to one host, newest first.
 
 use std::net::SocketAddr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::client::conn::http1::SendRequest;
 use tokio::time::{Instant, timeout};
+
+use crate::kucoin::Key;
 
 /// More idle connections than this are not worth their sockets.
 const MAX_IDLE_CONNECTIONS: usize = 256;
@@ -20,12 +22,39 @@ const READY_WITHIN: Duration = Duration::from_millis(20);
 #[derive(Debug, Default)]
 pub(super) struct Pool(Mutex<Vec<Idle>>);
 
-/// An open connection.
+/// An open connection, and the keys that signed what it has carried.
+///
+/// The HTTP library writes each request into a buffer that it keeps for the next one, signed passphrase and all. So a
+/// connection must not outlive a key that it has carried.
 #[derive(Debug)]
 pub(super) struct Open {
     pub(super) sender: SendRequest<Full<Bytes>>,
     /// The address at the other end.
     pub(super) peer: SocketAddr,
+    /// None of them twice. They do not keep the keys in memory.
+    keys: Vec<Weak<Key>>,
+}
+
+impl Open {
+    /// A connection that has carried nothing.
+    pub(super) fn new(sender: SendRequest<Full<Bytes>>, peer: SocketAddr) -> Self {
+        let keys = Vec::new();
+        Self { sender, peer, keys }
+    }
+
+    /// Keeps which key has signed the next request, if any has.
+    pub(super) fn will_carry(&mut self, key: Option<Weak<Key>>) {
+        if let Some(key) = key
+            && !self.keys.iter().rev().any(|known| known.ptr_eq(&key))
+        {
+            self.keys.push(key);
+        }
+    }
+
+    /// Whether it is open, and every key that it has carried is still in memory.
+    fn is_usable(&self) -> bool {
+        !self.sender.is_closed() && self.keys.iter().all(|key| key.strong_count() > 0)
+    }
 }
 
 #[derive(Debug)]
@@ -35,7 +64,7 @@ struct Idle {
 }
 
 impl Pool {
-    /// The newest connection that is open, ready, and idle for less than `max_idle`.
+    /// The newest connection that is usable, ready, and idle for less than `max_idle`.
     pub(super) async fn take(&self, max_idle: Duration) -> Option<Open> {
         loop {
             let mut open = {
@@ -44,7 +73,9 @@ impl Pool {
                 idle.pop_if(|newest| newest.since.elapsed() < max_idle)?
                     .open
             };
-            if let Ok(Ok(())) = timeout(READY_WITHIN, open.sender.ready()).await {
+            if open.is_usable()
+                && let Ok(Ok(())) = timeout(READY_WITHIN, open.sender.ready()).await
+            {
                 return Some(open);
             }
         }
@@ -53,7 +84,7 @@ impl Pool {
     /// Keeps a connection for the next request.
     pub(super) fn put(&self, open: Open) {
         let mut idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if !open.sender.is_closed() && idle.len() < MAX_IDLE_CONNECTIONS {
+        if open.is_usable() && idle.len() < MAX_IDLE_CONNECTIONS {
             idle.push(Idle {
                 open,
                 since: Instant::now(),
@@ -61,11 +92,11 @@ impl Pool {
         }
     }
 
-    /// Closes what is closed by the other side or idle for longer.
+    /// Closes what is closed by the other side, has carried a key that is gone, or is idle for longer.
     pub(super) fn drop_older_than(&self, max_idle: Duration) {
         let mut idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         idle.retain(|connection| {
-            !connection.open.sender.is_closed() && connection.since.elapsed() < max_idle
+            connection.open.is_usable() && connection.since.elapsed() < max_idle
         });
     }
 
@@ -79,17 +110,26 @@ impl Pool {
     pub(super) fn fresh(&self, max_idle: Duration) -> usize {
         let idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         idle.iter()
-            .filter(|c| !c.open.sender.is_closed() && c.since.elapsed() < max_idle)
+            .filter(|c| c.open.is_usable() && c.since.elapsed() < max_idle)
             .count()
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use hyper::client::conn::http1;
     use hyper_util::rt::TokioIo;
+    use zeroize::Zeroizing;
 
     use super::*;
+    use crate::kucoin::KeyVersion;
+    use crate::secret::{ApiSecret, Passphrase};
+
+    fn peer() -> SocketAddr {
+        SocketAddr::from(([127, 0, 0, 1], 1))
+    }
 
     #[tokio::test(start_paused = true)]
     async fn an_old_connection_is_kept_from_writes_and_a_closed_one_from_all() {
@@ -97,8 +137,7 @@ mod tests {
         let (ours, theirs) = tokio::io::duplex(64);
         let (sender, connection) = http1::handshake(TokioIo::new(ours)).await.unwrap();
         let connection = tokio::spawn(connection);
-        let peer = SocketAddr::from(([127, 0, 0, 1], 1));
-        pool.put(Open { sender, peer });
+        pool.put(Open::new(sender, peer()));
         tokio::time::advance(Duration::from_secs(21)).await;
         let (writes, reads) = (Duration::from_secs(20), Duration::from_secs(60));
         assert_eq!((pool.fresh(writes), pool.fresh(reads)), (0, 1));
@@ -111,6 +150,40 @@ mod tests {
         pool.put(open);
         drop(theirs);
         let _ = connection.await.unwrap();
+        assert!(pool.take(reads).await.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_connection_closes_once_a_key_that_it_has_carried_is_gone() {
+        let text = |text: &str| Zeroizing::new(text.to_owned());
+        let key = || {
+            let (secret, passphrase) = (
+                ApiSecret::new(text("fake-secret")),
+                Passphrase::new(text("fake-pass")),
+            );
+            Key::new(text("fake-id"), &secret, &passphrase, KeyVersion::V3, None).unwrap()
+        };
+        let (first, second) = (key(), key());
+        let (ours, _theirs) = tokio::io::duplex(64);
+        let (sender, connection) = http1::handshake(TokioIo::new(ours)).await.unwrap();
+        let connection = tokio::spawn(connection);
+        let pool = Pool::default();
+        let mut open = Open::new(sender, peer());
+        for key in [&first, &second, &first] {
+            open.will_carry(Some(Arc::downgrade(key)));
+        }
+        open.will_carry(None);
+        assert_eq!(open.keys.len(), 2);
+        pool.put(open);
+        let reads = Duration::from_secs(60);
+        pool.drop_older_than(reads);
+        let open = pool.take(reads).await.expect("both keys are there");
+        pool.put(open);
+        drop(second);
+        assert_eq!(pool.fresh(reads), 0);
+        pool.drop_older_than(reads);
+        // Ends only once nobody holds the other end of it.
+        connection.await.unwrap().unwrap();
         assert!(pool.take(reads).await.is_none());
     }
 }

@@ -404,7 +404,7 @@ impl Watch {
                 let problem = self.problem_after_hold();
                 self.confirm(serving, problem, asked);
             }
-            (Step::Take, Some(key)) => return self.adopt(wanted, Arc::new(key), asked).await,
+            (Step::Take, Some(key)) => return self.adopt(wanted, key, asked).await,
             (Step::Try, _) => {
                 self.confirm_again(asked);
                 self.try_candidate().await;
@@ -452,7 +452,7 @@ impl Watch {
         self.running = None;
         let wanted = metadata.wanted().map_err(VaultError::Unusable)?;
         let key = self.vault.read(&self.account, &self.name, wanted).await?;
-        let next = Serving::new(Arc::new(key), wanted);
+        let next = Serving::new(key, wanted);
         self.check_revoked(wanted, &next.key).await?;
         self.seen = Some(metadata);
         self.serve_untested(Some(gone), next).await;
@@ -765,7 +765,7 @@ impl Watch {
         let Ok(key) = self.vault.read(&self.account, &self.name, version).await else {
             return;
         };
-        let before = Serving::new(Arc::new(key), version);
+        let before = Serving::new(key, version);
         if self.check_revoked(version, &before.key).await.is_err() {
             return;
         }
@@ -812,7 +812,7 @@ impl Watch {
             problem: None,
         });
         let next = match self.vault.read(&self.account, &self.name, version).await {
-            Ok(key) => Serving::new(Arc::new(key), version),
+            Ok(key) => Serving::new(key, version),
             Err(VaultError::Unusable(problem)) => {
                 self.after_hold = Some(AfterHold {
                     version,

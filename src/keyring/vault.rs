@@ -28,7 +28,6 @@ use serde_json::Value;
 use tokio::sync::Mutex;
 use url::Url;
 use vaultrs::api::kv2::requests::ReadSecretRequest;
-use vaultrs::client::VaultClient;
 use vaultrs::error::ClientError;
 use zeroize::{Zeroize, Zeroizing};
 
@@ -179,9 +178,9 @@ impl Vault {
         name: &KeyName,
     ) -> Result<Option<Metadata>, VaultError> {
         let (mount, path) = self.place(account, name);
-        let read = |client: VaultClient| {
+        let read = |pass: &Pass| {
             let (mount, path) = (mount.clone(), path.clone());
-            let request = ReadMetadata { mount, path };
+            let (client, request) = (pass.client(), ReadMetadata { mount, path });
             async move { if_there(vaultrs::api::exec_with_result(&client, request).await) }
         };
         self.with_authority(read).await
@@ -193,9 +192,10 @@ impl Vault {
         account: &AccountId,
         name: &KeyName,
         version: u64,
-    ) -> Result<Key, VaultError> {
+    ) -> Result<Arc<Key>, VaultError> {
         let (mount, path) = self.place(account, name);
-        let read = |client: VaultClient| {
+        let read = |pass: &Pass| {
+            let client = pass.client_for_secrets();
             let request = ReadSecretRequest {
                 mount: mount.clone(),
                 path: path.clone(),
@@ -217,7 +217,7 @@ impl Vault {
     }
 
     /// Runs a read; a 403 counts as Vault's word only when it comes twice and Vault accepts the token that met it.
-    async fn with_authority<T, F>(&self, read: impl Fn(VaultClient) -> F) -> Result<T, VaultError>
+    async fn with_authority<T, F>(&self, read: impl Fn(&Pass) -> F) -> Result<T, VaultError>
     where
         F: Future<Output = Result<T, ClientError>>,
     {
@@ -225,7 +225,7 @@ impl Vault {
         let mut dead: Option<Zeroizing<String>> = None;
         for _ in 0..TRIES {
             let pass = self.pass().await?;
-            match caught_up(|| read(pass.client())).await {
+            match caught_up(|| read(&pass)).await {
                 Ok(found) => {
                     self.accepted(&pass).await;
                     return Ok(found);
@@ -265,7 +265,7 @@ impl Vault {
 }
 
 /// Makes a key of the fields of a secret: `api_key`, `api_secret`, `passphrase`, `key_version`, `partner_key`.
-fn key_from(data: Value) -> Result<Key, String> {
+fn key_from(data: Value) -> Result<Arc<Key>, String> {
     let mut data = Wiped(data);
     let mut text = |name: &str| match data.0.get_mut(name).map(Value::take) {
         Some(Value::String(text)) => {

@@ -2,6 +2,8 @@
 //!
 //! Source: KuCoin API documentation, "Authentication" and "Broker: Instructions". The only place that sees a secret.
 
+use std::sync::{Arc, Weak};
+
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
@@ -13,7 +15,7 @@ use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
 use super::{Site, UnsignedRequest, question};
-use crate::secret::{ApiSecret, PartnerKey, Passphrase};
+use crate::secret::{ApiSecret, PartnerKey, Passphrase, with_clean_stack};
 
 const API_KEY: HeaderName = HeaderName::from_static("kc-api-key");
 const BROKER_NAME: HeaderName = HeaderName::from_static("kc-broker-name");
@@ -50,15 +52,18 @@ impl KeyVersion {
 
 /// A KuCoin API key, ready to sign: the HMAC states and the signed passphrase are computed once.
 ///
-/// Not `Clone`; what it holds is wiped on drop.
+/// Not `Clone`, and always behind an `Arc`: a value that is moved leaves copies on stacks and in futures. What it holds is
+/// wiped on drop.
 pub struct Key {
-    id: Zeroizing<String>,
+    /// As it stands in the header, which shares its memory.
+    id: HeaderValue,
     /// Asked for at every call: a key that is revoked must sign nothing.
     id_sha256: [u8; 32],
     version: KeyVersion,
     secret: Hmac<Sha256>,
     /// As secret as the passphrase itself: constant for the life of the key, and all that the header asks for.
-    passphrase: Zeroizing<[u8; SIGNATURE_CHARS]>,
+    /// The header shares its memory.
+    passphrase: HeaderValue,
     partner: Option<Hmac<Sha256>>,
 }
 
@@ -87,25 +92,28 @@ impl Key {
         passphrase: &Passphrase,
         version: KeyVersion,
         partner: Option<&PartnerKey>,
-    ) -> Result<Self, KeyError> {
+    ) -> Result<Arc<Self>, KeyError> {
         if id.is_empty() || !id.bytes().all(|b| b.is_ascii_graphic()) {
             return Err(KeyError::Id);
         }
-        let secret = mac(secret.expose(), "api_secret")?;
         if passphrase.expose().is_empty() {
             return Err(KeyError::Empty("passphrase"));
         }
-        let partner = partner
-            .map(|key| mac(key.expose(), "partner_key"))
-            .transpose()?;
-        let passphrase = Zeroizing::new(signature(&secret, &[passphrase.expose()]));
-        Ok(Self {
-            id_sha256: Sha256::digest(id.as_bytes()).into(),
-            id,
-            version,
-            secret,
-            passphrase,
-            partner,
+        with_clean_stack(|| {
+            let secret = mac(secret.expose(), "api_secret")?;
+            let partner = partner
+                .map(|key| mac(key.expose(), "partner_key"))
+                .transpose()?;
+            let signed = signature(&secret, &[passphrase.expose()]);
+            let signed = Zeroizing::new(Box::<[u8]>::from(signed.as_slice()));
+            Ok(Arc::new(Self {
+                id_sha256: Sha256::digest(id.as_bytes()).into(),
+                id: header(id)?,
+                version,
+                secret,
+                passphrase: header(signed)?,
+                partner,
+            }))
         })
     }
 
@@ -124,6 +132,15 @@ impl Key {
     pub fn id_sha256(&self) -> [u8; 32] {
         self.id_sha256
     }
+}
+
+/// A header value that is wiped once the last copy of the handle is gone.
+fn header(text: impl AsRef<[u8]> + Send + 'static) -> Result<HeaderValue, KeyError> {
+    // Base64, or an id that has been looked at, so this does not fail.
+    let value = HeaderValue::from_maybe_shared(Bytes::from_owner(text));
+    let mut value = value.map_err(|_| KeyError::Id)?;
+    value.set_sensitive(true);
+    Ok(value)
 }
 
 fn mac(key: &[u8], name: &'static str) -> Result<Hmac<Sha256>, KeyError> {
@@ -149,6 +166,8 @@ pub struct SignedRequest {
     pub(crate) request: http::Request<Full<Bytes>>,
     /// The timestamp that was signed, Unix milliseconds; 0 where nothing was.
     pub timestamp_ms: i64,
+    /// The key that signed; none for a public request.
+    pub(crate) key: Option<Weak<Key>>,
 }
 
 impl SignedRequest {
@@ -207,7 +226,7 @@ pub enum SignError {
 pub fn sign(
     request: &UnsignedRequest,
     site: Site,
-    key: &Key,
+    key: &Arc<Key>,
     partner: Option<&Partner>,
     now_ms: i64,
 ) -> Result<SignedRequest, SignError> {
@@ -216,34 +235,27 @@ pub fn sign(
     let parts = string_to_sign(&timestamp, request, &signed_target);
     let mut signed = unsigned(request, site)?;
     signed.timestamp_ms = now_ms;
-    let mut add = |name, value: &[u8]| -> Result<(), SignError> {
+    signed.key = Some(Arc::downgrade(key));
+    let hidden = |value: &[u8]| -> Result<HeaderValue, SignError> {
         let mut value = HeaderValue::from_bytes(value).map_err(unwritable)?;
         value.set_sensitive(true);
-        signed.request.headers_mut().insert(name, value);
-        Ok(())
+        Ok(value)
     };
-    add(API_KEY, key.id.as_bytes())?;
-    add(SIGN, &signature(&key.secret, &parts))?;
-    add(TIMESTAMP, timestamp.as_bytes())?;
-    add(PASSPHRASE, &key.passphrase[..])?;
-    add(KEY_VERSION, key.version.as_str().as_bytes())?;
+    let headers = signed.request.headers_mut();
+    headers.insert(API_KEY, key.id.clone());
+    headers.insert(SIGN, hidden(&signature(&key.secret, &parts))?);
+    headers.insert(TIMESTAMP, hidden(timestamp.as_bytes())?);
+    headers.insert(PASSPHRASE, key.passphrase.clone());
+    headers.insert(KEY_VERSION, hidden(key.version.as_str().as_bytes())?);
     if let Some(partner) = partner {
         let mac = key.partner.as_ref().ok_or(SignError::PartnerKeyMissing)?;
-        add(PARTNER, partner.id.as_bytes())?;
-        add(
-            PARTNER_SIGN,
-            &signature(
-                mac,
-                &[
-                    timestamp.as_bytes(),
-                    partner.id.as_bytes(),
-                    key.id.as_bytes(),
-                ],
-            ),
-        )?;
-        add(PARTNER_VERIFY, b"true")?;
+        let id = partner.id.as_bytes();
+        headers.insert(PARTNER, hidden(id)?);
+        let signed = signature(mac, &[timestamp.as_bytes(), id, key.id.as_bytes()]);
+        headers.insert(PARTNER_SIGN, hidden(&signed)?);
+        headers.insert(PARTNER_VERIFY, hidden(b"true")?);
         if let Some(name) = &partner.broker_name {
-            add(BROKER_NAME, name.as_bytes())?;
+            headers.insert(BROKER_NAME, hidden(name.as_bytes())?);
         }
     }
     Ok(signed)
@@ -287,6 +299,7 @@ pub fn unsigned(request: &UnsignedRequest, site: Site) -> Result<SignedRequest, 
     Ok(SignedRequest {
         request: written,
         timestamp_ms: 0,
+        key: None,
     })
 }
 
@@ -294,14 +307,17 @@ fn unwritable(error: impl Into<http::Error>) -> SignError {
     SignError::Unwritable(error.into())
 }
 
+/// Signs `parts`, one after the other; the HMAC states that this copies to the stack do not stay there.
 fn signature(mac: &Hmac<Sha256>, parts: &[&[u8]]) -> [u8; SIGNATURE_CHARS] {
-    let mut mac = mac.clone();
-    for part in parts {
-        mac.update(part);
-    }
     let mut text = [0; SIGNATURE_CHARS];
-    let written = BASE64.encode_slice(mac.finalize().into_bytes(), &mut text);
-    debug_assert_eq!(written, Ok(SIGNATURE_CHARS));
+    with_clean_stack(|| {
+        let mut mac = mac.clone();
+        for part in parts {
+            mac.update(part);
+        }
+        let written = BASE64.encode_slice(mac.finalize().into_bytes(), &mut text);
+        debug_assert_eq!(written, Ok(SIGNATURE_CHARS));
+    });
     text
 }
 
@@ -317,7 +333,6 @@ mod tests {
         // An HMAC is two of these.
         is_wiped::<Sha256>();
         is_wiped::<Zeroizing<String>>();
-        is_wiped::<Zeroizing<[u8; SIGNATURE_CHARS]>>();
         is_wiped::<Zeroizing<Box<[u8]>>>();
     }
 

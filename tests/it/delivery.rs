@@ -8,8 +8,8 @@ use tonic::Code;
 use tonic_types::StatusExt;
 
 use crate::harness::{
-    Lab, MAIN_UID, Settings, accounts, failure, json_of, refusal, request, secret, spot_order,
-    until,
+    Lab, MAIN_UID, RULES, Settings, accounts, failure, json_of, refusal, request, secret,
+    spot_order, until,
 };
 
 const ORDERS: &str = "/api/v1/hf/orders";
@@ -448,30 +448,22 @@ async fn a_read_that_left_and_could_not_go_again_is_not_called_unsent() {
 
 #[tokio::test]
 async fn calls_without_a_key_take_no_connection_from_others() {
-    let mut lab = Lab::start().await;
+    let grant = "[[grant]]\nbot = \"spiffe://demo.test/bot/maker\"\naccount = \"other\"\n\
+                 scope = \"spot-margin\"\nallow = [\"read\", \"trade\"]\n";
+    let settings = Settings {
+        rules: format!("{RULES}{grant}"),
+        // Vault has none for account `other`.
+        keys: vec![("main", "main", MAIN_UID)],
+        ..Settings::default()
+    };
+    let mut lab = Lab::with(settings).await;
     let mut bot = lab.bot("maker").await;
     bot.send(spot_order("before")).await.unwrap();
-    lab.vault
-        .delete_metadata("kv", &crate::harness::kv_path("main", "main"));
-    until("the key is gone", async || {
-        lab.get("/readyz").await.1.contains("main/main")
-    })
-    .await;
     for _ in 0..5 {
-        assert_eq!(
-            refusal(bot.send(spot_order("never")).await).1,
-            "KEY_UNAVAILABLE"
-        );
+        let mut never = spot_order("never");
+        "other".clone_into(&mut never.account);
+        assert_eq!(refusal(bot.send(never).await).1, "KEY_UNAVAILABLE");
     }
-    lab.vault.put_secret(
-        "kv",
-        &crate::harness::kv_path("main", "main"),
-        secret(&SimKey::fake(MAIN_UID)),
-    );
-    until("the key is back", async || {
-        !lab.get("/readyz").await.1.contains("main/main")
-    })
-    .await;
     bot.send(spot_order("after")).await.unwrap();
     let peers: Vec<_> = lab
         .kucoin

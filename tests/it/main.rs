@@ -33,6 +33,7 @@ mod halt;
 mod hostile;
 mod keys;
 mod load;
+mod memory;
 mod ops;
 mod policy;
 mod process;

@@ -312,7 +312,7 @@ async fn read(
         )
     })?;
     let key = vault.read(account, name, version).await;
-    let key = Arc::new(key.map_err(|error| why(error, true))?);
+    let key = key.map_err(|error| why(error, true))?;
     let found = Found {
         account: account.clone(),
         name: name.clone(),

@@ -38,6 +38,8 @@ const CATCH_UP: Duration = Duration::from_millis(500);
 pub(super) struct Connection {
     address: Url,
     http: reqwest::Client,
+    /// Keeps no connection: the buffers of one that is idle hold what it carried last.
+    http_for_secrets: reqwest::Client,
     namespace: Option<String>,
     timeout: Duration,
 }
@@ -51,41 +53,56 @@ impl Connection {
             .chain([&settings.address])
             .map(Url::origin)
             .collect();
-        let redirects = reqwest::redirect::Policy::custom(move |attempt| {
-            let follows = attempt.status() == http::StatusCode::TEMPORARY_REDIRECT
+        let may_follow = move |attempt: &reqwest::redirect::Attempt<'_>| {
+            attempt.status() == http::StatusCode::TEMPORARY_REDIRECT
                 && attempt.previous().len() == 1
                 && attempt
                     .previous()
                     .first()
                     .is_some_and(|first| first.scheme() == attempt.url().scheme())
-                && known.contains(&attempt.url().origin());
-            if follows {
-                attempt.follow()
-            } else {
-                attempt.stop()
-            }
-        });
-        let http = reqwest::Client::builder()
-            .tls_backend_preconfigured(tls)
-            .connect_timeout(settings.timeout.min(Duration::from_secs(1)))
-            .timeout(settings.timeout)
-            .redirect(redirects)
-            .no_proxy()
-            .build()?;
+                && known.contains(&attempt.url().origin())
+        };
+        let build = |tls: ClientConfig, idle_connections| {
+            let may_follow = may_follow.clone();
+            let redirects = reqwest::redirect::Policy::custom(move |attempt| {
+                if may_follow(&attempt) {
+                    attempt.follow()
+                } else {
+                    attempt.stop()
+                }
+            });
+            reqwest::Client::builder()
+                .tls_backend_preconfigured(tls)
+                .connect_timeout(settings.timeout.min(Duration::from_secs(1)))
+                .timeout(settings.timeout)
+                .redirect(redirects)
+                .no_proxy()
+                .pool_max_idle_per_host(idle_connections)
+                .build()
+        };
         Ok(Self {
             address: settings.address.clone(),
-            http,
+            http: build(tls.clone(), usize::MAX)?,
+            http_for_secrets: build(tls, 0)?,
             namespace: settings.namespace.clone(),
             timeout: settings.timeout,
         })
     }
 
     /// A client of the library that sends `token`, or none if it is empty.
-    ///
-    /// Written out in full, because the builder of these settings reads the environment.
     pub(super) fn client(&self, token: &str) -> VaultClient {
+        self.client_over(&self.http, token)
+    }
+
+    /// The same, for requests and answers that hold a key: its connections close after each.
+    pub(super) fn client_for_secrets(&self, token: &str) -> VaultClient {
+        self.client_over(&self.http_for_secrets, token)
+    }
+
+    /// Written out in full, because the builder of these settings reads the environment.
+    fn client_over(&self, http: &reqwest::Client, token: &str) -> VaultClient {
         let address = self.address.clone();
-        let http = rustify::clients::reqwest::Client::new(address.as_str(), self.http.clone());
+        let http = rustify::clients::reqwest::Client::new(address.as_str(), http.clone());
         let settings = VaultClientSettings {
             address,
             ca_certs: Vec::new(),

@@ -27,6 +27,11 @@ impl Pass {
     pub(super) fn client(&self) -> VaultClient {
         self.connection.client(&self.token)
     }
+
+    /// For requests and answers that hold a key.
+    pub(super) fn client_for_secrets(&self) -> VaultClient {
+        self.connection.client_for_secrets(&self.token)
+    }
 }
 
 /// What is known of the broker's login.

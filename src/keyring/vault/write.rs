@@ -8,10 +8,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use serde::Serialize;
 use serde_json::{Value, json};
-use vaultrs::client::VaultClient;
 use zeroize::Zeroizing;
 
 use super::connection::{self, if_there, is_vaults_own, post, status_of, texts_of};
+use super::login::Pass;
 use super::metadata::{Facts, MAX_NOTES, Metadata, Notes};
 use super::{Vault, VaultError};
 use crate::ids::{AccountId, KeyName};
@@ -85,7 +85,8 @@ impl Vault {
     }
 
     async fn names(&self, folder: String) -> Result<Vec<String>, VaultError> {
-        let list = |client: VaultClient| {
+        let list = |pass: &Pass| {
+            let client = pass.client();
             // With the slash, because the policy for what is below a folder does not cover its own name.
             let (mount, folder) = (self.settings.mount.clone(), format!("{folder}/"));
             async move { if_there(vaultrs::kv2::list(&client, &mount, &folder).await) }
@@ -213,8 +214,8 @@ impl Vault {
     /// Posts once, but for what a read repeats too: a 403 that may pass, a node that is behind.
     async fn send(&self, path: &str, body: &Bytes) -> Result<Option<Value>, Failure> {
         let may_be_done = AtomicBool::new(false);
-        let write = |client: VaultClient| {
-            let may_be_done = &may_be_done;
+        let write = |pass: &Pass| {
+            let (client, may_be_done) = (pass.client_for_secrets(), &may_be_done);
             async move {
                 match post(&client, path, body.clone()).await {
                     Err(error) if status_of(&error) == Some(400) && is_vaults_own(&error) => {

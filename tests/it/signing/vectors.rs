@@ -1,6 +1,7 @@
 //! The golden vectors, stage by stage. Every expected value comes from the file; no HMAC is computed here.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use credbroker::kucoin::sign::string_to_sign;
@@ -94,7 +95,7 @@ impl Inputs {
         }
     }
 
-    fn key(&self) -> Key {
+    fn key(&self) -> Arc<Key> {
         let wiped = |text: &String| Zeroizing::new(text.clone());
         let partner = PartnerKey::new(wiped(&self.partner_key));
         Key::new(

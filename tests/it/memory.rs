@@ -1,0 +1,458 @@
+//! What stays of a key in the memory of the real program once it is not used any more: nothing.
+//!
+//! Root reads `/proc/PID/mem` of a broker between a Vault and an exchange that run elsewhere, and searches it for the
+//! values of marked keys and for everything that signs as they do.
+
+use std::fmt;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::process::Command;
+
+use aws_lc_rs::hmac;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use credbroker::api::proto::{Candidate, TestKeyRequest};
+use credbroker_sim::kucoin::{KucoinSettings, Limits, Partner, SimKey};
+use credbroker_sim::pki::Ca;
+use credbroker_sim::vault::VaultSim;
+use rustix::process::geteuid;
+use sha2::block_api::compress256;
+use uuid::Uuid;
+
+use crate::delivery::tls_of;
+use crate::harness::{
+    Bot, Lab, MAIN_UID, Patient, ROOT_TOKEN, Settings, accounts, kv_path, say, secret, spot_order,
+    until,
+};
+
+/// No part of a value that is shorter is searched for: random text of this length occurs once.
+const PART: usize = 16;
+
+/// State of SHA-256 before the first block. Source: FIPS 180-4, 5.3.3.
+const SHA256_START: [u32; 8] = [
+    0x6a09_e667,
+    0xbb67_ae85,
+    0x3c6e_f372,
+    0xa54f_f53a,
+    0x510e_527f,
+    0x9b05_688c,
+    0x1f83_d9ab,
+    0x5be0_cd19,
+];
+
+/// Something that must not be in memory.
+struct Needle {
+    what: &'static str,
+    bytes: Vec<u8>,
+}
+
+/// Where one was found.
+struct Hit {
+    what: &'static str,
+    address: u64,
+    region: String,
+    /// Memory around it, as text.
+    around: String,
+}
+
+impl fmt::Debug for Hit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            what,
+            address,
+            region,
+            around,
+        } = self;
+        write!(f, "\n{what} at {address:#x} in {region}: {around}")
+    }
+}
+
+/// A made-up key whose values occur nowhere else.
+fn marked_key() -> SimKey {
+    let random = || Uuid::new_v4();
+    SimKey {
+        api_key: random().simple().to_string()[..24].to_owned(),
+        // As long as KuCoin's own.
+        api_secret: random().to_string(),
+        passphrase: random().simple().to_string(),
+        partners: vec![Partner {
+            id: "fake-partner".to_owned(),
+            key: random().to_string(),
+        }],
+        ..SimKey::fake(MAIN_UID)
+    }
+}
+
+/// The beginning and the end of a value: what frees memory often overwrites the beginning.
+fn ends(needles: &mut Vec<Needle>, what: &'static str, value: &[u8]) {
+    assert!(value.len() >= PART, "{what}");
+    for part in [&value[..PART], &value[value.len() - PART..]] {
+        let bytes = part.to_vec();
+        needles.push(Needle { what, bytes });
+    }
+}
+
+/// An HMAC key padded to a block: as text, and as the words that SHA-256 makes of it.
+fn block(key: &[u8], pad: u8) -> [u8; 64] {
+    let mut block = [pad; 64];
+    for (byte, key) in block.iter_mut().zip(key) {
+        *byte ^= key;
+    }
+    block
+}
+
+/// Everything from which requests can be signed as with this HMAC key.
+fn hmac_needles(
+    needles: &mut Vec<Needle>,
+    [text, block_text, midstate]: [&'static str; 3],
+    key: &[u8],
+) {
+    ends(needles, text, key);
+    let mut states = Vec::new();
+    for pad in [0x36, 0x5c] {
+        let block = block(key, pad);
+        let swapped: Vec<u8> = block
+            .chunks(4)
+            .flat_map(|word| word.iter().rev().copied().collect::<Vec<_>>())
+            .collect();
+        for bytes in [&block[..32], &swapped[..32]] {
+            ends(needles, block_text, bytes);
+        }
+        let mut state = SHA256_START;
+        compress256(&mut state, &[block]);
+        // In the order of the standard, and in the one in which the processor's SHA instructions take it.
+        for order in [[0, 1, 2, 3], [4, 5, 6, 7], [5, 4, 1, 0], [7, 6, 3, 2]] {
+            let words = order.map(|word: usize| state[word]);
+            let little: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+            let big: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
+            ends(needles, midstate, &little);
+            ends(needles, midstate, &big);
+        }
+        states.push(state);
+    }
+    // The states are right if what they sign is what another library signs.
+    let finish = |mut state: [u32; 8], message: &[u8]| {
+        let mut last = [0; 64];
+        last[..message.len()].copy_from_slice(message);
+        last[message.len()] = 0x80;
+        let bits = u64::try_from((64 + message.len()) * 8).unwrap();
+        last[56..].copy_from_slice(&bits.to_be_bytes());
+        compress256(&mut state, &[last]);
+        state.map(u32::to_be_bytes).concat()
+    };
+    let ours = finish(states[1], &finish(states[0], b"message"));
+    let theirs = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, key), b"message");
+    assert_eq!(ours, theirs.as_ref());
+}
+
+/// Everything that must not stay of a key.
+fn needles(key: &SimKey) -> Vec<Needle> {
+    let mut all = Vec::new();
+    let names = [
+        "secret",
+        "secret as an HMAC block",
+        "HMAC state of the secret",
+    ];
+    hmac_needles(&mut all, names, key.api_secret.as_bytes());
+    let names = [
+        "partner key",
+        "partner key as an HMAC block",
+        "HMAC state of the partner key",
+    ];
+    hmac_needles(&mut all, names, key.partners[0].key.as_bytes());
+    ends(&mut all, "passphrase", key.passphrase.as_bytes());
+    let secret = hmac::Key::new(hmac::HMAC_SHA256, key.api_secret.as_bytes());
+    let signed = hmac::sign(&secret, key.passphrase.as_bytes());
+    ends(&mut all, "signed passphrase, raw", signed.as_ref());
+    let signed = BASE64.encode(signed.as_ref());
+    ends(&mut all, "signed passphrase", signed.as_bytes());
+    all
+}
+
+/// Searches all memory that a process can write: heap, anonymous maps, the stacks of all threads, and the data of what
+/// is loaded.
+fn search(id: u32, needles: &[Needle]) -> Vec<Hit> {
+    let maps = std::fs::read_to_string(format!("/proc/{id}/maps")).unwrap();
+    let memory = File::open(format!("/proc/{id}/mem")).unwrap();
+    // By their first two bytes, so that most places are left at once.
+    let mut starts = vec![Vec::new(); 1 << 16];
+    for needle in needles {
+        let start = u16::from_le_bytes([needle.bytes[0], needle.bytes[1]]);
+        starts[usize::from(start)].push(needle);
+    }
+    let mut hits = Vec::new();
+    for line in maps.lines() {
+        let (range, rest) = line.split_once(' ').unwrap();
+        if !rest.starts_with("rw") {
+            continue;
+        }
+        let (from, to) = range.split_once('-').unwrap();
+        let [from, to] = [from, to].map(|text| u64::from_str_radix(text, 16).unwrap());
+        let mut bytes = vec![0; usize::try_from(to - from).unwrap()];
+        // A map may go while it is looked at.
+        if memory.read_exact_at(&mut bytes, from).is_err() {
+            continue;
+        }
+        for at in 0..bytes.len().saturating_sub(PART) {
+            let start = u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+            if start == 0 {
+                continue;
+            }
+            for needle in &starts[usize::from(start)] {
+                if bytes[at..].starts_with(&needle.bytes) {
+                    let around = &bytes[at.saturating_sub(96)..bytes.len().min(at + 96)];
+                    hits.push(Hit {
+                        what: needle.what,
+                        address: from + at as u64,
+                        region: line
+                            .split_whitespace()
+                            .nth(5)
+                            .unwrap_or("anonymous")
+                            .to_owned(),
+                        around: around.escape_ascii().to_string(),
+                    });
+                }
+            }
+        }
+    }
+    hits
+}
+
+/// Whether this can be tested here.
+fn is_root(what: &str) -> bool {
+    let is_root = geteuid().is_root();
+    if !is_root {
+        say(&format!(
+            "{what}: not run (only root reads another process's memory)"
+        ));
+    }
+    is_root
+}
+
+/// A broker in a process of its own; Vault and exchange are reached over TLS, as in production.
+async fn running(key: &SimKey) -> (Lab, Bot<Patient>) {
+    let ca = Ca::new("CA of simulated servers").unwrap();
+    let server = ca.server().unwrap();
+    let vault = VaultSim::start_dev_tls(ROOT_TOKEN, &server).await.unwrap();
+    vault.mount_kv("kv");
+    let mut settings = Settings {
+        kucoin: KucoinSettings {
+            tls: Some(tls_of(&ca)),
+            limits: Limits::none(),
+            ..KucoinSettings::default()
+        },
+        files: vec![("servers-ca.pem", ca.certificate_pem().to_owned())],
+        egress: "roots = \"servers-ca.pem\"".to_owned(),
+        rules: RULES.to_owned(),
+        keys: Vec::new(),
+        process: true,
+        wait_ready: false,
+        ..Settings::default()
+    };
+    let address = vault.address();
+    settings.edit = Box::new(move |config| {
+        let line = config
+            .lines()
+            .find(|line| line.starts_with("address = \"http:"));
+        let with_roots = format!("address = \"{address}\"\nroots = \"servers-ca.pem\"");
+        config.replace(line.unwrap(), &with_roots)
+    });
+    let mut lab = Lab::install(&settings).await;
+    lab.vault = vault;
+    put(&lab, key);
+    lab.spawn_broker().await;
+    lab.until_ready().await;
+    let mut bot = lab.patient_bot("maker").await;
+    trade(&mut bot).await;
+    (lab, bot)
+}
+
+const RULES: &str = r#"
+[account.main]
+key = { spot-margin = "main" }
+partner.spot-margin = { id = "fake-partner" }
+
+[[grant]]
+bot = "spiffe://demo.test/bot/maker"
+account = "main"
+scope = "spot-margin"
+allow = ["read", "trade"]
+"#;
+
+/// The newest version of the account's key, in Vault and at the exchange.
+fn put(lab: &Lab, key: &SimKey) {
+    lab.kucoin.add_key(key.clone());
+    lab.vault
+        .put_secret("kv", &kv_path("main", "main"), secret(key));
+}
+
+/// Some calls at once, so that every thread and several connections sign.
+async fn trade(bot: &mut Bot<Patient>) {
+    for round in 0..5 {
+        let calls = (0..20).map(|number| {
+            let mut bot = bot.clone();
+            async move {
+                let order = spot_order(&format!("order-{round}-{number}"));
+                bot.send(order).await.unwrap();
+                bot.send(accounts()).await.unwrap();
+            }
+        });
+        futures_util::future::join_all(calls).await;
+    }
+}
+
+/// What is found of a key that signs: its HMAC states and its signed passphrase, or the search finds nothing.
+fn assert_found(lab: &mut Lab, needles: &[Needle]) {
+    let hits = search(lab.process().id(), needles);
+    for what in [
+        "HMAC state of the secret",
+        "HMAC state of the partner key",
+        "signed passphrase",
+    ] {
+        assert!(
+            hits.iter().any(|hit| hit.what == what),
+            "no {what} in memory"
+        );
+    }
+    let needless = hits
+        .iter()
+        .filter(|hit| !hit.what.starts_with("HMAC state") && hit.what != "signed passphrase");
+    let needless: Vec<_> = needless.collect();
+    assert!(needless.is_empty(), "not needed to sign: {needless:?}");
+}
+
+/// Nothing of it is left.
+async fn assert_gone(lab: &mut Lab, needles: &[Needle]) {
+    let id = lab.process().id();
+    let hits = std::cell::RefCell::new(Vec::new());
+    let gone = until("nothing of the key is in memory", async || {
+        *hits.borrow_mut() = search(id, needles);
+        hits.borrow().is_empty()
+    });
+    let gone = std::panic::AssertUnwindSafe(gone);
+    let is_gone = futures_util::FutureExt::catch_unwind(gone).await.is_ok();
+    assert!(is_gone, "{:?}", hits.borrow());
+}
+
+#[tokio::test]
+async fn the_search_finds_a_value_in_the_memory_of_another_process() {
+    if !is_root("search of memory") {
+        return;
+    }
+    let key = marked_key();
+    let needles = needles(&key);
+    let mut other = Command::new("sleep")
+        .arg("60")
+        .env("PLANTED", format!("{}{}", key.api_secret, key.passphrase))
+        .spawn()
+        .unwrap();
+    until("both values are found", async || {
+        let hits = search(other.id(), &needles);
+        ["secret", "passphrase"]
+            .iter()
+            .all(|what| hits.iter().any(|hit| hit.what == *what))
+    })
+    .await;
+    other.kill().unwrap();
+    other.wait().unwrap();
+}
+
+#[tokio::test]
+async fn nothing_of_a_revoked_key_stays_in_memory() {
+    if !is_root("memory after a revocation") {
+        return;
+    }
+    let key = marked_key();
+    let needles = needles(&key);
+    let (mut lab, _bot) = running(&key).await;
+    assert_found(&mut lab, &needles);
+    let revoked = lab
+        .admin_cli("anna", &["keys", "revoke", "main", "--key", "main"])
+        .await;
+    assert_eq!(revoked.code, Some(0), "{revoked:?}");
+    assert_gone(&mut lab, &needles).await;
+}
+
+#[tokio::test]
+async fn nothing_of_a_replaced_key_stays_in_memory() {
+    if !is_root("memory after a rotation") {
+        return;
+    }
+    let (first, second) = (marked_key(), marked_key());
+    let (old, new) = (needles(&first), needles(&second));
+    let (mut lab, mut bot) = running(&first).await;
+    assert_found(&mut lab, &old);
+    put(&lab, &second);
+    until_says(&lab, "key main/main: version 2 in memory").await;
+    trade(&mut bot).await;
+    assert_gone(&mut lab, &old).await;
+    assert_found(&mut lab, &new);
+}
+
+#[tokio::test]
+async fn nothing_of_a_key_that_is_deleted_in_vault_stays_in_memory() {
+    if !is_root("memory after a deletion") {
+        return;
+    }
+    let key = marked_key();
+    let needles = needles(&key);
+    let (mut lab, _bot) = running(&key).await;
+    assert_found(&mut lab, &needles);
+    lab.vault.delete_metadata("kv", &kv_path("main", "main"));
+    until_says(&lab, "key main/main: not available").await;
+    assert_gone(&mut lab, &needles).await;
+}
+
+#[tokio::test]
+async fn nothing_of_a_new_version_that_the_exchange_refuses_stays_in_memory() {
+    if !is_root("memory after a refused version") {
+        return;
+    }
+    let (good, unknown) = (marked_key(), marked_key());
+    let needles = needles(&unknown);
+    let (mut lab, _bot) = running(&good).await;
+    lab.vault
+        .put_secret("kv", &kv_path("main", "main"), secret(&unknown));
+    until_says(&lab, "version 2 is refused").await;
+    assert_gone(&mut lab, &needles).await;
+}
+
+#[tokio::test]
+async fn nothing_of_a_key_that_an_admin_has_had_tested_stays_in_memory() {
+    if !is_root("memory after the test of a key") {
+        return;
+    }
+    let (good, other) = (marked_key(), marked_key());
+    let needles = needles(&other);
+    let (mut lab, _bot) = running(&good).await;
+    lab.kucoin.add_key(other.clone());
+    let mut admin = lab.admin_client("anna").await;
+    let request = TestKeyRequest {
+        account: "main".to_owned(),
+        key: "main".to_owned(),
+        candidate: Some(Candidate {
+            api_key: other.api_key.clone(),
+            api_secret: other.api_secret.clone(),
+            passphrase: other.passphrase.clone(),
+            partner_key: other.partners[0].key.clone(),
+            key_version: 3,
+        }),
+        try_order: true,
+    };
+    let tested = admin.test_key(request).await.unwrap().into_inner();
+    assert!(!tested.is_unclear, "{tested:?}");
+    // Two libraries keep what they have received for as long as the admin's connection lasts.
+    let hits = search(lab.process().id(), &needles);
+    let secrets = hits.iter().filter(|hit| hit.what == "secret").count();
+    assert!(
+        secrets <= 2 * 2,
+        "more copies than SECURITY.md says: {hits:?}"
+    );
+    drop(admin);
+    assert_gone(&mut lab, &needles).await;
+}
+
+async fn until_says(lab: &Lab, part: &str) {
+    let says = async || lab.get("/readyz?verbose").await.1.contains(part);
+    until(&format!("/readyz says {part:?}"), says).await;
+}
