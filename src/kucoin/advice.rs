@@ -87,6 +87,9 @@ pub fn meanings(scope: Option<Scope>, word: &str) -> impl Iterator<Item = &'stat
 
 /// What a bot is told about an answer to a request in `scope`. Empty: the exchange took the request, or there is nothing to say.
 pub fn for_bot(answer: &Answer, scope: Scope, endpoint: Option<&Endpoint>) -> String {
+    if answer.outcome == Outcome::Accepted {
+        return String::new();
+    }
     // The edge's own page has no code.
     let code = match answer.code.as_str() {
         "" if answer.http_status == StatusCode::TOO_MANY_REQUESTS => "1015",
@@ -97,7 +100,7 @@ pub fn for_bot(answer: &Answer, scope: Scope, endpoint: Option<&Endpoint>) -> St
     } else {
         of_message(scope, code, &answer.msg)
     };
-    let Some(advice) = advice.filter(|_| answer.outcome != Outcome::Accepted) else {
+    let Some(advice) = advice else {
         return String::new();
     };
     advice.text(&Facts {
