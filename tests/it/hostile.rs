@@ -301,23 +301,22 @@ async fn outputs_with_a_hostile_exchange(format: &str) {
     let wrong = format!("{RULES}\n\"spoof\u{202e}\u{2066}\" = 1\n");
     std::fs::write(lab.path("rules.toml"), wrong).unwrap();
     until("note and rules are told", async || {
-        let text = lab.get("/readyz?verbose").await.1;
-        text.contains("use_version") && text.contains("not in force")
+        let verbose = lab.get("/readyz?verbose").await.1;
+        verbose.contains("use_version") && verbose.contains("not in force")
     })
     .await;
     screens(&lab).await;
     lab.process().terminate();
     lab.process().exit_code().await;
     let log = lab.process().log();
-    match format {
-        "json" => assert_json_lines_clean("log", &log),
-        _ => {
-            assert_clean("log", &log);
-            assert!(log.contains("spoof"));
-            // Every line is one of ours, and begins with its time.
-            let is_ours = |line: &str| line.starts_with("20") && line.contains("credbroker");
-            assert!(log.lines().all(is_ours), "{log}");
-        }
+    if format == "json" {
+        assert_json_lines_clean("log", &log);
+    } else {
+        assert_clean("log", &log);
+        assert!(log.contains("spoof"));
+        // Every line is one of ours, and begins with its time.
+        let is_ours = |line: &str| line.starts_with("20") && line.contains("credbroker");
+        assert!(log.lines().all(is_ours), "{log}");
     }
     let audit = std::fs::read_to_string(lab.path("state/audit.jsonl")).unwrap();
     assert_json_lines_clean("audit", &audit);
