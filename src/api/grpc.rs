@@ -183,7 +183,6 @@ fn unsigned_request(
         .into_iter()
         .map(|parameter| (parameter.name, parameter.value))
         .collect();
-    request::client_oid_parameters(endpoint, &message.path, &query, &mut problems);
     let target = request::target(&message.path, query, limits, &mut problems);
     match (account, scope, method, target) {
         (Some(account), Some(scope), Some(method), Some(target)) if problems.is_empty() => {

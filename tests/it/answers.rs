@@ -535,10 +535,6 @@ async fn an_order_whose_client_oid_no_lookup_can_carry_is_refused() {
         "/api/v1/hf/orders/multi",
         batch,
     ));
-    let cancel = "/api/v1/stop-order/cancelOrderByClientOid?clientOid=run7:42";
-    requests.push(request(Scope::SpotMargin, Method::Delete, cancel, ""));
-    let lookup = "/api/v1/orders/byClientOid?clientOid=run7:42";
-    requests.push(request(Scope::Futures, Method::Get, lookup, ""));
     for request in requests {
         let (path, body) = (request.path.clone(), request.body.clone());
         let ended = bot
@@ -553,4 +549,39 @@ async fn an_order_whose_client_oid_no_lookup_can_carry_is_refused() {
         asked.iter().all(ReceivedRequest::is_own_question),
         "nothing was sent"
     );
+}
+
+#[tokio::test]
+async fn an_order_that_stands_under_any_client_oid_can_be_looked_up_and_cancelled() {
+    let lab = Lab::start().await;
+    let mut bot = lab.bot("maker").await;
+    let named = r#"{"clientOidsList":[{"symbol":"XBTUSDTM","clientOid":"run7:42"}]}"#;
+    for (scope, method, target, body) in [
+        (
+            Scope::SpotMargin,
+            Method::Delete,
+            "/api/v1/stop-order/cancelOrderByClientOid?clientOid=run7:42",
+            "",
+        ),
+        (
+            Scope::Futures,
+            Method::Get,
+            "/api/v1/orders/byClientOid?clientOid=run7:42",
+            "",
+        ),
+        (
+            Scope::Futures,
+            Method::Delete,
+            "/api/v1/orders/multi-cancel",
+            named,
+        ),
+    ] {
+        let answer = bot.send(request(scope, method, target, body)).await;
+        answer.expect(target);
+    }
+    let asked = lab.kucoin.received();
+    let of_the_bot = asked
+        .iter()
+        .filter(|request| !ReceivedRequest::is_own_question(request));
+    assert_eq!(of_the_bot.count(), 3);
 }
