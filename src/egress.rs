@@ -46,8 +46,9 @@ const RESOLVE_AGAIN_EVERY: Duration = Duration::from_secs(1);
 /// How long a call whose connect failed waits for that answer; a later one is for the next call.
 const RESOLVE_AGAIN_WITHIN: Duration = Duration::from_secs(1);
 
-/// Header lines of the longest head that is taken; the HTTP library's own limit of 100 would lose an order's answer.
-const MAX_HEADERS: usize = 512;
+/// Header lines of the longest head that is taken; the HTTP library's own limit of 100 would lose an order's answer. Not
+/// more than are plausible: each answer costs room for this many, 64 bytes a line, which is wiped again.
+const MAX_HEADERS: usize = 256;
 
 /// How the exchange is reached.
 #[derive(Clone, Debug)]

@@ -1,5 +1,6 @@
 //! Log subscriber and metric names.
 
+use std::borrow::Cow;
 use std::error::Error;
 use std::fmt::{self, Write as _};
 use std::io;
@@ -84,7 +85,10 @@ const MAX_LINE_CHARS: usize = 16 * 1024;
 impl io::Write for CleanLines {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         // The subscriber writes text, one whole line at a time.
-        let text = String::from_utf8_lossy(line);
+        let text = match str::from_utf8(line) {
+            Ok(text) => Cow::Borrowed(text),
+            Err(_) => String::from_utf8_lossy(line),
+        };
         let text = text.trim_end_matches('\n');
         let text = match self.0 {
             LogFormat::Json => clean_json(text),
