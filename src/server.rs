@@ -229,7 +229,7 @@ impl Server {
         };
         let (tell_problems, problems) = watch::channel(FileProblems::default());
         let reloader = Reloader {
-            files: permissions::files(&config),
+            files: permissions::files(&config).into(),
             ca_warnings,
             broker: Arc::clone(&broker),
             refresher,

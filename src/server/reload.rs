@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use rustls::crypto::CryptoProvider;
 use tokio::sync::watch;
-use tokio::task::{JoinError, spawn_blocking};
+use tokio::task::{JoinError, JoinHandle, spawn_blocking};
 use tokio::time::{sleep, timeout};
 
 use super::StartError;
@@ -47,10 +47,32 @@ pub(super) struct Reloader {
     pub(super) problems: watch::Sender<FileProblems>,
     /// SHA-256 of the CAs of bots and admins in force.
     pub(super) cas: [u8; 32],
-    /// All files whose permissions are looked at.
-    pub(super) files: Vec<NamedFile>,
+    /// All files whose permissions are checked.
+    pub(super) files: Arc<[NamedFile]>,
     /// What to warn of in the CAs in force, each under its setting.
     pub(super) ca_warnings: Vec<Problem>,
+}
+
+/// A check that may hang on a mount, in a thread of its own. Its result is taken once it is there, and never waited for.
+struct BackgroundCheck<T>(Option<JoinHandle<T>>);
+
+impl<T> Default for BackgroundCheck<T> {
+    fn default() -> Self {
+        Self(None)
+    }
+}
+
+impl<T: Send + 'static> BackgroundCheck<T> {
+    /// The result of the check that has ended since the last poll, if one has. Starts the next one unless one is running.
+    async fn poll(&mut self, check: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+        let found = match self.0.take_if(|running| running.is_finished()) {
+            // An error means that it panicked: the next one may not.
+            Some(ended) => ended.await.ok(),
+            None => None,
+        };
+        self.0.get_or_insert_with(|| spawn_blocking(check));
+        found
+    }
 }
 
 /// What stands in a group of files, and what of it has been dealt with.
@@ -90,24 +112,21 @@ impl Reloader {
         let mut rules = Watched::new("rules", rules.digest());
         let mut tls = Watched::new("tls", tls.digest());
         self.record_start(&rules, &tls);
-        self.warn(permissions::warnings(&self.files));
+        let mut permission_check = BackgroundCheck::default();
+        let mut open = Vec::new();
         loop {
+            let files = Arc::clone(&self.files);
+            let check = move || permissions::warnings(&files);
+            open = permission_check.poll(check).await.unwrap_or(open);
+            self.warn(&open);
             sleep(every).await;
             // Also starts again what a defect has ended.
             self.follow();
             // A mount that hangs holds this task up, and nothing else.
             let (rules_file, tls_files) = (self.rules.clone(), self.tls_files.clone());
-            let files = self.files.clone();
-            let read = move || {
-                let open = permissions::warnings(&files);
-                (
-                    Source::read(&rules_file),
-                    TlsSources::read(&tls_files),
-                    open,
-                )
-            };
+            let read = move || (Source::read(&rules_file), TlsSources::read(&tls_files));
             let read = spawn_blocking(read).await;
-            let Ok::<_, JoinError>((rules_source, tls_sources, open)) = read else {
+            let Ok::<_, JoinError>((rules_source, tls_sources)) = read else {
                 continue;
             };
             if rules_source.is_unseen() || tls_sources.is_unseen() {
@@ -121,7 +140,6 @@ impl Reloader {
                 let judged = self.take_certificates(&tls_sources);
                 self.settle(&mut tls, judged);
             }
-            self.warn(open);
         }
     }
 
@@ -132,9 +150,9 @@ impl Reloader {
     }
 
     /// Keeps the warnings about files in use; `open` are those about permissions. Logs each one that is new.
-    fn warn(&self, open: Vec<Problem>) {
+    fn warn(&self, open: &[Problem]) {
         let mut warnings = self.ca_warnings.clone();
-        warnings.extend(open);
+        warnings.extend_from_slice(open);
         let known = self.problems.borrow().warnings.clone();
         if warnings == known {
             return;
@@ -278,5 +296,52 @@ async fn ready_for(broker: &Broker, policy: &Policy, is_new: impl Fn(&KeyStatus)
         while broker.clock.check(*place).is_err() {
             sleep(LOOK_EVERY).await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn background_check_that_hangs_is_never_waited_for_nor_started_twice() {
+        let starts = Arc::new(AtomicU32::new(0));
+        let (release, released) = mpsc::channel();
+        let mut check = BackgroundCheck::default();
+        let started = Arc::clone(&starts);
+        let hanging = move || {
+            started.fetch_add(1, Ordering::Relaxed);
+            released.recv().unwrap()
+        };
+        assert_eq!(check.poll(hanging).await, None);
+        for _ in 0..3 {
+            let started = Arc::clone(&starts);
+            let another = move || started.fetch_add(1, Ordering::Relaxed);
+            assert_eq!(check.poll(another).await, None);
+        }
+        release.send(7).unwrap();
+        let found = loop {
+            if let Some(found) = check.poll(|| 8).await {
+                break found;
+            }
+            tokio::task::yield_now().await;
+        };
+        assert_eq!((found, starts.load(Ordering::Relaxed)), (7, 1));
+    }
+
+    #[tokio::test]
+    async fn background_check_that_panics_is_started_again() {
+        let mut check = BackgroundCheck::default();
+        assert_eq!(check.poll(|| panic!("a defect")).await, None);
+        let found = loop {
+            if let Some(found) = check.poll(|| 8).await {
+                break found;
+            }
+            tokio::task::yield_now().await;
+        };
+        assert_eq!(found, 8);
     }
 }
