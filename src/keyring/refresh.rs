@@ -355,7 +355,8 @@ impl Watch {
     }
 
     async fn fetch(&mut self, asked: Duration) -> Result<(), VaultError> {
-        let metadata = self.vault.metadata(&self.account, &self.name).await?;
+        let question = self.vault.metadata(&self.account, &self.name);
+        let metadata = self.unless_wiped(question).await?;
         if let NotedState::Disabled(word) = metadata.state() {
             return Err(VaultError::Gone(format!(
                 "its metadata in Vault says state={word}"
@@ -389,7 +390,7 @@ impl Watch {
         let step = self.step(&metadata, wanted, asked);
         let mut read = None;
         if matches!(step, Step::Take) || metadata.deletes_itself(wanted) {
-            let key = self.vault.read(&self.account, &self.name, wanted).await;
+            let key = self.read(wanted).await;
             // Seen even when unusable, so that a broken version is read once and not at every poll.
             if matches!(key, Ok(_) | Err(VaultError::Unusable(_))) {
                 self.seen = Some(metadata);
@@ -418,6 +419,40 @@ impl Watch {
             self.try_after_hold(serving, refusal.advice).await;
         }
         Ok(())
+    }
+
+    /// Reads a version of the key from Vault.
+    async fn read(&self, version: u64) -> Result<Arc<Key>, VaultError> {
+        let question = self.vault.read(&self.account, &self.name, version);
+        self.unless_wiped(question).await
+    }
+
+    /// The answer to a question to Vault. It fails once the keyring wipes the key for its age: whoever asks holds versions
+    /// of the key, and must not hold them for as long as Vault hangs.
+    async fn unless_wiped<T>(
+        &self,
+        question: impl Future<Output = Result<T, VaultError>>,
+    ) -> Result<T, VaultError> {
+        // Subscribed before the look, so that no change is missed.
+        let mut changes = self.keyring.changes();
+        let wiped = async {
+            while !self.is_wiped() {
+                if changes.changed().await.is_err() {
+                    return pending().await;
+                }
+            }
+        };
+        tokio::select! {
+            biased;
+            answer = question => answer,
+            () = wiped => Err(VaultError::Outage("no answer before the key was wiped".to_owned())),
+        }
+    }
+
+    /// Whether the keyring has wiped the key for its age since Vault last showed it.
+    fn is_wiped(&self) -> bool {
+        let slot = self.keyring.slot(&self.account, &self.name);
+        self.seen.is_some() && matches!(slot, Some(Slot::Waiting(_)))
     }
 
     /// Keeps what the metadata say beside versions, before the key signs by them.
@@ -451,7 +486,7 @@ impl Watch {
         self.forget_candidate();
         self.running = None;
         let wanted = metadata.wanted().map_err(VaultError::Unusable)?;
-        let key = self.vault.read(&self.account, &self.name, wanted).await?;
+        let key = self.read(wanted).await?;
         let next = Serving::new(key, wanted);
         self.check_revoked(wanted, &next.key).await?;
         self.seen = Some(metadata);
@@ -500,7 +535,7 @@ impl Watch {
         if version == wanted || !metadata.deletes_itself(version) {
             return Ok(());
         }
-        match self.vault.read(&self.account, &self.name, version).await {
+        match self.read(version).await {
             Err(VaultError::Gone(_)) => {
                 self.evict(&format!("version {version} has been deleted in Vault"));
                 Ok(())
@@ -762,7 +797,7 @@ impl Watch {
         let Some(version) = newest.and_then(|seen| seen.before(refused.version)) else {
             return;
         };
-        let Ok(key) = self.vault.read(&self.account, &self.name, version).await else {
+        let Ok(key) = self.read(version).await else {
             return;
         };
         let before = Serving::new(key, version);
@@ -811,7 +846,7 @@ impl Watch {
             due: now + self.test_again,
             problem: None,
         });
-        let next = match self.vault.read(&self.account, &self.name, version).await {
+        let next = match self.read(version).await {
             Ok(key) => Serving::new(key, version),
             Err(VaultError::Unusable(problem)) => {
                 self.after_hold = Some(AfterHold {
@@ -989,8 +1024,7 @@ impl Watch {
 
     /// The keyring has wiped the key for its age: a candidate is as old, and what Vault showed last is to be read anew.
     fn forget_if_wiped(&mut self) {
-        let slot = self.keyring.slot(&self.account, &self.name);
-        if self.seen.is_some() && matches!(slot, Some(Slot::Waiting(_))) {
+        if self.is_wiped() {
             self.seen = None;
             self.forget_candidate();
             self.running = None;

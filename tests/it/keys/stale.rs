@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use credbroker::api::proto::{Outcome, SignAndSendRequest};
-use credbroker_sim::vault::{Fault, FaultRule};
+use credbroker_sim::kucoin::{Fault, FaultAction};
+use credbroker_sim::vault::{Fault as VaultFault, FaultRule};
 use tonic::Code;
 
 use super::asked;
+use super::succession::{INFO, key, put};
 use crate::harness::{
     Bot, Lab, RULES, Settings, Time, accounts, failure, kv_path, spot_cancel_all, spot_order, until,
 };
@@ -380,6 +382,46 @@ async fn a_key_past_its_last_bound_is_wiped_at_once_and_not_at_the_next_poll() {
 }
 
 #[tokio::test]
+async fn wiped_key_ends_a_request_to_vault_that_hangs_and_drops_the_version_under_test() {
+    let (mut lab, time) = installed(rules("", "max_stale_cancel_s = 604800")).await;
+    lab.reconfigure("timeout_ms = 1000", "timeout_ms = 60000");
+    lab.start_broker_on(time.clock()).await;
+    lab.until_ready().await;
+    let busy = FaultAction::RateLimited {
+        reset_ms: Some(100),
+    };
+    lab.kucoin.fault(Fault {
+        times: None,
+        ..Fault::once(INFO, busy)
+    });
+    lab.kucoin.add_key(key(2));
+    put(&lab, &key(2));
+    until("the version waits for its test", async || {
+        let text = lab.get("/readyz?verbose").await.1;
+        text.contains("version 2 waits for its test")
+    })
+    .await;
+    let path = format!("kv/metadata/{}", kv_path("main", "main"));
+    lab.vault.fault(FaultRule::new(&path, VaultFault::Hang));
+    until("a request to Vault hangs", async || {
+        let asked = asked(&lab.vault, "main");
+        asked.last().is_some_and(|(_, status)| status.is_none())
+    })
+    .await;
+    time.sleep(&lab, HOUR * 25);
+    let is_it = |line: &str| {
+        line.starts_with("key main/main: waiting for Vault: Vault last confirmed it 90")
+            && line.contains(": wiped from memory; ")
+            && line.ends_with("no answer before the key was wiped")
+    };
+    until("the request has ended", async || {
+        lab.get("/readyz?verbose").await.1.lines().any(is_it)
+    })
+    .await;
+    lab.stop().await;
+}
+
+#[tokio::test]
 async fn after_a_sleep_past_the_last_bound_the_key_is_read_again_before_anybody_asks() {
     let (mut lab, time) = installed(rules("", "")).await;
     lab.reconfigure("poll_s = 1", "poll_s = 3600");
@@ -424,7 +466,7 @@ async fn vaults_word_evicts_at_once_after_an_outage_and_a_new_outage_does_not_un
         let (mut lab, time) = ready("", "").await;
         let mut bot = lab.bot("maker").await;
         let silent = || {
-            let fault = Fault::Status {
+            let fault = VaultFault::Status {
                 code: 503,
                 retry_after_s: None,
             };
@@ -476,7 +518,8 @@ async fn vaults_word_evicts_at_once_after_an_outage_and_a_new_outage_does_not_un
 async fn a_key_that_is_disabled_while_its_secret_cannot_be_read_is_evicted() {
     let (mut lab, time) = ready("", "").await;
     let mut bot = lab.bot("maker").await;
-    lab.vault.fault(FaultRule::new("kv/data/", Fault::Close));
+    lab.vault
+        .fault(FaultRule::new("kv/data/", VaultFault::Close));
     super::put(&lab.vault, "main", 2);
     time.pass(&lab, Duration::from_secs(2)).await;
     until("the outage has been noticed", async || {
