@@ -167,6 +167,22 @@ fn webpki_error(error: &rustls::Error) -> Option<&webpki::Error> {
     }
 }
 
+/// Said of a chain that was refused after [`signing_intermediates`] had left one of its certificates out.
+pub const IGNORED_INTERMEDIATE: &str =
+    "; ignored an intermediate certificate whose keyUsage lacks keyCertSign";
+
+/// The intermediate certificates of a peer that may sign others, by their keyUsage. The TLS library looks at CA:TRUE alone.
+/// Source: RFC 5280, 4.2.1.3.
+pub fn signing_intermediates<'c>(intermediates: &[CertificateDer<'c>]) -> Vec<CertificateDer<'c>> {
+    let may_sign = |certificate: &&CertificateDer<'_>| {
+        X509Certificate::from_der(certificate).is_ok_and(|(_, certificate)| {
+            let usage = certificate.key_usage();
+            usage.is_ok_and(|usage| usage.is_none_or(|usage| usage.value.key_cert_sign()))
+        })
+    };
+    intermediates.iter().filter(may_sign).cloned().collect()
+}
+
 /// Adds to a client's TLS that its server must have a certificate from these roots.
 pub fn with_roots(
     builder: rustls::ConfigBuilder<ClientConfig, rustls::WantsVerifier>,
@@ -185,7 +201,7 @@ pub fn with_roots(
     }
 }
 
-/// Verifies servers as rustls does; only says some of its refusals in words.
+/// Verifies servers as rustls does, without intermediates that may not sign; says some refusals in words.
 #[derive(Debug)]
 struct ServerVerifier(Arc<WebPkiServerVerifier>);
 
@@ -198,9 +214,10 @@ impl ServerCertVerifier for ServerVerifier {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
+        let intermediates = signing_intermediates(intermediates);
         let verified =
             self.0
-                .verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now);
+                .verify_server_cert(end_entity, &intermediates, server_name, ocsp_response, now);
         verified.map_err(|error| match webpki_error(&error) {
             Some(webpki::Error::CaUsedAsEndEntity) => OtherError(Arc::new(ShowsCa)).into(),
             _ => error,
@@ -232,9 +249,43 @@ impl ServerCertVerifier for ServerVerifier {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use credbroker_sim::pki::{Ca, CaKind};
     use rustls::pki_types::pem::PemObject;
 
     use super::*;
+
+    fn der(pem: &str) -> CertificateDer<'static> {
+        CertificateDer::from_pem_slice(pem.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn an_intermediate_of_a_server_must_be_for_signing_certificates() {
+        let root = Ca::new("root").unwrap();
+        let mut roots = RootCertStore::empty();
+        roots.add(der(root.certificate_pem())).unwrap();
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let inner = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider);
+        let verifier = ServerVerifier(inner.build().unwrap());
+        let now = UnixTime::since_unix_epoch(Duration::from_secs(1_800_000_000));
+        let judged = |kind| {
+            let between = root.intermediate("between", kind).unwrap();
+            let (leaf, between) = (
+                der(&between.server().unwrap().certificate_pem),
+                der(between.certificate_pem()),
+            );
+            let name = ServerName::try_from("localhost").unwrap();
+            verifier.verify_server_cert(&leaf, &[between], &name, &[], now)
+        };
+        judged(CaKind::Usual).unwrap();
+        judged(CaKind::NoKeyUsage).unwrap();
+        let refused = judged(CaKind::NotForSigning).unwrap_err();
+        assert_eq!(
+            refused,
+            rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer)
+        );
+    }
 
     /// `openssl req -x509 -addext "nameConstraints=critical,permitted;URI:example.org" -addext keyUsage=critical,keyCertSign`
     const BOUND_BY_URI: &str = "\

@@ -132,7 +132,7 @@ pub fn not_after_ms(certificate: &CertificateDer<'_>) -> Option<i64> {
         .checked_mul(1000)
 }
 
-/// Verifies client certificates: the chain as rustls does, then that it names one caller of the role `R`.
+/// Verifies client certificates: the chain as rustls does, without intermediates that may not sign, then that it names one caller of the role `R`.
 #[derive(Debug)]
 pub struct CallerVerifier<R> {
     chain: Arc<dyn ClientCertVerifier>,
@@ -174,11 +174,15 @@ impl<R: CertificateRole> ClientCertVerifier for CallerVerifier<R> {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        let verified = self
-            .chain
-            .verify_client_cert(end_entity, intermediates, now);
-        let verified =
-            verified.inspect_err(|error| self.refused(end_entity, &trust::reason(error)))?;
+        let signing = trust::signing_intermediates(intermediates);
+        let verified = self.chain.verify_client_cert(end_entity, &signing, now);
+        let verified = verified.inspect_err(|error| {
+            let mut reason = trust::reason(error);
+            if signing.len() < intermediates.len() {
+                reason += trust::IGNORED_INTERMEDIATE;
+            }
+            self.refused(end_entity, &reason);
+        })?;
         if let Err(error) = caller_of::<R>(end_entity) {
             self.refused(end_entity, &error.to_string());
             let error = CertificateError::Other(OtherError(Arc::new(error)));

@@ -11,7 +11,7 @@ use credbroker::api::proto::{
 };
 use credbroker::clock::Clock;
 use credbroker_sim::kucoin::{Fault, FaultAction};
-use credbroker_sim::pki::{Ca, Identity, SanType, Usage};
+use credbroker_sim::pki::{Ca, CaKind, Identity, SanType, Usage};
 use http_body::Frame;
 use http_body_util::StreamBody;
 use http_body_util::combinators::UnsyncBoxBody;
@@ -83,6 +83,12 @@ async fn each_role_gets_in_at_its_own_door_and_at_no_other() {
     let disguised = lab.ca.issue("anna", &[dns], Usage::Client).unwrap();
     let admin = lab.ca.admin("anna").unwrap();
     listed(&lab, &admin).await.unwrap();
+    let unfit = lab
+        .ca
+        .intermediate("issuing CA", CaKind::NotForSigning)
+        .unwrap();
+    let mut below_unfit = unfit.admin("anna").unwrap();
+    below_unfit.certificate_pem += unfit.certificate_pem();
     let expected = "spiffe://<trust domain>/admin/<name>, got ";
     for (identity, reason) in [
         (
@@ -99,6 +105,7 @@ async fn each_role_gets_in_at_its_own_door_and_at_no_other() {
         ),
         (stranger.admin("anna").unwrap(), "UnknownIssuer".to_owned()),
         (served, "invalid peer certificate".to_owned()),
+        (below_unfit, "whose keyUsage lacks keyCertSign".to_owned()),
     ] {
         let refusals = |lab: &Lab| {
             let log = lab.process.as_ref().unwrap().log();

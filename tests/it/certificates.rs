@@ -51,8 +51,21 @@ async fn a_bot_is_its_one_uri_san_or_its_one_dns_san() {
         issue(&[dns("maker.bots.demo.test")], Usage::Client),
         issue(&[dns("Maker.Bots.Demo.TEST")], Usage::Client),
     ];
-    for (index, identity) in good.iter().enumerate() {
-        assert!(gets_in(&lab, identity).await, "good certificate {index}");
+    let below = |kind| lab.ca.intermediate("issuing CA", kind).unwrap();
+    let chained = |ca: &Ca, others: &str| {
+        let mut identity = ca.bot("maker").unwrap();
+        identity.certificate_pem += ca.certificate_pem();
+        identity.certificate_pem += others;
+        identity
+    };
+    let unfit = below(CaKind::NotForSigning);
+    let good = good.into_iter().chain([
+        chained(&below(CaKind::Usual), ""),
+        // What is not needed for the chain does no harm.
+        chained(&below(CaKind::NoKeyUsage), unfit.certificate_pem()),
+    ]);
+    for (index, identity) in good.enumerate() {
+        assert!(gets_in(&lab, &identity).await, "good certificate {index}");
     }
     let stranger = Ca::new("somebody else's CA").unwrap();
     let bad = [
@@ -102,6 +115,10 @@ async fn a_bot_is_its_one_uri_san_or_its_one_dns_san() {
             "invalid peer certificate",
         ),
         (stranger.bot("maker").unwrap(), "UnknownIssuer"),
+        (
+            chained(&unfit, ""),
+            "UnknownIssuer; ignored an intermediate certificate whose keyUsage lacks keyCertSign",
+        ),
     ];
     for (identity, reason) in &bad {
         let before = lab

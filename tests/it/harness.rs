@@ -802,7 +802,9 @@ fn client_tls(roots: &[String], identity: &Identity) -> TlsConnector {
     let mut tls = tls
         .with_root_certificates(trusted)
         .with_client_auth_cert(
-            vec![CertificateDer::from_pem_slice(pem).unwrap()],
+            CertificateDer::pem_slice_iter(pem)
+                .collect::<Result<_, _>>()
+                .unwrap(),
             PrivateKeyDer::from_pem_slice(identity.key_pem.as_bytes()).unwrap(),
         )
         .unwrap();

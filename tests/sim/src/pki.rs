@@ -66,6 +66,16 @@ impl Ca {
     /// The same, of another kind.
     pub fn of_kind(common_name: &str, kind: CaKind) -> Result<Self, rcgen::Error> {
         let key = KeyPair::generate()?;
+        let params = Self::ca_params(common_name, kind);
+        let certificate_pem = params.self_signed(&key)?.pem();
+        Ok(Self {
+            certificate_pem,
+            issuer: Issuer::new(params, key),
+        })
+    }
+
+    /// What the certificate of a CA says.
+    fn ca_params(common_name: &str, kind: CaKind) -> CertificateParams {
         let mut params = CertificateParams::default();
         params
             .distinguished_name
@@ -92,7 +102,14 @@ impl Ca {
             permitted_subtrees: vec![permitted],
             excluded_subtrees: Vec::new(),
         });
-        let certificate_pem = params.self_signed(&key)?.pem();
+        params
+    }
+
+    /// A CA of this kind that this one has issued a certificate for.
+    pub fn intermediate(&self, common_name: &str, kind: CaKind) -> Result<Self, rcgen::Error> {
+        let key = KeyPair::generate()?;
+        let params = Self::ca_params(common_name, kind);
+        let certificate_pem = params.signed_by(&key, &self.issuer)?.pem();
         Ok(Self {
             certificate_pem,
             issuer: Issuer::new(params, key),
