@@ -305,8 +305,8 @@ impl Default for Metrics {
             file_warnings: registered(
                 &mut registry,
                 "file_warnings",
-                "Files in use whose permissions are too open, and CAs whose name constraints cannot be evaluated; \
-                 /readyz?verbose names them",
+                "Files in use whose permissions are too open, CAs whose name constraints cannot be evaluated, and \
+                 ignored certificates among the roots of servers; /readyz?verbose names them",
             ),
             certificate_ends: registered(
                 &mut registry,

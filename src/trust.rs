@@ -8,7 +8,7 @@ use std::sync::Arc;
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::CryptoProvider;
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::pki_types::{CertificateDer, ServerName, SignatureVerificationAlgorithm, UnixTime};
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, OtherError, RootCertStore,
     SignatureScheme,
@@ -56,9 +56,8 @@ pub fn check_anchor(
         .map_err(|_| AnchorError::NotX509)?;
     let usage = certificate.key_usage().map_err(|_| AnchorError::NotX509)?;
     let is_ca = constraints.is_some_and(|constraints| constraints.value.ca);
-    let is_self_signed = certificate.issuer().as_raw() == certificate.subject().as_raw();
     if !is_ca {
-        return if peers == Peers::Servers && is_self_signed {
+        return if peers == Peers::Servers && is_self_signed(&certificate) {
             Ok(None)
         } else {
             Err(AnchorError::NotCa(subject(&certificate)))
@@ -102,6 +101,20 @@ pub fn check_anchor(
             unknown.join("; ")
         )
     }))
+}
+
+/// Whether its own key made its signature: a CA can issue a certificate with its own name as the subject.
+fn is_self_signed(certificate: &X509Certificate<'_>) -> bool {
+    let key = &certificate.public_key().subject_public_key.data;
+    let signed = certificate.tbs_certificate.as_ref();
+    let signature = &certificate.signature_value.data;
+    let algorithms =
+        rustls::crypto::aws_lc_rs::default_provider().signature_verification_algorithms;
+    let is_its_own = |algorithm: &&dyn SignatureVerificationAlgorithm| {
+        algorithm.verify_signature(key, signed, signature).is_ok()
+    };
+    certificate.issuer().as_raw() == certificate.subject().as_raw()
+        && algorithms.all.iter().any(is_its_own)
 }
 
 /// Whoever made the file chose it: escaped and cut.

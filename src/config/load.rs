@@ -18,7 +18,7 @@ use crate::keyring::vault::Auth;
 use crate::pem::{self, PemProblem};
 use crate::policy::Policy;
 use crate::toml_file::{Problem, Problems};
-use crate::trust::{Peers, check_anchor};
+use crate::trust::{AnchorError, Peers, check_anchor};
 
 /// What stands in the files.
 #[derive(Debug)]
@@ -31,7 +31,8 @@ pub struct Loaded {
     pub vault_roots: RootCertStore,
     /// CAs of the exchange.
     pub egress_roots: RootCertStore,
-    /// What the CAs of any of them make the broker refuse, each under the key that names the file.
+    /// CAs that make the broker refuse what they issue, and certificates that were left out as no CAs; each under the key
+    /// that names the file.
     pub warnings: Vec<Problem>,
 }
 
@@ -341,7 +342,8 @@ pub(crate) fn roots(key: &str, roots: &Roots, problems: &Problems) -> Option<Roo
     }
 }
 
-/// The CAs in a PEM file. Every certificate in it must be one: what it signs is trusted.
+/// The CAs in a PEM file. Every certificate in it must be one: what it signs is trusted. Beside the CAs of servers, where a
+/// server's whole chain often stands, a certificate that is no CA is left out with a warning.
 pub(crate) fn root_file(
     key: &str,
     source: &Source,
@@ -354,6 +356,7 @@ pub(crate) fn root_file(
         .map_err(|error| problems.add(key, source.unfit("certificates as PEM", &error)))
         .ok()?;
     let mut store = Some(RootCertStore::empty());
+    let mut left_out = Vec::new();
     for (line, certificate) in certificates {
         let problem = match check_anchor(&certificate, peers) {
             Ok(warning) => {
@@ -364,11 +367,23 @@ pub(crate) fn root_file(
                 let unfit = |error| format!("is not a usable CA certificate: {error}");
                 added.and_then(Result::err).map(unfit)
             }
+            Err(error @ AnchorError::NotCa(_)) if peers == Peers::Servers => {
+                left_out.push((line, error));
+                None
+            }
             Err(error) => Some(error.to_string()),
         };
         if let Some(problem) = problem {
             problems.add(key, format_args!("{file}:{line}: {problem}"));
             store = None;
+        }
+    }
+    let store = store.filter(|store| !store.is_empty());
+    for (line, error) in left_out {
+        if store.is_some() {
+            problems.warn(key, format_args!("{file}:{line}: ignored: {error}"));
+        } else {
+            problems.add(key, format_args!("{file}:{line}: {error}"));
         }
     }
     store

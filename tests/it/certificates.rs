@@ -304,11 +304,49 @@ async fn only_cas_may_stand_in_the_files_of_cas() {
     }
     // What the program connects to may show its own certificate, where no other can be signed with it.
     lab.reconfigure("[vault]\n", "[vault]\nroots = \"root.pem\"\n");
-    write_private(&lab.path("root.pem"), &leaf);
-    assert!(problems(&lab.config()).starts_with("vault.roots: "));
+    // The second carries the name of its CA as subject and issuer, and is not self-signed.
+    let ca = Ca::new("localhost").unwrap();
+    let same_name = ca
+        .issue("localhost", &[dns("localhost")], Usage::Server)
+        .unwrap();
+    for not_ca in [&leaf, &same_name.certificate_pem] {
+        write_private(&lab.path("root.pem"), not_ca);
+        let found = problems(&lab.config());
+        assert!(found.starts_with("vault.roots: "), "{found}");
+        assert!(found.contains("root.pem:1: "), "{found}");
+        assert!(found.contains("is not a CA"), "{found}");
+    }
     let own = Ca::self_signed_server(false).unwrap();
     write_private(&lab.path("root.pem"), &own.certificate_pem);
     assert_eq!(problems(&lab.config()), "");
+}
+
+#[tokio::test]
+async fn chain_of_a_server_may_stand_where_the_roots_of_servers_are() {
+    let mut lab = Lab::install(&Settings {
+        process: true,
+        ..Settings::default()
+    })
+    .await;
+    let between = lab.ca.intermediate("between", CaKind::Usual).unwrap();
+    let leaf = between.server().unwrap().certificate_pem;
+    let chain = [&leaf, between.certificate_pem(), lab.ca.certificate_pem()].concat();
+    lab.reconfigure("[vault]\n", "[vault]\nroots = \"fullchain.pem\"\n");
+    write_private(&lab.path("fullchain.pem"), &chain);
+    let loaded = load(&lab.config(), Clock::system().wall_ms()).unwrap();
+    let file = lab.path("fullchain.pem");
+    let warning = format!(
+        "vault.roots: {}:1: ignored: \"CN=credbroker\" is not a CA: expected basicConstraints with CA:TRUE; remove it from the file",
+        file.display()
+    );
+    let warnings: Vec<_> = loaded.warnings.iter().map(ToString::to_string).collect();
+    assert_eq!(warnings.join("\n"), warning);
+    assert_eq!(loaded.vault_roots.len(), 2);
+
+    lab.spawn_broker().await;
+    let line = lab.process().log_line("file warning").await;
+    assert_eq!(line["setting"], "vault.roots");
+    assert!(warning.ends_with(line["problem"].as_str().unwrap()));
 }
 
 /// A text as it is compared with logs and JSON, which escape quotes.

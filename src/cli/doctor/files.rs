@@ -113,15 +113,15 @@ pub(super) fn certificates(config: &Config, now_ms: i64) -> Vec<Line> {
             failed.push(expiry(about, ends_ms(file), now_ms));
         }
         let of_file = |warning: &&Problem| keys.contains(&warning.key.as_str());
-        failed.extend(warnings.iter().filter(of_file).map(constraint));
+        failed.extend(warnings.iter().filter(of_file).map(ca_warning));
         failed
     });
     lines.collect()
 }
 
-/// A CA whose name constraints make the TLS library refuse what it issues.
-fn constraint(warning: &Problem) -> Line {
-    let fix = "issue a CA without these constraints, and new certificates from it";
+/// A CA whose name constraints make the TLS library refuse what it issues, or a certificate that was left out as no CA.
+fn ca_warning(warning: &Problem) -> Line {
+    let fix = "do as this line says, and check the file again";
     Line::warning("certificate", "", warning.to_string(), fix)
 }
 
@@ -182,7 +182,7 @@ pub(super) fn roots(key: &str, roots: &Roots) -> (RootCertStore, Vec<Line>) {
     let problems = Problems::default();
     if let Some(roots) = load::roots(key, roots, &problems) {
         let warnings = problems.take_warnings();
-        return (roots, warnings.iter().map(constraint).collect());
+        return (roots, warnings.iter().map(ca_warning).collect());
     }
     let problems = problems.into_result().err().unwrap_or_default();
     let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();
@@ -198,7 +198,7 @@ pub(super) fn audit(config: &Config) -> (Vec<Line>, Result<(), String>) {
     let name = file.display();
     let folder = file.parent().unwrap_or(Path::new("/"));
     let fix = "make it writable for the broker's user, or correct audit.file";
-    let (there, recordable) = match OpenOptions::new().append(true).open(file) {
+    let (there, recordable) = match OpenOptions::new().read(true).append(true).open(file) {
         Ok(_) => (format!("{name} can be written"), Ok(())),
         Err(error) if error.kind() == io::ErrorKind::NotFound && !folder.exists() => {
             let reason = format!("the folder of {name} is not there yet");
