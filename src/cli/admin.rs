@@ -120,8 +120,13 @@ impl AdminFile {
             return Err(self.files(vec![Problem::new("vault", problem)]));
         };
         let problems = Problems::default();
-        let roots = load::roots("vault.roots", roots, &problems);
-        keep_private(permissions::secret_of(&settings.auth).as_ref(), &problems);
+        let named_roots = roots;
+        let roots = load::roots("vault.roots", named_roots, &problems);
+        let mut files = permissions::of_login(&settings.auth);
+        if let Roots::File(file) = named_roots {
+            files.push(NamedFile::public("vault.roots", file));
+        }
+        check_permissions(&files, &problems);
         problems
             .into_result()
             .map_err(|problems| self.files(problems))?;
@@ -146,7 +151,13 @@ impl AdminFile {
     fn tls(&self) -> Result<ClientConfig, Vec<Problem>> {
         let problems = Problems::default();
         let roots = root_file("ca", &Source::read(&self.ca), Peers::Servers, &problems);
-        keep_private(Some(&NamedFile::secret("key", &self.key)), &problems);
+        let files = [
+            NamedFile::public("admin", &self.file),
+            NamedFile::public("ca", &self.ca),
+            NamedFile::public("certificate", &self.certificate),
+            NamedFile::secret("key", &self.key),
+        ];
+        check_permissions(&files, &problems);
         let (certificate, key) = (Source::read(&self.certificate), Source::read(&self.key));
         let (chain, key) = pair(["certificate", "key"], &certificate, &key, &problems);
         // Said here, because the broker can only refuse it.
@@ -172,9 +183,10 @@ impl AdminFile {
     }
 }
 
-/// Refuses a secret that other users of this machine can read: whoever has it is the admin.
-fn keep_private(secret: Option<&NamedFile>, problems: &Problems) {
-    if let Some(open) = secret.and_then(NamedFile::check) {
+/// Refuses a secret that other users of this machine can read, since whoever has it is the admin, and a file that they can
+/// change, since it decides which broker and Vault get the admin's commands and secrets.
+fn check_permissions(files: &[NamedFile], problems: &Problems) {
+    for open in files.iter().filter_map(NamedFile::check) {
         problems.add(open.key(), format_args!("{open}; {}", open.fix()));
     }
 }

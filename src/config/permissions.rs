@@ -45,7 +45,7 @@ impl NamedFile {
     }
 
     /// A file that others may read.
-    fn public(key: &'static str, file: &Path) -> Self {
+    pub(crate) fn public(key: &'static str, file: &Path) -> Self {
         let is_secret = false;
         let file = file.to_owned();
         Self {
@@ -128,12 +128,23 @@ pub(crate) fn files(config: &Config) -> Vec<NamedFile> {
             files.push(NamedFile::public(key, file));
         }
     }
-    files.extend(secret_of(&config.vault.auth));
+    files.extend(of_login(&config.vault.auth));
+    files.push(NamedFile::public("audit.file", &config.audit_file));
+    files
+}
+
+/// The files that a login to Vault needs.
+pub(crate) fn of_login(auth: &Auth) -> Vec<NamedFile> {
+    let mut files = Vec::new();
+    if let Auth::Cert { certificate, .. } = auth {
+        files.push(NamedFile::public("vault.auth.certificate", certificate));
+    }
+    files.extend(secret_of(auth));
     files
 }
 
 /// The secret that a login to Vault needs. Not the token that Kubernetes puts into each pod, whose mode nobody sets.
-pub(crate) fn secret_of(auth: &Auth) -> Option<NamedFile> {
+fn secret_of(auth: &Auth) -> Option<NamedFile> {
     let (key, file) = match auth {
         Auth::AppRole { secret_id_file, .. } => ("vault.auth.secret_id_file", secret_id_file),
         Auth::Cert { key, .. } => ("vault.auth.key", key),
@@ -157,6 +168,29 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
+
+    #[test]
+    fn certificate_of_a_login_must_not_be_changed_by_others() {
+        let folder = tempfile::tempdir().unwrap();
+        let [certificate, key] = ["a.pem", "a.key"].map(|name| folder.path().join(name));
+        for (file, mode) in [(&certificate, 0o666), (&key, 0o644)] {
+            std::fs::write(file, "").unwrap();
+            std::fs::set_permissions(file, Permissions::from_mode(mode)).unwrap();
+        }
+        let auth = Auth::Cert {
+            mount: "cert".to_owned(),
+            role: None,
+            certificate,
+            key,
+        };
+        let files = of_login(&auth);
+        let keys: Vec<_> = files
+            .iter()
+            .filter_map(NamedFile::check)
+            .map(|open| open.key())
+            .collect();
+        assert_eq!(keys, ["vault.auth.certificate", "vault.auth.key"]);
+    }
 
     #[test]
     fn others_may_read_what_is_public_and_change_nothing() {

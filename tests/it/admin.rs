@@ -826,7 +826,7 @@ async fn a_command_that_cannot_get_through_says_why_and_what_to_do() {
 }
 
 #[tokio::test]
-async fn commands_refuse_secrets_that_other_users_can_read() {
+async fn commands_refuse_files_that_other_users_can_read_or_change() {
     let mut lab = Lab::start().await;
     lab.write_admin_files(&lab.ca.admin("anna").unwrap());
     for (file, setting, words) in [
@@ -848,6 +848,24 @@ async fn commands_refuse_secrets_that_other_users_can_read() {
         assert!(said.stderr.contains(&expected), "{said:?}");
         set_mode(&lab.path(file), 0o640);
         let said = lab.cli(words, "").await;
+        assert!(!said.stderr.contains("chmod"), "{said:?}");
+    }
+    for (file, setting) in [
+        ("admin.toml", "admin"),
+        ("admin-broker-ca.pem", "ca"),
+        ("admin.pem", "certificate"),
+    ] {
+        set_mode(&lab.path(file), 0o666);
+        let said = lab.cli(&["keys", "list"], "").await;
+        assert_eq!((said.code, said.stdout.as_str()), (Some(2), ""), "{said:?}");
+        let path = lab.path(file);
+        let path = path.display();
+        let expected = format!(
+            "admin.toml: {setting}: {path} can be changed by other users (mode 0666); chmod o-w {path}"
+        );
+        assert!(said.stderr.contains(&expected), "{said:?}");
+        set_mode(&lab.path(file), 0o644);
+        let said = lab.cli(&["keys", "list"], "").await;
         assert!(!said.stderr.contains("chmod"), "{said:?}");
     }
     lab.stop().await;

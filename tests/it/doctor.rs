@@ -665,6 +665,13 @@ async fn files_that_others_can_read_or_change_fail() {
     for (file, setting, mode, can, fix) in [
         ("config.toml", "config", 0o666, "changed", "chmod o-w "),
         ("rules.toml", "rules", 0o602, "changed", "chmod o-w "),
+        (
+            "state/audit.jsonl",
+            "audit.file",
+            0o646,
+            "changed",
+            "chmod o-w ",
+        ),
         ("server.key", "tls.key", 0o644, "read", "chmod o-rwx "),
         (
             "token",
