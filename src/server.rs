@@ -93,6 +93,9 @@ pub enum StartError {
     /// The descriptors do not fit the reflection service: a defect of the build.
     #[error("the reflection service cannot be set up")]
     Reflection(#[source] tonic_reflection::server::Error),
+    /// The lock is a symbolic link, which would have another file made and locked.
+    #[error("{0} is a symbolic link; remove the link, or correct state_dir")]
+    LockIsLink(String),
     /// What admins have forbidden cannot be read.
     #[error("what admins have forbidden cannot be read")]
     Restrictions(#[source] RestrictionsError),
@@ -108,7 +111,9 @@ pub enum StartError {
         parent: String,
     },
     /// The state folder cannot be used.
-    #[error("the state folder {0} cannot be used; make it writable or correct state_dir")]
+    #[error(
+        "the state folder {0} cannot be used; make it writable and the folders above it searchable for the broker's user, or correct state_dir"
+    )]
     State(String, #[source] io::Error),
     /// TLS cannot be set up.
     #[error("TLS cannot be set up: check tls.certificate, tls.key, tls.client_ca and tls.admin_ca")]
@@ -376,6 +381,9 @@ pub(crate) async fn lock(folder: &Path) -> Result<File, StartError> {
             folder: name(),
             parent: parent.display().to_string(),
         },
+        None if folder.join(LOCK).is_symlink() => {
+            StartError::LockIsLink(folder.join(LOCK).display().to_string())
+        }
         None => StartError::State(name(), error),
     })?;
     for _ in 0..LOCK_TRIES {
@@ -389,11 +397,12 @@ pub(crate) async fn lock(folder: &Path) -> Result<File, StartError> {
     Err(StartError::Locked(name()))
 }
 
-/// The folder above a state folder, where neither of them exists.
+/// The folder above a state folder, where neither of them exists; `None` also where permissions hide whether they do.
 pub(crate) fn missing_parent(folder: &Path) -> Option<&Path> {
     let parent = folder.parent()?;
     // The parent of a bare name is empty, and is the working folder.
-    (parent != Path::new("") && !folder.exists() && !parent.exists()).then_some(parent)
+    let is_missing = |folder: &Path| folder.try_exists().is_ok_and(|exists| !exists);
+    (parent != Path::new("") && is_missing(folder) && is_missing(parent)).then_some(parent)
 }
 
 /// Logs and audits that no `restrictions.json` was found, and makes one: all that admins have forbidden stands in it.
@@ -486,7 +495,26 @@ mod tests {
         let elsewhere = folder.path().join("elsewhere");
         std::os::unix::fs::symlink(&elsewhere, folder.path().join(LOCK)).unwrap();
         let error = lock(folder.path()).await.unwrap_err();
-        assert!(matches!(error, StartError::State(..)), "{error}");
+        let lock = folder.path().join(LOCK);
+        let expected = format!(
+            "{} is a symbolic link; remove the link, or correct state_dir",
+            lock.display()
+        );
+        assert_eq!(error.to_string(), expected);
         assert!(!elsewhere.exists());
+    }
+
+    #[tokio::test]
+    async fn parent_that_cannot_be_looked_at_is_not_called_missing() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        // Not a folder: fails as a folder without search permission does, also for root.
+        let state_dir = file.join("parent/state");
+        assert_eq!(missing_parent(&state_dir), None);
+        let error = lock(&state_dir).await.unwrap_err();
+        assert!(matches!(error, StartError::State(..)), "{error}");
+        let missing = folder.path().join("parent/state");
+        assert_eq!(missing_parent(&missing), missing.parent());
     }
 }
