@@ -6,6 +6,7 @@
 
 use rustls::pki_types::pem::{PemObject, SectionKind};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use zeroize::Zeroizing;
 
 /// What is wrong with a PEM file, without a byte of it. Lines count from 1.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
@@ -77,7 +78,8 @@ pub fn certificates(text: &[u8]) -> Result<Vec<CertificateDer<'static>>, PemProb
     non_empty(found)
 }
 
-/// All certificates of a file of CAs, which holds nothing else, each with its first line; at least one.
+/// All certificates of a file of CAs, each with its first line; at least one. Public keys and parameters may stand beside
+/// them.
 ///
 /// # Errors
 /// When there is none, or the file cannot be read in full.
@@ -111,7 +113,7 @@ fn non_empty<T>(found: Vec<T>) -> Result<Vec<T>, PemProblem> {
 /// What a file is read for.
 #[derive(Clone, Copy, Eq, PartialEq)]
 enum Kind {
-    /// Certificates of CAs, and nothing else.
+    /// Certificates of CAs, with no private key, request or revocation list beside them.
     Cas,
     /// The certificates that are shown to others.
     Chain,
@@ -133,7 +135,8 @@ impl Kind {
         let is_helper =
             label.ends_with(" PARAMETERS") || matches!(label, "CERTIFICATE REQUEST" | "PUBLIC KEY");
         match self {
-            Self::Cas => false,
+            // A CA that is meant can hide in a request, and a key does not belong beside CAs.
+            Self::Cas => is_helper && label != "CERTIFICATE REQUEST",
             Self::Chain => is_helper || label.ends_with("PRIVATE KEY"),
             Self::Key => is_helper || label == "CERTIFICATE",
         }
@@ -141,8 +144,7 @@ impl Kind {
 
     fn expected(self) -> &'static str {
         match self {
-            Self::Cas => "CERTIFICATE and nothing else",
-            Self::Chain => "CERTIFICATE",
+            Self::Cas | Self::Chain => "CERTIFICATE",
             Self::Key => "PRIVATE KEY, EC PRIVATE KEY or RSA PRIVATE KEY",
         }
     }
@@ -209,8 +211,14 @@ fn read(text: &[u8], kind: Kind) -> Result<Vec<Found>, PemProblem> {
             if let Some(line) = section.not_base64 {
                 return Err(PemProblem::Content(line));
             }
+            // The library takes no line that begins or ends a section and has a tab after it.
+            let text = section.text.iter().map(|byte| match byte {
+                b'\t' => b' ',
+                byte => *byte,
+            });
+            let text = Zeroizing::new(text.collect::<Vec<_>>());
             // The library's errors show what stands in the file.
-            let (kind, der) = PemObject::from_pem_slice(section.text)
+            let (kind, der) = PemObject::from_pem_slice(&text)
                 .map_err(|_: rustls::pki_types::pem::Error| PemProblem::Torn(line))?;
             found.push((line, kind, der));
         } else if !kind.passes(label) {
@@ -337,7 +345,7 @@ fn boundary(line: &[u8]) -> Boundary<'_> {
         };
     };
     let label = |begin| {
-        let label = text.trim_end_matches(' ').strip_prefix(begin)?;
+        let label = text.trim_end_matches([' ', '\t']).strip_prefix(begin)?;
         label.strip_suffix("-----").filter(|label| is_label(label))
     };
     if let Some(label) = label("-----BEGIN ") {
@@ -551,8 +559,12 @@ mod tests {
         refused(cas("X509 CRL"), 5, "revocation lists are not evaluated");
         refused(cas("PRIVATE KEY"), 5, "remove this section");
         refused(cas("PKCS7"), 5, "openssl pkcs7 -print_certs");
+        refused(cas("CERTIFICATE REQUEST"), 5, "remove this section");
         for beside in ["PRIVATE KEY", "EC PARAMETERS", "DH PARAMETERS"] {
             assert_eq!(chain(beside), Ok(()), "{beside}");
+        }
+        for beside in ["PUBLIC KEY", "EC PARAMETERS", "DH PARAMETERS"] {
+            assert_eq!(cas(beside), Ok(()), "{beside}");
         }
         let key = |label: &str| private_key(section(label).as_bytes()).map(drop);
         assert_eq!(
@@ -594,6 +606,7 @@ mod tests {
             text.replace('\n', "\r"),
             text.trim_end().to_owned(),
             text.replace("E-----\n", "E----- \n"),
+            text.replace("E-----\n", "E-----\t \r\n"),
             bom(&text),
             bom(&certificate()) + &bom(&certificate()),
         ] {
