@@ -32,7 +32,7 @@ pub fn clean(text: &str, max: usize) -> Cow<'_, str> {
 
 /// The same for one line of JSON without a length limit: what its strings say is clean, also once they are decoded.
 pub fn clean_json(line: &str) -> Cow<'_, str> {
-    if all_bytes(line, |byte| is_plain(byte) & (byte != b'\\')) {
+    if all_bytes(line, |byte| is_plain(byte) && byte != b'\\') {
         return Cow::Borrowed(line);
     }
     let mut shown = String::with_capacity(line.len());
