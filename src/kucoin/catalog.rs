@@ -362,14 +362,17 @@ impl Endpoint {
     /// Whether the answer `body` names an order by a clientOid that `request` does not have: it belongs to another request.
     ///
     /// Where a cancel names orders by their ids too, the exchange may name them by clientOids that the request does not
-    /// know; and which clientOid the answer to an amendment names is not documented. Nothing follows from those.
+    /// know; and which clientOid the answer to an amendment names is not documented. Nothing follows from those. For an
+    /// order of a batch that has no clientOid the exchange may choose one: that many names are allowed beside those sent.
     pub fn is_answer_of_another(&self, request: &UnsignedRequest, body: &[u8]) -> bool {
-        let order = self.order.as_ref();
-        let Some(pointer) = order.and_then(|order| order.answer_client_oid.as_ref()) else {
+        let Some(order) = self.order.as_ref() else {
+            return false;
+        };
+        let Some(pointer) = &order.answer_client_oid else {
             return false;
         };
         let asked = self.client_oids(request);
-        let is_other = |named: &String| !named.is_empty() && !asked.contains(&named.as_str());
+        let is_other = |named: &&String| !named.is_empty() && !asked.contains(&named.as_str());
         let by_id = || {
             let id = b"\"orderId";
             request.body.windows(id.len()).any(|part| part == id)
@@ -379,7 +382,17 @@ impl Endpoint {
             Effect::Cancel => !by_id(),
             Effect::Amend | Effect::CancelAll | Effect::None | Effect::Test => false,
         };
-        names_its_own && !asked.is_empty() && pointer.strings(body).iter().any(is_other)
+        if !names_its_own || asked.is_empty() {
+            return false;
+        }
+        let others = pointer.strings(body).iter().filter(is_other).count();
+        let unnamed = || match &order.client_oid {
+            Some(ClientOidPlace::Body(pointer)) => {
+                pointer.count(&request.body).saturating_sub(asked.len())
+            }
+            _ => 0,
+        };
+        others > 0 && others > unnamed()
     }
 
     /// The value that `path` has for the parameter `{name}`.
@@ -751,34 +764,35 @@ mod tests {
         assert!(!adds("spot.get.v1-accounts"));
     }
 
+    fn is_of_another(id: &str, target: &str, body: &'static str, answer: &str) -> bool {
+        let endpoint = Catalog::get().by_id(id).unwrap();
+        let limits = RequestLimits::default();
+        let scope = endpoint.scope.unwrap();
+        let (path, query) = target.split_once('?').unwrap_or((target, ""));
+        let query = query.split_once('=');
+        let query = query.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let body_client_oids = request::body(
+            Some(endpoint),
+            endpoint.scope,
+            endpoint.method,
+            path,
+            body.as_bytes(),
+            &limits,
+        );
+        let request = UnsignedRequest {
+            account: "main".parse().unwrap(),
+            scope,
+            method: endpoint.method,
+            target: Target::new(path, query.into_iter().collect()).unwrap(),
+            body: body.into(),
+            id: RequestId::random(),
+            body_client_oids: body_client_oids.unwrap(),
+        };
+        endpoint.is_answer_of_another(&request, answer.as_bytes())
+    }
+
     #[test]
     fn an_answer_of_another_request_is_told_by_its_client_oids() {
-        let is_of_another = |id: &str, target: &str, body: &'static str, answer: &str| {
-            let endpoint = Catalog::get().by_id(id).unwrap();
-            let limits = RequestLimits::default();
-            let scope = endpoint.scope.unwrap();
-            let (path, query) = target.split_once('?').unwrap_or((target, ""));
-            let query = query.split_once('=');
-            let query = query.map(|(name, value)| (name.to_owned(), value.to_owned()));
-            let body_client_oids = request::body(
-                Some(endpoint),
-                endpoint.scope,
-                endpoint.method,
-                path,
-                body.as_bytes(),
-                &limits,
-            );
-            let request = UnsignedRequest {
-                account: "main".parse().unwrap(),
-                scope,
-                method: endpoint.method,
-                target: Target::new(path, query.into_iter().collect()).unwrap(),
-                body: body.into(),
-                id: RequestId::random(),
-                body_client_oids: body_client_oids.unwrap(),
-            };
-            endpoint.is_answer_of_another(&request, answer.as_bytes())
-        };
         let (place, path) = ("spot.post.v1-hf-orders", "/api/v1/hf/orders");
         let order = r#"{"clientOid":"a"}"#;
         let named = |oid: &str| {
@@ -837,6 +851,34 @@ mod tests {
         };
         assert!(!is_of_another(batch, path, orders, &items("b")));
         assert!(is_of_another(batch, path, orders, &items("c")));
+    }
+
+    #[test]
+    fn an_order_without_a_client_oid_may_get_one_from_the_exchange() {
+        let items = |second: &str| {
+            format!(r#"{{"data":[{{"clientOid":"a"}},{{"clientOid":"{second}"}}]}}"#)
+        };
+        let (batch, path) = ("futures.post.v1-orders-multi", "/api/v1/orders/multi");
+        let orders = r#"[{"clientOid":"a"},{"clientOid":null}]"#;
+        assert!(
+            !is_of_another(batch, path, orders, &items("made-by-kucoin")),
+            "the second order had no clientOid"
+        );
+        let both = r#"{"data":[{"clientOid":"x"},{"clientOid":"y"}]}"#;
+        assert!(
+            is_of_another(batch, path, orders, both),
+            "only one order had no clientOid"
+        );
+        let (batch, path) = ("spot.post.v1-hf-orders-multi", "/api/v1/hf/orders/multi");
+        let orders = r#"{"orderList":[{"clientOid":"a"},{}]}"#;
+        assert!(!is_of_another(
+            batch,
+            path,
+            orders,
+            &items("made-by-kucoin")
+        ));
+        let orders = r#"{"orderList":[{"clientOid":"a"}]}"#;
+        assert!(is_of_another(batch, path, orders, &items("made-by-kucoin")));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde_json::Value;
 
 /// A JSON pointer (RFC 6901, without escapes) that may lead through every element of one list.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -53,6 +54,19 @@ impl Pointer {
             Ok(()) => strings,
             Err(_) => Vec::new(),
         }
+    }
+
+    /// How many values it can lead to in `json`: one for each element of its list, one where it leads through none.
+    pub fn count(&self, json: &[u8]) -> usize {
+        let document: Value = serde_json::from_slice(json).unwrap_or_default();
+        let mut value = Some(&document);
+        for step in &self.0 {
+            match step {
+                Step::Name(name) => value = value.and_then(|value| value.get(name)),
+                Step::Each => return value.and_then(Value::as_array).map_or(0, Vec::len),
+            }
+        }
+        1
     }
 
     /// The pointer as RFC 6901 writes it, for the element at `index`.
@@ -179,6 +193,15 @@ mod tests {
         assert!(read(None, "/clientOid", r#"[{"clientOid":"a"}]"#).is_empty());
         assert!(read(None, "/clientOid", r#"{"clientOid":["a"]}"#).is_empty());
         assert!(read(None, "/clientOid", r#"{"clientOid":"a""#).is_empty());
+    }
+
+    #[test]
+    fn elements_of_the_list_are_counted_with_and_without_the_value() {
+        let count = |items, json: &str| Pointer::new(items, "/clientOid").count(json.as_bytes());
+        assert_eq!(count(None, r#"{"clientOid":"a"}"#), 1);
+        assert_eq!(count(Some(""), r#"[{"clientOid":"a"},{},7]"#), 3);
+        assert_eq!(count(Some("/orderList"), r#"{"orderList":[{},{}]}"#), 2);
+        assert_eq!(count(Some("/orderList"), r#"{"orders":[{},{}]}"#), 0);
     }
 
     #[test]

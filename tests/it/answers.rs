@@ -480,6 +480,17 @@ async fn an_answer_that_names_another_order_is_lost_and_its_connection_closed() 
         items(json!({"success": true, "orderId": "2", "clientOid": "c-9"})),
     );
     assert_eq!(refusal(bot.send(batch).await), lost());
+    // An order without a clientOid gets one from the exchange; the exchange still answers with the clientOid `c-9`.
+    let mixed = r#"{"orderList":[{"clientOid":"b-1","symbol":"BTC-USDT"},{"symbol":"BTC-USDT"}]}"#;
+    let mixed = request(
+        Scope::SpotMargin,
+        Method::Post,
+        "/api/v1/hf/orders/multi",
+        mixed,
+    );
+    let answer = bot.send(mixed).await.unwrap();
+    assert_eq!(answer.outcome(), Outcome::Accepted);
+    assert_eq!(json_of(&answer)["data"][1]["orderId"], "2");
     let path = "/api/v1/hf/orders/client-order/mine-3";
     exchange.answer(
         path,
