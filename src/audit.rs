@@ -560,11 +560,11 @@ impl Appender {
         let (mut rest, detail) = match rest_of_line(&unfinished) {
             Some(rest) => (
                 rest,
-                "the line before was cut off by a full disk or a crash; what increases risk was not sent",
+                "the previous line was cut off by a full disk or a crash; if it is an intent, a risk-increasing request was not sent",
             ),
             None => (
                 Vec::new(),
-                "the line before is damaged and cannot be read; look at it with an editor",
+                "the previous line is damaged and is not JSON; inspect it in an editor",
             ),
         };
         let marker = serde_json::to_string(&TornLine {
@@ -722,7 +722,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_beginning_of_a_line_is_marked_and_swallows_nothing() {
+    fn damaged_line_is_marked_and_later_lines_are_kept() {
         for damaged in [&b"\0\0\0\0"[..], b"plain words", b"\xff{\"event", b"]"] {
             let lines = lines_after(damaged);
             assert_eq!(lines.len(), 4, "{damaged:?}");

@@ -88,8 +88,8 @@ pub struct UnknownCodes(Mutex<BTreeSet<(Scope, Option<Product>, String)>>);
 const MAX_UNKNOWN_CODES: usize = 256;
 
 impl UnknownCodes {
-    /// Whether this one is to be logged now.
-    fn is_news(&self, scope: Scope, product: Option<Product>, code: &str) -> bool {
+    /// Remembers the code; returns whether to log it.
+    fn insert_if_new(&self, scope: Scope, product: Option<Product>, code: &str) -> bool {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         known.len() < MAX_UNKNOWN_CODES && known.insert((scope, product, code.to_owned()))
     }
@@ -392,13 +392,13 @@ impl Broker {
         let endpoint = permit.endpoint();
         let is_of_another = endpoint.is_some_and(|endpoint| {
             permit.changes()
-                && endpoint.is_answer_of_another(&call.request, answered.response.body())
+                && endpoint.has_foreign_client_oid(&call.request, answered.response.body())
         });
         if is_of_another {
             tracing::error!(
                 account.id = %permit.account().id,
                 endpoint = permit.endpoint_id(),
-                "answer names another clientOid than the request; closing the connection, outcome is maybe_sent"
+                "answer has a different clientOid than the request; connection closed, outcome maybe_sent"
             );
             return Err(SendError::AnswerOfAnother);
         }
@@ -516,13 +516,16 @@ impl Broker {
         self.metrics.code_unknown(permit.scope());
         let product = permit.endpoint().map(|endpoint| endpoint.product);
         let code: String = code.chars().take(code::MAX_CODE_CHARS).collect();
-        if self.unknown_codes.is_news(permit.scope(), product, &code) {
+        if self
+            .unknown_codes
+            .insert_if_new(permit.scope(), product, &code)
+        {
             let (host, product) = (permit.scope().host(), product.map_or("*", Product::as_str));
             tracing::warn!(
                 endpoint = permit.endpoint_id(),
                 scope = %permit.scope(),
                 code = ?code,
-                config = ?format!("{}/{product}/{code}", host.as_str()),
+                refusal_code = ?format!("{}/{product}/{code}", host.as_str()),
                 "unknown code; outcome is maybe_sent: if KuCoin documents it as a refusal, add it to exchange.refusal_codes"
             );
         }

@@ -70,7 +70,7 @@ enum Command {
         #[arg(long, default_value = CONFIG)]
         config: PathBuf,
     },
-    /// Accept the exchange's clock.
+    /// Manage exchange clock checks.
     Clock {
         #[command(subcommand)]
         command: clock::Command,
@@ -122,8 +122,8 @@ enum Command {
     ///
     /// Exit code 0: done; 1: the broker was not reached, or refused; 2: usage or admin.toml.
     #[command(
-        after_long_help = "Examples:\n  credbroker resume main\n  credbroker resume --all\n\nWith --all it asks for confirmation on a terminal; elsewhere \
-                           it wants --yes.\n\nA freeze besides stays: \
+        after_long_help = "Examples:\n  credbroker resume main\n  credbroker resume --all\n\nWith --all, confirm on a terminal or pass --yes in \
+                           scripts.\n\nA freeze besides stays: \
                            `credbroker keys thaw ACCOUNT` ends that."
     )]
     Resume(halt::Resume),

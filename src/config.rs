@@ -587,7 +587,7 @@ mod tests {
             .collect();
         assert_eq!(problems.len(), 3, "{problems:?}");
         for (problem, part) in problems.iter().zip([
-            "line 4: exchange.refusal_codes[1]: \"futures\" is no product of the spot host: expected * or one of account, ",
+            "line 4: exchange.refusal_codes[1]: \"futures\" is not a product of the spot host: expected * or one of account, ",
             "line 5: exchange.refusal_codes[2]: code 500000 does not say that nothing was executed",
             "line 6: exchange.refusal_codes[3]: \"300099\" is not host/product/code",
         ]) {

@@ -139,7 +139,7 @@ impl Connection {
 pub enum NoAddress {
     /// It has addresses, but only IPv6 ones under an IPv4 egress address, or the other way round.
     #[error(
-        "{host} has no {} address, the kind of egress.address {egress}",
+        "{host} has no {} address, which egress.address {egress} needs",
         if egress.is_ipv4() { "IPv4" } else { "IPv6" }
     )]
     OtherKind {
@@ -200,7 +200,7 @@ pub enum SendError {
     AnswerLost(#[source] hyper::Error),
     /// It may have reached the exchange; what came names an order that is not this one.
     #[error(
-        "the request may have reached the exchange, but the answer names another clientOid: it belongs to another request"
+        "the request may have reached the exchange, but the answer received has a different clientOid and belongs to another request"
     )]
     AnswerOfAnother,
     /// It may have reached the exchange; the answer took longer than the broker waits.
@@ -733,7 +733,7 @@ mod tests {
         destination.keep([four].into_iter(), source("2001:db8::9"));
         assert_eq!(
             words("2001:db8::9"),
-            "localhost has no IPv6 address, the kind of egress.address 2001:db8::9"
+            "localhost has no IPv6 address, which egress.address 2001:db8::9 needs"
         );
         destination.keep([six, four].into_iter(), source("192.0.2.9"));
         assert_eq!(destination.no_address(source("192.0.2.9")), None);

@@ -430,7 +430,7 @@ impl Keyring {
             for (name, place) in &mut keys.places {
                 if let Some(age) = age_past(max, place) {
                     let outage = place.slot.outage();
-                    let why = too_old(age, max, Some("wiped from memory"));
+                    let why = too_old_to_keep(age, max);
                     place.wiped = Some(why.clone());
                     place.put(Slot::Waiting(outage.unwrap_or(why)));
                     wiped.push((account.clone(), name.clone()));
@@ -727,6 +727,14 @@ fn too_old(age: Duration, max: Duration, why: Option<&str>) -> String {
     let why = why.unwrap_or("it is being asked now");
     format!(
         "Vault last confirmed it {} s ago, and {} s are allowed for this request: {why}",
+        age.as_secs(),
+        max.as_secs()
+    )
+}
+
+fn too_old_to_keep(age: Duration, max: Duration) -> String {
+    format!(
+        "wiped from memory: last confirmed by Vault {} s ago, max_stale_cancel_s is {} s",
         age.as_secs(),
         max.as_secs()
     )

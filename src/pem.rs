@@ -59,13 +59,13 @@ pub enum PemProblem {
     #[error("the section that begins on line {0} is incomplete base64; is a part of it missing?")]
     Torn(usize),
     /// An END line without a section.
-    #[error("line {0} ends a section that does not begin; its BEGIN line is missing or damaged")]
-    Unbegun(usize),
+    #[error("line {0} is an END line without a BEGIN line; the BEGIN line is missing or damaged")]
+    MissingBegin(usize),
     /// A section without its END line.
     #[error(
         "the section that begins on line {0} has no END line; is the file cut off, or are its line breaks lost?"
     )]
-    Unended(usize),
+    MissingEnd(usize),
 }
 
 /// All certificates of a chain; at least one. A private key beside them is left to whoever reads keys.
@@ -284,7 +284,7 @@ fn sections(text: &[u8]) -> Result<Vec<Section<'_>>, PemProblem> {
         match (boundary(content), &mut open) {
             (Boundary::Damaged, _) => return Err(PemProblem::Boundary(line)),
             (Boundary::Begin(_), Some((section, _))) => {
-                return Err(PemProblem::Unended(section.line));
+                return Err(PemProblem::MissingEnd(section.line));
             }
             (Boundary::Begin(label), None) => {
                 let section = Section {
@@ -296,9 +296,9 @@ fn sections(text: &[u8]) -> Result<Vec<Section<'_>>, PemProblem> {
                 };
                 open = Some((section, start));
             }
-            (Boundary::End(_), None) => return Err(PemProblem::Unbegun(line)),
+            (Boundary::End(_), None) => return Err(PemProblem::MissingBegin(line)),
             (Boundary::End(label), Some((section, _))) if label != section.label => {
-                return Err(PemProblem::Unended(section.line));
+                return Err(PemProblem::MissingEnd(section.line));
             }
             (Boundary::End(_), Some(_)) => {
                 if let Some((section, begin)) = open.take() {
@@ -321,7 +321,7 @@ fn sections(text: &[u8]) -> Result<Vec<Section<'_>>, PemProblem> {
         }
     }
     match open {
-        Some((section, _)) => Err(PemProblem::Unended(section.line)),
+        Some((section, _)) => Err(PemProblem::MissingEnd(section.line)),
         None => Ok(sections),
     }
 }
@@ -431,7 +431,7 @@ mod tests {
             ),
             (
                 "-----BEGIN PRIVATE KEY-----\nMC4CFake\n",
-                PemProblem::Unended(1),
+                PemProblem::MissingEnd(1),
             ),
             (
                 "-----BEGIN PRIVATE KEY-----\nMC4C*Fake\n-----END PRIVATE KEY-----\n",
@@ -506,14 +506,14 @@ mod tests {
                 damaged(end, "----END CERTIFICATE-----"),
                 PemProblem::Boundary(4),
             ),
-            (damaged(end, ""), PemProblem::Unended(1)),
+            (damaged(end, ""), PemProblem::MissingEnd(1)),
             (
                 damaged(end, "-----END PRIVATE KEY-----"),
-                PemProblem::Unended(1),
+                PemProblem::MissingEnd(1),
             ),
             // What `cat` makes of two files without a line break at their ends.
             (one.trim_end().to_owned() + &two, PemProblem::Boundary(4)),
-            (one.clone() + begin, PemProblem::Unended(5)),
+            (one.clone() + begin, PemProblem::MissingEnd(5)),
             (
                 one.clone() + &two.replace("MII", "M*I"),
                 PemProblem::Content(6),
@@ -521,7 +521,7 @@ mod tests {
             (
                 two.replace("-----BEGIN CERTIFICATE-----\n", "")
                     .replace(BODY, "MIIB\n"),
-                PemProblem::Unbegun(2),
+                PemProblem::MissingBegin(2),
             ),
             (one.replace('\n', " "), PemProblem::Boundary(1)),
         ];

@@ -201,7 +201,7 @@ pub enum Denied {
         literal: &'static str,
     },
     /// A literal path of another method or scope, where a template has an id.
-    #[error("the path belongs to {endpoint} ({method}) and is never an id")]
+    #[error("the path is the fixed path of {endpoint} ({method}), not one with an id")]
     NotAnId {
         /// The id of the endpoint that has this path.
         endpoint: &'static str,

@@ -101,8 +101,7 @@ pub enum StartError {
     Restrictions(#[source] RestrictionsError),
     /// The folder above the state folder is missing: it is never made, since its disk may not be mounted.
     #[error(
-        "{folder} cannot be made: the folder it is to stand in, {parent}, does not exist; mount its disk, make that folder, or \
-         correct state_dir"
+        "cannot create {folder}: its parent {parent} does not exist; mount the disk, create the parent, or correct state_dir"
     )]
     StateParent {
         /// The state folder.
@@ -324,11 +323,11 @@ async fn serve_bots(listener: Listener, socket: TcpListener) {
     tokio::select! {
         () = told(&mut stopping) => return,
         () = keyring.first_read() => {
-            tracing::info!("first read of all keys has ended; accepting bots");
+            tracing::info!("initial key load finished; accepting bots");
         }
         () = sleep(FIRST_READ_WITHIN) => {
             let within_s = FIRST_READ_WITHIN.as_secs();
-            tracing::warn!("not all keys read within {within_s} s; accepting bots");
+            tracing::warn!("initial key load not finished within {within_s} s; accepting bots");
         }
     }
     listener.serve(socket).await;
@@ -414,7 +413,7 @@ fn record_missing_restrictions(broker: &Broker, state_dir: &Path, audit_file_fou
         "no restrictions.json and no audit file found"
     };
     let state_dir = state_dir.display();
-    tracing::warn!(%state_dir, audit_file_found, "no restrictions.json found; {nothing}");
+    tracing::warn!(%state_dir, audit_file_found, "no restrictions.json found; {nothing}; if this broker has run before, check state_dir and its mount");
     broker.audit.changed(&Change {
         what: "restrictions",
         before: None,
@@ -425,7 +424,7 @@ fn record_missing_restrictions(broker: &Broker, state_dir: &Path, audit_file_fou
         )),
     });
     if let Err(error) = broker.restrictions.create() {
-        tracing::error!(%state_dir, %error, "restrictions.json not written; the next start warns again");
+        tracing::error!(%state_dir, %error, "cannot create restrictions.json; check permissions and free space of state_dir");
     }
 }
 

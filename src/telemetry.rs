@@ -285,7 +285,7 @@ impl Default for Metrics {
             codes_unknown: registered(
                 &mut registry,
                 "codes_unknown",
-                "Answers with a code that no table has, so that it is not known whether the request was executed",
+                "Answers to changing requests with a code unknown to the broker; their outcome is maybe_sent",
             ),
             audit_failures: registered(
                 &mut registry,

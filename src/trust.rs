@@ -84,12 +84,14 @@ pub fn check_anchor(
             GeneralName::DNSName(_) | GeneralName::IPAddress(_) => None,
             // Every certificate has a subject.
             GeneralName::DirectoryName(_) => {
-                Some("directory names, and refuses every certificate from it")
+                Some("directory names (every certificate from this CA is refused)")
             }
             GeneralName::URI(_) => {
-                Some("URI names, and refuses every certificate from it that has one")
+                Some("URI names (certificates from this CA with a URI name are refused)")
             }
-            _ => Some("names of this kind, and refuses every certificate from it that has one"),
+            _ => Some(
+                "another kind of name (certificates from this CA with such a name are refused)",
+            ),
         })
         .collect();
     unknown.sort_unstable();
@@ -97,7 +99,7 @@ pub fn check_anchor(
     let subject = subject(&certificate);
     Ok((!unknown.is_empty()).then(|| {
         format!(
-            "{subject} has name constraints for what the TLS library cannot compare: {}; issue a CA without them",
+            "{subject} has name constraints that the TLS library cannot check: {}; issue a CA without them",
             unknown.join("; ")
         )
     }))
@@ -131,7 +133,8 @@ fn subject(certificate: &X509Certificate<'_>) -> String {
 /// A server that shows a CA certificate as its own, as `openssl req -x509` makes one.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "the server shows a CA certificate as its own; issue a certificate for it from that CA, or make its own with CA:FALSE"
+    "the server presents a CA certificate as its server certificate; use one that this CA has issued, or a self-signed one with \
+     CA:FALSE"
 )]
 pub struct ShowsCa;
 
@@ -165,7 +168,7 @@ pub fn reason(error: &rustls::Error) -> String {
                 .to_owned()
         }
         Some(webpki::Error::CaUsedAsEndEntity) => {
-            "it is a CA certificate; issue one from it, or make it with CA:FALSE".to_owned()
+            "it is a CA certificate; use one that this CA has issued, or one with CA:FALSE".to_owned()
         }
         _ => error.to_string(),
     }
@@ -323,8 +326,8 @@ HoExmUFH1Avg\n\
             let warning = check_anchor(&ca, peers).unwrap().unwrap();
             assert_eq!(
                 warning,
-                "\"CN=bound by URI\" has name constraints for what the TLS library cannot compare: URI names, and refuses \
-                 every certificate from it that has one; issue a CA without them"
+                "\"CN=bound by URI\" has name constraints that the TLS library cannot check: URI names (certificates from this CA \
+                 with a URI name are refused); issue a CA without them"
             );
         }
     }

@@ -161,7 +161,7 @@ impl AdminApi {
     }
 
     /// A host that the accounts of the rules use: `site/host`, or `host` where it is one site's alone.
-    fn place(&self, name: &str) -> Result<Place, AdminError> {
+    fn host_id(&self, name: &str) -> Result<Place, AdminError> {
         let places = self.broker.policy().places();
         let is_meant = |place: &Place| host_name(*place) == name || place.1.as_str() == name;
         let mut meant = places.iter().copied().filter(is_meant);
@@ -749,7 +749,7 @@ impl Admin for AdminApi {
         request: Request<proto::AcceptClockRequest>,
     ) -> Result<Response<proto::AcceptClockResponse>, Status> {
         let (admin, message) = opened(request)?;
-        let place = self.place(&message.host)?;
+        let place = self.host_id(&message.host)?;
         let host = host_name(place);
         let accepted = self.broker.clock.accept(place, &admin);
         let refused = accepted.map_err(|_| AdminError::ClockUnknown(place))?;
@@ -759,7 +759,7 @@ impl Admin for AdminApi {
         let note = if refused.is_some() {
             ""
         } else {
-            "; was not refused"
+            "; already allowed, nothing changed"
         };
         let detail = format!("the clock of {host} is {apart}{note}");
         self.record(

@@ -116,11 +116,11 @@ fn held(key: &KeyStatus, hold: &Hold, version: u64) -> String {
     let other = if version == hold.version {
         format!("version {} is not used", hold.newest)
     } else {
-        format!("version {version}, written after that, serves in its place")
+        format!("version {version}, written later, is used instead")
     };
     format!(
-        "version {} is held in use by use_version in its custom metadata, and {other}; `credbroker keys rollback {account} --key \
-         {name} --newest` ends that",
+        "held at version {} by use_version in its custom metadata; {other}. To use the newest version: `credbroker keys rollback \
+         {account} --key {name} --newest`",
         hold.version
     )
 }

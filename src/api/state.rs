@@ -148,7 +148,7 @@ pub fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
     for (site, host) in broker.policy().places() {
         if let Some(accepted) = broker.clock.accepted((site, host)) {
             lines.push(format!(
-                "clock {site}/{}: {} has accepted that it is {}, until the broker restarts",
+                "clock {site}/{}: {} accepted a difference until the broker restarts: {}",
                 host.as_str(),
                 accepted.by,
                 clock::difference(accepted.ms)
@@ -173,7 +173,7 @@ pub fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
 pub fn gauges(broker: &Broker) -> Vec<State> {
     let mut states = vec![State::single(
         "ready",
-        "1 while /readyz answers ready; keys that it names may be missing all the same",
+        "1 while /readyz answers ready; some keys may still be unavailable: see key_available",
         flag(readiness(broker).is_ready),
     )];
     states.extend(of_keys(&broker.keyring.status()));

@@ -55,7 +55,7 @@ pub enum BrokerError {
     #[error("the request is malformed: {}", sentence(.0))]
     Malformed(Vec<Malformed>),
     /// No service has this method.
-    #[error("there is no method {}; expected /credbroker.v1.Broker/SignAndSend; nothing was sent", clean(.0, METHOD_CHARS))]
+    #[error("unknown method {}; expected /credbroker.v1.Broker/SignAndSend; nothing was sent", clean(.0, METHOD_CHARS))]
     MethodUnknown(String),
     /// One too many at once.
     #[error(transparent)]

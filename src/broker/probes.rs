@@ -183,7 +183,7 @@ impl Broker {
                 clock::difference(difference_ms),
             ),
             None => {
-                tracing::info!(%site, host = name, "difference between exchange clock and system clock is no longer refused");
+                tracing::info!(%site, host = name, "exchange clock difference resolved or accepted; risk-increasing requests allowed again");
             }
         }
     }

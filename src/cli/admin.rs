@@ -450,7 +450,7 @@ fn refused(file: &AdminFile, error: &io::Error) -> Failure {
             ),
         },
         Some(error) if shows_ca(error) => (
-            format!("the broker at {broker} shows a CA certificate as its own"),
+            format!("the broker at {broker} presents a CA certificate as its server certificate"),
             "give the broker a tls.certificate that its CA has issued (CA:FALSE)".to_owned(),
         ),
         Some(rustls::Error::InvalidMessage(_)) => (

@@ -14,10 +14,10 @@ use crate::clock::difference;
 pub(super) enum Command {
     /// Accept that the exchange's clock and the broker's system clock are more than a day apart.
     ///
-    /// Until then risk-increasing requests are refused with the reason `CLOCK_UNCERTAIN`. The acceptance covers differences of up to a day
-    /// from the present one and ends when the broker restarts. Compare both clocks with a third one first: a wrong system
-    /// clock is to be set, not accepted. Exit code 0: done; 1: the broker was not reached, or refused; 2: usage or
-    /// admin.toml.
+    /// While the difference is not accepted, risk-increasing requests are rejected with `CLOCK_UNCERTAIN`. Accepting covers
+    /// changes of up to 24 hours from the current difference and ends when the broker restarts. Compare both clocks with a
+    /// third one first: if the system clock is wrong, set it instead. Exit code 0: done; 1: the broker was not reached, or
+    /// refused; 2: usage or admin.toml.
     #[command(
         after_long_help = "Examples:\n  credbroker clock accept global/spot\n  credbroker clock accept futures"
     )]
@@ -48,7 +48,9 @@ fn accepted(response: &AcceptClockResponse) -> String {
     } = response;
     let (host, apart) = (printable(host), difference(*difference_ms));
     if !was_refused {
-        let what = format!("the clock of {host} is {apart}, which was not refused.");
+        let what = format!(
+            "the clock of {host} is {apart}; this difference is within 24 hours or already accepted."
+        );
         return paragraph("unchanged: ", &what);
     }
     let what = format!(
@@ -63,7 +65,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_accepted_is_said_with_its_end() {
+    fn accepted_difference_is_printed_with_its_end() {
         let response = |was_refused| AcceptClockResponse {
             host: "global/spot".to_owned(),
             difference_ms: 3650 * 24 * 60 * 60 * 1000,

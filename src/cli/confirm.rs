@@ -5,7 +5,7 @@ use std::io::{self, BufRead, IsTerminal, Write};
 use super::text::paragraph;
 use super::{FAILED, USAGE, say};
 
-/// Asks whether to go on. `what` says what the command does, in a sentence that follows "this".
+/// Asks whether to go on. `what` says what the command does, in words that follow "This command".
 ///
 /// # Errors
 /// With the exit code, after saying why: nobody confirmed it, or stdin is no terminal on which anybody could.
@@ -15,7 +15,7 @@ pub(super) fn confirm(what: &str, is_confirmed: bool) -> Result<(), u8> {
     }
     if !io::stdin().is_terminal() {
         let why = format!(
-            "this {what}: stdin is not a terminal, so nobody can confirm it; nothing was done"
+            "confirmation needed, but stdin is not a terminal; nothing was done. This command {what}."
         );
         say((paragraph("", &why) + "fix: add --yes").trim_end());
         return Err(USAGE);
@@ -28,7 +28,7 @@ pub(super) fn confirm(what: &str, is_confirmed: bool) -> Result<(), u8> {
 }
 
 fn ask(mut answers: impl BufRead, mut terminal: impl Write, what: &str) -> bool {
-    let question = paragraph("", &format!("This {what}."));
+    let question = paragraph("", &format!("This command {what}."));
     let mut answer = String::new();
     // A terminal that cannot be written or read confirms nothing.
     let asked = write!(terminal, "{question}Go on? Type yes: ").and_then(|()| terminal.flush());
@@ -54,7 +54,10 @@ mod tests {
             let mut terminal = Vec::new();
             let asked = ask(answer.as_bytes(), &mut terminal, "ends every halt");
             assert_eq!(asked, confirms, "{answer:?}");
-            assert_eq!(terminal, b"This ends every halt.\nGo on? Type yes: ");
+            assert_eq!(
+                terminal,
+                b"This command ends every halt.\nGo on? Type yes: "
+            );
         }
     }
 }

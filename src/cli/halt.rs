@@ -44,7 +44,7 @@ pub(super) struct Halt {
 pub(super) struct Resume {
     #[command(flatten)]
     whose: Whose,
-    /// Do not ask for confirmation of --all.
+    /// Skip the confirmation of --all.
     #[arg(long)]
     yes: bool,
 }

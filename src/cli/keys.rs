@@ -58,8 +58,8 @@ pub(super) enum Command {
     ///
     /// Exit code 0: done; 1: the broker was not reached, or refused, or it is not on disk; 2: usage or admin.toml.
     #[command(
-        after_long_help = "Examples:\n  credbroker keys revoke main --key main\n  credbroker keys revoke main --yes\n\nWithout --key it asks for \
-                           confirmation on a terminal; elsewhere it wants --yes.\n\nThe broker cancels orders with \
+        after_long_help = "Examples:\n  credbroker keys revoke main --key main\n  credbroker keys revoke main --yes\n\nWithout --key, \
+                           confirm on a terminal or pass --yes in scripts.\n\nThe broker cancels orders with \
                            the same keys: where they shall go, `credbroker halt ACCOUNT --cancel-all` first."
     )]
     Revoke(stop::Which),

@@ -26,7 +26,7 @@ pub(crate) struct NamedFile {
 
 /// A file with permissions that are too open.
 #[derive(Debug)]
-pub(crate) struct OpenFile<'f> {
+pub(crate) struct ExposedFile<'f> {
     named: &'f NamedFile,
     /// Permission bits, such as `0o644`.
     mode: u32,
@@ -57,7 +57,7 @@ impl NamedFile {
 
     /// Looks at its permissions; a link counts as the file it leads to. `None` where they are right, and where the file
     /// cannot be looked at, which whoever reads it reports.
-    pub(crate) fn check(&self) -> Option<OpenFile<'_>> {
+    pub(crate) fn check(&self) -> Option<ExposedFile<'_>> {
         let metadata = self
             .file
             .metadata()
@@ -65,11 +65,11 @@ impl NamedFile {
             .filter(std::fs::Metadata::is_file)?;
         let forbidden = if self.is_secret { READ | WRITE } else { WRITE };
         let mode = metadata.mode() & 0o7777;
-        (mode & forbidden != 0).then_some(OpenFile { named: self, mode })
+        (mode & forbidden != 0).then_some(ExposedFile { named: self, mode })
     }
 }
 
-impl OpenFile<'_> {
+impl ExposedFile<'_> {
     /// The setting that names it.
     pub(crate) fn key(&self) -> &'static str {
         self.named.key
@@ -83,7 +83,7 @@ impl OpenFile<'_> {
 }
 
 /// `/etc/credbroker/tls/server.key can be read by other users (mode 0644)`
-impl fmt::Display for OpenFile<'_> {
+impl fmt::Display for ExposedFile<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let can = match (
             self.named.is_secret && self.mode & READ != 0,

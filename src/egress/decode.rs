@@ -39,7 +39,7 @@ pub(super) fn decode(
             Ok(decoded)
         }
         Err(error) => {
-            tracing::warn!(content_encoding = ?encoding, %error, "answer of the exchange cannot be decoded; passing it on as it is");
+            tracing::warn!(content_encoding = ?encoding, %error, "cannot decode exchange answer; forwarding it undecoded");
             if let Ok(encoding) = HeaderValue::from_str(&encoding) {
                 headers.insert(CONTENT_ENCODING, encoding);
             }
@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_be_decoded_is_and_no_encoding_remains() {
+    fn decoded_body_loses_its_content_encoding() {
         for (encoding, body) in [
             ("gzip", bytes(GZIP)),
             ("x-gzip", bytes(GZIP)),
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_decoded_stays_and_says_so() {
+    fn undecodable_body_keeps_its_content_encoding() {
         let gzip = bytes(GZIP);
         let mut torn = gzip.clone();
         torn.truncate(gzip.len() - 6);

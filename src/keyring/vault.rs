@@ -32,7 +32,7 @@ use vaultrs::error::ClientError;
 use zeroize::{Zeroize, Zeroizing};
 
 use self::connection::{Connection, caught_up, if_there, is_by_policy, reduce};
-pub use self::connection::{NOT_IN_ITS_WORDS, UNREACHABLE};
+pub use self::connection::{NOT_VAULT_ANSWER, UNREACHABLE};
 use self::login::{Pass, Session};
 use self::metadata::ReadMetadata;
 pub use self::metadata::{Facts, Hold, Metadata, NotedState, Notes, Pending, unknown_state};

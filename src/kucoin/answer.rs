@@ -273,7 +273,7 @@ fn retry_after(
     now: impl FnOnce() -> SystemTime,
 ) -> Option<Duration> {
     let told = header_text(headers, &header::RETRY_AFTER)
-        .and_then(|text| told_wait(text, headers, now))
+        .and_then(|text| parse_retry_after(text, headers, now))
         .map(|wait| wait.min(MAX_RETRY_AFTER));
     told.or(match code {
         code::RATE_LIMITED => rate_limit.map(|limit| limit.reset),
@@ -286,7 +286,7 @@ fn retry_after(
 
 /// `retry-after` in either of its forms: seconds, or a date (RFC 9110, 10.2.3). A date is compared with the answer's own,
 /// since the exchange's clock wrote both.
-fn told_wait(
+fn parse_retry_after(
     text: &str,
     headers: &HeaderMap,
     now: impl FnOnce() -> SystemTime,

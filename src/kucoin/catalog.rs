@@ -138,14 +138,14 @@ impl Product {
 #[serde(from = "CatalogOrder")]
 pub struct OrderForm {
     /// In the request; `None` where it names orders otherwise.
-    pub client_oid: Option<ClientOidPlace>,
+    pub client_oid: Option<ClientOidLocation>,
     /// In the answer; `None` where it names none.
     pub answer_client_oid: Option<Pointer>,
 }
 
 /// Where a request carries clientOids.
 #[derive(Debug)]
-pub enum ClientOidPlace {
+pub enum ClientOidLocation {
     /// In the body.
     Body(Pointer),
     /// The path parameter of this name.
@@ -193,9 +193,9 @@ impl From<CatalogOrder> for OrderForm {
     fn from(order: CatalogOrder) -> Self {
         let items = order.items.as_deref();
         let place = |CatalogClientOid { r#in, pointer }| match r#in {
-            CatalogPart::Body => ClientOidPlace::Body(Pointer::new(items, &pointer)),
-            CatalogPart::Path => ClientOidPlace::Path(pointer),
-            CatalogPart::Query => ClientOidPlace::Query(pointer),
+            CatalogPart::Body => ClientOidLocation::Body(Pointer::new(items, &pointer)),
+            CatalogPart::Path => ClientOidLocation::Path(pointer),
+            CatalogPart::Query => ClientOidLocation::Query(pointer),
         };
         let in_answer = |answer: CatalogAnswer| {
             let items = answer.per_item.as_ref().map(|items| items.array.as_str());
@@ -343,16 +343,16 @@ impl Endpoint {
             .and_then(|order| order.client_oid.as_ref());
         match place {
             None => Vec::new(),
-            Some(ClientOidPlace::Body(_)) => request
+            Some(ClientOidLocation::Body(_)) => request
                 .body_client_oids
                 .iter()
                 .map(String::as_str)
                 .collect(),
-            Some(ClientOidPlace::Path(name)) => {
+            Some(ClientOidLocation::Path(name)) => {
                 let found = self.path_parameter(name, request.target.path());
                 found.into_iter().collect()
             }
-            Some(ClientOidPlace::Query(name)) => {
+            Some(ClientOidLocation::Query(name)) => {
                 let named = request.target.query().iter().filter(|(n, _)| n == name);
                 named.map(|(_, value)| value.as_str()).collect()
             }
@@ -364,7 +364,7 @@ impl Endpoint {
     /// Where a cancel names orders by their ids too, the exchange may name them by clientOids that the request does not
     /// know; and which clientOid the answer to an amendment names is not documented. Nothing follows from those. For an
     /// order of a batch that has no clientOid the exchange may choose one: that many names are allowed beside those sent.
-    pub fn is_answer_of_another(&self, request: &UnsignedRequest, body: &[u8]) -> bool {
+    pub fn has_foreign_client_oid(&self, request: &UnsignedRequest, body: &[u8]) -> bool {
         let Some(order) = self.order.as_ref() else {
             return false;
         };
@@ -387,7 +387,7 @@ impl Endpoint {
         }
         let others = pointer.strings(body).iter().filter(is_other).count();
         let unnamed = || match &order.client_oid {
-            Some(ClientOidPlace::Body(pointer)) => {
+            Some(ClientOidLocation::Body(pointer)) => {
                 pointer.count(&request.body).saturating_sub(asked.len())
             }
             _ => 0,
@@ -418,7 +418,7 @@ pub struct Catalog {
     endpoints: Vec<Endpoint>,
     by_id: HashMap<String, usize>,
     routes: HashMap<(Option<Scope>, Method), Node>,
-    /// Literal paths of each host, of every scope and method, under their [`lax`] form: none of them is an id.
+    /// Literal paths of each host, of every scope and method, under their [`normalized`] form: none of them is an id.
     literals: HashMap<(Host, String), usize>,
 }
 
@@ -466,7 +466,7 @@ impl Catalog {
             }
             node.endpoint = Some(index);
             if let (Some(scope), false) = (endpoint.scope, endpoint.path.contains('{')) {
-                literals.insert((scope.host(), lax(&endpoint.path)), index);
+                literals.insert((scope.host(), normalized(&endpoint.path)), index);
             }
         }
         Self {
@@ -493,7 +493,7 @@ impl Catalog {
     pub fn find(&self, scope: Scope, method: Method, path: &str) -> Found<'_> {
         if let Some(endpoint) = self.route(Some(scope), method, path) {
             return self
-                .mistaken(scope, endpoint, path)
+                .literal_conflict(scope, endpoint, path)
                 .unwrap_or(Found::Endpoint(endpoint));
         }
         let elsewhere = Scope::ALL
@@ -504,18 +504,18 @@ impl Catalog {
         let route = |other| Some((other, self.route(other, method, path)?));
         match elsewhere.into_iter().find_map(route) {
             Some((other, endpoint)) => other
-                .and_then(|other| self.mistaken(other, endpoint, path))
+                .and_then(|other| self.literal_conflict(other, endpoint, path))
                 .unwrap_or(Found::OtherScope(endpoint)),
             None => Found::Unlisted,
         }
     }
 
     /// What `path` is when it fits the template of `endpoint`, but is a literal path of the same host or resembles one.
-    fn mistaken(&self, scope: Scope, endpoint: &Endpoint, path: &str) -> Option<Found<'_>> {
+    fn literal_conflict(&self, scope: Scope, endpoint: &Endpoint, path: &str) -> Option<Found<'_>> {
         if !endpoint.path.contains('{') {
             return None;
         }
-        let index = self.literals.get(&(scope.host(), lax(path)))?;
+        let index = self.literals.get(&(scope.host(), normalized(path)))?;
         let literal = self.endpoints.get(*index)?;
         Some(if literal.path == path {
             Found::NotAnId(literal)
@@ -533,7 +533,7 @@ impl Catalog {
 }
 
 /// A path as a lax router reads it: without regard to case, and without a suffix after a dot in a segment.
-fn lax(path: &str) -> String {
+fn normalized(path: &str) -> String {
     let stems = path
         .split('/')
         .map(|segment| segment.split('.').next().unwrap_or_default());
@@ -788,7 +788,7 @@ mod tests {
             id: RequestId::random(),
             body_client_oids: body_client_oids.unwrap(),
         };
-        endpoint.is_answer_of_another(&request, answer.as_bytes())
+        endpoint.has_foreign_client_oid(&request, answer.as_bytes())
     }
 
     #[test]

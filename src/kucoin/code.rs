@@ -412,7 +412,7 @@ pub struct RefusalCode {
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum RefusalCodeError {
     /// It names no code, or one that no answer can have.
-    #[error("{0:?} is no code: expected 1 to {MAX_CODE_CHARS} letters, digits, '_' or '-'")]
+    #[error("{0:?} is not a code: expected 1 to {MAX_CODE_CHARS} letters, digits, '_' or '-'")]
     Code(String),
     /// It has not three parts.
     #[error(
@@ -420,10 +420,10 @@ pub enum RefusalCodeError {
     )]
     Form(String),
     /// There is no such host.
-    #[error("{0:?} is no host: expected spot or futures")]
+    #[error("{0:?} is not a host: expected spot or futures")]
     Host(String),
     /// The product is not one of the host's.
-    #[error("{product:?} is no product of the {} host: expected * or one of {}", host.as_str(), names(*host))]
+    #[error("{product:?} is not a product of the {} host: expected * or one of {}", host.as_str(), names(*host))]
     Product {
         /// The host.
         host: Host,
@@ -624,14 +624,14 @@ mod tests {
             ("spot/300099", "is not host/product/code"),
             (
                 "kucoin/spot/300099",
-                "\"kucoin\" is no host: expected spot or futures",
+                "\"kucoin\" is not a host: expected spot or futures",
             ),
             (
                 "futures/spot/300099",
                 "expected * or one of account, copytrading, futures",
             ),
-            ("spot/spot/", "\"\" is no code: expected 1 to 64"),
-            ("spot/spot/30 99", "is no code"),
+            ("spot/spot/", "\"\" is not a code: expected 1 to 64"),
+            ("spot/spot/30 99", "is not a code"),
             ("spot/spot/200000", "code 200000 means success"),
             ("futures/*/200", "code 200 means success"),
             ("spot/spot/500000", "does not say that nothing was executed"),

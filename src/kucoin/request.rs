@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 use bytes::Bytes;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 
-use super::catalog::ClientOidPlace;
+use super::catalog::ClientOidLocation;
 use super::pointer::{self, At, Pointer};
 use super::target::{Target, TargetError};
 use super::{Effect, Endpoint, Method, Scope};
@@ -151,7 +151,8 @@ pub fn target(
 }
 
 /// Where a clientOid stands in bodies of which the catalogue does not say it.
-static ANYWHERE_ELSE: LazyLock<Pointer> = LazyLock::new(|| Pointer::new(None, "/clientOid"));
+static DEFAULT_CLIENT_OID_POINTER: LazyLock<Pointer> =
+    LazyLock::new(|| Pointer::new(None, "/clientOid"));
 
 /// Most characters of a clientOid. Source: KuCoin API documentation, "Add Order".
 const MAX_CLIENT_OID_CHARS: usize = 40;
@@ -204,11 +205,11 @@ pub fn body(
     }
     let place = endpoint.and_then(|endpoint| endpoint.order.as_ref()?.client_oid.as_ref());
     let (pointer, is_new) = match (place, endpoint) {
-        (Some(ClientOidPlace::Body(pointer)), Some(endpoint)) => (
+        (Some(ClientOidLocation::Body(pointer)), Some(endpoint)) => (
             pointer,
             matches!(endpoint.effect, Effect::Place | Effect::Test),
         ),
-        _ => (&*ANYWHERE_ELSE, false),
+        _ => (&*DEFAULT_CLIENT_OID_POINTER, false),
     };
     let mut found = ClientOids {
         is_new,
@@ -570,7 +571,7 @@ mod tests {
         let mut new_orders = 0;
         for endpoint in Catalog::get().endpoints() {
             let order = endpoint.order.as_ref();
-            let Some(ClientOidPlace::Body(pointer)) =
+            let Some(ClientOidLocation::Body(pointer)) =
                 order.and_then(|order| order.client_oid.as_ref())
             else {
                 continue;

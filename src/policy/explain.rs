@@ -123,7 +123,7 @@ impl Policy {
                 literal.id
             )),
             Found::NotAnId(endpoint) => Err(format!(
-                "the path belongs to {} ({}) and is never an id",
+                "the path is the fixed path of {} ({}), not one with an id",
                 endpoint.id, endpoint.method
             )),
             Found::OtherScope(endpoint) => Err(match endpoint.scope {

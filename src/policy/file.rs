@@ -252,7 +252,7 @@ impl Place<'_> {
                 }
                 Found::NotAnId(endpoint) => {
                     return Err(format!(
-                        "is the path of {} ({}) and never an id",
+                        "is the fixed path of {} ({}), not one with an id",
                         endpoint.id, endpoint.method
                     ));
                 }

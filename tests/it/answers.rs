@@ -227,7 +227,7 @@ async fn an_unknown_code_leaves_an_order_open_and_is_counted_and_logged_once() {
     assert_eq!(lines.len(), 1, "{lines:?}");
     let line: Value = serde_json::from_str(lines[0]).unwrap();
     assert_eq!(line["level"], "WARN");
-    assert_eq!(line["config"], "\"spot/spot/987654\"");
+    assert_eq!(line["refusal_code"], "\"spot/spot/987654\"");
     assert!(!lines[0].contains("something new"), "{}", lines[0]);
 }
 
@@ -354,7 +354,7 @@ async fn an_answer_that_cannot_be_decoded_says_so_and_its_size_counts_decoded() 
     assert_eq!(&answer.body[..], b"\x0b\x02\x80{}\x03");
     let log = lab
         .process()
-        .log_line("answer of the exchange cannot be decoded; passing it on as it is")
+        .log_line("cannot decode exchange answer; forwarding it undecoded")
         .await;
     assert_eq!(log["level"], "WARN");
     // 2,000 zeros: python3 -c "import gzip,base64; print(gzip.compress(b'0'*2000, mtime=0).hex())"
@@ -435,7 +435,7 @@ async fn an_answer_that_names_another_order_is_lost_and_its_connection_closed() 
     exchange.answer(ORDERS, taken("somebody-else"));
     let ended: Status = bot.send(spot_order("mine-2")).await.unwrap_err();
     assert!(
-        ended.message().contains("names another clientOid"),
+        ended.message().contains("has a different clientOid"),
         "{ended:?}"
     );
     assert_eq!(refusal(Err(ended)), lost());
@@ -450,7 +450,7 @@ async fn an_answer_that_names_another_order_is_lost_and_its_connection_closed() 
     );
     let line = lab
         .process()
-        .log_line("answer names another clientOid than the request; closing the connection, outcome is maybe_sent")
+        .log_line("answer has a different clientOid than the request; connection closed, outcome maybe_sent")
         .await;
     assert_eq!(line["level"], "ERROR");
     assert!(!lab.process().log().contains("somebody-else"));

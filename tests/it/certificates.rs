@@ -236,7 +236,7 @@ fn problems(config: &Config) -> String {
 }
 
 #[tokio::test]
-async fn only_cas_may_stand_in_the_files_of_cas() {
+async fn ca_file_with_a_non_ca_certificate_is_refused() {
     let admin_ca = |config: String| {
         config.replace(
             "client_ca = \"ca.pem\"",
@@ -380,8 +380,8 @@ async fn a_ca_whose_constraints_cannot_be_compared_is_reported() {
     let checked = tokio::task::spawn_blocking(move || run("check-config", &config)).await;
     let (code, said) = checked.unwrap();
     assert_eq!(code, Some(0), "{said}");
-    let warning = "CN=bound CA has name constraints for what the TLS library cannot compare: directory names, and refuses \
-                   every certificate from it";
+    let warning = "CN=bound CA has name constraints that the TLS library cannot check: directory names (every certificate from this \
+                   CA is refused)";
     assert!(
         said.starts_with("warning: tls.client_ca: ") && said.contains(warning),
         "{said}"

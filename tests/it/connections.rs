@@ -600,7 +600,7 @@ async fn a_call_to_an_unknown_method_is_counted_and_recorded() {
 }
 
 #[tokio::test]
-async fn what_is_no_grpc_call_gets_415_and_is_recorded() {
+async fn non_grpc_request_gets_415_and_is_audited() {
     let mut lab = lab("").await;
     let mut connection = lab.patient(&lab.ca.bot("maker").unwrap()).await;
     let url = "https://localhost/credbroker.v1.Broker/SignAndSend";
@@ -626,7 +626,7 @@ async fn what_is_no_grpc_call_gets_415_and_is_recorded() {
 }
 
 #[tokio::test]
-async fn frames_that_nobody_asked_for_cost_no_log_lines() {
+async fn unsolicited_frames_are_not_logged() {
     let mut lab = Lab::with(Settings {
         process: true,
         config: "[log]\nfilter = \"trace\"".to_owned(),

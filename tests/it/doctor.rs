@@ -535,7 +535,7 @@ async fn doctor_names_the_key_where_an_account_has_several() {
 
 /// The fix is about the server, and never about a secret id, where Vault does not answer or something else does.
 #[tokio::test]
-async fn a_server_that_is_silent_or_no_vault_is_no_reason_for_a_fresh_secret_id() {
+async fn doctor_does_not_blame_the_secret_id_when_vault_is_unreachable() {
     let lab = Lab::install(&settings()).await;
     std::fs::write(lab.path("secret-id"), "fake-secret-id").unwrap();
     let plain = "method = \"approle\"\nrole_id = \"fake\"\nsecret_id_file = \"secret-id\"";
@@ -610,8 +610,8 @@ async fn the_certificate_that_vault_shows_is_looked_at() {
 
 #[tokio::test]
 async fn a_server_that_shows_a_ca_as_its_own_certificate_is_named() {
-    let sentence = "the server shows a CA certificate as its own; issue a certificate for it from that CA, or make its own \
-                    with CA:FALSE";
+    let sentence = "the server presents a CA certificate as its server certificate; use one that this CA has issued, or a \
+                    self-signed one with CA:FALSE";
     let mut lab = healthy().await;
     let mut address = lab.vault.address();
     lab.reconfigure("[vault]\n", "[vault]\nroots = \"self.pem\"\n");
@@ -807,7 +807,7 @@ async fn what_is_wrong_with_the_way_to_the_exchange_is_told() {
     fails(
         &lab,
         host,
-        "::1 has no IPv4 address, the kind of egress.address 127.0.0.1",
+        "::1 has no IPv4 address, which egress.address 127.0.0.1 needs",
         "correct egress.address",
     )
     .await;
@@ -831,7 +831,7 @@ async fn doctor_fails_where_the_exchange_clock_is_more_than_a_day_off() {
     fails(
         &lab,
         "clock global/spot",
-        "the exchange's is 3650 days ahead of the system clock",
+        "the exchange's clock is 3650 days ahead of the system clock",
         "`credbroker clock accept global/spot`",
     )
     .await;

@@ -467,7 +467,7 @@ async fn a_host_without_an_address_of_the_right_kind_is_named_as_such() {
     })
     .await;
     lab.until_keys().await;
-    let words = "::1 has no IPv4 address, the kind of egress.address 127.0.0.1";
+    let words = "::1 has no IPv4 address, which egress.address 127.0.0.1 needs";
     let (status, text) = lab.get("/readyz").await;
     assert_eq!(status, 503);
     assert!(text.contains(&format!("exchange: {words}\n")), "{text}");

@@ -338,7 +338,7 @@ async fn text_from_outside_is_clean_in_every_output_with_a_text_log() {
 }
 
 #[tokio::test]
-async fn what_vault_says_is_clean_in_every_output() {
+async fn text_from_vault_is_clean_in_every_output() {
     for format in ["json", "text"] {
         let vault = hostile_vault().await;
         let mut lab = Lab::install(&Settings::default()).await;

@@ -785,7 +785,7 @@ async fn a_peer_that_does_not_heed_the_end_of_its_ca_gets_no_call_through() {
 }
 
 #[tokio::test]
-async fn bots_that_a_leaf_in_the_file_of_cas_has_signed_never_get_in() {
+async fn bots_signed_by_a_leaf_in_the_ca_file_are_refused() {
     let mut lab = Lab::start().await;
     let maker = lab.ca.signing_bot("maker").unwrap();
     let forged = maker.bot("reader").unwrap();

@@ -237,11 +237,11 @@ async fn wide_commands_without_a_terminal_do_nothing_unless_yes_is_given() {
     let halted = lab.admin_cli("anna", &["halt", "--all"]).await;
     assert_eq!(halted.code, Some(0), "halt never asks: {halted:?}");
     let before = acts(&lab).len();
-    for (words, question) in [
-        (&["resume", "--all"][..], "this ends every halt"),
+    for (words, effect) in [
+        (&["resume", "--all"][..], "This command ends every halt"),
         (
             &["keys", "revoke", "main"],
-            "this revokes every key of account main for good",
+            "This command permanently revokes every key of account main: ",
         ),
     ] {
         let ended = lab.admin_cli("anna", words).await;
@@ -251,13 +251,9 @@ async fn wide_commands_without_a_terminal_do_nothing_unless_yes_is_given() {
             "{ended:?}"
         );
         let said = ended.said();
-        assert!(said.starts_with(question), "{said}");
-        assert!(
-            said.contains(
-                "stdin is not a terminal, so nobody can confirm it; nothing was done fix: add --yes"
-            ),
-            "{said}"
-        );
+        let why = "confirmation needed, but stdin is not a terminal; nothing was done. ";
+        assert!(said.starts_with(&format!("{why}{effect}")), "{said}");
+        assert!(said.ends_with(". fix: add --yes"), "{said}");
         assert_eq!(acts(&lab).len(), before, "{words:?}");
     }
     let frozen = Some("ACCOUNT_FROZEN".to_owned());

@@ -267,7 +267,7 @@ fn lines_of_calls(log: &str, bot: &str) -> Vec<(String, Value)> {
 }
 
 #[tokio::test]
-async fn at_debug_each_stage_of_a_call_says_what_it_did_and_by_default_none_does() {
+async fn call_stages_are_logged_at_debug_only() {
     let maker = "spiffe://demo.test/bot/maker";
     for filter in ["debug", "info"] {
         let mut lab = Lab::with(Settings {

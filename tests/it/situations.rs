@@ -428,8 +428,8 @@ async fn token_revoked(site: &mut Site) -> Row {
 }
 
 const EVICTIONS: &str = "vault_failures_total{reason=\"evicted\"}";
-const EVICTION_RECORD: &str = "`/readyz`: key *not available* with Vault's word; not ready, unless another key is usable; `vault_failures_total{reason=\"evicted\"}`; `key_available` 0";
-const EVICTION_OF_ALL_RECORD: &str = "`/readyz`: not ready, every key *not available* with Vault's word; `vault_failures_total{reason=\"evicted\"}`; `key_available` 0";
+const EVICTION_RECORD: &str = "`/readyz`: key *not available* with Vault's reason; not ready, unless another key is usable; `vault_failures_total{reason=\"evicted\"}`; `key_available` 0";
+const EVICTION_OF_ALL_RECORD: &str = "`/readyz`: not ready, every key *not available* with Vault's reason; `vault_failures_total{reason=\"evicted\"}`; `key_available` 0";
 const AVAILABLE: &str = "key_available{account=\"main\",key=\"main\"}";
 const VERSION: &str = "key_version{account=\"main\",key=\"main\"}";
 const NO_KEY: &str = "`KEY_UNAVAILABLE` (not_sent)";

@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 use crate::harness::{Lab, Settings};
 
 /// What the broker logs where it finds no `restrictions.json`.
-const NOTHING_FOUND: &str =
-    "no restrictions.json found; no bot is blocked, no account frozen or halted, no key revoked";
+const NOTHING_FOUND: &str = "no restrictions.json found; no bot is blocked, no account frozen or halted, no key revoked; if this \
+                             broker has run before, check state_dir and its mount";
 
 async fn in_a_process() -> Lab {
     Lab::with(Settings {
@@ -118,8 +118,9 @@ async fn parent_of_the_state_dir_is_never_made() {
     let (output, said) = run(&lab, &["serve"]).await;
     assert_eq!(output.status.code(), Some(1), "{said}");
     for part in [
-        "mnt/state cannot be made: the folder it is to stand in, ",
-        "does not exist; mount its disk, make that folder, or correct state_dir",
+        "cannot create ",
+        "mnt/state: its parent ",
+        "mnt does not exist; mount the disk, create the parent, or correct state_dir",
     ] {
         assert!(said.contains(part), "{part:?} is not in {said}");
     }
@@ -133,7 +134,7 @@ async fn parent_of_the_state_dir_is_never_made() {
         .unwrap();
     assert_eq!(state["status"], "failed", "{state}");
     assert!(
-        state["fix"].as_str().unwrap().contains("mount its disk"),
+        state["fix"].as_str().unwrap().contains("mount the disk"),
         "{state}"
     );
     assert!(!lab.path("mnt").exists());

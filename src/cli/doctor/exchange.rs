@@ -194,7 +194,10 @@ fn time(clock: &Clock, place: Place) -> Line {
     };
     let within_ms = uncertainty.as_millis();
     if let Some(difference_ms) = clock.refused_difference(place) {
-        let detail = format!("the exchange's is {}", clock::difference(difference_ms));
+        let detail = format!(
+            "the exchange's clock is {}",
+            clock::difference(difference_ms)
+        );
         let fix = format!(
             "compare both with a third clock and set the one that is wrong; if the difference is to be accepted, run \
              `credbroker clock accept {about}`. Until then risk-increasing requests are refused (CLOCK_UNCERTAIN)"

@@ -133,7 +133,7 @@ pub(super) fn permissions(config: &Config) -> Vec<Line> {
         .map(|open| Line::failed(check, open.key(), open.to_string(), open.fix()))
         .collect();
     if lines.is_empty() {
-        lines.push(Line::ok(check, "", "no file is open to other users"));
+        lines.push(Line::ok(check, "", "file permissions are correct"));
     }
     lines
 }
@@ -284,10 +284,10 @@ pub(super) fn state(config: &Config) -> (Vec<Line>, bool) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             if let Some(parent) = missing_parent(folder) {
                 let detail = format!(
-                    "{name} cannot be made: the folder it is to stand in, {}, does not exist",
+                    "cannot create {name}: its parent {} does not exist",
                     parent.display()
                 );
-                let fix = "mount its disk, make that folder, or correct state_dir";
+                let fix = "mount the disk, create the parent, or correct state_dir";
                 return (vec![Line::failed(check, "", detail, fix)], false);
             }
             let detail = format!("{name} is not there; the broker makes it at its start");
@@ -333,8 +333,8 @@ pub(super) fn state(config: &Config) -> (Vec<Line>, bool) {
     lines.push(match Restrictions::open(folder) {
         Ok(restrictions) if !restrictions.was_found() => {
             let detail = format!("{name}: {runs}; it holds no restrictions.json");
-            let fix = "start the broker, which makes it; if one has run before, check that state_dir is right and its disk mounted: \
-                       what was forbidden stood there";
+            let fix = "start the broker, which creates it. If a broker has run here before, first check that state_dir is correct and its \
+                       disk mounted: all blocks, freezes, halts and revocations were in that file";
             Line::warning(check, "", detail, fix)
         }
         Ok(restrictions) => forbidden(&format!("{name}: {runs}"), restrictions.counts()),

@@ -21,7 +21,7 @@ use crate::config::Config;
 use crate::ids::{AccountId, KeyName};
 use crate::keyring::vault::check::KV_V1;
 use crate::keyring::vault::{
-    Auth, Hold, NOT_IN_ITS_WORDS, NotedState, UNREACHABLE, Vault, VaultError, unknown_state,
+    Auth, Hold, NOT_VAULT_ANSWER, NotedState, UNREACHABLE, Vault, VaultError, unknown_state,
 };
 use crate::policy::Policy;
 use crate::server::assembly;
@@ -242,7 +242,7 @@ async fn read(
     account: &AccountId,
     name: &KeyName,
 ) -> Result<(Found, Vec<Line>), Unread> {
-    let register = || format!("`credbroker keys register {account} --key {name}` puts one there");
+    let register = || format!("register one: `credbroker keys register {account} --key {name}`");
     let why = |error: VaultError, is_there: bool| {
         let fix = match &error {
             VaultError::Denied => {
@@ -253,7 +253,7 @@ async fn read(
             }
             VaultError::Gone(_) => register(),
             VaultError::Unusable(_) => {
-                format!("write all of it again: `credbroker keys rotate {account} --key {name}`")
+                format!("replace the whole key: `credbroker keys rotate {account} --key {name}`")
             }
             VaultError::LoginRefused(_) | VaultError::Outage(_) => {
                 server_fix(&error).unwrap_or("try again; Vault's log says more").to_owned()
@@ -281,7 +281,7 @@ async fn read(
         NotedState::Active => {}
         NotedState::Disabled(word) => {
             let reason = format!("it is switched off: its custom metadata says state={word}");
-            let fix = "if that is over, set state=active in its custom metadata (deploy/vault/README.md, section 4)";
+            let fix = "to enable it, set state=active in its custom metadata (deploy/vault/README.md, section 4)";
             return Err(unread(reason, fix.to_owned()));
         }
         NotedState::Unknown(word) => {
@@ -294,11 +294,10 @@ async fn read(
     }) = metadata.hold()
     {
         let detail = format!(
-            "version {version} is held in use by use_version in its custom metadata, and version {newest} is not used"
+            "held at version {version} by use_version in its custom metadata; version {newest} is not used"
         );
         let fix = format!(
-            "`credbroker keys rollback {account} --key {name} --newest` uses the newest version again, and so does the next \
-             key that is registered"
+            "`credbroker keys rollback {account} --key {name} --newest` uses the newest version; registering a key does too"
         );
         notes.push(Line::warning(CHECK, &about, detail, fix));
     }
@@ -378,7 +377,7 @@ fn server_fix(error: &VaultError) -> Option<&'static str> {
         Some(
             "check that Vault runs at vault.address and answers, and that no firewall is in between",
         )
-    } else if NOT_IN_ITS_WORDS.iter().any(|words| reason.contains(words)) {
+    } else if NOT_VAULT_ANSWER.iter().any(|words| reason.contains(words)) {
         Some("check that vault.address is Vault's own address, and that no proxy is in between")
     } else if reason.contains("Vault answered 5") {
         Some("look at Vault's log; then try again")

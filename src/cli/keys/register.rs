@@ -320,7 +320,7 @@ impl Place {
         match found.state() {
             NotedState::Disabled(word) if !enable => Err(Failure::new(
                 format!(
-                    "{self} is disabled in Vault (state={word}), and a new key would be switched on with it; nothing was stored"
+                    "{self} is disabled in Vault (state={word}), and registering a key would enable it; nothing was stored"
                 ),
                 "find out who has disabled it and why; --enable registers a key and switches it on",
             )),

@@ -181,8 +181,8 @@ impl Step<'_> {
         }
         if !options.newest {
             let undo = format!(
-                "credbroker keys rollback {account} --key {key} --newest; the next key that is registered ends it as well. Until \
-                 then a version that is written by hand is used only if KuCoin refuses this one."
+                "credbroker keys rollback {account} --key {key} --newest, or register another key. Until then, a version written \
+                 to Vault by hand is used only if KuCoin rejects this one."
             );
             text += &paragraph("undo: ", &undo);
         }

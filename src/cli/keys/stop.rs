@@ -28,7 +28,7 @@ pub(in crate::cli) struct Which {
     /// One key of the account; all of them without it.
     #[arg(long)]
     key: Option<String>,
-    /// Do not ask for confirmation where --key is missing.
+    /// Skip the confirmation when --key is missing.
     #[arg(long)]
     yes: bool,
 }
@@ -99,7 +99,8 @@ fn thawed(account: &str, response: ThawAccountResponse) -> String {
 pub(super) fn revoke(which: &Which) -> u8 {
     let Which { whose, key, yes } = which;
     let what = format!(
-        "revokes every key of account {} for good: only a key with another id lifts that, and --key NAME revokes one",
+        "permanently revokes every key of account {}: only a key with another id can trade there again. To revoke a single key, use \
+         --key NAME",
         whose.account
     );
     if key.is_none()

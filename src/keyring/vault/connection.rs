@@ -19,7 +19,7 @@ use crate::trust::{ShowsCa, is_caused_by_shown_ca};
 pub const UNREACHABLE: &str = "Vault cannot be reached";
 
 /// What it says where something answers that does not speak as Vault does.
-pub const NOT_IN_ITS_WORDS: [&str; 2] = [
+pub const NOT_VAULT_ANSWER: [&str; 2] = [
     "not in its own words",
     "Vault's answer is not what its API describes",
 ];
@@ -290,7 +290,7 @@ pub(super) fn reduce(error: &ClientError) -> VaultError {
             ClientError::RestClientError {
                 source: rustify::errors::ClientError::RequestError { .. },
             } => UNREACHABLE.to_owned(),
-            _ => NOT_IN_ITS_WORDS[1].to_owned(),
+            _ => NOT_VAULT_ANSWER[1].to_owned(),
         }),
     }
 }

@@ -216,10 +216,10 @@ fn token_in(bytes: &[u8]) -> Result<Zeroizing<String>, &'static str> {
         );
     }
     if text.starts_with(['"', '\'', '`']) {
-        return Err("the token stands in quotes; write it without them");
+        return Err("the token is in quotes; remove them");
     }
     if is_assignment(text) {
-        return Err("it holds an assignment (NAME=TOKEN); write only what follows the '='");
+        return Err("it is an assignment (NAME=TOKEN); write only the TOKEN part");
     }
     checked_token(text).map_err(|_| EXPECTED)
 }

@@ -23,15 +23,15 @@ fn tokens() -> Vec<(Vec<u8>, &'static str)> {
     vec![
         (
             file("token-in-quotes"),
-            "the token stands in quotes; write it without them",
+            "the token is in quotes; remove them",
         ),
         (
             file("token-as-assignment"),
-            "it holds an assignment (NAME=TOKEN); write only what follows the '='",
+            "it is an assignment (NAME=TOKEN); write only the TOKEN part",
         ),
         (
             b"export VAULT_TOKEN=s.fieldcase\n".to_vec(),
-            "it holds an assignment (NAME=TOKEN); write only what follows the '='",
+            "it is an assignment (NAME=TOKEN); write only the TOKEN part",
         ),
         (
             file("token-as-json"),
@@ -88,7 +88,7 @@ async fn admin_is_told_the_form_of_a_token_too() {
 }
 
 #[tokio::test]
-async fn doctor_names_the_form_of_a_token_and_blames_no_agent() {
+async fn doctor_names_a_malformed_token_file() {
     let lab = Lab::install(&Settings::default()).await;
     for (bytes, told) in tokens() {
         std::fs::write(lab.path("token"), bytes).unwrap();

@@ -14,8 +14,8 @@ use crate::harness::{Lab, accounts, in_one_line, kv_path, secret, until};
 /// What shows while version 1 is held and `newest` is the newest one.
 fn told(newest: u64) -> String {
     format!(
-        "version 1 is held in use by use_version in its custom metadata, and version {newest} is not used; `credbroker keys \
-         rollback main --key main --newest` ends that"
+        "held at version 1 by use_version in its custom metadata; version {newest} is not used. To use the newest version: \
+         `credbroker keys rollback main --key main --newest`"
     )
 }
 
@@ -84,7 +84,7 @@ async fn hold_and_its_end_show_in_list_readyz_and_doctor() {
                 && line["detail"]
                     .as_str()
                     .unwrap()
-                    .starts_with("version 1 is held in use")
+                    .starts_with("held at version 1 ")
         });
         let line = line.unwrap_or_else(|| panic!("{lines:#?}"));
         assert_eq!(line["status"], "warning");
@@ -103,13 +103,13 @@ async fn hold_and_its_end_show_in_list_readyz_and_doctor() {
     assert_eq!(signer(&lab, &mut bot).await, first.api_key);
     let (code, said) = rollback(&lab, &["--newest"]).await;
     assert_eq!(code, 0, "{said}");
-    assert!(!said.contains("held in use"), "{said}");
+    assert!(!said.contains("held at version"), "{said}");
     assert_eq!(signer(&lab, &mut bot).await, third.api_key);
     for note in ["use_version", "hold"] {
         assert_eq!(held.note("main", note).await, Value::Null);
     }
     let (_, text) = lab.get("/readyz?verbose").await;
-    assert!(!text.contains("held in use"), "{text}");
+    assert!(!text.contains("held at version"), "{text}");
     let tests_of_second = uses(&lab, &second);
     until_polled(&lab).await;
     assert_eq!(uses(&lab, &second), tests_of_second);
@@ -125,7 +125,7 @@ async fn registration_ends_the_hold() {
         assert_eq!(held.note("main", note).await, Value::Null);
     }
     let (_, said) = run(&lab, &["keys", "list"], &first, "").await;
-    assert!(!said.contains("held in use"), "{said}");
+    assert!(!said.contains("held at version"), "{said}");
 }
 
 #[tokio::test]
@@ -149,7 +149,7 @@ async fn version_written_after_the_hold_is_used_once_the_held_key_is_dead() {
         reasons.iter().any(|reason| reason.contains(held)),
         "{reasons:?}"
     );
-    let in_its_place = "and version 3, written after that, serves in its place";
+    let in_its_place = "version 3, written later, is used instead";
     assert!(
         reasons.iter().any(|reason| reason.contains(in_its_place)),
         "{reasons:?}"
@@ -206,7 +206,7 @@ async fn version_from_before_the_hold_is_never_tried_and_the_way_out_is_named() 
 }
 
 #[tokio::test]
-async fn hold_noted_without_its_beginning_lets_nothing_follow_by_itself() {
+async fn manual_use_version_never_falls_back_to_a_newer_version() {
     let (lab, first, _) = with_first_key().await;
     let second = known(&lab, 2);
     assert_eq!(rotate(&lab, &second).await.0, 0);

@@ -751,7 +751,7 @@ async fn a_disabled_key_is_switched_on_only_when_that_is_said() {
     let (code, said) = run(&lab, &words, &good, &lines(&good)).await;
     assert_eq!(code, 1, "{said}");
     for part in [
-        "spot/main is disabled in Vault (state=disabled), and a new key would be switched on with it; nothing was stored",
+        "spot/main is disabled in Vault (state=disabled), and registering a key would enable it; nothing was stored",
         "fix: find out who has disabled it and why; --enable registers a key and switches it on",
     ] {
         assert!(said.contains(part), "{said}");

@@ -197,7 +197,7 @@ async fn an_admin_goes_back_a_version_and_on_again_and_only_to_versions_that_are
         &[
             "main/main: version 1 is in use (id SHA-256 ",
             "Version 2 signs no more.",
-            "undo: credbroker keys rollback main --key main --newest; the next key that is registered ends it as well. Until then a version that is written by hand is used only if KuCoin refuses this one.",
+            "undo: credbroker keys rollback main --key main --newest, or register another key. Until then, a version written to Vault by hand is used only if KuCoin rejects this one.",
         ],
     );
     assert_eq!(signer(&lab, &mut bot).await, first.api_key);

@@ -10,9 +10,9 @@ use tonic::Status;
 use super::Setup;
 use crate::harness::{Bot, Lab, Road, Settings, Time, patient, refusal, spot_cancel_all};
 
-const KEYS_READ: &str = "first read of all keys has ended; accepting bots";
+const KEYS_READ: &str = "initial key load finished; accepting bots";
 
-const TOO_LONG: &str = "not all keys read within 10 s; accepting bots";
+const TOO_LONG: &str = "initial key load not finished within 10 s; accepting bots";
 
 /// An installation whose broker reaches Vault over a road, and waits for its answers for long.
 async fn installed() -> (Lab, Road) {

@@ -226,7 +226,7 @@ pub(super) fn collisions() -> Vec<Case> {
             "picky",
             on("main", scope, method, &format!("{folder}{literal}")),
             denied(format!(
-                "the path belongs to {id} ({of}) and is never an id"
+                "the path is the fixed path of {id} ({of}), not one with an id"
             )),
         ));
         let upper = literal.to_ascii_uppercase();
