@@ -560,7 +560,7 @@ impl Appender {
         let (mut rest, detail) = match rest_of_line(&unfinished) {
             Some(rest) => (
                 rest,
-                "the previous line was cut off by a full disk or a crash; if it is an intent, a risk-increasing request was not sent",
+                "the previous line was cut off by a full disk or a crash; if it is an intent, look the order up",
             ),
             None => (
                 Vec::new(),
@@ -709,6 +709,8 @@ mod tests {
             };
             assert_eq!(torn["torn"], true, "{end}: {torn}");
             assert_eq!(marker["event"], "torn");
+            let detail = marker["detail"].as_str().unwrap();
+            assert!(detail.contains("look the order up") && !detail.contains("not sent"));
             assert_eq!(next["reason"], "POLICY_DENIED");
         }
     }
