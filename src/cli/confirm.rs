@@ -8,14 +8,19 @@ use super::{FAILED, USAGE, say};
 /// Asks whether to go on. `what` says what the command does, in words that follow "This command".
 ///
 /// # Errors
-/// With the exit code, after saying why: nobody confirmed it, or stdin is no terminal on which anybody could.
+/// With the exit code, after saying why: nobody confirmed it, or nobody can: stdin is no terminal, or stderr is none, which
+/// shows the question.
 pub(super) fn confirm(what: &str, is_confirmed: bool) -> Result<(), u8> {
     if is_confirmed {
         return Ok(());
     }
-    if !io::stdin().is_terminal() {
+    let terminals = [
+        ("stdin", io::stdin().is_terminal()),
+        ("stderr", io::stderr().is_terminal()),
+    ];
+    if let Some((stream, _)) = terminals.iter().find(|(_, is_terminal)| !is_terminal) {
         let why = format!(
-            "confirmation needed, but stdin is not a terminal; nothing was done. This command {what}."
+            "confirmation needed, but {stream} is not a terminal; nothing was done. This command {what}."
         );
         say((paragraph("", &why) + "fix: add --yes").trim_end());
         return Err(USAGE);

@@ -229,6 +229,34 @@ async fn until_said(lab: &Lab, status: &str) {
     .await;
 }
 
+/// stdin is a terminal here, but the question would go into a file.
+#[test]
+fn wide_commands_do_nothing_while_stderr_is_no_terminal() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("stderr");
+    let command = format!(
+        "{} resume --all 2>{}",
+        env!("CARGO_BIN_EXE_credbroker"),
+        file.display()
+    );
+    let ended = std::process::Command::new("script")
+        .args(["-qec", &command, "/dev/null"])
+        .stdin(std::process::Stdio::null())
+        .output();
+    let Ok(ended) = ended else {
+        crate::harness::say("a terminal for stdin alone: not run (no script)");
+        return;
+    };
+    let said = std::fs::read_to_string(&file).unwrap();
+    assert_eq!(ended.status.code(), Some(2), "{said}");
+    let said: Vec<_> = said.split_whitespace().collect();
+    assert!(
+        said.join(" ")
+            .contains("stderr is not a terminal, so nobody can confirm it; nothing was done"),
+        "{said:?}"
+    );
+}
+
 /// Nobody can answer a question where stdin is no terminal, and a script must not revoke or resume more than it names.
 #[tokio::test]
 async fn wide_commands_without_a_terminal_do_nothing_unless_yes_is_given() {
