@@ -29,7 +29,7 @@ use crate::audit::{Audit, Caller, Ending, Recorded};
 use crate::clock::{Clock, ClockUncertain};
 use crate::egress::proof::Proof;
 use crate::egress::{Answered, ConnectError, Egress, SendError};
-use crate::ids::{AccountId, BotId, KeyName, RequestId, Who};
+use crate::ids::{AccountId, AdminId, BotId, KeyName, RequestId, Who};
 use crate::keyring::usage::Refusal;
 use crate::keyring::{KeyUnavailable, Keyring, Lent};
 use crate::kucoin::code::{
@@ -601,7 +601,7 @@ impl Broker {
         match (event, progress.recorded.get()) {
             ("learnt", _) => self.audit.learnt(&caller, endpoint, &ending),
             (_, Some(())) => self.audit.outcome(&caller, endpoint, &ending),
-            (_, None) if call.who.bot().is_none_or(|bot| self.is_recorded(bot)) => {
+            (_, None) if call.who.bot().is_none() || self.is_recorded(&call.who) => {
                 self.audit.denied(&caller, Some(&call.request), &ending);
             }
             (_, None) => {
@@ -658,8 +658,8 @@ impl Broker {
     }
 
     /// Whether one more refusal of a bot goes on record: they cost the bot nothing, and must not fill the disk.
-    fn is_recorded(&self, bot: &BotId) -> bool {
-        let is_recorded = self.admission.is_recorded(bot, self.clock.boot());
+    fn is_recorded(&self, who: &Who) -> bool {
+        let is_recorded = self.admission.is_recorded(who, self.clock.boot());
         if !is_recorded {
             self.metrics.refusal_unrecorded();
         }
@@ -670,12 +670,26 @@ impl Broker {
     pub fn refuse(&self, bot: &BotId, request_id: &RequestId, error: BrokerError) -> BrokerError {
         let reason = error.reason();
         self.metrics.request(None, reason.outcome(), Some(reason));
-        if !self.is_recorded(bot) {
+        let who = Who::Bot(bot.clone());
+        if !self.is_recorded(&who) {
             return error;
         }
-        let number = self.calls.count.fetch_add(1, Ordering::Relaxed);
         let detail = error.for_the_record();
         tracing::info!(request.id = %request_id, bot.id = %bot, outcome = %reason.outcome(), %reason, detail, "call ended");
+        self.audit_refusal(&who, request_id, reason, detail);
+        error
+    }
+
+    /// Counts and audits a call of `admin` that never became one.
+    pub fn refuse_admin(&self, admin: &AdminId, reason: Reason, detail: String) {
+        self.metrics.admin_call_refused(reason);
+        let who = Who::Admin(admin.clone());
+        if self.is_recorded(&who) {
+            self.audit_refusal(&who, &RequestId::random(), reason, detail);
+        }
+    }
+
+    fn audit_refusal(&self, who: &Who, request_id: &RequestId, reason: Reason, detail: String) {
         let ending = Ending {
             outcome: Some(reason.outcome()),
             reason: Some(reason),
@@ -683,13 +697,12 @@ impl Broker {
             ..Ending::default()
         };
         let caller = Caller {
-            who: &Who::Bot(bot.clone()),
+            who,
             request_id,
-            call: number,
+            call: self.calls.count.fetch_add(1, Ordering::Relaxed),
             place: None,
         };
         self.audit.denied(&caller, None, &ending);
-        error
     }
 
     /// Takes no new calls, finishes those in flight within `limit`, and returns how many of them ended with nobody

@@ -129,6 +129,7 @@ pub struct Metrics {
     certificates_refused: Counter,
     connections_refused: Family<ReasonLabels, Counter>,
     connections_unused: Counter,
+    admin_calls_refused: Family<ReasonLabels, Counter>,
     vault_failures: Family<ReasonLabels, Counter>,
     clock_failures: Counter,
     clock_jumps_refused: Counter,
@@ -236,6 +237,11 @@ impl Default for Metrics {
                 &mut registry,
                 "certificates_refused",
                 "Client certificates refused in the TLS handshake or on an open connection",
+            ),
+            admin_calls_refused: registered(
+                &mut registry,
+                "admin_calls_refused",
+                "Calls of admins that were refused before they reached the API",
             ),
             connections_refused: registered(
                 &mut registry,
@@ -352,6 +358,16 @@ impl Metrics {
             let labels = ReasonLabels { reason };
             drop(self.connections_refused.get_or_create(&labels));
         }
+        for reason in [
+            Reason::CallerUnknown,
+            Reason::DeadlineExceeded,
+            Reason::MethodUnknown,
+            Reason::RequestMalformed,
+        ] {
+            let reason = Word(reason.as_str());
+            let labels = ReasonLabels { reason };
+            drop(self.admin_calls_refused.get_or_create(&labels));
+        }
         for reason in ["evicted", "login", "outage", "unusable"] {
             let reason = Word(reason);
             drop(self.vault_failures.get_or_create(&ReasonLabels { reason }));
@@ -403,6 +419,14 @@ impl Metrics {
     pub fn connection_refused(&self, reason: &'static str) {
         let reason = Word(reason);
         self.connections_refused
+            .get_or_create(&ReasonLabels { reason })
+            .inc();
+    }
+
+    /// Counts a call of an admin that was refused before it reached the API.
+    pub fn admin_call_refused(&self, reason: Reason) {
+        let reason = Word(reason.as_str());
+        self.admin_calls_refused
             .get_or_create(&ReasonLabels { reason })
             .inc();
     }

@@ -23,6 +23,7 @@ use crate::keyring::Slot;
 use crate::keyring::trial::Verdict;
 use crate::kucoin::key_info::{self, Finding, KeyInfo};
 use crate::kucoin::{Key, KeyVersion, Malformed, Scope};
+use crate::outcome::Reason;
 use crate::policy::Account;
 use crate::restrictions::{KeyDigest, Mark, Restrictions, RestrictionsError};
 use crate::secret::{ApiSecret, PartnerKey, Passphrase};
@@ -56,6 +57,9 @@ pub enum AdminError {
     /// Fields that are not as they must be.
     #[error("the call is malformed: {}", .0.iter().map(|one| format!("{}: {}", one.field, one.problem)).collect::<Vec<_>>().join("; "))]
     Malformed(Vec<Malformed>),
+    /// No service has the method that was called.
+    #[error("no service has the method {}; nothing was done", clean(.0, 100))]
+    MethodUnknown(String),
     /// It did not arrive in time.
     #[error("the call did not arrive whole within {} ms; nothing was done", .0.as_millis())]
     Slow(Duration),
@@ -77,7 +81,24 @@ impl AdminError {
             Self::Restrictions(_) => ("STATE_UNWRITABLE", Code::Unavailable),
             Self::KeyUnknown(..) => ("KEY_UNKNOWN", Code::NotFound),
             Self::Malformed(_) => ("REQUEST_MALFORMED", Code::InvalidArgument),
+            Self::MethodUnknown(_) => ("METHOD_UNKNOWN", Code::Unimplemented),
             Self::Slow(_) => ("DEADLINE_EXCEEDED", Code::DeadlineExceeded),
+        }
+    }
+
+    /// Why a call was refused before any of it was done; none for a failure while it was done.
+    pub(crate) fn refusal(&self) -> Option<Reason> {
+        match self {
+            Self::CallerUnknown => Some(Reason::CallerUnknown),
+            Self::Malformed(_) => Some(Reason::RequestMalformed),
+            Self::MethodUnknown(_) => Some(Reason::MethodUnknown),
+            Self::Slow(_) => Some(Reason::DeadlineExceeded),
+            Self::AccountUnknown(_)
+            | Self::ClockUnknown(_)
+            | Self::Internal
+            | Self::KeyUnavailable(_)
+            | Self::KeyUnknown(..)
+            | Self::Restrictions(_) => None,
         }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::Overload;
-use crate::ids::BotId;
+use crate::ids::{BotId, Who};
 
 /// So many connections beyond a limit are kept open for a moment, to tell why; any more are closed.
 const TURNED_AWAY: usize = 8;
@@ -40,7 +40,7 @@ pub struct Admission {
 #[derive(Debug, Default)]
 struct Counts {
     bots: HashMap<BotId, OfBot>,
-    refusals: HashMap<BotId, Refusals>,
+    refusals: HashMap<Who, Refusals>,
     calls: usize,
     served: usize,
     turned_away: usize,
@@ -164,8 +164,8 @@ impl Admission {
         Ok(CallSlot(Arc::new(self.hold(&mut counts, bot, helper))))
     }
 
-    /// Whether one more refusal of `bot` is recorded at `now` (time since boot), or only counted.
-    pub fn is_recorded(&self, bot: &BotId, now: Duration) -> bool {
+    /// Whether one more refusal of `who` is recorded at `now` (time since boot), or only counted.
+    pub fn is_recorded(&self, who: &Who, now: Duration) -> bool {
         let (burst, per_second) = RECORDED;
         let mut counts = self.counts();
         let refreshed = |refusals: &Refusals| {
@@ -179,7 +179,7 @@ impl Admission {
         counts
             .refusals
             .retain(|_, refusals| refreshed(refusals) < burst * 1000);
-        let refusals = counts.refusals.entry(bot.clone()).or_insert(Refusals {
+        let refusals = counts.refusals.entry(who.clone()).or_insert(Refusals {
             left: burst * 1000,
             at: now,
         });
@@ -296,8 +296,8 @@ mod tests {
             connections: 1,
             connections_per_bot: 1,
         });
-        let (one, two): (BotId, BotId) = ("one".parse().unwrap(), "two".parse().unwrap());
-        let recorded = |bot, ms| admission.is_recorded(bot, Duration::from_millis(ms));
+        let [one, two] = ["one", "two"].map(|bot| Who::Bot(bot.parse().unwrap()));
+        let recorded = |who, ms| admission.is_recorded(who, Duration::from_millis(ms));
         assert_eq!((0..5000).filter(|_| recorded(&one, 1500)).count(), 1000);
         assert!(recorded(&two, 1500), "another bot's are");
         assert_eq!((0..5000).filter(|_| recorded(&one, 2500)).count(), 20);

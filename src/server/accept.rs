@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::header::CONTENT_TYPE;
-use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
+use http::{HeaderValue, Method, Request, Response, StatusCode};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
@@ -134,12 +134,16 @@ pub(super) fn unsupported_media_type() -> Response<tonic::body::Body> {
     response
 }
 
-/// What is wrong with the headers of a call, if they are longer than [`HEADER_BYTES`]; counted as RFC 9113, section 6.5.2
-/// counts them.
-pub(super) fn oversized(headers: &HeaderMap) -> Option<Malformed> {
+/// What is wrong with the headers of a call, if they and its path are longer than [`HEADER_BYTES`]; counted as RFC 9113,
+/// section 6.5.2 counts them.
+pub(super) fn oversized<B>(request: &Request<B>) -> Option<Malformed> {
+    let path = request.uri().path_and_query();
+    let path = (":path", path.map_or(0, |path| path.as_str().len()));
+    let headers = request.headers().iter();
     let bytes: usize = headers
-        .iter()
-        .map(|(name, value)| name.as_str().len() + value.len() + 32)
+        .map(|(name, value)| (name.as_str(), value.len()))
+        .chain([path])
+        .map(|(name, length)| name.len() + length + 32)
         .sum();
     (bytes > HEADER_BYTES).then(|| {
         let problem = format!("has {bytes} bytes; expected at most {HEADER_BYTES}");

@@ -26,7 +26,7 @@ use tonic::service::Routes;
 use tonic::{Code, Status};
 
 use super::accept::{Acceptor, is_grpc, oversized, told, unsupported_media_type};
-use super::listener::{ConnectionLimits, READ_HEADER_BYTES};
+use super::listener::{ConnectionLimits, READ_HEADER_BYTES, is_unimplemented};
 use super::places::Places;
 use super::tls::{Tls, Trust};
 use crate::api::admin::AdminError;
@@ -159,6 +159,9 @@ impl Connection {
         let began = Instant::now();
         let method = clean(request.uri().path(), METHOD_CHARS).into_owned();
         if !is_grpc(&request) {
+            let problem = "expected POST with content-type application/grpc";
+            let problem = Malformed::new("content-type", problem);
+            self.refused(&AdminError::Malformed(vec![problem]));
             if let Some(untold) = self.listener.broker.metrics.may_tell_of_stranger() {
                 tracing::warn!(admin.id = %self.admin, method, http.status = 415, untold, "admin call refused: not gRPC");
             }
@@ -166,7 +169,10 @@ impl Connection {
         }
         let response = match self.answer(request).await {
             Ok(response) => response,
-            Err(error) => Status::from(error).into_http(),
+            Err(error) => {
+                self.refused(&error);
+                Status::from(error).into_http()
+            }
         };
         let code =
             Status::from_header_map(response.headers()).map_or(Code::Ok, |status| status.code());
@@ -175,12 +181,21 @@ impl Connection {
         response
     }
 
+    /// Counts and audits a call that never got as far as the API.
+    fn refused(&self, error: &AdminError) {
+        if let Some(reason) = error.refusal() {
+            let broker = &self.listener.broker;
+            broker.refuse_admin(&self.admin, reason, error.to_string());
+        }
+    }
+
     /// In a task of its own, so that an admin who hangs up tears nothing.
     async fn answer(&self, request: Request<Incoming>) -> Result<Response<Body>, AdminError> {
-        let (mut head, body) = request.into_parts();
-        if let Some(problem) = oversized(&head.headers) {
+        if let Some(problem) = oversized(&request) {
             return Err(AdminError::Malformed(vec![problem]));
         }
+        let (mut head, body) = request.into_parts();
+        let method = head.uri.path().to_owned();
         let body = self.whole(body).await?;
         head.extensions.insert(self.admin.clone());
         let request = Request::from_parts(head, Body::new(body));
@@ -191,6 +206,9 @@ impl Connection {
             Ok(response) => response,
             Err(never) => match never {},
         };
+        if is_unimplemented(&response) {
+            return Err(AdminError::MethodUnknown(method));
+        }
         match unread(&response) {
             Some(problem) => Err(malformed(problem)),
             None => Ok(response),
@@ -223,6 +241,6 @@ fn malformed(problem: String) -> AdminError {
 /// What the gRPC library said of a message that it could not read: it says so without our details.
 fn unread(response: &Response<Body>) -> Option<String> {
     let status = Status::from_header_map(response.headers())?;
-    let is_ours = !status.details().is_empty() || status.code() == Code::Unimplemented;
+    let is_ours = !status.details().is_empty();
     (!is_ours).then(|| status.message().to_owned())
 }

@@ -271,7 +271,7 @@ impl Connection {
         let is_ours = request.uri().path() == SIGN_AND_SEND;
         let refused = if !self.is_trusted() {
             Err(BrokerError::Untrusted)
-        } else if let Some(problem) = oversized(request.headers()) {
+        } else if let Some(problem) = oversized(&request) {
             Err(BrokerError::Malformed(vec![problem]))
         } else if let Some(refusal) = self.refusal {
             Err(refusal.into())
@@ -350,10 +350,11 @@ fn unread(response: &Response<tonic::body::Body>) -> Option<String> {
     (!is_ours && is_about_the_message).then(|| status.message().to_owned())
 }
 
-/// Whether no service has the method that was called.
-fn is_unimplemented(response: &Response<tonic::body::Body>) -> bool {
+/// Whether no service has the method that was called: only then does the gRPC library answer UNIMPLEMENTED without a
+/// message. With one, a service says what else it cannot do, such as a compression.
+pub(super) fn is_unimplemented(response: &Response<tonic::body::Body>) -> bool {
     let status = Status::from_header_map(response.headers());
-    status.is_some_and(|status| status.code() == Code::Unimplemented)
+    status.is_some_and(|status| status.code() == Code::Unimplemented && status.message().is_empty())
 }
 
 /// Counts a call on its connection, until its answer is written.

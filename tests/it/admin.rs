@@ -281,6 +281,55 @@ async fn metadata_of_an_admin_call_have_a_limit_too() {
 }
 
 #[tokio::test]
+async fn refused_calls_of_an_admin_are_counted_and_audited() {
+    let mut lab = Lab::start().await;
+    let identity = lab.ca.admin("anna").unwrap();
+    let mut connection = connection(&lab, &identity).await.unwrap();
+    let mut call = async |path: &str, kind: &str, encoding: &str| {
+        let request = http::Request::post(format!("https://localhost/credbroker.v1.Admin/{path}"))
+            .header("content-type", kind)
+            .header("te", "trailers")
+            .header("grpc-encoding", encoding)
+            .body(tonic::body::Body::empty());
+        connection.call(request.unwrap()).await.unwrap()
+    };
+    let answer = call("Withdraw", "application/grpc", "identity").await;
+    let status = Status::from_header_map(answer.headers()).unwrap();
+    assert!(status.message().contains("Admin/Withdraw"), "{status:?}");
+    assert_eq!(
+        refusal::<()>(Err(status)),
+        (Code::Unimplemented, "METHOD_UNKNOWN".to_owned())
+    );
+    assert_eq!(
+        call("ListKeys", "text/plain", "identity").await.status(),
+        415
+    );
+    let answer = call("ListKeys", "application/grpc", "gzip").await;
+    let status = Status::from_header_map(answer.headers()).unwrap();
+    assert_eq!(
+        refusal::<()>(Err(status)),
+        (Code::InvalidArgument, "REQUEST_MALFORMED".to_owned())
+    );
+    let who = "spiffe://demo.test/admin/anna";
+    let lines = lab.audit_file();
+    let denied: Vec<_> = lines
+        .iter()
+        .filter(|line| line["event"] == "denied" && line["who"] == who)
+        .map(|line| line["reason"].as_str().unwrap())
+        .collect();
+    assert_eq!(
+        denied,
+        ["METHOD_UNKNOWN", "REQUEST_MALFORMED", "REQUEST_MALFORMED"],
+        "{lines:?}"
+    );
+    for (reason, count) in [("METHOD_UNKNOWN", 1.0), ("REQUEST_MALFORMED", 2.0)] {
+        let name = format!("credbroker_admin_calls_refused_total{{reason=\"{reason}\"}}");
+        assert_eq!(lab.metric(&name).await, Some(count), "{reason}");
+    }
+    lab.stop().await;
+}
+
+#[tokio::test]
 async fn without_an_address_there_is_no_door() {
     let mut lab = Lab::with(Settings {
         edit: Box::new(|config| config.replace("admin = \"127.0.0.1:0\"\n", "")),

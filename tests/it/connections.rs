@@ -543,9 +543,12 @@ async fn metadata_over_the_limit_is_refused_by_name_counted_and_recorded() {
     );
     assert_eq!(denied(&lab, "REQUEST_MALFORMED"), 1);
     assert_eq!(refused_calls(&lab, "REQUEST_MALFORMED").await, Some(1.0));
-    // The HTTP library itself refuses what is far longer, and only that call.
+    // The HTTP library itself refuses what is far longer, and only that call: without details and uncounted.
     let status = with_metadata(270_000).await.unwrap_err();
     assert!(status.get_details_error_info().is_none(), "{status:?}");
+    assert!(status.message().contains("431"), "{status:?}");
+    assert_eq!(denied(&lab, "REQUEST_MALFORMED"), 1);
+    assert_eq!(refused_calls(&lab, "REQUEST_MALFORMED").await, Some(1.0));
     with_metadata(0).await.unwrap();
     assert_eq!(lab.kucoin.received().len(), 2);
     lab.stop().await;
@@ -596,6 +599,55 @@ async fn a_call_to_an_unknown_method_is_counted_and_recorded() {
     );
     assert_eq!(refused_calls(&lab, "METHOD_UNKNOWN").await, Some(3.0));
     assert!(lab.kucoin.received().is_empty());
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn the_path_counts_as_metadata() {
+    let mut lab = lab("").await;
+    let mut connection = lab.patient(&lab.ca.bot("maker").unwrap()).await;
+    let request = http::Request::post(format!("https://localhost/{}", "x".repeat(60_000)))
+        .header("content-type", "application/grpc")
+        .header("te", "trailers")
+        .body(tonic::body::Body::empty())
+        .unwrap();
+    let answer = connection.call(request).await.unwrap();
+    let status = Status::from_header_map(answer.headers()).unwrap();
+    let (code, reason, ..) = failure(&status);
+    assert_eq!(
+        (code, reason.as_str()),
+        (Code::InvalidArgument, "REQUEST_MALFORMED")
+    );
+    assert!(status.message().contains("metadata: has 60"), "{status:?}");
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn an_unknown_compression_is_no_unknown_method() {
+    let mut lab = lab("").await;
+    let mut connection = lab.patient(&lab.ca.bot("maker").unwrap()).await;
+    let mut call = async |path: &str| {
+        let request = http::Request::post(format!("https://localhost{path}"))
+            .header("content-type", "application/grpc")
+            .header("te", "trailers")
+            .header("grpc-encoding", "gzip")
+            .body(tonic::body::Body::empty())
+            .unwrap();
+        let answer = connection.call(request).await.unwrap();
+        Status::from_header_map(answer.headers()).unwrap()
+    };
+    for path in [
+        "/grpc.health.v1.Health/Check",
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+    ] {
+        let status = call(path).await;
+        assert_eq!(status.code(), Code::Unimplemented, "{path}");
+        assert!(status.message().contains("gzip"), "{status:?}");
+        assert!(status.get_details_error_info().is_none(), "{status:?}");
+    }
+    assert_eq!(denied(&lab, "METHOD_UNKNOWN"), 0);
+    let status = call("/credbroker.v1.Broker/SignAndSend").await;
+    assert_eq!(failure(&status).1, "REQUEST_MALFORMED");
     lab.stop().await;
 }
 

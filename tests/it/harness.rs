@@ -528,7 +528,7 @@ impl Lab {
         lines
     }
 
-    fn audit_file(&self) -> Vec<Value> {
+    pub(crate) fn audit_file(&self) -> Vec<Value> {
         let text = std::fs::read_to_string(self.path("state/audit.jsonl")).unwrap();
         text.lines()
             .map(|line| serde_json::from_str(line).unwrap())

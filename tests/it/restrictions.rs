@@ -252,7 +252,7 @@ fn wide_commands_do_nothing_while_stderr_is_no_terminal() {
     let said: Vec<_> = said.split_whitespace().collect();
     assert!(
         said.join(" ")
-            .contains("stderr is not a terminal, so nobody can confirm it; nothing was done"),
+            .contains("confirmation needed, but stderr is not a terminal; nothing was done"),
         "{said:?}"
     );
 }
