@@ -114,6 +114,41 @@ fn examples_take_the_longest_answer_that_the_broker_sends() {
     assert_eq!(README.matches(&method).count(), 2, "snippet and table");
 }
 
+#[test]
+fn the_recipe_for_one_call_reads_a_journal() {
+    let journal = concat!(
+        "Started credbroker.service.\n",
+        r#"{"message":"call ended","span":{"request.id":"REQUEST-ID"}}"#,
+        "\n",
+        r#"{"message":"call ended","request.id":"REQUEST-ID","reason":"OVERLOADED"}"#,
+        "\n",
+        r#"{"message":"call ended","request.id":"other","span":{"bot.id":"b"}}"#,
+        "\n",
+        r#"{"message":"key loaded"}"#,
+        "\n",
+    );
+    let mut lines = OPERATIONS.lines();
+    let recipe = lines
+        .find_map(|line| line.strip_prefix("journalctl -u credbroker -o cat | "))
+        .unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("journal");
+    std::fs::write(&file, journal).unwrap();
+    let run = std::process::Command::new("sh")
+        .args(["-c", recipe])
+        .stdin(std::fs::File::open(&file).unwrap())
+        .output()
+        .unwrap();
+    if run.status.code() == Some(127) {
+        say("recipe for one call: not run (no jq)");
+        return;
+    }
+    let found = String::from_utf8(run.stdout).unwrap();
+    assert!(run.status.success(), "{:?}", run.stderr);
+    assert_eq!(found.lines().count(), 2, "{found}");
+    assert!(!found.contains("other") && found.contains("OVERLOADED"));
+}
+
 /// Every command of the operations guide that reads an audit file.
 fn recipes() -> impl Iterator<Item = &'static str> {
     OPERATIONS.lines().filter(|line| line.starts_with("jq "))
