@@ -7,6 +7,7 @@ use std::net::IpAddr;
 
 use http::StatusCode;
 
+use super::code::Class;
 use super::question::address_in;
 use super::{Answer, Endpoint, Scope};
 use crate::outcome::Outcome;
@@ -60,6 +61,12 @@ const BY_MESSAGE: [(&str, &str, &str); 9] = [
 /// The topic of a code that no table has.
 const CODE_UNKNOWN: &str = "code-unknown";
 
+/// The topic of an answer that leaves the outcome open although its code, if any, says nothing of the kind.
+const OUTCOME_UNCLEAR: &str = "outcome-unclear";
+
+/// Topics of codes that leave the outcome open.
+const UNCLEAR: [&str; 2] = ["stream-ended", "kucoin-failed"];
+
 /// The advice on `code` in `scope`, or in any where none is given; the likeliest where a code means several things.
 pub fn of(scope: Option<Scope>, code: &str) -> Option<&'static Advice> {
     meanings(scope, code).next()
@@ -95,10 +102,14 @@ pub fn for_bot(answer: &Answer, scope: Scope, endpoint: Option<&Endpoint>) -> St
         "" if answer.http_status == StatusCode::TOO_MANY_REQUESTS => "1015",
         code => code,
     };
-    let advice = if answer.is_of_unknown_code() {
-        topic(CODE_UNKNOWN)
-    } else {
-        of_message(scope, code, &answer.msg)
+    // An open outcome is looked up, whatever the code would mean in an answer that settles it.
+    let advice = match (answer.outcome, answer.class) {
+        (Outcome::MaybeSent, _) if answer.is_of_unknown_code() => topic(CODE_UNKNOWN),
+        (Outcome::MaybeSent, Class::Unclear) => {
+            meanings(Some(scope), code).find(|advice| UNCLEAR.contains(&advice.topic))
+        }
+        (Outcome::MaybeSent, _) => topic(OUTCOME_UNCLEAR),
+        _ => of_message(scope, code, &answer.msg),
     };
     let Some(advice) = advice else {
         return String::new();
@@ -542,7 +553,16 @@ pub static ALL: &[Advice] = &[
         codes: &[
             (
                 EVERY,
-                &["230005", "408000", "500000", "503000", "504000", "505000"],
+                &[
+                    "230005", "408000", "500", "500000", "503", "503000", "504000", "505000",
+                ],
+            ),
+            (FUTURES, &["100000", "100002"]),
+            (
+                SPOT,
+                &[
+                    "126000", "126038", "126039", "130202", "135005", "135018", "400400",
+                ],
             ),
             (
                 UNIFIED,
@@ -556,6 +576,14 @@ pub static ALL: &[Advice] = &[
         fix: "Repeat a read. Look an order up by its clientOid before sending it again.",
     },
     Advice {
+        topic: OUTCOME_UNCLEAR,
+        codes: &[],
+        meaning: "KuCoin's answer does not say whether the request was executed.",
+        cause: "It has no code that can be read, a code that is not documented for this request, or a code that does not fit the \
+                HTTP status or the other fields of the answer.",
+        fix: "Look an order up by its clientOid before sending it again.",
+    },
+    Advice {
         topic: CODE_UNKNOWN,
         codes: &[],
         meaning: "The broker does not know this code of KuCoin's, so it cannot tell whether the request was executed.",
@@ -567,13 +595,14 @@ pub static ALL: &[Advice] = &[
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
     use std::time::UNIX_EPOCH;
 
     use bytes::Bytes;
     use http::HeaderMap;
 
-    use super::super::code::RefusalCodes;
-    use super::super::{Asked, Catalog};
+    use super::super::code::{self, RefusalCodes};
+    use super::super::{Asked, Catalog, Risk};
     use super::*;
 
     /// KuCoin API documentation, "Error Code": gateway, HTTP and WebSocket tables; 401000 and 408000 as ccxt has seen them.
@@ -586,7 +615,7 @@ mod tests {
     ];
 
     /// Business codes of single products, by what they mean; the same pages.
-    const BUSINESS: [(Scope, &str, &str); 31] = [
+    const BUSINESS: [(Scope, &str, &str); 33] = [
         (Scope::SpotMargin, "200004", "funds-missing"),
         (Scope::SpotMargin, "130301", "funds-missing"),
         (Scope::Futures, "300003", "futures-funds-missing"),
@@ -618,6 +647,8 @@ mod tests {
         (Scope::Futures, "300009", "position-not-found"),
         (Scope::Futures, "300015", "position-busy"),
         (Scope::Unified, "112001", "kucoin-failed"),
+        (Scope::Futures, "100000", "kucoin-failed"),
+        (Scope::SpotMargin, "126000", "kucoin-failed"),
     ];
 
     fn topics(scope: Option<Scope>, code: &str) -> Vec<&'static str> {
@@ -655,7 +686,7 @@ mod tests {
         );
         assert_eq!(
             topics(Some(Scope::SpotMargin), "400400"),
-            ["parameter-wrong"]
+            ["parameter-wrong", "kucoin-failed"]
         );
         assert_eq!(topics(Some(Scope::Unified), "400400"), ["login-needed"]);
         let both = ["order-forbidden", "partner-unknown"];
@@ -765,15 +796,69 @@ mod tests {
     }
 
     fn answer(http_status: u16, body: &str) -> Answer {
+        let endpoint = Catalog::get().by_id("spot.post.v1-hf-orders").unwrap();
+        answer_of(endpoint, http_status, body)
+    }
+
+    fn answer_of(endpoint: &Endpoint, http_status: u16, body: &str) -> Answer {
         let asked = Asked {
-            endpoint: Catalog::get().by_id("spot.post.v1-hf-orders"),
-            scope: Scope::SpotMargin,
-            changes: true,
+            endpoint: Some(endpoint),
+            scope: endpoint.scope.unwrap(),
+            changes: !matches!(endpoint.risk, Risk::Public | Risk::Read),
             refusal_codes: &RefusalCodes::default(),
         };
         let status = StatusCode::from_u16(http_status).unwrap();
         let body = Bytes::from(body.to_owned());
         Answer::read(status, &HeaderMap::new(), body, asked, || UNIX_EPOCH)
+    }
+
+    #[test]
+    fn advice_on_every_maybe_sent_answer_is_to_look_the_order_up() {
+        let is_to_look_up = |endpoint: &Endpoint, status, body: &str| {
+            let answer = answer_of(endpoint, status, body);
+            assert_eq!(answer.outcome, Outcome::MaybeSent, "{status} {body}");
+            let told = for_bot(&answer, endpoint.scope.unwrap(), Some(endpoint));
+            assert!(
+                told.to_ascii_lowercase().contains("look an order up")
+                    || told.contains("look the order up"),
+                "{} {status} {body}: {told:?}",
+                endpoint.id
+            );
+        };
+        let mut codes = BTreeSet::new();
+        for endpoint in Catalog::get().endpoints() {
+            let Some(scope) = endpoint.scope else {
+                continue;
+            };
+            if matches!(endpoint.risk, Risk::Public | Risk::Read) {
+                continue;
+            }
+            for code in code::unclear_codes() {
+                let (product, none) = (Some(endpoint.product), RefusalCodes::default());
+                let class = code::class(scope.host(), product, code, &[], &none);
+                if class == Class::Unclear {
+                    for status in [200, 400, 502] {
+                        let body = format!(r#"{{"code":"{code}","msg":"failed"}}"#);
+                        is_to_look_up(endpoint, status, &body);
+                    }
+                    codes.insert(code);
+                }
+            }
+            for (status, body) in [
+                (502, r#"{"code":"400100","msg":"Order size invalid"}"#),
+                (503, r#"{"code":"429000","msg":"Too Many Requests"}"#),
+                (503, r#"{"code":"400006"}"#),
+                (500, r#"{"code":"200000","data":{}}"#),
+                (200, r#"{"code":"200000","success":false}"#),
+                (200, r#"{"code":"400100","success":true}"#),
+                (502, "<html>502</html>"),
+                (200, ""),
+            ] {
+                is_to_look_up(endpoint, status, body);
+            }
+        }
+        let all: BTreeSet<_> = code::unclear_codes().collect();
+        assert_eq!(codes, all);
     }
 
     #[test]

@@ -515,6 +515,12 @@ impl fmt::Display for RefusalCode {
     }
 }
 
+/// Every code that leaves the outcome open somewhere.
+#[cfg(test)]
+pub(super) fn unclear_codes() -> impl Iterator<Item = &'static str> {
+    UNCLEAR.iter().flat_map(|row| row.codes).copied()
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::Catalog;
