@@ -477,7 +477,7 @@ impl Broker {
                 }
             }
         }
-        if answer.is_of_unknown_code() {
+        if answer.is_of_unknown_code {
             self.note_unknown_code(permit, &answer.code);
         }
         match answer.code.as_str() {

@@ -104,7 +104,7 @@ pub fn for_bot(answer: &Answer, scope: Scope, endpoint: Option<&Endpoint>) -> St
     };
     // An open outcome is looked up, whatever the code would mean in an answer that settles it.
     let advice = match (answer.outcome, answer.class) {
-        (Outcome::MaybeSent, _) if answer.is_of_unknown_code() => topic(CODE_UNKNOWN),
+        (Outcome::MaybeSent, _) if answer.is_of_unknown_code => topic(CODE_UNKNOWN),
         (Outcome::MaybeSent, Class::Unclear) => {
             meanings(Some(scope), code).find(|advice| UNCLEAR.contains(&advice.topic))
         }

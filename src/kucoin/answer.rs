@@ -9,7 +9,8 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode, header};
 use serde::Deserialize;
-use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde_json::Value;
 
 use super::code::{self, Class, RefusalCodes};
 use super::{Endpoint, Scope};
@@ -44,6 +45,8 @@ pub struct Answer {
     pub msg: String,
     /// What it says about the request.
     pub outcome: Outcome,
+    /// Whether the outcome is open only because no table has this code: as a refusal it would settle it.
+    pub is_of_unknown_code: bool,
     /// Quota of the pool, where the gateway told.
     pub rate_limit: Option<RateLimit>,
     /// How long to wait, where the exchange says so.
@@ -90,36 +93,52 @@ pub struct Asked<'a> {
 /// KuCoin's envelope, as far as every answer has it.
 #[derive(Debug, Default, Deserialize)]
 struct Envelope {
-    #[serde(deserialize_with = "text")]
+    #[serde(default, deserialize_with = "code_text")]
     code: String,
-    #[serde(default, deserialize_with = "text")]
+    #[serde(default, deserialize_with = "message")]
     msg: String,
     /// Stands beside `code` in some answers.
     #[serde(default, deserialize_with = "flag")]
     success: Option<bool>,
 }
 
-impl Envelope {
-    /// `None` where the body is no JSON object with a code: serde would read `["200000"]` as one too.
-    fn read(body: &[u8]) -> Option<Self> {
-        let is_object = body.trim_ascii_start().first() == Some(&b'{');
-        serde_json::from_slice(body).ok().filter(|_| is_object)
+/// A body, as far as it can be read.
+enum Content {
+    /// A JSON object.
+    Envelope(Envelope),
+    /// An object that cannot be read, or a body that is still encoded: it may have any code.
+    Unreadable,
+    /// HTML, text, another kind of JSON, or nothing: it has no code.
+    Bare,
+}
+
+impl Content {
+    fn read(body: &[u8], is_encoded: bool) -> Self {
+        match body.trim_ascii_start().first() {
+            Some(_) if is_encoded => Self::Unreadable,
+            // Looked at first: serde would read `["200000"]` as an envelope too.
+            Some(b'{') => serde_json::from_slice(body).map_or(Self::Unreadable, Self::Envelope),
+            _ => Self::Bare,
+        }
     }
 }
 
-/// Text, or a number as text: some gateways write `"code":404`.
-fn text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Scalar {
-        Null(()),
-        Number(i64),
-        Text(String),
+/// Text, or an integer as text: some gateways write `"code":404`. Anything else is not a code.
+fn code_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    match Value::deserialize(deserializer)? {
+        Value::Null => Ok(String::new()),
+        Value::String(text) => Ok(text),
+        Value::Number(number) if !number.is_f64() => Ok(number.to_string()),
+        _ => Err(D::Error::custom("expected a code as text or integer")),
     }
-    Ok(match Scalar::deserialize(deserializer)? {
-        Scalar::Number(number) => number.to_string(),
-        Scalar::Text(text) => text,
-        Scalar::Null(()) => String::new(),
+}
+
+/// Text as it is; whatever else stands there as JSON, so that it is not taken for "no message".
+fn message<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    Ok(match Value::deserialize(deserializer)? {
+        Value::Null => String::new(),
+        Value::String(text) => text,
+        other => other.to_string(),
     })
 }
 
@@ -175,7 +194,8 @@ fn flag<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<bool>, D::E
 impl Answer {
     /// Reads an answer to what was `asked`; `now` stands in for the answer's own date where it has none.
     ///
-    /// A body that is still encoded (`content-encoding`) is not read: its HTTP status alone decides.
+    /// A body that is still encoded (`content-encoding`) is not read, and neither is a JSON object with a code that is no code:
+    /// an HTTP 4xx with it leaves the outcome open, since the code may be one that does; only 401, 403, 404 and 429 settle it.
     pub fn read(
         http_status: StatusCode,
         headers: &HeaderMap,
@@ -185,11 +205,11 @@ impl Answer {
     ) -> Self {
         let text_of = |name| header_text(headers, &name).unwrap_or_default().to_owned();
         let content_encoding = text_of(header::CONTENT_ENCODING);
-        let envelope = Some(&body).filter(|_| content_encoding.is_empty());
-        let envelope = envelope.and_then(|body| Envelope::read(body));
-        let (outcome, class) = match &envelope {
-            Some(envelope) => judge(http_status, envelope, asked),
-            None => (judge_bare(http_status), Class::Missing),
+        let content = Content::read(&body, !content_encoding.is_empty());
+        let (outcome, class, is_of_unknown_code) = match &content {
+            Content::Envelope(envelope) => judge(http_status, envelope, asked),
+            Content::Unreadable => (judge_unreadable(http_status), Class::Missing, false),
+            Content::Bare => (judge_bare(http_status), Class::Missing, false),
         };
         // A read that failed changed nothing, however it failed.
         let outcome = if outcome == Outcome::MaybeSent && !asked.changes {
@@ -197,7 +217,10 @@ impl Answer {
         } else {
             outcome
         };
-        let Envelope { code, msg, .. } = envelope.unwrap_or_default();
+        let Envelope { code, msg, .. } = match content {
+            Content::Envelope(envelope) => envelope,
+            Content::Unreadable | Content::Bare => Envelope::default(),
+        };
         let rate_limit = rate_limit(headers);
         let retry_after = retry_after(http_status, headers, &code, asked.scope, rate_limit, now);
         Self {
@@ -209,18 +232,15 @@ impl Answer {
             class,
             msg,
             outcome,
+            is_of_unknown_code: is_of_unknown_code && asked.changes,
             rate_limit,
             retry_after,
         }
     }
-
-    /// Whether the outcome is open only because no table has this code.
-    pub fn is_of_unknown_code(&self) -> bool {
-        self.outcome == Outcome::MaybeSent && self.class == Class::Unknown
-    }
 }
 
-fn judge(http_status: StatusCode, envelope: &Envelope, asked: Asked<'_>) -> (Outcome, Class) {
+/// The outcome, the class of the code, and whether the outcome is open only because no table has the code.
+fn judge(http_status: StatusCode, envelope: &Envelope, asked: Asked<'_>) -> (Outcome, Class, bool) {
     let Envelope { code, msg, success } = envelope;
     let (product, success_codes) = asked.endpoint.map_or((None, &[][..]), |endpoint| {
         (Some(endpoint.product), &endpoint.success_codes[..])
@@ -229,7 +249,7 @@ fn judge(http_status: StatusCode, envelope: &Envelope, asked: Asked<'_>) -> (Out
     let class = code::class(host, product, code, success_codes, asked.refusal_codes);
     // "Position does not exist" has been seen under 200000: a message there contradicts the code.
     let is_plain = msg.is_empty() || msg.eq_ignore_ascii_case("success");
-    let outcome = match class {
+    let outcome_of = |class| match class {
         Class::Success if http_status.is_success() && is_plain && success.unwrap_or(true) => {
             Outcome::Accepted
         }
@@ -239,7 +259,23 @@ fn judge(http_status: StatusCode, envelope: &Envelope, asked: Asked<'_>) -> (Out
         Class::Refusal if http_status.is_success() => Outcome::Rejected,
         Class::Missing | Class::Refusal | Class::Unknown => judge_bare(http_status),
     };
-    (outcome, class)
+    let outcome = outcome_of(class);
+    let would_settle = || outcome_of(Class::Refusal) == Outcome::Rejected;
+    let is_of_unknown_code =
+        class == Class::Unknown && outcome == Outcome::MaybeSent && would_settle();
+    (outcome, class, is_of_unknown_code)
+}
+
+/// Where there may be a code that cannot be read, only the statuses with which a gateway turns a request away say that
+/// nothing was executed.
+fn judge_unreadable(http_status: StatusCode) -> Outcome {
+    match http_status {
+        StatusCode::UNAUTHORIZED
+        | StatusCode::FORBIDDEN
+        | StatusCode::NOT_FOUND
+        | StatusCode::TOO_MANY_REQUESTS => Outcome::Rejected,
+        _ => Outcome::MaybeSent,
+    }
 }
 
 /// Where the code does not decide, a refusal of the HTTP kind (4xx) executed nothing.
@@ -445,6 +481,36 @@ mod tests {
             r#"{"code":"400100","success":true}"#,
             Outcome::Rejected,
         ),
+        (
+            400,
+            r#"{"code":"500000","msg":{"a":1}}"#,
+            Outcome::MaybeSent,
+        ),
+        (400, r#"{"code":"500000","msg":true}"#, Outcome::MaybeSent),
+        (400, r#"{"code":500000.0}"#, Outcome::MaybeSent),
+        (400, r#"{"code":["500000"]}"#, Outcome::MaybeSent),
+        (
+            400,
+            r#"{"code":"400100","code":"500000"}"#,
+            Outcome::MaybeSent,
+        ),
+        (400, r#"{"code":"500000""#, Outcome::MaybeSent),
+        (401, r#"{"code":400003.0}"#, Outcome::Rejected),
+        (403, r#"{"code":true}"#, Outcome::Rejected),
+        (404, r#"{"code":404.0}"#, Outcome::Rejected),
+        (429, r#"{"code":429000.0}"#, Outcome::Rejected),
+        (400, r#"{"code":"400100","msg":{"a":1}}"#, Outcome::Rejected),
+        (400, r#"{"msg":"no code"}"#, Outcome::Rejected),
+        (400, r#"{"code":null}"#, Outcome::Rejected),
+        (400, "<html>400</html>", Outcome::Rejected),
+        (400, "Bad Request", Outcome::Rejected),
+        (400, "", Outcome::Rejected),
+        (
+            200,
+            r#"{"code":"200000","msg":{"a":1}}"#,
+            Outcome::MaybeSent,
+        ),
+        (200, r#"{"code":"200000","msg":false}"#, Outcome::MaybeSent),
         (200, r#"["200000"]"#, Outcome::MaybeSent),
         (200, r#"["400100","no"]"#, Outcome::MaybeSent),
         (200, r#""200000""#, Outcome::MaybeSent),
@@ -482,15 +548,19 @@ mod tests {
         for status in [200, 400] {
             let answer = read("futures.post.v2-order", status, &HeaderMap::new(), body);
             assert_eq!(answer.outcome, Outcome::MaybeSent, "{status}");
-            assert!(!answer.is_of_unknown_code());
+            assert!(!answer.is_of_unknown_code);
         }
     }
 
     #[test]
-    fn only_an_open_outcome_is_of_an_unknown_code() {
-        let is_unknown = |status, body| order(status, body).is_of_unknown_code();
+    fn a_code_is_unknown_only_where_it_would_settle_the_outcome() {
+        let is_unknown = |status, body| order(status, body).is_of_unknown_code;
         assert!(is_unknown(200, r#"{"code":"999999"}"#));
+        assert!(is_unknown(200, r#"{"code":"999999","success":false}"#));
         for (status, body) in [
+            (500, r#"{"code":"999999"}"#),
+            (302, r#"{"code":"999999"}"#),
+            (200, r#"{"code":"999999","success":true}"#),
             (200, r#"{"code":"400100"}"#),
             (200, r#"{"code":"500000"}"#),
             (400, r#"{"code":"999999"}"#),
@@ -505,20 +575,39 @@ mod tests {
             r#"{"code":"999999"}"#,
         );
         assert_eq!(
-            (read.outcome, read.is_of_unknown_code()),
+            (read.outcome, read.is_of_unknown_code),
             (Outcome::Rejected, false)
         );
     }
 
     #[test]
-    fn a_body_that_is_still_encoded_is_judged_by_its_status() {
+    fn a_body_that_is_still_encoded_leaves_most_client_errors_open() {
         let coded = headers(&[("content-encoding", "br")]);
         let body = r#"{"code":"200000"}"#;
-        for (status, outcome) in [(200, Outcome::MaybeSent), (403, Outcome::Rejected)] {
+        for (status, outcome) in [
+            (200, Outcome::MaybeSent),
+            (400, Outcome::MaybeSent),
+            (401, Outcome::Rejected),
+            (403, Outcome::Rejected),
+            (404, Outcome::Rejected),
+            (408, Outcome::MaybeSent),
+            (415, Outcome::MaybeSent),
+            (429, Outcome::Rejected),
+        ] {
             let answer = read("spot.post.v1-hf-orders", status, &coded, body);
             assert_eq!((answer.outcome, answer.code.as_str()), (outcome, ""));
             assert_eq!(answer.content_encoding, "br");
         }
+        let nothing = read("spot.post.v1-hf-orders", 400, &coded, "");
+        assert_eq!(nothing.outcome, Outcome::Rejected, "nothing to decode");
+    }
+
+    #[test]
+    fn a_message_that_is_no_text_is_shown_as_json() {
+        let answer = order(400, r#"{"code":"400100","msg":{"size":"too small"}}"#);
+        assert_eq!(answer.code, "400100");
+        assert_eq!(answer.msg, r#"{"size":"too small"}"#);
+        assert_eq!(order(400, r#"{"code":"400100","msg":null}"#).msg, "");
     }
 
     #[test]

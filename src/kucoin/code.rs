@@ -52,7 +52,7 @@ pub const BUSY: [&str; 3] = [RATE_LIMITED, "429001", "429002"];
 /// What a code says about the request.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Class {
-    /// There is no code.
+    /// There is no code, or none that can be read.
     Missing,
     /// The exchange refused the request; nothing was executed.
     Refusal,

@@ -232,6 +232,72 @@ async fn an_unknown_code_leaves_an_order_open_and_is_counted_and_logged_once() {
 }
 
 #[tokio::test]
+async fn a_code_that_would_not_settle_the_outcome_is_not_counted_as_unknown() {
+    const COUNTER: &str = "credbroker_codes_unknown_total{scope=\"spot-margin\"} ";
+    let exchange = Exchange::start("spot").await;
+    let mut lab = Lab::with(exchange.settings()).await;
+    let mut bot = lab.bot("maker").await;
+    for (number, answer) in [
+        http("500 Internal Server Error", r#"{"code":"987654"}"#),
+        http("200 OK", r#"{"code":"987654","success":true}"#),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        exchange.answer(ORDERS, answer);
+        let order = spot_order(&format!("open-{number}"));
+        let answer = bot.send(order).await.unwrap();
+        assert_eq!(verdict(&answer), (Outcome::MaybeSent, "987654"));
+        assert!(
+            answer.advice.contains("Look an order up by its clientOid")
+                && !answer.advice.contains("refusal_codes"),
+            "{}",
+            answer.advice
+        );
+    }
+    assert_eq!(metric(&lab, COUNTER).await, 0);
+    assert!(!lab.process().log().contains("unknown code;"));
+}
+
+#[tokio::test]
+async fn a_client_error_whose_code_cannot_be_read_leaves_an_order_open() {
+    let exchange = Exchange::start("spot").await;
+    let lab = Lab::with(exchange.settings()).await;
+    let mut bot = lab.bot("maker").await;
+    let br = "content-encoding: br\r\ncontent-type";
+    for (number, (answer, expected)) in [
+        (
+            http("400 Bad Request", r#"{"code":"500000","msg":{"a":1}}"#),
+            (Outcome::MaybeSent, "500000"),
+        ),
+        (
+            http("400 Bad Request", r#"{"code":500000.0}"#),
+            (Outcome::MaybeSent, ""),
+        ),
+        (
+            http("400 Bad Request", "encoded").replace("content-type", br),
+            (Outcome::MaybeSent, ""),
+        ),
+        (
+            http("403 Forbidden", "encoded").replace("content-type", br),
+            (Outcome::Rejected, ""),
+        ),
+        (
+            http("400 Bad Request", "<html>400</html>"),
+            (Outcome::Rejected, ""),
+        ),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        exchange.answer(ORDERS, answer.clone());
+        let order = spot_order(&format!("unread-{number}"));
+        let came = bot.send(order).await.unwrap();
+        assert_eq!(verdict(&came), expected, "{answer}");
+    }
+}
+
+#[tokio::test]
 async fn a_code_in_the_configuration_is_a_refusal() {
     let exchange = Exchange::start("spot").await;
     let mut settings = exchange.settings();
