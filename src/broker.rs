@@ -33,7 +33,8 @@ use crate::ids::{AccountId, AdminId, BotId, KeyName, RequestId, Who};
 use crate::keyring::usage::Refusal;
 use crate::keyring::{KeyUnavailable, Keyring, Lent};
 use crate::kucoin::code::{
-    self, ADDRESS_REFUSED, CREDENTIALS_REFUSED, KEY_REFUSED, RefusalCodes, TIMESTAMP_REFUSED,
+    self, ADDRESS_REFUSED, CREDENTIALS_REFUSED, KEY_REFUSED, RefusalCode, RefusalCodes,
+    TIMESTAMP_REFUSED,
 };
 use crate::kucoin::{
     self, Answer, Asked, Endpoint, Key, Product, Scope, UnsignedRequest, advice, question,
@@ -512,22 +513,28 @@ impl Broker {
     }
 
     /// Counts a code that leaves the outcome open, and logs it once.
-    fn note_unknown_code(&self, permit: &Permit, code: &str) {
+    fn note_unknown_code(&self, permit: &Permit, full_code: &str) {
         self.metrics.code_unknown(permit.scope());
         let product = permit.endpoint().map(|endpoint| endpoint.product);
-        let code: String = code.chars().take(code::MAX_CODE_CHARS).collect();
-        if self
-            .unknown_codes
-            .insert_if_new(permit.scope(), product, &code)
-        {
-            let (host, product) = (permit.scope().host(), product.map_or("*", Product::as_str));
-            tracing::warn!(
-                endpoint = permit.endpoint_id(),
-                scope = %permit.scope(),
-                code = ?code,
-                refusal_code = ?format!("{}/{product}/{code}", host.as_str()),
-                "unknown code; outcome is maybe_sent: if KuCoin documents it as a refusal, add it to exchange.refusal_codes"
-            );
+        let code: String = full_code.chars().take(code::MAX_CODE_CHARS).collect();
+        if self.unknown_codes.insert_if_new(permit.scope(), product, &code) {
+            let (endpoint, scope) = (permit.endpoint_id(), permit.scope());
+            if let Ok(refusal) = RefusalCode::new(scope.host(), product, full_code) {
+                tracing::warn!(
+                    endpoint,
+                    %scope,
+                    code = ?code,
+                    refusal_code = ?refusal.to_string(),
+                    "unknown code; outcome is maybe_sent: if KuCoin documents it as a refusal, add it to exchange.refusal_codes"
+                );
+            } else {
+                tracing::warn!(
+                    endpoint,
+                    %scope,
+                    code = ?code,
+                    "unknown code; outcome is maybe_sent: exchange.refusal_codes does not take it; report it as a defect of credbroker"
+                );
+            }
         }
     }
 

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 
 use http::StatusCode;
 
-use super::code::Class;
+use super::code::{Class, RefusalCode};
 use super::question::address_in;
 use super::{Answer, Endpoint, Scope};
 use crate::outcome::Outcome;
@@ -102,9 +102,15 @@ pub fn for_bot(answer: &Answer, scope: Scope, endpoint: Option<&Endpoint>) -> St
         "" if answer.http_status == StatusCode::TOO_MANY_REQUESTS => "1015",
         code => code,
     };
+    let is_configurable = || {
+        let product = endpoint.map(|endpoint| endpoint.product);
+        RefusalCode::new(scope.host(), product, code).is_ok()
+    };
     // An open outcome is looked up, whatever the code would mean in an answer that settles it.
     let advice = match (answer.outcome, answer.class) {
-        (Outcome::MaybeSent, _) if answer.is_of_unknown_code => topic(CODE_UNKNOWN),
+        (Outcome::MaybeSent, _) if answer.is_of_unknown_code && is_configurable() => {
+            topic(CODE_UNKNOWN)
+        }
         (Outcome::MaybeSent, Class::Unclear) => {
             meanings(Some(scope), code).find(|advice| UNCLEAR.contains(&advice.topic))
         }

@@ -466,8 +466,15 @@ impl FromStr for RefusalCode {
                 })?)
             }
         };
+        Self::new(host, product, code)
+    }
+}
+
+impl RefusalCode {
+    /// The refusal `code`; fails where it is no code, or where an answer with it may have been executed.
+    pub fn new(host: Host, product: Option<Product>, code: &str) -> Result<Self, RefusalCodeError> {
         let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-');
-        let code = (*code).to_owned();
+        let code = code.to_owned();
         if !(1..=MAX_CODE_CHARS).contains(&code.len()) || !code.chars().all(fits) {
             return Err(RefusalCodeError::Code(code));
         }

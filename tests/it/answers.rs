@@ -232,6 +232,28 @@ async fn an_unknown_code_leaves_an_order_open_and_is_counted_and_logged_once() {
 }
 
 #[tokio::test]
+async fn a_code_that_the_configuration_does_not_take_is_not_offered_for_it() {
+    let exchange = Exchange::start("spot").await;
+    let mut lab = Lab::with(exchange.settings()).await;
+    let mut bot = lab.bot("maker").await;
+    exchange.answer(ORDERS, ok(&json!({"code": "OK"})));
+    let answer = bot.send(spot_order("ok")).await.unwrap();
+    assert_eq!(verdict(&answer), (Outcome::MaybeSent, "OK"));
+    assert!(
+        answer.advice.contains("Look an order up by its clientOid")
+            && !answer.advice.contains("refusal_codes"),
+        "{}",
+        answer.advice
+    );
+    let line = lab
+        .process()
+        .log_line("unknown code; outcome is maybe_sent: exchange.refusal_codes does not take it; report it as a defect of credbroker")
+        .await;
+    assert_eq!(line["level"], "WARN");
+    assert!(line.get("config").is_none(), "{line}");
+}
+
+#[tokio::test]
 async fn a_code_that_would_not_settle_the_outcome_is_not_counted_as_unknown() {
     const COUNTER: &str = "credbroker_codes_unknown_total{scope=\"spot-margin\"} ";
     let exchange = Exchange::start("spot").await;
