@@ -23,6 +23,7 @@ use hyper_util::rt::TokioIo;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpSocket;
+use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsConnector;
 
@@ -103,8 +104,10 @@ struct Destination {
     addresses: RwLock<Vec<SocketAddr>>,
     /// Whether the last answer for the name had addresses, but none of the kind of the egress address.
     is_other_kind: AtomicBool,
-    /// When the name was last asked for after a failed connect; held while it is asked for.
+    /// When the name was last asked for at the start or after a failed connect; held while it is asked for.
     resolved_again: tokio::sync::Mutex<Option<Instant>>,
+    /// Whether the name was looked up once since the start, with or without success.
+    is_looked_up: watch::Sender<bool>,
     pool: Pool,
 }
 
@@ -243,8 +246,8 @@ impl Egress {
         })
     }
 
-    /// Resolves all names once, then keeps names and warm connections fresh in the background.
-    pub async fn start(&self) {
+    /// Looks all names up at the same time, then keeps names and warm connections fresh; all of it in the background.
+    pub fn start(&self) {
         let mut distinct: Vec<&Arc<Destination>> = Vec::new();
         for destination in self.destinations.values() {
             if !distinct.iter().any(|known| Arc::ptr_eq(known, destination)) {
@@ -252,9 +255,17 @@ impl Egress {
             }
         }
         for destination in distinct {
-            // A name that does not resolve now is asked for again; it must not keep the broker from starting.
-            destination.refresh(&self.settings).await;
             tokio::spawn(Arc::clone(destination).maintain(self.settings.clone()));
+        }
+    }
+
+    /// Waits until every name was looked up once after the [`start`](Self::start), with or without success: at most the
+    /// time limit of a connect, since all are looked up at the same time.
+    pub async fn first_lookups(&self) {
+        for destination in self.destinations.values() {
+            let mut is_looked_up = destination.is_looked_up.subscribe();
+            // The destination holds the sender, so there is no error.
+            let _ = is_looked_up.wait_for(|is_looked_up| *is_looked_up).await;
         }
     }
 
@@ -431,6 +442,7 @@ impl Destination {
             addresses: RwLock::default(),
             is_other_kind: AtomicBool::new(false),
             resolved_again: tokio::sync::Mutex::default(),
+            is_looked_up: watch::Sender::new(false),
             pool: Pool::default(),
         })
     }
@@ -477,7 +489,7 @@ impl Destination {
         tracing::warn!(host = self.origin.name, %error, "DNS lookup failed; using cached addresses");
     }
 
-    /// The same after a failed connect: at once, but not more often than [`RESOLVE_AGAIN_EVERY`]. Who comes while another
+    /// The same at the start and after a failed connect: at once, but not more often than [`RESOLVE_AGAIN_EVERY`]. Who comes while another
     /// asks waits for the same answer.
     async fn refresh_again(self: Arc<Self>, settings: EgressSettings) {
         let mut last = self.resolved_again.lock().await;
@@ -502,6 +514,9 @@ impl Destination {
     }
 
     async fn maintain(self: Arc<Self>, settings: EgressSettings) {
+        // A connect that comes meanwhile waits for the same answer.
+        Arc::clone(&self).refresh_again(settings.clone()).await;
+        self.is_looked_up.send_replace(true);
         let mut resolved = Instant::now();
         loop {
             self.pool.drop_older_than(settings.max_idle);
@@ -637,20 +652,28 @@ where
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt;
+
     use super::*;
 
-    fn localhost(port: u16) -> Arc<Destination> {
-        let origin = Origin {
+    fn origin(port: u16) -> Origin {
+        Origin {
             tls: false,
             name: "localhost".to_owned(),
             port,
-        };
+        }
+    }
+
+    fn tls() -> Arc<rustls::ClientConfig> {
         let roots = rustls::RootCertStore::empty();
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let tls = rustls::ClientConfig::builder_with_provider(provider);
         let tls = tls.with_safe_default_protocol_versions().unwrap();
-        let tls = tls.with_root_certificates(roots).with_no_client_auth();
-        Arc::new(Destination::new(origin, &Arc::new(tls)).unwrap())
+        Arc::new(tls.with_root_certificates(roots).with_no_client_auth())
+    }
+
+    fn localhost(port: u16) -> Arc<Destination> {
+        Arc::new(Destination::new(origin(port), &tls()).unwrap())
     }
 
     fn settings() -> EgressSettings {
@@ -670,6 +693,38 @@ mod tests {
         let old = SocketAddr::from(([127, 7, 7, 6], destination.origin.port));
         destination.keep([old].into_iter(), settings().address);
         old
+    }
+
+    #[test]
+    fn start_waits_for_no_lookup_and_first_lookups_ends_once_all_names_were_looked_up() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            // Lookups run on this thread: while it is busy, no name server answers.
+            .max_blocking_threads(1)
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let (answer, answers) = std::sync::mpsc::channel::<()>();
+            let name_server = tokio::task::spawn_blocking(move || answers.recv());
+            let origins = [(Host::Spot, origin(1)), (Host::Futures, origin(2))];
+            let origins = origins.map(|(host, origin)| ((Site::Global, host), origin));
+            let egress = Egress::new(settings(), origins.into(), &tls()).unwrap();
+            egress.start();
+            for _ in 0..10 {
+                assert!(egress.first_lookups().now_or_never().is_none());
+                tokio::task::yield_now().await;
+            }
+            answer.send(()).unwrap();
+            egress.first_lookups().await;
+            for destination in egress.destinations.values() {
+                let port = destination.origin.port;
+                assert_eq!(
+                    destination.addresses(),
+                    [SocketAddr::from(([127, 0, 0, 1], port))]
+                );
+            }
+            name_server.await.unwrap().unwrap();
+        });
     }
 
     #[tokio::test]

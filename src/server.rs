@@ -22,7 +22,7 @@ use sha2::{Digest, Sha256};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::task::TaskTracker;
 use tonic::service::Routes;
 
@@ -65,7 +65,8 @@ const MESSAGE_OVERHEAD: usize = 64 * 1024;
 /// More than any question for health or reflection needs; the library's own limit is 4 MB for each.
 const HELPER_MESSAGE: usize = 4096;
 
-/// How long bots wait at a start for all keys to be read: a Vault that does not answer holds up no cancel of a key that was.
+/// How long bots wait at a start for all keys to be read and all names to be looked up: a Vault that does not answer holds
+/// up no cancel of a key that was read.
 const FIRST_READ_WITHIN: Duration = Duration::from_secs(10);
 
 /// The file in the state folder that a running broker holds locked.
@@ -142,7 +143,7 @@ pub struct Server {
 
 impl Server {
     /// Starts a broker. Admins are let in once this returns; bots can connect, and are let in once every key has been read
-    /// from Vault or could not be, after 10 s at most.
+    /// from Vault or could not be, and every name of the exchange was looked up, after 10 s at most.
     ///
     /// # Errors
     /// When anything that it cannot do without is missing; says what. Vault is not among them.
@@ -159,6 +160,7 @@ impl Server {
         reason = "everything is put together here, each part after what it needs"
     )]
     pub async fn start_on(config: Config, clock: Clock) -> Result<Self, StartError> {
+        let bots_wait_until = Instant::now() + FIRST_READ_WITHIN;
         let clock = Arc::new(clock);
         let watched = (Source::read(&config.rules), TlsSources::read(&config.tls));
         let mut loaded = load(&config, clock.wall_ms()).map_err(StartError::Config)?;
@@ -200,7 +202,7 @@ impl Server {
             config.vault_poll,
         );
         refresher.follow();
-        broker.egress.start().await;
+        broker.egress.start();
         let mut probes = Probes::new(config.proof_every);
         probes.follow(&broker, &broker.policy());
 
@@ -263,7 +265,7 @@ impl Server {
         let reloads = reloader.run(config.reload_every, watched.0, watched.1);
         background.spawn(named("look at changed files", reloads));
         let listeners = TaskTracker::new();
-        let serving = listeners.track_future(serve_bots(listener, grpc_listener));
+        let serving = listeners.track_future(serve_bots(listener, grpc_listener, bots_wait_until));
         background.spawn(named("bots' listener", serving));
         if let Some((socket, _)) = admin_listener {
             let serving = listeners.track_future(admins.serve(socket));
@@ -316,18 +318,22 @@ impl Server {
     }
 }
 
-/// Lets bots in once the first read of all keys has ended; until then connections wait in the socket's queue.
-async fn serve_bots(listener: Listener, socket: TcpListener) {
+/// Lets bots in once the first read of all keys and the first lookup of all names have ended, and at `latest` in any case;
+/// until then connections wait in the socket's queue.
+async fn serve_bots(listener: Listener, socket: TcpListener, latest: Instant) {
     let mut stopping = listener.stopping.clone();
-    let keyring = Arc::clone(&listener.broker.keyring);
+    let broker = Arc::clone(&listener.broker);
+    let is_prepared = async {
+        tokio::join!(broker.egress.first_lookups(), broker.keyring.first_read());
+    };
     tokio::select! {
         () = told(&mut stopping) => return,
-        () = keyring.first_read() => {
+        () = is_prepared => {
             tracing::info!("initial key load finished; accepting bots");
         }
-        () = sleep(FIRST_READ_WITHIN) => {
+        () = sleep_until(latest) => {
             let within_s = FIRST_READ_WITHIN.as_secs();
-            tracing::warn!("initial key load not finished within {within_s} s; accepting bots");
+            tracing::warn!("initial key load or DNS lookups not finished within {within_s} s; accepting bots");
         }
     }
     listener.serve(socket).await;

@@ -80,7 +80,8 @@ impl Door {
         };
         let lock = lock(&config.state_dir).await.map_err(unstarted)?;
         let broker = assemble(&config, loaded, clock).map_err(unstarted)?.broker;
-        broker.egress.start().await;
+        broker.egress.start();
+        broker.egress.first_lookups().await;
         let mut probes = Probes::new(config.proof_every);
         probes.follow(&broker, &broker.policy());
         proven(&broker).await?;

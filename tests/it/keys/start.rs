@@ -12,7 +12,7 @@ use crate::harness::{Bot, Lab, Road, Settings, Time, patient, refusal, spot_canc
 
 const KEYS_READ: &str = "initial key load finished; accepting bots";
 
-const TOO_LONG: &str = "initial key load not finished within 10 s; accepting bots";
+const TOO_LONG: &str = "initial key load or DNS lookups not finished within 10 s; accepting bots";
 
 /// An installation whose broker reaches Vault over a road, and waits for its answers for long.
 async fn installed() -> (Lab, Road) {
