@@ -489,8 +489,8 @@ impl Destination {
         tracing::warn!(host = self.origin.name, %error, "DNS lookup failed; using cached addresses");
     }
 
-    /// The same at the start and after a failed connect: at once, but not more often than [`RESOLVE_AGAIN_EVERY`]. Who comes while another
-    /// asks waits for the same answer.
+    /// The same at the start and after a failed connect: at once, but not more often than [`RESOLVE_AGAIN_EVERY`]. Who comes
+    /// while another asks waits for the same answer.
     async fn refresh_again(self: Arc<Self>, settings: EgressSettings) {
         let mut last = self.resolved_again.lock().await;
         if last.is_none_or(|at| at.elapsed() >= RESOLVE_AGAIN_EVERY) {
@@ -517,11 +517,26 @@ impl Destination {
         // A connect that comes meanwhile waits for the same answer.
         Arc::clone(&self).refresh_again(settings.clone()).await;
         self.is_looked_up.send_replace(true);
+        tokio::join!(
+            self.keep_fresh(&settings),
+            self.drop_idle(settings.max_idle)
+        );
+    }
+
+    /// Closes on time what is idle for too long or has carried a key that is gone, also while the exchange does not answer.
+    async fn drop_idle(&self, max_idle: Duration) {
+        loop {
+            self.pool.drop_older_than(max_idle);
+            tokio::time::sleep(MAINTAIN_EVERY).await;
+        }
+    }
+
+    /// Keeps warm connections open and addresses new.
+    async fn keep_fresh(self: &Arc<Self>, settings: &EgressSettings) {
         let mut resolved = Instant::now();
         loop {
-            self.pool.drop_older_than(settings.max_idle);
             for _ in self.pool.fresh(settings.max_idle_for_writes)..settings.warm_connections {
-                match self.open(&settings).await {
+                match self.open(settings).await {
                     Ok(open) => self.pool.put(open),
                     Err(error) => {
                         tracing::warn!(
@@ -535,7 +550,7 @@ impl Destination {
             }
             tokio::time::sleep(MAINTAIN_EVERY).await;
             if self.addresses().is_empty() || resolved.elapsed() >= RESOLVE_EVERY {
-                self.refresh(&settings).await;
+                self.refresh(settings).await;
                 resolved = Instant::now();
             }
         }
@@ -653,8 +668,11 @@ where
 #[cfg(test)]
 mod tests {
     use futures_util::FutureExt;
+    use zeroize::Zeroizing;
 
     use super::*;
+    use crate::kucoin::{Key, KeyVersion};
+    use crate::secret::{ApiSecret, Passphrase};
 
     fn origin(port: u16) -> Origin {
         Origin {
@@ -770,6 +788,39 @@ mod tests {
         tokio::time::advance(RESOLVE_AGAIN_EVERY).await;
         again().await;
         assert_eq!(destination.addresses(), [new], "after a second");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn connection_of_a_key_that_is_gone_closes_on_time_beside_a_silent_exchange() {
+        // Takes connections, and never answers in TLS.
+        let exchange = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = exchange.local_addr().unwrap();
+        let origin = Origin {
+            tls: true,
+            ..origin(address.port())
+        };
+        let destination = Arc::new(Destination::new(origin, &tls()).unwrap());
+        let text = |text: &str| Zeroizing::new(text.to_owned());
+        let secret = ApiSecret::new(text("fake-secret"));
+        let passphrase = Passphrase::new(text("fake-pass"));
+        let key = Key::new(text("fake-id"), &secret, &passphrase, KeyVersion::V3, None).unwrap();
+        let (ours, _theirs) = tokio::io::duplex(64);
+        let (sender, connection) = http1::handshake(TokioIo::new(ours)).await.unwrap();
+        let connection = tokio::spawn(connection);
+        let mut open = Open::new(sender, address);
+        open.will_carry(Some(Arc::downgrade(&key)));
+        destination.pool.put(open);
+        let settings = EgressSettings {
+            warm_connections: 2,
+            ..settings()
+        };
+        tokio::spawn(Arc::clone(&destination).maintain(settings));
+        let _silent = exchange.accept().await.unwrap();
+        let gone = Instant::now();
+        drop(key);
+        // Ends only once nobody holds the other end of it.
+        connection.await.unwrap().unwrap();
+        assert!(gone.elapsed() <= MAINTAIN_EVERY, "{:?}", gone.elapsed());
     }
 
     #[test]
