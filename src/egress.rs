@@ -104,7 +104,7 @@ struct Destination {
     addresses: RwLock<Vec<SocketAddr>>,
     /// Whether the last answer for the name had addresses, but none of the kind of the egress address.
     is_other_kind: AtomicBool,
-    /// When the name was last asked for at the start or after a failed connect; held while it is asked for.
+    /// When the name was last asked for after a failed connect; held while it is asked for, also at the start.
     resolved_again: tokio::sync::Mutex<Option<Instant>>,
     /// Whether the name was looked up once since the start, with or without success.
     is_looked_up: watch::Sender<bool>,
@@ -489,13 +489,18 @@ impl Destination {
         tracing::warn!(host = self.origin.name, %error, "DNS lookup failed; using cached addresses");
     }
 
-    /// The same at the start and after a failed connect: at once, but not more often than [`RESOLVE_AGAIN_EVERY`]. Who comes
-    /// while another asks waits for the same answer.
-    async fn refresh_again(self: Arc<Self>, settings: EgressSettings) {
+    /// The same after a failed connect: at once, but not more often than [`RESOLVE_AGAIN_EVERY`]. Who comes while another
+    /// asks waits for the same answer. `had_none`: the connect failed for want of an address, so any address will do, also
+    /// one that another lookup has found meanwhile.
+    async fn refresh_again(self: Arc<Self>, settings: EgressSettings, had_none: bool) {
         let mut last = self.resolved_again.lock().await;
-        if last.is_none_or(|at| at.elapsed() >= RESOLVE_AGAIN_EVERY) {
+        let is_found = || had_none && !self.addresses().is_empty();
+        if !is_found() && last.is_none_or(|at| at.elapsed() >= RESOLVE_AGAIN_EVERY) {
             self.refresh(&settings).await;
-            *last = Some(Instant::now());
+            // A first address may be out of date as soon as any other one.
+            if !is_found() {
+                *last = Some(Instant::now());
+            }
         }
     }
 
@@ -515,7 +520,9 @@ impl Destination {
 
     async fn maintain(self: Arc<Self>, settings: EgressSettings) {
         // A connect that comes meanwhile waits for the same answer.
-        Arc::clone(&self).refresh_again(settings.clone()).await;
+        let asking = self.resolved_again.lock().await;
+        self.refresh(&settings).await;
+        drop(asking);
         self.is_looked_up.send_replace(true);
         tokio::join!(
             self.keep_fresh(&settings),
@@ -565,7 +572,8 @@ impl Destination {
             Err(error) => error,
         };
         // In a task of its own: the next call needs the answer too, whatever becomes of this one.
-        let again = tokio::spawn(Arc::clone(self).refresh_again(settings.clone()));
+        let again =
+            tokio::spawn(Arc::clone(self).refresh_again(settings.clone(), tried.is_empty()));
         let _ = timeout(RESOLVE_AGAIN_WITHIN, again).await;
         let now = self.addresses();
         let is_gone = |address: &SocketAddr| tried.contains(address) && !now.contains(address);
@@ -775,7 +783,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn failed_connects_look_the_name_up_at_most_once_a_second() {
         let destination = localhost(1);
-        let again = || Arc::clone(&destination).refresh_again(settings());
+        let again = || Arc::clone(&destination).refresh_again(settings(), false);
         let new = SocketAddr::from(([127, 0, 0, 1], 1));
         move_away(&destination);
         again().await;
