@@ -517,7 +517,10 @@ impl Broker {
         self.metrics.code_unknown(permit.scope());
         let product = permit.endpoint().map(|endpoint| endpoint.product);
         let code: String = full_code.chars().take(code::MAX_CODE_CHARS).collect();
-        if self.unknown_codes.insert_if_new(permit.scope(), product, &code) {
+        if self
+            .unknown_codes
+            .insert_if_new(permit.scope(), product, &code)
+        {
             let (endpoint, scope) = (permit.endpoint_id(), permit.scope());
             if let Ok(refusal) = RefusalCode::new(scope.host(), product, full_code) {
                 tracing::warn!(

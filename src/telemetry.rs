@@ -224,15 +224,9 @@ impl EncodeLabelValue for Word {
 impl Default for Metrics {
     fn default() -> Self {
         let mut registry = Registry::with_prefix("credbroker");
-        let histogram = || Histogram::new(BUCKETS);
         let metrics = Self {
             requests: registered(&mut registry, "requests", "Calls of bots by how they ended"),
-            stages: {
-                let stages = Family::new_with_constructor(histogram as fn() -> Histogram);
-                let help = "Where the time of answered calls went";
-                registry.register("stage_duration_seconds", help, stages.clone());
-                stages
-            },
+            stages: stages(&mut registry),
             certificates_refused: registered(
                 &mut registry,
                 "certificates_refused",
@@ -325,6 +319,13 @@ impl Default for Metrics {
         metrics.begin_at_zero();
         metrics
     }
+}
+
+fn stages(registry: &mut Registry) -> Family<StageLabels, Histogram, fn() -> Histogram> {
+    let stages = Family::new_with_constructor((|| Histogram::new(BUCKETS)) as fn() -> Histogram);
+    let help = "Where the time of answered calls went";
+    registry.register("stage_duration_seconds", help, stages.clone());
+    stages
 }
 
 fn registered<M: Metric + Clone + Default>(registry: &mut Registry, name: &str, help: &str) -> M {
