@@ -611,6 +611,11 @@ impl Time {
         })
     }
 
+    /// How much time has passed since this clock was made, skipped time included.
+    pub(crate) fn passed(&self) -> Duration {
+        self.since.elapsed() + *self.skipped.lock().unwrap()
+    }
+
     /// The system clock of the broker's machine, and no other, is set ahead by so many milliseconds.
     pub(crate) fn step_system(&self, by_ms: i64) {
         self.system_ms.fetch_add(by_ms, Ordering::Relaxed);
