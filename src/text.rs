@@ -101,7 +101,7 @@ fn is_plain(byte: u8) -> bool {
 
 /// Control characters, and what a terminal shows nothing for. Source: Unicode 16, general category Cc, and the property
 /// `Default_Ignorable_Code_Point` with the interlinear annotations (UAX #44); bidirectional controls are among them.
-fn is_deceptive(c: char) -> bool {
+pub(crate) fn is_deceptive(c: char) -> bool {
     matches!(
         c,
         '\0'..='\u{1f}'

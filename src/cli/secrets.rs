@@ -19,6 +19,7 @@ use zeroize::Zeroizing;
 use super::say;
 use crate::encoding::is_utf16;
 use crate::secret::{ApiSecret, KeyValues, PartnerKey, Passphrase};
+use crate::text::is_deceptive;
 
 /// Much more than three values need.
 const MAX_BYTES: usize = 64 * 1024;
@@ -350,25 +351,7 @@ fn unseen(c: char) -> Option<&'static str> {
         '\n' | '\r' | '\u{85}' | '\u{2028}' | '\u{2029}' => Some("line end"),
         '\t' => Some("tab"),
         c if c.is_whitespace() => Some("space"),
-        c if c.is_control() => Some("invisible character"),
-        // Unicode, Default_Ignorable_Code_Point: zero-width, marks of direction, variation selectors, tags.
-        '\u{ad}'
-        | '\u{34f}'
-        | '\u{61c}'
-        | '\u{115f}'..='\u{1160}'
-        | '\u{17b4}'..='\u{17b5}'
-        | '\u{180b}'..='\u{180f}'
-        | '\u{200b}'..='\u{200f}'
-        | '\u{202a}'..='\u{202e}'
-        | '\u{2060}'..='\u{206f}'
-        | '\u{3164}'
-        | '\u{fe00}'..='\u{fe0f}'
-        | '\u{feff}'
-        | '\u{ffa0}'
-        | '\u{fff0}'..='\u{fffb}'
-        | '\u{1bca0}'..='\u{1bca3}'
-        | '\u{1d173}'..='\u{1d17a}'
-        | '\u{e0000}'..='\u{e0fff}' => Some("invisible character"),
+        c if is_deceptive(c) => Some("invisible character"),
         _ => None,
     }
 }
