@@ -394,7 +394,7 @@ impl Keyring {
             .map_or(Duration::MAX, |keys| keys.max_stale.add_risk)
     }
 
-    /// Wipes each key within [`WIPE_EVERY`] of its account's `max_stale_cancel_s`, and has Vault asked for it. Never ends.
+    /// Wipes each key within a second of its account's `max_stale_cancel_s`, and has Vault asked for it. Never ends.
     pub async fn wipe_on_time(self: Arc<Self>) {
         loop {
             for (account, name) in self.wipe_too_old() {
