@@ -2,6 +2,7 @@
 
 pub mod admin;
 pub mod caller;
+pub mod codec;
 pub mod grpc;
 pub mod ops;
 pub mod standing;

@@ -765,13 +765,13 @@ fn is_unsent(error: &BrokerError) -> bool {
 }
 
 /// Runs a step of a call; a panic in it ends the call as [`BrokerError::Internal`], and nothing else.
-pub async fn caught<T>(
+pub fn caught<T>(
     step: impl Future<Output = Result<T, BrokerError>>,
-) -> Result<T, BrokerError> {
+) -> impl Future<Output = Result<T, BrokerError>> {
+    // No `async fn`: that would hold `step` twice, and every call is a task of this size.
     AssertUnwindSafe(step)
         .catch_unwind()
-        .await
-        .unwrap_or(Err(BrokerError::Internal))
+        .map(|ended| ended.unwrap_or(Err(BrokerError::Internal)))
 }
 
 fn caller(call: &Call, number: u64) -> Caller<'_> {

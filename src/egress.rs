@@ -321,7 +321,8 @@ impl Egress {
         let is_reused = idle.is_some();
         let open = match idle {
             Some(open) => open,
-            None => destination.open(&self.settings).await?,
+            // Boxed: connecting is rare, and its future is larger than all the rest of a call.
+            None => Box::pin(destination.open(&self.settings)).await?,
         };
         Ok(Connection {
             open,

@@ -32,7 +32,7 @@ mod methods;
 mod outages;
 mod policies;
 pub(crate) mod real;
-mod register;
+pub(crate) mod register;
 mod rotate;
 mod stale;
 mod start;

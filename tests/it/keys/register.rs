@@ -64,7 +64,7 @@ pub(super) async fn lab(settings: Settings) -> Lab {
 }
 
 /// A made-up key in KuCoin's form, for the address that the simulated exchange sees.
-pub(super) fn key(number: u64, permissions: &[&str]) -> SimKey {
+pub(crate) fn key(number: u64, permissions: &[&str]) -> SimKey {
     SimKey {
         api_key: format!("{number:024x}"),
         api_secret: format!("00000000-0000-4000-8000-{number:012x}"),
@@ -76,7 +76,7 @@ pub(super) fn key(number: u64, permissions: &[&str]) -> SimKey {
 }
 
 /// What an admin pipes in.
-pub(super) fn lines(key: &SimKey) -> String {
+pub(crate) fn lines(key: &SimKey) -> String {
     format!("{}\n{}\n{}\n", key.api_key, key.api_secret, key.passphrase)
 }
 
