@@ -140,7 +140,15 @@ enum Command {
 
 /// Runs the command that the arguments name. Exit code 0: done, 1: refused or failed, 2: usage or configuration.
 pub fn run() -> ExitCode {
-    let Arguments { command } = Arguments::parse();
+    let Arguments { command } = Arguments::try_parse().unwrap_or_else(|error| {
+        // The library repeats an argument as it was given: have it refuse the clean one.
+        let clean = std::env::args_os()
+            .map(|argument| clean(&argument.to_string_lossy(), MAX_CHARS).into_owned());
+        Arguments::try_parse_from(clean)
+            .err()
+            .unwrap_or(error)
+            .exit()
+    });
     ExitCode::from(match command {
         Command::Bots { command } => bots::run(&command),
         Command::CheckConfig { config } => check_config::run(&config),

@@ -10,6 +10,8 @@ use serde::de::DeserializeOwned;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue, ValueDeserializer};
 
+use crate::text::clean;
+
 /// A key that is not as it must be.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub struct Problem {
@@ -47,13 +49,15 @@ impl Problem {
 /// `rules.toml:12: grant[0].bot: expected …`, which editors and terminals know how to open.
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match (&self.file, self.line) {
-            (Some(file), Some(line)) => write!(f, "{}:{line}: ", file.display())?,
-            (Some(file), None) => write!(f, "{}: ", file.display())?,
-            (None, Some(line)) => write!(f, "line {line}: ")?,
-            (None, None) => {}
-        }
-        write!(f, "{}: {}", self.key, self.problem)
+        let place = match (&self.file, self.line) {
+            (Some(file), Some(line)) => format!("{}:{line}: ", file.display()),
+            (Some(file), None) => format!("{}: ", file.display()),
+            (None, Some(line)) => format!("line {line}: "),
+            (None, None) => String::new(),
+        };
+        // One line, whatever the file and its keys are called.
+        let line = format!("{place}{}: {}", self.key, self.problem);
+        f.write_str(&clean(&line, usize::MAX))
     }
 }
 
