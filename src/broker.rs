@@ -72,7 +72,7 @@ pub struct Broker {
     /// The counters.
     pub metrics: Arc<Metrics>,
     /// Who has how many connections and calls.
-    pub admission: Arc<Admission>,
+    pub admission: Admission,
     /// What is in flight.
     pub calls: Calls,
     /// The operator's further refusals.

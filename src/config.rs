@@ -20,7 +20,6 @@ use crate::egress::{EgressSettings, Origin};
 use crate::keyring::vault::VaultSettings;
 use crate::kucoin::code::{RefusalCode, RefusalCodes};
 use crate::kucoin::{Host, RequestLimits, Site};
-use crate::server::ConnectionLimits;
 use crate::telemetry::LogFormat;
 
 use crate::toml_file::{Problem, Problems, Section};
@@ -111,6 +110,21 @@ pub enum Roots {
     File(PathBuf),
     /// Mozilla's list, compiled in.
     Mozilla,
+}
+
+/// What a connection may take.
+#[derive(Clone, Copy, Debug)]
+pub struct ConnectionLimits {
+    /// For the TLS handshake.
+    pub handshake: Duration,
+    /// For a request to arrive whole.
+    pub request: Duration,
+    /// Without a call.
+    pub idle: Duration,
+    /// In all.
+    pub age: Duration,
+    /// For calls in flight, once the connection shall end.
+    pub grace: Duration,
 }
 
 impl Config {

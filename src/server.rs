@@ -1,9 +1,10 @@
 //! Builds everything from [`Config`], opens the listeners, and drains on the way out.
 
 mod accept;
-mod admin;
+mod admins;
 pub(crate) mod assembly;
-mod listener;
+mod bots;
+mod connection;
 mod places;
 pub(crate) mod probes;
 mod reload;
@@ -45,10 +46,8 @@ use crate::restrictions::RestrictionsError;
 use crate::toml_file::Problem;
 
 use accept::told;
-use admin::AdminListener;
 use assembly::{Assembled, assemble};
-pub use listener::ConnectionLimits;
-use listener::Listener;
+use connection::Listener;
 use probes::Probes;
 use reload::Reloader;
 use tls::Tls;
@@ -213,8 +212,8 @@ impl Server {
             config.request_limits,
             config.default_deadline,
         );
-        let api = BrokerServer::new(api)
-            .max_decoding_message_size(config.request_limits.body_bytes + MESSAGE_OVERHEAD);
+        let limit = config.request_limits.body_bytes + MESSAGE_OVERHEAD;
+        let api = BrokerServer::new(api).max_decoding_message_size(limit);
         let health_service = health_service.max_decoding_message_size(HELPER_MESSAGE);
         let routes = Routes::new(api).add_service(health_service);
         let routes = with_reflection(routes).map_err(StartError::Reflection)?;
@@ -226,7 +225,7 @@ impl Server {
             stopping: stopping.clone(),
         };
         let admins = AdminServer::new(AdminApi::new(Arc::clone(&broker)));
-        let admins = AdminListener {
+        let admins_listener = Listener {
             broker: Arc::clone(&broker),
             routes: Routes::new(admins).prepare(),
             tls: admins_tls,
@@ -265,10 +264,11 @@ impl Server {
         let reloads = reloader.run(config.reload_every, watched.0, watched.1);
         background.spawn(named("look at changed files", reloads));
         let listeners = TaskTracker::new();
-        let serving = listeners.track_future(serve_bots(listener, grpc_listener, bots_wait_until));
+        let serving =
+            listeners.track_future(serve_bots(listener, grpc_listener, limit, bots_wait_until));
         background.spawn(named("bots' listener", serving));
         if let Some((socket, _)) = admin_listener {
-            let serving = listeners.track_future(admins.serve(socket));
+            let serving = listeners.track_future(admins::serve(admins_listener, socket));
             background.spawn(named("admins' listener", serving));
         }
         listeners.close();
@@ -320,7 +320,7 @@ impl Server {
 
 /// Lets bots in once the first read of all keys and the first lookup of all names have ended, and at `latest` in any case;
 /// until then connections wait in the socket's queue.
-async fn serve_bots(listener: Listener, socket: TcpListener, latest: Instant) {
+async fn serve_bots(listener: Listener, socket: TcpListener, limit: usize, latest: Instant) {
     let mut stopping = listener.stopping.clone();
     let broker = Arc::clone(&listener.broker);
     let is_prepared = async {
@@ -336,7 +336,7 @@ async fn serve_bots(listener: Listener, socket: TcpListener, latest: Instant) {
             tracing::warn!("initial key load or DNS lookups not finished within {within_s} s; accepting bots");
         }
     }
-    listener.serve(socket).await;
+    bots::serve(listener, socket, limit).await;
 }
 
 /// A task of the background, by name.

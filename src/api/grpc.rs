@@ -26,9 +26,16 @@ const MAX_MSG_CHARS: usize = 8192;
 /// The path of the one method.
 pub const SIGN_AND_SEND: &str = "/credbroker.v1.Broker/SignAndSend";
 
-/// When the head of a call was there; its body may have taken time, and the bot's deadline counts from here.
-#[derive(Clone, Copy, Debug)]
-pub struct Arrived(pub Instant);
+/// Whose call it is, as the listener hands it on.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    /// Whom the certificate names.
+    pub bot: BotId,
+    /// The place of the call among those in flight.
+    pub slot: CallSlot,
+    /// When the head of the call was there; its message may have taken time, and the bot's deadline counts from here.
+    pub arrived: Instant,
+}
 
 /// The service.
 #[derive(Debug)]
@@ -50,13 +57,12 @@ impl GrpcApi {
 
     async fn answer(
         &self,
-        bot: BotId,
+        peer: Peer,
         message: proto::SignAndSendRequest,
         id: &RequestId,
-        arrived: Instant,
         limit: Duration,
-        slot: Option<CallSlot>,
     ) -> Result<Receipt, BrokerError> {
+        let Peer { bot, slot, arrived } = peer;
         let request = unsigned_request(message, id, &self.limits).map_err(|problems| {
             self.broker
                 .refuse(&bot, id, BrokerError::Malformed(problems))
@@ -69,7 +75,7 @@ impl GrpcApi {
                 key: None,
                 arrived,
                 deadline,
-                slot,
+                slot: Some(slot),
             })
             .await
     }
@@ -81,10 +87,7 @@ impl BrokerRpc for GrpcApi {
         &self,
         request: Request<proto::SignAndSendRequest>,
     ) -> Result<Response<proto::SignAndSendResponse>, Status> {
-        let bot = request.extensions().get::<BotId>().cloned();
-        let slot = request.extensions().get::<CallSlot>().cloned();
-        let arrived = request.extensions().get::<Arrived>();
-        let arrived = arrived.map_or_else(Instant::now, |arrived| arrived.0);
+        let peer = request.extensions().get::<Peer>().cloned();
         let limit = time_limit(request.metadata()).unwrap_or(self.default_deadline);
         let message = request.into_inner();
         // A bad id is reported with the other fields, under an id of ours.
@@ -92,9 +95,9 @@ impl BrokerRpc for GrpcApi {
             .request_id
             .parse()
             .unwrap_or_else(|_| RequestId::random());
-        // The listener lets no connection in without a bot's certificate.
-        let bot = bot.ok_or_else(|| status(&BrokerError::Internal, &id))?;
-        match caught(self.answer(bot, message, &id, arrived, limit, slot)).await {
+        // The listener hands no call on without it.
+        let peer = peer.ok_or_else(|| status(&BrokerError::Internal, &id))?;
+        match caught(self.answer(peer, message, &id, limit)).await {
             Ok(receipt) => Ok(Response::new(response(receipt, &id))),
             Err(error) => Err(status(&error, &id)),
         }

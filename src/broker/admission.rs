@@ -1,8 +1,10 @@
 //! How many connections and calls there may be at once, so that one bot cannot take the place of another.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::Overload;
 use crate::ids::{BotId, Who};
@@ -34,27 +36,21 @@ pub struct AdmissionLimits {
 #[derive(Debug)]
 pub struct Admission {
     limits: AdmissionLimits,
-    counts: Mutex<Counts>,
+    calls: Arc<Semaphore>,
+    connections: Arc<Semaphore>,
+    bots: Mutex<HashMap<BotId, Arc<OfBot>>>,
+    refusals: Mutex<HashMap<Who, Refusals>>,
 }
 
-#[derive(Debug, Default)]
-struct Counts {
-    bots: HashMap<BotId, OfBot>,
-    refusals: HashMap<Who, Refusals>,
-    calls: usize,
-    served: usize,
-    turned_away: usize,
-}
-
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+/// What is left of what one bot may have.
+#[derive(Debug)]
 struct OfBot {
-    calls: usize,
-    /// Connections that are served.
-    served: usize,
+    calls: Arc<Semaphore>,
+    connections: Arc<Semaphore>,
     /// Connections that are told that they are one too many.
-    turned_away: usize,
+    turned_away: Arc<Semaphore>,
     /// Calls for health and reflection.
-    helpers: usize,
+    helpers: Arc<Semaphore>,
 }
 
 /// What may still be recorded of one bot's refusals, in thousandths, as of a time since boot.
@@ -75,55 +71,47 @@ pub enum Admitted {
 
 /// The place of one connection; free again when it drops.
 #[derive(Debug)]
-pub struct ConnectionSlot(#[expect(dead_code, reason = "held for its drop")] Holder);
+pub struct ConnectionSlot(#[expect(dead_code, reason = "held for its drop")] Held);
 
 /// The place of one call; free again when its last clone drops.
 #[derive(Clone, Debug)]
-pub struct CallSlot(#[expect(dead_code, reason = "held for its drop")] Arc<Holder>);
+pub struct CallSlot(#[expect(dead_code, reason = "held for its drop")] Arc<Held>);
 
-/// Gives back what it holds when it drops.
-#[derive(Debug)]
-struct Holder {
-    admission: Arc<Admission>,
-    bot: BotId,
-    holds: OfBot,
-}
+/// Places among all bots and among those of one bot, and the bot's entry.
+type Held = (
+    Option<OwnedSemaphorePermit>,
+    OwnedSemaphorePermit,
+    Arc<OfBot>,
+);
 
 impl Admission {
     /// Nobody is there yet.
-    pub fn new(limits: AdmissionLimits) -> Arc<Self> {
-        Arc::new(Self {
+    pub fn new(limits: AdmissionLimits) -> Self {
+        Self {
             limits,
-            counts: Mutex::default(),
-        })
+            calls: Arc::new(Semaphore::new(limits.calls)),
+            connections: Arc::new(Semaphore::new(limits.connections)),
+            bots: Mutex::default(),
+            refusals: Mutex::default(),
+        }
     }
 
     /// Takes a connection of `bot` in; `None` when there are so many that not even telling it helps.
-    pub fn connection(self: &Arc<Self>, bot: &BotId) -> Option<Admitted> {
-        let mut counts = self.counts();
-        let now = counts.bots.get(bot).copied().unwrap_or_default();
-        let limits = &self.limits;
+    pub fn connection(&self, bot: &BotId) -> Option<Admitted> {
+        let of_bot = self.of_bot(bot);
         // Those that are turned away take no place: else they would keep each other out once places are free.
-        let refusal = if now.served >= limits.connections_per_bot {
-            Overload::ConnectionsOfBot(limits.connections_per_bot)
-        } else if counts.served >= limits.connections {
-            Overload::Connections(limits.connections)
-        } else {
-            let served = OfBot {
-                served: 1,
-                ..OfBot::default()
-            };
-            let slot = ConnectionSlot(self.hold(&mut counts, bot, served));
-            return Some(Admitted::Served(slot));
+        let refusal = match take(&of_bot.connections) {
+            None => Overload::ConnectionsOfBot(self.limits.connections_per_bot),
+            Some(own) => match take(&self.connections) {
+                None => Overload::Connections(self.limits.connections),
+                Some(place) => {
+                    let slot = ConnectionSlot((Some(place), own, of_bot));
+                    return Some(Admitted::Served(slot));
+                }
+            },
         };
-        if now.turned_away >= TURNED_AWAY {
-            return None;
-        }
-        let turned_away = OfBot {
-            turned_away: 1,
-            ..OfBot::default()
-        };
-        let slot = ConnectionSlot(self.hold(&mut counts, bot, turned_away));
+        let own = take(&of_bot.turned_away)?;
+        let slot = ConnectionSlot((None, own, of_bot));
         Some(Admitted::TurnedAway(slot, refusal))
     }
 
@@ -131,43 +119,27 @@ impl Admission {
     ///
     /// # Errors
     /// When it, or all bots together, have as many calls in flight as they may.
-    pub fn call(self: &Arc<Self>, bot: &BotId) -> Result<CallSlot, Overload> {
-        let mut counts = self.counts();
-        if counts.calls >= self.limits.calls {
-            return Err(Overload::Calls(self.limits.calls));
-        }
-        let of_bot = counts.bots.get(bot).map_or(0, |of_bot| of_bot.calls);
-        if of_bot >= self.limits.calls_per_bot {
-            return Err(Overload::CallsOfBot(self.limits.calls_per_bot));
-        }
-        let call = OfBot {
-            calls: 1,
-            ..OfBot::default()
-        };
-        Ok(CallSlot(Arc::new(self.hold(&mut counts, bot, call))))
+    pub fn call(&self, bot: &BotId) -> Result<CallSlot, Overload> {
+        let place = take(&self.calls).ok_or(Overload::Calls(self.limits.calls))?;
+        let of_bot = self.of_bot(bot);
+        let own = take(&of_bot.calls).ok_or(Overload::CallsOfBot(self.limits.calls_per_bot))?;
+        Ok(CallSlot(Arc::new((Some(place), own, of_bot))))
     }
 
     /// Takes in a call for health or reflection.
     ///
     /// # Errors
     /// When the bot has as many open as it may.
-    pub fn helper(self: &Arc<Self>, bot: &BotId) -> Result<CallSlot, Overload> {
-        let mut counts = self.counts();
-        let of_bot = counts.bots.get(bot).map_or(0, |of_bot| of_bot.helpers);
-        if of_bot >= HELPERS_OF_BOT {
-            return Err(Overload::HelpersOfBot(HELPERS_OF_BOT));
-        }
-        let helper = OfBot {
-            helpers: 1,
-            ..OfBot::default()
-        };
-        Ok(CallSlot(Arc::new(self.hold(&mut counts, bot, helper))))
+    pub fn helper(&self, bot: &BotId) -> Result<CallSlot, Overload> {
+        let of_bot = self.of_bot(bot);
+        let own = take(&of_bot.helpers).ok_or(Overload::HelpersOfBot(HELPERS_OF_BOT))?;
+        Ok(CallSlot(Arc::new((None, own, of_bot))))
     }
 
     /// Whether one more refusal of `who` is recorded at `now` (time since boot), or only counted.
     pub fn is_recorded(&self, who: &Who, now: Duration) -> bool {
         let (burst, per_second) = RECORDED;
-        let mut counts = self.counts();
+        let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
         let refreshed = |refusals: &Refusals| {
             let passed_ms = now.saturating_sub(refusals.at).as_millis();
             let more = u64::try_from(passed_ms)
@@ -176,15 +148,13 @@ impl Admission {
             refusals.left.saturating_add(more).min(burst * 1000)
         };
         // Whoever may do all again needs no place.
-        counts
-            .refusals
-            .retain(|_, refusals| refreshed(refusals) < burst * 1000);
-        let refusals = counts.refusals.entry(who.clone()).or_insert(Refusals {
+        refusals.retain(|_, refusals| refreshed(refusals) < burst * 1000);
+        let of_caller = refusals.entry(who.clone()).or_insert(Refusals {
             left: burst * 1000,
             at: now,
         });
-        let left = refreshed(refusals);
-        *refusals = Refusals {
+        let left = refreshed(of_caller);
+        *of_caller = Refusals {
             left: left.saturating_sub(1000),
             at: now,
         };
@@ -193,48 +163,39 @@ impl Admission {
 
     /// Connections and calls of now.
     pub fn now(&self) -> (usize, usize) {
-        let counts = self.counts();
-        (counts.served + counts.turned_away, counts.calls)
+        let served = self.limits.connections - self.connections.available_permits();
+        let turned_away =
+            |of_bot: &Arc<OfBot>| TURNED_AWAY - of_bot.turned_away.available_permits();
+        let turned_away: usize = self.bots().values().map(turned_away).sum();
+        let calls = self.limits.calls - self.calls.available_permits();
+        (served + turned_away, calls)
     }
 
-    /// Gives `bot` more.
-    fn hold(self: &Arc<Self>, counts: &mut Counts, bot: &BotId, holds: OfBot) -> Holder {
-        counts.calls += holds.calls;
-        counts.served += holds.served;
-        counts.turned_away += holds.turned_away;
-        let of_bot = counts.bots.entry(bot.clone()).or_default();
-        of_bot.calls += holds.calls;
-        of_bot.served += holds.served;
-        of_bot.turned_away += holds.turned_away;
-        of_bot.helpers += holds.helpers;
-        Holder {
-            admission: Arc::clone(self),
-            bot: bot.clone(),
-            holds,
+    /// What `bot` may have. An entry that nobody uses goes when a new one comes.
+    fn of_bot(&self, bot: &BotId) -> Arc<OfBot> {
+        let mut bots = self.bots();
+        if let Some(of_bot) = bots.get(bot) {
+            return Arc::clone(of_bot);
         }
+        bots.retain(|_, of_bot| Arc::strong_count(of_bot) > 1);
+        let places = |count| Arc::new(Semaphore::new(count));
+        let of_bot = Arc::new(OfBot {
+            calls: places(self.limits.calls_per_bot),
+            connections: places(self.limits.connections_per_bot),
+            turned_away: places(TURNED_AWAY),
+            helpers: places(HELPERS_OF_BOT),
+        });
+        bots.insert(bot.clone(), Arc::clone(&of_bot));
+        of_bot
     }
 
-    fn counts(&self) -> std::sync::MutexGuard<'_, Counts> {
-        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    fn bots(&self) -> MutexGuard<'_, HashMap<BotId, Arc<OfBot>>> {
+        self.bots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Drop for Holder {
-    fn drop(&mut self) {
-        let mut counts = self.admission.counts();
-        counts.calls -= self.holds.calls;
-        counts.served -= self.holds.served;
-        counts.turned_away -= self.holds.turned_away;
-        if let Some(of_bot) = counts.bots.get_mut(&self.bot) {
-            of_bot.calls -= self.holds.calls;
-            of_bot.served -= self.holds.served;
-            of_bot.turned_away -= self.holds.turned_away;
-            of_bot.helpers -= self.holds.helpers;
-            if *of_bot == OfBot::default() {
-                counts.bots.remove(&self.bot);
-            }
-        }
-    }
+fn take(places: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
+    Arc::clone(places).try_acquire_owned().ok()
 }
 
 #[cfg(test)]
@@ -285,7 +246,9 @@ mod tests {
         );
         drop((served, turned, second, others));
         assert_eq!(admission.now(), (0, 0));
-        assert!(admission.counts().bots.is_empty());
+        let three: BotId = "three".parse().unwrap();
+        let _third = admission.call(&three).unwrap();
+        assert_eq!(admission.bots().keys().collect::<Vec<_>>(), [&three]);
     }
 
     #[test]

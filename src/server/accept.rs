@@ -5,18 +5,14 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::header::CONTENT_TYPE;
-use http::{HeaderValue, Method, Request, Response, StatusCode};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::server::TlsStream;
 use tokio_util::task::TaskTracker;
 
-use super::listener::HEADER_BYTES;
 use super::places::Places;
 use super::tls::{Tls, Trust};
-use crate::kucoin::Malformed;
 use crate::telemetry::Metrics;
 
 /// TLS handshakes at once. One more ends the oldest of the address that has the most: a handshake that goes on takes
@@ -116,39 +112,6 @@ async fn shake_hands(
     // The verifier has seen to it that there is a certificate that can be read.
     let trust = Trust::new(chain, now.generation, tls).ok_or(io::ErrorKind::InvalidData)?;
     Ok(Some((stream, trust)))
-}
-
-/// Whether a request is a gRPC call; what a browser sends for a page of another site never is.
-///
-/// Source: gRPC over HTTP/2, "Requests".
-pub(super) fn is_grpc<B>(request: &Request<B>) -> bool {
-    let kind = request.headers().get(CONTENT_TYPE);
-    let kind = kind.map(HeaderValue::as_bytes).unwrap_or_default();
-    request.method() == Method::POST && kind.starts_with(b"application/grpc")
-}
-
-/// The answer to a request that is no gRPC call, as the same source has it.
-pub(super) fn unsupported_media_type() -> Response<tonic::body::Body> {
-    let mut response = Response::new(tonic::body::Body::empty());
-    *response.status_mut() = StatusCode::UNSUPPORTED_MEDIA_TYPE;
-    response
-}
-
-/// What is wrong with the headers of a call, if they and its path are longer than [`HEADER_BYTES`]; counted as RFC 9113,
-/// section 6.5.2 counts them.
-pub(super) fn oversized<B>(request: &Request<B>) -> Option<Malformed> {
-    let path = request.uri().path_and_query();
-    let path = (":path", path.map_or(0, |path| path.as_str().len()));
-    let headers = request.headers().iter();
-    let bytes: usize = headers
-        .map(|(name, value)| (name.as_str(), value.len()))
-        .chain([path])
-        .map(|(name, length)| name.len() + length + 32)
-        .sum();
-    (bytes > HEADER_BYTES).then(|| {
-        let problem = format!("has {bytes} bytes; expected at most {HEADER_BYTES}");
-        Malformed::new("metadata", problem)
-    })
 }
 
 /// Returns once the broker stops.

@@ -1,0 +1,150 @@
+//! The admins' listener: few connections, small calls.
+//!
+//! It has nothing to do with the bots' places: whatever bots do, an admin gets in. A call that has arrived goes on to its
+//! end, also when the admin hangs up or loses his certificate meanwhile.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::{Request, Response};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use tokio::net::TcpListener;
+use tokio::time::Instant;
+use tokio_util::task::TaskTracker;
+use tonic::body::Body;
+use tonic::codegen::Service;
+use tonic::{Code, Status};
+
+use super::connection::{
+    Connection, Listener, NoMessage, is_unimplemented, not_grpc, oversized, unread,
+    unsupported_media_type,
+};
+use super::places::Places;
+use super::tls::Trust;
+use crate::api::admin::AdminError;
+use crate::ids::AdminId;
+use crate::text::clean;
+
+/// Connections of admins. One more ends the oldest of the admin who has the most.
+const CONNECTIONS: usize = 16;
+
+/// Calls at once on one connection.
+const STREAMS: u32 = 8;
+
+/// How long a connection lives: a command needs one for a moment.
+const AGE: Duration = Duration::from_secs(600);
+
+/// More than any call needs: names, or a key.
+const MESSAGE_BYTES: usize = 64 * 1024;
+
+/// Characters of a method in the log: ours have fewer.
+const METHOD_CHARS: usize = 100;
+
+/// One connection of one admin.
+struct OfAdmin {
+    connection: Arc<Connection>,
+    admin: AdminId,
+    calls: TaskTracker,
+}
+
+/// Serves admins until told to stop; returns once every connection and every call has ended.
+pub(super) async fn serve(listener: Listener, socket: TcpListener) {
+    let (listener, calls) = (Arc::new(listener), TaskTracker::new());
+    let acceptor = listener.acceptor();
+    let (places, tracker) = (Places::new(CONNECTIONS), calls.clone());
+    let serve = move |stream, trust: Trust| {
+        let (places, listener, calls) =
+            (Arc::clone(&places), Arc::clone(&listener), tracker.clone());
+        async move {
+            // The verifier has seen to it that the certificate names one admin.
+            let Some(admin) = trust.caller::<AdminId>() else {
+                return listener.broker.metrics.connection_refused("certificate");
+            };
+            let place = Places::take(&places, admin.clone());
+            let connection = Connection::new(listener, trust, place.is_given_up.clone(), None);
+            let of_admin = Arc::new(OfAdmin {
+                connection,
+                admin,
+                calls,
+            });
+            let call = |request| Arc::clone(&of_admin).call(request);
+            of_admin.connection.serve(stream, STREAMS, AGE, call).await;
+        }
+    };
+    acceptor.run(socket, serve).await;
+    calls.close();
+    calls.wait().await;
+}
+
+impl OfAdmin {
+    async fn call(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
+        let began = Instant::now();
+        let method = clean(request.uri().path(), METHOD_CHARS).into_owned();
+        if let Some(problem) = not_grpc(&request) {
+            self.refused(&AdminError::Malformed(vec![problem]));
+            let metrics = &self.connection.listener.broker.metrics;
+            if let Some(untold) = metrics.may_tell_of_stranger() {
+                tracing::warn!(admin.id = %self.admin, method, http.status = 415, untold, "admin call refused: not gRPC");
+            }
+            return unsupported_media_type();
+        }
+        let response = match self.answer(request).await {
+            Ok(response) => response,
+            Err(error) => {
+                self.refused(&error);
+                Status::from(error).into_http()
+            }
+        };
+        let code =
+            Status::from_header_map(response.headers()).map_or(Code::Ok, |status| status.code());
+        let duration_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        tracing::info!(admin.id = %self.admin, method, ?code, duration_ms, "admin call");
+        response
+    }
+
+    /// Counts and audits a call that never got as far as the API.
+    fn refused(&self, error: &AdminError) {
+        if let Some(reason) = error.refusal() {
+            let broker = &self.connection.listener.broker;
+            broker.refuse_admin(&self.admin, reason, error.to_string());
+        }
+    }
+
+    /// In a task of its own, so that an admin who hangs up tears nothing.
+    async fn answer(&self, request: Request<Incoming>) -> Result<Response<Body>, AdminError> {
+        if let Some(problem) = oversized(&request) {
+            return Err(AdminError::Malformed(vec![problem]));
+        }
+        let in_use = self.connection.begin(None);
+        let (mut head, body) = request.into_parts();
+        let method = head.uri.path().to_owned();
+        let message = self.connection.message(body, MESSAGE_BYTES).await?;
+        head.extensions.insert(self.admin.clone());
+        let request = Request::from_parts(head, Body::new(Full::new(message)));
+        let mut routes = self.connection.listener.routes.clone();
+        let answering = self.calls.spawn(async move { routes.call(request).await });
+        // An error is a panic, and the log has it.
+        let response = match answering.await.map_err(|_| AdminError::Internal)? {
+            Ok(response) => response,
+            Err(never) => match never {},
+        };
+        if is_unimplemented(&response) {
+            return Err(AdminError::MethodUnknown(method));
+        }
+        match unread(&response) {
+            Some(problem) => Err(AdminError::Malformed(vec![problem])),
+            None => Ok(in_use.answer(response, true)),
+        }
+    }
+}
+
+impl From<NoMessage> for AdminError {
+    fn from(error: NoMessage) -> Self {
+        match error {
+            NoMessage::Broken(problem) => Self::Malformed(vec![problem]),
+            NoMessage::Slow(limit) => Self::Slow(limit),
+            NoMessage::Untrusted => Self::CallerUnknown,
+        }
+    }
+}

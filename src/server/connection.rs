@@ -1,0 +1,407 @@
+//! One TLS connection of a bot or of an admin: served as HTTP/2 until its peer goes or it must end.
+//!
+//! A connection ends gracefully with its age, with its certificate, when its CA is trusted no longer, when it has been idle
+//! for long, or when its peer takes no answers.
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::CONTENT_TYPE;
+use http::{HeaderValue, Method, Request, Response, StatusCode};
+use http_body::{Frame, SizeHint};
+use http_body_util::{BodyExt, Limited};
+use hyper::body::Incoming;
+use hyper::server::conn::http2;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, timeout};
+use tokio_rustls::server::TlsStream;
+use tokio_util::sync::CancellationToken;
+use tonic::body::Body;
+use tonic::service::Routes;
+use tonic::{Code, Status};
+
+use super::accept::{Acceptor, told};
+use super::tls::{Tls, Trust};
+use crate::broker::Broker;
+use crate::broker::admission::{CallSlot, ConnectionSlot};
+use crate::config::ConnectionLimits;
+use crate::kucoin::Malformed;
+
+/// How long an answer may wait for its peer to take it.
+const ANSWER_WITHIN: Duration = Duration::from_secs(30);
+
+/// Bytes of an answer that are handed on at once. The next ones wait until the peer has taken these, so that an answer
+/// that nobody reads is known to be one.
+const PIECE: usize = 16 * 1024;
+
+/// Bytes of answers that a connection buffers for its peer.
+const SEND_BUFFER: usize = 64 * 1024;
+
+/// Bytes of a call's headers: more than any call needs.
+const HEADER_BYTES: usize = 16 * 1024;
+
+/// Bytes of headers that are read, so that a call with more than [`HEADER_BYTES`] is refused by us: the HTTP library
+/// answers what is beyond with 431, without our details, and libraries of bots do not even send it.
+const READ_HEADER_BYTES: u32 = 256 * 1024;
+
+/// A peer that answers no ping for so long is gone.
+const PING: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(20));
+
+/// How often a connection looks at the wall clock: its certificate ends by that, also after the machine has slept.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+
+/// How long a connection that shall end waits for a peer that neither calls nor goes.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// What all connections of a listener share.
+pub(super) struct Listener {
+    pub(super) broker: Arc<Broker>,
+    pub(super) routes: Routes,
+    pub(super) tls: watch::Receiver<Arc<Tls>>,
+    pub(super) limits: ConnectionLimits,
+    pub(super) stopping: watch::Receiver<bool>,
+}
+
+/// One connection.
+pub(super) struct Connection {
+    pub(super) listener: Arc<Listener>,
+    trust: Trust,
+    /// Cancelled when it must make room for another.
+    is_given_up: CancellationToken,
+    /// Answers that are being written, by their number, since when.
+    answers: Mutex<HashMap<u64, Instant>>,
+    calls: AtomicUsize,
+    /// How many calls it has had.
+    numbers: AtomicU64,
+    /// When its last call ended, in milliseconds since boot.
+    used_ms: AtomicI64,
+    /// Its place among the bots' connections.
+    _slot: Option<ConnectionSlot>,
+}
+
+/// Why a connection takes no more calls.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Close {
+    Age,
+    Certificate,
+    Idle,
+    OneTooMany,
+    Stopping,
+    /// Its answers are not taken.
+    Stuck,
+}
+
+/// Why there is no message.
+pub(super) enum NoMessage {
+    /// It is too long, or it broke off.
+    Broken(Malformed),
+    /// It did not arrive within this time.
+    Slow(Duration),
+    /// The peer is trusted no longer.
+    Untrusted,
+}
+
+impl Listener {
+    pub(super) fn acceptor(&self) -> Acceptor {
+        Acceptor {
+            tls: self.tls.clone(),
+            within: self.limits.handshake,
+            metrics: Arc::clone(&self.broker.metrics),
+            stopping: self.stopping.clone(),
+        }
+    }
+
+    fn boot_ms(&self) -> i64 {
+        i64::try_from(self.broker.clock.boot().as_millis()).unwrap_or(i64::MAX)
+    }
+}
+
+impl Connection {
+    pub(super) fn new(
+        listener: Arc<Listener>,
+        trust: Trust,
+        is_given_up: CancellationToken,
+        slot: Option<ConnectionSlot>,
+    ) -> Arc<Self> {
+        let used_ms = AtomicI64::new(listener.boot_ms());
+        Arc::new(Self {
+            listener,
+            trust,
+            is_given_up,
+            answers: Mutex::default(),
+            calls: AtomicUsize::new(0),
+            numbers: AtomicU64::new(0),
+            used_ms,
+            _slot: slot,
+        })
+    }
+
+    /// Has `call` answer each call, at most `streams` at once; ends after `age` at the latest.
+    pub(super) async fn serve<F: Future<Output = Response<Body>> + Send + 'static>(
+        &self,
+        stream: TlsStream<TcpStream>,
+        streams: u32,
+        age: Duration,
+        call: impl Fn(Request<Incoming>) -> F,
+    ) {
+        let service = service_fn(|request| {
+            let answer = call(request);
+            async move { Ok::<_, Infallible>(answer.await) }
+        });
+        let mut http = http2::Builder::new(TokioExecutor::new());
+        http.timer(TokioTimer::new())
+            .keep_alive_interval(PING.0)
+            .keep_alive_timeout(PING.1)
+            .max_concurrent_streams(streams)
+            .max_send_buf_size(SEND_BUFFER)
+            .max_header_list_size(READ_HEADER_BYTES);
+        let mut http = pin!(http.serve_connection(TokioIo::new(stream), service));
+        let why = tokio::select! {
+            // The peer went, or broke the protocol: nobody is left to tell.
+            _ = &mut http => return,
+            why = self.must_end(age) => why,
+        };
+        tracing::debug!(?why, "connection ends");
+        if why == Close::Stuck {
+            return;
+        }
+        http.as_mut().graceful_shutdown();
+        // Calls in flight go on to their end, whether or not anybody waits for their answer.
+        tokio::select! {
+            _ = timeout(self.listener.limits.grace, http) => {}
+            () = self.unused() => {}
+        }
+    }
+
+    /// Returns once no call has used the connection for a while from now on.
+    async fn unused(&self) {
+        loop {
+            sleep(FAREWELL).await;
+            if self.is_idle_for(FAREWELL) {
+                return;
+            }
+        }
+    }
+
+    /// Whether it has no call, and had none for so long.
+    fn is_idle_for(&self, limit: Duration) -> bool {
+        let idle_ms = self.listener.boot_ms() - self.used_ms.load(Ordering::Relaxed);
+        self.calls.load(Ordering::Relaxed) == 0
+            && idle_ms >= i64::try_from(limit.as_millis()).unwrap_or(i64::MAX)
+    }
+
+    /// Returns once the connection shall take no more calls.
+    async fn must_end(&self, age: Duration) -> Close {
+        let (mut trust, mut stopping) = (self.trust.changes(), self.listener.stopping.clone());
+        let mut age = pin!(sleep(age));
+        loop {
+            tokio::select! {
+                () = &mut age => return Close::Age,
+                () = told(&mut stopping) => return Close::Stopping,
+                () = self.is_given_up.cancelled() => return Close::OneTooMany,
+                Ok(()) = trust.changed() => {}
+                () = sleep(LOOK_EVERY) => {}
+            }
+            if !self.is_trusted() {
+                return Close::Certificate;
+            }
+            if self.is_stuck() {
+                return Close::Stuck;
+            }
+            if self.is_idle_for(self.listener.limits.idle) {
+                return Close::Idle;
+            }
+        }
+    }
+
+    /// Whether the peer's certificate would still be let in.
+    pub(super) fn is_trusted(&self) -> bool {
+        self.trust.holds(self.listener.broker.clock.wall_ms())
+    }
+
+    /// Whether an answer has been waiting for long to be taken.
+    fn is_stuck(&self) -> bool {
+        let answers = self.answers();
+        let oldest = answers.values().min();
+        oldest.is_some_and(|since| since.elapsed() > ANSWER_WITHIN)
+    }
+
+    fn answers(&self) -> MutexGuard<'_, HashMap<u64, Instant>> {
+        self.answers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The message of a call once all of it is there, from a peer that is trusted before and after.
+    pub(super) async fn message(&self, body: Incoming, limit: usize) -> Result<Bytes, NoMessage> {
+        if !self.is_trusted() {
+            return Err(NoMessage::Untrusted);
+        }
+        let within = self.listener.limits.request;
+        let body = timeout(within, Limited::new(body, limit).collect()).await;
+        let body = body.map_err(|_| NoMessage::Slow(within))?;
+        let body = body.map_err(|error| {
+            let problem = format!("{error}; at most {limit} bytes are read");
+            NoMessage::Broken(Malformed::new("message", problem))
+        })?;
+        // Its CA may have been taken away, or its time be over, since the head of the call came.
+        if self.is_trusted() {
+            Ok(body.to_bytes())
+        } else {
+            Err(NoMessage::Untrusted)
+        }
+    }
+
+    /// Counts a call until its answer is written.
+    pub(super) fn begin(self: &Arc<Self>, slot: Option<CallSlot>) -> InUse {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        InUse {
+            connection: Arc::clone(self),
+            number: self.numbers.fetch_add(1, Ordering::Relaxed),
+            _slot: slot,
+        }
+    }
+}
+
+/// A call in flight on its connection.
+pub(super) struct InUse {
+    connection: Arc<Connection>,
+    number: u64,
+    _slot: Option<CallSlot>,
+}
+
+impl InUse {
+    /// The answer, which holds the call's place until it is written. With `is_timed`, the peer must take it in time.
+    pub(super) fn answer(self, response: Response<Body>, is_timed: bool) -> Response<Body> {
+        if is_timed {
+            self.is_answered();
+        }
+        response.map(|body| {
+            Body::new(Held {
+                body,
+                rest: Bytes::new(),
+                in_use: self,
+                is_timed,
+            })
+        })
+    }
+
+    /// From now on it is for the peer to take what comes of the answer.
+    fn is_answered(&self) {
+        self.connection
+            .answers()
+            .insert(self.number, Instant::now());
+    }
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        let connection = &self.connection;
+        connection.answers().remove(&self.number);
+        connection.calls.fetch_sub(1, Ordering::Relaxed);
+        let now_ms = connection.listener.boot_ms();
+        connection.used_ms.store(now_ms, Ordering::Relaxed);
+    }
+}
+
+/// An answer that holds its call's place until it is written: one that nobody takes uses memory.
+struct Held {
+    body: Body,
+    /// What of the body has not been handed on yet.
+    rest: Bytes,
+    in_use: InUse,
+    /// Whether it must be taken within a limit.
+    is_timed: bool,
+}
+
+impl http_body::Body for Held {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        if self.rest.is_empty() {
+            let frame = ready!(Pin::new(&mut self.body).poll_frame(context));
+            match frame.map(|frame| frame.map(Frame::into_data)) {
+                Some(Ok(Ok(data))) => self.rest = data,
+                Some(Ok(Err(trailers))) => return Poll::Ready(Some(Ok(trailers))),
+                Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+                None => return Poll::Ready(None),
+            }
+        }
+        if self.is_timed {
+            // The peer takes it: the wait begins anew.
+            self.in_use.is_answered();
+        }
+        let piece = self.rest.len().min(PIECE);
+        let piece = self.rest.split_to(piece);
+        Poll::Ready(Some(Ok(Frame::data(piece))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.rest.is_empty() && self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::default()
+    }
+}
+
+/// What is wrong with a request that is no gRPC call; what a browser sends for a page of another site never is one.
+///
+/// Source: gRPC over HTTP/2, "Requests".
+pub(super) fn not_grpc<B>(request: &Request<B>) -> Option<Malformed> {
+    let kind = request.headers().get(CONTENT_TYPE);
+    let kind = kind.map(HeaderValue::as_bytes).unwrap_or_default();
+    let is_grpc = request.method() == Method::POST && kind.starts_with(b"application/grpc");
+    let problem = "expected POST with content-type application/grpc";
+    (!is_grpc).then(|| Malformed::new("content-type", problem))
+}
+
+/// The answer to a request that is no gRPC call, as the same source has it.
+pub(super) fn unsupported_media_type() -> Response<Body> {
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::UNSUPPORTED_MEDIA_TYPE;
+    response
+}
+
+/// What is wrong with the headers of a call, if they and its path are longer than [`HEADER_BYTES`]; counted as RFC 9113,
+/// section 6.5.2 counts them.
+pub(super) fn oversized<B>(request: &Request<B>) -> Option<Malformed> {
+    let path = request.uri().path_and_query();
+    let path = (":path", path.map_or(0, |path| path.as_str().len()));
+    let headers = request.headers().iter();
+    let bytes: usize = headers
+        .map(|(name, value)| (name.as_str(), value.len()))
+        .chain([path])
+        .map(|(name, length)| name.len() + length + 32)
+        .sum();
+    (bytes > HEADER_BYTES).then(|| {
+        let problem = format!("has {bytes} bytes; expected at most {HEADER_BYTES}");
+        Malformed::new("metadata", problem)
+    })
+}
+
+/// What the gRPC library said of a message that it could not read, or of a compression that it does not know: it says so
+/// without our details, and a bot would have to take it for `maybe_sent`.
+pub(super) fn unread(response: &Response<Body>) -> Option<Malformed> {
+    let status = Status::from_header_map(response.headers())?;
+    let is_ours = status.code() == Code::Ok || !status.details().is_empty();
+    (!is_ours).then(|| Malformed::new("message", status.message()))
+}
+
+/// Whether no service has the method that was called: only then does the gRPC library answer UNIMPLEMENTED without a
+/// message. With one, a service says what else it cannot do, such as a compression.
+pub(super) fn is_unimplemented(response: &Response<Body>) -> bool {
+    let status = Status::from_header_map(response.headers());
+    status.is_some_and(|status| status.code() == Code::Unimplemented && status.message().is_empty())
+}
