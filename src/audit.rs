@@ -254,7 +254,7 @@ impl Audit {
             .spawn(move || {
                 while let Some(audit) = alive.upgrade() {
                     audit.follow();
-                    audit.flush();
+                    audit.sync();
                     drop(audit);
                     std::thread::sleep(SYNC_EVERY);
                 }
@@ -354,9 +354,9 @@ impl Audit {
             .and_then(|text| self.append(&mut file, text));
     }
 
-    /// Flushes the file to the disk.
+    /// Flushes the file to the disk, and keeps nobody from writing meanwhile.
     pub fn sync(&self) {
-        self.flush();
+        self.report(self.in_use().and_then(|file| file.sync_data()));
     }
 
     /// Why the last line could not be written, as long as none could be written since.
@@ -369,45 +369,39 @@ impl Audit {
         ))
     }
 
-    /// Flushes without keeping anybody from writing meanwhile.
-    fn flush(&self) {
-        let file = {
-            let file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-            file.file.try_clone()
-        };
-        self.report(file.and_then(|file| file.sync_data()));
-    }
-
-    /// Goes on in a new file once the old one has been renamed or removed, as by whoever rotates it.
+    /// Goes on in a new file once the old one has been renamed or removed, as by whoever rotates it. No line waits for a
+    /// slow disk meanwhile: files are looked at, opened and flushed while others write.
     fn follow(&self) {
-        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        let Ok(in_use) = file.file.metadata() else {
+        let Ok(in_use) = self.in_use().and_then(|file| file.metadata()) else {
             return;
         };
-        if !in_use.is_file() {
-            return;
-        }
         let stays = std::fs::metadata(&self.path)
             .is_ok_and(|there| (there.dev(), there.ino()) == (in_use.dev(), in_use.ino()));
-        if stays {
+        if stays || !in_use.is_file() {
             return;
         }
         match open(&self.path).and_then(Appender::new) {
-            Ok(new) => {
-                // The next line goes to the new file, so that nothing else completes the old one.
-                let _ = file.complete(&self.clock);
-                let run = std::mem::take(&mut file.run);
-                self.report(file.file.sync_data());
-                *file = Appender { run, ..new };
-                drop(file);
+            Ok(mut new) => {
+                let old = {
+                    let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+                    // The next line goes to the new file, so that nothing else completes the old one.
+                    let _ = file.complete(&self.clock);
+                    new.run = std::mem::take(&mut file.run);
+                    std::mem::replace(&mut *file, new)
+                };
                 tracing::info!(file = %self.path.display(), "audit file was renamed or removed; a new one is begun");
+                self.report(old.file.sync_data());
             }
             Err(error) => {
-                drop(file);
                 self.metrics.audit_failure();
                 tracing::error!(file = %self.path.display(), %error, "audit file was renamed or removed, and no new one can be begun; lines go on to the old one");
             }
         }
+    }
+
+    fn in_use(&self) -> io::Result<File> {
+        let file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        file.file.try_clone()
     }
 
     /// The system tells of lost data once, here, and takes later writes as if nothing had been.

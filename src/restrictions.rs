@@ -250,6 +250,13 @@ impl Restrictions {
         state.revoked_keys.get(&key).cloned().or_else(unseen)
     }
 
+    /// Whether a key must not be used: it is dead, or whatever is in its place (where it has one) is.
+    pub fn is_revoked(&self, key: KeyDigest, place: Option<(&AccountId, &KeyName)>) -> bool {
+        let state = self.state();
+        let is_unseen = |(account, name)| state.unseen(account, name).is_some();
+        state.revoked_keys.contains_key(&key) || place.is_some_and(is_unseen)
+    }
+
     /// Whether the next key that Vault shows in this place is dead.
     pub fn has_revoked_unseen(&self, account: &AccountId, name: &KeyName) -> bool {
         self.state().unseen(account, name).is_some()

@@ -1,45 +1,84 @@
 //! Decides between a request that is about to leave and a deadline that is about to pass: exactly one of them wins.
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::mem::replace;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-const WAITING: u8 = 0;
-const TAKEN: u8 = 1;
-const CLOSED: u8 = 2;
+use super::Receipt;
 
 /// The gate of one call. Without it a bot could be told `not_sent` while its order leaves.
 #[derive(Debug, Default)]
-pub(super) struct Gate(AtomicU8);
+pub(super) struct Gate(Mutex<State>);
+
+#[derive(Debug, Default)]
+enum State {
+    /// Nothing has left, or what left provably did not arrive.
+    #[default]
+    Open,
+    /// The exchange has refused the request, which may leave once more, for a better answer.
+    Refused(Box<Receipt>),
+    /// The request is on its way.
+    Left,
+    /// The bot has been told how its call ended.
+    Closed,
+}
+
+/// How a call stood when its time was over.
+#[derive(Debug)]
+pub(super) enum Closed {
+    /// Nothing has been sent, and nothing will be.
+    NotSent,
+    /// The exchange has given this answer.
+    Refused(Box<Receipt>),
+    /// Nobody knows yet.
+    Sent,
+}
 
 impl Gate {
     /// Lets the request through, again if need be; false once the bot has been told how its call ended.
     pub(super) fn take(&self) -> bool {
-        let open = |state| (state != CLOSED).then_some(TAKEN);
-        self.0
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, open)
-            .is_ok()
+        let mut state = self.state();
+        let is_open = !matches!(*state, State::Closed);
+        if is_open {
+            *state = State::Left;
+        }
+        is_open
     }
 
-    /// Takes it back, when it provably was not sent; false once the bot has been told that it may have been.
-    pub(super) fn hand_back(&self) -> bool {
-        self.0
-            .compare_exchange(TAKEN, WAITING, Ordering::AcqRel, Ordering::Acquire)
-            .is_ok()
+    /// Takes it back when it provably was not executed, with the answer that says so if there is one; false once the bot
+    /// has been told that it may have been.
+    pub(super) fn hand_back(&self, refused: Option<&Receipt>) -> bool {
+        let mut state = self.state();
+        let has_left = matches!(*state, State::Left);
+        if has_left {
+            let refused = refused.map(|receipt| State::Refused(Box::new(receipt.clone())));
+            *state = refused.unwrap_or_default();
+        }
+        has_left
     }
 
-    /// Lets nothing through any more; true when the request went through before.
-    pub(super) fn close(&self) -> bool {
-        self.0.swap(CLOSED, Ordering::AcqRel) == TAKEN
+    /// Lets nothing through any more.
+    pub(super) fn close(&self) -> Closed {
+        match replace(&mut *self.state(), State::Closed) {
+            State::Open | State::Closed => Closed::NotSent,
+            State::Refused(receipt) => Closed::Refused(receipt),
+            State::Left => Closed::Sent,
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::broker::call::tests::refused;
 
     #[test]
     fn a_call_that_was_told_not_sent_sends_nothing() {
         let gate = Gate::default();
-        assert!(!gate.close());
+        assert!(matches!(gate.close(), Closed::NotSent));
         assert!(!gate.take());
     }
 
@@ -47,16 +86,27 @@ mod tests {
     fn a_call_that_was_handed_back_counts_as_not_sent() {
         let gate = Gate::default();
         assert!(gate.take());
-        assert!(gate.hand_back());
-        assert!(!gate.close());
+        assert!(gate.hand_back(None));
+        assert!(matches!(gate.close(), Closed::NotSent));
     }
 
     #[test]
     fn a_call_that_left_cannot_be_taken_back_once_told() {
         let gate = Gate::default();
         assert!(gate.take());
-        assert!(gate.close());
-        assert!(!gate.hand_back());
+        assert!(matches!(gate.close(), Closed::Sent));
+        assert!(!gate.hand_back(None));
         assert!(!gate.take());
+    }
+
+    #[test]
+    fn a_refusal_is_kept_until_the_request_leaves_once_more() {
+        let gate = Gate::default();
+        assert!(gate.take());
+        assert!(gate.hand_back(Some(&refused())));
+        let again = Gate::default();
+        assert!(again.take() && again.hand_back(Some(&refused())) && again.take());
+        assert!(matches!(gate.close(), Closed::Refused(_)));
+        assert!(matches!(again.close(), Closed::Sent));
     }
 }
