@@ -9,7 +9,9 @@ use credbroker::config::load::load;
 use credbroker::server::{Server, StartError};
 use credbroker_sim::pki::{Ca, CaKind, Identity, SanType, Usage};
 
-use crate::harness::{Lab, RULES, Settings, accounts, failure, refusal, say, until, write_private};
+use crate::harness::{
+    Lab, RULES, Settings, accounts, failure, not_run, refusal, until, write_private,
+};
 
 fn uri(text: &str) -> SanType {
     SanType::URI(text.try_into().unwrap())
@@ -188,7 +190,7 @@ async fn tls_1_2_is_refused() {
             let said = String::from_utf8_lossy(&output.stderr).into_owned();
             assert!(said.contains("alert protocol version"), "{said}");
         }
-        Err(_) => say("TLS 1.2: not run (no openssl on PATH)"),
+        Err(_) => not_run("TLS 1.2", "openssl", "no openssl on PATH"),
     }
     lab.stop().await;
 }
@@ -415,7 +417,7 @@ async fn files_that_openssl_makes_are_judged_as_openssl_judges_them() {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/field-cases/pki/make.sh");
     let made = Command::new("sh").arg(script).arg(lab.path("pki")).output();
     if !made.is_ok_and(|made| made.status.success()) {
-        say("field cases of openssl: not run (no openssl 3 on PATH)");
+        not_run("field cases of openssl", "openssl", "no openssl 3 on PATH");
         return;
     }
     let at = |name: &str| lab.path("pki").join(name);

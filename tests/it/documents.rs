@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use credbroker::api::proto::{Method, Scope};
 
-use crate::harness::{Lab, accounts, request, say, spot_order};
+use crate::harness::{Lab, accounts, not_run, request, spot_order};
 
 const OPERATIONS: &str = include_str!("../../docs/operations.md");
 const README: &str = include_str!("../../README.md");
@@ -140,7 +140,7 @@ fn the_recipe_for_one_call_reads_a_journal() {
         .output()
         .unwrap();
     if run.status.code() == Some(127) {
-        say("recipe for one call: not run (no jq)");
+        not_run("recipe for one call", "jq", "no jq on PATH");
         return;
     }
     let found = String::from_utf8(run.stdout).unwrap();
@@ -199,7 +199,7 @@ fn recipes_survive_a_torn_line() {
             .output();
         let run = run.unwrap();
         if run.status.code() == Some(127) {
-            say("recipes with jq: not run (no jq)");
+            not_run("recipes with jq", "jq", "no jq on PATH");
             return;
         }
         let (said, complaint) = (String::from_utf8(run.stdout).unwrap(), run.stderr);

@@ -6,7 +6,7 @@ use std::process::Output;
 use credbroker_sim::kucoin::SimKey;
 use tokio::task::spawn_blocking;
 
-use crate::harness::{Lab, MAIN_UID, RULES, Settings, say};
+use crate::harness::{Lab, MAIN_UID, RULES, Settings, not_run};
 
 /// The programs of `examples/`, which `cargo test` builds beside the broker.
 fn example(name: &str) -> Option<std::path::PathBuf> {
@@ -73,7 +73,11 @@ fn check_bot(lab: &Lab, said: &str) {
 async fn the_python_bot_trades() {
     let python = Path::new(env!("CARGO_MANIFEST_DIR")).join(".venv/bin/python");
     if !python.exists() {
-        say("Python bot: not run (no .venv; run tests/python/setup.sh)");
+        not_run(
+            "Python bot",
+            "python",
+            "no .venv; run tests/python/setup.sh",
+        );
         return;
     }
     let mut lab = lab().await;
@@ -90,7 +94,11 @@ async fn the_python_bot_trades() {
 #[tokio::test]
 async fn the_rust_bot_trades() {
     let Some(bot) = example("bot") else {
-        say("Rust bot: not run (not built; cargo test --workspace builds it)");
+        not_run(
+            "Rust bot",
+            "examples",
+            "not built; cargo test --workspace builds it",
+        );
         return;
     };
     let mut lab = lab().await;
@@ -105,7 +113,11 @@ async fn the_rust_bot_trades() {
 #[tokio::test]
 async fn the_demo_shows_what_it_promises() {
     let Some(demo) = example("demo") else {
-        say("demo: not run (not built; cargo test --workspace builds it)");
+        not_run(
+            "demo",
+            "examples",
+            "not built; cargo test --workspace builds it",
+        );
         return;
     };
     let said = text(&run(demo, vec!["--once".to_owned()]).await);

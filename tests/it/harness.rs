@@ -23,6 +23,7 @@ use credbroker::api::proto::{
 };
 use credbroker::clock::Clock;
 use credbroker::config::Config;
+use credbroker::kucoin::Catalog;
 use credbroker::server::Server;
 use credbroker_sim::kucoin::{KucoinSettings, KucoinSim, Limits, SimKey};
 use credbroker_sim::pki::{Ca, Identity};
@@ -32,6 +33,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -167,6 +169,8 @@ pub(crate) struct Lab {
     pub(crate) ops: SocketAddr,
     /// Where admins call.
     pub(crate) admin: SocketAddr,
+    /// Whether what the exchange has received is compared with the audit file in the end.
+    pub(crate) is_checked: bool,
 }
 
 /// What a command has come to.
@@ -230,6 +234,7 @@ impl Lab {
             grpc: SocketAddr::from(([127, 0, 0, 1], 0)),
             ops: SocketAddr::from(([127, 0, 0, 1], 0)),
             admin: SocketAddr::from(([127, 0, 0, 1], 0)),
+            is_checked: true,
         };
         if settings.road {
             lab.road = Some(Road::to(&lab.kucoin.spot_url()).await);
@@ -542,13 +547,10 @@ impl Lab {
         lines
     }
 
-    /// Every intent has exactly one outcome, and the exchange received nothing that has no intent.
+    /// Every call on record has exactly one outcome, and the exchange received nothing beyond the record.
     pub(crate) fn check_record(&self) {
         let mut calls: BTreeMap<(String, u64), (usize, usize)> = BTreeMap::new();
-        let mut lines = self.audit_file();
-        // What increases risk is not sent unless its line is whole, and the end of one that was cut tells nothing.
-        lines.retain(|line| line["call"].is_u64() && line["torn"] != true);
-        for line in lines {
+        for line in self.calls_on_record() {
             let call = (
                 line["run"].as_str().unwrap().to_owned(),
                 line["call"].as_u64().unwrap(),
@@ -567,15 +569,84 @@ impl Lab {
                 "call {call:?} has {counts:?} intents and outcomes"
             );
         }
-        let intents = calls.values().filter(|counts| counts.0 == 1).count();
-        // An idempotent read may be sent twice; what the broker asks of its own, but for time and address, is on record too.
+        self.check_sent();
+    }
+
+    /// The exchange received each request as often as an intent for it is on record: the same method, target and body.
+    pub(crate) fn check_sent(&self) {
+        if !self.is_checked {
+            return;
+        }
+        let mut intents: BTreeMap<Same, usize> = BTreeMap::new();
+        for line in self.calls_on_record() {
+            if line["event"] == "intent" {
+                let text = |field: &str| line[field].as_str().unwrap().to_owned();
+                let same = (text("method"), text("target"), text("body_sha256"));
+                *intents.entry(same).or_default() += 1;
+            }
+        }
+        // What the broker asks of its own for time and address alone is not on record.
         let is_public = |path: &str| matches!(path, "/api/v1/timestamp" | "/api/v1/my-ip");
-        let mut received = self.kucoin.everything_received();
-        received.retain(|request| !(request.is_own_question() && is_public(request.path())));
-        assert!(
-            received.len() <= 2 * intents,
-            "the exchange received what has no intent"
-        );
+        let mut received: BTreeMap<Same, usize> = BTreeMap::new();
+        for request in self.kucoin.everything_received() {
+            if request.is_own_question() && is_public(request.path()) {
+                continue;
+            }
+            let body = Sha256::digest(&request.body);
+            let body = body
+                .iter()
+                .fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"));
+            let count = received
+                .entry((request.method.clone(), request.target.clone(), body))
+                .or_default();
+            // Sent once more, without another intent: what was refused for its time or its key, and what is idempotent
+            // and lost its answer.
+            let id = request.endpoint.as_deref().unwrap_or_default();
+            let is_idempotent = Catalog::get().by_id(id).is_some_and(|e| e.idempotent);
+            let was_refused = request
+                .code()
+                .is_some_and(|code| ("400002"..="400009").contains(&code));
+            if !(was_refused || request.fault && is_idempotent) {
+                *count += 1;
+            }
+        }
+        for (same, count) in received {
+            let intents = intents.get(&same).copied().unwrap_or_default();
+            assert!(
+                intents >= count.max(1),
+                "{same:?}: received {count} times, {intents} intents"
+            );
+        }
+    }
+
+    /// The lines about calls, of the audit file and of those that it was renamed to. What was cut off tells nothing: what
+    /// increases risk is not sent unless its line is whole.
+    fn calls_on_record(&self) -> Vec<Value> {
+        let mut lines = Vec::new();
+        for entry in std::fs::read_dir(self.path("state")).into_iter().flatten() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_string_lossy();
+            if name.starts_with("audit.jsonl") {
+                let text = std::fs::read_to_string(&path).unwrap();
+                let parsed = text
+                    .lines()
+                    .filter_map(|line| serde_json::from_str(line).ok());
+                lines.extend(parsed);
+            }
+        }
+        lines.retain(|line: &Value| line["call"].is_u64() && line["torn"] != true);
+        lines
+    }
+}
+
+/// Requests that the audit file cannot tell apart: method, target, and digest of the body.
+type Same = (String, String, String);
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.check_sent();
+        }
     }
 }
 
@@ -1111,6 +1182,18 @@ pub(crate) fn set_mode(file: &Path, mode: u32) {
 /// Says something that a person must see even when the test passes: past libtest, which keeps what it captures.
 pub(crate) fn say(text: &str) {
     let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+/// Says that a test did not run, for want of what the machine has not. Fails where `CREDBROKER_REQUIRE`, a list such as
+/// `openssl,python`, names it: whoever has installed it wants the test.
+pub(crate) fn not_run(what: &str, missing: &str, why: &str) {
+    let required = std::env::var_os("CREDBROKER_REQUIRE").unwrap_or_default();
+    let required = required.to_string_lossy();
+    assert!(
+        !required.split(',').any(|name| name.trim() == missing),
+        "{what}: not run ({why}), and CREDBROKER_REQUIRE names {missing}"
+    );
+    say(&format!("{what}: not run ({why})"));
 }
 
 /// Waits for a condition that nothing announces; fails when it does not come.

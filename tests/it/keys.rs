@@ -169,6 +169,7 @@ impl Setup {
             grpc: NOWHERE,
             ops: NOWHERE,
             admin: NOWHERE,
+            is_checked: true,
         };
         let identity = lab.ca.server().unwrap();
         let address = self.address.unwrap_or_else(|| lab.vault.address());

@@ -21,8 +21,8 @@ use uuid::Uuid;
 
 use crate::delivery::tls_of;
 use crate::harness::{
-    Bot, Lab, MAIN_UID, Patient, ROOT_TOKEN, Settings, accounts, kv_path, say, secret, spot_order,
-    until,
+    Bot, Lab, MAIN_UID, Patient, ROOT_TOKEN, Settings, accounts, kv_path, not_run, secret,
+    spot_order, until,
 };
 
 /// No part of a value that is shorter is searched for: random text of this length occurs once.
@@ -222,9 +222,7 @@ fn search(id: u32, needles: &[Needle]) -> Vec<Hit> {
 fn is_root(what: &str) -> bool {
     let is_root = geteuid().is_root();
     if !is_root {
-        say(&format!(
-            "{what}: not run (only root reads another process's memory)"
-        ));
+        not_run(what, "root", "only root reads another process's memory");
     }
     is_root
 }

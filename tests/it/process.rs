@@ -5,7 +5,7 @@ use std::process::Command;
 use rustix::process::geteuid;
 use serde_json::Value;
 
-use crate::harness::{Lab, Settings, say, until};
+use crate::harness::{Lab, Settings, not_run, until};
 
 /// The line of a file of `/proc/PID` that begins so, as words.
 fn proc_line(id: u32, file: &str, start: &str) -> Vec<String> {
@@ -85,9 +85,11 @@ async fn memory_is_locked_where_that_is_allowed_and_the_log_says_what_to_set_whe
         let memlock = format!("--memlock={limit}:{limit}");
         let allowed = Command::new("prlimit").args([&memlock, "true"]).output();
         if !allowed.is_ok_and(|output| output.status.success()) {
-            say(&format!(
-                "memory locked with limit {limit}: not run (no prlimit, or no right to use it)"
-            ));
+            not_run(
+                &format!("memory locked with limit {limit}"),
+                "prlimit",
+                "no prlimit, or no right to use it",
+            );
             continue;
         }
         lab.spawn_broker_under(&["prlimit", &memlock]).await;

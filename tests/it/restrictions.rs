@@ -244,7 +244,7 @@ fn wide_commands_do_nothing_while_stderr_is_no_terminal() {
         .stdin(std::process::Stdio::null())
         .output();
     let Ok(ended) = ended else {
-        crate::harness::say("a terminal for stdin alone: not run (no script)");
+        crate::harness::not_run("a terminal for stdin alone", "script", "no script on PATH");
         return;
     };
     let said = std::fs::read_to_string(&file).unwrap();

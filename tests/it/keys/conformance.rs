@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use super::policies::shipped;
 use super::real::Backend;
 use super::{Rig, Setup, key, replace};
-use crate::harness::{kv_path, say, secret, until};
+use crate::harness::{kv_path, not_run, say, secret, until};
 
 on_both! {
     a_broker_that_starts_before_vault_is_ready_once_vault_is_there_and_unsealed
@@ -54,15 +54,17 @@ impl Stage {
         static TOLD: Once = Once::new();
         let vault = Backend::real().await;
         TOLD.call_once(|| {
-            say(match &vault {
-                None => {
-                    "real Vault: not run (no CREDBROKER_TEST_VAULT_ADDR, no bao or vault on PATH)"
-                }
-                Some(vault) if vault.is_ours() => "real Vault: run",
-                Some(_) => {
-                    "real Vault: run; cold start, seal, restart and failover not run, the server is not ours"
-                }
-            });
+            match &vault {
+                None => not_run(
+                    "real Vault",
+                    "vault",
+                    "no CREDBROKER_TEST_VAULT_ADDR, no bao or vault on PATH",
+                ),
+                Some(vault) if vault.is_ours() => say("real Vault: run"),
+                Some(_) => say(
+                    "real Vault: run; cold start, seal, restart and failover not run, the server is not ours",
+                ),
+            }
         });
         Some(Self::on(vault?).await)
     }

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::real::{Api, Backend};
 use super::{Setup, key};
-use crate::harness::{kv_path, say, secret, until, write_private};
+use crate::harness::{kv_path, not_run, secret, until, write_private};
 
 /// A file of `deploy/vault/`, for a mount and an `AppRole` mount of this name.
 pub(super) fn shipped(file: &str, name: &str) -> String {
@@ -37,7 +37,7 @@ impl Stage {
     async fn new() -> Option<Self> {
         let Some(vault) = Backend::real().await else {
             static TOLD: Once = Once::new();
-            TOLD.call_once(|| say("policies: not proven (no real Vault)"));
+            TOLD.call_once(|| not_run("policies", "vault", "no real Vault"));
             return None;
         };
         let Backend { api, name, .. } = &vault;
