@@ -741,6 +741,14 @@ mod tests {
                 assert!(egress.first_lookups().now_or_never().is_none());
                 tokio::task::yield_now().await;
             }
+            for destination in egress.destinations.values() {
+                let is_asking = destination.resolved_again.try_lock().is_err();
+                assert!(
+                    is_asking,
+                    "{} waits for another lookup",
+                    destination.origin.port
+                );
+            }
             answer.send(()).unwrap();
             egress.first_lookups().await;
             for destination in egress.destinations.values() {

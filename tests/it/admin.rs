@@ -31,6 +31,7 @@ use tonic_types::StatusExt;
 use crate::certificates::gets_in;
 use crate::harness::{
     Lab, Patient, Settings, accounts, admin_over, kv_path, patient, secret, set_mode, until,
+    write_private,
 };
 
 /// An admin's connection with this certificate.
@@ -917,6 +918,23 @@ async fn commands_refuse_files_that_other_users_can_read_or_change() {
         let said = lab.cli(&["keys", "list"], "").await;
         assert!(!said.stderr.contains("chmod"), "{said:?}");
     }
+    let text = std::fs::read_to_string(lab.path("admin.toml")).unwrap();
+    let text = text.replace("[vault]\n", "[vault]\nroots = \"vault-ca.pem\"\n");
+    write_private(&lab.path("admin.toml"), &text);
+    write_private(&lab.path("vault-ca.pem"), lab.ca.certificate_pem());
+    set_mode(&lab.path("vault-ca.pem"), 0o666);
+    let words = &["keys", "register", "main", "--key", "new"];
+    let said = lab.cli(words, "").await;
+    assert_eq!((said.code, said.stdout.as_str()), (Some(2), ""), "{said:?}");
+    let path = lab.path("vault-ca.pem");
+    let path = path.display();
+    let expected = format!(
+        "admin.toml: vault.roots: {path} can be changed by other users (mode 0666); chmod o-w {path}"
+    );
+    assert!(said.stderr.contains(&expected), "{said:?}");
+    set_mode(&lab.path("vault-ca.pem"), 0o644);
+    let said = lab.cli(words, "").await;
+    assert!(!said.stderr.contains("chmod"), "{said:?}");
     lab.stop().await;
 }
 

@@ -1,7 +1,7 @@
 //! That requests leave from the address which KuCoin's whitelists name is proven by asking KuCoin, the way orders go.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use credbroker::api::proto::{Outcome, SignAndSendRequest};
 use credbroker::config::Config;
@@ -10,7 +10,7 @@ use serde_json::json;
 use tonic::Code;
 
 use crate::harness::{
-    Bot, Lab, MAIN_UID, Road, Settings, Time, accounts, failure, futures_order, say,
+    Bot, Lab, MAIN_UID, Road, Settings, Time, accounts, failure, futures_order, not_run,
     spot_cancel_all, spot_order, until,
 };
 
@@ -412,7 +412,7 @@ fn open_connections(address: std::net::SocketAddrV4) -> usize {
 #[tokio::test]
 async fn calls_follow_the_exchange_to_its_new_address_at_once() {
     if !has_mount_namespaces() {
-        say("exchange's name moves: not run (needs root and unshare)");
+        not_run("exchange's name moves", "root", "needs root and unshare");
         return;
     }
     let mut lab = Lab::install(&Settings {
@@ -456,6 +456,51 @@ async fn calls_follow_the_exchange_to_its_new_address_at_once() {
     lab.process().terminate();
     assert_eq!(lab.process().exit_code().await, Some(0));
     lab.check_record();
+}
+
+#[tokio::test]
+async fn silent_name_server_holds_up_bots_once_and_nothing_else() {
+    let silent = tokio::net::UdpSocket::bind("127.7.7.8:53").await;
+    if !has_mount_namespaces() || silent.is_err() {
+        not_run(
+            "name server that does not answer",
+            "root",
+            "needs root and unshare",
+        );
+        return;
+    }
+    let mut lab = Lab::install(&Settings {
+        egress: "connect_timeout_ms = 4000".to_owned(),
+        ..Settings::default()
+    })
+    .await;
+    let text = std::fs::read_to_string(lab.path("config.toml")).unwrap();
+    for (port, name) in [(1, "spot"), (2, "futures")] {
+        let start = format!("{name} = \"http://");
+        let rest = text.split_once(&start).unwrap().1;
+        let address = rest.split('"').next().unwrap();
+        let elsewhere = format!("{start}localhost:{port}");
+        lab.reconfigure(&format!("{start}{address}"), &elsewhere);
+    }
+    let resolver = lab.path("resolv.conf");
+    std::fs::write(&resolver, "nameserver 127.7.7.8\n").unwrap();
+    let own_resolver =
+        "mount --bind \"$0\" /etc/resolv.conf && mount --bind /dev/null /etc/hosts && exec \"$@\"";
+    let resolver = resolver.to_str().unwrap();
+    let began = Instant::now();
+    lab.spawn_broker_under(&["unshare", "--mount", "sh", "-c", own_resolver, resolver])
+        .await;
+    assert_eq!(lab.get("/healthz").await.0, 200);
+    assert!(
+        began.elapsed() < Duration::from_secs(3),
+        "{:?}",
+        began.elapsed()
+    );
+    lab.process()
+        .log_line("initial key load finished; accepting bots")
+        .await;
+    let took = began.elapsed().as_secs();
+    assert!((4..7).contains(&took), "one lookup takes 4 s: {took} s");
 }
 
 #[tokio::test]

@@ -1,8 +1,9 @@
 //! Rules and certificates change while bots work, however their files are replaced; what cannot be used changes nothing.
 
 use std::collections::BTreeSet;
+use std::io::Read;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use credbroker::api::proto::SignAndSendRequest;
@@ -23,8 +24,8 @@ use crate::certificates::gets_in;
 use crate::connections::{GOAWAY, RawBot};
 use crate::delivery::tls_of;
 use crate::harness::{
-    Bot, Lab, Patient, RULES, Settings, accounts, kv_path, refusal, secret, set_mode, spot_order,
-    until, write_private,
+    Bot, Lab, Patient, RULES, Settings, accounts, kv_path, not_run, refusal, secret, set_mode,
+    spot_order, until, write_private,
 };
 
 /// A grant to read spot on an account.
@@ -859,6 +860,62 @@ async fn files_that_others_can_read_or_change_are_reported_while_the_broker_runs
     assert_eq!(settings[..2], ["config", "tls.key"], "{log}");
     assert_eq!(settings.len(), 5, "each is logged once: {log}");
     assert!(logged.iter().all(|line| line["level"] == "WARN"));
+}
+
+/// Mounts a file system over a folder, whose server never answers: to look at a file in it takes for ever.
+const HANG: &str = "exec 9<>/dev/fuse && mount -i -t fuse -o fd=9,rootmode=40000,user_id=0,group_id=0 hang \"$0\" && \
+                    echo mounted && exec sleep 60";
+
+#[tokio::test]
+async fn rules_are_taken_up_while_another_file_hangs() {
+    let can_mount = Command::new("unshare")
+        .args([
+            "--mount",
+            "sh",
+            "-c",
+            &HANG.replace("sleep 60", "true"),
+            "/mnt",
+        ])
+        .output();
+    if !can_mount.is_ok_and(|ended| ended.status.success()) {
+        not_run(
+            "file that hangs",
+            "root",
+            "needs root, unshare and /dev/fuse",
+        );
+        return;
+    }
+    let mut lab = Lab::install(&Settings::default()).await;
+    let folder = lab.path("roots");
+    std::fs::create_dir(&folder).unwrap();
+    write_private(&folder.join("ca.pem"), lab.ca.certificate_pem());
+    // Read at the start alone; later only its permissions are checked.
+    lab.reconfigure("[vault]\n", "[vault]\nroots = \"roots/ca.pem\"\n");
+    lab.spawn_broker_under(&["unshare", "--mount"]).await;
+    lab.until_ready().await;
+    let broker = lab.process().id().to_string();
+    let mut hanging = Command::new("nsenter")
+        .args(["--target", &broker, "--mount", "sh", "-c", HANG])
+        .arg(&folder)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = [0; 7];
+    hanging
+        .stdout
+        .take()
+        .unwrap()
+        .read_exact(&mut said)
+        .unwrap();
+    assert_eq!(&said, b"mounted");
+    // The second one is taken up after a check has begun that does not end.
+    for bot in ["late", "later"] {
+        set_rules(&lab, &format!("{RULES}{}", reading(bot, "main"))).await;
+    }
+    hanging.kill().unwrap();
+    hanging.wait().unwrap();
+    lab.process().terminate();
+    assert_eq!(lab.process().exit_code().await, Some(0));
 }
 
 #[tokio::test]

@@ -7,7 +7,6 @@ use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 use tonic::Status;
 
-use super::Setup;
 use crate::harness::{Bot, Lab, Road, Settings, Time, patient, refusal, spot_cancel_all};
 
 const KEYS_READ: &str = "initial key load finished; accepting bots";
@@ -75,14 +74,17 @@ async fn bots_wait_ten_seconds_at_most_for_a_vault_that_does_not_answer() {
 
 #[tokio::test]
 async fn vault_that_is_down_delays_no_start() {
-    let setup = Setup::new(&["main"]).await;
-    setup.vault.stop().await.unwrap();
-    let rig = setup.start().await;
-    let told = rig.signer("main").await.unwrap_err();
-    assert!(told.contains("Vault cannot be reached"), "{told}");
-    assert_eq!(rig.logs.count(&["INFO", KEYS_READ]), 1, "{:?}", rig.logs);
-    assert_eq!(rig.logs.count(&[TOO_LONG]), 0);
-    rig.end().await;
+    let mut lab = Lab::install(&Settings::default()).await;
+    lab.vault.stop().await.unwrap();
+    lab.spawn_broker().await;
+    let told = cancel(&lab).await.unwrap().unwrap_err();
+    let message = told.message();
+    assert!(message.contains("Vault cannot be reached"), "{message}");
+    lab.process().terminate();
+    assert_eq!(lab.process().exit_code().await, Some(0));
+    let log = lab.process().log();
+    assert_eq!(log.matches(KEYS_READ).count(), 1, "{log}");
+    assert!(!log.contains(TOO_LONG), "{log}");
 }
 
 #[tokio::test]
