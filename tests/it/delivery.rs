@@ -186,6 +186,33 @@ async fn a_deadline_that_passes_before_anything_was_sent_says_so_and_nothing_is_
     assert_eq!(lab.stop().await, 0);
 }
 
+/// What its bot was told stays true: a read may go twice, but not after that.
+#[tokio::test]
+async fn a_read_that_loses_its_answer_after_its_deadline_is_not_sent_again() {
+    let mut lab = Lab::with(Settings {
+        egress: "answer_timeout_ms = 600".to_owned(),
+        ..Settings::default()
+    })
+    .await;
+    let mut bot = lab.patient_bot("maker").await;
+    let mut read = accounts();
+    read.request_id = "late".to_owned();
+    let when = When::BeforeTaken;
+    lab.kucoin.fault(Fault {
+        times: None,
+        ..Fault::once(&read.path, FaultAction::Stall { when })
+    });
+    let ended = bot.send_within(read, Duration::from_millis(300)).await;
+    assert_eq!(refusal(ended), lost());
+    until("what was learnt is recorded", async || {
+        lab.audit_of("late").len() == 3
+    })
+    .await;
+    assert_eq!(lab.audit_of("late")[2]["event"], "learnt");
+    assert_eq!(lab.kucoin.received().len(), 1);
+    assert_eq!(lab.stop().await, 0);
+}
+
 #[tokio::test]
 async fn the_brokers_own_wait_for_the_exchange_has_a_limit_of_its_own() {
     let settings = Settings {
