@@ -18,7 +18,7 @@ use tracing::Instrument;
 
 use super::admission::CallSlot;
 use super::gate::{Closed, Gate};
-use super::retry::{self, Last, Retry};
+use super::retry::{self, Attempt, Retry, RetryBudget};
 use super::{Broker, BrokerError};
 use crate::audit::{Caller, Ending, Recorded};
 use crate::clock::ClockUncertain;
@@ -178,8 +178,9 @@ impl Broker {
     ) -> Result<Receipt, BrokerError> {
         let (is_idempotent, has_own_key) = (permit.is_idempotent(), call.key.is_some());
         let mut last = self.send(call, permit, recorded, gate).await;
-        let mut tried = retry::Tried::default();
-        while let Some(retry) = retry::next(Last::of(&last), is_idempotent, has_own_key, &mut tried)
+        let mut budget = RetryBudget::default();
+        while let Some(retry) =
+            retry::next(Attempt::of(&last), is_idempotent, has_own_key, &mut budget)
         {
             if !self.prepare(retry, permit, &last, gate).await {
                 break;
@@ -279,7 +280,7 @@ impl Broker {
             exchange_us = micros(sending.elapsed()),
             "answer received"
         );
-        self.heed(call, permit, lent.as_ref(), &answer);
+        self.apply_feedback(call, permit, lent.as_ref(), &answer);
         Ok(Receipt {
             answer,
             endpoint: permit.endpoint(),

@@ -31,7 +31,13 @@ impl UnknownCodes {
 
 impl Broker {
     /// Takes what an answer says about the broker itself: its time, its address, its key.
-    pub(super) fn heed(&self, call: &Call, permit: &Permit, lent: Option<&Lent>, answer: &Answer) {
+    pub(super) fn apply_feedback(
+        &self,
+        call: &Call,
+        permit: &Permit,
+        lent: Option<&Lent>,
+        answer: &Answer,
+    ) {
         if let Some(lent) = lent {
             let refused = KEY_REFUSED.contains(&answer.code.as_str());
             if answer.outcome == Outcome::Accepted {

@@ -5,9 +5,9 @@ use crate::egress::SendError;
 use crate::kucoin::code::{KEY_REFUSED, TIMESTAMP_REFUSED};
 use crate::outcome::Outcome;
 
-/// How the last try ended, as far as it matters here.
+/// How an attempt ended, as far as a retry depends on it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Last<'a> {
+pub(super) enum Attempt<'a> {
     /// It left, and no whole answer came back.
     AnswerLost,
     /// It was provably not sent: the connection gave the request back.
@@ -30,9 +30,9 @@ pub(super) enum Retry {
     TimestampRefused,
 }
 
-/// What has been tried: each remedy helps once.
+/// Remedies that have been used: each one helps once.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub(super) struct Tried {
+pub(super) struct RetryBudget {
     /// Another key.
     key: bool,
     /// Once more as it was.
@@ -41,7 +41,7 @@ pub(super) struct Tried {
     time: bool,
 }
 
-impl<'a> Last<'a> {
+impl<'a> Attempt<'a> {
     pub(super) fn of(last: &'a Result<Receipt, BrokerError>) -> Self {
         match last {
             Ok(receipt) if receipt.answer.outcome == Outcome::Rejected => {
@@ -73,22 +73,22 @@ impl Retry {
 /// Whether to try once more. A request that may have been executed goes again only if it is idempotent; one that brought
 /// its own key to be tested (`has_own_key`) is not signed with another.
 pub(super) fn next(
-    last: Last<'_>,
+    last: Attempt<'_>,
     is_idempotent: bool,
     has_own_key: bool,
-    tried: &mut Tried,
+    budget: &mut RetryBudget,
 ) -> Option<Retry> {
-    let (retry, is_tried) = match last {
-        Last::AnswerLost if is_idempotent => (Retry::AnswerLost, &mut tried.repeated),
-        Last::HandedBack => (Retry::HandedBack, &mut tried.repeated),
-        Last::NotConnected => (Retry::NotConnected, &mut tried.repeated),
-        Last::Rejected(TIMESTAMP_REFUSED) => (Retry::TimestampRefused, &mut tried.time),
-        Last::Rejected(code) if KEY_REFUSED.contains(&code) && !has_own_key => {
-            (Retry::KeyRefused, &mut tried.key)
+    let (retry, is_used) = match last {
+        Attempt::AnswerLost if is_idempotent => (Retry::AnswerLost, &mut budget.repeated),
+        Attempt::HandedBack => (Retry::HandedBack, &mut budget.repeated),
+        Attempt::NotConnected => (Retry::NotConnected, &mut budget.repeated),
+        Attempt::Rejected(TIMESTAMP_REFUSED) => (Retry::TimestampRefused, &mut budget.time),
+        Attempt::Rejected(code) if KEY_REFUSED.contains(&code) && !has_own_key => {
+            (Retry::KeyRefused, &mut budget.key)
         }
-        Last::AnswerLost | Last::Rejected(_) | Last::Settled => return None,
+        Attempt::AnswerLost | Attempt::Rejected(_) | Attempt::Settled => return None,
     };
-    (!std::mem::replace(is_tried, true)).then_some(retry)
+    (!std::mem::replace(is_used, true)).then_some(retry)
 }
 
 #[cfg(test)]
@@ -97,49 +97,54 @@ mod tests {
 
     #[test]
     fn only_what_did_not_happen_or_does_no_harm_twice_goes_again_and_each_remedy_once() {
-        // Last try, idempotent, own key: what comes first and what if it ends the same way again.
+        // How the attempt ended, idempotent, own key: the retry. Ending the same way again gives none.
         for (last, is_idempotent, has_own_key, expected) in [
-            (Last::Settled, true, false, None),
-            (Last::AnswerLost, false, false, None),
-            (Last::AnswerLost, true, false, Some(Retry::AnswerLost)),
-            (Last::HandedBack, false, false, Some(Retry::HandedBack)),
-            (Last::NotConnected, false, false, Some(Retry::NotConnected)),
-            (Last::Rejected("200004"), true, false, None),
+            (Attempt::Settled, true, false, None),
+            (Attempt::AnswerLost, false, false, None),
+            (Attempt::AnswerLost, true, false, Some(Retry::AnswerLost)),
+            (Attempt::HandedBack, false, false, Some(Retry::HandedBack)),
             (
-                Last::Rejected("400002"),
+                Attempt::NotConnected,
+                false,
+                false,
+                Some(Retry::NotConnected),
+            ),
+            (Attempt::Rejected("200004"), true, false, None),
+            (
+                Attempt::Rejected("400002"),
                 false,
                 false,
                 Some(Retry::TimestampRefused),
             ),
             (
-                Last::Rejected("400002"),
+                Attempt::Rejected("400002"),
                 false,
                 true,
                 Some(Retry::TimestampRefused),
             ),
             (
-                Last::Rejected("400003"),
+                Attempt::Rejected("400003"),
                 false,
                 false,
                 Some(Retry::KeyRefused),
             ),
             (
-                Last::Rejected("400004"),
+                Attempt::Rejected("400004"),
                 false,
                 false,
                 Some(Retry::KeyRefused),
             ),
             (
-                Last::Rejected("400005"),
+                Attempt::Rejected("400005"),
                 false,
                 false,
                 Some(Retry::KeyRefused),
             ),
-            (Last::Rejected("400003"), false, true, None),
-            (Last::Rejected("400100"), false, false, None),
+            (Attempt::Rejected("400003"), false, true, None),
+            (Attempt::Rejected("400100"), false, false, None),
         ] {
-            let mut tried = Tried::default();
-            let mut again = || next(last, is_idempotent, has_own_key, &mut tried);
+            let mut budget = RetryBudget::default();
+            let mut again = || next(last, is_idempotent, has_own_key, &mut budget);
             let case = format!("{last:?}, idempotent {is_idempotent}, own key {has_own_key}");
             assert_eq!((again(), again()), (expected, None), "{case}");
         }
@@ -147,13 +152,13 @@ mod tests {
 
     #[test]
     fn a_lost_connection_is_not_mended_twice_whatever_it_was() {
-        let mut tried = Tried::default();
-        let mut after = |last| next(last, true, false, &mut tried);
-        assert_eq!(after(Last::NotConnected), Some(Retry::NotConnected));
-        assert_eq!(after(Last::HandedBack), None);
-        assert_eq!(after(Last::AnswerLost), None);
+        let mut budget = RetryBudget::default();
+        let mut after = |last| next(last, true, false, &mut budget);
+        assert_eq!(after(Attempt::NotConnected), Some(Retry::NotConnected));
+        assert_eq!(after(Attempt::HandedBack), None);
+        assert_eq!(after(Attempt::AnswerLost), None);
         assert_eq!(
-            after(Last::Rejected("400002")),
+            after(Attempt::Rejected("400002")),
             Some(Retry::TimestampRefused),
             "another remedy is left"
         );

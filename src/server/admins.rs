@@ -17,7 +17,7 @@ use tonic::codegen::Service;
 use tonic::{Code, Status};
 
 use super::connection::{
-    Connection, Listener, NoMessage, is_unimplemented, not_grpc, oversized, unread,
+    Connection, Listener, MessageError, is_unimplemented, not_grpc, oversized, unread,
     unsupported_media_type,
 };
 use super::places::Places;
@@ -42,7 +42,7 @@ const MESSAGE_BYTES: usize = 64 * 1024;
 const METHOD_CHARS: usize = 100;
 
 /// One connection of one admin.
-struct OfAdmin {
+struct AdminConnection {
     connection: Arc<Connection>,
     admin: AdminId,
     calls: TaskTracker,
@@ -63,13 +63,16 @@ pub(super) async fn serve(listener: Listener, socket: TcpListener) {
             };
             let place = Places::take(&places, admin.clone());
             let connection = Connection::new(listener, trust, place.is_given_up.clone(), None);
-            let of_admin = Arc::new(OfAdmin {
+            let admin_connection = Arc::new(AdminConnection {
                 connection,
                 admin,
                 calls,
             });
-            let call = |request| Arc::clone(&of_admin).call(request);
-            of_admin.connection.serve(stream, STREAMS, AGE, call).await;
+            let call = |request| Arc::clone(&admin_connection).call(request);
+            admin_connection
+                .connection
+                .serve(stream, STREAMS, AGE, call)
+                .await;
         }
     };
     acceptor.run(socket, serve).await;
@@ -77,7 +80,7 @@ pub(super) async fn serve(listener: Listener, socket: TcpListener) {
     calls.wait().await;
 }
 
-impl OfAdmin {
+impl AdminConnection {
     async fn call(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
         let began = Instant::now();
         let method = clean(request.uri().path(), METHOD_CHARS).into_owned();
@@ -139,12 +142,12 @@ impl OfAdmin {
     }
 }
 
-impl From<NoMessage> for AdminError {
-    fn from(error: NoMessage) -> Self {
+impl From<MessageError> for AdminError {
+    fn from(error: MessageError) -> Self {
         match error {
-            NoMessage::Broken(problem) => Self::Malformed(vec![problem]),
-            NoMessage::Slow(limit) => Self::Slow(limit),
-            NoMessage::Untrusted => Self::CallerUnknown,
+            MessageError::Broken(problem) => Self::Malformed(vec![problem]),
+            MessageError::Slow(limit) => Self::Slow(limit),
+            MessageError::Untrusted => Self::CallerUnknown,
         }
     }
 }

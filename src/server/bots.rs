@@ -16,7 +16,7 @@ use tonic::body::Body;
 use tonic::codegen::Service;
 
 use super::connection::{
-    Connection, Listener, NoMessage, is_unimplemented, not_grpc, oversized, unread,
+    Connection, Listener, MessageError, is_unimplemented, not_grpc, oversized, unread,
     unsupported_media_type,
 };
 use super::tls::Trust;
@@ -33,7 +33,7 @@ const STREAMS: u32 = 256;
 const TURNED_AWAY_FOR: Duration = Duration::from_secs(5);
 
 /// One connection of one bot.
-struct OfBot {
+struct BotConnection {
     connection: Arc<Connection>,
     bot: BotId,
     /// Bytes of the longest message.
@@ -87,17 +87,20 @@ async fn admit(listener: Arc<Listener>, stream: TlsStream<TcpStream>, trust: Tru
     };
     let never = CancellationToken::new();
     let connection = Connection::new(listener, trust, never, Some(slot));
-    let of_bot = Arc::new(OfBot {
+    let bot_connection = Arc::new(BotConnection {
         connection,
         bot,
         limit,
         refusal,
     });
-    let call = |request| Arc::clone(&of_bot).call(request);
-    of_bot.connection.serve(stream, STREAMS, age, call).await;
+    let call = |request| Arc::clone(&bot_connection).call(request);
+    bot_connection
+        .connection
+        .serve(stream, STREAMS, age, call)
+        .await;
 }
 
-impl OfBot {
+impl BotConnection {
     /// One call: refused here, or passed on with the bot's name.
     async fn call(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
         if let Some(problem) = not_grpc(&request) {
@@ -182,12 +185,12 @@ impl OfBot {
     }
 }
 
-impl From<NoMessage> for BrokerError {
-    fn from(error: NoMessage) -> Self {
+impl From<MessageError> for BrokerError {
+    fn from(error: MessageError) -> Self {
         match error {
-            NoMessage::Broken(problem) => Self::Malformed(vec![problem]),
-            NoMessage::Slow(limit) => Self::Slow(limit),
-            NoMessage::Untrusted => Self::Untrusted,
+            MessageError::Broken(problem) => Self::Malformed(vec![problem]),
+            MessageError::Slow(limit) => Self::Slow(limit),
+            MessageError::Untrusted => Self::Untrusted,
         }
     }
 }

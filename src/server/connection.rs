@@ -101,7 +101,7 @@ enum Close {
 }
 
 /// Why there is no message.
-pub(super) enum NoMessage {
+pub(super) enum MessageError {
     /// It is too long, or it broke off.
     Broken(Malformed),
     /// It did not arrive within this time.
@@ -170,7 +170,7 @@ impl Connection {
             _ = &mut http => return,
             why = self.must_end(age) => why,
         };
-        tracing::debug!(?why, "connection ends");
+        tracing::debug!(?why, "closing connection");
         if why == Close::Stuck {
             return;
         }
@@ -240,22 +240,26 @@ impl Connection {
     }
 
     /// The message of a call once all of it is there, from a peer that is trusted before and after.
-    pub(super) async fn message(&self, body: Incoming, limit: usize) -> Result<Bytes, NoMessage> {
+    pub(super) async fn message(
+        &self,
+        body: Incoming,
+        limit: usize,
+    ) -> Result<Bytes, MessageError> {
         if !self.is_trusted() {
-            return Err(NoMessage::Untrusted);
+            return Err(MessageError::Untrusted);
         }
         let within = self.listener.limits.request;
         let body = timeout(within, Limited::new(body, limit).collect()).await;
-        let body = body.map_err(|_| NoMessage::Slow(within))?;
+        let body = body.map_err(|_| MessageError::Slow(within))?;
         let body = body.map_err(|error| {
             let problem = format!("{error}; at most {limit} bytes are read");
-            NoMessage::Broken(Malformed::new("message", problem))
+            MessageError::Broken(Malformed::new("message", problem))
         })?;
         // Its CA may have been taken away, or its time be over, since the head of the call came.
         if self.is_trusted() {
             Ok(body.to_bytes())
         } else {
-            Err(NoMessage::Untrusted)
+            Err(MessageError::Untrusted)
         }
     }
 
@@ -281,10 +285,10 @@ impl InUse {
     /// The answer, which holds the call's place until it is written. With `is_timed`, the peer must take it in time.
     pub(super) fn answer(self, response: Response<Body>, is_timed: bool) -> Response<Body> {
         if is_timed {
-            self.is_answered();
+            self.mark_answered();
         }
         response.map(|body| {
-            Body::new(Held {
+            Body::new(AnswerBody {
                 body,
                 rest: Bytes::new(),
                 in_use: self,
@@ -294,7 +298,7 @@ impl InUse {
     }
 
     /// From now on it is for the peer to take what comes of the answer.
-    fn is_answered(&self) {
+    fn mark_answered(&self) {
         self.connection
             .answers()
             .insert(self.number, Instant::now());
@@ -312,7 +316,7 @@ impl Drop for InUse {
 }
 
 /// An answer that holds its call's place until it is written: one that nobody takes uses memory.
-struct Held {
+struct AnswerBody {
     body: Body,
     /// What of the body has not been handed on yet.
     rest: Bytes,
@@ -321,7 +325,7 @@ struct Held {
     is_timed: bool,
 }
 
-impl http_body::Body for Held {
+impl http_body::Body for AnswerBody {
     type Data = Bytes;
     type Error = Status;
 
@@ -340,7 +344,7 @@ impl http_body::Body for Held {
         }
         if self.is_timed {
             // The peer takes it: the wait begins anew.
-            self.in_use.is_answered();
+            self.in_use.mark_answered();
         }
         let piece = self.rest.len().min(PIECE);
         let piece = self.rest.split_to(piece);
