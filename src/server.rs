@@ -225,7 +225,7 @@ impl Server {
             stopping: stopping.clone(),
         };
         let admins = AdminServer::new(AdminApi::new(Arc::clone(&broker)));
-        let admins_listener = Listener {
+        let for_admins = Listener {
             broker: Arc::clone(&broker),
             routes: Routes::new(admins).prepare(),
             tls: admins_tls,
@@ -268,7 +268,7 @@ impl Server {
             listeners.track_future(serve_bots(listener, grpc_listener, limit, bots_wait_until));
         background.spawn(named("bots' listener", serving));
         if let Some((socket, _)) = admin_listener {
-            let serving = listeners.track_future(admins::serve(admins_listener, socket));
+            let serving = listeners.track_future(admins::serve(for_admins, socket));
             background.spawn(named("admins' listener", serving));
         }
         listeners.close();
