@@ -123,8 +123,8 @@ enum Command {
     /// Exit code 0: done; 1: the broker was not reached, or refused; 2: usage or admin.toml.
     #[command(
         after_long_help = "Examples:\n  credbroker resume main\n  credbroker resume --all\n\nWith --all, confirm on a terminal or pass --yes in \
-                           scripts.\n\nA freeze besides stays: \
-                           `credbroker keys thaw ACCOUNT` ends that."
+                           scripts.\n\n\
+                           --all lifts the halt of all accounts and lists the accounts that are halted by name."
     )]
     Resume(halt::Resume),
     /// Runs the broker until SIGTERM or Ctrl-C.

@@ -1,4 +1,4 @@
-//! What admins have forbidden: accounts that are frozen or halted, bots that are blocked, keys that are revoked.
+//! What admins have forbidden: accounts that are halted, bots that are blocked, keys that are revoked.
 //!
 //! In force at once, and on disk before anybody is told so: a restart brings nothing back. It holds names and digests of
 //! key ids, no secret.
@@ -22,6 +22,9 @@ pub struct KeyDigest(pub [u8; 32]);
 /// Name of the file in the state folder.
 const FILE: &str = "restrictions.json";
 
+/// Version of the file's form. A file without a number is of the form before, which also had frozen accounts.
+const VERSION: u64 = 1;
+
 /// All restrictions.
 #[derive(Debug)]
 pub struct Restrictions {
@@ -37,7 +40,11 @@ pub struct Restrictions {
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct State {
+    #[serde(default)]
+    version: u64,
     blocked_bots: BTreeMap<BotId, Mark>,
+    /// Of the form before; read as halts.
+    #[serde(default, skip_serializing)]
     frozen_accounts: BTreeMap<AccountId, Mark>,
     halted_accounts: BTreeMap<AccountId, Mark>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -46,6 +53,13 @@ struct State {
     revoked_keys: BTreeMap<KeyDigest, Revoked>,
     /// Keys that were revoked while nobody knew their ids: the first one that Vault shows in this place is dead.
     revoked_unseen: BTreeMap<AccountId, BTreeMap<KeyName, Mark>>,
+}
+
+/// What a file of any version has.
+#[derive(Deserialize)]
+struct Header {
+    #[serde(default)]
+    version: u64,
 }
 
 /// Who forbade it, and when.
@@ -77,8 +91,6 @@ pub struct Revoked {
 pub struct Counts {
     /// Bots that are blocked.
     pub blocked_bots: usize,
-    /// Accounts that are frozen by name.
-    pub frozen_accounts: usize,
     /// Accounts that are halted by name.
     pub halted_accounts: usize,
     /// Whether all accounts are halted.
@@ -87,28 +99,17 @@ pub struct Counts {
     pub revoked_keys: usize,
 }
 
-/// What refuses risk-increasing requests on one account.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub struct Freezes {
-    /// Whether the account is frozen.
-    pub is_frozen: bool,
-    /// Whether it is halted by its name.
-    pub is_halted: bool,
-    /// Whether all accounts are halted.
-    pub is_all_halted: bool,
-}
-
 /// An admin has forbidden it.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum Restricted {
     /// The bot.
     #[error("an admin has blocked this bot; nothing was sent")]
     Blocked,
-    /// The account, for what adds risk.
+    /// The account, for risk-increasing requests.
     #[error(
-        "account {0} is frozen by an admin; what adds risk is refused, cancels and reads go on; nothing was sent"
+        "an admin has halted account {0}: risk-increasing requests are rejected, cancels and reads still work; nothing was sent"
     )]
-    Frozen(AccountId),
+    Halted(AccountId),
 }
 
 /// The file cannot be used or written.
@@ -148,16 +149,17 @@ impl Restrictions {
             problem,
         };
         let found = match fs::read(&file) {
-            Ok(text) => {
-                Some(serde_json::from_slice(&text).map_err(|error| unreadable(error.to_string()))?)
-            }
+            Ok(text) => Some(State::read(&text).map_err(unreadable)?),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => return Err(unreadable(error.to_string())),
         };
+        let was_found = found.is_some();
+        let mut state = found.unwrap_or_default();
+        state.version = VERSION;
         Ok(Self {
             folder: folder.to_owned(),
-            was_found: found.is_some(),
-            state: RwLock::new(found.unwrap_or_default()),
+            was_found,
+            state: RwLock::new(state),
             writing: Mutex::default(),
         })
     }
@@ -189,8 +191,8 @@ impl Restrictions {
         {
             return Err(Restricted::Blocked);
         }
-        if adds_risk && state.is_frozen(account) {
-            return Err(Restricted::Frozen(account.clone()));
+        if adds_risk && state.is_halted(account) {
+            return Err(Restricted::Halted(account.clone()));
         }
         Ok(())
     }
@@ -201,31 +203,25 @@ impl Restrictions {
         let unseen = state.revoked_unseen.values().map(BTreeMap::len);
         Counts {
             blocked_bots: state.blocked_bots.len(),
-            frozen_accounts: state.frozen_accounts.len(),
             halted_accounts: state.halted_accounts.len(),
             is_all_halted: state.halted_all.is_some(),
             revoked_keys: state.revoked_keys.len() + unseen.sum::<usize>(),
         }
     }
 
-    /// Whether what adds risk on an account is refused.
-    pub fn is_frozen(&self, account: &AccountId) -> bool {
-        self.state().is_frozen(account)
-    }
-
-    /// Whether that is because of a halt.
+    /// Whether risk-increasing requests on an account are rejected.
     pub fn is_halted(&self, account: &AccountId) -> bool {
         self.state().is_halted(account)
     }
 
-    /// What refuses risk-increasing requests on an account.
-    pub fn freezes(&self, account: &AccountId) -> Freezes {
-        let state = self.state();
-        Freezes {
-            is_frozen: state.frozen_accounts.contains_key(account),
-            is_halted: state.halted_accounts.contains_key(account),
-            is_all_halted: state.halted_all.is_some(),
-        }
+    /// Whether all accounts are halted, also those that the rules name later.
+    pub fn is_all_halted(&self) -> bool {
+        self.state().halted_all.is_some()
+    }
+
+    /// The accounts that are halted by name.
+    pub fn halted_accounts(&self) -> Vec<AccountId> {
+        self.state().halted_accounts.keys().cloned().collect()
     }
 
     /// The bots that are blocked.
@@ -322,30 +318,7 @@ impl Restrictions {
         })
     }
 
-    /// Refuses what adds risk on an account. Returns whether it was frozen already.
-    ///
-    /// # Errors
-    /// When it is in force, but cannot be written.
-    pub fn freeze(&self, account: &AccountId, mark: &Mark) -> Result<bool, RestrictionsError> {
-        self.tighten(|state| {
-            let is_new = !state.frozen_accounts.contains_key(account);
-            state
-                .frozen_accounts
-                .entry(account.clone())
-                .or_insert_with(|| mark.clone());
-            !is_new
-        })
-    }
-
-    /// Undoes [`Restrictions::freeze`]. Returns whether it was frozen.
-    ///
-    /// # Errors
-    /// When that cannot be written; it is frozen still.
-    pub fn thaw(&self, account: &AccountId) -> Result<bool, RestrictionsError> {
-        self.loosen(|state| state.frozen_accounts.remove(account).is_some())
-    }
-
-    /// Refuses what adds risk on an account; without one on all accounts, also those to come.
+    /// Rejects risk-increasing requests on an account; without one on all accounts, also those that the rules name later.
     ///
     /// # Errors
     /// When it is in force, but cannot be written.
@@ -363,17 +336,15 @@ impl Restrictions {
         })
     }
 
-    /// Undoes [`Restrictions::halt`]; without an account all of them. Returns whether there was one.
+    /// Lifts the halt of an account by its name; without one the halt of all accounts, and none by name. Returns whether
+    /// there was one.
     ///
     /// # Errors
     /// When that cannot be written; it is halted still.
     pub fn resume(&self, account: Option<&AccountId>) -> Result<bool, RestrictionsError> {
-        self.loosen(|state| {
-            if let Some(account) = account {
-                return state.halted_accounts.remove(account).is_some();
-            }
-            let accounts = std::mem::take(&mut state.halted_accounts);
-            state.halted_all.take().is_some() || !accounts.is_empty()
+        self.loosen(|state| match account {
+            Some(account) => state.halted_accounts.remove(account).is_some(),
+            None => state.halted_all.take().is_some(),
         })
     }
 
@@ -470,12 +441,23 @@ impl Revoked {
 }
 
 impl State {
-    fn unseen(&self, account: &AccountId, name: &KeyName) -> Option<&Mark> {
-        self.revoked_unseen.get(account)?.get(name)
+    /// Reads the file, also in the form before. What a newer broker has forbidden may be unknown here, and is refused.
+    fn read(text: &[u8]) -> Result<Self, String> {
+        let Header { version } = serde_json::from_slice(text).map_err(|error| error.to_string())?;
+        if version > VERSION {
+            return Err(format!(
+                "it has version {version}, and this broker reads up to version {VERSION}; start the newer broker that wrote it"
+            ));
+        }
+        let mut state: Self = serde_json::from_slice(text).map_err(|error| error.to_string())?;
+        for (account, mark) in std::mem::take(&mut state.frozen_accounts) {
+            state.halted_accounts.entry(account).or_insert(mark);
+        }
+        Ok(state)
     }
 
-    fn is_frozen(&self, account: &AccountId) -> bool {
-        self.frozen_accounts.contains_key(account) || self.is_halted(account)
+    fn unseen(&self, account: &AccountId, name: &KeyName) -> Option<&Mark> {
+        self.revoked_unseen.get(account)?.get(name)
     }
 
     fn is_halted(&self, account: &AccountId) -> bool {
@@ -539,8 +521,9 @@ mod tests {
         let name = "main".parse::<KeyName>().unwrap();
         assert!(!restrictions.block(&bot, &mark()).unwrap());
         assert!(restrictions.block(&bot, &mark()).unwrap());
-        assert!(!restrictions.freeze(&account("a"), &mark()).unwrap());
-        restrictions.halt(Some(&account("b")), &mark()).unwrap();
+        for name in ["a", "b"] {
+            restrictions.halt(Some(&account(name)), &mark()).unwrap();
+        }
         restrictions
             .revoke(&account("a"), &name, Some(key), &mark())
             .unwrap();
@@ -554,10 +537,10 @@ mod tests {
             Err(Restricted::Blocked)
         );
         let other = Who::Bot("other".parse().unwrap());
-        for frozen in ["a", "b"] {
-            let refused = Err(Restricted::Frozen(account(frozen)));
-            assert_eq!(again.check(&other, &account(frozen), true), refused);
-            assert_eq!(again.check(&other, &account(frozen), false), Ok(()));
+        for halted in ["a", "b"] {
+            let refused = Err(Restricted::Halted(account(halted)));
+            assert_eq!(again.check(&other, &account(halted), true), refused);
+            assert_eq!(again.check(&other, &account(halted), false), Ok(()));
         }
         assert_eq!(again.check(&other, &account("c"), true), Ok(()));
         assert!(again.revoked(key).is_some());
@@ -571,7 +554,7 @@ mod tests {
             .unwrap();
         assert!(again.revoked(KeyDigest([2; 32])).is_none());
         assert!(again.unblock(&bot).unwrap());
-        assert!(again.thaw(&account("a")).unwrap());
+        assert!(again.resume(Some(&account("a"))).unwrap());
         let last = Restrictions::open(folder.path()).unwrap();
         assert_eq!(last.check(&who, &account("a"), true), Ok(()));
         assert!(last.is_halted(&account("b")));
@@ -579,18 +562,137 @@ mod tests {
     }
 
     #[test]
-    fn a_halt_of_all_holds_for_accounts_to_come_and_a_freeze_outlasts_it() {
+    fn halt_of_all_covers_later_accounts_and_a_halt_by_name_outlasts_it() {
         let folder = tempfile::tempdir().unwrap();
         let restrictions = Restrictions::open(folder.path()).unwrap();
-        restrictions.freeze(&account("a"), &mark()).unwrap();
+        restrictions.halt(Some(&account("a")), &mark()).unwrap();
         restrictions.halt(None, &mark()).unwrap();
-        assert!(restrictions.is_frozen(&account("not-yet-there")));
+        assert!(restrictions.is_halted(&account("not-yet-there")));
         assert!(!restrictions.resume(Some(&account("b"))).unwrap());
-        assert!(restrictions.is_frozen(&account("b")), "halted with all");
+        assert!(restrictions.is_halted(&account("b")), "halted with all");
         assert!(restrictions.resume(None).unwrap());
         assert!(!restrictions.resume(None).unwrap());
-        assert!(!restrictions.is_frozen(&account("b")));
-        assert!(restrictions.is_frozen(&account("a")));
+        assert!(!restrictions.is_halted(&account("b")));
+        assert!(restrictions.is_halted(&account("a")));
+        assert_eq!(restrictions.halted_accounts(), [account("a")]);
+    }
+
+    /// As the version before wrote it.
+    const FORM_BEFORE: &str = r#"{
+  "blocked_bots": {
+    "spiffe://example.org/bot/maker": {
+      "by": "spiffe://example.org/admin/anna",
+      "at_ms": 1792751822040
+    }
+  },
+  "frozen_accounts": {
+    "both": {
+      "by": "spiffe://example.org/admin/anna",
+      "at_ms": 1792751822042
+    },
+    "main": {
+      "by": "spiffe://example.org/admin/anna",
+      "at_ms": 1792751822041
+    }
+  },
+  "halted_accounts": {
+    "both": {
+      "by": "spiffe://example.org/admin/anna",
+      "at_ms": 1792751822043
+    }
+  },
+  "halted_all": {
+    "by": "spiffe://example.org/admin/anna",
+    "at_ms": 1792751822044
+  },
+  "revoked_keys": {
+    "abababababababababababababababababababababababababababababababab": {
+      "account": "main",
+      "key": "main",
+      "by": "spiffe://example.org/admin/anna",
+      "at_ms": 1792751822045
+    }
+  },
+  "revoked_unseen": {
+    "other": {
+      "main": {
+        "by": "spiffe://example.org/admin/anna",
+        "at_ms": 1792751822046
+      }
+    }
+  }
+}
+"#;
+
+    /// The same once it was written again.
+    const FORM_NOW: &str = r#"{
+  "version": 1,
+  "blocked_bots": {
+    "spiffe://example.org/bot/maker": {
+      "by": "spiffe://example.org/admin/anna",
+      "at_ms": 1792751822040
+    }
+  },
+  "halted_accounts": {
+    "both": {
+      "by": "spiffe://example.org/admin/anna",
+      "at_ms": 1792751822043
+    },
+    "main": {
+      "by": "spiffe://example.org/admin/anna",
+      "at_ms": 1792751822041
+    }
+  },
+  "revoked_keys": {
+    "abababababababababababababababababababababababababababababababab": {
+      "account": "main",
+      "key": "main",
+      "by": "spiffe://example.org/admin/anna",
+      "at_ms": 1792751822045
+    }
+  },
+  "revoked_unseen": {
+    "other": {
+      "main": {
+        "by": "spiffe://example.org/admin/anna",
+        "at_ms": 1792751822046
+      }
+    }
+  }
+}
+"#;
+
+    #[test]
+    fn frozen_accounts_of_the_form_before_are_halts_and_written_as_such() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join(FILE);
+        fs::write(&file, FORM_BEFORE).unwrap();
+        let restrictions = Restrictions::open(folder.path()).unwrap();
+        let (both, main) = (account("both"), account("main"));
+        assert_eq!(restrictions.halted_accounts(), [both.clone(), main.clone()]);
+        assert!(restrictions.is_all_halted());
+        assert_eq!(
+            fs::read_to_string(&file).unwrap(),
+            FORM_BEFORE,
+            "reading writes nothing"
+        );
+        assert!(restrictions.resume(None).unwrap());
+        assert!(restrictions.is_halted(&main));
+        assert_eq!(fs::read_to_string(&file).unwrap(), FORM_NOW);
+        let again = Restrictions::open(folder.path()).unwrap();
+        assert_eq!(again.counts(), restrictions.counts());
+        assert!(again.resume(Some(&both)).unwrap() && again.resume(Some(&main)).unwrap());
+        assert_eq!(again.halted_accounts(), []);
+    }
+
+    #[test]
+    fn file_of_a_newer_version_is_refused_whatever_it_holds() {
+        let folder = tempfile::tempdir().unwrap();
+        let newer = r#"{ "version": 2, "blocked_bots": [], "other": 1 }"#;
+        fs::write(folder.path().join(FILE), newer).unwrap();
+        let error = Restrictions::open(folder.path()).unwrap_err().to_string();
+        let expected = "it has version 2, and this broker reads up to version 1; start the newer broker that wrote it";
+        assert!(error.ends_with(expected), "{error}");
     }
 
     #[test]
@@ -607,24 +709,24 @@ mod tests {
     fn a_disk_that_hangs_keeps_no_admin_from_forbidding_more_and_lifts_nothing() {
         let folder = tempfile::tempdir().unwrap();
         let restrictions = Restrictions::open(folder.path()).unwrap();
-        restrictions.freeze(&account("a"), &mark()).unwrap();
+        restrictions.halt(Some(&account("a")), &mark()).unwrap();
         // Held by whoever writes, for as long as the disk takes.
         let writing = restrictions.writing.lock().unwrap();
         std::thread::scope(|scope| {
-            let thaw = scope.spawn(|| restrictions.thaw(&account("a")));
-            let freeze = scope.spawn(|| restrictions.freeze(&account("b"), &mark()));
+            let resume = scope.spawn(|| restrictions.resume(Some(&account("a"))));
+            let halt = scope.spawn(|| restrictions.halt(Some(&account("b")), &mark()));
             let began = std::time::Instant::now();
-            while !restrictions.is_frozen(&account("b")) && began.elapsed().as_secs() < 5 {
+            while !restrictions.is_halted(&account("b")) && began.elapsed().as_secs() < 5 {
                 std::thread::yield_now();
             }
-            let is_frozen = restrictions.is_frozen(&account("b"));
-            let is_lifted = !restrictions.is_frozen(&account("a"));
+            let is_halted = restrictions.is_halted(&account("b"));
+            let is_lifted = !restrictions.is_halted(&account("a"));
             drop(writing);
-            let _ = (thaw.join(), freeze.join());
-            assert!(is_frozen, "it waits for somebody else's write");
+            let _ = (resume.join(), halt.join());
+            assert!(is_halted, "it waits for somebody else's write");
             assert!(!is_lifted, "it is not on disk");
         });
-        assert!(restrictions.is_frozen(&account("b")));
+        assert!(restrictions.is_halted(&account("b")));
     }
 
     #[test]
@@ -643,14 +745,14 @@ mod tests {
         let plants: [&dyn Fn(); 2] = [&plant_link, &plant_open_file];
         for plant in plants {
             plant();
-            restrictions.freeze(&account("a"), &mark()).unwrap();
+            restrictions.halt(Some(&account("a")), &mark()).unwrap();
             let file = fs::symlink_metadata(folder.path().join(FILE)).unwrap();
             assert!(file.is_file(), "a link has taken the place of the file");
             assert_eq!(file.mode() & 0o7777, 0o600);
             assert_eq!(fs::read_to_string(&victim).unwrap(), "not ours");
             assert!(!new.exists());
             let again = Restrictions::open(folder.path()).unwrap();
-            assert!(again.is_frozen(&account("a")));
+            assert!(again.is_halted(&account("a")));
         }
     }
 
@@ -659,7 +761,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let restrictions = Restrictions::open(folder.path()).unwrap();
         let bot = |n: u32| format!("bot-{n}").parse::<BotId>().unwrap();
-        restrictions.freeze(&account("a"), &mark()).unwrap();
+        restrictions.halt(Some(&account("a")), &mark()).unwrap();
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 for n in 0..50 {
@@ -668,7 +770,7 @@ mod tests {
             });
             scope.spawn(|| {
                 for _ in 0..50 {
-                    restrictions.thaw(&account("a")).unwrap();
+                    restrictions.resume(Some(&account("a"))).unwrap();
                 }
             });
         });
@@ -681,14 +783,14 @@ mod tests {
     fn what_cannot_be_written_is_forbidden_all_the_same_and_never_allowed() {
         let folder = tempfile::tempdir().unwrap();
         let restrictions = Restrictions::open(folder.path()).unwrap();
-        restrictions.freeze(&account("a"), &mark()).unwrap();
+        restrictions.halt(Some(&account("a")), &mark()).unwrap();
         // A folder where the new file should be written: also root cannot.
         fs::create_dir(folder.path().join(format!("{FILE}.new"))).unwrap();
-        let error = restrictions.freeze(&account("b"), &mark()).unwrap_err();
+        let error = restrictions.halt(Some(&account("b")), &mark()).unwrap_err();
         assert!(matches!(error, RestrictionsError::Unwritten(..)));
-        assert!(restrictions.is_frozen(&account("b")));
-        let error = restrictions.thaw(&account("a")).unwrap_err();
+        assert!(restrictions.is_halted(&account("b")));
+        let error = restrictions.resume(Some(&account("a"))).unwrap_err();
         assert!(matches!(error, RestrictionsError::StillInForce(..)));
-        assert!(restrictions.is_frozen(&account("a")));
+        assert!(restrictions.is_halted(&account("a")));
     }
 }

@@ -412,7 +412,7 @@ pub(crate) fn missing_parent(folder: &Path) -> Option<&Path> {
 
 /// Logs and audits that no `restrictions.json` was found, and makes one: all that admins have forbidden stands in it.
 fn record_missing_restrictions(broker: &Broker, state_dir: &Path, audit_file_found: bool) {
-    let nothing = "no bot is blocked, no account frozen or halted, no key revoked";
+    let nothing = "no bot is blocked, no account halted, no key revoked";
     let missing = if audit_file_found {
         "no restrictions.json found"
     } else {

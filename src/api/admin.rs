@@ -629,35 +629,6 @@ impl Admin for AdminApi {
         Ok(Response::new(proto::RevokeKeyResponse { keys }))
     }
 
-    async fn freeze_account(
-        &self,
-        request: Request<proto::FreezeAccountRequest>,
-    ) -> Result<Response<proto::FreezeAccountResponse>, Status> {
-        let (admin, message) = opened(request)?;
-        let account = self.account(&message.account)?;
-        let (mark, id) = (self.mark(&admin), account.id.clone());
-        let act = Act::on_account("freeze", &account.id);
-        let freeze = move |restrictions: &Restrictions| restrictions.freeze(&id, &mark);
-        let was_frozen = self.restrict(&admin, act, freeze).await?;
-        Ok(Response::new(proto::FreezeAccountResponse { was_frozen }))
-    }
-
-    async fn thaw_account(
-        &self,
-        request: Request<proto::ThawAccountRequest>,
-    ) -> Result<Response<proto::ThawAccountResponse>, Status> {
-        let (admin, message) = opened(request)?;
-        let account = self.account(&message.account)?;
-        let id = account.id.clone();
-        let act = Act::on_account("thaw", &account.id);
-        let thaw = move |restrictions: &Restrictions| restrictions.thaw(&id);
-        let was_frozen = self.restrict(&admin, act, thaw).await?;
-        Ok(Response::new(proto::ThawAccountResponse {
-            was_frozen,
-            is_halted: self.broker.restrictions.is_halted(&account.id),
-        }))
-    }
-
     async fn block_bot(
         &self,
         request: Request<proto::BlockBotRequest>,
@@ -742,26 +713,33 @@ impl Admin for AdminApi {
         request: Request<proto::ResumeRequest>,
     ) -> Result<Response<proto::ResumeResponse>, Status> {
         let (admin, message) = opened(request)?;
-        let account = self.meant(&message.account, message.all)?;
-        let id = account.as_ref().map(|account| account.id.clone());
+        let restrictions = &self.broker.restrictions;
+        let account = match self.meant(&message.account, message.all) {
+            Ok(account) => account.map(|account| account.id.clone()),
+            // The rules may no longer name an account that is halted.
+            Err(AdminError::AccountUnknown(id)) if restrictions.halted_accounts().contains(&id) => {
+                Some(id)
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let id = account.clone();
         let act = Act {
             action: "resume",
-            account: account.as_ref().map(|account| &account.id),
+            account: account.as_ref(),
             detail: account.is_none().then(|| "all accounts".to_owned()),
             ..Act::default()
         };
         let resume = move |restrictions: &Restrictions| restrictions.resume(id.as_ref());
         let was_halted = self.restrict(&admin, act, resume).await?;
-        let policy = self.broker.policy();
-        let meant = policy
-            .accounts()
-            .filter(|entry| account.as_ref().is_none_or(|one| one.id == entry.id));
-        let frozen = meant.filter(|entry| self.broker.restrictions.is_frozen(&entry.id));
-        let still_frozen = frozen.map(|entry| entry.id.to_string()).collect();
+        let mut still_halted = restrictions.halted_accounts();
+        if let Some(account) = account {
+            still_halted = vec![account];
+            still_halted.retain(|account| restrictions.is_halted(account));
+        }
         Ok(Response::new(proto::ResumeResponse {
-            still_frozen,
+            still_halted: still_halted.iter().map(ToString::to_string).collect(),
             was_halted,
-            is_all_halted: self.broker.restrictions.counts().is_all_halted,
+            is_all_halted: restrictions.is_all_halted(),
         }))
     }
 

@@ -11,14 +11,14 @@ use crate::keyring::{KeyStatus, Slot, Tested};
 use crate::kucoin::key_info::{Finding, KeyInfo};
 use crate::kucoin::{Scope, advice};
 use crate::policy::Account;
-use crate::restrictions::{Freezes, KeyDigest};
+use crate::restrictions::KeyDigest;
 
 /// All words for how a key is, from worst to best.
 pub const WORDS: [&str; 9] = [
     "revoked",
     "unavailable",
     "refused",
-    "frozen",
+    "restricted",
     "expiring",
     "at-risk",
     "degraded",
@@ -184,7 +184,7 @@ fn of(broker: &Broker, key: KeyStatus) -> Standing {
                 standing.is("degraded");
             }
             if noted.restricted.is_some() {
-                standing.is("frozen");
+                standing.is("restricted");
             }
             if let Some(tested) = &tested {
                 standing.heed(broker, tested);
@@ -201,10 +201,13 @@ fn of(broker: &Broker, key: KeyStatus) -> Standing {
             standing.reasons.extend(unanswered);
         }
     }
-    let frozen = frozen(broker, &standing.account);
-    if !frozen.is_empty() {
-        standing.is("frozen");
-        standing.reasons.extend(frozen);
+    if broker.restrictions.is_all_halted() {
+        standing.add_halt("--all");
+    }
+    let halted = broker.restrictions.halted_accounts();
+    if halted.contains(&standing.account) {
+        let account = standing.account.to_string();
+        standing.add_halt(&account);
     }
     standing
 }
@@ -225,6 +228,13 @@ impl Standing {
             self.topics.push(topic);
             self.reasons.push(reason);
         }
+    }
+
+    /// Adds a halt, and with which argument `resume` ends it.
+    fn add_halt(&mut self, whose: &str) {
+        self.is("restricted");
+        self.reasons
+            .push(format!("halted: `credbroker resume {whose}` ends it"));
     }
 
     /// Takes in what the last test said.
@@ -294,23 +304,4 @@ pub fn scopes(account: &Account, name: &KeyName) -> Vec<Scope> {
 
 fn sentence(finding: &Finding) -> String {
     format!("{} {}", finding.cause, finding.fix)
-}
-
-/// Which restrictions refuse risk-increasing requests on an account, each with the command that ends it.
-fn frozen(broker: &Broker, account: &AccountId) -> Vec<String> {
-    let Freezes {
-        is_frozen,
-        is_halted,
-        is_all_halted,
-    } = broker.restrictions.freezes(account);
-    let mut frozen = Vec::new();
-    if is_all_halted {
-        frozen.push("halted: `credbroker resume --all` ends it".to_owned());
-    } else if is_halted {
-        frozen.push(format!("halted: `credbroker resume {account}` ends it"));
-    }
-    if is_frozen {
-        frozen.push(format!("frozen: `credbroker keys thaw {account}` ends it"));
-    }
-    frozen
 }

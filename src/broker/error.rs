@@ -142,7 +142,7 @@ impl BrokerError {
             Self::MethodUnknown(_) => Reason::MethodUnknown,
             Self::Overloaded(_) => Reason::Overloaded,
             Self::Restricted(Restricted::Blocked) => Reason::CallerBlocked,
-            Self::Restricted(Restricted::Frozen(_)) => Reason::AccountFrozen,
+            Self::Restricted(Restricted::Halted(_)) => Reason::AccountHalted,
             Self::ShuttingDown => Reason::ShuttingDown,
         }
     }

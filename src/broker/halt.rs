@@ -326,7 +326,7 @@ impl Halt<'_> {
             }
             join_all(all.iter_mut().map(|one| self.look(one))).await;
             let is_over = Instant::now() >= self.until || rounds == ROUNDS;
-            let is_lifted = !self.broker.restrictions.is_frozen(account);
+            let is_lifted = !self.broker.restrictions.is_halted(account);
             if is_over || is_lifted || (is_calm && all.iter().all(Withdrawal::is_settled)) {
                 break;
             }

@@ -93,8 +93,7 @@ fn halted(whose: &Whose, cancel_all: bool, response: &HaltResponse, style: Style
     let mut text = paragraph(
         "halted: ",
         &format!(
-            "{name}, in force now. What adds risk is refused (ACCOUNT_FROZEN), also after a restart of the broker; cancels and \
-             reads go on."
+            "{name}, in force now. New risk is rejected (ACCOUNT_HALTED); survives restarts. Cancels and reads still work."
         ),
     );
     let is_clear = !cancelled.is_empty() && cancelled.iter().all(|one| one.still_open == Some(0));
@@ -203,7 +202,7 @@ fn reported(one: &Cancelled, style: Style) -> String {
 
 pub(super) fn resume(command: &Resume) -> u8 {
     let Resume { whose, yes } = command;
-    let what = "ends every halt, also those of single accounts, so that risk-increasing requests are accepted again";
+    let what = "lifts the halt of all accounts; those that are halted by name stay halted";
     if whose.all
         && let Err(code) = confirm(what, *yes)
     {
@@ -221,32 +220,30 @@ pub(super) fn resume(command: &Resume) -> u8 {
 }
 
 fn resumed(whose: &Whose, response: &ResumeResponse) -> String {
+    let ResumeResponse {
+        still_halted,
+        was_halted,
+        is_all_halted,
+    } = response;
     let name = whose.name();
-    let goes = if response.still_frozen.is_empty() {
-        " What adds risk goes through again."
-    } else {
-        ""
+    let mut text = match (was_halted, whose.all) {
+        (true, true) => paragraph("resumed: ", "the halt of all accounts is lifted, now."),
+        (true, false) => paragraph("resumed: ", &format!("{name}, in force now.")),
+        (false, true) => paragraph("unchanged: ", "there was no halt of all accounts."),
+        (false, false) => {
+            let what = format!("{name} was not halted by its name.");
+            paragraph("unchanged: ", &what)
+        }
     };
-    let mut text = if response.was_halted {
-        paragraph("resumed: ", &format!("{name}, in force now.{goes}"))
-    } else if whose.all {
-        paragraph("unchanged: ", "nothing was halted.")
+    let accounts = still_halted.join(", ");
+    let but = if *is_all_halted {
+        "all accounts are halted: `credbroker resume --all` ends that.".to_owned()
+    } else if !accounts.is_empty() {
+        format!("halted by name: {accounts}. `credbroker resume ACCOUNT` ends that for one.")
     } else {
-        paragraph(
-            "unchanged: ",
-            &format!("{name} was not halted by its name."),
-        )
+        return text;
     };
-    let accounts = response.still_frozen.join(", ");
-    let why = if response.is_all_halted {
-        "all accounts are halted, and `credbroker resume --all` ends that"
-    } else {
-        "frozen besides, and `credbroker keys thaw ACCOUNT` ends that"
-    };
-    if !accounts.is_empty() {
-        let but = format!("what adds risk is still refused on {accounts}: {why}.");
-        text += &paragraph("but: ", &but);
-    }
+    text += &paragraph("but: ", &but);
     text
 }
 
@@ -324,11 +321,10 @@ mod tests {
     }
 
     #[test]
-    fn a_resume_says_what_it_ended_and_what_is_refused_still() {
-        let said = |account, was_halted, is_all_halted, still_frozen: &[&str]| {
-            let still_frozen = still_frozen.iter().map(ToString::to_string).collect();
+    fn resume_says_what_it_lifted_and_which_halts_remain() {
+        let said = |account, was_halted, is_all_halted, still_halted: &[&str]| {
             let response = ResumeResponse {
-                still_frozen,
+                still_halted: still_halted.iter().map(ToString::to_string).collect(),
                 was_halted,
                 is_all_halted,
             };
@@ -336,21 +332,21 @@ mod tests {
         };
         assert_eq!(
             said(Some("main"), true, false, &[]),
-            "resumed: account main, in force now. What adds risk goes through again.\n"
+            "resumed: account main, in force now.\n"
         );
         assert_eq!(
             said(Some("main"), false, true, &["main"]),
-            "unchanged: account main was not halted by its name.\nbut: what adds risk is still refused on main: all accounts are \
-             halted, and\n     `credbroker resume --all` ends that.\n"
+            "unchanged: account main was not halted by its name.\n\
+             but: all accounts are halted: `credbroker resume --all` ends that.\n"
         );
         assert_eq!(
             said(None, true, false, &["main", "other"]),
-            "resumed: every account, in force now.\nbut: what adds risk is still refused on main, other: frozen besides, and\n     \
-             `credbroker keys thaw ACCOUNT` ends that.\n"
+            "resumed: the halt of all accounts is lifted, now.\n\
+             but: halted by name: main, other. `credbroker resume ACCOUNT` ends that for one.\n"
         );
         assert_eq!(
             said(None, false, false, &[]),
-            "unchanged: nothing was halted.\n"
+            "unchanged: there was no halt of all accounts.\n"
         );
     }
 

@@ -21,18 +21,13 @@ use crate::text::clean_json;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Refuses what adds risk on an account; cancels and reads go on.
-    ///
-    /// Exit code 0: done; 1: the broker was not reached, or refused, or it is not on disk; 2: usage or admin.toml.
-    #[command(after_long_help = "Example:\n  credbroker keys freeze main")]
-    Freeze(stop::Whose),
     /// Shows every key that the rules name, and how it is.
     ///
     /// Exit code 0: shown; 1: the broker was not reached, or refused; 2: the command line or admin.toml is wrong.
     #[command(
         after_long_help = "Status:\n  connected    in memory, and the exchange takes it\n  untested     in memory, and not tested yet\n  \
                            degraded, expiring, at-risk\n               works, and will not for long unless somebody acts\n  \
-                           frozen       signs cancels and reads only\n  refused, revoked, unavailable\n               does not work\n\n\
+                           restricted   signs cancels and reads only\n  refused, revoked, unavailable\n               does not work\n\n\
                            Examples:\n  credbroker keys list\n  credbroker keys list --json | jq -r .status\n\n\
                            With --json, one object a line, with the fields of KeyState in admin.proto."
     )]
@@ -100,16 +95,10 @@ pub(super) enum Command {
         #[arg(long, default_value = ADMIN)]
         admin: PathBuf,
     },
-    /// Undoes freeze.
-    ///
-    /// Exit code 0: done; 1: the broker was not reached, or refused; 2: usage or admin.toml.
-    #[command(after_long_help = "Example:\n  credbroker keys thaw main")]
-    Thaw(stop::Whose),
 }
 
 pub(super) fn run(command: &Command) -> u8 {
     match command {
-        Command::Freeze(whose) => stop::freeze(whose),
         Command::List { admin: file, json } => {
             admin::run(file, async |admin| list(Door::Running(admin), *json).await)
         }
@@ -133,7 +122,6 @@ pub(super) fn run(command: &Command) -> u8 {
                 test(Door::Running(admin), request).await
             })
         }
-        Command::Thaw(whose) => stop::thaw(whose),
     }
 }
 
@@ -213,10 +201,9 @@ fn table(style: Style, keys: &[KeyState], now_ms: i64) -> String {
         }
     }
     let mut text = style.table(&rows);
-    if keys.iter().any(|key| key.status == "frozen") {
-        let frozen =
-            "risk-increasing requests are refused (ACCOUNT_FROZEN); cancels and reads still work.";
-        text += &paragraph("frozen: ", frozen);
+    if keys.iter().any(|key| key.status == "restricted") {
+        let restricted = "risk-increasing requests are rejected; cancels and reads still work.";
+        text += &paragraph("restricted: ", restricted);
     }
     text
 }

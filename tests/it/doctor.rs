@@ -402,12 +402,12 @@ async fn broken_files_are_told_and_the_rest_is_looked_at_all_the_same() {
     write("state/restrictions.json", "{");
     fails(&lab, "state", forbids, "restore it").await;
     let mark = json!({ "by": "spiffe://demo.test/admin/anna", "at_ms": 1 });
-    let frozen = json!({
-        "blocked_bots": { "spiffe://demo.test/bot/maker": mark }, "frozen_accounts": { "main": mark },
-        "halted_accounts": {}, "revoked_keys": {}, "revoked_unseen": {},
+    let halted = json!({
+        "version": 1, "blocked_bots": { "spiffe://demo.test/bot/maker": mark }, "halted_accounts": { "main": mark },
+        "revoked_keys": {}, "revoked_unseen": {},
     });
-    write("state/restrictions.json", &frozen.to_string());
-    let counts = "1 account frozen, 1 bot blocked";
+    write("state/restrictions.json", &halted.to_string());
+    let counts = "1 account halted by name, 1 bot blocked";
     told(&lab, "warning", "state", counts, "credbroker resume").await;
     let digest = Sha256::digest(key().api_key);
     let digest = digest
@@ -415,7 +415,7 @@ async fn broken_files_are_told_and_the_rest_is_looked_at_all_the_same() {
         .fold(String::new(), |hex, byte| format!("{hex}{byte:02x}"));
     let dead = json!({ "account": "main", "key": "main", "by": "spiffe://demo.test/admin/anna", "at_ms": 1 });
     let revoked = json!({
-        "blocked_bots": {}, "frozen_accounts": {}, "halted_accounts": {}, "revoked_keys": { digest: dead },
+        "version": 1, "blocked_bots": {}, "halted_accounts": {}, "revoked_keys": { digest: dead },
         "revoked_unseen": {},
     });
     write("state/restrictions.json", &revoked.to_string());

@@ -235,7 +235,7 @@ async fn two_hundred_orders_of_every_kind_are_withdrawn_while_bots_place_more() 
                         accepted += 1;
                     }
                     Err(status) => {
-                        assert_eq!(refusal(Err(status)).1, "ACCOUNT_FROZEN");
+                        assert_eq!(refusal(Err(status)).1, "ACCOUNT_HALTED");
                         refusals.fetch_add(1, Ordering::Relaxed);
                     }
                 }
@@ -703,7 +703,7 @@ async fn one_account_is_halted_alone() {
     let mut bot = lab.patient_bot("maker").await;
     assert_eq!(
         refusal(bot.send(order("main", 0, "never")).await).1,
-        "ACCOUNT_FROZEN"
+        "ACCOUNT_HALTED"
     );
     placed(&mut bot, order("other", 0, "goes-on")).await;
     // A halt of all is not undone by one account's resume.
@@ -715,12 +715,12 @@ async fn one_account_is_halted_alone() {
     assert!(
         resumed
             .stdout
-            .contains("what adds risk is still refused on main: all accounts are"),
+            .contains("but: all accounts are halted: `credbroker resume --all` ends that."),
         "{resumed:?}"
     );
     assert_eq!(
         refusal(bot.send(order("main", 0, "never")).await).1,
-        "ACCOUNT_FROZEN"
+        "ACCOUNT_HALTED"
     );
     for words in [&["halt"][..], &["halt", "main", "--all"], &["resume"]] {
         assert_eq!(

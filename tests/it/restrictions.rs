@@ -266,7 +266,10 @@ async fn wide_commands_without_a_terminal_do_nothing_unless_yes_is_given() {
     assert_eq!(halted.code, Some(0), "halt never asks: {halted:?}");
     let before = acts(&lab).len();
     for (words, effect) in [
-        (&["resume", "--all"][..], "This command ends every halt"),
+        (
+            &["resume", "--all"][..],
+            "This command lifts the halt of all accounts",
+        ),
         (
             &["keys", "revoke", "main"],
             "This command permanently revokes every key of account main: ",
@@ -284,8 +287,8 @@ async fn wide_commands_without_a_terminal_do_nothing_unless_yes_is_given() {
         assert!(said.ends_with(". fix: add --yes"), "{said}");
         assert_eq!(acts(&lab).len(), before, "{words:?}");
     }
-    let frozen = Some("ACCOUNT_FROZEN".to_owned());
-    assert_eq!(refused(&mut bot, spot_order("halted")).await, frozen);
+    let halted = Some("ACCOUNT_HALTED".to_owned());
+    assert_eq!(refused(&mut bot, spot_order("halted")).await, halted);
     assert_eq!(refused(&mut bot, accounts()).await, None);
 
     let resumed = lab.admin_cli("anna", &["resume", "--all", "--yes"]).await;
@@ -467,11 +470,7 @@ async fn a_call_that_waits_for_its_connection_does_not_leave_once_it_is_forbidde
             &["bots", "unblock", MAKER][..],
             "CALLER_BLOCKED",
         ),
-        (
-            &["keys", "freeze", "main"],
-            &["keys", "thaw", "main"],
-            "ACCOUNT_FROZEN",
-        ),
+        (&["halt", "main"], &["resume", "main"], "ACCOUNT_HALTED"),
         (
             &["keys", "revoke", "main", "--yes"],
             &["keys", "list"],
@@ -498,9 +497,9 @@ async fn a_call_that_waits_for_its_connection_does_not_leave_once_it_is_forbidde
 }
 
 #[tokio::test]
-async fn frozen_halted_and_blocked_stay_so_over_a_kill_until_they_are_lifted() {
+async fn halts_and_blocks_survive_a_kill_until_they_are_lifted() {
     let mut lab = in_a_process().await;
-    let frozen = Some("ACCOUNT_FROZEN".to_owned());
+    let halted = Some("ACCOUNT_HALTED".to_owned());
     let blocked = Some("CALLER_BLOCKED".to_owned());
     let run = async |lab: &Lab, words: &[&str], said: &str| {
         let ended = lab.admin_cli("anna", words).await;
@@ -513,30 +512,17 @@ async fn frozen_halted_and_blocked_stay_so_over_a_kill_until_they_are_lifted() {
         ended.stdout
     };
     for (words, undo) in [
-        (
-            &["keys", "freeze", "main"][..],
-            &["keys", "thaw", "main"][..],
-        ),
-        (&["halt", "main"], &["resume", "main"]),
+        (&["halt", "main"][..], &["resume", "main"][..]),
         (&["halt", "--all"], &["resume", "--all", "--yes"]),
     ] {
-        run(
-            &lab,
-            words,
-            if words[0] == "halt" {
-                "halted: "
-            } else {
-                "frozen: account main, in force now"
-            },
-        )
-        .await;
+        run(&lab, words, "halted: ").await;
         for is_restarted in [false, true] {
             if is_restarted {
                 kill_and_restart(&mut lab).await;
                 lab.until_ready().await;
             }
             let mut bot = lab.patient_bot("maker").await;
-            assert_eq!(refused(&mut bot, spot_order("never")).await, frozen);
+            assert_eq!(refused(&mut bot, spot_order("never")).await, halted);
             assert_eq!(
                 refused(&mut bot, spot_cancel_all()).await,
                 None,
@@ -544,16 +530,7 @@ async fn frozen_halted_and_blocked_stay_so_over_a_kill_until_they_are_lifted() {
             );
             assert_eq!(refused(&mut bot, accounts()).await, None, "reads go on");
         }
-        run(
-            &lab,
-            undo,
-            if undo[0] == "resume" {
-                "resumed: "
-            } else {
-                "thawed: account main, in force now"
-            },
-        )
-        .await;
+        run(&lab, undo, "resumed: ").await;
         let mut bot = lab.patient_bot("maker").await;
         let id = words.join("").replace('-', "");
         assert_eq!(refused(&mut bot, spot_order(&id)).await, None);
@@ -599,8 +576,6 @@ async fn frozen_halted_and_blocked_stay_so_over_a_kill_until_they_are_lifted() {
         })
         .collect();
     let expected = [
-        "freeze main done",
-        "thaw main done",
         "halt main done",
         "resume main done",
         "halt all accounts done",
@@ -619,35 +594,59 @@ async fn frozen_halted_and_blocked_stay_so_over_a_kill_until_they_are_lifted() {
 }
 
 #[tokio::test]
-async fn what_two_admins_ask_for_is_lifted_one_by_one() {
+async fn halt_by_name_and_halt_of_all_are_lifted_one_by_one() {
     let mut lab = Lab::start().await;
-    for words in [&["keys", "freeze", "main"][..], &["halt", "main"]] {
+    for words in [&["halt", "main"], &["halt", "--all"]] {
         assert_eq!(lab.admin_cli("anna", words).await.code, Some(0));
     }
-    let thawed = lab.admin_cli("bob", &["keys", "thaw", "main"]).await;
-    assert!(thawed.stdout.contains("but: it is halted"), "{thawed:?}");
+    let resumed = lab.admin_cli("bob", &["resume", "--all", "--yes"]).await;
+    let but = "but: halted by name: main. `credbroker resume ACCOUNT` ends that for one.\n";
+    assert!(resumed.stdout.ends_with(but), "{resumed:?}");
     let mut bot = lab.patient_bot("maker").await;
     assert_eq!(
         refused(&mut bot, spot_order("never")).await.unwrap(),
-        "ACCOUNT_FROZEN"
-    );
-    lab.admin_cli("anna", &["keys", "freeze", "main"]).await;
-    let resumed = lab.admin_cli("bob", &["resume", "main"]).await;
-    assert!(
-        resumed
-            .stdout
-            .contains("but: what adds risk is still refused on main: frozen besides"),
-        "{resumed:?}"
+        "ACCOUNT_HALTED"
     );
     assert_eq!(
-        refused(&mut bot, spot_order("never")).await.unwrap(),
-        "ACCOUNT_FROZEN"
-    );
-    assert_eq!(
-        lab.admin_cli("bob", &["keys", "thaw", "main"]).await.code,
-        Some(0)
+        lab.admin_cli("bob", &["resume", "main"]).await.stdout,
+        "resumed: account main, in force now.\n"
     );
     assert_eq!(refused(&mut bot, spot_order("goes")).await, None);
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn accounts_frozen_by_the_version_before_are_halted_until_they_are_resumed() {
+    let mut lab = Lab::install(&Settings::default()).await;
+    let mark = json!({ "by": ANNA, "at_ms": 1 });
+    let written = json!({
+        "blocked_bots": {}, "frozen_accounts": { "left-the-rules": mark, "main": mark }, "halted_accounts": {},
+        "revoked_keys": {}, "revoked_unseen": {},
+    });
+    let file = lab.path("state/restrictions.json");
+    std::fs::create_dir_all(lab.path("state")).unwrap();
+    std::fs::write(&file, written.to_string()).unwrap();
+    lab.start_broker().await;
+    let mut bot = lab.patient_bot("maker").await;
+    assert_eq!(
+        refused(&mut bot, spot_order("never")).await.unwrap(),
+        "ACCOUNT_HALTED"
+    );
+    let resumed = lab.admin_cli("anna", &["resume", "--all", "--yes"]).await;
+    let told = in_one_line(&resumed.stdout);
+    let but =
+        "unchanged: there was no halt of all accounts. but: halted by name: left-the-rules, main.";
+    assert!(told.starts_with(but), "{told}");
+    for account in ["left-the-rules", "main"] {
+        let resumed = lab.admin_cli("anna", &["resume", account]).await;
+        assert!(resumed.stdout.starts_with("resumed: "), "{resumed:?}");
+    }
+    assert_eq!(refused(&mut bot, spot_order("goes")).await, None);
+    let now: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    let expected = json!({
+        "version": 1, "blocked_bots": {}, "halted_accounts": {}, "revoked_keys": {}, "revoked_unseen": {},
+    });
+    assert_eq!(now, expected);
     lab.stop().await;
 }
 
@@ -692,12 +691,12 @@ async fn a_full_disk_keeps_nobody_from_forbidding_and_the_admin_knows() {
     let told =
         "refused: STATE_UNWRITABLE: it is in force, but not on disk, and a restart would lift it: ";
     let mut bot = lab.patient_bot("maker").await;
-    let frozen = lab.admin_cli("anna", &["keys", "freeze", "main"]).await;
-    assert_eq!((frozen.code, frozen.stdout.as_str()), (Some(1), ""));
-    assert!(frozen.said().starts_with(told), "{}", frozen.stderr);
+    let halted = lab.admin_cli("anna", &["halt", "main"]).await;
+    assert_eq!((halted.code, halted.stdout.as_str()), (Some(1), ""));
+    assert!(halted.said().starts_with(told), "{}", halted.stderr);
     assert_eq!(
         refused(&mut bot, spot_order("never")).await.unwrap(),
-        "ACCOUNT_FROZEN"
+        "ACCOUNT_HALTED"
     );
     // Both of its keys, although the first one fails.
     let revoked = lab
@@ -766,12 +765,12 @@ async fn what_an_admin_forbids_holds_within_a_second() {
     let mut bot = lab.patient_bot("maker").await;
     let began = tokio::time::Instant::now();
     for (words, request) in [
-        (&["keys", "freeze", "main"][..], spot_order("never")),
+        (&["halt", "main"][..], spot_order("never")),
         (&["bots", "block", MAKER], accounts()),
     ] {
         assert_eq!(lab.admin_cli("anna", words).await.code, Some(0));
         let status: Status = bot.send(request).await.unwrap_err();
-        assert!(["ACCOUNT_FROZEN", "CALLER_BLOCKED"].contains(&failure(&status).1.as_str()));
+        assert!(["ACCOUNT_HALTED", "CALLER_BLOCKED"].contains(&failure(&status).1.as_str()));
     }
     assert!(
         began.elapsed() < Duration::from_secs(2),

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use credbroker::api::proto::{
-    BlockBotRequest, FreezeAccountRequest, RevokeKeyRequest, ThawAccountRequest, UnblockBotRequest,
+    BlockBotRequest, HaltRequest, ResumeRequest, RevokeKeyRequest, UnblockBotRequest,
 };
 use credbroker::keyring::refresh::BACKOFF;
 use credbroker_sim::kucoin::SimKey;
@@ -773,7 +773,7 @@ async fn everything_else() -> Rows {
         exchange_unreachable(&mut site).await,
         bot_removed(&mut site).await,
         bot_blocked(&mut site).await,
-        account_frozen(&mut site).await,
+        account_halted(&mut site).await,
         rules_broken(&mut site).await,
         server_certificate_replaced(&mut site).await,
         client_ca_replaced(&mut site).await,
@@ -961,16 +961,17 @@ async fn bot_blocked(site: &mut Site) -> Row {
     }
 }
 
-async fn account_frozen(site: &mut Site) -> Row {
-    const FROZEN: &str = "key_status{account=\"main\",key=\"main\",status=\"frozen\"}";
+async fn account_halted(site: &mut Site) -> Row {
+    const RESTRICTED: &str = "key_status{account=\"main\",key=\"main\",status=\"restricted\"}";
     until_orders_stand(site).await;
     let mut admin = site.lab.admin_client("anna").await;
     let account = "main".to_owned();
     let changed = Instant::now();
-    let freeze = FreezeAccountRequest {
+    let halt = HaltRequest {
         account: account.clone(),
+        ..HaltRequest::default()
     };
-    admin.freeze_account(freeze).await.unwrap();
+    admin.halt(halt).await.unwrap();
     let took = changed.elapsed();
     assert!(took < Duration::from_secs(1), "{took:?}");
     let look = Look::now();
@@ -981,26 +982,27 @@ async fn account_frozen(site: &mut Site) -> Row {
             .iter()
             .all(|call| (call.kind == Kind::Order) != call.told.is_well())
     );
-    assert!(site.metric(FROZEN).await > 0.5);
+    assert!(site.metric(RESTRICTED).await > 0.5);
     let mended = Look::now();
-    admin
-        .thaw_account(ThawAccountRequest { account })
-        .await
-        .unwrap();
+    let resume = ResumeRequest {
+        account,
+        ..ResumeRequest::default()
+    };
+    admin.resume(resume).await.unwrap();
     let over = mended.until_well(site).await;
     let seen = look.seen(site).await;
-    let frozen = "`ACCOUNT_FROZEN` (not_sent)";
-    assert!(seen.is_only(frozen, &[Kind::Order]), "{seen}");
+    let halted = "`ACCOUNT_HALTED` (not_sent)";
+    assert!(seen.is_only(halted, &[Kind::Order]), "{seen}");
     Row {
-        situation: "Account frozen, and thawed",
-        done: "by an admin, some seconds apart; a halt is the same",
+        situation: "Account halted, and resumed",
+        done: "by an admin, some seconds apart",
         bots: seen.to_string(),
         how_long: format!(
             "in force {} after, before the admin is told; until {} after",
             rough(took),
             rough(over)
         ),
-        recorded: "`act` lines with the admin; `key_status{status=\"frozen\"}` 1; `restrictions.json`",
+        recorded: "`act` lines with the admin; `key_status{status=\"restricted\"}` 1; `restrictions.json`",
     }
 }
 

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use credbroker::api::proto::{
-    FreezeAccountRequest, HaltRequest, KeyState, ListKeysRequest, Outcome, ResumeRequest,
-    RevokeKeyRequest, SignAndSendRequest, TestKeyRequest, TestKeyResponse, ThawAccountRequest,
+    HaltRequest, KeyState, ListKeysRequest, Outcome, ResumeRequest, RevokeKeyRequest,
+    SignAndSendRequest, TestKeyRequest, TestKeyResponse,
 };
 use credbroker_sim::kucoin::{Fault, FaultAction, SimKey, When};
 use serde_json::{Value, json};
@@ -27,7 +27,7 @@ const WORDS: [&str; 9] = [
     "connected",
     "degraded",
     "expiring",
-    "frozen",
+    "restricted",
     "refused",
     "revoked",
     "unavailable",
@@ -288,37 +288,32 @@ async fn a_key_with_wrong_permissions_is_degraded_and_refused_where_it_has_none_
 }
 
 #[tokio::test]
-async fn a_frozen_or_halted_account_shows_at_its_keys() {
+async fn keys_of_a_halted_account_say_how_each_halt_ends() {
     let mut lab = started(good()).await;
     expect(&lab, "connected", &[]).await;
     let mut admin = lab.admin_client("anna").await;
-    let account = "main".to_owned();
-    let freeze = FreezeAccountRequest {
-        account: account.clone(),
-    };
-    admin.freeze_account(freeze).await.unwrap();
-    let frozen = "frozen: `credbroker keys thaw main` ends it";
-    expect(&lab, "frozen", &[frozen]).await;
-    admin
-        .thaw_account(ThawAccountRequest {
-            account: account.clone(),
-        })
-        .await
-        .unwrap();
-    expect(&lab, "connected", &[]).await;
-    let halt = HaltRequest {
-        all: true,
-        ..HaltRequest::default()
-    };
-    admin.halt(halt).await.unwrap();
-    let halted = "halted: `credbroker resume --all` ends it";
-    expect(&lab, "frozen", &[halted]).await;
-    let resume = ResumeRequest {
-        all: true,
-        ..ResumeRequest::default()
-    };
-    admin.resume(resume).await.unwrap();
-    expect(&lab, "connected", &[]).await;
+    let by_name = "halted: `credbroker resume main` ends it";
+    let of_all = "halted: `credbroker resume --all` ends it";
+    for (account, reasons) in [("main", &[by_name][..]), ("", &[of_all, by_name])] {
+        let halt = HaltRequest {
+            account: account.to_owned(),
+            all: account.is_empty(),
+            ..HaltRequest::default()
+        };
+        admin.halt(halt).await.unwrap();
+        expect(&lab, "restricted", reasons).await;
+    }
+    for (account, status, reasons) in [
+        ("", "restricted", &[by_name][..]),
+        ("main", "connected", &[]),
+    ] {
+        let resume = ResumeRequest {
+            account: account.to_owned(),
+            all: account.is_empty(),
+        };
+        admin.resume(resume).await.unwrap();
+        expect(&lab, status, reasons).await;
+    }
     lab.stop().await;
 }
 

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::harness::{Lab, Settings};
 
 /// What the broker logs where it finds no `restrictions.json`.
-const NOTHING_FOUND: &str = "no restrictions.json found; no bot is blocked, no account frozen or halted, no key revoked; if this \
+const NOTHING_FOUND: &str = "no restrictions.json found; no bot is blocked, no account halted, no key revoked; if this \
                              broker has run before, check state_dir and its mount";
 
 async fn in_a_process() -> Lab {
@@ -61,8 +61,8 @@ async fn start_with_an_empty_state_dir_is_logged_and_the_first_audit_line() {
     lab.is_checked = false;
     let line = told(&mut lab).await.expect("the very first start says so");
     assert_eq!(line["level"], "WARN");
-    let frozen = lab.admin_cli("anna", &["keys", "freeze", "main"]).await;
-    assert_eq!(frozen.code, Some(0), "{frozen:?}");
+    let halted = lab.admin_cli("anna", &["halt", "main"]).await;
+    assert_eq!(halted.code, Some(0), "{halted:?}");
     stop(&mut lab).await;
 
     lab.spawn_broker().await;
@@ -86,7 +86,7 @@ async fn start_with_an_empty_state_dir_is_logged_and_the_first_audit_line() {
     assert_eq!(
         detail,
         format!(
-            "no restrictions.json and no audit file found: no bot is blocked, no account frozen or halted, no key revoked. If \
+            "no restrictions.json and no audit file found: no bot is blocked, no account halted, no key revoked. If \
              this broker has run before, check that state_dir ({state_dir}) is right and its disk mounted"
         )
     );

@@ -334,13 +334,13 @@ pub(super) fn state(config: &Config) -> (Vec<Line>, bool) {
         Ok(restrictions) if !restrictions.was_found() => {
             let detail = format!("{name}: {runs}; it holds no restrictions.json");
             let fix = "start the broker, which creates it. If a broker has run here before, first check that state_dir is correct and its \
-                       disk mounted: all blocks, freezes, halts and revocations were in that file";
+                       disk mounted: all blocks, halts and revocations were in that file";
             Line::warning(check, "", detail, fix)
         }
         Ok(restrictions) => forbidden(&format!("{name}: {runs}"), restrictions.counts()),
         Err(RestrictionsError::Unreadable { file, problem }) => {
             let detail = format!("{file} cannot be read, and no broker starts: {problem}");
-            let fix = "restore it; remove it only if no bot is blocked, no account frozen and no key revoked";
+            let fix = "restore it; remove it only if no bot is blocked, no account halted and no key revoked";
             Line::failed(check, "", detail, fix)
         }
         Err(error) => Line::failed(check, "", error.to_string(), usable),
@@ -352,7 +352,6 @@ pub(super) fn state(config: &Config) -> (Vec<Line>, bool) {
 fn forbidden(place: &str, counts: Counts) -> Line {
     let Counts {
         blocked_bots,
-        frozen_accounts,
         halted_accounts,
         is_all_halted,
         revoked_keys,
@@ -366,7 +365,6 @@ fn forbidden(place: &str, counts: Counts) -> Line {
     }
     for (number, thing, how) in [
         (halted_accounts, "account", "halted by name"),
-        (frozen_accounts, "account", "frozen"),
         (blocked_bots, "bot", "blocked"),
         (revoked_keys, "key", "revoked"),
     ] {
@@ -375,8 +373,8 @@ fn forbidden(place: &str, counts: Counts) -> Line {
         }
     }
     let detail = format!("{place}; {}", told.join(", "));
-    if is_all_halted || frozen_accounts + halted_accounts > 0 {
-        let fix = "if that is over: `credbroker resume --all`, `credbroker keys thaw ACCOUNT`; `credbroker keys list` shows where";
+    if is_all_halted || halted_accounts > 0 {
+        let fix = "if that is over: `credbroker resume --all` or `credbroker resume ACCOUNT`; `credbroker keys list` shows which";
         Line::warning("state", "", detail, fix)
     } else {
         Line::ok("state", "", detail)

@@ -1,30 +1,22 @@
-//! `credbroker keys revoke`, `freeze` and `thaw`: what takes effect at once, whatever Vault does.
+//! `credbroker keys revoke`: takes effect at once, whatever Vault does.
 
 use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::api::proto::{
-    FreezeAccountRequest, RevokeKeyRequest, RevokedKey, ThawAccountRequest, ThawAccountResponse,
-};
+use crate::api::proto::{RevokeKeyRequest, RevokedKey};
 use crate::cli::admin::{self, ADMIN, Client};
 use crate::cli::confirm::confirm;
 use crate::cli::text::paragraph;
 use crate::cli::{DECIDE_WITHIN, DONE, show};
 
 #[derive(Args, Debug)]
-pub(in crate::cli) struct Whose {
+pub(in crate::cli) struct Which {
     /// The account, as the rules file names it.
     account: String,
     /// How to reach the broker.
     #[arg(long, default_value = ADMIN)]
     admin: PathBuf,
-}
-
-#[derive(Args, Debug)]
-pub(in crate::cli) struct Which {
-    #[command(flatten)]
-    whose: Whose,
     /// One key of the account; all of them without it.
     #[arg(long)]
     key: Option<String>,
@@ -33,89 +25,30 @@ pub(in crate::cli) struct Which {
     yes: bool,
 }
 
-pub(super) fn freeze(whose: &Whose) -> u8 {
-    admin::run(&whose.admin, async |mut admin| {
-        let account = &whose.account;
-        let request = FreezeAccountRequest {
-            account: account.clone(),
-        };
-        let freeze = async |client: &mut Client, request| client.freeze_account(request).await;
-        let response = admin.ask(DECIDE_WITHIN, request, freeze).await?;
-        Ok(show(&frozen(account, response.was_frozen), DONE))
-    })
-}
-
-fn frozen(account: &str, was_frozen: bool) -> String {
-    let since = if was_frozen {
-        "as it was already"
-    } else {
-        "in force now"
-    };
-    let mut text = paragraph(
-        "frozen: ",
-        &format!(
-            "account {account}, {since}. What adds risk is refused (ACCOUNT_FROZEN), also after a restart of the broker; cancels and \
-             reads go on."
-        ),
-    );
-    let next = format!(
-        "orders that were open are open still: its bots can cancel them, and so can `credbroker halt {account} --cancel-all`"
-    );
-    text += &paragraph("next: ", &next);
-    text + &paragraph("undo: ", &format!("credbroker keys thaw {account}"))
-}
-
-pub(super) fn thaw(whose: &Whose) -> u8 {
-    admin::run(&whose.admin, async |mut admin| {
-        let request = ThawAccountRequest {
-            account: whose.account.clone(),
-        };
-        let thaw = async |client: &mut Client, request| client.thaw_account(request).await;
-        let response = admin.ask(DECIDE_WITHIN, request, thaw).await?;
-        Ok(show(&thawed(&whose.account, response), DONE))
-    })
-}
-
-fn thawed(account: &str, response: ThawAccountResponse) -> String {
-    let mut text = match (response.was_frozen, response.is_halted) {
-        (true, false) => {
-            let what =
-                format!("account {account}, in force now. What adds risk goes through again.");
-            paragraph("thawed: ", &what)
-        }
-        (true, true) => paragraph("thawed: ", &format!("account {account}.")),
-        (false, _) => paragraph("unchanged: ", &format!("account {account} was not frozen.")),
-    };
-    if response.is_halted {
-        let what = format!(
-            "it is halted, and refuses what adds risk still: `credbroker resume {account}`, or `credbroker resume --all` where all \
-             accounts were halted"
-        );
-        text += &paragraph("but: ", &what);
-    }
-    text
-}
-
 pub(super) fn revoke(which: &Which) -> u8 {
-    let Which { whose, key, yes } = which;
+    let Which {
+        account,
+        admin: file,
+        key,
+        yes,
+    } = which;
     let what = format!(
-        "permanently revokes every key of account {}: only a key with another id can trade there again. To revoke a single key, use \
-         --key NAME",
-        whose.account
+        "permanently revokes every key of account {account}: only a key with another id can trade there again. To revoke a single key, use \
+         --key NAME"
     );
     if key.is_none()
         && let Err(code) = confirm(&what, *yes)
     {
         return code;
     }
-    admin::run(&whose.admin, async |mut admin| {
+    admin::run(file, async |mut admin| {
         let request = RevokeKeyRequest {
-            account: whose.account.clone(),
+            account: account.clone(),
             key: key.clone().unwrap_or_default(),
         };
         let revoke = async |client: &mut Client, request| client.revoke_key(request).await;
         let response = admin.ask(DECIDE_WITHIN, request, revoke).await?;
-        Ok(show(&revoked(&whose.account, &response.keys), DONE))
+        Ok(show(&revoked(account, &response.keys), DONE))
     })
 }
 
@@ -181,10 +114,6 @@ mod tests {
             was_revoked,
         };
         let account = "x".repeat(32);
-        let response = |was_frozen, is_halted| ThawAccountResponse {
-            was_frozen,
-            is_halted,
-        };
         let said = [
             (
                 revoked(&account, &[key(&"a".repeat(64), false)]),
@@ -195,14 +124,6 @@ mod tests {
                 revoked(&account, &[key(&"a".repeat(64), true)]),
                 "was revoked already",
             ),
-            (frozen(&account, false), "undo: credbroker keys thaw"),
-            (frozen(&account, true), "as it was already"),
-            (
-                thawed(&account, response(true, false)),
-                "goes through again",
-            ),
-            (thawed(&account, response(true, true)), "but: it is halted"),
-            (thawed(&account, response(false, false)), "was not frozen"),
         ];
         for (text, expected) in said {
             assert!(
