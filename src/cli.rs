@@ -6,7 +6,6 @@ mod check_config;
 mod clock;
 mod confirm;
 mod doctor;
-mod door;
 mod explain;
 mod halt;
 mod health;

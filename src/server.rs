@@ -367,7 +367,7 @@ fn with_reflection(routes: Routes) -> Result<Routes, tonic_reflection::server::E
 }
 
 /// Keeps every other broker off the state folder for as long as the file is open.
-pub(crate) async fn lock(folder: &Path) -> Result<File, StartError> {
+async fn lock(folder: &Path) -> Result<File, StartError> {
     let name = || folder.display().to_string();
     // What others can open they can lock.
     let open = || {

@@ -400,8 +400,8 @@ fn unreached(file: &AdminFile, error: &io::Error) -> Failure {
     Failure::new(
         format!("the broker cannot be reached at {broker}: {error}"),
         format!(
-            "does it run, and does its configuration say [listen] admin = {broker:?}? Its log line \"listening\" names the \
-             address; `broker` in admin.toml must be the same"
+            "start the broker; it runs without keys, too. If it runs, set [listen] admin = {broker:?} in its configuration, or \
+             `broker` in admin.toml to the address in its log line \"listening\""
         ),
     )
 }
@@ -466,7 +466,7 @@ fn refused(file: &AdminFile, error: &io::Error) -> Failure {
 }
 
 /// What the answer to a call says that failed.
-pub(super) fn told(broker: &str, status: &Status) -> Failure {
+fn told(broker: &str, status: &Status) -> Failure {
     let info = status.get_details_error_info();
     let Some(info) = info.filter(|info| info.domain == DOMAIN) else {
         return if status.code() == Code::Unimplemented {

@@ -1,5 +1,6 @@
 //! `credbroker keys`: the keys of a running broker, listed and tested; the other commands have files of their own.
 
+pub(super) mod common;
 mod register;
 mod rollback;
 mod stop;
@@ -9,8 +10,9 @@ use std::path::PathBuf;
 use clap::Subcommand;
 use serde_json::json;
 
-use super::admin::{self, ADMIN, Failure};
-use super::door::{Door, scopes_of};
+use common::scopes_of;
+
+use super::admin::{self, ADMIN, Admin, Failure};
 use super::report::{is_refused, report};
 use super::text::{Cell, Level, Style, paragraph};
 use super::{DONE, FAILED, printable, show};
@@ -100,7 +102,7 @@ pub(super) enum Command {
 pub(super) fn run(command: &Command) -> u8 {
     match command {
         Command::List { admin: file, json } => {
-            admin::run(file, async |admin| list(Door::Running(admin), *json).await)
+            admin::run(file, async |admin| list(admin, *json).await)
         }
         Command::Register(options) => register::run(register::Command::Register, options),
         Command::Revoke(which) => stop::revoke(which),
@@ -118,9 +120,7 @@ pub(super) fn run(command: &Command) -> u8 {
                 candidate: None,
                 try_order: *try_order,
             };
-            admin::run(file, async |admin| {
-                test(Door::Running(admin), request).await
-            })
+            admin::run(file, async |admin| test(admin, request).await)
         }
     }
 }
@@ -128,8 +128,8 @@ pub(super) fn run(command: &Command) -> u8 {
 /// What to do where the exchange did not say whether a key is good.
 const UNCLEAR: &str = "check the connection to KuCoin with `credbroker doctor`, then re-run the command; a test changes nothing";
 
-async fn list(mut door: Door, json: bool) -> Result<u8, Failure> {
-    let keys = door.keys().await?;
+async fn list(mut admin: Admin, json: bool) -> Result<u8, Failure> {
+    let keys = admin.keys().await?;
     let text = if json {
         keys.iter()
             .fold(String::new(), |text, key| text + &in_json(key) + "\n")
@@ -139,9 +139,9 @@ async fn list(mut door: Door, json: bool) -> Result<u8, Failure> {
     Ok(show(&text, DONE))
 }
 
-async fn test(mut door: Door, request: TestKeyRequest) -> Result<u8, Failure> {
+async fn test(mut admin: Admin, request: TestKeyRequest) -> Result<u8, Failure> {
     let account = request.account.clone();
-    let test = door.test(request).await?;
+    let test = admin.test(request).await?;
     let now_ms = Clock::system().wall_ms();
     let told = report(Style::of_stdout(), &account, &test, now_ms);
     if show(&told, DONE) != DONE {

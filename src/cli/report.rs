@@ -1,7 +1,7 @@
 //! What a test has found out about a key, for a person who may have to act on it at night.
 
-use super::door::words;
 use super::keys::ago;
+use super::keys::common::words;
 use super::printable;
 use super::text::{Cell, Level, Style};
 use crate::api::proto::{Finding, KeyFacts, Probe, TestKeyResponse};

@@ -1,6 +1,6 @@
 //! Puts a broker together from its configuration, and begins nothing: no listener, no poll, no question, no lock.
 //!
-//! For [`Server`](super::Server), and for commands that do without one, beside it or in its place.
+//! For [`Server`](super::Server), and for commands that look at an installation without one.
 
 use std::sync::{Arc, RwLock};
 

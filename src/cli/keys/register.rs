@@ -14,14 +14,14 @@ use clap::Args;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::sleep;
 
+use super::common::{pick, scopes_of};
 use crate::api::proto::{Candidate, Finding, KeyFacts, KeyState, TestKeyRequest, TestKeyResponse};
 use crate::cli::NEW_MOUNT;
-use crate::cli::admin::{ADMIN, AdminFile, Failure, block_on};
-use crate::cli::door::{Door, pick, scopes_of};
+use crate::cli::admin::{ADMIN, Admin, AdminFile, Failure, block_on};
 use crate::cli::report::{is_refused, report};
 use crate::cli::secrets::{self, InputError};
 use crate::cli::text::{Style, paragraph};
-use crate::cli::{CONFIG, DONE, printable, say, show};
+use crate::cli::{DONE, printable, say, show};
 use crate::clock::Clock;
 use crate::ids::{AccountId, AdminId, KeyName};
 use crate::keyring::vault::{
@@ -41,7 +41,6 @@ const LOOK_AFTER: Duration = Duration::from_secs(2);
 const SHOWN_DIGITS: usize = 12;
 
 #[derive(Args, Debug)]
-#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 pub(in crate::cli) struct Options {
     /// Account, as the rules name it.
     account: AccountId,
@@ -60,12 +59,6 @@ pub(in crate::cli) struct Options {
     /// Switches the key on again if it is disabled in Vault.
     #[arg(long)]
     enable: bool,
-    /// Tests from this process in place of the running broker; as the broker's user, on its host, while it is stopped.
-    #[arg(long)]
-    direct: bool,
-    /// The broker's configuration, for --direct.
-    #[arg(long, default_value = CONFIG, requires = "direct")]
-    config: PathBuf,
     /// How to reach the broker and Vault.
     #[arg(long, default_value = ADMIN)]
     admin: PathBuf,
@@ -119,12 +112,8 @@ async fn stopped() {
 async fn register(command: Command, options: &Options) -> Result<u8, Failure> {
     let file = AdminFile::read(&options.admin)?;
     let (vault, admin) = (file.vault()?, file.name()?);
-    let mut door = if options.direct {
-        Door::direct(admin.clone(), &options.config).await?
-    } else {
-        Door::of_broker(&file).await?
-    };
-    let keys = door.keys().await?;
+    let mut broker = Admin::connect(&file).await?;
+    let keys = broker.keys().await?;
     let in_rules = keys.iter().map(|key| key.account.clone()).collect();
     let state = pick(
         keys,
@@ -170,7 +159,7 @@ async fn register(command: Command, options: &Options) -> Result<u8, Failure> {
         candidate: Some(candidate(&given.values)),
         try_order: options.try_order,
     };
-    let mut test = door.test(request).await?;
+    let mut test = broker.test(request).await?;
     place
         .compare(&found, &mut test, options.other_account)
         .await?;
@@ -206,7 +195,9 @@ async fn register(command: Command, options: &Options) -> Result<u8, Failure> {
     let noted = place
         .note(version, &registration.facts, options.enable)
         .await;
-    let used = place.put_to_use(&mut door, version, &test.id_sha256).await;
+    let used = place
+        .put_to_use(&mut broker, version, &test.id_sha256)
+        .await;
     noted.and(used)
 }
 
@@ -478,20 +469,19 @@ impl Place {
     }
 
     /// Has the broker take the version up, and says what came of it.
-    async fn put_to_use(&self, door: &mut Door, version: u64, digest: &str) -> Result<u8, Failure> {
+    async fn put_to_use(
+        &self,
+        broker: &mut Admin,
+        version: u64,
+        digest: &str,
+    ) -> Result<u8, Failure> {
         let (account, key) = (&self.account, &self.key);
-        if !door.is_running() {
-            let told = format!(
-                "{self}: version {version} is in Vault. A broker takes it up when it starts, or within vault.poll_s."
-            );
-            return Ok(show(&paragraph("", &told), DONE));
-        }
-        let mut state = None;
+        let mut state = KeyState::default();
         for look in 0..LOOKS {
             if look > 0 {
                 sleep(LOOK_AFTER).await;
             }
-            let seen = door.refresh(account, key).await.map_err(|failure| {
+            let seen = broker.refresh(account, key).await.map_err(|failure| {
                 let Failure::Undone { what, fix } = failure else {
                     return failure;
                 };
@@ -501,13 +491,11 @@ impl Place {
                 );
                 Failure::Undone { what, fix }
             })?;
-            let seen = seen.unwrap_or_default();
             if seen.version == version && seen.id_sha256 == digest {
                 return Ok(self.tell_done(&seen));
             }
-            state = Some(seen);
+            state = seen;
         }
-        let state = state.unwrap_or_default();
         if state.version > version {
             let newer = state.version;
             return Err(Failure::new(

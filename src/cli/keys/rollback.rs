@@ -7,10 +7,10 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::common::pick;
 use super::register::{VAULT, ended, shown};
 use crate::api::proto::KeyState;
-use crate::cli::admin::{ADMIN, AdminFile, Failure, block_on};
-use crate::cli::door::{Door, pick};
+use crate::cli::admin::{ADMIN, Admin, AdminFile, Failure, block_on};
 use crate::cli::text::paragraph;
 use crate::cli::{DONE, printable, show};
 use crate::ids::{AccountId, KeyName};
@@ -41,9 +41,9 @@ pub(super) fn run(options: &Options) -> u8 {
 async fn rollback(options: &Options) -> Result<u8, Failure> {
     let file = AdminFile::read(&options.admin)?;
     let vault = file.vault()?;
-    let mut door = Door::of_broker(&file).await?;
+    let mut broker = Admin::connect(&file).await?;
     let account = &options.account;
-    let before = pick(door.keys().await?, account, options.key.as_ref(), &[])?;
+    let before = pick(broker.keys().await?, account, options.key.as_ref(), &[])?;
     let key: KeyName = before.key.parse().map_err(|error| {
         let what = format!("the broker names a key that cannot be: {error}");
         Failure::new(what, "use the broker's own `credbroker`")
@@ -72,18 +72,17 @@ async fn rollback(options: &Options) -> Result<u8, Failure> {
         None => Notes::newest(),
     };
     step.note(&notes).await?;
-    let state = door
+    let state = broker
         .refresh(account, &key)
         .await
         .map_err(|failure| step.unknown(failure))?;
-    let state = state.unwrap_or_default();
     if state.version == version {
         return Ok(step.tell(options, &before, &state));
     }
     // What a restart would use must not be a version that the broker does not take.
     step.note(&Notes::as_before(&found)).await?;
     // So that its status tells of what is wanted now.
-    let _ = door.refresh(account, &key).await;
+    let _ = broker.refresh(account, &key).await;
     let used = match state.version {
         0 => "No key is in use".to_owned(),
         used => format!("Version {used} stays in use"),

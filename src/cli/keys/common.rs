@@ -1,34 +1,17 @@
-//! Who tests keys for a command: the running broker, or this process in its place.
-//!
-//! Both answer the same calls; the second one without a network in between, on the broker's own configuration.
+//! What the commands on keys share: the calls to the running broker, and which key is meant.
 
-use std::fs::File;
-use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep};
-use tonic::{Request, Response, Status};
-
-use super::admin::{Admin, AdminFile, Client, Failure, told};
-use super::{printable, read_config};
-use crate::api::admin::AdminApi;
-use crate::api::proto::admin_server::Admin as _;
 use crate::api::proto::{
     KeyState, ListKeysRequest, RefreshKeyRequest, TestKeyRequest, TestKeyResponse,
 };
-use crate::broker::Broker;
-use crate::clock::Clock;
-use crate::config::load::load;
-use crate::ids::{AccountId, AdminId, KeyName};
+use crate::cli::admin::{Admin, Client, Failure};
+use crate::cli::printable;
+use crate::ids::{AccountId, KeyName};
 use crate::kucoin::Scope;
-use crate::server::assembly::assemble;
-use crate::server::probes::Probes;
-use crate::server::{StartError, lock};
-use crate::telemetry::chain;
 
 /// The broker answers from memory.
-pub(super) const LIST_WITHIN: Duration = Duration::from_secs(10);
+const LIST_WITHIN: Duration = Duration::from_secs(10);
 
 /// A question or two for each scope, once for each version that the key may have.
 const TEST_WITHIN: Duration = Duration::from_secs(60);
@@ -36,75 +19,11 @@ const TEST_WITHIN: Duration = Duration::from_secs(60);
 /// A look at Vault, and a test of what it found.
 const REFRESH_WITHIN: Duration = Duration::from_secs(30);
 
-/// How long the exchange may take to tell its time and our address.
-const PROOF_WITHIN: Duration = Duration::from_secs(15);
-
-/// Who tests keys.
-pub(super) enum Door {
-    /// This process.
-    Direct(Direct),
-    /// The running broker.
-    Running(Admin),
-}
-
-/// A broker without listeners, in this process.
-pub(super) struct Direct {
-    api: AdminApi,
-    admin: AdminId,
-    _probes: Probes,
-    /// Held so that no broker runs beside this.
-    _lock: File,
-}
-
-impl Door {
-    /// Connects to the running broker.
-    pub(super) async fn of_broker(admin: &AdminFile) -> Result<Self, Failure> {
-        Ok(Self::Running(Admin::connect(admin).await?))
-    }
-
-    /// Puts a broker together of its configuration `file`, and has the exchange confirm that it is on the egress host.
-    pub(super) async fn direct(admin: AdminId, file: &Path) -> Result<Self, Failure> {
-        let config = read_config(file).map_err(Failure::Files)?;
-        let clock = Arc::new(Clock::system());
-        let loaded = load(&config, clock.wall_ms()).map_err(Failure::Files)?;
-        let unstarted = |error: StartError| match error {
-            StartError::Config(problems) => Failure::Files(problems),
-            StartError::Locked(folder) => Failure::new(
-                format!("a broker runs on {folder}, and it alone may use the exchange from there"),
-                "leave --direct out, so that the running broker tests the key; it needs listen.admin in its configuration",
-            ),
-            error => Failure::new(
-                chain(&error),
-                "run this as the broker's own user, on its host",
-            ),
-        };
-        let lock = lock(&config.state_dir).await.map_err(unstarted)?;
-        let broker = assemble(&config, loaded, clock).map_err(unstarted)?.broker;
-        broker.egress.start();
-        broker.egress.first_lookups().await;
-        let mut probes = Probes::new(config.proof_every);
-        probes.follow(&broker, &broker.policy());
-        proven(&broker).await?;
-        Ok(Self::Direct(Direct {
-            api: AdminApi::new(broker),
-            admin,
-            _probes: probes,
-            _lock: lock,
-        }))
-    }
-
+impl Admin {
     /// Every key that the rules name, with its status.
     pub(super) async fn keys(&mut self) -> Result<Vec<KeyState>, Failure> {
-        let request = ListKeysRequest {};
-        let listed = match self {
-            Self::Direct(direct) => {
-                Direct::answer(direct.api.list_keys(direct.request(request)).await)?
-            }
-            Self::Running(admin) => {
-                let list = async |client: &mut Client, request| client.list_keys(request).await;
-                admin.ask(LIST_WITHIN, request, list).await?
-            }
-        };
+        let list = async |client: &mut Client, request| client.list_keys(request).await;
+        let listed = self.ask(LIST_WITHIN, ListKeysRequest {}, list).await?;
         Ok(listed.keys)
     }
 
@@ -113,83 +32,23 @@ impl Door {
         &mut self,
         request: TestKeyRequest,
     ) -> Result<TestKeyResponse, Failure> {
-        match self {
-            Self::Direct(direct) => {
-                Direct::answer(direct.api.test_key(direct.request(request)).await)
-            }
-            Self::Running(admin) => {
-                let test = async |client: &mut Client, request| client.test_key(request).await;
-                admin.ask(TEST_WITHIN, request, test).await
-            }
-        }
+        let test = async |client: &mut Client, request| client.test_key(request).await;
+        self.ask(TEST_WITHIN, request, test).await
     }
 
-    /// Has the running broker look at a key in Vault now; none where there is no running broker.
+    /// Has the broker look at a key in Vault now.
     pub(super) async fn refresh(
         &mut self,
         account: &AccountId,
         key: &KeyName,
-    ) -> Result<Option<KeyState>, Failure> {
-        let Self::Running(admin) = self else {
-            return Ok(None);
-        };
+    ) -> Result<KeyState, Failure> {
         let request = RefreshKeyRequest {
             account: account.to_string(),
             key: key.to_string(),
         };
         let refresh = async |client: &mut Client, request| client.refresh_key(request).await;
-        Ok(admin.ask(REFRESH_WITHIN, request, refresh).await?.state)
-    }
-
-    /// Whether a broker runs that can be told.
-    pub(super) fn is_running(&self) -> bool {
-        matches!(self, Self::Running(_))
-    }
-}
-
-impl Direct {
-    fn request<M>(&self, message: M) -> Request<M> {
-        let mut request = Request::new(message);
-        request.extensions_mut().insert(self.admin.clone());
-        request
-    }
-
-    fn answer<T>(answer: Result<Response<T>, Status>) -> Result<T, Failure> {
-        let answer = answer.map(Response::into_inner);
-        answer.map_err(|status| told("in this process", &status))
-    }
-}
-
-/// Waits until the exchange has told its time, and that requests leave from the expected address.
-async fn proven(broker: &Broker) -> Result<(), Failure> {
-    let places = broker.policy().places();
-    let until = Instant::now() + PROOF_WITHIN;
-    loop {
-        let proof = broker.proof.status();
-        if proof.seen.is_some() {
-            if let Some(mismatch) = proof.mismatch {
-                return Err(Failure::new(
-                    format!("this is not the egress host: {mismatch}; nothing was stored"),
-                    "run the command on the broker's host, or leave --direct out, so that the running broker tests the key",
-                ));
-            }
-            let is_known = |place: &_| broker.clock.exchange(*place).age.is_some();
-            if places.iter().all(is_known) {
-                return Ok(());
-            }
-        }
-        if Instant::now() > until {
-            let why = proof.failure.unwrap_or_else(|| "no answer".to_owned());
-            return Err(Failure::new(
-                format!(
-                    "the exchange has not told its time and our address within {} s: {why}; nothing was stored",
-                    PROOF_WITHIN.as_secs()
-                ),
-                "look whether this host reaches KuCoin; `credbroker doctor` says what is in the way",
-            ));
-        }
-        // Nothing announces it; the questions are asked again in the background.
-        sleep(Duration::from_millis(50)).await;
+        let response = self.ask(REFRESH_WITHIN, request, refresh).await?;
+        Ok(response.state.unwrap_or_default())
     }
 }
 
@@ -285,7 +144,9 @@ pub(super) fn scopes_of(key: &KeyState) -> Vec<&'static str> {
 }
 
 /// Scopes in the words of the rules.
-pub(super) fn words(scopes: impl Iterator<Item = crate::api::proto::Scope>) -> Vec<&'static str> {
+pub(in crate::cli) fn words(
+    scopes: impl Iterator<Item = crate::api::proto::Scope>,
+) -> Vec<&'static str> {
     use crate::api::proto::Scope as Said;
     let word = |scope| match scope {
         Said::Futures => Scope::Futures.as_str(),
