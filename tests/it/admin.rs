@@ -866,7 +866,8 @@ async fn a_command_that_cannot_get_through_says_why_and_what_to_do() {
     assert_eq!((said.code, said.stdout.as_str()), (Some(1), ""));
     let expected = format!("the broker cannot be reached at {}: ", lab.admin);
     assert!(said.stderr.starts_with(&expected), "{}", said.stderr);
-    let fix = "\nfix: start the broker; it runs without keys, too. If it runs, set [listen] admin\n";
+    let fix =
+        "\nfix: start the broker; it runs without keys, too. If it runs, set [listen] admin\n";
     assert!(said.stderr.contains(fix), "{}", said.stderr);
 }
 

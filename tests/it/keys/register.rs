@@ -564,9 +564,9 @@ async fn versions_orders_funds_and_trimmed_input_are_found_out_and_said() {
     let (code, said) = run(&lab, &words, &old, &json.to_string()).await;
     assert_eq!(code, 0, "{said}");
     for part in [
-        "note: api_key: removed 1 space at the start and the quotes around it",
-        "note: api_secret: removed 1 line end at the end",
-        "note: passphrase: removed 1 invisible character at the end",
+        "note: api_key: removed spaces, line ends, invisible characters or quotes around it",
+        "note: api_secret: removed spaces,",
+        "note: passphrase: removed spaces,",
         "account uid 2001, sub-account desk7, site global",
         "key version 2, made ",
         // Without money there it is the order that is refused, and not the key.
