@@ -45,7 +45,7 @@ impl fmt::Display for Outcome {
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub enum Reason {
     /// An admin has halted the account, and the request is risk-increasing.
-    AccountHalted,
+    AccountFrozen,
     /// The request may have reached the exchange, and no whole answer came back.
     AnswerLost,
     /// The audit file cannot be written, and the request adds risk.
@@ -81,7 +81,7 @@ pub enum Reason {
 impl Reason {
     /// All of them.
     pub const ALL: [Self; 16] = [
-        Self::AccountHalted,
+        Self::AccountFrozen,
         Self::AnswerLost,
         Self::AuditUnavailable,
         Self::CallerBlocked,
@@ -102,7 +102,7 @@ impl Reason {
     /// The word for it.
     pub fn as_str(self) -> &'static str {
         match self {
-            Self::AccountHalted => "ACCOUNT_HALTED",
+            Self::AccountFrozen => "ACCOUNT_FROZEN",
             Self::AnswerLost => "ANSWER_LOST",
             Self::AuditUnavailable => "AUDIT_UNAVAILABLE",
             Self::CallerBlocked => "CALLER_BLOCKED",
@@ -125,7 +125,7 @@ impl Reason {
     pub fn outcome(self) -> Outcome {
         match self {
             Self::AnswerLost | Self::Internal => Outcome::MaybeSent,
-            Self::AccountHalted
+            Self::AccountFrozen
             | Self::AuditUnavailable
             | Self::CallerBlocked
             | Self::CallerUnknown

@@ -18,7 +18,7 @@ pub const WORDS: [&str; 9] = [
     "revoked",
     "unavailable",
     "refused",
-    "restricted",
+    "frozen",
     "expiring",
     "at-risk",
     "degraded",
@@ -184,7 +184,7 @@ fn of(broker: &Broker, key: KeyStatus) -> Standing {
                 standing.is("degraded");
             }
             if noted.restricted.is_some() {
-                standing.is("restricted");
+                standing.is("frozen");
             }
             if let Some(tested) = &tested {
                 standing.heed(broker, tested);
@@ -232,7 +232,7 @@ impl Standing {
 
     /// Adds a halt, and with which argument `resume` ends it.
     fn add_halt(&mut self, whose: &str) {
-        self.is("restricted");
+        self.is("frozen");
         self.reasons
             .push(format!("halted: `credbroker resume {whose}` ends it"));
     }

@@ -63,7 +63,7 @@ fn code(reason: Reason) -> Code {
         Reason::CallerBlocked | Reason::CallerUnknown => Code::Unauthenticated,
         Reason::DeadlineExceeded => Code::DeadlineExceeded,
         Reason::Internal => Code::Internal,
-        Reason::AccountHalted
+        Reason::AccountFrozen
         | Reason::ClockUncertain
         | Reason::EgressMismatch
         | Reason::KeyUnavailable => Code::FailedPrecondition,
@@ -80,7 +80,7 @@ fn retry_helps(reason: Reason) -> bool {
         | Reason::ExchangeUnreachable
         | Reason::Overloaded
         | Reason::ShuttingDown => true,
-        Reason::AccountHalted
+        Reason::AccountFrozen
         | Reason::AnswerLost
         | Reason::CallerBlocked
         | Reason::CallerUnknown

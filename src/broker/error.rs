@@ -142,7 +142,7 @@ impl BrokerError {
             Self::MethodUnknown(_) => Reason::MethodUnknown,
             Self::Overloaded(_) => Reason::Overloaded,
             Self::Restricted(Restricted::Blocked) => Reason::CallerBlocked,
-            Self::Restricted(Restricted::Halted(_)) => Reason::AccountHalted,
+            Self::Restricted(Restricted::Halted(_)) => Reason::AccountFrozen,
             Self::ShuttingDown => Reason::ShuttingDown,
         }
     }

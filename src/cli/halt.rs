@@ -93,7 +93,7 @@ fn halted(whose: &Whose, cancel_all: bool, response: &HaltResponse, style: Style
     let mut text = paragraph(
         "halted: ",
         &format!(
-            "{name}, in force now. New risk is rejected (ACCOUNT_HALTED); survives restarts. Cancels and reads still work."
+            "{name}, in force now. New risk is rejected (ACCOUNT_FROZEN); survives restarts. Cancels and reads still work."
         ),
     );
     let is_clear = !cancelled.is_empty() && cancelled.iter().all(|one| one.still_open == Some(0));

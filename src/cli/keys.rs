@@ -29,7 +29,7 @@ pub(super) enum Command {
     #[command(
         after_long_help = "Status:\n  connected    in memory, and the exchange takes it\n  untested     in memory, and not tested yet\n  \
                            degraded, expiring, at-risk\n               works, and will not for long unless somebody acts\n  \
-                           restricted   signs cancels and reads only\n  refused, revoked, unavailable\n               does not work\n\n\
+                           frozen       signs cancels and reads only\n  refused, revoked, unavailable\n               does not work\n\n\
                            Examples:\n  credbroker keys list\n  credbroker keys list --json | jq -r .status\n\n\
                            With --json, one object a line, with the fields of KeyState in admin.proto."
     )]
@@ -201,9 +201,9 @@ fn table(style: Style, keys: &[KeyState], now_ms: i64) -> String {
         }
     }
     let mut text = style.table(&rows);
-    if keys.iter().any(|key| key.status == "restricted") {
-        let restricted = "risk-increasing requests are rejected; cancels and reads still work.";
-        text += &paragraph("restricted: ", restricted);
+    if keys.iter().any(|key| key.status == "frozen") {
+        let frozen = "risk-increasing requests are rejected; cancels and reads still work.";
+        text += &paragraph("frozen: ", frozen);
     }
     text
 }

@@ -714,7 +714,7 @@ async fn keys_list_names_the_whole_command_once_per_key_after_a_halt_of_all() {
     let about = |shown: &str, word: &str| shown.matches(word).count();
     let halted = "  halted: `credbroker resume --all` ends it\n";
     assert_eq!(about(&shown, halted), 2, "{shown}");
-    let once = "restricted: risk-increasing requests are rejected; cancels and reads still work.\n";
+    let once = "frozen: risk-increasing requests are rejected; cancels and reads still work.\n";
     assert!(shown.ends_with(once), "{shown}");
     assert_eq!(about(&shown, "rejected"), 1, "{shown}");
 

@@ -235,7 +235,7 @@ async fn two_hundred_orders_of_every_kind_are_withdrawn_while_bots_place_more() 
                         accepted += 1;
                     }
                     Err(status) => {
-                        assert_eq!(refusal(Err(status)).1, "ACCOUNT_HALTED");
+                        assert_eq!(refusal(Err(status)).1, "ACCOUNT_FROZEN");
                         refusals.fetch_add(1, Ordering::Relaxed);
                     }
                 }
@@ -703,7 +703,7 @@ async fn one_account_is_halted_alone() {
     let mut bot = lab.patient_bot("maker").await;
     assert_eq!(
         refusal(bot.send(order("main", 0, "never")).await).1,
-        "ACCOUNT_HALTED"
+        "ACCOUNT_FROZEN"
     );
     placed(&mut bot, order("other", 0, "goes-on")).await;
     // A halt of all is not undone by one account's resume.
@@ -720,7 +720,7 @@ async fn one_account_is_halted_alone() {
     );
     assert_eq!(
         refusal(bot.send(order("main", 0, "never")).await).1,
-        "ACCOUNT_HALTED"
+        "ACCOUNT_FROZEN"
     );
     for words in [&["halt"][..], &["halt", "main", "--all"], &["resume"]] {
         assert_eq!(

@@ -287,7 +287,7 @@ async fn wide_commands_without_a_terminal_do_nothing_unless_yes_is_given() {
         assert!(said.ends_with(". fix: add --yes"), "{said}");
         assert_eq!(acts(&lab).len(), before, "{words:?}");
     }
-    let halted = Some("ACCOUNT_HALTED".to_owned());
+    let halted = Some("ACCOUNT_FROZEN".to_owned());
     assert_eq!(refused(&mut bot, spot_order("halted")).await, halted);
     assert_eq!(refused(&mut bot, accounts()).await, None);
 
@@ -470,7 +470,7 @@ async fn a_call_that_waits_for_its_connection_does_not_leave_once_it_is_forbidde
             &["bots", "unblock", MAKER][..],
             "CALLER_BLOCKED",
         ),
-        (&["halt", "main"], &["resume", "main"], "ACCOUNT_HALTED"),
+        (&["halt", "main"], &["resume", "main"], "ACCOUNT_FROZEN"),
         (
             &["keys", "revoke", "main", "--yes"],
             &["keys", "list"],
@@ -499,7 +499,7 @@ async fn a_call_that_waits_for_its_connection_does_not_leave_once_it_is_forbidde
 #[tokio::test]
 async fn halts_and_blocks_survive_a_kill_until_they_are_lifted() {
     let mut lab = in_a_process().await;
-    let halted = Some("ACCOUNT_HALTED".to_owned());
+    let halted = Some("ACCOUNT_FROZEN".to_owned());
     let blocked = Some("CALLER_BLOCKED".to_owned());
     let run = async |lab: &Lab, words: &[&str], said: &str| {
         let ended = lab.admin_cli("anna", words).await;
@@ -605,7 +605,7 @@ async fn halt_by_name_and_halt_of_all_are_lifted_one_by_one() {
     let mut bot = lab.patient_bot("maker").await;
     assert_eq!(
         refused(&mut bot, spot_order("never")).await.unwrap(),
-        "ACCOUNT_HALTED"
+        "ACCOUNT_FROZEN"
     );
     assert_eq!(
         lab.admin_cli("bob", &["resume", "main"]).await.stdout,
@@ -630,7 +630,7 @@ async fn accounts_frozen_by_the_version_before_are_halted_until_they_are_resumed
     let mut bot = lab.patient_bot("maker").await;
     assert_eq!(
         refused(&mut bot, spot_order("never")).await.unwrap(),
-        "ACCOUNT_HALTED"
+        "ACCOUNT_FROZEN"
     );
     let resumed = lab.admin_cli("anna", &["resume", "--all", "--yes"]).await;
     let told = in_one_line(&resumed.stdout);
@@ -696,7 +696,7 @@ async fn a_full_disk_keeps_nobody_from_forbidding_and_the_admin_knows() {
     assert!(halted.said().starts_with(told), "{}", halted.stderr);
     assert_eq!(
         refused(&mut bot, spot_order("never")).await.unwrap(),
-        "ACCOUNT_HALTED"
+        "ACCOUNT_FROZEN"
     );
     // Both of its keys, although the first one fails.
     let revoked = lab
@@ -770,7 +770,7 @@ async fn what_an_admin_forbids_holds_within_a_second() {
     ] {
         assert_eq!(lab.admin_cli("anna", words).await.code, Some(0));
         let status: Status = bot.send(request).await.unwrap_err();
-        assert!(["ACCOUNT_HALTED", "CALLER_BLOCKED"].contains(&failure(&status).1.as_str()));
+        assert!(["ACCOUNT_FROZEN", "CALLER_BLOCKED"].contains(&failure(&status).1.as_str()));
     }
     assert!(
         began.elapsed() < Duration::from_secs(2),

@@ -962,7 +962,7 @@ async fn bot_blocked(site: &mut Site) -> Row {
 }
 
 async fn account_halted(site: &mut Site) -> Row {
-    const RESTRICTED: &str = "key_status{account=\"main\",key=\"main\",status=\"restricted\"}";
+    const RESTRICTED: &str = "key_status{account=\"main\",key=\"main\",status=\"frozen\"}";
     until_orders_stand(site).await;
     let mut admin = site.lab.admin_client("anna").await;
     let account = "main".to_owned();
@@ -991,7 +991,7 @@ async fn account_halted(site: &mut Site) -> Row {
     admin.resume(resume).await.unwrap();
     let over = mended.until_well(site).await;
     let seen = look.seen(site).await;
-    let halted = "`ACCOUNT_HALTED` (not_sent)";
+    let halted = "`ACCOUNT_FROZEN` (not_sent)";
     assert!(seen.is_only(halted, &[Kind::Order]), "{seen}");
     Row {
         situation: "Account halted, and resumed",
@@ -1002,7 +1002,7 @@ async fn account_halted(site: &mut Site) -> Row {
             rough(took),
             rough(over)
         ),
-        recorded: "`act` lines with the admin; `key_status{status=\"restricted\"}` 1; `restrictions.json`",
+        recorded: "`act` lines with the admin; `key_status{status=\"frozen\"}` 1; `restrictions.json`",
     }
 }
 

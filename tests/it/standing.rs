@@ -27,7 +27,7 @@ const WORDS: [&str; 9] = [
     "connected",
     "degraded",
     "expiring",
-    "restricted",
+    "frozen",
     "refused",
     "revoked",
     "unavailable",
@@ -301,12 +301,9 @@ async fn keys_of_a_halted_account_say_how_each_halt_ends() {
             ..HaltRequest::default()
         };
         admin.halt(halt).await.unwrap();
-        expect(&lab, "restricted", reasons).await;
+        expect(&lab, "frozen", reasons).await;
     }
-    for (account, status, reasons) in [
-        ("", "restricted", &[by_name][..]),
-        ("main", "connected", &[]),
-    ] {
+    for (account, status, reasons) in [("", "frozen", &[by_name][..]), ("main", "connected", &[])] {
         let resume = ResumeRequest {
             account: account.to_owned(),
             all: account.is_empty(),

@@ -165,7 +165,7 @@ async fn unknown_state_word_refuses_risk_increasing_calls_only() {
         );
         // One word for it in the list and the metric, and its sentence.
         let (status, reasons) = super::succession::status(&lab).await;
-        assert_eq!(status, "restricted", "{reasons:?}");
+        assert_eq!(status, "frozen", "{reasons:?}");
         assert!(reasons.iter().any(|reason| reason.contains(&told)));
         assert_eq!(lab.get("/readyz").await.0, 200, "others still trade");
         set("active");
