@@ -1,4 +1,4 @@
-//! Everything running in one command: `cargo run --release --example demo`.
+//! Everything running in one command: `cargo run --example demo`.
 //!
 //! A simulated Vault, a simulated KuCoin, a throw-away CA, the real broker, and a bot that trades through it. Each step
 //! prints what the bot sent, what the broker signed and what came back. Then all stays up for your own first calls.
@@ -370,9 +370,9 @@ impl Demo {
         );
         say!(".venv/bin/python examples/bot.py {grpc} {folder}\n");
         say!("# the bot of examples/bot.rs");
-        say!("cargo run --release --example bot -- {grpc} {folder}\n");
+        say!("cargo run --example bot -- {grpc} {folder}\n");
         say!("# how the keys are, for the admin of {folder}/admin.toml");
-        say!("cargo run --release -- keys list --admin {folder}/admin.toml\n");
+        say!("cargo run -- keys list --admin {folder}/admin.toml\n");
         say!("# readiness and metrics; the record; the metadata of a key in the simulated Vault");
         say!("curl -s http://{ops}/readyz http://{ops}/metrics");
         say!("cat {folder}/state/audit.jsonl");
