@@ -393,7 +393,7 @@ impl Audit {
                 self.report(old.file.sync_data());
             }
             Err(error) => {
-                self.metrics.audit_failure();
+                self.metrics.audit_failures.inc();
                 tracing::error!(file = %self.path.display(), %error, "audit file was renamed or removed, and no new one can be begun; lines go on to the old one");
             }
         }
@@ -409,7 +409,7 @@ impl Audit {
         match synced {
             // What is no file of a disk cannot be flushed to one.
             Err(error) if error.kind() != io::ErrorKind::InvalidInput => {
-                self.metrics.audit_failure();
+                self.metrics.audit_failures.inc();
                 tracing::error!(%error, "audit file cannot be flushed to the disk; lines may be lost");
             }
             _ => {}
@@ -458,7 +458,7 @@ impl Audit {
             }
             Err(error) => {
                 file.failure = Some(error.to_string());
-                self.metrics.audit_failure();
+                self.metrics.audit_failures.inc();
                 tracing::error!(target: "credbroker::audit", line = text.trim_end(), file = %self.path.display(), %error, "audit file cannot be written");
             }
         }

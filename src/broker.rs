@@ -112,7 +112,7 @@ impl Broker {
     fn is_recorded(&self, who: &Who) -> bool {
         let is_recorded = self.admission.is_recorded(who, self.clock.boot());
         if !is_recorded {
-            self.metrics.refusal_unrecorded();
+            self.metrics.refusals_unrecorded.inc();
         }
         is_recorded
     }
@@ -133,7 +133,9 @@ impl Broker {
 
     /// Counts and audits a call of `admin` that never became one.
     pub fn refuse_admin(&self, admin: &AdminId, reason: Reason, detail: String) {
-        self.metrics.admin_call_refused(reason);
+        let labels = [("reason", reason.as_str())];
+        let refused = &self.metrics.admin_calls_refused;
+        refused.get_or_create(&labels).inc();
         let who = Who::Admin(admin.clone());
         if self.is_recorded(&who) {
             self.audit_refusal(&who, &RequestId::random(), reason, detail);

@@ -176,7 +176,8 @@ impl Server {
             record_missing_restrictions(&broker, &config.state_dir, audit_file_found);
         }
         let metrics = Arc::clone(&broker.metrics);
-        metrics.certificate_ends(certificates.not_after_ms);
+        let not_after_s = certificates.not_after_ms / 1000;
+        metrics.certificate_ends.set(not_after_s);
         let (bots_ca, admins_ca) = (&certificates.client_ca, &certificates.admin_ca);
         let tls = Tls::new::<BotId>(&certificates, bots_ca, 0, &provider, &metrics)?;
         let (set_tls, tls) = watch::channel(Arc::new(tls));

@@ -2,13 +2,12 @@
 
 use std::borrow::Cow;
 use std::error::Error;
-use std::fmt::{self, Write as _};
+use std::fmt::Write as _;
 use std::io;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use prometheus_client::encoding::text::encode_registry;
-use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -120,29 +119,33 @@ pub fn chain(error: &(dyn Error + 'static)) -> String {
     causes.fold(error.to_string(), |line, cause| format!("{line}: {cause}"))
 }
 
+/// Labels from closed sets: names and values.
+pub(crate) type Labels<const N: usize> = [(&'static str, &'static str); N];
+
 /// All metrics. What is a state of the broker and not an event is written when somebody asks: see `api/state.rs`.
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
-    requests: Family<RequestLabels, Counter>,
-    stages: Family<StageLabels, Histogram, fn() -> Histogram>,
-    certificates_refused: Counter,
-    connections_refused: Family<ReasonLabels, Counter>,
-    connections_unused: Counter,
-    admin_calls_refused: Family<ReasonLabels, Counter>,
-    vault_failures: Family<ReasonLabels, Counter>,
-    clock_failures: Counter,
-    clock_jumps_refused: Counter,
-    timestamps_refused: Counter,
-    addresses_refused: Counter,
-    credentials_refused: Counter,
-    codes_unknown: Family<ScopeLabels, Counter>,
-    refusals_unrecorded: Counter,
-    audit_failures: Counter,
-    reloads: Family<ReloadLabels, Counter>,
-    files_unusable: Family<FileLabels, Gauge>,
-    file_warnings: Gauge,
-    certificate_ends: Gauge,
+    requests: Family<Labels<3>, Counter>,
+    stages: Family<Labels<1>, Histogram, fn() -> Histogram>,
+    pub(crate) certificates_refused: Counter,
+    connections_refused: Family<Labels<1>, Counter>,
+    pub(crate) connections_unused: Counter,
+    pub(crate) admin_calls_refused: Family<Labels<1>, Counter>,
+    vault_failures: Family<Labels<1>, Counter>,
+    pub(crate) clock_failures: Counter,
+    pub(crate) clock_jumps_refused: Counter,
+    pub(crate) timestamps_refused: Counter,
+    pub(crate) addresses_refused: Counter,
+    pub(crate) credentials_refused: Counter,
+    pub(crate) codes_unknown: Family<Labels<1>, Counter>,
+    pub(crate) refusals_unrecorded: Counter,
+    pub(crate) audit_failures: Counter,
+    pub(crate) reloads: Family<Labels<2>, Counter>,
+    pub(crate) files_unusable: Family<Labels<1>, Gauge>,
+    pub(crate) file_warnings: Gauge,
+    /// Unix time in seconds.
+    pub(crate) certificate_ends: Gauge,
     strangers: Mutex<Allowance>,
 }
 
@@ -175,49 +178,6 @@ impl Allowance {
         }
         self.left -= 1.0;
         Some(std::mem::take(&mut self.untold))
-    }
-}
-
-#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
-struct RequestLabels {
-    scope: Word,
-    outcome: Word,
-    reason: Word,
-}
-
-#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
-struct StageLabels {
-    stage: Word,
-}
-
-#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
-struct ReasonLabels {
-    reason: Word,
-}
-
-#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
-struct ScopeLabels {
-    scope: Word,
-}
-
-#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
-struct FileLabels {
-    file: Word,
-}
-
-#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
-struct ReloadLabels {
-    file: Word,
-    outcome: Word,
-}
-
-/// A label value from a closed set.
-#[derive(Clone, Debug, Eq, Hash, PartialEq)]
-struct Word(&'static str);
-
-impl EncodeLabelValue for Word {
-    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> fmt::Result {
-        EncodeLabelValue::encode(&self.0, encoder)
     }
 }
 
@@ -321,7 +281,7 @@ impl Default for Metrics {
     }
 }
 
-fn stages(registry: &mut Registry) -> Family<StageLabels, Histogram, fn() -> Histogram> {
+fn stages(registry: &mut Registry) -> Family<Labels<1>, Histogram, fn() -> Histogram> {
     let stages = Family::new_with_constructor((|| Histogram::new(BUCKETS)) as fn() -> Histogram);
     let help = "Where the time of answered calls went";
     registry.register("stage_duration_seconds", help, stages.clone());
@@ -342,21 +302,17 @@ impl Metrics {
             let answers = answers.map(|outcome| (outcome, ""));
             let failures = Reason::ALL.map(|reason| (reason.outcome(), reason.as_str()));
             for (outcome, reason) in answers.into_iter().chain(failures) {
-                let labels = RequestLabels {
-                    scope: Word(scope),
-                    outcome: Word(outcome.as_str()),
-                    reason: Word(reason),
-                };
+                let outcome = ("outcome", outcome.as_str());
+                let labels = [("scope", scope), outcome, ("reason", reason)];
                 drop(self.requests.get_or_create(&labels));
             }
         }
         for scope in Scope::ALL {
-            let scope = Word(scope.as_str());
-            drop(self.codes_unknown.get_or_create(&ScopeLabels { scope }));
+            let labels = [("scope", scope.as_str())];
+            drop(self.codes_unknown.get_or_create(&labels));
         }
         for reason in ["bot", "certificate", "descriptors", "handshake", "many"] {
-            let reason = Word(reason);
-            let labels = ReasonLabels { reason };
+            let labels = [("reason", reason)];
             drop(self.connections_refused.get_or_create(&labels));
         }
         for reason in [
@@ -365,40 +321,36 @@ impl Metrics {
             Reason::MethodUnknown,
             Reason::RequestMalformed,
         ] {
-            let reason = Word(reason.as_str());
-            let labels = ReasonLabels { reason };
+            let labels = [("reason", reason.as_str())];
             drop(self.admin_calls_refused.get_or_create(&labels));
         }
         for reason in ["evicted", "login", "outage", "unusable"] {
-            let reason = Word(reason);
-            drop(self.vault_failures.get_or_create(&ReasonLabels { reason }));
+            let labels = [("reason", reason)];
+            drop(self.vault_failures.get_or_create(&labels));
         }
         for file in ["rules", "tls"] {
-            let labels = FileLabels { file: Word(file) };
-            drop(self.files_unusable.get_or_create(&labels));
+            drop(self.files_unusable.get_or_create(&[("file", file)]));
             for outcome in ["refused", "taken"] {
-                let (file, outcome) = (Word(file), Word(outcome));
-                drop(self.reloads.get_or_create(&ReloadLabels { file, outcome }));
+                let labels = [("file", file), ("outcome", outcome)];
+                drop(self.reloads.get_or_create(&labels));
             }
         }
     }
 
     /// Counts a call that ended.
     pub fn request(&self, scope: Option<Scope>, outcome: Outcome, reason: Option<Reason>) {
-        let labels = RequestLabels {
-            scope: Word(scope.map_or("", Scope::as_str)),
-            outcome: Word(outcome.as_str()),
-            reason: Word(reason.map_or("", Reason::as_str)),
-        };
+        let labels = [
+            ("scope", scope.map_or("", Scope::as_str)),
+            ("outcome", outcome.as_str()),
+            ("reason", reason.map_or("", Reason::as_str)),
+        ];
         self.requests.get_or_create(&labels).inc();
     }
 
     /// Observes how long a stage of an answered call took.
     pub fn stage(&self, stage: &'static str, took: Duration) {
-        let labels = StageLabels { stage: Word(stage) };
-        self.stages
-            .get_or_create(&labels)
-            .observe(took.as_secs_f64());
+        let stage = self.stages.get_or_create(&[("stage", stage)]);
+        stage.observe(took.as_secs_f64());
     }
 
     /// Whether one more line about a peer that was not let in goes to the log, and how many did not since the last one.
@@ -411,113 +363,16 @@ impl Metrics {
         strangers.take(Instant::now())
     }
 
-    /// Counts a refused client certificate.
-    pub fn certificate_refused(&self) {
-        self.certificates_refused.inc();
-    }
-
     /// Counts a connection that was not served: `handshake`, `certificate`, `bot` (one too many), `many` (far more), `descriptors`.
     pub fn connection_refused(&self, reason: &'static str) {
-        let reason = Word(reason);
-        self.connections_refused
-            .get_or_create(&ReasonLabels { reason })
-            .inc();
-    }
-
-    /// Counts a call of an admin that was refused before it reached the API.
-    pub fn admin_call_refused(&self, reason: Reason) {
-        let reason = Word(reason.as_str());
-        self.admin_calls_refused
-            .get_or_create(&ReasonLabels { reason })
-            .inc();
-    }
-
-    /// Counts a connection whose peer sent nothing and closed.
-    pub fn connection_unused(&self) {
-        self.connections_unused.inc();
+        let labels = [("reason", reason)];
+        self.connections_refused.get_or_create(&labels).inc();
     }
 
     /// Counts a look at a key that found no key: `outage`, `login`, `unusable`, `evicted`.
     pub fn vault_failure(&self, reason: &'static str) {
-        let reason = Word(reason);
-        self.vault_failures
-            .get_or_create(&ReasonLabels { reason })
-            .inc();
-    }
-
-    /// Counts a question for the time without an answer.
-    pub fn clock_failure(&self) {
-        self.clock_failures.inc();
-    }
-
-    /// Counts an answer about the time that was not believed.
-    pub fn clock_jump_refused(&self) {
-        self.clock_jumps_refused.inc();
-    }
-
-    /// Counts a 400002.
-    pub fn timestamp_refused(&self) {
-        self.timestamps_refused.inc();
-    }
-
-    /// Counts a 400006.
-    pub fn address_refused(&self) {
-        self.addresses_refused.inc();
-    }
-
-    /// Counts a refused call that is neither in the audit file nor in the log.
-    pub fn refusal_unrecorded(&self) {
-        self.refusals_unrecorded.inc();
-    }
-
-    /// Counts a 400003, 400004 or 400005.
-    pub fn credentials_refused(&self) {
-        self.credentials_refused.inc();
-    }
-
-    /// Counts an answer whose code leaves the outcome open.
-    pub fn code_unknown(&self, scope: Scope) {
-        let scope = Word(scope.as_str());
-        self.codes_unknown
-            .get_or_create(&ScopeLabels { scope })
-            .inc();
-    }
-
-    /// Counts an audit line that could not be written.
-    pub fn audit_failure(&self) {
-        self.audit_failures.inc();
-    }
-
-    /// Counts a changed file by what became of it: `taken` or `refused`.
-    pub fn reloaded(&self, file: &'static str, outcome: &'static str) {
-        let (file, outcome) = (Word(file), Word(outcome));
-        self.reloads
-            .get_or_create(&ReloadLabels { file, outcome })
-            .inc();
-    }
-
-    /// Keeps whether a changed file cannot be used.
-    pub fn file_unusable(&self, file: &'static str, is_unusable: bool) {
-        let file = Word(file);
-        self.files_unusable
-            .get_or_create(&FileLabels { file })
-            .set(i64::from(is_unusable));
-    }
-
-    /// Keeps how many warnings there are about files in use.
-    pub fn file_warnings(&self, number: usize) {
-        self.file_warnings
-            .set(i64::try_from(number).unwrap_or(i64::MAX));
-    }
-
-    /// Keeps when the server certificate ends: Unix time in milliseconds.
-    pub fn certificate_ends(&self, not_after_ms: i64) {
-        self.certificate_ends.set(not_after_ms / 1000);
-    }
-
-    /// Whether the server certificate has ended at `now_ms`, Unix time in milliseconds.
-    pub fn has_certificate_ended(&self, now_ms: i64) -> bool {
-        self.certificate_ends.get() < now_ms / 1000
+        let labels = [("reason", reason)];
+        self.vault_failures.get_or_create(&labels).inc();
     }
 
     /// What has been counted, then `states`, which are read at this moment.

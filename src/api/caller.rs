@@ -151,7 +151,7 @@ impl<R> CallerVerifier<R> {
     }
 
     fn refused(&self, certificate: &CertificateDer<'_>, reason: &str) {
-        self.metrics.certificate_refused();
+        self.metrics.certificates_refused.inc();
         if let Some(untold) = self.metrics.may_tell_of_stranger() {
             tracing::warn!(
                 names = names(certificate),

@@ -45,7 +45,7 @@ pub fn readiness(broker: &Broker) -> Readiness {
         is_ready = false;
         reasons.push(format!("audit: {failure}; what adds risk is refused"));
     }
-    if broker.metrics.has_certificate_ended(broker.clock.wall_ms()) {
+    if broker.metrics.certificate_ends.get() < broker.clock.wall_ms() / 1000 {
         is_ready = false;
         reasons.push("the server certificate has ended; put a new one in its place".to_owned());
     }

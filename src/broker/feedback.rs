@@ -62,7 +62,7 @@ impl Broker {
             ADDRESS_REFUSED => {
                 let seen = question::address_in(&answer.msg);
                 self.proof.refused(seen, self.clock.boot());
-                self.metrics.address_refused();
+                self.metrics.addresses_refused.inc();
                 let seen = seen.map(|address| address.to_string());
                 tracing::error!(
                     account.id = %permit.account().id,
@@ -72,7 +72,7 @@ impl Broker {
                 self.doubts.address();
             }
             code if CREDENTIALS_REFUSED.contains(&code) => {
-                self.metrics.credentials_refused();
+                self.metrics.credentials_refused.inc();
                 tracing::error!(
                     account.id = %permit.account().id,
                     code,
@@ -80,7 +80,7 @@ impl Broker {
                 );
             }
             TIMESTAMP_REFUSED => {
-                self.metrics.timestamp_refused();
+                self.metrics.timestamps_refused.inc();
                 self.doubts.time();
             }
             _ => {}
@@ -89,7 +89,8 @@ impl Broker {
 
     /// Counts a code that leaves the outcome open, and logs it once.
     fn note_unknown_code(&self, permit: &Permit, full_code: &str) {
-        self.metrics.code_unknown(permit.scope());
+        let labels = [("scope", permit.scope().as_str())];
+        self.metrics.codes_unknown.get_or_create(&labels).inc();
         let product = permit.endpoint().map(|endpoint| endpoint.product);
         let code: String = full_code.chars().take(code::MAX_CODE_CHARS).collect();
         if self

@@ -141,7 +141,7 @@ impl Broker {
             .ask(place, Question::Time)
             .await
             .inspect_err(|error| {
-                self.metrics.clock_failure();
+                self.metrics.clock_failures.inc();
                 tracing::warn!(%site, host = host.as_str(), error = chain(error), "exchange time cannot be asked for; the last offset serves on");
             })?;
         let sample = Sample {
@@ -152,11 +152,11 @@ impl Broker {
         let measured = self.clock.take_in(place, sample, is_refuted);
         match measured {
             Measured::Absurd => {
-                self.metrics.clock_jump_refused();
+                self.metrics.clock_jumps_refused.inc();
                 tracing::warn!(%site, host = host.as_str(), server_ms, "exchange time is no time at all; not applied");
             }
             Measured::Implausible(by_ms) => {
-                self.metrics.clock_jump_refused();
+                self.metrics.clock_jumps_refused.inc();
                 tracing::warn!(%site, host = host.as_str(), by_ms, server_ms, "exchange time is implausible; not applied, asked again");
             }
             Measured::Moved(by_ms) => {

@@ -64,7 +64,7 @@ impl Acceptor {
                 drop(place);
                 match shaken {
                     Ok(Some((stream, trust))) => serve(stream, trust).await,
-                    Ok(None) => metrics.connection_unused(),
+                    Ok(None) => _ = metrics.connections_unused.inc(),
                     Err(error) => refused(&metrics, peer, &error),
                 }
             });

@@ -164,7 +164,8 @@ impl Reloader {
                 "file warning"
             );
         }
-        self.broker.metrics.file_warnings(warnings.len());
+        let number = i64::try_from(warnings.len()).unwrap_or(i64::MAX);
+        self.broker.metrics.file_warnings.set(number);
         self.problems.send_modify(|all| all.warnings = warnings);
     }
 
@@ -231,7 +232,7 @@ impl Reloader {
         self.ca_warnings
             .retain(|warning| !warning.key.starts_with("tls."));
         self.ca_warnings.extend(warnings);
-        metrics.certificate_ends(not_after_ms);
+        metrics.certificate_ends.set(not_after_ms / 1000);
         self.tls.send_replace(Arc::new(bots));
         self.admins_tls.send_replace(Arc::new(admins));
         Ok(())
@@ -264,8 +265,11 @@ impl Reloader {
             );
             "refused"
         };
-        self.broker.metrics.file_unusable(what, detail.is_some());
-        self.broker.metrics.reloaded(what, outcome);
+        let is_unusable = i64::from(detail.is_some());
+        let unusable = &self.broker.metrics.files_unusable;
+        unusable.get_or_create(&[("file", what)]).set(is_unusable);
+        let labels = [("file", what), ("outcome", outcome)];
+        self.broker.metrics.reloads.get_or_create(&labels).inc();
         self.broker.audit.changed(&Change {
             what,
             before: Some(&before),
