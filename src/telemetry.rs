@@ -2,7 +2,6 @@
 
 use std::borrow::Cow;
 use std::error::Error;
-use std::fmt::Write as _;
 use std::io;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -12,7 +11,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
-use prometheus_client::registry::{Metric, Registry};
+use prometheus_client::registry::Registry;
 use tokio::time::Instant;
 use tracing::Metadata;
 use tracing_subscriber::filter::{EnvFilter, FilterExt, ParseError, filter_fn};
@@ -122,12 +121,11 @@ pub fn chain(error: &(dyn Error + 'static)) -> String {
 /// Labels from closed sets: names and values.
 pub(crate) type Labels<const N: usize> = [(&'static str, &'static str); N];
 
-/// All metrics. What is a state of the broker and not an event is written when somebody asks: see `api/state.rs`.
-#[derive(Debug)]
+/// What is counted. What is a state of the broker and not an event is read at each scrape: see `api/state.rs`.
+#[derive(Debug, Default)]
 pub struct Metrics {
-    registry: Registry,
     requests: Family<Labels<3>, Counter>,
-    stages: Family<Labels<1>, Histogram, fn() -> Histogram>,
+    stages: Stages,
     pub(crate) certificates_refused: Counter,
     connections_refused: Family<Labels<1>, Counter>,
     pub(crate) connections_unused: Counter,
@@ -142,11 +140,19 @@ pub struct Metrics {
     pub(crate) refusals_unrecorded: Counter,
     pub(crate) audit_failures: Counter,
     pub(crate) reloads: Family<Labels<2>, Counter>,
-    pub(crate) files_unusable: Family<Labels<1>, Gauge>,
-    pub(crate) file_warnings: Gauge,
     /// Unix time in seconds.
     pub(crate) certificate_ends: Gauge,
     strangers: Mutex<Allowance>,
+}
+
+/// How long each stage of an answered call took.
+#[derive(Debug)]
+struct Stages(Family<Labels<1>, Histogram, fn() -> Histogram>);
+
+impl Default for Stages {
+    fn default() -> Self {
+        Self(Family::new_with_constructor(|| Histogram::new(BUCKETS)))
+    }
 }
 
 /// So many lines about strangers are logged in a row, and so many in a second after that.
@@ -160,12 +166,14 @@ struct Allowance {
     untold: u64,
 }
 
-impl Allowance {
-    fn new(at: Instant) -> Self {
-        let (left, untold) = (STRANGERS.0, 0);
+impl Default for Allowance {
+    fn default() -> Self {
+        let (left, at, untold) = (STRANGERS.0, Instant::now(), 0);
         Self { left, at, untold }
     }
+}
 
+impl Allowance {
     /// Whether one more line may be written at `now`: then how many were not since the last one.
     fn take(&mut self, now: Instant) -> Option<u64> {
         let (burst, per_second) = STRANGERS;
@@ -181,122 +189,12 @@ impl Allowance {
     }
 }
 
-impl Default for Metrics {
-    fn default() -> Self {
-        let mut registry = Registry::with_prefix("credbroker");
-        let metrics = Self {
-            requests: registered(&mut registry, "requests", "Calls of bots by how they ended"),
-            stages: stages(&mut registry),
-            certificates_refused: registered(
-                &mut registry,
-                "certificates_refused",
-                "Client certificates refused in the TLS handshake or on an open connection",
-            ),
-            admin_calls_refused: registered(
-                &mut registry,
-                "admin_calls_refused",
-                "Calls of admins that were refused before they reached the API",
-            ),
-            connections_refused: registered(
-                &mut registry,
-                "connections_refused",
-                "Connections of bots that were not served",
-            ),
-            connections_unused: registered(
-                &mut registry,
-                "connections_unused",
-                "Connections that ended before their first byte, such as TCP checks of a load balancer",
-            ),
-            vault_failures: registered(
-                &mut registry,
-                "vault_failures",
-                "Looks at a key in Vault that did not find it as it should be",
-            ),
-            clock_failures: registered(
-                &mut registry,
-                "clock_failures",
-                "Questions for the exchange's time without an answer",
-            ),
-            clock_jumps_refused: registered(
-                &mut registry,
-                "clock_jumps_refused",
-                "Answers about the exchange's time that were too far off to be applied",
-            ),
-            timestamps_refused: registered(
-                &mut registry,
-                "timestamps_refused",
-                "Answers of the exchange that refuse a timestamp (400002)",
-            ),
-            addresses_refused: registered(
-                &mut registry,
-                "addresses_refused",
-                "Answers of the exchange that refuse the egress address (400006)",
-            ),
-            refusals_unrecorded: registered(
-                &mut registry,
-                "refusals_unrecorded",
-                "Refused calls that were only counted, because their bot had too many",
-            ),
-            credentials_refused: registered(
-                &mut registry,
-                "credentials_refused",
-                "Answers of the exchange that refuse a key, its passphrase or signature (400003 to 400005)",
-            ),
-            codes_unknown: registered(
-                &mut registry,
-                "codes_unknown",
-                "Answers to changing requests with a code unknown to the broker; their outcome is maybe_sent",
-            ),
-            audit_failures: registered(
-                &mut registry,
-                "audit_failures",
-                "Lines that could not be written to the audit file",
-            ),
-            reloads: registered(
-                &mut registry,
-                "reloads",
-                "Changed files by what became of them",
-            ),
-            files_unusable: registered(
-                &mut registry,
-                "file_unusable",
-                "1 while a changed file cannot be used and the old state is in force",
-            ),
-            file_warnings: registered(
-                &mut registry,
-                "file_warnings",
-                "Files in use whose permissions are too open, CAs whose name constraints cannot be evaluated, and \
-                 ignored certificates among the roots of servers; /readyz?verbose names them",
-            ),
-            certificate_ends: registered(
-                &mut registry,
-                "certificate_not_after_timestamp_seconds",
-                "When the server certificate in force ends, Unix time",
-            ),
-            strangers: Mutex::new(Allowance::new(Instant::now())),
-            registry,
-        };
-        metrics.begin_at_zero();
-        metrics
-    }
-}
-
-fn stages(registry: &mut Registry) -> Family<Labels<1>, Histogram, fn() -> Histogram> {
-    let stages = Family::new_with_constructor((|| Histogram::new(BUCKETS)) as fn() -> Histogram);
-    let help = "Where the time of answered calls went";
-    registry.register("stage_duration_seconds", help, stages.clone());
-    stages
-}
-
-fn registered<M: Metric + Clone + Default>(registry: &mut Registry, name: &str, help: &str) -> M {
-    let metric = M::default();
-    registry.register(name, help, metric.clone());
-    metric
-}
-
 impl Metrics {
-    /// Makes every counter there from the start: of one that begins with 1 an alarm on its increase sees nothing.
-    fn begin_at_zero(&self) {
+    /// All of them. Every counter is there from the start: of one that begins with 1 an alarm on its increase sees nothing.
+    pub fn registry(&self) -> Registry {
+        let mut registry = Registry::with_prefix("credbroker");
+        let help = "Calls of bots by how they ended";
+        registry.register("requests", help, self.requests.clone());
         for scope in ["", "futures", "spot-margin", "unified"] {
             let answers = [Outcome::Accepted, Outcome::MaybeSent, Outcome::Rejected];
             let answers = answers.map(|outcome| (outcome, ""));
@@ -307,34 +205,72 @@ impl Metrics {
                 drop(self.requests.get_or_create(&labels));
             }
         }
-        for scope in Scope::ALL {
-            let labels = [("scope", scope.as_str())];
-            drop(self.codes_unknown.get_or_create(&labels));
-        }
+        let help = "Where the time of answered calls went";
+        registry.register("stage_duration_seconds", help, self.stages.0.clone());
+        let help = "Connections of bots that were not served";
+        let family = self.connections_refused.clone();
         for reason in ["bot", "certificate", "descriptors", "handshake", "many"] {
-            let labels = [("reason", reason)];
-            drop(self.connections_refused.get_or_create(&labels));
+            drop(family.get_or_create(&[("reason", reason)]));
         }
+        registry.register("connections_refused", help, family);
+        let help = "Calls of admins that were refused before they reached the API";
+        let family = self.admin_calls_refused.clone();
         for reason in [
             Reason::CallerUnknown,
             Reason::DeadlineExceeded,
             Reason::MethodUnknown,
             Reason::RequestMalformed,
         ] {
-            let labels = [("reason", reason.as_str())];
-            drop(self.admin_calls_refused.get_or_create(&labels));
+            drop(family.get_or_create(&[("reason", reason.as_str())]));
         }
+        registry.register("admin_calls_refused", help, family);
+        let help = "Looks at a key in Vault that did not find it as it should be";
+        let family = self.vault_failures.clone();
         for reason in ["evicted", "login", "outage", "unusable"] {
-            let labels = [("reason", reason)];
-            drop(self.vault_failures.get_or_create(&labels));
+            drop(family.get_or_create(&[("reason", reason)]));
         }
+        registry.register("vault_failures", help, family);
+        let help = "Answers to changing requests with a code unknown to the broker; their outcome is maybe_sent";
+        let family = self.codes_unknown.clone();
+        for scope in Scope::ALL {
+            drop(family.get_or_create(&[("scope", scope.as_str())]));
+        }
+        registry.register("codes_unknown", help, family);
+        let help = "Changed files by what became of them";
+        let family = self.reloads.clone();
         for file in ["rules", "tls"] {
-            drop(self.files_unusable.get_or_create(&[("file", file)]));
             for outcome in ["refused", "taken"] {
-                let labels = [("file", file), ("outcome", outcome)];
-                drop(self.reloads.get_or_create(&labels));
+                drop(family.get_or_create(&[("file", file), ("outcome", outcome)]));
             }
         }
+        registry.register("reloads", help, family);
+        let name = "certificate_not_after_timestamp_seconds";
+        let help = "When the server certificate in force ends, Unix time";
+        registry.register(name, help, self.certificate_ends.clone());
+
+        let mut register = |name, help, counter: &Counter| {
+            registry.register::<&str, &str>(name, help, counter.clone());
+        };
+        let help = "Client certificates refused in the TLS handshake or on an open connection";
+        register("certificates_refused", help, &self.certificates_refused);
+        let help =
+            "Connections that ended before their first byte, such as TCP checks of a load balancer";
+        register("connections_unused", help, &self.connections_unused);
+        let help = "Questions for the exchange's time without an answer";
+        register("clock_failures", help, &self.clock_failures);
+        let help = "Answers about the exchange's time that were too far off to be applied";
+        register("clock_jumps_refused", help, &self.clock_jumps_refused);
+        let help = "Answers of the exchange that refuse a timestamp (400002)";
+        register("timestamps_refused", help, &self.timestamps_refused);
+        let help = "Answers of the exchange that refuse the egress address (400006)";
+        register("addresses_refused", help, &self.addresses_refused);
+        let help = "Answers of the exchange that refuse a key, its passphrase or signature (400003 to 400005)";
+        register("credentials_refused", help, &self.credentials_refused);
+        let help = "Refused calls that were only counted, because their bot had too many";
+        register("refusals_unrecorded", help, &self.refusals_unrecorded);
+        let help = "Lines that could not be written to the audit file";
+        register("audit_failures", help, &self.audit_failures);
+        registry
     }
 
     /// Counts a call that ended.
@@ -349,7 +285,7 @@ impl Metrics {
 
     /// Observes how long a stage of an answered call took.
     pub fn stage(&self, stage: &'static str, took: Duration) {
-        let stage = self.stages.get_or_create(&[("stage", stage)]);
+        let stage = self.stages.0.get_or_create(&[("stage", stage)]);
         stage.observe(took.as_secs_f64());
     }
 
@@ -374,20 +310,6 @@ impl Metrics {
         let labels = [("reason", reason)];
         self.vault_failures.get_or_create(&labels).inc();
     }
-
-    /// What has been counted, then `states`, which are read at this moment.
-    pub fn text(&self, format: MetricsFormat, states: &[State]) -> String {
-        let mut text = String::new();
-        // Writing to a String does not fail.
-        let _ = encode_registry(&mut text, &self.registry);
-        for state in states {
-            state.write(&mut text);
-        }
-        match format {
-            MetricsFormat::OpenMetrics => text + "# EOF\n",
-            MetricsFormat::Text => as_text_format(&text),
-        }
-    }
 }
 
 /// How metrics are written.
@@ -405,6 +327,17 @@ impl MetricsFormat {
         match self {
             Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
             Self::Text => "text/plain; version=0.0.4; charset=utf-8",
+        }
+    }
+
+    /// What `registry` holds at this moment.
+    pub fn text(self, registry: &Registry) -> String {
+        let mut text = String::new();
+        // Writing to a String does not fail.
+        let _ = encode_registry(&mut text, registry);
+        match self {
+            Self::OpenMetrics => text + "# EOF\n",
+            Self::Text => as_text_format(text),
         }
     }
 
@@ -445,78 +378,18 @@ impl MetricsFormat {
 /// Rewrites OpenMetrics as the text format, in which help and type of a counter are those of its samples' name.
 ///
 /// Source: Prometheus documentation, "Exposition formats", and OpenMetrics 1.0.0, "Counter".
-fn as_text_format(open_metrics: &str) -> String {
-    let counters: Vec<_> = open_metrics
+fn as_text_format(mut text: String) -> String {
+    let counters: Vec<_> = text
         .lines()
         .filter_map(|line| line.strip_prefix("# TYPE ")?.strip_suffix(" counter"))
+        .map(str::to_owned)
         .collect();
-    let mut text = String::with_capacity(open_metrics.len());
-    for line in open_metrics.lines() {
-        let declared = ["# HELP ", "# TYPE "]
-            .iter()
-            .find_map(|kind| Some((kind, line.strip_prefix(kind)?.split_once(' ')?)));
-        // Writing to a String does not fail.
-        let _ = match declared {
-            Some((kind, (name, rest))) if counters.contains(&name) => {
-                writeln!(text, "{kind}{name}_total {rest}")
-            }
-            _ => writeln!(text, "{line}"),
-        };
+    for name in counters {
+        for kind in ["# HELP", "# TYPE"] {
+            text = text.replace(&format!("{kind} {name} "), &format!("{kind} {name}_total "));
+        }
     }
     text
-}
-
-/// A gauge whose value is read when somebody asks for it.
-#[derive(Debug)]
-pub struct State {
-    /// Name without the prefix.
-    pub name: &'static str,
-    /// What it means, with its unit.
-    pub help: &'static str,
-    /// Labels, from the configuration or closed sets, and values.
-    pub values: Vec<(Vec<(&'static str, String)>, f64)>,
-}
-
-impl State {
-    /// One value without labels.
-    pub fn single(name: &'static str, help: &'static str, value: f64) -> Self {
-        Self {
-            name,
-            help,
-            values: vec![(Vec::new(), value)],
-        }
-    }
-
-    /// One value without labels, absent while it is not known.
-    pub fn known(name: &'static str, help: &'static str, value: Option<f64>) -> Self {
-        let values = value.map(|value| (Vec::new(), value));
-        Self {
-            name,
-            help,
-            values: values.into_iter().collect(),
-        }
-    }
-
-    fn write(&self, text: &mut String) {
-        let Self { name, help, values } = self;
-        // Writing to a String does not fail.
-        let _ = writeln!(
-            text,
-            "# HELP credbroker_{name} {help}.\n# TYPE credbroker_{name} gauge"
-        );
-        for (labels, value) in values {
-            let labels: Vec<_> = labels
-                .iter()
-                .map(|(label, value)| format!("{label}=\"{value}\""))
-                .collect();
-            let braces = if labels.is_empty() {
-                String::new()
-            } else {
-                format!("{{{}}}", labels.join(","))
-            };
-            let _ = writeln!(text, "credbroker_{name}{braces} {value}");
-        }
-    }
 }
 
 #[cfg(test)]
@@ -556,8 +429,8 @@ mod tests {
 
     #[test]
     fn of_strangers_two_hundred_lines_are_told_and_then_five_in_a_second() {
-        let start = Instant::now();
-        let mut strangers = Allowance::new(start);
+        let mut strangers = Allowance::default();
+        let start = strangers.at;
         let mut told = |seconds| {
             let now = start + Duration::from_secs(seconds);
             let lines: Vec<_> = (0..1000).filter_map(|_| strangers.take(now)).collect();

@@ -12,11 +12,12 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 
-use super::state::{Readiness, details, gauges, readiness};
+use super::state::{Readiness, State, details, readiness};
 use crate::broker::Broker;
 use crate::config::FileProblems;
 use crate::telemetry::MetricsFormat;
@@ -37,6 +38,10 @@ pub async fn serve(
     broker: Arc<Broker>,
     problems: watch::Receiver<FileProblems>,
 ) {
+    let mut registry = broker.metrics.registry();
+    let state = Arc::new(State { broker, problems });
+    registry.register_collector(Box::new(Arc::clone(&state)));
+    let registry = Arc::new(registry);
     let connections = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
         // Never closed, so it never fails.
@@ -46,10 +51,10 @@ pub async fn serve(
             tokio::time::sleep(Duration::from_millis(50)).await;
             continue;
         };
-        let (broker, problems) = (Arc::clone(&broker), problems.clone());
+        let (state, registry) = (Arc::clone(&state), Arc::clone(&registry));
         tokio::spawn(async move {
             let service = service_fn(|request: Request<Incoming>| {
-                let response = route(&request, &broker, &problems.borrow());
+                let response = route(&request, &state, &registry);
                 async move { Ok::<_, Infallible>(response) }
             });
             let mut http = http1::Builder::new();
@@ -64,11 +69,7 @@ pub async fn serve(
     }
 }
 
-fn route(
-    request: &Request<Incoming>,
-    broker: &Broker,
-    problems: &FileProblems,
-) -> Response<Full<Bytes>> {
+fn route(request: &Request<Incoming>, state: &State, registry: &Registry) -> Response<Full<Bytes>> {
     // The HTTP library leaves out the body of the answer to a HEAD (RFC 9110, section 9.3.2).
     let method = match *request.method() {
         Method::HEAD => &Method::GET,
@@ -84,14 +85,14 @@ fn route(
             let Readiness {
                 is_ready,
                 mut reasons,
-            } = readiness(broker);
+            } = readiness(&state.broker);
             let (status, word) = if is_ready {
                 (StatusCode::OK, "ready")
             } else {
                 (StatusCode::SERVICE_UNAVAILABLE, "not ready")
             };
             if request.uri().query() == Some("verbose") {
-                reasons.extend(details(broker, problems));
+                reasons.extend(details(&state.broker, &state.problems.borrow()));
             }
             // What Vault and the exchange write is quoted here, and read in terminals.
             let line = |reason: &String| clean(reason, MAX_CHARS).into_owned() + "\n";
@@ -103,8 +104,7 @@ fn route(
             let accept = request.headers().get_all(ACCEPT).iter();
             let accept: Vec<_> = accept.filter_map(|value| value.to_str().ok()).collect();
             let format = MetricsFormat::accepted(&accept.join(","));
-            let text = broker.metrics.text(format, &gauges(broker));
-            (StatusCode::OK, format.content_type(), text)
+            (StatusCode::OK, format.content_type(), format.text(registry))
         }
         _ => (
             StatusCode::NOT_FOUND,

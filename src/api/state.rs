@@ -1,15 +1,22 @@
 //! How the broker is, at this moment: whether it is ready, what is wrong, and its state as gauges.
 
+use std::fmt;
+use std::sync::Arc;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeGaugeValue};
+use prometheus_client::metrics::MetricType;
 use tokio::runtime::Handle;
+use tokio::sync::watch;
 
 use super::standing::{Standing, WORDS, standings, troubles};
 use crate::broker::Broker;
 use crate::clock::{self, ClockUncertain, ExchangeTime, Place};
 use crate::config::FileProblems;
 use crate::egress::proof::ProofStatus;
+use crate::ids::{AccountId, KeyName};
 use crate::keyring::{KeyStatus, Slot};
 use crate::process::hardened;
-use crate::telemetry::State;
 
 /// Whether the broker can do its work, and what is wrong.
 #[derive(Debug)]
@@ -32,10 +39,7 @@ pub fn readiness(broker: &Broker) -> Readiness {
         reasons.push("the broker is stopping".to_owned());
     }
     let keys = broker.keyring.status();
-    is_ready &= keys.is_empty()
-        || keys
-            .iter()
-            .any(|key| matches!(key.slot, Slot::Ready { .. }) && !key.is_too_old);
+    is_ready &= keys.is_empty() || keys.iter().any(is_available);
     for key in keys {
         is_ready &= !matches!(key.slot, Slot::Waiting(_));
         let tell = |trouble| format!("key {}/{}: {trouble}", key.account, key.name);
@@ -78,6 +82,10 @@ pub fn readiness(broker: &Broker) -> Readiness {
         }
     }
     Readiness { is_ready, reasons }
+}
+
+fn is_available(key: &KeyStatus) -> bool {
+    matches!(key.slot, Slot::Ready { .. }) && !key.is_too_old
 }
 
 /// What is in force, beside what is wrong: for `/readyz?verbose`.
@@ -169,238 +177,168 @@ pub fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
     lines
 }
 
-/// The broker's state as gauges.
-pub fn gauges(broker: &Broker) -> Vec<State> {
-    let mut states = vec![State::single(
-        "ready",
-        "1 while /readyz answers ready; some keys may still be unavailable: see key_available",
-        flag(readiness(broker).is_ready),
-    )];
-    states.extend(of_keys(&broker.keyring.status()));
-    states.extend(of_standings(&standings(broker)));
-    states.extend(of_clock(broker));
-    states.extend(of_egress(broker));
-    states.extend(of_process(broker));
-    states
+/// The broker's state as gauges, read at each scrape.
+#[derive(Debug)]
+pub(super) struct State {
+    pub(super) broker: Arc<Broker>,
+    pub(super) problems: watch::Receiver<FileProblems>,
 }
 
-fn of_keys(keys: &[KeyStatus]) -> [State; 3] {
-    let state = |name, help, value: &dyn Fn(&KeyStatus) -> Option<f64>| State {
-        name,
-        help,
-        values: keys
-            .iter()
-            .filter_map(|key| {
-                let (account, name) = (key.account.to_string(), key.name.to_string());
-                Some((vec![("account", account), ("key", name)], value(key)?))
-            })
-            .collect(),
-    };
-    [
-        state(
-            "key_available",
-            "1 while the key is in memory and fresh enough for everything",
-            &|key| {
-                Some(flag(
-                    matches!(key.slot, Slot::Ready { .. }) && !key.is_too_old,
-                ))
-            },
-        ),
-        state(
-            "key_age_seconds",
-            "Since Vault last confirmed the key; absent while it is not in memory",
-            &|key| key.age.map(|age| age.as_secs_f64()),
-        ),
-        state(
-            "key_version",
-            "Version of the key in memory, as Vault counts",
-            &|key| match &key.slot {
-                Slot::Ready { version, .. } => Some(count(*version)),
-                Slot::Gone(_) | Slot::Waiting(_) => None,
-            },
-        ),
-    ]
+impl Collector for State {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let (broker, gauges) = (&*self.broker, &mut encoder);
+        let is_ready = readiness(broker).is_ready;
+        let help =
+            "1 while /readyz answers ready; some keys may still be unavailable: see key_available";
+        gauge(gauges, "ready", help, [([], i64::from(is_ready))])?;
+        encode_keys(broker, gauges)?;
+        encode_clock(broker, gauges)?;
+        encode_egress(broker, gauges)?;
+        encode_files(&self.problems.borrow(), gauges)?;
+        encode_process(broker, gauges)
+    }
 }
 
-fn of_standings(keys: &[Standing]) -> [State; 4] {
-    let labels = |key: &Standing| {
-        let (account, name) = (key.account.to_string(), key.name.to_string());
-        vec![("account", account), ("key", name)]
+/// Encodes a gauge with its `values` and their labels. `help` gets a full stop, as the registry does with its own.
+fn gauge<const N: usize, V: EncodeGaugeValue>(
+    encoder: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    values: impl IntoIterator<Item = ([(&'static str, String); N], V)>,
+) -> fmt::Result {
+    let help = format!("{help}.");
+    let mut gauge = encoder.encode_descriptor(name, &help, None, MetricType::Gauge)?;
+    for (labels, value) in values {
+        // A family without labels would be encoded with empty braces.
+        if N == 0 {
+            gauge.encode_gauge(&value)?;
+        } else {
+            gauge.encode_family(&labels)?.encode_gauge(&value)?;
+        }
+    }
+    Ok(())
+}
+
+fn encode_keys(broker: &Broker, gauges: &mut DescriptorEncoder<'_>) -> fmt::Result {
+    let label = |account: &AccountId, name: &KeyName| {
+        [("account", account.to_string()), ("key", name.to_string())]
     };
-    let of_words = |key: &Standing| {
+    let keys = broker.keyring.status();
+    let keys = || keys.iter().map(|key| (label(&key.account, &key.name), key));
+    let help = "1 while the key is in memory and fresh enough for everything";
+    let values = keys().map(|(labels, key)| (labels, i64::from(is_available(key))));
+    gauge(gauges, "key_available", help, values)?;
+    let help = "Since Vault last confirmed the key; absent while it is not in memory";
+    let values = keys().filter_map(|(labels, key)| Some((labels, key.age?.as_secs_f64())));
+    gauge(gauges, "key_age_seconds", help, values)?;
+
+    let keys = standings(broker);
+    let keys = || keys.iter().map(|key| (label(&key.account, &key.name), key));
+    let help = "Version of the key in memory, as Vault counts";
+    let values = keys().filter_map(|(labels, key)| Some((labels, key.version?)));
+    gauge(gauges, "key_version", help, values)?;
+    let help = "1 for the word that tells how the key is, 0 for the others";
+    let values = keys().flat_map(|([account, name], key)| {
         WORDS.map(|word| {
-            let mut labels = labels(key);
-            labels.push(("status", word.to_owned()));
-            (labels, flag(key.status == word))
+            let labels = [account.clone(), name.clone(), ("status", word.to_owned())];
+            (labels, i64::from(key.status == word))
         })
-    };
-    let time = |name, help, value: &dyn Fn(&Standing) -> Option<i64>| State {
-        name,
-        help,
-        values: keys
-            .iter()
-            .filter_map(|key| {
-                #[expect(clippy::cast_precision_loss, reason = "far below 2^53 milliseconds")]
-                Some((labels(key), value(key)? as f64 / 1000.0))
-            })
-            .collect(),
-    };
-    [
-        State {
-            name: "key_status",
-            help: "1 for the word that tells how the key is, 0 for the others",
-            values: keys.iter().flat_map(of_words).collect(),
-        },
-        time(
-            "key_used_timestamp_seconds",
-            "When the exchange last took a request that the key signed, Unix time",
-            &|key| key.used_ms,
-        ),
-        time(
-            "key_tested_timestamp_seconds",
-            "When the key was last tested, Unix time",
-            &|key| key.tested_ms,
-        ),
-        time(
-            "key_not_after_timestamp_seconds",
-            "When the key ends, Unix time; absent where it does not",
-            &|key| key.info.as_ref()?.expires_at_ms,
-        ),
-    ]
+    });
+    gauge(gauges, "key_status", help, values)?;
+    let help = "When the exchange last took a request that the key signed, Unix time";
+    let values = keys().filter_map(|(labels, key)| Some((labels, seconds(key.used_ms?))));
+    gauge(gauges, "key_used_timestamp_seconds", help, values)?;
+    let help = "When the key was last tested, Unix time";
+    let values = keys().filter_map(|(labels, key)| Some((labels, seconds(key.tested_ms?))));
+    gauge(gauges, "key_tested_timestamp_seconds", help, values)?;
+    let help = "When the key ends, Unix time; absent where it does not";
+    let ends = |key: &Standing| Some(seconds(key.info.as_ref()?.expires_at_ms?));
+    let values = keys().filter_map(|(labels, key)| Some((labels, ends(key)?)));
+    gauge(gauges, "key_not_after_timestamp_seconds", help, values)
 }
 
-fn of_clock(broker: &Broker) -> [State; 4] {
+fn encode_clock(broker: &Broker, gauges: &mut DescriptorEncoder<'_>) -> fmt::Result {
     let wall_ms = broker.clock.wall_ms();
-    let times: Vec<_> = broker
-        .policy()
-        .places()
-        .into_iter()
-        .map(|place| (place, broker.clock.exchange(place)))
-        .collect();
-    let labels = |(site, host): Place| {
-        let (site, host) = (site.to_string(), host.as_str().to_owned());
-        vec![("site", site), ("host", host)]
+    let places = broker.policy().places();
+    let label = |(site, host): Place| {
+        let host = host.as_str().to_owned();
+        [("site", site.to_string()), ("host", host)]
     };
-    let state = |name, help, value: &dyn Fn(&ExchangeTime) -> Option<f64>| State {
-        name,
-        help,
-        values: times
-            .iter()
-            .filter_map(|(place, time)| Some((labels(*place), value(time)?)))
-            .collect(),
-    };
-    let refused = |place: Place| {
-        let refused = broker.clock.refused_difference(place).is_some();
-        (labels(place), flag(refused))
-    };
-    [
-        state(
-            "clock_offset_seconds",
-            "The exchange's time less the system's",
-            &|time| {
-                #[expect(clippy::cast_precision_loss, reason = "far below 2^53 milliseconds")]
-                time.age.map(|_| (time.ms - wall_ms) as f64 / 1000.0)
-            },
-        ),
-        state(
-            "clock_uncertainty_seconds",
-            "How far the exchange's time may be off; past 2 what adds risk is refused",
-            &|time| {
-                time.uncertainty
-                    .map(|uncertainty| uncertainty.as_secs_f64())
-            },
-        ),
-        state(
-            "clock_age_seconds",
-            "Since the exchange's time was measured",
-            &|time| time.age.map(|age| age.as_secs_f64()),
-        ),
-        State {
-            name: "clock_difference_refused",
-            help: "1 while the exchange's time is more than a day from the system's and no admin has accepted that",
-            values: times.iter().map(|(place, _)| refused(*place)).collect(),
-        },
-    ]
+    let places = || places.iter().map(|&place| (label(place), place));
+    let times = || places().map(|(labels, place)| (labels, broker.clock.exchange(place)));
+    let help = "The exchange's time less the system's";
+    let offset = |time: ExchangeTime| time.age.map(|_| seconds(time.ms - wall_ms));
+    let values = times().filter_map(|(labels, time)| Some((labels, offset(time)?)));
+    gauge(gauges, "clock_offset_seconds", help, values)?;
+    let help = "How far the exchange's time may be off; past 2 what adds risk is refused";
+    let values =
+        times().filter_map(|(labels, time)| Some((labels, time.uncertainty?.as_secs_f64())));
+    gauge(gauges, "clock_uncertainty_seconds", help, values)?;
+    let help = "Since the exchange's time was measured";
+    let values = times().filter_map(|(labels, time)| Some((labels, time.age?.as_secs_f64())));
+    gauge(gauges, "clock_age_seconds", help, values)?;
+    let help = "1 while the exchange's time is more than a day from the system's and no admin has accepted that";
+    let is_refused = |place| broker.clock.refused_difference(place).is_some();
+    let values = places().map(|(labels, place)| (labels, i64::from(is_refused(place))));
+    gauge(gauges, "clock_difference_refused", help, values)
 }
 
-fn of_egress(broker: &Broker) -> [State; 3] {
+fn encode_egress(broker: &Broker, gauges: &mut DescriptorEncoder<'_>) -> fmt::Result {
     let proof = broker.proof.status();
-    let now = broker.clock.boot();
-    let age = proof
-        .seen
-        .map(|(_, at)| now.saturating_sub(at).as_secs_f64());
-    [
-        State::single(
-            "egress_mismatch",
-            "1 while requests do not provably leave from the expected address",
-            flag(proof.mismatch.is_some()),
-        ),
-        State::known(
-            "egress_proof_age_seconds",
-            "Since the exchange last said from which address requests come",
-            age,
-        ),
-        State::single(
-            "egress_check_failed",
-            "1 while the last question for the egress address has no answer",
-            flag(proof.failure.is_some()),
-        ),
-    ]
+    let help = "1 while requests do not provably leave from the expected address";
+    let value = i64::from(proof.mismatch.is_some());
+    gauge(gauges, "egress_mismatch", help, [([], value)])?;
+    let help = "Since the exchange last said from which address requests come";
+    let age = |at| broker.clock.boot().saturating_sub(at).as_secs_f64();
+    let value = proof.seen.map(|(_, at)| ([], age(at)));
+    gauge(gauges, "egress_proof_age_seconds", help, value)?;
+    let help = "1 while the last question for the egress address has no answer";
+    let value = i64::from(proof.failure.is_some());
+    gauge(gauges, "egress_check_failed", help, [([], value)])
 }
 
-fn of_process(broker: &Broker) -> [State; 8] {
+fn encode_files(problems: &FileProblems, gauges: &mut DescriptorEncoder<'_>) -> fmt::Result {
+    let help = "1 while a changed file cannot be used and the old state is in force";
+    let values = ["rules", "tls"].map(|file| {
+        let is_unusable = problems.rejected.contains_key(file);
+        ([("file", file.to_owned())], i64::from(is_unusable))
+    });
+    gauge(gauges, "file_unusable", help, values)?;
+    let help = "Files in use whose permissions are too open, CAs whose name constraints cannot be evaluated, and ignored \
+                certificates among the roots of servers; /readyz?verbose names them";
+    let number = problems.warnings.len();
+    gauge(gauges, "file_warnings", help, [([], number)])
+}
+
+fn encode_process(broker: &Broker, gauges: &mut DescriptorEncoder<'_>) -> fmt::Result {
+    let process = hardened();
+    let help = "1 while memory cannot be swapped out";
+    let value = process.map(|process| ([], i64::from(process.is_locked)));
+    gauge(gauges, "memory_locked", help, value)?;
+    let help = "1 while nobody but root can read the process's memory";
+    let value = process.map(|process| ([], i64::from(process.is_undumpable)));
+    gauge(gauges, "undumpable", help, value)?;
+    let help = "Files and connections that the process may have open";
+    let value = process.map(|process| ([], process.descriptors));
+    gauge(gauges, "descriptors_limit", help, value)?;
+    let help = "When the process started, Unix time";
+    let value = process.map(|process| ([], process.started_s));
+    gauge(gauges, "start_time_seconds", help, value)?;
+    let help = "1 while the last line could be written to the audit file";
+    let value = i64::from(broker.audit.failure().is_none());
+    gauge(gauges, "audit_writable", help, [([], value)])?;
+    let help = "Tasks of the runtime that have not ended";
+    let runtime = Handle::try_current().ok();
+    let tasks = runtime.map(|runtime| ([], runtime.metrics().num_alive_tasks()));
+    gauge(gauges, "tasks", help, tasks)?;
     let (connections, calls) = broker.admission.now();
-    [
-        State::known(
-            "memory_locked",
-            "1 while memory cannot be swapped out",
-            hardened().map(|process| flag(process.is_locked)),
-        ),
-        State::known(
-            "undumpable",
-            "1 while nobody but root can read the process's memory",
-            hardened().map(|process| flag(process.is_undumpable)),
-        ),
-        State::known(
-            "descriptors_limit",
-            "Files and connections that the process may have open",
-            hardened().map(|process| count(process.descriptors)),
-        ),
-        State::single(
-            "audit_writable",
-            "1 while the last line could be written to the audit file",
-            flag(broker.audit.failure().is_none()),
-        ),
-        State::known(
-            "start_time_seconds",
-            "When the process started, Unix time",
-            hardened().map(|process| count(process.started_s)),
-        ),
-        State::known(
-            "tasks",
-            "Tasks of the runtime that have not ended",
-            Handle::try_current()
-                .ok()
-                .map(|runtime| count(runtime.metrics().num_alive_tasks() as u64)),
-        ),
-        State::single(
-            "connections",
-            "Open connections of bots",
-            count(connections as u64),
-        ),
-        State::single(
-            "calls_in_flight",
-            "Calls of bots that have not ended",
-            count(calls as u64),
-        ),
-    ]
+    let help = "Open connections of bots";
+    gauge(gauges, "connections", help, [([], connections)])?;
+    let help = "Calls of bots that have not ended";
+    gauge(gauges, "calls_in_flight", help, [([], calls)])
 }
 
-fn flag(is_set: bool) -> f64 {
-    if is_set { 1.0 } else { 0.0 }
-}
-
-#[expect(clippy::cast_precision_loss, reason = "far below 2^53")]
-fn count(number: u64) -> f64 {
-    number as f64
+#[expect(clippy::cast_precision_loss, reason = "far below 2^53 milliseconds")]
+fn seconds(ms: i64) -> f64 {
+    ms as f64 / 1000.0
 }

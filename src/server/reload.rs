@@ -164,8 +164,6 @@ impl Reloader {
                 "file warning"
             );
         }
-        let number = i64::try_from(warnings.len()).unwrap_or(i64::MAX);
-        self.broker.metrics.file_warnings.set(number);
         self.problems.send_modify(|all| all.warnings = warnings);
     }
 
@@ -265,9 +263,6 @@ impl Reloader {
             );
             "refused"
         };
-        let is_unusable = i64::from(detail.is_some());
-        let unusable = &self.broker.metrics.files_unusable;
-        unusable.get_or_create(&[("file", what)]).set(is_unusable);
         let labels = [("file", what), ("outcome", outcome)];
         self.broker.metrics.reloads.get_or_create(&labels).inc();
         self.broker.audit.changed(&Change {
