@@ -17,13 +17,14 @@ use tonic::codegen::Service;
 use tonic::{Code, Status};
 
 use super::connection::{
-    Connection, Listener, MessageError, is_unimplemented, not_grpc, oversized, unread,
+    Connection, Listener, MessageError, is_unimplemented, not_grpc, oversized, too_long, unread,
     unsupported_media_type,
 };
 use super::places::Places;
 use super::tls::Trust;
 use crate::api::admin::AdminError;
 use crate::ids::AdminId;
+use crate::kucoin::Malformed;
 use crate::text::clean;
 
 /// Connections of admins. One more ends the oldest of the admin who has the most.
@@ -145,7 +146,10 @@ impl AdminConnection {
 impl From<MessageError> for AdminError {
     fn from(error: MessageError) -> Self {
         match error {
-            MessageError::Broken(problem) => Self::Malformed(vec![problem]),
+            MessageError::BrokenOff => {
+                Self::Malformed(vec![Malformed::new("message", "the request broke off")])
+            }
+            MessageError::TooLong(limit) => Self::Malformed(vec![too_long(limit)]),
             MessageError::Slow(limit) => Self::Slow(limit),
             MessageError::Untrusted => Self::CallerUnknown,
         }

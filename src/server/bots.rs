@@ -16,7 +16,7 @@ use tonic::body::Body;
 use tonic::codegen::Service;
 
 use super::connection::{
-    Connection, Listener, MessageError, is_unimplemented, not_grpc, oversized, unread,
+    Connection, Listener, MessageError, is_unimplemented, not_grpc, oversized, too_long, unread,
     unsupported_media_type,
 };
 use super::tls::Trust;
@@ -46,8 +46,10 @@ struct BotConnection {
 #[derive(Clone, Copy, Eq, PartialEq)]
 enum Rpc {
     SignAndSend,
-    /// Health, reflection, and what there is not.
-    Helper,
+    /// Reads while it answers.
+    Reflection,
+    /// Health, and what there is not.
+    Other,
 }
 
 /// Serves bots until told to stop; returns once every connection has ended. Messages have at most `limit` bytes.
@@ -117,7 +119,8 @@ impl BotConnection {
         let arrived = Instant::now();
         let rpc = match request.uri().path() {
             SIGN_AND_SEND => Rpc::SignAndSend,
-            _ => Rpc::Helper,
+            path if path.starts_with("/grpc.reflection.") => Rpc::Reflection,
+            _ => Rpc::Other,
         };
         let slot = self.place(&request, rpc)?;
         let in_use = self.connection.begin(Some(slot.clone()));
@@ -128,15 +131,22 @@ impl BotConnection {
             slot,
             arrived,
         });
-        let body = match rpc {
-            Rpc::SignAndSend => {
-                let message = self.connection.message(body, self.limit).await?;
-                Body::new(Full::new(message))
-            }
-            // Reflection reads while it answers, and is not read for longer than a message may take.
-            Rpc::Helper => {
-                let within = sleep(self.connection.listener.limits.request);
-                Body::new(StreamBody::new(BodyStream::new(body).take_until(within)))
+        let connection = &self.connection;
+        let body = if rpc == Rpc::Reflection {
+            // It is not read for longer than a message may take.
+            let within = sleep(connection.listener.limits.request);
+            Body::new(StreamBody::new(BodyStream::new(body).take_until(within)))
+        } else {
+            match connection.message(body, self.limit).await {
+                Ok(message) => Body::new(Full::new(message)),
+                Err(MessageError::BrokenOff) => {
+                    return Ok(Status::cancelled("the request broke off").into_http());
+                }
+                Err(MessageError::Slow(limit)) => return Err(BrokerError::Slow(limit)),
+                Err(MessageError::TooLong(limit)) => {
+                    return Err(BrokerError::Malformed(vec![too_long(limit)]));
+                }
+                Err(MessageError::Untrusted) => return Err(BrokerError::Untrusted),
             }
         };
         let mut routes = self.connection.listener.routes.clone();
@@ -144,16 +154,11 @@ impl BotConnection {
             Ok(response) => response,
             Err(never) => match never {},
         };
-        match rpc {
-            Rpc::SignAndSend => {
-                if let Some(problem) = unread(&response) {
-                    return Err(BrokerError::Malformed(vec![problem]));
-                }
-            }
-            Rpc::Helper if is_unimplemented(&response) => {
-                return Err(BrokerError::MethodUnknown(path.path().to_owned()));
-            }
-            Rpc::Helper => {}
+        if rpc != Rpc::SignAndSend && is_unimplemented(&response) {
+            return Err(BrokerError::MethodUnknown(path.path().to_owned()));
+        }
+        if let Some(problem) = unread(&response).filter(|_| rpc == Rpc::SignAndSend) {
+            return Err(BrokerError::Malformed(vec![problem]));
         }
         // A stream of health reports lasts; it is no answer that waits.
         Ok(in_use.answer(response, rpc == Rpc::SignAndSend))
@@ -173,7 +178,7 @@ impl BotConnection {
         }
         Ok(match rpc {
             Rpc::SignAndSend => admission.call(&self.bot)?,
-            Rpc::Helper => admission.helper(&self.bot)?,
+            Rpc::Reflection | Rpc::Other => admission.helper(&self.bot)?,
         })
     }
 
@@ -182,15 +187,5 @@ impl BotConnection {
         let id = RequestId::random();
         let broker = &self.connection.listener.broker;
         status(&broker.refuse(&self.bot, &id, error), &id)
-    }
-}
-
-impl From<MessageError> for BrokerError {
-    fn from(error: MessageError) -> Self {
-        match error {
-            MessageError::Broken(problem) => Self::Malformed(vec![problem]),
-            MessageError::Slow(limit) => Self::Slow(limit),
-            MessageError::Untrusted => Self::Untrusted,
-        }
     }
 }

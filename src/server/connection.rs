@@ -15,7 +15,7 @@ use bytes::Bytes;
 use http::header::CONTENT_TYPE;
 use http::{HeaderValue, Method, Request, Response, StatusCode};
 use http_body::{Frame, SizeHint};
-use http_body_util::{BodyExt, Limited};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::Incoming;
 use hyper::server::conn::http2;
 use hyper::service::service_fn;
@@ -102,8 +102,10 @@ enum Close {
 
 /// Why there is no message.
 pub(super) enum MessageError {
-    /// It is too long, or it broke off.
-    Broken(Malformed),
+    /// The peer went before all of it was there: nobody is left to tell.
+    BrokenOff,
+    /// It is longer than this number of bytes.
+    TooLong(usize),
     /// It did not arrive within this time.
     Slow(Duration),
     /// The peer is trusted no longer.
@@ -251,9 +253,9 @@ impl Connection {
         let within = self.listener.limits.request;
         let body = timeout(within, Limited::new(body, limit).collect()).await;
         let body = body.map_err(|_| MessageError::Slow(within))?;
-        let body = body.map_err(|error| {
-            let problem = format!("{error}; at most {limit} bytes are read");
-            MessageError::Broken(Malformed::new("message", problem))
+        let body = body.map_err(|error| match error.is::<LengthLimitError>() {
+            true => MessageError::TooLong(limit),
+            false => MessageError::BrokenOff,
         })?;
         // Its CA may have been taken away, or its time be over, since the head of the call came.
         if self.is_trusted() {
@@ -358,6 +360,11 @@ impl http_body::Body for AnswerBody {
     fn size_hint(&self) -> SizeHint {
         SizeHint::default()
     }
+}
+
+/// What is wrong with a message of more than `limit` bytes.
+pub(super) fn too_long(limit: usize) -> Malformed {
+    Malformed::new("message", format!("longer than {limit} bytes"))
 }
 
 /// What is wrong with a request that is no gRPC call; what a browser sends for a page of another site never is one.

@@ -572,7 +572,7 @@ impl Lab {
         self.check_sent();
     }
 
-    /// The exchange received each request as often as an intent for it is on record: the same method, target and body.
+    /// Each request that the exchange received has an intent of its own on record, with the same method, target and body.
     pub(crate) fn check_sent(&self) {
         if !self.is_checked {
             return;
@@ -587,7 +587,7 @@ impl Lab {
         }
         // What the broker asks of its own for time and address alone is not on record.
         let is_public = |path: &str| matches!(path, "/api/v1/timestamp" | "/api/v1/my-ip");
-        let mut received: BTreeMap<Same, usize> = BTreeMap::new();
+        let mut received: BTreeMap<Same, (bool, usize)> = BTreeMap::new();
         for request in self.kucoin.everything_received() {
             if request.is_own_question() && is_public(request.path()) {
                 continue;
@@ -599,21 +599,20 @@ impl Lab {
             let count = received
                 .entry((request.method.clone(), request.target.clone(), body))
                 .or_default();
-            // Sent once more, without another intent: what was refused for its time or its key, and what is idempotent
-            // and lost its answer.
-            let id = request.endpoint.as_deref().unwrap_or_default();
-            let is_idempotent = Catalog::get().by_id(id).is_some_and(|e| e.idempotent);
+            // What was refused for its time or its key goes once more, without another intent.
             let was_refused = request
                 .code()
                 .is_some_and(|code| ("400002"..="400009").contains(&code));
-            if !(was_refused || request.fault && is_idempotent) {
-                *count += 1;
-            }
+            count.1 += usize::from(!was_refused);
+            let id = request.endpoint.as_deref().unwrap_or_default();
+            count.0 = Catalog::get().by_id(id).is_some_and(|e| e.idempotent);
         }
-        for (same, count) in received {
+        for (same, (is_idempotent, count)) in received {
+            // What is idempotent goes once more when its answer is lost, by whatever.
+            let times = if is_idempotent { 2 } else { 1 };
             let intents = intents.get(&same).copied().unwrap_or_default();
             assert!(
-                intents >= count.max(1),
+                intents > 0 && times * intents >= count,
                 "{same:?}: received {count} times, {intents} intents"
             );
         }
