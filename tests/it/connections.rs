@@ -35,6 +35,7 @@ const IN_FLIGHT: &str = "credbroker_calls_in_flight";
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
 const PRIORITY: u8 = 2;
+const RST_STREAM: u8 = 3;
 const SETTINGS: u8 = 4;
 const PING: u8 = 6;
 pub(crate) const GOAWAY: u8 = 7;
@@ -71,12 +72,18 @@ impl RawBot {
 
     /// Opens a call with these further headers; returns its stream.
     async fn head(&mut self, more: &[(&str, &str)]) -> u32 {
+        self.head_of("/credbroker.v1.Broker/SignAndSend", more)
+            .await
+    }
+
+    /// The same for any method.
+    async fn head_of(&mut self, path: &str, more: &[(&str, &str)]) -> u32 {
         let stream = self.next;
         self.next += 2;
         let usual = [
             (":method", "POST"),
             (":scheme", "https"),
-            (":path", "/credbroker.v1.Broker/SignAndSend"),
+            (":path", path),
             (":authority", "localhost"),
             ("content-type", "application/grpc"),
             ("te", "trailers"),
@@ -939,4 +946,24 @@ async fn ten_thousand_idle_connections_of_one_bot_leave_another_served() {
     );
     assert!(told >= 8.0 && closed > 0.0);
     assert!(calls > 10);
+}
+
+#[tokio::test]
+async fn a_health_check_that_does_not_come_is_refused_and_a_hang_up_is_recorded_nowhere() {
+    let mut lab = lab("request_timeout_ms = 500").await;
+    let mut bot = RawBot::open(&lab, &lab.ca.bot("maker").unwrap()).await;
+    // Half of a message, and CANCEL (RFC 9113, section 7).
+    let stream = bot.head(&[]).await;
+    bot.write(DATA, 0, stream, &[0, 0]).await;
+    bot.write(RST_STREAM, 0, stream, &8_u32.to_be_bytes()).await;
+    bot.head_of("/grpc.health.v1.Health/Check", &[]).await;
+    until("the slow one is refused", async || !lab.audit().is_empty()).await;
+    let reasons: Vec<_> = lab
+        .audit()
+        .iter()
+        .map(|line| line["reason"].clone())
+        .collect();
+    assert_eq!(reasons, ["DEADLINE_EXCEEDED"]);
+    drop(bot);
+    lab.stop().await;
 }
