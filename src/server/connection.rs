@@ -253,9 +253,12 @@ impl Connection {
         let within = self.listener.limits.request;
         let body = timeout(within, Limited::new(body, limit).collect()).await;
         let body = body.map_err(|_| MessageError::Slow(within))?;
-        let body = body.map_err(|error| match error.is::<LengthLimitError>() {
-            true => MessageError::TooLong(limit),
-            false => MessageError::BrokenOff,
+        let body = body.map_err(|error| {
+            if error.is::<LengthLimitError>() {
+                MessageError::TooLong(limit)
+            } else {
+                MessageError::BrokenOff
+            }
         })?;
         // Its CA may have been taken away, or its time be over, since the head of the call came.
         if self.is_trusted() {
