@@ -139,14 +139,15 @@ impl Estimate {
 
 impl From<Sample> for Estimate {
     /// The host looked at its clock between question and answer; in the middle of the two is the best guess, and half
-    /// the trip is how wrong it can be. The answer's milliseconds are cut off, not rounded.
+    /// the trip is how wrong it can be. The answer's milliseconds are cut off, not rounded. It is as old as the question:
+    /// what happened while that was under way need not be in the answer.
     fn from(sample: Sample) -> Self {
         let (asked, answered) = (micros(sample.asked), micros(sample.answered));
         let half_trip = (answered - asked).max(0) / 2;
         Self {
             offset_us: sample.server_ms.saturating_mul(1000) + 500 - (asked + half_trip),
             radius_us: half_trip + 500,
-            at: sample.answered,
+            at: sample.asked,
         }
     }
 }
@@ -174,6 +175,15 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_is_as_old_as_its_question() {
+        let mut offset = Offset::default();
+        offset.take_in(sample(1000, 1200, 50_000), false);
+        let time = offset.at(Duration::from_millis(1200)).unwrap();
+        // A timestamp that was signed and refused in between was not measured anew by it.
+        assert_eq!(time.age, Some(Duration::from_millis(200)));
+    }
+
+    #[test]
     fn half_the_trip_is_taken_off_and_bounds_the_error() {
         let mut offset = Offset::default();
         assert!(offset.at(HOUR).is_none());
@@ -184,7 +194,8 @@ mod tests {
         );
         let time = offset.at(Duration::from_millis(1200)).unwrap();
         assert_eq!(time.ms, BOOT_MS + 50_100);
-        assert_eq!(time.uncertainty, Some(Duration::from_micros(100_500)));
+        // Half the trip, half a millisecond, and the drift since the question.
+        assert_eq!(time.uncertainty, Some(Duration::from_micros(100_600)));
     }
 
     #[test]
