@@ -122,9 +122,9 @@ impl Broker {
         };
         self.finish(&call, number, &permit, &ended);
         let _ = tell.send(ended);
-        // Nobody wants to know how a question of the broker's own went on; a stop does not wait for it.
+        // A late result of an internal request is of no use to anybody, and a shutdown does not wait for it.
         if is_sent && call.who != Who::Broker {
-            // The bot has its answer; the request goes on, and what is learnt of it is recorded too.
+            // The bot has been answered. The request is still in flight, and its result is audited as well.
             let late = tokio::select! {
                 late = &mut delivery => late,
                 () = self.calls.give_up.cancelled() => Err(BrokerError::AnswerLate),
@@ -148,14 +148,14 @@ impl Broker {
         Ok((permit, recorded))
     }
 
-    /// Asks the rules, then what admins have forbidden, then, for what adds risk, whether it is certain from which address
-    /// and with which time it would leave.
+    /// Checks the rules, then the restrictions that admins have set; for a risk-increasing request, also the egress address
+    /// and the exchange's clock.
     fn clearance(&self, call: &Call) -> Result<Permit, BrokerError> {
         let permit = self.policy().authorize(&call.who, &call.request)?;
-        let adds_risk = permit.adds_risk();
+        let is_risk_increasing = permit.adds_risk();
         self.restrictions
-            .check(&call.who, &permit.account().id, adds_risk)?;
-        if adds_risk {
+            .check(&call.who, &permit.account().id, is_risk_increasing)?;
+        if is_risk_increasing {
             self.proof.check()?;
             let checked = self.clock.check(permit.destination());
             // A difference between the two clocks does not go away by measuring once more.
