@@ -4,8 +4,8 @@ pub mod admin;
 pub mod caller;
 pub mod codec;
 pub mod grpc;
+pub mod key_health;
 pub mod ops;
-pub mod standing;
 pub mod state;
 pub mod status;
 

@@ -168,7 +168,7 @@ impl Lent {
 
 /// What is known about one key, for readiness and metrics.
 #[derive(Debug)]
-pub struct KeyStatus {
+pub struct KeyEntry {
     /// Its account.
     pub account: AccountId,
     /// Its name.
@@ -345,14 +345,14 @@ impl Keyring {
     }
 
     /// Every key with what is known about it.
-    pub fn status(&self) -> Vec<KeyStatus> {
+    pub fn entries(&self) -> Vec<KeyEntry> {
         let now = self.clock.boot();
         let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
         let all = slots.iter().flat_map(|(account, keys)| {
             keys.places.iter().map(move |(name, place)| {
                 let slot = &place.slot;
                 let age = slot.confirmed().map(|at| now.saturating_sub(at));
-                KeyStatus {
+                KeyEntry {
                     account: account.clone(),
                     name: name.clone(),
                     slot: slot.clone(),

@@ -9,19 +9,20 @@ use tonic::{Code, Request, Response, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 use zeroize::Zeroizing;
 
+use super::key_health::{self, KeyHealth, scopes};
 use super::proto::admin_server::Admin;
 use super::proto::{self, KeyFacts, KeyState, RefreshKeyResponse, RevokedKey, TestKeyResponse};
-use super::standing::{Standing, scopes, standing, standings};
 use super::status::{DOMAIN, add_violations, cut};
 use crate::audit::Act;
 use crate::broker::Broker;
 use crate::broker::halt::Cancelled;
 use crate::broker::trial::{KeyTest, KeyTested, Probe};
 use crate::clock::{self, Place};
+use crate::diagnosis::Diagnosis;
 use crate::ids::{AccountId, AdminId, BotId, KeyName, Who};
 use crate::keyring::Slot;
 use crate::keyring::trial::Verdict;
-use crate::kucoin::key_info::{self, Finding, KeyInfo};
+use crate::kucoin::key_info::{self, KeyInfo};
 use crate::kucoin::{Key, KeyVersion, Malformed, Scope};
 use crate::outcome::Reason;
 use crate::policy::Account;
@@ -196,7 +197,7 @@ impl AdminApi {
 
     /// The key that signs now.
     fn in_memory(&self, account: &AccountId, name: &KeyName) -> Result<Arc<Key>, AdminError> {
-        let mut keys = self.broker.keyring.status().into_iter();
+        let mut keys = self.broker.keyring.entries().into_iter();
         let found = keys.find(|key| key.account == *account && key.name == *name);
         match found.map(|key| key.slot) {
             Some(Slot::Ready { key, .. }) => Ok(key),
@@ -293,11 +294,11 @@ impl AdminApi {
         account: &AccountId,
         digest: KeyDigest,
         info: Option<&KeyInfo>,
-    ) -> Option<Finding> {
+    ) -> Option<Diagnosis> {
         let uid = info.and_then(|info| info.uid.as_deref());
-        let others = standings(&self.broker).into_iter();
+        let others = key_health::all(&self.broker).into_iter();
         let mut others = others.filter(|other| other.account != *account);
-        let has = |other: &Standing| {
+        let has = |other: &KeyHealth| {
             let other_uid = other.info.as_ref().and_then(|info| info.uid.as_deref());
             other.id == Some(digest) || (uid.is_some() && other_uid == uid)
         };
@@ -313,14 +314,13 @@ impl AdminApi {
         account: &AccountId,
         name: KeyName,
     ) -> Result<RevokedKey, AdminError> {
-        let standing = standing(&self.broker, account, &name);
-        let standing =
-            standing.ok_or_else(|| AdminError::KeyUnknown(account.clone(), name.clone()))?;
+        let health = key_health::one(&self.broker, account, &name);
+        let health = health.ok_or_else(|| AdminError::KeyUnknown(account.clone(), name.clone()))?;
         // One that is not in memory now may come back; and one that is dead already stays the one that is meant: repeated,
         // the command must not kill the key that comes next.
-        let (id, version) = (standing.last, standing.version);
+        let (id, version) = (health.last, health.version);
         let is_dead = |id| self.broker.restrictions.revoked(id).is_some();
-        let was_revoked = standing.id.is_none() && id.is_some_and(is_dead);
+        let was_revoked = health.id.is_none() && id.is_some_and(is_dead);
         let act = Act {
             action: "revoke",
             account: Some(account),
@@ -361,29 +361,29 @@ fn shown(text: impl AsRef<str>) -> String {
     clean(text.as_ref(), MAX_CHARS).into_owned()
 }
 
-impl From<Standing> for KeyState {
-    fn from(standing: Standing) -> Self {
-        let info = standing.info.as_deref();
+impl From<KeyHealth> for KeyState {
+    fn from(health: KeyHealth) -> Self {
+        let info = health.info.as_deref();
         let permissions =
             info.map(|info| info.permissions.iter().map(|name| shown(name.to_string())));
         Self {
-            account: standing.account.to_string(),
-            key: standing.name.to_string(),
-            scopes: in_proto(&standing.scopes),
-            status: standing.status.to_owned(),
-            reasons: standing.reasons.iter().map(shown).collect(),
-            version: standing.version.unwrap_or_default(),
+            account: health.account.to_string(),
+            key: health.name.to_string(),
+            scopes: in_proto(&health.scopes),
+            status: health.status.into(),
+            reasons: health.reasons(),
+            version: health.version.unwrap_or_default(),
             permissions: permissions.map(Iterator::collect).unwrap_or_default(),
-            is_whitelisted: standing.is_whitelisted,
-            used_at_ms: standing.used_ms.unwrap_or_default(),
-            tested_at_ms: standing.tested_ms.unwrap_or_default(),
+            is_whitelisted: health.is_whitelisted,
+            used_at_ms: health.used_ms.unwrap_or_default(),
+            tested_at_ms: health.tested_ms.unwrap_or_default(),
             uid: info
                 .and_then(|info| info.uid.as_ref())
                 .map(shown)
                 .unwrap_or_default(),
             expires_at_ms: info.and_then(|info| info.expires_at_ms).unwrap_or_default(),
-            id_sha256: standing.id.map(KeyDigest::hex).unwrap_or_default(),
-            needs_partner_key: standing.needs_partner_key,
+            id_sha256: health.id.map(KeyDigest::hex).unwrap_or_default(),
+            needs_partner_key: health.needs_partner_key,
         }
     }
 }
@@ -423,13 +423,13 @@ impl From<&KeyInfo> for KeyFacts {
     }
 }
 
-impl From<Finding> for proto::Finding {
-    fn from(finding: Finding) -> Self {
+impl From<Diagnosis> for proto::Finding {
+    fn from(found: Diagnosis) -> Self {
         Self {
-            name: finding.name.to_owned(),
-            is_refusal: finding.is_refusal,
-            cause: shown(finding.cause),
-            fix: shown(finding.fix),
+            name: found.id.to_owned(),
+            is_refusal: found.is_failed(),
+            cause: found.cause,
+            fix: found.fix,
         }
     }
 }
@@ -575,7 +575,9 @@ impl Admin for AdminApi {
         &self,
         _request: Request<proto::ListKeysRequest>,
     ) -> Result<Response<proto::ListKeysResponse>, Status> {
-        let keys = standings(&self.broker).into_iter().map(KeyState::from);
+        let keys = key_health::all(&self.broker)
+            .into_iter()
+            .map(KeyState::from);
         let keys = keys.collect();
         Ok(Response::new(proto::ListKeysResponse { keys }))
     }
@@ -587,9 +589,9 @@ impl Admin for AdminApi {
         let (admin, message) = opened(request)?;
         let (account, name) = self.key(&message.account, &message.key)?;
         let unknown = || AdminError::KeyUnknown(account.id.clone(), name.clone());
-        let before = standing(&self.broker, &account.id, &name).ok_or_else(unknown)?;
+        let before = key_health::one(&self.broker, &account.id, &name).ok_or_else(unknown)?;
         let is_seen = self.broker.keyring.look_now(&account.id, &name).await;
-        let after = standing(&self.broker, &account.id, &name).ok_or_else(unknown)?;
+        let after = key_health::one(&self.broker, &account.id, &name).ok_or_else(unknown)?;
         let act = Act {
             action: "refresh",
             account: Some(&account.id),
@@ -599,7 +601,7 @@ impl Admin for AdminApi {
             key_before: before.id.map(KeyDigest::hex),
             key_after: after.id.map(KeyDigest::hex),
             outcome: if is_seen { "done" } else { "failed" },
-            detail: (!after.reasons.is_empty()).then(|| after.reasons.join("; ")),
+            detail: Some(after.reasons().join("; ")).filter(|reasons| !reasons.is_empty()),
             ..Act::default()
         };
         self.record(&admin, &act);

@@ -82,10 +82,8 @@ fn route(request: &Request<Incoming>, state: &State, registry: &Registry) -> Res
             "ok\n".to_owned(),
         ),
         (&Method::GET, "/readyz") => {
-            let Readiness {
-                is_ready,
-                mut reasons,
-            } = readiness(&state.broker);
+            let Readiness { is_ready, problems } = readiness(&state.broker);
+            let mut reasons: Vec<_> = problems.iter().map(ToString::to_string).collect();
             let (status, word) = if is_ready {
                 (StatusCode::OK, "ready")
             } else {

@@ -9,13 +9,13 @@ use prometheus_client::metrics::MetricType;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
-use super::standing::{Standing, WORDS, standings, troubles};
+use super::key_health::{self, KeyHealth};
+use super::proto::KeyStatus;
 use crate::broker::Broker;
 use crate::clock::{self, ClockUncertain, ExchangeTime, Place};
 use crate::config::FileProblems;
+use crate::diagnosis::{Diagnosis, Severity};
 use crate::egress::proof::ProofStatus;
-use crate::ids::{AccountId, KeyName};
-use crate::keyring::{KeyStatus, Slot};
 use crate::process::hardened;
 
 /// Whether the broker can do its work, and what is wrong.
@@ -23,40 +23,48 @@ use crate::process::hardened;
 pub struct Readiness {
     /// Whether bots should be sent here.
     pub is_ready: bool,
-    /// One line for each thing that is wrong, also where the broker is ready all the same.
-    pub reasons: Vec<String>,
+    /// What is wrong, also where the broker is ready all the same.
+    pub problems: Vec<Diagnosis>,
 }
 
 /// Asks `broker` how it is.
 ///
 /// Not ready while it stops, while Vault has not said a word about a key, while no key at all is in memory and fresh
 /// enough, while a host of the exchange has no address or no known time, and while requests do not provably leave from
-/// the expected address. A key that Vault refuses is a reason, but does not take the others down.
+/// the expected address. A key that Vault refuses is a problem, but does not take the others down.
 pub fn readiness(broker: &Broker) -> Readiness {
-    let mut reasons = Vec::new();
-    let mut is_ready = !broker.is_draining();
-    if !is_ready {
-        reasons.push("the broker is stopping".to_owned());
+    of_keys(broker, &key_health::all(broker))
+}
+
+fn of_keys(broker: &Broker, keys: &[KeyHealth]) -> Readiness {
+    let mut problems = Vec::new();
+    if broker.is_draining() {
+        problems.push(Diagnosis::failed("broker", "it is stopping", ""));
     }
-    let keys = broker.keyring.status();
-    is_ready &= keys.is_empty() || keys.iter().any(is_available);
+    let is_any_available = keys.iter().any(|key| key.is_available);
     for key in keys {
-        is_ready &= !matches!(key.slot, Slot::Waiting(_));
-        let tell = |trouble| format!("key {}/{}: {trouble}", key.account, key.name);
-        reasons.extend(troubles(&key).into_iter().map(tell));
+        problems.extend(key.troubles.iter().cloned().map(|mut trouble| {
+            if !is_any_available {
+                trouble.severity = Severity::Failed;
+            }
+            trouble.about(name_of(key))
+        }));
     }
     if let Some(failure) = broker.audit.failure() {
-        is_ready = false;
-        reasons.push(format!("audit: {failure}; what adds risk is refused"));
+        let cause = format!("{failure}; what adds risk is refused");
+        problems.push(Diagnosis::failed("audit", cause, ""));
     }
     if broker.metrics.certificate_ends.get() < broker.clock.wall_ms() / 1000 {
-        is_ready = false;
-        reasons.push("the server certificate has ended; put a new one in its place".to_owned());
+        let fix = "put a new one in its place";
+        problems.push(Diagnosis::failed(
+            "certificate",
+            "the server certificate has ended",
+            fix,
+        ));
     }
-    for missing in broker.egress.without_address(&broker.policy().places()) {
-        is_ready = false;
-        reasons.push(format!("exchange: {missing}"));
-    }
+    let missing = broker.egress.without_address(&broker.policy().places());
+    let missing = missing.into_iter();
+    problems.extend(missing.map(|host| Diagnosis::failed("exchange", host.to_string(), "")));
     let ProofStatus {
         mismatch,
         is_strict,
@@ -64,56 +72,58 @@ pub fn readiness(broker: &Broker) -> Readiness {
         ..
     } = broker.proof.status();
     if let Some(mismatch) = mismatch {
-        is_ready &= !is_strict;
         let failure = failure.map(|failure| format!(" (last question: {failure})"));
-        reasons.push(format!("egress: {mismatch}{}", failure.unwrap_or_default()));
+        let cause = format!("{mismatch}{}", failure.unwrap_or_default());
+        let mut problem = Diagnosis::failed("egress", cause, "");
+        if !is_strict {
+            problem.severity = Severity::Warning;
+        }
+        problems.push(problem);
     }
     for (site, host) in broker.policy().places() {
         if let Err(uncertain) = broker.clock.check((site, host)) {
-            is_ready = false;
-            let host = host.as_str();
+            let place = format!("{site}/{}", host.as_str());
             let fix = match uncertain {
-                ClockUncertain::Different(_) => format!(
-                    "; set the clock that is wrong, or run `credbroker clock accept {site}/{host}`"
-                ),
+                ClockUncertain::Different(_) => {
+                    format!("set the clock that is wrong, or run `credbroker clock accept {place}`")
+                }
                 ClockUncertain::Never | ClockUncertain::Stale(..) => String::new(),
             };
-            reasons.push(format!("clock {site}/{host}: {uncertain}{fix}"));
+            problems.push(Diagnosis::failed("clock", uncertain.to_string(), fix).about(place));
         }
     }
-    Readiness { is_ready, reasons }
+    Readiness {
+        is_ready: !problems.iter().any(Diagnosis::is_failed),
+        problems,
+    }
 }
 
-fn is_available(key: &KeyStatus) -> bool {
-    matches!(key.slot, Slot::Ready { .. }) && !key.is_too_old
+fn name_of(key: &KeyHealth) -> String {
+    format!("{}/{}", key.account, key.name)
 }
 
 /// What is in force, beside what is wrong: for `/readyz?verbose`.
 pub fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
     let mut lines = Vec::new();
-    for key in broker.keyring.status() {
-        if let Slot::Ready {
-            version, outage, ..
-        } = &key.slot
-        {
+    let keys = key_health::all(broker);
+    for key in &keys {
+        if let Some(version) = key.version {
             // Otherwise it has been told as what is wrong.
-            let age = key.age.filter(|_| outage.is_none() && !key.is_too_old);
+            let age = key.age.filter(|_| key.is_confirmed);
             let confirmed = age.map(|age| format!(", confirmed by Vault {} s ago", age.as_secs()));
+            let confirmed = confirmed.unwrap_or_default();
+            let name = name_of(key);
             lines.push(format!(
-                "key {}/{}: version {version} in memory{}",
-                key.account,
-                key.name,
-                confirmed.unwrap_or_default()
+                "key {name}: version {version} in memory{confirmed}"
             ));
         }
     }
-    for key in standings(broker) {
-        let name = format!("key {}/{}", key.account, key.name);
-        lines.push(format!("{name}: {}", key.status));
+    for key in &keys {
+        let name = name_of(key);
+        lines.push(format!("key {name}: {}", key.status.word()));
         // The troubles have been told as what is wrong.
-        let reasons = key.reasons.iter();
-        let others = reasons.filter(|reason| !key.troubles.contains(reason));
-        lines.extend(others.map(|reason| format!("{name}: {reason}")));
+        let findings = key.findings.iter();
+        lines.extend(findings.map(|finding| format!("key {name}: {}", finding.text())));
     }
     for (bot, mark) in broker.restrictions.blocked_bots() {
         lines.push(format!("bot {bot}: blocked by {}", mark.by));
@@ -187,11 +197,12 @@ pub(super) struct State {
 impl Collector for State {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let (broker, gauges) = (&*self.broker, &mut encoder);
-        let is_ready = readiness(broker).is_ready;
+        let keys = key_health::all(broker);
+        let is_ready = of_keys(broker, &keys).is_ready;
         let help =
             "1 while /readyz answers ready; some keys may still be unavailable: see key_available";
         gauge(gauges, "ready", help, [([], i64::from(is_ready))])?;
-        encode_keys(broker, gauges)?;
+        encode_keys(&keys, gauges)?;
         encode_clock(broker, gauges)?;
         encode_egress(broker, gauges)?;
         encode_files(&self.problems.borrow(), gauges)?;
@@ -219,29 +230,28 @@ fn gauge<const N: usize, V: EncodeGaugeValue>(
     Ok(())
 }
 
-fn encode_keys(broker: &Broker, gauges: &mut DescriptorEncoder<'_>) -> fmt::Result {
-    let label = |account: &AccountId, name: &KeyName| {
-        [("account", account.to_string()), ("key", name.to_string())]
+fn encode_keys(keys: &[KeyHealth], gauges: &mut DescriptorEncoder<'_>) -> fmt::Result {
+    let keys = || {
+        keys.iter().map(|key| {
+            let (account, name) = (key.account.to_string(), key.name.to_string());
+            ([("account", account), ("key", name)], key)
+        })
     };
-    let keys = broker.keyring.status();
-    let keys = || keys.iter().map(|key| (label(&key.account, &key.name), key));
     let help = "1 while the key is in memory and fresh enough for everything";
-    let values = keys().map(|(labels, key)| (labels, i64::from(is_available(key))));
+    let values = keys().map(|(labels, key)| (labels, i64::from(key.is_available)));
     gauge(gauges, "key_available", help, values)?;
     let help = "Since Vault last confirmed the key; absent while it is not in memory";
     let values = keys().filter_map(|(labels, key)| Some((labels, key.age?.as_secs_f64())));
     gauge(gauges, "key_age_seconds", help, values)?;
-
-    let keys = standings(broker);
-    let keys = || keys.iter().map(|key| (label(&key.account, &key.name), key));
     let help = "Version of the key in memory, as Vault counts";
     let values = keys().filter_map(|(labels, key)| Some((labels, key.version?)));
     gauge(gauges, "key_version", help, values)?;
     let help = "1 for the word that tells how the key is, 0 for the others";
     let values = keys().flat_map(|([account, name], key)| {
-        WORDS.map(|word| {
-            let labels = [account.clone(), name.clone(), ("status", word.to_owned())];
-            (labels, i64::from(key.status == word))
+        KeyStatus::ALL.map(|status| {
+            let word = ("status", status.word().to_owned());
+            let labels = [account.clone(), name.clone(), word];
+            (labels, i64::from(key.status == status))
         })
     });
     gauge(gauges, "key_status", help, values)?;
@@ -252,7 +262,7 @@ fn encode_keys(broker: &Broker, gauges: &mut DescriptorEncoder<'_>) -> fmt::Resu
     let values = keys().filter_map(|(labels, key)| Some((labels, seconds(key.tested_ms?))));
     gauge(gauges, "key_tested_timestamp_seconds", help, values)?;
     let help = "When the key ends, Unix time; absent where it does not";
-    let ends = |key: &Standing| Some(seconds(key.info.as_ref()?.expires_at_ms?));
+    let ends = |key: &KeyHealth| Some(seconds(key.info.as_ref()?.expires_at_ms?));
     let values = keys().filter_map(|(labels, key)| Some((labels, ends(key)?)));
     gauge(gauges, "key_not_after_timestamp_seconds", help, values)
 }

@@ -11,10 +11,11 @@ use tokio::time::{Instant, sleep};
 
 use super::{Broker, BrokerError, Call, Receipt};
 use crate::audit::Act;
+use crate::diagnosis::{Diagnosis, Severity};
 use crate::ids::{AccountId, KeyName, RequestId, Who};
 use crate::keyring::trial::{KeyChange, Notice, Report, Trial, Verdict};
 use crate::kucoin::code::{ACCOUNT_REFUSED, KEY_REFUSED, VERSION_OR_SECRET};
-use crate::kucoin::key_info::{self, Expected, Finding, KeyInfo};
+use crate::kucoin::key_info::{self, Expected, KeyInfo};
 use crate::kucoin::{Key, KeyVersion, Method, Scope, Target, UnsignedRequest};
 use crate::outcome::Outcome;
 use crate::policy::{Account, Purpose};
@@ -194,7 +195,7 @@ impl Broker {
         match KeyInfo::read(&body) {
             Ok(info) => {
                 let judged = info.judge(&self.expected(test));
-                let lacks = |f: &&Finding| f.is_refusal && f.name == "permission-missing";
+                let lacks = |f: &&Diagnosis| f.is_failed() && f.id == "permission-missing";
                 if let Some(finding) = judged.iter().find(lacks)
                     && tested.report.verdict == Verdict::Good
                 {
@@ -280,14 +281,11 @@ impl Broker {
                 let verdict = if is_final || is_about_order {
                     let egress_ip = self.proof.expected();
                     let mut finding = key_info::refusal(code, &answer.msg, scope, egress_ip);
-                    finding.is_refusal = is_final;
+                    if !is_final {
+                        finding.severity = Severity::Warning;
+                    }
                     let verdict = is_final.then(|| Verdict::Refused(finding.cause.clone()));
-                    if !tested
-                        .report
-                        .findings
-                        .iter()
-                        .any(|f| f.name == finding.name)
-                    {
+                    if !tested.report.findings.iter().any(|f| f.id == finding.id) {
                         tested.report.findings.push(finding);
                     }
                     verdict
@@ -384,7 +382,7 @@ impl KeyTest {
 
 impl KeyTested {
     /// Takes in something for which the key cannot be used.
-    fn find(&mut self, finding: Finding) {
+    fn find(&mut self, finding: Diagnosis) {
         self.report.verdict = Verdict::Refused(finding.cause.clone());
         self.report.findings.push(finding);
     }
@@ -404,29 +402,24 @@ fn printable(text: &str) -> String {
     clean(text.trim(), 200).into_owned()
 }
 
-fn is_revoked(revoked: &Revoked) -> Finding {
-    Finding {
-        name: "key-revoked",
-        is_refusal: true,
-        cause: format!(
-            "{} has revoked this key for account {}, and it never serves again.",
-            revoked.by, revoked.account
-        ),
-        fix: "Create a new key under API Management, delete this one there, and register the new one."
-            .to_owned(),
-    }
+fn is_revoked(revoked: &Revoked) -> Diagnosis {
+    let Revoked { by, account, .. } = revoked;
+    Diagnosis::failed(
+        "key-revoked",
+        format!("{by} has revoked this key for account {account}, and it never serves again."),
+        "Create a new key under API Management, delete this one there, and register the new one.",
+    )
 }
 
-fn lacks_partner_key(account: &Account) -> Finding {
-    Finding {
-        name: "partner-key-missing",
-        is_refusal: true,
-        cause: format!(
-            "Account {} has a partner in the rules, and the key comes without a partner key.",
-            account.id
+fn lacks_partner_key(account: &Account) -> Diagnosis {
+    let id = &account.id;
+    Diagnosis::failed(
+        "partner-key-missing",
+        format!(
+            "Account {id} has a partner in the rules, and the key comes without a partner key."
         ),
-        fix: "Give the partner key with it, or take the partner out of the rules.".to_owned(),
-    }
+        "Give the partner key with it, or take the partner out of the rules.",
+    )
 }
 
 /// A request of an admin or of the broker's own.

@@ -18,11 +18,12 @@ use clap::Args;
 use serde_json::json;
 use tokio::time::timeout;
 
-use super::text::{Cell, Level, Style, counted};
+use super::text::{Cell, Style, counted};
 use super::{CONFIG, DONE, FAILED, USAGE, read_config, say, show};
 use crate::broker::Broker;
 use crate::clock::Clock;
 use crate::config::Config;
+use crate::diagnosis::{Diagnosis, Severity};
 use crate::ids::AccountId;
 use crate::process::{Hardened, harden};
 use crate::server::assembly;
@@ -55,85 +56,36 @@ pub(super) struct Arguments {
     live: Option<AccountId>,
 }
 
-/// One thing that was looked at.
-#[derive(Clone, Debug)]
-struct Line {
-    /// A word for it that does not change.
-    check: &'static str,
-    /// Which one, where there are several; or nothing.
-    about: String,
-    level: Level,
-    detail: String,
-    /// What to do.
-    fix: Option<String>,
+fn in_json(found: &Diagnosis) -> String {
+    let Diagnosis {
+        id,
+        about,
+        severity,
+        cause,
+        fix,
+    } = found;
+    let check = format!("{id} {about}");
+    let fix = (!fix.is_empty()).then_some(fix);
+    let object = json!({
+        "check": check.trim_end(), "status": severity.as_str(), "detail": cause, "fix": fix,
+    });
+    clean_json(&object.to_string()).into_owned()
 }
 
-impl Line {
-    fn ok(check: &'static str, about: &str, detail: impl Into<String>) -> Self {
-        let detail = harmless(&detail.into());
-        Self {
-            check,
-            about: about.to_owned(),
-            level: Level::Ok,
-            detail,
-            fix: None,
-        }
+/// The line, and the fix on the next one.
+fn rows(found: &Diagnosis) -> Vec<Vec<Cell>> {
+    let word = Cell::of(found.severity, found.severity.as_str());
+    let cause = if found.about.is_empty() {
+        found.cause.clone()
+    } else {
+        format!("{}: {}", found.about, found.cause)
+    };
+    let mut rows = vec![vec![word, found.id.into(), cause.into()]];
+    if !found.fix.is_empty() {
+        let fix = format!("fix: {}", found.fix);
+        rows.push(vec!["".into(), "".into(), fix.into()]);
     }
-
-    fn warning(
-        check: &'static str,
-        about: &str,
-        detail: impl Into<String>,
-        fix: impl Into<String>,
-    ) -> Self {
-        Self {
-            level: Level::Warning,
-            fix: Some(harmless(&fix.into())),
-            ..Self::ok(check, about, detail)
-        }
-    }
-
-    fn failed(
-        check: &'static str,
-        about: &str,
-        detail: impl Into<String>,
-        fix: impl Into<String>,
-    ) -> Self {
-        Self {
-            level: Level::Failed,
-            ..Self::warning(check, about, detail, fix)
-        }
-    }
-
-    /// Something that was not looked at, for want of what another line tells of.
-    fn unseen(check: &'static str, about: &str, detail: impl Into<String>) -> Self {
-        Self {
-            level: Level::Warning,
-            ..Self::ok(check, about, detail)
-        }
-    }
-
-    fn json(&self) -> String {
-        let check = format!("{} {}", self.check, self.about);
-        let object = json!({
-            "check": check.trim_end(), "status": self.level.as_str(), "detail": self.detail, "fix": self.fix,
-        });
-        clean_json(&object.to_string()).into_owned()
-    }
-
-    /// The line, and the fix on the next one.
-    fn rows(&self) -> Vec<Vec<Cell>> {
-        let word = Cell::of(self.level, self.level.as_str());
-        let detail = if self.about.is_empty() {
-            self.detail.clone()
-        } else {
-            format!("{}: {}", self.about, self.detail)
-        };
-        let mut rows = vec![vec![word, self.check.into(), detail.into()]];
-        let fix = self.fix.as_ref();
-        rows.extend(fix.map(|fix| vec!["".into(), "".into(), format!("fix: {fix}").into()]));
-        rows
-    }
+    rows
 }
 
 /// What others wrote (Vault, the exchange, a file) moves no cursor.
@@ -150,10 +102,10 @@ pub(super) fn run(arguments: &Arguments) -> u8 {
         Err(problems) => {
             let fix = "correct it; `credbroker check-config` looks again";
             let failed = |problem: &dyn std::fmt::Display| {
-                Line::failed("config", "", problem.to_string(), fix)
+                Diagnosis::failed("config", problem.to_string(), fix)
             };
             let lines: Vec<_> = problems.iter().map(|problem| failed(problem)).collect();
-            return report(&lines, arguments.json, USAGE);
+            return report("", &lines, arguments.json, USAGE);
         }
     };
     let runtime = match tokio::runtime::Builder::new_current_thread()
@@ -170,45 +122,45 @@ pub(super) fn run(arguments: &Arguments) -> u8 {
         if let Some(account) = &arguments.live {
             return live::run(&config, account, arguments.json).await;
         }
-        let mut lines = vec![Line::ok("config", "", format!("{name}: no problems"))];
+        let mut lines = vec![Diagnosis::ok("config", format!("{name}: no problems"))];
         lines.extend(examine(&config, &hardened).await);
-        report(&lines, arguments.json, FAILED)
+        report("", &lines, arguments.json, FAILED)
     });
     // Whoever still asks a name server that does not answer is not waited for.
     runtime.shutdown_background();
     code
 }
 
-/// Shows the lines; the exit code is `failed` where one of them says so.
-fn report(lines: &[Line], json: bool, failed: u8) -> u8 {
+/// Shows the lines below `head`; the exit code is `failed` where one of them says so.
+fn report(head: &str, lines: &[Diagnosis], json: bool, failed: u8) -> u8 {
     let text = if json {
         lines
             .iter()
-            .fold(String::new(), |text, line| text + &line.json() + "\n")
+            .fold(String::new(), |text, line| text + &in_json(line) + "\n")
     } else {
-        let rows: Vec<_> = lines.iter().flat_map(Line::rows).collect();
-        Style::of_stdout().table(&rows) + &verdict(lines) + "\n"
+        let rows: Vec<_> = lines.iter().flat_map(rows).collect();
+        head.to_owned() + &Style::of_stdout().table(&rows) + &verdict(lines) + "\n"
     };
     show(&text, code(lines, failed))
 }
 
 /// What it comes to: the last line, as the first ones may have left the screen.
-fn verdict(lines: &[Line]) -> String {
-    let number = |level| lines.iter().filter(|line| line.level == level).count();
-    match (number(Level::Failed), number(Level::Warning)) {
+fn verdict(lines: &[Diagnosis]) -> String {
+    let number = |level| lines.iter().filter(|line| line.severity == level).count();
+    match (number(Severity::Failed), number(Severity::Warning)) {
         (0, 0) => "nothing is wrong".to_owned(),
         (0, warnings) => format!("nothing failed; {}", counted(warnings, "warning")),
         (failed, warnings) => format!("{failed} failed; {}", counted(warnings, "warning")),
     }
 }
 
-fn code(lines: &[Line], failed: u8) -> u8 {
-    let has_failed = lines.iter().any(|line| line.level == Level::Failed);
+fn code(lines: &[Diagnosis], failed: u8) -> u8 {
+    let has_failed = lines.iter().any(|line| line.severity == Severity::Failed);
     if has_failed { failed } else { DONE }
 }
 
 /// Looks at everything, in the order of the screen.
-async fn examine(config: &Config, hardened: &Hardened) -> Vec<Line> {
+async fn examine(config: &Config, hardened: &Hardened) -> Vec<Diagnosis> {
     let clock = Arc::new(Clock::system());
     let (mut lines, policy) = files::rules(&config.rules);
     lines.extend(files::certificates(config, clock.wall_ms()));
@@ -255,7 +207,7 @@ async fn examine(config: &Config, hardened: &Hardened) -> Vec<Line> {
 }
 
 /// Asks the exchange about every key that Vault gave.
-async fn test(broker: Result<Arc<Broker>, String>, found: Vec<Found>) -> Vec<Line> {
+async fn test(broker: Result<Arc<Broker>, String>, found: Vec<Found>) -> Vec<Diagnosis> {
     match broker {
         Ok(broker) => {
             let tests = found.into_iter().map(|found| {
@@ -274,7 +226,7 @@ async fn test(broker: Result<Arc<Broker>, String>, found: Vec<Found>) -> Vec<Lin
             .iter()
             .map(|found| {
                 let detail = format!("not tested, since nothing is sent unrecorded: {reason}");
-                Line::unseen("key", &found.about(), detail)
+                Diagnosis::unchecked("key", detail).about(found.about())
             })
             .collect(),
     }

@@ -7,12 +7,13 @@ use clap::{ArgGroup, Args};
 
 use super::admin::{self, ADMIN, Client};
 use super::confirm::confirm;
-use super::text::{Level, Style, counted, paragraph};
+use super::text::{Style, counted, paragraph};
 use super::{DECIDE_WITHIN, DONE, FAILED, printable, show};
 use crate::api::proto::{
     Cancelled, HaltRequest, HaltResponse, ResumeRequest, ResumeResponse, Scope,
 };
 use crate::broker::halt::WITHIN;
+use crate::diagnosis::Severity;
 
 /// Beside the time that the broker gives itself for the orders.
 const SLACK: Duration = Duration::from_secs(30);
@@ -169,13 +170,13 @@ fn scope(one: &Cancelled) -> &'static str {
 /// full of good news hides the bad.
 fn reported(one: &Cancelled, style: Style) -> String {
     let (level, left) = match one.still_open {
-        Some(0) => (Level::Ok, "none open".to_owned()),
-        Some(open) => (Level::Failed, format!("{open} still open")),
-        None => (Level::Failed, "not known what is open".to_owned()),
+        Some(0) => (Severity::Ok, "none open".to_owned()),
+        Some(open) => (Severity::Failed, format!("{open} still open")),
+        None => (Severity::Failed, "not known what is open".to_owned()),
     };
     let left = style.coloured(level, &left);
     let mut text = format!("{} in {}: {left}\n", one.account, scope(one));
-    let mut row = |level: Level, told: &str| {
+    let mut row = |level: Severity, told: &str| {
         let (told, word) = (paragraph("           ", told), level.as_str());
         // Put in afterwards: colour takes no columns.
         let shown = style.coloured(level, word) + &" ".repeat(9 - word.len());
@@ -184,12 +185,12 @@ fn reported(one: &Cancelled, style: Style) -> String {
     let (good, bad): (Vec<_>, Vec<_>) = one.probes.iter().partition(|probe| probe.is_ok);
     if !good.is_empty() {
         let told = format!("{}: taken, or none open", counted(good.len(), "request"));
-        row(Level::Ok, &told);
+        row(Severity::Ok, &told);
     }
     let level = if one.still_open == Some(0) {
-        Level::Warning
+        Severity::Warning
     } else {
-        Level::Failed
+        Severity::Failed
     };
     for probe in bad {
         row(

@@ -14,10 +14,11 @@ use common::scopes_of;
 
 use super::admin::{self, ADMIN, Admin, Failure};
 use super::report::{is_refused, report};
-use super::text::{Cell, Level, Style, paragraph};
+use super::text::{Cell, Style, paragraph};
 use super::{DONE, FAILED, printable, show};
-use crate::api::proto::{KeyState, TestKeyRequest};
+use crate::api::proto::{KeyState, KeyStatus, TestKeyRequest};
 use crate::clock::Clock;
+use crate::diagnosis::Severity;
 use crate::ids::{AccountId, KeyName};
 use crate::text::clean_json;
 
@@ -27,7 +28,7 @@ pub(super) enum Command {
     ///
     /// Exit code 0: shown; 1: the broker was not reached, or refused; 2: the command line or admin.toml is wrong.
     #[command(
-        after_long_help = "Status:\n  connected    in memory, and the exchange takes it\n  untested     in memory, and not tested yet\n  \
+        after_long_help = "Status:\n  active       in memory, and the exchange accepts it\n  untested     in memory, and not tested yet\n  \
                            degraded, expiring, at-risk\n               works, and will not for long unless somebody acts\n  \
                            frozen       signs cancels and reads only\n  refused, revoked, unavailable\n               does not work\n\n\
                            Examples:\n  credbroker keys list\n  credbroker keys list --json | jq -r .status\n\n\
@@ -166,7 +167,7 @@ fn in_json(key: &KeyState) -> String {
         "account": key.account,
         "key": key.key,
         "scopes": scopes_of(key),
-        "status": key.status,
+        "status": key.status().word(),
         "reasons": key.reasons,
         "version": (key.version != 0).then_some(key.version),
         "permissions": key.permissions,
@@ -191,7 +192,7 @@ fn table(style: Style, keys: &[KeyState], now_ms: i64) -> String {
         let name = format!("{}/{}", key.account, key.key);
         let mut row = vec![
             printable(&name).into(),
-            Cell::of(level(&key.status), printable(&key.status)),
+            Cell::of(severity(key.status()), key.status().word()),
             version.into(),
         ];
         for line in facts(key, now_ms).iter().chain(&key.reasons) {
@@ -201,18 +202,18 @@ fn table(style: Style, keys: &[KeyState], now_ms: i64) -> String {
         }
     }
     let mut text = style.table(&rows);
-    if keys.iter().any(|key| key.status == "frozen") {
+    if keys.iter().any(|key| key.status() == KeyStatus::Frozen) {
         let frozen = "risk-increasing requests are rejected; cancels and reads still work.";
         text += &paragraph("frozen: ", frozen);
     }
     text
 }
 
-fn level(status: &str) -> Level {
+fn severity(status: KeyStatus) -> Severity {
     match status {
-        "connected" => Level::Ok,
-        "refused" | "revoked" | "unavailable" => Level::Failed,
-        _ => Level::Warning,
+        KeyStatus::Active => Severity::Ok,
+        KeyStatus::Refused | KeyStatus::Revoked | KeyStatus::Unavailable => Severity::Failed,
+        _ => Severity::Warning,
     }
 }
 
@@ -260,7 +261,7 @@ mod tests {
             account: "main".to_owned(),
             key: "main".to_owned(),
             scopes: vec![Scope::SpotMargin.into(), Scope::Futures.into(), Scope::Unified.into()],
-            status: "degraded".to_owned(),
+            status: KeyStatus::Degraded.into(),
             reasons: vec!["a newer version is not used: \u{1b}[2Jthe secret has no field `passphrase`, which every key has".to_owned()],
             version: 3,
             permissions: vec!["General".to_owned(), "Spot".to_owned()],
@@ -273,7 +274,7 @@ mod tests {
             account: "other".to_owned(),
             key: "main".to_owned(),
             scopes: vec![Scope::SpotMargin.into()],
-            status: "unavailable".to_owned(),
+            status: KeyStatus::Unavailable.into(),
             ..KeyState::default()
         };
         let table = table(Style::plain(), &[known, unknown], 1_005_000);

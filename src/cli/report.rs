@@ -3,8 +3,9 @@
 use super::keys::ago;
 use super::keys::common::words;
 use super::printable;
-use super::text::{Cell, Level, Style};
+use super::text::{Cell, Style};
 use crate::api::proto::{Finding, KeyFacts, Probe, TestKeyResponse};
+use crate::diagnosis::Severity;
 
 const DAY_MS: i64 = 24 * 60 * 60 * 1000;
 
@@ -30,7 +31,11 @@ pub(super) fn report(style: Style, account: &str, test: &TestKeyResponse, now_ms
         answer,
     } in &test.probes
     {
-        let level = if *is_ok { Level::Ok } else { Level::Failed };
+        let level = if *is_ok {
+            Severity::Ok
+        } else {
+            Severity::Failed
+        };
         row(
             Cell::of(level, level.as_str()),
             &format!("{question}: {answer}"),
@@ -44,9 +49,9 @@ pub(super) fn report(style: Style, account: &str, test: &TestKeyResponse, now_ms
     } in &test.findings
     {
         let level = if *is_refusal {
-            Cell::of(Level::Failed, "refused")
+            Cell::of(Severity::Failed, "refused")
         } else {
-            Cell::of(Level::Warning, Level::Warning.as_str())
+            Cell::of(Severity::Warning, Severity::Warning.as_str())
         };
         row(level, cause);
         row(Cell::default(), &format!("fix: {fix}"));

@@ -5,6 +5,7 @@
 use std::ffi::OsStr;
 use std::io::{self, IsTerminal};
 
+use crate::diagnosis::Severity;
 use crate::text::clean;
 
 /// Columns of a line.
@@ -16,34 +17,12 @@ const GAP: usize = 2;
 /// The least that the last column of a table gets, however wide the others are.
 const LEAST: usize = 20;
 
-/// How something is; the word is shown in the colour of its kind.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Level {
-    /// Red.
-    Failed,
-    /// Green.
-    Ok,
-    /// Yellow.
-    Warning,
-}
-
-impl Level {
-    /// The word for it.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Failed => "failed",
-            Self::Ok => "ok",
-            Self::Warning => "warning",
-        }
-    }
-
-    /// ANSI: set the foreground.
-    fn colour(self) -> &'static str {
-        match self {
-            Self::Failed => "\x1b[31m",
-            Self::Ok => "\x1b[32m",
-            Self::Warning => "\x1b[33m",
-        }
+/// ANSI: sets the foreground to the colour of what is so severe.
+fn colour(severity: Severity) -> &'static str {
+    match severity {
+        Severity::Failed => "\x1b[31m",
+        Severity::Ok => "\x1b[32m",
+        Severity::Warning => "\x1b[33m",
     }
 }
 
@@ -51,14 +30,14 @@ impl Level {
 #[derive(Clone, Debug, Default)]
 pub struct Cell {
     text: String,
-    level: Option<Level>,
+    severity: Option<Severity>,
 }
 
 impl Cell {
-    /// A word in the colour of `level`.
-    pub fn of(level: Level, text: impl Into<String>) -> Self {
+    /// A word in the colour of `severity`.
+    pub fn of(severity: Severity, text: impl Into<String>) -> Self {
         Self {
-            level: Some(level),
+            severity: Some(severity),
             ..text.into().into()
         }
     }
@@ -74,7 +53,10 @@ impl From<String> for Cell {
     fn from(text: String) -> Self {
         // Before it is coloured, since an escape of others is no colour.
         let text = clean(&text, usize::MAX).into_owned();
-        Self { text, level: None }
+        Self {
+            text,
+            severity: None,
+        }
     }
 }
 
@@ -105,10 +87,10 @@ impl Style {
         Self { colour: false }
     }
 
-    /// `text` in the colour of `level`.
-    pub fn coloured(self, level: Level, text: &str) -> String {
+    /// `text` in the colour of `severity`.
+    pub fn coloured(self, severity: Severity, text: &str) -> String {
         if self.colour {
-            format!("{}{text}\x1b[0m", level.colour())
+            format!("{}{text}\x1b[0m", colour(severity))
         } else {
             text.to_owned()
         }
@@ -143,8 +125,8 @@ impl Style {
     }
 
     fn cell(self, cell: &Cell, text: &str) -> String {
-        match cell.level {
-            Some(level) => self.coloured(level, text),
+        match cell.severity {
+            Some(severity) => self.coloured(severity, text),
             None => text.to_owned(),
         }
     }
@@ -241,15 +223,15 @@ mod tests {
             vec!["account".into(), "status".into(), "why".into()],
             vec![
                 "main".into(),
-                Cell::of(Level::Ok, "connected"),
+                Cell::of(Severity::Failed, "unavailable"),
                 words.into(),
             ],
             vec!["other".into()],
         ]);
         let lines: Vec<_> = table.lines().collect();
-        assert_eq!(lines[0], "account  status     why");
+        assert_eq!(lines[0], "account  status       why");
         assert!(
-            lines[1].starts_with("main     connected  word word"),
+            lines[1].starts_with("main     unavailable  word word"),
             "{table}"
         );
         assert!(lines[2].starts_with("                    word"), "{table}");
@@ -261,8 +243,8 @@ mod tests {
     #[test]
     fn colour_is_around_words_and_moves_nothing() {
         let rows = [
-            vec![Cell::of(Level::Failed, "failed"), "a".into()],
-            vec![Cell::of(Level::Ok, "ok"), "b".into()],
+            vec![Cell::of(Severity::Failed, "failed"), "a".into()],
+            vec![Cell::of(Severity::Ok, "ok"), "b".into()],
         ];
         let coloured = Style { colour: true }.table(&rows);
         assert_eq!(
@@ -271,7 +253,7 @@ mod tests {
         );
         assert_eq!(Style::plain().table(&rows), "failed  a\nok      b\n");
         assert_eq!(
-            Style::plain().coloured(Level::Warning, Level::Warning.as_str()),
+            Style::plain().coloured(Severity::Warning, Severity::Warning.as_str()),
             "warning"
         );
     }

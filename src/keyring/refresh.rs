@@ -85,7 +85,7 @@ impl Refresher {
 
     /// Polls every key that the keyring has a place for, and no other.
     pub fn follow(&self) {
-        let keys: Vec<_> = self.keyring.status();
+        let keys: Vec<_> = self.keyring.entries();
         let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
         tasks.retain(|(account, name), task| {
             // One that a defect has ended is started again.

@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
 
+use crate::diagnosis::Diagnosis;
 use crate::ids::{AccountId, KeyName};
 use crate::kucoin::Key;
-use crate::kucoin::key_info::{Finding, KeyInfo};
+use crate::kucoin::key_info::KeyInfo;
 use crate::restrictions::KeyDigest;
 
 /// To whoever tests keys and keeps the record.
@@ -44,7 +45,7 @@ pub struct Report {
     /// What the exchange told about it.
     pub info: Option<Arc<KeyInfo>>,
     /// What is wrong with it, or worth knowing.
-    pub findings: Vec<Finding>,
+    pub findings: Vec<Diagnosis>,
 }
 
 /// Whether a key can be used.

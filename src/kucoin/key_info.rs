@@ -11,6 +11,7 @@ use serde_json::{Map, Value};
 use super::advice::{self, Facts};
 use super::question::{address_in, data};
 use super::{KeyVersion, Scope, Site};
+use crate::diagnosis::Diagnosis;
 use crate::text::clean;
 
 /// A key that ends sooner is refused: time enough to find and replace it without haste.
@@ -181,37 +182,6 @@ pub struct Expected {
     pub now_ms: i64,
 }
 
-/// Something that is wrong with a key, or worth knowing.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Finding {
-    /// A word for it that does not change, in kebab case.
-    pub name: &'static str,
-    /// Whether the key must not be used like this; a warning otherwise.
-    pub is_refusal: bool,
-    /// What is wrong, and what came.
-    pub cause: String,
-    /// What to do, with the value to enter on KuCoin's page where there is one.
-    pub fix: String,
-}
-
-impl Finding {
-    fn refusal(name: &'static str, cause: impl Into<String>, fix: impl Into<String>) -> Self {
-        Self {
-            name,
-            is_refusal: true,
-            cause: cause.into(),
-            fix: fix.into(),
-        }
-    }
-
-    fn warning(name: &'static str, cause: impl Into<String>, fix: impl Into<String>) -> Self {
-        Self {
-            is_refusal: false,
-            ..Self::refusal(name, cause, fix)
-        }
-    }
-}
-
 impl KeyInfo {
     /// Reads a whole answer of `user/api-key`. Only `permission` must be there: a new form of the rest is no reason to refuse a key.
     pub fn read(answer: &[u8]) -> Result<Self, NotKeyInfo> {
@@ -272,7 +242,7 @@ impl KeyInfo {
     }
 
     /// What is wrong with the key for what it is `expected` to be, refusals first; nothing: all is well.
-    pub fn judge(&self, expected: &Expected) -> Vec<Finding> {
+    pub fn judge(&self, expected: &Expected) -> Vec<Diagnosis> {
         let mut findings = Vec::new();
         findings.extend(self.site(expected.site));
         if expected.is_read_only {
@@ -286,7 +256,7 @@ impl KeyInfo {
         findings.extend(self.addresses(expected));
         findings.extend(self.expiry(expected.now_ms));
         findings.extend(self.oddities(expected));
-        findings.sort_by_key(|finding| !finding.is_refusal);
+        findings.sort_by_key(|finding| !finding.is_failed());
         findings
     }
 
@@ -294,7 +264,7 @@ impl KeyInfo {
         self.permissions.contains(permission)
     }
 
-    fn site(&self, expected: Site) -> Option<Finding> {
+    fn site(&self, expected: Site) -> Option<Diagnosis> {
         let told = self.site.as_deref()?;
         // Source: KuCoin API documentation, "Authentication", X-SITE-TYPE, for the first two; the others are not documented.
         let site = match told.to_ascii_lowercase().as_str() {
@@ -306,7 +276,7 @@ impl KeyInfo {
         };
         match site {
             Some(site) if site == expected => None,
-            Some(site) => Some(Finding::refusal(
+            Some(site) => Some(Diagnosis::failed(
                 "site-wrong",
                 format!(
                     "The key belongs to KuCoin's site {site}, and the account is one of site {expected}."
@@ -315,7 +285,7 @@ impl KeyInfo {
                     "Register a key of site {expected}, or write site = \"{site}\" for the account in the rules."
                 ),
             )),
-            None => Some(Finding::warning(
+            None => Some(Diagnosis::warning(
                 "site-unknown",
                 format!(
                     "KuCoin says that the key belongs to its site {told:?}, which credbroker does not know."
@@ -325,7 +295,7 @@ impl KeyInfo {
         }
     }
 
-    fn missing(&self, scope: Scope) -> Vec<Finding> {
+    fn missing(&self, scope: Scope) -> Vec<Diagnosis> {
         let needed = Permission::of_scope(scope);
         let missing: Vec<_> = needed.iter().filter(|one| !self.has(one)).collect();
         let has_none = missing.len() == needed.len();
@@ -339,40 +309,40 @@ impl KeyInfo {
                 let fix = format!("Tick {one} under {PAGE} > API permissions.");
                 if has_none {
                     let cause = format!("The key lacks the permission {one}, which scope {scope} needs; it has {has}.");
-                    return Finding::refusal("permission-missing", cause, fix);
+                    return Diagnosis::failed("permission-missing", cause, fix);
                 }
                 let kind = one.to_string().to_lowercase();
                 let cause = format!("The key lacks the permission {one}, so KuCoin will refuse its {kind} orders; it has {has}.");
-                Finding::warning("permission-missing", cause, format!("{fix} Without {kind} orders nothing needs to be done."))
+                Diagnosis::warning("permission-missing", cause, format!("{fix} Without {kind} orders nothing needs to be done."))
             })
             .collect()
     }
 
     /// What a key for reading has besides; what lets money out is found on its own.
-    fn more_than_reading(&self) -> Option<Finding> {
+    fn more_than_reading(&self) -> Option<Diagnosis> {
         let beyond = |one: &&Permission| one.trades() || **one == Permission::Earn;
         let (more, _) = the(self.permissions.iter().filter(beyond))?;
-        Some(Finding::refusal(
+        Some(Diagnosis::failed(
             "read-only-key-can-trade",
             format!("The account's purpose is read-only, and the key has {more}."),
             format!("Leave only General ticked under {PAGE} > API permissions."),
         ))
     }
 
-    fn unneeded(&self, expected: &Expected) -> Option<Finding> {
+    fn unneeded(&self, expected: &Expected) -> Option<Diagnosis> {
         let unneeded = |one: &&Permission| match one.scope() {
             Some(scope) => !expected.scopes.contains(&scope),
             None => **one == Permission::Earn && !expected.allow_money_out,
         };
         let (more, names) = the(self.permissions.iter().filter(unneeded))?;
-        Some(Finding::warning(
+        Some(Diagnosis::warning(
             "permission-unneeded",
             format!("The key has {more}, which the account's scopes do not need."),
             format!("Untick {names} under {PAGE} > API permissions."),
         ))
     }
 
-    fn money_out(&self, expected: &Expected) -> Vec<Finding> {
+    fn money_out(&self, expected: &Expected) -> Vec<Diagnosis> {
         if expected.allow_money_out && !expected.is_read_only {
             return Vec::new();
         }
@@ -394,16 +364,16 @@ impl KeyInfo {
             if !expected.is_read_only {
                 fix += " If the broker shall move this account's money, write allow_money_out = true for it in the rules.";
             }
-            Finding::refusal(name, cause, fix)
+            Diagnosis::failed(name, cause, fix)
         });
         found.collect()
     }
 
-    fn addresses(&self, expected: &Expected) -> Vec<Finding> {
+    fn addresses(&self, expected: &Expected) -> Vec<Diagnosis> {
         let ip = expected.egress_ip;
         let enter = format!("Enter {ip} under {PAGE} > IP restriction.");
         match self.admits(ip) {
-            None if !self.can_trade() => vec![Finding::warning(
+            None if !self.can_trade() => vec![Diagnosis::warning(
                 "ip-restriction-missing",
                 "The key has no IP restriction, so whoever gets hold of it can read this account.",
                 enter,
@@ -411,7 +381,7 @@ impl KeyInfo {
             None => {
                 let cause = "The key has no IP restriction, so whoever gets hold of it can trade with it, and KuCoin deletes it \
                              or takes its trade permissions away after 30 days without use.";
-                let mut found = vec![Finding::refusal(
+                let mut found = vec![Diagnosis::failed(
                     "ip-restriction-missing",
                     cause,
                     enter.clone(),
@@ -422,11 +392,11 @@ impl KeyInfo {
                         "The key is {age} days old and has no IP restriction: after 30 days without use KuCoin deletes it or \
                          takes its trade permissions away."
                     );
-                    Finding::warning("inactivity-rule", cause, enter)
+                    Diagnosis::warning("inactivity-rule", cause, enter)
                 }));
                 found
             }
-            Some(false) => vec![Finding::refusal(
+            Some(false) => vec![Diagnosis::failed(
                 "address-not-whitelisted",
                 format!(
                     "The key's IP restriction does not have {ip}, the address that KuCoin sees; it has {}.",
@@ -448,14 +418,14 @@ impl KeyInfo {
                 };
                 let fix = format!("Leave only {ip} under {PAGE} > IP restriction.");
                 let warning = (!others.is_empty())
-                    .then(|| Finding::warning("other-addresses-whitelisted", cause(), fix));
+                    .then(|| Diagnosis::warning("other-addresses-whitelisted", cause(), fix));
                 warning.into_iter().collect()
             }
         }
     }
 
     /// What is wrong with the time that the key has left.
-    pub fn expiry(&self, now_ms: i64) -> Option<Finding> {
+    pub fn expiry(&self, now_ms: i64) -> Option<Diagnosis> {
         let left_ms = self.expires_at_ms?.saturating_sub(now_ms);
         let when = match left_ms.div_euclid(DAY_MS) {
             _ if self.has_expired(now_ms) => "has expired".to_owned(),
@@ -467,12 +437,12 @@ impl KeyInfo {
         let cause = format!("The key {when}.");
         if self.has_expired(now_ms) {
             let cause = format!("{cause} KuCoin takes no more requests with it.");
-            Some(Finding::refusal("expires-soon", cause, fix))
+            Some(Diagnosis::failed("expires-soon", cause, fix))
         } else if left_ms < EXPIRY_REFUSED_DAYS * DAY_MS {
             let cause = format!("{cause} At least {EXPIRY_REFUSED_DAYS} days are asked for.");
-            Some(Finding::refusal("expires-soon", cause, fix))
+            Some(Diagnosis::failed("expires-soon", cause, fix))
         } else if left_ms < EXPIRY_WARNED_DAYS * DAY_MS {
-            Some(Finding::warning("expires-soon", cause, fix))
+            Some(Diagnosis::warning("expires-soon", cause, fix))
         } else {
             None
         }
@@ -483,21 +453,21 @@ impl KeyInfo {
         self.expires_at_ms.is_some_and(|at_ms| at_ms <= now_ms)
     }
 
-    fn oddities(&self, expected: &Expected) -> Vec<Finding> {
+    fn oddities(&self, expected: &Expected) -> Vec<Diagnosis> {
         let mut found = Vec::new();
         let asked = match expected.version {
             KeyVersion::V2 => 2,
             KeyVersion::V3 => 3,
         };
         found.extend(self.version.filter(|&version| version != asked).map(|version| {
-            Finding::warning(
+            Diagnosis::warning(
                 "version-differs",
                 format!("The key is used with version {asked}, and KuCoin says that its version is {version}."),
                 format!("Register the key with key_version = {version}."),
             )
         }));
         found.extend(self.third_party_app.as_ref().map(|app| {
-            Finding::warning(
+            Diagnosis::warning(
                 "third-party-app",
                 format!("The key is linked to a third-party application: {app}."),
                 "Create a key of its own for the broker under API Management, of the kind API Trading.",
@@ -507,14 +477,14 @@ impl KeyInfo {
             matches!(one, Permission::Other(_)) && !one.moves_money() && !one.trades()
         };
         found.extend(the(self.permissions.iter().filter(unknown)).map(|(unknown, _)| {
-            Finding::warning(
+            Diagnosis::warning(
                 "permission-unknown",
                 format!("The key has {unknown}, which credbroker does not know."),
                 format!("Look at what it allows, and untick it under {PAGE} > API permissions unless it is needed."),
             )
         }));
         if !self.unread.is_empty() {
-            found.push(Finding::warning(
+            found.push(Diagnosis::warning(
                 "answer-unreadable",
                 format!(
                     "KuCoin gave {} in a form that credbroker does not know, so it was not checked.",
@@ -529,11 +499,11 @@ impl KeyInfo {
 
 /// What KuCoin's refusal of a request in `scope` tells about the key that signed it. `egress_ip` is the address that KuCoin
 /// must see; the one that the message names counts for more.
-pub fn refusal(code: &str, msg: &str, scope: Scope, egress_ip: IpAddr) -> Finding {
+pub fn refusal(code: &str, msg: &str, scope: Scope, egress_ip: IpAddr) -> Diagnosis {
     let Some(advice) = advice::of_message(scope, code, msg) else {
         // What a stranger wrote goes to a terminal.
         let (code, said) = (clean(code, 64), clean(msg, 200));
-        return Finding::refusal(
+        return Diagnosis::failed(
             "refused",
             format!("KuCoin refused the key with code {code}: {said}"),
             "Look the code up in KuCoin's API documentation under Error Code, and try again.",
@@ -551,12 +521,12 @@ pub fn refusal(code: &str, msg: &str, scope: Scope, egress_ip: IpAddr) -> Findin
             "{cause} KuCoin saw {seen}, and {egress_ip} was expected: see egress.expected_ip in the configuration."
         );
     }
-    Finding::refusal(advice.topic, cause, advice.fix(&facts))
+    Diagnosis::failed(advice.topic, cause, advice.fix(&facts))
 }
 
 /// Refuses a key that another account has already.
-pub fn taken(account: &str, key: &str) -> Finding {
-    Finding::refusal(
+pub fn taken(account: &str, key: &str) -> Diagnosis {
+    Diagnosis::failed(
         "key-taken",
         format!(
             "This key, or another one of the same KuCoin account, is registered for account {account} ({account}/{key})."
@@ -566,7 +536,7 @@ pub fn taken(account: &str, key: &str) -> Finding {
 }
 
 /// A warning when `answer`, that of `GET /api/v1/accounts`, has money in the main account and nowhere else.
-pub fn funds_in_main(answer: &[u8]) -> Option<Finding> {
+pub fn funds_in_main(answer: &[u8]) -> Option<Diagnosis> {
     let accounts: Vec<Map<String, Value>> = data(answer)?;
     let has_money = |account: &&Map<String, Value>| {
         text(account, "balance")
@@ -581,7 +551,7 @@ pub fn funds_in_main(answer: &[u8]) -> Option<Finding> {
     // The first one apart: of an empty account all are in main, too.
     (kinds.next().is_some_and(is_main) && kinds.all(is_main)).then(|| {
         let cause = format!("{} {}", advice.meaning, advice.cause);
-        Finding::warning(advice.topic, cause, advice.fix(&Facts::default()))
+        Diagnosis::warning(advice.topic, cause, advice.fix(&Facts::default()))
     })
 }
 
@@ -811,32 +781,22 @@ mod tests {
     }
 
     /// The one finding about this key.
-    fn only(changed: Value, expected: &Expected) -> Finding {
+    fn only(changed: Value, expected: &Expected) -> Diagnosis {
         let mut findings = key(changed).judge(expected);
         assert_eq!(findings.len(), 1, "{findings:?}");
         findings.remove(0)
     }
 
     fn refused(changed: Value, expected: &Expected) -> (&'static str, String, String) {
-        let Finding {
-            name,
-            is_refusal,
-            cause,
-            fix,
-        } = only(changed, expected);
-        assert!(is_refusal, "{name}");
-        (name, cause, fix)
+        let found = only(changed, expected);
+        assert!(found.is_failed(), "{}", found.id);
+        (found.id, found.cause, found.fix)
     }
 
     fn warned(changed: Value, expected: &Expected) -> (&'static str, String, String) {
-        let Finding {
-            name,
-            is_refusal,
-            cause,
-            fix,
-        } = only(changed, expected);
-        assert!(!is_refusal, "{name}");
-        (name, cause, fix)
+        let found = only(changed, expected);
+        assert!(!found.is_failed(), "{}", found.id);
+        (found.id, found.cause, found.fix)
     }
 
     fn says(finding: &(&'static str, String, String), name: &str, cause: &str, fix: &str) {
@@ -1029,7 +989,7 @@ mod tests {
             key(json!({"ipWhitelist": null, "createdAt": NOW_MS - 45 * DAY_MS})).judge(&expected());
         let names: Vec<_> = old
             .iter()
-            .map(|found| (found.name, found.is_refusal))
+            .map(|found| (found.id, found.is_failed()))
             .collect();
         assert_eq!(
             names,
@@ -1183,7 +1143,7 @@ mod tests {
         let findings = key(worst).judge(&expected());
         let names: Vec<_> = findings
             .iter()
-            .map(|found| (found.name, found.is_refusal))
+            .map(|found| (found.id, found.is_failed()))
             .collect();
         let expected = [
             ("permission-missing", true),
@@ -1203,7 +1163,7 @@ mod tests {
         let told = |code, msg| refusal(code, msg, Scope::Futures, ours);
         for (code, name, cause, fix) in REFUSED {
             let found = told(code, "");
-            assert_eq!((found.name, found.is_refusal), (name, true), "{code}");
+            assert_eq!((found.id, found.is_failed()), (name, true), "{code}");
             assert!(found.cause.starts_with(cause), "{code}: {}", found.cause);
             assert!(found.fix.contains(fix), "{code}: {}", found.fix);
             let advice = advice::of(Some(Scope::Futures), code).unwrap();
@@ -1242,7 +1202,7 @@ mod tests {
             )
         };
         let found = accounts(&[("trade", "0"), ("main", "12.5"), ("main", "0E-8")]).unwrap();
-        assert_eq!((found.name, found.is_refusal), ("funds-in-main", false));
+        assert_eq!((found.id, found.is_failed()), ("funds-in-main", false));
         assert!(
             found
                 .cause

@@ -23,7 +23,7 @@ use crate::config::permissions::{self, NamedFile};
 use crate::config::{FileProblems, TlsFiles};
 use crate::ids::{AdminId, BotId};
 use crate::keyring::refresh::Refresher;
-use crate::keyring::{KeyStatus, Slot};
+use crate::keyring::{KeyEntry, Slot};
 use crate::policy::Policy;
 use crate::toml_file::{Problem, Problems};
 
@@ -189,8 +189,8 @@ impl Reloader {
             let problem = "holds no grant at all; a file that was cut short looks like this. To lock every bot out, stop the broker";
             return Err(vec![Problem::new("rules", problem)]);
         }
-        let known: Vec<_> = self.broker.keyring.status();
-        let is_new = |key: &KeyStatus| {
+        let known: Vec<_> = self.broker.keyring.entries();
+        let is_new = |key: &KeyEntry| {
             !known
                 .iter()
                 .any(|known| known.account == key.account && known.name == key.name)
@@ -281,10 +281,10 @@ fn sentence(problems: &[Problem]) -> String {
 }
 
 /// Waits until Vault has said something about every key that is new, and every host of these rules its time.
-async fn ready_for(broker: &Broker, policy: &Policy, is_new: impl Fn(&KeyStatus) -> bool) {
-    let is_waiting = |key: &KeyStatus| matches!(key.slot, Slot::Waiting(_)) && is_new(key);
+async fn ready_for(broker: &Broker, policy: &Policy, is_new: impl Fn(&KeyEntry) -> bool) {
+    let is_waiting = |key: &KeyEntry| matches!(key.slot, Slot::Waiting(_)) && is_new(key);
     let mut changes = broker.keyring.changes();
-    while broker.keyring.status().iter().any(is_waiting) {
+    while broker.keyring.entries().iter().any(is_waiting) {
         // An error means that the keyring is gone.
         if changes.changed().await.is_err() {
             return;

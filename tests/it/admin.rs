@@ -363,8 +363,15 @@ async fn keys_are_listed_as_they_are() {
     let [main, other] = keys.as_slice() else {
         panic!("{keys:?}")
     };
-    let named =
-        |key: &KeyState| format!("{}/{} {} {}", key.account, key.key, key.status, key.version);
+    let named = |key: &KeyState| {
+        format!(
+            "{}/{} {} {}",
+            key.account,
+            key.key,
+            key.status().word(),
+            key.version
+        )
+    };
     assert_eq!(named(main), "main/main at-risk 1");
     let scopes: Vec<_> = main.scopes().collect();
     assert_eq!(scopes, [Scope::Futures, Scope::SpotMargin, Scope::Unified]);
@@ -948,6 +955,8 @@ fn what_admins_are_told_has_no_field_for_a_secret() {
         if let Some(name) = line.strip_prefix("message ") {
             message = name.split(' ').next().unwrap();
             messages.insert(message, Vec::new());
+        } else if line.starts_with("enum ") {
+            message = "";
         } else if let Some((field, _)) = line.split_once(" = ").filter(|_| !message.is_empty()) {
             let mut words = field.rsplit(' ');
             let (name, kind) = (words.next().unwrap(), words.next().unwrap());

@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use credbroker::api::proto::{
-    Candidate, Method, Outcome, RefreshKeyRequest, Scope, SignAndSendRequest, TestKeyRequest,
+    Candidate, KeyStatus, Method, Outcome, RefreshKeyRequest, Scope, SignAndSendRequest,
+    TestKeyRequest,
 };
 use credbroker::clock::Clock;
 use credbroker_sim::kucoin::{KucoinSettings, Limits, SimKey};
@@ -368,11 +369,11 @@ async fn only_another_key_takes_the_place_of_a_revoked_one() {
         response.unwrap().into_inner().state.unwrap()
     };
     assert_eq!(put(&lab, "main", &key(0)), 2);
-    assert_eq!(looked("main").await.status, "revoked");
+    assert_eq!(looked("main").await.status(), KeyStatus::Revoked);
     lab.vault.delete_metadata("kv", &kv_path("main", "main"));
     looked("main").await;
     assert_eq!(put(&lab, "main", &key(0)), 1);
-    assert_eq!(looked("main").await.status, "revoked");
+    assert_eq!(looked("main").await.status(), KeyStatus::Revoked);
     assert_eq!(refused(&mut bot, accounts()).await, dead);
     put(&lab, "second", &key(0));
     let second = looked("second").await;

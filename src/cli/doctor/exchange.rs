@@ -8,10 +8,11 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 
-use super::{ADDRESS_WITHIN, ASK_WITHIN, Line};
+use super::{ADDRESS_WITHIN, ASK_WITHIN};
 use crate::broker::probes::{Unanswered, ask};
 use crate::clock::{self, Clock, MAX_UNCERTAINTY, Place, Sample};
 use crate::config::Config;
+use crate::diagnosis::Diagnosis;
 use crate::egress::proof::ProofMode;
 use crate::egress::{ConnectError, Egress, NoAddress};
 use crate::kucoin::Host;
@@ -34,9 +35,9 @@ pub(super) fn places(policy: Option<&Policy>) -> BTreeSet<Place> {
 }
 
 /// The way cannot even be set up.
-pub(super) fn unfit(error: &StartError) -> Line {
+pub(super) fn unfit(error: &StartError) -> Diagnosis {
     let fix = "correct `[exchange]` and egress.roots; `credbroker check-config` looks again";
-    Line::failed("host", "", chain(error), fix)
+    Diagnosis::failed("host", chain(error), fix)
 }
 
 /// Asks every host for its time, and one of them for our address.
@@ -45,7 +46,7 @@ pub(super) async fn look(
     egress: &Egress,
     clock: &Clock,
     places: &BTreeSet<Place>,
-) -> Vec<Line> {
+) -> Vec<Diagnosis> {
     let hosts = places.iter().map(|place| async move {
         let looked = timeout(ASK_WITHIN, host(config, egress, clock, *place)).await;
         looked.unwrap_or_else(|_| vec![late(&name(*place), ASK_WITHIN)])
@@ -80,19 +81,19 @@ fn within(limit: Duration) -> String {
     format!("no answer within {} s", limit.as_secs())
 }
 
-fn late(about: &str, limit: Duration) -> Line {
+fn late(about: &str, limit: Duration) -> Diagnosis {
     let fix = "can this machine reach the exchange at all? Look at the route and the firewall";
-    Line::failed("host", about, within(limit), fix)
+    Diagnosis::failed("host", within(limit), fix).about(about)
 }
 
 /// The name, the connection and the time of one host.
-async fn host(config: &Config, egress: &Egress, clock: &Clock, place: Place) -> Vec<Line> {
+async fn host(config: &Config, egress: &Egress, clock: &Clock, place: Place) -> Vec<Diagnosis> {
     let about = name(place);
     let host = match egress.resolve(place).await {
         Err(ConnectError::NoAddress(missing @ NoAddress::OtherKind { .. })) => {
             let detail = missing.to_string();
             let fix = "egress.address is IPv4 or IPv6, and the host must have an address of that kind: correct egress.address";
-            return vec![Line::failed("host", &about, detail, fix)];
+            return vec![Diagnosis::failed("host", detail, fix).about(&about)];
         }
         Ok(host) => host,
         Err(error) => {
@@ -104,7 +105,7 @@ async fn host(config: &Config, egress: &Egress, clock: &Clock, place: Place) -> 
             let fix = format!(
                 "ask the name server: `getent hosts {host}`; look at /etc/resolv.conf and the firewall"
             );
-            return vec![Line::failed("host", &about, detail, fix)];
+            return vec![Diagnosis::failed("host", detail, fix).about(&about)];
         }
     };
     let asked = ask(egress, clock, place, Question::Time).await;
@@ -112,11 +113,14 @@ async fn host(config: &Config, egress: &Egress, clock: &Clock, place: Place) -> 
         Ok(answer) => answer,
         Err(Unanswered::Connect(error)) => return vec![unreached(config, &about, &host, &error)],
         Err(error) => {
-            let reached = Line::ok("host", &about, format!("{host} is reached"));
+            let reached = Diagnosis::ok("host", format!("{host} is reached")).about(&about);
             let detail = format!("the time is not known: {}", cause(&error));
             let fix =
                 "is it KuCoin that answers there? Look at `[exchange]` and at what stands between";
-            return vec![reached, Line::failed("clock", &about, detail, fix)];
+            return vec![
+                reached,
+                Diagnosis::failed("clock", detail, fix).about(&about),
+            ];
         }
     };
     let sample = Sample {
@@ -131,11 +135,14 @@ async fn host(config: &Config, egress: &Egress, clock: &Clock, place: Place) -> 
     };
     let took_ms = answered.saturating_sub(asked).as_millis();
     let reached = format!("{host} answers{tls} in {took_ms} ms");
-    vec![Line::ok("host", &about, reached), time(clock, place)]
+    vec![
+        Diagnosis::ok("host", reached).about(&about),
+        time(clock, place),
+    ]
 }
 
 /// No connection.
-fn unreached(config: &Config, about: &str, host: &str, error: &ConnectError) -> Line {
+fn unreached(config: &Config, about: &str, host: &str, error: &ConnectError) -> Diagnosis {
     let source = config.egress.address;
     let error_of_system = error
         .source()
@@ -156,12 +163,12 @@ fn unreached(config: &Config, about: &str, host: &str, error: &ConnectError) -> 
         }
         _ => format!("look at route and firewall: `curl --interface {source} -v https://{host}/`"),
     };
-    Line::failed(
+    Diagnosis::failed(
         "host",
-        about,
         format!("{host} cannot be reached: {}", cause(error)),
         fix,
     )
+    .about(about)
 }
 
 /// What lies at the bottom of an error: its sentences are for bots.
@@ -174,18 +181,18 @@ fn cause(error: &(dyn Error + 'static)) -> String {
 }
 
 /// How far the host's time is from the machine's.
-fn time(clock: &Clock, place: Place) -> Line {
+fn time(clock: &Clock, place: Place) -> Diagnosis {
     let about = name(place);
     let found = clock.exchange(place);
     let offset_ms = found.ms - clock.wall_ms();
     let Some(uncertainty) = found.uncertainty else {
         let detail = "the host told a time that cannot be right";
-        return Line::failed(
+        return Diagnosis::failed(
             "clock",
-            &about,
             detail,
             "compare with a third clock; is it KuCoin that answers there?",
-        );
+        )
+        .about(&about);
     };
     let off = match offset_ms {
         0 => "agrees with".to_owned(),
@@ -202,18 +209,18 @@ fn time(clock: &Clock, place: Place) -> Line {
             "compare both with a third clock and set the one that is wrong; if the difference is to be accepted, run \
              `credbroker clock accept {about}`. Until then risk-increasing requests are refused (CLOCK_UNCERTAIN)"
         );
-        return Line::failed("clock", &about, detail, fix);
+        return Diagnosis::failed("clock", detail, fix).about(&about);
     }
     let detail = format!("this machine's {off} the exchange's, to within {within_ms} ms");
     if uncertainty > MAX_UNCERTAINTY {
         let fix = "the answer takes too long: look at the route to the exchange; what adds risk is refused";
-        Line::failed("clock", &about, detail, fix)
+        Diagnosis::failed("clock", detail, fix).about(&about)
     } else if offset_ms.abs() > SYSTEM_CLOCK_MS {
         let fix = "set the machine's clock (NTP): signatures follow the exchange, but audit lines, logs and certificates \
                    go by the machine";
-        Line::warning("clock", &about, detail, fix)
+        Diagnosis::warning("clock", detail, fix).about(&about)
     } else {
-        Line::ok("clock", &about, detail)
+        Diagnosis::ok("clock", detail).about(&about)
     }
 }
 
@@ -224,12 +231,12 @@ async fn my_ip(egress: &Egress, clock: &Clock, place: Place) -> Result<IpAddr, S
     Ok(address.to_canonical())
 }
 
-fn of_address(config: &Config, answer: Result<IpAddr, String>) -> Line {
+fn of_address(config: &Config, answer: Result<IpAddr, String>) -> Diagnosis {
     let (check, expected) = ("egress", config.expected_ip.to_canonical());
     match answer {
         Ok(seen) if seen == expected => {
             let detail = format!("the exchange sees {seen}, as egress.expected_ip says");
-            Line::ok(check, "", detail)
+            Diagnosis::ok(check, detail)
         }
         Ok(seen) => {
             let detail = format!("the exchange sees {seen}, and egress.expected_ip is {expected}");
@@ -238,20 +245,15 @@ fn of_address(config: &Config, answer: Result<IpAddr, String>) -> Line {
                  \"{seen}\" and enter {seen} under API Management > Edit > IP restriction of each key"
             );
             if config.proof == ProofMode::Lenient {
-                Line::warning(check, "", detail, fix)
+                Diagnosis::warning(check, detail, fix)
             } else {
-                Line::failed(
-                    check,
-                    "",
-                    format!("{detail}; what adds risk is refused"),
-                    fix,
-                )
+                Diagnosis::failed(check, format!("{detail}; what adds risk is refused"), fix)
             }
         }
         Err(reason) => {
             let detail = format!("the exchange did not say which address it sees: {reason}");
             let fix = "see the lines about hosts; what adds risk is refused until it says so";
-            Line::failed(check, "", detail, fix)
+            Diagnosis::failed(check, detail, fix)
         }
     }
 }

@@ -9,12 +9,12 @@ use rustix::fs::{Access, access, statvfs};
 use rustls::RootCertStore;
 use x509_parser::time::ASN1Time;
 
-use super::Line;
 use crate::api::caller::not_after_ms;
 use crate::cli::text::counted;
 use crate::config::load::{self, Source, TlsSources};
 use crate::config::permissions::{self, NamedFile};
 use crate::config::{Config, Roots};
+use crate::diagnosis::Diagnosis;
 use crate::keyring::vault::Auth;
 use crate::pem;
 use crate::policy::Policy;
@@ -34,7 +34,7 @@ const WARN_FREE: u64 = 1 << 30;
 const LEAST_FREE: u64 = 64 << 20;
 
 /// What is wrong with the rules, and what is hardly meant; and the rules, where they can be used.
-pub(super) fn rules(file: &Path) -> (Vec<Line>, Option<Policy>) {
+pub(super) fn rules(file: &Path) -> (Vec<Diagnosis>, Option<Policy>) {
     let name = file.display();
     let again = format!("`credbroker policy check {name}` looks again");
     match load::rules(&Source::read(file)) {
@@ -47,22 +47,17 @@ pub(super) fn rules(file: &Path) -> (Vec<Line>, Option<Policy>) {
                 counted(bots, "bot"),
                 counted(grants, "grant")
             );
-            let mut lines = vec![Line::ok("rules", "", counts)];
+            let mut lines = vec![Diagnosis::ok("rules", counts)];
             lines.extend(policy.warnings().into_iter().map(|warning| {
                 let warning = warning.in_file(file).to_string();
                 let fix = format!("correct it, or leave it if it is meant; {again}");
-                Line::warning("rules", "", warning, fix)
+                Diagnosis::warning("rules", warning, fix)
             }));
             (lines, Some(policy))
         }
         Err(problems) => {
             let failed = |problem: &Problem| {
-                Line::failed(
-                    "rules",
-                    "",
-                    problem.to_string(),
-                    format!("correct it; {again}"),
-                )
+                Diagnosis::failed("rules", problem.to_string(), format!("correct it; {again}"))
             };
             (problems.iter().map(failed).collect(), None)
         }
@@ -70,7 +65,7 @@ pub(super) fn rules(file: &Path) -> (Vec<Line>, Option<Policy>) {
 }
 
 /// What the listeners show, whom they trust, and what Vault is shown.
-pub(super) fn certificates(config: &Config, now_ms: i64) -> Vec<Line> {
+pub(super) fn certificates(config: &Config, now_ms: i64) -> Vec<Diagnosis> {
     let problems = Problems::default();
     load::certificates(&TlsSources::read(&config.tls), now_ms, &problems);
     let mut files = vec![
@@ -106,7 +101,7 @@ pub(super) fn certificates(config: &Config, now_ms: i64) -> Vec<Line> {
             .filter(of_file)
             .map(|problem| {
                 let fix = "put the right files in place; a running broker takes them up without a restart";
-                Line::failed("certificate", about, problem.to_string(), fix)
+                Diagnosis::failed("certificate", problem.to_string(), fix).about(about)
             })
             .collect();
         if failed.is_empty() {
@@ -120,20 +115,20 @@ pub(super) fn certificates(config: &Config, now_ms: i64) -> Vec<Line> {
 }
 
 /// A CA whose name constraints make the TLS library refuse what it issues, or a certificate that was left out as no CA.
-fn ca_warning(warning: &Problem) -> Line {
+fn ca_warning(warning: &Problem) -> Diagnosis {
     let fix = "do as this line says, and check the file again";
-    Line::warning("certificate", "", warning.to_string(), fix)
+    Diagnosis::warning("certificate", warning.to_string(), fix)
 }
 
 /// Which files others can read or change, and must not.
-pub(super) fn permissions(config: &Config) -> Vec<Line> {
+pub(super) fn permissions(config: &Config) -> Vec<Diagnosis> {
     let (check, files) = ("permissions", permissions::files(config));
     let open = files.iter().filter_map(NamedFile::check);
     let mut lines: Vec<_> = open
-        .map(|open| Line::failed(check, open.key(), open.to_string(), open.fix()))
+        .map(|open| Diagnosis::failed(check, open.to_string(), open.fix()).about(open.key()))
         .collect();
     if lines.is_empty() {
-        lines.push(Line::ok(check, "", "file permissions are correct"));
+        lines.push(Diagnosis::ok(check, "file permissions are correct"));
     }
     lines
 }
@@ -145,7 +140,7 @@ fn ends_ms(file: &Path) -> Option<i64> {
 }
 
 /// Whether a certificate ends soon.
-pub(super) fn expiry(about: &str, ends_ms: Option<i64>, now_ms: i64) -> Line {
+pub(super) fn expiry(about: &str, ends_ms: Option<i64>, now_ms: i64) -> Diagnosis {
     let check = "certificate";
     let fix = if about.ends_with("CA") {
         "put the next CA into the file beside this one, and issue new certificates from it"
@@ -155,17 +150,17 @@ pub(super) fn expiry(about: &str, ends_ms: Option<i64>, now_ms: i64) -> Line {
         "put a new certificate and its key in place; a running broker takes them up without a restart"
     };
     let Some(ends_ms) = ends_ms else {
-        return Line::failed(check, about, "is not an X.509 certificate", fix);
+        return Diagnosis::failed(check, "is not an X.509 certificate", fix).about(about);
     };
     let (day, days) = (date(ends_ms), (ends_ms - now_ms) / DAY_MS);
     if ends_ms <= now_ms {
-        Line::failed(check, about, format!("ended on {day}"), fix)
+        Diagnosis::failed(check, format!("ended on {day}"), fix).about(about)
     } else if days < WARN_DAYS {
         let in_days = usize::try_from(days).unwrap_or_default();
         let detail = format!("ends on {day}, in {}", counted(in_days, "day"));
-        Line::warning(check, about, detail, fix)
+        Diagnosis::warning(check, detail, fix).about(about)
     } else {
-        Line::ok(check, about, format!("good until {day}, for {days} days"))
+        Diagnosis::ok(check, format!("good until {day}, for {days} days")).about(about)
     }
 }
 
@@ -178,7 +173,7 @@ fn date(ms: i64) -> String {
 }
 
 /// CAs; none where they cannot be read, which the line says.
-pub(super) fn roots(key: &str, roots: &Roots) -> (RootCertStore, Vec<Line>) {
+pub(super) fn roots(key: &str, roots: &Roots) -> (RootCertStore, Vec<Diagnosis>) {
     let problems = Problems::default();
     if let Some(roots) = load::roots(key, roots, &problems) {
         let warnings = problems.take_warnings();
@@ -187,13 +182,13 @@ pub(super) fn roots(key: &str, roots: &Roots) -> (RootCertStore, Vec<Line>) {
     let problems = problems.into_result().err().unwrap_or_default();
     let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();
     let fix = format!("put the CA's certificate there, or correct {key}");
-    let line = Line::failed("certificate", "", problems.join("; "), fix);
+    let line = Diagnosis::failed("certificate", problems.join("; "), fix);
     // Nobody is trusted then.
     (RootCertStore::empty(), vec![line])
 }
 
 /// The record: whether it can be written, and how much room is left. Returns why nothing can be recorded from here, if so.
-pub(super) fn audit(config: &Config) -> (Vec<Line>, Result<(), String>) {
+pub(super) fn audit(config: &Config) -> (Vec<Diagnosis>, Result<(), String>) {
     let (file, check) = (&config.audit_file, "audit");
     let name = file.display();
     let folder = file.parent().unwrap_or(Path::new("/"));
@@ -204,7 +199,7 @@ pub(super) fn audit(config: &Config) -> (Vec<Line>, Result<(), String>) {
             let reason = format!("the folder of {name} is not there yet");
             let fix =
                 "start the broker, which makes state_dir, or make the folder for its user alone";
-            let line = Line::warning(check, "", &reason, fix);
+            let line = Diagnosis::warning(check, &reason, fix);
             return (vec![line], Err(reason));
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -229,11 +224,11 @@ pub(super) fn audit(config: &Config) -> (Vec<Line>, Result<(), String>) {
         }
         Err(error) => {
             let reason = format!("{name} cannot be written: {error}");
-            return (vec![Line::failed(check, "", &reason, fix)], Err(reason));
+            return (vec![Diagnosis::failed(check, &reason, fix)], Err(reason));
         }
     };
     if let Err(reason) = recordable {
-        return (vec![Line::failed(check, "", &reason, fix)], Err(reason));
+        return (vec![Diagnosis::failed(check, &reason, fix)], Err(reason));
     }
     let free = "free the disk, or move the file (audit.file)";
     let line = match statvfs(folder) {
@@ -242,18 +237,18 @@ pub(super) fn audit(config: &Config) -> (Vec<Line>, Result<(), String>) {
             let full = 100 - disk.f_bavail.saturating_mul(100) / disk.f_blocks;
             let detail = format!("{there}; the disk is {full} % full, {} free", bytes(room));
             if room < LEAST_FREE {
-                Line::failed(check, "", detail, free)
+                Diagnosis::failed(check, detail, free)
             } else if room < WARN_FREE {
-                Line::warning(check, "", detail, free)
+                Diagnosis::warning(check, detail, free)
             } else {
-                Line::ok(check, "", detail)
+                Diagnosis::ok(check, detail)
             }
         }
-        Ok(_) => Line::ok(check, "", there),
+        Ok(_) => Diagnosis::ok(check, there),
         Err(error) => {
             let error = io::Error::from(error);
             let detail = format!("{there}; how full the disk is cannot be told: {error}");
-            Line::warning(check, "", detail, "look with `df`")
+            Diagnosis::warning(check, detail, "look with `df`")
         }
     };
     (vec![line], Ok(()))
@@ -274,7 +269,7 @@ fn is_ours(folder: &Path) -> bool {
 }
 
 /// The state folder: whether it can be used, what is forbidden, and whether a broker runs on it.
-pub(super) fn state(config: &Config) -> (Vec<Line>, bool) {
+pub(super) fn state(config: &Config) -> (Vec<Diagnosis>, bool) {
     let (folder, check) = (&config.state_dir, "state");
     let name = folder.display();
     let usable =
@@ -288,15 +283,15 @@ pub(super) fn state(config: &Config) -> (Vec<Line>, bool) {
                     parent.display()
                 );
                 let fix = "mount the disk, create the parent, or correct state_dir";
-                return (vec![Line::failed(check, "", detail, fix)], false);
+                return (vec![Diagnosis::failed(check, detail, fix)], false);
             }
             let detail = format!("{name} is not there; the broker makes it at its start");
             let fix = "start the broker; if it has run before, correct state_dir: what was forbidden is there";
-            return (vec![Line::warning(check, "", detail, fix)], false);
+            return (vec![Diagnosis::warning(check, detail, fix)], false);
         }
         Err(error) => {
             let detail = format!("{name} cannot be used: {error}");
-            return (vec![Line::failed(check, "", detail, usable)], false);
+            return (vec![Diagnosis::failed(check, detail, usable)], false);
         }
     };
     let mut lines = Vec::new();
@@ -306,22 +301,26 @@ pub(super) fn state(config: &Config) -> (Vec<Line>, bool) {
             "{name} belongs to user {owner}, and this runs as user {me}: what it can read and write tells little of the broker"
         );
         let fix = format!("run it as the broker does: sudo -u '#{owner}' credbroker doctor");
-        lines.push(Line::warning(check, "", detail, fix));
+        lines.push(Diagnosis::warning(check, detail, fix));
     }
     if metadata.mode() & 0o022 != 0 {
         let detail = format!("{name} can be written by others, who could lift what is forbidden");
-        lines.push(Line::failed(check, "", detail, format!("chmod 700 {name}")));
+        lines.push(Diagnosis::failed(
+            check,
+            detail,
+            format!("chmod 700 {name}"),
+        ));
     }
     if let Err(error) = access(folder, Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK) {
         let detail = format!("{name} cannot be used: {}", io::Error::from(error));
-        lines.push(Line::failed(check, "", detail, usable));
+        lines.push(Diagnosis::failed(check, detail, usable));
     }
     let is_running = match is_locked(folder) {
         Ok(is_running) => is_running,
         Err(error) => {
             let detail = format!("whether a broker runs on {name} cannot be told: {error}");
             let fix = "run it as the broker's user";
-            lines.push(Line::warning(check, "", detail, fix));
+            lines.push(Diagnosis::warning(check, detail, fix));
             false
         }
     };
@@ -335,21 +334,21 @@ pub(super) fn state(config: &Config) -> (Vec<Line>, bool) {
             let detail = format!("{name}: {runs}; it holds no restrictions.json");
             let fix = "start the broker, which creates it. If a broker has run here before, first check that state_dir is correct and its \
                        disk mounted: all blocks, halts and revocations were in that file";
-            Line::warning(check, "", detail, fix)
+            Diagnosis::warning(check, detail, fix)
         }
         Ok(restrictions) => forbidden(&format!("{name}: {runs}"), restrictions.counts()),
         Err(RestrictionsError::Unreadable { file, problem }) => {
             let detail = format!("{file} cannot be read, and no broker starts: {problem}");
             let fix = "restore it; remove it only if no bot is blocked, no account halted and no key revoked";
-            Line::failed(check, "", detail, fix)
+            Diagnosis::failed(check, detail, fix)
         }
-        Err(error) => Line::failed(check, "", error.to_string(), usable),
+        Err(error) => Diagnosis::failed(check, error.to_string(), usable),
     });
     (lines, is_running)
 }
 
 /// What admins have forbidden; what they have stopped is worth a warning, since bots will say so too.
-fn forbidden(place: &str, counts: Counts) -> Line {
+fn forbidden(place: &str, counts: Counts) -> Diagnosis {
     let Counts {
         blocked_bots,
         halted_accounts,
@@ -357,7 +356,7 @@ fn forbidden(place: &str, counts: Counts) -> Line {
         revoked_keys,
     } = counts;
     if counts == Counts::default() {
-        return Line::ok("state", "", format!("{place}; nothing is forbidden"));
+        return Diagnosis::ok("state", format!("{place}; nothing is forbidden"));
     }
     let mut told = Vec::new();
     if is_all_halted {
@@ -375,8 +374,8 @@ fn forbidden(place: &str, counts: Counts) -> Line {
     let detail = format!("{place}; {}", told.join(", "));
     if is_all_halted || halted_accounts > 0 {
         let fix = "if that is over: `credbroker resume --all` or `credbroker resume ACCOUNT`; `credbroker keys list` shows which";
-        Line::warning("state", "", detail, fix)
+        Diagnosis::warning("state", detail, fix)
     } else {
-        Line::ok("state", "", detail)
+        Diagnosis::ok("state", detail)
     }
 }

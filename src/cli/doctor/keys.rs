@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::Line;
 use crate::broker::Broker;
 use crate::broker::trial::KeyTest;
+use crate::diagnosis::Diagnosis;
 use crate::ids::{AccountId, KeyName, Who};
 use crate::keyring::trial::Verdict;
 use crate::kucoin::Key;
@@ -26,16 +26,16 @@ impl Found {
     }
 }
 
-pub(super) fn late(about: &str, limit: Duration) -> Vec<Line> {
+pub(super) fn late(about: &str, limit: Duration) -> Vec<Diagnosis> {
     let detail = format!(
         "not tested: the exchange did not answer within {} s",
         limit.as_secs()
     );
-    vec![Line::unseen("key", about, detail)]
+    vec![Diagnosis::unchecked("key", detail).about(about)]
 }
 
 /// Asks the exchange about a key, and with it; what is asked is on record.
-pub(super) async fn test(broker: &Arc<Broker>, found: Found) -> Vec<Line> {
+pub(super) async fn test(broker: &Arc<Broker>, found: Found) -> Vec<Diagnosis> {
     let (check, about) = ("key", found.about());
     let Some((account, scopes)) = broker.served(&found.account, &found.name) else {
         return Vec::new();
@@ -51,7 +51,7 @@ pub(super) async fn test(broker: &Arc<Broker>, found: Found) -> Vec<Line> {
             "register another one: `credbroker keys rotate {} --key {}`",
             found.account, found.name
         );
-        return vec![Line::failed(check, &about, detail, fix)];
+        return vec![Diagnosis::failed(check, detail, fix).about(&about)];
     }
     let tested = broker
         .test_key(&KeyTest {
@@ -64,16 +64,14 @@ pub(super) async fn test(broker: &Arc<Broker>, found: Found) -> Vec<Line> {
         })
         .await;
     let report = tested.report;
-    let mut lines: Vec<_> = report
-        .findings
-        .iter()
+    let findings = report.findings.into_iter();
+    let mut lines: Vec<_> = findings
         .map(|finding| {
-            let make = if finding.is_refusal {
-                Line::failed
-            } else {
-                Line::warning
-            };
-            make(check, &about, &finding.cause, &finding.fix)
+            Diagnosis {
+                id: check,
+                ..finding
+            }
+            .about(&about)
         })
         .collect();
     let version = found.version;
@@ -81,7 +79,7 @@ pub(super) async fn test(broker: &Arc<Broker>, found: Found) -> Vec<Line> {
     match report.verdict {
         Verdict::Unclear(reason) => {
             let detail = format!("version {version} in Vault is not tested: {reason}");
-            lines.push(Line::unseen(check, &about, detail));
+            lines.push(Diagnosis::unchecked(check, detail).about(&about));
         }
         // They say it all.
         Verdict::Good | Verdict::Refused(_) if has_findings => {}
@@ -89,11 +87,11 @@ pub(super) async fn test(broker: &Arc<Broker>, found: Found) -> Vec<Line> {
             let info = report.info.map(|info| described(&info, broker));
             let info = info.unwrap_or_default();
             let detail = format!("works (version {version} in Vault){info}");
-            lines.push(Line::ok(check, &about, detail));
+            lines.push(Diagnosis::ok(check, detail).about(&about));
         }
         Verdict::Refused(reason) => {
             let fix = "look at the key on KuCoin's page, API Management";
-            lines.push(Line::failed(check, &about, reason, fix));
+            lines.push(Diagnosis::failed(check, reason, fix).about(&about));
         }
     }
     lines

@@ -7,16 +7,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::time::timeout;
 
-use super::super::text::{Level, Style, paragraph};
-use super::super::{DONE, FAILED, USAGE, say, show};
-use super::{ASK_WITHIN, Line, exchange, files, harmless, report, vault};
+use super::super::{FAILED, USAGE, say};
+use super::{ASK_WITHIN, exchange, files, harmless, report, vault};
 use crate::broker::Broker;
 use crate::broker::trial::{Ask, info_of, order_of, read_of};
 use crate::clock::{Clock, Place};
 use crate::config::Config;
+use crate::diagnosis::Diagnosis;
 use crate::ids::{AccountId, Who};
 use crate::kucoin::key_info;
 use crate::kucoin::question::Question;
@@ -25,46 +25,23 @@ use crate::kucoin::{Host, Method, Scope, code};
 use crate::outcome::{Outcome, Reason};
 use crate::server::assembly;
 use crate::telemetry::chain;
-use crate::text::clean_json;
 
 use super::keys::Found;
 
 /// For one question without a key.
 const ANSWER_WITHIN: Duration = Duration::from_secs(8);
 
+const CHECK: &str = "live";
+
 /// Words of a message that are at least so long, and hold a digit, could be ids of keys or orders.
 const LONG_WORD: usize = 14;
 
-/// What was expected of one question, and what came.
-struct Compared {
-    question: String,
-    level: Level,
-    expected: String,
-    came: String,
-    missing: Vec<&'static str>,
-    new: Vec<String>,
-    fix: Option<String>,
-}
-
 pub(super) async fn run(config: &Config, account: &AccountId, json: bool) -> u8 {
     match ask(config, account).await {
-        Ok(compared) => {
-            let has_failed = compared.iter().any(|one| one.level == Level::Failed);
-            let text = if json {
-                compared
-                    .iter()
-                    .fold(String::new(), |text, one| text + &one.json() + "\n")
-            } else {
-                let style = Style::of_stdout();
-                let head = format!(
-                    "credbroker {}, doctor --live {account}\n",
-                    env!("CARGO_PKG_VERSION")
-                );
-                compared
-                    .iter()
-                    .fold(head, |text, one| text + &one.text(style))
-            };
-            show(&text, if has_failed { FAILED } else { DONE })
+        Ok(lines) => {
+            let version = env!("CARGO_PKG_VERSION");
+            let head = format!("credbroker {version}, doctor --live {account}\n");
+            report(&head, &lines, json, FAILED)
         }
         Err(Unasked::Account) => {
             say(&format!(
@@ -73,17 +50,17 @@ pub(super) async fn run(config: &Config, account: &AccountId, json: bool) -> u8 
             ));
             USAGE
         }
-        Err(Unasked::Lines(lines)) => report(&lines, json, FAILED),
+        Err(Unasked::Lines(lines)) => report("", &lines, json, FAILED),
     }
 }
 
 /// Why nothing was asked.
 enum Unasked {
     Account,
-    Lines(Vec<Line>),
+    Lines(Vec<Diagnosis>),
 }
 
-async fn ask(config: &Config, account: &AccountId) -> Result<Vec<Compared>, Unasked> {
+async fn ask(config: &Config, account: &AccountId) -> Result<Vec<Diagnosis>, Unasked> {
     let (lines, policy) = files::rules(&config.rules);
     let policy = policy.ok_or(Unasked::Lines(lines))?;
     let of_account = policy.accounts().find(|entry| entry.id == *account);
@@ -94,7 +71,7 @@ async fn ask(config: &Config, account: &AccountId) -> Result<Vec<Compared>, Unas
     let (egress_roots, egress_lines) = files::roots("egress.roots", &config.egress_roots);
     let (vault_roots, vault_lines) = files::roots("vault.roots", &config.vault_roots);
     let lines = egress_lines.into_iter().chain(vault_lines);
-    let failed: Vec<_> = lines.filter(|line| line.level == Level::Failed).collect();
+    let failed: Vec<_> = lines.filter(Diagnosis::is_failed).collect();
     if !failed.is_empty() {
         return Err(Unasked::Lines(failed));
     }
@@ -117,10 +94,9 @@ async fn ask(config: &Config, account: &AccountId) -> Result<Vec<Compared>, Unas
     };
     let (lines, (vault_lines, found)) =
         tokio::join!(exchange::look(config, &egress, &clock, &places), look);
-    let is_bad = |line: &Line| line.level == Level::Failed;
     let hosts: Vec<_> = lines
         .into_iter()
-        .filter(|line| line.check == "host" && is_bad(line))
+        .filter(|line| line.id == "host" && line.is_failed())
         .collect();
     if !hosts.is_empty() {
         return Err(Unasked::Lines(hosts));
@@ -135,7 +111,7 @@ async fn ask(config: &Config, account: &AccountId) -> Result<Vec<Compared>, Unas
     }
     let broker = assembly::broker(config, policy, egress, clock).map_err(|error| {
         let fix = "`credbroker doctor` says what is wrong with it";
-        Unasked::Lines(vec![Line::failed("state", "", chain(&error), fix)])
+        Unasked::Lines(vec![Diagnosis::failed("state", chain(&error), fix)])
     })?;
     let broker = Arc::new(broker);
 
@@ -167,7 +143,7 @@ async fn ask(config: &Config, account: &AccountId) -> Result<Vec<Compared>, Unas
 }
 
 /// A question that needs no key.
-async fn unsigned(broker: &Broker, place: Place, question: Question) -> Compared {
+async fn unsigned(broker: &Broker, place: Place, question: Question) -> Diagnosis {
     let path = match question {
         Question::MyIp => "/api/v1/my-ip",
         Question::Time => "/api/v1/timestamp",
@@ -206,7 +182,7 @@ async fn unsigned(broker: &Broker, place: Place, question: Question) -> Compared
 }
 
 /// A question with a key: recorded, signed and sent like a bot's request.
-async fn signed(broker: &Arc<Broker>, found: &Found, scope: Scope, ask: Ask) -> Compared {
+async fn signed(broker: &Arc<Broker>, found: &Found, scope: Scope, ask: Ask) -> Diagnosis {
     let (method, path) = (ask.method, ask.path);
     let name = format!("{method} {path} ({scope}, key {})", found.name);
     let documented = documented(method, path);
@@ -224,8 +200,8 @@ async fn signed(broker: &Arc<Broker>, found: &Found, scope: Scope, ask: Ask) -> 
             let mut compared = came.compare(name, documented);
             if answer.outcome == Outcome::Rejected {
                 let expected = broker.proof.expected();
-                let finding = key_info::refusal(&answer.code, &answer.msg, scope, expected);
-                compared.fix = Some(harmless(&format!("{} {}", finding.cause, finding.fix)));
+                let refusal = key_info::refusal(&answer.code, &answer.msg, scope, expected);
+                compared.fix = refusal.text();
             }
             compared
         }
@@ -244,16 +220,10 @@ fn expected(documented: Option<Documented>) -> String {
     format!("HTTP 200, code 200000, data: {data}")
 }
 
-fn unanswered(question: String, documented: Option<Documented>, reason: &str) -> Compared {
-    Compared {
-        question,
-        level: Level::Failed,
-        expected: expected(documented),
-        came: shown(reason),
-        missing: Vec::new(),
-        new: Vec::new(),
-        fix: Some("`credbroker doctor` looks at the way to the exchange".to_owned()),
-    }
+fn unanswered(question: String, documented: Option<Documented>, reason: &str) -> Diagnosis {
+    let cause = format!("expected {}; came {}", expected(documented), shown(reason));
+    let fix = "`credbroker doctor` looks at the way to the exchange";
+    Diagnosis::failed(CHECK, cause, fix).about(question)
 }
 
 /// A whole answer.
@@ -265,7 +235,7 @@ struct Came<'a> {
 }
 
 impl Came<'_> {
-    fn compare(&self, question: String, documented: Option<Documented>) -> Compared {
+    fn compare(&self, question: String, documented: Option<Documented>) -> Diagnosis {
         let Difference { kind, missing, new } = documented
             .map(|documented| documented.compare(self.body))
             .unwrap_or_default();
@@ -276,26 +246,25 @@ impl Came<'_> {
         }
         let is_taken = http_status == 200 && self.code == code::SUCCESS;
         let is_of_kind = documented.is_none_or(|documented| documented.kind() == kind);
-        let level = if !is_taken || !is_of_kind {
-            Level::Failed
-        } else if missing.is_empty() && new.is_empty() {
-            Level::Ok
+        // What was refused has no data to compare.
+        let mut differences = String::new();
+        for (what, fields) in [("missing", missing.join(", ")), ("new", new.join(", "))] {
+            if is_taken && !fields.is_empty() {
+                differences = format!("{differences}; {what}: {fields}");
+            }
+        }
+        let cause = format!(
+            "expected {}; came {came}{differences}",
+            expected(documented)
+        );
+        let compared = if !is_taken || !is_of_kind {
+            Diagnosis::failed(CHECK, cause, "")
+        } else if !differences.is_empty() {
+            Diagnosis::warning(CHECK, cause, "")
         } else {
-            Level::Warning
+            Diagnosis::ok(CHECK, cause + ", as documented")
         };
-        if level == Level::Ok {
-            came += ", as documented";
-        }
-        Compared {
-            question,
-            level,
-            expected: expected(documented),
-            came,
-            // What was refused has no data to compare.
-            missing: if is_taken { missing } else { Vec::new() },
-            new: if is_taken { new } else { Vec::new() },
-            fix: None,
-        }
+        compared.about(question)
     }
 }
 
@@ -315,42 +284,6 @@ fn shown(text: &str) -> String {
         .chars()
         .take(200)
         .collect()
-}
-
-impl Compared {
-    fn text(&self, style: Style) -> String {
-        let word = self.level.as_str();
-        let pad = " ".repeat(9 - word.len());
-        let mut text = format!(
-            "{}{pad}{}\n",
-            style.coloured(self.level, word),
-            self.question
-        );
-        text += &paragraph("         expected  ", &self.expected);
-        text += &paragraph("         came      ", &self.came);
-        if !self.missing.is_empty() {
-            text += &paragraph("         missing   ", &self.missing.join(", "));
-        }
-        if !self.new.is_empty() {
-            text += &paragraph("         new       ", &self.new.join(", "));
-        }
-        if let Some(fix) = &self.fix {
-            text += &paragraph("         fix: ", fix);
-        }
-        text
-    }
-
-    fn json(&self) -> String {
-        let object = json!({
-            "check": format!("live {}", self.question),
-            "status": self.level.as_str(),
-            "detail": format!("expected {}; came {}", self.expected, self.came),
-            "fix": self.fix,
-            "missing": self.missing,
-            "new": self.new,
-        });
-        clean_json(&object.to_string()).into_owned()
-    }
 }
 
 #[cfg(test)]

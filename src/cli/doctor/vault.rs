@@ -12,12 +12,13 @@ use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use url::Url;
 
+use super::files;
 use super::keys::Found;
-use super::{Line, files};
 use crate::api::caller::not_after_ms;
 use crate::cli::NEW_MOUNT;
 use crate::clock::Clock;
 use crate::config::Config;
+use crate::diagnosis::Diagnosis;
 use crate::ids::{AccountId, KeyName};
 use crate::keyring::vault::check::KV_V1;
 use crate::keyring::vault::{
@@ -43,7 +44,7 @@ pub(super) async fn look(
     provider: &Arc<CryptoProvider>,
     policy: Option<&Policy>,
     is_running: bool,
-) -> (Vec<Line>, Vec<Found>) {
+) -> (Vec<Diagnosis>, Vec<Found>) {
     let mut lines = match reach(&config.vault.address, roots.clone(), provider).await {
         Ok(lines) => lines,
         Err(line) => return (vec![line], Vec::new()),
@@ -52,7 +53,7 @@ pub(super) async fn look(
         Ok(vault) => vault,
         Err(error) => {
             let fix = "correct `[vault]`; `credbroker check-config` looks again";
-            lines.push(Line::failed(CHECK, "", chain(&error), fix));
+            lines.push(Diagnosis::failed(CHECK, chain(&error), fix));
             return (lines, Vec::new());
         }
     };
@@ -62,13 +63,13 @@ pub(super) async fn look(
 }
 
 /// Vault took too long; what it had said by then is not told.
-pub(super) fn late(limit: Duration) -> (Vec<Line>, Vec<Found>) {
+pub(super) fn late(limit: Duration) -> (Vec<Diagnosis>, Vec<Found>) {
     let detail = format!(
         "it did not answer all questions within {} s",
         limit.as_secs()
     );
     let fix = "look at its load, and at the way to it";
-    (vec![Line::failed(CHECK, "", detail, fix)], Vec::new())
+    (vec![Diagnosis::failed(CHECK, detail, fix)], Vec::new())
 }
 
 /// Connects, and looks at the certificate.
@@ -76,7 +77,7 @@ async fn reach(
     address: &Url,
     roots: RootCertStore,
     provider: &Arc<CryptoProvider>,
-) -> Result<Vec<Line>, Line> {
+) -> Result<Vec<Diagnosis>, Diagnosis> {
     let reached = timeout(CONNECT_WITHIN, connect(address, roots, provider)).await;
     let reached = reached.unwrap_or_else(|_| {
         let late = format!("no answer within {} s", CONNECT_WITHIN.as_secs());
@@ -84,7 +85,7 @@ async fn reach(
     });
     match reached {
         Ok(ends_ms) => {
-            let mut lines = vec![Line::ok(CHECK, "", format!("{address} is reached"))];
+            let mut lines = vec![Diagnosis::ok(CHECK, format!("{address} is reached"))];
             if address.scheme() == "https" {
                 lines.push(files::expiry(
                     "of Vault",
@@ -111,7 +112,7 @@ async fn reach(
                 }
             };
             let detail = format!("{address} cannot be reached: {error}");
-            Err(Line::failed(CHECK, "", detail, fix))
+            Err(Diagnosis::failed(CHECK, detail, fix))
         }
     }
 }
@@ -148,7 +149,7 @@ async fn inside(
     vault: &Vault,
     policy: Option<&Policy>,
     is_running: bool,
-    lines: &mut Vec<Line>,
+    lines: &mut Vec<Diagnosis>,
 ) -> Vec<Found> {
     if let Some(wrapped) = vault.wrapped().await {
         lines.push(of_wrapping(wrapped, is_running));
@@ -162,17 +163,16 @@ async fn inside(
             };
             let policies = token.policies.join(", ");
             let detail = format!("the login works; policies of the token: {policies}; it {ends}");
-            lines.push(Line::ok(CHECK, "", detail));
+            lines.push(Diagnosis::ok(CHECK, detail));
         }
         Ok(None) => {
             let detail = "the login works, and the token may not look itself up";
             let fix = "give the role the policy deploy/vault/broker.hcl: without it the token cannot be renewed either";
-            lines.push(Line::warning(CHECK, "", detail, fix));
+            lines.push(Diagnosis::warning(CHECK, detail, fix));
         }
         Err(error) => {
-            lines.push(Line::failed(
+            lines.push(Diagnosis::failed(
                 CHECK,
-                "",
                 error.to_string(),
                 login_fix(&error, &config.vault.auth),
             ));
@@ -180,9 +180,8 @@ async fn inside(
         }
     }
     let Some(policy) = policy else {
-        lines.push(Line::unseen(
+        lines.push(Diagnosis::unchecked(
             CHECK,
-            "",
             "keys are not looked for, since the rules cannot be used",
         ));
         return Vec::new();
@@ -211,14 +210,13 @@ async fn inside(
                 if is_there {
                     readable = Some((account, name));
                 }
-                lines.push(Line::failed(CHECK, &about, reason, fix));
+                lines.push(Diagnosis::failed(CHECK, reason, fix).about(&about));
             }
         }
     }
     if found.len() == count {
-        lines.push(Line::ok(
+        lines.push(Diagnosis::ok(
             CHECK,
-            "",
             format!("gives every key that the rules name ({count})"),
         ));
     }
@@ -241,7 +239,7 @@ async fn read(
     vault: &Vault,
     account: &AccountId,
     name: &KeyName,
-) -> Result<(Found, Vec<Line>), Unread> {
+) -> Result<(Found, Vec<Diagnosis>), Unread> {
     let register = || format!("register one: `credbroker keys register {account} --key {name}`");
     let why = |error: VaultError, is_there: bool| {
         let fix = match &error {
@@ -286,7 +284,7 @@ async fn read(
         }
         NotedState::Unknown(word) => {
             let fix = "set state=active or state=disabled in its custom metadata (deploy/vault/README.md, section 4)";
-            notes.push(Line::failed(CHECK, &about, unknown_state(word), fix));
+            notes.push(Diagnosis::failed(CHECK, unknown_state(word), fix).about(&about));
         }
     }
     if let Some(Hold {
@@ -299,7 +297,7 @@ async fn read(
         let fix = format!(
             "`credbroker keys rollback {account} --key {name} --newest` uses the newest version; registering a key does too"
         );
-        notes.push(Line::warning(CHECK, &about, detail, fix));
+        notes.push(Diagnosis::warning(CHECK, detail, fix).about(&about));
     }
     let version = metadata.wanted().map_err(|reason| {
         unread(
@@ -322,31 +320,30 @@ async fn read(
 }
 
 /// A wrapped secret id can be had once, and the broker needs it.
-fn of_wrapping(wrapped: Result<(), VaultError>, is_running: bool) -> Line {
+fn of_wrapping(wrapped: Result<(), VaultError>, is_running: bool) -> Diagnosis {
     match wrapped {
         Ok(()) => {
             let detail = "the wrapping token is good; it is not used up here, so the login is not tried and no key is read or tested";
-            Line::unseen(CHECK, "", detail)
+            Diagnosis::unchecked(CHECK, detail)
         }
         Err(_) if is_running => {
             let detail = "the running broker has used the wrapping token up, as it should; the login is not tried and no \
                           key is read or tested";
             let fix = "ask the broker: `credbroker keys list`";
-            Line::warning(CHECK, "", detail, fix)
+            Diagnosis::warning(CHECK, detail, fix)
         }
         Err(error) => {
             let fresh = "have a fresh wrapping token put into vault.auth.secret_id_file; every start needs one";
             let fix = server_fix(&error).unwrap_or(fresh);
-            Line::failed(CHECK, "", error.to_string(), fix)
+            Diagnosis::failed(CHECK, error.to_string(), fix)
         }
     }
 }
 
-fn of_writing(may: Result<Vec<&'static str>, VaultError>) -> Line {
+fn of_writing(may: Result<Vec<&'static str>, VaultError>) -> Diagnosis {
     match may {
-        Ok(may) if may.is_empty() => Line::ok(
+        Ok(may) if may.is_empty() => Diagnosis::ok(
             CHECK,
-            "",
             "lets the broker read keys, and neither write nor delete them",
         ),
         Ok(may) => {
@@ -355,11 +352,11 @@ fn of_writing(may: Result<Vec<&'static str>, VaultError>) -> Line {
                 may.join(", ")
             );
             let fix = "give its role the policy deploy/vault/broker.hcl, and no other (token_no_default_policy=true)";
-            Line::failed(CHECK, "", detail, fix)
+            Diagnosis::failed(CHECK, detail, fix)
         }
         Err(error) => {
             let detail = format!("whether the broker can only read is not known: {error}");
-            Line::warning(CHECK, "", detail, "try again")
+            Diagnosis::warning(CHECK, detail, "try again")
         }
     }
 }

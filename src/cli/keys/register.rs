@@ -15,7 +15,9 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::sleep;
 
 use super::common::{pick, scopes_of};
-use crate::api::proto::{Candidate, Finding, KeyFacts, KeyState, TestKeyRequest, TestKeyResponse};
+use crate::api::proto::{
+    Candidate, Finding, KeyFacts, KeyState, KeyStatus, TestKeyRequest, TestKeyResponse,
+};
 use crate::cli::NEW_MOUNT;
 use crate::cli::admin::{ADMIN, Admin, AdminFile, Failure, block_on};
 use crate::cli::report::{is_refused, report};
@@ -23,6 +25,7 @@ use crate::cli::secrets::{self, InputError};
 use crate::cli::text::{Style, paragraph};
 use crate::cli::{DONE, printable, say, show};
 use crate::clock::Clock;
+use crate::diagnosis::Diagnosis;
 use crate::ids::{AccountId, AdminId, KeyName};
 use crate::keyring::vault::{
     Facts, Metadata, NotedState, Notes, Registration, Vault, VaultError, WriteError, unknown_state,
@@ -291,8 +294,8 @@ impl Place {
         self.before.version == found.current_version
             && self.before.id_sha256 == digest
             && matches!(
-                self.before.status.as_str(),
-                "at-risk" | "connected" | "expiring"
+                self.before.status(),
+                KeyStatus::Active | KeyStatus::AtRisk | KeyStatus::Expiring
             )
     }
 
@@ -368,11 +371,7 @@ impl Place {
     }
 
     /// The key of another account that is this one, or one of the same KuCoin account, by what is noted in Vault.
-    async fn taken(
-        &self,
-        digest: &str,
-        uid: &str,
-    ) -> Result<Option<key_info::Finding>, VaultError> {
+    async fn taken(&self, digest: &str, uid: &str) -> Result<Option<Diagnosis>, VaultError> {
         for account in self.vault.accounts().await? {
             if account == self.account {
                 continue;

@@ -54,7 +54,7 @@ pub(super) async fn status(lab: &Lab) -> (String, Vec<String>) {
     let mut keys = keys.unwrap().into_inner().keys;
     keys.retain(|key| key.account == "main");
     let key = keys.remove(0);
-    (key.status, key.reasons)
+    (key.status().word().to_owned(), key.reasons)
 }
 
 /// Has the broker look at Vault now, and returns the version that serves then.

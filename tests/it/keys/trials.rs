@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use credbroker::api::proto::{
-    KeyState, ListKeysRequest, Outcome, RevokeKeyRequest, TestKeyRequest,
+    KeyState, KeyStatus, ListKeysRequest, Outcome, RevokeKeyRequest, TestKeyRequest,
 };
 use credbroker_sim::kucoin::{Fault, FaultAction, SimKey, When};
 use credbroker_sim::vault::{Fault as VaultFault, FaultRule};
@@ -254,8 +254,8 @@ async fn a_refusal_is_over_once_a_test_says_so_and_a_test_without_an_answer_take
     until_tested(&lab, "main").await;
     let sound = state(&lab).await;
     assert_eq!(
-        (sound.status.as_str(), sound.permissions.is_empty()),
-        ("at-risk", false)
+        (sound.status(), sound.permissions.is_empty()),
+        (KeyStatus::AtRisk, false)
     );
     lab.kucoin
         .fault(fault(FaultAction::RateLimited { reset_ms: None }));
@@ -271,9 +271,9 @@ async fn a_refusal_is_over_once_a_test_says_so_and_a_test_without_an_answer_take
     lab.kucoin.clear_faults();
     lab.kucoin.remove_key(&SimKey::fake(MAIN_UID).api_key);
     assert_eq!(reads(&mut bot).await.1, "400003");
-    assert_eq!(state(&lab).await.status, "refused");
+    assert_eq!(state(&lab).await.status(), KeyStatus::Refused);
     test(&lab).await;
-    assert_eq!(state(&lab).await.status, "refused");
+    assert_eq!(state(&lab).await.status(), KeyStatus::Refused);
     // Mended at the exchange, and no bot calls.
     lab.kucoin.add_key(SimKey::fake(MAIN_UID));
     test(&lab).await;

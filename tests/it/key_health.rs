@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use credbroker::api::proto::{
-    HaltRequest, KeyState, ListKeysRequest, Outcome, ResumeRequest, RevokeKeyRequest,
+    HaltRequest, KeyState, KeyStatus, ListKeysRequest, Outcome, ResumeRequest, RevokeKeyRequest,
     SignAndSendRequest, TestKeyRequest, TestKeyResponse,
 };
 use credbroker_sim::kucoin::{Fault, FaultAction, SimKey, When};
@@ -24,7 +24,7 @@ const DAY_MS: i64 = 86_400_000;
 /// All that a key can be.
 const WORDS: [&str; 9] = [
     "at-risk",
-    "connected",
+    "active",
     "degraded",
     "expiring",
     "frozen",
@@ -81,7 +81,7 @@ async fn listed(lab: &Lab) -> KeyState {
 async fn expect(lab: &Lab, word: &str, reasons: &[&str]) {
     let is_it = |key: &KeyState| {
         let mut told = key.reasons.iter().zip(reasons);
-        key.status == word
+        key.status().word() == word
             && key.reasons.len() == reasons.len()
             && told.all(|(told, expected)| told.starts_with(expected))
     };
@@ -130,7 +130,7 @@ async fn sent(bot: &mut Bot<Patient>, request: SignAndSendRequest) -> (String, S
 #[tokio::test]
 async fn a_key_with_which_nothing_is_wrong_is_connected_once_it_is_tested() {
     let mut lab = started(good()).await;
-    expect(&lab, "connected", &[]).await;
+    expect(&lab, "active", &[]).await;
     let key = listed(&lab).await;
     assert_eq!(
         key.permissions,
@@ -188,7 +188,7 @@ async fn a_key_expires_and_then_has_expired_without_another_test() {
 #[tokio::test]
 async fn a_key_that_a_request_finds_refused_is_refused_until_a_request_or_a_test_is_taken() {
     let mut lab = started(good()).await;
-    expect(&lab, "connected", &[]).await;
+    expect(&lab, "active", &[]).await;
     let mut bot = lab.patient_bot("maker").await;
     sent(&mut bot, accounts()).await;
     for by_test in [false, true, false] {
@@ -202,7 +202,7 @@ async fn a_key_that_a_request_finds_refused_is_refused_until_a_request_or_a_test
         } else {
             sent(&mut bot, accounts()).await;
         }
-        expect(&lab, "connected", &[]).await;
+        expect(&lab, "active", &[]).await;
     }
     lab.stop().await;
 }
@@ -216,7 +216,7 @@ async fn a_key_that_a_test_finds_refused_is_refused_until_a_request_is_taken() {
     lab.kucoin.add_key(good());
     let mut bot = lab.patient_bot("maker").await;
     sent(&mut bot, accounts()).await;
-    expect(&lab, "connected", &[]).await;
+    expect(&lab, "active", &[]).await;
     lab.stop().await;
 }
 
@@ -290,7 +290,7 @@ async fn a_key_with_wrong_permissions_is_degraded_and_refused_where_it_has_none_
 #[tokio::test]
 async fn keys_of_a_halted_account_say_how_each_halt_ends() {
     let mut lab = started(good()).await;
-    expect(&lab, "connected", &[]).await;
+    expect(&lab, "active", &[]).await;
     let mut admin = lab.admin_client("anna").await;
     let by_name = "halted: `credbroker resume main` ends it";
     let of_all = "halted: `credbroker resume --all` ends it";
@@ -303,7 +303,7 @@ async fn keys_of_a_halted_account_say_how_each_halt_ends() {
         admin.halt(halt).await.unwrap();
         expect(&lab, "frozen", reasons).await;
     }
-    for (account, status, reasons) in [("", "frozen", &[by_name][..]), ("main", "connected", &[])] {
+    for (account, status, reasons) in [("", "frozen", &[by_name][..]), ("main", "active", &[])] {
         let resume = ResumeRequest {
             account: account.to_owned(),
             all: account.is_empty(),
@@ -317,7 +317,7 @@ async fn keys_of_a_halted_account_say_how_each_halt_ends() {
 #[tokio::test]
 async fn a_revoked_key_is_revoked_and_what_becomes_of_the_next_one_is_not() {
     let mut lab = started(good()).await;
-    expect(&lab, "connected", &[]).await;
+    expect(&lab, "active", &[]).await;
     let mut admin = lab.admin_client("anna").await;
     let revoke = RevokeKeyRequest {
         account: "main".to_owned(),
@@ -333,13 +333,13 @@ async fn a_revoked_key_is_revoked_and_what_becomes_of_the_next_one_is_not() {
 
     lab.kucoin.add_key(next());
     put(&lab, &next());
-    expect(&lab, "connected", &[]).await;
+    expect(&lab, "active", &[]).await;
     set_state(&lab, "disabled");
     let disabled = "not available: its metadata in Vault says state=disabled";
     expect(&lab, "unavailable", &[disabled]).await;
     // And the revoked one is no better for being written again.
     set_state(&lab, "active");
-    expect(&lab, "connected", &[]).await;
+    expect(&lab, "active", &[]).await;
     put(&lab, &good());
     let kept = format!("version 2 serves on: version 3: {by_anna}");
     expect(&lab, "degraded", &[&kept]).await;
@@ -359,7 +359,7 @@ async fn a_key_that_vault_does_not_give_is_unavailable() {
     lab.start_broker().await;
     expect(&lab, "unavailable", &["waiting for Vault: "]).await;
     lab.vault.restart().await.unwrap();
-    expect(&lab, "connected", &[]).await;
+    expect(&lab, "active", &[]).await;
     lab.vault.delete_metadata("kv", &kv_path("main", "main"));
     let gone = "not available: Vault has no such key (404)";
     expect(&lab, "unavailable", &[gone]).await;
@@ -376,12 +376,12 @@ async fn a_key_that_vault_does_not_confirm_or_will_not_replace_is_degraded() {
     let mut lab = installed(good(), settings).await;
     let time = Time::new(0);
     lab.start_broker_on(time.clock()).await;
-    expect(&lab, "connected", &[]).await;
+    expect(&lab, "active", &[]).await;
     put(&lab, &next());
     let unused = "version 1 serves on: version 2 is refused: KuCoin does not know this API key. ";
     expect(&lab, "degraded", &[unused]).await;
     put(&lab, &good());
-    expect(&lab, "connected", &[]).await;
+    expect(&lab, "active", &[]).await;
 
     lab.vault.stop().await.unwrap();
     let silent = "serves on; Vault last confirmed it ";
@@ -410,7 +410,7 @@ async fn a_key_is_untested_while_the_exchange_does_not_answer_and_what_it_said_b
     assert_eq!(listed(&lab).await.tested_at_ms, 0);
     let mut bot = lab.patient_bot("maker").await;
     sent(&mut bot, accounts()).await;
-    expect(&lab, "connected", &["it could not be tested yet: "]).await;
+    expect(&lab, "active", &["it could not be tested yet: "]).await;
     lab.kucoin.clear_faults();
     test_key(&lab).await;
     let at_risk = "The key has no IP restriction, ";
@@ -448,7 +448,7 @@ async fn the_background_check_comes_again_after_ten_to_twelve_minutes_and_change
     let mut lab = installed(good(), Settings::default()).await;
     let time = Time::new(0);
     lab.start_broker_on(time.clock()).await;
-    expect(&lab, "connected", &[]).await;
+    expect(&lab, "active", &[]).await;
     let cases = [
         (
             SimKey {
@@ -503,7 +503,7 @@ fn explained(code: &str) -> String {
 #[tokio::test]
 async fn bots_tests_lists_and_explanations_say_the_same_of_a_refusal() {
     let mut lab = started(good()).await;
-    expect(&lab, "connected", &[]).await;
+    expect(&lab, "active", &[]).await;
     let mut bot = lab.patient_bot("maker").await;
     for code in ["400003", "400004", "400005", "400006", "400007"] {
         let refused = FaultAction::Answer {
@@ -535,7 +535,7 @@ async fn bots_tests_lists_and_explanations_say_the_same_of_a_refusal() {
         assert_eq!(listed(&lab).await.reasons, [expected]);
         until("a request is taken after that", async || {
             sent(&mut bot.clone(), accounts()).await;
-            listed(&lab).await.status == "connected"
+            listed(&lab).await.status() == KeyStatus::Active
         })
         .await;
     }
