@@ -14,7 +14,7 @@ use common::scopes_of;
 
 use super::admin::{self, ADMIN, Admin, Failure};
 use super::report::{is_refused, report};
-use super::text::{Cell, Style, paragraph};
+use super::text::{Cell, Style, ago, paragraph};
 use super::{DONE, FAILED, printable, show};
 use crate::api::proto::{KeyState, KeyStatus, TestKeyRequest};
 use crate::clock::Clock;
@@ -239,17 +239,6 @@ fn facts(key: &KeyState, now_ms: i64) -> Vec<String> {
     facts
 }
 
-/// How long ago something was.
-pub(super) fn ago(ms: i64) -> String {
-    let s = ms.max(0) / 1000;
-    match s {
-        0..120 => format!("{s} s ago"),
-        120..7200 => format!("{} min ago", s / 60),
-        7200..172_800 => format!("{} h ago", s / 3600),
-        _ => format!("{} days ago", s / 86_400),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -290,19 +279,5 @@ main/main   degraded     3        serves spot-margin, futures, unified
 other/main  unavailable  -        serves spot-margin
 ";
         assert_eq!(table, expected);
-    }
-
-    #[test]
-    fn ages_are_told_in_the_unit_that_fits() {
-        let cases = [
-            (-5, "0 s"),
-            (119_999, "119 s"),
-            (120_000, "2 min"),
-            (7_200_000, "2 h"),
-            (172_800_000, "2 days"),
-        ];
-        for (ms, expected) in cases {
-            assert_eq!(ago(ms), format!("{expected} ago"));
-        }
     }
 }

@@ -1,9 +1,8 @@
 //! What a test has found out about a key, for a person who may have to act on it at night.
 
-use super::keys::ago;
 use super::keys::common::words;
 use super::printable;
-use super::text::{Cell, Style};
+use super::text::{Cell, Style, ago};
 use crate::api::proto::{Finding, KeyFacts, Probe, TestKeyResponse};
 use crate::diagnosis::Severity;
 

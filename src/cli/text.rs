@@ -185,6 +185,17 @@ fn wants_colour(is_terminal: bool, no_color: Option<&OsStr>, term: Option<&OsStr
     is_terminal && no_color.is_none_or(OsStr::is_empty) && term.is_none_or(|term| term != "dumb")
 }
 
+/// How long ago something was.
+pub fn ago(ms: i64) -> String {
+    let s = ms.max(0) / 1000;
+    match s {
+        0..120 => format!("{s} s ago"),
+        120..7200 => format!("{} min ago", s / 60),
+        7200..172_800 => format!("{} h ago", s / 3600),
+        _ => format!("{} days ago", s / 86_400),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -234,7 +245,10 @@ mod tests {
             lines[1].starts_with("main     unavailable  word word"),
             "{table}"
         );
-        assert!(lines[2].starts_with("                    word"), "{table}");
+        assert!(
+            lines[2].starts_with("                      word"),
+            "{table}"
+        );
         assert_eq!(lines.last().unwrap(), &"other");
         assert!(lines.iter().all(|line| line.len() <= 80), "{table}");
         assert_eq!(style.table(&[]), "");
@@ -268,5 +282,19 @@ mod tests {
         assert!(!wants(true, Some("1"), Some("xterm")));
         assert!(!wants(true, None, Some("dumb")));
         assert!(!wants(false, None, Some("xterm")));
+    }
+
+    #[test]
+    fn ages_are_told_in_the_unit_that_fits() {
+        let cases = [
+            (-5, "0 s"),
+            (119_999, "119 s"),
+            (120_000, "2 min"),
+            (7_200_000, "2 h"),
+            (172_800_000, "2 days"),
+        ];
+        for (ms, expected) in cases {
+            assert_eq!(ago(ms), format!("{expected} ago"));
+        }
     }
 }

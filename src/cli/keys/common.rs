@@ -19,6 +19,13 @@ const TEST_WITHIN: Duration = Duration::from_secs(60);
 /// A look at Vault, and a test of what it found.
 const REFRESH_WITHIN: Duration = Duration::from_secs(30);
 
+/// Characters of a digest that are shown; enough to tell two keys apart.
+const SHOWN_DIGITS: usize = 12;
+
+/// What to do where Vault does not play along.
+pub(super) const VAULT: &str = "is Vault up and unsealed? Else look at [vault] in admin.toml: the address, the login (an admin's token \
+                                ends), and whether it has the policy deploy/vault/admin.hcl; then give the same command again";
+
 impl Admin {
     /// Every key that the rules name, with its status.
     pub(super) async fn keys(&mut self) -> Result<Vec<KeyState>, Failure> {
@@ -155,6 +162,20 @@ pub(in crate::cli) fn words(
         Said::Unspecified => "unknown",
     };
     scopes.map(word).collect()
+}
+
+/// What has become of the version that served before; empty where there was none.
+pub(super) fn ended(before: &KeyState, version: u64) -> String {
+    if before.version == 0 || before.version == version {
+        return String::new();
+    }
+    format!(" Version {} signs no more.", before.version)
+}
+
+/// The beginning of a digest.
+pub(super) fn shown(digest: &str) -> String {
+    let short: String = digest.chars().take(SHOWN_DIGITS).collect();
+    format!("{}…", printable(&short))
 }
 
 #[cfg(test)]

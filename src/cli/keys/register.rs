@@ -14,7 +14,7 @@ use clap::Args;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::sleep;
 
-use super::common::{pick, scopes_of};
+use super::common::{VAULT, ended, pick, scopes_of, shown};
 use crate::api::proto::{
     Candidate, Finding, KeyFacts, KeyState, KeyStatus, TestKeyRequest, TestKeyResponse,
 };
@@ -39,9 +39,6 @@ const LOOKS: usize = 3;
 
 /// The wait between two of them.
 const LOOK_AFTER: Duration = Duration::from_secs(2);
-
-/// Characters of a digest that are shown; enough to tell two keys apart.
-const SHOWN_DIGITS: usize = 12;
 
 #[derive(Args, Debug)]
 pub(in crate::cli) struct Options {
@@ -579,27 +576,9 @@ fn has(found: &Metadata, digest: &str, uid: &str) -> bool {
         || (is_there && (is_same(found.key_sha256(), digest) || is_same(found.uid(), uid)))
 }
 
-/// What to do where Vault does not play along.
-pub(super) const VAULT: &str = "is Vault up and unsealed? Else look at [vault] in admin.toml: the address, the login (an admin's token \
-                                ends), and whether it has the policy deploy/vault/admin.hcl; then give the same command again";
-
 fn unreached(error: &VaultError) -> Failure {
     let what = format!("Vault cannot be asked what it has: {error}; nothing was stored");
     Failure::new(what, VAULT)
-}
-
-/// What has become of the version that served before; empty where there was none.
-pub(super) fn ended(before: &KeyState, version: u64) -> String {
-    if before.version == 0 || before.version == version {
-        return String::new();
-    }
-    format!(" Version {} signs no more.", before.version)
-}
-
-/// The beginning of a digest.
-pub(super) fn shown(digest: &str) -> String {
-    let short: String = digest.chars().take(SHOWN_DIGITS).collect();
-    format!("{}…", printable(&short))
 }
 
 /// The key as the call takes it, which wipes it too.

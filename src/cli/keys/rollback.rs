@@ -7,8 +7,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::common::pick;
-use super::register::{VAULT, ended, shown};
+use super::common::{VAULT, ended, pick, shown};
 use crate::api::proto::KeyState;
 use crate::cli::admin::{ADMIN, Admin, AdminFile, Failure, block_on};
 use crate::cli::text::paragraph;

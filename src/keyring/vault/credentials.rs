@@ -10,8 +10,7 @@ use vaultrs::api::sys::requests::UnwrapRequest;
 use zeroize::Zeroizing;
 
 use super::connection::{Connection, reduce, status_of};
-use super::login::Session;
-use super::{Vault, VaultError, Wiped};
+use super::{VaultError, Wiped};
 use crate::encoding::is_utf16;
 use crate::pem;
 
@@ -31,8 +30,16 @@ pub(super) struct Identity {
 }
 
 impl Identity {
+    /// What stands in the files now.
+    pub(super) async fn read(certificate: &Path, key: &Path) -> Result<Self, String> {
+        Ok(Self {
+            certificate: read(certificate).await?.to_vec(),
+            key: read(key).await?,
+        })
+    }
+
     /// `base` with this certificate for the client.
-    fn tls(&self, base: &ClientConfig) -> Result<ClientConfig, String> {
+    pub(super) fn tls(&self, base: &ClientConfig) -> Result<ClientConfig, String> {
         let chain = pem::certificates(&self.certificate).map_err(|error| error.to_string())?;
         let key = pem::private_key(&self.key).map_err(|error| error.to_string())?;
         let pair = CertifiedKey::from_der(chain, key, base.crypto_provider());
@@ -44,93 +51,46 @@ impl Identity {
     }
 }
 
-impl Vault {
-    /// Makes the connection show the certificate that stands in the files.
-    ///
-    /// What cannot be used is no reason to give up the one in use: the two files do not change at the same moment.
-    pub(super) async fn follow_identity(
-        &self,
-        session: &mut Session,
-        certificate: &Path,
-        key: &Path,
-    ) -> Result<(), VaultError> {
-        let connection = match self.changed(session, certificate, key).await {
-            Ok(None) => return Ok(()),
-            Ok(Some(connection)) => connection,
-            Err(reason) if session.identity.is_some() => {
-                tracing::warn!(%reason, "the certificate for Vault cannot be replaced; the one in memory serves on");
-                return Ok(());
-            }
-            Err(reason) => {
-                return Err(VaultError::Outage(format!(
-                    "the certificate of vault.auth cannot be used: {reason}"
-                )));
-            }
-        };
-        session.connection = connection;
-        session.replace_token();
-        Ok(())
-    }
-
-    /// A connection with the certificate in the files, where that is not the one in use.
-    async fn changed(
-        &self,
-        session: &mut Session,
-        certificate: &Path,
-        key: &Path,
-    ) -> Result<Option<Connection>, String> {
-        let found = Identity {
-            certificate: read(certificate).await?.to_vec(),
-            key: read(key).await?,
-        };
-        if session.identity.as_ref() == Some(&found) {
-            return Ok(None);
-        }
-        let tls = found.tls(&self.tls)?;
-        let connection = Connection::new(&self.settings, tls).map_err(|error| error.to_string())?;
-        session.identity = Some(found);
-        Ok(Some(connection))
-    }
-}
-
-impl Session {
+impl SecretId {
     /// The secret id: of the wrapping token in `file` if there is a fresh one, else the one that is in memory.
     ///
     /// `path` is where the token must have been made; another one may have been put in its place to have the broker
     /// log in as somebody else.
     pub(super) async fn unwrapped(
         &mut self,
+        connection: &Connection,
         file: &Path,
         path: &str,
     ) -> Result<Zeroizing<String>, VaultError> {
-        let memory = self.secret_id.unwrapped.clone();
+        let memory = self.unwrapped.clone();
         let token = match (read_token(file).await, memory) {
             (Ok(token), _) => token,
             (Err(_), Some(secret_id)) => return Ok(secret_id),
             (Err(error), None) => return Err(error),
         };
-        match &self.secret_id.spent {
-            Some((spent, _)) if *spent == token && self.secret_id.unwrapped.is_some() => {}
+        match &self.spent {
+            Some((spent, _)) if *spent == token && self.unwrapped.is_some() => {}
             Some((spent, reason)) if *spent == token => return Err(reason.clone()),
-            _ => self.unwrap(token, file, path).await?,
+            _ => self.unwrap(connection, token, file, path).await?,
         }
-        let secret_id = self.secret_id.unwrapped.clone();
+        let secret_id = self.unwrapped.clone();
         secret_id.ok_or_else(used_or_expired)
     }
 
     async fn unwrap(
         &mut self,
+        connection: &Connection,
         token: Zeroizing<String>,
         file: &Path,
         path: &str,
     ) -> Result<(), VaultError> {
-        match check_wrapping(&self.connection, &token, path).await {
+        match check_wrapping(connection, &token, path).await {
             Ok(()) => {}
             Err(reason @ VaultError::LoginRefused(_)) => return Err(self.spend(token, reason)),
             Err(other) => return Err(other),
         }
         // With the token as client token and in no other place: else the server loses the secret id.
-        let client = self.connection.client(&token);
+        let client = connection.client(&token);
         let request = UnwrapRequest { token: None };
         let mut data = match vaultrs::api::exec_with_result(&client, request).await {
             Ok(data) => Wiped(data),
@@ -144,7 +104,7 @@ impl Session {
             let reason = "login: the wrapping token held no secret id".to_owned();
             return Err(self.spend(token, VaultError::LoginRefused(reason)));
         };
-        self.secret_id.unwrapped = Some(checked_token(&Zeroizing::new(secret_id))?);
+        self.unwrapped = Some(checked_token(&Zeroizing::new(secret_id))?);
         self.spend(token, used_or_expired());
         // It is good for nothing any more, so that this is tidiness, and no reason to fail.
         if let Err(error) = off_thread(file, std::fs::remove_file).await {
@@ -154,7 +114,7 @@ impl Session {
     }
 
     fn spend(&mut self, token: Zeroizing<String>, reason: VaultError) -> VaultError {
-        self.secret_id.spent = Some((token, reason.clone()));
+        self.spent = Some((token, reason.clone()));
         reason
     }
 }

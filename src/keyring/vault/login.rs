@@ -3,6 +3,8 @@
 //! Whoever needs a token drives this: each poll of a key looks at the lease. A lease much shorter than the time between
 //! two polls is therefore not renewed, and a new login takes its place.
 
+use std::path::Path;
+
 use rustify::endpoint::Endpoint;
 use rustify::enums::{RequestMethod, RequestType, ResponseType};
 use serde_json::json;
@@ -220,7 +222,12 @@ impl Vault {
             } => {
                 session.may_log_in()?;
                 let path = format!("auth/{mount}/role/{role}/secret-id");
-                let secret_id = session.unwrapped(secret_id_file, &path).await;
+                let Session {
+                    connection,
+                    secret_id,
+                    ..
+                } = &mut *session;
+                let secret_id = secret_id.unwrapped(connection, secret_id_file, &path).await;
                 let secret_id = secret_id.map_err(|error| session.failed(error))?;
                 let client = session.connection.client("");
                 vaultrs::auth::approle::login(&client, mount, role_id, &secret_id).await
@@ -245,6 +252,50 @@ impl Vault {
             Auth::TokenFile(_) => return Err(not_accepted()),
         };
         session.take(start, found)
+    }
+
+    /// Makes the connection show the certificate that stands in the files.
+    ///
+    /// What cannot be used is no reason to give up the one in use: the two files do not change at the same moment.
+    async fn follow_identity(
+        &self,
+        session: &mut Session,
+        certificate: &Path,
+        key: &Path,
+    ) -> Result<(), VaultError> {
+        let connection = match self.changed(session, certificate, key).await {
+            Ok(None) => return Ok(()),
+            Ok(Some(connection)) => connection,
+            Err(reason) if session.identity.is_some() => {
+                tracing::warn!(%reason, "the certificate for Vault cannot be replaced; the one in memory serves on");
+                return Ok(());
+            }
+            Err(reason) => {
+                return Err(VaultError::Outage(format!(
+                    "the certificate of vault.auth cannot be used: {reason}"
+                )));
+            }
+        };
+        session.connection = connection;
+        session.replace_token();
+        Ok(())
+    }
+
+    /// A connection with the certificate in the files, where that is not the one in use.
+    async fn changed(
+        &self,
+        session: &mut Session,
+        certificate: &Path,
+        key: &Path,
+    ) -> Result<Option<Connection>, String> {
+        let found = Identity::read(certificate, key).await?;
+        if session.identity.as_ref() == Some(&found) {
+            return Ok(None);
+        }
+        let tls = found.tls(&self.tls)?;
+        let connection = Connection::new(&self.settings, tls).map_err(|error| error.to_string())?;
+        session.identity = Some(found);
+        Ok(Some(connection))
     }
 }
 
