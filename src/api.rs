@@ -1,10 +1,12 @@
 //! The doors: they translate and decide nothing.
 
 pub mod admin;
+pub mod admin_error;
 pub mod caller;
 pub mod codec;
 pub mod grpc;
 pub mod key_health;
+mod messages;
 pub mod ops;
 pub mod state;
 pub mod status;

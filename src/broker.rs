@@ -21,6 +21,7 @@ mod error;
 mod feedback;
 mod gate;
 pub mod halt;
+mod in_flight;
 pub mod probes;
 mod retry;
 pub mod trial;

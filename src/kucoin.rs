@@ -8,6 +8,7 @@ pub mod answer;
 pub mod catalog;
 pub mod code;
 pub mod key_info;
+pub mod open_orders;
 pub mod pointer;
 pub mod question;
 pub mod request;

@@ -2,118 +2,30 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::task::spawn_blocking;
-use tonic::{Code, Request, Response, Status};
-use tonic_types::{ErrorDetails, StatusExt};
+use tonic::{Request, Response, Status};
 use zeroize::Zeroizing;
 
+use super::admin_error::{AdminError, host_name};
 use super::key_health::{self, KeyHealth, scopes};
+use super::messages::in_proto;
 use super::proto::admin_server::Admin;
 use super::proto::{self, KeyFacts, KeyState, RefreshKeyResponse, RevokedKey, TestKeyResponse};
-use super::status::{DOMAIN, add_violations, cut};
 use crate::audit::Act;
 use crate::broker::Broker;
-use crate::broker::halt::Cancelled;
-use crate::broker::trial::{KeyTest, KeyTested, Probe};
+use crate::broker::trial::{KeyTest, KeyTested};
 use crate::clock::{self, Place};
 use crate::diagnosis::Diagnosis;
 use crate::ids::{AccountId, AdminId, BotId, KeyName, Who};
 use crate::keyring::Slot;
 use crate::keyring::trial::Verdict;
 use crate::kucoin::key_info::{self, KeyInfo};
-use crate::kucoin::{Key, KeyVersion, Malformed, Scope};
-use crate::outcome::Reason;
+use crate::kucoin::{Key, KeyVersion};
 use crate::policy::Account;
 use crate::restrictions::{KeyDigest, Mark, Restrictions, RestrictionsError};
 use crate::secret::{ApiSecret, PartnerKey, Passphrase};
 use crate::telemetry::chain;
-use crate::text::{MAX_CHARS, clean};
-
-/// Why an admin's call failed. `Display` is one sentence for the admin.
-#[derive(Debug, thiserror::Error)]
-pub enum AdminError {
-    /// The rules do not name it.
-    #[error("the rules name no account {0}; `credbroker keys list` shows those that there are")]
-    AccountUnknown(AccountId),
-    /// The time of this host has not been measured.
-    #[error("the time of {} has not been measured yet; nothing was accepted", host_name(*.0))]
-    ClockUnknown(Place),
-    /// The CA of the caller's certificate was taken away, or its time is over.
-    #[error("the certificate of this connection has ended, or its CA is trusted no longer")]
-    CallerUnknown,
-    /// There is no key in memory that could be tested.
-    #[error("the key is not in memory: {0}")]
-    KeyUnavailable(String),
-    /// What is forbidden cannot be written.
-    #[error("{}", chain(.0))]
-    Restrictions(#[from] RestrictionsError),
-    /// A defect of the broker.
-    #[error("the broker failed; its log and the audit file tell how far it came")]
-    Internal,
-    /// The account has none of this name.
-    #[error("account {0} has no key {1} in the rules")]
-    KeyUnknown(AccountId, KeyName),
-    /// Fields that are not as they must be.
-    #[error("the call is malformed: {}", .0.iter().map(|one| format!("{}: {}", one.field, one.problem)).collect::<Vec<_>>().join("; "))]
-    Malformed(Vec<Malformed>),
-    /// No service has the method that was called.
-    #[error("no service has the method {}; nothing was done", clean(.0, 100))]
-    MethodUnknown(String),
-    /// It did not arrive in time.
-    #[error("the call did not arrive whole within {} ms; nothing was done", .0.as_millis())]
-    Slow(Duration),
-}
-
-impl AdminError {
-    fn field(field: &str, problem: impl std::fmt::Display) -> Self {
-        Self::Malformed(vec![Malformed::new(field, problem)])
-    }
-
-    /// `ErrorInfo.reason`, and the gRPC code that goes with it.
-    fn reason(&self) -> (&'static str, Code) {
-        match self {
-            Self::AccountUnknown(_) => ("ACCOUNT_UNKNOWN", Code::NotFound),
-            Self::CallerUnknown => ("CALLER_UNKNOWN", Code::Unauthenticated),
-            Self::ClockUnknown(_) => ("CLOCK_UNCERTAIN", Code::FailedPrecondition),
-            Self::Internal => ("INTERNAL", Code::Internal),
-            Self::KeyUnavailable(_) => ("KEY_UNAVAILABLE", Code::FailedPrecondition),
-            Self::Restrictions(_) => ("STATE_UNWRITABLE", Code::Unavailable),
-            Self::KeyUnknown(..) => ("KEY_UNKNOWN", Code::NotFound),
-            Self::Malformed(_) => ("REQUEST_MALFORMED", Code::InvalidArgument),
-            Self::MethodUnknown(_) => ("METHOD_UNKNOWN", Code::Unimplemented),
-            Self::Slow(_) => ("DEADLINE_EXCEEDED", Code::DeadlineExceeded),
-        }
-    }
-
-    /// Why a call was refused before any of it was done; none for a failure while it was done.
-    pub(crate) fn refusal(&self) -> Option<Reason> {
-        match self {
-            Self::CallerUnknown => Some(Reason::CallerUnknown),
-            Self::Malformed(_) => Some(Reason::RequestMalformed),
-            Self::MethodUnknown(_) => Some(Reason::MethodUnknown),
-            Self::Slow(_) => Some(Reason::DeadlineExceeded),
-            Self::AccountUnknown(_)
-            | Self::ClockUnknown(_)
-            | Self::Internal
-            | Self::KeyUnavailable(_)
-            | Self::KeyUnknown(..)
-            | Self::Restrictions(_) => None,
-        }
-    }
-}
-
-impl From<AdminError> for Status {
-    fn from(error: AdminError) -> Self {
-        let (reason, code) = error.reason();
-        let mut details = ErrorDetails::with_error_info(reason, DOMAIN, []);
-        if let AdminError::Malformed(problems) = &error {
-            add_violations(&mut details, problems);
-        }
-        Self::with_error_details(code, cut(&error.to_string()), details)
-    }
-}
 
 /// The service.
 #[derive(Debug)]
@@ -353,119 +265,6 @@ impl AdminApi {
             id_sha256: id.map(KeyDigest::hex).unwrap_or_default(),
             was_revoked,
         })
-    }
-}
-
-/// A text that Vault or the exchange may have written, for an admin's terminal.
-fn shown(text: impl AsRef<str>) -> String {
-    clean(text.as_ref(), MAX_CHARS).into_owned()
-}
-
-impl From<KeyHealth> for KeyState {
-    fn from(health: KeyHealth) -> Self {
-        let info = health.info.as_deref();
-        let permissions =
-            info.map(|info| info.permissions.iter().map(|name| shown(name.to_string())));
-        Self {
-            account: health.account.to_string(),
-            key: health.name.to_string(),
-            scopes: in_proto(&health.scopes),
-            status: health.status.into(),
-            reasons: health.reasons(),
-            version: health.version.unwrap_or_default(),
-            permissions: permissions.map(Iterator::collect).unwrap_or_default(),
-            is_whitelisted: health.is_whitelisted,
-            used_at_ms: health.used_ms.unwrap_or_default(),
-            tested_at_ms: health.tested_ms.unwrap_or_default(),
-            uid: info
-                .and_then(|info| info.uid.as_ref())
-                .map(shown)
-                .unwrap_or_default(),
-            expires_at_ms: info.and_then(|info| info.expires_at_ms).unwrap_or_default(),
-            id_sha256: health.id.map(KeyDigest::hex).unwrap_or_default(),
-            needs_partner_key: health.needs_partner_key,
-        }
-    }
-}
-
-/// A host as `/readyz` and admins name it.
-fn host_name((site, host): Place) -> String {
-    format!("{site}/{}", host.as_str())
-}
-
-fn in_proto(scopes: &[Scope]) -> Vec<i32> {
-    let scopes = scopes.iter().copied();
-    scopes
-        .map(|scope| proto::Scope::from(scope).into())
-        .collect()
-}
-
-impl From<&KeyInfo> for KeyFacts {
-    fn from(info: &KeyInfo) -> Self {
-        Self {
-            uid: info.uid.as_ref().map(shown).unwrap_or_default(),
-            is_master: info.is_master,
-            sub_name: info.sub_name.as_ref().map(shown).unwrap_or_default(),
-            site: info.site.as_ref().map(shown).unwrap_or_default(),
-            permissions: info
-                .permissions
-                .iter()
-                .map(|name| shown(name.to_string()))
-                .collect(),
-            ip_whitelist: info.ip_whitelist.iter().map(shown).collect(),
-            key_version: info
-                .version
-                .and_then(|version| version.try_into().ok())
-                .unwrap_or_default(),
-            created_at_ms: info.created_at_ms.unwrap_or_default(),
-            expires_at_ms: info.expires_at_ms.unwrap_or_default(),
-        }
-    }
-}
-
-impl From<Diagnosis> for proto::Finding {
-    fn from(found: Diagnosis) -> Self {
-        Self {
-            name: found.id.to_owned(),
-            is_refusal: found.is_failed(),
-            cause: found.cause,
-            fix: found.fix,
-        }
-    }
-}
-
-impl From<Cancelled> for proto::Cancelled {
-    fn from(cancelled: Cancelled) -> Self {
-        Self {
-            account: cancelled.account.to_string(),
-            scope: proto::Scope::from(cancelled.scope).into(),
-            probes: cancelled
-                .probes
-                .into_iter()
-                .map(proto::Probe::from)
-                .collect(),
-            still_open: cancelled.still_open,
-        }
-    }
-}
-
-impl From<Probe> for proto::Probe {
-    fn from(probe: Probe) -> Self {
-        Self {
-            question: shown(probe.question),
-            is_ok: probe.is_ok,
-            answer: shown(probe.answer),
-        }
-    }
-}
-
-impl From<Scope> for proto::Scope {
-    fn from(scope: Scope) -> Self {
-        match scope {
-            Scope::Futures => Self::Futures,
-            Scope::SpotMargin => Self::SpotMargin,
-            Scope::Unified => Self::Unified,
-        }
     }
 }
 

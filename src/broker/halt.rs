@@ -1,6 +1,6 @@
 //! Withdraws all open orders, over the one request path: what the emergency stop does once nothing new gets through.
 //!
-//! Each kind of order has requests of its own that cancel it, and a list that shows it; `KINDS` is the table. What is
+//! Each kind of order has requests of its own that cancel it, and a list that shows it: see [`crate::kucoin::open_orders`]. What is
 //! reported as open is what the lists say in the end, whatever the exchange answered to the cancellations: it only takes
 //! them on.
 
@@ -17,9 +17,12 @@ use serde_json::{Map, Value};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::trial::{Ask, Probe};
-use super::{Broker, BrokerError, Calls};
+use super::{Broker, BrokerError};
 use crate::ids::{AccountId, AdminId, Who};
 use crate::kucoin::code::{self, KEY_REFUSED};
+use crate::kucoin::open_orders::{
+    Group, KINDS, Kind, List, PAGE, PAGES, is_over, items, list, name,
+};
 use crate::kucoin::{Answer, Method, Scope, advice};
 use crate::outcome::Outcome;
 use crate::policy::Account;
@@ -44,21 +47,12 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// How long to wait where the exchange says "too many" and not how long.
 const BUSY: Duration = Duration::from_secs(1);
 
-/// Orders on a page: every list takes so many. Source: KuCoin API documentation, `pageSize` of these lists.
-const PAGE: usize = 100;
-
-/// Pages of a list that are read: 5000 orders. Lists of one-cancels-other orders hold those that are over, too.
-const PAGES: usize = 50;
-
 /// Requests of all accounts together that may leave at once, and the time between two after that: 400 in any 10 s, since
 /// the exchange's edge blocks an address for half a minute at 500. Source: KuCoin API documentation, "Rate Limit", 2023.
 const BURST: (u32, Duration) = (150, Duration::from_millis(40));
 
 /// Requests of one kind that are reported one by one. The report has to fit into a message, whatever the exchange lists.
 const REPORTED: usize = 200;
-
-/// `status` of a one-cancels-other order that is over. What a triggered one has placed is an order like any other.
-const OVER: [&str; 3] = ["CANCELLED", "DONE", "TRIGGERED"];
 
 /// Advice on refusals that mean that this key can have no such orders.
 const NOT_ALLOWED: [&str; 3] = [
@@ -78,153 +72,6 @@ pub struct Cancelled {
     pub probes: Vec<Probe>,
     /// How many are still open; unknown where the exchange did not tell.
     pub still_open: Option<u64>,
-}
-
-/// One kind of order, which no other kind's requests withdraw.
-#[derive(Debug)]
-struct Kind {
-    scope: Scope,
-    /// Cancels all of them (DELETE).
-    whole: Option<&'static str>,
-    /// Cancels those of one symbol; on the unified account of one margin mode, too.
-    by_symbol: Option<(Method, &'static str)>,
-    list: List,
-    /// What each of these requests names.
-    names: &'static [(&'static str, &'static str)],
-}
-
-/// How the open orders of a kind are listed.
-#[derive(Debug)]
-enum List {
-    /// Page by page; with what only the list names.
-    Paged {
-        path: &'static str,
-        /// The parameter that says which page.
-        number: &'static str,
-        names: &'static [(&'static str, &'static str)],
-    },
-    /// The symbols that have any, then those of each symbol.
-    PerSymbol {
-        symbols: &'static str,
-        path: &'static str,
-    },
-}
-
-const SPOT: &[(&str, &str)] = &[("tradeType", "TRADE")];
-const CROSS: &[(&str, &str)] = &[("tradeType", "MARGIN_TRADE")];
-const ISOLATED: &[(&str, &str)] = &[("tradeType", "MARGIN_ISOLATED_TRADE")];
-
-/// Every kind. Source: KuCoin API documentation, the pages of these endpoints; a test compares them with the catalogue.
-const KINDS: [Kind; 19] = [
-    Kind {
-        scope: Scope::SpotMargin,
-        whole: Some("/api/v1/hf/orders/cancelAll"),
-        // It answers with symbols that have failed; these are cancelled one by one.
-        by_symbol: Some((Method::Delete, "/api/v1/hf/orders")),
-        list: List::PerSymbol {
-            symbols: "/api/v1/hf/orders/active/symbols",
-            path: "/api/v1/hf/orders/active",
-        },
-        names: &[],
-    },
-    margin(CROSS),
-    margin(ISOLATED),
-    // The one place where spot's interface still takes margin's orders.
-    stop("/api/v1/stop-order/cancel", "/api/v1/stop-order", SPOT),
-    stop("/api/v1/stop-order/cancel", "/api/v1/stop-order", CROSS),
-    stop("/api/v1/stop-order/cancel", "/api/v1/stop-order", ISOLATED),
-    stop(MARGIN_STOP.0, MARGIN_STOP.1, CROSS),
-    stop(MARGIN_STOP.0, MARGIN_STOP.1, ISOLATED),
-    stop("/api/v3/oco/orders", "/api/v3/oco/orders", &[]),
-    stop(MARGIN_OCO.0, MARGIN_OCO.1, CROSS),
-    stop(MARGIN_OCO.0, MARGIN_OCO.1, ISOLATED),
-    Kind {
-        scope: Scope::Futures,
-        whole: None,
-        by_symbol: Some((Method::Delete, "/api/v3/orders")),
-        list: paged("/api/v1/orders", "currentPage", &[("status", "active")]),
-        names: &[],
-    },
-    Kind {
-        scope: Scope::Futures,
-        whole: Some("/api/v1/stopOrders"),
-        by_symbol: None,
-        list: paged("/api/v1/stopOrders", "currentPage", &[]),
-        names: &[],
-    },
-    unified(&[("tradeType", "SPOT"), ("orderFilter", "NORMAL")]),
-    unified(&[("tradeType", "SPOT"), ("orderFilter", "ADVANCED")]),
-    unified(&[("tradeType", "MARGIN"), ("orderFilter", "NORMAL")]),
-    unified(&[("tradeType", "MARGIN"), ("orderFilter", "ADVANCED")]),
-    unified(&[("tradeType", "FUTURES"), ("orderFilter", "NORMAL")]),
-    unified(&[("tradeType", "FUTURES"), ("orderFilter", "ADVANCED")]),
-];
-
-const MARGIN_STOP: (&str, &str) = (
-    "/api/v3/hf/margin/stop-order/cancel",
-    "/api/v3/hf/margin/stop-orders",
-);
-
-const MARGIN_OCO: (&str, &str) = (
-    "/api/v3/hf/margin/oco-order/cancel",
-    "/api/v3/hf/margin/oco-orders",
-);
-
-const fn margin(names: &'static [(&'static str, &'static str)]) -> Kind {
-    Kind {
-        scope: Scope::SpotMargin,
-        whole: None,
-        by_symbol: Some((Method::Delete, "/api/v3/hf/margin/orders")),
-        list: List::PerSymbol {
-            symbols: "/api/v3/hf/margin/order/active/symbols",
-            path: "/api/v3/hf/margin/orders/active",
-        },
-        names,
-    }
-}
-
-/// Stop orders and one-cancels-other orders of spot and margin.
-const fn stop(
-    whole: &'static str,
-    list: &'static str,
-    names: &'static [(&'static str, &'static str)],
-) -> Kind {
-    Kind {
-        scope: Scope::SpotMargin,
-        whole: Some(whole),
-        by_symbol: None,
-        list: paged(list, "currentPage", &[]),
-        names,
-    }
-}
-
-const fn unified(names: &'static [(&'static str, &'static str)]) -> Kind {
-    Kind {
-        scope: Scope::Unified,
-        whole: None,
-        by_symbol: Some((Method::Post, "/api/ua/v2/unified/order/cancel-all")),
-        list: paged("/api/ua/v2/unified/order/open-list", "pageNumber", &[]),
-        names,
-    }
-}
-
-const fn paged(
-    path: &'static str,
-    number: &'static str,
-    names: &'static [(&'static str, &'static str)],
-) -> List {
-    List::Paged {
-        path,
-        number,
-        names,
-    }
-}
-
-/// Orders that one request cancels, where it must name them: a symbol, and a margin mode where orders have one.
-#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
-struct Group {
-    symbol: String,
-    margin_mode: Option<String>,
 }
 
 /// Why it is not known what is open.
@@ -453,12 +300,12 @@ impl Halt<'_> {
         for page in 1..=PAGES {
             let ask = ask.clone().with(number, &page.to_string());
             let data = self.list(kind.scope, ask).await?;
-            let items = items(&data, "items")?;
+            let items = items(&data, "items").ok_or_else(unexpected)?;
             for item in items.iter().filter(|item| !is_over(item)) {
                 match Group::of(kind, item) {
-                    Ok(group) => *open.entry(group).or_default() += 1,
+                    Some(group) => *open.entry(group).or_default() += 1,
                     // The others can be cancelled all the same.
-                    Err(unseen) => read = Err(unseen),
+                    None => read = Err(unexpected()),
                 }
             }
             let is_last = match data.get("totalPage").and_then(Value::as_u64) {
@@ -486,13 +333,10 @@ impl Halt<'_> {
         let with = |path| names().fold(Ask::get(path), |ask, (name, value)| ask.with(name, value));
         let data = self.list(kind.scope, with(symbols)).await?;
         let mut read = Ok(());
-        for symbol in items(&data, "symbols")? {
-            let symbol = match name(symbol) {
-                Ok(symbol) => symbol,
-                Err(unseen) => {
-                    read = Err(unseen);
-                    continue;
-                }
+        for symbol in items(&data, "symbols").ok_or_else(unexpected)? {
+            let Some(symbol) = name(symbol) else {
+                read = Err(unexpected());
+                continue;
             };
             let group = Group {
                 symbol: symbol.to_owned(),
@@ -501,7 +345,8 @@ impl Halt<'_> {
             let ask = with(path).with("symbol", symbol);
             let listed = self.list(kind.scope, ask).await;
             // Where this list fails, the symbol is known all the same, and its orders can be cancelled.
-            match listed.and_then(|data| Ok(list(&data)?.len() as u64)) {
+            let count = |data: Value| Ok(list(&data).ok_or_else(unexpected)?.len() as u64);
+            match listed.and_then(count) {
                 Ok(0) => {}
                 Ok(count) => {
                     open.insert(group, count);
@@ -577,36 +422,8 @@ fn refused(scope: Scope, answer: &Answer) -> Unseen {
     }
 }
 
-/// A list; an empty one may come as null.
-fn list(list: &Value) -> Result<&[Value], Unseen> {
-    match list {
-        Value::Array(items) => Ok(items),
-        Value::Null => Ok(&[]),
-        _ => Err(unexpected()),
-    }
-}
-
-/// The list in this field; where there is nothing at all it may be missing.
-fn items<'v>(data: &'v Value, field: &str) -> Result<&'v [Value], Unseen> {
-    if data.is_null() {
-        return Ok(&[]);
-    }
-    list(data.get(field).ok_or_else(unexpected)?)
-}
-
-/// A symbol or a mode: a name that can be asked for, and shown.
-fn name(name: &Value) -> Result<&str, Unseen> {
-    let fits = |name: &&str| (1..=64).contains(&name.len()) && clean(name, 64) == *name;
-    name.as_str().filter(fits).ok_or_else(unexpected)
-}
-
 fn unexpected() -> Unseen {
     Unseen::Unknown("the answer is not the list that was expected".to_owned())
-}
-
-fn is_over(item: &Value) -> bool {
-    let status = item.get("status").and_then(Value::as_str);
-    status.is_some_and(|status| OVER.contains(&status))
 }
 
 fn question(method: Method, path: &str, names: &[(String, String)]) -> String {
@@ -615,20 +432,6 @@ fn question(method: Method, path: &str, names: &[(String, String)]) -> String {
         let _ = write!(question, " {name}={value}");
     }
     question
-}
-
-impl Group {
-    fn of(kind: &Kind, item: &Value) -> Result<Self, Unseen> {
-        let mode = item.get("marginMode").filter(|mode| {
-            let is_none = mode.is_null() || mode.as_str() == Some("");
-            kind.scope == Scope::Unified && !is_none
-        });
-        let mode = mode.map(name).transpose()?;
-        Ok(Self {
-            symbol: name(item.get("symbol").unwrap_or(&Value::Null))?.to_owned(),
-            margin_mode: mode.map(ToOwned::to_owned),
-        })
-    }
 }
 
 impl Withdrawal {
@@ -738,84 +541,9 @@ impl Pace {
     }
 }
 
-/// A call that may add risk, from before the last look at what admins forbid until it has ended.
-#[derive(Debug)]
-pub(super) struct AddingRisk<'c> {
-    calls: &'c Calls,
-    account: AccountId,
-}
-
-impl Calls {
-    /// Counts a call that may add risk on an account until the guard drops.
-    pub(super) fn add_risk(&self, account: &AccountId) -> AddingRisk<'_> {
-        self.adding_risk.send_modify(|counts| {
-            *counts.entry(account.clone()).or_default() += 1;
-        });
-        AddingRisk {
-            calls: self,
-            account: account.clone(),
-        }
-    }
-
-    fn is_calm(&self, account: &AccountId) -> bool {
-        !self.adding_risk.borrow().contains_key(account)
-    }
-
-    /// Returns once no such call of the account is in flight.
-    async fn calm(&self, account: &AccountId) {
-        let mut counts = self.adding_risk.subscribe();
-        // An error means that the broker is gone.
-        let _ = counts
-            .wait_for(|counts| !counts.contains_key(account))
-            .await;
-    }
-}
-
-impl Drop for AddingRisk<'_> {
-    fn drop(&mut self) {
-        self.calls.adding_risk.send_modify(|counts| {
-            if let Some(count) = counts.get_mut(&self.account) {
-                *count -= 1;
-                if *count == 0 {
-                    counts.remove(&self.account);
-                }
-            }
-        });
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use super::*;
-
-    #[test]
-    fn every_current_cancel_all_of_the_catalogue_is_used() {
-        let endpoints: Vec<Value> =
-            serde_json::from_str(include_str!("../kucoin/endpoints.json")).unwrap();
-        let wanted: BTreeSet<_> = endpoints
-            .iter()
-            .filter(|one| one["effect"] == "cancel-all" && one["status"] == "current")
-            .map(|one| {
-                let text = |name: &str| one[name].as_str().unwrap().to_owned();
-                (text("scope"), text("method"), text("path"))
-            })
-            .collect();
-        assert!(wanted.len() >= 10);
-        let used: BTreeSet<_> = KINDS
-            .iter()
-            .flat_map(|kind| {
-                let whole = kind.whole.map(|path| (Method::Delete, path));
-                let requests = [whole, kind.by_symbol].into_iter().flatten();
-                requests.map(|(method, path)| {
-                    let (scope, method) = (kind.scope.to_string(), method.to_string());
-                    (scope, method, path.to_owned())
-                })
-            })
-            .collect();
-        assert_eq!(used, wanted);
-    }
 
     #[test]
     fn a_report_is_bounded_however_much_the_exchange_lists() {
@@ -848,19 +576,5 @@ mod tests {
         assert_eq!(then.filter(|at| *at <= ten_s).count(), 250);
         let later = start + Duration::from_secs(1000);
         assert_eq!((0..200).filter(|_| pace.next(later) == later).count(), 150);
-    }
-
-    #[tokio::test]
-    async fn an_account_is_calm_once_the_last_call_that_adds_risk_has_ended() {
-        let calls = Calls::default();
-        let (one, other) = ("one".parse().unwrap(), "other".parse().unwrap());
-        let (first, second) = (calls.add_risk(&one), calls.add_risk(&one));
-        assert!(!calls.is_calm(&one) && calls.is_calm(&other));
-        drop(first);
-        let within = Duration::from_millis(20);
-        timeout(within, calls.calm(&one)).await.unwrap_err();
-        drop(second);
-        calls.calm(&one).await;
-        assert!(calls.adding_risk.borrow().is_empty());
     }
 }

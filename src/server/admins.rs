@@ -22,7 +22,7 @@ use super::connection::{
 };
 use super::places::Places;
 use super::tls::Trust;
-use crate::api::admin::AdminError;
+use crate::api::admin_error::AdminError;
 use crate::ids::AdminId;
 use crate::kucoin::Malformed;
 use crate::text::clean;

@@ -1,0 +1,104 @@
+//! Why a call of an admin failed, and the gRPC status for it.
+
+use std::time::Duration;
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt};
+
+use super::status::{DOMAIN, add_violations, cut};
+use crate::clock::Place;
+use crate::ids::{AccountId, KeyName};
+use crate::kucoin::Malformed;
+use crate::outcome::Reason;
+use crate::restrictions::RestrictionsError;
+use crate::telemetry::chain;
+use crate::text::clean;
+
+/// Why an admin's call failed. `Display` is one sentence for the admin.
+#[derive(Debug, thiserror::Error)]
+pub enum AdminError {
+    /// The rules do not name it.
+    #[error("the rules name no account {0}; `credbroker keys list` shows those that there are")]
+    AccountUnknown(AccountId),
+    /// The time of this host has not been measured.
+    #[error("the time of {} has not been measured yet; nothing was accepted", host_name(*.0))]
+    ClockUnknown(Place),
+    /// The CA of the caller's certificate was taken away, or its time is over.
+    #[error("the certificate of this connection has ended, or its CA is trusted no longer")]
+    CallerUnknown,
+    /// There is no key in memory that could be tested.
+    #[error("the key is not in memory: {0}")]
+    KeyUnavailable(String),
+    /// What is forbidden cannot be written.
+    #[error("{}", chain(.0))]
+    Restrictions(#[from] RestrictionsError),
+    /// A defect of the broker.
+    #[error("the broker failed; its log and the audit file tell how far it came")]
+    Internal,
+    /// The account has none of this name.
+    #[error("account {0} has no key {1} in the rules")]
+    KeyUnknown(AccountId, KeyName),
+    /// Fields that are not as they must be.
+    #[error("the call is malformed: {}", .0.iter().map(|one| format!("{}: {}", one.field, one.problem)).collect::<Vec<_>>().join("; "))]
+    Malformed(Vec<Malformed>),
+    /// No service has the method that was called.
+    #[error("no service has the method {}; nothing was done", clean(.0, 100))]
+    MethodUnknown(String),
+    /// It did not arrive in time.
+    #[error("the call did not arrive whole within {} ms; nothing was done", .0.as_millis())]
+    Slow(Duration),
+}
+
+impl AdminError {
+    pub(super) fn field(field: &str, problem: impl std::fmt::Display) -> Self {
+        Self::Malformed(vec![Malformed::new(field, problem)])
+    }
+
+    /// `ErrorInfo.reason`, and the gRPC code that goes with it.
+    fn reason(&self) -> (&'static str, Code) {
+        match self {
+            Self::AccountUnknown(_) => ("ACCOUNT_UNKNOWN", Code::NotFound),
+            Self::CallerUnknown => ("CALLER_UNKNOWN", Code::Unauthenticated),
+            Self::ClockUnknown(_) => ("CLOCK_UNCERTAIN", Code::FailedPrecondition),
+            Self::Internal => ("INTERNAL", Code::Internal),
+            Self::KeyUnavailable(_) => ("KEY_UNAVAILABLE", Code::FailedPrecondition),
+            Self::Restrictions(_) => ("STATE_UNWRITABLE", Code::Unavailable),
+            Self::KeyUnknown(..) => ("KEY_UNKNOWN", Code::NotFound),
+            Self::Malformed(_) => ("REQUEST_MALFORMED", Code::InvalidArgument),
+            Self::MethodUnknown(_) => ("METHOD_UNKNOWN", Code::Unimplemented),
+            Self::Slow(_) => ("DEADLINE_EXCEEDED", Code::DeadlineExceeded),
+        }
+    }
+
+    /// Why a call was refused before any of it was done; none for a failure while it was done.
+    pub(crate) fn refusal(&self) -> Option<Reason> {
+        match self {
+            Self::CallerUnknown => Some(Reason::CallerUnknown),
+            Self::Malformed(_) => Some(Reason::RequestMalformed),
+            Self::MethodUnknown(_) => Some(Reason::MethodUnknown),
+            Self::Slow(_) => Some(Reason::DeadlineExceeded),
+            Self::AccountUnknown(_)
+            | Self::ClockUnknown(_)
+            | Self::Internal
+            | Self::KeyUnavailable(_)
+            | Self::KeyUnknown(..)
+            | Self::Restrictions(_) => None,
+        }
+    }
+}
+
+impl From<AdminError> for Status {
+    fn from(error: AdminError) -> Self {
+        let (reason, code) = error.reason();
+        let mut details = ErrorDetails::with_error_info(reason, DOMAIN, []);
+        if let AdminError::Malformed(problems) = &error {
+            add_violations(&mut details, problems);
+        }
+        Self::with_error_details(code, cut(&error.to_string()), details)
+    }
+}
+
+/// A host as `/readyz` and admins name it.
+pub(super) fn host_name((site, host): Place) -> String {
+    format!("{site}/{}", host.as_str())
+}
