@@ -235,3 +235,65 @@ fn recipes_survive_a_torn_line() {
         assert_eq!(said, expected, "{recipe}");
     }
 }
+
+/// Every function of the sources and of these tests, as `module::of::the::file::name`; a unit test is below `tests`.
+fn functions() -> BTreeSet<String> {
+    fn visit(folder: &std::path::Path, module: &str, found: &mut BTreeSet<String>) {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_stem().unwrap().to_string_lossy();
+            let mut module = format!("{module}::{name}");
+            if path.is_dir() {
+                visit(&path, &module, found);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                found.insert(module.clone());
+                for line in std::fs::read_to_string(&path).unwrap().lines() {
+                    if line.ends_with("mod tests {") {
+                        module += "::tests";
+                        found.insert(module.clone());
+                    }
+                    let after = line.split_once("fn ").map(|(_, after)| after);
+                    if let Some((name, _)) = after.and_then(|after| after.split_once(['(', '<'])) {
+                        found.insert(format!("{module}::{name}"));
+                    }
+                }
+            }
+        }
+    }
+    let mut found = BTreeSet::new();
+    for folder in ["src", "tests"] {
+        visit(
+            &std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(folder),
+            "",
+            &mut found,
+        );
+    }
+    found
+}
+
+#[test]
+fn every_test_that_a_document_names_is_there() {
+    let there = functions();
+    let (mut named, mut missing) = (0, Vec::new());
+    for (file, text) in [
+        ("ARCHITECTURE.md", include_str!("../../ARCHITECTURE.md")),
+        ("SECURITY.md", include_str!("../../SECURITY.md")),
+    ] {
+        // Only what is written like a path of a function or module, and of no library.
+        let paths = text.split('`').skip(1).step_by(2).filter(|path| {
+            path.contains("::")
+                && path
+                    .bytes()
+                    .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"_:".contains(&b))
+        });
+        for path in paths {
+            named += 1;
+            let end = format!("::{path}");
+            if !there.iter().any(|function| function.ends_with(&end)) {
+                missing.push(format!("{file} names {path}"));
+            }
+        }
+    }
+    assert!(missing.is_empty(), "not there: {missing:#?}");
+    assert!(named > 60, "{named}");
+}
