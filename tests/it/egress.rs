@@ -491,16 +491,12 @@ async fn silent_name_server_holds_up_bots_once_and_nothing_else() {
     lab.spawn_broker_under(&["unshare", "--mount", "sh", "-c", own_resolver, resolver])
         .await;
     assert_eq!(lab.get("/healthz").await.0, 200);
-    assert!(
-        began.elapsed() < Duration::from_secs(3),
-        "{:?}",
-        began.elapsed()
-    );
-    lab.process()
-        .log_line("initial key load finished; accepting bots")
-        .await;
+    let told = "initial key load finished; accepting bots";
+    assert!(!lab.process().log().contains(told), "it listens before");
+    lab.process().log_line(told).await;
     let took = began.elapsed().as_secs();
-    assert!((4..7).contains(&took), "one lookup takes 4 s: {took} s");
+    // One after the other they would take eight.
+    assert!((4..8).contains(&took), "one lookup takes 4 s: {took} s");
 }
 
 #[tokio::test]

@@ -48,7 +48,7 @@ use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
 /// No wait of a test is longer; each ends as soon as its condition holds.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The token that the simulated Vault starts with; the broker's token file holds it unless a test changes it.
 pub(crate) const ROOT_TOKEN: &str = "fake-root-token";
