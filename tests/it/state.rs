@@ -1,12 +1,14 @@
 //! The state folder at the start: what is missing there is never passed over in silence.
 
+use std::collections::BTreeSet;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output};
 
 use credbroker::config::Config;
 use serde_json::{Value, json};
 
-use crate::harness::{Lab, Settings};
+use crate::harness::{Lab, Settings, accounts, refusal, spot_order};
 
 /// What the broker logs where it finds no `restrictions.json`.
 const NOTHING_FOUND: &str = "no restrictions.json found; no bot is blocked, no account halted, no key revoked; if this \
@@ -243,5 +245,55 @@ async fn restrictions_file_that_cannot_be_made_does_not_stop_the_start() {
     std::fs::create_dir_all(lab.path("state/restrictions.json.new")).unwrap();
     lab.start_broker().await;
     lab.until_ready().await;
+    lab.stop().await;
+}
+
+/// `tests/upgrade` was written by the broker at 9c3d1f9, before accounts were halted in place of frozen: after a read and
+/// an order, an admin froze account main, blocked bot reader and revoked the key of account other.
+#[tokio::test]
+async fn the_state_and_the_record_of_the_version_before_are_read() {
+    let mut lab = Lab::install(&Settings::default()).await;
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/upgrade");
+    for (file, mode) in [("restrictions.json", 0o600), ("audit.jsonl", 0o600)] {
+        let to = lab.path("state").join(file);
+        std::fs::create_dir_all(lab.path("state")).unwrap();
+        std::fs::copy(folder.join(file), &to).unwrap();
+        std::fs::set_permissions(to, std::fs::Permissions::from_mode(mode)).unwrap();
+    }
+    let before = std::fs::read_to_string(lab.path("state/audit.jsonl")).unwrap();
+    // What that broker sent is on its record, and this exchange has not received it.
+    lab.start_broker().await;
+    lab.until_keys().await;
+
+    let mut maker = lab.patient_bot("maker").await;
+    let mut reader = lab.patient_bot("reader").await;
+    let reasons = [
+        refusal(maker.send(spot_order("never")).await).1,
+        refusal(reader.send(accounts()).await).1,
+    ];
+    assert_eq!(reasons, ["ACCOUNT_FROZEN", "CALLER_BLOCKED"]);
+    let (_, text) = lab.get("/readyz?verbose").await;
+    assert!(text.contains("\nkey other/main: revoked\n"), "{text}");
+    maker.send(accounts()).await.unwrap();
+    let resumed = lab.admin_cli("anna", &["resume", "main"]).await;
+    assert_eq!(resumed.code, Some(0), "{resumed:?}");
+    maker.send(spot_order("after")).await.unwrap();
+
+    let after = std::fs::read_to_string(lab.path("state/audit.jsonl")).unwrap();
+    assert!(after.starts_with(&before), "not a byte has changed");
+    let runs: BTreeSet<_> = audit_lines(&lab)
+        .iter()
+        .map(|line| line["run"].to_string())
+        .collect();
+    assert_eq!(runs.len(), 2);
+    let kept: Value =
+        serde_json::from_slice(&std::fs::read(lab.path("state/restrictions.json")).unwrap())
+            .unwrap();
+    assert_eq!(
+        (&kept["version"], &kept["halted_accounts"]),
+        (&json!(1), &json!({}))
+    );
+    assert!(kept["blocked_bots"]["spiffe://demo.test/bot/reader"].is_object());
+    assert_eq!(kept["revoked_keys"].as_object().unwrap().len(), 1);
     lab.stop().await;
 }
