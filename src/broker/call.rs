@@ -1,8 +1,8 @@
 //! A call from beginning to end: admitted, delivered, finished.
 //!
-//! Top to bottom as it happens. A call is on record before its request leaves; it is a task of its own, so that a bot that
-//! hangs up tears nothing; and what a bot is told at its deadline stays true, because [`Gate`] lets nothing leave after it
-//! was told `not_sent`.
+//! Top to bottom as it happens. The intent is audited before the request leaves. The call is a task of its own, so it runs
+//! to its end even if its bot hangs up. What a bot is told at its deadline stays true: once it is told `not_sent`, the
+//! [`Gate`] lets nothing leave.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -78,7 +78,8 @@ impl Receipt {
 }
 
 impl Broker {
-    /// Signs a request, sends it, and returns the exchange's answer. A caller that stops waiting tears nothing.
+    /// Signs a request, sends it, and returns the exchange's answer. The call runs to its end even if the caller stops
+    /// waiting.
     pub async fn sign_and_send(self: &Arc<Self>, call: Call) -> Result<Receipt, BrokerError> {
         let (tell, told) = oneshot::channel();
         let (bot, who) = (call.who.bot().map(BotId::as_str), call.who.other());
@@ -117,6 +118,7 @@ impl Broker {
         let is_sent = matches!(closed, Closed::Sent);
         let ended = match closed {
             Closed::NotSent => Err(cut_short),
+            // The exchange refused an earlier try, and the next one has not left: that refusal is the answer.
             Closed::Refused(receipt) => Ok(*receipt),
             Closed::Sent => Err(BrokerError::AnswerLate),
         };
@@ -133,7 +135,7 @@ impl Broker {
         }
     }
 
-    /// Whether this call may be sent; if so, it is on record from here on. Waits for nothing but the audit file.
+    /// Whether this call may be sent; if so, its intent is audited. Waits for nothing but the audit file.
     fn admit(&self, call: &Call, number: u64) -> Result<(Permit, Recorded), BrokerError> {
         if self.is_draining() {
             return Err(BrokerError::ShuttingDown);
@@ -148,8 +150,8 @@ impl Broker {
         Ok((permit, recorded))
     }
 
-    /// Checks the rules, then the restrictions that admins have set; for a risk-increasing request, also the egress address
-    /// and the exchange's clock.
+    /// Checks the rules, then the restrictions that admins have set; for a risk-increasing request, also that the egress
+    /// address is proven and the exchange's time known. Where it is not, it is measured again for the next call.
     fn clearance(&self, call: &Call) -> Result<Permit, BrokerError> {
         let permit = self.policy().authorize(&call.who, &call.request)?;
         let is_risk_increasing = permit.adds_risk();
@@ -158,7 +160,7 @@ impl Broker {
         if is_risk_increasing {
             self.proof.check()?;
             let checked = self.clock.check(permit.destination());
-            // A difference between the two clocks does not go away by measuring once more.
+            // That the exchange's clock and the system's are far apart does not change by measuring again.
             checked.inspect_err(|error| {
                 if !matches!(error, ClockUncertain::Different(_)) {
                     self.doubts.time();
@@ -168,7 +170,8 @@ impl Broker {
         Ok(permit)
     }
 
-    /// Sends the request, and once more for each reason for which that helps and can do no harm.
+    /// Sends the request, and again where [`retry::next`] allows it, once per reason: where it was not sent or the exchange
+    /// refused it, so that it was not executed; after a lost answer only what is idempotent, which no order is.
     async fn deliver(
         self: &Arc<Self>,
         call: &Call,
@@ -187,7 +190,7 @@ impl Broker {
             }
             tracing::debug!(cause = retry.cause(), "sending again");
             match self.send(call, permit, recorded, gate).await {
-                // What this try did not send, the last one may have.
+                // The try before may have been executed; that this one was not sent does not change it.
                 Err(next) if is_unsent(&next) && !last.as_ref().is_err_and(is_unsent) => break,
                 ended => last = ended,
             }
@@ -203,7 +206,8 @@ impl Broker {
         last: &Result<Receipt, BrokerError>,
         gate: &Gate,
     ) -> bool {
-        // Refused counts as not sent, and whoever runs out of time before it leaves again is told that answer.
+        // `hand_back` opens the gate again for a request that was not executed. If the deadline passes before the next try
+        // leaves, the bot is told what stands in the gate: the refusal, or that nothing was sent.
         let receipt = last.as_ref().ok();
         match (retry, receipt) {
             (Retry::NotConnected | Retry::AnswerLost, _) => true,
@@ -230,7 +234,7 @@ impl Broker {
         recorded: &Recorded,
         gate: &Gate,
     ) -> Result<Receipt, BrokerError> {
-        // A call that cannot be signed takes no connection away from one that can.
+        // Only a check: a call without a key must not take a connection away from one that can be signed.
         self.key(call, permit)?;
         let destination = permit.destination();
         let connection = self
@@ -243,10 +247,10 @@ impl Broker {
             reused = connection.is_reused(),
             "connection ready"
         );
-        // A halt that the next check does not see yet sees this call.
+        // Registered before the check: a halt that comes too late for the check waits for this call to end.
         let account = &permit.account().id;
         let _adding = permit.adds_risk().then(|| self.calls.add_risk(account));
-        // The rules may have changed meanwhile: the account may have another key now, and the bot less to say.
+        // Connecting took time: the rules, the key's name and the restrictions may have changed.
         let permit = &self.clearance(call)?;
         if permit.destination() != destination {
             let moved = io::Error::other("the account has moved to another site meanwhile");
@@ -256,7 +260,7 @@ impl Broker {
         let lent = self.key(call, permit)?;
         let signed = self.sign(call, permit, lent.as_ref())?;
         let (timestamp_ms, sending) = (signed.timestamp_ms, Instant::now());
-        // The clock too: a record that took long to write leaves the timer no turn before this.
+        // Also by the clock: the timer of the deadline has had no chance to fire since the last wait.
         if sending >= call.deadline || !gate.take() {
             return Err(BrokerError::DeadlineExceeded);
         }
@@ -312,7 +316,8 @@ impl Broker {
         Ok(Some(lent))
     }
 
-    /// The key has just been taken, and is used without a pause: one that was replaced or revoked signs nothing more.
+    /// Signs with the exchange's time of this moment. Nothing waits between [`Self::key`] and here, so that no key signs
+    /// after it was replaced or revoked.
     fn sign(
         &self,
         call: &Call,
@@ -364,7 +369,8 @@ impl Broker {
         Ok(Answer::read(head.status, &head.headers, body, asked, now))
     }
 
-    /// Writes that a call was refused before it was on record as one: audit line, log line, metrics.
+    /// Writes that a call was refused before its intent was audited: audit line, log line, metrics. Of one bot's refusals a
+    /// bounded number is audited and logged.
     fn deny(&self, call: &Call, number: u64, error: &BrokerError) {
         let ending = ending_of_error(call, error);
         if call.who.bot().is_none() || self.is_recorded(&call.who) {
@@ -409,13 +415,13 @@ impl Broker {
                 self.metrics.stage("exchange", receipt.exchange);
             }
         }
-        let goes_on = matches!(ended, Err(BrokerError::AnswerLate));
-        if !goes_on {
+        let is_still_in_flight = matches!(ended, Err(BrokerError::AnswerLate));
+        if !is_still_in_flight {
             self.count_unresolved(call, ended);
         }
     }
 
-    /// Writes what was learnt of a request after its bot had been told that nobody knows.
+    /// Writes how a request ended whose bot has been answered already, with [`BrokerError::AnswerLate`], a `maybe_sent`.
     fn finish_late(
         &self,
         call: &Call,
@@ -430,11 +436,11 @@ impl Broker {
         self.count_unresolved(call, late);
     }
 
-    /// Counts a call that ends while the broker stops, with nobody knowing whether it was executed. The broker's own
-    /// questions change nothing, so nobody has to look them up.
+    /// Counts a call that ends as `maybe_sent` while the broker stops: somebody has to look it up. The broker's own questions
+    /// change nothing and do not count.
     fn count_unresolved(&self, call: &Call, ended: &Result<Receipt, BrokerError>) {
-        let is_open = verdict(ended).0 == Outcome::MaybeSent;
-        if is_open && call.who != Who::Broker && self.is_draining() {
+        let is_unresolved = verdict(ended).0 == Outcome::MaybeSent;
+        if is_unresolved && call.who != Who::Broker && self.is_draining() {
             self.calls.unresolved.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -551,7 +557,7 @@ fn log_end(
     if call.who == Who::Broker {
         line!(debug);
     } else if ending.outcome == Some(Outcome::MaybeSent) {
-        // What nobody knows the end of is somebody's to look up.
+        // A call that ended as `maybe_sent` has to be looked up.
         line!(warn);
     } else {
         line!(info);
@@ -571,7 +577,7 @@ pub(super) mod tests {
     use super::*;
     use crate::kucoin::code::RefusalCodes;
 
-    /// What the exchange's refusal of a request leaves.
+    /// The receipt of a request that the exchange refused.
     pub(in crate::broker) fn refused() -> Receipt {
         let asked = Asked {
             endpoint: None,
