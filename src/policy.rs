@@ -2,9 +2,9 @@
 //!
 //! Deny by default. It does not count, wait, or look at the body of a request.
 
-pub mod diff;
 pub mod explain;
 pub mod file;
+pub mod listing;
 pub mod warnings;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
+use serde_json::Value;
 
 use super::text::{clean_lines, counted};
 use super::{CONFIG, DONE, FAILED, USAGE, read_config, say, say_problems, scope, show};
@@ -12,8 +13,8 @@ use crate::ids::{AccountId, BotId};
 use crate::kucoin::catalog::Status;
 use crate::kucoin::{Method, RequestLimits, Scope, request};
 use crate::policy::Policy;
-use crate::policy::diff::{Diff, Kind};
 use crate::policy::explain::{Allowed, Explanation, Refused};
+use crate::policy::listing::{Item, differences};
 use crate::text::clean_json;
 use crate::toml_file::Problem;
 
@@ -29,8 +30,8 @@ pub(super) enum Command {
     },
     /// Compares two rules files: which bot gains or loses which endpoint on which account.
     ///
-    /// What is compared is what the rules allow, endpoint by endpoint over the whole catalogue, and not their text.
-    /// `+` is a gain, `-` a loss, `~` a changed setting of an account; what moves money is always named and marked.
+    /// The difference of what `policy show` lists of the two files: of what the rules allow, and not of their text.
+    /// `+` is a gain, `-` a loss, `~` a changed setting of an account; what moves money is marked.
     /// Exit code 0: compared; 1: with --exit-code, when something changes; 2: a file is missing or has problems.
     #[command(
         after_long_help = "Example, before new rules take the place of old ones:\n  credbroker policy diff /etc/credbroker/rules.toml rules.new.toml\n\n\
@@ -57,6 +58,22 @@ pub(super) enum Command {
                            --bot spiffe://example.org/bot/maker --account main \\\n    --scope spot-margin POST /api/v1/hf/orders"
     )]
     Explain(Question),
+    /// Lists what a rules file allows: a line for each bot, account, scope and endpoint, and for each setting of an account.
+    ///
+    /// The lines are sorted; what moves money is marked.
+    /// Exit code 0: listed; 2: the file is missing or has problems.
+    #[command(
+        after_long_help = "Example, all that may move money:\n  credbroker policy show /etc/credbroker/rules.toml | grep MONEY\n\n\
+                           With --json, one object a line:\n  {\"account\":…,\"setting\":…,\"value\":…}\n  \
+                           {\"bot\":…,\"account\":…,\"scope\":…,\"endpoint\":…,\"risk\":…,\"moves_money\":…}"
+    )]
+    Show {
+        /// The rules file.
+        file: PathBuf,
+        /// Writes a JSON object a line, for machines.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 #[derive(Args, Debug)]
@@ -100,6 +117,7 @@ pub(super) fn run(command: &Command) -> u8 {
             exit_code,
         } => diff(old, new, *json, *exit_code),
         Command::Explain(question) => explain(question),
+        Command::Show { file, json } => list(file, *json),
     };
     result.unwrap_or_else(|problems| {
         say_problems(&problems, "the same command");
@@ -137,28 +155,45 @@ fn diff(old: &Path, new: &Path, json: bool, exit_code: bool) -> Result<u8, Vec<P
             return Err(problems.flatten().collect());
         }
     };
-    let diff = Diff::between(&old, &new);
-    let text = if json {
-        let lines = diff.to_json().into_iter();
-        lines.fold(String::new(), |text, line| {
-            text + &clean_json(&line.to_string()) + "\n"
-        })
-    } else {
-        clean_lines(&diff.to_string())
-    };
-    let gains = diff
-        .permissions
-        .iter()
-        .filter(|change| change.kind == Kind::Gain);
-    let gains = gains.count();
+    let changes = differences(&old.listing(), &new.listing());
+    let is_permission = |item: &Item| matches!(item, Item::Permission { .. });
+    let permissions = changes.iter().filter(|change| is_permission(&change.item));
+    let (gained, lost): (Vec<_>, Vec<_>) = permissions.partition(|change| change.new.is_some());
     say(&format!(
         "{} gained, {} lost, {} changed",
-        counted(gains, "permission"),
-        diff.permissions.len() - gains,
-        counted(diff.settings.len(), "setting")
+        counted(gained.len(), "permission"),
+        lost.len(),
+        counted(changes.len() - gained.len() - lost.len(), "setting")
     ));
-    let differs = exit_code && !diff.is_empty();
-    Ok(show(&text, if differs { FAILED } else { DONE }))
+    let lines = changes.iter().map(|change| {
+        if json {
+            json_line(&change.to_json())
+        } else {
+            clean_lines(&format!("{change}\n"))
+        }
+    });
+    let differs = exit_code && !changes.is_empty();
+    Ok(show(
+        &lines.collect::<String>(),
+        if differs { FAILED } else { DONE },
+    ))
+}
+
+fn list(file: &Path, json: bool) -> Result<u8, Vec<Problem>> {
+    let policy = any_rules(&Source::read(file))?;
+    let listing = policy.listing();
+    let lines = listing.iter().map(|(item, value)| {
+        if json {
+            json_line(&item.to_json(value))
+        } else {
+            clean_lines(&(item.line(value) + "\n"))
+        }
+    });
+    Ok(show(&lines.collect::<String>(), DONE))
+}
+
+fn json_line(object: &Value) -> String {
+    clean_json(&object.to_string()).into_owned() + "\n"
 }
 
 fn explain(question: &Question) -> Result<u8, Vec<Problem>> {

@@ -1,4 +1,4 @@
-//! The commands that ask without changing anything, as the real program: `policy explain`, `check`, `diff`, `explain`, and
+//! The commands that ask without changing anything, as the real program: `policy explain`, `check`, `diff`, `show`, `explain`, and
 //! `health`.
 
 use std::io::{Read, Write};
@@ -305,8 +305,8 @@ fn diff_shows_what_changes_and_not_how_it_is_written() {
     let treasurer = "spiffe://example.org/bot/treasurer treasury spot-margin:";
     let expected = format!(
         "~ account main: vip = 3 -> 4\n\
-         + {treasurer} spot.post.v3-withdrawals (withdraw, MOVES MONEY)\n\
-         - {treasurer} spot.post.v3-accounts-universal-transfer (transfer, MOVES MONEY)\n"
+         - {treasurer} spot.post.v3-accounts-universal-transfer (transfer, MOVES MONEY)\n\
+         + {treasurer} spot.post.v3-withdrawals (withdraw, MOVES MONEY)\n"
     );
     assert_eq!((code, said.as_str()), (Some(0), expected.as_str()));
     let (code, said, _) = diff(&new, &["--exit-code", "--json"]);
@@ -320,10 +320,66 @@ fn diff_shows_what_changes_and_not_how_it_is_written() {
         "change": "gain", "bot": "spiffe://example.org/bot/treasurer", "account": "treasury", "scope": "spot-margin",
         "endpoint": "spot.post.v3-withdrawals", "risk": "withdraw", "moves_money": true,
     });
-    assert_eq!(lines[1], permission);
+    assert_eq!(lines[2], permission);
+    let setting = serde_json::json!({
+        "change": "setting", "account": "main", "setting": "vip", "old": "3", "new": "4",
+    });
+    assert_eq!(lines[0], setting);
 
     let bad = folder.write("bad.toml", "typo = 1\n");
     let (code, said, talk) = diff(&bad, &[]);
+    assert_eq!((code, said.as_str()), (Some(2), ""));
+    assert!(talk.contains("bad.toml:1: typo: is not a key"), "{talk}");
+}
+
+#[test]
+fn show_lists_what_the_rules_allow_a_line_each() {
+    let folder = Folder::new();
+    let show = |file: &Path, flags: &[&str]| {
+        let mut command = program();
+        command.args(["policy", "show"]).arg(file).args(flags);
+        told(command.output().unwrap())
+    };
+    let file = folder.write(
+        "small.toml",
+        "[account.main]\nvip = 3\nallow_money_out = true\nkey = { spot-margin = \"k\" }\n\
+         [[grant]]\nbot = \"b\"\naccount = \"main\"\nscope = \"spot-margin\"\n\
+         allow = [\"spot.post.v3-withdrawals\", \"spot.get.v1-accounts\"]\n\
+         [[grant]]\nbot = \"b\"\naccount = \"main\"\nscope = \"spot-margin\"\n\
+         unlisted = true\nmethod = \"GET\"\npath = \"/api/v9/new\"\n",
+    );
+    let expected = "\
+account main: allow_money_out = true
+account main: key.spot-margin = k
+account main: max_stale_cancel_s = 86400
+account main: max_stale_s = 900
+account main: purpose = trade
+account main: site = global
+account main: vip = 3
+b main spot-margin: spot.get.v1-accounts (read)
+b main spot-margin: spot.post.v3-withdrawals (withdraw, MOVES MONEY)
+b main spot-margin: unlisted GET /api/v9/new (MAY MOVE MONEY)
+";
+    assert_eq!(
+        show(&file, &[]),
+        (Some(0), expected.to_owned(), String::new())
+    );
+    let (code, said, _) = show(&file, &["--json"]);
+    assert_eq!(code, Some(0));
+    let lines: Vec<Value> = said
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(lines.len(), expected.lines().count());
+    let setting = serde_json::json!({"account": "main", "setting": "vip", "value": "3"});
+    let unlisted = serde_json::json!({
+        "bot": "b", "account": "main", "scope": "spot-margin", "endpoint": "unlisted", "risk": "unlisted",
+        "moves_money": true, "method": "GET", "path": "/api/v9/new",
+    });
+    assert_eq!((&lines[6], &lines[9]), (&setting, &unlisted));
+
+    let bad = folder.write("bad.toml", "typo = 1\n");
+    let (code, said, talk) = show(&bad, &[]);
     assert_eq!((code, said.as_str()), (Some(2), ""));
     assert!(talk.contains("bad.toml:1: typo: is not a key"), "{talk}");
 }

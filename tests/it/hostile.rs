@@ -250,6 +250,8 @@ async fn screens(lab: &Lab) {
         &["policy", "check", &rules],
         &["policy", "diff", &rules, &path("named.toml")],
         &["policy", "diff", typed, &rules],
+        &["policy", "show", &path("named.toml")],
+        &["policy", "show", "--json", &path("named.toml")],
         &["explain", typed],
     ] {
         program(words).await;

@@ -10,7 +10,7 @@ use credbroker::api::proto::{Method as ProtoMethod, Scope as ProtoScope};
 use credbroker::ids::{BotId, RequestId, Who};
 use credbroker::kucoin::{Catalog, Method, Scope, Target, UnsignedRequest};
 use credbroker::policy::Policy;
-use credbroker::policy::diff::{Diff, Kind, Permission};
+use credbroker::policy::listing::{Call, Item, differences};
 use proptest::prelude::*;
 use proptest::sample::subsequence;
 use proptest::test_runner::{Config, TestRunner};
@@ -249,40 +249,46 @@ fn a_comparison_shows_exactly_what_authorize_decides_otherwise() {
             let who = Who::Bot(id.clone());
             for request in &questions {
                 let (before, after) = (old.authorize(&who, request), new.authorize(&who, request));
-                let (kind, permit) = match (before, after) {
-                    (Err(_), Ok(permit)) => (Kind::Gain, permit),
-                    (Ok(permit), Err(_)) => (Kind::Loss, permit),
+                let (is_gain, permit) = match (before, after) {
+                    (Err(_), Ok(permit)) => (true, permit),
+                    (Ok(permit), Err(_)) => (false, permit),
                     (Ok(_), Ok(_)) | (Err(_), Err(_)) => continue,
                 };
-                let what = match permit.endpoint() {
-                    Some(endpoint) => Permission::Endpoint(&endpoint.id),
-                    None => Permission::Unlisted("GET", request.target.path()),
+                let call = match permit.endpoint() {
+                    Some(endpoint) => Call::Endpoint(&endpoint.id),
+                    None => Call::Unlisted("GET", request.target.path()),
                 };
-                expected.insert((bot, request.scope, kind, what));
+                expected.insert((bot, request.scope, is_gain, call));
             }
         }
-        let diff = Diff::between(&old, &new);
-        let shown: BTreeSet<_> = diff
-            .permissions
-            .iter()
-            .map(|change| (change.bot.as_str(), change.scope, change.kind, change.what))
-            .collect();
-        prop_assert_eq!(shown.len(), diff.permissions.len());
+        let (old, new) = (old.listing(), new.listing());
+        let mut differing = differences(&old, &new);
+        differing.retain(|change| matches!(change.item, Item::Permission { .. }));
+        let mut shown = BTreeSet::new();
+        for change in &differing {
+            let Item::Permission {
+                bot, scope, call, ..
+            } = &change.item
+            else {
+                continue;
+            };
+            prop_assert_ne!(change.old.is_some(), change.new.is_some());
+            shown.insert((bot.as_str(), *scope, change.new.is_some(), *call));
+            // For people: whatever moves money is marked, and nothing else.
+            let moves_money = match call {
+                Call::Endpoint(id) => Catalog::get().by_id(id).unwrap().risk.moves_money(),
+                Call::Unlisted(..) => true,
+            };
+            let line = change.to_string();
+            prop_assert_eq!(line.contains("MONEY"), moves_money, "{}", line);
+            prop_assert!(line.contains(&format!(" {call} (")), "{}", line);
+            let json = change.to_json();
+            let kind = if change.new.is_some() { "gain" } else { "loss" };
+            prop_assert_eq!(&json["change"], kind);
+            prop_assert_eq!(&json["moves_money"], moves_money);
+        }
+        prop_assert_eq!(shown.len(), differing.len());
         prop_assert_eq!(&shown, &expected);
-        let json = diff
-            .to_json()
-            .into_iter()
-            .filter(|line| line["change"] != "setting");
-        prop_assert_eq!(json.count(), expected.len());
-        // For people: every endpoint that moves money is there by name, and nothing else is marked.
-        let text = diff.to_string();
-        for (_, _, _, what) in &expected {
-            if let Permission::Endpoint(id) = what
-                && Catalog::get().by_id(id).unwrap().risk.moves_money()
-            {
-                prop_assert!(text.contains(&format!("{id} (")), "{}", text);
-            }
-        }
         changed.set(changed.get() + expected.len());
         Ok(())
     });
