@@ -7,7 +7,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Serialize, Serializer};
@@ -16,6 +16,7 @@ use sha2::{Digest, Sha256};
 use crate::clock::Clock;
 use crate::ids::{AccountId, BotId, KeyName, RequestId, Who, hex};
 use crate::kucoin::{Scope, UnsignedRequest};
+use crate::lock::Mutex;
 use crate::outcome::{Outcome, Reason};
 use crate::policy::Permit;
 use crate::telemetry::Metrics;
@@ -318,7 +319,7 @@ impl Audit {
 
     /// Records a change of what the broker goes by. It is in force (or not) whether or not it can be recorded.
     pub fn changed(&self, change: &Change<'_>) {
-        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut file = self.file.lock();
         let line = ChangeLine {
             event: "change",
             time_ms: self.clock.wall_ms(),
@@ -339,7 +340,7 @@ impl Audit {
 
     /// Records what `who` did: an admin's name, or `vault`. It is done whether or not it can be recorded.
     pub fn acted(&self, who: &str, act: &Act<'_>) {
-        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut file = self.file.lock();
         let line = ActLine {
             event: "act",
             time_ms: self.clock.wall_ms(),
@@ -361,7 +362,7 @@ impl Audit {
 
     /// Why the last line could not be written, as long as none could be written since.
     pub fn failure(&self) -> Option<String> {
-        let file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let file = self.file.lock();
         let failure = file.failure.as_ref()?;
         Some(format!(
             "{} cannot be written: {failure}",
@@ -383,7 +384,7 @@ impl Audit {
         match open(&self.path).and_then(Appender::new) {
             Ok(mut new) => {
                 let old = {
-                    let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+                    let mut file = self.file.lock();
                     // The next line goes to the new file, so that nothing else completes the old one.
                     let _ = file.complete(&self.clock);
                     new.run = std::mem::take(&mut file.run);
@@ -400,7 +401,7 @@ impl Audit {
     }
 
     fn in_use(&self) -> io::Result<File> {
-        let file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let file = self.file.lock();
         file.file.try_clone()
     }
 
@@ -424,7 +425,7 @@ impl Audit {
         request: Option<What<'_>>,
         ending: Option<&Ending<'_>>,
     ) -> io::Result<()> {
-        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut file = self.file.lock();
         let line = Line {
             event,
             time_ms: self.clock.wall_ms(),

@@ -27,8 +27,8 @@ mod retry;
 pub mod trial;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -43,6 +43,7 @@ use crate::egress::proof::Proof;
 use crate::ids::{AccountId, AdminId, BotId, RequestId, Who};
 use crate::keyring::Keyring;
 use crate::kucoin::code::RefusalCodes;
+use crate::lock::RwLock;
 use crate::outcome::Reason;
 use crate::policy::Policy;
 use crate::restrictions::Restrictions;
@@ -58,7 +59,7 @@ use probes::Doubts;
 #[derive(Debug)]
 pub struct Broker {
     /// The rules, until others take their place.
-    pub policy: RwLock<Arc<Policy>>,
+    pub(crate) policy: RwLock<Arc<Policy>>,
     /// The record.
     pub audit: Arc<Audit>,
     /// What admins have forbidden.
@@ -100,13 +101,13 @@ pub struct Calls {
 impl Broker {
     /// The rules of this moment.
     pub fn policy(&self) -> Arc<Policy> {
-        let policy = self.policy.read().unwrap_or_else(PoisonError::into_inner);
+        let policy = self.policy.read();
         Arc::clone(&policy)
     }
 
     /// Puts other rules in place; calls from now on go by them.
     pub fn set_policy(&self, policy: Arc<Policy>) {
-        *self.policy.write().unwrap_or_else(PoisonError::into_inner) = policy;
+        *self.policy.write() = policy;
     }
 
     /// Whether one more refusal of a bot goes on record: they cost the bot nothing, and must not fill the disk.

@@ -10,13 +10,13 @@ mod offset;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::ids::AdminId;
 use crate::kucoin::{Host, Site};
+use crate::lock::Mutex;
 use offset::Offset;
 pub(crate) use offset::WITNESSES_APART;
 pub use offset::{Measured, Sample};
@@ -127,7 +127,8 @@ impl Clock {
     pub fn exchange(&self, place: Place) -> ExchangeTime {
         let now = self.boot();
         match self
-            .hosts()
+            .hosts
+            .lock()
             .get(&place)
             .and_then(|host| host.offset.at(now))
         {
@@ -148,7 +149,7 @@ impl Clock {
     /// may be off by more than [`MAX_UNCERTAINTY`].
     pub fn check(&self, place: Place) -> Result<(), ClockUncertain> {
         let now = self.boot();
-        let hosts = self.hosts();
+        let hosts = self.hosts.lock();
         let host = hosts.get(&place).ok_or(ClockUncertain::Never)?;
         let time = host.offset.at(now).ok_or(ClockUncertain::Never)?;
         if let Some(ms) = host.refused_difference(time.ms, self.wall_ms()) {
@@ -165,7 +166,7 @@ impl Clock {
     /// [`MAX_DIFFERENCE`] from 0 and from what an admin has accepted. `None` also while it has not been measured.
     pub fn refused_difference(&self, place: Place) -> Option<i64> {
         let now = self.boot();
-        let hosts = self.hosts();
+        let hosts = self.hosts.lock();
         let host = hosts.get(&place)?;
         host.refused_difference(host.offset.at(now)?.ms, self.wall_ms())
     }
@@ -184,25 +185,21 @@ impl Clock {
             return Ok(None);
         };
         let by = by.clone();
-        self.hosts().entry(place).or_default().accepted = Some(AcceptedDifference { by, ms });
+        self.hosts.lock().entry(place).or_default().accepted = Some(AcceptedDifference { by, ms });
         Ok(Some(ms))
     }
 
     /// The difference that an admin has accepted for `place`.
     pub fn accepted(&self, place: Place) -> Option<AcceptedDifference> {
-        self.hosts().get(&place)?.accepted.clone()
+        self.hosts.lock().get(&place)?.accepted.clone()
     }
 
     /// Takes in what a host said its time was. `is_refuted`: it has just refused a timestamp of ours, so that a jump is
     /// what is to be expected.
     pub fn take_in(&self, place: Place, sample: Sample, is_refuted: bool) -> Measured {
-        let mut hosts = self.hosts();
+        let mut hosts = self.hosts.lock();
         let host = hosts.entry(place).or_default();
         host.offset.take_in(sample, is_refuted)
-    }
-
-    fn hosts(&self) -> std::sync::MutexGuard<'_, BTreeMap<Place, HostClock>> {
-        self.hosts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -11,8 +11,8 @@ pub mod proof;
 use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -30,6 +30,7 @@ use tokio_rustls::TlsConnector;
 use crate::audit::Recorded;
 use crate::kucoin::question::Question;
 use crate::kucoin::{Host, SignedRequest, Site};
+use crate::lock::RwLock;
 use crate::telemetry::chain;
 
 use decode::TooLarge;
@@ -449,10 +450,7 @@ impl Destination {
     }
 
     fn addresses(&self) -> Vec<SocketAddr> {
-        self.addresses
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.addresses.read().clone()
     }
 
     /// Why there is no address to connect to; `None` while there is one.
@@ -512,10 +510,7 @@ impl Destination {
         let is_other_kind = usable.is_empty() && !others.is_empty();
         self.is_other_kind.store(is_other_kind, Ordering::Relaxed);
         if !usable.is_empty() {
-            *self
-                .addresses
-                .write()
-                .unwrap_or_else(PoisonError::into_inner) = usable;
+            *self.addresses.write() = usable;
         }
     }
 
@@ -618,10 +613,7 @@ impl Destination {
 
     /// The next connection starts with another address than one that has just failed.
     fn put_last(&self, failed: SocketAddr) {
-        let mut addresses = self
-            .addresses
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut addresses = self.addresses.write();
         if addresses.first() == Some(&failed) {
             addresses.rotate_left(1);
         }

@@ -10,8 +10,8 @@ pub mod usage;
 pub mod vault;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
@@ -20,6 +20,7 @@ use tokio::time::{sleep, timeout};
 use crate::clock::Clock;
 use crate::ids::{AccountId, KeyName};
 use crate::kucoin::Key;
+use crate::lock::{Mutex, RwLock};
 use crate::policy::{Account, MaxStale, Permit};
 use crate::restrictions::{KeyDigest, Restrictions, Revoked};
 
@@ -230,7 +231,7 @@ impl Keyring {
 
     /// Makes places for the keys of these accounts; what is there already stays.
     pub fn add<'a>(&self, accounts: impl Iterator<Item = &'a Arc<Account>>) {
-        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+        let mut slots = self.slots.write();
         for account in accounts {
             let keys = slots.entry(account.id.clone()).or_insert_with(|| Keys {
                 max_stale: account.max_stale,
@@ -248,7 +249,7 @@ impl Keyring {
     /// Drops all keys but those of these accounts.
     pub fn retain<'a>(&self, accounts: impl Iterator<Item = &'a Arc<Account>>) {
         let accounts: BTreeMap<_, _> = accounts.map(|account| (&account.id, account)).collect();
-        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+        let mut slots = self.slots.write();
         slots.retain(|id, keys| {
             let Some(account) = accounts.get(id) else {
                 return false;
@@ -274,7 +275,7 @@ impl Keyring {
         let name = permit
             .key_name()
             .ok_or_else(|| unavailable("the rules name none"))?;
-        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        let slots = self.slots.read();
         let keys = slots
             .get(account)
             .ok_or_else(|| unavailable("the rules name none"))?;
@@ -347,7 +348,7 @@ impl Keyring {
     /// Every key with what is known about it.
     pub fn entries(&self) -> Vec<KeyEntry> {
         let now = self.clock.boot();
-        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        let slots = self.slots.read();
         let all = slots.iter().flat_map(|(account, keys)| {
             keys.places.iter().map(move |(name, place)| {
                 let slot = &place.slot;
@@ -371,7 +372,7 @@ impl Keyring {
     /// Returns once Vault has been asked for every key that the keyring has now, with or without an answer.
     pub async fn first_read(&self) {
         let all: Vec<_> = {
-            let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+            let slots = self.slots.read();
             let keys = slots.values().flat_map(|keys| keys.places.values());
             keys.map(|place| place.look.is_read.subscribe()).collect()
         };
@@ -388,7 +389,7 @@ impl Keyring {
 
     /// How long the keys of an account serve for everything while Vault is silent.
     fn max_stale(&self, account: &AccountId) -> Duration {
-        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        let slots = self.slots.read();
         slots
             .get(account)
             .map_or(Duration::MAX, |keys| keys.max_stale.add_risk)
@@ -417,14 +418,14 @@ impl Keyring {
             places.any(|place| age_past(max, place).is_some())
         };
         // Calls read the same lock, and there is hardly ever anything to wipe.
-        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        let slots = self.slots.read();
         let is_any_past = slots.values().any(is_past);
         drop(slots);
         let mut wiped = Vec::new();
         if !is_any_past {
             return wiped;
         }
-        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+        let mut slots = self.slots.write();
         for (account, keys) in slots.iter_mut() {
             let max = keys.max_stale.withdraw_risk;
             for (name, place) in &mut keys.places {
@@ -446,7 +447,7 @@ impl Keyring {
 
     /// What is known about one key.
     fn slot(&self, account: &AccountId, name: &KeyName) -> Option<Slot> {
-        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        let slots = self.slots.read();
         Some(slots.get(account)?.places.get(name)?.slot.clone())
     }
 
@@ -467,7 +468,7 @@ impl Keyring {
     /// Keeps what the metadata say; returns what they said before, where that differs.
     fn set_noted(&self, account: &AccountId, name: &KeyName, noted: &Noted) -> Option<Noted> {
         let is_so = {
-            let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+            let slots = self.slots.read();
             let place = slots.get(account).and_then(|keys| keys.places.get(name));
             place.is_none_or(|place| place.noted == *noted)
         };
@@ -494,7 +495,7 @@ impl Keyring {
     /// Keeps whether a key is being tested that may take this one's place.
     fn set_on_trial(&self, account: &AccountId, name: &KeyName, is_on_trial: bool) {
         let is_so = {
-            let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+            let slots = self.slots.read();
             let place = slots.get(account).and_then(|keys| keys.places.get(name));
             place.is_some_and(|place| place.is_on_trial == is_on_trial)
         };
@@ -532,7 +533,7 @@ impl Keyring {
 
     /// Keeps for later that the key in memory needs no test before `due`.
     fn remember(&self, account: &AccountId, name: &KeyName, due: Duration) {
-        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        let slots = self.slots.read();
         let place = slots.get(account).and_then(|keys| keys.places.get(name));
         if let Some(Place {
             slot: Slot::Ready { key, version, .. },
@@ -546,7 +547,7 @@ impl Keyring {
                 due,
                 tested: tested.clone(),
             };
-            let mut all = self.past.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut all = self.past.lock();
             all.insert((account.clone(), name.clone()), past);
         }
     }
@@ -554,7 +555,7 @@ impl Keyring {
     /// Says of a key that has come back what its last test said, and returns when the next one is due; none where it was
     /// not good, or where it is due by now.
     fn recall(&self, account: &AccountId, name: &KeyName) -> Option<Duration> {
-        let all = self.past.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = self.past.lock();
         let past = all.get(&(account.clone(), name.clone())).cloned()?;
         drop(all);
         if past.due <= self.clock.boot() || past.tested.report.verdict != Verdict::Good {
@@ -573,7 +574,7 @@ impl Keyring {
     }
 
     fn change(&self, account: &AccountId, name: &KeyName, change: impl FnOnce(&mut Place)) {
-        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+        let mut slots = self.slots.write();
         let keys = slots.get_mut(account);
         if let Some(place) = keys.and_then(|keys| keys.places.get_mut(name)) {
             change(place);
@@ -586,7 +587,7 @@ impl Keyring {
     /// [`Restrictions::seen`].
     pub fn wipe_revoked(&self) -> Vec<(AccountId, KeyName, KeyDigest)> {
         let mut unseen = Vec::new();
-        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+        let mut slots = self.slots.write();
         for (account, keys) in slots.iter_mut() {
             for (name, place) in &mut keys.places {
                 let Some(revoked) = self.revoked(account, name, &place.slot) else {
@@ -622,7 +623,7 @@ impl Keyring {
             loop {
                 changes.borrow_and_update();
                 let (is_other, is_on_trial) = {
-                    let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+                    let slots = self.slots.read();
                     let keys = slots.get(&permit.account().id);
                     let Some(place) = keys.and_then(|keys| keys.places.get(name)) else {
                         return false;
@@ -664,7 +665,7 @@ impl Keyring {
     }
 
     fn look(&self, account: &AccountId, name: &KeyName) -> Option<Arc<Look>> {
-        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        let slots = self.slots.read();
         Some(Arc::clone(&slots.get(account)?.places.get(name)?.look))
     }
 }

@@ -16,6 +16,7 @@ mod encoding;
 pub mod ids;
 pub mod keyring;
 pub mod kucoin;
+mod lock;
 pub mod outcome;
 pub mod pem;
 pub mod policy;

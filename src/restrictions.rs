@@ -8,12 +8,12 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError, RwLock};
 
 use rustix::fs::OFlags;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::ids::{AccountId, AdminId, BotId, KeyName, Who, hex};
+use crate::lock::{Mutex, RwLock};
 
 /// SHA-256 of the id of a KuCoin API key.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -174,8 +174,8 @@ impl Restrictions {
     /// # Errors
     /// When it cannot be written.
     pub fn create(&self) -> io::Result<()> {
-        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-        let state = self.state().clone();
+        let _writing = self.writing.lock();
+        let state = self.state.read().clone();
         self.write(&state)
     }
 
@@ -184,7 +184,7 @@ impl Restrictions {
     /// # Errors
     /// When an admin has forbidden it.
     pub fn check(&self, who: &Who, account: &AccountId, adds_risk: bool) -> Result<(), Restricted> {
-        let state = self.state();
+        let state = self.state.read();
         if who
             .bot()
             .is_some_and(|bot| state.blocked_bots.contains_key(bot))
@@ -199,7 +199,7 @@ impl Restrictions {
 
     /// How much is forbidden.
     pub fn counts(&self) -> Counts {
-        let state = self.state();
+        let state = self.state.read();
         let unseen = state.revoked_unseen.values().map(BTreeMap::len);
         Counts {
             blocked_bots: state.blocked_bots.len(),
@@ -211,27 +211,27 @@ impl Restrictions {
 
     /// Whether risk-increasing requests on an account are rejected.
     pub fn is_halted(&self, account: &AccountId) -> bool {
-        self.state().is_halted(account)
+        self.state.read().is_halted(account)
     }
 
     /// Whether all accounts are halted, also those that the rules name later.
     pub fn is_all_halted(&self) -> bool {
-        self.state().halted_all.is_some()
+        self.state.read().halted_all.is_some()
     }
 
     /// The accounts that are halted by name.
     pub fn halted_accounts(&self) -> Vec<AccountId> {
-        self.state().halted_accounts.keys().cloned().collect()
+        self.state.read().halted_accounts.keys().cloned().collect()
     }
 
     /// The bots that are blocked.
     pub fn blocked_bots(&self) -> Vec<(BotId, Mark)> {
-        self.state().blocked_bots.clone().into_iter().collect()
+        self.state.read().blocked_bots.clone().into_iter().collect()
     }
 
     /// Why a key must not be used, if it is dead.
     pub fn revoked(&self, key: KeyDigest) -> Option<Revoked> {
-        self.state().revoked_keys.get(&key).cloned()
+        self.state.read().revoked_keys.get(&key).cloned()
     }
 
     /// Why a key must not be used in this place, if it or whatever is there is dead.
@@ -241,21 +241,21 @@ impl Restrictions {
         name: &KeyName,
         key: KeyDigest,
     ) -> Option<Revoked> {
-        let state = self.state();
+        let state = self.state.read();
         let unseen = || Some(Revoked::new(account, name, state.unseen(account, name)?));
         state.revoked_keys.get(&key).cloned().or_else(unseen)
     }
 
     /// Whether a key must not be used: it is dead, or whatever is in its place (where it has one) is.
     pub fn is_revoked(&self, key: KeyDigest, place: Option<(&AccountId, &KeyName)>) -> bool {
-        let state = self.state();
+        let state = self.state.read();
         let is_unseen = |(account, name)| state.unseen(account, name).is_some();
         state.revoked_keys.contains_key(&key) || place.is_some_and(is_unseen)
     }
 
     /// Whether the next key that Vault shows in this place is dead.
     pub fn has_revoked_unseen(&self, account: &AccountId, name: &KeyName) -> bool {
-        self.state().unseen(account, name).is_some()
+        self.state.read().unseen(account, name).is_some()
     }
 
     /// Whether `last`, the last key known in this place, is dead, or the first one that Vault shows there will be.
@@ -265,7 +265,7 @@ impl Restrictions {
         name: &KeyName,
         last: Option<KeyDigest>,
     ) -> bool {
-        let state = self.state();
+        let state = self.state.read();
         let unseen = state.revoked_unseen.get(account);
         last.is_some_and(|key| state.revoked_keys.contains_key(&key))
             || unseen.is_some_and(|keys| keys.contains_key(name))
@@ -281,7 +281,7 @@ impl Restrictions {
         name: &KeyName,
         key: KeyDigest,
     ) -> Result<(), RestrictionsError> {
-        let Some(mark) = self.state().unseen(account, name).cloned() else {
+        let Some(mark) = self.state.read().unseen(account, name).cloned() else {
             return Ok(());
         };
         self.tighten(|state| {
@@ -375,10 +375,10 @@ impl Restrictions {
     /// a disk that hangs in somebody else's write.
     fn tighten<T>(&self, change: impl Fn(&mut State) -> T) -> Result<T, RestrictionsError> {
         let result = self.change(&change);
-        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _writing = self.writing.lock();
         // Once more: who lifted it meanwhile did not know of this.
         self.change(change);
-        let state = self.state().clone();
+        let state = self.state.read().clone();
         self.write(&state)
             .map_err(|error| RestrictionsError::Unwritten(self.file(), error))?;
         Ok(result)
@@ -386,8 +386,8 @@ impl Restrictions {
 
     /// Allows something again: on disk first.
     fn loosen<T>(&self, change: impl Fn(&mut State) -> T) -> Result<T, RestrictionsError> {
-        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut state = self.state().clone();
+        let _writing = self.writing.lock();
+        let mut state = self.state.read().clone();
         change(&mut state);
         self.write(&state)
             .map_err(|error| RestrictionsError::StillInForce(self.file(), error))?;
@@ -396,7 +396,7 @@ impl Restrictions {
     }
 
     fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
-        change(&mut self.state.write().unwrap_or_else(PoisonError::into_inner))
+        change(&mut self.state.write())
     }
 
     /// A whole new file takes the place of the old one, and both it and the folder are flushed.
@@ -422,10 +422,6 @@ impl Restrictions {
 
     fn file(&self) -> String {
         self.folder.join(FILE).display().to_string()
-    }
-
-    fn state(&self) -> std::sync::RwLockReadGuard<'_, State> {
-        self.state.read().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -711,7 +707,7 @@ mod tests {
         let restrictions = Restrictions::open(folder.path()).unwrap();
         restrictions.halt(Some(&account("a")), &mark()).unwrap();
         // Held by whoever writes, for as long as the disk takes.
-        let writing = restrictions.writing.lock().unwrap();
+        let writing = restrictions.writing.lock();
         std::thread::scope(|scope| {
             let resume = scope.spawn(|| restrictions.resume(Some(&account("a"))));
             let halt = scope.spawn(|| restrictions.halt(Some(&account("b")), &mark()));

@@ -3,7 +3,6 @@
 use std::borrow::Cow;
 use std::error::Error;
 use std::io;
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use prometheus_client::encoding::text::encode_registry;
@@ -19,6 +18,7 @@ use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::kucoin::Scope;
+use crate::lock::Mutex;
 use crate::outcome::{Outcome, Reason};
 use crate::text::{clean, clean_json};
 
@@ -292,10 +292,7 @@ impl Metrics {
     /// Whether one more line about a peer that was not let in goes to the log, and how many did not since the last one.
     /// Anybody can make such lines, and they must not fill the disk that every order needs.
     pub fn may_tell_of_stranger(&self) -> Option<u64> {
-        let mut strangers = self
-            .strangers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut strangers = self.strangers.lock();
         strangers.take(Instant::now())
     }
 

@@ -1,13 +1,14 @@
 //! How many connections and calls there may be at once, so that one bot cannot take the place of another.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::Overload;
 use crate::ids::{BotId, Who};
+use crate::lock::Mutex;
 
 /// So many connections beyond a limit are kept open for a moment, to tell why; any more are closed.
 const TURNED_AWAY: usize = 8;
@@ -139,7 +140,7 @@ impl Admission {
     /// Whether one more refusal of `who` is recorded at `now` (time since boot), or only counted.
     pub fn is_recorded(&self, who: &Who, now: Duration) -> bool {
         let (burst, per_second) = RECORDED;
-        let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut refusals = self.refusals.lock();
         let refreshed = |refusals: &Refusals| {
             let passed_ms = now.saturating_sub(refusals.at).as_millis();
             let more = u64::try_from(passed_ms)
@@ -166,14 +167,14 @@ impl Admission {
         let served = self.limits.connections - self.connections.available_permits();
         let turned_away =
             |of_bot: &Arc<OfBot>| TURNED_AWAY - of_bot.turned_away.available_permits();
-        let turned_away: usize = self.bots().values().map(turned_away).sum();
+        let turned_away: usize = self.bots.lock().values().map(turned_away).sum();
         let calls = self.limits.calls - self.calls.available_permits();
         (served + turned_away, calls)
     }
 
     /// What `bot` may have. An entry that nobody uses goes when a new one comes.
     fn of_bot(&self, bot: &BotId) -> Arc<OfBot> {
-        let mut bots = self.bots();
+        let mut bots = self.bots.lock();
         if let Some(of_bot) = bots.get(bot) {
             return Arc::clone(of_bot);
         }
@@ -187,10 +188,6 @@ impl Admission {
         });
         bots.insert(bot.clone(), Arc::clone(&of_bot));
         of_bot
-    }
-
-    fn bots(&self) -> MutexGuard<'_, HashMap<BotId, Arc<OfBot>>> {
-        self.bots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -248,7 +245,7 @@ mod tests {
         assert_eq!(admission.now(), (0, 0));
         let three: BotId = "three".parse().unwrap();
         let _third = admission.call(&three).unwrap();
-        assert_eq!(admission.bots().keys().collect::<Vec<_>>(), [&three]);
+        assert_eq!(admission.bots.lock().keys().collect::<Vec<_>>(), [&three]);
     }
 
     #[test]

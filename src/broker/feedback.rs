@@ -2,7 +2,6 @@
 //! has.
 
 use std::collections::BTreeSet;
-use std::sync::{Mutex, PoisonError};
 
 use super::{Broker, Call};
 use crate::keyring::Lent;
@@ -11,6 +10,7 @@ use crate::kucoin::code::{
     self, ADDRESS_REFUSED, CREDENTIALS_REFUSED, KEY_REFUSED, RefusalCode, TIMESTAMP_REFUSED,
 };
 use crate::kucoin::{Answer, Product, Scope, advice, question};
+use crate::lock::Mutex;
 use crate::outcome::Outcome;
 use crate::policy::Permit;
 
@@ -24,7 +24,7 @@ const MAX_UNKNOWN_CODES: usize = 256;
 impl UnknownCodes {
     /// Remembers the code; returns whether to log it.
     fn insert_if_new(&self, scope: Scope, product: Option<Product>, code: &str) -> bool {
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.0.lock();
         known.len() < MAX_UNKNOWN_CODES && known.insert((scope, product, code.to_owned()))
     }
 }

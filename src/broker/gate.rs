@@ -1,9 +1,9 @@
 //! Decides between a request that is about to leave and a deadline that is about to pass: exactly one of them wins.
 
 use std::mem::replace;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::Receipt;
+use crate::lock::Mutex;
 
 /// The gate of one call. Without it a bot could be told `not_sent` while its order leaves.
 #[derive(Debug, Default)]
@@ -36,7 +36,7 @@ pub(super) enum Closed {
 impl Gate {
     /// Lets the request through, again if need be; false once the bot has been told how its call ended.
     pub(super) fn take(&self) -> bool {
-        let mut state = self.state();
+        let mut state = self.0.lock();
         let is_open = !matches!(*state, State::Closed);
         if is_open {
             *state = State::Left;
@@ -47,7 +47,7 @@ impl Gate {
     /// Takes it back when it provably was not executed, with the answer that says so if there is one; false once the bot
     /// has been told that it may have been.
     pub(super) fn hand_back(&self, refused: Option<&Receipt>) -> bool {
-        let mut state = self.state();
+        let mut state = self.0.lock();
         let has_left = matches!(*state, State::Left);
         if has_left {
             let refused = refused.map(|receipt| State::Refused(Box::new(receipt.clone())));
@@ -58,15 +58,11 @@ impl Gate {
 
     /// Lets nothing through any more.
     pub(super) fn close(&self) -> Closed {
-        match replace(&mut *self.state(), State::Closed) {
+        match replace(&mut *self.0.lock(), State::Closed) {
             State::Open | State::Closed => Closed::NotSent,
             State::Refused(receipt) => Closed::Refused(receipt),
             State::Left => Closed::Sent,
         }
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

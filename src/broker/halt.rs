@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::panic::AssertUnwindSafe;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -24,6 +24,7 @@ use crate::kucoin::open_orders::{
     Group, KINDS, Kind, List, PAGE, PAGES, is_over, items, list, name,
 };
 use crate::kucoin::{Answer, Method, Scope, advice};
+use crate::lock::Mutex;
 use crate::outcome::Outcome;
 use crate::policy::Account;
 use crate::text::clean;
@@ -533,7 +534,7 @@ impl Pace {
     /// When the next request goes.
     fn next(&self, now: Instant) -> Instant {
         let (burst, gap) = BURST;
-        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = self.0.lock();
         let earliest = now.checked_sub(gap * burst).unwrap_or(now);
         *last = (*last + gap).max(earliest + gap);
         // What is left of the burst goes at once.

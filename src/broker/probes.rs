@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
@@ -17,6 +17,7 @@ use crate::clock::{self, Clock, Measured, Place, Sample, WITNESSES_APART};
 use crate::egress::{ConnectError, Egress, SendError};
 use crate::kucoin::Host;
 use crate::kucoin::question::{self, Question};
+use crate::lock::Mutex;
 use crate::telemetry::chain;
 
 /// How often the time is asked for: often enough that a good measurement is always at hand.
@@ -44,10 +45,6 @@ pub struct Doubts {
 }
 
 impl Doubts {
-    fn refuted(&self) -> std::sync::MutexGuard<'_, BTreeMap<Place, watch::Receiver<Option<bool>>>> {
-        self.refuted.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// The address may have changed.
     pub fn address(&self) {
         self.address.notify_one();
@@ -197,7 +194,7 @@ impl Broker {
             return true;
         }
         let mut answer = {
-            let mut refuted = self.doubts.refuted();
+            let mut refuted = self.doubts.refuted.lock();
             let is_done = refuted
                 .get(&place)
                 // An error means that the last question ended in a panic.

@@ -1,7 +1,7 @@
 //! Idle connections to one host, newest first.
 
 use std::net::SocketAddr;
-use std::sync::{Mutex, PoisonError, Weak};
+use std::sync::Weak;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -10,6 +10,7 @@ use hyper::client::conn::http1::SendRequest;
 use tokio::time::{Instant, timeout};
 
 use crate::kucoin::Key;
+use crate::lock::Mutex;
 
 /// More idle connections than this are not worth their sockets.
 const MAX_IDLE_CONNECTIONS: usize = 256;
@@ -68,7 +69,7 @@ impl Pool {
     pub(super) async fn take(&self, max_idle: Duration) -> Option<Open> {
         loop {
             let mut open = {
-                let mut idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut idle = self.0.lock();
                 // The newest is last: when it is too old, all are.
                 idle.pop_if(|newest| newest.since.elapsed() < max_idle)?
                     .open
@@ -83,7 +84,7 @@ impl Pool {
 
     /// Keeps a connection for the next request.
     pub(super) fn put(&self, open: Open) {
-        let mut idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut idle = self.0.lock();
         if open.is_usable() && idle.len() < MAX_IDLE_CONNECTIONS {
             idle.push(Idle {
                 open,
@@ -94,7 +95,7 @@ impl Pool {
 
     /// Closes what is closed by the other side, has carried a key that is gone, or is idle for longer.
     pub(super) fn drop_older_than(&self, max_idle: Duration) {
-        let mut idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut idle = self.0.lock();
         idle.retain(|connection| {
             connection.open.is_usable() && connection.since.elapsed() < max_idle
         });
@@ -102,13 +103,13 @@ impl Pool {
 
     /// Closes those to an address that `is_gone`.
     pub(super) fn drop_where(&self, is_gone: impl Fn(&SocketAddr) -> bool) {
-        let mut idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut idle = self.0.lock();
         idle.retain(|connection| !is_gone(&connection.open.peer));
     }
 
     /// How many open connections have been idle for less than `max_idle`.
     pub(super) fn fresh(&self, max_idle: Duration) -> usize {
-        let idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let idle = self.0.lock();
         idle.iter()
             .filter(|c| c.open.is_usable() && c.since.elapsed() < max_idle)
             .count()

@@ -3,8 +3,8 @@
 //! The exchange itself is asked, over the connections that carry orders. A question that got no answer proves nothing
 //! in either direction: the last answer stands, and its age shows.
 
+use crate::lock::Mutex;
 use std::net::IpAddr;
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 /// What to do about an address that is not the expected one.
@@ -90,7 +90,7 @@ impl Proof {
     /// # Errors
     /// When the last proof failed, or there has been none, and the mode is strict.
     pub fn check(&self) -> Result<(), EgressMismatch> {
-        match self.mismatch(self.state().seen) {
+        match self.mismatch(self.state.lock().seen) {
             Some(mismatch) if self.mode == ProofMode::Strict => Err(mismatch),
             _ => Ok(()),
         }
@@ -98,7 +98,7 @@ impl Proof {
 
     /// Takes in what the exchange answered at `at` (time since boot). Returns whether that changed anything.
     pub fn seen(&self, address: IpAddr, at: Duration) -> bool {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         let address = address.to_canonical();
         let is_news = state.seen.is_none_or(|(before, _)| before != address);
         state.seen = Some((address, at));
@@ -108,12 +108,12 @@ impl Proof {
 
     /// Takes in that the question got no answer.
     pub fn failed(&self, reason: String) {
-        self.state().failure = Some(reason);
+        self.state.lock().failure = Some(reason);
     }
 
     /// Takes in that the exchange refused a request for its address; no proof, since the key's whitelist may be wrong.
     pub fn refused(&self, address: Option<IpAddr>, at: Duration) {
-        self.state().refused = Some((address, at));
+        self.state.lock().refused = Some((address, at));
     }
 
     /// What is known.
@@ -122,7 +122,7 @@ impl Proof {
             seen,
             failure,
             refused,
-        } = self.state().clone();
+        } = self.state.lock().clone();
         ProofStatus {
             mismatch: self.mismatch(seen),
             seen,
@@ -139,10 +139,6 @@ impl Proof {
             Some((seen, _)) => Some(EgressMismatch::Other { seen, expected }),
             None => Some(EgressMismatch::Unproven { expected }),
         }
-    }
-
-    fn state(&self) -> std::sync::MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

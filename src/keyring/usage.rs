@@ -1,7 +1,7 @@
 //! What the exchange has said about one key, in answers to real requests and to tests.
 
+use crate::lock::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// How long after one refusal the next one is news again: each piece of news has Vault asked.
 const OLD_NEWS_MS: i64 = 5000;
@@ -43,7 +43,7 @@ impl Usage {
 
     /// The exchange has refused the key. Returns whether that is news, which it is now and then, whatever the code.
     pub fn refused(&self, refusal: Refusal) -> bool {
-        let mut told = self.told();
+        let mut told = self.refusal.lock();
         // Also where the wall clock was set back.
         let is_fresh = |since_ms: &i64| (0..=OLD_NEWS_MS).contains(&(refusal.at_ms - since_ms));
         let since_ms = told.as_ref().map(|told| told.since_ms).filter(is_fresh);
@@ -63,14 +63,10 @@ impl Usage {
     /// The last refusal, unless the exchange has taken a request since.
     pub fn refusal(&self) -> Option<Refusal> {
         let is_refused = self.is_refused.load(Ordering::Relaxed);
-        let told = self.told();
+        let told = self.refusal.lock();
         told.as_ref()
             .filter(|_| is_refused)
             .map(|told| told.refusal.clone())
-    }
-
-    fn told(&self) -> MutexGuard<'_, Option<Told>> {
-        self.refusal.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

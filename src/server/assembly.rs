@@ -2,7 +2,7 @@
 //!
 //! For [`Server`](super::Server), and for commands that look at an installation without one.
 
-use std::sync::{Arc, RwLock};
+use std::sync::Arc;
 
 use rustls::crypto::CryptoProvider;
 use rustls::{ClientConfig, RootCertStore};
@@ -19,6 +19,7 @@ use crate::egress::Egress;
 use crate::egress::proof::Proof;
 use crate::keyring::Keyring;
 use crate::keyring::vault::Vault;
+use crate::lock::RwLock;
 use crate::policy::Policy;
 use crate::restrictions::Restrictions;
 use crate::telemetry::Metrics;

@@ -6,8 +6,8 @@
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::pin::{Pin, pin};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -35,6 +35,7 @@ use crate::broker::Broker;
 use crate::broker::admission::{CallSlot, ConnectionSlot};
 use crate::config::ConnectionLimits;
 use crate::kucoin::Malformed;
+use crate::lock::Mutex;
 
 /// How long an answer may wait for its peer to take it.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
@@ -232,13 +233,9 @@ impl Connection {
 
     /// Whether an answer has been waiting for long to be taken.
     fn is_stuck(&self) -> bool {
-        let answers = self.answers();
+        let answers = self.answers.lock();
         let oldest = answers.values().min();
         oldest.is_some_and(|since| since.elapsed() > ANSWER_WITHIN)
-    }
-
-    fn answers(&self) -> MutexGuard<'_, HashMap<u64, Instant>> {
-        self.answers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The message of a call once all of it is there, from a peer that is trusted before and after.
@@ -305,7 +302,8 @@ impl InUse {
     /// From now on it is for the peer to take what comes of the answer.
     fn mark_answered(&self) {
         self.connection
-            .answers()
+            .answers
+            .lock()
             .insert(self.number, Instant::now());
     }
 }
@@ -313,7 +311,7 @@ impl InUse {
 impl Drop for InUse {
     fn drop(&mut self) {
         let connection = &self.connection;
-        connection.answers().remove(&self.number);
+        connection.answers.lock().remove(&self.number);
         connection.calls.fetch_sub(1, Ordering::Relaxed);
         let now_ms = connection.listener.boot_ms();
         connection.used_ms.store(now_ms, Ordering::Relaxed);

@@ -2,8 +2,9 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::Hash;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
+use crate::lock::Mutex;
 use tokio_util::sync::CancellationToken;
 
 /// Places that are taken, in the order in which they were.
@@ -36,7 +37,7 @@ impl<K: Clone + Eq + Hash> Places<K> {
 
     /// Takes one; makes room for it where there is none.
     pub(super) fn take(places: &Arc<Self>, who: K) -> Place<K> {
-        let mut taken = places.taken();
+        let mut taken = places.taken.lock();
         if taken.places.len() >= places.limit {
             taken.give_one_up();
         }
@@ -48,10 +49,6 @@ impl<K: Clone + Eq + Hash> Places<K> {
             number,
             is_given_up,
         }
-    }
-
-    fn taken(&self) -> MutexGuard<'_, Taken<K>> {
-        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -76,7 +73,7 @@ impl<K: Clone + Eq + Hash> Taken<K> {
 
 impl<K: Clone + Eq + Hash> Drop for Place<K> {
     fn drop(&mut self) {
-        self.places.taken().places.remove(&self.number);
+        self.places.taken.lock().places.remove(&self.number);
     }
 }
 
@@ -102,7 +99,7 @@ mod tests {
         assert_eq!(gone(&silent), 1);
         assert!(!bot.is_given_up.is_cancelled() && !other.is_given_up.is_cancelled());
         drop((bot, other, silent));
-        assert!(places.taken().places.is_empty());
+        assert!(places.taken.lock().places.is_empty());
     }
 
     #[test]
