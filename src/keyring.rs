@@ -5,6 +5,7 @@
 //! has taken requests that the new one signed.
 
 pub mod refresh;
+mod rotation;
 pub mod trial;
 pub mod usage;
 pub mod vault;
