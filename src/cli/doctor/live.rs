@@ -217,7 +217,7 @@ async fn signed(broker: &Arc<Broker>, found: &Found, scope: Scope, ask: Ask) -> 
 
 fn expected(documented: Option<Documented>) -> String {
     let data = documented.map_or("anything", Documented::kind);
-    format!("HTTP 200, code 200000, data: {data}")
+    format!("HTTP 200, code {}, data: {data}", code::SUCCESS)
 }
 
 fn unanswered(question: String, documented: Option<Documented>, reason: &str) -> Diagnosis {
