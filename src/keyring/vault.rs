@@ -128,6 +128,13 @@ pub enum VaultError {
     Unusable(String),
 }
 
+impl VaultError {
+    /// Vault knows the mount, and no such key in it.
+    pub fn no_such_key() -> Self {
+        Self::Gone("Vault has no such key (404)".to_owned())
+    }
+}
+
 /// The connection to Vault.
 #[derive(Debug)]
 pub struct Vault {
@@ -167,8 +174,7 @@ impl Vault {
             return Ok(found);
         }
         let problem = self.unfit_mount().await;
-        let problem = problem.unwrap_or_else(|| "Vault has no such key (404)".to_owned());
-        Err(VaultError::Gone(problem))
+        Err(problem.map_or_else(VaultError::no_such_key, VaultError::Gone))
     }
 
     /// The same; none where Vault has no such key.

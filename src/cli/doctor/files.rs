@@ -64,6 +64,14 @@ pub(super) fn rules(file: &Path) -> (Vec<Diagnosis>, Option<Policy>) {
     }
 }
 
+/// What to do about a CA that ends.
+const FIX_CA: &str =
+    "put the next CA into the file beside this one, and issue new certificates from it";
+
+/// What to do about a certificate of the broker that ends.
+const FIX_OWN: &str =
+    "put a new certificate and its key in place; a running broker takes them up without a restart";
+
 /// What the listeners show, whom they trust, and what Vault is shown.
 pub(super) fn certificates(config: &Config, now_ms: i64) -> Vec<Diagnosis> {
     let problems = Problems::default();
@@ -72,12 +80,18 @@ pub(super) fn certificates(config: &Config, now_ms: i64) -> Vec<Diagnosis> {
         (
             ["tls.certificate", "tls.key"],
             "server",
+            FIX_OWN,
             &config.tls.certificate,
         ),
-        (["tls.client_ca", ""], "bots' CA", &config.tls.client_ca),
+        (
+            ["tls.client_ca", ""],
+            "bots' CA",
+            FIX_CA,
+            &config.tls.client_ca,
+        ),
     ];
     if let Some(admin_ca) = &config.tls.admin_ca {
-        files.push((["tls.admin_ca", ""], "admins' CA", admin_ca));
+        files.push((["tls.admin_ca", ""], "admins' CA", FIX_CA, admin_ca));
     }
     if let Auth::Cert {
         certificate, key, ..
@@ -90,11 +104,11 @@ pub(super) fn certificates(config: &Config, now_ms: i64) -> Vec<Diagnosis> {
             &Source::read(key),
             &problems,
         );
-        files.push((names, "for Vault", certificate));
+        files.push((names, "for Vault", FIX_OWN, certificate));
     }
     let warnings = problems.take_warnings();
     let problems = problems.into_result().err().unwrap_or_default();
-    let lines = files.into_iter().flat_map(|(keys, about, file)| {
+    let lines = files.into_iter().flat_map(|(keys, about, fix, file)| {
         let of_file = |problem: &&Problem| keys.contains(&problem.key.as_str());
         let mut failed: Vec<_> = problems
             .iter()
@@ -105,7 +119,7 @@ pub(super) fn certificates(config: &Config, now_ms: i64) -> Vec<Diagnosis> {
             })
             .collect();
         if failed.is_empty() {
-            failed.push(expiry(about, ends_ms(file), now_ms));
+            failed.push(expiry(about, fix, ends_ms(file), now_ms));
         }
         let of_file = |warning: &&Problem| keys.contains(&warning.key.as_str());
         failed.extend(warnings.iter().filter(of_file).map(ca_warning));
@@ -140,15 +154,8 @@ fn ends_ms(file: &Path) -> Option<i64> {
 }
 
 /// Whether a certificate ends soon.
-pub(super) fn expiry(about: &str, ends_ms: Option<i64>, now_ms: i64) -> Diagnosis {
+pub(super) fn expiry(about: &str, fix: &str, ends_ms: Option<i64>, now_ms: i64) -> Diagnosis {
     let check = "certificate";
-    let fix = if about.ends_with("CA") {
-        "put the next CA into the file beside this one, and issue new certificates from it"
-    } else if about == "of Vault" {
-        "have Vault's certificate renewed"
-    } else {
-        "put a new certificate and its key in place; a running broker takes them up without a restart"
-    };
     let Some(ends_ms) = ends_ms else {
         return Diagnosis::failed(check, "is not an X.509 certificate", fix).about(about);
     };

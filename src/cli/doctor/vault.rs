@@ -20,7 +20,6 @@ use crate::clock::Clock;
 use crate::config::Config;
 use crate::diagnosis::Diagnosis;
 use crate::ids::{AccountId, KeyName};
-use crate::keyring::vault::check::KV_V1;
 use crate::keyring::vault::{
     Auth, Hold, NOT_VAULT_ANSWER, NotedState, UNREACHABLE, Vault, VaultError, unknown_state,
 };
@@ -89,6 +88,7 @@ async fn reach(
             if address.scheme() == "https" {
                 lines.push(files::expiry(
                     "of Vault",
+                    "have Vault's certificate renewed",
                     ends_ms,
                     Clock::system().wall_ms(),
                 ));
@@ -246,9 +246,6 @@ async fn read(
             VaultError::Denied => {
                 "let the policy of the broker's role read it: deploy/vault/broker.hcl names mount and prefix".to_owned()
             }
-            VaultError::Gone(reason) if reason.contains(KV_V1) => {
-                format!("set vault.mount to a mount of version 2; {NEW_MOUNT}")
-            }
             VaultError::Gone(_) => register(),
             VaultError::Unusable(_) => {
                 format!("replace the whole key: `credbroker keys rotate {account} --key {name}`")
@@ -264,10 +261,18 @@ async fn read(
             is_there,
         }
     };
-    let metadata = vault
-        .metadata(account, name)
-        .await
-        .map_err(|error| why(error, false))?;
+    let found = vault.find(account, name).await;
+    let found = found.map_err(|error| why(error, false))?;
+    let Some(metadata) = found else {
+        return Err(match vault.unfit_mount().await {
+            Some(reason) => Unread {
+                reason,
+                fix: format!("set vault.mount to a mount of version 2; {NEW_MOUNT}"),
+                is_there: false,
+            },
+            None => why(VaultError::no_such_key(), false),
+        });
+    };
     let unread = |reason: String, fix: String| Unread {
         reason,
         fix,

@@ -22,9 +22,6 @@ const NO_VERSION: u32 = i32::MAX.unsigned_abs();
 /// it looks at policies, so that this would tell nothing.
 const TOO_LONG: usize = 1000;
 
-/// What stands in the problem of a mount of KV version 1.
-pub const KV_V1: &str = "is KV version 1";
-
 /// The broker's token, as Vault describes it.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct TokenInfo {
@@ -85,7 +82,7 @@ impl Vault {
         match (kind.as_str(), version.map(String::as_str)) {
             ("kv", Some("2")) => None,
             ("kv", _) => Some(format!(
-                "mount {mount} {KV_V1}, and credbroker needs version 2"
+                "mount {mount} is KV version 1, and credbroker needs version 2"
             )),
             _ => Some(format!(
                 "mount {mount} is no KV engine, and credbroker needs KV version 2"

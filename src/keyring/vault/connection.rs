@@ -276,7 +276,7 @@ pub(super) fn reduce(error: &ClientError) -> VaultError {
         Some(status @ (403 | 404)) if !is_vaults_own(error) => VaultError::Outage(format!(
             "Vault answered {status}, but not in its own words; is a proxy in between?"
         )),
-        Some(404) if texts.is_empty() => VaultError::Gone("Vault has no such key (404)".to_owned()),
+        Some(404) if texts.is_empty() => VaultError::no_such_key(),
         Some(404) => VaultError::Gone(format!(
             "Vault has no such mount or namespace (404: {texts})"
         )),

@@ -63,6 +63,8 @@ pub enum WriteError {
 enum Failure {
     /// Vault's 400, in its own words.
     Refused(String),
+    /// Vault's 400: check-and-set expected another version.
+    Stale,
     Vault {
         error: VaultError,
         may_be_done: bool,
@@ -120,7 +122,8 @@ impl Vault {
                     None => "Vault's answer is not what its API describes".to_owned(),
                 },
                 // Either somebody else has written, or the first attempt has arrived after all.
-                Err(Failure::Refused(text)) if unclear.is_some() || is_stale(&text) => break,
+                Err(Failure::Stale) => break,
+                Err(Failure::Refused(_)) if unclear.is_some() => break,
                 Err(Failure::Refused(text)) => {
                     return Err(WriteError::Refused(without_values(text, registration)));
                 }
@@ -196,7 +199,7 @@ impl Vault {
                     open = Some(others.to_owned());
                     continue;
                 }
-                Err(Failure::Refused(text)) if is_stale(&text) => {}
+                Err(Failure::Stale) => {}
                 Err(Failure::Refused(text)) => return Err(WriteError::Refused(text)),
                 Err(Failure::Vault { error, may_be_done }) if !may_be_done && open.is_none() => {
                     return Err(WriteError::Vault(error));
@@ -219,7 +222,7 @@ impl Vault {
             async move {
                 match post(&client, path, body.clone()).await {
                     Err(error) if status_of(&error) == Some(400) && is_vaults_own(&error) => {
-                        Ok(Err(Failure::Refused(texts_of(&error))))
+                        Ok(Err(refusal(texts_of(&error))))
                     }
                     Err(error) => {
                         may_be_done.fetch_or(connection::may_be_done(&error), Ordering::Relaxed);
@@ -237,9 +240,13 @@ impl Vault {
     }
 }
 
-/// In the words of either check-and-set: that of the versions, that of the metadata.
-fn is_stale(text: &str) -> bool {
-    text.contains("check-and-set parameter d")
+/// Vault has no code for a failed check-and-set. These words are in both: that of the versions, that of the metadata.
+fn refusal(text: String) -> Failure {
+    if text.contains("check-and-set parameter d") {
+        Failure::Stale
+    } else {
+        Failure::Refused(text)
+    }
 }
 
 async fn pause() {
