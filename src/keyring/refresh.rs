@@ -351,7 +351,7 @@ impl Watch {
         tokio::select! {
             biased;
             answer = question => answer,
-            () = wiped => Err(VaultError::Outage("no answer before the key was wiped".to_owned())),
+            () = wiped => Err(VaultError::Outage("no answer before the key was wiped".into())),
         }
     }
 

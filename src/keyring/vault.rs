@@ -32,7 +32,6 @@ use vaultrs::error::ClientError;
 use zeroize::{Zeroize, Zeroizing};
 
 use self::connection::{Connection, caught_up, if_there, is_by_policy, reduce};
-pub use self::connection::{NOT_VAULT_ANSWER, UNREACHABLE};
 use self::login::{Pass, Session};
 use self::metadata::ReadMetadata;
 pub use self::metadata::{Facts, Hold, Metadata, NotedState, Notes, Pending, unknown_state};
@@ -122,13 +121,63 @@ pub enum VaultError {
     Credential(&'static str),
     /// No answer, a fault: says nothing about the key.
     #[error("{0}")]
-    Outage(String),
+    Outage(Outage),
     /// The secret is there and is not a key.
     #[error("{0}")]
     Unusable(String),
 }
 
+/// Why Vault gave no usable answer.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+#[error("{reason}")]
+pub struct Outage {
+    /// Its kind.
+    pub kind: OutageKind,
+    reason: String,
+}
+
+/// What kind of outage it is, as far as the fix differs.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum OutageKind {
+    /// Something answers that does not speak as Vault does.
+    NotVault,
+    /// None of the others.
+    Other,
+    /// Vault is sealed or not initialised.
+    Sealed,
+    /// Vault answers that something inside it failed.
+    Server,
+    /// No connection, or no answer on it.
+    Unreachable,
+}
+
+impl OutageKind {
+    /// The error of this kind, in words for people.
+    pub fn outage(self, reason: impl Into<String>) -> VaultError {
+        let reason = reason.into();
+        VaultError::Outage(Outage { kind: self, reason })
+    }
+}
+
+impl From<&str> for Outage {
+    fn from(reason: &str) -> Self {
+        Self {
+            kind: OutageKind::Other,
+            reason: reason.to_owned(),
+        }
+    }
+}
+
 impl VaultError {
+    /// The same, as an outage during `step`: it says nothing about the key.
+    fn during(&self, step: &str) -> Self {
+        let kind = match self {
+            Self::Outage(outage) => outage.kind,
+            _ => OutageKind::Other,
+        };
+        kind.outage(format!("{step}: {self}"))
+    }
+
     /// Vault knows the mount, and no such key in it.
     pub fn no_such_key() -> Self {
         Self::Gone("Vault has no such key (404)".to_owned())
@@ -264,7 +313,7 @@ impl Vault {
                 // Without any policy it may not look itself up either.
                 VaultError::Denied => Ok(is_by_policy(&error)),
                 // It was the token that Vault was asked about, not the key.
-                other => Err(VaultError::Outage(format!("lookup of the token: {other}"))),
+                other => Err(other.during("lookup of the token")),
             },
         }
     }

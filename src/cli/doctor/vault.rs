@@ -20,9 +20,7 @@ use crate::clock::Clock;
 use crate::config::Config;
 use crate::diagnosis::Diagnosis;
 use crate::ids::{AccountId, KeyName};
-use crate::keyring::vault::{
-    Auth, Hold, NOT_VAULT_ANSWER, NotedState, UNREACHABLE, Vault, VaultError, unknown_state,
-};
+use crate::keyring::vault::{Auth, Hold, NotedState, OutageKind, Vault, VaultError, unknown_state};
 use crate::policy::Policy;
 use crate::server::assembly;
 use crate::telemetry::chain;
@@ -368,23 +366,21 @@ fn of_writing(may: Result<Vec<&'static str>, VaultError>) -> Diagnosis {
 
 /// What to do where the trouble is Vault itself or the way to it, and no login would help.
 fn server_fix(error: &VaultError) -> Option<&'static str> {
-    let VaultError::Outage(reason) = error else {
+    let VaultError::Outage(outage) = error else {
         return None;
     };
-    if reason.contains("sealed") {
-        Some(
+    match outage.kind {
+        OutageKind::NotVault => {
+            Some("check that vault.address is Vault's own address, and that no proxy is in between")
+        }
+        OutageKind::Other => None,
+        OutageKind::Sealed => Some(
             "unseal it; until then a running broker uses the keys it has in memory, within max_stale_s",
-        )
-    } else if reason.contains(UNREACHABLE) {
-        Some(
+        ),
+        OutageKind::Server => Some("look at Vault's log; then try again"),
+        OutageKind::Unreachable => Some(
             "check that Vault runs at vault.address and answers, and that no firewall is in between",
-        )
-    } else if NOT_VAULT_ANSWER.iter().any(|words| reason.contains(words)) {
-        Some("check that vault.address is Vault's own address, and that no proxy is in between")
-    } else if reason.contains("Vault answered 5") {
-        Some("look at Vault's log; then try again")
-    } else {
-        None
+        ),
     }
 }
 

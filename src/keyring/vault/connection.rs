@@ -11,18 +11,9 @@ use vaultrs::api::{EndpointError, EndpointMiddleware, EndpointResult};
 use vaultrs::client::{VaultClient, VaultClientSettings};
 use vaultrs::error::ClientError;
 
-use super::{VaultError, VaultSettings};
+use super::{OutageKind, VaultError, VaultSettings};
 use crate::text::clean;
 use crate::trust::{ShowsCa, is_caused_by_shown_ca};
-
-/// What an outage says where no answer came.
-pub const UNREACHABLE: &str = "Vault cannot be reached";
-
-/// What it says where something answers that does not speak as Vault does.
-pub const NOT_VAULT_ANSWER: [&str; 2] = [
-    "not in its own words",
-    "Vault's answer is not what its API describes",
-];
 
 /// How often a node that has not heard of the last write yet is asked.
 const TRIES_BEHIND: usize = 3;
@@ -273,25 +264,32 @@ pub(super) fn texts_of(error: &ClientError) -> String {
 pub(super) fn reduce(error: &ClientError) -> VaultError {
     let texts = texts_of(error);
     match status_of(error) {
-        Some(status @ (403 | 404)) if !is_vaults_own(error) => VaultError::Outage(format!(
-            "Vault answered {status}, but not in its own words; is a proxy in between?"
-        )),
+        Some(status @ (403 | 404)) if !is_vaults_own(error) => OutageKind::NotVault.outage(
+            format!("Vault answered {status}, but not in its own words; is a proxy in between?"),
+        ),
         Some(404) if texts.is_empty() => VaultError::no_such_key(),
         Some(404) => VaultError::Gone(format!(
             "Vault has no such mount or namespace (404: {texts})"
         )),
         Some(403) => VaultError::Denied,
-        Some(503) => VaultError::Outage("Vault is sealed or not initialised (503)".to_owned()),
-        Some(status) => VaultError::Outage(format!("Vault answered {status}: {texts}")),
-        None if is_caused_by_shown_ca(error) => {
-            VaultError::Outage(format!("Vault cannot be reached: {ShowsCa}"))
+        Some(503) => OutageKind::Sealed.outage("Vault is sealed or not initialised (503)"),
+        Some(status) => {
+            let kind = if status >= 500 {
+                OutageKind::Server
+            } else {
+                OutageKind::Other
+            };
+            kind.outage(format!("Vault answered {status}: {texts}"))
         }
-        None => VaultError::Outage(match error {
+        None if is_caused_by_shown_ca(error) => {
+            OutageKind::Unreachable.outage(format!("Vault cannot be reached: {ShowsCa}"))
+        }
+        None => match error {
             ClientError::RestClientError {
                 source: rustify::errors::ClientError::RequestError { .. },
-            } => UNREACHABLE.to_owned(),
-            _ => NOT_VAULT_ANSWER[1].to_owned(),
-        }),
+            } => OutageKind::Unreachable.outage("Vault cannot be reached"),
+            _ => OutageKind::NotVault.outage("Vault's answer is not what its API describes"),
+        },
     }
 }
 
@@ -304,6 +302,6 @@ pub(super) fn reduce_login(error: &ClientError) -> VaultError {
             let texts = texts_of(error);
             VaultError::LoginRefused(format!("login: Vault answered {status}: {texts}"))
         }
-        (_, other) => VaultError::Outage(format!("login: {other}")),
+        (_, other) => other.during("login"),
     }
 }

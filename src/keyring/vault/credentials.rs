@@ -10,7 +10,7 @@ use vaultrs::api::sys::requests::UnwrapRequest;
 use zeroize::Zeroizing;
 
 use super::connection::{Connection, reduce, status_of};
-use super::{VaultError, Wiped};
+use super::{OutageKind, VaultError, Wiped};
 use crate::encoding::is_utf16;
 use crate::pem;
 
@@ -98,7 +98,7 @@ impl SecretId {
                 return Err(self.spend(token, used_or_expired()));
             }
             // Perhaps it is used up now; the next lookup tells.
-            Err(error) => return Err(wrapping_outage(&reduce(&error))),
+            Err(error) => return Err(reduce(&error).during("login: wrapping token")),
         };
         let Some(Value::String(secret_id)) = data.0.get_mut("secret_id").map(Value::take) else {
             let reason = "login: the wrapping token held no secret id".to_owned();
@@ -132,7 +132,7 @@ pub(super) async fn check_wrapping(
             found.creation_path
         ))),
         Err(error) if status_of(&error) == Some(400) => Err(used_or_expired()),
-        Err(error) => Err(wrapping_outage(&reduce(&error))),
+        Err(error) => Err(reduce(&error).during("login: wrapping token")),
     }
 }
 
@@ -142,15 +142,11 @@ fn used_or_expired() -> VaultError {
     )
 }
 
-fn wrapping_outage(reason: &VaultError) -> VaultError {
-    VaultError::Outage(format!("login: wrapping token: {reason}"))
-}
-
 /// The token in a file, without the blanks around it.
 pub(super) async fn read_token(file: &Path) -> Result<Zeroizing<String>, VaultError> {
     // Bots are told this too: which file it is, the configuration knows.
     let unreadable =
-        |error| VaultError::Outage(format!("the file of vault.auth cannot be read: {error}"));
+        |error| OutageKind::Other.outage(format!("the file of vault.auth cannot be read: {error}"));
     let bytes = read(file).await.map_err(unreadable)?;
     token_in(&bytes).map_err(VaultError::Credential)
 }
@@ -206,7 +202,7 @@ pub(super) fn checked_token(text: &str) -> Result<Zeroizing<String>, VaultError>
 }
 
 fn not_a_token() -> VaultError {
-    VaultError::Outage("expected a token: one line of printable ASCII".to_owned())
+    OutageKind::Other.outage("expected a token: one line of printable ASCII")
 }
 
 async fn read(file: &Path) -> Result<Zeroizing<Vec<u8>>, String> {

@@ -17,7 +17,7 @@ use zeroize::Zeroizing;
 use super::connection::{Connection, reduce, reduce_login, status_of};
 use super::credentials::{Identity, SecretId, checked_token, read_token};
 use super::lease::{Backoff, Due, Lease};
-use super::{Auth, Vault, VaultError};
+use super::{Auth, OutageKind, Vault, VaultError};
 
 /// A token and the connection to use it on.
 pub(super) struct Pass {
@@ -104,9 +104,8 @@ impl Session {
 
 /// Vault takes logins, perhaps, but not their tokens.
 pub(super) fn not_accepted() -> VaultError {
-    VaultError::Outage(
-        "Vault does not accept our token (403); is this address in token_bound_cidrs?".to_owned(),
-    )
+    OutageKind::Other
+        .outage("Vault does not accept our token (403); is this address in token_bound_cidrs?")
 }
 
 impl Vault {
@@ -119,7 +118,7 @@ impl Vault {
         }
         let mut session = self.session.lock().await;
         if session.is_closed {
-            return Err(VaultError::Outage("the broker is stopping".to_owned()));
+            return Err(OutageKind::Other.outage("the broker is stopping"));
         }
         if let Auth::Cert {
             certificate, key, ..
@@ -271,7 +270,7 @@ impl Vault {
                 return Ok(());
             }
             Err(reason) => {
-                return Err(VaultError::Outage(format!(
+                return Err(OutageKind::Other.outage(format!(
                     "the certificate of vault.auth cannot be used: {reason}"
                 )));
             }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use credbroker::keyring::vault::{Vault, VaultError};
+use credbroker::keyring::vault::{OutageKind, Vault};
 use credbroker_sim::vault::{Fault, FaultRule, RoleSettings, Seen, VaultSim};
 
 use super::login::{FIVE, LOGIN, METADATA, approle, status};
@@ -230,7 +230,7 @@ async fn a_poll_that_comes_after_the_token_was_revoked_logs_in_no_more() {
     client.close().await;
     assert_eq!(
         client.metadata(&account, &name).await,
-        Err(VaultError::Outage("the broker is stopping".to_owned()))
+        Err(OutageKind::Other.outage("the broker is stopping"))
     );
     assert_eq!(answered(&vault, LOGIN, 200), 1);
     assert_eq!(own_tokens(&vault), [""; 0]);

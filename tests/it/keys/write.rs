@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use credbroker::ids::{AccountId, KeyName};
 use credbroker::keyring::vault::{
-    Auth, Facts, Metadata, NotedState, Notes, Pending, Registration, Vault, VaultError,
+    Auth, Facts, Metadata, NotedState, Notes, OutageKind, Pending, Registration, Vault, VaultError,
     VaultSettings, WriteError,
 };
 use credbroker::kucoin::KeyVersion;
@@ -424,14 +424,14 @@ async fn a_vault_that_certainly_did_not_take_it_is_asked_once() {
         retry_after_s: None,
     }))
     .await;
-    let sealed = VaultError::Outage("Vault is sealed or not initialised (503)".to_owned());
+    let sealed = OutageKind::Sealed.outage("Vault is sealed or not initialised (503)");
     assert_eq!(write(&admin, 1, 0).await, Err(sealed.clone().into()));
     assert_eq!(writes(&vault), 1);
     vault.clear_faults();
     vault.deny(None, Some("POST"), "kv/data/*");
     assert_eq!(write(&admin, 1, 0).await, Err(VaultError::Denied.into()));
     vault.stop().await.unwrap();
-    let away = VaultError::Outage("Vault cannot be reached".to_owned());
+    let away = OutageKind::Unreachable.outage("Vault cannot be reached");
     assert_eq!(write(&admin, 1, 0).await, Err(away.into()));
 }
 
