@@ -16,8 +16,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     tonic_prost_build::configure()
         .bytes(".")
         .build_transport(false)
-        .codec_path("crate::api::codec::SmallBuffers")
-        // It would show a key: src/api.rs has one that does not.
+        .codec_path("crate::proto::codec::SmallBuffers")
+        // It would show a key: src/proto.rs has one that does not.
         .skip_debug(["credbroker.v1.Candidate"])
         .compile_fds(protox::compile(["credbroker/v1/admin.proto"], ["proto"])?)?;
     Ok(())

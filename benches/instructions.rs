@@ -23,7 +23,7 @@ mod harness;
 
 use std::process::Command;
 
-use credbroker::api::proto::{Outcome, SignAndSendRequest};
+use credbroker::proto::{Outcome, SignAndSendRequest};
 
 use harness::{Lab, Settings, accounts, spot_order};
 

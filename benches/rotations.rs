@@ -22,7 +22,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use credbroker::api::proto::{Outcome, RefreshKeyRequest};
+use credbroker::proto::{Outcome, RefreshKeyRequest};
 use credbroker_sim::kucoin::{KucoinSettings, Limits, SimKey};
 use tokio::time::MissedTickBehavior;
 

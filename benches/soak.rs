@@ -27,7 +27,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use credbroker::api::proto::{Method, Scope, SignAndSendRequest};
+use credbroker::proto::{Method, Scope, SignAndSendRequest};
 use tokio::sync::RwLock;
 use tonic_types::StatusExt;
 

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
-use credbroker::api::proto::broker_client::BrokerClient;
-use credbroker::api::proto::{Method, Scope, SignAndSendRequest};
+use credbroker::proto::broker_client::BrokerClient;
+use credbroker::proto::{Method, Scope, SignAndSendRequest};
 use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
 use tonic_types::StatusExt;
 

@@ -11,11 +11,11 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use anyhow::{Context, ensure};
-use credbroker::api::proto::broker_client::BrokerClient;
-use credbroker::api::proto::{
+use credbroker::config::Config;
+use credbroker::proto::broker_client::BrokerClient;
+use credbroker::proto::{
     Method, Outcome, QueryParameter, Scope, SignAndSendRequest, SignAndSendResponse,
 };
-use credbroker::config::Config;
 use credbroker::server::Server;
 use credbroker::telemetry::{LogFormat, init_logs};
 use credbroker_sim::kucoin::{

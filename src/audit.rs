@@ -13,14 +13,14 @@ use std::time::Duration;
 use serde::{Serialize, Serializer};
 use sha2::{Digest, Sha256};
 
+use crate::base::ids::{AccountId, BotId, KeyName, RequestId, Who, hex};
+use crate::base::lock::Mutex;
+use crate::base::outcome::{Outcome, Reason};
+use crate::base::text::{MAX_CHARS, clean, clean_json};
 use crate::clock::Clock;
-use crate::ids::{AccountId, BotId, KeyName, RequestId, Who, hex};
 use crate::kucoin::{Scope, UnsignedRequest};
-use crate::lock::Mutex;
-use crate::outcome::{Outcome, Reason};
 use crate::policy::Permit;
 use crate::telemetry::Metrics;
-use crate::text::{MAX_CHARS, clean, clean_json};
 
 /// How often written lines are flushed to the disk: what a power cut can take.
 const SYNC_EVERY: Duration = Duration::from_millis(500);

@@ -5,8 +5,8 @@
 //! | Limit | Value | Where |
 //! |---|---|---|
 //! | the message arrives whole | `limits.request_timeout_ms` | `server/connection.rs` |
-//! | the bot's deadline, from the arrival of the head | `grpc-timeout`, or `limits.default_deadline_ms` | `api/grpc.rs` |
-//! | the answer is given before that | 50 ms, or a tenth of the deadline where that is less | `api/grpc.rs` |
+//! | the bot's deadline, from the arrival of the head | `grpc-timeout`, or `limits.default_deadline_ms` | `api/bots.rs` |
+//! | the answer is given before that | 50 ms, or a tenth of the deadline where that is less | `api/bots.rs` |
 //! | a connection is made, TLS included | `egress.connect_timeout_ms` | `egress.rs` |
 //! | a name is looked up again after a failed connect | 1 s | `egress.rs` |
 //! | the whole answer of the exchange | `egress.answer_timeout_ms` | `egress.rs` |
@@ -20,11 +20,9 @@ mod call;
 mod error;
 mod feedback;
 mod gate;
-pub mod halt;
 mod in_flight;
 pub mod probes;
 mod retry;
-pub mod trial;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -37,14 +35,14 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::audit::{Audit, Caller, Ending};
+use crate::base::ids::{AccountId, AdminId, BotId, RequestId, Who};
+use crate::base::lock::RwLock;
+use crate::base::outcome::Reason;
 use crate::clock::Clock;
 use crate::egress::Egress;
 use crate::egress::proof::Proof;
-use crate::ids::{AccountId, AdminId, BotId, RequestId, Who};
 use crate::keyring::Keyring;
 use crate::kucoin::code::RefusalCodes;
-use crate::lock::RwLock;
-use crate::outcome::Reason;
 use crate::policy::Policy;
 use crate::restrictions::Restrictions;
 use crate::telemetry::Metrics;

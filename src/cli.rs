@@ -23,11 +23,11 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 
+use crate::base::encoding;
+use crate::base::text::{MAX_CHARS, clean};
+use crate::base::toml_file::Problem;
 use crate::config::Config;
-use crate::encoding;
 use crate::kucoin::Scope;
-use crate::text::{MAX_CHARS, clean};
-use crate::toml_file::Problem;
 
 /// Where the configuration file is, unless the command line says otherwise.
 const CONFIG: &str = "/etc/credbroker/config.toml";

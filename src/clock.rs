@@ -14,9 +14,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::time::{ClockId, clock_gettime};
 
-use crate::ids::AdminId;
+use crate::base::ids::AdminId;
+use crate::base::lock::Mutex;
 use crate::kucoin::{Host, Site};
-use crate::lock::Mutex;
 use offset::Offset;
 pub(crate) use offset::WITNESSES_APART;
 pub use offset::{Measured, Sample};

@@ -17,12 +17,12 @@ use url::{Host as UrlHost, Url};
 use crate::broker::admission::AdmissionLimits;
 use crate::egress::proof::ProofMode;
 use crate::egress::{EgressSettings, Origin};
-use crate::keyring::vault::VaultSettings;
 use crate::kucoin::code::{RefusalCode, RefusalCodes};
 use crate::kucoin::{Host, RequestLimits, Site};
 use crate::telemetry::LogFormat;
+use crate::vault::VaultSettings;
 
-use crate::toml_file::{Problem, Problems, Section};
+use crate::base::toml_file::{Problem, Problems, Section};
 
 /// Everything the broker is told, as meant.
 #[derive(Clone, Debug)]

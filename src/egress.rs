@@ -28,9 +28,9 @@ use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsConnector;
 
 use crate::audit::Recorded;
+use crate::base::lock::RwLock;
 use crate::kucoin::question::Question;
 use crate::kucoin::{Host, SignedRequest, Site};
-use crate::lock::RwLock;
 use crate::telemetry::chain;
 
 use decode::TooLarge;
@@ -672,8 +672,8 @@ mod tests {
     use zeroize::Zeroizing;
 
     use super::*;
+    use crate::base::secret::{ApiSecret, Passphrase};
     use crate::kucoin::{Key, KeyVersion};
-    use crate::secret::{ApiSecret, Passphrase};
 
     fn origin(port: u16) -> Origin {
         Origin {

@@ -8,7 +8,6 @@ pub mod refresh;
 mod rotation;
 pub mod trial;
 pub mod usage;
-pub mod vault;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -18,16 +17,16 @@ use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::time::{sleep, timeout};
 
+use crate::base::ids::{AccountId, KeyName};
+use crate::base::lock::{Mutex, RwLock};
 use crate::clock::Clock;
-use crate::ids::{AccountId, KeyName};
 use crate::kucoin::Key;
-use crate::lock::{Mutex, RwLock};
 use crate::policy::{Account, MaxStale, Permit};
 use crate::restrictions::{KeyDigest, Restrictions, Revoked};
 
+use crate::vault::Hold;
 use trial::{Report, Verdict};
 use usage::Usage;
-use vault::Hold;
 
 /// How long a refused request waits for another key at most; a test takes a few round trips to the exchange.
 const TRIAL_WITHIN: Duration = Duration::from_secs(5);
@@ -747,9 +746,9 @@ mod tests {
     use zeroize::Zeroizing;
 
     use super::*;
+    use crate::base::secret::{ApiSecret, Passphrase};
     use crate::kucoin::KeyVersion;
     use crate::restrictions::Mark;
-    use crate::secret::{ApiSecret, Passphrase};
 
     fn ready(id: &str) -> Slot {
         let text = |text: &str| Zeroizing::new(text.to_owned());

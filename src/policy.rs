@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use crate::ids::{AccountId, BotId, KeyName, Who};
+use crate::base::ids::{AccountId, BotId, KeyName, Who};
 use crate::kucoin::catalog::Found;
 use crate::kucoin::{
     Catalog, Effect, Endpoint, Host, Method, Partner, Product, Risk, Scope, Site, UnsignedRequest,

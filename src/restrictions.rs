@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::OFlags;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::ids::{AccountId, AdminId, BotId, KeyName, Who, hex};
-use crate::lock::{Mutex, RwLock};
+use crate::base::ids::{AccountId, AdminId, BotId, KeyName, Who, hex};
+use crate::base::lock::{Mutex, RwLock};
 
 /// SHA-256 of the id of a KuCoin API key.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]

@@ -2,9 +2,11 @@
 
 mod accept;
 mod admins;
-pub(crate) mod assembly;
 mod bots;
+pub(crate) mod build;
 mod connection;
+pub mod identity;
+pub mod ops_http;
 mod places;
 pub(crate) mod probes;
 mod reload;
@@ -27,26 +29,26 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::task::TaskTracker;
 use tonic::service::Routes;
 
-use crate::api::admin::AdminApi;
-use crate::api::grpc::GrpcApi;
-use crate::api::ops;
-use crate::api::proto::DESCRIPTORS;
-use crate::api::proto::admin_server::AdminServer;
-use crate::api::proto::broker_server::BrokerServer;
-use crate::api::state::{Readiness, readiness};
+use crate::api::admins::AdminApi;
+use crate::api::bots::GrpcApi;
 use crate::audit::Change;
-use crate::broker::{Broker, trial};
+use crate::base::ids::{AdminId, BotId};
+use crate::base::toml_file::Problem;
+use crate::broker::Broker;
 use crate::clock::Clock;
 use crate::config::load::{Source, TlsSources, load};
 use crate::config::{Config, FileProblems, permissions};
-use crate::ids::{AdminId, BotId};
 use crate::keyring::refresh::Refresher;
-use crate::keyring::vault::Vault;
+use crate::ops::health::{Readiness, readiness};
+use crate::ops::key_test;
+use crate::proto::DESCRIPTORS;
+use crate::proto::admin_server::AdminServer;
+use crate::proto::broker_server::BrokerServer;
 use crate::restrictions::RestrictionsError;
-use crate::toml_file::Problem;
+use crate::vault::Vault;
 
 use accept::told;
-use assembly::{Assembled, assemble};
+use build::{Assembled, assemble};
 use connection::Listener;
 use probes::Probes;
 use reload::Reloader;
@@ -253,11 +255,11 @@ impl Server {
         let mut background = JoinSet::new();
         background.spawn(named(
             "tests of keys",
-            trial::attend(Arc::clone(&broker), trials),
+            key_test::attend(Arc::clone(&broker), trials),
         ));
         background.spawn(named(
             "ops listener",
-            ops::serve(ops_listener, Arc::clone(&broker), problems),
+            ops_http::serve(ops_listener, Arc::clone(&broker), problems),
         ));
         background.spawn(named("health service", health));
         let wiping = Arc::clone(&broker.keyring).wipe_on_time();

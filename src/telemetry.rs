@@ -17,10 +17,10 @@ use tracing_subscriber::filter::{EnvFilter, FilterExt, ParseError, filter_fn};
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 
+use crate::base::lock::Mutex;
+use crate::base::outcome::{Outcome, Reason};
+use crate::base::text::{clean, clean_json};
 use crate::kucoin::Scope;
-use crate::lock::Mutex;
-use crate::outcome::{Outcome, Reason};
-use crate::text::{clean, clean_json};
 
 /// Crates that log nothing, whatever the configuration asks for: they log tokens, bodies, every failure twice, or a line
 /// for each frame that a peer sends.

@@ -6,13 +6,13 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
 use super::status::{DOMAIN, add_violations, cut};
+use crate::base::ids::{AccountId, KeyName};
+use crate::base::outcome::Reason;
+use crate::base::text::clean;
 use crate::clock::Place;
-use crate::ids::{AccountId, KeyName};
 use crate::kucoin::Malformed;
-use crate::outcome::Reason;
 use crate::restrictions::RestrictionsError;
 use crate::telemetry::chain;
-use crate::text::clean;
 
 /// Why an admin's call failed. `Display` is one sentence for the admin.
 #[derive(Debug, thiserror::Error)]

@@ -1,14 +1,14 @@
 //! What the broker knows, as messages for admins. No answer holds a secret.
 
-use super::key_health::KeyHealth;
-use super::proto::{self, KeyFacts, KeyState};
-use crate::broker::halt::Cancelled;
-use crate::broker::trial::Probe;
-use crate::diagnosis::Diagnosis;
+use crate::base::diagnosis::Diagnosis;
+use crate::base::text::{MAX_CHARS, clean};
 use crate::kucoin::Scope;
 use crate::kucoin::key_info::KeyInfo;
+use crate::ops::cancel_all::Cancelled;
+use crate::ops::key_health::KeyHealth;
+use crate::ops::key_test::Probe;
+use crate::proto::{self, KeyFacts, KeyState};
 use crate::restrictions::KeyDigest;
-use crate::text::{MAX_CHARS, clean};
 
 /// A text that Vault or the exchange may have written, for an admin's terminal.
 fn shown(text: impl AsRef<str>) -> String {

@@ -6,11 +6,11 @@ use std::time::Duration;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
+use crate::base::ids::RequestId;
+use crate::base::outcome::Reason;
+use crate::base::text::clean;
 use crate::broker::BrokerError;
-use crate::ids::RequestId;
 use crate::kucoin::Malformed;
-use crate::outcome::Reason;
-use crate::text::clean;
 
 /// `ErrorInfo.domain` of every failure of ours.
 pub const DOMAIN: &str = "credbroker";

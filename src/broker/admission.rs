@@ -7,8 +7,8 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::Overload;
-use crate::ids::{BotId, Who};
-use crate::lock::Mutex;
+use crate::base::ids::{BotId, Who};
+use crate::base::lock::Mutex;
 
 /// So many connections beyond a limit are kept open for a moment, to tell why; any more are closed.
 const TURNED_AWAY: usize = 8;

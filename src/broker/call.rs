@@ -21,16 +21,16 @@ use super::gate::{Closed, Gate};
 use super::retry::{self, Attempt, Retry, RetryBudget};
 use super::{Broker, BrokerError};
 use crate::audit::{Caller, Ending, Recorded};
+use crate::base::ids::{BotId, KeyName, Who};
+use crate::base::outcome::{Outcome, Reason};
+use crate::base::text::clean;
 use crate::clock::ClockUncertain;
 use crate::egress::{Answered, ConnectError, SendError};
-use crate::ids::{BotId, KeyName, Who};
 use crate::keyring::{KeyUnavailable, Lent};
 use crate::kucoin::{self, Answer, Asked, Catalog, Endpoint, Key, Scope, UnsignedRequest, code};
-use crate::outcome::{Outcome, Reason};
 use crate::policy::Permit;
 use crate::restrictions::KeyDigest;
 use crate::telemetry::chain;
-use crate::text::clean;
 
 /// One call of a bot, or of an admin, or of the broker itself.
 #[derive(Debug)]

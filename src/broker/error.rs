@@ -3,16 +3,16 @@
 use std::time::Duration;
 
 use crate::audit::AuditError;
+use crate::base::outcome::Reason;
+use crate::base::text::clean;
 use crate::clock::ClockUncertain;
 use crate::egress::proof::EgressMismatch;
 use crate::egress::{ConnectError, SendError};
 use crate::keyring::KeyUnavailable;
 use crate::kucoin::Malformed;
 use crate::kucoin::sign::SignError;
-use crate::outcome::Reason;
 use crate::policy::Denied;
 use crate::restrictions::Restricted;
-use crate::text::clean;
 
 /// Characters of a method that nobody knows: ours have fewer.
 const METHOD_CHARS: usize = 100;

@@ -4,14 +4,14 @@
 use std::collections::BTreeSet;
 
 use super::{Broker, Call};
+use crate::base::lock::Mutex;
+use crate::base::outcome::Outcome;
 use crate::keyring::Lent;
 use crate::keyring::usage::Refusal;
 use crate::kucoin::code::{
     self, ADDRESS_REFUSED, CREDENTIALS_REFUSED, KEY_REFUSED, RefusalCode, TIMESTAMP_REFUSED,
 };
 use crate::kucoin::{Answer, Product, Scope, advice, question};
-use crate::lock::Mutex;
-use crate::outcome::Outcome;
 use crate::policy::Permit;
 
 /// Unknown codes that have been logged: each is logged once in a run.

@@ -3,7 +3,7 @@
 use std::mem::replace;
 
 use super::Receipt;
-use crate::lock::Mutex;
+use crate::base::lock::Mutex;
 
 /// The gate of one call. Without it a bot could be told `not_sent` while its order leaves.
 #[derive(Debug, Default)]

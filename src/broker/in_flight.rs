@@ -1,7 +1,7 @@
 //! Calls in flight that may add risk, per account: whoever cancels all orders waits until these have ended.
 
 use super::Calls;
-use crate::ids::AccountId;
+use crate::base::ids::AccountId;
 
 /// A call that may add risk, from before the last look at what admins forbid until it has ended.
 #[derive(Debug)]
@@ -22,12 +22,12 @@ impl Calls {
         }
     }
 
-    pub(super) fn is_calm(&self, account: &AccountId) -> bool {
+    pub(crate) fn is_calm(&self, account: &AccountId) -> bool {
         !self.adding_risk.borrow().contains_key(account)
     }
 
     /// Returns once no such call of the account is in flight.
-    pub(super) async fn calm(&self, account: &AccountId) {
+    pub(crate) async fn calm(&self, account: &AccountId) {
         let mut counts = self.adding_risk.subscribe();
         // An error means that the broker is gone.
         let _ = counts

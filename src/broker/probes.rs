@@ -13,11 +13,11 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{sleep, timeout};
 
 use super::Broker;
+use crate::base::lock::Mutex;
 use crate::clock::{self, Clock, Measured, Place, Sample, WITNESSES_APART};
 use crate::egress::{ConnectError, Egress, SendError};
 use crate::kucoin::Host;
 use crate::kucoin::question::{self, Question};
-use crate::lock::Mutex;
 use crate::telemetry::chain;
 
 /// How often the time is asked for: often enough that a good measurement is always at hand.

@@ -1,9 +1,9 @@
 //! Whether a request leaves once more. Pure: the table below the code is the rule.
 
 use super::{BrokerError, Receipt};
+use crate::base::outcome::Outcome;
 use crate::egress::SendError;
 use crate::kucoin::code::{KEY_REFUSED, TIMESTAMP_REFUSED};
-use crate::outcome::Outcome;
 
 /// How an attempt ended, as far as a retry depends on it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

@@ -24,18 +24,18 @@ use tonic_types::StatusExt;
 
 use super::text::paragraph;
 use super::{FAILED, USAGE, printable, read_file, say, say_problems};
-use crate::api::caller::caller_of;
-use crate::api::proto::admin_client::AdminClient;
 use crate::api::status::DOMAIN;
+use crate::base::ids::AdminId;
+use crate::base::pem;
+use crate::base::toml_file::{Problem, Problems, Section};
+use crate::base::trust::{Peers, shows_ca, with_roots};
 use crate::config::load::{self, Source, pair, root_file};
 use crate::config::permissions::{self, NamedFile};
 use crate::config::{Roots, required_path, roots, vault};
-use crate::ids::AdminId;
-use crate::keyring::vault::{Vault, VaultSettings};
-use crate::pem;
-use crate::server::assembly::{client_tls, provider};
-use crate::toml_file::{Problem, Problems, Section};
-use crate::trust::{Peers, shows_ca, with_roots};
+use crate::proto::admin_client::AdminClient;
+use crate::server::build::{client_tls, provider};
+use crate::server::identity::caller_of;
+use crate::vault::{Vault, VaultSettings};
 
 /// Where the file is, unless the command line says otherwise.
 pub(super) const ADMIN: &str = "/etc/credbroker/admin.toml";

@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use super::admin::{self, ADMIN, Client};
 use super::text::{clean_lines, paragraph};
 use super::{DECIDE_WITHIN, DONE, show};
-use crate::api::proto::{BlockBotRequest, BlockBotResponse, UnblockBotRequest};
+use crate::proto::{BlockBotRequest, BlockBotResponse, UnblockBotRequest};
 
 /// Which bot.
 #[derive(Args, Debug)]

@@ -7,8 +7,8 @@ use clap::Subcommand;
 use super::admin::{self, ADMIN, Client};
 use super::text::paragraph;
 use super::{DECIDE_WITHIN, DONE, printable, show};
-use crate::api::proto::{AcceptClockRequest, AcceptClockResponse};
 use crate::clock::difference;
+use crate::proto::{AcceptClockRequest, AcceptClockResponse};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {

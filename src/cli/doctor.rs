@@ -20,15 +20,15 @@ use tokio::time::timeout;
 
 use super::text::{Cell, Style, counted};
 use super::{CONFIG, DONE, FAILED, USAGE, read_config, say, show};
+use crate::base::diagnosis::{Diagnosis, Severity};
+use crate::base::ids::AccountId;
+use crate::base::text::{MAX_CHARS, clean, clean_json};
 use crate::broker::Broker;
 use crate::clock::Clock;
 use crate::config::Config;
-use crate::diagnosis::{Diagnosis, Severity};
-use crate::ids::AccountId;
 use crate::process::{Hardened, harden};
-use crate::server::assembly;
+use crate::server::build;
 use crate::telemetry::chain;
-use crate::text::{MAX_CHARS, clean, clean_json};
 
 use keys::Found;
 
@@ -169,12 +169,12 @@ async fn examine(config: &Config, hardened: &Hardened) -> Vec<Diagnosis> {
     let (audit_lines, recordable) = files::audit(config);
     let process_lines = process::lines(config, is_running, hardened);
 
-    let provider = assembly::provider();
+    let provider = build::provider();
     let (egress_roots, egress_lines) = files::roots("egress.roots", &config.egress_roots);
     let (vault_roots, roots_lines) = files::roots("vault.roots", &config.vault_roots);
     lines.extend(egress_lines.into_iter().chain(roots_lines));
 
-    let egress = assembly::egress(config, egress_roots, &provider);
+    let egress = build::egress(config, egress_roots, &provider);
     let asked = async {
         let places = exchange::places(policy.as_ref());
         match &egress {
@@ -195,7 +195,7 @@ async fn examine(config: &Config, hardened: &Hardened) -> Vec<Diagnosis> {
     // Where there is nothing to sign, not even an empty audit file is made.
     if let (Some(policy), Ok(egress), false) = (policy, egress, found.is_empty()) {
         let broker = recordable.and_then(|()| {
-            let broker = assembly::broker(config, policy, egress, clock);
+            let broker = build::broker(config, policy, egress, clock);
             broker.map_err(|error| chain(&error))
         });
         lines.extend(test(broker.map(Arc::new), found).await);

@@ -9,11 +9,9 @@ use super::admin::{self, ADMIN, Client};
 use super::confirm::confirm;
 use super::text::{Style, counted, paragraph};
 use super::{DECIDE_WITHIN, DONE, FAILED, printable, show};
-use crate::api::proto::{
-    Cancelled, HaltRequest, HaltResponse, ResumeRequest, ResumeResponse, Scope,
-};
-use crate::broker::halt::WITHIN;
-use crate::diagnosis::Severity;
+use crate::base::diagnosis::Severity;
+use crate::ops::cancel_all::WITHIN;
+use crate::proto::{Cancelled, HaltRequest, HaltResponse, ResumeRequest, ResumeResponse, Scope};
 
 /// Beside the time that the broker gives itself for the orders.
 const SLACK: Duration = Duration::from_secs(30);
@@ -251,7 +249,7 @@ fn resumed(whose: &Whose, response: &ResumeResponse) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::proto::Probe;
+    use crate::proto::Probe;
 
     fn whose(account: Option<&str>) -> Whose {
         Whose {

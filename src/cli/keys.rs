@@ -16,11 +16,11 @@ use super::admin::{self, ADMIN, Admin, Failure};
 use super::report::{is_refused, report};
 use super::text::{Cell, Style, ago, paragraph};
 use super::{DONE, FAILED, printable, show};
-use crate::api::proto::{KeyState, KeyStatus, TestKeyRequest};
+use crate::base::diagnosis::Severity;
+use crate::base::ids::{AccountId, KeyName};
+use crate::base::text::clean_json;
 use crate::clock::Clock;
-use crate::diagnosis::Severity;
-use crate::ids::{AccountId, KeyName};
-use crate::text::clean_json;
+use crate::proto::{KeyState, KeyStatus, TestKeyRequest};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -242,7 +242,7 @@ fn facts(key: &KeyState, now_ms: i64) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::proto::Scope;
+    use crate::proto::Scope;
 
     #[test]
     fn a_table_fits_a_terminal_and_shows_what_is_known() {

@@ -7,16 +7,16 @@ use serde_json::Value;
 
 use super::text::{clean_lines, counted};
 use super::{CONFIG, DONE, FAILED, USAGE, read_config, say, say_problems, scope, show};
+use crate::base::ids::{AccountId, BotId};
+use crate::base::text::clean_json;
+use crate::base::toml_file::Problem;
 use crate::broker::BrokerError;
 use crate::config::load::{Source, any_rules, rules};
-use crate::ids::{AccountId, BotId};
 use crate::kucoin::catalog::Status;
 use crate::kucoin::{Method, RequestLimits, Scope, request};
 use crate::policy::Policy;
 use crate::policy::explain::{Allowed, Explanation, Refused};
 use crate::policy::listing::{Item, differences};
-use crate::text::clean_json;
-use crate::toml_file::Problem;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {

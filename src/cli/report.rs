@@ -3,8 +3,8 @@
 use super::keys::common::words;
 use super::printable;
 use super::text::{Cell, Style, ago};
-use crate::api::proto::{Finding, KeyFacts, Probe, TestKeyResponse};
-use crate::diagnosis::Severity;
+use crate::base::diagnosis::Severity;
+use crate::proto::{Finding, KeyFacts, Probe, TestKeyResponse};
 
 const DAY_MS: i64 = 24 * 60 * 60 * 1000;
 
@@ -102,7 +102,7 @@ fn known(facts: &KeyFacts, now_ms: i64) -> Vec<(&'static str, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::proto::Scope;
+    use crate::proto::Scope;
 
     #[test]
     fn a_report_fits_a_terminal_and_says_cause_and_fix() {

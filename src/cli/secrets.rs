@@ -17,9 +17,9 @@ use tokio::sync::oneshot;
 use zeroize::Zeroizing;
 
 use super::say;
-use crate::encoding::is_utf16;
-use crate::secret::{ApiSecret, KeyValues, PartnerKey, Passphrase};
-use crate::text::is_deceptive;
+use crate::base::encoding::is_utf16;
+use crate::base::secret::{ApiSecret, KeyValues, PartnerKey, Passphrase};
+use crate::base::text::is_deceptive;
 
 /// Much more than three values need.
 const MAX_BYTES: usize = 64 * 1024;

@@ -5,8 +5,8 @@
 use std::ffi::OsStr;
 use std::io::{self, IsTerminal};
 
-use crate::diagnosis::Severity;
-use crate::text::clean;
+use crate::base::diagnosis::Severity;
+use crate::base::text::clean;
 
 /// Columns of a line.
 pub const WIDTH: usize = 80;

@@ -13,12 +13,12 @@ use zeroize::Zeroizing;
 
 use super::{Config, Roots, TlsFiles};
 
-use crate::encoding;
-use crate::keyring::vault::Auth;
-use crate::pem::{self, PemProblem};
+use crate::base::encoding;
+use crate::base::pem::{self, PemProblem};
+use crate::base::toml_file::{Problem, Problems};
+use crate::base::trust::{AnchorError, Peers, check_anchor};
 use crate::policy::Policy;
-use crate::toml_file::{Problem, Problems};
-use crate::trust::{AnchorError, Peers, check_anchor};
+use crate::vault::Auth;
 
 /// What stands in the files.
 #[derive(Debug)]

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use super::vault::JWT_FILE;
 use super::{Config, Roots};
-use crate::keyring::vault::Auth;
-use crate::toml_file::Problem;
+use crate::base::toml_file::Problem;
+use crate::vault::Auth;
 
 /// Read permission of users who neither own the file nor are in its group.
 const READ: u32 = 0o004;

@@ -6,8 +6,8 @@ use std::time::Duration;
 use url::Url;
 
 use super::{is_loopback, path, required_path};
-use crate::keyring::vault::{Auth, VaultSettings};
-use crate::toml_file::Section;
+use crate::base::toml_file::Section;
+use crate::vault::{Auth, VaultSettings};
 
 /// Where Kubernetes puts the token of a pod's service account.
 pub(super) const JWT_FILE: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
@@ -220,7 +220,7 @@ fn credential_file(folder: Option<PathBuf>, name: &str) -> Result<PathBuf, &'sta
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::toml_file::Problems;
+    use crate::base::toml_file::Problems;
 
     fn parsed(text: &str) -> Result<Auth, String> {
         let problems = Problems::default();

@@ -9,8 +9,8 @@ use http_body_util::Full;
 use hyper::client::conn::http1::SendRequest;
 use tokio::time::{Instant, timeout};
 
+use crate::base::lock::Mutex;
 use crate::kucoin::Key;
-use crate::lock::Mutex;
 
 /// More idle connections than this are not worth their sockets.
 const MAX_IDLE_CONNECTIONS: usize = 256;
@@ -125,8 +125,8 @@ mod tests {
     use zeroize::Zeroizing;
 
     use super::*;
+    use crate::base::secret::{ApiSecret, Passphrase};
     use crate::kucoin::KeyVersion;
-    use crate::secret::{ApiSecret, Passphrase};
 
     fn peer() -> SocketAddr {
         SocketAddr::from(([127, 0, 0, 1], 1))

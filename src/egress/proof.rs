@@ -3,7 +3,7 @@
 //! The exchange itself is asked, over the connections that carry orders. A question that got no answer proves nothing
 //! in either direction: the last answer stands, and its age shows.
 
-use crate::lock::Mutex;
+use crate::base::lock::Mutex;
 use std::net::IpAddr;
 use std::time::Duration;
 

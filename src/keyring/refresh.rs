@@ -18,11 +18,11 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::rotation::{Action, Event, Rotation, Serving};
 use super::trial::{KeyChange, Notice, Notices, Report, Trial, Verdict};
-use super::vault::{Vault, VaultError};
 use super::{Keyring, Look, Noted, Slot};
-use crate::ids::{AccountId, KeyName};
+use crate::base::ids::{AccountId, KeyName};
 use crate::restrictions::Restrictions;
 use crate::telemetry::Metrics;
+use crate::vault::{Vault, VaultError};
 
 /// First and longest wait after a failure; each failure doubles it.
 pub const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));

@@ -21,10 +21,10 @@ use std::time::Duration;
 use super::Noted;
 use super::trial::{Report, Verdict};
 use super::usage::Usage;
-use super::vault::{Hold, Metadata, NotedState, VaultError, unknown_state};
 use crate::kucoin::Key;
 use crate::kucoin::code::CREDENTIALS_REFUSED;
 use crate::restrictions::KeyDigest;
+use crate::vault::{Hold, Metadata, NotedState, VaultError, unknown_state};
 
 /// Why there is no key where Vault refuses it to a token that it accepts.
 const DENIED: &str = "Vault refuses it to the broker (403); check the broker's policy";
@@ -657,10 +657,10 @@ mod tests {
     use zeroize::Zeroizing;
 
     use super::*;
+    use crate::base::secret::{ApiSecret, Passphrase};
     use crate::keyring::usage::Refusal;
     use crate::kucoin::KeyVersion;
     use crate::kucoin::key_info::KeyInfo;
-    use crate::secret::{ApiSecret, Passphrase};
 
     /// A rotation, and what it deals with.
     #[derive(Default)]
@@ -727,7 +727,7 @@ mod tests {
                 "vault" => self.handle(Event::Metadata(Ok(metadata(rest)), false), &mut done),
                 "asked" => self.handle(Event::Metadata(Ok(metadata(rest)), true), &mut done),
                 "silent" => {
-                    let error = VaultError::Outage("silent".to_owned());
+                    let error = VaultError::Outage("silent".into());
                     self.handle(Event::Metadata(Err(error), false), &mut done);
                 }
                 "denied" => {
@@ -778,7 +778,7 @@ mod tests {
                 fault => {
                     let error = match fault {
                         "gone" => VaultError::Gone("gone".to_owned()),
-                        "outage" => VaultError::Outage("outage".to_owned()),
+                        "outage" => VaultError::Outage("outage".into()),
                         "unusable" => VaultError::Unusable("unusable".to_owned()),
                         _ => panic!("{fault}"),
                     };

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
 
-use crate::diagnosis::Diagnosis;
-use crate::ids::{AccountId, KeyName};
+use crate::base::diagnosis::Diagnosis;
+use crate::base::ids::{AccountId, KeyName};
 use crate::kucoin::Key;
 use crate::kucoin::key_info::KeyInfo;
 use crate::restrictions::KeyDigest;

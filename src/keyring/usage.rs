@@ -1,6 +1,6 @@
 //! What the exchange has said about one key, in answers to real requests and to tests.
 
-use crate::lock::Mutex;
+use crate::base::lock::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
 /// How long after one refusal the next one is news again: each piece of news has Vault asked.

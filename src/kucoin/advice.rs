@@ -10,7 +10,7 @@ use http::StatusCode;
 use super::code::{Class, RefusalCode};
 use super::question::address_in;
 use super::{Answer, Endpoint, Scope};
-use crate::outcome::Outcome;
+use crate::base::outcome::Outcome;
 
 /// Advice on one kind of refusal.
 #[derive(Debug)]

@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use super::code::{self, Class, RefusalCodes};
 use super::{Endpoint, Scope};
-use crate::outcome::Outcome;
+use crate::base::outcome::Outcome;
 
 /// The longest wait that a bot is told. Source: none of KuCoin's limits lasts longer than its window of 30 s; an hour leaves
 /// room for maintenance that announces itself with `retry-after`.

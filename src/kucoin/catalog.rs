@@ -567,7 +567,7 @@ impl Node {
 mod tests {
     use super::super::{RequestLimits, Target, request};
     use super::*;
-    use crate::ids::RequestId;
+    use crate::base::ids::RequestId;
 
     fn found(scope: Scope, method: Method, path: &str) -> String {
         match Catalog::get().find(scope, method, path) {

@@ -11,8 +11,8 @@ use serde_json::{Map, Value};
 use super::advice::{self, Facts};
 use super::question::{address_in, data};
 use super::{KeyVersion, Scope, Site};
-use crate::diagnosis::Diagnosis;
-use crate::text::clean;
+use crate::base::diagnosis::Diagnosis;
+use crate::base::text::clean;
 
 /// A key that ends sooner is refused: time enough to find and replace it without haste.
 const EXPIRY_REFUSED_DAYS: i64 = 14;

@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use super::{Method, Scope};
-use crate::text::clean;
+use crate::base::text::clean;
 
 /// Orders on a page: every list takes so many. Source: KuCoin API documentation, `pageSize` of these lists.
 pub const PAGE: usize = 100;

@@ -11,7 +11,7 @@ use super::catalog::ClientOidLocation;
 use super::pointer::{self, At, Pointer};
 use super::target::{Target, TargetError};
 use super::{Effect, Endpoint, Method, Scope};
-use crate::ids::{AccountId, RequestId};
+use crate::base::ids::{AccountId, RequestId};
 
 /// The one endpoint that takes a body on DELETE. Source: KuCoin API documentation, futures, "Batch Cancel Orders".
 const DELETE_WITH_BODY: (Scope, &str) = (Scope::Futures, "/api/v1/orders/multi-cancel");

@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
 use super::{Site, UnsignedRequest, question};
-use crate::secret::{ApiSecret, PartnerKey, Passphrase, with_clean_stack};
+use crate::base::secret::{ApiSecret, PartnerKey, Passphrase, with_clean_stack};
 
 const API_KEY: HeaderName = HeaderName::from_static("kc-api-key");
 const BROKER_NAME: HeaderName = HeaderName::from_static("kc-broker-name");

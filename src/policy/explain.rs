@@ -2,7 +2,7 @@
 
 use super::file::Place;
 use super::{Denied, Grants, Policy, Rule};
-use crate::ids::{AccountId, BotId, KeyName};
+use crate::base::ids::{AccountId, BotId, KeyName};
 use crate::kucoin::catalog::Found;
 use crate::kucoin::{Catalog, Endpoint, Method, Risk, Scope};
 

@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Account, MaxStale, Policy, Purpose, Rule, serves};
-use crate::ids::{AccountId, BotId};
+use crate::base::ids::{AccountId, BotId};
+use crate::base::toml_file::{Problem, Problems, Section};
 use crate::kucoin::catalog::Found;
 use crate::kucoin::request::{self, RequestLimits};
 use crate::kucoin::{Catalog, Endpoint, Method, Partner, Risk, Scope};
-use crate::toml_file::{Problem, Problems, Section};
 
 impl Policy {
     /// Reads the text of a rules file.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde_json::{Map, Value, json};
 
 use super::{Account, Policy};
-use crate::ids::{AccountId, BotId};
+use crate::base::ids::{AccountId, BotId};
 use crate::kucoin::{Catalog, Endpoint, Method, Scope};
 
 /// What one line is about. A listing names each once and is sorted.

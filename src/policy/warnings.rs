@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 
 use super::{Grants, Policy, Rule};
-use crate::ids::{AccountId, BotId};
+use crate::base::ids::{AccountId, BotId};
+use crate::base::toml_file::Problem;
 use crate::kucoin::{Catalog, Endpoint, Risk, Scope};
-use crate::toml_file::Problem;
 
 impl Policy {
     /// Bots and grants of the rules: how many there are.

@@ -23,9 +23,9 @@ use super::connection::{
 use super::places::Places;
 use super::tls::Trust;
 use crate::api::admin_error::AdminError;
-use crate::ids::AdminId;
+use crate::base::ids::AdminId;
+use crate::base::text::clean;
 use crate::kucoin::Malformed;
-use crate::text::clean;
 
 /// Connections of admins. One more ends the oldest of the admin who has the most.
 const CONNECTIONS: usize = 16;

@@ -20,11 +20,11 @@ use super::connection::{
     unsupported_media_type,
 };
 use super::tls::Trust;
-use crate::api::grpc::{Peer, SIGN_AND_SEND};
+use crate::api::bots::{Peer, SIGN_AND_SEND};
 use crate::api::status::status;
+use crate::base::ids::{BotId, RequestId};
 use crate::broker::admission::{Admitted, CallSlot};
 use crate::broker::{BrokerError, Overload};
-use crate::ids::{BotId, RequestId};
 
 /// Calls at once on one connection; gRPC clients queue what is beyond.
 const STREAMS: u32 = 256;

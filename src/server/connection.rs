@@ -31,11 +31,11 @@ use tonic::{Code, Status};
 
 use super::accept::{Acceptor, told};
 use super::tls::{Tls, Trust};
+use crate::base::lock::Mutex;
 use crate::broker::Broker;
 use crate::broker::admission::{CallSlot, ConnectionSlot};
 use crate::config::ConnectionLimits;
 use crate::kucoin::Malformed;
-use crate::lock::Mutex;
 
 /// How long an answer may wait for its peer to take it.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);

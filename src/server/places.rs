@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::hash::Hash;
 use std::sync::Arc;
 
-use crate::lock::Mutex;
+use crate::base::lock::Mutex;
 use tokio_util::sync::CancellationToken;
 
 /// Places that are taken, in the order in which they were.

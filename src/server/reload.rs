@@ -17,15 +17,15 @@ use super::StartError;
 use super::probes::Probes;
 use super::tls::Tls;
 use crate::audit::Change;
+use crate::base::ids::{AdminId, BotId};
+use crate::base::toml_file::{Problem, Problems};
 use crate::broker::Broker;
 use crate::config::load::{self, Source, TlsSources};
 use crate::config::permissions::{self, NamedFile};
 use crate::config::{FileProblems, TlsFiles};
-use crate::ids::{AdminId, BotId};
 use crate::keyring::refresh::Refresher;
 use crate::keyring::{KeyEntry, Slot};
 use crate::policy::Policy;
-use crate::toml_file::{Problem, Problems};
 
 /// How long new rules wait for what they name for the first time: keys in Vault, the time at a host.
 const READY_WITHIN: Duration = Duration::from_secs(5);

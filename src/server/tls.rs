@@ -14,8 +14,8 @@ use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
 
 use super::StartError;
-use crate::api::caller::{CallerVerifier, CertificateRole, caller_of, not_after_ms};
 use crate::config::load::Certificates;
+use crate::server::identity::{CallerVerifier, CertificateRole, caller_of, not_after_ms};
 use crate::telemetry::Metrics;
 
 /// TLS 1.3 for callers of one role, whose certificates come from certain CAs.

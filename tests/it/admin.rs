@@ -3,12 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
-use credbroker::api::proto::admin_client::AdminClient;
-use credbroker::api::proto::broker_client::BrokerClient;
-use credbroker::api::proto::{
+use credbroker::clock::Clock;
+use credbroker::proto::admin_client::AdminClient;
+use credbroker::proto::broker_client::BrokerClient;
+use credbroker::proto::{
     HaltRequest, KeyState, ListKeysRequest, RefreshKeyRequest, Scope, TestKeyRequest,
 };
-use credbroker::clock::Clock;
 use credbroker_sim::kucoin::{Fault, FaultAction};
 use credbroker_sim::pki::{Ca, CaKind, Identity, SanType, Usage};
 use http_body::Frame;

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use credbroker::api::proto::{Method, Outcome, Scope, SignAndSendRequest, SignAndSendResponse};
+use credbroker::proto::{Method, Outcome, Scope, SignAndSendRequest, SignAndSendResponse};
 use credbroker_sim::kucoin::ReceivedRequest;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};

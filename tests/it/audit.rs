@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use credbroker::api::proto::{Method, Outcome, QueryParameter, Scope};
+use credbroker::proto::{Method, Outcome, QueryParameter, Scope};
 use credbroker::server::{Server, StartError};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use serde_json::{Value, json};

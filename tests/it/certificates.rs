@@ -28,7 +28,7 @@ pub(crate) async fn gets_in(lab: &Lab, identity: &Identity) -> bool {
     let Ok(channel) = lab.endpoint(identity).connect().await else {
         return false;
     };
-    let mut client = credbroker::api::proto::broker_client::BrokerClient::new(channel);
+    let mut client = credbroker::proto::broker_client::BrokerClient::new(channel);
     client.sign_and_send(accounts()).await.is_ok()
 }
 
@@ -165,7 +165,7 @@ async fn nobody_gets_in_without_a_certificate_or_in_plain_text() {
         let Ok(channel) = endpoint.connect().await else {
             continue;
         };
-        let mut client = credbroker::api::proto::broker_client::BrokerClient::new(channel);
+        let mut client = credbroker::proto::broker_client::BrokerClient::new(channel);
         assert!(client.sign_and_send(accounts()).await.is_err());
     }
     assert!(lab.kucoin.received().is_empty());

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use credbroker::api::proto::{Outcome, SignAndSendRequest};
+use credbroker::proto::{Outcome, SignAndSendRequest};
 use credbroker_sim::kucoin::{
     Fault, FaultAction, Host, KucoinSettings, KucoinSim, Limits, Matching, ReceivedRequest, SimKey,
     When,

@@ -5,8 +5,8 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use credbroker::api::proto::{SignAndSendRequest, SignAndSendResponse};
 use credbroker::clock::Clock;
+use credbroker::proto::{SignAndSendRequest, SignAndSendResponse};
 use credbroker_sim::kucoin::{Fault, FaultAction, Matching, When};
 use credbroker_sim::pki::Identity;
 use http_body_util::{BodyExt, StreamBody};

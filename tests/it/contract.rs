@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use credbroker::api::proto::{Method, Outcome, QueryParameter, Scope, SignAndSendRequest};
+use credbroker::proto::{Method, Outcome, QueryParameter, Scope, SignAndSendRequest};
 use credbroker_sim::kucoin::{Fault, FaultAction, SimKey};
 use tonic::Code;
 use tonic_types::StatusExt;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use credbroker::api::proto::{Method, Outcome, Scope};
+use credbroker::proto::{Method, Outcome, Scope};
 use credbroker_sim::kucoin::{Fault, FaultAction, KucoinSettings, Limits, SimKey, When};
 use tonic::Code;
 use tonic_types::StatusExt;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use credbroker::api::proto::{Method, Scope};
+use credbroker::proto::{Method, Scope};
 
 use crate::harness::{Lab, accounts, not_run, request, spot_order};
 
@@ -68,7 +68,7 @@ async fn every_metric_is_documented_and_every_documented_one_exists() {
 #[test]
 fn every_reason_is_in_the_error_reference() {
     let documented = rows(README, "A failure of the broker is a gRPC status");
-    let all = credbroker::outcome::Reason::ALL.map(credbroker::outcome::Reason::as_str);
+    let all = credbroker::base::outcome::Reason::ALL.map(credbroker::base::outcome::Reason::as_str);
     assert_eq!(documented, BTreeSet::from(all));
 }
 

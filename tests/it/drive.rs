@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use credbroker::api::proto::{Method, Outcome, Scope, SignAndSendRequest};
+use credbroker::proto::{Method, Outcome, Scope, SignAndSendRequest};
 use credbroker_sim::kucoin::{KucoinSettings, KucoinSim, Limits, SimKey};
 use credbroker_sim::pki::Identity;
 use credbroker_sim::vault::{InitialState, Standby, VaultSettings, VaultSim};

@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use credbroker::api::proto::{Outcome, SignAndSendRequest};
 use credbroker::config::Config;
+use credbroker::proto::{Outcome, SignAndSendRequest};
 use credbroker_sim::kucoin::{Fault, FaultAction, SimKey, When};
 use serde_json::json;
 use tonic::Code;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use credbroker::api::proto::{
+use credbroker::proto::{
     Cancelled, HaltRequest, Method, Outcome, ResumeRequest, Scope, SignAndSendRequest,
 };
 use credbroker_sim::kucoin::{

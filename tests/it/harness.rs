@@ -16,14 +16,12 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use credbroker::api::proto::admin_client::AdminClient;
-use credbroker::api::proto::broker_client::BrokerClient;
-use credbroker::api::proto::{
-    Method, QueryParameter, Scope, SignAndSendRequest, SignAndSendResponse,
-};
 use credbroker::clock::Clock;
 use credbroker::config::Config;
 use credbroker::kucoin::Catalog;
+use credbroker::proto::admin_client::AdminClient;
+use credbroker::proto::broker_client::BrokerClient;
+use credbroker::proto::{Method, QueryParameter, Scope, SignAndSendRequest, SignAndSendResponse};
 use credbroker::server::Server;
 use credbroker_sim::kucoin::{KucoinSettings, KucoinSim, Limits, SimKey};
 use credbroker_sim::pki::{Ca, Identity};

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use credbroker::api::proto::{
+use credbroker::proto::{
     BlockBotRequest, HaltRequest, ListKeysRequest, Method, QueryParameter, Scope, TestKeyRequest,
 };
 use credbroker_sim::kucoin::{Fault, FaultAction, KucoinSettings, Matching, SimKey, When};

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use credbroker::api::proto::{
+use credbroker::proto::{
     HaltRequest, KeyState, KeyStatus, ListKeysRequest, Outcome, ResumeRequest, RevokeKeyRequest,
     SignAndSendRequest, TestKeyRequest, TestKeyResponse,
 };

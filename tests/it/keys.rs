@@ -48,7 +48,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use credbroker::api::proto::{Method, Outcome, Scope};
+use credbroker::proto::{Method, Outcome, Scope};
 use credbroker::telemetry::log_filter;
 use credbroker_sim::kucoin::{KucoinSettings, KucoinSim, Limits, SimKey};
 use credbroker_sim::pki::Ca;

@@ -6,7 +6,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use credbroker::api::proto::{Method, Outcome, Scope, SignAndSendRequest};
+use credbroker::proto::{Method, Outcome, Scope, SignAndSendRequest};
 use credbroker_sim::kucoin::{
     Fault, FaultAction, KucoinSettings, KucoinSim, Limits, Matching, SimKey, When,
 };

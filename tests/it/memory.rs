@@ -11,7 +11,7 @@ use std::process::Command;
 use aws_lc_rs::hmac;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use credbroker::api::proto::{Candidate, TestKeyRequest};
+use credbroker::proto::{Candidate, TestKeyRequest};
 use credbroker_sim::kucoin::{KucoinSettings, Limits, Partner, SimKey};
 use credbroker_sim::pki::Ca;
 use credbroker_sim::vault::VaultSim;

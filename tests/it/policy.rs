@@ -16,7 +16,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::sync::LazyLock;
 
-use credbroker::api::proto::{Method, QueryParameter, Scope, SignAndSendRequest};
+use credbroker::proto::{Method, QueryParameter, Scope, SignAndSendRequest};
 use serde_json::Value;
 use tonic::{Code, Status};
 use tonic_types::StatusExt;

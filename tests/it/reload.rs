@@ -6,8 +6,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use credbroker::api::proto::SignAndSendRequest;
 use credbroker::clock::Clock;
+use credbroker::proto::SignAndSendRequest;
 use credbroker::server::{Server, StartError};
 use credbroker_sim::kucoin::{Fault, FaultAction, KucoinSettings, Limits, SimKey};
 use credbroker_sim::pki::{Ca, Identity};

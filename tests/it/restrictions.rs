@@ -4,11 +4,11 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use credbroker::api::proto::{
+use credbroker::clock::Clock;
+use credbroker::proto::{
     Candidate, KeyStatus, Method, Outcome, RefreshKeyRequest, Scope, SignAndSendRequest,
     TestKeyRequest,
 };
-use credbroker::clock::Clock;
 use credbroker_sim::kucoin::{KucoinSettings, Limits, SimKey};
 use credbroker_sim::pki::Ca;
 use serde_json::{Value, json};

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use credbroker::api::proto::{Candidate, Method, QueryParameter, Scope, TestKeyRequest};
+use credbroker::proto::{Candidate, Method, QueryParameter, Scope, TestKeyRequest};
 use credbroker_sim::kucoin::{Fault, FaultAction, Partner, SimKey, When};
 use credbroker_sim::vault;
 use serde_json::{Value, json};

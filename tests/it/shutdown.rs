@@ -21,7 +21,7 @@ async fn lab(config: &str) -> Lab {
 async fn order_under_way(
     lab: &Lab,
     action: FaultAction,
-) -> tokio::task::JoinHandle<Result<credbroker::api::proto::SignAndSendResponse, tonic::Status>> {
+) -> tokio::task::JoinHandle<Result<credbroker::proto::SignAndSendResponse, tonic::Status>> {
     lab.kucoin.fault(Fault::once(ORDERS, action));
     let mut bot = lab.bot("maker").await;
     let mut order = spot_order("under-way");

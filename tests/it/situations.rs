@@ -7,10 +7,10 @@ use std::fmt;
 use std::path::Path;
 use std::time::Duration;
 
-use credbroker::api::proto::{
+use credbroker::keyring::refresh::BACKOFF;
+use credbroker::proto::{
     BlockBotRequest, HaltRequest, ResumeRequest, RevokeKeyRequest, UnblockBotRequest,
 };
-use credbroker::keyring::refresh::BACKOFF;
 use credbroker_sim::kucoin::SimKey;
 use credbroker_sim::pki::Ca;
 use serde_json::json;

@@ -9,10 +9,11 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use super::{ADDRESS_WITHIN, ASK_WITHIN};
+use crate::base::diagnosis::Diagnosis;
+use crate::base::trust::shows_ca;
 use crate::broker::probes::{Unanswered, ask};
 use crate::clock::{self, Clock, MAX_UNCERTAINTY, Place, Sample};
 use crate::config::Config;
-use crate::diagnosis::Diagnosis;
 use crate::egress::proof::ProofMode;
 use crate::egress::{ConnectError, Egress, NoAddress};
 use crate::kucoin::Host;
@@ -20,7 +21,6 @@ use crate::kucoin::question::Question;
 use crate::policy::Policy;
 use crate::server::StartError;
 use crate::telemetry::chain;
-use crate::trust::shows_ca;
 
 /// What the machine's own clock may be off: audit lines, logs and certificates go by it.
 const SYSTEM_CLOCK_MS: i64 = 1000;

@@ -9,18 +9,18 @@ use rustix::fs::{Access, access, statvfs};
 use rustls::RootCertStore;
 use x509_parser::time::ASN1Time;
 
-use crate::api::caller::not_after_ms;
+use crate::base::diagnosis::Diagnosis;
+use crate::base::pem;
+use crate::base::toml_file::{Problem, Problems};
 use crate::cli::text::counted;
 use crate::config::load::{self, Source, TlsSources};
 use crate::config::permissions::{self, NamedFile};
 use crate::config::{Config, Roots};
-use crate::diagnosis::Diagnosis;
-use crate::keyring::vault::Auth;
-use crate::pem;
 use crate::policy::Policy;
 use crate::restrictions::{Counts, Restrictions, RestrictionsError};
+use crate::server::identity::not_after_ms;
 use crate::server::{is_locked, missing_parent};
-use crate::toml_file::{Problem, Problems};
+use crate::vault::Auth;
 
 /// Time enough to get a certificate without haste.
 const WARN_DAYS: i64 = 30;

@@ -3,13 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::base::diagnosis::Diagnosis;
+use crate::base::ids::{AccountId, KeyName, Who};
 use crate::broker::Broker;
-use crate::broker::trial::KeyTest;
-use crate::diagnosis::Diagnosis;
-use crate::ids::{AccountId, KeyName, Who};
 use crate::keyring::trial::Verdict;
 use crate::kucoin::Key;
 use crate::kucoin::key_info::KeyInfo;
+use crate::ops::key_test::KeyTest;
 use crate::restrictions::KeyDigest;
 
 /// A key that Vault gave.

@@ -12,18 +12,18 @@ use tokio::time::timeout;
 
 use super::super::{FAILED, USAGE, say};
 use super::{ASK_WITHIN, exchange, files, harmless, report, vault};
+use crate::base::diagnosis::Diagnosis;
+use crate::base::ids::{AccountId, Who};
+use crate::base::outcome::{Outcome, Reason};
 use crate::broker::Broker;
-use crate::broker::trial::{Ask, info_of, order_of, read_of};
 use crate::clock::{Clock, Place};
 use crate::config::Config;
-use crate::diagnosis::Diagnosis;
-use crate::ids::{AccountId, Who};
 use crate::kucoin::key_info;
 use crate::kucoin::question::Question;
 use crate::kucoin::shape::{Difference, Documented, documented};
 use crate::kucoin::{Host, Method, Scope, code};
-use crate::outcome::{Outcome, Reason};
-use crate::server::assembly;
+use crate::ops::key_test::{Ask, info_of, order_of, read_of};
+use crate::server::build;
 use crate::telemetry::chain;
 
 use super::keys::Found;
@@ -67,7 +67,7 @@ async fn ask(config: &Config, account: &AccountId) -> Result<Vec<Diagnosis>, Una
     let of_account = Arc::clone(of_account.ok_or(Unasked::Account)?);
     let (lines, recordable) = files::audit(config);
     recordable.map_err(|_| Unasked::Lines(lines))?;
-    let provider = assembly::provider();
+    let provider = build::provider();
     let (egress_roots, egress_lines) = files::roots("egress.roots", &config.egress_roots);
     let (vault_roots, vault_lines) = files::roots("vault.roots", &config.vault_roots);
     let lines = egress_lines.into_iter().chain(vault_lines);
@@ -75,7 +75,7 @@ async fn ask(config: &Config, account: &AccountId) -> Result<Vec<Diagnosis>, Una
     if !failed.is_empty() {
         return Err(Unasked::Lines(failed));
     }
-    let egress = assembly::egress(config, egress_roots, &provider);
+    let egress = build::egress(config, egress_roots, &provider);
     let egress = egress.map_err(|error| Unasked::Lines(vec![exchange::unfit(&error)]))?;
     let clock = Arc::new(Clock::system());
 
@@ -109,7 +109,7 @@ async fn ask(config: &Config, account: &AccountId) -> Result<Vec<Diagnosis>, Una
     if found.is_empty() {
         return Err(Unasked::Lines(vault_lines));
     }
-    let broker = assembly::broker(config, policy, egress, clock).map_err(|error| {
+    let broker = build::broker(config, policy, egress, clock).map_err(|error| {
         let fix = "`credbroker doctor` says what is wrong with it";
         Unasked::Lines(vec![Diagnosis::failed("state", chain(&error), fix)])
     })?;

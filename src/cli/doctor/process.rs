@@ -1,8 +1,8 @@
 //! The process: a running broker by what it tells, and what one started from here could have.
 
+use crate::base::diagnosis::Diagnosis;
 use crate::cli::health::{ask, from_here};
 use crate::config::Config;
-use crate::diagnosis::Diagnosis;
 use crate::process::Hardened;
 
 /// Whether the broker that runs is ready, and whether its memory, or that of one started like this, is locked.

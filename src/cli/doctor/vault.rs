@@ -14,17 +14,17 @@ use url::Url;
 
 use super::files;
 use super::keys::Found;
-use crate::api::caller::not_after_ms;
+use crate::base::diagnosis::Diagnosis;
+use crate::base::ids::{AccountId, KeyName};
+use crate::base::trust::shows_ca;
 use crate::cli::NEW_MOUNT;
 use crate::clock::Clock;
 use crate::config::Config;
-use crate::diagnosis::Diagnosis;
-use crate::ids::{AccountId, KeyName};
-use crate::keyring::vault::{Auth, Hold, NotedState, OutageKind, Vault, VaultError, unknown_state};
 use crate::policy::Policy;
-use crate::server::assembly;
+use crate::server::build;
+use crate::server::identity::not_after_ms;
 use crate::telemetry::chain;
-use crate::trust::shows_ca;
+use crate::vault::{Auth, Hold, NotedState, OutageKind, Vault, VaultError, unknown_state};
 
 const CHECK: &str = "vault";
 
@@ -46,7 +46,7 @@ pub(super) async fn look(
         Ok(lines) => lines,
         Err(line) => return (vec![line], Vec::new()),
     };
-    let vault = match assembly::vault(config, roots, provider, &Arc::default()) {
+    let vault = match build::vault(config, roots, provider, &Arc::default()) {
         Ok(vault) => vault,
         Err(error) => {
             let fix = "correct `[vault]`; `credbroker check-config` looks again";
@@ -132,7 +132,7 @@ async fn connect(
     if address.scheme() != "https" {
         return Ok(None);
     }
-    let tls = assembly::client_tls(roots, provider).map_err(io::Error::other)?;
+    let tls = build::client_tls(roots, provider).map_err(io::Error::other)?;
     let name = ServerName::try_from(host).map_err(io::Error::other)?;
     let stream = TlsConnector::from(Arc::new(tls))
         .connect(name, stream)

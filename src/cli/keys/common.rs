@@ -2,13 +2,11 @@
 
 use std::time::Duration;
 
-use crate::api::proto::{
-    KeyState, ListKeysRequest, RefreshKeyRequest, TestKeyRequest, TestKeyResponse,
-};
+use crate::base::ids::{AccountId, KeyName};
 use crate::cli::admin::{Admin, Client, Failure};
 use crate::cli::printable;
-use crate::ids::{AccountId, KeyName};
 use crate::kucoin::Scope;
+use crate::proto::{KeyState, ListKeysRequest, RefreshKeyRequest, TestKeyRequest, TestKeyResponse};
 
 /// The broker answers from memory.
 const LIST_WITHIN: Duration = Duration::from_secs(10);
@@ -152,9 +150,9 @@ pub(super) fn scopes_of(key: &KeyState) -> Vec<&'static str> {
 
 /// Scopes in the words of the rules.
 pub(in crate::cli) fn words(
-    scopes: impl Iterator<Item = crate::api::proto::Scope>,
+    scopes: impl Iterator<Item = crate::proto::Scope>,
 ) -> Vec<&'static str> {
-    use crate::api::proto::Scope as Said;
+    use crate::proto::Scope as Said;
     let word = |scope| match scope {
         Said::Futures => Scope::Futures.as_str(),
         Said::SpotMargin => Scope::SpotMargin.as_str(),
@@ -181,7 +179,7 @@ pub(super) fn shown(digest: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::proto;
+    use crate::proto;
 
     fn key(account: &str, name: &str, scopes: &[Scope]) -> KeyState {
         let scopes = scopes.iter().copied();

@@ -15,9 +15,9 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::sleep;
 
 use super::common::{VAULT, ended, pick, scopes_of, shown};
-use crate::api::proto::{
-    Candidate, Finding, KeyFacts, KeyState, KeyStatus, TestKeyRequest, TestKeyResponse,
-};
+use crate::base::diagnosis::Diagnosis;
+use crate::base::ids::{AccountId, AdminId, KeyName};
+use crate::base::secret::{KeyValues, PartnerKey};
 use crate::cli::NEW_MOUNT;
 use crate::cli::admin::{ADMIN, Admin, AdminFile, Failure, block_on};
 use crate::cli::report::{is_refused, report};
@@ -25,14 +25,14 @@ use crate::cli::secrets::{self, InputError};
 use crate::cli::text::{Style, paragraph};
 use crate::cli::{DONE, printable, say, show};
 use crate::clock::Clock;
-use crate::diagnosis::Diagnosis;
-use crate::ids::{AccountId, AdminId, KeyName};
-use crate::keyring::vault::{
-    Facts, Metadata, NotedState, Notes, Registration, Vault, VaultError, WriteError, unknown_state,
-};
 use crate::kucoin::{KeyVersion, Scope, key_info};
 use crate::process::harden;
-use crate::secret::{KeyValues, PartnerKey};
+use crate::proto::{
+    Candidate, Finding, KeyFacts, KeyState, KeyStatus, TestKeyRequest, TestKeyResponse,
+};
+use crate::vault::{
+    Facts, Metadata, NotedState, Notes, Registration, Vault, VaultError, WriteError, unknown_state,
+};
 
 /// How often the broker is asked to look at a new version; each look tests it, and takes as long as that.
 const LOOKS: usize = 3;

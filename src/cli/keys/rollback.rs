@@ -8,12 +8,12 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::common::{VAULT, ended, pick, shown};
-use crate::api::proto::KeyState;
+use crate::base::ids::{AccountId, KeyName};
 use crate::cli::admin::{ADMIN, Admin, AdminFile, Failure, block_on};
 use crate::cli::text::paragraph;
 use crate::cli::{DONE, printable, show};
-use crate::ids::{AccountId, KeyName};
-use crate::keyring::vault::{Metadata, Notes, Vault};
+use crate::proto::KeyState;
+use crate::vault::{Metadata, Notes, Vault};
 
 #[derive(Args, Debug)]
 pub(in crate::cli) struct Options {

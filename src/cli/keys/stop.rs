@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::api::proto::{RevokeKeyRequest, RevokedKey};
 use crate::cli::admin::{self, ADMIN, Client};
 use crate::cli::confirm::confirm;
 use crate::cli::text::paragraph;
 use crate::cli::{DECIDE_WITHIN, DONE, show};
+use crate::proto::{RevokeKeyRequest, RevokedKey};
 
 #[derive(Args, Debug)]
 pub(in crate::cli) struct Which {

@@ -1,7 +1,7 @@
 //! No answer is no word about a key: what is in memory serves on, whatever Vault or a proxy before it does instead.
 
 use bytes::Bytes;
-use credbroker::api::proto::{Method, Outcome, Scope};
+use credbroker::proto::{Method, Outcome, Scope};
 use credbroker_sim::http::{Reply, Server};
 use credbroker_sim::vault::{
     Fault, FaultRule, InitialState, RoleSettings, Standby, VaultSettings, VaultSim,

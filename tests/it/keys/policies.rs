@@ -6,7 +6,7 @@ use std::sync::{Arc, Once};
 use std::time::Duration;
 
 use credbroker::config::Config;
-use credbroker::keyring::vault::{Auth, Vault, VaultSettings};
+use credbroker::vault::{Auth, Vault, VaultSettings};
 use credbroker_sim::kucoin::SimKey;
 use serde_json::{Value, json};
 

@@ -2,7 +2,7 @@
 
 use std::process::{Command, Stdio};
 
-use credbroker::api::proto::RevokeKeyRequest;
+use credbroker::proto::RevokeKeyRequest;
 use credbroker_sim::kucoin::{Amount, KucoinSettings, Limits, SimKey, Site, Wallet};
 use credbroker_sim::vault::{Fault, FaultRule, VaultSim};
 use serde_json::{Value, json};

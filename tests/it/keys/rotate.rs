@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use credbroker::api::proto::Outcome;
+use credbroker::proto::Outcome;
 use credbroker_sim::kucoin::{Fault as Trouble, FaultAction, SimKey, When};
 use credbroker_sim::vault::{Fault, FaultRule};
 use serde_json::{Value, json};

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use credbroker::api::proto::{Outcome, SignAndSendRequest};
+use credbroker::proto::{Outcome, SignAndSendRequest};
 use credbroker_sim::kucoin::{Fault, FaultAction};
 use credbroker_sim::vault::{Fault as VaultFault, FaultRule};
 use tokio::time::timeout;

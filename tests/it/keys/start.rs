@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use credbroker::api::proto::{ListKeysRequest, Outcome, SignAndSendResponse};
+use credbroker::proto::{ListKeysRequest, Outcome, SignAndSendResponse};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 use tonic::Status;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use credbroker::api::proto::{Outcome, RefreshKeyRequest};
+use credbroker::proto::{Outcome, RefreshKeyRequest};
 use credbroker_sim::kucoin::{Fault, FaultAction, ReceivedRequest, SimKey, When};
 use serde_json::{Value, json};
 
@@ -48,9 +48,7 @@ pub(super) async fn until_version(lab: &Lab, version: u64) {
 /// What the broker says of `main/main` now.
 pub(super) async fn status(lab: &Lab) -> (String, Vec<String>) {
     let mut admin = lab.admin_client("anna").await;
-    let keys = admin
-        .list_keys(credbroker::api::proto::ListKeysRequest {})
-        .await;
+    let keys = admin.list_keys(credbroker::proto::ListKeysRequest {}).await;
     let mut keys = keys.unwrap().into_inner().keys;
     keys.retain(|key| key.account == "main");
     let key = keys.remove(0);

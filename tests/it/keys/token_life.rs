@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use credbroker::keyring::vault::{OutageKind, Vault};
+use credbroker::vault::{OutageKind, Vault};
 use credbroker_sim::vault::{Fault, FaultRule, RoleSettings, Seen, VaultSim};
 
 use super::login::{FIVE, LOGIN, METADATA, approle, status};

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use credbroker::api::proto::{
+use credbroker::proto::{
     KeyState, KeyStatus, ListKeysRequest, Outcome, RevokeKeyRequest, TestKeyRequest,
 };
 use credbroker_sim::kucoin::{Fault, FaultAction, SimKey, When};

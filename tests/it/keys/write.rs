@@ -3,14 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use credbroker::ids::{AccountId, KeyName};
-use credbroker::keyring::vault::{
+use credbroker::base::ids::{AccountId, KeyName};
+use credbroker::base::secret::{ApiSecret, KeyValues, PartnerKey, Passphrase};
+use credbroker::kucoin::KeyVersion;
+use credbroker::telemetry::Metrics;
+use credbroker::vault::{
     Auth, Facts, Metadata, NotedState, Notes, OutageKind, Pending, Registration, Vault, VaultError,
     VaultSettings, WriteError,
 };
-use credbroker::kucoin::KeyVersion;
-use credbroker::secret::{ApiSecret, KeyValues, PartnerKey, Passphrase};
-use credbroker::telemetry::Metrics;
 use credbroker_sim::vault::{Fault, FaultRule, Seen, VaultSim};
 use rustls::{ClientConfig, RootCertStore};
 use serde_json::{Value, json};

@@ -1,7 +1,7 @@
 //! Templates and the literal paths that fit them: `cancelAll` is no order id, however it is written.
 
-use credbroker::api::proto::Method::{self, Delete, Get};
-use credbroker::api::proto::Scope::{self, Futures, SpotMargin};
+use credbroker::proto::Method::{self, Delete, Get};
+use credbroker::proto::Scope::{self, Futures, SpotMargin};
 
 use super::{Arena, Case, case, denied, on};
 

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use credbroker::api::proto::Method::{Delete, Get, Post};
-use credbroker::api::proto::Scope::{Futures, SpotMargin, Unified};
-use credbroker::api::proto::SignAndSendRequest;
+use credbroker::proto::Method::{Delete, Get, Post};
+use credbroker::proto::Scope::{Futures, SpotMargin, Unified};
+use credbroker::proto::SignAndSendRequest;
 
 use super::{
     Arena, CATALOGUE, Case, Expect, METHODS, SCOPES, case, denied, filled, method_of, on,

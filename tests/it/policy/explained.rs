@@ -6,11 +6,11 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use bytes::Bytes;
-use credbroker::api::proto::{Method as ProtoMethod, Scope as ProtoScope};
-use credbroker::ids::{BotId, RequestId, Who};
+use credbroker::base::ids::{BotId, RequestId, Who};
 use credbroker::kucoin::{Catalog, Method, Scope, Target, UnsignedRequest};
 use credbroker::policy::Policy;
 use credbroker::policy::listing::{Call, Item, differences};
+use credbroker::proto::{Method as ProtoMethod, Scope as ProtoScope};
 use proptest::prelude::*;
 use proptest::sample::subsequence;
 use proptest::test_runner::{Config, TestRunner};

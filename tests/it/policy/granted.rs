@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use credbroker::api::proto::{Method, Scope, SignAndSendRequest};
+use credbroker::proto::{Method, Scope, SignAndSendRequest};
 use credbroker_sim::kucoin::{Host, Signature};
 
 use super::{Arena, CATALOGUE, CLASSES, SCOPES, filled, method_of, on, parameter, scope_of, word};

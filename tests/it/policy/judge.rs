@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
-use credbroker::api::proto::{Method, Scope, SignAndSendRequest};
+use credbroker::proto::{Method, Scope, SignAndSendRequest};
 use credbroker_sim::kucoin::{Host, ReceivedRequest, Signature};
 use proptest::prelude::*;
 use proptest::sample::{Index, select};

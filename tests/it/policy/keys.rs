@@ -1,6 +1,6 @@
 //! Which key signs, and what goes along with the signature: key per scope, key version, partner, site.
 
-use credbroker::api::proto::{Method, Scope};
+use credbroker::proto::{Method, Scope};
 use credbroker_sim::kucoin::{Partner, ReceivedRequest, Signature, SimKey};
 use tonic::Code;
 

@@ -1,7 +1,7 @@
 //! Descriptors that are no requests: each is refused for the field that is wrong, and for that field alone.
 
 use bytes::Bytes;
-use credbroker::api::proto::{Method, Scope, SignAndSendRequest};
+use credbroker::proto::{Method, Scope, SignAndSendRequest};
 
 use super::{Arena, Case, Expect, case, malformed, on, parameter};
 

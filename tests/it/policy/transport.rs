@@ -1,6 +1,6 @@
 //! What a bot can do below the contract: bytes that are no message, fields that the contract does not have, headers.
 
-use credbroker::api::proto::{Method, Scope, SignAndSendRequest, SignAndSendResponse};
+use credbroker::proto::{Method, Scope, SignAndSendRequest, SignAndSendResponse};
 use credbroker_sim::kucoin::{Host, Signature};
 use prost::Message;
 use tonic::codegen::http::uri::PathAndQuery;

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
-use credbroker::api::proto::{Method, QueryParameter, Scope, SignAndSendRequest};
+use credbroker::proto::{Method, QueryParameter, Scope, SignAndSendRequest};
 use credbroker_sim::kucoin::{Host, Signature, SimKey};
 use serde_json::Value;
 

@@ -1,6 +1,6 @@
 //! Any accepted target is signed as the exchange reads it from the wire.
 
-use credbroker::api::proto::{Method, QueryParameter, Scope, SignAndSendRequest};
+use credbroker::proto::{Method, QueryParameter, Scope, SignAndSendRequest};
 use credbroker_sim::kucoin::Signature;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};

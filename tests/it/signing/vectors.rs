@@ -4,11 +4,11 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use credbroker::base::secret::{ApiSecret, PartnerKey, Passphrase};
 use credbroker::kucoin::sign::string_to_sign;
 use credbroker::kucoin::{
     self, Key, KeyVersion, Method, Partner, Scope, Site, Target, UnsignedRequest,
 };
-use credbroker::secret::{ApiSecret, PartnerKey, Passphrase};
 use futures_util::FutureExt;
 use http_body_util::BodyExt;
 use serde_json::Value;

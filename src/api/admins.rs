@@ -8,23 +8,23 @@ use tonic::{Request, Response, Status};
 use zeroize::Zeroizing;
 
 use super::admin_error::{AdminError, host_name};
-use super::key_health::{self, KeyHealth, scopes};
 use super::messages::in_proto;
-use super::proto::admin_server::Admin;
-use super::proto::{self, KeyFacts, KeyState, RefreshKeyResponse, RevokedKey, TestKeyResponse};
 use crate::audit::Act;
+use crate::base::diagnosis::Diagnosis;
+use crate::base::ids::{AccountId, AdminId, BotId, KeyName, Who};
+use crate::base::secret::{ApiSecret, PartnerKey, Passphrase};
 use crate::broker::Broker;
-use crate::broker::trial::{KeyTest, KeyTested};
 use crate::clock::{self, Place};
-use crate::diagnosis::Diagnosis;
-use crate::ids::{AccountId, AdminId, BotId, KeyName, Who};
 use crate::keyring::Slot;
 use crate::keyring::trial::Verdict;
 use crate::kucoin::key_info::{self, KeyInfo};
 use crate::kucoin::{Key, KeyVersion};
+use crate::ops::key_health::{self, KeyHealth, scopes};
+use crate::ops::key_test::{KeyTest, KeyTested};
 use crate::policy::Account;
+use crate::proto::admin_server::Admin;
+use crate::proto::{self, KeyFacts, KeyState, RefreshKeyResponse, RevokedKey, TestKeyResponse};
 use crate::restrictions::{KeyDigest, Mark, Restrictions, RestrictionsError};
-use crate::secret::{ApiSecret, PartnerKey, Passphrase};
 use crate::telemetry::chain;
 
 /// The service.

@@ -11,8 +11,8 @@ use zeroize::Zeroizing;
 
 use super::connection::{Connection, reduce, status_of};
 use super::{OutageKind, VaultError, Wiped};
-use crate::encoding::is_utf16;
-use crate::pem;
+use crate::base::encoding::is_utf16;
+use crate::base::pem;
 
 /// The secret id of a wrapping token, which can be had only once.
 #[derive(Default)]

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::connection::{reduce, status_of};
 use super::credentials::{check_wrapping, read_token};
 use super::{Auth, Vault, VaultError};
-use crate::ids::{AccountId, KeyName};
+use crate::base::ids::{AccountId, KeyName};
 
 /// No key will ever have so many versions, so that check-and-set refuses whoever names it.
 const NO_VERSION: u32 = i32::MAX.unsigned_abs();

@@ -7,14 +7,14 @@ use tokio::time::Instant;
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
-use super::proto::{self, broker_server::Broker as BrokerRpc};
 use super::status::status;
+use crate::base::ids::{BotId, RequestId, Who};
+use crate::base::outcome::Outcome;
 use crate::broker::admission::CallSlot;
 use crate::broker::{Broker, BrokerError, Call, Receipt, caught, micros};
-use crate::ids::{BotId, RequestId, Who};
 use crate::kucoin::request::{self, RequestLimits};
 use crate::kucoin::{Catalog, Malformed, Method, Scope, UnsignedRequest, advice, code};
-use crate::outcome::Outcome;
+use crate::proto::{self, broker_server::Broker as BrokerRpc};
 
 /// How long before the bot's deadline the answer is given at the latest, so that it arrives before the transport's.
 const DEADLINE_MARGIN: Duration = Duration::from_millis(50);

@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue, ValueDeserializer};
 
-use crate::text::clean;
+use crate::base::text::clean;
 
 /// A key that is not as it must be.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]

@@ -14,9 +14,9 @@ use super::connection::{self, if_there, is_vaults_own, post, status_of, texts_of
 use super::login::Pass;
 use super::metadata::{Facts, MAX_NOTES, Metadata, Notes};
 use super::{Vault, VaultError};
-use crate::ids::{AccountId, KeyName};
+use crate::base::ids::{AccountId, KeyName};
+use crate::base::secret::{KeyValues, PartnerKey};
 use crate::kucoin::KeyVersion;
-use crate::secret::{KeyValues, PartnerKey};
 
 /// How often something is written: what may not have arrived, and notes that somebody else changes at the same time.
 const TRIES: usize = 3;
@@ -319,7 +319,7 @@ fn body(registration: &Registration, cas: u64) -> Result<Bytes, WriteError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::secret::{ApiSecret, Passphrase};
+    use crate::base::secret::{ApiSecret, Passphrase};
 
     fn registration(text: &str) -> Registration {
         let text = |name: &str| Zeroizing::new(format!("fake-{name}{text}"));

@@ -36,9 +36,9 @@ use self::login::{Pass, Session};
 use self::metadata::ReadMetadata;
 pub use self::metadata::{Facts, Hold, Metadata, NotedState, Notes, Pending, unknown_state};
 pub use self::write::{Registration, WriteError};
-use crate::ids::{AccountId, KeyName};
+use crate::base::ids::{AccountId, KeyName};
+use crate::base::secret::{ApiSecret, PartnerKey, Passphrase};
 use crate::kucoin::{Key, KeyVersion};
-use crate::secret::{ApiSecret, PartnerKey, Passphrase};
 use crate::telemetry::Metrics;
 
 /// A follower may not know a token for a moment after its login: the wait before a 403 counts.

@@ -9,18 +9,18 @@ use serde_json::json;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{Instant, sleep};
 
-use super::{Broker, BrokerError, Call, Receipt};
 use crate::audit::Act;
-use crate::diagnosis::{Diagnosis, Severity};
-use crate::ids::{AccountId, KeyName, RequestId, Who};
+use crate::base::diagnosis::{Diagnosis, Severity};
+use crate::base::ids::{AccountId, KeyName, RequestId, Who};
+use crate::base::outcome::Outcome;
+use crate::base::text::clean;
+use crate::broker::{Broker, BrokerError, Call, Receipt};
 use crate::keyring::trial::{KeyChange, Notice, Report, Trial, Verdict};
 use crate::kucoin::code::{ACCOUNT_REFUSED, KEY_REFUSED, VERSION_OR_SECRET};
 use crate::kucoin::key_info::{self, Expected, KeyInfo};
 use crate::kucoin::{Key, KeyVersion, Method, Scope, Target, UnsignedRequest};
-use crate::outcome::Outcome;
 use crate::policy::{Account, Purpose};
 use crate::restrictions::{KeyDigest, Revoked};
-use crate::text::clean;
 
 /// How long one question may take.
 const ANSWER_WITHIN: Duration = Duration::from_secs(4);

@@ -9,6 +9,9 @@ use rustls::{ClientConfig, RootCertStore};
 
 use super::StartError;
 use crate::audit::Audit;
+use crate::base::lock::RwLock;
+use crate::base::toml_file::Problem;
+use crate::base::trust;
 use crate::broker::admission::Admission;
 use crate::broker::probes::Doubts;
 use crate::broker::{Broker, Calls, UnknownCodes};
@@ -18,13 +21,10 @@ use crate::config::load::{Certificates, Loaded};
 use crate::egress::Egress;
 use crate::egress::proof::Proof;
 use crate::keyring::Keyring;
-use crate::keyring::vault::Vault;
-use crate::lock::RwLock;
 use crate::policy::Policy;
 use crate::restrictions::Restrictions;
 use crate::telemetry::Metrics;
-use crate::toml_file::Problem;
-use crate::trust;
+use crate::vault::Vault;
 
 /// A broker that has not begun anything.
 #[derive(Debug)]

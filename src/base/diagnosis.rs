@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::text::{MAX_CHARS, clean};
+use crate::base::text::{MAX_CHARS, clean};
 
 /// How bad it is.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

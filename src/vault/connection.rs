@@ -12,8 +12,8 @@ use vaultrs::client::{VaultClient, VaultClientSettings};
 use vaultrs::error::ClientError;
 
 use super::{OutageKind, VaultError, VaultSettings};
-use crate::text::clean;
-use crate::trust::{ShowsCa, is_caused_by_shown_ca};
+use crate::base::text::clean;
+use crate::base::trust::{ShowsCa, is_caused_by_shown_ca};
 
 /// How often a node that has not heard of the last write yet is asked.
 const TRIES_BEHIND: usize = 3;

@@ -3,18 +3,18 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::proto::KeyStatus;
+use crate::base::diagnosis::Diagnosis;
+use crate::base::ids::{AccountId, KeyName};
 use crate::broker::Broker;
-use crate::diagnosis::Diagnosis;
-use crate::ids::{AccountId, KeyName};
 use crate::keyring::trial::Verdict;
 use crate::keyring::usage::Refusal;
-use crate::keyring::vault::Hold;
 use crate::keyring::{KeyEntry, Slot, Tested};
 use crate::kucoin::key_info::KeyInfo;
 use crate::kucoin::{Scope, advice};
 use crate::policy::Account;
+use crate::proto::KeyStatus;
 use crate::restrictions::KeyDigest;
+use crate::vault::Hold;
 
 /// What a key lacks for one request, and may have for another.
 const PERMISSION_MISSING: &str = "permission-missing";

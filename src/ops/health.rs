@@ -10,13 +10,13 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 
 use super::key_health::{self, KeyHealth};
-use super::proto::KeyStatus;
+use crate::base::diagnosis::{Diagnosis, Severity};
 use crate::broker::Broker;
 use crate::clock::{self, ClockUncertain, ExchangeTime, Place};
 use crate::config::FileProblems;
-use crate::diagnosis::{Diagnosis, Severity};
 use crate::egress::proof::ProofStatus;
 use crate::process::hardened;
+use crate::proto::KeyStatus;
 
 /// Whether the broker can do its work, and what is wrong.
 #[derive(Debug)]
@@ -189,9 +189,9 @@ pub fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
 
 /// The broker's state as gauges, read at each scrape.
 #[derive(Debug)]
-pub(super) struct State {
-    pub(super) broker: Arc<Broker>,
-    pub(super) problems: watch::Receiver<FileProblems>,
+pub(crate) struct State {
+    pub(crate) broker: Arc<Broker>,
+    pub(crate) problems: watch::Receiver<FileProblems>,
 }
 
 impl Collector for State {

@@ -16,18 +16,18 @@ use futures_util::future::join_all;
 use serde_json::{Map, Value};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-use super::trial::{Ask, Probe};
-use super::{Broker, BrokerError};
-use crate::ids::{AccountId, AdminId, Who};
+use super::key_test::{Ask, Probe};
+use crate::base::ids::{AccountId, AdminId, Who};
+use crate::base::lock::Mutex;
+use crate::base::outcome::Outcome;
+use crate::base::text::clean;
+use crate::broker::{Broker, BrokerError};
 use crate::kucoin::code::{self, KEY_REFUSED};
 use crate::kucoin::open_orders::{
     Group, KINDS, Kind, List, PAGE, PAGES, is_over, items, list, name,
 };
 use crate::kucoin::{Answer, Method, Scope, advice};
-use crate::lock::Mutex;
-use crate::outcome::Outcome;
 use crate::policy::Account;
-use crate::text::clean;
 
 /// All of it takes no longer; what is not known by then is reported as unknown.
 pub const WITHIN: Duration = Duration::from_secs(90);

@@ -56,7 +56,7 @@ macro_rules! secret {
                 Self(Zeroizing::new(text.as_bytes().into()))
             }
 
-            /// Lends the bytes: to `kucoin/sign.rs`, and when an admin registers a key to `keyring/vault/write.rs` and
+            /// Lends the bytes: to `kucoin/sign.rs`, and when an admin registers a key to `vault/write.rs` and
             /// to the call that tests it.
             pub(crate) fn expose(&self) -> &[u8] {
                 &self.0

@@ -12,9 +12,9 @@ use rustls::{
 };
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
-use crate::ids::{AdminId, BotId, IdError};
+use crate::base::ids::{AdminId, BotId, IdError};
+use crate::base::trust;
 use crate::telemetry::Metrics;
-use crate::trust;
 
 /// Why a certificate that a trusted CA signed names no caller of the role that the listener is for.
 #[derive(Debug, thiserror::Error)]

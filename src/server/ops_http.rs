@@ -17,11 +17,11 @@ use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 
-use super::state::{Readiness, State, details, readiness};
+use crate::base::text::{MAX_CHARS, clean};
 use crate::broker::Broker;
 use crate::config::FileProblems;
+use crate::ops::health::{Readiness, State, details, readiness};
 use crate::telemetry::MetricsFormat;
-use crate::text::{MAX_CHARS, clean};
 
 /// Scrapers and probes at once.
 const CONNECTIONS: usize = 64;
