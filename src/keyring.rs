@@ -460,6 +460,16 @@ impl Keyring {
         });
     }
 
+    /// Changes what is known of the key in memory, by Vault's word or its silence; one that was revoked meanwhile is wiped.
+    fn heed(&self, account: &AccountId, name: &KeyName, change: impl FnOnce(&mut Place)) {
+        self.change(account, name, |place| {
+            change(place);
+            if let Some(revoked) = self.revoked(account, name, &place.slot) {
+                place.put(Slot::Gone(revoked_by(&revoked)));
+            }
+        });
+    }
+
     /// Keeps that the key that Vault holds is a revoked one.
     fn set_revoked(&self, account: &AccountId, name: &KeyName, key: KeyDigest) {
         self.change(account, name, |place| place.last = Some(key));
@@ -802,6 +812,17 @@ mod tests {
         assert!(matches!(
             keyring.slot(&account, &names[0]),
             Some(Slot::Ready { .. })
+        ));
+        // An order whose admin hung up before the keys were wiped is in force all the same.
+        let by = "spiffe://demo.test/admin/anna".parse().unwrap();
+        let mark = Mark { by, at_ms: 1 };
+        restrictions
+            .revoke(&account, &names[0], None, &mark)
+            .unwrap();
+        keyring.heed(&account, &names[0], |_| {});
+        assert!(matches!(
+            keyring.slot(&account, &names[0]),
+            Some(Slot::Gone(_))
         ));
     }
 }

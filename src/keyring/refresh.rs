@@ -232,7 +232,12 @@ impl Watch {
             return;
         };
         let mut checked = Ok(());
-        if running.is_candidate && !matches!(report.verdict, Verdict::Refused(_)) {
+        let may_serve = match report.verdict {
+            Verdict::Good => true,
+            Verdict::Refused(_) => false,
+            Verdict::Unclear(_) => report.info.is_some(),
+        };
+        if running.is_candidate && may_serve {
             checked = self.check_revoked(&running.tested).await;
         }
         let revoked = checked.err().map(|error| error.to_string());
@@ -438,7 +443,7 @@ impl Watch {
     /// Vault has just vouched for the key in memory.
     fn confirm(&self) {
         let mut outage = None;
-        self.keyring.change(&self.account, &self.name, |place| {
+        self.keyring.heed(&self.account, &self.name, |place| {
             if let Slot::Ready {
                 confirmed,
                 outage: ended,
@@ -480,7 +485,7 @@ impl Watch {
         self.is_answered = false;
         self.forget_if_wiped();
         self.keyring
-            .change(&self.account, &self.name, |place| match &mut place.slot {
+            .heed(&self.account, &self.name, |place| match &mut place.slot {
                 Slot::Gone(_) => {}
                 Slot::Ready { outage, .. } => *outage = Some(reason),
                 Slot::Waiting(_) => place.put(Slot::Waiting(reason)),

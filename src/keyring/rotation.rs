@@ -158,12 +158,12 @@ struct AfterHold {
 /// What a version is read for.
 #[derive(Debug)]
 enum Reading {
-    /// The version in memory may have deleted itself, of which the metadata say nothing then.
-    Expiring(Metadata, u64),
+    /// The version in memory, the last one here, may have deleted itself, of which the metadata say nothing then.
+    Expiring(Metadata, u64, u64),
     /// It may serve in place of the one in memory.
     Instead(u64, Refused),
-    /// The version in memory has been deleted in Vault.
-    Replacement(Metadata),
+    /// The version in memory, this one, has been deleted in Vault.
+    Replacement(Metadata, u64),
     /// It shall serve, and has not been read yet or is to be tried again.
     Wanted(Metadata),
     /// It shall serve, and may have deleted itself.
@@ -185,6 +185,7 @@ enum Testing {
 #[derive(Debug)]
 struct Refused {
     version: u64,
+    key: KeyDigest,
     reason: String,
     /// Whether a version is held in use, and one that was written after that began is tried; else it is the one before.
     is_held: bool,
@@ -211,7 +212,9 @@ impl Rotation {
             Event::Tested(tested, report, revoked) => match self.testing.take() {
                 Some(Testing::Candidate) => self.judge(tested, report, revoked),
                 Some(Testing::Instead(refused)) => {
-                    let may_serve = revoked.is_none() && self.is_serving(refused.version);
+                    let is_it =
+                        |it: &Serving| (it.version, it.digest()) == (refused.version, refused.key);
+                    let may_serve = revoked.is_none() && self.serving.as_ref().is_some_and(is_it);
                     self.fall_back(tested, report, may_serve, &refused);
                 }
                 Some(Testing::Serving) => self.record(tested, report),
@@ -270,14 +273,14 @@ impl Rotation {
         }
         let wanted = metadata.wanted();
         let serving = version_of(self.serving.as_ref());
-        let has_lost = |seen| serving.is_some_and(|it| metadata.has_taken_away(seen, it));
-        if self.seen.as_ref().is_some_and(has_lost) {
+        let has_lost = |seen: &Metadata| serving.filter(|&it| metadata.has_taken_away(seen, it));
+        if let Some(lost) = self.seen.as_ref().and_then(has_lost) {
             // What Vault has instead serves without a test, and without a gap.
             self.forget_candidate();
             self.testing = None;
             return match wanted {
-                Ok(wanted) => self.read(wanted, Reading::Replacement(metadata)),
-                Err(reason) => self.lose(VaultError::Unusable(reason)),
+                Ok(wanted) => self.read(wanted, Reading::Replacement(metadata, lost)),
+                Err(reason) => self.lose(lost, VaultError::Unusable(reason)),
             };
         }
         match (wanted, serving) {
@@ -286,7 +289,7 @@ impl Rotation {
                 self.reject(reason);
             }
             (Ok(wanted), Some(it)) if it != wanted && metadata.deletes_itself(it) => {
-                self.reading = Some(Reading::Expiring(metadata, wanted));
+                self.reading = Some(Reading::Expiring(metadata, wanted, it));
                 self.act(Action::LookFor(it));
             }
             (Ok(wanted), _) => self.choose(metadata, wanted),
@@ -335,7 +338,8 @@ impl Rotation {
         if let Some(serving) = &self.serving
             && let Some(reason) = serving.refusal()
         {
-            self.try_after_hold(serving.version, reason);
+            let refused = (serving.version, serving.digest());
+            self.try_after_hold(refused, reason);
         }
     }
 
@@ -345,11 +349,11 @@ impl Rotation {
             return;
         };
         match (reading, answer) {
-            (Reading::Expiring(metadata, wanted), Err(VaultError::Gone(_))) => {
-                self.evict_deleted();
+            (Reading::Expiring(metadata, wanted, it), Err(VaultError::Gone(_))) => {
+                self.evict_deleted(it);
                 self.choose(metadata, wanted);
             }
-            (Reading::Expiring(metadata, wanted), Ok(_) | Err(VaultError::Unusable(_))) => {
+            (Reading::Expiring(metadata, wanted, _), Ok(_) | Err(VaultError::Unusable(_))) => {
                 self.choose(metadata, wanted);
             }
             (Reading::Instead(_, refused), Ok(next)) => self.test(next, Testing::Instead(refused)),
@@ -359,11 +363,11 @@ impl Rotation {
                 self.give_up_after_hold(version, problem);
             }
             (Reading::Instead(..), Err(_)) => {}
-            (Reading::Replacement(metadata), Ok(next)) => {
+            (Reading::Replacement(metadata, _), Ok(next)) => {
                 self.seen = Some(metadata);
                 self.activate_untested(next);
             }
-            (Reading::Replacement(_), Err(error)) => self.lose(error),
+            (Reading::Replacement(_, lost), Err(error)) => self.lose(lost, error),
             (Reading::Wanted(metadata), Ok(next)) => {
                 self.seen = Some(metadata);
                 self.forget_candidate();
@@ -396,8 +400,8 @@ impl Rotation {
     }
 
     /// The version in memory has been deleted in Vault, and nothing else can serve.
-    fn lose(&mut self, error: VaultError) {
-        self.evict_deleted();
+    fn lose(&mut self, version: u64, error: VaultError) {
+        self.evict_deleted(version);
         self.fail(error);
     }
 
@@ -418,10 +422,8 @@ impl Rotation {
         self.is_unusable = true;
     }
 
-    fn evict_deleted(&mut self) {
-        if let Some(Serving { version, .. }) = self.serving {
-            self.evict(format!("version {version} has been deleted in Vault"));
-        }
+    fn evict_deleted(&mut self, version: u64) {
+        self.evict(format!("version {version} has been deleted in Vault"));
     }
 
     fn evict(&mut self, reason: String) {
@@ -548,7 +550,7 @@ impl Rotation {
 
     /// Keeps what a test said of the key in memory, and looks for another one where the exchange refuses it.
     fn record(&mut self, tested: Serving, report: Report) {
-        let (version, is_proven) = (tested.version, tested.is_proven());
+        let (version, digest, is_proven) = (tested.version, tested.digest(), tested.is_proven());
         let verdict = report.verdict.clone();
         if let Verdict::Unclear(_) = verdict {
             self.test_soon();
@@ -558,32 +560,32 @@ impl Rotation {
         self.act(Action::Record(tested, report, Some(self.next_test)));
         if let Verdict::Refused(reason) = verdict {
             if self.hold().is_some() {
-                self.try_after_hold(version, reason);
+                self.try_after_hold((version, digest), reason);
             } else if !is_proven {
-                self.try_before(version, reason);
+                self.try_before((version, digest), reason);
             }
         }
     }
 
     /// After a start whose newest version the exchange refuses: the one before it may be good.
-    fn try_before(&mut self, refused: u64, reason: String) {
+    fn try_before(&mut self, refused: (u64, KeyDigest), reason: String) {
         // An admin who has named a version wants no other one.
         let is_newest =
-            |seen: &&Metadata| seen.use_version().is_none() && seen.current_version == refused;
+            |seen: &&Metadata| seen.use_version().is_none() && seen.current_version == refused.0;
         let newest = self.seen.as_ref().filter(is_newest);
-        if let Some(version) = newest.and_then(|seen| seen.before(refused)) {
+        if let Some(version) = newest.and_then(|seen| seen.before(refused.0)) {
             self.read_instead(version, refused, reason, false);
         }
     }
 
     /// The exchange refuses the key in memory while an admin holds a version in use: one that was written after that may be
     /// good. An older one never follows by itself, since the admin went back past it.
-    fn try_after_hold(&mut self, refused: u64, reason: String) {
+    fn try_after_hold(&mut self, refused: (u64, KeyDigest), reason: String) {
         let later = self.hold().and_then(|hold| hold.later);
         let tried = self.after_hold.as_ref();
         let is_tried =
             |version| tried.is_some_and(|tried| tried.version == version && self.now < tried.due);
-        if let Some(version) = later.filter(|&later| later != refused && !is_tried(later))
+        if let Some(version) = later.filter(|&later| later != refused.0 && !is_tried(later))
             && self.testing.is_none()
             && self.candidate.is_none()
         {
@@ -596,9 +598,16 @@ impl Rotation {
         }
     }
 
-    fn read_instead(&mut self, instead: u64, version: u64, reason: String, is_held: bool) {
+    fn read_instead(
+        &mut self,
+        instead: u64,
+        (version, key): (u64, KeyDigest),
+        reason: String,
+        is_held: bool,
+    ) {
         let refused = Refused {
             version,
+            key,
             reason,
             is_held,
         };
@@ -671,6 +680,10 @@ mod tests {
         tested: Option<Serving>,
         /// Versions that Vault does not give, and why.
         faults: BTreeMap<u64, VaultError>,
+        /// While this version is read, the key in memory is wiped.
+        wiped_by: Option<u64>,
+        /// Whether the keys in Vault are others than before.
+        is_anew: bool,
     }
 
     /// Version `1`; `-1` is deleted, `~1` deletes itself some day, and `1'` is another one of the same number.
@@ -698,11 +711,11 @@ mod tests {
         serde_json::from_value(all).unwrap()
     }
 
-    fn version(version: u64) -> Serving {
+    fn version(version: u64, is_anew: bool) -> Serving {
         let text = |text: &str| Zeroizing::new(text.to_owned());
         let secret = ApiSecret::new(text("fake-secret"));
         let passphrase = Passphrase::new(text("fake-pass"));
-        let id = text(&format!("fake-{version}"));
+        let id = text(&format!("fake-{version}-{is_anew}"));
         Serving {
             key: Key::new(id, &secret, &passphrase, KeyVersion::V3, None).unwrap(),
             usage: Arc::default(),
@@ -724,7 +737,10 @@ mod tests {
             let (what, rest) = happens.split_once(' ').unwrap_or((happens, ""));
             let mut done = Vec::new();
             match what {
-                "vault" => self.handle(Event::Metadata(Ok(metadata(rest)), false), &mut done),
+                "vault" => {
+                    self.is_anew |= rest.contains('\'');
+                    self.handle(Event::Metadata(Ok(metadata(rest)), false), &mut done);
+                }
                 "asked" => self.handle(Event::Metadata(Ok(metadata(rest)), true), &mut done),
                 "silent" => {
                     let error = VaultError::Outage("silent".into());
@@ -776,9 +792,12 @@ mod tests {
                 }
                 "killed" => self.serving = None,
                 fault => {
+                    if fault == "wiping" {
+                        self.wiped_by = Some(rest.parse().unwrap());
+                    }
                     let error = match fault {
                         "gone" => VaultError::Gone("gone".to_owned()),
-                        "outage" => VaultError::Outage("outage".into()),
+                        "outage" | "wiping" => VaultError::Outage("outage".into()),
                         "unusable" => VaultError::Unusable("unusable".to_owned()),
                         _ => panic!("{fault}"),
                     };
@@ -830,8 +849,12 @@ mod tests {
                             format!("evict: {reason}")
                         }
                         Action::LookFor(number) | Action::Read(number) => {
+                            if self.wiped_by == Some(number) {
+                                self.serving = None;
+                            }
                             let found = self.faults.get(&number).cloned();
-                            let found = found.map_or_else(|| Ok(version(number)), Err);
+                            let found =
+                                found.map_or_else(|| Ok(version(number, self.is_anew)), Err);
                             event = Some(Event::Version(found));
                             if matches!(action, Action::Read(_)) {
                                 format!("read {number}")
@@ -932,6 +955,14 @@ mod tests {
                 ("vault 1 2", "confirm"),
             ],
             &[second, ("unusable 1", ""), ("refused", "record 2, read 1")],
+            // Another key has its number now: the one before it has no part in that.
+            &[
+                second,
+                refused,
+                ("killed", ""),
+                ("vault 1' 2'", "read 2, use 2 untested"),
+                ("good", "test serving 2"),
+            ],
             // It has signed for a bot: the refusal may be over soon.
             &[second, ("accepted", ""), ("refused", "record 2")],
             &[
@@ -1083,6 +1114,13 @@ mod tests {
                     "read 1, evict: version 1 has been deleted in Vault, evict: gone",
                 ),
                 ("vault -1", "read 1, evict: gone"),
+            ],
+            &[
+                ("wiping 2", ""),
+                (
+                    "vault -1 2",
+                    "read 2, evict: version 1 has been deleted in Vault, outage: outage",
+                ),
             ],
             &[
                 ("outage 2", ""),
