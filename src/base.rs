@@ -1,5 +1,6 @@
 //! What all else is made of; knows nothing of the broker.
 
+pub mod backoff;
 pub mod diagnosis;
 pub(crate) mod encoding;
 pub mod ids;

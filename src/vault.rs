@@ -36,10 +36,14 @@ use self::login::{Pass, Session};
 use self::metadata::ReadMetadata;
 pub use self::metadata::{Facts, Hold, Metadata, NotedState, Notes, Pending, unknown_state};
 pub use self::write::{Registration, WriteError};
+use crate::base::backoff::Backoff;
 use crate::base::ids::{AccountId, KeyName};
 use crate::base::secret::{ApiSecret, PartnerKey, Passphrase};
 use crate::kucoin::{Key, KeyVersion};
 use crate::telemetry::Metrics;
+
+/// Waits between attempts of all kinds while Vault does not answer as it should.
+pub const BACKOFF: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
 
 /// A follower may not know a token for a moment after its login: the wait before a 403 counts.
 const REPEAT_AFTER: (u64, u64) = (100, 250);

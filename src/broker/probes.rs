@@ -13,6 +13,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{sleep, timeout};
 
 use super::Broker;
+use crate::base::backoff::Backoff;
 use crate::base::lock::Mutex;
 use crate::clock::{self, Clock, Measured, Place, Sample, WITNESSES_APART};
 use crate::egress::{ConnectError, Egress, SendError};
@@ -29,8 +30,11 @@ const DOUBT_AFTER: Duration = Duration::from_secs(1);
 /// How often the address is asked for while it is not the expected one.
 const MISMATCH_EVERY: Duration = Duration::from_secs(5);
 
-/// First and longest wait after a failure; each failure doubles it.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(30));
+/// The least wait between two questions, whatever is in doubt.
+const AT_LEAST: Duration = Duration::from_millis(250);
+
+/// Waits after a failure. Never none: a host that answers nonsense is not asked without pause.
+const BACKOFF: Backoff = Backoff::new(AT_LEAST, Duration::from_secs(30)).at_least(0.5);
 
 /// An answer that takes longer tells little about the time, and a call waits for it after a 400002.
 const ANSWER_WITHIN: Duration = Duration::from_secs(3);
@@ -75,7 +79,7 @@ pub enum Unanswered {
 
 /// Keeps asking `place` for its time.
 pub async fn watch_time(broker: Arc<Broker>, place: Place) {
-    let mut backoff = BACKOFF.0;
+    let mut backoff = BACKOFF;
     let mut is_different = false;
     loop {
         // Before the question, so that a doubt that comes up meanwhile is not missed.
@@ -89,45 +93,38 @@ pub async fn watch_time(broker: Arc<Broker>, place: Place) {
                 continue;
             }
             Ok(_) => {
-                backoff = BACKOFF.0;
+                backoff.reset();
                 TIME_EVERY.mul_f64(0.9 + 0.2 * fastrand::f64())
             }
-            Err(_) => next(&mut backoff),
+            Err(_) => backoff.wait(),
         };
         // A doubt shortens the wait, but never to nothing: a host that answers nonsense is not asked without pause.
-        sleep(wait.min(BACKOFF.0)).await;
-        let _ = timeout(wait.saturating_sub(BACKOFF.0), doubt).await;
+        sleep(wait.min(AT_LEAST)).await;
+        let _ = timeout(wait.saturating_sub(AT_LEAST), doubt).await;
     }
 }
 
 /// Keeps asking a spot host from which address requests come.
 pub async fn watch_address(broker: Arc<Broker>, every: Duration) {
-    let mut backoff = BACKOFF.0;
+    let mut backoff = BACKOFF;
     loop {
         // All sites see the same address; ask one that the rules name.
         let site = broker.policy().accounts().map(|account| account.site).min();
         let wait = match broker.prove((site.unwrap_or_default(), Host::Spot)).await {
             Ok(()) => {
-                backoff = BACKOFF.0;
+                backoff.reset();
                 // As long as orders wait for it, the way back is looked for more often.
                 match broker.proof.status().mismatch {
                     Some(_) => every.min(MISMATCH_EVERY),
                     None => every,
                 }
             }
-            Err(_) => next(&mut backoff).min(every),
+            Err(_) => backoff.wait().min(every),
         };
-        sleep(wait.min(BACKOFF.0)).await;
+        sleep(wait.min(AT_LEAST)).await;
         let doubt = broker.doubts.address.notified();
-        let _ = timeout(wait.saturating_sub(BACKOFF.0), doubt).await;
+        let _ = timeout(wait.saturating_sub(AT_LEAST), doubt).await;
     }
-}
-
-/// The wait after one more failure; it doubles, with jitter.
-fn next(backoff: &mut Duration) -> Duration {
-    let wait = backoff.mul_f64(0.5 + 0.5 * fastrand::f64());
-    *backoff = (*backoff * 2).min(BACKOFF.1);
-    wait
 }
 
 impl Broker {

@@ -22,10 +22,7 @@ use super::{Keyring, Look, Noted, Slot};
 use crate::base::ids::{AccountId, KeyName};
 use crate::restrictions::Restrictions;
 use crate::telemetry::Metrics;
-use crate::vault::{Vault, VaultError};
-
-/// First and longest wait after a failure; each failure doubles it.
-pub const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+use crate::vault::{BACKOFF, Vault, VaultError};
 
 /// However much there is to doubt, Vault is not asked more often.
 const AT_LEAST: Duration = Duration::from_millis(100);
@@ -145,7 +142,7 @@ struct Running {
 
 impl Watch {
     async fn run(mut self, poll: Duration) {
-        let mut backoff = BACKOFF.0;
+        let mut backoff = BACKOFF;
         loop {
             // Before the look, so that one that is asked for meanwhile is not missed.
             let (keyring, look) = (Arc::clone(&self.keyring), Arc::clone(&self.look));
@@ -154,15 +151,12 @@ impl Watch {
             self.check().await;
             look.is_read.send_replace(true);
             let wait = if self.is_answered {
-                backoff = BACKOFF.0;
+                backoff.reset();
                 // A key must not grow too old between two polls that both go well.
                 let poll = poll.min(self.keyring.max_stale(&self.account) / 3);
                 poll.mul_f64(0.8 + 0.4 * fastrand::f64())
             } else {
-                // Full jitter, so that many brokers do not meet at a Vault that has just come back.
-                let wait = backoff.mul_f64(fastrand::f64());
-                backoff = (backoff * 2).min(BACKOFF.1);
-                wait
+                backoff.wait()
             };
             self.go_on().await;
             let next_look = async {

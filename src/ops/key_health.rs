@@ -299,8 +299,8 @@ impl KeyHealth {
         self.is_whitelisted = info.and_then(|info| info.admits(broker.proof.expected()));
         let now_ms = broker.clock.wall_ms();
         // Days pass between two tests.
+        let has_expired = info.is_some_and(|info| info.has_expired(now_ms));
         if let Some(finding) = info.and_then(|info| info.expiry(now_ms)) {
-            let has_expired = info.is_some_and(|info| info.has_expired(now_ms));
             let status = if has_expired {
                 KeyStatus::Refused
             } else {
@@ -312,6 +312,8 @@ impl KeyHealth {
         for finding in refusals.clone() {
             let status = match finding.id {
                 "expires-soon" => continue,
+                // That it has expired says it all.
+                KEY_UNKNOWN if has_expired => continue,
                 "ip-restriction-missing" => KeyStatus::AtRisk,
                 _ => KeyStatus::Degraded,
             };

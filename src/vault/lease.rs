@@ -7,9 +7,6 @@ use tokio::time::Instant;
 /// What stands for a lease without end.
 const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
-/// First and longest wait between two attempts; each attempt doubles it.
-const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
-
 /// What is to be done about a token now.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Due {
@@ -96,27 +93,6 @@ impl Lease {
     }
 }
 
-/// Waits that double, with full jitter, so that many brokers do not meet at a Vault that has just come back.
-#[derive(Clone, Debug)]
-pub(super) struct Backoff {
-    step: Duration,
-}
-
-impl Default for Backoff {
-    fn default() -> Self {
-        Self { step: BACKOFF.0 }
-    }
-}
-
-impl Backoff {
-    /// How long to wait before the next attempt.
-    pub(super) fn wait(&mut self) -> Duration {
-        let wait = self.step.mul_f64(fastrand::f64());
-        self.step = (self.step * 2).min(BACKOFF.1);
-        wait
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -192,14 +168,5 @@ mod tests {
         assert_eq!(lease.due(at(start, 0.77)), Due::Nothing);
         assert_eq!(lease.due(at(start, 0.79)), Due::Renew);
         assert_eq!(lease.due(at(start, 0.91)), Due::LogIn);
-    }
-
-    #[test]
-    fn waits_double_up_to_half_a_minute() {
-        let mut backoff = Backoff::default();
-        for longest in [1, 2, 4, 8, 16, 30, 30] {
-            assert_eq!(backoff.step, Duration::from_secs(longest));
-            assert!(backoff.wait() <= Duration::from_secs(longest));
-        }
     }
 }

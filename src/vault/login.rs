@@ -16,8 +16,9 @@ use zeroize::Zeroizing;
 
 use super::connection::{Connection, reduce, reduce_login, status_of};
 use super::credentials::{Identity, SecretId, checked_token, read_token};
-use super::lease::{Backoff, Due, Lease};
-use super::{Auth, OutageKind, Vault, VaultError};
+use super::lease::{Due, Lease};
+use super::{Auth, BACKOFF, OutageKind, Vault, VaultError};
+use crate::base::backoff::Backoff;
 
 /// A token and the connection to use it on.
 pub(super) struct Pass {
@@ -75,7 +76,7 @@ impl Session {
             identity: None,
             secret_id: SecretId::default(),
             token: None,
-            backoff: Backoff::default(),
+            backoff: BACKOFF,
             next_login: Instant::now(),
             failure: not_accepted(),
             is_closed: false,
@@ -159,7 +160,7 @@ impl Vault {
         // Once for each token: while one that was proven long ago serves on, the logins for the next one back off.
         let is_first = |token: &mut Token| !std::mem::replace(&mut token.is_proven, true);
         if session.token.as_mut().is_some_and(is_first) {
-            session.backoff = Backoff::default();
+            session.backoff.reset();
             session.next_login = Instant::now();
         }
     }
@@ -332,7 +333,7 @@ impl Session {
             text,
             lease,
             refusals: 0,
-            backoff: Backoff::default(),
+            backoff: BACKOFF,
             is_proven: false,
         });
         Ok(())
@@ -371,7 +372,7 @@ async fn renew(session: &mut Session) {
         .lease
         .renewed(start, found.lease_duration, found.renewable);
     token.refusals = 0;
-    token.backoff = Backoff::default();
+    token.backoff.reset();
     tracing::debug!(
         lease_s = found.lease_duration,
         "the broker's Vault token is renewed"

@@ -297,3 +297,32 @@ fn every_test_that_a_document_names_is_there() {
     assert!(missing.is_empty(), "not there: {missing:#?}");
     assert!(named > 60, "{named}");
 }
+
+#[test]
+fn every_planted_fault_still_fits_the_code() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut faults = 0;
+    for entry in std::fs::read_dir(root.join("tests/mutants")).unwrap() {
+        let path = entry.unwrap().path();
+        if path
+            .extension()
+            .is_none_or(|extension| extension != "patch")
+        {
+            continue;
+        }
+        faults += 1;
+        let fault = std::fs::read_to_string(&path).unwrap();
+        let file = fault.split_once("\n--- a/").unwrap().1.lines().next();
+        let code = std::fs::read_to_string(root.join(file.unwrap())).unwrap();
+        for hunk in fault.split("\n@@ ").skip(1) {
+            let before: String = hunk
+                .lines()
+                .skip(1)
+                .filter_map(|line| line.strip_prefix(['-', ' ']))
+                .map(|line| line.to_owned() + "\n")
+                .collect();
+            assert!(code.contains(&before), "{}: {before}", path.display());
+        }
+    }
+    assert_eq!(faults, 3);
+}

@@ -7,10 +7,10 @@ use std::fmt;
 use std::path::Path;
 use std::time::Duration;
 
-use credbroker::keyring::refresh::BACKOFF;
 use credbroker::proto::{
     BlockBotRequest, HaltRequest, ResumeRequest, RevokeKeyRequest, UnblockBotRequest,
 };
+use credbroker::vault::BACKOFF;
 use credbroker_sim::kucoin::SimKey;
 use credbroker_sim::pki::Ca;
 use serde_json::json;
@@ -55,7 +55,7 @@ async fn the_table_of_situations() {
 }
 
 fn head() -> String {
-    let longest_s = BACKOFF.1.as_secs();
+    let longest_s = BACKOFF.longest().as_secs();
     format!(
         "# What bots see when something goes wrong
 
@@ -296,7 +296,7 @@ async fn outage(
     let mended = Instant::now();
     end(site).await;
     let over = all_is_well_within(site, mended).await;
-    let longest_s = BACKOFF.1.as_secs();
+    let longest_s = BACKOFF.longest().as_secs();
     let over = format!("{over}; after a longer outage up to {longest_s} s");
     let seen = look.seen(site).await;
     assert!(seen.is_nothing(), "{seen}");
@@ -752,7 +752,7 @@ async fn cold_start(site: &mut Site) -> Row {
         how_long: format!(
             "until {} after Vault is back; after a longer outage up to {} s",
             rough(took),
-            BACKOFF.1.as_secs()
+            BACKOFF.longest().as_secs()
         ),
         recorded: "`/readyz`: not ready, *waiting for Vault*",
     }
