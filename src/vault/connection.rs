@@ -305,3 +305,37 @@ pub(super) fn reduce_login(error: &ClientError) -> VaultError {
         (_, other) => other.during("login"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kind_of_an_outage_follows_from_the_answer() {
+        let errors = vec!["x".to_owned()];
+        for (code, kind) in [
+            (429, OutageKind::Other),
+            (500, OutageKind::Server),
+            (502, OutageKind::Server),
+            (503, OutageKind::Sealed),
+        ] {
+            let errors = errors.clone();
+            let error = reduce(&ClientError::APIError { code, errors });
+            assert!(
+                matches!(&error, VaultError::Outage(outage) if outage.kind == kind),
+                "{code}: {error:?}"
+            );
+            // A login that failed for it fails for the same reason.
+            let during = error.during("login");
+            assert!(
+                matches!(&during, VaultError::Outage(outage) if outage.kind == kind),
+                "{code}: {during:?}"
+            );
+        }
+        let error = reduce(&ClientError::ResponseEmptyError);
+        assert!(
+            matches!(&error, VaultError::Outage(outage) if outage.kind == OutageKind::NotVault),
+            "{error:?}"
+        );
+    }
+}
