@@ -1,6 +1,6 @@
 //! Keeps the keyring as Vault has it: reads at start, then polls the metadata of each key for changes.
 //!
-//! Decides nothing about versions: [`super::rotation`] does, and this asks Vault, has keys tested and changes the keyring
+//! Decides nothing about versions: `rotation.rs` does, and this asks Vault, has keys tested and changes the keyring
 //! as it says.
 //!
 //! Tests go on beside the polls: an exchange that does not answer keeps nobody from hearing what Vault says.
