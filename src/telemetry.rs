@@ -121,7 +121,7 @@ pub fn chain(error: &(dyn Error + 'static)) -> String {
 /// Labels from closed sets: names and values.
 pub(crate) type Labels<const N: usize> = [(&'static str, &'static str); N];
 
-/// What is counted. What is a state of the broker and not an event is read at each scrape: see `api/state.rs`.
+/// What is counted. What is a state of the broker and not an event is read at each scrape: see `ops/health.rs`.
 #[derive(Debug, Default)]
 pub struct Metrics {
     requests: Family<Labels<3>, Counter>,
