@@ -1,4 +1,4 @@
-//! The doors: messages in, messages out.
+//! The gRPC services: they translate messages into requests of the broker, and its results into messages.
 
 pub mod admin_error;
 pub mod admins;

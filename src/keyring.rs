@@ -461,7 +461,12 @@ impl Keyring {
     }
 
     /// Changes what is known of the key in memory, by Vault's word or its silence; one that was revoked meanwhile is wiped.
-    fn heed(&self, account: &AccountId, name: &KeyName, change: impl FnOnce(&mut Place)) {
+    fn change_unless_revoked(
+        &self,
+        account: &AccountId,
+        name: &KeyName,
+        change: impl FnOnce(&mut Place),
+    ) {
         self.change(account, name, |place| {
             change(place);
             if let Some(revoked) = self.revoked(account, name, &place.slot) {
@@ -819,7 +824,7 @@ mod tests {
         restrictions
             .revoke(&account, &names[0], None, &mark)
             .unwrap();
-        keyring.heed(&account, &names[0], |_| {});
+        keyring.change_unless_revoked(&account, &names[0], |_| {});
         assert!(matches!(
             keyring.slot(&account, &names[0]),
             Some(Slot::Gone(_))

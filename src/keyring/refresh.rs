@@ -437,17 +437,18 @@ impl Watch {
     /// Vault has just vouched for the key in memory.
     fn confirm(&self) {
         let mut outage = None;
-        self.keyring.heed(&self.account, &self.name, |place| {
-            if let Slot::Ready {
-                confirmed,
-                outage: ended,
-                ..
-            } = &mut place.slot
-            {
-                *confirmed = self.asked;
-                outage = ended.take();
-            }
-        });
+        self.keyring
+            .change_unless_revoked(&self.account, &self.name, |place| {
+                if let Slot::Ready {
+                    confirmed,
+                    outage: ended,
+                    ..
+                } = &mut place.slot
+                {
+                    *confirmed = self.asked;
+                    outage = ended.take();
+                }
+            });
         if outage.is_some()
             && let Some(Serving { version, .. }) = self.serving()
         {
@@ -479,7 +480,7 @@ impl Watch {
         self.is_answered = false;
         self.forget_if_wiped();
         self.keyring
-            .heed(&self.account, &self.name, |place| match &mut place.slot {
+            .change_unless_revoked(&self.account, &self.name, |place| match &mut place.slot {
                 Slot::Gone(_) => {}
                 Slot::Ready { outage, .. } => *outage = Some(reason),
                 Slot::Waiting(_) => place.put(Slot::Waiting(reason)),
