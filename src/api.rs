@@ -1,7 +1,7 @@
 //! The gRPC services: they translate messages into requests of the broker, and its results into messages.
 
-pub mod admin_error;
-pub mod admins;
-pub mod bots;
+pub(crate) mod admin_error;
+pub(crate) mod admins;
+pub(crate) mod bots;
 mod messages;
-pub mod status;
+pub(crate) mod status;

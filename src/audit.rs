@@ -42,7 +42,7 @@ const MAX_LINE_BYTES: u64 = 128 * 1024;
 
 /// The audit file.
 #[derive(Debug)]
-pub struct Audit {
+pub(crate) struct Audit {
     path: PathBuf,
     file: Mutex<Appender>,
     clock: Arc<Clock>,
@@ -52,48 +52,48 @@ pub struct Audit {
 /// Proof that the intent of one request is on file (or, for what does not add risk, at least in the log).
 #[derive(Debug)]
 #[must_use = "nothing is sent without it"]
-pub struct Recorded(());
+pub(crate) struct Recorded(());
 
 /// The record could not be written.
 #[derive(Debug, thiserror::Error)]
 #[error("the audit file cannot be written, and requests that add risk are refused until it can")]
-pub struct AuditError(#[source] io::Error);
+pub(crate) struct AuditError(#[source] io::Error);
 
 /// Who asked, in every line of a call.
 #[derive(Clone, Debug)]
-pub struct Caller<'a> {
+pub(crate) struct Caller<'a> {
     /// The bot, or an admin, or the broker itself.
-    pub who: &'a Who,
+    pub(crate) who: &'a Who,
     /// The call's name.
-    pub request_id: &'a RequestId,
+    pub(crate) request_id: &'a RequestId,
     /// This run's own name of the call; request ids are the bot's and may repeat.
-    pub call: u64,
+    pub(crate) call: u64,
     /// On whose account and in which scope; unknown where the request is malformed.
-    pub place: Option<(&'a AccountId, Scope)>,
+    pub(crate) place: Option<(&'a AccountId, Scope)>,
 }
 
 /// How a call ended, as far as its lines tell.
 #[derive(Clone, Debug, Default, Serialize)]
-pub struct Ending<'a> {
+pub(crate) struct Ending<'a> {
     /// What is known about the request.
-    pub outcome: Option<Outcome>,
+    pub(crate) outcome: Option<Outcome>,
     /// Why it failed; none for an answer of the exchange.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub reason: Option<Reason>,
+    pub(crate) reason: Option<Reason>,
     /// What the bot was told beside the reason.
     #[serde(serialize_with = "cleaned", skip_serializing_if = "Option::is_none")]
-    pub detail: Option<String>,
+    pub(crate) detail: Option<String>,
     /// HTTP status of the answer.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub http_status: Option<u16>,
+    pub(crate) http_status: Option<u16>,
     /// `code` of the answer, cleaned and cut.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub code: Option<Cow<'a, str>>,
+    pub(crate) code: Option<Cow<'a, str>>,
     /// The timestamp that was signed.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub timestamp_ms: Option<i64>,
+    pub(crate) timestamp_ms: Option<i64>,
     /// From the arrival of the call to this line.
-    pub duration_us: u64,
+    pub(crate) duration_us: u64,
 }
 
 /// One line of the file. The order of its fields is the order in the file.
@@ -122,40 +122,40 @@ struct Line<'a> {
 
 /// What an admin did, or what became of a key.
 #[derive(Clone, Debug, Default, Serialize)]
-pub struct Act<'a> {
+pub(crate) struct Act<'a> {
     /// What was done: the name of the call, or `key` where another key serves.
-    pub action: &'static str,
+    pub(crate) action: &'static str,
     /// The account.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub account: Option<&'a AccountId>,
+    pub(crate) account: Option<&'a AccountId>,
     /// The name of the key.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub key: Option<&'a KeyName>,
+    pub(crate) key: Option<&'a KeyName>,
     /// The bot it is about.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub about_bot: Option<&'a BotId>,
+    pub(crate) about_bot: Option<&'a BotId>,
     /// The version that served until now, as Vault counts.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub version_before: Option<u64>,
+    pub(crate) version_before: Option<u64>,
     /// The version that was found.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub version_after: Option<u64>,
+    pub(crate) version_after: Option<u64>,
     /// SHA-256 of the id of the key that served until now.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub key_before: Option<String>,
+    pub(crate) key_before: Option<String>,
     /// SHA-256 of the id of the key that was found.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub key_after: Option<String>,
+    pub(crate) key_after: Option<String>,
     /// `done` or `failed`; of a key `in_use`, `refused` or `gone`.
-    pub outcome: &'static str,
+    pub(crate) outcome: &'static str,
     /// Why, or what else is to be known.
     #[serde(serialize_with = "cleaned", skip_serializing_if = "Option::is_none")]
-    pub detail: Option<String>,
+    pub(crate) detail: Option<String>,
 }
 
 impl<'a> Act<'a> {
     /// About an account.
-    pub fn on_account(action: &'static str, account: &'a AccountId) -> Self {
+    pub(crate) fn on_account(action: &'static str, account: &'a AccountId) -> Self {
         Self {
             action,
             account: Some(account),
@@ -164,7 +164,7 @@ impl<'a> Act<'a> {
     }
 
     /// About a bot.
-    pub fn on_bot(action: &'static str, bot: &'a BotId) -> Self {
+    pub(crate) fn on_bot(action: &'static str, bot: &'a BotId) -> Self {
         Self {
             action,
             about_bot: Some(bot),
@@ -186,17 +186,17 @@ struct ActLine<'a> {
 
 /// A change of what the broker goes by. Nobody asked for it over the wire: whoever can write the file did.
 #[derive(Debug)]
-pub struct Change<'a> {
+pub(crate) struct Change<'a> {
     /// Which file or files.
-    pub what: &'static str,
+    pub(crate) what: &'static str,
     /// SHA-256 of what was in force until now; none at the start.
-    pub before: Option<&'a [u8; 32]>,
+    pub(crate) before: Option<&'a [u8; 32]>,
     /// SHA-256 of what was found.
-    pub after: &'a [u8; 32],
+    pub(crate) after: &'a [u8; 32],
     /// `in_force` at the start, `taken` or `refused` later.
-    pub outcome: &'static str,
+    pub(crate) outcome: &'static str,
     /// Why it was refused.
-    pub detail: Option<String>,
+    pub(crate) detail: Option<String>,
 }
 
 /// A change as it stands in the file.
@@ -240,7 +240,11 @@ impl Audit {
     ///
     /// # Errors
     /// When it cannot be opened.
-    pub fn open(path: &Path, clock: Arc<Clock>, metrics: Arc<Metrics>) -> io::Result<Arc<Self>> {
+    pub(crate) fn open(
+        path: &Path,
+        clock: Arc<Clock>,
+        metrics: Arc<Metrics>,
+    ) -> io::Result<Arc<Self>> {
         let appender = Appender::new(open(path)?)?;
         let run = format!("{:08x}", fastrand::u32(..));
         let audit = Arc::new(Self {
@@ -267,7 +271,7 @@ impl Audit {
     ///
     /// # Errors
     /// When the line cannot be written and the request adds risk; any other goes on, with its line in the log.
-    pub fn intent(
+    pub(crate) fn intent(
         &self,
         caller: &Caller<'_>,
         permit: &Permit,
@@ -290,7 +294,7 @@ impl Audit {
     }
 
     /// Records a call that ended without an intent: refused by the rules, malformed, or while shutting down.
-    pub fn denied(
+    pub(crate) fn denied(
         &self,
         caller: &Caller<'_>,
         request: Option<&UnsignedRequest>,
@@ -308,17 +312,17 @@ impl Audit {
     }
 
     /// Records how a call ended: what the bot was told.
-    pub fn outcome(&self, caller: &Caller<'_>, endpoint: &str, ending: &Ending<'_>) {
+    pub(crate) fn outcome(&self, caller: &Caller<'_>, endpoint: &str, ending: &Ending<'_>) {
         let _ = self.write("outcome", caller, Some(endpoint), None, Some(ending));
     }
 
     /// Records what was learnt about a request after its bot had been told that nobody knows.
-    pub fn learnt(&self, caller: &Caller<'_>, endpoint: &str, ending: &Ending<'_>) {
+    pub(crate) fn learnt(&self, caller: &Caller<'_>, endpoint: &str, ending: &Ending<'_>) {
         let _ = self.write("learnt", caller, Some(endpoint), None, Some(ending));
     }
 
     /// Records a change of what the broker goes by. It is in force (or not) whether or not it can be recorded.
-    pub fn changed(&self, change: &Change<'_>) {
+    pub(crate) fn changed(&self, change: &Change<'_>) {
         let mut file = self.file.lock();
         let line = ChangeLine {
             event: "change",
@@ -339,7 +343,7 @@ impl Audit {
     }
 
     /// Records what `who` did: an admin's name, or `vault`. It is done whether or not it can be recorded.
-    pub fn acted(&self, who: &str, act: &Act<'_>) {
+    pub(crate) fn acted(&self, who: &str, act: &Act<'_>) {
         let mut file = self.file.lock();
         let line = ActLine {
             event: "act",
@@ -356,12 +360,12 @@ impl Audit {
     }
 
     /// Flushes the file to the disk, and keeps nobody from writing meanwhile.
-    pub fn sync(&self) {
+    pub(crate) fn sync(&self) {
         self.report(self.in_use().and_then(|file| file.sync_data()));
     }
 
     /// Why the last line could not be written, as long as none could be written since.
-    pub fn failure(&self) -> Option<String> {
+    pub(crate) fn failure(&self) -> Option<String> {
         let file = self.file.lock();
         let failure = file.failure.as_ref()?;
         Some(format!(

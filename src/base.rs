@@ -1,13 +1,13 @@
 //! What all else is made of; knows nothing of the broker.
 
-pub mod backoff;
-pub mod diagnosis;
+pub(crate) mod backoff;
+pub(crate) mod diagnosis;
 pub(crate) mod encoding;
 pub mod ids;
-pub mod lock;
+pub(crate) mod lock;
 pub mod outcome;
-pub mod pem;
+pub(crate) mod pem;
 pub mod secret;
-pub mod text;
-pub mod toml_file;
-pub mod trust;
+pub(crate) mod text;
+pub(crate) mod toml_file;
+pub(crate) mod trust;

@@ -15,13 +15,13 @@
 //! | the bot takes the answer | 30 s | `server/connection.rs` |
 //! | calls in flight end once the broker stops | `limits.drain_timeout_ms` | [`Broker::drain`] |
 
-pub mod admission;
+pub(crate) mod admission;
 mod call;
 mod error;
 mod feedback;
 mod gate;
 mod in_flight;
-pub mod probes;
+pub(crate) mod probes;
 mod retry;
 
 use std::collections::BTreeMap;
@@ -48,45 +48,45 @@ use crate::restrictions::Restrictions;
 use crate::telemetry::Metrics;
 
 use admission::Admission;
-pub use call::{Call, Receipt, caught, micros};
-pub use error::{BrokerError, Overload};
-pub use feedback::UnknownCodes;
+pub(crate) use call::{Call, Receipt, caught, micros};
+pub(crate) use error::{BrokerError, Overload};
+pub(crate) use feedback::UnknownCodes;
 use probes::Doubts;
 
 /// Everything that a request needs on its way.
 #[derive(Debug)]
-pub struct Broker {
+pub(crate) struct Broker {
     /// The rules, until others take their place.
     pub(crate) policy: RwLock<Arc<Policy>>,
     /// The record.
-    pub audit: Arc<Audit>,
+    pub(crate) audit: Arc<Audit>,
     /// What admins have forbidden.
-    pub restrictions: Arc<Restrictions>,
+    pub(crate) restrictions: Arc<Restrictions>,
     /// The keys.
-    pub keyring: Arc<Keyring>,
+    pub(crate) keyring: Arc<Keyring>,
     /// The way to the exchange.
-    pub egress: Egress,
+    pub(crate) egress: Egress,
     /// Whether that way starts at the right address.
-    pub proof: Proof,
+    pub(crate) proof: Proof,
     /// The time.
-    pub clock: Arc<Clock>,
+    pub(crate) clock: Arc<Clock>,
     /// What calls for the broker's own questions.
-    pub doubts: Doubts,
+    pub(crate) doubts: Doubts,
     /// The counters.
-    pub metrics: Arc<Metrics>,
+    pub(crate) metrics: Arc<Metrics>,
     /// Who has how many connections and calls.
-    pub admission: Admission,
+    pub(crate) admission: Admission,
     /// What is in flight.
-    pub calls: Calls,
+    pub(crate) calls: Calls,
     /// The operator's further refusals.
-    pub refusal_codes: RefusalCodes,
+    pub(crate) refusal_codes: RefusalCodes,
     /// Codes that no table has.
-    pub unknown_codes: UnknownCodes,
+    pub(crate) unknown_codes: UnknownCodes,
 }
 
 /// Calls in flight, and their end when the broker stops.
 #[derive(Debug, Default)]
-pub struct Calls {
+pub(crate) struct Calls {
     count: AtomicU64,
     tasks: TaskTracker,
     give_up: CancellationToken,
@@ -98,13 +98,13 @@ pub struct Calls {
 
 impl Broker {
     /// The rules of this moment.
-    pub fn policy(&self) -> Arc<Policy> {
+    pub(crate) fn policy(&self) -> Arc<Policy> {
         let policy = self.policy.read();
         Arc::clone(&policy)
     }
 
     /// Puts other rules in place; calls from now on go by them.
-    pub fn set_policy(&self, policy: Arc<Policy>) {
+    pub(crate) fn set_policy(&self, policy: Arc<Policy>) {
         *self.policy.write() = policy;
     }
 
@@ -118,7 +118,12 @@ impl Broker {
     }
 
     /// Records a call that never became one (malformed, one too many), and returns the error for its bot.
-    pub fn refuse(&self, bot: &BotId, request_id: &RequestId, error: BrokerError) -> BrokerError {
+    pub(crate) fn refuse(
+        &self,
+        bot: &BotId,
+        request_id: &RequestId,
+        error: BrokerError,
+    ) -> BrokerError {
         let reason = error.reason();
         self.metrics.request(None, reason.outcome(), Some(reason));
         let who = Who::Bot(bot.clone());
@@ -132,7 +137,7 @@ impl Broker {
     }
 
     /// Counts and audits a call of `admin` that never became one.
-    pub fn refuse_admin(&self, admin: &AdminId, reason: Reason, detail: String) {
+    pub(crate) fn refuse_admin(&self, admin: &AdminId, reason: Reason, detail: String) {
         let labels = [("reason", reason.as_str())];
         let refused = &self.metrics.admin_calls_refused;
         refused.get_or_create(&labels).inc();
@@ -160,7 +165,7 @@ impl Broker {
 
     /// Takes no new calls, finishes those in flight within `limit`, and returns how many of them ended with nobody
     /// knowing whether they were executed.
-    pub async fn drain(&self, limit: Duration) -> u64 {
+    pub(crate) async fn drain(&self, limit: Duration) -> u64 {
         self.calls.tasks.close();
         if timeout(limit, self.calls.tasks.wait()).await.is_err() {
             tracing::warn!(
@@ -175,7 +180,7 @@ impl Broker {
     }
 
     /// Whether the broker takes no new calls.
-    pub fn is_draining(&self) -> bool {
+    pub(crate) fn is_draining(&self) -> bool {
         self.calls.tasks.is_closed()
     }
 }

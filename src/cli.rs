@@ -14,7 +14,7 @@ mod policy;
 mod report;
 mod secrets;
 mod serve;
-pub mod text;
+pub(crate) mod text;
 
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::{Path, PathBuf};

@@ -19,18 +19,18 @@ use crate::base::lock::Mutex;
 use crate::kucoin::{Host, Site};
 use offset::Offset;
 pub(crate) use offset::WITNESSES_APART;
-pub use offset::{Measured, Sample};
+pub(crate) use offset::{Measured, Sample};
 
 /// From here on the exchange could refuse a signature: it takes timestamps less than 5 s off, and the request has still
 /// to travel. Source: KuCoin API documentation, "Authentication", timestamps.
-pub const MAX_UNCERTAINTY: Duration = Duration::from_secs(2);
+pub(crate) const MAX_UNCERTAINTY: Duration = Duration::from_secs(2);
 
 /// How far the exchange's time may be from the system's before an admin must accept the difference: no drift and no time
 /// zone gets there, and one of the two clocks is plainly wrong.
-pub const MAX_DIFFERENCE: Duration = Duration::from_secs(24 * 60 * 60);
+pub(crate) const MAX_DIFFERENCE: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// A host of a site; each has its own servers, and so its own time.
-pub type Place = (Site, Host);
+pub(crate) type Place = (Site, Host);
 
 /// All clocks.
 pub struct Clock {
@@ -49,28 +49,28 @@ struct HostClock {
 
 /// A difference between the exchange's time and the system's that an admin has accepted, until the broker restarts.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct AcceptedDifference {
+pub(crate) struct AcceptedDifference {
     /// The admin.
-    pub by: AdminId,
+    pub(crate) by: AdminId,
     /// The exchange's time less the system's at that moment, in milliseconds. It covers differences of up to
     /// [`MAX_DIFFERENCE`] from it.
-    pub ms: i64,
+    pub(crate) ms: i64,
 }
 
 /// What is known about the exchange's time.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct ExchangeTime {
+pub(crate) struct ExchangeTime {
     /// Unix time in milliseconds.
-    pub ms: i64,
+    pub(crate) ms: i64,
     /// How far it may be off; `None` while the exchange has never told its time, and `ms` is the system's word.
-    pub uncertainty: Option<Duration>,
+    pub(crate) uncertainty: Option<Duration>,
     /// Since the measurement it rests on.
-    pub age: Option<Duration>,
+    pub(crate) age: Option<Duration>,
 }
 
 /// The exchange's time is not certain enough to sign a risk-increasing request with it.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
-pub enum ClockUncertain {
+pub(crate) enum ClockUncertain {
     /// Further than [`MAX_DIFFERENCE`] from the system's, and no admin has accepted that. The exchange's time less the
     /// system's, in milliseconds.
     #[error("the exchange's clock is {}, which is more than 24 hours; nothing was sent", difference(*.0))]
@@ -119,12 +119,12 @@ impl Clock {
     }
 
     /// Time since boot, suspend included.
-    pub fn boot(&self) -> Duration {
+    pub(crate) fn boot(&self) -> Duration {
         (self.boot)()
     }
 
     /// The time on the exchange's host at `place`.
-    pub fn exchange(&self, place: Place) -> ExchangeTime {
+    pub(crate) fn exchange(&self, place: Place) -> ExchangeTime {
         let now = self.boot();
         match self
             .hosts
@@ -147,7 +147,7 @@ impl Clock {
     /// # Errors
     /// When it is further than [`MAX_DIFFERENCE`] from the system's time and from what an admin has accepted, and when it
     /// may be off by more than [`MAX_UNCERTAINTY`].
-    pub fn check(&self, place: Place) -> Result<(), ClockUncertain> {
+    pub(crate) fn check(&self, place: Place) -> Result<(), ClockUncertain> {
         let now = self.boot();
         let hosts = self.hosts.lock();
         let host = hosts.get(&place).ok_or(ClockUncertain::Never)?;
@@ -164,7 +164,7 @@ impl Clock {
 
     /// The exchange's time at `place` less the system's, in milliseconds, where that is refused: it is further than
     /// [`MAX_DIFFERENCE`] from 0 and from what an admin has accepted. `None` also while it has not been measured.
-    pub fn refused_difference(&self, place: Place) -> Option<i64> {
+    pub(crate) fn refused_difference(&self, place: Place) -> Option<i64> {
         let now = self.boot();
         let hosts = self.hosts.lock();
         let host = hosts.get(&place)?;
@@ -177,7 +177,7 @@ impl Clock {
     ///
     /// # Errors
     /// With [`ClockUncertain::Never`] where the exchange's time has not been measured.
-    pub fn accept(&self, place: Place, by: &AdminId) -> Result<Option<i64>, ClockUncertain> {
+    pub(crate) fn accept(&self, place: Place, by: &AdminId) -> Result<Option<i64>, ClockUncertain> {
         if self.exchange(place).age.is_none() {
             return Err(ClockUncertain::Never);
         }
@@ -190,13 +190,13 @@ impl Clock {
     }
 
     /// The difference that an admin has accepted for `place`.
-    pub fn accepted(&self, place: Place) -> Option<AcceptedDifference> {
+    pub(crate) fn accepted(&self, place: Place) -> Option<AcceptedDifference> {
         self.hosts.lock().get(&place)?.accepted.clone()
     }
 
     /// Takes in what a host said its time was. `is_refuted`: it has just refused a timestamp of ours, so that a jump is
     /// what is to be expected.
-    pub fn take_in(&self, place: Place, sample: Sample, is_refuted: bool) -> Measured {
+    pub(crate) fn take_in(&self, place: Place, sample: Sample, is_refuted: bool) -> Measured {
         let mut hosts = self.hosts.lock();
         let host = hosts.entry(place).or_default();
         host.offset.take_in(sample, is_refuted)
@@ -214,7 +214,7 @@ impl HostClock {
 }
 
 /// The exchange's time less the system's in words, such as "3650 days ahead of the system clock".
-pub fn difference(ms: i64) -> String {
+pub(crate) fn difference(ms: i64) -> String {
     const HOUR_MS: u64 = 60 * 60 * 1000;
     let hours = (ms.unsigned_abs() + HOUR_MS / 2) / HOUR_MS;
     let far = match hours {

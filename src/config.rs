@@ -28,17 +28,17 @@ use crate::base::toml_file::{Problem, Problems, Section};
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Where it was read from; none where it is a text alone.
-    pub file: Option<PathBuf>,
+    pub(crate) file: Option<PathBuf>,
     /// The rules file.
-    pub rules: PathBuf,
+    pub(crate) rules: PathBuf,
     /// Folder for what outlives the process; locked by one broker at a time.
-    pub state_dir: PathBuf,
+    pub(crate) state_dir: PathBuf,
     /// The audit file.
     pub audit_file: PathBuf,
     /// Where bots call.
-    pub grpc: SocketAddr,
+    pub(crate) grpc: SocketAddr,
     /// Where health and metrics are asked for.
-    pub ops: SocketAddr,
+    pub(crate) ops: SocketAddr,
     /// Where admins call; none: nowhere.
     pub admin: Option<SocketAddr>,
     /// Certificates of the listeners for bots and admins.
@@ -46,39 +46,39 @@ pub struct Config {
     /// Vault.
     pub vault: VaultSettings,
     /// CA of Vault's certificate.
-    pub vault_roots: Roots,
+    pub(crate) vault_roots: Roots,
     /// How often the metadata of keys is polled.
     pub vault_poll: Duration,
     /// How the exchange is reached.
     pub egress: EgressSettings,
     /// CAs of the exchange's certificates.
-    pub egress_roots: Roots,
+    pub(crate) egress_roots: Roots,
     /// Codes of the exchange that mean a refusal, beside those that the broker knows.
-    pub refusal_codes: RefusalCodes,
+    pub(crate) refusal_codes: RefusalCodes,
     /// Where each host of each site is.
-    pub origins: HashMap<(Site, Host), Origin>,
+    pub(crate) origins: HashMap<(Site, Host), Origin>,
     /// How often the exchange is asked from which address requests come.
-    pub proof_every: Duration,
+    pub(crate) proof_every: Duration,
     /// The address that the exchange must see.
-    pub expected_ip: IpAddr,
+    pub(crate) expected_ip: IpAddr,
     /// What to do when it sees another.
-    pub proof: ProofMode,
+    pub(crate) proof: ProofMode,
     /// How large requests may be.
     pub request_limits: RequestLimits,
     /// What connections may take.
-    pub connection_limits: ConnectionLimits,
+    pub(crate) connection_limits: ConnectionLimits,
     /// What one bot, and all of them, may have at once.
-    pub admission_limits: AdmissionLimits,
+    pub(crate) admission_limits: AdmissionLimits,
     /// How often rules and certificates are looked at for changes.
-    pub reload_every: Duration,
+    pub(crate) reload_every: Duration,
     /// Time limit of calls that come without one.
     pub default_deadline: Duration,
     /// How long calls in flight may take to end after SIGTERM.
     pub drain_timeout: Duration,
     /// Which logs are written.
-    pub log_filter: String,
+    pub(crate) log_filter: String,
     /// How they are written.
-    pub log_format: LogFormat,
+    pub(crate) log_format: LogFormat,
 }
 
 /// PEM files of the listeners for bots and admins.
@@ -91,21 +91,21 @@ pub struct TlsFiles {
     /// CAs that bots' certificates come from.
     pub client_ca: PathBuf,
     /// CAs that admins' certificates come from; none: the same.
-    pub admin_ca: Option<PathBuf>,
+    pub(crate) admin_ca: Option<PathBuf>,
 }
 
 /// What is wrong with the files of a running broker.
 #[derive(Clone, Debug, Default)]
-pub struct FileProblems {
+pub(crate) struct FileProblems {
     /// Of files that changed and were not taken, by what they hold.
-    pub rejected: BTreeMap<&'static str, Vec<Problem>>,
+    pub(crate) rejected: BTreeMap<&'static str, Vec<Problem>>,
     /// Of files that are used all the same: permissions, and CAs with constraints that cannot be evaluated.
-    pub warnings: Vec<Problem>,
+    pub(crate) warnings: Vec<Problem>,
 }
 
 /// Which certificate authorities are trusted.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub enum Roots {
+pub(crate) enum Roots {
     /// The CAs in this PEM file, and no others.
     File(PathBuf),
     /// Mozilla's list, compiled in.
@@ -114,17 +114,17 @@ pub enum Roots {
 
 /// What a connection may take.
 #[derive(Clone, Copy, Debug)]
-pub struct ConnectionLimits {
+pub(crate) struct ConnectionLimits {
     /// For the TLS handshake.
-    pub handshake: Duration,
+    pub(crate) handshake: Duration,
     /// For a request to arrive whole.
-    pub request: Duration,
+    pub(crate) request: Duration,
     /// Without a call.
-    pub idle: Duration,
+    pub(crate) idle: Duration,
     /// In all.
-    pub age: Duration,
+    pub(crate) age: Duration,
     /// For calls in flight, once the connection shall end.
-    pub grace: Duration,
+    pub(crate) grace: Duration,
 }
 
 impl Config {

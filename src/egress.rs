@@ -6,7 +6,7 @@
 
 mod decode;
 mod pool;
-pub mod proof;
+pub(crate) mod proof;
 
 use std::collections::{BTreeSet, HashMap};
 use std::io;
@@ -57,42 +57,42 @@ const MAX_HEADERS: usize = 256;
 pub struct EgressSettings {
     /// Source address of every connection; unspecified (0.0.0.0) leaves the choice to the system. An IPv4 address means
     /// that only IPv4 is used.
-    pub address: IpAddr,
+    pub(crate) address: IpAddr,
     /// Limit for making a connection, TLS included.
-    pub connect_timeout: Duration,
+    pub(crate) connect_timeout: Duration,
     /// How long the broker itself waits for a whole answer, whatever the bot's deadline.
-    pub answer_timeout: Duration,
+    pub(crate) answer_timeout: Duration,
     /// Bytes of the largest answer that is taken, decoded.
-    pub max_answer_bytes: usize,
+    pub(crate) max_answer_bytes: usize,
     /// Age from which an idle connection is closed.
-    pub max_idle: Duration,
+    pub(crate) max_idle: Duration,
     /// Age from which an idle connection is not used for a request that must not be repeated.
-    pub max_idle_for_writes: Duration,
+    pub(crate) max_idle_for_writes: Duration,
     /// Idle connections kept ready per host.
-    pub warm_connections: usize,
+    pub(crate) warm_connections: usize,
 }
 
 impl EgressSettings {
     /// The longest that one request waits for a connection: where the name has moved, it is asked for in between.
-    pub fn longest_connect(&self) -> Duration {
+    pub(crate) fn longest_connect(&self) -> Duration {
         2 * self.connect_timeout + RESOLVE_AGAIN_WITHIN
     }
 }
 
 /// Where a host is: KuCoin's own address, or a simulator's.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
-pub struct Origin {
+pub(crate) struct Origin {
     /// Whether to speak TLS.
-    pub tls: bool,
+    pub(crate) tls: bool,
     /// DNS name or address.
-    pub name: String,
+    pub(crate) name: String,
     /// TCP port.
-    pub port: u16,
+    pub(crate) port: u16,
 }
 
 /// The client.
 #[derive(Debug)]
-pub struct Egress {
+pub(crate) struct Egress {
     destinations: HashMap<(Site, Host), Arc<Destination>>,
     settings: EgressSettings,
 }
@@ -120,7 +120,7 @@ impl std::fmt::Debug for Destination {
 
 /// A connection that is ready for one request.
 #[derive(Debug)]
-pub struct Connection {
+pub(crate) struct Connection {
     open: Open,
     is_reused: bool,
     destination: Arc<Destination>,
@@ -128,19 +128,19 @@ pub struct Connection {
 
 impl Connection {
     /// The exchange's address at the other end.
-    pub fn peer(&self) -> SocketAddr {
+    pub(crate) fn peer(&self) -> SocketAddr {
         self.open.peer
     }
 
     /// Whether it was open before this request asked for one.
-    pub fn is_reused(&self) -> bool {
+    pub(crate) fn is_reused(&self) -> bool {
         self.is_reused
     }
 }
 
 /// Why a host has no address that can be connected to.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd, thiserror::Error)]
-pub enum NoAddress {
+pub(crate) enum NoAddress {
     /// It has addresses, but only IPv6 ones under an IPv4 egress address, or the other way round.
     #[error(
         "{host} has no {} address, which egress.address {egress} needs",
@@ -159,15 +159,15 @@ pub enum NoAddress {
 
 /// An answer, and the connection that it came on. Whoever drops it closes the connection.
 #[derive(Debug)]
-pub struct Answered {
+pub(crate) struct Answered {
     /// The whole answer, decoded where it was compressed.
-    pub response: Response<Bytes>,
+    pub(crate) response: Response<Bytes>,
     connection: Connection,
 }
 
 impl Answered {
     /// Keeps the connection for the next request.
-    pub fn keep(self) -> Response<Bytes> {
+    pub(crate) fn keep(self) -> Response<Bytes> {
         let Connection {
             open, destination, ..
         } = self.connection;
@@ -178,7 +178,7 @@ impl Answered {
 
 /// No connection could be made; nothing was sent.
 #[derive(Debug, thiserror::Error)]
-pub enum ConnectError {
+pub(crate) enum ConnectError {
     /// No site of the accounts has this host.
     #[error("site {} has no {} host", .0.as_str(), .1.as_str())]
     NoHost(Site, Host),
@@ -198,7 +198,7 @@ pub enum ConnectError {
 
 /// What became of a request that was to be sent.
 #[derive(Debug, thiserror::Error)]
-pub enum SendError {
+pub(crate) enum SendError {
     /// It may have reached the exchange.
     #[error("the request may have reached the exchange, but no complete answer came back")]
     AnswerLost(#[source] hyper::Error),
@@ -223,7 +223,7 @@ impl Egress {
     ///
     /// # Errors
     /// With the origin whose name is neither a DNS name nor an address.
-    pub fn new(
+    pub(crate) fn new(
         settings: EgressSettings,
         origins: HashMap<(Site, Host), Origin>,
         tls: &Arc<rustls::ClientConfig>,
@@ -248,7 +248,7 @@ impl Egress {
     }
 
     /// Looks all names up at the same time, then keeps names and warm connections fresh; all of it in the background.
-    pub fn start(&self) {
+    pub(crate) fn start(&self) {
         let mut distinct: Vec<&Arc<Destination>> = Vec::new();
         for destination in self.destinations.values() {
             if !distinct.iter().any(|known| Arc::ptr_eq(known, destination)) {
@@ -262,7 +262,7 @@ impl Egress {
 
     /// Waits until every name was looked up once after the [`start`](Self::start), with or without success: at most the
     /// time limit of a connect, since all are looked up at the same time.
-    pub async fn first_lookups(&self) {
+    pub(crate) async fn first_lookups(&self) {
         for destination in self.destinations.values() {
             let mut is_looked_up = destination.is_looked_up.subscribe();
             // The destination holds the sender, so there is no error.
@@ -276,7 +276,7 @@ impl Egress {
     ///
     /// # Errors
     /// When there is no such host, nobody answers in time, or it has no address that can be connected to.
-    pub async fn resolve(&self, place: (Site, Host)) -> Result<String, ConnectError> {
+    pub(crate) async fn resolve(&self, place: (Site, Host)) -> Result<String, ConnectError> {
         let destination = self.destination(place)?;
         let (limit, source) = (self.settings.connect_timeout, self.settings.address);
         timeout(limit, destination.resolve(source))
@@ -290,12 +290,12 @@ impl Egress {
     }
 
     /// How long it waits for a whole answer: past that no call is in flight.
-    pub fn answer_timeout(&self) -> Duration {
+    pub(crate) fn answer_timeout(&self) -> Duration {
         self.settings.answer_timeout
     }
 
     /// Those of `places` that have no address to connect to, and why.
-    pub fn without_address(&self, places: &BTreeSet<(Site, Host)>) -> BTreeSet<NoAddress> {
+    pub(crate) fn without_address(&self, places: &BTreeSet<(Site, Host)>) -> BTreeSet<NoAddress> {
         let of_place = |place| self.destinations.get(place);
         places
             .iter()
@@ -307,7 +307,7 @@ impl Egress {
     /// A connection ready for one request: a warm one, or a new one.
     ///
     /// With `repeatable`, an older idle connection will do, since a request that finds it closed can go again.
-    pub async fn connect(
+    pub(crate) async fn connect(
         &self,
         place: (Site, Host),
         repeatable: bool,
@@ -336,7 +336,7 @@ impl Egress {
     ///
     /// # Errors
     /// Of all of them only [`SendError::HandedBack`] means that nothing was sent.
-    pub async fn send(
+    pub(crate) async fn send(
         &self,
         mut connection: Connection,
         signed: SignedRequest,
@@ -347,7 +347,7 @@ impl Egress {
     }
 
     /// Asks something of the broker's own: what every stranger may ask, so that it needs neither rules nor record.
-    pub async fn ask(
+    pub(crate) async fn ask(
         &self,
         connection: Connection,
         question: Question,

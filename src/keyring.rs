@@ -4,10 +4,10 @@
 //! the account's bounds it signs no more; past the second one it is wiped. Another key takes its place once the exchange
 //! has taken requests that the new one signed.
 
-pub mod refresh;
+pub(crate) mod refresh;
 mod rotation;
-pub mod trial;
-pub mod usage;
+pub(crate) mod trial;
+pub(crate) mod usage;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -40,7 +40,7 @@ const LOOK_WITHIN: Duration = Duration::from_secs(20);
 
 /// Every key that the rules name, with its value or the reason why there is none.
 #[derive(Debug)]
-pub struct Keyring {
+pub(crate) struct Keyring {
     clock: Arc<Clock>,
     restrictions: Arc<Restrictions>,
     slots: RwLock<BTreeMap<AccountId, Keys>>,
@@ -79,20 +79,20 @@ struct Place {
 
 /// What the metadata of a key in Vault say of it beside its versions.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct Noted {
+pub(crate) struct Noted {
     /// Why it signs nothing risk-increasing.
-    pub restricted: Option<String>,
+    pub(crate) restricted: Option<String>,
     /// The version that an admin holds in use in place of the newest.
-    pub hold: Option<Hold>,
+    pub(crate) hold: Option<Hold>,
 }
 
 /// The last test of a key.
 #[derive(Clone, Debug)]
-pub struct Tested {
+pub(crate) struct Tested {
     /// When: Unix time in milliseconds.
-    pub at_ms: i64,
+    pub(crate) at_ms: i64,
     /// What came of it.
-    pub report: Arc<Report>,
+    pub(crate) report: Arc<Report>,
 }
 
 /// A test of a key that has come back: it needs no other one before its time.
@@ -120,7 +120,7 @@ struct Look {
 
 /// What is known about one key.
 #[derive(Clone, Debug)]
-pub enum Slot {
+pub(crate) enum Slot {
     /// Vault has said that there is no such key for us: evicted, or never there.
     Gone(String),
     /// In memory, from this version of the secret in Vault.
@@ -144,20 +144,20 @@ pub enum Slot {
 
 /// A key, and how far it can be trusted.
 #[derive(Clone, Debug)]
-pub struct Lent {
+pub(crate) struct Lent {
     /// The key.
-    pub key: Arc<Key>,
+    pub(crate) key: Arc<Key>,
     /// What the exchange has said about it.
-    pub usage: Arc<Usage>,
+    pub(crate) usage: Arc<Usage>,
     /// Its version in Vault; none for one that is only tested.
-    pub version: Option<u64>,
+    pub(crate) version: Option<u64>,
     /// Since Vault last confirmed it; zero while Vault answers.
-    pub stale: Duration,
+    pub(crate) stale: Duration,
 }
 
 impl Lent {
     /// A key that is only tested.
-    pub fn of_a_test(key: Arc<Key>) -> Self {
+    pub(crate) fn of_a_test(key: Arc<Key>) -> Self {
         Self {
             key,
             usage: Arc::default(),
@@ -169,38 +169,38 @@ impl Lent {
 
 /// What is known about one key, for readiness and metrics.
 #[derive(Debug)]
-pub struct KeyEntry {
+pub(crate) struct KeyEntry {
     /// Its account.
-    pub account: AccountId,
+    pub(crate) account: AccountId,
     /// Its name.
-    pub name: KeyName,
+    pub(crate) name: KeyName,
     /// What stands in its place.
-    pub slot: Slot,
+    pub(crate) slot: Slot,
     /// Since Vault last confirmed it; none where it is not in memory.
-    pub age: Option<Duration>,
+    pub(crate) age: Option<Duration>,
     /// Whether it is so old that it signs nothing that adds risk.
-    pub is_too_old: bool,
+    pub(crate) is_too_old: bool,
     /// What its last test said that the exchange answered.
-    pub tested: Option<Tested>,
+    pub(crate) tested: Option<Tested>,
     /// Why the exchange has said nothing in a test after that.
-    pub unanswered: Option<String>,
+    pub(crate) unanswered: Option<String>,
     /// The last key that was in memory in this place, or found to be revoked.
-    pub last: Option<KeyDigest>,
+    pub(crate) last: Option<KeyDigest>,
     /// What its metadata say of it beside its versions.
-    pub noted: Noted,
+    pub(crate) noted: Noted,
 }
 
 /// The account's key is not in memory, or too old.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 #[error("the key of account {account} for this scope is not available: {reason}")]
-pub struct KeyUnavailable {
+pub(crate) struct KeyUnavailable {
     account: AccountId,
     reason: String,
 }
 
 impl KeyUnavailable {
     /// An admin has killed it; which one is not for bots to know.
-    pub fn revoked(account: &AccountId) -> Self {
+    pub(crate) fn revoked(account: &AccountId) -> Self {
         Self {
             account: account.clone(),
             reason: "an admin has revoked it; register another key".to_owned(),
@@ -218,7 +218,7 @@ fn revoked_by(revoked: &Revoked) -> String {
 
 impl Keyring {
     /// No keys yet; ages count on `clock`. What `restrictions` say is revoked is never kept.
-    pub fn new(clock: Arc<Clock>, restrictions: Arc<Restrictions>) -> Self {
+    pub(crate) fn new(clock: Arc<Clock>, restrictions: Arc<Restrictions>) -> Self {
         Self {
             clock,
             restrictions,
@@ -230,7 +230,7 @@ impl Keyring {
     }
 
     /// Makes places for the keys of these accounts; what is there already stays.
-    pub fn add<'a>(&self, accounts: impl Iterator<Item = &'a Arc<Account>>) {
+    pub(crate) fn add<'a>(&self, accounts: impl Iterator<Item = &'a Arc<Account>>) {
         let mut slots = self.slots.write();
         for account in accounts {
             let keys = slots.entry(account.id.clone()).or_insert_with(|| Keys {
@@ -247,7 +247,7 @@ impl Keyring {
     }
 
     /// Drops all keys but those of these accounts.
-    pub fn retain<'a>(&self, accounts: impl Iterator<Item = &'a Arc<Account>>) {
+    pub(crate) fn retain<'a>(&self, accounts: impl Iterator<Item = &'a Arc<Account>>) {
         let accounts: BTreeMap<_, _> = accounts.map(|account| (&account.id, account)).collect();
         let mut slots = self.slots.write();
         slots.retain(|id, keys| {
@@ -266,7 +266,7 @@ impl Keyring {
     ///
     /// # Errors
     /// When it is not in memory, or Vault has been silent about it for longer than the account allows; says why.
-    pub fn key(&self, permit: &Permit) -> Result<Lent, KeyUnavailable> {
+    pub(crate) fn key(&self, permit: &Permit) -> Result<Lent, KeyUnavailable> {
         let account = &permit.account().id;
         let unavailable = |reason: &str| KeyUnavailable {
             account: account.clone(),
@@ -346,7 +346,7 @@ impl Keyring {
     }
 
     /// Every key with what is known about it.
-    pub fn entries(&self) -> Vec<KeyEntry> {
+    pub(crate) fn entries(&self) -> Vec<KeyEntry> {
         let now = self.clock.boot();
         let slots = self.slots.read();
         let all = slots.iter().flat_map(|(account, keys)| {
@@ -370,7 +370,7 @@ impl Keyring {
     }
 
     /// Returns once Vault has been asked for every key that the keyring has now, with or without an answer.
-    pub async fn first_read(&self) {
+    pub(crate) async fn first_read(&self) {
         let all: Vec<_> = {
             let slots = self.slots.read();
             let keys = slots.values().flat_map(|keys| keys.places.values());
@@ -383,7 +383,7 @@ impl Keyring {
     }
 
     /// Tells when any slot changes.
-    pub fn changes(&self) -> watch::Receiver<()> {
+    pub(crate) fn changes(&self) -> watch::Receiver<()> {
         self.changed.subscribe()
     }
 
@@ -396,7 +396,7 @@ impl Keyring {
     }
 
     /// Wipes each key within a second of its account's `max_stale_cancel_s`, and has Vault asked for it. Never ends.
-    pub async fn wipe_on_time(self: Arc<Self>) {
+    pub(crate) async fn wipe_on_time(self: Arc<Self>) {
         loop {
             for (account, name) in self.wipe_too_old() {
                 tracing::error!(account.id = %account, key = %name, "key wiped: not confirmed by Vault within max_stale_cancel_s");
@@ -523,7 +523,7 @@ impl Keyring {
 
     /// Keeps what a test said of the key in memory, unless another has taken its place meanwhile. A test that the
     /// exchange did not answer leaves what is known as it is.
-    pub fn set_tested(
+    pub(crate) fn set_tested(
         &self,
         account: &AccountId,
         name: &KeyName,
@@ -600,7 +600,7 @@ impl Keyring {
 
     /// Wipes every key that has been revoked. Returns those that were revoked before anybody knew their ids, for
     /// [`Restrictions::seen`].
-    pub fn wipe_revoked(&self) -> Vec<(AccountId, KeyName, KeyDigest)> {
+    pub(crate) fn wipe_revoked(&self) -> Vec<(AccountId, KeyName, KeyDigest)> {
         let mut unseen = Vec::new();
         let mut slots = self.slots.write();
         for (account, keys) in slots.iter_mut() {
@@ -629,7 +629,7 @@ impl Keyring {
     }
 
     /// Whether another key than `used`, which the exchange has refused, signs by now. Waits for one that is being tested.
-    pub async fn has_another(&self, permit: &Permit, used: &Arc<Key>) -> bool {
+    pub(crate) async fn has_another(&self, permit: &Permit, used: &Arc<Key>) -> bool {
         let Some(name) = permit.key_name() else {
             return false;
         };
@@ -657,7 +657,7 @@ impl Keyring {
     }
 
     /// The exchange has refused the key of `permit`: Vault may have another one.
-    pub fn look_again(&self, permit: &Permit) {
+    pub(crate) fn look_again(&self, permit: &Permit) {
         if let Some(name) = permit.key_name()
             && let Some(look) = self.look(&permit.account().id, name)
         {
@@ -667,7 +667,7 @@ impl Keyring {
 
     /// Has a look taken at a key in Vault, and waits until it has ended, with the test of what it found. A version that
     /// was refused is tried once more. Returns whether there was one.
-    pub async fn look_now(&self, account: &AccountId, name: &KeyName) -> bool {
+    pub(crate) async fn look_now(&self, account: &AccountId, name: &KeyName) -> bool {
         let Some(look) = self.look(account, name) else {
             return false;
         };

@@ -4,25 +4,27 @@
 //! public API documentation; each item says which page.
 
 pub mod advice;
-pub mod answer;
-pub mod catalog;
-pub mod code;
-pub mod key_info;
-pub mod open_orders;
-pub mod pointer;
-pub mod question;
-pub mod request;
-pub mod shape;
+pub(crate) mod answer;
+pub(crate) mod catalog;
+pub(crate) mod code;
+pub(crate) mod key_info;
+pub(crate) mod open_orders;
+pub(crate) mod pointer;
+pub(crate) mod question;
+pub(crate) mod request;
+pub(crate) mod shape;
 pub mod sign;
-pub mod target;
+pub(crate) mod target;
 
 use std::fmt;
 
 use serde::Deserialize;
 
-pub use answer::{Answer, Asked, RateLimit};
-pub use catalog::{Catalog, Effect, Endpoint, Product, Risk};
-pub use request::{Malformed, RequestLimits, UnsignedRequest};
+pub(crate) use answer::{Answer, Asked};
+pub use catalog::Catalog;
+pub(crate) use catalog::{Effect, Endpoint, Product, Risk};
+pub use request::UnsignedRequest;
+pub(crate) use request::{Malformed, RequestLimits};
 pub use sign::{Key, KeyVersion, Partner, SignedRequest, sign, unsigned};
 pub use target::Target;
 
@@ -40,7 +42,7 @@ pub enum Scope {
 
 impl Scope {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Futures, Self::SpotMargin, Self::Unified];
+    pub(crate) const ALL: [Self; 3] = [Self::Futures, Self::SpotMargin, Self::Unified];
 
     /// The word for it in rules, logs, metrics and audit lines.
     pub fn as_str(self) -> &'static str {
@@ -52,7 +54,7 @@ impl Scope {
     }
 
     /// The host that serves this scope. Source: KuCoin API documentation, "Introduction", base URLs.
-    pub fn host(self) -> Host {
+    pub(crate) fn host(self) -> Host {
         match self {
             Self::Futures => Host::Futures,
             Self::SpotMargin | Self::Unified => Host::Spot,
@@ -68,7 +70,7 @@ impl fmt::Display for Scope {
 
 /// One of the two hosts of a site that the broker speaks to.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
-pub enum Host {
+pub(crate) enum Host {
     /// Classic futures.
     Futures,
     /// Everything else.
@@ -77,7 +79,7 @@ pub enum Host {
 
 impl Host {
     /// The word for it in the configuration, logs and metrics.
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Futures => "futures",
             Self::Spot => "spot",
@@ -99,7 +101,7 @@ pub enum Method {
 
 impl Method {
     /// Upper case, as on the wire and in the string-to-sign.
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Delete => "DELETE",
             Self::Get => "GET",
@@ -108,7 +110,7 @@ impl Method {
     }
 
     /// The same for the HTTP library.
-    pub fn as_http(self) -> http::Method {
+    pub(crate) fn as_http(self) -> http::Method {
         match self {
             Self::Delete => http::Method::DELETE,
             Self::Get => http::Method::GET,
@@ -140,10 +142,10 @@ pub enum Site {
 
 impl Site {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Au, Self::Eu, Self::Global, Self::Tr];
+    pub(crate) const ALL: [Self; 4] = [Self::Au, Self::Eu, Self::Global, Self::Tr];
 
     /// The word for it in the rules.
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Au => "au",
             Self::Eu => "eu",
@@ -155,7 +157,7 @@ impl Site {
     /// DNS name of a host of this site, `None` where the site has no such host.
     ///
     /// Source: KuCoin API documentation, "Introduction"; the EU and Turkish documentation.
-    pub fn dns_name(self, host: Host) -> Option<&'static str> {
+    pub(crate) fn dns_name(self, host: Host) -> Option<&'static str> {
         match (self, host) {
             (Self::Au | Self::Global, Host::Futures) => Some("api-futures.kucoin.com"),
             (Self::Au | Self::Global, Host::Spot) => Some("api.kucoin.com"),
@@ -166,7 +168,7 @@ impl Site {
     }
 
     /// Whether accounts of this site can act in `scope`.
-    pub fn serves(self, scope: Scope) -> bool {
+    pub(crate) fn serves(self, scope: Scope) -> bool {
         match self {
             Self::Au | Self::Global => true,
             Self::Eu | Self::Tr => scope == Scope::SpotMargin,

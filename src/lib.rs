@@ -5,22 +5,26 @@
 //! keys come from; [`ops`] tests keys, cancels everything and says how the broker is. [`api`] holds the doors, [`proto`]
 //! their messages, [`server`] puts everything together from [`config`], [`cli`] is the command line, and [`base`] is what
 //! all else is made of.
+#![allow(
+    rustdoc::private_intra_doc_links,
+    reason = "a program: its documentation is made with private items"
+)]
 
-pub mod api;
-pub mod audit;
+mod api;
+mod audit;
 pub mod base;
-pub mod broker;
+mod broker;
 pub mod cli;
 pub mod clock;
 pub mod config;
-pub mod egress;
-pub mod keyring;
+mod egress;
+mod keyring;
 pub mod kucoin;
-pub mod ops;
+mod ops;
 pub mod policy;
-pub mod process;
+mod process;
 pub mod proto;
-pub mod restrictions;
+mod restrictions;
 pub mod server;
 pub mod telemetry;
 pub mod vault;

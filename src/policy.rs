@@ -2,10 +2,10 @@
 //!
 //! Deny by default. It does not count, wait, or look at the body of a request.
 
-pub mod explain;
-pub mod file;
+pub(crate) mod explain;
+pub(crate) mod file;
 pub mod listing;
-pub mod warnings;
+pub(crate) mod warnings;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
@@ -24,36 +24,36 @@ use crate::kucoin::{
 #[derive(Debug)]
 pub struct Account {
     /// Its name.
-    pub id: AccountId,
+    pub(crate) id: AccountId,
     /// The KuCoin site it lives on.
-    pub site: Site,
+    pub(crate) site: Site,
     /// Its VIP level, 0 to 12, which sets its quotas.
-    pub vip: u8,
+    pub(crate) vip: u8,
     /// What its keys are for.
-    pub purpose: Purpose,
+    pub(crate) purpose: Purpose,
     /// Whether endpoints that move money may be granted at all.
-    pub allow_money_out: bool,
+    pub(crate) allow_money_out: bool,
     /// Which key serves which scope.
-    pub keys: BTreeMap<Scope, KeyName>,
+    pub(crate) keys: BTreeMap<Scope, KeyName>,
     /// Partner (rebate programme) per scope.
-    pub partners: BTreeMap<Scope, Partner>,
+    pub(crate) partners: BTreeMap<Scope, Partner>,
     /// How long its keys serve while Vault is silent.
-    pub max_stale: MaxStale,
+    pub(crate) max_stale: MaxStale,
 }
 
 /// How long a key serves on since Vault last confirmed it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct MaxStale {
+pub(crate) struct MaxStale {
     /// For what adds risk.
-    pub add_risk: Duration,
+    pub(crate) add_risk: Duration,
     /// For cancels and reads, so that open orders can be withdrawn while Vault is down; past it the key is wiped.
-    pub withdraw_risk: Duration,
+    pub(crate) withdraw_risk: Duration,
 }
 
 /// What an account's keys are for.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq)]
 #[serde(rename_all = "kebab-case")]
-pub enum Purpose {
+pub(crate) enum Purpose {
     /// Reads and public data only.
     ReadOnly,
     /// Whatever the grants say.
@@ -63,7 +63,7 @@ pub enum Purpose {
 
 impl Purpose {
     /// The word for it in the rules.
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::ReadOnly => "read-only",
             Self::Trade => "trade",
@@ -96,7 +96,7 @@ pub struct Rule {
     /// Its line in the rules file, from 1.
     pub line: usize,
     /// Its key, such as `grant[2].allow[1]`.
-    pub key: String,
+    pub(crate) key: String,
     /// A class, the id of an endpoint, or the path of an endpoint outside the catalogue.
     pub word: String,
 }
@@ -127,22 +127,22 @@ pub struct Permit {
 
 impl Permit {
     /// The account.
-    pub fn account(&self) -> &Account {
+    pub(crate) fn account(&self) -> &Account {
         &self.account
     }
 
     /// The scope.
-    pub fn scope(&self) -> Scope {
+    pub(crate) fn scope(&self) -> Scope {
         self.scope
     }
 
     /// The site and host that the request goes to.
-    pub fn destination(&self) -> (Site, Host) {
+    pub(crate) fn destination(&self) -> (Site, Host) {
         (self.account.site, self.scope.host())
     }
 
     /// The catalogue's name of the endpoint, or `unlisted`.
-    pub fn endpoint_id(&self) -> &'static str {
+    pub(crate) fn endpoint_id(&self) -> &'static str {
         self.endpoint
             .map_or("unlisted", |endpoint| endpoint.id.as_str())
     }
@@ -153,12 +153,12 @@ impl Permit {
     }
 
     /// The key that signs; `None` where the request goes unsigned or the account has none in this scope.
-    pub fn key_name(&self) -> Option<&KeyName> {
+    pub(crate) fn key_name(&self) -> Option<&KeyName> {
         self.account.keys.get(&self.scope)
     }
 
     /// The partner whose headers go along.
-    pub fn partner(&self) -> Option<&Partner> {
+    pub(crate) fn partner(&self) -> Option<&Partner> {
         self.account.partners.get(&self.scope)
     }
 
@@ -168,17 +168,17 @@ impl Permit {
     }
 
     /// Whether the request adds risk; one outside the catalogue does.
-    pub fn adds_risk(&self) -> bool {
+    pub(crate) fn adds_risk(&self) -> bool {
         self.endpoint.is_none_or(Endpoint::adds_risk)
     }
 
     /// Whether the request may be sent again although it may have been executed.
-    pub fn is_idempotent(&self) -> bool {
+    pub(crate) fn is_idempotent(&self) -> bool {
         self.endpoint.is_some_and(|endpoint| endpoint.idempotent)
     }
 
     /// Whether the request could change anything on the exchange.
-    pub fn changes(&self) -> bool {
+    pub(crate) fn changes(&self) -> bool {
         !self
             .endpoint
             .is_some_and(|endpoint| matches!(endpoint.risk, Risk::Public | Risk::Read))
@@ -265,17 +265,17 @@ impl Policy {
     }
 
     /// All bots that grants name, in no order.
-    pub fn bots(&self) -> impl Iterator<Item = &BotId> {
+    pub(crate) fn bots(&self) -> impl Iterator<Item = &BotId> {
         self.bots.keys()
     }
 
     /// Whether a grant names `bot`.
-    pub fn names(&self, bot: &BotId) -> bool {
+    pub(crate) fn names(&self, bot: &BotId) -> bool {
         self.bots.contains_key(bot)
     }
 
     /// The hosts that accounts have keys for: those whose time matters.
-    pub fn places(&self) -> BTreeSet<(Site, Host)> {
+    pub(crate) fn places(&self) -> BTreeSet<(Site, Host)> {
         let of_account = |account: &Arc<Account>| {
             let site = account.site;
             let scopes: Vec<_> = account.keys.keys().copied().collect();

@@ -11,28 +11,28 @@ use crate::clock::Clock;
 
 /// What could be had of the system.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Hardened {
+pub(crate) struct Hardened {
     /// Whether nobody but root can attach to it or read its memory, and no core is dumped.
-    pub is_undumpable: bool,
+    pub(crate) is_undumpable: bool,
     /// Whether its memory stays out of swap.
-    pub is_locked: bool,
+    pub(crate) is_locked: bool,
     /// How many files and connections it may have open.
-    pub descriptors: u64,
+    pub(crate) descriptors: u64,
     /// When it started, in seconds of Unix time.
-    pub started_s: u64,
+    pub(crate) started_s: u64,
 }
 
 /// What [`harden`] came to.
 static HARDENED: OnceLock<Hardened> = OnceLock::new();
 
 /// What could be had of the system; `None` where nobody has asked (tests).
-pub fn hardened() -> Option<Hardened> {
+pub(crate) fn hardened() -> Option<Hardened> {
     HARDENED.get().copied()
 }
 
 /// Closes what can be closed, and warns of the rest with what to set. To be called before any secret is read, and
 /// before threads are started.
-pub fn harden() -> Hardened {
+pub(crate) fn harden() -> Hardened {
     let no_core = Rlimit {
         current: Some(0),
         maximum: Some(0),

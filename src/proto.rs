@@ -1,6 +1,6 @@
 //! The messages of `proto/credbroker/v1/`, as generated.
 
-pub mod codec;
+pub(crate) mod codec;
 
 use std::fmt;
 
@@ -9,7 +9,7 @@ use zeroize::Zeroize;
 pub use generated::*;
 
 /// The compiled descriptors of the bots' door, for reflection.
-pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+pub(crate) const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
 /// Code generated from `proto/credbroker/v1/`.
 #[allow(

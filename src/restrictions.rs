@@ -17,7 +17,7 @@ use crate::base::lock::{Mutex, RwLock};
 
 /// SHA-256 of the id of a KuCoin API key.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
-pub struct KeyDigest(pub [u8; 32]);
+pub(crate) struct KeyDigest(pub(crate) [u8; 32]);
 
 /// Name of the file in the state folder.
 const FILE: &str = "restrictions.json";
@@ -27,7 +27,7 @@ const VERSION: u64 = 1;
 
 /// All restrictions.
 #[derive(Debug)]
-pub struct Restrictions {
+pub(crate) struct Restrictions {
     folder: PathBuf,
     /// Whether the file was there.
     was_found: bool,
@@ -65,43 +65,43 @@ struct Header {
 /// Who forbade it, and when.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
-pub struct Mark {
+pub(crate) struct Mark {
     /// The admin.
-    pub by: AdminId,
+    pub(crate) by: AdminId,
     /// Unix time in milliseconds.
-    pub at_ms: i64,
+    pub(crate) at_ms: i64,
 }
 
 /// A key that is dead.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
-pub struct Revoked {
+pub(crate) struct Revoked {
     /// The account that it served.
-    pub account: AccountId,
+    pub(crate) account: AccountId,
     /// Its name there.
-    pub key: KeyName,
+    pub(crate) key: KeyName,
     /// The admin who killed it.
-    pub by: AdminId,
+    pub(crate) by: AdminId,
     /// Unix time in milliseconds.
-    pub at_ms: i64,
+    pub(crate) at_ms: i64,
 }
 
 /// How much is forbidden.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub struct Counts {
+pub(crate) struct Counts {
     /// Bots that are blocked.
-    pub blocked_bots: usize,
+    pub(crate) blocked_bots: usize,
     /// Accounts that are halted by name.
-    pub halted_accounts: usize,
+    pub(crate) halted_accounts: usize,
     /// Whether all accounts are halted.
-    pub is_all_halted: bool,
+    pub(crate) is_all_halted: bool,
     /// Keys that are dead.
-    pub revoked_keys: usize,
+    pub(crate) revoked_keys: usize,
 }
 
 /// An admin has forbidden it.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
-pub enum Restricted {
+pub(crate) enum Restricted {
     /// The bot.
     #[error("an admin has blocked this bot; nothing was sent")]
     Blocked,
@@ -142,7 +142,7 @@ impl Restrictions {
     ///
     /// # Errors
     /// When the file is there and cannot be read.
-    pub fn open(folder: &Path) -> Result<Self, RestrictionsError> {
+    pub(crate) fn open(folder: &Path) -> Result<Self, RestrictionsError> {
         let file = folder.join(FILE);
         let unreadable = |problem: String| RestrictionsError::Unreadable {
             file: file.display().to_string(),
@@ -165,7 +165,7 @@ impl Restrictions {
     }
 
     /// Whether the file was there when it was read.
-    pub fn was_found(&self) -> bool {
+    pub(crate) fn was_found(&self) -> bool {
         self.was_found
     }
 
@@ -173,7 +173,7 @@ impl Restrictions {
     ///
     /// # Errors
     /// When it cannot be written.
-    pub fn create(&self) -> io::Result<()> {
+    pub(crate) fn create(&self) -> io::Result<()> {
         let _writing = self.writing.lock();
         let state = self.state.read().clone();
         self.write(&state)
@@ -183,7 +183,12 @@ impl Restrictions {
     ///
     /// # Errors
     /// When an admin has forbidden it.
-    pub fn check(&self, who: &Who, account: &AccountId, adds_risk: bool) -> Result<(), Restricted> {
+    pub(crate) fn check(
+        &self,
+        who: &Who,
+        account: &AccountId,
+        adds_risk: bool,
+    ) -> Result<(), Restricted> {
         let state = self.state.read();
         if who
             .bot()
@@ -198,7 +203,7 @@ impl Restrictions {
     }
 
     /// How much is forbidden.
-    pub fn counts(&self) -> Counts {
+    pub(crate) fn counts(&self) -> Counts {
         let state = self.state.read();
         let unseen = state.revoked_unseen.values().map(BTreeMap::len);
         Counts {
@@ -210,32 +215,32 @@ impl Restrictions {
     }
 
     /// Whether risk-increasing requests on an account are rejected.
-    pub fn is_halted(&self, account: &AccountId) -> bool {
+    pub(crate) fn is_halted(&self, account: &AccountId) -> bool {
         self.state.read().is_halted(account)
     }
 
     /// Whether all accounts are halted, also those that the rules name later.
-    pub fn is_all_halted(&self) -> bool {
+    pub(crate) fn is_all_halted(&self) -> bool {
         self.state.read().halted_all.is_some()
     }
 
     /// The accounts that are halted by name.
-    pub fn halted_accounts(&self) -> Vec<AccountId> {
+    pub(crate) fn halted_accounts(&self) -> Vec<AccountId> {
         self.state.read().halted_accounts.keys().cloned().collect()
     }
 
     /// The bots that are blocked.
-    pub fn blocked_bots(&self) -> Vec<(BotId, Mark)> {
+    pub(crate) fn blocked_bots(&self) -> Vec<(BotId, Mark)> {
         self.state.read().blocked_bots.clone().into_iter().collect()
     }
 
     /// Why a key must not be used, if it is dead.
-    pub fn revoked(&self, key: KeyDigest) -> Option<Revoked> {
+    pub(crate) fn revoked(&self, key: KeyDigest) -> Option<Revoked> {
         self.state.read().revoked_keys.get(&key).cloned()
     }
 
     /// Why a key must not be used in this place, if it or whatever is there is dead.
-    pub fn revoked_in(
+    pub(crate) fn revoked_in(
         &self,
         account: &AccountId,
         name: &KeyName,
@@ -247,19 +252,19 @@ impl Restrictions {
     }
 
     /// Whether a key must not be used: it is dead, or whatever is in its place (where it has one) is.
-    pub fn is_revoked(&self, key: KeyDigest, place: Option<(&AccountId, &KeyName)>) -> bool {
+    pub(crate) fn is_revoked(&self, key: KeyDigest, place: Option<(&AccountId, &KeyName)>) -> bool {
         let state = self.state.read();
         let is_unseen = |(account, name)| state.unseen(account, name).is_some();
         state.revoked_keys.contains_key(&key) || place.is_some_and(is_unseen)
     }
 
     /// Whether the next key that Vault shows in this place is dead.
-    pub fn has_revoked_unseen(&self, account: &AccountId, name: &KeyName) -> bool {
+    pub(crate) fn has_revoked_unseen(&self, account: &AccountId, name: &KeyName) -> bool {
         self.state.read().unseen(account, name).is_some()
     }
 
     /// Whether `last`, the last key known in this place, is dead, or the first one that Vault shows there will be.
-    pub fn has_revoked(
+    pub(crate) fn has_revoked(
         &self,
         account: &AccountId,
         name: &KeyName,
@@ -275,7 +280,7 @@ impl Restrictions {
     ///
     /// # Errors
     /// When that cannot be written; it is dead all the same.
-    pub fn seen(
+    pub(crate) fn seen(
         &self,
         account: &AccountId,
         name: &KeyName,
@@ -300,7 +305,7 @@ impl Restrictions {
     ///
     /// # Errors
     /// When it is in force, but cannot be written.
-    pub fn revoke(
+    pub(crate) fn revoke(
         &self,
         account: &AccountId,
         name: &KeyName,
@@ -322,7 +327,11 @@ impl Restrictions {
     ///
     /// # Errors
     /// When it is in force, but cannot be written.
-    pub fn halt(&self, account: Option<&AccountId>, mark: &Mark) -> Result<(), RestrictionsError> {
+    pub(crate) fn halt(
+        &self,
+        account: Option<&AccountId>,
+        mark: &Mark,
+    ) -> Result<(), RestrictionsError> {
         self.tighten(|state| match account {
             Some(account) => {
                 state
@@ -341,7 +350,7 @@ impl Restrictions {
     ///
     /// # Errors
     /// When that cannot be written; it is halted still.
-    pub fn resume(&self, account: Option<&AccountId>) -> Result<bool, RestrictionsError> {
+    pub(crate) fn resume(&self, account: Option<&AccountId>) -> Result<bool, RestrictionsError> {
         self.loosen(|state| match account {
             Some(account) => state.halted_accounts.remove(account).is_some(),
             None => state.halted_all.take().is_some(),
@@ -352,7 +361,7 @@ impl Restrictions {
     ///
     /// # Errors
     /// When it is in force, but cannot be written.
-    pub fn block(&self, bot: &BotId, mark: &Mark) -> Result<bool, RestrictionsError> {
+    pub(crate) fn block(&self, bot: &BotId, mark: &Mark) -> Result<bool, RestrictionsError> {
         self.tighten(|state| {
             let is_new = !state.blocked_bots.contains_key(bot);
             state
@@ -367,7 +376,7 @@ impl Restrictions {
     ///
     /// # Errors
     /// When that cannot be written; it is blocked still.
-    pub fn unblock(&self, bot: &BotId) -> Result<bool, RestrictionsError> {
+    pub(crate) fn unblock(&self, bot: &BotId) -> Result<bool, RestrictionsError> {
         self.loosen(|state| state.blocked_bots.remove(bot).is_some())
     }
 
@@ -463,7 +472,7 @@ impl State {
 
 impl KeyDigest {
     /// 64 hex digits.
-    pub fn hex(self) -> String {
+    pub(crate) fn hex(self) -> String {
         hex(&self.0)
     }
 

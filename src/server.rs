@@ -5,8 +5,8 @@ mod admins;
 mod bots;
 pub(crate) mod build;
 mod connection;
-pub mod identity;
-pub mod ops_http;
+pub(crate) mod identity;
+pub(crate) mod ops_http;
 mod places;
 pub(crate) mod probes;
 mod reload;
@@ -299,7 +299,7 @@ impl Server {
     }
 
     /// Returns when a part of the broker that never ends has ended: a defect, after which it had better be started anew.
-    pub async fn failed(&mut self) -> String {
+    pub(crate) async fn failed(&mut self) -> String {
         match self.background.join_next().await {
             Some(Ok(name)) => format!("{name}: ended"),
             Some(Err(error)) => error.to_string(),

@@ -107,13 +107,13 @@ pub fn log_filter(filter: &str) -> Result<EnvFilter, ParseError> {
 }
 
 /// Whether a line or span may be written at all.
-pub fn may_speak(metadata: &Metadata<'_>) -> bool {
+pub(crate) fn may_speak(metadata: &Metadata<'_>) -> bool {
     let speaker = metadata.target().split("::").next().unwrap_or_default();
     !SILENCED.contains(&speaker)
 }
 
 /// An error and its causes in one line, outermost first.
-pub fn chain(error: &(dyn Error + 'static)) -> String {
+pub(crate) fn chain(error: &(dyn Error + 'static)) -> String {
     let causes = std::iter::successors(error.source(), |&cause| cause.source());
     causes.fold(error.to_string(), |line, cause| format!("{line}: {cause}"))
 }
@@ -191,7 +191,7 @@ impl Allowance {
 
 impl Metrics {
     /// All of them. Every counter is there from the start: of one that begins with 1 an alarm on its increase sees nothing.
-    pub fn registry(&self) -> Registry {
+    pub(crate) fn registry(&self) -> Registry {
         let mut registry = Registry::with_prefix("credbroker");
         let help = "Calls of bots by how they ended";
         registry.register("requests", help, self.requests.clone());
@@ -274,7 +274,7 @@ impl Metrics {
     }
 
     /// Counts a call that ended.
-    pub fn request(&self, scope: Option<Scope>, outcome: Outcome, reason: Option<Reason>) {
+    pub(crate) fn request(&self, scope: Option<Scope>, outcome: Outcome, reason: Option<Reason>) {
         let labels = [
             ("scope", scope.map_or("", Scope::as_str)),
             ("outcome", outcome.as_str()),
@@ -284,26 +284,26 @@ impl Metrics {
     }
 
     /// Observes how long a stage of an answered call took.
-    pub fn stage(&self, stage: &'static str, took: Duration) {
+    pub(crate) fn stage(&self, stage: &'static str, took: Duration) {
         let stage = self.stages.0.get_or_create(&[("stage", stage)]);
         stage.observe(took.as_secs_f64());
     }
 
     /// Whether one more line about a peer that was not let in goes to the log, and how many did not since the last one.
     /// Anybody can make such lines, and they must not fill the disk that every order needs.
-    pub fn may_tell_of_stranger(&self) -> Option<u64> {
+    pub(crate) fn may_tell_of_stranger(&self) -> Option<u64> {
         let mut strangers = self.strangers.lock();
         strangers.take(Instant::now())
     }
 
     /// Counts a connection that was not served: `handshake`, `certificate`, `bot` (one too many), `many` (far more), `descriptors`.
-    pub fn connection_refused(&self, reason: &'static str) {
+    pub(crate) fn connection_refused(&self, reason: &'static str) {
         let labels = [("reason", reason)];
         self.connections_refused.get_or_create(&labels).inc();
     }
 
     /// Counts a look at a key that found no key: `outage`, `login`, `unusable`, `evicted`.
-    pub fn vault_failure(&self, reason: &'static str) {
+    pub(crate) fn vault_failure(&self, reason: &'static str) {
         let labels = [("reason", reason)];
         self.vault_failures.get_or_create(&labels).inc();
     }
@@ -311,7 +311,7 @@ impl Metrics {
 
 /// How metrics are written.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum MetricsFormat {
+pub(crate) enum MetricsFormat {
     /// OpenMetrics 1.0.0.
     OpenMetrics,
     /// The text format of Prometheus, 0.0.4.
@@ -320,7 +320,7 @@ pub enum MetricsFormat {
 
 impl MetricsFormat {
     /// The `Content-Type` of it.
-    pub fn content_type(self) -> &'static str {
+    pub(crate) fn content_type(self) -> &'static str {
         match self {
             Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
             Self::Text => "text/plain; version=0.0.4; charset=utf-8",
@@ -328,7 +328,7 @@ impl MetricsFormat {
     }
 
     /// What `registry` holds at this moment.
-    pub fn text(self, registry: &Registry) -> String {
+    pub(crate) fn text(self, registry: &Registry) -> String {
         let mut text = String::new();
         // Writing to a String does not fail.
         let _ = encode_registry(&mut text, registry);
@@ -341,7 +341,7 @@ impl MetricsFormat {
     /// The format that an `Accept` header asks for: OpenMetrics where it is named and nothing else is preferred.
     ///
     /// Source: RFC 9110, section 12.5.1; a range without `q` counts 1.
-    pub fn accepted(accept: &str) -> Self {
+    pub(crate) fn accepted(accept: &str) -> Self {
         let (mut open_metrics, mut text): (f32, f32) = (0.0, 0.0);
         for range in accept.split(',') {
             let mut parts = range.split(';').map(str::trim);

@@ -11,7 +11,7 @@
 //! - Its certificate login names the role in a field that servers do not read: that request is ours.
 //! - It takes bodies as text that nobody wipes: a key is written past it, on the same HTTP client.
 
-pub mod check;
+pub(crate) mod check;
 mod connection;
 mod credentials;
 mod lease;
@@ -34,7 +34,8 @@ use zeroize::{Zeroize, Zeroizing};
 use self::connection::{Connection, caught_up, if_there, is_by_policy, reduce};
 use self::login::{Pass, Session};
 use self::metadata::ReadMetadata;
-pub use self::metadata::{Facts, Hold, Metadata, NotedState, Notes, Pending, unknown_state};
+pub use self::metadata::{Facts, Metadata, NotedState, Notes, Pending};
+pub(crate) use self::metadata::{Hold, unknown_state};
 pub use self::write::{Registration, WriteError};
 use crate::base::backoff::Backoff;
 use crate::base::ids::{AccountId, KeyName};
@@ -136,7 +137,7 @@ pub enum VaultError {
 #[error("{reason}")]
 pub struct Outage {
     /// Its kind.
-    pub kind: OutageKind,
+    pub(crate) kind: OutageKind,
     reason: String,
 }
 
@@ -183,7 +184,7 @@ impl VaultError {
     }
 
     /// Vault knows the mount, and no such key in it.
-    pub fn no_such_key() -> Self {
+    pub(crate) fn no_such_key() -> Self {
         Self::Gone("Vault has no such key (404)".to_owned())
     }
 }

@@ -16,7 +16,7 @@ use crate::telemetry::chain;
 
 /// Why an admin's call failed. `Display` is one sentence for the admin.
 #[derive(Debug, thiserror::Error)]
-pub enum AdminError {
+pub(crate) enum AdminError {
     /// The rules do not name it.
     #[error("the rules name no account {0}; `credbroker keys list` shows those that there are")]
     AccountUnknown(AccountId),

@@ -29,13 +29,13 @@ use crate::telemetry::chain;
 
 /// The service.
 #[derive(Debug)]
-pub struct AdminApi {
+pub(crate) struct AdminApi {
     broker: Arc<Broker>,
 }
 
 impl AdminApi {
     /// Opens the door to `broker`.
-    pub fn new(broker: Arc<Broker>) -> Self {
+    pub(crate) fn new(broker: Arc<Broker>) -> Self {
         Self { broker }
     }
 

@@ -24,22 +24,22 @@ const DEADLINE_MARGIN: Duration = Duration::from_millis(50);
 const MAX_MSG_CHARS: usize = 8192;
 
 /// The path of the one method.
-pub const SIGN_AND_SEND: &str = "/credbroker.v1.Broker/SignAndSend";
+pub(crate) const SIGN_AND_SEND: &str = "/credbroker.v1.Broker/SignAndSend";
 
 /// Whose call it is, as the listener hands it on.
 #[derive(Clone, Debug)]
-pub struct Peer {
+pub(crate) struct Peer {
     /// Whom the certificate names.
-    pub bot: BotId,
+    pub(crate) bot: BotId,
     /// The place of the call among those in flight.
-    pub slot: CallSlot,
+    pub(crate) slot: CallSlot,
     /// When the head of the call was there; its message may have taken time, and the bot's deadline counts from here.
-    pub arrived: Instant,
+    pub(crate) arrived: Instant,
 }
 
 /// The service.
 #[derive(Debug)]
-pub struct GrpcApi {
+pub(crate) struct GrpcApi {
     broker: Arc<Broker>,
     limits: RequestLimits,
     default_deadline: Duration,
@@ -47,7 +47,11 @@ pub struct GrpcApi {
 
 impl GrpcApi {
     /// Opens the door to `broker`.
-    pub fn new(broker: Arc<Broker>, limits: RequestLimits, default_deadline: Duration) -> Self {
+    pub(crate) fn new(
+        broker: Arc<Broker>,
+        limits: RequestLimits,
+        default_deadline: Duration,
+    ) -> Self {
         Self {
             broker,
             limits,

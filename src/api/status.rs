@@ -13,7 +13,7 @@ use crate::broker::BrokerError;
 use crate::kucoin::Malformed;
 
 /// `ErrorInfo.domain` of every failure of ours.
-pub const DOMAIN: &str = "credbroker";
+pub(crate) const DOMAIN: &str = "credbroker";
 
 /// How long to wait before a retry that may help: long enough for a connection to be made or a peer to take over.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -25,7 +25,7 @@ const MAX_VIOLATIONS: usize = 8;
 const MAX_TEXT: usize = 250;
 
 /// The status that a bot gets: message, `ErrorInfo` with reason, outcome and request id, and what else helps.
-pub fn status(error: &BrokerError, request_id: &RequestId) -> Status {
+pub(crate) fn status(error: &BrokerError, request_id: &RequestId) -> Status {
     let reason = error.reason();
     let metadata = HashMap::from([
         ("outcome".to_owned(), reason.outcome().to_string()),

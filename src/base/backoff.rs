@@ -15,7 +15,7 @@ pub struct Backoff {
 
 impl Backoff {
     /// Waits up to `first` after the first failure, and up to `longest` after many.
-    pub const fn new(first: Duration, longest: Duration) -> Self {
+    pub(crate) const fn new(first: Duration, longest: Duration) -> Self {
         Self {
             step: first,
             first,
@@ -26,7 +26,7 @@ impl Backoff {
 
     /// The same, but at least this share of each step, from 0 to 1.
     #[must_use]
-    pub const fn at_least(mut self, least: f64) -> Self {
+    pub(crate) const fn at_least(mut self, least: f64) -> Self {
         self.least = least;
         self
     }
@@ -37,7 +37,7 @@ impl Backoff {
     }
 
     /// How long to wait after one more failure.
-    pub fn wait(&mut self) -> Duration {
+    pub(crate) fn wait(&mut self) -> Duration {
         let share = self.least + (1.0 - self.least) * fastrand::f64();
         let wait = self.step.mul_f64(share);
         self.step = (self.step * 2).min(self.longest);
@@ -45,7 +45,7 @@ impl Backoff {
     }
 
     /// It worked: the next failure is the first one again.
-    pub fn reset(&mut self) {
+    pub(crate) fn reset(&mut self) {
         self.step = self.first;
     }
 }

@@ -6,7 +6,7 @@ use crate::base::text::{MAX_CHARS, clean};
 
 /// How bad it is.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Severity {
+pub(crate) enum Severity {
     /// It does not work, or must not be used like this.
     Failed,
     /// It works.
@@ -17,7 +17,7 @@ pub enum Severity {
 
 impl Severity {
     /// The word for it.
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Failed => "failed",
             Self::Ok => "ok",
@@ -30,17 +30,17 @@ impl Severity {
 ///
 /// Others (KuCoin, Vault, a file) may have written parts of cause and fix: both are cleaned, and cut to [`MAX_CHARS`].
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Diagnosis {
+pub(crate) struct Diagnosis {
     /// A stable word for what was checked or found, in kebab case.
-    pub id: &'static str,
+    pub(crate) id: &'static str,
     /// Which one, where there are several; or empty.
-    pub about: String,
+    pub(crate) about: String,
     /// How bad it is.
-    pub severity: Severity,
+    pub(crate) severity: Severity,
     /// What was found.
-    pub cause: String,
+    pub(crate) cause: String,
     /// What to do; empty where nothing needs to be done, or another line says it.
-    pub fix: String,
+    pub(crate) fix: String,
 }
 
 impl Diagnosis {
@@ -56,39 +56,39 @@ impl Diagnosis {
     }
 
     /// It works.
-    pub fn ok(id: &'static str, cause: impl AsRef<str>) -> Self {
+    pub(crate) fn ok(id: &'static str, cause: impl AsRef<str>) -> Self {
         Self::new(id, Severity::Ok, cause.as_ref(), "")
     }
 
     /// It works, and somebody should know this.
-    pub fn warning(id: &'static str, cause: impl AsRef<str>, fix: impl AsRef<str>) -> Self {
+    pub(crate) fn warning(id: &'static str, cause: impl AsRef<str>, fix: impl AsRef<str>) -> Self {
         Self::new(id, Severity::Warning, cause.as_ref(), fix.as_ref())
     }
 
     /// It does not work, or must not be used like this.
-    pub fn failed(id: &'static str, cause: impl AsRef<str>, fix: impl AsRef<str>) -> Self {
+    pub(crate) fn failed(id: &'static str, cause: impl AsRef<str>, fix: impl AsRef<str>) -> Self {
         Self::new(id, Severity::Failed, cause.as_ref(), fix.as_ref())
     }
 
     /// It could not be checked, because of what another diagnosis says.
-    pub fn unchecked(id: &'static str, cause: impl AsRef<str>) -> Self {
+    pub(crate) fn unchecked(id: &'static str, cause: impl AsRef<str>) -> Self {
         Self::warning(id, cause, "")
     }
 
     /// The same, about this one.
     #[must_use]
-    pub fn about(mut self, about: impl Into<String>) -> Self {
+    pub(crate) fn about(mut self, about: impl Into<String>) -> Self {
         self.about = about.into();
         self
     }
 
     /// Whether it does not work.
-    pub fn is_failed(&self) -> bool {
+    pub(crate) fn is_failed(&self) -> bool {
         self.severity == Severity::Failed
     }
 
     /// Cause and fix.
-    pub fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         let Self { cause, fix, .. } = self;
         match (fix.is_empty(), cause.ends_with('.')) {
             (true, _) => cause.clone(),

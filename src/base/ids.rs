@@ -106,7 +106,7 @@ impl BotId {
     ///
     /// # Errors
     /// When it is not a DNS name.
-    pub fn from_dns_san(text: &str) -> Result<Self, IdError> {
+    pub(crate) fn from_dns_san(text: &str) -> Result<Self, IdError> {
         let name = dns_name(text).map(Self);
         name.ok_or_else(|| IdError::new("a DNS name", text))
     }
@@ -115,7 +115,7 @@ impl BotId {
     ///
     /// # Errors
     /// When it is not the SPIFFE id of a bot.
-    pub fn from_uri_san(text: &str) -> Result<Self, IdError> {
+    pub(crate) fn from_uri_san(text: &str) -> Result<Self, IdError> {
         let name = spiffe_bot(text).map(Self);
         name.ok_or_else(|| IdError::new("spiffe://<trust domain>/bot/<name>", text))
     }
@@ -141,7 +141,7 @@ pub enum Who {
 
 impl Who {
     /// The bot, if it is one.
-    pub fn bot(&self) -> Option<&BotId> {
+    pub(crate) fn bot(&self) -> Option<&BotId> {
         match self {
             Self::Bot(bot) => Some(bot),
             Self::Admin(_) | Self::Broker => None,
@@ -149,7 +149,7 @@ impl Who {
     }
 
     /// Whoever it is, if it is no bot: the admin's name, or `broker`.
-    pub fn other(&self) -> Option<&str> {
+    pub(crate) fn other(&self) -> Option<&str> {
         match self {
             Self::Admin(admin) => Some(admin.as_str()),
             Self::Bot(_) => None,
@@ -159,7 +159,7 @@ impl Who {
 }
 
 /// Bytes as hex digits.
-pub fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     const DIGITS: [char; 16] = [
         '0', '1', '2', '3', '4', '5', '6', '7', '8', '9', 'a', 'b', 'c', 'd', 'e', 'f',
     ];

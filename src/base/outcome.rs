@@ -6,7 +6,7 @@ use serde::{Serialize, Serializer};
 
 /// What is known about a request once its call has ended.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
-pub enum Outcome {
+pub(crate) enum Outcome {
     /// The exchange took the request.
     Accepted,
     /// It may have reached the exchange and been executed; nobody knows yet.
@@ -19,7 +19,7 @@ pub enum Outcome {
 
 impl Outcome {
     /// The word for it, as in metrics, audit lines and `ErrorInfo`.
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Accepted => "accepted",
             Self::MaybeSent => "maybe_sent",
@@ -122,7 +122,7 @@ impl Reason {
     }
 
     /// What a call that fails for this reason must assume about its request.
-    pub fn outcome(self) -> Outcome {
+    pub(crate) fn outcome(self) -> Outcome {
         match self {
             Self::AnswerLost | Self::Internal => Outcome::MaybeSent,
             Self::AccountFrozen

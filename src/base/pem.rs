@@ -10,7 +10,7 @@ use zeroize::Zeroizing;
 
 /// What is wrong with a PEM file, without a byte of it. Lines count from 1.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
-pub enum PemProblem {
+pub(crate) enum PemProblem {
     /// A line that looks as if it began or ended a section, and does not.
     #[error(
         "line {0} is damaged: expected a line of its own such as -----BEGIN CERTIFICATE-----, with five dashes on both \
@@ -72,7 +72,7 @@ pub enum PemProblem {
 ///
 /// # Errors
 /// When there is none, or the file cannot be read in full.
-pub fn certificates(text: &[u8]) -> Result<Vec<CertificateDer<'static>>, PemProblem> {
+pub(crate) fn certificates(text: &[u8]) -> Result<Vec<CertificateDer<'static>>, PemProblem> {
     let found = read(text, Kind::Chain)?.into_iter();
     let found = found.map(|(_, _, der)| CertificateDer::from(der)).collect();
     non_empty(found)
@@ -83,7 +83,9 @@ pub fn certificates(text: &[u8]) -> Result<Vec<CertificateDer<'static>>, PemProb
 ///
 /// # Errors
 /// When there is none, or the file cannot be read in full.
-pub fn ca_certificates(text: &[u8]) -> Result<Vec<(usize, CertificateDer<'static>)>, PemProblem> {
+pub(crate) fn ca_certificates(
+    text: &[u8],
+) -> Result<Vec<(usize, CertificateDer<'static>)>, PemProblem> {
     let found = read(text, Kind::Cas)?.into_iter();
     let found = found.map(|(line, _, der)| (line, CertificateDer::from(der)));
     non_empty(found.collect())
@@ -93,7 +95,7 @@ pub fn ca_certificates(text: &[u8]) -> Result<Vec<(usize, CertificateDer<'static
 ///
 /// # Errors
 /// When there is not exactly one, or the file cannot be read in full.
-pub fn private_key(text: &[u8]) -> Result<PrivateKeyDer<'static>, PemProblem> {
+pub(crate) fn private_key(text: &[u8]) -> Result<PrivateKeyDer<'static>, PemProblem> {
     let mut found = read(text, Kind::Key)?.into_iter();
     let (line, kind, der) = found.next().ok_or(PemProblem::Nothing)?;
     if let Some((line, ..)) = found.next() {

@@ -8,14 +8,14 @@ use std::borrow::Cow;
 use std::fmt::Write as _;
 
 /// The most characters of one text from outside that an output shows: an error of Vault's takes some 200.
-pub const MAX_CHARS: usize = 1000;
+pub(crate) const MAX_CHARS: usize = 1000;
 
 /// Stands where a text was cut.
 const CUT: char = '…';
 
 /// `text` on one line, cut after `max` characters. Line breaks and tabs become spaces; other control characters, and
 /// those that are invisible or change the direction of what follows, become escapes such as `\u{202e}`.
-pub fn clean(text: &str, max: usize) -> Cow<'_, str> {
+pub(crate) fn clean(text: &str, max: usize) -> Cow<'_, str> {
     if text.len() <= max && all_bytes(text, is_plain) {
         return Cow::Borrowed(text);
     }
@@ -31,7 +31,7 @@ pub fn clean(text: &str, max: usize) -> Cow<'_, str> {
 }
 
 /// The same for one line of JSON without a length limit: what its strings say is clean, also once they are decoded.
-pub fn clean_json(line: &str) -> Cow<'_, str> {
+pub(crate) fn clean_json(line: &str) -> Cow<'_, str> {
     if all_bytes(line, |byte| is_plain(byte) && byte != b'\\') {
         return Cow::Borrowed(line);
     }

@@ -13,12 +13,16 @@ use toml::de::{DeTable, DeValue, ValueDeserializer};
 use crate::base::text::clean;
 
 /// A key that is not as it must be.
+#[expect(
+    clippy::struct_field_names,
+    reason = "`problem` is the sentence itself"
+)]
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub struct Problem {
     /// The file, where the problem stands in one whose name is known.
-    pub file: Option<PathBuf>,
+    pub(crate) file: Option<PathBuf>,
     /// The line in it, from 1, where the problem has one: of the key, or of its table where the key is missing.
-    pub line: Option<usize>,
+    pub(crate) line: Option<usize>,
     /// The key in full, such as `egress.address`.
     pub key: String,
     /// What was expected, what came and what to do.
@@ -27,7 +31,7 @@ pub struct Problem {
 
 impl Problem {
     /// A problem of a key that stands on no known line.
-    pub fn new(key: impl Into<String>, problem: impl fmt::Display) -> Self {
+    pub(crate) fn new(key: impl Into<String>, problem: impl fmt::Display) -> Self {
         Self {
             file: None,
             line: None,
@@ -38,7 +42,7 @@ impl Problem {
 
     /// The same problem, of this file.
     #[must_use]
-    pub fn in_file(self, file: &Path) -> Self {
+    pub(crate) fn in_file(self, file: &Path) -> Self {
         Self {
             file: Some(file.to_owned()),
             ..self
@@ -63,34 +67,34 @@ impl fmt::Display for Problem {
 
 /// Every problem of a file, in the order in which they were met; and what to warn of, which keeps nothing from being used.
 #[derive(Clone, Debug, Default)]
-pub struct Problems {
+pub(crate) struct Problems {
     problems: Rc<RefCell<Vec<Problem>>>,
     warnings: Rc<RefCell<Vec<Problem>>>,
 }
 
 impl Problems {
     /// Adds one that stands on no known line.
-    pub fn add(&self, key: impl Into<String>, problem: impl fmt::Display) {
+    pub(crate) fn add(&self, key: impl Into<String>, problem: impl fmt::Display) {
         self.push(Problem::new(key, problem));
     }
 
     /// Adds one.
-    pub fn push(&self, problem: Problem) {
+    pub(crate) fn push(&self, problem: Problem) {
         self.problems.borrow_mut().push(problem);
     }
 
     /// Adds a warning.
-    pub fn warn(&self, key: impl Into<String>, problem: impl fmt::Display) {
+    pub(crate) fn warn(&self, key: impl Into<String>, problem: impl fmt::Display) {
         self.warnings.borrow_mut().push(Problem::new(key, problem));
     }
 
     /// Takes the warnings out.
-    pub fn take_warnings(&self) -> Vec<Problem> {
+    pub(crate) fn take_warnings(&self) -> Vec<Problem> {
         self.warnings.take()
     }
 
     /// `Ok` when there is none.
-    pub fn into_result(self) -> Result<(), Vec<Problem>> {
+    pub(crate) fn into_result(self) -> Result<(), Vec<Problem>> {
         let problems = self.problems.take();
         if problems.is_empty() {
             Ok(())
@@ -117,7 +121,7 @@ impl LineEnds {
 
 /// One table of the document. Keys that nobody took are problems when it drops.
 #[derive(Debug)]
-pub struct Section<'t> {
+pub(crate) struct Section<'t> {
     name: String,
     table: DeTable<'t>,
     /// Its own, or that of the nearest table around it that stands in the document.
@@ -131,7 +135,7 @@ pub struct Section<'t> {
 
 impl<'t> Section<'t> {
     /// Parses a document; a syntax error is its one problem.
-    pub fn parse(text: &'t str, file: &str, problems: &Problems) -> Option<Self> {
+    pub(crate) fn parse(text: &'t str, file: &str, problems: &Problems) -> Option<Self> {
         let ends = LineEnds::of(text);
         match DeTable::parse(text) {
             Ok(table) => Some(Self::new(
@@ -180,7 +184,7 @@ impl<'t> Section<'t> {
     }
 
     /// The key's full name.
-    pub fn key(&self, key: &str) -> String {
+    pub(crate) fn key(&self, key: &str) -> String {
         match (self.name.as_str(), key) {
             ("", key) => key.to_owned(),
             (name, "") => name.to_owned(),
@@ -189,12 +193,12 @@ impl<'t> Section<'t> {
     }
 
     /// The line, from 1, of `key` or of an element such as `allow[1]`; that of the table where the key does not stand.
-    pub fn line(&self, key: &str) -> Option<usize> {
+    pub(crate) fn line(&self, key: &str) -> Option<usize> {
         self.lines.get(key).copied().or(self.line)
     }
 
     /// Reports a problem of this section's `key`.
-    pub fn problem(&self, key: &str, problem: impl fmt::Display) {
+    pub(crate) fn problem(&self, key: &str, problem: impl fmt::Display) {
         self.problem_at(self.line(key), key, problem);
     }
 
@@ -211,7 +215,7 @@ impl<'t> Section<'t> {
     }
 
     /// The value of `key` if it stands there; a value of the wrong kind is a problem.
-    pub fn optional<T: DeserializeOwned>(&mut self, key: &'static str) -> Option<T> {
+    pub(crate) fn optional<T: DeserializeOwned>(&mut self, key: &'static str) -> Option<T> {
         match T::deserialize(ValueDeserializer::from(self.take(key)?)) {
             Ok(value) => Some(value),
             Err(error) => {
@@ -224,7 +228,11 @@ impl<'t> Section<'t> {
     }
 
     /// The value of `key`; its absence is a problem too, with `example` as the fix.
-    pub fn required<T: DeserializeOwned>(&mut self, key: &'static str, example: &str) -> Option<T> {
+    pub(crate) fn required<T: DeserializeOwned>(
+        &mut self,
+        key: &'static str,
+        example: &str,
+    ) -> Option<T> {
         if !self.table.contains_key(key) {
             self.known.push(key);
             self.problem(
@@ -237,7 +245,7 @@ impl<'t> Section<'t> {
     }
 
     /// A whole number within `range`, or `default` where the key does not stand.
-    pub fn number(
+    pub(crate) fn number(
         &mut self,
         key: &'static str,
         default: u64,
@@ -257,18 +265,18 @@ impl<'t> Section<'t> {
     }
 
     /// Leaves the rest unread, where what stands before it makes it impossible to tell what belongs here.
-    pub fn ignore_rest(&mut self) {
+    pub(crate) fn ignore_rest(&mut self) {
         self.table.clear();
     }
 
     /// Whether the key stands and has not been taken.
-    pub fn has(&self, key: &str) -> bool {
+    pub(crate) fn has(&self, key: &str) -> bool {
         self.table.contains_key(key)
     }
 
     /// The table under `key`; an empty one where there is none.
     #[must_use]
-    pub fn section(&mut self, key: &'static str) -> Self {
+    pub(crate) fn section(&mut self, key: &'static str) -> Self {
         let table = match self.take(key).map(Spanned::into_inner) {
             Some(DeValue::Table(table)) => table,
             Some(other) => {
@@ -282,7 +290,7 @@ impl<'t> Section<'t> {
     }
 
     /// The tables under `key` by name, as in `[account.main]`.
-    pub fn named_sections(&mut self, key: &'static str) -> Vec<(String, Self)> {
+    pub(crate) fn named_sections(&mut self, key: &'static str) -> Vec<(String, Self)> {
         let mut tables = self.section(key);
         let mut sections = Vec::new();
         for (name, value) in std::mem::take(&mut tables.table) {
@@ -302,7 +310,7 @@ impl<'t> Section<'t> {
     }
 
     /// The tables of an array, as in `[[grant]]`.
-    pub fn numbered_sections(&mut self, key: &'static str) -> Vec<Self> {
+    pub(crate) fn numbered_sections(&mut self, key: &'static str) -> Vec<Self> {
         let elements = match self.take(key).map(Spanned::into_inner) {
             Some(DeValue::Array(array)) => array,
             Some(other) => {

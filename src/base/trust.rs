@@ -17,7 +17,7 @@ use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 /// Whose certificates a file of CAs is for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Peers {
+pub(crate) enum Peers {
     /// Bots and admins, which connect to the broker.
     Clients,
     /// Vault, the exchange or the broker, which the program connects to. Such a server's own certificate may stand in
@@ -27,7 +27,7 @@ pub enum Peers {
 
 /// Why a certificate must not stand in a file of CAs.
 #[derive(Debug, thiserror::Error)]
-pub enum AnchorError {
+pub(crate) enum AnchorError {
     /// It does not parse.
     #[error("is not an X.509 certificate")]
     NotX509,
@@ -45,7 +45,7 @@ pub enum AnchorError {
 ///
 /// # Errors
 /// When it is no CA. Source: RFC 5280, 4.2.1.3 and 4.2.1.9.
-pub fn check_anchor(
+pub(crate) fn check_anchor(
     certificate: &CertificateDer<'_>,
     peers: Peers,
 ) -> Result<Option<String>, AnchorError> {
@@ -136,15 +136,15 @@ fn subject(certificate: &X509Certificate<'_>) -> String {
     "the server presents a CA certificate as its server certificate; use one that this CA has issued, or a self-signed one with \
      CA:FALSE"
 )]
-pub struct ShowsCa;
+pub(crate) struct ShowsCa;
 
 /// Whether a handshake failed because the server shows a CA certificate as its own.
-pub fn shows_ca(error: &rustls::Error) -> bool {
+pub(crate) fn shows_ca(error: &rustls::Error) -> bool {
     matches!(error, rustls::Error::Other(OtherError(inner)) if inner.is::<ShowsCa>())
 }
 
 /// The same, for an error that a connection through other libraries ended with.
-pub fn is_caused_by_shown_ca(error: &(dyn std::error::Error + 'static)) -> bool {
+pub(crate) fn is_caused_by_shown_ca(error: &(dyn std::error::Error + 'static)) -> bool {
     let mut causes = std::iter::successors(Some(error), |error| error.source());
     causes.any(|error| {
         let tls = error.downcast_ref().and_then(tls_error);
@@ -160,7 +160,7 @@ fn tls_error(error: &std::io::Error) -> Option<&rustls::Error> {
 }
 
 /// Why the chain of a peer was refused.
-pub fn reason(error: &rustls::Error) -> String {
+pub(crate) fn reason(error: &rustls::Error) -> String {
     match webpki_error(error) {
         Some(webpki::Error::NameConstraintViolation) => {
             "a name constraint of its CA does not permit its names, or is for a kind of name that the TLS library cannot \
@@ -184,12 +184,14 @@ fn webpki_error(error: &rustls::Error) -> Option<&webpki::Error> {
 }
 
 /// Said of a chain that was refused after [`signing_intermediates`] had left one of its certificates out.
-pub const IGNORED_INTERMEDIATE: &str =
+pub(crate) const IGNORED_INTERMEDIATE: &str =
     "; ignored an intermediate certificate whose keyUsage lacks keyCertSign";
 
 /// The intermediate certificates of a peer that may sign others, by their keyUsage. The TLS library looks at CA:TRUE alone.
 /// Source: RFC 5280, 4.2.1.3.
-pub fn signing_intermediates<'c>(intermediates: &[CertificateDer<'c>]) -> Vec<CertificateDer<'c>> {
+pub(crate) fn signing_intermediates<'c>(
+    intermediates: &[CertificateDer<'c>],
+) -> Vec<CertificateDer<'c>> {
     let may_sign = |certificate: &&CertificateDer<'_>| {
         X509Certificate::from_der(certificate).is_ok_and(|(_, certificate)| {
             let usage = certificate.key_usage();
@@ -200,7 +202,7 @@ pub fn signing_intermediates<'c>(intermediates: &[CertificateDer<'c>]) -> Vec<Ce
 }
 
 /// Adds to a client's TLS that its server must have a certificate from these roots.
-pub fn with_roots(
+pub(crate) fn with_roots(
     builder: rustls::ConfigBuilder<ClientConfig, rustls::WantsVerifier>,
     roots: RootCertStore,
     provider: &Arc<CryptoProvider>,

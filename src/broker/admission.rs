@@ -22,20 +22,20 @@ const RECORDED: (u64, u64) = (1000, 20);
 
 /// The limits.
 #[derive(Clone, Copy, Debug)]
-pub struct AdmissionLimits {
+pub(crate) struct AdmissionLimits {
     /// Calls in flight over all bots.
-    pub calls: usize,
+    pub(crate) calls: usize,
     /// Calls in flight of one bot.
-    pub calls_per_bot: usize,
+    pub(crate) calls_per_bot: usize,
     /// Connections over all bots.
-    pub connections: usize,
+    pub(crate) connections: usize,
     /// Connections of one bot.
-    pub connections_per_bot: usize,
+    pub(crate) connections_per_bot: usize,
 }
 
 /// Who has how much.
 #[derive(Debug)]
-pub struct Admission {
+pub(crate) struct Admission {
     limits: AdmissionLimits,
     calls: Arc<Semaphore>,
     connections: Arc<Semaphore>,
@@ -63,7 +63,7 @@ struct Refusals {
 
 /// What may become of a connection.
 #[derive(Debug)]
-pub enum Admitted {
+pub(crate) enum Admitted {
     /// It is served.
     Served(ConnectionSlot),
     /// One too many: its calls are told so.
@@ -72,11 +72,11 @@ pub enum Admitted {
 
 /// The place of one connection; free again when it drops.
 #[derive(Debug)]
-pub struct ConnectionSlot(#[expect(dead_code, reason = "held for its drop")] Held);
+pub(crate) struct ConnectionSlot(#[expect(dead_code, reason = "held for its drop")] Held);
 
 /// The place of one call; free again when its last clone drops.
 #[derive(Clone, Debug)]
-pub struct CallSlot(#[expect(dead_code, reason = "held for its drop")] Arc<Held>);
+pub(crate) struct CallSlot(#[expect(dead_code, reason = "held for its drop")] Arc<Held>);
 
 /// Places among all bots and among those of one bot, and the bot's entry.
 type Held = (
@@ -87,7 +87,7 @@ type Held = (
 
 impl Admission {
     /// Nobody is there yet.
-    pub fn new(limits: AdmissionLimits) -> Self {
+    pub(crate) fn new(limits: AdmissionLimits) -> Self {
         Self {
             limits,
             calls: Arc::new(Semaphore::new(limits.calls)),
@@ -98,7 +98,7 @@ impl Admission {
     }
 
     /// Takes a connection of `bot` in; `None` when there are so many that not even telling it helps.
-    pub fn connection(&self, bot: &BotId) -> Option<Admitted> {
+    pub(crate) fn connection(&self, bot: &BotId) -> Option<Admitted> {
         let of_bot = self.of_bot(bot);
         // Those that are turned away take no place: else they would keep each other out once places are free.
         let refusal = match take(&of_bot.connections) {
@@ -120,7 +120,7 @@ impl Admission {
     ///
     /// # Errors
     /// When it, or all bots together, have as many calls in flight as they may.
-    pub fn call(&self, bot: &BotId) -> Result<CallSlot, Overload> {
+    pub(crate) fn call(&self, bot: &BotId) -> Result<CallSlot, Overload> {
         let place = take(&self.calls).ok_or(Overload::Calls(self.limits.calls))?;
         let of_bot = self.of_bot(bot);
         let own = take(&of_bot.calls).ok_or(Overload::CallsOfBot(self.limits.calls_per_bot))?;
@@ -131,14 +131,14 @@ impl Admission {
     ///
     /// # Errors
     /// When the bot has as many open as it may.
-    pub fn helper(&self, bot: &BotId) -> Result<CallSlot, Overload> {
+    pub(crate) fn helper(&self, bot: &BotId) -> Result<CallSlot, Overload> {
         let of_bot = self.of_bot(bot);
         let own = take(&of_bot.helpers).ok_or(Overload::HelpersOfBot(HELPERS_OF_BOT))?;
         Ok(CallSlot(Arc::new((None, own, of_bot))))
     }
 
     /// Whether one more refusal of `who` is recorded at `now` (time since boot), or only counted.
-    pub fn is_recorded(&self, who: &Who, now: Duration) -> bool {
+    pub(crate) fn is_recorded(&self, who: &Who, now: Duration) -> bool {
         let (burst, per_second) = RECORDED;
         let mut refusals = self.refusals.lock();
         let refreshed = |refusals: &Refusals| {
@@ -163,7 +163,7 @@ impl Admission {
     }
 
     /// Connections and calls of now.
-    pub fn now(&self) -> (usize, usize) {
+    pub(crate) fn now(&self) -> (usize, usize) {
         let served = self.limits.connections - self.connections.available_permits();
         let turned_away =
             |of_bot: &Arc<OfBot>| TURNED_AWAY - of_bot.turned_away.available_permits();

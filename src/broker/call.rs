@@ -34,45 +34,46 @@ use crate::telemetry::chain;
 
 /// One call of a bot, or of an admin, or of the broker itself.
 #[derive(Debug)]
-pub struct Call {
+pub(crate) struct Call {
     /// Who calls.
-    pub who: Who,
+    pub(crate) who: Who,
     /// What for.
-    pub request: UnsignedRequest,
+    pub(crate) request: UnsignedRequest,
     /// A key that is being tested, to sign with in place of the account's.
-    pub key: Option<Arc<Key>>,
+    pub(crate) key: Option<Arc<Key>>,
     /// When it came in.
-    pub arrived: Instant,
+    pub(crate) arrived: Instant,
     /// When the bot must have an answer.
-    pub deadline: Instant,
+    pub(crate) deadline: Instant,
     /// Its place among the calls in flight; free again once the call has ended, whatever its bot does meanwhile.
-    pub slot: Option<CallSlot>,
+    #[expect(dead_code, reason = "held for its drop")]
+    pub(crate) slot: Option<CallSlot>,
 }
 
 /// The exchange's answer, and what the broker did for it.
 #[derive(Clone, Debug)]
-pub struct Receipt {
+pub(crate) struct Receipt {
     /// The answer.
-    pub answer: Answer,
+    pub(crate) answer: Answer,
     /// The endpoint that was asked; `None` for one outside the catalogue.
-    pub endpoint: Option<&'static Endpoint>,
+    pub(crate) endpoint: Option<&'static Endpoint>,
     /// The scope of the request.
-    pub scope: Scope,
+    pub(crate) scope: Scope,
     /// The timestamp that was signed, Unix milliseconds; 0 for a public request.
-    pub timestamp_ms: i64,
+    pub(crate) timestamp_ms: i64,
     /// From the arrival of the call until signing began.
-    pub waiting: Duration,
+    pub(crate) waiting: Duration,
     /// Signing.
-    pub signing: Duration,
+    pub(crate) signing: Duration,
     /// From handing the request to the connection until the answer was whole.
-    pub exchange: Duration,
+    pub(crate) exchange: Duration,
     /// The key that signed; none for a public request.
-    pub lent: Option<Lent>,
+    pub(crate) lent: Option<Lent>,
 }
 
 impl Receipt {
     /// Since Vault last confirmed the key; zero while Vault answers, and for a public request.
-    pub fn stale(&self) -> Duration {
+    pub(crate) fn stale(&self) -> Duration {
         self.lent.as_ref().map_or(Duration::ZERO, |lent| lent.stale)
     }
 }
@@ -80,7 +81,10 @@ impl Receipt {
 impl Broker {
     /// Signs a request, sends it, and returns the exchange's answer. The call runs to its end even if the caller stops
     /// waiting.
-    pub async fn sign_and_send(self: &Arc<Self>, call: Call) -> Result<Receipt, BrokerError> {
+    pub(crate) async fn sign_and_send(
+        self: &Arc<Self>,
+        call: Call,
+    ) -> Result<Receipt, BrokerError> {
         let (tell, told) = oneshot::channel();
         let (bot, who) = (call.who.bot().map(BotId::as_str), call.who.other());
         let span = tracing::info_span!("call", request.id = %call.request.id, bot.id = bot, who);
@@ -475,7 +479,7 @@ impl Broker {
 }
 
 /// Runs a step of a call; a panic in it ends the call as [`BrokerError::Internal`], and nothing else.
-pub fn caught<T>(
+pub(crate) fn caught<T>(
     step: impl Future<Output = Result<T, BrokerError>>,
 ) -> impl Future<Output = Result<T, BrokerError>> {
     // No `async fn`: that would hold `step` twice, and every call is a task of this size.
@@ -565,7 +569,7 @@ fn log_end(
 }
 
 /// Whole microseconds.
-pub fn micros(duration: Duration) -> u64 {
+pub(crate) fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 

@@ -19,7 +19,7 @@ const METHOD_CHARS: usize = 100;
 
 /// Why a call failed. `Display` is one sentence for the bot; causes go to the log.
 #[derive(Debug, thiserror::Error)]
-pub enum BrokerError {
+pub(crate) enum BrokerError {
     /// The bot's time ran out after the request had left.
     #[error(
         "the request is on its way to the exchange, but no answer came in time; look it up before repeating it"
@@ -84,7 +84,7 @@ pub enum BrokerError {
 
 /// One too many at once.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
-pub enum Overload {
+pub(crate) enum Overload {
     /// Calls in flight, over all bots.
     #[error("{0} calls are in flight, and no more fit (limits.calls_in_flight); nothing was sent")]
     Calls(usize),
@@ -118,7 +118,7 @@ fn sentence(problems: &[Malformed]) -> String {
 
 impl BrokerError {
     /// The word for it.
-    pub fn reason(&self) -> Reason {
+    pub(crate) fn reason(&self) -> Reason {
         match self {
             Self::AnswerLate
             | Self::Send(
@@ -149,7 +149,7 @@ impl BrokerError {
 
     /// One sentence for a request that can be repeated without harm, such as a read or a cancel: there is nothing to look up
     /// before.
-    pub fn of_repeatable_request(&self) -> String {
+    pub(crate) fn of_repeatable_request(&self) -> String {
         match self.reason() {
             Reason::AnswerLost => "no complete answer came from the exchange".to_owned(),
             _ => self.to_string(),
@@ -157,7 +157,7 @@ impl BrokerError {
     }
 
     /// What the audit line says of it: of a malformed request only which fields, since their values are a stranger's.
-    pub fn for_the_record(&self) -> String {
+    pub(crate) fn for_the_record(&self) -> String {
         match self {
             Self::Malformed(problems) => {
                 let fields: Vec<_> = problems.iter().map(|p| p.field.as_str()).collect();

@@ -16,7 +16,7 @@ use crate::policy::Permit;
 
 /// Unknown codes that have been logged: each is logged once in a run.
 #[derive(Debug, Default)]
-pub struct UnknownCodes(Mutex<BTreeSet<(Scope, Option<Product>, String)>>);
+pub(crate) struct UnknownCodes(Mutex<BTreeSet<(Scope, Option<Product>, String)>>);
 
 /// Past so many different ones nothing more is logged: the exchange chooses them, and the metric goes on counting.
 const MAX_UNKNOWN_CODES: usize = 256;

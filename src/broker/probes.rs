@@ -41,7 +41,7 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(3);
 
 /// Calls for questions to be asked at once.
 #[derive(Debug, Default)]
-pub struct Doubts {
+pub(crate) struct Doubts {
     address: Notify,
     time: Notify,
     /// Hosts that have refused a timestamp and are being asked, with the answer whether their time is known now.
@@ -50,19 +50,19 @@ pub struct Doubts {
 
 impl Doubts {
     /// The address may have changed.
-    pub fn address(&self) {
+    pub(crate) fn address(&self) {
         self.address.notify_one();
     }
 
     /// The time may be off.
-    pub fn time(&self) {
+    pub(crate) fn time(&self) {
         self.time.notify_waiters();
     }
 }
 
 /// Why a question has no answer.
 #[derive(Debug, thiserror::Error)]
-pub enum Unanswered {
+pub(crate) enum Unanswered {
     /// No connection.
     #[error(transparent)]
     Connect(#[from] ConnectError),
@@ -78,7 +78,7 @@ pub enum Unanswered {
 }
 
 /// Keeps asking `place` for its time.
-pub async fn watch_time(broker: Arc<Broker>, place: Place) {
+pub(crate) async fn watch_time(broker: Arc<Broker>, place: Place) {
     let mut backoff = BACKOFF;
     let mut is_different = false;
     loop {
@@ -105,7 +105,7 @@ pub async fn watch_time(broker: Arc<Broker>, place: Place) {
 }
 
 /// Keeps asking a spot host from which address requests come.
-pub async fn watch_address(broker: Arc<Broker>, every: Duration) {
+pub(crate) async fn watch_address(broker: Arc<Broker>, every: Duration) {
     let mut backoff = BACKOFF;
     loop {
         // All sites see the same address; ask one that the rules name.
@@ -260,7 +260,7 @@ impl Broker {
 ///
 /// # Errors
 /// When no answer comes, or another one than the API describes.
-pub async fn ask<T: DeserializeOwned>(
+pub(crate) async fn ask<T: DeserializeOwned>(
     egress: &Egress,
     clock: &Clock,
     place: Place,

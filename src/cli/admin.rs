@@ -50,17 +50,17 @@ const ANSWER_BYTES: usize = 64 * 1024 * 1024;
 #[derive(Clone, Debug)]
 pub struct AdminFile {
     /// Where it stands.
-    pub file: PathBuf,
+    pub(crate) file: PathBuf,
     /// Host and port of the broker's `listen.admin`.
     pub broker: String,
     /// The name that the broker's certificate must have.
-    pub server_name: ServerName<'static>,
+    pub(crate) server_name: ServerName<'static>,
     /// CA of the broker's certificate.
-    pub ca: PathBuf,
+    pub(crate) ca: PathBuf,
     /// The admin's certificate chain.
-    pub certificate: PathBuf,
+    pub(crate) certificate: PathBuf,
     /// Its private key.
-    pub key: PathBuf,
+    pub(crate) key: PathBuf,
     /// The admin's own way into Vault; none: commands that write there do not work.
     pub vault: Option<AdminVault>,
 }
@@ -71,7 +71,7 @@ pub struct AdminVault {
     /// Where it is, and how the admin logs in.
     pub settings: VaultSettings,
     /// CAs of its certificate.
-    pub roots: Roots,
+    pub(crate) roots: Roots,
 }
 
 impl AdminFile {

@@ -9,7 +9,7 @@ use crate::base::diagnosis::Severity;
 use crate::base::text::clean;
 
 /// Columns of a line.
-pub const WIDTH: usize = 80;
+pub(crate) const WIDTH: usize = 80;
 
 /// Columns between two columns of a table.
 const GAP: usize = 2;
@@ -28,14 +28,14 @@ fn colour(severity: Severity) -> &'static str {
 
 /// One field of a table.
 #[derive(Clone, Debug, Default)]
-pub struct Cell {
+pub(crate) struct Cell {
     text: String,
     severity: Option<Severity>,
 }
 
 impl Cell {
     /// A word in the colour of `severity`.
-    pub fn of(severity: Severity, text: impl Into<String>) -> Self {
+    pub(crate) fn of(severity: Severity, text: impl Into<String>) -> Self {
         Self {
             severity: Some(severity),
             ..text.into().into()
@@ -62,7 +62,7 @@ impl From<String> for Cell {
 
 /// How text is made for one reader.
 #[derive(Clone, Copy, Debug)]
-pub struct Style {
+pub(crate) struct Style {
     colour: bool,
 }
 
@@ -71,7 +71,7 @@ impl Style {
     ///
     /// `NO_COLOR` and `TERM` say what a terminal can show: they configure nothing and are no secrets, so they are read here and
     /// not in the configuration.
-    pub fn of_stdout() -> Self {
+    pub(crate) fn of_stdout() -> Self {
         let (no_color, term) = (std::env::var_os("NO_COLOR"), std::env::var_os("TERM"));
         Self {
             colour: wants_colour(
@@ -83,12 +83,13 @@ impl Style {
     }
 
     /// Without colour.
-    pub fn plain() -> Self {
+    #[cfg(test)]
+    pub(crate) fn plain() -> Self {
         Self { colour: false }
     }
 
     /// `text` in the colour of `severity`.
-    pub fn coloured(self, severity: Severity, text: &str) -> String {
+    pub(crate) fn coloured(self, severity: Severity, text: &str) -> String {
         if self.colour {
             format!("{}{text}\x1b[0m", colour(severity))
         } else {
@@ -97,7 +98,7 @@ impl Style {
     }
 
     /// Rows whose columns stand one below the other, the first ones as wide as they must be, the last one wrapped.
-    pub fn table(self, rows: &[Vec<Cell>]) -> String {
+    pub(crate) fn table(self, rows: &[Vec<Cell>]) -> String {
         let columns = rows.iter().map(Vec::len).max().unwrap_or_default();
         let width = |column: usize| {
             let cells = rows.iter().filter_map(|row| row.get(column));
@@ -133,7 +134,7 @@ impl Style {
 }
 
 /// `text` after `label`, wrapped; further lines stand below the beginning of the text.
-pub fn paragraph(label: &str, text: &str) -> String {
+pub(crate) fn paragraph(label: &str, text: &str) -> String {
     let indent = columns_of(label);
     let lines = wrap(
         &clean(text, usize::MAX),
@@ -144,7 +145,7 @@ pub fn paragraph(label: &str, text: &str) -> String {
 }
 
 /// Text of several lines that others may have written: each one is clean.
-pub fn clean_lines(text: &str) -> String {
+pub(crate) fn clean_lines(text: &str) -> String {
     let lines: Vec<_> = text
         .split('\n')
         .map(|line| clean(line, usize::MAX))
@@ -153,7 +154,7 @@ pub fn clean_lines(text: &str) -> String {
 }
 
 /// A number of things, such as "1 account" and "2 accounts".
-pub fn counted(number: usize, thing: &str) -> String {
+pub(crate) fn counted(number: usize, thing: &str) -> String {
     let plural = if number == 1 { "" } else { "s" };
     format!("{number} {thing}{plural}")
 }
@@ -186,7 +187,7 @@ fn wants_colour(is_terminal: bool, no_color: Option<&OsStr>, term: Option<&OsStr
 }
 
 /// How long ago something was.
-pub fn ago(ms: i64) -> String {
+pub(crate) fn ago(ms: i64) -> String {
     let s = ms.max(0) / 1000;
     match s {
         0..120 => format!("{s} s ago"),

@@ -25,18 +25,18 @@ const PLAUSIBLE_MS: std::ops::Range<i64> = 1_577_836_800_000..4_102_444_800_000;
 
 /// One question for the time.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Sample {
+pub(crate) struct Sample {
     /// When it was asked, in time since boot.
-    pub asked: Duration,
+    pub(crate) asked: Duration,
     /// When the answer was there, in time since boot.
-    pub answered: Duration,
+    pub(crate) answered: Duration,
     /// The answer: Unix time in whole milliseconds.
-    pub server_ms: i64,
+    pub(crate) server_ms: i64,
 }
 
 /// What became of a measurement.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Measured {
+pub(crate) enum Measured {
     /// No time at all; not applied.
     Absurd,
     /// The clock goes by it.

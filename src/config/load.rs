@@ -24,13 +24,13 @@ use crate::vault::Auth;
 #[derive(Debug)]
 pub struct Loaded {
     /// The rules.
-    pub policy: Policy,
+    pub(crate) policy: Policy,
     /// Certificates of the listeners for bots and admins.
-    pub certificates: Certificates,
+    pub(crate) certificates: Certificates,
     /// CAs of Vault.
     pub vault_roots: RootCertStore,
     /// CAs of the exchange.
-    pub egress_roots: RootCertStore,
+    pub(crate) egress_roots: RootCertStore,
     /// CAs that make the broker refuse what they issue, and certificates that were left out as no CAs; each under the key
     /// that names the file.
     pub warnings: Vec<Problem>,
@@ -38,22 +38,22 @@ pub struct Loaded {
 
 /// What the listeners for bots and admins show, and whom they trust.
 #[derive(Debug)]
-pub struct Certificates {
+pub(crate) struct Certificates {
     /// Certificate chain.
-    pub chain: Vec<CertificateDer<'static>>,
+    pub(crate) chain: Vec<CertificateDer<'static>>,
     /// Its key.
-    pub key: PrivateKeyDer<'static>,
+    pub(crate) key: PrivateKeyDer<'static>,
     /// When the first certificate of the chain ends: Unix time in milliseconds.
-    pub not_after_ms: i64,
+    pub(crate) not_after_ms: i64,
     /// CAs of the bots' certificates.
-    pub client_ca: Arc<RootCertStore>,
+    pub(crate) client_ca: Arc<RootCertStore>,
     /// CAs of the admins' certificates.
-    pub admin_ca: Arc<RootCertStore>,
+    pub(crate) admin_ca: Arc<RootCertStore>,
 }
 
 /// The files of [`Certificates`].
 #[derive(Debug)]
-pub struct TlsSources {
+pub(crate) struct TlsSources {
     certificate: Source,
     key: Source,
     client_ca: Source,
@@ -63,7 +63,7 @@ pub struct TlsSources {
 
 impl TlsSources {
     /// Reads them.
-    pub fn read(files: &TlsFiles) -> Self {
+    pub(crate) fn read(files: &TlsFiles) -> Self {
         Self {
             certificate: Source::read(&files.certificate),
             key: Source::read(&files.key),
@@ -81,17 +81,17 @@ impl TlsSources {
     }
 
     /// Whether one of them could not be looked at for want of descriptors.
-    pub fn is_unseen(&self) -> bool {
+    pub(crate) fn is_unseen(&self) -> bool {
         self.all().any(Source::is_unseen)
     }
 
     /// What stands in all of them.
-    pub fn digest(&self) -> [u8; 32] {
+    pub(crate) fn digest(&self) -> [u8; 32] {
         digest(self.all())
     }
 
     /// What stands in those of the CAs.
-    pub fn cas_digest(&self) -> [u8; 32] {
+    pub(crate) fn cas_digest(&self) -> [u8; 32] {
         digest(self.cas())
     }
 }
@@ -103,14 +103,14 @@ fn digest<'s>(sources: impl Iterator<Item = &'s Source>) -> [u8; 32] {
 
 /// A file and what stood in it at one moment.
 #[derive(Debug)]
-pub struct Source {
+pub(crate) struct Source {
     file: PathBuf,
     content: io::Result<Zeroizing<Vec<u8>>>,
 }
 
 impl Source {
     /// Reads it.
-    pub fn read(file: &Path) -> Self {
+    pub(crate) fn read(file: &Path) -> Self {
         Self {
             file: file.to_owned(),
             content: std::fs::read(file).map(Zeroizing::new),
@@ -127,7 +127,7 @@ impl Source {
     }
 
     /// Whether it could not be looked at for want of descriptors, which says nothing about the file.
-    pub fn is_unseen(&self) -> bool {
+    pub(crate) fn is_unseen(&self) -> bool {
         let of_system = |code| {
             code == rustix::io::Errno::MFILE.raw_os_error()
                 || code == rustix::io::Errno::NFILE.raw_os_error()
@@ -141,7 +141,7 @@ impl Source {
     }
 
     /// What stands in it, or that it cannot be read.
-    pub fn digest(&self) -> [u8; 32] {
+    pub(crate) fn digest(&self) -> [u8; 32] {
         match &self.content {
             Ok(content) => Sha256::digest(content).into(),
             Err(error) => Sha256::digest(format!("unreadable: {error}")).into(),
@@ -189,7 +189,7 @@ pub fn load(config: &Config, now_ms: i64) -> Result<Loaded, Vec<Problem>> {
 }
 
 /// Reads the certificates of the listeners for bots and admins.
-pub fn certificates(
+pub(crate) fn certificates(
     sources: &TlsSources,
     now_ms: i64,
     problems: &Problems,
@@ -255,7 +255,7 @@ pub(crate) fn pair(
 ///
 /// # Errors
 /// With every problem at once, each with the file and its line.
-pub fn rules(source: &Source) -> Result<Policy, Vec<Problem>> {
+pub(crate) fn rules(source: &Source) -> Result<Policy, Vec<Problem>> {
     let policy = any_rules(source)?;
     if policy.accounts().next().is_none() {
         // A write that failed on a full disk leaves nothing behind: that is nobody's wish.
@@ -270,7 +270,7 @@ pub fn rules(source: &Source) -> Result<Policy, Vec<Problem>> {
 ///
 /// # Errors
 /// With every problem at once, each with the file and its line.
-pub fn any_rules(source: &Source) -> Result<Policy, Vec<Problem>> {
+pub(crate) fn any_rules(source: &Source) -> Result<Policy, Vec<Problem>> {
     let unreadable = |error: &dyn std::fmt::Display| {
         let problem = format!("{} cannot be read: {error}", source.file.display());
         vec![Problem::new("rules", problem)]

@@ -10,7 +10,7 @@ use std::time::Duration;
 /// What to do about an address that is not the expected one.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum ProofMode {
+pub(crate) enum ProofMode {
     /// Raise the alarm, and go on.
     Lenient,
     /// Refuse what adds risk, also before the first proof.
@@ -20,7 +20,7 @@ pub enum ProofMode {
 
 /// What is known about the egress address.
 #[derive(Debug)]
-pub struct Proof {
+pub(crate) struct Proof {
     expected: IpAddr,
     mode: ProofMode,
     state: Mutex<State>,
@@ -38,22 +38,22 @@ struct State {
 
 /// For readiness and metrics.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct ProofStatus {
+pub(crate) struct ProofStatus {
     /// The address that was seen last, and when (time since boot).
-    pub seen: Option<(IpAddr, Duration)>,
+    pub(crate) seen: Option<(IpAddr, Duration)>,
     /// Why the last question got no answer; none when it got one.
-    pub failure: Option<String>,
+    pub(crate) failure: Option<String>,
     /// The address that the last 400006 named, if it did, and when (time since boot).
-    pub refused: Option<(Option<IpAddr>, Duration)>,
+    pub(crate) refused: Option<(Option<IpAddr>, Duration)>,
     /// What is wrong, if anything is.
-    pub mismatch: Option<EgressMismatch>,
+    pub(crate) mismatch: Option<EgressMismatch>,
     /// Whether that keeps requests back.
-    pub is_strict: bool,
+    pub(crate) is_strict: bool,
 }
 
 /// Requests do not provably leave from the expected address.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
-pub enum EgressMismatch {
+pub(crate) enum EgressMismatch {
     /// Another address.
     #[error("requests leave from {seen} instead of egress.expected_ip {expected}")]
     Other {
@@ -72,7 +72,7 @@ pub enum EgressMismatch {
 
 impl Proof {
     /// Nothing is proven yet.
-    pub fn new(expected: IpAddr, mode: ProofMode) -> Self {
+    pub(crate) fn new(expected: IpAddr, mode: ProofMode) -> Self {
         Self {
             expected: expected.to_canonical(),
             mode,
@@ -81,7 +81,7 @@ impl Proof {
     }
 
     /// The address that the exchange must see.
-    pub fn expected(&self) -> IpAddr {
+    pub(crate) fn expected(&self) -> IpAddr {
         self.expected
     }
 
@@ -89,7 +89,7 @@ impl Proof {
     ///
     /// # Errors
     /// When the last proof failed, or there has been none, and the mode is strict.
-    pub fn check(&self) -> Result<(), EgressMismatch> {
+    pub(crate) fn check(&self) -> Result<(), EgressMismatch> {
         match self.mismatch(self.state.lock().seen) {
             Some(mismatch) if self.mode == ProofMode::Strict => Err(mismatch),
             _ => Ok(()),
@@ -97,7 +97,7 @@ impl Proof {
     }
 
     /// Takes in what the exchange answered at `at` (time since boot). Returns whether that changed anything.
-    pub fn seen(&self, address: IpAddr, at: Duration) -> bool {
+    pub(crate) fn seen(&self, address: IpAddr, at: Duration) -> bool {
         let mut state = self.state.lock();
         let address = address.to_canonical();
         let is_news = state.seen.is_none_or(|(before, _)| before != address);
@@ -107,17 +107,17 @@ impl Proof {
     }
 
     /// Takes in that the question got no answer.
-    pub fn failed(&self, reason: String) {
+    pub(crate) fn failed(&self, reason: String) {
         self.state.lock().failure = Some(reason);
     }
 
     /// Takes in that the exchange refused a request for its address; no proof, since the key's whitelist may be wrong.
-    pub fn refused(&self, address: Option<IpAddr>, at: Duration) {
+    pub(crate) fn refused(&self, address: Option<IpAddr>, at: Duration) {
         self.state.lock().refused = Some((address, at));
     }
 
     /// What is known.
-    pub fn status(&self) -> ProofStatus {
+    pub(crate) fn status(&self) -> ProofStatus {
         let State {
             seen,
             failure,

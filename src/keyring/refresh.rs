@@ -32,7 +32,7 @@ const TEST_WITHIN: Duration = Duration::from_secs(10);
 
 /// One polling task for each key of the keyring.
 #[derive(Debug)]
-pub struct Refresher {
+pub(crate) struct Refresher {
     keyring: Arc<Keyring>,
     vault: Arc<Vault>,
     restrictions: Arc<Restrictions>,
@@ -44,7 +44,7 @@ pub struct Refresher {
 
 impl Refresher {
     /// Nothing is polled until [`Refresher::follow`]. Keys are tested by whoever reads `notices`.
-    pub fn new(
+    pub(crate) fn new(
         keyring: Arc<Keyring>,
         vault: Arc<Vault>,
         restrictions: Arc<Restrictions>,
@@ -64,7 +64,7 @@ impl Refresher {
     }
 
     /// Polls every key that the keyring has a place for, and no other.
-    pub fn follow(&self) {
+    pub(crate) fn follow(&self) {
         let keys: Vec<_> = self.keyring.entries();
         let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
         tasks.retain(|(account, name), task| {

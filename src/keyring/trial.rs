@@ -11,11 +11,11 @@ use crate::kucoin::key_info::KeyInfo;
 use crate::restrictions::KeyDigest;
 
 /// To whoever tests keys and keeps the record.
-pub type Notices = mpsc::UnboundedSender<Notice>;
+pub(crate) type Notices = mpsc::UnboundedSender<Notice>;
 
 /// Something that the keyring wants, or has done.
 #[derive(Debug)]
-pub enum Notice {
+pub(crate) enum Notice {
     /// Another key, or none, serves from now on.
     Changed(KeyChange),
     /// A key is to be tested.
@@ -24,33 +24,33 @@ pub enum Notice {
 
 /// A key to be tested on the exchange.
 #[derive(Debug)]
-pub struct Trial {
+pub(crate) struct Trial {
     /// Its account.
-    pub account: AccountId,
+    pub(crate) account: AccountId,
     /// Its name.
-    pub name: KeyName,
+    pub(crate) name: KeyName,
     /// The key.
-    pub key: Arc<Key>,
+    pub(crate) key: Arc<Key>,
     /// Whether it shall take the place of another, so that every scope is tried too.
-    pub is_candidate: bool,
+    pub(crate) is_candidate: bool,
     /// Takes the answer.
-    pub tell: oneshot::Sender<Report>,
+    pub(crate) tell: oneshot::Sender<Report>,
 }
 
 /// What the exchange says about a key.
 #[derive(Clone, Debug)]
-pub struct Report {
+pub(crate) struct Report {
     /// Whether it can be used.
-    pub verdict: Verdict,
+    pub(crate) verdict: Verdict,
     /// What the exchange told about it.
-    pub info: Option<Arc<KeyInfo>>,
+    pub(crate) info: Option<Arc<KeyInfo>>,
     /// What is wrong with it, or worth knowing.
-    pub findings: Vec<Diagnosis>,
+    pub(crate) findings: Vec<Diagnosis>,
 }
 
 /// Whether a key can be used.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub enum Verdict {
+pub(crate) enum Verdict {
     /// The exchange has taken requests that it signed.
     Good,
     /// The exchange refuses it.
@@ -61,17 +61,17 @@ pub enum Verdict {
 
 /// What became of the key in one place.
 #[derive(Debug)]
-pub struct KeyChange {
+pub(crate) struct KeyChange {
     /// Its account.
-    pub account: AccountId,
+    pub(crate) account: AccountId,
     /// Its name.
-    pub name: KeyName,
+    pub(crate) name: KeyName,
     /// The version that served until now, and the digest of its id.
-    pub before: Option<(u64, KeyDigest)>,
+    pub(crate) before: Option<(u64, KeyDigest)>,
     /// The version that was found, and the digest of its id.
-    pub after: Option<(u64, KeyDigest)>,
+    pub(crate) after: Option<(u64, KeyDigest)>,
     /// `in_use`, `refused`, `gone`.
-    pub outcome: &'static str,
+    pub(crate) outcome: &'static str,
     /// Why.
-    pub detail: Option<String>,
+    pub(crate) detail: Option<String>,
 }

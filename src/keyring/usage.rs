@@ -8,7 +8,7 @@ const OLD_NEWS_MS: i64 = 5000;
 
 /// Kept as long as the key is in memory; another key begins anew.
 #[derive(Debug, Default)]
-pub struct Usage {
+pub(crate) struct Usage {
     /// When the exchange last took a request that it signed: Unix time in milliseconds; 0: never.
     accepted_ms: AtomicI64,
     /// Whether the exchange has refused the key since.
@@ -25,24 +25,24 @@ struct Told {
 
 /// A refusal of the key itself, its address, its permissions or its version.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Refusal {
+pub(crate) struct Refusal {
     /// KuCoin's code.
-    pub code: String,
+    pub(crate) code: String,
     /// What the bot was told about it.
-    pub advice: String,
+    pub(crate) advice: String,
     /// When: Unix time in milliseconds.
-    pub at_ms: i64,
+    pub(crate) at_ms: i64,
 }
 
 impl Usage {
     /// The exchange has taken a request that the key signed.
-    pub fn accepted(&self, now_ms: i64) {
+    pub(crate) fn accepted(&self, now_ms: i64) {
         self.accepted_ms.store(now_ms, Ordering::Relaxed);
         self.is_refused.store(false, Ordering::Relaxed);
     }
 
     /// The exchange has refused the key. Returns whether that is news, which it is now and then, whatever the code.
-    pub fn refused(&self, refusal: Refusal) -> bool {
+    pub(crate) fn refused(&self, refusal: Refusal) -> bool {
         let mut told = self.refusal.lock();
         // Also where the wall clock was set back.
         let is_fresh = |since_ms: &i64| (0..=OLD_NEWS_MS).contains(&(refusal.at_ms - since_ms));
@@ -55,13 +55,13 @@ impl Usage {
     }
 
     /// When the exchange last took a request that it signed: Unix time in milliseconds.
-    pub fn accepted_ms(&self) -> Option<i64> {
+    pub(crate) fn accepted_ms(&self) -> Option<i64> {
         let at_ms = self.accepted_ms.load(Ordering::Relaxed);
         (at_ms != 0).then_some(at_ms)
     }
 
     /// The last refusal, unless the exchange has taken a request since.
-    pub fn refusal(&self) -> Option<Refusal> {
+    pub(crate) fn refusal(&self) -> Option<Refusal> {
         let is_refused = self.is_refused.load(Ordering::Relaxed);
         let told = self.refusal.lock();
         told.as_ref()

@@ -20,20 +20,20 @@ pub struct Advice {
     /// Codes that mean it, with the scopes in which they do; none: it shows otherwise.
     pub codes: &'static [(&'static [Scope], &'static [&'static str])],
     /// What is wrong, one sentence.
-    pub meaning: &'static str,
+    pub(crate) meaning: &'static str,
     /// Why that usually is.
-    pub cause: &'static str,
+    pub(crate) cause: &'static str,
     /// What to do; facts take the place of [`ADDRESS`] and [`PERMISSION`].
     fix: &'static str,
 }
 
 /// What is known about a refused request besides its code; makes a fix exact.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Facts<'f> {
+pub(crate) struct Facts<'f> {
     /// The address that KuCoin saw, or must see.
-    pub address: Option<IpAddr>,
+    pub(crate) address: Option<IpAddr>,
     /// The permission that the request needs, in the words of KuCoin's page.
-    pub permission: Option<&'f str>,
+    pub(crate) permission: Option<&'f str>,
 }
 
 /// Stands in a fix for the address, and what is said where it is not known.
@@ -68,12 +68,12 @@ const OUTCOME_UNCLEAR: &str = "outcome-unclear";
 const UNCLEAR: [&str; 2] = ["stream-ended", "kucoin-failed"];
 
 /// The advice on `code` in `scope`, or in any where none is given; the likeliest where a code means several things.
-pub fn of(scope: Option<Scope>, code: &str) -> Option<&'static Advice> {
+pub(crate) fn of(scope: Option<Scope>, code: &str) -> Option<&'static Advice> {
     meanings(scope, code).next()
 }
 
 /// The same, by `msg` where the code alone does not tell.
-pub fn of_message(scope: Scope, code: &str, msg: &str) -> Option<&'static Advice> {
+pub(crate) fn of_message(scope: Scope, code: &str, msg: &str) -> Option<&'static Advice> {
     let msg = msg.to_ascii_lowercase();
     let told = BY_MESSAGE
         .iter()
@@ -82,18 +82,18 @@ pub fn of_message(scope: Scope, code: &str, msg: &str) -> Option<&'static Advice
 }
 
 /// The advice of this topic.
-pub fn topic(name: &str) -> Option<&'static Advice> {
+pub(crate) fn topic(name: &str) -> Option<&'static Advice> {
     ALL.iter().find(|advice| advice.topic == name)
 }
 
 /// Everything that `word`, a code or a topic, means in `scope`, or in any where none is given; the likeliest first.
-pub fn meanings(scope: Option<Scope>, word: &str) -> impl Iterator<Item = &'static Advice> {
+pub(crate) fn meanings(scope: Option<Scope>, word: &str) -> impl Iterator<Item = &'static Advice> {
     ALL.iter()
         .filter(move |advice| advice.topic == word || advice.is_of(scope, word))
 }
 
 /// What a bot is told about an answer to a request in `scope`. Empty: the exchange took the request, or there is nothing to say.
-pub fn for_bot(answer: &Answer, scope: Scope, endpoint: Option<&Endpoint>) -> String {
+pub(crate) fn for_bot(answer: &Answer, scope: Scope, endpoint: Option<&Endpoint>) -> String {
     if answer.outcome == Outcome::Accepted {
         return String::new();
     }
@@ -128,7 +128,7 @@ pub fn for_bot(answer: &Answer, scope: Scope, endpoint: Option<&Endpoint>) -> St
 
 impl Advice {
     /// What to do, with the facts at hand.
-    pub fn fix(&self, facts: &Facts) -> String {
+    pub(crate) fn fix(&self, facts: &Facts) -> String {
         let address = facts.address.map(|address| address.to_string());
         let permission = facts
             .permission
@@ -140,7 +140,7 @@ impl Advice {
     }
 
     /// All of it as one paragraph.
-    pub fn text(&self, facts: &Facts) -> String {
+    pub(crate) fn text(&self, facts: &Facts) -> String {
         format!("{} {} {}", self.meaning, self.cause, self.fix(facts))
     }
 

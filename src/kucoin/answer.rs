@@ -28,29 +28,29 @@ const FUTURES_BLOCK: Duration = Duration::from_secs(10);
 
 /// A whole answer of the exchange.
 #[derive(Clone)]
-pub struct Answer {
+pub(crate) struct Answer {
     /// HTTP status.
-    pub http_status: StatusCode,
+    pub(crate) http_status: StatusCode,
     /// Body, byte for byte.
-    pub body: Bytes,
+    pub(crate) body: Bytes,
     /// Content-Type; empty where none came.
-    pub content_type: String,
+    pub(crate) content_type: String,
     /// Content-Encoding of the body where it could not be decoded; otherwise empty.
-    pub content_encoding: String,
+    pub(crate) content_encoding: String,
     /// `code` of the envelope; empty where there is none.
-    pub code: String,
+    pub(crate) code: String,
     /// What the code says where this endpoint is served.
-    pub class: Class,
+    pub(crate) class: Class,
     /// `msg` of the envelope; empty where there is none.
-    pub msg: String,
+    pub(crate) msg: String,
     /// What it says about the request.
-    pub outcome: Outcome,
+    pub(crate) outcome: Outcome,
     /// Whether the outcome is open only because no table has this code: as a refusal it would settle it.
-    pub is_of_unknown_code: bool,
+    pub(crate) is_of_unknown_code: bool,
     /// Quota of the pool, where the gateway told.
-    pub rate_limit: Option<RateLimit>,
+    pub(crate) rate_limit: Option<RateLimit>,
     /// How long to wait, where the exchange says so.
-    pub retry_after: Option<Duration>,
+    pub(crate) retry_after: Option<Duration>,
 }
 
 /// Without the body: what an account holds is nobody's to read in a log.
@@ -68,26 +68,26 @@ impl fmt::Debug for Answer {
 
 /// A weighted quota.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct RateLimit {
+pub(crate) struct RateLimit {
     /// Weight per window.
-    pub limit: u64,
+    pub(crate) limit: u64,
     /// Weight left in it.
-    pub remaining: u64,
+    pub(crate) remaining: u64,
     /// Until the window ends.
-    pub reset: Duration,
+    pub(crate) reset: Duration,
 }
 
 /// What an answer is an answer to, as far as its meaning depends on it.
 #[derive(Clone, Copy, Debug)]
-pub struct Asked<'a> {
+pub(crate) struct Asked<'a> {
     /// The endpoint; `None` outside the catalogue.
-    pub endpoint: Option<&'a Endpoint>,
+    pub(crate) endpoint: Option<&'a Endpoint>,
     /// The scope of the request.
-    pub scope: Scope,
+    pub(crate) scope: Scope,
     /// Whether the request could change anything.
-    pub changes: bool,
+    pub(crate) changes: bool,
     /// The operator's further refusals.
-    pub refusal_codes: &'a RefusalCodes,
+    pub(crate) refusal_codes: &'a RefusalCodes,
 }
 
 /// KuCoin's envelope, as far as every answer has it.
@@ -196,7 +196,7 @@ impl Answer {
     ///
     /// A body that is still encoded (`content-encoding`) is not read, and neither is a JSON object with a code that is no code:
     /// an HTTP 4xx with it leaves the outcome open, since the code may be one that does; only 401, 403, 404 and 429 settle it.
-    pub fn read(
+    pub(crate) fn read(
         http_status: StatusCode,
         headers: &HeaderMap,
         body: Bytes,

@@ -25,41 +25,41 @@ pub struct Endpoint {
     /// Name in rules, logs and audit lines, such as `spot.post.v1-hf-orders`.
     pub id: String,
     /// HTTP method.
-    pub method: Method,
+    pub(crate) method: Method,
     /// Path; `{name}` is a parameter and ends its segment, which may start with text: `level2_{size}`.
-    pub path: String,
+    pub(crate) path: String,
     /// KuCoin's product.
-    pub product: Product,
+    pub(crate) product: Product,
     /// The scope it belongs to; `None` for the host of exchange brokers, which is not served.
-    pub scope: Option<Scope>,
+    pub(crate) scope: Option<Scope>,
     /// The permission that a key needs, in the words of KuCoin's page; `None` where none is needed or it is not known.
-    pub permission: Option<String>,
+    pub(crate) permission: Option<String>,
     /// What a call can do to the account.
     pub risk: Risk,
     /// What a call does to orders.
-    pub effect: Effect,
+    pub(crate) effect: Effect,
     /// Whether sending it twice does no more than sending it once.
     pub idempotent: bool,
     /// Whether rules may grant it at all: false where it makes, changes, returns or deletes API keys.
     #[serde(default = "yes")]
-    pub grantable: bool,
+    pub(crate) grantable: bool,
     /// Whether a master account's key reads other accounts here: its sub-accounts, or users it has invited.
     #[serde(default)]
-    pub reads_other_accounts: bool,
+    pub(crate) reads_other_accounts: bool,
     /// Whether KuCoin has ever documented it.
-    pub status: Status,
+    pub(crate) status: Status,
     /// Codes that mean success here beside `200000`, as KuCoin's documentation of the endpoint shows them.
     #[serde(default)]
-    pub success_codes: Vec<String>,
+    pub(crate) success_codes: Vec<String>,
     /// How it carries the clientOids of orders; `None` where it has nothing to do with orders, or carries none.
     #[serde(default)]
-    pub order: Option<OrderForm>,
+    pub(crate) order: Option<OrderForm>,
 }
 
 /// How an endpoint is known, as far as the rules care.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
 #[serde(rename_all = "kebab-case")]
-pub enum Status {
+pub(crate) enum Status {
     /// Found in a client library alone; what it does is a guess, so no class includes it.
     Undocumented,
     /// Everything else: documented now or once.
@@ -70,7 +70,7 @@ pub enum Status {
 /// KuCoin's products, in its own words. Source: the catalogue's `product`.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd)]
 #[serde(rename_all = "lowercase")]
-pub enum Product {
+pub(crate) enum Product {
     /// Accounts, sub-accounts, deposits, transfers, withdrawals.
     Account,
     /// Affiliates.
@@ -99,7 +99,7 @@ pub enum Product {
 
 impl Product {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub(crate) const ALL: [Self; 12] = [
         Self::Account,
         Self::Affiliate,
         Self::Broker,
@@ -115,7 +115,7 @@ impl Product {
     ];
 
     /// The word for it in the catalogue and the configuration.
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Account => "account",
             Self::Affiliate => "affiliate",
@@ -136,16 +136,16 @@ impl Product {
 /// Where an endpoint's requests and answers carry the clientOids of orders.
 #[derive(Debug, Deserialize)]
 #[serde(from = "CatalogOrder")]
-pub struct OrderForm {
+pub(crate) struct OrderForm {
     /// In the request; `None` where it names orders otherwise.
-    pub client_oid: Option<ClientOidLocation>,
+    pub(crate) client_oid: Option<ClientOidLocation>,
     /// In the answer; `None` where it names none.
-    pub answer_client_oid: Option<Pointer>,
+    pub(crate) answer_client_oid: Option<Pointer>,
 }
 
 /// Where a request carries clientOids.
 #[derive(Debug)]
-pub enum ClientOidLocation {
+pub(crate) enum ClientOidLocation {
     /// In the body.
     Body(Pointer),
     /// The path parameter of this name.
@@ -242,7 +242,7 @@ pub enum Risk {
 
 impl Risk {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub(crate) const ALL: [Self; 11] = [
         Self::AccountAdmin,
         Self::DepositAddress,
         Self::Public,
@@ -274,7 +274,7 @@ impl Risk {
     }
 
     /// Whether a rule may grant the whole class; the others are granted endpoint by endpoint.
-    pub fn grantable_as_class(self) -> bool {
+    pub(crate) fn grantable_as_class(self) -> bool {
         matches!(
             self,
             Self::Public | Self::Read | Self::Trade | Self::TradeConfig
@@ -298,7 +298,7 @@ impl Risk {
 /// What a call does to orders.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd)]
 #[serde(rename_all = "kebab-case")]
-pub enum Effect {
+pub(crate) enum Effect {
     /// Changes an order.
     Amend,
     /// Cancels named orders.
@@ -316,7 +316,7 @@ pub enum Effect {
 impl Endpoint {
     /// Whether a call adds risk: everything but cancels, order tests, reads and public data. It is refused first when
     /// something is wrong.
-    pub fn adds_risk(&self) -> bool {
+    pub(crate) fn adds_risk(&self) -> bool {
         let reduces = matches!(
             self.effect,
             Effect::Cancel | Effect::CancelAll | Effect::Test
@@ -325,18 +325,18 @@ impl Endpoint {
     }
 
     /// The class that grants it; `None` where a rule must name it by its id.
-    pub fn class(&self) -> Option<Risk> {
+    pub(crate) fn class(&self) -> Option<Risk> {
         let by_class = self.status != Status::Undocumented && self.risk.grantable_as_class();
         by_class.then_some(self.risk)
     }
 
     /// Whether it needs a signature.
-    pub fn is_private(&self) -> bool {
+    pub(crate) fn is_private(&self) -> bool {
         self.risk != Risk::Public
     }
 
     /// The clientOids by which `request` names orders.
-    pub fn client_oids<'r>(&self, request: &'r UnsignedRequest) -> Vec<&'r str> {
+    pub(crate) fn client_oids<'r>(&self, request: &'r UnsignedRequest) -> Vec<&'r str> {
         let place = self
             .order
             .as_ref()
@@ -364,7 +364,7 @@ impl Endpoint {
     /// Where a cancel names orders by their ids too, the exchange may name them by clientOids that the request does not
     /// know; and which clientOid the answer to an amendment names is not documented. Nothing follows from those. For an
     /// order of a batch that has no clientOid the exchange may choose one: that many names are allowed beside those sent.
-    pub fn has_foreign_client_oid(&self, request: &UnsignedRequest, body: &[u8]) -> bool {
+    pub(crate) fn has_foreign_client_oid(&self, request: &UnsignedRequest, body: &[u8]) -> bool {
         let Some(order) = self.order.as_ref() else {
             return false;
         };
@@ -396,7 +396,7 @@ impl Endpoint {
     }
 
     /// The value that `path` has for the parameter `{name}`.
-    pub fn path_parameter<'p>(&self, name: &str, path: &'p str) -> Option<&'p str> {
+    pub(crate) fn path_parameter<'p>(&self, name: &str, path: &'p str) -> Option<&'p str> {
         self.path
             .split('/')
             .zip(path.split('/'))
@@ -424,7 +424,7 @@ pub struct Catalog {
 
 /// What the catalogue knows of a path.
 #[derive(Clone, Copy, Debug)]
-pub enum Found<'c> {
+pub(crate) enum Found<'c> {
     /// This endpoint.
     Endpoint(&'c Endpoint),
     /// A path that only a lax router would take for this endpoint, whose literal path it resembles.
@@ -478,7 +478,7 @@ impl Catalog {
     }
 
     /// All endpoints.
-    pub fn endpoints(&self) -> &[Endpoint] {
+    pub(crate) fn endpoints(&self) -> &[Endpoint] {
         &self.endpoints
     }
 
@@ -490,7 +490,7 @@ impl Catalog {
     }
 
     /// The endpoint that serves `path`. A literal path of any method on the host is never an id: `cancelAll` is no order.
-    pub fn find(&self, scope: Scope, method: Method, path: &str) -> Found<'_> {
+    pub(crate) fn find(&self, scope: Scope, method: Method, path: &str) -> Found<'_> {
         if let Some(endpoint) = self.route(Some(scope), method, path) {
             return self
                 .literal_conflict(scope, endpoint, path)
@@ -525,7 +525,12 @@ impl Catalog {
     }
 
     /// The endpoint that serves exactly this path in `scope`, look-alikes included.
-    pub fn route(&self, scope: Option<Scope>, method: Method, path: &str) -> Option<&Endpoint> {
+    pub(crate) fn route(
+        &self,
+        scope: Option<Scope>,
+        method: Method,
+        path: &str,
+    ) -> Option<&Endpoint> {
         let segments: Vec<&str> = path.split('/').collect();
         let index = self.routes.get(&(scope, method))?.find(&segments)?;
         self.endpoints.get(index)

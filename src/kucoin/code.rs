@@ -11,47 +11,47 @@ use std::str::FromStr;
 use super::{Host, Product};
 
 /// Success. Some endpoints have further ones: `successCodes` in the catalogue.
-pub const SUCCESS: &str = "200000";
+pub(crate) const SUCCESS: &str = "200000";
 
 /// The exchange rejected the timestamp; nothing was executed.
-pub const TIMESTAMP_REFUSED: &str = "400002";
+pub(crate) const TIMESTAMP_REFUSED: &str = "400002";
 
 /// The exchange rejected the address that the request came from; nothing was executed.
-pub const ADDRESS_REFUSED: &str = "400006";
+pub(crate) const ADDRESS_REFUSED: &str = "400006";
 
 /// The exchange rejected the key, its passphrase or its signature; nothing was executed.
-pub const CREDENTIALS_REFUSED: [&str; 3] = ["400003", "400004", "400005"];
+pub(crate) const CREDENTIALS_REFUSED: [&str; 3] = ["400003", "400004", "400005"];
 
 /// The exchange rejected what belongs to the key: the key itself, its address, its permissions or its version. Another key
 /// may be accepted; nothing was executed.
-pub const KEY_REFUSED: [&str; 7] = [
+pub(crate) const KEY_REFUSED: [&str; 7] = [
     "400003", "400004", "400005", "400006", "400007", "400008", "400009",
 ];
 
 /// Refusals that another version, or another secret, would mend.
-pub const VERSION_OR_SECRET: [&str; 4] = ["400004", "400005", "400008", "400009"];
+pub(crate) const VERSION_OR_SECRET: [&str; 4] = ["400004", "400005", "400008", "400009"];
 
 /// Refusals that are about the account and not about one request, beside those of the key itself: no access, region,
 /// identity, frozen, blacklisted.
-pub const ACCOUNT_REFUSED: [&str; 7] = [
+pub(crate) const ACCOUNT_REFUSED: [&str; 7] = [
     "400010", "400301", "400302", "400303", "400304", "411100", "411200",
 ];
 
 /// A quota of the account is used up, or KuCoin is overloaded.
-pub const RATE_LIMITED: &str = "429000";
+pub(crate) const RATE_LIMITED: &str = "429000";
 
 /// The edge has blocked the address of the broker. Source: KuCoin API documentation, "Rate Limit", code 1015.
-pub const EDGE_BLOCKED: &str = "1015";
+pub(crate) const EDGE_BLOCKED: &str = "1015";
 
 /// Futures: too many requests. On spot the same code means that cancellations are suspended.
-pub const FUTURES_RATE_LIMITED: &str = "200002";
+pub(crate) const FUTURES_RATE_LIMITED: &str = "200002";
 
 /// Refusals that pass by themselves after a moment.
-pub const BUSY: [&str; 3] = [RATE_LIMITED, "429001", "429002"];
+pub(crate) const BUSY: [&str; 3] = [RATE_LIMITED, "429001", "429002"];
 
 /// What a code says about the request.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Class {
+pub(crate) enum Class {
     /// There is no code, or none that can be read.
     Missing,
     /// The exchange refused the request; nothing was executed.
@@ -66,7 +66,7 @@ pub enum Class {
 
 /// The class of `code` in an answer of `host` to a request for `product` (`None`: an endpoint outside the catalogue).
 /// `success` are the endpoint's further success codes, `configured` the operator's further refusals.
-pub fn class(
+pub(crate) fn class(
     host: Host,
     product: Option<Product>,
     code: &str,
@@ -380,7 +380,7 @@ static UNCLEAR: &[Row] = &[
 
 /// Refusals that the configuration adds (`exchange.refusal_codes`), until a release has them.
 #[derive(Clone, Debug, Default)]
-pub struct RefusalCodes(BTreeSet<RefusalCode>);
+pub(crate) struct RefusalCodes(BTreeSet<RefusalCode>);
 
 impl RefusalCodes {
     fn has(&self, host: Host, product: Option<Product>, code: &str) -> bool {
@@ -401,7 +401,7 @@ impl FromIterator<RefusalCode> for RefusalCodes {
 /// One code that means a refusal, as the configuration writes it: `futures/futures/300099`, or `spot/*/400999` for every
 /// product of the host.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
-pub struct RefusalCode {
+pub(crate) struct RefusalCode {
     host: Host,
     /// `None`: every product, and endpoints outside the catalogue.
     product: Option<Product>,
@@ -410,7 +410,7 @@ pub struct RefusalCode {
 
 /// Why a text is no refusal code.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
-pub enum RefusalCodeError {
+pub(crate) enum RefusalCodeError {
     /// It names no code, or one that no answer can have.
     #[error("{0:?} is not a code: expected 1 to {MAX_CODE_CHARS} letters, digits, '_' or '-'")]
     Code(String),
@@ -441,7 +441,7 @@ pub enum RefusalCodeError {
 }
 
 /// More than any code has; the longest known one, `order_not_exist`, has 15.
-pub const MAX_CODE_CHARS: usize = 64;
+pub(crate) const MAX_CODE_CHARS: usize = 64;
 
 impl FromStr for RefusalCode {
     type Err = RefusalCodeError;
@@ -472,7 +472,11 @@ impl FromStr for RefusalCode {
 
 impl RefusalCode {
     /// The refusal `code`; fails where it is no code, or where an answer with it may have been executed.
-    pub fn new(host: Host, product: Option<Product>, code: &str) -> Result<Self, RefusalCodeError> {
+    pub(crate) fn new(
+        host: Host,
+        product: Option<Product>,
+        code: &str,
+    ) -> Result<Self, RefusalCodeError> {
         let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-');
         let code = code.to_owned();
         if !(1..=MAX_CODE_CHARS).contains(&code.len()) || !code.chars().all(fits) {

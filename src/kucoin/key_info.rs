@@ -30,34 +30,34 @@ const PAGE: &str = "API Management > Edit";
 
 /// What KuCoin tells about a key.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct KeyInfo {
+pub(crate) struct KeyInfo {
     /// KuCoin's number of the account; `None`: it told none.
-    pub uid: Option<String>,
+    pub(crate) uid: Option<String>,
     /// Whether it is the master account's, and not a sub-account's.
-    pub is_master: bool,
+    pub(crate) is_master: bool,
     /// Name of the sub-account.
-    pub sub_name: Option<String>,
+    pub(crate) sub_name: Option<String>,
     /// KuCoin's word for the site, such as `global`; `None`: it told none.
-    pub site: Option<String>,
+    pub(crate) site: Option<String>,
     /// What the key may do.
-    pub permissions: Vec<Permission>,
+    pub(crate) permissions: Vec<Permission>,
     /// Addresses that may use it, as KuCoin writes them, which hides parts: `203.**.154`. None: any address.
-    pub ip_whitelist: Vec<String>,
+    pub(crate) ip_whitelist: Vec<String>,
     /// Its version.
-    pub version: Option<i64>,
+    pub(crate) version: Option<i64>,
     /// When it was made: Unix milliseconds.
-    pub created_at_ms: Option<i64>,
+    pub(crate) created_at_ms: Option<i64>,
     /// When it ends: Unix milliseconds; `None`: never.
-    pub expires_at_ms: Option<i64>,
+    pub(crate) expires_at_ms: Option<i64>,
     /// The third-party application that it is linked to.
-    pub third_party_app: Option<String>,
+    pub(crate) third_party_app: Option<String>,
     /// Fields whose value is not as the documentation has it.
-    pub unread: Vec<&'static str>,
+    pub(crate) unread: Vec<&'static str>,
 }
 
 /// What a key may do. `Display` has the words of KuCoin's page, which are not those of its answers.
 #[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
-pub enum Permission {
+pub(crate) enum Permission {
     /// Subscribe and redeem.
     Earn,
     /// Move money between accounts of the owner; `InnerTransfer` in answers.
@@ -161,30 +161,30 @@ impl fmt::Display for Permission {
 #[error(
     "expected what KuCoin's documentation describes for user/api-key: code 200000 and `data` with `permission`; got something else"
 )]
-pub struct NotKeyInfo;
+pub(crate) struct NotKeyInfo;
 
 /// What a key is for.
 #[derive(Clone, Debug)]
-pub struct Expected {
+pub(crate) struct Expected {
     /// Scopes that it shall serve.
-    pub scopes: Vec<Scope>,
+    pub(crate) scopes: Vec<Scope>,
     /// Whether its account is for reading alone.
-    pub is_read_only: bool,
+    pub(crate) is_read_only: bool,
     /// Whether it may let money out.
-    pub allow_money_out: bool,
+    pub(crate) allow_money_out: bool,
     /// The account's site.
-    pub site: Site,
+    pub(crate) site: Site,
     /// The address that KuCoin sees.
-    pub egress_ip: IpAddr,
+    pub(crate) egress_ip: IpAddr,
     /// The version that the request was signed with.
-    pub version: KeyVersion,
+    pub(crate) version: KeyVersion,
     /// Now: Unix milliseconds.
-    pub now_ms: i64,
+    pub(crate) now_ms: i64,
 }
 
 impl KeyInfo {
     /// Reads a whole answer of `user/api-key`. Only `permission` must be there: a new form of the rest is no reason to refuse a key.
-    pub fn read(answer: &[u8]) -> Result<Self, NotKeyInfo> {
+    pub(crate) fn read(answer: &[u8]) -> Result<Self, NotKeyInfo> {
         let fields: Map<String, Value> = data(answer).ok_or(NotKeyInfo)?;
         let mut unread = Vec::new();
         let mut number = |name: &'static str| {
@@ -231,18 +231,18 @@ impl KeyInfo {
     ///
     /// An entry that hides parts of an address counts as it where the rest fits, and one that names a range where the range
     /// has it: KuCoin documents neither, and a key that answers is the better witness.
-    pub fn admits(&self, address: IpAddr) -> Option<bool> {
+    pub(crate) fn admits(&self, address: IpAddr) -> Option<bool> {
         let mut entries = self.ip_whitelist.iter().map(String::as_str);
         (!self.ip_whitelist.is_empty()).then(|| entries.any(|entry| fits(entry, address)))
     }
 
     /// Whether the key can trade.
-    pub fn can_trade(&self) -> bool {
+    pub(crate) fn can_trade(&self) -> bool {
         self.permissions.iter().any(Permission::trades)
     }
 
     /// What is wrong with the key for what it is `expected` to be, refusals first; nothing: all is well.
-    pub fn judge(&self, expected: &Expected) -> Vec<Diagnosis> {
+    pub(crate) fn judge(&self, expected: &Expected) -> Vec<Diagnosis> {
         let mut findings = Vec::new();
         findings.extend(self.site(expected.site));
         if expected.is_read_only {
@@ -425,7 +425,7 @@ impl KeyInfo {
     }
 
     /// What is wrong with the time that the key has left.
-    pub fn expiry(&self, now_ms: i64) -> Option<Diagnosis> {
+    pub(crate) fn expiry(&self, now_ms: i64) -> Option<Diagnosis> {
         let left_ms = self.expires_at_ms?.saturating_sub(now_ms);
         let when = match left_ms.div_euclid(DAY_MS) {
             _ if self.has_expired(now_ms) => "has expired".to_owned(),
@@ -449,7 +449,7 @@ impl KeyInfo {
     }
 
     /// Whether its time is over.
-    pub fn has_expired(&self, now_ms: i64) -> bool {
+    pub(crate) fn has_expired(&self, now_ms: i64) -> bool {
         self.expires_at_ms.is_some_and(|at_ms| at_ms <= now_ms)
     }
 
@@ -499,7 +499,7 @@ impl KeyInfo {
 
 /// What KuCoin's refusal of a request in `scope` tells about the key that signed it. `egress_ip` is the address that KuCoin
 /// must see; the one that the message names counts for more.
-pub fn refusal(code: &str, msg: &str, scope: Scope, egress_ip: IpAddr) -> Diagnosis {
+pub(crate) fn refusal(code: &str, msg: &str, scope: Scope, egress_ip: IpAddr) -> Diagnosis {
     let Some(advice) = advice::of_message(scope, code, msg) else {
         // What a stranger wrote goes to a terminal.
         let (code, said) = (clean(code, 64), clean(msg, 200));
@@ -525,7 +525,7 @@ pub fn refusal(code: &str, msg: &str, scope: Scope, egress_ip: IpAddr) -> Diagno
 }
 
 /// Refuses a key that another account has already.
-pub fn taken(account: &str, key: &str) -> Diagnosis {
+pub(crate) fn taken(account: &str, key: &str) -> Diagnosis {
     Diagnosis::failed(
         "key-taken",
         format!(
@@ -536,7 +536,7 @@ pub fn taken(account: &str, key: &str) -> Diagnosis {
 }
 
 /// A warning when `answer`, that of `GET /api/v1/accounts`, has money in the main account and nowhere else.
-pub fn funds_in_main(answer: &[u8]) -> Option<Diagnosis> {
+pub(crate) fn funds_in_main(answer: &[u8]) -> Option<Diagnosis> {
     let accounts: Vec<Map<String, Value>> = data(answer)?;
     let has_money = |account: &&Map<String, Value>| {
         text(account, "balance")

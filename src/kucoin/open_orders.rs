@@ -6,32 +6,32 @@ use super::{Method, Scope};
 use crate::base::text::clean;
 
 /// Orders on a page: every list takes so many. Source: KuCoin API documentation, `pageSize` of these lists.
-pub const PAGE: usize = 100;
+pub(crate) const PAGE: usize = 100;
 
 /// Pages of a list that are read: 5000 orders. Lists of one-cancels-other orders hold those that are over, too.
-pub const PAGES: usize = 50;
+pub(crate) const PAGES: usize = 50;
 
 /// `status` of a one-cancels-other order that is over. What a triggered one has placed is an order like any other.
 const OVER: [&str; 3] = ["CANCELLED", "DONE", "TRIGGERED"];
 
 /// One kind of order, which no other kind's requests withdraw.
 #[derive(Debug)]
-pub struct Kind {
+pub(crate) struct Kind {
     /// Where such orders are.
-    pub scope: Scope,
+    pub(crate) scope: Scope,
     /// Cancels all of them (DELETE).
-    pub whole: Option<&'static str>,
+    pub(crate) whole: Option<&'static str>,
     /// Cancels those of one symbol; on the unified account of one margin mode, too.
-    pub by_symbol: Option<(Method, &'static str)>,
+    pub(crate) by_symbol: Option<(Method, &'static str)>,
     /// How they are listed.
-    pub list: List,
+    pub(crate) list: List,
     /// What each of these requests names.
-    pub names: &'static [(&'static str, &'static str)],
+    pub(crate) names: &'static [(&'static str, &'static str)],
 }
 
 /// How the open orders of a kind are listed.
 #[derive(Debug)]
-pub enum List {
+pub(crate) enum List {
     /// Page by page.
     Paged {
         /// Of the list.
@@ -55,7 +55,7 @@ const CROSS: &[(&str, &str)] = &[("tradeType", "MARGIN_TRADE")];
 const ISOLATED: &[(&str, &str)] = &[("tradeType", "MARGIN_ISOLATED_TRADE")];
 
 /// Every kind. Source: KuCoin API documentation, the pages of these endpoints; a test compares them with the catalogue.
-pub const KINDS: [Kind; 19] = [
+pub(crate) const KINDS: [Kind; 19] = [
     Kind {
         scope: Scope::SpotMargin,
         whole: Some("/api/v1/hf/orders/cancelAll"),
@@ -162,15 +162,15 @@ const fn paged(
 
 /// Orders that one request cancels, where it must name them: a symbol, and a margin mode where orders have one.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
-pub struct Group {
+pub(crate) struct Group {
     /// The symbol.
-    pub symbol: String,
+    pub(crate) symbol: String,
     /// The margin mode, on the unified account.
-    pub margin_mode: Option<String>,
+    pub(crate) margin_mode: Option<String>,
 }
 
 /// A list; an empty one may come as null. `None`: it is none.
-pub fn list(list: &Value) -> Option<&[Value]> {
+pub(crate) fn list(list: &Value) -> Option<&[Value]> {
     match list {
         Value::Array(items) => Some(items),
         Value::Null => Some(&[]),
@@ -179,7 +179,7 @@ pub fn list(list: &Value) -> Option<&[Value]> {
 }
 
 /// The list in this field; where there is nothing at all it may be missing. `None`: it is none.
-pub fn items<'v>(data: &'v Value, field: &str) -> Option<&'v [Value]> {
+pub(crate) fn items<'v>(data: &'v Value, field: &str) -> Option<&'v [Value]> {
     if data.is_null() {
         return Some(&[]);
     }
@@ -187,20 +187,20 @@ pub fn items<'v>(data: &'v Value, field: &str) -> Option<&'v [Value]> {
 }
 
 /// A symbol or a mode: a name that can be asked for, and shown. `None`: it is none.
-pub fn name(name: &Value) -> Option<&str> {
+pub(crate) fn name(name: &Value) -> Option<&str> {
     let fits = |name: &&str| (1..=64).contains(&name.len()) && clean(name, 64) == *name;
     name.as_str().filter(fits)
 }
 
 /// Whether a listed order is over.
-pub fn is_over(item: &Value) -> bool {
+pub(crate) fn is_over(item: &Value) -> bool {
     let status = item.get("status").and_then(Value::as_str);
     status.is_some_and(|status| OVER.contains(&status))
 }
 
 impl Group {
     /// Where a listed order belongs; `None`: it cannot be read.
-    pub fn of(kind: &Kind, item: &Value) -> Option<Self> {
+    pub(crate) fn of(kind: &Kind, item: &Value) -> Option<Self> {
         let mode = item.get("marginMode").filter(|mode| {
             let is_none = mode.is_null() || mode.as_str() == Some("");
             kind.scope == Scope::Unified && !is_none

@@ -7,11 +7,11 @@ use serde_json::Value;
 
 /// A JSON pointer (RFC 6901, without escapes) that may lead through every element of one list.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Pointer(Vec<Step>);
+pub(crate) struct Pointer(Vec<Step>);
 
 /// One step of it.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub enum Step {
+pub(crate) enum Step {
     /// Into each element of a list.
     Each,
     /// Into the value under this name.
@@ -19,11 +19,11 @@ pub enum Step {
 }
 
 /// Where a reader stands on a pointer: the steps that remain; `None` off it.
-pub type At<'p> = Option<&'p [Step]>;
+pub(crate) type At<'p> = Option<&'p [Step]>;
 
 impl Pointer {
     /// `leaf` in the document, or in each element of the list at `items`; the list is the document where `items` is empty.
-    pub fn new(items: Option<&str>, leaf: &str) -> Self {
+    pub(crate) fn new(items: Option<&str>, leaf: &str) -> Self {
         let names = |pointer: &str| -> Vec<Step> {
             let names = pointer.split('/').skip(1);
             names.map(|name| Step::Name(name.to_owned())).collect()
@@ -38,12 +38,12 @@ impl Pointer {
     }
 
     /// At its beginning.
-    pub fn start(&self) -> At<'_> {
-        Some(&self.0)
+    pub(crate) fn start(&self) -> &[Step] {
+        &self.0
     }
 
     /// The strings that it leads to; none where `json` is not JSON to its end.
-    pub fn strings(&self, json: &[u8]) -> Vec<String> {
+    pub(crate) fn strings(&self, json: &[u8]) -> Vec<String> {
         let mut strings = Vec::new();
         let mut reader = serde_json::Deserializer::from_slice(json);
         let collect = Collect {
@@ -57,7 +57,7 @@ impl Pointer {
     }
 
     /// How many values it can lead to in `json`: one for each element of its list, one where it leads through none.
-    pub fn count(&self, json: &[u8]) -> usize {
+    pub(crate) fn count(&self, json: &[u8]) -> usize {
         let document: Value = serde_json::from_slice(json).unwrap_or_default();
         let mut value = Some(&document);
         for step in &self.0 {
@@ -70,7 +70,7 @@ impl Pointer {
     }
 
     /// The pointer as RFC 6901 writes it, for the element at `index`.
-    pub fn of_item(&self, index: Option<usize>) -> String {
+    pub(crate) fn of_item(&self, index: Option<usize>) -> String {
         let steps = self.0.iter().map(|step| match (step, index) {
             (Step::Name(name), _) => format!("/{name}"),
             (Step::Each, Some(index)) => format!("/{index}"),
@@ -81,7 +81,7 @@ impl Pointer {
 }
 
 /// Where a reader stands that goes from `at` into the value under `name`.
-pub fn under<'p>(at: At<'p>, name: &str) -> At<'p> {
+pub(crate) fn under<'p>(at: At<'p>, name: &str) -> At<'p> {
     match at?.split_first()? {
         (Step::Name(expected), rest) if expected == name => Some(rest),
         _ => None,
@@ -89,7 +89,7 @@ pub fn under<'p>(at: At<'p>, name: &str) -> At<'p> {
 }
 
 /// Where a reader stands that goes from `at` into the elements of a list.
-pub fn each(at: At<'_>) -> At<'_> {
+pub(crate) fn each(at: At<'_>) -> At<'_> {
     match at?.split_first()? {
         (Step::Each, rest) => Some(rest),
         _ => None,

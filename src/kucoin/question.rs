@@ -16,7 +16,7 @@ pub(super) const OWN: &str = concat!("credbroker/", env!("CARGO_PKG_VERSION"), "
 
 /// A question of the broker's own.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Question {
+pub(crate) enum Question {
     /// From which address do my requests come? Answered by spot hosts. Source: KuCoin API documentation, "Get Client IP
     /// Address": public, weight 0.
     MyIp,
@@ -27,7 +27,7 @@ pub enum Question {
 
 impl Question {
     /// The request that asks it.
-    pub fn request(self) -> Request<Full<Bytes>> {
+    pub(crate) fn request(self) -> Request<Full<Bytes>> {
         let path = match self {
             Self::MyIp => "/api/v1/my-ip",
             Self::Time => "/api/v1/timestamp",
@@ -43,7 +43,7 @@ impl Question {
 }
 
 /// `data` of an answer that says that all went well; `None` for any other.
-pub fn data<T: DeserializeOwned>(body: &[u8]) -> Option<T> {
+pub(crate) fn data<T: DeserializeOwned>(body: &[u8]) -> Option<T> {
     #[derive(Deserialize)]
     struct Envelope<T> {
         code: String,
@@ -54,7 +54,7 @@ pub fn data<T: DeserializeOwned>(body: &[u8]) -> Option<T> {
 }
 
 /// The address that the text of a refusal names. Source: KuCoin API documentation, code 400006: "… current ip: …".
-pub fn address_in(msg: &str) -> Option<IpAddr> {
+pub(crate) fn address_in(msg: &str) -> Option<IpAddr> {
     let of_an_address = |c: char| c.is_ascii_hexdigit() || matches!(c, '.' | ':');
     msg.split(|c| !of_an_address(c))
         .map(|word| word.trim_matches(['.', ':']))

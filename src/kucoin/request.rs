@@ -20,13 +20,13 @@ const DELETE_WITH_BODY: (Scope, &str) = (Scope::Futures, "/api/v1/orders/multi-c
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct RequestLimits {
     /// Bytes of the path.
-    pub path_bytes: usize,
+    pub(crate) path_bytes: usize,
     /// Bytes of all query names and values together, decoded.
-    pub query_bytes: usize,
+    pub(crate) query_bytes: usize,
     /// Query parameters.
-    pub query_parameters: usize,
+    pub(crate) query_parameters: usize,
     /// Bytes of the body.
-    pub body_bytes: usize,
+    pub(crate) body_bytes: usize,
 }
 
 impl Default for RequestLimits {
@@ -81,16 +81,16 @@ impl fmt::Debug for UnsignedRequest {
 
 /// A field that is not as it must be.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Malformed {
+pub(crate) struct Malformed {
     /// Name of the field in the proto.
-    pub field: String,
+    pub(crate) field: String,
     /// What was expected and what came.
-    pub problem: String,
+    pub(crate) problem: String,
 }
 
 impl Malformed {
     /// A problem of `field`.
-    pub fn new(field: impl Into<String>, problem: impl fmt::Display) -> Self {
+    pub(crate) fn new(field: impl Into<String>, problem: impl fmt::Display) -> Self {
         Self {
             field: field.into(),
             problem: problem.to_string(),
@@ -99,7 +99,7 @@ impl Malformed {
 }
 
 /// Checks path and query; adds to `problems` and returns `None` where they are not as they must be.
-pub fn target(
+pub(crate) fn target(
     path: &str,
     query: Vec<(String, String)>,
     limits: &RequestLimits,
@@ -177,7 +177,7 @@ fn client_oid_problem(client_oid: &str) -> Option<String> {
 ///
 /// Returns the clientOids in it, at the place where the catalogue says that `endpoint` has them. A name that stands twice in
 /// one object is refused, because two readers may see two different orders in it.
-pub fn body(
+pub(crate) fn body(
     endpoint: Option<&Endpoint>,
     scope: Option<Scope>,
     method: Method,
@@ -219,7 +219,7 @@ pub fn body(
     let mut json = serde_json::Deserializer::from_slice(body);
     let walked = Walk {
         found: &mut found,
-        at: pointer.start(),
+        at: Some(pointer.start()),
         index: None,
     }
     .deserialize(&mut json)

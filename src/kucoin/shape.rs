@@ -13,7 +13,7 @@ const MAX_NAME_CHARS: usize = 40;
 
 /// What `data` of an answer is.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Documented {
+pub(crate) enum Documented {
     /// Objects of these fields; those that need not be there begin with `?`.
     List(&'static [&'static str]),
     /// A number.
@@ -26,13 +26,13 @@ pub enum Documented {
 
 /// How an answer differs from what is documented.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct Difference {
+pub(crate) struct Difference {
     /// What `data` is.
-    pub kind: &'static str,
+    pub(crate) kind: &'static str,
     /// Fields that are documented and are not there.
-    pub missing: Vec<&'static str>,
+    pub(crate) missing: Vec<&'static str>,
     /// Fields that are there and are not documented, with what they are.
-    pub new: Vec<String>,
+    pub(crate) new: Vec<String>,
 }
 
 /// What `data` of an answer is documented to be, for what a doctor asks.
@@ -40,7 +40,7 @@ pub struct Difference {
 /// Source: KuCoin API documentation, "Get Server Time", "Get Client IP Address", "Get Apikey Info" with its change log of
 /// 2025-11-14 and 2026-01-27, "Get Account List - Spot", "Get Account - Futures", "Add Order Test" of spot and futures; for
 /// the overview of the unified account the models of client libraries, since its page was not to be had.
-pub fn documented(method: Method, path: &str) -> Option<Documented> {
+pub(crate) fn documented(method: Method, path: &str) -> Option<Documented> {
     const ORDER: Documented = Documented::Object(&["orderId", "clientOid"]);
     Some(match (method, path) {
         (Method::Get, "/api/v1/timestamp") => Documented::Number,
@@ -95,7 +95,7 @@ pub fn documented(method: Method, path: &str) -> Option<Documented> {
 
 impl Documented {
     /// In a word.
-    pub fn kind(self) -> &'static str {
+    pub(crate) fn kind(self) -> &'static str {
         match self {
             Self::List(_) => "list",
             Self::Number => "number",
@@ -105,7 +105,7 @@ impl Documented {
     }
 
     /// Compares with the whole body of an answer.
-    pub fn compare(self, body: &[u8]) -> Difference {
+    pub(crate) fn compare(self, body: &[u8]) -> Difference {
         let envelope: Map<String, Value> = serde_json::from_slice(body).unwrap_or_default();
         let data = envelope.get("data");
         let kind = data.map_or("nothing", kind_of);

@@ -42,7 +42,7 @@ pub enum KeyVersion {
 
 impl KeyVersion {
     /// Its number.
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::V2 => "2",
             Self::V3 => "3",
@@ -123,13 +123,13 @@ impl Key {
     }
 
     /// The version that it signs with.
-    pub fn version(&self) -> KeyVersion {
+    pub(crate) fn version(&self) -> KeyVersion {
         self.version
     }
 
     /// SHA-256 of the key id: names the key where the id itself has no business (custom metadata, lists of revoked
     /// keys). Not a secret: key ids are random, so nobody finds one by trying.
-    pub fn id_sha256(&self) -> [u8; 32] {
+    pub(crate) fn id_sha256(&self) -> [u8; 32] {
         self.id_sha256
     }
 }
@@ -165,7 +165,7 @@ pub struct SignedRequest {
     /// What goes on the wire, but for the host.
     pub(crate) request: http::Request<Full<Bytes>>,
     /// The timestamp that was signed, Unix milliseconds; 0 where nothing was.
-    pub timestamp_ms: i64,
+    pub(crate) timestamp_ms: i64,
     /// The key that signed; none for a public request.
     pub(crate) key: Option<Weak<Key>>,
 }

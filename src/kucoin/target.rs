@@ -58,7 +58,7 @@ impl Target {
     }
 
     /// The decoded pairs, in order.
-    pub fn query(&self) -> &[(String, String)] {
+    pub(crate) fn query(&self) -> &[(String, String)] {
         &self.query
     }
 
@@ -70,12 +70,12 @@ impl Target {
     }
 
     /// Path and query as they go on the wire: the query percent-encoded as RFC 3986 says (space `%20`, plus `%2B`).
-    pub fn to_wire(&self) -> String {
+    pub(crate) fn to_wire(&self) -> String {
         self.join(percent_encode)
     }
 
     /// The wire form with the values of secret-bearing parameters masked, for the audit file.
-    pub fn masked(&self) -> String {
+    pub(crate) fn masked(&self) -> String {
         let query = self.query.iter().map(|(name, value)| {
             let value = if bears_secret(name) {
                 "***"

@@ -30,7 +30,7 @@ use crate::kucoin::{Answer, Method, Scope, advice};
 use crate::policy::Account;
 
 /// All of it takes no longer; what is not known by then is reported as unknown.
-pub const WITHIN: Duration = Duration::from_secs(90);
+pub(crate) const WITHIN: Duration = Duration::from_secs(90);
 
 /// How long what the exchange has taken on may take to show in its lists: assumed, nobody says. What shows later still is
 /// left for the next halt.
@@ -64,15 +64,15 @@ const NOT_ALLOWED: [&str; 3] = [
 
 /// What became of the open orders of one account in one scope.
 #[derive(Debug)]
-pub struct Cancelled {
+pub(crate) struct Cancelled {
     /// The account.
-    pub account: AccountId,
+    pub(crate) account: AccountId,
     /// The scope.
-    pub scope: Scope,
+    pub(crate) scope: Scope,
     /// What was asked, and what came.
-    pub probes: Vec<Probe>,
+    pub(crate) probes: Vec<Probe>,
     /// How many are still open; unknown where the exchange did not tell.
-    pub still_open: Option<u64>,
+    pub(crate) still_open: Option<u64>,
 }
 
 /// Why it is not known what is open.
@@ -112,7 +112,7 @@ struct Halt<'h> {
 impl Broker {
     /// Cancels every open order of an account, or of all, in every scope that has a key, and looks what is still open.
     /// What adds risk must have been forbidden before: it stops looking once that is allowed again.
-    pub async fn cancel_all(
+    pub(crate) async fn cancel_all(
         self: &Arc<Self>,
         admin: &AdminId,
         account: Option<&Account>,

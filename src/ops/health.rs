@@ -24,7 +24,7 @@ pub struct Readiness {
     /// Whether bots should be sent here.
     pub is_ready: bool,
     /// What is wrong, also where the broker is ready all the same.
-    pub problems: Vec<Diagnosis>,
+    pub(crate) problems: Vec<Diagnosis>,
 }
 
 /// Asks `broker` how it is.
@@ -32,7 +32,7 @@ pub struct Readiness {
 /// Not ready while it stops, while Vault has not said a word about a key, while no key at all is in memory and fresh
 /// enough, while a host of the exchange has no address or no known time, and while requests do not provably leave from
 /// the expected address. A key that Vault refuses is a problem, but does not take the others down.
-pub fn readiness(broker: &Broker) -> Readiness {
+pub(crate) fn readiness(broker: &Broker) -> Readiness {
     of_keys(broker, &key_health::all(broker))
 }
 
@@ -103,7 +103,7 @@ fn name_of(key: &KeyHealth) -> String {
 }
 
 /// What is in force, beside what is wrong: for `/readyz?verbose`.
-pub fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
+pub(crate) fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
     let mut lines = Vec::new();
     let keys = key_health::all(broker);
     for key in &keys {

@@ -24,7 +24,7 @@ const KEY_UNKNOWN: &str = "key-unknown";
 
 impl KeyStatus {
     /// All that a key can have, from best to worst.
-    pub const ALL: [Self; 9] = [
+    pub(crate) const ALL: [Self; 9] = [
         Self::Untested,
         Self::Active,
         Self::Degraded,
@@ -55,51 +55,51 @@ impl KeyStatus {
 
 /// How one key is.
 #[derive(Debug)]
-pub struct KeyHealth {
+pub(crate) struct KeyHealth {
     /// Its account.
-    pub account: AccountId,
+    pub(crate) account: AccountId,
     /// Its name.
-    pub name: KeyName,
+    pub(crate) name: KeyName,
     /// What it serves, by the rules.
-    pub scopes: Vec<Scope>,
+    pub(crate) scopes: Vec<Scope>,
     /// The worst that is known of it.
-    pub status: KeyStatus,
+    pub(crate) status: KeyStatus,
     /// What keeps it from serving as it should, as far as Vault and admins have a say in it.
-    pub troubles: Vec<Diagnosis>,
+    pub(crate) troubles: Vec<Diagnosis>,
     /// What the exchange says of it, and halts; no two with the same id.
-    pub findings: Vec<Diagnosis>,
+    pub(crate) findings: Vec<Diagnosis>,
     /// The version in memory.
-    pub version: Option<u64>,
+    pub(crate) version: Option<u64>,
     /// Since Vault last confirmed it; none where it is not in memory.
-    pub age: Option<Duration>,
+    pub(crate) age: Option<Duration>,
     /// Whether it is in memory, and Vault has confirmed it as often as it should.
-    pub is_confirmed: bool,
+    pub(crate) is_confirmed: bool,
     /// Whether it is in memory and fresh enough for everything.
-    pub is_available: bool,
+    pub(crate) is_available: bool,
     /// What the exchange told about it.
-    pub info: Option<Arc<KeyInfo>>,
+    pub(crate) info: Option<Arc<KeyInfo>>,
     /// Whether its whitelist has our address; unknown before its test, and without a whitelist.
-    pub is_whitelisted: Option<bool>,
+    pub(crate) is_whitelisted: Option<bool>,
     /// When the exchange last took a request that it signed: Unix time in milliseconds.
-    pub used_ms: Option<i64>,
+    pub(crate) used_ms: Option<i64>,
     /// When it was last tested, and the exchange answered: Unix time in milliseconds.
-    pub tested_ms: Option<i64>,
+    pub(crate) tested_ms: Option<i64>,
     /// SHA-256 of its id.
-    pub id: Option<KeyDigest>,
+    pub(crate) id: Option<KeyDigest>,
     /// The same; where none is in memory, of the last one that was.
-    pub last: Option<KeyDigest>,
+    pub(crate) last: Option<KeyDigest>,
     /// Whether the account has a partner where it signs.
-    pub needs_partner_key: bool,
+    pub(crate) needs_partner_key: bool,
 }
 
 /// Every key that the rules name.
-pub fn all(broker: &Broker) -> Vec<KeyHealth> {
+pub(crate) fn all(broker: &Broker) -> Vec<KeyHealth> {
     let keys = broker.keyring.entries();
     keys.into_iter().map(|key| of(broker, key)).collect()
 }
 
 /// One of them.
-pub fn one(broker: &Broker, account: &AccountId, name: &KeyName) -> Option<KeyHealth> {
+pub(crate) fn one(broker: &Broker, account: &AccountId, name: &KeyName) -> Option<KeyHealth> {
     let mut keys = broker.keyring.entries().into_iter();
     keys.find(|key| key.account == *account && key.name == *name)
         .map(|key| of(broker, key))
@@ -262,7 +262,7 @@ fn of(broker: &Broker, key: KeyEntry) -> KeyHealth {
 
 impl KeyHealth {
     /// Why it has its status, a sentence for each thing; none: all is well.
-    pub fn reasons(&self) -> Vec<String> {
+    pub(crate) fn reasons(&self) -> Vec<String> {
         let all = self.troubles.iter().chain(&self.findings);
         all.map(Diagnosis::text).collect()
     }
@@ -355,7 +355,7 @@ impl KeyHealth {
 }
 
 /// The scopes that a key serves, by the rules.
-pub fn scopes(account: &Account, name: &KeyName) -> Vec<Scope> {
+pub(crate) fn scopes(account: &Account, name: &KeyName) -> Vec<Scope> {
     let serves = account.keys.iter().filter(|(_, named)| *named == name);
     serves.map(|(scope, _)| *scope).collect()
 }

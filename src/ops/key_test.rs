@@ -33,43 +33,43 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// A key to be tested.
 #[derive(Debug)]
-pub struct KeyTest {
+pub(crate) struct KeyTest {
     /// Who wants to know.
-    pub who: Who,
+    pub(crate) who: Who,
     /// Its account, as the rules have it.
-    pub account: Arc<Account>,
+    pub(crate) account: Arc<Account>,
     /// What it shall serve.
-    pub scopes: BTreeSet<Scope>,
+    pub(crate) scopes: BTreeSet<Scope>,
     /// The key.
-    pub key: Arc<Key>,
+    pub(crate) key: Arc<Key>,
     /// Whether every scope is tried with a read.
-    pub reads: bool,
+    pub(crate) reads: bool,
     /// Whether an order is validated where there is an endpoint for that; none is placed.
-    pub orders: bool,
+    pub(crate) orders: bool,
 }
 
 /// What came of it.
 #[derive(Debug)]
-pub struct KeyTested {
+pub(crate) struct KeyTested {
     /// What the exchange says about the key.
-    pub report: Report,
+    pub(crate) report: Report,
     /// What was asked, and what came.
-    pub probes: Vec<Probe>,
+    pub(crate) probes: Vec<Probe>,
 }
 
 /// One question, and what came.
 #[derive(Clone, Debug)]
-pub struct Probe {
+pub(crate) struct Probe {
     /// What was asked.
-    pub question: String,
+    pub(crate) question: String,
     /// Whether the answer was the one expected.
-    pub is_ok: bool,
+    pub(crate) is_ok: bool,
     /// What came, in a few words; no balances.
-    pub answer: String,
+    pub(crate) answer: String,
 }
 
 /// Answers the keyring: tests keys, and puts on record what became of them. Never ends.
-pub async fn attend(broker: Arc<Broker>, mut notices: mpsc::UnboundedReceiver<Notice>) {
+pub(crate) async fn attend(broker: Arc<Broker>, mut notices: mpsc::UnboundedReceiver<Notice>) {
     let at_once = Arc::new(Semaphore::new(AT_ONCE));
     while let Some(notice) = notices.recv().await {
         match notice {
@@ -123,7 +123,7 @@ impl Broker {
     }
 
     /// The account of a key, and the scopes that it serves; none where the rules do not name it.
-    pub fn served(
+    pub(crate) fn served(
         &self,
         account: &AccountId,
         name: &KeyName,
@@ -140,7 +140,7 @@ impl Broker {
     ///
     /// # Errors
     /// What `make` fails with.
-    pub async fn test_versions<E>(
+    pub(crate) async fn test_versions<E>(
         self: &Arc<Self>,
         test: KeyTest,
         make: impl Fn(KeyVersion) -> Result<Arc<Key>, E>,
@@ -171,7 +171,7 @@ impl Broker {
     }
 
     /// Asks the exchange about a key, and with it.
-    pub async fn test_key(self: &Arc<Self>, test: &KeyTest) -> KeyTested {
+    pub(crate) async fn test_key(self: &Arc<Self>, test: &KeyTest) -> KeyTested {
         let mut tested = KeyTested {
             report: Report {
                 verdict: Verdict::Good,
@@ -315,7 +315,7 @@ impl Broker {
     }
 
     /// Sends a request of an admin, or of the broker's own, over the one request path.
-    pub async fn ask_as(
+    pub(crate) async fn ask_as(
         self: &Arc<Self>,
         who: Who,
         account: &AccountId,
@@ -374,7 +374,7 @@ impl Broker {
 
 impl KeyTest {
     /// Whether the account has a partner where this key signs.
-    pub fn has_partner(&self) -> bool {
+    pub(crate) fn has_partner(&self) -> bool {
         let mut partners = self.account.partners.keys();
         partners.any(|scope| self.scopes.contains(scope))
     }
@@ -424,20 +424,20 @@ fn lacks_partner_key(account: &Account) -> Diagnosis {
 
 /// A request of an admin or of the broker's own.
 #[derive(Clone, Debug)]
-pub struct Ask {
+pub(crate) struct Ask {
     /// HTTP method.
-    pub method: Method,
+    pub(crate) method: Method,
     /// Path.
-    pub path: &'static str,
+    pub(crate) path: &'static str,
     /// Query.
-    pub query: Vec<(String, String)>,
+    pub(crate) query: Vec<(String, String)>,
     /// Body.
-    pub body: Bytes,
+    pub(crate) body: Bytes,
 }
 
 impl Ask {
     /// A read.
-    pub fn get(path: &'static str) -> Self {
+    pub(crate) fn get(path: &'static str) -> Self {
         Self {
             method: Method::Get,
             path,
@@ -448,14 +448,14 @@ impl Ask {
 
     /// The same with one more parameter.
     #[must_use]
-    pub fn with(mut self, name: &str, value: &str) -> Self {
+    pub(crate) fn with(mut self, name: &str, value: &str) -> Self {
         self.query.push((name.to_owned(), value.to_owned()));
         self
     }
 }
 
 /// What is this key? The question that fits a key of these scopes, and the scope to ask it in.
-pub fn info_of(scopes: &BTreeSet<Scope>) -> (Scope, Ask) {
+pub(crate) fn info_of(scopes: &BTreeSet<Scope>) -> (Scope, Ask) {
     if scopes.iter().all(|scope| *scope == Scope::Unified) {
         (Scope::Unified, Ask::get("/api/ua/v2/user/api-key"))
     } else {
@@ -465,7 +465,7 @@ pub fn info_of(scopes: &BTreeSet<Scope>) -> (Scope, Ask) {
 
 /// A read that needs what trading in the scope needs. Source: KuCoin API documentation, "Get Account List - Spot", "Get
 /// Account - Futures" (permission Futures), "Get Account Overview" of the unified account.
-pub fn read_of(scope: Scope) -> Ask {
+pub(crate) fn read_of(scope: Scope) -> Ask {
     match scope {
         Scope::Futures => Ask::get("/api/v1/account-overview").with("currency", "USDT"),
         Scope::SpotMargin => Ask::get("/api/v1/accounts"),
@@ -474,7 +474,7 @@ pub fn read_of(scope: Scope) -> Ask {
 }
 
 /// An order that is only validated. Source: KuCoin API documentation, "Add Order Test" of spot and futures.
-pub fn order_of(scope: Scope) -> Option<Ask> {
+pub(crate) fn order_of(scope: Scope) -> Option<Ask> {
     let client_oid = RequestId::random().to_string();
     let (path, body) = match scope {
         Scope::Futures => (

@@ -17,7 +17,7 @@ pub struct Explanation<'p> {
 
 impl Explanation<'_> {
     /// Whether the request would add risk; one outside the catalogue would.
-    pub fn adds_risk(&self) -> bool {
+    pub(crate) fn adds_risk(&self) -> bool {
         self.endpoint.is_none_or(Endpoint::adds_risk)
     }
 }
@@ -37,9 +37,9 @@ pub struct Refused<'p> {
     /// Why.
     pub why: Denied,
     /// What an admin would write to allow it, or why nothing would; `None` where `why` has said it.
-    pub advice: Option<String>,
+    pub(crate) advice: Option<String>,
     /// What the bot may do on this account in this scope, in the order of the file.
-    pub has: Vec<&'p Rule>,
+    pub(crate) has: Vec<&'p Rule>,
 }
 
 impl Policy {

@@ -45,7 +45,7 @@ pub enum Call<'p> {
 }
 
 /// The value of each setting, and the risk of each permission.
-pub type Listing<'p> = BTreeMap<Item<'p>, String>;
+pub(crate) type Listing<'p> = BTreeMap<Item<'p>, String>;
 
 /// An item that differs between two listings. `Display` is a line that starts with `+`, `-` or, for another value, `~`.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -103,7 +103,7 @@ pub fn differences<'p>(old: &Listing<'p>, new: &Listing<'p>) -> Vec<Change<'p>> 
 
 impl Item<'_> {
     /// Its line.
-    pub fn line(&self, value: &str) -> String {
+    pub(crate) fn line(&self, value: &str) -> String {
         match self {
             Self::Setting { account, setting } => format!("account {account}: {setting} = {value}"),
             Self::Permission {
@@ -116,7 +116,7 @@ impl Item<'_> {
     }
 
     /// Its line as an object.
-    pub fn to_json(&self, value: &str) -> Value {
+    pub(crate) fn to_json(&self, value: &str) -> Value {
         let mut line = self.fields();
         if let Self::Setting { .. } = self {
             line.insert("value".to_owned(), value.into());
@@ -167,7 +167,7 @@ impl Call<'_> {
     }
 
     /// Whether it moves money. What an endpoint outside the catalogue does is unknown: it may.
-    pub fn moves_money(self) -> bool {
+    pub(crate) fn moves_money(self) -> bool {
         let endpoint = self.endpoint();
         endpoint.is_none_or(|endpoint| endpoint.risk.moves_money())
     }

@@ -9,7 +9,7 @@ use crate::kucoin::{Catalog, Endpoint, Risk, Scope};
 
 impl Policy {
     /// Bots and grants of the rules: how many there are.
-    pub fn counts(&self) -> (usize, usize) {
+    pub(crate) fn counts(&self) -> (usize, usize) {
         let granted = self.granted();
         let rules = granted.values().flat_map(|grants| grants.all());
         let grants = rules.map(|rule| rule.key.split('.').next());
@@ -17,7 +17,7 @@ impl Policy {
     }
 
     /// What in these rules does nothing, or less than it seems to, in the order of the file.
-    pub fn warnings(&self) -> Vec<Problem> {
+    pub(crate) fn warnings(&self) -> Vec<Problem> {
         let mut warnings = Vec::new();
         let granted = self.granted();
         for (id, account) in &self.accounts {
@@ -62,7 +62,7 @@ impl Policy {
 
     /// Where class `read` covers other accounts, should the key be a master account's: one warning for each account. The
     /// rules do not say whose key it is, so the warnings do not either.
-    pub fn warnings_of_master_keys(&self) -> Vec<Problem> {
+    pub(crate) fn warnings_of_master_keys(&self) -> Vec<Problem> {
         let accounts = self.accounts.keys();
         accounts.filter_map(|id| self.warn_of_master(id)).collect()
     }

@@ -15,7 +15,7 @@ const YIELD_THRESHOLD: usize = 32 * 1024;
 
 /// Reads `Decode` and writes `Encode`.
 #[derive(Debug)]
-pub struct SmallBuffers<Encode, Decode>(PhantomData<(Encode, Decode)>);
+pub(crate) struct SmallBuffers<Encode, Decode>(PhantomData<(Encode, Decode)>);
 
 impl<Encode, Decode> Default for SmallBuffers<Encode, Decode> {
     fn default() -> Self {

@@ -18,7 +18,7 @@ use crate::telemetry::Metrics;
 
 /// Why a certificate that a trusted CA signed names no caller of the role that the listener is for.
 #[derive(Debug, thiserror::Error)]
-pub enum CertificateRefused {
+pub(crate) enum CertificateRefused {
     /// The name is not one of this role.
     #[error("certificate identity is not valid for this listener: {kind} SAN: {error}")]
     Name {
@@ -47,7 +47,7 @@ pub enum CertificateRefused {
 
 /// A role that certificates give to callers. Each kind of subject alternative name is read as what it is: the name
 /// constraints of a CA are for one kind each, so a DNS name that reads like a URI would get around those for URIs.
-pub trait CertificateRole: fmt::Debug + Sized + 'static {
+pub(crate) trait CertificateRole: fmt::Debug + Sized + 'static {
     /// The caller that a DNS SAN names.
     ///
     /// # Errors
@@ -84,7 +84,7 @@ impl CertificateRole for BotId {
 
 /// The caller, a [`BotId`] or [`AdminId`], that a certificate names: its one URI SAN, or without one its one DNS SAN. The
 /// common name is never used.
-pub fn caller_of<R: CertificateRole>(
+pub(crate) fn caller_of<R: CertificateRole>(
     certificate: &CertificateDer<'_>,
 ) -> Result<R, CertificateRefused> {
     let (_, certificate) =
@@ -123,7 +123,7 @@ pub fn caller_of<R: CertificateRole>(
 }
 
 /// When a certificate ends: Unix time in milliseconds; `None` where it does not parse.
-pub fn not_after_ms(certificate: &CertificateDer<'_>) -> Option<i64> {
+pub(crate) fn not_after_ms(certificate: &CertificateDer<'_>) -> Option<i64> {
     let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
     certificate
         .validity()
@@ -134,7 +134,7 @@ pub fn not_after_ms(certificate: &CertificateDer<'_>) -> Option<i64> {
 
 /// Verifies client certificates: the chain as rustls does, without intermediates that may not sign, then that it names one caller of the role `R`.
 #[derive(Debug)]
-pub struct CallerVerifier<R> {
+pub(crate) struct CallerVerifier<R> {
     chain: Arc<dyn ClientCertVerifier>,
     metrics: Arc<Metrics>,
     role: PhantomData<fn() -> R>,
@@ -142,7 +142,7 @@ pub struct CallerVerifier<R> {
 
 impl<R> CallerVerifier<R> {
     /// Verifies against `chain` first.
-    pub fn new(chain: Arc<dyn ClientCertVerifier>, metrics: Arc<Metrics>) -> Self {
+    pub(crate) fn new(chain: Arc<dyn ClientCertVerifier>, metrics: Arc<Metrics>) -> Self {
         Self {
             chain,
             metrics,

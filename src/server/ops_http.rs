@@ -33,7 +33,7 @@ const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Serves until it is dropped.
-pub async fn serve(
+pub(crate) async fn serve(
     listener: TcpListener,
     broker: Arc<Broker>,
     problems: watch::Receiver<FileProblems>,

@@ -28,7 +28,7 @@ pub struct TokenInfo {
     /// Its policies.
     pub policies: Vec<String>,
     /// Seconds that it is still good for; 0: it does not end.
-    pub ttl_s: u64,
+    pub(crate) ttl_s: u64,
 }
 
 impl Vault {
@@ -51,7 +51,7 @@ impl Vault {
 
     /// Whether the login takes a wrapped secret id, which can be had only once: then whether the one in the file is good.
     /// It is not unwrapped.
-    pub async fn wrapped(&self) -> Option<Result<(), VaultError>> {
+    pub(crate) async fn wrapped(&self) -> Option<Result<(), VaultError>> {
         let Auth::AppRole {
             mount,
             secret_id_file,
@@ -72,7 +72,7 @@ impl Vault {
 
     /// Why the mount cannot hold keys, where Vault says what kind of mount it is; one of KV version 1 answers 404 for every
     /// key, as one of version 2 does for a key that is not there.
-    pub async fn unfit_mount(&self) -> Option<String> {
+    pub(crate) async fn unfit_mount(&self) -> Option<String> {
         let mount = self.settings.mount.clone();
         let pass = self.pass().await.ok()?;
         let request = DescribeMount(mount.clone());

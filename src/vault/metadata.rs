@@ -81,17 +81,17 @@ pub enum NotedState<'a> {
 
 /// A version that an admin holds in use in place of the newest (`keys rollback`).
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Hold {
+pub(crate) struct Hold {
     /// The version that is held.
-    pub version: u64,
+    pub(crate) version: u64,
     /// The newest version that is there.
-    pub newest: u64,
+    pub(crate) newest: u64,
     /// The newest version that was written after the hold began, if there is one and its beginning is noted.
-    pub later: Option<u64>,
+    pub(crate) later: Option<u64>,
 }
 
 /// What is told of a state word that is not known.
-pub fn unknown_state(word: &str) -> String {
+pub(crate) fn unknown_state(word: &str) -> String {
     let shown: String = word.chars().take(SHOWN_CHARS).collect();
     format!(
         "its custom metadata says state={shown:?}, which is neither active nor disabled; risk-increasing requests are refused"
@@ -115,7 +115,7 @@ impl Metadata {
     }
 
     /// The version that an admin holds in use; none where it is the newest one, or not there.
-    pub fn hold(&self) -> Option<Hold> {
+    pub(crate) fn hold(&self) -> Option<Hold> {
         let version = self
             .use_version()?
             .parse()
@@ -145,7 +145,7 @@ impl Metadata {
     ///
     /// # Errors
     /// When the version that is named is none that Vault has.
-    pub fn wanted(&self) -> Result<u64, String> {
+    pub(crate) fn wanted(&self) -> Result<u64, String> {
         let Some(named) = self.use_version() else {
             return Ok(self.current_version);
         };
@@ -158,13 +158,13 @@ impl Metadata {
     }
 
     /// Whether `version` is as it was `seen`.
-    pub fn is_same(&self, seen: &Self, version: u64) -> bool {
+    pub(crate) fn is_same(&self, seen: &Self, version: u64) -> bool {
         self.versions.get(&version) == seen.versions.get(&version)
     }
 
     /// Whether `version` has been taken away since it was `seen`: deleted or destroyed, or all was deleted and counting
     /// began anew. That an old version is pruned when a new one is written takes nothing away.
-    pub fn has_taken_away(&self, seen: &Self, version: u64) -> bool {
+    pub(crate) fn has_taken_away(&self, seen: &Self, version: u64) -> bool {
         if self.began_anew(seen) {
             return true;
         }
@@ -185,20 +185,20 @@ impl Metadata {
     }
 
     /// Whether a version is there and neither deleted nor destroyed; one that is to be deleted some day counts as deleted.
-    pub fn has(&self, version: u64) -> bool {
+    pub(crate) fn has(&self, version: u64) -> bool {
         self.versions
             .get(&version)
             .is_some_and(|version| version.deletion_time.is_empty() && !version.destroyed)
     }
 
     /// The newest version below `version` that is there.
-    pub fn before(&self, version: u64) -> Option<u64> {
+    pub(crate) fn before(&self, version: u64) -> Option<u64> {
         let mut older = self.versions.range(..version).map(|(number, _)| *number);
         older.rfind(|number| self.has(*number))
     }
 
     /// Whether a version has a time at which it deletes itself; nothing in the metadata changes then.
-    pub fn deletes_itself(&self, version: u64) -> bool {
+    pub(crate) fn deletes_itself(&self, version: u64) -> bool {
         self.versions
             .get(&version)
             .is_some_and(|version| !version.deletion_time.is_empty())
@@ -325,7 +325,7 @@ impl Notes {
     }
 
     /// Nothing is about to be written after all.
-    pub fn not_pending() -> Self {
+    pub(crate) fn not_pending() -> Self {
         Self(BTreeMap::from([
             (PENDING_VERSION, None),
             (PENDING_SHA256, None),
@@ -352,13 +352,13 @@ impl Notes {
 
     /// These changes and others, in one write.
     #[must_use]
-    pub fn and(mut self, others: Self) -> Self {
+    pub(crate) fn and(mut self, others: Self) -> Self {
         self.0.extend(others.0);
         self
     }
 
     /// The newest version is to be used.
-    pub fn newest() -> Self {
+    pub(crate) fn newest() -> Self {
         Self(BTreeMap::from([(USE_VERSION, None), (HOLD, None)]))
     }
 
@@ -371,7 +371,7 @@ impl Notes {
     }
 
     /// Whichever version was to be used in `before`.
-    pub fn as_before(before: &Metadata) -> Self {
+    pub(crate) fn as_before(before: &Metadata) -> Self {
         let note = |name| (name, before.note(name).map(str::to_owned));
         Self([USE_VERSION, HOLD].map(note).into())
     }

@@ -2,7 +2,7 @@
 //!
 //! | Request | Body |
 //! |---|---|
-//! | `POST fault`, `DELETE fault` | a [`FaultRule`](super::FaultRule); all are cleared |
+//! | `POST fault`, `DELETE fault` | a [`FaultRule`]; all are cleared |
 //! | `POST seal`, `POST unseal` | |
 //! | `POST fail-over` | the other listener becomes the active node |
 //! | `POST advance` | `{"seconds": 60}` moves the clock ahead |
