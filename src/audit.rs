@@ -288,7 +288,7 @@ impl Audit {
             Some(what),
             None,
         ) {
-            Err(error) if permit.adds_risk() => Err(AuditError(error)),
+            Err(error) if permit.increases_risk() => Err(AuditError(error)),
             _ => Ok(Recorded(())),
         }
     }

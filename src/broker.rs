@@ -20,7 +20,6 @@ mod call;
 mod error;
 mod feedback;
 mod gate;
-mod in_flight;
 pub(crate) mod probes;
 mod retry;
 
@@ -51,7 +50,7 @@ use admission::Admission;
 pub(crate) use call::{Call, Receipt, caught, micros};
 pub(crate) use error::{BrokerError, Overload};
 pub(crate) use feedback::UnknownCodes;
-use probes::Doubts;
+use probes::RecheckSignals;
 
 /// Everything that a request needs on its way.
 #[derive(Debug)]
@@ -71,7 +70,7 @@ pub(crate) struct Broker {
     /// The time.
     pub(crate) clock: Arc<Clock>,
     /// What calls for the broker's own questions.
-    pub(crate) doubts: Doubts,
+    pub(crate) rechecks: RecheckSignals,
     /// The counters.
     pub(crate) metrics: Arc<Metrics>,
     /// Who has how many connections and calls.
@@ -90,10 +89,10 @@ pub(crate) struct Calls {
     count: AtomicU64,
     tasks: TaskTracker,
     give_up: CancellationToken,
-    /// Calls that ended after the stop began with nobody knowing whether they were executed.
+    /// Calls that ended as `maybe_sent` after the stop began.
     unresolved: AtomicU64,
-    /// How many may be adding risk, per account: a halt waits for their end.
-    adding_risk: watch::Sender<BTreeMap<AccountId, u64>>,
+    /// Risk-increasing calls in flight per account: a halt waits until they have ended.
+    risk_increasing: watch::Sender<BTreeMap<AccountId, u64>>,
 }
 
 impl Broker {
@@ -108,13 +107,14 @@ impl Broker {
         *self.policy.write() = policy;
     }
 
-    /// Whether one more refusal of a bot goes on record: they cost the bot nothing, and must not fill the disk.
-    fn is_recorded(&self, who: &Who) -> bool {
-        let is_recorded = self.admission.is_recorded(who, self.clock.boot());
-        if !is_recorded {
+    /// Whether one more refusal of this caller is audited; counts it if not. Refusals cost a bot nothing and must not fill
+    /// the disk.
+    fn may_record_refusal(&self, who: &Who) -> bool {
+        let may_record = self.admission.record_refusal(who, self.clock.boot());
+        if !may_record {
             self.metrics.refusals_unrecorded.inc();
         }
-        is_recorded
+        may_record
     }
 
     /// Records a call that never became one (malformed, one too many), and returns the error for its bot.
@@ -127,7 +127,7 @@ impl Broker {
         let reason = error.reason();
         self.metrics.request(None, reason.outcome(), Some(reason));
         let who = Who::Bot(bot.clone());
-        if !self.is_recorded(&who) {
+        if !self.may_record_refusal(&who) {
             return error;
         }
         let detail = error.for_the_record();
@@ -142,7 +142,7 @@ impl Broker {
         let refused = &self.metrics.admin_calls_refused;
         refused.get_or_create(&labels).inc();
         let who = Who::Admin(admin.clone());
-        if self.is_recorded(&who) {
+        if self.may_record_refusal(&who) {
             self.audit_refusal(&who, &RequestId::random(), reason, detail);
         }
     }

@@ -48,7 +48,7 @@ pub(crate) struct Keyring {
     past: Mutex<BTreeMap<(AccountId, KeyName), Past>>,
     changed: watch::Sender<()>,
     /// Wakes whoever asks Vault, when a key turns out older than anybody knew.
-    doubts: Notify,
+    rechecks: Notify,
 }
 
 /// The keys of one account.
@@ -144,7 +144,7 @@ pub(crate) enum Slot {
 
 /// A key, and how far it can be trusted.
 #[derive(Clone, Debug)]
-pub(crate) struct Lent {
+pub(crate) struct KeyLease {
     /// The key.
     pub(crate) key: Arc<Key>,
     /// What the exchange has said about it.
@@ -155,7 +155,7 @@ pub(crate) struct Lent {
     pub(crate) stale: Duration,
 }
 
-impl Lent {
+impl KeyLease {
     /// A key that is only tested.
     pub(crate) fn of_a_test(key: Arc<Key>) -> Self {
         Self {
@@ -225,7 +225,7 @@ impl Keyring {
             slots: RwLock::default(),
             past: Mutex::default(),
             changed: watch::Sender::new(()),
-            doubts: Notify::new(),
+            rechecks: Notify::new(),
         }
     }
 
@@ -266,7 +266,7 @@ impl Keyring {
     ///
     /// # Errors
     /// When it is not in memory, or Vault has been silent about it for longer than the account allows; says why.
-    pub(crate) fn key(&self, permit: &Permit) -> Result<Lent, KeyUnavailable> {
+    pub(crate) fn key(&self, permit: &Permit) -> Result<KeyLease, KeyUnavailable> {
         let account = &permit.account().id;
         let unavailable = |reason: &str| KeyUnavailable {
             account: account.clone(),
@@ -297,19 +297,19 @@ impl Keyring {
                 ..
             }) => {
                 let restricted = place.and_then(|place| place.noted.restricted.as_ref());
-                if let Some(reason) = restricted.filter(|_| permit.adds_risk()) {
+                if let Some(reason) = restricted.filter(|_| permit.increases_risk()) {
                     return Err(unavailable(reason));
                 }
                 let age = self.clock.boot().saturating_sub(*confirmed);
-                let max = if permit.adds_risk() {
-                    keys.max_stale.add_risk
+                let max = if permit.increases_risk() {
+                    keys.max_stale.risk_increasing
                 } else {
-                    keys.max_stale.withdraw_risk
+                    keys.max_stale.cancels_and_reads
                 };
                 if age > max {
                     if outage.is_none() {
                         // The machine has slept: nobody has asked Vault yet.
-                        self.doubts.notify_waiters();
+                        self.rechecks.notify_waiters();
                     }
                     return Err(unavailable(&too_old(age, max, outage.as_deref())));
                 }
@@ -318,7 +318,7 @@ impl Keyring {
                 } else {
                     Duration::ZERO
                 };
-                Ok(Lent {
+                Ok(KeyLease {
                     key: Arc::clone(key),
                     usage: Arc::clone(usage),
                     version: Some(*version),
@@ -331,7 +331,7 @@ impl Keyring {
             Some(Slot::Waiting(reason)) => {
                 if place.is_some_and(|place| place.wiped.as_ref() == Some(reason)) {
                     // Nobody has asked Vault since it was wiped.
-                    self.doubts.notify_waiters();
+                    self.rechecks.notify_waiters();
                 }
                 Err(unavailable(reason))
             }
@@ -358,7 +358,7 @@ impl Keyring {
                     name: name.clone(),
                     slot: slot.clone(),
                     age,
-                    is_too_old: age.is_some_and(|age| age > keys.max_stale.add_risk),
+                    is_too_old: age.is_some_and(|age| age > keys.max_stale.risk_increasing),
                     tested: place.tested.clone(),
                     unanswered: place.unanswered.clone(),
                     last: place.last,
@@ -392,7 +392,7 @@ impl Keyring {
         let slots = self.slots.read();
         slots
             .get(account)
-            .map_or(Duration::MAX, |keys| keys.max_stale.add_risk)
+            .map_or(Duration::MAX, |keys| keys.max_stale.risk_increasing)
     }
 
     /// Wipes each key within a second of its account's `max_stale_cancel_s`, and has Vault asked for it. Never ends.
@@ -413,7 +413,7 @@ impl Keyring {
             (age > max).then_some(age)
         };
         let is_past = |keys: &Keys| {
-            let max = keys.max_stale.withdraw_risk;
+            let max = keys.max_stale.cancels_and_reads;
             let mut places = keys.places.values();
             places.any(|place| age_past(max, place).is_some())
         };
@@ -427,7 +427,7 @@ impl Keyring {
         }
         let mut slots = self.slots.write();
         for (account, keys) in slots.iter_mut() {
-            let max = keys.max_stale.withdraw_risk;
+            let max = keys.max_stale.cancels_and_reads;
             for (name, place) in &mut keys.places {
                 if let Some(age) = age_past(max, place) {
                     let outage = place.slot.outage();
@@ -441,7 +441,7 @@ impl Keyring {
         drop(slots);
         self.changed.send_replace(());
         // Also whoever holds a newer version that waits for its test: it is as old.
-        self.doubts.notify_waiters();
+        self.rechecks.notify_waiters();
         wiped
     }
 

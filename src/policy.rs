@@ -45,9 +45,9 @@ pub struct Account {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) struct MaxStale {
     /// For what adds risk.
-    pub(crate) add_risk: Duration,
+    pub(crate) risk_increasing: Duration,
     /// For cancels and reads, so that open orders can be withdrawn while Vault is down; past it the key is wiped.
-    pub(crate) withdraw_risk: Duration,
+    pub(crate) cancels_and_reads: Duration,
 }
 
 /// What an account's keys are for.
@@ -168,8 +168,8 @@ impl Permit {
     }
 
     /// Whether the request adds risk; one outside the catalogue does.
-    pub(crate) fn adds_risk(&self) -> bool {
-        self.endpoint.is_none_or(Endpoint::adds_risk)
+    pub(crate) fn increases_risk(&self) -> bool {
+        self.endpoint.is_none_or(Endpoint::increases_risk)
     }
 
     /// Whether the request may be sent again although it may have been executed.
@@ -299,9 +299,9 @@ impl Policy {
                 let granted = self.decide(bot, account, scope, method, target.path())?;
                 (granted.account, granted.endpoint)
             }
-            Who::Admin(_) => self.decide_own(request, |endpoint| !endpoint.adds_risk())?,
+            Who::Admin(_) => self.decide_own(request, |endpoint| !endpoint.increases_risk())?,
             Who::Broker => self.decide_own(request, |endpoint| {
-                !endpoint.adds_risk()
+                !endpoint.increases_risk()
                     && !matches!(endpoint.effect, Effect::Cancel | Effect::CancelAll)
             })?,
         };

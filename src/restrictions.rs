@@ -179,7 +179,7 @@ impl Restrictions {
         self.write(&state)
     }
 
-    /// Whether whoever it is may go on; `adds_risk` is what the request does to `account`.
+    /// Whether whoever it is may go on; `increases_risk` is what the request does to `account`.
     ///
     /// # Errors
     /// When an admin has forbidden it.
@@ -187,7 +187,7 @@ impl Restrictions {
         &self,
         who: &Who,
         account: &AccountId,
-        adds_risk: bool,
+        increases_risk: bool,
     ) -> Result<(), Restricted> {
         let state = self.state.read();
         if who
@@ -196,7 +196,7 @@ impl Restrictions {
         {
             return Err(Restricted::Blocked);
         }
-        if adds_risk && state.is_halted(account) {
+        if increases_risk && state.is_halted(account) {
             return Err(Restricted::Halted(account.clone()));
         }
         Ok(())

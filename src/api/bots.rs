@@ -217,7 +217,7 @@ fn response(receipt: Receipt, id: &RequestId) -> proto::SignAndSendResponse {
         waiting,
         signing,
         exchange,
-        lent: _,
+        lease: _,
     } = receipt;
     let outcome = match answer.outcome {
         Outcome::Accepted => proto::Outcome::Accepted,

@@ -1,4 +1,5 @@
-//! How many connections and calls there may be at once, so that one bot cannot take the place of another.
+//! Connections and calls in flight: how many there may be, so that one bot cannot take the place of another, and which of
+//! them increase risk, so that a halt can wait for them.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -6,18 +7,18 @@ use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::Overload;
-use crate::base::ids::{BotId, Who};
+use super::{Calls, Overload};
+use crate::base::ids::{AccountId, BotId, Who};
 use crate::base::lock::Mutex;
 
-/// So many connections beyond a limit are kept open for a moment, to tell why; any more are closed.
+/// Connections beyond a limit that are kept open for a moment, to answer why; any more are closed.
 const TURNED_AWAY: usize = 8;
 
-/// Calls for health and reflection that one bot may have open. They can last, and take nobody's place among the others.
+/// Open calls for health and reflection per bot. They can last long, so they have slots of their own.
 const HELPERS_OF_BOT: usize = 16;
 
-/// So many refusals of one bot are recorded in a row, and so many in a second after that; the rest is only counted. A
-/// bot in a loop must not fill the disk that every order needs.
+/// Refusals of one bot that are audited: a burst, then so many per second; the rest is only counted. A bot in a loop must
+/// not fill the disk that every order needs.
 const RECORDED: (u64, u64) = (1000, 20);
 
 /// The limits.
@@ -137,8 +138,8 @@ impl Admission {
         Ok(CallSlot(Arc::new((None, own, of_bot))))
     }
 
-    /// Whether one more refusal of `who` is recorded at `now` (time since boot), or only counted.
-    pub(crate) fn is_recorded(&self, who: &Who, now: Duration) -> bool {
+    /// Takes one refusal of `who` at `now` (time since boot) from its allowance; false if it is only to be counted.
+    pub(crate) fn record_refusal(&self, who: &Who, now: Duration) -> bool {
         let (burst, per_second) = RECORDED;
         let mut refusals = self.refusals.lock();
         let refreshed = |refusals: &Refusals| {
@@ -191,12 +192,61 @@ impl Admission {
     }
 }
 
+/// One attempt of a risk-increasing call, registered from before its last authorization until it has ended.
+#[derive(Debug)]
+pub(super) struct RiskIncreasing<'c> {
+    calls: &'c Calls,
+    account: AccountId,
+}
+
+impl Calls {
+    /// Counts a risk-increasing attempt on an account until the guard drops.
+    pub(super) fn begin_risk_increasing(&self, account: &AccountId) -> RiskIncreasing<'_> {
+        self.risk_increasing.send_modify(|counts| {
+            *counts.entry(account.clone()).or_default() += 1;
+        });
+        RiskIncreasing {
+            calls: self,
+            account: account.clone(),
+        }
+    }
+
+    /// Whether no risk-increasing attempt is in flight on the account.
+    pub(crate) fn is_quiescent(&self, account: &AccountId) -> bool {
+        !self.risk_increasing.borrow().contains_key(account)
+    }
+
+    /// Returns once no risk-increasing attempt is in flight on the account.
+    pub(crate) async fn quiescent(&self, account: &AccountId) {
+        let mut counts = self.risk_increasing.subscribe();
+        // An error means that the broker is gone.
+        let _ = counts
+            .wait_for(|counts| !counts.contains_key(account))
+            .await;
+    }
+}
+
+impl Drop for RiskIncreasing<'_> {
+    fn drop(&mut self) {
+        self.calls.risk_increasing.send_modify(|counts| {
+            if let Some(count) = counts.get_mut(&self.account) {
+                *count -= 1;
+                if *count == 0 {
+                    counts.remove(&self.account);
+                }
+            }
+        });
+    }
+}
+
 fn take(places: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
     Arc::clone(places).try_acquire_owned().ok()
 }
 
 #[cfg(test)]
 mod tests {
+    use tokio::time::timeout;
+
     use super::*;
 
     #[test]
@@ -257,10 +307,27 @@ mod tests {
             connections_per_bot: 1,
         });
         let [one, two] = ["one", "two"].map(|bot| Who::Bot(bot.parse().unwrap()));
-        let recorded = |who, ms| admission.is_recorded(who, Duration::from_millis(ms));
+        let recorded = |who, ms| admission.record_refusal(who, Duration::from_millis(ms));
         assert_eq!((0..5000).filter(|_| recorded(&one, 1500)).count(), 1000);
         assert!(recorded(&two, 1500), "another bot's are");
         assert_eq!((0..5000).filter(|_| recorded(&one, 2500)).count(), 20);
         assert_eq!((0..5000).filter(|_| recorded(&one, 600_000)).count(), 1000);
+    }
+
+    #[tokio::test]
+    async fn account_is_quiescent_once_its_last_risk_increasing_call_has_ended() {
+        let calls = Calls::default();
+        let (one, other) = ("one".parse().unwrap(), "other".parse().unwrap());
+        let (first, second) = (
+            calls.begin_risk_increasing(&one),
+            calls.begin_risk_increasing(&one),
+        );
+        assert!(!calls.is_quiescent(&one) && calls.is_quiescent(&other));
+        drop(first);
+        let within = Duration::from_millis(20);
+        timeout(within, calls.quiescent(&one)).await.unwrap_err();
+        drop(second);
+        calls.quiescent(&one).await;
+        assert!(calls.risk_increasing.borrow().is_empty());
     }
 }

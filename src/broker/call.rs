@@ -1,8 +1,17 @@
-//! A call from beginning to end: admitted, delivered, finished.
+//! Runs one call: authorizes the request, sends it, audits the result and answers the bot.
 //!
-//! Top to bottom as it happens. The intent is audited before the request leaves. The call is a task of its own, so it runs
-//! to its end even if its bot hangs up. What a bot is told at its deadline stays true: once it is told `not_sent`, the
-//! [`Gate`] lets nothing leave.
+//! Functions follow in the order in which a call meets them. Three rules hold them together:
+//!
+//! - **Outcome.** Each error has one outcome. `DeadlineExceeded`, `ShuttingDown` and every refusal before the send mean
+//!   `not_sent`: the request never leaves. A lost answer, `AnswerLate` and `Internal` mean `maybe_sent`: the bot has to look
+//!   the order up. The answer is audited before the bot gets it.
+//! - **Gate.** [`Gate`] starts open. [`Gate::pass`] marks it as sent, right before the request goes to its connection.
+//!   [`Gate::reopen`] takes that back where the request provably was not executed, and keeps the exchange's refusal if there
+//!   is one. The deadline closes the gate, and what it held is the bot's answer: `not_sent`, the refusal, or `AnswerLate`.
+//!   Nothing passes a closed gate.
+//! - **Retry.** A request leaves again only if it was not executed: once if the connect failed or the connection gave the
+//!   request back unsent, once if the exchange refused the timestamp, once if it refused the key. After a lost answer only
+//!   an idempotent request leaves again, and no order is idempotent.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -26,31 +35,32 @@ use crate::base::outcome::{Outcome, Reason};
 use crate::base::text::clean;
 use crate::clock::ClockUncertain;
 use crate::egress::{Answered, ConnectError, SendError};
-use crate::keyring::{KeyUnavailable, Lent};
+use crate::keyring::{KeyLease, KeyUnavailable};
 use crate::kucoin::{self, Answer, Asked, Catalog, Endpoint, Key, Scope, UnsignedRequest, code};
 use crate::policy::Permit;
 use crate::restrictions::KeyDigest;
 use crate::telemetry::chain;
 
-/// One call of a bot, or of an admin, or of the broker itself.
+/// One call of a bot, of an admin, or of the broker itself.
 #[derive(Debug)]
 pub(crate) struct Call {
-    /// Who calls.
+    /// The caller.
     pub(crate) who: Who,
-    /// What for.
+    /// The request to sign.
     pub(crate) request: UnsignedRequest,
-    /// A key that is being tested, to sign with in place of the account's.
+    /// The key under test, which signs in place of the account's key; `None` for every call of a bot.
     pub(crate) key: Option<Arc<Key>>,
-    /// When it came in.
+    /// When the call arrived.
     pub(crate) arrived: Instant,
     /// When the bot must have an answer.
     pub(crate) deadline: Instant,
-    /// Its place among the calls in flight; free again once the call has ended, whatever its bot does meanwhile.
+    /// The slot among the calls in flight. It is released when [`Broker::run`] returns, after a late answer too; `None` for
+    /// calls that are not limited.
     #[expect(dead_code, reason = "held for its drop")]
     pub(crate) slot: Option<CallSlot>,
 }
 
-/// The exchange's answer, and what the broker did for it.
+/// The exchange's answer, with what was signed and how long it took.
 #[derive(Clone, Debug)]
 pub(crate) struct Receipt {
     /// The answer.
@@ -61,58 +71,75 @@ pub(crate) struct Receipt {
     pub(crate) scope: Scope,
     /// The timestamp that was signed, Unix milliseconds; 0 for a public request.
     pub(crate) timestamp_ms: i64,
-    /// From the arrival of the call until signing began.
+    /// From the arrival of the call until the last attempt was signed, earlier attempts included.
     pub(crate) waiting: Duration,
-    /// Signing.
+    /// Fetching the key and signing.
     pub(crate) signing: Duration,
     /// From handing the request to the connection until the answer was whole.
     pub(crate) exchange: Duration,
-    /// The key that signed; none for a public request.
-    pub(crate) lent: Option<Lent>,
+    /// The key that signed; `None` for a public request.
+    pub(crate) lease: Option<KeyLease>,
 }
 
 impl Receipt {
-    /// Since Vault last confirmed the key; zero while Vault answers, and for a public request.
+    /// How long ago Vault last confirmed the key; zero while Vault answers, and for a public request.
     pub(crate) fn stale(&self) -> Duration {
-        self.lent.as_ref().map_or(Duration::ZERO, |lent| lent.stale)
+        self.lease
+            .as_ref()
+            .map_or(Duration::ZERO, |lease| lease.stale)
     }
 }
 
+/// Turns a panic in a step of a call into [`BrokerError::Internal`]. Other calls go on.
+pub(crate) fn caught<T>(
+    step: impl Future<Output = Result<T, BrokerError>>,
+) -> impl Future<Output = Result<T, BrokerError>> {
+    // No `async fn`: that would hold `step` twice, and every call is a task of this size.
+    AssertUnwindSafe(step)
+        .catch_unwind()
+        .map(|ended| ended.unwrap_or(Err(BrokerError::Internal)))
+}
+
 impl Broker {
-    /// Signs a request, sends it, and returns the exchange's answer. The call runs to its end even if the caller stops
-    /// waiting.
+    /// Signs a request, sends it and returns the exchange's answer. The call is a task of its own: it runs to its end and is
+    /// audited even if the bot disconnects.
     pub(crate) async fn sign_and_send(
         self: &Arc<Self>,
         call: Call,
     ) -> Result<Receipt, BrokerError> {
-        let (tell, told) = oneshot::channel();
+        let (reply, answer) = oneshot::channel();
         let (bot, who) = (call.who.bot().map(BotId::as_str), call.who.other());
         let span = tracing::info_span!("call", request.id = %call.request.id, bot.id = bot, who);
         self.calls
             .tasks
-            .spawn(Arc::clone(self).run(call, tell).instrument(span));
-        told.await.unwrap_or(Err(BrokerError::Internal))
+            .spawn(Arc::clone(self).run(call, reply).instrument(span));
+        answer.await.unwrap_or(Err(BrokerError::Internal))
     }
 
-    /// Runs one call to its end: tells the bot in time, and writes what it was told.
-    async fn run(self: Arc<Self>, call: Call, tell: oneshot::Sender<Result<Receipt, BrokerError>>) {
+    /// Runs one call to its end. The bot is answered by its deadline; a request that is still in flight then is waited for,
+    /// and its late result is audited.
+    async fn run(
+        self: Arc<Self>,
+        call: Call,
+        reply: oneshot::Sender<Result<Receipt, BrokerError>>,
+    ) {
         let number = self.calls.count.fetch_add(1, Ordering::Relaxed);
         let admitted = catch_unwind(AssertUnwindSafe(|| self.admit(&call, number)));
         let (permit, recorded) = match admitted.unwrap_or(Err(BrokerError::Internal)) {
             Ok(admitted) => admitted,
             Err(error) => {
                 self.deny(&call, number, &error);
-                let _ = tell.send(Err(error));
+                let _ = reply.send(Err(error));
                 return;
             }
         };
         let gate = Gate::default();
         let mut delivery = pin!(caught(self.deliver(&call, &permit, &recorded, &gate)));
-        let cut_short = tokio::select! {
+        let stopped_by = tokio::select! {
             biased;
             ended = &mut delivery => {
                 self.finish(&call, number, &permit, &ended);
-                let _ = tell.send(ended);
+                let _ = reply.send(ended);
                 return;
             }
             () = sleep_until(call.deadline) => BrokerError::DeadlineExceeded,
@@ -121,16 +148,16 @@ impl Broker {
         let closed = gate.close();
         let is_sent = matches!(closed, Closed::Sent);
         let ended = match closed {
-            Closed::NotSent => Err(cut_short),
-            // The exchange refused an earlier try, and the next one has not left: that refusal is the answer.
+            Closed::NotSent => Err(stopped_by),
+            // The exchange refused an earlier attempt, and the next one has not left: the refusal is the answer.
             Closed::Refused(receipt) => Ok(*receipt),
             Closed::Sent => Err(BrokerError::AnswerLate),
         };
         self.finish(&call, number, &permit, &ended);
-        let _ = tell.send(ended);
-        // A late result of an internal request is of no use to anybody, and a shutdown does not wait for it.
+        let _ = reply.send(ended);
+        // Nothing polls `delivery` from here on, so nothing more is sent, unless the request is in flight already. Nobody
+        // needs the late result of a request of the broker itself.
         if is_sent && call.who != Who::Broker {
-            // The bot has been answered. The request is still in flight, and its result is audited as well.
             let late = tokio::select! {
                 late = &mut delivery => late,
                 () = self.calls.give_up.cancelled() => Err(BrokerError::AnswerLate),
@@ -139,14 +166,14 @@ impl Broker {
         }
     }
 
-    /// Whether this call may be sent; if so, its intent is audited. Waits for nothing but the audit file.
+    /// Authorizes the call and audits its intent. It waits for nothing but the audit file.
     fn admit(&self, call: &Call, number: u64) -> Result<(Permit, Recorded), BrokerError> {
         if self.is_draining() {
             return Err(BrokerError::ShuttingDown);
         }
-        let permit = self.clearance(call)?;
+        let permit = self.authorize(call)?;
         self.log_permit(call, &permit);
-        tracing::debug!(risk_increasing = permit.adds_risk(), "interlocks passed");
+        tracing::debug!(risk_increasing = permit.increases_risk(), "authorized");
         let recorded = self
             .audit
             .intent(&caller(call, number), &permit, &call.request)?;
@@ -154,28 +181,51 @@ impl Broker {
         Ok((permit, recorded))
     }
 
-    /// Checks the rules, then the restrictions that admins have set; for a risk-increasing request, also that the egress
-    /// address is proven and the exchange's time known. Where it is not, it is measured again for the next call.
-    fn clearance(&self, call: &Call) -> Result<Permit, BrokerError> {
+    /// Checks the rules, then the restrictions that admins have set. A risk-increasing request also needs a proven egress
+    /// address and a known exchange time.
+    fn authorize(&self, call: &Call) -> Result<Permit, BrokerError> {
         let permit = self.policy().authorize(&call.who, &call.request)?;
-        let is_risk_increasing = permit.adds_risk();
+        let is_risk_increasing = permit.increases_risk();
         self.restrictions
             .check(&call.who, &permit.account().id, is_risk_increasing)?;
         if is_risk_increasing {
             self.proof.check()?;
             let checked = self.clock.check(permit.destination());
-            // That the exchange's clock and the system's are far apart does not change by measuring again.
             checked.inspect_err(|error| {
+                // Measuring again does not bring two clocks closer that are far apart.
                 if !matches!(error, ClockUncertain::Different(_)) {
-                    self.doubts.time();
+                    self.rechecks.time();
                 }
             })?;
         }
         Ok(permit)
     }
 
-    /// Sends the request, and again where [`retry::next`] allows it, once per reason: where it was not sent or the exchange
-    /// refused it, so that it was not executed; after a lost answer only what is idempotent, which no order is.
+    /// Audits, logs and counts a call that [`Self::admit`] refused. Audit and log lines are limited per bot: a bot in a loop
+    /// must not fill the disk.
+    fn deny(&self, call: &Call, number: u64, error: &BrokerError) {
+        let ending = ending_of_error(call, error);
+        if call.who.bot().is_none() || self.may_record_refusal(&call.who) {
+            self.audit
+                .denied(&caller(call, number), Some(&call.request), &ending);
+            let UnsignedRequest {
+                scope,
+                method,
+                target,
+                ..
+            } = &call.request;
+            let endpoint = Catalog::get().route(Some(*scope), *method, target.path());
+            let endpoint = endpoint.map_or("", |endpoint| endpoint.id.as_str());
+            log_end(call, endpoint, &ending, Some(error), "call ended");
+        }
+        if call.who.bot().is_some() {
+            let (outcome, reason) = (error.reason().outcome(), error.reason());
+            let scope = Some(call.request.scope);
+            self.metrics.request(scope, outcome, Some(reason));
+        }
+    }
+
+    /// Sends the request, and again where [`retry::next`] allows it.
     async fn deliver(
         self: &Arc<Self>,
         call: &Call,
@@ -194,7 +244,7 @@ impl Broker {
             }
             tracing::debug!(cause = retry.cause(), "sending again");
             match self.send(call, permit, recorded, gate).await {
-                // The try before may have been executed; that this one was not sent does not change it.
+                // The retry was not sent: the result before it, a refusal or a lost answer, stands.
                 Err(next) if is_unsent(&next) && !last.as_ref().is_err_and(is_unsent) => break,
                 ended => last = ended,
             }
@@ -202,7 +252,7 @@ impl Broker {
         last
     }
 
-    /// Makes ready for another try; false where it would not help, or the bot has been told how its call ended.
+    /// Prepares a retry. Returns false if the retry cannot help, or if the bot has its answer already.
     async fn prepare(
         self: &Arc<Self>,
         retry: Retry,
@@ -210,40 +260,40 @@ impl Broker {
         last: &Result<Receipt, BrokerError>,
         gate: &Gate,
     ) -> bool {
-        // `hand_back` opens the gate again for a request that was not executed. If the deadline passes before the next try
-        // leaves, the bot is told what stands in the gate: the refusal, or that nothing was sent.
         let receipt = last.as_ref().ok();
         match (retry, receipt) {
             (Retry::NotConnected | Retry::AnswerLost, _) => true,
-            (Retry::HandedBack, _) => gate.hand_back(None),
+            (Retry::HandedBack, _) => gate.reopen(None),
             (Retry::TimestampRefused, Some(receipt)) => {
-                let signed = receipt.signing + receipt.exchange;
-                gate.hand_back(Some(receipt)) && self.refuted(permit.destination(), signed).await
+                let since_signing = receipt.signing + receipt.exchange;
+                gate.reopen(Some(receipt))
+                    && self.resync_time(permit.destination(), since_signing).await
             }
-            (Retry::KeyRefused, Some(receipt)) => match &receipt.lent {
-                Some(lent) if gate.hand_back(Some(receipt)) => {
-                    self.keyring.has_another(permit, &lent.key).await
+            (Retry::KeyRefused, Some(receipt)) => match &receipt.lease {
+                Some(lease) => {
+                    gate.reopen(Some(receipt)) && self.keyring.has_another(permit, &lease.key).await
                 }
-                _ => false,
+                None => false,
             },
             (Retry::TimestampRefused | Retry::KeyRefused, None) => false,
         }
     }
 
-    /// One try. Connection first, since it can take time; then key, time and signature; then nothing waits.
+    /// Makes one attempt: connects, authorizes again, signs and sends. Nothing is awaited between the second authorization
+    /// and the send.
     async fn send(
         &self,
         call: &Call,
-        permit: &Permit,
+        admitted: &Permit,
         recorded: &Recorded,
         gate: &Gate,
     ) -> Result<Receipt, BrokerError> {
-        // Only a check: a call without a key must not take a connection away from one that can be signed.
-        self.key(call, permit)?;
-        let destination = permit.destination();
+        // Fails early: a call that cannot be signed must not use up a connection.
+        self.signing_key(call, admitted)?;
+        let destination = admitted.destination();
         let connection = self
             .egress
-            .connect(destination, permit.is_idempotent())
+            .connect(destination, admitted.is_idempotent())
             .await
             .inspect_err(|error| tracing::debug!(error = chain(error), "connect failed"))?;
         tracing::debug!(
@@ -251,27 +301,30 @@ impl Broker {
             reused = connection.is_reused(),
             "connection ready"
         );
-        // Registered before the check: a halt that comes too late for the check waits for this call to end.
-        let account = &permit.account().id;
-        let _adding = permit.adds_risk().then(|| self.calls.add_risk(account));
+        // Registered before the second authorization: a halt that comes too late for it waits until this attempt has ended.
+        // Whether a request increases risk is a fact of its endpoint, which no rule changes.
+        let account = &admitted.account().id;
+        let _registered = admitted
+            .increases_risk()
+            .then(|| self.calls.begin_risk_increasing(account));
         // Connecting took time: the rules, the key's name and the restrictions may have changed.
-        let permit = &self.clearance(call)?;
+        let permit = &self.authorize(call)?;
         if permit.destination() != destination {
             let moved = io::Error::other("the account has moved to another site meanwhile");
             return Err(ConnectError::Failed(moved).into());
         }
         let signing = Instant::now();
-        let lent = self.key(call, permit)?;
-        let signed = self.sign(call, permit, lent.as_ref())?;
+        let lease = self.signing_key(call, permit)?;
+        let signed = self.sign(call, permit, lease.as_ref())?;
         let (timestamp_ms, sending) = (signed.timestamp_ms, Instant::now());
-        // Also by the clock: the timer of the deadline has had no chance to fire since the last wait.
-        if sending >= call.deadline || !gate.take() {
+        // The timer of the deadline fires at an await alone, so the clock is read too.
+        if sending >= call.deadline || !gate.pass() {
             return Err(BrokerError::DeadlineExceeded);
         }
-        let key = permit.key_name().filter(|_| lent.is_some());
+        let key = permit.key_name().filter(|_| lease.is_some());
         tracing::debug!(
             key.name = key.map(KeyName::as_str),
-            key.vault_version = lent.as_ref().and_then(|lent| lent.version),
+            key.vault_version = lease.as_ref().and_then(|lease| lease.version),
             timestamp_ms,
             "request signed"
         );
@@ -288,7 +341,7 @@ impl Broker {
             exchange_us = micros(sending.elapsed()),
             "answer received"
         );
-        self.apply_feedback(call, permit, lent.as_ref(), &answer);
+        self.apply_feedback(call, permit, lease.as_ref(), &answer);
         Ok(Receipt {
             answer,
             endpoint: permit.endpoint(),
@@ -297,61 +350,67 @@ impl Broker {
             waiting: signing - call.arrived,
             signing: sending - signing,
             exchange: sending.elapsed(),
-            lent,
+            lease,
         })
     }
 
-    /// The key that signs, unless none has to; never one that is revoked, wherever it comes from.
-    fn key(&self, call: &Call, permit: &Permit) -> Result<Option<Lent>, KeyUnavailable> {
+    /// The key that signs: the one under test, or the account's; `None` for a public request. A revoked key is an error.
+    fn signing_key(
+        &self,
+        call: &Call,
+        permit: &Permit,
+    ) -> Result<Option<KeyLease>, KeyUnavailable> {
         if !permit.is_private() {
             return Ok(None);
         }
         let account = &permit.account().id;
-        let lent = match &call.key {
-            Some(key) => Lent::of_a_test(Arc::clone(key)),
+        let lease = match &call.key {
+            Some(key) => KeyLease::of_a_test(Arc::clone(key)),
             None => self.keyring.key(permit)?,
         };
-        let key = KeyDigest(lent.key.id_sha256());
-        let slot = permit.key_name().filter(|_| call.key.is_none());
-        let slot = slot.map(|name| (account, name));
-        if self.restrictions.is_revoked(key, slot) {
+        let digest = KeyDigest(lease.key.id_sha256());
+        let name = permit.key_name().filter(|_| call.key.is_none());
+        if self
+            .restrictions
+            .is_revoked(digest, name.map(|name| (account, name)))
+        {
             return Err(KeyUnavailable::revoked(account));
         }
-        Ok(Some(lent))
+        Ok(Some(lease))
     }
 
-    /// Signs with the exchange's time of this moment. Nothing waits between [`Self::key`] and here, so that no key signs
-    /// after it was replaced or revoked.
+    /// Signs with the exchange's current time.
     fn sign(
         &self,
         call: &Call,
         permit: &Permit,
-        lent: Option<&Lent>,
+        lease: Option<&KeyLease>,
     ) -> Result<kucoin::SignedRequest, BrokerError> {
         let (request, site) = (&call.request, permit.account().site);
-        let mut signed = match lent {
+        let mut signed = match lease {
             None => kucoin::unsigned(request, site)?,
-            Some(lent) => {
+            Some(lease) => {
                 let now_ms = self.clock.exchange(permit.destination()).ms;
-                // A key that is only tested need not be a partner's.
+                // A key under test is signed without the partner headers: it may belong to no partner.
                 let partner = permit.partner().filter(|_| call.key.is_none());
-                kucoin::sign(request, site, &lent.key, partner, now_ms)?
+                kucoin::sign(request, site, &lease.key, partner, now_ms)?
             }
         };
         if call.who == Who::Broker {
-            signed.is_own();
+            signed.mark_internal();
         }
         Ok(signed)
     }
 
-    /// Reads an answer; one that belongs to another request is shown to nobody, and its connection is closed.
+    /// Parses the answer. An answer with a foreign clientOid belongs to another request: it is an error, and dropping it closes
+    /// its connection.
     fn read(&self, call: &Call, permit: &Permit, answered: Answered) -> Result<Answer, SendError> {
         let endpoint = permit.endpoint();
-        let is_of_another = endpoint.is_some_and(|endpoint| {
+        let is_foreign = endpoint.is_some_and(|endpoint| {
             permit.changes()
                 && endpoint.has_foreign_client_oid(&call.request, answered.response.body())
         });
-        if is_of_another {
+        if is_foreign {
             tracing::error!(
                 account.id = %permit.account().id,
                 endpoint = permit.endpoint_id(),
@@ -373,31 +432,7 @@ impl Broker {
         Ok(Answer::read(head.status, &head.headers, body, asked, now))
     }
 
-    /// Writes that a call was refused before its intent was audited: audit line, log line, metrics. Of one bot's refusals a
-    /// bounded number is audited and logged.
-    fn deny(&self, call: &Call, number: u64, error: &BrokerError) {
-        let ending = ending_of_error(call, error);
-        if call.who.bot().is_none() || self.is_recorded(&call.who) {
-            self.audit
-                .denied(&caller(call, number), Some(&call.request), &ending);
-            let UnsignedRequest {
-                scope,
-                method,
-                target,
-                ..
-            } = &call.request;
-            let endpoint = Catalog::get().route(Some(*scope), *method, target.path());
-            let endpoint = endpoint.map_or("", |endpoint| endpoint.id.as_str());
-            log_end(call, endpoint, &ending, Some(error), "call ended");
-        }
-        if call.who.bot().is_some() {
-            let (outcome, reason) = (error.reason().outcome(), error.reason());
-            let scope = Some(call.request.scope);
-            self.metrics.request(scope, outcome, Some(reason));
-        }
-    }
-
-    /// Writes how a call ended for its bot: audit line, log line, metrics.
+    /// Audits, logs and counts the result that the bot gets.
     fn finish(
         &self,
         call: &Call,
@@ -410,7 +445,7 @@ impl Broker {
         self.audit.outcome(&caller(call, number), endpoint, &ending);
         log_end(call, endpoint, &ending, ended.as_ref().err(), "call ended");
         if call.who.bot().is_some() {
-            let (outcome, reason) = verdict(ended);
+            let (outcome, reason) = outcome_and_reason(ended);
             let scope = Some(call.request.scope);
             self.metrics.request(scope, outcome, reason);
             if let Ok(receipt) = ended {
@@ -425,7 +460,7 @@ impl Broker {
         }
     }
 
-    /// Writes how a request ended whose bot has been answered already, with [`BrokerError::AnswerLate`], a `maybe_sent`.
+    /// Audits and logs a result that came after the bot was answered with [`BrokerError::AnswerLate`].
     fn finish_late(
         &self,
         call: &Call,
@@ -440,10 +475,10 @@ impl Broker {
         self.count_unresolved(call, late);
     }
 
-    /// Counts a call that ends as `maybe_sent` while the broker stops: somebody has to look it up. The broker's own questions
-    /// change nothing and do not count.
+    /// Counts a call that ends as `maybe_sent` while the broker stops: somebody has to look the order up. Requests of the
+    /// broker itself change nothing and do not count.
     fn count_unresolved(&self, call: &Call, ended: &Result<Receipt, BrokerError>) {
-        let is_unresolved = verdict(ended).0 == Outcome::MaybeSent;
+        let is_unresolved = outcome_and_reason(ended).0 == Outcome::MaybeSent;
         if is_unresolved && call.who != Who::Broker && self.is_draining() {
             self.calls.unresolved.fetch_add(1, Ordering::Relaxed);
         }
@@ -478,16 +513,6 @@ impl Broker {
     }
 }
 
-/// Runs a step of a call; a panic in it ends the call as [`BrokerError::Internal`], and nothing else.
-pub(crate) fn caught<T>(
-    step: impl Future<Output = Result<T, BrokerError>>,
-) -> impl Future<Output = Result<T, BrokerError>> {
-    // No `async fn`: that would hold `step` twice, and every call is a task of this size.
-    AssertUnwindSafe(step)
-        .catch_unwind()
-        .map(|ended| ended.unwrap_or(Err(BrokerError::Internal)))
-}
-
 fn is_unsent(error: &BrokerError) -> bool {
     error.reason().outcome() == Outcome::NotSent
 }
@@ -503,7 +528,7 @@ fn caller(call: &Call, number: u64) -> Caller<'_> {
     }
 }
 
-fn verdict(ended: &Result<Receipt, BrokerError>) -> (Outcome, Option<Reason>) {
+fn outcome_and_reason(ended: &Result<Receipt, BrokerError>) -> (Outcome, Option<Reason>) {
     match ended {
         Ok(receipt) => (receipt.answer.outcome, None),
         Err(error) => (error.reason().outcome(), Some(error.reason())),
@@ -602,7 +627,7 @@ pub(super) mod tests {
             waiting: Duration::ZERO,
             signing: Duration::ZERO,
             exchange: Duration::ZERO,
-            lent: None,
+            lease: None,
         }
     }
 

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use super::{Broker, Call};
 use crate::base::lock::Mutex;
 use crate::base::outcome::Outcome;
-use crate::keyring::Lent;
+use crate::keyring::KeyLease;
 use crate::keyring::usage::Refusal;
 use crate::kucoin::code::{
     self, ADDRESS_REFUSED, CREDENTIALS_REFUSED, KEY_REFUSED, RefusalCode, TIMESTAMP_REFUSED,
@@ -35,15 +35,15 @@ impl Broker {
         &self,
         call: &Call,
         permit: &Permit,
-        lent: Option<&Lent>,
+        lease: Option<&KeyLease>,
         answer: &Answer,
     ) {
-        if let Some(lent) = lent {
+        if let Some(lease) = lease {
             let refused = KEY_REFUSED.contains(&answer.code.as_str());
             if answer.outcome == Outcome::Accepted {
-                lent.usage.accepted(self.clock.wall_ms());
+                lease.usage.accepted(self.clock.wall_ms());
             } else if answer.outcome == Outcome::Rejected && refused {
-                let is_news = lent.usage.refused(Refusal {
+                let is_news = lease.usage.refused(Refusal {
                     code: answer.code.clone(),
                     advice: advice::for_bot(answer, permit.scope(), permit.endpoint()),
                     at_ms: self.clock.wall_ms(),
@@ -69,7 +69,7 @@ impl Broker {
                     seen,
                     "the exchange refuses the egress address for this key; compare the key's whitelist with egress.expected_ip"
                 );
-                self.doubts.address();
+                self.rechecks.address();
             }
             code if CREDENTIALS_REFUSED.contains(&code) => {
                 self.metrics.credentials_refused.inc();
@@ -81,7 +81,7 @@ impl Broker {
             }
             TIMESTAMP_REFUSED => {
                 self.metrics.timestamps_refused.inc();
-                self.doubts.time();
+                self.rechecks.time();
             }
             _ => {}
         }

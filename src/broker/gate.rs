@@ -1,4 +1,4 @@
-//! Decides between a request that is about to leave and a deadline that is about to pass: exactly one of them wins.
+//! Decides between a request about to leave and a deadline about to pass: exactly one of them wins.
 
 use std::mem::replace;
 
@@ -18,11 +18,11 @@ enum State {
     Refused(Box<Receipt>),
     /// The request is on its way.
     Left,
-    /// The bot has been told how its call ended.
+    /// The bot has its answer.
     Closed,
 }
 
-/// How a call stood when its time was over.
+/// How a call stood when its gate was closed.
 #[derive(Debug)]
 pub(super) enum Closed {
     /// Nothing has been sent, and nothing will be.
@@ -34,8 +34,8 @@ pub(super) enum Closed {
 }
 
 impl Gate {
-    /// Lets the request through, again if need be; false once the bot has been told how its call ended.
-    pub(super) fn take(&self) -> bool {
+    /// Lets the request leave, also a second time; false once the bot has its answer.
+    pub(super) fn pass(&self) -> bool {
         let mut state = self.0.lock();
         let is_open = !matches!(*state, State::Closed);
         if is_open {
@@ -44,9 +44,9 @@ impl Gate {
         is_open
     }
 
-    /// Takes it back when it provably was not executed, with the answer that says so if there is one; false once the bot
-    /// has been told that it may have been.
-    pub(super) fn hand_back(&self, refused: Option<&Receipt>) -> bool {
+    /// Marks the request as not executed after all, with the answer that says so if there is one; false once the bot has
+    /// been told that it may have been executed.
+    pub(super) fn reopen(&self, refused: Option<&Receipt>) -> bool {
         let mut state = self.0.lock();
         let has_left = matches!(*state, State::Left);
         if has_left {
@@ -56,7 +56,7 @@ impl Gate {
         has_left
     }
 
-    /// Lets nothing through any more.
+    /// Closes the gate for good; returns how the call stood.
     pub(super) fn close(&self) -> Closed {
         match replace(&mut *self.0.lock(), State::Closed) {
             State::Open | State::Closed => Closed::NotSent,
@@ -75,33 +75,33 @@ mod tests {
     fn a_call_that_was_told_not_sent_sends_nothing() {
         let gate = Gate::default();
         assert!(matches!(gate.close(), Closed::NotSent));
-        assert!(!gate.take());
+        assert!(!gate.pass());
     }
 
     #[test]
     fn a_call_that_was_handed_back_counts_as_not_sent() {
         let gate = Gate::default();
-        assert!(gate.take());
-        assert!(gate.hand_back(None));
+        assert!(gate.pass());
+        assert!(gate.reopen(None));
         assert!(matches!(gate.close(), Closed::NotSent));
     }
 
     #[test]
     fn a_call_that_left_cannot_be_taken_back_once_told() {
         let gate = Gate::default();
-        assert!(gate.take());
+        assert!(gate.pass());
         assert!(matches!(gate.close(), Closed::Sent));
-        assert!(!gate.hand_back(None));
-        assert!(!gate.take());
+        assert!(!gate.reopen(None));
+        assert!(!gate.pass());
     }
 
     #[test]
     fn a_refusal_is_kept_until_the_request_leaves_once_more() {
         let gate = Gate::default();
-        assert!(gate.take());
-        assert!(gate.hand_back(Some(&refused())));
+        assert!(gate.pass());
+        assert!(gate.reopen(Some(&refused())));
         let again = Gate::default();
-        assert!(again.take() && again.hand_back(Some(&refused())) && again.take());
+        assert!(again.pass() && again.reopen(Some(&refused())) && again.pass());
         assert!(matches!(gate.close(), Closed::Refused(_)));
         assert!(matches!(again.close(), Closed::Sent));
     }

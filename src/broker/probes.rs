@@ -41,14 +41,14 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(3);
 
 /// Calls for questions to be asked at once.
 #[derive(Debug, Default)]
-pub(crate) struct Doubts {
+pub(crate) struct RecheckSignals {
     address: Notify,
     time: Notify,
     /// Hosts that have refused a timestamp and are being asked, with the answer whether their time is known now.
     refuted: Mutex<BTreeMap<Place, watch::Receiver<Option<bool>>>>,
 }
 
-impl Doubts {
+impl RecheckSignals {
     /// The address may have changed.
     pub(crate) fn address(&self) {
         self.address.notify_one();
@@ -83,7 +83,7 @@ pub(crate) async fn watch_time(broker: Arc<Broker>, place: Place) {
     let mut is_different = false;
     loop {
         // Before the question, so that a doubt that comes up meanwhile is not missed.
-        let doubt = broker.doubts.time.notified();
+        let doubt = broker.rechecks.time.notified();
         let measured = broker.measure(place, false).await;
         broker.log_difference(place, &mut is_different);
         let wait = match measured {
@@ -122,7 +122,7 @@ pub(crate) async fn watch_address(broker: Arc<Broker>, every: Duration) {
             Err(_) => backoff.wait().min(every),
         };
         sleep(wait.min(AT_LEAST)).await;
-        let doubt = broker.doubts.address.notified();
+        let doubt = broker.rechecks.address.notified();
         let _ = timeout(wait.saturating_sub(AT_LEAST), doubt).await;
     }
 }
@@ -183,15 +183,19 @@ impl Broker {
     }
 
     /// Finds out the time at a host that has refused a timestamp; returns whether it is known now. All calls that were
-    /// refused wait for the same answer, and none of them can stop it by giving up. `signed`: how long ago the refused
-    /// timestamp was signed; what has been measured since need not be measured again.
-    pub(super) async fn refuted(self: &Arc<Self>, place: Place, signed: Duration) -> bool {
+    /// refused wait for the same answer, and none of them can stop it by giving up. `since_signing`: how long ago
+    /// the refused timestamp was signed; a measurement made since then is enough.
+    pub(super) async fn resync_time(
+        self: &Arc<Self>,
+        place: Place,
+        since_signing: Duration,
+    ) -> bool {
         let measured = self.clock.exchange(place).age;
-        if measured.is_some_and(|age| age < signed) {
+        if measured.is_some_and(|age| age < since_signing) {
             return true;
         }
         let mut answer = {
-            let mut refuted = self.doubts.refuted.lock();
+            let mut refuted = self.rechecks.refuted.lock();
             let is_done = refuted
                 .get(&place)
                 // An error means that the last question ended in a panic.

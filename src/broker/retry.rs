@@ -1,4 +1,4 @@
-//! Whether a request leaves once more. Pure: the table below the code is the rule.
+//! Whether a request is sent again. Pure; the table of its test is the rule.
 
 use super::{BrokerError, Receipt};
 use crate::base::outcome::Outcome;
@@ -16,11 +16,11 @@ pub(super) enum Attempt<'a> {
     NotConnected,
     /// The exchange did not execute it, and answered with this code.
     Rejected(&'a str),
-    /// Accepted, or failed in a way that another try does not mend.
+    /// Accepted, or failed in a way that a retry does not mend.
     Settled,
 }
 
-/// Why a request leaves once more, signed anew.
+/// Why a request is sent again, newly signed.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Retry {
     AnswerLost,
@@ -30,12 +30,12 @@ pub(super) enum Retry {
     TimestampRefused,
 }
 
-/// Remedies that have been used: each one helps once.
+/// Retries that have been used: each cause allows one.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub(super) struct RetryBudget {
     /// Another key.
     key: bool,
-    /// Once more as it was.
+    /// The request as it was.
     repeated: bool,
     /// The exchange's time.
     time: bool,
@@ -70,8 +70,8 @@ impl Retry {
     }
 }
 
-/// Whether to try once more. A request that may have been executed goes again only if it is idempotent; one that brought
-/// its own key to be tested (`has_own_key`) is not signed with another.
+/// Whether to send again. A request that may have been executed is sent again only if it is idempotent. One that brings the
+/// key under test (`has_own_key`) is signed with no other key.
 pub(super) fn next(
     last: Attempt<'_>,
     is_idempotent: bool,

@@ -234,7 +234,11 @@ fn told(
     explanation: Explanation,
 ) -> (String, u8) {
     let mut lines = Vec::new();
-    let adds_risk = if explanation.adds_risk() { "yes" } else { "no" };
+    let increases_risk = if explanation.increases_risk() {
+        "yes"
+    } else {
+        "no"
+    };
     let mut about = match explanation.endpoint {
         Some(endpoint) => vec![
             format!("endpoint: {}", endpoint.id),
@@ -257,7 +261,7 @@ fn told(
             lines.push("allowed".to_owned());
             lines.extend(by.into_iter().map(at));
             lines.extend(about);
-            lines.push(format!("adds risk: {adds_risk}"));
+            lines.push(format!("adds risk: {increases_risk}"));
             let key = key.map_or("none, it goes unsigned".to_owned(), |key| {
                 format!("{account}/{key}")
             });
@@ -270,7 +274,7 @@ fn told(
             let error = BrokerError::from(why);
             lines.push(format!("refused: {}: {error}", error.reason()));
             lines.extend(about);
-            lines.push(format!("adds risk: {adds_risk}"));
+            lines.push(format!("adds risk: {increases_risk}"));
             lines.extend(advice.map(|advice| format!("to allow it: {advice}")));
             if !has.is_empty() {
                 lines.push("what this bot may do on this account in this scope:".to_owned());

@@ -146,7 +146,7 @@ impl Watch {
         loop {
             // Before the look, so that one that is asked for meanwhile is not missed.
             let (keyring, look) = (Arc::clone(&self.keyring), Arc::clone(&self.look));
-            let (doubt, wanted) = (keyring.doubts.notified(), look.wanted.notified());
+            let (doubt, wanted) = (keyring.rechecks.notified(), look.wanted.notified());
             look.count.send_modify(|(begun, _)| *begun += 1);
             self.check().await;
             look.is_read.send_replace(true);

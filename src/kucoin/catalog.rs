@@ -316,7 +316,7 @@ pub(crate) enum Effect {
 impl Endpoint {
     /// Whether a call adds risk: everything but cancels, order tests, reads and public data. It is refused first when
     /// something is wrong.
-    pub(crate) fn adds_risk(&self) -> bool {
+    pub(crate) fn increases_risk(&self) -> bool {
         let reduces = matches!(
             self.effect,
             Effect::Cancel | Effect::CancelAll | Effect::Test
@@ -762,7 +762,7 @@ mod tests {
 
     #[test]
     fn adding_risk_is_everything_but_cancels_tests_and_reads() {
-        let adds = |id: &str| Catalog::get().by_id(id).unwrap().adds_risk();
+        let adds = |id: &str| Catalog::get().by_id(id).unwrap().increases_risk();
         assert!(adds("spot.post.v1-hf-orders"));
         assert!(!adds("spot.post.v1-hf-orders-test"));
         assert!(!adds("spot.delete.v1-hf-orders-order-id"));

@@ -172,7 +172,7 @@ pub struct SignedRequest {
 
 impl SignedRequest {
     /// Tells it apart from what bots ask, on both sides.
-    pub(crate) fn is_own(&mut self) {
+    pub(crate) fn mark_internal(&mut self) {
         let headers = self.request.headers_mut();
         headers.insert(USER_AGENT, HeaderValue::from_static(question::OWN));
     }

@@ -165,8 +165,8 @@ impl Halt<'_> {
         let mut rounds = 0;
         loop {
             // Asked before the lists are: what was in flight then may land after they have been read.
-            let is_calm = calls.is_calm(account) || Instant::now() >= patience;
-            if is_calm {
+            let is_quiescent = calls.is_quiescent(account) || Instant::now() >= patience;
+            if is_quiescent {
                 if rounds == 0 {
                     sleep(SHOWS_WITHIN).await;
                 }
@@ -175,14 +175,14 @@ impl Halt<'_> {
             join_all(all.iter_mut().map(|one| self.look(one))).await;
             let is_over = Instant::now() >= self.until || rounds == ROUNDS;
             let is_lifted = !self.broker.restrictions.is_halted(account);
-            if is_over || is_lifted || (is_calm && all.iter().all(Withdrawal::is_settled)) {
+            if is_over || is_lifted || (is_quiescent && all.iter().all(Withdrawal::is_settled)) {
                 break;
             }
             join_all(all.iter_mut().map(|one| self.cancel_again(one))).await;
-            if is_calm {
+            if is_quiescent {
                 sleep(FIRST_PAUSE * 2_u32.pow(rounds - 1)).await;
             } else {
-                let _ = timeout(LOOK_EVERY, calls.calm(account)).await;
+                let _ = timeout(LOOK_EVERY, calls.quiescent(account)).await;
             }
         }
         Cancelled {

@@ -17,8 +17,8 @@ pub struct Explanation<'p> {
 
 impl Explanation<'_> {
     /// Whether the request would add risk; one outside the catalogue would.
-    pub(crate) fn adds_risk(&self) -> bool {
-        self.endpoint.is_none_or(Endpoint::adds_risk)
+    pub(crate) fn increases_risk(&self) -> bool {
+        self.endpoint.is_none_or(Endpoint::increases_risk)
     }
 }
 

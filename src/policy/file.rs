@@ -35,12 +35,12 @@ impl Policy {
         let purpose = section.optional("purpose").unwrap_or_default();
         let allow_money_out = section.optional("allow_money_out").unwrap_or_default();
         // A revocation that only Vault knows of stays unseen for as long.
-        let add_risk = section.number("max_stale_s", 15 * 60, 60..=24 * 3600);
-        let withdraw_risk = section.number("max_stale_cancel_s", 24 * 3600, 60..=7 * 24 * 3600);
-        if withdraw_risk < add_risk {
+        let risk_increasing = section.number("max_stale_s", 15 * 60, 60..=24 * 3600);
+        let cancels_and_reads = section.number("max_stale_cancel_s", 24 * 3600, 60..=7 * 24 * 3600);
+        if cancels_and_reads < risk_increasing {
             section.problem(
                 "max_stale_cancel_s",
-                format_args!("is {withdraw_risk}, less than max_stale_s = {add_risk}; cancels and reads must last as long"),
+                format_args!("is {cancels_and_reads}, less than max_stale_s = {risk_increasing}; cancels and reads must last as long"),
             );
         }
         let mut keys = section.section("key");
@@ -57,8 +57,8 @@ impl Policy {
             keys: [].into(),
             partners: [].into(),
             max_stale: MaxStale {
-                add_risk: Duration::from_secs(add_risk),
-                withdraw_risk: Duration::from_secs(withdraw_risk),
+                risk_increasing: Duration::from_secs(risk_increasing),
+                cancels_and_reads: Duration::from_secs(cancels_and_reads),
             },
         };
         for scope in Scope::ALL {

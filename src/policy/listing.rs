@@ -236,10 +236,10 @@ fn settings(account: &Account) -> BTreeMap<String, String> {
     let seconds = |limit: Duration| limit.as_secs().to_string();
     let mut settings = BTreeMap::from([
         ("allow_money_out".to_owned(), allow_money_out.to_string()),
-        ("max_stale_s".to_owned(), seconds(max_stale.add_risk)),
+        ("max_stale_s".to_owned(), seconds(max_stale.risk_increasing)),
         (
             "max_stale_cancel_s".to_owned(),
-            seconds(max_stale.withdraw_risk),
+            seconds(max_stale.cancels_and_reads),
         ),
         ("purpose".to_owned(), purpose.as_str().to_owned()),
         ("site".to_owned(), site.to_string()),

@@ -13,7 +13,7 @@ use crate::base::lock::RwLock;
 use crate::base::toml_file::Problem;
 use crate::base::trust;
 use crate::broker::admission::Admission;
-use crate::broker::probes::Doubts;
+use crate::broker::probes::RecheckSignals;
 use crate::broker::{Broker, Calls, UnknownCodes};
 use crate::clock::Clock;
 use crate::config::Config;
@@ -97,7 +97,7 @@ pub(crate) fn broker(
         egress,
         proof: Proof::new(config.expected_ip, config.proof),
         clock,
-        doubts: Doubts::default(),
+        rechecks: RecheckSignals::default(),
         metrics,
         admission: Admission::new(config.admission_limits),
         calls: Calls::default(),
