@@ -1,4 +1,4 @@
-//! Instructions that the broker's process executes for one call, counted by callgrind.
+//! Instructions that the broker's process executes for one call, and memory that it allocates, counted by callgrind.
 //!
 //! `cargo bench --bench instructions --features valgrind`. Each number is the difference of two runs, with 100 and with
 //! 600 calls of one bot over one connection, divided by 500: what starting and connecting cost is in neither. It
@@ -21,6 +21,7 @@
 #[allow(dead_code, reason = "shared with the tests, which use all of it")]
 mod harness;
 
+use std::collections::BTreeSet;
 use std::process::Command;
 
 use credbroker::proto::{Outcome, SignAndSendRequest};
@@ -47,21 +48,24 @@ fn main() {
         .enable_all()
         .build()
         .unwrap();
-    println!("| Call | Instructions | Bytes of large blocks counted one by one |");
-    println!("|---|---|---|");
+    println!("| Call | Instructions | Bytes of large blocks counted one by one | Allocations |");
+    println!("|---|---|---|---|");
     for (name, request) in [
         ("read", read as fn(u64) -> SignAndSendRequest),
         ("order", order),
     ] {
         let per_call = |tunables| {
             let count = |calls| runtime.block_on(count(calls, request, tunables));
-            (count(MANY) - count(FEW)) / (MANY - FEW)
+            let (few, many) = (count(FEW), count(MANY));
+            let each = |of: fn(&Counts) -> u64| (of(&many) - of(&few)) / (MANY - FEW);
+            (
+                each(|counts| counts.instructions),
+                each(|counts| counts.allocations),
+            )
         };
-        println!(
-            "| {name} | {} | {} |",
-            per_call(LOOPS),
-            per_call("GLIBC_TUNABLES=")
-        );
+        let (instructions, allocations) = per_call(LOOPS);
+        let (counted_by_bytes, _) = per_call("GLIBC_TUNABLES=");
+        println!("| {name} | {instructions} | {counted_by_bytes} | {allocations} |");
     }
 }
 
@@ -73,8 +77,14 @@ fn order(number: u64) -> SignAndSendRequest {
     spot_order(&format!("order-{number}"))
 }
 
-/// Instructions of a whole run of the broker that answers this many calls.
-async fn count(calls: u64, request: fn(u64) -> SignAndSendRequest, tunables: &str) -> u64 {
+/// What a whole run of the broker costs.
+struct Counts {
+    instructions: u64,
+    allocations: u64,
+}
+
+/// Counts a whole run of the broker that answers this many calls.
+async fn count(calls: u64, request: fn(u64) -> SignAndSendRequest, tunables: &str) -> Counts {
     // What goes on in the background takes no part of a slow run.
     let settings = Settings {
         edit: Box::new(|config| {
@@ -106,5 +116,34 @@ async fn count(calls: u64, request: fn(u64) -> SignAndSendRequest, tunables: &st
                 .or(line.strip_prefix("summary: "))
         })
         .expect("callgrind sums up");
-    line.trim().parse().unwrap()
+    Counts {
+        instructions: line.trim().parse().unwrap(),
+        allocations: allocations(&profile),
+    }
+}
+
+/// Sums the calls of libc's allocating functions: a line `cfn=(id) name`, whose name is given once, and `calls=number …`
+/// after it.
+fn allocations(profile: &str) -> u64 {
+    let (mut ids, mut is_allocation, mut sum) = (BTreeSet::new(), false, 0);
+    for line in profile.lines() {
+        let function = line.strip_prefix("cfn=").or(line.strip_prefix("fn="));
+        if let Some((id, name)) = function.and_then(|function| function.split_once(')')) {
+            if [
+                "malloc",
+                "calloc",
+                "realloc",
+                "aligned_alloc",
+                "posix_memalign",
+            ]
+            .contains(&name.trim())
+            {
+                ids.insert(id);
+            }
+            is_allocation = line.starts_with("cfn=") && ids.contains(id);
+        } else if let Some(calls) = line.strip_prefix("calls=").filter(|_| is_allocation) {
+            sum += calls.split(' ').next().unwrap().parse::<u64>().unwrap();
+        }
+    }
+    sum
 }

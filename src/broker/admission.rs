@@ -196,18 +196,21 @@ impl Admission {
 #[derive(Debug)]
 pub(super) struct RiskIncreasing<'c> {
     calls: &'c Calls,
-    account: AccountId,
+    account: &'c AccountId,
 }
 
 impl Calls {
     /// Counts a risk-increasing attempt on an account until the guard drops.
-    pub(super) fn begin_risk_increasing(&self, account: &AccountId) -> RiskIncreasing<'_> {
+    pub(super) fn begin_risk_increasing<'c>(
+        &'c self,
+        account: &'c AccountId,
+    ) -> RiskIncreasing<'c> {
         self.risk_increasing.send_modify(|counts| {
             *counts.entry(account.clone()).or_default() += 1;
         });
         RiskIncreasing {
             calls: self,
-            account: account.clone(),
+            account,
         }
     }
 
@@ -229,10 +232,10 @@ impl Calls {
 impl Drop for RiskIncreasing<'_> {
     fn drop(&mut self) {
         self.calls.risk_increasing.send_modify(|counts| {
-            if let Some(count) = counts.get_mut(&self.account) {
+            if let Some(count) = counts.get_mut(self.account) {
                 *count -= 1;
                 if *count == 0 {
-                    counts.remove(&self.account);
+                    counts.remove(self.account);
                 }
             }
         });

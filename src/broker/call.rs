@@ -4,14 +4,14 @@
 //!
 //! - **Outcome.** Each error has one outcome. `DeadlineExceeded`, `ShuttingDown` and every refusal before the send mean
 //!   `not_sent`: the request never leaves. A lost answer, `AnswerLate` and `Internal` mean `maybe_sent`: the bot has to look
-//!   the order up. The answer is audited before the bot gets it.
+//!   the order up. The result is audited before the bot gets it; of refusals before the send only so many per bot.
 //! - **Gate.** [`Gate`] starts open. [`Gate::pass`] marks it as sent, right before the request goes to its connection.
 //!   [`Gate::reopen`] takes that back where the request provably was not executed, and keeps the exchange's refusal if there
-//!   is one. The deadline closes the gate, and what it held is the bot's answer: `not_sent`, the refusal, or `AnswerLate`.
-//!   Nothing passes a closed gate.
-//! - **Retry.** A request leaves again only if it was not executed: once if the connect failed or the connection gave the
+//!   is one. The deadline, or the end of a shutdown, closes the gate, and what it held is the bot's answer: `not_sent`, the
+//!   refusal, or `AnswerLate`. Nothing passes a closed gate.
+//! - **Retry.** A request is sent again only if it was not executed: once if the connect failed or the connection gave the
 //!   request back unsent, once if the exchange refused the timestamp, once if it refused the key. After a lost answer only
-//!   an idempotent request leaves again, and no order is idempotent.
+//!   an idempotent request is sent again, and no order is idempotent.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -71,7 +71,7 @@ pub(crate) struct Receipt {
     pub(crate) scope: Scope,
     /// The timestamp that was signed, Unix milliseconds; 0 for a public request.
     pub(crate) timestamp_ms: i64,
-    /// From the arrival of the call until the last attempt was signed, earlier attempts included.
+    /// From the arrival of the call until the last attempt began to sign, earlier attempts included.
     pub(crate) waiting: Duration,
     /// Fetching the key and signing.
     pub(crate) signing: Duration,
@@ -102,7 +102,7 @@ pub(crate) fn caught<T>(
 
 impl Broker {
     /// Signs a request, sends it and returns the exchange's answer. The call is a task of its own: it runs to its end and is
-    /// audited even if the bot disconnects.
+    /// audited even if the bot disconnects, and an order that was not sent yet is still sent.
     pub(crate) async fn sign_and_send(
         self: &Arc<Self>,
         call: Call,
@@ -155,10 +155,11 @@ impl Broker {
         };
         self.finish(&call, number, &permit, &ended);
         let _ = reply.send(ended);
-        // Nothing polls `delivery` from here on, so nothing more is sent, unless the request is in flight already. Nobody
-        // needs the late result of a request of the broker itself.
+        // The gate is closed, so no further attempt can leave. A request that is in flight is waited for, and its late result
+        // is audited; nobody needs the late result of a request of the broker itself.
         if is_sent && call.who != Who::Broker {
             let late = tokio::select! {
+                biased;
                 late = &mut delivery => late,
                 () = self.calls.give_up.cancelled() => Err(BrokerError::AnswerLate),
             };
@@ -243,16 +244,18 @@ impl Broker {
                 break;
             }
             tracing::debug!(cause = retry.cause(), "sending again");
+            let has_left = !last.as_ref().is_err_and(is_unsent);
             match self.send(call, permit, recorded, gate).await {
-                // The retry was not sent: the result before it, a refusal or a lost answer, stands.
-                Err(next) if is_unsent(&next) && !last.as_ref().is_err_and(is_unsent) => break,
+                // A refusal or a lost answer is never replaced by "not sent".
+                Err(next) if has_left && is_unsent(&next) => break,
                 ended => last = ended,
             }
         }
         last
     }
 
-    /// Prepares a retry. Returns false if the retry cannot help, or if the bot has its answer already.
+    /// Prepares a retry: reopens the gate where the request had left, and asks for the exchange's time or for another key.
+    /// Returns false if the retry cannot help.
     async fn prepare(
         self: &Arc<Self>,
         retry: Retry,
@@ -301,8 +304,8 @@ impl Broker {
             reused = connection.is_reused(),
             "connection ready"
         );
-        // Registered before the second authorization: a halt that comes too late for it waits until this attempt has ended.
-        // Whether a request increases risk is a fact of its endpoint, which no rule changes.
+        // Register first: a halt before the authorization below refuses the request, and a halt after it waits until this
+        // attempt has ended. Whether a request increases risk is a fact of its endpoint, which no rule changes.
         let account = &admitted.account().id;
         let _registered = admitted
             .increases_risk()
@@ -460,7 +463,8 @@ impl Broker {
         }
     }
 
-    /// Audits and logs a result that came after the bot was answered with [`BrokerError::AnswerLate`].
+    /// Audits and logs the result of a request whose bot was answered with [`BrokerError::AnswerLate`]: the late answer, or the
+    /// same error again if the broker stopped waiting for it.
     fn finish_late(
         &self,
         call: &Call,
@@ -632,7 +636,7 @@ pub(super) mod tests {
     }
 
     #[tokio::test]
-    async fn a_panic_ends_its_call_as_internal_and_nothing_else() {
+    async fn panic_in_a_call_is_internal_and_maybe_sent() {
         let ended: Result<(), _> = caught(async { panic!("a defect") }).await;
         let error = ended.unwrap_err();
         assert_eq!(error.reason(), Reason::Internal);
