@@ -34,7 +34,7 @@ use zeroize::{Zeroize, Zeroizing};
 use self::connection::{Connection, caught_up, if_there, is_by_policy, reduce};
 use self::login::{Pass, Session};
 use self::metadata::ReadMetadata;
-pub use self::metadata::{Facts, Metadata, NotedState, Notes, Pending};
+pub use self::metadata::{Facts, Metadata, NotedState, Notes};
 pub(crate) use self::metadata::{Hold, unknown_state};
 pub use self::write::{Registration, WriteError};
 use crate::base::backoff::Backoff;

@@ -1,7 +1,7 @@
 //! What Vault says about a key beside its values: its versions, and what admins have noted in custom metadata.
 //!
 //! Of the notes, `state` and `use_version` are authority, and `hold` says when `use_version` began. The others are hints: what
-//! was found out when a version was registered (`for_version` says which), and which version somebody was about to write.
+//! was found out when a version was registered (`for_version` says which).
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -36,8 +36,9 @@ const HOLD: &str = "hold";
 const FOR_VERSION: &str = "for_version";
 const KEY_SHA256: &str = "key_sha256";
 const UID: &str = "uid";
-const PENDING_VERSION: &str = "pending_version";
-const PENDING_SHA256: &str = "pending_sha256";
+
+/// Notes of older versions, which mean nothing any more.
+const OLD: [&str; 2] = ["pending_version", "pending_sha256"];
 
 /// What polling compares: any difference means that the key changed.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
@@ -57,15 +58,6 @@ struct Version {
     created_time: String,
     deletion_time: String,
     destroyed: bool,
-}
-
-/// A version that somebody was about to write when this was noted.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Pending<'a> {
-    /// The number that it was to get.
-    pub version: u64,
-    /// SHA-256 of the id of its key, in hex.
-    pub key_sha256: &'a str,
 }
 
 /// What the note `state` says of a key. Authority.
@@ -225,14 +217,6 @@ impl Metadata {
         self.note(KEY_SHA256)
     }
 
-    /// Hint: what somebody was about to write.
-    pub fn pending(&self) -> Option<Pending<'_>> {
-        Some(Pending {
-            version: self.note(PENDING_VERSION)?.parse().ok()?,
-            key_sha256: self.note(PENDING_SHA256)?,
-        })
-    }
-
     /// Any note by its name.
     pub fn note(&self, name: &str) -> Option<&str> {
         self.notes.as_ref()?.get(name).map(String::as_str)
@@ -316,25 +300,9 @@ impl Facts {
 pub struct Notes(BTreeMap<&'static str, Option<String>>);
 
 impl Notes {
-    /// A version is about to be written. To be noted before it is, so that whoever comes after a crash knows what was meant.
-    pub fn pending(version: u64, key_sha256: &str) -> Self {
-        Self(BTreeMap::from([
-            (PENDING_VERSION, Some(version.to_string())),
-            (PENDING_SHA256, Some(key_sha256.to_owned())),
-        ]))
-    }
-
-    /// Nothing is about to be written after all.
-    pub(crate) fn not_pending() -> Self {
-        Self(BTreeMap::from([
-            (PENDING_VERSION, None),
-            (PENDING_SHA256, None),
-        ]))
-    }
-
     /// A version has been written, this is known of it, and it is the one to use.
     pub fn registered(version: u64, facts: &Facts) -> Self {
-        let mut notes = Self::not_pending();
+        let mut notes = Self(OLD.map(|name| (name, None)).into());
         // What is not known of this version must not be read as the former one's.
         let known = |text: String| (!text.is_empty()).then(|| as_note(&text));
         let facts = facts.texts().map(|(name, text)| (name, known(text)));
@@ -430,17 +398,12 @@ mod tests {
     #[test]
     fn notes_that_are_missing_or_strange_are_no_hints_and_a_strange_version_to_use_is_an_error() {
         let none = metadata(&serde_json::Value::Null);
-        assert_eq!(
-            (none.uid(), none.for_version(), none.pending()),
-            (None, None, None)
-        );
+        assert_eq!((none.uid(), none.for_version()), (None, None));
         assert_eq!(none.wanted(), Ok(3));
         assert_eq!((none.before(4), none.before(3)), (Some(3), None));
         assert_eq!(none.created(3), Some("2026-01-02T03:04:05Z"));
-        let strange = metadata(
-            &json!({ "for_version": "x", "pending_version": "-1", "pending_sha256": "ab", "use_version": "two" }),
-        );
-        assert_eq!((strange.for_version(), strange.pending()), (None, None));
+        let strange = metadata(&json!({ "for_version": "x", "use_version": "two" }));
+        assert_eq!(strange.for_version(), None);
         let problem = strange.wanted().unwrap_err();
         assert!(problem.contains("use_version=two"), "{problem}");
         for gone in ["0", "2", "4"] {

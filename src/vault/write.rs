@@ -98,11 +98,9 @@ impl Vault {
 
     /// Writes a key as the version that follows `cas` (0: as the first), and returns the number of the new version.
     ///
-    /// [`Notes::pending`] for it should be in the metadata before: where an answer is lost, they are how a version that
-    /// arrived is told from somebody else's.
-    ///
     /// # Errors
-    /// None of them holds a value of the key. Only [`WriteError::Unclear`] leaves open whether it is written.
+    /// None of them holds a value of the key. Only [`WriteError::Unclear`] leaves open whether it is written: only who can
+    /// read the key can tell a version that arrived from somebody else's.
     pub async fn write(
         &self,
         account: &AccountId,
@@ -121,9 +119,15 @@ impl Vault {
                     Some(version) => return Ok(version),
                     None => "Vault's answer is not what its API describes".to_owned(),
                 },
-                // Either somebody else has written, or the first attempt has arrived after all.
-                Err(Failure::Stale) => break,
-                Err(Failure::Refused(_)) if unclear.is_some() => break,
+                // Either somebody else has written, or an attempt before this one has arrived after all.
+                Err(Failure::Stale | Failure::Refused(_)) if unclear.is_some() => break,
+                Err(Failure::Stale) => {
+                    let newest = self.find(account, name).await?.unwrap_or_default();
+                    return Err(WriteError::Stale {
+                        expected: cas,
+                        found: newest.current_version,
+                    });
+                }
                 Err(Failure::Refused(text)) => {
                     return Err(WriteError::Refused(without_values(text, registration)));
                 }
@@ -135,24 +139,7 @@ impl Vault {
             unclear = Some(without_values(problem, registration));
             pause().await;
         }
-        let newest = match self.find(account, name).await {
-            Ok(newest) => newest.unwrap_or_default(),
-            Err(error) => {
-                return Err(unclear.map_or(WriteError::Vault(error), WriteError::Unclear));
-            }
-        };
-        let found = newest.current_version;
-        let is_ours = newest.pending().is_some_and(|pending| {
-            pending.version == found && pending.key_sha256 == registration.facts.key_sha256
-        });
-        match unclear {
-            Some(_) if found == cas + 1 && is_ours => Ok(found),
-            Some(problem) if found == cas => Err(WriteError::Unclear(problem)),
-            _ => Err(WriteError::Stale {
-                expected: cas,
-                found,
-            }),
-        }
+        Err(WriteError::Unclear(unclear.unwrap_or_default()))
     }
 
     /// Changes what is noted about a key, and returns its metadata as they are then. All other notes stay.

@@ -1,8 +1,8 @@
 //! `credbroker keys register` and `keys rotate`: a key is tested, then written to Vault, then put to use.
 //!
-//! Vault is written in three steps, so that whoever comes after a crash knows which half happened: the note that a
-//! version is about to be written, the version itself (whole, on top of the one that was seen), the note of what it is.
-//! Until the last step the key that served goes on.
+//! Vault is written in two steps: the version itself (whole, on top of the one that was seen), then the note of what it
+//! is. The key that served goes on until KuCoin takes what the new one signs. Where the answer to the first step is lost,
+//! the broker says which key has arrived.
 
 use std::collections::BTreeSet;
 use std::future::poll_fn;
@@ -191,7 +191,7 @@ async fn register(command: Command, options: &Options) -> Result<u8, Failure> {
         facts: facts(&test, &place.admin),
         values: given.values,
     };
-    let version = place.write(&found, &registration).await?;
+    let version = place.write(&mut broker, &found, &registration).await?;
     let noted = place
         .note(version, &registration.facts, options.enable)
         .await;
@@ -226,7 +226,7 @@ impl std::fmt::Display for Place {
 }
 
 impl Place {
-    /// What Vault has; says what a run has left that came to no end.
+    /// What Vault has; says when nothing is noted about its newest version.
     async fn look(&self) -> Result<Metadata, Failure> {
         let found = self.vault.find(&self.account, &self.key).await;
         let found = found.map_err(|error| unreached(&error))?;
@@ -239,51 +239,30 @@ impl Place {
             return Err(Failure::new(format!("{problem}; nothing was stored"), fix));
         }
         let found = found.unwrap_or_default();
-        if let Some(told) = self.interrupted(&found) {
+        if let Some(told) = self.not_noted(&found) {
             say(paragraph("note: ", &told).trim_end());
         }
         Ok(found)
     }
 
-    /// What a run has done that came to no end.
-    fn interrupted(&self, found: &Metadata) -> Option<String> {
-        let pending = found.pending()?;
-        let (version, current) = (pending.version, found.current_version);
-        let (short, used) = (shown(pending.key_sha256), self.in_use(found));
-        Some(if version == current && self.is_finished(found) {
+    /// What is told of a newest version that has no note.
+    fn not_noted(&self, found: &Metadata) -> Option<String> {
+        let current = found.current_version;
+        if !found.has(current) || found.for_version() == Some(current) {
+            return None;
+        }
+        let used = if self.before.version == current {
             format!(
-                "a run before this one ended early: Vault holds its key (id SHA-256 {short}) as version {version}, whole, and \
-                 the broker uses it. Give the same key to finish that run, or another one to replace it."
-            )
-        } else if version == current {
-            format!(
-                "a run before this one ended early: Vault holds its key (id SHA-256 {short}) as version {version}, whole, \
-                 unless somebody else has written that version. {used} This run starts anew."
-            )
-        } else if version == current + 1 {
-            let held = match current {
-                0 => "no key yet".to_owned(),
-                current => format!("the key before it, version {current}, whole"),
-            };
-            format!(
-                "a run before this one ended early, before its key (id SHA-256 {short}) was written: Vault holds {held}. {used} \
-                 This run starts anew."
+                "The broker uses it (id SHA-256 {}). Give the same key to finish that run, or another one to replace it.",
+                shown(&self.before.id_sha256)
             )
         } else {
-            format!(
-                "a run before this one ended early; it was to write version {version}, and by now Vault holds version \
-                 {current}. {used} This run starts anew."
-            )
-        })
-    }
-
-    /// Whether the version that a run before was about to write is there, and proven by the broker to be its key.
-    fn is_finished(&self, found: &Metadata) -> bool {
-        found.pending().is_some_and(|pending| {
-            pending.version == found.current_version
-                && self.before.version == found.current_version
-                && self.before.id_sha256 == pending.key_sha256
-        })
+            format!("{} This run starts anew.", self.in_use(found))
+        };
+        Some(format!(
+            "Vault holds version {current} of {self}, and no note of what it is: a run before this one ended early, or \
+             somebody has written that version by hand. {used}"
+        ))
     }
 
     /// Whether the newest version in Vault is this key, and KuCoin takes what it signs for bots.
@@ -394,29 +373,29 @@ impl Place {
     }
 
     /// Writes the key; returns its version.
-    async fn write(&self, found: &Metadata, registration: &Registration) -> Result<u64, Failure> {
+    async fn write(
+        &self,
+        broker: &mut Admin,
+        found: &Metadata,
+        registration: &Registration,
+    ) -> Result<u64, Failure> {
         let (account, key, current) = (&self.account, &self.key, found.current_version);
         let digest = &registration.facts.key_sha256;
-        let is_again = found
-            .pending()
-            .is_some_and(|pending| pending.key_sha256 == digest);
         // A partner key is not seen by any test: it may be another one.
-        let is_in_use = self.is_in_use(found, digest) && registration.values.partner_key.is_none();
-        if is_in_use || (is_again && self.is_finished(found)) {
+        if self.is_in_use(found, digest) && registration.values.partner_key.is_none() {
             say(&format!(
                 "Vault holds this key as version {current}; it is not written again."
             ));
             return Ok(current);
         }
-        let pending = Notes::pending(current + 1, digest);
-        let noted = self.vault.note(account, key, &pending).await;
-        noted.map_err(|error| self.undone(found, &error.to_string(), VAULT))?;
-        let error = match self.vault.write(account, key, registration, current).await {
-            Ok(version) => return Ok(version),
-            Err(error) => error,
+        let written = match self.vault.write(account, key, registration, current).await {
+            Err(WriteError::Unclear(problem)) => {
+                self.settle(broker, problem, current, digest).await
+            }
+            written => written,
         };
-        if let WriteError::Unclear(_) = error {
-            return Err(Failure::new(
+        written.map_err(|error| match error {
+            WriteError::Unclear(_) => Failure::new(
                 format!(
                     "{error}. Vault holds the new key as version {}, or what it held before. {} A new version that arrives \
                      late is used only once KuCoin takes what it signs.",
@@ -424,25 +403,52 @@ impl Place {
                     self.in_use(found)
                 ),
                 "give the same command again once Vault answers: it says which key Vault holds, and goes on",
-            ));
-        }
-        self.take_back(digest).await;
-        let fix = match error {
-            WriteError::Stale { .. } => {
-                "ask who else registers keys for this account; then give the same command again"
+            ),
+            WriteError::Stale { .. } => Failure::new(
+                format!("{error}; nothing was stored"),
+                "ask who else registers keys for this account; then give the same command again",
+            ),
+            WriteError::Refused(_) | WriteError::Vault(_) => {
+                self.undone(found, &error.to_string(), VAULT)
             }
-            _ => VAULT,
-        };
-        Err(self.undone(found, &error.to_string(), fix))
+        })
     }
 
-    /// Removes the note that a version is about to be written, if it is ours. Left behind it does no harm.
-    async fn take_back(&self, digest: &str) {
-        let (account, key) = (&self.account, &self.key);
-        let noted = self.vault.find(account, key).await.ok().flatten();
-        let pending = noted.as_ref().and_then(Metadata::pending);
-        if pending.is_some_and(|pending| pending.key_sha256 == digest) {
-            let _ = self.vault.note(account, key, &Notes::not_pending()).await;
+    /// Finds out what became of an unclear write on top of version `cas`: the broker says whose version is in Vault.
+    async fn settle(
+        &self,
+        broker: &mut Admin,
+        problem: String,
+        cas: u64,
+        digest: &str,
+    ) -> Result<u64, WriteError> {
+        let unclear = Err(WriteError::Unclear(problem));
+        let newest = self.vault.find(&self.account, &self.key).await;
+        // A version that is not there yet may still arrive.
+        if !matches!(newest, Ok(Some(newest)) if newest.current_version == cas + 1) {
+            return unclear;
+        }
+        match self.look_for(broker, cas + 1).await {
+            Ok(state) if state.version != cas + 1 => unclear,
+            Ok(state) if state.id_sha256 == digest => Ok(cas + 1),
+            Ok(_) => Err(WriteError::Stale {
+                expected: cas,
+                found: cas + 1,
+            }),
+            Err(_) => unclear,
+        }
+    }
+
+    /// Has the broker look at Vault until it uses this version or a newer one, but not for ever.
+    async fn look_for(&self, broker: &mut Admin, version: u64) -> Result<KeyState, Failure> {
+        let mut looks = 1;
+        loop {
+            let state = broker.refresh(&self.account, &self.key).await?;
+            if state.version >= version || looks == LOOKS {
+                return Ok(state);
+            }
+            looks += 1;
+            sleep(LOOK_AFTER).await;
         }
     }
 
@@ -472,25 +478,18 @@ impl Place {
         digest: &str,
     ) -> Result<u8, Failure> {
         let (account, key) = (&self.account, &self.key);
-        let mut state = KeyState::default();
-        for look in 0..LOOKS {
-            if look > 0 {
-                sleep(LOOK_AFTER).await;
-            }
-            let seen = broker.refresh(account, key).await.map_err(|failure| {
-                let Failure::Undone { what, fix } = failure else {
-                    return failure;
-                };
-                let what = format!(
-                    "version {version} of {self} is in Vault, and a broker takes it up within vault.poll_s; whether this one \
-                     has is not known: {what}"
-                );
-                Failure::Undone { what, fix }
-            })?;
-            if seen.version == version && seen.id_sha256 == digest {
-                return Ok(self.tell_done(&seen));
-            }
-            state = seen;
+        let state = self.look_for(broker, version).await.map_err(|failure| {
+            let Failure::Undone { what, fix } = failure else {
+                return failure;
+            };
+            let what = format!(
+                "version {version} of {self} is in Vault, and a broker takes it up within vault.poll_s; whether this one \
+                 has is not known: {what}"
+            );
+            Failure::Undone { what, fix }
+        })?;
+        if state.version == version && state.id_sha256 == digest {
+            return Ok(self.tell_done(&state));
         }
         if state.version > version {
             let newer = state.version;
@@ -564,16 +563,14 @@ impl Place {
     }
 }
 
-/// Whether hints say that a version that is there, or about to be, is this key or one of the same KuCoin account.
+/// Whether hints say that a version that is there is this key or one of the same KuCoin account.
 fn has(found: &Metadata, digest: &str, uid: &str) -> bool {
     let is_same = |noted: Option<&str>, told: &str| !told.is_empty() && noted == Some(told);
     // Hints on a version that was deleted since tell of a key that serves nobody.
     let is_there = found
         .for_version()
         .is_some_and(|version| found.has(version));
-    let pending = found.pending().map(|pending| pending.key_sha256);
-    is_same(pending, digest)
-        || (is_there && (is_same(found.key_sha256(), digest) || is_same(found.uid(), uid)))
+    is_there && (is_same(found.key_sha256(), digest) || is_same(found.uid(), uid))
 }
 
 fn unreached(error: &VaultError) -> Failure {

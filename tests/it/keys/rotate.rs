@@ -253,8 +253,6 @@ async fn an_admin_goes_back_a_version_and_on_again_and_only_to_versions_that_are
 enum Step {
     /// The exchange is being asked about the key.
     Tested,
-    /// The note that a version is about to be written is on its way.
-    Announced,
     /// The version is on its way.
     Writing,
     /// The version has arrived, and its answer has not.
@@ -265,9 +263,8 @@ enum Step {
     Used,
 }
 
-const STEPS: [Step; 6] = [
+const STEPS: [Step; 5] = [
     Step::Tested,
-    Step::Announced,
     Step::Writing,
     Step::Written,
     Step::Noting,
@@ -287,7 +284,6 @@ async fn kill_at(lab: &Lab, step: Step, words: &[&str], key: &SimKey) {
     };
     match step {
         Step::Tested => lab.kucoin.fault(silence.clone()),
-        Step::Announced => lab.vault.fault(on(NOTES, Fault::Hang)),
         Step::Writing => lab.vault.fault(on(DATA, Fault::Hang)),
         Step::Written => {
             lab.vault.fault(on(DATA, Fault::HalfBody).times(1));
@@ -320,7 +316,6 @@ async fn kill_at(lab: &Lab, step: Step, words: &[&str], key: &SimKey) {
             })
             .await;
         }
-        Step::Announced => until("it hangs", async || hangs(NOTES, 0)).await,
         Step::Writing | Step::Written => {
             until("it hangs", async || {
                 hangs(DATA, usize::from(step == Step::Written))
@@ -330,15 +325,14 @@ async fn kill_at(lab: &Lab, step: Step, words: &[&str], key: &SimKey) {
         Step::Noting => {
             until("it is written", async || hangs(DATA, 0)).await;
             lab.vault.fault(on(NOTES, Fault::Hang));
-            until("it hangs", async || hangs(NOTES, 1)).await;
+            until("it hangs", async || hangs(NOTES, 0)).await;
         }
         Step::Used => {
             until("it is written", async || hangs(DATA, 0)).await;
             lab.kucoin.fault(silence);
             let held = Held::of(lab);
             until("it is noted", async || {
-                held.note("main", "pending_version").await == Value::Null
-                    && held.note("main", "uid").await != Value::Null
+                held.note("main", "uid").await != Value::Null
                     && !hangs(DATA, 0)
                     && held.note("main", "for_version").await
                         == json!(held.newest("main").await.to_string())
@@ -394,26 +388,30 @@ async fn a_rotation_that_is_killed_leaves_the_old_key_or_the_new_one_and_the_nex
         let (code, said) = rotate(&lab, &next).await;
         assert_eq!(code, 0, "{step:?}: {said}");
         let told = match step {
-            Step::Tested | Step::Announced | Step::Used => None,
-            Step::Writing => Some(format!(
-                "Vault holds the key before it, version {newest}, whole. Version {newest} of main/main stays in use. This run starts anew."
-            )),
+            Step::Tested | Step::Writing | Step::Used => None,
             Step::Written | Step::Noting => Some(format!(
-                "as version {version}, whole, and the broker uses it. Give the same key to finish that run, or another one to replace it."
+                "note: Vault holds version {version} of main/main, and no note of what it is: a run before this one ended early"
             )),
         };
         match &told {
-            Some(told) => holds_all(&said, &["note: a run before this one ended early", told]),
+            Some(told) => holds_all(
+                &said,
+                &[
+                    told,
+                    "The broker uses it (id SHA-256 ",
+                    "Give the same key to finish that run, or another one to replace it.",
+                    "it is not written again",
+                ],
+            ),
             None => assert!(!said.contains("ended early"), "{step:?}: {said}"),
         }
         // Finished, where the key was there already; written, where it was not.
         newest = match step {
             Step::Written | Step::Noting | Step::Used => version,
-            Step::Announced | Step::Tested | Step::Writing => version + 1,
+            Step::Tested | Step::Writing => version + 1,
         };
         assert_eq!(held.newest("main").await, newest, "{step:?}: {said}");
         assert_eq!(held.note("main", "for_version").await, newest.to_string());
-        assert_eq!(held.note("main", "pending_version").await, Value::Null);
         assert_eq!(signer(&lab, &mut bot).await, next.api_key, "{step:?}");
         lab.kucoin.remove_key(&current.api_key);
         current = next;
@@ -450,15 +448,12 @@ async fn a_first_registration_that_is_killed_leaves_no_key_or_the_new_one_and_th
         .await;
         assert_eq!(code, 0, "{step:?}: {said}");
         match step {
-            Step::Tested | Step::Announced | Step::Used => {
+            Step::Tested | Step::Writing | Step::Used => {
                 assert!(!said.contains("ended early"), "{step:?}: {said}");
             }
-            Step::Writing => holds_all(
-                &said,
-                &["was written: Vault holds no key yet. main/main has no key."],
-            ),
             Step::Written | Step::Noting => {
-                holds_all(&said, &["as version 1, whole, and the broker uses it."]);
+                let told = "note: Vault holds version 1 of main/main, and no note of what it is";
+                holds_all(&said, &[told, "The broker uses it (id SHA-256 "]);
             }
         }
         let version = 1 + u64::from(is_written);
@@ -515,11 +510,98 @@ async fn what_somebody_else_has_written_meanwhile_is_not_replaced() {
     holds_all(
         &said,
         &[
-            "somebody else has written this key meanwhile: version 1 was the newest one, now it is version 2; nothing was stored.",
+            "somebody else has written this key meanwhile: version 1 was the newest one, now it is version 2; nothing was stored",
             "fix: ask who else registers keys for this account; then give the same command again",
         ],
     );
     let version = held.version("main", 2).await;
     assert_eq!(version["api_key"], third.api_key.as_str());
-    assert_eq!(held.note("main", "pending_version").await, Value::Null);
+}
+
+/// Vault loses what writes a version, or the answer to it.
+fn lose(lab: &Lab, fault: Fault, times: Option<u32>) {
+    let rule = FaultRule::new("kv/data/kucoin/prod/main", fault).method("POST");
+    lab.vault.fault(match times {
+        Some(times) => rule.times(times),
+        None => rule,
+    });
+}
+
+#[tokio::test]
+async fn a_version_that_arrived_though_its_answer_was_lost_is_known_for_ours_and_put_to_use() {
+    let (lab, _, held) = with_first_key().await;
+    for (number, times) in [(2, Some(1)), (3, None)] {
+        let next = known(&lab, number);
+        lose(&lab, Fault::HalfBody, times);
+        let (code, said) = rotate(&lab, &next).await;
+        lab.vault.clear_faults();
+        assert_eq!(code, 0, "{said}");
+        holds_all(&said, &[&format!("main/main: version {number} is in use")]);
+        assert_eq!(held.newest("main").await, number);
+        assert!(is(&held.version("main", number).await, &next));
+        assert_eq!(held.note("main", "for_version").await, number.to_string());
+    }
+}
+
+#[tokio::test]
+async fn a_version_of_somebody_else_is_not_taken_for_one_whose_answer_was_lost() {
+    let (lab, _, held) = with_first_key().await;
+    let (second, third) = (known(&lab, 2), known(&lab, 3));
+    lose(&lab, Fault::Close, None);
+    let before = lab.vault.requests().len();
+    let others = async {
+        until("it is lost", async || {
+            let requests = lab.vault.requests();
+            let mut since = requests[before..].iter();
+            since.any(|seen| seen.method == "POST" && seen.path.starts_with("/v1/kv/data/"))
+        })
+        .await;
+        lab.vault
+            .put_secret("kv", &kv_path("main", "main"), secret(&third));
+    };
+    let ((code, said), ()) = tokio::join!(rotate(&lab, &second), others);
+    assert_eq!(code, 1, "{said}");
+    holds_all(
+        &said,
+        &[
+            "somebody else has written this key meanwhile: version 1 was the newest one, now it is version 2; nothing was stored",
+            "fix: ask who else registers keys for this account; then give the same command again",
+        ],
+    );
+    assert_eq!(held.newest("main").await, 2);
+    assert_eq!(held.note("main", "for_version").await, "1");
+}
+
+#[tokio::test]
+async fn a_version_that_arrives_late_is_told_to_be_unclear_and_finished_by_the_next_run() {
+    let (lab, first, held) = with_first_key().await;
+    let mut bot = lab.patient_bot("maker").await;
+    let second = known(&lab, 2);
+    lose(&lab, Fault::Close, None);
+    let (code, said) = rotate(&lab, &second).await;
+    lab.vault.clear_faults();
+    assert_eq!(code, 1, "{said}");
+    holds_all(
+        &said,
+        &[
+            "it is not known whether it was written: Vault cannot be reached. Vault holds the new key as version 2, or what it held before. Version 1 of main/main stays in use. A new version that arrives late is used only once KuCoin takes what it signs.",
+            "fix: give the same command again once Vault answers: it says which key Vault holds, and goes on",
+        ],
+    );
+    assert_eq!(held.newest("main").await, 1);
+    assert_eq!(signer(&lab, &mut bot).await, first.api_key);
+    lab.vault
+        .put_secret("kv", &kv_path("main", "main"), secret(&second));
+    until_serves(&lab, 2).await;
+    let (code, said) = rotate(&lab, &second).await;
+    assert_eq!(code, 0, "{said}");
+    holds_all(
+        &said,
+        &[
+            "Vault holds version 2 of main/main, and no note of what it is",
+            "it is not written again",
+        ],
+    );
+    assert_eq!(held.newest("main").await, 2);
+    assert_eq!(held.note("main", "for_version").await, "2");
 }

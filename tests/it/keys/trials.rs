@@ -202,7 +202,7 @@ async fn a_key_that_has_no_version_yet_is_told_so() {
         ..Settings::default()
     };
     let mut lab = Lab::install(&settings).await;
-    note(&lab, &[("pending_version", "1"), ("pending_sha256", "ab")]);
+    note(&lab, &[("owner", "desk")]);
     lab.start_broker().await;
     until("Vault has been asked", async || {
         let (word, reasons) = status(&lab).await;

@@ -8,7 +8,7 @@ use credbroker::base::secret::{ApiSecret, KeyValues, PartnerKey, Passphrase};
 use credbroker::kucoin::KeyVersion;
 use credbroker::telemetry::Metrics;
 use credbroker::vault::{
-    Auth, Facts, Metadata, NotedState, Notes, OutageKind, Pending, Registration, Vault, VaultError,
+    Auth, Facts, Metadata, NotedState, Notes, OutageKind, Registration, Vault, VaultError,
     VaultSettings, WriteError,
 };
 use credbroker_sim::vault::{Fault, FaultRule, Seen, VaultSim};
@@ -243,29 +243,29 @@ async fn accounts_and_keys_are_listed_and_where_there_are_none_the_list_is_empty
 
 async fn notes_are_changed_one_by_one_and_those_of_others_stay(stage: &Stage) {
     let admin = &stage.admin;
-    // Before there is any version, and so before a key can be lost.
-    let noted = note(admin, &Notes::pending(1, "fake-sha256-1"))
-        .await
-        .unwrap();
-    let pending = Pending {
-        version: 1,
-        key_sha256: "fake-sha256-1",
-    };
-    assert_eq!((noted.current_version, noted.pending()), (0, Some(pending)));
+    // Before there is any version.
+    let noted = note(admin, &Notes::state(false)).await.unwrap();
+    assert!(noted.current_version == 0 && is_disabled(&noted));
     assert_eq!(write(admin, 1, 0).await, Ok(1));
 
     let Backend { api, name, .. } = &stage.vault;
     let path = format!("{name}/metadata/{}", kv_path("main", "main"));
-    let owned =
-        json!({ "custom_metadata": { "owner": "desk", "state": "disabled", "use_version": "7" } });
-    api.call("POST", &path, owned).await;
+    // The last two are notes of older versions of this program.
+    let owned = json!({
+        "owner": "desk", "state": "disabled", "use_version": "7", "pending_version": "1", "pending_sha256": "ab",
+    });
+    api.call("POST", &path, json!({ "custom_metadata": owned }))
+        .await;
 
     let registered = Notes::registered(1, &registration(1).facts);
     let noted = note(admin, &registered).await.unwrap();
     assert_eq!(noted.note("owner"), Some("desk"));
     assert!(is_disabled(&noted));
     assert_eq!(noted.use_version(), None);
-    assert_eq!((noted.for_version(), noted.pending()), (Some(1), None));
+    assert_eq!(noted.for_version(), Some(1));
+    for old in ["pending_version", "pending_sha256"] {
+        assert_eq!(noted.note(old), None);
+    }
     assert_eq!(
         (noted.uid(), noted.key_sha256()),
         (Some("1001"), Some("fake-sha256-1"))
@@ -325,14 +325,11 @@ async fn two_who_note_something_at_once_both_see_it_kept(stage: &Stage) {
     }
 }
 
-/// A simulated Vault, an admin who has noted what will be written, and what becomes of requests to write it.
+/// A simulated Vault that fails as `rule` says, and an admin's way to it.
 async fn faulty(rule: FaultRule) -> (VaultSim, Vault, TempDir) {
     let vault = VaultSim::start_dev(ROOT_TOKEN).await.unwrap();
     vault.mount_kv("kv");
     let (admin, token) = admin(&vault.address(), "kv", ROOT_TOKEN);
-    note(&admin, &Notes::pending(1, "fake-sha256-1"))
-        .await
-        .unwrap();
     vault.fault(rule);
     (vault, admin, token)
 }
@@ -349,36 +346,34 @@ fn writes(vault: &VaultSim) -> usize {
 }
 
 async fn newest(admin: &Vault) -> u64 {
-    let metadata = admin.metadata(&account("main"), &main_key()).await;
-    metadata.unwrap().current_version
+    let metadata = admin.find(&account("main"), &main_key()).await;
+    metadata.unwrap().unwrap_or_default().current_version
 }
 
 #[tokio::test]
-async fn a_version_that_arrived_though_its_answer_was_lost_is_known_for_ours_and_not_written_twice()
-{
+async fn a_version_that_arrived_though_its_answer_was_lost_is_not_written_twice() {
     let (vault, admin, _token) = faulty(on_write(Fault::HalfBody).times(1)).await;
-    assert_eq!(write(&admin, 1, 0).await, Ok(1));
+    // The admin cannot read whose it is.
+    let written = write(&admin, 1, 0).await;
+    assert!(matches!(written, Err(WriteError::Unclear(_))));
     assert_eq!((newest(&admin).await, writes(&vault)), (1, 2));
     // Also when no answer comes at all.
-    note(&admin, &Notes::pending(2, "fake-sha256-2"))
-        .await
-        .unwrap();
     vault.fault(on_write(Fault::HalfBody));
-    assert_eq!(write(&admin, 2, 1).await, Ok(2));
+    let written = write(&admin, 2, 1).await;
+    assert!(matches!(written, Err(WriteError::Unclear(_))));
     assert_eq!(newest(&admin).await, 2);
 }
 
 #[tokio::test]
 async fn a_version_that_is_somebody_elses_is_not_taken_for_ours() {
     let (vault, admin, _token) = faulty(on_write(Fault::Close).times(1)).await;
-    note(&admin, &Notes::pending(1, "somebody-elses"))
-        .await
-        .unwrap();
     vault.put_secret("kv", &kv_path("main", "main"), json!({}));
     let stale = WriteError::Stale {
         expected: 0,
         found: 1,
     };
+    let lost = WriteError::Unclear("Vault cannot be reached".to_owned());
+    assert_eq!(write(&admin, 1, 0).await, Err(lost));
     assert_eq!(write(&admin, 1, 0).await, Err(stale.clone()));
     assert_eq!(
         stale.to_string(),
@@ -440,8 +435,12 @@ async fn a_note_whose_answer_is_lost_is_looked_for_and_made_again() {
     let on_note = |fault| FaultRule::new("kv/metadata/", fault).method("POST");
     for fault in [Fault::HalfBody, Fault::Close] {
         let (vault, admin, _token) = faulty(on_note(fault).times(1)).await;
+        let path = kv_path("main", "main");
+        vault.put_secret("kv", &path, json!({}));
+        let owner = [("owner".to_owned(), "desk".to_owned())];
+        vault.set_custom_metadata("kv", &path, owner.into());
         let noted = note(&admin, &Notes::state(false)).await.unwrap();
-        assert!(is_disabled(&noted) && noted.pending().is_some());
+        assert!(is_disabled(&noted) && noted.note("owner") == Some("desk"));
         vault.fault(on_note(Fault::Close));
         let error = note(&admin, &Notes::state(true)).await.unwrap_err();
         assert!(matches!(error, WriteError::Unclear(_)), "{error:?}");
