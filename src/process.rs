@@ -1,13 +1,55 @@
-//! What the system is told about this process: nobody may read its memory, on disk or while it runs.
+//! What the system is told about this process: nobody may read its memory, on disk or while it runs; and the signals
+//! that it takes.
 
+use std::future::poll_fn;
+use std::io;
 use std::sync::OnceLock;
+use std::task::Poll;
 
 use rustix::mm::{MlockAllFlags, mlockall};
 use rustix::process::{
     DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit,
 };
 
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
 use crate::clock::Clock;
+
+/// Signals that are waited for, and do nothing by themselves from then on.
+pub(crate) struct Signals(Vec<(&'static str, Signal)>);
+
+impl Signals {
+    /// Takes these signals, each with its name.
+    pub(crate) fn take<const N: usize>(
+        signals: [(&'static str, SignalKind); N],
+    ) -> io::Result<Self> {
+        let taken = signals.into_iter();
+        let taken = taken.map(|(name, kind)| Ok((name, signal(kind)?)));
+        taken.collect::<io::Result<_>>().map(Self)
+    }
+
+    /// Takes those that end a command.
+    pub(crate) fn of_a_command() -> io::Result<Self> {
+        Self::take([
+            ("SIGHUP", SignalKind::hangup()),
+            ("SIGINT", SignalKind::interrupt()),
+            ("SIGTERM", SignalKind::terminate()),
+        ])
+    }
+
+    /// Waits for the next one, and returns its name.
+    pub(crate) async fn next(&mut self) -> &'static str {
+        poll_fn(|context| {
+            for (name, signal) in &mut self.0 {
+                if signal.poll_recv(context).is_ready() {
+                    return Poll::Ready(*name);
+                }
+            }
+            Poll::Pending
+        })
+        .await
+    }
+}
 
 /// What could be had of the system.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

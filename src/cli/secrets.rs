@@ -12,7 +12,6 @@ use rustix::termios::{
 };
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Deserializer};
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use zeroize::Zeroizing;
 
@@ -20,6 +19,7 @@ use super::say;
 use crate::base::encoding::is_utf16;
 use crate::base::secret::{ApiSecret, KeyValues, PartnerKey, Passphrase};
 use crate::base::text::is_deceptive;
+use crate::process::Signals;
 
 /// Much more than three values need.
 const MAX_BYTES: usize = 64 * 1024;
@@ -65,21 +65,14 @@ pub(super) async fn read(has_partner: bool) -> Result<KeyInput, InputError> {
     if !stdin.is_terminal() {
         return key_input(parse(&read_all(stdin)?, names)?);
     }
-    let mut signals = [
-        signal(SignalKind::hangup())?,
-        signal(SignalKind::interrupt())?,
-        signal(SignalKind::terminate())?,
-    ];
-    let [hangup, interrupt, terminate] = &mut signals;
+    let mut signals = Signals::of_a_command()?;
     let _silent = Silent::new(io::stdin())?;
     let (sender, answer) = oneshot::channel();
     // In a thread of its own, which nobody waits for when a signal comes.
     thread::spawn(move || sender.send(ask(io::stdin(), io::stderr(), names)));
     tokio::select! {
         answer = answer => return key_input(answer.map_err(|_| InputError::Interrupted)??),
-        _ = hangup.recv() => {}
-        _ = interrupt.recv() => {}
-        _ = terminate.recv() => {}
+        _ = signals.next() => {}
     }
     // The cursor stands behind a prompt.
     say("");

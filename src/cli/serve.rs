@@ -10,7 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::text::counted;
 use super::{DONE, FAILED, USAGE, read_config, say, say_problems};
 use crate::config::Config;
-use crate::process::harden;
+use crate::process::{Signals, harden};
 use crate::server::{Server, StartError};
 use crate::telemetry::init_logs;
 
@@ -55,9 +55,14 @@ fn serve(config: Config) -> anyhow::Result<u64> {
     let ended = runtime.block_on(async {
         ignore_signals().context("no signal handler")?;
         let mut server = Server::start(config).await?;
+        let stop = Signals::take([
+            ("SIGTERM", SignalKind::terminate()),
+            ("SIGINT", SignalKind::interrupt()),
+            ("SIGQUIT", SignalKind::quit()),
+        ]);
+        let mut stop = stop.context("no signal handler")?;
         let failure = tokio::select! {
-            signal = stop_signal() => {
-                let signal = signal.context("no signal handler")?;
+            signal = stop.next() => {
                 tracing::info!(signal, "stopping");
                 None
             }
@@ -84,34 +89,22 @@ fn requests(number: u64) -> String {
     counted(usize::try_from(number).unwrap_or(usize::MAX), "request")
 }
 
-async fn stop_signal() -> io::Result<&'static str> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut quit = signal(SignalKind::quit())?;
-    Ok(tokio::select! {
-        _ = terminate.recv() => "SIGTERM",
-        _ = interrupt.recv() => "SIGINT",
-        _ = quit.recv() => "SIGQUIT",
-    })
-}
-
 /// Takes signals whose default would end the process with calls in flight.
 fn ignore_signals() -> io::Result<()> {
-    for (name, kind) in [
+    let mut ignored = Signals::take([
         ("SIGHUP", SignalKind::hangup()),
         ("SIGUSR1", SignalKind::user_defined1()),
         ("SIGUSR2", SignalKind::user_defined2()),
-    ] {
-        let mut received = signal(kind)?;
-        tokio::spawn(async move {
-            while received.recv().await.is_some() {
-                tracing::info!(
-                    signal = name,
-                    "signal ignored; changed and rotated files are noticed without it"
-                );
-            }
-        });
-    }
+    ])?;
+    tokio::spawn(async move {
+        loop {
+            let signal = ignored.next().await;
+            tracing::info!(
+                signal,
+                "signal ignored; changed and rotated files are noticed without it"
+            );
+        }
+    });
     // The write past a file size limit (RLIMIT_FSIZE) fails as well, and that is logged; the handler stays without its
     // receiver.
     drop(signal(SignalKind::from_raw(Signal::XFSZ.as_raw()))?);

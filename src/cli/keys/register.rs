@@ -5,13 +5,10 @@
 //! the broker says which key has arrived.
 
 use std::collections::BTreeSet;
-use std::future::poll_fn;
 use std::path::PathBuf;
-use std::task::Poll;
 use std::time::Duration;
 
 use clap::Args;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::sleep;
 
 use super::common::{VAULT, ended, pick, scopes_of, shown};
@@ -26,7 +23,7 @@ use crate::cli::text::{Style, paragraph};
 use crate::cli::{DONE, printable, say, show};
 use crate::clock::Clock;
 use crate::kucoin::{KeyVersion, Scope, key_info};
-use crate::process::harden;
+use crate::process::{Signals, harden};
 use crate::proto::{
     Candidate, Finding, KeyFacts, KeyState, KeyStatus, TestKeyRequest, TestKeyResponse,
 };
@@ -77,36 +74,19 @@ pub(super) fn run(command: Command, options: &Options) -> u8 {
     // Before there is a secret, or a second thread.
     harden();
     block_on(async || {
+        let mut signals = Signals::of_a_command().map_err(|error| {
+            Failure::new(format!("signals cannot be waited for: {error}"), AGAIN)
+        })?;
         tokio::select! {
             // First, because the prompt hears of it too, and has more to say.
             biased;
             ended = register(command, options) => ended,
-            // The prompt listens for signals, and from then on they end nothing by themselves.
-            () = stopped() => Err(Failure::new(
+            _ = signals.next() => Err(Failure::new(
                 "interrupted",
                 "give the same command again: it says what Vault holds, and goes on",
             )),
         }
     })
-}
-
-/// Returns when a signal comes that would end the process.
-async fn stopped() {
-    let signals = [
-        SignalKind::hangup(),
-        SignalKind::interrupt(),
-        SignalKind::terminate(),
-    ];
-    let mut signals: Vec<_> = signals.into_iter().flat_map(signal).collect();
-    poll_fn(|context| {
-        let has_come = |signal: &mut Signal| signal.poll_recv(context).is_ready();
-        if signals.iter_mut().any(has_come) {
-            Poll::Ready(())
-        } else {
-            Poll::Pending
-        }
-    })
-    .await;
 }
 
 async fn register(command: Command, options: &Options) -> Result<u8, Failure> {
