@@ -30,6 +30,9 @@ const MAX_LINE_BYTES: usize = 4096;
 /// What is asked for, in this order; the last one only for an account with a partner.
 const NAMES: [&str; 4] = ["api_key", "api_secret", "passphrase", "partner_key"];
 
+const TRADING_PASSWORD: &str = "six digits look like the trading password; KuCoin's API passphrase is the one that was \
+                                chosen when the key was made";
+
 /// A key as an admin entered it.
 #[derive(Debug)]
 pub(super) struct KeyInput {
@@ -191,11 +194,11 @@ fn as_text(bytes: &[u8]) -> Result<&str, InputError> {
 
 /// Takes a text apart: a JSON object, or one value in each line.
 fn parse(text: &str, names: &[&'static str]) -> Result<Vec<Value>, InputError> {
-    let json = text.trim_matches(|c| unseen(c).is_some());
+    let json = text.trim_matches(is_unseen);
     if json.starts_with('{') {
         return parse_json(json, names);
     }
-    let is_blank = |line: &&str| line.chars().all(|c| unseen(c).is_some());
+    let is_blank = |line: &&str| line.chars().all(is_unseen);
     let lines: Vec<_> = text.lines().filter(|line| !is_blank(line)).collect();
     if lines.len() != names.len() {
         return Err(refused(format!(
@@ -258,9 +261,9 @@ fn key_input(values: Vec<Value>) -> Result<KeyInput, InputError> {
     let mut remarks = Vec::new();
     let mut texts = Vec::new();
     for value in values {
-        let text = trimmed(&value.text);
+        let text = value.text.trim_matches(is_unseen);
         if *text != **value.text {
-            let what = "removed spaces, line ends, invisible characters or quotes around it";
+            let what = "removed spaces, line ends or invisible characters around it";
             remarks.push(format!("{}: {what}", value.name));
         }
         check(value.name, text)?;
@@ -284,40 +287,9 @@ fn key_input(values: Vec<Value>) -> Result<KeyInput, InputError> {
     Ok(KeyInput { values, remarks })
 }
 
-/// Cuts off what pasting brings along: blanks, invisible characters, quotes around it all.
-fn trimmed(mut text: &str) -> &str {
-    loop {
-        text = text.trim_matches(|c| unseen(c).is_some());
-        match unquoted(text) {
-            Some(inner) => text = inner,
-            None => return text,
-        }
-    }
-}
-
-fn unquoted(text: &str) -> Option<&str> {
-    const PAIRS: [(char, char); 7] = [
-        ('"', '"'),
-        ('\'', '\''),
-        ('`', '`'),
-        ('\u{201c}', '\u{201d}'),
-        ('\u{2018}', '\u{2019}'),
-        ('\u{201e}', '\u{201c}'),
-        ('\u{ab}', '\u{bb}'),
-    ];
-    let inner = |(open, close)| text.strip_prefix(open)?.strip_suffix(close);
-    PAIRS.into_iter().find_map(inner)
-}
-
-/// What a character is that nobody sees; none: one that is seen.
-fn unseen(c: char) -> Option<&'static str> {
-    match c {
-        '\n' | '\r' | '\u{85}' | '\u{2028}' | '\u{2029}' => Some("line end"),
-        '\t' => Some("tab"),
-        c if c.is_whitespace() => Some("space"),
-        c if is_deceptive(c) => Some("invisible character"),
-        _ => None,
-    }
+/// Whether nobody sees a character.
+fn is_unseen(c: char) -> bool {
+    c.is_whitespace() || is_deceptive(c)
 }
 
 /// Refuses what can be no value of a key.
@@ -327,45 +299,38 @@ fn check(name: &str, text: &str) -> Result<(), InputError> {
     }
     for (place, c) in (1..).zip(text.chars()) {
         // Only a passphrase was chosen by a person.
-        let kind = match unseen(c) {
-            Some(_) if c == ' ' && name == "passphrase" => continue,
-            None if name == "api_key" && !c.is_ascii() => "character outside ASCII",
-            None => continue,
-            Some(kind) => kind,
+        let is_passphrase = name == "passphrase";
+        let kind = if is_unseen(c) && !(is_passphrase && c == ' ') {
+            "a space or an invisible character"
+        } else if name == "api_key" && !c.is_ascii() {
+            "a character outside ASCII"
+        } else {
+            continue;
         };
         return Err(refused(format!(
-            "{name}: character {place} is {article} {kind} (U+{:04X}); copy it again",
+            "{name}: character {place} is {kind} (U+{:04X}); copy it again",
             u32::from(c),
-            article = if kind == "invisible character" {
-                "an"
-            } else {
-                "a"
-            },
         )));
     }
     Ok(())
 }
 
 /// What KuCoin's values do not look like. It documents no form of a key or a secret, so that this is no reason to refuse.
-fn suspicious(name: &str, text: &str) -> Option<&'static str> {
-    Some(match name {
-        "api_key" if !is_hex(text, 24) => {
-            "does not look like KuCoin's key ids, which have 24 hexadecimal digits"
-        }
+fn suspicious(name: &str, text: &str) -> Option<String> {
+    let is_usual_passphrase =
+        (7..=32).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic());
+    let usual = match name {
+        "api_key" if !is_hex(text, 24) => "24 hexadecimal digits",
         "api_secret" if !is_uuid(text) => {
-            "does not look like KuCoin's secrets, which have 36 characters: 5 groups of hexadecimal digits with '-' between"
+            "36 characters: 5 groups of hexadecimal digits with '-' between"
         }
         "passphrase" if text.len() == 6 && text.bytes().all(|b| b.is_ascii_digit()) => {
-            "six digits look like the trading password; KuCoin's API passphrase is the one that was chosen when the key was made"
+            return Some(TRADING_PASSWORD.to_owned());
         }
-        "passphrase" if !text.is_ascii() => {
-            "has characters outside ASCII; check that they are meant"
-        }
-        "passphrase" if !(7..=32).contains(&text.len()) || text.contains(' ') => {
-            "KuCoin's API passphrases have 7 to 32 characters and no spaces"
-        }
+        "passphrase" if !is_usual_passphrase => "7 to 32 ASCII characters and no spaces",
         _ => return None,
-    })
+    };
+    Some(format!("does not look like KuCoin's: those have {usual}"))
 }
 
 fn is_hex(text: &str, length: usize) -> bool {
@@ -432,16 +397,21 @@ mod tests {
     #[test]
     fn what_pasting_brought_along_is_removed_and_told() {
         assert_eq!(remarks(&format!("{ID}\n{SECRET}\nfake-pass\n")), [""; 0]);
-        let text = format!(
-            "\u{feff}{ID}\u{a0}\n\t \"{SECRET}\" \n \u{201c}\u{200b}fake-pass \u{201d}  \r\n"
-        );
-        assert!(holds(&from(&text).unwrap().values, ID, SECRET, "fake-pass"));
+        let text =
+            format!("\u{feff}{ID}\u{a0}\n\t {SECRET} \n \u{200b}\"fake-pass\" \u{200b}  \r\n");
+        // Quotes may belong to it.
+        assert!(holds(
+            &from(&text).unwrap().values,
+            ID,
+            SECRET,
+            "\"fake-pass\""
+        ));
         assert_eq!(
             remarks(&text),
             NAMES[..3]
                 .iter()
                 .map(|name| format!(
-                    "{name}: removed spaces, line ends, invisible characters or quotes around it"
+                    "{name}: removed spaces, line ends or invisible characters around it"
                 ))
                 .collect::<Vec<_>>()
         );
@@ -462,10 +432,6 @@ mod tests {
                 format!("{}more", lines(ID, SECRET, "fake-pass")),
                 format!("{expected}4"),
             ),
-            (
-                lines(ID, "\"\"", "fake-pass"),
-                "api_secret is empty".to_owned(),
-            ),
             (json("\"\""), "api_key is empty".to_owned()),
             (json("7"), format!("{object}12 is something else")),
             (
@@ -478,15 +444,15 @@ mod tests {
             ),
             (
                 lines("0123\u{200b}4567", SECRET, "fake-pass"),
-                "api_key: character 5 is an invisible character (U+200B); copy it again".to_owned(),
+                "api_key: character 5 is a space or an invisible character (U+200B); copy it again".to_owned(),
             ),
             (
                 lines(ID, "01 23", "fake-pass"),
-                "api_secret: character 3 is a space (U+0020); copy it again".to_owned(),
+                "api_secret: character 3 is a space or an invisible character (U+0020); copy it again".to_owned(),
             ),
             (
                 lines(ID, SECRET, "fake\u{a0}pass"),
-                "passphrase: character 5 is a space (U+00A0); copy it again".to_owned(),
+                "passphrase: character 5 is a space or an invisible character (U+00A0); copy it again".to_owned(),
             ),
             (
                 lines("fak\u{435}", SECRET, "fake-pass"),
@@ -512,14 +478,14 @@ mod tests {
                 "fake",
                 SECRET,
                 "fake-pass",
-                "api_key: does not look like KuCoin's key ids, which have 24 hexadecimal digits",
+                "api_key: does not look like KuCoin's: those have 24 hexadecimal digits",
             ),
             (
                 ID,
                 "fake",
                 "fake-pass",
-                "api_secret: does not look like KuCoin's secrets, which have 36 characters: 5 groups of hexadecimal \
-                 digits with '-' between",
+                "api_secret: does not look like KuCoin's: those have 36 characters: 5 groups of hexadecimal digits \
+                 with '-' between",
             ),
             (
                 ID,
@@ -532,19 +498,19 @@ mod tests {
                 ID,
                 SECRET,
                 "fake pass",
-                "passphrase: KuCoin's API passphrases have 7 to 32 characters and no spaces",
+                "passphrase: does not look like KuCoin's: those have 7 to 32 ASCII characters and no spaces",
             ),
             (
                 ID,
                 SECRET,
                 "12345",
-                "passphrase: KuCoin's API passphrases have 7 to 32 characters and no spaces",
+                "passphrase: does not look like KuCoin's: those have 7 to 32 ASCII characters and no spaces",
             ),
             (
                 ID,
                 SECRET,
                 "fake-p\u{e4}ss",
-                "passphrase: has characters outside ASCII; check that they are meant",
+                "passphrase: does not look like KuCoin's: those have 7 to 32 ASCII characters and no spaces",
             ),
         ] {
             let text = format!("{id}\n{secret}\n{pass}\n");
@@ -555,13 +521,12 @@ mod tests {
     proptest! {
         #[test]
         fn whatever_surrounds_a_value_is_removed_and_nothing_of_it(
-            value in "[!-~&&[^\"'`]]{1,40}",
+            value in "[!-~]{1,40}",
             start in "[ \t\r\u{a0}\u{200b}\u{feff}\u{202e}]{0,5}",
             end in "[ \t\r\u{a0}\u{200b}\u{feff}\u{202e}]{0,5}",
-            quote in "[\"'`]?",
         ) {
-            let text = format!("{end}{quote}{start}{value}{end}{quote}{start}");
-            prop_assert_eq!(trimmed(&text), &value);
+            let text = format!("{start}{value}{end}");
+            prop_assert_eq!(text.trim_matches(is_unseen), &value);
         }
 
         #[test]

@@ -561,14 +561,14 @@ async fn versions_orders_funds_and_trimmed_input_are_found_out_and_said() {
     }
     // As it is pasted from a page, with what comes along.
     let json = json!({
-        "api_key": format!(" \"{}\"", old.api_key), "api_secret": format!("{}\n", old.api_secret),
+        "api_key": format!(" {}", old.api_key), "api_secret": format!("{}\n", old.api_secret),
         "passphrase": format!("{}\u{200b}", old.passphrase),
     });
     let words = ["keys", "register", "spot", "--try-order"];
     let (code, said) = run(&lab, &words, &old, &json.to_string()).await;
     assert_eq!(code, 0, "{said}");
     for part in [
-        "note: api_key: removed spaces, line ends, invisible characters or quotes around it",
+        "note: api_key: removed spaces, line ends or invisible characters around it",
         "note: api_secret: removed spaces,",
         "note: passphrase: removed spaces,",
         "account uid 2001, sub-account desk7, site global",
