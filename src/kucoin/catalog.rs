@@ -570,6 +570,10 @@ impl Node {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
+    use serde_json::Value;
+
     use super::super::{RequestLimits, Target, request};
     use super::*;
     use crate::base::ids::RequestId;
@@ -591,6 +595,29 @@ mod tests {
         assert_eq!(Catalog::get().by_id.len(), 584, "ids are unique");
         let served = |e: &&Endpoint| e.scope.is_some() && e.is_private() && e.grantable;
         assert_eq!(endpoints.iter().filter(served).count(), 429);
+    }
+
+    #[test]
+    fn every_field_of_the_catalogue_has_a_reader() {
+        fn names(value: &Value, found: &mut BTreeSet<String>) {
+            for (name, value) in value.as_object().into_iter().flatten() {
+                found.insert(name.clone());
+                names(value, found);
+            }
+        }
+        let endpoints: Vec<Value> = serde_json::from_str(ENDPOINTS).unwrap();
+        let mut found = BTreeSet::new();
+        for one in &endpoints {
+            names(one, &mut found);
+        }
+        // The broker reads these.
+        let own = "id method path product scope permission risk effect idempotent grantable readsOtherAccounts status \
+                   successCodes order clientOid in pointer items answer perItem array";
+        // The simulated exchange and its tests read these.
+        let simulated = "host rateLimitPool weight weightAssumed orderId orderIds state ok field value lookup endpoint \
+                         needs cancelByClientOid";
+        let read = [own, simulated].into_iter().flat_map(str::split_whitespace);
+        assert_eq!(found, read.map(str::to_owned).collect());
     }
 
     #[test]

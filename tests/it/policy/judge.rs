@@ -66,7 +66,7 @@ pub(super) fn verdict(
     let granted = grants.iter().any(|grant| grant.allow.iter().any(named));
     if endpoint["grantable"] == false || !site_has_it || !granted {
         Verdict::Refused
-    } else if endpoint["auth"] == "public" {
+    } else if endpoint["risk"] == "public" {
         Verdict::Public
     } else {
         Verdict::Signed

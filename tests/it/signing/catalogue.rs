@@ -38,7 +38,7 @@ fn endpoints() -> Vec<Value> {
     let all: Vec<Value> =
         serde_json::from_str(include_str!("../../../src/kucoin/endpoints.json")).unwrap();
     let wanted =
-        |e: &Value| !e["scope"].is_null() && e["auth"] == "private" && e["grantable"] != false;
+        |e: &Value| !e["scope"].is_null() && e["risk"] != "public" && e["grantable"] != false;
     all.into_iter().filter(wanted).collect()
 }
 

@@ -29,7 +29,7 @@ pub(super) struct Endpoint {
     /// Path; `{name}` stands for a parameter.
     pub(super) path: String,
     host: String,
-    auth: String,
+    risk: String,
     permission: Option<String>,
     rate_limit_pool: Option<String>,
     weight: Option<u64>,
@@ -39,7 +39,7 @@ pub(super) struct Endpoint {
 impl Endpoint {
     /// Does it need a signature?
     pub(super) fn is_private(&self) -> bool {
-        self.auth == "private"
+        self.risk != "public"
     }
 
     /// Permission that a key needs; unknown ones count as General, which every key has.

@@ -195,9 +195,6 @@ fn target(endpoint: &Value, how: &Value, fields: &Value, client_oid: &str) -> St
         let name = name.as_str().unwrap();
         put(&format!("query:{name}"), text(fields, name));
     }
-    for (name, value) in how["fixed"].as_object().into_iter().flatten() {
-        put(&format!("query:{name}"), value.as_str().unwrap());
-    }
     if query.is_empty() {
         return path;
     }
