@@ -157,7 +157,7 @@ impl Admission {
         });
         let left = refreshed(of_caller);
         *of_caller = Refusals {
-            left: left.saturating_sub(1000),
+            left: left.checked_sub(1000).unwrap_or(left),
             at: now,
         };
         left >= 1000
@@ -314,6 +314,9 @@ mod tests {
         assert_eq!((0..5000).filter(|_| recorded(&one, 1500)).count(), 1000);
         assert!(recorded(&two, 1500), "another bot's are");
         assert_eq!((0..5000).filter(|_| recorded(&one, 2500)).count(), 20);
+        // One every ten milliseconds: those that are not recorded use up nothing.
+        let flood = (2500..12_500).step_by(10);
+        assert_eq!(flood.filter(|&ms| recorded(&one, ms)).count(), 199);
         assert_eq!((0..5000).filter(|_| recorded(&one, 600_000)).count(), 1000);
     }
 
