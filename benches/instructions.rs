@@ -25,8 +25,9 @@ use std::collections::BTreeSet;
 use std::process::Command;
 
 use credbroker::proto::{Outcome, SignAndSendRequest};
+use credbroker_sim::installation::Settings;
 
-use harness::{Lab, Settings, accounts, spot_order};
+use harness::{Lab, accounts, spot_order};
 
 /// Tells libc to use loops for blocks of any size.
 const LOOPS: &str = "GLIBC_TUNABLES=glibc.cpu.x86_rep_stosb_threshold=100000000:glibc.cpu.x86_rep_movsb_threshold=100000000";
@@ -95,7 +96,7 @@ async fn count(calls: u64, request: fn(u64) -> SignAndSendRequest, tunables: &st
         }),
         ..Settings::default()
     };
-    let mut lab = Lab::install(&settings).await;
+    let mut lab = Lab::install(settings).await;
     let profile = lab.path("callgrind.out");
     let output = format!("--callgrind-out-file={}", profile.display());
     lab.spawn_broker_under(&["env", tunables, "valgrind", "--tool=callgrind", &output])

@@ -23,10 +23,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use credbroker::proto::{Outcome, RefreshKeyRequest};
+use credbroker_sim::installation::{MAIN_UID, Settings};
 use credbroker_sim::kucoin::{KucoinSettings, Limits, SimKey};
 use tokio::time::MissedTickBehavior;
 
-use harness::{Lab, MAIN_UID, Settings, accounts, kv_path, secret, spot_order};
+use harness::{Lab, accounts, spot_order};
 
 const BOTS: u64 = 8;
 const A_SECOND: u64 = 500;
@@ -59,11 +60,6 @@ fn key(number: u64) -> SimKey {
         api_key: format!("simulated-key-{number:010}"),
         ..SimKey::fake(MAIN_UID)
     }
-}
-
-fn put(lab: &Lab, key: &SimKey) {
-    lab.vault
-        .put_secret("kv", &kv_path("main", "main"), secret(key));
 }
 
 #[expect(
@@ -132,7 +128,7 @@ async fn rotations() {
         let next = key(number);
         lab.kucoin.add_key(next.clone());
         let put_at = Instant::now();
-        put(&lab, &next);
+        lab.put_key("main", "main", &next);
         refresh(number).await;
         took.push(put_at.elapsed());
         // At once: what is signed with it and not there yet is refused, and signed again.
@@ -142,7 +138,7 @@ async fn rotations() {
     }
     let at_rotated = (counts.calls.load(Ordering::Relaxed), began.elapsed());
     for number in 0..BROKEN {
-        put(&lab, &key(10_000 + number));
+        lab.put_key("main", "main", &key(10_000 + number));
         refresh(1 + ROTATIONS).await;
         tokio::time::sleep(PAUSE).await;
     }

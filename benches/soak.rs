@@ -269,10 +269,12 @@ async fn reload(site: &Site, number: u64, lines: &[Arc<Mutex<Patient>>]) {
     let before = site.metric(&taken).await;
     if what == "tls" {
         let server = site.lab.ca.server().unwrap();
-        site.rename_over("server.key", &server.key_pem);
-        site.rename_over("server.pem", &server.certificate_pem);
+        site.lab.replace("server.key", &server.key_pem).unwrap();
+        site.lab
+            .replace("server.pem", &server.certificate_pem)
+            .unwrap();
     } else {
-        site.rename_over("rules.toml", &rules(number));
+        site.lab.replace("rules.toml", &rules(number)).unwrap();
     }
     until("a changed file is in force", async || {
         site.metric(&taken).await > before

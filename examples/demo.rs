@@ -8,7 +8,6 @@ use std::fs::Permissions;
 use std::io::{self, Write};
 use std::net::Ipv4Addr;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
 
 use anyhow::{Context, ensure};
 use credbroker::config::Config;
@@ -18,12 +17,10 @@ use credbroker::proto::{
 };
 use credbroker::server::Server;
 use credbroker::telemetry::{LogFormat, init_logs};
-use credbroker_sim::kucoin::{
-    Fault, FaultAction, KucoinSettings, KucoinSim, ReceivedRequest, SimKey, When,
-};
-use credbroker_sim::pki::{Ca, Identity};
-use credbroker_sim::vault::VaultSim;
+use credbroker_sim::installation::{Installation, ROOT_TOKEN, Settings, secret};
+use credbroker_sim::kucoin::{Fault, FaultAction, KucoinSettings, ReceivedRequest, SimKey, When};
 use serde_json::{Value, json};
+use tempfile::TempDir;
 use tokio::signal::unix::{SignalKind, signal};
 use tonic::Status;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
@@ -58,8 +55,6 @@ const SPOT: (&str, Scope) = ("alpha", Scope::SpotMargin);
 /// Account and scope of the futures steps: another key, another host.
 const FUTURES: (&str, Scope) = ("beta", Scope::Futures);
 
-const VAULT_TOKEN: &str = "simulated-root-token";
-
 macro_rules! say {
     ($($text:tt)*) => { writeln!(io::stdout(), $($text)*)? };
 }
@@ -73,11 +68,11 @@ async fn main() -> anyhow::Result<()> {
         .prefix("credbroker-demo-")
         .permissions(Permissions::from_mode(0o700))
         .tempdir()?;
-    let demo = Demo::start(folder.path()).await?;
+    let demo = Demo::start(folder).await?;
     demo.trade().await?;
     demo.fail().await?;
     if !once {
-        demo.invite(folder.path())?;
+        demo.invite()?;
         let mut terminate = signal(SignalKind::terminate())?;
         let mut hang_up = signal(SignalKind::hangup())?;
         tokio::select! {
@@ -87,36 +82,45 @@ async fn main() -> anyhow::Result<()> {
         }
     }
     demo.server.stop().await;
-    folder.close()?;
+    demo.installation.folder.close()?;
     say!("\nStopped; nothing is left behind.");
     Ok(())
 }
 
 struct Demo {
-    vault: VaultSim,
-    kucoin: KucoinSim,
+    installation: Installation,
     server: Server,
     bot: BrokerClient<Channel>,
 }
 
 impl Demo {
-    async fn start(folder: &Path) -> anyhow::Result<Self> {
+    async fn start(folder: TempDir) -> anyhow::Result<Self> {
         say!(
             "credbroker demo: the broker is real; Vault and KuCoin are simulated. No order leaves this machine.\n"
         );
-        let vault = VaultSim::start_dev(VAULT_TOKEN).await?;
-        vault.mount_kv("kv");
-        let kucoin = KucoinSim::start(KucoinSettings::default()).await?;
+        let settings = Settings {
+            rules: RULES.to_owned(),
+            vault: "prefix = \"kucoin/demo\"".to_owned(),
+            reload: "",
+            kucoin: KucoinSettings::default(),
+            keys: Vec::new(),
+            ..Settings::default()
+        };
+        let installation = Installation::start(settings, folder).await?;
+        let Installation {
+            vault,
+            kucoin,
+            ca,
+            folder,
+            ..
+        } = &installation;
         for (account, uid) in ACCOUNTS {
             // Bound to the broker's address, as real keys should be.
             let key = SimKey {
                 ip_whitelist: vec![Ipv4Addr::LOCALHOST.into()],
                 ..SimKey::fake(uid)
             };
-            let secret = json!({
-                "api_key": key.api_key, "api_secret": key.api_secret, "passphrase": key.passphrase, "key_version": 3,
-            });
-            vault.put_secret("kv", &format!("kucoin/demo/{account}/main"), secret);
+            vault.put_secret("kv", &format!("kucoin/demo/{account}/main"), secret(&key));
             kucoin.add_key(key);
         }
         say!(
@@ -126,15 +130,14 @@ impl Demo {
         say!("simulated KuCoin, spot     {}", kucoin.spot_url());
         say!("simulated KuCoin, futures  {}", kucoin.futures_url());
 
-        let ca = Ca::new("throw-away CA of the credbroker demo")?;
         let bot = ca.bot("demo")?;
-        write_files(folder, &vault, &kucoin, &ca, &bot)?;
-        let config = std::fs::read_to_string(folder.join("config.toml"))?;
-        let config =
-            Config::parse(&config, folder).map_err(|problems| anyhow::anyhow!("{problems:?}"))?;
+        installation.write_identity("bot", &bot)?;
+        let config = std::fs::read_to_string(installation.path("config.toml"))?;
+        let config = Config::parse(&config, folder.path())
+            .map_err(|problems| anyhow::anyhow!("{problems:?}"))?;
         let server = Server::start(config).await?;
         let admin = server.admin.context("no door for admins")?;
-        write_admin(folder, &ca, &admin.to_string())?;
+        installation.write_admin(&ca.admin("demo")?, admin, "ca.pem", "")?;
         say!(
             "broker                     {}   gRPC, TLS 1.3, client certificates",
             server.grpc
@@ -151,7 +154,7 @@ impl Demo {
                 &bot.certificate_pem,
                 &bot.key_pem,
             ));
-        say!("certificates, rules, audit {}", folder.display());
+        say!("certificates, rules, audit {}", folder.path().display());
         say!(
             "\nOf each call: in, what the bot sent; signed, the string that was signed (time, method, path and query, body)"
         );
@@ -161,8 +164,7 @@ impl Demo {
             .connect()
             .await?;
         let demo = Self {
-            vault,
-            kucoin,
+            installation,
             server,
             bot: BrokerClient::new(channel),
         };
@@ -252,7 +254,7 @@ impl Demo {
             .await?;
         ensure!(refused.is_none(), "the withdrawal must be refused");
 
-        self.kucoin.fault(Fault::once(
+        self.installation.kucoin.fault(Fault::once(
             "/api/v1/hf/orders",
             FaultAction::Close {
                 when: When::AfterTaken,
@@ -325,9 +327,9 @@ impl Demo {
         if !request.body.is_empty() {
             say!("           {}", String::from_utf8_lossy(&request.body));
         }
-        let before = self.kucoin.received().len();
+        let before = self.installation.kucoin.received().len();
         let ended = self.bot.clone().sign_and_send(request).await;
-        match self.kucoin.received().get(before) {
+        match self.installation.kucoin.received().get(before) {
             Some(received) => say_signed(received)?,
             None => say!("   signed  nothing; nothing left the broker"),
         }
@@ -351,8 +353,9 @@ impl Demo {
     }
 
     /// What to type next, in a second terminal.
-    fn invite(&self, folder: &Path) -> anyhow::Result<()> {
-        let (folder, grpc, ops) = (folder.display(), self.server.grpc, self.server.ops);
+    fn invite(&self) -> anyhow::Result<()> {
+        let folder = self.installation.folder.path().display();
+        let (grpc, ops) = (self.server.grpc, self.server.ops);
         say!(
             "\n== Your turn: all of it stays up until Ctrl-C. In a second terminal, from the project's folder:\n"
         );
@@ -377,8 +380,8 @@ impl Demo {
         say!("curl -s http://{ops}/readyz http://{ops}/metrics");
         say!("cat {folder}/state/audit.jsonl");
         say!(
-            "curl -s -H 'X-Vault-Token: {VAULT_TOKEN}' {}/v1/kv/metadata/kucoin/demo/alpha/main   # simulated",
-            self.vault.address()
+            "curl -s -H 'X-Vault-Token: {ROOT_TOKEN}' {}/v1/kv/metadata/kucoin/demo/alpha/main   # simulated",
+            self.installation.vault.address()
         );
         Ok(())
     }
@@ -450,79 +453,4 @@ fn say_failure(status: &Status) -> anyhow::Result<()> {
     );
     say!("           {}", status.message());
     Ok(())
-}
-
-fn write_files(
-    folder: &Path,
-    vault: &VaultSim,
-    kucoin: &KucoinSim,
-    ca: &Ca,
-    bot: &Identity,
-) -> anyhow::Result<()> {
-    let server = ca.server()?;
-    let config = format!(
-        r#"rules = "rules.toml"
-state_dir = "state"
-
-[listen]
-grpc = "127.0.0.1:0"
-ops = "127.0.0.1:0"
-admin = "127.0.0.1:0"
-
-[tls]
-certificate = "server.pem"
-key = "server.key"
-client_ca = "ca.pem"
-
-[vault]
-address = "{}"
-prefix = "kucoin/demo"
-auth = {{ method = "token_file", file = "token" }}
-
-[egress]
-address = "127.0.0.1"
-
-[exchange]
-spot = "{}"
-futures = "{}"
-"#,
-        vault.address(),
-        kucoin.spot_url(),
-        kucoin.futures_url(),
-    );
-    for (name, text) in [
-        ("config.toml", config.as_str()),
-        ("rules.toml", RULES),
-        ("token", VAULT_TOKEN),
-        ("ca.pem", ca.certificate_pem()),
-        ("server.pem", &server.certificate_pem),
-        ("server.key", &server.key_pem),
-        ("bot.pem", &bot.certificate_pem),
-        ("bot.key", &bot.key_pem),
-    ] {
-        write_private(&folder.join(name), text)?;
-    }
-    Ok(())
-}
-
-/// What the commands of an admin need.
-fn write_admin(folder: &Path, ca: &Ca, broker: &str) -> anyhow::Result<()> {
-    let admin = ca.admin("demo")?;
-    let toml = format!(
-        "broker = \"{broker}\"\nca = \"ca.pem\"\ncertificate = \"admin.pem\"\nkey = \"admin.key\"\n"
-    );
-    for (name, text) in [
-        ("admin.toml", &toml),
-        ("admin.pem", &admin.certificate_pem),
-        ("admin.key", &admin.key_pem),
-    ] {
-        write_private(&folder.join(name), text)?;
-    }
-    Ok(())
-}
-
-/// Writes a file that nobody else can read: commands refuse keys that others can.
-fn write_private(file: &Path, text: &str) -> std::io::Result<()> {
-    std::fs::write(file, text)?;
-    std::fs::set_permissions(file, Permissions::from_mode(0o600))
 }

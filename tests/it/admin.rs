@@ -9,6 +9,7 @@ use credbroker::proto::broker_client::BrokerClient;
 use credbroker::proto::{
     HaltRequest, KeyState, ListKeysRequest, RefreshKeyRequest, Scope, TestKeyRequest,
 };
+use credbroker_sim::installation::{Settings, kv_path, secret};
 use credbroker_sim::kucoin::{Fault, FaultAction};
 use credbroker_sim::pki::{Ca, CaKind, Identity, SanType, Usage};
 use http_body::Frame;
@@ -28,10 +29,7 @@ use tonic_reflection::pb::v1::{ServerReflectionRequest, ServerReflectionResponse
 use tonic_types::StatusExt;
 
 use crate::certificates::gets_in;
-use crate::harness::{
-    Lab, Patient, Settings, accounts, admin_over, kv_path, patient, secret, set_mode, until,
-    write_private,
-};
+use crate::harness::{Lab, Patient, accounts, admin_over, patient, set_mode, until};
 
 /// An admin's connection with this certificate.
 async fn connection(lab: &Lab, identity: &Identity) -> Option<Patient> {
@@ -343,7 +341,7 @@ async fn without_an_address_there_is_no_door() {
 #[tokio::test]
 async fn keys_are_listed_as_they_are() {
     let mut lab = Lab::with(Settings {
-        keys: vec![("main", "main", crate::harness::MAIN_UID)],
+        keys: vec![("main", "main", credbroker_sim::installation::MAIN_UID)],
         wait_ready: false,
         ..Settings::default()
     })
@@ -389,7 +387,7 @@ async fn keys_are_listed_as_they_are() {
     assert_eq!(named(other), "other/main unavailable 0");
     assert_eq!(other.reasons.len(), 1, "{other:?}");
 
-    let key = credbroker_sim::kucoin::SimKey::fake(crate::harness::MAIN_UID);
+    let key = credbroker_sim::kucoin::SimKey::fake(credbroker_sim::installation::MAIN_UID);
     let mut broken = secret(&key);
     broken["passphrase"] = Value::Null;
     lab.vault.put_secret("kv", &kv_path("main", "main"), broken);
@@ -923,8 +921,8 @@ async fn commands_refuse_files_that_other_users_can_read_or_change() {
     }
     let text = std::fs::read_to_string(lab.path("admin.toml")).unwrap();
     let text = text.replace("[vault]\n", "[vault]\nroots = \"vault-ca.pem\"\n");
-    write_private(&lab.path("admin.toml"), &text);
-    write_private(&lab.path("vault-ca.pem"), lab.ca.certificate_pem());
+    lab.write("admin.toml", &text).unwrap();
+    lab.write("vault-ca.pem", lab.ca.certificate_pem()).unwrap();
     set_mode(&lab.path("vault-ca.pem"), 0o666);
     let words = &["keys", "register", "main", "--key", "new"];
     let said = lab.cli(words, "").await;

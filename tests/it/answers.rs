@@ -6,15 +6,14 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use credbroker::proto::{Method, Outcome, Scope, SignAndSendRequest, SignAndSendResponse};
+use credbroker_sim::installation::Settings;
 use credbroker_sim::kucoin::ReceivedRequest;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tonic::{Code, Status};
 
-use crate::harness::{
-    Lab, Settings, futures_order, json_of, refusal, request, spot_cancel_all, spot_order,
-};
+use crate::harness::{Lab, futures_order, json_of, refusal, request, spot_cancel_all, spot_order};
 
 const ORDERS: &str = "/api/v1/hf/orders";
 

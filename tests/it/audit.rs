@@ -4,11 +4,12 @@ use std::path::Path;
 
 use credbroker::proto::{Method, Outcome, QueryParameter, Scope};
 use credbroker::server::{Server, StartError};
+use credbroker_sim::installation::{MAIN_UID, Settings};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use serde_json::{Value, json};
 use tonic::Code;
 
-use crate::harness::{Lab, MAIN_UID, Settings, accounts, refusal, request, spot_order, until};
+use crate::harness::{Lab, accounts, refusal, request, spot_order, until};
 
 #[tokio::test]
 async fn a_call_leaves_an_intent_and_an_outcome() {

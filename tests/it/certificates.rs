@@ -7,11 +7,10 @@ use credbroker::clock::Clock;
 use credbroker::config::Config;
 use credbroker::config::load::load;
 use credbroker::server::{Server, StartError};
+use credbroker_sim::installation::{RULES, Settings};
 use credbroker_sim::pki::{Ca, CaKind, Identity, SanType, Usage};
 
-use crate::harness::{
-    Lab, RULES, Settings, accounts, failure, not_run, refusal, until, write_private,
-};
+use crate::harness::{Lab, accounts, failure, not_run, refusal, until};
 
 fn uri(text: &str) -> SanType {
     SanType::URI(text.try_into().unwrap())
@@ -245,7 +244,7 @@ async fn ca_file_with_a_non_ca_certificate_is_refused() {
             "client_ca = \"ca.pem\"\nadmin_ca = \"admins-ca.pem\"",
         )
     };
-    let lab = Lab::install(&Settings {
+    let lab = Lab::install(Settings {
         edit: Box::new(admin_ca),
         ..Settings::default()
     })
@@ -275,9 +274,9 @@ async fn ca_file_with_a_non_ca_certificate_is_refused() {
         ("tls.client_ca", "ca.pem", "admins-ca.pem"),
         ("tls.admin_ca", "admins-ca.pem", "ca.pem"),
     ] {
-        write_private(&lab.path(other), good);
+        lab.write(other, good).unwrap();
         for (text, line, subject, said) in &cases {
-            write_private(&lab.path(file), text);
+            lab.write(file, text).unwrap();
             let path = lab.path(file);
             let expected = format!("{setting}: {}:{line}: {subject} {said}", path.display());
             let found = problems(&lab.config());
@@ -299,7 +298,7 @@ async fn ca_file_with_a_non_ca_certificate_is_refused() {
             }
         }
         for kind in [CaKind::NoKeyUsage, CaKind::Usual, CaKind::BoundToDns] {
-            write_private(&lab.path(file), &(pem(kind) + good));
+            lab.write(file, &(pem(kind) + good)).unwrap();
             let loaded = load(&lab.config(), Clock::system().wall_ms()).unwrap();
             assert!(loaded.warnings.is_empty(), "{:?}", loaded.warnings);
         }
@@ -312,20 +311,20 @@ async fn ca_file_with_a_non_ca_certificate_is_refused() {
         .issue("localhost", &[dns("localhost")], Usage::Server)
         .unwrap();
     for not_ca in [&leaf, &same_name.certificate_pem] {
-        write_private(&lab.path("root.pem"), not_ca);
+        lab.write("root.pem", not_ca).unwrap();
         let found = problems(&lab.config());
         assert!(found.starts_with("vault.roots: "), "{found}");
         assert!(found.contains("root.pem:1: "), "{found}");
         assert!(found.contains("is not a CA"), "{found}");
     }
     let own = Ca::self_signed_server(false).unwrap();
-    write_private(&lab.path("root.pem"), &own.certificate_pem);
+    lab.write("root.pem", &own.certificate_pem).unwrap();
     assert_eq!(problems(&lab.config()), "");
 }
 
 #[tokio::test]
 async fn chain_of_a_server_may_stand_where_the_roots_of_servers_are() {
-    let mut lab = Lab::install(&Settings {
+    let mut lab = Lab::install(Settings {
         process: true,
         ..Settings::default()
     })
@@ -334,7 +333,7 @@ async fn chain_of_a_server_may_stand_where_the_roots_of_servers_are() {
     let leaf = between.server().unwrap().certificate_pem;
     let chain = [&leaf, between.certificate_pem(), lab.ca.certificate_pem()].concat();
     lab.reconfigure("[vault]\n", "[vault]\nroots = \"fullchain.pem\"\n");
-    write_private(&lab.path("fullchain.pem"), &chain);
+    lab.write("fullchain.pem", &chain).unwrap();
     let loaded = load(&lab.config(), Clock::system().wall_ms()).unwrap();
     let file = lab.path("fullchain.pem");
     let warning = format!(
@@ -375,9 +374,9 @@ async fn a_ca_whose_constraints_cannot_be_compared_is_reported() {
         process: true,
         ..Settings::default()
     };
-    let mut lab = Lab::install(&install).await;
+    let mut lab = Lab::install(install).await;
     let both = format!("{}{}", lab.ca.certificate_pem(), bound.certificate_pem());
-    write_private(&lab.path("ca.pem"), &both);
+    lab.write("ca.pem", &both).unwrap();
     let config = lab.path("config.toml");
     let checked = tokio::task::spawn_blocking(move || run("check-config", &config)).await;
     let (code, said) = checked.unwrap();
@@ -404,7 +403,7 @@ async fn a_ca_whose_constraints_cannot_be_compared_is_reported() {
                   compare (URI, directory name)";
     assert_eq!(refused["reason"], reason);
 
-    write_private(&lab.path("ca.pem"), lab.ca.certificate_pem());
+    lab.write("ca.pem", lab.ca.certificate_pem()).unwrap();
     until("the warning is gone", async || {
         lab.metric("credbroker_file_warnings").await == Some(0.0)
     })
@@ -413,7 +412,7 @@ async fn a_ca_whose_constraints_cannot_be_compared_is_reported() {
 
 #[tokio::test]
 async fn files_that_openssl_makes_are_judged_as_openssl_judges_them() {
-    let lab = Lab::install(&Settings::default()).await;
+    let lab = Lab::install(Settings::default()).await;
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/field-cases/pki/make.sh");
     let made = Command::new("sh").arg(script).arg(lab.path("pki")).output();
     if !made.is_ok_and(|made| made.status.success()) {

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use credbroker::proto::{Outcome, SignAndSendRequest};
+use credbroker_sim::installation::{MAIN_UID, RULES, Settings};
 use credbroker_sim::kucoin::{
     Fault, FaultAction, Host, KucoinSettings, KucoinSim, Limits, Matching, ReceivedRequest, SimKey,
     When,
@@ -11,8 +12,7 @@ use serde_json::json;
 use tonic::Code;
 
 use crate::harness::{
-    Bot, Lab, MAIN_UID, RULES, Settings, Time, accounts, failure, futures_order, refusal,
-    spot_cancel_all, spot_order, until,
+    Bot, Lab, Time, accounts, failure, futures_order, refusal, spot_cancel_all, spot_order, until,
 };
 
 const MINUTE_MS: i64 = 60_000;
@@ -42,7 +42,7 @@ async fn installed(ahead_ms: i64) -> (Lab, Time) {
         rules: RULES.replace("[account.main]", "[account.main]\nmax_stale_s = 86400"),
         ..Settings::default()
     };
-    (Lab::install(&settings).await, Time::new(ahead_ms))
+    (Lab::install(settings).await, Time::new(ahead_ms))
 }
 
 /// Something that goes wrong with questions for the time, on one host or on both.

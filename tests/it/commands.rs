@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::thread;
 
+use credbroker_sim::installation::Settings;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::harness::{Lab, Settings};
+use crate::harness::Lab;
 
 const CONFIG: &str = include_str!("../../deploy/config.toml");
 const RULES: &str = include_str!("../../deploy/rules.toml");

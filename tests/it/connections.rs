@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use credbroker::clock::Clock;
 use credbroker::proto::{SignAndSendRequest, SignAndSendResponse};
+use credbroker_sim::installation::{MAIN_UID, Settings};
 use credbroker_sim::kucoin::{Fault, FaultAction, Matching, When};
 use credbroker_sim::pki::Identity;
 use http_body_util::{BodyExt, StreamBody};
@@ -23,9 +24,7 @@ use tonic::codegen::Service;
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
-use crate::harness::{
-    Bot, Lab, MAIN_UID, Patient, Settings, accounts, failure, refusal, say, spot_order, tls, until,
-};
+use crate::harness::{Bot, Lab, Patient, accounts, failure, refusal, say, spot_order, tls, until};
 
 const ACCOUNTS: &str = "/api/v1/accounts";
 const OPEN: &str = "credbroker_connections";

@@ -3,13 +3,13 @@
 use std::collections::BTreeSet;
 
 use credbroker::proto::{Method, Outcome, QueryParameter, Scope, SignAndSendRequest};
+use credbroker_sim::installation::{MAIN_UID, kv_path};
 use credbroker_sim::kucoin::{Fault, FaultAction, SimKey};
 use tonic::Code;
 use tonic_types::StatusExt;
 
 use crate::harness::{
-    Lab, MAIN_UID, accounts, failure, futures_order, json_of, kv_path, refusal, request,
-    spot_order, until,
+    Lab, accounts, failure, futures_order, json_of, refusal, request, spot_order, until,
 };
 
 #[tokio::test]

@@ -3,14 +3,12 @@
 use std::time::Duration;
 
 use credbroker::proto::{Method, Outcome, Scope};
+use credbroker_sim::installation::{MAIN_UID, RULES, Settings, secret};
 use credbroker_sim::kucoin::{Fault, FaultAction, KucoinSettings, Limits, SimKey, When};
 use tonic::Code;
 use tonic_types::StatusExt;
 
-use crate::harness::{
-    Lab, MAIN_UID, RULES, Settings, accounts, failure, json_of, refusal, request, secret,
-    spot_order, until,
-};
+use crate::harness::{Lab, accounts, failure, json_of, refusal, request, spot_order, until};
 
 const ORDERS: &str = "/api/v1/hf/orders";
 

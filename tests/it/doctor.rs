@@ -4,6 +4,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use credbroker::clock::Clock;
+use credbroker_sim::installation::{MAIN_UID, ROOT_TOKEN, Settings, kv_path, secret};
 use credbroker_sim::kucoin::{Fault, FaultAction, KucoinSettings, ReceivedRequest, SimKey, When};
 use credbroker_sim::pki::Ca;
 use credbroker_sim::vault::{RoleSettings, VaultSim};
@@ -11,10 +12,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::delivery::tls_with;
-use crate::harness::{
-    Ended, Lab, MAIN_UID, ROOT_TOKEN, Settings, kv_path, rules_for, secret, set_mode, until,
-    write_private,
-};
+use crate::harness::{Ended, Lab, rules_for, set_mode, until};
 
 use crate::keys::real::Api;
 
@@ -66,19 +64,13 @@ async fn healthy() -> Lab {
 }
 
 async fn healthy_with(settings: Settings) -> Lab {
-    let mut lab = Lab::install(&settings).await;
-    put_key(&lab, key());
+    let mut lab = Lab::install(settings).await;
+    lab.add_key("main", "main", &key());
     deny_writes(&lab);
     lab.start_broker().await;
     lab.until_ready().await;
     lab.stop().await;
     lab
-}
-
-fn put_key(lab: &Lab, key: SimKey) {
-    let held = secret(&key);
-    lab.vault.put_secret("kv", &kv_path("main", "main"), held);
-    lab.kucoin.add_key(key);
 }
 
 /// As the policy `deploy/vault/broker.hcl` does; that it does so a real server proves.
@@ -272,8 +264,8 @@ async fn a_broker_that_is_not_ready_and_one_that_is_elsewhere_are_told() {
 
 #[tokio::test]
 async fn before_the_first_start_it_makes_nothing_and_says_what_is_not_there_yet() {
-    let lab = Lab::install(&settings()).await;
-    put_key(&lab, key());
+    let lab = Lab::install(settings()).await;
+    lab.add_key("main", "main", &key());
     deny_writes(&lab);
     let audit = "audit.jsonl is not there yet";
     told(&lab, "warning", "audit", audit, "start the broker").await;
@@ -293,7 +285,7 @@ async fn before_the_first_start_it_makes_nothing_and_says_what_is_not_there_yet(
 
 #[tokio::test]
 async fn a_configuration_that_cannot_be_used_is_usage() {
-    let lab = Lab::install(&settings()).await;
+    let lab = Lab::install(settings()).await;
     lab.reconfigure("rules =", "rulez =");
     let (code, found) = lines(&lab).await;
     assert_eq!(code, Some(2));
@@ -331,8 +323,7 @@ async fn broken_files_are_told_and_the_rest_is_looked_at_all_the_same() {
         "{}\n[account.other]\nkey = {{ spot-margin = \"main\" }}\n",
         rules()
     );
-    lab.vault
-        .put_secret("kv", &kv_path("other", "main"), secret(&key()));
+    lab.put_key("other", "main", &key());
     write("rules.toml", &unused);
     told(
         &lab,
@@ -514,7 +505,7 @@ async fn doctor_names_the_key_where_an_account_has_several() {
         rules: rules().replace(ACCOUNT, &two),
         ..settings()
     };
-    let lab = Lab::install(&settings).await;
+    let lab = Lab::install(settings).await;
     for name in ["main", "second"] {
         let check = format!("vault main/{name}");
         let register = format!("`credbroker keys register main --key {name}`");
@@ -536,7 +527,7 @@ async fn doctor_names_the_key_where_an_account_has_several() {
 /// The fix is about the server, and never about a secret id, where Vault does not answer or something else does.
 #[tokio::test]
 async fn doctor_does_not_blame_the_secret_id_when_vault_is_unreachable() {
-    let mut lab = Lab::install(&settings()).await;
+    let mut lab = Lab::install(settings()).await;
     // The exchange stands in Vault's place once.
     lab.is_checked = false;
     std::fs::write(lab.path("secret-id"), "fake-secret-id").unwrap();
@@ -581,7 +572,7 @@ async fn doctor_does_not_blame_the_secret_id_when_vault_is_unreachable() {
 
 #[tokio::test]
 async fn a_mount_of_kv_version_1_is_told_from_a_missing_key() {
-    let lab = Lab::install(&settings()).await;
+    let lab = Lab::install(settings()).await;
     let vault = VaultSim::start_dev(ROOT_TOKEN).await.unwrap();
     vault.mount_kv_v1("kv");
     lab.reconfigure(&lab.vault.address(), &vault.address());
@@ -619,7 +610,7 @@ async fn a_server_that_shows_a_ca_as_its_own_certificate_is_named() {
     lab.reconfigure("[vault]\n", "[vault]\nroots = \"self.pem\"\n");
     for is_ca in [false, true] {
         let own = Ca::self_signed_server(is_ca).unwrap();
-        write_private(&lab.path("self.pem"), &own.certificate_pem);
+        lab.write("self.pem", &own.certificate_pem).unwrap();
         let vault = VaultSim::start_dev_tls(ROOT_TOKEN, &own).await.unwrap();
         vault.mount_kv("kv");
         vault.put_secret("kv", &kv_path("main", "main"), secret(&key()));
@@ -647,7 +638,7 @@ async fn a_server_that_shows_a_ca_as_its_own_certificate_is_named() {
         }
     }
     let own = Ca::self_signed_server(true).unwrap();
-    let lab = Lab::install(&Settings {
+    let lab = Lab::install(Settings {
         kucoin: KucoinSettings {
             tls: Some(tls_with(&own)),
             ..KucoinSettings::default()
@@ -695,8 +686,8 @@ async fn files_that_others_can_read_or_change_fail() {
 
 #[tokio::test]
 async fn a_wrapped_secret_id_is_looked_at_and_not_used_up() {
-    let lab = Lab::install(&settings()).await;
-    put_key(&lab, key());
+    let lab = Lab::install(settings()).await;
+    lab.add_key("main", "main", &key());
     let (role_id, secret_id) = lab
         .vault
         .enable_approle("credbroker", RoleSettings::default());

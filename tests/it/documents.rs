@@ -26,9 +26,9 @@ fn rows<'d>(document: &'d str, heading: &str) -> BTreeSet<&'d str> {
 
 #[tokio::test]
 async fn every_metric_is_documented_and_every_documented_one_exists() {
-    let mut lab = Lab::with(crate::harness::Settings {
+    let mut lab = Lab::with(credbroker_sim::installation::Settings {
         process: true,
-        ..crate::harness::Settings::default()
+        ..credbroker_sim::installation::Settings::default()
     })
     .await;
     let mut bot = lab.bot("maker").await;

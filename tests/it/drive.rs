@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use credbroker::proto::{Method, Outcome, Scope, SignAndSendRequest};
+use credbroker_sim::installation::{MAIN_UID, ROOT_TOKEN, Settings, kv_path, secret};
 use credbroker_sim::kucoin::{KucoinSettings, KucoinSim, Limits, SimKey};
 use credbroker_sim::pki::Identity;
 use credbroker_sim::vault::{InitialState, Standby, VaultSettings, VaultSim};
@@ -27,8 +28,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tonic_types::StatusExt;
 
 use crate::harness::{
-    Addresses, Bot, Lab, MAIN_UID, Patient, ROOT_TOKEN, Settings, accounts, failure, futures_order,
-    http, kv_path, patient, request, secret, spot_order, until,
+    Bot, Lab, Patient, accounts, failure, futures_order, http, patient, request, spot_order, until,
 };
 
 /// The account of the key `main/second`.
@@ -224,9 +224,10 @@ impl Simulator {
     /// Asks for one thing over its control API.
     pub(crate) async fn control(&self, method: &str, command: &str, body: Value) -> Value {
         let authority = self.ports[0].address.to_string();
-        let path = format!("/_sim/{command}");
-        let (status, answer) = http(&authority, method, &path, &body.to_string()).await;
-        assert_eq!(status, 200, "{path}: {answer}");
+        let request = format!("{method} /_sim/{command}");
+        let answer = http(&authority, &request, "", &body.to_string()).await;
+        let (status, _, answer) = answer.unwrap();
+        assert_eq!(status, 200, "{request}: {answer}");
         serde_json::from_str(&answer).unwrap()
     }
 }
@@ -235,6 +236,26 @@ impl Drop for Simulator {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// Vault and KuCoin in processes of their own, and the settings of a broker in another; `arguments` make this binary a
+/// simulator.
+pub(crate) async fn simulators(
+    arguments: &'static [&'static str],
+) -> (Simulator, Simulator, Settings) {
+    let mut vault = Simulator::new("vault", arguments, [Port::reserve()]);
+    let mut kucoin = Simulator::new("kucoin", arguments, [Port::reserve(), Port::reserve()]);
+    vault.start(ROOT_TOKEN).await;
+    kucoin.start("").await;
+    let settings = Settings {
+        vault_url: Some(vault.url(0)),
+        spot_url: Some(kucoin.url(0)),
+        futures_url: Some(kucoin.url(1)),
+        config: "[log]\nfilter = \"warn,credbroker::server=info\"\n".to_owned(),
+        process: true,
+        ..Settings::default()
+    };
+    (vault, kucoin, settings)
 }
 
 /// What a call is, as far as it matters to what becomes of it.
@@ -589,7 +610,7 @@ fn cancel(client_oid: &str, is_futures: bool) -> SignAndSendRequest {
     }
 }
 
-fn word(outcome: Outcome) -> &'static str {
+pub(crate) fn word(outcome: Outcome) -> &'static str {
     match outcome {
         Outcome::Accepted => "accepted",
         Outcome::MaybeSent => "maybe_sent",
@@ -649,22 +670,12 @@ impl Site {
         rules: String,
         edit: impl Fn(String) -> String + Send + 'static,
     ) -> Self {
-        let mut vault = Simulator::new("vault", arguments, [Port::reserve()]);
-        let mut kucoin = Simulator::new("kucoin", arguments, [Port::reserve(), Port::reserve()]);
-        vault.start(ROOT_TOKEN).await;
-        kucoin.start("").await;
+        let (vault, kucoin, settings) = simulators(arguments).await;
         let ports = [Port::reserve(), Port::reserve()];
         let [grpc, ops] = [0, 1].map(|which: usize| ports[which].address);
         let lab = Lab::with(Settings {
             rules,
-            addresses: Some(Addresses {
-                vault: vault.url(0),
-                spot: kucoin.url(0),
-                futures: kucoin.url(1),
-            }),
             egress: "proof_every_s = 1".to_owned(),
-            config: "[log]\nfilter = \"warn,credbroker::server=info\"\n".to_owned(),
-            process: true,
             // A broker that starts again does so at the same address.
             edit: Box::new(move |config| {
                 let listen = "grpc = \"127.0.0.1:0\"\nops = \"127.0.0.1:0\"";
@@ -672,7 +683,7 @@ impl Site {
                 let fixed = format!("grpc = \"{grpc}\"\nops = \"{ops}\"");
                 edit(config.replace(listen, &fixed))
             }),
-            ..Settings::default()
+            ..settings
         })
         .await;
         let driver = Driver::start(Dial {
@@ -690,13 +701,6 @@ impl Site {
         };
         site.driver.more_calls(50).await;
         site
-    }
-
-    /// Replaces a file by renaming another over it.
-    pub(crate) fn rename_over(&self, name: &str, text: &str) {
-        let new = self.lab.path(&format!("{name}.new"));
-        std::fs::write(&new, text).unwrap();
-        std::fs::rename(new, self.lab.path(name)).unwrap();
     }
 
     /// Waits for the next line about a change of `what`, and returns its outcome and details.

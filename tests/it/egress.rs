@@ -5,13 +5,14 @@ use std::time::{Duration, Instant};
 
 use credbroker::config::Config;
 use credbroker::proto::{Outcome, SignAndSendRequest};
+use credbroker_sim::installation::{MAIN_UID, Settings};
 use credbroker_sim::kucoin::{Fault, FaultAction, SimKey, When};
+use credbroker_sim::road::Road;
 use serde_json::json;
 use tonic::Code;
 
 use crate::harness::{
-    Bot, Lab, MAIN_UID, Road, Settings, Time, accounts, failure, futures_order, not_run,
-    spot_cancel_all, spot_order, until,
+    Bot, Lab, Time, accounts, failure, futures_order, not_run, spot_cancel_all, spot_order, until,
 };
 
 /// The default of `egress.proof_every_s`, and a little more.
@@ -30,7 +31,7 @@ fn settings(egress: &str) -> Settings {
 }
 
 async fn started(egress: &str) -> (Lab, Time) {
-    let mut lab = Lab::install(&settings(egress)).await;
+    let mut lab = Lab::install(settings(egress)).await;
     let time = Time::new(0);
     lab.start_broker_on(time.clock()).await;
     (lab, time)
@@ -190,7 +191,7 @@ async fn lenient_raises_the_alarm_and_goes_on() {
 async fn before_the_first_proof_no_order_leaves_unless_lenient() {
     let unproven = "the exchange has not confirmed yet that requests leave from 127.0.0.2";
     for (mode, is_strict) in [("strict", true), ("lenient", false)] {
-        let mut lab = Lab::install(&settings(&format!("proof = \"{mode}\""))).await;
+        let mut lab = Lab::install(settings(&format!("proof = \"{mode}\""))).await;
         fault(&lab, closed());
         let time = Time::new(0);
         lab.start_broker_on(time.clock()).await;
@@ -415,7 +416,7 @@ async fn calls_follow_the_exchange_to_its_new_address_at_once() {
         not_run("exchange's name moves", "root", "needs root and unshare");
         return;
     }
-    let mut lab = Lab::install(&Settings {
+    let mut lab = Lab::install(Settings {
         // Kept short, so that the first call after the move needs a new connection.
         egress: "warm_connections = 0\nexpected_ip = \"127.0.0.1\"".to_owned(),
         ..Settings::default()
@@ -423,7 +424,7 @@ async fn calls_follow_the_exchange_to_its_new_address_at_once() {
     .await;
     let target: std::net::SocketAddrV4 = lab.kucoin.spot_url().split_off(7).parse().unwrap();
     let old = format!("{OLD_ADDRESS}:{}", target.port());
-    let road = Road::from(&old, &lab.kucoin.spot_url()).await;
+    let road = Road::from(&old, &lab.kucoin.spot_url()).await.unwrap();
     let hosts = lab.path("hosts");
     let points_to = |address: &str| {
         std::fs::write(&hosts, format!("{address} localhost\n")).unwrap();
@@ -469,7 +470,7 @@ async fn silent_name_server_holds_up_bots_once_and_nothing_else() {
         );
         return;
     }
-    let mut lab = Lab::install(&Settings {
+    let mut lab = Lab::install(Settings {
         egress: "connect_timeout_ms = 4000".to_owned(),
         ..Settings::default()
     })

@@ -3,10 +3,11 @@
 use std::path::Path;
 use std::process::Output;
 
+use credbroker_sim::installation::{MAIN_UID, RULES, Settings};
 use credbroker_sim::kucoin::SimKey;
 use tokio::task::spawn_blocking;
 
-use crate::harness::{Lab, MAIN_UID, RULES, Settings, not_run};
+use crate::harness::{Lab, not_run};
 
 /// The programs of `examples/`, which `cargo test` builds beside the broker.
 fn example(name: &str) -> Option<std::path::PathBuf> {
@@ -52,8 +53,7 @@ async fn lab() -> Lab {
     })
     .await;
     let identity = lab.ca.bot("maker").unwrap();
-    std::fs::write(lab.path("bot.pem"), identity.certificate_pem).unwrap();
-    std::fs::write(lab.path("bot.key"), identity.key_pem).unwrap();
+    lab.write_identity("bot", &identity).unwrap();
     lab
 }
 

@@ -9,6 +9,7 @@ use std::time::Duration;
 use credbroker::proto::{
     Cancelled, HaltRequest, Method, Outcome, ResumeRequest, Scope, SignAndSendRequest,
 };
+use credbroker_sim::installation::{MAIN_UID, RULES, Settings, kv_path};
 use credbroker_sim::kucoin::{
     Fault, FaultAction, KucoinSettings, KucoinSim, Limits, Order, ReceivedRequest, SimKey, When,
 };
@@ -16,10 +17,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
-use crate::harness::{
-    Bot, Lab, MAIN_UID, Patient, RULES, Settings, Time, kv_path, refusal, request, spot_order,
-    until,
-};
+use crate::harness::{Bot, Lab, Patient, Time, refusal, request, spot_order, until};
 
 const OTHER_UID: u64 = 1002;
 const HOUR: Duration = Duration::from_secs(3600);

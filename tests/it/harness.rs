@@ -1,13 +1,13 @@
 //! A whole installation in one process: simulated Vault and KuCoin, throw-away certificates, one broker, any bots.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::fs::Permissions;
 use std::future::Future;
 use std::io::{self, BufRead, BufReader, Write as _};
 use std::net::SocketAddr;
+use std::ops::Deref;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::pin::Pin;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
@@ -23,19 +23,17 @@ use credbroker::proto::admin_client::AdminClient;
 use credbroker::proto::broker_client::BrokerClient;
 use credbroker::proto::{Method, QueryParameter, Scope, SignAndSendRequest, SignAndSendResponse};
 use credbroker::server::Server;
-use credbroker_sim::kucoin::{KucoinSettings, KucoinSim, Limits, SimKey};
-use credbroker_sim::pki::{Ca, Identity};
-use credbroker_sim::vault::VaultSim;
+use credbroker_sim::installation::{Installation, Settings, TOKEN_FILE, grant};
+use credbroker_sim::pki::Identity;
+use credbroker_sim::road::Road;
 use http_body::Body;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
+use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -48,119 +46,11 @@ use tonic_types::StatusExt;
 /// No wait of a test is longer; each ends as soon as its condition holds.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
-/// The token that the simulated Vault starts with; the broker's token file holds it unless a test changes it.
-pub(crate) const ROOT_TOKEN: &str = "fake-root-token";
-
-/// The account whose keys the default rules use.
-pub(crate) const MAIN_UID: u64 = 1001;
-
-/// Rules under which `maker` trades everywhere on account `main`, and `reader` only reads spot.
-pub(crate) const RULES: &str = r#"
-[account.main]
-key = { spot-margin = "main", futures = "main", unified = "main" }
-
-[account.other]
-key = { spot-margin = "main" }
-
-[[grant]]
-bot = "spiffe://demo.test/bot/maker"
-account = "main"
-scope = "spot-margin"
-allow = ["public", "read", "trade", "trade-config"]
-
-[[grant]]
-bot = "spiffe://demo.test/bot/maker"
-account = "main"
-scope = "futures"
-allow = ["public", "read", "trade", "trade-config"]
-
-[[grant]]
-bot = "spiffe://demo.test/bot/maker"
-account = "main"
-scope = "unified"
-allow = ["public", "read", "trade", "trade-config"]
-
-[[grant]]
-bot = "spiffe://demo.test/bot/reader"
-account = "main"
-scope = "spot-margin"
-allow = ["read"]
-"#;
-
-/// How an installation differs from the usual one.
-pub(crate) struct Settings {
-    /// The rules file.
-    pub(crate) rules: String,
-    /// Further tables of the configuration, such as `[limits]`.
-    pub(crate) config: String,
-    /// Further keys of `[egress]`.
-    pub(crate) egress: String,
-    /// `egress.address`.
-    pub(crate) address: &'static str,
-    /// Where the broker finds the spot host; `None`: at the simulated KuCoin.
-    pub(crate) spot_url: Option<String>,
-    /// Whether the spot host is reached over [`Lab::road`].
-    pub(crate) road: bool,
-    /// Simulators that run elsewhere; `None`: those of this installation.
-    pub(crate) addresses: Option<Addresses>,
-    /// Further files beside the configuration.
-    pub(crate) files: Vec<(&'static str, String)>,
-    /// The `[vault.auth]` table; `None`: a token file with the root token.
-    pub(crate) auth: Option<String>,
-    /// How the simulated KuCoin starts.
-    pub(crate) kucoin: KucoinSettings,
-    /// Keys that Vault holds from the start: account, key name, KuCoin uid.
-    pub(crate) keys: Vec<(&'static str, &'static str, u64)>,
-    /// Whether to wait for readiness before the test goes on.
-    pub(crate) wait_ready: bool,
-    /// Whether the broker runs as the real program, in a process of its own.
-    pub(crate) process: bool,
-    /// The last word on the text of the configuration.
-    pub(crate) edit: Box<dyn Fn(String) -> String + Send>,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self {
-            rules: RULES.to_owned(),
-            config: String::new(),
-            egress: String::new(),
-            address: "127.0.0.1",
-            spot_url: None,
-            road: false,
-            addresses: None,
-            files: Vec::new(),
-            auth: None,
-            kucoin: KucoinSettings {
-                limits: Limits::none(),
-                ..KucoinSettings::default()
-            },
-            keys: vec![("main", "main", MAIN_UID), ("other", "main", 1002)],
-            wait_ready: true,
-            process: false,
-            edit: Box::new(|config| config),
-        }
-    }
-}
-
-/// Where simulators are.
-#[derive(Clone)]
-pub(crate) struct Addresses {
-    pub(crate) vault: String,
-    pub(crate) spot: String,
-    pub(crate) futures: String,
-}
-
-/// A whole installation.
+/// An installation with its broker.
 pub(crate) struct Lab {
-    pub(crate) vault: VaultSim,
-    pub(crate) kucoin: KucoinSim,
-    pub(crate) ca: Ca,
-    pub(crate) folder: TempDir,
+    installation: Installation,
     pub(crate) server: Option<Server>,
     pub(crate) process: Option<Process>,
-    /// The way to the spot host, where the settings ask for one.
-    pub(crate) road: Option<Road>,
     /// Where bots call.
     pub(crate) grpc: SocketAddr,
     /// Where health and metrics are asked for.
@@ -197,106 +87,37 @@ impl Lab {
     }
 
     pub(crate) async fn with(settings: Settings) -> Self {
-        let mut lab = Self::install(&settings).await;
-        if settings.process {
+        let (process, wait_ready) = (settings.process, settings.wait_ready);
+        let mut lab = Self::install(settings).await;
+        if process {
             lab.spawn_broker().await;
         } else {
             lab.start_broker().await;
         }
-        if settings.wait_ready {
+        if wait_ready {
             lab.until_ready().await;
         }
         lab
     }
 
     /// The simulators run and the broker's files are written; the broker itself has not started.
-    pub(crate) async fn install(settings: &Settings) -> Self {
-        let vault = VaultSim::start_dev(ROOT_TOKEN).await.unwrap();
-        vault.mount_kv("kv");
-        let kucoin = KucoinSim::start(settings.kucoin.clone()).await.unwrap();
-        for (account, name, uid) in &settings.keys {
-            let key = SimKey::fake(*uid);
-            vault.put_secret("kv", &kv_path(account, name), secret(&key));
-            kucoin.add_key(key);
-        }
-        let ca = Ca::new("throw-away CA of a test").unwrap();
+    pub(crate) async fn install(settings: Settings) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let mut lab = Self {
-            vault,
-            kucoin,
-            ca,
-            folder,
+        let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
+        Self {
+            installation: Installation::start(settings, folder).await.unwrap(),
             server: None,
             process: None,
-            road: None,
-            grpc: SocketAddr::from(([127, 0, 0, 1], 0)),
-            ops: SocketAddr::from(([127, 0, 0, 1], 0)),
-            admin: SocketAddr::from(([127, 0, 0, 1], 0)),
+            grpc: nowhere,
+            ops: nowhere,
+            admin: nowhere,
             is_checked: true,
-        };
-        if settings.road {
-            lab.road = Some(Road::to(&lab.kucoin.spot_url()).await);
         }
-        lab.write_files(settings);
-        lab
-    }
-
-    fn write_files(&self, settings: &Settings) {
-        let write = |name: &str, text: &str| write_private(&self.folder.path().join(name), text);
-        let Identity {
-            certificate_pem,
-            key_pem,
-        } = self.ca.server().unwrap();
-        write("server.pem", &certificate_pem);
-        write("server.key", &key_pem);
-        write("ca.pem", self.ca.certificate_pem());
-        write("token", &format!("{ROOT_TOKEN}\n"));
-        write("rules.toml", &settings.rules);
-        for (name, text) in &settings.files {
-            write(name, text);
-        }
-        let auth = settings
-            .auth
-            .as_deref()
-            .unwrap_or("method = \"token_file\"\nfile = \"token\"");
-        let addresses = settings.addresses.clone().unwrap_or_else(|| Addresses {
-            vault: self.vault.address(),
-            spot: self.kucoin.spot_url(),
-            futures: self.kucoin.futures_url(),
-        });
-        let road = self.road.as_ref().map(|road| {
-            let scheme = addresses.spot.split(':').next().unwrap();
-            format!("{scheme}://{}", road.address)
-        });
-        let config = format!(
-            "rules = \"rules.toml\"\nstate_dir = \"state\"\n\
-             [listen]\ngrpc = \"127.0.0.1:0\"\nops = \"127.0.0.1:0\"\nadmin = \"127.0.0.1:0\"\n\
-             [tls]\ncertificate = \"server.pem\"\nkey = \"server.key\"\nclient_ca = \"ca.pem\"\n\
-             [vault]\naddress = \"{}\"\npoll_s = 1\ntimeout_ms = 1000\n[vault.auth]\n{auth}\n\
-             [reload]\nevery_ms = 50\n\
-             [egress]\naddress = \"{}\"\n{}\n\
-             [exchange]\nspot = \"{}\"\nfutures = \"{}\"\n{}",
-            addresses.vault,
-            settings.address,
-            settings.egress,
-            settings
-                .spot_url
-                .as_ref()
-                .or(road.as_ref())
-                .unwrap_or(&addresses.spot),
-            addresses.futures,
-            settings.config,
-        );
-        write("config.toml", &(settings.edit)(config));
     }
 
     pub(crate) fn config(&self) -> Config {
         let text = std::fs::read_to_string(self.path("config.toml")).unwrap();
         Config::parse(&text, self.folder.path()).unwrap()
-    }
-
-    pub(crate) fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
     }
 
     pub(crate) fn road(&self) -> &Road {
@@ -413,16 +234,11 @@ impl Lab {
 
     /// `admin.toml`, and the files that it names.
     pub(crate) fn write_admin_files(&self, identity: &Identity) {
-        let write = |name: &str, text: &str| write_private(&self.path(name), text);
-        write("admin.pem", &identity.certificate_pem);
-        write("admin.key", &identity.key_pem);
-        write("admin-broker-ca.pem", self.ca.certificate_pem());
-        let (broker, vault) = (self.admin, self.vault.address());
-        let text = format!(
-            "broker = \"{broker}\"\nca = \"admin-broker-ca.pem\"\ncertificate = \"admin.pem\"\nkey = \"admin.key\"\n\
-             [vault]\naddress = \"{vault}\"\n[vault.auth]\nmethod = \"token_file\"\nfile = \"token\"\n"
-        );
-        write("admin.toml", &text);
+        let ca = "admin-broker-ca.pem";
+        self.write(ca, self.ca.certificate_pem()).unwrap();
+        let vault = self.vault.address();
+        let vault = format!("[vault]\naddress = \"{vault}\"\n[vault.auth]\n{TOKEN_FILE}\n");
+        self.write_admin(identity, self.admin, ca, &vault).unwrap();
     }
 
     /// Runs the real program, with this installation's `admin.toml`; `input` is what its stdin says.
@@ -485,7 +301,9 @@ impl Lab {
 
     /// Status and body of a GET on the ops listener.
     pub(crate) async fn get(&self, path: &str) -> (u16, String) {
-        get(&self.ops.to_string(), path).await
+        let answer = http(&self.ops.to_string(), &format!("GET {path}"), "", "").await;
+        let (status, _, body) = answer.unwrap();
+        (status, body)
     }
 
     /// A metric by its name and labels as they stand in the text; `None` while it has no value.
@@ -638,6 +456,14 @@ impl Lab {
 
 /// Requests that the audit file cannot tell apart: method, target, and digest of the body.
 type Same = (String, String, String);
+
+impl Deref for Lab {
+    type Target = Installation;
+
+    fn deref(&self) -> &Installation {
+        &self.installation
+    }
+}
 
 impl Drop for Lab {
     fn drop(&mut self) {
@@ -900,89 +726,6 @@ pub(crate) async fn patient(
     Ok(Patient(sender))
 }
 
-/// A way to a server that can be closed, or swallow everything.
-pub(crate) struct Road {
-    pub(crate) address: SocketAddr,
-    state: watch::Sender<Way>,
-}
-
-#[derive(Clone, Copy, Eq, PartialEq)]
-enum Way {
-    Closed,
-    Held,
-    Open,
-    Silent,
-}
-
-impl Road {
-    /// An open one to `target`, an address such as `http://127.0.0.1:1234`.
-    pub(crate) async fn to(target: &str) -> Self {
-        Self::from("127.0.0.1:0", target).await
-    }
-
-    /// The same, listening on `address`.
-    pub(crate) async fn from(address: &str, target: &str) -> Self {
-        let target: SocketAddr = target.rsplit('/').next().unwrap().parse().unwrap();
-        let listener = TcpListener::bind(address).await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let (state, mut way) = watch::channel(Way::Open);
-        tokio::spawn(async move {
-            loop {
-                let (mut from, _) = tokio::select! {
-                    accepted = listener.accept() => accepted.unwrap(),
-                    // The listener goes with this task: nobody answers any more.
-                    _ = way.wait_for(|way| *way == Way::Closed) => return,
-                };
-                let mut way = way.clone();
-                tokio::spawn(async move {
-                    let at_first = *way.borrow_and_update();
-                    match at_first {
-                        Way::Silent => {
-                            let _ = way.changed().await;
-                            return;
-                        }
-                        Way::Held => {
-                            let _ = way.changed().await;
-                        }
-                        Way::Closed | Way::Open => {}
-                    }
-                    let Ok(mut to) = TcpStream::connect(target).await else {
-                        return;
-                    };
-                    from.set_nodelay(true).unwrap();
-                    to.set_nodelay(true).unwrap();
-                    tokio::select! {
-                        _ = tokio::io::copy_bidirectional(&mut from, &mut to) => {}
-                        // What is on its way is cut.
-                        _ = way.changed() => {}
-                    }
-                });
-            }
-        });
-        Self { address, state }
-    }
-
-    /// Refuses connections from now on, and cuts those that are open.
-    pub(crate) fn close(&self) {
-        self.state.send_replace(Way::Closed);
-    }
-
-    /// Takes connections and says nothing until it is opened; cuts those that are open.
-    pub(crate) fn hold(&self) {
-        self.state.send_replace(Way::Held);
-    }
-
-    /// Lets everything through.
-    pub(crate) fn open(&self) {
-        self.state.send_replace(Way::Open);
-    }
-
-    /// Takes connections and says nothing; cuts those that are open.
-    pub(crate) fn silence(&self) {
-        self.state.send_replace(Way::Silent);
-    }
-}
-
 /// An admin's calls over a connection.
 pub(crate) fn admin_over(connection: Patient) -> AdminClient<Patient> {
     AdminClient::with_origin(connection, "https://localhost".parse().unwrap())
@@ -1112,18 +855,6 @@ pub(crate) fn spot_cancel_all() -> SignAndSendRequest {
     request(Scope::SpotMargin, Method::Delete, target, "")
 }
 
-/// What Vault holds for a key.
-pub(crate) fn secret(key: &SimKey) -> Value {
-    json!({
-        "api_key": key.api_key, "api_secret": key.api_secret, "passphrase": key.passphrase,
-        "key_version": key.version, "partner_key": key.partners.first().map(|partner| &partner.key),
-    })
-}
-
-pub(crate) fn kv_path(account: &str, name: &str) -> String {
-    format!("kucoin/prod/{account}/{name}")
-}
-
 /// Connects and shakes hands.
 pub(crate) async fn tls(
     address: SocketAddr,
@@ -1136,44 +867,24 @@ pub(crate) async fn tls(
     connector.connect(name, stream).await
 }
 
-/// Status and body of a GET in plain HTTP.
-async fn get(authority: &str, path: &str) -> (u16, String) {
-    http(authority, "GET", path, "").await
-}
-
-/// Status and body of an answer in plain HTTP.
-pub(crate) async fn http(authority: &str, method: &str, path: &str, body: &str) -> (u16, String) {
-    let mut stream = tokio::net::TcpStream::connect(authority).await.unwrap();
+/// Status, head and body of an answer in plain HTTP. `headers` are further lines of the request's head.
+pub(crate) async fn http(
+    authority: &str,
+    request_line: &str,
+    headers: &str,
+    body: &str,
+) -> io::Result<(u16, String, String)> {
+    let mut stream = TcpStream::connect(authority).await?;
     let length = body.len();
     let request = format!(
-        "{method} {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}"
+        "{request_line} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n{headers}content-length: {length}\r\n\r\n{body}"
     );
-    stream.write_all(request.as_bytes()).await.unwrap();
+    stream.write_all(request.as_bytes()).await?;
     let mut answer = String::new();
-    stream.read_to_string(&mut answer).await.unwrap();
+    stream.read_to_string(&mut answer).await?;
     let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-    (
-        head.split(' ').nth(1).unwrap().parse().unwrap(),
-        body.to_owned(),
-    )
-}
-
-/// Body of a GET from a simulator.
-pub(crate) async fn http_get(base: &str, path: &str) -> String {
-    let (status, body) = get(base.strip_prefix("http://").unwrap(), path).await;
-    assert_eq!(status, 200, "{body}");
-    body
-}
-
-/// Writes a file that nobody else can read, as secrets must be.
-pub(crate) fn write_private(file: &Path, text: &str) {
-    std::fs::write(file, text).unwrap();
-    set_mode(file, 0o600);
-}
-
-/// Sets the permission bits of a file.
-pub(crate) fn set_mode(file: &Path, mode: u32) {
-    std::fs::set_permissions(file, Permissions::from_mode(mode)).unwrap();
+    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+    Ok((status, head.to_owned(), body.to_owned()))
 }
 
 /// Says something that a person must see even when the test passes: past libtest, which keeps what it captures.
@@ -1203,13 +914,14 @@ pub(crate) async fn until<F: Future<Output = bool>>(what: &str, condition: impl 
     }
 }
 
+/// Sets the permission bits of a file.
+pub(crate) fn set_mode(file: &Path, mode: u32) {
+    std::fs::set_permissions(file, Permissions::from_mode(mode)).unwrap();
+}
+
 /// Rules of one bot on one account: `(scope, allow)` pairs.
 pub(crate) fn rules_for(account: &str, grants: &[(&str, &str)]) -> String {
-    grants.iter().fold(account.to_owned(), |mut rules, (scope, allow)| {
-        let _ = write!(
-            rules,
-            "\n[[grant]]\nbot = \"spiffe://demo.test/bot/maker\"\naccount = \"main\"\nscope = \"{scope}\"\nallow = [{allow}]\n"
-        );
-        rules
-    })
+    let grants = grants.iter();
+    let grants = grants.map(|(scope, allow)| grant("maker", "main", scope, allow));
+    std::iter::once(account.to_owned()).chain(grants).collect()
 }

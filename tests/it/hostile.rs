@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use credbroker::proto::{
     BlockBotRequest, HaltRequest, ListKeysRequest, Method, QueryParameter, Scope, TestKeyRequest,
 };
+use credbroker_sim::installation::{MAIN_UID, ROOT_TOKEN, RULES, Settings, kv_path};
 use credbroker_sim::kucoin::{Fault, FaultAction, KucoinSettings, Matching, SimKey, When};
 use credbroker_sim::pki::{Ca, SanType, Usage};
 use credbroker_sim::vault::VaultSim;
@@ -16,10 +17,7 @@ use tonic::Status;
 use tonic_types::StatusExt;
 
 use crate::delivery::tls_with;
-use crate::harness::{
-    Addresses, Lab, MAIN_UID, ROOT_TOKEN, RULES, Settings, accounts, kv_path, patient, request,
-    secret, spot_order, until,
-};
+use crate::harness::{Lab, accounts, patient, request, spot_order, until};
 use crate::keys::register;
 
 /// A line that nobody wrote, a cleared screen, text that reads backwards, what is invisible, and no end.
@@ -288,9 +286,7 @@ async fn outputs_with_a_hostile_exchange(format: &str) {
         ..Settings::default()
     })
     .await;
-    lab.kucoin.add_key(key.clone());
-    lab.vault
-        .put_secret("kv", &kv_path("main", "main"), secret(&key));
+    lab.add_key("main", "main", &key);
     // The other account's key alone makes it ready.
     until("the key is loaded", async || {
         let text = lab.get("/readyz?verbose").await.1;
@@ -384,21 +380,14 @@ async fn text_from_outside_is_clean_in_every_output_with_a_text_log() {
 async fn text_from_vault_is_clean_in_every_output() {
     for format in ["json", "text"] {
         let vault = hostile_vault().await;
-        let mut lab = Lab::install(&Settings::default()).await;
-        let addresses = Addresses {
-            vault,
-            spot: lab.kucoin.spot_url(),
-            futures: lab.kucoin.futures_url(),
-        };
-        lab.reconfigure(
-            &format!("address = \"{}\"", lab.vault.address()),
-            &format!("address = \"{}\"", addresses.vault),
-        );
-        lab.reconfigure(
-            "[reload]",
-            &format!("[log]\nformat = \"{format}\"\n[reload]"),
-        );
-        lab.spawn_broker().await;
+        let mut lab = Lab::with(Settings {
+            vault_url: Some(vault),
+            config: format!("[log]\nformat = \"{format}\""),
+            process: true,
+            wait_ready: false,
+            ..Settings::default()
+        })
+        .await;
         until("Vault's error is told", async || {
             lab.get("/readyz").await.1.contains("spoof")
         })
@@ -431,7 +420,7 @@ async fn names_in_a_server_certificate_are_clean_in_every_output() {
     ];
     let server = ca.issue(&hostile(), &names, Usage::Server).unwrap();
     let vault = VaultSim::start_dev_tls(ROOT_TOKEN, &server).await.unwrap();
-    let mut lab = Lab::install(&Settings {
+    let mut lab = Lab::install(Settings {
         kucoin: KucoinSettings {
             tls: Some(tls_with(&server)),
             ..KucoinSettings::default()

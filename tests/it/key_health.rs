@@ -7,13 +7,11 @@ use credbroker::proto::{
     HaltRequest, KeyState, KeyStatus, ListKeysRequest, Outcome, ResumeRequest, RevokeKeyRequest,
     SignAndSendRequest, TestKeyRequest, TestKeyResponse,
 };
+use credbroker_sim::installation::{MAIN_UID, RULES, Settings, kv_path};
 use credbroker_sim::kucoin::{Fault, FaultAction, SimKey, When};
 use serde_json::{Value, json};
 
-use crate::harness::{
-    Bot, Lab, MAIN_UID, Patient, RULES, Settings, Time, accounts, kv_path, secret, spot_order,
-    until,
-};
+use crate::harness::{Bot, Lab, Patient, Time, accounts, spot_order, until};
 
 const INFO: &str = "/api/v1/user/api-key";
 
@@ -52,7 +50,7 @@ fn next() -> SimKey {
 
 /// An installation whose exchange knows `key`, and whose broker has not started.
 async fn installed(key: SimKey, settings: Settings) -> Lab {
-    let lab = Lab::install(&settings).await;
+    let lab = Lab::install(settings).await;
     lab.kucoin.add_key(key);
     lab
 }
@@ -61,11 +59,6 @@ async fn started(key: SimKey) -> Lab {
     let mut lab = installed(key, Settings::default()).await;
     lab.start_broker().await;
     lab
-}
-
-fn put(lab: &Lab, key: &SimKey) {
-    lab.vault
-        .put_secret("kv", &kv_path("main", "main"), secret(key));
 }
 
 /// What the broker says of key `main/main` now.
@@ -332,7 +325,7 @@ async fn a_revoked_key_is_revoked_and_what_becomes_of_the_next_one_is_not() {
     expect(&lab, "revoked", &[&found]).await;
 
     lab.kucoin.add_key(next());
-    put(&lab, &next());
+    lab.put_key("main", "main", &next());
     expect(&lab, "active", &[]).await;
     set_state(&lab, "disabled");
     let disabled = "not available: its metadata in Vault says state=disabled";
@@ -340,7 +333,7 @@ async fn a_revoked_key_is_revoked_and_what_becomes_of_the_next_one_is_not() {
     // And the revoked one is no better for being written again.
     set_state(&lab, "active");
     expect(&lab, "active", &[]).await;
-    put(&lab, &good());
+    lab.put_key("main", "main", &good());
     let kept = format!("version 2 serves on: version 3: {by_anna}");
     expect(&lab, "degraded", &[&kept]).await;
     lab.stop().await;
@@ -377,10 +370,10 @@ async fn a_key_that_vault_does_not_confirm_or_will_not_replace_is_degraded() {
     let time = Time::new(0);
     lab.start_broker_on(time.clock()).await;
     expect(&lab, "active", &[]).await;
-    put(&lab, &next());
+    lab.put_key("main", "main", &next());
     let unused = "version 1 serves on: version 2 is refused: KuCoin does not know this API key. ";
     expect(&lab, "degraded", &[unused]).await;
-    put(&lab, &good());
+    lab.put_key("main", "main", &good());
     expect(&lab, "active", &[]).await;
 
     lab.vault.stop().await.unwrap();

@@ -42,28 +42,18 @@ mod trials;
 mod wrapped;
 mod write;
 
-use std::fmt::Write as _;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use credbroker::proto::{Method, Outcome, Scope};
 use credbroker::telemetry::log_filter;
-use credbroker_sim::kucoin::{KucoinSettings, KucoinSim, Limits, SimKey};
-use credbroker_sim::pki::Ca;
+use credbroker_sim::installation::{MAIN_UID, ROOT_TOKEN, Settings, grant, kv_path, secret};
+use credbroker_sim::kucoin::SimKey;
 use credbroker_sim::vault::{Seen, VaultSim};
 use tonic::Code;
 use tracing::subscriber::DefaultGuard;
 
-use crate::harness::{
-    Bot, Lab, MAIN_UID, ROOT_TOKEN, failure, kv_path, request, secret, until, write_private,
-};
-
-const TOKEN_FILE: &str = "method = \"token_file\"\nfile = \"token\"";
-
-/// Where a broker listens that has not started.
-const NOWHERE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+use crate::harness::{Bot, Lab, failure, request, until};
 
 /// What the broker logs when Vault says nothing about a key.
 const NO_ANSWER: &str = "keys cannot be refreshed; what is in memory serves on";
@@ -76,20 +66,14 @@ struct Setup {
     vault: VaultSim,
     /// The rules name one key `main` for each; bot `maker` may read.
     accounts: Vec<String>,
-    /// `vault.address`, where it is not that of `vault`.
-    address: Option<String>,
     /// Seconds between two polls.
     poll_s: u32,
     /// Limit for one request; long, so that a busy machine does not look like an outage.
     timeout_ms: u32,
     /// Further keys of `[vault]`.
     more: String,
-    /// The table `[vault.auth]`.
-    auth: String,
-    /// Further files beside the configuration, or others in place of the usual ones: names and texts.
-    files: Vec<(&'static str, String)>,
-    /// Issues the certificates; `ca.pem` is its own.
-    ca: Ca,
+    /// Whatever else differs from the usual installation.
+    settings: Settings,
 }
 
 impl Setup {
@@ -100,20 +84,21 @@ impl Setup {
     }
 
     fn on(vault: VaultSim, accounts: &[&str]) -> Self {
-        vault.mount_kv("kv");
         for account in accounts {
             put(&vault, account, 1);
         }
         Self {
+            settings: Settings {
+                simulated_vault: Some(vault.clone()),
+                keys: Vec::new(),
+                reload: "",
+                ..Settings::default()
+            },
             vault,
             accounts: accounts.iter().map(|&account| account.to_owned()).collect(),
-            address: None,
             poll_s: 1,
             timeout_ms: 5000,
             more: String::new(),
-            auth: TOKEN_FILE.to_owned(),
-            files: Vec::new(),
-            ca: Ca::new("throw-away CA of a test").unwrap(),
         }
     }
 
@@ -147,70 +132,20 @@ impl Setup {
     }
 
     /// Writes the broker's files; nothing is started but the simulators.
-    async fn install(self) -> Lab {
-        let kucoin = KucoinSim::start(KucoinSettings {
-            limits: Limits::none(),
-            ..KucoinSettings::default()
+    async fn install(mut self) -> Lab {
+        let (poll_s, timeout_ms, more) = (self.poll_s, self.timeout_ms, self.more);
+        self.settings.vault = format!("poll_s = {poll_s}\ntimeout_ms = {timeout_ms}\n{more}");
+        let rules = self.accounts.iter().map(|account| {
+            let account_table =
+                format!("[account.{account}]\nkey = {{ spot-margin = \"main\" }}\n");
+            account_table + &grant("maker", account, "spot-margin", "\"public\", \"read\"")
         });
-        let kucoin = kucoin.await.unwrap();
+        self.settings.rules = rules.collect();
+        let lab = Lab::install(self.settings).await;
         for account in &self.accounts {
             for generation in 1..=4 {
-                kucoin.add_key(key(account, generation));
+                lab.kucoin.add_key(key(account, generation));
             }
-        }
-        let lab = Lab {
-            vault: self.vault,
-            kucoin,
-            ca: self.ca,
-            folder: tempfile::tempdir().unwrap(),
-            server: None,
-            process: None,
-            road: None,
-            grpc: NOWHERE,
-            ops: NOWHERE,
-            admin: NOWHERE,
-            is_checked: true,
-        };
-        let identity = lab.ca.server().unwrap();
-        let address = self.address.unwrap_or_else(|| lab.vault.address());
-        let config = format!(
-            "rules = \"rules.toml\"\nstate_dir = \"state\"\n\
-             [listen]\ngrpc = \"127.0.0.1:0\"\nops = \"127.0.0.1:0\"\nadmin = \"127.0.0.1:0\"\n\
-             [tls]\ncertificate = \"server.pem\"\nkey = \"server.key\"\nclient_ca = \"ca.pem\"\n\
-             [vault]\naddress = \"{address}\"\npoll_s = {}\ntimeout_ms = {}\n{}\n[vault.auth]\n{}\n\
-             [egress]\naddress = \"127.0.0.1\"\n\
-             [exchange]\nspot = \"{}\"\nfutures = \"{}\"\n",
-            self.poll_s,
-            self.timeout_ms,
-            self.more,
-            self.auth,
-            lab.kucoin.spot_url(),
-            lab.kucoin.futures_url(),
-        );
-        let rules = self
-            .accounts
-            .iter()
-            .fold(String::new(), |mut rules, account| {
-                let _ = write!(
-                    rules,
-                    "[account.{account}]\nkey = {{ spot-margin = \"main\" }}\n\
-                 [[grant]]\nbot = \"spiffe://demo.test/bot/maker\"\naccount = \"{account}\"\n\
-                 scope = \"spot-margin\"\nallow = [\"public\", \"read\"]\n"
-                );
-                rules
-            });
-        for (name, text) in [
-            ("server.pem", identity.certificate_pem.as_str()),
-            ("server.key", &identity.key_pem),
-            ("ca.pem", lab.ca.certificate_pem()),
-            ("token", &format!("{ROOT_TOKEN}\n")),
-            ("rules.toml", &rules),
-            ("config.toml", &config),
-        ] {
-            std::fs::write(lab.path(name), text).unwrap();
-        }
-        for (name, text) in self.files {
-            std::fs::write(lab.path(name), text).unwrap();
         }
         lab
     }
@@ -359,13 +294,6 @@ fn key(account: &str, generation: u32) -> SimKey {
 fn put(vault: &VaultSim, account: &str, generation: u32) -> u64 {
     let secret = secret(&key(account, generation));
     vault.put_secret("kv", &kv_path(account, "main"), secret)
-}
-
-/// Replaces a file as an agent does: written aside, then moved in place.
-fn replace(file: &Path, text: &str) {
-    let aside = file.with_extension("new");
-    write_private(&aside, text);
-    std::fs::rename(aside, file).unwrap();
 }
 
 /// What has arrived for the key of `account`: method, path and query below `/v1/kv/`, and the status answered.

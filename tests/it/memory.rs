@@ -12,6 +12,7 @@ use aws_lc_rs::hmac;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use credbroker::proto::{Candidate, TestKeyRequest};
+use credbroker_sim::installation::{MAIN_UID, ROOT_TOKEN, Settings, kv_path};
 use credbroker_sim::kucoin::{KucoinSettings, Limits, Partner, SimKey};
 use credbroker_sim::pki::Ca;
 use credbroker_sim::vault::VaultSim;
@@ -20,10 +21,7 @@ use sha2::block_api::compress256;
 use uuid::Uuid;
 
 use crate::delivery::tls_of;
-use crate::harness::{
-    Bot, Lab, MAIN_UID, Patient, ROOT_TOKEN, Settings, accounts, kv_path, not_run, secret,
-    spot_order, until,
-};
+use crate::harness::{Bot, Lab, Patient, accounts, not_run, spot_order, until};
 
 /// No part of a value that is shorter is searched for: random text of this length occurs once.
 const PART: usize = 16;
@@ -232,8 +230,9 @@ async fn running(key: &SimKey) -> (Lab, Bot<Patient>) {
     let ca = Ca::new("CA of simulated servers").unwrap();
     let server = ca.server().unwrap();
     let vault = VaultSim::start_dev_tls(ROOT_TOKEN, &server).await.unwrap();
-    vault.mount_kv("kv");
-    let mut settings = Settings {
+    let settings = Settings {
+        simulated_vault: Some(vault),
+        vault: "poll_s = 1\ntimeout_ms = 1000\nroots = \"servers-ca.pem\"".to_owned(),
         kucoin: KucoinSettings {
             tls: Some(tls_of(&ca)),
             limits: Limits::none(),
@@ -247,17 +246,8 @@ async fn running(key: &SimKey) -> (Lab, Bot<Patient>) {
         wait_ready: false,
         ..Settings::default()
     };
-    let address = vault.address();
-    settings.edit = Box::new(move |config| {
-        let line = config
-            .lines()
-            .find(|line| line.starts_with("address = \"http:"));
-        let with_roots = format!("address = \"{address}\"\nroots = \"servers-ca.pem\"");
-        config.replace(line.unwrap(), &with_roots)
-    });
-    let mut lab = Lab::install(&settings).await;
-    lab.vault = vault;
-    put(&lab, key);
+    let mut lab = Lab::install(settings).await;
+    lab.add_key("main", "main", key);
     lab.spawn_broker().await;
     lab.until_ready().await;
     let mut bot = lab.patient_bot("maker").await;
@@ -276,13 +266,6 @@ account = "main"
 scope = "spot-margin"
 allow = ["read", "trade"]
 "#;
-
-/// The newest version of the account's key, in Vault and at the exchange.
-fn put(lab: &Lab, key: &SimKey) {
-    lab.kucoin.add_key(key.clone());
-    lab.vault
-        .put_secret("kv", &kv_path("main", "main"), secret(key));
-}
 
 /// Some calls at once, so that every thread and several connections sign.
 async fn trade(bot: &mut Bot<Patient>) {
@@ -380,7 +363,7 @@ async fn nothing_of_a_replaced_key_stays_in_memory() {
     let (old, new) = (needles(&first), needles(&second));
     let (mut lab, mut bot) = running(&first).await;
     assert_found(&mut lab, &old);
-    put(&lab, &second);
+    lab.add_key("main", "main", &second);
     until_says(&lab, "key main/main: version 2 in memory").await;
     trade(&mut bot).await;
     assert_gone(&mut lab, &old).await;
@@ -409,8 +392,7 @@ async fn nothing_of_a_new_version_that_the_exchange_refuses_stays_in_memory() {
     let (good, unknown) = (marked_key(), marked_key());
     let needles = needles(&unknown);
     let (mut lab, _bot) = running(&good).await;
-    lab.vault
-        .put_secret("kv", &kv_path("main", "main"), secret(&unknown));
+    lab.put_key("main", "main", &unknown);
     until_says(&lab, "version 2 is refused").await;
     assert_gone(&mut lab, &needles).await;
 }

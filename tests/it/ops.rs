@@ -2,24 +2,18 @@
 
 use std::collections::BTreeMap;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
-
-use crate::harness::{Lab, accounts};
+use crate::harness::{Lab, accounts, http};
 
 /// Head and body of the answer to a request, with an `Accept` header unless it is empty.
 async fn ask(lab: &Lab, method: &str, path: &str, accept: &str) -> (String, String) {
-    let mut stream = TcpStream::connect(lab.ops).await.unwrap();
     let accept = match accept {
         "" => String::new(),
         accept => format!("accept: {accept}\r\n"),
     };
-    let request = format!("{method} {path} HTTP/1.1\r\nhost: test\r\n{accept}\r\n");
-    stream.write_all(request.as_bytes()).await.unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).await.unwrap();
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-    (head.to_ascii_lowercase(), body.to_owned())
+    let request = format!("{method} {path}");
+    let answer = http(&lab.ops.to_string(), &request, &accept, "").await;
+    let (_, head, body) = answer.unwrap();
+    (head.to_ascii_lowercase(), body)
 }
 
 #[tokio::test]

@@ -17,11 +17,12 @@ use std::fmt::Write as _;
 use std::sync::LazyLock;
 
 use credbroker::proto::{Method, QueryParameter, Scope, SignAndSendRequest};
+use credbroker_sim::installation::Settings;
 use serde_json::Value;
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
-use crate::harness::{Bot, Lab, Settings, failure, request};
+use crate::harness::{Bot, Lab, failure, request};
 
 /// The accounts of the arena; each has its own uid at the simulator.
 const ACCOUNTS: &str = r#"

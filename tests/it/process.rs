@@ -2,10 +2,11 @@
 
 use std::process::Command;
 
+use credbroker_sim::installation::Settings;
 use rustix::process::geteuid;
 use serde_json::Value;
 
-use crate::harness::{Lab, Settings, not_run, until};
+use crate::harness::{Lab, not_run, until};
 
 /// The line of a file of `/proc/PID` that begins so, as words.
 fn proc_line(id: u32, file: &str, start: &str) -> Vec<String> {

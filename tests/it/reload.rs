@@ -9,6 +9,7 @@ use std::time::Duration;
 use credbroker::clock::Clock;
 use credbroker::proto::SignAndSendRequest;
 use credbroker::server::{Server, StartError};
+use credbroker_sim::installation::{RULES, Settings, kv_path, secret};
 use credbroker_sim::kucoin::{Fault, FaultAction, KucoinSettings, Limits, SimKey};
 use credbroker_sim::pki::{Ca, Identity};
 use credbroker_sim::vault::{Fault as VaultFault, FaultRule};
@@ -23,10 +24,7 @@ use tonic::{Code, Status};
 use crate::certificates::gets_in;
 use crate::connections::{GOAWAY, RawBot};
 use crate::delivery::tls_of;
-use crate::harness::{
-    Bot, Lab, Patient, RULES, Settings, accounts, kv_path, not_run, refusal, secret, set_mode,
-    spot_order, until, write_private,
-};
+use crate::harness::{Bot, Lab, Patient, accounts, not_run, refusal, set_mode, spot_order, until};
 
 /// A grant to read spot on an account.
 fn reading(bot: &str, account: &str) -> String {
@@ -58,12 +56,6 @@ enum Way {
     Write,
 }
 
-fn rename_over(lab: &Lab, name: &str, text: &str) {
-    let new = lab.path(&format!("{name}.new"));
-    write_private(&new, text);
-    std::fs::rename(new, lab.path(name)).unwrap();
-}
-
 fn link_over(lab: &Lab, name: &str, target: &str) {
     let new = lab.path("link.new");
     std::os::unix::fs::symlink(target, &new).unwrap();
@@ -89,7 +81,7 @@ impl Way {
         }
         for (name, text) in files {
             match self {
-                Self::Rename => rename_over(lab, name, text),
+                Self::Rename => lab.replace(name, text).unwrap(),
                 Self::Links => std::fs::write(lab.path(&format!("..second/{name}")), text).unwrap(),
                 Self::Write => std::fs::write(lab.path(name), text).unwrap(),
             }
@@ -117,7 +109,7 @@ async fn change_after(lab: &Lab, known: usize) -> Value {
 /// Replaces the rules and waits until the others are in force.
 async fn set_rules(lab: &Lab, rules: &str) {
     let known = lab.changes().len();
-    rename_over(lab, "rules.toml", rules);
+    lab.replace("rules.toml", rules).unwrap();
     let change = change_after(lab, known).await;
     assert_eq!(
         (&change["what"], &change["outcome"]),
@@ -129,7 +121,7 @@ async fn set_rules(lab: &Lab, rules: &str) {
 /// Replaces the bots' CAs and waits until the others are in force.
 async fn set_cas(lab: &Lab, cas: &[&Ca]) {
     let known = lab.changes().len();
-    rename_over(lab, "ca.pem", &bundle(cas));
+    lab.replace("ca.pem", &bundle(cas)).unwrap();
     let change = change_after(lab, known).await;
     assert_eq!(
         (&change["what"], &change["outcome"]),
@@ -282,7 +274,7 @@ async fn certificate_and_key_may_be_replaced_one_after_the_other() {
     ] {
         let known = lab.changes().len();
         assert_eq!(shown(&lab).await, old);
-        rename_over(&lab, name, text);
+        lab.replace(name, text).unwrap();
         assert_eq!(change_after(&lab, known).await["outcome"], outcome);
     }
     assert_eq!(shown(&lab).await, der(&new));
@@ -433,7 +425,7 @@ async fn what_cannot_be_used_changes_nothing_and_is_told_until_it_is_mended() {
         let (good, in_force) = (std::fs::read_to_string(&path).unwrap(), sha256sum(&path));
         let certificate = shown(&lab).await;
         match bad {
-            Bad::Text(text) => rename_over(&lab, name, text),
+            Bad::Text(text) => lab.replace(name, text).unwrap(),
             Bad::Bytes(bytes) => std::fs::write(&path, bytes).unwrap(),
             Bad::Missing => std::fs::remove_file(&path).unwrap(),
             Bad::Folder => {
@@ -492,7 +484,7 @@ async fn what_cannot_be_used_changes_nothing_and_is_told_until_it_is_mended() {
         if let Bad::Folder = bad {
             std::fs::remove_dir(&path).unwrap();
         }
-        rename_over(&lab, name, &good);
+        lab.replace(name, &good).unwrap();
         assert_eq!(
             change_after(&lab, known + 1).await["outcome"],
             "taken",
@@ -521,8 +513,8 @@ async fn a_certificate_that_comes_too_early_is_taken_when_its_time_comes() {
     let mut lab = Lab::start().await;
     let now = now_s();
     let early = lab.ca.server_within(now + 3..now + 86_400).unwrap();
-    rename_over(&lab, "server.pem", &early.certificate_pem);
-    rename_over(&lab, "server.key", &early.key_pem);
+    lab.replace("server.pem", &early.certificate_pem).unwrap();
+    lab.replace("server.key", &early.key_pem).unwrap();
     assert_eq!(change_after(&lab, 0).await["outcome"], "refused");
     assert_eq!(change_after(&lab, 1).await["outcome"], "taken");
     assert_eq!(lab.changes().len(), 2);
@@ -581,7 +573,7 @@ async fn an_account_whose_key_gets_another_name_loses_no_call() {
     let mut lab = Lab::start().await;
     let key = SimKey {
         api_key: "simulated-second-key".to_owned(),
-        ..SimKey::fake(crate::harness::MAIN_UID)
+        ..SimKey::fake(credbroker_sim::installation::MAIN_UID)
     };
     lab.vault
         .put_secret("kv", &kv_path("main", "second"), secret(&key));
@@ -614,7 +606,7 @@ async fn a_call_that_still_waits_for_a_connection_goes_by_the_rules_that_it_is_s
     .await;
     let key = SimKey {
         api_key: "simulated-second-key".to_owned(),
-        ..SimKey::fake(crate::harness::MAIN_UID)
+        ..SimKey::fake(credbroker_sim::installation::MAIN_UID)
     };
     lab.vault
         .put_secret("kv", &kv_path("main", "second"), secret(&key));
@@ -795,11 +787,11 @@ async fn bots_signed_by_a_leaf_in_the_ca_file_are_refused() {
         lab.ca.certificate_pem().to_owned() + maker.certificate_pem(),
     ] {
         let known = lab.changes().len();
-        rename_over(&lab, "ca.pem", &bundle);
+        lab.replace("ca.pem", &bundle).unwrap();
         let change = change_after(&lab, known).await;
         assert!(!gets_in(&lab, &forged).await, "{change}");
         assert_eq!(change["outcome"], "refused");
-        rename_over(&lab, "ca.pem", lab.ca.certificate_pem());
+        lab.replace("ca.pem", lab.ca.certificate_pem()).unwrap();
         change_after(&lab, known + 1).await;
     }
     lab.stop().await;
@@ -807,7 +799,7 @@ async fn bots_signed_by_a_leaf_in_the_ca_file_are_refused() {
 
 #[tokio::test]
 async fn files_that_others_can_read_or_change_are_reported_while_the_broker_runs() {
-    let mut lab = Lab::install(&Settings::default()).await;
+    let mut lab = Lab::install(Settings::default()).await;
     set_mode(&lab.path("server.key"), 0o644);
     set_mode(&lab.path("config.toml"), 0o666);
     lab.spawn_broker().await;
@@ -885,10 +877,10 @@ async fn rules_are_taken_up_while_another_file_hangs() {
         );
         return;
     }
-    let mut lab = Lab::install(&Settings::default()).await;
+    let mut lab = Lab::install(Settings::default()).await;
     let folder = lab.path("roots");
     std::fs::create_dir(&folder).unwrap();
-    write_private(&folder.join("ca.pem"), lab.ca.certificate_pem());
+    lab.write("roots/ca.pem", lab.ca.certificate_pem()).unwrap();
     // Read at the start alone; later only its permissions are checked.
     lab.reconfigure("[vault]\n", "[vault]\nroots = \"roots/ca.pem\"\n");
     lab.spawn_broker_under(&["unshare", "--mount"]).await;
@@ -928,8 +920,8 @@ async fn nothing_starts_with_a_server_certificate_that_has_ended_or_not_begun() 
         (now + day..now + 2 * day, "is not valid before"),
     ] {
         let server = lab.ca.server_within(seconds).unwrap();
-        rename_over(&lab, "server.pem", &server.certificate_pem);
-        rename_over(&lab, "server.key", &server.key_pem);
+        lab.replace("server.pem", &server.certificate_pem).unwrap();
+        lab.replace("server.key", &server.key_pem).unwrap();
         let Err(StartError::Config(problems)) = Server::start(lab.config()).await else {
             panic!("it starts with a certificate that {said}");
         };

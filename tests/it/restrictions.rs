@@ -9,6 +9,7 @@ use credbroker::proto::{
     Candidate, KeyStatus, Method, Outcome, RefreshKeyRequest, Scope, SignAndSendRequest,
     TestKeyRequest,
 };
+use credbroker_sim::installation::{MAIN_UID, RULES, Settings, kv_path};
 use credbroker_sim::kucoin::{KucoinSettings, Limits, SimKey};
 use credbroker_sim::pki::Ca;
 use serde_json::{Value, json};
@@ -16,8 +17,8 @@ use tonic::Status;
 
 use crate::delivery::tls_of;
 use crate::harness::{
-    Bot, Lab, MAIN_UID, Patient, RULES, Settings, accounts, failure, futures_order, in_one_line,
-    kv_path, refusal, request, secret, spot_cancel_all, spot_order, until,
+    Bot, Lab, Patient, accounts, failure, futures_order, in_one_line, refusal, request,
+    spot_cancel_all, spot_order, until,
 };
 
 const ANNA: &str = "spiffe://demo.test/admin/anna";
@@ -62,12 +63,6 @@ fn key(number: u64) -> SimKey {
         uid: MAIN_UID,
         ..SimKey::fake(MAIN_UID + 1000 * number)
     }
-}
-
-fn put(lab: &Lab, name: &str, key: &SimKey) -> u64 {
-    lab.kucoin.add_key(key.clone());
-    lab.vault
-        .put_secret("kv", &kv_path("main", name), secret(key))
 }
 
 /// When the last request arrived that this key signed: Unix time in milliseconds.
@@ -367,14 +362,14 @@ async fn only_another_key_takes_the_place_of_a_revoked_one() {
         let response = lab.admin_client("anna").await.refresh_key(request).await;
         response.unwrap().into_inner().state.unwrap()
     };
-    assert_eq!(put(&lab, "main", &key(0)), 2);
+    assert_eq!(lab.add_key("main", "main", &key(0)), 2);
     assert_eq!(looked("main").await.status(), KeyStatus::Revoked);
     lab.vault.delete_metadata("kv", &kv_path("main", "main"));
     looked("main").await;
-    assert_eq!(put(&lab, "main", &key(0)), 1);
+    assert_eq!(lab.add_key("main", "main", &key(0)), 1);
     assert_eq!(looked("main").await.status(), KeyStatus::Revoked);
     assert_eq!(refused(&mut bot, accounts()).await, dead);
-    put(&lab, "second", &key(0));
+    lab.add_key("main", "second", &key(0));
     let second = looked("second").await;
     let problem = second
         .reasons
@@ -386,7 +381,7 @@ async fn only_another_key_takes_the_place_of_a_revoked_one() {
 
     lab.vault.delete_metadata("kv", &kv_path("main", "main"));
     looked("main").await;
-    assert_eq!(put(&lab, "main", &key(1)), 1);
+    assert_eq!(lab.add_key("main", "main", &key(1)), 1);
     let state = looked("main").await;
     assert_eq!(state.version, 1, "{state:?}");
     assert_eq!(
@@ -411,7 +406,7 @@ async fn a_revocation_that_is_repeated_does_not_kill_the_next_key() {
         assert_eq!(revoked.code, Some(0), "{revoked:?}");
         assert!(revoked.stdout.starts_with(said), "{}", revoked.stdout);
     }
-    assert_eq!(put(&lab, "main", &key(1)), 2);
+    assert_eq!(lab.add_key("main", "main", &key(1)), 2);
     let request = RefreshKeyRequest {
         account: "main".to_owned(),
         key: "main".to_owned(),
@@ -426,7 +421,7 @@ async fn a_revocation_that_is_repeated_does_not_kill_the_next_key() {
 
 #[tokio::test]
 async fn a_key_that_is_not_in_memory_is_revoked_before_it_comes() {
-    let mut lab = Lab::install(&Settings::default()).await;
+    let mut lab = Lab::install(Settings::default()).await;
     lab.vault.seal();
     lab.start_broker().await;
     let revoked = lab
@@ -617,7 +612,7 @@ async fn halt_by_name_and_halt_of_all_are_lifted_one_by_one() {
 
 #[tokio::test]
 async fn accounts_frozen_by_the_version_before_are_halted_until_they_are_resumed() {
-    let mut lab = Lab::install(&Settings::default()).await;
+    let mut lab = Lab::install(Settings::default()).await;
     let mark = json!({ "by": ANNA, "at_ms": 1 });
     let written = json!({
         "blocked_bots": {}, "frozen_accounts": { "left-the-rules": mark, "main": mark }, "halted_accounts": {},
@@ -652,7 +647,7 @@ async fn accounts_frozen_by_the_version_before_are_halted_until_they_are_resumed
 
 #[tokio::test]
 async fn a_broker_that_cannot_read_what_is_forbidden_does_not_start() {
-    let lab = Lab::install(&Settings::default()).await;
+    let lab = Lab::install(Settings::default()).await;
     std::fs::create_dir_all(lab.path("state")).unwrap();
     std::fs::write(lab.path("state/restrictions.json"), "{\"blocked_bots\": ").unwrap();
     let config = lab.path("config.toml");

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::Write as _;
 use std::path::Path;
 
+use credbroker_sim::installation::MAIN_UID;
 use credbroker_sim::pki::{Ca, Identity};
 use serde_json::{Value, json};
 use tokio::time::Instant;
@@ -12,7 +13,7 @@ use tokio::time::Instant;
 use crate::drive::{
     AS_TEST, Call, Kind, READER, SECOND_UID, Site, TRADER, Told, identities, within,
 };
-use crate::harness::{Bot, MAIN_UID, accounts, patient, say};
+use crate::harness::{Bot, accounts, patient, say};
 
 const RULES_CHANGES: usize = 200;
 const CERTIFICATE_CHANGES: usize = 50;

@@ -3,14 +3,12 @@
 use std::fmt::Write as _;
 
 use credbroker::proto::{Candidate, Method, QueryParameter, Scope, TestKeyRequest};
+use credbroker_sim::installation::{MAIN_UID, RULES, Settings, kv_path, secret};
 use credbroker_sim::kucoin::{Fault, FaultAction, Partner, SimKey, When};
 use credbroker_sim::vault;
 use serde_json::{Value, json};
 
-use crate::harness::{
-    Lab, MAIN_UID, RULES, Settings, accounts, futures_order, kv_path, request, secret, spot_order,
-    until,
-};
+use crate::harness::{Lab, accounts, futures_order, request, spot_order, until};
 
 /// The mark of every planted secret.
 const MARK: &str = "canary0secret";
@@ -55,7 +53,7 @@ async fn no_secret_reaches_a_log_an_error_a_metric_or_the_record() {
     let auth = "method = \"approle\"\nrole_id = \"fake-role-id\"\nsecret_id_file = \"secret-id\"";
     let settings = Settings {
         rules,
-        auth: Some(auth.to_owned()),
+        auth: auth.to_owned(),
         config: "[log]\nfilter = \"trace,rustify::client=trace,vaultrs::api=trace,reqwest=trace\""
             .to_owned(),
         files: vec![("secret-id", format!("{MARK}-secret-id\n"))],
@@ -110,9 +108,7 @@ async fn no_secret_reaches_a_log_an_error_a_metric_or_the_record() {
     })
     .await;
     let (_, not_ready) = lab.get("/readyz").await;
-    lab.kucoin.add_key(key.clone());
-    lab.vault
-        .put_secret("kv", &kv_path("main", "main"), secret(&key));
+    lab.add_key("main", "main", &key);
     lab.until_ready().await;
 
     let mut bot = lab.bot("maker").await;
@@ -237,7 +233,7 @@ async fn no_secret_reaches_a_log_an_error_a_metric_or_the_record() {
     let mut secrets = vec![
         MARK.to_owned(),
         role.1,
-        crate::harness::ROOT_TOKEN.to_owned(),
+        credbroker_sim::installation::ROOT_TOKEN.to_owned(),
     ];
     for request in &received {
         for name in ["kc-api-sign", "kc-api-passphrase", "kc-api-partner-sign"] {

@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
+use credbroker_sim::installation::{MAIN_UID, Settings};
 use credbroker_sim::kucoin::{Fault, FaultAction, When};
 
-use crate::harness::{Lab, MAIN_UID, Settings, accounts, failure, refusal, spot_order, until};
+use crate::harness::{Lab, accounts, failure, refusal, spot_order, until};
 
 const ORDERS: &str = "/api/v1/hf/orders";
 

@@ -11,6 +11,7 @@ use credbroker::proto::{
     BlockBotRequest, HaltRequest, ResumeRequest, RevokeKeyRequest, UnblockBotRequest,
 };
 use credbroker::vault::BACKOFF;
+use credbroker_sim::installation::{MAIN_UID, ROOT_TOKEN, kv_path, secret};
 use credbroker_sim::kucoin::SimKey;
 use credbroker_sim::pki::Ca;
 use serde_json::json;
@@ -19,7 +20,7 @@ use tokio::time::{Instant, sleep};
 use crate::drive::{
     AS_TEST, Call, Kind, READER, SECOND_UID, Site, TRADER, Told, identities, within, written,
 };
-use crate::harness::{Bot, MAIN_UID, ROOT_TOKEN, accounts, kv_path, patient, say, secret, until};
+use crate::harness::{Bot, accounts, patient, say, until};
 
 /// Set to have the table written to its file.
 const WRITE: &str = "CREDBROKER_WRITE_SITUATIONS";
@@ -345,7 +346,7 @@ async fn vault_token_lost(site: &mut Site) -> Row {
             site.vault.start(TOKEN).await;
             site.until_readyz_says("does not accept our token").await;
         },
-        async |site| site.rename_over("token", TOKEN),
+        async |site| site.lab.replace("token", TOKEN).unwrap(),
     )
     .await;
     Row {
@@ -414,7 +415,9 @@ async fn token_revoked(site: &mut Site) -> Row {
         async |site| {
             let hour = json!({"seconds": 3600});
             let made = site.vault.control("POST", "token", hour).await;
-            site.rename_over("token", made["token"].as_str().unwrap());
+            site.lab
+                .replace("token", made["token"].as_str().unwrap())
+                .unwrap();
         },
     )
     .await;
@@ -448,14 +451,18 @@ async fn is_ready_with_a_second_key(site: &mut Site, problem: &str) {
     let key = json!({"mount": "kv", "path": kv_path("spare", "main"), "data": data});
     site.vault.control("POST", "secret", key).await;
     let spare = "[account.spare]\nkey = { spot-margin = \"main\" }\n";
-    site.rename_over("rules.toml", &format!("{TRADER}{READER}{spare}"));
+    site.lab
+        .replace("rules.toml", &format!("{TRADER}{READER}{spare}"))
+        .unwrap();
     site.taken("rules").await;
     until("the broker is ready with its second key", async || {
         let text = site.readyz().await;
         text.starts_with("ready\n") && text.contains(problem)
     })
     .await;
-    site.rename_over("rules.toml", &format!("{TRADER}{READER}"));
+    site.lab
+        .replace("rules.toml", &format!("{TRADER}{READER}"))
+        .unwrap();
     site.taken("rules").await;
 }
 
@@ -741,7 +748,9 @@ async fn cold_start(site: &mut Site) -> Row {
     assert!(site.readyz().await.starts_with("not ready\n"));
     let mended = Look::now();
     site.vault.start("fake-token-after-cold-start").await;
-    site.rename_over("token", "fake-token-after-cold-start");
+    site.lab
+        .replace("token", "fake-token-after-cold-start")
+        .unwrap();
     let took = mended.until_well(site).await;
     let seen = look.seen(site).await;
     assert!(seen.is_only(NO_KEY, &ALL), "{seen}");
@@ -889,7 +898,7 @@ async fn exchange_unreachable(site: &mut Site) -> Row {
 
 async fn bot_removed(site: &mut Site) -> Row {
     let look = Look::now();
-    site.rename_over("rules.toml", TRADER);
+    site.lab.replace("rules.toml", TRADER).unwrap();
     site.taken("rules").await;
     let took = look.from.elapsed();
     let removed = Look::now();
@@ -898,7 +907,9 @@ async fn bot_removed(site: &mut Site) -> Row {
     for call in &calls {
         assert_eq!(call.told.is_well(), call.bot == "trader", "{call:?}");
     }
-    site.rename_over("rules.toml", &format!("{TRADER}{READER}"));
+    site.lab
+        .replace("rules.toml", &format!("{TRADER}{READER}"))
+        .unwrap();
     site.taken("rules").await;
     let mended = Look::now();
     site.driver.more_calls(A_WHILE).await;
@@ -1012,7 +1023,9 @@ const UNUSABLE: &str =
 async fn rules_broken(site: &mut Site) -> Row {
     const STATE: &str = "file_unusable{file=\"rules\"}";
     let look = Look::now();
-    site.rename_over("rules.toml", "[account.main]\nkey = { spot-margin = \n");
+    site.lab
+        .replace("rules.toml", "[account.main]\nkey = { spot-margin = \n")
+        .unwrap();
     let (outcome, detail) = site.change("rules").await;
     assert_eq!(outcome, "refused");
     assert!(!detail.is_empty());
@@ -1022,7 +1035,9 @@ async fn rules_broken(site: &mut Site) -> Row {
     site.driver.more_calls(A_WHILE).await;
     let mended = Instant::now();
     // Other rules than before, so that there is something to take.
-    site.rename_over("rules.toml", &format!("# mended\n{TRADER}{READER}"));
+    site.lab
+        .replace("rules.toml", &format!("# mended\n{TRADER}{READER}"))
+        .unwrap();
     site.taken("rules").await;
     let took = mended.elapsed();
     assert!(site.metric(STATE).await < 0.5);
@@ -1044,8 +1059,10 @@ async fn server_certificate_replaced(site: &mut Site) -> Row {
         .redial(|dial| dial.roots.push(ca.certificate_pem().to_owned()));
     let server = ca.server().unwrap();
     let changed = Instant::now();
-    site.rename_over("server.key", &server.key_pem);
-    site.rename_over("server.pem", &server.certificate_pem);
+    site.lab.replace("server.key", &server.key_pem).unwrap();
+    site.lab
+        .replace("server.pem", &server.certificate_pem)
+        .unwrap();
     site.taken("tls").await;
     let took = changed.elapsed();
     // Who trusts only the new CA gets in; the bots' connections stay as they are, and new ones are made, too.
@@ -1083,13 +1100,13 @@ async fn client_ca_replaced(site: &mut Site) -> Row {
 
     let ca = Ca::new("another throw-away CA of bots").unwrap();
     let both = format!("{}{}", site.lab.ca.certificate_pem(), ca.certificate_pem());
-    site.rename_over("ca.pem", &both);
+    site.lab.replace("ca.pem", &both).unwrap();
     site.taken("tls").await;
     let renewed = identities(&ca);
     site.driver.redial(|dial| dial.identities = renewed);
     site.driver.more_calls(A_WHILE).await;
     let changed = Instant::now();
-    site.rename_over("ca.pem", ca.certificate_pem());
+    site.lab.replace("ca.pem", ca.certificate_pem()).unwrap();
     site.taken("tls").await;
     let took = changed.elapsed();
     // The connection of the removed CA is as good as gone, and no other is made.
@@ -1129,7 +1146,7 @@ async fn certificates_broken(site: &mut Site) -> Row {
     let look = Look::now();
     let whole = std::fs::read_to_string(site.lab.path("server.pem")).unwrap();
     let half = &whole[..whole.len() / 2];
-    site.rename_over("server.pem", half);
+    site.lab.replace("server.pem", half).unwrap();
     let (outcome, detail) = site.change("tls").await;
     assert_eq!(outcome, "refused");
     assert!(detail.contains("tls.certificate"), "{detail}");
@@ -1139,7 +1156,7 @@ async fn certificates_broken(site: &mut Site) -> Row {
     site.driver.redial(|_| {});
     site.driver.more_calls(A_WHILE).await;
     let mended = Instant::now();
-    site.rename_over("server.pem", &whole);
+    site.lab.replace("server.pem", &whole).unwrap();
     site.until_metric(STATE, |unusable| unusable < 0.5).await;
     let took = mended.elapsed();
     let seen = look.seen(site).await;
@@ -1340,7 +1357,9 @@ async fn log_gone(site: &mut Site) -> Row {
     site.lab.process().close_log();
     // Something to log, so that the reader reads its last line and goes.
     for text in ["# one\n", "# two\n", "# three\n"] {
-        site.rename_over("rules.toml", &format!("{text}{TRADER}{READER}"));
+        site.lab
+            .replace("rules.toml", &format!("{text}{TRADER}{READER}"))
+            .unwrap();
         site.taken("rules").await;
     }
     site.driver.more_calls(A_WHILE).await;

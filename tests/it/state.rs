@@ -6,9 +6,10 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use credbroker::config::Config;
+use credbroker_sim::installation::Settings;
 use serde_json::{Value, json};
 
-use crate::harness::{Lab, Settings, accounts, refusal, spot_order};
+use crate::harness::{Lab, accounts, refusal, spot_order};
 
 /// What the broker logs where it finds no `restrictions.json`.
 const NOTHING_FOUND: &str = "no restrictions.json found; no bot is blocked, no account halted, no key revoked; if this \
@@ -117,7 +118,7 @@ async fn start_without_restrictions_beside_an_old_audit_file_is_logged_too() {
 
 #[tokio::test]
 async fn parent_of_the_state_dir_is_never_made() {
-    let lab = Lab::install(&Settings::default()).await;
+    let lab = Lab::install(Settings::default()).await;
     lab.reconfigure("state_dir = \"state\"", "state_dir = \"mnt/state\"");
     let (output, said) = run(&lab, &["serve"]).await;
     assert_eq!(output.status.code(), Some(1), "{said}");
@@ -146,7 +147,7 @@ async fn parent_of_the_state_dir_is_never_made() {
 
 #[tokio::test]
 async fn doctor_warns_of_a_state_dir_that_holds_nothing() {
-    let lab = Lab::install(&Settings::default()).await;
+    let lab = Lab::install(Settings::default()).await;
     std::fs::create_dir(lab.path("state")).unwrap();
     let (output, _) = run(&lab, &["doctor", "--json"]).await;
     let lines = String::from_utf8(output.stdout).unwrap();
@@ -169,7 +170,7 @@ async fn folders_that_a_shell_would_expand_are_problems_with_the_fix() {
     let lines = text.lines().map(|line| line.trim_start_matches("# "));
     let cases: Vec<_> = lines.filter(|line| line.starts_with("state_dir")).collect();
     assert_eq!(cases.len(), 2);
-    let lab = Lab::install(&Settings::default()).await;
+    let lab = Lab::install(Settings::default()).await;
     let usual = std::fs::read_to_string(lab.path("config.toml")).unwrap();
     for case in cases {
         let config = usual.replace("state_dir = \"state\"", case);
@@ -241,7 +242,7 @@ async fn files_that_a_shell_would_expand_are_problems_wherever_they_are_named() 
 
 #[tokio::test]
 async fn restrictions_file_that_cannot_be_made_does_not_stop_the_start() {
-    let mut lab = Lab::install(&Settings::default()).await;
+    let mut lab = Lab::install(Settings::default()).await;
     std::fs::create_dir_all(lab.path("state/restrictions.json.new")).unwrap();
     lab.start_broker().await;
     lab.until_ready().await;
@@ -252,7 +253,7 @@ async fn restrictions_file_that_cannot_be_made_does_not_stop_the_start() {
 /// an order, an admin froze account main, blocked bot reader and revoked the key of account other.
 #[tokio::test]
 async fn the_state_and_the_record_of_the_version_before_are_read() {
-    let mut lab = Lab::install(&Settings::default()).await;
+    let mut lab = Lab::install(Settings::default()).await;
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/upgrade");
     for (file, mode) in [("restrictions.json", 0o600), ("audit.jsonl", 0o600)] {
         let to = lab.path("state").join(file);

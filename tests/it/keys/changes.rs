@@ -3,13 +3,12 @@
 use std::collections::BTreeMap;
 
 use credbroker::proto::Outcome;
+use credbroker_sim::installation::{Settings, kv_path, secret};
 use credbroker_sim::vault::{Fault, FaultRule};
 use serde_json::{Value, json};
 
 use super::{NO_ANSWER, Setup, answered, asked, key, put};
-use crate::harness::{
-    Lab, Settings, accounts, failure, kv_path, secret, spot_cancel_all, spot_order, until,
-};
+use crate::harness::{Lab, accounts, failure, spot_cancel_all, spot_order, until};
 
 #[tokio::test]
 async fn keys_are_read_at_start_and_no_call_of_a_bot_asks_vault() {
@@ -186,7 +185,7 @@ async fn unknown_state_word_refuses_risk_increasing_calls_only() {
 
 #[tokio::test]
 async fn unknown_state_word_is_known_before_the_first_order_after_a_start() {
-    let mut lab = Lab::install(&Settings::default()).await;
+    let mut lab = Lab::install(Settings::default()).await;
     let note = BTreeMap::from([("state".to_owned(), "paused".to_owned())]);
     lab.vault
         .set_custom_metadata("kv", &kv_path("main", "main"), note);

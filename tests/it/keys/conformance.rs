@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Once};
 use std::time::Duration;
 
+use credbroker_sim::installation::{kv_path, secret};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -13,8 +14,8 @@ use tokio::time::timeout;
 
 use super::policies::shipped;
 use super::real::Backend;
-use super::{Rig, Setup, key, replace};
-use crate::harness::{kv_path, not_run, say, secret, until};
+use super::{Rig, Setup, key};
+use crate::harness::{not_run, say, until};
 
 on_both! {
     a_broker_that_starts_before_vault_is_ready_once_vault_is_there_and_unsealed
@@ -97,13 +98,13 @@ impl Stage {
     async fn setup(&self) -> Setup {
         let Backend { api, name, .. } = &self.vault;
         let mut setup = Setup::new(&["main", "other"]).await;
-        setup.address = Some(api.url.clone());
+        setup.settings.vault_url = Some(api.url.clone());
         setup.more = format!("mount = \"{name}\"");
-        setup.auth = format!(
+        setup.settings.auth = format!(
             "method = \"approle\"\nmount = \"{name}\"\nrole_id = {}\nsecret_id_file = \"secret-id\"",
             self.role_id,
         );
-        setup.files = vec![("secret-id", format!("{}\n", self.secret_id().await))];
+        setup.settings.files = vec![("secret-id", format!("{}\n", self.secret_id().await))];
         setup
     }
 
@@ -310,12 +311,14 @@ async fn a_login_that_is_revoked_is_repeated_and_one_that_is_refused_evicts_noth
     stage.put("main", 2).await;
     rig.until_signed_with(2).await;
 
-    replace(&rig.lab.path("secret-id"), "never-a-secret-id\n");
+    rig.lab.replace("secret-id", "never-a-secret-id\n").unwrap();
     stage.vault.revoke_logins().await;
     let reason = "login: Vault answered 400: invalid role or secret ID";
     serves_through(&rig, 2, reason).await;
     stage.put("main", 3).await;
-    replace(&rig.lab.path("secret-id"), &stage.secret_id().await);
+    rig.lab
+        .replace("secret-id", &stage.secret_id().await)
+        .unwrap();
     rig.until_signed_with(3).await;
     rig.end().await;
 }
@@ -406,7 +409,7 @@ async fn a_slow_vault_delays_no_call_and_one_that_is_too_slow_counts_as_no_answe
     const TOO_SLOW_MS: u64 = 3000;
     let link = Link::to(&stage.vault.api.url).await;
     let mut setup = stage.setup().await;
-    setup.address = Some(link.url.clone());
+    setup.settings.vault_url = Some(link.url.clone());
     setup.timeout_ms = 1500;
     link.delay_ms.store(SLOW_MS, Ordering::Relaxed);
     let rig = setup.ready().await;
@@ -437,15 +440,15 @@ async fn a_token_that_is_revoked_evicts_nothing_and_the_next_one_is_picked_up(st
     };
     let first = token().await;
     let mut setup = Setup::new(&["main"]).await;
-    setup.address = Some(api.url.clone());
+    setup.settings.vault_url = Some(api.url.clone());
     setup.more = format!("mount = \"{name}\"");
-    setup.files = vec![("token", format!("{first}\n"))];
+    setup.settings.files = vec![("token", format!("{first}\n"))];
     let rig = setup.ready().await;
     let own = api.with_token(&first);
     own.call("POST", "auth/token/revoke-self", json!({})).await;
     serves_through(&rig, 1, "Vault does not accept our token (403)").await;
     stage.put("main", 2).await;
-    replace(&rig.lab.path("token"), &token().await);
+    rig.lab.replace("token", &token().await).unwrap();
     rig.until_signed_with(2).await;
     rig.end().await;
 }

@@ -2,10 +2,12 @@
 
 use std::path::Path;
 
+use credbroker_sim::installation::{ROOT_TOKEN, Settings};
+
+use super::Setup;
 use super::register::{Held, key, run, settings};
 use super::succession::refresh;
-use super::{Setup, replace};
-use crate::harness::{Lab, ROOT_TOKEN, Settings, in_one_line};
+use crate::harness::{Lab, in_one_line};
 
 const FIELD_CASES: &str = "tests/field-cases/files";
 
@@ -68,7 +70,9 @@ async fn token_file_in_a_wrong_form_is_named_with_the_fix() {
         assert!(text.contains(&problem), "{problem:?} is not in {text}");
         assert!(!text.contains(TOKEN), "{text}");
     }
-    replace(&file, &format!("{ROOT_TOKEN}\n"));
+    rig.lab
+        .replace("token", &format!("{ROOT_TOKEN}\n"))
+        .unwrap();
     assert_eq!(refresh(&rig.lab).await, 1);
     let (_, text) = rig.lab.get("/readyz").await;
     assert!(!text.contains("vault.auth"), "{text}");
@@ -89,7 +93,7 @@ async fn admin_is_told_the_form_of_a_token_too() {
 
 #[tokio::test]
 async fn doctor_names_a_malformed_token_file() {
-    let lab = Lab::install(&Settings::default()).await;
+    let lab = Lab::install(Settings::default()).await;
     for (bytes, told) in tokens() {
         std::fs::write(lab.path("token"), bytes).unwrap();
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_credbroker"));
@@ -129,7 +133,7 @@ async fn key_in_utf16_is_named_with_the_fix_and_nothing_is_stored() {
 
 #[tokio::test]
 async fn configuration_in_utf16_is_named_with_the_fix() {
-    let lab = Lab::install(&Settings::default()).await;
+    let lab = Lab::install(Settings::default()).await;
     let text = std::fs::read_to_string(lab.path("config.toml")).unwrap();
     let rules = std::fs::read_to_string(lab.path("rules.toml")).unwrap();
     std::fs::write(lab.path("rules-utf16.toml"), utf16(&rules)).unwrap();

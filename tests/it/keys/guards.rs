@@ -3,6 +3,7 @@
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
+use credbroker_sim::installation::ROOT_TOKEN;
 use credbroker_sim::pki::{Ca, Identity};
 use credbroker_sim::vault::{Fault, FaultRule, InitialState, VaultSettings, VaultSim};
 use rustls::pki_types::CertificateDer;
@@ -14,7 +15,7 @@ use tokio::time::timeout;
 
 use super::real::Api;
 use super::{NO_ANSWER, Setup, key, put};
-use crate::harness::{Lab, ROOT_TOKEN, until};
+use crate::harness::{Lab, until};
 
 /// Another server that knows the token and holds the key of `generation`: what a redirect leads to would work there.
 async fn elsewhere(generation: u32) -> VaultSim {
@@ -104,7 +105,7 @@ async fn a_redirect_from_https_to_http_is_never_followed() {
     let downgraded = elsewhere(2).await;
     let ca = Ca::new("throw-away CA of a test").unwrap();
     let mut setup = Setup::on(vault_with_tls(&ca).await, &["main"]);
-    setup.ca = ca;
+    setup.settings.ca = Some(ca);
     setup.more = format!(
         "roots = \"ca.pem\"\nredirects = [\"{}\"]",
         downgraded.address()

@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::process::Command;
 
+use credbroker_sim::installation::kv_path;
 use credbroker_sim::kucoin::SimKey;
 use serde_json::{Value, json};
 
 use super::register::{Held, run};
 use super::rotate::{known, rollback, rotate, signer, with_first_key};
 use super::succession::{refresh, signed_by, status, until_version};
-use crate::harness::{Lab, accounts, in_one_line, kv_path, secret, until};
+use crate::harness::{Lab, accounts, in_one_line, until};
 
 /// What shows while version 1 is held and `newest` is the newest one.
 fn told(newest: u64) -> String {
@@ -29,12 +30,6 @@ async fn with_hold() -> (Lab, [SimKey; 2], Held) {
     assert_eq!(held.note("main", "use_version").await, "1");
     assert_eq!(held.note("main", "hold").await, "1 since 2");
     (lab, [first, second], held)
-}
-
-/// Writes a key past the broker's commands.
-fn by_hand(lab: &Lab, key: &SimKey) {
-    let path = kv_path("main", "main");
-    lab.vault.put_secret("kv", &path, secret(key));
 }
 
 /// How many requests this key has signed.
@@ -68,7 +63,7 @@ async fn hold_and_its_end_show_in_list_readyz_and_doctor() {
     let third = known(&lab, 3);
     for newest in [2, 3] {
         if newest == 3 {
-            by_hand(&lab, &third);
+            lab.put_key("main", "main", &third);
             assert_eq!(refresh(&lab).await, 1);
         }
         let told = told(newest);
@@ -132,7 +127,7 @@ async fn registration_ends_the_hold() {
 async fn version_written_after_the_hold_is_used_once_the_held_key_is_dead() {
     let (mut lab, [first, second], _) = with_hold().await;
     let third = known(&lab, 3);
-    by_hand(&lab, &third);
+    lab.put_key("main", "main", &third);
     let mut bot = lab.patient_bot("maker").await;
     until_polled(&lab).await;
     assert_eq!(signer(&lab, &mut bot).await, first.api_key);
@@ -191,7 +186,7 @@ async fn version_from_before_the_hold_is_never_tried_and_the_way_out_is_named() 
     let advice = answer.advice;
     assert!(!advice.is_empty());
     // A version after the hold that is no good changes nothing.
-    by_hand(&lab, &super::register::key(7, &["Spot"]));
+    lab.put_key("main", "main", &super::register::key(7, &["Spot"]));
     until_polled(&lab).await;
     assert_eq!(refresh(&lab).await, 1);
     let (_, reasons) = status(&lab).await;
@@ -215,7 +210,7 @@ async fn manual_use_version_never_falls_back_to_a_newer_version() {
         .set_custom_metadata("kv", &kv_path("main", "main"), notes);
     until_version(&lab, 1).await;
     let third = known(&lab, 3);
-    by_hand(&lab, &third);
+    lab.put_key("main", "main", &third);
     lab.kucoin.remove_key(&first.api_key);
     let mut bot = lab.patient_bot("maker").await;
     assert_eq!(bot.send(accounts()).await.unwrap().code, "400003");

@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
+use credbroker_sim::installation::ROOT_TOKEN;
 use credbroker_sim::vault::{Fault, FaultRule, RoleSettings};
 
-use super::{LOGIN_REFUSED, NO_ANSWER, Rig, Setup, answered, key, put, replace};
-use crate::harness::{ROOT_TOKEN, until};
+use super::{LOGIN_REFUSED, NO_ANSWER, Rig, Setup, answered, key, put};
+use crate::harness::until;
 
 pub(super) const LOGIN: &str = "auth/approle/login";
 const LOOKUP: &str = "auth/token/lookup-self";
@@ -15,7 +16,7 @@ const DEAD_TOKEN: &str = "Vault does not accept our token (403)";
 #[tokio::test]
 async fn a_token_file_may_have_blanks_and_a_line_end_around_the_token() {
     let mut setup = Setup::new(&["main"]).await;
-    setup.files = vec![("token", format!("\n  {ROOT_TOKEN} \r\n"))];
+    setup.settings.files = vec![("token", format!("\n  {ROOT_TOKEN} \r\n"))];
     let rig = setup.ready().await;
     assert_eq!(rig.signer("main").await, Ok(key("main", 1).api_key));
     rig.end().await;
@@ -27,29 +28,29 @@ async fn a_dead_token_or_a_broken_token_file_evicts_nothing_and_a_good_token_is_
     let vault = setup.vault.clone();
     let token = || vault.create_token(Duration::from_secs(3600));
     let good = token();
-    setup.files = vec![("token", format!("{good}\n"))];
+    setup.settings.files = vec![("token", format!("{good}\n"))];
     let rig = setup.ready().await;
     let file = rig.lab.path("token");
 
     vault.revoke_token(&good);
     serves_through(&rig, 1, DEAD_TOKEN).await;
-    replace(&file, "never-a-token\n");
+    rig.lab.replace("token", "never-a-token\n").unwrap();
     serves_through(&rig, 1, DEAD_TOKEN).await;
     assert!(answered(&vault, METADATA, 403) >= 4 && answered(&vault, LOOKUP, 403) >= 4);
-    replace(&file, &token());
+    rig.lab.replace("token", &token()).unwrap();
     rig.until_signed_with(2).await;
 
     let expected = "expected one line of printable ASCII without blanks";
-    replace(&file, "two\nlines\n");
+    rig.lab.replace("token", "two\nlines\n").unwrap();
     serves_through(&rig, 2, &format!("vault.auth: {expected}")).await;
-    replace(&file, "");
+    rig.lab.replace("token", "").unwrap();
     serves_through(&rig, 2, &format!("vault.auth: it is empty; {expected}")).await;
-    replace(&file, &token());
+    rig.lab.replace("token", &token()).unwrap();
     rig.until_signed_with(3).await;
 
     std::fs::remove_file(&file).unwrap();
     serves_through(&rig, 3, "file of vault.auth cannot be read").await;
-    replace(&file, &token());
+    rig.lab.replace("token", &token()).unwrap();
     rig.until_signed_with(4).await;
     assert_eq!(rig.logs.count(&["never-a-token"]), 0);
     rig.end().await;
@@ -75,9 +76,8 @@ async fn a_403_counts_only_against_the_token_that_met_it() {
     let mut setup = Setup::new(&["main"]).await;
     let vault = setup.vault.clone();
     let dead = vault.create_token(Duration::from_secs(3600));
-    setup.files = vec![("token", dead.clone())];
+    setup.settings.files = vec![("token", dead.clone())];
     let rig = setup.ready().await;
-    let file = rig.lab.path("token");
     let begun = || {
         let requests = vault.requests();
         requests
@@ -95,7 +95,7 @@ async fn a_403_counts_only_against_the_token_that_met_it() {
             && begun() > before + 1
     })
     .await;
-    replace(&file, ROOT_TOKEN);
+    rig.lab.replace("token", ROOT_TOKEN).unwrap();
     put(&vault, "main", 2);
     rig.until_signed_with(2).await;
     assert_eq!(rig.logs.count(&["key is not available"]), 0);
@@ -138,9 +138,9 @@ pub(super) fn status(code: u16) -> Fault {
 pub(super) async fn approle(accounts: &[&str], role: RoleSettings) -> Setup {
     let mut setup = Setup::new(accounts).await;
     let (role_id, secret_id) = setup.vault.enable_approle("credbroker", role);
-    setup.auth =
+    setup.settings.auth =
         format!("method = \"approle\"\nrole_id = \"{role_id}\"\nsecret_id_file = \"secret-id\"");
-    setup.files = vec![("secret-id", format!("{secret_id}\n"))];
+    setup.settings.files = vec![("secret-id", format!("{secret_id}\n"))];
     setup
 }
 
@@ -190,18 +190,20 @@ async fn a_login_that_vault_revoked_is_repeated_once_for_all_keys_and_no_call_fa
 async fn a_wrong_secret_id_is_told_and_the_right_one_is_picked_up() {
     let mut setup = approle(&["main"], RoleSettings::default()).await;
     let vault = setup.vault.clone();
-    let (_, secret_id) = setup.files.pop().unwrap();
+    let (_, secret_id) = setup.settings.files.pop().unwrap();
     let rig = setup.start().await;
     rig.until_not_ready("file of vault.auth cannot be read")
         .await;
     assert_eq!(vault.requests(), []);
-    replace(&rig.lab.path("secret-id"), "simulated-wrong-secret-id\n");
+    rig.lab
+        .replace("secret-id", "simulated-wrong-secret-id\n")
+        .unwrap();
     let reason =
         "key main/main: waiting for Vault: login: Vault answered 400: invalid role or secret ID\n";
     rig.until_not_ready(reason).await;
     assert!(rig.logs.count(&[LOGIN_REFUSED]) >= 1);
     assert_eq!(rig.logs.count(&["simulated-wrong-secret-id"]), 0);
-    replace(&rig.lab.path("secret-id"), &secret_id);
+    rig.lab.replace("secret-id", &secret_id).unwrap();
     rig.until_restored(1).await;
     rig.end().await;
 }

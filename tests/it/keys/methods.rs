@@ -5,6 +5,7 @@ use std::time::Duration;
 use credbroker::clock::Clock;
 use credbroker::config::Config;
 use credbroker::config::load::load;
+use credbroker_sim::installation::ROOT_TOKEN;
 use credbroker_sim::pki::{Ca, Identity, Usage};
 use credbroker_sim::vault::{
     CertRole, KubernetesRole, Reviewer, RoleSettings, ServiceAccount, TokenSettings, VaultSim,
@@ -13,8 +14,8 @@ use credbroker_sim::vault::{
 use super::guards::Program;
 use super::login::{FIVE, approle, serves_through_what_is_logged};
 use super::wrapped::wrapped;
-use super::{LOGIN_REFUSED, NO_ANSWER, Setup, answered, key, put, replace};
-use crate::harness::{ROOT_TOKEN, until};
+use super::{LOGIN_REFUSED, NO_ANSWER, Setup, answered, key, put};
+use crate::harness::until;
 
 const KUBERNETES: &str = "auth/pods/login";
 const CERT: &str = "auth/cert/login";
@@ -27,10 +28,10 @@ async fn pod() -> Setup {
     let vault = &setup.vault;
     vault.enable_kubernetes("pods", "credbroker", KubernetesRole::default());
     vault.accept_jwt(JWT, ServiceAccount::default());
-    setup.auth = String::from(
+    setup.settings.auth = String::from(
         "method = \"kubernetes\"\nmount = \"pods\"\nrole = \"credbroker\"\njwt_file = \"jwt\"",
     );
-    setup.files = vec![("jwt", JWT.to_owned())];
+    setup.settings.files = vec![("jwt", JWT.to_owned())];
     setup
 }
 
@@ -45,7 +46,7 @@ async fn a_pod_logs_in_with_the_service_account_token_of_the_moment() {
     let next = "simulated-jwt-of-the-second-hour";
     vault.refuse_jwt(JWT);
     vault.accept_jwt(next, ServiceAccount::default());
-    replace(&rig.lab.path("jwt"), next);
+    rig.lab.replace("jwt", next).unwrap();
     vault.advance_clock(Duration::from_secs(3600));
     put(&vault, "main", 2);
     rig.until_signed_with(2).await;
@@ -96,11 +97,11 @@ async fn certified(ttl: u64, role: Option<&str>) -> Setup {
         certificate_pem,
         key_pem,
     } = issue(&ca);
-    setup.files = vec![("client.pem", certificate_pem), ("client.key", key_pem)];
-    setup.ca = ca;
+    setup.settings.files = vec![("client.pem", certificate_pem), ("client.key", key_pem)];
+    setup.settings.ca = Some(ca);
     setup.more = String::from("roots = \"ca.pem\"");
     let role = role.map_or_else(String::new, |role| format!("role = \"{role}\"\n"));
-    setup.auth =
+    setup.settings.auth =
         format!("method = \"cert\"\n{role}certificate = \"client.pem\"\nkey = \"client.key\"");
     setup
 }
@@ -127,7 +128,9 @@ async fn a_new_certificate_is_logged_in_with_and_one_without_its_key_is_not_used
     let vault = setup.vault.clone();
     let rig = setup.ready().await;
     let next = issue(&rig.lab.ca);
-    replace(&rig.lab.path("client.pem"), &next.certificate_pem);
+    rig.lab
+        .replace("client.pem", &next.certificate_pem)
+        .unwrap();
     let kept = "the certificate for Vault cannot be replaced; the one in memory serves on";
     rig.serves_until(1, "the certificate is found without its key", async || {
         rig.logs.count(&[kept]) >= 1
@@ -140,7 +143,7 @@ async fn a_new_certificate_is_logged_in_with_and_one_without_its_key_is_not_used
         rig.logs.count(&missing) >= 1
     })
     .await;
-    replace(&rig.lab.path("client.key"), &next.key_pem);
+    rig.lab.replace("client.key", &next.key_pem).unwrap();
     rig.serves_until(1, "a login with the new one", async || {
         answered(&vault, CERT, 200) >= 2
     })
@@ -163,8 +166,10 @@ async fn the_old_token_serves_while_a_new_certificate_is_refused() {
     let vault = setup.vault.clone();
     let rig = setup.ready().await;
     let stranger = issue(&Ca::new("another CA").unwrap());
-    replace(&rig.lab.path("client.pem"), &stranger.certificate_pem);
-    replace(&rig.lab.path("client.key"), &stranger.key_pem);
+    rig.lab
+        .replace("client.pem", &stranger.certificate_pem)
+        .unwrap();
+    rig.lab.replace("client.key", &stranger.key_pem).unwrap();
     rig.serves_until(1, "a refused login", async || {
         answered(&vault, CERT, 400) >= 1
     })
@@ -172,8 +177,10 @@ async fn the_old_token_serves_while_a_new_certificate_is_refused() {
     put(&vault, "main", 2);
     rig.until_signed_with(2).await;
     let right = issue(&rig.lab.ca);
-    replace(&rig.lab.path("client.pem"), &right.certificate_pem);
-    replace(&rig.lab.path("client.key"), &right.key_pem);
+    rig.lab
+        .replace("client.pem", &right.certificate_pem)
+        .unwrap();
+    rig.lab.replace("client.key", &right.key_pem).unwrap();
     rig.serves_until(2, "a login", async || answered(&vault, CERT, 200) >= 2)
         .await;
     assert_eq!(rig.logs.count(&[NO_ANSWER]), 0);
@@ -205,7 +212,7 @@ async fn the_check_finds_a_certificate_that_cannot_be_shown() {
         let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();
         problems.join("\n")
     };
-    replace(&lab.path("client.key"), &issue(&lab.ca).key_pem);
+    lab.replace("client.key", &issue(&lab.ca).key_pem).unwrap();
     let found = problems(lab.config());
     assert!(
         found.starts_with("vault.auth.key: ")
@@ -213,7 +220,7 @@ async fn the_check_finds_a_certificate_that_cannot_be_shown() {
         "{found}"
     );
     std::fs::remove_file(lab.path("client.key")).unwrap();
-    replace(&lab.path("client.pem"), "");
+    lab.replace("client.pem", "").unwrap();
     let found = problems(lab.config());
     for part in [
         "vault.auth.certificate: ",
@@ -269,7 +276,12 @@ async fn no_method_shows_its_secrets_and_every_token_is_revoked_at_the_end() {
         ("credential", credential().await),
     ] {
         let vault = setup.vault.clone();
-        let mut secrets: Vec<_> = setup.files.iter().map(|(_, text)| text.clone()).collect();
+        let mut secrets: Vec<_> = setup
+            .settings
+            .files
+            .iter()
+            .map(|(_, text)| text.clone())
+            .collect();
         let lab = setup.install().await;
         let mut config = std::fs::read_to_string(lab.path("config.toml")).unwrap();
         config.push_str("[log]\nfilter = \"trace\"\n");
@@ -301,11 +313,12 @@ async fn no_method_shows_its_secrets_and_every_token_is_revoked_at_the_end() {
 /// A broker whose secret id is a credential that systemd hands it.
 async fn credential() -> Setup {
     let mut setup = approle(&["main"], RoleSettings::default()).await;
-    let (name, secret_id) = setup.files.pop().unwrap();
-    setup.auth = setup
+    let (name, secret_id) = setup.settings.files.pop().unwrap();
+    setup.settings.auth = setup
+        .settings
         .auth
         .replace("secret_id_file", "secret_id_credential")
         .replace(name, "vault-secret-id");
-    setup.files = vec![("vault-secret-id", secret_id)];
+    setup.settings.files = vec![("vault-secret-id", secret_id)];
     setup
 }

@@ -3,12 +3,13 @@
 use bytes::Bytes;
 use credbroker::proto::{Method, Outcome, Scope};
 use credbroker_sim::http::{Reply, Server};
+use credbroker_sim::installation::{ROOT_TOKEN, kv_path};
 use credbroker_sim::vault::{
     Fault, FaultRule, InitialState, RoleSettings, Standby, VaultSettings, VaultSim,
 };
 
 use super::{NO_ANSWER, Setup, answered, key, put};
-use crate::harness::{ROOT_TOKEN, kv_path, request, until};
+use crate::harness::{request, until};
 
 /// Ways to give no answer: a name for the account that meets it, the fault, what the log says.
 fn faults() -> Vec<(String, Fault, &'static str)> {
@@ -134,9 +135,9 @@ async fn after_a_failover_to_a_listed_node_the_next_login_follows_its_one_redire
     let (role_id, secret_id) = vault.enable_approle("credbroker", RoleSettings::default());
     let mut setup = Setup::on(vault.clone(), &["main"]);
     setup.more = format!("redirects = [\"{}\"]", vault.standby_address().unwrap());
-    setup.auth =
+    setup.settings.auth =
         format!("method = \"approle\"\nrole_id = \"{role_id}\"\nsecret_id_file = \"secret-id\"");
-    setup.files = vec![("secret-id", secret_id)];
+    setup.settings.files = vec![("secret-id", secret_id)];
     let rig = setup.ready().await;
     vault.fail_over();
     for token in vault.tokens() {

@@ -7,12 +7,13 @@ use std::time::Duration;
 
 use credbroker::config::Config;
 use credbroker::vault::{Auth, Vault, VaultSettings};
+use credbroker_sim::installation::{kv_path, secret};
 use credbroker_sim::kucoin::SimKey;
 use serde_json::{Value, json};
 
 use super::real::{Api, Backend};
 use super::{Setup, key};
-use crate::harness::{kv_path, not_run, secret, until, write_private};
+use crate::harness::{not_run, until};
 
 /// A file of `deploy/vault/`, for a mount and an `AppRole` mount of this name.
 pub(super) fn shipped(file: &str, name: &str) -> String {
@@ -191,13 +192,13 @@ async fn the_brokers_policy_suffices_for_a_broker_and_allows_nothing_else() {
 
     // Login, read and poll, as the broker itself does them.
     let mut setup = Setup::new(&["main"]).await;
-    setup.address = Some(api.url.clone());
+    setup.settings.vault_url = Some(api.url.clone());
     setup.more = format!("mount = \"{name}\"");
-    setup.auth = format!(
+    setup.settings.auth = format!(
         "method = \"approle\"\nmount = \"{name}\"\nrole_id = \"{}\"\nsecret_id_file = \"secret-id\"",
         stage.role_id().await,
     );
-    setup.files = vec![("secret-id", format!("{secret_id}\n"))];
+    setup.settings.files = vec![("secret-id", format!("{secret_id}\n"))];
     let rig = setup.ready().await;
     rig.until_restored(1).await;
     let path = format!("{name}/data/{}", kv_path("main", "main"));
@@ -249,19 +250,19 @@ async fn keys_are_registered_rotated_and_rolled_back_under_the_shipped_policies(
     let minted = api.call("POST", &path, json!({})).await;
     let secret_id = minted["data"]["secret_id"].as_str().unwrap();
     let mut setup = Setup::new(&["main"]).await;
-    setup.address = Some(api.url.clone());
+    setup.settings.vault_url = Some(api.url.clone());
     setup.more = format!("mount = \"{name}\"");
-    setup.auth = format!(
+    setup.settings.auth = format!(
         "method = \"approle\"\nmount = \"{name}\"\nrole_id = \"{}\"\nsecret_id_file = \"secret-id\"",
         stage.role_id().await,
     );
-    setup.files = vec![("secret-id", format!("{secret_id}\n"))];
+    setup.settings.files = vec![("secret-id", format!("{secret_id}\n"))];
     let rig = setup.start().await;
     let lab = &rig.lab;
 
     let admin = stage.holder_of(&format!("{name}-admin")).await;
     lab.write_admin_files(&lab.ca.admin("anna").unwrap());
-    write_private(&lab.path("admin-token"), admin.token());
+    lab.write("admin-token", admin.token()).unwrap();
     let toml = std::fs::read_to_string(lab.path("admin.toml")).unwrap();
     let own = format!("address = \"{}\"\nmount = \"{name}\"", api.url);
     let toml = toml

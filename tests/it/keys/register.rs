@@ -3,12 +3,13 @@
 use std::process::{Command, Stdio};
 
 use credbroker::proto::RevokeKeyRequest;
+use credbroker_sim::installation::{ROOT_TOKEN, Settings, kv_path};
 use credbroker_sim::kucoin::{Amount, KucoinSettings, Limits, SimKey, Site, Wallet};
 use credbroker_sim::vault::{Fault, FaultRule, VaultSim};
 use serde_json::{Value, json};
 
 use super::real::Api;
-use crate::harness::{Ended, Lab, ROOT_TOKEN, Settings, kv_path, until};
+use crate::harness::{Ended, Lab, until};
 
 /// One account for each kind of purpose and scope; `other` has a key from the start.
 const RULES: &str = r#"
@@ -931,7 +932,7 @@ pub(super) fn is_hanging(lab: &Lab, path: &str) -> bool {
 
 #[tokio::test]
 async fn first_key_is_registered_with_a_broker_that_started_without_keys() {
-    let mut lab = Lab::install(&Settings {
+    let mut lab = Lab::install(Settings {
         keys: Vec::new(),
         ..settings()
     })

@@ -3,14 +3,13 @@
 use std::collections::BTreeMap;
 
 use credbroker::proto::Outcome;
+use credbroker_sim::installation::{MAIN_UID, Settings, kv_path};
 use credbroker_sim::kucoin::{Fault as Trouble, FaultAction, SimKey, When};
 use credbroker_sim::vault::{Fault, FaultRule};
 use serde_json::{Value, json};
 
 use super::register::{Held, is, is_hanging, lab, lines, run, spawn};
-use crate::harness::{
-    Bot, Lab, MAIN_UID, Patient, Settings, accounts, kv_path, secret, spot_order, until,
-};
+use crate::harness::{Bot, Lab, Patient, accounts, spot_order, until};
 
 const INFO: &str = "/api/v1/user/api-key";
 
@@ -480,8 +479,7 @@ async fn a_key_that_somebody_else_replaces_before_it_is_in_use_is_told_so() {
             held.note("main", "for_version").await == "2"
         })
         .await;
-        lab.vault
-            .put_secret("kv", &kv_path("main", "main"), secret(&third));
+        lab.put_key("main", "main", &third);
     };
     let ((code, said), ()) = tokio::join!(rotate(&lab, &second), others);
     assert_eq!(code, 1, "{said}");
@@ -502,8 +500,7 @@ async fn what_somebody_else_has_written_meanwhile_is_not_replaced() {
     lab.vault.fault(late.method("POST").times(1));
     let others = async {
         until("it is on its way", async || is_hanging(&lab, "kv/data/")).await;
-        lab.vault
-            .put_secret("kv", &kv_path("main", "main"), secret(&third));
+        lab.put_key("main", "main", &third);
     };
     let ((code, said), ()) = tokio::join!(rotate(&lab, &second), others);
     assert_eq!(code, 1, "{said}");

@@ -4,16 +4,15 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use credbroker::proto::{Outcome, SignAndSendRequest};
+use credbroker_sim::installation::{RULES, Settings, kv_path};
 use credbroker_sim::kucoin::{Fault, FaultAction};
 use credbroker_sim::vault::{Fault as VaultFault, FaultRule};
 use tokio::time::timeout;
 use tonic::Code;
 
 use super::asked;
-use super::succession::{INFO, key, put};
-use crate::harness::{
-    Bot, Lab, RULES, Settings, Time, accounts, failure, kv_path, spot_cancel_all, spot_order, until,
-};
+use super::succession::{INFO, key};
+use crate::harness::{Bot, Lab, Time, accounts, failure, spot_cancel_all, spot_order, until};
 
 const MINUTE: Duration = Duration::from_secs(60);
 const HOUR: Duration = Duration::from_secs(3600);
@@ -39,7 +38,7 @@ async fn installed(rules: String) -> (Lab, Time) {
         rules,
         ..Settings::default()
     };
-    (Lab::install(&settings).await, Time::new(0))
+    (Lab::install(settings).await, Time::new(0))
 }
 
 async fn ready(main: &str, other: &str) -> (Lab, Time) {
@@ -418,7 +417,7 @@ async fn wiped_key_ends_a_request_to_vault_that_hangs_and_drops_the_version_unde
         ..Fault::once(INFO, busy)
     });
     lab.kucoin.add_key(key(2));
-    put(&lab, &key(2));
+    lab.put_key("main", "main", &key(2));
     until("the version waits for its test", async || {
         let text = lab.get("/readyz?verbose").await.1;
         text.contains("version 2 waits for its test")

@@ -3,11 +3,13 @@
 use std::time::Duration;
 
 use credbroker::proto::{ListKeysRequest, Outcome, SignAndSendResponse};
+use credbroker_sim::installation::Settings;
+use credbroker_sim::road::Road;
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 use tonic::Status;
 
-use crate::harness::{Bot, Lab, Road, Settings, Time, patient, refusal, spot_cancel_all};
+use crate::harness::{Bot, Lab, Time, patient, refusal, spot_cancel_all};
 
 const KEYS_READ: &str = "initial key load finished; accepting bots";
 
@@ -15,8 +17,8 @@ const TOO_LONG: &str = "initial key load or DNS lookups not finished within 10 s
 
 /// An installation whose broker reaches Vault over a road, and waits for its answers for long.
 async fn installed() -> (Lab, Road) {
-    let lab = Lab::install(&Settings::default()).await;
-    let road = Road::to(&lab.vault.address()).await;
+    let lab = Lab::install(Settings::default()).await;
+    let road = Road::to(&lab.vault.address()).await.unwrap();
     let address = format!("http://{}", road.address);
     lab.reconfigure(&lab.vault.address(), &address);
     lab.reconfigure("timeout_ms = 1000", "timeout_ms = 60000");
@@ -74,7 +76,7 @@ async fn bots_wait_ten_seconds_at_most_for_a_vault_that_does_not_answer() {
 
 #[tokio::test]
 async fn vault_that_is_down_delays_no_start() {
-    let mut lab = Lab::install(&Settings::default()).await;
+    let mut lab = Lab::install(Settings::default()).await;
     lab.vault.stop().await.unwrap();
     lab.spawn_broker().await;
     let told = cancel(&lab).await.unwrap().unwrap_err();

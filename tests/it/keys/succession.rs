@@ -5,12 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use credbroker::proto::{Outcome, RefreshKeyRequest};
+use credbroker_sim::installation::{MAIN_UID, kv_path, secret};
 use credbroker_sim::kucoin::{Fault, FaultAction, ReceivedRequest, SimKey, When};
 use serde_json::{Value, json};
 
-use crate::harness::{
-    Bot, Lab, MAIN_UID, Patient, accounts, kv_path, say, secret, spot_order, until,
-};
+use crate::harness::{Bot, Lab, Patient, accounts, say, spot_order, until};
 
 pub(super) const INFO: &str = "/api/v1/user/api-key";
 
@@ -20,12 +19,6 @@ pub(super) fn key(number: u64) -> SimKey {
         api_key: format!("simulated-key-{number:010}"),
         ..SimKey::fake(MAIN_UID)
     }
-}
-
-/// Vault holds it as the next version of `main/main`.
-pub(super) fn put(lab: &Lab, key: &SimKey) {
-    lab.vault
-        .put_secret("kv", &kv_path("main", "main"), secret(key));
 }
 
 pub(super) fn signed_by<'r>(
@@ -77,7 +70,7 @@ async fn a_new_version_is_tested_on_every_scope_before_it_signs_for_a_bot() {
     let mut bot = lab.patient_bot("maker").await;
     let next = key(2);
     lab.kucoin.add_key(next.clone());
-    put(&lab, &next);
+    lab.put_key("main", "main", &next);
     assert_eq!(refresh(&lab).await, 2);
     assert_eq!(reads(&mut bot).await.0, Outcome::Accepted);
     let requests = lab.kucoin.everything_received();
@@ -109,7 +102,7 @@ async fn a_version_that_the_exchange_refuses_changes_nothing_and_the_reason_show
     let lab = Lab::start().await;
     let mut bot = lab.patient_bot("maker").await;
     // The exchange does not know it.
-    put(&lab, &key(2));
+    lab.put_key("main", "main", &key(2));
     assert_eq!(refresh(&lab).await, 1);
     assert_eq!(reads(&mut bot).await.0, Outcome::Accepted);
     let (_, reasons) = status(&lab).await;
@@ -141,7 +134,7 @@ async fn a_key_that_may_not_trade_does_not_take_the_place_of_one_that_may() {
         ..key(2)
     };
     lab.kucoin.add_key(weak.clone());
-    put(&lab, &weak);
+    lab.put_key("main", "main", &weak);
     assert_eq!(refresh(&lab).await, 1);
     let (_, reasons) = status(&lab).await;
     let told = reasons
@@ -165,7 +158,7 @@ async fn a_version_that_cannot_be_tested_waits_and_is_used_once_it_can() {
         )
     };
     lab.kucoin.fault(busy);
-    put(&lab, &key(2));
+    lab.put_key("main", "main", &key(2));
     assert_eq!(refresh(&lab).await, 1);
     let (_, reasons) = status(&lab).await;
     let told = reasons
@@ -192,7 +185,7 @@ async fn a_request_whose_key_is_deleted_under_it_is_signed_again_and_the_bot_nev
     // The test of the new key takes a while, and meanwhile the old one dies.
     lab.kucoin
         .fault(Fault::once(INFO, FaultAction::Delay { ms: 700 }));
-    put(&lab, &key(2));
+    lab.put_key("main", "main", &key(2));
     until("the new key is being tested", async || {
         let requests = lab.kucoin.everything_received();
         !signed_by(&requests, &key(2)).is_empty()
@@ -235,8 +228,8 @@ async fn a_refusal_without_another_key_is_the_bots_and_comes_at_once() {
 
 #[tokio::test]
 async fn after_a_start_whose_newest_version_is_refused_the_one_before_it_serves() {
-    let mut lab = Lab::install(&crate::harness::Settings::default()).await;
-    put(&lab, &key(2));
+    let mut lab = Lab::install(credbroker_sim::installation::Settings::default()).await;
+    lab.put_key("main", "main", &key(2));
     lab.start_broker().await;
     until_version(&lab, 1).await;
     let mut bot = lab.patient_bot("maker").await;
@@ -248,7 +241,7 @@ async fn after_a_start_whose_newest_version_is_refused_the_one_before_it_serves(
     assert!(told, "{reasons:?}");
     // And the next one is taken up as ever.
     lab.kucoin.add_key(key(3));
-    put(&lab, &key(3));
+    lab.put_key("main", "main", &key(3));
     until_version(&lab, 3).await;
     assert_eq!(
         status(&lab).await.0,
@@ -262,7 +255,7 @@ async fn an_admin_goes_back_to_an_older_version_and_on_again() {
     let lab = Lab::start().await;
     let mut bot = lab.patient_bot("maker").await;
     lab.kucoin.add_key(key(2));
-    put(&lab, &key(2));
+    lab.put_key("main", "main", &key(2));
     until_version(&lab, 2).await;
     let use_version = |version: &str| {
         lab.vault.set_custom_metadata(
@@ -341,7 +334,7 @@ async fn a_hundred_rotations_under_load_fail_no_call_and_no_key_signs_after_its_
     for number in 2..2 + ROTATIONS {
         let next = key(number);
         lab.kucoin.add_key(next.clone());
-        put(&lab, &next);
+        lab.put_key("main", "main", &next);
         assert_eq!(refresh(&lab).await, number);
         lab.kucoin.remove_key(&before.api_key);
         before = next;
@@ -458,7 +451,7 @@ async fn a_stalled_test_of_a_new_key_holds_no_call_up() {
         when: When::BeforeTaken,
     };
     lab.kucoin.fault(Fault::once(INFO, stall));
-    put(&lab, &key(2));
+    lab.put_key("main", "main", &key(2));
     until("the new key is being tested", async || {
         let requests = lab.kucoin.everything_received();
         !signed_by(&requests, &key(2)).is_empty()

@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use credbroker::vault::{OutageKind, Vault};
+use credbroker_sim::installation::ROOT_TOKEN;
 use credbroker_sim::vault::{Fault, FaultRule, RoleSettings, Seen, VaultSim};
 
 use super::login::{FIVE, LOGIN, METADATA, approle, status};
 use super::{NO_ANSWER, answered, put};
-use crate::harness::{ROOT_TOKEN, until};
+use crate::harness::until;
 
 const RENEW: &str = "auth/token/renew-self";
 const REVOKE: &str = "auth/token/revoke-self";

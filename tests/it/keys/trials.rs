@@ -5,15 +5,13 @@ use std::time::{Duration, Instant};
 use credbroker::proto::{
     KeyState, KeyStatus, ListKeysRequest, Outcome, RevokeKeyRequest, TestKeyRequest,
 };
+use credbroker_sim::installation::{MAIN_UID, RULES, Settings, kv_path};
 use credbroker_sim::kucoin::{Fault, FaultAction, SimKey, When};
 use credbroker_sim::vault::{Fault as VaultFault, FaultRule};
 use serde_json::Value;
 
-use super::succession::{INFO, key, put, reads, refresh, signed_by, status, until_version};
-use crate::harness::{
-    Bot, Lab, MAIN_UID, PATIENCE, Patient, RULES, Settings, Time, accounts, kv_path, refusal,
-    secret, until,
-};
+use super::succession::{INFO, key, reads, refresh, signed_by, status, until_version};
+use crate::harness::{Bot, Lab, PATIENCE, Patient, Time, accounts, refusal, until};
 
 /// Every test of a key meets this until faults are cleared.
 fn fault(action: FaultAction) -> Fault {
@@ -118,7 +116,7 @@ async fn vault_is_heard_within_one_poll_while_a_test_hangs() {
     until_tested(&lab, "main").await;
     lab.kucoin.add_key(key(2));
     lab.kucoin.fault(hang());
-    put(&lab, &key(2));
+    lab.put_key("main", "main", &key(2));
     until("the new key is being tested", async || {
         tests_of(&lab, &key(2)) > 0
     })
@@ -149,12 +147,12 @@ async fn a_newer_version_is_tested_in_place_of_one_whose_test_hangs() {
     lab.kucoin.fault(Fault::once(INFO, stall));
     lab.kucoin.add_key(key(2));
     lab.kucoin.add_key(key(3));
-    put(&lab, &key(2));
+    lab.put_key("main", "main", &key(2));
     until("the new key is being tested", async || {
         tests_of(&lab, &key(2)) > 0
     })
     .await;
-    put(&lab, &key(3));
+    lab.put_key("main", "main", &key(3));
     until_version(&lab, 3).await;
     assert!(is_before_the_hanging_test_ends(&lab, "in_use"));
 }
@@ -166,7 +164,7 @@ async fn a_key_that_was_deleted_with_all_its_versions_does_not_serve_beside_its_
     until_tested(&lab, "main").await;
     // Both between two polls; the exchange does not know the new one.
     lab.vault.delete_metadata("kv", &kv_path("main", "main"));
-    put(&lab, &key(2));
+    lab.put_key("main", "main", &key(2));
     refresh(&lab).await;
     assert_eq!(
         reads(&mut bot).await,
@@ -183,7 +181,7 @@ async fn a_key_that_is_deleted_and_written_anew_between_two_polls_fails_no_call(
     until_tested(&lab, "main").await;
     lab.vault.delete_metadata("kv", &kv_path("main", "main"));
     lab.kucoin.add_key(key(2));
-    put(&lab, &key(2));
+    lab.put_key("main", "main", &key(2));
     let began = Instant::now();
     loop {
         assert_eq!(reads(&mut bot).await.0, Outcome::Accepted);
@@ -201,7 +199,7 @@ async fn a_key_that_has_no_version_yet_is_told_so() {
         keys: vec![("other", "main", 1002)],
         ..Settings::default()
     };
-    let mut lab = Lab::install(&settings).await;
+    let mut lab = Lab::install(settings).await;
     note(&lab, &[("owner", "desk")]);
     lab.start_broker().await;
     until("Vault has been asked", async || {
@@ -210,7 +208,7 @@ async fn a_key_that_has_no_version_yet_is_told_so() {
     })
     .await;
     lab.kucoin.add_key(key(1));
-    put(&lab, &key(1));
+    lab.put_key("main", "main", &key(1));
     until_version(&lab, 1).await;
 }
 
@@ -244,7 +242,7 @@ async fn a_key_that_is_gone_when_it_is_revoked_stays_dead_and_its_successor_live
     until_polled(&lab).await;
     assert_eq!(reads_of_vault(), before);
     lab.kucoin.add_key(key(2));
-    put(&lab, &key(2));
+    lab.put_key("main", "main", &key(2));
     until_version(&lab, 2).await;
     assert_eq!(reads(&mut bot).await.0, Outcome::Accepted);
     // Now that one is deleted: it was not revoked.
@@ -296,11 +294,11 @@ async fn a_refusal_is_over_once_a_test_says_so_and_a_test_without_an_answer_take
 
 #[tokio::test]
 async fn a_version_that_was_refused_is_tried_again_without_being_asked() {
-    let mut lab = Lab::install(&Settings::default()).await;
+    let mut lab = Lab::install(Settings::default()).await;
     let time = Time::new(0);
     lab.start_broker_on(time.clock()).await;
     lab.until_ready().await;
-    put(&lab, &key(2));
+    lab.put_key("main", "main", &key(2));
     assert_eq!(refresh(&lab).await, 1);
     // Whoever made it has mended it at the exchange, and gone home.
     lab.kucoin.add_key(key(2));
@@ -349,8 +347,7 @@ async fn a_key_that_new_rules_name_is_tested_at_once() {
     let lab = Lab::start().await;
     let third = SimKey::fake(1003);
     lab.kucoin.add_key(third.clone());
-    lab.vault
-        .put_secret("kv", &kv_path("third", "main"), secret(&third));
+    lab.put_key("third", "main", &third);
     // Its rules wait for a key that is not to be had, for seconds.
     let hangs = kv_path("fourth", "main");
     lab.vault.fault(FaultRule::new(
@@ -376,7 +373,7 @@ async fn what_strangers_write_reaches_no_terminal_as_it_is() {
         when: When::BeforeTaken,
     }));
     test(&lab).await;
-    put(&lab, &key(2));
+    lab.put_key("main", "main", &key(2));
     refresh(&lab).await;
     let reasons = state(&lab).await.reasons;
     let told: Vec<_> = reasons
@@ -403,7 +400,7 @@ async fn a_test_that_hangs_when_the_broker_stops_leaves_nothing_to_look_up() {
     until_tested(&lab, "main").await;
     lab.kucoin.fault(hang());
     lab.kucoin.add_key(key(2));
-    put(&lab, &key(2));
+    lab.put_key("main", "main", &key(2));
     until("the new key is being tested", async || {
         tests_of(&lab, &key(2)) > 0
     })

@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
+use credbroker_sim::installation::ROOT_TOKEN;
 use credbroker_sim::vault::{Fault, FaultRule, RoleSettings, VaultSim};
 use serde_json::Value;
 
 use super::login::LOGIN;
 use super::real::Api;
-use super::{LOGIN_REFUSED, Rig, Setup, answered, key, put, replace};
-use crate::harness::{ROOT_TOKEN, until};
+use super::{LOGIN_REFUSED, Rig, Setup, answered, key, put};
+use crate::harness::until;
 
 const LOOKUP: &str = "sys/wrapping/lookup";
 const UNWRAP: &str = "sys/wrapping/unwrap";
@@ -31,12 +32,12 @@ pub(super) async fn wrapped(role: &str) -> Setup {
     let vault = setup.vault.clone();
     let (role_id, _) = vault.enable_approle("credbroker", RoleSettings::default());
     vault.enable_approle("other", RoleSettings::default());
-    setup.auth = format!(
+    setup.settings.auth = format!(
         "method = \"approle\"\nrole_id = \"{role_id}\"\nrole = \"credbroker\"\nwrapped = true\n\
          secret_id_file = \"wrapping-token\""
     );
     let token = wrapping_token(&vault, role).await;
-    setup.files = vec![("wrapping-token", format!("{token}\n"))];
+    setup.settings.files = vec![("wrapping-token", format!("{token}\n"))];
     setup
 }
 
@@ -48,7 +49,7 @@ fn file_exists(rig: &Rig) -> bool {
 async fn a_wrapped_secret_id_is_looked_up_unwrapped_once_and_its_file_deleted() {
     let setup = wrapped("credbroker").await;
     let vault = setup.vault.clone();
-    let token = setup.files[0].1.trim().to_owned();
+    let token = setup.settings.files[0].1.trim().to_owned();
     let rig = setup.ready().await;
     assert!(!file_exists(&rig));
     assert_eq!(answered(&vault, LOOKUP, 200), 1);
@@ -80,7 +81,7 @@ async fn a_used_or_expired_wrapping_token_is_told_and_asked_about_only_once() {
     for expired in [false, true] {
         let setup = wrapped("credbroker").await;
         let vault = setup.vault.clone();
-        let token = setup.files[0].1.trim().to_owned();
+        let token = setup.settings.files[0].1.trim().to_owned();
         if expired {
             vault.advance_clock(Duration::from_secs(61));
         } else {
@@ -99,7 +100,7 @@ async fn a_used_or_expired_wrapping_token_is_told_and_asked_about_only_once() {
         assert_eq!(rig.logs.count(&[token.as_str()]), 0);
 
         let fresh = wrapping_token(&vault, "credbroker").await;
-        replace(&rig.lab.path("wrapping-token"), &fresh);
+        rig.lab.replace("wrapping-token", &fresh).unwrap();
         rig.until_restored(1).await;
         assert!(!file_exists(&rig));
         rig.end().await;

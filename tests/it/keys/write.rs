@@ -11,6 +11,7 @@ use credbroker::vault::{
     Auth, Facts, Metadata, NotedState, Notes, OutageKind, Registration, Vault, VaultError,
     VaultSettings, WriteError,
 };
+use credbroker_sim::installation::{ROOT_TOKEN, kv_path};
 use credbroker_sim::vault::{Fault, FaultRule, Seen, VaultSim};
 use rustls::{ClientConfig, RootCertStore};
 use serde_json::{Value, json};
@@ -19,7 +20,7 @@ use zeroize::Zeroizing;
 
 use super::policies::shipped;
 use super::real::{Api, Backend};
-use crate::harness::{ROOT_TOKEN, kv_path, until};
+use crate::harness::until;
 
 on_both! {
     a_key_is_written_whole_and_only_on_top_of_the_version_that_was_seen

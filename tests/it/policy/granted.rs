@@ -3,10 +3,11 @@
 use std::fmt::Write as _;
 
 use credbroker::proto::{Method, Scope, SignAndSendRequest};
+use credbroker_sim::installation::Settings;
 use credbroker_sim::kucoin::{Host, Signature};
 
 use super::{Arena, CATALOGUE, CLASSES, SCOPES, filled, method_of, on, parameter, scope_of, word};
-use crate::harness::{Lab, Settings, refusal};
+use crate::harness::{Lab, refusal};
 
 /// One bot per class, in every scope, on an account that could do anything.
 fn class_rules() -> String {

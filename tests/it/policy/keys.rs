@@ -1,11 +1,12 @@
 //! Which key signs, and what goes along with the signature: key per scope, key version, partner, site.
 
 use credbroker::proto::{Method, Scope};
+use credbroker_sim::installation::Settings;
 use credbroker_sim::kucoin::{Partner, ReceivedRequest, Signature, SimKey};
 use tonic::Code;
 
 use super::{Arena, on};
-use crate::harness::{Lab, Settings, failure, kv_path, rules_for, secret};
+use crate::harness::{Lab, failure, rules_for};
 
 const ACCOUNT: &str = r#"
 [account.main]
@@ -64,8 +65,7 @@ async fn lab(vault: [SimKey; 3]) -> Lab {
     })
     .await;
     for (name, key) in ["spot", "perpetual", "unified"].into_iter().zip(&vault) {
-        lab.vault
-            .put_secret("kv", &kv_path("main", name), secret(key));
+        lab.put_key("main", name, key);
     }
     for key in [spot(), futures(), SimKey::fake(23)] {
         lab.kucoin.add_key(key);

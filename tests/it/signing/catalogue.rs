@@ -4,10 +4,11 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use credbroker::proto::{Method, QueryParameter, Scope, SignAndSendRequest};
+use credbroker_sim::installation::{MAIN_UID, Settings};
 use credbroker_sim::kucoin::{Host, Signature, SimKey};
 use serde_json::Value;
 
-use crate::harness::{Lab, MAIN_UID, Settings, request};
+use crate::harness::{Lab, request};
 
 /// Values for path parameters: ids, symbols, and every character that a segment may have.
 const VALUES: [&str; 6] = [
