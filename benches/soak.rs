@@ -222,7 +222,7 @@ impl Process {
                 tasks: site.metric("tasks").await,
             },
             threads: field("Threads:"),
-            connections: site.metric("connections ").await,
+            connections: site.metric("connections").await,
         }
     }
 }

@@ -1,6 +1,5 @@
 //! Who may connect: TLS 1.3 with a bot's certificate, and nobody else.
 
-use std::path::Path;
 use std::process::Command;
 
 use credbroker::clock::Clock;
@@ -290,9 +289,7 @@ async fn ca_file_with_a_non_ca_certificate_is_refused() {
                 &[]
             };
             for command in commands.iter().copied() {
-                let config = lab.path("config.toml");
-                let output = tokio::task::spawn_blocking(move || run(command, &config)).await;
-                let (code, said) = output.unwrap();
+                let (code, said) = run(&lab, command).await;
                 assert_ne!(code, Some(0), "{command}: {said}");
                 assert!(said.contains(&without_quotes(subject)), "{command}: {said}");
             }
@@ -355,16 +352,11 @@ fn without_quotes(text: &str) -> String {
     text.replace('"', "")
 }
 
-/// Runs the real program on a configuration; its exit code, and what it said on both streams without quotes.
-fn run(command: &str, config: &Path) -> (Option<i32>, String) {
-    let mut program = Command::new(env!("CARGO_BIN_EXE_credbroker"));
-    let output = program.arg(command).arg("--config").arg(config).output();
-    let output = output.unwrap();
-    let said = [output.stdout, output.stderr].concat();
-    (
-        output.status.code(),
-        without_quotes(&String::from_utf8(said).unwrap()),
-    )
+/// Runs the real program; its exit code, and what it said on both streams without quotes.
+async fn run(lab: &Lab, command: &str) -> (Option<i32>, String) {
+    let ended = lab.run(&[command]).await;
+    let said = ended.stdout + &ended.stderr;
+    (ended.code, without_quotes(&said))
 }
 
 #[tokio::test]
@@ -377,9 +369,7 @@ async fn a_ca_whose_constraints_cannot_be_compared_is_reported() {
     let mut lab = Lab::install(install).await;
     let both = format!("{}{}", lab.ca.certificate_pem(), bound.certificate_pem());
     lab.write("ca.pem", &both).unwrap();
-    let config = lab.path("config.toml");
-    let checked = tokio::task::spawn_blocking(move || run("check-config", &config)).await;
-    let (code, said) = checked.unwrap();
+    let (code, said) = run(&lab, "check-config").await;
     assert_eq!(code, Some(0), "{said}");
     let warning = "CN=bound CA has name constraints that the TLS library cannot check: directory names (every certificate from this \
                    CA is refused)";

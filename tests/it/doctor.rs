@@ -1,6 +1,5 @@
 //! `credbroker doctor`, as the real program: a healthy installation, and one thing after the other broken in it.
 
-use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use credbroker::clock::Clock;
@@ -79,21 +78,7 @@ fn deny_writes(lab: &Lab) {
 }
 
 async fn doctor(lab: &Lab, words: &[&str]) -> Ended {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_credbroker"));
-    command
-        .arg("doctor")
-        .arg("--config")
-        .arg(lab.path("config.toml"))
-        .args(words)
-        .stdin(Stdio::null());
-    let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await;
-    let output = output.unwrap();
-    let text = |bytes| String::from_utf8(bytes).unwrap();
-    let ended = Ended {
-        code: output.status.code(),
-        stdout: text(output.stdout),
-        stderr: text(output.stderr),
-    };
+    let ended = lab.run(&[&["doctor"], words].concat()).await;
     let both = format!("{}{}", ended.stdout, ended.stderr);
     assert!(!both.contains(MARK) && !both.contains(ROOT_TOKEN), "{both}");
     ended

@@ -748,10 +748,7 @@ impl Site {
 
     /// The value of a metric with its labels; 0 where it is not written.
     pub(crate) async fn metric(&self, name: &str) -> f64 {
-        let text = self.lab.get("/metrics").await.1;
-        let mut lines = text.lines();
-        let value = lines.find_map(|line| line.strip_prefix("credbroker_")?.strip_prefix(name));
-        value.map_or(0.0, |value| value.trim().parse().unwrap())
+        self.lab.metric(name).await.unwrap_or_default()
     }
 
     /// Waits until a metric satisfies `condition`.

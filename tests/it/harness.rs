@@ -76,6 +76,31 @@ impl Ended {
     }
 }
 
+/// Runs the real program to its end.
+pub(crate) async fn program(words: &[&str], input: impl AsRef<[u8]>) -> Ended {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_credbroker"));
+    command
+        .args(words)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let input = input.as_ref().to_owned();
+    // Not on this thread: the broker may run on it.
+    let run = move || {
+        let mut child = command.spawn().unwrap();
+        // A program that has ended already reads nothing.
+        let _ = child.stdin.take().unwrap().write_all(&input);
+        child.wait_with_output().unwrap()
+    };
+    let output = tokio::task::spawn_blocking(run).await.unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    Ended {
+        code: output.status.code(),
+        stdout: text(output.stdout),
+        stderr: text(output.stderr),
+    }
+}
+
 /// A text without its line ends and indents.
 pub(crate) fn in_one_line(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
@@ -243,30 +268,18 @@ impl Lab {
 
     /// Runs the real program, with this installation's `admin.toml`; `input` is what its stdin says.
     pub(crate) async fn cli(&self, words: &[&str], input: impl AsRef<[u8]>) -> Ended {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_credbroker"));
-        command
-            .args(words)
-            .arg("--admin")
-            .arg(self.path("admin.toml"));
-        command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        let input = input.as_ref().to_owned();
-        // Not on this thread: the broker may run on it.
-        let run = move || {
-            let mut child = command.spawn().unwrap();
-            // A program that has ended already reads nothing.
-            let _ = child.stdin.take().unwrap().write_all(&input);
-            child.wait_with_output().unwrap()
-        };
-        let output = tokio::task::spawn_blocking(run).await.unwrap();
-        let text = |bytes| String::from_utf8(bytes).unwrap();
-        Ended {
-            code: output.status.code(),
-            stdout: text(output.stdout),
-            stderr: text(output.stderr),
-        }
+        let file = self.path("admin.toml");
+        program(
+            &[words, &["--admin", file.to_str().unwrap()]].concat(),
+            input,
+        )
+        .await
+    }
+
+    /// The same with its `config.toml`, and nothing on stdin.
+    pub(crate) async fn run(&self, words: &[&str]) -> Ended {
+        let file = self.path("config.toml");
+        program(&[words, &["--config", file.to_str().unwrap()]].concat(), "").await
     }
 
     /// A connection for requests that no bot's library would send.

@@ -17,7 +17,7 @@ use tonic::Status;
 use tonic_types::StatusExt;
 
 use crate::delivery::tls_with;
-use crate::harness::{Lab, accounts, patient, request, spot_order, until};
+use crate::harness::{Ended, Lab, accounts, patient, program, request, spot_order, until};
 use crate::keys::register;
 
 /// A line that nobody wrote, a cleared screen, text that reads backwards, what is invisible, and no end.
@@ -252,23 +252,18 @@ async fn screens(lab: &Lab) {
         &["policy", "show", "--json", &path("named.toml")],
         &["explain", typed],
     ] {
-        program(words).await;
+        clean_program(words).await;
     }
 }
 
 /// Runs the program and looks at what it says; returns that.
-async fn program(words: &[&str]) -> String {
-    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_credbroker"));
-    command.args(words);
-    let ended = tokio::task::spawn_blocking(move || command.output().unwrap());
-    let ended = ended.await.unwrap();
-    let said = [ended.stdout, ended.stderr].map(|bytes| String::from_utf8(bytes).unwrap());
-    let [stdout, stderr] = &said;
+async fn clean_program(words: &[&str]) -> String {
+    let Ended { stdout, stderr, .. } = program(words, "").await;
     let output = words.join(" ");
-    assert_clean(&output, stdout);
-    assert_clean(&output, stderr);
+    assert_clean(&output, &stdout);
+    assert_clean(&output, &stderr);
     assert_ne!(stdout.len() + stderr.len(), 0, "{output:?} says nothing");
-    said.concat()
+    stdout + &stderr
 }
 
 async fn outputs_with_a_hostile_exchange(format: &str) {
@@ -445,7 +440,7 @@ async fn names_in_a_server_certificate_are_clean_in_every_output() {
         &["doctor", "--config", &config][..],
         &["doctor", "--json", "--config", &config],
     ] {
-        let said = program(words).await;
+        let said = clean_program(words).await;
         for line in said.lines().filter(|line| line.starts_with('{')) {
             assert_json_clean("doctor", &serde_json::from_str(line).unwrap());
         }
@@ -469,10 +464,7 @@ async fn the_health_command_shows_no_control_characters() {
         let answer = format!("HTTP/1.1 200 ok\r\nconnection: close\r\n\r\n{text}");
         let _ = stream.write_all(answer.as_bytes()).await;
     });
-    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_credbroker"));
-    command.args(["health", "--address", &address]);
-    let ended = tokio::task::spawn_blocking(move || command.output().unwrap());
-    let text = String::from_utf8(ended.await.unwrap().stdout).unwrap();
+    let text = program(&["health", "--address", &address], "").await.stdout;
     let text = text.replace("\nforged", "");
     assert_clean("health", &text);
     assert!(text.contains("spoof\\u{202e}"), "{text:.300}");

@@ -1,6 +1,5 @@
 //! What admins forbid: in force at once, whatever Vault does, and still after a kill and a restart.
 
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -17,7 +16,7 @@ use tonic::Status;
 
 use crate::delivery::tls_of;
 use crate::harness::{
-    Bot, Lab, Patient, accounts, failure, futures_order, in_one_line, refusal, request,
+    Bot, Ended, Lab, Patient, accounts, failure, futures_order, in_one_line, refusal, request,
     spot_cancel_all, spot_order, until,
 };
 
@@ -650,18 +649,10 @@ async fn a_broker_that_cannot_read_what_is_forbidden_does_not_start() {
     let lab = Lab::install(Settings::default()).await;
     std::fs::create_dir_all(lab.path("state")).unwrap();
     std::fs::write(lab.path("state/restrictions.json"), "{\"blocked_bots\": ").unwrap();
-    let config = lab.path("config.toml");
-    let run = move || {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_credbroker"));
-        command
-            .args(["serve", "--config"])
-            .arg(config)
-            .output()
-            .unwrap()
-    };
-    let output = tokio::task::spawn_blocking(run).await.unwrap();
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{said}");
+    let Ended {
+        code, stderr: said, ..
+    } = lab.run(&["serve"]).await;
+    assert_eq!(code, Some(1), "{said}");
     let part =
         "state/restrictions.json cannot be read, and what it forbids must not be lost; restore it";
     assert!(said.contains(part), "{said}");

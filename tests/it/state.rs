@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::process::{Command, Output};
 
 use credbroker::config::Config;
 use credbroker_sim::installation::Settings;
@@ -42,19 +41,6 @@ fn audit_lines(lab: &Lab) -> Vec<Value> {
     let text = std::fs::read_to_string(lab.path("state/audit.jsonl")).unwrap();
     let lines = text.lines().map(|line| serde_json::from_str(line).unwrap());
     lines.collect()
-}
-
-/// Runs the real program to its end.
-async fn run(lab: &Lab, words: &[&str]) -> (Output, String) {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_credbroker"));
-    command
-        .args(words)
-        .arg("--config")
-        .arg(lab.path("config.toml"));
-    let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await;
-    let output = output.unwrap();
-    let said = String::from_utf8(output.stderr.clone()).unwrap();
-    (output, said)
 }
 
 #[tokio::test]
@@ -120,19 +106,19 @@ async fn start_without_restrictions_beside_an_old_audit_file_is_logged_too() {
 async fn parent_of_the_state_dir_is_never_made() {
     let lab = Lab::install(Settings::default()).await;
     lab.reconfigure("state_dir = \"state\"", "state_dir = \"mnt/state\"");
-    let (output, said) = run(&lab, &["serve"]).await;
-    assert_eq!(output.status.code(), Some(1), "{said}");
+    let ended = lab.run(&["serve"]).await;
+    assert_eq!(ended.code, Some(1), "{ended:?}");
     for part in [
         "cannot create ",
         "mnt/state: its parent ",
         "mnt does not exist; mount the disk, create the parent, or correct state_dir",
     ] {
-        assert!(said.contains(part), "{part:?} is not in {said}");
+        assert!(ended.stderr.contains(part), "{part:?} is not in {ended:?}");
     }
     assert!(!lab.path("mnt").exists());
-    let (output, _) = run(&lab, &["doctor", "--json"]).await;
-    let lines = String::from_utf8(output.stdout).unwrap();
-    let state = lines
+    let ended = lab.run(&["doctor", "--json"]).await;
+    let state = ended
+        .stdout
         .lines()
         .map(|line| serde_json::from_str::<Value>(line).unwrap())
         .find(|line| line["check"] == "state")
@@ -149,9 +135,8 @@ async fn parent_of_the_state_dir_is_never_made() {
 async fn doctor_warns_of_a_state_dir_that_holds_nothing() {
     let lab = Lab::install(Settings::default()).await;
     std::fs::create_dir(lab.path("state")).unwrap();
-    let (output, _) = run(&lab, &["doctor", "--json"]).await;
-    let lines = String::from_utf8(output.stdout).unwrap();
-    let told = lines.lines().any(|line| {
+    let ended = lab.run(&["doctor", "--json"]).await;
+    let told = ended.stdout.lines().any(|line| {
         let line: Value = serde_json::from_str(line).unwrap();
         line["check"] == "state"
             && line["status"] == "warning"
@@ -160,7 +145,7 @@ async fn doctor_warns_of_a_state_dir_that_holds_nothing() {
                 .unwrap()
                 .ends_with("holds no restrictions.json")
     });
-    assert!(told, "{lines}");
+    assert!(told, "{ended:?}");
 }
 
 #[tokio::test]

@@ -7,7 +7,7 @@ use credbroker_sim::installation::{ROOT_TOKEN, Settings};
 use super::Setup;
 use super::register::{Held, key, run, settings};
 use super::succession::refresh;
-use crate::harness::{Lab, in_one_line};
+use crate::harness::{Lab, in_one_line, program};
 
 const FIELD_CASES: &str = "tests/field-cases/files";
 
@@ -96,12 +96,7 @@ async fn doctor_names_a_malformed_token_file() {
     let lab = Lab::install(Settings::default()).await;
     for (bytes, told) in tokens() {
         std::fs::write(lab.path("token"), bytes).unwrap();
-        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_credbroker"));
-        command
-            .args(["doctor", "--config"])
-            .arg(lab.path("config.toml"));
-        let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await;
-        let said = in_one_line(&String::from_utf8(output.unwrap().stdout).unwrap());
+        let said = in_one_line(&lab.run(&["doctor"]).await.stdout);
         assert!(said.contains(told), "{told:?} is not in {said}");
         assert!(!said.contains("does the agent"), "{said}");
         assert!(!said.contains(TOKEN), "{said}");
@@ -141,12 +136,9 @@ async fn configuration_in_utf16_is_named_with_the_fix() {
     let other = text.replace("rules.toml", "rules-utf16.toml");
     std::fs::write(lab.path("other.toml"), other).unwrap();
     for file in ["config-utf16.toml", "other.toml"] {
-        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_credbroker"));
-        command
-            .args(["check-config", "--config"])
-            .arg(lab.path(file));
-        let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await;
-        let said = String::from_utf8(output.unwrap().stderr).unwrap();
+        let file = lab.path(file);
+        let words = ["check-config", "--config", file.to_str().unwrap()];
+        let said = program(&words, "").await.stderr;
         let told = "is UTF-16, as PowerShell's `>` writes it; save it as UTF-8";
         assert!(said.contains(told), "{said}");
     }

@@ -1,7 +1,6 @@
 //! What `keys rollback` holds in use: it shows everywhere, and once it is dead only what was written after it follows.
 
 use std::collections::BTreeMap;
-use std::process::Command;
 
 use credbroker_sim::installation::kv_path;
 use credbroker_sim::kucoin::SimKey;
@@ -47,12 +46,7 @@ async fn until_polled(lab: &Lab) {
 }
 
 async fn doctor(lab: &Lab) -> Vec<Value> {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_credbroker"));
-    command
-        .args(["doctor", "--json", "--config"])
-        .arg(lab.path("config.toml"));
-    let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await;
-    let text = String::from_utf8(output.unwrap().stdout).unwrap();
+    let text = lab.run(&["doctor", "--json"]).await.stdout;
     let lines = text.lines().map(|line| serde_json::from_str(line).unwrap());
     lines.collect()
 }
