@@ -1,4 +1,4 @@
-//! A whole installation in one process: simulated Vault and KuCoin, throw-away certificates, one broker, any bots.
+//! An installation with its broker and any bots.
 
 use std::collections::BTreeMap;
 use std::fs::Permissions;

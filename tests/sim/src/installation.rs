@@ -221,6 +221,8 @@ futures = "{futures}"
                 .unwrap_or_else(|| installation.kucoin.futures_url()),
             config = settings.config,
         );
+        // What is empty above leaves no blank lines.
+        let config = config.trim_end().replace("\n\n\n", "\n\n") + "\n";
         installation.write("config.toml", &(settings.edit)(config))?;
         installation.write("rules.toml", &settings.rules)?;
         installation.write("token", &format!("{ROOT_TOKEN}\n"))?;
