@@ -553,8 +553,7 @@ async fn a_version_of_somebody_else_is_not_taken_for_one_whose_answer_was_lost()
             since.any(|seen| seen.method == "POST" && seen.path.starts_with("/v1/kv/data/"))
         })
         .await;
-        lab.vault
-            .put_secret("kv", &kv_path("main", "main"), secret(&third));
+        lab.put_key("main", "main", &third);
     };
     let ((code, said), ()) = tokio::join!(rotate(&lab, &second), others);
     assert_eq!(code, 1, "{said}");
@@ -587,8 +586,7 @@ async fn a_version_that_arrives_late_is_told_to_be_unclear_and_finished_by_the_n
     );
     assert_eq!(held.newest("main").await, 1);
     assert_eq!(signer(&lab, &mut bot).await, first.api_key);
-    lab.vault
-        .put_secret("kv", &kv_path("main", "main"), secret(&second));
+    lab.put_key("main", "main", &second);
     until_serves(&lab, 2).await;
     let (code, said) = rotate(&lab, &second).await;
     assert_eq!(code, 0, "{said}");
