@@ -13,7 +13,7 @@ use std::time::Duration;
 use serde::{Serialize, Serializer};
 use sha2::{Digest, Sha256};
 
-use crate::base::ids::{AccountId, BotId, KeyName, RequestId, Who, hex};
+use crate::base::ids::{AccountId, BotId, KeyName, Principal, RequestId, hex};
 use crate::base::lock::Mutex;
 use crate::base::outcome::{Outcome, Reason};
 use crate::base::text::{MAX_CHARS, clean, clean_json};
@@ -61,9 +61,9 @@ pub(crate) struct AuditError(#[source] io::Error);
 
 /// Who asked, in every line of a call.
 #[derive(Clone, Debug)]
-pub(crate) struct Caller<'a> {
+pub(crate) struct CallContext<'a> {
     /// The bot, or an admin, or the broker itself.
-    pub(crate) who: &'a Who,
+    pub(crate) who: &'a Principal,
     /// The call's name.
     pub(crate) request_id: &'a RequestId,
     /// This run's own name of the call; request ids are the bot's and may repeat.
@@ -115,7 +115,7 @@ struct Line<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     endpoint: Option<&'a str>,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
-    request: Option<What<'a>>,
+    request: Option<AuditedRequest<'a>>,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     ending: Option<&'a Ending<'a>>,
 }
@@ -226,7 +226,7 @@ struct TornLine<'a> {
 
 /// What was asked.
 #[derive(Serialize)]
-struct What<'a> {
+struct AuditedRequest<'a> {
     method: &'static str,
     target: String,
     body_bytes: usize,
@@ -273,14 +273,14 @@ impl Audit {
     /// When the line cannot be written and the request adds risk; any other goes on, with its line in the log.
     pub(crate) fn intent(
         &self,
-        caller: &Caller<'_>,
+        caller: &CallContext<'_>,
         permit: &Permit,
         request: &UnsignedRequest,
     ) -> Result<Recorded, AuditError> {
         let client_oid_in_path = permit
             .endpoint()
             .and_then(|e| e.path_parameter("clientOid", request.target.path()));
-        let what = What::new(request, client_oid_in_path);
+        let what = AuditedRequest::new(request, client_oid_in_path);
         match self.write(
             "intent",
             caller,
@@ -296,12 +296,12 @@ impl Audit {
     /// Records a call that ended without an intent: refused by the rules, malformed, or while shutting down.
     pub(crate) fn denied(
         &self,
-        caller: &Caller<'_>,
+        caller: &CallContext<'_>,
         request: Option<&UnsignedRequest>,
         ending: &Ending<'_>,
     ) {
         let what = request.map(|request| {
-            let mut what = What::new(request, None);
+            let mut what = AuditedRequest::new(request, None);
             // Whoever is refused chooses how long it is.
             what.target = cut(&what.target, MAX_DENIED_TARGET).to_owned();
             what.client_oids.truncate(MAX_DENIED_OIDS);
@@ -312,13 +312,18 @@ impl Audit {
     }
 
     /// Records how a call ended: what the bot was told.
-    pub(crate) fn outcome(&self, caller: &Caller<'_>, endpoint: &str, ending: &Ending<'_>) {
+    pub(crate) fn outcome(&self, caller: &CallContext<'_>, endpoint: &str, ending: &Ending<'_>) {
         let _ = self.write("outcome", caller, Some(endpoint), None, Some(ending));
     }
 
     /// Records what was learnt about a request after its bot had been told that nobody knows.
-    pub(crate) fn learnt(&self, caller: &Caller<'_>, endpoint: &str, ending: &Ending<'_>) {
-        let _ = self.write("learnt", caller, Some(endpoint), None, Some(ending));
+    pub(crate) fn late_answer(
+        &self,
+        caller: &CallContext<'_>,
+        endpoint: &str,
+        ending: &Ending<'_>,
+    ) {
+        let _ = self.write("late_answer", caller, Some(endpoint), None, Some(ending));
     }
 
     /// Records a change of what the broker goes by. It is in force (or not) whether or not it can be recorded.
@@ -424,9 +429,9 @@ impl Audit {
     fn write(
         &self,
         event: &'static str,
-        caller: &Caller<'_>,
+        caller: &CallContext<'_>,
         endpoint: Option<&str>,
-        request: Option<What<'_>>,
+        request: Option<AuditedRequest<'_>>,
         ending: Option<&Ending<'_>>,
     ) -> io::Result<()> {
         let mut file = self.file.lock();
@@ -471,7 +476,7 @@ impl Audit {
     }
 }
 
-impl<'a> What<'a> {
+impl<'a> AuditedRequest<'a> {
     fn new(request: &'a UnsignedRequest, client_oid_in_path: Option<&'a str>) -> Self {
         let in_query = request
             .target
@@ -672,8 +677,8 @@ mod tests {
         let before: &[u8] = b"{\"event\":\"act\"}\n";
         std::fs::write(&path, [before, end].concat()).unwrap();
         let audit = Audit::open(&path, Arc::new(Clock::system()), Arc::default()).unwrap();
-        let (who, request_id) = (Who::Bot("b".parse().unwrap()), "r".parse().unwrap());
-        let caller = Caller {
+        let (who, request_id) = (Principal::Bot("b".parse().unwrap()), "r".parse().unwrap());
+        let caller = CallContext {
             who: &who,
             request_id: &request_id,
             call: 1,

@@ -33,8 +33,8 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::audit::{Audit, Caller, Ending};
-use crate::base::ids::{AccountId, AdminId, BotId, RequestId, Who};
+use crate::audit::{Audit, CallContext, Ending};
+use crate::base::ids::{AccountId, AdminId, BotId, Principal, RequestId};
 use crate::base::lock::RwLock;
 use crate::base::outcome::Reason;
 use crate::clock::Clock;
@@ -109,7 +109,7 @@ impl Broker {
 
     /// Whether one more refusal of this caller is audited; counts it if not. Refusals cost a bot nothing and must not fill
     /// the disk.
-    fn may_record_refusal(&self, who: &Who) -> bool {
+    fn may_record_refusal(&self, who: &Principal) -> bool {
         let may_record = self.admission.record_refusal(who, self.clock.boot());
         if !may_record {
             self.metrics.refusals_unrecorded.inc();
@@ -126,7 +126,7 @@ impl Broker {
     ) -> BrokerError {
         let reason = error.reason();
         self.metrics.request(None, reason.outcome(), Some(reason));
-        let who = Who::Bot(bot.clone());
+        let who = Principal::Bot(bot.clone());
         if !self.may_record_refusal(&who) {
             return error;
         }
@@ -141,26 +141,32 @@ impl Broker {
         let labels = [("reason", reason.as_str())];
         let refused = &self.metrics.admin_calls_refused;
         refused.get_or_create(&labels).inc();
-        let who = Who::Admin(admin.clone());
+        let who = Principal::Admin(admin.clone());
         if self.may_record_refusal(&who) {
             self.audit_refusal(&who, &RequestId::random(), reason, detail);
         }
     }
 
-    fn audit_refusal(&self, who: &Who, request_id: &RequestId, reason: Reason, detail: String) {
+    fn audit_refusal(
+        &self,
+        who: &Principal,
+        request_id: &RequestId,
+        reason: Reason,
+        detail: String,
+    ) {
         let ending = Ending {
             outcome: Some(reason.outcome()),
             reason: Some(reason),
             detail: Some(detail),
             ..Ending::default()
         };
-        let caller = Caller {
+        let call_context = CallContext {
             who,
             request_id,
             call: self.calls.count.fetch_add(1, Ordering::Relaxed),
             place: None,
         };
-        self.audit.denied(&caller, None, &ending);
+        self.audit.denied(&call_context, None, &ending);
     }
 
     /// Takes no new calls, finishes those in flight within `limit`, and returns how many of them ended with nobody

@@ -89,7 +89,7 @@ enum Command {
     #[command(
         after_long_help = "Examples:\n  credbroker explain 400006\n  credbroker explain 200002 --scope futures\n  credbroker explain funds-in-main"
     )]
-    Explain(explain::Question),
+    Explain(explain::Options),
     /// The emergency stop: refuses what adds risk on an account or on all of them, and cancels open orders if asked to.
     ///
     /// Exit code 0: done, and with --cancel-all nothing is open; 1: the broker was not reached, or refused, or something is
@@ -106,7 +106,7 @@ enum Command {
         after_long_help = "Examples, for the exec probes of a container:\n  credbroker health\n  \
                                  credbroker health --ready --address 127.0.0.1:9464"
     )]
-    Health(health::Probe),
+    Health(health::Options),
     /// Registers, tests, rotates, stops and shows keys.
     Keys {
         #[command(subcommand)]

@@ -30,14 +30,14 @@ pub(crate) const MAX_UNCERTAINTY: Duration = Duration::from_secs(2);
 pub(crate) const MAX_DIFFERENCE: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// A host of a site; each has its own servers, and so its own time.
-pub(crate) type Place = (Site, Host);
+pub(crate) type HostId = (Site, Host);
 
 /// All clocks.
 pub struct Clock {
     boot: Box<dyn Fn() -> Duration + Send + Sync>,
     /// Unix time in milliseconds, as the system has it.
     wall_ms: Box<dyn Fn() -> i64 + Send + Sync>,
-    hosts: Mutex<BTreeMap<Place, HostClock>>,
+    hosts: Mutex<BTreeMap<HostId, HostClock>>,
 }
 
 /// What is known about one host.
@@ -123,13 +123,13 @@ impl Clock {
         (self.boot)()
     }
 
-    /// The time on the exchange's host at `place`.
-    pub(crate) fn exchange(&self, place: Place) -> ExchangeTime {
+    /// The time on the exchange's host at `host_id`.
+    pub(crate) fn exchange(&self, host_id: HostId) -> ExchangeTime {
         let now = self.boot();
         match self
             .hosts
             .lock()
-            .get(&place)
+            .get(&host_id)
             .and_then(|host| host.offset.at(now))
         {
             Some(time) => time,
@@ -141,16 +141,16 @@ impl Clock {
         }
     }
 
-    /// Whether the time at `place` is known well enough to sign a risk-increasing request. Reads the system's clock each
+    /// Whether the time at `host_id` is known well enough to sign a risk-increasing request. Reads the system's clock each
     /// time, so that a step of it is noticed with the next request.
     ///
     /// # Errors
     /// When it is further than [`MAX_DIFFERENCE`] from the system's time and from what an admin has accepted, and when it
     /// may be off by more than [`MAX_UNCERTAINTY`].
-    pub(crate) fn check(&self, place: Place) -> Result<(), ClockUncertain> {
+    pub(crate) fn check(&self, host_id: HostId) -> Result<(), ClockUncertain> {
         let now = self.boot();
         let hosts = self.hosts.lock();
-        let host = hosts.get(&place).ok_or(ClockUncertain::Never)?;
+        let host = hosts.get(&host_id).ok_or(ClockUncertain::Never)?;
         let time = host.offset.at(now).ok_or(ClockUncertain::Never)?;
         if let Some(ms) = host.refused_difference(time.ms, self.wall_ms()) {
             return Err(ClockUncertain::Different(ms));
@@ -162,43 +162,48 @@ impl Clock {
         }
     }
 
-    /// The exchange's time at `place` less the system's, in milliseconds, where that is refused: it is further than
+    /// The exchange's time at `host_id` less the system's, in milliseconds, where that is refused: it is further than
     /// [`MAX_DIFFERENCE`] from 0 and from what an admin has accepted. `None` also while it has not been measured.
-    pub(crate) fn refused_difference(&self, place: Place) -> Option<i64> {
+    pub(crate) fn refused_difference(&self, host_id: HostId) -> Option<i64> {
         let now = self.boot();
         let hosts = self.hosts.lock();
-        let host = hosts.get(&place)?;
+        let host = hosts.get(&host_id)?;
         host.refused_difference(host.offset.at(now)?.ms, self.wall_ms())
     }
 
     /// Has `check` accept, until the broker restarts, the difference that there is now between the exchange's time at
-    /// `place` and the system's. Returns that difference, in milliseconds, where it is refused now; `None`: it is within
+    /// `host_id` and the system's. Returns that difference, in milliseconds, where it is refused now; `None`: it is within
     /// [`MAX_DIFFERENCE`] or accepted already, and nothing changes.
     ///
     /// # Errors
     /// With [`ClockUncertain::Never`] where the exchange's time has not been measured.
-    pub(crate) fn accept(&self, place: Place, by: &AdminId) -> Result<Option<i64>, ClockUncertain> {
-        if self.exchange(place).age.is_none() {
+    pub(crate) fn accept(
+        &self,
+        host_id: HostId,
+        by: &AdminId,
+    ) -> Result<Option<i64>, ClockUncertain> {
+        if self.exchange(host_id).age.is_none() {
             return Err(ClockUncertain::Never);
         }
-        let Some(ms) = self.refused_difference(place) else {
+        let Some(ms) = self.refused_difference(host_id) else {
             return Ok(None);
         };
         let by = by.clone();
-        self.hosts.lock().entry(place).or_default().accepted = Some(AcceptedDifference { by, ms });
+        self.hosts.lock().entry(host_id).or_default().accepted =
+            Some(AcceptedDifference { by, ms });
         Ok(Some(ms))
     }
 
-    /// The difference that an admin has accepted for `place`.
-    pub(crate) fn accepted(&self, place: Place) -> Option<AcceptedDifference> {
-        self.hosts.lock().get(&place)?.accepted.clone()
+    /// The difference that an admin has accepted for `host_id`.
+    pub(crate) fn accepted(&self, host_id: HostId) -> Option<AcceptedDifference> {
+        self.hosts.lock().get(&host_id)?.accepted.clone()
     }
 
     /// Takes in what a host said its time was. `is_refuted`: it has just refused a timestamp of ours, so that a jump is
     /// what is to be expected.
-    pub(crate) fn take_in(&self, place: Place, sample: Sample, is_refuted: bool) -> Measured {
+    pub(crate) fn take_in(&self, host_id: HostId, sample: Sample, is_refuted: bool) -> Measured {
         let mut hosts = self.hosts.lock();
-        let host = hosts.entry(place).or_default();
+        let host = hosts.entry(host_id).or_default();
         host.offset.take_in(sample, is_refuted)
     }
 }
@@ -248,7 +253,7 @@ mod tests {
 
     use super::*;
 
-    const PLACE: Place = (Site::Global, Host::Spot);
+    const PLACE: HostId = (Site::Global, Host::Spot);
     const NOW_MS: i64 = 1_767_225_600_000;
     const HOUR_MS: i64 = 60 * 60 * 1000;
 

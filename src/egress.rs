@@ -29,8 +29,8 @@ use tokio_rustls::TlsConnector;
 
 use crate::audit::Recorded;
 use crate::base::lock::RwLock;
-use crate::kucoin::question::Question;
-use crate::kucoin::{Host, SignedRequest, Site};
+use crate::kucoin::broker_query::BrokerQuery;
+use crate::kucoin::{Host, OutboundRequest, Site};
 use crate::telemetry::chain;
 
 use decode::TooLarge;
@@ -120,13 +120,13 @@ impl std::fmt::Debug for Destination {
 
 /// A connection that is ready for one request.
 #[derive(Debug)]
-pub(crate) struct Connection {
+pub(crate) struct UpstreamConnection {
     open: Open,
     is_reused: bool,
     destination: Arc<Destination>,
 }
 
-impl Connection {
+impl UpstreamConnection {
     /// The exchange's address at the other end.
     pub(crate) fn peer(&self) -> SocketAddr {
         self.open.peer
@@ -162,13 +162,13 @@ pub(crate) enum NoAddress {
 pub(crate) struct Answered {
     /// The whole answer, decoded where it was compressed.
     pub(crate) response: Response<Bytes>,
-    connection: Connection,
+    connection: UpstreamConnection,
 }
 
 impl Answered {
     /// Keeps the connection for the next request.
     pub(crate) fn keep(self) -> Response<Bytes> {
-        let Connection {
+        let UpstreamConnection {
             open, destination, ..
         } = self.connection;
         destination.pool.put(open);
@@ -311,7 +311,7 @@ impl Egress {
         &self,
         place: (Site, Host),
         repeatable: bool,
-    ) -> Result<Connection, ConnectError> {
+    ) -> Result<UpstreamConnection, ConnectError> {
         let destination = self.destination(place)?;
         let max_idle = if repeatable {
             self.settings.max_idle
@@ -325,7 +325,7 @@ impl Egress {
             // Boxed: connecting is rare, and its future is larger than all the rest of a call.
             None => Box::pin(destination.open(&self.settings)).await?,
         };
-        Ok(Connection {
+        Ok(UpstreamConnection {
             open,
             is_reused,
             destination: Arc::clone(destination),
@@ -338,8 +338,8 @@ impl Egress {
     /// Of all of them only [`SendError::HandedBack`] means that nothing was sent.
     pub(crate) async fn send(
         &self,
-        mut connection: Connection,
-        signed: SignedRequest,
+        mut connection: UpstreamConnection,
+        signed: OutboundRequest,
         _: &Recorded,
     ) -> Result<Answered, SendError> {
         connection.open.will_carry(signed.key);
@@ -349,10 +349,10 @@ impl Egress {
     /// Asks something of the broker's own: what every stranger may ask, so that it needs neither rules nor record.
     pub(crate) async fn ask(
         &self,
-        connection: Connection,
-        question: Question,
+        connection: UpstreamConnection,
+        broker_query: BrokerQuery,
     ) -> Result<Response<Bytes>, SendError> {
-        let answered = self.exchange(connection, question.request()).await?;
+        let answered = self.exchange(connection, broker_query.request()).await?;
         Ok(answered.keep())
     }
 
@@ -363,7 +363,7 @@ impl Egress {
 
     async fn exchange(
         &self,
-        connection: Connection,
+        connection: UpstreamConnection,
         request: Request<Full<Bytes>>,
     ) -> Result<Answered, SendError> {
         let limit = self.settings.answer_timeout;
@@ -375,7 +375,7 @@ impl Egress {
 }
 
 async fn exchange(
-    mut connection: Connection,
+    mut connection: UpstreamConnection,
     mut request: Request<Full<Bytes>>,
     max_bytes: usize,
 ) -> Result<Answered, SendError> {

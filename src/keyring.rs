@@ -4,9 +4,9 @@
 //! the account's bounds it signs no more; past the second one it is wiped. Another key takes its place once the exchange
 //! has taken requests that the new one signed.
 
+pub(crate) mod key_test;
 pub(crate) mod refresh;
 mod rotation;
-pub(crate) mod trial;
 pub(crate) mod usage;
 
 use std::collections::BTreeMap;
@@ -25,7 +25,7 @@ use crate::policy::{Account, MaxStale, Permit};
 use crate::restrictions::{KeyDigest, Restrictions, Revoked};
 
 use crate::vault::Hold;
-use trial::{Report, Verdict};
+use key_test::{Report, Verdict};
 use usage::Usage;
 
 /// How long a refused request waits for another key at most; a test takes a few round trips to the exchange.
@@ -55,15 +55,15 @@ pub(crate) struct Keyring {
 #[derive(Debug)]
 struct Keys {
     max_stale: MaxStale,
-    places: BTreeMap<KeyName, Place>,
+    entries: BTreeMap<KeyName, KeyEntry>,
 }
 
 /// One key, and what is going on about it.
 #[derive(Debug)]
-struct Place {
-    slot: Slot,
+struct KeyEntry {
+    state: KeyState,
     /// Whether a key is being tested that may take its place.
-    is_on_trial: bool,
+    is_testing: bool,
     /// What the last test said of the key in memory.
     tested: Option<Tested>,
     /// Why the exchange has said nothing in a test after that.
@@ -74,7 +74,7 @@ struct Place {
     noted: Noted,
     /// Why the key was wiped, until Vault has been heard again.
     wiped: Option<String>,
-    look: Arc<Look>,
+    refresh: Arc<Refresh>,
 }
 
 /// What the metadata of a key in Vault say of it beside its versions.
@@ -107,7 +107,7 @@ struct Past {
 
 /// Looks at one key in Vault: asked for, and counted.
 #[derive(Debug, Default)]
-struct Look {
+struct Refresh {
     /// Wakes whoever looks.
     wanted: Notify,
     /// How many have begun, and how many of these have ended.
@@ -120,11 +120,11 @@ struct Look {
 
 /// What is known about one key.
 #[derive(Clone, Debug)]
-pub(crate) enum Slot {
+pub(crate) enum KeyState {
     /// Vault has said that there is no such key for us: evicted, or never there.
-    Gone(String),
+    Absent(String),
     /// In memory, from this version of the secret in Vault.
-    Ready {
+    Loaded {
         /// The key.
         key: Arc<Key>,
         /// What the exchange has said about it.
@@ -139,7 +139,7 @@ pub(crate) enum Slot {
         outage: Option<String>,
     },
     /// Vault has not answered yet, or not for so long that the key was wiped.
-    Waiting(String),
+    Pending(String),
 }
 
 /// A key, and how far it can be trusted.
@@ -169,13 +169,13 @@ impl KeyLease {
 
 /// What is known about one key, for readiness and metrics.
 #[derive(Debug)]
-pub(crate) struct KeyEntry {
+pub(crate) struct KeySnapshot {
     /// Its account.
     pub(crate) account: AccountId,
     /// Its name.
     pub(crate) name: KeyName,
     /// What stands in its place.
-    pub(crate) slot: Slot,
+    pub(crate) state: KeyState,
     /// Since Vault last confirmed it; none where it is not in memory.
     pub(crate) age: Option<Duration>,
     /// Whether it is so old that it signs nothing that adds risk.
@@ -235,11 +235,13 @@ impl Keyring {
         for account in accounts {
             let keys = slots.entry(account.id.clone()).or_insert_with(|| Keys {
                 max_stale: account.max_stale,
-                places: BTreeMap::new(),
+                entries: BTreeMap::new(),
             });
             keys.max_stale = account.max_stale;
             for name in account.keys.values() {
-                keys.places.entry(name.clone()).or_insert_with(Place::new);
+                keys.entries
+                    .entry(name.clone())
+                    .or_insert_with(KeyEntry::new);
             }
         }
         drop(slots);
@@ -254,7 +256,7 @@ impl Keyring {
             let Some(account) = accounts.get(id) else {
                 return false;
             };
-            keys.places
+            keys.entries
                 .retain(|name, _| account.keys.values().any(|named| named == name));
             true
         });
@@ -279,16 +281,16 @@ impl Keyring {
         let keys = slots
             .get(account)
             .ok_or_else(|| unavailable("the rules name none"))?;
-        let place = keys.places.get(name);
-        match place.map(|place| &place.slot) {
-            Some(Slot::Ready { key, .. })
+        let entry = keys.entries.get(name);
+        match entry.map(|entry| &entry.state) {
+            Some(KeyState::Loaded { key, .. })
                 if permit.partner().is_some() && !key.has_partner_key() =>
             {
                 Err(unavailable(
                     "the account has a partner, and the key in Vault has no `partner_key`",
                 ))
             }
-            Some(Slot::Ready {
+            Some(KeyState::Loaded {
                 key,
                 usage,
                 confirmed,
@@ -296,7 +298,7 @@ impl Keyring {
                 version,
                 ..
             }) => {
-                let restricted = place.and_then(|place| place.noted.restricted.as_ref());
+                let restricted = entry.and_then(|entry| entry.noted.restricted.as_ref());
                 if let Some(reason) = restricted.filter(|_| permit.increases_risk()) {
                     return Err(unavailable(reason));
                 }
@@ -325,44 +327,44 @@ impl Keyring {
                     stale,
                 })
             }
-            Some(Slot::Gone(_)) if self.is_revoked(account, name, place) => {
+            Some(KeyState::Absent(_)) if self.is_revoked(account, name, entry) => {
                 Err(KeyUnavailable::revoked(account))
             }
-            Some(Slot::Waiting(reason)) => {
-                if place.is_some_and(|place| place.wiped.as_ref() == Some(reason)) {
+            Some(KeyState::Pending(reason)) => {
+                if entry.is_some_and(|entry| entry.wiped.as_ref() == Some(reason)) {
                     // Nobody has asked Vault since it was wiped.
                     self.rechecks.notify_waiters();
                 }
                 Err(unavailable(reason))
             }
-            Some(Slot::Gone(reason)) => Err(unavailable(reason)),
+            Some(KeyState::Absent(reason)) => Err(unavailable(reason)),
             None => Err(unavailable("the rules name none")),
         }
     }
 
-    fn is_revoked(&self, account: &AccountId, name: &KeyName, place: Option<&Place>) -> bool {
-        let last = place.and_then(|place| place.last);
+    fn is_revoked(&self, account: &AccountId, name: &KeyName, entry: Option<&KeyEntry>) -> bool {
+        let last = entry.and_then(|entry| entry.last);
         self.restrictions.has_revoked(account, name, last)
     }
 
     /// Every key with what is known about it.
-    pub(crate) fn entries(&self) -> Vec<KeyEntry> {
+    pub(crate) fn entries(&self) -> Vec<KeySnapshot> {
         let now = self.clock.boot();
         let slots = self.slots.read();
         let all = slots.iter().flat_map(|(account, keys)| {
-            keys.places.iter().map(move |(name, place)| {
-                let slot = &place.slot;
-                let age = slot.confirmed().map(|at| now.saturating_sub(at));
-                KeyEntry {
+            keys.entries.iter().map(move |(name, entry)| {
+                let state = &entry.state;
+                let age = state.confirmed().map(|at| now.saturating_sub(at));
+                KeySnapshot {
                     account: account.clone(),
                     name: name.clone(),
-                    slot: slot.clone(),
+                    state: state.clone(),
                     age,
                     is_too_old: age.is_some_and(|age| age > keys.max_stale.risk_increasing),
-                    tested: place.tested.clone(),
-                    unanswered: place.unanswered.clone(),
-                    last: place.last,
-                    noted: place.noted.clone(),
+                    tested: entry.tested.clone(),
+                    unanswered: entry.unanswered.clone(),
+                    last: entry.last,
+                    noted: entry.noted.clone(),
                 }
             })
         });
@@ -373,8 +375,9 @@ impl Keyring {
     pub(crate) async fn first_read(&self) {
         let all: Vec<_> = {
             let slots = self.slots.read();
-            let keys = slots.values().flat_map(|keys| keys.places.values());
-            keys.map(|place| place.look.is_read.subscribe()).collect()
+            let keys = slots.values().flat_map(|keys| keys.entries.values());
+            keys.map(|entry| entry.refresh.is_read.subscribe())
+                .collect()
         };
         for mut is_read in all {
             // An error means that the rules name it no longer.
@@ -408,14 +411,14 @@ impl Keyring {
     /// Wipes the keys that are too old even to cancel orders, and returns which.
     fn wipe_too_old(&self) -> Vec<(AccountId, KeyName)> {
         let now = self.clock.boot();
-        let age_past = |max: Duration, place: &Place| {
-            let age = now.saturating_sub(place.slot.confirmed()?);
+        let age_past = |max: Duration, entry: &KeyEntry| {
+            let age = now.saturating_sub(entry.state.confirmed()?);
             (age > max).then_some(age)
         };
         let is_past = |keys: &Keys| {
             let max = keys.max_stale.cancels_and_reads;
-            let mut places = keys.places.values();
-            places.any(|place| age_past(max, place).is_some())
+            let mut entries = keys.entries.values();
+            entries.any(|entry| age_past(max, entry).is_some())
         };
         // Calls read the same lock, and there is hardly ever anything to wipe.
         let slots = self.slots.read();
@@ -428,12 +431,12 @@ impl Keyring {
         let mut slots = self.slots.write();
         for (account, keys) in slots.iter_mut() {
             let max = keys.max_stale.cancels_and_reads;
-            for (name, place) in &mut keys.places {
-                if let Some(age) = age_past(max, place) {
-                    let outage = place.slot.outage();
+            for (name, entry) in &mut keys.entries {
+                if let Some(age) = age_past(max, entry) {
+                    let outage = entry.state.outage();
                     let why = too_old_to_keep(age, max);
-                    place.wiped = Some(why.clone());
-                    place.put(Slot::Waiting(outage.unwrap_or(why)));
+                    entry.wiped = Some(why.clone());
+                    entry.put(KeyState::Pending(outage.unwrap_or(why)));
                     wiped.push((account.clone(), name.clone()));
                 }
             }
@@ -446,17 +449,17 @@ impl Keyring {
     }
 
     /// What is known about one key.
-    fn slot(&self, account: &AccountId, name: &KeyName) -> Option<Slot> {
+    fn state(&self, account: &AccountId, name: &KeyName) -> Option<KeyState> {
         let slots = self.slots.read();
-        Some(slots.get(account)?.places.get(name)?.slot.clone())
+        Some(slots.get(account)?.entries.get(name)?.state.clone())
     }
 
     /// Puts a slot in place; a key that stood there is wiped once its last request is signed.
-    fn set(&self, account: &AccountId, name: &KeyName, slot: Slot) {
-        self.change(account, name, |place| {
+    fn set(&self, account: &AccountId, name: &KeyName, state: KeyState) {
+        self.change(account, name, |entry| {
             // Asked under the lock that `wipe_revoked` takes: a key that was revoked meanwhile does not come back.
-            let revoked = self.revoked(account, name, &slot);
-            place.put(revoked.map_or(slot, |revoked| Slot::Gone(revoked_by(&revoked))));
+            let revoked = self.revoked(account, name, &state);
+            entry.put(revoked.map_or(state, |revoked| KeyState::Absent(revoked_by(&revoked))));
         });
     }
 
@@ -465,60 +468,60 @@ impl Keyring {
         &self,
         account: &AccountId,
         name: &KeyName,
-        change: impl FnOnce(&mut Place),
+        change: impl FnOnce(&mut KeyEntry),
     ) {
-        self.change(account, name, |place| {
-            change(place);
-            if let Some(revoked) = self.revoked(account, name, &place.slot) {
-                place.put(Slot::Gone(revoked_by(&revoked)));
+        self.change(account, name, |entry| {
+            change(entry);
+            if let Some(revoked) = self.revoked(account, name, &entry.state) {
+                entry.put(KeyState::Absent(revoked_by(&revoked)));
             }
         });
     }
 
     /// Keeps that the key that Vault holds is a revoked one.
     fn set_revoked(&self, account: &AccountId, name: &KeyName, key: KeyDigest) {
-        self.change(account, name, |place| place.last = Some(key));
+        self.change(account, name, |entry| entry.last = Some(key));
     }
 
     /// Keeps what the metadata say; returns what they said before, where that differs.
     fn set_noted(&self, account: &AccountId, name: &KeyName, noted: &Noted) -> Option<Noted> {
         let is_so = {
             let slots = self.slots.read();
-            let place = slots.get(account).and_then(|keys| keys.places.get(name));
-            place.is_none_or(|place| place.noted == *noted)
+            let entry = slots.get(account).and_then(|keys| keys.entries.get(name));
+            entry.is_none_or(|entry| entry.noted == *noted)
         };
         // After every look: nobody needs to wake for that.
         if is_so {
             return None;
         }
         let mut before = None;
-        self.change(account, name, |place| {
-            before = Some(std::mem::replace(&mut place.noted, noted.clone()));
+        self.change(account, name, |entry| {
+            before = Some(std::mem::replace(&mut entry.noted, noted.clone()));
         });
         before
     }
 
     /// Keeps what is wrong with a version that is not used, beside the key in memory.
     fn set_problem(&self, account: &AccountId, name: &KeyName, reason: Option<String>) {
-        self.change(account, name, |place| {
-            if let Slot::Ready { problem, .. } = &mut place.slot {
+        self.change(account, name, |entry| {
+            if let KeyState::Loaded { problem, .. } = &mut entry.state {
                 *problem = reason;
             }
         });
     }
 
     /// Keeps whether a key is being tested that may take this one's place.
-    fn set_on_trial(&self, account: &AccountId, name: &KeyName, is_on_trial: bool) {
+    fn set_on_trial(&self, account: &AccountId, name: &KeyName, is_testing: bool) {
         let is_so = {
             let slots = self.slots.read();
-            let place = slots.get(account).and_then(|keys| keys.places.get(name));
-            place.is_some_and(|place| place.is_on_trial == is_on_trial)
+            let entry = slots.get(account).and_then(|keys| keys.entries.get(name));
+            entry.is_some_and(|entry| entry.is_testing == is_testing)
         };
         // After every look: nobody needs to wake for that.
         if is_so {
             return;
         }
-        self.change(account, name, |place| place.is_on_trial = is_on_trial);
+        self.change(account, name, |entry| entry.is_testing = is_testing);
     }
 
     /// Keeps what a test said of the key in memory, unless another has taken its place meanwhile. A test that the
@@ -531,16 +534,17 @@ impl Keyring {
         report: Arc<Report>,
     ) {
         let at_ms = self.clock.wall_ms();
-        self.change(account, name, |place| {
-            let is_it = matches!(&place.slot, Slot::Ready { key, .. } if Arc::ptr_eq(key, tested));
+        self.change(account, name, |entry| {
+            let is_it =
+                matches!(&entry.state, KeyState::Loaded { key, .. } if Arc::ptr_eq(key, tested));
             match &report.verdict {
                 _ if !is_it => {}
                 Verdict::Unclear(reason) if report.info.is_none() => {
-                    place.unanswered = Some(reason.clone());
+                    entry.unanswered = Some(reason.clone());
                 }
                 _ => {
-                    place.tested = Some(Tested { at_ms, report });
-                    place.unanswered = None;
+                    entry.tested = Some(Tested { at_ms, report });
+                    entry.unanswered = None;
                 }
             }
         });
@@ -549,12 +553,12 @@ impl Keyring {
     /// Keeps for later that the key in memory needs no test before `due`.
     fn remember(&self, account: &AccountId, name: &KeyName, due: Duration) {
         let slots = self.slots.read();
-        let place = slots.get(account).and_then(|keys| keys.places.get(name));
-        if let Some(Place {
-            slot: Slot::Ready { key, version, .. },
+        let entry = slots.get(account).and_then(|keys| keys.entries.get(name));
+        if let Some(KeyEntry {
+            state: KeyState::Loaded { key, version, .. },
             tested: Some(tested),
             ..
-        }) = place
+        }) = entry
         {
             let past = Past {
                 key: KeyDigest(key.id_sha256()),
@@ -577,22 +581,22 @@ impl Keyring {
             return None;
         }
         let mut due = None;
-        self.change(account, name, |place| {
-            if let Slot::Ready { key, version, .. } = &place.slot
+        self.change(account, name, |entry| {
+            if let KeyState::Loaded { key, version, .. } = &entry.state
                 && (KeyDigest(key.id_sha256()), *version) == (past.key, past.version)
             {
-                place.tested = Some(past.tested);
+                entry.tested = Some(past.tested);
                 due = Some(past.due);
             }
         });
         due
     }
 
-    fn change(&self, account: &AccountId, name: &KeyName, change: impl FnOnce(&mut Place)) {
+    fn change(&self, account: &AccountId, name: &KeyName, change: impl FnOnce(&mut KeyEntry)) {
         let mut slots = self.slots.write();
         let keys = slots.get_mut(account);
-        if let Some(place) = keys.and_then(|keys| keys.places.get_mut(name)) {
-            change(place);
+        if let Some(entry) = keys.and_then(|keys| keys.entries.get_mut(name)) {
+            change(entry);
         }
         drop(slots);
         self.changed.send_replace(());
@@ -604,12 +608,12 @@ impl Keyring {
         let mut unseen = Vec::new();
         let mut slots = self.slots.write();
         for (account, keys) in slots.iter_mut() {
-            for (name, place) in &mut keys.places {
-                let Some(revoked) = self.revoked(account, name, &place.slot) else {
+            for (name, entry) in &mut keys.entries {
+                let Some(revoked) = self.revoked(account, name, &entry.state) else {
                     continue;
                 };
-                place.put(Slot::Gone(revoked_by(&revoked)));
-                unseen.extend(place.last.map(|key| (account.clone(), name.clone(), key)));
+                entry.put(KeyState::Absent(revoked_by(&revoked)));
+                unseen.extend(entry.last.map(|key| (account.clone(), name.clone(), key)));
             }
         }
         drop(slots);
@@ -618,13 +622,13 @@ impl Keyring {
         unseen
     }
 
-    fn revoked(&self, account: &AccountId, name: &KeyName, slot: &Slot) -> Option<Revoked> {
-        match slot {
-            Slot::Ready { key, .. } => {
+    fn revoked(&self, account: &AccountId, name: &KeyName, state: &KeyState) -> Option<Revoked> {
+        match state {
+            KeyState::Loaded { key, .. } => {
                 let key = KeyDigest(key.id_sha256());
                 self.restrictions.revoked_in(account, name, key)
             }
-            Slot::Gone(_) | Slot::Waiting(_) => None,
+            KeyState::Absent(_) | KeyState::Pending(_) => None,
         }
     }
 
@@ -637,18 +641,17 @@ impl Keyring {
             let mut changes = self.changes();
             loop {
                 changes.borrow_and_update();
-                let (is_other, is_on_trial) = {
+                let (is_other, is_testing) = {
                     let slots = self.slots.read();
                     let keys = slots.get(&permit.account().id);
-                    let Some(place) = keys.and_then(|keys| keys.places.get(name)) else {
+                    let Some(entry) = keys.and_then(|keys| keys.entries.get(name)) else {
                         return false;
                     };
-                    let is_other =
-                        matches!(&place.slot, Slot::Ready { key, .. } if !Arc::ptr_eq(key, used));
-                    (is_other, place.is_on_trial)
+                    let is_other = matches!(&entry.state, KeyState::Loaded { key, .. } if !Arc::ptr_eq(key, used));
+                    (is_other, entry.is_testing)
                 };
                 // An error means that the keyring is gone.
-                if is_other || !is_on_trial || changes.changed().await.is_err() {
+                if is_other || !is_testing || changes.changed().await.is_err() {
                     return is_other;
                 }
             }
@@ -657,84 +660,84 @@ impl Keyring {
     }
 
     /// The exchange has refused the key of `permit`: Vault may have another one.
-    pub(crate) fn look_again(&self, permit: &Permit) {
+    pub(crate) fn request_refresh(&self, permit: &Permit) {
         if let Some(name) = permit.key_name()
-            && let Some(look) = self.look(&permit.account().id, name)
+            && let Some(refresh) = self.refresh(&permit.account().id, name)
         {
-            look.wanted.notify_waiters();
+            refresh.wanted.notify_waiters();
         }
     }
 
     /// Has a look taken at a key in Vault, and waits until it has ended, with the test of what it found. A version that
     /// was refused is tried once more. Returns whether there was one.
-    pub(crate) async fn look_now(&self, account: &AccountId, name: &KeyName) -> bool {
-        let Some(look) = self.look(account, name) else {
+    pub(crate) async fn refresh_now(&self, account: &AccountId, name: &KeyName) -> bool {
+        let Some(refresh) = self.refresh(account, name) else {
             return false;
         };
-        look.is_fresh.store(true, Ordering::Relaxed);
-        let mut count = look.count.subscribe();
+        refresh.is_fresh.store(true, Ordering::Relaxed);
+        let mut count = refresh.count.subscribe();
         let (begun, _) = *count.borrow_and_update();
-        look.wanted.notify_waiters();
+        refresh.wanted.notify_waiters();
         let ended = count.wait_for(|(_, ended)| *ended > begun);
         matches!(timeout(LOOK_WITHIN, ended).await, Ok(Ok(_)))
     }
 
-    fn look(&self, account: &AccountId, name: &KeyName) -> Option<Arc<Look>> {
+    fn refresh(&self, account: &AccountId, name: &KeyName) -> Option<Arc<Refresh>> {
         let slots = self.slots.read();
-        Some(Arc::clone(&slots.get(account)?.places.get(name)?.look))
+        Some(Arc::clone(&slots.get(account)?.entries.get(name)?.refresh))
     }
 }
 
-impl Place {
+impl KeyEntry {
     fn new() -> Self {
         Self {
-            slot: Slot::Waiting("not read from Vault yet".to_owned()),
-            is_on_trial: false,
+            state: KeyState::Pending("not read from Vault yet".to_owned()),
+            is_testing: false,
             tested: None,
             unanswered: None,
             last: None,
             noted: Noted::default(),
             wiped: None,
-            look: Arc::default(),
+            refresh: Arc::default(),
         }
     }
 
     /// What was said of one key says nothing of another.
-    fn put(&mut self, slot: Slot) {
-        let is_same = matches!((&self.slot, &slot),
-            (Slot::Ready { key, .. }, Slot::Ready { key: next, .. }) if Arc::ptr_eq(key, next));
+    fn put(&mut self, state: KeyState) {
+        let is_same = matches!((&self.state, &state),
+            (KeyState::Loaded { key, .. }, KeyState::Loaded { key: next, .. }) if Arc::ptr_eq(key, next));
         if !is_same {
             self.tested = None;
             self.unanswered = None;
         }
-        if let Slot::Ready { key, .. } = &slot {
+        if let KeyState::Loaded { key, .. } = &state {
             self.last = Some(KeyDigest(key.id_sha256()));
         }
-        self.slot = match (slot, &self.wiped) {
-            (Slot::Waiting(reason), Some(wiped)) if reason != *wiped => {
-                Slot::Waiting(format!("{wiped}; {reason}"))
+        self.state = match (state, &self.wiped) {
+            (KeyState::Pending(reason), Some(wiped)) if reason != *wiped => {
+                KeyState::Pending(format!("{wiped}; {reason}"))
             }
-            (Slot::Waiting(reason), _) => Slot::Waiting(reason),
-            (slot, _) => {
+            (KeyState::Pending(reason), _) => KeyState::Pending(reason),
+            (state, _) => {
                 self.wiped = None;
-                slot
+                state
             }
         };
     }
 }
 
-impl Slot {
+impl KeyState {
     fn confirmed(&self) -> Option<Duration> {
         match self {
-            Self::Ready { confirmed, .. } => Some(*confirmed),
-            Self::Gone(_) | Self::Waiting(_) => None,
+            Self::Loaded { confirmed, .. } => Some(*confirmed),
+            Self::Absent(_) | Self::Pending(_) => None,
         }
     }
 
     fn outage(&self) -> Option<String> {
         match self {
-            Self::Ready { outage, .. } => outage.clone(),
-            Self::Gone(_) | Self::Waiting(_) => None,
+            Self::Loaded { outage, .. } => outage.clone(),
+            Self::Absent(_) | Self::Pending(_) => None,
         }
     }
 }
@@ -765,12 +768,12 @@ mod tests {
     use crate::kucoin::KeyVersion;
     use crate::restrictions::Mark;
 
-    fn ready(id: &str) -> Slot {
+    fn ready(id: &str) -> KeyState {
         let text = |text: &str| Zeroizing::new(text.to_owned());
         let secret = ApiSecret::new(text("fake-secret"));
         let passphrase = Passphrase::new(text("fake-pass"));
         let key = Key::new(text(id), &secret, &passphrase, KeyVersion::V3, None).unwrap();
-        Slot::Ready {
+        KeyState::Loaded {
             key,
             usage: Arc::default(),
             version: 1,
@@ -801,8 +804,11 @@ mod tests {
         let unseen = keyring.wipe_revoked();
         keyring.set(&account, &names[1], ready("fake-2"));
         for name in &names {
-            let slot = keyring.slot(&account, name);
-            assert!(matches!(slot, Some(Slot::Gone(_))), "{name}: {slot:?}");
+            let state = keyring.state(&account, name);
+            assert!(
+                matches!(state, Some(KeyState::Absent(_))),
+                "{name}: {state:?}"
+            );
         }
         // What it was is known now, and another key may come.
         for (account, name, key) in unseen {
@@ -810,13 +816,13 @@ mod tests {
         }
         keyring.set(&account, &names[0], ready("fake-1"));
         assert!(matches!(
-            keyring.slot(&account, &names[0]),
-            Some(Slot::Gone(_))
+            keyring.state(&account, &names[0]),
+            Some(KeyState::Absent(_))
         ));
         keyring.set(&account, &names[0], ready("fake-3"));
         assert!(matches!(
-            keyring.slot(&account, &names[0]),
-            Some(Slot::Ready { .. })
+            keyring.state(&account, &names[0]),
+            Some(KeyState::Loaded { .. })
         ));
         // An order whose admin hung up before the keys were wiped is in force all the same.
         let by = "spiffe://demo.test/admin/anna".parse().unwrap();
@@ -826,8 +832,8 @@ mod tests {
             .unwrap();
         keyring.change_unless_revoked(&account, &names[0], |_| {});
         assert!(matches!(
-            keyring.slot(&account, &names[0]),
-            Some(Slot::Gone(_))
+            keyring.state(&account, &names[0]),
+            Some(KeyState::Absent(_))
         ));
     }
 }

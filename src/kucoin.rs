@@ -5,14 +5,14 @@
 
 pub mod advice;
 pub(crate) mod answer;
+pub(crate) mod broker_query;
 pub(crate) mod catalog;
 pub(crate) mod code;
 pub(crate) mod key_info;
 pub(crate) mod open_orders;
 pub(crate) mod pointer;
-pub(crate) mod question;
 pub(crate) mod request;
-pub(crate) mod shape;
+pub(crate) mod schema;
 pub mod sign;
 pub(crate) mod target;
 
@@ -25,7 +25,7 @@ pub use catalog::Catalog;
 pub(crate) use catalog::{Effect, Endpoint, Product, Risk};
 pub use request::UnsignedRequest;
 pub(crate) use request::{Malformed, RequestLimits};
-pub use sign::{Key, KeyVersion, Partner, SignedRequest, sign, unsigned};
+pub use sign::{Key, KeyVersion, OutboundRequest, Partner, sign, unsigned};
 pub use target::Target;
 
 /// What an account's key is used for; it decides the host.

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use crate::base::ids::{AccountId, BotId, KeyName, Who};
+use crate::base::ids::{AccountId, BotId, KeyName, Principal};
 use crate::kucoin::catalog::Found;
 use crate::kucoin::{
     Catalog, Effect, Endpoint, Host, Method, Partner, Product, Risk, Scope, Site, UnsignedRequest,
@@ -275,7 +275,7 @@ impl Policy {
     }
 
     /// The hosts that accounts have keys for: those whose time matters.
-    pub(crate) fn places(&self) -> BTreeSet<(Site, Host)> {
+    pub(crate) fn hosts(&self) -> BTreeSet<(Site, Host)> {
         let of_account = |account: &Arc<Account>| {
             let site = account.site;
             let scopes: Vec<_> = account.keys.keys().copied().collect();
@@ -286,7 +286,7 @@ impl Policy {
 
     /// Whether whoever it is may send `request`: a bot what the rules grant it; an admin and the broker itself what adds
     /// no risk, on any account of the rules.
-    pub fn authorize(&self, who: &Who, request: &UnsignedRequest) -> Result<Permit, Denied> {
+    pub fn authorize(&self, who: &Principal, request: &UnsignedRequest) -> Result<Permit, Denied> {
         let &UnsignedRequest {
             scope,
             method,
@@ -295,12 +295,14 @@ impl Policy {
             ..
         } = request;
         let (entry, endpoint) = match who {
-            Who::Bot(bot) => {
+            Principal::Bot(bot) => {
                 let granted = self.decide(bot, account, scope, method, target.path())?;
                 (granted.account, granted.endpoint)
             }
-            Who::Admin(_) => self.decide_own(request, |endpoint| !endpoint.increases_risk())?,
-            Who::Broker => self.decide_own(request, |endpoint| {
+            Principal::Admin(_) => {
+                self.decide_own(request, |endpoint| !endpoint.increases_risk())?
+            }
+            Principal::Broker => self.decide_own(request, |endpoint| {
                 !endpoint.increases_risk()
                     && !matches!(endpoint.effect, Effect::Cancel | Effect::CancelAll)
             })?,

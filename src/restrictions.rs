@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::OFlags;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::base::ids::{AccountId, AdminId, BotId, KeyName, Who, hex};
+use crate::base::ids::{AccountId, AdminId, BotId, KeyName, Principal, hex};
 use crate::base::lock::{Mutex, RwLock};
 
 /// SHA-256 of the id of a KuCoin API key.
@@ -31,7 +31,7 @@ pub(crate) struct Restrictions {
     folder: PathBuf,
     /// Whether the file was there.
     was_found: bool,
-    state: RwLock<State>,
+    state: RwLock<RestrictionState>,
     /// Held while the file is written, so that it never holds an older state than memory.
     writing: Mutex<()>,
 }
@@ -39,7 +39,7 @@ pub(crate) struct Restrictions {
 /// As it stands in the file.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
-struct State {
+struct RestrictionState {
     #[serde(default)]
     version: u64,
     blocked_bots: BTreeMap<BotId, Mark>,
@@ -149,7 +149,7 @@ impl Restrictions {
             problem,
         };
         let found = match fs::read(&file) {
-            Ok(text) => Some(State::read(&text).map_err(unreadable)?),
+            Ok(text) => Some(RestrictionState::read(&text).map_err(unreadable)?),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => return Err(unreadable(error.to_string())),
         };
@@ -185,7 +185,7 @@ impl Restrictions {
     /// When an admin has forbidden it.
     pub(crate) fn check(
         &self,
-        who: &Who,
+        who: &Principal,
         account: &AccountId,
         increases_risk: bool,
     ) -> Result<(), Restricted> {
@@ -382,7 +382,10 @@ impl Restrictions {
 
     /// Forbids something: in force first, then on disk, since a full disk must not keep an admin from stopping a bot, nor
     /// a disk that hangs in somebody else's write.
-    fn tighten<T>(&self, change: impl Fn(&mut State) -> T) -> Result<T, RestrictionsError> {
+    fn tighten<T>(
+        &self,
+        change: impl Fn(&mut RestrictionState) -> T,
+    ) -> Result<T, RestrictionsError> {
         let result = self.change(&change);
         let _writing = self.writing.lock();
         // Once more: who lifted it meanwhile did not know of this.
@@ -394,7 +397,10 @@ impl Restrictions {
     }
 
     /// Allows something again: on disk first.
-    fn loosen<T>(&self, change: impl Fn(&mut State) -> T) -> Result<T, RestrictionsError> {
+    fn loosen<T>(
+        &self,
+        change: impl Fn(&mut RestrictionState) -> T,
+    ) -> Result<T, RestrictionsError> {
         let _writing = self.writing.lock();
         let mut state = self.state.read().clone();
         change(&mut state);
@@ -404,12 +410,12 @@ impl Restrictions {
         Ok(self.change(change))
     }
 
-    fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+    fn change<T>(&self, change: impl FnOnce(&mut RestrictionState) -> T) -> T {
         change(&mut self.state.write())
     }
 
     /// A whole new file takes the place of the old one, and both it and the folder are flushed.
-    fn write(&self, state: &State) -> io::Result<()> {
+    fn write(&self, state: &RestrictionState) -> io::Result<()> {
         let new = self.folder.join(format!("{FILE}.new"));
         let mut text = serde_json::to_vec_pretty(state)?;
         text.push(b'\n');
@@ -445,7 +451,7 @@ impl Revoked {
     }
 }
 
-impl State {
+impl RestrictionState {
     /// Reads the file, also in the form before. What a newer broker has forbidden may be unknown here, and is refused.
     fn read(text: &[u8]) -> Result<Self, String> {
         let Header { version } = serde_json::from_slice(text).map_err(|error| error.to_string())?;
@@ -536,12 +542,12 @@ mod tests {
             .revoke(&account("b"), &name, None, &mark())
             .unwrap();
         let again = Restrictions::open(folder.path()).unwrap();
-        let who = Who::Bot(bot.clone());
+        let who = Principal::Bot(bot.clone());
         assert_eq!(
             again.check(&who, &account("c"), false),
             Err(Restricted::Blocked)
         );
-        let other = Who::Bot("other".parse().unwrap());
+        let other = Principal::Bot("other".parse().unwrap());
         for halted in ["a", "b"] {
             let refused = Err(Restricted::Halted(account(halted)));
             assert_eq!(again.check(&other, &account(halted), true), refused);

@@ -5,9 +5,9 @@ mod admins;
 mod bots;
 pub(crate) mod build;
 mod connection;
+mod handshakes;
 pub(crate) mod identity;
 pub(crate) mod ops_http;
-mod places;
 pub(crate) mod probes;
 mod reload;
 mod tls;
@@ -47,7 +47,7 @@ use crate::proto::broker_server::BrokerServer;
 use crate::restrictions::RestrictionsError;
 use crate::vault::Vault;
 
-use accept::told;
+use accept::shutdown_requested;
 use build::{Assembled, assemble};
 use connection::Listener;
 use probes::Probes;
@@ -115,7 +115,7 @@ pub enum StartError {
     #[error(
         "the state folder {0} cannot be used; make it writable and the folders above it searchable for the broker's user, or correct state_dir"
     )]
-    State(String, #[source] io::Error),
+    HealthMetrics(String, #[source] io::Error),
     /// TLS cannot be set up.
     #[error("TLS cannot be set up: check tls.certificate, tls.key, tls.client_ca and tls.admin_ca")]
     Tls(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -194,12 +194,12 @@ impl Server {
         };
         let admin = admin_listener.as_ref().map(|(_, bound)| *bound);
 
-        let (notices, trials) = mpsc::unbounded_channel();
+        let (key_events, trials) = mpsc::unbounded_channel();
         let refresher = Refresher::new(
             Arc::clone(&broker.keyring),
             Arc::clone(&vault),
             Arc::clone(&broker.restrictions),
-            notices,
+            key_events,
             metrics,
             config.vault_poll,
         );
@@ -255,7 +255,7 @@ impl Server {
         let mut background = JoinSet::new();
         background.spawn(named(
             "tests of keys",
-            key_test::attend(Arc::clone(&broker), trials),
+            key_test::run_key_tests(Arc::clone(&broker), trials),
         ));
         background.spawn(named(
             "ops listener",
@@ -330,7 +330,7 @@ async fn serve_bots(listener: Listener, socket: TcpListener, limit: usize, lates
         tokio::join!(broker.egress.first_lookups(), broker.keyring.first_read());
     };
     tokio::select! {
-        () = told(&mut stopping) => return,
+        () = shutdown_requested(&mut stopping) => return,
         () = is_prepared => {
             tracing::info!("initial key load finished; accepting bots");
         }
@@ -392,14 +392,16 @@ async fn lock(folder: &Path) -> Result<File, StartError> {
         None if folder.join(LOCK).is_symlink() => {
             StartError::LockIsLink(folder.join(LOCK).display().to_string())
         }
-        None => StartError::State(name(), error),
+        None => StartError::HealthMetrics(name(), error),
     })?;
     for _ in 0..LOCK_TRIES {
         match file.try_lock() {
             Ok(()) => return Ok(file),
             // Whoever only looks whether it is held lets go at once.
             Err(TryLockError::WouldBlock) => sleep(LOCK_AGAIN).await,
-            Err(TryLockError::Error(error)) => return Err(StartError::State(name(), error)),
+            Err(TryLockError::Error(error)) => {
+                return Err(StartError::HealthMetrics(name(), error));
+            }
         }
     }
     Err(StartError::Locked(name()))
@@ -521,7 +523,7 @@ mod tests {
         let state_dir = file.join("parent/state");
         assert_eq!(missing_parent(&state_dir), None);
         let error = lock(&state_dir).await.unwrap_err();
-        assert!(matches!(error, StartError::State(..)), "{error}");
+        assert!(matches!(error, StartError::HealthMetrics(..)), "{error}");
         let missing = folder.path().join("parent/state");
         assert_eq!(missing_parent(&missing), missing.parent());
     }

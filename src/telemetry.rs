@@ -156,36 +156,40 @@ impl Default for Stages {
 }
 
 /// So many lines about strangers are logged in a row, and so many in a second after that.
-const STRANGERS: (f64, f64) = (200.0, 5.0);
+const UNAUTHENTICATED_LOGS: (f64, f64) = (200.0, 5.0);
 
 /// What may still be logged, as of a time.
 #[derive(Debug)]
 struct Allowance {
     left: f64,
     at: Instant,
-    untold: u64,
+    suppressed: u64,
 }
 
 impl Default for Allowance {
     fn default() -> Self {
-        let (left, at, untold) = (STRANGERS.0, Instant::now(), 0);
-        Self { left, at, untold }
+        let (left, at, suppressed) = (UNAUTHENTICATED_LOGS.0, Instant::now(), 0);
+        Self {
+            left,
+            at,
+            suppressed,
+        }
     }
 }
 
 impl Allowance {
     /// Whether one more line may be written at `now`: then how many were not since the last one.
     fn take(&mut self, now: Instant) -> Option<u64> {
-        let (burst, per_second) = STRANGERS;
+        let (burst, per_second) = UNAUTHENTICATED_LOGS;
         let passed = now.saturating_duration_since(self.at).as_secs_f64();
         self.left = (self.left + passed * per_second).min(burst);
         self.at = now;
         if self.left < 1.0 {
-            self.untold += 1;
+            self.suppressed += 1;
             return None;
         }
         self.left -= 1.0;
-        Some(std::mem::take(&mut self.untold))
+        Some(std::mem::take(&mut self.suppressed))
     }
 }
 
@@ -291,7 +295,7 @@ impl Metrics {
 
     /// Whether one more line about a peer that was not let in goes to the log, and how many did not since the last one.
     /// Anybody can make such lines, and they must not fill the disk that every order needs.
-    pub(crate) fn may_tell_of_stranger(&self) -> Option<u64> {
+    pub(crate) fn allow_log(&self) -> Option<u64> {
         let mut strangers = self.strangers.lock();
         strangers.take(Instant::now())
     }

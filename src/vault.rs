@@ -31,11 +31,11 @@ use vaultrs::api::kv2::requests::ReadSecretRequest;
 use vaultrs::error::ClientError;
 use zeroize::{Zeroize, Zeroizing};
 
-use self::connection::{Connection, caught_up, if_there, is_by_policy, reduce};
-use self::login::{Pass, Session};
+use self::connection::{VaultConnection, caught_up, if_there, is_by_policy, reduce};
+use self::login::{AuthToken, Session};
 use self::metadata::ReadMetadata;
-pub use self::metadata::{Facts, Metadata, NotedState, Notes};
 pub(crate) use self::metadata::{Hold, unknown_state};
+pub use self::metadata::{Metadata, NotedState, Notes, StoredFacts};
 pub use self::write::{Registration, WriteError};
 use crate::base::backoff::Backoff;
 use crate::base::ids::{AccountId, KeyName};
@@ -209,7 +209,7 @@ impl Vault {
         tls: ClientConfig,
         metrics: Arc<Metrics>,
     ) -> Result<Self, reqwest::Error> {
-        let connection = Connection::new(&settings, tls.clone())?;
+        let connection = VaultConnection::new(&settings, tls.clone())?;
         Ok(Self {
             settings,
             tls,
@@ -238,7 +238,7 @@ impl Vault {
         name: &KeyName,
     ) -> Result<Option<Metadata>, VaultError> {
         let (mount, path) = self.place(account, name);
-        let read = |pass: &Pass| {
+        let read = |pass: &AuthToken| {
             let (mount, path) = (mount.clone(), path.clone());
             let (client, request) = (pass.client(), ReadMetadata { mount, path });
             async move { if_there(vaultrs::api::exec_with_result(&client, request).await) }
@@ -254,7 +254,7 @@ impl Vault {
         version: u64,
     ) -> Result<Arc<Key>, VaultError> {
         let (mount, path) = self.place(account, name);
-        let read = |pass: &Pass| {
+        let read = |pass: &AuthToken| {
             let client = pass.client_for_secrets();
             let request = ReadSecretRequest {
                 mount: mount.clone(),
@@ -277,7 +277,7 @@ impl Vault {
     }
 
     /// Runs a read; a 403 counts as Vault's word only when it comes twice and Vault accepts the token that met it.
-    async fn with_authority<T, F>(&self, read: impl Fn(&Pass) -> F) -> Result<T, VaultError>
+    async fn with_authority<T, F>(&self, read: impl Fn(&AuthToken) -> F) -> Result<T, VaultError>
     where
         F: Future<Output = Result<T, ClientError>>,
     {
@@ -310,7 +310,7 @@ impl Vault {
         Err(login::not_accepted())
     }
 
-    async fn is_good(&self, pass: &Pass) -> Result<bool, VaultError> {
+    async fn is_good(&self, pass: &AuthToken) -> Result<bool, VaultError> {
         let client = pass.client();
         match caught_up(|| vaultrs::token::lookup_self(&client)).await {
             Ok(_) => Ok(true),

@@ -9,7 +9,7 @@ use super::status::{DOMAIN, add_violations, cut};
 use crate::base::ids::{AccountId, KeyName};
 use crate::base::outcome::Reason;
 use crate::base::text::clean;
-use crate::clock::Place;
+use crate::clock::HostId;
 use crate::kucoin::Malformed;
 use crate::restrictions::RestrictionsError;
 use crate::telemetry::chain;
@@ -22,7 +22,7 @@ pub(crate) enum AdminError {
     AccountUnknown(AccountId),
     /// The time of this host has not been measured.
     #[error("the time of {} has not been measured yet; nothing was accepted", host_name(*.0))]
-    ClockUnknown(Place),
+    ClockUnknown(HostId),
     /// The CA of the caller's certificate was taken away, or its time is over.
     #[error("the certificate of this connection has ended, or its CA is trusted no longer")]
     CallerUnknown,
@@ -99,6 +99,6 @@ impl From<AdminError> for Status {
 }
 
 /// A host as `/readyz` and admins name it.
-pub(super) fn host_name((site, host): Place) -> String {
+pub(super) fn host_name((site, host): HostId) -> String {
     format!("{site}/{}", host.as_str())
 }

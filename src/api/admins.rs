@@ -11,16 +11,16 @@ use super::admin_error::{AdminError, host_name};
 use super::messages::in_proto;
 use crate::audit::Act;
 use crate::base::diagnosis::Diagnosis;
-use crate::base::ids::{AccountId, AdminId, BotId, KeyName, Who};
+use crate::base::ids::{AccountId, AdminId, BotId, KeyName, Principal};
 use crate::base::secret::{ApiSecret, PartnerKey, Passphrase};
 use crate::broker::Broker;
-use crate::clock::{self, Place};
-use crate::keyring::Slot;
-use crate::keyring::trial::Verdict;
+use crate::clock::{self, HostId};
+use crate::keyring;
+use crate::keyring::key_test::Verdict;
 use crate::kucoin::key_info::{self, KeyInfo};
 use crate::kucoin::{Key, KeyVersion};
 use crate::ops::key_health::{self, KeyHealth, scopes};
-use crate::ops::key_test::{KeyTest, KeyTested};
+use crate::ops::key_test::{KeyTest, KeyTestResult};
 use crate::policy::Account;
 use crate::proto::admin_server::Admin;
 use crate::proto::{self, KeyFacts, KeyState, RefreshKeyResponse, RevokedKey, TestKeyResponse};
@@ -95,9 +95,9 @@ impl AdminApi {
     }
 
     /// A host that the accounts of the rules use: `site/host`, or `host` where it is one site's alone.
-    fn host_id(&self, name: &str) -> Result<Place, AdminError> {
-        let places = self.broker.policy().places();
-        let is_meant = |place: &Place| host_name(*place) == name || place.1.as_str() == name;
+    fn host_id(&self, name: &str) -> Result<HostId, AdminError> {
+        let places = self.broker.policy().hosts();
+        let is_meant = |place: &HostId| host_name(*place) == name || place.1.as_str() == name;
         let mut meant = places.iter().copied().filter(is_meant);
         if let (Some(place), None) = (meant.next(), meant.next()) {
             return Ok(place);
@@ -111,9 +111,9 @@ impl AdminApi {
     fn in_memory(&self, account: &AccountId, name: &KeyName) -> Result<Arc<Key>, AdminError> {
         let mut keys = self.broker.keyring.entries().into_iter();
         let found = keys.find(|key| key.account == *account && key.name == *name);
-        match found.map(|key| key.slot) {
-            Some(Slot::Ready { key, .. }) => Ok(key),
-            Some(Slot::Gone(reason) | Slot::Waiting(reason)) => {
+        match found.map(|key| key.state) {
+            Some(keyring::KeyState::Loaded { key, .. }) => Ok(key),
+            Some(keyring::KeyState::Absent(reason) | keyring::KeyState::Pending(reason)) => {
                 Err(AdminError::KeyUnavailable(reason))
             }
             None => Err(AdminError::KeyUnknown(account.clone(), name.clone())),
@@ -214,9 +214,9 @@ impl AdminApi {
             let other_uid = other.info.as_ref().and_then(|info| info.uid.as_deref());
             other.id == Some(digest) || (uid.is_some() && other_uid == uid)
         };
-        others
-            .find(has)
-            .map(|other| key_info::taken(&other.account.to_string(), &other.name.to_string()))
+        others.find(has).map(|other| {
+            key_info::duplicate_key(&other.account.to_string(), &other.name.to_string())
+        })
     }
 
     /// Kills one key of an account.
@@ -313,7 +313,7 @@ impl Admin for AdminApi {
         let key = make(version)?;
         let digest = KeyDigest(key.id_sha256());
         let test = KeyTest {
-            who: Who::Admin(admin.clone()),
+            who: Principal::Admin(admin.clone()),
             account: Arc::clone(&account),
             scopes: scopes.iter().copied().collect(),
             key: Arc::clone(&key),
@@ -321,7 +321,7 @@ impl Admin for AdminApi {
             orders: message.try_order,
         };
         let needs_partner_key = test.has_partner();
-        let (KeyTested { mut report, probes }, version) =
+        let (KeyTestResult { mut report, checks }, version) =
             if given.as_ref().is_some_and(|given| given.key_version == 0) {
                 self.broker.test_versions(test, make).await?
             } else {
@@ -346,7 +346,7 @@ impl Admin for AdminApi {
         self.record(&admin, &act);
         let response = TestKeyResponse {
             facts: report.info.as_deref().map(KeyFacts::from),
-            probes: probes.into_iter().map(proto::Probe::from).collect(),
+            probes: checks.into_iter().map(proto::Probe::from).collect(),
             findings: report
                 .findings
                 .iter()
@@ -389,7 +389,7 @@ impl Admin for AdminApi {
         let (account, name) = self.key(&message.account, &message.key)?;
         let unknown = || AdminError::KeyUnknown(account.id.clone(), name.clone());
         let before = key_health::one(&self.broker, &account.id, &name).ok_or_else(unknown)?;
-        let is_seen = self.broker.keyring.look_now(&account.id, &name).await;
+        let is_seen = self.broker.keyring.refresh_now(&account.id, &name).await;
         let after = key_health::one(&self.broker, &account.id, &name).ok_or_else(unknown)?;
         let act = Act {
             action: "refresh",

@@ -8,7 +8,7 @@ use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
 use super::status::status;
-use crate::base::ids::{BotId, RequestId, Who};
+use crate::base::ids::{BotId, Principal, RequestId};
 use crate::base::outcome::Outcome;
 use crate::broker::admission::CallSlot;
 use crate::broker::{Broker, BrokerError, Call, Receipt, caught, micros};
@@ -74,7 +74,7 @@ impl GrpcApi {
         let deadline = arrived + limit.saturating_sub(DEADLINE_MARGIN.min(limit / 10));
         self.broker
             .sign_and_send(Call {
-                who: Who::Bot(bot),
+                who: Principal::Bot(bot),
                 request,
                 key: None,
                 arrived,

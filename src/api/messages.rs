@@ -6,7 +6,7 @@ use crate::kucoin::Scope;
 use crate::kucoin::key_info::KeyInfo;
 use crate::ops::cancel_all::Cancelled;
 use crate::ops::key_health::KeyHealth;
-use crate::ops::key_test::Probe;
+use crate::ops::key_test::Check;
 use crate::proto::{self, KeyFacts, KeyState};
 use crate::restrictions::KeyDigest;
 
@@ -90,7 +90,7 @@ impl From<Cancelled> for proto::Cancelled {
             account: cancelled.account.to_string(),
             scope: proto::Scope::from(cancelled.scope).into(),
             probes: cancelled
-                .probes
+                .checks
                 .into_iter()
                 .map(proto::Probe::from)
                 .collect(),
@@ -99,8 +99,8 @@ impl From<Cancelled> for proto::Cancelled {
     }
 }
 
-impl From<Probe> for proto::Probe {
-    fn from(probe: Probe) -> Self {
+impl From<Check> for proto::Probe {
+    fn from(probe: Check) -> Self {
         Self {
             question: shown(probe.question),
             is_ok: probe.is_ok,

@@ -130,7 +130,7 @@ impl RequestId {
 
 /// Who wants something of the exchange.
 #[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
-pub enum Who {
+pub enum Principal {
     /// An admin, over the admins' door.
     Admin(AdminId),
     /// A bot.
@@ -139,7 +139,7 @@ pub enum Who {
     Broker,
 }
 
-impl Who {
+impl Principal {
     /// The bot, if it is one.
     pub(crate) fn bot(&self) -> Option<&BotId> {
         match self {

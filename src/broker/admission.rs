@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::{Calls, Overload};
-use crate::base::ids::{AccountId, BotId, Who};
+use crate::base::ids::{AccountId, BotId, Principal};
 use crate::base::lock::Mutex;
 
 /// Connections beyond a limit that are kept open for a moment, to answer why; any more are closed.
@@ -41,7 +41,7 @@ pub(crate) struct Admission {
     calls: Arc<Semaphore>,
     connections: Arc<Semaphore>,
     bots: Mutex<HashMap<BotId, Arc<OfBot>>>,
-    refusals: Mutex<HashMap<Who, Refusals>>,
+    refusals: Mutex<HashMap<Principal, Refusals>>,
 }
 
 /// What is left of what one bot may have.
@@ -139,7 +139,7 @@ impl Admission {
     }
 
     /// Takes one refusal of `who` at `now` (time since boot) from its allowance; false if it is only to be counted.
-    pub(crate) fn record_refusal(&self, who: &Who, now: Duration) -> bool {
+    pub(crate) fn record_refusal(&self, who: &Principal, now: Duration) -> bool {
         let (burst, per_second) = RECORDED;
         let mut refusals = self.refusals.lock();
         let refreshed = |refusals: &Refusals| {
@@ -309,7 +309,7 @@ mod tests {
             connections: 1,
             connections_per_bot: 1,
         });
-        let [one, two] = ["one", "two"].map(|bot| Who::Bot(bot.parse().unwrap()));
+        let [one, two] = ["one", "two"].map(|bot| Principal::Bot(bot.parse().unwrap()));
         let recorded = |who, ms| admission.record_refusal(who, Duration::from_millis(ms));
         assert_eq!((0..5000).filter(|_| recorded(&one, 1500)).count(), 1000);
         assert!(recorded(&two, 1500), "another bot's are");

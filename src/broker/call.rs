@@ -29,8 +29,8 @@ use super::admission::CallSlot;
 use super::gate::{Closed, Gate};
 use super::retry::{self, Attempt, Retry, RetryBudget};
 use super::{Broker, BrokerError};
-use crate::audit::{Caller, Ending, Recorded};
-use crate::base::ids::{BotId, KeyName, Who};
+use crate::audit::{CallContext, Ending, Recorded};
+use crate::base::ids::{BotId, KeyName, Principal};
 use crate::base::outcome::{Outcome, Reason};
 use crate::base::text::clean;
 use crate::clock::ClockUncertain;
@@ -45,7 +45,7 @@ use crate::telemetry::chain;
 #[derive(Debug)]
 pub(crate) struct Call {
     /// The caller.
-    pub(crate) who: Who,
+    pub(crate) who: Principal,
     /// The request to sign.
     pub(crate) request: UnsignedRequest,
     /// The key under test, which signs in place of the account's key; `None` for every call of a bot.
@@ -157,7 +157,7 @@ impl Broker {
         let _ = reply.send(ended);
         // The gate is closed, so no further attempt can leave. A request that is in flight is waited for, and its late result
         // is audited; nobody needs the late result of a request of the broker itself.
-        if is_sent && call.who != Who::Broker {
+        if is_sent && call.who != Principal::Broker {
             let late = tokio::select! {
                 biased;
                 late = &mut delivery => late,
@@ -177,7 +177,7 @@ impl Broker {
         tracing::debug!(risk_increasing = permit.increases_risk(), "authorized");
         let recorded = self
             .audit
-            .intent(&caller(call, number), &permit, &call.request)?;
+            .intent(&call_context(call, number), &permit, &call.request)?;
         tracing::debug!("intent audited");
         Ok((permit, recorded))
     }
@@ -208,7 +208,7 @@ impl Broker {
         let ending = ending_of_error(call, error);
         if call.who.bot().is_none() || self.may_record_refusal(&call.who) {
             self.audit
-                .denied(&caller(call, number), Some(&call.request), &ending);
+                .denied(&call_context(call, number), Some(&call.request), &ending);
             let UnsignedRequest {
                 scope,
                 method,
@@ -388,7 +388,7 @@ impl Broker {
         call: &Call,
         permit: &Permit,
         lease: Option<&KeyLease>,
-    ) -> Result<kucoin::SignedRequest, BrokerError> {
+    ) -> Result<kucoin::OutboundRequest, BrokerError> {
         let (request, site) = (&call.request, permit.account().site);
         let mut signed = match lease {
             None => kucoin::unsigned(request, site)?,
@@ -399,7 +399,7 @@ impl Broker {
                 kucoin::sign(request, site, &lease.key, partner, now_ms)?
             }
         };
-        if call.who == Who::Broker {
+        if call.who == Principal::Broker {
             signed.mark_internal();
         }
         Ok(signed)
@@ -445,7 +445,8 @@ impl Broker {
     ) {
         let endpoint = permit.endpoint_id();
         let ending = ending(call, ended);
-        self.audit.outcome(&caller(call, number), endpoint, &ending);
+        self.audit
+            .outcome(&call_context(call, number), endpoint, &ending);
         log_end(call, endpoint, &ending, ended.as_ref().err(), "call ended");
         if call.who.bot().is_some() {
             let (outcome, reason) = outcome_and_reason(ended);
@@ -474,7 +475,8 @@ impl Broker {
     ) {
         let endpoint = permit.endpoint_id();
         let ending = ending(call, late);
-        self.audit.learnt(&caller(call, number), endpoint, &ending);
+        self.audit
+            .late_answer(&call_context(call, number), endpoint, &ending);
         log_end(call, endpoint, &ending, late.as_ref().err(), "late answer");
         self.count_unresolved(call, late);
     }
@@ -483,7 +485,7 @@ impl Broker {
     /// broker itself change nothing and do not count.
     fn count_unresolved(&self, call: &Call, ended: &Result<Receipt, BrokerError>) {
         let is_unresolved = outcome_and_reason(ended).0 == Outcome::MaybeSent;
-        if is_unresolved && call.who != Who::Broker && self.is_draining() {
+        if is_unresolved && call.who != Principal::Broker && self.is_draining() {
             self.calls.unresolved.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -521,10 +523,10 @@ fn is_unsent(error: &BrokerError) -> bool {
     error.reason().outcome() == Outcome::NotSent
 }
 
-fn caller(call: &Call, number: u64) -> Caller<'_> {
+fn call_context(call: &Call, number: u64) -> CallContext<'_> {
     let Call { who, request, .. } = call;
     let place = Some((&request.account, request.scope));
-    Caller {
+    CallContext {
         who,
         request_id: &request.id,
         call: number,
@@ -587,7 +589,7 @@ fn log_end(
             )
         };
     }
-    if call.who == Who::Broker {
+    if call.who == Principal::Broker {
         line!(debug);
     } else if ending.outcome == Some(Outcome::MaybeSent) {
         // A call that ended as `maybe_sent` has to be looked up.

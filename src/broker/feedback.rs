@@ -11,7 +11,7 @@ use crate::keyring::usage::Refusal;
 use crate::kucoin::code::{
     self, ADDRESS_REFUSED, CREDENTIALS_REFUSED, KEY_REFUSED, RefusalCode, TIMESTAMP_REFUSED,
 };
-use crate::kucoin::{Answer, Product, Scope, advice, question};
+use crate::kucoin::{Answer, Product, Scope, advice, broker_query};
 use crate::policy::Permit;
 
 /// Unknown codes that have been logged: each is logged once in a run.
@@ -49,7 +49,7 @@ impl Broker {
                     at_ms: self.clock.wall_ms(),
                 });
                 if is_news && call.key.is_none() {
-                    self.keyring.look_again(permit);
+                    self.keyring.request_refresh(permit);
                 }
             }
         }
@@ -60,7 +60,7 @@ impl Broker {
             // Whoever tests a key is told what is wrong with it; it says nothing about the broker.
             code if code != TIMESTAMP_REFUSED && call.key.is_some() => {}
             ADDRESS_REFUSED => {
-                let seen = question::address_in(&answer.msg);
+                let seen = broker_query::address_in(&answer.msg);
                 self.proof.refused(seen, self.clock.boot());
                 self.metrics.addresses_refused.inc();
                 let seen = seen.map(|address| address.to_string());

@@ -7,10 +7,10 @@ use crate::base::lock::Mutex;
 
 /// The gate of one call. Without it a bot could be told `not_sent` while its order leaves.
 #[derive(Debug, Default)]
-pub(super) struct Gate(Mutex<State>);
+pub(super) struct Gate(Mutex<GateState>);
 
 #[derive(Debug, Default)]
-enum State {
+enum GateState {
     /// Nothing has left, or what left provably did not arrive.
     #[default]
     Open,
@@ -37,9 +37,9 @@ impl Gate {
     /// Lets the request leave, also a second time; false once the bot has its answer.
     pub(super) fn pass(&self) -> bool {
         let mut state = self.0.lock();
-        let is_open = !matches!(*state, State::Closed);
+        let is_open = !matches!(*state, GateState::Closed);
         if is_open {
-            *state = State::Left;
+            *state = GateState::Left;
         }
         is_open
     }
@@ -48,9 +48,9 @@ impl Gate {
     /// been told that it may have been executed.
     pub(super) fn reopen(&self, refused: Option<&Receipt>) -> bool {
         let mut state = self.0.lock();
-        let has_left = matches!(*state, State::Left);
+        let has_left = matches!(*state, GateState::Left);
         if has_left {
-            let refused = refused.map(|receipt| State::Refused(Box::new(receipt.clone())));
+            let refused = refused.map(|receipt| GateState::Refused(Box::new(receipt.clone())));
             *state = refused.unwrap_or_default();
         }
         has_left
@@ -58,10 +58,10 @@ impl Gate {
 
     /// Closes the gate for good; returns how the call stood.
     pub(super) fn close(&self) -> Closed {
-        match replace(&mut *self.0.lock(), State::Closed) {
-            State::Open | State::Closed => Closed::NotSent,
-            State::Refused(receipt) => Closed::Refused(receipt),
-            State::Left => Closed::Sent,
+        match replace(&mut *self.0.lock(), GateState::Closed) {
+            GateState::Open | GateState::Closed => Closed::NotSent,
+            GateState::Refused(receipt) => Closed::Refused(receipt),
+            GateState::Left => Closed::Sent,
         }
     }
 }

@@ -15,10 +15,10 @@ use tokio::time::{sleep, timeout};
 use super::Broker;
 use crate::base::backoff::Backoff;
 use crate::base::lock::Mutex;
-use crate::clock::{self, Clock, Measured, Place, Sample, WITNESSES_APART};
+use crate::clock::{self, Clock, HostId, Measured, Sample, WITNESSES_APART};
 use crate::egress::{ConnectError, Egress, SendError};
 use crate::kucoin::Host;
-use crate::kucoin::question::{self, Question};
+use crate::kucoin::broker_query::{self, BrokerQuery};
 use crate::telemetry::chain;
 
 /// How often the time is asked for: often enough that a good measurement is always at hand.
@@ -45,7 +45,7 @@ pub(crate) struct RecheckSignals {
     address: Notify,
     time: Notify,
     /// Hosts that have refused a timestamp and are being asked, with the answer whether their time is known now.
-    refuted: Mutex<BTreeMap<Place, watch::Receiver<Option<bool>>>>,
+    refuted: Mutex<BTreeMap<HostId, watch::Receiver<Option<bool>>>>,
 }
 
 impl RecheckSignals {
@@ -62,7 +62,7 @@ impl RecheckSignals {
 
 /// Why a question has no answer.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum Unanswered {
+pub(crate) enum QueryError {
     /// No connection.
     #[error(transparent)]
     Connect(#[from] ConnectError),
@@ -77,15 +77,15 @@ pub(crate) enum Unanswered {
     Send(#[from] SendError),
 }
 
-/// Keeps asking `place` for its time.
-pub(crate) async fn watch_time(broker: Arc<Broker>, place: Place) {
+/// Keeps asking `host_id` for its time.
+pub(crate) async fn watch_time(broker: Arc<Broker>, host_id: HostId) {
     let mut backoff = BACKOFF;
     let mut is_different = false;
     loop {
         // Before the question, so that a doubt that comes up meanwhile is not missed.
         let doubt = broker.rechecks.time.notified();
-        let measured = broker.measure(place, false).await;
-        broker.log_difference(place, &mut is_different);
+        let measured = broker.measure(host_id, false).await;
+        broker.log_difference(host_id, &mut is_different);
         let wait = match measured {
             Ok(Measured::Absurd | Measured::Implausible(_)) => {
                 // Not sooner, whatever is in doubt: asked again at once, a cache would agree with itself.
@@ -128,11 +128,11 @@ pub(crate) async fn watch_address(broker: Arc<Broker>, every: Duration) {
 }
 
 impl Broker {
-    /// Measures the time at `place` once. `is_refuted`: it has just refused a timestamp of ours.
-    async fn measure(&self, place: Place, is_refuted: bool) -> Result<Measured, Unanswered> {
-        let (site, host) = place;
+    /// Measures the time at `host_id` once. `is_refuted`: it has just refused a timestamp of ours.
+    async fn measure(&self, host_id: HostId, is_refuted: bool) -> Result<Measured, QueryError> {
+        let (site, host) = host_id;
         let (server_ms, asked, answered) = self
-            .ask(place, Question::Time)
+            .ask(host_id, BrokerQuery::Time)
             .await
             .inspect_err(|error| {
                 self.metrics.clock_failures.inc();
@@ -143,7 +143,7 @@ impl Broker {
             answered,
             server_ms,
         };
-        let measured = self.clock.take_in(place, sample, is_refuted);
+        let measured = self.clock.take_in(host_id, sample, is_refuted);
         match measured {
             Measured::Absurd => {
                 self.metrics.clock_jumps_refused.inc();
@@ -162,7 +162,7 @@ impl Broker {
     }
 
     /// Logs that the exchange's time and the system's have come to be more than a day apart, or are not any more.
-    fn log_difference(&self, (site, host): Place, is_different: &mut bool) {
+    fn log_difference(&self, (site, host): HostId, is_different: &mut bool) {
         let refused = self.clock.refused_difference((site, host));
         if refused.is_some() == std::mem::replace(is_different, refused.is_some()) {
             return;
@@ -187,29 +187,29 @@ impl Broker {
     /// the refused timestamp was signed; a measurement made since then is enough.
     pub(super) async fn resync_time(
         self: &Arc<Self>,
-        place: Place,
+        host_id: HostId,
         since_signing: Duration,
     ) -> bool {
-        let measured = self.clock.exchange(place).age;
+        let measured = self.clock.exchange(host_id).age;
         if measured.is_some_and(|age| age < since_signing) {
             return true;
         }
         let mut answer = {
             let mut refuted = self.rechecks.refuted.lock();
             let is_done = refuted
-                .get(&place)
+                .get(&host_id)
                 // An error means that the last question ended in a panic.
                 .is_none_or(|answer| answer.borrow().is_some() || answer.has_changed().is_err());
             if is_done {
                 let (tell, answer) = watch::channel(None);
-                refuted.insert(place, answer);
+                refuted.insert(host_id, answer);
                 let broker = Arc::clone(self);
                 tokio::spawn(async move {
-                    let is_known = broker.measure_refuted(place).await.is_ok();
+                    let is_known = broker.measure_refuted(host_id).await.is_ok();
                     tell.send_replace(Some(is_known));
                 });
             }
-            let Some(answer) = refuted.get(&place) else {
+            let Some(answer) = refuted.get(&host_id) else {
                 return false;
             };
             answer.clone()
@@ -222,17 +222,17 @@ impl Broker {
     }
 
     /// One answer that disagrees with what is known needs a second one; the refusal was the first witness.
-    async fn measure_refuted(&self, place: Place) -> Result<(), Unanswered> {
-        if let Measured::Implausible(_) = self.measure(place, true).await? {
+    async fn measure_refuted(&self, host_id: HostId) -> Result<(), QueryError> {
+        if let Measured::Implausible(_) = self.measure(host_id, true).await? {
             sleep(WITNESSES_APART).await;
-            self.measure(place, true).await?;
+            self.measure(host_id, true).await?;
         }
         Ok(())
     }
 
     /// Asks once from which address requests come.
-    async fn prove(&self, place: Place) -> Result<(), Unanswered> {
-        let asked = self.ask(place, Question::MyIp).await;
+    async fn prove(&self, host_id: HostId) -> Result<(), QueryError> {
+        let asked = self.ask(host_id, BrokerQuery::MyIp).await;
         let (address, asked, _): (IpAddr, _, _) = asked.inspect_err(|error| {
             let reason = chain(error);
             tracing::warn!(
@@ -253,28 +253,29 @@ impl Broker {
 
     async fn ask<T: DeserializeOwned>(
         &self,
-        place: Place,
-        question: Question,
-    ) -> Result<(T, Duration, Duration), Unanswered> {
-        ask(&self.egress, &self.clock, place, question).await
+        host_id: HostId,
+        broker_query: BrokerQuery,
+    ) -> Result<(T, Duration, Duration), QueryError> {
+        ask(&self.egress, &self.clock, host_id, broker_query).await
     }
 }
 
-/// Asks `place` and returns `data` of its answer, with the times since boot between which it was given.
+/// Asks `host_id` and returns `data` of its answer, with the times since boot between which it was given.
 ///
 /// # Errors
 /// When no answer comes, or another one than the API describes.
 pub(crate) async fn ask<T: DeserializeOwned>(
     egress: &Egress,
     clock: &Clock,
-    place: Place,
-    question: Question,
-) -> Result<(T, Duration, Duration), Unanswered> {
-    let connection = egress.connect(place, true).await?;
+    host_id: HostId,
+    broker_query: BrokerQuery,
+) -> Result<(T, Duration, Duration), QueryError> {
+    let connection = egress.connect(host_id, true).await?;
     let asked = clock.boot();
-    let answer = timeout(ANSWER_WITHIN, egress.ask(connection, question)).await;
+    let answer = timeout(ANSWER_WITHIN, egress.ask(connection, broker_query)).await;
     let answered = clock.boot();
-    let answer = answer.map_err(|_| Unanswered::Late)??;
-    let data = question::data(answer.body()).ok_or(Unanswered::Other(answer.status().as_u16()))?;
+    let answer = answer.map_err(|_| QueryError::Late)??;
+    let data =
+        broker_query::data(answer.body()).ok_or(QueryError::Other(answer.status().as_u16()))?;
     Ok((data, asked, answered))
 }

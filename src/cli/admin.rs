@@ -306,7 +306,7 @@ pub(super) fn block_on(command: impl AsyncFnOnce() -> Result<u8, Failure>) -> u8
 }
 
 /// The calls of `admin.proto`.
-pub(super) type Client = AdminClient<Connection>;
+pub(super) type Client = AdminClient<BrokerConnection>;
 
 /// A connection to the broker's admin door.
 pub(super) struct Admin {
@@ -347,7 +347,7 @@ impl Admin {
             })?;
         let origin = http::Uri::from_static("https://credbroker");
         Ok(Self {
-            client: AdminClient::with_origin(Connection(sender), origin)
+            client: AdminClient::with_origin(BrokerConnection(sender), origin)
                 .max_decoding_message_size(ANSWER_BYTES),
             broker: admin.broker.clone(),
         })
@@ -378,9 +378,9 @@ impl Admin {
 }
 
 /// One HTTP/2 connection, without tonic's own transport, which the broker needs nowhere else.
-pub(super) struct Connection(SendRequest<tonic::body::Body>);
+pub(super) struct BrokerConnection(SendRequest<tonic::body::Body>);
 
-impl Service<http::Request<tonic::body::Body>> for Connection {
+impl Service<http::Request<tonic::body::Body>> for BrokerConnection {
     type Response = http::Response<Incoming>;
     type Error = hyper::Error;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, hyper::Error>> + Send>>;

@@ -176,9 +176,9 @@ async fn examine(config: &Config, hardened: &Hardened) -> Vec<Diagnosis> {
 
     let egress = build::egress(config, egress_roots, &provider);
     let asked = async {
-        let places = exchange::places(policy.as_ref());
+        let host_ids = exchange::host_ids(policy.as_ref());
         match &egress {
-            Ok(egress) => exchange::look(config, egress, &clock, &places).await,
+            Ok(egress) => exchange::look(config, egress, &clock, &host_ids).await,
             Err(error) => vec![exchange::unfit(error)],
         }
     };

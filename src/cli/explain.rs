@@ -6,10 +6,10 @@ use serde_json::json;
 use super::text::{Cell, Style, paragraph};
 use super::{DONE, FAILED, say, scope, show};
 use crate::kucoin::Scope;
-use crate::kucoin::advice::{self, Advice, Facts};
+use crate::kucoin::advice::{self, Advice, AdviceContext};
 
 #[derive(Args, Debug)]
-pub(super) struct Question {
+pub(super) struct Options {
     /// A code as KuCoin answers it, or a topic of the list. Without it all are listed.
     code: Option<String>,
     /// futures, spot-margin or unified, where a code means different things; without it all of them are shown.
@@ -23,8 +23,8 @@ pub(super) struct Question {
     json: bool,
 }
 
-pub(super) fn run(question: &Question) -> u8 {
-    let &Question {
+pub(super) fn run(question: &Options) -> u8 {
+    let &Options {
         ref code,
         scope,
         json,
@@ -100,7 +100,7 @@ fn explained(word: &str, advice: &Advice) -> String {
         scopes if scopes.len() == Scope::ALL.len() => format!("{word}: {topic}"),
         scopes => format!("{word} ({}): {topic}", scopes.join(", ")),
     };
-    let fix = advice.fix(&Facts::default());
+    let fix = advice.fix(&AdviceContext::default());
     [
         paragraph("", &title),
         paragraph("  ", meaning),
@@ -135,7 +135,7 @@ fn as_json(advice: &Advice) -> String {
     });
     let object = json!({
         "topic": advice.topic, "codes": codes.collect::<Vec<_>>(), "meaning": advice.meaning, "cause": advice.cause,
-        "fix": advice.fix(&Facts::default()),
+        "fix": advice.fix(&AdviceContext::default()),
     });
     format!("{object}\n")
 }

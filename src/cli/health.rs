@@ -19,7 +19,7 @@ const LIMIT: Duration = Duration::from_secs(2);
 const MAX_ANSWER_BYTES: u64 = 1024 * 1024;
 
 #[derive(Args, Debug)]
-pub(super) struct Probe {
+pub(super) struct Options {
     /// The configuration file, whose `listen.ops` is asked.
     #[arg(long, default_value = CONFIG)]
     config: PathBuf,
@@ -31,7 +31,7 @@ pub(super) struct Probe {
     ready: bool,
 }
 
-pub(super) fn run(probe: &Probe) -> u8 {
+pub(super) fn run(probe: &Options) -> u8 {
     let address = match &probe.address {
         Some(address) => address.clone(),
         None => match ops_address(&probe.config) {

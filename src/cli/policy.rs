@@ -57,7 +57,7 @@ pub(super) enum Command {
         after_long_help = "Example:\n  credbroker policy explain --rules /etc/credbroker/rules.toml \\\n    \
                            --bot spiffe://example.org/bot/maker --account main \\\n    --scope spot-margin POST /api/v1/hf/orders"
     )]
-    Explain(Question),
+    Explain(ExplainOptions),
     /// Lists what a rules file allows: a line for each bot, account, scope and endpoint, and for each setting of an account.
     ///
     /// The lines are sorted; what moves money is marked.
@@ -77,7 +77,7 @@ pub(super) enum Command {
 }
 
 #[derive(Args, Debug)]
-pub(super) struct Question {
+pub(super) struct ExplainOptions {
     /// The configuration file, which names the rules file and the limits of requests.
     #[arg(long, default_value = CONFIG)]
     config: PathBuf,
@@ -196,8 +196,8 @@ fn json_line(object: &Value) -> String {
     clean_json(&object.to_string()).into_owned() + "\n"
 }
 
-fn explain(question: &Question) -> Result<u8, Vec<Problem>> {
-    let Question {
+fn explain(question: &ExplainOptions) -> Result<u8, Vec<Problem>> {
+    let ExplainOptions {
         config,
         rules: file,
         bot,

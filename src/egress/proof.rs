@@ -23,11 +23,11 @@ pub(crate) enum ProofMode {
 pub(crate) struct Proof {
     expected: IpAddr,
     mode: ProofMode,
-    state: Mutex<State>,
+    state: Mutex<ProofState>,
 }
 
 #[derive(Clone, Debug, Default)]
-struct State {
+struct ProofState {
     /// The address that the exchange saw last, and when (time since boot).
     seen: Option<(IpAddr, Duration)>,
     /// Why the last question got no answer.
@@ -118,7 +118,7 @@ impl Proof {
 
     /// What is known.
     pub(crate) fn status(&self) -> ProofStatus {
-        let State {
+        let ProofState {
             seen,
             failure,
             refused,

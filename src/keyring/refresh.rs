@@ -16,9 +16,9 @@ use tokio::sync::oneshot;
 use tokio::task::{AbortHandle, spawn_blocking};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
+use super::key_test::{KeyChange, KeyEvent, KeyEvents, KeyTestRequest, Report, Verdict};
 use super::rotation::{Action, Event, Rotation, Serving};
-use super::trial::{KeyChange, Notice, Notices, Report, Trial, Verdict};
-use super::{Keyring, Look, Noted, Slot};
+use super::{KeyState, Keyring, Noted, Refresh};
 use crate::base::ids::{AccountId, KeyName};
 use crate::restrictions::Restrictions;
 use crate::telemetry::Metrics;
@@ -36,19 +36,19 @@ pub(crate) struct Refresher {
     keyring: Arc<Keyring>,
     vault: Arc<Vault>,
     restrictions: Arc<Restrictions>,
-    notices: Notices,
+    key_events: KeyEvents,
     metrics: Arc<Metrics>,
     poll: Duration,
     tasks: Mutex<BTreeMap<(AccountId, KeyName), AbortHandle>>,
 }
 
 impl Refresher {
-    /// Nothing is polled until [`Refresher::follow`]. Keys are tested by whoever reads `notices`.
+    /// Nothing is polled until [`Refresher::follow`]. Keys are tested by whoever reads `key_events`.
     pub(crate) fn new(
         keyring: Arc<Keyring>,
         vault: Arc<Vault>,
         restrictions: Arc<Restrictions>,
-        notices: Notices,
+        key_events: KeyEvents,
         metrics: Arc<Metrics>,
         poll: Duration,
     ) -> Self {
@@ -56,7 +56,7 @@ impl Refresher {
             keyring,
             vault,
             restrictions,
-            notices,
+            key_events,
             metrics,
             poll,
             tasks: Mutex::default(),
@@ -79,7 +79,7 @@ impl Refresher {
             stays
         });
         for key in keys {
-            let Some(look) = self.keyring.look(&key.account, &key.name) else {
+            let Some(refresh) = self.keyring.refresh(&key.account, &key.name) else {
                 continue;
             };
             tasks
@@ -89,11 +89,11 @@ impl Refresher {
                         keyring: Arc::clone(&self.keyring),
                         vault: Arc::clone(&self.vault),
                         restrictions: Arc::clone(&self.restrictions),
-                        notices: self.notices.clone(),
+                        key_events: self.key_events.clone(),
                         metrics: Arc::clone(&self.metrics),
                         account: key.account,
                         name: key.name,
-                        look,
+                        refresh,
                         rotation: Rotation::default(),
                         asked: Duration::ZERO,
                         is_answered: false,
@@ -117,11 +117,11 @@ struct Watch {
     keyring: Arc<Keyring>,
     vault: Arc<Vault>,
     restrictions: Arc<Restrictions>,
-    notices: Notices,
+    key_events: KeyEvents,
     metrics: Arc<Metrics>,
     account: AccountId,
     name: KeyName,
-    look: Arc<Look>,
+    refresh: Arc<Refresh>,
     rotation: Rotation,
     /// When the last answer of Vault was asked for, in time since boot: it confirms no more than that moment.
     asked: Duration,
@@ -145,11 +145,11 @@ impl Watch {
         let mut backoff = BACKOFF;
         loop {
             // Before the look, so that one that is asked for meanwhile is not missed.
-            let (keyring, look) = (Arc::clone(&self.keyring), Arc::clone(&self.look));
-            let (doubt, wanted) = (keyring.rechecks.notified(), look.wanted.notified());
-            look.count.send_modify(|(begun, _)| *begun += 1);
+            let (keyring, refresh) = (Arc::clone(&self.keyring), Arc::clone(&self.refresh));
+            let (doubt, wanted) = (keyring.rechecks.notified(), refresh.wanted.notified());
+            refresh.count.send_modify(|(begun, _)| *begun += 1);
             self.check().await;
-            look.is_read.send_replace(true);
+            refresh.is_read.send_replace(true);
             let wait = if self.is_answered {
                 backoff.reset();
                 // A key must not grow too old between two polls that both go well.
@@ -188,7 +188,7 @@ impl Watch {
         if self.running.is_none() {
             self.keyring.set_on_trial(&self.account, &self.name, false);
             let ended = |(begun, ended): &mut (u64, u64)| *ended = *begun;
-            self.look.count.send_modify(ended);
+            self.refresh.count.send_modify(ended);
         }
     }
 
@@ -202,7 +202,7 @@ impl Watch {
             self.asked = asked;
         }
         self.is_answered = true;
-        let is_fresh = self.look.is_fresh.swap(false, Ordering::Relaxed);
+        let is_fresh = self.refresh.is_fresh.swap(false, Ordering::Relaxed);
         self.handle(Event::Metadata(answer, is_fresh)).await;
     }
 
@@ -250,7 +250,8 @@ impl Watch {
             }
             let problem = self.rotation.problem();
             // After every look: nobody needs to wake where it is as before.
-            if matches!(self.slot(), Some(Slot::Ready { problem: shown, .. }) if shown != problem) {
+            if matches!(self.state(), Some(KeyState::Loaded { problem: shown, .. }) if shown != problem)
+            {
                 self.keyring.set_problem(&self.account, &self.name, problem);
             }
             for action in actions {
@@ -356,7 +357,7 @@ impl Watch {
 
     /// Whether the keyring has wiped the key for its age since Vault last showed it.
     fn is_wiped(&self) -> bool {
-        self.rotation.has_seen() && matches!(self.slot(), Some(Slot::Waiting(_)))
+        self.rotation.has_seen() && matches!(self.state(), Some(KeyState::Pending(_)))
     }
 
     /// The keyring has wiped the key for its age: a candidate is as old.
@@ -396,14 +397,14 @@ impl Watch {
         self.keyring
             .set_on_trial(&self.account, &self.name, may_change);
         let (tell, told) = oneshot::channel();
-        let trial = Trial {
+        let key_test = KeyTestRequest {
             account: self.account.clone(),
             name: self.name.clone(),
             key: Arc::clone(&tested.key),
             is_candidate,
             tell,
         };
-        let _ = self.notices.send(Notice::Trial(trial));
+        let _ = self.key_events.send(KeyEvent::KeyTestRequest(key_test));
         self.running = Some(Running {
             tested,
             is_candidate,
@@ -415,15 +416,15 @@ impl Watch {
     /// From now on `next` signs, and nothing else does.
     async fn activate(&self, next: &Serving) {
         let before = self.serving();
-        let slot = Slot::Ready {
+        let state = KeyState::Loaded {
             key: Arc::clone(&next.key),
             usage: Arc::clone(&next.usage),
             version: next.version,
             problem: self.rotation.problem(),
             confirmed: self.asked,
-            outage: self.slot().and_then(|slot| slot.outage()),
+            outage: self.state().and_then(|state| state.outage()),
         };
-        self.keyring.set(&self.account, &self.name, slot);
+        self.keyring.set(&self.account, &self.name, state);
         let is_there = |serving: Serving| Arc::ptr_eq(&serving.key, &next.key);
         if self.serving().is_some_and(is_there) {
             self.tell(before.as_ref(), Some(next), "in_use", None);
@@ -438,12 +439,12 @@ impl Watch {
     fn confirm(&self) {
         let mut outage = None;
         self.keyring
-            .change_unless_revoked(&self.account, &self.name, |place| {
-                if let Slot::Ready {
+            .change_unless_revoked(&self.account, &self.name, |entry| {
+                if let KeyState::Loaded {
                     confirmed,
                     outage: ended,
                     ..
-                } = &mut place.slot
+                } = &mut entry.state
                 {
                     *confirmed = self.asked;
                     outage = ended.take();
@@ -457,14 +458,14 @@ impl Watch {
     }
 
     fn evict(&self, reason: String) {
-        let is_known = matches!(self.slot(), Some(Slot::Gone(before)) if before == reason);
+        let is_known = matches!(self.state(), Some(KeyState::Absent(before)) if before == reason);
         if !is_known {
             self.metrics.vault_failure("evicted");
             tracing::error!(account.id = %self.account, key = %self.name, reason, "key is not available");
             self.tell(self.serving().as_ref(), None, "gone", Some(reason.clone()));
         }
         self.keyring
-            .set(&self.account, &self.name, Slot::Gone(reason));
+            .set(&self.account, &self.name, KeyState::Absent(reason));
     }
 
     /// Vault has not answered: the key stays in use, as long as it is not too old for anything.
@@ -480,10 +481,10 @@ impl Watch {
         self.is_answered = false;
         self.forget_if_wiped();
         self.keyring
-            .change_unless_revoked(&self.account, &self.name, |place| match &mut place.slot {
-                Slot::Gone(_) => {}
-                Slot::Ready { outage, .. } => *outage = Some(reason),
-                Slot::Waiting(_) => place.put(Slot::Waiting(reason)),
+            .change_unless_revoked(&self.account, &self.name, |entry| match &mut entry.state {
+                KeyState::Absent(_) => {}
+                KeyState::Loaded { outage, .. } => *outage = Some(reason),
+                KeyState::Pending(_) => entry.put(KeyState::Pending(reason)),
             });
     }
 
@@ -518,12 +519,12 @@ impl Watch {
             outcome,
             detail,
         };
-        let _ = self.notices.send(Notice::Changed(change));
+        let _ = self.key_events.send(KeyEvent::Changed(change));
     }
 
     fn serving(&self) -> Option<Serving> {
-        match self.slot()? {
-            Slot::Ready {
+        match self.state()? {
+            KeyState::Loaded {
                 key,
                 usage,
                 version,
@@ -533,11 +534,11 @@ impl Watch {
                 usage,
                 version,
             }),
-            Slot::Gone(_) | Slot::Waiting(_) => None,
+            KeyState::Absent(_) | KeyState::Pending(_) => None,
         }
     }
 
-    fn slot(&self) -> Option<Slot> {
-        self.keyring.slot(&self.account, &self.name)
+    fn state(&self) -> Option<KeyState> {
+        self.keyring.state(&self.account, &self.name)
     }
 }

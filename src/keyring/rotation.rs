@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::Noted;
-use super::trial::{Report, Verdict};
+use super::key_test::{Report, Verdict};
 use super::usage::Usage;
 use crate::kucoin::Key;
 use crate::kucoin::code::CREDENTIALS_REFUSED;

@@ -7,8 +7,8 @@ use std::net::IpAddr;
 
 use http::StatusCode;
 
+use super::broker_query::address_in;
 use super::code::{Class, RefusalCode};
-use super::question::address_in;
 use super::{Answer, Endpoint, Scope};
 use crate::base::outcome::Outcome;
 
@@ -29,7 +29,7 @@ pub struct Advice {
 
 /// What is known about a refused request besides its code; makes a fix exact.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Facts<'f> {
+pub(crate) struct AdviceContext<'f> {
     /// The address that KuCoin saw, or must see.
     pub(crate) address: Option<IpAddr>,
     /// The permission that the request needs, in the words of KuCoin's page.
@@ -120,7 +120,7 @@ pub(crate) fn for_bot(answer: &Answer, scope: Scope, endpoint: Option<&Endpoint>
     let Some(advice) = advice else {
         return String::new();
     };
-    advice.text(&Facts {
+    advice.text(&AdviceContext {
         address: address_in(&answer.msg),
         permission: endpoint.and_then(|endpoint| endpoint.permission.as_deref()),
     })
@@ -128,7 +128,7 @@ pub(crate) fn for_bot(answer: &Answer, scope: Scope, endpoint: Option<&Endpoint>
 
 impl Advice {
     /// What to do, with the facts at hand.
-    pub(crate) fn fix(&self, facts: &Facts) -> String {
+    pub(crate) fn fix(&self, facts: &AdviceContext) -> String {
         let address = facts.address.map(|address| address.to_string());
         let permission = facts
             .permission
@@ -140,7 +140,7 @@ impl Advice {
     }
 
     /// All of it as one paragraph.
-    pub(crate) fn text(&self, facts: &Facts) -> String {
+    pub(crate) fn text(&self, facts: &AdviceContext) -> String {
         format!("{} {} {}", self.meaning, self.cause, self.fix(facts))
     }
 
@@ -744,7 +744,7 @@ mod tests {
     fn facts_make_a_fix_exact_and_without_them_it_reads_as_well() {
         let whitelist = of(None, "400006").unwrap();
         let address = Some(IpAddr::from([203, 0, 113, 7]));
-        let facts = Facts {
+        let facts = AdviceContext {
             address,
             permission: Some("Futures"),
         };
@@ -754,7 +754,7 @@ mod tests {
         );
         assert!(
             whitelist
-                .fix(&Facts::default())
+                .fix(&AdviceContext::default())
                 .contains("Add the broker's egress address to")
         );
         let permission = of(None, "400007").unwrap();
@@ -765,7 +765,7 @@ mod tests {
         );
         assert!(
             permission
-                .fix(&Facts::default())
+                .fix(&AdviceContext::default())
                 .contains(" tick the permission that KuCoin's documentation names")
         );
     }
@@ -787,7 +787,7 @@ mod tests {
                 topic.bytes().all(|b| b.is_ascii_lowercase() || b == b'-'),
                 "{topic}"
             );
-            for sentence in [*meaning, *cause, &advice.fix(&Facts::default())] {
+            for sentence in [*meaning, *cause, &advice.fix(&AdviceContext::default())] {
                 assert!(sentence.ends_with('.'), "{topic}: {sentence}");
                 assert!(
                     sentence.starts_with(|c: char| c.is_uppercase()),

@@ -8,8 +8,8 @@ use std::net::IpAddr;
 
 use serde_json::{Map, Value};
 
-use super::advice::{self, Facts};
-use super::question::{address_in, data};
+use super::advice::{self, AdviceContext};
+use super::broker_query::{address_in, data};
 use super::{KeyVersion, Scope, Site};
 use crate::base::diagnosis::Diagnosis;
 use crate::base::text::clean;
@@ -511,7 +511,7 @@ pub(crate) fn refusal(code: &str, msg: &str, scope: Scope, egress_ip: IpAddr) ->
     };
     let seen = address_in(msg);
     let permission = Permission::of_scope(scope).first().map(ToString::to_string);
-    let facts = Facts {
+    let facts = AdviceContext {
         address: Some(seen.unwrap_or(egress_ip)),
         permission: permission.as_deref(),
     };
@@ -525,7 +525,7 @@ pub(crate) fn refusal(code: &str, msg: &str, scope: Scope, egress_ip: IpAddr) ->
 }
 
 /// Refuses a key that another account has already.
-pub(crate) fn taken(account: &str, key: &str) -> Diagnosis {
+pub(crate) fn duplicate_key(account: &str, key: &str) -> Diagnosis {
     Diagnosis::failed(
         "key-taken",
         format!(
@@ -551,7 +551,7 @@ pub(crate) fn funds_in_main(answer: &[u8]) -> Option<Diagnosis> {
     // The first one apart: of an empty account all are in main, too.
     (kinds.next().is_some_and(is_main) && kinds.all(is_main)).then(|| {
         let cause = format!("{} {}", advice.meaning, advice.cause);
-        Diagnosis::warning(advice.topic, cause, advice.fix(&Facts::default()))
+        Diagnosis::warning(advice.topic, cause, advice.fix(&AdviceContext::default()))
     })
 }
 

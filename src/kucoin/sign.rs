@@ -14,7 +14,7 @@ use http_body_util::Full;
 use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
-use super::{Site, UnsignedRequest, question};
+use super::{Site, UnsignedRequest, broker_query};
 use crate::base::secret::{ApiSecret, PartnerKey, Passphrase, with_clean_stack};
 
 const API_KEY: HeaderName = HeaderName::from_static("kc-api-key");
@@ -161,7 +161,7 @@ pub struct Partner {
 }
 
 /// A request ready to leave. Moved, never copied: no signature is sent twice.
-pub struct SignedRequest {
+pub struct OutboundRequest {
     /// What goes on the wire, but for the host.
     pub(crate) request: http::Request<Full<Bytes>>,
     /// The timestamp that was signed, Unix milliseconds; 0 where nothing was.
@@ -170,11 +170,11 @@ pub struct SignedRequest {
     pub(crate) key: Option<Weak<Key>>,
 }
 
-impl SignedRequest {
+impl OutboundRequest {
     /// Tells it apart from what bots ask, on both sides.
     pub(crate) fn mark_internal(&mut self) {
         let headers = self.request.headers_mut();
-        headers.insert(USER_AGENT, HeaderValue::from_static(question::OWN));
+        headers.insert(USER_AGENT, HeaderValue::from_static(broker_query::OWN));
     }
 
     /// The headers, signature and all: as secret as a signature for as long as KuCoin takes it.
@@ -197,7 +197,7 @@ impl SignedRequest {
 }
 
 /// Without headers, query and body.
-impl std::fmt::Debug for SignedRequest {
+impl std::fmt::Debug for OutboundRequest {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let (method, path) = (self.request.method(), self.request.uri().path());
         write!(f, "SignedRequest({method} {path})")
@@ -229,7 +229,7 @@ pub fn sign(
     key: &Arc<Key>,
     partner: Option<&Partner>,
     now_ms: i64,
-) -> Result<SignedRequest, SignError> {
+) -> Result<OutboundRequest, SignError> {
     let timestamp = now_ms.to_string();
     let signed_target = request.target.to_sign();
     let parts = string_to_sign(&timestamp, request, &signed_target);
@@ -276,7 +276,7 @@ pub fn string_to_sign<'a>(
 }
 
 /// Writes `request` without a signature, as public endpoints take it.
-pub fn unsigned(request: &UnsignedRequest, site: Site) -> Result<SignedRequest, SignError> {
+pub fn unsigned(request: &UnsignedRequest, site: Site) -> Result<OutboundRequest, SignError> {
     let wire = request.target.to_wire();
     let target: PathAndQuery = wire.parse().map_err(unwritable)?;
     if target.as_str() != wire {
@@ -296,7 +296,7 @@ pub fn unsigned(request: &UnsignedRequest, site: Site) -> Result<SignedRequest, 
     if site == Site::Au {
         headers.insert(SITE_TYPE, HeaderValue::from_static("australia"));
     }
-    Ok(SignedRequest {
+    Ok(OutboundRequest {
         request: written,
         timestamp_ms: 0,
         key: None,

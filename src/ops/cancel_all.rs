@@ -16,8 +16,8 @@ use futures_util::future::join_all;
 use serde_json::{Map, Value};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-use super::key_test::{Ask, Probe};
-use crate::base::ids::{AccountId, AdminId, Who};
+use super::key_test::{Ask, Check};
+use crate::base::ids::{AccountId, AdminId, Principal};
 use crate::base::lock::Mutex;
 use crate::base::outcome::Outcome;
 use crate::base::text::clean;
@@ -70,14 +70,14 @@ pub(crate) struct Cancelled {
     /// The scope.
     pub(crate) scope: Scope,
     /// What was asked, and what came.
-    pub(crate) probes: Vec<Probe>,
+    pub(crate) checks: Vec<Check>,
     /// How many are still open; unknown where the exchange did not tell.
     pub(crate) still_open: Option<u64>,
 }
 
 /// Why it is not known what is open.
 #[derive(Clone, Debug)]
-enum Unseen {
+enum ListError {
     /// The key can have no orders of this kind.
     NotAllowed(String),
     /// No key signs, or the exchange refuses it: every further request would fail, too.
@@ -90,22 +90,22 @@ enum Unseen {
 
 /// What has come of one kind so far.
 #[derive(Debug)]
-struct Withdrawal {
+struct CancelRun {
     kind: &'static Kind,
     /// What the list said last.
     open: BTreeMap<Group, u64>,
     /// What kept the list from saying it all.
-    unseen: Option<Unseen>,
+    list_error: Option<ListError>,
     /// The last answer to each cancellation.
-    cancels: BTreeMap<String, Probe>,
+    cancels: BTreeMap<String, Check>,
 }
 
 /// One account being withdrawn from.
 struct Halt<'h> {
     broker: &'h Arc<Broker>,
-    who: Who,
+    who: Principal,
     account: &'h Account,
-    pace: &'h Pace,
+    pace: &'h Pacer,
     until: Instant,
 }
 
@@ -117,7 +117,7 @@ impl Broker {
         admin: &AdminId,
         account: Option<&Account>,
     ) -> Vec<Cancelled> {
-        let (policy, pace) = (self.policy(), Pace::new(Instant::now()));
+        let (policy, pace) = (self.policy(), Pacer::new(Instant::now()));
         let until = Instant::now() + WITHIN;
         let meant = policy
             .accounts()
@@ -125,7 +125,7 @@ impl Broker {
         let halts: Vec<_> = meant
             .map(|account| Halt {
                 broker: self,
-                who: Who::Admin(admin.clone()),
+                who: Principal::Admin(admin.clone()),
                 account,
                 pace: &pace,
                 until,
@@ -133,7 +133,7 @@ impl Broker {
             .collect();
         let scopes = halts.iter().flat_map(|halt| {
             let scopes = halt.account.keys.keys();
-            scopes.map(move |scope| halt.withdraw_caught(*scope))
+            scopes.map(move |scope| halt.cancel_scope_caught(*scope))
         });
         join_all(scopes).await
     }
@@ -141,12 +141,14 @@ impl Broker {
 
 impl Halt<'_> {
     /// A defect that one scope's answers hit upon must not keep the others from being withdrawn.
-    async fn withdraw_caught(&self, scope: Scope) -> Cancelled {
-        let withdrawn = AssertUnwindSafe(self.withdraw(scope)).catch_unwind().await;
-        withdrawn.unwrap_or_else(|_| Cancelled {
+    async fn cancel_scope_caught(&self, scope: Scope) -> Cancelled {
+        let cancelled = AssertUnwindSafe(self.cancel_scope(scope))
+            .catch_unwind()
+            .await;
+        cancelled.unwrap_or_else(|_| Cancelled {
             account: self.account.id.clone(),
             scope,
-            probes: vec![Probe {
+            checks: vec![Check {
                 question: "all of it".to_owned(),
                 is_ok: false,
                 answer: "the broker failed; its log has the place. Cancel by other means"
@@ -156,9 +158,9 @@ impl Halt<'_> {
         })
     }
 
-    async fn withdraw(&self, scope: Scope) -> Cancelled {
+    async fn cancel_scope(&self, scope: Scope) -> Cancelled {
         let of_scope = KINDS.iter().filter(|kind| kind.scope == scope);
-        let mut all: Vec<_> = of_scope.map(Withdrawal::new).collect();
+        let mut all: Vec<_> = of_scope.map(CancelRun::new).collect();
         join_all(all.iter_mut().map(|one| self.cancel_at_once(one))).await;
         let (calls, account) = (&self.broker.calls, &self.account.id);
         let patience = Instant::now() + self.broker.egress.answer_timeout();
@@ -172,10 +174,10 @@ impl Halt<'_> {
                 }
                 rounds += 1;
             }
-            join_all(all.iter_mut().map(|one| self.look(one))).await;
+            join_all(all.iter_mut().map(|one| self.read_open(one))).await;
             let is_over = Instant::now() >= self.until || rounds == ROUNDS;
             let is_lifted = !self.broker.restrictions.is_halted(account);
-            if is_over || is_lifted || (is_quiescent && all.iter().all(Withdrawal::is_settled)) {
+            if is_over || is_lifted || (is_quiescent && all.iter().all(CancelRun::is_settled)) {
                 break;
             }
             join_all(all.iter_mut().map(|one| self.cancel_again(one))).await;
@@ -188,47 +190,47 @@ impl Halt<'_> {
         Cancelled {
             account: account.clone(),
             scope,
-            still_open: all.iter().map(Withdrawal::still_open).sum(),
-            probes: probes(&all),
+            still_open: all.iter().map(CancelRun::still_open).sum(),
+            checks: checks(&all),
         }
     }
 
     /// Where everything can be cancelled at once, without looking first.
-    async fn cancel_at_once(&self, withdrawal: &mut Withdrawal) {
-        if withdrawal.kind.whole.is_none() {
-            self.look(withdrawal).await;
+    async fn cancel_at_once(&self, run: &mut CancelRun) {
+        if run.kind.whole.is_none() {
+            self.read_open(run).await;
         }
-        self.cancel_again(withdrawal).await;
+        self.cancel_again(run).await;
     }
 
-    async fn cancel_whole(&self, withdrawal: &mut Withdrawal) {
-        if let Some(path) = withdrawal.kind.whole {
-            self.cancel(withdrawal, Method::Delete, path, None).await;
+    async fn cancel_whole(&self, run: &mut CancelRun) {
+        if let Some(path) = run.kind.whole {
+            self.cancel(run, Method::Delete, path, None).await;
         }
     }
 
     /// Cancels what the list has shown, or could not show.
-    async fn cancel_again(&self, withdrawal: &mut Withdrawal) {
-        if withdrawal.is_settled() {
+    async fn cancel_again(&self, run: &mut CancelRun) {
+        if run.is_settled() {
             return;
         }
-        self.cancel_whole(withdrawal).await;
-        if let Some((method, path)) = withdrawal.kind.by_symbol {
-            let groups: Vec<_> = withdrawal.open.keys().cloned().collect();
+        self.cancel_whole(run).await;
+        if let Some((method, path)) = run.kind.by_symbol {
+            let groups: Vec<_> = run.open.keys().cloned().collect();
             for group in groups {
-                self.cancel(withdrawal, method, path, Some(group)).await;
+                self.cancel(run, method, path, Some(group)).await;
             }
         }
     }
 
     async fn cancel(
         &self,
-        withdrawal: &mut Withdrawal,
+        run: &mut CancelRun,
         method: Method,
         path: &'static str,
         group: Option<Group>,
     ) {
-        let names = withdrawal.kind.names.iter();
+        let names = run.kind.names.iter();
         let mut names: Vec<_> = names
             .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
             .collect();
@@ -251,42 +253,42 @@ impl Halt<'_> {
         } else {
             ask.query = names;
         }
-        let (is_ok, answer) = match self.ask(withdrawal.kind.scope, ask).await {
+        let (is_ok, answer) = match self.ask(run.kind.scope, ask).await {
             Ok(_) => (true, "taken".to_owned()),
-            Err(Unseen::NotServed) => return,
+            Err(ListError::NotServed) => return,
             Err(
-                Unseen::NoKey(problem) | Unseen::NotAllowed(problem) | Unseen::Unknown(problem),
+                ListError::NoKey(problem)
+                | ListError::NotAllowed(problem)
+                | ListError::Unknown(problem),
             ) => (false, problem),
         };
-        let probe = Probe {
+        let check = Check {
             question: question.clone(),
             is_ok,
             answer,
         };
-        withdrawal.cancels.insert(question, probe);
+        run.cancels.insert(question, check);
     }
 
     /// Reads the list.
-    async fn look(&self, withdrawal: &mut Withdrawal) {
+    async fn read_open(&self, run: &mut CancelRun) {
         let mut open = BTreeMap::new();
-        let read = match withdrawal.kind.list {
+        let read = match run.kind.list {
             List::Paged {
                 path,
                 number,
                 names,
             } => {
-                let names = withdrawal.kind.names.iter().chain(names);
+                let names = run.kind.names.iter().chain(names);
                 let ask = names.fold(Ask::get(path), |ask, (name, value)| ask.with(name, value));
-                self.read_pages(withdrawal.kind, &ask, number, &mut open)
-                    .await
+                self.read_pages(run.kind, &ask, number, &mut open).await
             }
             List::PerSymbol { symbols, path } => {
-                self.read_symbols(withdrawal.kind, symbols, path, &mut open)
-                    .await
+                self.read_symbols(run.kind, symbols, path, &mut open).await
             }
         };
-        withdrawal.open = open;
-        withdrawal.unseen = read.err();
+        run.open = open;
+        run.list_error = read.err();
     }
 
     async fn read_pages(
@@ -295,7 +297,7 @@ impl Halt<'_> {
         ask: &Ask,
         number: &str,
         open: &mut BTreeMap<Group, u64>,
-    ) -> Result<(), Unseen> {
+    ) -> Result<(), ListError> {
         let ask = ask.clone().with("pageSize", &PAGE.to_string());
         let mut read = Ok(());
         for page in 1..=PAGES {
@@ -318,7 +320,7 @@ impl Halt<'_> {
             }
         }
         let read = PAGE * PAGES;
-        Err(Unseen::Unknown(format!(
+        Err(ListError::Unknown(format!(
             "the list is longer than the {read} orders that are read"
         )))
     }
@@ -329,7 +331,7 @@ impl Halt<'_> {
         symbols: &'static str,
         path: &'static str,
         open: &mut BTreeMap<Group, u64>,
-    ) -> Result<(), Unseen> {
+    ) -> Result<(), ListError> {
         let names = || kind.names.iter();
         let with = |path| names().fold(Ask::get(path), |ask, (name, value)| ask.with(name, value));
         let data = self.list(kind.scope, with(symbols)).await?;
@@ -352,9 +354,9 @@ impl Halt<'_> {
                 Ok(count) => {
                     open.insert(group, count);
                 }
-                Err(unseen) => {
+                Err(list_error) => {
                     open.insert(group, 0);
-                    read = Err(unseen);
+                    read = Err(list_error);
                 }
             }
         }
@@ -366,26 +368,30 @@ impl Halt<'_> {
     }
 
     /// Asks for a list. An answer without one does not say that it is empty.
-    async fn list(&self, scope: Scope, ask: Ask) -> Result<Value, Unseen> {
+    async fn list(&self, scope: Scope, ask: Ask) -> Result<Value, ListError> {
         self.ask(scope, ask).await?.ok_or_else(unexpected)
     }
 
     /// Sends one request, and returns `data` of an answer that says that all went well. Where the exchange says "later",
     /// it goes again.
-    async fn ask(&self, scope: Scope, ask: Ask) -> Result<Option<Value>, Unseen> {
+    async fn ask(&self, scope: Scope, ask: Ask) -> Result<Option<Value>, ListError> {
         loop {
             let turn = self.pace.next(Instant::now());
             if turn > self.until {
-                return Err(Unseen::Unknown("there was no time left to ask".to_owned()));
+                return Err(ListError::Unknown(
+                    "there was no time left to ask".to_owned(),
+                ));
             }
             sleep_until(turn).await;
             let (who, account) = (self.who.clone(), &self.account.id);
             let asked = self.broker.ask_as(who, account, scope, ask.clone(), None);
             let answer = match asked.await {
                 Ok(receipt) => receipt.answer,
-                Err(BrokerError::Denied(_)) => return Err(Unseen::NotServed),
-                Err(error @ BrokerError::Key(_)) => return Err(Unseen::NoKey(error.to_string())),
-                Err(error) => return Err(Unseen::Unknown(error.of_repeatable_request())),
+                Err(BrokerError::Denied(_)) => return Err(ListError::NotServed),
+                Err(error @ BrokerError::Key(_)) => {
+                    return Err(ListError::NoKey(error.to_string()));
+                }
+                Err(error) => return Err(ListError::Unknown(error.of_repeatable_request())),
             };
             if answer.outcome == Outcome::Accepted {
                 let whole: Option<Value> = serde_json::from_slice(&answer.body).ok();
@@ -405,7 +411,7 @@ fn later(answer: &Answer) -> Option<Duration> {
     answer.retry_after.or(is_busy.then_some(BUSY))
 }
 
-fn refused(scope: Scope, answer: &Answer) -> Unseen {
+fn refused(scope: Scope, answer: &Answer) -> ListError {
     let (code, msg) = (answer.code.as_str(), answer.msg.as_str());
     let advice = advice::of_message(scope, code, msg);
     let told = match (advice, code) {
@@ -417,14 +423,14 @@ fn refused(scope: Scope, answer: &Answer) -> Unseen {
         }
     };
     match advice {
-        Some(advice) if NOT_ALLOWED.contains(&advice.topic) => Unseen::NotAllowed(told),
-        _ if KEY_REFUSED.contains(&code) => Unseen::NoKey(told),
-        _ => Unseen::Unknown(told),
+        Some(advice) if NOT_ALLOWED.contains(&advice.topic) => ListError::NotAllowed(told),
+        _ if KEY_REFUSED.contains(&code) => ListError::NoKey(told),
+        _ => ListError::Unknown(told),
     }
 }
 
-fn unexpected() -> Unseen {
-    Unseen::Unknown("the answer is not the list that was expected".to_owned())
+fn unexpected() -> ListError {
+    ListError::Unknown("the answer is not the list that was expected".to_owned())
 }
 
 fn question(method: Method, path: &str, names: &[(String, String)]) -> String {
@@ -435,40 +441,40 @@ fn question(method: Method, path: &str, names: &[(String, String)]) -> String {
     question
 }
 
-impl Withdrawal {
+impl CancelRun {
     fn new(kind: &'static Kind) -> Self {
         Self {
             kind,
             open: BTreeMap::new(),
-            unseen: Some(Unseen::Unknown("nobody has looked yet".to_owned())),
+            list_error: Some(ListError::Unknown("nobody has looked yet".to_owned())),
             cancels: BTreeMap::new(),
         }
     }
 
     /// Whether nothing is left to do: nothing is open, or nothing can be done about it.
     fn is_settled(&self) -> bool {
-        match &self.unseen {
+        match &self.list_error {
             None => self.open.is_empty(),
-            Some(Unseen::NotAllowed(_) | Unseen::NoKey(_) | Unseen::NotServed) => true,
-            Some(Unseen::Unknown(_)) => false,
+            Some(ListError::NotAllowed(_) | ListError::NoKey(_) | ListError::NotServed) => true,
+            Some(ListError::Unknown(_)) => false,
         }
     }
 
     fn still_open(&self) -> Option<u64> {
-        match &self.unseen {
-            None | Some(Unseen::NotAllowed(_) | Unseen::NotServed) => {
+        match &self.list_error {
+            None | Some(ListError::NotAllowed(_) | ListError::NotServed) => {
                 Some(self.open.values().sum())
             }
-            Some(Unseen::NoKey(_) | Unseen::Unknown(_)) => None,
+            Some(ListError::NoKey(_) | ListError::Unknown(_)) => None,
         }
     }
 
     /// The cancellations that are not reported one by one.
-    fn others(&self) -> Option<Probe> {
+    fn others(&self) -> Option<Check> {
         let others: Vec<_> = self.cancels.values().skip(REPORTED).collect();
         let (_, path) = self.kind.by_symbol.filter(|_| !others.is_empty())?;
         let failed = others.iter().filter(|one| !one.is_ok).count();
-        Some(Probe {
+        Some(Check {
             question: format!("{} more to {path}", others.len()),
             is_ok: failed == 0,
             answer: format!("{failed} failed"),
@@ -476,7 +482,7 @@ impl Withdrawal {
     }
 
     /// What the list said in the end.
-    fn listed(&self) -> Option<Probe> {
+    fn listed(&self) -> Option<Check> {
         let (path, names) = match self.kind.list {
             List::Paged { path, names, .. } => (path, names),
             List::PerSymbol { path, .. } => (path, &[][..]),
@@ -486,32 +492,32 @@ impl Withdrawal {
             .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
             .collect();
         let open: u64 = self.open.values().sum();
-        let answer = match &self.unseen {
+        let answer = match &self.list_error {
             None if open == 0 => "none open".to_owned(),
             None => format!("{open} open"),
-            Some(Unseen::NotServed) => return None,
-            Some(Unseen::NotAllowed(told)) => {
+            Some(ListError::NotServed) => return None,
+            Some(ListError::NotAllowed(told)) => {
                 format!("not this key's to see, and it places none: {told}")
             }
-            Some(Unseen::NoKey(problem) | Unseen::Unknown(problem)) => {
+            Some(ListError::NoKey(problem) | ListError::Unknown(problem)) => {
                 format!("not known: {problem}")
             }
         };
-        Some(Probe {
+        Some(Check {
             question: question(Method::Get, path, &names),
-            is_ok: self.unseen.is_none() && open == 0,
+            is_ok: self.list_error.is_none() && open == 0,
             answer,
         })
     }
 }
 
 /// What was asked, kind by kind; where no key signs, that alone.
-fn probes(all: &[Withdrawal]) -> Vec<Probe> {
+fn checks(all: &[CancelRun]) -> Vec<Check> {
     let without_key = all
         .iter()
-        .find(|one| matches!(one.unseen, Some(Unseen::NoKey(_))));
-    if let Some(withdrawal) = without_key {
-        return withdrawal.listed().into_iter().collect();
+        .find(|one| matches!(one.list_error, Some(ListError::NoKey(_))));
+    if let Some(run) = without_key {
+        return run.listed().into_iter().collect();
     }
     let of_each = all.iter().flat_map(|one| {
         let cancels = one.cancels.values().take(REPORTED).cloned();
@@ -522,9 +528,9 @@ fn probes(all: &[Withdrawal]) -> Vec<Probe> {
 
 /// Who goes when, so that the exchange's edge takes all of it.
 #[derive(Debug)]
-struct Pace(Mutex<Instant>);
+struct Pacer(Mutex<Instant>);
 
-impl Pace {
+impl Pacer {
     /// A whole burst may go at `now`.
     fn new(now: Instant) -> Self {
         let (burst, gap) = BURST;
@@ -549,16 +555,16 @@ mod tests {
     #[test]
     fn a_report_is_bounded_however_much_the_exchange_lists() {
         let by_symbol = |kind: &&Kind| kind.by_symbol.is_some();
-        let mut withdrawal = Withdrawal::new(KINDS.iter().find(by_symbol).unwrap());
+        let mut run = CancelRun::new(KINDS.iter().find(by_symbol).unwrap());
         for number in 0..REPORTED + 5 {
-            let probe = Probe {
+            let check = Check {
                 question: format!("{number:05}"),
                 is_ok: number != REPORTED + 1,
                 answer: String::new(),
             };
-            withdrawal.cancels.insert(probe.question.clone(), probe);
+            run.cancels.insert(check.question.clone(), check);
         }
-        let told = probes(&[withdrawal]);
+        let told = checks(&[run]);
         // These, the others in one line, and what the list says.
         assert_eq!(told.len(), REPORTED + 2);
         let others = told.get(REPORTED).unwrap();
@@ -569,7 +575,7 @@ mod tests {
     #[tokio::test]
     async fn a_burst_goes_at_once_and_four_hundred_in_ten_seconds() {
         let start = Instant::now();
-        let pace = Pace::new(start);
+        let pace = Pacer::new(start);
         let ten_s = start + Duration::from_secs(10);
         let at_once = (0..150).filter(|_| pace.next(start) == start).count();
         assert_eq!(at_once, 150);

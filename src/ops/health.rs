@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use super::key_health::{self, KeyHealth};
 use crate::base::diagnosis::{Diagnosis, Severity};
 use crate::broker::Broker;
-use crate::clock::{self, ClockUncertain, ExchangeTime, Place};
+use crate::clock::{self, ClockUncertain, ExchangeTime, HostId};
 use crate::config::FileProblems;
 use crate::egress::proof::ProofStatus;
 use crate::process::hardened;
@@ -62,7 +62,7 @@ fn of_keys(broker: &Broker, keys: &[KeyHealth]) -> Readiness {
             fix,
         ));
     }
-    let missing = broker.egress.without_address(&broker.policy().places());
+    let missing = broker.egress.without_address(&broker.policy().hosts());
     let missing = missing.into_iter();
     problems.extend(missing.map(|host| Diagnosis::failed("exchange", host.to_string(), "")));
     let ProofStatus {
@@ -80,7 +80,7 @@ fn of_keys(broker: &Broker, keys: &[KeyHealth]) -> Readiness {
         }
         problems.push(problem);
     }
-    for (site, host) in broker.policy().places() {
+    for (site, host) in broker.policy().hosts() {
         if let Err(uncertain) = broker.clock.check((site, host)) {
             let place = format!("{site}/{}", host.as_str());
             let fix = match uncertain {
@@ -150,7 +150,7 @@ pub(crate) fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
             "egress: the exchange refused {address} for a key {age_s} s ago (400006): is it on the key's whitelist?"
         ));
     }
-    for place in broker.policy().places() {
+    for place in broker.policy().hosts() {
         let time = broker.clock.exchange(place);
         if let (Some(uncertainty), Some(age)) = (time.uncertainty, time.age) {
             lines.push(format!(
@@ -163,7 +163,7 @@ pub(crate) fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
             ));
         }
     }
-    for (site, host) in broker.policy().places() {
+    for (site, host) in broker.policy().hosts() {
         if let Some(accepted) = broker.clock.accepted((site, host)) {
             lines.push(format!(
                 "clock {site}/{}: {} accepted a difference until the broker restarts: {}",
@@ -189,12 +189,12 @@ pub(crate) fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
 
 /// The broker's state as gauges, read at each scrape.
 #[derive(Debug)]
-pub(crate) struct State {
+pub(crate) struct HealthMetrics {
     pub(crate) broker: Arc<Broker>,
     pub(crate) problems: watch::Receiver<FileProblems>,
 }
 
-impl Collector for State {
+impl Collector for HealthMetrics {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let (broker, gauges) = (&*self.broker, &mut encoder);
         let keys = key_health::all(broker);
@@ -269,8 +269,8 @@ fn encode_keys(keys: &[KeyHealth], gauges: &mut DescriptorEncoder<'_>) -> fmt::R
 
 fn encode_clock(broker: &Broker, gauges: &mut DescriptorEncoder<'_>) -> fmt::Result {
     let wall_ms = broker.clock.wall_ms();
-    let places = broker.policy().places();
-    let label = |(site, host): Place| {
+    let places = broker.policy().hosts();
+    let label = |(site, host): HostId| {
         let host = host.as_str().to_owned();
         [("site", site.to_string()), ("host", host)]
     };

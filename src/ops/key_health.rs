@@ -6,9 +6,9 @@ use std::time::Duration;
 use crate::base::diagnosis::Diagnosis;
 use crate::base::ids::{AccountId, KeyName};
 use crate::broker::Broker;
-use crate::keyring::trial::Verdict;
+use crate::keyring::key_test::Verdict;
 use crate::keyring::usage::Refusal;
-use crate::keyring::{KeyEntry, Slot, Tested};
+use crate::keyring::{KeySnapshot, KeyState, Tested};
 use crate::kucoin::key_info::KeyInfo;
 use crate::kucoin::{Scope, advice};
 use crate::policy::Account;
@@ -105,16 +105,16 @@ pub(crate) fn one(broker: &Broker, account: &AccountId, name: &KeyName) -> Optio
         .map(|key| of(broker, key))
 }
 
-fn troubles(key: &KeyEntry) -> Vec<Diagnosis> {
+fn troubles(key: &KeySnapshot) -> Vec<Diagnosis> {
     let trouble = |cause: String| Diagnosis::warning("key", cause, "");
-    match &key.slot {
-        Slot::Gone(reason) => vec![trouble(format!("not available: {reason}"))],
-        Slot::Waiting(reason) => {
+    match &key.state {
+        KeyState::Absent(reason) => vec![trouble(format!("not available: {reason}"))],
+        KeyState::Pending(reason) => {
             // Nothing is known of it yet: the broker is not ready.
             let cause = format!("waiting for Vault: {reason}");
             vec![Diagnosis::failed("key", cause, "")]
         }
-        Slot::Ready {
+        KeyState::Loaded {
             version,
             problem,
             outage,
@@ -145,7 +145,7 @@ fn troubles(key: &KeyEntry) -> Vec<Diagnosis> {
 }
 
 /// What an admin holds in use, and what ends that.
-fn held(key: &KeyEntry, hold: &Hold, version: u64) -> Diagnosis {
+fn held(key: &KeySnapshot, hold: &Hold, version: u64) -> Diagnosis {
     let (account, name) = (&key.account, &key.name);
     let other = if version == hold.version {
         format!("version {} is not used", hold.newest)
@@ -162,12 +162,12 @@ fn held(key: &KeyEntry, hold: &Hold, version: u64) -> Diagnosis {
     Diagnosis::warning("key", cause, fix)
 }
 
-fn of(broker: &Broker, key: KeyEntry) -> KeyHealth {
+fn of(broker: &Broker, key: KeySnapshot) -> KeyHealth {
     let troubles = troubles(&key);
-    let KeyEntry {
+    let KeySnapshot {
         account,
         name,
-        slot,
+        state,
         tested,
         unanswered,
         last,
@@ -201,8 +201,8 @@ fn of(broker: &Broker, key: KeyEntry) -> KeyHealth {
         id: None,
         last,
     };
-    match slot {
-        Slot::Gone(_) => {
+    match state {
+        KeyState::Absent(_) => {
             let (account, name) = (&health.account, &health.name);
             let is_revoked = broker.restrictions.has_revoked(account, name, last);
             health.raise_to(if is_revoked {
@@ -211,8 +211,8 @@ fn of(broker: &Broker, key: KeyEntry) -> KeyHealth {
                 KeyStatus::Unavailable
             });
         }
-        Slot::Waiting(_) => health.raise_to(KeyStatus::Unavailable),
-        Slot::Ready {
+        KeyState::Pending(_) => health.raise_to(KeyStatus::Unavailable),
+        KeyState::Loaded {
             key,
             usage,
             version,
@@ -234,10 +234,10 @@ fn of(broker: &Broker, key: KeyEntry) -> KeyHealth {
                 health.raise_to(KeyStatus::Frozen);
             }
             if let Some(tested) = &tested {
-                health.heed(broker, tested);
+                health.apply(broker, tested);
             }
             if let Some(refusal) = usage.refusal() {
-                health.heed_refusal(refusal, tested.as_ref(), broker.clock.wall_ms());
+                health.apply_refusal(refusal, tested.as_ref(), broker.clock.wall_ms());
             }
             let no_answer = if health.tested_ms.is_some() {
                 "the last test has had no answer"
@@ -287,7 +287,7 @@ impl KeyHealth {
     }
 
     /// Takes in what the last test said.
-    fn heed(&mut self, broker: &Broker, tested: &Tested) {
+    fn apply(&mut self, broker: &Broker, tested: &Tested) {
         let Tested { at_ms, report } = tested;
         self.tested_ms = Some(*at_ms);
         if report.info.is_none() && self.used_ms.is_some_and(|used_ms| used_ms > *at_ms) {
@@ -330,7 +330,7 @@ impl KeyHealth {
     }
 
     /// Takes in what a bot was told last, unless a test has gone well since.
-    fn heed_refusal(&mut self, refusal: Refusal, tested: Option<&Tested>, now_ms: i64) {
+    fn apply_refusal(&mut self, refusal: Refusal, tested: Option<&Tested>, now_ms: i64) {
         let is_mended = tested.is_some_and(|tested| {
             tested.at_ms > refusal.at_ms && tested.report.verdict == Verdict::Good
         });

@@ -11,11 +11,11 @@ use tokio::time::{Instant, sleep};
 
 use crate::audit::Act;
 use crate::base::diagnosis::{Diagnosis, Severity};
-use crate::base::ids::{AccountId, KeyName, RequestId, Who};
+use crate::base::ids::{AccountId, KeyName, Principal, RequestId};
 use crate::base::outcome::Outcome;
 use crate::base::text::clean;
 use crate::broker::{Broker, BrokerError, Call, Receipt};
-use crate::keyring::trial::{KeyChange, Notice, Report, Trial, Verdict};
+use crate::keyring::key_test::{KeyChange, KeyEvent, KeyTestRequest, Report, Verdict};
 use crate::kucoin::code::{ACCOUNT_REFUSED, KEY_REFUSED, VERSION_OR_SECRET};
 use crate::kucoin::key_info::{self, Expected, KeyInfo};
 use crate::kucoin::{Key, KeyVersion, Method, Scope, Target, UnsignedRequest};
@@ -35,7 +35,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 pub(crate) struct KeyTest {
     /// Who wants to know.
-    pub(crate) who: Who,
+    pub(crate) who: Principal,
     /// Its account, as the rules have it.
     pub(crate) account: Arc<Account>,
     /// What it shall serve.
@@ -50,16 +50,16 @@ pub(crate) struct KeyTest {
 
 /// What came of it.
 #[derive(Debug)]
-pub(crate) struct KeyTested {
+pub(crate) struct KeyTestResult {
     /// What the exchange says about the key.
     pub(crate) report: Report,
     /// What was asked, and what came.
-    pub(crate) probes: Vec<Probe>,
+    pub(crate) checks: Vec<Check>,
 }
 
 /// One question, and what came.
 #[derive(Clone, Debug)]
-pub(crate) struct Probe {
+pub(crate) struct Check {
     /// What was asked.
     pub(crate) question: String,
     /// Whether the answer was the one expected.
@@ -69,27 +69,30 @@ pub(crate) struct Probe {
 }
 
 /// Answers the keyring: tests keys, and puts on record what became of them. Never ends.
-pub(crate) async fn attend(broker: Arc<Broker>, mut notices: mpsc::UnboundedReceiver<Notice>) {
+pub(crate) async fn run_key_tests(
+    broker: Arc<Broker>,
+    mut key_events: mpsc::UnboundedReceiver<KeyEvent>,
+) {
     let at_once = Arc::new(Semaphore::new(AT_ONCE));
-    while let Some(notice) = notices.recv().await {
-        match notice {
-            Notice::Changed(change) => broker.record(&change),
-            Notice::Trial(trial) => {
-                tokio::spawn(Arc::clone(&broker).try_key(trial, Arc::clone(&at_once)));
+    while let Some(key_event) = key_events.recv().await {
+        match key_event {
+            KeyEvent::Changed(change) => broker.record(&change),
+            KeyEvent::KeyTestRequest(key_test) => {
+                tokio::spawn(Arc::clone(&broker).try_key(key_test, Arc::clone(&at_once)));
             }
         }
     }
 }
 
 impl Broker {
-    async fn try_key(self: Arc<Self>, trial: Trial, at_once: Arc<Semaphore>) {
-        let Trial {
+    async fn try_key(self: Arc<Self>, key_test: KeyTestRequest, at_once: Arc<Semaphore>) {
+        let KeyTestRequest {
             account,
             name,
             key,
             is_candidate,
             mut tell,
-        } = trial;
+        } = key_test;
         let test = async {
             // The rules that name it may be about to take their place.
             let (account, scopes) = loop {
@@ -105,7 +108,7 @@ impl Broker {
                 at_once.acquire().await.ok()
             };
             let test = KeyTest {
-                who: Who::Broker,
+                who: Principal::Broker,
                 account,
                 scopes,
                 key,
@@ -144,9 +147,9 @@ impl Broker {
         self: &Arc<Self>,
         test: KeyTest,
         make: impl Fn(KeyVersion) -> Result<Arc<Key>, E>,
-    ) -> Result<(KeyTested, KeyVersion), E> {
+    ) -> Result<(KeyTestResult, KeyVersion), E> {
         let newest = test.key.version();
-        let told = |tested: &KeyTested| match tested.report.info.as_ref()?.version? {
+        let told = |tested: &KeyTestResult| match tested.report.info.as_ref()?.version? {
             2 => Some(KeyVersion::V2),
             3 => Some(KeyVersion::V3),
             _ => None,
@@ -171,25 +174,25 @@ impl Broker {
     }
 
     /// Asks the exchange about a key, and with it.
-    pub(crate) async fn test_key(self: &Arc<Self>, test: &KeyTest) -> KeyTested {
-        let mut tested = KeyTested {
+    pub(crate) async fn test_key(self: &Arc<Self>, test: &KeyTest) -> KeyTestResult {
+        let mut tested = KeyTestResult {
             report: Report {
                 verdict: Verdict::Good,
                 info: None,
                 findings: Vec::new(),
             },
-            probes: Vec::new(),
+            checks: Vec::new(),
         };
         let digest = KeyDigest(test.key.id_sha256());
         if let Some(revoked) = self.restrictions.revoked(digest) {
-            tested.find(is_revoked(&revoked));
+            tested.add_finding(is_revoked(&revoked));
             return tested;
         }
         if !test.key.has_partner_key() && test.has_partner() {
-            tested.find(lacks_partner_key(&test.account));
+            tested.add_finding(lacks_partner_key(&test.account));
         }
         let (scope, ask) = info_of(&test.scopes);
-        let Some(body) = self.probe(test, &mut tested, scope, ask).await else {
+        let Some(body) = self.check(test, &mut tested, scope, ask).await else {
             return tested;
         };
         match KeyInfo::read(&body) {
@@ -212,7 +215,7 @@ impl Broker {
         }
         for scope in test.scopes.iter().copied() {
             if test.reads
-                && let Some(body) = self.probe(test, &mut tested, scope, read_of(scope)).await
+                && let Some(body) = self.check(test, &mut tested, scope, read_of(scope)).await
                 && scope == Scope::SpotMargin
             {
                 tested
@@ -223,7 +226,7 @@ impl Broker {
             if test.orders
                 && let Some(order) = order_of(scope)
             {
-                self.probe(test, &mut tested, scope, order).await;
+                self.check(test, &mut tested, scope, order).await;
             }
         }
         tested
@@ -243,10 +246,10 @@ impl Broker {
     }
 
     /// Asks one thing; returns the body of an answer that says that all went well.
-    async fn probe(
+    async fn check(
         self: &Arc<Self>,
         test: &KeyTest,
-        tested: &mut KeyTested,
+        tested: &mut KeyTestResult,
         scope: Scope,
         ask: Ask,
     ) -> Option<Bytes> {
@@ -299,7 +302,7 @@ impl Broker {
                 (false, told.clone(), Some(Verdict::Unclear(told)))
             }
         };
-        tested.probes.push(Probe {
+        tested.checks.push(Check {
             question,
             is_ok,
             answer,
@@ -317,7 +320,7 @@ impl Broker {
     /// Sends a request of an admin, or of the broker's own, over the one request path.
     pub(crate) async fn ask_as(
         self: &Arc<Self>,
-        who: Who,
+        who: Principal,
         account: &AccountId,
         scope: Scope,
         ask: Ask,
@@ -380,9 +383,9 @@ impl KeyTest {
     }
 }
 
-impl KeyTested {
+impl KeyTestResult {
     /// Takes in something for which the key cannot be used.
-    fn find(&mut self, finding: Diagnosis) {
+    fn add_finding(&mut self, finding: Diagnosis) {
         self.report.verdict = Verdict::Refused(finding.cause.clone());
         self.report.findings.push(finding);
     }
@@ -390,9 +393,9 @@ impl KeyTested {
     /// Whether the first question was refused with one of these codes.
     fn is_refused_for(&self, codes: &[&str]) -> bool {
         self.report.info.is_none()
-            && self.probes.iter().any(|probe| {
-                let code = probe.answer.split(' ').next().unwrap_or_default();
-                !probe.is_ok && codes.contains(&code)
+            && self.checks.iter().any(|check| {
+                let code = check.answer.split(' ').next().unwrap_or_default();
+                !check.is_ok && codes.contains(&code)
             })
     }
 }

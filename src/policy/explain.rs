@@ -1,6 +1,6 @@
 //! Why the rules allow or refuse a request, for the admin who writes them. A bot is told less.
 
-use super::file::Place;
+use super::file::GrantTarget;
 use super::{Denied, Grants, Policy, Rule};
 use crate::base::ids::{AccountId, BotId, KeyName};
 use crate::kucoin::catalog::Found;
@@ -101,7 +101,7 @@ impl Policy {
         let Some(entry) = self.accounts.get(account) else {
             return Some(format!("the rules have no [account.{account}]"));
         };
-        let place = Place {
+        let place = GrantTarget {
             account: Some(entry),
             scope: Some(scope),
         };

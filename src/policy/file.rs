@@ -108,7 +108,7 @@ impl Policy {
             section.problem("account", fix);
         }
         let entry = entry.cloned();
-        let place = Place {
+        let place = GrantTarget {
             account: entry.as_deref(),
             scope,
         };
@@ -126,9 +126,11 @@ impl Policy {
         grants.idle.extend(idle);
         for (what, rule) in whats {
             let rules = match what {
-                What::Class(class) => grants.classes.entry(class).or_default(),
-                What::Endpoint(endpoint) => grants.endpoints.entry(&endpoint.id).or_default(),
-                What::Unlisted(method, path) => grants.unlisted.entry((method, path)).or_default(),
+                Granted::Class(class) => grants.classes.entry(class).or_default(),
+                Granted::Endpoint(endpoint) => grants.endpoints.entry(&endpoint.id).or_default(),
+                Granted::Unlisted(method, path) => {
+                    grants.unlisted.entry((method, path)).or_default()
+                }
             };
             rules.push(rule);
         }
@@ -136,7 +138,7 @@ impl Policy {
 }
 
 /// What one word of a grant grants.
-pub(super) enum What {
+pub(super) enum Granted {
     Class(Risk),
     Endpoint(&'static Endpoint),
     Unlisted(Method, String),
@@ -144,14 +146,14 @@ pub(super) enum What {
 
 /// Where a grant applies, as far as it is known: what hangs on the rest is judged once that is right.
 #[derive(Clone, Copy)]
-pub(super) struct Place<'a> {
+pub(super) struct GrantTarget<'a> {
     pub(super) account: Option<&'a Account>,
     pub(super) scope: Option<Scope>,
 }
 
-impl Place<'_> {
+impl GrantTarget<'_> {
     /// The words of `allow`; or, where it is empty, where it stands.
-    fn read_allow(self, section: &mut Section) -> (Vec<(What, Rule)>, Option<Rule>) {
+    fn read_allow(self, section: &mut Section) -> (Vec<(Granted, Rule)>, Option<Rule>) {
         let words = section.required::<Vec<String>>("allow", "[\"read\", \"trade\"]");
         let Some(words) = words else {
             return (Vec::new(), None);
@@ -168,7 +170,7 @@ impl Place<'_> {
         (whats, idle)
     }
 
-    fn read_unlisted(self, section: &mut Section) -> Vec<(What, Rule)> {
+    fn read_unlisted(self, section: &mut Section) -> Vec<(Granted, Rule)> {
         let method = section.required::<Method>("method", "\"GET\"");
         let path = section.required::<String>("path", "\"/api/v1/new-endpoint\"");
         let Some(path) = path else {
@@ -179,18 +181,18 @@ impl Place<'_> {
             return Vec::new();
         }
         let rule = rule(section, "path", &path);
-        let what = method.map(|method| What::Unlisted(method, path));
+        let what = method.map(|method| Granted::Unlisted(method, path));
         what.map(|what| (what, rule)).into_iter().collect()
     }
 
     /// What a word of `allow` grants here, or why it cannot.
-    pub(super) fn judge(self, word: &str) -> Result<What, String> {
+    pub(super) fn judge(self, word: &str) -> Result<Granted, String> {
         if let Some(class) = Risk::ALL.into_iter().find(|risk| risk.as_str() == word) {
             if !class.grantable_as_class() {
                 return Err("is not granted as a class; name each endpoint by its id".to_owned());
             }
             self.fits(class)?;
-            return Ok(What::Class(class));
+            return Ok(Granted::Class(class));
         }
         let endpoint = Catalog::get().by_id(word).ok_or_else(|| {
             let classes = Risk::ALL
@@ -225,7 +227,7 @@ impl Place<'_> {
             }
         }
         self.fits(endpoint.risk)?;
-        Ok(What::Endpoint(endpoint))
+        Ok(Granted::Endpoint(endpoint))
     }
 
     /// Whether an endpoint outside the catalogue can be granted here, or why not.

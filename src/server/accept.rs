@@ -11,7 +11,7 @@ use tokio::time::{sleep, timeout};
 use tokio_rustls::server::TlsStream;
 use tokio_util::task::TaskTracker;
 
-use super::places::Places;
+use super::handshakes::HandshakeSlots;
 use super::tls::{Tls, Trust};
 use crate::telemetry::Metrics;
 
@@ -35,12 +35,12 @@ impl Acceptor {
         socket: TcpListener,
         serve: impl Fn(TlsStream<TcpStream>, Trust) -> F + Clone + Send + 'static,
     ) {
-        let (connections, handshakes) = (TaskTracker::new(), Places::new(HANDSHAKES));
+        let (connections, handshakes) = (TaskTracker::new(), HandshakeSlots::new(HANDSHAKES));
         let mut stopping = self.stopping.clone();
         loop {
             let accepted = tokio::select! {
                 accepted = socket.accept() => accepted,
-                () = told(&mut stopping) => break,
+                () = shutdown_requested(&mut stopping) => break,
             };
             let (stream, peer) = match accepted {
                 Ok(accepted) => accepted,
@@ -53,7 +53,7 @@ impl Acceptor {
                     continue;
                 }
             };
-            let place = Places::take(&handshakes, network(peer.ip()));
+            let place = HandshakeSlots::take(&handshakes, network(peer.ip()));
             let (tls, within) = (self.tls.clone(), self.within);
             let (metrics, serve) = (Arc::clone(&self.metrics), serve.clone());
             connections.spawn(async move {
@@ -78,8 +78,8 @@ impl Acceptor {
 
 fn refused(metrics: &Metrics, peer: SocketAddr, error: &io::Error) {
     metrics.connection_refused("handshake");
-    if let Some(untold) = metrics.may_tell_of_stranger() {
-        tracing::info!(%peer, %error, untold, "TLS handshake failed");
+    if let Some(suppressed) = metrics.allow_log() {
+        tracing::info!(%peer, %error, suppressed, "TLS handshake failed");
     }
 }
 
@@ -115,7 +115,7 @@ async fn shake_hands(
 }
 
 /// Returns once the broker stops.
-pub(super) async fn told(stopping: &mut watch::Receiver<bool>) {
+pub(super) async fn shutdown_requested(stopping: &mut watch::Receiver<bool>) {
     // An error means that the broker is gone.
     let _ = stopping.wait_for(|stop| *stop).await;
 }

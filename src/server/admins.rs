@@ -17,10 +17,10 @@ use tonic::codegen::Service;
 use tonic::{Code, Status};
 
 use super::connection::{
-    Connection, Listener, MessageError, is_unimplemented, not_grpc, oversized, too_long, unread,
-    unsupported_media_type,
+    ClientConnection, Listener, MessageError, is_unimplemented, not_grpc, oversized, too_long,
+    unread, unsupported_media_type,
 };
-use super::places::Places;
+use super::handshakes::HandshakeSlots;
 use super::tls::Trust;
 use crate::api::admin_error::AdminError;
 use crate::base::ids::AdminId;
@@ -44,7 +44,7 @@ const METHOD_CHARS: usize = 100;
 
 /// One connection of one admin.
 struct AdminConnection {
-    connection: Arc<Connection>,
+    connection: Arc<ClientConnection>,
     admin: AdminId,
     calls: TaskTracker,
 }
@@ -53,7 +53,7 @@ struct AdminConnection {
 pub(super) async fn serve(listener: Listener, socket: TcpListener) {
     let (listener, calls) = (Arc::new(listener), TaskTracker::new());
     let acceptor = listener.acceptor();
-    let (places, tracker) = (Places::new(CONNECTIONS), calls.clone());
+    let (places, tracker) = (HandshakeSlots::new(CONNECTIONS), calls.clone());
     let serve = move |stream, trust: Trust| {
         let (places, listener, calls) =
             (Arc::clone(&places), Arc::clone(&listener), tracker.clone());
@@ -62,8 +62,9 @@ pub(super) async fn serve(listener: Listener, socket: TcpListener) {
             let Some(admin) = trust.caller::<AdminId>() else {
                 return listener.broker.metrics.connection_refused("certificate");
             };
-            let place = Places::take(&places, admin.clone());
-            let connection = Connection::new(listener, trust, place.is_given_up.clone(), None);
+            let place = HandshakeSlots::take(&places, admin.clone());
+            let connection =
+                ClientConnection::new(listener, trust, place.is_given_up.clone(), None);
             let admin_connection = Arc::new(AdminConnection {
                 connection,
                 admin,
@@ -88,8 +89,8 @@ impl AdminConnection {
         if let Some(problem) = not_grpc(&request) {
             self.refused(&AdminError::Malformed(vec![problem]));
             let metrics = &self.connection.listener.broker.metrics;
-            if let Some(untold) = metrics.may_tell_of_stranger() {
-                tracing::warn!(admin.id = %self.admin, method, http.status = 415, untold, "admin call refused: not gRPC");
+            if let Some(suppressed) = metrics.allow_log() {
+                tracing::warn!(admin.id = %self.admin, method, http.status = 415, suppressed, "admin call refused: not gRPC");
             }
             return unsupported_media_type();
         }

@@ -16,8 +16,8 @@ use tonic::body::Body;
 use tonic::codegen::Service;
 
 use super::connection::{
-    Connection, Listener, MessageError, is_unimplemented, not_grpc, oversized, too_long, unread,
-    unsupported_media_type,
+    ClientConnection, Listener, MessageError, is_unimplemented, not_grpc, oversized, too_long,
+    unread, unsupported_media_type,
 };
 use super::tls::Trust;
 use crate::api::bots::{Peer, SIGN_AND_SEND};
@@ -34,7 +34,7 @@ const TURNED_AWAY_FOR: Duration = Duration::from_secs(5);
 
 /// One connection of one bot.
 struct BotConnection {
-    connection: Arc<Connection>,
+    connection: Arc<ClientConnection>,
     bot: BotId,
     /// Bytes of the longest message.
     limit: usize,
@@ -75,8 +75,8 @@ async fn admit(listener: Arc<Listener>, stream: TlsStream<TcpStream>, trust: Tru
                 _ => "bot",
             };
             metrics.connection_refused(whose);
-            if let Some(untold) = metrics.may_tell_of_stranger() {
-                tracing::warn!(bot.id = %bot, untold, "{refusal}");
+            if let Some(suppressed) = metrics.allow_log() {
+                tracing::warn!(bot.id = %bot, suppressed, "{refusal}");
             }
             (slot, Some(refusal))
         }
@@ -88,7 +88,7 @@ async fn admit(listener: Arc<Listener>, stream: TlsStream<TcpStream>, trust: Tru
         None => listener.limits.age.mul_f64(0.9 + 0.1 * fastrand::f64()),
     };
     let never = CancellationToken::new();
-    let connection = Connection::new(listener, trust, never, Some(slot));
+    let connection = ClientConnection::new(listener, trust, never, Some(slot));
     let bot_connection = Arc::new(BotConnection {
         connection,
         bot,

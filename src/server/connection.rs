@@ -29,7 +29,7 @@ use tonic::body::Body;
 use tonic::service::Routes;
 use tonic::{Code, Status};
 
-use super::accept::{Acceptor, told};
+use super::accept::{Acceptor, shutdown_requested};
 use super::tls::{Tls, Trust};
 use crate::base::lock::Mutex;
 use crate::broker::Broker;
@@ -73,7 +73,7 @@ pub(super) struct Listener {
 }
 
 /// One connection.
-pub(super) struct Connection {
+pub(super) struct ClientConnection {
     pub(super) listener: Arc<Listener>,
     trust: Trust,
     /// Cancelled when it must make room for another.
@@ -128,7 +128,7 @@ impl Listener {
     }
 }
 
-impl Connection {
+impl ClientConnection {
     pub(super) fn new(
         listener: Arc<Listener>,
         trust: Trust,
@@ -209,7 +209,7 @@ impl Connection {
         loop {
             tokio::select! {
                 () = &mut age => return Close::Age,
-                () = told(&mut stopping) => return Close::Stopping,
+                () = shutdown_requested(&mut stopping) => return Close::Stopping,
                 () = self.is_given_up.cancelled() => return Close::OneTooMany,
                 Ok(()) = trust.changed() => {}
                 () = sleep(LOOK_EVERY) => {}
@@ -278,7 +278,7 @@ impl Connection {
 
 /// A call in flight on its connection.
 pub(super) struct InUse {
-    connection: Arc<Connection>,
+    connection: Arc<ClientConnection>,
     number: u64,
     _slot: Option<CallSlot>,
 }

@@ -152,11 +152,11 @@ impl<R> CallerVerifier<R> {
 
     fn refused(&self, certificate: &CertificateDer<'_>, reason: &str) {
         self.metrics.certificates_refused.inc();
-        if let Some(untold) = self.metrics.may_tell_of_stranger() {
+        if let Some(suppressed) = self.metrics.allow_log() {
             tracing::warn!(
                 names = names(certificate),
                 reason,
-                untold,
+                suppressed,
                 "client certificate refused"
             );
         }

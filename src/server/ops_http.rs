@@ -20,7 +20,7 @@ use tokio::time::timeout;
 use crate::base::text::{MAX_CHARS, clean};
 use crate::broker::Broker;
 use crate::config::FileProblems;
-use crate::ops::health::{Readiness, State, details, readiness};
+use crate::ops::health::{HealthMetrics, Readiness, details, readiness};
 use crate::telemetry::MetricsFormat;
 
 /// Scrapers and probes at once.
@@ -39,7 +39,7 @@ pub(crate) async fn serve(
     problems: watch::Receiver<FileProblems>,
 ) {
     let mut registry = broker.metrics.registry();
-    let state = Arc::new(State { broker, problems });
+    let state = Arc::new(HealthMetrics { broker, problems });
     registry.register_collector(Box::new(Arc::clone(&state)));
     let registry = Arc::new(registry);
     let connections = Arc::new(Semaphore::new(CONNECTIONS));
@@ -69,7 +69,11 @@ pub(crate) async fn serve(
     }
 }
 
-fn route(request: &Request<Incoming>, state: &State, registry: &Registry) -> Response<Full<Bytes>> {
+fn route(
+    request: &Request<Incoming>,
+    state: &HealthMetrics,
+    registry: &Registry,
+) -> Response<Full<Bytes>> {
     // The HTTP library leaves out the body of the answer to a HEAD (RFC 9110, section 9.3.2).
     let method = match *request.method() {
         Method::HEAD => &Method::GET,

@@ -7,12 +7,12 @@ use std::time::Duration;
 use tokio::task::AbortHandle;
 
 use crate::broker::{Broker, probes};
-use crate::clock::Place;
+use crate::clock::HostId;
 use crate::policy::Policy;
 
 /// The running questions; they end when this drops.
 pub(crate) struct Probes {
-    times: BTreeMap<Place, AbortHandle>,
+    times: BTreeMap<HostId, AbortHandle>,
     address: Option<AbortHandle>,
     /// How often to ask for the address.
     address_every: Duration,
@@ -30,22 +30,22 @@ impl Probes {
 
     /// Asks from which address requests come, and the hosts of these rules, and no other, for their time.
     pub(crate) fn follow(&mut self, broker: &Arc<Broker>, policy: &Policy) {
-        let places = policy.places();
+        let host_ids = policy.hosts();
         if self.address.as_ref().is_none_or(AbortHandle::is_finished) {
             let asking = probes::watch_address(Arc::clone(broker), self.address_every);
             self.address = Some(tokio::spawn(asking).abort_handle());
         }
-        self.times.retain(|place, task| {
+        self.times.retain(|host_id, task| {
             // One that a defect has ended is started again.
-            let stays = !task.is_finished() && places.contains(place);
+            let stays = !task.is_finished() && host_ids.contains(host_id);
             if !stays {
                 task.abort();
             }
             stays
         });
-        for place in places {
-            self.times.entry(place).or_insert_with(|| {
-                tokio::spawn(probes::watch_time(Arc::clone(broker), place)).abort_handle()
+        for host_id in host_ids {
+            self.times.entry(host_id).or_insert_with(|| {
+                tokio::spawn(probes::watch_time(Arc::clone(broker), host_id)).abort_handle()
             });
         }
     }

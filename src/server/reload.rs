@@ -24,7 +24,7 @@ use crate::config::load::{self, Source, TlsSources};
 use crate::config::permissions::{self, NamedFile};
 use crate::config::{FileProblems, TlsFiles};
 use crate::keyring::refresh::Refresher;
-use crate::keyring::{KeyEntry, Slot};
+use crate::keyring::{KeySnapshot, KeyState};
 use crate::policy::Policy;
 
 /// How long new rules wait for what they name for the first time: keys in Vault, the time at a host.
@@ -100,7 +100,7 @@ impl Watched {
     }
 
     /// Whether two looks in a row saw something that has not been taken.
-    fn is_to_be_judged(&mut self, digest: [u8; 32]) -> bool {
+    fn observe(&mut self, digest: [u8; 32]) -> bool {
         let is_settled = std::mem::replace(&mut self.seen, digest) == digest;
         is_settled && (self.judged != digest || self.refused.is_some())
     }
@@ -132,11 +132,11 @@ impl Reloader {
             if rules_source.is_unseen() || tls_sources.is_unseen() {
                 continue;
             }
-            if rules.is_to_be_judged(rules_source.digest()) {
+            if rules.observe(rules_source.digest()) {
                 let judged = self.take_rules(&rules_source).await;
                 self.settle(&mut rules, judged);
             }
-            if tls.is_to_be_judged(tls_sources.digest()) {
+            if tls.observe(tls_sources.digest()) {
                 let judged = self.take_certificates(&tls_sources);
                 self.settle(&mut tls, judged);
             }
@@ -190,7 +190,7 @@ impl Reloader {
             return Err(vec![Problem::new("rules", problem)]);
         }
         let known: Vec<_> = self.broker.keyring.entries();
-        let is_new = |key: &KeyEntry| {
+        let is_new = |key: &KeySnapshot| {
             !known
                 .iter()
                 .any(|known| known.account == key.account && known.name == key.name)
@@ -281,8 +281,8 @@ fn sentence(problems: &[Problem]) -> String {
 }
 
 /// Waits until Vault has said something about every key that is new, and every host of these rules its time.
-async fn ready_for(broker: &Broker, policy: &Policy, is_new: impl Fn(&KeyEntry) -> bool) {
-    let is_waiting = |key: &KeyEntry| matches!(key.slot, Slot::Waiting(_)) && is_new(key);
+async fn ready_for(broker: &Broker, policy: &Policy, is_new: impl Fn(&KeySnapshot) -> bool) {
+    let is_waiting = |key: &KeySnapshot| matches!(key.state, KeyState::Pending(_)) && is_new(key);
     let mut changes = broker.keyring.changes();
     while broker.keyring.entries().iter().any(is_waiting) {
         // An error means that the keyring is gone.
@@ -290,8 +290,8 @@ async fn ready_for(broker: &Broker, policy: &Policy, is_new: impl Fn(&KeyEntry) 
             return;
         }
     }
-    let known_before = broker.policy().places();
-    for place in policy.places().difference(&known_before) {
+    let known_before = broker.policy().hosts();
+    for place in policy.hosts().difference(&known_before) {
         while broker.clock.check(*place).is_err() {
             sleep(LOOK_EVERY).await;
         }

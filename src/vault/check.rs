@@ -123,7 +123,7 @@ impl Vault {
         let pass = self.pass().await?;
         let mut allowed = Vec::new();
         for (what, kind, body) in hopeless {
-            let request = Hopeless {
+            let request = WriteProbe {
                 path: format!("{mount}/{kind}/{path}"),
                 body,
             };
@@ -168,12 +168,12 @@ impl Endpoint for DescribeMount {
 }
 
 /// A write that cannot succeed.
-struct Hopeless {
+struct WriteProbe {
     path: String,
     body: Value,
 }
 
-impl Endpoint for Hopeless {
+impl Endpoint for WriteProbe {
     type Response = ();
     const REQUEST_BODY_TYPE: RequestType = RequestType::JSON;
     const RESPONSE_BODY_TYPE: ResponseType = ResponseType::JSON;

@@ -26,7 +26,7 @@ const CATCH_UP: Duration = Duration::from_millis(500);
 
 /// A way to Vault with one TLS identity, or none.
 #[derive(Clone, Debug)]
-pub(super) struct Connection {
+pub(super) struct VaultConnection {
     address: Url,
     http: reqwest::Client,
     /// Keeps no connection: the buffers of one that is idle hold what it carried last.
@@ -35,7 +35,7 @@ pub(super) struct Connection {
     timeout: Duration,
 }
 
-impl Connection {
+impl VaultConnection {
     /// Nothing is sent yet. Fails when the TLS library refuses the configuration.
     pub(super) fn new(settings: &VaultSettings, tls: ClientConfig) -> Result<Self, reqwest::Error> {
         let known: Vec<_> = settings

@@ -9,7 +9,7 @@ use serde_json::Value;
 use vaultrs::api::sys::requests::UnwrapRequest;
 use zeroize::Zeroizing;
 
-use super::connection::{Connection, reduce, status_of};
+use super::connection::{VaultConnection, reduce, status_of};
 use super::{OutageKind, VaultError, Wiped};
 use crate::base::encoding::is_utf16;
 use crate::base::pem;
@@ -58,7 +58,7 @@ impl SecretId {
     /// log in as somebody else.
     pub(super) async fn unwrapped(
         &mut self,
-        connection: &Connection,
+        connection: &VaultConnection,
         file: &Path,
         path: &str,
     ) -> Result<Zeroizing<String>, VaultError> {
@@ -79,7 +79,7 @@ impl SecretId {
 
     async fn unwrap(
         &mut self,
-        connection: &Connection,
+        connection: &VaultConnection,
         token: Zeroizing<String>,
         file: &Path,
         path: &str,
@@ -121,7 +121,7 @@ impl SecretId {
 
 /// Looks at a wrapping token, which leaves it as it is: `path` is where it must have been made.
 pub(super) async fn check_wrapping(
-    connection: &Connection,
+    connection: &VaultConnection,
     token: &str,
     path: &str,
 ) -> Result<(), VaultError> {

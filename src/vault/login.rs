@@ -14,19 +14,19 @@ use vaultrs::client::VaultClient;
 use vaultrs::error::ClientError;
 use zeroize::Zeroizing;
 
-use super::connection::{Connection, reduce, reduce_login, status_of};
+use super::connection::{VaultConnection, reduce, reduce_login, status_of};
 use super::credentials::{Identity, SecretId, checked_token, read_token};
 use super::lease::{Due, Lease};
 use super::{Auth, BACKOFF, OutageKind, Vault, VaultError};
 use crate::base::backoff::Backoff;
 
 /// A token and the connection to use it on.
-pub(super) struct Pass {
+pub(super) struct AuthToken {
     pub(super) token: Zeroizing<String>,
-    connection: Connection,
+    connection: VaultConnection,
 }
 
-impl Pass {
+impl AuthToken {
     pub(super) fn client(&self) -> VaultClient {
         self.connection.client(&self.token)
     }
@@ -39,7 +39,7 @@ impl Pass {
 
 /// What is known of the broker's login.
 pub(super) struct Session {
-    pub(super) connection: Connection,
+    pub(super) connection: VaultConnection,
     /// What `connection` shows Vault, where the login is by certificate.
     pub(super) identity: Option<Identity>,
     pub(super) secret_id: SecretId,
@@ -70,7 +70,7 @@ impl std::fmt::Debug for Session {
 }
 
 impl Session {
-    pub(super) fn new(connection: Connection) -> Self {
+    pub(super) fn new(connection: VaultConnection) -> Self {
         Self {
             connection,
             identity: None,
@@ -88,7 +88,7 @@ impl Session {
         self.token.as_ref().map_or(Due::LogIn, due)
     }
 
-    fn holds(&self, pass: &Pass) -> bool {
+    fn holds(&self, pass: &AuthToken) -> bool {
         let token = self.token.as_ref();
         token.is_some_and(|token| token.text == pass.token)
     }
@@ -111,11 +111,11 @@ pub(super) fn not_accepted() -> VaultError {
 
 impl Vault {
     /// A token that should be valid.
-    pub(super) async fn pass(&self) -> Result<Pass, VaultError> {
+    pub(super) async fn pass(&self) -> Result<AuthToken, VaultError> {
         if let Auth::TokenFile(file) = &self.settings.auth {
             let token = read_token(file).await?;
             let connection = self.session.lock().await.connection.clone();
-            return Ok(Pass { token, connection });
+            return Ok(AuthToken { token, connection });
         }
         let mut session = self.session.lock().await;
         if session.is_closed {
@@ -143,7 +143,7 @@ impl Vault {
         }
         let connection = session.connection.clone();
         match &session.token {
-            Some(token) => Ok(Pass {
+            Some(token) => Ok(AuthToken {
                 token: token.text.clone(),
                 connection,
             }),
@@ -152,7 +152,7 @@ impl Vault {
     }
 
     /// Vault has taken this token for good: the login that got it needs no backoff any more.
-    pub(super) async fn accepted(&self, pass: &Pass) {
+    pub(super) async fn accepted(&self, pass: &AuthToken) {
         let mut session = self.session.lock().await;
         if !session.holds(pass) {
             return;
@@ -166,7 +166,7 @@ impl Vault {
     }
 
     /// Gives up the login that got this token, unless another key has already logged in again.
-    pub(super) async fn forget(&self, pass: &Pass) {
+    pub(super) async fn forget(&self, pass: &AuthToken) {
         let mut session = self.session.lock().await;
         if session.holds(pass) {
             session.token = None;
@@ -287,13 +287,14 @@ impl Vault {
         session: &mut Session,
         certificate: &Path,
         key: &Path,
-    ) -> Result<Option<Connection>, String> {
+    ) -> Result<Option<VaultConnection>, String> {
         let found = Identity::read(certificate, key).await?;
         if session.identity.as_ref() == Some(&found) {
             return Ok(None);
         }
         let tls = found.tls(&self.tls)?;
-        let connection = Connection::new(&self.settings, tls).map_err(|error| error.to_string())?;
+        let connection =
+            VaultConnection::new(&self.settings, tls).map_err(|error| error.to_string())?;
         session.identity = Some(found);
         Ok(Some(connection))
     }

@@ -256,7 +256,7 @@ impl Metadata {
 
 /// What was found out about a key when it was registered; nothing of it is secret.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct Facts {
+pub struct StoredFacts {
     /// KuCoin's number of the account.
     pub uid: String,
     /// KuCoin site, as the rules write it.
@@ -275,7 +275,7 @@ pub struct Facts {
     pub key_sha256: String,
 }
 
-impl Facts {
+impl StoredFacts {
     /// By name, as text; empty: not known.
     pub(super) fn texts(&self) -> [(&'static str, String); 8] {
         let time = |ms: i64| match ms {
@@ -301,7 +301,7 @@ pub struct Notes(BTreeMap<&'static str, Option<String>>);
 
 impl Notes {
     /// A version has been written, this is known of it, and it is the one to use.
-    pub fn registered(version: u64, facts: &Facts) -> Self {
+    pub fn registered(version: u64, facts: &StoredFacts) -> Self {
         let mut notes = Self(OLD.map(|name| (name, None)).into());
         // What is not known of this version must not be read as the former one's.
         let known = |text: String| (!text.is_empty()).then(|| as_note(&text));
@@ -469,10 +469,10 @@ mod tests {
             "owner": "desk", "state": "active", "use_version": "2", "hold": "2 since 3", "uid": "1", "ip_whitelist": "192.0.2.1",
             "for_version": "2", "pending_version": "3", "pending_sha256": "ab",
         }));
-        let facts = Facts {
+        let facts = StoredFacts {
             uid: "1001".to_owned(),
             key_sha256: "ab".to_owned(),
-            ..Facts::default()
+            ..StoredFacts::default()
         };
         let registered = Notes::registered(3, &facts);
         assert!(!before.shows(&registered));

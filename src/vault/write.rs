@@ -11,8 +11,8 @@ use serde_json::{Value, json};
 use zeroize::Zeroizing;
 
 use super::connection::{self, if_there, is_vaults_own, post, status_of, texts_of};
-use super::login::Pass;
-use super::metadata::{Facts, MAX_NOTES, Metadata, Notes};
+use super::login::AuthToken;
+use super::metadata::{MAX_NOTES, Metadata, Notes, StoredFacts};
 use super::{Vault, VaultError};
 use crate::base::ids::{AccountId, KeyName};
 use crate::base::secret::{KeyValues, PartnerKey};
@@ -32,7 +32,7 @@ pub struct Registration {
     /// Its version at KuCoin.
     pub key_version: KeyVersion,
     /// What was found out about it.
-    pub facts: Facts,
+    pub facts: StoredFacts,
 }
 
 /// Why something was not written, or why that is not known.
@@ -87,7 +87,7 @@ impl Vault {
     }
 
     async fn names(&self, folder: String) -> Result<Vec<String>, VaultError> {
-        let list = |pass: &Pass| {
+        let list = |pass: &AuthToken| {
             let client = pass.client();
             // With the slash, because the policy for what is below a folder does not cover its own name.
             let (mount, folder) = (self.settings.mount.clone(), format!("{folder}/"));
@@ -204,7 +204,7 @@ impl Vault {
     /// Posts once, but for what a read repeats too: a 403 that may pass, a node that is behind.
     async fn send(&self, path: &str, body: &Bytes) -> Result<Option<Value>, Failure> {
         let may_be_done = AtomicBool::new(false);
-        let write = |pass: &Pass| {
+        let write = |pass: &AuthToken| {
             let (client, may_be_done) = (pass.client_for_secrets(), &may_be_done);
             async move {
                 match post(&client, path, body.clone()).await {
@@ -318,7 +318,7 @@ mod tests {
                 partner_key: Some(PartnerKey::new(text("partner"))),
             },
             key_version: KeyVersion::V2,
-            facts: Facts::default(),
+            facts: StoredFacts::default(),
         }
     }
 

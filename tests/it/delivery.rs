@@ -146,7 +146,7 @@ async fn the_bot_is_told_before_its_deadline_and_the_rest_is_learnt() {
         .collect();
     assert_eq!(lines[1]["reason"], "ANSWER_LOST");
     assert_eq!(events[1], (&"outcome".into(), &"maybe_sent".into()));
-    assert_eq!(events[2], (&"learnt".into(), &"accepted".into()));
+    assert_eq!(events[2], (&"late_answer".into(), &"accepted".into()));
     assert_eq!(lab.stop().await, 0);
 }
 
@@ -206,7 +206,7 @@ async fn a_read_that_loses_its_answer_after_its_deadline_is_not_sent_again() {
         lab.audit_of("late").len() == 3
     })
     .await;
-    assert_eq!(lab.audit_of("late")[2]["event"], "learnt");
+    assert_eq!(lab.audit_of("late")[2]["event"], "late_answer");
     assert_eq!(lab.kucoin.received().len(), 1);
     assert_eq!(lab.stop().await, 0);
 }

@@ -791,7 +791,7 @@ impl Site {
             let end = match events.as_slice() {
                 [] => None,
                 ["denied"] => Some(&lines[0]),
-                ["intent", "outcome"] | ["intent", "outcome", "learnt"] => Some(&lines[1]),
+                ["intent", "outcome"] | ["intent", "outcome", "late_answer"] => Some(&lines[1]),
                 _ => panic!("{}: {events:?}", call.id),
             };
             let recorded = end.map(|end| {

@@ -388,7 +388,7 @@ impl Lab {
             match line["event"].as_str().unwrap() {
                 "intent" => counts.0 += 1,
                 "outcome" => counts.1 += 1,
-                "denied" | "learnt" => {}
+                "denied" | "late_answer" => {}
                 other => panic!("unknown event {other}"),
             }
         }

@@ -129,7 +129,7 @@ async fn ten_thousand_mixed_calls_each_end_in_exactly_one_outcome_and_its_lines(
             .collect();
         let end = match events.as_slice() {
             ["denied"] => &lines[id][0],
-            ["intent", "outcome"] | ["intent", "outcome", "learnt"] => &lines[id][1],
+            ["intent", "outcome"] | ["intent", "outcome", "late_answer"] => &lines[id][1],
             _ => panic!("{id}: {events:?}"),
         };
         let recorded = Told {

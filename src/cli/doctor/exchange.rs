@@ -11,13 +11,13 @@ use tokio::time::timeout;
 use super::{ADDRESS_WITHIN, ASK_WITHIN};
 use crate::base::diagnosis::Diagnosis;
 use crate::base::trust::shows_ca;
-use crate::broker::probes::{Unanswered, ask};
-use crate::clock::{self, Clock, MAX_UNCERTAINTY, Place, Sample};
+use crate::broker::probes::{QueryError, ask};
+use crate::clock::{self, Clock, HostId, MAX_UNCERTAINTY, Sample};
 use crate::config::Config;
 use crate::egress::proof::ProofMode;
 use crate::egress::{ConnectError, Egress, NoAddress};
 use crate::kucoin::Host;
-use crate::kucoin::question::Question;
+use crate::kucoin::broker_query::BrokerQuery;
 use crate::policy::Policy;
 use crate::server::StartError;
 use crate::telemetry::chain;
@@ -26,12 +26,12 @@ use crate::telemetry::chain;
 const SYSTEM_CLOCK_MS: i64 = 1000;
 
 /// The hosts that the rules need; without rules the one that tells addresses.
-pub(super) fn places(policy: Option<&Policy>) -> BTreeSet<Place> {
-    let places = policy.map(Policy::places).unwrap_or_default();
-    if places.is_empty() {
+pub(super) fn host_ids(policy: Option<&Policy>) -> BTreeSet<HostId> {
+    let host_ids = policy.map(Policy::hosts).unwrap_or_default();
+    if host_ids.is_empty() {
         return BTreeSet::from([(crate::kucoin::Site::default(), Host::Spot)]);
     }
-    places
+    host_ids
 }
 
 /// The way cannot even be set up.
@@ -45,23 +45,23 @@ pub(super) async fn look(
     config: &Config,
     egress: &Egress,
     clock: &Clock,
-    places: &BTreeSet<Place>,
+    host_ids: &BTreeSet<HostId>,
 ) -> Vec<Diagnosis> {
-    let hosts = places.iter().map(|place| async move {
-        let looked = timeout(ASK_WITHIN, host(config, egress, clock, *place)).await;
-        looked.unwrap_or_else(|_| vec![late(&name(*place), ASK_WITHIN)])
+    let hosts = host_ids.iter().map(|host_id| async move {
+        let looked = timeout(ASK_WITHIN, host(config, egress, clock, *host_id)).await;
+        looked.unwrap_or_else(|_| vec![late(&name(*host_id), ASK_WITHIN)])
     });
     let hosts = futures_util::future::join_all(hosts);
     let address = async {
         // All sites see the same address.
-        let site = places.first().map(|(site, _)| *site).unwrap_or_default();
-        let place = (site, Host::Spot);
+        let site = host_ids.first().map(|(site, _)| *site).unwrap_or_default();
+        let host_id = (site, Host::Spot);
         let ask = async {
-            if !places.contains(&place) {
+            if !host_ids.contains(&host_id) {
                 // A name that is not known makes the question fail, and that is told.
-                let _ = egress.resolve(place).await;
+                let _ = egress.resolve(host_id).await;
             }
-            my_ip(egress, clock, place).await
+            my_ip(egress, clock, host_id).await
         };
         let late = |_| Err(within(ADDRESS_WITHIN));
         let answer = timeout(ADDRESS_WITHIN, ask).await.unwrap_or_else(late);
@@ -73,7 +73,7 @@ pub(super) async fn look(
     lines
 }
 
-fn name((site, host): Place) -> String {
+fn name((site, host): HostId) -> String {
     format!("{site}/{}", host.as_str())
 }
 
@@ -87,9 +87,9 @@ fn late(about: &str, limit: Duration) -> Diagnosis {
 }
 
 /// The name, the connection and the time of one host.
-async fn host(config: &Config, egress: &Egress, clock: &Clock, place: Place) -> Vec<Diagnosis> {
-    let about = name(place);
-    let host = match egress.resolve(place).await {
+async fn host(config: &Config, egress: &Egress, clock: &Clock, host_id: HostId) -> Vec<Diagnosis> {
+    let about = name(host_id);
+    let host = match egress.resolve(host_id).await {
         Err(ConnectError::NoAddress(missing @ NoAddress::OtherKind { .. })) => {
             let detail = missing.to_string();
             let fix = "egress.address is IPv4 or IPv6, and the host must have an address of that kind: correct egress.address";
@@ -99,7 +99,7 @@ async fn host(config: &Config, egress: &Egress, clock: &Clock, place: Place) -> 
         Err(error) => {
             let host = config
                 .origins
-                .get(&place)
+                .get(&host_id)
                 .map_or("the host", |origin| &origin.name);
             let detail = format!("the name {host} cannot be resolved: {}", cause(&error));
             let fix = format!(
@@ -108,10 +108,10 @@ async fn host(config: &Config, egress: &Egress, clock: &Clock, place: Place) -> 
             return vec![Diagnosis::failed("host", detail, fix).about(&about)];
         }
     };
-    let asked = ask(egress, clock, place, Question::Time).await;
+    let asked = ask(egress, clock, host_id, BrokerQuery::Time).await;
     let (server_ms, asked, answered) = match asked {
         Ok(answer) => answer,
-        Err(Unanswered::Connect(error)) => return vec![unreached(config, &about, &host, &error)],
+        Err(QueryError::Connect(error)) => return vec![unreached(config, &about, &host, &error)],
         Err(error) => {
             let reached = Diagnosis::ok("host", format!("{host} is reached")).about(&about);
             let detail = format!("the time is not known: {}", cause(&error));
@@ -128,8 +128,8 @@ async fn host(config: &Config, egress: &Egress, clock: &Clock, place: Place) -> 
         answered,
         server_ms,
     };
-    clock.take_in(place, sample, false);
-    let tls = match config.origins.get(&place) {
+    clock.take_in(host_id, sample, false);
+    let tls = match config.origins.get(&host_id) {
         Some(origin) if origin.tls => " over TLS",
         _ => "",
     };
@@ -137,7 +137,7 @@ async fn host(config: &Config, egress: &Egress, clock: &Clock, place: Place) -> 
     let reached = format!("{host} answers{tls} in {took_ms} ms");
     vec![
         Diagnosis::ok("host", reached).about(&about),
-        time(clock, place),
+        time(clock, host_id),
     ]
 }
 
@@ -181,9 +181,9 @@ fn cause(error: &(dyn Error + 'static)) -> String {
 }
 
 /// How far the host's time is from the machine's.
-fn time(clock: &Clock, place: Place) -> Diagnosis {
-    let about = name(place);
-    let found = clock.exchange(place);
+fn time(clock: &Clock, host_id: HostId) -> Diagnosis {
+    let about = name(host_id);
+    let found = clock.exchange(host_id);
     let offset_ms = found.ms - clock.wall_ms();
     let Some(uncertainty) = found.uncertainty else {
         let detail = "the host told a time that cannot be right";
@@ -200,7 +200,7 @@ fn time(clock: &Clock, place: Place) -> Diagnosis {
         _ => format!("is {} ms ahead of", offset_ms.abs()),
     };
     let within_ms = uncertainty.as_millis();
-    if let Some(difference_ms) = clock.refused_difference(place) {
+    if let Some(difference_ms) = clock.refused_difference(host_id) {
         let detail = format!(
             "the exchange's clock is {}",
             clock::difference(difference_ms)
@@ -225,8 +225,8 @@ fn time(clock: &Clock, place: Place) -> Diagnosis {
 }
 
 /// The address that the exchange sees, or why it did not tell.
-async fn my_ip(egress: &Egress, clock: &Clock, place: Place) -> Result<IpAddr, String> {
-    let answer = ask(egress, clock, place, Question::MyIp).await;
+async fn my_ip(egress: &Egress, clock: &Clock, host_id: HostId) -> Result<IpAddr, String> {
+    let answer = ask(egress, clock, host_id, BrokerQuery::MyIp).await;
     let (address, ..): (IpAddr, _, _) = answer.map_err(|error| cause(&error))?;
     Ok(address.to_canonical())
 }

@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::base::diagnosis::Diagnosis;
-use crate::base::ids::{AccountId, KeyName, Who};
+use crate::base::ids::{AccountId, KeyName, Principal};
 use crate::broker::Broker;
-use crate::keyring::trial::Verdict;
+use crate::keyring::key_test::Verdict;
 use crate::kucoin::Key;
 use crate::kucoin::key_info::KeyInfo;
 use crate::ops::key_test::KeyTest;
@@ -55,7 +55,7 @@ pub(super) async fn test(broker: &Arc<Broker>, found: Found) -> Vec<Diagnosis> {
     }
     let tested = broker
         .test_key(&KeyTest {
-            who: Who::Broker,
+            who: Principal::Broker,
             account,
             scopes,
             key: found.key,

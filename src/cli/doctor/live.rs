@@ -13,14 +13,14 @@ use tokio::time::timeout;
 use super::super::{FAILED, USAGE, say};
 use super::{ASK_WITHIN, exchange, files, harmless, report, vault};
 use crate::base::diagnosis::Diagnosis;
-use crate::base::ids::{AccountId, Who};
+use crate::base::ids::{AccountId, Principal};
 use crate::base::outcome::{Outcome, Reason};
 use crate::broker::Broker;
-use crate::clock::{Clock, Place};
+use crate::clock::{Clock, HostId};
 use crate::config::Config;
+use crate::kucoin::broker_query::BrokerQuery;
 use crate::kucoin::key_info;
-use crate::kucoin::question::Question;
-use crate::kucoin::shape::{Difference, Documented, documented};
+use crate::kucoin::schema::{Difference, Schema, schema};
 use crate::kucoin::{Host, Method, Scope, code};
 use crate::ops::key_test::{Ask, info_of, order_of, read_of};
 use crate::server::build;
@@ -43,44 +43,44 @@ pub(super) async fn run(config: &Config, account: &AccountId, json: bool) -> u8 
             let head = format!("credbroker {version}, doctor --live {account}\n");
             report(&head, &lines, json, FAILED)
         }
-        Err(Unasked::Account) => {
+        Err(CheckError::Account) => {
             say(&format!(
                 "{} names no account {account}\nfix: name one of its accounts, or correct `rules` in the configuration",
                 config.rules.display()
             ));
             USAGE
         }
-        Err(Unasked::Lines(lines)) => report("", &lines, json, FAILED),
+        Err(CheckError::Lines(lines)) => report("", &lines, json, FAILED),
     }
 }
 
 /// Why nothing was asked.
-enum Unasked {
+enum CheckError {
     Account,
     Lines(Vec<Diagnosis>),
 }
 
-async fn ask(config: &Config, account: &AccountId) -> Result<Vec<Diagnosis>, Unasked> {
+async fn ask(config: &Config, account: &AccountId) -> Result<Vec<Diagnosis>, CheckError> {
     let (lines, policy) = files::rules(&config.rules);
-    let policy = policy.ok_or(Unasked::Lines(lines))?;
+    let policy = policy.ok_or(CheckError::Lines(lines))?;
     let of_account = policy.accounts().find(|entry| entry.id == *account);
-    let of_account = Arc::clone(of_account.ok_or(Unasked::Account)?);
+    let of_account = Arc::clone(of_account.ok_or(CheckError::Account)?);
     let (lines, recordable) = files::audit(config);
-    recordable.map_err(|_| Unasked::Lines(lines))?;
+    recordable.map_err(|_| CheckError::Lines(lines))?;
     let provider = build::provider();
     let (egress_roots, egress_lines) = files::roots("egress.roots", &config.egress_roots);
     let (vault_roots, vault_lines) = files::roots("vault.roots", &config.vault_roots);
     let lines = egress_lines.into_iter().chain(vault_lines);
     let failed: Vec<_> = lines.filter(Diagnosis::is_failed).collect();
     if !failed.is_empty() {
-        return Err(Unasked::Lines(failed));
+        return Err(CheckError::Lines(failed));
     }
     let egress = build::egress(config, egress_roots, &provider);
-    let egress = egress.map_err(|error| Unasked::Lines(vec![exchange::unfit(&error)]))?;
+    let egress = egress.map_err(|error| CheckError::Lines(vec![exchange::unfit(&error)]))?;
     let clock = Arc::new(Clock::system());
 
     let site = of_account.site;
-    let mut places: BTreeSet<Place> = of_account
+    let mut places: BTreeSet<HostId> = of_account
         .keys
         .keys()
         .map(|scope| (site, scope.host()))
@@ -99,7 +99,7 @@ async fn ask(config: &Config, account: &AccountId) -> Result<Vec<Diagnosis>, Una
         .filter(|line| line.id == "host" && line.is_failed())
         .collect();
     if !hosts.is_empty() {
-        return Err(Unasked::Lines(hosts));
+        return Err(CheckError::Lines(hosts));
     }
     let found: BTreeMap<_, _> = found
         .into_iter()
@@ -107,16 +107,16 @@ async fn ask(config: &Config, account: &AccountId) -> Result<Vec<Diagnosis>, Una
         .map(|found| (found.name.clone(), found))
         .collect();
     if found.is_empty() {
-        return Err(Unasked::Lines(vault_lines));
+        return Err(CheckError::Lines(vault_lines));
     }
     let broker = build::broker(config, policy, egress, clock).map_err(|error| {
         let fix = "`credbroker doctor` says what is wrong with it";
-        Unasked::Lines(vec![Diagnosis::failed("state", chain(&error), fix)])
+        CheckError::Lines(vec![Diagnosis::failed("state", chain(&error), fix)])
     })?;
     let broker = Arc::new(broker);
 
-    let public = places.iter().map(|place| (*place, Question::Time));
-    let public = public.chain([((site, Host::Spot), Question::MyIp)]);
+    let public = places.iter().map(|place| (*place, BrokerQuery::Time));
+    let public = public.chain([((site, Host::Spot), BrokerQuery::MyIp)]);
     let public = public.map(|(place, question)| unsigned(&broker, place, question));
     let mut compared = futures_util::future::join_all(public).await;
     let mut questions = Vec::new();
@@ -143,10 +143,10 @@ async fn ask(config: &Config, account: &AccountId) -> Result<Vec<Diagnosis>, Una
 }
 
 /// A question that needs no key.
-async fn unsigned(broker: &Broker, place: Place, question: Question) -> Diagnosis {
+async fn unsigned(broker: &Broker, place: HostId, question: BrokerQuery) -> Diagnosis {
     let path = match question {
-        Question::MyIp => "/api/v1/my-ip",
-        Question::Time => "/api/v1/timestamp",
+        BrokerQuery::MyIp => "/api/v1/my-ip",
+        BrokerQuery::Time => "/api/v1/timestamp",
     };
     let asked = async {
         let connection = broker.egress.connect(place, true).await;
@@ -159,7 +159,7 @@ async fn unsigned(broker: &Broker, place: Place, question: Question) -> Diagnosi
         .await
         .unwrap_or_else(|_| late());
     let name = format!("GET {path} ({} host, unsigned)", place.1.as_str());
-    let documented = documented(Method::Get, path);
+    let schema = schema(Method::Get, path);
     match answer {
         Ok(answer) => {
             let envelope: Value = serde_json::from_slice(answer.body()).unwrap_or_default();
@@ -175,9 +175,9 @@ async fn unsigned(broker: &Broker, place: Place, question: Question) -> Diagnosi
                 msg: text("msg"),
                 body: answer.body(),
             };
-            came.compare(name, documented)
+            came.compare(name, schema)
         }
-        Err(reason) => unanswered(name, documented, &reason),
+        Err(reason) => unanswered(name, schema, &reason),
     }
 }
 
@@ -185,9 +185,9 @@ async fn unsigned(broker: &Broker, place: Place, question: Question) -> Diagnosi
 async fn signed(broker: &Arc<Broker>, found: &Found, scope: Scope, ask: Ask) -> Diagnosis {
     let (method, path) = (ask.method, ask.path);
     let name = format!("{method} {path} ({scope}, key {})", found.name);
-    let documented = documented(method, path);
+    let schema = schema(method, path);
     let key = Some(Arc::clone(&found.key));
-    let asked = broker.ask_as(Who::Broker, &found.account, scope, ask, key);
+    let asked = broker.ask_as(Principal::Broker, &found.account, scope, ask, key);
     match asked.await {
         Ok(receipt) => {
             let answer = &receipt.answer;
@@ -197,7 +197,7 @@ async fn signed(broker: &Arc<Broker>, found: &Found, scope: Scope, ask: Ask) -> 
                 msg: &answer.msg,
                 body: &answer.body,
             };
-            let mut compared = came.compare(name, documented);
+            let mut compared = came.compare(name, schema);
             if answer.outcome == Outcome::Rejected {
                 let expected = broker.proof.expected();
                 let refusal = key_info::refusal(&answer.code, &answer.msg, scope, expected);
@@ -210,18 +210,18 @@ async fn signed(broker: &Arc<Broker>, found: &Found, scope: Scope, ask: Ask) -> 
                 Reason::AnswerLost => error.of_repeatable_request(),
                 _ => chain(&error),
             };
-            unanswered(name, documented, &reason)
+            unanswered(name, schema, &reason)
         }
     }
 }
 
-fn expected(documented: Option<Documented>) -> String {
-    let data = documented.map_or("anything", Documented::kind);
+fn expected(schema: Option<Schema>) -> String {
+    let data = schema.map_or("anything", Schema::kind);
     format!("HTTP 200, code {}, data: {data}", code::SUCCESS)
 }
 
-fn unanswered(question: String, documented: Option<Documented>, reason: &str) -> Diagnosis {
-    let cause = format!("expected {}; came {}", expected(documented), shown(reason));
+fn unanswered(question: String, schema: Option<Schema>, reason: &str) -> Diagnosis {
+    let cause = format!("expected {}; came {}", expected(schema), shown(reason));
     let fix = "`credbroker doctor` looks at the way to the exchange";
     Diagnosis::failed(CHECK, cause, fix).about(question)
 }
@@ -235,9 +235,9 @@ struct Came<'a> {
 }
 
 impl Came<'_> {
-    fn compare(&self, question: String, documented: Option<Documented>) -> Diagnosis {
-        let Difference { kind, missing, new } = documented
-            .map(|documented| documented.compare(self.body))
+    fn compare(&self, question: String, schema: Option<Schema>) -> Diagnosis {
+        let Difference { kind, missing, new } = schema
+            .map(|schema| schema.compare(self.body))
             .unwrap_or_default();
         let (http_status, code) = (self.http_status, shown(self.code));
         let mut came = format!("HTTP {http_status}, code {code}, data: {kind}");
@@ -245,7 +245,7 @@ impl Came<'_> {
             came = format!("{came}, msg: {}", shown(self.msg));
         }
         let is_taken = http_status == 200 && self.code == code::SUCCESS;
-        let is_of_kind = documented.is_none_or(|documented| documented.kind() == kind);
+        let is_of_kind = schema.is_none_or(|schema| schema.kind() == kind);
         // What was refused has no data to compare.
         let mut differences = String::new();
         for (what, fields) in [("missing", missing.join(", ")), ("new", new.join(", "))] {
@@ -253,10 +253,7 @@ impl Came<'_> {
                 differences = format!("{differences}; {what}: {fields}");
             }
         }
-        let cause = format!(
-            "expected {}; came {came}{differences}",
-            expected(documented)
-        );
+        let cause = format!("expected {}; came {came}{differences}", expected(schema));
         let compared = if !is_taken || !is_of_kind {
             Diagnosis::failed(CHECK, cause, "")
         } else if !differences.is_empty() {

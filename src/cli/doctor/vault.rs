@@ -200,7 +200,7 @@ async fn inside(
                 found.push(key);
                 lines.extend(notes);
             }
-            Err(Unread {
+            Err(PolicyReadError {
                 reason,
                 fix,
                 is_there,
@@ -225,7 +225,7 @@ async fn inside(
 }
 
 /// Why Vault did not give a key.
-struct Unread {
+struct PolicyReadError {
     reason: String,
     fix: String,
     /// Whether its metadata can be read.
@@ -237,7 +237,7 @@ async fn read(
     vault: &Vault,
     account: &AccountId,
     name: &KeyName,
-) -> Result<(Found, Vec<Diagnosis>), Unread> {
+) -> Result<(Found, Vec<Diagnosis>), PolicyReadError> {
     let register = || format!("register one: `credbroker keys register {account} --key {name}`");
     let why = |error: VaultError, is_there: bool| {
         let fix = match &error {
@@ -253,7 +253,7 @@ async fn read(
             }
             VaultError::Credential(_) => CREDENTIAL_FIX.to_owned(),
         };
-        Unread {
+        PolicyReadError {
             reason: error.to_string(),
             fix,
             is_there,
@@ -263,7 +263,7 @@ async fn read(
     let found = found.map_err(|error| why(error, false))?;
     let Some(metadata) = found else {
         return Err(match vault.unfit_mount().await {
-            Some(reason) => Unread {
+            Some(reason) => PolicyReadError {
                 reason,
                 fix: format!("set vault.mount to a mount of version 2; {NEW_MOUNT}"),
                 is_there: false,
@@ -271,7 +271,7 @@ async fn read(
             None => why(VaultError::no_such_key(), false),
         });
     };
-    let unread = |reason: String, fix: String| Unread {
+    let unread = |reason: String, fix: String| PolicyReadError {
         reason,
         fix,
         is_there: true,

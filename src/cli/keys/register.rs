@@ -28,7 +28,8 @@ use crate::proto::{
     Candidate, Finding, KeyFacts, KeyState, KeyStatus, TestKeyRequest, TestKeyResponse,
 };
 use crate::vault::{
-    Facts, Metadata, NotedState, Notes, Registration, Vault, VaultError, WriteError, unknown_state,
+    Metadata, NotedState, Notes, Registration, StoredFacts, Vault, VaultError, WriteError,
+    unknown_state,
 };
 
 /// How often the broker is asked to look at a new version; each look tests it, and takes as long as that.
@@ -105,7 +106,7 @@ async fn register(command: Command, options: &Options) -> Result<u8, Failure> {
         let what = format!("the broker names a key that cannot be: {error}");
         Failure::new(what, "use the broker's own `credbroker`")
     })?;
-    let place = Place {
+    let target = KeyTarget {
         account: options.account.clone(),
         key,
         vault,
@@ -113,53 +114,53 @@ async fn register(command: Command, options: &Options) -> Result<u8, Failure> {
         before: state,
         in_rules,
     };
-    let found = place.look().await?;
-    place.check(command, &found, options.enable)?;
+    let found = target.look().await?;
+    target.check(command, &found, options.enable)?;
 
     let wanted = format!(
-        "{place} serves {}: give a key that may do that, and no more.",
-        scopes_of(&place.before).join(", ")
+        "{target} serves {}: give a key that may do that, and no more.",
+        scopes_of(&target.before).join(", ")
     );
     say(paragraph("", &wanted).trim_end());
-    let given = secrets::read(place.before.needs_partner_key).await;
+    let given = secrets::read(target.before.needs_partner_key).await;
     let given = given.map_err(|error| {
         let fix = match error {
             InputError::Utf16 => UTF8,
             InputError::Interrupted | InputError::Io(_) | InputError::Refused(_) => AGAIN,
         };
-        place.undone(&found, &error.to_string(), fix)
+        target.undone(&found, &error.to_string(), fix)
     })?;
     for remark in &given.remarks {
         say(paragraph("note: ", remark).trim_end());
     }
     say("testing it with KuCoin …");
     let request = TestKeyRequest {
-        account: place.account.to_string(),
-        key: place.key.to_string(),
+        account: target.account.to_string(),
+        key: target.key.to_string(),
         candidate: Some(candidate(&given.values)),
         try_order: options.try_order,
     };
     let mut test = broker.test(request).await?;
-    place
+    target
         .compare(&found, &mut test, options.other_account)
         .await?;
     let style = Style::of_stdout();
     let told = report(
         style,
-        place.account.as_str(),
+        target.account.as_str(),
         &test,
         Clock::system().wall_ms(),
     );
     if show(&(told + "\n"), DONE) != DONE {
-        return Err(place.undone(&found, "the report cannot be shown", AGAIN));
+        return Err(target.undone(&found, "the report cannot be shown", AGAIN));
     }
     if is_refused(&test) {
         let fix = "do what stands beside `fix:` above, and give the same command again";
-        return Err(place.undone(&found, "the key is refused", fix));
+        return Err(target.undone(&found, "the key is refused", fix));
     }
     if test.is_unclear {
         let what = "KuCoin has not said whether the key is good: see `failed` above";
-        return Err(place.undone(&found, what, super::UNCLEAR));
+        return Err(target.undone(&found, what, super::UNCLEAR));
     }
 
     let registration = Registration {
@@ -168,16 +169,14 @@ async fn register(command: Command, options: &Options) -> Result<u8, Failure> {
         } else {
             KeyVersion::V3
         },
-        facts: facts(&test, &place.admin),
+        facts: facts(&test, &target.admin),
         values: given.values,
     };
-    let version = place.write(&mut broker, &found, &registration).await?;
-    let noted = place
+    let version = target.write(&mut broker, &found, &registration).await?;
+    let noted = target
         .note(version, &registration.facts, options.enable)
         .await;
-    let used = place
-        .put_to_use(&mut broker, version, &test.id_sha256)
-        .await;
+    let used = target.activate(&mut broker, version, &test.id_sha256).await;
     noted.and(used)
 }
 
@@ -188,7 +187,7 @@ const AGAIN: &str = "give the same command again";
 const UTF8: &str = "convert it, for example with `iconv -f UTF-16 -t UTF-8 key.json`, or write it with `Out-File -Encoding utf8`";
 
 /// A key of an account, and the way to it.
-struct Place {
+struct KeyTarget {
     account: AccountId,
     key: KeyName,
     vault: Vault,
@@ -199,13 +198,13 @@ struct Place {
     in_rules: BTreeSet<String>,
 }
 
-impl std::fmt::Display for Place {
+impl std::fmt::Display for KeyTarget {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}/{}", self.account, self.key)
     }
 }
 
-impl Place {
+impl KeyTarget {
     /// What Vault has; says when nothing is noted about its newest version.
     async fn look(&self) -> Result<Metadata, Failure> {
         let found = self.vault.find(&self.account, &self.key).await;
@@ -314,20 +313,24 @@ impl Place {
             .iter()
             .any(|finding| finding.name == "key-taken");
         if !is_told && (!test.id_sha256.is_empty() || !uid.is_empty()) {
-            let taken = self.taken(&test.id_sha256, uid).await;
-            let taken = taken.map_err(|error| {
+            let duplicate_key = self.duplicate_key(&test.id_sha256, uid).await;
+            let duplicate_key = duplicate_key.map_err(|error| {
                 let what =
                     format!("whether another account has the key cannot be checked: {error}");
                 self.undone(found, &what, VAULT)
             })?;
-            findings.extend(taken.map(Finding::from));
+            findings.extend(duplicate_key.map(Finding::from));
         }
         test.findings.splice(0..0, findings);
         Ok(())
     }
 
     /// The key of another account that is this one, or one of the same KuCoin account, by what is noted in Vault.
-    async fn taken(&self, digest: &str, uid: &str) -> Result<Option<Diagnosis>, VaultError> {
+    async fn duplicate_key(
+        &self,
+        digest: &str,
+        uid: &str,
+    ) -> Result<Option<Diagnosis>, VaultError> {
         for account in self.vault.accounts().await? {
             if account == self.account {
                 continue;
@@ -337,15 +340,15 @@ impl Place {
                     continue;
                 };
                 if has(&found, digest, uid) {
-                    let mut taken = key_info::taken(account.as_str(), key.as_str());
+                    let mut duplicate_key = key_info::duplicate_key(account.as_str(), key.as_str());
                     if !self.in_rules.contains(account.as_str()) {
                         let free = format!(
                             " The rules of this broker do not name account {account}: if no other broker does, delete \
                              the versions of {account}/{key} in Vault, as deploy/vault/README.md shows."
                         );
-                        taken.fix.push_str(&free);
+                        duplicate_key.fix.push_str(&free);
                     }
-                    return Ok(Some(taken));
+                    return Ok(Some(duplicate_key));
                 }
             }
         }
@@ -433,7 +436,7 @@ impl Place {
     }
 
     /// Notes what was written.
-    async fn note(&self, version: u64, facts: &Facts, enable: bool) -> Result<u8, Failure> {
+    async fn note(&self, version: u64, facts: &StoredFacts, enable: bool) -> Result<u8, Failure> {
         let mut notes = Notes::registered(version, facts);
         if enable {
             notes = notes.and(Notes::state(true));
@@ -451,7 +454,7 @@ impl Place {
     }
 
     /// Has the broker take the version up, and says what came of it.
-    async fn put_to_use(
+    async fn activate(
         &self,
         broker: &mut Admin,
         version: u64,
@@ -572,7 +575,7 @@ fn candidate(values: &KeyValues) -> Candidate {
     }
 }
 
-fn facts(test: &TestKeyResponse, admin: &AdminId) -> Facts {
+fn facts(test: &TestKeyResponse, admin: &AdminId) -> StoredFacts {
     let KeyFacts {
         uid,
         site,
@@ -581,7 +584,7 @@ fn facts(test: &TestKeyResponse, admin: &AdminId) -> Facts {
         expires_at_ms,
         ..
     } = test.facts.clone().unwrap_or_default();
-    Facts {
+    StoredFacts {
         uid,
         site,
         permissions,

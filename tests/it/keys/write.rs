@@ -8,7 +8,7 @@ use credbroker::base::secret::{ApiSecret, KeyValues, PartnerKey, Passphrase};
 use credbroker::kucoin::KeyVersion;
 use credbroker::telemetry::Metrics;
 use credbroker::vault::{
-    Auth, Facts, Metadata, NotedState, Notes, OutageKind, Registration, Vault, VaultError,
+    Auth, Metadata, NotedState, Notes, OutageKind, Registration, StoredFacts, Vault, VaultError,
     VaultSettings, WriteError,
 };
 use credbroker_sim::installation::{ROOT_TOKEN, kv_path};
@@ -138,14 +138,14 @@ fn registration(generation: u32) -> Registration {
             partner_key: (generation == 2).then(|| PartnerKey::new(text("partner"))),
         },
         key_version: KeyVersion::V3,
-        facts: Facts {
+        facts: StoredFacts {
             uid: "1001".to_owned(),
             site: "global".to_owned(),
             permissions: vec!["General".to_owned(), "Spot".to_owned()],
             registered_by: "spiffe://demo.test/admin/anna".to_owned(),
             registered_at_ms: 1_700_000_000_000,
             key_sha256: format!("fake-sha256-{generation}"),
-            ..Facts::default()
+            ..StoredFacts::default()
         },
     }
 }
@@ -284,7 +284,7 @@ async fn notes_are_changed_one_by_one_and_those_of_others_stay(stage: &Stage) {
 }
 
 async fn notes_are_kept_short_and_few_enough_for_vault(stage: &Stage) {
-    let facts = Facts {
+    let facts = StoredFacts {
         ip_whitelist: vec!["192.0.2.100".to_owned(); 100],
         registered_by: "anna\u{200b}\u{e4}".to_owned(),
         ..registration(1).facts

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use bytes::Bytes;
-use credbroker::base::ids::{BotId, RequestId, Who};
+use credbroker::base::ids::{BotId, Principal, RequestId};
 use credbroker::kucoin::{Catalog, Method, Scope, Target, UnsignedRequest};
 use credbroker::policy::Policy;
 use credbroker::policy::listing::{Call, Item, differences};
@@ -84,7 +84,7 @@ fn an_explanation_says_what_authorize_says_and_names_lines_that_say_so() {
                 continue;
             };
             let id = spiffe(bot);
-            let permit = policy.authorize(&Who::Bot(id.clone()), &request);
+            let permit = policy.authorize(&Principal::Bot(id.clone()), &request);
             let explanation =
                 policy.explain(&id, &request.account, scope, method, request.target.path());
             let judged = verdict(&grants, &unlisted, bot, &asked);
@@ -246,7 +246,7 @@ fn a_comparison_shows_exactly_what_authorize_decides_otherwise() {
         let mut expected = BTreeSet::new();
         for bot in ["a", "b"] {
             let id: BotId = bot.parse().unwrap();
-            let who = Who::Bot(id.clone());
+            let who = Principal::Bot(id.clone());
             for request in &questions {
                 let (before, after) = (old.authorize(&who, request), new.authorize(&who, request));
                 let (is_gain, permit) = match (before, after) {

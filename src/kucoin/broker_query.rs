@@ -16,7 +16,7 @@ pub(super) const OWN: &str = concat!("credbroker/", env!("CARGO_PKG_VERSION"), "
 
 /// A question of the broker's own.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) enum Question {
+pub(crate) enum BrokerQuery {
     /// From which address do my requests come? Answered by spot hosts. Source: KuCoin API documentation, "Get Client IP
     /// Address": public, weight 0.
     MyIp,
@@ -25,7 +25,7 @@ pub(crate) enum Question {
     Time,
 }
 
-impl Question {
+impl BrokerQuery {
     /// The request that asks it.
     pub(crate) fn request(self) -> Request<Full<Bytes>> {
         let path = match self {

@@ -8,7 +8,7 @@ use crate::base::lock::Mutex;
 use tokio_util::sync::CancellationToken;
 
 /// Places that are taken, in the order in which they were.
-pub(super) struct Places<K> {
+pub(super) struct HandshakeSlots<K> {
     limit: usize,
     taken: Mutex<Taken<K>>,
 }
@@ -19,14 +19,14 @@ struct Taken<K> {
 }
 
 /// One of them; it is free again when this drops.
-pub(super) struct Place<K: Clone + Eq + Hash> {
-    places: Arc<Places<K>>,
+pub(super) struct HandshakeSlot<K: Clone + Eq + Hash> {
+    places: Arc<HandshakeSlots<K>>,
     number: u64,
     /// Cancelled when it must make room.
     pub(super) is_given_up: CancellationToken,
 }
 
-impl<K: Clone + Eq + Hash> Places<K> {
+impl<K: Clone + Eq + Hash> HandshakeSlots<K> {
     pub(super) fn new(limit: usize) -> Arc<Self> {
         let (count, places) = (0, BTreeMap::new());
         Arc::new(Self {
@@ -36,7 +36,7 @@ impl<K: Clone + Eq + Hash> Places<K> {
     }
 
     /// Takes one; makes room for it where there is none.
-    pub(super) fn take(places: &Arc<Self>, who: K) -> Place<K> {
+    pub(super) fn take(places: &Arc<Self>, who: K) -> HandshakeSlot<K> {
         let mut taken = places.taken.lock();
         if taken.places.len() >= places.limit {
             taken.give_one_up();
@@ -44,7 +44,7 @@ impl<K: Clone + Eq + Hash> Places<K> {
         taken.count += 1;
         let (number, is_given_up) = (taken.count, CancellationToken::new());
         taken.places.insert(number, (who, is_given_up.clone()));
-        Place {
+        HandshakeSlot {
             places: Arc::clone(places),
             number,
             is_given_up,
@@ -71,7 +71,7 @@ impl<K: Clone + Eq + Hash> Taken<K> {
     }
 }
 
-impl<K: Clone + Eq + Hash> Drop for Place<K> {
+impl<K: Clone + Eq + Hash> Drop for HandshakeSlot<K> {
     fn drop(&mut self) {
         self.places.taken.lock().places.remove(&self.number);
     }
@@ -83,11 +83,11 @@ mod tests {
 
     #[test]
     fn one_more_ends_the_oldest_of_whoever_has_the_most() {
-        let places = Places::new(512);
-        let take = |who: &'static str| Places::take(&places, who);
+        let places = HandshakeSlots::new(512);
+        let take = |who: &'static str| HandshakeSlots::take(&places, who);
         let bot = take("bot");
         let silent: Vec<_> = (1..512).map(|_| take("silent")).collect();
-        let gone = |silent: &[Place<_>]| {
+        let gone = |silent: &[HandshakeSlot<_>]| {
             silent
                 .iter()
                 .filter(|one| one.is_given_up.is_cancelled())
@@ -104,8 +104,10 @@ mod tests {
 
     #[test]
     fn where_everybody_has_one_the_oldest_of_all_ends() {
-        let places = Places::new(8);
-        let all: Vec<_> = (0..11).map(|who| Places::take(&places, who)).collect();
+        let places = HandshakeSlots::new(8);
+        let all: Vec<_> = (0..11)
+            .map(|who| HandshakeSlots::take(&places, who))
+            .collect();
         for (number, one) in all.iter().enumerate() {
             assert_eq!(one.is_given_up.is_cancelled(), number < 3, "{number}");
         }

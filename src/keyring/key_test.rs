@@ -11,20 +11,20 @@ use crate::kucoin::key_info::KeyInfo;
 use crate::restrictions::KeyDigest;
 
 /// To whoever tests keys and keeps the record.
-pub(crate) type Notices = mpsc::UnboundedSender<Notice>;
+pub(crate) type KeyEvents = mpsc::UnboundedSender<KeyEvent>;
 
 /// Something that the keyring wants, or has done.
 #[derive(Debug)]
-pub(crate) enum Notice {
+pub(crate) enum KeyEvent {
     /// Another key, or none, serves from now on.
     Changed(KeyChange),
     /// A key is to be tested.
-    Trial(Trial),
+    KeyTestRequest(KeyTestRequest),
 }
 
 /// A key to be tested on the exchange.
 #[derive(Debug)]
-pub(crate) struct Trial {
+pub(crate) struct KeyTestRequest {
     /// Its account.
     pub(crate) account: AccountId,
     /// Its name.

@@ -13,7 +13,7 @@ const MAX_NAME_CHARS: usize = 40;
 
 /// What `data` of an answer is.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) enum Documented {
+pub(crate) enum Schema {
     /// Objects of these fields; those that need not be there begin with `?`.
     List(&'static [&'static str]),
     /// A number.
@@ -40,12 +40,12 @@ pub(crate) struct Difference {
 /// Source: KuCoin API documentation, "Get Server Time", "Get Client IP Address", "Get Apikey Info" with its change log of
 /// 2025-11-14 and 2026-01-27, "Get Account List - Spot", "Get Account - Futures", "Add Order Test" of spot and futures; for
 /// the overview of the unified account the models of client libraries, since its page was not to be had.
-pub(crate) fn documented(method: Method, path: &str) -> Option<Documented> {
-    const ORDER: Documented = Documented::Object(&["orderId", "clientOid"]);
+pub(crate) fn schema(method: Method, path: &str) -> Option<Schema> {
+    const ORDER: Schema = Schema::Object(&["orderId", "clientOid"]);
     Some(match (method, path) {
-        (Method::Get, "/api/v1/timestamp") => Documented::Number,
-        (Method::Get, "/api/v1/my-ip") => Documented::Text,
-        (Method::Get, "/api/v1/user/api-key" | "/api/ua/v2/user/api-key") => Documented::Object(&[
+        (Method::Get, "/api/v1/timestamp") => Schema::Number,
+        (Method::Get, "/api/v1/my-ip") => Schema::Text,
+        (Method::Get, "/api/v1/user/api-key" | "/api/ua/v2/user/api-key") => Schema::Object(&[
             "remark",
             "apiKey",
             "apiVersion",
@@ -63,9 +63,9 @@ pub(crate) fn documented(method: Method, path: &str) -> Option<Documented> {
             "siteType",
         ]),
         (Method::Get, "/api/v1/accounts") => {
-            Documented::List(&["id", "currency", "type", "balance", "available", "holds"])
+            Schema::List(&["id", "currency", "type", "balance", "available", "holds"])
         }
-        (Method::Get, "/api/v1/account-overview") => Documented::Object(&[
+        (Method::Get, "/api/v1/account-overview") => Schema::Object(&[
             "accountEquity",
             "unrealisedPNL",
             "marginBalance",
@@ -78,7 +78,7 @@ pub(crate) fn documented(method: Method, path: &str) -> Option<Documented> {
             "maxWithdrawAmount",
             "availableMargin",
         ]),
-        (Method::Get, "/api/ua/v2/unified/account/overview") => Documented::Object(&[
+        (Method::Get, "/api/ua/v2/unified/account/overview") => Schema::Object(&[
             "accountType",
             "riskRatio",
             "equity",
@@ -93,7 +93,7 @@ pub(crate) fn documented(method: Method, path: &str) -> Option<Documented> {
     })
 }
 
-impl Documented {
+impl Schema {
     /// In a word.
     pub(crate) fn kind(self) -> &'static str {
         match self {
@@ -156,7 +156,7 @@ mod tests {
 
     #[test]
     fn names_and_kinds_differ_and_values_do_not_show() {
-        let order = documented(Method::Post, "/api/v1/hf/orders/test").unwrap();
+        let order = schema(Method::Post, "/api/v1/hf/orders/test").unwrap();
         let whole = br#"{"code":"200000","data":{"orderId":"1","clientOid":"2"}}"#;
         let kind = "object";
         let same = Difference {
@@ -175,7 +175,7 @@ mod tests {
 
     #[test]
     fn what_need_not_be_there_is_not_missed_and_is_not_new() {
-        let info = documented(Method::Get, "/api/v1/user/api-key").unwrap();
+        let info = schema(Method::Get, "/api/v1/user/api-key").unwrap();
         let text = r#"{"data":{"remark":"","apiKey":"","apiVersion":3,"permission":"General","createdAt":1,"uid":1,
             "isMaster":true,"region":"XX","kycStatus":1,"siteType":"global"}}"#;
         assert_eq!(
@@ -188,7 +188,7 @@ mod tests {
 
     #[test]
     fn every_item_of_a_list_counts_and_another_kind_is_named() {
-        let list = Documented::List(&["id", "type"]);
+        let list = Schema::List(&["id", "type"]);
         let body = br#"{"data":[{"id":1,"type":2},{"id":1,"extra":null}]}"#;
         let found = list.compare(body);
         assert_eq!(
@@ -197,6 +197,6 @@ mod tests {
         );
         assert_eq!(list.compare(b"{\"data\":{}}").kind, "object");
         assert_eq!(list.compare(b"<html>").kind, "nothing");
-        assert_eq!(Documented::Number.compare(b"{\"data\":1}").kind, "number");
+        assert_eq!(Schema::Number.compare(b"{\"data\":1}").kind, "number");
     }
 }
