@@ -4,6 +4,7 @@ pub mod admin;
 mod bots;
 mod check_config;
 mod clock;
+mod completions;
 mod confirm;
 mod doctor;
 mod explain;
@@ -21,7 +22,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
 
 use crate::base::encoding;
 use crate::base::text::{MAX_CHARS, clean};
@@ -73,6 +75,18 @@ enum Command {
     Clock {
         #[command(subcommand)]
         command: clock::Command,
+    },
+    /// Print completions for a shell.
+    ///
+    /// Exit code 0: printed; 1: stdout cannot be written; 2: usage.
+    #[command(
+        after_long_help = "Examples:\n  credbroker completions bash > /etc/bash_completion.d/credbroker\n  \
+                           credbroker completions fish > ~/.config/fish/completions/credbroker.fish\n  \
+                           credbroker completions zsh > /usr/local/share/zsh/site-functions/_credbroker"
+    )]
+    Completions {
+        /// The shell.
+        shell: Shell,
     },
     /// Looks at everything that the broker needs, and says what is wrong and what to do; the broker need not run.
     ///
@@ -152,6 +166,7 @@ pub fn run() -> ExitCode {
         Command::Bots { command } => bots::run(&command),
         Command::CheckConfig { config } => check_config::run(&config),
         Command::Clock { command } => clock::run(&command),
+        Command::Completions { shell } => completions::run(shell),
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Explain(question) => explain::run(&question),
         Command::Halt(command) => halt::halt(&command),
@@ -161,6 +176,11 @@ pub fn run() -> ExitCode {
         Command::Resume(command) => halt::resume(&command),
         Command::Serve { config } => serve::run(&config),
     })
+}
+
+/// The command line as clap knows it: completions and man pages are made from it.
+pub fn command() -> clap::Command {
+    Arguments::command()
 }
 
 /// Reads a configuration file, or says what is wrong with it.

@@ -1,5 +1,7 @@
-//! The example files load as they stand, and say what the defaults are.
+//! The files of `deploy/`: the examples load as they stand and say what the defaults are, and what is generated is up to date.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 
@@ -176,5 +178,86 @@ fn a_certificate_that_no_bot_would_accept_is_found_before_the_start() {
     for (certificate, key, part) in cases {
         let said = check(certificate, key);
         assert!(said.contains(part), "{part} is not in {said}");
+    }
+}
+
+/// When it is set, the test writes completions and man pages instead of comparing them.
+const WRITE: &str = "CREDBROKER_WRITE_DEPLOY";
+
+/// Files by name.
+type Files = BTreeMap<String, String>;
+
+fn completions() -> Files {
+    let script = |shell: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_credbroker"));
+        let output = command.args(["completions", shell]).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let shells = [
+        ("bash", "credbroker.bash"),
+        ("fish", "credbroker.fish"),
+        ("zsh", "_credbroker"),
+    ];
+    shells
+        .map(|(shell, file)| (file.to_owned(), script(shell)))
+        .into()
+}
+
+fn man_pages() -> Files {
+    let mut command = credbroker::cli::command().disable_help_subcommand(true);
+    command.build();
+    let mut pages = Files::new();
+    add_pages(&mut pages, &command);
+    pages
+}
+
+/// A page for this command and for each below it.
+fn add_pages(pages: &mut Files, command: &clap::Command) {
+    let source = concat!("credbroker ", env!("CARGO_PKG_VERSION"));
+    let man = clap_mangen::Man::new(command.clone()).source(source);
+    let mut page = Vec::new();
+    man.render(&mut page).unwrap();
+    pages.insert(man.get_filename(), String::from_utf8(page).unwrap());
+    for command in command.get_subcommands() {
+        add_pages(pages, command);
+    }
+}
+
+fn files(folder: &Path) -> Files {
+    let entries = fs::read_dir(folder).into_iter().flatten();
+    entries
+        .map(|entry| {
+            let entry = entry.unwrap();
+            let name = entry.file_name().into_string().unwrap();
+            (name, fs::read_to_string(entry.path()).unwrap())
+        })
+        .collect()
+}
+
+#[test]
+fn completions_and_man_pages_are_those_of_the_program() {
+    let generated = [
+        ("deploy/completions", completions()),
+        ("deploy/man", man_pages()),
+    ];
+    for (folder, generated) in generated {
+        let folder = Path::new(folder);
+        if std::env::var_os(WRITE).is_some() {
+            let _ = fs::remove_dir_all(folder);
+            fs::create_dir_all(folder).unwrap();
+            for (name, text) in &generated {
+                fs::write(folder.join(name), text).unwrap();
+            }
+        }
+        let committed = files(folder);
+        let names = generated.keys().chain(committed.keys());
+        let differs = |name: &&String| generated.get(*name) != committed.get(*name);
+        let differing: BTreeSet<_> = names.filter(differs).collect();
+        assert!(
+            differing.is_empty(),
+            "`{WRITE}=1 cargo test --locked --test it -- deploy::` writes these of {} anew: {differing:?}",
+            folder.display()
+        );
     }
 }
