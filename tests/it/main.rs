@@ -38,6 +38,7 @@ mod memory;
 mod ops;
 mod policy;
 mod process;
+mod proto_baseline;
 mod reload;
 mod restrictions;
 mod rotation;
