@@ -56,7 +56,7 @@ pub(crate) struct Recorded(());
 
 /// The record could not be written.
 #[derive(Debug, thiserror::Error)]
-#[error("the audit file cannot be written, and requests that add risk are refused until it can")]
+#[error("the audit log write failed, and requests that add risk are refused until it can")]
 pub(crate) struct AuditError(#[source] io::Error);
 
 /// Who asked, in every line of a call.
@@ -96,9 +96,13 @@ pub(crate) struct Ending<'a> {
     pub(crate) duration_us: u64,
 }
 
+/// Version of the format of a line (`v`): it grows when a field is renamed, removed or changes its meaning.
+const VERSION: u8 = 1;
+
 /// One line of the file. The order of its fields is the order in the file.
 #[derive(Serialize)]
 struct Line<'a> {
+    v: u8,
     event: &'static str,
     time_ms: i64,
     run: &'a str,
@@ -176,6 +180,7 @@ impl<'a> Act<'a> {
 /// An act as it stands in the file.
 #[derive(Serialize)]
 struct ActLine<'a> {
+    v: u8,
     event: &'static str,
     time_ms: i64,
     run: &'a str,
@@ -202,6 +207,7 @@ pub(crate) struct Change<'a> {
 /// A change as it stands in the file.
 #[derive(Serialize)]
 struct ChangeLine<'a> {
+    v: u8,
     event: &'static str,
     time_ms: i64,
     run: &'a str,
@@ -218,6 +224,7 @@ struct ChangeLine<'a> {
 /// Says that the line before it was cut off.
 #[derive(Serialize)]
 struct TornLine<'a> {
+    v: u8,
     event: &'static str,
     time_ms: i64,
     run: &'a str,
@@ -330,6 +337,7 @@ impl Audit {
     pub(crate) fn changed(&self, change: &Change<'_>) {
         let mut file = self.file.lock();
         let line = ChangeLine {
+            v: VERSION,
             event: "change",
             time_ms: self.clock.wall_ms(),
             run: &file.run,
@@ -351,6 +359,7 @@ impl Audit {
     pub(crate) fn acted(&self, who: &str, act: &Act<'_>) {
         let mut file = self.file.lock();
         let line = ActLine {
+            v: VERSION,
             event: "act",
             time_ms: self.clock.wall_ms(),
             run: &file.run,
@@ -399,12 +408,12 @@ impl Audit {
                     new.run = std::mem::take(&mut file.run);
                     std::mem::replace(&mut *file, new)
                 };
-                tracing::info!(file = %self.path.display(), "audit file was renamed or removed; a new one is begun");
+                tracing::info!(file = %self.path.display(), "audit log rotated; reopened");
                 self.report(old.file.sync_data());
             }
             Err(error) => {
                 self.metrics.audit_failures.inc();
-                tracing::error!(file = %self.path.display(), %error, "audit file was renamed or removed, and no new one can be begun; lines go on to the old one");
+                tracing::error!(file = %self.path.display(), %error, "audit log rotated, but reopening it failed; writing to the old file");
             }
         }
     }
@@ -420,7 +429,7 @@ impl Audit {
             // What is no file of a disk cannot be flushed to one.
             Err(error) if error.kind() != io::ErrorKind::InvalidInput => {
                 self.metrics.audit_failures.inc();
-                tracing::error!(%error, "audit file cannot be flushed to the disk; lines may be lost");
+                tracing::error!(%error, "audit log flush failed; lines may be lost");
             }
             _ => {}
         }
@@ -436,6 +445,7 @@ impl Audit {
     ) -> io::Result<()> {
         let mut file = self.file.lock();
         let line = Line {
+            v: VERSION,
             event,
             time_ms: self.clock.wall_ms(),
             run: &file.run,
@@ -463,13 +473,13 @@ impl Audit {
         match &result {
             Ok(()) => {
                 if file.failure.take().is_some() {
-                    tracing::info!(file = %self.path.display(), "audit file is written again");
+                    tracing::info!(file = %self.path.display(), "audit log is writable again");
                 }
             }
             Err(error) => {
                 file.failure = Some(error.to_string());
                 self.metrics.audit_failures.inc();
-                tracing::error!(target: "credbroker::audit", line = text.trim_end(), file = %self.path.display(), %error, "audit file cannot be written");
+                tracing::error!(target: "credbroker::audit", line = text.trim_end(), file = %self.path.display(), %error, "audit log write failed");
             }
         }
         result
@@ -572,6 +582,7 @@ impl Appender {
             ),
         };
         let marker = serde_json::to_string(&TornLine {
+            v: VERSION,
             event: "torn",
             time_ms: clock.wall_ms(),
             run: &self.run,

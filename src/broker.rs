@@ -176,7 +176,7 @@ impl Broker {
         if timeout(limit, self.calls.tasks.wait()).await.is_err() {
             tracing::warn!(
                 in_flight = self.calls.tasks.len(),
-                "calls are still in flight; they end as they stand"
+                "drain timeout; aborting in-flight calls"
             );
             self.calls.give_up.cancel();
             self.calls.tasks.wait().await;

@@ -276,11 +276,11 @@ impl Keyring {
         };
         let name = permit
             .key_name()
-            .ok_or_else(|| unavailable("the rules name none"))?;
+            .ok_or_else(|| unavailable("the rules name no key"))?;
         let slots = self.slots.read();
         let keys = slots
             .get(account)
-            .ok_or_else(|| unavailable("the rules name none"))?;
+            .ok_or_else(|| unavailable("the rules name no key"))?;
         let entry = keys.entries.get(name);
         match entry.map(|entry| &entry.state) {
             Some(KeyState::Loaded { key, .. })
@@ -338,7 +338,7 @@ impl Keyring {
                 Err(unavailable(reason))
             }
             Some(KeyState::Absent(reason)) => Err(unavailable(reason)),
-            None => Err(unavailable("the rules name none")),
+            None => Err(unavailable("the rules name no key")),
         }
     }
 
@@ -743,7 +743,7 @@ impl KeyState {
 }
 
 fn too_old(age: Duration, max: Duration, why: Option<&str>) -> String {
-    let why = why.unwrap_or("it is being asked now");
+    let why = why.unwrap_or("not read yet");
     format!(
         "Vault last confirmed it {} s ago, and {} s are allowed for this request: {why}",
         age.as_secs(),
@@ -753,7 +753,7 @@ fn too_old(age: Duration, max: Duration, why: Option<&str>) -> String {
 
 fn too_old_to_keep(age: Duration, max: Duration) -> String {
     format!(
-        "wiped from memory: last confirmed by Vault {} s ago, max_stale_cancel_s is {} s",
+        "wiped: last confirmed by Vault {} s ago, max_stale_cancel_s is {} s",
         age.as_secs(),
         max.as_secs()
     )

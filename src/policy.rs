@@ -225,7 +225,7 @@ pub enum Denied {
         scope: Scope,
     },
     /// More than admins and the broker itself may ask of the exchange.
-    #[error("{what} is more than an admin or the broker may ask: they read, test and cancel")]
+    #[error("{what} is not permitted for admin or internal calls: they read, test and cancel")]
     NotOurs {
         /// The endpoint's id, or method and path.
         what: String,

@@ -94,7 +94,7 @@ pub(crate) fn harden() -> Hardened {
         undumpable = hardened.is_undumpable,
         locked = hardened.is_locked,
         descriptors = hardened.descriptors,
-        "process is hardened"
+        "process hardened"
     );
     *HARDENED.get_or_init(|| hardened)
 }

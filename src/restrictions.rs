@@ -127,13 +127,11 @@ pub enum RestrictionsError {
     },
     /// A restriction is in force, but a restart would lift it.
     #[error(
-        "it is in force, but not on disk, and a restart would lift it: {0} cannot be written; mend that and give the same command again"
+        "it is in force, but not on disk, and a restart would lift it: {0} cannot be written; fix that and re-run the command"
     )]
     Unwritten(String, #[source] io::Error),
     /// A restriction is not lifted.
-    #[error(
-        "it is still in force: {0} cannot be written; mend that and give the same command again"
-    )]
+    #[error("it is still in force: {0} cannot be written; fix that and re-run the command")]
     StillInForce(String, #[source] io::Error),
 }
 

@@ -87,7 +87,7 @@ pub enum StartError {
     #[error("the configuration has {} problem(s)", .0.len())]
     Config(Vec<Problem>),
     /// A listener cannot be opened.
-    #[error("{0} cannot be listened on; is another process using it?")]
+    #[error("cannot bind {0}; is another process using it?")]
     Listen(SocketAddr, #[source] io::Error),
     /// Another broker uses the state folder.
     #[error("another broker runs on {0}; stop it, or give this one a state_dir of its own")]
@@ -99,7 +99,7 @@ pub enum StartError {
     #[error("{0} is a symbolic link; remove the link, or correct state_dir")]
     LockIsLink(String),
     /// What admins have forbidden cannot be read.
-    #[error("what admins have forbidden cannot be read")]
+    #[error("cannot load restrictions.json")]
     Restrictions(#[source] RestrictionsError),
     /// The folder above the state folder is missing: it is never made, since its disk may not be mounted.
     #[error(

@@ -197,7 +197,7 @@ impl Metrics {
     /// All of them. Every counter is there from the start: of one that begins with 1 an alarm on its increase sees nothing.
     pub(crate) fn registry(&self) -> Registry {
         let mut registry = Registry::with_prefix("credbroker");
-        let help = "Calls of bots by how they ended";
+        let help = "Calls of bots, by outcome and reason";
         registry.register("requests", help, self.requests.clone());
         for scope in ["", "futures", "spot-margin", "unified"] {
             let answers = [Outcome::Accepted, Outcome::MaybeSent, Outcome::Rejected];
@@ -209,15 +209,15 @@ impl Metrics {
                 drop(self.requests.get_or_create(&labels));
             }
         }
-        let help = "Where the time of answered calls went";
+        let help = "Duration of answered calls, by stage";
         registry.register("stage_duration_seconds", help, self.stages.0.clone());
-        let help = "Connections of bots that were not served";
+        let help = "Rejected connections of bots";
         let family = self.connections_refused.clone();
         for reason in ["bot", "certificate", "descriptors", "handshake", "many"] {
             drop(family.get_or_create(&[("reason", reason)]));
         }
         registry.register("connections_refused", help, family);
-        let help = "Calls of admins that were refused before they reached the API";
+        let help = "Calls of admins refused before they reached the API";
         let family = self.admin_calls_refused.clone();
         for reason in [
             Reason::CallerUnknown,
@@ -228,7 +228,7 @@ impl Metrics {
             drop(family.get_or_create(&[("reason", reason.as_str())]));
         }
         registry.register("admin_calls_refused", help, family);
-        let help = "Looks at a key in Vault that did not find it as it should be";
+        let help = "Refreshes of a key in Vault that failed or found it unusable";
         let family = self.vault_failures.clone();
         for reason in ["evicted", "login", "outage", "unusable"] {
             drop(family.get_or_create(&[("reason", reason)]));
@@ -240,7 +240,7 @@ impl Metrics {
             drop(family.get_or_create(&[("scope", scope.as_str())]));
         }
         registry.register("codes_unknown", help, family);
-        let help = "Changed files by what became of them";
+        let help = "Reloads of changed files, by outcome";
         let family = self.reloads.clone();
         for file in ["rules", "tls"] {
             for outcome in ["refused", "taken"] {
@@ -249,7 +249,7 @@ impl Metrics {
         }
         registry.register("reloads", help, family);
         let name = "certificate_not_after_timestamp_seconds";
-        let help = "When the server certificate in force ends, Unix time";
+        let help = "When the server certificate expires, Unix time";
         registry.register(name, help, self.certificate_ends.clone());
 
         let mut register = |name, help, counter: &Counter| {
@@ -260,9 +260,9 @@ impl Metrics {
         let help =
             "Connections that ended before their first byte, such as TCP checks of a load balancer";
         register("connections_unused", help, &self.connections_unused);
-        let help = "Questions for the exchange's time without an answer";
+        let help = "Exchange time checks without an answer";
         register("clock_failures", help, &self.clock_failures);
-        let help = "Answers about the exchange's time that were too far off to be applied";
+        let help = "Exchange times that were ignored as implausible";
         register("clock_jumps_refused", help, &self.clock_jumps_refused);
         let help = "Answers of the exchange that refuse a timestamp (400002)";
         register("timestamps_refused", help, &self.timestamps_refused);
@@ -270,7 +270,7 @@ impl Metrics {
         register("addresses_refused", help, &self.addresses_refused);
         let help = "Answers of the exchange that refuse a key, its passphrase or signature (400003 to 400005)";
         register("credentials_refused", help, &self.credentials_refused);
-        let help = "Refused calls that were only counted, because their bot had too many";
+        let help = "Refused calls that were counted but not audited, because their bot exceeded its allowance";
         register("refusals_unrecorded", help, &self.refusals_unrecorded);
         let help = "Lines that could not be written to the audit file";
         register("audit_failures", help, &self.audit_failures);

@@ -18,34 +18,34 @@ use crate::telemetry::chain;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AdminError {
     /// The rules do not name it.
-    #[error("the rules name no account {0}; `credbroker keys list` shows those that there are")]
+    #[error("unknown account {0}; `credbroker keys list` shows the accounts in the rules")]
     AccountUnknown(AccountId),
     /// The time of this host has not been measured.
-    #[error("the time of {} has not been measured yet; nothing was accepted", host_name(*.0))]
+    #[error("the clock of {} has not been measured yet; nothing was accepted", host_name(*.0))]
     ClockUnknown(HostId),
     /// The CA of the caller's certificate was taken away, or its time is over.
-    #[error("the certificate of this connection has ended, or its CA is trusted no longer")]
+    #[error("the certificate of this connection has expired, or its CA is no longer trusted")]
     CallerUnknown,
     /// There is no key in memory that could be tested.
-    #[error("the key is not in memory: {0}")]
+    #[error("the key is not loaded: {0}")]
     KeyUnavailable(String),
     /// What is forbidden cannot be written.
     #[error("{}", chain(.0))]
     Restrictions(#[from] RestrictionsError),
     /// A defect of the broker.
-    #[error("the broker failed; its log and the audit file tell how far it came")]
+    #[error("internal error; the log and the audit log show how far the call got")]
     Internal,
     /// The account has none of this name.
     #[error("account {0} has no key {1} in the rules")]
     KeyUnknown(AccountId, KeyName),
     /// Fields that are not as they must be.
-    #[error("the call is malformed: {}", .0.iter().map(|one| format!("{}: {}", one.field, one.problem)).collect::<Vec<_>>().join("; "))]
+    #[error("malformed call: {}", .0.iter().map(|one| format!("{}: {}", one.field, one.problem)).collect::<Vec<_>>().join("; "))]
     Malformed(Vec<Malformed>),
     /// No service has the method that was called.
-    #[error("no service has the method {}; nothing was done", clean(.0, 100))]
+    #[error("unknown method {}; nothing was done", clean(.0, 100))]
     MethodUnknown(String),
     /// It did not arrive in time.
-    #[error("the call did not arrive whole within {} ms; nothing was done", .0.as_millis())]
+    #[error("request not received within {} ms; nothing was done", .0.as_millis())]
     Slow(Duration),
 }
 

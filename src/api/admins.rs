@@ -58,7 +58,7 @@ impl AdminApi {
             )),
             (false, true) => Err(AdminError::field(
                 "all",
-                "stands beside an account; expected one of them",
+                "cannot be combined with an account; give one of them",
             )),
             (true, true) => Ok(None),
             (false, false) => self.account(account).map(Some),
@@ -83,12 +83,12 @@ impl AdminApi {
         match meant.as_slice() {
             [bot] => Ok((*bot).clone()),
             [] => {
-                let problem = "no rule names such a bot; write its name in full, as its certificate has it: spiffe://<trust domain>/bot/<name>";
+                let problem = "no rule names this bot; give its full name as in its certificate: spiffe://<trust domain>/bot/<name>";
                 Err(AdminError::field("bot", problem))
             }
             many => {
                 let many: Vec<_> = many.iter().map(|bot| bot.as_str()).collect();
-                let problem = format!("could be any of {}; write it in full", many.join(", "));
+                let problem = format!("is ambiguous: {}; give the full name", many.join(", "));
                 Err(AdminError::field("bot", problem))
             }
         }
@@ -161,7 +161,7 @@ impl AdminApi {
             about_bot = about_bot.map(BotId::as_str),
             outcome,
             detail = act.detail,
-            "an admin has acted"
+            "admin action"
         );
         self.broker.audit.acted(admin.as_str(), act);
     }
@@ -306,7 +306,7 @@ impl Admin for AdminApi {
             0 | 3 => KeyVersion::V3,
             2 => KeyVersion::V2,
             other => {
-                let problem = format!("expected 2 or 3, or 0 to have it found out, got {other}");
+                let problem = format!("expected 2 or 3, or 0 for automatic detection, got {other}");
                 return Err(AdminError::field("candidate.key_version", problem).into());
             }
         };
@@ -338,7 +338,7 @@ impl Admin for AdminApi {
             key_after: Some(digest.hex()),
             outcome: "done",
             detail: Some(match &report.verdict {
-                Verdict::Good => "the exchange takes it".to_owned(),
+                Verdict::Good => "the exchange accepts it".to_owned(),
                 Verdict::Refused(reason) | Verdict::Unclear(reason) => reason.clone(),
             }),
             ..Act::default()
@@ -496,7 +496,7 @@ impl Admin for AdminApi {
             let (outcome, open) = match one.still_open {
                 Some(0) => ("done", "nothing is open".to_owned()),
                 Some(open) => ("failed", format!("still open: {open}")),
-                None => ("failed", "nobody knows what is open".to_owned()),
+                None => ("failed", "open orders unknown".to_owned()),
             };
             let act = Act {
                 outcome,

@@ -48,7 +48,7 @@ pub enum Reason {
     AccountFrozen,
     /// The request may have reached the exchange, and no whole answer came back.
     AnswerLost,
-    /// The audit file cannot be written, and the request adds risk.
+    /// The audit log write failed, and the request adds risk.
     AuditUnavailable,
     /// An admin has blocked this bot.
     CallerBlocked,

@@ -22,10 +22,10 @@ const METHOD_CHARS: usize = 100;
 pub(crate) enum BrokerError {
     /// The bot's time ran out after the request had left.
     #[error(
-        "the request is on its way to the exchange, but no answer came in time; look it up before repeating it"
+        "the request was sent, but no answer came before the deadline; look it up before you repeat it"
     )]
     AnswerLate,
-    /// The audit file cannot be written.
+    /// The audit log write failed.
     #[error(transparent)]
     Audit(#[from] AuditError),
     /// Nobody knows the exchange's time well enough.
@@ -35,7 +35,7 @@ pub(crate) enum BrokerError {
     #[error(transparent)]
     Connect(#[from] ConnectError),
     /// The bot's time ran out before anything was sent.
-    #[error("the time limit passed before anything was sent; nothing will be")]
+    #[error("deadline exceeded before send; nothing was sent")]
     DeadlineExceeded,
     /// The rules say no.
     #[error(transparent)]
@@ -52,7 +52,7 @@ pub(crate) enum BrokerError {
     #[error(transparent)]
     Key(#[from] KeyUnavailable),
     /// Fields that are not as they must be.
-    #[error("the request is malformed: {}", sentence(.0))]
+    #[error("malformed request: {}", sentence(.0))]
     Malformed(Vec<Malformed>),
     /// No service has this method.
     #[error("unknown method {}; expected /credbroker.v1.Broker/SignAndSend; nothing was sent", clean(.0, METHOD_CHARS))]
@@ -70,12 +70,10 @@ pub(crate) enum BrokerError {
     #[error("the broker is stopping; nothing was sent")]
     ShuttingDown,
     /// The bot's certificate is not good any more: it has expired, or its CA is trusted no longer.
-    #[error(
-        "the certificate of this connection is trusted no longer; connect again with a valid one"
-    )]
+    #[error("the certificate of this connection is no longer trusted; reconnect with a valid one")]
     Untrusted,
     /// The request took too long to arrive.
-    #[error("the request did not arrive whole within {} ms; nothing was sent", .0.as_millis())]
+    #[error("request not received within {} ms; nothing was sent", .0.as_millis())]
     Slow(Duration),
     /// It cannot be signed.
     #[error(transparent)]
@@ -86,25 +84,25 @@ pub(crate) enum BrokerError {
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 pub(crate) enum Overload {
     /// Calls in flight, over all bots.
-    #[error("{0} calls are in flight, and no more fit (limits.calls_in_flight); nothing was sent")]
+    #[error(
+        "the broker is at its limit of {0} in-flight calls (limits.calls_in_flight); nothing was sent"
+    )]
     Calls(usize),
     /// Calls in flight of this bot.
     #[error(
-        "this bot has {0} calls in flight, and no more are allowed (limits.calls_in_flight_per_bot); nothing was sent"
+        "the bot exceeded its limit of {0} in-flight calls (limits.calls_in_flight_per_bot); nothing was sent"
     )]
     CallsOfBot(usize),
     /// Connections, over all bots.
-    #[error("{0} connections are open, and no more fit (limits.connections); nothing was sent")]
+    #[error("the broker is at its limit of {0} connections (limits.connections); nothing was sent")]
     Connections(usize),
     /// Connections of this bot.
     #[error(
-        "this bot has {0} connections open, and no more are allowed (limits.connections_per_bot); share one; nothing was sent"
+        "the bot exceeded its limit of {0} connections (limits.connections_per_bot); share one; nothing was sent"
     )]
     ConnectionsOfBot(usize),
     /// Calls for health and reflection of this bot.
-    #[error(
-        "this bot has {0} calls for health or reflection open, and no more are allowed; nothing was sent"
-    )]
+    #[error("the bot exceeded its limit of {0} open health and reflection calls; nothing was sent")]
     HelpersOfBot(usize),
 }
 

@@ -67,7 +67,7 @@ impl Broker {
                 tracing::error!(
                     account.id = %permit.account().id,
                     seen,
-                    "the exchange refuses the egress address for this key; compare the key's whitelist with egress.expected_ip"
+                    "egress IP not whitelisted for this key; compare the key's IP restriction with egress.expected_ip"
                 );
                 self.rechecks.address();
             }
@@ -76,7 +76,7 @@ impl Broker {
                 tracing::error!(
                     account.id = %permit.account().id,
                     code,
-                    "the exchange refuses this key, its passphrase or its signature; compare what Vault holds with KuCoin's key page"
+                    "exchange rejected this key, its passphrase or its signature; compare the key in Vault with KuCoin's key page"
                 );
             }
             TIMESTAMP_REFUSED => {
@@ -111,7 +111,7 @@ impl Broker {
                     endpoint,
                     %scope,
                     code = ?code,
-                    "unknown code; outcome is maybe_sent: exchange.refusal_codes does not take it; report it as a defect of credbroker"
+                    "unknown code; outcome is maybe_sent: exchange.refusal_codes does not take it; report it as a credbroker bug"
                 );
             }
         }

@@ -70,7 +70,7 @@ pub(crate) enum QueryError {
     #[error("no answer within {} ms", ANSWER_WITHIN.as_millis())]
     Late,
     /// An answer, but not to this question.
-    #[error("the answer (HTTP {0}) is not what the API describes")]
+    #[error("unexpected answer (HTTP {0})")]
     Other(u16),
     /// Lost on the way.
     #[error(transparent)]
@@ -136,7 +136,7 @@ impl Broker {
             .await
             .inspect_err(|error| {
                 self.metrics.clock_failures.inc();
-                tracing::warn!(%site, host = host.as_str(), error = chain(error), "exchange time cannot be asked for; the last offset serves on");
+                tracing::warn!(%site, host = host.as_str(), error = chain(error), "exchange time check failed; keeping last offset");
             })?;
         let sample = Sample {
             asked,
@@ -147,14 +147,14 @@ impl Broker {
         match measured {
             Measured::Absurd => {
                 self.metrics.clock_jumps_refused.inc();
-                tracing::warn!(%site, host = host.as_str(), server_ms, "exchange time is no time at all; not applied");
+                tracing::warn!(%site, host = host.as_str(), server_ms, "invalid exchange time; ignored");
             }
             Measured::Implausible(by_ms) => {
                 self.metrics.clock_jumps_refused.inc();
-                tracing::warn!(%site, host = host.as_str(), by_ms, server_ms, "exchange time is implausible; not applied, asked again");
+                tracing::warn!(%site, host = host.as_str(), by_ms, server_ms, "implausible exchange time; ignored, measuring again");
             }
             Measured::Moved(by_ms) => {
-                tracing::warn!(%site, host = host.as_str(), by_ms, "exchange time has moved; signed times follow it");
+                tracing::warn!(%site, host = host.as_str(), by_ms, "exchange clock stepped; offset updated");
             }
             Measured::Agreed | Measured::Applied => {}
         }
@@ -237,7 +237,7 @@ impl Broker {
             let reason = chain(error);
             tracing::warn!(
                 error = reason,
-                "egress address cannot be asked for; the last answer stands"
+                "egress IP check failed; keeping last result"
             );
             self.proof.failed(reason);
         })?;
@@ -245,7 +245,7 @@ impl Broker {
             if let Some(mismatch) = self.proof.status().mismatch {
                 tracing::error!(%address, "{mismatch}");
             } else {
-                tracing::info!(%address, "egress address is as expected");
+                tracing::info!(%address, "egress IP confirmed");
             }
         }
         Ok(())

@@ -367,11 +367,11 @@ impl Admin {
             Ok(Err(status)) => Err(told(&self.broker, &status)),
             Err(_) => Err(Failure::new(
                 format!(
-                    "the broker at {} did not answer within {} s; it may still do what was asked",
+                    "the broker at {} did not answer within {} s; it may still complete the call",
                     self.broker,
                     within.as_secs()
                 ),
-                "look whether it did with `credbroker keys list`, and in the broker's log and audit file",
+                "check with `credbroker keys list`, and in the broker's log and audit log",
             )),
         }
     }
@@ -416,12 +416,12 @@ fn refused(file: &AdminFile, error: &io::Error) -> Failure {
     let (what, fix) = match tls {
         Some(rustls::Error::AlertReceived(alert)) => match alert {
             AlertDescription::AccessDenied | AlertDescription::CertificateUnknown => (
-                format!("what listens at {broker} takes no admins"),
+                format!("{broker} is not an admin listener"),
                 "`broker` in admin.toml must be the broker's listen.admin, and not listen.grpc, which is the bots'".to_owned(),
             ),
             AlertDescription::CertificateExpired => (
-                format!("the broker at {broker} refused {certificate}: it has ended, or is not valid yet"),
-                "get a new one; if its dates are right, look at the clock of the broker's machine".to_owned(),
+                format!("the broker at {broker} rejected {certificate}: it has expired, or is not valid yet"),
+                "renew it; if its dates are right, check the clock of the broker's machine".to_owned(),
             ),
             AlertDescription::UnknownCA => (
                 format!("the broker at {broker} does not trust the CA of {certificate}"),
@@ -454,11 +454,11 @@ fn refused(file: &AdminFile, error: &io::Error) -> Failure {
             "give the broker a tls.certificate that its CA has issued (CA:FALSE)".to_owned(),
         ),
         Some(rustls::Error::InvalidMessage(_)) => (
-            format!("what listens at {broker} does not speak TLS"),
+            format!("{broker} does not speak TLS"),
             "`broker` in admin.toml must be the broker's listen.admin, and not listen.ops".to_owned(),
         ),
         _ => (
-            format!("the broker at {broker} broke the connection off: {error}"),
+            format!("the broker at {broker} closed the connection: {error}"),
             "try again; its log says why".to_owned(),
         ),
     };
@@ -472,15 +472,15 @@ fn told(broker: &str, status: &Status) -> Failure {
         return if status.code() == Code::Unimplemented {
             Failure::new(
                 format!("the broker at {broker} does not know this call"),
-                "it is older than this command: use the broker's own `credbroker`, or update the broker",
+                "it is older than this command: use the `credbroker` of the broker's version, or update the broker",
             )
         } else {
             Failure::new(
                 format!(
-                    "the connection to the broker at {broker} broke off: {}",
+                    "lost the connection to the broker at {broker}: {}",
                     status.message()
                 ),
-                "look whether it did what was asked with `credbroker keys list`, and try again",
+                "check with `credbroker keys list` whether it did, and try again",
             )
         };
     };
@@ -489,10 +489,10 @@ fn told(broker: &str, status: &Status) -> Failure {
         Code::Unauthenticated => "get a certificate from a CA that the broker trusts",
         // The message names the file.
         Code::Unavailable if info.reason == "STATE_UNWRITABLE" => {
-            "look at the space and the permissions of that folder"
+            "check free space and permissions of that folder"
         }
         Code::FailedPrecondition => "look at `credbroker keys list`",
-        _ => "look into the broker's log",
+        _ => "see the broker's log",
     };
     Failure::new(
         format!("refused: {}: {}", info.reason, status.message()),

@@ -62,15 +62,14 @@ pub(super) fn run(command: &Command) -> u8 {
 fn blocked(response: &BlockBotResponse) -> String {
     let name = &response.bot;
     let since = if response.was_blocked {
-        "as it was already"
+        "already in force"
     } else {
         "in force now"
     };
     let mut text = paragraph(
         "blocked: ",
         &format!(
-            "{name}, {since}. Each of its calls is refused (CALLER_BLOCKED), also after a restart of the broker; what has left \
-             already ends."
+            "{name}, {since}. Each of its calls is refused (CALLER_BLOCKED); survives restarts. Calls already sent run to their end."
         ),
     );
     if !response.is_in_rules {
@@ -80,7 +79,7 @@ fn blocked(response: &BlockBotResponse) -> String {
     }
     text += &paragraph(
         "next: ",
-        "its orders stay open, and it cannot cancel them any more: `credbroker halt ACCOUNT --cancel-all`, or another bot. If its \
+        "its orders stay open, and it can no longer cancel them: use `credbroker halt ACCOUNT --cancel-all` or another bot. If its \
          certificate has been stolen, take its grants out of the rules too",
     );
     text + &paragraph("undo: ", &format!("credbroker bots unblock {name}"))
@@ -88,7 +87,7 @@ fn blocked(response: &BlockBotResponse) -> String {
 
 fn unblocked(name: &str, was_blocked: bool) -> String {
     if was_blocked {
-        let what = format!("{name}, in force now. The rules say what it may.");
+        let what = format!("{name}, in force now. The rules decide again what it may do.");
         paragraph("unblocked: ", &what)
     } else {
         let what =

@@ -112,7 +112,8 @@ fn halted(whose: &Whose, cancel_all: bool, response: &HaltResponse, style: Style
         text += &paragraph("open: ", &left(cancelled));
     }
     if cancel_all && cancelled.is_empty() {
-        let what = "the rules name no key for it: nothing could be cancelled, and nobody has looked what is open";
+        let what =
+            "the rules name no key for it: nothing was cancelled, and open orders are unknown";
         text += &paragraph("failed: ", what);
     }
     if !problem.is_empty() {
@@ -122,12 +123,11 @@ fn halted(whose: &Whose, cancel_all: bool, response: &HaltResponse, style: Style
     let next = match (cancel_all, is_clear) {
         (true, true) => None,
         (true, false) => Some(
-            "give the same command again, which cancels what is left; or cancel it on KuCoin's site. `credbroker keys list` says \
-             whether a key is the trouble"
+            "re-run the command to cancel what is left, or cancel it on KuCoin's site. `credbroker keys list` shows whether a key is the problem"
                 .to_owned(),
         ),
         (false, _) => Some(format!(
-            "orders that were open are open still: `credbroker halt {word} --cancel-all` cancels them"
+            "open orders stay open: `credbroker halt {word} --cancel-all` cancels them"
         )),
     };
     if let Some(next) = next {
@@ -144,7 +144,7 @@ fn left(cancelled: &[Cancelled]) -> String {
         match one.still_open {
             Some(0) => None,
             Some(open) => Some(format!("{open} on {place}")),
-            None => Some(format!("nobody knows on {place}")),
+            None => Some(format!("{place}: open orders unknown")),
         }
     });
     let places: Vec<_> = places.collect();
@@ -170,7 +170,7 @@ fn reported(one: &Cancelled, style: Style) -> String {
     let (level, left) = match one.still_open {
         Some(0) => (Severity::Ok, "none open".to_owned()),
         Some(open) => (Severity::Failed, format!("{open} still open")),
-        None => (Severity::Failed, "not known what is open".to_owned()),
+        None => (Severity::Failed, "open orders unknown".to_owned()),
     };
     let left = style.coloured(level, &left);
     let mut text = format!("{} in {}: {left}\n", one.account, scope(one));
@@ -226,9 +226,9 @@ fn resumed(whose: &Whose, response: &ResumeResponse) -> String {
     } = response;
     let name = whose.name();
     let mut text = match (was_halted, whose.all) {
-        (true, true) => paragraph("resumed: ", "the halt of all accounts is lifted, now."),
+        (true, true) => paragraph("resumed: ", "The halt of all accounts is lifted."),
         (true, false) => paragraph("resumed: ", &format!("{name}, in force now.")),
-        (false, true) => paragraph("unchanged: ", "there was no halt of all accounts."),
+        (false, true) => paragraph("unchanged: ", "There was no halt of all accounts."),
         (false, false) => {
             let what = format!("{name} was not halted by its name.");
             paragraph("unchanged: ", &what)
@@ -236,9 +236,9 @@ fn resumed(whose: &Whose, response: &ResumeResponse) -> String {
     };
     let accounts = still_halted.join(", ");
     let but = if *is_all_halted {
-        "all accounts are halted: `credbroker resume --all` ends that.".to_owned()
+        "All accounts are still halted: `credbroker resume --all` lifts it.".to_owned()
     } else if !accounts.is_empty() {
-        format!("halted by name: {accounts}. `credbroker resume ACCOUNT` ends that for one.")
+        format!("Still halted by name: {accounts}. `credbroker resume ACCOUNT` lifts one.")
     } else {
         return text;
     };
@@ -289,7 +289,7 @@ mod tests {
         let cases = [
             (Some(0), "none open", "warning", DONE),
             (Some(3), "3 still open", "failed", FAILED),
-            (None, "not known what is open", "failed", FAILED),
+            (None, "open orders unknown", "failed", FAILED),
         ];
         for (still_open, left, word, code) in cases {
             let response = HaltResponse {
@@ -336,16 +336,16 @@ mod tests {
         assert_eq!(
             said(Some("main"), false, true, &["main"]),
             "unchanged: account main was not halted by its name.\n\
-             but: all accounts are halted: `credbroker resume --all` ends that.\n"
+             but: All accounts are still halted: `credbroker resume --all` lifts it.\n"
         );
         assert_eq!(
             said(None, true, false, &["main", "other"]),
-            "resumed: the halt of all accounts is lifted, now.\n\
+            "resumed: The halt of all accounts is lifted.\n\
              but: halted by name: main, other. `credbroker resume ACCOUNT` ends that for one.\n"
         );
         assert_eq!(
             said(None, false, false, &[]),
-            "unchanged: there was no halt of all accounts.\n"
+            "unchanged: There was no halt of all accounts.\n"
         );
     }
 

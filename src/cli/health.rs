@@ -92,7 +92,7 @@ pub(super) fn ask(address: &str, path: &'static str) -> io::Result<(u16, String)
         let _ = sender.send(exchange(&address, path));
     });
     let late = |_| {
-        let limit = format!("no whole answer within {} s", LIMIT.as_secs());
+        let limit = format!("no complete answer within {} s", LIMIT.as_secs());
         io::Error::new(io::ErrorKind::TimedOut, limit)
     };
     receiver.recv_timeout(LIMIT).map_err(late)?
@@ -125,7 +125,7 @@ fn parse(answer: &str) -> io::Result<(u16, String)> {
     let other = || {
         io::Error::new(
             io::ErrorKind::InvalidData,
-            "what answers does not speak HTTP/1.1",
+            "the server does not speak HTTP/1.1",
         )
     };
     parts().ok_or_else(other)

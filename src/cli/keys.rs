@@ -80,7 +80,7 @@ pub(super) enum Command {
     Rotate(register::Options),
     /// Tests the key that a running broker has in memory.
     ///
-    /// Exit code 0: the exchange takes it; 1: it is refused, or could not be tested; 2: the command line or admin.toml is
+    /// Exit code 0: the exchange accepts it; 1: it is refused, or could not be tested; 2: the command line or admin.toml is
     /// wrong.
     #[command(
         after_long_help = "Examples:\n  credbroker keys test main\n  credbroker keys test main --key futures --try-order"
@@ -150,13 +150,16 @@ async fn test(mut admin: Admin, request: TestKeyRequest) -> Result<u8, Failure> 
     }
     if is_refused(&test) {
         let what = "the key must not be used like this: see `refused` above";
-        return Err(Failure::new(what, "do what stands beside `fix:` above"));
+        return Err(Failure::new(what, "apply the `fix:` above"));
     }
     if test.is_unclear {
         let what = "KuCoin has not said whether the key is good: see `failed` above";
         return Err(Failure::new(what, UNCLEAR));
     }
-    let good = format!("{account}/{}: KuCoin takes what this key signs.", test.key);
+    let good = format!(
+        "{account}/{}: KuCoin accepts this key's signatures.",
+        test.key
+    );
     Ok(show(&format!("\n{}\n", printable(&good)), DONE))
 }
 

@@ -261,8 +261,8 @@ fn told(
             lines.push("allowed".to_owned());
             lines.extend(by.into_iter().map(at));
             lines.extend(about);
-            lines.push(format!("adds risk: {increases_risk}"));
-            let key = key.map_or("none, it goes unsigned".to_owned(), |key| {
+            lines.push(format!("risk-increasing: {increases_risk}"));
+            let key = key.map_or("none: the request is not signed".to_owned(), |key| {
                 format!("{account}/{key}")
             });
             lines.push(format!("key: {key}"));
@@ -274,10 +274,10 @@ fn told(
             let error = BrokerError::from(why);
             lines.push(format!("refused: {}: {error}", error.reason()));
             lines.extend(about);
-            lines.push(format!("adds risk: {increases_risk}"));
+            lines.push(format!("risk-increasing: {increases_risk}"));
             lines.extend(advice.map(|advice| format!("to allow it: {advice}")));
             if !has.is_empty() {
-                lines.push("what this bot may do on this account in this scope:".to_owned());
+                lines.push("this bot may do on this account in this scope:".to_owned());
                 lines.extend(has.into_iter().map(at));
             }
             FAILED

@@ -26,7 +26,7 @@ pub(super) fn run(file: &Path) -> u8 {
         Ok(0) => DONE,
         Ok(unresolved) => {
             say(&format!(
-                "stopped; {} may have been sent without anybody knowing how it ended\n\
+                "stopped; the outcome of {} is unknown\n\
                  fix: look up the lines with outcome maybe_sent at the end of the audit file",
                 requests(unresolved)
             ));
@@ -53,28 +53,28 @@ fn serve(config: Config) -> anyhow::Result<u64> {
         .build()
         .context("no runtime")?;
     let ended = runtime.block_on(async {
-        ignore_signals().context("no signal handler")?;
+        ignore_signals().context("cannot install signal handlers")?;
         let mut server = Server::start(config).await?;
         let stop = Signals::take([
             ("SIGTERM", SignalKind::terminate()),
             ("SIGINT", SignalKind::interrupt()),
             ("SIGQUIT", SignalKind::quit()),
         ]);
-        let mut stop = stop.context("no signal handler")?;
+        let mut stop = stop.context("cannot install signal handlers")?;
         let failure = tokio::select! {
             signal = stop.next() => {
                 tracing::info!(signal, "stopping");
                 None
             }
             failure = server.failed() => {
-                tracing::error!(failure, "a part of the broker has ended; stopping");
+                tracing::error!(failure, "background task exited; shutting down");
                 Some(failure)
             }
         };
         let unresolved = server.stop().await;
         match failure {
             Some(failure) => Err(anyhow!(
-                "{failure}: a defect; {} left unresolved, see the audit file",
+                "{failure}: this is a bug; {} left unresolved, see the audit log",
                 requests(unresolved)
             )),
             None => Ok(unresolved),

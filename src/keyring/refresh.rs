@@ -272,7 +272,7 @@ impl Watch {
                 self.rotation.recall(due);
             }
             Action::AwaitTest(version, reason) => {
-                tracing::warn!(account.id = %self.account, key = %self.name, version, %reason, "the new version cannot be tested yet; the one in memory serves on");
+                tracing::warn!(account.id = %self.account, key = %self.name, version, %reason, "new key version cannot be tested yet; keeping current");
             }
             Action::Confirm => self.confirm(),
             Action::Evict(reason) => self.evict(reason),
@@ -293,7 +293,7 @@ impl Watch {
                 self.keyring
                     .set_tested(account, name, &tested.key, Arc::clone(&report));
                 if let Verdict::Refused(reason) = &report.verdict {
-                    tracing::error!(account.id = %account, key = %name, version = tested.version, %reason, "the exchange refuses the key");
+                    tracing::error!(account.id = %account, key = %name, version = tested.version, %reason, "exchange rejected the key");
                 }
                 if let Some(due) = due {
                     self.keyring.remember(account, name, due);
@@ -301,7 +301,7 @@ impl Watch {
             }
             Action::Refuse(next, reason) => {
                 self.metrics.vault_failure("unusable");
-                tracing::error!(account.id = %self.account, key = %self.name, version = next.version, %reason, "the exchange refuses the new version; the one in memory serves on");
+                tracing::error!(account.id = %self.account, key = %self.name, version = next.version, %reason, "exchange rejected new key version; keeping current");
                 self.tell(
                     self.serving().as_ref(),
                     Some(&next),
@@ -315,7 +315,7 @@ impl Watch {
             }
             Action::Reject(version, reason) => {
                 self.metrics.vault_failure("unusable");
-                tracing::error!(account.id = %self.account, key = %self.name, %reason, version, "new version is unusable; the one in memory serves on");
+                tracing::error!(account.id = %self.account, key = %self.name, %reason, version, "new key version is unusable; keeping current");
             }
             Action::TestCandidate(next) => self.test(next, true),
             Action::TestServing(serving) => self.test(serving, false),
@@ -351,7 +351,7 @@ impl Watch {
         tokio::select! {
             biased;
             answer = question => answer,
-            () = wiped => Err(VaultError::Outage("no answer before the key was wiped".into())),
+            () = wiped => Err(VaultError::Outage("key wiped before the test was answered".into())),
         }
     }
 
@@ -428,7 +428,7 @@ impl Watch {
         let is_there = |serving: Serving| Arc::ptr_eq(&serving.key, &next.key);
         if self.serving().is_some_and(is_there) {
             self.tell(before.as_ref(), Some(next), "in_use", None);
-            tracing::info!(account.id = %self.account, key = %self.name, version = next.version, "key is in memory");
+            tracing::info!(account.id = %self.account, key = %self.name, version = next.version, "key loaded");
         } else {
             // An admin has killed it a moment ago, maybe without knowing its id.
             let _ = self.check_revoked(next).await;
@@ -453,7 +453,7 @@ impl Watch {
         if outage.is_some()
             && let Some(Serving { version, .. }) = self.serving()
         {
-            tracing::info!(account.id = %self.account, key = %self.name, version, "Vault answers again; the key is confirmed");
+            tracing::info!(account.id = %self.account, key = %self.name, version, "Vault reachable again; key confirmed");
         }
     }
 
@@ -461,7 +461,7 @@ impl Watch {
         let is_known = matches!(self.state(), Some(KeyState::Absent(before)) if before == reason);
         if !is_known {
             self.metrics.vault_failure("evicted");
-            tracing::error!(account.id = %self.account, key = %self.name, reason, "key is not available");
+            tracing::error!(account.id = %self.account, key = %self.name, reason, "key unavailable");
             self.tell(self.serving().as_ref(), None, "gone", Some(reason.clone()));
         }
         self.keyring
@@ -473,10 +473,10 @@ impl Watch {
         let reason = error.to_string();
         if matches!(error, VaultError::LoginRefused(_)) {
             self.metrics.vault_failure("login");
-            tracing::error!(account.id = %self.account, key = %self.name, %reason, "Vault refuses the broker's login; what is in memory serves on");
+            tracing::error!(account.id = %self.account, key = %self.name, %reason, "Vault login rejected; using cached keys");
         } else {
             self.metrics.vault_failure("outage");
-            tracing::warn!(account.id = %self.account, key = %self.name, %reason, "keys cannot be refreshed; what is in memory serves on");
+            tracing::warn!(account.id = %self.account, key = %self.name, %reason, "Vault unreachable; using cached keys");
         }
         self.is_answered = false;
         self.forget_if_wiped();

@@ -514,7 +514,9 @@ impl Rotation {
             }
             // Where the exchange has told what it is, it takes what it signs; that is enough if the one in memory is dead.
             (Verdict::Unclear(reason), _) if report.info.is_none() || !is_dead() => {
-                self.problem = Some(format!("version {version} waits for its test: {reason}"));
+                self.problem = Some(format!(
+                    "version {version} is waiting for its test: {reason}"
+                ));
                 self.candidate = Some(next);
                 self.act(Action::AwaitTest(version, reason));
             }

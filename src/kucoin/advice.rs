@@ -302,7 +302,7 @@ pub static ALL: &[Advice] = &[
         codes: &[(EVERY, &["400001"])],
         meaning: "KuCoin found no API headers on the request, or does not know its path.",
         cause: "The broker sets the headers itself, so it is mostly the path that is wrong.",
-        fix: "Compare the path with KuCoin's documentation. If it is right, report the request id as a defect of credbroker.",
+        fix: "Compare the path with KuCoin's documentation. If it is right, report the request id as a credbroker bug.",
     },
     Advice {
         topic: "timestamp-off",
@@ -351,8 +351,7 @@ pub static ALL: &[Advice] = &[
         codes: &[(EVERY, &["415000"])],
         meaning: "KuCoin does not accept the form of the body.",
         cause: "It takes JSON and nothing else.",
-        fix: "Send JSON in the body of a POST, and no body with a GET. If it is so, report the request id as a defect of \
-              credbroker.",
+        fix: "Send JSON in the body of a POST, and no body with a GET. If it is so, report the request id as a credbroker bug.",
     },
     Advice {
         topic: "url-blocked",

@@ -314,7 +314,7 @@ pub(crate) enum Effect {
 }
 
 impl Endpoint {
-    /// Whether a call adds risk: everything but cancels, order tests, reads and public data. It is refused first when
+    /// Whether a call risk-increasing: everything but cancels, order tests, reads and public data. It is refused first when
     /// something is wrong.
     pub(crate) fn increases_risk(&self) -> bool {
         let reduces = matches!(

@@ -490,7 +490,7 @@ impl KeyInfo {
                     "KuCoin gave {} in a form that credbroker does not know, so it was not checked.",
                     self.unread.join(", ")
                 ),
-                "Check it under API Management, and report it as a defect of credbroker.",
+                "Check it under API Management, and report it as a credbroker bug.",
             ));
         }
         found

@@ -75,7 +75,7 @@ pub(crate) struct Cancelled {
     pub(crate) still_open: Option<u64>,
 }
 
-/// Why it is not known what is open.
+/// Why it is open orders unknown.
 #[derive(Clone, Debug)]
 enum ListError {
     /// The key can have no orders of this kind.
@@ -151,8 +151,7 @@ impl Halt<'_> {
             checks: vec![Check {
                 question: "all of it".to_owned(),
                 is_ok: false,
-                answer: "the broker failed; its log has the place. Cancel by other means"
-                    .to_owned(),
+                answer: "internal error, see the broker's log; cancel on KuCoin's site".to_owned(),
             }],
             still_open: None,
         })
@@ -321,7 +320,7 @@ impl Halt<'_> {
         }
         let read = PAGE * PAGES;
         Err(ListError::Unknown(format!(
-            "the list is longer than the {read} orders that are read"
+            "the list has more than the {read} orders that are read"
         )))
     }
 
@@ -378,9 +377,7 @@ impl Halt<'_> {
         loop {
             let turn = self.pace.next(Instant::now());
             if turn > self.until {
-                return Err(ListError::Unknown(
-                    "there was no time left to ask".to_owned(),
-                ));
+                return Err(ListError::Unknown("no time left".to_owned()));
             }
             sleep_until(turn).await;
             let (who, account) = (self.who.clone(), &self.account.id);
@@ -430,7 +427,7 @@ fn refused(scope: Scope, answer: &Answer) -> ListError {
 }
 
 fn unexpected() -> ListError {
-    ListError::Unknown("the answer is not the list that was expected".to_owned())
+    ListError::Unknown("unexpected answer to the list request".to_owned())
 }
 
 fn question(method: Method, path: &str, names: &[(String, String)]) -> String {
@@ -446,7 +443,7 @@ impl CancelRun {
         Self {
             kind,
             open: BTreeMap::new(),
-            list_error: Some(ListError::Unknown("nobody has looked yet".to_owned())),
+            list_error: Some(ListError::Unknown("not read yet".to_owned())),
             cancels: BTreeMap::new(),
         }
     }
@@ -497,7 +494,7 @@ impl CancelRun {
             None => format!("{open} open"),
             Some(ListError::NotServed) => return None,
             Some(ListError::NotAllowed(told)) => {
-                format!("not this key's to see, and it places none: {told}")
+                format!("skipped: key lacks permission: {told}")
             }
             Some(ListError::NoKey(problem) | ListError::Unknown(problem)) => {
                 format!("not known: {problem}")

@@ -39,7 +39,7 @@ pub(crate) fn readiness(broker: &Broker) -> Readiness {
 fn of_keys(broker: &Broker, keys: &[KeyHealth]) -> Readiness {
     let mut problems = Vec::new();
     if broker.is_draining() {
-        problems.push(Diagnosis::failed("broker", "it is stopping", ""));
+        problems.push(Diagnosis::failed("broker", "shutting down", ""));
     }
     let is_any_available = keys.iter().any(|key| key.is_available);
     for key in keys {
@@ -51,7 +51,7 @@ fn of_keys(broker: &Broker, keys: &[KeyHealth]) -> Readiness {
         }));
     }
     if let Some(failure) = broker.audit.failure() {
-        let cause = format!("{failure}; what adds risk is refused");
+        let cause = format!("{failure}; risk-increasing requests are refused");
         problems.push(Diagnosis::failed("audit", cause, ""));
     }
     if broker.metrics.certificate_ends.get() < broker.clock.wall_ms() / 1000 {
@@ -113,9 +113,7 @@ pub(crate) fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
             let confirmed = age.map(|age| format!(", confirmed by Vault {} s ago", age.as_secs()));
             let confirmed = confirmed.unwrap_or_default();
             let name = name_of(key);
-            lines.push(format!(
-                "key {name}: version {version} in memory{confirmed}"
-            ));
+            lines.push(format!("key {name}: version {version} loaded{confirmed}"));
         }
     }
     for key in &keys {
@@ -237,16 +235,16 @@ fn encode_keys(keys: &[KeyHealth], gauges: &mut DescriptorEncoder<'_>) -> fmt::R
             ([("account", account), ("key", name)], key)
         })
     };
-    let help = "1 while the key is in memory and fresh enough for everything";
+    let help = "1 while the key loaded and fresh enough for everything";
     let values = keys().map(|(labels, key)| (labels, i64::from(key.is_available)));
     gauge(gauges, "key_available", help, values)?;
-    let help = "Since Vault last confirmed the key; absent while it is not in memory";
+    let help = "Seconds since Vault last confirmed the key; absent while it is not loaded";
     let values = keys().filter_map(|(labels, key)| Some((labels, key.age?.as_secs_f64())));
     gauge(gauges, "key_age_seconds", help, values)?;
-    let help = "Version of the key in memory, as Vault counts";
+    let help = "Version in Vault of the loaded key";
     let values = keys().filter_map(|(labels, key)| Some((labels, key.version?)));
     gauge(gauges, "key_version", help, values)?;
-    let help = "1 for the word that tells how the key is, 0 for the others";
+    let help = "1 for the key's current status, 0 for the others";
     let values = keys().flat_map(|([account, name], key)| {
         KeyStatus::ALL.map(|status| {
             let word = ("status", status.word().to_owned());
@@ -261,7 +259,7 @@ fn encode_keys(keys: &[KeyHealth], gauges: &mut DescriptorEncoder<'_>) -> fmt::R
     let help = "When the key was last tested, Unix time";
     let values = keys().filter_map(|(labels, key)| Some((labels, seconds(key.tested_ms?))));
     gauge(gauges, "key_tested_timestamp_seconds", help, values)?;
-    let help = "When the key ends, Unix time; absent where it does not";
+    let help = "When the key expires, Unix time; absent if it does not";
     let ends = |key: &KeyHealth| Some(seconds(key.info.as_ref()?.expires_at_ms?));
     let values = keys().filter_map(|(labels, key)| Some((labels, ends(key)?)));
     gauge(gauges, "key_not_after_timestamp_seconds", help, values)
@@ -280,7 +278,8 @@ fn encode_clock(broker: &Broker, gauges: &mut DescriptorEncoder<'_>) -> fmt::Res
     let offset = |time: ExchangeTime| time.age.map(|_| seconds(time.ms - wall_ms));
     let values = times().filter_map(|(labels, time)| Some((labels, offset(time)?)));
     gauge(gauges, "clock_offset_seconds", help, values)?;
-    let help = "How far the exchange's time may be off; past 2 what adds risk is refused";
+    let help =
+        "How far the exchange's time may be off; past 2 risk-increasing requests are refused";
     let values =
         times().filter_map(|(labels, time)| Some((labels, time.uncertainty?.as_secs_f64())));
     gauge(gauges, "clock_uncertainty_seconds", help, values)?;
@@ -302,13 +301,13 @@ fn encode_egress(broker: &Broker, gauges: &mut DescriptorEncoder<'_>) -> fmt::Re
     let age = |at| broker.clock.boot().saturating_sub(at).as_secs_f64();
     let value = proof.seen.map(|(_, at)| ([], age(at)));
     gauge(gauges, "egress_proof_age_seconds", help, value)?;
-    let help = "1 while the last question for the egress address has no answer";
+    let help = "1 while the last egress IP check has no answer";
     let value = i64::from(proof.failure.is_some());
     gauge(gauges, "egress_check_failed", help, [([], value)])
 }
 
 fn encode_files(problems: &FileProblems, gauges: &mut DescriptorEncoder<'_>) -> fmt::Result {
-    let help = "1 while a changed file cannot be used and the old state is in force";
+    let help = "1 while a changed file cannot be used and the previous one is in force";
     let values = ["rules", "tls"].map(|file| {
         let is_unusable = problems.rejected.contains_key(file);
         ([("file", file.to_owned())], i64::from(is_unusable))
@@ -334,17 +333,17 @@ fn encode_process(broker: &Broker, gauges: &mut DescriptorEncoder<'_>) -> fmt::R
     let help = "When the process started, Unix time";
     let value = process.map(|process| ([], process.started_s));
     gauge(gauges, "start_time_seconds", help, value)?;
-    let help = "1 while the last line could be written to the audit file";
+    let help = "1 while the audit log is writable";
     let value = i64::from(broker.audit.failure().is_none());
     gauge(gauges, "audit_writable", help, [([], value)])?;
-    let help = "Tasks of the runtime that have not ended";
+    let help = "Running tasks of the runtime";
     let runtime = Handle::try_current().ok();
     let tasks = runtime.map(|runtime| ([], runtime.metrics().num_alive_tasks()));
     gauge(gauges, "tasks", help, tasks)?;
     let (connections, calls) = broker.admission.now();
     let help = "Open connections of bots";
     gauge(gauges, "connections", help, [([], connections)])?;
-    let help = "Calls of bots that have not ended";
+    let help = "Calls of bots in flight";
     gauge(gauges, "calls_in_flight", help, [([], calls)])
 }
 

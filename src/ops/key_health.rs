@@ -120,12 +120,12 @@ fn troubles(key: &KeySnapshot) -> Vec<Diagnosis> {
             outage,
             ..
         } => {
-            let serves_on = |problem: &String| format!("version {version} serves on: {problem}");
+            let serves_on = |problem: &String| format!("using version {version}: {problem}");
             let mut troubles: Vec<_> = key.noted.restricted.iter().cloned().map(trouble).collect();
             troubles.extend(key.noted.hold.map(|hold| held(key, &hold, *version)));
             troubles.extend(problem.iter().map(serves_on).map(trouble));
             let what = if key.is_too_old {
-                "too old for what adds risk"
+                "too old for risk-increasing requests"
             } else {
                 "serves on"
             };
@@ -240,7 +240,7 @@ fn of(broker: &Broker, key: KeySnapshot) -> KeyHealth {
                 health.apply_refusal(refusal, tested.as_ref(), broker.clock.wall_ms());
             }
             let no_answer = if health.tested_ms.is_some() {
-                "the last test has had no answer"
+                "the last test got no answer"
             } else {
                 "it could not be tested yet"
             };
@@ -282,7 +282,7 @@ impl KeyHealth {
     /// Adds a halt, and with which argument `resume` ends it.
     fn add_halt(&mut self, whose: &str) {
         self.raise_to(KeyStatus::Frozen);
-        let cause = format!("halted: `credbroker resume {whose}` ends it");
+        let cause = format!("halted: `credbroker resume {whose}` lifts it");
         self.findings.push(Diagnosis::warning("halted", cause, ""));
     }
 

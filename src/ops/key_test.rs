@@ -409,7 +409,7 @@ fn is_revoked(revoked: &Revoked) -> Diagnosis {
     let Revoked { by, account, .. } = revoked;
     Diagnosis::failed(
         "key-revoked",
-        format!("{by} has revoked this key for account {account}, and it never serves again."),
+        format!("{by} revoked this key for account {account} for good."),
         "Create a new key under API Management, delete this one there, and register the new one.",
     )
 }

@@ -91,7 +91,7 @@ impl Policy {
         Some(at(
             first?,
             format_args!(
-                "\"read\" also reads other accounts if {account}'s key is a master account's: sub-accounts, invited users \
+                "\"read\" also reads other accounts if {account}'s key belongs to a master account: sub-accounts, invited users \
                  ({} endpoints, such as {example}); use a sub-account's key, or grant endpoints by id",
                 endpoints.len()
             ),
@@ -225,7 +225,7 @@ allow = ["public", "spot.get.v1-timestamp"]
         assert_eq!(texts(policy.warnings()), expected);
         let of_master = |account: &str| {
             format!(
-                "\"read\" also reads other accounts if {account}'s key is a master account's: sub-accounts, invited users \
+                "\"read\" also reads other accounts if {account}'s key belongs to a master account: sub-accounts, invited users \
                  (12 endpoints, such as spot.get.v2-sub-user); use a sub-account's key, or grant endpoints by id"
             )
         };

@@ -148,7 +148,7 @@ impl From<MessageError> for AdminError {
     fn from(error: MessageError) -> Self {
         match error {
             MessageError::BrokenOff => {
-                Self::Malformed(vec![Malformed::new("message", "the request broke off")])
+                Self::Malformed(vec![Malformed::new("message", "the request was cut off")])
             }
             MessageError::TooLong(limit) => Self::Malformed(vec![too_long(limit)]),
             MessageError::Slow(limit) => Self::Slow(limit),

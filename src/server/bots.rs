@@ -140,7 +140,7 @@ impl BotConnection {
             match connection.message(body, self.limit).await {
                 Ok(message) => Body::new(Full::new(message)),
                 Err(MessageError::BrokenOff) => {
-                    return Ok(Status::cancelled("the request broke off").into_http());
+                    return Ok(Status::cancelled("the request was cut off").into_http());
                 }
                 Err(MessageError::Slow(limit)) => return Err(BrokerError::Slow(limit)),
                 Err(MessageError::TooLong(limit)) => {

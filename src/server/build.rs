@@ -46,7 +46,7 @@ pub(crate) struct Assembled {
 /// writes it.
 ///
 /// # Errors
-/// When the audit file or what admins have forbidden cannot be read, or TLS cannot be set up.
+/// When the audit file or cannot load restrictions.json, or TLS cannot be set up.
 pub(crate) fn assemble(
     config: &Config,
     loaded: Loaded,
@@ -74,7 +74,7 @@ pub(crate) fn assemble(
 /// The request path alone: no keys, and no way to Vault.
 ///
 /// # Errors
-/// When the audit file or what admins have forbidden cannot be read.
+/// When the audit file or cannot load restrictions.json.
 pub(crate) fn broker(
     config: &Config,
     policy: Policy,

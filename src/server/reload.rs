@@ -253,13 +253,13 @@ impl Reloader {
         }
         let outcome = if detail.is_none() {
             watched.in_force = after;
-            tracing::info!(what, "changed file is in force");
+            tracing::info!(what, "changed file loaded");
             "taken"
         } else {
             tracing::error!(
                 what,
                 problems = detail,
-                "changed file cannot be used; what was in force stays"
+                "reload failed; keeping previous file"
             );
             "refused"
         };

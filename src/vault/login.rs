@@ -139,7 +139,7 @@ impl Vault {
                 return Err(error);
             }
             self.metrics.vault_failure("login");
-            tracing::warn!(reason = %error, "the broker's Vault token is about to end and no new one is to be had");
+            tracing::warn!(reason = %error, "Vault token is about to expire and login fails");
         }
         let connection = session.connection.clone();
         match &session.token {
@@ -195,7 +195,7 @@ impl Vault {
             Ok(Err(problem)) => problem.to_string(),
             Err(_) => "Vault did not answer in time".to_owned(),
         };
-        tracing::warn!(reason = %problem, "the broker's Vault token is not revoked; it ends with its lease");
+        tracing::warn!(reason = %problem, "Vault token not revoked; it expires with its lease");
     }
 
     /// Gets a token in place of the one there is, which stays if that fails.
@@ -267,7 +267,7 @@ impl Vault {
             Ok(None) => return Ok(()),
             Ok(Some(connection)) => connection,
             Err(reason) if session.identity.is_some() => {
-                tracing::warn!(%reason, "the certificate for Vault cannot be replaced; the one in memory serves on");
+                tracing::warn!(%reason, "cannot reload the client certificate for Vault; keeping current");
                 return Ok(());
             }
             Err(reason) => {
@@ -364,7 +364,7 @@ async fn renew(session: &mut Session) {
             } else {
                 token.lease.put_off(Instant::now() + token.backoff.wait());
             }
-            tracing::warn!(reason = %reduce(&error), "the broker's Vault token is not renewed");
+            tracing::warn!(reason = %reduce(&error), "Vault token renewal failed");
             return;
         }
     };
@@ -374,10 +374,7 @@ async fn renew(session: &mut Session) {
         .renewed(start, found.lease_duration, found.renewable);
     token.refusals = 0;
     token.backoff.reset();
-    tracing::debug!(
-        lease_s = found.lease_duration,
-        "the broker's Vault token is renewed"
-    );
+    tracing::debug!(lease_s = found.lease_duration, "Vault token renewed");
 }
 
 /// `POST auth/<mount>/login`. The library has it too, but sends the role as `cert_name`, which servers do not read.

@@ -246,7 +246,7 @@ async fn a_code_that_the_configuration_does_not_take_is_not_offered_for_it() {
     );
     let line = lab
         .process()
-        .log_line("unknown code; outcome is maybe_sent: exchange.refusal_codes does not take it; report it as a defect of credbroker")
+        .log_line("unknown code; outcome is maybe_sent: exchange.refusal_codes does not take it; report it as a credbroker bug")
         .await;
     assert_eq!(line["level"], "WARN");
     assert!(line.get("config").is_none(), "{line}");

@@ -85,7 +85,7 @@ fn explain_names_the_line_that_allows() {
     let (code, said, talk) = explain(&rules, &words);
     let line = line_of(RULES, "allow = [\"public\", \"read\", \"trade\"]");
     let expected = format!(
-        "allowed\n{}:{line}: grant[0].allow[2] = \"trade\"\nendpoint: spot.post.v1-hf-orders\nrisk: trade\nadds risk: yes\n\
+        "allowed\n{}:{line}: grant[0].allow[2] = \"trade\"\nendpoint: spot.post.v1-hf-orders\nrisk: trade\nrisk-increasing: yes\n\
          key: main/main\nsite: global\n",
         rules.display()
     );
@@ -117,7 +117,7 @@ fn explain_says_why_not_and_what_would_help() {
                 "risk: withdraw",
                 "to allow it: no grant can allow it as things stand:",
                 "allow_money_out = true in [account.main]",
-                "what this bot may do on this account in this scope:",
+                "this bot may do on this account in this scope:",
                 "grant[0].allow[0] = \"public\"",
             ],
         ),
@@ -145,7 +145,7 @@ fn explain_says_why_not_and_what_would_help() {
             &[
                 "endpoint: not in the catalogue",
                 "risk: unknown",
-                "adds risk: yes",
+                "risk-increasing: yes",
             ],
         ),
         (

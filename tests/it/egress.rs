@@ -327,7 +327,7 @@ async fn an_address_that_the_exchange_refuses_is_named_and_checked_at_once() {
         (Outcome::Rejected, "400006")
     );
     assert_eq!(lab.metric("addresses_refused_total").await, Some(1.0));
-    let refused = "the exchange refuses the egress address for this key; compare the key's whitelist with egress.expected_ip";
+    let refused = "egress IP not whitelisted for this key; compare the key's IP restriction with egress.expected_ip";
     let line = lab.process().log_line(refused).await;
     assert_eq!(
         (&line["seen"], &line["account.id"]),

@@ -394,7 +394,7 @@ async fn one_request_that_fails_keeps_no_other_from_being_tried_and_what_stays_i
         found.unwrap_or_else(|| panic!("no act says {detail}"))["outcome"].clone()
     };
     assert_eq!(act("main", "spot-margin: still open: 1"), "failed");
-    assert_eq!(act("main", "unified: nobody knows what is open"), "failed");
+    assert_eq!(act("main", "unified: open orders unknown"), "failed");
     assert_eq!(act("main", "futures: nothing is open"), "done");
     assert_eq!(act("other", "spot-margin: nothing is open"), "done");
 
@@ -446,7 +446,7 @@ async fn an_answer_that_is_no_list_does_not_say_that_nothing_is_open() {
     for scope in [Scope::SpotMargin, Scope::Futures, Scope::Unified] {
         assert_eq!(of(&cancelled, "main", scope).still_open, None, "{scope:?}");
     }
-    let expected = "not known: the answer is not the list that was expected";
+    let expected = "not known: unexpected answer to the list request";
     for (scope, question) in [
         (Scope::SpotMargin, "GET /api/v1/stop-order tradeType=TRADE"),
         (Scope::SpotMargin, "GET /api/v3/oco/orders"),
@@ -713,7 +713,7 @@ async fn one_account_is_halted_alone() {
     assert!(
         resumed
             .stdout
-            .contains("but: all accounts are halted: `credbroker resume --all` ends that."),
+            .contains("but: All accounts are still halted: `credbroker resume --all` lifts it."),
         "{resumed:?}"
     );
     assert_eq!(

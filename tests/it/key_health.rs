@@ -380,7 +380,7 @@ async fn a_key_that_vault_does_not_confirm_or_will_not_replace_is_degraded() {
     let silent = "serves on; Vault last confirmed it ";
     expect(&lab, "degraded", &[silent]).await;
     time.sleep(&lab, 2 * MINUTE);
-    let too_old = "too old for what adds risk; Vault last confirmed it 12";
+    let too_old = "too old for risk-increasing requests; Vault last confirmed it 12";
     expect(&lab, "degraded", &[too_old]).await;
     lab.stop().await;
 }
@@ -411,7 +411,7 @@ async fn a_key_is_untested_while_the_exchange_does_not_answer_and_what_it_said_b
     let tested_at_ms = listed(&lab).await.tested_at_ms;
     lab.kucoin.fault(silent);
     assert!(test_key(&lab).await.is_unclear);
-    let no_answer = "the last test has had no answer: ";
+    let no_answer = "the last test got no answer: ";
     expect(&lab, "at-risk", &[at_risk, no_answer]).await;
     assert_eq!(listed(&lab).await.tested_at_ms, tested_at_ms);
     lab.stop().await;

@@ -73,7 +73,7 @@ async fn nobody_of_the_same_user_reads_its_memory_and_no_core_is_dumped() {
     );
     let files = proc_line(id, "limits", "Max open files");
     assert_eq!(files[3], files[4], "as many as the system allows");
-    let log = lab.process().log_line("process is hardened").await;
+    let log = lab.process().log_line("process hardened").await;
     assert_eq!(log["undumpable"], true);
     assert_eq!(log["descriptors"].to_string(), files[3]);
 }
@@ -95,7 +95,7 @@ async fn memory_is_locked_where_that_is_allowed_and_the_log_says_what_to_set_whe
         }
         lab.spawn_broker_under(&["prlimit", &memlock]).await;
         lab.until_ready().await;
-        let log = lab.process().log_line("process is hardened").await;
+        let log = lab.process().log_line("process hardened").await;
         assert_eq!(log["locked"], is_locked, "{log}");
         let id = lab.process().id();
         let locked_kb = || proc_line(id, "status", "VmLck")[1].parse::<u64>().unwrap();

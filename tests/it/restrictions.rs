@@ -38,7 +38,7 @@ async fn kill_and_restart(lab: &mut Lab) {
     lab.spawn_broker().await;
 }
 
-/// The reason with which a call is refused; none where the exchange takes it.
+/// The reason with which a call is refused; none where the exchange accepts it.
 async fn refused(bot: &mut Bot<Patient>, request: SignAndSendRequest) -> Option<String> {
     match bot.send(request).await {
         Ok(answer) => {
@@ -532,7 +532,7 @@ async fn halts_and_blocks_survive_a_kill_until_they_are_lifted() {
 
     run(&lab, &["bots", "block", MAKER], "blocked: ").await;
     let again = run(&lab, &["bots", "block", MAKER], "blocked: ").await;
-    assert!(again.contains("as it was already"), "{again}");
+    assert!(again.contains("already in force"), "{again}");
     let but = "but: the rules name no such bot";
     assert!(!again.contains(but), "{again}");
     let typo = "spiffe://demo.test/bot/makre";
@@ -629,7 +629,7 @@ async fn accounts_frozen_by_the_version_before_are_halted_until_they_are_resumed
     let resumed = lab.admin_cli("anna", &["resume", "--all", "--yes"]).await;
     let told = in_one_line(&resumed.stdout);
     let but =
-        "unchanged: there was no halt of all accounts. but: halted by name: left-the-rules, main.";
+        "unchanged: There was no halt of all accounts. but: halted by name: left-the-rules, main.";
     assert!(told.starts_with(but), "{told}");
     for account in ["left-the-rules", "main"] {
         let resumed = lab.admin_cli("anna", &["resume", account]).await;

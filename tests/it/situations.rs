@@ -73,7 +73,7 @@ After a failure the broker asks Vault again within a second, then within twice a
 an outage has lasted, the later its end is noticed: those of this table last some seconds; with a production server 0.5
 to 27 s were measured.
 
-There is one account with one key here. Where its key is not available, `/readyz` says *not ready*; a broker that has
+There is one account with one key here. Where its key unavailable, `/readyz` says *not ready*; a broker that has
 another usable key is ready, and names the key that is missing.
 
 "

@@ -213,7 +213,7 @@ fn time(clock: &Clock, host_id: HostId) -> Diagnosis {
     }
     let detail = format!("this machine's {off} the exchange's, to within {within_ms} ms");
     if uncertainty > MAX_UNCERTAINTY {
-        let fix = "the answer takes too long: look at the route to the exchange; what adds risk is refused";
+        let fix = "the answer takes too long: look at the route to the exchange; risk-increasing requests are refused";
         Diagnosis::failed("clock", detail, fix).about(&about)
     } else if offset_ms.abs() > SYSTEM_CLOCK_MS {
         let fix = "set the machine's clock (NTP): signatures follow the exchange, but audit lines, logs and certificates \
@@ -247,12 +247,17 @@ fn of_address(config: &Config, answer: Result<IpAddr, String>) -> Diagnosis {
             if config.proof == ProofMode::Lenient {
                 Diagnosis::warning(check, detail, fix)
             } else {
-                Diagnosis::failed(check, format!("{detail}; what adds risk is refused"), fix)
+                Diagnosis::failed(
+                    check,
+                    format!("{detail}; risk-increasing requests are refused"),
+                    fix,
+                )
             }
         }
         Err(reason) => {
             let detail = format!("the exchange did not say which address it sees: {reason}");
-            let fix = "see the lines about hosts; what adds risk is refused until it says so";
+            let fix =
+                "see the lines about hosts; risk-increasing requests are refused until it does";
             Diagnosis::failed(check, detail, fix)
         }
     }

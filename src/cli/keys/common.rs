@@ -22,7 +22,7 @@ const SHOWN_DIGITS: usize = 12;
 
 /// What to do where Vault does not play along.
 pub(super) const VAULT: &str = "is Vault up and unsealed? Else look at [vault] in admin.toml: the address, the login (an admin's token \
-                                ends), and whether it has the policy deploy/vault/admin.hcl; then give the same command again";
+                                ends), and whether it has the policy deploy/vault/admin.hcl; then re-run the command";
 
 impl Admin {
     /// Every key that the rules name, with its status.

@@ -76,7 +76,7 @@ pub(super) fn run(command: Command, options: &Options) -> u8 {
     harden();
     block_on(async || {
         let mut signals = Signals::of_a_command().map_err(|error| {
-            Failure::new(format!("signals cannot be waited for: {error}"), AGAIN)
+            Failure::new(format!("cannot install signal handlers: {error}"), AGAIN)
         })?;
         tokio::select! {
             // First, because the prompt hears of it too, and has more to say.
@@ -84,7 +84,7 @@ pub(super) fn run(command: Command, options: &Options) -> u8 {
             ended = register(command, options) => ended,
             _ = signals.next() => Err(Failure::new(
                 "interrupted",
-                "give the same command again: it says what Vault holds, and goes on",
+                "re-run the command: it shows what Vault holds, and continues",
             )),
         }
     })
@@ -103,8 +103,8 @@ async fn register(command: Command, options: &Options) -> Result<u8, Failure> {
         &options.scopes,
     )?;
     let key = state.key.parse().map_err(|error| {
-        let what = format!("the broker names a key that cannot be: {error}");
-        Failure::new(what, "use the broker's own `credbroker`")
+        let what = format!("the broker returned an invalid key name: {error}");
+        Failure::new(what, "use the `credbroker` of the broker's version")
     })?;
     let target = KeyTarget {
         account: options.account.clone(),
@@ -155,7 +155,7 @@ async fn register(command: Command, options: &Options) -> Result<u8, Failure> {
         return Err(target.undone(&found, "the report cannot be shown", AGAIN));
     }
     if is_refused(&test) {
-        let fix = "do what stands beside `fix:` above, and give the same command again";
+        let fix = "apply the `fix:` above and re-run the command";
         return Err(target.undone(&found, "the key is refused", fix));
     }
     if test.is_unclear {
@@ -181,7 +181,7 @@ async fn register(command: Command, options: &Options) -> Result<u8, Failure> {
 }
 
 /// What to do where nothing else is to be done.
-const AGAIN: &str = "give the same command again";
+const AGAIN: &str = "re-run the command";
 
 /// What to do with a key file in UTF-16.
 const UTF8: &str = "convert it, for example with `iconv -f UTF-16 -t UTF-8 key.json`, or write it with `Out-File -Encoding utf8`";
@@ -232,19 +232,18 @@ impl KeyTarget {
         }
         let used = if self.before.version == current {
             format!(
-                "The broker uses it (id SHA-256 {}). Give the same key to finish that run, or another one to replace it.",
+                "The broker uses it (id SHA-256 {}). Give the same key to finish that run, or another key to replace it.",
                 shown(&self.before.id_sha256)
             )
         } else {
-            format!("{} This run starts anew.", self.in_use(found))
+            format!("{} This run starts over.", self.in_use(found))
         };
         Some(format!(
-            "Vault holds version {current} of {self}, and no note of what it is: a run before this one ended early, or \
-             somebody has written that version by hand. {used}"
+            "Vault holds version {current} of {self}, and no note of what it is: a previous run was interrupted, or somebody wrote that version by hand. {used}"
         ))
     }
 
-    /// Whether the newest version in Vault is this key, and KuCoin takes what it signs for bots.
+    /// Whether the newest version in Vault is this key, and KuCoin accepts its signatures for bots.
     fn is_in_use(&self, found: &Metadata, digest: &str) -> bool {
         self.before.version == found.current_version
             && self.before.id_sha256 == digest
@@ -381,15 +380,15 @@ impl KeyTarget {
             WriteError::Unclear(_) => Failure::new(
                 format!(
                     "{error}. Vault holds the new key as version {}, or what it held before. {} A new version that arrives \
-                     late is used only once KuCoin takes what it signs.",
+                     late is used only once KuCoin accepts its signatures.",
                     current + 1,
                     self.in_use(found)
                 ),
-                "give the same command again once Vault answers: it says which key Vault holds, and goes on",
+                "re-run the command once Vault answers: it shows which key Vault holds, and continues",
             ),
             WriteError::Stale { .. } => Failure::new(
                 format!("{error}; nothing was stored"),
-                "ask who else registers keys for this account; then give the same command again",
+                "ask who else registers keys for this account; then re-run the command",
             ),
             WriteError::Refused(_) | WriteError::Vault(_) => {
                 self.undone(found, &error.to_string(), VAULT)
@@ -448,7 +447,7 @@ impl KeyTarget {
                     "version {version} of {self} is in Vault, whole; what it is could not be noted beside it, nor that no \
                      other version shall be used: {error}"
                 ),
-                "give the same command with the same key again: it goes on from there",
+                "re-run the command with the same key: it continues from there",
             )
         })
     }
@@ -481,11 +480,11 @@ impl KeyTarget {
                     "version {version} of {self} is in Vault, but somebody else has written version {newer} after it, which is in \
                      use"
                 ),
-                "ask who else registers keys for this account; if yours is the right one, give the same command again",
+                "ask who else registers keys for this account; if yours is the right one, re-run the command",
             ));
         }
         let why = match state.reasons.as_slice() {
-            [] => "it does not say why".to_owned(),
+            [] => "no reason given".to_owned(),
             reasons => reasons.join("; "),
         };
         let used = match state.version {
@@ -497,7 +496,7 @@ impl KeyTarget {
                 "version {version} of {self} is in Vault, and the broker does not use it: {why}. {used}"
             ),
             format!(
-                "if the reason can be mended, mend it: the broker takes the version up by itself. If not, `credbroker keys \
+                "if you can fix the reason, fix it: the broker then uses the version by itself. If not, `credbroker keys \
                  rollback {account} --key {key}` makes sure that a restart does not take it up either; then register another \
                  key"
             ),
@@ -507,7 +506,7 @@ impl KeyTarget {
     fn tell_done(&self, state: &KeyState) -> u8 {
         let (before, version) = (&self.before, state.version);
         let told = format!(
-            "{self}: version {version} is in use, and KuCoin takes what it signs.{}",
+            "{self}: version {version} is in use, and KuCoin accepts its signatures.{}",
             ended(before, version)
         );
         let mut text = paragraph("", &told);
@@ -557,7 +556,7 @@ fn has(found: &Metadata, digest: &str, uid: &str) -> bool {
 }
 
 fn unreached(error: &VaultError) -> Failure {
-    let what = format!("Vault cannot be asked what it has: {error}; nothing was stored");
+    let what = format!("cannot read the key's metadata in Vault: {error}; nothing was stored");
     Failure::new(what, VAULT)
 }
 

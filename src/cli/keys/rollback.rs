@@ -44,12 +44,12 @@ async fn rollback(options: &Options) -> Result<u8, Failure> {
     let account = &options.account;
     let before = pick(broker.keys().await?, account, options.key.as_ref(), &[])?;
     let key: KeyName = before.key.parse().map_err(|error| {
-        let what = format!("the broker names a key that cannot be: {error}");
-        Failure::new(what, "use the broker's own `credbroker`")
+        let what = format!("the broker returned an invalid key name: {error}");
+        Failure::new(what, "use the `credbroker` of the broker's version")
     })?;
     let found = vault.metadata(account, &key).await.map_err(|error| {
         let what = format!(
-            "Vault cannot be asked what it has of {account}/{key}: {error}; nothing was changed"
+            "cannot read the metadata of {account}/{key} in Vault: {error}; nothing was changed"
         );
         Failure::new(what, VAULT)
     })?;
@@ -110,7 +110,7 @@ fn wanted(options: &Options, found: &Metadata) -> Result<Option<u64>, String> {
             Ok(version)
         } else {
             Err(format!(
-                "Vault has no version {version}: it was never there, or is deleted or destroyed"
+                "Vault has no version {version}: it never existed, or it was deleted or destroyed"
             ))
         }
     };

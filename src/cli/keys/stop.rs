@@ -63,7 +63,7 @@ fn revoked(account: &str, keys: &[RevokedKey]) -> String {
     {
         text += &if *was_revoked {
             let what =
-                format!("{account}/{key} was revoked already. SHA-256 of its id: {id_sha256}");
+                format!("{account}/{key} was already revoked. SHA-256 of its id: {id_sha256}");
             paragraph("unchanged: ", &what)
         } else if id_sha256.is_empty() {
             let what = format!(
@@ -73,32 +73,35 @@ fn revoked(account: &str, keys: &[RevokedKey]) -> String {
             paragraph("revoked: ", &what)
         } else {
             let what = format!(
-                "{account}/{key} version {version}, in force now: it signs nothing more. SHA-256 of its id: {id_sha256}"
+                "{account}/{key} version {version}, in force now: it no longer signs. SHA-256 of its id: {id_sha256}"
             );
             paragraph("revoked: ", &what)
         };
     }
     text += &paragraph(
         "",
-        "It stays dead after a restart of the broker, whatever Vault holds and under every name. What has left already ends.",
+        "It stays revoked after a restart, whatever Vault holds and under any name. Requests already sent run to their end.",
     );
     text += &paragraph(
         "next: 1. ",
-        "Delete the key on KuCoin's page under API Management: until then whoever has it can use it past this broker.",
+        "Delete the key on KuCoin's page under API Management: until then anybody who has it can use it without this broker.",
     );
     text += &paragraph(
         "      2. ",
-        "Look at the open orders there: without a key the broker cannot cancel them.",
+        "Check the open orders there: without a key the broker cannot cancel them.",
     );
     let register = keys
         .iter()
         .map(|key| format!("`credbroker keys register {account} --key {}`", key.key));
     let register = format!(
-        "Make another key there and register it, a key with another id: {}.",
+        "Create a new key there (with a new id) and register it: {}.",
         register.collect::<Vec<_>>().join(", ")
     );
     text += &paragraph("      3. ", &register);
-    text + &paragraph("undo: ", "none; only another key lifts it.")
+    text + &paragraph(
+        "undo: ",
+        "none, permanent; register a new key to trade again.",
+    )
 }
 
 #[cfg(test)]

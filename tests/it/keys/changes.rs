@@ -261,7 +261,7 @@ async fn a_single_403_evicts_nothing() {
         answered(rig.vault(), path, 403) == 1 && answered(rig.vault(), path, 200) >= polls + 2
     })
     .await;
-    assert_eq!(rig.logs.count(&["key is not available"]), 0);
+    assert_eq!(rig.logs.count(&["key unavailable"]), 0);
     assert_eq!(rig.logs.count(&[NO_ANSWER]), 0);
     // It is no change either.
     assert_eq!(
@@ -330,7 +330,7 @@ async fn a_secret_that_is_no_key_is_named_with_its_field_and_without_its_value()
             ready.contains(&format!("key {account}/main: not available: {reason}\n")),
             "{ready}"
         );
-        assert_eq!(rig.logs.count(&["key is not available", &reason]), 1);
+        assert_eq!(rig.logs.count(&["key unavailable", &reason]), 1);
     }
     assert!(!ready.contains("simulated"), "{ready}");
     assert_eq!(rig.logs.count(&["simulated-secret"]), 0);
@@ -352,7 +352,7 @@ async fn a_malformed_new_version_leaves_the_old_key_in_memory_and_is_read_only_o
         assert_eq!(rig.vault().put_secret("kv", &path, secret), version);
         let reason = format!("version {version} in Vault: {problem}");
         let line = [
-            "new version is unusable; the one in memory serves on",
+            "new key version is unusable; keeping current",
             reason.as_str(),
         ];
         rig.serves_until(1, &reason, async || rig.logs.count(&line) == 1)

@@ -184,10 +184,7 @@ async fn serves_through(rig: &Rig, generation: u32, reason: &str) {
     let before = rig.logs.count(&line);
     rig.serves_until(generation, reason, async || rig.logs.count(&line) > before)
         .await;
-    assert_eq!(
-        rig.logs.count(&["key is not available", "account.id=main"]),
-        0
-    );
+    assert_eq!(rig.logs.count(&["key unavailable", "account.id=main"]), 0);
 }
 
 async fn a_broker_that_starts_before_vault_is_ready_once_vault_is_there_and_unsealed(

@@ -236,7 +236,7 @@ async fn proxies_and_vault_settings_in_the_environment_are_ignored() {
             .env("VAULT_NAMESPACE", "nowhere");
     };
     let program = Program::ready(&lab, adjust).await;
-    program.line("key is in memory").await;
+    program.line("key loaded").await;
     // What came would be waiting here.
     let came = timeout(std::time::Duration::ZERO, proxy.accept()).await;
     assert!(

@@ -71,7 +71,7 @@ async fn while_kubernetes_is_down_the_refused_login_evicts_nothing() {
     serves_through_what_is_logged(&rig, 1, &line).await;
     vault.set_reviewer(Reviewer::Up);
     rig.until_signed_with(2).await;
-    assert_eq!(rig.logs.count(&["key is not available"]), 0);
+    assert_eq!(rig.logs.count(&["key unavailable"]), 0);
     assert_eq!(rig.logs.count(&[JWT]), 0);
     rig.end().await;
 }
@@ -131,7 +131,7 @@ async fn a_new_certificate_is_logged_in_with_and_one_without_its_key_is_not_used
     rig.lab
         .replace("client.pem", &next.certificate_pem)
         .unwrap();
-    let kept = "the certificate for Vault cannot be replaced; the one in memory serves on";
+    let kept = "cannot reload the client certificate for Vault; keeping current";
     rig.serves_until(1, "the certificate is found without its key", async || {
         rig.logs.count(&[kept]) >= 1
     })

@@ -71,7 +71,7 @@ async fn what_is_in_memory_serves_on_whatever_vault_does_instead_of_answering() 
         met
     })
     .await;
-    assert_eq!(rig.logs.count(&["key is not available"]), 0);
+    assert_eq!(rig.logs.count(&["key unavailable"]), 0);
     let (status, _) = rig.lab.get("/readyz").await;
     assert_eq!(status, 200);
 

@@ -341,7 +341,7 @@ async fn a_key_that_must_not_get_in_is_refused_with_cause_and_fix_and_nothing_is
             fix,
             "the key is refused; nothing was stored.",
             &format!("{account}/main has no key."),
-            "fix: do what stands beside `fix:` above, and give the same command again",
+            "fix: apply the `fix:` above and re-run the command",
         ] {
             assert!(said.contains(part), "{name}: {part:?} is not in {said}");
         }
@@ -465,7 +465,8 @@ async fn a_key_is_registered_for_each_scope_and_is_in_use_when_the_command_ends(
         }
         let (code, said) = run(&lab, &words, &key, &lines(&key)).await;
         assert_eq!(code, 0, "{account}: {said}");
-        let done = format!("{account}/main: version 1 is in use, and KuCoin takes what it signs.");
+        let done =
+            format!("{account}/main: version 1 is in use, and KuCoin accepts its signatures.");
         for part in [done.as_str(), shown, "tested from 127.0.0.1"] {
             assert!(said.contains(part), "{account}: {part:?} is not in {said}");
         }
@@ -524,7 +525,7 @@ async fn a_key_is_registered_for_each_scope_and_is_in_use_when_the_command_ends(
     assert_eq!(tested.0, 0, "{}", tested.1);
     for part in [
         "ok POST /api/v1/hf/orders/test (spot-margin): taken",
-        "spot/main: KuCoin takes what this key signs.",
+        "spot/main: KuCoin accepts this key's signatures.",
     ] {
         assert!(tested.1.contains(part), "{}", tested.1);
     }
@@ -822,7 +823,7 @@ async fn a_vault_that_refuses_leaves_everything_as_it_was_and_says_so() {
     assert!(!said.contains("ended early"), "{said}");
     for part in [
         "version 1 of spot/main is in Vault, whole; what it is could not be noted beside it",
-        "fix: give the same command with the same key again: it goes on from there",
+        "fix: re-run the command with the same key: it continues from there",
     ] {
         assert!(said.contains(part), "{part:?} is not in {said}");
     }

@@ -82,7 +82,7 @@ async fn a_rotation_ends_once_the_new_key_signs_and_says_what_to_delete() {
     holds_all(
         &said,
         &[
-            "main/main: version 2 is in use, and KuCoin takes what it signs. Version 1 signs no more.",
+            "main/main: version 2 is in use, and KuCoin accepts its signatures. Version 1 signs no more.",
             &format!(
                 "next: delete the key before it (id SHA-256 {digest}…) on KuCoin's page under API Management"
             ),
@@ -217,7 +217,7 @@ async fn an_admin_goes_back_a_version_and_on_again_and_only_to_versions_that_are
     holds_all(
         &said,
         &[
-            "Vault has no version 7: it was never there, or is deleted or destroyed; nothing was changed",
+            "Vault has no version 7: it never existed, or it was deleted or destroyed; nothing was changed",
             "fix: name a version that is there with --to, or register another key with `credbroker keys register main --key main`",
         ],
     );
@@ -487,7 +487,7 @@ async fn a_key_that_somebody_else_replaces_before_it_is_in_use_is_told_so() {
         &said,
         &[
             "version 2 of main/main is in Vault, but somebody else has written version 3 after it, which is in use",
-            "fix: ask who else registers keys for this account; if yours is the right one, give the same command again",
+            "fix: ask who else registers keys for this account; if yours is the right one, re-run the command",
         ],
     );
 }
@@ -508,7 +508,7 @@ async fn what_somebody_else_has_written_meanwhile_is_not_replaced() {
         &said,
         &[
             "somebody else has written this key meanwhile: version 1 was the newest one, now it is version 2; nothing was stored",
-            "fix: ask who else registers keys for this account; then give the same command again",
+            "fix: ask who else registers keys for this account; then re-run the command",
         ],
     );
     let version = held.version("main", 2).await;
@@ -561,7 +561,7 @@ async fn a_version_of_somebody_else_is_not_taken_for_one_whose_answer_was_lost()
         &said,
         &[
             "somebody else has written this key meanwhile: version 1 was the newest one, now it is version 2; nothing was stored",
-            "fix: ask who else registers keys for this account; then give the same command again",
+            "fix: ask who else registers keys for this account; then re-run the command",
         ],
     );
     assert_eq!(held.newest("main").await, 2);
@@ -580,8 +580,8 @@ async fn a_version_that_arrives_late_is_told_to_be_unclear_and_finished_by_the_n
     holds_all(
         &said,
         &[
-            "it is not known whether it was written: Vault cannot be reached. Vault holds the new key as version 2, or what it held before. Version 1 of main/main stays in use. A new version that arrives late is used only once KuCoin takes what it signs.",
-            "fix: give the same command again once Vault answers: it says which key Vault holds, and goes on",
+            "it is not known whether it was written: Vault cannot be reached. Vault holds the new key as version 2, or what it held before. Version 1 of main/main stays in use. A new version that arrives late is used only once KuCoin accepts its signatures.",
+            "fix: re-run the command once Vault answers: it shows which key Vault holds, and continues",
         ],
     );
     assert_eq!(held.newest("main").await, 1);

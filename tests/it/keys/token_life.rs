@@ -13,7 +13,7 @@ use crate::harness::until;
 
 const RENEW: &str = "auth/token/renew-self";
 const REVOKE: &str = "auth/token/revoke-self";
-const NOT_RENEWED: &str = "the broker's Vault token is not renewed";
+const NOT_RENEWED: &str = "Vault token renewal failed";
 
 /// A role whose tokens live for so many seconds, and with renewals for so many.
 ///
@@ -144,7 +144,7 @@ async fn a_token_whose_replacement_is_refused_is_used_to_its_end() {
     // The old token still reads.
     put(&vault, "main", 2);
     rig.until_signed_with(2).await;
-    let warned = "the broker's Vault token is about to end and no new one is to be had";
+    let warned = "Vault token is about to expire and login fails";
     assert!(rig.logs.count(&[warned, "login: Vault answered 403"]) >= 1);
     vault.clear_faults();
     rig.serves_until(2, "a second login", async || {
@@ -257,7 +257,7 @@ async fn a_vault_that_hangs_keeps_no_broker_from_stopping() {
     let logs = rig.logs.clone();
     rig.end().await;
     assert_eq!(
-        logs.count(&["the broker's Vault token is not revoked; it ends with its lease"]),
+        logs.count(&["Vault token not revoked; it expires with its lease"]),
         1
     );
 }

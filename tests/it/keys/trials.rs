@@ -274,7 +274,7 @@ async fn a_refusal_is_over_once_a_test_says_so_and_a_test_without_an_answer_take
         (&sound.status, &sound.permissions)
     );
     assert_eq!(unanswered.tested_at_ms, sound.tested_at_ms);
-    let told = |reason: &String| reason.starts_with("the last test has had no answer: 429000");
+    let told = |reason: &String| reason.starts_with("the last test got no answer: 429000");
     assert!(unanswered.reasons.iter().any(told), "{unanswered:?}");
     lab.kucoin.clear_faults();
     lab.kucoin.remove_key(&SimKey::fake(MAIN_UID).api_key);
