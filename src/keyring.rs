@@ -1,8 +1,8 @@
-//! The keys of all accounts, in memory. Filled and emptied in the background; the request path only reads.
+//! The keys of all accounts, in memory. They are loaded and removed in the background; the request path only reads.
 //!
-//! A key serves on while Vault is silent, but not for ever: its age is the time since Vault last confirmed it, and past
-//! the account's bounds it signs no more; past the second one it is wiped. Another key takes its place once the exchange
-//! has taken requests that the new one signed.
+//! A cached key stays in use while Vault is unreachable, within two bounds on its age, the time since Vault last confirmed
+//! it: past `max_stale_s` it signs nothing risk-increasing, past `max_stale_cancel_s` it is wiped. A new key replaces it
+//! once the exchange has accepted requests that the new one signed.
 
 pub(crate) mod key_test;
 pub(crate) mod refresh;

@@ -174,7 +174,10 @@ impl Broker {
         }
         let permit = self.authorize(call)?;
         self.log_permit(call, &permit);
-        tracing::debug!(risk_increasing = permit.increases_risk(), "authorized");
+        tracing::debug!(
+            risk_increasing = permit.increases_risk(),
+            "interlocks passed"
+        );
         let recorded = self
             .audit
             .intent(&call_context(call, number), &permit, &call.request)?;

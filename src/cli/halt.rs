@@ -226,9 +226,9 @@ fn resumed(whose: &Whose, response: &ResumeResponse) -> String {
     } = response;
     let name = whose.name();
     let mut text = match (was_halted, whose.all) {
-        (true, true) => paragraph("resumed: ", "The halt of all accounts is lifted."),
+        (true, true) => paragraph("resumed: ", "the halt of all accounts is lifted."),
         (true, false) => paragraph("resumed: ", &format!("{name}, in force now.")),
-        (false, true) => paragraph("unchanged: ", "There was no halt of all accounts."),
+        (false, true) => paragraph("unchanged: ", "there was no halt of all accounts."),
         (false, false) => {
             let what = format!("{name} was not halted by its name.");
             paragraph("unchanged: ", &what)
@@ -236,9 +236,9 @@ fn resumed(whose: &Whose, response: &ResumeResponse) -> String {
     };
     let accounts = still_halted.join(", ");
     let but = if *is_all_halted {
-        "All accounts are still halted: `credbroker resume --all` lifts it.".to_owned()
+        "all accounts are still halted: `credbroker resume --all` lifts it.".to_owned()
     } else if !accounts.is_empty() {
-        format!("Still halted by name: {accounts}. `credbroker resume ACCOUNT` lifts one.")
+        format!("still halted by name: {accounts}. `credbroker resume ACCOUNT` lifts one.")
     } else {
         return text;
     };
@@ -336,16 +336,16 @@ mod tests {
         assert_eq!(
             said(Some("main"), false, true, &["main"]),
             "unchanged: account main was not halted by its name.\n\
-             but: All accounts are still halted: `credbroker resume --all` lifts it.\n"
+             but: all accounts are still halted: `credbroker resume --all` lifts it.\n"
         );
         assert_eq!(
             said(None, true, false, &["main", "other"]),
-            "resumed: The halt of all accounts is lifted.\n\
-             but: halted by name: main, other. `credbroker resume ACCOUNT` ends that for one.\n"
+            "resumed: the halt of all accounts is lifted.\n\
+             but: still halted by name: main, other. `credbroker resume ACCOUNT` lifts one.\n"
         );
         assert_eq!(
             said(None, false, false, &[]),
-            "unchanged: There was no halt of all accounts.\n"
+            "unchanged: there was no halt of all accounts.\n"
         );
     }
 

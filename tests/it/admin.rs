@@ -425,7 +425,7 @@ async fn what_a_call_names_is_checked() {
     assert!(
         ended
             .message()
-            .starts_with("the call is malformed: account: expected a name"),
+            .starts_with("malformed call: account: expected a name"),
         "{ended:?}"
     );
     assert_eq!(refusal(Err::<(), _>(ended)), malformed);
@@ -717,7 +717,7 @@ async fn keys_list_names_the_whole_command_once_per_key_after_a_halt_of_all() {
     let list = async |lab: &Lab| lab.admin_cli("anna", &["keys", "list"]).await.stdout;
     let shown = list(&lab).await;
     let about = |shown: &str, word: &str| shown.matches(word).count();
-    let halted = "  halted: `credbroker resume --all` ends it\n";
+    let halted = "  halted: `credbroker resume --all` lifts it\n";
     assert_eq!(about(&shown, halted), 2, "{shown}");
     let once = "frozen: risk-increasing requests are rejected; cancels and reads still work.\n";
     assert!(shown.ends_with(once), "{shown}");
@@ -807,7 +807,7 @@ async fn a_command_that_cannot_get_through_says_why_and_what_to_do() {
             &ca,
             toml.clone(),
             1,
-            "it has ended, or is not valid yet",
+            "it has expired, or is not valid yet",
             "fix: get a new one",
         ),
         (
@@ -823,7 +823,7 @@ async fn a_command_that_cannot_get_through_says_why_and_what_to_do() {
             &ca,
             at(lab.grpc),
             1,
-            "takes no admins",
+            "is not an admin listener",
             "fix: `broker` in admin.toml must be the broker's listen.admin",
         ),
         (

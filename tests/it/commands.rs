@@ -152,7 +152,7 @@ fn explain_says_why_not_and_what_would_help() {
             MAKER,
             ["GET", "/api/v1/accounts?currency=BTC"],
             &[
-                "refused: REQUEST_MALFORMED: the request is malformed: path: expected segments",
+                "refused: REQUEST_MALFORMED: malformed request: path: expected segments",
                 "query parameters go into `query`",
             ],
         ),
@@ -254,7 +254,7 @@ fn check_counts_and_warns() {
     // Of class `read`, once for each account that has it.
     let line = line_of(RULES, "\"read\"");
     let of_master = format!(
-        "warning: {}:{line}: grant[0].allow[1]: \"read\" also reads other accounts if main's key is a master account's: ",
+        "warning: {}:{line}: grant[0].allow[1]: \"read\" also reads other accounts if main's key belongs to a master account: ",
         rules.display()
     );
     let (code, counts, talk) = check(&rules);
@@ -569,7 +569,7 @@ fn a_probe_waits_two_seconds_and_no_longer() {
     );
     let took = started.elapsed().as_millis();
     assert_eq!((code, said.as_str()), (Some(1), ""));
-    assert!(talk.contains("no whole answer within 2 s"), "{talk}");
+    assert!(talk.contains("no complete answer within 2 s"), "{talk}");
     assert!((2000..10_000).contains(&took), "{took} ms");
 }
 

@@ -849,7 +849,7 @@ async fn calls_for_reflection_are_few_and_small() {
         lasting.push(open(&[0]).await);
     }
     let refused = Status::from_header_map(open(&[0]).await.headers()).unwrap();
-    assert_overloaded(Err(refused), "health or reflection");
+    assert_overloaded(Err(refused), "health and reflection");
     // They take nobody's place among the calls.
     lab.bot("maker").await.send(accounts()).await.unwrap();
     lab.stop().await;

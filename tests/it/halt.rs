@@ -491,7 +491,7 @@ async fn a_key_without_a_permission_is_no_failure_of_the_rest() {
     for part in [
         "main in spot-margin: none open",
         "main in futures: none open",
-        "warning GET /api/v3/hf/margin/orders/active tradeType=MARGIN_TRADE: not this key's to see, and it places none: 400007",
+        "warning GET /api/v3/hf/margin/orders/active tradeType=MARGIN_TRADE: skipped: key lacks permission: 400007",
     ] {
         assert!(text.contains(part), "{part} is not in {text}");
     }
@@ -713,7 +713,7 @@ async fn one_account_is_halted_alone() {
     assert!(
         resumed
             .stdout
-            .contains("but: All accounts are still halted: `credbroker resume --all` lifts it."),
+            .contains("but: all accounts are still halted: `credbroker resume --all` lifts it."),
         "{resumed:?}"
     );
     assert_eq!(

@@ -217,7 +217,7 @@ impl Lab {
     pub(crate) async fn until_keys(&self) {
         until("the keys are in memory", async || {
             let text = self.get("/readyz?verbose").await.1;
-            text.contains("in memory") && !text.contains("waiting for Vault")
+            text.contains(" loaded") && !text.contains("waiting for Vault")
         })
         .await;
     }

@@ -285,7 +285,7 @@ async fn outputs_with_a_hostile_exchange(format: &str) {
     // The other account's key alone makes it ready.
     until("the key is loaded", async || {
         let text = lab.get("/readyz?verbose").await.1;
-        text.contains("key main/main: version 1 in memory")
+        text.contains("key main/main: version 1 loaded")
     })
     .await;
 

@@ -86,7 +86,7 @@ async fn expect(lab: &Lab, word: &str, reasons: &[&str]) {
     let mut lines: Vec<_> = text
         .lines()
         .filter_map(|line| line.strip_prefix("key main/main: "))
-        .filter(|line| !line.contains("in memory"))
+        .filter(|line| !line.contains(" loaded"))
         .collect();
     assert_eq!(lines.iter().filter(|line| **line == word).count(), 1);
     lines.retain(|line| *line != word);
@@ -286,7 +286,7 @@ async fn keys_of_a_halted_account_say_how_each_halt_ends() {
     expect(&lab, "active", &[]).await;
     let mut admin = lab.admin_client("anna").await;
     let by_name = "halted: `credbroker resume main` ends it";
-    let of_all = "halted: `credbroker resume --all` ends it";
+    let of_all = "halted: `credbroker resume --all` lifts it";
     for (account, reasons) in [("main", &[by_name][..]), ("", &[of_all, by_name])] {
         let halt = HaltRequest {
             account: account.to_owned(),

@@ -364,7 +364,7 @@ async fn nothing_of_a_replaced_key_stays_in_memory() {
     let (mut lab, mut bot) = running(&first).await;
     assert_found(&mut lab, &old);
     lab.add_key("main", "main", &second);
-    until_says(&lab, "key main/main: version 2 in memory").await;
+    until_says(&lab, "key main/main: version 2 loaded").await;
     trade(&mut bot).await;
     assert_gone(&mut lab, &old).await;
     assert_found(&mut lab, &new);

@@ -467,7 +467,7 @@ async fn what_cannot_be_used_changes_nothing_and_is_told_until_it_is_mended() {
         let told = |line: &str| line.starts_with(&told) && line.contains(said);
         assert!(verbose.lines().any(told), "{case}: {verbose}");
         let said = &said.replace('"', "\\\"");
-        let told = |line: &str| line.contains("changed file cannot be used") && line.contains(said);
+        let told = |line: &str| line.contains("reload failed") && line.contains(said);
         until(&format!("the log says it: {case}"), async || {
             lab.process.as_ref().unwrap().log().lines().any(told)
         })

@@ -383,11 +383,7 @@ async fn only_another_key_takes_the_place_of_a_revoked_one() {
     assert_eq!(lab.add_key("main", "main", &key(1)), 1);
     let state = looked("main").await;
     assert_eq!(state.version, 1, "{state:?}");
-    assert_eq!(
-        refused(&mut bot, accounts()).await,
-        None,
-        "a key with another id"
-    );
+    assert_eq!(refused(&mut bot, accounts()).await, None, "with a new id");
     assert_eq!(last_use(&lab, &key(0)), used_ms);
     lab.stop().await;
 }
@@ -594,7 +590,7 @@ async fn halt_by_name_and_halt_of_all_are_lifted_one_by_one() {
         assert_eq!(lab.admin_cli("anna", words).await.code, Some(0));
     }
     let resumed = lab.admin_cli("bob", &["resume", "--all", "--yes"]).await;
-    let but = "but: halted by name: main. `credbroker resume ACCOUNT` ends that for one.\n";
+    let but = "but: still halted by name: main. `credbroker resume ACCOUNT` lifts one.\n";
     assert!(resumed.stdout.ends_with(but), "{resumed:?}");
     let mut bot = lab.patient_bot("maker").await;
     assert_eq!(
@@ -628,8 +624,7 @@ async fn accounts_frozen_by_the_version_before_are_halted_until_they_are_resumed
     );
     let resumed = lab.admin_cli("anna", &["resume", "--all", "--yes"]).await;
     let told = in_one_line(&resumed.stdout);
-    let but =
-        "unchanged: There was no halt of all accounts. but: halted by name: left-the-rules, main.";
+    let but = "unchanged: there was no halt of all accounts. but: still halted by name: left-the-rules, main.";
     assert!(told.starts_with(but), "{told}");
     for account in ["left-the-rules", "main"] {
         let resumed = lab.admin_cli("anna", &["resume", account]).await;
@@ -778,7 +773,7 @@ async fn a_bot_is_blocked_by_the_end_of_its_name_and_what_would_block_nobody_is_
     let unknown = lab.admin_cli("anna", &["bots", "block", "makre"]).await;
     assert_eq!(unknown.code, Some(1), "{unknown:?}");
     assert!(
-        unknown.said().contains("no rule names such a bot"),
+        unknown.said().contains("no rule names this bot"),
         "{unknown:?}"
     );
     // In full it counts, also before any rule names it.

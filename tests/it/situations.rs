@@ -809,7 +809,7 @@ async fn clock_steps(site: &mut Site) -> Row {
         site.kucoin.control("POST", "clock", clock).await;
         site.driver.more_calls(A_WHILE).await;
         let log = site.lab.process().log();
-        assert!(log.contains("exchange time has moved"), "{log}");
+        assert!(log.contains("exchange clock stepped"), "{log}");
         let calls = site.driver.calls_since(stepped);
         let took = calls.iter().map(|call| call.ended - call.started).max();
         slowest = slowest.max(took.unwrap());
@@ -825,7 +825,7 @@ async fn clock_steps(site: &mut Site) -> Row {
             "slowest call {}: refused with 400002, signed anew and sent again",
             rough(slowest)
         ),
-        recorded: "log line *exchange time has moved*; `timestamps_refused_total`",
+        recorded: "log line *exchange clock stepped*; `timestamps_refused_total`",
     }
 }
 

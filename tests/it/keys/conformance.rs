@@ -180,7 +180,7 @@ impl Stage {
 /// The key of `generation` signs every call until this many polls more have failed for this reason.
 async fn serves_through(rig: &Rig, generation: u32, reason: &str) {
     // Whether Vault did not answer, or refused the login.
-    let line = ["; what is in memory serves on", "account.id=main", reason];
+    let line = ["; using cached keys", "account.id=main", reason];
     let before = rig.logs.count(&line);
     rig.serves_until(generation, reason, async || rig.logs.count(&line) > before)
         .await;
@@ -338,7 +338,7 @@ async fn a_new_version_is_used_and_one_without_data_is_not(stage: &Stage) {
     let nothing = json!({ "data": null });
     stage.on_key("POST", "data", "main", nothing).await;
     let line = [
-        "new version is unusable",
+        "new key version is unusable",
         "version 3 in Vault: `api_key` is missing",
     ];
     rig.serves_until(2, "the version without data is noticed", async || {

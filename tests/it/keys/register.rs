@@ -734,7 +734,7 @@ async fn a_revoked_key_is_not_registered_again_and_another_one_is() {
     let (code, said) = run(&lab, &words, &first, &lines(&first)).await;
     assert_eq!(code, 1, "{said}");
     for part in [
-        "spiffe://demo.test/admin/bob has revoked this key for account spot, and it never serves again.",
+        "spiffe://demo.test/admin/bob revoked this key for account spot for good.",
         "fix: Create a new key under API Management, delete this one there, and register the new one.",
         "nothing was stored. Vault holds version 1 of spot/main, and no broker is known to use it.",
     ] {
@@ -787,7 +787,7 @@ async fn a_vault_that_refuses_leaves_everything_as_it_was_and_says_so() {
         (
             "GET",
             "kv/metadata/kucoin/prod/spot/main",
-            "Vault cannot be asked what it has: Vault refuses the path (403); nothing was stored",
+            "cannot read the key's metadata in Vault: Vault refuses the path (403); nothing was stored",
         ),
         (
             "LIST",

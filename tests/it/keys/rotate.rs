@@ -389,7 +389,7 @@ async fn a_rotation_that_is_killed_leaves_the_old_key_or_the_new_one_and_the_nex
         let told = match step {
             Step::Tested | Step::Writing | Step::Used => None,
             Step::Written | Step::Noting => Some(format!(
-                "note: Vault holds version {version} of main/main, and no note of what it is: a run before this one ended early"
+                "note: Vault holds version {version} of main/main, and no note of what it is: a previous run was interrupted"
             )),
         };
         match &told {
@@ -398,7 +398,7 @@ async fn a_rotation_that_is_killed_leaves_the_old_key_or_the_new_one_and_the_nex
                 &[
                     told,
                     "The broker uses it (id SHA-256 ",
-                    "Give the same key to finish that run, or another one to replace it.",
+                    "Give the same key to finish that run, or another key to replace it.",
                     "it is not written again",
                 ],
             ),

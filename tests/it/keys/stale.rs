@@ -76,7 +76,7 @@ async fn unavailable(bot: &mut Bot, request: SignAndSendRequest) -> String {
 fn age_in(told: &str, allowed_s: u64) -> u64 {
     let (before, expected) = if told.contains("wiped from memory") {
         (
-            "wiped from memory: last confirmed by Vault ",
+            "wiped: last confirmed by Vault ",
             format!("s ago, max_stale_cancel_s is {allowed_s} s"),
         )
     } else {
@@ -281,21 +281,13 @@ async fn past_the_last_bound_nothing_is_signed_the_key_is_wiped_and_vault_brings
     until_seen("the key is wiped", &lab, &time, async || {
         let (status, text) = lab.get("/readyz?verbose").await;
         status == 503
-            && text.contains(
-                "key main/main: waiting for Vault: wiped from memory: last confirmed by Vault 9",
-            )
+            && text.contains("key main/main: waiting for Vault: wiped: last confirmed by Vault 9")
             && text.contains("s ago, max_stale_cancel_s is 86400 s")
     })
     .await;
     let (_, text) = lab.get("/readyz?verbose").await;
-    assert!(
-        !text.contains("key main/main: version 1 in memory"),
-        "{text}"
-    );
-    assert!(
-        text.contains("key other/main: version 1 in memory"),
-        "{text}"
-    );
+    assert!(!text.contains("key main/main: version 1 loaded"), "{text}");
+    assert!(text.contains("key other/main: version 1 loaded"), "{text}");
     assert_eq!(metric(&lab, "key_age_seconds", "main").await, None);
     assert_eq!(metric(&lab, "key_version", "main").await, None);
     // With the time known again it is the key that orders are refused for.
@@ -381,22 +373,19 @@ async fn a_key_past_its_last_bound_is_wiped_at_once_and_not_at_the_next_poll() {
     lab.vault.stop().await.unwrap();
     time.sleep(&lab, HOUR * 25);
     // It is wiped, Vault is asked, and what that came to shows beside it.
-    let begin = "key main/main: waiting for Vault: wiped from memory: last confirmed by Vault 90";
+    let begin = "key main/main: waiting for Vault: wiped: last confirmed by Vault 90";
     let part = "s ago, max_stale_cancel_s is 86400 s; ";
     let is_it = |line: &str| line.starts_with(begin) && line.contains(part);
     until("the key is wiped, and readyz says so", async || {
         let (status, text) = lab.get("/readyz?verbose").await;
         status == 503
             && text.lines().any(is_it)
-            && text.contains("key other/main: version 1 in memory")
+            && text.contains("key other/main: version 1 loaded")
     })
     .await;
     let mut bot = lab.bot("maker").await;
     let told = unavailable(&mut bot, spot_cancel_all()).await;
-    assert!(
-        told.contains("wiped from memory: ") && told.contains(part),
-        "{told}"
-    );
+    assert!(told.contains("wiped: ") && told.contains(part), "{told}");
     assert_eq!(metric(&lab, "key_version", "main").await, None);
 
     lab.vault.restart().await.unwrap();
@@ -422,7 +411,7 @@ async fn wiped_key_ends_a_request_to_vault_that_hangs_and_drops_the_version_unde
     lab.put_key("main", "main", &key(2));
     until("the version waits for its test", async || {
         let text = lab.get("/readyz?verbose").await.1;
-        text.contains("version 2 waits for its test")
+        text.contains("version 2 is waiting for its test")
     })
     .await;
     let path = format!("kv/metadata/{}", kv_path("main", "main"));
@@ -434,9 +423,8 @@ async fn wiped_key_ends_a_request_to_vault_that_hangs_and_drops_the_version_unde
     .await;
     time.sleep(&lab, HOUR * 25);
     let is_it = |line: &str| {
-        line.starts_with(
-            "key main/main: waiting for Vault: wiped from memory: last confirmed by Vault 90",
-        ) && line.contains(" s; ")
+        line.starts_with("key main/main: waiting for Vault: wiped: last confirmed by Vault 90")
+            && line.contains(" s; ")
             && line.ends_with("key wiped before the test was answered")
     };
     until("the request has ended", async || {
