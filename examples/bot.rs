@@ -1,26 +1,30 @@
 //! A bot in Rust: reads balances and tests an order. `cargo run --example bot -- ADDRESS FOLDER`, as the demo prints it.
+//!
+//! docs/bots.md shows this program for a project of your own.
+#![expect(clippy::print_stdout, reason = "it shows a person what came back")]
 
-use std::io::{self, Write};
-use std::path::Path;
-use std::time::Duration;
-
-use anyhow::Context;
 use credbroker::proto::broker_client::BrokerClient;
 use credbroker::proto::{Method, Scope, SignAndSendRequest};
+use std::error::Error;
+use std::path::Path;
+use std::time::Duration;
 use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
 use tonic_types::StatusExt;
 
-/// The broker sends answers of up to 16 MiB and a little; the library takes 4 MB unless it is told.
+/// The broker sends answers of up to 16 MiB and a little more; tonic accepts 4 MB by default.
 const MAX_ANSWER_BYTES: usize = 17 * 1024 * 1024;
 
-#[tokio::main(flavor = "current_thread")]
-async fn main() -> anyhow::Result<()> {
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = std::env::args().skip(1);
     let (address, folder) = arguments
         .next()
         .zip(arguments.next())
-        .context("usage: bot ADDRESS FOLDER")?;
-    let read = |name: &str| std::fs::read(Path::new(&folder).join(name));
+        .ok_or("usage: bot ADDRESS FOLDER")?;
+    let read = |name: &str| {
+        let file = Path::new(&folder).join(name);
+        std::fs::read(&file).map_err(|error| format!("{}: {error}", file.display()))
+    };
     let tls = ClientTlsConfig::new()
         .ca_certificate(Certificate::from_pem(read("ca.pem")?))
         .identity(Identity::from_pem(read("bot.pem")?, read("bot.key")?));
@@ -51,23 +55,19 @@ async fn main() -> anyhow::Result<()> {
                     answer.outcome().as_str_name(),
                     String::from_utf8_lossy(&answer.body),
                 );
-                writeln!(
-                    io::stdout(),
-                    "{path}: HTTP {}, {outcome}: {body}",
-                    answer.http_status
-                )?;
-                // Empty unless the exchange refused, or may have.
+                println!("{path}: HTTP {}, {outcome}: {body}", answer.http_status);
+                // Empty unless the exchange refused the request, or may have.
                 if !answer.advice.is_empty() {
-                    writeln!(io::stdout(), "{path}: {}", answer.advice)?;
+                    println!("{path}: {}", answer.advice);
                 }
             }
             Err(status) => {
-                // Without our ErrorInfo the failure is the transport's, and the request may have been sent.
+                // Without the broker's ErrorInfo, the transport failed, and the request may have been sent.
                 let info = status.get_details_error_info();
                 let info = info.filter(|info| info.domain == "credbroker");
                 let outcome = info.as_ref().and_then(|info| info.metadata.get("outcome"));
                 let outcome = outcome.map_or("maybe_sent", String::as_str);
-                writeln!(io::stdout(), "{path}: {outcome}: {}", status.message())?;
+                println!("{path}: {outcome}: {}", status.message());
             }
         }
     }
