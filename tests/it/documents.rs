@@ -1,14 +1,21 @@
-//! The documents name what there is: every metric, every reason, every setting.
+//! The documents name what there is: every metric, reason, setting and audit event; and their links lead somewhere.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::path::{Path, PathBuf};
 
+use credbroker::cli::admin::AdminFile;
+use credbroker::config::Config;
+use credbroker::policy::Policy;
 use credbroker::proto::{Method, Scope};
 
 use crate::harness::{Lab, accounts, not_run, request, spot_order};
 
 const AUDIT: &str = include_str!("../../docs/audit.md");
 const BOTS: &str = include_str!("../../docs/bots.md");
+const CONFIGURATION: &str = include_str!("../../docs/configuration.md");
 const OPERATIONS: &str = include_str!("../../docs/operations.md");
+const RULES: &str = include_str!("../../docs/rules.md");
 const CONFIG: &str = include_str!("../../deploy/config.toml");
 
 /// Names in backticks at the beginning of the rows of a table, below the line that holds `heading`.
@@ -82,7 +89,7 @@ fn the_example_configuration_shows_every_setting() {
             &format!("[{section}]\n"),
             &format!("[{section}]\nno_such_key = 1\n"),
         );
-        let problems = credbroker::config::Config::parse(&wrong, folder).unwrap_err();
+        let problems = Config::parse(&wrong, folder).unwrap_err();
         let told = problems
             .iter()
             .map(ToString::to_string)
@@ -235,6 +242,246 @@ fn recipes_survive_a_torn_line() {
             )
         };
         assert_eq!(said, expected, "{recipe}");
+    }
+}
+
+/// The keys that a problem names beside `no_such_key`.
+fn keys_beside<T, P: ToString>(parsed: Result<T, Vec<P>>) -> BTreeSet<String> {
+    let problems = parsed.err().unwrap();
+    let problems = problems.iter().map(ToString::to_string);
+    let mut told = problems.filter(|problem| problem.contains("no_such_key: "));
+    let told = told.next().unwrap();
+    let keys = told.split("its keys are: ").nth(1).unwrap();
+    keys.split(", ").map(ToOwned::to_owned).collect()
+}
+
+fn parse(text: &str) -> Result<Config, Vec<impl fmt::Debug + fmt::Display + use<>>> {
+    Config::parse(text, Path::new("/etc/credbroker"))
+}
+
+fn text_of(problems: &[impl ToString]) -> String {
+    let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();
+    problems.join("\n")
+}
+
+/// The sections of a configuration whose settings are a table of their own in the document.
+const SECTIONS: [&str; 9] = [
+    "listen", "tls", "vault", "egress", "exchange", "limits", "reload", "audit", "log",
+];
+
+#[test]
+fn every_setting_is_documented_and_every_documented_one_exists() {
+    let documented = |document, heading: &str| -> BTreeSet<String> {
+        let rows = rows(document, heading).into_iter();
+        rows.map(ToOwned::to_owned).collect()
+    };
+    let mut top = keys_beside(parse("no_such_key = 1"));
+    top.retain(|key| !SECTIONS.contains(&key.as_str()));
+    assert_eq!(top, documented(CONFIGURATION, "## Top level\n"));
+    for section in SECTIONS {
+        let mut there = keys_beside(parse(&format!("[{section}]\nno_such_key = 1")));
+        // A table of its own.
+        there.remove("auth");
+        let heading = format!("## `[{section}]`\n");
+        assert_eq!(there, documented(CONFIGURATION, &heading), "{section}");
+    }
+    let methods = ["token_file", "approle", "kubernetes", "cert"].into_iter();
+    let there = methods.flat_map(|method| {
+        let text = format!("[vault.auth]\nmethod = \"{method}\"\nno_such_key = 1");
+        keys_beside(parse(&text))
+    });
+    let there: BTreeSet<_> = there.collect();
+    assert_eq!(there, documented(CONFIGURATION, "## `[vault.auth]`\n"));
+    let admin = AdminFile::parse("no_such_key = 1", Path::new("/"));
+    let there = keys_beside(admin);
+    assert_eq!(there, documented(CONFIGURATION, "## `admin.toml`\n"));
+
+    let account = keys_beside(Policy::parse("[account.a]\nno_such_key = 1"));
+    let of_scopes = |key: &String| key.trim_end_matches(".<scope>").to_owned();
+    let described = documented(RULES, "## Accounts\n");
+    assert_eq!(account, described.iter().map(of_scopes).collect());
+    let mut grant = keys_beside(Policy::parse("[[grant]]\nno_such_key = 1"));
+    grant.extend(keys_beside(Policy::parse(
+        "[[grant]]\nunlisted = true\nno_such_key = 1",
+    )));
+    assert_eq!(grant, documented(RULES, "## Grants\n"));
+}
+
+/// The cells of each row of the tables below a heading of the second level, without their backticks.
+fn cells<'d>(document: &'d str, heading: &str) -> Vec<Vec<&'d str>> {
+    let part = document.split(heading).nth(1).unwrap();
+    let part = part.split("\n## ").next().unwrap();
+    let rows = part.lines().filter(|line| line.starts_with("| `"));
+    let cells = rows.map(|row| row.trim_matches(['|', ' ']).split(" |"));
+    cells.map(|cells| cells.map(str::trim).collect()).collect()
+}
+
+#[test]
+fn documented_ranges_and_defaults_are_those_of_the_broker() {
+    let smallest = CONFIGURATION.split("```toml\n").nth(1).unwrap();
+    let smallest = smallest.split("```").next().unwrap();
+    // Without the order of maps.
+    let meant = |text: &str| {
+        let mut meant = format!("{:?}", parse(text).unwrap()).into_bytes();
+        meant.sort_unstable();
+        meant
+    };
+    let short = meant(smallest);
+    let (mut ranges, mut defaults) = (0, 0);
+    let mut check_range = |key: &str, range: &str, problems: &dyn Fn(&str) -> String| {
+        let Some((least, most)) = range.split_once(" to ") else {
+            return;
+        };
+        let (least, most): (u64, u64) = (least.parse().unwrap(), most.parse().unwrap());
+        ranges += 1;
+        let said = problems(&format!("{key} = {}", most + 1));
+        let expected = format!("{key}: expected {least} to {most}, got {}", most + 1);
+        assert!(said.contains(&expected), "{expected} is not in {said}");
+    };
+    for section in SECTIONS {
+        let header = format!("[{section}]\n");
+        for row in cells(CONFIGURATION, &format!("## `[{section}]`\n")) {
+            let (key, default) = (row[0].trim_matches('`'), row[3]);
+            let range = row.get(4).copied().unwrap_or_default();
+            check_range(key, range, &|line| {
+                let problems = parse(&format!("{header}{line}")).unwrap_err();
+                text_of(&problems)
+            });
+            let default = default.trim_matches('`');
+            let is_value = default.starts_with(['"', '[']) || default.parse::<u64>().is_ok();
+            if is_value || default == "false" {
+                defaults += 1;
+                let with_it = if smallest.contains(&header) {
+                    smallest.replace(&header, &format!("{header}{key} = {default}\n"))
+                } else {
+                    format!("{smallest}\n{header}{key} = {default}\n")
+                };
+                assert!(meant(&with_it) == short, "{section}.{key} = {default}");
+            }
+        }
+    }
+    for row in cells(RULES, "## Accounts\n") {
+        let key = row[0].trim_matches('`');
+        check_range(key, row[3], &|line| {
+            let problems = Policy::parse(&format!("[account.a]\n{line}")).unwrap_err();
+            text_of(&problems)
+        });
+    }
+    assert!(ranges >= 27 && defaults >= 34, "{ranges}, {defaults}");
+}
+
+#[test]
+fn every_audit_event_is_documented_and_every_documented_one_exists() {
+    let code = include_str!("../../src/audit.rs");
+    let code = code.split("#[cfg(test)]").next().unwrap();
+    let compact: String = code.split_whitespace().collect();
+    let named = ["event:\"", "self.write(\""].into_iter();
+    let there: BTreeSet<_> = named
+        .flat_map(|start| compact.split(start).skip(1))
+        .map(|rest| rest.split('"').next().unwrap())
+        .collect();
+    let headings = AUDIT.lines().filter_map(|line| line.strip_prefix("### `"));
+    let documented: BTreeSet<_> = headings.map(|name| name.trim_end_matches('`')).collect();
+    assert_eq!(there, documented);
+    for event in documented {
+        let example = format!("{{\"event\":\"{event}\",");
+        assert!(AUDIT.contains(&example), "{event} has no example");
+    }
+}
+
+#[test]
+fn readme_is_short() {
+    let readme = include_str!("../../README.md");
+    assert!(readme.len() <= 8192, "{} bytes", readme.len());
+}
+
+/// The documents that readers get, by their path in the repository.
+fn documents() -> BTreeMap<PathBuf, String> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut documents = BTreeMap::new();
+    for folder in ["", "docs", "deploy", "deploy/vault"] {
+        for entry in std::fs::read_dir(root.join(folder)).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|extension| extension == "md") {
+                let name = path.strip_prefix(root).unwrap().to_owned();
+                documents.insert(name, std::fs::read_to_string(&path).unwrap());
+            }
+        }
+    }
+    documents
+}
+
+/// The lines of a document outside its blocks.
+fn prose(document: &str) -> impl Iterator<Item = &str> {
+    document.split("\n```").step_by(2).flat_map(str::lines)
+}
+
+/// What GitHub makes of a heading in an address.
+fn anchor(heading: &str) -> String {
+    let kept = |c: &char| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_');
+    let kept: String = heading.trim().chars().filter(kept).collect();
+    kept.to_lowercase().replace(' ', "-")
+}
+
+#[test]
+fn links_between_documents_lead_to_files_and_headings_that_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let documents = documents();
+    let anchors = |document: &str| -> BTreeSet<String> {
+        let headings = prose(document).filter(|line| line.starts_with('#'));
+        headings
+            .map(|line| anchor(line.trim_start_matches('#')))
+            .collect()
+    };
+    let (mut links, mut broken) = (0, Vec::new());
+    for (name, text) in &documents {
+        for line in prose(text) {
+            for rest in line.split("](").skip(1) {
+                let target = rest.split(')').next().unwrap();
+                if target.starts_with("http") {
+                    continue;
+                }
+                links += 1;
+                let (file, fragment) = target.split_once('#').unwrap_or((target, ""));
+                let path = if file.is_empty() {
+                    name.clone()
+                } else {
+                    name.parent().unwrap().join(file)
+                };
+                let there = root.join(&path).canonicalize();
+                let there = there
+                    .as_deref()
+                    .ok()
+                    .and_then(|path| path.strip_prefix(root).ok());
+                let is_good = match (there, fragment) {
+                    (None, _) => false,
+                    (Some(_), "") => true,
+                    (Some(path), fragment) => documents
+                        .get(path)
+                        .is_some_and(|document| anchors(document).contains(fragment)),
+                };
+                if !is_good {
+                    broken.push(format!("{}: {target}", name.display()));
+                }
+            }
+        }
+    }
+    assert!(broken.is_empty(), "{broken:#?}");
+    assert!(links > 80, "{links}");
+}
+
+#[test]
+fn rows_of_tables_have_the_cells_of_their_header() {
+    for (name, text) in documents() {
+        let mut columns = None;
+        for line in prose(&text) {
+            let cells = line.replace("\\|", "").matches('|').count();
+            if !line.starts_with('|') {
+                columns = None;
+            } else if *columns.get_or_insert(cells) != cells {
+                panic!("{}: {line}", name.display());
+            }
+        }
     }
 }
 
