@@ -17,6 +17,7 @@ mod harness;
 mod admin;
 mod answers;
 mod audit;
+mod blocks;
 mod certificates;
 mod clock;
 mod commands;
