@@ -1,10 +1,40 @@
-//! credbroker: sends the unsigned requests of trading bots to KuCoin, signed with keys that the bots never see.
+//! credbroker signs and sends the KuCoin requests of trading bots, so that no bot holds an exchange key.
 //!
-//! In reading order: [`broker`] is the request path; [`policy`], [`audit`], [`keyring`], [`clock`] and [`egress`] answer
-//! its questions; [`kucoin`] holds the exchange's rules, [`restrictions`] what admins have forbidden; [`vault`] is where
-//! keys come from; [`ops`] tests keys, cancels everything and says how the broker is. [`api`] holds the doors, [`proto`]
-//! their messages, [`server`] puts everything together from [`config`], [`cli`] is the command line, and [`base`] is what
-//! all else is made of.
+//! A bot sends an unsigned request over gRPC with its own client certificate. The broker checks the rules, writes an audit
+//! line, signs with a key from Vault, sends the request and returns the exchange's answer.
+//!
+//! # The path of one call
+//!
+//! Read these modules in this order to follow an order from its arrival to its answer:
+//!
+//! 1. [`server`] accepts TLS connections, and the certificate names the bot.
+//! 2. [`api`] turns the message into an unsigned request and reports every invalid field.
+//! 3. [`broker`] runs the call: `broker/call.rs` is the main path, from top to bottom.
+//! 4. [`policy`] decides whether the rules allow the request, and returns a `Permit`. No key is handed out without it.
+//! 5. [`restrictions`] knows halted accounts, blocked bots and revoked keys.
+//! 6. [`audit`] writes the intent, and returns a `Recorded`. Nothing is sent without it.
+//! 7. [`egress`] connects to the exchange from the configured address.
+//! 8. [`keyring`] hands out the key, [`clock`] the exchange's time, and [`kucoin`] signs.
+//! 9. [`egress`] sends, [`kucoin`] reads the answer, and [`audit`] writes the outcome.
+//!
+//! # Around the path
+//!
+//! - [`vault`] reads keys from Vault, and [`keyring`] keeps them as Vault has them.
+//! - [`ops`] tests keys, cancels all orders of an account, and reports health.
+//! - [`config`] reads the configuration and the files that it names.
+//! - [`telemetry`] has logs and metrics, [`process`] locks memory and prevents core dumps.
+//! - [`cli`] is the command line: one file for each command.
+//! - [`proto`] has the generated messages, and [`base`] has what all other modules use.
+//!
+//! # Rules of the code
+//!
+//! - Dependencies point down: `main`, [`cli`], [`server`], [`api`], [`ops`], [`broker`]; then [`policy`], [`audit`],
+//!   [`keyring`], [`egress`] and [`clock`]; then [`vault`], [`kucoin`] and [`restrictions`]; then [`base`] and [`proto`].
+//! - [`kucoin`] and [`policy`] are pure: no I/O, no clock, no async.
+//! - Only [`clock`] reads clocks, and only [`egress`] connects to the exchange.
+//!
+//! `ARCHITECTURE.md` has the invariants with the tests that hold them, `docs/` the documents for bot authors, admins and
+//! operators.
 #![allow(
     rustdoc::private_intra_doc_links,
     reason = "a program: its documentation is made with private items"
