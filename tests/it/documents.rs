@@ -384,8 +384,18 @@ fn every_audit_event_is_documented_and_every_documented_one_exists() {
     let documented: BTreeSet<_> = headings.map(|name| name.trim_end_matches('`')).collect();
     assert_eq!(there, documented);
     for event in documented {
-        let example = format!("{{\"event\":\"{event}\",");
+        let example = format!("\n{{\"v\":1,\"event\":\"{event}\",");
         assert!(AUDIT.contains(&example), "{event} has no example");
+    }
+}
+
+#[test]
+fn every_stage_of_a_call_is_a_message_of_the_broker() {
+    let call = include_str!("../../src/broker/call.rs");
+    let stages = rows(OPERATIONS, "## Follow one call\n");
+    assert_eq!(stages.len(), 8);
+    for stage in stages {
+        assert!(call.contains(&format!("\"{stage}\"")), "{stage}");
     }
 }
 
