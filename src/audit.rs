@@ -25,7 +25,7 @@ use crate::telemetry::Metrics;
 /// How often written lines are flushed to the disk: what a power cut can take.
 const SYNC_EVERY: Duration = Duration::from_millis(500);
 
-/// A batch has 20 orders; more is nobody's order, and a line has to end.
+/// A batch has 20 orders; more ids are no order, and a line has to be bounded.
 const MAX_CLIENT_OIDS: usize = 100;
 
 /// Characters of the target in the line of a call that was refused.
@@ -49,14 +49,14 @@ pub(crate) struct Audit {
     metrics: Arc<Metrics>,
 }
 
-/// Proof that the intent of one request is on file (or, for what does not add risk, at least in the log).
+/// Proof that the intent of one request is in the audit log (or, unless it is risk-increasing, at least in the log).
 #[derive(Debug)]
 #[must_use = "nothing is sent without it"]
 pub(crate) struct Recorded(());
 
 /// The record could not be written.
 #[derive(Debug, thiserror::Error)]
-#[error("the audit log write failed, and requests that add risk are refused until it can")]
+#[error("the audit log cannot be written; risk-increasing requests are refused until it can")]
 pub(crate) struct AuditError(#[source] io::Error);
 
 /// Who asked, in every line of a call.
@@ -189,7 +189,7 @@ struct ActLine<'a> {
     act: &'a Act<'a>,
 }
 
-/// A change of what the broker goes by. Nobody asked for it over the wire: whoever can write the file did.
+/// A change of a file that the broker reads, made by whoever can write the file.
 #[derive(Debug)]
 pub(crate) struct Change<'a> {
     /// Which file or files.
@@ -277,7 +277,7 @@ impl Audit {
     /// Records that a request is about to leave.
     ///
     /// # Errors
-    /// When the line cannot be written and the request adds risk; any other goes on, with its line in the log.
+    /// When the line cannot be written and the request is risk-increasing; any other goes on, with its line in the log.
     pub(crate) fn intent(
         &self,
         caller: &CallContext<'_>,
@@ -323,7 +323,7 @@ impl Audit {
         let _ = self.write("outcome", caller, Some(endpoint), None, Some(ending));
     }
 
-    /// Records what was learnt about a request after its bot had been told that nobody knows.
+    /// Records the late result of a request whose bot was answered with `maybe_sent`.
     pub(crate) fn late_answer(
         &self,
         caller: &CallContext<'_>,
@@ -333,7 +333,7 @@ impl Audit {
         let _ = self.write("late_answer", caller, Some(endpoint), None, Some(ending));
     }
 
-    /// Records a change of what the broker goes by. It is in force (or not) whether or not it can be recorded.
+    /// Records a change of a file. It is in force (or not) whether or not it can be recorded.
     pub(crate) fn changed(&self, change: &Change<'_>) {
         let mut file = self.file.lock();
         let line = ChangeLine {

@@ -90,7 +90,7 @@ enum Command {
     },
     /// Looks at everything that the broker needs, and says what is wrong and what to do; the broker need not run.
     ///
-    /// Changes nothing. What it asks of the exchange with a key is on record in the audit file. Exit code 0: all is well,
+    /// Changes nothing. Each request that it signs with a key is in the audit log. Exit code 0: all is well,
     /// perhaps with warnings; 1: something failed; 2: usage, or a configuration that cannot be read.
     #[command(
         after_long_help = "Examples:\n  credbroker doctor\n  credbroker doctor --live main > report.txt\n\n\
@@ -104,7 +104,7 @@ enum Command {
         after_long_help = "Examples:\n  credbroker explain 400006\n  credbroker explain 200002 --scope futures\n  credbroker explain funds-in-main"
     )]
     Explain(explain::Options),
-    /// The emergency stop: refuses what adds risk on an account or on all of them, and cancels open orders if asked to.
+    /// Halt an account or all accounts: reject new risk, and cancel open orders if asked to.
     ///
     /// Exit code 0: done, and with --cancel-all nothing is open; 1: the broker was not reached, or refused, or something is
     /// open, or it is not known; 2: usage or admin.toml.
@@ -143,7 +143,7 @@ enum Command {
     /// Runs the broker until SIGTERM or Ctrl-C.
     ///
     /// Calls in flight end first. Exit code 0: stopped, and every request has its outcome; 1: failed, or stopped with
-    /// requests that nobody knows the end of; 2: usage or configuration.
+    /// requests with an unknown outcome; 2: usage or configuration.
     Serve {
         /// The configuration file.
         #[arg(long, default_value = CONFIG)]

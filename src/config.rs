@@ -123,7 +123,7 @@ pub(crate) struct ConnectionLimits {
     pub(crate) idle: Duration,
     /// In all.
     pub(crate) age: Duration,
-    /// For calls in flight, once the connection shall end.
+    /// For calls in flight, once the connection is closing.
     pub(crate) grace: Duration,
 }
 

@@ -346,7 +346,7 @@ impl Egress {
         self.exchange(connection, signed.request).await
     }
 
-    /// Asks something of the broker's own: what every stranger may ask, so that it needs neither rules nor record.
+    /// Sends an unsigned request of the broker itself to a public endpoint, which needs neither rules nor audit.
     pub(crate) async fn ask(
         &self,
         connection: UpstreamConnection,

@@ -178,7 +178,7 @@ pub(crate) struct KeySnapshot {
     pub(crate) state: KeyState,
     /// Since Vault last confirmed it; none where it is not in memory.
     pub(crate) age: Option<Duration>,
-    /// Whether it is so old that it signs nothing that adds risk.
+    /// Whether it is too old to sign risk-increasing requests.
     pub(crate) is_too_old: bool,
     /// What its last test said that the exchange answered.
     pub(crate) tested: Option<Tested>,

@@ -41,12 +41,12 @@ pub struct Account {
     pub(crate) max_stale: MaxStale,
 }
 
-/// How long a key serves on since Vault last confirmed it.
+/// How long a cached key stays in use since Vault last confirmed it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) struct MaxStale {
-    /// For what adds risk.
+    /// For risk-increasing requests.
     pub(crate) risk_increasing: Duration,
-    /// For cancels and reads, so that open orders can be withdrawn while Vault is down; past it the key is wiped.
+    /// For cancels and reads, so that open orders can be cancelled while Vault is down; past it the key is wiped.
     pub(crate) cancels_and_reads: Duration,
 }
 
@@ -167,7 +167,7 @@ impl Permit {
         self.endpoint.is_none_or(Endpoint::is_private)
     }
 
-    /// Whether the request adds risk; one outside the catalogue does.
+    /// Whether the request is risk-increasing; one outside the catalogue is.
     pub(crate) fn increases_risk(&self) -> bool {
         self.endpoint.is_none_or(Endpoint::increases_risk)
     }

@@ -298,7 +298,7 @@ impl Server {
         self.readiness.clone()
     }
 
-    /// Returns when a part of the broker that never ends has ended: a defect, after which it had better be started anew.
+    /// Returns when a background task has exited: a bug, after which a restart is best.
     pub(crate) async fn failed(&mut self) -> String {
         match self.background.join_next().await {
             Some(Ok(name)) => format!("{name}: ended"),

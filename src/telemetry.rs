@@ -142,7 +142,7 @@ pub struct Metrics {
     pub(crate) reloads: Family<Labels<2>, Counter>,
     /// Unix time in seconds.
     pub(crate) certificate_ends: Gauge,
-    strangers: Mutex<Allowance>,
+    unauthenticated: Mutex<LogAllowance>,
 }
 
 /// How long each stage of an answered call took.
@@ -155,18 +155,18 @@ impl Default for Stages {
     }
 }
 
-/// So many lines about strangers are logged in a row, and so many in a second after that.
+/// Log lines about unauthenticated connections: a burst, then so many per second.
 const UNAUTHENTICATED_LOGS: (f64, f64) = (200.0, 5.0);
 
 /// What may still be logged, as of a time.
 #[derive(Debug)]
-struct Allowance {
+struct LogAllowance {
     left: f64,
     at: Instant,
     suppressed: u64,
 }
 
-impl Default for Allowance {
+impl Default for LogAllowance {
     fn default() -> Self {
         let (left, at, suppressed) = (UNAUTHENTICATED_LOGS.0, Instant::now(), 0);
         Self {
@@ -177,7 +177,7 @@ impl Default for Allowance {
     }
 }
 
-impl Allowance {
+impl LogAllowance {
     /// Whether one more line may be written at `now`: then how many were not since the last one.
     fn take(&mut self, now: Instant) -> Option<u64> {
         let (burst, per_second) = UNAUTHENTICATED_LOGS;
@@ -296,8 +296,8 @@ impl Metrics {
     /// Whether one more line about a peer that was not let in goes to the log, and how many did not since the last one.
     /// Anybody can make such lines, and they must not fill the disk that every order needs.
     pub(crate) fn allow_log(&self) -> Option<u64> {
-        let mut strangers = self.strangers.lock();
-        strangers.take(Instant::now())
+        let mut unauthenticated = self.unauthenticated.lock();
+        unauthenticated.take(Instant::now())
     }
 
     /// Counts a connection that was not served: `handshake`, `certificate`, `bot` (one too many), `many` (far more), `descriptors`.
@@ -429,12 +429,14 @@ mod tests {
     }
 
     #[test]
-    fn of_strangers_two_hundred_lines_are_told_and_then_five_in_a_second() {
-        let mut strangers = Allowance::default();
-        let start = strangers.at;
+    fn unauthenticated_peers_get_two_hundred_log_lines_and_then_five_per_second() {
+        let mut unauthenticated = LogAllowance::default();
+        let start = unauthenticated.at;
         let mut told = |seconds| {
             let now = start + Duration::from_secs(seconds);
-            let lines: Vec<_> = (0..1000).filter_map(|_| strangers.take(now)).collect();
+            let lines: Vec<_> = (0..1000)
+                .filter_map(|_| unauthenticated.take(now))
+                .collect();
             (lines.len(), lines.iter().sum::<u64>())
         };
         assert_eq!(told(0), (200, 0));

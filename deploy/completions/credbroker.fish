@@ -32,7 +32,7 @@ complete -c credbroker -n "__fish_credbroker_needs_command" -f -a "clock" -d 'Ma
 complete -c credbroker -n "__fish_credbroker_needs_command" -f -a "completions" -d 'Print completions for a shell'
 complete -c credbroker -n "__fish_credbroker_needs_command" -f -a "doctor" -d 'Looks at everything that the broker needs, and says what is wrong and what to do; the broker need not run'
 complete -c credbroker -n "__fish_credbroker_needs_command" -f -a "explain" -d 'Says what a code of KuCoin means, why it usually comes, and what to do; without a code, lists them all'
-complete -c credbroker -n "__fish_credbroker_needs_command" -f -a "halt" -d 'The emergency stop: refuses what adds risk on an account or on all of them, and cancels open orders if asked to'
+complete -c credbroker -n "__fish_credbroker_needs_command" -f -a "halt" -d 'Halt an account or all accounts: reject new risk, and cancel open orders if asked to'
 complete -c credbroker -n "__fish_credbroker_needs_command" -f -a "health" -d 'Asks a running broker whether it is healthy, and prints its answer'
 complete -c credbroker -n "__fish_credbroker_needs_command" -f -a "keys" -d 'Registers, tests, rotates, stops and shows keys'
 complete -c credbroker -n "__fish_credbroker_needs_command" -f -a "policy" -d 'Explains, checks and compares rules'
@@ -87,7 +87,7 @@ complete -c credbroker -n "__fish_credbroker_using_subcommand keys; and not __fi
 complete -c credbroker -n "__fish_credbroker_using_subcommand keys; and __fish_seen_subcommand_from list" -l admin -d 'How to reach the broker' -r -F
 complete -c credbroker -n "__fish_credbroker_using_subcommand keys; and __fish_seen_subcommand_from list" -l json -d 'Writes a JSON object a line, for machines'
 complete -c credbroker -n "__fish_credbroker_using_subcommand keys; and __fish_seen_subcommand_from list" -s h -l help -d 'Print help (see more with \'--help\')'
-complete -c credbroker -n "__fish_credbroker_using_subcommand keys; and __fish_seen_subcommand_from register" -l scope -d 'What the key shall serve; may be repeated. Without it: what the rules say' -r
+complete -c credbroker -n "__fish_credbroker_using_subcommand keys; and __fish_seen_subcommand_from register" -l scope -d 'Scope that the key serves; may be repeated. Default: the scopes in the rules' -r
 complete -c credbroker -n "__fish_credbroker_using_subcommand keys; and __fish_seen_subcommand_from register" -l key -d 'Name of the key, where the account has several' -r
 complete -c credbroker -n "__fish_credbroker_using_subcommand keys; and __fish_seen_subcommand_from register" -l admin -d 'How to reach the broker and Vault' -r -F
 complete -c credbroker -n "__fish_credbroker_using_subcommand keys; and __fish_seen_subcommand_from register" -l try-order -d 'Has an order validated too, by the exchange\'s test endpoint, in each scope that has one; none is placed'
@@ -103,7 +103,7 @@ complete -c credbroker -n "__fish_credbroker_using_subcommand keys; and __fish_s
 complete -c credbroker -n "__fish_credbroker_using_subcommand keys; and __fish_seen_subcommand_from rollback" -l admin -d 'How to reach the broker and Vault' -r -F
 complete -c credbroker -n "__fish_credbroker_using_subcommand keys; and __fish_seen_subcommand_from rollback" -l newest -d 'Undoes a rollback: the newest version is used again'
 complete -c credbroker -n "__fish_credbroker_using_subcommand keys; and __fish_seen_subcommand_from rollback" -s h -l help -d 'Print help (see more with \'--help\')'
-complete -c credbroker -n "__fish_credbroker_using_subcommand keys; and __fish_seen_subcommand_from rotate" -l scope -d 'What the key shall serve; may be repeated. Without it: what the rules say' -r
+complete -c credbroker -n "__fish_credbroker_using_subcommand keys; and __fish_seen_subcommand_from rotate" -l scope -d 'Scope that the key serves; may be repeated. Default: the scopes in the rules' -r
 complete -c credbroker -n "__fish_credbroker_using_subcommand keys; and __fish_seen_subcommand_from rotate" -l key -d 'Name of the key, where the account has several' -r
 complete -c credbroker -n "__fish_credbroker_using_subcommand keys; and __fish_seen_subcommand_from rotate" -l admin -d 'How to reach the broker and Vault' -r -F
 complete -c credbroker -n "__fish_credbroker_using_subcommand keys; and __fish_seen_subcommand_from rotate" -l try-order -d 'Has an order validated too, by the exchange\'s test endpoint, in each scope that has one; none is placed'
@@ -156,7 +156,7 @@ complete -c credbroker -n "__fish_credbroker_using_subcommand help; and not __fi
 complete -c credbroker -n "__fish_credbroker_using_subcommand help; and not __fish_seen_subcommand_from bots check-config clock completions doctor explain halt health keys policy resume serve help" -f -a "completions" -d 'Print completions for a shell'
 complete -c credbroker -n "__fish_credbroker_using_subcommand help; and not __fish_seen_subcommand_from bots check-config clock completions doctor explain halt health keys policy resume serve help" -f -a "doctor" -d 'Looks at everything that the broker needs, and says what is wrong and what to do; the broker need not run'
 complete -c credbroker -n "__fish_credbroker_using_subcommand help; and not __fish_seen_subcommand_from bots check-config clock completions doctor explain halt health keys policy resume serve help" -f -a "explain" -d 'Says what a code of KuCoin means, why it usually comes, and what to do; without a code, lists them all'
-complete -c credbroker -n "__fish_credbroker_using_subcommand help; and not __fish_seen_subcommand_from bots check-config clock completions doctor explain halt health keys policy resume serve help" -f -a "halt" -d 'The emergency stop: refuses what adds risk on an account or on all of them, and cancels open orders if asked to'
+complete -c credbroker -n "__fish_credbroker_using_subcommand help; and not __fish_seen_subcommand_from bots check-config clock completions doctor explain halt health keys policy resume serve help" -f -a "halt" -d 'Halt an account or all accounts: reject new risk, and cancel open orders if asked to'
 complete -c credbroker -n "__fish_credbroker_using_subcommand help; and not __fish_seen_subcommand_from bots check-config clock completions doctor explain halt health keys policy resume serve help" -f -a "health" -d 'Asks a running broker whether it is healthy, and prints its answer'
 complete -c credbroker -n "__fish_credbroker_using_subcommand help; and not __fish_seen_subcommand_from bots check-config clock completions doctor explain halt health keys policy resume serve help" -f -a "keys" -d 'Registers, tests, rotates, stops and shows keys'
 complete -c credbroker -n "__fish_credbroker_using_subcommand help; and not __fish_seen_subcommand_from bots check-config clock completions doctor explain halt health keys policy resume serve help" -f -a "policy" -d 'Explains, checks and compares rules'

@@ -143,7 +143,7 @@ impl AdminApi {
         }
     }
 
-    /// Puts what an admin did on record, and in the log.
+    /// Audits and logs an admin action.
     fn record(&self, admin: &AdminId, act: &Act<'_>) {
         let Act {
             action,
@@ -173,7 +173,7 @@ impl AdminApi {
         }
     }
 
-    /// Changes what is forbidden, on disk before it returns, and puts it on record.
+    /// Changes the restrictions, on disk before it returns, and audits the change.
     async fn restrict<T: Send + 'static>(
         &self,
         admin: &AdminId,
@@ -485,7 +485,7 @@ impl Admin for AdminApi {
             halted?;
             return Ok(Response::new(proto::HaltResponse::default()));
         }
-        // It is in force, if not on disk: orders are withdrawn all the same, and the admin is told of both.
+        // It is in force, if not on disk: orders are cancelled all the same, and the admin is told of both.
         let problem = match halted {
             Ok(()) => String::new(),
             Err(error @ AdminError::Restrictions(_)) => error.to_string(),

@@ -9,7 +9,7 @@ use serde::{Serialize, Serializer};
 pub(crate) enum Outcome {
     /// The exchange took the request.
     Accepted,
-    /// It may have reached the exchange and been executed; nobody knows yet.
+    /// It may have reached the exchange and been executed; the outcome is unknown.
     MaybeSent,
     /// Nothing left the broker.
     NotSent,
@@ -48,17 +48,17 @@ pub enum Reason {
     AccountFrozen,
     /// The request may have reached the exchange, and no whole answer came back.
     AnswerLost,
-    /// The audit log write failed, and the request adds risk.
+    /// The audit log cannot be written, and the request is risk-increasing.
     AuditUnavailable,
     /// An admin has blocked this bot.
     CallerBlocked,
     /// No rule names this bot.
     CallerUnknown,
-    /// The exchange's time is not known well enough, and the request adds risk.
+    /// The exchange's time is not known well enough, and the request is risk-increasing.
     ClockUncertain,
     /// The time limit passed while nothing was sent.
     DeadlineExceeded,
-    /// Requests do not provably leave from the expected address, and the request adds risk.
+    /// Requests do not provably leave from the expected address, and the request is risk-increasing.
     EgressMismatch,
     /// No connection to the exchange could be made.
     ExchangeUnreachable,

@@ -14,7 +14,7 @@ use crate::kucoin::sign::SignError;
 use crate::policy::Denied;
 use crate::restrictions::Restricted;
 
-/// Characters of a method that nobody knows: ours have fewer.
+/// Characters shown of an unknown method: ours have fewer.
 const METHOD_CHARS: usize = 100;
 
 /// Why a call failed. `Display` is one sentence for the bot; causes go to the log.
@@ -25,7 +25,7 @@ pub(crate) enum BrokerError {
         "the request was sent, but no answer came before the deadline; look it up before you repeat it"
     )]
     AnswerLate,
-    /// The audit log write failed.
+    /// The audit log cannot be written.
     #[error(transparent)]
     Audit(#[from] AuditError),
     /// Nobody knows the exchange's time well enough.
@@ -154,7 +154,7 @@ impl BrokerError {
         }
     }
 
-    /// What the audit line says of it: of a malformed request only which fields, since their values are a stranger's.
+    /// What the audit line says of it: of a malformed request only which fields, since their values are the bot's.
     pub(crate) fn for_the_record(&self) -> String {
         match self {
             Self::Malformed(problems) => {

@@ -1,7 +1,7 @@
 //! `credbroker doctor`: looks at everything that the broker needs, whether or not the broker runs.
 //!
 //! It takes the same parts as the server and begins nothing with them: no lock, no listener, no poll. What it asks of the
-//! exchange with a key goes the way of bots' requests, and is on record like them. Each part is bounded in time.
+//! exchange with a key takes the path of bots' requests and is audited like them. Each part is bounded in time.
 
 mod exchange;
 mod files;

@@ -144,7 +144,7 @@ fn left(cancelled: &[Cancelled]) -> String {
         match one.still_open {
             Some(0) => None,
             Some(open) => Some(format!("{open} on {place}")),
-            None => Some(format!("{place}: open orders unknown")),
+            None => Some(format!("unknown on {place}")),
         }
     });
     let places: Vec<_> = places.collect();
@@ -306,7 +306,7 @@ mod tests {
             let open = match still_open {
                 Some(0) => "none",
                 Some(_) => "3 on main in spot-margin",
-                None => "nobody knows on main in spot-margin",
+                None => "unknown on main in spot-margin",
             };
             assert!(text.contains(&format!("\nopen: {open}\n")), "{text}");
             assert_eq!(text.contains("\nnext: "), code == FAILED, "{text}");

@@ -58,7 +58,7 @@ pub(super) enum Command {
     #[command(
         after_long_help = "Examples:\n  credbroker keys revoke main --key main\n  credbroker keys revoke main --yes\n\nWithout --key, \
                            confirm on a terminal or pass --yes in scripts.\n\nThe broker cancels orders with \
-                           the same keys: where they shall go, `credbroker halt ACCOUNT --cancel-all` first."
+                           the same keys: to cancel them, run `credbroker halt ACCOUNT --cancel-all` first."
     )]
     Revoke(stop::Which),
     /// Goes back to the version before, or to another one; --newest undoes that.
@@ -72,7 +72,7 @@ pub(super) enum Command {
     /// Puts another key in the place of one that is there, as `register` does; the one before serves until the new one has
     /// proven itself.
     ///
-    /// Exit code 0: in use; 1: refused or failed, and the one before serves on; 2: the command line or admin.toml is wrong.
+    /// Exit code 0: in use; 1: refused or failed, and the previous one stays in use; 2: the command line or admin.toml is wrong.
     #[command(
         after_long_help = "Examples:\n  credbroker keys rotate main\n  credbroker keys rotate main --key futures < key.json\n\n\
                            Delete the old key on KuCoin's page once the bots go on well."

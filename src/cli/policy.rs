@@ -41,7 +41,7 @@ pub(super) enum Command {
     Diff {
         /// The rules as they are.
         old: PathBuf,
-        /// The rules as they shall be.
+        /// The new rules.
         new: PathBuf,
         /// Writes a JSON object a line, for machines.
         #[arg(long)]

@@ -37,9 +37,9 @@ pub(crate) struct Sample {
 /// What became of a measurement.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Measured {
-    /// No time at all; not applied.
+    /// Not a valid time; ignored.
     Absurd,
-    /// The clock goes by it.
+    /// The clock uses it.
     Applied,
     /// A better one is in use; this one agrees with it.
     Agreed,
@@ -179,7 +179,7 @@ mod tests {
         let mut offset = Offset::default();
         offset.take_in(sample(1000, 1200, 50_000), false);
         let time = offset.at(Duration::from_millis(1200)).unwrap();
-        // A timestamp that was signed and refused in between was not measured anew by it.
+        // A timestamp that was signed and refused in between was not measured by it.
         assert_eq!(time.age, Some(Duration::from_millis(200)));
     }
 

@@ -251,14 +251,14 @@ pub(crate) fn pair(
     (certificates, der)
 }
 
-/// Reads the rules that a broker shall go by: there must be at least one account.
+/// Reads the rules of a broker: there must be at least one account.
 ///
 /// # Errors
 /// With every problem at once, each with the file and its line.
 pub(crate) fn rules(source: &Source) -> Result<Policy, Vec<Problem>> {
     let policy = any_rules(source)?;
     if policy.accounts().next().is_none() {
-        // A write that failed on a full disk leaves nothing behind: that is nobody's wish.
+        // A write that failed on a full disk leaves an empty file, which nobody wants.
         let file = source.file.display();
         let problem = format!("{file} names no account; expected at least one [account.NAME]");
         return Err(vec![Problem::new("rules", problem)]);

@@ -13,7 +13,7 @@ use std::time::Duration;
 pub(crate) enum ProofMode {
     /// Raise the alarm, and go on.
     Lenient,
-    /// Refuse what adds risk, also before the first proof.
+    /// Refuse risk-increasing requests, also before the first proof.
     #[default]
     Strict,
 }
@@ -85,7 +85,7 @@ impl Proof {
         self.expected
     }
 
-    /// Whether what adds risk may leave.
+    /// Whether risk-increasing requests may leave.
     ///
     /// # Errors
     /// When the last proof failed, or there has been none, and the mode is strict.

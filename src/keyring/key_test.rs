@@ -10,7 +10,7 @@ use crate::kucoin::Key;
 use crate::kucoin::key_info::KeyInfo;
 use crate::restrictions::KeyDigest;
 
-/// To whoever tests keys and keeps the record.
+/// Events for the task that tests keys and audits changes.
 pub(crate) type KeyEvents = mpsc::UnboundedSender<KeyEvent>;
 
 /// Something that the keyring wants, or has done.
@@ -31,7 +31,7 @@ pub(crate) struct KeyTestRequest {
     pub(crate) name: KeyName,
     /// The key.
     pub(crate) key: Arc<Key>,
-    /// Whether it shall take the place of another, so that every scope is tried too.
+    /// Whether it is to replace another key, so that every scope is tried too.
     pub(crate) is_candidate: bool,
     /// Takes the answer.
     pub(crate) tell: oneshot::Sender<Report>,

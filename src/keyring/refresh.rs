@@ -502,7 +502,7 @@ impl Watch {
         }
     }
 
-    /// Puts a change on record.
+    /// Audits a change.
     fn tell(
         &self,
         before: Option<&Serving>,

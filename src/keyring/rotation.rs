@@ -110,7 +110,7 @@ pub(super) enum Action {
     TestServing(Serving),
 }
 
-/// Which version of a key shall sign, and what is known about its versions.
+/// Decides which version of a key signs, and keeps what is known about its versions.
 #[derive(Debug, Default)]
 pub(super) struct Rotation {
     /// Time since boot.
@@ -121,13 +121,13 @@ pub(super) struct Rotation {
     actions: Vec<Action>,
     /// The metadata that Vault has shown last; none: whatever it shows next is read.
     seen: Option<Metadata>,
-    /// Whether the version that shall serve can never do so: it is no key, or it is revoked.
+    /// Whether the wanted version can never do so: it is no key, or it is revoked.
     is_unusable: bool,
     /// Whether a version that has been refused is to be tried once more.
     is_fresh: bool,
-    /// The version that shall serve, as long as the exchange has not said whether it takes it.
+    /// The wanted version, as long as the exchange has not said whether it takes it.
     candidate: Option<Serving>,
-    /// When the version that shall serve, and that the exchange has refused, is to be tried again.
+    /// When the wanted version, and that the exchange has refused, is to be tried again.
     refused: Option<Duration>,
     /// The version that was tried in place of a held one.
     after_hold: Option<AfterHold>,
@@ -164,9 +164,9 @@ enum Reading {
     Instead(u64, Refused),
     /// The version in memory, this one, has been deleted in Vault.
     Replacement(Metadata, u64),
-    /// It shall serve, and has not been read yet or is to be tried again.
+    /// The wanted version has not been read yet, or is to be tried again.
     Wanted(Metadata),
-    /// It shall serve, and may have deleted itself.
+    /// The wanted version may have deleted itself.
     WantedExpiring(Metadata, u64),
 }
 
@@ -231,7 +231,7 @@ impl Rotation {
         self.next_test = due.unwrap_or_default();
     }
 
-    /// The key is not in memory any more: a candidate goes with it, and what Vault showed last is to be read anew.
+    /// The key is not in memory any more: a candidate goes with it, and what Vault showed last is read again.
     pub(super) fn forget(&mut self) {
         self.seen = None;
         self.forget_candidate();
@@ -296,7 +296,7 @@ impl Rotation {
         }
     }
 
-    /// Reads the version that shall serve, unless all is as it was.
+    /// Reads the wanted version, unless all is as it was.
     fn choose(&mut self, metadata: Metadata, wanted: u64) {
         let is_fresh = mem::take(&mut self.is_fresh);
         if is_fresh {
@@ -405,7 +405,7 @@ impl Rotation {
         self.fail(error);
     }
 
-    /// The version that shall serve cannot: a half-written one must not take a working key away.
+    /// The wanted version cannot: a half-written one must not take a working key away.
     fn reject(&mut self, reason: String) {
         self.forget_candidate();
         let is_there = |version: &u64| self.seen.as_ref().is_some_and(|seen| seen.has(*version));
@@ -501,7 +501,7 @@ impl Rotation {
         }
     }
 
-    /// Decides about the version that shall serve.
+    /// Decides about the wanted version.
     fn judge(&mut self, next: Serving, report: Report, revoked: Option<String>) {
         self.candidate = None;
         let version = next.version;
@@ -986,8 +986,8 @@ mod tests {
     #[test]
     fn new_version_serves_once_the_exchange_takes_it() {
         let second = ("vault 1 2", "read 2, confirm, test 2");
-        let waits = "await 2, [version 2 waits for its test: hm]";
-        let again = "confirm, test 2, [version 2 waits for its test: hm]";
+        let waits = "await 2, [version 2 is waiting for its test: hm]";
+        let again = "confirm, test 2, [version 2 is waiting for its test: hm]";
         let refused = "refuse 2: bad, [version 2 is refused: bad]";
         let stories: &[Story] = &[
             &[
@@ -1031,15 +1031,15 @@ mod tests {
                 second,
                 (
                     "unclear known",
-                    "await 2, [version 2 waits for its test: hm]",
+                    "await 2, [version 2 is waiting for its test: hm]",
                 ),
-                ("rejected 400006", "[version 2 waits for its test: hm]"),
+                ("rejected 400006", "[version 2 is waiting for its test: hm]"),
                 ("vault 1 2", again),
                 (
                     "unclear known",
-                    "await 2, [version 2 waits for its test: hm]",
+                    "await 2, [version 2 is waiting for its test: hm]",
                 ),
-                ("rejected 400003", "[version 2 waits for its test: hm]"),
+                ("rejected 400003", "[version 2 is waiting for its test: hm]"),
                 ("vault 1 2", again),
                 ("unclear", waits),
                 ("vault 1 2", again),
@@ -1107,7 +1107,7 @@ mod tests {
                 ("vault 1 2", "read 2, confirm, test 2"),
                 ("vault -1 2", "read 2, use 2 untested, test serving 2"),
             ],
-            // Deleted with all its versions, and written anew.
+            // Deleted with all its versions, and written again.
             &[("vault 1'", "read 1, use 1 untested, test serving 1")],
             &[
                 ("gone 1", ""),

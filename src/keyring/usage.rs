@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 /// How long after one refusal the next one is news again: each piece of news has Vault asked.
 const OLD_NEWS_MS: i64 = 5000;
 
-/// Kept as long as the key loaded; another key begins anew.
+/// Kept as long as the key is loaded; a new key starts over.
 #[derive(Debug, Default)]
 pub(crate) struct Usage {
     /// When the exchange last took a request that it signed: Unix time in milliseconds; 0: never.

@@ -190,7 +190,7 @@ pub static ALL: &[Advice] = &[
         codes: &[(EVERY, &["400007"])],
         meaning: "This API key is not allowed to do this.",
         cause: "A permission that the request needs is not ticked for the key.",
-        fix: "If the key shall be allowed to do it, tick {permission} under API Management > Edit > API permissions.",
+        fix: "If the key should be allowed to do it, tick {permission} under API Management > Edit > API permissions.",
     },
     Advice {
         topic: "key-too-old",

@@ -53,7 +53,7 @@ pub(crate) struct Answer {
     pub(crate) retry_after: Option<Duration>,
 }
 
-/// Without the body: what an account holds is nobody's to read in a log.
+/// Without the body: balances do not belong in a log.
 impl fmt::Debug for Answer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {

@@ -166,7 +166,7 @@ pub(crate) struct NotKeyInfo;
 /// What a key is for.
 #[derive(Clone, Debug)]
 pub(crate) struct Expected {
-    /// Scopes that it shall serve.
+    /// Scopes that it serves.
     pub(crate) scopes: Vec<Scope>,
     /// Whether its account is for reading alone.
     pub(crate) is_read_only: bool,
@@ -362,7 +362,7 @@ impl KeyInfo {
             let cause = format!("The key has the permission {one}, which {does}.");
             let mut fix = format!("Untick {one} under {PAGE} > API permissions.");
             if !expected.is_read_only {
-                fix += " If the broker shall move this account's money, write allow_money_out = true for it in the rules.";
+                fix += " If the broker is meant to move this account's money, write allow_money_out = true for it in the rules.";
             }
             Diagnosis::failed(name, cause, fix)
         });
@@ -501,7 +501,7 @@ impl KeyInfo {
 /// must see; the one that the message names counts for more.
 pub(crate) fn refusal(code: &str, msg: &str, scope: Scope, egress_ip: IpAddr) -> Diagnosis {
     let Some(advice) = advice::of_message(scope, code, msg) else {
-        // What a stranger wrote goes to a terminal.
+        // Text of the exchange goes to a terminal.
         let (code, said) = (clean(code, 64), clean(msg, 200));
         return Diagnosis::failed(
             "refused",
@@ -876,7 +876,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_as_it_shall_be_has_no_findings() {
+    fn a_correct_key_has_no_findings() {
         assert_eq!(key(json!({})).judge(&expected()), []);
         let read_only = Expected {
             is_read_only: true,
@@ -958,8 +958,7 @@ mod tests {
             ),
             "withdrawal-permission",
             "The key has the permission Withdrawal, which sends money away without asking for a second factor.",
-            "Untick Withdrawal under API Management > Edit > API permissions. If the broker shall move this account's money, \
-             write allow_money_out = true for it in the rules.",
+            "Untick Withdrawal under API Management > Edit > API permissions. If the broker is meant to move this account's money, write allow_money_out = true for it in the rules.",
         );
         let flex = refused(
             json!({"permission": "General,Spot,Margin,InnerTransfer"}),

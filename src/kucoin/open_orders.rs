@@ -1,4 +1,4 @@
-//! How the exchange lists open orders and cancels them, kind by kind: the table that the emergency stop goes by. Pure.
+//! How the exchange lists open orders and cancels them, kind by kind: the table that cancel-all uses. Pure.
 
 use serde_json::Value;
 
@@ -14,7 +14,7 @@ pub(crate) const PAGES: usize = 50;
 /// `status` of a one-cancels-other order that is over. What a triggered one has placed is an order like any other.
 const OVER: [&str; 3] = ["CANCELLED", "DONE", "TRIGGERED"];
 
-/// One kind of order, which no other kind's requests withdraw.
+/// One kind of order, which no other kind's requests cancel.
 #[derive(Debug)]
 pub(crate) struct Kind {
     /// Where such orders are.

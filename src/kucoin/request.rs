@@ -44,7 +44,7 @@ impl Default for RequestLimits {
 /// A request as the bot means it, in normal form.
 #[derive(Clone)]
 pub struct UnsignedRequest {
-    /// Whose key shall sign.
+    /// The account whose key signs.
     pub account: AccountId,
     /// Which product family, and so which key and host.
     pub scope: Scope,
@@ -60,7 +60,7 @@ pub struct UnsignedRequest {
     pub body_client_oids: Vec<String>,
 }
 
-/// Without query and body: what a bot sends is nobody's to read in a log.
+/// Without query and body: orders do not belong in a log.
 impl fmt::Debug for UnsignedRequest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {

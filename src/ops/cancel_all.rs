@@ -75,7 +75,7 @@ pub(crate) struct Cancelled {
     pub(crate) still_open: Option<u64>,
 }
 
-/// Why it is open orders unknown.
+/// Why the open orders are unknown.
 #[derive(Clone, Debug)]
 enum ListError {
     /// The key can have no orders of this kind.
@@ -100,7 +100,7 @@ struct CancelRun {
     cancels: BTreeMap<String, Check>,
 }
 
-/// One account being withdrawn from.
+/// The run of one account.
 struct Halt<'h> {
     broker: &'h Arc<Broker>,
     who: Principal,
@@ -111,7 +111,7 @@ struct Halt<'h> {
 
 impl Broker {
     /// Cancels every open order of an account, or of all, in every scope that has a key, and looks what is still open.
-    /// What adds risk must have been forbidden before: it stops looking once that is allowed again.
+    /// New risk must be forbidden before: the run stops once it is allowed again.
     pub(crate) async fn cancel_all(
         self: &Arc<Self>,
         admin: &AdminId,
@@ -140,7 +140,7 @@ impl Broker {
 }
 
 impl Halt<'_> {
-    /// A defect that one scope's answers hit upon must not keep the others from being withdrawn.
+    /// A defect that one scope's answers hit upon must not keep the others from being cancelled.
     async fn cancel_scope_caught(&self, scope: Scope) -> Cancelled {
         let cancelled = AssertUnwindSafe(self.cancel_scope(scope))
             .catch_unwind()
@@ -414,7 +414,7 @@ fn refused(scope: Scope, answer: &Answer) -> ListError {
     let told = match (advice, code) {
         (Some(advice), _) => format!("{code}: {}", advice.meaning),
         (None, "") => format!("HTTP {}", answer.http_status.as_u16()),
-        // What a stranger wrote goes to a terminal.
+        // Text of the exchange goes to a terminal.
         (None, _) => {
             format!("{} {}", clean(code, 64), clean(msg, 200))
         }

@@ -235,7 +235,7 @@ fn encode_keys(keys: &[KeyHealth], gauges: &mut DescriptorEncoder<'_>) -> fmt::R
             ([("account", account), ("key", name)], key)
         })
     };
-    let help = "1 while the key loaded and fresh enough for everything";
+    let help = "1 while the key is loaded and fresh enough for every request";
     let values = keys().map(|(labels, key)| (labels, i64::from(key.is_available)));
     gauge(gauges, "key_available", help, values)?;
     let help = "Seconds since Vault last confirmed the key; absent while it is not loaded";

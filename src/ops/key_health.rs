@@ -120,14 +120,14 @@ fn troubles(key: &KeySnapshot) -> Vec<Diagnosis> {
             outage,
             ..
         } => {
-            let serves_on = |problem: &String| format!("using version {version}: {problem}");
+            let using = |problem: &String| format!("using version {version}: {problem}");
             let mut troubles: Vec<_> = key.noted.restricted.iter().cloned().map(trouble).collect();
             troubles.extend(key.noted.hold.map(|hold| held(key, &hold, *version)));
-            troubles.extend(problem.iter().map(serves_on).map(trouble));
+            troubles.extend(problem.iter().map(using).map(trouble));
             let what = if key.is_too_old {
                 "too old for risk-increasing requests"
             } else {
-                "serves on"
+                "cached"
             };
             // Too old without an outage: the machine has slept.
             let why = outage

@@ -38,7 +38,7 @@ pub(crate) struct KeyTest {
     pub(crate) who: Principal,
     /// Its account, as the rules have it.
     pub(crate) account: Arc<Account>,
-    /// What it shall serve.
+    /// The scopes that it serves.
     pub(crate) scopes: BTreeSet<Scope>,
     /// The key.
     pub(crate) key: Arc<Key>,
@@ -68,7 +68,7 @@ pub(crate) struct Check {
     pub(crate) answer: String,
 }
 
-/// Answers the keyring: tests keys, and puts on record what became of them. Never ends.
+/// Runs the keyring's key tests and audits the results. Never returns.
 pub(crate) async fn run_key_tests(
     broker: Arc<Broker>,
     mut key_events: mpsc::UnboundedReceiver<KeyEvent>,
@@ -400,7 +400,7 @@ impl KeyTestResult {
     }
 }
 
-/// What a stranger wrote goes to logs and terminals.
+/// Text of the exchange goes to logs and terminals.
 fn printable(text: &str) -> String {
     clean(text.trim(), 200).into_owned()
 }

@@ -16,7 +16,7 @@ pub struct Explanation<'p> {
 }
 
 impl Explanation<'_> {
-    /// Whether the request would add risk; one outside the catalogue would.
+    /// Whether the request is risk-increasing; one outside the catalogue is.
     pub(crate) fn increases_risk(&self) -> bool {
         self.endpoint.is_none_or(Endpoint::increases_risk)
     }

@@ -60,7 +60,7 @@ const PING: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs
 /// How often a connection looks at the wall clock: its certificate ends by that, also after the machine has slept.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 
-/// How long a connection that shall end waits for a peer that neither calls nor goes.
+/// How long a closing connection waits for a peer that neither calls nor disconnects.
 const FAREWELL: Duration = Duration::from_secs(5);
 
 /// What all connections of a listener share.
@@ -202,7 +202,7 @@ impl ClientConnection {
             && idle_ms >= i64::try_from(limit.as_millis()).unwrap_or(i64::MAX)
     }
 
-    /// Returns once the connection shall take no more calls.
+    /// Returns once the connection takes no more calls.
     async fn must_end(&self, age: Duration) -> Close {
         let (mut trust, mut stopping) = (self.trust.changes(), self.listener.stopping.clone());
         let mut age = pin!(sleep(age));
@@ -346,7 +346,7 @@ impl http_body::Body for AnswerBody {
             }
         }
         if self.is_timed {
-            // The peer takes it: the wait begins anew.
+            // The peer takes it: the wait starts over.
             self.in_use.mark_answered();
         }
         let piece = self.rest.len().min(PIECE);

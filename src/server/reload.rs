@@ -215,7 +215,7 @@ impl Reloader {
         // What is missing has been reported as a problem.
         let certificates = certificates.ok_or_else(Vec::new)?;
         let not_after_ms = certificates.not_after_ms;
-        // Connections are looked at anew only where other CAs may have issued their certificates.
+        // Connections are checked again only where other CAs may have issued their certificates.
         let cas = sources.cas_digest();
         let generation = self.tls.borrow().generation + u64::from(self.cas != cas);
         let (provider, metrics) = (&self.provider, &self.broker.metrics);

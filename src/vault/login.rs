@@ -157,7 +157,7 @@ impl Vault {
         if !session.holds(pass) {
             return;
         }
-        // Once for each token: while one that was proven long ago serves on, the logins for the next one back off.
+        // Once for each token: while a proven token is still good, logins for the next one back off.
         let is_first = |token: &mut Token| !std::mem::replace(&mut token.is_proven, true);
         if session.token.as_mut().is_some_and(is_first) {
             session.backoff.reset();

@@ -133,7 +133,7 @@ impl Metadata {
         self.note(USE_VERSION)
     }
 
-    /// The version that shall serve: the newest one, unless an admin has named another (`keys rollback`).
+    /// The wanted version: the newest one, unless an admin has named another (`keys rollback`).
     ///
     /// # Errors
     /// When the version that is named is none that Vault has.
@@ -155,7 +155,7 @@ impl Metadata {
     }
 
     /// Whether `version` has been taken away since it was `seen`: deleted or destroyed, or all was deleted and counting
-    /// began anew. That an old version is pruned when a new one is written takes nothing away.
+    /// started over. That an old version is pruned when a new one is written takes nothing away.
     pub(crate) fn has_taken_away(&self, seen: &Self, version: u64) -> bool {
         if self.began_anew(seen) {
             return true;

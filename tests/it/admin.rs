@@ -725,7 +725,7 @@ async fn keys_list_names_the_whole_command_once_per_key_after_a_halt_of_all() {
 
     lab.admin_cli("anna", &["halt", "main"]).await;
     let shown = crate::harness::in_one_line(&list(&lab).await);
-    let by_name = "halted: `credbroker resume main` ends it";
+    let by_name = "halted: `credbroker resume main` lifts it";
     assert_eq!(about(&shown, by_name), 1, "{shown}");
     lab.stop().await;
 }
@@ -808,7 +808,7 @@ async fn a_command_that_cannot_get_through_says_why_and_what_to_do() {
             toml.clone(),
             1,
             "it has expired, or is not valid yet",
-            "fix: get a new one",
+            "fix: renew it",
         ),
         (
             &lab.ca.bot("maker").unwrap(),

@@ -130,7 +130,7 @@ async fn a_denied_call_is_one_line_and_its_secrets_are_masked() {
 }
 
 #[tokio::test]
-async fn without_a_record_nothing_adds_risk_and_orders_can_still_be_withdrawn() {
+async fn without_a_record_nothing_adds_risk_and_orders_can_still_be_cancelled() {
     let settings = Settings {
         config: "[audit]\nfile = \"/dev/full\"".to_owned(),
         wait_ready: false,

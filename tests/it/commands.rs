@@ -261,7 +261,7 @@ fn check_counts_and_warns() {
     assert_eq!((code, counts), (Some(0), expected));
     assert!(talk.starts_with(&of_master), "{talk}");
     assert_eq!(talk.matches("warning: ").count(), 2, "{talk}");
-    assert!(talk.contains("if treasury's key is"), "{talk}");
+    assert!(talk.contains("if treasury's key belongs"), "{talk}");
 
     let text = RULES.to_owned() + "[account.spare]\n";
     let file = folder.write("spare.toml", &text);

@@ -100,8 +100,7 @@ async fn a_refusal_of_the_exchange_comes_with_advice() {
     assert_eq!(refused.code, "400007", "{refused:?}");
     assert_eq!(
         refused.advice,
-        "This API key is not allowed to do this. A permission that the request needs is not ticked for the key. If the key \
-         shall be allowed to do it, tick the permission Futures under API Management > Edit > API permissions."
+        "This API key is not allowed to do this. A permission that the request needs is not ticked for the key. If the key should be allowed to do it, tick the permission Futures under API Management > Edit > API permissions."
     );
     lab.kucoin.add_key(SimKey {
         ip_whitelist: vec!["192.0.2.1".parse().unwrap()],

@@ -207,7 +207,7 @@ async fn beside_a_running_broker_it_disturbs_nothing_and_asks_it_too() {
     assert!(of("state").contains("a broker runs on it"));
     assert_eq!(of("broker"), "runs, and is ready");
     assert!(of("memory").starts_with("the running broker's is"));
-    // It serves on, and its lock is its own.
+    // It keeps running, and its lock is its own.
     lab.until_ready().await;
     let again = credbroker::server::Server::start(lab.config()).await;
     assert!(

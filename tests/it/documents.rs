@@ -585,3 +585,92 @@ fn every_planted_fault_still_fits_the_code() {
     }
     assert_eq!(faults, 3);
 }
+
+/// Wording that a reader has to translate, and names that lie. `CONTRIBUTING.md` says how to write instead.
+const BANNED: [&str; 27] = [
+    "a run before this one",
+    "adding risk",
+    "adds risk",
+    "add_risk",
+    "door for",
+    "doubts",
+    "ended early",
+    "heed",
+    "is begun",
+    "is_calm",
+    "is_own",
+    "is_to_be_judged",
+    "learnt",
+    "look_again",
+    "look_now",
+    "no time at all",
+    "nobody's",
+    "on record",
+    "put_to_use",
+    "same command again",
+    "serves on",
+    "shall",
+    "stranger",
+    "strangers",
+    "untold",
+    "withdraw_",
+    "withdrawn",
+];
+
+/// Parts of lines that may hold one of them.
+const ALLOWED: [(&str, &str); 1] = [("shall", "No \"shall\"")];
+
+#[test]
+fn code_and_documents_hold_no_banned_phrase() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut folders: Vec<_> = ["docs", "proto", "src"].map(|name| root.join(name)).into();
+    let mut files: Vec<_> = [
+        "ARCHITECTURE.md",
+        "CONTRIBUTING.md",
+        "README.md",
+        "SECURITY.md",
+    ]
+    .map(|name| root.join(name))
+    .into();
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path
+                .extension()
+                .is_some_and(|kind| ["md", "proto", "rs"].contains(&kind.to_str().unwrap()))
+            {
+                files.push(path);
+            }
+        }
+    }
+    let mut found = Vec::new();
+    for path in files {
+        let text = std::fs::read_to_string(&path).unwrap();
+        for (number, line) in (1..).zip(text.lines()) {
+            let words = format!(" {} ", line.to_lowercase());
+            for phrase in BANNED {
+                // Whole words: `shall` is not in `marshall`.
+                let starts = |at: usize| !words[..at].ends_with(|c: char| c.is_alphanumeric());
+                let ends = |at: usize| {
+                    phrase.ends_with('_')
+                        || !words[at + phrase.len()..].starts_with(char::is_alphanumeric)
+                };
+                let is_there = words
+                    .match_indices(phrase)
+                    .any(|(at, _)| starts(at) && ends(at));
+                let is_allowed = ALLOWED
+                    .iter()
+                    .any(|(allowed, beside)| *allowed == phrase && line.contains(beside));
+                if is_there && !is_allowed {
+                    found.push(format!(
+                        "{}:{number}: {phrase:?}",
+                        path.strip_prefix(root).unwrap().display()
+                    ));
+                }
+            }
+        }
+    }
+    assert_eq!(found, [""; 0], "write it in plain words: CONTRIBUTING.md");
+}

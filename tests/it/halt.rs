@@ -200,7 +200,7 @@ fn said(cancelled: &Cancelled, question: &str) -> Vec<(bool, String)> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn two_hundred_orders_of_every_kind_are_withdrawn_while_bots_place_more() {
+async fn two_hundred_orders_of_every_kind_are_cancelled_while_bots_place_more() {
     let mut lab = Lab::with(settings()).await;
     lab.kucoin.set_cancel_lag(Duration::from_millis(300));
     let mut bot = lab.patient_bot("maker").await;
@@ -633,7 +633,7 @@ async fn a_key_that_is_gone_is_told_and_other_accounts_go_on() {
 }
 
 #[tokio::test]
-async fn orders_are_withdrawn_whatever_else_is_wrong() {
+async fn orders_are_cancelled_whatever_else_is_wrong() {
     let mut lab = Lab::with(settings()).await;
     // What is withdrawn without a record is in the log alone.
     lab.is_checked = false;

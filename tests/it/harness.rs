@@ -202,7 +202,7 @@ impl Lab {
         .await;
     }
 
-    /// Waits until nothing is wrong but that the audit log write failed.
+    /// Waits until nothing is wrong but that the audit log cannot be written.
     pub(crate) async fn until_only_the_record_fails(&self) {
         until("nothing is wrong but the record", async || {
             let (status, text) = self.get("/readyz").await;

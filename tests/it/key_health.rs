@@ -285,7 +285,7 @@ async fn keys_of_a_halted_account_say_how_each_halt_ends() {
     let mut lab = started(good()).await;
     expect(&lab, "active", &[]).await;
     let mut admin = lab.admin_client("anna").await;
-    let by_name = "halted: `credbroker resume main` ends it";
+    let by_name = "halted: `credbroker resume main` lifts it";
     let of_all = "halted: `credbroker resume --all` lifts it";
     for (account, reasons) in [("main", &[by_name][..]), ("", &[of_all, by_name])] {
         let halt = HaltRequest {
@@ -334,7 +334,7 @@ async fn a_revoked_key_is_revoked_and_what_becomes_of_the_next_one_is_not() {
     set_state(&lab, "active");
     expect(&lab, "active", &[]).await;
     lab.put_key("main", "main", &good());
-    let kept = format!("version 2 serves on: version 3: {by_anna}");
+    let kept = format!("using version 2: version 3: {by_anna}");
     expect(&lab, "degraded", &[&kept]).await;
     lab.stop().await;
 }
@@ -371,13 +371,13 @@ async fn a_key_that_vault_does_not_confirm_or_will_not_replace_is_degraded() {
     lab.start_broker_on(time.clock()).await;
     expect(&lab, "active", &[]).await;
     lab.put_key("main", "main", &next());
-    let unused = "version 1 serves on: version 2 is refused: KuCoin does not know this API key. ";
+    let unused = "using version 1: version 2 is refused: KuCoin does not know this API key. ";
     expect(&lab, "degraded", &[unused]).await;
     lab.put_key("main", "main", &good());
     expect(&lab, "active", &[]).await;
 
     lab.vault.stop().await.unwrap();
-    let silent = "serves on; Vault last confirmed it ";
+    let silent = "cached; Vault last confirmed it ";
     expect(&lab, "degraded", &[silent]).await;
     time.sleep(&lab, 2 * MINUTE);
     let too_old = "too old for risk-increasing requests; Vault last confirmed it 12";

@@ -306,7 +306,7 @@ fn assert_found(lab: &mut Lab, needles: &[Needle]) {
 async fn assert_gone(lab: &mut Lab, needles: &[Needle]) {
     let id = lab.process().id();
     let hits = std::cell::RefCell::new(Vec::new());
-    let gone = until("nothing of the key loaded", async || {
+    let gone = until("nothing of the key is in memory", async || {
         *hits.borrow_mut() = search(id, needles);
         hits.borrow().is_empty()
     });

@@ -73,7 +73,7 @@ After a failure the broker asks Vault again within a second, then within twice a
 an outage has lasted, the later its end is noticed: those of this table last some seconds; with a production server 0.5
 to 27 s were measured.
 
-There is one account with one key here. Where its key unavailable, `/readyz` says *not ready*; a broker that has
+There is one account with one key here. While its key is unavailable, `/readyz` says *not ready*; a broker that has
 another usable key is ready, and names the key that is missing.
 
 "
@@ -256,7 +256,7 @@ async fn until_stale(site: &Site, from: Instant, seconds: u64) {
 }
 
 const OUTAGES: &str = "vault_failures_total{reason=\"outage\"}";
-const OUTAGE_RECORD: &str = "`/readyz`: ready, key *serves on* with the reason; `vault_failures_total{reason=\"outage\"}`; `stale_seconds` in answers";
+const OUTAGE_RECORD: &str = "`/readyz`: ready, key *cached* with the reason; `vault_failures_total{reason=\"outage\"}`; `stale_seconds` in answers";
 
 type Rows = (Vec<Row>, usize);
 
@@ -291,7 +291,7 @@ async fn outage(
 ) -> (String, String) {
     let (look, before) = (Look::now(), site.metric(OUTAGES).await);
     begin(site).await;
-    site.until_readyz_says("serves on").await;
+    site.until_readyz_says("cached").await;
     until_stale(site, look.from, 2).await;
     assert!(site.readyz().await.starts_with("ready\n"));
     let mended = Instant::now();
@@ -631,7 +631,7 @@ async fn key_version_refused(site: &mut Site) -> Row {
     let changed = Instant::now();
     let secret = written("main", &unknown);
     site.vault.control("POST", "secret", secret).await;
-    site.until_readyz_says(&format!("version {version} serves on: "))
+    site.until_readyz_says(&format!("using version {version}: "))
         .await;
     let told = changed.elapsed();
     site.driver.more_calls(A_WHILE).await;
@@ -654,7 +654,7 @@ async fn key_version_refused(site: &mut Site) -> Row {
             rough(told),
             rough(took)
         ),
-        recorded: "`act` line *refused* with the reason; `/readyz`: ready, version *serves on* with the reason; `vault_failures_total{reason=\"unusable\"}`",
+        recorded: "`act` line *refused* with the reason; `/readyz`: ready, *using version* with the reason; `vault_failures_total{reason=\"unusable\"}`",
     }
 }
 

@@ -1,4 +1,4 @@
-//! What stands on this machine: rules, certificates, the record, the state folder.
+//! The files of this machine: rules, certificates, audit log, state folder.
 
 use std::fs::OpenOptions;
 use std::io;
@@ -27,7 +27,7 @@ const WARN_DAYS: i64 = 30;
 
 const DAY_MS: i64 = 24 * 60 * 60 * 1000;
 
-/// Less is warned of; the record grows by about 1 kB a call.
+/// Less causes a warning; the audit log grows by about 1 kB a call.
 const WARN_FREE: u64 = 1 << 30;
 
 /// Less is a failure: minutes of trading.

@@ -34,7 +34,7 @@ pub(super) fn late(about: &str, limit: Duration) -> Vec<Diagnosis> {
     vec![Diagnosis::unchecked("key", detail).about(about)]
 }
 
-/// Asks the exchange about a key, and with it; what is asked is on record.
+/// Asks the exchange about a key, with the key itself; each request is audited.
 pub(super) async fn test(broker: &Arc<Broker>, found: Found) -> Vec<Diagnosis> {
     let (check, about) = ("key", found.about());
     let Some((account, scopes)) = broker.served(&found.account, &found.name) else {

@@ -265,7 +265,7 @@ impl Came<'_> {
     }
 }
 
-/// What a stranger wrote, without what could be the id of a key or an order, and not too much of it.
+/// Text of the exchange, shortened, without anything that could be the id of a key or an order.
 fn shown(text: &str) -> String {
     let is_id = |word: &&str| word.len() >= LONG_WORD && word.bytes().any(|b| b.is_ascii_digit());
     let words = text.split_inclusive(|c: char| !c.is_ascii_alphanumeric());

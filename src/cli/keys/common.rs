@@ -57,7 +57,7 @@ impl Admin {
     }
 }
 
-/// The key that is meant: by its name, by what it shall serve, or as the account's only one.
+/// The key that is meant: by its name, by its scopes, or as the account's only one.
 pub(super) fn pick(
     keys: Vec<KeyState>,
     account: &AccountId,

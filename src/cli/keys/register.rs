@@ -42,7 +42,7 @@ const LOOK_AFTER: Duration = Duration::from_secs(2);
 pub(in crate::cli) struct Options {
     /// Account, as the rules name it.
     account: AccountId,
-    /// What the key shall serve; may be repeated. Without it: what the rules say.
+    /// Scope that the key serves; may be repeated. Default: the scopes in the rules.
     #[arg(long = "scope", value_parser = crate::cli::scope)]
     scopes: Vec<Scope>,
     /// Name of the key, where the account has several.
@@ -445,7 +445,7 @@ impl KeyTarget {
             Failure::new(
                 format!(
                     "version {version} of {self} is in Vault, whole; what it is could not be noted beside it, nor that no \
-                     other version shall be used: {error}"
+                     other version is to be used: {error}"
                 ),
                 "re-run the command with the same key: it continues from there",
             )

@@ -125,7 +125,7 @@ mod tests {
             (revoked(&account, &[key("", false)]), "None was in memory"),
             (
                 revoked(&account, &[key(&"a".repeat(64), true)]),
-                "was revoked already",
+                "was already revoked",
             ),
         ];
         for (text, expected) in said {

@@ -360,7 +360,7 @@ async fn a_malformed_new_version_leaves_the_old_key_in_memory_and_is_read_only_o
         let (status, ready) = rig.lab.get("/readyz").await;
         assert_eq!(status, 200);
         assert!(
-            ready.contains(&format!("version 1 serves on: {reason}")),
+            ready.contains(&format!("using version 1: {reason}")),
             "{ready}"
         );
     }

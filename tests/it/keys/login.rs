@@ -56,7 +56,7 @@ async fn a_dead_token_or_a_broken_token_file_evicts_nothing_and_a_good_token_is_
     rig.end().await;
 }
 
-/// A poll fails for this reason, and the key of `generation` serves on. Vault then holds the next one, unseen.
+/// A poll fails for this reason, and the key of `generation` stays in use. Vault then holds the next one, unseen.
 async fn serves_through(rig: &Rig, generation: u32, reason: &str) {
     serves_through_what_is_logged(rig, generation, &[NO_ANSWER, reason]).await;
 }

@@ -1,4 +1,4 @@
-//! No answer is no word about a key: what is in memory serves on, whatever Vault or a proxy before it does instead.
+//! No answer is no word about a key: cached keys stay in use, whatever Vault or a proxy before it does instead.
 
 use bytes::Bytes;
 use credbroker::proto::{Method, Outcome, Scope};
@@ -47,7 +47,7 @@ fn faults() -> Vec<(String, Fault, &'static str)> {
 }
 
 #[tokio::test]
-async fn what_is_in_memory_serves_on_whatever_vault_does_instead_of_answering() {
+async fn what_is_in_memory_using_whatever_vault_does_instead_of_answering() {
     let accounts = faults();
     let accounts: Vec<_> = accounts
         .iter()

@@ -224,7 +224,7 @@ fn refusals(now_ms: i64) -> Vec<Refusal> {
             "spot",
             key(11, &with(&["Withdrawal"])),
             "The key has the permission Withdrawal, which sends money away without asking for a second factor.",
-            "fix: Untick Withdrawal under API Management > Edit > API permissions. If the broker shall move this account's money, write allow_money_out = true for it in the rules.",
+            "fix: Untick Withdrawal under API Management > Edit > API permissions. If the broker is meant to move this account's money, write allow_money_out = true for it in the rules.",
         ),
         refusal(
             "transfers",

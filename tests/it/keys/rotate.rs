@@ -158,7 +158,7 @@ async fn a_new_key_that_the_broker_does_not_take_leaves_the_one_before_in_use_an
         &said,
         &[
             "version 2 of main/main is in Vault, and the broker does not use it: ",
-            "version 1 serves on: version 2 is refused: KuCoin does not know this API key.",
+            "using version 1: version 2 is refused: KuCoin does not know this API key.",
             "Version 1 stays in use.",
             "`credbroker keys rollback main --key main` makes sure that a restart does not take it up either; then register another key",
         ],

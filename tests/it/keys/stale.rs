@@ -1,4 +1,4 @@
-//! How long a key serves on without a word from Vault, what the bots and the operators are told, and what ends it sooner.
+//! How long a cached key stays in use without a word from Vault, what the bots and the operators are told, and what ends it sooner.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -102,7 +102,7 @@ async fn until_noticed(lab: &Lab, time: &Time) {
     until("the outage has been noticed", async || {
         let (_, text) = lab.get("/readyz").await;
         ["main", "other"].iter().all(|account| {
-            let line = format!("key {account}/main: serves on; Vault last confirmed it ");
+            let line = format!("key {account}/main: cached; Vault last confirmed it ");
             text.contains(&line)
         })
     })
@@ -171,7 +171,7 @@ async fn an_hour_without_vault_costs_no_cancel_and_no_read_and_orders_only_past_
         let (status, text) = lab.get("/readyz").await;
         assert_eq!(status, 200, "{text}");
         assert!(
-            text.contains("key main/main: serves on; Vault last confirmed it 8"),
+            text.contains("key main/main: cached; Vault last confirmed it 8"),
             "{text}"
         );
         assert_eq!(metric(&lab, "key_available", "main").await, Some(1.0));
@@ -241,7 +241,7 @@ async fn each_account_has_bounds_of_its_own_and_one_that_serves_keeps_the_broker
         text.contains("key main/main: too old for risk-increasing requests; "),
         "{text}"
     );
-    assert!(text.contains("key other/main: serves on; "), "{text}");
+    assert!(text.contains("key other/main: cached; "), "{text}");
 
     // Past the second bound of the one, within the first of the other.
     time.sleep(&lab, MINUTE * 4);
@@ -449,7 +449,7 @@ async fn wiped_key_is_reloaded_after_a_suspend_without_a_call() {
         reads.count() == 2
     })
     .await;
-    until("the key loaded", async || {
+    until("the key is loaded", async || {
         metric(&lab, "key_available", "main").await == Some(1.0)
     })
     .await;
@@ -517,7 +517,7 @@ async fn vaults_word_evicts_at_once_after_an_outage_and_a_new_outage_does_not_un
             &time,
             async || {
                 let (_, text) = lab.get("/readyz").await;
-                text.contains("key other/main: serves on; ")
+                text.contains("key other/main: cached; ")
             },
         )
         .await;
@@ -537,7 +537,7 @@ async fn a_key_that_is_disabled_while_its_secret_cannot_be_read_is_evicted() {
     time.pass(&lab, Duration::from_secs(2)).await;
     until("the outage has been noticed", async || {
         let (_, text) = lab.get("/readyz").await;
-        text.contains("key main/main: serves on; ")
+        text.contains("key main/main: cached; ")
     })
     .await;
     stale(&mut bot, spot_order("first")).await;

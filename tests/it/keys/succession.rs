@@ -353,7 +353,8 @@ async fn a_hundred_rotations_under_load_fail_no_call_and_no_key_signs_after_its_
         .map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap())
         .fold(0.0, f64::max);
     assert!(uncertain_s < 1.0, "{metrics}");
-    let clock_ms = 5 + Duration::from_secs_f64(uncertain_s).as_millis() as i64;
+    let clock_ms =
+        5 + i64::try_from(std::time::Duration::from_secs_f64(uncertain_s).as_millis()).unwrap();
     goes_on.store(false, Ordering::Relaxed);
     for bot in bots {
         bot.await.unwrap();
@@ -431,7 +432,7 @@ async fn rotations_to_broken_keys_under_load_fail_no_call() {
         lab.vault.put_secret("kv", &kv_path("main", "main"), value);
         assert_eq!(refresh(&lab).await, 1);
         let (_, reasons) = status(&lab).await;
-        let told = |reason: &String| reason.starts_with("version 1 serves on: ");
+        let told = |reason: &String| reason.starts_with("using version 1: ");
         assert!(reasons.iter().any(told), "{reasons:?}");
     }
     goes_on.store(false, Ordering::Relaxed);
