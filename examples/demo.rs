@@ -1,4 +1,4 @@
-//! Everything running in one command: `cargo run --example demo`.
+//! Everything running in one command: `cargo run --locked --example demo`.
 //!
 //! A simulated Vault, a simulated KuCoin, a throw-away CA, the real broker, and a bot that trades through it. Each step
 //! prints what the bot sent, what the broker signed and what came back. Then all stays up for your own first calls.

@@ -205,11 +205,13 @@ impl Reader {
         script(
             "cargo",
             format!(
-                "case \"$1 $2\" in\n\
-                 'run --example') program={examples}/$3; shift 3;;\n\
-                 'run -p') program={sim}; shift 3;;\n\
-                 'run --') program=credbroker; shift;;\n\
-                 *) echo \"no cargo $*\" >&2; exit 64;;\nesac\n\
+                "command=$1; shift\n\
+                 [ \"$1\" != --locked ] || shift\n\
+                 case \"$command $1\" in\n\
+                 'run --example') program={examples}/$2; shift 2;;\n\
+                 'run -p') program={sim}; shift 2;;\n\
+                 'run --') program=credbroker;;\n\
+                 *) echo \"no cargo $command $*\" >&2; exit 64;;\nesac\n\
                  [ \"${{1-}}\" != -- ] || shift\n\
                  [ \"${{1-}}\" != vault ] || set -- \"$@\" --listen {vault}\n\
                  exec \"$program\" \"$@\"\n"
