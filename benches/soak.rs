@@ -276,7 +276,7 @@ async fn reload(site: &Site, number: u64, lines: &[Arc<Mutex<Patient>>]) {
     } else {
         site.lab.replace("rules.toml", &rules(number)).unwrap();
     }
-    until("a changed file loaded", async || {
+    until("a changed file is loaded", async || {
         site.metric(&taken).await > before
     })
     .await;

@@ -644,9 +644,7 @@ impl Tail {
         let whole = text.rfind('\n').map_or(0, |end| end + 1);
         self.read += whole as u64;
         for line in text[..whole].lines() {
-            if line.starts_with("{\"event\":\"change\"")
-                && !line.contains("\"outcome\":\"in_force\"")
-            {
+            if line.contains("\"event\":\"change\"") && !line.contains("\"outcome\":\"in_force\"") {
                 self.changes.push(serde_json::from_str(line).unwrap());
             }
         }

@@ -393,7 +393,7 @@ async fn a_revocation_that_is_repeated_does_not_kill_the_next_key() {
     let mut lab = Lab::start().await;
     for said in [
         "revoked: main/main version 1",
-        "unchanged: main/main was revoked already",
+        "unchanged: main/main was already revoked",
     ] {
         let revoked = lab
             .admin_cli("anna", &["keys", "revoke", "main", "--yes"])
