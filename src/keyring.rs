@@ -274,13 +274,10 @@ impl Keyring {
             account: account.clone(),
             reason: reason.to_owned(),
         };
-        let name = permit
-            .key_name()
-            .ok_or_else(|| unavailable("the rules name no key"))?;
+        let unnamed = || unavailable("the rules name no key");
+        let name = permit.key_name().ok_or_else(unnamed)?;
         let slots = self.slots.read();
-        let keys = slots
-            .get(account)
-            .ok_or_else(|| unavailable("the rules name no key"))?;
+        let keys = slots.get(account).ok_or_else(unnamed)?;
         let entry = keys.entries.get(name);
         match entry.map(|entry| &entry.state) {
             Some(KeyState::Loaded { key, .. })
@@ -338,7 +335,7 @@ impl Keyring {
                 Err(unavailable(reason))
             }
             Some(KeyState::Absent(reason)) => Err(unavailable(reason)),
-            None => Err(unavailable("the rules name no key")),
+            None => Err(unnamed()),
         }
     }
 
