@@ -8,7 +8,7 @@ use zeroize::Zeroize;
 
 pub use generated::*;
 
-/// The compiled descriptors of the bots' door, for reflection.
+/// The compiled descriptors of the bots' API, for reflection.
 pub(crate) const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
 /// Code generated from `proto/credbroker/v1/`.

@@ -34,7 +34,7 @@ pub(crate) struct AdminApi {
 }
 
 impl AdminApi {
-    /// Opens the door to `broker`.
+    /// Creates the API of `broker`.
     pub(crate) fn new(broker: Arc<Broker>) -> Self {
         Self { broker }
     }

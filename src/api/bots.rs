@@ -46,7 +46,7 @@ pub(crate) struct GrpcApi {
 }
 
 impl GrpcApi {
-    /// Opens the door to `broker`.
+    /// Creates the API of `broker`.
     pub(crate) fn new(
         broker: Arc<Broker>,
         limits: RequestLimits,

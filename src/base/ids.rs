@@ -131,7 +131,7 @@ impl RequestId {
 /// Who wants something of the exchange.
 #[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub enum Principal {
-    /// An admin, over the admins' door.
+    /// An admin, over the admin listener.
     Admin(AdminId),
     /// A bot.
     Bot(BotId),

@@ -1,4 +1,4 @@
-//! How commands for admins reach a running broker: `admin.toml`, and calls through the admin door.
+//! How commands for admins reach a running broker: `admin.toml`, and calls to its admin listener.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -308,7 +308,7 @@ pub(super) fn block_on(command: impl AsyncFnOnce() -> Result<u8, Failure>) -> u8
 /// The calls of `admin.proto`.
 pub(super) type Client = AdminClient<BrokerConnection>;
 
-/// A connection to the broker's admin door.
+/// A connection to the broker's admin listener.
 pub(super) struct Admin {
     client: Client,
     broker: String,

@@ -66,7 +66,7 @@ fn refusal<T: std::fmt::Debug>(result: Result<T, Status>) -> (Code, String) {
 }
 
 #[tokio::test]
-async fn each_role_gets_in_at_its_own_door_and_at_no_other() {
+async fn each_role_gets_in_at_its_own_listener_and_at_no_other() {
     let mut lab = Lab::with(Settings {
         process: true,
         ..Settings::default()
