@@ -1,20 +1,20 @@
-//! Instructions that the broker's process executes for one call, and memory that it allocates, counted by callgrind.
+//! Counts with callgrind how many instructions the broker executes and how many allocations it makes per call.
 //!
-//! `cargo bench --bench instructions --features valgrind`. Each number is the difference of two runs, with 100 and with
-//! 600 calls of one bot over one connection, divided by 500: what starting and connecting cost is in neither. It
-//! repeats within about one percent for the same binary. Valgrind hides the processor's SHA instructions, so hashing
-//! weighs more here than it does in production; compare two builds, and quote the ratio.
+//! Run `cargo bench --bench instructions --features valgrind`. Each number is the difference of two runs, with 100 and with
+//! 600 calls of one bot over one connection, divided by 500, so it does not include starting and connecting. For the same
+//! binary it varies by about one percent. Under valgrind the processor's SHA instructions are not available, so hashing
+//! costs more than in production: compare two builds, and quote the ratio.
 //!
-//! A processor executes one instruction to fill or copy a large block (`rep stosb`); valgrind counts one per byte, which
-//! makes a freed buffer of 8 kB look like a thousand lines of code. So libc is told to use loops for the first column;
-//! the second is what valgrind counts otherwise.
+//! A processor fills or copies a large block with one instruction (`rep stosb`), but valgrind counts one per byte, so that
+//! freeing a buffer of 8 kB seems to cost thousands of instructions. Therefore libc is set to use loops for the first
+//! column; the second column is the count without this setting.
 #![expect(
     clippy::expect_used,
     clippy::indexing_slicing,
     clippy::panic,
     clippy::print_stdout,
     clippy::unwrap_used,
-    reason = "a measurement that cannot go on says so by panicking"
+    reason = "a benchmark panics if it cannot continue"
 )]
 
 #[path = "../tests/it/harness.rs"]
@@ -29,7 +29,7 @@ use credbroker_sim::installation::Settings;
 
 use harness::{Lab, accounts, spot_order};
 
-/// Tells libc to use loops for blocks of any size.
+/// Makes libc use loops for blocks of any size.
 const LOOPS: &str = "GLIBC_TUNABLES=glibc.cpu.x86_rep_stosb_threshold=100000000:glibc.cpu.x86_rep_movsb_threshold=100000000";
 
 const FEW: u64 = 100;
@@ -37,11 +37,11 @@ const MANY: u64 = 600;
 
 fn main() {
     if Command::new("valgrind").arg("--version").output().is_err() {
-        println!("instructions: not run, valgrind is not installed");
+        println!("instructions: not run (valgrind is not installed)");
         return;
     }
     if !cfg!(feature = "valgrind") {
-        println!("instructions: not run, it needs --features valgrind");
+        println!("instructions: not run (requires --features valgrind)");
         return;
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -49,7 +49,7 @@ fn main() {
         .enable_all()
         .build()
         .unwrap();
-    println!("| Call | Instructions | Bytes of large blocks counted one by one | Allocations |");
+    println!("| Call | Instructions | Instructions, large blocks counted per byte | Allocations |");
     println!("|---|---|---|---|");
     for (name, request) in [
         ("read", read as fn(u64) -> SignAndSendRequest),
@@ -58,10 +58,10 @@ fn main() {
         let per_call = |tunables| {
             let count = |calls| runtime.block_on(count(calls, request, tunables));
             let (few, many) = (count(FEW), count(MANY));
-            let each = |of: fn(&Counts) -> u64| (of(&many) - of(&few)) / (MANY - FEW);
+            let average = |of: fn(&Counts) -> u64| (of(&many) - of(&few)) / (MANY - FEW);
             (
-                each(|counts| counts.instructions),
-                each(|counts| counts.allocations),
+                average(|counts| counts.instructions),
+                average(|counts| counts.allocations),
             )
         };
         let (instructions, allocations) = per_call(LOOPS);
@@ -78,15 +78,15 @@ fn order(number: u64) -> SignAndSendRequest {
     spot_order(&format!("order-{number}"))
 }
 
-/// What a whole run of the broker costs.
+/// The counts of a complete run of the broker.
 struct Counts {
     instructions: u64,
     allocations: u64,
 }
 
-/// Counts a whole run of the broker that answers this many calls.
+/// Counts a complete run of the broker that answers this many calls.
 async fn count(calls: u64, request: fn(u64) -> SignAndSendRequest, tunables: &str) -> Counts {
-    // What goes on in the background takes no part of a slow run.
+    // Background work is rare, so that it does not add to a slow run.
     let settings = Settings {
         edit: Box::new(|config| {
             config
@@ -116,15 +116,15 @@ async fn count(calls: u64, request: fn(u64) -> SignAndSendRequest, tunables: &st
             line.strip_prefix("totals: ")
                 .or(line.strip_prefix("summary: "))
         })
-        .expect("callgrind sums up");
+        .expect("a line with totals");
     Counts {
         instructions: line.trim().parse().unwrap(),
         allocations: allocations(&profile),
     }
 }
 
-/// Sums the calls of libc's allocating functions: a line `cfn=(id) name`, whose name is given once, and `calls=number …`
-/// after it.
+/// Sums the calls of libc's allocation functions: lines `cfn=(id) name`, which have the name only once per id, each followed
+/// by `calls=number …`.
 fn allocations(profile: &str) -> u64 {
     let (mut ids, mut is_allocation, mut sum) = (BTreeSet::new(), false, 0);
     for line in profile.lines() {

@@ -1,8 +1,8 @@
-//! A hundred rotations, one after the other, under 500 requests a second of eight bots: no call fails, and no key signs
-//! once its successor is proven. Then rotations to keys that the exchange refuses: no call fails either.
+//! Rotates a key 100 times under 500 requests per second of eight bots: no call fails, and no replaced key signs. Then
+//! rotates to keys that the exchange rejects: no call fails either.
 //!
-//! `cargo bench --bench rotations`. The broker is a process of its own; the simulated Vault and KuCoin (its limits
-//! raised) and the bots share another.
+//! Run `cargo bench --bench rotations`. The broker is a separate process; the simulated Vault, the simulated KuCoin (without
+//! rate limits) and the bots share another one.
 #![expect(
     clippy::cast_precision_loss,
     clippy::expect_used,
@@ -10,7 +10,7 @@
     clippy::panic,
     clippy::print_stdout,
     clippy::unwrap_used,
-    reason = "a measurement that cannot go on says so by panicking"
+    reason = "a benchmark panics if it cannot continue"
 )]
 
 #[path = "../tests/it/harness.rs"]
@@ -30,14 +30,14 @@ use tokio::time::MissedTickBehavior;
 use harness::{Lab, accounts, spot_order};
 
 const BOTS: u64 = 8;
-const A_SECOND: u64 = 500;
+const PER_SECOND: u64 = 500;
 const ROTATIONS: u64 = 100;
-const BROKEN: u64 = 20;
+const INVALID: u64 = 20;
 
-/// Between two rotations.
+/// Pause between two rotations.
 const PAUSE: Duration = Duration::from_millis(200);
 
-/// The exchange's time is known to some milliseconds.
+/// Tolerance: the broker knows the exchange's time only to within some milliseconds.
 const CLOCK_MS: i64 = 5;
 
 fn main() {
@@ -62,10 +62,7 @@ fn key(number: u64) -> SimKey {
     }
 }
 
-#[expect(
-    clippy::too_many_lines,
-    reason = "one measurement, told from its beginning to its end"
-)]
+#[expect(clippy::too_many_lines, reason = "one measurement, step by step")]
 async fn rotations() {
     let kucoin = KucoinSettings {
         limits: Limits::none(),
@@ -78,18 +75,18 @@ async fn rotations() {
         ..Settings::default()
     };
     let lab = Arc::new(Lab::with(settings).await);
-    let (counts, goes_on) = (Arc::new(Counts::default()), Arc::new(AtomicBool::new(true)));
+    let (counts, is_running) = (Arc::new(Counts::default()), Arc::new(AtomicBool::new(true)));
     let mut bots = Vec::new();
     for number in 0..BOTS {
         let bot = lab.patient_bot("maker").await;
-        let (counts, goes_on) = (Arc::clone(&counts), Arc::clone(&goes_on));
+        let (counts, is_running) = (Arc::clone(&counts), Arc::clone(&is_running));
         bots.push(tokio::spawn(async move {
-            let mut beat = tokio::time::interval(Duration::from_secs(1) * 8 / 500);
-            beat.set_missed_tick_behavior(MissedTickBehavior::Burst);
+            let mut ticks = tokio::time::interval(Duration::from_secs(1) * 8 / 500);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Burst);
             let mut calls = Vec::new();
             for step in 0_u64.. {
-                beat.tick().await;
-                if !goes_on.load(Ordering::Relaxed) {
+                ticks.tick().await;
+                if !is_running.load(Ordering::Relaxed) {
                     break;
                 }
                 let (mut bot, counts) = (bot.clone(), Arc::clone(&counts));
@@ -102,7 +99,7 @@ async fn rotations() {
                     let answer = bot.send(request).await;
                     counts.calls.fetch_add(1, Ordering::Relaxed);
                     if !matches!(&answer, Ok(answer) if answer.outcome() == Outcome::Accepted) {
-                        println!("failed: {answer:?}");
+                        println!("call failed: {answer:?}");
                         counts.failed.fetch_add(1, Ordering::Relaxed);
                     }
                 }));
@@ -112,8 +109,8 @@ async fn rotations() {
             }
         }));
     }
-    let began = Instant::now();
-    let mut took = Vec::new();
+    let started = Instant::now();
+    let mut durations = Vec::new();
     let mut admin = lab.admin_client("anna").await;
     let mut refresh = async |expected: u64| {
         let request = RefreshKeyRequest {
@@ -130,52 +127,52 @@ async fn rotations() {
         let put_at = Instant::now();
         lab.put_key("main", "main", &next);
         refresh(number).await;
-        took.push(put_at.elapsed());
-        // At once: what is signed with it and not there yet is refused, and signed again.
+        durations.push(put_at.elapsed());
+        // At once: requests that were signed with it but arrive later are rejected, and signed again with the new key.
         lab.kucoin.remove_key(&before.api_key);
         before = next;
         tokio::time::sleep(PAUSE).await;
     }
-    let at_rotated = (counts.calls.load(Ordering::Relaxed), began.elapsed());
-    for number in 0..BROKEN {
+    let at_rotated = (counts.calls.load(Ordering::Relaxed), started.elapsed());
+    for number in 0..INVALID {
         lab.put_key("main", "main", &key(10_000 + number));
         refresh(1 + ROTATIONS).await;
         tokio::time::sleep(PAUSE).await;
     }
-    goes_on.store(false, Ordering::Relaxed);
+    is_running.store(false, Ordering::Relaxed);
     for bot in bots {
         bot.await.unwrap();
     }
     let failed = counts.failed.load(Ordering::Relaxed);
-    took.sort_unstable();
+    durations.sort_unstable();
     let rate = at_rotated.0 as f64 / at_rotated.1.as_secs_f64();
     println!(
-        "{ROTATIONS} rotations and {BROKEN} to broken keys under {} calls ({rate:.0} a second of {A_SECOND}): {failed} failed",
+        "{ROTATIONS} rotations and {INVALID} rotations to rejected keys during {} calls ({rate:.0} of {PER_SECOND} per second): {failed} calls failed",
         counts.calls.load(Ordering::Relaxed)
     );
     println!(
-        "from the write to the new key in use: median {} ms, longest {} ms",
-        took[took.len() / 2].as_millis(),
-        took[took.len() - 1].as_millis()
+        "from the write to Vault until the new key is active: median {} ms, maximum {} ms",
+        durations[durations.len() / 2].as_millis(),
+        durations[durations.len() - 1].as_millis()
     );
-    let (late, again) = after_proven(&lab);
+    let (late, again) = signed_with_replaced_keys(&lab);
     println!(
-        "signatures with a key after its successor was proven: {late}; requests signed again: {again}"
+        "signatures with a replaced key: {late}; requests signed again with the new key: {again}"
     );
-    lab.check_record();
+    lab.check_audit_log();
     assert_eq!((failed, late), (0, 0));
     assert!(
-        rate > 0.95 * A_SECOND as f64,
-        "the machine is too slow for this: {rate:.0} a second"
+        rate > 0.95 * PER_SECOND as f64,
+        "the machine is too slow: {rate:.0} calls per second"
     );
 }
 
-/// How many requests were signed with a key after the next one was in use, and how many were refused for a key that was
-/// gone, and so signed again.
-fn after_proven(lab: &Lab) -> (usize, usize) {
+/// How many requests were signed with a key after the next one was active, and how many were rejected because their key
+/// had been removed, and so signed again.
+fn signed_with_replaced_keys(lab: &Lab) -> (usize, usize) {
     let mut replaced_ms = BTreeMap::new();
     for act in lab.acts() {
-        if act["action"] == "key" && act["outcome"] == "in_use" && act["account"] == "main" {
+        if act["action"] == "key" && act["outcome"] == "activated" && act["account"] == "main" {
             let at_ms = act["time_ms"].as_i64().unwrap();
             replaced_ms.insert(act["version_before"].as_u64().unwrap_or_default(), at_ms);
         }

@@ -1,9 +1,9 @@
-//! A million calls and a thousand reloads: memory, descriptors and tasks of the broker stay what they were.
+//! A million calls and a thousand reloads must not increase memory, descriptors and tasks of the broker.
 //!
-//! `cargo bench --bench soak`; `CREDBROKER_SOAK_CALLS` and `CREDBROKER_SOAK_RELOADS` for fewer. Broker and simulators
-//! are processes of their own. Rules change together with the key that they name, so that keys come and go, too; with
-//! every fourth reload the server certificate changes and a bot connects anew. The record goes to `/dev/null`: its file
-//! grows by design.
+//! Run `cargo bench --bench soak`; set `CREDBROKER_SOAK_CALLS` and `CREDBROKER_SOAK_RELOADS` for fewer. Broker and
+//! simulators are separate processes. Each change of the rules names another key, so that keys are loaded and removed, too.
+//! Every fourth reload changes the server certificate instead, and one bot reconnects. The audit log is written to
+//! `/dev/null`, because it grows by design.
 #![expect(
     clippy::cast_precision_loss,
     clippy::expect_used,
@@ -11,7 +11,7 @@
     clippy::panic,
     clippy::print_stdout,
     clippy::unwrap_used,
-    reason = "a measurement that cannot go on says so by panicking"
+    reason = "a benchmark panics if it cannot continue"
 )]
 
 #[path = "../tests/it/drive.rs"]
@@ -37,11 +37,11 @@ use harness::{Bot, Patient, accounts, patient, request, spot_order, until};
 const BOTS: usize = 8;
 const IN_FLIGHT: usize = 8;
 
-/// Samples in a run; every fifth is printed.
+/// Samples per run; every fifth is printed.
 const SAMPLES: u64 = 100;
 
-/// What is no leak: allocators and caches settle within this part, and descriptors and tasks come and go with
-/// connections of the moment.
+/// Growth that is not a leak: allocators and caches can grow by this factor, and the number of descriptors and tasks varies
+/// with the current connections.
 const RSS_MAY_GROW_BY: f64 = 1.10;
 const COUNTS_MAY_GROW_BY: f64 = 2.0;
 
@@ -58,7 +58,7 @@ fn main() {
     });
 }
 
-/// What the broker's process has at one moment.
+/// A measurement of the broker's process.
 #[derive(Clone, Copy)]
 struct Sample {
     rss_mb: f64,
@@ -74,36 +74,36 @@ async fn soak() {
         format!("{config}\n[audit]\nfile = \"/dev/null\"\n")
     })
     .await;
-    site.driver.rest();
-    let mut lines = Vec::new();
+    site.driver.stop_new_calls();
+    let mut connections = Vec::new();
     for bot in 0..BOTS {
-        lines.push(Arc::new(Mutex::new(connect(&site, bot).await)));
+        connections.push(Arc::new(Mutex::new(connect(&site, bot).await)));
     }
     let ended = Arc::new(AtomicU64::new(0));
-    let told = Arc::new(Mutex::new(BTreeMap::new()));
-    let begun = Arc::new(AtomicU64::new(0));
-    // Samples are taken between calls: what belongs to calls in flight comes and goes with them.
+    let endings = Arc::new(Mutex::new(BTreeMap::new()));
+    let next_step = Arc::new(AtomicU64::new(0));
+    // Samples are taken while no call is in flight, because calls in flight use resources of their own.
     let gate = Arc::new(RwLock::new(()));
     let mut bots = Vec::new();
-    for line in &lines {
+    for connection in &connections {
         for _ in 0..IN_FLIGHT {
-            let (line, gate, begun, ended, told) = (
-                Arc::clone(line),
+            let (connection, gate, next_step, ended, endings) = (
+                Arc::clone(connection),
                 Arc::clone(&gate),
-                Arc::clone(&begun),
+                Arc::clone(&next_step),
                 Arc::clone(&ended),
-                Arc::clone(&told),
+                Arc::clone(&endings),
             );
             bots.push(tokio::spawn(async move {
                 loop {
-                    let _passes = gate.read().await;
-                    let step = begun.fetch_add(1, Ordering::Relaxed);
+                    let _permission = gate.read().await;
+                    let step = next_step.fetch_add(1, Ordering::Relaxed);
                     if step >= calls {
                         return;
                     }
-                    let connection = line.lock().unwrap().clone();
-                    let how = call(connection, step).await;
-                    *told.lock().unwrap().entry(how).or_insert(0_u64) += 1;
+                    let connection = connection.lock().unwrap().clone();
+                    let ending = call(connection, step).await;
+                    *endings.lock().unwrap().entry(ending).or_insert(0_u64) += 1;
                     ended.fetch_add(1, Ordering::Relaxed);
                 }
             }));
@@ -121,20 +121,20 @@ async fn soak() {
         let now = ended.load(Ordering::Relaxed);
         if done < reloads && now >= calls / reloads.max(1) * done {
             done += 1;
-            reload(&site, done, &lines).await;
+            reload(&site, done, &connections).await;
             continue;
         }
         if now < calls * (samples.len() as u64 + 1) / SAMPLES {
             tokio::time::sleep(Duration::from_millis(5)).await;
             continue;
         }
-        let closed = gate.write().await;
+        let paused = gate.write().await;
         until("no call is in flight", async || {
             site.metric("calls_in_flight").await < 0.5
         })
         .await;
         let process = Process::read(&site).await;
-        drop(closed);
+        drop(paused);
         samples.push(process.sample);
         if samples.len().is_multiple_of(5) {
             let per_second = (now - last_calls) as f64 / last.elapsed().as_secs_f64();
@@ -153,19 +153,20 @@ async fn soak() {
     for bot in bots {
         bot.await.unwrap();
     }
-    let told = told.lock().unwrap().clone();
-    println!("\ncalls ended as {told:#?}");
+    let endings = endings.lock().unwrap().clone();
+    println!("\noutcomes of the calls: {endings:#?}");
     assert!(
-        told.keys()
-            .all(|how| !how.contains("INTERNAL") && !how.starts_with("unheard")),
-        "calls were lost"
+        endings
+            .keys()
+            .all(|ending| !ending.contains("INTERNAL") && !ending.starts_with("no ErrorInfo")),
+        "calls failed unexpectedly"
     );
     compare(&samples);
     site.lab.process().terminate();
     assert_eq!(site.lab.process().exit_code().await, Some(0));
 }
 
-/// Fails where the last quarter has more than the second.
+/// Panics if the last quarter of the samples has significantly more than the second one.
 fn compare(samples: &[Sample]) {
     let quarter = samples.len() / 4;
     let median = |of: &[Sample], value: fn(&Sample) -> f64| {
@@ -182,20 +183,22 @@ fn compare(samples: &[Sample]) {
         };
         let (before, after) = (median(second, value), median(last, value));
         if after < 0.5 {
-            println!("{name}: not measured; the broker is not dumpable, so only root sees it");
+            println!("{name}: not measured; the broker is not dumpable, so only root can read it");
             continue;
         }
-        println!("{name}: median of the second quarter {before:.1}, of the last {after:.1}");
+        println!(
+            "{name}: median of the second quarter {before:.1}, of the last quarter {after:.1}"
+        );
         let bound = if name == "RSS, MB" {
             before * RSS_MAY_GROW_BY
         } else {
             before + COUNTS_MAY_GROW_BY
         };
-        assert!(after <= bound, "{name} has grown");
+        assert!(after <= bound, "{name} grew from {before:.1} to {after:.1}");
     }
 }
 
-/// The broker's process, from outside and by its own word.
+/// The broker's process, measured by /proc and by its own metrics.
 struct Process {
     sample: Sample,
     threads: String,
@@ -212,7 +215,7 @@ impl Process {
             value.split_whitespace().next().unwrap().to_owned()
         };
         let rss_kb: f64 = field("VmRSS:").parse().unwrap();
-        // Not readable where the broker has made itself not dumpable and we are not root.
+        // Not readable if the broker is not dumpable and this process is not root.
         let descriptors =
             std::fs::read_dir(format!("/proc/{id}/fd")).map_or(0, std::iter::Iterator::count);
         Self {
@@ -232,7 +235,7 @@ fn number(variable: &str, default: u64) -> u64 {
     set.map_or(default, |set| set.to_str().unwrap().parse().unwrap())
 }
 
-/// Rules that differ in the key they name and in a bot that nobody is.
+/// Rules for each `number`: with a different key, and a different extra bot that does not exist.
 fn rules(number: u64) -> String {
     let key = if number.is_multiple_of(2) {
         "main"
@@ -242,7 +245,7 @@ fn rules(number: u64) -> String {
     let keys = format!("\"{key}\", futures = \"{key}\"");
     let mut rules = TRADER.replace("\"main\", futures = \"main\"", &keys);
     let bots = (0..BOTS).map(|bot| format!("bot-{bot}"));
-    // The site's own reader, and somebody for each number.
+    // The reader of the drive, and the extra bot.
     for bot in bots.chain(["reader".to_owned(), format!("spare-{number}")]) {
         let _ = write!(
             rules,
@@ -258,16 +261,16 @@ async fn connect(site: &Site, bot: usize) -> Patient {
     patient(site.lab.grpc, &roots, &identity).await.unwrap()
 }
 
-/// Changes a file and waits until it is in force.
-async fn reload(site: &Site, number: u64, lines: &[Arc<Mutex<Patient>>]) {
-    let what = if number.is_multiple_of(4) {
+/// Changes a file and waits until the broker has loaded it.
+async fn reload(site: &Site, number: u64, connections: &[Arc<Mutex<Patient>>]) {
+    let file = if number.is_multiple_of(4) {
         "tls"
     } else {
         "rules"
     };
-    let taken = format!("reloads_total{{file=\"{what}\",outcome=\"taken\"}}");
-    let before = site.metric(&taken).await;
-    if what == "tls" {
+    let reloaded = format!("reloads_total{{file=\"{file}\",outcome=\"reloaded\"}}");
+    let before = site.metric(&reloaded).await;
+    if file == "tls" {
         let server = site.lab.ca.server().unwrap();
         site.lab.replace("server.key", &server.key_pem).unwrap();
         site.lab
@@ -277,23 +280,23 @@ async fn reload(site: &Site, number: u64, lines: &[Arc<Mutex<Patient>>]) {
         site.lab.replace("rules.toml", &rules(number)).unwrap();
     }
     until("a changed file is loaded", async || {
-        site.metric(&taken).await > before
+        site.metric(&reloaded).await > before
     })
     .await;
-    if what == "tls" {
+    if file == "tls" {
         let bot = usize::try_from(number / 4).unwrap() % BOTS;
         let connection = connect(site, bot).await;
-        *lines[bot].lock().unwrap() = connection;
+        *connections[bot].lock().unwrap() = connection;
     }
 }
 
-/// One call of the mix, and how it ended.
+/// Sends one call of the mix; returns how it ended.
 async fn call(connection: Patient, step: u64) -> String {
     let mut bot = Bot::over(connection);
     let id = format!("soak-{step}");
     let mut ended = send(&mut bot, nth_call(step, &id)).await;
     if step % 20 == 10 {
-        // What has been placed is withdrawn, so that the exchange's books stay small.
+        // Cancels the order that was placed, so that few orders stay open.
         let target = format!("/api/v1/hf/orders/client-order/{id}?symbol=BTC-USDT");
         let cancel = request(Scope::SpotMargin, Method::Delete, &target, "");
         ended = format!("{ended}, then {}", send(&mut bot, cancel).await);
@@ -306,7 +309,7 @@ async fn send(bot: &mut Bot<Patient>, call: SignAndSendRequest) -> String {
         Ok(answer) => format!("{:?} ({})", answer.outcome(), answer.code),
         Err(status) => match status.get_details_error_info() {
             Some(info) => info.reason,
-            None => format!("unheard: {status:?}"),
+            None => format!("no ErrorInfo: {status:?}"),
         },
     }
 }

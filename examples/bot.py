@@ -1,4 +1,4 @@
-"""A bot in Python: reads balances and tests an order. `python bot.py ADDRESS FOLDER`, as the demo prints it.
+"""A bot in Python: reads balances and tests an order. Run `python bot.py ADDRESS FOLDER`; the demo prints both arguments.
 
 Needs grpcio, grpcio-tools (which compiles the proto on import) and grpcio-status.
 """
@@ -20,13 +20,13 @@ def connect(address, folder):
         return (Path(folder) / name).read_bytes()
 
     identity = grpc.ssl_channel_credentials(read("ca.pem"), read("bot.key"), read("bot.pem"))
-    # The broker sends answers of up to 16 MiB and a little; the library takes 4 MB unless it is told.
+    # The broker sends answers of up to 16 MiB and a little more; grpcio accepts 4 MB by default.
     options = [("grpc.max_receive_message_length", 17 * 1024 * 1024)]
     return services.BrokerStub(grpc.secure_channel(address, identity, options=options))
 
 
 def outcome_of(error):
-    """What a failed call must assume: without our ErrorInfo the failure is the transport's."""
+    """Reason and outcome of a failed call. Without the broker's ErrorInfo, the transport failed."""
     status = rpc_status.from_call(error)
     for detail in status.details if status else ():
         info = error_details_pb2.ErrorInfo()
@@ -54,7 +54,7 @@ def main(address, folder):
             print(f"{path}: {reason}, {outcome}: {error.details()}")
         else:
             print(f"{path}: HTTP {answer.http_status}, {messages.Outcome.Name(answer.outcome)}: {answer.body.decode()}")
-            if answer.advice:  # empty unless the exchange refused, or may have
+            if answer.advice:  # empty unless the exchange rejected the request, or may have
                 print(f"{path}: {answer.advice}")
 
 

@@ -1,7 +1,8 @@
-//! A bot in Rust: reads balances and tests an order. `cargo run --example bot -- ADDRESS FOLDER`, as the demo prints it.
+//! A bot in Rust: reads balances and tests an order. Run `cargo run --example bot -- ADDRESS FOLDER`; the demo prints both
+//! arguments.
 //!
-//! docs/bots.md shows this program for a project of your own.
-#![expect(clippy::print_stdout, reason = "it shows a person what came back")]
+//! docs/bots.md shows how to use this program in a project of your own.
+#![expect(clippy::print_stdout, reason = "prints the answers")]
 
 use credbroker::proto::broker_client::BrokerClient;
 use credbroker::proto::{Method, Scope, SignAndSendRequest};
@@ -56,7 +57,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
                     String::from_utf8_lossy(&answer.body),
                 );
                 println!("{path}: HTTP {}, {outcome}: {body}", answer.http_status);
-                // Empty unless the exchange refused the request, or may have.
+                // Empty unless the exchange rejected the request, or may have.
                 if !answer.advice.is_empty() {
                     println!("{path}: {}", answer.advice);
                 }

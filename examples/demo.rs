@@ -1,8 +1,8 @@
-//! Everything running in one command: `cargo run --locked --example demo`.
+//! Starts everything in one command: `cargo run --locked --example demo`.
 //!
 //! A simulated Vault, a simulated KuCoin, a throw-away CA, the real broker, and a bot that trades through it. Each step
-//! prints what the bot sent, what the broker signed and what came back. Then all stays up for your own first calls.
-//! With `--once` it ends after the steps.
+//! prints what the bot sent, what the broker signed and what came back. Then everything keeps running for your own calls.
+//! With `--once` the demo exits after the steps.
 
 use std::fs::Permissions;
 use std::io::{self, Write};
@@ -52,7 +52,7 @@ const ACCOUNTS: [(&str, u64); 2] = [("alpha", 1001), ("beta", 1002)];
 /// Account and scope of the spot steps.
 const SPOT: (&str, Scope) = ("alpha", Scope::SpotMargin);
 
-/// Account and scope of the futures steps: another key, another host.
+/// Account and scope of the futures steps, with another key and another host.
 const FUTURES: (&str, Scope) = ("beta", Scope::Futures);
 
 macro_rules! say {
@@ -62,7 +62,7 @@ macro_rules! say {
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<()> {
     let once = std::env::args().any(|argument| argument == "--once");
-    // The lost answer below is told in the story; the broker's warning of it would only stand in the way.
+    // No warnings: the output below explains the lost answer, so the broker's warning would be redundant.
     init_logs("error", LogFormat::Text)?;
     let folder = tempfile::Builder::new()
         .prefix("credbroker-demo-")
@@ -72,7 +72,7 @@ async fn main() -> anyhow::Result<()> {
     demo.trade().await?;
     demo.fail().await?;
     if !once {
-        demo.invite()?;
+        demo.print_commands()?;
         let mut terminate = signal(SignalKind::terminate())?;
         let mut hang_up = signal(SignalKind::hangup())?;
         tokio::select! {
@@ -83,7 +83,7 @@ async fn main() -> anyhow::Result<()> {
     }
     demo.server.stop().await;
     demo.installation.folder.close()?;
-    say!("\nStopped; nothing is left behind.");
+    say!("\nStopped. All files of the demo were removed.");
     Ok(())
 }
 
@@ -115,7 +115,7 @@ impl Demo {
             ..
         } = &installation;
         for (account, uid) in ACCOUNTS {
-            // Bound to the broker's address, as real keys should be.
+            // Restricted to the broker's address, as real keys should be.
             let key = SimKey {
                 ip_whitelist: vec![Ipv4Addr::LOCALHOST.into()],
                 ..SimKey::fake(uid)
@@ -124,7 +124,7 @@ impl Demo {
             kucoin.add_key(key);
         }
         say!(
-            "simulated Vault            {}   holds the keys of accounts alpha and beta",
+            "simulated Vault            {}   has the keys of accounts alpha and beta",
             vault.address()
         );
         say!("simulated KuCoin, spot     {}", kucoin.spot_url());
@@ -136,7 +136,7 @@ impl Demo {
         let config = Config::parse(&config, folder.path())
             .map_err(|problems| anyhow::anyhow!("{problems:?}"))?;
         let server = Server::start(config).await?;
-        let admin = server.admin.context("no door for admins")?;
+        let admin = server.admin.context("the broker has no admin listener")?;
         installation.write_admin(&ca.admin("demo")?, admin, "ca.pem", "")?;
         say!(
             "broker                     {}   gRPC, TLS 1.3, client certificates",
@@ -145,7 +145,7 @@ impl Demo {
         say!("broker, for admins         {admin}");
         say!("broker, health and metrics http://{}", server.ops);
         say!(
-            "the bot                    holds a certificate (spiffe://demo.test/bot/demo) and no key of any exchange"
+            "the bot                    has a certificate (spiffe://demo.test/bot/demo) and no exchange key"
         );
 
         let tls = ClientTlsConfig::new()
@@ -156,9 +156,11 @@ impl Demo {
             ));
         say!("certificates, rules, audit {}", folder.path().display());
         say!(
-            "\nOf each call: in, what the bot sent; signed, the string that was signed (time, method, path and query, body)"
+            "\nFor each call, \"in\" shows what the bot sent, \"signed\" the string that was signed (time, method, path and query,"
         );
-        say!("as the simulated KuCoin read it off the wire; back, what the bot got.");
+        say!(
+            "body) and the headers that the simulated KuCoin received, and \"back\" what the bot got."
+        );
         let channel = Endpoint::from_shared(format!("https://{}", server.grpc))?
             .tls_config(tls)?
             .connect()
@@ -172,7 +174,7 @@ impl Demo {
         Ok(demo)
     }
 
-    /// Asks the health service until the keys have come from Vault.
+    /// Waits until the broker is ready: the keys are loaded from Vault.
     async fn until_ready(&self) -> anyhow::Result<()> {
         let mut ready = self.server.readiness();
         while !ready.borrow_and_update().is_ready {
@@ -227,7 +229,7 @@ impl Demo {
         let order_id = body
             .pointer("/data/orderId")
             .and_then(Value::as_str)
-            .context("no order id")?;
+            .context("the answer has no order id")?;
         self.call(
             "Cancel it",
             FUTURES,
@@ -240,39 +242,39 @@ impl Demo {
         Ok(())
     }
 
-    /// A call that the rules refuse, and one whose answer is lost.
+    /// Sends a request that the rules deny, and one whose answer is lost.
     async fn fail(&self) -> anyhow::Result<()> {
         let body = json!({"currency": "USDT", "amount": "1000000", "toAddress": "somewhere", "withdrawType": "ADDRESS"});
-        let refused = self
+        let denied = self
             .call(
-                "A withdrawal: the rules grant the bot no such thing",
+                "A withdrawal, which no rule grants to the bot",
                 SPOT,
                 Method::Post,
                 "/api/v3/withdrawals",
                 Some(body),
             )
             .await?;
-        ensure!(refused.is_none(), "the withdrawal must be refused");
+        ensure!(denied.is_none(), "the withdrawal was not denied");
 
         self.installation.kucoin.fault(Fault::once(
             "/api/v1/hf/orders",
             FaultAction::Close {
-                when: When::AfterTaken,
+                when: When::AfterProcessing,
             },
         ));
         let body = spot_order("demo-lost-1");
         let lost = self
             .call(
-                "A lost answer: the simulated KuCoin takes the order and hangs up",
+                "A lost answer: the simulated KuCoin accepts the order and closes the connection",
                 SPOT,
                 Method::Post,
                 "/api/v1/hf/orders",
                 Some(body),
             )
             .await?;
-        ensure!(lost.is_none(), "the answer must be lost");
+        ensure!(lost.is_none(), "the answer was not lost");
         say!(
-            "   The broker does not send it again: that could buy twice. The bot looks it up by its clientOid:"
+            "   The broker does not send the order again, because that could buy twice. The bot looks it up by its clientOid:"
         );
         let by_oid = "/api/v1/hf/orders/client-order/demo-lost-1?symbol=BTC-USDT";
         let found = self
@@ -286,14 +288,14 @@ impl Demo {
             .await?;
         ensure!(
             found.is_some_and(|answer| answer.outcome() == Outcome::Accepted),
-            "the order must be there"
+            "the order was not found"
         );
-        self.call("Cancel it, too", SPOT, Method::Delete, by_oid, None)
+        self.call("Cancel that order", SPOT, Method::Delete, by_oid, None)
             .await?;
         Ok(())
     }
 
-    /// One call: prints what went in, what was signed and what came back.
+    /// Sends a request; prints it, what was signed and what came back.
     async fn call(
         &self,
         title: &str,
@@ -328,12 +330,12 @@ impl Demo {
             say!("           {}", String::from_utf8_lossy(&request.body));
         }
         let before = self.installation.kucoin.received().len();
-        let ended = self.bot.clone().sign_and_send(request).await;
+        let result = self.bot.clone().sign_and_send(request).await;
         match self.installation.kucoin.received().get(before) {
             Some(received) => say_signed(received)?,
-            None => say!("   signed  nothing; nothing left the broker"),
+            None => say!("   signed  nothing; no request was sent to the exchange"),
         }
-        match ended {
+        match result {
             Ok(answer) => {
                 let answer = answer.into_inner();
                 say!(
@@ -352,12 +354,12 @@ impl Demo {
         }
     }
 
-    /// What to type next, in a second terminal.
-    fn invite(&self) -> anyhow::Result<()> {
+    /// Prints commands for a second terminal.
+    fn print_commands(&self) -> anyhow::Result<()> {
         let folder = self.installation.folder.path().display();
         let (grpc, ops) = (self.server.grpc, self.server.ops);
         say!(
-            "\n== Your turn: all of it stays up until Ctrl-C. In a second terminal, from the project's folder:\n"
+            "\n== Your turn: everything keeps running until Ctrl-C. In a second terminal, in the project's folder:\n"
         );
         say!(
             "# balances with grpcurl (go install github.com/fullstorydev/grpcurl/cmd/grpcurl@latest)"
@@ -374,9 +376,9 @@ impl Demo {
         say!(".venv/bin/python examples/bot.py {grpc} {folder}\n");
         say!("# the bot of examples/bot.rs");
         say!("cargo run --example bot -- {grpc} {folder}\n");
-        say!("# how the keys are, for the admin of {folder}/admin.toml");
+        say!("# health of the keys, as the admin of {folder}/admin.toml");
         say!("cargo run -- keys list --admin {folder}/admin.toml\n");
-        say!("# readiness and metrics; the record; the metadata of a key in the simulated Vault");
+        say!("# readiness and metrics; audit log; metadata of a key in the simulated Vault");
         say!("curl -s http://{ops}/readyz http://{ops}/metrics");
         say!("cat {folder}/state/audit.jsonl");
         say!(
@@ -393,7 +395,7 @@ fn spot_order(client_oid: &str) -> Value {
     })
 }
 
-/// The beginning of a long answer.
+/// The answer, cut if it is long.
 fn brief(body: &[u8]) -> String {
     let text = String::from_utf8_lossy(body);
     match text.char_indices().nth(240) {
@@ -408,7 +410,7 @@ fn brief(body: &[u8]) -> String {
 
 fn say_signed(received: &ReceivedRequest) -> anyhow::Result<()> {
     let header = |name| received.header(name).unwrap_or_default();
-    // As the simulated exchange saw it; what it verifies is the query decoded again.
+    // The signed string has the decoded query, so decode the query that was received.
     let target =
         received
             .target
@@ -431,7 +433,7 @@ fn say_signed(received: &ReceivedRequest) -> anyhow::Result<()> {
         header("kc-api-key-version")
     );
     say!(
-        "           simulated KuCoin says of the signature: {:?}",
+        "           simulated KuCoin checked the signature: {:?}",
         received.signature
     );
     Ok(())
@@ -440,7 +442,7 @@ fn say_signed(received: &ReceivedRequest) -> anyhow::Result<()> {
 fn say_failure(status: &Status) -> anyhow::Result<()> {
     let info = status
         .get_details_error_info()
-        .context("a failure without ErrorInfo")?;
+        .context("the failure has no ErrorInfo")?;
     let outcome = info
         .metadata
         .get("outcome")

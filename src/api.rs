@@ -1,4 +1,4 @@
-//! The gRPC services: they translate messages into requests of the broker, and its results into messages.
+//! The gRPC services: messages to requests of the broker, and its results back to messages.
 
 pub(crate) mod admin_error;
 pub(crate) mod admins;

@@ -1,6 +1,8 @@
-//! The record of who asked for what and how it ended: one JSON line before a request leaves, one after.
+//! The audit log: who sent which request, and how it ended. A JSON line, `intent`, before a request is sent, and a line,
+//! `outcome`, after.
 //!
-//! A record, not a log: it holds digests and masked targets, never bodies, secrets or signatures.
+//! If the intent cannot be written, a risk-increasing request is refused; any other is sent, and its line goes to the log.
+//! Lines hold digests and masked targets, never bodies, secrets or signatures.
 
 use std::borrow::Cow;
 use std::fs::{File, OpenOptions};
@@ -22,25 +24,25 @@ use crate::kucoin::{Scope, UnsignedRequest};
 use crate::policy::Permit;
 use crate::telemetry::Metrics;
 
-/// How often written lines are flushed to the disk: what a power cut can take.
+/// How often written lines are flushed to the disk; a power cut can lose the lines of this long.
 const SYNC_EVERY: Duration = Duration::from_millis(500);
 
-/// A batch has 20 orders; more ids are no order, and a line has to be bounded.
+/// `clientOid`s in a line. A batch has at most 20 orders; the limit bounds the length of a line.
 const MAX_CLIENT_OIDS: usize = 100;
 
-/// Characters of the target in the line of a call that was refused.
+/// Characters of the target in the line of a denied call.
 const MAX_DENIED_TARGET: usize = 512;
 
-/// `clientOid`s in the line of a call that was refused.
+/// `clientOid`s in the line of a denied call.
 const MAX_DENIED_OIDS: usize = 5;
 
-/// KuCoin takes 40 characters.
+/// Characters of each `clientOid` in a line; KuCoin accepts 40.
 const MAX_CLIENT_OID_CHARS: usize = 64;
 
-/// No line is longer: the longest are orders of [`MAX_CLIENT_OIDS`], and targets of a few kilobytes.
+/// Upper bound for the length of a line. The longest lines have [`MAX_CLIENT_OIDS`] ids and a target of a few kilobytes.
 const MAX_LINE_BYTES: u64 = 128 * 1024;
 
-/// The audit file.
+/// The audit log.
 #[derive(Debug)]
 pub(crate) struct Audit {
     path: PathBuf,
@@ -49,44 +51,47 @@ pub(crate) struct Audit {
     metrics: Arc<Metrics>,
 }
 
-/// Proof that the intent of one request is in the audit log (or, unless it is risk-increasing, at least in the log).
+/// Proof that the intent of a request was recorded: in the audit log, or, if that cannot be written and the request is not
+/// risk-increasing, in the log.
 #[derive(Debug)]
-#[must_use = "nothing is sent without it"]
+#[must_use = "sending a request requires it"]
 pub(crate) struct Recorded(());
 
-/// The record could not be written.
+/// The intent of a risk-increasing request could not be written.
 #[derive(Debug, thiserror::Error)]
-#[error("the audit log cannot be written; risk-increasing requests are refused until it can")]
+#[error(
+    "the audit log cannot be written, and risk-increasing requests are refused until it can; nothing was sent"
+)]
 pub(crate) struct AuditError(#[source] io::Error);
 
-/// Who asked, in every line of a call.
+/// Who called, and on which account: the fields that every line of a call has.
 #[derive(Clone, Debug)]
 pub(crate) struct CallContext<'a> {
-    /// The bot, or an admin, or the broker itself.
-    pub(crate) who: &'a Principal,
-    /// The call's name.
+    /// The bot, the admin, or the broker itself.
+    pub(crate) principal: &'a Principal,
+    /// The request id. Bots choose it, and it may repeat.
     pub(crate) request_id: &'a RequestId,
-    /// This run's own name of the call; request ids are the bot's and may repeat.
+    /// The number of the call in this run.
     pub(crate) call: u64,
-    /// On whose account and in which scope; unknown where the request is malformed.
-    pub(crate) place: Option<(&'a AccountId, Scope)>,
+    /// The account and scope; `None` if the request is malformed.
+    pub(crate) account_and_scope: Option<(&'a AccountId, Scope)>,
 }
 
-/// How a call ended, as far as its lines tell.
+/// How a call ended: the fields for it in a line.
 #[derive(Clone, Debug, Default, Serialize)]
-pub(crate) struct Ending<'a> {
-    /// What is known about the request.
+pub(crate) struct CallEnd<'a> {
+    /// The outcome.
     pub(crate) outcome: Option<Outcome>,
-    /// Why it failed; none for an answer of the exchange.
+    /// Why it failed; `None` if the exchange answered.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) reason: Option<Reason>,
-    /// What the bot was told beside the reason.
+    /// The error message that the bot got.
     #[serde(serialize_with = "cleaned", skip_serializing_if = "Option::is_none")]
     pub(crate) detail: Option<String>,
     /// HTTP status of the answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) http_status: Option<u16>,
-    /// `code` of the answer, cleaned and cut.
+    /// `code` of the answer, sanitized and truncated.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) code: Option<Cow<'a, str>>,
     /// The timestamp that was signed.
@@ -96,10 +101,10 @@ pub(crate) struct Ending<'a> {
     pub(crate) duration_us: u64,
 }
 
-/// Version of the format of a line (`v`): it grows when a field is renamed, removed or changes its meaning.
+/// Version of the line format (`v`): incremented when a field is renamed, removed or changes its meaning.
 const VERSION: u8 = 1;
 
-/// One line of the file. The order of its fields is the order in the file.
+/// A line of a call. Its fields are written in this order.
 #[derive(Serialize)]
 struct Line<'a> {
     v: u8,
@@ -111,7 +116,7 @@ struct Line<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     bot: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    who: Option<&'a str>,
+    principal: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     account: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -121,13 +126,13 @@ struct Line<'a> {
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     request: Option<AuditedRequest<'a>>,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
-    ending: Option<&'a Ending<'a>>,
+    ending: Option<&'a CallEnd<'a>>,
 }
 
-/// What an admin did, or what became of a key.
+/// An action of an admin, or a change of a key in Vault.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct Act<'a> {
-    /// What was done: the name of the call, or `key` where another key serves.
+    /// The action: the name of the admin's call, or `key` for a change of a key.
     pub(crate) action: &'static str,
     /// The account.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -135,30 +140,30 @@ pub(crate) struct Act<'a> {
     /// The name of the key.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) key: Option<&'a KeyName>,
-    /// The bot it is about.
+    /// The bot that the action is about.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) about_bot: Option<&'a BotId>,
-    /// The version that served until now, as Vault counts.
+    pub(crate) target_bot: Option<&'a BotId>,
+    /// The previously active key version in Vault.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) version_before: Option<u64>,
-    /// The version that was found.
+    /// The key version that was found.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) version_after: Option<u64>,
-    /// SHA-256 of the id of the key that served until now.
+    /// SHA-256 of the id of the previously active key.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) key_before: Option<String>,
     /// SHA-256 of the id of the key that was found.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) key_after: Option<String>,
-    /// `done` or `failed`; of a key `in_use`, `refused` or `gone`.
+    /// `done` or `failed`; for a key `activated`, `rejected` or `removed`.
     pub(crate) outcome: &'static str,
-    /// Why, or what else is to be known.
+    /// The cause, or further information.
     #[serde(serialize_with = "cleaned", skip_serializing_if = "Option::is_none")]
     pub(crate) detail: Option<String>,
 }
 
 impl<'a> Act<'a> {
-    /// About an account.
+    /// An action on an account.
     pub(crate) fn on_account(action: &'static str, account: &'a AccountId) -> Self {
         Self {
             action,
@@ -167,52 +172,52 @@ impl<'a> Act<'a> {
         }
     }
 
-    /// About a bot.
+    /// An action on a bot.
     pub(crate) fn on_bot(action: &'static str, bot: &'a BotId) -> Self {
         Self {
             action,
-            about_bot: Some(bot),
+            target_bot: Some(bot),
             ..Self::default()
         }
     }
 }
 
-/// An act as it stands in the file.
+/// The line of an action.
 #[derive(Serialize)]
 struct ActLine<'a> {
     v: u8,
     event: &'static str,
     time_ms: i64,
     run: &'a str,
-    who: &'a str,
+    principal: &'a str,
     #[serde(flatten)]
     act: &'a Act<'a>,
 }
 
-/// A change of a file that the broker reads, made by whoever can write the file.
+/// A change of a file that the broker reads. Who changed it is unknown.
 #[derive(Debug)]
 pub(crate) struct Change<'a> {
-    /// Which file or files.
-    pub(crate) what: &'static str,
-    /// SHA-256 of what was in force until now; none at the start.
+    /// The changed file or files.
+    pub(crate) file: &'static str,
+    /// SHA-256 of the previous content in use; `None` at the start.
     pub(crate) before: Option<&'a [u8; 32]>,
-    /// SHA-256 of what was found.
+    /// SHA-256 of the new content.
     pub(crate) after: &'a [u8; 32],
-    /// `in_force` at the start, `taken` or `refused` later.
+    /// `loaded` at the start; later `reloaded` if the broker uses the new content, `rejected` if it does not.
     pub(crate) outcome: &'static str,
     /// Why it was refused.
     pub(crate) detail: Option<String>,
 }
 
-/// A change as it stands in the file.
+/// The line of a change.
 #[derive(Serialize)]
 struct ChangeLine<'a> {
     v: u8,
     event: &'static str,
     time_ms: i64,
     run: &'a str,
-    who: &'static str,
-    what: &'static str,
+    principal: &'static str,
+    file: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     sha256_before: Option<String>,
     sha256_after: String,
@@ -221,7 +226,7 @@ struct ChangeLine<'a> {
     detail: Option<Cow<'a, str>>,
 }
 
-/// Says that the line before it was cut off.
+/// The line that marks the previous one as incomplete.
 #[derive(Serialize)]
 struct TornLine<'a> {
     v: u8,
@@ -231,7 +236,7 @@ struct TornLine<'a> {
     detail: &'static str,
 }
 
-/// What was asked.
+/// The fields of a request in a line.
 #[derive(Serialize)]
 struct AuditedRequest<'a> {
     method: &'static str,
@@ -243,7 +248,7 @@ struct AuditedRequest<'a> {
 }
 
 impl Audit {
-    /// Opens the file for appending, makes it where it is missing, and flushes it in the background.
+    /// Opens the file for appending, creates it if it is missing, and starts a thread that flushes it.
     ///
     /// # Errors
     /// When it cannot be opened.
@@ -265,7 +270,7 @@ impl Audit {
             .name("audit-sync".to_owned())
             .spawn(move || {
                 while let Some(audit) = alive.upgrade() {
-                    audit.follow();
+                    audit.reopen_if_rotated();
                     audit.sync();
                     drop(audit);
                     std::thread::sleep(SYNC_EVERY);
@@ -274,10 +279,10 @@ impl Audit {
         Ok(audit)
     }
 
-    /// Records that a request is about to leave.
+    /// Records that a request is about to be sent.
     ///
     /// # Errors
-    /// When the line cannot be written and the request is risk-increasing; any other goes on, with its line in the log.
+    /// When the line cannot be written and the request is risk-increasing. The line of any other request goes to the log.
     pub(crate) fn intent(
         &self,
         caller: &CallContext<'_>,
@@ -287,12 +292,12 @@ impl Audit {
         let client_oid_in_path = permit
             .endpoint()
             .and_then(|e| e.path_parameter("clientOid", request.target.path()));
-        let what = AuditedRequest::new(request, client_oid_in_path);
+        let audited = AuditedRequest::new(request, client_oid_in_path);
         match self.write(
             "intent",
             caller,
             Some(permit.endpoint_id()),
-            Some(what),
+            Some(audited),
             None,
         ) {
             Err(error) if permit.increases_risk() => Err(AuditError(error)),
@@ -300,40 +305,40 @@ impl Audit {
         }
     }
 
-    /// Records a call that ended without an intent: refused by the rules, malformed, or while shutting down.
+    /// Records a call that was refused before its intent was recorded, such as one that the rules deny or a malformed one.
     pub(crate) fn denied(
         &self,
         caller: &CallContext<'_>,
         request: Option<&UnsignedRequest>,
-        ending: &Ending<'_>,
+        ending: &CallEnd<'_>,
     ) {
-        let what = request.map(|request| {
-            let mut what = AuditedRequest::new(request, None);
-            // Whoever is refused chooses how long it is.
-            what.target = cut(&what.target, MAX_DENIED_TARGET).to_owned();
-            what.client_oids.truncate(MAX_DENIED_OIDS);
-            what
+        let audited = request.map(|request| {
+            let mut audited = AuditedRequest::new(request, None);
+            // A denied caller must not fill the disk with long requests.
+            audited.target = cut(&audited.target, MAX_DENIED_TARGET).to_owned();
+            audited.client_oids.truncate(MAX_DENIED_OIDS);
+            audited
         });
-        // A refusal stands even where it cannot be recorded; `write` has put it into the log.
-        let _ = self.write("denied", caller, None, what, Some(ending));
+        // The call is denied even if its line cannot be written; `append` has then logged the line.
+        let _ = self.write("denied", caller, None, audited, Some(ending));
     }
 
-    /// Records how a call ended: what the bot was told.
-    pub(crate) fn outcome(&self, caller: &CallContext<'_>, endpoint: &str, ending: &Ending<'_>) {
+    /// Records how a call ended, as reported to the caller.
+    pub(crate) fn outcome(&self, caller: &CallContext<'_>, endpoint: &str, ending: &CallEnd<'_>) {
         let _ = self.write("outcome", caller, Some(endpoint), None, Some(ending));
     }
 
-    /// Records the late result of a request whose bot was answered with `maybe_sent`.
+    /// Records the late result of a request whose caller has already got `maybe_sent`.
     pub(crate) fn late_answer(
         &self,
         caller: &CallContext<'_>,
         endpoint: &str,
-        ending: &Ending<'_>,
+        ending: &CallEnd<'_>,
     ) {
         let _ = self.write("late_answer", caller, Some(endpoint), None, Some(ending));
     }
 
-    /// Records a change of a file. It is in force (or not) whether or not it can be recorded.
+    /// Records a change of a file. A failure to record it does not undo the change.
     pub(crate) fn changed(&self, change: &Change<'_>) {
         let mut file = self.file.lock();
         let line = ChangeLine {
@@ -341,44 +346,44 @@ impl Audit {
             event: "change",
             time_ms: self.clock.wall_ms(),
             run: &file.run,
-            who: "file",
-            what: change.what,
+            principal: "file",
+            file: change.file,
             sha256_before: change.before.map(|digest| hex(digest)),
             sha256_after: hex(change.after),
             outcome: change.outcome,
             detail: change.detail.as_ref().map(|text| clean(text, MAX_CHARS)),
         };
         let text = serde_json::to_string(&line);
-        // `append` has logged what it could not write.
+        // `append` has logged a line that it could not write.
         let _ = text
             .map_err(io::Error::from)
             .and_then(|text| self.append(&mut file, text));
     }
 
-    /// Records what `who` did: an admin's name, or `vault`. It is done whether or not it can be recorded.
-    pub(crate) fn acted(&self, who: &str, act: &Act<'_>) {
+    /// Records an action of `principal`: an admin's name, or `vault`. A failure to record it does not undo the action.
+    pub(crate) fn record_action(&self, principal: &str, act: &Act<'_>) {
         let mut file = self.file.lock();
         let line = ActLine {
             v: VERSION,
             event: "act",
             time_ms: self.clock.wall_ms(),
             run: &file.run,
-            who,
+            principal,
             act,
         };
         let text = serde_json::to_string(&line);
-        // `append` has logged what it could not write.
+        // `append` has logged a line that it could not write.
         let _ = text
             .map_err(io::Error::from)
             .and_then(|text| self.append(&mut file, text));
     }
 
-    /// Flushes the file to the disk, and keeps nobody from writing meanwhile.
+    /// Flushes the file to the disk. Others can write lines meanwhile.
     pub(crate) fn sync(&self) {
-        self.report(self.in_use().and_then(|file| file.sync_data()));
+        self.report_sync(self.current_file().and_then(|file| file.sync_data()));
     }
 
-    /// Why the last line could not be written, as long as none could be written since.
+    /// Why the last line could not be written; `None` if it was.
     pub(crate) fn failure(&self) -> Option<String> {
         let file = self.file.lock();
         let failure = file.failure.as_ref()?;
@@ -388,48 +393,48 @@ impl Audit {
         ))
     }
 
-    /// Goes on in a new file once the old one has been renamed or removed, as by whoever rotates it. No line waits for a
-    /// slow disk meanwhile: files are looked at, opened and flushed while others write.
-    fn follow(&self) {
-        let Ok(in_use) = self.in_use().and_then(|file| file.metadata()) else {
+    /// Opens a new file if the current one was renamed or removed, for example by log rotation. Files are checked, opened and
+    /// flushed without the lock, so that no line waits for a slow disk.
+    fn reopen_if_rotated(&self) {
+        let Ok(current) = self.current_file().and_then(|file| file.metadata()) else {
             return;
         };
-        let stays = std::fs::metadata(&self.path)
-            .is_ok_and(|there| (there.dev(), there.ino()) == (in_use.dev(), in_use.ino()));
-        if stays || !in_use.is_file() {
+        let is_unchanged = std::fs::metadata(&self.path)
+            .is_ok_and(|found| (found.dev(), found.ino()) == (current.dev(), current.ino()));
+        if is_unchanged || !current.is_file() {
             return;
         }
         match open(&self.path).and_then(Appender::new) {
             Ok(mut new) => {
                 let old = {
                     let mut file = self.file.lock();
-                    // The next line goes to the new file, so that nothing else completes the old one.
+                    // The next line goes to the new file, so an incomplete line of the old one must be completed now.
                     let _ = file.complete(&self.clock);
                     new.run = std::mem::take(&mut file.run);
                     std::mem::replace(&mut *file, new)
                 };
-                tracing::info!(file = %self.path.display(), "audit log rotated; reopened");
-                self.report(old.file.sync_data());
+                tracing::info!(file.path = %self.path.display(), "audit log rotated; reopened");
+                self.report_sync(old.file.sync_data());
             }
             Err(error) => {
                 self.metrics.audit_failures.inc();
-                tracing::error!(file = %self.path.display(), %error, "audit log rotated, but reopening it failed; writing to the old file");
+                tracing::error!(file.path = %self.path.display(), exception.message = %error, "audit log rotated, but reopening it failed; writing to the old file");
             }
         }
     }
 
-    fn in_use(&self) -> io::Result<File> {
+    fn current_file(&self) -> io::Result<File> {
         let file = self.file.lock();
         file.file.try_clone()
     }
 
-    /// The system tells of lost data once, here, and takes later writes as if nothing had been.
-    fn report(&self, synced: io::Result<()>) {
+    /// Logs a failed flush. The system reports lost data only once, in this result; later writes succeed.
+    fn report_sync(&self, synced: io::Result<()>) {
         match synced {
-            // What is no file of a disk cannot be flushed to one.
+            // Devices and pipes cannot be flushed.
             Err(error) if error.kind() != io::ErrorKind::InvalidInput => {
                 self.metrics.audit_failures.inc();
-                tracing::error!(%error, "audit log flush failed; lines may be lost");
+                tracing::error!(exception.message = %error, "audit log flush failed; lines may be lost");
             }
             _ => {}
         }
@@ -441,7 +446,7 @@ impl Audit {
         caller: &CallContext<'_>,
         endpoint: Option<&str>,
         request: Option<AuditedRequest<'_>>,
-        ending: Option<&Ending<'_>>,
+        ending: Option<&CallEnd<'_>>,
     ) -> io::Result<()> {
         let mut file = self.file.lock();
         let line = Line {
@@ -451,10 +456,12 @@ impl Audit {
             run: &file.run,
             call: caller.call,
             request_id: caller.request_id.as_str(),
-            bot: caller.who.bot().map(BotId::as_str),
-            who: caller.who.other(),
-            account: caller.place.map(|(account, _)| account.as_str()),
-            scope: caller.place.map(|(_, scope)| scope.as_str()),
+            bot: caller.principal.bot().map(BotId::as_str),
+            principal: caller.principal.other(),
+            account: caller
+                .account_and_scope
+                .map(|(account, _)| account.as_str()),
+            scope: caller.account_and_scope.map(|(_, scope)| scope.as_str()),
             endpoint,
             request,
             ending,
@@ -473,13 +480,13 @@ impl Audit {
         match &result {
             Ok(()) => {
                 if file.failure.take().is_some() {
-                    tracing::info!(file = %self.path.display(), "audit log is writable again");
+                    tracing::info!(file.path = %self.path.display(), "audit log is writable again");
                 }
             }
             Err(error) => {
                 file.failure = Some(error.to_string());
                 self.metrics.audit_failures.inc();
-                tracing::error!(target: "credbroker::audit", line = text.trim_end(), file = %self.path.display(), %error, "audit log write failed");
+                tracing::error!(target: "credbroker::audit", line = text.trim_end(), file.path = %self.path.display(), exception.message = %error, "audit log write failed");
             }
         }
         result
@@ -524,19 +531,19 @@ fn open(path: &Path) -> io::Result<File> {
         .open(path)
 }
 
-/// Writes a text of others, cleaned and cut.
-#[expect(clippy::ref_option, reason = "serde calls it so")]
+/// Serializes text from outside, sanitized and truncated.
+#[expect(clippy::ref_option, reason = "serde requires this signature")]
 fn cleaned<S: Serializer>(text: &Option<String>, serializer: S) -> Result<S::Ok, S::Error> {
     let text = text.as_ref().map(|text| clean(text, MAX_CHARS));
     text.serialize(serializer)
 }
 
-/// Appends whole lines.
+/// Appends complete lines to a file.
 #[derive(Debug)]
 struct Appender {
     file: File,
     run: String,
-    /// Whether the file ends inside a line that could not be finished.
+    /// Whether the file ends in an incomplete line.
     torn: bool,
     /// Why the last line could not be written.
     failure: Option<String>,
@@ -544,7 +551,7 @@ struct Appender {
 
 impl Appender {
     fn new(file: File) -> io::Result<Self> {
-        // A crash can leave half a line behind; devices have no end to look at.
+        // A crash can leave an incomplete line. Devices have no end to read.
         let torn = !file.metadata()?.file_type().is_char_device() && !unfinished(&file)?.is_empty();
         Ok(Self {
             file,
@@ -554,18 +561,18 @@ impl Appender {
         })
     }
 
-    /// Appends a line, which ends with its line feed. A line that was cut off before it is completed first.
+    /// Appends `line`, which ends with a line feed. Completes an incomplete line first.
     fn append(&mut self, line: &str, clock: &Clock) -> io::Result<()> {
         self.complete(clock)?;
         self.write(line.as_bytes())
     }
 
-    /// Completes a line that was cut off, so that it parses and says `"torn":true`, and adds a line that tells why.
+    /// Completes an incomplete line, so that it parses and has `"torn":true`, and adds a line that explains it.
     fn complete(&mut self, clock: &Clock) -> io::Result<()> {
         if !self.torn {
             return Ok(());
         }
-        // Read again, since `doctor` may have appended to the same file meanwhile.
+        // Read again, because `doctor` may have completed the line meanwhile.
         let unfinished = unfinished(&self.file)?;
         if unfinished.is_empty() {
             self.torn = false;
@@ -594,7 +601,7 @@ impl Appender {
         self.write(&rest)
     }
 
-    /// Writes whole lines, or the end of one and further ones.
+    /// Writes bytes that end with a line feed.
     fn write(&mut self, mut rest: &[u8]) -> io::Result<()> {
         while !rest.is_empty() {
             match self.file.write(rest) {
@@ -612,7 +619,7 @@ impl Appender {
     }
 }
 
-/// What a file ends with after its last line feed.
+/// The bytes after the last line feed of a file.
 fn unfinished(mut file: &File) -> io::Result<Vec<u8>> {
     let length = file.seek(SeekFrom::End(0))?;
     file.seek(SeekFrom::Start(length.saturating_sub(MAX_LINE_BYTES)))?;
@@ -624,10 +631,10 @@ fn unfinished(mut file: &File) -> io::Result<Vec<u8>> {
     Ok(end)
 }
 
-/// What makes a JSON object of a line that was cut off at any byte, with `"torn":true` in it; nothing for a whole object.
-/// `None` where it is not the beginning of an object.
+/// The bytes that complete a line, cut off at any byte, to a JSON object with `"torn":true`. Empty for a complete object;
+/// `None` if the line is not the start of an object.
 fn rest_of_line(line: &[u8]) -> Option<Vec<u8>> {
-    /// The end of a character that was cut, for each of the forms of UTF-8 (RFC 3629, section 4).
+    /// Endings that complete a truncated UTF-8 character (RFC 3629, section 4).
     const CHARACTER_ENDS: [&[u8]; 6] = [
         b"",
         b"\x80",
@@ -636,7 +643,7 @@ fn rest_of_line(line: &[u8]) -> Option<Vec<u8>> {
         b"\xa0\x80",
         b"\x90\x80\x80",
     ];
-    /// The end of a value, or of a name with a value; the last ones are those of `null`, `true` and `false`.
+    /// Endings that complete a truncated value, or a name and its value; the last ones are for `null`, `true` and `false`.
     const VALUE_ENDS: [&str; 16] = [
         "", "\"", "\":0", ":0", "0", "\\\"", "0000\"", "ull", "ll", "l", "rue", "ue", "e", "alse",
         "lse", "se",
@@ -659,7 +666,7 @@ fn rest_of_line(line: &[u8]) -> Option<Vec<u8>> {
             _ => {}
         }
     }
-    // The outermost one ends after the mark.
+    // The outermost brace is in `mark`.
     let inner = open.get(1..)?.iter().rev();
     for character in CHARACTER_ENDS {
         for value in VALUE_ENDS {
@@ -681,30 +688,33 @@ fn rest_of_line(line: &[u8]) -> Option<Vec<u8>> {
 mod tests {
     use super::*;
 
-    /// Writes one refusal to a file that ends as given; returns its lines.
+    /// Writes one `denied` line to a file that ends with `end`; returns all lines.
     fn lines_after(end: &[u8]) -> Vec<serde_json::Value> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("audit.jsonl");
         let before: &[u8] = b"{\"event\":\"act\"}\n";
         std::fs::write(&path, [before, end].concat()).unwrap();
         let audit = Audit::open(&path, Arc::new(Clock::system()), Arc::default()).unwrap();
-        let (who, request_id) = (Principal::Bot("b".parse().unwrap()), "r".parse().unwrap());
+        let (principal, request_id) = (Principal::Bot("b".parse().unwrap()), "r".parse().unwrap());
         let caller = CallContext {
-            who: &who,
+            principal: &principal,
             request_id: &request_id,
             call: 1,
-            place: None,
+            account_and_scope: None,
         };
         audit.denied(
             &caller,
             None,
-            &Ending {
+            &CallEnd {
                 reason: Some(Reason::PolicyDenied),
-                ..Ending::default()
+                ..CallEnd::default()
             },
         );
         let text = std::fs::read(&path).unwrap();
-        assert!(text.starts_with(&[before, end].concat()), "only appended");
+        assert!(
+            text.starts_with(&[before, end].concat()),
+            "existing bytes were changed"
+        );
         assert!(text.ends_with(b"\n"));
         let lines = text
             .split(|byte| *byte == b'\n')
@@ -731,7 +741,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_without_its_line_feed_is_whole() {
+    fn complete_line_without_a_line_feed_is_kept_as_it_is() {
         let lines = lines_after(br#"{"event":"intent","call":7}"#);
         assert_eq!(lines[1], serde_json::json!({"event": "intent", "call": 7}));
         assert_eq!((&lines[2]["event"], lines.len()), (&"torn".into(), 4));
@@ -750,7 +760,7 @@ mod tests {
     }
 
     #[test]
-    fn digests_are_those_of_openssl() {
+    fn digest_of_an_empty_body_is_that_of_openssl() {
         // printf '' | openssl dgst -sha256
         let empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
         assert_eq!(hex(&Sha256::digest(b"")), empty);

@@ -1,4 +1,4 @@
-//! What all else is made of; knows nothing of the broker.
+//! Basic types and helpers, used by all other modules and independent of them.
 
 pub(crate) mod backoff;
 pub(crate) mod diagnosis;

@@ -1,19 +1,19 @@
-//! What a request needs on its way, and its parts: `call.rs` has the way itself. Nothing here waits for Vault.
+//! The request path: the parts that a call needs; `call.rs` runs it. Nothing here waits for Vault.
 //!
-//! Every time limit of a call, in the order in which it meets them:
+//! The time limits of a call, in order:
 //!
 //! | Limit | Value | Where |
 //! |---|---|---|
-//! | the message arrives whole | `limits.request_timeout_ms` | `server/connection.rs` |
-//! | the bot's deadline, from the arrival of the head | `grpc-timeout`, or `limits.default_deadline_ms` | `api/bots.rs` |
-//! | the answer is given before that | 50 ms, or a tenth of the deadline where that is less | `api/bots.rs` |
-//! | a connection is made, TLS included | `egress.connect_timeout_ms` | `egress.rs` |
-//! | a name is looked up again after a failed connect | 1 s | `egress.rs` |
-//! | the whole answer of the exchange | `egress.answer_timeout_ms` | `egress.rs` |
-//! | another key proves itself, after a refused key | 5 s | `keyring.rs` |
-//! | the exchange's time is asked for, after a refused timestamp | as any other request of the broker's own | `broker/probes.rs` |
-//! | the bot takes the answer | 30 s | `server/connection.rs` |
-//! | calls in flight end once the broker stops | `limits.drain_timeout_ms` | [`Broker::drain`] |
+//! | the message arrives completely | `limits.request_timeout_ms` | `server/connection.rs` |
+//! | the bot's deadline, counted from the arrival of the request headers | `grpc-timeout`, or `limits.default_deadline_ms` | `api/bots.rs` |
+//! | the bot is answered this long before its deadline | 50 ms, or a tenth of the deadline if that is less | `api/bots.rs` |
+//! | connect to the exchange, TLS included | `egress.connect_timeout_ms` | `egress.rs` |
+//! | DNS lookup after a failed connect | 1 s | `egress.rs` |
+//! | the complete answer of the exchange | `egress.answer_timeout_ms` | `egress.rs` |
+//! | wait for the test of another key, after the exchange rejected the key | 5 s | `keyring.rs` |
+//! | measure the exchange's time, after it rejected the timestamp | as for the broker's other time checks | `broker/probes.rs` |
+//! | the bot reads the answer | 30 s | `server/connection.rs` |
+//! | calls in flight end after the broker begins to stop | `limits.drain_timeout_ms` | [`Broker::drain`] |
 
 pub(crate) mod admission;
 mod call;
@@ -33,7 +33,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::audit::{Audit, CallContext, Ending};
+use crate::audit::{Audit, CallContext, CallEnd};
 use crate::base::ids::{AccountId, AdminId, BotId, Principal, RequestId};
 use crate::base::lock::RwLock;
 use crate::base::outcome::Reason;
@@ -47,43 +47,43 @@ use crate::restrictions::Restrictions;
 use crate::telemetry::Metrics;
 
 use admission::Admission;
-pub(crate) use call::{Call, Receipt, caught, micros};
+pub(crate) use call::{Call, Receipt, catch_panic, micros};
 pub(crate) use error::{BrokerError, Overload};
 pub(crate) use feedback::UnknownCodes;
 use probes::RecheckSignals;
 
-/// Everything that a request needs on its way.
+/// Everything that a call needs.
 #[derive(Debug)]
 pub(crate) struct Broker {
-    /// The rules, until others take their place.
+    /// The current rules.
     pub(crate) policy: RwLock<Arc<Policy>>,
-    /// The record.
+    /// The audit log.
     pub(crate) audit: Arc<Audit>,
-    /// What admins have forbidden.
+    /// Blocks, halts and revocations.
     pub(crate) restrictions: Arc<Restrictions>,
     /// The keys.
     pub(crate) keyring: Arc<Keyring>,
-    /// The way to the exchange.
+    /// The connections to the exchange.
     pub(crate) egress: Egress,
-    /// Whether that way starts at the right address.
+    /// Whether requests leave from the expected egress address.
     pub(crate) proof: Proof,
-    /// The time.
+    /// The system's and the exchange's time.
     pub(crate) clock: Arc<Clock>,
-    /// What calls for the broker's own questions.
+    /// Requests an early check of the egress address or of the exchange's time.
     pub(crate) rechecks: RecheckSignals,
-    /// The counters.
+    /// The metrics.
     pub(crate) metrics: Arc<Metrics>,
-    /// Who has how many connections and calls.
+    /// The limits of connections and calls.
     pub(crate) admission: Admission,
-    /// What is in flight.
+    /// Calls in flight.
     pub(crate) calls: Calls,
-    /// The operator's further refusals.
+    /// Codes that the configuration adds to the known refusal codes.
     pub(crate) refusal_codes: RefusalCodes,
-    /// Codes that no table has.
+    /// Unknown codes that have been logged.
     pub(crate) unknown_codes: UnknownCodes,
 }
 
-/// Calls in flight, and their end when the broker stops.
+/// Calls in flight, and how they end when the broker stops.
 #[derive(Debug, Default)]
 pub(crate) struct Calls {
     count: AtomicU64,
@@ -96,28 +96,28 @@ pub(crate) struct Calls {
 }
 
 impl Broker {
-    /// The rules of this moment.
+    /// Returns the current rules.
     pub(crate) fn policy(&self) -> Arc<Policy> {
         let policy = self.policy.read();
         Arc::clone(&policy)
     }
 
-    /// Puts other rules in place; calls from now on go by them.
+    /// Replaces the rules. Calls in flight check them once more before they send.
     pub(crate) fn set_policy(&self, policy: Arc<Policy>) {
         *self.policy.write() = policy;
     }
 
-    /// Whether one more refusal of this caller is audited; counts it if not. Refusals cost a bot nothing and must not fill
-    /// the disk.
-    fn may_record_refusal(&self, who: &Principal) -> bool {
-        let may_record = self.admission.record_refusal(who, self.clock.boot());
+    /// Whether one more refusal of this caller is audited and logged; counts it if not. A caller in a loop must not fill the
+    /// disk.
+    fn may_record_refusal(&self, principal: &Principal) -> bool {
+        let may_record = self.admission.record_refusal(principal, self.clock.boot());
         if !may_record {
             self.metrics.refusals_unrecorded.inc();
         }
         may_record
     }
 
-    /// Records a call that never became one (malformed, one too many), and returns the error for its bot.
+    /// Counts, logs and audits a call that was refused before it ran (malformed, over a limit). Returns its error.
     pub(crate) fn refuse(
         &self,
         bot: &BotId,
@@ -126,51 +126,51 @@ impl Broker {
     ) -> BrokerError {
         let reason = error.reason();
         self.metrics.request(None, reason.outcome(), Some(reason));
-        let who = Principal::Bot(bot.clone());
-        if !self.may_record_refusal(&who) {
+        let principal = Principal::Bot(bot.clone());
+        if !self.may_record_refusal(&principal) {
             return error;
         }
-        let detail = error.for_the_record();
+        let detail = error.audit_detail();
         tracing::info!(request.id = %request_id, bot.id = %bot, outcome = %reason.outcome(), %reason, detail, "call ended");
-        self.audit_refusal(&who, request_id, reason, detail);
+        self.audit_refusal(&principal, request_id, reason, detail);
         error
     }
 
-    /// Counts and audits a call of `admin` that never became one.
+    /// Counts and audits a call of `admin` that was refused before it ran.
     pub(crate) fn refuse_admin(&self, admin: &AdminId, reason: Reason, detail: String) {
         let labels = [("reason", reason.as_str())];
         let refused = &self.metrics.admin_calls_refused;
         refused.get_or_create(&labels).inc();
-        let who = Principal::Admin(admin.clone());
-        if self.may_record_refusal(&who) {
-            self.audit_refusal(&who, &RequestId::random(), reason, detail);
+        let principal = Principal::Admin(admin.clone());
+        if self.may_record_refusal(&principal) {
+            self.audit_refusal(&principal, &RequestId::random(), reason, detail);
         }
     }
 
     fn audit_refusal(
         &self,
-        who: &Principal,
+        principal: &Principal,
         request_id: &RequestId,
         reason: Reason,
         detail: String,
     ) {
-        let ending = Ending {
+        let ending = CallEnd {
             outcome: Some(reason.outcome()),
             reason: Some(reason),
             detail: Some(detail),
-            ..Ending::default()
+            ..CallEnd::default()
         };
         let call_context = CallContext {
-            who,
+            principal,
             request_id,
             call: self.calls.count.fetch_add(1, Ordering::Relaxed),
-            place: None,
+            account_and_scope: None,
         };
         self.audit.denied(&call_context, None, &ending);
     }
 
-    /// Takes no new calls, finishes those in flight within `limit`, and returns how many of them ended with nobody
-    /// knowing whether they were executed.
+    /// Refuses new calls, waits for those in flight for at most `limit`, then aborts the rest. Returns how many calls have
+    /// ended as `maybe_sent` since the stop began.
     pub(crate) async fn drain(&self, limit: Duration) -> u64 {
         self.calls.tasks.close();
         if timeout(limit, self.calls.tasks.wait()).await.is_err() {
@@ -185,7 +185,7 @@ impl Broker {
         self.calls.unresolved.load(Ordering::Relaxed)
     }
 
-    /// Whether the broker takes no new calls.
+    /// Whether the broker refuses new calls because it stops.
     pub(crate) fn is_draining(&self) -> bool {
         self.calls.tasks.is_closed()
     }

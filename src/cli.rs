@@ -31,24 +31,23 @@ use crate::base::toml_file::Problem;
 use crate::config::Config;
 use crate::kucoin::Scope;
 
-/// Where the configuration file is, unless the command line says otherwise.
+/// Default path of the configuration file.
 const CONFIG: &str = "/etc/credbroker/config.toml";
 
-/// How long the broker gets to put on disk what an admin forbids or allows.
+/// Time limit of admin calls that change what the broker allows; most of them write to disk first.
 const DECIDE_WITHIN: Duration = Duration::from_secs(30);
 
-/// How to get a mount that the broker can use.
-const NEW_MOUNT: &str =
-    "`vault secrets enable -path=NAME -version=2 kv` makes one (deploy/vault/README.md, section 1)";
+/// How to create a mount that the broker can use.
+const NEW_MOUNT: &str = "create one with `vault secrets enable -path=NAME -version=2 kv` (deploy/vault/README.md, section 1)";
 
-/// Done.
+/// Exit code: done.
 const DONE: u8 = 0;
-/// Refused or failed.
+/// Exit code: refused or failed.
 const FAILED: u8 = 1;
-/// The command line or the configuration is wrong.
+/// Exit code: invalid command line or configuration.
 const USAGE: u8 = 2;
 
-/// Sends the unsigned requests of trading bots to KuCoin, signed with keys that the bots never see.
+/// Sign and send the KuCoin requests of trading bots, so that no bot holds an API key.
 #[derive(Debug, Parser)]
 #[command(name = "credbroker", version, term_width = text::WIDTH)]
 struct Arguments {
@@ -58,103 +57,105 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Keeps bots out, and lets them in again.
+    /// Block or unblock bots.
     Bots {
         #[command(subcommand)]
         command: bots::Command,
     },
-    /// Reports every problem of the configuration, the rules and the files they name.
+    /// Check the configuration, the rules and all files that they name.
     ///
-    /// Exit code 0: no problems; 2: problems, or no such file.
+    /// Reports every problem. Exit code 0: no problems; 2: problems found, or the file cannot be read.
     CheckConfig {
-        /// The configuration file.
+        /// Path of the configuration file.
         #[arg(long, default_value = CONFIG)]
         config: PathBuf,
     },
-    /// Manage exchange clock checks.
+    /// Accept a large difference between the exchange's clock and the system clock.
     Clock {
         #[command(subcommand)]
         command: clock::Command,
     },
     /// Print completions for a shell.
     ///
-    /// Exit code 0: printed; 1: stdout cannot be written; 2: usage.
+    /// Exit code 0: printed; 1: cannot write to stdout; 2: usage error.
     #[command(
         after_long_help = "Examples:\n  credbroker completions bash > /etc/bash_completion.d/credbroker\n  \
                            credbroker completions fish > ~/.config/fish/completions/credbroker.fish\n  \
                            credbroker completions zsh > /usr/local/share/zsh/site-functions/_credbroker"
     )]
     Completions {
-        /// The shell.
+        /// Shell to print completions for.
         shell: Shell,
     },
-    /// Looks at everything that the broker needs, and says what is wrong and what to do; the broker need not run.
+    /// Check everything that the broker needs, and print each problem with its fix.
     ///
-    /// Changes nothing. Each request that it signs with a key is in the audit log. Exit code 0: all is well,
-    /// perhaps with warnings; 1: something failed; 2: usage, or a configuration that cannot be read.
+    /// Works whether or not the broker is running. Changes nothing, and audits each request that it signs with a key.
+    /// Exit code 0: no check failed (warnings are possible); 1: a check failed; 2: usage error, or the configuration
+    /// cannot be read.
     #[command(
         after_long_help = "Examples:\n  credbroker doctor\n  credbroker doctor --live main > report.txt\n\n\
-                           With --json, one object a line: {\"check\":…,\"status\":…,\"detail\":…,\"fix\":…}"
+                           With --json: one object per line, {\"check\":…,\"status\":…,\"detail\":…,\"fix\":…}"
     )]
     Doctor(doctor::Arguments),
-    /// Says what a code of KuCoin means, why it usually comes, and what to do; without a code, lists them all.
+    /// Explain a KuCoin error code: meaning, usual cause and fix; without a code, list all codes.
     ///
-    /// Exit code 0: explained; 1: there is no advice on this code; 2: usage.
+    /// Exit code 0: explained; 1: no advice for this code; 2: usage error.
     #[command(
         after_long_help = "Examples:\n  credbroker explain 400006\n  credbroker explain 200002 --scope futures\n  credbroker explain funds-in-main"
     )]
     Explain(explain::Options),
-    /// Halt an account or all accounts: reject new risk, and cancel open orders if asked to.
+    /// Halt an account or all accounts: refuse risk-increasing requests; with --cancel-all, cancel open orders.
     ///
-    /// Exit code 0: done, and with --cancel-all nothing is open; 1: the broker was not reached, or refused, or something is
-    /// open, or it is not known; 2: usage or admin.toml.
+    /// Exit code 0: halted, and with --cancel-all no order is open; 1: broker unreachable, call refused, halt not written
+    /// to disk, orders still open, or open orders unknown; 2: usage error or invalid admin.toml.
     #[command(
-        after_long_help = "Examples:\n  credbroker halt --all --cancel-all\n  credbroker halt main\n\nOrders are cancelled with the keys in memory: \
-                                 halt before you revoke."
+        after_long_help = "Examples:\n  credbroker halt --all --cancel-all\n  credbroker halt main\n\nA revoked key cannot cancel orders: run \
+                                 `credbroker halt ACCOUNT --cancel-all` before you revoke keys."
     )]
     Halt(halt::Halt),
-    /// Asks a running broker whether it is healthy, and prints its answer.
+    /// Check whether a running broker is healthy, and print its response.
     ///
-    /// Exit code 0: it is; 1: it is not, or no answer came within 2 s; 2: usage or configuration.
+    /// Exit code 0: healthy (with --ready: ready); 1: unhealthy (with --ready: not ready), or no response within 2 s;
+    /// 2: usage error or invalid configuration.
     #[command(
         after_long_help = "Examples, for the exec probes of a container:\n  credbroker health\n  \
                                  credbroker health --ready --address 127.0.0.1:9464"
     )]
     Health(health::Options),
-    /// Registers, tests, rotates, stops and shows keys.
+    /// List, register, test, rotate, roll back and revoke keys.
     Keys {
         #[command(subcommand)]
         command: keys::Command,
     },
-    /// Explains, checks and compares rules.
+    /// Explain, check, compare and show rules.
     Policy {
         #[command(subcommand)]
         command: policy::Command,
     },
-    /// Ends a halt.
+    /// End a halt.
     ///
-    /// Exit code 0: done; 1: the broker was not reached, or refused; 2: usage or admin.toml.
+    /// Exit code 0: done; 1: broker unreachable or call refused; 2: usage error or invalid admin.toml.
     #[command(
         after_long_help = "Examples:\n  credbroker resume main\n  credbroker resume --all\n\nWith --all, confirm on a terminal or pass --yes in \
                            scripts.\n\n\
-                           --all lifts the halt of all accounts and lists the accounts that are halted by name."
+                           --all lifts only the halt set with `halt --all`; accounts that were halted individually stay halted and are listed."
     )]
     Resume(halt::Resume),
-    /// Runs the broker until SIGTERM or Ctrl-C.
+    /// Run the broker until SIGTERM or Ctrl-C.
     ///
-    /// Calls in flight end first. Exit code 0: stopped, and every request has its outcome; 1: failed, or stopped with
-    /// requests with an unknown outcome; 2: usage or configuration.
+    /// Calls in flight finish first. Exit code 0: stopped, and every request has an outcome; 1: failed, or stopped while
+    /// the outcome of some requests is unknown; 2: usage error or invalid configuration.
     Serve {
-        /// The configuration file.
+        /// Path of the configuration file.
         #[arg(long, default_value = CONFIG)]
         config: PathBuf,
     },
 }
 
-/// Runs the command that the arguments name. Exit code 0: done, 1: refused or failed, 2: usage or configuration.
+/// Runs the command on the command line. Exit code 0: done, 1: refused or failed, 2: usage error or configuration.
 pub fn run() -> ExitCode {
     let Arguments { command } = Arguments::try_parse().unwrap_or_else(|error| {
-        // The library repeats an argument as it was given: have it refuse the clean one.
+        // clap repeats arguments unescaped in its errors: parse escaped ones, so that it shows those.
         let clean = std::env::args_os()
             .map(|argument| clean(&argument.to_string_lossy(), MAX_CHARS).into_owned());
         Arguments::try_parse_from(clean)
@@ -168,9 +169,9 @@ pub fn run() -> ExitCode {
         Command::Clock { command } => clock::run(&command),
         Command::Completions { shell } => completions::run(shell),
         Command::Doctor(arguments) => doctor::run(&arguments),
-        Command::Explain(question) => explain::run(&question),
+        Command::Explain(options) => explain::run(&options),
         Command::Halt(command) => halt::halt(&command),
-        Command::Health(probe) => health::run(&probe),
+        Command::Health(options) => health::run(&options),
         Command::Keys { command } => keys::run(&command),
         Command::Policy { command } => policy::run(&command),
         Command::Resume(command) => halt::resume(&command),
@@ -178,12 +179,12 @@ pub fn run() -> ExitCode {
     })
 }
 
-/// The command line as clap knows it: completions and man pages are made from it.
+/// The clap command, from which completions and man pages are generated.
 pub fn command() -> clap::Command {
     Arguments::command()
 }
 
-/// Reads a configuration file, or says what is wrong with it.
+/// Reads a configuration file, or returns its problems.
 fn read_config(file: &Path) -> Result<Config, Vec<Problem>> {
     let config = read_file(file, "--config", Config::parse)?;
     Ok(Config {
@@ -192,14 +193,14 @@ fn read_config(file: &Path) -> Result<Config, Vec<Problem>> {
     })
 }
 
-/// Reads the file that this option names, or says what is wrong with it.
+/// Reads the file that `option` names, or returns its problems.
 fn read_file<T>(
     file: &Path,
     option: &str,
     parse: impl FnOnce(&str, &Path) -> Result<T, Vec<Problem>>,
 ) -> Result<T, Vec<Problem>> {
     let unreadable = |error: std::io::Error| {
-        let problem = format_args!("cannot be read: {error}; name another with {option}");
+        let problem = format_args!("cannot be read: {error}; set the path with {option}");
         vec![Problem::new(file.display().to_string(), problem)]
     };
     let bytes = std::fs::read(file).map_err(unreadable)?;
@@ -210,21 +211,21 @@ fn read_file<T>(
     })
 }
 
-/// A scope on the command line.
+/// Parses a scope on the command line.
 fn scope(text: &str) -> Result<Scope, &'static str> {
     let named = |scope: &Scope| scope.as_str() == text;
     let expected = "expected futures, spot-margin or unified";
     Scope::ALL.into_iter().find(named).ok_or(expected)
 }
 
-/// Talk goes to stderr.
+/// Writes a message to stderr.
 fn say(text: &str) {
     let text = text::clean_lines(text);
-    // Nothing is left to do where even stderr is closed.
+    // If stderr is closed, the message is lost.
     let _ = writeln!(std::io::stderr(), "{text}");
 }
 
-/// Data goes to stdout. Returns `code`, or that it could not be written.
+/// Writes output to stdout. Returns `code`, or [`FAILED`] if stdout cannot be written.
 fn show(text: &str, code: u8) -> u8 {
     let mut stdout = std::io::stdout();
     match stdout
@@ -232,35 +233,33 @@ fn show(text: &str, code: u8) -> u8 {
         .and_then(|()| stdout.flush())
     {
         Ok(()) => code,
-        // Whoever reads has seen enough, as `head` does.
+        // The reader closed the pipe early, as `head` does.
         Err(error) if error.kind() == ErrorKind::BrokenPipe => code,
         Err(error) => {
-            say(&format!("stdout cannot be written: {error}"));
+            say(&format!("cannot write to stdout: {error}"));
             FAILED
         }
     }
 }
 
-/// One line of what others wrote (Vault, the exchange): it moves no cursor.
+/// Text from outside (Vault, the exchange) on one line, with control characters escaped.
 fn printable(text: &str) -> String {
     clean(text, MAX_CHARS).into_owned()
 }
 
-/// `again` is the command that looks again.
-fn say_problems(problems: &[Problem], again: &str) {
-    // One line for each, as tools expect it; whole words for a person.
+/// Prints problems; `next` is what to do once they are corrected.
+fn say_problems(problems: &[Problem], next: &str) {
+    // On a terminal wrapped between words; otherwise one line per problem, for tools.
     let is_wrapped = std::io::stderr().is_terminal();
     for problem in problems {
-        let told = problem.to_string();
-        if is_wrapped && !told.contains('\n') {
-            say(text::paragraph("", &told).trim_end());
+        let line = problem.to_string();
+        if is_wrapped && !line.contains('\n') {
+            say(text::paragraph("", &line).trim_end());
         } else {
-            say(&told);
+            say(&line);
         }
     }
     let number = text::counted(problems.len(), "problem");
     let them = if problems.len() == 1 { "it" } else { "them" };
-    say(&format!(
-        "{number}\nfix: correct {them}; {again} looks again"
-    ));
+    say(&format!("{number}\nfix: correct {them}, then {next}"));
 }

@@ -1,10 +1,9 @@
-//! The only reader of clocks.
+//! The only code that reads clocks.
 //!
-//! Three times are kept apart. [`Clock::wall_ms`] is what the system believes; audit lines carry it, and nothing is
-//! signed with it once the exchange has told its own time. [`Clock::boot`] only ever runs forward, also through
-//! suspend, and no step of the wall clock touches it; ages count on it. [`Clock::exchange`] is the exchange's time:
-//! boot time plus an offset measured for each host. Where it and the system's are more than a day apart, one of them is
-//! plainly wrong, and an admin has to say that the difference is accepted.
+//! There are three times. [`Clock::wall_ms`] is the system's time; audit lines have it, and nothing is signed with it once
+//! the exchange's time has been measured. [`Clock::boot`] is monotonic, includes suspend and ignores steps of the system
+//! clock; ages use it. [`Clock::exchange`] is the exchange's time: boot time plus an offset measured per host. If it
+//! differs from the system's by more than a day, one of them is wrong, and an admin has to accept the difference.
 
 mod offset;
 
@@ -17,30 +16,30 @@ use rustix::time::{ClockId, clock_gettime};
 use crate::base::ids::AdminId;
 use crate::base::lock::Mutex;
 use crate::kucoin::{Host, Site};
+pub(crate) use offset::MIN_SAMPLE_GAP;
 use offset::Offset;
-pub(crate) use offset::WITNESSES_APART;
 pub(crate) use offset::{Measured, Sample};
 
-/// From here on the exchange could refuse a signature: it takes timestamps less than 5 s off, and the request has still
-/// to travel. Source: KuCoin API documentation, "Authentication", timestamps.
+/// Above this uncertainty the exchange could reject a signature: timestamps must be less than 5 s off, and the request has
+/// to travel, too. Source: KuCoin API documentation, "Authentication", timestamps.
 pub(crate) const MAX_UNCERTAINTY: Duration = Duration::from_secs(2);
 
-/// How far the exchange's time may be from the system's before an admin must accept the difference: no drift and no time
-/// zone gets there, and one of the two clocks is plainly wrong.
+/// Above this difference between the exchange's time and the system's, an admin must accept it. No drift and no time zone
+/// error is that large, so one of the two clocks is wrong.
 pub(crate) const MAX_DIFFERENCE: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// A host of a site; each has its own servers, and so its own time.
+/// A host of a site. Each host has its own servers, and therefore its own time.
 pub(crate) type HostId = (Site, Host);
 
 /// All clocks.
 pub struct Clock {
     boot: Box<dyn Fn() -> Duration + Send + Sync>,
-    /// Unix time in milliseconds, as the system has it.
+    /// The system's time: Unix time in milliseconds.
     wall_ms: Box<dyn Fn() -> i64 + Send + Sync>,
     hosts: Mutex<BTreeMap<HostId, HostClock>>,
 }
 
-/// What is known about one host.
+/// The state of one host.
 #[derive(Debug, Default)]
 struct HostClock {
     offset: Offset,
@@ -52,34 +51,34 @@ struct HostClock {
 pub(crate) struct AcceptedDifference {
     /// The admin.
     pub(crate) by: AdminId,
-    /// The exchange's time less the system's at that moment, in milliseconds. It covers differences of up to
-    /// [`MAX_DIFFERENCE`] from it.
+    /// The exchange's time minus the system's at that moment, in milliseconds. The acceptance covers differences
+    /// of up to [`MAX_DIFFERENCE`] from it.
     pub(crate) ms: i64,
 }
 
-/// What is known about the exchange's time.
+/// The exchange's time and its uncertainty.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct ExchangeTime {
     /// Unix time in milliseconds.
     pub(crate) ms: i64,
-    /// How far it may be off; `None` while the exchange has never told its time, and `ms` is the system's word.
+    /// How far it may be off; `None` if it has not been measured, and `ms` is the system's time.
     pub(crate) uncertainty: Option<Duration>,
-    /// Since the measurement it rests on.
+    /// Time since its measurement.
     pub(crate) age: Option<Duration>,
 }
 
 /// The exchange's time is not certain enough to sign a risk-increasing request with it.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub(crate) enum ClockUncertain {
-    /// Further than [`MAX_DIFFERENCE`] from the system's, and no admin has accepted that. The exchange's time less the
-    /// system's, in milliseconds.
-    #[error("the exchange's clock is {}, which is more than 24 hours; nothing was sent", difference(*.0))]
+    /// Differs from the system's by more than [`MAX_DIFFERENCE`], and no admin has accepted that. The exchange's time minus
+    /// the system's, in milliseconds.
+    #[error("the exchange's clock is {}, more than the allowed 24 hours", difference(*.0))]
     Different(i64),
     /// Never measured.
-    #[error("the exchange's time has not been measured yet; nothing was sent")]
+    #[error("the exchange's time has not been measured yet")]
     Never,
-    /// Measured too long ago, or too badly.
-    #[error("the exchange's time is known only to {} ms, last measured {} s ago; nothing was sent", .0.as_millis(), .1.as_secs())]
+    /// Measured too long ago, or too imprecisely.
+    #[error("the exchange's time may be off by {} ms (limit {} ms), last measured {} s ago", .0.as_millis(), MAX_UNCERTAINTY.as_millis(), .1.as_secs())]
     Stale(Duration, Duration),
 }
 
@@ -95,7 +94,7 @@ impl Clock {
         Self::reading(since_boot)
     }
 
-    /// Takes `boot` for the time since boot, so that an hour can pass without anybody waiting for it.
+    /// Uses `boot` as the time since boot, so that tests need not wait.
     pub fn reading(boot: impl Fn() -> Duration + Send + Sync + 'static) -> Self {
         Self {
             boot: Box::new(boot),
@@ -104,7 +103,7 @@ impl Clock {
         }
     }
 
-    /// Takes `wall_ms` for the system's time in Unix milliseconds, so that a test can step it.
+    /// Uses `wall_ms` as the system's time in Unix milliseconds, so that a test can step it.
     #[must_use]
     pub fn with_wall(self, wall_ms: impl Fn() -> i64 + Send + Sync + 'static) -> Self {
         Self {
@@ -113,7 +112,7 @@ impl Clock {
         }
     }
 
-    /// What the system takes for the time: Unix time in milliseconds; 0 should its clock stand before 1970.
+    /// The system's time: Unix time in milliseconds; 0 if its clock is before 1970.
     pub fn wall_ms(&self) -> i64 {
         (self.wall_ms)()
     }
@@ -141,12 +140,12 @@ impl Clock {
         }
     }
 
-    /// Whether the time at `host_id` is known well enough to sign a risk-increasing request. Reads the system's clock each
-    /// time, so that a step of it is noticed with the next request.
+    /// Whether the time at `host_id` is certain enough to sign a risk-increasing request. Reads the system clock each time,
+    /// so that a step of it is noticed with the next request.
     ///
     /// # Errors
-    /// When it is further than [`MAX_DIFFERENCE`] from the system's time and from what an admin has accepted, and when it
-    /// may be off by more than [`MAX_UNCERTAINTY`].
+    /// When it differs from the system's time by more than [`MAX_DIFFERENCE`] and no acceptance covers that, or may be off
+    /// by more than [`MAX_UNCERTAINTY`].
     pub(crate) fn check(&self, host_id: HostId) -> Result<(), ClockUncertain> {
         let now = self.boot();
         let hosts = self.hosts.lock();
@@ -162,8 +161,8 @@ impl Clock {
         }
     }
 
-    /// The exchange's time at `host_id` less the system's, in milliseconds, where that is refused: it is further than
-    /// [`MAX_DIFFERENCE`] from 0 and from what an admin has accepted. `None` also while it has not been measured.
+    /// The exchange's time at `host_id` minus the system's, in milliseconds, if that is refused: it is more than
+    /// [`MAX_DIFFERENCE`] from 0 and from the difference that an admin has accepted. `None` also if not measured yet.
     pub(crate) fn refused_difference(&self, host_id: HostId) -> Option<i64> {
         let now = self.boot();
         let hosts = self.hosts.lock();
@@ -171,12 +170,12 @@ impl Clock {
         host.refused_difference(host.offset.at(now)?.ms, self.wall_ms())
     }
 
-    /// Has `check` accept, until the broker restarts, the difference that there is now between the exchange's time at
-    /// `host_id` and the system's. Returns that difference, in milliseconds, where it is refused now; `None`: it is within
-    /// [`MAX_DIFFERENCE`] or accepted already, and nothing changes.
+    /// Makes `check` accept, until the broker restarts, the current difference between the exchange's time at `host_id` and
+    /// the system's. Returns that difference, in milliseconds; `None` if it is within [`MAX_DIFFERENCE`] or already
+    /// accepted, and nothing changes.
     ///
     /// # Errors
-    /// With [`ClockUncertain::Never`] where the exchange's time has not been measured.
+    /// [`ClockUncertain::Never`] if the exchange's time has not been measured.
     pub(crate) fn accept(
         &self,
         host_id: HostId,
@@ -199,12 +198,17 @@ impl Clock {
         self.hosts.lock().get(&host_id)?.accepted.clone()
     }
 
-    /// Takes in what a host said its time was. `is_refuted`: it has just refused a timestamp of ours, so that a jump is
-    /// what is to be expected.
-    pub(crate) fn take_in(&self, host_id: HostId, sample: Sample, is_refuted: bool) -> Measured {
+    /// Applies a measurement of a host's time. `is_refuted`: the host has just rejected a timestamp of the broker, so a step
+    /// of its clock is likely.
+    pub(crate) fn apply_sample(
+        &self,
+        host_id: HostId,
+        sample: Sample,
+        is_refuted: bool,
+    ) -> Measured {
         let mut hosts = self.hosts.lock();
         let host = hosts.entry(host_id).or_default();
-        host.offset.take_in(sample, is_refuted)
+        host.offset.apply_sample(sample, is_refuted)
     }
 }
 
@@ -218,16 +222,16 @@ impl HostClock {
     }
 }
 
-/// The exchange's time less the system's in words, such as "3650 days ahead of the system clock".
+/// The exchange's time minus the system's in words, such as "3650 days ahead of the system clock".
 pub(crate) fn difference(ms: i64) -> String {
     const HOUR_MS: u64 = 60 * 60 * 1000;
     let hours = (ms.unsigned_abs() + HOUR_MS / 2) / HOUR_MS;
-    let far = match hours {
+    let distance = match hours {
         0..96 => format!("{hours} hours"),
         _ => format!("{} days", (hours + 12) / 24),
     };
     let side = if ms < 0 { "behind" } else { "ahead of" };
-    format!("{far} {side} the system clock")
+    format!("{distance} {side} the system clock")
 }
 
 fn system_ms() -> i64 {
@@ -238,7 +242,7 @@ fn system_ms() -> i64 {
     i64::try_from(since_epoch.as_millis()).unwrap_or_default()
 }
 
-/// `CLOCK_BOOTTIME`: monotonic, and it goes on while the machine sleeps.
+/// `CLOCK_BOOTTIME`: monotonic, and includes suspend.
 fn since_boot() -> Duration {
     let time = clock_gettime(ClockId::Boottime);
     let seconds = u64::try_from(time.tv_sec).unwrap_or_default();
@@ -253,11 +257,11 @@ mod tests {
 
     use super::*;
 
-    const PLACE: HostId = (Site::Global, Host::Spot);
+    const HOST: HostId = (Site::Global, Host::Spot);
     const NOW_MS: i64 = 1_767_225_600_000;
     const HOUR_MS: i64 = 60 * 60 * 1000;
 
-    /// A clock whose system time is `NOW_MS` plus what the counter says, and an exchange that is `ahead_ms` of `NOW_MS`.
+    /// A clock whose system time is `NOW_MS` plus the counter, and an exchange that is `ahead_ms` ahead of `NOW_MS`.
     fn clock(ahead_ms: i64) -> (Clock, Arc<AtomicI64>) {
         let step_ms = Arc::new(AtomicI64::new(0));
         let wall = Arc::clone(&step_ms);
@@ -268,7 +272,7 @@ mod tests {
             answered: Duration::ZERO,
             server_ms: NOW_MS + ahead_ms,
         };
-        assert_eq!(clock.take_in(PLACE, sample, false), Measured::Applied);
+        assert_eq!(clock.apply_sample(HOST, sample, false), Measured::Applied);
         (clock, step_ms)
     }
 
@@ -280,7 +284,7 @@ mod tests {
             (1 - 24 * HOUR_MS, false),
             (-24 * HOUR_MS - 1, true),
         ] {
-            let refused = clock(ahead_ms).0.check(PLACE);
+            let refused = clock(ahead_ms).0.check(HOST);
             let expected = if is_refused {
                 Err(ClockUncertain::Different(ahead_ms))
             } else {
@@ -293,22 +297,22 @@ mod tests {
     #[test]
     fn step_of_the_system_clock_is_noticed_with_the_next_check() {
         let (clock, step_ms) = clock(0);
-        assert_eq!(clock.check(PLACE), Ok(()));
+        assert_eq!(clock.check(HOST), Ok(()));
         for (by_ms, refused) in [(25 * HOUR_MS, -25 * HOUR_MS), (-50 * HOUR_MS, 50 * HOUR_MS)] {
             step_ms.store(by_ms, Ordering::Relaxed);
-            assert_eq!(clock.check(PLACE), Err(ClockUncertain::Different(refused)));
+            assert_eq!(clock.check(HOST), Err(ClockUncertain::Different(refused)));
         }
         step_ms.store(0, Ordering::Relaxed);
-        assert_eq!(clock.check(PLACE), Ok(()));
+        assert_eq!(clock.check(HOST), Ok(()));
     }
 
     #[test]
     fn accepted_difference_covers_a_day_around_itself_and_no_more() {
         let by: AdminId = "spiffe://example.org/admin/anna".parse().unwrap();
         let (clock, step_ms) = clock(240 * HOUR_MS);
-        assert_eq!(clock.accept(PLACE, &by), Ok(Some(240 * HOUR_MS)));
-        assert_eq!(clock.check(PLACE), Ok(()));
-        assert_eq!(clock.accept(PLACE, &by), Ok(None), "accepted already");
+        assert_eq!(clock.accept(HOST, &by), Ok(Some(240 * HOUR_MS)));
+        assert_eq!(clock.check(HOST), Ok(()));
+        assert_eq!(clock.accept(HOST, &by), Ok(None), "accepted already");
         for (by_ms, is_refused) in [
             (24 * HOUR_MS, false),
             (24 * HOUR_MS + 1, true),
@@ -318,7 +322,7 @@ mod tests {
             (240 * HOUR_MS, false),
         ] {
             step_ms.store(by_ms, Ordering::Relaxed);
-            assert_eq!(clock.check(PLACE).is_err(), is_refused, "{by_ms}");
+            assert_eq!(clock.check(HOST).is_err(), is_refused, "{by_ms}");
         }
         let other = (Site::Global, Host::Futures);
         assert_eq!(clock.accept(other, &by), Err(ClockUncertain::Never));
@@ -326,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn difference_is_said_in_hours_and_days() {
+    fn difference_is_worded_in_hours_or_days() {
         for (hours, expected) in [
             (25, "25 hours ahead of the system clock"),
             (-95, "95 hours behind the system clock"),

@@ -1,7 +1,6 @@
-//! The configuration file: as typed becomes as meant in one step, or a list of every problem in it.
+//! The configuration file: parsed into [`Config`] in one step, or into a list of all its problems.
 //!
-//! One TOML file without secrets. Keys that do not exist are problems, not ignored. Files it names are read by
-//! [`load`].
+//! One TOML file without secrets. Unknown keys are problems. [`load`] reads the files that it names.
 
 pub mod load;
 pub(crate) mod permissions;
@@ -24,22 +23,22 @@ use crate::vault::VaultSettings;
 
 use crate::base::toml_file::{Problem, Problems, Section};
 
-/// Everything the broker is told, as meant.
+/// The complete configuration of the broker, parsed.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Where it was read from; none where it is a text alone.
+    /// The file it was read from; `None` if it was parsed from text.
     pub(crate) file: Option<PathBuf>,
     /// The rules file.
     pub(crate) rules: PathBuf,
-    /// Folder for what outlives the process; locked by one broker at a time.
+    /// Folder for state that survives restarts; locked by one broker at a time.
     pub(crate) state_dir: PathBuf,
-    /// The audit file.
+    /// The audit log.
     pub audit_file: PathBuf,
-    /// Where bots call.
+    /// Listener for bots.
     pub(crate) grpc: SocketAddr,
-    /// Where health and metrics are asked for.
+    /// Listener for health and metrics.
     pub(crate) ops: SocketAddr,
-    /// Where admins call; none: nowhere.
+    /// Listener for admins, if there is one.
     pub admin: Option<SocketAddr>,
     /// Certificates of the listeners for bots and admins.
     pub tls: TlsFiles,
@@ -49,35 +48,35 @@ pub struct Config {
     pub(crate) vault_roots: Roots,
     /// How often the metadata of keys is polled.
     pub vault_poll: Duration,
-    /// How the exchange is reached.
+    /// How to connect to the exchange.
     pub egress: EgressSettings,
     /// CAs of the exchange's certificates.
     pub(crate) egress_roots: Roots,
-    /// Codes of the exchange that mean a refusal, beside those that the broker knows.
+    /// Additional codes of the exchange that mean a rejection.
     pub(crate) refusal_codes: RefusalCodes,
-    /// Where each host of each site is.
+    /// Address of each host of each site.
     pub(crate) origins: HashMap<(Site, Host), Origin>,
-    /// How often the exchange is asked from which address requests come.
+    /// How often the egress address is checked with the exchange.
     pub(crate) proof_every: Duration,
-    /// The address that the exchange must see.
+    /// The egress address that the exchange must see.
     pub(crate) expected_ip: IpAddr,
-    /// What to do when it sees another.
+    /// What to do if it sees another address.
     pub(crate) proof: ProofMode,
-    /// How large requests may be.
+    /// Size limits of requests.
     pub request_limits: RequestLimits,
-    /// What connections may take.
+    /// Time limits of connections.
     pub(crate) connection_limits: ConnectionLimits,
-    /// What one bot, and all of them, may have at once.
+    /// Limits of calls and connections, per bot and in total.
     pub(crate) admission_limits: AdmissionLimits,
-    /// How often rules and certificates are looked at for changes.
+    /// How often rules and certificates are checked for changes.
     pub(crate) reload_every: Duration,
-    /// Time limit of calls that come without one.
+    /// Time limit of calls without a deadline.
     pub default_deadline: Duration,
-    /// How long calls in flight may take to end after SIGTERM.
+    /// How long calls in flight may still run after SIGTERM.
     pub drain_timeout: Duration,
-    /// Which logs are written.
+    /// Filter of log messages.
     pub(crate) log_filter: String,
-    /// How they are written.
+    /// Format of log messages.
     pub(crate) log_format: LogFormat,
 }
 
@@ -88,56 +87,57 @@ pub struct TlsFiles {
     pub certificate: PathBuf,
     /// Private key.
     pub key: PathBuf,
-    /// CAs that bots' certificates come from.
+    /// CAs of the bots' certificates.
     pub client_ca: PathBuf,
-    /// CAs that admins' certificates come from; none: the same.
+    /// CAs of the admins' certificates; `None`: the same as `client_ca`.
     pub(crate) admin_ca: Option<PathBuf>,
 }
 
-/// What is wrong with the files of a running broker.
+/// Problems with the files of a running broker.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct FileProblems {
-    /// Of files that changed and were not taken, by what they hold.
+    /// Problems of changed files whose reload failed, by content (`rules`, `tls`).
     pub(crate) rejected: BTreeMap<&'static str, Vec<Problem>>,
-    /// Of files that are used all the same: permissions, and CAs with constraints that cannot be evaluated.
+    /// Problems of files that are in use: permissions, ignored certificates, and CAs with name constraints that cannot be
+    /// checked.
     pub(crate) warnings: Vec<Problem>,
 }
 
 /// Which certificate authorities are trusted.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) enum Roots {
-    /// The CAs in this PEM file, and no others.
+    /// Only the CAs in this PEM file.
     File(PathBuf),
     /// Mozilla's list, compiled in.
     Mozilla,
 }
 
-/// What a connection may take.
+/// Time limits of a connection.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ConnectionLimits {
-    /// For the TLS handshake.
+    /// TLS handshake.
     pub(crate) handshake: Duration,
-    /// For a request to arrive whole.
+    /// Receiving a complete request.
     pub(crate) request: Duration,
-    /// Without a call.
+    /// Idle time without a call.
     pub(crate) idle: Duration,
-    /// In all.
+    /// Age of the connection.
     pub(crate) age: Duration,
-    /// For calls in flight, once the connection is closing.
+    /// Calls in flight, once the connection is closing.
     pub(crate) grace: Duration,
 }
 
 impl Config {
-    /// Reads the text of a configuration file; relative paths in it start at `folder`.
+    /// Parses a configuration file; relative paths in it start at `folder`.
     ///
     /// # Errors
-    /// With every problem at once, each under its key.
+    /// All problems, each with its key.
     pub fn parse(text: &str, folder: &Path) -> Result<Self, Vec<Problem>> {
         let problems = Problems::default();
         let config =
             Section::parse(text, "config", &problems).and_then(|mut file| read(&mut file, folder));
         problems.into_result()?;
-        // A value that is missing has been reported as a problem.
+        // `None` implies a problem, which was returned above.
         config.ok_or_else(Vec::new)
     }
 }
@@ -159,14 +159,14 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
     let ops = listener(&mut listen, "ops", text);
     let text = listen.optional("admin");
     let admin = listener(&mut listen, "admin", text);
-    for (key, address, (other, taken)) in [
+    for (key, address, (other, other_address)) in [
         ("ops", ops, ("grpc", grpc)),
         ("admin", admin, ("grpc", grpc)),
         ("admin", admin, ("ops", ops)),
     ] {
-        if address.is_some_and(|address| address.port() != 0 && taken == Some(address)) {
+        if address.is_some_and(|address| address.port() != 0 && other_address == Some(address)) {
             let problem =
-                format!("is listen.{other} too; each listener needs an address of its own");
+                format!("has the same address as listen.{other}; each listener needs its own");
             listen.problem(key, problem);
         }
     }
@@ -188,7 +188,7 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
 
     let mut limits = limits(&mut file.section("limits"));
     if let Some(egress) = &egress {
-        // A connection that ends must not tear calls that are in order: two tries, and the answer has still to leave.
+        // A closing connection must not abort healthy calls: time for two attempts, and for returning the answer.
         let longest = 2 * (egress.longest_connect() + egress.answer_timeout);
         let grace = limits.drain_timeout.max(longest) + Duration::from_secs(5);
         limits.connection.grace = grace;
@@ -201,7 +201,9 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
     if let Err(error) = crate::telemetry::log_filter(&log_filter) {
         log.problem(
             "filter",
-            format_args!("expected for example \"info\" or \"info,credbroker=debug\": {error}"),
+            format_args!(
+                "expected a filter such as \"info\" or \"info,credbroker=debug\": {error}"
+            ),
         );
     }
     let log_format = log.optional("format").unwrap_or(LogFormat::Json);
@@ -237,7 +239,7 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
     })
 }
 
-/// The table `[tls]`.
+/// Reads the table `[tls]`.
 fn tls_files(section: &mut Section, folder: &Path) -> Option<TlsFiles> {
     let mut required = |key, name: &str| {
         let example = format!("/etc/credbroker/tls/{name}");
@@ -251,7 +253,7 @@ fn tls_files(section: &mut Section, folder: &Path) -> Option<TlsFiles> {
     Some(TlsFiles {
         certificate: certificate?,
         key: key?,
-        // Whoever writes the default out means the default.
+        // The same file as `client_ca` means the default.
         admin_ca: admin_ca.filter(|admin_ca| client_ca.as_ref() != Some(admin_ca)),
         client_ca: client_ca?,
     })
@@ -273,7 +275,7 @@ fn limits(section: &mut Section) -> Limits {
     };
     let request_limits = RequestLimits {
         path_bytes: size("path_bytes", default.path_bytes, 4096),
-        // Three times as many when percent-encoded; the HTTP library takes targets of up to 65,534 bytes.
+        // Percent-encoding can triple the length; the HTTP library accepts targets of up to 65,534 bytes.
         query_bytes: size("query_bytes", default.query_bytes, 16_384),
         query_parameters: size("query_parameters", default.query_parameters, 1000),
         body_bytes: size("body_bytes", default.body_bytes, 4 * 1024 * 1024),
@@ -292,12 +294,12 @@ fn limits(section: &mut Section) -> Limits {
     let handshake = millis("handshake_timeout_ms", 5000, 60_000);
     let request = millis("request_timeout_ms", 10_000, 60_000);
     let mut seconds = |key, default| Duration::from_secs(section.number(key, default, 1..=3600));
-    // Less than what firewalls and NATs commonly forget connections after.
+    // Shorter than the usual idle timeouts of firewalls and NATs.
     let idle = seconds("connection_idle_s", 900);
     let age = seconds("connection_age_s", 3600);
     let default_deadline =
         Duration::from_millis(section.number("default_deadline_ms", 10_000, 1..=600_000));
-    // A little more than the broker waits for the exchange, so that every answer that still comes is recorded.
+    // Slightly longer than `egress.answer_timeout_ms`, so that late answers are still recorded.
     let drain_timeout =
         Duration::from_millis(section.number("drain_timeout_ms", 35_000, 0..=600_000));
     Limits {
@@ -307,7 +309,7 @@ fn limits(section: &mut Section) -> Limits {
             request,
             idle,
             age,
-            // Set by `read`, which knows how long calls may take.
+            // `read` replaces it with a value from the timeouts of `[egress]`.
             grace: drain_timeout,
         },
         admission: admission_limits,
@@ -316,7 +318,7 @@ fn limits(section: &mut Section) -> Limits {
     }
 }
 
-/// The address of a listener. A name is refused, since it can have several addresses.
+/// The address of a listener. Host names are refused, because a name can have several addresses.
 fn listener(section: &mut Section, key: &str, text: Option<String>) -> Option<SocketAddr> {
     let text = text?;
     let address = text.parse().ok();
@@ -328,7 +330,7 @@ fn listener(section: &mut Section, key: &str, text: Option<String>) -> Option<So
     address
 }
 
-/// An address of this machine, or how the exchange sees it.
+/// An IP address without a port.
 fn ip_address(section: &mut Section, key: &str, text: Option<String>) -> Option<IpAddr> {
     let text = text?;
     let address = text.parse().ok();
@@ -339,7 +341,7 @@ fn ip_address(section: &mut Section, key: &str, text: Option<String>) -> Option<
     address
 }
 
-/// Which CAs `key` names; Mozilla's list where it does not stand.
+/// The CAs that `key` names; Mozilla's list if the key is missing.
 pub(crate) fn roots(section: &mut Section, key: &'static str, folder: &Path) -> Roots {
     match path(section, key, "/etc/credbroker/ca.pem", Path::new("")) {
         Some(file) if file != Path::new("mozilla") => Roots::File(folder.join(file)),
@@ -347,10 +349,9 @@ pub(crate) fn roots(section: &mut Section, key: &'static str, folder: &Path) -> 
     }
 }
 
-/// The path under `key` if it stands there; a relative one starts at `folder`.
+/// The path under `key`, if the key exists; a relative path starts at `folder`.
 ///
-/// Nothing in it is expanded, so that one that starts with `~` or `$`, which a shell would, is a problem: taken literally
-/// it would be a new folder beside the file.
+/// A path that starts with `~` or `$` is a problem: nothing is expanded, so it would name a folder literally called `~`.
 pub(crate) fn path(
     section: &mut Section,
     key: &'static str,
@@ -362,7 +363,7 @@ pub(crate) fn path(
         section.problem(
             key,
             format_args!(
-                "expected a path without ~ and variables, which are not expanded, got {text:?}; write the whole path, for \
+                "expected a path without ~ or variables, which are not expanded, got {text:?}; write the full path, for \
                  example: {key} = {example:?}"
             ),
         );
@@ -371,7 +372,7 @@ pub(crate) fn path(
     Some(folder.join(text))
 }
 
-/// The same; its absence is a problem too.
+/// Like [`path`], but a missing key is a problem.
 pub(crate) fn required_path(
     section: &mut Section,
     key: &'static str,
@@ -396,9 +397,9 @@ fn egress(section: &mut Section) -> Option<EgressSettings> {
     };
     Some(EgressSettings {
         connect_timeout: millis(section, "connect_timeout_ms", 3000),
-        // Longer than the exchange's own gateway waits, so that its word is heard.
+        // Longer than the timeout of the exchange's gateway, so that its error answer is received.
         answer_timeout: millis(section, "answer_timeout_ms", 30_000),
-        // The largest answers (all symbols, all contracts) have 2 to 3 MB.
+        // The largest known answers (all symbols, all contracts) have 2 to 3 MB.
         max_answer_bytes: usize::try_from(section.number(
             "max_answer_bytes",
             16 << 20,
@@ -406,21 +407,21 @@ fn egress(section: &mut Section) -> Option<EgressSettings> {
         ))
         .ok()?,
         max_idle: seconds(section, "max_idle_s", 60),
-        // An order that meets a connection the exchange has just closed ends as maybe_sent: take young ones.
+        // An order sent on a connection that the exchange has just closed ends as maybe_sent: use only recent connections.
         max_idle_for_writes: seconds(section, "max_idle_for_writes_s", 20),
         warm_connections: usize::try_from(section.number("warm_connections", 2, 0..=64)).ok()?,
         address: address?,
     })
 }
 
-/// The address that the exchange must see: that of the host unless a gateway translates it.
+/// The egress address that the exchange must see: `egress.address`, unless a gateway translates it.
 fn expected_ip(section: &mut Section, address: Option<IpAddr>) -> Option<IpAddr> {
     let text = section.optional("expected_ip");
     let expected = ip_address(section, "expected_ip", text);
     if expected.is_none() && address.is_some_and(|address| address.is_unspecified()) {
         section.problem(
             "expected_ip",
-            "is missing: egress.address leaves the choice to the system, so write here which address KuCoin must see, \
+            "is missing: egress.address lets the system choose the address; write the address that KuCoin must see, \
              for example: expected_ip = \"203.0.113.7\"",
         );
     }
@@ -431,7 +432,7 @@ fn exchange(section: &mut Section) -> (RefusalCodes, HashMap<(Site, Host), Origi
     (refusal_codes(section), origins(section))
 }
 
-/// Codes that mean a refusal though no release of the broker knows them yet.
+/// Codes that mean a rejection, in addition to those of this release.
 fn refusal_codes(section: &mut Section) -> RefusalCodes {
     let key = "refusal_codes";
     let codes: Vec<String> = section.optional(key).unwrap_or_default();
@@ -444,22 +445,23 @@ fn refusal_codes(section: &mut Section) -> RefusalCodes {
 }
 
 fn origins(section: &mut Section) -> HashMap<(Site, Host), Origin> {
-    let elsewhere = "send_signed_requests_to_hosts_other_than_kucoin";
-    let anywhere: bool = section.optional(elsewhere).unwrap_or_default();
+    let setting = "send_signed_requests_to_hosts_other_than_kucoin";
+    let allow_any_host: bool = section.optional(setting).unwrap_or_default();
     if section.has("spot") != section.has("futures") {
-        let (there, missing) = if section.has("spot") {
+        let (present, missing) = if section.has("spot") {
             ("spot", "futures")
         } else {
             ("futures", "spot")
         };
-        let problem =
-            format!("is missing beside exchange.{there}: the other half would be the real KuCoin");
+        let problem = format!(
+            "is missing: with only exchange.{present} set, {missing} requests would go to the real KuCoin; set both"
+        );
         section.problem(missing, problem);
     }
     let mut origins = HashMap::new();
     for (key, host) in [("futures", Host::Futures), ("spot", Host::Spot)] {
         let other: Option<String> = section.optional(key);
-        let other = other.and_then(|text| match simulator(&text, anywhere) {
+        let other = other.and_then(|text| match simulator(&text, allow_any_host) {
             Ok(origin) => Some(origin),
             Err(problem) => {
                 section.problem(key, problem);
@@ -480,10 +482,10 @@ fn origins(section: &mut Section) -> HashMap<(Site, Host), Origin> {
     origins
 }
 
-/// The address of something that is not KuCoin: signed requests go to loopback, or wherever a setting says so aloud.
-fn simulator(text: &str, anywhere: bool) -> Result<Origin, String> {
+/// The address of a simulator: loopback, or any host if a setting explicitly allows signed requests to it.
+fn simulator(text: &str, allow_any_host: bool) -> Result<Origin, String> {
     let url = Url::parse(text)
-        .map_err(|error| format!("expected a URL such as http://127.0.0.1:8300: {error}"))?;
+        .map_err(|error| format!("expected a URL such as \"http://127.0.0.1:8300\": {error}"))?;
     let origin = match (url.scheme(), url.host(), url.port_or_known_default()) {
         ("http" | "https", Some(host), Some(port))
             if url.path() == "/" && url.query().is_none() =>
@@ -497,13 +499,13 @@ fn simulator(text: &str, anywhere: bool) -> Result<Origin, String> {
                 port,
             }
         }
-        _ => return Err("expected http or https, a host and a port, and nothing else".to_owned()),
+        _ => return Err("expected only http or https, a host and a port".to_owned()),
     };
-    if anywhere || is_loopback(&url) {
+    if allow_any_host || is_loopback(&url) {
         Ok(origin)
     } else {
-        Err("signed requests would leave for a host that is not KuCoin; use loopback, or set \
-             exchange.send_signed_requests_to_hosts_other_than_kucoin = true if that is what you want"
+        Err("signed requests would go to a host that is not KuCoin; use a loopback address, or set \
+             exchange.send_signed_requests_to_hosts_other_than_kucoin = true to allow this host"
             .to_owned())
     }
 }
@@ -528,7 +530,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_file_names_every_key_that_must_stand() {
+    fn empty_file_reports_every_required_key() {
         let problems = problems("");
         let keys: Vec<_> = problems
             .iter()
@@ -555,27 +557,27 @@ mod tests {
     }
 
     #[test]
-    fn each_listener_needs_an_address_of_its_own() {
+    fn listeners_with_the_same_address_are_refused() {
         let text = |addresses: &str| format!("[listen]\n{addresses}");
         let [a, b] = ["127.0.0.1:1", "127.0.0.1:2"];
         for (grpc, ops, admin, expected) in [
-            (a, a, b, "listen.ops: is listen.grpc too"),
-            (a, b, a, "listen.admin: is listen.grpc too"),
-            (a, b, b, "listen.admin: is listen.ops too"),
+            (a, a, b, "listen.ops: has the same address as listen.grpc"),
+            (a, b, a, "listen.admin: has the same address as listen.grpc"),
+            (a, b, b, "listen.admin: has the same address as listen.ops"),
         ] {
             let problems = problems(&text(&format!(
                 "grpc = \"{grpc}\"\nops = \"{ops}\"\nadmin = \"{admin}\""
             )));
-            let shared: Vec<_> = problems.iter().filter(|p| p.contains(" too;")).collect();
+            let shared: Vec<_> = problems.iter().filter(|p| p.contains("same")).collect();
             assert_eq!(shared.len(), 1, "{problems:?}");
             assert!(shared.iter().all(|p| p.contains(expected)), "{shared:?}");
         }
         let any = text("grpc = \"[::1]:0\"\nops = \"[::1]:0\"\nadmin = \"[::1]:0\"");
-        assert!(!problems(&any).iter().any(|p| p.contains(" too;")));
+        assert!(!problems(&any).iter().any(|p| p.contains("same")));
     }
 
     #[test]
-    fn a_wrong_value_and_an_unknown_key_are_reported_together() {
+    fn wrong_values_and_unknown_keys_are_reported_together() {
         let text = "rulez = 1\n[egress]\naddress = \"here\"\nwarm_connections = 65\n[vault]\naddress = \"http://vault:8200\"\n\
                     [exchange]\nspot = \"https://evil.example\"\nfutures = \"127.0.0.1\"\n[log]\nfilter = \"a=b=c\"";
         let problems = problems(text).join("\n");
@@ -584,7 +586,7 @@ mod tests {
             "egress.address: expected an IP address without a port, such as \"203.0.113.7\", got \"here\"",
             "egress.warm_connections: expected 0 to 64, got 65",
             "vault.address: expected https, or http on loopback, got http",
-            "exchange.spot: signed requests would leave for a host that is not KuCoin",
+            "exchange.spot: signed requests would go to a host that is not KuCoin",
             "exchange.futures: expected a URL",
             "log.filter: expected",
         ] {
@@ -602,8 +604,8 @@ mod tests {
         assert_eq!(problems.len(), 3, "{problems:?}");
         for (problem, part) in problems.iter().zip([
             "line 4: exchange.refusal_codes[1]: \"futures\" is not a product of the spot host: expected * or one of account, ",
-            "line 5: exchange.refusal_codes[2]: code 500000 does not say that nothing was executed",
-            "line 6: exchange.refusal_codes[3]: \"300099\" is not host/product/code",
+            "line 5: exchange.refusal_codes[2]: code 500000 cannot be a refusal code",
+            "line 6: exchange.refusal_codes[3]: \"300099\" is not of the form host/product/code",
         ]) {
             assert!(problem.starts_with(part), "{problem}");
         }
@@ -616,7 +618,7 @@ mod tests {
     }
 
     #[test]
-    fn a_listener_in_another_form_is_refused_with_the_form_expected() {
+    fn invalid_listener_address_is_refused_with_the_expected_form() {
         let cases = include_str!("../tests/field-cases/files/listen-addresses.txt");
         let cases = cases
             .lines()
@@ -646,11 +648,11 @@ mod tests {
     }
 
     #[test]
-    fn the_mount_of_vault_is_named_without_the_data_of_api_paths() {
+    fn vault_mount_that_ends_with_data_or_metadata_is_refused() {
         for (mount, bare) in [("kv/data", "kv"), ("team/kv/metadata", "team/kv")] {
             let problems = problems(&format!("[vault]\nmount = \"{mount}\""));
             let expected = format!(
-                "line 2: vault.mount: expected the mount alone, \"{bare}\", got the path of an API call: \"{mount}\""
+                "line 2: vault.mount: expected the mount \"{bare}\", got the API path \"{mount}\""
             );
             assert!(problems.contains(&expected), "{problems:?}");
         }
@@ -666,7 +668,7 @@ mod tests {
     }
 
     #[test]
-    fn signed_requests_stay_on_kucoin_and_loopback_unless_told_aloud() {
+    fn signed_requests_go_only_to_kucoin_or_loopback_by_default() {
         for url in [
             "http://127.0.0.1:1",
             "http://localhost:1",

@@ -1,8 +1,7 @@
-//! The only client that reaches the exchange: own connections from the egress address, nothing followed, nothing
-//! guessed.
+//! The only client that connects to the exchange, from the egress address.
 //!
-//! It speaks HTTP/1.1 over bare hyper connections, because a general client normalizes the target after it was signed.
-//! It knows no proxy, no redirect and no 0-RTT, and it never sends a request twice: trying again is the broker's.
+//! It uses HTTP/1.1 over plain hyper connections, because a general client normalizes the target after it was signed. It
+//! has no proxies, no redirects and no 0-RTT, and never sends a request twice: retries are up to the broker.
 
 mod decode;
 mod pool;
@@ -36,33 +35,33 @@ use crate::telemetry::chain;
 use decode::TooLarge;
 use pool::{Open, Pool};
 
-/// How often idle connections are looked after and, less often, names resolved again.
+/// How often to maintain idle connections and, less often, resolve names again.
 const MAINTAIN_EVERY: Duration = Duration::from_secs(5);
 
-/// How long a resolved address is used before the name is asked for again.
+/// How long a resolved address is used before the name is resolved again.
 const RESOLVE_EVERY: Duration = Duration::from_secs(30);
 
-/// After a failed connect the name is asked for again at once, but not more often than this.
+/// After a failed connect the name is resolved again at once, but not more often than this.
 const RESOLVE_AGAIN_EVERY: Duration = Duration::from_secs(1);
 
-/// How long a call whose connect failed waits for that answer; a later one is for the next call.
+/// How long a call whose connect failed waits for that lookup; a later result is for the next call.
 const RESOLVE_AGAIN_WITHIN: Duration = Duration::from_secs(1);
 
-/// Header lines of the longest head that is taken; the HTTP library's own limit of 100 would lose an order's answer. Not
-/// more than are plausible: each answer costs room for this many, 64 bytes a line, which is wiped again.
+/// Most header lines that an answer may have; with the HTTP library's own limit of 100 an order's answer could be lost. Not
+/// higher than plausible: each answer allocates and wipes 64 bytes per line.
 const MAX_HEADERS: usize = 256;
 
-/// How the exchange is reached.
+/// Settings of the client.
 #[derive(Clone, Debug)]
 pub struct EgressSettings {
-    /// Source address of every connection; unspecified (0.0.0.0) leaves the choice to the system. An IPv4 address means
-    /// that only IPv4 is used.
+    /// Source address of every connection; with 0.0.0.0 the system chooses it. With an IPv4 address only IPv4 is used, with an
+    /// IPv6 address only IPv6.
     pub(crate) address: IpAddr,
-    /// Limit for making a connection, TLS included.
+    /// Time limit for opening a connection, including TLS.
     pub(crate) connect_timeout: Duration,
-    /// How long the broker itself waits for a whole answer, whatever the bot's deadline.
+    /// How long the broker itself waits for a complete answer, whatever the bot's deadline.
     pub(crate) answer_timeout: Duration,
-    /// Bytes of the largest answer that is taken, decoded.
+    /// Bytes of the largest answer that is accepted, after decoding.
     pub(crate) max_answer_bytes: usize,
     /// Age from which an idle connection is closed.
     pub(crate) max_idle: Duration,
@@ -73,24 +72,24 @@ pub struct EgressSettings {
 }
 
 impl EgressSettings {
-    /// The longest that one request waits for a connection: where the name has moved, it is asked for in between.
+    /// The longest that one request waits for a connection: two connects, and a lookup between them.
     pub(crate) fn longest_connect(&self) -> Duration {
         2 * self.connect_timeout + RESOLVE_AGAIN_WITHIN
     }
 }
 
-/// Where a host is: KuCoin's own address, or a simulator's.
+/// Where to connect for a host: KuCoin's own address, or a simulator's.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
 pub(crate) struct Origin {
-    /// Whether to speak TLS.
+    /// Whether to use TLS.
     pub(crate) tls: bool,
-    /// DNS name or address.
+    /// DNS name or IP address.
     pub(crate) name: String,
     /// TCP port.
     pub(crate) port: u16,
 }
 
-/// The client.
+/// The client for the exchange.
 #[derive(Debug)]
 pub(crate) struct Egress {
     destinations: HashMap<(Site, Host), Arc<Destination>>,
@@ -103,11 +102,11 @@ struct Destination {
     host_header: HeaderValue,
     tls: Option<(TlsConnector, ServerName<'static>)>,
     addresses: RwLock<Vec<SocketAddr>>,
-    /// Whether the last answer for the name had addresses, but none of the kind of the egress address.
+    /// Whether the last lookup found addresses, but none of the IP version of the egress address.
     is_other_kind: AtomicBool,
-    /// When the name was last asked for after a failed connect; held while it is asked for, also at the start.
+    /// When the name was last resolved after a failed connect; locked during that lookup and the first one.
     resolved_again: tokio::sync::Mutex<Option<Instant>>,
-    /// Whether the name was looked up once since the start, with or without success.
+    /// Whether the first lookup since the start has ended, successful or not.
     is_looked_up: watch::Sender<bool>,
     pool: Pool,
 }
@@ -132,35 +131,35 @@ impl UpstreamConnection {
         self.open.peer
     }
 
-    /// Whether it was open before this request asked for one.
+    /// Whether it was already open before this request.
     pub(crate) fn is_reused(&self) -> bool {
         self.is_reused
     }
 }
 
-/// Why a host has no address that can be connected to.
+/// Why a host has no usable address.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd, thiserror::Error)]
 pub(crate) enum NoAddress {
-    /// It has addresses, but only IPv6 ones under an IPv4 egress address, or the other way round.
+    /// It has only IPv6 addresses, and the egress address is IPv4, or the other way round.
     #[error(
-        "{host} has no {} address, which egress.address {egress} needs",
+        "{host} has no {} address, but egress.address {egress} requires one",
         if egress.is_ipv4() { "IPv4" } else { "IPv6" }
     )]
     OtherKind {
         /// The host.
         host: String,
-        /// Our address.
+        /// The egress address.
         egress: IpAddr,
     },
-    /// No answer for its name yet.
-    #[error("the name {0} has not been resolved")]
+    /// No lookup of its name has succeeded yet.
+    #[error("DNS name {0} has not been resolved")]
     Unresolved(String),
 }
 
-/// An answer, and the connection that it came on. Whoever drops it closes the connection.
+/// An answer and its connection. Dropping it closes the connection.
 #[derive(Debug)]
 pub(crate) struct Answered {
-    /// The whole answer, decoded where it was compressed.
+    /// The complete answer, decompressed if possible.
     pub(crate) response: Response<Bytes>,
     connection: UpstreamConnection,
 }
@@ -176,10 +175,10 @@ impl Answered {
     }
 }
 
-/// No connection could be made; nothing was sent.
+/// Opening a connection failed; nothing was sent.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConnectError {
-    /// No site of the accounts has this host.
+    /// The site has no such host.
     #[error("site {} has no {} host", .0.as_str(), .1.as_str())]
     NoHost(Site, Host),
     /// TCP or TLS failed.
@@ -191,47 +190,47 @@ pub(crate) enum ConnectError {
     /// It took too long.
     #[error("the exchange could not be reached within {} ms; nothing was sent", .0.as_millis())]
     Timeout(Duration),
-    /// The host has no address to connect to.
+    /// The host has no usable address.
     #[error("{0}; nothing was sent")]
     NoAddress(NoAddress),
 }
 
-/// What became of a request that was to be sent.
+/// Why a request got no answer.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SendError {
     /// It may have reached the exchange.
     #[error("the request may have reached the exchange, but no complete answer came back")]
     AnswerLost(#[source] hyper::Error),
-    /// It may have reached the exchange; what came names an order that is not this one.
+    /// It may have reached the exchange; the received answer names another order.
     #[error(
         "the request may have reached the exchange, but the answer received has a different clientOid and belongs to another request"
     )]
-    AnswerOfAnother,
-    /// It may have reached the exchange; the answer took longer than the broker waits.
+    WrongAnswer,
+    /// It may have reached the exchange; there was no complete answer within the time limit.
     #[error("the request may have reached the exchange, but no complete answer came within {} ms", .0.as_millis())]
     AnswerTimeout(Duration),
     /// It reached the exchange; the answer is too large.
     #[error("the request reached the exchange, but its answer has more than {0} bytes")]
     AnswerTooLarge(usize),
-    /// The connection closed before it took the request: provably not sent.
-    #[error("the connection closed before it took the request; nothing was sent")]
-    HandedBack(#[source] hyper::Error),
+    /// The connection closed before the request was written: provably not sent.
+    #[error("the connection closed before the request was written; nothing was sent")]
+    NotWritten(#[source] hyper::Error),
 }
 
 impl Egress {
-    /// Prepares the hosts; nothing is connected until [`Egress::start`].
+    /// Prepares the hosts; connects nothing until [`Egress::start`].
     ///
     /// # Errors
-    /// With the origin whose name is neither a DNS name nor an address.
+    /// The origin whose name is neither a DNS name nor an IP address.
     pub(crate) fn new(
         settings: EgressSettings,
         origins: HashMap<(Site, Host), Origin>,
         tls: &Arc<rustls::ClientConfig>,
     ) -> Result<Self, Origin> {
-        // Sites that share a host share its connections.
+        // Sites with the same origin share its connections.
         let mut known: HashMap<Origin, Arc<Destination>> = HashMap::new();
         let mut destinations = HashMap::new();
-        for (place, origin) in origins {
+        for (host_id, origin) in origins {
             let destination = match known.get(&origin) {
                 Some(destination) => Arc::clone(destination),
                 None => {
@@ -239,7 +238,7 @@ impl Egress {
                 }
             };
             known.insert(origin, Arc::clone(&destination));
-            destinations.insert(place, destination);
+            destinations.insert(host_id, destination);
         }
         Ok(Self {
             destinations,
@@ -247,7 +246,7 @@ impl Egress {
         })
     }
 
-    /// Looks all names up at the same time, then keeps names and warm connections fresh; all of it in the background.
+    /// Resolves all names in parallel, then keeps addresses and warm connections fresh, all in the background.
     pub(crate) fn start(&self) {
         let mut distinct: Vec<&Arc<Destination>> = Vec::new();
         for destination in self.destinations.values() {
@@ -260,24 +259,24 @@ impl Egress {
         }
     }
 
-    /// Waits until every name was looked up once after the [`start`](Self::start), with or without success: at most the
-    /// time limit of a connect, since all are looked up at the same time.
+    /// Waits until the first lookup of every name after [`start`](Self::start) has ended, successful or not: at most
+    /// `connect_timeout`, since the lookups run in parallel.
     pub(crate) async fn first_lookups(&self) {
         for destination in self.destinations.values() {
             let mut is_looked_up = destination.is_looked_up.subscribe();
-            // The destination holds the sender, so there is no error.
+            // The destination owns the sender, so there is no error.
             let _ = is_looked_up.wait_for(|is_looked_up| *is_looked_up).await;
         }
     }
 
-    /// Asks once for the name of a host, and keeps nothing fresh; for whoever does not [`start`](Self::start).
+    /// Resolves the name of a host once, for commands that do not [`start`](Self::start) the client.
     ///
     /// Returns the name.
     ///
     /// # Errors
-    /// When there is no such host, nobody answers in time, or it has no address that can be connected to.
-    pub(crate) async fn resolve(&self, place: (Site, Host)) -> Result<String, ConnectError> {
-        let destination = self.destination(place)?;
+    /// When there is no such host, the lookup fails or times out, or the host has no usable address.
+    pub(crate) async fn resolve(&self, host_id: (Site, Host)) -> Result<String, ConnectError> {
+        let destination = self.destination(host_id)?;
         let (limit, source) = (self.settings.connect_timeout, self.settings.address);
         timeout(limit, destination.resolve(source))
             .await
@@ -289,30 +288,29 @@ impl Egress {
         }
     }
 
-    /// How long it waits for a whole answer: past that no call is in flight.
+    /// How long it waits for a complete answer; after that a call is no longer in flight.
     pub(crate) fn answer_timeout(&self) -> Duration {
         self.settings.answer_timeout
     }
 
-    /// Those of `places` that have no address to connect to, and why.
-    pub(crate) fn without_address(&self, places: &BTreeSet<(Site, Host)>) -> BTreeSet<NoAddress> {
-        let of_place = |place| self.destinations.get(place);
-        places
+    /// The hosts among `host_ids` without a usable address, and why.
+    pub(crate) fn without_address(&self, host_ids: &BTreeSet<(Site, Host)>) -> BTreeSet<NoAddress> {
+        host_ids
             .iter()
-            .filter_map(of_place)
+            .filter_map(|host_id| self.destinations.get(host_id))
             .filter_map(|destination| destination.no_address(self.settings.address))
             .collect()
     }
 
-    /// A connection ready for one request: a warm one, or a new one.
+    /// Returns a connection for one request: a warm one, or a new one.
     ///
-    /// With `repeatable`, an older idle connection will do, since a request that finds it closed can go again.
+    /// With `repeatable`, the idle connection may be older, since the request can be sent again if it is closed.
     pub(crate) async fn connect(
         &self,
-        place: (Site, Host),
+        host_id: (Site, Host),
         repeatable: bool,
     ) -> Result<UpstreamConnection, ConnectError> {
-        let destination = self.destination(place)?;
+        let destination = self.destination(host_id)?;
         let max_idle = if repeatable {
             self.settings.max_idle
         } else {
@@ -322,7 +320,7 @@ impl Egress {
         let is_reused = idle.is_some();
         let open = match idle {
             Some(open) => open,
-            // Boxed: connecting is rare, and its future is larger than all the rest of a call.
+            // Boxed: connecting is rare, and its future is larger than the rest of a call.
             None => Box::pin(destination.open(&self.settings)).await?,
         };
         Ok(UpstreamConnection {
@@ -332,17 +330,17 @@ impl Egress {
         })
     }
 
-    /// Sends a request and waits for the whole answer.
+    /// Sends a request and waits for the complete answer.
     ///
     /// # Errors
-    /// Of all of them only [`SendError::HandedBack`] means that nothing was sent.
+    /// Only [`SendError::NotWritten`] means that nothing was sent.
     pub(crate) async fn send(
         &self,
         mut connection: UpstreamConnection,
         signed: OutboundRequest,
         _: &Recorded,
     ) -> Result<Answered, SendError> {
-        connection.open.will_carry(signed.key);
+        connection.open.remember_key(signed.key);
         self.exchange(connection, signed.request).await
     }
 
@@ -356,9 +354,9 @@ impl Egress {
         Ok(answered.keep())
     }
 
-    fn destination(&self, place: (Site, Host)) -> Result<&Arc<Destination>, ConnectError> {
-        let destination = self.destinations.get(&place);
-        destination.ok_or(ConnectError::NoHost(place.0, place.1))
+    fn destination(&self, host_id: (Site, Host)) -> Result<&Arc<Destination>, ConnectError> {
+        let destination = self.destinations.get(&host_id);
+        destination.ok_or(ConnectError::NoHost(host_id.0, host_id.1))
     }
 
     async fn exchange(
@@ -388,10 +386,10 @@ async fn exchange(
         .try_send_request(request)
         .await
         .map_err(|mut error| {
-            let untaken = error.take_message().is_some();
+            let is_unsent = error.take_message().is_some();
             let error = error.into_error();
-            if untaken {
-                SendError::HandedBack(error)
+            if is_unsent {
+                SendError::NotWritten(error)
             } else {
                 SendError::AnswerLost(error)
             }
@@ -453,7 +451,7 @@ impl Destination {
         self.addresses.read().clone()
     }
 
-    /// Why there is no address to connect to; `None` while there is one.
+    /// Why there is no usable address; `None` if there is one.
     fn no_address(&self, egress: IpAddr) -> Option<NoAddress> {
         if !self.addresses().is_empty() {
             return None;
@@ -466,7 +464,7 @@ impl Destination {
         })
     }
 
-    /// Asks for the name. Fails when nobody answers; the last addresses stay in use then.
+    /// Resolves the name. If that fails, the last addresses stay in use.
     async fn resolve(&self, source: IpAddr) -> io::Result<()> {
         let name = (self.origin.name.as_str(), self.origin.port);
         let found = tokio::net::lookup_host(name).await?;
@@ -474,7 +472,7 @@ impl Destination {
         Ok(())
     }
 
-    /// The same within a time limit: a name server that hangs must not hold up anything else.
+    /// Resolves the name within `connect_timeout`, so that a name server that hangs blocks nothing else.
     async fn refresh(&self, settings: &EgressSettings) {
         let limit = settings.connect_timeout;
         let error = match timeout(limit, self.resolve(settings.address)).await {
@@ -485,25 +483,25 @@ impl Destination {
                 format!("no answer within {} ms", limit.as_millis()),
             ),
         };
-        tracing::warn!(host = self.origin.name, %error, "DNS lookup failed; using cached addresses");
+        tracing::warn!(server.address = self.origin.name, exception.message = %error, "DNS lookup failed; using cached addresses");
     }
 
-    /// The same after a failed connect: at once, but not more often than [`RESOLVE_AGAIN_EVERY`]. Who comes while another
-    /// asks waits for the same answer. `had_none`: the connect failed for want of an address, so any address will do, also
-    /// one that another lookup has found meanwhile.
+    /// Resolves the name after a failed connect: at once, but not more often than [`RESOLVE_AGAIN_EVERY`]. Concurrent callers
+    /// wait for the same lookup. `had_none`: the connect failed because there was no address, so an address that another
+    /// lookup has found meanwhile is enough.
     async fn refresh_again(self: Arc<Self>, settings: EgressSettings, had_none: bool) {
         let mut last = self.resolved_again.lock().await;
         let is_found = || had_none && !self.addresses().is_empty();
         if !is_found() && last.is_none_or(|at| at.elapsed() >= RESOLVE_AGAIN_EVERY) {
             self.refresh(&settings).await;
-            // A first address may be out of date as soon as any other one.
+            // The first address that is found may be outdated, too, so finding it does not delay the next lookup.
             if !is_found() {
                 *last = Some(Instant::now());
             }
         }
     }
 
-    /// Keeps what can be reached from `source`; without a usable address the last good answer stays.
+    /// Stores the addresses of the same IP version as `source`; if there are none, the last good ones stay.
     fn keep(&self, found: impl Iterator<Item = SocketAddr>, source: IpAddr) {
         let (usable, others): (Vec<_>, Vec<_>) =
             found.partition(|address| address.is_ipv4() == source.is_ipv4());
@@ -515,10 +513,10 @@ impl Destination {
     }
 
     async fn maintain(self: Arc<Self>, settings: EgressSettings) {
-        // A connect that comes meanwhile waits for the same answer.
-        let asking = self.resolved_again.lock().await;
+        // A connect in the meantime waits for this lookup.
+        let lookup = self.resolved_again.lock().await;
         self.refresh(&settings).await;
-        drop(asking);
+        drop(lookup);
         self.is_looked_up.send_replace(true);
         tokio::join!(
             self.keep_fresh(&settings),
@@ -526,7 +524,7 @@ impl Destination {
         );
     }
 
-    /// Closes on time what is idle for too long or has carried a key that is gone, also while the exchange does not answer.
+    /// Closes connections that were idle for too long or have carried a dropped key, also while the exchange does not answer.
     async fn drop_idle(&self, max_idle: Duration) {
         loop {
             self.pool.drop_older_than(max_idle);
@@ -534,7 +532,7 @@ impl Destination {
         }
     }
 
-    /// Keeps warm connections open and addresses new.
+    /// Keeps warm connections open and addresses fresh.
     async fn keep_fresh(self: &Arc<Self>, settings: &EgressSettings) {
         let mut resolved = Instant::now();
         loop {
@@ -543,9 +541,9 @@ impl Destination {
                     Ok(open) => self.pool.put(open),
                     Err(error) => {
                         tracing::warn!(
-                            host = self.origin.name,
-                            error = chain(&error),
-                            "no connection"
+                            server.address = self.origin.name,
+                            exception.message = chain(&error),
+                            "connect to exchange failed"
                         );
                         break;
                     }
@@ -559,15 +557,15 @@ impl Destination {
         }
     }
 
-    /// Makes a new connection. Where no known address takes it, the name may have moved: asks for it again, and tries the
-    /// addresses that are new.
+    /// Opens a new connection. If no known address accepts it, the name may have new addresses: resolves it again and tries
+    /// those.
     async fn open(self: &Arc<Self>, settings: &EgressSettings) -> Result<Open, ConnectError> {
         let tried = self.addresses();
         let error = match self.dial(&tried, settings).await {
             Ok(open) => return Ok(open),
             Err(error) => error,
         };
-        // In a task of its own: the next call needs the answer too, whatever becomes of this one.
+        // In a separate task: the next call needs the result, too, even if this one is cancelled.
         let again =
             tokio::spawn(Arc::clone(self).refresh_again(settings.clone(), tried.is_empty()));
         let _ = timeout(RESOLVE_AGAIN_WITHIN, again).await;
@@ -585,13 +583,13 @@ impl Destination {
         self.dial(&new, settings).await
     }
 
-    /// Connects to the first of `addresses` that lets us, within the time limit, from the egress address.
+    /// Connects to the first of `addresses` that accepts a connection from the egress address within the time limit.
     async fn dial(
         &self,
         addresses: &[SocketAddr],
         settings: &EgressSettings,
     ) -> Result<Open, ConnectError> {
-        // A share of the time for each, so that one that does not answer leaves some to the others.
+        // Each address gets a share of the time, so that one that does not answer leaves time for the others.
         let share = settings.connect_timeout / u32::try_from(addresses.len().max(1)).unwrap_or(1);
         let mut failure = None;
         for &address in addresses {
@@ -600,7 +598,7 @@ impl Destination {
                 Ok(sender) => return Ok(Open::new(sender, address)),
                 Err(error) => error,
             };
-            tracing::debug!(host = self.origin.name, peer = %address, error = chain(&error), "address did not accept the connection");
+            tracing::debug!(server.address = self.origin.name, network.peer.address = %address.ip(), network.peer.port = address.port(), exception.message = chain(&error), "address did not accept the connection");
             failure = Some(error);
             self.put_last(address);
         }
@@ -611,7 +609,7 @@ impl Destination {
         }))
     }
 
-    /// The next connection starts with another address than one that has just failed.
+    /// Moves an address that has just failed to the end, so that the next connection tries another one first.
     fn put_last(&self, failed: SocketAddr) {
         let mut addresses = self.addresses.write();
         if addresses.first() == Some(&failed) {
@@ -659,7 +657,7 @@ where
         .handshake(TokioIo::new(stream))
         .await
         .map_err(ConnectError::Handshake)?;
-    // Its end is seen by whoever holds the sender.
+    // The owner of the sender notices when the connection ends.
     tokio::spawn(async move {
         let _ = connection.await;
     });
@@ -707,7 +705,7 @@ mod tests {
         }
     }
 
-    /// Points the destination at an address of this machine where nobody listens.
+    /// Points the destination at an address of this machine where nothing listens.
     fn move_away(destination: &Destination) -> SocketAddr {
         let old = SocketAddr::from(([127, 7, 7, 6], destination.origin.port));
         destination.keep([old].into_iter(), settings().address);
@@ -715,16 +713,16 @@ mod tests {
     }
 
     #[test]
-    fn start_waits_for_no_lookup_and_first_lookups_ends_once_all_names_were_looked_up() {
+    fn start_does_not_wait_for_dns_and_first_lookups_waits_for_every_name() {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
-            // Lookups run on this thread: while it is busy, no name server answers.
+            // Lookups run on this thread: while it is busy, none completes.
             .max_blocking_threads(1)
             .build()
             .unwrap();
         runtime.block_on(async {
-            let (answer, answers) = std::sync::mpsc::channel::<()>();
-            let name_server = tokio::task::spawn_blocking(move || answers.recv());
+            let (release, released) = std::sync::mpsc::channel::<()>();
+            let busy_thread = tokio::task::spawn_blocking(move || released.recv());
             let origins = [(Host::Spot, origin(1)), (Host::Futures, origin(2))];
             let origins = origins.map(|(host, origin)| ((Site::Global, host), origin));
             let egress = Egress::new(settings(), origins.into(), &tls()).unwrap();
@@ -734,14 +732,14 @@ mod tests {
                 tokio::task::yield_now().await;
             }
             for destination in egress.destinations.values() {
-                let is_asking = destination.resolved_again.try_lock().is_err();
+                let is_resolving = destination.resolved_again.try_lock().is_err();
                 assert!(
-                    is_asking,
+                    is_resolving,
                     "{} waits for another lookup",
                     destination.origin.port
                 );
             }
-            answer.send(()).unwrap();
+            release.send(()).unwrap();
             egress.first_lookups().await;
             for destination in egress.destinations.values() {
                 let port = destination.origin.port;
@@ -750,12 +748,12 @@ mod tests {
                     [SocketAddr::from(([127, 0, 0, 1], port))]
                 );
             }
-            name_server.await.unwrap().unwrap();
+            busy_thread.await.unwrap().unwrap();
         });
     }
 
     #[tokio::test]
-    async fn a_failed_connect_looks_the_name_up_again_and_uses_the_new_address() {
+    async fn failed_connect_resolves_the_name_again_and_uses_the_new_address() {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let new = listener.local_addr().unwrap();
         let destination = localhost(new.port());
@@ -766,7 +764,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn idle_connections_to_an_address_that_is_gone_are_dropped_and_others_stay() {
+    async fn idle_connections_to_a_removed_address_are_dropped_and_others_stay() {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let new = listener.local_addr().unwrap();
         let destination = localhost(new.port());
@@ -782,7 +780,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn failed_connects_look_the_name_up_at_most_once_a_second() {
+    async fn failed_connects_resolve_the_name_at_most_once_per_second() {
         let destination = localhost(1);
         let again = || Arc::clone(&destination).refresh_again(settings(), false);
         let new = SocketAddr::from(([127, 0, 0, 1], 1));
@@ -800,8 +798,8 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn connection_of_a_key_that_is_gone_closes_on_time_beside_a_silent_exchange() {
-        // Takes connections, and never answers in TLS.
+    async fn connection_of_a_dropped_key_closes_on_time_while_the_exchange_is_silent() {
+        // Accepts connections, and never responds in TLS.
         let exchange = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = exchange.local_addr().unwrap();
         let origin = Origin {
@@ -817,7 +815,7 @@ mod tests {
         let (sender, connection) = http1::handshake(TokioIo::new(ours)).await.unwrap();
         let connection = tokio::spawn(connection);
         let mut open = Open::new(sender, address);
-        open.will_carry(Some(Arc::downgrade(&key)));
+        open.remember_key(Some(Arc::downgrade(&key)));
         destination.pool.put(open);
         let settings = EgressSettings {
             warm_connections: 2,
@@ -825,37 +823,45 @@ mod tests {
         };
         tokio::spawn(Arc::clone(&destination).maintain(settings));
         let _silent = exchange.accept().await.unwrap();
-        let gone = Instant::now();
+        let dropped = Instant::now();
         drop(key);
-        // Ends only once nobody holds the other end of it.
+        // Ends only once the other end is dropped.
         connection.await.unwrap().unwrap();
-        assert!(gone.elapsed() <= MAINTAIN_EVERY, "{:?}", gone.elapsed());
+        assert!(
+            dropped.elapsed() <= MAINTAIN_EVERY,
+            "{:?}",
+            dropped.elapsed()
+        );
     }
 
     #[test]
-    fn the_last_good_addresses_stay_and_ipv4_keeps_to_ipv4() {
+    fn last_good_addresses_stay_and_only_the_ip_version_of_the_egress_address_is_used() {
         let destination = localhost(1);
         let (four, six) = (
             "192.0.2.1:1".parse().unwrap(),
             "[2001:db8::1]:1".parse().unwrap(),
         );
         let source = |text: &str| text.parse::<IpAddr>().unwrap();
-        let words = |egress| destination.no_address(source(egress)).unwrap().to_string();
+        let problem = |egress| destination.no_address(source(egress)).unwrap().to_string();
         assert_eq!(
-            words("192.0.2.9"),
-            "the name localhost has not been resolved"
+            problem("192.0.2.9"),
+            "DNS name localhost has not been resolved"
         );
         destination.keep([four].into_iter(), source("2001:db8::9"));
         assert_eq!(
-            words("2001:db8::9"),
-            "localhost has no IPv6 address, which egress.address 2001:db8::9 needs"
+            problem("2001:db8::9"),
+            "localhost has no IPv6 address, but egress.address 2001:db8::9 requires one"
         );
         destination.keep([six, four].into_iter(), source("192.0.2.9"));
         assert_eq!(destination.no_address(source("192.0.2.9")), None);
         assert_eq!(destination.addresses(), [four]);
         destination.keep([].into_iter(), source("192.0.2.9"));
         destination.keep([six].into_iter(), source("0.0.0.0"));
-        assert_eq!(destination.addresses(), [four], "nothing usable came");
+        assert_eq!(
+            destination.addresses(),
+            [four],
+            "no usable address was found"
+        );
         destination.keep([six].into_iter(), source("2001:db8::9"));
         assert_eq!(destination.addresses(), [six]);
     }

@@ -1,8 +1,8 @@
 //! The keys of all accounts, in memory. They are loaded and removed in the background; the request path only reads.
 //!
-//! A cached key stays in use while Vault is unreachable, within two bounds on its age, the time since Vault last confirmed
-//! it: past `max_stale_s` it signs nothing risk-increasing, past `max_stale_cancel_s` it is wiped. A new key replaces it
-//! once the exchange has accepted requests that the new one signed.
+//! A cached key stays in use while Vault is unreachable. Its age is the time since Vault last confirmed it: past
+//! `max_stale_s` it signs nothing risk-increasing, past `max_stale_cancel_s` it is wiped. A new key replaces it once the
+//! exchange has accepted requests that the new key signed.
 
 pub(crate) mod key_test;
 pub(crate) mod refresh;
@@ -28,27 +28,27 @@ use crate::vault::Hold;
 use key_test::{Report, Verdict};
 use usage::Usage;
 
-/// How long a refused request waits for another key at most; a test takes a few round trips to the exchange.
-const TRIAL_WITHIN: Duration = Duration::from_secs(5);
+/// How long a rejected request waits for another key at most; a test takes a few round trips to the exchange.
+const KEY_TEST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How often keys are checked for being too old to stay in memory. Not a timer per key: timers stand still while the
-/// machine sleeps, and ages do not.
-const WIPE_EVERY: Duration = Duration::from_secs(1);
+/// How often keys are checked for being too old to stay in memory. Not a timer per key: timers pause while the machine
+/// sleeps, and ages do not.
+const WIPE_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How long whoever asks for a look at Vault waits for it, test and all.
-const LOOK_WITHIN: Duration = Duration::from_secs(20);
+/// How long [`Keyring::refresh_now`] waits for Vault and for the key test.
+const REFRESH_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Every key that the rules name, with its value or the reason why there is none.
+/// Every key that the rules name, with its value or the reason why it is not loaded.
 #[derive(Debug)]
 pub(crate) struct Keyring {
     clock: Arc<Clock>,
     restrictions: Arc<Restrictions>,
-    slots: RwLock<BTreeMap<AccountId, Keys>>,
-    /// The last test of each key, also of those that are not in memory any more.
-    past: Mutex<BTreeMap<(AccountId, KeyName), Past>>,
+    accounts: RwLock<BTreeMap<AccountId, Keys>>,
+    /// The last test of each key, also of keys that are no longer in memory.
+    past: Mutex<BTreeMap<(AccountId, KeyName), PastTest>>,
     changed: watch::Sender<()>,
-    /// Wakes whoever asks Vault, when a key turns out older than anybody knew.
-    rechecks: Notify,
+    /// Wakes all polling tasks: a key was wiped, or is too old and was not polled since (the machine slept).
+    refresh_all: Notify,
 }
 
 /// The keys of one account.
@@ -58,31 +58,31 @@ struct Keys {
     entries: BTreeMap<KeyName, KeyEntry>,
 }
 
-/// One key, and what is going on about it.
+/// One key and its state.
 #[derive(Debug)]
 struct KeyEntry {
     state: KeyState,
-    /// Whether a key is being tested that may take its place.
+    /// Whether a test is running that may change which key signs.
     is_testing: bool,
-    /// What the last test said of the key in memory.
+    /// The result of the last test of the key in memory.
     tested: Option<Tested>,
-    /// Why the exchange has said nothing in a test after that.
+    /// Why a later test got no answer from the exchange.
     unanswered: Option<String>,
     /// The last key that was in memory here, or found to be revoked.
     last: Option<KeyDigest>,
-    /// What its metadata say of it beside its versions.
+    /// Restriction and hold from its custom metadata.
     noted: Noted,
-    /// Why the key was wiped, until Vault has been heard again.
+    /// Why the key was wiped, until Vault responds again.
     wiped: Option<String>,
     refresh: Arc<Refresh>,
 }
 
-/// What the metadata of a key in Vault say of it beside its versions.
+/// What admins have set in the key's custom metadata in Vault.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub(crate) struct Noted {
     /// Why it signs nothing risk-increasing.
     pub(crate) restricted: Option<String>,
-    /// The version that an admin holds in use in place of the newest.
+    /// The version that an admin holds instead of the newest.
     pub(crate) hold: Option<Hold>,
 }
 
@@ -91,73 +91,73 @@ pub(crate) struct Noted {
 pub(crate) struct Tested {
     /// When: Unix time in milliseconds.
     pub(crate) at_ms: i64,
-    /// What came of it.
+    /// The result.
     pub(crate) report: Arc<Report>,
 }
 
-/// A test of a key that has come back: it needs no other one before its time.
+/// The last test of a key. If the key is loaded again, the test stays valid until the next one is due.
 #[derive(Clone, Debug)]
-struct Past {
+struct PastTest {
     key: KeyDigest,
     version: u64,
-    /// When it is to be tested again: time since boot.
+    /// When the next test is due: time since boot.
     due: Duration,
     tested: Tested,
 }
 
-/// Looks at one key in Vault: asked for, and counted.
+/// Requests to refresh one key from Vault, and counters of refreshes.
 #[derive(Debug, Default)]
 struct Refresh {
-    /// Wakes whoever looks.
+    /// Wakes the polling task of the key.
     wanted: Notify,
-    /// How many have begun, and how many of these have ended.
+    /// How many refreshes have started, and how many of these have finished.
     count: watch::Sender<(u64, u64)>,
-    /// Whether Vault has been asked once, with or without an answer.
+    /// Whether the first read from Vault is done, successful or not.
     is_read: watch::Sender<bool>,
-    /// Whether a version that has been refused is to be tried once more.
+    /// Whether a rejected version is to be tried once more.
     is_fresh: AtomicBool,
 }
 
-/// What is known about one key.
+/// The state of one key.
 #[derive(Clone, Debug)]
 pub(crate) enum KeyState {
-    /// Vault has said that there is no such key for us: evicted, or never there.
+    /// Vault reports no key that the broker may use: removed, disabled, denied, or never written.
     Absent(String),
-    /// In memory, from this version of the secret in Vault.
+    /// In memory.
     Loaded {
         /// The key.
         key: Arc<Key>,
-        /// What the exchange has said about it.
+        /// How the exchange has responded to requests that it signed.
         usage: Arc<Usage>,
         /// The version in Vault.
         version: u64,
-        /// What is wrong with a newer version, which is not used.
+        /// Why another version is not used: the newest, or the one that an admin holds.
         problem: Option<String>,
         /// When Vault last confirmed it: time since boot.
         confirmed: Duration,
-        /// Why Vault has not confirmed it again; none while it does.
+        /// Why Vault has not confirmed it since; none if the last attempt succeeded.
         outage: Option<String>,
     },
-    /// Vault has not answered yet, or not for so long that the key was wiped.
+    /// Vault has not responded yet, or not for so long that the key was wiped.
     Pending(String),
 }
 
-/// A key, and how far it can be trusted.
+/// A key to sign one request, and how stale it is.
 #[derive(Clone, Debug)]
 pub(crate) struct KeyLease {
     /// The key.
     pub(crate) key: Arc<Key>,
-    /// What the exchange has said about it.
+    /// How the exchange has responded to requests that it signed.
     pub(crate) usage: Arc<Usage>,
-    /// Its version in Vault; none for one that is only tested.
+    /// Its version in Vault; none for a key under test.
     pub(crate) version: Option<u64>,
-    /// Since Vault last confirmed it; zero while Vault answers.
+    /// Time since Vault last confirmed it; zero while Vault responds.
     pub(crate) stale: Duration,
 }
 
 impl KeyLease {
-    /// A key that is only tested.
-    pub(crate) fn of_a_test(key: Arc<Key>) -> Self {
+    /// A key that signs only test requests.
+    pub(crate) fn for_test(key: Arc<Key>) -> Self {
         Self {
             key,
             usage: Arc::default(),
@@ -167,30 +167,30 @@ impl KeyLease {
     }
 }
 
-/// What is known about one key, for readiness and metrics.
+/// A snapshot of one key, for readiness and metrics.
 #[derive(Debug)]
 pub(crate) struct KeySnapshot {
     /// Its account.
     pub(crate) account: AccountId,
     /// Its name.
     pub(crate) name: KeyName,
-    /// What stands in its place.
+    /// Its state.
     pub(crate) state: KeyState,
-    /// Since Vault last confirmed it; none where it is not in memory.
+    /// Time since Vault last confirmed it; none if it is not in memory.
     pub(crate) age: Option<Duration>,
     /// Whether it is too old to sign risk-increasing requests.
     pub(crate) is_too_old: bool,
-    /// What its last test said that the exchange answered.
+    /// The result of the last test that the exchange answered.
     pub(crate) tested: Option<Tested>,
-    /// Why the exchange has said nothing in a test after that.
+    /// Why a later test got no answer from the exchange.
     pub(crate) unanswered: Option<String>,
-    /// The last key that was in memory in this place, or found to be revoked.
+    /// The last key that was in memory under this name, or found to be revoked.
     pub(crate) last: Option<KeyDigest>,
-    /// What its metadata say of it beside its versions.
+    /// Restriction and hold from its custom metadata.
     pub(crate) noted: Noted,
 }
 
-/// The account's key is not in memory, or too old.
+/// The account's key cannot sign this request.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 #[error("the key of account {account} for this scope is not available: {reason}")]
 pub(crate) struct KeyUnavailable {
@@ -199,7 +199,7 @@ pub(crate) struct KeyUnavailable {
 }
 
 impl KeyUnavailable {
-    /// An admin has killed it; which one is not for bots to know.
+    /// An admin has revoked it; bots do not learn which admin.
     pub(crate) fn revoked(account: &AccountId) -> Self {
         Self {
             account: account.clone(),
@@ -208,7 +208,7 @@ impl KeyUnavailable {
     }
 }
 
-/// Says to admins that a key is dead.
+/// Who revoked a key, for admins.
 fn revoked_by(revoked: &Revoked) -> String {
     format!(
         "{} has revoked it; register another key",
@@ -217,23 +217,23 @@ fn revoked_by(revoked: &Revoked) -> String {
 }
 
 impl Keyring {
-    /// No keys yet; ages count on `clock`. What `restrictions` say is revoked is never kept.
+    /// An empty keyring; ages are measured with `clock`. Keys that `restrictions` list as revoked are never kept.
     pub(crate) fn new(clock: Arc<Clock>, restrictions: Arc<Restrictions>) -> Self {
         Self {
             clock,
             restrictions,
-            slots: RwLock::default(),
+            accounts: RwLock::default(),
             past: Mutex::default(),
             changed: watch::Sender::new(()),
-            rechecks: Notify::new(),
+            refresh_all: Notify::new(),
         }
     }
 
-    /// Makes places for the keys of these accounts; what is there already stays.
+    /// Adds entries for the keys of these accounts; existing entries stay.
     pub(crate) fn add<'a>(&self, accounts: impl Iterator<Item = &'a Arc<Account>>) {
-        let mut slots = self.slots.write();
+        let mut known = self.accounts.write();
         for account in accounts {
-            let keys = slots.entry(account.id.clone()).or_insert_with(|| Keys {
+            let keys = known.entry(account.id.clone()).or_insert_with(|| Keys {
                 max_stale: account.max_stale,
                 entries: BTreeMap::new(),
             });
@@ -244,15 +244,15 @@ impl Keyring {
                     .or_insert_with(KeyEntry::new);
             }
         }
-        drop(slots);
+        drop(known);
         self.changed.send_replace(());
     }
 
-    /// Drops all keys but those of these accounts.
+    /// Drops all keys except those of these accounts.
     pub(crate) fn retain<'a>(&self, accounts: impl Iterator<Item = &'a Arc<Account>>) {
         let accounts: BTreeMap<_, _> = accounts.map(|account| (&account.id, account)).collect();
-        let mut slots = self.slots.write();
-        slots.retain(|id, keys| {
+        let mut known = self.accounts.write();
+        known.retain(|id, keys| {
             let Some(account) = accounts.get(id) else {
                 return false;
             };
@@ -260,31 +260,31 @@ impl Keyring {
                 .retain(|name, _| account.keys.values().any(|named| named == name));
             true
         });
-        drop(slots);
+        drop(known);
         self.changed.send_replace(());
     }
 
     /// The key that signs what `permit` allows.
     ///
     /// # Errors
-    /// When it is not in memory, or Vault has been silent about it for longer than the account allows; says why.
+    /// When it is not in memory, cannot sign this request, or Vault last confirmed it longer ago than the account allows.
     pub(crate) fn key(&self, permit: &Permit) -> Result<KeyLease, KeyUnavailable> {
         let account = &permit.account().id;
         let unavailable = |reason: &str| KeyUnavailable {
             account: account.clone(),
             reason: reason.to_owned(),
         };
-        let unnamed = || unavailable("the rules name no key");
+        let unnamed = || unavailable("the rules name no key for it");
         let name = permit.key_name().ok_or_else(unnamed)?;
-        let slots = self.slots.read();
-        let keys = slots.get(account).ok_or_else(unnamed)?;
+        let accounts = self.accounts.read();
+        let keys = accounts.get(account).ok_or_else(unnamed)?;
         let entry = keys.entries.get(name);
         match entry.map(|entry| &entry.state) {
             Some(KeyState::Loaded { key, .. })
                 if permit.partner().is_some() && !key.has_partner_key() =>
             {
                 Err(unavailable(
-                    "the account has a partner, and the key in Vault has no `partner_key`",
+                    "the account has a partner, but its key in Vault has no `partner_key`",
                 ))
             }
             Some(KeyState::Loaded {
@@ -307,8 +307,8 @@ impl Keyring {
                 };
                 if age > max {
                     if outage.is_none() {
-                        // The machine has slept: nobody has asked Vault yet.
-                        self.rechecks.notify_waiters();
+                        // The machine has slept, and no poll has run since.
+                        self.refresh_all.notify_waiters();
                     }
                     return Err(unavailable(&too_old(age, max, outage.as_deref())));
                 }
@@ -329,8 +329,8 @@ impl Keyring {
             }
             Some(KeyState::Pending(reason)) => {
                 if entry.is_some_and(|entry| entry.wiped.as_ref() == Some(reason)) {
-                    // Nobody has asked Vault since it was wiped.
-                    self.rechecks.notify_waiters();
+                    // No poll has run since it was wiped.
+                    self.refresh_all.notify_waiters();
                 }
                 Err(unavailable(reason))
             }
@@ -344,11 +344,11 @@ impl Keyring {
         self.restrictions.has_revoked(account, name, last)
     }
 
-    /// Every key with what is known about it.
+    /// A snapshot of every key.
     pub(crate) fn entries(&self) -> Vec<KeySnapshot> {
         let now = self.clock.boot();
-        let slots = self.slots.read();
-        let all = slots.iter().flat_map(|(account, keys)| {
+        let accounts = self.accounts.read();
+        let all = accounts.iter().flat_map(|(account, keys)| {
             keys.entries.iter().map(move |(name, entry)| {
                 let state = &entry.state;
                 let age = state.confirmed().map(|at| now.saturating_sub(at));
@@ -368,44 +368,44 @@ impl Keyring {
         all.collect()
     }
 
-    /// Returns once Vault has been asked for every key that the keyring has now, with or without an answer.
+    /// Returns once the first read from Vault is done for every key that is in the keyring now, successful or not.
     pub(crate) async fn first_read(&self) {
         let all: Vec<_> = {
-            let slots = self.slots.read();
-            let keys = slots.values().flat_map(|keys| keys.entries.values());
+            let accounts = self.accounts.read();
+            let keys = accounts.values().flat_map(|keys| keys.entries.values());
             keys.map(|entry| entry.refresh.is_read.subscribe())
                 .collect()
         };
         for mut is_read in all {
-            // An error means that the rules name it no longer.
+            // An error means that the rules no longer name the key.
             let _ = is_read.wait_for(|is_read| *is_read).await;
         }
     }
 
-    /// Tells when any slot changes.
+    /// Notifies when any key changes.
     pub(crate) fn changes(&self) -> watch::Receiver<()> {
         self.changed.subscribe()
     }
 
-    /// How long the keys of an account serve for everything while Vault is silent.
+    /// How long the keys of an account may sign everything without confirmation by Vault.
     fn max_stale(&self, account: &AccountId) -> Duration {
-        let slots = self.slots.read();
-        slots
+        let accounts = self.accounts.read();
+        accounts
             .get(account)
             .map_or(Duration::MAX, |keys| keys.max_stale.risk_increasing)
     }
 
-    /// Wipes each key within a second of its account's `max_stale_cancel_s`, and has Vault asked for it. Never ends.
+    /// Wipes each key within a second after its account's `max_stale_cancel_s`, and requests a refresh. Never returns.
     pub(crate) async fn wipe_on_time(self: Arc<Self>) {
         loop {
             for (account, name) in self.wipe_too_old() {
-                tracing::error!(account.id = %account, key = %name, "key wiped: not confirmed by Vault within max_stale_cancel_s");
+                tracing::error!(account.id = %account, key.name = %name, "key wiped: not confirmed by Vault within max_stale_cancel_s");
             }
-            sleep(WIPE_EVERY).await;
+            sleep(WIPE_CHECK_INTERVAL).await;
         }
     }
 
-    /// Wipes the keys that are too old even to cancel orders, and returns which.
+    /// Wipes the keys that are too old even to cancel orders, and returns them.
     fn wipe_too_old(&self) -> Vec<(AccountId, KeyName)> {
         let now = self.clock.boot();
         let age_past = |max: Duration, entry: &KeyEntry| {
@@ -418,49 +418,50 @@ impl Keyring {
             entries.any(|entry| age_past(max, entry).is_some())
         };
         // Calls read the same lock, and there is hardly ever anything to wipe.
-        let slots = self.slots.read();
-        let is_any_past = slots.values().any(is_past);
-        drop(slots);
+        let accounts = self.accounts.read();
+        let is_any_past = accounts.values().any(is_past);
+        drop(accounts);
         let mut wiped = Vec::new();
         if !is_any_past {
             return wiped;
         }
-        let mut slots = self.slots.write();
-        for (account, keys) in slots.iter_mut() {
+        let mut accounts = self.accounts.write();
+        for (account, keys) in accounts.iter_mut() {
             let max = keys.max_stale.cancels_and_reads;
             for (name, entry) in &mut keys.entries {
                 if let Some(age) = age_past(max, entry) {
                     let outage = entry.state.outage();
                     let why = too_old_to_keep(age, max);
                     entry.wiped = Some(why.clone());
-                    entry.put(KeyState::Pending(outage.unwrap_or(why)));
+                    entry.set_state(KeyState::Pending(outage.unwrap_or(why)));
                     wiped.push((account.clone(), name.clone()));
                 }
             }
         }
-        drop(slots);
+        drop(accounts);
         self.changed.send_replace(());
-        // Also whoever holds a newer version that waits for its test: it is as old.
-        self.rechecks.notify_waiters();
+        // Polling tasks drop a newer version that waits for its test: it is as old.
+        self.refresh_all.notify_waiters();
         wiped
     }
 
-    /// What is known about one key.
+    /// The state of one key.
     fn state(&self, account: &AccountId, name: &KeyName) -> Option<KeyState> {
-        let slots = self.slots.read();
-        Some(slots.get(account)?.entries.get(name)?.state.clone())
+        let accounts = self.accounts.read();
+        Some(accounts.get(account)?.entries.get(name)?.state.clone())
     }
 
-    /// Puts a slot in place; a key that stood there is wiped once its last request is signed.
+    /// Sets the state of a key; the previous key is wiped once its last request is signed.
     fn set(&self, account: &AccountId, name: &KeyName, state: KeyState) {
         self.change(account, name, |entry| {
-            // Asked under the lock that `wipe_revoked` takes: a key that was revoked meanwhile does not come back.
+            // Checked under the lock that `wipe_revoked` takes: a key that was revoked meanwhile does not come back.
             let revoked = self.revoked(account, name, &state);
-            entry.put(revoked.map_or(state, |revoked| KeyState::Absent(revoked_by(&revoked))));
+            entry
+                .set_state(revoked.map_or(state, |revoked| KeyState::Absent(revoked_by(&revoked))));
         });
     }
 
-    /// Changes what is known of the key in memory, by Vault's word or its silence; one that was revoked meanwhile is wiped.
+    /// Changes an entry after a response or an outage of Vault; a key that was revoked meanwhile is wiped.
     fn change_unless_revoked(
         &self,
         account: &AccountId,
@@ -470,25 +471,26 @@ impl Keyring {
         self.change(account, name, |entry| {
             change(entry);
             if let Some(revoked) = self.revoked(account, name, &entry.state) {
-                entry.put(KeyState::Absent(revoked_by(&revoked)));
+                entry.set_state(KeyState::Absent(revoked_by(&revoked)));
             }
         });
     }
 
-    /// Keeps that the key that Vault holds is a revoked one.
+    /// Records that Vault holds a revoked key.
     fn set_revoked(&self, account: &AccountId, name: &KeyName, key: KeyDigest) {
         self.change(account, name, |entry| entry.last = Some(key));
     }
 
-    /// Keeps what the metadata say; returns what they said before, where that differs.
+    /// Stores restriction and hold; returns the previous ones if they differ.
     fn set_noted(&self, account: &AccountId, name: &KeyName, noted: &Noted) -> Option<Noted> {
-        let is_so = {
-            let slots = self.slots.read();
-            let entry = slots.get(account).and_then(|keys| keys.entries.get(name));
+        let is_unchanged = {
+            let accounts = self.accounts.read();
+            let keys = accounts.get(account);
+            let entry = keys.and_then(|keys| keys.entries.get(name));
             entry.is_none_or(|entry| entry.noted == *noted)
         };
-        // After every look: nobody needs to wake for that.
-        if is_so {
+        // This runs at every poll: do not wake receivers of `changed` without a change.
+        if is_unchanged {
             return None;
         }
         let mut before = None;
@@ -498,7 +500,7 @@ impl Keyring {
         before
     }
 
-    /// Keeps what is wrong with a version that is not used, beside the key in memory.
+    /// Stores why another version is not used, next to the key in memory.
     fn set_problem(&self, account: &AccountId, name: &KeyName, reason: Option<String>) {
         self.change(account, name, |entry| {
             if let KeyState::Loaded { problem, .. } = &mut entry.state {
@@ -507,22 +509,23 @@ impl Keyring {
         });
     }
 
-    /// Keeps whether a key is being tested that may take this one's place.
-    fn set_on_trial(&self, account: &AccountId, name: &KeyName, is_testing: bool) {
-        let is_so = {
-            let slots = self.slots.read();
-            let entry = slots.get(account).and_then(|keys| keys.entries.get(name));
+    /// Stores whether a test is running that may change which key signs.
+    fn set_testing(&self, account: &AccountId, name: &KeyName, is_testing: bool) {
+        let is_unchanged = {
+            let accounts = self.accounts.read();
+            let keys = accounts.get(account);
+            let entry = keys.and_then(|keys| keys.entries.get(name));
             entry.is_some_and(|entry| entry.is_testing == is_testing)
         };
-        // After every look: nobody needs to wake for that.
-        if is_so {
+        // This runs at every poll: do not wake receivers of `changed` without a change.
+        if is_unchanged {
             return;
         }
         self.change(account, name, |entry| entry.is_testing = is_testing);
     }
 
-    /// Keeps what a test said of the key in memory, unless another has taken its place meanwhile. A test that the
-    /// exchange did not answer leaves what is known as it is.
+    /// Stores a test result of the key in memory, unless another key has replaced it meanwhile. A test that the exchange
+    /// did not answer leaves the previous result in place.
     pub(crate) fn set_tested(
         &self,
         account: &AccountId,
@@ -532,10 +535,10 @@ impl Keyring {
     ) {
         let at_ms = self.clock.wall_ms();
         self.change(account, name, |entry| {
-            let is_it =
+            let is_current =
                 matches!(&entry.state, KeyState::Loaded { key, .. } if Arc::ptr_eq(key, tested));
             match &report.verdict {
-                _ if !is_it => {}
+                _ if !is_current => {}
                 Verdict::Unclear(reason) if report.info.is_none() => {
                     entry.unanswered = Some(reason.clone());
                 }
@@ -547,17 +550,18 @@ impl Keyring {
         });
     }
 
-    /// Keeps for later that the key in memory needs no test before `due`.
+    /// Remembers that the key in memory needs no test before `due`, also if it is wiped and loaded again.
     fn remember(&self, account: &AccountId, name: &KeyName, due: Duration) {
-        let slots = self.slots.read();
-        let entry = slots.get(account).and_then(|keys| keys.entries.get(name));
+        let accounts = self.accounts.read();
+        let keys = accounts.get(account);
+        let entry = keys.and_then(|keys| keys.entries.get(name));
         if let Some(KeyEntry {
             state: KeyState::Loaded { key, version, .. },
             tested: Some(tested),
             ..
         }) = entry
         {
-            let past = Past {
+            let past = PastTest {
                 key: KeyDigest(key.id_sha256()),
                 version: *version,
                 due,
@@ -568,8 +572,8 @@ impl Keyring {
         }
     }
 
-    /// Says of a key that has come back what its last test said, and returns when the next one is due; none where it was
-    /// not good, or where it is due by now.
+    /// Restores the last test result of a key that is loaded again, and returns when the next test is due; none if that
+    /// result was not good, or the next test is due already.
     fn recall(&self, account: &AccountId, name: &KeyName) -> Option<Duration> {
         let all = self.past.lock();
         let past = all.get(&(account.clone(), name.clone())).cloned()?;
@@ -590,32 +594,32 @@ impl Keyring {
     }
 
     fn change(&self, account: &AccountId, name: &KeyName, change: impl FnOnce(&mut KeyEntry)) {
-        let mut slots = self.slots.write();
-        let keys = slots.get_mut(account);
+        let mut accounts = self.accounts.write();
+        let keys = accounts.get_mut(account);
         if let Some(entry) = keys.and_then(|keys| keys.entries.get_mut(name)) {
             change(entry);
         }
-        drop(slots);
+        drop(accounts);
         self.changed.send_replace(());
     }
 
-    /// Wipes every key that has been revoked. Returns those that were revoked before anybody knew their ids, for
+    /// Wipes every revoked key. Returns the keys that were revoked before their ids were known, for
     /// [`Restrictions::seen`].
     pub(crate) fn wipe_revoked(&self) -> Vec<(AccountId, KeyName, KeyDigest)> {
         let mut unseen = Vec::new();
-        let mut slots = self.slots.write();
-        for (account, keys) in slots.iter_mut() {
+        let mut accounts = self.accounts.write();
+        for (account, keys) in accounts.iter_mut() {
             for (name, entry) in &mut keys.entries {
                 let Some(revoked) = self.revoked(account, name, &entry.state) else {
                     continue;
                 };
-                entry.put(KeyState::Absent(revoked_by(&revoked)));
+                entry.set_state(KeyState::Absent(revoked_by(&revoked)));
                 unseen.extend(entry.last.map(|key| (account.clone(), name.clone(), key)));
             }
         }
-        drop(slots);
+        drop(accounts);
         self.changed.send_replace(());
-        unseen.retain(|(account, name, _)| self.restrictions.has_revoked_unseen(account, name));
+        unseen.retain(|(account, name, _)| self.restrictions.has_pending_revocation(account, name));
         unseen
     }
 
@@ -629,8 +633,8 @@ impl Keyring {
         }
     }
 
-    /// Whether another key than `used`, which the exchange has refused, signs by now. Waits for one that is being tested.
-    pub(crate) async fn has_another(&self, permit: &Permit, used: &Arc<Key>) -> bool {
+    /// Whether a key other than `used`, which the exchange has rejected, signs by now. Waits while a key is being tested.
+    pub(crate) async fn wait_for_other_key(&self, permit: &Permit, used: &Arc<Key>) -> bool {
         let Some(name) = permit.key_name() else {
             return false;
         };
@@ -639,8 +643,8 @@ impl Keyring {
             loop {
                 changes.borrow_and_update();
                 let (is_other, is_testing) = {
-                    let slots = self.slots.read();
-                    let keys = slots.get(&permit.account().id);
+                    let accounts = self.accounts.read();
+                    let keys = accounts.get(&permit.account().id);
                     let Some(entry) = keys.and_then(|keys| keys.entries.get(name)) else {
                         return false;
                     };
@@ -653,10 +657,10 @@ impl Keyring {
                 }
             }
         };
-        timeout(TRIAL_WITHIN, wait).await.unwrap_or(false)
+        timeout(KEY_TEST_TIMEOUT, wait).await.unwrap_or(false)
     }
 
-    /// The exchange has refused the key of `permit`: Vault may have another one.
+    /// Requests a refresh after the exchange has rejected the key of `permit`: Vault may have a newer one.
     pub(crate) fn request_refresh(&self, permit: &Permit) {
         if let Some(name) = permit.key_name()
             && let Some(refresh) = self.refresh(&permit.account().id, name)
@@ -665,23 +669,24 @@ impl Keyring {
         }
     }
 
-    /// Has a look taken at a key in Vault, and waits until it has ended, with the test of what it found. A version that
-    /// was refused is tried once more. Returns whether there was one.
+    /// Refreshes a key from Vault, and waits until that is done, including the test of a new version. A rejected version
+    /// is tried once more. Returns whether the refresh finished in time.
     pub(crate) async fn refresh_now(&self, account: &AccountId, name: &KeyName) -> bool {
         let Some(refresh) = self.refresh(account, name) else {
             return false;
         };
         refresh.is_fresh.store(true, Ordering::Relaxed);
         let mut count = refresh.count.subscribe();
-        let (begun, _) = *count.borrow_and_update();
+        let (started, _) = *count.borrow_and_update();
         refresh.wanted.notify_waiters();
-        let ended = count.wait_for(|(_, ended)| *ended > begun);
-        matches!(timeout(LOOK_WITHIN, ended).await, Ok(Ok(_)))
+        let finished = count.wait_for(|(_, finished)| *finished > started);
+        matches!(timeout(REFRESH_TIMEOUT, finished).await, Ok(Ok(_)))
     }
 
     fn refresh(&self, account: &AccountId, name: &KeyName) -> Option<Arc<Refresh>> {
-        let slots = self.slots.read();
-        Some(Arc::clone(&slots.get(account)?.entries.get(name)?.refresh))
+        let accounts = self.accounts.read();
+        let entry = accounts.get(account)?.entries.get(name)?;
+        Some(Arc::clone(&entry.refresh))
     }
 }
 
@@ -699,8 +704,8 @@ impl KeyEntry {
         }
     }
 
-    /// What was said of one key says nothing of another.
-    fn put(&mut self, state: KeyState) {
+    /// Sets the state; test results of another key are dropped.
+    fn set_state(&mut self, state: KeyState) {
         let is_same = matches!((&self.state, &state),
             (KeyState::Loaded { key, .. }, KeyState::Loaded { key: next, .. }) if Arc::ptr_eq(key, next));
         if !is_same {
@@ -740,9 +745,9 @@ impl KeyState {
 }
 
 fn too_old(age: Duration, max: Duration, why: Option<&str>) -> String {
-    let why = why.unwrap_or("not read yet");
+    let why = why.unwrap_or("the broker has not polled Vault");
     format!(
-        "Vault last confirmed it {} s ago, and {} s are allowed for this request: {why}",
+        "Vault last confirmed the key {} s ago (limit for this request: {} s); since then: {why}",
         age.as_secs(),
         max.as_secs()
     )
@@ -750,7 +755,7 @@ fn too_old(age: Duration, max: Duration, why: Option<&str>) -> String {
 
 fn too_old_to_keep(age: Duration, max: Duration) -> String {
     format!(
-        "wiped: last confirmed by Vault {} s ago, max_stale_cancel_s is {} s",
+        "wiped from memory: last confirmed by Vault {} s ago, max_stale_cancel_s is {} s",
         age.as_secs(),
         max.as_secs()
     )
@@ -765,7 +770,7 @@ mod tests {
     use crate::kucoin::KeyVersion;
     use crate::restrictions::Mark;
 
-    fn ready(id: &str) -> KeyState {
+    fn loaded(id: &str) -> KeyState {
         let text = |text: &str| Zeroizing::new(text.to_owned());
         let secret = ApiSecret::new(text("fake-secret"));
         let passphrase = Passphrase::new(text("fake-pass"));
@@ -781,7 +786,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_shows_while_an_order_to_kill_it_is_under_way_does_not_serve() {
+    fn key_that_was_revoked_before_its_id_was_known_is_never_used() {
         let folder = tempfile::tempdir().unwrap();
         let restrictions = Arc::new(Restrictions::open(folder.path()).unwrap());
         let keyring = Keyring::new(Arc::new(Clock::system()), Arc::clone(&restrictions));
@@ -791,15 +796,15 @@ mod tests {
         keyring.add(rules.unwrap().accounts());
         let account: AccountId = "main".parse().unwrap();
         let names: [KeyName; 2] = ["main", "late"].map(|name| name.parse().unwrap());
-        // Each order came while nobody knew the key's id: one key shows before the order, one after it.
-        keyring.set(&account, &names[0], ready("fake-1"));
+        // Both are revoked without an id: one key is loaded before the revocation, one after it.
+        keyring.set(&account, &names[0], loaded("fake-1"));
         for name in &names {
             let by = "spiffe://demo.test/admin/anna".parse().unwrap();
             let mark = Mark { by, at_ms: 1 };
             restrictions.revoke(&account, name, None, &mark).unwrap();
         }
         let unseen = keyring.wipe_revoked();
-        keyring.set(&account, &names[1], ready("fake-2"));
+        keyring.set(&account, &names[1], loaded("fake-2"));
         for name in &names {
             let state = keyring.state(&account, name);
             assert!(
@@ -807,21 +812,21 @@ mod tests {
                 "{name}: {state:?}"
             );
         }
-        // What it was is known now, and another key may come.
+        // Its id is known now, and another key may be loaded.
         for (account, name, key) in unseen {
             restrictions.seen(&account, &name, key).unwrap();
         }
-        keyring.set(&account, &names[0], ready("fake-1"));
+        keyring.set(&account, &names[0], loaded("fake-1"));
         assert!(matches!(
             keyring.state(&account, &names[0]),
             Some(KeyState::Absent(_))
         ));
-        keyring.set(&account, &names[0], ready("fake-3"));
+        keyring.set(&account, &names[0], loaded("fake-3"));
         assert!(matches!(
             keyring.state(&account, &names[0]),
             Some(KeyState::Loaded { .. })
         ));
-        // An order whose admin hung up before the keys were wiped is in force all the same.
+        // A revocation also applies if the admin disconnected before the keys were wiped.
         let by = "spiffe://demo.test/admin/anna".parse().unwrap();
         let mark = Mark { by, at_ms: 1 };
         restrictions

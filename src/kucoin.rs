@@ -1,7 +1,7 @@
 //! KuCoin's rules: what a request may look like, how it is signed, what an answer means.
 //!
-//! No I/O, no clock, no async: everything here is a function of its arguments. Rules and their sources are in the
-//! public API documentation; each item says which page.
+//! No I/O, no clock, no async: everything here is a function of its arguments. The sources are KuCoin's public API
+//! documentation; each item names its page.
 
 pub mod advice;
 pub(crate) mod answer;
@@ -20,7 +20,7 @@ use std::fmt;
 
 use serde::Deserialize;
 
-pub(crate) use answer::{Answer, Asked};
+pub(crate) use answer::{Answer, RequestContext};
 pub use catalog::Catalog;
 pub(crate) use catalog::{Effect, Endpoint, Product, Risk};
 pub use request::UnsignedRequest;
@@ -34,17 +34,16 @@ pub use target::Target;
 pub enum Scope {
     /// Classic futures.
     Futures,
-    /// Classic spot and margin, and the account endpoints beside them.
+    /// Classic spot and margin, with their account endpoints.
     SpotMargin,
     /// Unified trading account.
     Unified,
 }
 
 impl Scope {
-    /// All of them.
     pub(crate) const ALL: [Self; 3] = [Self::Futures, Self::SpotMargin, Self::Unified];
 
-    /// The word for it in rules, logs, metrics and audit lines.
+    /// Its name in rules, logs, metrics and audit lines.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Futures => "futures",
@@ -68,7 +67,7 @@ impl fmt::Display for Scope {
     }
 }
 
-/// One of the two hosts of a site that the broker speaks to.
+/// One of the two hosts of a site that the broker connects to.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub(crate) enum Host {
     /// Classic futures.
@@ -78,7 +77,7 @@ pub(crate) enum Host {
 }
 
 impl Host {
-    /// The word for it in the configuration, logs and metrics.
+    /// Its name in the configuration, logs and metrics.
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Futures => "futures",
@@ -87,7 +86,7 @@ impl Host {
     }
 }
 
-/// HTTP methods that KuCoin's endpoints use; its own SDKs refuse any other.
+/// HTTP methods that KuCoin's endpoints use; its SDKs reject any other.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum Method {
@@ -109,7 +108,7 @@ impl Method {
         }
     }
 
-    /// The same for the HTTP library.
+    /// The method as the HTTP library's type.
     pub(crate) fn as_http(self) -> http::Method {
         match self {
             Self::Delete => http::Method::DELETE,
@@ -129,7 +128,7 @@ impl fmt::Display for Method {
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd)]
 #[serde(rename_all = "lowercase")]
 pub enum Site {
-    /// Australia: the global hosts, told apart by a header.
+    /// Australia: the global hosts, with a header that selects the site.
     Au,
     /// European Union: spot and margin only.
     Eu,
@@ -141,10 +140,9 @@ pub enum Site {
 }
 
 impl Site {
-    /// All of them.
     pub(crate) const ALL: [Self; 4] = [Self::Au, Self::Eu, Self::Global, Self::Tr];
 
-    /// The word for it in the rules.
+    /// Its name in the rules.
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Au => "au",
@@ -154,7 +152,7 @@ impl Site {
         }
     }
 
-    /// DNS name of a host of this site, `None` where the site has no such host.
+    /// DNS name of a host of this site; `None` if the site has no such host.
     ///
     /// Source: KuCoin API documentation, "Introduction"; the EU and Turkish documentation.
     pub(crate) fn dns_name(self, host: Host) -> Option<&'static str> {
@@ -167,7 +165,7 @@ impl Site {
         }
     }
 
-    /// Whether accounts of this site can act in `scope`.
+    /// Whether the site offers `scope`.
     pub(crate) fn serves(self, scope: Scope) -> bool {
         match self {
             Self::Au | Self::Global => true,

@@ -1,4 +1,4 @@
-//! The `credbroker` program: command line in, exit code out.
+//! The `credbroker` program.
 
 use std::process::ExitCode;
 

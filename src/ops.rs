@@ -1,4 +1,4 @@
-//! What the broker does and says besides calls: tests of keys, cancelling everything, how it is.
+//! Operations other than calls of bots: key tests, cancelling all orders, key health, readiness and gauges.
 
 pub(crate) mod cancel_all;
 pub(crate) mod health;

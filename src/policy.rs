@@ -1,6 +1,6 @@
-//! May this bot do this? Pure: rules and request in, [`Permit`] or [`Denied`] out.
+//! The rules: which bot may send which request. Pure: rules and request in, [`Permit`] or [`Denied`] out.
 //!
-//! Deny by default. It does not count, wait, or look at the body of a request.
+//! Deny by default. Nothing here counts requests, waits, or reads the body of a request.
 
 pub(crate) mod explain;
 pub(crate) mod file;
@@ -20,49 +20,49 @@ use crate::kucoin::{
     Catalog, Effect, Endpoint, Host, Method, Partner, Product, Risk, Scope, Site, UnsignedRequest,
 };
 
-/// An account as the rules describe it.
+/// An account of the rules file.
 #[derive(Debug)]
 pub struct Account {
     /// Its name.
     pub(crate) id: AccountId,
-    /// The KuCoin site it lives on.
+    /// Its KuCoin site.
     pub(crate) site: Site,
     /// Its VIP level, 0 to 12, which sets its quotas.
     pub(crate) vip: u8,
-    /// What its keys are for.
+    /// What its keys may be used for.
     pub(crate) purpose: Purpose,
     /// Whether endpoints that move money may be granted at all.
     pub(crate) allow_money_out: bool,
-    /// Which key serves which scope.
+    /// The key that signs, per scope.
     pub(crate) keys: BTreeMap<Scope, KeyName>,
-    /// Partner (rebate programme) per scope.
+    /// The partner (rebate programme), per scope.
     pub(crate) partners: BTreeMap<Scope, Partner>,
-    /// How long its keys serve while Vault is silent.
+    /// How long its cached keys stay in use while Vault is unreachable.
     pub(crate) max_stale: MaxStale,
 }
 
-/// How long a cached key stays in use since Vault last confirmed it.
+/// How long a cached key stays in use after Vault last confirmed it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) struct MaxStale {
     /// For risk-increasing requests.
     pub(crate) risk_increasing: Duration,
-    /// For cancels and reads, so that open orders can be cancelled while Vault is down; past it the key is wiped.
+    /// For cancels and reads, so that open orders can be cancelled while Vault is down; after that the key is wiped.
     pub(crate) cancels_and_reads: Duration,
 }
 
-/// What an account's keys are for.
+/// What an account's keys may be used for.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Purpose {
     /// Reads and public data only.
     ReadOnly,
-    /// Whatever the grants say.
+    /// All that the grants allow.
     #[default]
     Trade,
 }
 
 impl Purpose {
-    /// The word for it in the rules.
+    /// Its name in the rules file.
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::ReadOnly => "read-only",
@@ -71,16 +71,16 @@ impl Purpose {
     }
 }
 
-/// The rules as meant.
+/// The parsed rules.
 #[derive(Debug, Default)]
 pub struct Policy {
     accounts: BTreeMap<AccountId, Arc<Account>>,
-    /// Where the accounts stand in the rules file. Not part of them: a line that moves changes no account.
+    /// The line of each account in the rules file, kept apart so that a moved line does not change the account.
     account_lines: BTreeMap<AccountId, usize>,
     bots: HashMap<BotId, HashMap<AccountId, HashMap<Scope, Grants>>>,
 }
 
-/// What one bot may do on one account in one scope: never an empty list of rules.
+/// What one bot may do on one account in one scope. No list of rules in a map is empty.
 #[derive(Debug, Default)]
 struct Grants {
     classes: HashMap<Risk, Vec<Rule>>,
@@ -90,14 +90,14 @@ struct Grants {
     idle: Vec<Rule>,
 }
 
-/// One word of a grant, and where it stands.
+/// One entry of a grant, with its line.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub struct Rule {
     /// Its line in the rules file, from 1.
     pub line: usize,
     /// Its key, such as `grant[2].allow[1]`.
     pub(crate) key: String,
-    /// A class, the id of an endpoint, or the path of an endpoint outside the catalogue.
+    /// A class, the id of an endpoint, or the path of an endpoint that is not in the catalogue.
     pub word: String,
 }
 
@@ -107,17 +107,17 @@ impl fmt::Display for Rule {
     }
 }
 
-/// The rules that allow something, granted as a class and by name; nothing is allowed without at least one.
+/// The rules that allow a request: first those that grant its class, then those that grant its endpoint.
 type By<'p> = [&'p [Rule]; 2];
 
-/// A yes of the rules, before it becomes a [`Permit`] or an explanation.
+/// An allowed request, before it becomes a [`Permit`] or an explanation.
 struct Granted<'p> {
     account: &'p Arc<Account>,
     endpoint: Option<&'static Endpoint>,
     by: By<'p>,
 }
 
-/// Proof that the rules allow one request. Only [`Policy::authorize`] makes one; no key is taken without it.
+/// Proof that the rules allow one request. Only [`Policy::authorize`] makes one; the keyring requires it to hand out a key.
 #[derive(Clone, Debug)]
 pub struct Permit {
     account: Arc<Account>,
@@ -147,17 +147,17 @@ impl Permit {
             .map_or("unlisted", |endpoint| endpoint.id.as_str())
     }
 
-    /// The endpoint; `None` for one outside the catalogue.
+    /// The endpoint; `None` if it is not in the catalogue.
     pub fn endpoint(&self) -> Option<&'static Endpoint> {
         self.endpoint
     }
 
-    /// The key that signs; `None` where the request goes unsigned or the account has none in this scope.
+    /// The account's key in this scope, if it has one. Public requests are not signed with it.
     pub(crate) fn key_name(&self) -> Option<&KeyName> {
         self.account.keys.get(&self.scope)
     }
 
-    /// The partner whose headers go along.
+    /// The partner whose headers are added to a signed request.
     pub(crate) fn partner(&self) -> Option<&Partner> {
         self.account.partners.get(&self.scope)
     }
@@ -167,17 +167,17 @@ impl Permit {
         self.endpoint.is_none_or(Endpoint::is_private)
     }
 
-    /// Whether the request is risk-increasing; one outside the catalogue is.
+    /// Whether the request is risk-increasing; requests to endpoints that are not in the catalogue are.
     pub(crate) fn increases_risk(&self) -> bool {
         self.endpoint.is_none_or(Endpoint::increases_risk)
     }
 
-    /// Whether the request may be sent again although it may have been executed.
+    /// Whether the request can be repeated without harm even if it was executed.
     pub(crate) fn is_idempotent(&self) -> bool {
         self.endpoint.is_some_and(|endpoint| endpoint.idempotent)
     }
 
-    /// Whether the request could change anything on the exchange.
+    /// Whether the request can change anything on the exchange.
     pub(crate) fn changes(&self) -> bool {
         !self
             .endpoint
@@ -188,20 +188,22 @@ impl Permit {
 /// Why the rules do not allow a request.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum Denied {
-    /// Account unknown or not this bot's: the two look the same.
+    /// The account is unknown or not granted to this bot; a bot cannot distinguish the two.
     #[error("account {0} is unknown or not granted to this bot")]
     Account(AccountId),
     /// No rule names the bot.
-    #[error("no rule names the bot {0}; ask an admin for a grant")]
+    #[error("no rule names bot {0}; ask an admin for a grant")]
     Caller(BotId),
-    /// A path that a lax router could take for a literal endpoint.
-    #[error("the path resembles {literal}, which is another endpoint; write it exactly")]
+    /// A lax router could route this path to an endpoint with another path.
+    #[error("the path resembles {literal} but is spelled differently; use the exact path")]
     Lookalike {
-        /// The literal path.
+        /// The path of that endpoint.
         literal: &'static str,
     },
-    /// A literal path of another method or scope, where a template has an id.
-    #[error("the path is the fixed path of {endpoint} ({method}), not one with an id")]
+    /// The fixed path of an endpoint with another method or scope; it also matches a template with an id.
+    #[error(
+        "this path belongs to {endpoint} ({method}), so no part of it is read as an id; check path, method and scope"
+    )]
     NotAnId {
         /// The id of the endpoint that has this path.
         endpoint: &'static str,
@@ -209,30 +211,32 @@ pub enum Denied {
         method: Method,
     },
     /// Endpoints of API keys.
-    #[error("{endpoint} makes, changes, returns or deletes API keys and is never granted")]
+    #[error("{endpoint} creates, changes, returns or deletes API keys and can never be granted")]
     NeverGranted {
         /// The endpoint's id.
         endpoint: &'static str,
     },
-    /// Nothing grants it.
+    /// No rule grants it.
     #[error("no rule grants {what} to this bot on account {account} in scope {scope}")]
     NotGranted {
         /// The endpoint's id, or method and path.
         what: String,
         /// The account.
         account: AccountId,
-        /// The scope asked for.
+        /// The scope of the request.
         scope: Scope,
     },
-    /// More than admins and the broker itself may ask of the exchange.
-    #[error("{what} is not permitted for admin or internal calls: they read, test and cancel")]
-    NotOurs {
+    /// Admins and the broker itself may not send this.
+    #[error(
+        "{what} is not permitted for admin or internal calls; these may only send reads and test orders, and admins may also cancel orders"
+    )]
+    NotPermittedInternally {
         /// The endpoint's id, or method and path.
         what: String,
     },
-    /// The endpoint lives on a host that the broker does not serve.
+    /// The endpoint is on a host that the broker does not support.
     #[error(
-        "{endpoint} is served by the host for exchange brokers, which credbroker does not serve"
+        "{endpoint} is on KuCoin's host for exchange brokers, which credbroker does not support"
     )]
     NotServed {
         /// The endpoint's id.
@@ -245,10 +249,10 @@ pub enum Denied {
         endpoint: &'static str,
         /// The scope it belongs to.
         belongs: Scope,
-        /// The scope asked for.
+        /// The scope of the request.
         asked: Scope,
     },
-    /// The account's site has no such market.
+    /// The account's site does not have this endpoint.
     #[error("site {site} does not serve {endpoint}")]
     Site {
         /// The site.
@@ -259,12 +263,12 @@ pub enum Denied {
 }
 
 impl Policy {
-    /// All accounts, by name.
+    /// All accounts, sorted by name.
     pub fn accounts(&self) -> impl Iterator<Item = &Arc<Account>> {
         self.accounts.values()
     }
 
-    /// All bots that grants name, in no order.
+    /// All bots that grants name, in no particular order.
     pub(crate) fn bots(&self) -> impl Iterator<Item = &BotId> {
         self.bots.keys()
     }
@@ -274,7 +278,7 @@ impl Policy {
         self.bots.contains_key(bot)
     }
 
-    /// The hosts that accounts have keys for: those whose time matters.
+    /// The hosts that accounts have keys for. Signing needs their time.
     pub(crate) fn hosts(&self) -> BTreeSet<(Site, Host)> {
         let of_account = |account: &Arc<Account>| {
             let site = account.site;
@@ -284,9 +288,13 @@ impl Policy {
         self.accounts().flat_map(of_account).collect()
     }
 
-    /// Whether whoever it is may send `request`: a bot what the rules grant it; an admin and the broker itself what adds
-    /// no risk, on any account of the rules.
-    pub fn authorize(&self, who: &Principal, request: &UnsignedRequest) -> Result<Permit, Denied> {
+    /// Allows or denies `request`. A bot may send what the rules grant it. On any account of the rules, an admin may send
+    /// all that is not risk-increasing; so may the broker itself, except cancels.
+    pub fn authorize(
+        &self,
+        principal: &Principal,
+        request: &UnsignedRequest,
+    ) -> Result<Permit, Denied> {
         let &UnsignedRequest {
             scope,
             method,
@@ -294,7 +302,7 @@ impl Policy {
             ref target,
             ..
         } = request;
-        let (entry, endpoint) = match who {
+        let (entry, endpoint) = match principal {
             Principal::Bot(bot) => {
                 let granted = self.decide(bot, account, scope, method, target.path())?;
                 (granted.account, granted.endpoint)
@@ -314,7 +322,7 @@ impl Policy {
         })
     }
 
-    /// Judges a request of no bot.
+    /// Allows or denies a request of an admin or of the broker itself.
     fn decide_own(
         &self,
         request: &UnsignedRequest,
@@ -327,16 +335,16 @@ impl Policy {
             Found::Endpoint(endpoint) if may(endpoint) && serves(account.site, endpoint) => {
                 Ok((account, Some(endpoint)))
             }
-            Found::Endpoint(endpoint) => Err(Denied::NotOurs {
+            Found::Endpoint(endpoint) => Err(Denied::NotPermittedInternally {
                 what: endpoint.id.clone(),
             }),
-            _ => Err(Denied::NotOurs {
+            _ => Err(Denied::NotPermittedInternally {
                 what: format!("{method} {path}"),
             }),
         }
     }
 
-    /// The one place where requests are judged; [`explain`] tells of what it says.
+    /// Allows or denies a bot's request. [`explain`] uses it too, so that both agree.
     fn decide(
         &self,
         bot: &BotId,
@@ -384,7 +392,7 @@ impl Policy {
                         by: [&[], rules],
                     }),
                     None => Err(not_granted(format!(
-                        "{method} on this path, which is not in the catalogue,"
+                        "{method} on this path (not in the catalogue)"
                     ))),
                 };
             }
@@ -399,7 +407,7 @@ impl Policy {
         }
     }
 
-    /// The account and what the bot has there; an account where it has nothing at all looks unknown.
+    /// The account, and what the bot may do there. An account without a grant for this bot looks like an unknown one.
     fn grants(
         &self,
         bot: &BotId,
@@ -416,7 +424,7 @@ impl Policy {
         }
     }
 
-    /// Whether `bot` may call `endpoint`, whatever its path parameters are.
+    /// Whether `bot` may call `endpoint` with any path parameters.
     fn may(
         &self,
         bot: &BotId,
@@ -430,7 +438,7 @@ impl Policy {
         endpoint.scope == Some(scope) && !matches!(by, Ok([[], []]) | Err(_))
     }
 
-    /// Every bot, account and scope that a grant names, in order.
+    /// Every combination of bot, account and scope that a grant names, sorted.
     fn granted(&self) -> BTreeMap<(&BotId, &AccountId, Scope), &Grants> {
         let mut all = BTreeMap::new();
         for (bot, accounts) in &self.bots {
@@ -443,7 +451,7 @@ impl Policy {
     }
 }
 
-/// The rules that allow an endpoint; none of them helps where it can never be granted or the site does not have it.
+/// The rules that allow an endpoint. An error if it can never be granted or the account's site does not have it.
 fn allowed_by<'p>(
     account: &Account,
     grants: Option<&'p Grants>,
@@ -471,7 +479,7 @@ impl Grants {
     }
 
     fn unlisted(&self, method: Method, path: &str) -> Option<&[Rule]> {
-        // There are none in all but a few installations: no need to look without allocating.
+        // Few installations have any: return before the lookup, which allocates.
         if self.unlisted.is_empty() {
             return None;
         }
@@ -479,7 +487,7 @@ impl Grants {
         Some(rules)
     }
 
-    /// Every rule, in the order of the file.
+    /// All rules except those of `allow = []`, in the order of the file.
     fn rules(&self) -> Vec<&Rule> {
         let listed = self.classes.values().chain(self.endpoints.values());
         let mut rules: Vec<_> = listed.chain(self.unlisted.values()).flatten().collect();
@@ -488,7 +496,7 @@ impl Grants {
     }
 }
 
-/// Whether a site has the market of an endpoint. Source: KuCoin's Turkish documentation (spot only).
+/// Whether a site has an endpoint. Source for site `tr`, which has no margin: KuCoin's Turkish documentation (spot only).
 fn serves(site: Site, endpoint: &Endpoint) -> bool {
     endpoint.scope.is_some_and(|scope| site.serves(scope))
         && !(site == Site::Tr && endpoint.product == Product::Margin)

@@ -1,5 +1,5 @@
-//! What the system is told about this process: nobody may read its memory, on disk or while it runs; and the signals
-//! that it takes.
+//! Process settings: memory that other processes cannot read and that is not written to disk, file descriptors, and
+//! signal handling.
 
 use std::future::poll_fn;
 use std::io;
@@ -15,20 +15,20 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::clock::Clock;
 
-/// Signals that are waited for, and do nothing by themselves from then on.
+/// Signals to wait for. Their default actions no longer apply.
 pub(crate) struct Signals(Vec<(&'static str, Signal)>);
 
 impl Signals {
-    /// Takes these signals, each with its name.
+    /// Installs handlers for these signals, each with its name.
     pub(crate) fn take<const N: usize>(
         signals: [(&'static str, SignalKind); N],
     ) -> io::Result<Self> {
-        let taken = signals.into_iter();
-        let taken = taken.map(|(name, kind)| Ok((name, signal(kind)?)));
-        taken.collect::<io::Result<_>>().map(Self)
+        let handled = signals.into_iter();
+        let handled = handled.map(|(name, kind)| Ok((name, signal(kind)?)));
+        handled.collect::<io::Result<_>>().map(Self)
     }
 
-    /// Takes those that end a command.
+    /// The signals that end a command.
     pub(crate) fn of_a_command() -> io::Result<Self> {
         Self::take([
             ("SIGHUP", SignalKind::hangup()),
@@ -37,7 +37,7 @@ impl Signals {
         ])
     }
 
-    /// Waits for the next one, and returns its name.
+    /// Waits for the next signal and returns its name.
     pub(crate) async fn next(&mut self) -> &'static str {
         poll_fn(|context| {
             for (name, signal) in &mut self.0 {
@@ -51,29 +51,29 @@ impl Signals {
     }
 }
 
-/// What could be had of the system.
+/// The protections and limits that the system granted.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) struct Hardened {
-    /// Whether nobody but root can attach to it or read its memory, and no core is dumped.
+    /// Whether only root can attach to it or read its memory, and core dumps are disabled.
     pub(crate) is_undumpable: bool,
-    /// Whether its memory stays out of swap.
+    /// Whether its memory is never swapped to disk.
     pub(crate) is_locked: bool,
     /// How many files and connections it may have open.
     pub(crate) descriptors: u64,
-    /// When it started, in seconds of Unix time.
+    /// Start time: Unix time in seconds.
     pub(crate) started_s: u64,
 }
 
-/// What [`harden`] came to.
+/// The result of [`harden`].
 static HARDENED: OnceLock<Hardened> = OnceLock::new();
 
-/// What could be had of the system; `None` where nobody has asked (tests).
+/// The result of [`harden`]; `None` if it was not called (tests).
 pub(crate) fn hardened() -> Option<Hardened> {
     HARDENED.get().copied()
 }
 
-/// Closes what can be closed, and warns of the rest with what to set. To be called before any secret is read, and
-/// before threads are started.
+/// Disables core dumps, locks memory and raises the descriptor limit; logs a warning if dumps or the lock fail. Must be
+/// called before any secret is read and before threads are started.
 pub(crate) fn harden() -> Hardened {
     let no_core = Rlimit {
         current: Some(0),
@@ -82,7 +82,7 @@ pub(crate) fn harden() -> Hardened {
     let core = setrlimit(Resource::Core, no_core);
     let dumpable = set_dumpable_behavior(DumpableBehavior::NotDumpable);
     for error in [core, dumpable].into_iter().filter_map(Result::err) {
-        tracing::warn!(%error, "memory could end up in a core dump: the system refuses to switch dumps off");
+        tracing::warn!(exception.message = %error, "cannot disable core dumps; keys could end up in one");
     }
     let hardened = Hardened {
         is_undumpable: core.is_ok() && dumpable.is_ok(),
@@ -94,17 +94,17 @@ pub(crate) fn harden() -> Hardened {
         undumpable = hardened.is_undumpable,
         locked = hardened.is_locked,
         descriptors = hardened.descriptors,
-        "process hardened"
+        "process hardening done; the fields show what is in effect"
     );
     *HARDENED.get_or_init(|| hardened)
 }
 
-/// Locks pages as they are used; only where there is no limit, since with one the next allocation past it would fail.
+/// Locks pages as they are used. Only without a limit: with one, allocations above it would fail.
 fn lock_memory() -> bool {
     if let Some(limit) = getrlimit(Resource::Memlock).current {
         tracing::warn!(
             limit_bytes = limit,
-            "memory is not locked and could be swapped out: set LimitMEMLOCK=infinity (systemd) or --ulimit memlock=-1 (containers), or run without swap"
+            "memory is not locked, and keys could be swapped to disk; set LimitMEMLOCK=infinity (systemd) or --ulimit memlock=-1 (containers), or disable swap"
         );
         return false;
     }
@@ -112,13 +112,13 @@ fn lock_memory() -> bool {
     match mlockall(all) {
         Ok(()) => true,
         Err(error) => {
-            tracing::warn!(%error, "memory is not locked and could be swapped out");
+            tracing::warn!(exception.message = %error, "memory is not locked, and keys could be swapped to disk");
             false
         }
     }
 }
 
-/// As many descriptors as the system allows: each connection is one.
+/// Raises the limit of open descriptors to the maximum: each connection needs one.
 fn raise_descriptors() -> u64 {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit {

@@ -1,4 +1,4 @@
-//! The messages of `proto/credbroker/v1/`, as generated.
+//! The generated messages of `proto/credbroker/v1/`.
 
 pub(crate) mod codec;
 
@@ -22,7 +22,7 @@ mod generated {
     tonic::include_proto!("credbroker.v1");
 }
 
-/// A key that an admin sent to be tested: shows nothing, and is wiped on drop.
+/// A key that an admin sent for a test: redacted in debug output, wiped on drop.
 impl fmt::Debug for Candidate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Candidate(redacted)")
@@ -49,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn debug_shows_no_candidate() {
+    fn debug_output_redacts_the_candidate() {
         let candidate = Candidate {
             api_key: "fake-id".to_owned(),
             api_secret: "fake-secret".to_owned(),

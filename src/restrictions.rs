@@ -1,7 +1,7 @@
-//! What admins have forbidden: accounts that are halted, bots that are blocked, keys that are revoked.
+//! Restrictions that admins set: halted accounts, blocked bots, revoked keys.
 //!
-//! In force at once, and on disk before anybody is told so: a restart brings nothing back. It holds names and digests of
-//! key ids, no secret.
+//! A new restriction takes effect at once. It is on disk before the admin's command succeeds, and so survives a restart.
+//! The file has names and digests of key ids, no secrets.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -19,50 +19,51 @@ use crate::base::lock::{Mutex, RwLock};
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub(crate) struct KeyDigest(pub(crate) [u8; 32]);
 
-/// Name of the file in the state folder.
+/// The file's name in the state folder.
 const FILE: &str = "restrictions.json";
 
-/// Version of the file's form. A file without a number is of the form before, which also had frozen accounts.
+/// Version of the file format. A file without a version has the previous format, which also had frozen accounts.
 const VERSION: u64 = 1;
 
 /// All restrictions.
 #[derive(Debug)]
 pub(crate) struct Restrictions {
     folder: PathBuf,
-    /// Whether the file was there.
+    /// Whether the file existed at the start.
     was_found: bool,
     state: RwLock<RestrictionState>,
-    /// Held while the file is written, so that it never holds an older state than memory.
+    /// Locked while the file is written, so that an older state never overwrites a newer one.
     writing: Mutex<()>,
 }
 
-/// As it stands in the file.
+/// The content of the file.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct RestrictionState {
     #[serde(default)]
     version: u64,
     blocked_bots: BTreeMap<BotId, Mark>,
-    /// Of the form before; read as halts.
+    /// From the previous format; read as halts.
     #[serde(default, skip_serializing)]
     frozen_accounts: BTreeMap<AccountId, Mark>,
     halted_accounts: BTreeMap<AccountId, Mark>,
     #[serde(skip_serializing_if = "Option::is_none")]
     halted_all: Option<Mark>,
-    /// Keys that are dead, whatever Vault says.
+    /// Keys that are revoked, whatever their state in Vault.
     revoked_keys: BTreeMap<KeyDigest, Revoked>,
-    /// Keys that were revoked while nobody knew their ids: the first one that Vault shows in this place is dead.
+    /// Keys that were revoked before the broker had read them from Vault: the first key that it reads under this name is
+    /// revoked.
     revoked_unseen: BTreeMap<AccountId, BTreeMap<KeyName, Mark>>,
 }
 
-/// What a file of any version has.
+/// The part that a file of any version has.
 #[derive(Deserialize)]
 struct Header {
     #[serde(default)]
     version: u64,
 }
 
-/// Who forbade it, and when.
+/// Which admin set a restriction, and when.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Mark {
@@ -72,52 +73,53 @@ pub(crate) struct Mark {
     pub(crate) at_ms: i64,
 }
 
-/// A key that is dead.
+/// A revoked key.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Revoked {
-    /// The account that it served.
+    /// Its account.
     pub(crate) account: AccountId,
-    /// Its name there.
+    /// Its name in that account.
     pub(crate) key: KeyName,
-    /// The admin who killed it.
+    /// The admin who revoked it.
     pub(crate) by: AdminId,
     /// Unix time in milliseconds.
     pub(crate) at_ms: i64,
 }
 
-/// How much is forbidden.
+/// The number of restrictions.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub(crate) struct Counts {
     /// Bots that are blocked.
     pub(crate) blocked_bots: usize,
-    /// Accounts that are halted by name.
+    /// Accounts that are halted individually.
     pub(crate) halted_accounts: usize,
     /// Whether all accounts are halted.
     pub(crate) is_all_halted: bool,
-    /// Keys that are dead.
+    /// Keys that are revoked.
     pub(crate) revoked_keys: usize,
 }
 
-/// An admin has forbidden it.
+/// A restriction applies to the request.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub(crate) enum Restricted {
-    /// The bot.
+    /// The bot is blocked.
     #[error("an admin has blocked this bot; nothing was sent")]
     Blocked,
-    /// The account, for risk-increasing requests.
+    /// The account is halted, and the request is risk-increasing.
     #[error(
-        "an admin has halted account {0}: risk-increasing requests are rejected, cancels and reads still work; nothing was sent"
+        "an admin has halted account {0}: risk-increasing requests are refused, cancels and reads still work; nothing was sent"
     )]
     Halted(AccountId),
 }
 
-/// The file cannot be used or written.
+/// `restrictions.json` cannot be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum RestrictionsError {
-    /// It is there and cannot be read: whoever was blocked or revoked must not come back by that.
+    /// The file exists but cannot be read. The broker does not start: that would lift all restrictions.
     #[error(
-        "{file} cannot be read, and what it forbids must not be lost; restore it, or remove it if nothing is forbidden: {problem}"
+        "cannot read {file}, which holds all blocks, halts and revocations: {problem}. Restore it from a backup; remove it only if \
+         nothing is blocked, halted or revoked"
     )]
     Unreadable {
         /// The file.
@@ -125,21 +127,23 @@ pub enum RestrictionsError {
         /// What is wrong with it.
         problem: String,
     },
-    /// A restriction is in force, but a restart would lift it.
+    /// A new restriction is in effect, but a restart would lift it.
     #[error(
-        "it is in force, but not on disk, and a restart would lift it: {0} cannot be written; fix that and re-run the command"
+        "the change is in effect but not saved, and a restart would undo it: {0} cannot be written; fix that and re-run the command"
     )]
     Unwritten(String, #[source] io::Error),
-    /// A restriction is not lifted.
-    #[error("it is still in force: {0} cannot be written; fix that and re-run the command")]
+    /// A restriction was not lifted.
+    #[error(
+        "the halt or block is still in effect: {0} cannot be written; fix that and re-run the command"
+    )]
     StillInForce(String, #[source] io::Error),
 }
 
 impl Restrictions {
-    /// Reads what is forbidden from the state folder; nothing is where there is no such file.
+    /// Reads the file in the state folder; without a file there are no restrictions.
     ///
     /// # Errors
-    /// When the file is there and cannot be read.
+    /// When the file exists but cannot be read.
     pub(crate) fn open(folder: &Path) -> Result<Self, RestrictionsError> {
         let file = folder.join(FILE);
         let unreadable = |problem: String| RestrictionsError::Unreadable {
@@ -162,12 +166,12 @@ impl Restrictions {
         })
     }
 
-    /// Whether the file was there when it was read.
+    /// Whether the file existed at the start.
     pub(crate) fn was_found(&self) -> bool {
         self.was_found
     }
 
-    /// Writes the file where none was found: from then on a start without one means that it was lost.
+    /// Creates the file if none was found: a later start without one means that it was lost.
     ///
     /// # Errors
     /// When it cannot be written.
@@ -177,18 +181,18 @@ impl Restrictions {
         self.write(&state)
     }
 
-    /// Whether whoever it is may go on; `increases_risk` is what the request does to `account`.
+    /// Checks a request of `principal` on `account`; `increases_risk`: whether it is risk-increasing.
     ///
     /// # Errors
-    /// When an admin has forbidden it.
+    /// When the bot is blocked, or the account is halted and the request is risk-increasing.
     pub(crate) fn check(
         &self,
-        who: &Principal,
+        principal: &Principal,
         account: &AccountId,
         increases_risk: bool,
     ) -> Result<(), Restricted> {
         let state = self.state.read();
-        if who
+        if principal
             .bot()
             .is_some_and(|bot| state.blocked_bots.contains_key(bot))
         {
@@ -200,7 +204,7 @@ impl Restrictions {
         Ok(())
     }
 
-    /// How much is forbidden.
+    /// The number of restrictions.
     pub(crate) fn counts(&self) -> Counts {
         let state = self.state.read();
         let unseen = state.revoked_unseen.values().map(BTreeMap::len);
@@ -212,17 +216,17 @@ impl Restrictions {
         }
     }
 
-    /// Whether risk-increasing requests on an account are rejected.
+    /// Whether an account is halted, individually or with all accounts.
     pub(crate) fn is_halted(&self, account: &AccountId) -> bool {
         self.state.read().is_halted(account)
     }
 
-    /// Whether all accounts are halted, also those that the rules name later.
+    /// Whether all accounts are halted, including those that are added to the rules later.
     pub(crate) fn is_all_halted(&self) -> bool {
         self.state.read().halted_all.is_some()
     }
 
-    /// The accounts that are halted by name.
+    /// The accounts that are halted individually.
     pub(crate) fn halted_accounts(&self) -> Vec<AccountId> {
         self.state.read().halted_accounts.keys().cloned().collect()
     }
@@ -232,12 +236,12 @@ impl Restrictions {
         self.state.read().blocked_bots.clone().into_iter().collect()
     }
 
-    /// Why a key must not be used, if it is dead.
+    /// The revocation of a key, if it is revoked.
     pub(crate) fn revoked(&self, key: KeyDigest) -> Option<Revoked> {
         self.state.read().revoked_keys.get(&key).cloned()
     }
 
-    /// Why a key must not be used in this place, if it or whatever is there is dead.
+    /// The revocation of a key, or of the first key to be read under this name, if there is one.
     pub(crate) fn revoked_in(
         &self,
         account: &AccountId,
@@ -249,19 +253,19 @@ impl Restrictions {
         state.revoked_keys.get(&key).cloned().or_else(unseen)
     }
 
-    /// Whether a key must not be used: it is dead, or whatever is in its place (where it has one) is.
-    pub(crate) fn is_revoked(&self, key: KeyDigest, place: Option<(&AccountId, &KeyName)>) -> bool {
+    /// Whether a key is revoked, itself or as the first key to be read under its name (if it has one).
+    pub(crate) fn is_revoked(&self, key: KeyDigest, named: Option<(&AccountId, &KeyName)>) -> bool {
         let state = self.state.read();
         let is_unseen = |(account, name)| state.unseen(account, name).is_some();
-        state.revoked_keys.contains_key(&key) || place.is_some_and(is_unseen)
+        state.revoked_keys.contains_key(&key) || named.is_some_and(is_unseen)
     }
 
-    /// Whether the next key that Vault shows in this place is dead.
-    pub(crate) fn has_revoked_unseen(&self, account: &AccountId, name: &KeyName) -> bool {
+    /// Whether the first key to be read from Vault under this name is revoked.
+    pub(crate) fn has_pending_revocation(&self, account: &AccountId, name: &KeyName) -> bool {
         self.state.read().unseen(account, name).is_some()
     }
 
-    /// Whether `last`, the last key known in this place, is dead, or the first one that Vault shows there will be.
+    /// Whether `last`, the last key read under this name, is revoked, or the first key to be read under it.
     pub(crate) fn has_revoked(
         &self,
         account: &AccountId,
@@ -274,10 +278,10 @@ impl Restrictions {
             || unseen.is_some_and(|keys| keys.contains_key(name))
     }
 
-    /// Whether the first key that Vault shows in this place is dead; it is `key`, and is known to be from now on.
+    /// Revokes `key`, just read from Vault, if the first key to be read under this name was revoked.
     ///
     /// # Errors
-    /// When that cannot be written; it is dead all the same.
+    /// When this cannot be written; `key` is revoked nevertheless.
     pub(crate) fn seen(
         &self,
         account: &AccountId,
@@ -299,10 +303,10 @@ impl Restrictions {
         })
     }
 
-    /// Kills a key, or, where its id is not known, the first one that Vault will show in its place.
+    /// Revokes a key, or, if `key` is `None`, the first key to be read from Vault under this name.
     ///
     /// # Errors
-    /// When it is in force, but cannot be written.
+    /// When it is in effect but cannot be written.
     pub(crate) fn revoke(
         &self,
         account: &AccountId,
@@ -321,10 +325,11 @@ impl Restrictions {
         })
     }
 
-    /// Rejects risk-increasing requests on an account; without one on all accounts, also those that the rules name later.
+    /// Halts an account (its risk-increasing requests are refused). `None` halts all accounts, including those that are added
+    /// to the rules later.
     ///
     /// # Errors
-    /// When it is in force, but cannot be written.
+    /// When it is in effect but cannot be written.
     pub(crate) fn halt(
         &self,
         account: Option<&AccountId>,
@@ -343,11 +348,11 @@ impl Restrictions {
         })
     }
 
-    /// Lifts the halt of an account by its name; without one the halt of all accounts, and none by name. Returns whether
-    /// there was one.
+    /// Lifts the halt of one account. `None` lifts the halt of all accounts; accounts that were also halted individually stay
+    /// halted. Returns whether there was such a halt.
     ///
     /// # Errors
-    /// When that cannot be written; it is halted still.
+    /// When this cannot be written; the halt then stays in effect.
     pub(crate) fn resume(&self, account: Option<&AccountId>) -> Result<bool, RestrictionsError> {
         self.loosen(|state| match account {
             Some(account) => state.halted_accounts.remove(account).is_some(),
@@ -355,10 +360,10 @@ impl Restrictions {
         })
     }
 
-    /// Refuses every call of a bot. Returns whether it was blocked already.
+    /// Blocks a bot: all its calls are refused. Returns whether it was blocked already.
     ///
     /// # Errors
-    /// When it is in force, but cannot be written.
+    /// When it is in effect but cannot be written.
     pub(crate) fn block(&self, bot: &BotId, mark: &Mark) -> Result<bool, RestrictionsError> {
         self.tighten(|state| {
             let is_new = !state.blocked_bots.contains_key(bot);
@@ -370,23 +375,23 @@ impl Restrictions {
         })
     }
 
-    /// Undoes [`Restrictions::block`]. Returns whether it was blocked.
+    /// Unblocks a bot. Returns whether it was blocked.
     ///
     /// # Errors
-    /// When that cannot be written; it is blocked still.
+    /// When this cannot be written; the bot then stays blocked.
     pub(crate) fn unblock(&self, bot: &BotId) -> Result<bool, RestrictionsError> {
         self.loosen(|state| state.blocked_bots.remove(bot).is_some())
     }
 
-    /// Forbids something: in force first, then on disk, since a full disk must not keep an admin from stopping a bot, nor
-    /// a disk that hangs in somebody else's write.
+    /// Adds a restriction: first in memory, then on disk. A full disk, or one that hangs in another write, must not prevent an
+    /// admin from stopping a bot.
     fn tighten<T>(
         &self,
         change: impl Fn(&mut RestrictionState) -> T,
     ) -> Result<T, RestrictionsError> {
         let result = self.change(&change);
         let _writing = self.writing.lock();
-        // Once more: who lifted it meanwhile did not know of this.
+        // Again, because another admin may have lifted it while this one waited for the lock.
         self.change(change);
         let state = self.state.read().clone();
         self.write(&state)
@@ -394,7 +399,7 @@ impl Restrictions {
         Ok(result)
     }
 
-    /// Allows something again: on disk first.
+    /// Lifts a restriction: first on disk, then in memory.
     fn loosen<T>(
         &self,
         change: impl Fn(&mut RestrictionState) -> T,
@@ -404,7 +409,7 @@ impl Restrictions {
         change(&mut state);
         self.write(&state)
             .map_err(|error| RestrictionsError::StillInForce(self.file(), error))?;
-        // What was forbidden meanwhile stays so.
+        // Applied to the current state, which keeps restrictions that were added during the write.
         Ok(self.change(change))
     }
 
@@ -412,13 +417,13 @@ impl Restrictions {
         change(&mut self.state.write())
     }
 
-    /// A whole new file takes the place of the old one, and both it and the folder are flushed.
+    /// Writes a new file, flushes it, renames it over the old one and flushes the folder.
     fn write(&self, state: &RestrictionState) -> io::Result<()> {
         let new = self.folder.join(format!("{FILE}.new"));
         let mut text = serde_json::to_vec_pretty(state)?;
         text.push(b'\n');
-        // What is left of an interrupted write, or put there by somebody else: a link would lead elsewhere, and a file
-        // would keep its owner and mode.
+        // An interrupted write or another user can have left something here: a link would redirect the write, and a file would
+        // keep its owner and mode.
         match fs::remove_file(&new) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
@@ -450,12 +455,13 @@ impl Revoked {
 }
 
 impl RestrictionState {
-    /// Reads the file, also in the form before. What a newer broker has forbidden may be unknown here, and is refused.
+    /// Parses the file, also in the previous format. A newer format is an error: it can hold restrictions unknown here.
     fn read(text: &[u8]) -> Result<Self, String> {
         let Header { version } = serde_json::from_slice(text).map_err(|error| error.to_string())?;
         if version > VERSION {
             return Err(format!(
-                "it has version {version}, and this broker reads up to version {VERSION}; start the newer broker that wrote it"
+                "its format version is {version}, but this release of credbroker reads versions up to {VERSION}; run the newer release \
+                 that wrote it"
             ));
         }
         let mut state: Self = serde_json::from_slice(text).map_err(|error| error.to_string())?;
@@ -480,7 +486,7 @@ impl KeyDigest {
         hex(&self.0)
     }
 
-    /// Reads 64 hex digits.
+    /// Parses 64 hex digits.
     fn from_hex(text: &str) -> Option<Self> {
         let mut bytes = [0; 32];
         if text.len() != 64 {
@@ -523,7 +529,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_forbidden_stays_so_when_the_file_is_read_again() {
+    fn restrictions_are_the_same_after_the_file_is_read_again() {
         let folder = tempfile::tempdir().unwrap();
         let restrictions = Restrictions::open(folder.path()).unwrap();
         let (bot, key) = ("maker".parse::<BotId>().unwrap(), KeyDigest([0xab; 32]));
@@ -540,9 +546,9 @@ mod tests {
             .revoke(&account("b"), &name, None, &mark())
             .unwrap();
         let again = Restrictions::open(folder.path()).unwrap();
-        let who = Principal::Bot(bot.clone());
+        let principal = Principal::Bot(bot.clone());
         assert_eq!(
-            again.check(&who, &account("c"), false),
+            again.check(&principal, &account("c"), false),
             Err(Restricted::Blocked)
         );
         let other = Principal::Bot("other".parse().unwrap());
@@ -557,7 +563,7 @@ mod tests {
         assert!(again.revoked(unseen).is_none());
         again.seen(&account("b"), &name, unseen).unwrap();
         assert!(again.revoked(unseen).is_some());
-        // Only the first one that is seen.
+        // Only the first key read under the name is revoked.
         again
             .seen(&account("b"), &name, KeyDigest([2; 32]))
             .unwrap();
@@ -565,20 +571,23 @@ mod tests {
         assert!(again.unblock(&bot).unwrap());
         assert!(again.resume(Some(&account("a"))).unwrap());
         let last = Restrictions::open(folder.path()).unwrap();
-        assert_eq!(last.check(&who, &account("a"), true), Ok(()));
+        assert_eq!(last.check(&principal, &account("a"), true), Ok(()));
         assert!(last.is_halted(&account("b")));
         assert!(last.revoked(unseen).is_some());
     }
 
     #[test]
-    fn halt_of_all_covers_later_accounts_and_a_halt_by_name_outlasts_it() {
+    fn halt_of_all_covers_later_accounts_and_lifting_it_keeps_individual_halts() {
         let folder = tempfile::tempdir().unwrap();
         let restrictions = Restrictions::open(folder.path()).unwrap();
         restrictions.halt(Some(&account("a")), &mark()).unwrap();
         restrictions.halt(None, &mark()).unwrap();
         assert!(restrictions.is_halted(&account("not-yet-there")));
         assert!(!restrictions.resume(Some(&account("b"))).unwrap());
-        assert!(restrictions.is_halted(&account("b")), "halted with all");
+        assert!(
+            restrictions.is_halted(&account("b")),
+            "all accounts are halted"
+        );
         assert!(restrictions.resume(None).unwrap());
         assert!(!restrictions.resume(None).unwrap());
         assert!(!restrictions.is_halted(&account("b")));
@@ -586,8 +595,8 @@ mod tests {
         assert_eq!(restrictions.halted_accounts(), [account("a")]);
     }
 
-    /// As the version before wrote it.
-    const FORM_BEFORE: &str = r#"{
+    /// A file in the previous format.
+    const PREVIOUS_FORMAT: &str = r#"{
   "blocked_bots": {
     "spiffe://example.org/bot/maker": {
       "by": "spiffe://example.org/admin/anna",
@@ -633,8 +642,8 @@ mod tests {
 }
 "#;
 
-    /// The same once it was written again.
-    const FORM_NOW: &str = r#"{
+    /// The same file after it was written again, without `halted_all`.
+    const CURRENT_FORMAT: &str = r#"{
   "version": 1,
   "blocked_bots": {
     "spiffe://example.org/bot/maker": {
@@ -672,22 +681,22 @@ mod tests {
 "#;
 
     #[test]
-    fn frozen_accounts_of_the_form_before_are_halts_and_written_as_such() {
+    fn frozen_accounts_of_the_previous_format_become_halts() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join(FILE);
-        fs::write(&file, FORM_BEFORE).unwrap();
+        fs::write(&file, PREVIOUS_FORMAT).unwrap();
         let restrictions = Restrictions::open(folder.path()).unwrap();
         let (both, main) = (account("both"), account("main"));
         assert_eq!(restrictions.halted_accounts(), [both.clone(), main.clone()]);
         assert!(restrictions.is_all_halted());
         assert_eq!(
             fs::read_to_string(&file).unwrap(),
-            FORM_BEFORE,
+            PREVIOUS_FORMAT,
             "reading writes nothing"
         );
         assert!(restrictions.resume(None).unwrap());
         assert!(restrictions.is_halted(&main));
-        assert_eq!(fs::read_to_string(&file).unwrap(), FORM_NOW);
+        assert_eq!(fs::read_to_string(&file).unwrap(), CURRENT_FORMAT);
         let again = Restrictions::open(folder.path()).unwrap();
         assert_eq!(again.counts(), restrictions.counts());
         assert!(again.resume(Some(&both)).unwrap() && again.resume(Some(&main)).unwrap());
@@ -695,31 +704,34 @@ mod tests {
     }
 
     #[test]
-    fn file_of_a_newer_version_is_refused_whatever_it_holds() {
+    fn file_of_a_newer_version_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let newer = r#"{ "version": 2, "blocked_bots": [], "other": 1 }"#;
         fs::write(folder.path().join(FILE), newer).unwrap();
         let error = Restrictions::open(folder.path()).unwrap_err().to_string();
-        let expected = "it has version 2, and this broker reads up to version 1; start the newer broker that wrote it";
-        assert!(error.ends_with(expected), "{error}");
+        let expected = "its format version is 2, but this release of credbroker reads versions up to 1; run the newer release that wrote it. ";
+        assert!(error.contains(expected), "{error}");
     }
 
     #[test]
-    fn a_file_that_cannot_be_read_forbids_the_start() {
+    fn file_that_cannot_be_parsed_is_an_error() {
         let folder = tempfile::tempdir().unwrap();
         for broken in ["", "{", "{\"blocked_bots\":{},\"typo\":1}"] {
             fs::write(folder.path().join(FILE), broken).unwrap();
             let error = Restrictions::open(folder.path()).unwrap_err().to_string();
-            assert!(error.contains("must not be lost"), "{error}");
+            assert!(
+                error.contains("holds all blocks, halts and revocations"),
+                "{error}"
+            );
         }
     }
 
     #[test]
-    fn a_disk_that_hangs_keeps_no_admin_from_forbidding_more_and_lifts_nothing() {
+    fn hanging_disk_delays_no_new_restriction_and_lifts_none() {
         let folder = tempfile::tempdir().unwrap();
         let restrictions = Restrictions::open(folder.path()).unwrap();
         restrictions.halt(Some(&account("a")), &mark()).unwrap();
-        // Held by whoever writes, for as long as the disk takes.
+        // As while another thread writes to a disk that hangs.
         let writing = restrictions.writing.lock();
         std::thread::scope(|scope| {
             let resume = scope.spawn(|| restrictions.resume(Some(&account("a"))));
@@ -732,14 +744,14 @@ mod tests {
             let is_lifted = !restrictions.is_halted(&account("a"));
             drop(writing);
             let _ = (resume.join(), halt.join());
-            assert!(is_halted, "it waits for somebody else's write");
-            assert!(!is_lifted, "it is not on disk");
+            assert!(is_halted, "the halt waited for another write");
+            assert!(!is_lifted, "the halt was lifted before it was on disk");
         });
         assert!(restrictions.is_halted(&account("b")));
     }
 
     #[test]
-    fn the_new_file_replaces_whatever_stands_in_its_place_and_follows_no_link() {
+    fn new_file_replaces_a_planted_file_and_follows_no_planted_link() {
         use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
         let folder = tempfile::tempdir().unwrap();
         let restrictions = Restrictions::open(folder.path()).unwrap();
@@ -756,7 +768,7 @@ mod tests {
             plant();
             restrictions.halt(Some(&account("a")), &mark()).unwrap();
             let file = fs::symlink_metadata(folder.path().join(FILE)).unwrap();
-            assert!(file.is_file(), "a link has taken the place of the file");
+            assert!(file.is_file(), "the file was replaced by a link");
             assert_eq!(file.mode() & 0o7777, 0o600);
             assert_eq!(fs::read_to_string(&victim).unwrap(), "not ours");
             assert!(!new.exists());
@@ -766,7 +778,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_forbidden_while_something_is_lifted_stays_forbidden() {
+    fn restrictions_added_while_another_is_lifted_are_kept() {
         let folder = tempfile::tempdir().unwrap();
         let restrictions = Restrictions::open(folder.path()).unwrap();
         let bot = |n: u32| format!("bot-{n}").parse::<BotId>().unwrap();
@@ -789,11 +801,11 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_written_is_forbidden_all_the_same_and_never_allowed() {
+    fn failed_write_keeps_new_restrictions_and_lifts_none() {
         let folder = tempfile::tempdir().unwrap();
         let restrictions = Restrictions::open(folder.path()).unwrap();
         restrictions.halt(Some(&account("a")), &mark()).unwrap();
-        // A folder where the new file should be written: also root cannot.
+        // A folder with the name of the new file: not even root can write the file.
         fs::create_dir(folder.path().join(format!("{FILE}.new"))).unwrap();
         let error = restrictions.halt(Some(&account("b")), &mark()).unwrap_err();
         assert!(matches!(error, RestrictionsError::Unwritten(..)));

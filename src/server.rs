@@ -1,4 +1,4 @@
-//! Builds everything from [`Config`], opens the listeners, and drains on the way out.
+//! Builds everything from [`Config`], opens the listeners, and drains calls at shutdown.
 
 mod accept;
 mod admins;
@@ -54,111 +54,113 @@ use probes::Probes;
 use reload::Reloader;
 use tls::Tls;
 
-/// How long the last answers may take to leave once all calls have ended.
+/// How long the last responses may take to be written once all calls have ended.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How often the health service looks for what no event tells, such as a name that resolves at last.
+/// How often readiness is checked for changes that cause no event, such as a DNS name that resolves.
 const HEALTH_EVERY: Duration = Duration::from_secs(1);
 
-/// More than any call needs beside its body: names and numbers.
+/// Bytes of a message in addition to the body: names and numbers. No call needs as many.
 const MESSAGE_OVERHEAD: usize = 64 * 1024;
 
-/// More than any question for health or reflection needs; the library's own limit is 4 MB for each.
+/// Bytes of a health or reflection request. None needs as many; the library's own limit is 4 MB.
 const HELPER_MESSAGE: usize = 4096;
 
-/// How long bots wait at a start for all keys to be read and all names to be looked up: a Vault that does not answer holds
-/// up no cancel of a key that was read.
+/// How long bots wait after a start until all keys are read and all names are looked up. Then keys that were read can
+/// cancel orders, even if Vault does not answer for others.
 const FIRST_READ_WITHIN: Duration = Duration::from_secs(10);
 
-/// The file in the state folder that a running broker holds locked.
+/// The file in the state folder that a running broker keeps locked.
 const LOCK: &str = "lock";
 
-/// How often the lock is tried, and how long between two tries: somebody may be looking whether it is held.
+/// How often to try the lock, and how long to wait between two tries: a command that checks the lock holds it briefly.
 const LOCK_TRIES: u32 = 5;
 const LOCK_AGAIN: Duration = Duration::from_millis(20);
 
 /// Why the broker cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// The audit file cannot be opened.
-    #[error("the audit file {0} cannot be opened; make it writable or correct audit.file")]
+    /// The audit log cannot be opened.
+    #[error("cannot open audit file {0}; make it writable, or correct audit.file")]
     Audit(String, #[source] io::Error),
-    /// Files that the configuration names are not as they must be.
+    /// Files that the configuration names have problems.
     #[error("the configuration has {} problem(s)", .0.len())]
     Config(Vec<Problem>),
     /// A listener cannot be opened.
-    #[error("cannot bind {0}; is another process using it?")]
+    #[error(
+        "cannot bind {0}; check that no other process uses this address, or change it in [listen]"
+    )]
     Listen(SocketAddr, #[source] io::Error),
     /// Another broker uses the state folder.
-    #[error("another broker runs on {0}; stop it, or give this one a state_dir of its own")]
+    #[error("another broker uses state_dir {0}; stop it, or set a different state_dir")]
     Locked(String),
-    /// The descriptors do not fit the reflection service: a defect of the build.
-    #[error("the reflection service cannot be set up")]
+    /// The reflection service rejects the descriptors: a defect of the build.
+    #[error("cannot set up gRPC reflection")]
     Reflection(#[source] tonic_reflection::server::Error),
-    /// The lock is a symbolic link, which would have another file made and locked.
+    /// The lock is a symbolic link; opening it would create and lock another file.
     #[error("{0} is a symbolic link; remove the link, or correct state_dir")]
     LockIsLink(String),
-    /// What admins have forbidden cannot be read.
+    /// Blocks, halts and revocations cannot be loaded.
     #[error("cannot load restrictions.json")]
     Restrictions(#[source] RestrictionsError),
-    /// The folder above the state folder is missing: it is never made, since its disk may not be mounted.
+    /// The parent of the state folder is missing. It is never created, since its disk may not be mounted.
     #[error(
         "cannot create {folder}: its parent {parent} does not exist; mount the disk, create the parent, or correct state_dir"
     )]
     StateParent {
         /// The state folder.
         folder: String,
-        /// The folder above it.
+        /// Its parent.
         parent: String,
     },
     /// The state folder cannot be used.
     #[error(
-        "the state folder {0} cannot be used; make it writable and the folders above it searchable for the broker's user, or correct state_dir"
+        "cannot use state_dir {0}; make it writable and its parent folders searchable for the broker's user, or correct state_dir"
     )]
-    HealthMetrics(String, #[source] io::Error),
+    StateDir(String, #[source] io::Error),
     /// TLS cannot be set up.
-    #[error("TLS cannot be set up: check tls.certificate, tls.key, tls.client_ca and tls.admin_ca")]
+    #[error("cannot set up TLS; check tls.certificate, tls.key, tls.client_ca and tls.admin_ca")]
     Tls(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
 /// A running broker.
 #[derive(Debug)]
 pub struct Server {
-    /// Where bots call.
+    /// Address of the bot listener.
     pub grpc: SocketAddr,
-    /// Where health and metrics are asked for.
+    /// Address of health checks and metrics.
     pub ops: SocketAddr,
-    /// Where admins call; none where the configuration names no address.
+    /// Address of the admin listener; `None` if the configuration has none.
     pub admin: Option<SocketAddr>,
     broker: Arc<Broker>,
     vault: Arc<Vault>,
     readiness: watch::Receiver<Readiness>,
     drain_timeout: Duration,
     stop: watch::Sender<bool>,
-    /// The listeners of bots and admins; each ends with its last connection.
+    /// The bot and admin listeners; each task ends with its last connection.
     listeners: TaskTracker,
     background: JoinSet<&'static str>,
-    /// Held while the broker runs, so that no second one uses the folder.
+    /// Locked while the broker runs, so that no second broker uses the folder.
     _lock: File,
 }
 
 impl Server {
-    /// Starts a broker. Admins are let in once this returns; bots can connect, and are let in once every key has been read
-    /// from Vault or could not be, and every name of the exchange was looked up, after 10 s at most.
+    /// Starts a broker. Admins are accepted once this returns. Bots are accepted once the read of every key from
+    /// Vault and the lookup of every DNS name of the exchange have succeeded or failed, after 10 s at most.
     ///
     /// # Errors
-    /// When anything that it cannot do without is missing; says what. Vault is not among them.
+    /// When something required is missing. Vault is not required.
     pub async fn start(config: Config) -> Result<Self, StartError> {
         Self::start_on(config, Clock::system()).await
     }
 
-    /// The same, by the given clock.
+    /// The same with the given clock.
     ///
     /// # Errors
     /// As [`Server::start`].
     #[expect(
         clippy::too_many_lines,
-        reason = "everything is put together here, each part after what it needs"
+        reason = "assembles all parts, each one after its dependencies"
     )]
     pub async fn start_on(config: Config, clock: Clock) -> Result<Self, StartError> {
         let bots_wait_until = Instant::now() + FIRST_READ_WITHIN;
@@ -179,7 +181,7 @@ impl Server {
         }
         let metrics = Arc::clone(&broker.metrics);
         let not_after_s = certificates.not_after_ms / 1000;
-        metrics.certificate_ends.set(not_after_s);
+        metrics.certificate_not_after.set(not_after_s);
         let (bots_ca, admins_ca) = (&certificates.client_ca, &certificates.admin_ca);
         let tls = Tls::new::<BotId>(&certificates, bots_ca, 0, &provider, &metrics)?;
         let (set_tls, tls) = watch::channel(Arc::new(tls));
@@ -194,7 +196,7 @@ impl Server {
         };
         let admin = admin_listener.as_ref().map(|(_, bound)| *bound);
 
-        let (key_events, trials) = mpsc::unbounded_channel();
+        let (key_events, requested_tests) = mpsc::unbounded_channel();
         let refresher = Refresher::new(
             Arc::clone(&broker.keyring),
             Arc::clone(&vault),
@@ -235,7 +237,7 @@ impl Server {
             limits: config.connection_limits,
             stopping,
         };
-        let (tell_problems, problems) = watch::channel(FileProblems::default());
+        let (problems_sender, problems) = watch::channel(FileProblems::default());
         let reloader = Reloader {
             files: permissions::files(&config).into(),
             ca_warnings,
@@ -247,36 +249,36 @@ impl Server {
             tls_files: config.tls,
             tls: set_tls,
             admins_tls: set_admins_tls,
-            problems: tell_problems,
+            problems: problems_sender,
             cas: watched.1.cas_digest(),
         };
-        let (tell_readiness, told_readiness) = watch::channel(readiness(&broker));
-        let health = report_health(Arc::clone(&broker), health, tell_readiness);
+        let (readiness_sender, readiness_receiver) = watch::channel(readiness(&broker));
+        let health = report_health(Arc::clone(&broker), health, readiness_sender);
         let mut background = JoinSet::new();
         background.spawn(named(
-            "tests of keys",
-            key_test::run_key_tests(Arc::clone(&broker), trials),
+            "key test task",
+            key_test::run_key_tests(Arc::clone(&broker), requested_tests),
         ));
         background.spawn(named(
             "ops listener",
             ops_http::serve(ops_listener, Arc::clone(&broker), problems),
         ));
-        background.spawn(named("health service", health));
+        background.spawn(named("health reporter", health));
         let wiping = Arc::clone(&broker.keyring).wipe_on_time();
-        background.spawn(named("wipe of old keys", wiping));
+        background.spawn(named("key wipe task", wiping));
         let reloads = reloader.run(config.reload_every, watched.0, watched.1);
-        background.spawn(named("look at changed files", reloads));
+        background.spawn(named("file reload task", reloads));
         let listeners = TaskTracker::new();
         let serving =
             listeners.track_future(serve_bots(listener, grpc_listener, limit, bots_wait_until));
-        background.spawn(named("bots' listener", serving));
+        background.spawn(named("bot listener", serving));
         if let Some((socket, _)) = admin_listener {
             let serving = listeners.track_future(admins::serve(for_admins, socket));
-            background.spawn(named("admins' listener", serving));
+            background.spawn(named("admin listener", serving));
         }
         listeners.close();
-        let shown = admin.map(tracing::field::display);
-        tracing::info!(%grpc, %ops, admin = shown, "listening");
+        let shown_admin = admin.map(tracing::field::display);
+        tracing::info!(%grpc, %ops, admin = shown_admin, "listening");
         let drain_timeout = config.drain_timeout;
         Ok(Self {
             grpc,
@@ -284,7 +286,7 @@ impl Server {
             admin,
             broker,
             vault,
-            readiness: told_readiness,
+            readiness: readiness_receiver,
             drain_timeout,
             stop,
             listeners,
@@ -293,36 +295,36 @@ impl Server {
         })
     }
 
-    /// Whether the broker can do its work, now and from now on.
+    /// The current readiness, and every change of it.
     pub fn readiness(&self) -> watch::Receiver<Readiness> {
         self.readiness.clone()
     }
 
-    /// Returns when a background task has exited: a bug, after which a restart is best.
+    /// Returns once a background task has exited: a bug; the broker should be restarted.
     pub(crate) async fn failed(&mut self) -> String {
         match self.background.join_next().await {
-            Some(Ok(name)) => format!("{name}: ended"),
+            Some(Ok(name)) => format!("{name} exited"),
             Some(Err(error)) => error.to_string(),
-            // There are always some.
-            None => "nothing is left".to_owned(),
+            // Unreachable: there are always some.
+            None => "no background task is running".to_owned(),
         }
     }
 
-    /// Stops: takes no new calls, finishes those in flight, writes their outcomes.
+    /// Stops: accepts no new calls, finishes those in flight, writes their outcomes.
     ///
-    /// Returns how many calls ended with nobody knowing whether they were executed.
+    /// Returns how many calls ended with an unknown outcome.
     pub async fn stop(self) -> u64 {
         self.stop.send_replace(true);
         let unresolved = self.broker.drain(self.drain_timeout).await;
-        // The calls have ended; what is left are their answers on the way out.
+        // The calls have ended; their last responses are still being written.
         let flush = timeout(FLUSH_TIMEOUT, self.listeners.wait());
         let _ = tokio::join!(flush, self.vault.close());
         unresolved
     }
 }
 
-/// Lets bots in once the first read of all keys and the first lookup of all names have ended, and at `latest` in any case;
-/// until then connections wait in the socket's queue.
+/// Accepts bots once the first read of all keys and the first lookup of all names have ended, at `latest` in any case.
+/// Until then connections wait in the socket's queue.
 async fn serve_bots(listener: Listener, socket: TcpListener, limit: usize, latest: Instant) {
     let mut stopping = listener.stopping.clone();
     let broker = Arc::clone(&listener.broker);
@@ -332,7 +334,7 @@ async fn serve_bots(listener: Listener, socket: TcpListener, limit: usize, lates
     tokio::select! {
         () = shutdown_requested(&mut stopping) => return,
         () = is_prepared => {
-            tracing::info!("initial key load finished; accepting bots");
+            tracing::info!("initial key load and DNS lookups finished; accepting bots");
         }
         () = sleep_until(latest) => {
             let within_s = FIRST_READ_WITHIN.as_secs();
@@ -342,13 +344,13 @@ async fn serve_bots(listener: Listener, socket: TcpListener, limit: usize, lates
     bots::serve(listener, socket, limit).await;
 }
 
-/// A task of the background, by name.
+/// Runs a background task; returns its name once it has exited.
 async fn named(name: &'static str, task: impl Future<Output = ()>) -> &'static str {
     task.await;
     name
 }
 
-/// So that `grpcurl` and its like work without the proto file, and show the details of errors.
+/// Adds reflection, so that tools such as `grpcurl` work without the proto file and show error details.
 fn with_reflection(routes: Routes) -> Result<Routes, tonic_reflection::server::Error> {
     let reflection = || {
         tonic_reflection::server::Builder::configure()
@@ -369,18 +371,18 @@ fn with_reflection(routes: Routes) -> Result<Routes, tonic_reflection::server::E
         ))
 }
 
-/// Keeps every other broker off the state folder for as long as the file is open.
+/// Locks the state folder against other brokers for as long as the returned file is open.
 async fn lock(folder: &Path) -> Result<File, StartError> {
     let name = || folder.display().to_string();
-    // What others can open they can lock.
+    // Mode 0600: a user who can open the file can lock it.
     let open = || {
         match DirBuilder::new().mode(0o700).create(folder) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            made => made?,
+            created => created?,
         }
         let mut options = File::options();
         options.create(true).truncate(false).write(true).mode(0o600);
-        // A link would have somebody else's file made and locked.
+        // A symbolic link would create and lock another file.
         options.custom_flags(OFlags::NOFOLLOW.bits().cast_signed());
         options.open(folder.join(LOCK))
     };
@@ -392,32 +394,32 @@ async fn lock(folder: &Path) -> Result<File, StartError> {
         None if folder.join(LOCK).is_symlink() => {
             StartError::LockIsLink(folder.join(LOCK).display().to_string())
         }
-        None => StartError::HealthMetrics(name(), error),
+        None => StartError::StateDir(name(), error),
     })?;
     for _ in 0..LOCK_TRIES {
         match file.try_lock() {
             Ok(()) => return Ok(file),
-            // Whoever only looks whether it is held lets go at once.
+            // A command that only checks the lock releases it at once.
             Err(TryLockError::WouldBlock) => sleep(LOCK_AGAIN).await,
             Err(TryLockError::Error(error)) => {
-                return Err(StartError::HealthMetrics(name(), error));
+                return Err(StartError::StateDir(name(), error));
             }
         }
     }
     Err(StartError::Locked(name()))
 }
 
-/// The folder above a state folder, where neither of them exists; `None` also where permissions hide whether they do.
+/// The parent of a state folder if neither of them exists; `None` also if permissions prevent the check.
 pub(crate) fn missing_parent(folder: &Path) -> Option<&Path> {
     let parent = folder.parent()?;
-    // The parent of a bare name is empty, and is the working folder.
+    // The parent of a bare name is empty: the working folder.
     let is_missing = |folder: &Path| folder.try_exists().is_ok_and(|exists| !exists);
     (parent != Path::new("") && is_missing(folder) && is_missing(parent)).then_some(parent)
 }
 
-/// Logs and audits that no `restrictions.json` was found, and makes one: all that admins have forbidden stands in it.
+/// Logs and audits that no `restrictions.json` was found, and creates an empty one.
 fn record_missing_restrictions(broker: &Broker, state_dir: &Path, audit_file_found: bool) {
-    let nothing = "no bot is blocked, no account halted, no key revoked";
+    let nothing = "no bot is blocked, no account is halted, no key is revoked";
     let missing = if audit_file_found {
         "no restrictions.json found"
     } else {
@@ -426,23 +428,23 @@ fn record_missing_restrictions(broker: &Broker, state_dir: &Path, audit_file_fou
     let state_dir = state_dir.display();
     tracing::warn!(%state_dir, audit_file_found, "no restrictions.json found; {nothing}; if this broker has run before, check state_dir and its mount");
     broker.audit.changed(&Change {
-        what: "restrictions",
+        file: "restrictions",
         before: None,
         after: &Sha256::digest(b"").into(),
-        outcome: "in_force",
+        outcome: "loaded",
         detail: Some(format!(
-            "{missing}: {nothing}. If this broker has run before, check that state_dir ({state_dir}) is right and its disk mounted"
+            "{missing}: {nothing}. If this broker has run before, check that state_dir ({state_dir}) is correct and its disk is mounted"
         )),
     });
     if let Err(error) = broker.restrictions.create() {
-        tracing::error!(%state_dir, %error, "cannot create restrictions.json; check permissions and free space of state_dir");
+        tracing::error!(%state_dir, exception.message = %error, "cannot create restrictions.json; check permissions and free space of state_dir");
     }
 }
 
-/// Whether a broker runs on a state folder; none does where there is no such folder. It is not kept from starting.
+/// Whether a broker is running on a state folder; false if the folder does not exist. Does not prevent one from starting.
 ///
 /// # Errors
-/// When nobody can tell.
+/// When the lock cannot be checked.
 pub(crate) fn is_locked(folder: &Path) -> io::Result<bool> {
     let file = match File::open(folder.join(LOCK)) {
         Ok(file) => file,
@@ -450,7 +452,7 @@ pub(crate) fn is_locked(folder: &Path) -> io::Result<bool> {
         Err(error) => return Err(error),
     };
     match file.try_lock_shared() {
-        // Closing the file lets go of it.
+        // Closing the file releases the lock.
         Ok(()) => Ok(false),
         Err(TryLockError::WouldBlock) => Ok(true),
         Err(TryLockError::Error(error)) => Err(error),
@@ -467,11 +469,11 @@ async fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartE
         .map_err(|error| StartError::Listen(address, error))
 }
 
-/// Keeps the health service and [`Server::readiness`] as the broker is.
+/// Keeps the gRPC health service and [`Server::readiness`] up to date.
 async fn report_health(
     broker: Arc<Broker>,
     health: tonic_health::server::HealthReporter,
-    tell: watch::Sender<Readiness>,
+    readiness_sender: watch::Sender<Readiness>,
 ) {
     let mut changes = broker.keyring.changes();
     loop {
@@ -487,8 +489,8 @@ async fn report_health(
         ] {
             health.set_service_status(service, status).await;
         }
-        tell.send_replace(now);
-        // Whichever comes first; an error means that the keyring is gone, and so is the broker.
+        readiness_sender.send_replace(now);
+        // Whichever comes first; an error means that the keyring, and the broker with it, was dropped.
         if let Ok(Err(_)) = timeout(HEALTH_EVERY, changes.changed()).await {
             return;
         }
@@ -500,7 +502,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_link_in_place_of_the_lock_is_refused_and_makes_no_file() {
+    async fn lock_that_is_a_symlink_is_refused_and_no_file_is_created() {
         let folder = tempfile::tempdir().unwrap();
         let elsewhere = folder.path().join("elsewhere");
         std::os::unix::fs::symlink(&elsewhere, folder.path().join(LOCK)).unwrap();
@@ -515,15 +517,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn parent_that_cannot_be_looked_at_is_not_called_missing() {
+    async fn parent_that_cannot_be_checked_is_not_reported_missing() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("file");
         std::fs::write(&file, "").unwrap();
-        // Not a folder: fails as a folder without search permission does, also for root.
+        // A file instead of a folder fails like a folder without search permission, also for root.
         let state_dir = file.join("parent/state");
         assert_eq!(missing_parent(&state_dir), None);
         let error = lock(&state_dir).await.unwrap_err();
-        assert!(matches!(error, StartError::HealthMetrics(..)), "{error}");
+        assert!(matches!(error, StartError::StateDir(..)), "{error}");
         let missing = folder.path().join("parent/state");
         assert_eq!(missing_parent(&missing), missing.parent());
     }

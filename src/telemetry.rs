@@ -1,4 +1,4 @@
-//! Log subscriber and metric names.
+//! Log output and counters.
 
 use std::borrow::Cow;
 use std::error::Error;
@@ -22,11 +22,11 @@ use crate::base::outcome::{Outcome, Reason};
 use crate::base::text::{clean, clean_json};
 use crate::kucoin::Scope;
 
-/// Crates that log nothing, whatever the configuration asks for: they log tokens, bodies, every failure twice, or a line
-/// for each frame that a peer sends.
+/// Crates whose logs are never written, whatever the configured filter: they log tokens, bodies, every failure twice, or
+/// one line per frame that a peer sends.
 const SILENCED: [&str; 6] = ["h2", "hyper", "hyper_util", "reqwest", "rustify", "vaultrs"];
 
-/// Seconds: from a signature to an exchange that is slow.
+/// Histogram buckets in seconds, from the time of a signature to that of a slow exchange.
 const BUCKETS: [f64; 14] = [
     1e-6, 1e-5, 1e-4, 5e-4, 1e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0,
 ];
@@ -37,7 +37,7 @@ const BUCKETS: [f64; 14] = [
 pub enum LogFormat {
     /// One JSON object per line.
     Json,
-    /// For people.
+    /// Plain text for people.
     Text,
 }
 
@@ -48,7 +48,7 @@ pub enum LogFormat {
 pub fn init_logs(filter: &str, format: LogFormat) -> Result<(), ParseError> {
     let layer = tracing_subscriber::fmt::layer()
         .with_writer(move || CleanLines(format))
-        // Its complaint about a stderr that cannot be written goes to stderr: that would panic, and end the process.
+        // If stderr cannot be written, the subscriber would report that on stderr, panic and end the process.
         .log_internal_errors(false);
     let layer = match format {
         LogFormat::Json => layer
@@ -58,23 +58,20 @@ pub fn init_logs(filter: &str, format: LogFormat) -> Result<(), ParseError> {
             .boxed(),
         LogFormat::Text => layer.with_ansi(false).boxed(),
     };
-    let filter = log_filter(filter)?.and(filter_fn(may_speak));
-    // A second subscriber in one process (tests) is refused; the first one stays.
+    let filter = log_filter(filter)?.and(filter_fn(is_not_silenced));
+    // In tests, a second subscriber in one process is rejected; the first one stays.
     let _ = tracing_subscriber::registry()
         .with(layer.with_filter(filter))
         .try_init();
     std::panic::set_hook(Box::new(|panic| {
-        // The message could hold anything; the place is enough to find it.
-        let place = panic
-            .location()
-            .map(ToString::to_string)
-            .unwrap_or_default();
-        tracing::error!(place, "panic");
+        // The message could contain secrets; the place is enough to find the cause.
+        let (file, line) = panic.location().map(|at| (at.file(), at.line())).unzip();
+        tracing::error!(code.file.path = file, code.line.number = line, "panic");
     }));
     Ok(())
 }
 
-/// Stderr. Each line that it gets goes out clean, whatever its fields say.
+/// Writes cleaned lines to stderr.
 struct CleanLines(LogFormat);
 
 /// Characters of a log line in the text format.
@@ -82,7 +79,7 @@ const MAX_LINE_CHARS: usize = 16 * 1024;
 
 impl io::Write for CleanLines {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        // The subscriber writes text, one whole line at a time.
+        // The subscriber writes text, one complete line at a time.
         let text = match str::from_utf8(line) {
             Ok(text) => Cow::Borrowed(text),
             Err(_) => String::from_utf8_lossy(line),
@@ -101,15 +98,15 @@ impl io::Write for CleanLines {
     }
 }
 
-/// Reads a filter such as `info,credbroker=debug`.
+/// Parses a filter such as `info,credbroker=debug`.
 pub fn log_filter(filter: &str) -> Result<EnvFilter, ParseError> {
     EnvFilter::builder().parse(filter)
 }
 
-/// Whether a line or span may be written at all.
-pub(crate) fn may_speak(metadata: &Metadata<'_>) -> bool {
-    let speaker = metadata.target().split("::").next().unwrap_or_default();
-    !SILENCED.contains(&speaker)
+/// Whether the crate of a line or span is not silenced.
+pub(crate) fn is_not_silenced(metadata: &Metadata<'_>) -> bool {
+    let krate = metadata.target().split("::").next().unwrap_or_default();
+    !SILENCED.contains(&krate)
 }
 
 /// An error and its causes in one line, outermost first.
@@ -118,10 +115,10 @@ pub(crate) fn chain(error: &(dyn Error + 'static)) -> String {
     causes.fold(error.to_string(), |line, cause| format!("{line}: {cause}"))
 }
 
-/// Labels from closed sets: names and values.
+/// Label names and values, all from closed sets.
 pub(crate) type Labels<const N: usize> = [(&'static str, &'static str); N];
 
-/// What is counted. What is a state of the broker and not an event is read at each scrape: see `ops/health.rs`.
+/// Counters of events. Gauges of the broker's state are computed at each scrape, see `ops/health.rs`.
 #[derive(Debug, Default)]
 pub struct Metrics {
     requests: Family<Labels<3>, Counter>,
@@ -141,7 +138,7 @@ pub struct Metrics {
     pub(crate) audit_failures: Counter,
     pub(crate) reloads: Family<Labels<2>, Counter>,
     /// Unix time in seconds.
-    pub(crate) certificate_ends: Gauge,
+    pub(crate) certificate_not_after: Gauge,
     unauthenticated: Mutex<LogAllowance>,
 }
 
@@ -155,10 +152,10 @@ impl Default for Stages {
     }
 }
 
-/// Log lines about unauthenticated connections: a burst, then so many per second.
+/// Log lines about refused clients: a burst, then a number per second.
 const UNAUTHENTICATED_LOGS: (f64, f64) = (200.0, 5.0);
 
-/// What may still be logged, as of a time.
+/// How many lines may still be logged at the time `at`.
 #[derive(Debug)]
 struct LogAllowance {
     left: f64,
@@ -178,7 +175,7 @@ impl Default for LogAllowance {
 }
 
 impl LogAllowance {
-    /// Whether one more line may be written at `now`: then how many were not since the last one.
+    /// If one more line may be written at `now`, returns how many were suppressed since the last one.
     fn take(&mut self, now: Instant) -> Option<u64> {
         let (burst, per_second) = UNAUTHENTICATED_LOGS;
         let passed = now.saturating_duration_since(self.at).as_secs_f64();
@@ -194,10 +191,9 @@ impl LogAllowance {
 }
 
 impl Metrics {
-    /// All of them. Every counter is there from the start: of one that begins with 1 an alarm on its increase sees nothing.
-    pub(crate) fn registry(&self) -> Registry {
-        let mut registry = Registry::with_prefix("credbroker");
-        let help = "Calls of bots, by outcome and reason";
+    /// Registers all counters. Each one exists from the start with 0: `increase()` would miss the first event of a new counter.
+    pub(crate) fn register(&self, registry: &mut Registry) {
+        let help = "Bot calls that ended, by scope, outcome and reason";
         registry.register("requests", help, self.requests.clone());
         for scope in ["", "futures", "spot-margin", "unified"] {
             let answers = [Outcome::Accepted, Outcome::MaybeSent, Outcome::Rejected];
@@ -209,15 +205,21 @@ impl Metrics {
                 drop(self.requests.get_or_create(&labels));
             }
         }
-        let help = "Duration of answered calls, by stage";
+        let help = "Duration of answered bot calls in seconds, by stage";
         registry.register("stage_duration_seconds", help, self.stages.0.clone());
-        let help = "Rejected connections of bots";
+        let help = "Refused connections of bots and admins, by reason";
         let family = self.connections_refused.clone();
-        for reason in ["bot", "certificate", "descriptors", "handshake", "many"] {
+        for reason in [
+            "bot_limit",
+            "certificate",
+            "descriptors",
+            "handshake",
+            "limit",
+        ] {
             drop(family.get_or_create(&[("reason", reason)]));
         }
         registry.register("connections_refused", help, family);
-        let help = "Calls of admins refused before they reached the API";
+        let help = "Admin calls refused before they were executed, by reason";
         let family = self.admin_calls_refused.clone();
         for reason in [
             Reason::CallerUnknown,
@@ -228,29 +230,29 @@ impl Metrics {
             drop(family.get_or_create(&[("reason", reason.as_str())]));
         }
         registry.register("admin_calls_refused", help, family);
-        let help = "Refreshes of a key in Vault that failed or found it unusable";
+        let help = "Failed Vault logins, failed key reads, unusable key versions in Vault, and evicted keys, by reason";
         let family = self.vault_failures.clone();
         for reason in ["evicted", "login", "outage", "unusable"] {
             drop(family.get_or_create(&[("reason", reason)]));
         }
         registry.register("vault_failures", help, family);
-        let help = "Answers to changing requests with a code unknown to the broker; their outcome is maybe_sent";
+        let help = "Answers with an unknown code to state-changing requests (outcome maybe_sent), by scope";
         let family = self.codes_unknown.clone();
         for scope in Scope::ALL {
             drop(family.get_or_create(&[("scope", scope.as_str())]));
         }
         registry.register("codes_unknown", help, family);
-        let help = "Reloads of changed files, by outcome";
+        let help = "Reloads of changed files, by file and outcome";
         let family = self.reloads.clone();
         for file in ["rules", "tls"] {
-            for outcome in ["refused", "taken"] {
+            for outcome in ["rejected", "reloaded"] {
                 drop(family.get_or_create(&[("file", file), ("outcome", outcome)]));
             }
         }
         registry.register("reloads", help, family);
         let name = "certificate_not_after_timestamp_seconds";
-        let help = "When the server certificate expires, Unix time";
-        registry.register(name, help, self.certificate_ends.clone());
+        let help = "Unix time in seconds when the server certificate expires";
+        registry.register(name, help, self.certificate_not_after.clone());
 
         let mut register = |name, help, counter: &Counter| {
             registry.register::<&str, &str>(name, help, counter.clone());
@@ -258,26 +260,25 @@ impl Metrics {
         let help = "Client certificates refused in the TLS handshake or on an open connection";
         register("certificates_refused", help, &self.certificates_refused);
         let help =
-            "Connections that ended before their first byte, such as TCP checks of a load balancer";
+            "Connections closed before their first byte, such as TCP checks of a load balancer";
         register("connections_unused", help, &self.connections_unused);
-        let help = "Exchange time checks without an answer";
+        let help = "Failed requests for the exchange time";
         register("clock_failures", help, &self.clock_failures);
-        let help = "Exchange times that were ignored as implausible";
+        let help = "Measured exchange times that were ignored as implausible";
         register("clock_jumps_refused", help, &self.clock_jumps_refused);
-        let help = "Answers of the exchange that refuse a timestamp (400002)";
+        let help = "Answers of the exchange that reject a timestamp (code 400002)";
         register("timestamps_refused", help, &self.timestamps_refused);
-        let help = "Answers of the exchange that refuse the egress address (400006)";
+        let help = "Answers of the exchange that reject the egress address (code 400006)";
         register("addresses_refused", help, &self.addresses_refused);
-        let help = "Answers of the exchange that refuse a key, its passphrase or signature (400003 to 400005)";
+        let help = "Answers of the exchange that reject a key, passphrase or signature (codes 400003 to 400005)";
         register("credentials_refused", help, &self.credentials_refused);
-        let help = "Refused calls that were counted but not audited, because their bot exceeded its allowance";
+        let help = "Refused calls that were counted but not audited, because the same bot or admin had too many refusals";
         register("refusals_unrecorded", help, &self.refusals_unrecorded);
-        let help = "Lines that could not be written to the audit file";
+        let help = "Failed writes and flushes of the audit log";
         register("audit_failures", help, &self.audit_failures);
-        registry
     }
 
-    /// Counts a call that ended.
+    /// Counts a call that has ended.
     pub(crate) fn request(&self, scope: Option<Scope>, outcome: Outcome, reason: Option<Reason>) {
         let labels = [
             ("scope", scope.map_or("", Scope::as_str)),
@@ -287,33 +288,34 @@ impl Metrics {
         self.requests.get_or_create(&labels).inc();
     }
 
-    /// Observes how long a stage of an answered call took.
+    /// Records how long a stage of an answered call took.
     pub(crate) fn stage(&self, stage: &'static str, took: Duration) {
         let stage = self.stages.0.get_or_create(&[("stage", stage)]);
         stage.observe(took.as_secs_f64());
     }
 
-    /// Whether one more line about a peer that was not let in goes to the log, and how many did not since the last one.
-    /// Anybody can make such lines, and they must not fill the disk that every order needs.
+    /// If one more line about a refused client may be logged, returns how many were suppressed since the last one. Clients
+    /// can cause such lines without limit, and the lines must not fill the disk, which every order needs.
     pub(crate) fn allow_log(&self) -> Option<u64> {
         let mut unauthenticated = self.unauthenticated.lock();
         unauthenticated.take(Instant::now())
     }
 
-    /// Counts a connection that was not served: `handshake`, `certificate`, `bot` (one too many), `many` (far more), `descriptors`.
+    /// Counts a refused connection: `handshake`, `certificate`, `descriptors`, `bot` (the bot has too many) or `many` (far too
+    /// many, or all bots together have too many).
     pub(crate) fn connection_refused(&self, reason: &'static str) {
         let labels = [("reason", reason)];
         self.connections_refused.get_or_create(&labels).inc();
     }
 
-    /// Counts a look at a key that found no key: `outage`, `login`, `unusable`, `evicted`.
+    /// Counts a failure with Vault or a key in it: `outage`, `login`, `unusable` or `evicted`.
     pub(crate) fn vault_failure(&self, reason: &'static str) {
         let labels = [("reason", reason)];
         self.vault_failures.get_or_create(&labels).inc();
     }
 }
 
-/// How metrics are written.
+/// The text format of metrics.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum MetricsFormat {
     /// OpenMetrics 1.0.0.
@@ -323,7 +325,7 @@ pub(crate) enum MetricsFormat {
 }
 
 impl MetricsFormat {
-    /// The `Content-Type` of it.
+    /// Its `Content-Type`.
     pub(crate) fn content_type(self) -> &'static str {
         match self {
             Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
@@ -331,7 +333,7 @@ impl MetricsFormat {
         }
     }
 
-    /// What `registry` holds at this moment.
+    /// The current values of `registry`.
     pub(crate) fn text(self, registry: &Registry) -> String {
         let mut text = String::new();
         // Writing to a String does not fail.
@@ -342,9 +344,9 @@ impl MetricsFormat {
         }
     }
 
-    /// The format that an `Accept` header asks for: OpenMetrics where it is named and nothing else is preferred.
+    /// The format that an `Accept` header requests: OpenMetrics if it is named and no other format is preferred.
     ///
-    /// Source: RFC 9110, section 12.5.1; a range without `q` counts 1.
+    /// Source: RFC 9110, section 12.5.1; a range without `q` has weight 1.
     pub(crate) fn accepted(accept: &str) -> Self {
         let (mut open_metrics, mut text): (f32, f32) = (0.0, 0.0);
         for range in accept.split(',') {
@@ -376,7 +378,7 @@ impl MetricsFormat {
     }
 }
 
-/// Rewrites OpenMetrics as the text format, in which help and type of a counter are those of its samples' name.
+/// Converts OpenMetrics to the text format, in which HELP and TYPE of a counter have the suffix `_total`.
 ///
 /// Source: Prometheus documentation, "Exposition formats", and OpenMetrics 1.0.0, "Counter".
 fn as_text_format(mut text: String) -> String {
@@ -398,7 +400,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn metrics_are_text_unless_open_metrics_is_asked_for() {
+    fn metrics_are_text_unless_open_metrics_is_requested() {
         use MetricsFormat::{OpenMetrics, Text};
         for (accept, format) in [
             ("", Text),
@@ -432,16 +434,16 @@ mod tests {
     fn unauthenticated_peers_get_two_hundred_log_lines_and_then_five_per_second() {
         let mut unauthenticated = LogAllowance::default();
         let start = unauthenticated.at;
-        let mut told = |seconds| {
+        let mut logged = |seconds| {
             let now = start + Duration::from_secs(seconds);
             let lines: Vec<_> = (0..1000)
                 .filter_map(|_| unauthenticated.take(now))
                 .collect();
             (lines.len(), lines.iter().sum::<u64>())
         };
-        assert_eq!(told(0), (200, 0));
-        assert_eq!(told(1), (5, 800), "with what was left out");
-        assert_eq!(told(1), (0, 0));
-        assert_eq!(told(3600), (200, 1995));
+        assert_eq!(logged(0), (200, 0));
+        assert_eq!(logged(1), (5, 800), "with the suppressed lines");
+        assert_eq!(logged(1), (0, 0));
+        assert_eq!(logged(3600), (200, 1995));
     }
 }

@@ -1,15 +1,15 @@
-//! The only user of vaultrs: reads keys from KV v2, and writes them for admins, with a guard for each defect that the
-//! library has.
+//! The only user of vaultrs: reads keys from KV v2, and writes them for admins. It works around each defect of the
+//! library:
 //!
 //! - Its settings and errors show tokens and bodies in `Debug`: none of its types leaves this module, and errors are
-//!   reduced to status and Vault's own error texts.
+//!   reduced to the status and Vault's own error texts.
 //! - It panics on a token with a line end: tokens are trimmed and checked before a client is made.
-//! - It takes addresses, tokens and `VAULT_SKIP_VERIFY` from the environment: its settings are written out.
-//! - It has no time limit, follows redirects with the token to any host, and honours proxies from the environment: the
-//!   HTTP client is ours.
+//! - It reads addresses, tokens and `VAULT_SKIP_VERIFY` from the environment: all its settings are set explicitly.
+//! - It has no timeout, follows redirects with the token to any host, and uses proxies from the environment: this module
+//!   builds its own HTTP client.
 //! - Its health call fails on current OpenBao servers: it is not used.
-//! - Its certificate login names the role in a field that servers do not read: that request is ours.
-//! - It takes bodies as text that nobody wipes: a key is written past it, on the same HTTP client.
+//! - Its certificate login sends the role in a field that servers do not read: this module sends its own request.
+//! - It keeps request bodies as text that is never wiped: keys are written without it, with the same HTTP client.
 
 pub(crate) mod check;
 mod connection;
@@ -31,11 +31,11 @@ use vaultrs::api::kv2::requests::ReadSecretRequest;
 use vaultrs::error::ClientError;
 use zeroize::{Zeroize, Zeroizing};
 
-use self::connection::{VaultConnection, caught_up, if_there, is_by_policy, reduce};
+use self::connection::{VaultConnection, if_exists, is_by_policy, reduce, repeat_while_behind};
 use self::login::{AuthToken, Session};
 use self::metadata::ReadMetadata;
 pub(crate) use self::metadata::{Hold, unknown_state};
-pub use self::metadata::{Metadata, NotedState, Notes, StoredFacts};
+pub use self::metadata::{Metadata, Notes, StoredFacts, StoredState};
 pub use self::write::{Registration, WriteError};
 use crate::base::backoff::Backoff;
 use crate::base::ids::{AccountId, KeyName};
@@ -43,31 +43,31 @@ use crate::base::secret::{ApiSecret, PartnerKey, Passphrase};
 use crate::kucoin::{Key, KeyVersion};
 use crate::telemetry::Metrics;
 
-/// Waits between attempts of all kinds while Vault does not answer as it should.
+/// Waits between attempts of all kinds while Vault gives no usable response.
 pub const BACKOFF: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
 
-/// A follower may not know a token for a moment after its login: the wait before a 403 counts.
+/// Milliseconds to wait before a request that got a 403 is repeated: a follower may not know a new token at once.
 const REPEAT_AFTER: (u64, u64) = (100, 250);
 
-/// How often a read meets a 403 before it is given up: twice with a dead token, twice with the next.
+/// How many attempts a request gets that meets 403s: two with an invalid token, two with the next token.
 const TRIES: usize = 4;
 
 /// Where Vault is and how the broker logs in.
 #[derive(Clone, Debug)]
 pub struct VaultSettings {
-    /// Its address.
+    /// Vault's address.
     pub address: Url,
-    /// Addresses of other nodes to which one redirect may lead.
+    /// Addresses of other nodes; one redirect to these is followed.
     pub redirects: Vec<Url>,
-    /// Namespace, where Vault has them.
+    /// Namespace, if Vault uses namespaces.
     pub namespace: Option<String>,
     /// Mount of the KV v2 engine.
     pub mount: String,
-    /// Path below the mount under which accounts stand, such as `kucoin/prod`.
+    /// Path of the accounts below the mount, such as `kucoin/prod`.
     pub prefix: String,
     /// How to log in.
     pub auth: Auth,
-    /// Limit for one whole request.
+    /// Time limit of one request.
     pub timeout: Duration,
 }
 
@@ -80,16 +80,16 @@ pub enum Auth {
         mount: String,
         /// The role id; not secret.
         role_id: String,
-        /// File that holds the secret id, or a wrapping token for it; read again at every login.
+        /// File with the secret id, or with a wrapping token for it; read again at every login.
         secret_id_file: PathBuf,
-        /// Name of the role, where the file holds a wrapping token.
+        /// Name of the role, if the file holds a wrapping token.
         wrapped_for: Option<String>,
     },
-    /// The certificate that the broker shows Vault. When the files change it logs in again.
+    /// A client certificate. When the files change, the broker logs in again.
     Cert {
         /// Mount of the auth method.
         mount: String,
-        /// Role to log in as; without it Vault takes any that fits the certificate.
+        /// Role to log in as; without it, Vault uses any role that fits the certificate.
         role: Option<String>,
         /// Certificate chain, PEM.
         certificate: PathBuf,
@@ -102,37 +102,37 @@ pub enum Auth {
         mount: String,
         /// Role to log in as.
         role: String,
-        /// File that holds the account's token; Kubernetes replaces it, and it is read again at every login.
+        /// File with the account's token; Kubernetes replaces it, and it is read again at every login.
         jwt_file: PathBuf,
     },
-    /// A file that somebody else (an agent) keeps a valid token in; read again at every use.
+    /// A file in which another process (an agent) keeps a valid token; read again at every use.
     TokenFile(PathBuf),
 }
 
-/// What went wrong, as far as anybody outside may know.
+/// A failed request to Vault, without secrets.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum VaultError {
-    /// 403 twice, to a token that Vault accepts: authority.
-    #[error("Vault refuses the path (403)")]
+    /// 403 twice, with a token that Vault accepts. Removes the key.
+    #[error("Vault denied access (403)")]
     Denied,
-    /// 404: no such path, or the version is deleted. Authority.
+    /// 404: no such path, or the version is deleted. Removes the key.
     #[error("{0}")]
     Gone(String),
-    /// Vault refuses the broker's login: says nothing about the key, and somebody must do something.
+    /// Vault rejected the login. Does not affect the key, but an admin must act.
     #[error("{0}")]
     LoginRefused(String),
-    /// The file that the broker logs in with is not in the form it should have: says nothing about the key.
-    #[error("the token in the file of vault.auth: {0}")]
+    /// The credential file is malformed. Does not affect the key.
+    #[error("invalid credential file in vault.auth: {0}")]
     Credential(&'static str),
-    /// No answer, a fault: says nothing about the key.
+    /// No response or a server error. Does not affect the key.
     #[error("{0}")]
     Outage(Outage),
-    /// The secret is there and is not a key.
+    /// The secret exists, but is not a valid key.
     #[error("{0}")]
     Unusable(String),
 }
 
-/// Why Vault gave no usable answer.
+/// Why Vault gave no usable response.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 #[error("{reason}")]
 pub struct Outage {
@@ -141,23 +141,23 @@ pub struct Outage {
     reason: String,
 }
 
-/// What kind of outage it is, as far as the fix differs.
+/// Kinds of outages that need different fixes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum OutageKind {
-    /// Something answers that does not speak as Vault does.
+    /// The response did not come from Vault.
     NotVault,
-    /// None of the others.
+    /// Any other.
     Other,
     /// Vault is sealed or not initialised.
     Sealed,
-    /// Vault answers that something inside it failed.
+    /// Vault returned a 5xx other than 503.
     Server,
-    /// No connection, or no answer on it.
+    /// No connection, or no response on it.
     Unreachable,
 }
 
 impl OutageKind {
-    /// The error of this kind, in words for people.
+    /// An outage of this kind, with a reason for humans.
     pub fn outage(self, reason: impl Into<String>) -> VaultError {
         let reason = reason.into();
         VaultError::Outage(Outage { kind: self, reason })
@@ -174,7 +174,7 @@ impl From<&str> for Outage {
 }
 
 impl VaultError {
-    /// The same, as an outage during `step`: it says nothing about the key.
+    /// The same error as an outage during `step`, which does not affect the key.
     fn during(&self, step: &str) -> Self {
         let kind = match self {
             Self::Outage(outage) => outage.kind,
@@ -183,7 +183,7 @@ impl VaultError {
         kind.outage(format!("{step}: {self}"))
     }
 
-    /// Vault knows the mount, and no such key in it.
+    /// The mount exists, but has no such key.
     pub(crate) fn no_such_key() -> Self {
         Self::Gone("Vault has no such key (404)".to_owned())
     }
@@ -194,7 +194,7 @@ impl VaultError {
 pub struct Vault {
     settings: VaultSettings,
     tls: ClientConfig,
-    /// Held while logging in, so that only one login is under way.
+    /// Locked during a login, so that only one login runs at a time.
     session: Mutex<Session>,
     metrics: Arc<Metrics>,
 }
@@ -203,7 +203,7 @@ impl Vault {
     /// Prepares the connection; nothing is sent yet.
     ///
     /// # Errors
-    /// When the TLS library refuses the configuration.
+    /// When the TLS library rejects the configuration.
     pub fn new(
         settings: VaultSettings,
         tls: ClientConfig,
@@ -218,7 +218,7 @@ impl Vault {
         })
     }
 
-    /// The metadata of a key; it carries no secret.
+    /// The metadata of a key; they hold no secret.
     pub async fn metadata(
         &self,
         account: &AccountId,
@@ -227,21 +227,21 @@ impl Vault {
         if let Some(found) = self.find(account, name).await? {
             return Ok(found);
         }
-        let problem = self.unfit_mount().await;
+        let problem = self.mount_problem().await;
         Err(problem.map_or_else(VaultError::no_such_key, VaultError::Gone))
     }
 
-    /// The same; none where Vault has no such key.
+    /// The same; none if Vault has no such key.
     pub async fn find(
         &self,
         account: &AccountId,
         name: &KeyName,
     ) -> Result<Option<Metadata>, VaultError> {
-        let (mount, path) = self.place(account, name);
-        let read = |pass: &AuthToken| {
+        let (mount, path) = self.kv_path(account, name);
+        let read = |auth: &AuthToken| {
             let (mount, path) = (mount.clone(), path.clone());
-            let (client, request) = (pass.client(), ReadMetadata { mount, path });
-            async move { if_there(vaultrs::api::exec_with_result(&client, request).await) }
+            let (client, request) = (auth.client(), ReadMetadata { mount, path });
+            async move { if_exists(vaultrs::api::exec_with_result(&client, request).await) }
         };
         self.with_authority(read).await
     }
@@ -253,9 +253,9 @@ impl Vault {
         name: &KeyName,
         version: u64,
     ) -> Result<Arc<Key>, VaultError> {
-        let (mount, path) = self.place(account, name);
-        let read = |pass: &AuthToken| {
-            let client = pass.client_for_secrets();
+        let (mount, path) = self.kv_path(account, name);
+        let read = |auth: &AuthToken| {
+            let client = auth.client_for_secrets();
             let request = ReadSecretRequest {
                 mount: mount.clone(),
                 path: path.clone(),
@@ -265,41 +265,43 @@ impl Vault {
         };
         let found = self.with_authority(read).await?;
         key_from(found.data).map_err(|problem| {
-            VaultError::Unusable(format!("version {version} in Vault: {problem}"))
+            VaultError::Unusable(format!(
+                "version {version} in Vault is not a valid key: {problem}"
+            ))
         })
     }
 
-    fn place(&self, account: &AccountId, name: &KeyName) -> (String, String) {
+    fn kv_path(&self, account: &AccountId, name: &KeyName) -> (String, String) {
         (
             self.settings.mount.clone(),
             format!("{}/{account}/{name}", self.settings.prefix),
         )
     }
 
-    /// Runs a read; a 403 counts as Vault's word only when it comes twice and Vault accepts the token that met it.
-    async fn with_authority<T, F>(&self, read: impl Fn(&AuthToken) -> F) -> Result<T, VaultError>
+    /// Runs a request. A 403 counts only if it comes twice and Vault accepts the token that was used.
+    async fn with_authority<T, F>(&self, request: impl Fn(&AuthToken) -> F) -> Result<T, VaultError>
     where
         F: Future<Output = Result<T, ClientError>>,
     {
         let mut refusals = 0;
-        let mut dead: Option<Zeroizing<String>> = None;
+        let mut invalid: Option<Zeroizing<String>> = None;
         for _ in 0..TRIES {
-            let pass = self.pass().await?;
-            match caught_up(|| read(&pass)).await {
+            let auth = self.auth_token().await?;
+            match repeat_while_behind(|| request(&auth)).await {
                 Ok(found) => {
-                    self.accepted(&pass).await;
+                    self.accepted(&auth).await;
                     return Ok(found);
                 }
                 Err(error) if reduce(&error) == VaultError::Denied => {}
                 Err(error) => return Err(reduce(&error)),
             }
-            if self.is_good(&pass).await? {
-                self.accepted(&pass).await;
+            if self.is_accepted(&auth).await? {
+                self.accepted(&auth).await;
                 refusals += 1;
-            } else if dead.as_ref() == Some(&pass.token) {
-                self.forget(&pass).await;
+            } else if invalid.as_ref() == Some(&auth.token) {
+                self.forget(&auth).await;
             } else {
-                dead = Some(pass.token);
+                invalid = Some(auth.token);
             }
             if refusals == 2 {
                 return Err(VaultError::Denied);
@@ -310,21 +312,22 @@ impl Vault {
         Err(login::not_accepted())
     }
 
-    async fn is_good(&self, pass: &AuthToken) -> Result<bool, VaultError> {
-        let client = pass.client();
-        match caught_up(|| vaultrs::token::lookup_self(&client)).await {
+    /// Whether Vault accepts the token.
+    async fn is_accepted(&self, auth: &AuthToken) -> Result<bool, VaultError> {
+        let client = auth.client();
+        match repeat_while_behind(|| vaultrs::token::lookup_self(&client)).await {
             Ok(_) => Ok(true),
             Err(error) => match reduce(&error) {
-                // Without any policy it may not look itself up either.
+                // A token without any policy may not look itself up either.
                 VaultError::Denied => Ok(is_by_policy(&error)),
-                // It was the token that Vault was asked about, not the key.
-                other => Err(other.during("lookup of the token")),
+                // An outage, since this request was about the token and not about the key.
+                other => Err(other.during("token lookup")),
             },
         }
     }
 }
 
-/// Makes a key of the fields of a secret: `api_key`, `api_secret`, `passphrase`, `key_version`, `partner_key`.
+/// Builds a key from the fields of a secret: `api_key`, `api_secret`, `passphrase`, `key_version`, `partner_key`.
 fn key_from(data: Value) -> Result<Arc<Key>, String> {
     let mut data = Wiped(data);
     let mut text = |name: &str| match data.0.get_mut(name).map(Value::take) {
@@ -332,18 +335,18 @@ fn key_from(data: Value) -> Result<Arc<Key>, String> {
             let text = Zeroizing::new(text);
             let blank = |c: char| c.is_whitespace() || c.is_control();
             if text.starts_with(blank) || text.ends_with(blank) {
-                return Err(format!("`{name}` begins or ends with a blank"));
+                return Err(format!("`{name}` begins or ends with whitespace"));
             }
             Ok(Some(text))
         }
         Some(Value::Number(number)) => Ok(Some(Zeroizing::new(number.to_string()))),
         Some(Value::Null) | None => Ok(None),
-        Some(_) => Err(format!("`{name}` is not text")),
+        Some(_) => Err(format!("`{name}` is not a string")),
     };
     let version = match text("key_version")?.as_deref().map(String::as_str) {
         Some("3") | None => KeyVersion::V3,
         Some("2") => KeyVersion::V2,
-        Some(_) => return Err("`key_version` is neither 2 nor 3".to_owned()),
+        Some(_) => return Err("`key_version` must be 2 or 3".to_owned()),
     };
     let mut required = |name: &str| text(name)?.ok_or_else(|| format!("`{name}` is missing"));
     let id = required("api_key")?;
@@ -353,7 +356,7 @@ fn key_from(data: Value) -> Result<Arc<Key>, String> {
     Key::new(id, &secret, &passphrase, version, partner.as_ref()).map_err(|error| error.to_string())
 }
 
-/// What Vault sent, wiped on drop, also where it turns out to be no key.
+/// A response of Vault, wiped on drop, even if it is not a valid key.
 struct Wiped(Value);
 
 impl Drop for Wiped {
@@ -378,35 +381,31 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_secret_that_is_no_key_says_why_without_its_values() {
-        let whole = json!({"api_key": "fake-id", "api_secret": "fake-secret", "passphrase": "fake-pass", "key_version": 2});
-        assert!(key_from(whole.clone()).is_ok());
+    fn malformed_secret_is_rejected_without_showing_its_values() {
+        let valid = json!({"api_key": "fake-id", "api_secret": "fake-secret", "passphrase": "fake-pass", "key_version": 2});
+        assert!(key_from(valid.clone()).is_ok());
         let cases = [
             ("api_key", Value::Null, "`api_key` is missing"),
             ("api_secret", json!(""), "`api_secret` is empty"),
             (
                 "api_secret",
                 json!("fake-secret\n"),
-                "`api_secret` begins or ends with a blank",
+                "`api_secret` begins or ends with whitespace",
             ),
             (
                 "passphrase",
                 json!(["fake-pass"]),
-                "`passphrase` is not text",
+                "`passphrase` is not a string",
             ),
-            (
-                "key_version",
-                json!("1"),
-                "`key_version` is neither 2 nor 3",
-            ),
+            ("key_version", json!("1"), "`key_version` must be 2 or 3"),
             (
                 "partner_key",
                 json!(" fake"),
-                "`partner_key` begins or ends with a blank",
+                "`partner_key` begins or ends with whitespace",
             ),
         ];
         for (name, value, problem) in cases {
-            let mut broken = whole.clone();
+            let mut broken = valid.clone();
             broken[name] = value;
             assert_eq!(key_from(broken).unwrap_err(), problem);
         }

@@ -1,8 +1,8 @@
-# Who registers, rotates, disables and revokes keys: writes every account of one environment and reads no secret back.
+# For admins, who register, rotate, disable and revoke keys: may write keys of every account of one environment, but read no secret.
 #
-# `kv` and `kucoin/prod` are `vault.mount` and `vault.prefix` of the broker's configuration.
-# Not here, on purpose: `read` below `data/`, and what cannot be taken back (`destroy`, `delete` below `metadata/`).
-# What this policy cannot prevent: `max_versions=1` in the metadata of a key prunes its old versions at the next write.
+# `kv` and `kucoin/prod` are `vault.mount` and `vault.prefix` of the broker's configuration; change them in both places.
+# Deliberately not granted: `read` below `data/`, and everything irreversible (`destroy`, `delete` below `metadata/`).
+# Not prevented: with `max_versions=1` in the metadata of a key, the next write prunes its old versions.
 
 path "kv/data/kucoin/prod/*"     { capabilities = ["create", "update"] }
 path "kv/metadata/kucoin/prod/*" { capabilities = ["create", "list", "read", "update"] }

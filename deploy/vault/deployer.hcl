@@ -1,6 +1,7 @@
-# Who starts brokers: may mint secret_ids of one role, and only wrapped, so that whoever unwraps one is its first reader.
+# For deployers, who start brokers: may create secret_ids of one role, but only wrapped. Whoever unwraps one knows that nobody
+# has read it before.
 #
-# `approle` and `credbroker` are the mount and the name of the broker's role. The role bounds what a secret_id may do.
+# `approle` and `credbroker` are the mount and the name of the broker's role. The role limits what a secret_id may do.
 
 path "auth/approle/role/credbroker/secret-id" {
   capabilities     = ["update"]

@@ -1,4 +1,4 @@
-//! Why a call of an admin failed, and the gRPC status for it.
+//! The errors of admin calls, and their gRPC status.
 
 use std::time::Duration;
 
@@ -14,37 +14,37 @@ use crate::kucoin::Malformed;
 use crate::restrictions::RestrictionsError;
 use crate::telemetry::chain;
 
-/// Why an admin's call failed. `Display` is one sentence for the admin.
+/// Why an admin's call failed. `Display` is the message for the admin.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AdminError {
-    /// The rules do not name it.
-    #[error("unknown account {0}; `credbroker keys list` shows the accounts in the rules")]
+    /// The account is not in the rules.
+    #[error("unknown account {0}; run `credbroker keys list` to list the accounts in the rules")]
     AccountUnknown(AccountId),
-    /// The time of this host has not been measured.
+    /// The exchange's time at this host has not been measured yet.
     #[error("the clock of {} has not been measured yet; nothing was accepted", host_name(*.0))]
     ClockUnknown(HostId),
-    /// The CA of the caller's certificate was taken away, or its time is over.
+    /// The caller's certificate has expired, or its CA is no longer trusted.
     #[error("the certificate of this connection has expired, or its CA is no longer trusted")]
     CallerUnknown,
-    /// There is no key in memory that could be tested.
+    /// The key to test is not loaded.
     #[error("the key is not loaded: {0}")]
     KeyUnavailable(String),
-    /// What is forbidden cannot be written.
+    /// `restrictions.json` cannot be written.
     #[error("{}", chain(.0))]
     Restrictions(#[from] RestrictionsError),
     /// A defect of the broker.
     #[error("internal error; the log and the audit log show how far the call got")]
     Internal,
-    /// The account has none of this name.
+    /// The account has no key of this name.
     #[error("account {0} has no key {1} in the rules")]
     KeyUnknown(AccountId, KeyName),
-    /// Fields that are not as they must be.
-    #[error("malformed call: {}", .0.iter().map(|one| format!("{}: {}", one.field, one.problem)).collect::<Vec<_>>().join("; "))]
+    /// Invalid fields.
+    #[error("malformed request: {}", .0.iter().map(|one| format!("{}: {}", one.field, one.problem)).collect::<Vec<_>>().join("; "))]
     Malformed(Vec<Malformed>),
-    /// No service has the method that was called.
+    /// No service has this method.
     #[error("unknown method {}; nothing was done", clean(.0, 100))]
     MethodUnknown(String),
-    /// It did not arrive in time.
+    /// The request did not arrive in time.
     #[error("request not received within {} ms; nothing was done", .0.as_millis())]
     Slow(Duration),
 }
@@ -54,7 +54,7 @@ impl AdminError {
         Self::Malformed(vec![Malformed::new(field, problem)])
     }
 
-    /// `ErrorInfo.reason`, and the gRPC code that goes with it.
+    /// `ErrorInfo.reason` and the gRPC code.
     fn reason(&self) -> (&'static str, Code) {
         match self {
             Self::AccountUnknown(_) => ("ACCOUNT_UNKNOWN", Code::NotFound),
@@ -70,7 +70,7 @@ impl AdminError {
         }
     }
 
-    /// Why a call was refused before any of it was done; none for a failure while it was done.
+    /// The reason of a call that was refused before it started; none if it failed later.
     pub(crate) fn refusal(&self) -> Option<Reason> {
         match self {
             Self::CallerUnknown => Some(Reason::CallerUnknown),
@@ -98,7 +98,7 @@ impl From<AdminError> for Status {
     }
 }
 
-/// A host as `/readyz` and admins name it.
+/// The name of a host in `/readyz` and in admin calls.
 pub(super) fn host_name((site, host): HostId) -> String {
     format!("{site}/{}", host.as_str())
 }

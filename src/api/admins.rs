@@ -1,4 +1,4 @@
-//! `Admin`: keys, accounts and bots, as admins see and change them. Proto in, proto out; no answer holds a secret.
+//! The `Admin` service: calls about keys, accounts and bots. No response contains a secret.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ use crate::ops::key_health::{self, KeyHealth, scopes};
 use crate::ops::key_test::{KeyTest, KeyTestResult};
 use crate::policy::Account;
 use crate::proto::admin_server::Admin;
-use crate::proto::{self, KeyFacts, KeyState, RefreshKeyResponse, RevokedKey, TestKeyResponse};
+use crate::proto::{self, KeyState, RefreshKeyResponse, RevokedKey, TestKeyResponse};
 use crate::restrictions::{KeyDigest, Mark, Restrictions, RestrictionsError};
 use crate::telemetry::chain;
 
@@ -49,8 +49,8 @@ impl AdminApi {
         found.ok_or(AdminError::AccountUnknown(id))
     }
 
-    /// The account that is meant, or all of them: one of the two must be said.
-    fn meant(&self, account: &str, all: bool) -> Result<Option<Arc<Account>>, AdminError> {
+    /// The account that a request names, or `None` for all; exactly one of the two must be set.
+    fn account_or_all(&self, account: &str, all: bool) -> Result<Option<Arc<Account>>, AdminError> {
         match (account.is_empty(), all) {
             (true, false) => Err(AdminError::field(
                 "account",
@@ -58,14 +58,15 @@ impl AdminApi {
             )),
             (false, true) => Err(AdminError::field(
                 "all",
-                "cannot be combined with an account; give one of them",
+                "cannot be combined with an account; set only one of them",
             )),
             (true, true) => Ok(None),
             (false, false) => self.account(account).map(Some),
         }
     }
 
-    /// A bot by its whole name, or by the end of it where that is one bot's alone: what blocks nobody is refused.
+    /// A bot by its full name, or by the last part of it if only one known bot has it. A short name of no known bot is
+    /// refused, since it would block no bot.
     fn bot(&self, name: &str) -> Result<BotId, AdminError> {
         let id: BotId = name
             .parse()
@@ -74,41 +75,41 @@ impl AdminApi {
         let blocked = self.broker.restrictions.blocked_bots();
         let blocked = blocked.iter().map(|(bot, _)| bot);
         let known: BTreeSet<_> = policy.bots().chain(blocked).collect();
-        // Also a bot that no rule names may have to be kept out before it comes.
+        // A full name is also accepted if no rule names the bot, so that it can be blocked in advance.
         if name.starts_with("spiffe://") || known.contains(&id) {
             return Ok(id);
         }
-        let is_meant = |bot: &&BotId| bot.as_str().rsplit('/').next() == Some(name);
-        let meant: Vec<_> = known.into_iter().filter(is_meant).collect();
-        match meant.as_slice() {
+        let has_name = |bot: &&BotId| bot.as_str().rsplit('/').next() == Some(name);
+        let found: Vec<_> = known.into_iter().filter(has_name).collect();
+        match found.as_slice() {
             [bot] => Ok((*bot).clone()),
             [] => {
-                let problem = "no rule names this bot; give its full name as in its certificate: spiffe://<trust domain>/bot/<name>";
+                let problem = "no rule names this bot; use its full name from its certificate: spiffe://<trust domain>/bot/<name>";
                 Err(AdminError::field("bot", problem))
             }
             many => {
                 let many: Vec<_> = many.iter().map(|bot| bot.as_str()).collect();
-                let problem = format!("is ambiguous: {}; give the full name", many.join(", "));
+                let problem = format!("is ambiguous: {}; use the full name", many.join(", "));
                 Err(AdminError::field("bot", problem))
             }
         }
     }
 
-    /// A host that the accounts of the rules use: `site/host`, or `host` where it is one site's alone.
+    /// A host that the accounts of the rules use: `site/host`, or `host` if only one site has it.
     fn host_id(&self, name: &str) -> Result<HostId, AdminError> {
-        let places = self.broker.policy().hosts();
-        let is_meant = |place: &HostId| host_name(*place) == name || place.1.as_str() == name;
-        let mut meant = places.iter().copied().filter(is_meant);
-        if let (Some(place), None) = (meant.next(), meant.next()) {
-            return Ok(place);
+        let hosts = self.broker.policy().hosts();
+        let has_name = |host: &HostId| host_name(*host) == name || host.1.as_str() == name;
+        let mut found = hosts.iter().copied().filter(has_name);
+        if let (Some(host), None) = (found.next(), found.next()) {
+            return Ok(host);
         }
-        let known: Vec<_> = places.iter().copied().map(host_name).collect();
+        let known: Vec<_> = hosts.iter().copied().map(host_name).collect();
         let problem = format!("expected one of {}, got {name:?}", known.join(", "));
         Err(AdminError::field("host", problem))
     }
 
-    /// The key that signs now.
-    fn in_memory(&self, account: &AccountId, name: &KeyName) -> Result<Arc<Key>, AdminError> {
+    /// The loaded key of this name.
+    fn loaded(&self, account: &AccountId, name: &KeyName) -> Result<Arc<Key>, AdminError> {
         let mut keys = self.broker.keyring.entries().into_iter();
         let found = keys.find(|key| key.account == *account && key.name == *name);
         match found.map(|key| key.state) {
@@ -120,7 +121,7 @@ impl AdminApi {
         }
     }
 
-    /// A key of one account; without a name its only one.
+    /// A key of an account; without a name, its only one.
     fn key(&self, account: &str, name: &str) -> Result<(Arc<Account>, KeyName), AdminError> {
         let account = self.account(account)?;
         if name.is_empty() {
@@ -130,7 +131,7 @@ impl AdminApi {
                 return Ok((account, only));
             }
             let names: Vec<_> = names.iter().map(|name| name.as_str()).collect();
-            let problem = format!("name one of the account's keys: {}", names.join(", "));
+            let problem = format!("expected one of the account's keys: {}", names.join(", "));
             return Err(AdminError::field("key", problem));
         }
         let name: KeyName = name
@@ -149,21 +150,21 @@ impl AdminApi {
             action,
             account,
             key,
-            about_bot,
+            target_bot,
             outcome,
             ..
         } = act;
         tracing::warn!(
-            admin = %admin,
+            admin.id = %admin,
             action,
             account.id = account.map(AccountId::as_str),
-            key = key.map(KeyName::as_str),
-            about_bot = about_bot.map(BotId::as_str),
+            key.name = key.map(KeyName::as_str),
+            bot.id = target_bot.map(BotId::as_str),
             outcome,
             detail = act.detail,
             "admin action"
         );
-        self.broker.audit.acted(admin.as_str(), act);
+        self.broker.audit.record_action(admin.as_str(), act);
     }
 
     fn mark(&self, admin: &AdminId) -> Mark {
@@ -181,7 +182,7 @@ impl AdminApi {
         change: impl FnOnce(&Restrictions) -> Result<T, RestrictionsError> + Send + 'static,
     ) -> Result<T, AdminError> {
         let restrictions = Arc::clone(&self.broker.restrictions);
-        // A disk that hangs must not hold up every call of every bot.
+        // In a thread of its own: a disk that hangs must not block the calls of bots.
         let changed = spawn_blocking(move || change(&restrictions)).await;
         let changed = changed.map_err(|_| AdminError::Internal)?;
         let (outcome, problem) = match &changed {
@@ -200,8 +201,8 @@ impl AdminApi {
         Ok(changed?)
     }
 
-    /// What is wrong with a key that another account has already, as far as the keys in memory tell.
-    fn taken(
+    /// The finding that another account already has this key, or one of the same KuCoin account; covers loaded keys only.
+    fn duplicate_key(
         &self,
         account: &AccountId,
         digest: KeyDigest,
@@ -219,7 +220,7 @@ impl AdminApi {
         })
     }
 
-    /// Kills one key of an account.
+    /// Revokes one key of an account.
     async fn revoke(
         &self,
         admin: &AdminId,
@@ -228,11 +229,11 @@ impl AdminApi {
     ) -> Result<RevokedKey, AdminError> {
         let health = key_health::one(&self.broker, account, &name);
         let health = health.ok_or_else(|| AdminError::KeyUnknown(account.clone(), name.clone()))?;
-        // One that is not in memory now may come back; and one that is dead already stays the one that is meant: repeated,
-        // the command must not kill the key that comes next.
+        // If no key is loaded, the last one is revoked, since it may be loaded again. If it is already revoked, nothing
+        // changes: a repeated command must not revoke the next key.
         let (id, version) = (health.last, health.version);
-        let is_dead = |id| self.broker.restrictions.revoked(id).is_some();
-        let was_revoked = health.id.is_none() && id.is_some_and(is_dead);
+        let is_revoked = |id| self.broker.restrictions.revoked(id).is_some();
+        let was_revoked = health.id.is_none() && id.is_some_and(is_revoked);
         let act = Act {
             action: "revoke",
             account: Some(account),
@@ -241,17 +242,17 @@ impl AdminApi {
             key_before: id.map(KeyDigest::hex),
             ..Act::default()
         };
-        let (mark, place) = (self.mark(admin), (account.clone(), name.clone()));
+        let (mark, key) = (self.mark(admin), (account.clone(), name.clone()));
         let revoked = self
             .restrict(admin, act, move |restrictions| {
-                restrictions.revoke(&place.0, &place.1, id, &mark)
+                restrictions.revoke(&key.0, &key.1, id, &mark)
             })
             .await;
-        // Dead either way; whether it is on disk is the admin's to know.
+        // The key is wiped even if the revocation is not on disk; the admin gets that error.
         let unseen = self.broker.keyring.wipe_revoked();
         revoked?;
         if !unseen.is_empty() {
-            // Vault has shown it between the question for its id and the order to kill it.
+            // The key was read from Vault after its id was looked up above.
             let restrictions = Arc::clone(&self.broker.restrictions);
             let seen = spawn_blocking(move || {
                 let mut seen = unseen.iter();
@@ -268,14 +269,14 @@ impl AdminApi {
     }
 }
 
-/// Who calls, and what was said.
+/// The admin who calls, and the message.
 fn opened<T>(request: Request<T>) -> Result<(AdminId, T), AdminError> {
-    // The listener lets no connection in without an admin's certificate.
+    // The listener accepts only connections with an admin certificate.
     let admin = request.extensions().get::<AdminId>().cloned();
     Ok((admin.ok_or(AdminError::Internal)?, request.into_inner()))
 }
 
-/// The key that an admin gave, in the version asked for.
+/// The key in a request, as the given API key version.
 fn candidate(given: &proto::Candidate, version: KeyVersion) -> Result<Arc<Key>, AdminError> {
     let text = |text: &str| Zeroizing::new(text.to_owned());
     let secret = ApiSecret::new(text(&given.api_secret));
@@ -300,7 +301,7 @@ impl Admin for AdminApi {
         let is_candidate = given.is_some();
         let make = |version| match &given {
             Some(given) => candidate(given, version),
-            None => self.in_memory(&account.id, &name),
+            None => self.loaded(&account.id, &name),
         };
         let version = match given.as_ref().map_or(0, |given| given.key_version) {
             0 | 3 => KeyVersion::V3,
@@ -313,7 +314,7 @@ impl Admin for AdminApi {
         let key = make(version)?;
         let digest = KeyDigest(key.id_sha256());
         let test = KeyTest {
-            who: Principal::Admin(admin.clone()),
+            principal: Principal::Admin(admin.clone()),
             account: Arc::clone(&account),
             scopes: scopes.iter().copied().collect(),
             key: Arc::clone(&key),
@@ -328,8 +329,8 @@ impl Admin for AdminApi {
                 (self.broker.test_key(&test).await, key.version())
             };
         if is_candidate {
-            let taken = self.taken(&account.id, digest, report.info.as_deref());
-            report.findings.extend(taken);
+            let duplicate = self.duplicate_key(&account.id, digest, report.info.as_deref());
+            report.findings.extend(duplicate);
         }
         let act = Act {
             action: "test",
@@ -338,15 +339,15 @@ impl Admin for AdminApi {
             key_after: Some(digest.hex()),
             outcome: "done",
             detail: Some(match &report.verdict {
-                Verdict::Good => "the exchange accepts it".to_owned(),
+                Verdict::Good => "the exchange accepts the key".to_owned(),
                 Verdict::Refused(reason) | Verdict::Unclear(reason) => reason.clone(),
             }),
             ..Act::default()
         };
         self.record(&admin, &act);
         let response = TestKeyResponse {
-            facts: report.info.as_deref().map(KeyFacts::from),
-            probes: checks.into_iter().map(proto::Probe::from).collect(),
+            info: report.info.as_deref().map(proto::KeyInfo::from),
+            requests: checks.into_iter().map(proto::RequestResult::from).collect(),
             findings: report
                 .findings
                 .iter()
@@ -358,7 +359,7 @@ impl Admin for AdminApi {
             id_sha256: digest.hex(),
             egress_ip: self.broker.proof.expected().to_string(),
             key_version: if version == KeyVersion::V2 { 2 } else { 3 },
-            is_unclear: matches!(report.verdict, Verdict::Unclear(_)),
+            is_inconclusive: matches!(report.verdict, Verdict::Unclear(_)),
             needs_partner_key,
         };
         if !is_candidate {
@@ -425,7 +426,7 @@ impl Admin for AdminApi {
         for name in names {
             keys.push(self.revoke(&admin, &account.id, name).await);
         }
-        // All are dead before anything is told of one that a restart would bring back.
+        // All keys are revoked before an error about one that is not on disk is returned.
         let keys = keys.into_iter().collect::<Result<_, _>>()?;
         Ok(Response::new(proto::RevokeKeyResponse { keys }))
     }
@@ -468,7 +469,7 @@ impl Admin for AdminApi {
         request: Request<proto::HaltRequest>,
     ) -> Result<Response<proto::HaltResponse>, Status> {
         let (admin, message) = opened(request)?;
-        let account = self.meant(&message.account, message.all)?;
+        let account = self.account_or_all(&message.account, message.all)?;
         let (mark, id) = (
             self.mark(&admin),
             account.as_ref().map(|account| account.id.clone()),
@@ -485,7 +486,7 @@ impl Admin for AdminApi {
             halted?;
             return Ok(Response::new(proto::HaltResponse::default()));
         }
-        // It is in force, if not on disk: orders are cancelled all the same, and the admin is told of both.
+        // The halt is in effect even if it is not on disk: cancel the orders, and report both.
         let problem = match halted {
             Ok(()) => String::new(),
             Err(error @ AdminError::Restrictions(_)) => error.to_string(),
@@ -494,7 +495,7 @@ impl Admin for AdminApi {
         let cancelled = self.broker.cancel_all(&admin, account.as_deref()).await;
         for one in &cancelled {
             let (outcome, open) = match one.still_open {
-                Some(0) => ("done", "nothing is open".to_owned()),
+                Some(0) => ("done", "no open orders".to_owned()),
                 Some(open) => ("failed", format!("still open: {open}")),
                 None => ("failed", "open orders unknown".to_owned()),
             };
@@ -515,7 +516,7 @@ impl Admin for AdminApi {
     ) -> Result<Response<proto::ResumeResponse>, Status> {
         let (admin, message) = opened(request)?;
         let restrictions = &self.broker.restrictions;
-        let account = match self.meant(&message.account, message.all) {
+        let account = match self.account_or_all(&message.account, message.all) {
             Ok(account) => account.map(|account| account.id.clone()),
             // The rules may no longer name an account that is halted.
             Err(AdminError::AccountUnknown(id)) if restrictions.halted_accounts().contains(&id) => {
@@ -549,17 +550,17 @@ impl Admin for AdminApi {
         request: Request<proto::AcceptClockRequest>,
     ) -> Result<Response<proto::AcceptClockResponse>, Status> {
         let (admin, message) = opened(request)?;
-        let place = self.host_id(&message.host)?;
-        let host = host_name(place);
-        let accepted = self.broker.clock.accept(place, &admin);
-        let refused = accepted.map_err(|_| AdminError::ClockUnknown(place))?;
+        let id = self.host_id(&message.host)?;
+        let host = host_name(id);
+        let accepted = self.broker.clock.accept(id, &admin);
+        let refused = accepted.map_err(|_| AdminError::ClockUnknown(id))?;
         let clock = &self.broker.clock;
-        let difference_ms = refused.unwrap_or_else(|| clock.exchange(place).ms - clock.wall_ms());
+        let difference_ms = refused.unwrap_or_else(|| clock.exchange(id).ms - clock.wall_ms());
         let apart = clock::difference(difference_ms);
         let note = if refused.is_some() {
             ""
         } else {
-            "; already allowed, nothing changed"
+            "; nothing changed: the difference is at most 24 hours, or was already accepted"
         };
         let detail = format!("the clock of {host} is {apart}{note}");
         self.record(

@@ -1,4 +1,4 @@
-//! `Broker.SignAndSend`: proto in, proto out.
+//! The `Broker` service: `SignAndSend`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,29 +11,30 @@ use super::status::status;
 use crate::base::ids::{BotId, Principal, RequestId};
 use crate::base::outcome::Outcome;
 use crate::broker::admission::CallSlot;
-use crate::broker::{Broker, BrokerError, Call, Receipt, caught, micros};
+use crate::broker::{Broker, BrokerError, Call, Receipt, catch_panic, micros};
 use crate::kucoin::request::{self, RequestLimits};
 use crate::kucoin::{Catalog, Malformed, Method, Scope, UnsignedRequest, advice, code};
 use crate::proto::{self, broker_server::Broker as BrokerRpc};
 
-/// How long before the bot's deadline the answer is given at the latest, so that it arrives before the transport's.
+/// The broker responds at least this long before the bot's deadline, so that its response arrives before the bot's gRPC
+/// library gives up.
 const DEADLINE_MARGIN: Duration = Duration::from_millis(50);
 
-/// Characters of `msg` in a reply, so that it is little longer than the body, which holds it in full; for the same reason
-/// `code` is cut as well.
+/// Characters of `msg` in a response; the body has all of it. Limits how much longer than the body a response gets, as does
+/// the limit of `code`.
 const MAX_MSG_CHARS: usize = 8192;
 
-/// The path of the one method.
+/// The path of the only method.
 pub(crate) const SIGN_AND_SEND: &str = "/credbroker.v1.Broker/SignAndSend";
 
-/// Whose call it is, as the listener hands it on.
+/// The caller, as passed on by the listener.
 #[derive(Clone, Debug)]
 pub(crate) struct Peer {
-    /// Whom the certificate names.
+    /// The bot in the certificate.
     pub(crate) bot: BotId,
-    /// The place of the call among those in flight.
+    /// The slot of the call among the calls in flight.
     pub(crate) slot: CallSlot,
-    /// When the head of the call was there; its message may have taken time, and the bot's deadline counts from here.
+    /// When the headers of the call arrived. The message may have arrived later; the bot's deadline counts from here.
     pub(crate) arrived: Instant,
 }
 
@@ -74,7 +75,7 @@ impl GrpcApi {
         let deadline = arrived + limit.saturating_sub(DEADLINE_MARGIN.min(limit / 10));
         self.broker
             .sign_and_send(Call {
-                who: Principal::Bot(bot),
+                principal: Principal::Bot(bot),
                 request,
                 key: None,
                 arrived,
@@ -94,14 +95,14 @@ impl BrokerRpc for GrpcApi {
         let peer = request.extensions().get::<Peer>().cloned();
         let limit = time_limit(request.metadata()).unwrap_or(self.default_deadline);
         let message = request.into_inner();
-        // A bad id is reported with the other fields, under an id of ours.
+        // An invalid id is reported together with the other fields, under a generated id.
         let id = message
             .request_id
             .parse()
             .unwrap_or_else(|_| RequestId::random());
-        // The listener hands no call on without it.
+        // The listener sets it on every call.
         let peer = peer.ok_or_else(|| status(&BrokerError::Internal, &id))?;
-        match caught(self.answer(peer, message, &id, limit)).await {
+        match catch_panic(self.answer(peer, message, &id, limit)).await {
             Ok(receipt) => Ok(Response::new(response(receipt, &id))),
             Err(error) => Err(status(&error, &id)),
         }
@@ -162,7 +163,7 @@ fn unsigned_request(
     if !message.request_id.is_empty() && message.request_id != id.as_str() {
         problems.push(Malformed::new(
             "request_id",
-            "expected 1 to 64 of A-Z, a-z, 0-9, '.', '_', '-', or nothing",
+            "expected 1 to 64 characters of A-Z, a-z, 0-9, '.', '_', '-', or an empty string",
         ));
     }
     let endpoint = scope
@@ -252,7 +253,7 @@ fn response(receipt: Receipt, id: &RequestId) -> proto::SignAndSendResponse {
     }
 }
 
-/// The beginning of a text; its characters are the exchange's own.
+/// The first `chars` characters of a text, unescaped.
 fn cut(mut text: String, chars: usize) -> String {
     if let Some((end, _)) = text.char_indices().nth(chars) {
         text.truncate(end);
@@ -269,7 +270,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn time_limits_are_read_as_grpc_writes_them() {
+    fn grpc_timeout_is_parsed_as_specified() {
         let limit = |text: &str| {
             let mut metadata = MetadataMap::new();
             metadata.insert("grpc-timeout", text.parse().unwrap());

@@ -1,4 +1,4 @@
-//! What the broker knows, as messages for admins. No answer holds a secret.
+//! Conversions to messages for admins. No response contains a secret.
 
 use crate::base::diagnosis::Diagnosis;
 use crate::base::text::{MAX_CHARS, clean};
@@ -7,10 +7,10 @@ use crate::kucoin::key_info::KeyInfo;
 use crate::ops::cancel_all::Cancelled;
 use crate::ops::key_health::KeyHealth;
 use crate::ops::key_test::Check;
-use crate::proto::{self, KeyFacts, KeyState};
+use crate::proto::{self, KeyState};
 use crate::restrictions::KeyDigest;
 
-/// A text that Vault or the exchange may have written, for an admin's terminal.
+/// Text that may come from Vault or the exchange, escaped for an admin's terminal.
 fn shown(text: impl AsRef<str>) -> String {
     clean(text.as_ref(), MAX_CHARS).into_owned()
 }
@@ -42,7 +42,7 @@ impl From<KeyHealth> for KeyState {
     }
 }
 
-/// Scopes as the messages have them.
+/// Scopes as numbers of the proto enum.
 pub(super) fn in_proto(scopes: &[Scope]) -> Vec<i32> {
     let scopes = scopes.iter().copied();
     scopes
@@ -50,7 +50,7 @@ pub(super) fn in_proto(scopes: &[Scope]) -> Vec<i32> {
         .collect()
 }
 
-impl From<&KeyInfo> for KeyFacts {
+impl From<&KeyInfo> for proto::KeyInfo {
     fn from(info: &KeyInfo) -> Self {
         Self {
             uid: info.uid.as_ref().map(shown).unwrap_or_default(),
@@ -77,7 +77,7 @@ impl From<Diagnosis> for proto::Finding {
     fn from(found: Diagnosis) -> Self {
         Self {
             name: found.id.to_owned(),
-            is_refusal: found.is_failed(),
+            is_error: found.is_failed(),
             cause: found.cause,
             fix: found.fix,
         }
@@ -89,22 +89,22 @@ impl From<Cancelled> for proto::Cancelled {
         Self {
             account: cancelled.account.to_string(),
             scope: proto::Scope::from(cancelled.scope).into(),
-            probes: cancelled
+            requests: cancelled
                 .checks
                 .into_iter()
-                .map(proto::Probe::from)
+                .map(proto::RequestResult::from)
                 .collect(),
             still_open: cancelled.still_open,
         }
     }
 }
 
-impl From<Check> for proto::Probe {
-    fn from(probe: Check) -> Self {
+impl From<Check> for proto::RequestResult {
+    fn from(check: Check) -> Self {
         Self {
-            question: shown(probe.question),
-            is_ok: probe.is_ok,
-            answer: shown(probe.answer),
+            request: shown(check.request),
+            is_ok: check.is_ok,
+            result: shown(check.result),
         }
     }
 }

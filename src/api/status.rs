@@ -1,4 +1,4 @@
-//! `BrokerError` -> gRPC status: one match per column of the error reference.
+//! `BrokerError` to gRPC status.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -12,19 +12,19 @@ use crate::base::text::clean;
 use crate::broker::BrokerError;
 use crate::kucoin::Malformed;
 
-/// `ErrorInfo.domain` of every failure of ours.
+/// `ErrorInfo.domain` of every error of the broker.
 pub(crate) const DOMAIN: &str = "credbroker";
 
-/// How long to wait before a retry that may help: long enough for a connection to be made or a peer to take over.
+/// Wait before a retry: long enough for a new connection, or for another broker to take over.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// A status goes out in headers, and clients take about 8 KB of them: more would break the whole connection.
+/// A status is sent in headers, and clients accept about 8 KB of headers: more would break the whole connection.
 const MAX_VIOLATIONS: usize = 8;
 
-/// Characters of the message, and of the fields' descriptions.
+/// Characters of the message, and of each field's name and problem.
 const MAX_TEXT: usize = 250;
 
-/// The status that a bot gets: message, `ErrorInfo` with reason, outcome and request id, and what else helps.
+/// The status for a bot: message, `ErrorInfo` with reason, outcome and request id, invalid fields, and a retry delay.
 pub(crate) fn status(error: &BrokerError, request_id: &RequestId) -> Status {
     let reason = error.reason();
     let metadata = HashMap::from([
@@ -41,21 +41,21 @@ pub(crate) fn status(error: &BrokerError, request_id: &RequestId) -> Status {
     Status::with_error_details(code(reason), cut(&error.to_string()), details)
 }
 
-/// Names the fields that are not as they must be.
+/// Adds the invalid fields.
 pub(super) fn add_violations(details: &mut ErrorDetails, problems: &[Malformed]) {
     for problem in problems.iter().take(MAX_VIOLATIONS) {
         details.add_bad_request_violation(cut(&problem.field), cut(&problem.problem));
     }
 }
 
-/// As much of a text as fits into headers.
+/// A text, cleaned and cut to fit into headers.
 pub(super) fn cut(text: &str) -> String {
     clean(text, MAX_TEXT).into_owned()
 }
 
 fn code(reason: Reason) -> Code {
     match reason {
-        // Never UNAVAILABLE: client libraries retry that by themselves.
+        // Never UNAVAILABLE: client libraries retry that automatically.
         Reason::AnswerLost => Code::Unknown,
         Reason::AuditUnavailable | Reason::ExchangeUnreachable | Reason::ShuttingDown => {
             Code::Unavailable
@@ -100,11 +100,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_status_fits_into_the_headers_of_any_client() {
+    fn status_fits_into_the_headers_that_clients_accept() {
         let problem = Malformed::new("query[99].name", "é".repeat(100_000));
         let error = BrokerError::Malformed(vec![problem; 100]);
         let status = status(&error, &RequestId::random());
-        // The message goes percent-encoded: three bytes for each byte beyond ASCII.
+        // The message is percent-encoded: three bytes for each non-ASCII byte.
         let message = status
             .message()
             .bytes()

@@ -1,15 +1,15 @@
-//! Waits after failures, longer each time.
+//! Increasing waits after failures.
 
 use std::time::Duration;
 
-/// Waits that double after each failure. Each is cut by chance, so that many brokers do not meet at a server that has just
-/// come back.
+/// Exponential backoff with random jitter, so that many brokers do not all return at once to a server that has just
+/// restarted.
 #[derive(Clone, Debug)]
 pub struct Backoff {
     step: Duration,
     first: Duration,
     longest: Duration,
-    /// The share of a step that is always waited, from 0 to 1.
+    /// The minimum share of each step, from 0 to 1.
     least: f64,
 }
 
@@ -24,7 +24,7 @@ impl Backoff {
         }
     }
 
-    /// The same, but at least this share of each step, from 0 to 1.
+    /// Sets the minimum share of each step, from 0 to 1.
     #[must_use]
     pub(crate) const fn at_least(mut self, least: f64) -> Self {
         self.least = least;
@@ -44,7 +44,7 @@ impl Backoff {
         wait
     }
 
-    /// It worked: the next failure is the first one again.
+    /// Restarts with the first step, after a success.
     pub(crate) fn reset(&mut self) {
         self.step = self.first;
     }
@@ -55,7 +55,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn waits_double_up_to_the_longest_and_begin_anew_after_a_success() {
+    fn waits_double_up_to_the_longest_and_restart_after_a_success() {
         let (first, longest) = (Duration::from_secs(1), Duration::from_secs(5));
         for _ in 0..100 {
             let mut backoff = Backoff::new(first, longest).at_least(0.5);

@@ -1,22 +1,22 @@
-//! What is wrong with something that the broker needs, and what to do: the one form for `doctor`, `/readyz` and key tests.
+//! Result of a check with cause and fix: the common form of `doctor`, `/readyz` and key tests.
 
 use std::fmt;
 
 use crate::base::text::{MAX_CHARS, clean};
 
-/// How bad it is.
+/// Severity of a diagnosis.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Severity {
     /// It does not work, or must not be used like this.
     Failed,
     /// It works.
     Ok,
-    /// It works, and somebody should know this.
+    /// It works, but needs attention.
     Warning,
 }
 
 impl Severity {
-    /// The word for it.
+    /// The word in output.
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Failed => "failed",
@@ -26,32 +26,32 @@ impl Severity {
     }
 }
 
-/// One thing that was checked. `Display` is one line: what it is about, cause and fix.
+/// The result of one check. `Display` is one line: id, subject, cause and fix.
 ///
-/// Others (KuCoin, Vault, a file) may have written parts of cause and fix: both are cleaned, and cut to [`MAX_CHARS`].
+/// Cause and fix can contain text from outside (KuCoin, Vault, a file): both are cleaned and cut to [`MAX_CHARS`].
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) struct Diagnosis {
-    /// A stable word for what was checked or found, in kebab case.
+    /// Stable id of what was checked or found, in kebab case.
     pub(crate) id: &'static str,
-    /// Which one, where there are several; or empty.
+    /// Which one was checked, if there are several; otherwise empty.
     pub(crate) about: String,
-    /// How bad it is.
+    /// Severity.
     pub(crate) severity: Severity,
     /// What was found.
     pub(crate) cause: String,
-    /// What to do; empty where nothing needs to be done, or another line says it.
+    /// What to do; empty if nothing needs to be done, or another line has the fix.
     pub(crate) fix: String,
 }
 
 impl Diagnosis {
     fn new(id: &'static str, severity: Severity, cause: &str, fix: &str) -> Self {
-        let harmless = |text: &str| clean(text, MAX_CHARS).into_owned();
+        let cleaned = |text: &str| clean(text, MAX_CHARS).into_owned();
         Self {
             id,
             about: String::new(),
             severity,
-            cause: harmless(cause),
-            fix: harmless(fix),
+            cause: cleaned(cause),
+            fix: cleaned(fix),
         }
     }
 
@@ -60,7 +60,7 @@ impl Diagnosis {
         Self::new(id, Severity::Ok, cause.as_ref(), "")
     }
 
-    /// It works, and somebody should know this.
+    /// It works, but needs attention.
     pub(crate) fn warning(id: &'static str, cause: impl AsRef<str>, fix: impl AsRef<str>) -> Self {
         Self::new(id, Severity::Warning, cause.as_ref(), fix.as_ref())
     }
@@ -70,12 +70,12 @@ impl Diagnosis {
         Self::new(id, Severity::Failed, cause.as_ref(), fix.as_ref())
     }
 
-    /// It could not be checked, because of what another diagnosis says.
+    /// It could not be checked, because of a problem that another diagnosis reports.
     pub(crate) fn unchecked(id: &'static str, cause: impl AsRef<str>) -> Self {
         Self::warning(id, cause, "")
     }
 
-    /// The same, about this one.
+    /// Sets which one was checked.
     #[must_use]
     pub(crate) fn about(mut self, about: impl Into<String>) -> Self {
         self.about = about.into();
@@ -113,7 +113,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_says_what_it_is_about_cause_and_fix() {
+    fn diagnosis_shows_subject_cause_and_fix_on_one_line() {
         let found = Diagnosis::failed("clock", "12 s off", "set it").about("global/spot");
         assert_eq!(found.to_string(), "clock global/spot: 12 s off; set it");
         let found = Diagnosis::warning("audit", "It is full.", "Make room.");
@@ -122,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn what_others_wrote_moves_no_cursor() {
+    fn control_characters_in_cause_and_fix_are_escaped() {
         let found = Diagnosis::failed("key", "\u{1b}[2Jno", "\u{202e}fix");
         assert_eq!(found.text(), "\\u{1b}[2Jno; \\u{202e}fix");
     }

@@ -1,11 +1,11 @@
-//! Names that come from outside, checked once: accounts, keys, bots, admins, requests.
+//! Validated names from outside: accounts, keys, bots, admins, requests.
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize, Serializer};
 
-/// A text that is not the name it should be; says what was expected and what came.
+/// A text that is not a valid name, and what was expected.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 #[error("expected {expected}, got {got:?}")]
 pub struct IdError {
@@ -15,7 +15,7 @@ pub struct IdError {
 
 impl IdError {
     pub(crate) fn new(expected: &'static str, got: &str) -> Self {
-        // Whoever sent it knows the rest; logs and answers stay short.
+        // Keeps log lines and answers short.
         Self {
             expected,
             got: got.chars().take(80).collect(),
@@ -23,8 +23,8 @@ impl IdError {
     }
 }
 
-/// Makes a checked name: private text, one fallible constructor, safe to log. `$read` gives the form in which names are
-/// compared.
+/// Defines a validated name: private text, one fallible constructor, safe to log. `$read` validates and normalizes the
+/// text.
 macro_rules! name {
     ($(#[$doc:meta])* $name:ident, $read:path, $expected:expr) => {
         $(#[$doc])*
@@ -70,20 +70,20 @@ macro_rules! name {
 }
 
 name!(
-    /// Name an admin gave to a KuCoin account: a letter or digit, then up to 31 of a-z, 0-9, '-'. Not secret.
+    /// Name of a KuCoin account, chosen by an admin: a letter or digit, then up to 31 of a-z, 0-9, '-'. Not secret.
     AccountId,
     short_name,
-    "a name of a-z, 0-9 and '-', at most 32 long and not starting with '-'"
+    "1 to 32 of a-z, 0-9 and '-', not starting with '-'"
 );
 name!(
-    /// Name of one key of an account, the last part of its Vault path; same form as an account's name. Not secret.
+    /// Name of a key of an account, the last part of its Vault path; same form as an account name. Not secret.
     KeyName,
     short_name,
-    "a name of a-z, 0-9 and '-', at most 32 long and not starting with '-'"
+    "1 to 32 of a-z, 0-9 and '-', not starting with '-'"
 );
 name!(
-    /// A bot: the URI SAN `spiffe://<trust domain>/bot/<name>` of its certificate, or without one its DNS SAN. DNS names
-    /// become lower case, since they are the same in any case (RFC 5280, 4.2.1.6).
+    /// A bot: the URI SAN `spiffe://<trust domain>/bot/<name>` of its certificate, or its DNS SAN if there is no URI SAN.
+    /// DNS names are converted to lower case, because they are case-insensitive (RFC 5280, 4.2.1.6).
     BotId,
     bot,
     "spiffe://<trust domain>/bot/<name> or a DNS name"
@@ -95,7 +95,7 @@ name!(
     "spiffe://<trust domain>/admin/<name>"
 );
 name!(
-    /// Name of one call, chosen by the bot or made here: 1 to 64 of A-Z, a-z, 0-9, '.', '_', '-'.
+    /// Id of a call, chosen by the bot or generated here: 1 to 64 of A-Z, a-z, 0-9, '.', '_', '-'.
     RequestId,
     request_id,
     "1 to 64 of A-Z, a-z, 0-9, '.', '_', '-'"
@@ -105,7 +105,7 @@ impl BotId {
     /// Reads a DNS SAN.
     ///
     /// # Errors
-    /// When it is not a DNS name.
+    /// If it is not a DNS name.
     pub(crate) fn from_dns_san(text: &str) -> Result<Self, IdError> {
         let name = dns_name(text).map(Self);
         name.ok_or_else(|| IdError::new("a DNS name", text))
@@ -114,7 +114,7 @@ impl BotId {
     /// Reads a URI SAN.
     ///
     /// # Errors
-    /// When it is not the SPIFFE id of a bot.
+    /// If it is not the SPIFFE id of a bot.
     pub(crate) fn from_uri_san(text: &str) -> Result<Self, IdError> {
         let name = spiffe_bot(text).map(Self);
         name.ok_or_else(|| IdError::new("spiffe://<trust domain>/bot/<name>", text))
@@ -122,13 +122,13 @@ impl BotId {
 }
 
 impl RequestId {
-    /// A new one: 32 random hex digits.
+    /// A new id: 32 random hex digits.
     pub fn random() -> Self {
         Self(uuid::Uuid::new_v4().simple().to_string().into())
     }
 }
 
-/// Who wants something of the exchange.
+/// Who sends a request to the exchange.
 #[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub enum Principal {
     /// An admin, over the admin listener.
@@ -148,7 +148,7 @@ impl Principal {
         }
     }
 
-    /// Whoever it is, if it is no bot: the admin's name, or `broker`.
+    /// The name of a principal that is not a bot: the admin's name, or `broker`.
     pub(crate) fn other(&self) -> Option<&str> {
         match self {
             Self::Admin(admin) => Some(admin.as_str()),
@@ -205,7 +205,7 @@ fn is_segment(text: &str) -> bool {
     (1..=128).contains(&text.len()) && text.bytes().all(fits) && !matches!(text, "." | "..")
 }
 
-/// In lower case, as SPIFFE asks for trust domains and as names are compared here: byte for byte.
+/// Lower case only, because SPIFFE requires it of trust domains, and names are compared byte by byte.
 fn is_dns_name(text: &str) -> bool {
     let label = |l: &str| {
         let fits = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'_');
@@ -228,7 +228,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_of_accounts_and_keys_cannot_climb_out_of_their_path() {
+    fn account_and_key_names_cannot_leave_their_vault_path() {
         for good in ["main", "0", "a-b-1", &"x".repeat(32)] {
             assert!(good.parse::<AccountId>().is_ok(), "{good}");
         }
@@ -278,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dns_name_is_the_same_bot_in_any_case_and_a_spiffe_id_is_not() {
+    fn dns_names_are_case_insensitive_and_spiffe_ids_are_not() {
         let bot = |text: &str| text.parse::<BotId>().unwrap();
         assert_eq!(bot("Maker.Example.ORG").as_str(), "maker.example.org");
         assert_eq!(bot("Maker.Example.ORG"), bot("maker.example.org"));
@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn a_subject_alternative_name_is_read_as_its_kind_alone() {
+    fn uri_san_is_read_only_as_spiffe_id_and_dns_san_only_as_dns_name() {
         for uri in ["maker.example.org", "spiffe://example.org/admin/anna", ""] {
             assert!(BotId::from_uri_san(uri).is_err(), "{uri}");
         }
@@ -323,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_says_what_was_expected_and_what_came() {
+    fn error_shows_the_expected_form_and_the_given_text() {
         let error = "a b".parse::<RequestId>().unwrap_err().to_string();
         assert_eq!(
             error,

@@ -1,4 +1,4 @@
-//! The words that errors, metrics, audit lines and the proto share for how a call ended.
+//! Outcomes and reasons of calls, with their names in errors, metrics, audit lines and the proto.
 
 use std::fmt;
 
@@ -7,18 +7,18 @@ use serde::{Serialize, Serializer};
 /// What is known about a request once its call has ended.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub(crate) enum Outcome {
-    /// The exchange took the request.
+    /// The exchange accepted the request.
     Accepted,
     /// It may have reached the exchange and been executed; the outcome is unknown.
     MaybeSent,
     /// Nothing left the broker.
     NotSent,
-    /// The exchange refused the request; nothing was executed.
+    /// The exchange rejected the request; nothing was executed.
     Rejected,
 }
 
 impl Outcome {
-    /// The word for it, as in metrics, audit lines and `ErrorInfo`.
+    /// The name in metrics, audit lines and `ErrorInfo`.
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Accepted => "accepted",
@@ -46,7 +46,7 @@ impl fmt::Display for Outcome {
 pub enum Reason {
     /// An admin has halted the account, and the request is risk-increasing.
     AccountFrozen,
-    /// The request may have reached the exchange, and no whole answer came back.
+    /// The request may have reached the exchange, but no complete answer was received.
     AnswerLost,
     /// The audit log cannot be written, and the request is risk-increasing.
     AuditUnavailable,
@@ -56,30 +56,30 @@ pub enum Reason {
     CallerUnknown,
     /// The exchange's time is not known well enough, and the request is risk-increasing.
     ClockUncertain,
-    /// The time limit passed while nothing was sent.
+    /// The deadline passed before anything was sent.
     DeadlineExceeded,
-    /// Requests do not provably leave from the expected address, and the request is risk-increasing.
+    /// The egress address is not proven to be the expected one, and the request is risk-increasing.
     EgressMismatch,
     /// No connection to the exchange could be made.
     ExchangeUnreachable,
     /// A defect of the broker.
     Internal,
-    /// The account's key is not in memory.
+    /// No usable key of the account is loaded.
     KeyUnavailable,
-    /// No service has the method that was called.
+    /// No service has the called method.
     MethodUnknown,
-    /// Too much at once.
+    /// Too many calls or connections at once.
     Overloaded,
     /// The rules do not allow it.
     PolicyDenied,
-    /// A field of the request is not as it must be.
+    /// A field of the request is invalid.
     RequestMalformed,
-    /// The broker is stopping.
+    /// The broker is shutting down.
     ShuttingDown,
 }
 
 impl Reason {
-    /// All of them.
+    /// All reasons.
     pub const ALL: [Self; 16] = [
         Self::AccountFrozen,
         Self::AnswerLost,
@@ -99,7 +99,7 @@ impl Reason {
         Self::ShuttingDown,
     ];
 
-    /// The word for it.
+    /// The name in metrics, audit lines and `ErrorInfo`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::AccountFrozen => "ACCOUNT_FROZEN",
@@ -121,7 +121,7 @@ impl Reason {
         }
     }
 
-    /// What a call that fails for this reason must assume about its request.
+    /// The outcome of a call that fails for this reason.
     pub(crate) fn outcome(self) -> Outcome {
         match self {
             Self::AnswerLost | Self::Internal => Outcome::MaybeSent,

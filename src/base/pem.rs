@@ -1,130 +1,133 @@
 //! PEM files: certificates and private keys.
 //!
-//! A file is read whole or refused with a line: a CA that the reader skips would lock out its bots without an error. Text
-//! between sections is allowed, as openssl writes it there. No error shows a byte of the content, which can be the key
-//! itself: a key whose line breaks were lost is one line.
+//! A file is read in full or refused with the line of the problem: a CA that is skipped would lock out its bots without an
+//! error. Text between sections is allowed, because openssl writes it. Errors never show a section's content or a damaged
+//! line: both can hold the key itself.
 
 use rustls::pki_types::pem::{PemObject, SectionKind};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use zeroize::Zeroizing;
 
-/// What is wrong with a PEM file, without a byte of it. Lines count from 1.
+/// A problem of a PEM file, without secret content of the file. Lines count from 1.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub(crate) enum PemProblem {
-    /// A line that looks as if it began or ended a section, and does not.
+    /// A line that looks like a BEGIN or END line and is not valid.
     #[error(
-        "line {0} is damaged: expected a line of its own such as -----BEGIN CERTIFICATE-----, with five dashes on both \
-         sides and nothing before or after them"
+        "line {0} is damaged: expected only a marker such as -----BEGIN CERTIFICATE-----, with five dashes on each side"
     )]
     Boundary(usize),
     /// A line of a section that is not base64.
     #[error("line {0} is not base64")]
     Content(usize),
-    /// Not text at all; the command converts it.
-    #[error("it is {0}, expected PEM; convert it: {1}")]
+    /// A binary format, and the command that converts it.
+    #[error("the file is {0}, expected PEM; convert it: {1}")]
     Binary(&'static str, &'static str),
-    /// A private key that only a passphrase opens.
+    /// A private key with a passphrase.
     #[error(
         "the private key on line {0} is encrypted, expected one without a passphrase; decrypt it: openssl pkey -in OLD -out NEW"
     )]
     Encrypted(usize),
     /// Text in another encoding.
-    #[error("it is {0}, expected UTF-8; convert it: iconv -f {0} -t UTF-8 OLD > NEW")]
+    #[error("the file is {0}, expected UTF-8; convert it: iconv -f {0} -t UTF-8 OLD > NEW")]
     Encoding(&'static str),
-    /// A section of a kind that does not belong there.
-    #[error("line {line} begins a section {label:?}, expected {expected}; {fix}")]
+    /// A section that does not belong in this file.
+    #[error("unexpected section {label:?} on line {line}, expected {expected}; {fix}")]
     Label {
-        /// Where it begins.
+        /// Line of its BEGIN.
         line: usize,
-        /// What it calls itself.
+        /// Its label.
         label: String,
-        /// What belongs there.
+        /// The expected label.
         expected: &'static str,
         /// What to do about it.
         fix: &'static str,
     },
-    /// None of what was looked for.
-    #[error("there is none in it")]
-    Nothing,
-    /// Zero bytes in the middle of a file, as where a file in UTF-16 was appended.
-    #[error("line {0} has zero bytes, expected UTF-8; was a file in UTF-16 appended?")]
+    /// No section with the expected label.
+    #[error("no {0} section found")]
+    NoneFound(&'static str),
+    /// NUL bytes after the beginning of a file, for example because a UTF-16 file was appended.
+    #[error("line {0} contains NUL bytes, expected UTF-8; check whether UTF-16 text was appended")]
     ZeroBytes(usize),
     /// More than one private key.
-    #[error("line {0} begins a second private key, expected one; remove the other")]
+    #[error(
+        "line {0} begins a second private key, expected only one; keep the key that matches the certificate, and remove the other"
+    )]
     SecondKey(usize),
-    /// Base64 that belongs to no section.
-    #[error("line {0} is base64 outside a section; its BEGIN line is missing or damaged")]
-    Stray(usize),
-    /// A section whose lines are base64 and do not fit together.
-    #[error("the section that begins on line {0} is incomplete base64; is a part of it missing?")]
-    Torn(usize),
+    /// Base64 outside a section.
+    #[error("line {0} is base64 outside a section; add or correct the BEGIN line above it")]
+    OutsideSection(usize),
+    /// A section whose lines are base64, but which cannot be decoded.
+    #[error("the section that begins on line {0} is not valid base64; check that it is complete")]
+    Incomplete(usize),
     /// An END line without a section.
-    #[error("line {0} is an END line without a BEGIN line; the BEGIN line is missing or damaged")]
+    #[error("line {0} is an END line without a BEGIN line; add or correct the BEGIN line above it")]
     MissingBegin(usize),
     /// A section without its END line.
     #[error(
-        "the section that begins on line {0} has no END line; is the file cut off, or are its line breaks lost?"
+        "the section that begins on line {0} has no matching END line; check that the file is complete and has line breaks"
     )]
     MissingEnd(usize),
 }
 
-/// All certificates of a chain; at least one. A private key beside them is left to whoever reads keys.
+/// All certificates of a chain, at least one. The file may also hold the private key, which is ignored here.
 ///
 /// # Errors
-/// When there is none, or the file cannot be read in full.
+/// If there is no certificate, or the file cannot be read in full.
 pub(crate) fn certificates(text: &[u8]) -> Result<Vec<CertificateDer<'static>>, PemProblem> {
     let found = read(text, Kind::Chain)?.into_iter();
     let found = found.map(|(_, _, der)| CertificateDer::from(der)).collect();
-    non_empty(found)
+    non_empty(found, Kind::Chain)
 }
 
-/// All certificates of a file of CAs, each with its first line; at least one. Public keys and parameters may stand beside
-/// them.
+/// All certificates of a file of CAs, at least one, each with its first line. The file may also hold public keys and
+/// parameters.
 ///
 /// # Errors
-/// When there is none, or the file cannot be read in full.
+/// If there is no certificate, or the file cannot be read in full.
 pub(crate) fn ca_certificates(
     text: &[u8],
 ) -> Result<Vec<(usize, CertificateDer<'static>)>, PemProblem> {
     let found = read(text, Kind::Cas)?.into_iter();
     let found = found.map(|(line, _, der)| (line, CertificateDer::from(der)));
-    non_empty(found.collect())
+    non_empty(found.collect(), Kind::Cas)
 }
 
-/// The private key in the text. Certificates beside it are left to whoever reads them.
+/// The private key in a file. The file may also hold certificates, which are ignored here.
 ///
 /// # Errors
-/// When there is not exactly one, or the file cannot be read in full.
+/// If there is not exactly one key, or the file cannot be read in full.
 pub(crate) fn private_key(text: &[u8]) -> Result<PrivateKeyDer<'static>, PemProblem> {
     let mut found = read(text, Kind::Key)?.into_iter();
-    let (line, kind, der) = found.next().ok_or(PemProblem::Nothing)?;
+    let (line, kind, der) = found
+        .next()
+        .ok_or(PemProblem::NoneFound(Kind::Key.expected()))?;
     if let Some((line, ..)) = found.next() {
         return Err(PemProblem::SecondKey(line));
     }
-    PrivateKeyDer::from_pem(kind, der).ok_or(PemProblem::Torn(line))
+    PrivateKeyDer::from_pem(kind, der).ok_or(PemProblem::Incomplete(line))
 }
 
-fn non_empty<T>(found: Vec<T>) -> Result<Vec<T>, PemProblem> {
+fn non_empty<T>(found: Vec<T>, kind: Kind) -> Result<Vec<T>, PemProblem> {
     if found.is_empty() {
-        Err(PemProblem::Nothing)
+        Err(PemProblem::NoneFound(kind.expected()))
     } else {
         Ok(found)
     }
 }
 
-/// What a file is read for.
+/// What to read from a file.
 #[derive(Clone, Copy, Eq, PartialEq)]
 enum Kind {
-    /// Certificates of CAs, with no private key, request or revocation list beside them.
+    /// Certificates of CAs; the file must not hold a private key, request or revocation list.
     Cas,
-    /// The certificates that are shown to others.
+    /// The certificate chain of a server or client.
     Chain,
     /// A private key.
     Key,
 }
 
 impl Kind {
-    /// Whether sections of this label are what it is read for.
+    /// Whether to read sections with this label.
     fn reads(self, label: &str) -> bool {
         match self {
             Self::Cas | Self::Chain => label == "CERTIFICATE",
@@ -132,12 +135,13 @@ impl Kind {
         }
     }
 
-    /// Whether sections of this label are known to stand beside what it is read for, as tools write them.
-    fn passes(self, label: &str) -> bool {
+    /// Whether to ignore sections with this label, which tools write into the same file.
+    fn ignores(self, label: &str) -> bool {
         let is_helper =
             label.ends_with(" PARAMETERS") || matches!(label, "CERTIFICATE REQUEST" | "PUBLIC KEY");
         match self {
-            // A CA that is meant can hide in a request, and a key does not belong beside CAs.
+            // A request may be there by mistake in place of its CA certificate, and a private key does not belong into a
+            // file of CAs.
             Self::Cas => is_helper && label != "CERTIFICATE REQUEST",
             Self::Chain => is_helper || label.ends_with("PRIVATE KEY"),
             Self::Key => is_helper || label == "CERTIFICATE",
@@ -151,7 +155,7 @@ impl Kind {
         }
     }
 
-    /// The command that turns DER into PEM.
+    /// The command that converts DER to PEM.
     fn der_command(self) -> &'static str {
         match self {
             Self::Cas | Self::Chain => "openssl x509 -inform DER -in OLD -out NEW",
@@ -159,7 +163,7 @@ impl Kind {
         }
     }
 
-    /// The command that takes what is wanted out of PKCS #12.
+    /// The command that extracts PEM from PKCS #12.
     fn pkcs12_command(self) -> &'static str {
         match self {
             Self::Cas | Self::Chain => "openssl pkcs12 -in OLD -nokeys -out NEW",
@@ -168,24 +172,24 @@ impl Kind {
     }
 }
 
-/// What to do about a section that does not belong there.
+/// What to do about a section that does not belong in the file.
 fn fix(label: &str) -> &'static str {
     match label {
         "TRUSTED CERTIFICATE" | "X509 CERTIFICATE" => {
-            "rewrite this certificate: openssl x509 -in OLD -out NEW"
+            "convert this certificate: openssl x509 -in OLD -out NEW"
         }
-        "PKCS7" => "take the certificates out: openssl pkcs7 -print_certs -in OLD -out NEW",
+        "PKCS7" => "extract the certificates: openssl pkcs7 -print_certs -in OLD -out NEW",
         "X509 CRL" => {
-            "remove it: revocation lists are not evaluated; `credbroker bots block` keeps a bot out"
+            "remove it, revocation lists are not supported; to block a bot, run `credbroker bots block`"
         }
         "DSA PRIVATE KEY" | "OPENSSH PRIVATE KEY" => {
-            "make a key for TLS, such as: openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out NEW"
+            "generate a TLS key, for example: openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out NEW"
         }
         _ => "remove this section",
     }
 }
 
-/// A section as it stands in the file.
+/// A section of the file, not yet decoded.
 struct Section<'t> {
     /// Its first line.
     line: usize,
@@ -197,10 +201,10 @@ struct Section<'t> {
     not_base64: Option<usize>,
 }
 
-/// What is read of a section: its first line, kind and content.
+/// A decoded section: its first line, kind and content.
 type Found = (usize, SectionKind, Vec<u8>);
 
-/// The sections that the file is read for, decoded. All others are known, or a problem.
+/// Decodes the sections that `kind` reads. Other sections must be ones that it ignores.
 fn read(text: &[u8], kind: Kind) -> Result<Vec<Found>, PemProblem> {
     check_encoding(text, kind)?;
     let mut found = Vec::new();
@@ -213,17 +217,17 @@ fn read(text: &[u8], kind: Kind) -> Result<Vec<Found>, PemProblem> {
             if let Some(line) = section.not_base64 {
                 return Err(PemProblem::Content(line));
             }
-            // The library takes no line that begins or ends a section and has a tab after it.
+            // The library does not accept a BEGIN or END line that is followed by a tab.
             let text = section.text.iter().map(|byte| match byte {
                 b'\t' => b' ',
                 byte => *byte,
             });
             let text = Zeroizing::new(text.collect::<Vec<_>>());
-            // The library's errors show what stands in the file.
+            // The library's errors show content of the file.
             let (kind, der) = PemObject::from_pem_slice(&text)
-                .map_err(|_: rustls::pki_types::pem::Error| PemProblem::Torn(line))?;
+                .map_err(|_: rustls::pki_types::pem::Error| PemProblem::Incomplete(line))?;
             found.push((line, kind, der));
-        } else if !kind.passes(label) {
+        } else if !kind.ignores(label) {
             return Err(PemProblem::Label {
                 line,
                 label: label.to_owned(),
@@ -235,12 +239,12 @@ fn read(text: &[u8], kind: Kind) -> Result<Vec<Found>, PemProblem> {
     Ok(found)
 }
 
-/// Names what is not PEM at all.
+/// Refuses UTF-16 and binary files.
 fn check_encoding(text: &[u8], kind: Kind) -> Result<(), PemProblem> {
     match text {
         [0xff, 0xfe, ..] | [1..=255, 0, ..] => return Err(PemProblem::Encoding("UTF-16LE")),
         [0xfe, 0xff, ..] | [0, 1..=255, ..] => return Err(PemProblem::Encoding("UTF-16BE")),
-        // A sequence; in the short form its length is that of the file.
+        // An ASN.1 sequence. In the short form, the length must be that of the rest of the file.
         [0x30, length @ 0x81..=0x84, rest @ ..] => {
             let content = rest.get(usize::from(length - 0x80)..);
             return Err(binary(content.unwrap_or_default(), kind));
@@ -259,9 +263,9 @@ fn check_encoding(text: &[u8], kind: Kind) -> Result<(), PemProblem> {
     }
 }
 
-/// DER, by what its outermost sequence holds.
+/// The error for a DER file; `content` is that of its outermost sequence.
 fn binary(content: &[u8], kind: Kind) -> PemProblem {
-    // PKCS #12 begins with its version, which is 3; keys and certificates begin with something else.
+    // PKCS #12 begins with version 3; keys and certificates begin differently.
     if content.starts_with(&[0x02, 0x01, 0x03]) {
         PemProblem::Binary("PKCS #12", kind.pkcs12_command())
     } else {
@@ -269,17 +273,17 @@ fn binary(content: &[u8], kind: Kind) -> PemProblem {
     }
 }
 
-/// All sections, in the order of the file. What looks as if it belonged to one, and does not, is a problem.
+/// All sections, in file order. A line that looks like part of a section, but is not, is a problem.
 fn sections(text: &[u8]) -> Result<Vec<Section<'_>>, PemProblem> {
     let mut sections = Vec::new();
     let mut open: Option<(Section<'_>, usize)> = None;
-    // Files of old Macs have nothing else between their lines.
+    // Classic Mac OS ends lines with CR only.
     let end = if text.contains(&b'\n') { b'\n' } else { b'\r' };
     let mut at = 0;
     for (index, raw) in text.split(|byte| *byte == end).enumerate() {
         let (line, start) = (index + 1, at);
         at += raw.len() + 1;
-        // Windows editors begin files with a byte order mark, also those that are put together to one.
+        // Windows editors write byte order marks. In concatenated files, one can also come later.
         let content = raw.strip_prefix("\u{feff}".as_bytes()).unwrap_or(raw);
         let start = start + (raw.len() - content.len());
         let content = content.strip_suffix(b"\r").unwrap_or(content);
@@ -317,7 +321,7 @@ fn sections(text: &[u8]) -> Result<Vec<Section<'_>>, PemProblem> {
                 }
             }
             (Boundary::None, None) if is_stray_base64(content) => {
-                return Err(PemProblem::Stray(line));
+                return Err(PemProblem::OutsideSection(line));
             }
             (Boundary::None, None) => {}
         }
@@ -328,10 +332,10 @@ fn sections(text: &[u8]) -> Result<Vec<Section<'_>>, PemProblem> {
     }
 }
 
-/// What a line is to sections.
+/// Whether a line begins or ends a section.
 enum Boundary<'t> {
     Begin(&'t str),
-    /// It was meant to begin or end one.
+    /// Looks like a BEGIN or END line, but is not valid.
     Damaged,
     End(&'t str),
     None,
@@ -339,7 +343,7 @@ enum Boundary<'t> {
 
 fn boundary(line: &[u8]) -> Boundary<'_> {
     let Ok(text) = str::from_utf8(line) else {
-        // Text between sections may be in any encoding.
+        // Text between sections can have any encoding.
         return if is_damaged(&String::from_utf8_lossy(line)) {
             Boundary::Damaged
         } else {
@@ -361,7 +365,7 @@ fn boundary(line: &[u8]) -> Boundary<'_> {
     }
 }
 
-/// Capitals, digits and single spaces: with anything else it may be a key that has lost its line breaks.
+/// Labels are capitals, digits and single spaces. Anything else may be a key without line breaks.
 fn is_label(text: &str) -> bool {
     let is_word = |word: &str| {
         !word.is_empty()
@@ -372,8 +376,8 @@ fn is_label(text: &str) -> bool {
     text.len() <= 40 && text.split(' ').all(is_word)
 }
 
-/// Whether a line that begins and ends no section looks as if it were meant to: the word BEGIN or END and two dashes in a
-/// row, or the long dashes that word processors make of them.
+/// Whether a line looks like a damaged BEGIN or END line: it has one of these words, and two dashes in a row or a long
+/// dash, as word processors write it.
 fn is_damaged(text: &str) -> bool {
     let has_word = |word: &str| {
         text.match_indices(word).any(|(at, _)| {
@@ -385,7 +389,7 @@ fn is_damaged(text: &str) -> bool {
     has_dashes && (has_word("BEGIN") || has_word("END"))
 }
 
-/// Whether a line between sections can only be the inside of one: as long as those are, and no fingerprint in hex digits.
+/// Whether a line between sections is base64 as in a section: at least 60 characters, and not a fingerprint in hex.
 fn is_stray_base64(line: &[u8]) -> bool {
     const LEAST: usize = 60;
     let line = line.trim_ascii();
@@ -408,7 +412,7 @@ fn is_base64_or_space(byte: u8) -> bool {
 mod tests {
     use super::*;
 
-    /// DER of a certificate is opaque here: 96 bytes, two lines of base64 (made with `base64 -w 64`).
+    /// Not a real certificate, because this module does not parse DER: 96 bytes, two lines of base64 (made with `base64 -w 64`).
     const BODY: &str = "MIIBAQIDBAUGBwgJCgsMDQ4PEBESExQVFhcYGRobHB0eHyAhIiMkJSYnKCkqKywt\nLi8wMTIzNDU2Nzg5Ojs8PT4/QEFCQ0RFRkdISUpLTE1OT1BRUlNUVVZXWFlaW1xd\n";
 
     fn section(label: &str) -> String {
@@ -420,7 +424,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_said_without_a_byte_of_the_file() {
+    fn errors_never_show_the_private_key() {
         let one_line =
             r"-----BEGIN PRIVATE KEY-----\nMC4CFakeFakeFake\n-----END PRIVATE KEY-----\n";
         let spaces = "-----BEGIN PRIVATE KEY----- MC4CFakeFakeFake -----END PRIVATE KEY-----";
@@ -441,14 +445,20 @@ mod tests {
             ),
             (
                 "-----BEGIN PRIVATE KEY-----\nMC4CFake=Fake\n-----END PRIVATE KEY-----\n",
-                PemProblem::Torn(1),
+                PemProblem::Incomplete(1),
             ),
-            ("MC4CFakeFakeFake", PemProblem::Nothing),
+            (
+                "MC4CFakeFakeFake",
+                PemProblem::NoneFound(Kind::Key.expected()),
+            ),
         ];
         for (text, expected) in cases {
             let problem = private_key(text.as_bytes()).unwrap_err();
-            let told = problem.to_string();
-            assert!(!told.contains("Fake") && !told.contains("70, 97"), "{told}");
+            let shown = problem.to_string();
+            assert!(
+                !shown.contains("Fake") && !shown.contains("70, 97"),
+                "{shown}"
+            );
             assert_eq!(problem, expected, "{text}");
             assert!(certificates(text.as_bytes()).is_err());
         }
@@ -494,15 +504,15 @@ mod tests {
                 damaged(begin, "-----BEGIN Certificate-----"),
                 PemProblem::Boundary(1),
             ),
-            // Without a first line that can be recognised, the base64 below it is what shows.
+            // Without a recognisable BEGIN line, the base64 below it is reported.
             (
                 damaged(begin, "-----begin certificate-----"),
-                PemProblem::Stray(2),
+                PemProblem::OutsideSection(2),
             ),
-            (damaged(begin, "CERTIFICATE"), PemProblem::Stray(2)),
+            (damaged(begin, "CERTIFICATE"), PemProblem::OutsideSection(2)),
             (
                 damaged("-----BEGIN CERTIFICATE-----\n", ""),
-                PemProblem::Stray(1),
+                PemProblem::OutsideSection(1),
             ),
             (
                 damaged(end, "----END CERTIFICATE-----"),
@@ -513,7 +523,7 @@ mod tests {
                 damaged(end, "-----END PRIVATE KEY-----"),
                 PemProblem::MissingEnd(1),
             ),
-            // What `cat` makes of two files without a line break at their ends.
+            // `cat` of two files that do not end with a line break.
             (one.trim_end().to_owned() + &two, PemProblem::Boundary(4)),
             (one.clone() + begin, PemProblem::MissingEnd(5)),
             (
@@ -543,7 +553,7 @@ mod tests {
     }
 
     #[test]
-    fn sections_of_other_kinds_are_refused_where_they_do_not_belong() {
+    fn unexpected_sections_are_refused_with_a_fix() {
         let refused = |found: Result<(), PemProblem>, at: usize, fix: &str| match found {
             Err(problem @ PemProblem::Label { line, .. }) => {
                 assert_eq!(line, at, "{problem}");
@@ -558,15 +568,15 @@ mod tests {
             refused(cas(label), 5, "openssl x509 -in OLD -out NEW");
             refused(chain(label), 5, "openssl x509 -in OLD -out NEW");
         }
-        refused(cas("X509 CRL"), 5, "revocation lists are not evaluated");
+        refused(cas("X509 CRL"), 5, "revocation lists are not supported");
         refused(cas("PRIVATE KEY"), 5, "remove this section");
         refused(cas("PKCS7"), 5, "openssl pkcs7 -print_certs");
         refused(cas("CERTIFICATE REQUEST"), 5, "remove this section");
-        for beside in ["PRIVATE KEY", "EC PARAMETERS", "DH PARAMETERS"] {
-            assert_eq!(chain(beside), Ok(()), "{beside}");
+        for extra in ["PRIVATE KEY", "EC PARAMETERS", "DH PARAMETERS"] {
+            assert_eq!(chain(extra), Ok(()), "{extra}");
         }
-        for beside in ["PUBLIC KEY", "EC PARAMETERS", "DH PARAMETERS"] {
-            assert_eq!(cas(beside), Ok(()), "{beside}");
+        for extra in ["PUBLIC KEY", "EC PARAMETERS", "DH PARAMETERS"] {
+            assert_eq!(cas(extra), Ok(()), "{extra}");
         }
         let key = |label: &str| private_key(section(label).as_bytes()).map(drop);
         assert_eq!(
@@ -594,7 +604,7 @@ mod tests {
     }
 
     #[test]
-    fn text_between_sections_and_the_ends_of_lines_do_not_matter() {
+    fn text_between_sections_is_ignored_and_any_line_ending_is_accepted() {
         let dump = "# CA of the bots -- until 2030\nBag Attributes\n    localKeyID: 01 00\nsubject=CN = BACKEND -- CA\n\
                     Certificate:\n    Data:\n        Signature Value:\n            30:45:02:21\n\
                     e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855\n\
@@ -623,7 +633,7 @@ mod tests {
     }
 
     #[test]
-    fn other_encodings_are_named_with_the_command_that_converts_them() {
+    fn other_encodings_are_reported_with_a_conversion_command() {
         let little =
             |text: &str| -> Vec<u8> { text.encode_utf16().flat_map(u16::to_le_bytes).collect() };
         let big =
@@ -642,14 +652,14 @@ mod tests {
         assert_eq!(certificates(&appended), Err(PemProblem::ZeroBytes(5)));
         let mut der = vec![0x30, 0x82, 0x01, 0x00, 0x02, 0x01, 0x00];
         der.resize(260, 0x0a);
-        let said = private_key(&der).unwrap_err().to_string();
+        let message = private_key(&der).unwrap_err().to_string();
         assert!(
-            said.contains("it is DER") && said.contains("openssl pkey -inform DER"),
-            "{said}"
+            message.contains("the file is DER") && message.contains("openssl pkey -inform DER"),
+            "{message}"
         );
-        let said = ca_certificates(&der).unwrap_err().to_string();
-        assert!(said.contains("openssl x509 -inform DER"), "{said}");
-        // As long as an Ed25519 key is.
+        let message = ca_certificates(&der).unwrap_err().to_string();
+        assert!(message.contains("openssl x509 -inform DER"), "{message}");
+        // The length of an Ed25519 key.
         let mut short = vec![0x30, 0x2e, 0x02, 0x01, 0x00];
         short.resize(48, 0x0a);
         assert!(matches!(
@@ -658,10 +668,10 @@ mod tests {
         ));
         let mut pkcs12 = vec![0x30, 0x82, 0x01, 0x00, 0x02, 0x01, 0x03];
         pkcs12.resize(260, 0x0a);
-        let said = certificates(&pkcs12).unwrap_err().to_string();
+        let message = certificates(&pkcs12).unwrap_err().to_string();
         assert!(
-            said.contains("it is PKCS #12") && said.contains("openssl pkcs12"),
-            "{said}"
+            message.contains("the file is PKCS #12") && message.contains("openssl pkcs12"),
+            "{message}"
         );
     }
 }

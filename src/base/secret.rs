@@ -1,4 +1,4 @@
-//! What a key is made of. Wiped on drop; shows nothing in `Debug`; no copy, no comparison, no serialization.
+//! Secret values of keys. Wiped on drop and redacted in `Debug`; they cannot be copied, compared or serialized.
 
 use std::alloc::System;
 use std::fmt;
@@ -7,28 +7,28 @@ use std::hint::black_box;
 use zeroize::Zeroizing;
 use zeroizing_alloc::ZeroAlloc;
 
-/// Overwrites all memory as it is freed. Libraries copy what they are given (JSON, HTTP, TLS) and free it as it stands, and
-/// what is freed can stay readable for days.
+/// Overwrites all memory when it is freed. Libraries (JSON, HTTP, TLS) copy secrets and free the copies without wiping them,
+/// and freed memory can stay readable for days.
 #[global_allocator]
 static ALLOCATOR: ZeroAlloc<System> = ZeroAlloc(System);
 
-/// How much of the stack is overwritten, in parts: more than HMAC-SHA256 uses. Without optimisation every value has a
-/// place of its own.
+/// How much of the stack to overwrite, in parts: more than HMAC-SHA256 uses. Builds without optimisation use more, because
+/// every value has its own stack slot.
 const STACK_PARTS: usize = if cfg!(debug_assertions) { 64 } else { 4 };
 
-/// Bytes of one part: few enough that `memset` does not write them with slow string instructions.
+/// Bytes of one part: small enough that `memset` does not use slow string instructions.
 const STACK_PART_BYTES: usize = 1024;
 
-/// Runs `work`, then overwrites the stack that it has used: the compiler copies values as it likes, and no drop wipes
-/// those copies. What `work` returns must not be secret itself.
+/// Runs `work`, then overwrites the stack that it used: the compiler may copy values there, and no drop wipes these copies.
+/// The return value must not be secret.
 pub(crate) fn with_clean_stack<T>(work: impl FnOnce() -> T) -> T {
-    let result = below(work);
+    let result = in_own_frame(work);
     overwrite(STACK_PARTS);
     result
 }
 
 #[inline(never)]
-fn below<T>(work: impl FnOnce() -> T) -> T {
+fn in_own_frame<T>(work: impl FnOnce() -> T) -> T {
     work()
 }
 
@@ -39,25 +39,25 @@ fn overwrite(parts: usize) {
     if parts > 1 {
         overwrite(parts - 1);
     }
-    // Used once more, so that this is no tail call that reuses the frame.
+    // A use after the call prevents a tail call, which would reuse the frame.
     black_box(&mut part);
 }
 
-/// Makes a type for secret text.
+/// Defines a type for secret text.
 macro_rules! secret {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
         pub struct $name(Zeroizing<Box<[u8]>>);
 
         impl $name {
-            /// Takes the text over; the caller's copy is gone.
+            /// Stores the text; the caller's copy is wiped.
             pub fn new(text: Zeroizing<String>) -> Self {
-                // `as_bytes().into()` allocates exactly; the argument is wiped when it drops.
+                // `as_bytes().into()` allocates exactly this length; the argument is wiped when it is dropped.
                 Self(Zeroizing::new(text.as_bytes().into()))
             }
 
-            /// Lends the bytes: to `kucoin/sign.rs`, and when an admin registers a key to `vault/write.rs` and
-            /// to the call that tests it.
+            /// Borrows the bytes: for `kucoin/sign.rs`, and when an admin registers a key, for `vault/write.rs` and the call
+            /// that tests it.
             pub(crate) fn expose(&self) -> &[u8] {
                 &self.0
             }
@@ -84,15 +84,15 @@ secret!(
     PartnerKey
 );
 
-/// The values of one KuCoin API key, as an admin gives them.
+/// The values of one KuCoin API key, as entered by an admin.
 pub struct KeyValues {
-    /// Id of the key. Not as secret as the others, and wiped all the same.
+    /// Id of the key. Less secret than the other values, but also wiped.
     pub api_key: Zeroizing<String>,
-    /// Its secret.
+    /// API secret.
     pub api_secret: ApiSecret,
-    /// Its passphrase.
+    /// Passphrase.
     pub passphrase: Passphrase,
-    /// The partner's key, for an account that has a partner.
+    /// Partner key, if the account has a partner.
     pub partner_key: Option<PartnerKey>,
 }
 

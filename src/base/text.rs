@@ -1,20 +1,20 @@
-//! Text from outside (the exchange, Vault, bots, certificates, files) on its way to a log, the audit file, `/readyz`, a
-//! gRPC message or a terminal.
+//! Cleans text from outside (the exchange, Vault, bots, certificates, files) for logs, the audit log, `/readyz`, gRPC
+//! messages and terminals.
 //!
-//! Outputs clean text, so that a new source needs no care: see `telemetry.rs`, `audit.rs`, `api/` and `cli/text.rs`. The
-//! exchange's own `code`, `msg` and body reach the bot as they came.
+//! Each output cleans its text, so that a new source of text is safe by default: see `telemetry.rs`, `audit.rs`, `api/` and
+//! `cli/text.rs`. The exchange's `code`, `msg` and body are returned to the bot unchanged.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
 
-/// The most characters of one text from outside that an output shows: an error of Vault's takes some 200.
+/// Maximum length, in characters, of one text from outside in an output. An error of Vault has about 200.
 pub(crate) const MAX_CHARS: usize = 1000;
 
-/// Stands where a text was cut.
+/// Marks where a text was cut.
 const CUT: char = '…';
 
-/// `text` on one line, cut after `max` characters. Line breaks and tabs become spaces; other control characters, and
-/// those that are invisible or change the direction of what follows, become escapes such as `\u{202e}`.
+/// `text` on one line, cut after `max` characters. Line breaks and tabs become spaces. Other control characters, invisible
+/// characters and those that change the text direction become escapes such as `\u{202e}`.
 pub(crate) fn clean(text: &str, max: usize) -> Cow<'_, str> {
     if text.len() <= max && all_bytes(text, is_plain) {
         return Cow::Borrowed(text);
@@ -30,7 +30,7 @@ pub(crate) fn clean(text: &str, max: usize) -> Cow<'_, str> {
     Cow::Owned(shown)
 }
 
-/// The same for one line of JSON without a length limit: what its strings say is clean, also once they are decoded.
+/// The same for one line of JSON, without a length limit: its strings are clean before and after they are decoded.
 pub(crate) fn clean_json(line: &str) -> Cow<'_, str> {
     if all_bytes(line, |byte| is_plain(byte) && byte != b'\\') {
         return Cow::Borrowed(line);
@@ -42,7 +42,7 @@ pub(crate) fn clean_json(line: &str) -> Cow<'_, str> {
             push(&mut shown, c, "\\\\");
             continue;
         }
-        // RFC 8259, section 7: what may follow a backslash.
+        // Escapes of RFC 8259, section 7.
         let decoded = match chars.next() {
             Some('b') => '\u{8}',
             Some('f') => '\u{c}',
@@ -75,7 +75,7 @@ pub(crate) fn clean_json(line: &str) -> Cow<'_, str> {
     Cow::Owned(shown)
 }
 
-/// Appends one character of a text; `backslash` is how the output writes one.
+/// Appends one character; `backslash` is a backslash in the output's syntax.
 fn push(shown: &mut String, c: char, backslash: &str) {
     match c {
         '\n' | '\r' | '\t' | '\u{85}' | '\u{2028}' | '\u{2029}' => shown.push(' '),
@@ -87,19 +87,19 @@ fn push(shown: &mut String, c: char, backslash: &str) {
     }
 }
 
-/// Whether `is_fit` holds for every byte. In parts and without an early end within one, so that the compiler looks at many
-/// bytes at once: every log and audit line comes through here.
-fn all_bytes(text: &str, is_fit: impl Fn(u8) -> bool) -> bool {
+/// Whether `is_ok` is true for every byte. Works on parts without an early exit within a part, so that the compiler can
+/// vectorize it: every log and audit line is checked here.
+fn all_bytes(text: &str, is_ok: impl Fn(u8) -> bool) -> bool {
     let mut parts = text.as_bytes().chunks(64);
-    parts.all(|part| part.iter().fold(true, |all, &byte| all & is_fit(byte)))
+    parts.all(|part| part.iter().fold(true, |all, &byte| all & is_ok(byte)))
 }
 
-/// Whether a byte is printable ASCII: most texts have nothing else, and are passed on as they are.
+/// Whether a byte is printable ASCII. Most texts are only that, and are returned unchanged.
 fn is_plain(byte: u8) -> bool {
     matches!(byte, b' '..=b'~')
 }
 
-/// Control characters, and what a terminal shows nothing for. Source: Unicode 16, general category Cc, and the property
+/// Whether a character is a control character or invisible in a terminal. Source: Unicode 16, general category Cc, and the property
 /// `Default_Ignorable_Code_Point` with the interlinear annotations (UAX #44); bidirectional controls are among them.
 pub(crate) fn is_deceptive(c: char) -> bool {
     matches!(
@@ -133,7 +133,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hostile_characters_become_visible_and_lines_stay_one() {
+    fn control_characters_are_escaped_and_text_stays_on_one_line() {
         for (text, shown) in [
             ("plain text, 200000", "plain text, 200000"),
             ("Zürich 東京", "Zürich 東京"),
@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_text_is_cut_and_says_so() {
+    fn long_text_is_cut_and_marked() {
         assert_eq!(clean("abc", 3), "abc");
         assert_eq!(clean("abcd", 3), "abc…");
         assert_eq!(clean("äöü", 3), "äöü");
@@ -163,7 +163,7 @@ mod tests {
         let decoded: serde_json::Value = serde_json::from_str(&clean_json(&line)).unwrap();
         let expected = "a\"b\\c d\\u{1b}[31m\\u{8}\\u{c}\\u{202e} é😀";
         assert_eq!(decoded["text"], expected);
-        // As other programs write it.
+        // Escapes as other programs write them.
         let escaped = r#"{"text":"\u202e\u0022\u005c\ud83d\ude00\u00e9\/"}"#;
         let decoded: serde_json::Value = serde_json::from_str(&clean_json(escaped)).unwrap();
         assert_eq!(decoded["text"], "\\u{202e}\"\\😀é/");

@@ -1,4 +1,4 @@
-//! Reads a TOML document key by key and collects every problem with its line, instead of stopping at the first.
+//! Reads a TOML document key by key and collects all problems with their lines, instead of stopping at the first.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -12,25 +12,22 @@ use toml::de::{DeTable, DeValue, ValueDeserializer};
 
 use crate::base::text::clean;
 
-/// A key that is not as it must be.
-#[expect(
-    clippy::struct_field_names,
-    reason = "`problem` is the sentence itself"
-)]
+/// A problem with a key.
+#[expect(clippy::struct_field_names, reason = "`problem` is the message itself")]
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub struct Problem {
-    /// The file, where the problem stands in one whose name is known.
+    /// The file with the problem, if its name is known.
     pub(crate) file: Option<PathBuf>,
-    /// The line in it, from 1, where the problem has one: of the key, or of its table where the key is missing.
+    /// The line, from 1, if it is known: that of the key, or of its table if the key is missing.
     pub(crate) line: Option<usize>,
-    /// The key in full, such as `egress.address`.
+    /// The full key, such as `egress.address`.
     pub key: String,
-    /// What was expected, what came and what to do.
+    /// What was expected, what was found and what to do.
     pub problem: String,
 }
 
 impl Problem {
-    /// A problem of a key that stands on no known line.
+    /// A problem without a known line.
     pub(crate) fn new(key: impl Into<String>, problem: impl fmt::Display) -> Self {
         Self {
             file: None,
@@ -40,7 +37,7 @@ impl Problem {
         }
     }
 
-    /// The same problem, of this file.
+    /// Sets the file.
     #[must_use]
     pub(crate) fn in_file(self, file: &Path) -> Self {
         Self {
@@ -50,22 +47,22 @@ impl Problem {
     }
 }
 
-/// `rules.toml:12: grant[0].bot: expected …`, which editors and terminals know how to open.
+/// `rules.toml:12: grant[0].bot: expected …`, a form that editors and terminals can open.
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let place = match (&self.file, self.line) {
+        let location = match (&self.file, self.line) {
             (Some(file), Some(line)) => format!("{}:{line}: ", file.display()),
             (Some(file), None) => format!("{}: ", file.display()),
             (None, Some(line)) => format!("line {line}: "),
             (None, None) => String::new(),
         };
-        // One line, whatever the file and its keys are called.
-        let line = format!("{place}{}: {}", self.key, self.problem);
+        // File names and keys may contain line breaks.
+        let line = format!("{location}{}: {}", self.key, self.problem);
         f.write_str(&clean(&line, usize::MAX))
     }
 }
 
-/// Every problem of a file, in the order in which they were met; and what to warn of, which keeps nothing from being used.
+/// All problems of a file, in the order in which they were found, and its warnings. A file with only warnings can be used.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Problems {
     problems: Rc<RefCell<Vec<Problem>>>,
@@ -73,12 +70,12 @@ pub(crate) struct Problems {
 }
 
 impl Problems {
-    /// Adds one that stands on no known line.
+    /// Adds a problem without a known line.
     pub(crate) fn add(&self, key: impl Into<String>, problem: impl fmt::Display) {
         self.push(Problem::new(key, problem));
     }
 
-    /// Adds one.
+    /// Adds a problem.
     pub(crate) fn push(&self, problem: Problem) {
         self.problems.borrow_mut().push(problem);
     }
@@ -88,12 +85,12 @@ impl Problems {
         self.warnings.borrow_mut().push(Problem::new(key, problem));
     }
 
-    /// Takes the warnings out.
+    /// Removes and returns the warnings.
     pub(crate) fn take_warnings(&self) -> Vec<Problem> {
         self.warnings.take()
     }
 
-    /// `Ok` when there is none.
+    /// `Ok` if there is no problem.
     pub(crate) fn into_result(self) -> Result<(), Vec<Problem>> {
         let problems = self.problems.take();
         if problems.is_empty() {
@@ -104,7 +101,7 @@ impl Problems {
     }
 }
 
-/// Where the lines of a document end, in bytes.
+/// Byte positions of the line ends of a document.
 #[derive(Debug)]
 struct LineEnds(Vec<usize>);
 
@@ -113,20 +110,20 @@ impl LineEnds {
         Rc::new(Self(text.match_indices('\n').map(|(at, _)| at).collect()))
     }
 
-    /// The line, from 1, that holds this byte.
+    /// The line, from 1, of this byte.
     fn line(&self, at: usize) -> usize {
         self.0.partition_point(|end| *end < at) + 1
     }
 }
 
-/// One table of the document. Keys that nobody took are problems when it drops.
+/// One table of the document. On drop, each key that was not read is reported as unknown.
 #[derive(Debug)]
 pub(crate) struct Section<'t> {
     name: String,
     table: DeTable<'t>,
-    /// Its own, or that of the nearest table around it that stands in the document.
+    /// Line of the table, or of the nearest enclosing table that exists in the document.
     line: Option<usize>,
-    /// Of its keys and of the elements of arrays, such as `allow[1]`.
+    /// Lines of its keys and of array elements such as `allow[1]`.
     lines: HashMap<String, usize>,
     ends: Rc<LineEnds>,
     known: Vec<&'static str>,
@@ -134,7 +131,7 @@ pub(crate) struct Section<'t> {
 }
 
 impl<'t> Section<'t> {
-    /// Parses a document; a syntax error is its one problem.
+    /// Parses a document; a syntax error is its only problem.
     pub(crate) fn parse(text: &'t str, file: &str, problems: &Problems) -> Option<Self> {
         let ends = LineEnds::of(text);
         match DeTable::parse(text) {
@@ -148,7 +145,7 @@ impl<'t> Section<'t> {
             Err(error) => {
                 problems.push(Problem {
                     line: error.span().map(|span| ends.line(span.start)),
-                    ..Problem::new(file, format_args!("is not TOML: {}", error.message()))
+                    ..Problem::new(file, format_args!("is not valid TOML: {}", error.message()))
                 });
                 None
             }
@@ -183,7 +180,7 @@ impl<'t> Section<'t> {
         }
     }
 
-    /// The key's full name.
+    /// The full name of `key`.
     pub(crate) fn key(&self, key: &str) -> String {
         match (self.name.as_str(), key) {
             ("", key) => key.to_owned(),
@@ -192,7 +189,7 @@ impl<'t> Section<'t> {
         }
     }
 
-    /// The line, from 1, of `key` or of an element such as `allow[1]`; that of the table where the key does not stand.
+    /// The line, from 1, of `key` or of an element such as `allow[1]`, or of the table if the key is missing.
     pub(crate) fn line(&self, key: &str) -> Option<usize> {
         self.lines.get(key).copied().or(self.line)
     }
@@ -214,12 +211,12 @@ impl<'t> Section<'t> {
         self.table.remove(key)
     }
 
-    /// The value of `key` if it stands there; a value of the wrong kind is a problem.
+    /// The value of `key`, if the key exists; a value of the wrong type is a problem.
     pub(crate) fn optional<T: DeserializeOwned>(&mut self, key: &'static str) -> Option<T> {
         match T::deserialize(ValueDeserializer::from(self.take(key)?)) {
             Ok(value) => Some(value),
             Err(error) => {
-                // Within an array that fills several lines, the error knows better than the key.
+                // In an array over several lines, the error has a more exact line than the key.
                 let line = error.span().map(|span| self.ends.line(span.start));
                 self.problem_at(line.or(self.line(key)), key, error.message());
                 None
@@ -227,7 +224,7 @@ impl<'t> Section<'t> {
         }
     }
 
-    /// The value of `key`; its absence is a problem too, with `example` as the fix.
+    /// Like [`optional`](Self::optional), but a missing key is a problem, with `example` as the fix.
     pub(crate) fn required<T: DeserializeOwned>(
         &mut self,
         key: &'static str,
@@ -244,7 +241,7 @@ impl<'t> Section<'t> {
         self.optional(key)
     }
 
-    /// A whole number within `range`, or `default` where the key does not stand.
+    /// An integer within `range`, or `default` if the key is missing.
     pub(crate) fn number(
         &mut self,
         key: &'static str,
@@ -264,24 +261,25 @@ impl<'t> Section<'t> {
         }
     }
 
-    /// Leaves the rest unread, where what stands before it makes it impossible to tell what belongs here.
+    /// Reports no unknown keys in the rest of the table, because an earlier problem makes it unclear which keys belong
+    /// here.
     pub(crate) fn ignore_rest(&mut self) {
         self.table.clear();
     }
 
-    /// Whether the key stands and has not been taken.
+    /// Whether the key exists and has not been read yet.
     pub(crate) fn has(&self, key: &str) -> bool {
         self.table.contains_key(key)
     }
 
-    /// The table under `key`; an empty one where there is none.
+    /// The table under `key`, or an empty table if the key is missing.
     #[must_use]
     pub(crate) fn section(&mut self, key: &'static str) -> Self {
         let table = match self.take(key).map(Spanned::into_inner) {
             Some(DeValue::Table(table)) => table,
             Some(other) => {
-                let came = other.type_str();
-                self.problem(key, format_args!("expected a table, got {came}"));
+                let found = other.type_str();
+                self.problem(key, format_args!("expected a table, got {found}"));
                 DeTable::new()
             }
             None => DeTable::new(),
@@ -289,7 +287,7 @@ impl<'t> Section<'t> {
         self.inner(self.key(key), table, self.line(key))
     }
 
-    /// The tables under `key` by name, as in `[account.main]`.
+    /// The tables under `key` with their names, as in `[account.main]`.
     pub(crate) fn named_sections(&mut self, key: &'static str) -> Vec<(String, Self)> {
         let mut tables = self.section(key);
         let mut sections = Vec::new();
@@ -314,11 +312,8 @@ impl<'t> Section<'t> {
         let elements = match self.take(key).map(Spanned::into_inner) {
             Some(DeValue::Array(array)) => array,
             Some(other) => {
-                let came = other.type_str();
-                self.problem(
-                    key,
-                    format_args!("expected tables, each under [[{key}]], got {came}"),
-                );
+                let found = other.type_str();
+                self.problem(key, format_args!("expected [[{key}]] tables, got {found}"));
                 return Vec::new();
             }
             None => return Vec::new(),
@@ -370,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn each_problem_names_the_line_of_its_key_and_a_missing_key_that_of_its_table() {
+    fn problems_have_the_line_of_the_key_or_if_missing_of_its_table() {
         let text = "# one\nname = 1\n\n[table]\n\n[table.inner]\nsize = \"x\"\n\n[[entry]]\n\n[[entry]]\nwords = [\n  \"a\",\n  2,\n]\n[[entry]]\nport = 9\ntypo = 1\n\
                     [by.name]\n[by]\nodd = 1\n[late]\n";
         let problems = problems(text, |file| {
@@ -384,7 +379,7 @@ mod tests {
             entries[0].required::<String>("words", "[]");
             entries[1].optional::<Vec<String>>("words");
             entries[2].number("port", 1, 1..=8);
-            entries[1].problem("words[1]", "said later");
+            entries[1].problem("words[1]", "reported later");
             drop(entries);
             for (_, mut named) in file.named_sections("by") {
                 named.required::<u8>("x", "1");
@@ -400,7 +395,7 @@ mod tests {
             "line 9: entry[0].words: is missing; write for example: words = []",
             "line 14: entry[1].words: invalid type: integer `2`, expected a string",
             "line 17: entry[2].port: expected 1 to 8, got 9",
-            "line 14: entry[1].words[1]: said later",
+            "line 14: entry[1].words[1]: reported later",
             "line 18: entry[2].typo: is not a key of this section; its keys are: port",
             "line 21: by.odd: expected a table, got integer",
             "line 19: by.name.x: is missing; write for example: x = 1",
@@ -410,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn what_should_be_tables_and_is_not_is_a_problem() {
+    fn other_values_instead_of_tables_are_problems() {
         let problems = problems("a = 1\nb = 2\nc = [ {}, 3 ]\nd = { e = 4 }", |file| {
             let _ = file.section("a");
             file.numbered_sections("b");
@@ -419,7 +414,7 @@ mod tests {
         });
         let expected = [
             "line 1: a: expected a table, got integer",
-            "line 2: b: expected tables, each under [[b]], got integer",
+            "line 2: b: expected [[b]] tables, got integer",
             "line 3: c[1]: expected a table, got integer",
             "line 4: d.e: expected a table, got integer",
         ];
@@ -437,14 +432,14 @@ mod tests {
             let problems = problems(text, |_| {});
             assert_eq!(problems.len(), 1, "{problems:?}");
             assert!(
-                problems[0].starts_with("line 2: file: is not TOML: "),
+                problems[0].starts_with("line 2: file: is not valid TOML: "),
                 "{problems:?}"
             );
         }
     }
 
     #[test]
-    fn a_problem_says_where_in_a_form_that_editors_open() {
+    fn problem_location_has_a_form_that_editors_open() {
         let problem = Problem {
             line: Some(12),
             ..Problem::new("a.b", "is wrong")

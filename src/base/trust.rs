@@ -1,7 +1,7 @@
-//! Which certificates may stand in a file of CAs, and why a chain was refused, in words.
+//! Checks which certificates a file of CAs may hold, and explains why a chain was refused.
 //!
-//! The TLS library takes any certificate as a root, and never looks at what it says about itself: whoever has the key of a
-//! bot's certificate that stands there could sign other bots and admins.
+//! The TLS library accepts any certificate as a root, without checking that it is a CA. If a bot's certificate were in the
+//! file, the owner of its key could sign other bots and admins.
 
 use std::sync::Arc;
 
@@ -15,36 +15,37 @@ use rustls::{
 };
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
-/// Whose certificates a file of CAs is for.
+/// Whether a file of CAs is for certificates of clients or servers.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Peers {
     /// Bots and admins, which connect to the broker.
     Clients,
-    /// Vault, the exchange or the broker, which the program connects to. Such a server's own certificate may stand in
-    /// place of its CA where it is self-signed and no CA.
+    /// Vault, the exchange or the broker, to which this program connects. The server's own certificate is allowed instead of
+    /// a CA if it is self-signed.
     Servers,
 }
 
-/// Why a certificate must not stand in a file of CAs.
+/// Why a certificate does not belong in a file of CAs.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AnchorError {
     /// It does not parse.
     #[error("is not an X.509 certificate")]
     NotX509,
-    /// Its basicConstraints do not say CA:TRUE.
+    /// Its basicConstraints lack CA:TRUE.
     #[error("{0} is not a CA: expected basicConstraints with CA:TRUE; remove it from the file")]
     NotCa(String),
     /// It has a keyUsage extension without keyCertSign.
     #[error(
-        "{0} may not sign certificates: expected a keyUsage with keyCertSign, or none; remove it from the file"
+        "{0} may not sign certificates: expected a keyUsage with keyCertSign, or no keyUsage; remove it from the file"
     )]
     NotForSigning(String),
 }
 
-/// Checks that a certificate is a CA. Returns what to warn of: constraints that make the TLS library refuse what it issues.
+/// Checks that a certificate is a CA. Returns a warning if it has name constraints for which the TLS library refuses
+/// certificates from this CA.
 ///
 /// # Errors
-/// When it is no CA. Source: RFC 5280, 4.2.1.3 and 4.2.1.9.
+/// If it is not a CA. Source: RFC 5280, 4.2.1.3 and 4.2.1.9.
 pub(crate) fn check_anchor(
     certificate: &CertificateDer<'_>,
     peers: Peers,
@@ -82,7 +83,7 @@ pub(crate) fn check_anchor(
         .flatten()
         .filter_map(|subtree| match subtree.base {
             GeneralName::DNSName(_) | GeneralName::IPAddress(_) => None,
-            // Every certificate has a subject.
+            // Affects every certificate, because each has a subject.
             GeneralName::DirectoryName(_) => {
                 Some("directory names (every certificate from this CA is refused)")
             }
@@ -105,7 +106,8 @@ pub(crate) fn check_anchor(
     }))
 }
 
-/// Whether its own key made its signature: a CA can issue a certificate with its own name as the subject.
+/// Whether it is signed with its own key. Equal issuer and subject names do not prove that: a CA can issue a certificate
+/// with its own name as the subject.
 fn is_self_signed(certificate: &X509Certificate<'_>) -> bool {
     let key = &certificate.public_key().subject_public_key.data;
     let signed = certificate.tbs_certificate.as_ref();
@@ -119,7 +121,7 @@ fn is_self_signed(certificate: &X509Certificate<'_>) -> bool {
         && algorithms.all.iter().any(is_its_own)
 }
 
-/// Whoever made the file chose it: escaped and cut.
+/// The subject, escaped and cut because it is text from outside.
 fn subject(certificate: &X509Certificate<'_>) -> String {
     let subject: String = certificate
         .subject()
@@ -130,45 +132,45 @@ fn subject(certificate: &X509Certificate<'_>) -> String {
     format!("{subject:?}")
 }
 
-/// A server that shows a CA certificate as its own, as `openssl req -x509` makes one.
+/// A server presents a CA certificate as its own; `openssl req -x509` creates such certificates by default.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "the server presents a CA certificate as its server certificate; use one that this CA has issued, or a self-signed one with \
      CA:FALSE"
 )]
-pub(crate) struct ShowsCa;
+pub(crate) struct PresentsCa;
 
-/// Whether a handshake failed because the server shows a CA certificate as its own.
-pub(crate) fn shows_ca(error: &rustls::Error) -> bool {
-    matches!(error, rustls::Error::Other(OtherError(inner)) if inner.is::<ShowsCa>())
+/// Whether a handshake failed because the server presents a CA certificate as its own.
+pub(crate) fn presents_ca(error: &rustls::Error) -> bool {
+    matches!(error, rustls::Error::Other(OtherError(inner)) if inner.is::<PresentsCa>())
 }
 
-/// The same, for an error that a connection through other libraries ended with.
-pub(crate) fn is_caused_by_shown_ca(error: &(dyn std::error::Error + 'static)) -> bool {
+/// The same for an error that other libraries have wrapped.
+pub(crate) fn is_caused_by_presented_ca(error: &(dyn std::error::Error + 'static)) -> bool {
     let mut causes = std::iter::successors(Some(error), |error| error.source());
     causes.any(|error| {
         let tls = error.downcast_ref().and_then(tls_error);
-        tls.is_some_and(shows_ca)
+        tls.is_some_and(presents_ca)
     })
 }
 
-/// The TLS error in an I/O error: libraries wrap one I/O error in another, and its source skips what it holds.
+/// The TLS error inside an I/O error. Libraries wrap one I/O error in another, and `source` skips the inner one.
 fn tls_error(error: &std::io::Error) -> Option<&rustls::Error> {
     let inner = error.get_ref()?;
     let deeper = || tls_error(inner.downcast_ref()?);
     inner.downcast_ref().or_else(deeper)
 }
 
-/// Why the chain of a peer was refused.
+/// Why the certificate chain of a client was refused.
 pub(crate) fn reason(error: &rustls::Error) -> String {
     match webpki_error(error) {
         Some(webpki::Error::NameConstraintViolation) => {
-            "a name constraint of its CA does not permit its names, or is for a kind of name that the TLS library cannot \
-             compare (URI, directory name)"
+            "a name constraint of the certificate's CA forbids the certificate's names, or is of a type that the TLS \
+             library cannot check (URI, directory name)"
                 .to_owned()
         }
         Some(webpki::Error::CaUsedAsEndEntity) => {
-            "it is a CA certificate; use one that this CA has issued, or one with CA:FALSE".to_owned()
+            "the certificate is a CA certificate; use one that this CA has issued".to_owned()
         }
         _ => error.to_string(),
     }
@@ -183,11 +185,11 @@ fn webpki_error(error: &rustls::Error) -> Option<&webpki::Error> {
     }
 }
 
-/// Said of a chain that was refused after [`signing_intermediates`] had left one of its certificates out.
+/// Appended to the reason if [`signing_intermediates`] has removed a certificate from the refused chain.
 pub(crate) const IGNORED_INTERMEDIATE: &str =
     "; ignored an intermediate certificate whose keyUsage lacks keyCertSign";
 
-/// The intermediate certificates of a peer that may sign others, by their keyUsage. The TLS library looks at CA:TRUE alone.
+/// The intermediate certificates of a peer whose keyUsage allows signing certificates. The TLS library checks only CA:TRUE.
 /// Source: RFC 5280, 4.2.1.3.
 pub(crate) fn signing_intermediates<'c>(
     intermediates: &[CertificateDer<'c>],
@@ -201,7 +203,7 @@ pub(crate) fn signing_intermediates<'c>(
     intermediates.iter().filter(may_sign).cloned().collect()
 }
 
-/// Adds to a client's TLS that its server must have a certificate from these roots.
+/// Makes a TLS client accept only servers with a certificate from these roots.
 pub(crate) fn with_roots(
     builder: rustls::ConfigBuilder<ClientConfig, rustls::WantsVerifier>,
     roots: RootCertStore,
@@ -214,12 +216,12 @@ pub(crate) fn with_roots(
         Ok(verifier) => builder
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(ServerVerifier(verifier))),
-        // Without any root, which is the one reason, no server is trusted.
+        // Fails only if `roots` is empty; then no server is trusted.
         Err(_) => builder.with_root_certificates(roots),
     }
 }
 
-/// Verifies servers as rustls does, without intermediates that may not sign; says some refusals in words.
+/// Verifies servers like rustls, but ignores intermediates that may not sign certificates, and names [`PresentsCa`].
 #[derive(Debug)]
 struct ServerVerifier(Arc<WebPkiServerVerifier>);
 
@@ -237,7 +239,7 @@ impl ServerCertVerifier for ServerVerifier {
             self.0
                 .verify_server_cert(end_entity, &intermediates, server_name, ocsp_response, now);
         verified.map_err(|error| match webpki_error(&error) {
-            Some(webpki::Error::CaUsedAsEndEntity) => OtherError(Arc::new(ShowsCa)).into(),
+            Some(webpki::Error::CaUsedAsEndEntity) => OtherError(Arc::new(PresentsCa)).into(),
             _ => error,
         })
     }
@@ -279,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn an_intermediate_of_a_server_must_be_for_signing_certificates() {
+    fn server_intermediate_that_may_not_sign_is_ignored() {
         let root = Ca::new("root").unwrap();
         let mut roots = RootCertStore::empty();
         roots.add(der(root.certificate_pem())).unwrap();
@@ -287,7 +289,7 @@ mod tests {
         let inner = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider);
         let verifier = ServerVerifier(inner.build().unwrap());
         let now = UnixTime::since_unix_epoch(Duration::from_secs(1_800_000_000));
-        let judged = |kind| {
+        let verify_below = |kind| {
             let between = root.intermediate("between", kind).unwrap();
             let (leaf, between) = (
                 der(&between.server().unwrap().certificate_pem),
@@ -296,9 +298,9 @@ mod tests {
             let name = ServerName::try_from("localhost").unwrap();
             verifier.verify_server_cert(&leaf, &[between], &name, &[], now)
         };
-        judged(CaKind::Usual).unwrap();
-        judged(CaKind::NoKeyUsage).unwrap();
-        let refused = judged(CaKind::NotForSigning).unwrap_err();
+        verify_below(CaKind::Usual).unwrap();
+        verify_below(CaKind::NoKeyUsage).unwrap();
+        let refused = verify_below(CaKind::NotForSigning).unwrap_err();
         assert_eq!(
             refused,
             rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer)
@@ -322,7 +324,7 @@ HoExmUFH1Avg\n\
 ";
 
     #[test]
-    fn a_constraint_on_uris_is_warned_of() {
+    fn uri_name_constraint_gives_a_warning() {
         let ca = CertificateDer::from_pem_slice(BOUND_BY_URI.as_bytes()).unwrap();
         for peers in [Peers::Clients, Peers::Servers] {
             let warning = check_anchor(&ca, peers).unwrap().unwrap();

@@ -1,5 +1,5 @@
-//! Connections and calls in flight: how many there may be, so that one bot cannot take the place of another, and which of
-//! them increase risk, so that a halt can wait for them.
+//! Limits connections and calls in flight, so that one bot cannot use up the capacity of others, and counts risk-increasing
+//! calls in flight, so that a halt can wait for them.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -11,30 +11,30 @@ use super::{Calls, Overload};
 use crate::base::ids::{AccountId, BotId, Principal};
 use crate::base::lock::Mutex;
 
-/// Connections beyond a limit that are kept open for a moment, to answer why; any more are closed.
+/// Connections per bot beyond a limit whose calls are answered with `OVERLOADED`; further ones are closed without an answer.
 const TURNED_AWAY: usize = 8;
 
-/// Open calls for health and reflection per bot. They can last long, so they have slots of their own.
+/// Open health and reflection calls per bot. They can last long, so they have a limit of their own.
 const HELPERS_OF_BOT: usize = 16;
 
-/// Refusals of one bot that are audited: a burst, then so many per second; the rest is only counted. A bot in a loop must
+/// Refusals of one caller that are audited: a burst, and a number per second; the rest is only counted. A bot in a loop must
 /// not fill the disk that every order needs.
 const RECORDED: (u64, u64) = (1000, 20);
 
 /// The limits.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct AdmissionLimits {
-    /// Calls in flight over all bots.
+    /// Calls in flight of all bots.
     pub(crate) calls: usize,
     /// Calls in flight of one bot.
     pub(crate) calls_per_bot: usize,
-    /// Connections over all bots.
+    /// Connections of all bots.
     pub(crate) connections: usize,
     /// Connections of one bot.
     pub(crate) connections_per_bot: usize,
 }
 
-/// Who has how much.
+/// Enforces the limits.
 #[derive(Debug)]
 pub(crate) struct Admission {
     limits: AdmissionLimits,
@@ -44,42 +44,42 @@ pub(crate) struct Admission {
     refusals: Mutex<HashMap<Principal, Refusals>>,
 }
 
-/// What is left of what one bot may have.
+/// The free slots of one bot.
 #[derive(Debug)]
 struct OfBot {
     calls: Arc<Semaphore>,
     connections: Arc<Semaphore>,
-    /// Connections that are told that they are one too many.
+    /// Connections beyond a limit whose calls are answered with `OVERLOADED`.
     turned_away: Arc<Semaphore>,
-    /// Calls for health and reflection.
+    /// Health and reflection calls.
     helpers: Arc<Semaphore>,
 }
 
-/// What may still be recorded of one bot's refusals, in thousandths, as of a time since boot.
+/// How many refusals of one caller may still be audited, in thousandths, at a time since boot.
 #[derive(Clone, Copy, Debug)]
 struct Refusals {
     left: u64,
     at: Duration,
 }
 
-/// What may become of a connection.
+/// The decision about a connection.
 #[derive(Debug)]
 pub(crate) enum Admitted {
-    /// It is served.
+    /// It is within the limits.
     Served(ConnectionSlot),
-    /// One too many: its calls are told so.
+    /// It is beyond a limit, and its calls get this error.
     TurnedAway(ConnectionSlot, Overload),
 }
 
-/// The place of one connection; free again when it drops.
+/// The slot of one connection; free again when it drops.
 #[derive(Debug)]
 pub(crate) struct ConnectionSlot(#[expect(dead_code, reason = "held for its drop")] Held);
 
-/// The place of one call; free again when its last clone drops.
+/// The slot of one call; free again when its last clone drops.
 #[derive(Clone, Debug)]
 pub(crate) struct CallSlot(#[expect(dead_code, reason = "held for its drop")] Arc<Held>);
 
-/// Places among all bots and among those of one bot, and the bot's entry.
+/// A slot of all bots, a slot of one bot, and the bot's entry.
 type Held = (
     Option<OwnedSemaphorePermit>,
     OwnedSemaphorePermit,
@@ -87,7 +87,7 @@ type Held = (
 );
 
 impl Admission {
-    /// Nobody is there yet.
+    /// All slots are free.
     pub(crate) fn new(limits: AdmissionLimits) -> Self {
         Self {
             limits,
@@ -98,16 +98,16 @@ impl Admission {
         }
     }
 
-    /// Takes a connection of `bot` in; `None` when there are so many that not even telling it helps.
+    /// Admits a connection of `bot`. `None`: far beyond a limit, to be closed without an answer.
     pub(crate) fn connection(&self, bot: &BotId) -> Option<Admitted> {
         let of_bot = self.of_bot(bot);
-        // Those that are turned away take no place: else they would keep each other out once places are free.
+        // Connections beyond a limit use no regular slot: else they would block others once slots are free.
         let refusal = match take(&of_bot.connections) {
             None => Overload::ConnectionsOfBot(self.limits.connections_per_bot),
             Some(own) => match take(&self.connections) {
                 None => Overload::Connections(self.limits.connections),
-                Some(place) => {
-                    let slot = ConnectionSlot((Some(place), own, of_bot));
+                Some(shared) => {
+                    let slot = ConnectionSlot((Some(shared), own, of_bot));
                     return Some(Admitted::Served(slot));
                 }
             },
@@ -117,29 +117,29 @@ impl Admission {
         Some(Admitted::TurnedAway(slot, refusal))
     }
 
-    /// Takes a call of `bot` in.
+    /// Admits a call of `bot`.
     ///
     /// # Errors
-    /// When it, or all bots together, have as many calls in flight as they may.
+    /// When the bot, or all bots together, are at the limit of calls in flight.
     pub(crate) fn call(&self, bot: &BotId) -> Result<CallSlot, Overload> {
-        let place = take(&self.calls).ok_or(Overload::Calls(self.limits.calls))?;
+        let shared = take(&self.calls).ok_or(Overload::Calls(self.limits.calls))?;
         let of_bot = self.of_bot(bot);
         let own = take(&of_bot.calls).ok_or(Overload::CallsOfBot(self.limits.calls_per_bot))?;
-        Ok(CallSlot(Arc::new((Some(place), own, of_bot))))
+        Ok(CallSlot(Arc::new((Some(shared), own, of_bot))))
     }
 
-    /// Takes in a call for health or reflection.
+    /// Admits a health or reflection call of `bot`.
     ///
     /// # Errors
-    /// When the bot has as many open as it may.
+    /// When the bot is at its limit of them.
     pub(crate) fn helper(&self, bot: &BotId) -> Result<CallSlot, Overload> {
         let of_bot = self.of_bot(bot);
         let own = take(&of_bot.helpers).ok_or(Overload::HelpersOfBot(HELPERS_OF_BOT))?;
         Ok(CallSlot(Arc::new((None, own, of_bot))))
     }
 
-    /// Takes one refusal of `who` at `now` (time since boot) from its allowance; false if it is only to be counted.
-    pub(crate) fn record_refusal(&self, who: &Principal, now: Duration) -> bool {
+    /// Whether to audit a refusal of `principal` at `now` (time since boot); false if it is only counted.
+    pub(crate) fn record_refusal(&self, principal: &Principal, now: Duration) -> bool {
         let (burst, per_second) = RECORDED;
         let mut refusals = self.refusals.lock();
         let refreshed = |refusals: &Refusals| {
@@ -149,9 +149,9 @@ impl Admission {
                 .saturating_mul(per_second);
             refusals.left.saturating_add(more).min(burst * 1000)
         };
-        // Whoever may do all again needs no place.
+        // An entry with a full allowance is not needed.
         refusals.retain(|_, refusals| refreshed(refusals) < burst * 1000);
-        let of_caller = refusals.entry(who.clone()).or_insert(Refusals {
+        let of_caller = refusals.entry(principal.clone()).or_insert(Refusals {
             left: burst * 1000,
             at: now,
         });
@@ -163,7 +163,7 @@ impl Admission {
         left >= 1000
     }
 
-    /// Connections and calls of now.
+    /// The current connections and calls in flight.
     pub(crate) fn now(&self) -> (usize, usize) {
         let served = self.limits.connections - self.connections.available_permits();
         let turned_away =
@@ -173,19 +173,19 @@ impl Admission {
         (served + turned_away, calls)
     }
 
-    /// What `bot` may have. An entry that nobody uses goes when a new one comes.
+    /// The entry of `bot`. Adding one removes entries that are not in use.
     fn of_bot(&self, bot: &BotId) -> Arc<OfBot> {
         let mut bots = self.bots.lock();
         if let Some(of_bot) = bots.get(bot) {
             return Arc::clone(of_bot);
         }
         bots.retain(|_, of_bot| Arc::strong_count(of_bot) > 1);
-        let places = |count| Arc::new(Semaphore::new(count));
+        let slots = |count| Arc::new(Semaphore::new(count));
         let of_bot = Arc::new(OfBot {
-            calls: places(self.limits.calls_per_bot),
-            connections: places(self.limits.connections_per_bot),
-            turned_away: places(TURNED_AWAY),
-            helpers: places(HELPERS_OF_BOT),
+            calls: slots(self.limits.calls_per_bot),
+            connections: slots(self.limits.connections_per_bot),
+            turned_away: slots(TURNED_AWAY),
+            helpers: slots(HELPERS_OF_BOT),
         });
         bots.insert(bot.clone(), Arc::clone(&of_bot));
         of_bot
@@ -222,7 +222,7 @@ impl Calls {
     /// Returns once no risk-increasing attempt is in flight on the account.
     pub(crate) async fn quiescent(&self, account: &AccountId) {
         let mut counts = self.risk_increasing.subscribe();
-        // An error means that the broker is gone.
+        // An error means that the broker has been dropped.
         let _ = counts
             .wait_for(|counts| !counts.contains_key(account))
             .await;
@@ -242,8 +242,8 @@ impl Drop for RiskIncreasing<'_> {
     }
 }
 
-fn take(places: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
-    Arc::clone(places).try_acquire_owned().ok()
+fn take(slots: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
+    Arc::clone(slots).try_acquire_owned().ok()
 }
 
 #[cfg(test)]
@@ -253,7 +253,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_given_back_can_be_had_again_and_nothing_is_left_behind() {
+    fn released_slots_can_be_used_again_and_unused_entries_are_removed() {
         let admission = Admission::new(AdmissionLimits {
             calls: 3,
             calls_per_bot: 2,
@@ -271,7 +271,7 @@ mod tests {
         assert_eq!(
             admission.call(&two).unwrap_err(),
             Overload::Calls(3),
-            "a clone holds it"
+            "a clone still uses the slot"
         );
         drop(clone);
         drop(admission.call(&one).unwrap());
@@ -292,7 +292,7 @@ mod tests {
         let served = admission.connection(&one).unwrap();
         assert!(
             matches!(served, Admitted::Served(_)),
-            "those turned away take no place"
+            "connections beyond the limit use no slot"
         );
         drop((served, turned, second, others));
         assert_eq!(admission.now(), (0, 0));
@@ -302,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_bots_refusals_a_thousand_are_recorded_and_then_twenty_in_a_second() {
+    fn a_thousand_refusals_per_bot_are_audited_and_then_twenty_per_second() {
         let admission = Admission::new(AdmissionLimits {
             calls: 1,
             calls_per_bot: 1,
@@ -310,11 +310,12 @@ mod tests {
             connections_per_bot: 1,
         });
         let [one, two] = ["one", "two"].map(|bot| Principal::Bot(bot.parse().unwrap()));
-        let recorded = |who, ms| admission.record_refusal(who, Duration::from_millis(ms));
+        let recorded =
+            |principal, ms| admission.record_refusal(principal, Duration::from_millis(ms));
         assert_eq!((0..5000).filter(|_| recorded(&one, 1500)).count(), 1000);
-        assert!(recorded(&two, 1500), "another bot's are");
+        assert!(recorded(&two, 1500), "refusals of another bot");
         assert_eq!((0..5000).filter(|_| recorded(&one, 2500)).count(), 20);
-        // One every ten milliseconds: those that are not recorded use up nothing.
+        // One every ten milliseconds: refusals that are not audited do not count against the limit.
         let flood = (2500..12_500).step_by(10);
         assert_eq!(flood.filter(|&ms| recorded(&one, ms)).count(), 199);
         assert_eq!((0..5000).filter(|_| recorded(&one, 600_000)).count(), 1000);

@@ -1,16 +1,16 @@
 //! Runs one call: authorizes the request, sends it, audits the result and answers the bot.
 //!
-//! Functions follow in the order in which a call meets them. Three rules hold them together:
+//! Functions are in the order in which a call runs them. Three rules connect them:
 //!
 //! - **Outcome.** Each error has one outcome. `DeadlineExceeded`, `ShuttingDown` and every refusal before the send mean
-//!   `not_sent`: the request never leaves. A lost answer, `AnswerLate` and `Internal` mean `maybe_sent`: the bot has to look
-//!   the order up. The result is audited before the bot gets it; of refusals before the send only so many per bot.
+//!   `not_sent`: the request is never sent. A lost answer, `AnswerLate` and `Internal` mean `maybe_sent`: the bot has to look
+//!   the order up. The result is audited before the bot gets it; refusals before the send are audited up to a limit per bot.
 //! - **Gate.** [`Gate`] starts open. [`Gate::pass`] marks it as sent, right before the request goes to its connection.
-//!   [`Gate::reopen`] takes that back where the request provably was not executed, and keeps the exchange's refusal if there
-//!   is one. The deadline, or the end of a shutdown, closes the gate, and what it held is the bot's answer: `not_sent`, the
-//!   refusal, or `AnswerLate`. Nothing passes a closed gate.
+//!   [`Gate::reopen`] takes that back if the request provably was not executed, and keeps the exchange's rejection if there
+//!   is one. The deadline, or the end of a shutdown, closes the gate, and its state decides the bot's answer: `not_sent`, the
+//!   rejection, or `AnswerLate`. Nothing passes a closed gate.
 //! - **Retry.** A request is sent again only if it was not executed: once if the connect failed or the connection gave the
-//!   request back unsent, once if the exchange refused the timestamp, once if it refused the key. After a lost answer only
+//!   request back unsent, once if the exchange rejected the timestamp, once if it rejected the key. After a lost answer only
 //!   an idempotent request is sent again, and no order is idempotent.
 
 use std::io;
@@ -29,14 +29,16 @@ use super::admission::CallSlot;
 use super::gate::{Closed, Gate};
 use super::retry::{self, Attempt, Retry, RetryBudget};
 use super::{Broker, BrokerError};
-use crate::audit::{CallContext, Ending, Recorded};
+use crate::audit::{CallContext, CallEnd, Recorded};
 use crate::base::ids::{BotId, KeyName, Principal};
 use crate::base::outcome::{Outcome, Reason};
 use crate::base::text::clean;
 use crate::clock::ClockUncertain;
 use crate::egress::{Answered, ConnectError, SendError};
 use crate::keyring::{KeyLease, KeyUnavailable};
-use crate::kucoin::{self, Answer, Asked, Catalog, Endpoint, Key, Scope, UnsignedRequest, code};
+use crate::kucoin::{
+    self, Answer, Catalog, Endpoint, Key, RequestContext, Scope, UnsignedRequest, code,
+};
 use crate::policy::Permit;
 use crate::restrictions::KeyDigest;
 use crate::telemetry::chain;
@@ -45,14 +47,14 @@ use crate::telemetry::chain;
 #[derive(Debug)]
 pub(crate) struct Call {
     /// The caller.
-    pub(crate) who: Principal,
+    pub(crate) principal: Principal,
     /// The request to sign.
     pub(crate) request: UnsignedRequest,
     /// The key under test, which signs in place of the account's key; `None` for every call of a bot.
     pub(crate) key: Option<Arc<Key>>,
     /// When the call arrived.
     pub(crate) arrived: Instant,
-    /// When the bot must have an answer.
+    /// When the caller must have an answer.
     pub(crate) deadline: Instant,
     /// The slot among the calls in flight. It is released when [`Broker::run`] returns, after a late answer too; `None` for
     /// calls that are not limited.
@@ -65,7 +67,7 @@ pub(crate) struct Call {
 pub(crate) struct Receipt {
     /// The answer.
     pub(crate) answer: Answer,
-    /// The endpoint that was asked; `None` for one outside the catalogue.
+    /// The endpoint; `None` if it is not in the catalogue.
     pub(crate) endpoint: Option<&'static Endpoint>,
     /// The scope of the request.
     pub(crate) scope: Scope,
@@ -75,7 +77,7 @@ pub(crate) struct Receipt {
     pub(crate) waiting: Duration,
     /// Fetching the key and signing.
     pub(crate) signing: Duration,
-    /// From handing the request to the connection until the answer was whole.
+    /// From handing the request to the connection until the answer was complete.
     pub(crate) exchange: Duration,
     /// The key that signed; `None` for a public request.
     pub(crate) lease: Option<KeyLease>,
@@ -91,10 +93,10 @@ impl Receipt {
 }
 
 /// Turns a panic in a step of a call into [`BrokerError::Internal`]. Other calls go on.
-pub(crate) fn caught<T>(
+pub(crate) fn catch_panic<T>(
     step: impl Future<Output = Result<T, BrokerError>>,
 ) -> impl Future<Output = Result<T, BrokerError>> {
-    // No `async fn`: that would hold `step` twice, and every call is a task of this size.
+    // Not an `async fn`, which would store `step` twice in the task of every call.
     AssertUnwindSafe(step)
         .catch_unwind()
         .map(|ended| ended.unwrap_or(Err(BrokerError::Internal)))
@@ -108,16 +110,20 @@ impl Broker {
         call: Call,
     ) -> Result<Receipt, BrokerError> {
         let (reply, answer) = oneshot::channel();
-        let (bot, who) = (call.who.bot().map(BotId::as_str), call.who.other());
-        let span = tracing::info_span!("call", request.id = %call.request.id, bot.id = bot, who);
+        let (bot, principal) = (
+            call.principal.bot().map(BotId::as_str),
+            call.principal.other(),
+        );
+        let span =
+            tracing::info_span!("call", request.id = %call.request.id, bot.id = bot, principal);
         self.calls
             .tasks
             .spawn(Arc::clone(self).run(call, reply).instrument(span));
         answer.await.unwrap_or(Err(BrokerError::Internal))
     }
 
-    /// Runs one call to its end. The bot is answered by its deadline; a request that is still in flight then is waited for,
-    /// and its late result is audited.
+    /// Runs one call to its end. The caller gets its answer by the deadline. If the request is still in flight then, its late
+    /// result is awaited and audited.
     async fn run(
         self: Arc<Self>,
         call: Call,
@@ -134,7 +140,7 @@ impl Broker {
             }
         };
         let gate = Gate::default();
-        let mut delivery = pin!(caught(self.deliver(&call, &permit, &recorded, &gate)));
+        let mut delivery = pin!(catch_panic(self.deliver(&call, &permit, &recorded, &gate)));
         let stopped_by = tokio::select! {
             biased;
             ended = &mut delivery => {
@@ -149,15 +155,15 @@ impl Broker {
         let is_sent = matches!(closed, Closed::Sent);
         let ended = match closed {
             Closed::NotSent => Err(stopped_by),
-            // The exchange refused an earlier attempt, and the next one has not left: the refusal is the answer.
+            // The exchange rejected an earlier attempt, and the next one was not sent: the rejection is the answer.
             Closed::Refused(receipt) => Ok(*receipt),
             Closed::Sent => Err(BrokerError::AnswerLate),
         };
         self.finish(&call, number, &permit, &ended);
         let _ = reply.send(ended);
-        // The gate is closed, so no further attempt can leave. A request that is in flight is waited for, and its late result
-        // is audited; nobody needs the late result of a request of the broker itself.
-        if is_sent && call.who != Principal::Broker {
+        // The gate is closed, so nothing more can be sent. Wait for a request that is in flight, and audit its late result;
+        // the late result of a request of the broker itself is not needed.
+        if is_sent && call.principal != Principal::Broker {
             let late = tokio::select! {
                 biased;
                 late = &mut delivery => late,
@@ -167,7 +173,7 @@ impl Broker {
         }
     }
 
-    /// Authorizes the call and audits its intent. It waits for nothing but the audit file.
+    /// Authorizes the call and audits its intent. Waits only for the write to the audit log.
     fn admit(&self, call: &Call, number: u64) -> Result<(Permit, Recorded), BrokerError> {
         if self.is_draining() {
             return Err(BrokerError::ShuttingDown);
@@ -176,7 +182,7 @@ impl Broker {
         self.log_permit(call, &permit);
         tracing::debug!(
             risk_increasing = permit.increases_risk(),
-            "interlocks passed"
+            "pre-send checks passed"
         );
         let recorded = self
             .audit
@@ -188,15 +194,15 @@ impl Broker {
     /// Checks the rules, then the restrictions that admins have set. A risk-increasing request also needs a proven egress
     /// address and a known exchange time.
     fn authorize(&self, call: &Call) -> Result<Permit, BrokerError> {
-        let permit = self.policy().authorize(&call.who, &call.request)?;
+        let permit = self.policy().authorize(&call.principal, &call.request)?;
         let is_risk_increasing = permit.increases_risk();
         self.restrictions
-            .check(&call.who, &permit.account().id, is_risk_increasing)?;
+            .check(&call.principal, &permit.account().id, is_risk_increasing)?;
         if is_risk_increasing {
             self.proof.check()?;
             let checked = self.clock.check(permit.destination());
             checked.inspect_err(|error| {
-                // Measuring again does not bring two clocks closer that are far apart.
+                // Clocks that are more than a day apart stay apart, so measuring again is useless.
                 if !matches!(error, ClockUncertain::Different(_)) {
                     self.rechecks.time();
                 }
@@ -209,7 +215,7 @@ impl Broker {
     /// must not fill the disk.
     fn deny(&self, call: &Call, number: u64, error: &BrokerError) {
         let ending = ending_of_error(call, error);
-        if call.who.bot().is_none() || self.may_record_refusal(&call.who) {
+        if call.principal.bot().is_none() || self.may_record_refusal(&call.principal) {
             self.audit
                 .denied(&call_context(call, number), Some(&call.request), &ending);
             let UnsignedRequest {
@@ -222,7 +228,7 @@ impl Broker {
             let endpoint = endpoint.map_or("", |endpoint| endpoint.id.as_str());
             log_end(call, endpoint, &ending, Some(error), "call ended");
         }
-        if call.who.bot().is_some() {
+        if call.principal.bot().is_some() {
             let (outcome, reason) = (error.reason().outcome(), error.reason());
             let scope = Some(call.request.scope);
             self.metrics.request(scope, outcome, Some(reason));
@@ -247,18 +253,18 @@ impl Broker {
                 break;
             }
             tracing::debug!(cause = retry.cause(), "sending again");
-            let has_left = !last.as_ref().is_err_and(is_unsent);
+            let was_sent = !last.as_ref().is_err_and(is_unsent);
             match self.send(call, permit, recorded, gate).await {
-                // A refusal or a lost answer is never replaced by "not sent".
-                Err(next) if has_left && is_unsent(&next) => break,
+                // A rejection or a lost answer is never replaced by "not sent".
+                Err(next) if was_sent && is_unsent(&next) => break,
                 ended => last = ended,
             }
         }
         last
     }
 
-    /// Prepares a retry: reopens the gate where the request had left, and asks for the exchange's time or for another key.
-    /// Returns false if the retry cannot help.
+    /// Prepares a retry: reopens the gate if the request was sent, and measures the exchange's time or waits for another key.
+    /// Returns false if a retry would be useless.
     async fn prepare(
         self: &Arc<Self>,
         retry: Retry,
@@ -269,7 +275,7 @@ impl Broker {
         let receipt = last.as_ref().ok();
         match (retry, receipt) {
             (Retry::NotConnected | Retry::AnswerLost, _) => true,
-            (Retry::HandedBack, _) => gate.reopen(None),
+            (Retry::NotWritten, _) => gate.reopen(None),
             (Retry::TimestampRefused, Some(receipt)) => {
                 let since_signing = receipt.signing + receipt.exchange;
                 gate.reopen(Some(receipt))
@@ -277,7 +283,8 @@ impl Broker {
             }
             (Retry::KeyRefused, Some(receipt)) => match &receipt.lease {
                 Some(lease) => {
-                    gate.reopen(Some(receipt)) && self.keyring.has_another(permit, &lease.key).await
+                    gate.reopen(Some(receipt))
+                        && self.keyring.wait_for_other_key(permit, &lease.key).await
                 }
                 None => false,
             },
@@ -294,21 +301,24 @@ impl Broker {
         recorded: &Recorded,
         gate: &Gate,
     ) -> Result<Receipt, BrokerError> {
-        // Fails early: a call that cannot be signed must not use up a connection.
+        // Fail early: a call that cannot be signed must not use a connection.
         self.signing_key(call, admitted)?;
         let destination = admitted.destination();
         let connection = self
             .egress
             .connect(destination, admitted.is_idempotent())
             .await
-            .inspect_err(|error| tracing::debug!(error = chain(error), "connect failed"))?;
+            .inspect_err(|error| {
+                tracing::debug!(exception.message = chain(error), "connect failed");
+            })?;
         tracing::debug!(
-            peer = %connection.peer(),
+            network.peer.address = %connection.peer().ip(),
+            network.peer.port = connection.peer().port(),
             reused = connection.is_reused(),
             "connection ready"
         );
         // Register first: a halt before the authorization below refuses the request, and a halt after it waits until this
-        // attempt has ended. Whether a request increases risk is a fact of its endpoint, which no rule changes.
+        // attempt has ended. Whether a request is risk-increasing depends only on its endpoint, never on the rules.
         let account = &admitted.account().id;
         let _registered = admitted
             .increases_risk()
@@ -316,14 +326,16 @@ impl Broker {
         // Connecting took time: the rules, the key's name and the restrictions may have changed.
         let permit = &self.authorize(call)?;
         if permit.destination() != destination {
-            let moved = io::Error::other("the account has moved to another site meanwhile");
+            let moved = io::Error::other(
+                "the rules moved the account to another site while the broker was connecting",
+            );
             return Err(ConnectError::Failed(moved).into());
         }
         let signing = Instant::now();
         let lease = self.signing_key(call, permit)?;
         let signed = self.sign(call, permit, lease.as_ref())?;
         let (timestamp_ms, sending) = (signed.timestamp_ms, Instant::now());
-        // The timer of the deadline fires at an await alone, so the clock is read too.
+        // The deadline's timer fires only at an await, so compare the clock too.
         if sending >= call.deadline || !gate.pass() {
             return Err(BrokerError::DeadlineExceeded);
         }
@@ -338,11 +350,13 @@ impl Broker {
             .egress
             .send(connection, signed, recorded)
             .await
-            .inspect_err(|error| tracing::debug!(error = chain(error), "send failed"))?;
+            .inspect_err(|error| {
+                tracing::debug!(exception.message = chain(error), "send failed");
+            })?;
         let answer = self.read(call, permit, answered)?;
         tracing::debug!(
-            http.status = answer.http_status.as_u16(),
-            code = %clean(&answer.code, code::MAX_CODE_CHARS),
+            http.response.status_code = answer.http_status.as_u16(),
+            exchange.code = %clean(&answer.code, code::MAX_CODE_CHARS),
             outcome = %answer.outcome,
             exchange_us = micros(sending.elapsed()),
             "answer received"
@@ -371,7 +385,7 @@ impl Broker {
         }
         let account = &permit.account().id;
         let lease = match &call.key {
-            Some(key) => KeyLease::of_a_test(Arc::clone(key)),
+            Some(key) => KeyLease::for_test(Arc::clone(key)),
             None => self.keyring.key(permit)?,
         };
         let digest = KeyDigest(lease.key.id_sha256());
@@ -402,14 +416,14 @@ impl Broker {
                 kucoin::sign(request, site, &lease.key, partner, now_ms)?
             }
         };
-        if call.who == Principal::Broker {
+        if call.principal == Principal::Broker {
             signed.mark_internal();
         }
         Ok(signed)
     }
 
-    /// Parses the answer. An answer with a foreign clientOid belongs to another request: it is an error, and dropping it closes
-    /// its connection.
+    /// Parses the answer. One with a clientOid that is not in the request belongs to another request: it is an error, and its
+    /// connection is closed.
     fn read(&self, call: &Call, permit: &Permit, answered: Answered) -> Result<Answer, SendError> {
         let endpoint = permit.endpoint();
         let is_foreign = endpoint.is_some_and(|endpoint| {
@@ -422,10 +436,10 @@ impl Broker {
                 endpoint = permit.endpoint_id(),
                 "answer has a different clientOid than the request; connection closed, outcome maybe_sent"
             );
-            return Err(SendError::AnswerOfAnother);
+            return Err(SendError::WrongAnswer);
         }
         let (head, body) = answered.keep().into_parts();
-        let asked = Asked {
+        let asked = RequestContext {
             endpoint,
             scope: permit.scope(),
             changes: permit.changes(),
@@ -451,7 +465,7 @@ impl Broker {
         self.audit
             .outcome(&call_context(call, number), endpoint, &ending);
         log_end(call, endpoint, &ending, ended.as_ref().err(), "call ended");
-        if call.who.bot().is_some() {
+        if call.principal.bot().is_some() {
             let (outcome, reason) = outcome_and_reason(ended);
             let scope = Some(call.request.scope);
             self.metrics.request(scope, outcome, reason);
@@ -484,11 +498,11 @@ impl Broker {
         self.count_unresolved(call, late);
     }
 
-    /// Counts a call that ends as `maybe_sent` while the broker stops: somebody has to look the order up. Requests of the
-    /// broker itself change nothing and do not count.
+    /// Counts a call that ends as `maybe_sent` while the broker stops, since the order must be looked up. Requests of the
+    /// broker itself change nothing and are not counted.
     fn count_unresolved(&self, call: &Call, ended: &Result<Receipt, BrokerError>) {
         let is_unresolved = outcome_and_reason(ended).0 == Outcome::MaybeSent;
-        if is_unresolved && call.who != Principal::Broker && self.is_draining() {
+        if is_unresolved && call.principal != Principal::Broker && self.is_draining() {
             self.calls.unresolved.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -498,7 +512,7 @@ impl Broker {
         if !tracing::enabled!(tracing::Level::DEBUG) {
             return;
         }
-        let rules = call.who.bot().and_then(|bot| {
+        let rules = call.principal.bot().and_then(|bot| {
             let (policy, request) = (self.policy(), &call.request);
             let &UnsignedRequest {
                 ref account,
@@ -527,13 +541,15 @@ fn is_unsent(error: &BrokerError) -> bool {
 }
 
 fn call_context(call: &Call, number: u64) -> CallContext<'_> {
-    let Call { who, request, .. } = call;
-    let place = Some((&request.account, request.scope));
+    let Call {
+        principal, request, ..
+    } = call;
+    let account_and_scope = Some((&request.account, request.scope));
     CallContext {
-        who,
+        principal,
         request_id: &request.id,
         call: number,
-        place,
+        account_and_scope,
     }
 }
 
@@ -544,10 +560,10 @@ fn outcome_and_reason(ended: &Result<Receipt, BrokerError>) -> (Outcome, Option<
     }
 }
 
-fn ending<'a>(call: &Call, ended: &'a Result<Receipt, BrokerError>) -> Ending<'a> {
+fn ending<'a>(call: &Call, ended: &'a Result<Receipt, BrokerError>) -> CallEnd<'a> {
     match ended {
         Err(error) => ending_of_error(call, error),
-        Ok(receipt) => Ending {
+        Ok(receipt) => CallEnd {
             outcome: Some(receipt.answer.outcome),
             reason: None,
             detail: None,
@@ -559,20 +575,20 @@ fn ending<'a>(call: &Call, ended: &'a Result<Receipt, BrokerError>) -> Ending<'a
     }
 }
 
-fn ending_of_error(call: &Call, error: &BrokerError) -> Ending<'static> {
-    Ending {
+fn ending_of_error(call: &Call, error: &BrokerError) -> CallEnd<'static> {
+    CallEnd {
         outcome: Some(error.reason().outcome()),
         reason: Some(error.reason()),
         detail: Some(error.to_string()),
         duration_us: micros(call.arrived.elapsed()),
-        ..Ending::default()
+        ..CallEnd::default()
     }
 }
 
 fn log_end(
     call: &Call,
     endpoint: &str,
-    ending: &Ending<'_>,
+    ending: &CallEnd<'_>,
     error: Option<&BrokerError>,
     message: &str,
 ) {
@@ -592,7 +608,7 @@ fn log_end(
             )
         };
     }
-    if call.who == Principal::Broker {
+    if call.principal == Principal::Broker {
         line!(debug);
     } else if ending.outcome == Some(Outcome::MaybeSent) {
         // A call that ended as `maybe_sent` has to be looked up.
@@ -615,9 +631,9 @@ pub(super) mod tests {
     use super::*;
     use crate::kucoin::code::RefusalCodes;
 
-    /// The receipt of a request that the exchange refused.
+    /// The receipt of a request that the exchange rejected.
     pub(in crate::broker) fn refused() -> Receipt {
-        let asked = Asked {
+        let asked = RequestContext {
             endpoint: None,
             scope: Scope::SpotMargin,
             changes: true,
@@ -642,7 +658,7 @@ pub(super) mod tests {
 
     #[tokio::test]
     async fn panic_in_a_call_is_internal_and_maybe_sent() {
-        let ended: Result<(), _> = caught(async { panic!("a defect") }).await;
+        let ended: Result<(), _> = catch_panic(async { panic!("a defect") }).await;
         let error = ended.unwrap_err();
         assert_eq!(error.reason(), Reason::Internal);
         assert_eq!(error.reason().outcome(), Outcome::MaybeSent);

@@ -1,4 +1,4 @@
-//! Why a call failed: the errors of every step, joined.
+//! The error of a call: the errors of all its steps in one type.
 
 use std::time::Duration;
 
@@ -14,13 +14,13 @@ use crate::kucoin::sign::SignError;
 use crate::policy::Denied;
 use crate::restrictions::Restricted;
 
-/// Characters shown of an unknown method: ours have fewer.
+/// Characters shown of an unknown method; the broker's own names are shorter.
 const METHOD_CHARS: usize = 100;
 
-/// Why a call failed. `Display` is one sentence for the bot; causes go to the log.
+/// Why a call failed. `Display` is the message for the bot; causes go to the log.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BrokerError {
-    /// The bot's time ran out after the request had left.
+    /// The deadline passed after the request was sent.
     #[error(
         "the request was sent, but no answer came before the deadline; look it up before you repeat it"
     )]
@@ -28,62 +28,62 @@ pub(crate) enum BrokerError {
     /// The audit log cannot be written.
     #[error(transparent)]
     Audit(#[from] AuditError),
-    /// Nobody knows the exchange's time well enough.
-    #[error(transparent)]
-    Clock(#[from] ClockUncertain),
-    /// No connection.
+    /// The exchange's time is not known exactly enough, or too far from the system's.
+    #[error("{0}; nothing was sent")]
+    Clock(ClockUncertain),
+    /// No connection to the exchange.
     #[error(transparent)]
     Connect(#[from] ConnectError),
-    /// The bot's time ran out before anything was sent.
+    /// The deadline passed before anything was sent.
     #[error("deadline exceeded before send; nothing was sent")]
     DeadlineExceeded,
-    /// The rules say no.
+    /// The rules do not allow the request.
     #[error(transparent)]
     Denied(#[from] Denied),
-    /// Requests do not provably leave from the right address.
+    /// The exchange has not confirmed that requests leave from the expected address.
     #[error("{0}; nothing was sent")]
-    Egress(#[from] EgressMismatch),
+    Egress(EgressMismatch),
     /// A defect of the broker.
     #[error(
-        "the broker failed; the request may have been sent: look it up and quote the request id"
+        "internal error; the request may have been sent: look it up, and report the request id to an admin"
     )]
     Internal,
-    /// No key.
+    /// The key cannot be used.
     #[error(transparent)]
     Key(#[from] KeyUnavailable),
-    /// Fields that are not as they must be.
-    #[error("malformed request: {}", sentence(.0))]
+    /// Invalid fields.
+    #[error("malformed request: {}", joined(.0))]
     Malformed(Vec<Malformed>),
     /// No service has this method.
     #[error("unknown method {}; expected /credbroker.v1.Broker/SignAndSend; nothing was sent", clean(.0, METHOD_CHARS))]
     MethodUnknown(String),
-    /// One too many at once.
+    /// A limit of calls or connections was reached.
     #[error(transparent)]
     Overloaded(#[from] Overload),
-    /// Sent or not, it failed.
+    /// Sending failed, or the answer was lost.
     #[error(transparent)]
     Send(#[from] SendError),
-    /// An admin has forbidden it.
+    /// An admin has blocked the bot or halted the account.
     #[error(transparent)]
     Restricted(#[from] Restricted),
     /// The broker is stopping.
     #[error("the broker is stopping; nothing was sent")]
     ShuttingDown,
-    /// The bot's certificate is not good any more: it has expired, or its CA is trusted no longer.
+    /// The bot's certificate has expired, or its CA is no longer trusted.
     #[error("the certificate of this connection is no longer trusted; reconnect with a valid one")]
     Untrusted,
     /// The request took too long to arrive.
     #[error("request not received within {} ms; nothing was sent", .0.as_millis())]
     Slow(Duration),
-    /// It cannot be signed.
+    /// The request cannot be signed.
     #[error(transparent)]
     Sign(#[from] SignError),
 }
 
-/// One too many at once.
+/// The limit that was reached.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 pub(crate) enum Overload {
-    /// Calls in flight, over all bots.
+    /// Calls in flight of all bots.
     #[error(
         "the broker is at its limit of {0} in-flight calls (limits.calls_in_flight); nothing was sent"
     )]
@@ -93,20 +93,33 @@ pub(crate) enum Overload {
         "the bot exceeded its limit of {0} in-flight calls (limits.calls_in_flight_per_bot); nothing was sent"
     )]
     CallsOfBot(usize),
-    /// Connections, over all bots.
+    /// Connections of all bots.
     #[error("the broker is at its limit of {0} connections (limits.connections); nothing was sent")]
     Connections(usize),
     /// Connections of this bot.
     #[error(
-        "the bot exceeded its limit of {0} connections (limits.connections_per_bot); share one; nothing was sent"
+        "the bot exceeded its limit of {0} connections (limits.connections_per_bot); use one connection for all its calls; nothing was sent"
     )]
     ConnectionsOfBot(usize),
-    /// Calls for health and reflection of this bot.
+    /// Health and reflection calls of this bot.
     #[error("the bot exceeded its limit of {0} open health and reflection calls; nothing was sent")]
     HelpersOfBot(usize),
 }
 
-fn sentence(problems: &[Malformed]) -> String {
+// These two are not `#[from]`, which would make them sources: the message contains them, and the log would repeat them.
+impl From<ClockUncertain> for BrokerError {
+    fn from(uncertain: ClockUncertain) -> Self {
+        Self::Clock(uncertain)
+    }
+}
+
+impl From<EgressMismatch> for BrokerError {
+    fn from(mismatch: EgressMismatch) -> Self {
+        Self::Egress(mismatch)
+    }
+}
+
+fn joined(problems: &[Malformed]) -> String {
     let problems: Vec<_> = problems
         .iter()
         .map(|p| format!("{}: {}", p.field, p.problem))
@@ -115,19 +128,19 @@ fn sentence(problems: &[Malformed]) -> String {
 }
 
 impl BrokerError {
-    /// The word for it.
+    /// The reason that is reported for it.
     pub(crate) fn reason(&self) -> Reason {
         match self {
             Self::AnswerLate
             | Self::Send(
                 SendError::AnswerLost(_)
-                | SendError::AnswerOfAnother
+                | SendError::WrongAnswer
                 | SendError::AnswerTimeout(_)
                 | SendError::AnswerTooLarge(_),
             ) => Reason::AnswerLost,
             Self::Audit(_) => Reason::AuditUnavailable,
             Self::Clock(_) => Reason::ClockUncertain,
-            Self::Connect(_) | Self::Send(SendError::HandedBack(_)) => Reason::ExchangeUnreachable,
+            Self::Connect(_) | Self::Send(SendError::NotWritten(_)) => Reason::ExchangeUnreachable,
             Self::DeadlineExceeded | Self::Slow(_) => Reason::DeadlineExceeded,
             Self::Denied(Denied::Caller(_)) | Self::Untrusted => Reason::CallerUnknown,
             Self::Denied(_) => Reason::PolicyDenied,
@@ -145,8 +158,8 @@ impl BrokerError {
         }
     }
 
-    /// One sentence for a request that can be repeated without harm, such as a read or a cancel: there is nothing to look up
-    /// before.
+    /// The message for a request that can be repeated without harm, such as a read or a cancel: it does not ask to look the
+    /// request up first.
     pub(crate) fn of_repeatable_request(&self) -> String {
         match self.reason() {
             Reason::AnswerLost => "no complete answer came from the exchange".to_owned(),
@@ -154,8 +167,8 @@ impl BrokerError {
         }
     }
 
-    /// What the audit line says of it: of a malformed request only which fields, since their values are the bot's.
-    pub(crate) fn for_the_record(&self) -> String {
+    /// The text for the audit log. Of a malformed request it has only the names of fields, since problems can quote values.
+    pub(crate) fn audit_detail(&self) -> String {
         match self {
             Self::Malformed(problems) => {
                 let fields: Vec<_> = problems.iter().map(|p| p.field.as_str()).collect();

@@ -1,5 +1,4 @@
-//! What an answer of the exchange says about the broker itself: its time, its address, its key, and codes that no table
-//! has.
+//! Applies answers of the exchange to the broker's own state: its time, its egress address, its keys, and unknown codes.
 
 use std::collections::BTreeSet;
 
@@ -14,15 +13,15 @@ use crate::kucoin::code::{
 use crate::kucoin::{Answer, Product, Scope, advice, broker_query};
 use crate::policy::Permit;
 
-/// Unknown codes that have been logged: each is logged once in a run.
+/// Unknown codes that have been logged. Each is logged once per run.
 #[derive(Debug, Default)]
 pub(crate) struct UnknownCodes(Mutex<BTreeSet<(Scope, Option<Product>, String)>>);
 
-/// Past so many different ones nothing more is logged: the exchange chooses them, and the metric goes on counting.
+/// After this many different codes no more are logged, since the exchange chooses them. The metric counts all.
 const MAX_UNKNOWN_CODES: usize = 256;
 
 impl UnknownCodes {
-    /// Remembers the code; returns whether to log it.
+    /// Adds a code; returns whether to log it.
     fn insert_if_new(&self, scope: Scope, product: Option<Product>, code: &str) -> bool {
         let mut known = self.0.lock();
         known.len() < MAX_UNKNOWN_CODES && known.insert((scope, product, code.to_owned()))
@@ -30,7 +29,7 @@ impl UnknownCodes {
 }
 
 impl Broker {
-    /// Takes what an answer says about the broker itself: its time, its address, its key.
+    /// Applies an answer to the state of the broker: its time, its egress address, its key.
     pub(super) fn apply_feedback(
         &self,
         call: &Call,
@@ -43,12 +42,12 @@ impl Broker {
             if answer.outcome == Outcome::Accepted {
                 lease.usage.accepted(self.clock.wall_ms());
             } else if answer.outcome == Outcome::Rejected && refused {
-                let is_news = lease.usage.refused(Refusal {
+                let is_new = lease.usage.refused(Refusal {
                     code: answer.code.clone(),
                     advice: advice::for_bot(answer, permit.scope(), permit.endpoint()),
                     at_ms: self.clock.wall_ms(),
                 });
-                if is_news && call.key.is_none() {
+                if is_new && call.key.is_none() {
                     self.keyring.request_refresh(permit);
                 }
             }
@@ -57,7 +56,7 @@ impl Broker {
             self.note_unknown_code(permit, &answer.code);
         }
         match answer.code.as_str() {
-            // Whoever tests a key is told what is wrong with it; it says nothing about the broker.
+            // A rejection in a key test is about the tested key, and its caller reports it; a rejected timestamp is not.
             code if code != TIMESTAMP_REFUSED && call.key.is_some() => {}
             ADDRESS_REFUSED => {
                 let seen = broker_query::address_in(&answer.msg);
@@ -66,7 +65,7 @@ impl Broker {
                 let seen = seen.map(|address| address.to_string());
                 tracing::error!(
                     account.id = %permit.account().id,
-                    seen,
+                    egress.address = seen,
                     "egress IP not whitelisted for this key; compare the key's IP restriction with egress.expected_ip"
                 );
                 self.rechecks.address();
@@ -75,7 +74,7 @@ impl Broker {
                 self.metrics.credentials_refused.inc();
                 tracing::error!(
                     account.id = %permit.account().id,
-                    code,
+                    exchange.code = code,
                     "exchange rejected this key, its passphrase or its signature; compare the key in Vault with KuCoin's key page"
                 );
             }
@@ -87,7 +86,7 @@ impl Broker {
         }
     }
 
-    /// Counts a code that leaves the outcome open, and logs it once.
+    /// Counts an unknown code that makes the outcome `maybe_sent`, and logs it once.
     fn note_unknown_code(&self, permit: &Permit, full_code: &str) {
         let labels = [("scope", permit.scope().as_str())];
         self.metrics.codes_unknown.get_or_create(&labels).inc();
@@ -102,16 +101,16 @@ impl Broker {
                 tracing::warn!(
                     endpoint,
                     %scope,
-                    code = ?code,
+                    exchange.code = ?code,
                     refusal_code = ?refusal.to_string(),
-                    "unknown code; outcome is maybe_sent: if KuCoin documents it as a refusal, add it to exchange.refusal_codes"
+                    "unknown code; outcome is maybe_sent; if KuCoin documents it as a rejection, add the value of refusal_code to exchange.refusal_codes"
                 );
             } else {
                 tracing::warn!(
                     endpoint,
                     %scope,
-                    code = ?code,
-                    "unknown code; outcome is maybe_sent: exchange.refusal_codes does not take it; report it as a credbroker bug"
+                    exchange.code = ?code,
+                    "unknown code; outcome is maybe_sent; the code cannot be listed in exchange.refusal_codes, so report it as a credbroker bug"
                 );
             }
         }

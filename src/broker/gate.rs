@@ -1,67 +1,66 @@
-//! Decides between a request about to leave and a deadline about to pass: exactly one of them wins.
+//! The gate between sending a request and its deadline: exactly one of them wins.
 
 use std::mem::replace;
 
 use super::Receipt;
 use crate::base::lock::Mutex;
 
-/// The gate of one call. Without it a bot could be told `not_sent` while its order leaves.
+/// The gate of one call. Without it a bot could get `not_sent` while its order is being sent.
 #[derive(Debug, Default)]
 pub(super) struct Gate(Mutex<GateState>);
 
 #[derive(Debug, Default)]
 enum GateState {
-    /// Nothing has left, or what left provably did not arrive.
+    /// Nothing was sent, or it was provably not executed.
     #[default]
     Open,
-    /// The exchange has refused the request, which may leave once more, for a better answer.
+    /// The exchange rejected the request; it may be sent once more.
     Refused(Box<Receipt>),
-    /// The request is on its way.
-    Left,
-    /// The bot has its answer.
+    /// The request was sent.
+    Sent,
+    /// The caller has its answer.
     Closed,
 }
 
-/// How a call stood when its gate was closed.
+/// The state of a call when its gate was closed.
 #[derive(Debug)]
 pub(super) enum Closed {
-    /// Nothing has been sent, and nothing will be.
+    /// Nothing was sent, and nothing will be.
     NotSent,
-    /// The exchange has given this answer.
+    /// The exchange rejected the request with this answer.
     Refused(Box<Receipt>),
-    /// Nobody knows yet.
+    /// The request was sent, and its result is unknown.
     Sent,
 }
 
 impl Gate {
-    /// Lets the request leave, also a second time; false once the bot has its answer.
+    /// Allows the request to be sent, also a second time; false after the gate was closed.
     pub(super) fn pass(&self) -> bool {
         let mut state = self.0.lock();
         let is_open = !matches!(*state, GateState::Closed);
         if is_open {
-            *state = GateState::Left;
+            *state = GateState::Sent;
         }
         is_open
     }
 
-    /// Marks the request as not executed after all, with the answer that says so if there is one; false once the bot has
-    /// been told that it may have been executed.
+    /// Marks a sent request as not executed, with the exchange's rejection if there is one; false after the gate was closed.
     pub(super) fn reopen(&self, refused: Option<&Receipt>) -> bool {
         let mut state = self.0.lock();
-        let has_left = matches!(*state, GateState::Left);
-        if has_left {
+        let is_sent = matches!(*state, GateState::Sent);
+        if is_sent {
             let refused = refused.map(|receipt| GateState::Refused(Box::new(receipt.clone())));
             *state = refused.unwrap_or_default();
         }
-        has_left
+        is_sent
     }
 
-    /// Closes the gate for good; returns how the call stood.
+    /// Closes the gate for good; returns the state of the call.
     pub(super) fn close(&self) -> Closed {
         match replace(&mut *self.0.lock(), GateState::Closed) {
             GateState::Open | GateState::Closed => Closed::NotSent,
             GateState::Refused(receipt) => Closed::Refused(receipt),
-            GateState::Left => Closed::Sent,
+            GateState::Sent => Closed::Sent,
         }
     }
 }
@@ -72,14 +71,14 @@ mod tests {
     use crate::broker::call::tests::refused;
 
     #[test]
-    fn a_call_that_was_told_not_sent_sends_nothing() {
+    fn nothing_is_sent_after_the_bot_got_not_sent() {
         let gate = Gate::default();
         assert!(matches!(gate.close(), Closed::NotSent));
         assert!(!gate.pass());
     }
 
     #[test]
-    fn a_call_that_was_handed_back_counts_as_not_sent() {
+    fn request_that_the_connection_handed_back_is_not_sent() {
         let gate = Gate::default();
         assert!(gate.pass());
         assert!(gate.reopen(None));
@@ -87,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn a_call_that_left_cannot_be_taken_back_once_told() {
+    fn request_stays_sent_after_the_bot_got_maybe_sent() {
         let gate = Gate::default();
         assert!(gate.pass());
         assert!(matches!(gate.close(), Closed::Sent));
@@ -96,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_is_kept_until_the_request_leaves_once_more() {
+    fn rejection_is_kept_until_the_request_is_sent_again() {
         let gate = Gate::default();
         assert!(gate.pass());
         assert!(gate.reopen(Some(&refused())));

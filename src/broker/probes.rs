@@ -1,7 +1,7 @@
-//! The broker's own questions to the exchange: what time is it, and from which address do we come?
+//! The broker's own checks at the exchange: the exchange's time and the broker's egress address.
 //!
-//! They go the way that orders go. A host is asked at start and every half minute for the time, the spot host every few
-//! minutes for the address; at once when an answer to a bot gives reason to doubt what is known.
+//! They use the same network path as orders. The time is checked for each host at start and every half minute, the egress
+//! address at a spot host every few minutes, and both early if an answer to a bot suggests a change.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -15,81 +15,81 @@ use tokio::time::{sleep, timeout};
 use super::Broker;
 use crate::base::backoff::Backoff;
 use crate::base::lock::Mutex;
-use crate::clock::{self, Clock, HostId, Measured, Sample, WITNESSES_APART};
+use crate::clock::{self, Clock, HostId, MIN_SAMPLE_GAP, Measured, Sample};
 use crate::egress::{ConnectError, Egress, SendError};
 use crate::kucoin::Host;
 use crate::kucoin::broker_query::{self, BrokerQuery};
 use crate::telemetry::chain;
 
-/// How often the time is asked for: often enough that a good measurement is always at hand.
+/// How often the time is measured: often enough that a recent measurement is always available.
 const TIME_EVERY: Duration = Duration::from_secs(30);
 
-/// How soon after an answer that could not be believed; long enough for an answer from a cache to show itself.
-const DOUBT_AFTER: Duration = Duration::from_secs(1);
+/// The wait after an invalid or implausible time: long enough that a cached answer does not confirm itself.
+const IMPLAUSIBLE_RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// How often the address is asked for while it is not the expected one.
+/// How often the address is checked while it is not the expected one.
 const MISMATCH_EVERY: Duration = Duration::from_secs(5);
 
-/// The least wait between two questions, whatever is in doubt.
-const AT_LEAST: Duration = Duration::from_millis(250);
+/// The minimum wait between two checks.
+const MIN_WAIT: Duration = Duration::from_millis(250);
 
-/// Waits after a failure. Never none: a host that answers nonsense is not asked without pause.
-const BACKOFF: Backoff = Backoff::new(AT_LEAST, Duration::from_secs(30)).at_least(0.5);
+/// The waits after failures. Never zero, so that a host with invalid answers is not flooded.
+const BACKOFF: Backoff = Backoff::new(MIN_WAIT, Duration::from_secs(30)).at_least(0.5);
 
-/// An answer that takes longer tells little about the time, and a call waits for it after a 400002.
+/// The time limit for an answer. A slower one is too inexact for the time, and calls wait for it after a 400002.
 const ANSWER_WITHIN: Duration = Duration::from_secs(3);
 
-/// Calls for questions to be asked at once.
+/// Requests early checks.
 #[derive(Debug, Default)]
 pub(crate) struct RecheckSignals {
     address: Notify,
     time: Notify,
-    /// Hosts that have refused a timestamp and are being asked, with the answer whether their time is known now.
+    /// Hosts that rejected a timestamp, and whether their time has been measured again: `None` while that is going on.
     refuted: Mutex<BTreeMap<HostId, watch::Receiver<Option<bool>>>>,
 }
 
 impl RecheckSignals {
-    /// The address may have changed.
+    /// Requests a check of the egress address, which may have changed.
     pub(crate) fn address(&self) {
         self.address.notify_one();
     }
 
-    /// The time may be off.
+    /// Requests a measurement of the time, which may be off.
     pub(crate) fn time(&self) {
         self.time.notify_waiters();
     }
 }
 
-/// Why a question has no answer.
+/// Why a check failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum QueryError {
     /// No connection.
     #[error(transparent)]
     Connect(#[from] ConnectError),
-    /// It took too long.
+    /// No answer within the time limit.
     #[error("no answer within {} ms", ANSWER_WITHIN.as_millis())]
     Late,
-    /// An answer, but not to this question.
+    /// An answer without the expected data.
     #[error("unexpected answer (HTTP {0})")]
     Other(u16),
-    /// Lost on the way.
+    /// Sending failed, or the answer was lost.
     #[error(transparent)]
     Send(#[from] SendError),
 }
 
-/// Keeps asking `host_id` for its time.
+/// Measures the time of `host_id` in a loop.
 pub(crate) async fn watch_time(broker: Arc<Broker>, host_id: HostId) {
     let mut backoff = BACKOFF;
     let mut is_different = false;
     loop {
-        // Before the question, so that a doubt that comes up meanwhile is not missed.
-        let doubt = broker.rechecks.time.notified();
+        // Before the measurement, so that a signal during it is not missed.
+        let recheck = broker.rechecks.time.notified();
         let measured = broker.measure(host_id, false).await;
         broker.log_difference(host_id, &mut is_different);
         let wait = match measured {
-            Ok(Measured::Absurd | Measured::Implausible(_)) => {
-                // Not sooner, whatever is in doubt: asked again at once, a cache would agree with itself.
-                sleep(DOUBT_AFTER).await;
+            Ok(Measured::Invalid | Measured::Implausible(_)) => {
+                // Not earlier, even on a signal: a cache would confirm its own answer.
+                sleep(IMPLAUSIBLE_RETRY_AFTER).await;
                 continue;
             }
             Ok(_) => {
@@ -98,22 +98,22 @@ pub(crate) async fn watch_time(broker: Arc<Broker>, host_id: HostId) {
             }
             Err(_) => backoff.wait(),
         };
-        // A doubt shortens the wait, but never to nothing: a host that answers nonsense is not asked without pause.
-        sleep(wait.min(AT_LEAST)).await;
-        let _ = timeout(wait.saturating_sub(AT_LEAST), doubt).await;
+        // A signal shortens the wait, but never to zero, so that a host with invalid answers is not flooded.
+        sleep(wait.min(MIN_WAIT)).await;
+        let _ = timeout(wait.saturating_sub(MIN_WAIT), recheck).await;
     }
 }
 
-/// Keeps asking a spot host from which address requests come.
+/// Checks the egress address at a spot host in a loop.
 pub(crate) async fn watch_address(broker: Arc<Broker>, every: Duration) {
     let mut backoff = BACKOFF;
     loop {
-        // All sites see the same address; ask one that the rules name.
+        // All sites see the same address: use one that the rules name.
         let site = broker.policy().accounts().map(|account| account.site).min();
         let wait = match broker.prove((site.unwrap_or_default(), Host::Spot)).await {
             Ok(()) => {
                 backoff.reset();
-                // As long as orders wait for it, the way back is looked for more often.
+                // Orders may be refused until the address is right again: check more often.
                 match broker.proof.status().mismatch {
                     Some(_) => every.min(MISMATCH_EVERY),
                     None => every,
@@ -121,14 +121,14 @@ pub(crate) async fn watch_address(broker: Arc<Broker>, every: Duration) {
             }
             Err(_) => backoff.wait().min(every),
         };
-        sleep(wait.min(AT_LEAST)).await;
-        let doubt = broker.rechecks.address.notified();
-        let _ = timeout(wait.saturating_sub(AT_LEAST), doubt).await;
+        sleep(wait.min(MIN_WAIT)).await;
+        let recheck = broker.rechecks.address.notified();
+        let _ = timeout(wait.saturating_sub(MIN_WAIT), recheck).await;
     }
 }
 
 impl Broker {
-    /// Measures the time at `host_id` once. `is_refuted`: it has just refused a timestamp of ours.
+    /// Measures the time of `host_id` once. `is_refuted`: the host has just rejected a timestamp.
     async fn measure(&self, host_id: HostId, is_refuted: bool) -> Result<Measured, QueryError> {
         let (site, host) = host_id;
         let (server_ms, asked, answered) = self
@@ -136,16 +136,16 @@ impl Broker {
             .await
             .inspect_err(|error| {
                 self.metrics.clock_failures.inc();
-                tracing::warn!(%site, host = host.as_str(), error = chain(error), "exchange time check failed; keeping last offset");
+                tracing::warn!(%site, host = host.as_str(), exception.message = chain(error), "exchange time check failed; keeping last offset");
             })?;
         let sample = Sample {
             asked,
             answered,
             server_ms,
         };
-        let measured = self.clock.take_in(host_id, sample, is_refuted);
+        let measured = self.clock.apply_sample(host_id, sample, is_refuted);
         match measured {
-            Measured::Absurd => {
+            Measured::Invalid => {
                 self.metrics.clock_jumps_refused.inc();
                 tracing::warn!(%site, host = host.as_str(), server_ms, "invalid exchange time; ignored");
             }
@@ -161,7 +161,7 @@ impl Broker {
         Ok(measured)
     }
 
-    /// Logs that the exchange's time and the system's have come to be more than a day apart, or are not any more.
+    /// Logs when the exchange's clock and the system's become more than a day apart, and when that ends or is accepted.
     fn log_difference(&self, (site, host): HostId, is_different: &mut bool) {
         let refused = self.clock.refused_difference((site, host));
         if refused.is_some() == std::mem::replace(is_different, refused.is_some()) {
@@ -173,7 +173,7 @@ impl Broker {
                 %site,
                 host = name,
                 difference_ms,
-                "exchange clock is {}; risk-increasing requests are refused until both agree or an admin runs `credbroker clock accept {site}/{name}`",
+                "exchange clock is {}; risk-increasing requests are refused until the clocks agree or an admin runs `credbroker clock accept {site}/{name}`",
                 clock::difference(difference_ms),
             ),
             None => {
@@ -182,9 +182,9 @@ impl Broker {
         }
     }
 
-    /// Finds out the time at a host that has refused a timestamp; returns whether it is known now. All calls that were
-    /// refused wait for the same answer, and none of them can stop it by giving up. `since_signing`: how long ago
-    /// the refused timestamp was signed; a measurement made since then is enough.
+    /// Measures the time of a host that rejected a timestamp; returns whether that succeeded. All calls that the host
+    /// rejected wait for the same measurement, and a call that stops waiting does not stop it. `since_signing`: how long ago
+    /// the rejected timestamp was signed; a measurement that is younger is enough.
     pub(super) async fn resync_time(
         self: &Arc<Self>,
         host_id: HostId,
@@ -198,15 +198,15 @@ impl Broker {
             let mut refuted = self.rechecks.refuted.lock();
             let is_done = refuted
                 .get(&host_id)
-                // An error means that the last question ended in a panic.
+                // An error means that the last measurement panicked.
                 .is_none_or(|answer| answer.borrow().is_some() || answer.has_changed().is_err());
             if is_done {
-                let (tell, answer) = watch::channel(None);
+                let (done, answer) = watch::channel(None);
                 refuted.insert(host_id, answer);
                 let broker = Arc::clone(self);
                 tokio::spawn(async move {
                     let is_known = broker.measure_refuted(host_id).await.is_ok();
-                    tell.send_replace(Some(is_known));
+                    done.send_replace(Some(is_known));
                 });
             }
             let Some(answer) = refuted.get(&host_id) else {
@@ -214,38 +214,38 @@ impl Broker {
             };
             answer.clone()
         };
-        // An error means that the question ended in a panic.
+        // An error means that the measurement panicked.
         answer
             .wait_for(Option::is_some)
             .await
             .is_ok_and(|is_known| *is_known == Some(true))
     }
 
-    /// One answer that disagrees with what is known needs a second one; the refusal was the first witness.
+    /// Measures once more if the first measurement is implausible: the rejection and the two measurements confirm a changed time.
     async fn measure_refuted(&self, host_id: HostId) -> Result<(), QueryError> {
         if let Measured::Implausible(_) = self.measure(host_id, true).await? {
-            sleep(WITNESSES_APART).await;
+            sleep(MIN_SAMPLE_GAP).await;
             self.measure(host_id, true).await?;
         }
         Ok(())
     }
 
-    /// Asks once from which address requests come.
+    /// Checks the egress address once.
     async fn prove(&self, host_id: HostId) -> Result<(), QueryError> {
         let asked = self.ask(host_id, BrokerQuery::MyIp).await;
         let (address, asked, _): (IpAddr, _, _) = asked.inspect_err(|error| {
             let reason = chain(error);
             tracing::warn!(
-                error = reason,
+                exception.message = reason,
                 "egress IP check failed; keeping last result"
             );
             self.proof.failed(reason);
         })?;
         if self.proof.seen(address, asked) {
             if let Some(mismatch) = self.proof.status().mismatch {
-                tracing::error!(%address, "{mismatch}");
+                tracing::error!(egress.address = %address, "{mismatch}");
             } else {
-                tracing::info!(%address, "egress IP confirmed");
+                tracing::info!(egress.address = %address, "egress IP confirmed");
             }
         }
         Ok(())
@@ -260,10 +260,10 @@ impl Broker {
     }
 }
 
-/// Asks `host_id` and returns `data` of its answer, with the times since boot between which it was given.
+/// Sends a query to `host_id` and returns `data` of its answer, with the times since boot before and after the query.
 ///
 /// # Errors
-/// When no answer comes, or another one than the API describes.
+/// When no answer comes, or its data is not as documented.
 pub(crate) async fn ask<T: DeserializeOwned>(
     egress: &Egress,
     clock: &Clock,

@@ -1,4 +1,4 @@
-//! Whether a request is sent again. Pure; the table of its test is the rule.
+//! Decides whether a request is sent again. Pure; the table in its test has every case.
 
 use super::{BrokerError, Receipt};
 use crate::base::outcome::Outcome;
@@ -8,23 +8,23 @@ use crate::kucoin::code::{KEY_REFUSED, TIMESTAMP_REFUSED};
 /// How an attempt ended, as far as a retry depends on it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Attempt<'a> {
-    /// It left, and no whole answer came back.
+    /// It was sent, and no complete answer came back.
     AnswerLost,
     /// It was provably not sent: the connection gave the request back.
-    HandedBack,
+    NotWritten,
     /// No connection was made.
     NotConnected,
-    /// The exchange did not execute it, and answered with this code.
+    /// The exchange rejected it with this code and did not execute it.
     Rejected(&'a str),
-    /// Accepted, or failed in a way that a retry does not mend.
+    /// Accepted, or failed in a way that a retry cannot fix.
     Settled,
 }
 
-/// Why a request is sent again, newly signed.
+/// Why a request is sent again, with a new signature.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Retry {
     AnswerLost,
-    HandedBack,
+    NotWritten,
     KeyRefused,
     NotConnected,
     TimestampRefused,
@@ -33,11 +33,11 @@ pub(super) enum Retry {
 /// Retries that have been used: each cause allows one.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub(super) struct RetryBudget {
-    /// Another key.
+    /// With another key.
     key: bool,
-    /// The request as it was.
+    /// After a failed connect, a request handed back, or a lost answer.
     repeated: bool,
-    /// The exchange's time.
+    /// With a new measurement of the exchange's time.
     time: bool,
 }
 
@@ -48,7 +48,7 @@ impl<'a> Attempt<'a> {
                 Self::Rejected(&receipt.answer.code)
             }
             Err(BrokerError::Connect(_)) => Self::NotConnected,
-            Err(BrokerError::Send(SendError::HandedBack(_))) => Self::HandedBack,
+            Err(BrokerError::Send(SendError::NotWritten(_))) => Self::NotWritten,
             Err(BrokerError::Send(SendError::AnswerLost(_) | SendError::AnswerTimeout(_))) => {
                 Self::AnswerLost
             }
@@ -58,20 +58,20 @@ impl<'a> Attempt<'a> {
 }
 
 impl Retry {
-    /// For the log.
+    /// The cause, for the log.
     pub(super) fn cause(self) -> &'static str {
         match self {
-            Self::AnswerLost => "answer lost, and the request may be repeated",
-            Self::HandedBack => "connection closed before the send",
-            Self::KeyRefused => "key refused",
+            Self::AnswerLost => "answer lost; the request is idempotent",
+            Self::NotWritten => "connection closed before the send",
+            Self::KeyRefused => "key rejected",
             Self::NotConnected => "connect failed",
-            Self::TimestampRefused => "timestamp refused",
+            Self::TimestampRefused => "timestamp rejected",
         }
     }
 }
 
-/// Whether to send again. A request that may have been executed is sent again only if it is idempotent. One that brings the
-/// key under test (`has_own_key`) is signed with no other key.
+/// Decides whether to send again. A request that may have been executed is sent again only if it is idempotent. A request
+/// that tests a key (`has_own_key`) is never signed with another one.
 pub(super) fn next(
     last: Attempt<'_>,
     is_idempotent: bool,
@@ -80,7 +80,7 @@ pub(super) fn next(
 ) -> Option<Retry> {
     let (retry, is_used) = match last {
         Attempt::AnswerLost if is_idempotent => (Retry::AnswerLost, &mut budget.repeated),
-        Attempt::HandedBack => (Retry::HandedBack, &mut budget.repeated),
+        Attempt::NotWritten => (Retry::NotWritten, &mut budget.repeated),
         Attempt::NotConnected => (Retry::NotConnected, &mut budget.repeated),
         Attempt::Rejected(TIMESTAMP_REFUSED) => (Retry::TimestampRefused, &mut budget.time),
         Attempt::Rejected(code) if KEY_REFUSED.contains(&code) && !has_own_key => {
@@ -96,13 +96,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_did_not_happen_or_does_no_harm_twice_goes_again_and_each_remedy_once() {
+    fn unexecuted_or_idempotent_requests_are_sent_again_once_per_cause() {
         // How the attempt ended, idempotent, own key: the retry. Ending the same way again gives none.
         for (last, is_idempotent, has_own_key, expected) in [
             (Attempt::Settled, true, false, None),
             (Attempt::AnswerLost, false, false, None),
             (Attempt::AnswerLost, true, false, Some(Retry::AnswerLost)),
-            (Attempt::HandedBack, false, false, Some(Retry::HandedBack)),
+            (Attempt::NotWritten, false, false, Some(Retry::NotWritten)),
             (
                 Attempt::NotConnected,
                 false,
@@ -151,16 +151,16 @@ mod tests {
     }
 
     #[test]
-    fn a_lost_connection_is_not_mended_twice_whatever_it_was() {
+    fn failed_connect_hand_back_and_lost_answer_share_one_retry() {
         let mut budget = RetryBudget::default();
         let mut after = |last| next(last, true, false, &mut budget);
         assert_eq!(after(Attempt::NotConnected), Some(Retry::NotConnected));
-        assert_eq!(after(Attempt::HandedBack), None);
+        assert_eq!(after(Attempt::NotWritten), None);
         assert_eq!(after(Attempt::AnswerLost), None);
         assert_eq!(
             after(Attempt::Rejected("400002")),
             Some(Retry::TimestampRefused),
-            "another remedy is left"
+            "the retry with a new time is still unused"
         );
     }
 }

@@ -1,4 +1,4 @@
-//! How commands for admins reach a running broker: `admin.toml`, and calls to its admin listener.
+//! How admin commands connect to a running broker: `admin.toml`, and calls to its admin listener.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -28,7 +28,7 @@ use crate::api::status::DOMAIN;
 use crate::base::ids::AdminId;
 use crate::base::pem;
 use crate::base::toml_file::{Problem, Problems, Section};
-use crate::base::trust::{Peers, shows_ca, with_roots};
+use crate::base::trust::{Peers, presents_ca, with_roots};
 use crate::config::load::{self, Source, pair, root_file};
 use crate::config::permissions::{self, NamedFile};
 use crate::config::{Roots, required_path, roots, vault};
@@ -37,23 +37,23 @@ use crate::server::build::{client_tls, provider};
 use crate::server::identity::caller_of;
 use crate::vault::{Vault, VaultSettings};
 
-/// Where the file is, unless the command line says otherwise.
+/// Default path of the file.
 pub(super) const ADMIN: &str = "/etc/credbroker/admin.toml";
 
-/// For a connection and both handshakes, name resolution included.
+/// Time limit for name lookup, connection and both handshakes.
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 
-/// Much more than any answer has: what a halt of hundreds of accounts reports outgrows the 4 MiB that are usual.
+/// Limit of a response: the report of a halt of hundreds of accounts exceeds tonic's default of 4 MiB.
 const ANSWER_BYTES: usize = 64 * 1024 * 1024;
 
-/// How an admin reaches the broker, and Vault: `admin.toml`, as meant.
+/// `admin.toml`, parsed: how an admin connects to the broker and to Vault.
 #[derive(Clone, Debug)]
 pub struct AdminFile {
-    /// Where it stands.
+    /// Path of the file.
     pub(crate) file: PathBuf,
     /// Host and port of the broker's `listen.admin`.
     pub broker: String,
-    /// The name that the broker's certificate must have.
+    /// The name that the broker's certificate must be valid for.
     pub(crate) server_name: ServerName<'static>,
     /// CA of the broker's certificate.
     pub(crate) ca: PathBuf,
@@ -61,16 +61,16 @@ pub struct AdminFile {
     pub(crate) certificate: PathBuf,
     /// Its private key.
     pub(crate) key: PathBuf,
-    /// The admin's own way into Vault; none: commands that write there do not work.
+    /// The admin's own login to Vault; without it, commands that write to Vault fail.
     pub vault: Option<AdminVault>,
 }
 
-/// An admin's own way into Vault.
+/// An admin's own login to Vault.
 #[derive(Clone, Debug)]
 pub struct AdminVault {
-    /// Where it is, and how the admin logs in.
+    /// Address of Vault, and how the admin logs in.
     pub settings: VaultSettings,
-    /// CAs of its certificate.
+    /// CAs of Vault's certificate.
     pub(crate) roots: Roots,
 }
 
@@ -78,13 +78,13 @@ impl AdminFile {
     /// Reads the text of the file; relative paths in it start at `folder`.
     ///
     /// # Errors
-    /// With every problem at once, each under its key.
+    /// With all problems, each under its key.
     pub fn parse(text: &str, folder: &Path) -> Result<Self, Vec<Problem>> {
         let problems = Problems::default();
         let file = Section::parse(text, "admin", &problems)
             .and_then(|mut section| read(&mut section, folder));
         problems.into_result()?;
-        // A value that is missing has been reported as a problem.
+        // A missing value is already reported as a problem.
         file.ok_or_else(Vec::new)
     }
 
@@ -102,27 +102,26 @@ impl AdminFile {
             .and_then(|pem| pem::certificates(&pem).map_err(|error| error.to_string()));
         let name = chain.and_then(|chain| {
             let first = chain.first().map(caller_of::<AdminId>);
-            let name = first.ok_or_else(|| "it holds none".to_owned())?;
+            let name = first.ok_or_else(|| "the file contains no certificate".to_owned())?;
             name.map_err(|error| error.to_string())
         });
         name.map_err(|error| {
             let file = self.certificate.display();
-            let problem = format!("{file} is no admin's certificate: {error}");
+            let problem = format!("{file} is not an admin certificate: {error}");
             self.files(vec![Problem::new("certificate", problem)])
         })
     }
 
-    /// The admin's own way to Vault; nothing is sent yet.
+    /// A client with the admin's own login to Vault; nothing is sent yet.
     pub(super) fn vault(&self) -> Result<Vault, Failure> {
         let Some(AdminVault { settings, roots }) = &self.vault else {
-            let problem =
-                "is missing: this command writes to Vault as you; deploy/admin.toml is an example";
+            let problem = "is missing: this command writes to Vault with your own login; see the example deploy/admin.toml";
             return Err(self.files(vec![Problem::new("vault", problem)]));
         };
         let problems = Problems::default();
         let named_roots = roots;
         let roots = load::roots("vault.roots", named_roots, &problems);
-        let mut files = permissions::of_login(&settings.auth);
+        let mut files = permissions::login_files(&settings.auth);
         if let Roots::File(file) = named_roots {
             files.push(NamedFile::public("vault.roots", file));
         }
@@ -130,11 +129,11 @@ impl AdminFile {
         problems
             .into_result()
             .map_err(|problems| self.files(problems))?;
-        // What is missing has been reported as a problem.
+        // A missing root is already reported as a problem.
         let roots = roots.ok_or_else(|| Failure::Files(Vec::new()))?;
         let unusable = |error: &dyn std::fmt::Display| {
             Failure::new(
-                format!("TLS towards Vault cannot be set up: {error}"),
+                format!("cannot set up TLS to Vault: {error}"),
                 "check [vault] in admin.toml",
             )
         };
@@ -147,7 +146,7 @@ impl AdminFile {
         Failure::Files(problems.into_iter().map(in_file).collect())
     }
 
-    /// What it shakes hands with; reads the files.
+    /// The TLS configuration; reads the files.
     fn tls(&self) -> Result<ClientConfig, Vec<Problem>> {
         let problems = Problems::default();
         let roots = root_file("ca", &Source::read(&self.ca), Peers::Servers, &problems);
@@ -160,12 +159,12 @@ impl AdminFile {
         check_permissions(&files, &problems);
         let (certificate, key) = (Source::read(&self.certificate), Source::read(&self.key));
         let (chain, key) = pair(["certificate", "key"], &certificate, &key, &problems);
-        // Said here, because the broker can only refuse it.
+        // Reported here, because the broker could only refuse the handshake.
         if let Some(Err(error)) = chain.iter().flatten().next().map(caller_of::<AdminId>) {
             let file = self.certificate.display();
             problems.add(
                 "certificate",
-                format_args!("{file} is no admin's certificate: {error}"),
+                format_args!("{file} is not an admin certificate: {error}"),
             );
         }
         problems.into_result()?;
@@ -178,13 +177,13 @@ impl AdminFile {
             config.alpn_protocols = vec![b"h2".to_vec()];
             Some(config)
         };
-        // What does not fit together has been reported as a problem.
+        // A pair that does not match is already reported as a problem.
         config().ok_or_else(Vec::new)
     }
 }
 
-/// Refuses a secret that other users of this machine can read, since whoever has it is the admin, and a file that they can
-/// change, since it decides which broker and Vault get the admin's commands and secrets.
+/// Refuses secrets that other users of this machine can read, since they could act as the admin, and files that they can
+/// change, since these decide which broker and Vault get the admin's commands and secrets.
 fn check_permissions(files: &[NamedFile], problems: &Problems) {
     for open in files.iter().filter_map(NamedFile::check) {
         problems.add(open.key(), format_args!("{open}; {}", open.fix()));
@@ -205,9 +204,9 @@ fn read(file: &mut Section, folder: &Path) -> Option<AdminFile> {
         None => ("broker", host.map(ToOwned::to_owned)),
     };
     let server_name = name.and_then(|name| {
-        let unfit = format!("expected a DNS name or an address, got {name:?}");
+        let problem = format!("expected a DNS name or an IP address, got {name:?}");
         let name = ServerName::try_from(name);
-        name.map_err(|_| file.problem(key, unfit)).ok()
+        name.map_err(|_| file.problem(key, problem)).ok()
     });
     let mut path = |key, example: &str| required_path(file, key, example, folder);
     let ca = path("ca", "/etc/credbroker/admin/broker-ca.pem");
@@ -243,39 +242,39 @@ fn host(address: &str) -> Option<&str> {
     }
 }
 
-/// Why a command did not do what it was asked to.
+/// Why a command failed.
 #[derive(Debug)]
 pub(super) enum Failure {
-    /// `admin.toml`, or files that it names, are not as they must be.
+    /// Problems of `admin.toml`, or of files that it names.
     Files(Vec<Problem>),
-    /// The broker, Vault or the exchange was not reached, or refused.
-    Undone {
-        /// What happened, and what is in force now.
-        what: String,
+    /// A request to the broker, Vault or the exchange failed.
+    Failed {
+        /// What failed, and the state now.
+        cause: String,
         /// The next step.
         fix: String,
     },
 }
 
 impl Failure {
-    /// One sentence, and the next step.
-    pub(super) fn new(what: impl Into<String>, fix: impl Into<String>) -> Self {
-        Self::Undone {
-            what: what.into(),
+    /// A failure with its cause and the next step.
+    pub(super) fn new(cause: impl Into<String>, fix: impl Into<String>) -> Self {
+        Self::Failed {
+            cause: cause.into(),
             fix: fix.into(),
         }
     }
 
-    /// Says it; returns the exit code.
+    /// Prints the failure; returns the exit code.
     pub(super) fn say(&self) -> u8 {
         match self {
             Self::Files(problems) => {
-                say_problems(problems, "the same command");
+                say_problems(problems, "re-run the command");
                 USAGE
             }
-            Self::Undone { what, fix } => {
-                let said = paragraph("", &printable(what)) + &paragraph("fix: ", &printable(fix));
-                say(said.trim_end());
+            Self::Failed { cause, fix } => {
+                let text = paragraph("", &printable(cause)) + &paragraph("fix: ", &printable(fix));
+                say(text.trim_end());
                 FAILED
             }
         }
@@ -295,12 +294,12 @@ pub(super) fn block_on(command: impl AsyncFnOnce() -> Result<u8, Failure>) -> u8
     {
         Ok(runtime) => runtime,
         Err(error) => {
-            say(&format!("no runtime: {error}"));
+            say(&format!("cannot start the async runtime: {error}"));
             return FAILED;
         }
     };
     let code = runtime.block_on(command());
-    // Whoever still asks a name server that does not answer is not waited for.
+    // Does not wait for a pending name lookup.
     runtime.shutdown_background();
     code.unwrap_or_else(|failure| failure.say())
 }
@@ -315,7 +314,7 @@ pub(super) struct Admin {
 }
 
 impl Admin {
-    /// Connects as `admin` says.
+    /// Connects with the settings of `admin`.
     pub(super) async fn connect(admin: &AdminFile) -> Result<Self, Failure> {
         let tls = admin.tls().map_err(|problems| admin.files(problems))?;
         let AdminFile { broker, .. } = admin;
@@ -330,19 +329,20 @@ impl Admin {
                 .connect(admin.server_name.clone(), stream)
                 .await
                 .map_err(refused)?;
-            // With TLS 1.3 the broker judges our certificate once our handshake is over; then it speaks first.
+            // With TLS 1.3 the broker checks our certificate after our handshake has ended, and then sends first.
             if stream.fill_buf().await.map_err(refused)?.is_empty() {
                 return Err(refused(io::ErrorKind::UnexpectedEof.into()));
             }
-            let shaken = handshake(TokioExecutor::new(), TokioIo::new(stream)).await;
-            let (sender, connection) = shaken.map_err(|error| refused(io::Error::other(error)))?;
+            let connected = handshake(TokioExecutor::new(), TokioIo::new(stream)).await;
+            let (sender, connection) =
+                connected.map_err(|error| refused(io::Error::other(error)))?;
             tokio::spawn(connection);
             Ok(sender)
         };
         let sender = timeout(CONNECT_WITHIN, connecting)
             .await
             .unwrap_or_else(|_| {
-                let late = format!("no answer within {} s", CONNECT_WITHIN.as_secs());
+                let late = format!("no response within {} s", CONNECT_WITHIN.as_secs());
                 Err(unreached(admin, &io::Error::other(late)))
             })?;
         let origin = http::Uri::from_static("https://credbroker");
@@ -353,7 +353,7 @@ impl Admin {
         })
     }
 
-    /// Makes one call that is given up after `within`.
+    /// Makes one call, with `within` as its time limit.
     pub(super) async fn ask<M, T>(
         &mut self,
         within: Duration,
@@ -364,20 +364,20 @@ impl Admin {
         request.set_timeout(within);
         match timeout(within, call(&mut self.client, request)).await {
             Ok(Ok(response)) => Ok(response.into_inner()),
-            Ok(Err(status)) => Err(told(&self.broker, &status)),
+            Ok(Err(status)) => Err(call_failure(&self.broker, &status)),
             Err(_) => Err(Failure::new(
                 format!(
-                    "the broker at {} did not answer within {} s; it may still complete the call",
+                    "the broker at {} did not respond within {} s; it may still complete the call",
                     self.broker,
                     within.as_secs()
                 ),
-                "check with `credbroker keys list`, and in the broker's log and audit log",
+                "check the result with `credbroker keys list`, and in the broker's log and audit log",
             )),
         }
     }
 }
 
-/// One HTTP/2 connection, without tonic's own transport, which the broker needs nowhere else.
+/// One HTTP/2 connection, without tonic's own transport, which nothing else in the broker needs.
 pub(super) struct BrokerConnection(SendRequest<tonic::body::Body>);
 
 impl Service<http::Request<tonic::body::Body>> for BrokerConnection {
@@ -394,85 +394,86 @@ impl Service<http::Request<tonic::body::Body>> for BrokerConnection {
     }
 }
 
-/// Nobody answers.
+/// The failure where nothing can be reached at the address.
 fn unreached(file: &AdminFile, error: &io::Error) -> Failure {
     let broker = &file.broker;
     Failure::new(
-        format!("the broker cannot be reached at {broker}: {error}"),
+        format!("cannot connect to the broker at {broker}: {error}"),
         format!(
-            "start the broker; it runs without keys, too. If it runs, set [listen] admin = {broker:?} in its configuration, or \
-             `broker` in admin.toml to the address in its log line \"listening\""
+            "start the broker (it also runs without keys). If it is running, set [listen] admin = {broker:?} in its \
+             configuration, or set `broker` in admin.toml to the address in its log line \"listening\""
         ),
     )
 }
 
-/// Somebody answers, and one of the two does not take the other's certificate.
+/// The failure of a handshake: one side refused the other's certificate, or the peer is not a broker.
 fn refused(file: &AdminFile, error: &io::Error) -> Failure {
     let AdminFile { broker, .. } = file;
     let (ca, certificate) = (file.ca.display(), file.certificate.display());
     let tls = error
         .get_ref()
         .and_then(|error| error.downcast_ref::<rustls::Error>());
-    let (what, fix) = match tls {
+    let (cause, fix) = match tls {
         Some(rustls::Error::AlertReceived(alert)) => match alert {
             AlertDescription::AccessDenied | AlertDescription::CertificateUnknown => (
                 format!("{broker} is not an admin listener"),
-                "`broker` in admin.toml must be the broker's listen.admin, and not listen.grpc, which is the bots'".to_owned(),
+                "set `broker` in admin.toml to the broker's listen.admin, not to listen.grpc (for bots)".to_owned(),
             ),
             AlertDescription::CertificateExpired => (
-                format!("the broker at {broker} rejected {certificate}: it has expired, or is not valid yet"),
-                "renew it; if its dates are right, check the clock of the broker's machine".to_owned(),
+                format!("the broker at {broker} refused {certificate}: it has expired, or is not valid yet"),
+                "renew the certificate; if its dates are right, check the clock of the broker's host".to_owned(),
             ),
             AlertDescription::UnknownCA => (
                 format!("the broker at {broker} does not trust the CA of {certificate}"),
-                "use a certificate from a CA in the broker's tls.admin_ca (tls.client_ca where that is not set), or add \
-                 its CA there; it is taken up without a restart"
+                "use a certificate from a CA in the broker's tls.admin_ca (or tls.client_ca, if tls.admin_ca is not set), or \
+                 add your certificate's CA to that file; the broker reloads it without a restart"
                     .to_owned(),
             ),
             other => (
-                format!("the broker at {broker} refused the handshake: {other:?}"),
-                "its log says why, at the line \"client certificate refused\" or \"TLS handshake failed\"".to_owned(),
+                format!("the broker at {broker} refused the TLS handshake: {other:?}"),
+                "see the broker's log, line \"client certificate refused\" or \"TLS handshake failed\"".to_owned(),
             ),
         },
         Some(rustls::Error::InvalidCertificate(problem)) => match problem {
             CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => (
-                format!("the certificate of the broker at {broker} does not name {}", file.server_name.to_str()),
-                "set server_name in admin.toml to a name that stands in it".to_owned(),
+                format!("the certificate of the broker at {broker} is not valid for {}", file.server_name.to_str()),
+                "set server_name in admin.toml to a name in that certificate".to_owned(),
             ),
             CertificateError::UnknownIssuer => (
-                format!("the certificate of the broker at {broker} does not come from a CA in {ca}"),
-                "`ca` in admin.toml must hold the CA of the broker's tls.certificate; if it does, something else listens there"
+                format!("the certificate of the broker at {broker} was not issued by a CA in {ca}"),
+                "set `ca` in admin.toml to the CA of the broker's tls.certificate; if it already is, another service is listening at \
+                 this address"
                     .to_owned(),
             ),
             other => (
-                format!("the certificate of the broker at {broker} cannot be trusted: {other}"),
-                "renew the broker's tls.certificate; it is taken up without a restart".to_owned(),
+                format!("the certificate of the broker at {broker} is not trusted: {other}"),
+                "renew the broker's tls.certificate; the broker reloads it without a restart".to_owned(),
             ),
         },
-        Some(error) if shows_ca(error) => (
+        Some(error) if presents_ca(error) => (
             format!("the broker at {broker} presents a CA certificate as its server certificate"),
-            "give the broker a tls.certificate that its CA has issued (CA:FALSE)".to_owned(),
+            "set the broker's tls.certificate to a server certificate (CA:FALSE) issued by this CA".to_owned(),
         ),
         Some(rustls::Error::InvalidMessage(_)) => (
             format!("{broker} does not speak TLS"),
-            "`broker` in admin.toml must be the broker's listen.admin, and not listen.ops".to_owned(),
+            "set `broker` in admin.toml to the broker's listen.admin, not to listen.ops".to_owned(),
         ),
         _ => (
             format!("the broker at {broker} closed the connection: {error}"),
-            "try again; its log says why".to_owned(),
+            "see the broker's log for the cause, then re-run the command".to_owned(),
         ),
     };
-    Failure::new(what, fix)
+    Failure::new(cause, fix)
 }
 
-/// What the answer to a call says that failed.
-fn told(broker: &str, status: &Status) -> Failure {
+/// The failure that the status of a call describes.
+fn call_failure(broker: &str, status: &Status) -> Failure {
     let info = status.get_details_error_info();
     let Some(info) = info.filter(|info| info.domain == DOMAIN) else {
         return if status.code() == Code::Unimplemented {
             Failure::new(
-                format!("the broker at {broker} does not know this call"),
-                "it is older than this command: use the `credbroker` of the broker's version, or update the broker",
+                format!("the broker at {broker} does not support this call"),
+                "the broker is older than this command: use a `credbroker` binary of the same version as the broker, or upgrade the broker",
             )
         } else {
             Failure::new(
@@ -480,7 +481,7 @@ fn told(broker: &str, status: &Status) -> Failure {
                     "lost the connection to the broker at {broker}: {}",
                     status.message()
                 ),
-                "check with `credbroker keys list` whether it did, and try again",
+                "the call may have taken effect: run `credbroker keys list` to check, then re-run the command",
             )
         };
     };
@@ -489,13 +490,16 @@ fn told(broker: &str, status: &Status) -> Failure {
         Code::Unauthenticated => "get a certificate from a CA that the broker trusts",
         // The message names the file.
         Code::Unavailable if info.reason == "STATE_UNWRITABLE" => {
-            "check free space and permissions of that folder"
+            "check free space and permissions of the folder of that file"
         }
-        Code::FailedPrecondition => "look at `credbroker keys list`",
+        Code::FailedPrecondition if info.reason == "CLOCK_UNCERTAIN" => {
+            "check the connection to KuCoin with `credbroker doctor`, then re-run the command"
+        }
+        Code::FailedPrecondition => "run `credbroker keys list` to check the key",
         _ => "see the broker's log",
     };
     Failure::new(
-        format!("refused: {}: {}", info.reason, status.message()),
+        format!("failed: {}: {}", info.reason, status.message()),
         fix,
     )
 }
@@ -512,7 +516,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_start_at_the_folder_and_the_name_is_that_of_the_address_unless_another_is_given() {
+    fn relative_paths_start_at_the_folder_and_server_name_defaults_to_the_address() {
         let folder = Path::new("/etc/credbroker");
         let file = AdminFile::parse(TEXT, folder).unwrap();
         assert_eq!(file.server_name, ServerName::try_from("::1").unwrap());
@@ -535,7 +539,7 @@ mod tests {
              file = \"~/.vault-token\"",
         );
         for part in [
-            "line 2: ca: expected a path without ~ and variables, which are not expanded, got \"~/ca.pem\"; write the whole path",
+            "line 2: ca: expected a path without ~ or variables, which are not expanded, got \"~/ca.pem\"; write the full path",
             "line 3: certificate: expected a path without ~",
             "line 4: key: expected a path without ~",
             "line 7: vault.roots: expected a path without ~",
@@ -550,13 +554,13 @@ mod tests {
     }
 
     #[test]
-    fn every_problem_is_told_with_its_line() {
+    fn every_problem_is_reported_with_its_line() {
         let all = problems(
             "broker = \"localhost\"\nserver_name = \"a b\"\nport = 1\n[vault]\naddress = \"http://vault:8200\"",
         );
         for part in [
             "line 1: broker: expected host and port",
-            "line 2: server_name: expected a DNS name or an address",
+            "line 2: server_name: expected a DNS name or an IP address",
             "line 3: port: is not a key of this section",
             "ca: is missing",
             "certificate: is missing",

@@ -1,4 +1,4 @@
-//! `credbroker bots`: keeps a bot out, whatever the rules grant it.
+//! `credbroker bots`: blocks and unblocks bots.
 
 use std::path::PathBuf;
 
@@ -9,27 +9,28 @@ use super::text::{clean_lines, paragraph};
 use super::{DECIDE_WITHIN, DONE, show};
 use crate::proto::{BlockBotRequest, BlockBotResponse, UnblockBotRequest};
 
-/// Which bot.
+/// The bot to block or unblock.
 #[derive(Args, Debug)]
 pub(super) struct Which {
-    /// The bot, as its certificate names it: `spiffe://<trust domain>/bot/<name>`, or a DNS name. The end of the name will
-    /// do where the rules name one such bot alone.
+    /// Bot, as named in its certificate: `spiffe://<trust domain>/bot/<name>`, or a DNS name. The last part of the name is
+    /// enough if no other bot in the rules has it.
     name: String,
-    /// How to reach the broker.
+    /// Path of admin.toml, which has the address of the broker.
     #[arg(long, default_value = ADMIN)]
     admin: PathBuf,
 }
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Refuses every call of a bot, cancels and reads too, at once and also after a restart of the broker.
+    /// Block a bot: refuse all its calls, including cancels and reads, at once; the block survives restarts.
     ///
-    /// Exit code 0: done; 1: the broker was not reached, or refused, or it is not on disk; 2: usage or admin.toml.
+    /// Exit code 0: blocked; 1: broker unreachable, call refused, or not written to disk; 2: usage error or invalid
+    /// admin.toml.
     #[command(after_long_help = "Example:\n  credbroker bots block spiffe://example.org/bot/maker")]
     Block(Which),
-    /// Lets a blocked bot call again; the rules say what it may.
+    /// Unblock a bot; its grants in the rules apply again.
     ///
-    /// Exit code 0: done; 1: the broker was not reached, or refused; 2: usage or admin.toml.
+    /// Exit code 0: done; 1: broker unreachable or call refused; 2: usage error or invalid admin.toml.
     #[command(
         after_long_help = "Example:\n  credbroker bots unblock spiffe://example.org/bot/maker"
     )]
@@ -61,37 +62,37 @@ pub(super) fn run(command: &Command) -> u8 {
 
 fn blocked(response: &BlockBotResponse) -> String {
     let name = &response.bot;
-    let since = if response.was_blocked {
-        "already in force"
+    let already = if response.was_blocked {
+        " (was already blocked)"
     } else {
-        "in force now"
+        ""
     };
     let mut text = paragraph(
         "blocked: ",
         &format!(
-            "{name}, {since}. Each of its calls is refused (CALLER_BLOCKED); survives restarts. Calls already sent run to their end."
+            "{name}{already}. All its calls are refused (CALLER_BLOCKED); the block survives restarts. Requests already sent run to completion."
         ),
     );
     if !response.is_in_rules {
-        let but = "the rules name no such bot, so look whether the name is right: it is compared whole, as certificates have it. \
-                   The `bot` lines of the audit file and the grants in the rules show names.";
+        let but = "no rule names this bot; check the name, which must match the bot's certificate exactly. The audit log (field \
+                   `bot`) and the grants in the rules have the names in use.";
         text += &paragraph("but: ", but);
     }
     text += &paragraph(
         "next: ",
-        "its orders stay open, and it can no longer cancel them: use `credbroker halt ACCOUNT --cancel-all` or another bot. If its \
-         certificate has been stolen, take its grants out of the rules too",
+        "its orders stay open, and it can no longer cancel them; run `credbroker halt ACCOUNT --cancel-all`, or cancel them with \
+         another bot. If its certificate was stolen, also remove its grants from the rules",
     );
     text + &paragraph("undo: ", &format!("credbroker bots unblock {name}"))
 }
 
 fn unblocked(name: &str, was_blocked: bool) -> String {
     if was_blocked {
-        let what = format!("{name}, in force now. The rules decide again what it may do.");
-        paragraph("unblocked: ", &what)
+        let detail = format!("{name}. Its grants in the rules apply again.");
+        paragraph("unblocked: ", &detail)
     } else {
-        let what =
-            format!("{name} was not blocked. Names are compared whole, as certificates have them.");
-        paragraph("unchanged: ", &what)
+        let detail =
+            format!("{name} was not blocked. The name must match the bot's certificate exactly.");
+        paragraph("unchanged: ", &detail)
     }
 }

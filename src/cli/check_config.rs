@@ -1,4 +1,4 @@
-//! `credbroker check-config`: every problem at once, each with its key and the fix.
+//! `credbroker check-config`: reports all problems at once, each with its key and the fix.
 
 use std::path::Path;
 
@@ -30,7 +30,7 @@ pub(super) fn run(file: &Path) -> u8 {
             DONE
         }
         Err(problems) => {
-            say_problems(&problems, "credbroker check-config");
+            say_problems(&problems, "run `credbroker check-config` to check");
             USAGE
         }
     }

@@ -1,4 +1,4 @@
-//! `credbroker clock`: what an admin decides about the exchange's clock.
+//! `credbroker clock`: accepts a large difference between the exchange's clock and the system clock.
 
 use std::path::PathBuf;
 
@@ -14,17 +14,17 @@ use crate::proto::{AcceptClockRequest, AcceptClockResponse};
 pub(super) enum Command {
     /// Accept that the exchange's clock and the broker's system clock are more than a day apart.
     ///
-    /// While the difference is not accepted, risk-increasing requests are rejected with `CLOCK_UNCERTAIN`. Accepting covers
-    /// changes of up to 24 hours from the current difference and ends when the broker restarts. Compare both clocks with a
-    /// third one first: if the system clock is wrong, set it instead. Exit code 0: done; 1: the broker was not reached, or
-    /// refused; 2: usage or admin.toml.
+    /// While the difference is not accepted, risk-increasing requests are refused with `CLOCK_UNCERTAIN`. The acceptance
+    /// covers differences within 24 hours of the current one, until the broker restarts. Compare both clocks with a third
+    /// one first: if the system clock is wrong, set it instead. Exit code 0: done; 1: broker unreachable or call refused;
+    /// 2: usage error or invalid admin.toml.
     #[command(
         after_long_help = "Examples:\n  credbroker clock accept global/spot\n  credbroker clock accept futures"
     )]
     Accept {
-        /// Host, as /readyz names it: SITE/HOST, or HOST (spot or futures) where the rules use it on one site only.
+        /// Host, as shown in /readyz: SITE/HOST, or only HOST (spot or futures) if the rules use it on only one site.
         host: String,
-        /// How to reach the broker.
+        /// Path of admin.toml, which has the address of the broker.
         #[arg(long, default_value = ADMIN)]
         admin: PathBuf,
     },
@@ -49,14 +49,14 @@ fn accepted(response: &AcceptClockResponse) -> String {
     let (host, apart) = (printable(host), difference(*difference_ms));
     if !was_refused {
         let what = format!(
-            "the clock of {host} is {apart}; this difference is within 24 hours or already accepted."
+            "the clock of {host} is {apart}; this difference is at most 24 hours, or was already accepted."
         );
         return paragraph("unchanged: ", &what);
     }
     let what = format!(
         "the clock of {host} is {apart}. Risk-increasing requests are accepted again, and signed with the exchange's time."
     );
-    let until = "a restart of the broker, or a further change of more than 24 hours.";
+    let until = "the broker restarts, or the difference changes by more than 24 hours.";
     paragraph("accepted: ", &what) + &paragraph("until: ", until)
 }
 
@@ -74,8 +74,8 @@ mod tests {
         assert_eq!(
             accepted(&response(true)),
             "accepted: the clock of global/spot is 3650 days ahead of the system clock.\n          Risk-increasing requests are \
-             accepted again, and signed with the\n          exchange's time.\nuntil: a restart of the broker, or a further change of more \
-             than 24 hours.\n"
+             accepted again, and signed with the\n          exchange's time.\nuntil: the broker restarts, or the difference changes by \
+             more than 24 hours.\n"
         );
         let unchanged = accepted(&response(false));
         assert!(unchanged.starts_with("unchanged: "), "{unchanged}");

@@ -1,4 +1,4 @@
-//! `credbroker completions`: what a shell needs to complete our commands and options.
+//! `credbroker completions`: shell completions of commands and options.
 
 use clap_complete::Shell;
 

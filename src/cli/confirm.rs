@@ -1,16 +1,16 @@
-//! Asks an admin before a command that reaches further than one account or one key.
+//! Confirmation of commands that affect more than one account or one key.
 
 use std::io::{self, BufRead, IsTerminal, Write};
 
 use super::text::paragraph;
 use super::{FAILED, USAGE, say};
 
-/// Asks whether to go on. `what` says what the command does, in words that follow "This command".
+/// Asks for confirmation. `effect` describes what the command does, and follows "This command".
 ///
 /// # Errors
-/// With the exit code, after saying why: nobody confirmed it, or nobody can: stdin is no terminal, or stderr is none, which
-/// shows the question.
-pub(super) fn confirm(what: &str, is_confirmed: bool) -> Result<(), u8> {
+/// With the exit code, after printing the reason: not confirmed, or stdin or stderr (which shows the prompt) is not a
+/// terminal.
+pub(super) fn confirm(effect: &str, is_confirmed: bool) -> Result<(), u8> {
     if is_confirmed {
         return Ok(());
     }
@@ -20,25 +20,25 @@ pub(super) fn confirm(what: &str, is_confirmed: bool) -> Result<(), u8> {
     ];
     if let Some((stream, _)) = terminals.iter().find(|(_, is_terminal)| !is_terminal) {
         let why = format!(
-            "confirmation needed, but {stream} is not a terminal; nothing was done. This command {what}."
+            "confirmation required, but {stream} is not a terminal; nothing was done. This command {effect}."
         );
         say((paragraph("", &why) + "fix: add --yes").trim_end());
         return Err(USAGE);
     }
-    if ask(io::stdin().lock(), io::stderr(), what) {
+    if ask(io::stdin().lock(), io::stderr(), effect) {
         return Ok(());
     }
     say("not confirmed; nothing was done");
     Err(FAILED)
 }
 
-fn ask(mut answers: impl BufRead, mut terminal: impl Write, what: &str) -> bool {
-    let question = paragraph("", &format!("This command {what}."));
-    let mut answer = String::new();
-    // A terminal that cannot be written or read confirms nothing.
-    let asked = write!(terminal, "{question}Go on? Type yes: ").and_then(|()| terminal.flush());
-    let answered = asked.and_then(|()| answers.read_line(&mut answer));
-    answered.is_ok() && answer.trim() == "yes"
+fn ask(mut input: impl BufRead, mut terminal: impl Write, effect: &str) -> bool {
+    let effect = paragraph("", &format!("This command {effect}."));
+    let mut line = String::new();
+    // If the terminal cannot be written or read, the command is not confirmed.
+    let prompted = write!(terminal, "{effect}Continue? Type yes: ").and_then(|()| terminal.flush());
+    let read = prompted.and_then(|()| input.read_line(&mut line));
+    read.is_ok() && line.trim() == "yes"
 }
 
 #[cfg(test)]
@@ -46,7 +46,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_whole_word_yes_confirms() {
+    fn only_a_line_with_exactly_yes_confirms() {
         for (answer, confirms) in [
             ("yes\n", true),
             (" yes \r\n", true),
@@ -57,11 +57,11 @@ mod tests {
             ("yes, please\n", false),
         ] {
             let mut terminal = Vec::new();
-            let asked = ask(answer.as_bytes(), &mut terminal, "ends every halt");
-            assert_eq!(asked, confirms, "{answer:?}");
+            let is_confirmed = ask(answer.as_bytes(), &mut terminal, "ends every halt");
+            assert_eq!(is_confirmed, confirms, "{answer:?}");
             assert_eq!(
                 terminal,
-                b"This command ends every halt.\nGo on? Type yes: "
+                b"This command ends every halt.\nContinue? Type yes: "
             );
         }
     }

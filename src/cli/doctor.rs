@@ -1,7 +1,7 @@
-//! `credbroker doctor`: looks at everything that the broker needs, whether or not the broker runs.
+//! `credbroker doctor`: checks everything that the broker needs, whether or not the broker is running.
 //!
-//! It takes the same parts as the server and begins nothing with them: no lock, no listener, no poll. What it asks of the
-//! exchange with a key takes the path of bots' requests and is audited like them. Each part is bounded in time.
+//! It builds the same parts as the server, but takes no lock, opens no listener and starts no polls. Requests signed with a
+//! key take the same path as bots' requests and are audited like them. Each part has a time limit.
 
 mod exchange;
 mod files;
@@ -30,16 +30,16 @@ use crate::process::{Hardened, harden};
 use crate::server::build;
 use crate::telemetry::chain;
 
-use keys::Found;
+use keys::FoundKey;
 
-/// For all that is asked of Vault, and for each host of the exchange at the same time. With what follows, the address and
-/// the keys, the whole command takes less than half a minute whoever does not answer.
+/// Limit for all Vault checks, and for each exchange host; both run at the same time. Together with the two limits below,
+/// the command takes less than half a minute even if no server responds.
 const ASK_WITHIN: Duration = Duration::from_secs(8);
 
-/// For the question about our address.
+/// Limit for the check of the egress address.
 const ADDRESS_WITHIN: Duration = Duration::from_secs(4);
 
-/// For all questions with keys together, which come last.
+/// Limit for all key tests together, which run last.
 const TEST_WITHIN: Duration = Duration::from_secs(8);
 
 #[derive(Args, Debug)]
@@ -47,11 +47,11 @@ pub(super) struct Arguments {
     /// The configuration file.
     #[arg(long, default_value = CONFIG)]
     config: PathBuf,
-    /// Writes a JSON object a line, for machines.
+    /// Print one JSON object per line.
     #[arg(long)]
     json: bool,
-    /// Asks the exchange about this account and with its keys, and compares each answer with what is documented; no order
-    /// is placed. The report holds no secret and no balance.
+    /// Send test requests with this account's keys and compare each response with KuCoin's documentation. No real order is
+    /// placed. The report contains no secret and no balance.
     #[arg(long, value_name = "ACCOUNT")]
     live: Option<AccountId>,
 }
@@ -72,15 +72,15 @@ fn in_json(found: &Diagnosis) -> String {
     clean_json(&object.to_string()).into_owned()
 }
 
-/// The line, and the fix on the next one.
+/// The finding, with the fix on the next line.
 fn rows(found: &Diagnosis) -> Vec<Vec<Cell>> {
-    let word = Cell::of(found.severity, found.severity.as_str());
+    let status = Cell::of(found.severity, found.severity.as_str());
     let cause = if found.about.is_empty() {
         found.cause.clone()
     } else {
         format!("{}: {}", found.about, found.cause)
     };
-    let mut rows = vec![vec![word, found.id.into(), cause.into()]];
+    let mut rows = vec![vec![status, found.id.into(), cause.into()]];
     if !found.fix.is_empty() {
         let fix = format!("fix: {}", found.fix);
         rows.push(vec!["".into(), "".into(), fix.into()]);
@@ -88,19 +88,19 @@ fn rows(found: &Diagnosis) -> Vec<Vec<Cell>> {
     rows
 }
 
-/// What others wrote (Vault, the exchange, a file) moves no cursor.
+/// Escapes control characters in text from Vault, the exchange or a file.
 fn harmless(text: &str) -> String {
     clean(text, MAX_CHARS).into_owned()
 }
 
 pub(super) fn run(arguments: &Arguments) -> u8 {
-    // It holds keys for a moment, as the broker does for long.
+    // Doctor reads keys into memory for a short time.
     let hardened = harden();
     let name = arguments.config.display().to_string();
     let config = match read_config(&arguments.config) {
         Ok(config) => config,
         Err(problems) => {
-            let fix = "correct it; `credbroker check-config` looks again";
+            let fix = "correct it, then run `credbroker check-config` to check";
             let failed = |problem: &dyn std::fmt::Display| {
                 Diagnosis::failed("config", problem.to_string(), fix)
             };
@@ -114,7 +114,7 @@ pub(super) fn run(arguments: &Arguments) -> u8 {
     {
         Ok(runtime) => runtime,
         Err(error) => {
-            say(&format!("no runtime: {error}"));
+            say(&format!("cannot start the async runtime: {error}"));
             return FAILED;
         }
     };
@@ -126,12 +126,12 @@ pub(super) fn run(arguments: &Arguments) -> u8 {
         lines.extend(examine(&config, &hardened).await);
         report("", &lines, arguments.json, FAILED)
     });
-    // Whoever still asks a name server that does not answer is not waited for.
+    // Does not wait for name lookups that are still blocked.
     runtime.shutdown_background();
     code
 }
 
-/// Shows the lines below `head`; the exit code is `failed` where one of them says so.
+/// Prints the lines below `head`; the exit code is `failed` if one of them has failed.
 fn report(head: &str, lines: &[Diagnosis], json: bool, failed: u8) -> u8 {
     let text = if json {
         lines
@@ -144,13 +144,17 @@ fn report(head: &str, lines: &[Diagnosis], json: bool, failed: u8) -> u8 {
     show(&text, code(lines, failed))
 }
 
-/// What it comes to: the last line, as the first ones may have left the screen.
+/// The summary. It is the last line, because the first ones may have scrolled off the screen.
 fn verdict(lines: &[Diagnosis]) -> String {
     let number = |level| lines.iter().filter(|line| line.severity == level).count();
     match (number(Severity::Failed), number(Severity::Warning)) {
-        (0, 0) => "nothing is wrong".to_owned(),
-        (0, warnings) => format!("nothing failed; {}", counted(warnings, "warning")),
-        (failed, warnings) => format!("{failed} failed; {}", counted(warnings, "warning")),
+        (0, 0) => "no problems".to_owned(),
+        (0, warnings) => format!("no failures, {}", counted(warnings, "warning")),
+        (failures, warnings) => format!(
+            "{}, {}",
+            counted(failures, "failure"),
+            counted(warnings, "warning")
+        ),
     }
 }
 
@@ -159,14 +163,14 @@ fn code(lines: &[Diagnosis], failed: u8) -> u8 {
     if has_failed { failed } else { DONE }
 }
 
-/// Looks at everything, in the order of the screen.
+/// Runs all checks; the lines are in the order in which they are printed.
 async fn examine(config: &Config, hardened: &Hardened) -> Vec<Diagnosis> {
     let clock = Arc::new(Clock::system());
     let (mut lines, policy) = files::rules(&config.rules);
     lines.extend(files::certificates(config, clock.wall_ms()));
     lines.extend(files::permissions(config));
     let (state_lines, is_running) = files::state(config);
-    let (audit_lines, recordable) = files::audit(config);
+    let (audit_lines, audit_ready) = files::audit(config);
     let process_lines = process::lines(config, is_running, hardened);
 
     let provider = build::provider();
@@ -175,26 +179,26 @@ async fn examine(config: &Config, hardened: &Hardened) -> Vec<Diagnosis> {
     lines.extend(egress_lines.into_iter().chain(roots_lines));
 
     let egress = build::egress(config, egress_roots, &provider);
-    let asked = async {
+    let exchange_checks = async {
         let host_ids = exchange::host_ids(policy.as_ref());
         match &egress {
-            Ok(egress) => exchange::look(config, egress, &clock, &host_ids).await,
-            Err(error) => vec![exchange::unfit(error)],
+            Ok(egress) => exchange::check(config, egress, &clock, &host_ids).await,
+            Err(error) => vec![exchange::setup_failed(error)],
         }
     };
-    let keys = async {
-        let look = vault::look(config, vault_roots, &provider, policy.as_ref(), is_running);
-        match timeout(ASK_WITHIN, look).await {
+    let vault_checks = async {
+        let check = vault::check(config, vault_roots, &provider, policy.as_ref(), is_running);
+        match timeout(ASK_WITHIN, check).await {
             Ok(found) => found,
-            Err(_) => vault::late(ASK_WITHIN),
+            Err(_) => vault::timed_out(ASK_WITHIN),
         }
     };
-    let (exchange_lines, (vault_lines, found)) = tokio::join!(asked, keys);
+    let (exchange_lines, (vault_lines, found)) = tokio::join!(exchange_checks, vault_checks);
     lines.extend(vault_lines);
     lines.extend(exchange_lines);
-    // Where there is nothing to sign, not even an empty audit file is made.
+    // Without a key to test, not even an empty audit file is created.
     if let (Some(policy), Ok(egress), false) = (policy, egress, found.is_empty()) {
-        let broker = recordable.and_then(|()| {
+        let broker = audit_ready.and_then(|()| {
             let broker = build::broker(config, policy, egress, clock);
             broker.map_err(|error| chain(&error))
         });
@@ -206,8 +210,8 @@ async fn examine(config: &Config, hardened: &Hardened) -> Vec<Diagnosis> {
     lines
 }
 
-/// Asks the exchange about every key that Vault gave.
-async fn test(broker: Result<Arc<Broker>, String>, found: Vec<Found>) -> Vec<Diagnosis> {
+/// Tests on the exchange every key that Vault returned.
+async fn test(broker: Result<Arc<Broker>, String>, found: Vec<FoundKey>) -> Vec<Diagnosis> {
     match broker {
         Ok(broker) => {
             let tests = found.into_iter().map(|found| {
@@ -215,7 +219,7 @@ async fn test(broker: Result<Arc<Broker>, String>, found: Vec<Found>) -> Vec<Dia
                 async move {
                     let about = found.about();
                     let tested = timeout(TEST_WITHIN, keys::test(&broker, found)).await;
-                    tested.unwrap_or_else(|_| keys::late(&about, TEST_WITHIN))
+                    tested.unwrap_or_else(|_| keys::timed_out(&about, TEST_WITHIN))
                 }
             });
             let lines = futures_util::future::join_all(tests).await;
@@ -225,7 +229,8 @@ async fn test(broker: Result<Arc<Broker>, String>, found: Vec<Found>) -> Vec<Dia
         Err(reason) => found
             .iter()
             .map(|found| {
-                let detail = format!("not tested, since nothing is sent unrecorded: {reason}");
+                let detail =
+                    format!("not tested, because doctor cannot send audited requests: {reason}");
                 Diagnosis::unchecked("key", detail).about(found.about())
             })
             .collect(),

@@ -1,4 +1,4 @@
-//! `credbroker explain`: what a code of KuCoin's means, in the words that bots get.
+//! `credbroker explain`: the meaning of a KuCoin code, in the same sentences as for bots.
 
 use clap::Args;
 use serde_json::json;
@@ -10,26 +10,27 @@ use crate::kucoin::advice::{self, Advice, AdviceContext};
 
 #[derive(Args, Debug)]
 pub(super) struct Options {
-    /// A code as KuCoin answers it, or a topic of the list. Without it all are listed.
+    /// KuCoin code, or a topic from the list; without it, all topics are listed.
     code: Option<String>,
-    /// futures, spot-margin or unified, where a code means different things; without it all of them are shown.
+    /// Scope: futures, spot-margin or unified. The same code can mean different things in different
+    /// scopes; without --scope, all meanings are shown.
     #[arg(long, value_parser = scope)]
     scope: Option<Scope>,
-    /// Lists all topics with their codes.
+    /// List all topics with their codes.
     #[arg(long, conflicts_with = "code")]
     list: bool,
-    /// Writes a JSON object a line, for machines.
+    /// Print one JSON object per line.
     #[arg(long)]
     json: bool,
 }
 
-pub(super) fn run(question: &Options) -> u8 {
+pub(super) fn run(options: &Options) -> u8 {
     let &Options {
         ref code,
         scope,
         json,
         ..
-    } = question;
+    } = options;
     let found: Vec<_> = match code {
         Some(code) => advice::meanings(scope, code).collect(),
         None => advice::ALL
@@ -44,8 +45,8 @@ pub(super) fn run(question: &Options) -> u8 {
         }
         _ if json => found.iter().map(|advice| as_json(advice)).collect(),
         Some(code) => {
-            let told: Vec<_> = found.iter().map(|advice| explained(code, advice)).collect();
-            told.join("\n")
+            let texts: Vec<_> = found.iter().map(|advice| explained(code, advice)).collect();
+            texts.join("\n")
         }
         None => {
             let rows: Vec<_> = found.iter().map(|advice| listed(advice, scope)).collect();
@@ -65,23 +66,23 @@ fn is_of(advice: &Advice, scope: Option<Scope>) -> bool {
 }
 
 fn unknown(code: &str, scope: Option<Scope>) -> String {
-    let mut said = paragraph(
+    let mut text = paragraph(
         "",
         &match scope {
-            Some(scope) => format!("There is no advice on {code} in scope {scope}."),
-            None => format!("There is no advice on {code}."),
+            Some(scope) => format!("No advice for {code} in scope {scope}."),
+            None => format!("No advice for {code}."),
         },
     );
-    said += &paragraph(
+    text += &paragraph(
         "fix: ",
         match advice::of(None, code) {
-            Some(_) => "Leave --scope out: other scopes have it.",
+            Some(_) => "Omit --scope: there is advice for other scopes.",
             None => {
-                "Look it up in KuCoin's API documentation under Error Code; `msg` in the answer says what KuCoin itself has to say."
+                "Look it up in KuCoin's API documentation under Error Code, and read `msg` in KuCoin's response."
             }
         },
     );
-    said.trim_end().to_owned()
+    text.trim_end().to_owned()
 }
 
 fn explained(word: &str, advice: &Advice) -> String {
@@ -104,13 +105,13 @@ fn explained(word: &str, advice: &Advice) -> String {
     [
         paragraph("", &title),
         paragraph("  ", meaning),
-        paragraph("  why: ", cause),
+        paragraph("  cause: ", cause),
         paragraph("  fix: ", &fix),
     ]
     .concat()
 }
 
-/// Scopes in which `code` means this; of a topic, none.
+/// Scopes in which `code` has this meaning; empty if `code` is a topic.
 fn scopes(advice: &Advice, code: &str) -> Vec<Scope> {
     let with_code = advice
         .codes

@@ -1,4 +1,4 @@
-//! `credbroker halt` and `resume`: the emergency stop, and its end.
+//! `credbroker halt` and `resume`: start and end of an emergency stop.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -13,19 +13,19 @@ use crate::base::diagnosis::Severity;
 use crate::ops::cancel_all::WITHIN;
 use crate::proto::{Cancelled, HaltRequest, HaltResponse, ResumeRequest, ResumeResponse, Scope};
 
-/// Beside the time that the broker gives itself for the orders.
+/// Added to the broker's own time limit for cancelling orders.
 const SLACK: Duration = Duration::from_secs(30);
 
-/// Whose orders are meant.
+/// One account, or all.
 #[derive(Args, Debug)]
 #[command(group(ArgGroup::new("whose").required(true).args(["account", "all"])))]
 struct Whose {
-    /// The account, as the rules file names it.
+    /// Account, as named in the rules.
     account: Option<String>,
-    /// Every account, also those that the rules name later.
+    /// All accounts, including those added to the rules later.
     #[arg(long)]
     all: bool,
-    /// How to reach the broker.
+    /// Path of admin.toml, which has the address of the broker.
     #[arg(long, default_value = ADMIN)]
     admin: PathBuf,
 }
@@ -34,7 +34,7 @@ struct Whose {
 pub(super) struct Halt {
     #[command(flatten)]
     whose: Whose,
-    /// Cancels every open order too, and looks what is still open.
+    /// Also cancel every open order, and report orders that are still open.
     #[arg(long)]
     cancel_all: bool,
 }
@@ -53,7 +53,7 @@ impl Whose {
         self.account.clone().unwrap_or_default()
     }
 
-    /// As the command line has it.
+    /// The argument on the command line.
     fn word(&self) -> &str {
         self.account.as_deref().unwrap_or("--all")
     }
@@ -61,7 +61,7 @@ impl Whose {
     fn name(&self) -> String {
         match &self.account {
             Some(account) => format!("account {account}"),
-            None => "every account".to_owned(),
+            None => "all accounts".to_owned(),
         }
     }
 }
@@ -89,10 +89,15 @@ pub(super) fn halt(command: &Halt) -> u8 {
 fn halted(whose: &Whose, cancel_all: bool, response: &HaltResponse, style: Style) -> (String, u8) {
     let HaltResponse { cancelled, problem } = response;
     let (name, word) = (whose.name(), whose.word());
+    let lasting = if problem.is_empty() {
+        "; the halt survives restarts"
+    } else {
+        ""
+    };
     let mut text = paragraph(
         "halted: ",
         &format!(
-            "{name}, in force now. New risk is rejected (ACCOUNT_FROZEN); survives restarts. Cancels and reads still work."
+            "{name}. Risk-increasing requests are refused (ACCOUNT_FROZEN){lasting}. Cancels and reads still work."
         ),
     );
     let is_clear = !cancelled.is_empty() && cancelled.iter().all(|one| one.still_open == Some(0));
@@ -109,12 +114,11 @@ fn halted(whose: &Whose, cancel_all: bool, response: &HaltResponse, style: Style
     }
     if !cancelled.is_empty() {
         text += "\n";
-        text += &paragraph("open: ", &left(cancelled));
+        text += &paragraph("open orders: ", &summary(cancelled));
     }
     if cancel_all && cancelled.is_empty() {
-        let what =
-            "the rules name no key for it: nothing was cancelled, and open orders are unknown";
-        text += &paragraph("failed: ", what);
+        let detail = "no key in the rules to cancel with: nothing was cancelled, and open orders are unknown";
+        text += &paragraph("failed: ", detail);
     }
     if !problem.is_empty() {
         text += &paragraph("failed: ", problem);
@@ -123,11 +127,11 @@ fn halted(whose: &Whose, cancel_all: bool, response: &HaltResponse, style: Style
     let next = match (cancel_all, is_clear) {
         (true, true) => None,
         (true, false) => Some(
-            "re-run the command to cancel what is left, or cancel it on KuCoin's site. `credbroker keys list` shows whether a key is the problem"
+            "re-run the command to cancel the remaining orders, or cancel them on KuCoin's site; run `credbroker keys list` to check the keys"
                 .to_owned(),
         ),
         (false, _) => Some(format!(
-            "open orders stay open: `credbroker halt {word} --cancel-all` cancels them"
+            "open orders stay open; run `credbroker halt {word} --cancel-all` to cancel them"
         )),
     };
     if let Some(next) = next {
@@ -137,9 +141,9 @@ fn halted(whose: &Whose, cancel_all: bool, response: &HaltResponse, style: Style
     (text, code)
 }
 
-/// What is left of all of it, since the report is longer than a screen.
-fn left(cancelled: &[Cancelled]) -> String {
-    let places = cancelled.iter().filter_map(|one| {
+/// The open orders of all accounts and scopes, since the report can be longer than a screen.
+fn summary(cancelled: &[Cancelled]) -> String {
+    let open = cancelled.iter().filter_map(|one| {
         let place = format!("{} in {}", one.account, scope(one));
         match one.still_open {
             Some(0) => None,
@@ -147,11 +151,11 @@ fn left(cancelled: &[Cancelled]) -> String {
             None => Some(format!("unknown on {place}")),
         }
     });
-    let places: Vec<_> = places.collect();
-    if places.is_empty() {
+    let open: Vec<_> = open.collect();
+    if open.is_empty() {
         "none".to_owned()
     } else {
-        places.join(", ")
+        open.join(", ")
     }
 }
 
@@ -164,36 +168,36 @@ fn scope(one: &Cancelled) -> &'static str {
     }
 }
 
-/// What is left of one account in one scope, and what was asked that did not go well. The rest is counted: a screen that is
-/// full of good news hides the bad.
+/// The open orders of one account in one scope, and each failed request. Successful requests are only counted, so that the
+/// failures are easy to see.
 fn reported(one: &Cancelled, style: Style) -> String {
-    let (level, left) = match one.still_open {
-        Some(0) => (Severity::Ok, "none open".to_owned()),
+    let (level, open) = match one.still_open {
+        Some(0) => (Severity::Ok, "no open orders".to_owned()),
         Some(open) => (Severity::Failed, format!("{open} still open")),
         None => (Severity::Failed, "open orders unknown".to_owned()),
     };
-    let left = style.coloured(level, &left);
-    let mut text = format!("{} in {}: {left}\n", one.account, scope(one));
-    let mut row = |level: Severity, told: &str| {
-        let (told, word) = (paragraph("           ", told), level.as_str());
-        // Put in afterwards: colour takes no columns.
+    let open = style.coloured(level, &open);
+    let mut text = format!("{} in {}: {open}\n", one.account, scope(one));
+    let mut row = |level: Severity, detail: &str| {
+        let (detail, word) = (paragraph("           ", detail), level.as_str());
+        // Added after wrapping, because colour codes take no columns.
         let shown = style.coloured(level, word) + &" ".repeat(9 - word.len());
-        text += &["  ", &shown, told.trim_start()].concat();
+        text += &["  ", &shown, detail.trim_start()].concat();
     };
-    let (good, bad): (Vec<_>, Vec<_>) = one.probes.iter().partition(|probe| probe.is_ok);
+    let (good, bad): (Vec<_>, Vec<_>) = one.requests.iter().partition(|one| one.is_ok);
     if !good.is_empty() {
-        let told = format!("{}: taken, or none open", counted(good.len(), "request"));
-        row(Severity::Ok, &told);
+        let detail = format!("{} succeeded", counted(good.len(), "request"));
+        row(Severity::Ok, &detail);
     }
     let level = if one.still_open == Some(0) {
         Severity::Warning
     } else {
         Severity::Failed
     };
-    for probe in bad {
+    for result in bad {
         row(
             level,
-            &printable(&format!("{}: {}", probe.question, probe.answer)),
+            &printable(&format!("{}: {}", result.request, result.result)),
         );
     }
     text
@@ -201,9 +205,9 @@ fn reported(one: &Cancelled, style: Style) -> String {
 
 pub(super) fn resume(command: &Resume) -> u8 {
     let Resume { whose, yes } = command;
-    let what = "lifts the halt of all accounts; those that are halted by name stay halted";
+    let detail = "lifts the halt set with `halt --all`; accounts that were also halted individually stay halted";
     if whose.all
-        && let Err(code) = confirm(what, *yes)
+        && let Err(code) = confirm(detail, *yes)
     {
         return code;
     }
@@ -226,19 +230,19 @@ fn resumed(whose: &Whose, response: &ResumeResponse) -> String {
     } = response;
     let name = whose.name();
     let mut text = match (was_halted, whose.all) {
-        (true, true) => paragraph("resumed: ", "the halt of all accounts is lifted."),
-        (true, false) => paragraph("resumed: ", &format!("{name}, in force now.")),
-        (false, true) => paragraph("unchanged: ", "there was no halt of all accounts."),
+        (true, true) => paragraph("resumed: ", "the halt set with `halt --all` is lifted."),
+        (true, false) => paragraph("resumed: ", &format!("the halt of {name} is lifted.")),
+        (false, true) => paragraph("unchanged: ", "`halt --all` was not in effect."),
         (false, false) => {
-            let what = format!("{name} was not halted by its name.");
-            paragraph("unchanged: ", &what)
+            let detail = format!("{name} was not halted individually.");
+            paragraph("unchanged: ", &detail)
         }
     };
     let accounts = still_halted.join(", ");
     let but = if *is_all_halted {
-        "all accounts are still halted: `credbroker resume --all` lifts it.".to_owned()
+        "all accounts are still halted; run `credbroker resume --all` to lift that.".to_owned()
     } else if !accounts.is_empty() {
-        format!("still halted by name: {accounts}. `credbroker resume ACCOUNT` lifts one.")
+        format!("still halted individually: {accounts}; run `credbroker resume ACCOUNT` for each")
     } else {
         return text;
     };
@@ -249,7 +253,7 @@ fn resumed(whose: &Whose, response: &ResumeResponse) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::proto::Probe;
+    use crate::proto::RequestResult;
 
     fn whose(account: Option<&str>) -> Whose {
         Whose {
@@ -260,24 +264,24 @@ mod tests {
     }
 
     fn cancelled(still_open: Option<u64>) -> Cancelled {
-        let probe = |question: &str, is_ok, answer: &str| Probe {
-            question: question.to_owned(),
+        let result = |request: &str, is_ok, result: &str| RequestResult {
+            request: request.to_owned(),
             is_ok,
-            answer: answer.to_owned(),
+            result: result.to_owned(),
         };
         Cancelled {
             account: "main".to_owned(),
             scope: Scope::SpotMargin.into(),
-            probes: vec![
-                probe(
+            requests: vec![
+                result(
                     "DELETE /api/v1/stop-order/cancel tradeType=TRADE",
                     true,
-                    "taken",
+                    "accepted",
                 ),
-                probe(
+                result(
                     "GET /api/v3/hf/margin/orders/active tradeType=MARGIN_ISOLATED_TRADE",
                     false,
-                    "not known: no \u{1b}answer came",
+                    "unknown: no \u{1b}answer came",
                 ),
             ],
             still_open,
@@ -285,22 +289,22 @@ mod tests {
     }
 
     #[test]
-    fn a_report_says_what_is_left_and_what_to_do_and_fits_a_terminal() {
+    fn report_lists_open_orders_and_the_next_step_and_fits_a_terminal() {
         let cases = [
-            (Some(0), "none open", "warning", DONE),
+            (Some(0), "no open orders", "warning", DONE),
             (Some(3), "3 still open", "failed", FAILED),
             (None, "open orders unknown", "failed", FAILED),
         ];
-        for (still_open, left, word, code) in cases {
+        for (still_open, open_text, word, code) in cases {
             let response = HaltResponse {
                 cancelled: vec![cancelled(still_open)],
                 problem: String::new(),
             };
-            let (text, ended) = halted(&whose(None), true, &response, Style::plain());
+            let (text, exit_code) = halted(&whose(None), true, &response, Style::plain());
             let expected = format!(
-                "\n\nmain in spot-margin: {left}\n  ok       1 request: taken, or none open\n  \
+                "\n\nmain in spot-margin: {open_text}\n  ok       1 request succeeded\n  \
                  {word:<9}GET /api/v3/hf/margin/orders/active tradeType=MARGIN_ISOLATED_TRADE:\n           \
-                 not known: no \\u{{1b}}answer came\n\n"
+                 unknown: no \\u{{1b}}answer came\n\n"
             );
             assert!(text.contains(&expected), "{text}");
             let open = match still_open {
@@ -308,20 +312,20 @@ mod tests {
                 Some(_) => "3 on main in spot-margin",
                 None => "unknown on main in spot-margin",
             };
-            assert!(text.contains(&format!("\nopen: {open}\n")), "{text}");
+            assert!(text.contains(&format!("\nopen orders: {open}\n")), "{text}");
             assert_eq!(text.contains("\nnext: "), code == FAILED, "{text}");
             assert!(text.ends_with("undo: credbroker resume --all\n"), "{text}");
             assert!(
                 text.lines().all(|line| line.chars().count() <= 80),
                 "{text}"
             );
-            assert_eq!(ended, code);
+            assert_eq!(exit_code, code);
         }
     }
 
     #[test]
-    fn resume_says_what_it_lifted_and_which_halts_remain() {
-        let said = |account, was_halted, is_all_halted, still_halted: &[&str]| {
+    fn resume_reports_what_it_lifted_and_which_halts_remain() {
+        let output = |account, was_halted, is_all_halted, still_halted: &[&str]| {
             let response = ResumeResponse {
                 still_halted: still_halted.iter().map(ToString::to_string).collect(),
                 was_halted,
@@ -330,40 +334,43 @@ mod tests {
             resumed(&whose(account), &response)
         };
         assert_eq!(
-            said(Some("main"), true, false, &[]),
-            "resumed: account main, in force now.\n"
+            output(Some("main"), true, false, &[]),
+            "resumed: the halt of account main is lifted.\n"
         );
         assert_eq!(
-            said(Some("main"), false, true, &["main"]),
-            "unchanged: account main was not halted by its name.\n\
-             but: all accounts are still halted: `credbroker resume --all` lifts it.\n"
+            output(Some("main"), false, true, &["main"]),
+            "unchanged: account main was not halted individually.\n\
+             but: all accounts are still halted; run `credbroker resume --all` to lift that.\n"
         );
         assert_eq!(
-            said(None, true, false, &["main", "other"]),
-            "resumed: the halt of all accounts is lifted.\n\
-             but: still halted by name: main, other. `credbroker resume ACCOUNT` lifts one.\n"
+            output(None, true, false, &["main", "other"]),
+            "resumed: the halt set with `halt --all` is lifted.\n\
+             but: still halted individually: main, other; run `credbroker resume ACCOUNT` for\n     each\n"
         );
         assert_eq!(
-            said(None, false, false, &[]),
-            "unchanged: there was no halt of all accounts.\n"
+            output(None, false, false, &[]),
+            "unchanged: `halt --all` was not in effect.\n"
         );
     }
 
     #[test]
-    fn what_is_not_on_disk_or_was_not_looked_at_is_a_failure() {
+    fn halt_not_on_disk_or_unknown_open_orders_are_a_failure() {
         let unwritten = HaltResponse {
             cancelled: vec![cancelled(Some(0))],
-            problem: "it is in force, but not on disk".to_owned(),
+            problem: "the change is in effect but not saved".to_owned(),
         };
         let (text, code) = halted(&whose(Some("main")), true, &unwritten, Style::plain());
         assert!(
-            text.contains("\nfailed: it is in force, but not on disk\n"),
+            text.contains("\nfailed: the change is in effect but not saved\n"),
             "{text}"
         );
         assert_eq!(code, FAILED);
         let none = HaltResponse::default();
         let (text, code) = halted(&whose(Some("main")), true, &none, Style::plain());
-        assert!(text.contains("the rules name no key for it"), "{text}");
+        assert!(
+            text.contains("no key in the rules to cancel with"),
+            "{text}"
+        );
         assert_eq!(code, FAILED);
         let (text, code) = halted(&whose(Some("main")), false, &none, Style::plain());
         assert!(

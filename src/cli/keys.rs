@@ -1,4 +1,4 @@
-//! `credbroker keys`: the keys of a running broker, listed and tested; the other commands have files of their own.
+//! `credbroker keys`: `list` and `test`; each other subcommand has its own file.
 
 pub(super) mod common;
 mod register;
@@ -24,77 +24,78 @@ use crate::proto::{KeyState, KeyStatus, TestKeyRequest};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Shows every key that the rules name, and how it is.
+    /// List keys and their health.
     ///
-    /// Exit code 0: shown; 1: the broker was not reached, or refused; 2: the command line or admin.toml is wrong.
+    /// Exit code 0: listed; 1: broker unreachable or call refused; 2: usage error or invalid admin.toml.
     #[command(
-        after_long_help = "Status:\n  active       in memory, and the exchange accepts it\n  untested     in memory, and not tested yet\n  \
-                           degraded, expiring, at-risk\n               works, and will not for long unless somebody acts\n  \
+        after_long_help = "Status:\n  active       loaded, and the exchange accepts it\n  untested     loaded, and not tested yet\n  \
+                           degraded, expiring, at-risk\n               works, but needs attention\n  \
                            frozen       signs cancels and reads only\n  refused, revoked, unavailable\n               does not work\n\n\
                            Examples:\n  credbroker keys list\n  credbroker keys list --json | jq -r .status\n\n\
-                           With --json, one object a line, with the fields of KeyState in admin.proto."
+                           With --json: one object per line, with the fields of KeyState in admin.proto."
     )]
     List {
-        /// How to reach the broker.
+        /// Path of admin.toml, which has the address of the broker.
         #[arg(long, default_value = ADMIN)]
         admin: PathBuf,
-        /// Writes a JSON object a line, for machines.
+        /// Print one JSON object per line.
         #[arg(long)]
         json: bool,
     },
-    /// Tests a key, writes it to Vault and puts it to use; or says what is wrong with it, and stores nothing.
+    /// Test a key, write it to Vault and start using it; a key that fails its test is not stored.
     ///
-    /// Key, secret and passphrase are asked for, or read from stdin: one in each line, or as a JSON object. The running
-    /// broker tests them from its egress address before anything is stored. Exit code 0: in use; 1: refused or failed;
-    /// 2: the command line or admin.toml is wrong.
+    /// Prompts for key, secret and passphrase, or reads them from stdin: one per line, or as a JSON object. The running
+    /// broker tests them from its egress address before anything is stored. Exit code 0: in use; 1: rejected or failed;
+    /// 2: usage error or invalid admin.toml.
     #[command(
         after_long_help = "Examples:\n  credbroker keys register main\n  credbroker keys register main --scope futures --try-order\n  \
                            credbroker keys register main < key.json  # api_key, api_secret, passphrase"
     )]
     Register(register::Options),
-    /// Kills a key, or all keys of an account, at once and for good: only another key lifts it. Vault is not needed.
+    /// Revoke a key, or all keys of an account, at once and permanently.
     ///
-    /// Exit code 0: done; 1: the broker was not reached, or refused, or it is not on disk; 2: usage or admin.toml.
+    /// Only a key with another id can replace a revoked key. Works without Vault. Exit code 0: revoked; 1: broker
+    /// unreachable, call refused, or not written to disk; 2: usage error or invalid admin.toml.
     #[command(
         after_long_help = "Examples:\n  credbroker keys revoke main --key main\n  credbroker keys revoke main --yes\n\nWithout --key, \
-                           confirm on a terminal or pass --yes in scripts.\n\nThe broker cancels orders with \
-                           the same keys: to cancel them, run `credbroker halt ACCOUNT --cancel-all` first."
+                           confirm on a terminal or pass --yes in scripts.\n\nA revoked key can no longer cancel \
+                           orders: run `credbroker halt ACCOUNT --cancel-all` before you revoke keys."
     )]
     Revoke(stop::Which),
-    /// Goes back to the version before, or to another one; --newest undoes that.
+    /// Return to the previous version of a key, or to the one given by --to; --newest undoes that.
     ///
-    /// Exit code 0: in use; 1: refused or failed; 2: the command line or admin.toml is wrong.
+    /// Exit code 0: in use; 1: rejected or failed; 2: usage error or invalid admin.toml.
     #[command(
         after_long_help = "Examples:\n  credbroker keys rollback main\n  credbroker keys rollback main --to 3\n  \
                            credbroker keys rollback main --newest"
     )]
     Rollback(rollback::Options),
-    /// Puts another key in the place of one that is there, as `register` does; the one before serves until the new one has
-    /// proven itself.
+    /// Replace a key with a new one, as `register` does; the previous key signs until the new one has passed its tests.
     ///
-    /// Exit code 0: in use; 1: refused or failed, and the previous one stays in use; 2: the command line or admin.toml is wrong.
+    /// Exit code 0: the new key is in use; 1: rejected or failed, and the previous key stays in use; 2: usage error or
+    /// invalid admin.toml.
     #[command(
         after_long_help = "Examples:\n  credbroker keys rotate main\n  credbroker keys rotate main --key futures < key.json\n\n\
-                           Delete the old key on KuCoin's page once the bots go on well."
+                           Delete the old key on KuCoin's page once your bots work with the new one."
     )]
     Rotate(register::Options),
-    /// Tests the key that a running broker has in memory.
+    /// Test a loaded key.
     ///
-    /// Exit code 0: the exchange accepts it; 1: it is refused, or could not be tested; 2: the command line or admin.toml is
-    /// wrong.
+    /// Exit code 0: the exchange accepts the key; 1: the key was rejected or could not be tested; 2: usage error or invalid
+    /// admin.toml.
     #[command(
         after_long_help = "Examples:\n  credbroker keys test main\n  credbroker keys test main --key futures --try-order"
     )]
     Test {
-        /// Account, as the rules name it.
+        /// Account, as named in the rules.
         account: AccountId,
-        /// Name of the key, where the account has several.
+        /// Name of the key; required if the account has several.
         #[arg(long)]
         key: Option<KeyName>,
-        /// Has an order validated too, by the exchange's test endpoint, in each scope that has one; none is placed.
+        /// Also validate an order with the exchange's test endpoint, in each scope that has one; no order is placed.
         #[arg(long)]
         try_order: bool,
-        /// How to reach the broker.
+        /// Path of admin.toml, which has the address of the broker.
         #[arg(long, default_value = ADMIN)]
         admin: PathBuf,
     },
@@ -126,7 +127,7 @@ pub(super) fn run(command: &Command) -> u8 {
     }
 }
 
-/// What to do where the exchange did not say whether a key is good.
+/// The fix where the test of a key was inconclusive.
 const UNCLEAR: &str = "check the connection to KuCoin with `credbroker doctor`, then re-run the command; a test changes nothing";
 
 async fn list(mut admin: Admin, json: bool) -> Result<u8, Failure> {
@@ -144,17 +145,17 @@ async fn test(mut admin: Admin, request: TestKeyRequest) -> Result<u8, Failure> 
     let account = request.account.clone();
     let test = admin.test(request).await?;
     let now_ms = Clock::system().wall_ms();
-    let told = report(Style::of_stdout(), &account, &test, now_ms);
-    if show(&told, DONE) != DONE {
+    let shown = report(Style::of_stdout(), &account, &test, now_ms);
+    if show(&shown, DONE) != DONE {
         return Ok(FAILED);
     }
     if is_refused(&test) {
-        let what = "the key must not be used like this: see `refused` above";
-        return Err(Failure::new(what, "apply the `fix:` above"));
+        let cause = "the key failed its test; see `refused` above";
+        return Err(Failure::new(cause, "apply each `fix:` above"));
     }
-    if test.is_unclear {
-        let what = "KuCoin has not said whether the key is good: see `failed` above";
-        return Err(Failure::new(what, UNCLEAR));
+    if test.is_inconclusive {
+        let cause = "the test was inconclusive: KuCoin neither accepted nor rejected the key; see `failed` above";
+        return Err(Failure::new(cause, UNCLEAR));
     }
     let good = format!(
         "{account}/{}: KuCoin accepts this key's signatures.",
@@ -184,7 +185,7 @@ fn in_json(key: &KeyState) -> String {
     clean_json(&object.to_string()).into_owned()
 }
 
-/// Each key with its status, and beside it what else is to be known.
+/// One row per key: status, version and details.
 fn table(style: Style, keys: &[KeyState], now_ms: i64) -> String {
     let mut rows = vec![["KEY", "STATUS", "VERSION", ""].map(Cell::from).to_vec()];
     for key in keys {
@@ -206,7 +207,7 @@ fn table(style: Style, keys: &[KeyState], now_ms: i64) -> String {
     }
     let mut text = style.table(&rows);
     if keys.iter().any(|key| key.status() == KeyStatus::Frozen) {
-        let frozen = "risk-increasing requests are rejected; cancels and reads still work.";
+        let frozen = "risk-increasing requests are refused; cancels and reads still work.";
         text += &paragraph("frozen: ", frozen);
     }
     text
@@ -220,21 +221,21 @@ fn severity(status: KeyStatus) -> Severity {
     }
 }
 
-/// What is known about a key: at least what it serves.
+/// Details of a key: scopes, permissions, whitelist, last use and last test.
 fn facts(key: &KeyState, now_ms: i64) -> Vec<String> {
-    let mut facts = vec![format!("serves {}", scopes_of(key).join(", "))];
+    let mut facts = vec![format!("used for {}", scopes_of(key).join(", "))];
     if !key.permissions.is_empty() {
         facts.push(format!("permissions {}", key.permissions.join(", ")));
     }
     if let Some(is_whitelisted) = key.is_whitelisted {
         let not = if is_whitelisted { "" } else { "not " };
-        facts.push(format!("our address is {not}on its whitelist"));
+        facts.push(format!("egress address {not}whitelisted for this key"));
     }
     let times = [("used", key.used_at_ms), ("tested", key.tested_at_ms)];
     let times: Vec<_> = times
         .iter()
         .filter(|(_, at_ms)| *at_ms != 0)
-        .map(|(what, at_ms)| format!("{what} {}", ago(now_ms - at_ms)))
+        .map(|(event, at_ms)| format!("{event} {}", ago(now_ms - at_ms)))
         .collect();
     if !times.is_empty() {
         facts.push(times.join(", "));
@@ -248,7 +249,7 @@ mod tests {
     use crate::proto::Scope;
 
     #[test]
-    fn a_table_fits_a_terminal_and_shows_what_is_known() {
+    fn table_of_keys_fits_a_terminal_and_shows_all_details() {
         let known = KeyState {
             account: "main".to_owned(),
             key: "main".to_owned(),
@@ -272,14 +273,14 @@ mod tests {
         let table = table(Style::plain(), &[known, unknown], 1_005_000);
         let expected = "\
 KEY         STATUS       VERSION
-main/main   degraded     3        serves spot-margin, futures, unified
+main/main   degraded     3        used for spot-margin, futures, unified
                                   permissions General, Spot
-                                  our address is not on its whitelist
+                                  egress address not whitelisted for this key
                                   used 5 s ago, tested 15 min ago
                                   a newer version is not used: \\u{1b}[2Jthe
                                   secret has no field `passphrase`, which every
                                   key has
-other/main  unavailable  -        serves spot-margin
+other/main  unavailable  -        used for spot-margin
 ";
         assert_eq!(table, expected);
     }

@@ -1,4 +1,4 @@
-//! `credbroker policy`: what the rules say, before a bot or a restart finds out.
+//! `credbroker policy`: checks and shows rules before a broker uses them.
 
 use std::path::{Path, PathBuf};
 
@@ -11,7 +11,7 @@ use crate::base::ids::{AccountId, BotId};
 use crate::base::text::clean_json;
 use crate::base::toml_file::Problem;
 use crate::broker::BrokerError;
-use crate::config::load::{Source, any_rules, rules};
+use crate::config::load::{Source, rules, rules_or_empty};
 use crate::kucoin::catalog::Status;
 use crate::kucoin::{Method, RequestLimits, Scope, request};
 use crate::policy::Policy;
@@ -20,57 +20,57 @@ use crate::policy::listing::{Item, differences};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Reports every problem of a rules file with its line, and warns of what is hardly meant.
+    /// Check a rules file: report every problem with its line, and warn about likely mistakes.
     ///
-    /// Exit code 0: no problems, perhaps warnings; 2: problems, or no such file.
+    /// Exit code 0: no problems (warnings are possible); 2: problems found, or the file cannot be read.
     #[command(after_long_help = "Example:\n  credbroker policy check /etc/credbroker/rules.toml")]
     Check {
-        /// The rules file.
+        /// Rules file.
         file: PathBuf,
     },
-    /// Compares two rules files: which bot gains or loses which endpoint on which account.
+    /// Compare two rules files: show which bot gains or loses which endpoint on which account.
     ///
-    /// The difference of what `policy show` lists of the two files: of what the rules allow, and not of their text.
-    /// `+` is a gain, `-` a loss, `~` a changed setting of an account; what moves money is marked.
-    /// Exit code 0: compared; 1: with --exit-code, when something changes; 2: a file is missing or has problems.
+    /// Compares what the rules allow, as `policy show` lists it, and not their text. `+` is a gain, `-` a loss, `~` a changed
+    /// account setting; endpoints that move money are marked. Exit code 0: compared; 1: with --exit-code, if something
+    /// changes; 2: a file cannot be read or has problems.
     #[command(
-        after_long_help = "Example, before new rules take the place of old ones:\n  credbroker policy diff /etc/credbroker/rules.toml rules.new.toml\n\n\
-                           With --json, one object a line:\n  {\"change\":\"gain\",\"bot\":…,\"account\":…,\"scope\":…,\"endpoint\":…,\"risk\":…,\"moves_money\":…}\n  \
+        after_long_help = "Example, before you replace the rules:\n  credbroker policy diff /etc/credbroker/rules.toml rules.new.toml\n\n\
+                           With --json: one object per line:\n  {\"change\":\"gain\",\"bot\":…,\"account\":…,\"scope\":…,\"endpoint\":…,\"risk\":…,\"moves_money\":…}\n  \
                            {\"change\":\"setting\",\"account\":…,\"setting\":…,\"old\":…,\"new\":…}"
     )]
     Diff {
-        /// The rules as they are.
+        /// Current rules file.
         old: PathBuf,
-        /// The new rules.
+        /// New rules file.
         new: PathBuf,
-        /// Writes a JSON object a line, for machines.
+        /// Print one JSON object per line.
         #[arg(long)]
         json: bool,
-        /// Ends with exit code 1 when something changes.
+        /// Exit with code 1 if something changes.
         #[arg(long)]
         exit_code: bool,
     },
-    /// Says whether a bot may send a request, and by which lines of the rules.
+    /// Show whether a bot may send a request, and which lines of the rules allow it.
     ///
-    /// Exit code 0: allowed; 1: refused; 2: the command line, the configuration or the rules are wrong.
+    /// Exit code 0: allowed; 1: refused; 2: usage error, or invalid configuration or rules.
     #[command(
         after_long_help = "Example:\n  credbroker policy explain --rules /etc/credbroker/rules.toml \\\n    \
                            --bot spiffe://example.org/bot/maker --account main \\\n    --scope spot-margin POST /api/v1/hf/orders"
     )]
     Explain(ExplainOptions),
-    /// Lists what a rules file allows: a line for each bot, account, scope and endpoint, and for each setting of an account.
+    /// List what a rules file allows: one line per bot, account, scope and endpoint, and one per account setting.
     ///
-    /// The lines are sorted; what moves money is marked.
-    /// Exit code 0: listed; 2: the file is missing or has problems.
+    /// Lines are sorted; endpoints that move money are marked. Exit code 0: listed; 2: the file cannot be read or has
+    /// problems.
     #[command(
-        after_long_help = "Example, all that may move money:\n  credbroker policy show /etc/credbroker/rules.toml | grep MONEY\n\n\
-                           With --json, one object a line:\n  {\"account\":…,\"setting\":…,\"value\":…}\n  \
+        after_long_help = "Example, everything that moves money:\n  credbroker policy show /etc/credbroker/rules.toml | grep MONEY\n\n\
+                           With --json: one object per line:\n  {\"account\":…,\"setting\":…,\"value\":…}\n  \
                            {\"bot\":…,\"account\":…,\"scope\":…,\"endpoint\":…,\"risk\":…,\"moves_money\":…}"
     )]
     Show {
-        /// The rules file.
+        /// Rules file.
         file: PathBuf,
-        /// Writes a JSON object a line, for machines.
+        /// Print one JSON object per line.
         #[arg(long)]
         json: bool,
     },
@@ -78,25 +78,25 @@ pub(super) enum Command {
 
 #[derive(Args, Debug)]
 pub(super) struct ExplainOptions {
-    /// The configuration file, which names the rules file and the limits of requests.
+    /// Configuration file, which names the rules file and sets the limits of requests.
     #[arg(long, default_value = CONFIG)]
     config: PathBuf,
-    /// The rules file, without a configuration.
+    /// Rules file, instead of the one that the configuration names.
     #[arg(long, conflicts_with = "config")]
     rules: Option<PathBuf>,
-    /// The bot, as its certificate names it.
+    /// Bot, as named in its certificate.
     #[arg(long)]
     bot: BotId,
-    /// The account.
+    /// Account, as named in the rules.
     #[arg(long)]
     account: AccountId,
-    /// futures, spot-margin or unified.
+    /// Scope: futures, spot-margin or unified.
     #[arg(long, value_parser = scope)]
     scope: Scope,
-    /// DELETE, GET or POST.
+    /// Method: DELETE, GET or POST.
     #[arg(value_parser = method)]
     method: Method,
-    /// The path without a query, such as /api/v1/accounts.
+    /// Path without query, such as /api/v1/accounts.
     path: String,
 }
 
@@ -116,11 +116,11 @@ pub(super) fn run(command: &Command) -> u8 {
             json,
             exit_code,
         } => diff(old, new, *json, *exit_code),
-        Command::Explain(question) => explain(question),
+        Command::Explain(options) => explain(options),
         Command::Show { file, json } => list(file, *json),
     };
     result.unwrap_or_else(|problems| {
-        say_problems(&problems, "the same command");
+        say_problems(&problems, "re-run the command");
         USAGE
     })
 }
@@ -148,7 +148,10 @@ fn check(file: &Path) -> Result<u8, Vec<Problem>> {
 }
 
 fn diff(old: &Path, new: &Path, json: bool, exit_code: bool) -> Result<u8, Vec<Problem>> {
-    let (old, new) = match (any_rules(&Source::read(old)), any_rules(&Source::read(new))) {
+    let (old, new) = match (
+        rules_or_empty(&Source::read(old)),
+        rules_or_empty(&Source::read(new)),
+    ) {
         (Ok(old), Ok(new)) => (old, new),
         (old, new) => {
             let problems = [old, new].into_iter().filter_map(Result::err);
@@ -180,7 +183,7 @@ fn diff(old: &Path, new: &Path, json: bool, exit_code: bool) -> Result<u8, Vec<P
 }
 
 fn list(file: &Path, json: bool) -> Result<u8, Vec<Problem>> {
-    let policy = any_rules(&Source::read(file))?;
+    let policy = rules_or_empty(&Source::read(file))?;
     let listing = policy.listing();
     let lines = listing.iter().map(|(item, value)| {
         if json {
@@ -196,7 +199,7 @@ fn json_line(object: &Value) -> String {
     clean_json(&object.to_string()).into_owned() + "\n"
 }
 
-fn explain(question: &ExplainOptions) -> Result<u8, Vec<Problem>> {
+fn explain(options: &ExplainOptions) -> Result<u8, Vec<Problem>> {
     let ExplainOptions {
         config,
         rules: file,
@@ -205,7 +208,7 @@ fn explain(question: &ExplainOptions) -> Result<u8, Vec<Problem>> {
         scope,
         method,
         path,
-    } = question;
+    } = options;
     let (file, limits) = if let Some(file) = file {
         (file.clone(), RequestLimits::default())
     } else {
@@ -213,7 +216,7 @@ fn explain(question: &ExplainOptions) -> Result<u8, Vec<Problem>> {
         (config.rules, config.request_limits)
     };
     let policy = rules(&Source::read(&file))?;
-    // What is not as it must be is refused before any rule is asked, as the broker does.
+    // A malformed request is refused before the rules are checked, as in the broker.
     let mut problems = Vec::new();
     let Some(target) = request::target(path, Vec::new(), &limits, &mut problems) else {
         let error = BrokerError::Malformed(problems);
@@ -223,11 +226,11 @@ fn explain(question: &ExplainOptions) -> Result<u8, Vec<Problem>> {
         ));
     };
     let explanation = policy.explain(bot, account, *scope, *method, target.path());
-    let (text, code) = told(&policy, &file, account, explanation);
+    let (text, code) = explanation_text(&policy, &file, account, explanation);
     Ok(show(&clean_lines(&text), code))
 }
 
-fn told(
+fn explanation_text(
     policy: &Policy,
     file: &Path,
     account: &AccountId,
@@ -253,7 +256,7 @@ fn told(
         .endpoint
         .is_some_and(|endpoint| endpoint.status == Status::Undocumented)
     {
-        about.push("status: undocumented; granted by its id only".to_owned());
+        about.push("status: undocumented; can be granted only by its id".to_owned());
     }
     let at = |rule: &crate::policy::Rule| format!("{}:{}: {rule}", file.display(), rule.line);
     let code = match explanation.verdict {
@@ -262,7 +265,7 @@ fn told(
             lines.extend(by.into_iter().map(at));
             lines.extend(about);
             lines.push(format!("risk-increasing: {increases_risk}"));
-            let key = key.map_or("none: the request is not signed".to_owned(), |key| {
+            let key = key.map_or("none (the request is not signed)".to_owned(), |key| {
                 format!("{account}/{key}")
             });
             lines.push(format!("key: {key}"));
@@ -275,9 +278,9 @@ fn told(
             lines.push(format!("refused: {}: {error}", error.reason()));
             lines.extend(about);
             lines.push(format!("risk-increasing: {increases_risk}"));
-            lines.extend(advice.map(|advice| format!("to allow it: {advice}")));
+            lines.extend(advice);
             if !has.is_empty() {
-                lines.push("this bot may do on this account in this scope:".to_owned());
+                lines.push("grants of this bot on this account in this scope:".to_owned());
                 lines.extend(has.into_iter().map(at));
             }
             FAILED

@@ -1,6 +1,6 @@
-//! Reads the values of a key, from a terminal that does not show them or from stdin, and notes what is unusual about them.
+//! Reads the values of a key, from a terminal without echo or from stdin, and collects remarks about unusual values.
 //!
-//! Never from arguments or the environment, which other processes can see. No error and no remark holds a value.
+//! Never from arguments or the environment, which other processes can see. No error and no remark contains a value.
 
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
@@ -16,52 +16,52 @@ use tokio::sync::oneshot;
 use zeroize::Zeroizing;
 
 use super::say;
+use super::text::counted;
 use crate::base::encoding::is_utf16;
 use crate::base::secret::{ApiSecret, KeyValues, PartnerKey, Passphrase};
 use crate::base::text::is_deceptive;
 use crate::process::Signals;
 
-/// Much more than three values need.
+/// Limit for piped input: far more than a key needs.
 const MAX_BYTES: usize = 64 * 1024;
 
-/// The longest line that a terminal hands over.
+/// The longest line that a terminal delivers.
 const MAX_LINE_BYTES: usize = 4096;
 
-/// What is asked for, in this order; the last one only for an account with a partner.
+/// The values, in the order of input; the last one only for an account with a partner.
 const NAMES: [&str; 4] = ["api_key", "api_secret", "passphrase", "partner_key"];
 
-const TRADING_PASSWORD: &str = "six digits look like the trading password; KuCoin's API passphrase is the one that was \
-                                chosen when the key was made";
+const TRADING_PASSWORD: &str = "six digits look like the trading password; the API passphrase is the one that was \
+                                chosen when the key was created";
 
 /// A key as an admin entered it.
 #[derive(Debug)]
 pub(super) struct KeyInput {
     pub(super) values: KeyValues,
-    /// What was removed, and what does not look as it should; each is a sentence for the admin.
+    /// What was removed from the values, and what is unusual about them.
     pub(super) remarks: Vec<String>,
 }
 
-/// Why there is no key.
+/// Why no key could be read.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum InputError {
-    /// A signal came (Ctrl-C).
+    /// By a signal (Ctrl-C).
     #[error("interrupted")]
     Interrupted,
-    /// Not readable.
-    #[error("the input cannot be read: {0}")]
+    /// Cannot be read.
+    #[error("cannot read the input: {0}")]
     Io(#[from] io::Error),
-    /// Saved in another encoding.
-    #[error("expected text in UTF-8, got UTF-16, as PowerShell's `>` writes it")]
+    /// In another encoding.
+    #[error("expected text in UTF-8, got UTF-16, which PowerShell's `>` writes")]
     Utf16,
-    /// What was given cannot be a key.
+    /// Not a key.
     #[error("{0}")]
     Refused(String),
 }
 
-/// Reads a key: by prompts where stdin is a terminal, else from stdin as lines or as a JSON object.
+/// Reads a key: with prompts if stdin is a terminal, otherwise from stdin as lines or as a JSON object.
 ///
-/// The terminal shows again what is typed when this returns, for whatever reason. What else was pasted is thrown away
-/// then, so that no shell takes it for a command.
+/// When this returns, echo is on again, and anything else that was pasted is discarded, so that a shell does not run it.
 pub(super) async fn read(has_partner: bool) -> Result<KeyInput, InputError> {
     let names = if has_partner { &NAMES[..] } else { &NAMES[..3] };
     let stdin = io::stdin();
@@ -69,52 +69,52 @@ pub(super) async fn read(has_partner: bool) -> Result<KeyInput, InputError> {
         return key_input(parse(&read_all(stdin)?, names)?);
     }
     let mut signals = Signals::of_a_command()?;
-    let _silent = Silent::new(io::stdin())?;
-    let (sender, answer) = oneshot::channel();
-    // In a thread of its own, which nobody waits for when a signal comes.
-    thread::spawn(move || sender.send(ask(io::stdin(), io::stderr(), names)));
+    let _echo_off = EchoOff::new(io::stdin())?;
+    let (sender, values) = oneshot::channel();
+    // In its own thread, which a signal leaves behind: a read from a terminal cannot be cancelled.
+    thread::spawn(move || sender.send(prompt_for(io::stdin(), io::stderr(), names)));
     tokio::select! {
-        answer = answer => return key_input(answer.map_err(|_| InputError::Interrupted)??),
+        values = values => return key_input(values.map_err(|_| InputError::Interrupted)??),
         _ = signals.next() => {}
     }
-    // The cursor stands behind a prompt.
+    // Ends the line of the prompt.
     say("");
     Err(InputError::Interrupted)
 }
 
-/// A terminal that does not show what is typed, for as long as this lives.
-struct Silent<T: AsFd> {
+/// Switches off the echo of a terminal until it is dropped.
+struct EchoOff<T: AsFd> {
     terminal: T,
     before: Termios,
 }
 
-impl<T: AsFd> Silent<T> {
+impl<T: AsFd> EchoOff<T> {
     fn new(terminal: T) -> io::Result<Self> {
         let before = tcgetattr(&terminal)?;
-        let mut silent = before.clone();
-        silent
+        let mut without_echo = before.clone();
+        without_echo
             .local_modes
             .remove(LocalModes::ECHO | LocalModes::ECHONL);
-        silent.local_modes.insert(LocalModes::ICANON);
-        // Stopped or killed like this it would leave the terminal silent. Ctrl-C stays: that is a signal we wait for.
+        without_echo.local_modes.insert(LocalModes::ICANON);
+        // Suspending or quitting here would leave echo off. Ctrl-C stays enabled: its signal is handled.
         for key in [SpecialCodeIndex::VSUSP, SpecialCodeIndex::VQUIT] {
-            silent.special_codes[key] = 0;
+            without_echo.special_codes[key] = 0;
         }
-        tcsetattr(&terminal, OptionalActions::Flush, &silent)?;
+        tcsetattr(&terminal, OptionalActions::Flush, &without_echo)?;
         Ok(Self { terminal, before })
     }
 }
 
-impl<T: AsFd> Drop for Silent<T> {
+impl<T: AsFd> Drop for EchoOff<T> {
     fn drop(&mut self) {
         if tcsetattr(&self.terminal, OptionalActions::Flush, &self.before).is_err() {
-            say("the terminal may not show what you type; `stty echo` repairs that");
+            say("the terminal may not show what you type; run `stty echo` to fix it");
         }
     }
 }
 
-/// Asks for one value after the other.
-fn ask(
+/// Prompts for one value after the other.
+fn prompt_for(
     terminal: impl AsFd,
     mut prompt: impl Write,
     names: &[&'static str],
@@ -125,20 +125,20 @@ fn ask(
         prompt.flush()?;
         let mut line = Zeroizing::new([0; MAX_LINE_BYTES]);
         let length = read_some(&terminal, &mut line[..])?;
-        // The terminal does not show Enter either: of three lines that are pasted at once it would show all three before the
-        // second prompt.
+        // Printed here and not echoed: for three lines pasted at once, the terminal would echo every Enter before the second
+        // prompt.
         writeln!(prompt)?;
         if length == 0 {
-            return Err(refused(format!("{name}: the input has ended")));
+            return Err(refused(format!("{name}: unexpected end of input")));
         }
         let text = as_text(line.get(..length).unwrap_or_default())?;
-        // The Enter that ends it was not pasted.
+        // Enter is not part of the value.
         values.push(Value::new(name, text.strip_suffix('\n').unwrap_or(text)));
     }
     Ok(values)
 }
 
-/// One value as it was given.
+/// One value as entered.
 struct Value {
     name: &'static str,
     text: Zeroizing<String>,
@@ -155,18 +155,18 @@ fn refused(problem: String) -> InputError {
     InputError::Refused(problem)
 }
 
-/// All that is piped in.
+/// Reads all piped input.
 fn read_all(input: impl AsFd) -> Result<Zeroizing<String>, InputError> {
-    // Its full size from the start, so that it never moves and leaves a copy behind.
+    // Allocated at full size, because growing it would leave copies in memory.
     let mut bytes = Zeroizing::new(vec![0; MAX_BYTES]);
     let mut length = 0;
     loop {
-        let room = bytes.get_mut(length..).unwrap_or_default();
-        if room.is_empty() {
+        let free = bytes.get_mut(length..).unwrap_or_default();
+        if free.is_empty() {
             let limit = MAX_BYTES / 1024;
             return Err(refused(format!("expected a key, got {limit} KiB or more")));
         }
-        match read_some(&input, room)? {
+        match read_some(&input, free)? {
             0 => break,
             more => length += more,
         }
@@ -175,7 +175,7 @@ fn read_all(input: impl AsFd) -> Result<Zeroizing<String>, InputError> {
     Ok(Zeroizing::new(text.to_owned()))
 }
 
-/// Past the buffer of the standard library, which nobody wipes.
+/// Reads without the buffer of the standard library, which is not wiped.
 fn read_some(input: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
     loop {
         match rustix::io::read(&input, &mut *buffer) {
@@ -192,20 +192,20 @@ fn as_text(bytes: &[u8]) -> Result<&str, InputError> {
     str::from_utf8(bytes).map_err(|_| refused("expected text in UTF-8".to_owned()))
 }
 
-/// Takes a text apart: a JSON object, or one value in each line.
+/// Splits piped input: a JSON object, or one value per line.
 fn parse(text: &str, names: &[&'static str]) -> Result<Vec<Value>, InputError> {
-    let json = text.trim_matches(is_unseen);
+    let json = text.trim_matches(is_invisible);
     if json.starts_with('{') {
         return parse_json(json, names);
     }
-    let is_blank = |line: &&str| line.chars().all(is_unseen);
+    let is_blank = |line: &&str| line.chars().all(is_invisible);
     let lines: Vec<_> = text.lines().filter(|line| !is_blank(line)).collect();
     if lines.len() != names.len() {
         return Err(refused(format!(
-            "expected {} lines ({}), or a JSON object with these names; got {}",
+            "expected {} lines ({}) or a JSON object with these fields, got {}",
             names.len(),
             names.join(", "),
-            lines.len()
+            counted(lines.len(), "line")
         )));
     }
     let values = names.iter().zip(lines);
@@ -224,7 +224,7 @@ fn parse_json(json: &str, names: &[&'static str]) -> Result<Vec<Value>, InputErr
         passphrase: Zeroizing<String>,
         #[serde(default, deserialize_with = "wiped")]
         partner_key: Zeroizing<String>,
-        /// As in what was written to Vault by hand. It is found out, whatever it says.
+        /// Accepted, since JSON written to Vault by hand has it, but ignored: a test determines the version.
         #[serde(default, rename = "key_version")]
         _key_version: IgnoredAny,
     }
@@ -232,18 +232,18 @@ fn parse_json(json: &str, names: &[&'static str]) -> Result<Vec<Value>, InputErr
         String::deserialize(input).map(Zeroizing::new)
     }
     let fields: Fields = serde_json::from_str(json).map_err(|error| {
-        // Its own words may hold what was given.
+        // The error's own message could contain a value.
         refused(format!(
-            "expected a JSON object with the texts {}; line {}, column {} is something else",
+            "expected a JSON object with the strings {}; found something else at line {}, column {}",
             names.join(", "),
             error.line(),
             error.column()
         ))
     })?;
-    let is_asked = names.contains(&"partner_key");
-    if !is_asked && !fields.partner_key.is_empty() {
+    let has_partner = names.contains(&"partner_key");
+    if !has_partner && !fields.partner_key.is_empty() {
         return Err(refused(
-            "partner_key: the account has no partner in the rules; leave it out".to_owned(),
+            "partner_key: the account has no partner in the rules; remove this field".to_owned(),
         ));
     }
     let texts = [
@@ -256,15 +256,15 @@ fn parse_json(json: &str, names: &[&'static str]) -> Result<Vec<Value>, InputErr
     Ok(values.map(|(name, text)| Value { name, text }).collect())
 }
 
-/// Makes a key of the values, in the order of [`NAMES`].
+/// Builds a key from the values, in the order of [`NAMES`].
 fn key_input(values: Vec<Value>) -> Result<KeyInput, InputError> {
     let mut remarks = Vec::new();
     let mut texts = Vec::new();
     for value in values {
-        let text = value.text.trim_matches(is_unseen);
+        let text = value.text.trim_matches(is_invisible);
         if *text != **value.text {
-            let what = "removed spaces, line ends or invisible characters around it";
-            remarks.push(format!("{}: {what}", value.name));
+            let remark = "removed leading or trailing spaces, line breaks or invisible characters";
+            remarks.push(format!("{}: {remark}", value.name));
         }
         check(value.name, text)?;
         if let Some(remark) = suspicious(value.name, text) {
@@ -287,42 +287,42 @@ fn key_input(values: Vec<Value>) -> Result<KeyInput, InputError> {
     Ok(KeyInput { values, remarks })
 }
 
-/// Whether nobody sees a character.
-fn is_unseen(c: char) -> bool {
+/// Whether a character is invisible.
+fn is_invisible(c: char) -> bool {
     c.is_whitespace() || is_deceptive(c)
 }
 
-/// Refuses what can be no value of a key.
+/// Refuses what cannot be a value of a key.
 fn check(name: &str, text: &str) -> Result<(), InputError> {
     if text.is_empty() {
         return Err(refused(format!("{name} is empty")));
     }
-    for (place, c) in (1..).zip(text.chars()) {
-        // Only a passphrase was chosen by a person.
+    for (position, c) in (1..).zip(text.chars()) {
+        // Only a passphrase may contain spaces: a person chose it.
         let is_passphrase = name == "passphrase";
-        let kind = if is_unseen(c) && !(is_passphrase && c == ' ') {
+        let kind = if is_invisible(c) && !(is_passphrase && c == ' ') {
             "a space or an invisible character"
         } else if name == "api_key" && !c.is_ascii() {
-            "a character outside ASCII"
+            "not ASCII"
         } else {
             continue;
         };
         return Err(refused(format!(
-            "{name}: character {place} is {kind} (U+{:04X}); copy it again",
+            "{name}: character {position} is {kind} (U+{:04X}); copy the value again",
             u32::from(c),
         )));
     }
     Ok(())
 }
 
-/// What KuCoin's values do not look like. It documents no form of a key or a secret, so that this is no reason to refuse.
+/// How a value differs from KuCoin's usual format. Only a remark: KuCoin documents no format of keys and secrets.
 fn suspicious(name: &str, text: &str) -> Option<String> {
     let is_usual_passphrase =
         (7..=32).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic());
     let usual = match name {
         "api_key" if !is_hex(text, 24) => "24 hexadecimal digits",
         "api_secret" if !is_uuid(text) => {
-            "36 characters: 5 groups of hexadecimal digits with '-' between"
+            "a UUID: 36 characters, 5 groups of hexadecimal digits separated by '-'"
         }
         "passphrase" if text.len() == 6 && text.bytes().all(|b| b.is_ascii_digit()) => {
             return Some(TRADING_PASSWORD.to_owned());
@@ -330,14 +330,14 @@ fn suspicious(name: &str, text: &str) -> Option<String> {
         "passphrase" if !is_usual_passphrase => "7 to 32 ASCII characters and no spaces",
         _ => return None,
     };
-    Some(format!("does not look like KuCoin's: those have {usual}"))
+    Some(format!("unusual for KuCoin; expected {usual}"))
 }
 
 fn is_hex(text: &str, length: usize) -> bool {
     text.len() == length && text.bytes().all(|b| b.is_ascii_hexdigit())
 }
 
-/// In the form in which KuCoin shows secrets.
+/// Whether `text` has the format of KuCoin's secrets.
 fn is_uuid(text: &str) -> bool {
     let groups: Vec<_> = text.split('-').collect();
     groups.len() == 5
@@ -377,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_and_json_are_both_understood() {
+    fn key_is_read_from_lines_and_from_json() {
         let json = format!(
             r#"{{ "passphrase": "fake \"pass", "api_secret": "{SECRET}", "key_version": 3, "api_key": "{ID}" }}"#
         );
@@ -395,11 +395,11 @@ mod tests {
     }
 
     #[test]
-    fn what_pasting_brought_along_is_removed_and_told() {
+    fn surrounding_characters_are_removed_with_a_remark() {
         assert_eq!(remarks(&format!("{ID}\n{SECRET}\nfake-pass\n")), [""; 0]);
         let text =
             format!("\u{feff}{ID}\u{a0}\n\t {SECRET} \n \u{200b}\"fake-pass\" \u{200b}  \r\n");
-        // Quotes may belong to it.
+        // Quotes stay: they may be part of the passphrase.
         assert!(holds(
             &from(&text).unwrap().values,
             ID,
@@ -411,52 +411,52 @@ mod tests {
             NAMES[..3]
                 .iter()
                 .map(|name| format!(
-                    "{name}: removed spaces, line ends or invisible characters around it"
+                    "{name}: removed leading or trailing spaces, line breaks or invisible characters"
                 ))
                 .collect::<Vec<_>>()
         );
     }
 
     #[test]
-    fn what_cannot_be_a_key_is_refused_without_its_values() {
+    fn input_that_is_not_a_key_is_refused_without_showing_values() {
         let lines = |id: &str, secret: &str, pass: &str| format!("{id}\n{secret}\n{pass}\n");
         let json = |id: &str| {
             format!(r#"{{"api_key":{id},"api_secret":"{SECRET}","passphrase":"fake-pass"}}"#)
         };
-        let expected = "expected 3 lines (api_key, api_secret, passphrase), or a JSON object with these names; got ";
-        let object = "expected a JSON object with the texts api_key, api_secret, passphrase; line 1, column ";
+        let expected = "expected 3 lines (api_key, api_secret, passphrase) or a JSON object with these fields, got ";
+        let object = "expected a JSON object with the strings api_key, api_secret, passphrase; found something else at line 1, column ";
         for (text, problem) in [
-            (String::new(), format!("{expected}0")),
-            (lines(ID, " \t", "fake-pass"), format!("{expected}2")),
+            (String::new(), format!("{expected}0 lines")),
+            (lines(ID, " \t", "fake-pass"), format!("{expected}2 lines")),
             (
                 format!("{}more", lines(ID, SECRET, "fake-pass")),
-                format!("{expected}4"),
+                format!("{expected}4 lines"),
             ),
             (json("\"\""), "api_key is empty".to_owned()),
-            (json("7"), format!("{object}12 is something else")),
+            (json("7"), format!("{object}12")),
             (
                 "{\"api_key\":\"fake\"}".to_owned(),
-                format!("{object}18 is something else"),
+                format!("{object}18"),
             ),
             (
                 "{\"fake\":\"fake\"}".to_owned(),
-                format!("{object}7 is something else"),
+                format!("{object}7"),
             ),
             (
                 lines("0123\u{200b}4567", SECRET, "fake-pass"),
-                "api_key: character 5 is a space or an invisible character (U+200B); copy it again".to_owned(),
+                "api_key: character 5 is a space or an invisible character (U+200B); copy the value again".to_owned(),
             ),
             (
                 lines(ID, "01 23", "fake-pass"),
-                "api_secret: character 3 is a space or an invisible character (U+0020); copy it again".to_owned(),
+                "api_secret: character 3 is a space or an invisible character (U+0020); copy the value again".to_owned(),
             ),
             (
                 lines(ID, SECRET, "fake\u{a0}pass"),
-                "passphrase: character 5 is a space or an invisible character (U+00A0); copy it again".to_owned(),
+                "passphrase: character 5 is a space or an invisible character (U+00A0); copy the value again".to_owned(),
             ),
             (
                 lines("fak\u{435}", SECRET, "fake-pass"),
-                "api_key: character 4 is a character outside ASCII (U+0435); copy it again"
+                "api_key: character 4 is not ASCII (U+0435); copy the value again"
                     .to_owned(),
             ),
         ] {
@@ -467,50 +467,50 @@ mod tests {
         );
         assert_eq!(
             from(&partner).unwrap_err(),
-            "partner_key: the account has no partner in the rules; leave it out"
+            "partner_key: the account has no partner in the rules; remove this field"
         );
     }
 
     #[test]
-    fn unusual_shape_of_a_value_is_noted() {
+    fn value_in_an_unusual_format_gets_a_remark() {
         for (id, secret, pass, remark) in [
             (
                 "fake",
                 SECRET,
                 "fake-pass",
-                "api_key: does not look like KuCoin's: those have 24 hexadecimal digits",
+                "api_key: unusual for KuCoin; expected 24 hexadecimal digits",
             ),
             (
                 ID,
                 "fake",
                 "fake-pass",
-                "api_secret: does not look like KuCoin's: those have 36 characters: 5 groups of hexadecimal digits \
-                 with '-' between",
+                "api_secret: unusual for KuCoin; expected a UUID: 36 characters, 5 groups of hexadecimal digits \
+                 separated by '-'",
             ),
             (
                 ID,
                 SECRET,
                 "123456",
-                "passphrase: six digits look like the trading password; KuCoin's API passphrase is the one that was \
-                 chosen when the key was made",
+                "passphrase: six digits look like the trading password; the API passphrase is the one that was \
+                 chosen when the key was created",
             ),
             (
                 ID,
                 SECRET,
                 "fake pass",
-                "passphrase: does not look like KuCoin's: those have 7 to 32 ASCII characters and no spaces",
+                "passphrase: unusual for KuCoin; expected 7 to 32 ASCII characters and no spaces",
             ),
             (
                 ID,
                 SECRET,
                 "12345",
-                "passphrase: does not look like KuCoin's: those have 7 to 32 ASCII characters and no spaces",
+                "passphrase: unusual for KuCoin; expected 7 to 32 ASCII characters and no spaces",
             ),
             (
                 ID,
                 SECRET,
                 "fake-p\u{e4}ss",
-                "passphrase: does not look like KuCoin's: those have 7 to 32 ASCII characters and no spaces",
+                "passphrase: unusual for KuCoin; expected 7 to 32 ASCII characters and no spaces",
             ),
         ] {
             let text = format!("{id}\n{secret}\n{pass}\n");
@@ -520,17 +520,17 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_surrounds_a_value_is_removed_and_nothing_of_it(
+        fn trimming_removes_surrounding_characters_and_nothing_of_the_value(
             value in "[!-~]{1,40}",
             start in "[ \t\r\u{a0}\u{200b}\u{feff}\u{202e}]{0,5}",
             end in "[ \t\r\u{a0}\u{200b}\u{feff}\u{202e}]{0,5}",
         ) {
             let text = format!("{start}{value}{end}");
-            prop_assert_eq!(text.trim_matches(is_unseen), &value);
+            prop_assert_eq!(text.trim_matches(is_invisible), &value);
         }
 
         #[test]
-        fn no_error_and_no_remark_holds_a_value(
+        fn no_error_or_remark_contains_a_value(
             before in "\\PC{0,8}",
             after in "[ -~\u{80}-\u{ff}\u{2000}-\u{2100}]{0,8}",
             json in any::<bool>(),
@@ -542,15 +542,15 @@ mod tests {
             } else {
                 format!("{id}\n{secret}\n{pass}\n")
             };
-            let told = match from(&text) {
+            let output = match from(&text) {
                 Ok(KeyInput { remarks, .. }) => remarks.join("\n"),
                 Err(problem) => problem,
             };
-            prop_assert!(!told.contains("canary"), "{}", told);
+            prop_assert!(!output.contains("canary"), "{}", output);
         }
     }
 
-    /// A terminal and whoever sits at it.
+    /// A pseudoterminal: the terminal, and the side of the person who types.
     fn terminal() -> (File, File) {
         let no_control = OpenptFlags::NOCTTY;
         let person = openpt(OpenptFlags::RDWR | no_control).unwrap();
@@ -567,33 +567,33 @@ mod tests {
     }
 
     #[test]
-    fn a_terminal_shows_nothing_of_what_is_typed_and_all_again_afterwards() {
+    fn terminal_echo_is_off_while_a_key_is_typed_and_on_again_afterwards() {
         let (terminal, mut person) = terminal();
         let another = || terminal.try_clone().unwrap();
         let before = tcgetattr(&terminal).unwrap();
-        // Still shown: so that it is known that what is shown is found.
+        // Echo is still on here, which proves that this test would notice an echo.
         person.write_all(b"typed too early\n").unwrap();
         let mut echo = [0; "typed too early\r\n".len()];
         person.read_exact(&mut echo).unwrap();
         assert_eq!(&echo, b"typed too early\r\n");
-        let silent = Silent::new(another()).unwrap();
-        let asked = another();
-        let asking = thread::spawn(move || {
+        let echo_off = EchoOff::new(another()).unwrap();
+        let prompted = another();
+        let prompting = thread::spawn(move || {
             let mut prompts = Vec::new();
-            let values = ask(asked, &mut prompts, &NAMES[..3]);
+            let values = prompt_for(prompted, &mut prompts, &NAMES[..3]);
             (values, String::from_utf8(prompts).unwrap())
         });
-        // With a slip of the finger, which the terminal corrects, and more than was asked for.
+        // With a typing error that is deleted, and with more text than the prompts need.
         person
             .write_all(b"fake-idd\x7f\nfake-secret\nfake-")
             .unwrap();
         person.write_all(b"pass\nrm -rf fake\n").unwrap();
-        let (values, prompts) = asking.join().unwrap();
+        let (values, prompts) = prompting.join().unwrap();
         let left_over = || rustix::io::ioctl_fionread(&terminal).unwrap();
         while left_over() == 0 {
             thread::yield_now();
         }
-        drop(silent);
+        drop(echo_off);
         let given = key_input(values.unwrap()).unwrap();
         assert!(holds(&given.values, "fake-id", "fake-secret", "fake-pass"));
         assert_eq!(
@@ -609,17 +609,19 @@ mod tests {
 
         drop(terminal);
         let mut shown = Vec::new();
-        // The end of a terminal that nobody has open is an error.
+        // Reading the end of a closed pseudoterminal returns an error.
         let _ = person.read_to_end(&mut shown);
         let shown = String::from_utf8(shown).unwrap();
         assert_eq!(shown, "");
     }
 
     #[test]
-    fn an_input_that_ends_says_before_what() {
+    fn unexpected_end_of_input_names_the_missing_value() {
         let (terminal, mut person) = terminal();
         person.write_all(b"fake-id\n\x04").unwrap();
-        let asked = ask(&terminal, io::sink(), &NAMES[..3]).err().unwrap();
-        assert_eq!(asked.to_string(), "api_secret: the input has ended");
+        let error = prompt_for(&terminal, io::sink(), &NAMES[..3])
+            .err()
+            .unwrap();
+        assert_eq!(error.to_string(), "api_secret: unexpected end of input");
     }
 }

@@ -1,4 +1,4 @@
-//! `credbroker serve`: runs until it is told to stop.
+//! `credbroker serve`: runs the broker until a signal stops it.
 
 use std::io;
 use std::path::Path;
@@ -18,7 +18,7 @@ pub(super) fn run(file: &Path) -> u8 {
     let config = match read_config(file) {
         Ok(config) => config,
         Err(problems) => {
-            say_problems(&problems, "credbroker check-config");
+            say_problems(&problems, "run `credbroker check-config` to check");
             return USAGE;
         }
     };
@@ -27,14 +27,14 @@ pub(super) fn run(file: &Path) -> u8 {
         Ok(unresolved) => {
             say(&format!(
                 "stopped; the outcome of {} is unknown\n\
-                 fix: look up the lines with outcome maybe_sent at the end of the audit file",
+                 fix: find the lines with outcome maybe_sent at the end of the audit log, and look these requests up on KuCoin",
                 requests(unresolved)
             ));
             FAILED
         }
         Err(error) => {
             if let Some(StartError::Config(problems)) = error.downcast_ref() {
-                say_problems(problems, "credbroker check-config");
+                say_problems(problems, "run `credbroker check-config` to check");
                 return USAGE;
             }
             say(&format!("{error:#}"));
@@ -43,15 +43,15 @@ pub(super) fn run(file: &Path) -> u8 {
     }
 }
 
-/// Returns how many calls ended with nobody knowing whether they were executed.
+/// Runs the broker. Returns how many calls ended with an unknown outcome.
 fn serve(config: Config) -> anyhow::Result<u64> {
     init_logs(&config.log_filter, config.log_format).context("log.filter")?;
     harden();
-    // One thread: a call costs less than waking a second one would.
+    // One thread: handling a call takes less time than waking a second thread.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .context("no runtime")?;
+        .context("cannot start the async runtime")?;
     let ended = runtime.block_on(async {
         ignore_signals().context("cannot install signal handlers")?;
         let mut server = Server::start(config).await?;
@@ -67,20 +67,21 @@ fn serve(config: Config) -> anyhow::Result<u64> {
                 None
             }
             failure = server.failed() => {
-                tracing::error!(failure, "background task exited; shutting down");
+                tracing::error!(exception.message = failure, "background task exited; shutting down");
                 Some(failure)
             }
         };
         let unresolved = server.stop().await;
         match failure {
+            Some(failure) if unresolved == 0 => Err(anyhow!("{failure}: this is a bug")),
             Some(failure) => Err(anyhow!(
-                "{failure}: this is a bug; {} left unresolved, see the audit log",
+                "{failure}: this is a bug; {} ended with an unknown outcome (maybe_sent in the audit log)",
                 requests(unresolved)
             )),
             None => Ok(unresolved),
         }
     });
-    // Whoever still asks a name server that does not answer is not waited for.
+    // Does not wait for name lookups that are still blocked.
     runtime.shutdown_background();
     ended
 }
@@ -89,7 +90,7 @@ fn requests(number: u64) -> String {
     counted(usize::try_from(number).unwrap_or(usize::MAX), "request")
 }
 
-/// Takes signals whose default would end the process with calls in flight.
+/// Handles signals whose default action would kill the process with calls in flight.
 fn ignore_signals() -> io::Result<()> {
     let mut ignored = Signals::take([
         ("SIGHUP", SignalKind::hangup()),
@@ -101,12 +102,12 @@ fn ignore_signals() -> io::Result<()> {
             let signal = ignored.next().await;
             tracing::info!(
                 signal,
-                "signal ignored; changed and rotated files are noticed without it"
+                "signal ignored; the broker reloads changed files and reopens rotated files without a signal"
             );
         }
     });
-    // The write past a file size limit (RLIMIT_FSIZE) fails as well, and that is logged; the handler stays without its
-    // receiver.
+    // SIGXFSZ: a write past the file size limit (RLIMIT_FSIZE) then fails with an error, which is logged. The handler stays
+    // installed after its receiver is dropped.
     drop(signal(SignalKind::from_raw(Signal::XFSZ.as_raw()))?);
     Ok(())
 }

@@ -1,6 +1,6 @@
-//! How commands talk to people: 80 columns, whole words, and colour that only repeats what the words say.
+//! Text output of commands: 80 columns, wrapped between words; colour adds no information.
 //!
-//! 80 columns whatever the terminal has: text of that width is read everywhere, pasted anywhere, and the same in tests.
+//! The width is fixed: output of 80 columns fits everywhere, can be pasted anywhere, and is the same in tests.
 
 use std::ffi::OsStr;
 use std::io::{self, IsTerminal};
@@ -8,16 +8,16 @@ use std::io::{self, IsTerminal};
 use crate::base::diagnosis::Severity;
 use crate::base::text::clean;
 
-/// Columns of a line.
+/// Columns per line.
 pub(crate) const WIDTH: usize = 80;
 
 /// Columns between two columns of a table.
 const GAP: usize = 2;
 
-/// The least that the last column of a table gets, however wide the others are.
-const LEAST: usize = 20;
+/// The minimum width of the last column of a table.
+const MIN_WIDTH: usize = 20;
 
-/// ANSI: sets the foreground to the colour of what is so severe.
+/// The ANSI escape for the colour of `severity`.
 fn colour(severity: Severity) -> &'static str {
     match severity {
         Severity::Failed => "\x1b[31m",
@@ -51,7 +51,7 @@ impl From<&str> for Cell {
 
 impl From<String> for Cell {
     fn from(text: String) -> Self {
-        // Before it is coloured, since an escape of others is no colour.
+        // Cleaned before colour is added, so that the text cannot contain escapes of its own.
         let text = clean(&text, usize::MAX).into_owned();
         Self {
             text,
@@ -60,21 +60,20 @@ impl From<String> for Cell {
     }
 }
 
-/// How text is made for one reader.
+/// How output is formatted.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Style {
     colour: bool,
 }
 
 impl Style {
-    /// For whoever reads stdout: in colour where that is a terminal that wants it.
+    /// The style for stdout: in colour if that is a terminal that supports it.
     ///
-    /// `NO_COLOR` and `TERM` say what a terminal can show: they configure nothing and are no secrets, so they are read here and
-    /// not in the configuration.
+    /// `NO_COLOR` and `TERM` are read here and not in the configuration: they describe the terminal.
     pub(crate) fn of_stdout() -> Self {
         let (no_color, term) = (std::env::var_os("NO_COLOR"), std::env::var_os("TERM"));
         Self {
-            colour: wants_colour(
+            colour: use_colour(
                 io::stdout().is_terminal(),
                 no_color.as_deref(),
                 term.as_deref(),
@@ -97,7 +96,7 @@ impl Style {
         }
     }
 
-    /// Rows whose columns stand one below the other, the first ones as wide as they must be, the last one wrapped.
+    /// Aligns rows in columns. The first columns are as wide as needed; the last one is wrapped.
     pub(crate) fn table(self, rows: &[Vec<Cell>]) -> String {
         let columns = rows.iter().map(Vec::len).max().unwrap_or_default();
         let width = |column: usize| {
@@ -115,7 +114,7 @@ impl Style {
                 line += &" ".repeat(pad);
             }
             if let Some(last) = row.get(widths.len()) {
-                let lines = wrap(&last.text, WIDTH.saturating_sub(indent).max(LEAST));
+                let lines = wrap(&last.text, WIDTH.saturating_sub(indent).max(MIN_WIDTH));
                 let lines: Vec<_> = lines.iter().map(|text| self.cell(last, text)).collect();
                 line += &lines.join(&format!("\n{}", " ".repeat(indent)));
             }
@@ -133,18 +132,18 @@ impl Style {
     }
 }
 
-/// `text` after `label`, wrapped; further lines stand below the beginning of the text.
+/// `text` after `label`, wrapped; further lines are indented to the beginning of the text.
 pub(crate) fn paragraph(label: &str, text: &str) -> String {
     let indent = columns_of(label);
     let lines = wrap(
         &clean(text, usize::MAX),
-        WIDTH.saturating_sub(indent).max(LEAST),
+        WIDTH.saturating_sub(indent).max(MIN_WIDTH),
     );
     let lines = lines.join(&format!("\n{}", " ".repeat(indent)));
     format!("{label}{lines}").trim_end().to_owned() + "\n"
 }
 
-/// Text of several lines that others may have written: each one is clean.
+/// Cleans each line of a text that may come from outside.
 pub(crate) fn clean_lines(text: &str) -> String {
     let lines: Vec<_> = text
         .split('\n')
@@ -153,13 +152,13 @@ pub(crate) fn clean_lines(text: &str) -> String {
     lines.join("\n")
 }
 
-/// A number of things, such as "1 account" and "2 accounts".
+/// A number with its noun, such as "1 account" and "2 accounts".
 pub(crate) fn counted(number: usize, thing: &str) -> String {
     let plural = if number == 1 { "" } else { "s" };
     format!("{number} {thing}{plural}")
 }
 
-/// Lines of whole words, none wider than `width` unless one word is: what is to be copied stays in one piece.
+/// Wraps between words. A word wider than `width` is not split, so that it can be copied.
 fn wrap(text: &str, width: usize) -> Vec<String> {
     let mut lines = Vec::new();
     let mut line = String::new();
@@ -176,17 +175,17 @@ fn wrap(text: &str, width: usize) -> Vec<String> {
     lines
 }
 
-/// Columns that `text` takes; what this program says has no wide or combining characters.
+/// The width of `text`; messages of this program have no wide or combining characters.
 fn columns_of(text: &str) -> usize {
     text.chars().count()
 }
 
-/// Sources: no-color.org (set and not empty), and the terminfo name of terminals that know no colours.
-fn wants_colour(is_terminal: bool, no_color: Option<&OsStr>, term: Option<&OsStr>) -> bool {
+/// Sources: no-color.org (set and not empty), and the terminfo name of terminals without colour.
+fn use_colour(is_terminal: bool, no_color: Option<&OsStr>, term: Option<&OsStr>) -> bool {
     is_terminal && no_color.is_none_or(OsStr::is_empty) && term.is_none_or(|term| term != "dumb")
 }
 
-/// How long ago something was.
+/// A duration in words, such as "2 min ago".
 pub(crate) fn ago(ms: i64) -> String {
     let s = ms.max(0) / 1000;
     match s {
@@ -202,7 +201,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_paragraph_keeps_words_whole_and_hangs_below_its_label() {
+    fn paragraph_wraps_between_words_and_is_indented_to_its_label() {
         let text = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen";
         assert_eq!(
             paragraph("fix: ", text),
@@ -222,13 +221,13 @@ mod tests {
     }
 
     #[test]
-    fn one_thing_is_no_plural() {
-        let told = [0, 1, 2].map(|number| counted(number, "account"));
-        assert_eq!(told, ["0 accounts", "1 account", "2 accounts"]);
+    fn counted_noun_is_plural_unless_there_is_one() {
+        let texts = [0, 1, 2].map(|number| counted(number, "account"));
+        assert_eq!(texts, ["0 accounts", "1 account", "2 accounts"]);
     }
 
     #[test]
-    fn a_table_stands_in_columns_and_fits_eighty() {
+    fn table_is_aligned_in_columns_and_fits_80_columns() {
         let style = Style::plain();
         let words = "word ".repeat(30);
         let table = style.table(&[
@@ -256,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn colour_is_around_words_and_moves_nothing() {
+    fn colour_does_not_change_the_alignment() {
         let rows = [
             vec![Cell::of(Severity::Failed, "failed"), "a".into()],
             vec![Cell::of(Severity::Ok, "ok"), "b".into()],
@@ -274,19 +273,19 @@ mod tests {
     }
 
     #[test]
-    fn colour_is_for_terminals_that_want_it() {
-        let wants = |is_terminal, no_color: Option<&str>, term: Option<&str>| {
-            wants_colour(is_terminal, no_color.map(OsStr::new), term.map(OsStr::new))
+    fn colour_is_used_only_on_terminals_that_support_it() {
+        let is_coloured = |is_terminal, no_color: Option<&str>, term: Option<&str>| {
+            use_colour(is_terminal, no_color.map(OsStr::new), term.map(OsStr::new))
         };
-        assert!(wants(true, None, Some("xterm")));
-        assert!(wants(true, Some(""), None));
-        assert!(!wants(true, Some("1"), Some("xterm")));
-        assert!(!wants(true, None, Some("dumb")));
-        assert!(!wants(false, None, Some("xterm")));
+        assert!(is_coloured(true, None, Some("xterm")));
+        assert!(is_coloured(true, Some(""), None));
+        assert!(!is_coloured(true, Some("1"), Some("xterm")));
+        assert!(!is_coloured(true, None, Some("dumb")));
+        assert!(!is_coloured(false, None, Some("xterm")));
     }
 
     #[test]
-    fn ages_are_told_in_the_unit_that_fits() {
+    fn ages_have_a_fitting_unit() {
         let cases = [
             (-5, "0 s"),
             (119_999, "119 s"),

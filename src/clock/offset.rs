@@ -1,4 +1,4 @@
-//! Offset between boot time and one host's time, from questions that took some time to answer. Pure.
+//! Offset between boot time and one host's time, from requests with a known round-trip time. Pure.
 
 use std::time::Duration;
 
@@ -7,54 +7,53 @@ use super::ExchangeTime;
 /// How fast two clocks may drift apart: a bad crystal has 100 ppm, and the kernel corrects by up to 500 ppm.
 const DRIFT: f64 = 500e-6;
 
-/// A host is many servers, and their clocks do not agree to the millisecond.
+/// A host is many servers, whose clocks differ slightly.
 const SLACK_US: i64 = 250_000;
 
-/// A jump counts once this many measurements in a row agree on it: one wrong server does not move the clock, and a
-/// clock that was wrong does not stay so.
+/// A step is applied once this many samples in a row agree on it: one wrong server does not move the clock, and a wrong
+/// clock is corrected.
 const CONFIRMATIONS: u32 = 3;
 
-/// After a timestamp of ours was refused, the refusal is the first witness.
+/// After a rejected timestamp fewer samples are needed, since the rejection also indicates a step.
 const CONFIRMATIONS_REFUTED: u32 = 2;
 
-/// Measurements closer together than this are one witness: an answer from a cache would agree with itself.
-pub(crate) const WITNESSES_APART: Duration = Duration::from_millis(600);
+/// Samples closer together than this count as one, since an answer from a cache would agree with itself.
+pub(crate) const MIN_SAMPLE_GAP: Duration = Duration::from_millis(600);
 
-/// What a host may call the time: the years 2020 to 2100, in Unix milliseconds.
+/// The times that are accepted from a host: the years 2020 to 2100, in Unix milliseconds.
 const PLAUSIBLE_MS: std::ops::Range<i64> = 1_577_836_800_000..4_102_444_800_000;
 
-/// One question for the time.
+/// One request for the time.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) struct Sample {
-    /// When it was asked, in time since boot.
+    /// When the request was sent, in time since boot.
     pub(crate) asked: Duration,
-    /// When the answer was there, in time since boot.
+    /// When the answer was received, in time since boot.
     pub(crate) answered: Duration,
     /// The answer: Unix time in whole milliseconds.
     pub(crate) server_ms: i64,
 }
 
-/// What became of a measurement.
+/// The result of a sample.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Measured {
     /// Not a valid time; ignored.
-    Absurd,
-    /// The clock uses it.
+    Invalid,
+    /// Used from now on.
     Applied,
-    /// A better one is in use; this one agrees with it.
+    /// Agrees with a more precise sample, which stays in use.
     Agreed,
-    /// It is off by this many milliseconds from what is known, further than any drift; not applied.
+    /// Differs from the current estimate by this many milliseconds, more than any drift; not applied.
     Implausible(i64),
-    /// As implausible as those before it, and they agree among themselves (or the exchange had refused our time): the
-    /// clock has been moved by this many milliseconds.
+    /// Implausible like the ones before it, but enough of them agree: the clock was moved by this many milliseconds.
     Moved(i64),
 }
 
-/// What is known about one host's time.
+/// The estimate of one host's time.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Offset {
     known: Option<Estimate>,
-    /// A jump that was not applied, and how often it has been seen.
+    /// A step that was not applied, and how many samples agree on it.
     doubtful: Option<(Estimate, u32)>,
 }
 
@@ -77,9 +76,9 @@ impl Offset {
         })
     }
 
-    pub(super) fn take_in(&mut self, sample: Sample, is_refuted: bool) -> Measured {
+    pub(super) fn apply_sample(&mut self, sample: Sample, is_refuted: bool) -> Measured {
         if !PLAUSIBLE_MS.contains(&sample.server_ms) {
-            return Measured::Absurd;
+            return Measured::Invalid;
         }
         let new = Estimate::from(sample);
         let Some(known) = self.known else {
@@ -97,7 +96,7 @@ impl Offset {
         let by_ms = (new.offset_us - known.offset_us) / 1000;
         let seen = match self.doubtful {
             Some((before, seen)) if before.agrees_with(&new) => {
-                if new.at.saturating_sub(before.at) < WITNESSES_APART {
+                if new.at.saturating_sub(before.at) < MIN_SAMPLE_GAP {
                     return Measured::Implausible(by_ms);
                 }
                 seen + 1
@@ -119,7 +118,7 @@ impl Offset {
 }
 
 impl Estimate {
-    /// How far off it may be by now.
+    /// How far off it may be at `now`.
     fn radius_at(&self, now: Duration) -> i64 {
         let age = micros(now.saturating_sub(self.at));
         #[expect(
@@ -138,15 +137,15 @@ impl Estimate {
 }
 
 impl From<Sample> for Estimate {
-    /// The host looked at its clock between question and answer; in the middle of the two is the best guess, and half
-    /// the trip is how wrong it can be. The answer's milliseconds are cut off, not rounded. It is as old as the question:
-    /// what happened while that was under way need not be in the answer.
+    /// The host read its clock between request and answer; the best estimate is the middle, and half the round trip bounds
+    /// the error. The answer is truncated to milliseconds, not rounded. Its age counts from the request, since a step during
+    /// the round trip may not be in the answer.
     fn from(sample: Sample) -> Self {
         let (asked, answered) = (micros(sample.asked), micros(sample.answered));
-        let half_trip = (answered - asked).max(0) / 2;
+        let half_round_trip = (answered - asked).max(0) / 2;
         Self {
-            offset_us: sample.server_ms.saturating_mul(1000) + 500 - (asked + half_trip),
-            radius_us: half_trip + 500,
+            offset_us: sample.server_ms.saturating_mul(1000) + 500 - (asked + half_round_trip),
+            radius_us: half_round_trip + 500,
             at: sample.asked,
         }
     }
@@ -162,10 +161,10 @@ mod tests {
 
     const HOUR: Duration = Duration::from_secs(3600);
 
-    /// When these machines were booted: 2026-01-01, in Unix milliseconds.
+    /// When the machine of these tests was booted: 2026-01-01, in Unix milliseconds.
     const BOOT_MS: i64 = 1_767_225_600_000;
 
-    /// The host said that this many milliseconds had passed since [`BOOT_MS`].
+    /// A sample in which the host reports that `since_boot_ms` have passed since [`BOOT_MS`].
     fn sample(asked_ms: u64, answered_ms: u64, since_boot_ms: i64) -> Sample {
         Sample {
             asked: Duration::from_millis(asked_ms),
@@ -175,33 +174,33 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_is_as_old_as_its_question() {
+    fn age_of_a_sample_counts_from_its_request() {
         let mut offset = Offset::default();
-        offset.take_in(sample(1000, 1200, 50_000), false);
+        offset.apply_sample(sample(1000, 1200, 50_000), false);
         let time = offset.at(Duration::from_millis(1200)).unwrap();
-        // A timestamp that was signed and refused in between was not measured by it.
+        // A timestamp that was signed and rejected in between is newer than this sample.
         assert_eq!(time.age, Some(Duration::from_millis(200)));
     }
 
     #[test]
-    fn half_the_trip_is_taken_off_and_bounds_the_error() {
+    fn half_the_round_trip_corrects_the_time_and_bounds_its_error() {
         let mut offset = Offset::default();
         assert!(offset.at(HOUR).is_none());
-        // Asked at 1.000 s, answered at 1.200 s: the answer is of about 1.100 s.
+        // Sent at 1.000 s, answered at 1.200 s: the host read its clock at about 1.100 s.
         assert_eq!(
-            offset.take_in(sample(1000, 1200, 50_000), false),
+            offset.apply_sample(sample(1000, 1200, 50_000), false),
             Measured::Applied
         );
         let time = offset.at(Duration::from_millis(1200)).unwrap();
         assert_eq!(time.ms, BOOT_MS + 50_100);
-        // Half the trip, half a millisecond, and the drift since the question.
+        // Half the round trip, half a millisecond, and the drift since the request.
         assert_eq!(time.uncertainty, Some(Duration::from_micros(100_600)));
     }
 
     #[test]
     fn uncertainty_grows_with_age_past_two_seconds_in_about_an_hour() {
         let mut offset = Offset::default();
-        offset.take_in(sample(0, 100, 1_000_000), false);
+        offset.apply_sample(sample(0, 100, 1_000_000), false);
         let at = |after: Duration| {
             offset
                 .at(Duration::from_millis(100) + after)
@@ -214,94 +213,100 @@ mod tests {
     }
 
     #[test]
-    fn of_two_that_agree_the_better_one_is_kept_until_it_is_old() {
+    fn more_precise_one_of_two_agreeing_samples_is_kept_until_it_is_old() {
         let mut offset = Offset::default();
-        offset.take_in(sample(0, 10, 1_000_000), false);
+        offset.apply_sample(sample(0, 10, 1_000_000), false);
         assert_eq!(
-            offset.take_in(sample(1000, 1400, 1_001_200), false),
+            offset.apply_sample(sample(1000, 1400, 1_001_200), false),
             Measured::Agreed
         );
-        // After a quarter of an hour the good one could be off by half a second.
+        // After a quarter of an hour the precise one could be off by half a second.
         assert_eq!(
-            offset.take_in(sample(900_000, 900_400, 1_900_200), false),
+            offset.apply_sample(sample(900_000, 900_400, 1_900_200), false),
             Measured::Applied
         );
     }
 
     #[test]
-    fn one_wrong_answer_moves_nothing_and_three_that_agree_do() {
+    fn one_wrong_sample_is_ignored_and_three_agreeing_ones_move_the_clock() {
         let mut offset = Offset::default();
-        offset.take_in(sample(0, 10, 1_000_000), false);
+        offset.apply_sample(sample(0, 10, 1_000_000), false);
         let right = |offset: &Offset| offset.at(Duration::from_secs(10)).unwrap().ms;
         let before = right(&offset);
         assert_eq!(
-            offset.take_in(sample(1000, 1010, 4_601_000), false),
+            offset.apply_sample(sample(1000, 1010, 4_601_000), false),
             Measured::Implausible(3_600_000)
         );
         assert_eq!(right(&offset), before);
-        // One that agrees with what is known clears the doubt.
-        offset.take_in(sample(2000, 2010, 1_002_000), false);
+        // A sample that agrees with the current estimate resets the count.
+        offset.apply_sample(sample(2000, 2010, 1_002_000), false);
         for asked in [3000, 4000] {
             let jumped = sample(
                 asked,
                 asked + 10,
                 31_000 + 1_000_000 + i64::try_from(asked).unwrap(),
             );
-            assert_eq!(offset.take_in(jumped, false), Measured::Implausible(31_000));
+            assert_eq!(
+                offset.apply_sample(jumped, false),
+                Measured::Implausible(31_000)
+            );
         }
         assert_eq!(
-            offset.take_in(sample(5000, 5010, 1_036_000), false),
+            offset.apply_sample(sample(5000, 5010, 1_036_000), false),
             Measured::Moved(31_000)
         );
         assert_eq!(right(&offset), before + 31_000);
     }
 
     #[test]
-    fn an_answer_from_a_cache_never_agrees_with_itself() {
+    fn cached_answers_never_move_the_clock() {
         let mut offset = Offset::default();
-        offset.take_in(sample(0, 10, 1_000_000), false);
+        offset.apply_sample(sample(0, 10, 1_000_000), false);
         for asked in [60_000, 65_000, 70_000, 75_000] {
-            let cached = offset.take_in(sample(asked, asked + 10, 1_000_000), false);
+            let cached = offset.apply_sample(sample(asked, asked + 10, 1_000_000), false);
             assert!(matches!(cached, Measured::Implausible(_)), "{cached:?}");
         }
     }
 
     #[test]
-    fn when_the_exchange_has_refused_our_time_two_that_agree_move_it() {
+    fn two_agreeing_samples_move_the_clock_after_a_rejected_timestamp() {
         let mut offset = Offset::default();
-        offset.take_in(sample(0, 10, 1_000_000), false);
+        offset.apply_sample(sample(0, 10, 1_000_000), false);
         let jumped = |asked| sample(asked, asked + 10, 1_060_000 + i64::try_from(asked).unwrap());
         assert_eq!(
-            offset.take_in(jumped(1000), true),
+            offset.apply_sample(jumped(1000), true),
             Measured::Implausible(60_000)
         );
-        let too_soon = offset.take_in(jumped(1500), true);
+        let too_soon = offset.apply_sample(jumped(1500), true);
         assert_eq!(too_soon, Measured::Implausible(60_000));
-        assert_eq!(offset.take_in(jumped(1700), true), Measured::Moved(60_000));
+        assert_eq!(
+            offset.apply_sample(jumped(1700), true),
+            Measured::Moved(60_000)
+        );
     }
 
     #[test]
-    fn what_is_no_time_at_all_is_not_taken_for_one() {
+    fn times_outside_2020_to_2100_are_ignored() {
         let mut offset = Offset::default();
         for server_ms in [0, -1, i64::MAX, i64::MIN, 1_767_225_600] {
             let absurd = Sample {
                 server_ms,
                 ..sample(0, 10, 0)
             };
-            assert_eq!(offset.take_in(absurd, false), Measured::Absurd);
+            assert_eq!(offset.apply_sample(absurd, false), Measured::Invalid);
         }
         assert!(offset.at(HOUR).is_none());
     }
 
     #[test]
-    fn a_machine_that_slept_keeps_the_exchanges_time() {
+    fn exchange_time_stays_correct_through_suspend() {
         let mut offset = Offset::default();
-        offset.take_in(sample(0, 10, 1_000_000), false);
-        // Boot time runs through suspend: half an hour later it is half an hour later.
+        offset.apply_sample(sample(0, 10, 1_000_000), false);
+        // Boot time includes suspend: half an hour later, the estimate is half an hour later, too.
         let time = offset.at(Duration::from_millis(5) + HOUR / 2).unwrap();
         assert_eq!(time.ms, BOOT_MS + 1_000_000 + 1_800_000);
         assert_eq!(
-            offset.take_in(sample(1_800_000, 1_800_010, 2_800_000), false),
+            offset.apply_sample(sample(1_800_000, 1_800_010, 2_800_000), false),
             Measured::Applied
         );
     }

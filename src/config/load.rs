@@ -1,4 +1,4 @@
-//! Reads the files that the configuration names, and reports every problem in them together.
+//! Reads the files that the configuration names, and reports all their problems at once.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -20,30 +20,30 @@ use crate::base::trust::{AnchorError, Peers, check_anchor};
 use crate::policy::Policy;
 use crate::vault::Auth;
 
-/// What stands in the files.
+/// Contents of the files.
 #[derive(Debug)]
 pub struct Loaded {
     /// The rules.
     pub(crate) policy: Policy,
     /// Certificates of the listeners for bots and admins.
     pub(crate) certificates: Certificates,
-    /// CAs of Vault.
+    /// CAs of Vault's certificate.
     pub vault_roots: RootCertStore,
-    /// CAs of the exchange.
+    /// CAs of the exchange's certificates.
     pub(crate) egress_roots: RootCertStore,
-    /// CAs that make the broker refuse what they issue, and certificates that were left out as no CAs; each under the key
-    /// that names the file.
+    /// CAs whose certificates the broker may refuse because of name constraints, and ignored certificates that are not CAs;
+    /// each with the key that names the file.
     pub warnings: Vec<Problem>,
 }
 
-/// What the listeners for bots and admins show, and whom they trust.
+/// Certificates of the listeners for bots and admins, and the CAs that they trust.
 #[derive(Debug)]
 pub(crate) struct Certificates {
     /// Certificate chain.
     pub(crate) chain: Vec<CertificateDer<'static>>,
-    /// Its key.
+    /// Its private key.
     pub(crate) key: PrivateKeyDer<'static>,
-    /// When the first certificate of the chain ends: Unix time in milliseconds.
+    /// When the first certificate of the chain expires: Unix time in milliseconds.
     pub(crate) not_after_ms: i64,
     /// CAs of the bots' certificates.
     pub(crate) client_ca: Arc<RootCertStore>,
@@ -57,12 +57,12 @@ pub(crate) struct TlsSources {
     certificate: Source,
     key: Source,
     client_ca: Source,
-    /// None: bots and admins have the same CAs.
+    /// `None`: the same CAs as for bots.
     admin_ca: Option<Source>,
 }
 
 impl TlsSources {
-    /// Reads them.
+    /// Reads the files.
     pub(crate) fn read(files: &TlsFiles) -> Self {
         Self {
             certificate: Source::read(&files.certificate),
@@ -80,17 +80,17 @@ impl TlsSources {
         [&self.certificate, &self.key].into_iter().chain(self.cas())
     }
 
-    /// Whether one of them could not be looked at for want of descriptors.
+    /// Whether one of them could not be opened because the process or system was out of file descriptors.
     pub(crate) fn is_unseen(&self) -> bool {
         self.all().any(Source::is_unseen)
     }
 
-    /// What stands in all of them.
+    /// Digest of all files.
     pub(crate) fn digest(&self) -> [u8; 32] {
         digest(self.all())
     }
 
-    /// What stands in those of the CAs.
+    /// Digest of the CA files.
     pub(crate) fn cas_digest(&self) -> [u8; 32] {
         digest(self.cas())
     }
@@ -101,7 +101,7 @@ fn digest<'s>(sources: impl Iterator<Item = &'s Source>) -> [u8; 32] {
     Sha256::digest(digests.concat()).into()
 }
 
-/// A file and what stood in it at one moment.
+/// A file and its contents when it was read.
 #[derive(Debug)]
 pub(crate) struct Source {
     file: PathBuf,
@@ -109,7 +109,7 @@ pub(crate) struct Source {
 }
 
 impl Source {
-    /// Reads it.
+    /// Reads the file.
     pub(crate) fn read(file: &Path) -> Self {
         Self {
             file: file.to_owned(),
@@ -122,13 +122,14 @@ impl Source {
         parse(content).map_err(|problem| problem.to_string())
     }
 
-    fn unfit(&self, expected: &str, problem: &str) -> String {
+    fn expected(&self, expected: &str, problem: &str) -> String {
         format!("expected {expected} in {}: {problem}", self.file.display())
     }
 
-    /// Whether it could not be looked at for want of descriptors, which says nothing about the file.
+    /// Whether it could not be opened because the process or system was out of file descriptors. The file itself may be
+    /// fine.
     pub(crate) fn is_unseen(&self) -> bool {
-        let of_system = |code| {
+        let is_out_of_descriptors = |code| {
             code == rustix::io::Errno::MFILE.raw_os_error()
                 || code == rustix::io::Errno::NFILE.raw_os_error()
         };
@@ -137,10 +138,10 @@ impl Source {
             .as_ref()
             .err()
             .and_then(io::Error::raw_os_error);
-        code.is_some_and(of_system)
+        code.is_some_and(is_out_of_descriptors)
     }
 
-    /// What stands in it, or that it cannot be read.
+    /// Digest of its contents, or of the error if it cannot be read.
     pub(crate) fn digest(&self) -> [u8; 32] {
         match &self.content {
             Ok(content) => Sha256::digest(content).into(),
@@ -149,10 +150,10 @@ impl Source {
     }
 }
 
-/// Reads them all; `now_ms` is the time at which certificates must be valid.
+/// Reads all files; `now_ms` is the time at which the server certificate must be valid.
 ///
 /// # Errors
-/// With every problem at once, each under the key that names the file.
+/// All problems, each with the key that names the file.
 pub fn load(config: &Config, now_ms: i64) -> Result<Loaded, Vec<Problem>> {
     let problems = Problems::default();
     let policy = rules(&Source::read(&config.rules))
@@ -163,7 +164,7 @@ pub fn load(config: &Config, now_ms: i64) -> Result<Loaded, Vec<Problem>> {
         certificate, key, ..
     } = &config.vault.auth
     {
-        // Only to find problems early: both are read again at every login.
+        // Only to report problems early: both files are read again at every login.
         pair(
             ["vault.auth.certificate", "vault.auth.key"],
             &Source::read(certificate),
@@ -175,7 +176,7 @@ pub fn load(config: &Config, now_ms: i64) -> Result<Loaded, Vec<Problem>> {
     let egress_roots = roots("egress.roots", &config.egress_roots, &problems);
     let warnings = problems.take_warnings();
     problems.into_result()?;
-    // What is missing has been reported as a problem.
+    // `None` implies a problem, which was returned above.
     let loaded = || {
         Some(Loaded {
             policy: policy?,
@@ -196,10 +197,10 @@ pub(crate) fn certificates(
 ) -> Option<Certificates> {
     let names = ["tls.certificate", "tls.key"];
     let (chain, key) = pair(names, &sources.certificate, &sources.key, problems);
-    let fit = chain
+    let checked = chain
         .as_deref()
-        .map(|chain| fit_for_a_server(chain, now_ms));
-    let not_after_ms = match fit {
+        .map(|chain| check_server_certificate(chain, now_ms));
+    let not_after_ms = match checked {
         Some(Ok(not_after_ms)) => Some(not_after_ms),
         Some(Err(problem)) => {
             problems.add("tls.certificate", problem);
@@ -222,7 +223,7 @@ pub(crate) fn certificates(
     })
 }
 
-/// A certificate chain and its key, under the names of their settings.
+/// Reads a certificate chain and its private key; `chain_name` and `key_name` are their settings.
 pub(crate) fn pair(
     [chain_name, key_name]: [&str; 2],
     chain: &Source,
@@ -235,7 +236,7 @@ pub(crate) fn pair(
     let certificates = pem_certificates(chain_name, chain, problems);
     let der = key
         .pem(pem::private_key)
-        .map_err(|error| problems.add(key_name, key.unfit("a private key as PEM", &error)))
+        .map_err(|error| problems.add(key_name, key.expected("a PEM private key", &error)))
         .ok();
     if let (Some(certificates), Some(der)) = (&certificates, &der) {
         let provider = rustls::crypto::aws_lc_rs::default_provider();
@@ -251,26 +252,26 @@ pub(crate) fn pair(
     (certificates, der)
 }
 
-/// Reads the rules of a broker: there must be at least one account.
+/// Reads the rules of a broker, which must have at least one account.
 ///
 /// # Errors
-/// With every problem at once, each with the file and its line.
+/// All problems, each with file and line.
 pub(crate) fn rules(source: &Source) -> Result<Policy, Vec<Problem>> {
-    let policy = any_rules(source)?;
+    let policy = rules_or_empty(source)?;
     if policy.accounts().next().is_none() {
-        // A write that failed on a full disk leaves an empty file, which nobody wants.
+        // A write that failed on a full disk can leave an empty file.
         let file = source.file.display();
-        let problem = format!("{file} names no account; expected at least one [account.NAME]");
+        let problem = format!("{file} has no account; expected at least one [account.NAME]");
         return Err(vec![Problem::new("rules", problem)]);
     }
     Ok(policy)
 }
 
-/// Reads rules to compare them with others: they may be empty.
+/// Reads rules that may be empty, to compare or list them.
 ///
 /// # Errors
-/// With every problem at once, each with the file and its line.
-pub(crate) fn any_rules(source: &Source) -> Result<Policy, Vec<Problem>> {
+/// All problems, each with file and line.
+pub(crate) fn rules_or_empty(source: &Source) -> Result<Policy, Vec<Problem>> {
     let unreadable = |error: &dyn std::fmt::Display| {
         let problem = format!("{} cannot be read: {error}", source.file.display());
         vec![Problem::new("rules", problem)]
@@ -293,19 +294,19 @@ fn pem_certificates(
 ) -> Option<Vec<CertificateDer<'static>>> {
     source
         .pem(pem::certificates)
-        .map_err(|error| problems.add(key, source.unfit("certificates as PEM", &error)))
+        .map_err(|error| problems.add(key, source.expected("PEM certificates", &error)))
         .ok()
 }
 
-/// When the certificate ends (Unix time in milliseconds), or what would make every bot refuse it.
-fn fit_for_a_server(chain: &[CertificateDer<'_>], now_ms: i64) -> Result<i64, String> {
+/// When the certificate expires (Unix time in milliseconds), or why every client would reject it.
+fn check_server_certificate(chain: &[CertificateDer<'_>], now_ms: i64) -> Result<i64, String> {
     let not_x509 = || "is not an X.509 certificate".to_owned();
     let first = chain.first().ok_or_else(not_x509)?;
     let (_, certificate) = X509Certificate::from_der(first).map_err(|_| not_x509())?;
     let usage = certificate.extended_key_usage().ok().flatten();
     if usage.is_some_and(|usage| !usage.value.server_auth && !usage.value.any) {
         return Err(
-            "is not for servers: its extended key usage does not name serverAuth".to_owned(),
+            "is not a server certificate: its extended key usage lacks serverAuth".to_owned(),
         );
     }
     let names = certificate.subject_alternative_name().ok().flatten();
@@ -314,27 +315,27 @@ fn fit_for_a_server(chain: &[CertificateDer<'_>], now_ms: i64) -> Result<i64, St
     };
     if names.is_none_or(|names| !names.value.general_names.iter().any(is_name)) {
         return Err(
-            "names no host: it needs a DNS name or an IP address as subject alternative name"
+            "has no DNS name or IP address as subject alternative name; issue one that names this host"
                 .to_owned(),
         );
     }
     let validity = certificate.validity();
     if validity.not_after.timestamp() < now_ms / 1000 {
         return Err(format!(
-            "ended on {}; put a new one in its place",
+            "expired on {}; replace it with a valid one",
             validity.not_after
         ));
     }
     if validity.not_before.timestamp() > now_ms / 1000 {
         return Err(format!(
-            "is not valid before {}; is the clock of this machine right?",
+            "is not valid before {}; check the clock of this machine",
             validity.not_before
         ));
     }
     Ok(validity.not_after.timestamp().saturating_mul(1000))
 }
 
-/// The CAs of servers that a setting names.
+/// Reads the CAs that a setting names for servers.
 pub(crate) fn roots(key: &str, roots: &Roots, problems: &Problems) -> Option<RootCertStore> {
     match roots {
         Roots::File(file) => root_file(key, &Source::read(file), Peers::Servers, problems),
@@ -342,8 +343,8 @@ pub(crate) fn roots(key: &str, roots: &Roots, problems: &Problems) -> Option<Roo
     }
 }
 
-/// The CAs in a PEM file. Every certificate in it must be one: what it signs is trusted. Beside the CAs of servers, where a
-/// server's whole chain often stands, a certificate that is no CA is left out with a warning.
+/// Reads the CAs in a PEM file. Every certificate must be a CA, because everything that it signs is trusted. Files for
+/// servers often hold the server's complete chain: there, certificates that are not CAs are ignored with a warning.
 pub(crate) fn root_file(
     key: &str,
     source: &Source,
@@ -353,10 +354,10 @@ pub(crate) fn root_file(
     let file = source.file.display();
     let certificates = source
         .pem(pem::ca_certificates)
-        .map_err(|error| problems.add(key, source.unfit("certificates as PEM", &error)))
+        .map_err(|error| problems.add(key, source.expected("PEM certificates", &error)))
         .ok()?;
     let mut store = Some(RootCertStore::empty());
-    let mut left_out = Vec::new();
+    let mut ignored = Vec::new();
     for (line, certificate) in certificates {
         let problem = match check_anchor(&certificate, peers) {
             Ok(warning) => {
@@ -364,11 +365,11 @@ pub(crate) fn root_file(
                     problems.warn(key, format_args!("{file}:{line}: {warning}"));
                 }
                 let added = store.as_mut().map(|store| store.add(certificate));
-                let unfit = |error| format!("is not a usable CA certificate: {error}");
-                added.and_then(Result::err).map(unfit)
+                let unusable = |error| format!("is not a usable CA certificate: {error}");
+                added.and_then(Result::err).map(unusable)
             }
             Err(error @ AnchorError::NotCa(_)) if peers == Peers::Servers => {
-                left_out.push((line, error));
+                ignored.push((line, error));
                 None
             }
             Err(error) => Some(error.to_string()),
@@ -379,7 +380,7 @@ pub(crate) fn root_file(
         }
     }
     let store = store.filter(|store| !store.is_empty());
-    for (line, error) in left_out {
+    for (line, error) in ignored {
         if store.is_some() {
             problems.warn(key, format_args!("{file}:{line}: ignored: {error}"));
         } else {

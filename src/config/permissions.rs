@@ -1,4 +1,4 @@
-//! Whether others on the machine can read the secrets that the configuration names, or change its files.
+//! Checks that other users cannot read secrets that the configuration names, or change its files.
 
 use std::fmt;
 use std::os::unix::fs::MetadataExt;
@@ -20,7 +20,7 @@ const WRITE: u32 = 0o002;
 pub(crate) struct NamedFile {
     key: &'static str,
     file: PathBuf,
-    /// Whether nobody but the broker may read it.
+    /// Whether other users must not read it.
     is_secret: bool,
 }
 
@@ -44,7 +44,7 @@ impl NamedFile {
         }
     }
 
-    /// A file that others may read.
+    /// A file that other users may read.
     pub(crate) fn public(key: &'static str, file: &Path) -> Self {
         let is_secret = false;
         let file = file.to_owned();
@@ -55,8 +55,8 @@ impl NamedFile {
         }
     }
 
-    /// Looks at its permissions; a link counts as the file it leads to. `None` where they are right, and where the file
-    /// cannot be looked at, which whoever reads it reports.
+    /// Checks its permissions, following links. `None` if they are correct, and if there is no such file: the code that
+    /// reads it reports that.
     pub(crate) fn check(&self) -> Option<ExposedFile<'_>> {
         let metadata = self
             .file
@@ -75,10 +75,10 @@ impl ExposedFile<'_> {
         self.named.key
     }
 
-    /// The command that corrects it.
+    /// The command that corrects the permissions.
     pub(crate) fn fix(&self) -> String {
-        let less = if self.named.is_secret { "o-rwx" } else { "o-w" };
-        format!("chmod {less} {}", self.named.file.display())
+        let change = if self.named.is_secret { "o-rwx" } else { "o-w" };
+        format!("chmod {change} {}", self.named.file.display())
     }
 }
 
@@ -102,7 +102,7 @@ impl fmt::Display for ExposedFile<'_> {
     }
 }
 
-/// The files of a broker: its secrets, and all that decides whom it trusts and what bots may do.
+/// The files of a broker that need safe permissions: secrets, configuration, rules, certificates, CAs and the audit log.
 pub(crate) fn files(config: &Config) -> Vec<NamedFile> {
     let (tls, mut files) = (&config.tls, Vec::new());
     files.extend(
@@ -128,13 +128,13 @@ pub(crate) fn files(config: &Config) -> Vec<NamedFile> {
             files.push(NamedFile::public(key, file));
         }
     }
-    files.extend(of_login(&config.vault.auth));
+    files.extend(login_files(&config.vault.auth));
     files.push(NamedFile::public("audit.file", &config.audit_file));
     files
 }
 
-/// The files that a login to Vault needs.
-pub(crate) fn of_login(auth: &Auth) -> Vec<NamedFile> {
+/// The files of a Vault login.
+pub(crate) fn login_files(auth: &Auth) -> Vec<NamedFile> {
     let mut files = Vec::new();
     if let Auth::Cert { certificate, .. } = auth {
         files.push(NamedFile::public("vault.auth.certificate", certificate));
@@ -143,7 +143,8 @@ pub(crate) fn of_login(auth: &Auth) -> Vec<NamedFile> {
     files
 }
 
-/// The secret that a login to Vault needs. Not the token that Kubernetes puts into each pod, whose mode nobody sets.
+/// The secret file of a Vault login. The token that Kubernetes mounts into each pod is not checked: Kubernetes sets its
+/// mode.
 fn secret_of(auth: &Auth) -> Option<NamedFile> {
     let (key, file) = match auth {
         Auth::AppRole { secret_id_file, .. } => ("vault.auth.secret_id_file", secret_id_file),
@@ -155,7 +156,7 @@ fn secret_of(auth: &Auth) -> Option<NamedFile> {
     Some(NamedFile::secret(key, file))
 }
 
-/// What is wrong with the permissions of these files, each under its key, with the command that corrects it.
+/// Warnings about the permissions of these files, each with its key and the command that corrects it.
 pub(crate) fn warnings(files: &[NamedFile]) -> Vec<Problem> {
     let open = files.iter().filter_map(NamedFile::check);
     open.map(|open| Problem::new(open.key(), format_args!("{open}; {}", open.fix())))
@@ -170,7 +171,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn certificate_of_a_login_must_not_be_changed_by_others() {
+    fn exposed_files_of_a_vault_login_are_reported() {
         let folder = tempfile::tempdir().unwrap();
         let [certificate, key] = ["a.pem", "a.key"].map(|name| folder.path().join(name));
         for (file, mode) in [(&certificate, 0o666), (&key, 0o644)] {
@@ -183,7 +184,7 @@ mod tests {
             certificate,
             key,
         };
-        let files = of_login(&auth);
+        let files = login_files(&auth);
         let keys: Vec<_> = files
             .iter()
             .filter_map(NamedFile::check)
@@ -193,22 +194,22 @@ mod tests {
     }
 
     #[test]
-    fn others_may_read_what_is_public_and_change_nothing() {
+    fn other_users_may_read_public_files_and_change_none() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("x");
         std::fs::write(&file, "").unwrap();
         let link = folder.path().join("link");
         std::os::unix::fs::symlink(&file, &link).unwrap();
-        let said = |named: &NamedFile, mode| {
+        let warning = |named: &NamedFile, mode| {
             std::fs::set_permissions(&file, Permissions::from_mode(mode)).unwrap();
             named.check().map(|open| format!("{open}; {}", open.fix()))
         };
         let (public, secret) = (NamedFile::public("a", &file), NamedFile::secret("b", &link));
         for mode in [0o600, 0o640, 0o660, 0o644, 0o664, 0o755] {
-            assert_eq!(said(&public, mode), None, "{mode:o}");
+            assert_eq!(warning(&public, mode), None, "{mode:o}");
         }
         for mode in [0o400, 0o600, 0o640, 0o660, 0o770] {
-            assert_eq!(said(&secret, mode), None, "{mode:o}");
+            assert_eq!(warning(&secret, mode), None, "{mode:o}");
         }
         let (file, link) = (file.display(), link.display());
         for (named, mode, expected) in [
@@ -235,7 +236,7 @@ mod tests {
                 format!("{link} can be changed by other users (mode 0602); chmod o-rwx {link}"),
             ),
         ] {
-            assert_eq!(said(named, mode), Some(expected));
+            assert_eq!(warning(named, mode), Some(expected));
         }
         assert!(
             NamedFile::secret("c", Path::new("/dev/null"))

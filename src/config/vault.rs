@@ -1,4 +1,4 @@
-//! `[vault]`: where Vault is and how the broker logs in.
+//! `[vault]`: Vault's address and how the broker logs in.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -9,10 +9,10 @@ use super::{is_loopback, path, required_path};
 use crate::base::toml_file::Section;
 use crate::vault::{Auth, VaultSettings};
 
-/// Where Kubernetes puts the token of a pod's service account.
+/// Where Kubernetes mounts the token of a pod's service account.
 pub(super) const JWT_FILE: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
 
-/// Reads `[vault]`, all but what stands in [`Config`](super::Config) beside it.
+/// Reads `[vault]`, except the keys that [`Config`](super::Config) holds itself.
 pub(crate) fn read(section: &mut Section, folder: &Path) -> Option<VaultSettings> {
     let address = section.required("address", "\"https://vault.example.org:8200\"");
     let address = address.and_then(|text: String| vault_address(section, "address", &text));
@@ -29,14 +29,13 @@ pub(crate) fn read(section: &mut Section, folder: &Path) -> Option<VaultSettings
         section.problem("namespace", "expected printable ASCII without spaces");
     }
     let mount = kv_path(section, "mount", "kv");
-    // As it stands in Vault's API and in policies, between the mount and the path of the key.
+    // API paths and policies have `data` or `metadata` between the mount and the path of the key.
     if let Some((bare, "data" | "metadata")) = mount.rsplit_once('/') {
-        let problem =
-            format!("expected the mount alone, {bare:?}, got the path of an API call: {mount:?}");
+        let problem = format!("expected the mount {bare:?}, got the API path {mount:?}");
         section.problem("mount", problem);
     }
     let prefix = kv_path(section, "prefix", "kucoin/prod");
-    // The time limit of a whole request; the background waits for it, never a bot.
+    // Time limit of a complete request. Only background tasks wait for it, never a bot.
     let timeout = Duration::from_millis(section.number("timeout_ms", 3000, 100..=60_000));
     let auth = auth(&mut section.section("auth"), folder);
     if let (Some(address), Some(Auth::Cert { .. })) = (&address, &auth)
@@ -44,7 +43,7 @@ pub(crate) fn read(section: &mut Section, folder: &Path) -> Option<VaultSettings
     {
         section.problem(
             "address",
-            "expected https: vault.auth.method = \"cert\" shows a certificate, which http cannot",
+            "expected https, because vault.auth.method = \"cert\" sends a client certificate",
         );
     }
     Some(VaultSettings {
@@ -66,13 +65,13 @@ fn vault_address(section: &Section, key: &str, text: &str) -> Option<Url> {
                 || !url.username().is_empty()
                 || url.password().is_some() =>
         {
-            "expected scheme, host and port alone; Vault behind a path does not work".to_owned()
+            "expected only scheme, host and port; path, query and user are not supported".to_owned()
         }
         Ok(url) if url.scheme() == "https" || (url.scheme() == "http" && is_loopback(&url)) => {
             return Some(url);
         }
         Ok(url) => format!("expected https, or http on loopback, got {}", url.scheme()),
-        Err(error) => format!("expected a URL such as https://vault.example.org:8200: {error}"),
+        Err(error) => format!("expected a URL such as \"https://vault.example.org:8200\": {error}"),
     };
     section.problem(key, problem);
     None
@@ -150,11 +149,11 @@ fn approle(section: &mut Section, folder: &Path) -> Option<Auth> {
     match (&role, wrapped) {
         (None, true) => section.problem(
             "role",
-            "is missing; write for example: role = \"credbroker\", the name of the role that the wrapping \
-             token must be for",
+            "is missing; with wrapped = true, write the role that the wrapping token is issued for, for \
+             example: role = \"credbroker\"",
         ),
         (Some(_), false) => {
-            section.problem("role", "is for wrapped = true; a login needs role_id alone");
+            section.problem("role", "is used only with wrapped = true; remove it or set wrapped = true");
         }
         _ => {}
     }
@@ -164,12 +163,13 @@ fn approle(section: &mut Section, folder: &Path) -> Option<Auth> {
     let credential: Option<String> = section.optional("secret_id_credential");
     let secret_id_file = match (file, credential) {
         (Some(file), None) => Some(file),
-        // What is wrong with it has been reported.
+        // `path` has reported the problem.
         (None, None) if has_file => None,
         (None, Some(_)) if wrapped => {
             section.problem(
                 "secret_id_credential",
-                "cannot be deleted after use, as a wrapping token is; use secret_id_file",
+                "does not work with wrapped = true, because a systemd credential cannot be deleted after use; use \
+                 secret_id_file",
             );
             None
         }
@@ -186,7 +186,7 @@ fn approle(section: &mut Section, folder: &Path) -> Option<Auth> {
         (Some(_), Some(_)) => {
             section.problem(
                 "secret_id_credential",
-                "stands beside secret_id_file; keep one of them",
+                "is set together with secret_id_file; keep only one of them",
             );
             None
         }
@@ -207,11 +207,11 @@ fn approle(section: &mut Section, folder: &Path) -> Option<Auth> {
     })
 }
 
-/// The file of a credential that systemd hands to the service; `folder` is its `$CREDENTIALS_DIRECTORY`, which nobody
-/// but the service has: for commands given by hand it is where systemd puts those of `credbroker.service`.
+/// The file of a systemd credential; `folder` is `$CREDENTIALS_DIRECTORY`, which only the service has. Commands run by hand
+/// use the folder of `credbroker.service`.
 fn credential_file(folder: Option<PathBuf>, name: &str) -> Result<PathBuf, &'static str> {
     if name.is_empty() || matches!(name, "." | "..") || name.contains('/') {
-        return Err("expected the name of a credential, as in LoadCredential=NAME:PATH");
+        return Err("expected the name of a systemd credential, as in LoadCredential=NAME:PATH");
     }
     let folder = folder.unwrap_or_else(|| PathBuf::from("/run/credentials/credbroker.service"));
     Ok(folder.join(name))
@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn every_method_has_defaults_for_its_mount_and_paths_start_at_the_folder() {
+    fn auth_methods_have_default_mounts_and_resolve_relative_paths() {
         let described = |text: &str| format!("{:?}", parsed(text).unwrap());
         assert_eq!(
             described("method = \"kubernetes\"\nrole = \"r\""),
@@ -258,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn every_method_names_what_it_misses_and_what_does_not_belong_to_it() {
+    fn auth_methods_report_missing_and_unknown_keys() {
         for (text, expected) in [
             (
                 "method = \"cert\"\nrole_id = \"i\"",
@@ -282,18 +282,20 @@ mod tests {
             ),
             (
                 "method = \"approle\"\nrole_id = \"i\"\nsecret_id_file = \"s\"\nsecret_id_credential = \"s\"",
-                &["secret_id_credential: stands beside secret_id_file; keep one of them"],
+                &[
+                    "secret_id_credential: is set together with secret_id_file; keep only one of them",
+                ],
             ),
             (
                 "method = \"approle\"\nrole_id = \"i\"\nsecret_id_credential = \"s\"\nwrapped = true",
                 &[
                     "role: is missing",
-                    "secret_id_credential: cannot be deleted after use",
+                    "secret_id_credential: does not work with wrapped = true",
                 ],
             ),
             (
                 "method = \"approle\"\nrole_id = \"i\"\nsecret_id_file = \"s\"\nrole = \"r\"",
-                &["role: is for wrapped = true"],
+                &["role: is used only with wrapped = true"],
             ),
             (
                 "method = \"token\"",
@@ -311,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn a_credential_is_a_file_in_the_folder_that_systemd_names() {
+    fn credential_is_a_file_in_the_credentials_directory() {
         let folder = || Some(PathBuf::from("/run/credentials/other.service"));
         assert_eq!(
             credential_file(folder(), "secret-id"),

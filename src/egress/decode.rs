@@ -1,4 +1,4 @@
-//! Decodes answers that were compressed although the request asked for `identity`.
+//! Decodes answers that are compressed although the request accepts only `identity`.
 
 use std::io::{self, Read};
 
@@ -7,14 +7,14 @@ use flate2::read::{DeflateDecoder, MultiGzDecoder, ZlibDecoder};
 use http::header::{CONTENT_ENCODING, CONTENT_LENGTH};
 use http::{HeaderMap, HeaderValue};
 
-/// The decoded body has more bytes than an answer may have.
+/// The decoded body is larger than an answer may be.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) struct TooLarge;
 
-/// Decodes `body` as `headers` say, up to `max_bytes`, and removes from `headers` what is no longer true.
+/// Decodes `body` according to `headers`, up to `max_bytes`, and removes the headers that no longer apply.
 ///
-/// A body that cannot be decoded stays as it came, with its `content-encoding`; `identity` alone is no encoding. Source:
-/// RFC 9110, 8.4; `deflate` is also sent without its zlib frame.
+/// A body that cannot be decoded is returned unchanged, with its `content-encoding`. `identity` counts as no encoding.
+/// Source: RFC 9110, 8.4; some servers send `deflate` without the zlib frame.
 pub(super) fn decode(
     headers: &mut HeaderMap,
     body: Bytes,
@@ -39,7 +39,7 @@ pub(super) fn decode(
             Ok(decoded)
         }
         Err(error) => {
-            tracing::warn!(content_encoding = ?encoding, %error, "cannot decode exchange answer; forwarding it undecoded");
+            tracing::warn!("http.response.header.content-encoding" = ?[&encoding], exception.message = %error, "cannot decode exchange answer; forwarding it undecoded");
             if let Ok(encoding) = HeaderValue::from_str(&encoding) {
                 headers.insert(CONTENT_ENCODING, encoding);
             }
@@ -48,8 +48,8 @@ pub(super) fn decode(
     }
 }
 
-/// The encodings of a body in one text, in lower case and without `identity`; at most 64 characters, because the exchange
-/// chooses them.
+/// The encodings of a body as one text, in lower case and without `identity`; at most 64 characters, since the exchange
+/// chooses the text.
 fn encoding(headers: &HeaderMap) -> String {
     let values = headers.get_all(CONTENT_ENCODING).iter();
     let text: Vec<_> = values
@@ -67,7 +67,7 @@ fn encoding(headers: &HeaderMap) -> String {
 
 fn read(body: impl Read, max_bytes: usize) -> io::Result<Bytes> {
     let mut decoded = Vec::new();
-    // One more than allowed tells that there is more.
+    // One byte more than allowed shows that the body is too large.
     let limit = u64::try_from(max_bytes)
         .unwrap_or(u64::MAX)
         .saturating_add(1);
@@ -75,7 +75,7 @@ fn read(body: impl Read, max_bytes: usize) -> io::Result<Bytes> {
     Ok(decoded.into())
 }
 
-/// Whether it begins with a zlib header. Source: RFC 1950, 2.2.
+/// Whether `body` begins with a zlib header. Source: RFC 1950, 2.2.
 fn is_zlib(body: &[u8]) -> bool {
     match body {
         [first, second, ..] => {
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn the_limit_holds_after_decoding() {
+    fn size_limit_applies_to_the_decoded_body() {
         assert_eq!(decoded("gzip", &bytes(GZIP), 16), Err(TooLarge));
         assert_eq!(decoded("deflate", &bytes(ZLIB), 16), Err(TooLarge));
     }

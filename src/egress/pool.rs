@@ -1,4 +1,4 @@
-//! Idle connections to one host, newest first.
+//! Idle connections to one host; the newest is used first.
 
 use std::net::SocketAddr;
 use std::sync::Weak;
@@ -12,39 +12,39 @@ use tokio::time::{Instant, timeout};
 use crate::base::lock::Mutex;
 use crate::kucoin::Key;
 
-/// More idle connections than this are not worth their sockets.
+/// Most idle connections that are kept.
 const MAX_IDLE_CONNECTIONS: usize = 256;
 
-/// After a whole answer a connection is ready at once. One that is not may still be writing the body of a request that
-/// was answered early, and may never be done with it.
+/// How long to wait for an idle connection to be ready. After a complete answer it is ready at once, unless it is still
+/// writing the body of a request that was answered before that was complete, which may never finish.
 const READY_WITHIN: Duration = Duration::from_millis(20);
 
-/// Last in, first out, so that a burst's surplus ages and goes.
+/// Last in, first out, so that the surplus of a burst ages and is closed.
 #[derive(Debug, Default)]
 pub(super) struct Pool(Mutex<Vec<Idle>>);
 
-/// An open connection, and the keys that signed what it has carried.
+/// An open connection, and the keys that signed its requests.
 ///
-/// The HTTP library writes each request into a buffer that it keeps for the next one, signed passphrase and all. So a
+/// The HTTP library keeps the buffer of each request, including the signed passphrase, for the next one. Therefore a
 /// connection must not outlive a key that it has carried.
 #[derive(Debug)]
 pub(super) struct Open {
     pub(super) sender: SendRequest<Full<Bytes>>,
     /// The address at the other end.
     pub(super) peer: SocketAddr,
-    /// None of them twice. They do not keep the keys in memory.
+    /// Without duplicates. They do not keep the keys in memory.
     keys: Vec<Weak<Key>>,
 }
 
 impl Open {
-    /// A connection that has carried nothing.
+    /// A connection that has carried no request.
     pub(super) fn new(sender: SendRequest<Full<Bytes>>, peer: SocketAddr) -> Self {
         let keys = Vec::new();
         Self { sender, peer, keys }
     }
 
-    /// Keeps which key has signed the next request, if any has.
-    pub(super) fn will_carry(&mut self, key: Option<Weak<Key>>) {
+    /// Remembers the key of the next request, if it is signed.
+    pub(super) fn remember_key(&mut self, key: Option<Weak<Key>>) {
         if let Some(key) = key
             && !self.keys.iter().rev().any(|known| known.ptr_eq(&key))
         {
@@ -52,7 +52,7 @@ impl Open {
         }
     }
 
-    /// Whether it is open, and every key that it has carried is still in memory.
+    /// Whether it is open and every key that it has carried is still loaded.
     fn is_usable(&self) -> bool {
         !self.sender.is_closed() && self.keys.iter().all(|key| key.strong_count() > 0)
     }
@@ -65,12 +65,12 @@ struct Idle {
 }
 
 impl Pool {
-    /// The newest connection that is usable, ready, and idle for less than `max_idle`.
+    /// Takes the newest connection that is usable, ready, and idle for less than `max_idle`.
     pub(super) async fn take(&self, max_idle: Duration) -> Option<Open> {
         loop {
             let mut open = {
                 let mut idle = self.0.lock();
-                // The newest is last: when it is too old, all are.
+                // The newest is last: if it is too old, all are.
                 idle.pop_if(|newest| newest.since.elapsed() < max_idle)?
                     .open
             };
@@ -93,7 +93,7 @@ impl Pool {
         }
     }
 
-    /// Closes what is closed by the other side, has carried a key that is gone, or is idle for longer.
+    /// Drops connections that the exchange has closed, that have carried a dropped key, or that were idle for `max_idle`.
     pub(super) fn drop_older_than(&self, max_idle: Duration) {
         let mut idle = self.0.lock();
         idle.retain(|connection| {
@@ -101,7 +101,7 @@ impl Pool {
         });
     }
 
-    /// Closes those to an address that `is_gone`.
+    /// Drops connections to addresses that `is_gone` returns true for.
     pub(super) fn drop_where(&self, is_gone: impl Fn(&SocketAddr) -> bool) {
         let mut idle = self.0.lock();
         idle.retain(|connection| !is_gone(&connection.open.peer));
@@ -133,7 +133,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_old_connection_is_kept_from_writes_and_a_closed_one_from_all() {
+    async fn old_connection_is_not_used_for_writes_and_closed_one_not_at_all() {
         let pool = Pool::default();
         let (ours, theirs) = tokio::io::duplex(64);
         let (sender, connection) = http1::handshake(TokioIo::new(ours)).await.unwrap();
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_connection_closes_once_a_key_that_it_has_carried_is_gone() {
+    async fn connection_closes_once_a_key_that_it_has_carried_is_dropped() {
         let text = |text: &str| Zeroizing::new(text.to_owned());
         let key = || {
             let (secret, passphrase) = (
@@ -171,19 +171,19 @@ mod tests {
         let pool = Pool::default();
         let mut open = Open::new(sender, peer());
         for key in [&first, &second, &first] {
-            open.will_carry(Some(Arc::downgrade(key)));
+            open.remember_key(Some(Arc::downgrade(key)));
         }
-        open.will_carry(None);
+        open.remember_key(None);
         assert_eq!(open.keys.len(), 2);
         pool.put(open);
         let reads = Duration::from_secs(60);
         pool.drop_older_than(reads);
-        let open = pool.take(reads).await.expect("both keys are there");
+        let open = pool.take(reads).await.expect("both keys are loaded");
         pool.put(open);
         drop(second);
         assert_eq!(pool.fresh(reads), 0);
         pool.drop_older_than(reads);
-        // Ends only once nobody holds the other end of it.
+        // Ends only once the other end is dropped.
         connection.await.unwrap().unwrap();
         assert!(pool.take(reads).await.is_none());
     }

@@ -1,7 +1,7 @@
-//! Proof that requests leave from the address that the exchange's whitelists name.
+//! Checks that requests leave from the address on the keys' whitelists at the exchange.
 //!
-//! The exchange itself is asked, over the connections that carry orders. A question that got no answer proves nothing
-//! in either direction: the last answer stands, and its age shows.
+//! The broker requests its own address from the exchange, over the connections that carry orders. A failed check proves
+//! nothing: the last result stays valid, and its age is reported.
 
 use crate::base::lock::Mutex;
 use std::net::IpAddr;
@@ -11,9 +11,9 @@ use std::time::Duration;
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum ProofMode {
-    /// Raise the alarm, and go on.
+    /// Report the mismatch, and continue.
     Lenient,
-    /// Refuse risk-increasing requests, also before the first proof.
+    /// Refuse risk-increasing requests, also before the first check has succeeded.
     #[default]
     Strict,
 }
@@ -30,31 +30,31 @@ pub(crate) struct Proof {
 struct ProofState {
     /// The address that the exchange saw last, and when (time since boot).
     seen: Option<(IpAddr, Duration)>,
-    /// Why the last question got no answer.
+    /// Why the last check failed; `None` if it succeeded.
     failure: Option<String>,
-    /// What a 400006 named last, and when (time since boot).
+    /// The address in the last rejection with code 400006, if it named one, and when (time since boot).
     refused: Option<(Option<IpAddr>, Duration)>,
 }
 
-/// For readiness and metrics.
+/// The state for readiness and metrics.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) struct ProofStatus {
-    /// The address that was seen last, and when (time since boot).
+    /// The address that the exchange saw last, and when (time since boot).
     pub(crate) seen: Option<(IpAddr, Duration)>,
-    /// Why the last question got no answer; none when it got one.
+    /// Why the last check failed; `None` if it succeeded.
     pub(crate) failure: Option<String>,
-    /// The address that the last 400006 named, if it did, and when (time since boot).
+    /// The address in the last rejection with code 400006, if it named one, and when (time since boot).
     pub(crate) refused: Option<(Option<IpAddr>, Duration)>,
-    /// What is wrong, if anything is.
+    /// The mismatch, if there is one.
     pub(crate) mismatch: Option<EgressMismatch>,
-    /// Whether that keeps requests back.
+    /// Whether a mismatch blocks risk-increasing requests.
     pub(crate) is_strict: bool,
 }
 
-/// Requests do not provably leave from the expected address.
+/// It is not proven that requests leave from the expected address.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub(crate) enum EgressMismatch {
-    /// Another address.
+    /// The exchange saw another address.
     #[error("requests leave from {seen} instead of egress.expected_ip {expected}")]
     Other {
         /// The address that the exchange saw.
@@ -62,7 +62,7 @@ pub(crate) enum EgressMismatch {
         /// The one it should be.
         expected: IpAddr,
     },
-    /// Not asked with success yet.
+    /// No check has succeeded yet.
     #[error("the exchange has not confirmed yet that requests leave from {expected}")]
     Unproven {
         /// The address it should be.
@@ -71,7 +71,7 @@ pub(crate) enum EgressMismatch {
 }
 
 impl Proof {
-    /// Nothing is proven yet.
+    /// The state before the first check.
     pub(crate) fn new(expected: IpAddr, mode: ProofMode) -> Self {
         Self {
             expected: expected.to_canonical(),
@@ -85,10 +85,10 @@ impl Proof {
         self.expected
     }
 
-    /// Whether risk-increasing requests may leave.
+    /// Whether risk-increasing requests may be sent.
     ///
     /// # Errors
-    /// When the last proof failed, or there has been none, and the mode is strict.
+    /// In strict mode: when the exchange saw another address, or no check has succeeded yet.
     pub(crate) fn check(&self) -> Result<(), EgressMismatch> {
         match self.mismatch(self.state.lock().seen) {
             Some(mismatch) if self.mode == ProofMode::Strict => Err(mismatch),
@@ -96,7 +96,7 @@ impl Proof {
         }
     }
 
-    /// Takes in what the exchange answered at `at` (time since boot). Returns whether that changed anything.
+    /// Applies the address that the exchange reported at `at` (time since boot). Returns whether it has changed.
     pub(crate) fn seen(&self, address: IpAddr, at: Duration) -> bool {
         let mut state = self.state.lock();
         let address = address.to_canonical();
@@ -106,17 +106,17 @@ impl Proof {
         is_news
     }
 
-    /// Takes in that the question got no answer.
+    /// Applies a failed check.
     pub(crate) fn failed(&self, reason: String) {
         self.state.lock().failure = Some(reason);
     }
 
-    /// Takes in that the exchange refused a request for its address; no proof, since the key's whitelist may be wrong.
+    /// Applies a rejection for the address of a request. It proves nothing, since the key's whitelist may be wrong.
     pub(crate) fn refused(&self, address: Option<IpAddr>, at: Duration) {
         self.state.lock().refused = Some((address, at));
     }
 
-    /// What is known.
+    /// The current state.
     pub(crate) fn status(&self) -> ProofStatus {
         let ProofState {
             seen,
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_expected_address_proves_anything_and_a_failed_question_changes_nothing() {
+    fn only_the_expected_address_is_proof_and_a_failed_check_changes_nothing() {
         let proof = Proof::new(address("203.0.113.7"), ProofMode::Strict);
         assert!(matches!(
             proof.check(),
@@ -165,7 +165,7 @@ mod tests {
         assert!(proof.seen(address("::ffff:203.0.113.7"), Duration::from_secs(1)));
         assert_eq!(proof.check(), Ok(()));
         proof.failed("no answer".to_owned());
-        assert_eq!(proof.check(), Ok(()), "the last answer stands");
+        assert_eq!(proof.check(), Ok(()), "the last result stays valid");
         assert_eq!(
             proof.status().seen,
             Some((address("203.0.113.7"), Duration::from_secs(1)))
@@ -177,11 +177,11 @@ mod tests {
             "{refusal}"
         );
         proof.failed("no answer".to_owned());
-        assert!(proof.check().is_err(), "a mismatch stands too");
+        assert!(proof.check().is_err(), "a mismatch stays, too");
     }
 
     #[test]
-    fn lenient_only_tells() {
+    fn lenient_mode_reports_a_mismatch_and_blocks_nothing() {
         let proof = Proof::new(address("203.0.113.7"), ProofMode::Lenient);
         assert_eq!(proof.check(), Ok(()));
         proof.seen(address("203.0.113.8"), Duration::ZERO);

@@ -1,4 +1,4 @@
-//! What the keyring asks of whoever can reach the exchange: is this key good? And what it tells of its keys.
+//! Messages from the keyring: requests to test a key on the exchange, and changes of keys for the audit log.
 
 use std::sync::Arc;
 
@@ -13,16 +13,16 @@ use crate::restrictions::KeyDigest;
 /// Events for the task that tests keys and audits changes.
 pub(crate) type KeyEvents = mpsc::UnboundedSender<KeyEvent>;
 
-/// Something that the keyring wants, or has done.
+/// A request or a change of the keyring.
 #[derive(Debug)]
 pub(crate) enum KeyEvent {
-    /// Another key, or none, serves from now on.
+    /// The key in use changed, or a new version was rejected.
     Changed(KeyChange),
-    /// A key is to be tested.
+    /// A key needs a test.
     KeyTestRequest(KeyTestRequest),
 }
 
-/// A key to be tested on the exchange.
+/// A request to test a key on the exchange.
 #[derive(Debug)]
 pub(crate) struct KeyTestRequest {
     /// Its account.
@@ -31,46 +31,46 @@ pub(crate) struct KeyTestRequest {
     pub(crate) name: KeyName,
     /// The key.
     pub(crate) key: Arc<Key>,
-    /// Whether it is to replace another key, so that every scope is tried too.
+    /// Whether it may replace another key; then every scope is tested too.
     pub(crate) is_candidate: bool,
-    /// Takes the answer.
+    /// Receives the result.
     pub(crate) tell: oneshot::Sender<Report>,
 }
 
-/// What the exchange says about a key.
+/// The result of a key test.
 #[derive(Clone, Debug)]
 pub(crate) struct Report {
     /// Whether it can be used.
     pub(crate) verdict: Verdict,
-    /// What the exchange told about it.
+    /// What the exchange reported about the key.
     pub(crate) info: Option<Arc<KeyInfo>>,
-    /// What is wrong with it, or worth knowing.
+    /// Problems and notes for the admin.
     pub(crate) findings: Vec<Diagnosis>,
 }
 
 /// Whether a key can be used.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) enum Verdict {
-    /// The exchange has taken requests that it signed.
+    /// The exchange accepts requests that it signed.
     Good,
-    /// The exchange refuses it.
+    /// It failed the test, for this reason.
     Refused(String),
-    /// The exchange has not said.
+    /// The test gave no result, for this reason.
     Unclear(String),
 }
 
-/// What became of the key in one place.
+/// A change of one key, for the audit log.
 #[derive(Debug)]
 pub(crate) struct KeyChange {
     /// Its account.
     pub(crate) account: AccountId,
     /// Its name.
     pub(crate) name: KeyName,
-    /// The version that served until now, and the digest of its id.
+    /// The version in use before, and the digest of its id.
     pub(crate) before: Option<(u64, KeyDigest)>,
-    /// The version that was found, and the digest of its id.
+    /// The new version, and the digest of its id.
     pub(crate) after: Option<(u64, KeyDigest)>,
-    /// `in_use`, `refused`, `gone`.
+    /// `activated`, `rejected`, `removed`.
     pub(crate) outcome: &'static str,
     /// Why.
     pub(crate) detail: Option<String>,

@@ -1,9 +1,9 @@
-//! Keeps the keyring as Vault has it: reads at start, then polls the metadata of each key for changes.
+//! Keeps the keyring in sync with Vault: reads every key at start, then polls its metadata for changes.
 //!
-//! Decides nothing about versions: `rotation.rs` does, and this asks Vault, has keys tested and changes the keyring
-//! as it says.
+//! `rotation.rs` decides which version signs; this file carries that out: it reads from Vault, requests key tests and
+//! changes the keyring.
 //!
-//! Tests go on beside the polls: an exchange that does not answer keeps nobody from hearing what Vault says.
+//! Tests run concurrently with the polls: an exchange that does not respond delays no poll.
 
 use std::collections::BTreeMap;
 use std::future::pending;
@@ -17,18 +17,18 @@ use tokio::task::{AbortHandle, spawn_blocking};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::key_test::{KeyChange, KeyEvent, KeyEvents, KeyTestRequest, Report, Verdict};
-use super::rotation::{Action, Event, Rotation, Serving};
+use super::rotation::{Action, ActiveVersion, Event, Rotation};
 use super::{KeyState, Keyring, Noted, Refresh};
 use crate::base::ids::{AccountId, KeyName};
 use crate::restrictions::Restrictions;
 use crate::telemetry::Metrics;
 use crate::vault::{BACKOFF, Vault, VaultError};
 
-/// However much there is to doubt, Vault is not asked more often.
-const AT_LEAST: Duration = Duration::from_millis(100);
+/// The shortest time between two polls of a key, whatever requests a refresh.
+const MIN_POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How long a test may take.
-const TEST_WITHIN: Duration = Duration::from_secs(10);
+/// Time limit of a key test.
+const TEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// One polling task for each key of the keyring.
 #[derive(Debug)]
@@ -43,7 +43,7 @@ pub(crate) struct Refresher {
 }
 
 impl Refresher {
-    /// Nothing is polled until [`Refresher::follow`]. Keys are tested by whoever reads `key_events`.
+    /// Polls nothing until [`Refresher::follow`]. The receiver of `key_events` tests keys and audits changes.
     pub(crate) fn new(
         keyring: Arc<Keyring>,
         vault: Arc<Vault>,
@@ -63,12 +63,12 @@ impl Refresher {
         }
     }
 
-    /// Polls every key that the keyring has a place for, and no other.
+    /// Polls every key in the keyring, and stops polling all others.
     pub(crate) fn follow(&self) {
         let keys: Vec<_> = self.keyring.entries();
         let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
         tasks.retain(|(account, name), task| {
-            // One that a defect has ended is started again.
+            // A task that panicked is started again.
             let stays = !task.is_finished()
                 && keys
                     .iter()
@@ -95,7 +95,7 @@ impl Refresher {
                         name: key.name,
                         refresh,
                         rotation: Rotation::default(),
-                        asked: Duration::ZERO,
+                        sent_at: Duration::ZERO,
                         is_answered: false,
                         running: None,
                     };
@@ -112,7 +112,7 @@ impl Drop for Refresher {
     }
 }
 
-/// The life of one key.
+/// The polling task of one key.
 struct Watch {
     keyring: Arc<Keyring>,
     vault: Arc<Vault>,
@@ -123,20 +123,20 @@ struct Watch {
     name: KeyName,
     refresh: Arc<Refresh>,
     rotation: Rotation,
-    /// When the last answer of Vault was asked for, in time since boot: it confirms no more than that moment.
-    asked: Duration,
-    /// Whether the last look got a usable answer.
+    /// When the last read that succeeded was sent, in time since boot: Vault confirms the key as of that moment.
+    sent_at: Duration,
+    /// Whether the last poll got a usable response.
     is_answered: bool,
     running: Option<Running>,
 }
 
-/// A test that is under way.
+/// A running test.
 struct Running {
-    tested: Serving,
+    tested: ActiveVersion,
     /// Whether it is not the key in memory.
     is_candidate: bool,
-    told: oneshot::Receiver<Report>,
-    /// When it is given up.
+    report: oneshot::Receiver<Report>,
+    /// When it times out.
     until: Instant,
 }
 
@@ -144,94 +144,94 @@ impl Watch {
     async fn run(mut self, poll: Duration) {
         let mut backoff = BACKOFF;
         loop {
-            // Before the look, so that one that is asked for meanwhile is not missed.
+            // Subscribed before the poll, so that no request for a refresh is missed meanwhile.
             let (keyring, refresh) = (Arc::clone(&self.keyring), Arc::clone(&self.refresh));
-            let (doubt, wanted) = (keyring.rechecks.notified(), refresh.wanted.notified());
-            refresh.count.send_modify(|(begun, _)| *begun += 1);
+            let (all, wanted) = (keyring.refresh_all.notified(), refresh.wanted.notified());
+            refresh.count.send_modify(|(started, _)| *started += 1);
             self.check().await;
             refresh.is_read.send_replace(true);
             let wait = if self.is_answered {
                 backoff.reset();
-                // A key must not grow too old between two polls that both go well.
+                // A key must not become too old between two successful polls.
                 let poll = poll.min(self.keyring.max_stale(&self.account) / 3);
                 poll.mul_f64(0.8 + 0.4 * fastrand::f64())
             } else {
                 backoff.wait()
             };
-            self.go_on().await;
-            let next_look = async {
-                sleep(AT_LEAST).await;
-                let called = async {
+            self.start_due_test().await;
+            let next_poll = async {
+                sleep(MIN_POLL_INTERVAL).await;
+                let woken = async {
                     tokio::select! {
-                        () = doubt => {}
+                        () = all => {}
                         () = wanted => {}
                     }
                 };
-                let _ = timeout(wait.saturating_sub(AT_LEAST), called).await;
+                let _ = timeout(wait.saturating_sub(MIN_POLL_INTERVAL), woken).await;
             };
-            let mut next_look = pin!(next_look);
+            let mut next_poll = pin!(next_poll);
             loop {
                 tokio::select! {
-                    () = &mut next_look => break,
+                    () = &mut next_poll => break,
                     report = self.report() => {
                         self.conclude(report).await;
-                        self.go_on().await;
+                        self.start_due_test().await;
                     }
                 }
             }
         }
     }
 
-    /// Begins the test that is due; where nothing is left to test, the look has ended.
-    async fn go_on(&mut self) {
+    /// Starts the test that is due; without one, the refresh is finished.
+    async fn start_due_test(&mut self) {
         self.handle(Event::Idle).await;
         if self.running.is_none() {
-            self.keyring.set_on_trial(&self.account, &self.name, false);
-            let ended = |(begun, ended): &mut (u64, u64)| *ended = *begun;
-            self.refresh.count.send_modify(ended);
+            self.keyring.set_testing(&self.account, &self.name, false);
+            let finish = |(started, finished): &mut (u64, u64)| *finished = *started;
+            self.refresh.count.send_modify(finish);
         }
     }
 
-    /// Compares Vault with memory once.
+    /// Polls Vault once, and compares the metadata with the key in memory.
     async fn check(&mut self) {
         self.forget_if_wiped();
-        let asked = self.keyring.clock.boot();
-        let question = self.vault.metadata(&self.account, &self.name);
-        let answer = self.unless_wiped(question).await;
+        let sent_at = self.keyring.clock.boot();
+        let request = self.vault.metadata(&self.account, &self.name);
+        let answer = self.unless_wiped(request).await;
         if answer.is_ok() {
-            self.asked = asked;
+            self.sent_at = sent_at;
         }
         self.is_answered = true;
         let is_fresh = self.refresh.is_fresh.swap(false, Ordering::Relaxed);
         self.handle(Event::Metadata(answer, is_fresh)).await;
     }
 
-    /// What has come of the test that is under way; without one it never returns.
+    /// Waits for the result of the running test; never returns without one.
     async fn report(&mut self) -> Report {
         let Some(running) = &mut self.running else {
             return pending().await;
         };
-        let told = timeout_at(running.until, &mut running.told).await;
-        // An error means that the broker is stopping, or that its rules do not name the key yet.
-        told.ok().and_then(Result::ok).unwrap_or_else(|| Report {
-            verdict: Verdict::Unclear("the exchange did not answer in time".to_owned()),
+        let report = timeout_at(running.until, &mut running.report).await;
+        // An error means that the broker is shutting down, or that its rules do not name the key yet.
+        report.ok().and_then(Result::ok).unwrap_or_else(|| Report {
+            verdict: Verdict::Unclear("the exchange did not respond in time".to_owned()),
             info: None,
             findings: Vec::new(),
         })
     }
 
-    /// Goes by what a test has said. That took time: an admin may have killed the key meanwhile.
+    /// Handles the result of a test. The key may have been revoked while the test ran.
     async fn conclude(&mut self, report: Report) {
         let Some(running) = self.running.take() else {
             return;
         };
         let mut checked = Ok(());
-        let may_serve = match report.verdict {
+        let may_sign = match report.verdict {
             Verdict::Good => true,
             Verdict::Refused(_) => false,
             Verdict::Unclear(_) => report.info.is_some(),
         };
-        if running.is_candidate && may_serve {
+        if running.is_candidate && may_sign {
             checked = self.check_revoked(&running.tested).await;
         }
         let revoked = checked.err().map(|error| error.to_string());
@@ -239,7 +239,7 @@ impl Watch {
             .await;
     }
 
-    /// Does what an event calls for.
+    /// Performs the actions that an event requires.
     async fn handle(&mut self, event: Event) {
         let mut event = Some(event);
         while let Some(next) = event.take() {
@@ -249,7 +249,7 @@ impl Watch {
                 self.running = None;
             }
             let problem = self.rotation.problem();
-            // After every look: nobody needs to wake where it is as before.
+            // This runs at every poll: do not wake receivers of `changes` without a change.
             if matches!(self.state(), Some(KeyState::Loaded { problem: shown, .. }) if shown != problem)
             {
                 self.keyring.set_problem(&self.account, &self.name, problem);
@@ -260,23 +260,23 @@ impl Watch {
         }
     }
 
-    /// Does what is to be done, and returns what Vault has said to a question.
+    /// Performs an action; returns the result of a read from Vault as the next event.
     async fn perform(&mut self, action: Action) -> Option<Event> {
         match action {
             Action::Activate(next) => self.activate(&next).await,
             Action::ActivateUntested(next) => {
-                // Before it signs: whoever is refused for it waits for its test, which follows at once.
-                self.keyring.set_on_trial(&self.account, &self.name, true);
+                // Before it signs: requests that the exchange rejects wait for its test, which follows at once.
+                self.keyring.set_testing(&self.account, &self.name, true);
                 self.activate(&next).await;
                 let due = self.keyring.recall(&self.account, &self.name);
                 self.rotation.recall(due);
             }
             Action::AwaitTest(version, reason) => {
-                tracing::warn!(account.id = %self.account, key = %self.name, version, %reason, "new key version cannot be tested yet; keeping current");
+                tracing::warn!(account.id = %self.account, key.name = %self.name, key.vault_version = version, %reason, "new key version cannot be tested yet; keeping current");
             }
             Action::Confirm => self.confirm(),
             Action::Evict(reason) => self.evict(reason),
-            Action::LookFor(version) => return Some(Event::Version(self.read(version).await)),
+            Action::CheckExists(version) => return Some(Event::Version(self.read(version).await)),
             Action::MarkOutage(error) => self.mark_outage(&error),
             Action::Note(noted, newest) => self.note(noted, newest),
             Action::Read(version) => {
@@ -293,29 +293,29 @@ impl Watch {
                 self.keyring
                     .set_tested(account, name, &tested.key, Arc::clone(&report));
                 if let Verdict::Refused(reason) = &report.verdict {
-                    tracing::error!(account.id = %account, key = %name, version = tested.version, %reason, "exchange rejected the key");
+                    tracing::error!(account.id = %account, key.name = %name, key.vault_version = tested.version, %reason, "key failed its test");
                 }
                 if let Some(due) = due {
                     self.keyring.remember(account, name, due);
                 }
             }
-            Action::Refuse(next, reason) => {
+            Action::RejectTested(next, reason) => {
                 self.metrics.vault_failure("unusable");
-                tracing::error!(account.id = %self.account, key = %self.name, version = next.version, %reason, "exchange rejected new key version; keeping current");
-                self.tell(
+                tracing::error!(account.id = %self.account, key.name = %self.name, key.vault_version = next.version, %reason, "new key version failed its test; keeping current");
+                self.audit_change(
                     self.serving().as_ref(),
                     Some(&next),
-                    "refused",
+                    "rejected",
                     Some(reason),
                 );
             }
-            Action::RefuseLater(version, reason) => {
+            Action::RejectLater(version, reason) => {
                 self.metrics.vault_failure("unusable");
-                tracing::error!(account.id = %self.account, key = %self.name, version, %reason, "exchange rejected the version written after the hold began");
+                tracing::error!(account.id = %self.account, key.name = %self.name, key.vault_version = version, %reason, "version newer than the held one failed its test; keeping held version");
             }
-            Action::Reject(version, reason) => {
+            Action::RejectUnusable(version, reason) => {
                 self.metrics.vault_failure("unusable");
-                tracing::error!(account.id = %self.account, key = %self.name, %reason, version, "new key version is unusable; keeping current");
+                tracing::error!(account.id = %self.account, key.name = %self.name, %reason, key.vault_version = version, "new key version is unusable; keeping current");
             }
             Action::TestCandidate(next) => self.test(next, true),
             Action::TestServing(serving) => self.test(serving, false),
@@ -324,20 +324,20 @@ impl Watch {
     }
 
     /// Reads a version of the key from Vault.
-    async fn read(&self, version: u64) -> Result<Serving, VaultError> {
-        let question = self.vault.read(&self.account, &self.name, version);
-        Ok(Serving {
-            key: self.unless_wiped(question).await?,
+    async fn read(&self, version: u64) -> Result<ActiveVersion, VaultError> {
+        let request = self.vault.read(&self.account, &self.name, version);
+        Ok(ActiveVersion {
+            key: self.unless_wiped(request).await?,
             usage: Arc::default(),
             version,
         })
     }
 
-    /// The answer to a question to Vault. It fails once the keyring wipes the key for its age: whoever asks holds versions
-    /// of the key, and must not hold them for as long as Vault hangs.
+    /// Sends a request to Vault, but fails as soon as the keyring wipes the key for its age: this task holds versions of
+    /// the key, and must not hold them for as long as Vault hangs.
     async fn unless_wiped<T>(
         &self,
-        question: impl Future<Output = Result<T, VaultError>>,
+        request: impl Future<Output = Result<T, VaultError>>,
     ) -> Result<T, VaultError> {
         // Subscribed before the check, so that no change is missed.
         let mut changes = self.keyring.changes();
@@ -350,17 +350,17 @@ impl Watch {
         };
         tokio::select! {
             biased;
-            answer = question => answer,
-            () = wiped => Err(VaultError::Outage("key wiped before the test was answered".into())),
+            answer = request => answer,
+            () = wiped => Err(VaultError::Outage("key wiped before Vault responded".into())),
         }
     }
 
-    /// Whether the keyring has wiped the key for its age since Vault last showed it.
+    /// Whether the keyring has wiped the key for its age since the last successful poll.
     fn is_wiped(&self) -> bool {
         self.rotation.has_seen() && matches!(self.state(), Some(KeyState::Pending(_)))
     }
 
-    /// The keyring has wiped the key for its age: a candidate is as old.
+    /// Drops the candidate if the keyring has wiped the key for its age: the candidate is as old.
     fn forget_if_wiped(&mut self) {
         if self.is_wiped() {
             self.rotation.forget();
@@ -368,14 +368,14 @@ impl Watch {
         }
     }
 
-    async fn check_revoked(&self, found: &Serving) -> Result<(), VaultError> {
+    async fn check_revoked(&self, found: &ActiveVersion) -> Result<(), VaultError> {
         let digest = found.digest();
         let (account, name) = (self.account.clone(), self.name.clone());
-        if self.restrictions.has_revoked_unseen(&account, &name) {
+        if self.restrictions.has_pending_revocation(&account, &name) {
             let restrictions = Arc::clone(&self.restrictions);
             let seen = spawn_blocking(move || restrictions.seen(&account, &name, digest)).await;
             if let Ok(Err(error)) = seen {
-                tracing::error!(account.id = %self.account, key = %self.name, %error, "revocation cannot be written");
+                tracing::error!(account.id = %self.account, key.name = %self.name, exception.message = %error, "cannot write the revocation to restrictions.json");
             }
         }
         let Some(revoked) = self.restrictions.revoked(digest) else {
@@ -391,12 +391,12 @@ impl Watch {
         )))
     }
 
-    /// Has a key tested; whoever is refused meanwhile waits for what may be a better one.
-    fn test(&mut self, tested: Serving, is_candidate: bool) {
+    /// Requests a key test; requests that the exchange rejects meanwhile wait if another key may replace this one.
+    fn test(&mut self, tested: ActiveVersion, is_candidate: bool) {
         let may_change = is_candidate || !tested.is_proven();
         self.keyring
-            .set_on_trial(&self.account, &self.name, may_change);
-        let (tell, told) = oneshot::channel();
+            .set_testing(&self.account, &self.name, may_change);
+        let (tell, report) = oneshot::channel();
         let key_test = KeyTestRequest {
             account: self.account.clone(),
             name: self.name.clone(),
@@ -408,75 +408,81 @@ impl Watch {
         self.running = Some(Running {
             tested,
             is_candidate,
-            told,
-            until: Instant::now() + TEST_WITHIN,
+            report,
+            until: Instant::now() + TEST_TIMEOUT,
         });
     }
 
-    /// From now on `next` signs, and nothing else does.
-    async fn activate(&self, next: &Serving) {
+    /// Makes `next` the only version that signs.
+    async fn activate(&self, next: &ActiveVersion) {
         let before = self.serving();
         let state = KeyState::Loaded {
             key: Arc::clone(&next.key),
             usage: Arc::clone(&next.usage),
             version: next.version,
             problem: self.rotation.problem(),
-            confirmed: self.asked,
+            confirmed: self.sent_at,
             outage: self.state().and_then(|state| state.outage()),
         };
         self.keyring.set(&self.account, &self.name, state);
-        let is_there = |serving: Serving| Arc::ptr_eq(&serving.key, &next.key);
-        if self.serving().is_some_and(is_there) {
-            self.tell(before.as_ref(), Some(next), "in_use", None);
-            tracing::info!(account.id = %self.account, key = %self.name, version = next.version, "key loaded");
+        let is_next = |serving: ActiveVersion| Arc::ptr_eq(&serving.key, &next.key);
+        if self.serving().is_some_and(is_next) {
+            self.audit_change(before.as_ref(), Some(next), "activated", None);
+            tracing::info!(account.id = %self.account, key.name = %self.name, key.vault_version = next.version, "key loaded");
         } else {
-            // An admin has killed it a moment ago, maybe without knowing its id.
+            // An admin has just revoked it, maybe before its id was known.
             let _ = self.check_revoked(next).await;
         }
     }
 
-    /// Vault has just vouched for the key in memory.
+    /// Records that Vault has confirmed the key in memory.
     fn confirm(&self) {
         let mut outage = None;
         self.keyring
             .change_unless_revoked(&self.account, &self.name, |entry| {
                 if let KeyState::Loaded {
                     confirmed,
-                    outage: ended,
+                    outage: current,
                     ..
                 } = &mut entry.state
                 {
-                    *confirmed = self.asked;
-                    outage = ended.take();
+                    *confirmed = self.sent_at;
+                    outage = current.take();
                 }
             });
         if outage.is_some()
-            && let Some(Serving { version, .. }) = self.serving()
+            && let Some(ActiveVersion { version, .. }) = self.serving()
         {
-            tracing::info!(account.id = %self.account, key = %self.name, version, "Vault reachable again; key confirmed");
+            tracing::info!(account.id = %self.account, key.name = %self.name, key.vault_version = version, "Vault reachable again; key confirmed");
         }
     }
 
+    /// Removes the key from memory.
     fn evict(&self, reason: String) {
         let is_known = matches!(self.state(), Some(KeyState::Absent(before)) if before == reason);
         if !is_known {
             self.metrics.vault_failure("evicted");
-            tracing::error!(account.id = %self.account, key = %self.name, reason, "key unavailable");
-            self.tell(self.serving().as_ref(), None, "gone", Some(reason.clone()));
+            tracing::error!(account.id = %self.account, key.name = %self.name, reason, "key unavailable");
+            self.audit_change(
+                self.serving().as_ref(),
+                None,
+                "removed",
+                Some(reason.clone()),
+            );
         }
         self.keyring
             .set(&self.account, &self.name, KeyState::Absent(reason));
     }
 
-    /// Vault has not answered: the key stays in use, as long as it is not too old for anything.
+    /// Records that Vault gave no usable response: the key stays in use until it is too old.
     fn mark_outage(&mut self, error: &VaultError) {
         let reason = error.to_string();
         if matches!(error, VaultError::LoginRefused(_)) {
             self.metrics.vault_failure("login");
-            tracing::error!(account.id = %self.account, key = %self.name, %reason, "Vault login rejected; using cached keys");
+            tracing::error!(account.id = %self.account, key.name = %self.name, exception.message = %reason, "Vault login rejected; using cached keys");
         } else {
             self.metrics.vault_failure("outage");
-            tracing::warn!(account.id = %self.account, key = %self.name, %reason, "Vault unreachable; using cached keys");
+            tracing::warn!(account.id = %self.account, key.name = %self.name, exception.message = %reason, "Vault unreachable; using cached keys");
         }
         self.is_answered = false;
         self.forget_if_wiped();
@@ -484,52 +490,52 @@ impl Watch {
             .change_unless_revoked(&self.account, &self.name, |entry| match &mut entry.state {
                 KeyState::Absent(_) => {}
                 KeyState::Loaded { outage, .. } => *outage = Some(reason),
-                KeyState::Pending(_) => entry.put(KeyState::Pending(reason)),
+                KeyState::Pending(_) => entry.set_state(KeyState::Pending(reason)),
             });
     }
 
-    /// Keeps what the metadata say beside versions.
+    /// Stores restriction and hold, and logs changes.
     fn note(&self, noted: Noted, newest: u64) {
         let Some(before) = self.keyring.set_noted(&self.account, &self.name, &noted) else {
             return;
         };
         if let Some(reason) = noted.restricted.filter(|_| before.restricted.is_none()) {
-            tracing::warn!(account.id = %self.account, key = %self.name, reason, "unknown state of the key in Vault");
+            tracing::warn!(account.id = %self.account, key.name = %self.name, reason, "key has an unknown state in Vault");
         }
         if noted.hold != before.hold {
             let held = noted.hold.map(|hold| hold.version);
-            tracing::info!(account.id = %self.account, key = %self.name, held, newest, "use_version in Vault changed");
+            tracing::info!(account.id = %self.account, key.name = %self.name, key.held_version = held, key.newest_version = newest, "hold on the key's version was set, changed or removed");
         }
     }
 
     /// Audits a change.
-    fn tell(
+    fn audit_change(
         &self,
-        before: Option<&Serving>,
-        after: Option<&Serving>,
+        before: Option<&ActiveVersion>,
+        after: Option<&ActiveVersion>,
         outcome: &'static str,
         detail: Option<String>,
     ) {
-        let named = |serving: &Serving| (serving.version, serving.digest());
+        let identity = |serving: &ActiveVersion| (serving.version, serving.digest());
         let change = KeyChange {
             account: self.account.clone(),
             name: self.name.clone(),
-            before: before.map(named),
-            after: after.map(named),
+            before: before.map(identity),
+            after: after.map(identity),
             outcome,
             detail,
         };
         let _ = self.key_events.send(KeyEvent::Changed(change));
     }
 
-    fn serving(&self) -> Option<Serving> {
+    fn serving(&self) -> Option<ActiveVersion> {
         match self.state()? {
             KeyState::Loaded {
                 key,
                 usage,
                 version,
                 ..
-            } => Some(Serving {
+            } => Some(ActiveVersion {
                 key,
                 usage,
                 version,

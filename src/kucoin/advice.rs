@@ -1,7 +1,7 @@
-//! What KuCoin's refusals mean and what to do about them: the one table of sentences, for bots, admins and documents.
+//! What KuCoin's error codes mean and how to fix them: the texts that bots, admins and documents get.
 //!
 //! Sources: KuCoin API documentation, "Error Code" (HTTP, gateway, spot, margin, futures, UTA, WebSocket), and codes that ccxt has
-//! seen. The same number means different things in different products, so codes stand under the scopes that they are of.
+//! seen. The same number means different things in different products, so each code is listed with its scopes.
 
 use std::net::IpAddr;
 
@@ -12,34 +12,34 @@ use super::code::{Class, RefusalCode};
 use super::{Answer, Endpoint, Scope};
 use crate::base::outcome::Outcome;
 
-/// Advice on one kind of refusal.
+/// Advice on one kind of error.
 #[derive(Debug)]
 pub struct Advice {
-    /// A word for it that does not change, in kebab case.
+    /// Stable name, in kebab case.
     pub topic: &'static str,
-    /// Codes that mean it, with the scopes in which they do; none: it shows otherwise.
+    /// Codes that mean it, with their scopes; empty if it is detected in another way.
     pub codes: &'static [(&'static [Scope], &'static [&'static str])],
-    /// What is wrong, one sentence.
+    /// What is wrong, in one sentence.
     pub(crate) meaning: &'static str,
-    /// Why that usually is.
+    /// The usual cause.
     pub(crate) cause: &'static str,
-    /// What to do; facts take the place of [`ADDRESS`] and [`PERMISSION`].
+    /// What to do; may contain the placeholders [`ADDRESS`] and [`PERMISSION`].
     fix: &'static str,
 }
 
-/// What is known about a refused request besides its code; makes a fix exact.
+/// Facts about a rejected request that fill the placeholders of a fix.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct AdviceContext<'f> {
-    /// The address that KuCoin saw, or must see.
+    /// The address that KuCoin saw, or is expected to see.
     pub(crate) address: Option<IpAddr>,
-    /// The permission that the request needs, in the words of KuCoin's page.
+    /// The permission that the request needs, as KuCoin's page names it.
     pub(crate) permission: Option<&'f str>,
 }
 
-/// Stands in a fix for the address, and what is said where it is not known.
+/// Placeholder for the address in a fix, and the text for an unknown address.
 const ADDRESS: (&str, &str) = ("{address}", "the broker's egress address");
 
-/// The same for the permission.
+/// Placeholder for the permission in a fix, and the text for an unknown permission.
 const PERMISSION: (&str, &str) = (
     "{permission}",
     "the permission that KuCoin's documentation names for this request",
@@ -58,46 +58,46 @@ const BY_MESSAGE: [(&str, &str, &str); 9] = [
     ("400200", "partner", "partner-unknown"),
 ];
 
-/// The topic of a code that no table has.
+/// The topic of a code that is in no table.
 const CODE_UNKNOWN: &str = "code-unknown";
 
-/// The topic of an answer that leaves the outcome open although its code, if any, says nothing of the kind.
+/// The topic of an answer that leaves the outcome open for another reason than its code.
 const OUTCOME_UNCLEAR: &str = "outcome-unclear";
 
 /// Topics of codes that leave the outcome open.
 const UNCLEAR: [&str; 2] = ["stream-ended", "kucoin-failed"];
 
-/// The advice on `code` in `scope`, or in any where none is given; the likeliest where a code means several things.
+/// The advice on `code` in `scope` (`None`: any scope); the most likely one if the code has several meanings.
 pub(crate) fn of(scope: Option<Scope>, code: &str) -> Option<&'static Advice> {
     meanings(scope, code).next()
 }
 
-/// The same, by `msg` where the code alone does not tell.
+/// Like [`of`], but chooses by `msg` if the code has several meanings.
 pub(crate) fn of_message(scope: Scope, code: &str, msg: &str) -> Option<&'static Advice> {
     let msg = msg.to_ascii_lowercase();
-    let told = BY_MESSAGE
+    let row = BY_MESSAGE
         .iter()
         .find(|(overloaded, part, _)| *overloaded == code && msg.contains(part));
-    told.map_or_else(|| of(Some(scope), code), |(.., name)| topic(name))
+    row.map_or_else(|| of(Some(scope), code), |(.., name)| topic(name))
 }
 
-/// The advice of this topic.
+/// The advice on this topic.
 pub(crate) fn topic(name: &str) -> Option<&'static Advice> {
     ALL.iter().find(|advice| advice.topic == name)
 }
 
-/// Everything that `word`, a code or a topic, means in `scope`, or in any where none is given; the likeliest first.
+/// Every advice on `word`, a code or a topic, in `scope` (`None`: any scope); the most likely first.
 pub(crate) fn meanings(scope: Option<Scope>, word: &str) -> impl Iterator<Item = &'static Advice> {
     ALL.iter()
         .filter(move |advice| advice.topic == word || advice.is_of(scope, word))
 }
 
-/// What a bot is told about an answer to a request in `scope`. Empty: the exchange took the request, or there is nothing to say.
+/// The advice that a bot gets with an answer in `scope`; empty if the request was accepted or there is no advice.
 pub(crate) fn for_bot(answer: &Answer, scope: Scope, endpoint: Option<&Endpoint>) -> String {
     if answer.outcome == Outcome::Accepted {
         return String::new();
     }
-    // The edge's own page has no code.
+    // The page that the edge (Cloudflare) returns has no code.
     let code = match answer.code.as_str() {
         "" if answer.http_status == StatusCode::TOO_MANY_REQUESTS => "1015",
         code => code,
@@ -106,7 +106,7 @@ pub(crate) fn for_bot(answer: &Answer, scope: Scope, endpoint: Option<&Endpoint>
         let product = endpoint.map(|endpoint| endpoint.product);
         RefusalCode::new(scope.host(), product, code).is_ok()
     };
-    // An open outcome is looked up, whatever the code would mean in an answer that settles it.
+    // With an open outcome the advice is to look the order up, even if the code alone would mean a rejection.
     let advice = match (answer.outcome, answer.class) {
         (Outcome::MaybeSent, _) if answer.is_of_unknown_code && is_configurable() => {
             topic(CODE_UNKNOWN)
@@ -127,24 +127,24 @@ pub(crate) fn for_bot(answer: &Answer, scope: Scope, endpoint: Option<&Endpoint>
 }
 
 impl Advice {
-    /// What to do, with the facts at hand.
+    /// What to do, with the placeholders filled.
     pub(crate) fn fix(&self, facts: &AdviceContext) -> String {
         let address = facts.address.map(|address| address.to_string());
         let permission = facts
             .permission
             .map(|name| format!("the permission {name}"));
-        let told = |fact: Option<String>, unknown: &str| fact.unwrap_or_else(|| unknown.to_owned());
+        let or = |fact: Option<String>, unknown: &str| fact.unwrap_or_else(|| unknown.to_owned());
         self.fix
-            .replace(ADDRESS.0, &told(address, ADDRESS.1))
-            .replace(PERMISSION.0, &told(permission, PERMISSION.1))
+            .replace(ADDRESS.0, &or(address, ADDRESS.1))
+            .replace(PERMISSION.0, &or(permission, PERMISSION.1))
     }
 
-    /// All of it as one paragraph.
+    /// Meaning, cause and fix as one paragraph.
     pub(crate) fn text(&self, facts: &AdviceContext) -> String {
         format!("{} {} {}", self.meaning, self.cause, self.fix(facts))
     }
 
-    /// Whether `code` means this in `scope`, or in any where none is given.
+    /// Whether `code` means this in `scope` (`None`: any scope).
     fn is_of(&self, scope: Option<Scope>, code: &str) -> bool {
         self.codes.iter().any(|(scopes, codes)| {
             scope.is_none_or(|scope| scopes.contains(&scope)) && codes.contains(&code)
@@ -159,82 +159,82 @@ const SPOT: &[Scope] = &[Scope::SpotMargin];
 const SPOT_OR_UNIFIED: &[Scope] = &[Scope::SpotMargin, Scope::Unified];
 const UNIFIED: &[Scope] = &[Scope::Unified];
 
-/// All advice: keys first, then accounts, requests, limits, orders, and KuCoin itself. Of two that share a code and a scope the
-/// likelier one stands first.
+/// All advice: keys first, then accounts, requests, limits, orders, and KuCoin itself. Of two with the same code and scope, the
+/// more likely one comes first.
 pub static ALL: &[Advice] = &[
     Advice {
         topic: "key-unknown",
         codes: &[(EVERY, &["400003"])],
-        meaning: "KuCoin does not know this API key.",
-        cause: "It was deleted, has expired, or belongs to another KuCoin site than the account's.",
-        fix: "Look for the key under API Management on the account's KuCoin site. If it is gone, create a new \
-              key there and register it. If it belongs to another site, correct `site` of the account in the rules.",
+        meaning: "KuCoin reports that this API key does not exist.",
+        cause: "The key was deleted, has expired, or belongs to a different KuCoin site than the account.",
+        fix: "Look for the key under API Management on the account's KuCoin site. If it is missing, create a new key there \
+              and register it. If it belongs to another site, correct `site` of the account in the rules.",
     },
     Advice {
         topic: "secret-or-passphrase-wrong",
         codes: &[(EVERY, &["400004", "400005"])],
         meaning: "Either the secret or the passphrase of this API key is wrong.",
-        cause: "KuCoin checks the passphrase with the help of the secret, so a wrong secret looks like a wrong passphrase.",
-        fix: "Register the key again, with secret and passphrase exactly as they were when it was created; the passphrase \
-              is not the trading password. If they are lost, create a new key under API Management.",
+        cause: "KuCoin verifies the passphrase with the secret, so a wrong secret looks like a wrong passphrase.",
+        fix: "Register the key again with the exact secret and passphrase that it was created with; the passphrase is not the \
+              trading password. If they are lost, create a new key under API Management.",
     },
     Advice {
         topic: "address-not-whitelisted",
         codes: &[(EVERY, &["400006"])],
-        meaning: "KuCoin takes no requests with this API key from the address that this one came from.",
-        cause: "The key is restricted to certain IP addresses, and this one is not among them.",
+        meaning: "The request's IP address is not whitelisted for this API key.",
+        cause: "The key has an IP restriction, and this address is not on its list.",
         fix: "Add {address} to the key's addresses under API Management > Edit > IP restriction.",
     },
     Advice {
         topic: "permission-missing",
         codes: &[(EVERY, &["400007"])],
-        meaning: "This API key is not allowed to do this.",
-        cause: "A permission that the request needs is not ticked for the key.",
-        fix: "If the key should be allowed to do it, tick {permission} under API Management > Edit > API permissions.",
+        meaning: "This API key lacks a permission that the request needs.",
+        cause: "The permission is not ticked for the key.",
+        fix: "If the key should be allowed to do this, tick {permission} under API Management > Edit > API permissions.",
     },
     Advice {
         topic: "key-too-old",
         codes: &[(EVERY, &["400008"])],
         meaning: "KuCoin no longer accepts API keys of this version.",
-        cause: "Keys of version 1 and 2 are shut out from this request.",
-        fix: "Create a new key under API Management, which will have version 3, and register it.",
+        cause: "KuCoin rejects this request if the key has version 1 or 2.",
+        fix: "Create a new key under API Management (new keys have version 3) and register it.",
     },
     Advice {
         topic: "key-version-wrong",
         codes: &[(EVERY, &["400009"])],
-        meaning: "KuCoin does not accept the key version that was sent.",
-        cause: "The version that is stored with the key is not the one that KuCoin has for it.",
-        fix: "Register the key again, which finds the version out. API Management shows it beside the key.",
+        meaning: "KuCoin rejected the key version that was sent.",
+        cause: "The version stored with the key is not the version that the key has at KuCoin.",
+        fix: "Register the key again; registration detects the version. API Management also shows it next to the key.",
     },
     Advice {
         topic: "account-not-allowed",
         codes: &[(EVERY, &["400010"])],
-        meaning: "KuCoin does not let this account do this.",
-        cause: "It is the account (its UID) that lacks the right, and not the key: often a sub-account that was not opened for \
-                this product.",
-        fix: "Open the product for the account on KuCoin's site; for a sub-account, in the master account under Sub-Account. \
-              If it is open, ask KuCoin's support.",
+        meaning: "This KuCoin account is not allowed to make this request.",
+        cause: "The permission is missing from the account (its UID), not from the key; often the account is a sub-account \
+                for which the product is not enabled.",
+        fix: "Enable the product for the account on KuCoin's site; for a sub-account, in the master account under \
+              Sub-Account. If it is already enabled, contact KuCoin support.",
     },
     Advice {
         topic: "partner-signature-wrong",
         codes: &[(EVERY, &["400201"])],
-        meaning: "KuCoin refused the partner's signature.",
-        cause: "The partner key that is stored with the API key does not belong to the partner that the rules name.",
-        fix: "Store the right `partner_key` with the key, or correct the partner's `id` in the rules.",
+        meaning: "KuCoin rejected the partner signature.",
+        cause: "The `partner_key` stored with the API key does not belong to the partner in the rules.",
+        fix: "Store the correct `partner_key` with the key, or correct the partner's `id` in the rules.",
     },
     Advice {
         topic: "partner-address-refused",
         codes: &[(EVERY, &["400202"])],
-        meaning: "KuCoin takes no requests of this partner from the address that this one came from.",
-        cause: "The partner is restricted to certain IP addresses, and this one is not among them.",
+        meaning: "The request's IP address is not whitelisted for the partner.",
+        cause: "The partner has an IP restriction, and this address is not on its list.",
         fix: "Ask your contact at KuCoin to add {address} to the partner's addresses.",
     },
     Advice {
         topic: "account-frozen",
         codes: &[(EVERY, &["411100"])],
-        meaning: "KuCoin has frozen this account.",
-        cause: "KuCoin's risk control froze it, or its owner did.",
-        fix: "Stop the bots of this account, and ask KuCoin's support why it is frozen.",
+        meaning: "This KuCoin account is frozen.",
+        cause: "KuCoin's risk control or the owner froze it.",
+        fix: "Stop the bots of this account, and ask KuCoin support why it is frozen.",
     },
     Advice {
         topic: "account-restricted",
@@ -242,9 +242,9 @@ pub static ALL: &[Advice] = &[
             (SPOT, &["126002", "400444", "400700"]),
             (UNIFIED, &["301100", "301101", "301102", "301103", "301133"]),
         ],
-        meaning: "KuCoin has restricted what this account may do.",
-        cause: "Its risk control, or a rule about the region or the identity of the owner, stopped the request.",
-        fix: "Log in on KuCoin's site, which says what it asks for, or ask KuCoin's support.",
+        meaning: "KuCoin has restricted this account.",
+        cause: "KuCoin's risk control, or a rule about the owner's region or identity, rejected the request.",
+        fix: "Log in on KuCoin's site and follow the instructions there, or contact KuCoin support.",
     },
     Advice {
         topic: "region-restricted",
@@ -254,9 +254,9 @@ pub static ALL: &[Advice] = &[
             (SPOT, &["126021", "126037", "126045", "126046", "400500"]),
         ],
         meaning: "KuCoin does not offer this in the region of the account or of the IP address.",
-        cause: "Local law or KuCoin's own rules forbid it. What counts is the owner's identity, or where the address is.",
-        fix: "Check that KuCoin serves the owner's country, and the country of {address}; KuCoin's support knows which of the \
-              two it is.",
+        cause: "Local law or KuCoin's own rules prohibit it, based on the owner's identity or the location of the IP address.",
+        fix: "Check that KuCoin serves the owner's country and the country of {address}; KuCoin support can tell which of \
+              them is the cause.",
     },
     Advice {
         topic: "identity-unverified",
@@ -264,53 +264,54 @@ pub static ALL: &[Advice] = &[
             (EVERY, &["400303", "400304"]),
             (SPOT, &["126005", "126047", "126048", "200009"]),
         ],
-        meaning: "KuCoin asks the owner of this account to verify their identity first.",
-        cause: "The identity verification (KYC) is missing or not far enough; for a sub-account the master account's counts.",
+        meaning: "KuCoin requires the owner of this account to verify their identity first.",
+        cause: "The identity verification (KYC) is missing or its level is too low; for a sub-account, the master account's \
+                verification counts.",
         fix: "Complete the identity verification on KuCoin's site, in the master account.",
     },
     Advice {
         topic: "margin-not-enabled",
         codes: &[(SPOT, &["101030", "130306", "130307", "130323"])],
-        meaning: "Margin trading is not switched on for this account.",
-        cause: "Nobody has accepted KuCoin's margin agreement in it.",
-        fix: "Log in to the account on KuCoin's site, open margin trading once and accept the agreement.",
+        meaning: "Margin trading is not enabled for this account.",
+        cause: "KuCoin's margin agreement has not been accepted in this account.",
+        fix: "Log in to the account on KuCoin's site, open margin trading and accept the agreement.",
     },
     Advice {
         topic: "convert-not-enabled",
         codes: &[(SPOT, &["102441"])],
-        meaning: "Converting is not switched on for this account.",
-        cause: "Nobody has accepted KuCoin's convert agreement in it.",
-        fix: "Log in to the account on KuCoin's site, open Convert once and accept the agreement.",
+        meaning: "Convert is not enabled for this account.",
+        cause: "KuCoin's convert agreement has not been accepted in this account.",
+        fix: "Log in to the account on KuCoin's site, open Convert and accept the agreement.",
     },
     Advice {
         topic: "not-a-unified-account",
         codes: &[(UNIFIED, &["112010"])],
         meaning: "This is not a unified account.",
-        cause: "The account is in classic mode, and the request is one for unified accounts.",
+        cause: "The account is in classic mode, but the request is for unified accounts.",
         fix: "Use the scopes spot-margin and futures, or switch the account to unified trading on KuCoin's site.",
     },
     Advice {
         topic: "withdrawal-closed",
         codes: &[(SPOT, &["260210"]), (SPOT_OR_UNIFIED, &["110003"])],
-        meaning: "KuCoin does not take this withdrawal now.",
-        cause: "Withdrawals of this currency or of this account are closed (260210), or the amount for 24 hours is used up \
+        meaning: "KuCoin does not accept this withdrawal now.",
+        cause: "Withdrawals of this currency or from this account are suspended (260210), or the 24-hour limit is used up \
                 (110003).",
-        fix: "Look at the currency and at the account's limits on KuCoin's site, or ask KuCoin's support.",
+        fix: "Check the currency and the account's limits on KuCoin's site, or contact KuCoin support.",
     },
     Advice {
         topic: "headers-missing",
         codes: &[(EVERY, &["400001"])],
-        meaning: "KuCoin found no API headers on the request, or does not know its path.",
-        cause: "The broker sets the headers itself, so it is mostly the path that is wrong.",
-        fix: "Compare the path with KuCoin's documentation. If it is right, report the request id as a credbroker bug.",
+        meaning: "KuCoin found no API headers on the request, or its path does not exist.",
+        cause: "The broker sets the headers itself, so usually the path is wrong.",
+        fix: "Compare the path with KuCoin's documentation. If it is correct, report a credbroker bug with the request id.",
     },
     Advice {
         topic: "timestamp-off",
         codes: &[(EVERY, &["400002"])],
-        meaning: "KuCoin refused the time in the request.",
-        cause: "It was more than 5 seconds off when the request arrived: the clock is wrong, or the request was under way for \
-                too long.",
-        fix: "Send the request again: after such a refusal the broker asks KuCoin for its time. If it comes back, check \
+        meaning: "KuCoin rejected the timestamp of the request.",
+        cause: "It was more than 5 seconds off when the request arrived: the clock is wrong, or the request took too long to \
+                arrive.",
+        fix: "Send the request again: after this code the broker measures KuCoin's time again. If the code comes back, check \
               the clock of the broker's machine and its connection to KuCoin.",
     },
     Advice {
@@ -320,102 +321,107 @@ pub static ALL: &[Advice] = &[
             (SPOT, &["400400"]),
             (FUTURES, &["100001", "100003", "200003", "300000"]),
         ],
-        meaning: "KuCoin does not accept a value in the request.",
-        cause: "A value is missing, misspelt or out of range; `msg` mostly says which. KuCoin also uses 400100 where money is \
-                missing or an order cannot be cancelled.",
-        fix: "Correct the request by `msg` and KuCoin's documentation; the steps of size and price are in the symbol's details.",
+        meaning: "KuCoin rejected a value in the request.",
+        cause: "A value is missing, misspelled or out of range; `msg` usually says which. KuCoin also returns 400100 for \
+                missing funds and for orders that cannot be cancelled.",
+        fix: "Correct the request with the help of `msg` and KuCoin's documentation; the symbol's details list the price and \
+              size increments.",
     },
     Advice {
         topic: "endpoint-unknown",
         codes: &[(EVERY, &["404", "404000", "405"])],
-        meaning: "KuCoin has no such path, or not with this method.",
-        cause: "A typing error, an endpoint that KuCoin has removed, or one that another scope's host serves.",
+        meaning: "KuCoin has no endpoint with this path and method.",
+        cause: "The path is misspelled, KuCoin has removed the endpoint, or it belongs to another scope.",
         fix: "Compare method, path and scope with KuCoin's documentation.",
     },
     Advice {
         topic: "endpoint-retired",
         codes: &[(EVERY, &["401000"])],
-        meaning: "KuCoin has shut this endpoint down.",
-        cause: "It is an old one that another has replaced.",
-        fix: "Use the endpoint that KuCoin's documentation and change log name in its place.",
+        meaning: "KuCoin has shut down this endpoint.",
+        cause: "It is an old endpoint that was replaced by another.",
+        fix: "Use the replacement named in KuCoin's documentation or change log.",
     },
     Advice {
         topic: "feature-removed",
         codes: &[(EVERY, &["400413"])],
-        meaning: "KuCoin no longer takes hidden and iceberg orders.",
-        cause: "Since August 2026 it refuses orders that have their parameters.",
-        fix: "Leave `hidden`, `iceberg` and `visibleSize` out of the order.",
+        meaning: "KuCoin no longer accepts hidden and iceberg orders.",
+        cause: "Since August 2026 it rejects orders with these parameters.",
+        fix: "Remove `hidden`, `iceberg` and `visibleSize` from the order.",
     },
     Advice {
         topic: "media-type-wrong",
         codes: &[(EVERY, &["415000"])],
-        meaning: "KuCoin does not accept the form of the body.",
-        cause: "It takes JSON and nothing else.",
-        fix: "Send JSON in the body of a POST, and no body with a GET. If it is so, report the request id as a credbroker bug.",
+        meaning: "KuCoin rejected the media type of the body.",
+        cause: "It accepts only JSON.",
+        fix: "Send JSON in the body of a POST, and no body with a GET. If the request already does, report a credbroker bug \
+              with the request id.",
     },
     Advice {
         topic: "url-blocked",
         codes: &[(EVERY, &["411200"])],
         meaning: "KuCoin has blocked this path for this account.",
-        cause: "The path is on a list that KuCoin keeps for the account.",
-        fix: "Ask KuCoin's support, and name the path.",
+        cause: "The path is on a blacklist that KuCoin keeps for the account.",
+        fix: "Contact KuCoin support and name the path.",
     },
     Advice {
         topic: "login-needed",
         codes: &[(EVERY, &["400401"]), (NOT_SPOT, &["400400"])],
-        meaning: "KuCoin asks for a login that no API key gives.",
-        cause: "The path is for the website or for apps, which log in otherwise.",
-        fix: "Use a path of KuCoin's API documentation.",
+        meaning: "This path requires a login; an API key is not enough.",
+        cause: "The path is for KuCoin's website or apps, which log in differently.",
+        fix: "Use a path from KuCoin's API documentation.",
     },
     Advice {
         topic: "session-refused",
         codes: &[(EVERY, &["400011", "400012"])],
-        meaning: "KuCoin did not let a WebSocket session begin.",
-        cause: "The answer to its challenge was wrong (400011) or came later than after about 30 seconds (400012).",
-        fix: "Connect again and answer at once. credbroker opens no such sessions: send orders through SignAndSend.",
+        meaning: "KuCoin rejected a WebSocket session.",
+        cause: "The response to its challenge was wrong (400011) or took longer than about 30 seconds (400012).",
+        fix: "If your client opened the session itself, reconnect and respond to the challenge immediately. credbroker opens \
+              no such sessions: through the broker, send orders with SignAndSend.",
     },
     Advice {
         topic: "stream-ended",
         codes: &[(EVERY, &["420001", "420002", "501000"])],
-        meaning: "KuCoin has ended a WebSocket connection.",
-        cause: "A server of KuCoin's was shut down, or the connection broke rules or grew too old.",
-        fix: "Connect again after a moment. If it came as the answer to an order, look the order up by its clientOid before \
+        meaning: "KuCoin has closed a WebSocket connection.",
+        cause: "A KuCoin server was shut down, or the connection violated a rule or was open for too long.",
+        fix: "Reconnect after a moment. If this code came in answer to an order, look the order up by its clientOid before \
               sending it again.",
     },
     Advice {
         topic: "rate-limited",
         codes: &[(EVERY, &["429000"])],
-        meaning: "KuCoin takes no more requests of this kind for a moment.",
+        meaning: "KuCoin temporarily rejects requests of this kind.",
         cause: "The account has used up its quota for them, or KuCoin is overloaded.",
-        fix: "Wait `retry_after_ms` where it is set, otherwise a second and longer each time; then send fewer requests.",
+        fix: "Wait for `retry_after_ms` if it is set, otherwise 1 second, and longer after each further rejection; then send \
+              fewer requests.",
     },
     Advice {
         topic: "futures-rate-limited",
         codes: &[(FUTURES, &["200002"])],
-        meaning: "KuCoin takes no more futures requests of this kind for 10 seconds.",
-        cause: "Too many of them came in a short time.",
+        meaning: "KuCoin rejects futures requests of this kind for 10 seconds.",
+        cause: "Too many were sent in a short time.",
         fix: "Wait 10 seconds, then send fewer requests.",
     },
     Advice {
         topic: "kucoin-overloaded",
         codes: &[(EVERY, &["429001"])],
-        meaning: "KuCoin takes no more requests from anybody for a moment.",
-        cause: "A limit for all its customers together was reached.",
-        fix: "Wait a second, and longer each time, and send the request again.",
+        meaning: "KuCoin temporarily rejects requests of all customers.",
+        cause: "A limit that all customers share was reached.",
+        fix: "Wait 1 second, and longer after each further rejection, then send the request again.",
     },
     Advice {
         topic: "connection-limited",
         codes: &[(EVERY, &["429002"])],
-        meaning: "KuCoin takes no more requests on this connection for a moment.",
-        cause: "Too many came on it in a short time.",
-        fix: "Wait a second, then send fewer requests at once.",
+        meaning: "KuCoin temporarily rejects requests on this connection.",
+        cause: "Too many were sent on it in a short time.",
+        fix: "Wait 1 second, then send requests at a lower rate.",
     },
     Advice {
         topic: "edge-blocked",
         codes: &[(EVERY, &["1015"])],
         meaning: "KuCoin's network has blocked the broker's address for about 30 seconds.",
-        cause: "All bots together sent too many requests from one address: about 500 in 10 seconds are allowed.",
-        fix: "Wait 30 seconds with every bot of this broker, then send fewer requests; take market data from WebSocket streams.",
+        cause: "The bots together sent too many requests from one address: about 500 in 10 seconds are allowed.",
+        fix: "Pause every bot of this broker for 30 seconds, then send fewer requests; get market data from WebSocket \
+              streams.",
     },
     Advice {
         topic: "funds-missing",
@@ -426,33 +432,34 @@ pub static ALL: &[Advice] = &[
                 "210021", "230003", "260100",
             ],
         )],
-        meaning: "There is not enough money for this request where it is needed.",
-        cause: "Spot orders use the trading account only, margin orders the margin account; what open orders hold does not \
-                count. Often the money is still in the main account.",
-        fix: "Compare the balances (`GET /api/v1/accounts`). If the money is in `main`, transfer it to the trading account on \
-              KuCoin's site under Assets > Transfer; otherwise send a smaller order.",
+        meaning: "There are not enough funds for this request in the account that it uses.",
+        cause: "Spot orders use only the trading account, margin orders only the margin account; funds held by open orders do \
+                not count. Often the funds are still in the main account.",
+        fix: "Compare the balances (`GET /api/v1/accounts`). If the funds are in `main`, transfer them on KuCoin's site under \
+              Assets > Transfer: to the trading account for spot orders, to the margin account for margin orders. Otherwise \
+              send a smaller order.",
     },
     Advice {
         topic: "funds-in-main",
         codes: &[],
-        meaning: "Balances are in the main account, not in the trading account.",
-        cause: "Deposits arrive in the main account, which KuCoin's site calls Funding Account; spot orders use the Trading \
-                Account only.",
-        fix: "Transfer the money on KuCoin's site under Assets > Transfer, from Funding Account to Trading Account.",
+        meaning: "The funds are in the main account, not in the trading account.",
+        cause: "Deposits arrive in the main account, which KuCoin's site calls Funding Account; spot orders use only the \
+                Trading Account.",
+        fix: "Transfer the funds on KuCoin's site under Assets > Transfer, from Funding Account to Trading Account.",
     },
     Advice {
         topic: "futures-funds-missing",
         codes: &[(FUTURES, &["200005", "300003", "330008"])],
-        meaning: "There is not enough money in the futures account for this request.",
-        cause: "Only the futures account counts, less what positions and open orders hold.",
-        fix: "Transfer money to the futures account on KuCoin's site under Assets > Transfer, or send a smaller order.",
+        meaning: "There are not enough funds in the futures account for this request.",
+        cause: "Only the futures account counts, minus funds held by positions and open orders.",
+        fix: "Transfer funds to the futures account on KuCoin's site under Assets > Transfer, or send a smaller order.",
     },
     Advice {
         topic: "unified-funds-missing",
         codes: &[(UNIFIED, &["106150", "106212", "301130"])],
-        meaning: "There is not enough money in the unified account for this request.",
-        cause: "What positions, loans and open orders hold does not count, and neither does money in the Funding Account.",
-        fix: "Transfer money to the unified account on KuCoin's site under Assets > Transfer, or send a smaller order.",
+        meaning: "There are not enough funds in the unified account for this request.",
+        cause: "Funds held by positions, loans and open orders do not count, and neither do funds in the Funding Account.",
+        fix: "Transfer funds to the unified account on KuCoin's site under Assets > Transfer, or send a smaller order.",
     },
     Advice {
         topic: "client-oid-repeated",
@@ -463,7 +470,8 @@ pub static ALL: &[Advice] = &[
         ],
         meaning: "KuCoin already has an order with this clientOid.",
         cause: "The order was sent before, perhaps by a retry.",
-        fix: "Look the first order up by its clientOid and go by it. Use a new clientOid for a new order.",
+        fix: "Look up the first order by its clientOid: if this request was a repeat of it, the state of that order is the \
+              result. For a different order, use a new clientOid.",
     },
     Advice {
         topic: "order-not-found",
@@ -474,9 +482,9 @@ pub static ALL: &[Advice] = &[
             (UNIFIED, &["106052", "106100", "106102"]),
         ],
         meaning: "KuCoin has no such order, or it can no longer be cancelled.",
-        cause: "It is filled or cancelled already, its id or symbol is wrong, or it was placed so recently that it does not \
-                show yet.",
-        fix: "Look the order up by its clientOid; if it was just placed, several times over some seconds.",
+        cause: "It is already filled or cancelled, its id or symbol is wrong, or it was placed so recently that KuCoin does \
+                not list it yet.",
+        fix: "Look the order up by its clientOid; if it was just placed, repeat the lookup for some seconds.",
     },
     Advice {
         topic: "order-limited",
@@ -488,9 +496,9 @@ pub static ALL: &[Advice] = &[
             ),
             (UNIFIED, &["106206"]),
         ],
-        meaning: "The order goes beyond a limit of KuCoin's.",
+        meaning: "The order exceeds a limit of KuCoin.",
         cause: "There are too many open orders, or size, price or position are outside what the symbol or the account's risk \
-                limit allows; `msg` mostly says which.",
+                limit allows; `msg` usually says which.",
         fix: "Cancel orders that are no longer needed, or change size or price.",
     },
     Advice {
@@ -507,51 +515,52 @@ pub static ALL: &[Advice] = &[
             (UNIFIED, &["106053", "106054", "106190", "106194"]),
         ],
         meaning: "This symbol cannot be traded now.",
-        cause: "It is not open yet, suspended, delisted, or misspelt.",
-        fix: "Look the symbol up in KuCoin's symbol list and announcements. A suspension passes: try again later.",
+        cause: "It is not open yet, suspended, delisted or misspelled.",
+        fix: "Check the symbol in KuCoin's symbol list and announcements. If it is suspended, try again later.",
     },
     Advice {
         topic: "cancel-suspended",
         codes: &[(SPOT, &["126010", "200002"])],
-        meaning: "KuCoin does not take cancellations for this symbol now.",
-        cause: "Trading of the symbol is suspended, mostly for maintenance or delisting.",
-        fix: "The order is still open: try again until it is cancelled, and look at KuCoin's announcements.",
+        meaning: "KuCoin does not accept cancels for this symbol now.",
+        cause: "Trading of the symbol is suspended, usually for maintenance or delisting.",
+        fix: "The order is still open: retry until it is cancelled, and check KuCoin's announcements.",
     },
     Advice {
         topic: "order-forbidden",
         codes: &[(SPOT, &["400200"])],
-        meaning: "KuCoin does not let this account place this order.",
-        cause: "Trading of the symbol is closed, for this account or for everybody.",
-        fix: "Check on KuCoin's site whether this account can trade the symbol. If it can, ask KuCoin's support.",
+        meaning: "KuCoin does not allow this account to place this order.",
+        cause: "Trading of the symbol is closed, for this account or for all accounts.",
+        fix: "Check on KuCoin's site whether this account can trade the symbol. If it can, contact KuCoin support.",
     },
     Advice {
         topic: "partner-unknown",
         codes: &[(EVERY, &["400200"])],
-        meaning: "KuCoin does not know the partner that the request names.",
+        meaning: "KuCoin reports that the partner in the request does not exist.",
         cause: "The partner's id in the rules is wrong, or the partnership has ended.",
         fix: "Correct the `id` under `partner` of the account in the rules.",
     },
     Advice {
         topic: "position-mode-mismatch",
         codes: &[(FUTURES, &["330005", "330011", "330012"])],
-        meaning: "The order does not fit the margin mode or the position mode of the account.",
-        cause: "The order says isolated and the account cross, or one-way and the account hedge, or the other way round.",
-        fix: "Set `marginMode` and `positionSide` of the order as the account has them, or change the account's mode while \
-              nothing is open.",
+        meaning: "The order does not match the margin mode or the position mode of the account.",
+        cause: "The order says isolated and the account is set to cross, or the order says one-way and the account is set to \
+                hedge, or the reverse.",
+        fix: "Set `marginMode` and `positionSide` of the order to the account's modes, or change the account's mode while it \
+              has no open orders or positions.",
     },
     Advice {
         topic: "position-not-found",
         codes: &[(FUTURES, &["300009"])],
         meaning: "There is no position to close.",
-        cause: "It is closed already, or it is one of another symbol or side.",
-        fix: "Read the open positions first, and close what is there.",
+        cause: "It is already closed, or the request names another symbol or side.",
+        fix: "Read the open positions first, then close one of them.",
     },
     Advice {
         topic: "position-busy",
         codes: &[(FUTURES, &["300014", "300015"])],
-        meaning: "The position is being liquidated or settled and takes no orders.",
-        cause: "It ran out of margin (300014), or it is the time of a settlement (300015).",
-        fix: "Try again after some seconds if it is a settlement. After a liquidation, read the positions before going on.",
+        meaning: "The position is being liquidated or settled, so KuCoin accepts no orders for it.",
+        cause: "It ran out of margin (300014), or a settlement is in progress (300015).",
+        fix: "During a settlement, try again after some seconds. After a liquidation, read the positions before you continue.",
     },
     Advice {
         topic: "kucoin-failed",
@@ -576,25 +585,25 @@ pub static ALL: &[Advice] = &[
                 ],
             ),
         ],
-        meaning: "Something inside KuCoin failed.",
-        cause: "It was busy, slow or broken for a moment. What the request was to change may have been changed all the same.",
-        fix: "Repeat a read. Look an order up by its clientOid before sending it again.",
+        meaning: "KuCoin had an internal error.",
+        cause: "It was overloaded, slow or broken for a moment. The request may have been executed anyway.",
+        fix: "Reads can be repeated. Before sending an order again, look the order up by its clientOid.",
     },
     Advice {
         topic: OUTCOME_UNCLEAR,
         codes: &[],
-        meaning: "KuCoin's answer does not say whether the request was executed.",
-        cause: "It has no code that can be read, a code that is not documented for this request, or a code that does not fit the \
-                HTTP status or the other fields of the answer.",
-        fix: "Look an order up by its clientOid before sending it again.",
+        meaning: "KuCoin's answer does not show whether the request was executed.",
+        cause: "The answer's code is missing or unreadable, is not documented for this request, or contradicts the HTTP \
+                status or another field.",
+        fix: "Before sending an order again, look the order up by its clientOid.",
     },
     Advice {
         topic: CODE_UNKNOWN,
         codes: &[],
-        meaning: "The broker does not know this code of KuCoin's, so it cannot tell whether the request was executed.",
-        cause: "KuCoin has added the code, or uses it for a product where it was not documented.",
-        fix: "Look an order up by its clientOid before sending it again. Where KuCoin's documentation says that the code means a \
-              refusal, an admin can add it to `exchange.refusal_codes` in the configuration.",
+        meaning: "The broker does not recognize this code, so the outcome of the request is unknown.",
+        cause: "KuCoin added the code, or uses it for a product for which it is not documented.",
+        fix: "Before sending an order again, look the order up by its clientOid. If KuCoin's documentation says that the code \
+              means a rejection, an admin can add it to `exchange.refusal_codes` in the configuration.",
     },
 ];
 
@@ -607,10 +616,10 @@ mod tests {
     use http::HeaderMap;
 
     use super::super::code::{self, RefusalCodes};
-    use super::super::{Asked, Catalog, Risk};
+    use super::super::{Catalog, RequestContext, Risk};
     use super::*;
 
-    /// KuCoin API documentation, "Error Code": gateway, HTTP and WebSocket tables; 401000 and 408000 as ccxt has seen them.
+    /// KuCoin API documentation, "Error Code": gateway, HTTP and WebSocket tables; 401000 and 408000 as seen by ccxt.
     const GATEWAY: [&str; 43] = [
         "400001", "400002", "400003", "400004", "400005", "400006", "400007", "400008", "400009",
         "400010", "400011", "400012", "400200", "400201", "400202", "400301", "400302", "400303",
@@ -619,7 +628,7 @@ mod tests {
         "504000", "505000", "230005", "408000", "420001", "420002", "501000",
     ];
 
-    /// Business codes of single products, by what they mean; the same pages.
+    /// Business codes of single products and their topics, from the same pages.
     const BUSINESS: [(Scope, &str, &str); 33] = [
         (Scope::SpotMargin, "200004", "funds-missing"),
         (Scope::SpotMargin, "130301", "funds-missing"),
@@ -672,7 +681,7 @@ mod tests {
     }
 
     #[test]
-    fn business_codes_mean_what_they_mean_in_their_product() {
+    fn business_codes_have_the_advice_of_their_product() {
         for (scope, code, topic) in BUSINESS {
             assert_eq!(of(Some(scope), code).unwrap().topic, topic, "{code}");
         }
@@ -700,7 +709,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_secret_and_a_wrong_passphrase_share_one_sentence() {
+    fn wrong_secret_and_wrong_passphrase_have_the_same_advice() {
         let of = |code| of(None, code).unwrap();
         assert!(std::ptr::eq(of("400004"), of("400005")));
         assert_eq!(
@@ -710,8 +719,8 @@ mod tests {
     }
 
     #[test]
-    fn the_message_tells_where_a_code_means_several_things() {
-        let told = |code, msg| of_message(Scope::SpotMargin, code, msg).unwrap().topic;
+    fn message_decides_if_a_code_has_several_meanings() {
+        let spot = |code, msg| of_message(Scope::SpotMargin, code, msg).unwrap().topic;
         for (code, msg, topic) in [
             ("400100", "account.available.amount", "funds-missing"),
             ("400100", "Balance insufficient!", "funds-missing"),
@@ -729,7 +738,7 @@ mod tests {
             ("400200", "Unknown partner.", "partner-unknown"),
             ("400200", "", "order-forbidden"),
         ] {
-            assert_eq!(told(code, msg), topic, "{code} {msg}");
+            assert_eq!(spot(code, msg), topic, "{code} {msg}");
         }
         let futures = |msg| of_message(Scope::Futures, "100001", msg).unwrap().topic;
         assert_eq!(futures("error.getOrder.orderNotExist"), "order-not-found");
@@ -740,7 +749,7 @@ mod tests {
     }
 
     #[test]
-    fn facts_make_a_fix_exact_and_without_them_it_reads_as_well() {
+    fn fix_contains_the_facts_or_reads_well_without_them() {
         let whitelist = of(None, "400006").unwrap();
         let address = Some(IpAddr::from([203, 0, 113, 7]));
         let facts = AdviceContext {
@@ -770,7 +779,7 @@ mod tests {
     }
 
     #[test]
-    fn every_advice_is_whole_sentences_under_a_topic_of_its_own() {
+    fn every_advice_has_its_own_topic_and_complete_sentences() {
         for advice in ALL {
             let Advice {
                 topic,
@@ -780,7 +789,7 @@ mod tests {
             } = advice;
             assert!(
                 std::ptr::eq(super::topic(topic).unwrap(), advice),
-                "{topic} is there twice"
+                "{topic} occurs twice"
             );
             assert!(
                 topic.bytes().all(|b| b.is_ascii_lowercase() || b == b'-'),
@@ -806,7 +815,7 @@ mod tests {
     }
 
     fn answer_of(endpoint: &Endpoint, http_status: u16, body: &str) -> Answer {
-        let asked = Asked {
+        let asked = RequestContext {
             endpoint: Some(endpoint),
             scope: endpoint.scope.unwrap(),
             changes: !matches!(endpoint.risk, Risk::Public | Risk::Read),
@@ -819,14 +828,13 @@ mod tests {
 
     #[test]
     fn advice_on_every_maybe_sent_answer_is_to_look_the_order_up() {
-        let is_to_look_up = |endpoint: &Endpoint, status, body: &str| {
+        let check_lookup_advice = |endpoint: &Endpoint, status, body: &str| {
             let answer = answer_of(endpoint, status, body);
             assert_eq!(answer.outcome, Outcome::MaybeSent, "{status} {body}");
-            let told = for_bot(&answer, endpoint.scope.unwrap(), Some(endpoint));
+            let advice = for_bot(&answer, endpoint.scope.unwrap(), Some(endpoint));
             assert!(
-                told.to_ascii_lowercase().contains("look an order up")
-                    || told.contains("look the order up"),
-                "{} {status} {body}: {told:?}",
+                advice.contains("look the order up by its clientOid"),
+                "{} {status} {body}: {advice:?}",
                 endpoint.id
             );
         };
@@ -844,7 +852,7 @@ mod tests {
                 if class == Class::Unclear {
                     for status in [200, 400, 502] {
                         let body = format!(r#"{{"code":"{code}","msg":"failed"}}"#);
-                        is_to_look_up(endpoint, status, &body);
+                        check_lookup_advice(endpoint, status, &body);
                     }
                     codes.insert(code);
                 }
@@ -859,7 +867,7 @@ mod tests {
                 (502, "<html>502</html>"),
                 (200, ""),
             ] {
-                is_to_look_up(endpoint, status, body);
+                check_lookup_advice(endpoint, status, body);
             }
         }
         let all: BTreeSet<_> = code::unclear_codes().collect();
@@ -867,18 +875,19 @@ mod tests {
     }
 
     #[test]
-    fn a_bot_is_told_what_the_answer_names() {
+    fn advice_for_a_bot_names_address_and_permission() {
         let endpoint = Catalog::get().by_id("spot.post.v1-hf-orders");
-        let told = |status, body: &str| for_bot(&answer(status, body), Scope::SpotMargin, endpoint);
+        let advice =
+            |status, body: &str| for_bot(&answer(status, body), Scope::SpotMargin, endpoint);
         assert_eq!(
-            told(
+            advice(
                 403,
                 r#"{"code":"400006","msg":"Invalid request IP, the current client IP is: 198.51.100.9."}"#
             ),
-            "KuCoin takes no requests with this API key from the address that this one came from. The key is restricted to \
-             certain IP addresses, and this one is not among them. Add 198.51.100.9 to the key's addresses under API Management > Edit > IP restriction."
+            "The request's IP address is not whitelisted for this API key. The key has an IP restriction, and this address is not on \
+             its list. Add 198.51.100.9 to the key's addresses under API Management > Edit > IP restriction."
         );
-        let refused = told(
+        let refused = advice(
             403,
             r#"{"code":"400007","msg":"Access denied, requires more permission."}"#,
         );
@@ -886,19 +895,19 @@ mod tests {
             refused.contains("tick the permission Spot under"),
             "{refused}"
         );
-        let unknown = told(200, r#"{"code":"999999","msg":"new"}"#);
+        let unknown = advice(200, r#"{"code":"999999","msg":"new"}"#);
         assert!(
-            unknown.starts_with("The broker does not know this code"),
+            unknown.starts_with("The broker does not recognize this code"),
             "{unknown}"
         );
         assert!(unknown.contains("exchange.refusal_codes"), "{unknown}");
-        assert!(told(429, "<html>1015</html>").contains("for about 30 seconds"));
+        assert!(advice(429, "<html>1015</html>").contains("for about 30 seconds"));
         for (status, body) in [
             (200, r#"{"code":"200000","data":{}}"#),
             (400, r#"{"code":"999999","msg":"new"}"#),
             (403, "<html>blocked</html>"),
         ] {
-            assert_eq!(told(status, body), "", "{body}");
+            assert_eq!(advice(status, body), "", "{body}");
         }
     }
 }

@@ -1,7 +1,7 @@
-//! What an answer of the exchange means: envelope, outcome, rate limit.
+//! Interprets an answer of the exchange: envelope, outcome, rate limit.
 //!
-//! Source: KuCoin API documentation, "Error Code" and "Rate Limit". An answer that says that the exchange executed nothing has
-//! a code that is known to be a refusal, or an HTTP status of the 4xx kind; everything else leaves the outcome open.
+//! Source: KuCoin API documentation, "Error Code" and "Rate Limit". Only a known refusal code, or an HTTP 4xx
+//! status, shows that the exchange executed nothing; everything else leaves the outcome open.
 
 use std::fmt;
 use std::time::{Duration, SystemTime};
@@ -16,44 +16,44 @@ use super::code::{self, Class, RefusalCodes};
 use super::{Endpoint, Scope};
 use crate::base::outcome::Outcome;
 
-/// The longest wait that a bot is told. Source: none of KuCoin's limits lasts longer than its window of 30 s; an hour leaves
-/// room for maintenance that announces itself with `retry-after`.
+/// The longest wait that a bot gets. Source: none of KuCoin's limits lasts longer than its window of 30 s; an hour leaves
+/// room for maintenance that is announced with `retry-after`.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(3600);
 
 /// How long the edge blocks an address after too many requests. Source: KuCoin API documentation, code 1015.
 const EDGE_BLOCK: Duration = Duration::from_secs(30);
 
-/// How long futures refuse after business code 200002. Source: KuCoin API documentation, futures error codes.
+/// How long the futures host rejects requests after code 200002. Source: KuCoin API documentation, futures error codes.
 const FUTURES_BLOCK: Duration = Duration::from_secs(10);
 
-/// A whole answer of the exchange.
+/// A complete answer of the exchange.
 #[derive(Clone)]
 pub(crate) struct Answer {
     /// HTTP status.
     pub(crate) http_status: StatusCode,
     /// Body, byte for byte.
     pub(crate) body: Bytes,
-    /// Content-Type; empty where none came.
+    /// Content-Type; empty if the answer has none.
     pub(crate) content_type: String,
-    /// Content-Encoding of the body where it could not be decoded; otherwise empty.
+    /// Content-Encoding of a body that could not be decoded; otherwise empty.
     pub(crate) content_encoding: String,
-    /// `code` of the envelope; empty where there is none.
+    /// `code` of the envelope; empty if there is none.
     pub(crate) code: String,
-    /// What the code says where this endpoint is served.
+    /// What the code means for this host and product.
     pub(crate) class: Class,
-    /// `msg` of the envelope; empty where there is none.
+    /// `msg` of the envelope; empty if there is none.
     pub(crate) msg: String,
-    /// What it says about the request.
+    /// Whether the request was executed.
     pub(crate) outcome: Outcome,
-    /// Whether the outcome is open only because no table has this code: as a refusal it would settle it.
+    /// Whether the outcome is open only because the code is in no table: as a refusal code it would settle the outcome.
     pub(crate) is_of_unknown_code: bool,
-    /// Quota of the pool, where the gateway told.
+    /// Quota of the pool, if the gateway returned it.
     pub(crate) rate_limit: Option<RateLimit>,
-    /// How long to wait, where the exchange says so.
+    /// How long to wait, if the exchange requires it.
     pub(crate) retry_after: Option<Duration>,
 }
 
-/// Without the body: balances do not belong in a log.
+/// Without the body, since balances do not belong in a log.
 impl fmt::Debug for Answer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
@@ -73,40 +73,40 @@ pub(crate) struct RateLimit {
     pub(crate) limit: u64,
     /// Weight left in it.
     pub(crate) remaining: u64,
-    /// Until the window ends.
+    /// Time until the window ends.
     pub(crate) reset: Duration,
 }
 
-/// What an answer is an answer to, as far as its meaning depends on it.
+/// The parts of a request that its answer's meaning depends on.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Asked<'a> {
-    /// The endpoint; `None` outside the catalogue.
+pub(crate) struct RequestContext<'a> {
+    /// The endpoint; `None` if it is not in the catalogue.
     pub(crate) endpoint: Option<&'a Endpoint>,
     /// The scope of the request.
     pub(crate) scope: Scope,
     /// Whether the request could change anything.
     pub(crate) changes: bool,
-    /// The operator's further refusals.
+    /// Further refusal codes from the configuration.
     pub(crate) refusal_codes: &'a RefusalCodes,
 }
 
-/// KuCoin's envelope, as far as every answer has it.
+/// The fields of KuCoin's envelope that every answer may have.
 #[derive(Debug, Default, Deserialize)]
 struct Envelope {
     #[serde(default, deserialize_with = "code_text")]
     code: String,
     #[serde(default, deserialize_with = "message")]
     msg: String,
-    /// Stands beside `code` in some answers.
+    /// Accompanies `code` in some answers.
     #[serde(default, deserialize_with = "flag")]
     success: Option<bool>,
 }
 
-/// A body, as far as it can be read.
+/// A body, and whether its envelope can be read.
 enum Content {
     /// A JSON object.
     Envelope(Envelope),
-    /// An object that cannot be read, or a body that is still encoded: it may have any code.
+    /// An object that cannot be read, or a body that is still encoded: its code is unknown.
     Unreadable,
     /// HTML, text, another kind of JSON, or nothing: it has no code.
     Bare,
@@ -116,24 +116,24 @@ impl Content {
     fn read(body: &[u8], is_encoded: bool) -> Self {
         match body.trim_ascii_start().first() {
             Some(_) if is_encoded => Self::Unreadable,
-            // Looked at first: serde would read `["200000"]` as an envelope too.
+            // The first byte decides, since serde would read `["200000"]` as an envelope too.
             Some(b'{') => serde_json::from_slice(body).map_or(Self::Unreadable, Self::Envelope),
             _ => Self::Bare,
         }
     }
 }
 
-/// Text, or an integer as text: some gateways write `"code":404`. Anything else is not a code.
+/// A string, or an integer as a string: some gateways write `"code":404`. Anything else is not a code.
 fn code_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     match Value::deserialize(deserializer)? {
         Value::Null => Ok(String::new()),
         Value::String(text) => Ok(text),
         Value::Number(number) if !number.is_f64() => Ok(number.to_string()),
-        _ => Err(D::Error::custom("expected a code as text or integer")),
+        _ => Err(D::Error::custom("expected a string or an integer")),
     }
 }
 
-/// Text as it is; whatever else stands there as JSON, so that it is not taken for "no message".
+/// A string unchanged, any other value as JSON, so that it does not count as "no message".
 fn message<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     Ok(match Value::deserialize(deserializer)? {
         Value::Null => String::new(),
@@ -142,7 +142,7 @@ fn message<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Erro
     })
 }
 
-/// True or false; null is neither, and whatever else stands there is not true.
+/// True or false; null is neither, and any other value counts as false.
 fn flag<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<bool>, D::Error> {
     struct Flag;
 
@@ -192,15 +192,15 @@ fn flag<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<bool>, D::E
 }
 
 impl Answer {
-    /// Reads an answer to what was `asked`; `now` stands in for the answer's own date where it has none.
+    /// Reads an answer to the request `asked`; `now` replaces the answer's date if it has none.
     ///
-    /// A body that is still encoded (`content-encoding`) is not read, and neither is a JSON object with a code that is no code:
-    /// an HTTP 4xx with it leaves the outcome open, since the code may be one that does; only 401, 403, 404 and 429 settle it.
+    /// A body that is still encoded (`content-encoding`) is not read, and neither is a JSON object with an invalid `code`: its
+    /// code may be one that leaves the outcome open, so of all statuses only 401, 403, 404 and 429 settle the outcome.
     pub(crate) fn read(
         http_status: StatusCode,
         headers: &HeaderMap,
         body: Bytes,
-        asked: Asked<'_>,
+        asked: RequestContext<'_>,
         now: impl FnOnce() -> SystemTime,
     ) -> Self {
         let text_of = |name| header_text(headers, &name).unwrap_or_default().to_owned();
@@ -211,7 +211,7 @@ impl Answer {
             Content::Unreadable => (judge_unreadable(http_status), Class::Missing, false),
             Content::Bare => (judge_bare(http_status), Class::Missing, false),
         };
-        // A read that failed changed nothing, however it failed.
+        // A failed read changed nothing.
         let outcome = if outcome == Outcome::MaybeSent && !asked.changes {
             Outcome::Rejected
         } else {
@@ -239,22 +239,26 @@ impl Answer {
     }
 }
 
-/// The outcome, the class of the code, and whether the outcome is open only because no table has the code.
-fn judge(http_status: StatusCode, envelope: &Envelope, asked: Asked<'_>) -> (Outcome, Class, bool) {
+/// The outcome, the class of the code, and whether the outcome is open only because the code is in no table.
+fn judge(
+    http_status: StatusCode,
+    envelope: &Envelope,
+    asked: RequestContext<'_>,
+) -> (Outcome, Class, bool) {
     let Envelope { code, msg, success } = envelope;
     let (product, success_codes) = asked.endpoint.map_or((None, &[][..]), |endpoint| {
         (Some(endpoint.product), &endpoint.success_codes[..])
     });
     let host = asked.scope.host();
     let class = code::class(host, product, code, success_codes, asked.refusal_codes);
-    // "Position does not exist" has been seen under 200000: a message there contradicts the code.
+    // "Position does not exist" has been seen with 200000: a message contradicts this code.
     let is_plain = msg.is_empty() || msg.eq_ignore_ascii_case("success");
     let outcome_of = |class| match class {
         Class::Success if http_status.is_success() && is_plain && success.unwrap_or(true) => {
             Outcome::Accepted
         }
         Class::Success | Class::Unclear => Outcome::MaybeSent,
-        // HTTP 200 and "success" beside any other code: the answer contradicts itself.
+        // HTTP 2xx and `success` with any other code: the answer contradicts itself.
         _ if *success == Some(true) && http_status.is_success() => Outcome::MaybeSent,
         Class::Refusal if http_status.is_success() => Outcome::Rejected,
         Class::Missing | Class::Refusal | Class::Unknown => judge_bare(http_status),
@@ -266,8 +270,7 @@ fn judge(http_status: StatusCode, envelope: &Envelope, asked: Asked<'_>) -> (Out
     (outcome, class, is_of_unknown_code)
 }
 
-/// Where there may be a code that cannot be read, only the statuses with which a gateway turns a request away say that
-/// nothing was executed.
+/// If the code cannot be read, only the statuses with which a gateway rejects a request show that nothing was executed.
 fn judge_unreadable(http_status: StatusCode) -> Outcome {
     match http_status {
         StatusCode::UNAUTHORIZED
@@ -278,7 +281,7 @@ fn judge_unreadable(http_status: StatusCode) -> Outcome {
     }
 }
 
-/// Where the code does not decide, a refusal of the HTTP kind (4xx) executed nothing.
+/// If the code does not decide, an HTTP 4xx other than 408 shows that nothing was executed.
 fn judge_bare(http_status: StatusCode) -> Outcome {
     if http_status.is_client_error() && http_status != StatusCode::REQUEST_TIMEOUT {
         Outcome::Rejected
@@ -308,10 +311,10 @@ fn retry_after(
     rate_limit: Option<RateLimit>,
     now: impl FnOnce() -> SystemTime,
 ) -> Option<Duration> {
-    let told = header_text(headers, &header::RETRY_AFTER)
+    let requested = header_text(headers, &header::RETRY_AFTER)
         .and_then(|text| parse_retry_after(text, headers, now))
         .map(|wait| wait.min(MAX_RETRY_AFTER));
-    told.or(match code {
+    requested.or(match code {
         code::RATE_LIMITED => rate_limit.map(|limit| limit.reset),
         code::EDGE_BLOCKED => Some(EDGE_BLOCK),
         code::FUTURES_RATE_LIMITED if scope == Scope::Futures => Some(FUTURES_BLOCK),
@@ -320,8 +323,8 @@ fn retry_after(
     })
 }
 
-/// `retry-after` in either of its forms: seconds, or a date (RFC 9110, 10.2.3). A date is compared with the answer's own,
-/// since the exchange's clock wrote both.
+/// `retry-after` in either of its forms: seconds, or a date (RFC 9110, 10.2.3). A date is compared with the answer's own
+/// date, since both come from the exchange's clock.
 fn parse_retry_after(
     text: &str,
     headers: &HeaderMap,
@@ -331,10 +334,10 @@ fn parse_retry_after(
         return Some(Duration::from_secs(text.parse().unwrap_or(u64::MAX)));
     }
     let until = httpdate::parse_http_date(text).ok()?;
-    let answered = header_text(headers, &header::DATE)
+    let answered_at = header_text(headers, &header::DATE)
         .and_then(|date| httpdate::parse_http_date(date).ok())
         .unwrap_or_else(now);
-    Some(until.duration_since(answered).unwrap_or_default())
+    Some(until.duration_since(answered_at).unwrap_or_default())
 }
 
 fn header_text<'h>(headers: &'h HeaderMap, name: &header::HeaderName) -> Option<&'h str> {
@@ -350,7 +353,7 @@ mod tests {
 
     fn read(endpoint: &str, status: u16, headers: &HeaderMap, body: &str) -> Answer {
         let endpoint = Catalog::get().by_id(endpoint).unwrap();
-        let asked = Asked {
+        let asked = RequestContext {
             endpoint: Some(endpoint),
             scope: endpoint.scope.unwrap(),
             changes: !matches!(endpoint.risk, Risk::Public | Risk::Read),
@@ -372,7 +375,7 @@ mod tests {
         pairs.collect()
     }
 
-    /// What comes for an order, and what is known of it then.
+    /// Answers to an order: HTTP status, body, expected outcome.
     const ORDERS: &[(u16, &str, Outcome)] = &[
         (200, r#"{"code":"200000","data":{}}"#, Outcome::Accepted),
         (
@@ -517,14 +520,14 @@ mod tests {
     ];
 
     #[test]
-    fn an_order_is_rejected_only_where_the_answer_says_that_nothing_was_executed() {
+    fn order_is_rejected_only_if_the_answer_shows_that_nothing_was_executed() {
         for (status, body, outcome) in ORDERS {
             assert_eq!(order(*status, body).outcome, *outcome, "{status} {body}");
         }
     }
 
     #[test]
-    fn further_success_codes_count_where_the_catalogue_has_them() {
+    fn further_success_codes_count_only_for_their_endpoints() {
         let body =
             r#"{"success":true,"code":"200","msg":"success","retry":false,"data":{"orderId":"1"}}"#;
         let outcome = |endpoint, body| read(endpoint, 200, &HeaderMap::new(), body).outcome;
@@ -542,7 +545,7 @@ mod tests {
 
     #[test]
     fn an_order_that_timed_out_inside_the_exchange_is_maybe_sent() {
-        // As the documentation of this endpoint shows it.
+        // From the documentation of this endpoint.
         let body =
             r#"{"success":false,"code":"100000","msg":"error.timeOut","retry":false,"data":null}"#;
         for status in [200, 400] {
@@ -553,7 +556,7 @@ mod tests {
     }
 
     #[test]
-    fn a_code_is_unknown_only_where_it_would_settle_the_outcome() {
+    fn code_is_unknown_only_if_it_would_settle_the_outcome() {
         let is_unknown = |status, body| order(status, body).is_of_unknown_code;
         assert!(is_unknown(200, r#"{"code":"999999"}"#));
         assert!(is_unknown(200, r#"{"code":"999999","success":false}"#));
@@ -581,8 +584,8 @@ mod tests {
     }
 
     #[test]
-    fn a_body_that_is_still_encoded_leaves_most_client_errors_open() {
-        let coded = headers(&[("content-encoding", "br")]);
+    fn encoded_body_leaves_the_outcome_of_most_client_errors_open() {
+        let encoded = headers(&[("content-encoding", "br")]);
         let body = r#"{"code":"200000"}"#;
         for (status, outcome) in [
             (200, Outcome::MaybeSent),
@@ -594,16 +597,16 @@ mod tests {
             (415, Outcome::MaybeSent),
             (429, Outcome::Rejected),
         ] {
-            let answer = read("spot.post.v1-hf-orders", status, &coded, body);
+            let answer = read("spot.post.v1-hf-orders", status, &encoded, body);
             assert_eq!((answer.outcome, answer.code.as_str()), (outcome, ""));
             assert_eq!(answer.content_encoding, "br");
         }
-        let nothing = read("spot.post.v1-hf-orders", 400, &coded, "");
-        assert_eq!(nothing.outcome, Outcome::Rejected, "nothing to decode");
+        let empty = read("spot.post.v1-hf-orders", 400, &encoded, "");
+        assert_eq!(empty.outcome, Outcome::Rejected, "nothing to decode");
     }
 
     #[test]
-    fn a_message_that_is_no_text_is_shown_as_json() {
+    fn message_that_is_not_a_string_is_shown_as_json() {
         let answer = order(400, r#"{"code":"400100","msg":{"size":"too small"}}"#);
         assert_eq!(answer.code, "400100");
         assert_eq!(answer.msg, r#"{"size":"too small"}"#);
@@ -611,13 +614,13 @@ mod tests {
     }
 
     #[test]
-    fn a_read_that_failed_changed_nothing() {
+    fn failed_read_is_rejected_not_maybe_sent() {
         let read = read("spot.get.v1-accounts", 502, &HeaderMap::new(), "");
         assert_eq!(read.outcome, Outcome::Rejected);
     }
 
     #[test]
-    fn a_wait_is_read_in_both_forms_and_is_at_most_an_hour() {
+    fn retry_after_is_read_in_both_forms_and_limited_to_an_hour() {
         const DATE: &str = "Sun, 29 Nov 2026 12:00:00 GMT";
         const LATER: &str = "Sun, 29 Nov 2026 12:00:20 GMT";
         let wait = |pairs: &[(&'static str, &str)], body| {
@@ -638,7 +641,7 @@ mod tests {
                 ],
                 Some(3600),
             ),
-            // 1970 is the time of this test.
+            // The clock of this test is at 1970.
             (&[("retry-after", "Thu, 01 Jan 1970 00:00:09 GMT")], Some(9)),
             (&[("retry-after", "soon")], None),
             (&[("retry-after", "-1")], None),
@@ -654,7 +657,7 @@ mod tests {
     }
 
     #[test]
-    fn rate_limits_and_waiting_times_are_numbers() {
+    fn rate_limits_and_retry_times_are_read() {
         let headers = headers(&[
             ("gw-ratelimit-limit", "4000"),
             ("gw-ratelimit-remaining", "0"),
@@ -680,7 +683,7 @@ mod tests {
         assert_eq!(
             order(200, r#"{"code":"200002"}"#).retry_after,
             None,
-            "on spot this code is another matter"
+            "on spot this code means something else"
         );
     }
 }

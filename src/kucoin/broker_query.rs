@@ -1,4 +1,4 @@
-//! What the broker asks the exchange on its own behalf: public, unsigned, and nothing that could change anything.
+//! The broker's own queries to the exchange: public, unsigned and read-only.
 
 use std::net::IpAddr;
 
@@ -11,22 +11,22 @@ use serde::de::DeserializeOwned;
 
 use super::code;
 
-/// `User-Agent` of what the broker asks on its own behalf: told apart from what bots ask, on both sides.
+/// `User-Agent` of the broker's own requests; it distinguishes them from the requests of bots, on both sides.
 pub(super) const OWN: &str = concat!("credbroker/", env!("CARGO_PKG_VERSION"), " (own)");
 
-/// A question of the broker's own.
+/// One of the broker's own queries.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum BrokerQuery {
-    /// From which address do my requests come? Answered by spot hosts. Source: KuCoin API documentation, "Get Client IP
-    /// Address": public, weight 0.
+    /// The address that requests come from; spot hosts only. Source: KuCoin API documentation, "Get Client IP Address":
+    /// public, weight 0.
     MyIp,
-    /// What time is it? Answered by spot and futures hosts. Source: KuCoin API documentation, "Get Server Time": public,
-    /// weight 3 and 2.
+    /// The exchange's time; spot and futures hosts. Source: KuCoin API documentation, "Get Server Time": public, weight 3
+    /// and 2.
     Time,
 }
 
 impl BrokerQuery {
-    /// The request that asks it.
+    /// The HTTP request of the query.
     pub(crate) fn request(self) -> Request<Full<Bytes>> {
         let path = match self {
             Self::MyIp => "/api/v1/my-ip",
@@ -42,7 +42,7 @@ impl BrokerQuery {
     }
 }
 
-/// `data` of an answer that says that all went well; `None` for any other.
+/// `data` of an answer with the success code; `None` for any other answer.
 pub(crate) fn data<T: DeserializeOwned>(body: &[u8]) -> Option<T> {
     #[derive(Deserialize)]
     struct Envelope<T> {
@@ -53,7 +53,7 @@ pub(crate) fn data<T: DeserializeOwned>(body: &[u8]) -> Option<T> {
     (envelope.code == code::SUCCESS).then_some(envelope.data)
 }
 
-/// The address that the text of a refusal names. Source: KuCoin API documentation, code 400006: "… current ip: …".
+/// The IP address in the message of a rejection. Source: KuCoin API documentation, code 400006: "… current ip: …".
 pub(crate) fn address_in(msg: &str) -> Option<IpAddr> {
     let of_an_address = |c: char| c.is_ascii_hexdigit() || matches!(c, '.' | ':');
     msg.split(|c| !of_an_address(c))
@@ -67,7 +67,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_address_in_a_refusal_is_found_whatever_stands_around_it() {
+    fn address_in_the_message_of_a_rejection_is_found() {
         let found = |msg: &str| address_in(msg).map(|address| address.to_string());
         for (msg, expected) in [
             (
@@ -87,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn only_an_answer_that_says_so_has_data() {
+    fn only_a_success_answer_has_data() {
         assert_eq!(
             data(br#"{"code":"200000","data":1546837113087}"#),
             Some(1_546_837_113_087_i64)

@@ -1,4 +1,4 @@
-//! The catalogue of KuCoin's endpoints: whose scope each is, what it risks, what it does to orders.
+//! The catalogue of KuCoin's endpoints: scope, risk class and effect on orders.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::LazyLock;
@@ -8,13 +8,13 @@ use serde::Deserialize;
 use super::pointer::Pointer;
 use super::{Host, Method, Scope, UnsignedRequest};
 
-/// Compiled from the official SDK specifications and documentation; risk, effect and idempotent are our own judgement.
+/// Compiled from the official SDK specifications and documentation; `risk`, `effect` and `idempotent` are our own judgement.
 const ENDPOINTS: &str = include_str!("endpoints.json");
 
 static CATALOG: LazyLock<Catalog> = LazyLock::new(|| {
     #[expect(clippy::expect_used, reason = "compiled in, and a test parses it")]
     let endpoints: Vec<Endpoint> =
-        serde_json::from_str(ENDPOINTS).expect("endpoints.json fits `Endpoint`");
+        serde_json::from_str(ENDPOINTS).expect("endpoints.json matches `Endpoint`");
     Catalog::new(endpoints)
 });
 
@@ -30,39 +30,39 @@ pub struct Endpoint {
     pub(crate) path: String,
     /// KuCoin's product.
     pub(crate) product: Product,
-    /// The scope it belongs to; `None` for the host of exchange brokers, which is not served.
+    /// The scope it belongs to; `None` for the host of exchange brokers, which credbroker does not use.
     pub(crate) scope: Option<Scope>,
-    /// The permission that a key needs, in the words of KuCoin's page; `None` where none is needed or it is not known.
+    /// The permission that a key needs, as KuCoin's page names it; `None` if none is needed or it is unknown.
     pub(crate) permission: Option<String>,
     /// What a call can do to the account.
     pub risk: Risk,
     /// What a call does to orders.
     pub(crate) effect: Effect,
-    /// Whether sending it twice does no more than sending it once.
+    /// Whether sending it twice has the same effect as sending it once.
     pub idempotent: bool,
-    /// Whether rules may grant it at all: false where it makes, changes, returns or deletes API keys.
+    /// Whether rules may grant it at all: false if it creates, changes, returns or deletes API keys.
     #[serde(default = "yes")]
     pub(crate) grantable: bool,
-    /// Whether a master account's key reads other accounts here: its sub-accounts, or users it has invited.
+    /// Whether a master account's key can read other accounts with it: sub-accounts, or invited users.
     #[serde(default)]
     pub(crate) reads_other_accounts: bool,
     /// Whether KuCoin has ever documented it.
     pub(crate) status: Status,
-    /// Codes that mean success here beside `200000`, as KuCoin's documentation of the endpoint shows them.
+    /// Codes that mean success in addition to `200000`, from KuCoin's documentation of the endpoint.
     #[serde(default)]
     pub(crate) success_codes: Vec<String>,
-    /// How it carries the clientOids of orders; `None` where it has nothing to do with orders, or carries none.
+    /// Where it carries the clientOids of orders; `None` if it carries none.
     #[serde(default)]
     pub(crate) order: Option<OrderForm>,
 }
 
-/// How an endpoint is known, as far as the rules care.
+/// Whether an endpoint was ever documented, as far as the rules need it.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Status {
-    /// Found in a client library alone; what it does is a guess, so no class includes it.
+    /// Found only in a client library: its effect is a guess, and no class includes it.
     Undocumented,
-    /// Everything else: documented now or once.
+    /// Everything else: documented now or in the past.
     #[serde(other)]
     Known,
 }
@@ -98,7 +98,6 @@ pub(crate) enum Product {
 }
 
 impl Product {
-    /// All of them.
     pub(crate) const ALL: [Self; 12] = [
         Self::Account,
         Self::Affiliate,
@@ -114,7 +113,7 @@ impl Product {
         Self::VipLending,
     ];
 
-    /// The word for it in the catalogue and the configuration.
+    /// Its name in the catalogue and the configuration.
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Account => "account",
@@ -137,9 +136,9 @@ impl Product {
 #[derive(Debug, Deserialize)]
 #[serde(from = "CatalogOrder")]
 pub(crate) struct OrderForm {
-    /// In the request; `None` where it names orders otherwise.
+    /// In the request; `None` if the request identifies orders in another way.
     pub(crate) client_oid: Option<ClientOidLocation>,
-    /// In the answer; `None` where it names none.
+    /// In the answer; `None` if it carries none.
     pub(crate) answer_client_oid: Option<Pointer>,
 }
 
@@ -154,7 +153,7 @@ pub(crate) enum ClientOidLocation {
     Query(String),
 }
 
-/// `order` as the catalogue writes it, as far as it is read.
+/// `order` of the catalogue, limited to the fields that the broker reads.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct CatalogOrder {
@@ -192,7 +191,7 @@ struct CatalogItems {
 impl From<CatalogOrder> for OrderForm {
     fn from(order: CatalogOrder) -> Self {
         let items = order.items.as_deref();
-        let place = |CatalogClientOid { r#in, pointer }| match r#in {
+        let location = |CatalogClientOid { r#in, pointer }| match r#in {
             CatalogPart::Body => ClientOidLocation::Body(Pointer::new(items, &pointer)),
             CatalogPart::Path => ClientOidLocation::Path(pointer),
             CatalogPart::Query => ClientOidLocation::Query(pointer),
@@ -202,7 +201,7 @@ impl From<CatalogOrder> for OrderForm {
             Some(Pointer::new(items, &answer.client_oid?))
         };
         Self {
-            client_oid: order.client_oid.map(place),
+            client_oid: order.client_oid.map(location),
             answer_client_oid: order.answer.and_then(in_answer),
         }
     }
@@ -212,36 +211,35 @@ fn yes() -> bool {
     true
 }
 
-/// What a call can do to the account, worst case.
+/// What a call can do to the account in the worst case.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd)]
 #[serde(rename_all = "kebab-case")]
 pub enum Risk {
     /// Changes sub-accounts, API keys, account mode.
     AccountAdmin,
-    /// Makes or reads deposit addresses.
+    /// Creates or reads deposit addresses.
     DepositAddress,
     /// Needs no key.
     Public,
-    /// Reads; order tests too.
+    /// Reads, and order tests.
     Read,
-    /// Hands out a session for private streams.
+    /// Returns a token for private WebSocket streams.
     Token,
-    /// Orders.
+    /// Places, changes or cancels orders.
     Trade,
-    /// Leverage, margin mode, position mode.
+    /// Changes leverage, margin mode or position mode.
     TradeConfig,
     /// Moves money between accounts.
     Transfer,
     /// Borrows, repays, converts, subscribes, redeems.
     ValueMove,
-    /// Sends money away.
+    /// Withdraws money from KuCoin.
     Withdraw,
     /// Cancels a withdrawal.
     WithdrawCancel,
 }
 
 impl Risk {
-    /// All of them.
     pub(crate) const ALL: [Self; 11] = [
         Self::AccountAdmin,
         Self::DepositAddress,
@@ -256,7 +254,7 @@ impl Risk {
         Self::WithdrawCancel,
     ];
 
-    /// The word for it in rules.
+    /// Its name in rules.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::AccountAdmin => "account-admin",
@@ -273,7 +271,7 @@ impl Risk {
         }
     }
 
-    /// Whether a rule may grant the whole class; the others are granted endpoint by endpoint.
+    /// Whether a rule may grant the class; endpoints of other classes are granted one by one.
     pub(crate) fn grantable_as_class(self) -> bool {
         matches!(
             self,
@@ -281,7 +279,7 @@ impl Risk {
         )
     }
 
-    /// Whether it moves money or mints keys, so that the account must say `allow_money_out`.
+    /// Whether it moves money or creates keys, so that the account needs `allow_money_out`.
     pub fn moves_money(self) -> bool {
         match self {
             Self::AccountAdmin
@@ -305,17 +303,17 @@ pub(crate) enum Effect {
     Cancel,
     /// Cancels all orders, or all that match.
     CancelAll,
-    /// Nothing.
+    /// No effect on orders.
     None,
     /// Places orders.
     Place,
-    /// Validates an order and places none.
+    /// Validates an order without placing it.
     Test,
 }
 
 impl Endpoint {
-    /// Whether a call risk-increasing: everything but cancels, order tests, reads and public data. It is refused first when
-    /// something is wrong.
+    /// Whether a call is risk-increasing: everything except cancels, order tests, reads and public data. When something is
+    /// wrong, risk-increasing calls are the first to be refused.
     pub(crate) fn increases_risk(&self) -> bool {
         let reduces = matches!(
             self.effect,
@@ -324,7 +322,7 @@ impl Endpoint {
         !reduces && !matches!(self.risk, Risk::Public | Risk::Read)
     }
 
-    /// The class that grants it; `None` where a rule must name it by its id.
+    /// The class that grants it; `None` if a rule must name its id.
     pub(crate) fn class(&self) -> Option<Risk> {
         let by_class = self.status != Status::Undocumented && self.risk.grantable_as_class();
         by_class.then_some(self.risk)
@@ -335,13 +333,13 @@ impl Endpoint {
         self.risk != Risk::Public
     }
 
-    /// The clientOids by which `request` names orders.
+    /// The clientOids of the orders in `request`.
     pub(crate) fn client_oids<'r>(&self, request: &'r UnsignedRequest) -> Vec<&'r str> {
-        let place = self
+        let location = self
             .order
             .as_ref()
             .and_then(|order| order.client_oid.as_ref());
-        match place {
+        match location {
             None => Vec::new(),
             Some(ClientOidLocation::Body(_)) => request
                 .body_client_oids
@@ -359,11 +357,11 @@ impl Endpoint {
         }
     }
 
-    /// Whether the answer `body` names an order by a clientOid that `request` does not have: it belongs to another request.
+    /// Whether the answer `body` has a clientOid that is not in `request`, so that it belongs to another request.
     ///
-    /// Where a cancel names orders by their ids too, the exchange may name them by clientOids that the request does not
-    /// know; and which clientOid the answer to an amendment names is not documented. Nothing follows from those. For an
-    /// order of a batch that has no clientOid the exchange may choose one: that many names are allowed beside those sent.
+    /// Always false for a cancel that also has order ids, since the exchange may answer with clientOids that are not in the
+    /// request, and for an amendment, since it is not documented which clientOid its answer has. For each order of a batch
+    /// without a clientOid the exchange may choose one, so that many other clientOids are allowed.
     pub(crate) fn has_foreign_client_oid(&self, request: &UnsignedRequest, body: &[u8]) -> bool {
         let Some(order) = self.order.as_ref() else {
             return false;
@@ -371,24 +369,24 @@ impl Endpoint {
         let Some(pointer) = &order.answer_client_oid else {
             return false;
         };
-        let asked = self.client_oids(request);
-        let is_other = |named: &&String| !named.is_empty() && !asked.contains(&named.as_str());
+        let sent = self.client_oids(request);
+        let is_other = |oid: &&String| !oid.is_empty() && !sent.contains(&oid.as_str());
         let by_id = || {
             let id = b"\"orderId";
             request.body.windows(id.len()).any(|part| part == id)
         };
-        let names_its_own = match self.effect {
+        let returns_sent_oids = match self.effect {
             Effect::Place => true,
             Effect::Cancel => !by_id(),
             Effect::Amend | Effect::CancelAll | Effect::None | Effect::Test => false,
         };
-        if !names_its_own || asked.is_empty() {
+        if !returns_sent_oids || sent.is_empty() {
             return false;
         }
         let others = pointer.strings(body).iter().filter(is_other).count();
         let unnamed = || match &order.client_oid {
             Some(ClientOidLocation::Body(pointer)) => {
-                pointer.count(&request.body).saturating_sub(asked.len())
+                pointer.count(&request.body).saturating_sub(sent.len())
             }
             _ => 0,
         };
@@ -407,7 +405,7 @@ impl Endpoint {
     }
 }
 
-/// The parts of a segment that ends in a parameter: what stands before it, and its name.
+/// The parts of a segment that ends in a parameter: the text before it, and its name.
 fn parameter(segment: &str) -> Option<(&str, &str)> {
     segment.strip_suffix('}')?.split_once('{')
 }
@@ -418,29 +416,29 @@ pub struct Catalog {
     endpoints: Vec<Endpoint>,
     by_id: HashMap<String, usize>,
     routes: HashMap<(Option<Scope>, Method), Node>,
-    /// Literal paths of each host, of every scope and method, under their [`normalized`] form: none of them is an id.
+    /// Literal paths of each host, of all scopes and methods, by [`normalized`] path: their last segment is never an id.
     literals: HashMap<(Host, String), usize>,
 }
 
-/// What the catalogue knows of a path.
+/// The result of looking a path up in the catalogue.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Found<'c> {
     /// This endpoint.
     Endpoint(&'c Endpoint),
-    /// A path that only a lax router would take for this endpoint, whose literal path it resembles.
+    /// Not in the catalogue, but a lax router would match it to the literal path of this endpoint.
     Lookalike(&'c Endpoint),
-    /// The literal path of this endpoint, which has another method or scope; it fits a template, but is no id.
+    /// Matches a template, but is the literal path of this endpoint, which has another method or scope.
     NotAnId(&'c Endpoint),
-    /// Not this scope's, but this endpoint of another scope, or of a host that is not served.
+    /// This endpoint of another scope, or of a host that credbroker does not use.
     OtherScope(&'c Endpoint),
-    /// Nothing.
+    /// Not in the catalogue.
     Unlisted,
 }
 
 #[derive(Debug, Default)]
 struct Node {
     literal: HashMap<String, Node>,
-    /// Segments that end in a parameter, under the text before it.
+    /// Segments that end in a parameter, by the text before it.
     parameters: BTreeMap<String, Node>,
     endpoint: Option<usize>,
 }
@@ -482,14 +480,14 @@ impl Catalog {
         &self.endpoints
     }
 
-    /// The endpoint of this name.
+    /// The endpoint with this id.
     pub fn by_id(&self, id: &str) -> Option<&Endpoint> {
         self.by_id
             .get(id)
             .and_then(|&index| self.endpoints.get(index))
     }
 
-    /// The endpoint that serves `path`. A literal path of any method on the host is never an id: `cancelAll` is no order.
+    /// The endpoint for `path`. A literal path of any method on the host never matches a template: `cancelAll` is not an order id.
     pub(crate) fn find(&self, scope: Scope, method: Method, path: &str) -> Found<'_> {
         if let Some(endpoint) = self.route(Some(scope), method, path) {
             return self
@@ -510,7 +508,7 @@ impl Catalog {
         }
     }
 
-    /// What `path` is when it fits the template of `endpoint`, but is a literal path of the same host or resembles one.
+    /// The result for a `path` that matches the template of `endpoint`, but is or resembles a literal path of the same host.
     fn literal_conflict(&self, scope: Scope, endpoint: &Endpoint, path: &str) -> Option<Found<'_>> {
         if !endpoint.path.contains('{') {
             return None;
@@ -524,7 +522,7 @@ impl Catalog {
         })
     }
 
-    /// The endpoint that serves exactly this path in `scope`, look-alikes included.
+    /// The endpoint for exactly this path in `scope`, without the check for look-alikes.
     pub(crate) fn route(
         &self,
         scope: Option<Scope>,
@@ -537,7 +535,7 @@ impl Catalog {
     }
 }
 
-/// A path as a lax router reads it: without regard to case, and without a suffix after a dot in a segment.
+/// A path as a lax router reads it: case-insensitive, and without a suffix after a dot in a segment.
 fn normalized(path: &str) -> String {
     let stems = path
         .split('/')
@@ -557,7 +555,7 @@ impl Node {
                 .is_some_and(|value| !value.is_empty())
         };
         literal.or_else(|| {
-            // Backwards: of two texts that both fit, the longer one comes first.
+            // In reverse: of two prefixes that both match, the longer one comes first.
             let mut fitting = self
                 .parameters
                 .iter()
@@ -589,12 +587,12 @@ mod tests {
     }
 
     #[test]
-    fn the_catalogue_is_whole() {
+    fn catalogue_has_all_endpoints_with_unique_ids() {
         let endpoints = Catalog::get().endpoints();
         assert_eq!(endpoints.len(), 584);
         assert_eq!(Catalog::get().by_id.len(), 584, "ids are unique");
-        let served = |e: &&Endpoint| e.scope.is_some() && e.is_private() && e.grantable;
-        assert_eq!(endpoints.iter().filter(served).count(), 429);
+        let grantable = |e: &&Endpoint| e.scope.is_some() && e.is_private() && e.grantable;
+        assert_eq!(endpoints.iter().filter(grantable).count(), 429);
     }
 
     #[test]
@@ -611,12 +609,14 @@ mod tests {
             names(one, &mut found);
         }
         // The broker reads these.
-        let own = "id method path product scope permission risk effect idempotent grantable readsOtherAccounts status \
-                   successCodes order clientOid in pointer items answer perItem array";
+        let broker = "id method path product scope permission risk effect idempotent grantable readsOtherAccounts status \
+                      successCodes order clientOid in pointer items answer perItem array";
         // The simulated exchange and its tests read these.
         let simulated = "host rateLimitPool weight weightAssumed orderId orderIds state ok field value lookup endpoint \
                          needs cancelByClientOid";
-        let read = [own, simulated].into_iter().flat_map(str::split_whitespace);
+        let read = [broker, simulated]
+            .into_iter()
+            .flat_map(str::split_whitespace);
         assert_eq!(found, read.map(str::to_owned).collect());
     }
 
@@ -669,7 +669,7 @@ mod tests {
     }
 
     #[test]
-    fn a_literal_of_any_method_on_the_host_is_never_an_id() {
+    fn literal_path_of_any_method_on_the_host_is_never_an_id() {
         for (scope, method, path, expected) in [
             (
                 Scope::Futures,
@@ -689,7 +689,7 @@ mod tests {
                 "/api/v1/hf/orders/cancelall.x",
                 "like /api/v1/hf/orders/cancelAll",
             ),
-            // No literal of the futures host.
+            // Not a literal path of the futures host.
             (
                 Scope::Futures,
                 Method::Delete,
@@ -699,7 +699,7 @@ mod tests {
         ] {
             assert_eq!(found(scope, method, path), expected, "{method} {path}");
         }
-        // Over the whole catalogue: no template takes the path of a literal that stands on the same host.
+        // In all of the catalogue, no template matches a literal path of the same host.
         let all = Catalog::get().endpoints();
         let is_literal = |endpoint: &&Endpoint| !endpoint.path.contains('{');
         let mut tried = 0;
@@ -741,7 +741,7 @@ mod tests {
     }
 
     #[test]
-    fn a_parameter_may_be_the_end_of_a_segment() {
+    fn parameter_may_be_the_end_of_a_segment() {
         let get = |scope, path: &str| found(scope, Method::Get, path);
         let spot = |path: &str| get(Scope::SpotMargin, path);
         assert_eq!(
@@ -772,7 +772,7 @@ mod tests {
     }
 
     #[test]
-    fn the_scope_decides_and_other_scopes_are_named() {
+    fn path_of_another_scope_is_reported_as_such() {
         assert_eq!(
             found(Scope::Futures, Method::Post, "/api/v1/hf/orders"),
             "other Some(SpotMargin)"
@@ -788,15 +788,15 @@ mod tests {
     }
 
     #[test]
-    fn adding_risk_is_everything_but_cancels_tests_and_reads() {
-        let adds = |id: &str| Catalog::get().by_id(id).unwrap().increases_risk();
-        assert!(adds("spot.post.v1-hf-orders"));
-        assert!(!adds("spot.post.v1-hf-orders-test"));
-        assert!(!adds("spot.delete.v1-hf-orders-order-id"));
-        assert!(!adds("spot.get.v1-accounts"));
+    fn everything_but_cancels_order_tests_and_reads_is_risk_increasing() {
+        let increases = |id: &str| Catalog::get().by_id(id).unwrap().increases_risk();
+        assert!(increases("spot.post.v1-hf-orders"));
+        assert!(!increases("spot.post.v1-hf-orders-test"));
+        assert!(!increases("spot.delete.v1-hf-orders-order-id"));
+        assert!(!increases("spot.get.v1-accounts"));
     }
 
-    fn is_of_another(id: &str, target: &str, body: &'static str, answer: &str) -> bool {
+    fn is_foreign_answer(id: &str, target: &str, body: &'static str, answer: &str) -> bool {
         let endpoint = Catalog::get().by_id(id).unwrap();
         let limits = RequestLimits::default();
         let scope = endpoint.scope.unwrap();
@@ -824,7 +824,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_of_another_request_is_told_by_its_client_oids() {
+    fn answer_to_another_request_is_detected_by_its_client_oids() {
         let (place, path) = ("spot.post.v1-hf-orders", "/api/v1/hf/orders");
         let order = r#"{"clientOid":"a"}"#;
         let named = |oid: &str| {
@@ -838,17 +838,17 @@ mod tests {
             ("7", false),
         ] {
             assert_eq!(
-                is_of_another(place, path, order, &named(oid)),
+                is_foreign_answer(place, path, order, &named(oid)),
                 expected,
                 "{oid}"
             );
         }
         assert!(
-            !is_of_another(place, path, "{}", &named("\"b\"")),
-            "the exchange made one"
+            !is_foreign_answer(place, path, "{}", &named("\"b\"")),
+            "the exchange chose the clientOid"
         );
-        assert!(!is_of_another(place, path, order, "<html>"));
-        let amended = is_of_another(
+        assert!(!is_foreign_answer(place, path, order, "<html>"));
+        let amended = is_foreign_answer(
             "spot.post.v1-hf-orders-alter",
             "/api/v1/hf/orders/alter",
             order,
@@ -857,21 +857,21 @@ mod tests {
         assert!(!amended, "not documented");
         let cancel = "futures.delete.v1-orders-client-order-client-oid";
         let path = "/api/v1/orders/client-order/a";
-        assert!(is_of_another(cancel, path, "", &named("\"b\"")));
-        assert!(!is_of_another(cancel, path, "", &named("\"a\"")));
+        assert!(is_foreign_answer(cancel, path, "", &named("\"b\"")));
+        assert!(!is_foreign_answer(cancel, path, "", &named("\"a\"")));
         let (cancel, path) = (
             "spot.delete.v1-stop-order-cancel-order-by-client-oid",
             "/api/v1/stop-order/cancelOrderByClientOid?clientOid=a",
         );
-        assert!(is_of_another(cancel, path, "", &named("\"b\"")));
+        assert!(is_foreign_answer(cancel, path, "", &named("\"b\"")));
         let (cancel, path) = (
             "spot.post.ua-v2-unified-order-cancel",
             "/api/ua/v2/unified/order/cancel",
         );
-        assert!(is_of_another(cancel, path, order, &named("\"b\"")));
+        assert!(is_foreign_answer(cancel, path, order, &named("\"b\"")));
         let by_id = r#"{"clientOid":"a","orderId":"1"}"#;
         assert!(
-            !is_of_another(cancel, path, by_id, &named("\"b\"")),
+            !is_foreign_answer(cancel, path, by_id, &named("\"b\"")),
             "the order id counts"
         );
         let (batch, path) = ("futures.post.v1-orders-multi", "/api/v1/orders/multi");
@@ -881,40 +881,45 @@ mod tests {
                 r#"{{"code":"200000","data":[{{"clientOid":"a"}},{{"clientOid":"{second}"}}]}}"#
             )
         };
-        assert!(!is_of_another(batch, path, orders, &items("b")));
-        assert!(is_of_another(batch, path, orders, &items("c")));
+        assert!(!is_foreign_answer(batch, path, orders, &items("b")));
+        assert!(is_foreign_answer(batch, path, orders, &items("c")));
     }
 
     #[test]
-    fn an_order_without_a_client_oid_may_get_one_from_the_exchange() {
+    fn order_without_a_client_oid_may_get_one_from_the_exchange() {
         let items = |second: &str| {
             format!(r#"{{"data":[{{"clientOid":"a"}},{{"clientOid":"{second}"}}]}}"#)
         };
         let (batch, path) = ("futures.post.v1-orders-multi", "/api/v1/orders/multi");
         let orders = r#"[{"clientOid":"a"},{"clientOid":null}]"#;
         assert!(
-            !is_of_another(batch, path, orders, &items("made-by-kucoin")),
+            !is_foreign_answer(batch, path, orders, &items("made-by-kucoin")),
             "the second order had no clientOid"
         );
         let both = r#"{"data":[{"clientOid":"x"},{"clientOid":"y"}]}"#;
         assert!(
-            is_of_another(batch, path, orders, both),
+            is_foreign_answer(batch, path, orders, both),
             "only one order had no clientOid"
         );
         let (batch, path) = ("spot.post.v1-hf-orders-multi", "/api/v1/hf/orders/multi");
         let orders = r#"{"orderList":[{"clientOid":"a"},{}]}"#;
-        assert!(!is_of_another(
+        assert!(!is_foreign_answer(
             batch,
             path,
             orders,
             &items("made-by-kucoin")
         ));
         let orders = r#"{"orderList":[{"clientOid":"a"}]}"#;
-        assert!(is_of_another(batch, path, orders, &items("made-by-kucoin")));
+        assert!(is_foreign_answer(
+            batch,
+            path,
+            orders,
+            &items("made-by-kucoin")
+        ));
     }
 
     #[test]
-    fn a_path_parameter_is_read_by_name() {
+    fn path_parameter_is_read_by_name() {
         let endpoint = Catalog::get()
             .by_id("spot.delete.v1-hf-orders-order-id")
             .unwrap();

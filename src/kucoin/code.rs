@@ -1,8 +1,8 @@
-//! KuCoin's codes: each once, with what it says about the request that it answers.
+//! KuCoin's codes, and whether a request that got one was executed.
 //!
-//! The same number means different things on different hosts and for different products, so a code counts as a refusal only
-//! where a table of KuCoin's (or a client library that has seen it) says so. A code that is missing here leaves the outcome
-//! of an order open, which costs a lookup; a code that is here and should not be costs an order that stands unseen.
+//! The same number means different things on different hosts and for different products, so a code counts as a refusal code
+//! only if a table of KuCoin's documentation (or a client library that has seen it) lists it. A code that is missing here leaves
+//! the outcome of an order open, which costs a lookup; a code that is wrongly listed here can hide an open order.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -10,7 +10,7 @@ use std::str::FromStr;
 
 use super::{Host, Product};
 
-/// Success. Some endpoints have further ones: `successCodes` in the catalogue.
+/// Success. Some endpoints have further success codes: `successCodes` in the catalogue.
 pub(crate) const SUCCESS: &str = "200000";
 
 /// The exchange rejected the timestamp; nothing was executed.
@@ -22,50 +22,49 @@ pub(crate) const ADDRESS_REFUSED: &str = "400006";
 /// The exchange rejected the key, its passphrase or its signature; nothing was executed.
 pub(crate) const CREDENTIALS_REFUSED: [&str; 3] = ["400003", "400004", "400005"];
 
-/// The exchange rejected what belongs to the key: the key itself, its address, its permissions or its version. Another key
-/// may be accepted; nothing was executed.
+/// The exchange rejected the key, its address, its permissions or its version; nothing was executed. Another key may be
+/// accepted.
 pub(crate) const KEY_REFUSED: [&str; 7] = [
     "400003", "400004", "400005", "400006", "400007", "400008", "400009",
 ];
 
-/// Refusals that another version, or another secret, would mend.
+/// Rejections that another key version, or another secret, may fix.
 pub(crate) const VERSION_OR_SECRET: [&str; 4] = ["400004", "400005", "400008", "400009"];
 
-/// Refusals that are about the account and not about one request, beside those of the key itself: no access, region,
-/// identity, frozen, blacklisted.
+/// Rejections of the account, not of one request or of the key: no access, region, identity, frozen, blacklisted.
 pub(crate) const ACCOUNT_REFUSED: [&str; 7] = [
     "400010", "400301", "400302", "400303", "400304", "411100", "411200",
 ];
 
-/// A quota of the account is used up, or KuCoin is overloaded.
+/// The account has used up a quota, or KuCoin is overloaded.
 pub(crate) const RATE_LIMITED: &str = "429000";
 
-/// The edge has blocked the address of the broker. Source: KuCoin API documentation, "Rate Limit", code 1015.
+/// The edge has blocked the broker's egress address. Source: KuCoin API documentation, "Rate Limit", code 1015.
 pub(crate) const EDGE_BLOCKED: &str = "1015";
 
 /// Futures: too many requests. On spot the same code means that cancellations are suspended.
 pub(crate) const FUTURES_RATE_LIMITED: &str = "200002";
 
-/// Refusals that pass by themselves after a moment.
+/// Rejections that end by themselves after a moment.
 pub(crate) const BUSY: [&str; 3] = [RATE_LIMITED, "429001", "429002"];
 
-/// What a code says about the request.
+/// What a code means for the request.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Class {
-    /// There is no code, or none that can be read.
+    /// There is no readable code.
     Missing,
-    /// The exchange refused the request; nothing was executed.
+    /// The exchange rejected the request; nothing was executed.
     Refusal,
     /// The exchange executed or accepted the request.
     Success,
     /// Something inside the exchange failed; the request may have been executed.
     Unclear,
-    /// No table has this code here.
+    /// The code is in no table for this host and product.
     Unknown,
 }
 
 /// The class of `code` in an answer of `host` to a request for `product` (`None`: an endpoint outside the catalogue).
-/// `success` are the endpoint's further success codes, `configured` the operator's further refusals.
+/// `success` are the endpoint's further success codes, `configured` the refusal codes from the configuration.
 pub(crate) fn class(
     host: Host,
     product: Option<Product>,
@@ -93,7 +92,7 @@ struct Row {
     /// `None`: every product, and endpoints outside the catalogue.
     products: Option<&'static [Product]>,
     codes: &'static [&'static str],
-    /// Where it stands that these codes are what this table says.
+    /// The source for the meaning of these codes.
     #[cfg_attr(
         not(test),
         expect(dead_code, reason = "for readers and the test of the table")
@@ -115,7 +114,7 @@ const BOTH: &[Host] = &[Host::Futures, Host::Spot];
 const FUTURES: &[Host] = &[Host::Futures];
 const SPOT: &[Host] = &[Host::Spot];
 
-/// Everything on the spot host but the unified account, whose codes are its own.
+/// Every product on the spot host except the unified account, which has its own codes.
 const CLASSIC: Option<&[Product]> = Some(&[
     Product::Account,
     Product::Affiliate,
@@ -130,7 +129,7 @@ const CLASSIC: Option<&[Product]> = Some(&[
 const CONVERT: Option<&[Product]> = Some(&[Product::Convert]);
 const EARN: Option<&[Product]> = Some(&[Product::Earn]);
 const MARGIN: Option<&[Product]> = Some(&[Product::Margin]);
-/// The gateway answers 400400 for a bad token; margin uses the same number for errors of its service too.
+/// The gateway returns 400400 for a bad token; margin also uses the number for errors of its service.
 const NOT_MARGIN: Option<&[Product]> = Some(&[
     Product::Account,
     Product::Affiliate,
@@ -148,11 +147,11 @@ const UNIFIED: Option<&[Product]> = Some(&[Product::Unified]);
 const WITHDRAWALS: Option<&[Product]> =
     Some(&[Product::Account, Product::Broker, Product::Unified]);
 
-/// The exchange refused the request and executed nothing.
+/// The exchange rejected the request and executed nothing.
 ///
-/// Left out because the text of the code does not say so: 126034 and 126036 (failed to create an order), 130202 (among
-/// others "a timeout has occurred"), 130310 (abnormal account), 300010 (failed to close), 400800 (leverage order failed),
-/// 180001 to 180208 (copy trading; no text at hand).
+/// Left out because their texts do not show that nothing was executed: 126034 and 126036 (failed to create an order), 130202
+/// (among others "a timeout has occurred"), 130310 (abnormal account), 300010 (failed to close), 400800 (leverage order
+/// failed), 180001 to 180208 (copy trading; text unavailable).
 static REFUSALS: &[Row] = &[
     Row {
         hosts: BOTH,
@@ -334,7 +333,7 @@ static REFUSALS: &[Row] = &[
     },
 ];
 
-/// Something inside the exchange failed, so that the request may or may not have been executed, whatever the HTTP status.
+/// The exchange had an internal error: whatever the HTTP status, the request may have been executed.
 static UNCLEAR: &[Row] = &[
     Row {
         hosts: BOTH,
@@ -378,7 +377,7 @@ static UNCLEAR: &[Row] = &[
     },
 ];
 
-/// Refusals that the configuration adds (`exchange.refusal_codes`), until a release has them.
+/// Refusal codes from the configuration (`exchange.refusal_codes`), until a release includes them.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct RefusalCodes(BTreeSet<RefusalCode>);
 
@@ -398,7 +397,7 @@ impl FromIterator<RefusalCode> for RefusalCodes {
     }
 }
 
-/// One code that means a refusal, as the configuration writes it: `futures/futures/300099`, or `spot/*/400999` for every
+/// One code that means a rejection, as the configuration writes it: `futures/futures/300099`, or `spot/*/400999` for every
 /// product of the host.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub(crate) struct RefusalCode {
@@ -408,21 +407,21 @@ pub(crate) struct RefusalCode {
     code: String,
 }
 
-/// Why a text is no refusal code.
+/// Why a text is not a refusal code.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub(crate) enum RefusalCodeError {
-    /// It names no code, or one that no answer can have.
+    /// The code is empty, too long or has invalid characters.
     #[error("{0:?} is not a code: expected 1 to {MAX_CODE_CHARS} letters, digits, '_' or '-'")]
     Code(String),
-    /// It has not three parts.
+    /// It does not have three parts.
     #[error(
-        "{0:?} is not host/product/code: write for example \"futures/futures/300099\", or \"spot/*/400999\" for every product"
+        "{0:?} is not of the form host/product/code; write for example \"futures/futures/300099\", or \"spot/*/400999\" for every product"
     )]
     Form(String),
     /// There is no such host.
     #[error("{0:?} is not a host: expected spot or futures")]
     Host(String),
-    /// The product is not one of the host's.
+    /// The host has no such product.
     #[error("{product:?} is not a product of the {} host: expected * or one of {}", host.as_str(), names(*host))]
     Product {
         /// The host.
@@ -431,16 +430,16 @@ pub(crate) enum RefusalCodeError {
         product: String,
     },
     /// The code means success.
-    #[error("code {0} means success; an answer that has it is never a refusal")]
+    #[error("code {0} means success, so it cannot be a refusal code")]
     Success(String),
-    /// KuCoin uses the code where the request may have been executed.
+    /// With this code the request may have been executed.
     #[error(
-        "code {0} does not say that nothing was executed: KuCoin uses it for internal errors and timeouts; orders with it stay maybe_sent"
+        "code {0} cannot be a refusal code: KuCoin uses it for internal errors and timeouts, so an order answered with it stays maybe_sent"
     )]
     Unclear(String),
 }
 
-/// More than any code has; the longest known one, `order_not_exist`, has 15.
+/// Longer than any code; the longest known one, `order_not_exist`, has 15 characters.
 pub(crate) const MAX_CODE_CHARS: usize = 64;
 
 impl FromStr for RefusalCode {
@@ -471,21 +470,21 @@ impl FromStr for RefusalCode {
 }
 
 impl RefusalCode {
-    /// The refusal `code`; fails where it is no code, or where an answer with it may have been executed.
+    /// The refusal code `code`; fails if it is not a valid code, or if a request that got it may have been executed.
     pub(crate) fn new(
         host: Host,
         product: Option<Product>,
         code: &str,
     ) -> Result<Self, RefusalCodeError> {
-        let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-');
+        let is_allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-');
         let code = code.to_owned();
-        if !(1..=MAX_CODE_CHARS).contains(&code.len()) || !code.chars().all(fits) {
+        if !(1..=MAX_CODE_CHARS).contains(&code.len()) || !code.chars().all(is_allowed) {
             return Err(RefusalCodeError::Code(code));
         }
         if matches!(code.as_str(), SUCCESS | "200" | "OK") {
             return Err(RefusalCodeError::Success(code));
         }
-        // With every product, one that is unclear for any of them is too much.
+        // For "every product", the code must not be unclear for any product.
         let is_unclear = |product| UNCLEAR.iter().any(|row| row.has(host, product, &code));
         let unclear = match product {
             Some(_) => is_unclear(product),
@@ -542,7 +541,7 @@ mod tests {
     }
 
     #[test]
-    fn a_code_means_what_its_host_and_product_say() {
+    fn class_of_a_code_depends_on_host_and_product() {
         for (host, product, code, expected) in [
             (Host::Spot, Product::Spot, "200000", Class::Success),
             (Host::Spot, Product::Spot, "", Class::Missing),
@@ -573,11 +572,7 @@ mod tests {
         let none = RefusalCodes::default();
         let outside = |code| class(Host::Spot, None, code, &[], &none);
         assert_eq!(outside("400003"), Class::Refusal);
-        assert_eq!(
-            outside("200004"),
-            Class::Unknown,
-            "the product is not known"
-        );
+        assert_eq!(outside("200004"), Class::Unknown, "the product is unknown");
         let further = class(Host::Spot, None, "200", &["200".to_owned()], &none);
         assert_eq!(further, Class::Success);
     }
@@ -601,7 +596,7 @@ mod tests {
     }
 
     #[test]
-    fn the_products_of_a_host_are_those_of_the_catalogue() {
+    fn products_of_a_host_match_the_catalogue() {
         for endpoint in Catalog::get().endpoints() {
             let Some(scope) = endpoint.scope else {
                 continue;
@@ -615,7 +610,7 @@ mod tests {
     }
 
     #[test]
-    fn a_configured_code_is_a_refusal_where_it_says() {
+    fn configured_code_is_a_refusal_for_its_host_and_product() {
         let codes = ["spot/margin/126099", "futures/*/300099"];
         let codes: RefusalCodes = codes.iter().map(|code| code.parse().unwrap()).collect();
         let of = |host, product, code| class(host, product, code, &[], &codes);
@@ -634,11 +629,14 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_refusal_code_says_what_was_expected() {
+    fn error_for_an_invalid_refusal_code_names_the_expected_form() {
         let problem = |text: &str| text.parse::<RefusalCode>().unwrap_err().to_string();
         for (text, part) in [
-            ("300099", "is not host/product/code: write for example"),
-            ("spot/300099", "is not host/product/code"),
+            (
+                "300099",
+                "is not of the form host/product/code; write for example",
+            ),
+            ("spot/300099", "is not of the form host/product/code"),
             (
                 "kucoin/spot/300099",
                 "\"kucoin\" is not a host: expected spot or futures",
@@ -651,12 +649,9 @@ mod tests {
             ("spot/spot/30 99", "is not a code"),
             ("spot/spot/200000", "code 200000 means success"),
             ("futures/*/200", "code 200 means success"),
-            ("spot/spot/500000", "does not say that nothing was executed"),
-            ("spot/*/112001", "does not say that nothing was executed"),
-            (
-                "futures/futures/100000",
-                "does not say that nothing was executed",
-            ),
+            ("spot/spot/500000", "cannot be a refusal code: KuCoin"),
+            ("spot/*/112001", "cannot be a refusal code: KuCoin"),
+            ("futures/futures/100000", "cannot be a refusal code: KuCoin"),
         ] {
             assert!(problem(text).contains(part), "{text}: {}", problem(text));
         }

@@ -1,6 +1,6 @@
-//! What KuCoin tells about an API key, and whether the key fits what it is for. Pure.
+//! What KuCoin returns about an API key, and whether the key fits its account. Pure.
 //!
-//! Source: KuCoin API documentation, "Get Apikey Info" (`GET /api/v1/user/api-key`, and its twin for unified accounts), change
+//! Source: KuCoin API documentation, "Get Apikey Info" (`GET /api/v1/user/api-key`, and its equivalent for unified accounts), change
 //! log of 2025-11-14 and 2026-01-27 for its later fields, and support article 360015102174 for the 30-day rule.
 
 use std::fmt;
@@ -14,10 +14,10 @@ use super::{KeyVersion, Scope, Site};
 use crate::base::diagnosis::Diagnosis;
 use crate::base::text::clean;
 
-/// A key that ends sooner is refused: time enough to find and replace it without haste.
+/// A key that expires sooner fails the check: this leaves time to replace it.
 const EXPIRY_REFUSED_DAYS: i64 = 14;
 
-/// A key that ends sooner is warned of.
+/// A key that expires sooner causes a warning.
 const EXPIRY_WARNED_DAYS: i64 = 30;
 
 /// KuCoin deletes a trading key without IP restriction, or its trade permissions, after this long without use.
@@ -28,34 +28,34 @@ const DAY_MS: i64 = 24 * 60 * 60 * 1000;
 /// Where permissions, addresses and dates of a key are changed on KuCoin's site.
 const PAGE: &str = "API Management > Edit";
 
-/// What KuCoin tells about a key.
+/// What KuCoin returns about a key.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) struct KeyInfo {
-    /// KuCoin's number of the account; `None`: it told none.
+    /// KuCoin's number of the account; `None` if the answer has none.
     pub(crate) uid: Option<String>,
-    /// Whether it is the master account's, and not a sub-account's.
+    /// Whether the key belongs to the master account, not to a sub-account.
     pub(crate) is_master: bool,
     /// Name of the sub-account.
     pub(crate) sub_name: Option<String>,
-    /// KuCoin's word for the site, such as `global`; `None`: it told none.
+    /// KuCoin's word for the site, such as `global`; `None` if the answer has none.
     pub(crate) site: Option<String>,
     /// What the key may do.
     pub(crate) permissions: Vec<Permission>,
-    /// Addresses that may use it, as KuCoin writes them, which hides parts: `203.**.154`. None: any address.
+    /// Addresses that may use it, as KuCoin writes them, partly masked: `203.**.154`. Empty: any address.
     pub(crate) ip_whitelist: Vec<String>,
-    /// Its version.
+    /// Version of the key.
     pub(crate) version: Option<i64>,
-    /// When it was made: Unix milliseconds.
+    /// When it was created: Unix milliseconds.
     pub(crate) created_at_ms: Option<i64>,
-    /// When it ends: Unix milliseconds; `None`: never.
+    /// When it expires: Unix milliseconds; `None`: never.
     pub(crate) expires_at_ms: Option<i64>,
     /// The third-party application that it is linked to.
     pub(crate) third_party_app: Option<String>,
-    /// Fields whose value is not as the documentation has it.
+    /// Fields whose value does not have the documented format.
     pub(crate) unread: Vec<&'static str>,
 }
 
-/// What a key may do. `Display` has the words of KuCoin's page, which are not those of its answers.
+/// What a key may do. `Display` uses the words of KuCoin's page, which differ from those of its answers.
 #[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub(crate) enum Permission {
     /// Subscribe and redeem.
@@ -70,7 +70,7 @@ pub(crate) enum Permission {
     LeadtradeFutures,
     /// Trade on margin.
     Margin,
-    /// One that is not known here, in KuCoin's word.
+    /// An unknown one, in KuCoin's word.
     Other(String),
     /// Trade spot.
     Spot,
@@ -96,7 +96,7 @@ impl Permission {
         }
     }
 
-    /// Whether it is for trading; an unknown one by its name, such as the "Trade" of old keys.
+    /// Whether it allows trading; an unknown permission is judged by its name, such as the "Trade" of old keys.
     fn trades(&self) -> bool {
         match self {
             Self::Futures | Self::LeadtradeFutures | Self::Margin | Self::Spot | Self::Unified => {
@@ -107,7 +107,7 @@ impl Permission {
         }
     }
 
-    /// Whether it lets money out; an unknown one by its name, such as "Third-party withdrawals".
+    /// Whether it allows moving money out; an unknown permission is judged by its name, such as "Third-party withdrawals".
     fn moves_money(&self) -> bool {
         match self {
             Self::FlexTransfers | Self::Withdrawal => true,
@@ -119,7 +119,7 @@ impl Permission {
         }
     }
 
-    /// The scope that it is for; `None` for those that belong to none.
+    /// The scope that it belongs to, if any.
     fn scope(&self) -> Option<Scope> {
         match self {
             Self::Futures | Self::LeadtradeFutures => Some(Scope::Futures),
@@ -129,7 +129,7 @@ impl Permission {
         }
     }
 
-    /// What trading in `scope` takes; orders of the first kind are the usual ones.
+    /// Permissions needed to trade in `scope`; the first one is needed for most orders.
     fn of_scope(scope: Scope) -> &'static [Self] {
         match scope {
             Scope::Futures => &[Self::Futures],
@@ -156,21 +156,21 @@ impl fmt::Display for Permission {
     }
 }
 
-/// An answer that does not tell about a key.
+/// The answer is not one of `user/api-key`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 #[error(
-    "expected what KuCoin's documentation describes for user/api-key: code 200000 and `data` with `permission`; got something else"
+    "unexpected answer to user/api-key: expected code 200000 and `data` with `permission`, as KuCoin documents"
 )]
 pub(crate) struct NotKeyInfo;
 
-/// What a key is for.
+/// What a key must fit.
 #[derive(Clone, Debug)]
 pub(crate) struct Expected {
-    /// Scopes that it serves.
+    /// Scopes that it is used for.
     pub(crate) scopes: Vec<Scope>,
-    /// Whether its account is for reading alone.
+    /// Whether its account is read-only.
     pub(crate) is_read_only: bool,
-    /// Whether it may let money out.
+    /// Whether the rules allow it to move money out.
     pub(crate) allow_money_out: bool,
     /// The account's site.
     pub(crate) site: Site,
@@ -183,7 +183,8 @@ pub(crate) struct Expected {
 }
 
 impl KeyInfo {
-    /// Reads a whole answer of `user/api-key`. Only `permission` must be there: a new form of the rest is no reason to refuse a key.
+    /// Reads the body of an answer of `user/api-key`. Only `permission` is required, so that a new format of other fields does
+    /// not fail a key.
     pub(crate) fn read(answer: &[u8]) -> Result<Self, NotKeyInfo> {
         let fields: Map<String, Value> = data(answer).ok_or(NotKeyInfo)?;
         let mut unread = Vec::new();
@@ -196,11 +197,11 @@ impl KeyInfo {
             number
         };
         let version = number("apiVersion");
-        // A time before 1970 is none: whoever counts the days since then must not overflow.
+        // A time before 1970 is ignored, so that the age in days cannot overflow.
         let created_at_ms = number("createdAt").filter(|&at| at > 0);
-        // Sub-account keys are made with -1 for "never".
+        // Sub-account keys are created with -1 for "never".
         let expires_at_ms = number("expiredAt").filter(|&at| at > 0);
-        // The second is how KuCoin's answers about sub-account keys of exchange brokers write it.
+        // KuCoin's answers about sub-account keys of exchange brokers use the second name.
         let permissions = ["permission", "permissions"]
             .map(|name| list(&fields, name))
             .concat();
@@ -208,7 +209,7 @@ impl KeyInfo {
             return Err(NotKeyInfo);
         }
         let sub_name = text(&fields, "subName");
-        let is_master = text(&fields, "isMaster").map_or(sub_name.is_none(), |told| told == "true");
+        let is_master = text(&fields, "isMaster").map_or(sub_name.is_none(), |text| text == "true");
         Ok(Self {
             uid: text(&fields, "uid"),
             is_master,
@@ -222,15 +223,15 @@ impl KeyInfo {
             version,
             created_at_ms,
             expires_at_ms,
-            third_party_app: text(&fields, "thirdPartyApp").filter(|told| told != "false"),
+            third_party_app: text(&fields, "thirdPartyApp").filter(|app| app != "false"),
             unread,
         })
     }
 
-    /// Whether the key's whitelist has `address`; `None` where it has no whitelist.
+    /// Whether the key's whitelist includes `address`; `None` without a whitelist.
     ///
-    /// An entry that hides parts of an address counts as it where the rest fits, and one that names a range where the range
-    /// has it: KuCoin documents neither, and a key that answers is the better witness.
+    /// A masked entry matches if its visible parts match, and a range matches if it contains the address. KuCoin documents
+    /// neither; whether a signed request succeeds is better evidence.
     pub(crate) fn admits(&self, address: IpAddr) -> Option<bool> {
         let mut entries = self.ip_whitelist.iter().map(String::as_str);
         (!self.ip_whitelist.is_empty()).then(|| entries.any(|entry| fits(entry, address)))
@@ -241,7 +242,7 @@ impl KeyInfo {
         self.permissions.iter().any(Permission::trades)
     }
 
-    /// What is wrong with the key for what it is `expected` to be, refusals first; nothing: all is well.
+    /// Findings about a key that does not fit `expected`, failures first; empty if it fits.
     pub(crate) fn judge(&self, expected: &Expected) -> Vec<Diagnosis> {
         let mut findings = Vec::new();
         findings.extend(self.site(expected.site));
@@ -255,7 +256,7 @@ impl KeyInfo {
         findings.extend(self.money_out(expected));
         findings.extend(self.addresses(expected));
         findings.extend(self.expiry(expected.now_ms));
-        findings.extend(self.oddities(expected));
+        findings.extend(self.other_warnings(expected));
         findings.sort_by_key(|finding| !finding.is_failed());
         findings
     }
@@ -265,9 +266,9 @@ impl KeyInfo {
     }
 
     fn site(&self, expected: Site) -> Option<Diagnosis> {
-        let told = self.site.as_deref()?;
+        let reported = self.site.as_deref()?;
         // Source: KuCoin API documentation, "Authentication", X-SITE-TYPE, for the first two; the others are not documented.
-        let site = match told.to_ascii_lowercase().as_str() {
+        let site = match reported.to_ascii_lowercase().as_str() {
             "global" => Some(Site::Global),
             "au" | "australia" => Some(Site::Au),
             "eu" | "europe" => Some(Site::Eu),
@@ -279,18 +280,18 @@ impl KeyInfo {
             Some(site) => Some(Diagnosis::failed(
                 "site-wrong",
                 format!(
-                    "The key belongs to KuCoin's site {site}, and the account is one of site {expected}."
+                    "The key belongs to KuCoin site {site}, but the account's site is {expected}."
                 ),
                 format!(
-                    "Register a key of site {expected}, or write site = \"{site}\" for the account in the rules."
+                    "Register a key of site {expected}, or set site = \"{site}\" for the account in the rules."
                 ),
             )),
             None => Some(Diagnosis::warning(
                 "site-unknown",
                 format!(
-                    "KuCoin says that the key belongs to its site {told:?}, which credbroker does not know."
+                    "KuCoin reports site {reported:?} for the key, which credbroker does not recognize."
                 ),
-                format!("Make sure that it is the account's site, {expected}."),
+                format!("Check that the key was created on the account's KuCoin site, {expected}."),
             )),
         }
     }
@@ -302,7 +303,7 @@ impl KeyInfo {
         missing
             .into_iter()
             .enumerate()
-            // Of a scope with nothing at all, the usual permission is the refusal; the others would only repeat it.
+            // If the scope's permissions are all missing, only the first one is reported.
             .filter(|(index, _)| !has_none || *index == 0)
             .map(|(_, one)| {
                 let has = listed(self.permissions.iter());
@@ -312,19 +313,19 @@ impl KeyInfo {
                     return Diagnosis::failed("permission-missing", cause, fix);
                 }
                 let kind = one.to_string().to_lowercase();
-                let cause = format!("The key lacks the permission {one}, so KuCoin will refuse its {kind} orders; it has {has}.");
-                Diagnosis::warning("permission-missing", cause, format!("{fix} Without {kind} orders nothing needs to be done."))
+                let cause = format!("The key lacks the permission {one}, so KuCoin will reject its {kind} orders; it has {has}.");
+                Diagnosis::warning("permission-missing", cause, format!("{fix} If you send no {kind} orders, ignore this warning."))
             })
             .collect()
     }
 
-    /// What a key for reading has besides; what lets money out is found on its own.
+    /// Permissions that a read-only key must not have, except those that move money, which `money_out` reports.
     fn more_than_reading(&self) -> Option<Diagnosis> {
         let beyond = |one: &&Permission| one.trades() || **one == Permission::Earn;
-        let (more, _) = the(self.permissions.iter().filter(beyond))?;
+        let (more, _) = permission_list(self.permissions.iter().filter(beyond))?;
         Some(Diagnosis::failed(
             "read-only-key-can-trade",
-            format!("The account's purpose is read-only, and the key has {more}."),
+            format!("The account's purpose is read-only, but the key has {more}."),
             format!("Leave only General ticked under {PAGE} > API permissions."),
         ))
     }
@@ -334,7 +335,7 @@ impl KeyInfo {
             Some(scope) => !expected.scopes.contains(&scope),
             None => **one == Permission::Earn && !expected.allow_money_out,
         };
-        let (more, names) = the(self.permissions.iter().filter(unneeded))?;
+        let (more, names) = permission_list(self.permissions.iter().filter(unneeded))?;
         Some(Diagnosis::warning(
             "permission-unneeded",
             format!("The key has {more}, which the account's scopes do not need."),
@@ -346,23 +347,23 @@ impl KeyInfo {
         if expected.allow_money_out && !expected.is_read_only {
             return Vec::new();
         }
-        let letting_out = self.permissions.iter().filter(|one| one.moves_money());
-        let found = letting_out.map(|one| {
-            let (name, does) = match one {
+        let moving_money = self.permissions.iter().filter(|one| one.moves_money());
+        let found = moving_money.map(|one| {
+            let (name, effect) = match one {
                 Permission::FlexTransfers => (
                     "flex-transfers-permission",
-                    "moves money between the owner's accounts",
+                    "allows transfers between the owner's accounts",
                 ),
                 Permission::Withdrawal => (
                     "withdrawal-permission",
-                    "sends money away without asking for a second factor",
+                    "allows withdrawals without a second factor",
                 ),
-                _ => ("money-out-permission", "seems to let money out"),
+                _ => ("money-out-permission", "appears to allow moving money out"),
             };
-            let cause = format!("The key has the permission {one}, which {does}.");
+            let cause = format!("The key has the permission {one}, which {effect}.");
             let mut fix = format!("Untick {one} under {PAGE} > API permissions.");
             if !expected.is_read_only {
-                fix += " If the broker is meant to move this account's money, write allow_money_out = true for it in the rules.";
+                fix += " If the broker should be able to move this account's money, set allow_money_out = true for the account in the rules.";
             }
             Diagnosis::failed(name, cause, fix)
         });
@@ -375,12 +376,12 @@ impl KeyInfo {
         match self.admits(ip) {
             None if !self.can_trade() => vec![Diagnosis::warning(
                 "ip-restriction-missing",
-                "The key has no IP restriction, so whoever gets hold of it can read this account.",
+                "The key has no IP restriction, so anyone who obtains it can read this account.",
                 enter,
             )],
             None => {
-                let cause = "The key has no IP restriction, so whoever gets hold of it can trade with it, and KuCoin deletes it \
-                             or takes its trade permissions away after 30 days without use.";
+                let cause = "The key has no IP restriction, so anyone who obtains it can trade with it, and KuCoin deletes it \
+                             or removes its trade permissions after 30 days without use.";
                 let mut found = vec![Diagnosis::failed(
                     "ip-restriction-missing",
                     cause,
@@ -390,7 +391,7 @@ impl KeyInfo {
                 found.extend(age.filter(|&age| age >= INACTIVITY_DAYS).map(|age| {
                     let cause = format!(
                         "The key is {age} days old and has no IP restriction: after 30 days without use KuCoin deletes it or \
-                         takes its trade permissions away."
+                         removes its trade permissions."
                     );
                     Diagnosis::warning("inactivity-rule", cause, enter)
                 }));
@@ -399,7 +400,7 @@ impl KeyInfo {
             Some(false) => vec![Diagnosis::failed(
                 "address-not-whitelisted",
                 format!(
-                    "The key's IP restriction does not have {ip}, the address that KuCoin sees; it has {}.",
+                    "The key's IP restriction does not include {ip}, the address that KuCoin sees; it includes {}.",
                     self.ip_whitelist.join(", ")
                 ),
                 format!("Add {ip} under {PAGE} > IP restriction."),
@@ -413,7 +414,7 @@ impl KeyInfo {
                 let cause = || {
                     let others = others.join(", ");
                     format!(
-                        "The key may be used from other addresses than the broker's too: {others}."
+                        "The key can also be used from addresses other than the broker's: {others}."
                     )
                 };
                 let fix = format!("Leave only {ip} under {PAGE} > IP restriction.");
@@ -424,7 +425,7 @@ impl KeyInfo {
         }
     }
 
-    /// What is wrong with the time that the key has left.
+    /// The finding about a key that has expired or expires soon.
     pub(crate) fn expiry(&self, now_ms: i64) -> Option<Diagnosis> {
         let left_ms = self.expires_at_ms?.saturating_sub(now_ms);
         let when = match left_ms.div_euclid(DAY_MS) {
@@ -433,13 +434,13 @@ impl KeyInfo {
             1 => "expires in 1 day".to_owned(),
             days => format!("expires in {days} days"),
         };
-        let fix = "Create a new key under API Management that lasts longer, and put it in this one's place.";
+        let fix = "Create a new key with a later expiry under API Management, and replace this one with it.";
         let cause = format!("The key {when}.");
         if self.has_expired(now_ms) {
-            let cause = format!("{cause} KuCoin takes no more requests with it.");
+            let cause = format!("{cause} KuCoin rejects all requests with it.");
             Some(Diagnosis::failed("expires-soon", cause, fix))
         } else if left_ms < EXPIRY_REFUSED_DAYS * DAY_MS {
-            let cause = format!("{cause} At least {EXPIRY_REFUSED_DAYS} days are asked for.");
+            let cause = format!("{cause} At least {EXPIRY_REFUSED_DAYS} days are required.");
             Some(Diagnosis::failed("expires-soon", cause, fix))
         } else if left_ms < EXPIRY_WARNED_DAYS * DAY_MS {
             Some(Diagnosis::warning("expires-soon", cause, fix))
@@ -448,46 +449,47 @@ impl KeyInfo {
         }
     }
 
-    /// Whether its time is over.
     pub(crate) fn has_expired(&self, now_ms: i64) -> bool {
         self.expires_at_ms.is_some_and(|at_ms| at_ms <= now_ms)
     }
 
-    fn oddities(&self, expected: &Expected) -> Vec<Diagnosis> {
+    fn other_warnings(&self, expected: &Expected) -> Vec<Diagnosis> {
         let mut found = Vec::new();
-        let asked = match expected.version {
+        let used = match expected.version {
             KeyVersion::V2 => 2,
             KeyVersion::V3 => 3,
         };
-        found.extend(self.version.filter(|&version| version != asked).map(|version| {
-            Diagnosis::warning(
-                "version-differs",
-                format!("The key is used with version {asked}, and KuCoin says that its version is {version}."),
-                format!("Register the key with key_version = {version}."),
-            )
+        found.extend(self.version.filter(|&version| version != used).map(|version| {
+            let cause =
+                format!("The key is used with version {used}, but KuCoin reports version {version}.");
+            let fix = match version {
+                2 | 3 => "Register the key again; registration detects the version.",
+                _ => "Create a new key under API Management (new keys have version 3) and register it.",
+            };
+            Diagnosis::warning("version-differs", cause, fix)
         }));
         found.extend(self.third_party_app.as_ref().map(|app| {
             Diagnosis::warning(
                 "third-party-app",
                 format!("The key is linked to a third-party application: {app}."),
-                "Create a key of its own for the broker under API Management, of the kind API Trading.",
+                "Create a separate key of the type API Trading for the broker under API Management.",
             )
         }));
         let unknown = |one: &&Permission| {
             matches!(one, Permission::Other(_)) && !one.moves_money() && !one.trades()
         };
-        found.extend(the(self.permissions.iter().filter(unknown)).map(|(unknown, _)| {
+        found.extend(permission_list(self.permissions.iter().filter(unknown)).map(|(unknown, _)| {
             Diagnosis::warning(
                 "permission-unknown",
-                format!("The key has {unknown}, which credbroker does not know."),
-                format!("Look at what it allows, and untick it under {PAGE} > API permissions unless it is needed."),
+                format!("The key has {unknown}, which credbroker does not recognize."),
+                format!("Check what it allows, and untick it under {PAGE} > API permissions unless it is needed."),
             )
         }));
         if !self.unread.is_empty() {
             found.push(Diagnosis::warning(
                 "answer-unreadable",
                 format!(
-                    "KuCoin gave {} in a form that credbroker does not know, so it was not checked.",
+                    "KuCoin returned {} in an unexpected format, so it was not checked.",
                     self.unread.join(", ")
                 ),
                 "Check it under API Management, and report it as a credbroker bug.",
@@ -497,16 +499,16 @@ impl KeyInfo {
     }
 }
 
-/// What KuCoin's refusal of a request in `scope` tells about the key that signed it. `egress_ip` is the address that KuCoin
-/// must see; the one that the message names counts for more.
+/// The finding about a key whose request in `scope` KuCoin rejected. `egress_ip` is the expected egress address; an address
+/// in the message takes precedence.
 pub(crate) fn refusal(code: &str, msg: &str, scope: Scope, egress_ip: IpAddr) -> Diagnosis {
     let Some(advice) = advice::of_message(scope, code, msg) else {
-        // Text of the exchange goes to a terminal.
-        let (code, said) = (clean(code, 64), clean(msg, 200));
+        // Text from the exchange is printed to a terminal.
+        let (code, msg) = (clean(code, 64), clean(msg, 200));
         return Diagnosis::failed(
             "refused",
-            format!("KuCoin refused the key with code {code}: {said}"),
-            "Look the code up in KuCoin's API documentation under Error Code, and try again.",
+            format!("KuCoin rejected the key with code {code}: {msg}"),
+            "Look the code up in KuCoin's API documentation under Error Code, then try again.",
         );
     };
     let seen = address_in(msg);
@@ -518,44 +520,45 @@ pub(crate) fn refusal(code: &str, msg: &str, scope: Scope, egress_ip: IpAddr) ->
     let mut cause = format!("{} {}", advice.meaning, advice.cause);
     if let Some(seen) = seen.filter(|&seen| seen != egress_ip) {
         cause = format!(
-            "{cause} KuCoin saw {seen}, and {egress_ip} was expected: see egress.expected_ip in the configuration."
+            "{cause} KuCoin saw {seen}, not the expected {egress_ip}; check egress.expected_ip in the configuration."
         );
     }
     Diagnosis::failed(advice.topic, cause, advice.fix(&facts))
 }
 
-/// Refuses a key that another account has already.
+/// The finding about a key whose KuCoin account is already registered for another account.
 pub(crate) fn duplicate_key(account: &str, key: &str) -> Diagnosis {
     Diagnosis::failed(
         "key-taken",
         format!(
-            "This key, or another one of the same KuCoin account, is registered for account {account} ({account}/{key})."
+            "This key, or another one of the same KuCoin account, is already registered for account {account} ({account}/{key})."
         ),
-        "Use a key of another KuCoin account or sub-account, or name both scopes in one account of the rules.",
+        "Use a key of another KuCoin account or sub-account, or merge the two accounts in the rules: list the scopes of both \
+         under one account.",
     )
 }
 
-/// A warning when `answer`, that of `GET /api/v1/accounts`, has money in the main account and nowhere else.
+/// A warning if `answer`, of `GET /api/v1/accounts`, shows funds only in the main account.
 pub(crate) fn funds_in_main(answer: &[u8]) -> Option<Diagnosis> {
     let accounts: Vec<Map<String, Value>> = data(answer)?;
-    let has_money = |account: &&Map<String, Value>| {
+    let has_funds = |account: &&Map<String, Value>| {
         text(account, "balance")
-            .is_some_and(|held| held.parse::<f64>().is_ok_and(|held| held > 0.0))
+            .is_some_and(|text| text.parse::<f64>().is_ok_and(|balance| balance > 0.0))
     };
     let mut kinds = accounts
         .iter()
-        .filter(has_money)
+        .filter(has_funds)
         .map(|account| text(account, "type"));
     let advice = advice::topic("funds-in-main")?;
     let is_main = |kind: Option<String>| kind.as_deref() == Some("main");
-    // The first one apart: of an empty account all are in main, too.
+    // `all` is also true without any funds, so the first one is checked separately.
     (kinds.next().is_some_and(is_main) && kinds.all(is_main)).then(|| {
         let cause = format!("{} {}", advice.meaning, advice.cause);
         Diagnosis::warning(advice.topic, cause, advice.fix(&AdviceContext::default()))
     })
 }
 
-/// Text, number or boolean as text; `None` for what is absent, null or empty.
+/// Text, number or boolean as text; `None` if it is missing, null or empty.
 fn text(fields: &Map<String, Value>, name: &str) -> Option<String> {
     match fields.get(name)? {
         Value::String(text) => Some(text.trim().to_owned()).filter(|text| !text.is_empty()),
@@ -564,7 +567,7 @@ fn text(fields: &Map<String, Value>, name: &str) -> Option<String> {
     }
 }
 
-/// A list, or text with commas; both forms are KuCoin's.
+/// A list, or text with commas; KuCoin uses both.
 fn list(fields: &Map<String, Value>, name: &str) -> Vec<String> {
     let entries: Vec<&str> = match fields.get(name) {
         Some(Value::String(text)) => text.split(',').collect(),
@@ -578,8 +581,10 @@ fn list(fields: &Map<String, Value>, name: &str) -> Vec<String> {
         .collect()
 }
 
-/// "the permission Spot" or "the permissions Spot, Futures", and the names alone; `None` for none.
-fn the<'p>(permissions: impl Iterator<Item = &'p Permission>) -> Option<(String, String)> {
+/// "the permission Spot" or "the permissions Spot, Futures", and only the names; `None` if there are none.
+fn permission_list<'p>(
+    permissions: impl Iterator<Item = &'p Permission>,
+) -> Option<(String, String)> {
     let names = listed(permissions);
     let word = if names.contains(',') {
         "permissions"
@@ -594,7 +599,7 @@ fn listed<'p>(permissions: impl Iterator<Item = &'p Permission>) -> String {
     words.join(", ")
 }
 
-/// Whether an entry of a whitelist has `address`: written out, as a range `a.b.c.d/n`, or with its middle hidden.
+/// Whether a whitelist entry matches `address`: written in full, as a range `a.b.c.d/n`, or with masked parts.
 fn fits(entry: &str, address: IpAddr) -> bool {
     if let Ok(entry) = entry.parse::<IpAddr>() {
         return entry.to_canonical() == address.to_canonical();
@@ -615,7 +620,7 @@ fn fits(entry: &str, address: IpAddr) -> bool {
     })
 }
 
-/// Whether the first `bits` of both are the same.
+/// Whether the first `bits` bits of both addresses are the same.
 fn in_range(base: IpAddr, bits: u32, address: IpAddr) -> bool {
     let same = |differing: u128, width: u32| {
         let rest = width.checked_sub(bits);
@@ -661,12 +666,12 @@ mod tests {
         ]
     }"#;
 
-    /// Code, name, beginning of the cause, part of the fix.
+    /// Code, id, beginning of the cause, part of the fix.
     const REFUSED: [(&str, &str, &str, &str); 13] = [
         (
             "400003",
             "key-unknown",
-            "KuCoin does not know this API key. It was deleted, has expired,",
+            "KuCoin reports that this API key does not exist. The key was deleted, has expired,",
             "create a new key",
         ),
         (
@@ -684,32 +689,32 @@ mod tests {
         (
             "400006",
             "address-not-whitelisted",
-            "KuCoin takes no requests with this API key from the address",
+            "The request's IP address is not whitelisted for this API key.",
             "Add 203.0.113.7 to the key's",
         ),
         (
             "400007",
             "permission-missing",
-            "This API key is not allowed to do this.",
+            "This API key lacks a permission that the request needs.",
             "tick the permission Futures under",
         ),
         (
             "400008",
             "key-too-old",
             "KuCoin no longer accepts API keys of this version.",
-            "which will have version 3",
+            "new keys have version 3",
         ),
         (
             "400009",
             "key-version-wrong",
-            "KuCoin does not accept the key version that was sent.",
-            "finds the version out",
+            "KuCoin rejected the key version that was sent.",
+            "registration detects the version",
         ),
         (
             "400010",
             "account-not-allowed",
-            "KuCoin does not let this account do this.",
-            "Open the product",
+            "This KuCoin account is not allowed to make this request.",
+            "Enable the product",
         ),
         (
             "400301",
@@ -726,19 +731,19 @@ mod tests {
         (
             "400303",
             "identity-unverified",
-            "KuCoin asks the owner of this account to verify",
+            "KuCoin requires the owner of this account to verify",
             "identity verification",
         ),
         (
             "400304",
             "identity-unverified",
-            "KuCoin asks the owner of this account to verify",
+            "KuCoin requires the owner of this account to verify",
             "in the master account",
         ),
         (
             "411100",
             "account-frozen",
-            "KuCoin has frozen this account.",
+            "This KuCoin account is frozen.",
             "support",
         ),
     ];
@@ -761,7 +766,7 @@ mod tests {
         }
     }
 
-    /// A spot key with which all is well, but for these fields.
+    /// A correct spot key, except for these fields.
     fn key(changed: Value) -> KeyInfo {
         let mut data = json!({
             "remark": "bots", "apiKey": "670fake", "apiVersion": 3, "permission": "General,Spot,Margin",
@@ -799,7 +804,12 @@ mod tests {
         (found.id, found.cause, found.fix)
     }
 
-    fn says(finding: &(&'static str, String, String), name: &str, cause: &str, fix: &str) {
+    fn assert_finding(
+        finding: &(&'static str, String, String),
+        name: &str,
+        cause: &str,
+        fix: &str,
+    ) {
         assert_eq!(
             (finding.0, finding.1.as_str(), finding.2.as_str()),
             (name, cause, fix)
@@ -807,7 +817,7 @@ mod tests {
     }
 
     #[test]
-    fn the_official_example_is_read_in_the_words_of_the_page() {
+    fn official_example_is_shown_in_the_words_of_the_page() {
         let info = KeyInfo::read(OFFICIAL.as_bytes()).unwrap();
         assert_eq!(
             info,
@@ -843,7 +853,7 @@ mod tests {
     }
 
     #[test]
-    fn other_forms_of_the_answer_are_read_too() {
+    fn other_formats_of_the_answer_are_read_too() {
         let info = key(json!({
             "uid": "77", "isMaster": "false", "subName": "bot1", "ipWhitelist": ["203.0.113.7", "10.0.0.0/8"],
             "expiredAt": "1762592000000", "permission": "General, Spot ,NewThing", "siteType": null, "apiVersion": "3",
@@ -894,12 +904,12 @@ mod tests {
     }
 
     #[test]
-    fn a_key_without_the_permission_of_its_scope_is_refused() {
+    fn key_without_the_permission_of_its_scope_is_rejected() {
         let of = |scope| Expected {
             scopes: vec![scope],
             ..expected()
         };
-        says(
+        assert_finding(
             &refused(json!({"permission": "General"}), &of(Scope::Futures)),
             "permission-missing",
             "The key lacks the permission Futures, which scope futures needs; it has General.",
@@ -913,30 +923,33 @@ mod tests {
         );
         let (_, _, fix) = refused(json!({"permission": "General"}), &of(Scope::Unified));
         assert!(fix.starts_with("Tick Unified under"), "{fix}");
-        says(
+        assert_finding(
             &warned(json!({"permission": "General,Spot"}), &expected()),
             "permission-missing",
-            "The key lacks the permission Margin, so KuCoin will refuse its margin orders; it has General, Spot.",
-            "Tick Margin under API Management > Edit > API permissions. Without margin orders nothing needs to be done.",
+            "The key lacks the permission Margin, so KuCoin will reject its margin orders; it has General, Spot.",
+            "Tick Margin under API Management > Edit > API permissions. If you send no margin orders, ignore this warning.",
         );
         let (_, cause, _) = warned(json!({"permission": "General,Margin"}), &expected());
-        assert!(cause.contains("refuse its spot orders"), "{cause}");
+        assert!(cause.contains("reject its spot orders"), "{cause}");
     }
 
     #[test]
-    fn a_key_that_can_trade_is_refused_where_reading_is_the_purpose() {
+    fn key_that_can_trade_is_rejected_for_a_read_only_account() {
         let read_only = Expected {
             is_read_only: true,
             ..expected()
         };
-        says(
+        assert_finding(
             &refused(json!({"permission": "General,Spot,Futures"}), &read_only),
             "read-only-key-can-trade",
-            "The account's purpose is read-only, and the key has the permissions Spot, Futures.",
+            "The account's purpose is read-only, but the key has the permissions Spot, Futures.",
             "Leave only General ticked under API Management > Edit > API permissions.",
         );
         let (name, ..) = refused(json!({"permission": "General,Trade"}), &read_only);
-        assert_eq!(name, "read-only-key-can-trade", "the word of old keys");
+        assert_eq!(
+            name, "read-only-key-can-trade",
+            "the permission of old keys"
+        );
         let money = Expected {
             allow_money_out: true,
             ..read_only
@@ -944,21 +957,21 @@ mod tests {
         let (name, _, fix) = refused(json!({"permission": "General,Transfer"}), &money);
         assert_eq!(
             name, "withdrawal-permission",
-            "a purpose of reading moves no money"
+            "a read-only account moves no money"
         );
         assert!(!fix.contains("allow_money_out"), "{fix}");
     }
 
     #[test]
-    fn a_key_that_lets_money_out_is_refused_under_the_name_of_the_page() {
-        says(
+    fn key_that_can_move_money_out_is_rejected_and_the_page_name_shown() {
+        assert_finding(
             &refused(
                 json!({"permission": "General,Spot,Margin,Transfer"}),
                 &expected(),
             ),
             "withdrawal-permission",
-            "The key has the permission Withdrawal, which sends money away without asking for a second factor.",
-            "Untick Withdrawal under API Management > Edit > API permissions. If the broker is meant to move this account's money, write allow_money_out = true for it in the rules.",
+            "The key has the permission Withdrawal, which allows withdrawals without a second factor.",
+            "Untick Withdrawal under API Management > Edit > API permissions. If the broker should be able to move this account's money, set allow_money_out = true for the account in the rules.",
         );
         let flex = refused(
             json!({"permission": "General,Spot,Margin,InnerTransfer"}),
@@ -975,13 +988,13 @@ mod tests {
     }
 
     #[test]
-    fn a_trading_key_needs_an_ip_restriction_that_has_our_address() {
+    fn trading_key_needs_an_ip_restriction_with_the_egress_address() {
         let open = json!({"ipWhitelist": "", "createdAt": NOW_MS - DAY_MS});
-        says(
+        assert_finding(
             &refused(open, &expected()),
             "ip-restriction-missing",
-            "The key has no IP restriction, so whoever gets hold of it can trade with it, and KuCoin deletes it or takes its \
-             trade permissions away after 30 days without use.",
+            "The key has no IP restriction, so anyone who obtains it can trade with it, and KuCoin deletes it or removes its \
+             trade permissions after 30 days without use.",
             "Enter 203.0.113.7 under API Management > Edit > IP restriction.",
         );
         let old =
@@ -1001,22 +1014,22 @@ mod tests {
             "{}",
             old[1].cause
         );
-        says(
+        assert_finding(
             &refused(
                 json!({"ipWhitelist": "198.51.100.1,203.0.113.70"}),
                 &expected(),
             ),
             "address-not-whitelisted",
-            "The key's IP restriction does not have 203.0.113.7, the address that KuCoin sees; it has 198.51.100.1, 203.0.113.70.",
+            "The key's IP restriction does not include 203.0.113.7, the address that KuCoin sees; it includes 198.51.100.1, 203.0.113.70.",
             "Add 203.0.113.7 under API Management > Edit > IP restriction.",
         );
-        says(
+        assert_finding(
             &warned(
                 json!({"ipWhitelist": "203.0.113.7, 198.51.100.1"}),
                 &expected(),
             ),
             "other-addresses-whitelisted",
-            "The key may be used from other addresses than the broker's too: 198.51.100.1.",
+            "The key can also be used from addresses other than the broker's: 198.51.100.1.",
             "Leave only 203.0.113.7 under API Management > Edit > IP restriction.",
         );
         let read_only = Expected {
@@ -1031,7 +1044,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_fits_written_out_as_a_range_or_with_its_middle_hidden() {
+    fn whitelist_entry_matches_in_full_as_a_range_or_masked() {
         for (entry, fit) in [
             ("203.0.113.7", true),
             ("::ffff:203.0.113.7", true),
@@ -1056,37 +1069,37 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_ends_soon_is_refused_or_warned_of() {
-        let ends_in = |ms: i64| json!({"expiredAt": NOW_MS + ms});
-        says(
-            &refused(ends_in(9 * DAY_MS + 1), &expected()),
+    fn key_that_expires_soon_is_rejected_or_causes_a_warning() {
+        let expires_in = |ms: i64| json!({"expiredAt": NOW_MS + ms});
+        assert_finding(
+            &refused(expires_in(9 * DAY_MS + 1), &expected()),
             "expires-soon",
-            "The key expires in 9 days. At least 14 days are asked for.",
-            "Create a new key under API Management that lasts longer, and put it in this one's place.",
+            "The key expires in 9 days. At least 14 days are required.",
+            "Create a new key with a later expiry under API Management, and replace this one with it.",
         );
         for (ms, cause) in [
             (DAY_MS, "The key expires in 1 day. "),
             (DAY_MS - 1, "The key expires in less than a day. "),
             (-1, "The key has expired. "),
         ] {
-            let (_, told, _) = refused(ends_in(ms), &expected());
-            assert!(told.starts_with(cause), "{told}");
+            let (_, found, _) = refused(expires_in(ms), &expected());
+            assert!(found.starts_with(cause), "{found}");
         }
-        let (name, cause, _) = warned(ends_in(14 * DAY_MS), &expected());
+        let (name, cause, _) = warned(expires_in(14 * DAY_MS), &expected());
         assert_eq!(
             (name, cause.as_str()),
             ("expires-soon", "The key expires in 14 days.")
         );
-        assert_eq!(key(ends_in(30 * DAY_MS)).judge(&expected()), []);
+        assert_eq!(key(expires_in(30 * DAY_MS)).judge(&expected()), []);
     }
 
     #[test]
-    fn a_key_of_another_site_is_refused() {
-        says(
+    fn key_of_another_site_is_rejected() {
+        assert_finding(
             &refused(json!({"siteType": "australia"}), &expected()),
             "site-wrong",
-            "The key belongs to KuCoin's site au, and the account is one of site global.",
-            "Register a key of site global, or write site = \"au\" for the account in the rules.",
+            "The key belongs to KuCoin site au, but the account's site is global.",
+            "Register a key of site global, or set site = \"au\" for the account in the rules.",
         );
         assert_eq!(
             warned(json!({"siteType": "mars"}), &expected()).0,
@@ -1100,7 +1113,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_only_worth_knowing_is_a_warning() {
+    fn minor_findings_are_warnings() {
         for (changed, name, part) in [
             (
                 json!({"permission": "General,Spot,Margin,Futures,Earn"}),
@@ -1120,12 +1133,12 @@ mod tests {
             (
                 json!({"apiVersion": 2}),
                 "version-differs",
-                "used with version 3, and KuCoin says that its version is 2.",
+                "used with version 3, but KuCoin reports version 2.",
             ),
             (
                 json!({"expiredAt": "never"}),
                 "answer-unreadable",
-                "KuCoin gave expiredAt in a form",
+                "KuCoin returned expiredAt in an unexpected format",
             ),
         ] {
             let (found, cause, _) = warned(changed, &expected());
@@ -1135,7 +1148,7 @@ mod tests {
     }
 
     #[test]
-    fn refusals_come_first() {
+    fn failures_come_first() {
         let worst = json!({
             "permission": "General,Futures,Transfer", "ipWhitelist": "", "siteType": "mars", "expiredAt": NOW_MS,
         });
@@ -1157,18 +1170,18 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_key_is_told_in_the_sentences_of_the_table() {
+    fn rejected_key_is_explained_with_the_advice_for_its_code() {
         let ours = ip("203.0.113.7");
-        let told = |code, msg| refusal(code, msg, Scope::Futures, ours);
+        let finding = |code, msg| refusal(code, msg, Scope::Futures, ours);
         for (code, name, cause, fix) in REFUSED {
-            let found = told(code, "");
+            let found = finding(code, "");
             assert_eq!((found.id, found.is_failed()), (name, true), "{code}");
             assert!(found.cause.starts_with(cause), "{code}: {}", found.cause);
             assert!(found.fix.contains(fix), "{code}: {}", found.fix);
             let advice = advice::of(Some(Scope::Futures), code).unwrap();
             assert!(found.cause.starts_with(advice.meaning));
         }
-        let elsewhere = told(
+        let elsewhere = finding(
             "400006",
             "Invalid request IP, the current client IP is: 198.51.100.9.",
         );
@@ -1178,17 +1191,17 @@ mod tests {
             elsewhere.fix
         );
         assert!(elsewhere.cause.ends_with(
-            "KuCoin saw 198.51.100.9, and 203.0.113.7 was expected: see egress.expected_ip in the configuration."
+            "KuCoin saw 198.51.100.9, not the expected 203.0.113.7; check egress.expected_ip in the configuration."
         ));
-        let new = told("999999", "brand\u{1b}[31m new");
+        let new = finding("999999", "brand\u{1b}[31m new");
         assert_eq!(
             new.cause,
-            "KuCoin refused the key with code 999999: brand\\u{1b}[31m new"
+            "KuCoin rejected the key with code 999999: brand\\u{1b}[31m new"
         );
     }
 
     #[test]
-    fn money_in_the_main_account_alone_is_warned_of() {
+    fn funds_only_in_the_main_account_cause_a_warning() {
         assert_eq!(funds_in_main(OFFICIAL_ACCOUNTS.as_bytes()), None);
         let accounts = |rows: &[(&str, &str)]| {
             let rows = rows.iter().map(
@@ -1205,7 +1218,7 @@ mod tests {
         assert!(
             found
                 .cause
-                .starts_with("Balances are in the main account, not in the trading account.")
+                .starts_with("The funds are in the main account, not in the trading account.")
         );
         for rows in [
             &[][..],

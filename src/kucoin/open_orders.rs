@@ -1,31 +1,31 @@
-//! How the exchange lists open orders and cancels them, kind by kind: the table that cancel-all uses. Pure.
+//! How the exchange lists and cancels open orders of each kind: the table that cancel-all uses. Pure.
 
 use serde_json::Value;
 
 use super::{Method, Scope};
 use crate::base::text::clean;
 
-/// Orders on a page: every list takes so many. Source: KuCoin API documentation, `pageSize` of these lists.
+/// Orders per page, which every list accepts. Source: KuCoin API documentation, `pageSize` of these lists.
 pub(crate) const PAGE: usize = 100;
 
-/// Pages of a list that are read: 5000 orders. Lists of one-cancels-other orders hold those that are over, too.
+/// Most pages that are read of a list: 5000 orders. Lists of one-cancels-other orders also contain closed orders.
 pub(crate) const PAGES: usize = 50;
 
-/// `status` of a one-cancels-other order that is over. What a triggered one has placed is an order like any other.
+/// `status` of a closed one-cancels-other order. The order that a triggered one places is listed with the normal orders.
 const OVER: [&str; 3] = ["CANCELLED", "DONE", "TRIGGERED"];
 
-/// One kind of order, which no other kind's requests cancel.
+/// One kind of order, which only its own requests cancel.
 #[derive(Debug)]
 pub(crate) struct Kind {
-    /// Where such orders are.
+    /// The scope of these orders.
     pub(crate) scope: Scope,
     /// Cancels all of them (DELETE).
     pub(crate) whole: Option<&'static str>,
-    /// Cancels those of one symbol; on the unified account of one margin mode, too.
+    /// Cancels those of one symbol, and on the unified account of one margin mode.
     pub(crate) by_symbol: Option<(Method, &'static str)>,
     /// How they are listed.
     pub(crate) list: List,
-    /// What each of these requests names.
+    /// Parameters of all these requests.
     pub(crate) names: &'static [(&'static str, &'static str)],
 }
 
@@ -34,18 +34,18 @@ pub(crate) struct Kind {
 pub(crate) enum List {
     /// Page by page.
     Paged {
-        /// Of the list.
+        /// Path of the list.
         path: &'static str,
-        /// The parameter that says which page.
+        /// Name of the page parameter.
         number: &'static str,
-        /// What only the list names.
+        /// Parameters of only the list.
         names: &'static [(&'static str, &'static str)],
     },
-    /// The symbols that have any, then those of each symbol.
+    /// First the symbols with open orders, then the orders of each symbol.
     PerSymbol {
-        /// Of the list of symbols.
+        /// Path of the list of symbols.
         symbols: &'static str,
-        /// Of the list of a symbol's orders.
+        /// Path of the list of a symbol's orders.
         path: &'static str,
     },
 }
@@ -59,7 +59,7 @@ pub(crate) const KINDS: [Kind; 19] = [
     Kind {
         scope: Scope::SpotMargin,
         whole: Some("/api/v1/hf/orders/cancelAll"),
-        // It answers with symbols that have failed; these are cancelled one by one.
+        // The answer lists symbols that failed; these are cancelled one by one.
         by_symbol: Some((Method::Delete, "/api/v1/hf/orders")),
         list: List::PerSymbol {
             symbols: "/api/v1/hf/orders/active/symbols",
@@ -69,7 +69,7 @@ pub(crate) const KINDS: [Kind; 19] = [
     },
     margin(CROSS),
     margin(ISOLATED),
-    // The one place where spot's interface still takes margin's orders.
+    // The only spot endpoint that still accepts margin orders.
     stop("/api/v1/stop-order/cancel", "/api/v1/stop-order", SPOT),
     stop("/api/v1/stop-order/cancel", "/api/v1/stop-order", CROSS),
     stop("/api/v1/stop-order/cancel", "/api/v1/stop-order", ISOLATED),
@@ -160,7 +160,7 @@ const fn paged(
     }
 }
 
-/// Orders that one request cancels, where it must name them: a symbol, and a margin mode where orders have one.
+/// Orders that one request cancels: a symbol, and a margin mode if the orders have one.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub(crate) struct Group {
     /// The symbol.
@@ -169,7 +169,7 @@ pub(crate) struct Group {
     pub(crate) margin_mode: Option<String>,
 }
 
-/// A list; an empty one may come as null. `None`: it is none.
+/// A list; null counts as empty. `None`: not a list.
 pub(crate) fn list(list: &Value) -> Option<&[Value]> {
     match list {
         Value::Array(items) => Some(items),
@@ -178,7 +178,7 @@ pub(crate) fn list(list: &Value) -> Option<&[Value]> {
     }
 }
 
-/// The list in this field; where there is nothing at all it may be missing. `None`: it is none.
+/// The list in this field; empty if `data` is null. `None`: not a list.
 pub(crate) fn items<'v>(data: &'v Value, field: &str) -> Option<&'v [Value]> {
     if data.is_null() {
         return Some(&[]);
@@ -186,20 +186,20 @@ pub(crate) fn items<'v>(data: &'v Value, field: &str) -> Option<&'v [Value]> {
     list(data.get(field)?)
 }
 
-/// A symbol or a mode: a name that can be asked for, and shown. `None`: it is none.
+/// A symbol or a margin mode: a name that is safe to send and to show. `None`: not such a name.
 pub(crate) fn name(name: &Value) -> Option<&str> {
     let fits = |name: &&str| (1..=64).contains(&name.len()) && clean(name, 64) == *name;
     name.as_str().filter(fits)
 }
 
-/// Whether a listed order is over.
+/// Whether a listed order is closed.
 pub(crate) fn is_over(item: &Value) -> bool {
     let status = item.get("status").and_then(Value::as_str);
     status.is_some_and(|status| OVER.contains(&status))
 }
 
 impl Group {
-    /// Where a listed order belongs; `None`: it cannot be read.
+    /// The group of a listed order; `None` if it cannot be read.
     pub(crate) fn of(kind: &Kind, item: &Value) -> Option<Self> {
         let mode = item.get("marginMode").filter(|mode| {
             let is_none = mode.is_null() || mode.as_str() == Some("");

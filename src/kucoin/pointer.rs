@@ -1,28 +1,28 @@
-//! Where a value stands in a JSON document, once or in each element of a list; read without building the document.
+//! Locations in a JSON document, once or in each element of a list; read without building the document.
 
 use std::fmt;
 
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 
-/// A JSON pointer (RFC 6901, without escapes) that may lead through every element of one list.
+/// A JSON pointer (RFC 6901, without escapes) that may go through every element of one list.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) struct Pointer(Vec<Step>);
 
-/// One step of it.
+/// One step of a pointer.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) enum Step {
     /// Into each element of a list.
     Each,
-    /// Into the value under this name.
+    /// Into the value with this name.
     Name(String),
 }
 
-/// Where a reader stands on a pointer: the steps that remain; `None` off it.
+/// A reader's position on a pointer: the remaining steps; `None` if the reader is elsewhere.
 pub(crate) type At<'p> = Option<&'p [Step]>;
 
 impl Pointer {
-    /// `leaf` in the document, or in each element of the list at `items`; the list is the document where `items` is empty.
+    /// `leaf` in the document, or in each element of the list at `items`; if `items` is empty, the document is the list.
     pub(crate) fn new(items: Option<&str>, leaf: &str) -> Self {
         let names = |pointer: &str| -> Vec<Step> {
             let names = pointer.split('/').skip(1);
@@ -37,12 +37,12 @@ impl Pointer {
         Self(steps)
     }
 
-    /// At its beginning.
+    /// All steps: the position at the start of the document.
     pub(crate) fn start(&self) -> &[Step] {
         &self.0
     }
 
-    /// The strings that it leads to; none where `json` is not JSON to its end.
+    /// The strings that it points to; empty if `json` is not valid JSON.
     pub(crate) fn strings(&self, json: &[u8]) -> Vec<String> {
         let mut strings = Vec::new();
         let mut reader = serde_json::Deserializer::from_slice(json);
@@ -56,7 +56,7 @@ impl Pointer {
         }
     }
 
-    /// How many values it can lead to in `json`: one for each element of its list, one where it leads through none.
+    /// How many values it can point to in `json`: one for each element of its list, or one without a list.
     pub(crate) fn count(&self, json: &[u8]) -> usize {
         let document: Value = serde_json::from_slice(json).unwrap_or_default();
         let mut value = Some(&document);
@@ -69,7 +69,7 @@ impl Pointer {
         1
     }
 
-    /// The pointer as RFC 6901 writes it, for the element at `index`.
+    /// The pointer in RFC 6901 form, for the element at `index`.
     pub(crate) fn of_item(&self, index: Option<usize>) -> String {
         let steps = self.0.iter().map(|step| match (step, index) {
             (Step::Name(name), _) => format!("/{name}"),
@@ -80,7 +80,7 @@ impl Pointer {
     }
 }
 
-/// Where a reader stands that goes from `at` into the value under `name`.
+/// The position after going from `at` into the value with `name`.
 pub(crate) fn under<'p>(at: At<'p>, name: &str) -> At<'p> {
     match at?.split_first()? {
         (Step::Name(expected), rest) if expected == name => Some(rest),
@@ -88,7 +88,7 @@ pub(crate) fn under<'p>(at: At<'p>, name: &str) -> At<'p> {
     }
 }
 
-/// Where a reader stands that goes from `at` into the elements of a list.
+/// The position after going from `at` into the elements of a list.
 pub(crate) fn each(at: At<'_>) -> At<'_> {
     match at?.split_first()? {
         (Step::Each, rest) => Some(rest),
@@ -96,7 +96,7 @@ pub(crate) fn each(at: At<'_>) -> At<'_> {
     }
 }
 
-/// Collects the strings at the end of a pointer and reads past everything else.
+/// Collects the strings at the end of a pointer and skips everything else.
 struct Collect<'p, 's> {
     at: &'p [Step],
     strings: &'s mut Vec<String>,
@@ -178,7 +178,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn strings_are_read_where_the_pointer_leads() {
+    fn strings_are_read_only_at_the_pointer() {
         let read = |items, leaf, json: &str| Pointer::new(items, leaf).strings(json.as_bytes());
         let nested = r#"{"clientOid":"a","data":{"clientOid":"b","x":{"clientOid":"c"}}}"#;
         assert_eq!(read(None, "/clientOid", nested), ["a"]);
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pointer_names_its_item() {
+    fn pointer_is_written_with_the_index_of_the_item() {
         let pointer = Pointer::new(Some("/orderList"), "/clientOid");
         assert_eq!(pointer.of_item(Some(3)), "/orderList/3/clientOid");
         assert_eq!(Pointer::new(None, "/clientOid").of_item(None), "/clientOid");

@@ -1,4 +1,4 @@
-//! The unsigned request of a bot: checked field by field once, then taken as it is.
+//! The unsigned request of a bot: every field is checked once.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -13,24 +13,24 @@ use super::target::{Target, TargetError};
 use super::{Effect, Endpoint, Method, Scope};
 use crate::base::ids::{AccountId, RequestId};
 
-/// The one endpoint that takes a body on DELETE. Source: KuCoin API documentation, futures, "Batch Cancel Orders".
+/// The only DELETE endpoint that accepts a body. Source: KuCoin API documentation, futures, "Batch Cancel Orders".
 const DELETE_WITH_BODY: (Scope, &str) = (Scope::Futures, "/api/v1/orders/multi-cancel");
 
-/// How large the parts of a request may be.
+/// Size limits of the parts of a request.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct RequestLimits {
     /// Bytes of the path.
     pub(crate) path_bytes: usize,
     /// Bytes of all query names and values together, decoded.
     pub(crate) query_bytes: usize,
-    /// Query parameters.
+    /// Number of query parameters.
     pub(crate) query_parameters: usize,
     /// Bytes of the body.
     pub(crate) body_bytes: usize,
 }
 
 impl Default for RequestLimits {
-    /// The longest path of the catalogue has 80 bytes; a batch of 20 orders has 8 KB of JSON. Ten times that each.
+    /// About ten times the longest path of the catalogue (80 bytes) and the JSON of a batch of 20 orders (8 KB).
     fn default() -> Self {
         Self {
             path_bytes: 1024,
@@ -41,12 +41,12 @@ impl Default for RequestLimits {
     }
 }
 
-/// A request as the bot means it, in normal form.
+/// The request of a bot, in normal form.
 #[derive(Clone)]
 pub struct UnsignedRequest {
     /// The account whose key signs.
     pub account: AccountId,
-    /// Which product family, and so which key and host.
+    /// The product family; it decides the key and the host.
     pub scope: Scope,
     /// HTTP method.
     pub method: Method,
@@ -54,13 +54,13 @@ pub struct UnsignedRequest {
     pub target: Target,
     /// Body, sent byte for byte.
     pub body: Bytes,
-    /// Name of the call in logs and in the audit file.
+    /// Id of the call in logs and the audit log.
     pub id: RequestId,
-    /// The clientOids in the body, at the place where the catalogue says that they stand, in order of appearance.
+    /// The clientOids in the body, at the location from the catalogue, in order of appearance.
     pub body_client_oids: Vec<String>,
 }
 
-/// Without query and body: orders do not belong in a log.
+/// Without query and body, since orders do not belong in a log.
 impl fmt::Debug for UnsignedRequest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
@@ -79,12 +79,12 @@ impl fmt::Debug for UnsignedRequest {
     }
 }
 
-/// A field that is not as it must be.
+/// An invalid field.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) struct Malformed {
     /// Name of the field in the proto.
     pub(crate) field: String,
-    /// What was expected and what came.
+    /// The expected and the actual value.
     pub(crate) problem: String,
 }
 
@@ -98,7 +98,7 @@ impl Malformed {
     }
 }
 
-/// Checks path and query; adds to `problems` and returns `None` where they are not as they must be.
+/// Checks path and query; if they are invalid, adds to `problems` and returns `None`.
 pub(crate) fn target(
     path: &str,
     query: Vec<(String, String)>,
@@ -106,11 +106,11 @@ pub(crate) fn target(
     problems: &mut Vec<Malformed>,
 ) -> Option<Target> {
     let before = problems.len();
-    let mut within = |field: &str, unit: &str, came: usize, limit: usize| {
-        if came > limit {
+    let mut within = |field: &str, unit: &str, actual: usize, limit: usize| {
+        if actual > limit {
             problems.push(Malformed::new(
                 field,
-                format_args!("expected at most {limit} {unit}, got {came}"),
+                format_args!("expected at most {limit} {unit}, got {actual}"),
             ));
         }
     };
@@ -125,7 +125,7 @@ pub(crate) fn target(
             .sum(),
         limits.query_bytes,
     );
-    // The first will do: a status goes out in headers, and a hundred problems do not fit into them.
+    // Only the first one: the status is sent in headers, which have no room for a hundred problems.
     let client_timestamp = query.iter().position(|(name, _)| is_client_timestamp(name));
     if let Some(index) = client_timestamp {
         problems.push(Malformed::new(
@@ -150,14 +150,14 @@ pub(crate) fn target(
     }
 }
 
-/// Where a clientOid stands in bodies of which the catalogue does not say it.
+/// Location of the clientOid in bodies for which the catalogue has none.
 static DEFAULT_CLIENT_OID_POINTER: LazyLock<Pointer> =
     LazyLock::new(|| Pointer::new(None, "/clientOid"));
 
 /// Most characters of a clientOid. Source: KuCoin API documentation, "Add Order".
 const MAX_CLIENT_OID_CHARS: usize = 40;
 
-/// Why `client_oid` cannot name an order: lookups and cancels would have to carry it in a path.
+/// Why `client_oid` cannot identify an order: lookups and cancels have it in their path.
 ///
 /// Source: KuCoin API documentation, "Add Order": letters, digits, `_` and `-`, at most 40 characters.
 fn client_oid_problem(client_oid: &str) -> Option<String> {
@@ -169,14 +169,14 @@ fn client_oid_problem(client_oid: &str) -> Option<String> {
     let shown: String = client_oid.chars().take(80).collect();
     Some(format!(
         "expected a clientOid of 1 to {MAX_CLIENT_OID_CHARS} letters, digits, '_' or '-', got {shown:?} ({chars} characters); \
-         an order with any other clientOid could not be looked up or cancelled by it"
+         an order whose clientOid has another format could not be looked up or cancelled"
     ))
 }
 
-/// Checks that a body may stand on this method and path, and is JSON that means one thing.
+/// Checks that this method and path allow a body, and that the body is unambiguous JSON.
 ///
-/// Returns the clientOids in it, at the place where the catalogue says that `endpoint` has them. A name that stands twice in
-/// one object is refused, because two readers may see two different orders in it.
+/// Returns the clientOids in it, at the location that the catalogue has for `endpoint`. A duplicate name in an object is
+/// refused, because two parsers may read two different orders from it.
 pub(crate) fn body(
     endpoint: Option<&Endpoint>,
     scope: Option<Scope>,
@@ -197,14 +197,14 @@ pub(crate) fn body(
         ));
     }
     match method {
-        Method::Get => return refuse(&"expected none on GET; parameters go into `query`"),
+        Method::Get => return refuse(&"expected no body on GET; put parameters into `query`"),
         Method::Delete if scope != Some(DELETE_WITH_BODY.0) || path != DELETE_WITH_BODY.1 => {
-            return refuse(&"expected none on this DELETE; parameters go into `query`");
+            return refuse(&"expected no body on this DELETE; put parameters into `query`");
         }
         Method::Delete | Method::Post => {}
     }
-    let place = endpoint.and_then(|endpoint| endpoint.order.as_ref()?.client_oid.as_ref());
-    let (pointer, is_new) = match (place, endpoint) {
+    let location = endpoint.and_then(|endpoint| endpoint.order.as_ref()?.client_oid.as_ref());
+    let (pointer, is_new) = match (location, endpoint) {
         (Some(ClientOidLocation::Body(pointer)), Some(endpoint)) => (
             pointer,
             matches!(endpoint.effect, Effect::Place | Effect::Test),
@@ -234,19 +234,19 @@ pub(crate) fn body(
             }
             None => Ok(found.texts),
         },
-        Err(error) => refuse(&format_args!(
-            "expected JSON without repeated names and `clientTimestamp`: {error}"
-        )),
+        // A duplicate name or `clientTimestamp`.
+        Err(error) if error.is_data() => refuse(&error),
+        Err(error) => refuse(&format_args!("invalid JSON: {error}")),
     }
 }
 
 /// The clientOids of a body.
 struct ClientOids {
-    /// Whether they name new orders. A cancel may name an order that stands under any clientOid, placed elsewhere or before
-    /// this rule, and must not fail for its characters.
+    /// Whether they are of new orders. A cancel may be for an order with any clientOid, placed elsewhere or before this
+    /// check existed, and must not fail because of its characters.
     is_new: bool,
     texts: Vec<String>,
-    /// The first that is not as it must be: in which item, and why.
+    /// The first invalid one: the index of its item, and the problem.
     problem: Option<(Option<usize>, String)>,
 }
 
@@ -254,14 +254,14 @@ impl ClientOids {
     fn text(&mut self, index: Option<usize>, text: &str) {
         match client_oid_problem(text).filter(|_| self.is_new) {
             Some(problem) => self.problem(index, problem),
-            // Some clients write an empty one beside the order id.
+            // Some clients send an empty one together with the order id.
             None if text.is_empty() => {}
             None => self.texts.push(text.to_owned()),
         }
     }
 
     fn other(&mut self, index: Option<usize>, kind: &str) {
-        self.problem(index, format!("expected a clientOid in quotes, got {kind}"));
+        self.problem(index, format!("expected clientOid as a string, got {kind}"));
     }
 
     fn problem(&mut self, index: Option<usize>, problem: String) {
@@ -269,9 +269,9 @@ impl ClientOids {
     }
 }
 
-const CLIENT_TIMESTAMP: &str = "`clientTimestamp` must equal the signed timestamp, which the broker chooses last; leave it out";
+const CLIENT_TIMESTAMP: &str = "`clientTimestamp` must equal the signed timestamp, which the broker sets when it signs; leave it out";
 
-/// Also other spellings, since some JSON readers match names loosely; Go's, for one, takes `ſ` (U+017F) for an s.
+/// Also matches other spellings, since some JSON parsers match names loosely: Go's reads `ſ` (U+017F) as an s.
 fn is_client_timestamp(name: &str) -> bool {
     let letters = name
         .chars()
@@ -280,12 +280,12 @@ fn is_client_timestamp(name: &str) -> bool {
     letters.eq("CLIENTTIMESTAMP".chars())
 }
 
-/// Walks a JSON document without building it.
+/// Walks through a JSON document without building it.
 struct Walk<'a> {
     found: &'a mut ClientOids,
-    /// Where the value at hand stands on the way to the clientOids; at the end of it, it is one.
+    /// Position of the current value on the pointer to the clientOids; at its end, the value is a clientOid.
     at: At<'a>,
-    /// Which item of a list of orders it is in.
+    /// Index of the current item in a list of orders.
     index: Option<usize>,
 }
 
@@ -294,7 +294,7 @@ impl Walk<'_> {
         self.at.is_some_and(<[_]>::is_empty)
     }
 
-    /// What stands where a clientOid must, and is no text.
+    /// Records a value that is not a string where a clientOid is expected.
     fn other(self, kind: &str) {
         if self.is_client_oid() {
             self.found.other(self.index, kind);
@@ -329,10 +329,10 @@ impl<'de> Visitor<'de> for Walk<'_> {
                 index: self.index,
             })?;
             if let Some(name) = names.replace(name) {
-                // Cut, because a name may be as long as the body and a status goes out in headers.
+                // Cut, because a name may be as long as the body, and the status is sent in headers.
                 let name: String = name.chars().take(80).collect();
                 return Err(A::Error::custom(format_args!(
-                    "the name {name:?} stands twice in one object"
+                    "duplicate name {name:?} in an object"
                 )));
             }
         }
@@ -384,7 +384,7 @@ impl<'de> Visitor<'de> for Walk<'_> {
         Ok(())
     }
 
-    /// As good as absent.
+    /// Null counts as absent.
     fn visit_unit<E>(self) -> Result<(), E> {
         Ok(())
     }
@@ -412,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_timestamp_is_found_however_it_is_written() {
+    fn client_timestamp_is_found_in_any_spelling() {
         let hidden = [
             r#"{"clientTimestamp":1}"#,
             r#"{"client\u0054imestamp":1}"#,
@@ -435,7 +435,7 @@ mod tests {
     }
 
     #[test]
-    fn a_body_means_one_thing_or_is_refused() {
+    fn ambiguous_or_invalid_body_is_refused() {
         let deep = "[".repeat(1000);
         let bad = [
             "{",
@@ -465,7 +465,7 @@ mod tests {
     }
 
     #[test]
-    fn client_oids_are_read_where_the_catalogue_has_them() {
+    fn client_oids_are_read_at_the_location_from_the_catalogue() {
         let batch = r#"{"orderList":[{"clientOid":"a","x":{"clientOid":"b:c"}},{"side":"buy"},{"clientOid":"c"}],"clientOid":7}"#;
         let list = r#"[{"clientOid":"a"},{"clientOid":"b"}]"#;
         let named = r#"{"orderIdsList":["1"],"clientOidsList":[{"symbol":"X","clientOid":"a"}]}"#;
@@ -501,7 +501,7 @@ mod tests {
                 r#"{"orderId":"1","clientOid":""}"#,
                 &[],
             ),
-            // Transfers: nothing is looked up by these, and their characters are KuCoin's to judge.
+            // Transfers: they are not looked up by clientOid, and KuCoin checks its characters.
             (
                 "spot.post.v3-accounts-universal-transfer",
                 r#"{"clientOid":"a:b"}"#,
@@ -513,7 +513,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_oid_that_no_lookup_can_carry_is_named_with_its_place() {
+    fn error_for_an_invalid_client_oid_names_it_and_its_location() {
         let problem = |endpoint, text: &str| send(endpoint, text).unwrap_err().problem;
         let long = "x".repeat(41);
         for (oid, got) in [
@@ -547,7 +547,7 @@ mod tests {
             );
             assert_eq!(
                 problem,
-                format!("/clientOid: expected a clientOid in quotes, got {kind}")
+                format!("/clientOid: expected clientOid as a string, got {kind}")
             );
         }
         let batch = r#"{"orderList":[{"clientOid":"a"},{"clientOid":"b c"},{"clientOid":"d e"}]}"#;
@@ -561,12 +561,12 @@ mod tests {
         );
         assert_eq!(
             transfer,
-            "/clientOid: expected a clientOid in quotes, got a number"
+            "/clientOid: expected clientOid as a string, got a number"
         );
     }
 
     #[test]
-    fn only_a_new_order_needs_a_client_oid_that_a_path_can_carry() {
+    fn only_new_orders_need_a_client_oid_that_fits_into_a_path() {
         let bad = "run7:42";
         let mut new_orders = 0;
         for endpoint in Catalog::get().endpoints() {
@@ -601,26 +601,30 @@ mod tests {
     }
 
     #[test]
-    fn a_body_stands_on_post_and_on_one_delete() {
+    fn body_is_allowed_on_post_and_on_one_delete() {
         let limits = RequestLimits::default();
-        let on =
+        let is_allowed =
             |scope, method, path| body(None, Some(scope), method, path, b"{}", &limits).is_ok();
-        assert!(on(
+        assert!(is_allowed(
             Scope::Futures,
             Method::Delete,
             "/api/v1/orders/multi-cancel"
         ));
-        assert!(!on(
+        assert!(!is_allowed(
             Scope::SpotMargin,
             Method::Delete,
             "/api/v1/orders/multi-cancel"
         ));
-        assert!(!on(Scope::Futures, Method::Delete, "/api/v1/orders"));
-        assert!(!on(Scope::Futures, Method::Get, "/api/v1/orders"));
+        assert!(!is_allowed(
+            Scope::Futures,
+            Method::Delete,
+            "/api/v1/orders"
+        ));
+        assert!(!is_allowed(Scope::Futures, Method::Get, "/api/v1/orders"));
     }
 
     #[test]
-    fn over_long_parts_are_named() {
+    fn parts_that_are_too_long_are_reported_together() {
         let mut problems = Vec::new();
         let long = "x".repeat(9000);
         let query = vec![("a".to_owned(), long.clone()); 101];

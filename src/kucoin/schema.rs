@@ -1,6 +1,6 @@
-//! What KuCoin's documentation says that an answer looks like, and how one differs from it. Pure.
+//! The documented fields of KuCoin's answers, and how an answer differs from them. Pure.
 //!
-//! It tells of names and kinds and never of values, so that what it says can be shown to anybody.
+//! A difference contains only names and types, never values, so that it can be shared.
 
 use std::collections::BTreeMap;
 
@@ -8,38 +8,38 @@ use serde_json::{Map, Value};
 
 use super::Method;
 
-/// Characters of a name that comes from the exchange.
+/// Most characters shown of a name from the exchange.
 const MAX_NAME_CHARS: usize = 40;
 
-/// What `data` of an answer is.
+/// The type of `data` in an answer.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Schema {
-    /// Objects of these fields; those that need not be there begin with `?`.
+    /// A list of objects with these fields; optional ones begin with `?`.
     List(&'static [&'static str]),
     /// A number.
     Number,
-    /// One object of these fields.
+    /// An object with these fields; optional ones begin with `?`.
     Object(&'static [&'static str]),
-    /// Text.
+    /// A string.
     Text,
 }
 
-/// How an answer differs from what is documented.
+/// How an answer differs from the documentation.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub(crate) struct Difference {
-    /// What `data` is.
+    /// The type of `data`.
     pub(crate) kind: &'static str,
-    /// Fields that are documented and are not there.
+    /// Documented fields that are missing.
     pub(crate) missing: Vec<&'static str>,
-    /// Fields that are there and are not documented, with what they are.
+    /// Undocumented fields, with their types.
     pub(crate) new: Vec<String>,
 }
 
-/// What `data` of an answer is documented to be, for what a doctor asks.
+/// The documented `data` of an answer, for the requests of `doctor`.
 ///
 /// Source: KuCoin API documentation, "Get Server Time", "Get Client IP Address", "Get Apikey Info" with its change log of
 /// 2025-11-14 and 2026-01-27, "Get Account List - Spot", "Get Account - Futures", "Add Order Test" of spot and futures; for
-/// the overview of the unified account the models of client libraries, since its page was not to be had.
+/// the overview of the unified account, the models of client libraries, since its page was unavailable.
 pub(crate) fn schema(method: Method, path: &str) -> Option<Schema> {
     const ORDER: Schema = Schema::Object(&["orderId", "clientOid"]);
     Some(match (method, path) {
@@ -94,7 +94,7 @@ pub(crate) fn schema(method: Method, path: &str) -> Option<Schema> {
 }
 
 impl Schema {
-    /// In a word.
+    /// Name of the type.
     pub(crate) fn kind(self) -> &'static str {
         match self {
             Self::List(_) => "list",
@@ -104,7 +104,7 @@ impl Schema {
         }
     }
 
-    /// Compares with the whole body of an answer.
+    /// Compares with the body of an answer.
     pub(crate) fn compare(self, body: &[u8]) -> Difference {
         let envelope: Map<String, Value> = serde_json::from_slice(body).unwrap_or_default();
         let data = envelope.get("data");
@@ -114,7 +114,7 @@ impl Schema {
             (Self::List(fields), Some(Value::Array(items))) => {
                 (fields, items.iter().filter_map(Value::as_object).collect())
             }
-            // What is of another kind altogether has no fields to compare.
+            // Another type has no fields to compare.
             _ => (&[][..], Vec::new()),
         };
         let is_missing =
@@ -155,15 +155,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_and_kinds_differ_and_values_do_not_show() {
+    fn difference_has_names_and_types_but_no_values() {
         let order = schema(Method::Post, "/api/v1/hf/orders/test").unwrap();
-        let whole = br#"{"code":"200000","data":{"orderId":"1","clientOid":"2"}}"#;
+        let documented = br#"{"code":"200000","data":{"orderId":"1","clientOid":"2"}}"#;
         let kind = "object";
         let same = Difference {
             kind,
             ..Difference::default()
         };
-        assert_eq!(order.compare(whole), same);
+        assert_eq!(order.compare(documented), same);
         let other = br#"{"code":"200000","data":{"orderId":"1","balance":"1000","list":[1]}}"#;
         let expected = Difference {
             kind,
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn what_need_not_be_there_is_not_missed_and_is_not_new() {
+    fn optional_fields_are_neither_missing_nor_new() {
         let info = schema(Method::Get, "/api/v1/user/api-key").unwrap();
         let text = r#"{"data":{"remark":"","apiKey":"","apiVersion":3,"permission":"General","createdAt":1,"uid":1,
             "isMaster":true,"region":"XX","kycStatus":1,"siteType":"global"}}"#;
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn every_item_of_a_list_counts_and_another_kind_is_named() {
+    fn every_item_of_a_list_is_compared_and_another_type_is_named() {
         let list = Schema::List(&["id", "type"]);
         let body = br#"{"data":[{"id":1,"type":2},{"id":1,"extra":null}]}"#;
         let found = list.compare(body);

@@ -1,6 +1,6 @@
 //! Signs requests: string-to-sign and headers, key versions 2 and 3, partner headers.
 //!
-//! Source: KuCoin API documentation, "Authentication" and "Broker: Instructions". The only place that sees a secret.
+//! Source: KuCoin API documentation, "Authentication" and "Broker: Instructions". The only module that uses secrets to sign.
 
 use std::sync::{Arc, Weak};
 
@@ -31,17 +31,17 @@ const TIMESTAMP: HeaderName = HeaderName::from_static("kc-api-timestamp");
 /// Base64 of an HMAC-SHA256: 32 bytes in 44 characters.
 const SIGNATURE_CHARS: usize = 44;
 
-/// Version of an API key, as KuCoin's key management shows it. Version 1 ended in 2021.
+/// Version of an API key, as KuCoin's key management shows it. Version 1 was retired in 2021.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum KeyVersion {
-    /// Keys made between 2021 and 2025.
+    /// Keys created from 2021 to 2025.
     V2,
-    /// Keys made since.
+    /// Keys created since.
     V3,
 }
 
 impl KeyVersion {
-    /// Its number.
+    /// The version number, as in the header.
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::V2 => "2",
@@ -52,17 +52,17 @@ impl KeyVersion {
 
 /// A KuCoin API key, ready to sign: the HMAC states and the signed passphrase are computed once.
 ///
-/// Not `Clone`, and always behind an `Arc`: a value that is moved leaves copies on stacks and in futures. What it holds is
-/// wiped on drop.
+/// Not `Clone`, and always behind an `Arc`: moving a value leaves copies on stacks and in futures. Its secrets are wiped on
+/// drop.
 pub struct Key {
-    /// As it stands in the header, which shares its memory.
+    /// The header value; headers share its memory.
     id: HeaderValue,
-    /// Asked for at every call: a key that is revoked must sign nothing.
+    /// Checked at every call: a revoked key must sign nothing.
     id_sha256: [u8; 32],
     version: KeyVersion,
     secret: Hmac<Sha256>,
-    /// As secret as the passphrase itself: constant for the life of the key, and all that the header asks for.
-    /// The header shares its memory.
+    /// The signed passphrase, as secret as the passphrase itself: constant for the life of the key, and sufficient for the
+    /// header. Headers share its memory.
     passphrase: HeaderValue,
     partner: Option<Hmac<Sha256>>,
 }
@@ -73,10 +73,10 @@ impl std::fmt::Debug for Key {
     }
 }
 
-/// Why a key's values cannot be one.
+/// Why values are not a valid key.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum KeyError {
-    /// The key id cannot stand in a header.
+    /// The key id is not a valid header value.
     #[error("`api_key` is empty or not printable ASCII")]
     Id,
     /// The named value is empty.
@@ -85,7 +85,7 @@ pub enum KeyError {
 }
 
 impl Key {
-    /// Prepares a key; the secrets given are not needed afterwards.
+    /// Prepares a key; the secrets passed in are not needed afterwards.
     pub fn new(
         id: Zeroizing<String>,
         secret: &ApiSecret,
@@ -122,21 +122,21 @@ impl Key {
         self.partner.is_some()
     }
 
-    /// The version that it signs with.
+    /// The key version that it signs with.
     pub(crate) fn version(&self) -> KeyVersion {
         self.version
     }
 
-    /// SHA-256 of the key id: names the key where the id itself has no business (custom metadata, lists of revoked
-    /// keys). Not a secret: key ids are random, so nobody finds one by trying.
+    /// SHA-256 of the key id: identifies the key where the id itself must not appear (custom metadata, lists of revoked
+    /// keys). Not a secret: key ids are random, so the hash does not reveal them.
     pub(crate) fn id_sha256(&self) -> [u8; 32] {
         self.id_sha256
     }
 }
 
-/// A header value that is wiped once the last copy of the handle is gone.
+/// A header value that is wiped when its last handle is dropped.
 fn header(text: impl AsRef<[u8]> + Send + 'static) -> Result<HeaderValue, KeyError> {
-    // Base64, or an id that has been looked at, so this does not fail.
+    // Base64, or an id that was checked, so this does not fail.
     let value = HeaderValue::from_maybe_shared(Bytes::from_owner(text));
     let mut value = value.map_err(|_| KeyError::Id)?;
     value.set_sensitive(true);
@@ -147,37 +147,37 @@ fn mac(key: &[u8], name: &'static str) -> Result<Hmac<Sha256>, KeyError> {
     if key.is_empty() {
         return Err(KeyError::Empty(name));
     }
-    // HMAC takes keys of any length, so this does not fail.
+    // HMAC accepts keys of any length, so this does not fail.
     Hmac::new_from_slice(key).map_err(|_| KeyError::Empty(name))
 }
 
-/// A partner (broker) as KuCoin registered it; its key is part of the account's key in Vault.
+/// A partner (broker) registered with KuCoin; its key is part of the account's key in Vault.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Partner {
     /// Partner id, `KC-API-PARTNER`.
     pub id: String,
-    /// Broker name, `KC-BROKER-NAME`; sent where there is one.
+    /// Broker name, `KC-BROKER-NAME`; sent if set.
     pub broker_name: Option<String>,
 }
 
-/// A request ready to leave. Moved, never copied: no signature is sent twice.
+/// A request that is ready to send. Moved, never copied, so that no signature is sent twice.
 pub struct OutboundRequest {
-    /// What goes on the wire, but for the host.
+    /// The request on the wire, without the host.
     pub(crate) request: http::Request<Full<Bytes>>,
-    /// The timestamp that was signed, Unix milliseconds; 0 where nothing was.
+    /// The signed timestamp, Unix milliseconds; 0 if unsigned.
     pub(crate) timestamp_ms: i64,
-    /// The key that signed; none for a public request.
+    /// The key that signed; `None` if unsigned.
     pub(crate) key: Option<Weak<Key>>,
 }
 
 impl OutboundRequest {
-    /// Tells it apart from what bots ask, on both sides.
+    /// Marks it as the broker's own, to distinguish it from requests of bots on both sides.
     pub(crate) fn mark_internal(&mut self) {
         let headers = self.request.headers_mut();
         headers.insert(USER_AGENT, HeaderValue::from_static(broker_query::OWN));
     }
 
-    /// The headers, signature and all: as secret as a signature for as long as KuCoin takes it.
+    /// All headers, with the signature: secret for as long as KuCoin accepts the signature.
     pub fn headers(&self) -> &HeaderMap {
         self.request.headers()
     }
@@ -200,7 +200,7 @@ impl OutboundRequest {
 impl std::fmt::Debug for OutboundRequest {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let (method, path) = (self.request.method(), self.request.uri().path());
-        write!(f, "SignedRequest({method} {path})")
+        write!(f, "OutboundRequest({method} {path})")
     }
 }
 
@@ -208,17 +208,19 @@ impl std::fmt::Debug for OutboundRequest {
 #[derive(Debug, thiserror::Error)]
 pub enum SignError {
     /// The rules name a partner, but the key has no partner key.
-    #[error("the account has a partner, but its key in Vault has no `partner_key`")]
+    #[error(
+        "the account has a partner, but its key in Vault has no `partner_key`; nothing was sent"
+    )]
     PartnerKeyMissing,
-    /// The HTTP library would send another target than was checked and signed.
-    #[error("the HTTP library changed the target")]
+    /// The HTTP library would change the checked target.
+    #[error("the HTTP library would change the checked path or query; nothing was sent")]
     Rewritten,
-    /// The target or a value is not what HTTP can carry.
-    #[error("the request cannot be written as HTTP")]
+    /// The target or a header value is not valid in HTTP.
+    #[error("the request cannot be encoded as HTTP; nothing was sent")]
     Unwritable(#[source] http::Error),
 }
 
-/// Signs `request` as of `now_ms` (Unix milliseconds, exchange clock). KuCoin refuses it from 5 s off.
+/// Signs `request` with the time `now_ms` (Unix milliseconds, exchange clock). KuCoin rejects it if that is 5 s or more off.
 ///
 /// String-to-sign: timestamp, method, path and query *not* percent-encoded, body; no separators. Partner signature:
 /// timestamp, partner id, key id, with the partner's key.
@@ -261,7 +263,7 @@ pub fn sign(
     Ok(signed)
 }
 
-/// The string-to-sign, in the four parts that are fed to the HMAC one after the other.
+/// The four parts of the string-to-sign, in the order in which the HMAC gets them.
 pub fn string_to_sign<'a>(
     timestamp: &'a str,
     request: &'a UnsignedRequest,
@@ -275,7 +277,7 @@ pub fn string_to_sign<'a>(
     ]
 }
 
-/// Writes `request` without a signature, as public endpoints take it.
+/// Builds the unsigned HTTP request, for public endpoints.
 pub fn unsigned(request: &UnsignedRequest, site: Site) -> Result<OutboundRequest, SignError> {
     let wire = request.target.to_wire();
     let target: PathAndQuery = wire.parse().map_err(unwritable)?;
@@ -286,7 +288,7 @@ pub fn unsigned(request: &UnsignedRequest, site: Site) -> Result<OutboundRequest
     *written.method_mut() = request.method.as_http();
     *written.uri_mut() = Uri::from(target);
     let headers = written.headers_mut();
-    // Without it every encoding is acceptable (RFC 9110, 12.5.3).
+    // Without this header every encoding is acceptable (RFC 9110, 12.5.3).
     headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     headers.insert(
@@ -307,7 +309,7 @@ fn unwritable(error: impl Into<http::Error>) -> SignError {
     SignError::Unwritable(error.into())
 }
 
-/// Signs `parts`, one after the other; the HMAC states that this copies to the stack do not stay there.
+/// Signs `parts` in order; copies of the HMAC state on the stack are wiped.
 fn signature(mac: &Hmac<Sha256>, parts: &[&[u8]]) -> [u8; SIGNATURE_CHARS] {
     let mut text = [0; SIGNATURE_CHARS];
     with_clean_stack(|| {
@@ -325,33 +327,33 @@ fn signature(mac: &Hmac<Sha256>, parts: &[&[u8]]) -> [u8; SIGNATURE_CHARS] {
 mod tests {
     use super::*;
 
-    /// Compiles only where a value is wiped on drop.
+    /// Compiles only if the type is wiped on drop.
     fn is_wiped<T: zeroize::ZeroizeOnDrop>() {}
 
     #[test]
-    fn what_a_key_holds_is_wiped_on_drop() {
-        // An HMAC is two of these.
+    fn secrets_of_a_key_are_wiped_on_drop() {
+        // An HMAC consists of two of these.
         is_wiped::<Sha256>();
         is_wiped::<Zeroizing<String>>();
         is_wiped::<Zeroizing<Box<[u8]>>>();
     }
 
     #[test]
-    fn a_key_is_named_by_the_sha256_of_its_id() {
+    fn key_is_identified_by_the_sha256_of_its_id() {
         let text = |text: &str| Zeroizing::new(text.to_owned());
         let secret = ApiSecret::new(text("fake-secret"));
         let passphrase = Passphrase::new(text("fake-pass"));
         let id = text("0123456789abcdef01234567");
         let key = Key::new(id, &secret, &passphrase, KeyVersion::V3, None).unwrap();
         let digest = key.id_sha256();
-        // By `printf 0123456789abcdef01234567 | openssl dgst -sha256`.
+        // Computed with `printf 0123456789abcdef01234567 | openssl dgst -sha256`.
         let expected = "8865fea8edb697169ac2b4f5e6339e16439381033640eeb4f55edbad9bdc2d3d";
         let digits = |n: usize| u8::from_str_radix(&expected[2 * n..2 * n + 2], 16).unwrap();
         assert_eq!(digest, std::array::from_fn(digits));
     }
 
     #[test]
-    fn a_key_shows_nothing() {
+    fn debug_of_a_key_shows_nothing() {
         let text = |text: &str| Zeroizing::new(text.to_owned());
         let secret = ApiSecret::new(text("fake-secret"));
         let passphrase = Passphrase::new(text("fake-pass"));

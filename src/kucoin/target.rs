@@ -1,4 +1,4 @@
-//! Path and ordered query of a request: made once, read by rules, signature and wire alike.
+//! Path and ordered query of a request: built once, used for rules, signature and wire.
 
 use std::fmt::Write;
 
@@ -7,19 +7,19 @@ use std::fmt::Write;
 pub enum TargetError {
     /// The path is not `/`-separated segments of the allowed characters.
     #[error(
-        "expected segments of A-Z, a-z, 0-9, '.', '_', '~', '-' separated by single '/', starting with '/' and without \
-         '.' and '..' segments; query parameters go into `query`"
+        "expected segments of A-Z, a-z, 0-9, '.', '_', '~', '-', each after a single '/' and none of them '.' or '..'; \
+         put query parameters into `query`"
     )]
     Path,
     /// The query parameter at this index has no name.
     #[error("expected a name")]
     QueryNameEmpty(usize),
-    /// The query parameter at this index holds a control character.
+    /// The query parameter at this index contains a control character.
     #[error("expected no control characters")]
     QueryControl(usize),
 }
 
-/// A path in normal form and decoded query pairs in their order.
+/// A normalized path and decoded query pairs in their order.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Target {
     path: Box<str>,
@@ -27,10 +27,10 @@ pub struct Target {
 }
 
 impl Target {
-    /// Takes a path and decoded pairs.
+    /// Checks a path and decoded pairs.
     ///
-    /// A path is `/`-separated segments of `[A-Za-z0-9._~-]`: nothing in it needs an encoding, so the path that rules
-    /// see, the path that is signed and the path on the wire are the same bytes.
+    /// A path is `/`-separated segments of `[A-Za-z0-9._~-]`: it needs no encoding, so that the same bytes are checked
+    /// against the rules, signed and sent.
     pub fn new(path: &str, query: Vec<(String, String)>) -> Result<Self, TargetError> {
         let Some(rest) = path.strip_prefix('/') else {
             return Err(TargetError::Path);
@@ -62,29 +62,29 @@ impl Target {
         &self.query
     }
 
-    /// Path and query as they go into the string-to-sign: the query joined raw, *not* percent-encoded.
+    /// Path and query for the string-to-sign: the query is *not* percent-encoded.
     ///
     /// Source: KuCoin API documentation, "Authentication".
     pub fn to_sign(&self) -> String {
         self.join(|value, out| out.push_str(value))
     }
 
-    /// Path and query as they go on the wire: the query percent-encoded as RFC 3986 says (space `%20`, plus `%2B`).
+    /// Path and query for the wire: the query is percent-encoded (RFC 3986: space `%20`, plus `%2B`).
     pub(crate) fn to_wire(&self) -> String {
         self.join(percent_encode)
     }
 
-    /// The wire form with the values of secret-bearing parameters masked, for the audit file.
+    /// The wire form for the audit log, with secret parameter values masked.
     pub(crate) fn masked(&self) -> String {
         let query = self.query.iter().map(|(name, value)| {
-            let value = if bears_secret(name) {
+            let value = if may_be_secret(name) {
                 "***"
             } else {
                 value.as_str()
             };
             (name.clone(), value.to_owned())
         });
-        // `*` is not unreserved: what stands as %2A%2A%2A was masked here, or sent as asterisks.
+        // `*` is percent-encoded: %2A%2A%2A in the audit log was masked here, or sent as asterisks.
         Self {
             path: self.path.clone(),
             query: query.collect(),
@@ -121,9 +121,9 @@ fn percent_encode(text: &str, out: &mut String) {
     }
 }
 
-/// Names of parameters whose values are, or could be taken for, secrets. `passphrase` stands in the query of the
-/// endpoint that deletes sub-account keys; the rest is caution.
-fn bears_secret(name: &str) -> bool {
+/// Whether the value of this parameter may be a secret. The endpoint that deletes sub-account keys has `passphrase` in its
+/// query; the other names are a precaution.
+fn may_be_secret(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
     ["pass", "secret", "sign", "token"]
         .iter()
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_is_taken_in_normal_form_only() {
+    fn path_is_accepted_only_in_normal_form() {
         for good in [
             "/api/v1/orders",
             "/a",
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn a_query_without_names_or_with_control_characters_is_refused() {
+    fn query_without_names_or_with_control_characters_is_refused() {
         assert_eq!(
             Target::new("/a", pairs(&[("b", ""), ("", "x")])),
             Err(TargetError::QueryNameEmpty(1))
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn values_that_bear_secrets_are_masked() {
+    fn values_of_secret_parameters_are_masked() {
         let query = pairs(&[
             ("apiKey", "k"),
             ("passphrase", "fake-pass"),
@@ -227,7 +227,7 @@ mod tests {
             let target = Target::new("/api/v1/x", query.clone()).unwrap();
             let wire = target.to_wire();
             prop_assert!(wire.bytes().all(|b| b.is_ascii_graphic()));
-            // url's own form parser is the judge: not a line of it is ours.
+            // The independent form parser of the `url` crate checks the result.
             let url = url::Url::parse(&format!("http://host{wire}")).unwrap();
             let parsed: Vec<_> = url.query_pairs().into_owned().collect();
             prop_assert_eq!(parsed, query);

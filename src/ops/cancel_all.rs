@@ -1,8 +1,8 @@
-//! Withdraws all open orders, over the one request path: what the emergency stop does once nothing new gets through.
+//! Cancels all open orders, over the normal request path: what `halt --cancel-all` does once new risk is refused.
 //!
-//! Each kind of order has requests of its own that cancel it, and a list that shows it: see [`crate::kucoin::open_orders`]. What is
-//! reported as open is what the lists say in the end, whatever the exchange answered to the cancellations: it only takes
-//! them on.
+//! Each kind of order has its own cancel requests and its own list, see [`crate::kucoin::open_orders`]. Orders are reported
+//! as open according to the final lists and not to the answers to the cancel requests, since the exchange cancels
+//! asynchronously.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -29,49 +29,49 @@ use crate::kucoin::open_orders::{
 use crate::kucoin::{Answer, Method, Scope, advice};
 use crate::policy::Account;
 
-/// All of it takes no longer; what is not known by then is reported as unknown.
+/// Time limit of a run; open orders that are not known by then are reported as unknown.
 pub(crate) const WITHIN: Duration = Duration::from_secs(90);
 
-/// How long what the exchange has taken on may take to show in its lists: assumed, nobody says. What shows later still is
-/// left for the next halt.
-const SHOWS_WITHIN: Duration = Duration::from_millis(500);
+/// How long an accepted request may take to show in the exchange's lists. An assumption: KuCoin documents no limit. An order
+/// that shows up later is left for the next halt.
+const LIST_DELAY: Duration = Duration::from_millis(500);
 
-/// How often the lists are read once nothing can be added any more, and what is still open is cancelled again.
+/// How many rounds to read the lists and cancel open orders again, once no calls are in flight.
 const ROUNDS: u32 = 6;
 
-/// Between the first two of these rounds; twice as long before each further one, since cancellations are only taken on.
+/// Pause between the first two of these rounds; doubles before each further one, since cancels are asynchronous.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 
-/// While orders are in flight, what is known is cancelled again so often.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How often to cancel known open orders again while calls are in flight.
+const REPEAT_EVERY: Duration = Duration::from_secs(1);
 
-/// How long to wait where the exchange says "too many" and not how long.
+/// How long to wait if the exchange limits the rate without naming a wait.
 const BUSY: Duration = Duration::from_secs(1);
 
-/// Requests of all accounts together that may leave at once, and the time between two after that: 400 in any 10 s, since
-/// the exchange's edge blocks an address for half a minute at 500. Source: KuCoin API documentation, "Rate Limit", 2023.
+/// Requests of all accounts together that may be sent at once, and the time between two after that: at most 400 in any 10 s,
+/// since the exchange's edge blocks an address for half a minute at 500. Source: KuCoin API documentation, "Rate Limit", 2023.
 const BURST: (u32, Duration) = (150, Duration::from_millis(40));
 
-/// Requests of one kind that are reported one by one. The report has to fit into a message, whatever the exchange lists.
+/// Requests of one kind that are reported individually, so that the report fits into a message however many orders are listed.
 const REPORTED: usize = 200;
 
-/// Advice on refusals that mean that this key can have no such orders.
+/// Topics of the rejections that mean that this key can have no such orders.
 const NOT_ALLOWED: [&str; 3] = [
     "margin-not-enabled",
     "not-a-unified-account",
     "permission-missing",
 ];
 
-/// What became of the open orders of one account in one scope.
+/// The result for the open orders of one account in one scope.
 #[derive(Debug)]
 pub(crate) struct Cancelled {
     /// The account.
     pub(crate) account: AccountId,
     /// The scope.
     pub(crate) scope: Scope,
-    /// What was asked, and what came.
+    /// The requests and their results.
     pub(crate) checks: Vec<Check>,
-    /// How many are still open; unknown where the exchange did not tell.
+    /// How many orders are still open; `None` if unknown.
     pub(crate) still_open: Option<u64>,
 }
 
@@ -80,38 +80,38 @@ pub(crate) struct Cancelled {
 enum ListError {
     /// The key can have no orders of this kind.
     NotAllowed(String),
-    /// No key signs, or the exchange refuses it: every further request would fail, too.
+    /// No key is available, or the exchange rejects it: every further request would fail, too.
     NoKey(String),
-    /// The account's site has none of it.
+    /// The site of the account does not have this endpoint.
     NotServed,
-    /// Perhaps the next time.
+    /// The next try may succeed.
     Unknown(String),
 }
 
-/// What has come of one kind so far.
+/// The state of one kind of order in a run.
 #[derive(Debug)]
 struct CancelRun {
     kind: &'static Kind,
-    /// What the list said last.
+    /// The open orders at the last read of the list.
     open: BTreeMap<Group, u64>,
-    /// What kept the list from saying it all.
+    /// Why the last read was incomplete.
     list_error: Option<ListError>,
-    /// The last answer to each cancellation.
+    /// The last result of each cancel request.
     cancels: BTreeMap<String, Check>,
 }
 
 /// The run of one account.
 struct Halt<'h> {
     broker: &'h Arc<Broker>,
-    who: Principal,
+    principal: Principal,
     account: &'h Account,
     pace: &'h Pacer,
     until: Instant,
 }
 
 impl Broker {
-    /// Cancels every open order of an account, or of all, in every scope that has a key, and looks what is still open.
-    /// New risk must be forbidden before: the run stops once it is allowed again.
+    /// Cancels every open order of one account, or of all, in every scope that has a key, and counts the orders still open.
+    /// The accounts must be halted first: the run stops once they are resumed.
     pub(crate) async fn cancel_all(
         self: &Arc<Self>,
         admin: &AdminId,
@@ -119,13 +119,13 @@ impl Broker {
     ) -> Vec<Cancelled> {
         let (policy, pace) = (self.policy(), Pacer::new(Instant::now()));
         let until = Instant::now() + WITHIN;
-        let meant = policy
+        let accounts = policy
             .accounts()
             .filter(|entry| account.is_none_or(|one| one.id == entry.id));
-        let halts: Vec<_> = meant
+        let halts: Vec<_> = accounts
             .map(|account| Halt {
                 broker: self,
-                who: Principal::Admin(admin.clone()),
+                principal: Principal::Admin(admin.clone()),
                 account,
                 pace: &pace,
                 until,
@@ -140,7 +140,7 @@ impl Broker {
 }
 
 impl Halt<'_> {
-    /// A defect that one scope's answers hit upon must not keep the others from being cancelled.
+    /// Catches a panic, so that a defect in one scope does not stop the others.
     async fn cancel_scope_caught(&self, scope: Scope) -> Cancelled {
         let cancelled = AssertUnwindSafe(self.cancel_scope(scope))
             .catch_unwind()
@@ -149,9 +149,11 @@ impl Halt<'_> {
             account: self.account.id.clone(),
             scope,
             checks: vec![Check {
-                question: "all of it".to_owned(),
+                request: "all requests".to_owned(),
                 is_ok: false,
-                answer: "internal error, see the broker's log; cancel on KuCoin's site".to_owned(),
+                result:
+                    "internal error; see the broker's log, and cancel the orders on KuCoin's site"
+                        .to_owned(),
             }],
             still_open: None,
         })
@@ -165,11 +167,11 @@ impl Halt<'_> {
         let patience = Instant::now() + self.broker.egress.answer_timeout();
         let mut rounds = 0;
         loop {
-            // Asked before the lists are: what was in flight then may land after they have been read.
+            // Checked before the lists are read: a call in flight may place an order after that.
             let is_quiescent = calls.is_quiescent(account) || Instant::now() >= patience;
             if is_quiescent {
                 if rounds == 0 {
-                    sleep(SHOWS_WITHIN).await;
+                    sleep(LIST_DELAY).await;
                 }
                 rounds += 1;
             }
@@ -183,7 +185,7 @@ impl Halt<'_> {
             if is_quiescent {
                 sleep(FIRST_PAUSE * 2_u32.pow(rounds - 1)).await;
             } else {
-                let _ = timeout(LOOK_EVERY, calls.quiescent(account)).await;
+                let _ = timeout(REPEAT_EVERY, calls.quiescent(account)).await;
             }
         }
         Cancelled {
@@ -194,7 +196,7 @@ impl Halt<'_> {
         }
     }
 
-    /// Where everything can be cancelled at once, without looking first.
+    /// The first cancel; reads the list first only if there is no request that cancels all orders of the kind.
     async fn cancel_at_once(&self, run: &mut CancelRun) {
         if run.kind.whole.is_none() {
             self.read_open(run).await;
@@ -202,18 +204,18 @@ impl Halt<'_> {
         self.cancel_again(run).await;
     }
 
-    async fn cancel_whole(&self, run: &mut CancelRun) {
+    async fn cancel_kind(&self, run: &mut CancelRun) {
         if let Some(path) = run.kind.whole {
             self.cancel(run, Method::Delete, path, None).await;
         }
     }
 
-    /// Cancels what the list has shown, or could not show.
+    /// Cancels again unless nothing is left to cancel.
     async fn cancel_again(&self, run: &mut CancelRun) {
         if run.is_settled() {
             return;
         }
-        self.cancel_whole(run).await;
+        self.cancel_kind(run).await;
         if let Some((method, path)) = run.kind.by_symbol {
             let groups: Vec<_> = run.open.keys().cloned().collect();
             for group in groups {
@@ -241,7 +243,7 @@ impl Halt<'_> {
                     .map(|mode| ("marginMode".to_owned(), mode)),
             );
         }
-        let question = question(method, path, &names);
+        let request = request(method, path, &names);
         let mut ask = Ask::get(path);
         ask.method = method;
         if method == Method::Post {
@@ -252,8 +254,8 @@ impl Halt<'_> {
         } else {
             ask.query = names;
         }
-        let (is_ok, answer) = match self.ask(run.kind.scope, ask).await {
-            Ok(_) => (true, "taken".to_owned()),
+        let (is_ok, result) = match self.ask(run.kind.scope, ask).await {
+            Ok(_) => (true, "accepted".to_owned()),
             Err(ListError::NotServed) => return,
             Err(
                 ListError::NoKey(problem)
@@ -262,14 +264,14 @@ impl Halt<'_> {
             ) => (false, problem),
         };
         let check = Check {
-            question: question.clone(),
+            request: request.clone(),
             is_ok,
-            answer,
+            result,
         };
-        run.cancels.insert(question, check);
+        run.cancels.insert(request, check);
     }
 
-    /// Reads the list.
+    /// Reads the list of open orders.
     async fn read_open(&self, run: &mut CancelRun) {
         let mut open = BTreeMap::new();
         let read = match run.kind.list {
@@ -306,7 +308,7 @@ impl Halt<'_> {
             for item in items.iter().filter(|item| !is_over(item)) {
                 match Group::of(kind, item) {
                     Some(group) => *open.entry(group).or_default() += 1,
-                    // The others can be cancelled all the same.
+                    // The other orders can still be cancelled.
                     None => read = Err(unexpected()),
                 }
             }
@@ -320,7 +322,7 @@ impl Halt<'_> {
         }
         let read = PAGE * PAGES;
         Err(ListError::Unknown(format!(
-            "the list has more than the {read} orders that are read"
+            "the list has more than {read} orders, the most that the broker reads"
         )))
     }
 
@@ -346,7 +348,7 @@ impl Halt<'_> {
             };
             let ask = with(path).with("symbol", symbol);
             let listed = self.list(kind.scope, ask).await;
-            // Where this list fails, the symbol is known all the same, and its orders can be cancelled.
+            // If this list fails, the symbol is still known, and its orders can be cancelled.
             let count = |data: Value| Ok(list(&data).ok_or_else(unexpected)?.len() as u64);
             match listed.and_then(count) {
                 Ok(0) => {}
@@ -366,22 +368,26 @@ impl Halt<'_> {
         self.until.saturating_duration_since(Instant::now())
     }
 
-    /// Asks for a list. An answer without one does not say that it is empty.
+    /// Requests a list. An answer without `data` is an error, not an empty list.
     async fn list(&self, scope: Scope, ask: Ask) -> Result<Value, ListError> {
         self.ask(scope, ask).await?.ok_or_else(unexpected)
     }
 
-    /// Sends one request, and returns `data` of an answer that says that all went well. Where the exchange says "later",
-    /// it goes again.
+    /// Sends one request and returns `data` of an accepted answer. Repeats the request while the exchange limits the rate.
     async fn ask(&self, scope: Scope, ask: Ask) -> Result<Option<Value>, ListError> {
         loop {
             let turn = self.pace.next(Instant::now());
             if turn > self.until {
-                return Err(ListError::Unknown("no time left".to_owned()));
+                return Err(ListError::Unknown(format!(
+                    "the time limit of {} s was reached",
+                    WITHIN.as_secs()
+                )));
             }
             sleep_until(turn).await;
-            let (who, account) = (self.who.clone(), &self.account.id);
-            let asked = self.broker.ask_as(who, account, scope, ask.clone(), None);
+            let (principal, account) = (self.principal.clone(), &self.account.id);
+            let asked = self
+                .broker
+                .send_internal(principal, account, scope, ask.clone(), None);
             let answer = match asked.await {
                 Ok(receipt) => receipt.answer,
                 Err(BrokerError::Denied(_)) => return Err(ListError::NotServed),
@@ -391,10 +397,10 @@ impl Halt<'_> {
                 Err(error) => return Err(ListError::Unknown(error.of_repeatable_request())),
             };
             if answer.outcome == Outcome::Accepted {
-                let whole: Option<Value> = serde_json::from_slice(&answer.body).ok();
-                return Ok(whole.and_then(|mut whole| Some(whole.get_mut("data")?.take())));
+                let body: Option<Value> = serde_json::from_slice(&answer.body).ok();
+                return Ok(body.and_then(|mut body| Some(body.get_mut("data")?.take())));
             }
-            match later(&answer) {
+            match retry_after(&answer) {
                 Some(wait) if wait < self.left() => sleep(wait).await,
                 _ => return Err(refused(scope, &answer)),
             }
@@ -402,8 +408,8 @@ impl Halt<'_> {
     }
 }
 
-/// How long to wait before the same request is worth another try.
-fn later(answer: &Answer) -> Option<Duration> {
+/// How long to wait before sending the same request again; `None` if it should not be sent again.
+fn retry_after(answer: &Answer) -> Option<Duration> {
     let is_busy = code::BUSY.contains(&answer.code.as_str());
     answer.retry_after.or(is_busy.then_some(BUSY))
 }
@@ -411,18 +417,18 @@ fn later(answer: &Answer) -> Option<Duration> {
 fn refused(scope: Scope, answer: &Answer) -> ListError {
     let (code, msg) = (answer.code.as_str(), answer.msg.as_str());
     let advice = advice::of_message(scope, code, msg);
-    let told = match (advice, code) {
+    let message = match (advice, code) {
         (Some(advice), _) => format!("{code}: {}", advice.meaning),
         (None, "") => format!("HTTP {}", answer.http_status.as_u16()),
-        // Text of the exchange goes to a terminal.
+        // Text of the exchange is shown in a terminal.
         (None, _) => {
             format!("{} {}", clean(code, 64), clean(msg, 200))
         }
     };
     match advice {
-        Some(advice) if NOT_ALLOWED.contains(&advice.topic) => ListError::NotAllowed(told),
-        _ if KEY_REFUSED.contains(&code) => ListError::NoKey(told),
-        _ => ListError::Unknown(told),
+        Some(advice) if NOT_ALLOWED.contains(&advice.topic) => ListError::NotAllowed(message),
+        _ if KEY_REFUSED.contains(&code) => ListError::NoKey(message),
+        _ => ListError::Unknown(message),
     }
 }
 
@@ -430,12 +436,12 @@ fn unexpected() -> ListError {
     ListError::Unknown("unexpected answer to the list request".to_owned())
 }
 
-fn question(method: Method, path: &str, names: &[(String, String)]) -> String {
-    let mut question = format!("{method} {path}");
+fn request(method: Method, path: &str, names: &[(String, String)]) -> String {
+    let mut request = format!("{method} {path}");
     for (name, value) in names {
-        let _ = write!(question, " {name}={value}");
+        let _ = write!(request, " {name}={value}");
     }
-    question
+    request
 }
 
 impl CancelRun {
@@ -443,12 +449,12 @@ impl CancelRun {
         Self {
             kind,
             open: BTreeMap::new(),
-            list_error: Some(ListError::Unknown("not read yet".to_owned())),
+            list_error: Some(ListError::Unknown("list not read yet".to_owned())),
             cancels: BTreeMap::new(),
         }
     }
 
-    /// Whether nothing is left to do: nothing is open, or nothing can be done about it.
+    /// Whether nothing is open, or the open orders cannot be cancelled.
     fn is_settled(&self) -> bool {
         match &self.list_error {
             None => self.open.is_empty(),
@@ -466,19 +472,19 @@ impl CancelRun {
         }
     }
 
-    /// The cancellations that are not reported one by one.
+    /// Summary of the cancel requests that are not reported individually.
     fn others(&self) -> Option<Check> {
         let others: Vec<_> = self.cancels.values().skip(REPORTED).collect();
         let (_, path) = self.kind.by_symbol.filter(|_| !others.is_empty())?;
         let failed = others.iter().filter(|one| !one.is_ok).count();
         Some(Check {
-            question: format!("{} more to {path}", others.len()),
+            request: format!("{} more requests to {path}", others.len()),
             is_ok: failed == 0,
-            answer: format!("{failed} failed"),
+            result: format!("{failed} failed"),
         })
     }
 
-    /// What the list said in the end.
+    /// The final result of the list.
     fn listed(&self) -> Option<Check> {
         let (path, names) = match self.kind.list {
             List::Paged { path, names, .. } => (path, names),
@@ -489,26 +495,26 @@ impl CancelRun {
             .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
             .collect();
         let open: u64 = self.open.values().sum();
-        let answer = match &self.list_error {
-            None if open == 0 => "none open".to_owned(),
-            None => format!("{open} open"),
+        let result = match &self.list_error {
+            None if open == 0 => "no open orders".to_owned(),
+            None => format!("still open: {open}"),
             Some(ListError::NotServed) => return None,
-            Some(ListError::NotAllowed(told)) => {
-                format!("skipped: key lacks permission: {told}")
+            Some(ListError::NotAllowed(reason)) => {
+                format!("skipped: not available to this key: {reason}")
             }
             Some(ListError::NoKey(problem) | ListError::Unknown(problem)) => {
-                format!("not known: {problem}")
+                format!("unknown: {problem}")
             }
         };
         Some(Check {
-            question: question(Method::Get, path, &names),
+            request: request(Method::Get, path, &names),
             is_ok: self.list_error.is_none() && open == 0,
-            answer,
+            result,
         })
     }
 }
 
-/// What was asked, kind by kind; where no key signs, that alone.
+/// All requests and results, kind by kind; if no key is available, only that.
 fn checks(all: &[CancelRun]) -> Vec<Check> {
     let without_key = all
         .iter()
@@ -523,24 +529,24 @@ fn checks(all: &[CancelRun]) -> Vec<Check> {
     of_each.collect()
 }
 
-/// Who goes when, so that the exchange's edge takes all of it.
+/// Paces requests so that the exchange's edge does not block the address.
 #[derive(Debug)]
 struct Pacer(Mutex<Instant>);
 
 impl Pacer {
-    /// A whole burst may go at `now`.
+    /// Allows a full burst at `now`.
     fn new(now: Instant) -> Self {
         let (burst, gap) = BURST;
         Self(Mutex::new(now.checked_sub(gap * burst).unwrap_or(now)))
     }
 
-    /// When the next request goes.
+    /// Returns when the next request may be sent.
     fn next(&self, now: Instant) -> Instant {
         let (burst, gap) = BURST;
         let mut last = self.0.lock();
         let earliest = now.checked_sub(gap * burst).unwrap_or(now);
         *last = (*last + gap).max(earliest + gap);
-        // What is left of the burst goes at once.
+        // The rest of the burst may be sent at once.
         (*last).max(now)
     }
 }
@@ -550,27 +556,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_report_is_bounded_however_much_the_exchange_lists() {
+    fn report_is_bounded_however_many_orders_are_listed() {
         let by_symbol = |kind: &&Kind| kind.by_symbol.is_some();
         let mut run = CancelRun::new(KINDS.iter().find(by_symbol).unwrap());
         for number in 0..REPORTED + 5 {
             let check = Check {
-                question: format!("{number:05}"),
+                request: format!("{number:05}"),
                 is_ok: number != REPORTED + 1,
-                answer: String::new(),
+                result: String::new(),
             };
-            run.cancels.insert(check.question.clone(), check);
+            run.cancels.insert(check.request.clone(), check);
         }
-        let told = checks(&[run]);
-        // These, the others in one line, and what the list says.
-        assert_eq!(told.len(), REPORTED + 2);
-        let others = told.get(REPORTED).unwrap();
-        assert!(others.question.starts_with("5 more to /api/"), "{others:?}");
-        assert_eq!((others.is_ok, others.answer.as_str()), (false, "1 failed"));
+        let reported = checks(&[run]);
+        // The first ones, one summary of the others, and the list.
+        assert_eq!(reported.len(), REPORTED + 2);
+        let others = reported.get(REPORTED).unwrap();
+        assert!(
+            others.request.starts_with("5 more requests to /api/"),
+            "{others:?}"
+        );
+        assert_eq!((others.is_ok, others.result.as_str()), (false, "1 failed"));
     }
 
     #[tokio::test]
-    async fn a_burst_goes_at_once_and_four_hundred_in_ten_seconds() {
+    async fn burst_is_sent_at_once_and_at_most_400_requests_in_ten_seconds() {
         let start = Instant::now();
         let pace = Pacer::new(start);
         let ten_s = start + Duration::from_secs(10);

@@ -1,4 +1,4 @@
-//! How the broker is, at this moment: whether it is ready, what is wrong, and its state as gauges.
+//! The broker's current readiness, its problems, and its state as gauges.
 
 use std::fmt;
 use std::sync::Arc;
@@ -18,20 +18,21 @@ use crate::egress::proof::ProofStatus;
 use crate::process::hardened;
 use crate::proto::KeyStatus;
 
-/// Whether the broker can do its work, and what is wrong.
+/// Whether the broker is ready, and its problems.
 #[derive(Debug)]
 pub struct Readiness {
     /// Whether bots should be sent here.
     pub is_ready: bool,
-    /// What is wrong, also where the broker is ready all the same.
+    /// All problems, also those that do not affect readiness.
     pub(crate) problems: Vec<Diagnosis>,
 }
 
-/// Asks `broker` how it is.
+/// The current readiness of `broker`.
 ///
-/// Not ready while it stops, while Vault has not said a word about a key, while no key at all is in memory and fresh
-/// enough, while a host of the exchange has no address or no known time, and while requests do not provably leave from
-/// the expected address. A key that Vault refuses is a problem, but does not take the others down.
+/// Not ready while it shuts down, while a key is still to be read from Vault, while no key is loaded and fresh enough,
+/// while the audit log is not writable, after the server certificate has expired, while a host of the exchange has no
+/// address or no certain time, and (in strict mode) while the egress address is not confirmed. A key that Vault denies is a
+/// problem, but the broker stays ready for the others.
 pub(crate) fn readiness(broker: &Broker) -> Readiness {
     of_keys(broker, &key_health::all(broker))
 }
@@ -43,7 +44,7 @@ fn of_keys(broker: &Broker, keys: &[KeyHealth]) -> Readiness {
     }
     let is_any_available = keys.iter().any(|key| key.is_available);
     for key in keys {
-        problems.extend(key.troubles.iter().cloned().map(|mut trouble| {
+        problems.extend(key.vault_problems.iter().cloned().map(|mut trouble| {
             if !is_any_available {
                 trouble.severity = Severity::Failed;
             }
@@ -54,11 +55,11 @@ fn of_keys(broker: &Broker, keys: &[KeyHealth]) -> Readiness {
         let cause = format!("{failure}; risk-increasing requests are refused");
         problems.push(Diagnosis::failed("audit", cause, ""));
     }
-    if broker.metrics.certificate_ends.get() < broker.clock.wall_ms() / 1000 {
-        let fix = "put a new one in its place";
+    if broker.metrics.certificate_not_after.get() < broker.clock.wall_ms() / 1000 {
+        let fix = "replace the files of tls.certificate and tls.key";
         problems.push(Diagnosis::failed(
             "certificate",
-            "the server certificate has ended",
+            "the server certificate has expired",
             fix,
         ));
     }
@@ -72,7 +73,7 @@ fn of_keys(broker: &Broker, keys: &[KeyHealth]) -> Readiness {
         ..
     } = broker.proof.status();
     if let Some(mismatch) = mismatch {
-        let failure = failure.map(|failure| format!(" (last question: {failure})"));
+        let failure = failure.map(|failure| format!(" (last check: {failure})"));
         let cause = format!("{mismatch}{}", failure.unwrap_or_default());
         let mut problem = Diagnosis::failed("egress", cause, "");
         if !is_strict {
@@ -82,14 +83,16 @@ fn of_keys(broker: &Broker, keys: &[KeyHealth]) -> Readiness {
     }
     for (site, host) in broker.policy().hosts() {
         if let Err(uncertain) = broker.clock.check((site, host)) {
-            let place = format!("{site}/{}", host.as_str());
+            let host_id = format!("{site}/{}", host.as_str());
             let fix = match uncertain {
                 ClockUncertain::Different(_) => {
-                    format!("set the clock that is wrong, or run `credbroker clock accept {place}`")
+                    format!(
+                        "correct the clock that is wrong, or run `credbroker clock accept {host_id}` to accept the difference"
+                    )
                 }
                 ClockUncertain::Never | ClockUncertain::Stale(..) => String::new(),
             };
-            problems.push(Diagnosis::failed("clock", uncertain.to_string(), fix).about(place));
+            problems.push(Diagnosis::failed("clock", uncertain.to_string(), fix).about(host_id));
         }
     }
     Readiness {
@@ -102,13 +105,13 @@ fn name_of(key: &KeyHealth) -> String {
     format!("{}/{}", key.account, key.name)
 }
 
-/// What is in force, beside what is wrong: for `/readyz?verbose`.
+/// The broker's state in addition to its problems, for `/readyz?verbose`.
 pub(crate) fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
     let mut lines = Vec::new();
     let keys = key_health::all(broker);
     for key in &keys {
         if let Some(version) = key.version {
-            // Otherwise it has been told as what is wrong.
+            // Otherwise the age is in a problem of the key.
             let age = key.age.filter(|_| key.is_confirmed);
             let confirmed = age.map(|age| format!(", confirmed by Vault {} s ago", age.as_secs()));
             let confirmed = confirmed.unwrap_or_default();
@@ -119,7 +122,7 @@ pub(crate) fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
     for key in &keys {
         let name = name_of(key);
         lines.push(format!("key {name}: {}", key.status.word()));
-        // The troubles have been told as what is wrong.
+        // The troubles are already among the problems.
         let findings = key.findings.iter();
         lines.extend(findings.map(|finding| format!("key {name}: {}", finding.text())));
     }
@@ -135,26 +138,29 @@ pub(crate) fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
     let now = broker.clock.boot();
     if let Some((address, at)) = seen {
         let age_s = now.saturating_sub(at).as_secs();
-        lines.push(format!("egress: the exchange saw {address} {age_s} s ago"));
-    }
-    lines.extend(
-        failure.map(|failure| format!("egress: the last question got no answer: {failure}")),
-    );
-    if let Some((address, at)) = refused {
-        let address =
-            address.map_or_else(|| "our address".to_owned(), |address| address.to_string());
-        let age_s = now.saturating_sub(at).as_secs();
         lines.push(format!(
-            "egress: the exchange refused {address} for a key {age_s} s ago (400006): is it on the key's whitelist?"
+            "egress: the exchange last saw requests {age_s} s ago, from {address}"
         ));
     }
-    for place in broker.policy().hosts() {
-        let time = broker.clock.exchange(place);
+    lines.extend(failure.map(|failure| format!("egress: last check failed: {failure}")));
+    if let Some((address, at)) = refused {
+        let address = address.map_or_else(
+            || "the egress address".to_owned(),
+            |address| address.to_string(),
+        );
+        let age_s = now.saturating_sub(at).as_secs();
+        lines.push(format!(
+            "egress: {age_s} s ago the exchange rejected a request because {address} is not on the whitelist of its key (400006); \
+             find the key with `credbroker keys list`, and add the address to its whitelist"
+        ));
+    }
+    for host_id in broker.policy().hosts() {
+        let time = broker.clock.exchange(host_id);
         if let (Some(uncertainty), Some(age)) = (time.uncertainty, time.age) {
             lines.push(format!(
-                "clock {}/{}: {} ms from the system's, to within {} ms, measured {} s ago",
-                place.0,
-                place.1.as_str(),
+                "clock {}/{}: exchange time minus system time: {} ms (+/- {} ms), measured {} s ago",
+                host_id.0,
+                host_id.1.as_str(),
                 time.ms - broker.clock.wall_ms(),
                 uncertainty.as_millis(),
                 age.as_secs()
@@ -164,7 +170,7 @@ pub(crate) fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
     for (site, host) in broker.policy().hosts() {
         if let Some(accepted) = broker.clock.accepted((site, host)) {
             lines.push(format!(
-                "clock {site}/{}: {} accepted a difference until the broker restarts: {}",
+                "clock {site}/{}: {} accepted that the exchange's clock is {} (until the broker restarts)",
                 host.as_str(),
                 accepted.by,
                 clock::difference(accepted.ms)
@@ -173,11 +179,13 @@ pub(crate) fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
     }
     let (connections, calls) = broker.admission.now();
     lines.push(format!(
-        "{connections} connection(s), {calls} call(s) in flight"
+        "bots: {connections} open connection(s), {calls} call(s) in flight"
     ));
     for (what, problems) in &problems.rejected {
         for problem in problems {
-            lines.push(format!("{what}: a changed file is not in force: {problem}"));
+            lines.push(format!(
+                "{what}: reload failed; still using the previously loaded version. Problem: {problem}"
+            ));
         }
     }
     let warnings = problems.warnings.iter();
@@ -185,7 +193,7 @@ pub(crate) fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
     lines
 }
 
-/// The broker's state as gauges, read at each scrape.
+/// The broker's state as gauges, computed at each scrape.
 #[derive(Debug)]
 pub(crate) struct HealthMetrics {
     pub(crate) broker: Arc<Broker>,
@@ -197,8 +205,8 @@ impl Collector for HealthMetrics {
         let (broker, gauges) = (&*self.broker, &mut encoder);
         let keys = key_health::all(broker);
         let is_ready = of_keys(broker, &keys).is_ready;
-        let help =
-            "1 while /readyz answers ready; some keys may still be unavailable: see key_available";
+        let help = "Whether /readyz returns ready (1) or not (0); a single key may still be unavailable, see \
+                    credbroker_key_available";
         gauge(gauges, "ready", help, [([], i64::from(is_ready))])?;
         encode_keys(&keys, gauges)?;
         encode_clock(broker, gauges)?;
@@ -208,7 +216,23 @@ impl Collector for HealthMetrics {
     }
 }
 
-/// Encodes a gauge with its `values` and their labels. `help` gets a full stop, as the registry does with its own.
+/// Prometheus's standard metrics of a process, which all programs export under the same names.
+#[derive(Debug)]
+pub(crate) struct ProcessMetrics;
+
+impl Collector for ProcessMetrics {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let process = hardened();
+        let help = "Maximum number of open file descriptors";
+        let value = process.map(|process| ([], process.descriptors));
+        gauge(&mut encoder, "max_fds", help, value)?;
+        let help = "Unix time in seconds when the process started";
+        let value = process.map(|process| ([], process.started_s));
+        gauge(&mut encoder, "start_time_seconds", help, value)
+    }
+}
+
+/// Encodes a gauge with its `values` and their labels. Adds a full stop to `help`, as the registry does for its metrics.
 fn gauge<const N: usize, V: EncodeGaugeValue>(
     encoder: &mut DescriptorEncoder<'_>,
     name: &str,
@@ -218,7 +242,7 @@ fn gauge<const N: usize, V: EncodeGaugeValue>(
     let help = format!("{help}.");
     let mut gauge = encoder.encode_descriptor(name, &help, None, MetricType::Gauge)?;
     for (labels, value) in values {
-        // A family without labels would be encoded with empty braces.
+        // Encoded as a family, a gauge without labels would get empty braces.
         if N == 0 {
             gauge.encode_gauge(&value)?;
         } else {
@@ -235,16 +259,17 @@ fn encode_keys(keys: &[KeyHealth], gauges: &mut DescriptorEncoder<'_>) -> fmt::R
             ([("account", account), ("key", name)], key)
         })
     };
-    let help = "1 while the key is loaded and fresh enough for every request";
+    let help = "Whether the key is loaded and fresh enough for every request (1) or not (0), by account and key";
     let values = keys().map(|(labels, key)| (labels, i64::from(key.is_available)));
     gauge(gauges, "key_available", help, values)?;
-    let help = "Seconds since Vault last confirmed the key; absent while it is not loaded";
+    let help = "Seconds since Vault last confirmed the key, by account and key; absent while no key is loaded";
     let values = keys().filter_map(|(labels, key)| Some((labels, key.age?.as_secs_f64())));
     gauge(gauges, "key_age_seconds", help, values)?;
-    let help = "Version in Vault of the loaded key";
+    let help = "Vault version of the loaded key, by account and key; absent while no key is loaded";
     let values = keys().filter_map(|(labels, key)| Some((labels, key.version?)));
     gauge(gauges, "key_version", help, values)?;
-    let help = "1 for the key's current status, 0 for the others";
+    let help =
+        "1 for the current status of the key and 0 for all others, by account, key and status";
     let values = keys().flat_map(|([account, name], key)| {
         KeyStatus::ALL.map(|status| {
             let word = ("status", status.word().to_owned());
@@ -253,13 +278,13 @@ fn encode_keys(keys: &[KeyHealth], gauges: &mut DescriptorEncoder<'_>) -> fmt::R
         })
     });
     gauge(gauges, "key_status", help, values)?;
-    let help = "When the exchange last took a request that the key signed, Unix time";
+    let help = "Unix time in seconds when the exchange last accepted a request signed with the key, by account and key";
     let values = keys().filter_map(|(labels, key)| Some((labels, seconds(key.used_ms?))));
     gauge(gauges, "key_used_timestamp_seconds", help, values)?;
-    let help = "When the key was last tested, Unix time";
+    let help = "Unix time in seconds of the last test of the key, by account and key";
     let values = keys().filter_map(|(labels, key)| Some((labels, seconds(key.tested_ms?))));
     gauge(gauges, "key_tested_timestamp_seconds", help, values)?;
-    let help = "When the key expires, Unix time; absent if it does not";
+    let help = "Unix time in seconds when the key expires, by account and key; absent if unknown or if the key never expires";
     let ends = |key: &KeyHealth| Some(seconds(key.info.as_ref()?.expires_at_ms?));
     let values = keys().filter_map(|(labels, key)| Some((labels, ends(key)?)));
     gauge(gauges, "key_not_after_timestamp_seconds", help, values)
@@ -267,83 +292,81 @@ fn encode_keys(keys: &[KeyHealth], gauges: &mut DescriptorEncoder<'_>) -> fmt::R
 
 fn encode_clock(broker: &Broker, gauges: &mut DescriptorEncoder<'_>) -> fmt::Result {
     let wall_ms = broker.clock.wall_ms();
-    let places = broker.policy().hosts();
+    let host_ids = broker.policy().hosts();
     let label = |(site, host): HostId| {
         let host = host.as_str().to_owned();
         [("site", site.to_string()), ("host", host)]
     };
-    let places = || places.iter().map(|&place| (label(place), place));
-    let times = || places().map(|(labels, place)| (labels, broker.clock.exchange(place)));
-    let help = "The exchange's time less the system's";
+    let hosts = || host_ids.iter().map(|&host_id| (label(host_id), host_id));
+    let times = || hosts().map(|(labels, host_id)| (labels, broker.clock.exchange(host_id)));
+    let help =
+        "Exchange time minus system time in seconds, by site and host; absent until measured";
     let offset = |time: ExchangeTime| time.age.map(|_| seconds(time.ms - wall_ms));
     let values = times().filter_map(|(labels, time)| Some((labels, offset(time)?)));
     gauge(gauges, "clock_offset_seconds", help, values)?;
-    let help =
-        "How far the exchange's time may be off; past 2 risk-increasing requests are refused";
+    let help = "Largest possible error of the exchange time in seconds, by site and host; above 2, risk-increasing \
+                requests are refused";
     let values =
         times().filter_map(|(labels, time)| Some((labels, time.uncertainty?.as_secs_f64())));
     gauge(gauges, "clock_uncertainty_seconds", help, values)?;
-    let help = "Since the exchange's time was measured";
+    let help = "Seconds since the exchange time was measured, by site and host";
     let values = times().filter_map(|(labels, time)| Some((labels, time.age?.as_secs_f64())));
     gauge(gauges, "clock_age_seconds", help, values)?;
-    let help = "1 while the exchange's time is more than a day from the system's and no admin has accepted that";
-    let is_refused = |place| broker.clock.refused_difference(place).is_some();
-    let values = places().map(|(labels, place)| (labels, i64::from(is_refused(place))));
+    let help = "Whether exchange time and system time differ by more than a day and no admin has accepted the \
+                difference (1) or not (0), by site and host";
+    let is_refused = |host_id| broker.clock.refused_difference(host_id).is_some();
+    let values = hosts().map(|(labels, host_id)| (labels, i64::from(is_refused(host_id))));
     gauge(gauges, "clock_difference_refused", help, values)
 }
 
 fn encode_egress(broker: &Broker, gauges: &mut DescriptorEncoder<'_>) -> fmt::Result {
     let proof = broker.proof.status();
-    let help = "1 while requests do not provably leave from the expected address";
+    let help = "1 while the exchange has not confirmed egress.expected_ip or has reported another address, \
+                otherwise 0";
     let value = i64::from(proof.mismatch.is_some());
     gauge(gauges, "egress_mismatch", help, [([], value)])?;
-    let help = "Since the exchange last said from which address requests come";
+    let help = "Seconds since the exchange last reported the egress address; absent before the first report";
     let age = |at| broker.clock.boot().saturating_sub(at).as_secs_f64();
     let value = proof.seen.map(|(_, at)| ([], age(at)));
     gauge(gauges, "egress_proof_age_seconds", help, value)?;
-    let help = "1 while the last egress IP check has no answer";
+    let help = "Whether the last egress IP check failed (1) or not (0)";
     let value = i64::from(proof.failure.is_some());
     gauge(gauges, "egress_check_failed", help, [([], value)])
 }
 
 fn encode_files(problems: &FileProblems, gauges: &mut DescriptorEncoder<'_>) -> fmt::Result {
-    let help = "1 while a changed file cannot be used and the previous one is in force";
+    let help = "Whether a changed file cannot be loaded and the previous one is still used (1) or not (0), by file";
     let values = ["rules", "tls"].map(|file| {
         let is_unusable = problems.rejected.contains_key(file);
         ([("file", file.to_owned())], i64::from(is_unusable))
     });
     gauge(gauges, "file_unusable", help, values)?;
-    let help = "Files in use whose permissions are too open, CAs whose name constraints cannot be evaluated, and ignored \
-                certificates among the roots of servers; /readyz?verbose names them";
+    let help = "Number of warnings about files: permissions too open, CA name constraints that cannot be checked, \
+                ignored certificates among server roots; /readyz?verbose lists them";
     let number = problems.warnings.len();
     gauge(gauges, "file_warnings", help, [([], number)])
 }
 
 fn encode_process(broker: &Broker, gauges: &mut DescriptorEncoder<'_>) -> fmt::Result {
     let process = hardened();
-    let help = "1 while memory cannot be swapped out";
+    let help = "Whether memory is locked and cannot be swapped out (1) or not (0)";
     let value = process.map(|process| ([], i64::from(process.is_locked)));
     gauge(gauges, "memory_locked", help, value)?;
-    let help = "1 while nobody but root can read the process's memory";
+    let help =
+        "Whether core dumps are disabled and only root can read the process memory (1) or not (0)";
     let value = process.map(|process| ([], i64::from(process.is_undumpable)));
     gauge(gauges, "undumpable", help, value)?;
-    let help = "Files and connections that the process may have open";
-    let value = process.map(|process| ([], process.descriptors));
-    gauge(gauges, "descriptors_limit", help, value)?;
-    let help = "When the process started, Unix time";
-    let value = process.map(|process| ([], process.started_s));
-    gauge(gauges, "start_time_seconds", help, value)?;
-    let help = "1 while the audit log is writable";
+    let help = "Whether the audit log is writable (1) or not (0)";
     let value = i64::from(broker.audit.failure().is_none());
     gauge(gauges, "audit_writable", help, [([], value)])?;
-    let help = "Running tasks of the runtime";
+    let help = "Number of running tasks of the async runtime";
     let runtime = Handle::try_current().ok();
     let tasks = runtime.map(|runtime| ([], runtime.metrics().num_alive_tasks()));
     gauge(gauges, "tasks", help, tasks)?;
     let (connections, calls) = broker.admission.now();
-    let help = "Open connections of bots";
+    let help = "Number of open bot connections";
     gauge(gauges, "connections", help, [([], connections)])?;
-    let help = "Calls of bots in flight";
+    let help = "Number of bot calls in flight";
     gauge(gauges, "calls_in_flight", help, [([], calls)])
 }
 

@@ -1,4 +1,4 @@
-//! How each key is, in one word and whole sentences: what Vault, the exchange and admins say of it, put together.
+//! The health of each key: one status and its reasons, from Vault, the exchange, the rules and halts.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,14 +16,14 @@ use crate::proto::KeyStatus;
 use crate::restrictions::KeyDigest;
 use crate::vault::Hold;
 
-/// What a key lacks for one request, and may have for another.
+/// Topic of a rejection of one request for a missing permission; other requests may still be accepted.
 const PERMISSION_MISSING: &str = "permission-missing";
 
-/// How KuCoin refuses a key that it does not have, or that has expired.
+/// Topic of the rejection of a key that does not exist at KuCoin or has expired.
 const KEY_UNKNOWN: &str = "key-unknown";
 
 impl KeyStatus {
-    /// All that a key can have, from best to worst.
+    /// Every status that a key can have, from best to worst.
     pub(crate) const ALL: [Self; 9] = [
         Self::Untested,
         Self::Active,
@@ -53,42 +53,42 @@ impl KeyStatus {
     }
 }
 
-/// How one key is.
+/// The health of one key.
 #[derive(Debug)]
 pub(crate) struct KeyHealth {
     /// Its account.
     pub(crate) account: AccountId,
     /// Its name.
     pub(crate) name: KeyName,
-    /// What it serves, by the rules.
+    /// The scopes that the rules use it for.
     pub(crate) scopes: Vec<Scope>,
-    /// The worst that is known of it.
+    /// The worst known status.
     pub(crate) status: KeyStatus,
-    /// What keeps it from serving as it should, as far as Vault and admins have a say in it.
-    pub(crate) troubles: Vec<Diagnosis>,
-    /// What the exchange says of it, and halts; no two with the same id.
+    /// Problems with the key in Vault, in its metadata, or with its age.
+    pub(crate) vault_problems: Vec<Diagnosis>,
+    /// Problems that the exchange reported, and halts; each id at most once, except `halted`.
     pub(crate) findings: Vec<Diagnosis>,
-    /// The version in memory.
+    /// The loaded version.
     pub(crate) version: Option<u64>,
-    /// Since Vault last confirmed it; none where it is not in memory.
+    /// Time since Vault last confirmed it; `None` if it is not loaded.
     pub(crate) age: Option<Duration>,
-    /// Whether it is in memory, and Vault has confirmed it as often as it should.
+    /// Whether it is loaded, not too old, and Vault is reachable for it.
     pub(crate) is_confirmed: bool,
-    /// Whether it is in memory and fresh enough for everything.
+    /// Whether it is loaded and fresh enough for every request.
     pub(crate) is_available: bool,
-    /// What the exchange told about it.
+    /// Its details as reported by the exchange.
     pub(crate) info: Option<Arc<KeyInfo>>,
-    /// Whether its whitelist has our address; unknown before its test, and without a whitelist.
+    /// Whether its whitelist has the egress address; `None` before its test, and without a whitelist.
     pub(crate) is_whitelisted: Option<bool>,
-    /// When the exchange last took a request that it signed: Unix time in milliseconds.
+    /// When the exchange last accepted a request signed with it: Unix time in milliseconds.
     pub(crate) used_ms: Option<i64>,
-    /// When it was last tested, and the exchange answered: Unix time in milliseconds.
+    /// When it was last tested with a result: Unix time in milliseconds.
     pub(crate) tested_ms: Option<i64>,
     /// SHA-256 of its id.
     pub(crate) id: Option<KeyDigest>,
-    /// The same; where none is in memory, of the last one that was.
+    /// SHA-256 of the id of the key that was loaded, or found to be revoked, last.
     pub(crate) last: Option<KeyDigest>,
-    /// Whether the account has a partner where it signs.
+    /// Whether the rules name a partner for one of its scopes.
     pub(crate) needs_partner_key: bool,
 }
 
@@ -98,19 +98,19 @@ pub(crate) fn all(broker: &Broker) -> Vec<KeyHealth> {
     keys.into_iter().map(|key| of(broker, key)).collect()
 }
 
-/// One of them.
+/// The health of the key `name`.
 pub(crate) fn one(broker: &Broker, account: &AccountId, name: &KeyName) -> Option<KeyHealth> {
     let mut keys = broker.keyring.entries().into_iter();
     keys.find(|key| key.account == *account && key.name == *name)
         .map(|key| of(broker, key))
 }
 
-fn troubles(key: &KeySnapshot) -> Vec<Diagnosis> {
+fn vault_problems(key: &KeySnapshot) -> Vec<Diagnosis> {
     let trouble = |cause: String| Diagnosis::warning("key", cause, "");
     match &key.state {
         KeyState::Absent(reason) => vec![trouble(format!("not available: {reason}"))],
         KeyState::Pending(reason) => {
-            // Nothing is known of it yet: the broker is not ready.
+            // Nothing is known about the key yet, so the broker is not ready.
             let cause = format!("waiting for Vault: {reason}");
             vec![Diagnosis::failed("key", cause, "")]
         }
@@ -120,42 +120,49 @@ fn troubles(key: &KeySnapshot) -> Vec<Diagnosis> {
             outage,
             ..
         } => {
-            let using = |problem: &String| format!("using version {version}: {problem}");
-            let mut troubles: Vec<_> = key.noted.restricted.iter().cloned().map(trouble).collect();
-            troubles.extend(key.noted.hold.map(|hold| held(key, &hold, *version)));
-            troubles.extend(problem.iter().map(using).map(trouble));
-            let what = if key.is_too_old {
+            let using = |problem: &String| format!("using version {version} instead: {problem}");
+            let mut vault_problems: Vec<_> =
+                key.noted.restricted.iter().cloned().map(trouble).collect();
+            vault_problems.extend(key.noted.hold.map(|hold| held(key, &hold, *version)));
+            vault_problems.extend(problem.iter().map(using).map(trouble));
+            let age_problem = if key.is_too_old {
                 "too old for risk-increasing requests"
             } else {
                 "cached"
             };
-            // Too old without an outage: the machine has slept.
+            // Too old without an outage: the machine was suspended.
             let why = outage
                 .as_deref()
-                .or_else(|| key.is_too_old.then_some("not asked since"));
-            troubles.extend(why.map(|why| {
+                .or_else(|| key.is_too_old.then_some("the broker has not polled Vault"));
+            vault_problems.extend(why.map(|why| {
                 let age_s = key.age.unwrap_or_default().as_secs();
                 trouble(format!(
-                    "{what}; Vault last confirmed it {age_s} s ago: {why}"
+                    "{age_problem}; Vault last confirmed the key {age_s} s ago; since then: {why}"
                 ))
             }));
-            troubles
+            vault_problems
         }
     }
 }
 
-/// What an admin holds in use, and what ends that.
+/// The finding about a version that an admin holds in use with `keys rollback`.
 fn held(key: &KeySnapshot, hold: &Hold, version: u64) -> Diagnosis {
     let (account, name) = (&key.account, &key.name);
-    let other = if version == hold.version {
-        format!("version {} is not used", hold.newest)
+    let Hold {
+        version: selected,
+        newest,
+        ..
+    } = *hold;
+    let cause = if version == selected {
+        format!(
+            "held at version {selected} (use_version in the key's custom metadata); version {newest} is not used."
+        )
     } else {
-        format!("version {version}, written later, is used instead")
+        format!(
+            "use_version in the key's custom metadata selects version {selected}, but the broker cannot use that version now, and uses \
+             version {version}."
+        )
     };
-    let cause = format!(
-        "held at version {} by use_version in its custom metadata; {other}.",
-        hold.version
-    );
     let fix = format!(
         "To use the newest version: `credbroker keys rollback {account} --key {name} --newest`"
     );
@@ -163,7 +170,7 @@ fn held(key: &KeySnapshot, hold: &Hold, version: u64) -> Diagnosis {
 }
 
 fn of(broker: &Broker, key: KeySnapshot) -> KeyHealth {
-    let troubles = troubles(&key);
+    let vault_problems = vault_problems(&key);
     let KeySnapshot {
         account,
         name,
@@ -188,7 +195,7 @@ fn of(broker: &Broker, key: KeySnapshot) -> KeyHealth {
         account,
         name,
         status: KeyStatus::Untested,
-        troubles,
+        vault_problems,
         findings: Vec::new(),
         age,
         is_confirmed: false,
@@ -227,7 +234,7 @@ fn of(broker: &Broker, key: KeySnapshot) -> KeyHealth {
             if health.used_ms.is_some() {
                 health.raise_to(KeyStatus::Active);
             }
-            if !health.troubles.is_empty() {
+            if !health.vault_problems.is_empty() {
                 health.raise_to(KeyStatus::Degraded);
             }
             if noted.restricted.is_some() {
@@ -240,7 +247,7 @@ fn of(broker: &Broker, key: KeySnapshot) -> KeyHealth {
                 health.apply_refusal(refusal, tested.as_ref(), broker.clock.wall_ms());
             }
             let no_answer = if health.tested_ms.is_some() {
-                "the last test got no answer"
+                "the last test was inconclusive"
             } else {
                 "it could not be tested yet"
             };
@@ -261,9 +268,9 @@ fn of(broker: &Broker, key: KeySnapshot) -> KeyHealth {
 }
 
 impl KeyHealth {
-    /// Why it has its status, a sentence for each thing; none: all is well.
+    /// The reasons of its status, one sentence for each; empty if there is no problem.
     pub(crate) fn reasons(&self) -> Vec<String> {
-        let all = self.troubles.iter().chain(&self.findings);
+        let all = self.vault_problems.iter().chain(&self.findings);
         all.map(Diagnosis::text).collect()
     }
 
@@ -271,7 +278,7 @@ impl KeyHealth {
         self.status = self.status.max(status);
     }
 
-    /// Takes the worse of two, and the finding unless one about the same thing is known.
+    /// Raises the status to `status`, and adds the finding unless there is one with its id.
     fn add(&mut self, status: KeyStatus, finding: Diagnosis) {
         self.raise_to(status);
         if self.findings.iter().all(|known| known.id != finding.id) {
@@ -279,26 +286,26 @@ impl KeyHealth {
         }
     }
 
-    /// Adds a halt, and with which argument `resume` ends it.
-    fn add_halt(&mut self, whose: &str) {
+    /// Adds a halt; `argument` is that of the `resume` command that lifts it.
+    fn add_halt(&mut self, argument: &str) {
         self.raise_to(KeyStatus::Frozen);
-        let cause = format!("halted: `credbroker resume {whose}` lifts it");
+        let cause = format!("halted; to resume, run `credbroker resume {argument}`");
         self.findings.push(Diagnosis::warning("halted", cause, ""));
     }
 
-    /// Takes in what the last test said.
+    /// Applies the result of the last test.
     fn apply(&mut self, broker: &Broker, tested: &Tested) {
         let Tested { at_ms, report } = tested;
         self.tested_ms = Some(*at_ms);
         if report.info.is_none() && self.used_ms.is_some_and(|used_ms| used_ms > *at_ms) {
-            // A key that has signed since is not refused any more.
+            // The exchange has accepted a request since, so the rejection is outdated.
             return;
         }
         self.info.clone_from(&report.info);
         let info = report.info.as_deref();
         self.is_whitelisted = info.and_then(|info| info.admits(broker.proof.expected()));
         let now_ms = broker.clock.wall_ms();
-        // Days pass between two tests.
+        // The key may have expired since the test.
         let has_expired = info.is_some_and(|info| info.has_expired(now_ms));
         if let Some(finding) = info.and_then(|info| info.expiry(now_ms)) {
             let status = if has_expired {
@@ -312,7 +319,7 @@ impl KeyHealth {
         for finding in refusals.clone() {
             let status = match finding.id {
                 "expires-soon" => continue,
-                // That it has expired says it all.
+                // Already explained by the expiry.
                 KEY_UNKNOWN if has_expired => continue,
                 "ip-restriction-missing" => KeyStatus::AtRisk,
                 _ => KeyStatus::Degraded,
@@ -329,13 +336,13 @@ impl KeyHealth {
         });
     }
 
-    /// Takes in what a bot was told last, unless a test has gone well since.
+    /// Applies the last rejection that a request got, unless a test has succeeded since.
     fn apply_refusal(&mut self, refusal: Refusal, tested: Option<&Tested>, now_ms: i64) {
-        let is_mended = tested.is_some_and(|tested| {
+        let is_outdated = tested.is_some_and(|tested| {
             tested.at_ms > refusal.at_ms && tested.report.verdict == Verdict::Good
         });
         let topic = advice::of(None, &refusal.code).map(|advice| advice.topic);
-        let Some(topic) = topic.filter(|_| !is_mended) else {
+        let Some(topic) = topic.filter(|_| !is_outdated) else {
             return;
         };
         let status = if topic == PERMISSION_MISSING {
@@ -346,7 +353,7 @@ impl KeyHealth {
         let info = self.info.as_ref();
         let has_expired = info.is_some_and(|info| info.has_expired(now_ms));
         if topic == KEY_UNKNOWN && has_expired {
-            // That it has expired says it all.
+            // Already explained by the expiry.
             self.raise_to(status);
         } else {
             self.add(status, Diagnosis::failed(topic, refusal.advice, ""));
@@ -354,8 +361,8 @@ impl KeyHealth {
     }
 }
 
-/// The scopes that a key serves, by the rules.
+/// The scopes that the rules use a key for.
 pub(crate) fn scopes(account: &Account, name: &KeyName) -> Vec<Scope> {
-    let serves = account.keys.iter().filter(|(_, named)| *named == name);
-    serves.map(|(scope, _)| *scope).collect()
+    let uses = account.keys.iter().filter(|(_, named)| *named == name);
+    uses.map(|(scope, _)| *scope).collect()
 }

@@ -1,4 +1,5 @@
-//! Tests keys on the exchange, over the one request path: what is this key, and does the exchange take what it signs?
+//! Tests keys at the exchange, over the normal request path: reads the key's details, and checks that signed requests are
+//! accepted.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -22,50 +23,50 @@ use crate::kucoin::{Key, KeyVersion, Method, Scope, Target, UnsignedRequest};
 use crate::policy::{Account, Purpose};
 use crate::restrictions::{KeyDigest, Revoked};
 
-/// How long one question may take.
+/// Time limit of one request.
 const ANSWER_WITHIN: Duration = Duration::from_secs(4);
 
-/// How many keys are tested at once in the background.
+/// How many keys are tested at the same time in the background.
 const AT_ONCE: usize = 8;
 
-/// How often it is looked whether new rules name a key.
-const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// How often to check whether new rules name a key.
+const CHECK_EVERY: Duration = Duration::from_millis(20);
 
 /// A key to be tested.
 #[derive(Debug)]
 pub(crate) struct KeyTest {
-    /// Who wants to know.
-    pub(crate) who: Principal,
-    /// Its account, as the rules have it.
+    /// Who requested the test.
+    pub(crate) principal: Principal,
+    /// Its account in the rules.
     pub(crate) account: Arc<Account>,
-    /// The scopes that it serves.
+    /// The scopes that the rules use it for.
     pub(crate) scopes: BTreeSet<Scope>,
     /// The key.
     pub(crate) key: Arc<Key>,
-    /// Whether every scope is tried with a read.
+    /// Whether to test every scope with a read.
     pub(crate) reads: bool,
-    /// Whether an order is validated where there is an endpoint for that; none is placed.
+    /// Whether to send a test order in scopes that have an endpoint for it; no order is placed.
     pub(crate) orders: bool,
 }
 
-/// What came of it.
+/// The result of a key test.
 #[derive(Debug)]
 pub(crate) struct KeyTestResult {
-    /// What the exchange says about the key.
+    /// Verdict, details and findings.
     pub(crate) report: Report,
-    /// What was asked, and what came.
+    /// The requests and their results.
     pub(crate) checks: Vec<Check>,
 }
 
-/// One question, and what came.
+/// One request and its result.
 #[derive(Clone, Debug)]
 pub(crate) struct Check {
-    /// What was asked.
-    pub(crate) question: String,
-    /// Whether the answer was the one expected.
+    /// The request.
+    pub(crate) request: String,
+    /// Whether the answer was as expected.
     pub(crate) is_ok: bool,
-    /// What came, in a few words; no balances.
-    pub(crate) answer: String,
+    /// The result in a few words; no balances.
+    pub(crate) result: String,
 }
 
 /// Runs the keyring's key tests and audits the results. Never returns.
@@ -94,21 +95,21 @@ impl Broker {
             mut tell,
         } = key_test;
         let test = async {
-            // The rules that name it may be about to take their place.
+            // New rules that name it may be about to be loaded.
             let (account, scopes) = loop {
                 match self.served(&account, &name) {
                     Some(served) => break served,
-                    None => sleep(LOOK_EVERY).await,
+                    None => sleep(CHECK_EVERY).await,
                 }
             };
-            // Somebody may be waiting for a candidate; the others come a few at a time.
-            let _place = if is_candidate {
+            // A candidate is tested at once, since a rotation waits for it; other keys wait for a permit.
+            let _permit = if is_candidate {
                 None
             } else {
                 at_once.acquire().await.ok()
             };
             let test = KeyTest {
-                who: Principal::Broker,
+                principal: Principal::Broker,
                 account,
                 scopes,
                 key,
@@ -119,13 +120,13 @@ impl Broker {
         };
         let report = tokio::select! {
             report = test => report,
-            // Nobody waits any more: it may not even be ours any more.
+            // The result is no longer needed: the key may have been replaced or removed.
             () = tell.closed() => return,
         };
         let _ = tell.send(report);
     }
 
-    /// The account of a key, and the scopes that it serves; none where the rules do not name it.
+    /// The account of a key and the scopes that use it; `None` if the rules do not name the key.
     pub(crate) fn served(
         &self,
         account: &AccountId,
@@ -133,34 +134,34 @@ impl Broker {
     ) -> Option<(Arc<Account>, BTreeSet<Scope>)> {
         let policy = self.policy();
         let account = policy.accounts().find(|entry| entry.id == *account)?;
-        let serves = account.keys.iter().filter(|(_, named)| *named == name);
-        let scopes: BTreeSet<_> = serves.map(|(scope, _)| *scope).collect();
+        let uses = account.keys.iter().filter(|(_, named)| *named == name);
+        let scopes: BTreeSet<_> = uses.map(|(scope, _)| *scope).collect();
         (!scopes.is_empty()).then(|| (Arc::clone(account), scopes))
     }
 
-    /// Tests a key whose version is not known: as the newest kind first, which is what KuCoin makes now. `make` makes the
-    /// key of a version.
+    /// Tests a key whose KuCoin key version is unknown, starting with the newest, which KuCoin creates now. `make` builds the
+    /// key for a version.
     ///
     /// # Errors
-    /// What `make` fails with.
+    /// The errors of `make`.
     pub(crate) async fn test_versions<E>(
         self: &Arc<Self>,
         test: KeyTest,
         make: impl Fn(KeyVersion) -> Result<Arc<Key>, E>,
     ) -> Result<(KeyTestResult, KeyVersion), E> {
         let newest = test.key.version();
-        let told = |tested: &KeyTestResult| match tested.report.info.as_ref()?.version? {
+        let reported = |tested: &KeyTestResult| match tested.report.info.as_ref()?.version? {
             2 => Some(KeyVersion::V2),
             3 => Some(KeyVersion::V3),
             _ => None,
         };
         let first = self.test_key(&test).await;
-        let other = match told(&first) {
-            // It is taken, and the exchange says itself which version it is.
+        let other = match reported(&first) {
+            // The exchange accepted the key and reported its version.
             Some(version) if version == newest => return Ok((first, newest)),
             Some(version) => version,
             None if first.report.info.is_some() => return Ok((first, newest)),
-            // KuCoin does not document how it refuses a key that is used as one of another version.
+            // KuCoin does not document how it rejects a key that is used with a wrong version.
             None if first.is_refused_for(&VERSION_OR_SECRET) => KeyVersion::V2,
             None => return Ok((first, newest)),
         };
@@ -173,7 +174,7 @@ impl Broker {
         })
     }
 
-    /// Asks the exchange about a key, and with it.
+    /// Requests the details of a key, then sends the other requests of the test.
     pub(crate) async fn test_key(self: &Arc<Self>, test: &KeyTest) -> KeyTestResult {
         let mut tested = KeyTestResult {
             report: Report {
@@ -209,7 +210,7 @@ impl Broker {
             }
             Err(problem) => {
                 tested.report.verdict = Verdict::Unclear(format!(
-                    "the answer about the key cannot be read: {problem}"
+                    "cannot parse the exchange's answer about the key: {problem}"
                 ));
             }
         }
@@ -232,7 +233,7 @@ impl Broker {
         tested
     }
 
-    /// What the rules and this broker expect of a key.
+    /// What the rules and this broker require of a key.
     fn expected(&self, test: &KeyTest) -> Expected {
         Expected {
             scopes: test.scopes.iter().copied().collect(),
@@ -245,7 +246,7 @@ impl Broker {
         }
     }
 
-    /// Asks one thing; returns the body of an answer that says that all went well.
+    /// Sends one request; returns the body of an accepted answer.
     async fn check(
         self: &Arc<Self>,
         test: &KeyTest,
@@ -253,33 +254,33 @@ impl Broker {
         scope: Scope,
         ask: Ask,
     ) -> Option<Bytes> {
-        let question = format!("{} {} ({scope})", ask.method, ask.path);
+        let request = format!("{} {} ({scope})", ask.method, ask.path);
         let is_order = ask.method == Method::Post;
-        let asked = self
-            .ask_as(
-                test.who.clone(),
+        let result = self
+            .send_internal(
+                test.principal.clone(),
                 &test.account.id,
                 scope,
                 ask,
                 Some(Arc::clone(&test.key)),
             )
             .await;
-        let (is_ok, answer, verdict) = match &asked {
+        let (is_ok, shown, verdict) = match &result {
             Ok(receipt) if receipt.answer.outcome == Outcome::Accepted => {
-                (true, "taken".to_owned(), None)
+                (true, "accepted".to_owned(), None)
             }
             Ok(receipt) => {
                 let answer = &receipt.answer;
                 let code = answer.code.as_str();
-                let told = printable(&format!("{code} {}", answer.msg));
-                let told = if told.is_empty() {
+                let shown = printable(&format!("{code} {}", answer.msg));
+                let shown = if shown.is_empty() {
                     format!("HTTP {}", answer.http_status.as_u16())
                 } else {
-                    told
+                    shown
                 };
                 let is_final = answer.outcome == Outcome::Rejected
                     && (KEY_REFUSED.contains(&code) || ACCOUNT_REFUSED.contains(&code));
-                // An order that is refused for what it says, or for want of money, was refused to a key that may place it.
+                // An order that is rejected for its contents or for lack of funds shows that the key may place orders.
                 let is_about_order = is_order && answer.outcome == Outcome::Rejected;
                 let verdict = if is_final || is_about_order {
                     let egress_ip = self.proof.expected();
@@ -293,34 +294,34 @@ impl Broker {
                     }
                     verdict
                 } else {
-                    Some(Verdict::Unclear(told.clone()))
+                    Some(Verdict::Unclear(shown.clone()))
                 };
-                (false, told, verdict)
+                (false, shown, verdict)
             }
             Err(error) => {
-                let told = error.of_repeatable_request();
-                (false, told.clone(), Some(Verdict::Unclear(told)))
+                let shown = error.of_repeatable_request();
+                (false, shown.clone(), Some(Verdict::Unclear(shown)))
             }
         };
         tested.checks.push(Check {
-            question,
+            request,
             is_ok,
-            answer,
+            result: shown,
         });
         match (&tested.report.verdict, verdict) {
             (_, None) | (Verdict::Refused(_), _) => {}
             (_, Some(verdict)) => tested.report.verdict = verdict,
         }
-        asked
+        result
             .ok()
             .filter(|_| is_ok)
             .map(|receipt| receipt.answer.body)
     }
 
-    /// Sends a request of an admin, or of the broker's own, over the one request path.
-    pub(crate) async fn ask_as(
+    /// Sends a request of an admin or of the broker itself over the normal request path.
+    pub(crate) async fn send_internal(
         self: &Arc<Self>,
-        who: Principal,
+        principal: Principal,
         account: &AccountId,
         scope: Scope,
         ask: Ask,
@@ -332,7 +333,7 @@ impl Broker {
             query,
             body,
         } = ask;
-        // Its paths are constants, and in normal form.
+        // The paths are constants in normal form.
         let target = Target::new(path, query).map_err(|_| BrokerError::Internal)?;
         let arrived = Instant::now();
         let request = UnsignedRequest {
@@ -345,7 +346,7 @@ impl Broker {
             body_client_oids: Vec::new(),
         };
         self.sign_and_send(Call {
-            who,
+            principal,
             request,
             key,
             arrived,
@@ -356,8 +357,8 @@ impl Broker {
     }
 
     fn record(&self, change: &KeyChange) {
-        let digest = |place: &Option<(u64, KeyDigest)>| place.map(|(_, digest)| digest.hex());
-        self.audit.acted(
+        let digest = |version: &Option<(u64, KeyDigest)>| version.map(|(_, digest)| digest.hex());
+        self.audit.record_action(
             "vault",
             &Act {
                 action: "key",
@@ -376,7 +377,7 @@ impl Broker {
 }
 
 impl KeyTest {
-    /// Whether the account has a partner where this key signs.
+    /// Whether the rules name a partner for one of the key's scopes.
     pub(crate) fn has_partner(&self) -> bool {
         let mut partners = self.account.partners.keys();
         partners.any(|scope| self.scopes.contains(scope))
@@ -384,23 +385,23 @@ impl KeyTest {
 }
 
 impl KeyTestResult {
-    /// Takes in something for which the key cannot be used.
+    /// Adds a finding that makes the key unusable.
     fn add_finding(&mut self, finding: Diagnosis) {
         self.report.verdict = Verdict::Refused(finding.cause.clone());
         self.report.findings.push(finding);
     }
 
-    /// Whether the first question was refused with one of these codes.
+    /// Whether the request for the key's details was rejected with one of these codes.
     fn is_refused_for(&self, codes: &[&str]) -> bool {
         self.report.info.is_none()
             && self.checks.iter().any(|check| {
-                let code = check.answer.split(' ').next().unwrap_or_default();
+                let code = check.result.split(' ').next().unwrap_or_default();
                 !check.is_ok && codes.contains(&code)
             })
     }
 }
 
-/// Text of the exchange goes to logs and terminals.
+/// Cleans text of the exchange for logs and terminals.
 fn printable(text: &str) -> String {
     clean(text.trim(), 200).into_owned()
 }
@@ -409,7 +410,7 @@ fn is_revoked(revoked: &Revoked) -> Diagnosis {
     let Revoked { by, account, .. } = revoked;
     Diagnosis::failed(
         "key-revoked",
-        format!("{by} revoked this key for account {account} for good."),
+        format!("{by} revoked this key of account {account} permanently."),
         "Create a new key under API Management, delete this one there, and register the new one.",
     )
 }
@@ -418,14 +419,12 @@ fn lacks_partner_key(account: &Account) -> Diagnosis {
     let id = &account.id;
     Diagnosis::failed(
         "partner-key-missing",
-        format!(
-            "Account {id} has a partner in the rules, and the key comes without a partner key."
-        ),
-        "Give the partner key with it, or take the partner out of the rules.",
+        format!("The rules name a partner for account {id}, but the key has no partner key."),
+        "Register the key with its partner key, or remove the partner from the rules.",
     )
 }
 
-/// A request of an admin or of the broker's own.
+/// A request of an admin or of the broker itself.
 #[derive(Clone, Debug)]
 pub(crate) struct Ask {
     /// HTTP method.
@@ -449,7 +448,7 @@ impl Ask {
         }
     }
 
-    /// The same with one more parameter.
+    /// Adds a query parameter.
     #[must_use]
     pub(crate) fn with(mut self, name: &str, value: &str) -> Self {
         self.query.push((name.to_owned(), value.to_owned()));
@@ -457,7 +456,7 @@ impl Ask {
     }
 }
 
-/// What is this key? The question that fits a key of these scopes, and the scope to ask it in.
+/// The request for the key's details that a key of these scopes may send, and its scope.
 pub(crate) fn info_of(scopes: &BTreeSet<Scope>) -> (Scope, Ask) {
     if scopes.iter().all(|scope| *scope == Scope::Unified) {
         (Scope::Unified, Ask::get("/api/ua/v2/user/api-key"))
@@ -466,7 +465,7 @@ pub(crate) fn info_of(scopes: &BTreeSet<Scope>) -> (Scope, Ask) {
     }
 }
 
-/// A read that needs what trading in the scope needs. Source: KuCoin API documentation, "Get Account List - Spot", "Get
+/// A read that needs the permission for trading in the scope. Source: KuCoin API documentation, "Get Account List - Spot", "Get
 /// Account - Futures" (permission Futures), "Get Account Overview" of the unified account.
 pub(crate) fn read_of(scope: Scope) -> Ask {
     match scope {
@@ -476,7 +475,7 @@ pub(crate) fn read_of(scope: Scope) -> Ask {
     }
 }
 
-/// An order that is only validated. Source: KuCoin API documentation, "Add Order Test" of spot and futures.
+/// A test order, which is validated but not placed. Source: KuCoin API documentation, "Add Order Test" of spot and futures.
 pub(crate) fn order_of(scope: Scope) -> Option<Ask> {
     let client_oid = RequestId::random().to_string();
     let (path, body) = match scope {

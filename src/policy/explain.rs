@@ -1,4 +1,4 @@
-//! Why the rules allow or refuse a request, for the admin who writes them. A bot is told less.
+//! Explains to admins why the rules allow or deny a request. Bots get less detail.
 
 use super::file::GrantTarget;
 use super::{Denied, Grants, Policy, Rule};
@@ -6,44 +6,44 @@ use crate::base::ids::{AccountId, BotId, KeyName};
 use crate::kucoin::catalog::Found;
 use crate::kucoin::{Catalog, Endpoint, Method, Risk, Scope};
 
-/// What the rules say to a request, and why.
+/// Whether the rules allow a request, and why.
 #[derive(Debug)]
 pub struct Explanation<'p> {
-    /// The endpoint that the path means, perhaps of another scope; `None` for one outside the catalogue.
+    /// The endpoint with this path, perhaps in another scope; `None` if it is not in the catalogue.
     pub endpoint: Option<&'static Endpoint>,
-    /// Yes or no.
+    /// Allowed or denied.
     pub verdict: Result<Allowed<'p>, Refused<'p>>,
 }
 
 impl Explanation<'_> {
-    /// Whether the request is risk-increasing; one outside the catalogue is.
+    /// Whether the request is risk-increasing; requests to endpoints that are not in the catalogue are.
     pub(crate) fn increases_risk(&self) -> bool {
         self.endpoint.is_none_or(Endpoint::increases_risk)
     }
 }
 
-/// A yes.
+/// The rules allow the request.
 #[derive(Debug)]
 pub struct Allowed<'p> {
     /// The rules that allow it: at least one, in the order of the file.
     pub by: Vec<&'p Rule>,
-    /// The key that would sign; `None` where the request goes unsigned.
+    /// The key that would sign; `None` if the request is public.
     pub key: Option<&'p KeyName>,
 }
 
-/// A no.
+/// The rules deny the request.
 #[derive(Debug)]
 pub struct Refused<'p> {
     /// Why.
     pub why: Denied,
-    /// What an admin would write to allow it, or why nothing would; `None` where `why` has said it.
+    /// A line that says what to write to allow it, or why no grant can; `None` if `why` explains that already.
     pub(crate) advice: Option<String>,
-    /// What the bot may do on this account in this scope, in the order of the file.
+    /// The rules for this bot on this account in this scope, in the order of the file.
     pub(crate) has: Vec<&'p Rule>,
 }
 
 impl Policy {
-    /// Says what [`Policy::authorize`] would say to this request, and by which lines of the rules.
+    /// Returns what [`Policy::authorize`] would decide about this request, and the lines of the rules that decide it.
     pub fn explain(
         &self,
         bot: &BotId,
@@ -93,47 +93,56 @@ impl Policy {
             Denied::Lookalike { .. }
             | Denied::NeverGranted { .. }
             | Denied::NotAnId { .. }
-            | Denied::NotOurs { .. }
+            | Denied::NotPermittedInternally { .. }
             | Denied::NotServed { .. }
             | Denied::Scope { .. }
             | Denied::Site { .. } => return None,
         }
         let Some(entry) = self.accounts.get(account) else {
-            return Some(format!("the rules have no [account.{account}]"));
+            return Some(format!(
+                "to allow it: first add [account.{account}] to the rules, or correct the account's name"
+            ));
         };
-        let place = GrantTarget {
+        let target = GrantTarget {
             account: Some(entry),
             scope: Some(scope),
         };
         let judged = match Catalog::get().find(scope, method, path) {
             Found::Endpoint(endpoint) => {
                 let word = endpoint.class().map_or(endpoint.id.as_str(), Risk::as_str);
-                // By its id, since a class that holds an endpoint does not make it grantable.
-                place
+                // Checked by its id: the class can be granted even if this endpoint cannot.
+                target
                     .judge(&endpoint.id)
                     .map(|_| format!("allow = [{word:?}]"))
                     .map_err(|problem| format!("{:?} {problem}", endpoint.id))
             }
-            Found::Unlisted => place
+            Found::Unlisted => target
                 .judge_unlisted(Some(method), path)
                 .map(|()| format!("unlisted = true, method = \"{method}\", path = {path:?}"))
                 .map_err(|problem| format!("{path:?} {problem}")),
             Found::Lookalike(literal) => Err(format!(
-                "the path resembles {}; write it exactly",
+                "the path resembles that of {} but is spelled differently; use the exact path",
                 literal.id
             )),
             Found::NotAnId(endpoint) => Err(format!(
-                "the path is the fixed path of {} ({}), not one with an id",
+                "this path belongs to {} ({}), so no part of it is read as an id; check path, method and scope",
                 endpoint.id, endpoint.method
             )),
             Found::OtherScope(endpoint) => Err(match endpoint.scope {
                 Some(belongs) => format!("{} belongs to scope {belongs}", endpoint.id),
-                None => format!("{} is on a host that is not served", endpoint.id),
+                None => format!(
+                    "{} is on a host that credbroker does not support",
+                    endpoint.id
+                ),
             }),
         };
         Some(match judged {
-            Ok(line) => format!("a [[grant]] for this bot, account and scope with {line}"),
-            Err(problem) => format!("no grant can allow it as things stand: {problem}"),
+            Ok(line) => {
+                format!(
+                    "to allow it: add a [[grant]] for this bot, account and scope, containing {line}"
+                )
+            }
+            Err(problem) => format!("no grant can allow it: {problem}"),
         })
     }
 }
@@ -188,7 +197,7 @@ path = "/api/v9/new"
     }
 
     #[test]
-    fn a_yes_names_every_line_that_says_it() {
+    fn explanation_of_an_allowed_request_names_every_line_that_allows_it() {
         let by = explained(
             ("b", "main"),
             Scope::SpotMargin,
@@ -210,7 +219,7 @@ path = "/api/v9/new"
     }
 
     #[test]
-    fn a_no_says_what_to_write() {
+    fn explanation_of_a_denied_request_says_what_to_write() {
         let cases = [
             (
                 "b",
@@ -231,7 +240,7 @@ path = "/api/v9/new"
                 "main",
                 Method::Post,
                 "/api/v3/withdrawals",
-                "no grant can allow it as things stand: \"spot.post.v3-withdrawals\" (withdraw) may move money; it needs \
+                "no grant can allow it: \"spot.post.v3-withdrawals\" (withdraw) can move money and needs \
                  allow_money_out = true in [account.main]",
             ),
             (
@@ -253,7 +262,7 @@ path = "/api/v9/new"
                 "nobody",
                 Method::Get,
                 "/api/v1/accounts",
-                "no [account.nobody]",
+                "to allow it: first add [account.nobody] to the rules",
             ),
             (
                 "x",
@@ -272,7 +281,7 @@ path = "/api/v9/new"
     }
 
     #[test]
-    fn what_is_advised_helps() {
+    fn advised_grant_allows_the_request() {
         let policy = Policy::parse(RULES).unwrap();
         let (bot, account) = ("x".parse().unwrap(), "vault".parse().unwrap());
         let mut helped = 0;
@@ -284,7 +293,7 @@ path = "/api/v9/new"
                 explanation.verdict.map(|_| ()).map_err(|no| no.advice)
             };
             let advice = ask(&policy).unwrap_err().unwrap();
-            let Some((_, line)) = advice.split_once("scope with ") else {
+            let Some((_, line)) = advice.split_once("scope, containing ") else {
                 assert!(
                     endpoint.scope != Some(Scope::SpotMargin) || !endpoint.grantable,
                     "{}: {advice}",

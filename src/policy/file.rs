@@ -1,4 +1,4 @@
-//! The rules file: rules as written become rules as meant, or a list of every problem in them.
+//! Parses the rules file into a [`Policy`], or returns every problem in it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +14,7 @@ impl Policy {
     /// Reads the text of a rules file.
     ///
     /// # Errors
-    /// With every problem at once, each under its key.
+    /// Every problem of the file, each with its key.
     pub fn parse(text: &str) -> Result<Self, Vec<Problem>> {
         let problems = Problems::default();
         let mut policy = Self::default();
@@ -34,13 +34,13 @@ impl Policy {
         let vip = section.number("vip", 0, 0..=12);
         let purpose = section.optional("purpose").unwrap_or_default();
         let allow_money_out = section.optional("allow_money_out").unwrap_or_default();
-        // A revocation that only Vault knows of stays unseen for as long.
+        // While Vault is unreachable, a key that was revoked only in Vault stays in use for this long.
         let risk_increasing = section.number("max_stale_s", 15 * 60, 60..=24 * 3600);
         let cancels_and_reads = section.number("max_stale_cancel_s", 24 * 3600, 60..=7 * 24 * 3600);
         if cancels_and_reads < risk_increasing {
             section.problem(
                 "max_stale_cancel_s",
-                format_args!("is {cancels_and_reads}, less than max_stale_s = {risk_increasing}; cancels and reads must last as long"),
+                format_args!("is {cancels_and_reads}, less than max_stale_s = {risk_increasing}; set it to at least {risk_increasing}"),
             );
         }
         let mut keys = section.section("key");
@@ -66,7 +66,7 @@ impl Policy {
                 if !site.serves(scope) {
                     keys.problem(
                         scope.as_str(),
-                        format_args!("site {site} does not serve this scope; remove the key"),
+                        format_args!("site {site} does not serve this scope; remove this entry"),
                     );
                 }
                 account.keys.insert(scope, key);
@@ -82,7 +82,7 @@ impl Policy {
                     if value.as_ref().is_some_and(|value| !fits(value)) {
                         partner.problem(
                             key,
-                            "expected printable ASCII without spaces, as it stands in a header",
+                            "expected printable ASCII without spaces, because it is sent in a header",
                         );
                     }
                 }
@@ -103,20 +103,20 @@ impl Policy {
         let entry = account.as_ref().and_then(|id| self.accounts.get(id));
         if let (Some(account), None) = (&account, entry) {
             let fix = format_args!(
-                "names no account of this file; add [account.{account}] or correct the name"
+                "account {account} is not in this file; add [account.{account}] or correct the name"
             );
             section.problem("account", fix);
         }
         let entry = entry.cloned();
-        let place = GrantTarget {
+        let target = GrantTarget {
             account: entry.as_deref(),
             scope,
         };
-        // Judged before the grant is known to be whole: what is wrong with its words is said in the same breath.
-        let (whats, idle) = if section.optional("unlisted") == Some(true) {
-            (place.read_unlisted(&mut section), None)
+        // Read even if the bot, account or scope is wrong, so that all problems are reported together.
+        let (entries, idle) = if section.optional("unlisted") == Some(true) {
+            (target.read_unlisted(&mut section), None)
         } else {
-            place.read_allow(&mut section)
+            target.read_allow(&mut section)
         };
         let (Some(bot), Some(account), Some(scope), Some(_)) = (bot, account, scope, &entry) else {
             return;
@@ -124,8 +124,8 @@ impl Policy {
         let scopes = self.bots.entry(bot).or_default().entry(account);
         let grants = scopes.or_default().entry(scope).or_default();
         grants.idle.extend(idle);
-        for (what, rule) in whats {
-            let rules = match what {
+        for (granted, rule) in entries {
+            let rules = match granted {
                 Granted::Class(class) => grants.classes.entry(class).or_default(),
                 Granted::Endpoint(endpoint) => grants.endpoints.entry(&endpoint.id).or_default(),
                 Granted::Unlisted(method, path) => {
@@ -137,14 +137,14 @@ impl Policy {
     }
 }
 
-/// What one word of a grant grants.
+/// What one entry of a grant allows.
 pub(super) enum Granted {
     Class(Risk),
     Endpoint(&'static Endpoint),
     Unlisted(Method, String),
 }
 
-/// Where a grant applies, as far as it is known: what hangs on the rest is judged once that is right.
+/// The account and scope of a grant. Checks that need one that is `None` (missing or wrong in the file) are skipped.
 #[derive(Clone, Copy)]
 pub(super) struct GrantTarget<'a> {
     pub(super) account: Option<&'a Account>,
@@ -152,22 +152,22 @@ pub(super) struct GrantTarget<'a> {
 }
 
 impl GrantTarget<'_> {
-    /// The words of `allow`; or, where it is empty, where it stands.
+    /// The entries of `allow`; a list that is empty becomes a rule that grants nothing, for the warning about it.
     fn read_allow(self, section: &mut Section) -> (Vec<(Granted, Rule)>, Option<Rule>) {
         let words = section.required::<Vec<String>>("allow", "[\"read\", \"trade\"]");
         let Some(words) = words else {
             return (Vec::new(), None);
         };
-        let mut whats = Vec::new();
+        let mut entries = Vec::new();
         let idle = words.is_empty().then(|| rule(section, "allow", ""));
         for (index, word) in words.iter().enumerate() {
             let key = format!("allow[{index}]");
             match self.judge(word) {
-                Ok(what) => whats.push((what, rule(section, &key, word))),
+                Ok(granted) => entries.push((granted, rule(section, &key, word))),
                 Err(problem) => section.problem(&key, format_args!("{word:?} {problem}")),
             }
         }
-        (whats, idle)
+        (entries, idle)
     }
 
     fn read_unlisted(self, section: &mut Section) -> Vec<(Granted, Rule)> {
@@ -181,15 +181,16 @@ impl GrantTarget<'_> {
             return Vec::new();
         }
         let rule = rule(section, "path", &path);
-        let what = method.map(|method| Granted::Unlisted(method, path));
-        what.map(|what| (what, rule)).into_iter().collect()
+        let granted = method.map(|method| Granted::Unlisted(method, path));
+        let entry = granted.map(|granted| (granted, rule));
+        entry.into_iter().collect()
     }
 
-    /// What a word of `allow` grants here, or why it cannot.
+    /// What an entry of `allow` grants here, or why it cannot be granted.
     pub(super) fn judge(self, word: &str) -> Result<Granted, String> {
         if let Some(class) = Risk::ALL.into_iter().find(|risk| risk.as_str() == word) {
             if !class.grantable_as_class() {
-                return Err("is not granted as a class; name each endpoint by its id".to_owned());
+                return Err("cannot be granted as a class; list each endpoint by its id".to_owned());
             }
             self.fits(class)?;
             return Ok(Granted::Class(class));
@@ -204,7 +205,7 @@ impl GrantTarget<'_> {
         })?;
         let Some(belongs) = endpoint.scope else {
             return Err(
-                "is served by the host for exchange brokers, which credbroker does not serve"
+                "is on KuCoin's host for exchange brokers, which credbroker does not support"
                     .to_owned(),
             );
         };
@@ -215,7 +216,7 @@ impl GrantTarget<'_> {
         }
         if !endpoint.grantable {
             return Err(
-                "makes, changes, returns or deletes API keys and can never be granted".to_owned(),
+                "creates, changes, returns or deletes API keys and can never be granted".to_owned(),
             );
         }
         if let Some(account) = self.account {
@@ -230,7 +231,7 @@ impl GrantTarget<'_> {
         Ok(Granted::Endpoint(endpoint))
     }
 
-    /// Whether an endpoint outside the catalogue can be granted here, or why not.
+    /// Checks that an endpoint that is not in the catalogue can be granted here.
     pub(super) fn judge_unlisted(self, method: Option<Method>, path: &str) -> Result<(), String> {
         let mut problems = Vec::new();
         let limits = RequestLimits::default();
@@ -245,16 +246,19 @@ impl GrantTarget<'_> {
             match Catalog::get().find(scope, method, target.path()) {
                 Found::Endpoint(endpoint) => {
                     return Err(format!(
-                        "is {} of the catalogue; grant it by that name in `allow`",
+                        "is the path of {} in the catalogue; grant that id in `allow`",
                         endpoint.id
                     ));
                 }
                 Found::Lookalike(endpoint) => {
-                    return Err(format!("resembles {} of the catalogue", endpoint.id));
+                    return Err(format!(
+                        "resembles the path of {} in the catalogue; grant that id in `allow`, or correct the path",
+                        endpoint.id
+                    ));
                 }
                 Found::NotAnId(endpoint) => {
                     return Err(format!(
-                        "is the fixed path of {} ({}), not one with an id",
+                        "belongs to {} ({}), so no part of it is read as an id; check path, method and scope",
                         endpoint.id, endpoint.method
                     ));
                 }
@@ -268,18 +272,21 @@ impl GrantTarget<'_> {
             }
         }
         if names_api_keys(path) {
-            return Err("contains api-key: API keys are never within a bot's reach".to_owned());
+            return Err(
+                "contains \"api-key\" or another spelling of it; endpoints that manage API keys can never be granted"
+                    .to_owned(),
+            );
         }
         if let Some(account) = self.account
             && !account.allow_money_out
         {
             return Err(money_out(account, "unlisted"));
         }
-        // What an endpoint outside the catalogue does is unknown: take it for the worst that still has a class.
+        // The effect of such an endpoint is unknown: require what class `trade` requires.
         self.fits(Risk::Trade)
     }
 
-    /// Whether the account has what a class needs: a key, and the purpose.
+    /// Checks that the account's site, key and purpose allow a class.
     fn fits(self, risk: Risk) -> Result<(), String> {
         match (self.account, self.scope) {
             (Some(account), Some(scope)) => fits_account(account, scope, risk),
@@ -290,7 +297,7 @@ impl GrantTarget<'_> {
 
 fn rule(section: &Section, key: &str, word: &str) -> Rule {
     Rule {
-        // A grant is a table of an array, and so always on a line.
+        // A grant is a table of an array, which always has a line.
         line: section.line(key).unwrap_or_default(),
         key: section.key(key),
         word: word.to_owned(),
@@ -306,20 +313,20 @@ fn fits_account(account: &Account, scope: Scope, risk: Risk) -> Result<(), Strin
     }
     if risk != Risk::Public && !account.keys.contains_key(&scope) {
         return Err(format!(
-            "needs a key, and the account has none in this scope; add {scope} = \"<key name>\" to [account.{}.key]",
+            "needs a key, but the account has none in this scope; add {scope} = \"<key name>\" to [account.{}.key]",
             account.id
         ));
     }
     if account.purpose == Purpose::ReadOnly && !matches!(risk, Risk::Public | Risk::Read) {
         return Err(format!(
-            "is more than reading, and the purpose of account {} is read-only",
+            "allows more than reads, but account {} has purpose = \"read-only\"",
             account.id
         ));
     }
     Ok(())
 }
 
-/// KuCoin writes `api-key` and, for exchange brokers, `apikey`; a router may take other spellings for the same.
+/// KuCoin writes `api-key` and, for exchange brokers, `apikey`; a lax router may accept other spellings.
 fn names_api_keys(path: &str) -> bool {
     let letters = path.chars().filter(|c| !matches!(c, '-' | '.' | '_' | '~'));
     let letters: String = letters.collect();
@@ -328,7 +335,7 @@ fn names_api_keys(path: &str) -> bool {
 
 fn money_out(account: &Account, kind: &str) -> String {
     format!(
-        "({kind}) may move money; it needs allow_money_out = true in [account.{}]",
+        "({kind}) can move money and needs allow_money_out = true in [account.{}]",
         account.id
     )
 }
@@ -338,7 +345,7 @@ mod tests {
     use super::*;
 
     fn problems(rules: &str) -> Vec<String> {
-        let problems = Policy::parse(rules).expect_err("these rules are wrong");
+        let problems = Policy::parse(rules).expect_err("these rules have problems");
         problems.iter().map(ToString::to_string).collect()
     }
 
@@ -394,7 +401,7 @@ mod tests {
     }
 
     #[test]
-    fn the_words_of_a_grant_are_judged_although_its_account_or_bot_is_wrong() {
+    fn entries_of_a_grant_are_checked_even_if_its_account_or_bot_is_wrong() {
         let rules = r#"
             [account.main]
             key = { spot-margin = "main" }
@@ -417,31 +424,34 @@ mod tests {
         "#;
         let problems = problems(rules);
         let expected = [
-            "line 6: grant[0].account: names no account of this file; add [account.nobody] or correct the name",
-            "line 8: grant[0].allow[0]: \"withdraw\" is not granted as a class; name each endpoint by its id",
+            "line 6: grant[0].account: account nobody is not in this file; add [account.nobody] or correct the name",
+            "line 8: grant[0].allow[0]: \"withdraw\" cannot be granted as a class; list each endpoint by its id",
             "line 8: grant[0].allow[2]: \"futures.get.v1-position\" belongs to scope futures, not to spot-margin",
             "line 9: grant[1].bot: is missing; write for example: bot = \"spiffe://example.org/bot/maker\"",
-            "line 12: grant[1].allow[0]: \"spot.post.v3-withdrawals\" (withdraw) may move money; it needs \
+            "line 12: grant[1].allow[0]: \"spot.post.v3-withdrawals\" (withdraw) can move money and needs \
              allow_money_out = true in [account.main]",
-            "line 15: grant[2].account: names no account of this file; add [account.nobody] or correct the name",
-            "line 19: grant[2].path: contains api-key: API keys are never within a bot's reach",
+            "line 15: grant[2].account: account nobody is not in this file; add [account.nobody] or correct the name",
+            "line 19: grant[2].path: contains \"api-key\" or another spelling of it; endpoints that manage API keys can never be granted",
         ];
         assert_eq!(problems, expected);
     }
 
     #[test]
-    fn every_problem_of_half_a_file_stands_on_a_line_of_it() {
-        let whole = include_str!("../../deploy/rules.toml");
-        let mut wrong = 0;
-        for end in (0..whole.len()).step_by(3) {
-            let half = whole.get(..end).unwrap();
-            for problem in Policy::parse(half).err().into_iter().flatten() {
+    fn every_problem_of_a_truncated_file_has_a_line_in_it() {
+        let text = include_str!("../../deploy/rules.toml");
+        let mut problems = 0;
+        for end in (0..text.len()).step_by(3) {
+            let truncated = text.get(..end).unwrap();
+            for problem in Policy::parse(truncated).err().into_iter().flatten() {
                 let line = problem.line.unwrap();
-                assert!((1..=half.split('\n').count()).contains(&line), "{problem}");
-                wrong += 1;
+                assert!(
+                    (1..=truncated.split('\n').count()).contains(&line),
+                    "{problem}"
+                );
+                problems += 1;
             }
         }
-        assert!(wrong > 100, "{wrong}");
+        assert!(problems > 100, "{problems}");
     }
 
     #[test]
@@ -453,7 +463,7 @@ mod tests {
             let rules = grant(&format!("\"{}\"", risk.as_str()))
                 .replace("[account.main]", "[account.main]\nallow_money_out = true");
             assert!(
-                problems(&rules)[0].contains("not granted as a class"),
+                problems(&rules)[0].contains("cannot be granted as a class"),
                 "{}",
                 risk.as_str()
             );
@@ -461,7 +471,7 @@ mod tests {
     }
 
     #[test]
-    fn an_endpoint_that_moves_money_needs_the_accounts_word_for_it() {
+    fn endpoint_that_moves_money_needs_allow_money_out() {
         let rules = grant("\"spot.post.v3-withdrawals\"");
         assert!(problems(&rules)[0].contains("needs allow_money_out = true in [account.main]"));
         assert!(
@@ -496,7 +506,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unlisted_endpoint_needs_every_word() {
+    fn unlisted_endpoint_needs_money_out_and_no_api_key_path() {
         let rules = |path: &str, money_out: bool| {
             format!(
                 "[account.main]\nallow_money_out = {money_out}\nkey = {{ spot-margin = \"main\" }}\n\
@@ -528,13 +538,13 @@ mod tests {
             other_host[0].contains("does not belong to scope spot-margin"),
             "{other_host:?}"
         );
-        assert!(problems(&rules("/api/v1/accounts", true))[0].contains("of the catalogue"));
+        assert!(problems(&rules("/api/v1/accounts", true))[0].contains("in the catalogue"));
         assert!(problems(&rules("/api/v9/../new", true))[0].contains("expected segments"));
         assert!(problems(&rules("/api/v9/new", true).replace("unlisted = true\n", "")).len() >= 2);
     }
 
     #[test]
-    fn an_undocumented_endpoint_is_granted_by_its_id_alone() {
+    fn undocumented_endpoint_is_granted_only_by_its_id() {
         let allowed = |allow: &str, method, path: &str| {
             let rules = grant(allow)
                 .replace("spot-margin = \"main\"", "unified = \"main\"")
@@ -574,7 +584,7 @@ mod tests {
     }
 
     #[test]
-    fn a_read_only_account_is_read_only() {
+    fn read_only_account_cannot_be_granted_trading() {
         let rules =
             grant("\"trade\"").replace("[account.main]", "[account.main]\npurpose = \"read-only\"");
         assert!(problems(&rules)[0].contains("read-only"));

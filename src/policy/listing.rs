@@ -1,6 +1,6 @@
-//! The rules line by line: what bots may call and how accounts are set; and what differs between two sets of rules.
+//! Lists what the rules allow (endpoints that bots may call, settings of accounts), and compares two listings.
 //!
-//! What is listed is what the rules allow, endpoint by endpoint over the whole catalogue, and not their text.
+//! A listing depends only on what the rules allow, over the whole catalogue, and not on how they are written.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -12,7 +12,7 @@ use super::{Account, Policy};
 use crate::base::ids::{AccountId, BotId};
 use crate::kucoin::{Catalog, Endpoint, Method, Scope};
 
-/// What one line is about. A listing names each once and is sorted.
+/// The subject of a line. Each is in a listing once, sorted.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub enum Item<'p> {
     /// A setting of an account, such as `key.futures`.
@@ -22,7 +22,7 @@ pub enum Item<'p> {
         /// The setting's key.
         setting: String,
     },
-    /// What a bot may call.
+    /// An endpoint that a bot may call.
     Permission {
         /// The bot.
         bot: &'p BotId,
@@ -38,23 +38,23 @@ pub enum Item<'p> {
 /// An endpoint that a bot may call.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub enum Call<'p> {
-    /// The endpoint of this id.
+    /// The endpoint with this id.
     Endpoint(&'static str),
-    /// This path outside the catalogue; the first text is the method.
+    /// A method and a path that are not in the catalogue.
     Unlisted(&'static str, &'p str),
 }
 
 /// The value of each setting, and the risk of each permission.
 pub(crate) type Listing<'p> = BTreeMap<Item<'p>, String>;
 
-/// An item that differs between two listings. `Display` is a line that starts with `+`, `-` or, for another value, `~`.
+/// An item that differs between two listings. Its `Display` starts with `+` (added), `-` (removed) or `~` (changed).
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Change<'p> {
     /// What differs.
     pub item: Item<'p>,
-    /// Its value in the old listing; `None` where that does not have it.
+    /// Its value in the old listing; `None` if it is not in there.
     pub old: Option<String>,
-    /// Its value in the new listing; `None` where that does not have it.
+    /// Its value in the new listing; `None` if it is not in there.
     pub new: Option<String>,
 }
 
@@ -90,7 +90,7 @@ impl Policy {
     }
 }
 
-/// What differs between two listings, in order.
+/// The items that differ between two listings, sorted.
 pub fn differences<'p>(old: &Listing<'p>, new: &Listing<'p>) -> Vec<Change<'p>> {
     let items: BTreeSet<_> = old.keys().chain(new.keys()).collect();
     let changes = items.into_iter().map(|item| Change {
@@ -102,7 +102,7 @@ pub fn differences<'p>(old: &Listing<'p>, new: &Listing<'p>) -> Vec<Change<'p>> 
 }
 
 impl Item<'_> {
-    /// Its line.
+    /// The line for it.
     pub(crate) fn line(&self, value: &str) -> String {
         match self {
             Self::Setting { account, setting } => format!("account {account}: {setting} = {value}"),
@@ -115,7 +115,7 @@ impl Item<'_> {
         }
     }
 
-    /// Its line as an object.
+    /// The line for it as a JSON object.
     pub(crate) fn to_json(&self, value: &str) -> Value {
         let mut line = self.fields();
         if let Self::Setting { .. } = self {
@@ -166,7 +166,7 @@ impl Call<'_> {
         }
     }
 
-    /// Whether it moves money. What an endpoint outside the catalogue does is unknown: it may.
+    /// Whether it can move money. An endpoint that is not in the catalogue is assumed to.
     pub(crate) fn moves_money(self) -> bool {
         let endpoint = self.endpoint();
         endpoint.is_none_or(|endpoint| endpoint.risk.moves_money())
@@ -191,7 +191,7 @@ impl fmt::Display for Call<'_> {
 }
 
 impl Change<'_> {
-    /// The line as an object: `gain` or `loss` of a permission, or a `setting`.
+    /// The line as a JSON object: `gain` or `loss` of a permission, or a `setting`.
     pub fn to_json(&self) -> Value {
         let mut line = Map::new();
         let change = match (&self.item, &self.new) {
@@ -221,7 +221,7 @@ impl fmt::Display for Change<'_> {
     }
 }
 
-/// What the rules say of an account, as key and value.
+/// The settings of an account: key and value.
 fn settings(account: &Account) -> BTreeMap<String, String> {
     let Account {
         id: _,
@@ -281,7 +281,7 @@ mod tests {
     const KEYED: &str = "allow_money_out = true\nkey = { spot-margin = \"main\" }";
 
     #[test]
-    fn class_holds_its_documented_endpoints_and_no_undocumented_one() {
+    fn class_grants_its_documented_endpoints_and_no_undocumented_one() {
         let rules = |allow: &str| {
             let text = format!(
                 "[account.main]\nkey = {{ unified = \"main\" }}\n\
@@ -309,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn other_words_for_the_same_are_no_change() {
+    fn rewriting_the_rules_without_effect_is_no_change() {
         let old = rules(KEYED, &[("b", "allow = [\"read\", \"trade\"]")]);
         let new = rules(
             KEYED,
@@ -326,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn each_change_is_a_line_and_money_is_marked() {
+    fn each_change_is_one_line_and_marks_endpoints_that_move_money() {
         let old = rules(
             KEYED,
             &[(
@@ -382,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn another_site_takes_permissions_away() {
+    fn change_of_site_removes_permissions() {
         let grants = [("b", "allow = [\"trade\"]")];
         let old = rules(KEYED, &grants);
         let new = rules(&format!("site = \"tr\"\n{KEYED}"), &grants);

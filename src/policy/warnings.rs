@@ -1,4 +1,4 @@
-//! What is allowed to stand in the rules, but hardly meant.
+//! Warnings about rules that are valid but probably a mistake.
 
 use std::collections::BTreeSet;
 
@@ -8,7 +8,7 @@ use crate::base::toml_file::Problem;
 use crate::kucoin::{Catalog, Endpoint, Risk, Scope};
 
 impl Policy {
-    /// Bots and grants of the rules: how many there are.
+    /// The number of bots and of grants in the rules.
     pub(crate) fn counts(&self) -> (usize, usize) {
         let granted = self.granted();
         let rules = granted.values().flat_map(|grants| grants.all());
@@ -16,7 +16,7 @@ impl Policy {
         (self.bots.len(), grants.collect::<BTreeSet<_>>().len())
     }
 
-    /// What in these rules does nothing, or less than it seems to, in the order of the file.
+    /// Rules that do nothing, or less than they seem to, in the order of the file.
     pub(crate) fn warnings(&self) -> Vec<Problem> {
         let mut warnings = Vec::new();
         let granted = self.granted();
@@ -30,7 +30,7 @@ impl Policy {
             if scopes.is_empty() {
                 warnings.push(warn(
                     "",
-                    "no grant names this account; its keys are held for nobody",
+                    "no grant names this account, so no bot can use it",
                 ));
                 continue;
             }
@@ -38,7 +38,7 @@ impl Policy {
                 let key = format!(".key.{scope}");
                 warnings.push(warn(
                     &key,
-                    "no grant names this account in this scope; the key is held for nobody",
+                    "no grant names this account in this scope, so no bot can use the key",
                 ));
             }
         }
@@ -50,18 +50,18 @@ impl Policy {
             let mut mine: Vec<&Rule> = mine.flat_map(|(_, grants)| grants.all()).collect();
             mine.sort_unstable();
             if let (false, Some(first)) = (mine.iter().any(|rule| needs_key(rule)), mine.first()) {
-                warnings.push(at(
-                    first,
-                    format_args!("nothing that {bot} may do needs a key"),
-                ));
+                let problem = format_args!(
+                    "the grants for {bot} allow at most public endpoints, which need no key; check that no grant is missing"
+                );
+                warnings.push(at(first, problem));
             }
         }
         warnings.sort_unstable();
         warnings
     }
 
-    /// Where class `read` covers other accounts, should the key be a master account's: one warning for each account. The
-    /// rules do not say whose key it is, so the warnings do not either.
+    /// Warns where class `read` also covers other accounts if the key belongs to a master account, which the rules do not
+    /// show: one warning per account.
     pub(crate) fn warnings_of_master_keys(&self) -> Vec<Problem> {
         let accounts = self.accounts.keys();
         accounts.filter_map(|id| self.warn_of_master(id)).collect()
@@ -91,7 +91,7 @@ impl Policy {
         Some(at(
             first?,
             format_args!(
-                "\"read\" also reads other accounts if {account}'s key belongs to a master account: sub-accounts, invited users \
+                "if {account}'s key belongs to a master account, \"read\" also covers sub-accounts and invited users \
                  ({} endpoints, such as {example}); use a sub-account's key, or grant endpoints by id",
                 endpoints.len()
             ),
@@ -107,7 +107,7 @@ impl Policy {
         warnings: &mut Vec<Problem>,
     ) {
         for rule in &grants.idle {
-            warnings.push(at(rule, "grants nothing"));
+            warnings.push(at(rule, "is empty and grants nothing"));
         }
         for (class, rules) in &grants.classes {
             let mut endpoints = Catalog::get().endpoints().iter();
@@ -119,7 +119,7 @@ impl Policy {
                 warnings.push(at(
                     rule,
                     format_args!(
-                        "{word:?} grants nothing: the site has no such endpoint in this scope"
+                        "{word:?} grants nothing: the site has no endpoint of this class in this scope"
                     ),
                 ));
             }
@@ -140,8 +140,7 @@ impl Policy {
             };
             for rule in rest {
                 let (word, line) = (&rule.word, first.line);
-                let problem =
-                    format_args!("{word:?} grants nothing more than {first} in line {line}");
+                let problem = format_args!("{word:?} is already granted by {first} on line {line}");
                 warnings.push(at(rule, problem));
             }
         }
@@ -149,7 +148,7 @@ impl Policy {
 }
 
 impl Grants {
-    /// Every rule, and grants without any.
+    /// All rules, including those of `allow = []`.
     fn all(&self) -> impl Iterator<Item = &Rule> {
         self.rules().into_iter().chain(&self.idle)
     }
@@ -174,7 +173,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_hardly_meant_is_said_with_its_line() {
+    fn each_warning_has_its_line() {
         let rules = r#"[account.main]
 key = { spot-margin = "main", futures = "main" }
 [account.spare]
@@ -213,19 +212,19 @@ allow = ["public", "spot.get.v1-timestamp"]
             problems.iter().map(ToString::to_string).collect()
         };
         let expected = [
-            "line 1: account.main.key.futures: no grant names this account in this scope; the key is held for nobody",
-            "line 3: account.spare: no grant names this account; its keys are held for nobody",
-            "line 17: grant[1].allow[0]: \"spot.get.v1-accounts\" grants nothing more than grant[0].allow[0] = \"read\" in line 11",
-            "line 19: grant[1].allow[2]: \"trade\" grants nothing more than grant[0].allow[1] = \"trade\" in line 11",
-            "line 25: grant[2].allow: grants nothing",
-            "line 25: grant[2].allow: nothing that c may do needs a key",
-            "line 30: grant[3].allow[0]: nothing that d may do needs a key",
-            "line 30: grant[3].allow[1]: \"spot.get.v1-timestamp\" grants nothing more than grant[3].allow[0] = \"public\" in line 30",
+            "line 1: account.main.key.futures: no grant names this account in this scope, so no bot can use the key",
+            "line 3: account.spare: no grant names this account, so no bot can use it",
+            "line 17: grant[1].allow[0]: \"spot.get.v1-accounts\" is already granted by grant[0].allow[0] = \"read\" on line 11",
+            "line 19: grant[1].allow[2]: \"trade\" is already granted by grant[0].allow[1] = \"trade\" on line 11",
+            "line 25: grant[2].allow: is empty and grants nothing",
+            "line 25: grant[2].allow: the grants for c allow at most public endpoints, which need no key; check that no grant is missing",
+            "line 30: grant[3].allow[0]: the grants for d allow at most public endpoints, which need no key; check that no grant is missing",
+            "line 30: grant[3].allow[1]: \"spot.get.v1-timestamp\" is already granted by grant[3].allow[0] = \"public\" on line 30",
         ];
         assert_eq!(texts(policy.warnings()), expected);
         let of_master = |account: &str| {
             format!(
-                "\"read\" also reads other accounts if {account}'s key belongs to a master account: sub-accounts, invited users \
+                "if {account}'s key belongs to a master account, \"read\" also covers sub-accounts and invited users \
                  (12 endpoints, such as spot.get.v2-sub-user); use a sub-account's key, or grant endpoints by id"
             )
         };

@@ -1,4 +1,4 @@
-//! The gRPC codec of both listeners: prost's, with buffers of the size of an order.
+//! The gRPC codec of both listeners: prost's, with buffers sized for an order.
 
 use std::marker::PhantomData;
 
@@ -6,14 +6,14 @@ use prost::Message;
 use tonic::codec::{BufferSettings, Codec};
 use tonic_prost::{ProstDecoder, ProstEncoder};
 
-/// Bytes that a buffer begins with; it grows as it needs. The library's 8 KiB are 20 times the size of an order, and every
-/// buffer is wiped as it is freed.
+/// Initial bytes of a buffer; it grows as needed. The library's 8 KiB are 20 times the size of an order, and every buffer
+/// is wiped when it is freed.
 const BUFFER_BYTES: usize = 1024;
 
-/// Bytes from which a stream's buffer is sent; the library's own value. No call of ours is a stream.
+/// Bytes from which a stream's buffer is sent; the library's default. This API has no streams.
 const YIELD_THRESHOLD: usize = 32 * 1024;
 
-/// Reads `Decode` and writes `Encode`.
+/// Decodes `Decode` and encodes `Encode`.
 #[derive(Debug)]
 pub(crate) struct SmallBuffers<Encode, Decode>(PhantomData<(Encode, Decode)>);
 

@@ -1,4 +1,4 @@
-//! From a socket to TLS connections whose peers have shown their certificates: for bots and for admins alike.
+//! Accepts TLS connections with a verified client certificate, for bots and for admins.
 
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -15,11 +15,11 @@ use super::handshakes::HandshakeSlots;
 use super::tls::{Tls, Trust};
 use crate::telemetry::Metrics;
 
-/// TLS handshakes at once. One more ends the oldest of the address that has the most: a handshake that goes on takes
-/// milliseconds, and whoever opens connections and says nothing does not keep others out.
+/// Concurrent TLS handshakes. One more closes the oldest one of the network that has the most: a normal handshake takes
+/// milliseconds, and a client that opens connections without completing them must not lock others out.
 const HANDSHAKES: usize = 512;
 
-/// What a listener needs to take connections.
+/// What a listener needs to accept connections.
 pub(super) struct Acceptor {
     pub(super) tls: watch::Receiver<Arc<Tls>>,
     /// How long a handshake may take.
@@ -29,7 +29,7 @@ pub(super) struct Acceptor {
 }
 
 impl Acceptor {
-    /// Has every connection served until told to stop; returns once all of them have ended.
+    /// Accepts connections until shutdown and passes each one to `serve`; returns once all have ended.
     pub(super) async fn run<F: Future<Output = ()> + Send + 'static>(
         self,
         socket: TcpListener,
@@ -44,32 +44,32 @@ impl Acceptor {
             };
             let (stream, peer) = match accepted {
                 Ok(accepted) => accepted,
-                // The peer has gone again already.
+                // The peer has already disconnected.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
                 Err(_) => {
-                    // Out of descriptors: let some connections end first.
+                    // Out of descriptors: wait until some connections end.
                     self.metrics.connection_refused("descriptors");
                     sleep(Duration::from_millis(50)).await;
                     continue;
                 }
             };
-            let place = HandshakeSlots::take(&handshakes, network(peer.ip()));
+            let slot = HandshakeSlots::take(&handshakes, network(peer.ip()));
             let (tls, within) = (self.tls.clone(), self.within);
             let (metrics, serve) = (Arc::clone(&self.metrics), serve.clone());
             connections.spawn(async move {
-                let shaken = tokio::select! {
-                    shaken = shake_hands(stream, tls, within) => shaken,
-                    () = place.is_given_up.cancelled() => Err(io::Error::other("too many handshakes at once")),
+                let handshake = tokio::select! {
+                    handshake = shake_hands(stream, tls, within) => handshake,
+                    () = slot.eviction.cancelled() => Err(io::Error::other("closed: too many handshakes at once")),
                 };
-                drop(place);
-                match shaken {
+                drop(slot);
+                match handshake {
                     Ok(Some((stream, trust))) => serve(stream, trust).await,
                     Ok(None) => _ = metrics.connections_unused.inc(),
                     Err(error) => refused(&metrics, peer, &error),
                 }
             });
         }
-        // Whoever comes now is refused, and goes elsewhere.
+        // Clients that connect from now on are refused and can try another broker.
         drop(socket);
         connections.close();
         connections.wait().await;
@@ -79,48 +79,48 @@ impl Acceptor {
 fn refused(metrics: &Metrics, peer: SocketAddr, error: &io::Error) {
     metrics.connection_refused("handshake");
     if let Some(suppressed) = metrics.allow_log() {
-        tracing::info!(%peer, %error, suppressed, "TLS handshake failed");
+        tracing::info!(network.peer.address = %peer.ip(), network.peer.port = peer.port(), exception.message = %error, suppressed, "TLS handshake failed");
     }
 }
 
-/// `None` for a peer that closes before its first byte, as the TCP check of a load balancer does.
+/// Returns `None` if the peer closes before its first byte, as the TCP check of a load balancer does.
 async fn shake_hands(
     stream: TcpStream,
     tls: watch::Receiver<Arc<Tls>>,
     within: Duration,
 ) -> io::Result<Option<(TlsStream<TcpStream>, Trust)>> {
-    // Small answers must not wait for acknowledgements: 40 ms each without this.
+    // Otherwise each small response waits 40 ms for an acknowledgement.
     stream.set_nodelay(true)?;
-    let (now, shaken) = timeout(within, async {
+    let (tls_used, handshake) = timeout(within, async {
         let is_unused = match stream.peek(&mut [0]).await {
             Ok(bytes) => bytes == 0,
             Err(error) => error.kind() == io::ErrorKind::ConnectionReset,
         };
-        let now = Arc::clone(&tls.borrow());
+        let tls = Arc::clone(&tls.borrow());
         if is_unused {
-            return (now, None);
+            return (tls, None);
         }
-        let shaken = now.acceptor.accept(stream).await;
-        (now, Some(shaken))
+        let handshake = tls.acceptor.accept(stream).await;
+        (tls, Some(handshake))
     })
     .await
     .map_err(|_| io::ErrorKind::TimedOut)?;
-    let Some(stream) = shaken.transpose()? else {
+    let Some(stream) = handshake.transpose()? else {
         return Ok(None);
     };
     let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
-    // The verifier has seen to it that there is a certificate that can be read.
-    let trust = Trust::new(chain, now.generation, tls).ok_or(io::ErrorKind::InvalidData)?;
+    // The verifier has made sure that there is a certificate that parses.
+    let trust = Trust::new(chain, tls_used.generation, tls).ok_or(io::ErrorKind::InvalidData)?;
     Ok(Some((stream, trust)))
 }
 
-/// Returns once the broker stops.
+/// Returns once the broker is shutting down.
 pub(super) async fn shutdown_requested(stopping: &mut watch::Receiver<bool>) {
-    // An error means that the broker is gone.
+    // An error means that the broker was dropped.
     let _ = stopping.wait_for(|stop| *stop).await;
 }
 
-/// What one peer can have for itself: an IPv4 address, or a /64 of IPv6.
+/// The addresses that count as one peer: an IPv4 address, or a /64 of IPv6.
 fn network(peer: IpAddr) -> IpAddr {
     match peer.to_canonical() {
         IpAddr::V4(address) => address.into(),
@@ -133,7 +133,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_of_one_network_are_one_peer() {
+    fn addresses_of_one_ipv6_64_count_as_one_peer() {
         let network = |address: &str| network(address.parse().unwrap());
         assert_eq!(network("2001:db8::1"), network("2001:db8::2"));
         assert_ne!(network("2001:db8::1"), network("2001:db8:0:1::1"));

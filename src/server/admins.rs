@@ -1,7 +1,7 @@
-//! The admins' listener: few connections, small calls.
+//! The admin listener: few connections, small calls.
 //!
-//! It has nothing to do with the bots' places: whatever bots do, an admin gets in. A call that has arrived goes on to its
-//! end, also when the admin hangs up or loses his certificate meanwhile.
+//! It has its own limits, so an admin can connect whatever bots do. A call that has been received completes, even if the
+//! admin disconnects or the certificate becomes invalid meanwhile.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,19 +27,19 @@ use crate::base::ids::AdminId;
 use crate::base::text::clean;
 use crate::kucoin::Malformed;
 
-/// Connections of admins. One more ends the oldest of the admin who has the most.
+/// Concurrent connections of admins. One more closes the oldest one of the admin who has the most.
 const CONNECTIONS: usize = 16;
 
-/// Calls at once on one connection.
+/// Concurrent calls on one connection.
 const STREAMS: u32 = 8;
 
-/// How long a connection lives: a command needs one for a moment.
+/// Maximum age of a connection; a command needs one only briefly.
 const AGE: Duration = Duration::from_secs(600);
 
-/// More than any call needs: names, or a key.
+/// Bytes of a message. No call needs as many: it holds names, or a key.
 const MESSAGE_BYTES: usize = 64 * 1024;
 
-/// Characters of a method in the log: ours have fewer.
+/// Characters of a method name in the log; names of this API are shorter.
 const METHOD_CHARS: usize = 100;
 
 /// One connection of one admin.
@@ -49,22 +49,20 @@ struct AdminConnection {
     calls: TaskTracker,
 }
 
-/// Serves admins until told to stop; returns once every connection and every call has ended.
+/// Serves admins until shutdown; returns once every connection and every call has ended.
 pub(super) async fn serve(listener: Listener, socket: TcpListener) {
     let (listener, calls) = (Arc::new(listener), TaskTracker::new());
     let acceptor = listener.acceptor();
-    let (places, tracker) = (HandshakeSlots::new(CONNECTIONS), calls.clone());
+    let (slots, tracker) = (HandshakeSlots::new(CONNECTIONS), calls.clone());
     let serve = move |stream, trust: Trust| {
-        let (places, listener, calls) =
-            (Arc::clone(&places), Arc::clone(&listener), tracker.clone());
+        let (slots, listener, calls) = (Arc::clone(&slots), Arc::clone(&listener), tracker.clone());
         async move {
-            // The verifier has seen to it that the certificate names one admin.
+            // The verifier has made sure that the certificate names one admin.
             let Some(admin) = trust.caller::<AdminId>() else {
                 return listener.broker.metrics.connection_refused("certificate");
             };
-            let place = HandshakeSlots::take(&places, admin.clone());
-            let connection =
-                ClientConnection::new(listener, trust, place.is_given_up.clone(), None);
+            let slot = HandshakeSlots::take(&slots, admin.clone());
+            let connection = ClientConnection::new(listener, trust, slot.eviction.clone(), None);
             let admin_connection = Arc::new(AdminConnection {
                 connection,
                 admin,
@@ -82,15 +80,28 @@ pub(super) async fn serve(listener: Listener, socket: TcpListener) {
     calls.wait().await;
 }
 
+/// The name of a status as in the gRPC specification, such as `DEADLINE_EXCEEDED`.
+fn status_name(code: Code) -> String {
+    let mut name = String::new();
+    for char in format!("{code:?}").chars() {
+        if char.is_ascii_uppercase() && !name.is_empty() {
+            name.push('_');
+        }
+        name.push(char.to_ascii_uppercase());
+    }
+    name
+}
+
 impl AdminConnection {
     async fn call(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
         let began = Instant::now();
-        let method = clean(request.uri().path(), METHOD_CHARS).into_owned();
+        let method = request.uri().path().trim_start_matches('/');
+        let method = clean(method, METHOD_CHARS).into_owned();
         if let Some(problem) = not_grpc(&request) {
             self.refused(&AdminError::Malformed(vec![problem]));
             let metrics = &self.connection.listener.broker.metrics;
             if let Some(suppressed) = metrics.allow_log() {
-                tracing::warn!(admin.id = %self.admin, method, http.status = 415, suppressed, "admin call refused: not gRPC");
+                tracing::warn!(admin.id = %self.admin, rpc.method = method, http.response.status_code = 415, suppressed, "admin call refused: not gRPC");
             }
             return unsupported_media_type();
         }
@@ -104,11 +115,11 @@ impl AdminConnection {
         let code =
             Status::from_header_map(response.headers()).map_or(Code::Ok, |status| status.code());
         let duration_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
-        tracing::info!(admin.id = %self.admin, method, ?code, duration_ms, "admin call");
+        tracing::info!(admin.id = %self.admin, rpc.method = method, rpc.response.status_code = status_name(code), duration_ms, "admin call");
         response
     }
 
-    /// Counts and audits a call that never got as far as the API.
+    /// Counts and audits a call that was refused before it reached the API.
     fn refused(&self, error: &AdminError) {
         if let Some(reason) = error.refusal() {
             let broker = &self.connection.listener.broker;
@@ -116,7 +127,7 @@ impl AdminConnection {
         }
     }
 
-    /// In a task of its own, so that an admin who hangs up tears nothing.
+    /// Runs the call in a separate task, so that an admin who disconnects does not interrupt it.
     async fn answer(&self, request: Request<Incoming>) -> Result<Response<Body>, AdminError> {
         if let Some(problem) = oversized(&request) {
             return Err(AdminError::Malformed(vec![problem]));
@@ -129,7 +140,7 @@ impl AdminConnection {
         let request = Request::from_parts(head, Body::new(Full::new(message)));
         let mut routes = self.connection.listener.routes.clone();
         let answering = self.calls.spawn(async move { routes.call(request).await });
-        // An error is a panic, and the log has it.
+        // An error is a panic, which has been logged.
         let response = match answering.await.map_err(|_| AdminError::Internal)? {
             Ok(response) => response,
             Err(never) => match never {},
@@ -148,7 +159,7 @@ impl From<MessageError> for AdminError {
     fn from(error: MessageError) -> Self {
         match error {
             MessageError::BrokenOff => {
-                Self::Malformed(vec![Malformed::new("message", "the request was cut off")])
+                Self::Malformed(vec![Malformed::new("message", "not received completely")])
             }
             MessageError::TooLong(limit) => Self::Malformed(vec![too_long(limit)]),
             MessageError::Slow(limit) => Self::Slow(limit),

@@ -1,4 +1,4 @@
-//! The bots' listener: what a bot may have at once is bounded, and a call that is refused here is told why.
+//! The bot listener: limits the connections and calls of each bot, and answers a refused call with the reason.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,10 +26,10 @@ use crate::base::ids::{BotId, RequestId};
 use crate::broker::admission::{Admitted, CallSlot};
 use crate::broker::{BrokerError, Overload};
 
-/// Calls at once on one connection; gRPC clients queue what is beyond.
+/// Concurrent calls on one connection; gRPC clients queue further ones.
 const STREAMS: u32 = 256;
 
-/// How long a connection that is one too many is kept, to tell its calls why.
+/// How long a connection over the limit stays open, so that its calls get the reason.
 const TURNED_AWAY_FOR: Duration = Duration::from_secs(5);
 
 /// One connection of one bot.
@@ -38,21 +38,21 @@ struct BotConnection {
     bot: BotId,
     /// Bytes of the longest message.
     limit: usize,
-    /// Why its calls are refused; none where they are served.
+    /// Why its calls are refused; `None` if they are served.
     refusal: Option<Overload>,
 }
 
-/// What a bot may call.
+/// The kind of an RPC.
 #[derive(Clone, Copy, Eq, PartialEq)]
 enum Rpc {
     SignAndSend,
-    /// Reads while it answers.
+    /// A stream: reads requests while it responds.
     Reflection,
-    /// Health, and what there is not.
+    /// Health, and unknown methods.
     Other,
 }
 
-/// Serves bots until told to stop; returns once every connection has ended. Messages have at most `limit` bytes.
+/// Serves bots until shutdown; returns once every connection has ended. Messages have at most `limit` bytes.
 pub(super) async fn serve(listener: Listener, socket: TcpListener, limit: usize) {
     let listener = Arc::new(listener);
     let acceptor = listener.acceptor();
@@ -60,31 +60,31 @@ pub(super) async fn serve(listener: Listener, socket: TcpListener, limit: usize)
     acceptor.run(socket, serve).await;
 }
 
-/// Serves a connection if its bot has a place for it.
+/// Serves a connection if the limits allow it; otherwise refuses its calls with the reason, or closes it.
 async fn admit(listener: Arc<Listener>, stream: TlsStream<TcpStream>, trust: Trust, limit: usize) {
     let metrics = &listener.broker.metrics;
-    // The verifier has seen to it that the certificate names one bot.
+    // The verifier has made sure that the certificate names one bot.
     let Some(bot) = trust.caller::<BotId>() else {
         return metrics.connection_refused("certificate");
     };
     let (slot, refusal) = match listener.broker.admission.connection(&bot) {
         Some(Admitted::Served(slot)) => (slot, None),
         Some(Admitted::TurnedAway(slot, refusal)) => {
-            let whose = match refusal {
-                Overload::Connections(_) => "many",
-                _ => "bot",
+            let reason = match refusal {
+                Overload::Connections(_) => "limit",
+                _ => "bot_limit",
             };
-            metrics.connection_refused(whose);
+            metrics.connection_refused(reason);
             if let Some(suppressed) = metrics.allow_log() {
                 tracing::warn!(bot.id = %bot, suppressed, "{refusal}");
             }
             (slot, Some(refusal))
         }
-        None => return metrics.connection_refused("many"),
+        None => return metrics.connection_refused("limit"),
     };
     let age = match refusal {
         Some(_) => TURNED_AWAY_FOR,
-        // Not all at once that came at once.
+        // Connections that were opened at the same time do not close at the same time.
         None => listener.limits.age.mul_f64(0.9 + 0.1 * fastrand::f64()),
     };
     let never = CancellationToken::new();
@@ -103,7 +103,7 @@ async fn admit(listener: Arc<Listener>, stream: TlsStream<TcpStream>, trust: Tru
 }
 
 impl BotConnection {
-    /// One call: refused here, or passed on with the bot's name.
+    /// Refuses a call, or passes it on with the bot's name.
     async fn call(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
         if let Some(problem) = not_grpc(&request) {
             drop(self.refused(BrokerError::Malformed(vec![problem])));
@@ -122,7 +122,7 @@ impl BotConnection {
             path if path.starts_with("/grpc.reflection.") => Rpc::Reflection,
             _ => Rpc::Other,
         };
-        let slot = self.place(&request, rpc)?;
+        let slot = self.slot(&request, rpc)?;
         let in_use = self.connection.begin(Some(slot.clone()));
         let (mut head, body) = request.into_parts();
         let path = head.uri.clone();
@@ -133,14 +133,16 @@ impl BotConnection {
         });
         let connection = &self.connection;
         let body = if rpc == Rpc::Reflection {
-            // It is not read for longer than a message may take.
+            // A stream is read no longer than a message may take.
             let within = sleep(connection.listener.limits.request);
             Body::new(StreamBody::new(BodyStream::new(body).take_until(within)))
         } else {
             match connection.message(body, self.limit).await {
                 Ok(message) => Body::new(Full::new(message)),
                 Err(MessageError::BrokenOff) => {
-                    return Ok(Status::cancelled("the request was cut off").into_http());
+                    return Ok(
+                        Status::cancelled("the request was not received completely").into_http()
+                    );
                 }
                 Err(MessageError::Slow(limit)) => return Err(BrokerError::Slow(limit)),
                 Err(MessageError::TooLong(limit)) => {
@@ -160,12 +162,12 @@ impl BotConnection {
         if let Some(problem) = unread(&response).filter(|_| rpc == Rpc::SignAndSend) {
             return Err(BrokerError::Malformed(vec![problem]));
         }
-        // A stream of health reports lasts; it is no answer that waits.
+        // A health stream stays open without data; it must not count as an unread response.
         Ok(in_use.answer(response, rpc == Rpc::SignAndSend))
     }
 
-    /// The place of a call, if it may have one.
-    fn place(&self, request: &Request<Incoming>, rpc: Rpc) -> Result<CallSlot, BrokerError> {
+    /// Takes a slot for a call, if it is allowed.
+    fn slot(&self, request: &Request<Incoming>, rpc: Rpc) -> Result<CallSlot, BrokerError> {
         let admission = &self.connection.listener.broker.admission;
         if !self.connection.is_trusted() {
             return Err(BrokerError::Untrusted);
@@ -182,7 +184,7 @@ impl BotConnection {
         })
     }
 
-    /// Records a call that never got as far as the broker, and makes the answer to it.
+    /// Audits a call that was refused before it reached the broker, and returns its status.
     fn refused(&self, error: BrokerError) -> Status {
         let id = RequestId::random();
         let broker = &self.connection.listener.broker;

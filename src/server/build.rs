@@ -1,6 +1,6 @@
-//! Puts a broker together from its configuration, and begins nothing: no listener, no poll, no question, no lock.
+//! Builds a broker from its configuration without starting anything: no listener, no poll, no request, no lock.
 //!
-//! For [`Server`](super::Server), and for commands that look at an installation without one.
+//! For [`Server`](super::Server), and for commands that check an installation without a server.
 
 use std::sync::Arc;
 
@@ -26,27 +26,25 @@ use crate::restrictions::Restrictions;
 use crate::telemetry::Metrics;
 use crate::vault::Vault;
 
-/// A broker that has not begun anything.
+/// A broker that has not been started.
 #[derive(Debug)]
 pub(crate) struct Assembled {
-    /// Sends requests once the names of hosts are resolved, by [`Egress::start`] or [`Egress::resolve`]; the places of its
-    /// keys are empty.
+    /// Can send once host names are resolved, by [`Egress::start`] or [`Egress::resolve`]. No keys are loaded.
     pub(crate) broker: Arc<Broker>,
-    /// The way to Vault, not logged in.
+    /// The Vault client, not logged in.
     pub(crate) vault: Arc<Vault>,
-    /// For listeners, which are not part of it.
+    /// Certificates for the listeners, which are not part of this.
     pub(crate) certificates: Certificates,
-    /// What TLS computes with.
+    /// The cryptography that TLS uses.
     pub(crate) provider: Arc<CryptoProvider>,
 }
 
-/// Puts a broker together of what the files hold. Opens the audit file, which is made where it is missing; writes nothing.
+/// Builds a broker from the loaded files. Opens the audit log, creating it if it is missing; writes nothing to it.
 ///
-/// Whoever means to stay holds the lock of the state folder before, so that what is forbidden is read once nobody else
-/// writes it.
+/// A server must lock the state folder first, so that no other broker writes `restrictions.json` after it was read.
 ///
 /// # Errors
-/// When the audit file or cannot load restrictions.json, or TLS cannot be set up.
+/// When the audit log or `restrictions.json` cannot be opened, or TLS cannot be set up.
 pub(crate) fn assemble(
     config: &Config,
     loaded: Loaded,
@@ -71,10 +69,10 @@ pub(crate) fn assemble(
     })
 }
 
-/// The request path alone: no keys, and no way to Vault.
+/// Only the request path: no keys and no Vault client.
 ///
 /// # Errors
-/// When the audit file or cannot load restrictions.json.
+/// When the audit log or `restrictions.json` cannot be opened.
 pub(crate) fn broker(
     config: &Config,
     policy: Policy,
@@ -106,12 +104,12 @@ pub(crate) fn broker(
     })
 }
 
-/// What TLS computes with, everywhere.
+/// The cryptography for all TLS.
 pub(crate) fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::aws_lc_rs::default_provider())
 }
 
-/// The way to the exchange.
+/// The client for the exchange.
 pub(crate) fn egress(
     config: &Config,
     roots: RootCertStore,
@@ -121,12 +119,12 @@ pub(crate) fn egress(
     tls.alpn_protocols = vec![b"http/1.1".to_vec()];
     let (settings, origins) = (config.egress.clone(), config.origins.clone());
     Egress::new(settings, origins, &Arc::new(tls)).map_err(|origin| {
-        let problem = format!("{} is neither a DNS name nor an address", origin.name);
+        let problem = format!("{} is neither a DNS name nor an IP address", origin.name);
         StartError::Config(vec![Problem::new("exchange", problem)])
     })
 }
 
-/// The way to Vault.
+/// The client for Vault.
 pub(crate) fn vault(
     config: &Config,
     roots: RootCertStore,
@@ -138,7 +136,7 @@ pub(crate) fn vault(
         .map_err(|error| StartError::Tls(Box::new(error)))
 }
 
-/// TLS towards Vault and the exchange: these roots and no others, no client certificate.
+/// Client TLS for Vault and the exchange: only these roots, no client certificate.
 pub(crate) fn client_tls(
     roots: RootCertStore,
     provider: &Arc<CryptoProvider>,

@@ -1,7 +1,7 @@
-//! One TLS connection of a bot or of an admin: served as HTTP/2 until its peer goes or it must end.
+//! One TLS connection of a bot or an admin: served as HTTP/2 until the peer disconnects or the broker closes it.
 //!
-//! A connection ends gracefully with its age, with its certificate, when its CA is trusted no longer, when it has been idle
-//! for long, or when its peer takes no answers.
+//! The broker closes a connection that is too old or idle for too long, whose certificate has expired or is no longer
+//! trusted, or whose peer does not read responses, and all connections at shutdown.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -37,31 +37,31 @@ use crate::broker::admission::{CallSlot, ConnectionSlot};
 use crate::config::ConnectionLimits;
 use crate::kucoin::Malformed;
 
-/// How long an answer may wait for its peer to take it.
+/// How long a response may wait for its peer to read it.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 
-/// Bytes of an answer that are handed on at once. The next ones wait until the peer has taken these, so that an answer
-/// that nobody reads is known to be one.
+/// Bytes of a response that are passed on at once. The next ones wait until the peer has read these, so that an unread
+/// response is noticed.
 const PIECE: usize = 16 * 1024;
 
-/// Bytes of answers that a connection buffers for its peer.
+/// Bytes of responses that a connection buffers for its peer.
 const SEND_BUFFER: usize = 64 * 1024;
 
-/// Bytes of a call's headers: more than any call needs.
+/// Bytes of a call's headers; no call needs as many.
 const HEADER_BYTES: usize = 16 * 1024;
 
-/// Bytes of headers that are read, so that a call with more than [`HEADER_BYTES`] is refused by us: the HTTP library
-/// answers what is beyond with 431, without our details, and libraries of bots do not even send it.
+/// Bytes of headers that are read, so that the broker itself can refuse a call with more than [`HEADER_BYTES`]. Beyond
+/// this, the HTTP library responds with 431 and without details, and gRPC clients do not even send the call.
 const READ_HEADER_BYTES: u32 = 256 * 1024;
 
-/// A peer that answers no ping for so long is gone.
+/// Interval of pings, and how long to wait for a pong before the connection closes.
 const PING: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(20));
 
-/// How often a connection looks at the wall clock: its certificate ends by that, also after the machine has slept.
-const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// How often a connection is checked. Certificates expire by the wall clock, also while the machine is suspended.
+const CHECK_EVERY: Duration = Duration::from_secs(5);
 
 /// How long a closing connection waits for a peer that neither calls nor disconnects.
-const FAREWELL: Duration = Duration::from_secs(5);
+const CLOSE_IDLE: Duration = Duration::from_secs(5);
 
 /// What all connections of a listener share.
 pub(super) struct Listener {
@@ -76,40 +76,40 @@ pub(super) struct Listener {
 pub(super) struct ClientConnection {
     pub(super) listener: Arc<Listener>,
     trust: Trust,
-    /// Cancelled when it must make room for another.
-    is_given_up: CancellationToken,
-    /// Answers that are being written, by their number, since when.
+    /// Cancelled when it must make room for another connection.
+    eviction: CancellationToken,
+    /// Since when each response has been waiting for its peer, by the number of the call.
     answers: Mutex<HashMap<u64, Instant>>,
     calls: AtomicUsize,
-    /// How many calls it has had.
+    /// How many calls it has had; numbers the next one.
     numbers: AtomicU64,
     /// When its last call ended, in milliseconds since boot.
     used_ms: AtomicI64,
-    /// Its place among the bots' connections.
+    /// Its slot among the bots' connections.
     _slot: Option<ConnectionSlot>,
 }
 
-/// Why a connection takes no more calls.
+/// Why the broker closes a connection.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Close {
     Age,
     Certificate,
     Idle,
-    OneTooMany,
+    Evicted,
     Stopping,
-    /// Its answers are not taken.
+    /// The peer does not read responses.
     Stuck,
 }
 
-/// Why there is no message.
+/// Why the message of a call could not be read.
 pub(super) enum MessageError {
-    /// The peer went before all of it was there: nobody is left to tell.
+    /// The stream or connection ended before the whole message was received.
     BrokenOff,
     /// It is longer than this number of bytes.
     TooLong(usize),
     /// It did not arrive within this time.
     Slow(Duration),
-    /// The peer is trusted no longer.
+    /// The peer's certificate is no longer trusted.
     Untrusted,
 }
 
@@ -132,14 +132,14 @@ impl ClientConnection {
     pub(super) fn new(
         listener: Arc<Listener>,
         trust: Trust,
-        is_given_up: CancellationToken,
+        eviction: CancellationToken,
         slot: Option<ConnectionSlot>,
     ) -> Arc<Self> {
         let used_ms = AtomicI64::new(listener.boot_ms());
         Arc::new(Self {
             listener,
             trust,
-            is_given_up,
+            eviction,
             answers: Mutex::default(),
             calls: AtomicUsize::new(0),
             numbers: AtomicU64::new(0),
@@ -148,7 +148,7 @@ impl ClientConnection {
         })
     }
 
-    /// Has `call` answer each call, at most `streams` at once; ends after `age` at the latest.
+    /// Runs `call` for each call, at most `streams` at the same time; closes the connection after `age` at the latest.
     pub(super) async fn serve<F: Future<Output = Response<Body>> + Send + 'static>(
         &self,
         stream: TlsStream<TcpStream>,
@@ -168,41 +168,41 @@ impl ClientConnection {
             .max_send_buf_size(SEND_BUFFER)
             .max_header_list_size(READ_HEADER_BYTES);
         let mut http = pin!(http.serve_connection(TokioIo::new(stream), service));
-        let why = tokio::select! {
-            // The peer went, or broke the protocol: nobody is left to tell.
+        let reason = tokio::select! {
+            // The peer disconnected or broke the protocol: there is nobody to respond to.
             _ = &mut http => return,
-            why = self.must_end(age) => why,
+            reason = self.must_end(age) => reason,
         };
-        tracing::debug!(?why, "closing connection");
-        if why == Close::Stuck {
+        tracing::debug!(?reason, "closing connection");
+        if reason == Close::Stuck {
             return;
         }
         http.as_mut().graceful_shutdown();
-        // Calls in flight go on to their end, whether or not anybody waits for their answer.
+        // Calls in flight run to completion, also if the peer has disconnected.
         tokio::select! {
             _ = timeout(self.listener.limits.grace, http) => {}
             () = self.unused() => {}
         }
     }
 
-    /// Returns once no call has used the connection for a while from now on.
+    /// Returns once the connection has been idle for [`CLOSE_IDLE`] from now.
     async fn unused(&self) {
         loop {
-            sleep(FAREWELL).await;
-            if self.is_idle_for(FAREWELL) {
+            sleep(CLOSE_IDLE).await;
+            if self.is_idle_for(CLOSE_IDLE) {
                 return;
             }
         }
     }
 
-    /// Whether it has no call, and had none for so long.
+    /// Whether it has no calls and has had none for `limit`.
     fn is_idle_for(&self, limit: Duration) -> bool {
         let idle_ms = self.listener.boot_ms() - self.used_ms.load(Ordering::Relaxed);
         self.calls.load(Ordering::Relaxed) == 0
             && idle_ms >= i64::try_from(limit.as_millis()).unwrap_or(i64::MAX)
     }
 
-    /// Returns once the connection takes no more calls.
+    /// Returns once the connection must be closed.
     async fn must_end(&self, age: Duration) -> Close {
         let (mut trust, mut stopping) = (self.trust.changes(), self.listener.stopping.clone());
         let mut age = pin!(sleep(age));
@@ -210,9 +210,9 @@ impl ClientConnection {
             tokio::select! {
                 () = &mut age => return Close::Age,
                 () = shutdown_requested(&mut stopping) => return Close::Stopping,
-                () = self.is_given_up.cancelled() => return Close::OneTooMany,
+                () = self.eviction.cancelled() => return Close::Evicted,
                 Ok(()) = trust.changed() => {}
-                () = sleep(LOOK_EVERY) => {}
+                () = sleep(CHECK_EVERY) => {}
             }
             if !self.is_trusted() {
                 return Close::Certificate;
@@ -226,19 +226,19 @@ impl ClientConnection {
         }
     }
 
-    /// Whether the peer's certificate would still be let in.
+    /// Whether the peer's certificate is still valid and trusted.
     pub(super) fn is_trusted(&self) -> bool {
         self.trust.holds(self.listener.broker.clock.wall_ms())
     }
 
-    /// Whether an answer has been waiting for long to be taken.
+    /// Whether a response has been unread for longer than [`ANSWER_WITHIN`].
     fn is_stuck(&self) -> bool {
         let answers = self.answers.lock();
         let oldest = answers.values().min();
         oldest.is_some_and(|since| since.elapsed() > ANSWER_WITHIN)
     }
 
-    /// The message of a call once all of it is there, from a peer that is trusted before and after.
+    /// Reads the whole message of a call; the peer must be trusted before and after.
     pub(super) async fn message(
         &self,
         body: Incoming,
@@ -257,7 +257,7 @@ impl ClientConnection {
                 MessageError::BrokenOff
             }
         })?;
-        // Its CA may have been taken away, or its time be over, since the head of the call came.
+        // The certificate may have expired, or its CA may have been removed, since the call started.
         if self.is_trusted() {
             Ok(body.to_bytes())
         } else {
@@ -265,7 +265,7 @@ impl ClientConnection {
         }
     }
 
-    /// Counts a call until its answer is written.
+    /// Counts a call until its response is written.
     pub(super) fn begin(self: &Arc<Self>, slot: Option<CallSlot>) -> InUse {
         self.calls.fetch_add(1, Ordering::Relaxed);
         InUse {
@@ -284,7 +284,7 @@ pub(super) struct InUse {
 }
 
 impl InUse {
-    /// The answer, which holds the call's place until it is written. With `is_timed`, the peer must take it in time.
+    /// The response, which keeps the call's slot until it is written. With `is_timed`, the peer must read it in time.
     pub(super) fn answer(self, response: Response<Body>, is_timed: bool) -> Response<Body> {
         if is_timed {
             self.mark_answered();
@@ -299,7 +299,7 @@ impl InUse {
         })
     }
 
-    /// From now on it is for the peer to take what comes of the answer.
+    /// Starts the time limit for the peer to read the response.
     fn mark_answered(&self) {
         self.connection
             .answers
@@ -318,13 +318,13 @@ impl Drop for InUse {
     }
 }
 
-/// An answer that holds its call's place until it is written: one that nobody takes uses memory.
+/// A response that keeps its call's slot until it is written, since an unread response uses memory.
 struct AnswerBody {
     body: Body,
-    /// What of the body has not been handed on yet.
+    /// The part of the body that has not been passed on yet.
     rest: Bytes,
     in_use: InUse,
-    /// Whether it must be taken within a limit.
+    /// Whether the peer must read it within a time limit.
     is_timed: bool,
 }
 
@@ -346,7 +346,7 @@ impl http_body::Body for AnswerBody {
             }
         }
         if self.is_timed {
-            // The peer takes it: the wait starts over.
+            // The peer is reading: the time limit starts again.
             self.in_use.mark_answered();
         }
         let piece = self.rest.len().min(PIECE);
@@ -363,12 +363,12 @@ impl http_body::Body for AnswerBody {
     }
 }
 
-/// What is wrong with a message of more than `limit` bytes.
+/// The problem of a message of more than `limit` bytes.
 pub(super) fn too_long(limit: usize) -> Malformed {
-    Malformed::new("message", format!("longer than {limit} bytes"))
+    Malformed::new("message", format!("expected at most {limit} bytes"))
 }
 
-/// What is wrong with a request that is no gRPC call; what a browser sends for a page of another site never is one.
+/// The problem of a request that is not a gRPC call. Cross-site requests of browsers never are gRPC calls.
 ///
 /// Source: gRPC over HTTP/2, "Requests".
 pub(super) fn not_grpc<B>(request: &Request<B>) -> Option<Malformed> {
@@ -379,15 +379,14 @@ pub(super) fn not_grpc<B>(request: &Request<B>) -> Option<Malformed> {
     (!is_grpc).then(|| Malformed::new("content-type", problem))
 }
 
-/// The answer to a request that is no gRPC call, as the same source has it.
+/// The response to a request that is not a gRPC call, according to the same source.
 pub(super) fn unsupported_media_type() -> Response<Body> {
     let mut response = Response::new(Body::empty());
     *response.status_mut() = StatusCode::UNSUPPORTED_MEDIA_TYPE;
     response
 }
 
-/// What is wrong with the headers of a call, if they and its path are longer than [`HEADER_BYTES`]; counted as RFC 9113,
-/// section 6.5.2 counts them.
+/// The problem of a call whose headers and path are longer than [`HEADER_BYTES`], counted as in RFC 9113, section 6.5.2.
 pub(super) fn oversized<B>(request: &Request<B>) -> Option<Malformed> {
     let path = request.uri().path_and_query();
     let path = (":path", path.map_or(0, |path| path.as_str().len()));
@@ -398,21 +397,21 @@ pub(super) fn oversized<B>(request: &Request<B>) -> Option<Malformed> {
         .map(|(name, length)| name.len() + length + 32)
         .sum();
     (bytes > HEADER_BYTES).then(|| {
-        let problem = format!("has {bytes} bytes; expected at most {HEADER_BYTES}");
+        let problem = format!("expected at most {HEADER_BYTES} bytes, got {bytes}");
         Malformed::new("metadata", problem)
     })
 }
 
-/// What the gRPC library said of a message that it could not read, or of a compression that it does not know: it says so
-/// without our details, and a bot would have to take it for `maybe_sent`.
+/// The problem that the gRPC library reported for an unreadable message or an unknown compression. Its status has no
+/// details, so a bot would have to treat the call as `maybe_sent`.
 pub(super) fn unread(response: &Response<Body>) -> Option<Malformed> {
     let status = Status::from_header_map(response.headers())?;
     let is_ours = status.code() == Code::Ok || !status.details().is_empty();
     (!is_ours).then(|| Malformed::new("message", status.message()))
 }
 
-/// Whether no service has the method that was called: only then does the gRPC library answer UNIMPLEMENTED without a
-/// message. With one, a service says what else it cannot do, such as a compression.
+/// Whether no service has the called method: only then does the gRPC library return UNIMPLEMENTED without a message. With
+/// a message, a service lacks something else, such as a compression.
 pub(super) fn is_unimplemented(response: &Response<Body>) -> bool {
     let status = Status::from_header_map(response.headers());
     status.is_some_and(|status| status.code() == Code::Unimplemented && status.message().is_empty())

@@ -1,4 +1,4 @@
-//! Places that are bounded, and shared out fairly: one more ends the oldest of whoever has the most.
+//! A limited number of slots, shared fairly: one more evicts the oldest slot of the holder with the most.
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::Hash;
@@ -7,73 +7,73 @@ use std::sync::Arc;
 use crate::base::lock::Mutex;
 use tokio_util::sync::CancellationToken;
 
-/// Places that are taken, in the order in which they were.
+/// The slots in use, oldest first.
 pub(super) struct HandshakeSlots<K> {
     limit: usize,
-    taken: Mutex<Taken<K>>,
+    in_use: Mutex<InUse<K>>,
 }
 
-struct Taken<K> {
+struct InUse<K> {
     count: u64,
-    places: BTreeMap<u64, (K, CancellationToken)>,
+    slots: BTreeMap<u64, (K, CancellationToken)>,
 }
 
-/// One of them; it is free again when this drops.
+/// One slot; it is free again when this drops.
 pub(super) struct HandshakeSlot<K: Clone + Eq + Hash> {
-    places: Arc<HandshakeSlots<K>>,
+    slots: Arc<HandshakeSlots<K>>,
     number: u64,
-    /// Cancelled when it must make room.
-    pub(super) is_given_up: CancellationToken,
+    /// Cancelled when the slot is evicted.
+    pub(super) eviction: CancellationToken,
 }
 
 impl<K: Clone + Eq + Hash> HandshakeSlots<K> {
     pub(super) fn new(limit: usize) -> Arc<Self> {
-        let (count, places) = (0, BTreeMap::new());
+        let (count, slots) = (0, BTreeMap::new());
         Arc::new(Self {
             limit,
-            taken: Mutex::new(Taken { count, places }),
+            in_use: Mutex::new(InUse { count, slots }),
         })
     }
 
-    /// Takes one; makes room for it where there is none.
-    pub(super) fn take(places: &Arc<Self>, who: K) -> HandshakeSlot<K> {
-        let mut taken = places.taken.lock();
-        if taken.places.len() >= places.limit {
-            taken.give_one_up();
+    /// Takes a slot for `holder`; evicts another one if none is free.
+    pub(super) fn take(slots: &Arc<Self>, holder: K) -> HandshakeSlot<K> {
+        let mut in_use = slots.in_use.lock();
+        if in_use.slots.len() >= slots.limit {
+            in_use.evict_one();
         }
-        taken.count += 1;
-        let (number, is_given_up) = (taken.count, CancellationToken::new());
-        taken.places.insert(number, (who, is_given_up.clone()));
+        in_use.count += 1;
+        let (number, eviction) = (in_use.count, CancellationToken::new());
+        in_use.slots.insert(number, (holder, eviction.clone()));
         HandshakeSlot {
-            places: Arc::clone(places),
+            slots: Arc::clone(slots),
             number,
-            is_given_up,
+            eviction,
         }
     }
 }
 
-impl<K: Clone + Eq + Hash> Taken<K> {
-    /// Ends the oldest of whoever has the most.
-    fn give_one_up(&mut self) {
+impl<K: Clone + Eq + Hash> InUse<K> {
+    /// Evicts the oldest slot of the holder with the most slots.
+    fn evict_one(&mut self) {
         let mut counts: HashMap<&K, usize> = HashMap::new();
-        for (who, _) in self.places.values() {
-            *counts.entry(who).or_default() += 1;
+        for (holder, _) in self.slots.values() {
+            *counts.entry(holder).or_default() += 1;
         }
         let most = counts.values().max().copied();
         let oldest = self
-            .places
+            .slots
             .iter()
-            .find(|(_, (who, _))| counts.get(who).copied() == most)
+            .find(|(_, (holder, _))| counts.get(holder).copied() == most)
             .map(|(number, _)| *number);
-        if let Some((_, is_given_up)) = oldest.and_then(|number| self.places.remove(&number)) {
-            is_given_up.cancel();
+        if let Some((_, eviction)) = oldest.and_then(|number| self.slots.remove(&number)) {
+            eviction.cancel();
         }
     }
 }
 
 impl<K: Clone + Eq + Hash> Drop for HandshakeSlot<K> {
     fn drop(&mut self) {
-        self.places.taken.lock().places.remove(&self.number);
+        self.slots.in_use.lock().slots.remove(&self.number);
     }
 }
 
@@ -82,34 +82,34 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_more_ends_the_oldest_of_whoever_has_the_most() {
-        let places = HandshakeSlots::new(512);
-        let take = |who: &'static str| HandshakeSlots::take(&places, who);
+    fn when_full_the_oldest_slot_of_the_largest_holder_is_evicted() {
+        let slots = HandshakeSlots::new(512);
+        let take = |holder: &'static str| HandshakeSlots::take(&slots, holder);
         let bot = take("bot");
         let silent: Vec<_> = (1..512).map(|_| take("silent")).collect();
-        let gone = |silent: &[HandshakeSlot<_>]| {
+        let evicted = |silent: &[HandshakeSlot<_>]| {
             silent
                 .iter()
-                .filter(|one| one.is_given_up.is_cancelled())
+                .filter(|one| one.eviction.is_cancelled())
                 .count()
         };
-        assert_eq!(gone(&silent), 0);
+        assert_eq!(evicted(&silent), 0);
         let other = take("other");
-        assert!(silent[0].is_given_up.is_cancelled());
-        assert_eq!(gone(&silent), 1);
-        assert!(!bot.is_given_up.is_cancelled() && !other.is_given_up.is_cancelled());
+        assert!(silent[0].eviction.is_cancelled());
+        assert_eq!(evicted(&silent), 1);
+        assert!(!bot.eviction.is_cancelled() && !other.eviction.is_cancelled());
         drop((bot, other, silent));
-        assert!(places.taken.lock().places.is_empty());
+        assert!(slots.in_use.lock().slots.is_empty());
     }
 
     #[test]
-    fn where_everybody_has_one_the_oldest_of_all_ends() {
-        let places = HandshakeSlots::new(8);
+    fn when_every_holder_has_one_slot_the_oldest_is_evicted() {
+        let slots = HandshakeSlots::new(8);
         let all: Vec<_> = (0..11)
-            .map(|who| HandshakeSlots::take(&places, who))
+            .map(|holder| HandshakeSlots::take(&slots, holder))
             .collect();
         for (number, one) in all.iter().enumerate() {
-            assert_eq!(one.is_given_up.is_cancelled(), number < 3, "{number}");
+            assert_eq!(one.eviction.is_cancelled(), number < 3, "{number}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Peer certificate -> caller of a role: bot or admin. Refuses, and logs with names and reason, any other certificate.
+//! Maps a client certificate to a bot or admin. Refuses any other certificate, and logs its names and the reason.
 
 use std::fmt::{self, Write};
 use std::marker::PhantomData;
@@ -16,10 +16,10 @@ use crate::base::ids::{AdminId, BotId, IdError};
 use crate::base::trust;
 use crate::telemetry::Metrics;
 
-/// Why a certificate that a trusted CA signed names no caller of the role that the listener is for.
+/// Why a certificate that a trusted CA signed is not valid for the role of the listener.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CertificateRefused {
-    /// The name is not one of this role.
+    /// The name is not valid for this role.
     #[error("certificate identity is not valid for this listener: {kind} SAN: {error}")]
     Name {
         /// Which kind of subject alternative name: `DNS` or `URI`.
@@ -27,9 +27,9 @@ pub(crate) enum CertificateRefused {
         /// What was expected.
         error: IdError,
     },
-    /// Too many or too few names to know who it is.
+    /// Too many or too few names.
     #[error(
-        "expected one URI SAN, or without one exactly one DNS SAN; it has {uris} URI and {dns} DNS"
+        "expected exactly one URI SAN, or no URI SAN and exactly one DNS SAN; got {uris} URI and {dns} DNS"
     )]
     Names {
         /// How many URI SANs it has.
@@ -38,26 +38,26 @@ pub(crate) enum CertificateRefused {
         dns: usize,
     },
     /// It does not parse.
-    #[error("it is not an X.509 certificate")]
+    #[error("not an X.509 certificate")]
     NotX509,
     /// It was not issued for clients.
-    #[error("its extended key usage does not name clientAuth")]
+    #[error("extended key usage does not include clientAuth")]
     Usage,
 }
 
-/// A role that certificates give to callers. Each kind of subject alternative name is read as what it is: the name
-/// constraints of a CA are for one kind each, so a DNS name that reads like a URI would get around those for URIs.
+/// A role of callers. Each kind of subject alternative name is parsed separately: name constraints of a CA apply to one
+/// kind each, so a DNS name that looks like a URI would bypass those for URIs.
 pub(crate) trait CertificateRole: fmt::Debug + Sized + 'static {
     /// The caller that a DNS SAN names.
     ///
     /// # Errors
-    /// When it names none of this role.
+    /// When it is not a name of this role.
     fn from_dns_san(name: &str) -> Result<Self, IdError>;
 
     /// The caller that a URI SAN names.
     ///
     /// # Errors
-    /// When it names none of this role.
+    /// When it is not a name of this role.
     fn from_uri_san(uri: &str) -> Result<Self, IdError>;
 }
 
@@ -103,7 +103,7 @@ pub(crate) fn caller_of<R: CertificateRole>(
         match name {
             GeneralName::URI(uri) => uris.push(*uri),
             GeneralName::DNSName(name) => dns.push(*name),
-            // It could be a URI that was meant to count.
+            // It could be an invalid URI, so the number of URIs is unknown.
             GeneralName::Invalid(..) => return Err(CertificateRefused::NotX509),
             _ => {}
         }
@@ -122,7 +122,7 @@ pub(crate) fn caller_of<R: CertificateRole>(
     }
 }
 
-/// When a certificate ends: Unix time in milliseconds; `None` where it does not parse.
+/// When a certificate expires: Unix time in milliseconds; `None` if it does not parse.
 pub(crate) fn not_after_ms(certificate: &CertificateDer<'_>) -> Option<i64> {
     let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
     certificate
@@ -132,7 +132,8 @@ pub(crate) fn not_after_ms(certificate: &CertificateDer<'_>) -> Option<i64> {
         .checked_mul(1000)
 }
 
-/// Verifies client certificates: the chain as rustls does, without intermediates that may not sign, then that it names one caller of the role `R`.
+/// Verifies client certificates: first the chain, without intermediates that must not sign; then that it names one caller
+/// of the role `R`.
 #[derive(Debug)]
 pub(crate) struct CallerVerifier<R> {
     chain: Arc<dyn ClientCertVerifier>,
@@ -141,7 +142,7 @@ pub(crate) struct CallerVerifier<R> {
 }
 
 impl<R> CallerVerifier<R> {
-    /// Verifies against `chain` first.
+    /// Verifies the chain with `chain`.
     pub(crate) fn new(chain: Arc<dyn ClientCertVerifier>, metrics: Arc<Metrics>) -> Self {
         Self {
             chain,
@@ -216,7 +217,7 @@ impl<R: CertificateRole> ClientCertVerifier for CallerVerifier<R> {
     }
 }
 
-/// Subject and alternative names of any certificate, for the log. Whoever sent it chose them: escaped and cut.
+/// Subject and alternative names of any certificate, for the log. The client chose them: escaped and truncated.
 fn names(certificate: &CertificateDer<'_>) -> String {
     let Ok((_, certificate)) = X509Certificate::from_der(certificate) else {
         return "unreadable certificate".to_owned();

@@ -1,4 +1,4 @@
-//! `/healthz`, `/readyz` and `/metrics`, on a listener of their own.
+//! `/healthz`, `/readyz` and `/metrics`, on a separate listener.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -20,13 +20,13 @@ use tokio::time::timeout;
 use crate::base::text::{MAX_CHARS, clean};
 use crate::broker::Broker;
 use crate::config::FileProblems;
-use crate::ops::health::{HealthMetrics, Readiness, details, readiness};
+use crate::ops::health::{HealthMetrics, ProcessMetrics, Readiness, details, readiness};
 use crate::telemetry::MetricsFormat;
 
-/// Scrapers and probes at once.
+/// Concurrent connections of scrapers and probes.
 const CONNECTIONS: usize = 64;
 
-/// How long a scraper may take in all, so that those that do not read leave room for probes.
+/// How long a connection may take in total, so that scrapers that do not read do not block probes.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long a scraper may take to send its request head.
@@ -38,16 +38,21 @@ pub(crate) async fn serve(
     broker: Arc<Broker>,
     problems: watch::Receiver<FileProblems>,
 ) {
-    let mut registry = broker.metrics.registry();
+    let mut registry = Registry::default();
+    registry
+        .sub_registry_with_prefix("process")
+        .register_collector(Box::new(ProcessMetrics));
+    let own = registry.sub_registry_with_prefix("credbroker");
+    broker.metrics.register(own);
     let state = Arc::new(HealthMetrics { broker, problems });
-    registry.register_collector(Box::new(Arc::clone(&state)));
+    own.register_collector(Box::new(Arc::clone(&state)));
     let registry = Arc::new(registry);
     let connections = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
-        // Never closed, so it never fails.
+        // The semaphore is never closed, so this never fails.
         let permit = Arc::clone(&connections).acquire_owned().await;
         let Ok((stream, _)) = listener.accept().await else {
-            // Out of descriptors: let some connections end first.
+            // Out of descriptors: wait until some connections end.
             tokio::time::sleep(Duration::from_millis(50)).await;
             continue;
         };
@@ -61,7 +66,7 @@ pub(crate) async fn serve(
             http.timer(TokioTimer::new())
                 .header_read_timeout(HEADER_TIMEOUT)
                 .keep_alive(false);
-            // The scraper's connection failed: nobody is left to tell.
+            // If the connection fails, there is nobody to respond to.
             let serving = http.serve_connection(TokioIo::new(stream), service);
             let _ = timeout(CONNECTION_TIMEOUT, serving).await;
             drop(permit);
@@ -74,7 +79,7 @@ fn route(
     state: &HealthMetrics,
     registry: &Registry,
 ) -> Response<Full<Bytes>> {
-    // The HTTP library leaves out the body of the answer to a HEAD (RFC 9110, section 9.3.2).
+    // The HTTP library omits the body of the response to a HEAD (RFC 9110, section 9.3.2).
     let method = match *request.method() {
         Method::HEAD => &Method::GET,
         ref other => other,
@@ -96,7 +101,7 @@ fn route(
             if request.uri().query() == Some("verbose") {
                 reasons.extend(details(&state.broker, &state.problems.borrow()));
             }
-            // What Vault and the exchange write is quoted here, and read in terminals.
+            // Contains text from Vault and the exchange, and is read in terminals.
             let line = |reason: &String| clean(reason, MAX_CHARS).into_owned() + "\n";
             let lines: String = reasons.iter().map(line).collect();
             let lines = format!("{word}\n{lines}");

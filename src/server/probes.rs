@@ -1,4 +1,4 @@
-//! Which hosts are asked for their time: those that the rules' accounts sign for.
+//! Runs the probes: the time of every host that the rules' accounts use, and the egress address.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,16 +10,16 @@ use crate::broker::{Broker, probes};
 use crate::clock::HostId;
 use crate::policy::Policy;
 
-/// The running questions; they end when this drops.
+/// The running probes; they end when this drops.
 pub(crate) struct Probes {
     times: BTreeMap<HostId, AbortHandle>,
     address: Option<AbortHandle>,
-    /// How often to ask for the address.
+    /// How often to check the egress address.
     address_every: Duration,
 }
 
 impl Probes {
-    /// Nothing is asked until [`Probes::follow`].
+    /// Starts nothing until [`Probes::follow`].
     pub(crate) fn new(address_every: Duration) -> Self {
         Self {
             times: BTreeMap::new(),
@@ -28,15 +28,15 @@ impl Probes {
         }
     }
 
-    /// Asks from which address requests come, and the hosts of these rules, and no other, for their time.
+    /// Checks the egress address, and the time of the hosts of these rules and of no others.
     pub(crate) fn follow(&mut self, broker: &Arc<Broker>, policy: &Policy) {
         let host_ids = policy.hosts();
         if self.address.as_ref().is_none_or(AbortHandle::is_finished) {
-            let asking = probes::watch_address(Arc::clone(broker), self.address_every);
-            self.address = Some(tokio::spawn(asking).abort_handle());
+            let probe = probes::watch_address(Arc::clone(broker), self.address_every);
+            self.address = Some(tokio::spawn(probe).abort_handle());
         }
         self.times.retain(|host_id, task| {
-            // One that a defect has ended is started again.
+            // A probe that has panicked is started again.
             let stays = !task.is_finished() && host_ids.contains(host_id);
             if !stays {
                 task.abort();

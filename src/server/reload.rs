@@ -1,8 +1,8 @@
-//! Rules and certificates change without a restart.
+//! Reloads rules and certificates without a restart.
 //!
-//! The files are read every second and compared by what stands in them, so that a rename, a swapped symlink and a write
-//! in place all count. What is new is taken once two looks in a row agree: a file that somebody is still writing is not
-//! taken for what it will be. What cannot be used leaves everything as it was, and says so until it is mended.
+//! The files are read every second and compared by content, so that a rename, a swapped symlink and a write in place are
+//! all noticed. New content is loaded once two reads in a row agree, so that a half-written file is not loaded. If it
+//! cannot be used, the previous content stays in use, and the problem is reported until the file is fixed.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -27,13 +27,13 @@ use crate::keyring::refresh::Refresher;
 use crate::keyring::{KeySnapshot, KeyState};
 use crate::policy::Policy;
 
-/// How long new rules wait for what they name for the first time: keys in Vault, the time at a host.
+/// How long new rules wait for keys and clocks of hosts that the old rules did not name.
 const READY_WITHIN: Duration = Duration::from_secs(5);
 
-/// How often it is looked whether a host has told its time.
-const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// How often to check whether a host's time has been measured.
+const CHECK_EVERY: Duration = Duration::from_millis(20);
 
-/// Keeps the broker as its files are.
+/// Keeps the broker in sync with its files.
 pub(super) struct Reloader {
     pub(super) broker: Arc<Broker>,
     pub(super) refresher: Refresher,
@@ -41,19 +41,19 @@ pub(super) struct Reloader {
     pub(super) provider: Arc<CryptoProvider>,
     pub(super) rules: PathBuf,
     pub(super) tls_files: TlsFiles,
-    /// The bots'.
+    /// TLS of the bot listener.
     pub(super) tls: watch::Sender<Arc<Tls>>,
     pub(super) admins_tls: watch::Sender<Arc<Tls>>,
     pub(super) problems: watch::Sender<FileProblems>,
-    /// SHA-256 of the CAs of bots and admins in force.
+    /// SHA-256 of the CAs in use for bots and admins.
     pub(super) cas: [u8; 32],
     /// All files whose permissions are checked.
     pub(super) files: Arc<[NamedFile]>,
-    /// What to warn of in the CAs in force, each under its setting.
+    /// Warnings about the CAs in use, each with its setting.
     pub(super) ca_warnings: Vec<Problem>,
 }
 
-/// A check that may hang on a mount, in a thread of its own. Its result is taken once it is there, and never waited for.
+/// A check that may hang on a mount, in a separate thread. The reload loop never waits for its result.
 struct BackgroundCheck<T>(Option<JoinHandle<T>>);
 
 impl<T> Default for BackgroundCheck<T> {
@@ -63,10 +63,10 @@ impl<T> Default for BackgroundCheck<T> {
 }
 
 impl<T: Send + 'static> BackgroundCheck<T> {
-    /// The result of the check that has ended since the last poll, if one has. Starts the next one unless one is running.
+    /// Returns the result of a check that has ended since the last poll. Starts the next one unless one is running.
     async fn poll(&mut self, check: impl FnOnce() -> T + Send + 'static) -> Option<T> {
         let found = match self.0.take_if(|running| running.is_finished()) {
-            // An error means that it panicked: the next one may not.
+            // An error means that it panicked; the next one may succeed.
             Some(ended) => ended.await.ok(),
             None => None,
         };
@@ -75,23 +75,23 @@ impl<T: Send + 'static> BackgroundCheck<T> {
     }
 }
 
-/// What stands in a group of files, and what of it has been dealt with.
+/// The contents of a group of files, as SHA-256.
 struct Watched {
-    what: &'static str,
+    file: &'static str,
     in_force: [u8; 32],
-    /// Taken or refused.
+    /// The last contents that were loaded or refused.
     judged: [u8; 32],
-    /// Why it was refused, as long as it is: what is taken is not judged again, but what is too early for its time is
-    /// good later.
+    /// Why the current contents were refused. Refused contents are tried again: a certificate that is not valid yet will be
+    /// later.
     refused: Option<String>,
-    /// What the last look saw.
+    /// The contents at the last read.
     seen: [u8; 32],
 }
 
 impl Watched {
-    fn new(what: &'static str, digest: [u8; 32]) -> Self {
+    fn new(file: &'static str, digest: [u8; 32]) -> Self {
         Self {
-            what,
+            file,
             in_force: digest,
             judged: digest,
             refused: None,
@@ -99,7 +99,7 @@ impl Watched {
         }
     }
 
-    /// Whether two looks in a row saw something that has not been taken.
+    /// Whether two reads in a row agree on contents that are not loaded.
     fn observe(&mut self, digest: [u8; 32]) -> bool {
         let is_settled = std::mem::replace(&mut self.seen, digest) == digest;
         is_settled && (self.judged != digest || self.refused.is_some())
@@ -107,7 +107,7 @@ impl Watched {
 }
 
 impl Reloader {
-    /// Looks every so often until it is dropped. `rules` and `tls` are the files as they were read at the start.
+    /// Checks the files every `every` until dropped. `rules` and `tls` are the files as read at the start.
     pub(super) async fn run(mut self, every: Duration, rules: Source, tls: TlsSources) {
         let mut rules = Watched::new("rules", rules.digest());
         let mut tls = Watched::new("tls", tls.digest());
@@ -120,9 +120,9 @@ impl Reloader {
             open = permission_check.poll(check).await.unwrap_or(open);
             self.warn(&open);
             sleep(every).await;
-            // Also starts again what a defect has ended.
+            // Also restarts tasks that have panicked.
             self.follow();
-            // A mount that hangs holds this task up, and nothing else.
+            // A mount that hangs blocks only this task.
             let (rules_file, tls_files) = (self.rules.clone(), self.tls_files.clone());
             let read = move || (Source::read(&rules_file), TlsSources::read(&tls_files));
             let read = spawn_blocking(read).await;
@@ -133,23 +133,23 @@ impl Reloader {
                 continue;
             }
             if rules.observe(rules_source.digest()) {
-                let judged = self.take_rules(&rules_source).await;
+                let judged = self.load_rules(&rules_source).await;
                 self.settle(&mut rules, judged);
             }
             if tls.observe(tls_sources.digest()) {
-                let judged = self.take_certificates(&tls_sources);
+                let judged = self.load_certificates(&tls_sources);
                 self.settle(&mut tls, judged);
             }
         }
     }
 
-    /// Asks Vault for the keys, and the exchange for the time, that the rules in force name, and for no others.
+    /// Polls the keys and probes the hosts of the rules in use, and no others.
     fn follow(&mut self) {
         self.refresher.follow();
         self.probes.follow(&self.broker, &self.broker.policy());
     }
 
-    /// Keeps the warnings about files in use; `open` are those about permissions. Logs each one that is new.
+    /// Updates the warnings about files in use; `open` are those about permissions. Logs each new one.
     fn warn(&self, open: &[Problem]) {
         let mut warnings = self.ca_warnings.clone();
         warnings.extend_from_slice(open);
@@ -167,26 +167,26 @@ impl Reloader {
         self.problems.send_modify(|all| all.warnings = warnings);
     }
 
-    /// The record begins with what is in force.
+    /// Audits the files that are in use at the start.
     fn record_start(&self, rules: &Watched, tls: &Watched) {
         for watched in [rules, tls] {
             self.broker.audit.changed(&Change {
-                what: watched.what,
+                file: watched.file,
                 before: None,
                 after: &watched.in_force,
-                outcome: "in_force",
+                outcome: "loaded",
                 detail: None,
             });
         }
     }
 
-    /// New keys first, so that no call fails for a key that is only on its way; then the rules; then what they no longer
-    /// name goes. A call that is still waiting for a connection asks the rules once more.
-    async fn take_rules(&mut self, source: &Source) -> Result<(), Vec<Problem>> {
+    /// Loads new rules: first reads new keys, so that no call fails for a key that is still loading; then switches the rules;
+    /// then removes keys that they no longer name. A call that is waiting for a connection checks the rules again.
+    async fn load_rules(&mut self, source: &Source) -> Result<(), Vec<Problem>> {
         let policy = Arc::new(load::rules(source)?);
         let old = self.broker.policy();
         if policy.counts().1 == 0 && old.counts().1 > 0 {
-            let problem = "holds no grant at all; a file that was cut short looks like this. To lock every bot out, stop the broker";
+            let problem = "has no grants, but the rules in use have some; check that the file is not truncated (to lock out all bots, stop the broker instead)";
             return Err(vec![Problem::new("rules", problem)]);
         }
         let known: Vec<_> = self.broker.keyring.entries();
@@ -205,68 +205,69 @@ impl Reloader {
         Ok(())
     }
 
-    /// Connections from now on shake hands by them; those of CAs that are gone end.
-    fn take_certificates(&mut self, sources: &TlsSources) -> Result<(), Vec<Problem>> {
+    /// Loads new certificates: new connections use them; connections whose CA was removed are closed.
+    fn load_certificates(&mut self, sources: &TlsSources) -> Result<(), Vec<Problem>> {
         let now_ms = self.broker.clock.wall_ms();
         let problems = Problems::default();
         let certificates = load::certificates(sources, now_ms, &problems);
         let warnings = problems.take_warnings();
         problems.into_result()?;
-        // What is missing has been reported as a problem.
+        // `None` has been reported as a problem.
         let certificates = certificates.ok_or_else(Vec::new)?;
         let not_after_ms = certificates.not_after_ms;
-        // Connections are checked again only where other CAs may have issued their certificates.
+        // Open connections are verified again only if the CAs have changed.
         let cas = sources.cas_digest();
         let generation = self.tls.borrow().generation + u64::from(self.cas != cas);
         let (provider, metrics) = (&self.provider, &self.broker.metrics);
         let (bots_ca, admins_ca) = (&certificates.client_ca, &certificates.admin_ca);
-        let unfit = |error: StartError| vec![Problem::new("tls", crate::telemetry::chain(&error))];
+        let unusable =
+            |error: StartError| vec![Problem::new("tls", crate::telemetry::chain(&error))];
         let bots = Tls::new::<BotId>(&certificates, bots_ca, generation, provider, metrics);
-        let bots = bots.map_err(unfit)?;
+        let bots = bots.map_err(unusable)?;
         let admins = Tls::new::<AdminId>(&certificates, admins_ca, generation, provider, metrics);
-        let admins = admins.map_err(unfit)?;
+        let admins = admins.map_err(unusable)?;
         self.cas = cas;
-        // Those of the roots of Vault and exchange stay: their files are read at the start alone.
+        // Warnings about the roots of Vault and the exchange stay: those files are read only at the start.
         self.ca_warnings
             .retain(|warning| !warning.key.starts_with("tls."));
         self.ca_warnings.extend(warnings);
-        metrics.certificate_ends.set(not_after_ms / 1000);
+        metrics.certificate_not_after.set(not_after_ms / 1000);
         self.tls.send_replace(Arc::new(bots));
         self.admins_tls.send_replace(Arc::new(admins));
         Ok(())
     }
 
-    /// Records and reports what became of a change.
+    /// Audits and reports the result of a change.
     fn settle(&self, watched: &mut Watched, judged: Result<(), Vec<Problem>>) {
-        let (what, before, after) = (watched.what, watched.in_force, watched.seen);
+        let (file, before, after) = (watched.file, watched.in_force, watched.seen);
         let detail = judged.as_ref().err().map(|problems| sentence(problems));
-        let refused_before = std::mem::replace(&mut watched.refused, detail.clone());
-        let is_old_news = std::mem::replace(&mut watched.judged, after) == after
+        let previous_refusal = std::mem::replace(&mut watched.refused, detail.clone());
+        let is_reported = std::mem::replace(&mut watched.judged, after) == after
             && detail.is_some()
-            && refused_before == detail;
+            && previous_refusal == detail;
         self.problems.send_modify(|all| match judged {
-            Ok(()) => _ = all.rejected.remove(what),
-            Err(problems) => _ = all.rejected.insert(what, problems),
+            Ok(()) => _ = all.rejected.remove(file),
+            Err(problems) => _ = all.rejected.insert(file, problems),
         });
-        if is_old_news {
+        if is_reported {
             return;
         }
         let outcome = if detail.is_none() {
             watched.in_force = after;
-            tracing::info!(what, "changed file loaded");
-            "taken"
+            tracing::info!(file, "changed file loaded");
+            "reloaded"
         } else {
             tracing::error!(
-                what,
+                file,
                 problems = detail,
-                "reload failed; keeping previous file"
+                "reload failed; still using the previously loaded version"
             );
-            "refused"
+            "rejected"
         };
-        let labels = [("file", what), ("outcome", outcome)];
+        let labels = [("file", file), ("outcome", outcome)];
         self.broker.metrics.reloads.get_or_create(&labels).inc();
         self.broker.audit.changed(&Change {
-            what,
+            file,
             before: Some(&before),
             after: &after,
             outcome,
@@ -280,20 +281,20 @@ fn sentence(problems: &[Problem]) -> String {
     problems.join("; ")
 }
 
-/// Waits until Vault has said something about every key that is new, and every host of these rules its time.
+/// Waits until every new key was read or failed, and the time of every new host of these rules is known.
 async fn ready_for(broker: &Broker, policy: &Policy, is_new: impl Fn(&KeySnapshot) -> bool) {
     let is_waiting = |key: &KeySnapshot| matches!(key.state, KeyState::Pending(_)) && is_new(key);
     let mut changes = broker.keyring.changes();
     while broker.keyring.entries().iter().any(is_waiting) {
-        // An error means that the keyring is gone.
+        // An error means that the keyring was dropped.
         if changes.changed().await.is_err() {
             return;
         }
     }
     let known_before = broker.policy().hosts();
-    for place in policy.hosts().difference(&known_before) {
-        while broker.clock.check(*place).is_err() {
-            sleep(LOOK_EVERY).await;
+    for host_id in policy.hosts().difference(&known_before) {
+        while broker.clock.check(*host_id).is_err() {
+            sleep(CHECK_EVERY).await;
         }
     }
 }
@@ -308,7 +309,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn background_check_that_hangs_is_never_waited_for_nor_started_twice() {
+    async fn hanging_background_check_is_not_waited_for_and_not_started_twice() {
         let starts = Arc::new(AtomicU32::new(0));
         let (release, released) = mpsc::channel();
         let mut check = BackgroundCheck::default();

@@ -1,4 +1,4 @@
-//! What a listener trusts and shows: replaced as a whole when its files change.
+//! TLS of a listener: its certificate and trusted CAs, replaced together when their files change.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -18,18 +18,18 @@ use crate::config::load::Certificates;
 use crate::server::identity::{CallerVerifier, CertificateRole, caller_of, not_after_ms};
 use crate::telemetry::Metrics;
 
-/// TLS 1.3 for callers of one role, whose certificates come from certain CAs.
+/// TLS 1.3 for callers of one role, with certificates of certain CAs.
 pub(super) struct Tls {
-    /// Shakes hands.
+    /// Performs handshakes.
     pub(super) acceptor: TlsAcceptor,
-    /// Looks at certificates, also at those of connections that are already open.
+    /// Verifies client certificates, also of open connections.
     verifier: Arc<dyn ClientCertVerifier>,
-    /// Another one for other CAs.
+    /// Increases when the CAs change.
     pub(super) generation: u64,
 }
 
 impl Tls {
-    /// For callers of the role `R` whose certificates come from `trusted`.
+    /// For callers of the role `R` with certificates of the CAs in `trusted`.
     pub(super) fn new<R: CertificateRole>(
         certificates: &Certificates,
         trusted: &Arc<RootCertStore>,
@@ -51,7 +51,7 @@ impl Tls {
         let (chain, key) = (certificates.chain.clone(), certificates.key.clone_key());
         let mut config = builder.with_single_cert(chain, key).map_err(failed)?;
         config.alpn_protocols = vec![b"h2".to_vec()];
-        // A resumed session would skip the look at the client's certificate.
+        // A resumed session would skip the verification of the client's certificate.
         config.send_tls13_tickets = 0;
         Ok(Self {
             acceptor: TlsAcceptor::from(Arc::new(config)),
@@ -61,19 +61,20 @@ impl Tls {
     }
 }
 
-/// The certificate of an open connection, looked at again whenever other CAs are trusted.
+/// The certificate of an open connection, verified again when the trusted CAs change.
 pub(super) struct Trust {
     chain: Vec<CertificateDer<'static>>,
     not_after_ms: i64,
     tls: watch::Receiver<Arc<Tls>>,
-    /// The generation of CAs under which it was verified last.
+    /// The generation of CAs with which it was verified last.
     verified: AtomicU64,
-    /// Whether it has been refused since.
+    /// Whether a later verification refused it.
     is_refused: AtomicBool,
 }
 
 impl Trust {
-    /// In a chain that was verified in a handshake under this generation; none where it cannot be read.
+    /// The first certificate of a chain that was verified in a handshake with this generation of CAs; `None` if it does not
+    /// parse.
     pub(super) fn new(
         chain: &[CertificateDer<'_>],
         generation: u64,
@@ -89,12 +90,12 @@ impl Trust {
         })
     }
 
-    /// Whom it names.
+    /// The caller that it names.
     pub(super) fn caller<R: CertificateRole>(&self) -> Option<R> {
         caller_of(self.chain.first()?).ok()
     }
 
-    /// Whether it would still be let in; `now_ms` is Unix time in milliseconds.
+    /// Whether it is still valid and trusted; `now_ms` is Unix time in milliseconds.
     pub(super) fn holds(&self, now_ms: i64) -> bool {
         if now_ms > self.not_after_ms || self.is_refused.load(Ordering::Relaxed) {
             return false;
@@ -115,7 +116,7 @@ impl Trust {
         is_verified
     }
 
-    /// Tells when it had better be looked at again.
+    /// Reports changes of the CAs, after which it should be verified again.
     pub(super) fn changes(&self) -> watch::Receiver<Arc<Tls>> {
         self.tls.clone()
     }

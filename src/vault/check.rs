@@ -1,7 +1,7 @@
-//! What `credbroker doctor` asks of Vault: does the login work, and can the broker only read?
+//! Checks of Vault for `credbroker doctor`: whether the login works, and whether the broker can only read.
 //!
-//! It leaves no trace there but in Vault's own audit log: a wrapped secret id is looked at and not unwrapped, and no write
-//! that is tried can succeed.
+//! They change nothing in Vault: a wrapped secret id is looked up and not unwrapped, and the attempted writes cannot
+//! succeed. Only Vault's own audit log shows them.
 
 use std::collections::BTreeMap;
 
@@ -15,11 +15,11 @@ use super::credentials::{check_wrapping, read_token};
 use super::{Auth, Vault, VaultError};
 use crate::base::ids::{AccountId, KeyName};
 
-/// No key will ever have so many versions, so that check-and-set refuses whoever names it.
+/// More versions than any key has, so that check-and-set rejects the write.
 const NO_VERSION: u32 = i32::MAX.unsigned_abs();
 
-/// Bytes of a value of custom metadata that the server refuses; it takes 512. What it refuses for its type it refuses before
-/// it looks at policies, so that this would tell nothing.
+/// Bytes of a custom metadata value that the server rejects; it accepts 512. A value of a wrong type would show nothing: the
+/// server rejects it before it checks policies.
 const TOO_LONG: usize = 1000;
 
 /// The broker's token, as Vault describes it.
@@ -27,18 +27,18 @@ const TOO_LONG: usize = 1000;
 pub struct TokenInfo {
     /// Its policies.
     pub policies: Vec<String>,
-    /// Seconds that it is still good for; 0: it does not end.
+    /// Remaining lifetime in seconds; 0: it does not expire.
     pub(crate) ttl_s: u64,
 }
 
 impl Vault {
-    /// Logs in as the broker does, and asks for the token. `None`: Vault takes the token, and it may not look itself up.
+    /// Logs in as the broker does, and looks the token up. `None`: the token is valid, but may not look itself up.
     ///
     /// # Errors
-    /// When there is no token, or Vault does not take it.
+    /// When the login fails, or Vault rejects the token.
     pub async fn token(&self) -> Result<Option<TokenInfo>, VaultError> {
-        let pass = self.pass().await?;
-        match vaultrs::token::lookup_self(&pass.client()).await {
+        let auth = self.auth_token().await?;
+        match vaultrs::token::lookup_self(&auth.client()).await {
             Ok(found) => Ok(Some(TokenInfo {
                 policies: found.policies,
                 ttl_s: found.ttl,
@@ -49,8 +49,7 @@ impl Vault {
         }
     }
 
-    /// Whether the login takes a wrapped secret id, which can be had only once: then whether the one in the file is good.
-    /// It is not unwrapped.
+    /// Checks the wrapping token in the file, if the login uses one. It is not unwrapped, since that works only once.
     pub(crate) async fn wrapped(&self) -> Option<Result<(), VaultError>> {
         let Auth::AppRole {
             mount,
@@ -61,78 +60,78 @@ impl Vault {
         else {
             return None;
         };
-        let look = async {
+        let check = async {
             let token = read_token(secret_id_file).await?;
             let connection = self.session.lock().await.connection.clone();
             let path = format!("auth/{mount}/role/{role}/secret-id");
             check_wrapping(&connection, &token, &path).await
         };
-        Some(look.await)
+        Some(check.await)
     }
 
-    /// Why the mount cannot hold keys, where Vault says what kind of mount it is; one of KV version 1 answers 404 for every
-    /// key, as one of version 2 does for a key that is not there.
-    pub(crate) async fn unfit_mount(&self) -> Option<String> {
+    /// Why the mount cannot hold keys, if Vault reports its type. A KV version 1 mount returns 404 for every key, as version
+    /// 2 does for a missing key.
+    pub(crate) async fn mount_problem(&self) -> Option<String> {
         let mount = self.settings.mount.clone();
-        let pass = self.pass().await.ok()?;
+        let auth = self.auth_token().await.ok()?;
         let request = DescribeMount(mount.clone());
-        let found = vaultrs::api::exec_with_result(&pass.client(), request).await;
+        let found = vaultrs::api::exec_with_result(&auth.client(), request).await;
         let MountInfo { kind, options } = found.ok()?;
         let version = options.as_ref().and_then(|options| options.get("version"));
         match (kind.as_str(), version.map(String::as_str)) {
             ("kv", Some("2")) => None,
             ("kv", _) => Some(format!(
-                "mount {mount} is KV version 1, and credbroker needs version 2"
+                "mount {mount} is KV version 1, but credbroker needs KV version 2"
             )),
             _ => Some(format!(
-                "mount {mount} is no KV engine, and credbroker needs KV version 2"
+                "mount {mount} is not a KV engine, but credbroker needs KV version 2"
             )),
         }
     }
 
-    /// What the broker may do to a key beyond reading it. The key's metadata must have been read before: that proves that
-    /// the mount is KV v2, where none of what is tried here can succeed.
+    /// What the broker may do to a key apart from reading it. The caller must have read the key's metadata: that proves that
+    /// the mount is KV v2, where none of these writes can succeed.
     ///
     /// # Errors
-    /// When Vault did not answer all of it.
+    /// When one of the requests failed for another reason than its content or the policy.
     pub async fn may_write(
         &self,
         account: &AccountId,
         name: &KeyName,
     ) -> Result<Vec<&'static str>, VaultError> {
-        let (mount, path) = self.place(account, name);
+        let (mount, path) = self.kv_path(account, name);
         let no_versions = json!({ "versions": [] });
-        let hopeless = [
-            // Check-and-set fails.
+        let probes = [
+            // Check-and-set rejects it.
             (
                 "write versions",
                 "data",
                 json!({ "data": {}, "options": { "cas": NO_VERSION } }),
             ),
-            // A value is longer than the server takes.
+            // A value is too long.
             (
                 "change metadata",
                 "metadata",
                 json!({ "custom_metadata": { "doctor": "x".repeat(TOO_LONG) } }),
             ),
-            // Of no version.
+            // These name no version.
             ("delete versions", "delete", no_versions.clone()),
             ("undelete versions", "undelete", no_versions.clone()),
             ("destroy versions", "destroy", no_versions),
         ];
-        let pass = self.pass().await?;
+        let auth = self.auth_token().await?;
         let mut allowed = Vec::new();
-        for (what, kind, body) in hopeless {
+        for (action, kind, body) in probes {
             let request = WriteProbe {
                 path: format!("{mount}/{kind}/{path}"),
                 body,
             };
-            match vaultrs::api::exec_with_empty(&pass.client(), request).await {
-                Ok(()) => allowed.push(what),
+            match vaultrs::api::exec_with_empty(&auth.client(), request).await {
+                Ok(()) => allowed.push(action),
                 Err(error) => match status_of(&error) {
                     Some(403) => {}
-                    // Refused for what it asks, and not for who asks.
-                    Some(400 | 404 | 405) => allowed.push(what),
+                    // Rejected for its content, so the policy allows it.
+                    Some(400 | 404 | 405) => allowed.push(action),
                     _ => return Err(reduce(&error)),
                 },
             }
@@ -141,11 +140,11 @@ impl Vault {
     }
 }
 
-/// `GET sys/internal/ui/mounts/<mount>`, which answers every token that may reach something below the mount. Source:
-/// OpenBao 2.6.2 was seen to; the command lines of OpenBao and Vault find the version of KV out like this.
+/// `GET sys/internal/ui/mounts/<mount>`, allowed for every token with access to any path below the mount. Source: observed
+/// on OpenBao 2.6.2; the command lines of OpenBao and Vault detect the KV version this way.
 struct DescribeMount(String);
 
-/// What kind of mount it is.
+/// Type and options of a mount.
 #[derive(Debug, Deserialize)]
 struct MountInfo {
     #[serde(rename = "type")]

@@ -1,4 +1,4 @@
-//! One hardened HTTP client, and what may be known of its errors.
+//! One hardened HTTP client, and errors without secrets.
 
 use std::time::Duration;
 
@@ -13,32 +13,32 @@ use vaultrs::error::ClientError;
 
 use super::{OutageKind, VaultError, VaultSettings};
 use crate::base::text::clean;
-use crate::base::trust::{ShowsCa, is_caused_by_shown_ca};
+use crate::base::trust::{PresentsCa, is_caused_by_presented_ca};
 
-/// How often a node that has not heard of the last write yet is asked.
+/// How many attempts a node gets that does not have the last write yet.
 const TRIES_BEHIND: usize = 3;
 
-/// Characters of Vault's words that are kept.
+/// How many characters of Vault's error texts are kept.
 const MAX_TEXT: usize = 500;
 
-/// The longest wait between two of these.
+/// The longest wait between two of these attempts.
 const CATCH_UP: Duration = Duration::from_millis(500);
 
-/// A way to Vault with one TLS identity, or none.
+/// An HTTP client for Vault, with or without a client certificate.
 #[derive(Clone, Debug)]
 pub(super) struct VaultConnection {
     address: Url,
     http: reqwest::Client,
-    /// Keeps no connection: the buffers of one that is idle hold what it carried last.
+    /// Keeps no idle connections: their buffers still hold the last response.
     http_for_secrets: reqwest::Client,
     namespace: Option<String>,
     timeout: Duration,
 }
 
 impl VaultConnection {
-    /// Nothing is sent yet. Fails when the TLS library refuses the configuration.
+    /// Sends nothing yet. Fails when the TLS library rejects the configuration.
     pub(super) fn new(settings: &VaultSettings, tls: ClientConfig) -> Result<Self, reqwest::Error> {
-        let known: Vec<_> = settings
+        let allowed: Vec<_> = settings
             .redirects
             .iter()
             .chain([&settings.address])
@@ -51,7 +51,7 @@ impl VaultConnection {
                     .previous()
                     .first()
                     .is_some_and(|first| first.scheme() == attempt.url().scheme())
-                && known.contains(&attempt.url().origin())
+                && allowed.contains(&attempt.url().origin())
         };
         let build = |tls: ClientConfig, idle_connections| {
             let may_follow = may_follow.clone();
@@ -80,17 +80,17 @@ impl VaultConnection {
         })
     }
 
-    /// A client of the library that sends `token`, or none if it is empty.
+    /// A vaultrs client that sends `token`, or no token if it is empty.
     pub(super) fn client(&self, token: &str) -> VaultClient {
         self.client_over(&self.http, token)
     }
 
-    /// The same, for requests and answers that hold a key: its connections close after each.
+    /// The same, for requests and responses that hold a key: each connection closes after use.
     pub(super) fn client_for_secrets(&self, token: &str) -> VaultClient {
         self.client_over(&self.http_for_secrets, token)
     }
 
-    /// Written out in full, because the builder of these settings reads the environment.
+    /// Sets every field, because the builder of these settings reads the environment.
     fn client_over(&self, http: &reqwest::Client, token: &str) -> VaultClient {
         let address = self.address.clone();
         let http = rustify::clients::reqwest::Client::new(address.as_str(), http.clone());
@@ -120,33 +120,33 @@ impl VaultConnection {
     }
 }
 
-/// Repeats a request that is answered 412: the node has not heard of the last write yet.
-pub(super) async fn caught_up<T, F>(ask: impl Fn() -> F) -> Result<T, ClientError>
+/// Repeats a request that gets a 412: the node does not have the last write yet.
+pub(super) async fn repeat_while_behind<T, F>(request: impl Fn() -> F) -> Result<T, ClientError>
 where
     F: Future<Output = Result<T, ClientError>>,
 {
     for _ in 1..TRIES_BEHIND {
-        match ask().await {
+        match request().await {
             Err(error) if status_of(&error) == Some(412) => {
                 tokio::time::sleep(CATCH_UP.mul_f64(fastrand::f64())).await;
             }
             other => return other,
         }
     }
-    ask().await
+    request().await
 }
 
-/// Nothing, where Vault has no such path; a mount or namespace that is not there is an error.
-pub(super) fn if_there<T>(found: Result<T, ClientError>) -> Result<Option<T>, ClientError> {
+/// None if Vault has no such path; a missing mount or namespace is an error.
+pub(super) fn if_exists<T>(found: Result<T, ClientError>) -> Result<Option<T>, ClientError> {
     match found {
         Err(ClientError::APIError { code: 404, errors }) if errors.is_empty() => Ok(None),
         found => found.map(Some),
     }
 }
 
-/// Posts JSON with the token of `client` and returns the answer's `data`, if it has any.
+/// Posts JSON with the token of `client` and returns the `data` of the response, if it has any.
 ///
-/// Past the library, so that whoever owns `body` wipes it; errors are the library's own.
+/// Does not use vaultrs, so that the owner of `body` can wipe it; errors have the types of vaultrs.
 pub(super) async fn post(
     client: &VaultClient,
     path: &str,
@@ -196,8 +196,8 @@ fn sensitive(token: &str) -> Result<HeaderValue, ClientError> {
     Ok(token)
 }
 
-/// Whether Vault may have done, or may yet do, what it was asked for; no where it certainly has not got the request,
-/// or says itself that it has not.
+/// Whether the request may have taken effect, or may still do so. False if Vault certainly did not get it, or returned
+/// that it did not do it.
 pub(super) fn may_be_done(error: &ClientError) -> bool {
     match (status_of(error), error) {
         (Some(503), _) => !is_vaults_own(error),
@@ -214,7 +214,7 @@ pub(super) fn may_be_done(error: &ClientError) -> bool {
     }
 }
 
-/// The HTTP status in either of the two forms in which the library hides it.
+/// The HTTP status, which the library returns in one of two forms.
 pub(super) fn status_of(error: &ClientError) -> Option<u16> {
     match error {
         ClientError::APIError { code, .. }
@@ -225,8 +225,8 @@ pub(super) fn status_of(error: &ClientError) -> Option<u16> {
     }
 }
 
-/// Whether a policy has forbidden it. A token that is dead, or that comes from outside its bound addresses, is refused
-/// before any policy is asked, in other words.
+/// Whether a policy denied the request. For an invalid token, or one from outside its bound addresses, Vault returns a 403
+/// with a different text.
 pub(super) fn is_by_policy(error: &ClientError) -> bool {
     let ClientError::APIError { code: 403, errors } = error else {
         return false;
@@ -237,9 +237,9 @@ pub(super) fn is_by_policy(error: &ClientError) -> bool {
 /// Whether Vault itself wrote this error, and not a proxy in front of it.
 pub(super) fn is_vaults_own(error: &ClientError) -> bool {
     match error {
-        // It holds Vault's list of texts.
+        // It holds Vault's list of error texts.
         ClientError::APIError { .. } => true,
-        // For a deleted version it is the envelope of an ordinary answer.
+        // For a deleted version, Vault returns the envelope of an ordinary response.
         ClientError::RestClientError {
             source:
                 rustify::errors::ClientError::ServerResponseError {
@@ -252,7 +252,7 @@ pub(super) fn is_vaults_own(error: &ClientError) -> bool {
     }
 }
 
-/// Vault's own words, on one line that fits into a log.
+/// Vault's error texts, on one line that is short enough for a log.
 pub(super) fn texts_of(error: &ClientError) -> String {
     match error {
         ClientError::APIError { errors, .. } => clean(&errors.join("; "), MAX_TEXT).into_owned(),
@@ -260,12 +260,12 @@ pub(super) fn texts_of(error: &ClientError) -> String {
     }
 }
 
-/// Reduces an error of the library to what may be known: never a body, never a token.
+/// Converts an error of the library to one without secrets: never a body, never a token.
 pub(super) fn reduce(error: &ClientError) -> VaultError {
     let texts = texts_of(error);
     match status_of(error) {
         Some(status @ (403 | 404)) if !is_vaults_own(error) => OutageKind::NotVault.outage(
-            format!("Vault answered {status}, but not in its own words; is a proxy in between?"),
+            format!("HTTP {status} response is not in Vault's format; check for a proxy in front of Vault"),
         ),
         Some(404) if texts.is_empty() => VaultError::no_such_key(),
         Some(404) => VaultError::Gone(format!(
@@ -279,28 +279,28 @@ pub(super) fn reduce(error: &ClientError) -> VaultError {
             } else {
                 OutageKind::Other
             };
-            kind.outage(format!("Vault answered {status}: {texts}"))
+            kind.outage(format!("Vault returned {status}: {texts}"))
         }
-        None if is_caused_by_shown_ca(error) => {
-            OutageKind::Unreachable.outage(format!("Vault cannot be reached: {ShowsCa}"))
+        None if is_caused_by_presented_ca(error) => {
+            OutageKind::Unreachable.outage(format!("cannot reach Vault: {PresentsCa}"))
         }
         None => match error {
             ClientError::RestClientError {
                 source: rustify::errors::ClientError::RequestError { .. },
-            } => OutageKind::Unreachable.outage("Vault cannot be reached"),
-            _ => OutageKind::NotVault.outage("Vault's answer is not what its API describes"),
+            } => OutageKind::Unreachable.outage("cannot reach Vault"),
+            _ => OutageKind::NotVault.outage("response is not in Vault's format"),
         },
     }
 }
 
-/// Reduces the error of a login. It says nothing about the keys, whatever it is.
+/// The same for the error of a login, which never affects the keys.
 ///
-/// 403 is also what a Vault answers whose Kubernetes does not; 412 and 429 pass by themselves.
+/// Vault also returns 403 if it cannot reach Kubernetes; 412 and 429 are temporary.
 pub(super) fn reduce_login(error: &ClientError) -> VaultError {
     match (status_of(error), reduce(error)) {
         (Some(status @ 400..=499), _) if !matches!(status, 412 | 429) && is_vaults_own(error) => {
             let texts = texts_of(error);
-            VaultError::LoginRefused(format!("login: Vault answered {status}: {texts}"))
+            VaultError::LoginRefused(format!("login: Vault returned {status}: {texts}"))
         }
         (_, other) => other.during("login"),
     }
@@ -311,7 +311,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kind_of_an_outage_follows_from_the_answer() {
+    fn outage_kind_follows_from_the_response() {
         let errors = vec!["x".to_owned()];
         for (code, kind) in [
             (429, OutageKind::Other),
@@ -325,7 +325,7 @@ mod tests {
                 matches!(&error, VaultError::Outage(outage) if outage.kind == kind),
                 "{code}: {error:?}"
             );
-            // A login that failed for it fails for the same reason.
+            // A login error keeps the kind.
             let during = error.during("login");
             assert!(
                 matches!(&during, VaultError::Outage(outage) if outage.kind == kind),

@@ -1,4 +1,4 @@
-//! What the broker logs in with: files, read again whenever they are needed.
+//! The credential files of the login, read again at every use.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,11 +14,11 @@ use super::{OutageKind, VaultError, Wiped};
 use crate::base::encoding::is_utf16;
 use crate::base::pem;
 
-/// The secret id of a wrapping token, which can be had only once.
+/// The secret id from a wrapping token, which can be unwrapped only once.
 #[derive(Default)]
 pub(super) struct SecretId {
     unwrapped: Option<Zeroizing<String>>,
-    /// A wrapping token that is good for nothing, and why; Vault is not asked about it again.
+    /// A wrapping token that cannot be used, and why; it is not sent to Vault again.
     spent: Option<(Zeroizing<String>, VaultError)>,
 }
 
@@ -30,7 +30,7 @@ pub(super) struct Identity {
 }
 
 impl Identity {
-    /// What stands in the files now.
+    /// Reads the files.
     pub(super) async fn read(certificate: &Path, key: &Path) -> Result<Self, String> {
         Ok(Self {
             certificate: read(certificate).await?.to_vec(),
@@ -45,17 +45,17 @@ impl Identity {
         let pair = CertifiedKey::from_der(chain, key, base.crypto_provider());
         let pair = pair.map_err(|error| error.to_string())?;
         let mut tls = base.clone();
-        // rustls resumes no session that was begun with another of these.
+        // rustls resumes no session of another resolver.
         tls.client_auth_cert_resolver = Arc::new(SingleCertAndKey::from(pair));
         Ok(tls)
     }
 }
 
 impl SecretId {
-    /// The secret id: of the wrapping token in `file` if there is a fresh one, else the one that is in memory.
+    /// The secret id: from the wrapping token in `file` if that is new, otherwise the one in memory.
     ///
-    /// `path` is where the token must have been made; another one may have been put in its place to have the broker
-    /// log in as somebody else.
+    /// `path` is where the token must have been created: an attacker may have replaced it to make the broker log in under
+    /// another role.
     pub(super) async fn unwrapped(
         &mut self,
         connection: &VaultConnection,
@@ -89,7 +89,7 @@ impl SecretId {
             Err(reason @ VaultError::LoginRefused(_)) => return Err(self.spend(token, reason)),
             Err(other) => return Err(other),
         }
-        // With the token as client token and in no other place: else the server loses the secret id.
+        // The token must be sent only as client token: otherwise the server loses the secret id.
         let client = connection.client(&token);
         let request = UnwrapRequest { token: None };
         let mut data = match vaultrs::api::exec_with_result(&client, request).await {
@@ -97,18 +97,21 @@ impl SecretId {
             Err(error) if status_of(&error) == Some(400) => {
                 return Err(self.spend(token, used_or_expired()));
             }
-            // Perhaps it is used up now; the next lookup tells.
-            Err(error) => return Err(reduce(&error).during("login: wrapping token")),
+            // The token may be used up now; the next lookup shows it.
+            Err(error) => return Err(reduce(&error).during("login: secret_id unwrap")),
         };
         let Some(Value::String(secret_id)) = data.0.get_mut("secret_id").map(Value::take) else {
-            let reason = "login: the wrapping token held no secret id".to_owned();
+            let reason = "login: the wrapping token contains no secret_id".to_owned();
             return Err(self.spend(token, VaultError::LoginRefused(reason)));
         };
         self.unwrapped = Some(checked_token(&Zeroizing::new(secret_id))?);
         self.spend(token, used_or_expired());
-        // It is good for nothing any more, so that this is tidiness, and no reason to fail.
+        // The token is used up, so a failed deletion does no harm.
         if let Err(error) = off_thread(file, std::fs::remove_file).await {
-            tracing::warn!(reason = error, "the used wrapping token cannot be deleted");
+            tracing::warn!(
+                exception.message = format!("{}: {error}", file.display()),
+                "cannot delete the file of the used wrapping token"
+            );
         }
         Ok(())
     }
@@ -119,7 +122,7 @@ impl SecretId {
     }
 }
 
-/// Looks at a wrapping token, which leaves it as it is: `path` is where it must have been made.
+/// Looks up a wrapping token without using it; `path` is where it must have been created.
 pub(super) async fn check_wrapping(
     connection: &VaultConnection,
     token: &str,
@@ -128,51 +131,54 @@ pub(super) async fn check_wrapping(
     match vaultrs::sys::wrapping::lookup(&connection.client(""), token).await {
         Ok(found) if found.creation_path == path => Ok(()),
         Ok(found) => Err(VaultError::LoginRefused(format!(
-            "login: the wrapping token is not from {path}, but from {}: who put it there?",
+            "login: the wrapping token was created at {}, expected {path}; check who replaced it",
             found.creation_path
         ))),
         Err(error) if status_of(&error) == Some(400) => Err(used_or_expired()),
-        Err(error) => Err(reduce(&error).during("login: wrapping token")),
+        Err(error) => Err(reduce(&error).during("login: wrapping token lookup")),
     }
 }
 
 fn used_or_expired() -> VaultError {
     VaultError::LoginRefused(
-        "login: wrapping token used or expired: every start needs a fresh one".to_owned(),
+        "login: wrapping token used or expired; each start needs a new one".to_owned(),
     )
 }
 
-/// The token in a file, without the blanks around it.
+/// The token in a file, without surrounding whitespace.
 pub(super) async fn read_token(file: &Path) -> Result<Zeroizing<String>, VaultError> {
-    // Bots are told this too: which file it is, the configuration knows.
-    let unreadable =
-        |error| OutageKind::Other.outage(format!("the file of vault.auth cannot be read: {error}"));
+    // Bots see this error too, so it does not name the path.
+    let unreadable = |error| {
+        OutageKind::Other.outage(format!(
+            "cannot read the credential file in vault.auth: {error}"
+        ))
+    };
     let bytes = read(file).await.map_err(unreadable)?;
     token_in(&bytes).map_err(VaultError::Credential)
 }
 
-/// The token in a file; or the form that a tool gave it, and what to write instead. Vault would answer 403 to some of them.
+/// The token in a file; or what is wrong with its format, and the fix. Vault would return only 403 for some of these.
 fn token_in(bytes: &[u8]) -> Result<Zeroizing<String>, &'static str> {
-    const EXPECTED: &str = "expected one line of printable ASCII without blanks";
+    const EXPECTED: &str = "expected one line of printable ASCII without spaces";
     if is_utf16(bytes) {
         return Err(
-            "it is UTF-16, as PowerShell's `>` writes it; save it as ASCII, for example with `Set-Content -Encoding ascii`",
+            "it is UTF-16, which PowerShell's `>` writes; save it as ASCII, for example with `Set-Content -Encoding ascii`",
         );
     }
     let text = std::str::from_utf8(bytes).map_err(|_| EXPECTED)?.trim();
     if text.is_empty() {
-        return Err("it is empty; expected one line of printable ASCII without blanks");
+        return Err("it is empty; expected one line of printable ASCII without spaces");
     }
     if text.starts_with('\u{feff}') {
         return Err("it begins with a byte order mark; save it as UTF-8 without BOM, or as ASCII");
     }
     if text.starts_with(['{', '[']) {
         return Err(
-            "it is JSON; write only the value of the token, for example with `jq -r .auth.client_token`",
+            "it is JSON; write only the token value, for example with `jq -r .auth.client_token`",
         );
     }
     if text.starts_with(['"', '\'', '`']) {
-        return Err("the token is in quotes; remove them");
+        return Err("the token is in quotes; remove the quotes");
     }
     if is_assignment(text) {
         return Err("it is an assignment (NAME=TOKEN); write only the TOKEN part");
@@ -180,7 +186,7 @@ fn token_in(bytes: &[u8]) -> Result<Zeroizing<String>, &'static str> {
     checked_token(text).map_err(|_| EXPECTED)
 }
 
-/// Whether it is a line for a shell. Tokens of Vault and JWTs hold a `.`, secret ids a `-`, and padding ends what it pads.
+/// Whether it is a shell assignment. Vault tokens and JWTs contain a `.`, secret ids a `-`, and `=` padding is at the end.
 fn is_assignment(text: &str) -> bool {
     let text = text.strip_prefix("export ").unwrap_or(text);
     let Some((name, value)) = text.split_once('=') else {
@@ -202,14 +208,15 @@ pub(super) fn checked_token(text: &str) -> Result<Zeroizing<String>, VaultError>
 }
 
 fn not_a_token() -> VaultError {
-    OutageKind::Other.outage("expected a token: one line of printable ASCII")
+    OutageKind::Other
+        .outage("Vault returned an invalid token; expected one line of printable ASCII")
 }
 
 async fn read(file: &Path) -> Result<Zeroizing<Vec<u8>>, String> {
     off_thread(file, |file| std::fs::read(file).map(Zeroizing::new)).await
 }
 
-/// Off the broker's own thread: a file on a mount that hangs must not keep bots waiting.
+/// Runs on another thread: a file on a hanging mount must not make bots wait.
 async fn off_thread<T: Send + 'static>(
     file: &Path,
     work: impl FnOnce(PathBuf) -> std::io::Result<T> + Send + 'static,
@@ -236,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn token_of_any_known_form_is_taken_for_no_assignment() {
+    fn token_of_any_known_format_is_not_mistaken_for_an_assignment() {
         for good in [
             "hvs.CAESIA==",
             "b.AAAAAQJ",

@@ -1,38 +1,38 @@
-//! When a token is renewed, when it is replaced, and how long to wait after a failure. Pure.
+//! When to renew a token and when to replace it. Pure.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// What stands for a lease without end.
+/// The length of a lease that does not expire.
 const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
-/// What is to be done about a token now.
+/// What to do with a token now.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Due {
-    /// It is at its end: get another one.
+    /// It expires soon: get another one.
     LogIn,
-    /// It is good.
+    /// It is valid.
     Nothing,
-    /// Two thirds of its lease are over.
+    /// Two thirds of its lease have passed.
     Renew,
 }
 
-/// How long a token is good for.
+/// How long a token is valid.
 #[derive(Clone, Debug)]
 pub(super) struct Lease {
-    /// As the login gave it; a renewal that gives less has met the end of all renewals.
+    /// As the login granted it; a renewal that grants less means that the maximum is near.
     granted: Duration,
     renewable: bool,
     /// Time to renew, or to log in if it is not renewable.
     act_at: Instant,
-    /// Time to log in, whatever renewals say.
+    /// Time to log in, even if renewals still succeed.
     grace_at: Instant,
-    ends: Instant,
+    expires_at: Instant,
 }
 
 impl Lease {
-    /// The lease of a login that was sent at `start`; 0 seconds mean that it does not end.
+    /// The lease of a login that was sent at `start`; 0 seconds: it does not expire.
     pub(super) fn new(start: Instant, seconds: u64, renewable: bool) -> Self {
         let length = match seconds {
             0 => FOREVER,
@@ -48,24 +48,24 @@ impl Lease {
             renewable,
             // Two thirds, give or take 10 %, so that brokers that started together do not renew together.
             act_at: start + between(0.6, 0.73),
-            // The last 10 to 20 %, as the official clients have it.
+            // The last 10 to 20 %, as in the official clients.
             grace_at: start + between(0.8, 0.9),
-            ends: start + length,
+            expires_at: start + length,
         }
     }
 
-    /// What this lease becomes by a renewal that was sent at `start`.
+    /// The lease after a renewal that was sent at `start`.
     ///
-    /// Near the maximum the server gives less than at the login, in the end 0, which then does not mean "for ever".
+    /// Near its maximum, the server grants less than at the login, at the end 0, which here does not mean unlimited.
     #[must_use]
     pub(super) fn renewed(&self, start: Instant, seconds: u64, renewable: bool) -> Self {
         let length = Duration::from_secs(seconds).min(self.granted);
-        // A tenth for servers that round or count what has passed.
+        // A tolerance of a tenth, for servers that round or subtract elapsed time.
         let extends = length >= self.granted.mul_f64(0.9);
         Self::of(start, self.granted, length, renewable && extends)
     }
 
-    /// What is to be done at `now`.
+    /// What to do at `now`.
     pub(super) fn due(&self, now: Instant) -> Due {
         if now < self.act_at {
             Due::Nothing
@@ -76,20 +76,20 @@ impl Lease {
         }
     }
 
-    /// A renewal has failed and may be tried again at `at`.
+    /// Puts off the next renewal until `at`, after one that failed.
     pub(super) fn put_off(&mut self, at: Instant) {
         self.act_at = at;
     }
 
-    /// No renewal will do: the next thing is a login, at once.
+    /// Makes a login due at once, since renewals are useless.
     pub(super) fn give_up(&mut self, now: Instant) {
         self.renewable = false;
         self.act_at = now;
     }
 
-    /// Whether the token cannot be good any more.
-    pub(super) fn has_ended(&self, now: Instant) -> bool {
-        now >= self.ends
+    /// Whether the lease has expired.
+    pub(super) fn has_expired(&self, now: Instant) -> bool {
+        now >= self.expires_at
     }
 }
 
@@ -112,7 +112,7 @@ mod tests {
             assert_eq!(lease.due(at(start, 0.74)), Due::Renew);
             assert_eq!(lease.due(at(start, 0.79)), Due::Renew);
             assert_eq!(lease.due(at(start, 0.91)), Due::LogIn);
-            assert!(!lease.has_ended(at(start, 0.99)) && lease.has_ended(at(start, 1.0)));
+            assert!(!lease.has_expired(at(start, 0.99)) && lease.has_expired(at(start, 1.0)));
         }
     }
 
@@ -129,12 +129,12 @@ mod tests {
     }
 
     #[test]
-    fn a_lease_of_zero_seconds_never_ends_but_one_that_shrinks_to_zero_has() {
+    fn login_lease_of_zero_seconds_never_expires_but_a_renewal_of_zero_seconds_has_expired() {
         let start = Instant::now();
         let ten_years = start + Duration::from_secs(10 * 365 * 24 * HOUR);
         let endless = Lease::new(start, 0, true);
         assert_eq!(endless.due(ten_years), Due::Nothing);
-        assert!(!endless.has_ended(ten_years));
+        assert!(!endless.has_expired(ten_years));
         assert_eq!(
             Lease::new(start, u64::MAX, true).due(ten_years),
             Due::Nothing
@@ -142,11 +142,11 @@ mod tests {
 
         let shrunk = Lease::new(start, HOUR, true).renewed(start, 0, true);
         assert_eq!(shrunk.due(start), Due::LogIn);
-        assert!(shrunk.has_ended(start));
+        assert!(shrunk.has_expired(start));
     }
 
     #[test]
-    fn a_renewal_extends_the_lease_until_it_gives_less_than_the_login_did() {
+    fn renewal_extends_the_lease_until_it_grants_less_than_the_login() {
         let start = Instant::now();
         let later = at(start, 0.7);
         let lease = Lease::new(start, HOUR, true);
@@ -157,11 +157,11 @@ mod tests {
         let last = renewed.renewed(later, HOUR / 2, true);
         assert_eq!(last.due(at(later, 0.29)), Due::Nothing);
         assert_eq!(last.due(at(later, 0.37)), Due::LogIn);
-        assert!(last.has_ended(at(later, 0.5)));
+        assert!(last.has_expired(at(later, 0.5)));
     }
 
     #[test]
-    fn a_renewal_that_failed_waits_and_the_last_fifth_does_not() {
+    fn failed_renewal_is_put_off_but_not_beyond_the_last_fifth() {
         let start = Instant::now();
         let mut lease = Lease::new(start, HOUR, true);
         lease.put_off(at(start, 0.78));

@@ -1,7 +1,7 @@
-//! The broker's own token: one login at a time, renewed, replaced before it ends, revoked at the stop.
+//! The broker's own token: one login at a time, renewed, replaced before it expires, revoked at shutdown.
 //!
-//! Whoever needs a token drives this: each poll of a key looks at the lease. A lease much shorter than the time between
-//! two polls is therefore not renewed, and a new login takes its place.
+//! There is no timer: each request checks the lease first. A lease much shorter than the time between two polls is
+//! therefore not renewed, but replaced by a new login.
 
 use std::path::Path;
 
@@ -20,7 +20,7 @@ use super::lease::{Due, Lease};
 use super::{Auth, BACKOFF, OutageKind, Vault, VaultError};
 use crate::base::backoff::Backoff;
 
-/// A token and the connection to use it on.
+/// A token and the connection to use it with.
 pub(super) struct AuthToken {
     pub(super) token: Zeroizing<String>,
     connection: VaultConnection,
@@ -31,35 +31,35 @@ impl AuthToken {
         self.connection.client(&self.token)
     }
 
-    /// For requests and answers that hold a key.
+    /// For requests and responses that hold a key.
     pub(super) fn client_for_secrets(&self) -> VaultClient {
         self.connection.client_for_secrets(&self.token)
     }
 }
 
-/// What is known of the broker's login.
+/// The state of the broker's login.
 pub(super) struct Session {
     pub(super) connection: VaultConnection,
-    /// What `connection` shows Vault, where the login is by certificate.
+    /// The client certificate of `connection`, if the login uses one.
     pub(super) identity: Option<Identity>,
     pub(super) secret_id: SecretId,
     token: Option<Token>,
-    /// Grows with each login until a token is accepted, which the login itself does not prove.
+    /// Grows with each login until a request with the new token is accepted; the login itself does not prove that.
     backoff: Backoff,
     next_login: Instant,
-    /// Why there is no token while no login may be tried.
+    /// The last error, returned until the next login may be tried.
     failure: VaultError,
     is_closed: bool,
 }
 
-/// A token of our own login.
+/// A token from the broker's own login.
 struct Token {
     text: Zeroizing<String>,
     lease: Lease,
-    /// Renewals in a row that were answered 403.
+    /// Renewals in a row that got a 403.
     refusals: u32,
     backoff: Backoff,
-    /// Whether Vault has accepted it for a request.
+    /// Whether Vault has accepted a request with it.
     is_proven: bool,
 }
 
@@ -88,30 +88,30 @@ impl Session {
         self.token.as_ref().map_or(Due::LogIn, due)
     }
 
-    fn holds(&self, pass: &AuthToken) -> bool {
+    fn holds(&self, auth: &AuthToken) -> bool {
         let token = self.token.as_ref();
-        token.is_some_and(|token| token.text == pass.token)
+        token.is_some_and(|token| token.text == auth.token)
     }
 
-    /// The connection has another certificate now, with which the token cannot be renewed.
+    /// Makes a login due, since the token cannot be renewed with a new client certificate.
     pub(super) fn replace_token(&mut self) {
         if let Some(token) = &mut self.token {
             token.lease.give_up(Instant::now());
         }
-        // The new certificate is no repetition of what failed with the old one.
+        // No backoff: earlier failures were with the old certificate.
         self.next_login = Instant::now();
     }
 }
 
-/// Vault takes logins, perhaps, but not their tokens.
+/// Vault rejects the token, even if it accepted the login.
 pub(super) fn not_accepted() -> VaultError {
     OutageKind::Other
-        .outage("Vault does not accept our token (403); is this address in token_bound_cidrs?")
+        .outage("Vault rejected the token (403); check that token_bound_cidrs includes this machine's address")
 }
 
 impl Vault {
     /// A token that should be valid.
-    pub(super) async fn pass(&self) -> Result<AuthToken, VaultError> {
+    pub(super) async fn auth_token(&self) -> Result<AuthToken, VaultError> {
         if let Auth::TokenFile(file) = &self.settings.auth {
             let token = read_token(file).await?;
             let connection = self.session.lock().await.connection.clone();
@@ -133,13 +133,13 @@ impl Vault {
         if session.due() == Due::LogIn
             && let Err(error) = self.log_in(&mut session).await
         {
-            let has_ended = |token: &Token| token.lease.has_ended(Instant::now());
-            if session.token.as_ref().is_none_or(has_ended) {
+            let has_expired = |token: &Token| token.lease.has_expired(Instant::now());
+            if session.token.as_ref().is_none_or(has_expired) {
                 session.token = None;
                 return Err(error);
             }
             self.metrics.vault_failure("login");
-            tracing::warn!(reason = %error, "Vault token is about to expire and login fails");
+            tracing::warn!(exception.message = %error, "Vault login failed; using current token until it expires");
         }
         let connection = session.connection.clone();
         match &session.token {
@@ -151,13 +151,13 @@ impl Vault {
         }
     }
 
-    /// Vault has taken this token for good: the login that got it needs no backoff any more.
-    pub(super) async fn accepted(&self, pass: &AuthToken) {
+    /// Records that Vault has accepted this token, which ends the backoff of logins.
+    pub(super) async fn accepted(&self, auth: &AuthToken) {
         let mut session = self.session.lock().await;
-        if !session.holds(pass) {
+        if !session.holds(auth) {
             return;
         }
-        // Once for each token: while a proven token is still good, logins for the next one back off.
+        // Once per token: while a proven token is still valid, logins for the next one back off.
         let is_first = |token: &mut Token| !std::mem::replace(&mut token.is_proven, true);
         if session.token.as_mut().is_some_and(is_first) {
             session.backoff.reset();
@@ -165,17 +165,18 @@ impl Vault {
         }
     }
 
-    /// Gives up the login that got this token, unless another key has already logged in again.
-    pub(super) async fn forget(&self, pass: &AuthToken) {
+    /// Drops this token, unless another task has already logged in again.
+    pub(super) async fn forget(&self, auth: &AuthToken) {
         let mut session = self.session.lock().await;
-        if session.holds(pass) {
+        if session.holds(auth) {
             session.token = None;
         }
     }
 
-    /// Revokes the token of our own login; nothing more can be read after that. A token file is its agent's affair.
+    /// Revokes the token of the broker's own login, after which nothing can be read. A token from a token file is left to
+    /// its agent.
     ///
-    /// Takes no longer than one request may.
+    /// Takes no longer than the timeout of one request.
     pub async fn close(&self) {
         let revoke = async {
             let mut session = self.session.lock().await;
@@ -183,7 +184,7 @@ impl Vault {
             let Some(token) = session.token.take() else {
                 return Ok(());
             };
-            if token.lease.has_ended(Instant::now()) {
+            if token.lease.has_expired(Instant::now()) {
                 return Ok(());
             }
             let client = session.connection.client(&token.text);
@@ -193,14 +194,14 @@ impl Vault {
         let problem = match tokio::time::timeout(self.settings.timeout, revoke).await {
             Ok(Ok(())) => return,
             Ok(Err(problem)) => problem.to_string(),
-            Err(_) => "Vault did not answer in time".to_owned(),
+            Err(_) => "Vault did not respond in time".to_owned(),
         };
-        tracing::warn!(reason = %problem, "Vault token not revoked; it expires with its lease");
+        tracing::warn!(exception.message = %problem, "Vault token not revoked; it expires with its lease");
     }
 
-    /// Gets a token in place of the one there is, which stays if that fails.
+    /// Replaces the token by a login; if that fails, the current token stays.
     async fn log_in(&self, session: &mut Session) -> Result<(), VaultError> {
-        // Before it is sent, so that the lease is never thought longer than it is.
+        // Taken before the request is sent, so that the lease is never assumed longer than it is.
         let start = Instant::now();
         let found = match &self.settings.auth {
             Auth::AppRole {
@@ -248,15 +249,15 @@ impl Vault {
                 let client = session.connection.client("");
                 vaultrs::auth::kubernetes::login(&client, mount, role, &jwt).await
             }
-            // Never called for it: there is no login.
+            // Not reached: a token file needs no login.
             Auth::TokenFile(_) => return Err(not_accepted()),
         };
-        session.take(start, found)
+        session.store_token(start, found)
     }
 
-    /// Makes the connection show the certificate that stands in the files.
+    /// Updates the connection to the client certificate in the files.
     ///
-    /// What cannot be used is no reason to give up the one in use: the two files do not change at the same moment.
+    /// If the files cannot be used, the current certificate stays: the two files do not change at the same moment.
     async fn follow_identity(
         &self,
         session: &mut Session,
@@ -267,12 +268,12 @@ impl Vault {
             Ok(None) => return Ok(()),
             Ok(Some(connection)) => connection,
             Err(reason) if session.identity.is_some() => {
-                tracing::warn!(%reason, "cannot reload the client certificate for Vault; keeping current");
+                tracing::warn!(exception.message = %reason, "cannot reload the client certificate for Vault; keeping current");
                 return Ok(());
             }
             Err(reason) => {
                 return Err(OutageKind::Other.outage(format!(
-                    "the certificate of vault.auth cannot be used: {reason}"
+                    "cannot use the client certificate in vault.auth: {reason}"
                 )));
             }
         };
@@ -281,7 +282,7 @@ impl Vault {
         Ok(())
     }
 
-    /// A connection with the certificate in the files, where that is not the one in use.
+    /// A connection with the certificate in the files, if it has changed.
     async fn changed(
         &self,
         session: &mut Session,
@@ -301,7 +302,7 @@ impl Vault {
 }
 
 impl Session {
-    /// Counts a login; until the backoff is over there is none, but what the last one met.
+    /// Counts a login attempt; during the backoff, returns the last error instead.
     fn may_log_in(&mut self) -> Result<(), VaultError> {
         let now = Instant::now();
         if now < self.next_login {
@@ -316,7 +317,8 @@ impl Session {
         error
     }
 
-    fn take(
+    /// Stores the token of a login, or its error.
+    fn store_token(
         &mut self,
         start: Instant,
         found: Result<AuthInfo, ClientError>,
@@ -341,14 +343,14 @@ impl Session {
     }
 }
 
-/// Renews the token there is. If that fails the token stays, and it is tried again later or given up.
+/// Renews the token. If that fails, the token stays, and the renewal is repeated later or a login becomes due.
 async fn renew(session: &mut Session) {
     let Some(token) = &mut session.token else {
         return;
     };
     let client = session.connection.client(&token.text);
     let start = Instant::now();
-    // Without an increment: it could only ask for less than the role gives.
+    // Without an increment: it could only request less than the role grants.
     let found = match vaultrs::token::renew_self(&client, None).await {
         Ok(found) => found,
         Err(error) => {
@@ -358,13 +360,13 @@ async fn renew(session: &mut Session) {
             } else {
                 0
             };
-            // 400: not renewable after all, or the certificate is not that of the login.
+            // 400: the token is not renewable, or the client certificate is not that of the login.
             if status == Some(400) || token.refusals == 2 {
                 token.lease.give_up(Instant::now());
             } else {
                 token.lease.put_off(Instant::now() + token.backoff.wait());
             }
-            tracing::warn!(reason = %reduce(&error), "Vault token renewal failed");
+            tracing::warn!(exception.message = %reduce(&error), "Vault token renewal failed");
             return;
         }
     };

@@ -1,7 +1,7 @@
-//! What Vault says about a key beside its values: its versions, and what admins have noted in custom metadata.
+//! The metadata of a key in Vault: its versions and its custom metadata, whose entries are called notes here.
 //!
-//! Of the notes, `state` and `use_version` are authority, and `hold` says when `use_version` began. The others are hints: what
-//! was found out when a version was registered (`for_version` says which).
+//! The broker acts on the notes `state`, `use_version` and `hold` (when `use_version` was set). The others are informational:
+//! facts about the version that was registered last (`for_version`).
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -9,25 +9,25 @@ use rustify::endpoint::Endpoint;
 use rustify::enums::{RequestMethod, RequestType, ResponseType};
 use serde::Deserialize;
 
-/// How many notes Vault keeps for a key.
+/// How many entries of custom metadata Vault allows per key.
 pub(super) const MAX_NOTES: usize = 64;
 
-/// How long a note may be, in bytes.
+/// The longest value of an entry, in bytes.
 const MAX_NOTE_BYTES: usize = 512;
 
-/// Words of the note `state` that switch a key off, in any case.
+/// Values of `state` that disable a key; case is ignored.
 const OFF: [&str; 4] = ["disable", "disabled", "off", "revoked"];
 
-/// The word of the note `state` for a key that is on, in any case.
+/// The value of `state` for an enabled key; case is ignored.
 const ACTIVE: &str = "active";
 
-/// How much of a word that is not known is shown.
+/// How many characters of an unknown `state` are shown.
 const SHOWN_CHARS: usize = 40;
 
-/// Stands in the note `hold` between the version that is held and the newest one when that began.
+/// Separates, in `hold`, the held version from the newest version at that time.
 const SINCE: &str = " since ";
 
-/// Stands where a note was cut.
+/// Marks a value that was cut.
 const CUT: &str = "...";
 
 const STATE: &str = "state";
@@ -37,18 +37,18 @@ const FOR_VERSION: &str = "for_version";
 const KEY_SHA256: &str = "key_sha256";
 const UID: &str = "uid";
 
-/// Notes of older versions, which mean nothing any more.
+/// Notes of earlier releases of credbroker, no longer used.
 const OLD: [&str; 2] = ["pending_version", "pending_sha256"];
 
-/// What polling compares: any difference means that the key changed.
+/// The metadata of a key; polls compare them to detect changes.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
 pub struct Metadata {
-    /// Number of the newest version; 0: there is none yet.
+    /// Number of the newest version; 0: none yet.
     pub current_version: u64,
     versions: BTreeMap<u64, Version>,
     #[serde(rename = "custom_metadata")]
     notes: Option<HashMap<String, String>>,
-    /// Counts the writes of the metadata, where the server checks it (OpenBao).
+    /// How often the metadata were written, if the server supports check-and-set for them (OpenBao).
     #[serde(rename = "current_metadata_version")]
     pub(super) writes: Option<u64>,
 }
@@ -60,53 +60,53 @@ struct Version {
     destroyed: bool,
 }
 
-/// What the note `state` says of a key. Authority.
+/// The note `state` of a key.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum NotedState<'a> {
-    /// `active`, or no such note.
+pub enum StoredState<'a> {
+    /// `active`, or no `state`.
     Active,
-    /// A word that switches the key off, as it was written.
+    /// A value that disables the key, as it was written.
     Disabled(&'a str),
-    /// Any other word: somebody meant something by it, and until that is known the key signs nothing risk-increasing.
+    /// Any other value: until an admin corrects it, the key signs nothing risk-increasing.
     Unknown(&'a str),
 }
 
-/// A version that an admin holds in use in place of the newest (`keys rollback`).
+/// A version that an admin holds instead of the newest (`keys rollback`).
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) struct Hold {
-    /// The version that is held.
+    /// The held version.
     pub(crate) version: u64,
-    /// The newest version that is there.
+    /// The newest version that exists.
     pub(crate) newest: u64,
-    /// The newest version that was written after the hold began, if there is one and its beginning is noted.
+    /// The newest version, if it was written after the hold began; none if `hold` does not record when that was.
     pub(crate) later: Option<u64>,
 }
 
-/// What is told of a state word that is not known.
+/// The message for an unknown `state`.
 pub(crate) fn unknown_state(word: &str) -> String {
     let shown: String = word.chars().take(SHOWN_CHARS).collect();
     format!(
-        "its custom metadata says state={shown:?}, which is neither active nor disabled; risk-increasing requests are refused"
+        "its custom metadata has state={shown:?}, which is neither active nor disabled; risk-increasing requests are refused"
     )
 }
 
 impl Metadata {
-    /// Whether an admin has switched the key on or off. Authority.
-    pub fn state(&self) -> NotedState<'_> {
+    /// Whether an admin has enabled or disabled the key.
+    pub fn state(&self) -> StoredState<'_> {
         let Some(word) = self.note(STATE).map(str::trim) else {
-            return NotedState::Active;
+            return StoredState::Active;
         };
         let is = |known: &str| word.eq_ignore_ascii_case(known);
         if is(ACTIVE) {
-            NotedState::Active
+            StoredState::Active
         } else if OFF.into_iter().any(is) {
-            NotedState::Disabled(word)
+            StoredState::Disabled(word)
         } else {
-            NotedState::Unknown(word)
+            StoredState::Unknown(word)
         }
     }
 
-    /// The version that an admin holds in use; none where it is the newest one, or not there.
+    /// The version that an admin holds; none if it is the newest one or does not exist.
     pub(crate) fn hold(&self) -> Option<Hold> {
         let version = self
             .use_version()?
@@ -114,29 +114,29 @@ impl Metadata {
             .ok()
             .filter(|&version| self.has(version))?;
         let newest = self.before(u64::MAX).filter(|newest| *newest != version)?;
-        // A note of an earlier hold says nothing of this one.
-        let began_at = |note: &str| {
+        // Ignore the note of an earlier hold.
+        let newest_then = |note: &str| {
             let (held, newest) = note.split_once(SINCE)?;
             let is_this = held.parse::<u64>().ok() == Some(version);
             newest.parse::<u64>().ok().filter(|_| is_this)
         };
-        let began_at = self.note(HOLD).and_then(began_at);
+        let newest_then = self.note(HOLD).and_then(newest_then);
         Some(Hold {
             version,
             newest,
-            later: began_at.and_then(|began_at| Some(newest).filter(|newest| *newest > began_at)),
+            later: newest_then.and_then(|then| Some(newest).filter(|newest| *newest > then)),
         })
     }
 
-    /// The version that an admin wants used in place of the newest, as it is noted. Authority.
+    /// The note `use_version`: which version to use instead of the newest.
     pub fn use_version(&self) -> Option<&str> {
         self.note(USE_VERSION)
     }
 
-    /// The wanted version: the newest one, unless an admin has named another (`keys rollback`).
+    /// The wanted version: the newest one, unless an admin has set another (`keys rollback`).
     ///
     /// # Errors
-    /// When the version that is named is none that Vault has.
+    /// When Vault does not have the version that was set.
     pub(crate) fn wanted(&self) -> Result<u64, String> {
         let Some(named) = self.use_version() else {
             return Ok(self.current_version);
@@ -144,20 +144,20 @@ impl Metadata {
         match named.parse() {
             Ok(version) if self.has(version) => Ok(version),
             _ => Err(format!(
-                "its custom metadata says use_version={named}, and Vault has no such version; see `credbroker keys rollback`"
+                "its custom metadata has use_version={named}, but Vault has no such version; set another with `credbroker keys rollback`"
             )),
         }
     }
 
-    /// Whether `version` is as it was `seen`.
+    /// Whether `version` has not changed since `seen`.
     pub(crate) fn is_same(&self, seen: &Self, version: u64) -> bool {
         self.versions.get(&version) == seen.versions.get(&version)
     }
 
-    /// Whether `version` has been taken away since it was `seen`: deleted or destroyed, or all was deleted and counting
-    /// started over. That an old version is pruned when a new one is written takes nothing away.
-    pub(crate) fn has_taken_away(&self, seen: &Self, version: u64) -> bool {
-        if self.began_anew(seen) {
+    /// Whether `version` was deleted or destroyed since `seen`, or all versions were deleted and numbering restarted. A
+    /// version that Vault prunes when a new one is written does not count.
+    pub(crate) fn has_lost(&self, seen: &Self, version: u64) -> bool {
+        if self.has_restarted(seen) {
             return true;
         }
         match self.versions.get(&version) {
@@ -168,51 +168,51 @@ impl Metadata {
         }
     }
 
-    /// Whether a version that was `seen` is another one of the same number now.
-    fn began_anew(&self, seen: &Self) -> bool {
+    /// Whether numbering has restarted since `seen`: a number now belongs to a different version.
+    fn has_restarted(&self, seen: &Self) -> bool {
         seen.versions.iter().any(|(number, seen)| {
             let found = self.versions.get(number);
             found.is_some_and(|found| found.created_time != seen.created_time)
         })
     }
 
-    /// Whether a version is there and neither deleted nor destroyed; one that is to be deleted some day counts as deleted.
+    /// Whether a version exists and is neither deleted nor destroyed; one with a deletion time counts as deleted.
     pub(crate) fn has(&self, version: u64) -> bool {
         self.versions
             .get(&version)
             .is_some_and(|version| version.deletion_time.is_empty() && !version.destroyed)
     }
 
-    /// The newest version below `version` that is there.
+    /// The newest version below `version` that exists.
     pub(crate) fn before(&self, version: u64) -> Option<u64> {
         let mut older = self.versions.range(..version).map(|(number, _)| *number);
         older.rfind(|number| self.has(*number))
     }
 
-    /// Whether a version has a time at which it deletes itself; nothing in the metadata changes then.
-    pub(crate) fn deletes_itself(&self, version: u64) -> bool {
+    /// Whether a version has a deletion time; the metadata do not change when Vault deletes it then.
+    pub(crate) fn has_deletion_time(&self, version: u64) -> bool {
         self.versions
             .get(&version)
             .is_some_and(|version| !version.deletion_time.is_empty())
     }
 
-    /// When a version was written, as Vault writes it (RFC 3339).
+    /// When a version was written, as Vault returns it (RFC 3339).
     pub fn created(&self, version: u64) -> Option<&str> {
         let version = self.versions.get(&version)?;
         Some(&version.created_time)
     }
 
-    /// The version that the hints tell of. Where it is not the one in use, they are stale.
+    /// The version that the informational notes describe. If another is in use, they are stale.
     pub fn for_version(&self) -> Option<u64> {
         self.note(FOR_VERSION)?.parse().ok()
     }
 
-    /// Hint: KuCoin's number of the account.
+    /// Informational: KuCoin's id of the account.
     pub fn uid(&self) -> Option<&str> {
         self.note(UID)
     }
 
-    /// Hint: SHA-256 of the key's id, in hex.
+    /// Informational: SHA-256 of the key's id, in hex.
     pub fn key_sha256(&self) -> Option<&str> {
         self.note(KEY_SHA256)
     }
@@ -222,7 +222,8 @@ impl Metadata {
         self.notes.as_ref()?.get(name).map(String::as_str)
     }
 
-    /// Where there is no key yet. A server that counts makes its metadata once then; one that does not, ignores the 0.
+    /// For a key that does not exist yet. A server with check-and-set for metadata then creates them only once; others
+    /// ignore the 0.
     pub(super) fn of_nothing() -> Self {
         Self {
             writes: Some(0),
@@ -230,7 +231,7 @@ impl Metadata {
         }
     }
 
-    /// All notes, with these changes.
+    /// All notes after these changes.
     pub(super) fn noted(&self, changes: &Notes) -> BTreeMap<String, String> {
         let mut notes: BTreeMap<_, _> = self
             .notes
@@ -247,25 +248,25 @@ impl Metadata {
         notes
     }
 
-    /// Whether all of these changes are made.
+    /// Whether all these changes are already made.
     pub(super) fn shows(&self, changes: &Notes) -> bool {
         let is_made = |(name, text): (&&str, &Option<String>)| self.note(name) == text.as_deref();
         changes.0.iter().all(is_made)
     }
 }
 
-/// What was found out about a key when it was registered; nothing of it is secret.
+/// Facts about a key, stored at its registration; none is secret.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct StoredFacts {
-    /// KuCoin's number of the account.
+    /// KuCoin's id of the account.
     pub uid: String,
-    /// KuCoin site, as the rules write it.
+    /// KuCoin site, as in the rules.
     pub site: String,
-    /// Permissions in the words of KuCoin's page.
+    /// Permissions, as on KuCoin's page.
     pub permissions: Vec<String>,
-    /// Addresses that may use the key; none: any.
+    /// Addresses that may use the key; empty: any address.
     pub ip_whitelist: Vec<String>,
-    /// When the key ends: Unix time in milliseconds. 0: never.
+    /// When the key expires: Unix time in milliseconds. 0: never.
     pub expires_at_ms: i64,
     /// Who registered it.
     pub registered_by: String,
@@ -276,7 +277,7 @@ pub struct StoredFacts {
 }
 
 impl StoredFacts {
-    /// By name, as text; empty: not known.
+    /// Names and texts; empty: unknown.
     pub(super) fn texts(&self) -> [(&'static str, String); 8] {
         let time = |ms: i64| match ms {
             0 => String::new(),
@@ -295,15 +296,15 @@ impl StoredFacts {
     }
 }
 
-/// Changes of the custom metadata of a key; what they do not name stays.
+/// Changes of the custom metadata of a key; other entries stay.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Notes(BTreeMap<&'static str, Option<String>>);
 
 impl Notes {
-    /// A version has been written, this is known of it, and it is the one to use.
+    /// After a registration: describes the new version, and makes it the one to use.
     pub fn registered(version: u64, facts: &StoredFacts) -> Self {
         let mut notes = Self(OLD.map(|name| (name, None)).into());
-        // What is not known of this version must not be read as the former one's.
+        // Unknown facts are removed, so that none of the previous version remain.
         let known = |text: String| (!text.is_empty()).then(|| as_note(&text));
         let facts = facts.texts().map(|(name, text)| (name, known(text)));
         notes.0.extend(facts);
@@ -312,25 +313,25 @@ impl Notes {
         notes
     }
 
-    /// Switches the key on or off.
+    /// Enables or disables the key.
     pub fn state(is_active: bool) -> Self {
         let state = if is_active { "active" } else { "disabled" };
         Self(BTreeMap::from([(STATE, Some(state.to_owned()))]))
     }
 
-    /// These changes and others, in one write.
+    /// Both sets of changes, in one write.
     #[must_use]
     pub(crate) fn and(mut self, others: Self) -> Self {
         self.0.extend(others.0);
         self
     }
 
-    /// The newest version is to be used.
+    /// Uses the newest version.
     pub(crate) fn newest() -> Self {
         Self(BTreeMap::from([(USE_VERSION, None), (HOLD, None)]))
     }
 
-    /// This version is to be used, while `newest` is the newest one: what is written later may follow it once it is dead.
+    /// Holds this version while `newest` is the newest: only versions written later may replace it, if it is rejected.
     pub fn hold(version: u64, newest: u64) -> Self {
         Self(BTreeMap::from([
             (USE_VERSION, Some(version.to_string())),
@@ -338,14 +339,14 @@ impl Notes {
         ]))
     }
 
-    /// Whichever version was to be used in `before`.
+    /// Restores the version to use from `before`.
     pub(crate) fn as_before(before: &Metadata) -> Self {
         let note = |name| (name, before.note(name).map(str::to_owned));
         Self([USE_VERSION, HOLD].map(note).into())
     }
 }
 
-/// Fits a text to what Vault takes: printable, and not too long.
+/// Converts a text to a value that Vault accepts: printable and not too long.
 fn as_note(text: &str) -> String {
     let printable = |c: char| {
         if c == ' ' || c.is_ascii_graphic() {
@@ -362,7 +363,7 @@ fn as_note(text: &str) -> String {
     note
 }
 
-/// `GET <mount>/metadata/<path>`. The library has it too, but drops the number that a checked write needs.
+/// `GET <mount>/metadata/<path>`. The library has it too, but drops the number that a check-and-set write needs.
 pub(super) struct ReadMetadata {
     pub(super) mount: String,
     pub(super) path: String,
@@ -396,15 +397,15 @@ mod tests {
     }
 
     #[test]
-    fn notes_that_are_missing_or_strange_are_no_hints_and_a_strange_version_to_use_is_an_error() {
+    fn missing_or_invalid_notes_are_ignored_but_an_invalid_use_version_is_an_error() {
         let none = metadata(&serde_json::Value::Null);
         assert_eq!((none.uid(), none.for_version()), (None, None));
         assert_eq!(none.wanted(), Ok(3));
         assert_eq!((none.before(4), none.before(3)), (Some(3), None));
         assert_eq!(none.created(3), Some("2026-01-02T03:04:05Z"));
-        let strange = metadata(&json!({ "for_version": "x", "use_version": "two" }));
-        assert_eq!(strange.for_version(), None);
-        let problem = strange.wanted().unwrap_err();
+        let invalid = metadata(&json!({ "for_version": "x", "use_version": "two" }));
+        assert_eq!(invalid.for_version(), None);
+        let problem = invalid.wanted().unwrap_err();
         assert!(problem.contains("use_version=two"), "{problem}");
         for gone in ["0", "2", "4"] {
             assert!(metadata(&json!({ "use_version": gone })).wanted().is_err());
@@ -413,17 +414,17 @@ mod tests {
     }
 
     #[test]
-    fn state_word_is_read_in_any_case_and_an_unknown_one_is_not_taken_for_active() {
+    fn state_ignores_case_and_an_unknown_value_is_not_active() {
         let state = |word: &str| metadata(&json!({ "state": word }));
-        assert_eq!(metadata(&json!({})).state(), NotedState::Active);
+        assert_eq!(metadata(&json!({})).state(), StoredState::Active);
         for word in ["active", "Active", " ACTIVE "] {
-            assert_eq!(state(word).state(), NotedState::Active);
+            assert_eq!(state(word).state(), StoredState::Active);
         }
         for word in ["disabled", "Disable", "OFF", "revoked"] {
-            assert_eq!(state(word).state(), NotedState::Disabled(word));
+            assert_eq!(state(word).state(), StoredState::Disabled(word));
         }
         for word in ["paused", "", "disabled!", "inactive", "aktiv"] {
-            assert_eq!(state(word).state(), NotedState::Unknown(word));
+            assert_eq!(state(word).state(), StoredState::Unknown(word));
         }
         let hostile = unknown_state(&format!("\u{202e}\n\u{1b}[2J{}", "x".repeat(500)));
         assert!(
@@ -434,7 +435,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_version_above_the_one_at_which_the_hold_began_is_later() {
+    fn only_versions_written_after_the_hold_began_count_as_later() {
         let version = json!({ "created_time": "2026-01-02T03:04:05Z", "deletion_time": "", "destroyed": false });
         let versions: HashMap<_, _> = (1..=4)
             .map(|number| (number.to_string(), &version))
@@ -450,8 +451,8 @@ mod tests {
         let since = |since: &str| found(json!({ "use_version": "2", "hold": since }));
         assert_eq!(since("2 since 3"), Some((2, 4, Some(4))));
         assert_eq!(since("2 since 4"), Some((2, 4, None)));
-        for strange in ["1 since 3", "2 since", "2 since x", "since 3", ""] {
-            assert_eq!(since(strange), Some((2, 4, None)), "{strange}");
+        for invalid in ["1 since 3", "2 since", "2 since x", "since 3", ""] {
+            assert_eq!(since(invalid), Some((2, 4, None)), "{invalid}");
         }
         assert_eq!(found(json!({ "use_version": "2" })), Some((2, 4, None)));
         for none in ["4", "7", "two"] {
@@ -464,7 +465,7 @@ mod tests {
     }
 
     #[test]
-    fn a_registration_replaces_all_that_was_known_of_the_version_before_and_nothing_else() {
+    fn registration_replaces_the_facts_of_the_previous_version_and_nothing_else() {
         let before = metadata(&json!({
             "owner": "desk", "state": "active", "use_version": "2", "hold": "2 since 3", "uid": "1", "ip_whitelist": "192.0.2.1",
             "for_version": "2", "pending_version": "3", "pending_sha256": "ab",
@@ -484,7 +485,7 @@ mod tests {
     }
 
     #[test]
-    fn a_note_fits_into_what_vault_takes() {
+    fn note_is_made_printable_and_cut_to_what_vault_accepts() {
         assert_eq!(as_note("spot, futures"), "spot, futures");
         assert_eq!(as_note("a\u{200b}b\nc\u{e4}"), "a?b?c?");
         let long = as_note(&"\u{e4}".repeat(513));

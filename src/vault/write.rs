@@ -1,4 +1,4 @@
-//! The admin's side: registers keys, and notes things about them, under a policy that reads no key back.
+//! Writes of admins: registers keys and changes their custom metadata, under a policy that cannot read a key.
 
 use std::collections::BTreeMap;
 use std::str::Utf8Error;
@@ -10,7 +10,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use zeroize::Zeroizing;
 
-use super::connection::{self, if_there, is_vaults_own, post, status_of, texts_of};
+use super::connection::{self, if_exists, is_vaults_own, post, status_of, texts_of};
 use super::login::AuthToken;
 use super::metadata::{MAX_NOTES, Metadata, Notes, StoredFacts};
 use super::{Vault, VaultError};
@@ -18,52 +18,52 @@ use crate::base::ids::{AccountId, KeyName};
 use crate::base::secret::{KeyValues, PartnerKey};
 use crate::kucoin::KeyVersion;
 
-/// How often something is written: what may not have arrived, and notes that somebody else changes at the same time.
+/// How many attempts a write gets, if a response is lost or someone else changes the notes at the same time.
 const TRIES: usize = 3;
 
-/// The wait before a write is repeated, in milliseconds.
+/// The wait before a write is repeated, in milliseconds: least and most.
 const REPEAT_AFTER: (u64, u64) = (100, 400);
 
-/// One version of a key, as it is to be written.
+/// A version of a key to write.
 #[derive(Debug)]
 pub struct Registration {
     /// The key itself.
     pub values: KeyValues,
     /// Its version at KuCoin.
     pub key_version: KeyVersion,
-    /// What was found out about it.
+    /// Facts about it.
     pub facts: StoredFacts,
 }
 
-/// Why something was not written, or why that is not known.
+/// Why a write failed, or may have failed.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum WriteError {
-    /// Vault has understood and refuses; nothing was written.
-    #[error("Vault refuses it: {0}")]
+    /// Vault or this module rejected it; nothing was written.
+    #[error("not written to Vault: {0}")]
     Refused(String),
-    /// Somebody else has written meanwhile; nothing of ours was written.
+    /// Someone else has written meanwhile; this write changed nothing.
     #[error(
-        "somebody else has written this key meanwhile: version {expected} was the newest one, now it is version {found}"
+        "someone else changed the key in Vault: the newest version was {expected}, now it is {found}"
     )]
     Stale {
-        /// The version that was to be the newest.
+        /// The version that was expected as the newest.
         expected: u64,
-        /// The one that is.
+        /// The newest version in Vault.
         found: u64,
     },
-    /// It may be written or not, and may yet be.
-    #[error("it is not known whether it was written: {0}")]
+    /// It may or may not have been written, or may still be.
+    #[error("the write may or may not have taken effect: {0}")]
     Unclear(String),
     /// Nothing was written.
     #[error(transparent)]
     Vault(#[from] VaultError),
 }
 
-/// Why one request changed nothing, or may have.
+/// Why one request failed.
 enum Failure {
-    /// Vault's 400, in its own words.
+    /// Vault returned 400, with this text.
     Refused(String),
-    /// Vault's 400: check-and-set expected another version.
+    /// Vault returned 400: check-and-set expected another version.
     Stale,
     Vault {
         error: VaultError,
@@ -72,14 +72,14 @@ enum Failure {
 }
 
 impl Vault {
-    /// The accounts that have keys in Vault. What else stands below the prefix is left out.
+    /// The accounts that have keys in Vault; other paths below the prefix are left out.
     pub async fn accounts(&self) -> Result<Vec<AccountId>, VaultError> {
         let names = self.names(self.settings.prefix.clone()).await?;
         let account = |name: &String| name.strip_suffix('/')?.parse().ok();
         Ok(names.iter().filter_map(account).collect())
     }
 
-    /// The keys of an account in Vault, also those of which no version is left.
+    /// The keys of an account in Vault, also those without any version left.
     pub async fn keys(&self, account: &AccountId) -> Result<Vec<KeyName>, VaultError> {
         let folder = format!("{}/{account}", self.settings.prefix);
         let names = self.names(folder).await?;
@@ -87,11 +87,11 @@ impl Vault {
     }
 
     async fn names(&self, folder: String) -> Result<Vec<String>, VaultError> {
-        let list = |pass: &AuthToken| {
-            let client = pass.client();
-            // With the slash, because the policy for what is below a folder does not cover its own name.
+        let list = |auth: &AuthToken| {
+            let client = auth.client();
+            // With the slash, because the policy for paths below a folder does not cover the folder without it.
             let (mount, folder) = (self.settings.mount.clone(), format!("{folder}/"));
-            async move { if_there(vaultrs::kv2::list(&client, &mount, &folder).await) }
+            async move { if_exists(vaultrs::kv2::list(&client, &mount, &folder).await) }
         };
         Ok(self.with_authority(list).await?.unwrap_or_default())
     }
@@ -99,8 +99,8 @@ impl Vault {
     /// Writes a key as the version that follows `cas` (0: as the first), and returns the number of the new version.
     ///
     /// # Errors
-    /// None of them holds a value of the key. Only [`WriteError::Unclear`] leaves open whether it is written: only who can
-    /// read the key can tell a version that arrived from somebody else's.
+    /// They hold no value of the key. After [`WriteError::Unclear`] the key may have been written: only a reader of the key
+    /// can distinguish that version from someone else's.
     pub async fn write(
         &self,
         account: &AccountId,
@@ -108,18 +108,18 @@ impl Vault {
         registration: &Registration,
         cas: u64,
     ) -> Result<u64, WriteError> {
-        let (mount, path) = self.place(account, name);
+        let (mount, path) = self.kv_path(account, name);
         let path = format!("{mount}/data/{path}");
         let body = body(registration, cas)?;
         let mut unclear = None;
-        // With check-and-set it takes effect at most once, however often it is sent.
+        // With check-and-set, it takes effect at most once, even if it is sent several times.
         for _ in 0..TRIES {
             let problem = match self.send(&path, &body).await {
                 Ok(answer) => match answer.and_then(|answer| answer.get("version")?.as_u64()) {
                     Some(version) => return Ok(version),
-                    None => "Vault's answer is not what its API describes".to_owned(),
+                    None => "response is not in Vault's format".to_owned(),
                 },
-                // Either somebody else has written, or an attempt before this one has arrived after all.
+                // Either someone else has written, or an earlier attempt has taken effect.
                 Err(Failure::Stale | Failure::Refused(_)) if unclear.is_some() => break,
                 Err(Failure::Stale) => {
                     let newest = self.find(account, name).await?.unwrap_or_default();
@@ -142,24 +142,24 @@ impl Vault {
         Err(WriteError::Unclear(unclear.unwrap_or_default()))
     }
 
-    /// Changes what is noted about a key, and returns its metadata as they are then. All other notes stay.
+    /// Changes notes of a key, and returns the resulting metadata. All other notes stay.
     ///
-    /// A server that counts writes of metadata (OpenBao) refuses one that would undo somebody else's, and it is made
-    /// again on top of that. Elsewhere what somebody else writes between our look and our write is lost.
+    /// A server with check-and-set for metadata (OpenBao) rejects a write that would undo someone else's; it is repeated
+    /// on top of that one. On other servers, a change that someone else makes between read and write is lost.
     pub async fn note(
         &self,
         account: &AccountId,
         name: &KeyName,
         changes: &Notes,
     ) -> Result<Metadata, WriteError> {
-        let (mount, path) = self.place(account, name);
+        let (mount, path) = self.kv_path(account, name);
         let path = format!("{mount}/metadata/{path}");
-        let others = "somebody else keeps changing its custom metadata; try again";
-        // Why a write may have taken effect that does not show.
-        let mut open = None;
+        let others = "someone else keeps changing the key's custom metadata; re-run the command";
+        // Why a write may have taken effect that the metadata do not show.
+        let mut unclear = None;
         for round in 0..=TRIES {
             let found = self.find(account, name).await;
-            let before = match (found, &open) {
+            let before = match (found, &unclear) {
                 (Ok(before), _) => before.unwrap_or_else(Metadata::of_nothing),
                 (Err(error), None) => return Err(WriteError::Vault(error)),
                 (Err(error), Some(_)) => return Err(WriteError::Unclear(error.to_string())),
@@ -173,7 +173,7 @@ impl Vault {
             let notes = before.noted(changes);
             if notes.len() > MAX_NOTES {
                 return Err(WriteError::Refused(format!(
-                    "its custom metadata would have {} entries, and Vault keeps {MAX_NOTES}; remove some that are not ours",
+                    "the key's custom metadata would have {} entries, but Vault allows {MAX_NOTES}; remove entries that credbroker did not write",
                     notes.len()
                 )));
             }
@@ -183,29 +183,29 @@ impl Vault {
             };
             match self.send(&path, &body.to_string().into()).await {
                 Ok(_) => {
-                    open = Some(others.to_owned());
+                    unclear = Some(others.to_owned());
                     continue;
                 }
                 Err(Failure::Stale) => {}
                 Err(Failure::Refused(text)) => return Err(WriteError::Refused(text)),
-                Err(Failure::Vault { error, may_be_done }) if !may_be_done && open.is_none() => {
+                Err(Failure::Vault { error, may_be_done }) if !may_be_done && unclear.is_none() => {
                     return Err(WriteError::Vault(error));
                 }
-                Err(Failure::Vault { error, .. }) => open = Some(error.to_string()),
+                Err(Failure::Vault { error, .. }) => unclear = Some(error.to_string()),
             }
             pause().await;
         }
-        Err(open.map_or_else(
+        Err(unclear.map_or_else(
             || WriteError::Refused(others.to_owned()),
             WriteError::Unclear,
         ))
     }
 
-    /// Posts once, but for what a read repeats too: a 403 that may pass, a node that is behind.
+    /// Posts once, except for repeats as with a read: after a temporary 403, or if a node is behind.
     async fn send(&self, path: &str, body: &Bytes) -> Result<Option<Value>, Failure> {
         let may_be_done = AtomicBool::new(false);
-        let write = |pass: &AuthToken| {
-            let (client, may_be_done) = (pass.client_for_secrets(), &may_be_done);
+        let write = |auth: &AuthToken| {
+            let (client, may_be_done) = (auth.client_for_secrets(), &may_be_done);
             async move {
                 match post(&client, path, body.clone()).await {
                     Err(error) if status_of(&error) == Some(400) && is_vaults_own(&error) => {
@@ -227,7 +227,7 @@ impl Vault {
     }
 }
 
-/// Vault has no code for a failed check-and-set. These words are in both: that of the versions, that of the metadata.
+/// Vault has no code for a failed check-and-set. These words are in both error texts, for versions and for metadata.
 fn refusal(text: String) -> Failure {
     if text.contains("check-and-set parameter d") {
         Failure::Stale
@@ -241,11 +241,11 @@ async fn pause() {
     tokio::time::sleep(Duration::from_millis(wait)).await;
 }
 
-/// Vault has no reason to repeat what it was sent; should it all the same, its words are not shown.
+/// Withholds an error text that contains a value of the key. Vault should never send one.
 fn without_values(text: String, registration: &Registration) -> String {
     let values = &registration.values;
     let partner_key = values.partner_key.as_ref().map(PartnerKey::expose);
-    let repeats = |value: &[u8]| {
+    let is_in_text = |value: &[u8]| {
         !value.is_empty()
             && text
                 .as_bytes()
@@ -258,13 +258,14 @@ fn without_values(text: String, registration: &Registration) -> String {
         Some(values.passphrase.expose()),
         partner_key,
     ];
-    if all.into_iter().flatten().any(repeats) {
-        return "its words repeat a value of the key and are withheld".to_owned();
+    if all.into_iter().flatten().any(is_in_text) {
+        return "error text withheld: it contains the key's id, secret, passphrase or partner key"
+            .to_owned();
     }
     text
 }
 
-/// What is sent, wiped once the last copy of the handle is gone.
+/// The request body, wiped once the last handle is dropped.
 fn body(registration: &Registration, cas: u64) -> Result<Bytes, WriteError> {
     #[derive(Serialize)]
     struct Options {
@@ -289,12 +290,15 @@ fn body(registration: &Registration, cas: u64) -> Result<Bytes, WriteError> {
     if let Some(key) = &values.partner_key {
         data.insert("partner_key", key.expose());
     }
-    // JSON makes at most six bytes of one. Were it too little, the buffer would move and leave a copy behind.
+    // JSON needs at most six bytes for one. If this were too small, the buffer would move and leave a copy behind.
     let room = |(name, value): (&&str, &&[u8])| name.len() + 6 * value.len() + 8;
     let room = 64 + data.iter().map(room).sum::<usize>();
     let text = |(name, value)| Ok((name, str::from_utf8(value)?));
     let data = data.into_iter().map(text).collect::<Result<_, Utf8Error>>();
-    let unwritable = || WriteError::Refused("a value of the key is not text".to_owned());
+    let unwritable = || {
+        let problem = "the key's id, secret, passphrase or partner key is not valid UTF-8";
+        WriteError::Refused(problem.to_owned())
+    };
     let data = data.map_err(|_| unwritable())?;
     let options = Options { cas };
     let mut body = Zeroizing::new(Vec::with_capacity(room));
@@ -323,14 +327,14 @@ mod tests {
     }
 
     #[test]
-    fn words_of_vault_that_repeat_a_value_are_not_shown() {
+    fn error_text_that_contains_a_value_of_the_key_is_not_shown() {
         let registration = registration("");
         for name in ["id", "secret", "passphrase", "partner"] {
             let echo = format!("cannot read \"fake-{name}\"");
             let shown = without_values(echo, &registration);
             assert_eq!(
                 shown,
-                "its words repeat a value of the key and are withheld"
+                "error text withheld: it contains the key's id, secret, passphrase or partner key"
             );
         }
         let harmless = "check-and-set parameter required for this call";
@@ -338,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn a_body_has_room_for_values_that_json_writes_six_times_as_long() {
+    fn body_buffer_has_room_for_values_that_json_makes_six_times_as_long() {
         let body = body(&registration(&"\u{1}".repeat(1000)), 7).unwrap();
         let body: Value = serde_json::from_slice(&body).unwrap();
         assert_eq!(body["options"]["cas"], 7);

@@ -1,4 +1,4 @@
-//! The door for admins: who gets in, what the others see of it, and what the commands say that cannot get through.
+//! The admin listener: who can connect, what it offers, and what commands print when they cannot connect.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -28,7 +28,7 @@ use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 use tonic_reflection::pb::v1::{ServerReflectionRequest, ServerReflectionResponse};
 use tonic_types::StatusExt;
 
-use crate::certificates::gets_in;
+use crate::certificates::is_call_accepted;
 use crate::harness::{Lab, Patient, accounts, admin_over, patient, set_mode, until};
 
 /// An admin's connection with this certificate.
@@ -37,7 +37,7 @@ async fn connection(lab: &Lab, identity: &Identity) -> Option<Patient> {
     patient(lab.admin, &roots, identity).await.ok()
 }
 
-/// What becomes of a call with this certificate at the admins' door.
+/// Lists keys with this certificate; the error is `None` if the connection is rejected.
 async fn listed(lab: &Lab, identity: &Identity) -> Result<Vec<KeyState>, Option<Status>> {
     let connection = connection(lab, identity).await.ok_or(None)?;
     list(&mut admin_over(connection)).await.map_err(Some)
@@ -47,7 +47,7 @@ async fn list(admin: &mut AdminClient<Patient>) -> Result<Vec<KeyState>, Status>
     Ok(admin.list_keys(ListKeysRequest {}).await?.into_inner().keys)
 }
 
-/// A call whose message comes as the body says.
+/// A call with this body.
 fn posted(method: &str, body: UnsyncBoxBody<Bytes, Status>) -> http::Request<tonic::body::Body> {
     http::Request::post(format!("https://localhost/credbroker.v1.Admin/{method}"))
         .header("content-type", "application/grpc")
@@ -66,7 +66,7 @@ fn refusal<T: std::fmt::Debug>(result: Result<T, Status>) -> (Code, String) {
 }
 
 #[tokio::test]
-async fn each_role_gets_in_at_its_own_listener_and_at_no_other() {
+async fn certificates_are_accepted_only_at_the_listener_of_their_role() {
     let mut lab = Lab::with(Settings {
         process: true,
         ..Settings::default()
@@ -74,19 +74,19 @@ async fn each_role_gets_in_at_its_own_listener_and_at_no_other() {
     .await;
     let dns = SanType::DnsName("admin.demo.test".try_into().unwrap());
     let named = lab.ca.issue("anna", &[dns], Usage::Client);
-    let stranger = Ca::new("somebody else's CA").unwrap();
+    let other_ca = Ca::new("another CA").unwrap();
     let uri = SanType::URI("spiffe://demo.test/admin/anna".try_into().unwrap());
     let served = lab.ca.issue("anna", &[uri], Usage::Server).unwrap();
     let dns = SanType::DnsName("spiffe://demo.test/admin/anna".try_into().unwrap());
     let disguised = lab.ca.issue("anna", &[dns], Usage::Client).unwrap();
     let admin = lab.ca.admin("anna").unwrap();
     listed(&lab, &admin).await.unwrap();
-    let unfit = lab
+    let non_signing_ca = lab
         .ca
         .intermediate("issuing CA", CaKind::NotForSigning)
         .unwrap();
-    let mut below_unfit = unfit.admin("anna").unwrap();
-    below_unfit.certificate_pem += unfit.certificate_pem();
+    let mut from_non_signing_ca = non_signing_ca.admin("anna").unwrap();
+    from_non_signing_ca.certificate_pem += non_signing_ca.certificate_pem();
     let expected = "spiffe://<trust domain>/admin/<name>, got ";
     for (identity, reason) in [
         (
@@ -101,9 +101,12 @@ async fn each_role_gets_in_at_its_own_listener_and_at_no_other() {
             disguised,
             format!("DNS SAN: expected a URI SAN {expected}\\\"spiffe://demo.test/admin/anna"),
         ),
-        (stranger.admin("anna").unwrap(), "UnknownIssuer".to_owned()),
+        (other_ca.admin("anna").unwrap(), "UnknownIssuer".to_owned()),
         (served, "invalid peer certificate".to_owned()),
-        (below_unfit, "whose keyUsage lacks keyCertSign".to_owned()),
+        (
+            from_non_signing_ca,
+            "whose keyUsage lacks keyCertSign".to_owned(),
+        ),
     ] {
         let refusals = |lab: &Lab| {
             let log = lab.process.as_ref().unwrap().log();
@@ -113,21 +116,24 @@ async fn each_role_gets_in_at_its_own_listener_and_at_no_other() {
             lines.map(ToOwned::to_owned).collect::<Vec<_>>()
         };
         let before = refusals(&lab).len();
-        // In the handshake: what the client gets is no answer of gRPC's.
+        // Rejected in the handshake: the client gets no gRPC error details.
         let failure = listed(&lab, &identity).await.unwrap_err();
         assert!(
             failure.is_none_or(|status| status.details().is_empty()),
             "{reason}"
         );
-        until("the refusal is logged", async || {
+        until("the rejection is logged", async || {
             refusals(&lab).len() > before
         })
         .await;
         let line = refusals(&lab).pop().unwrap();
         assert!(line.contains(&reason), "{reason} is not in {line}");
     }
-    assert!(!gets_in(&lab, &admin).await, "an admin is no bot");
-    assert!(gets_in(&lab, &lab.ca.bot("maker").unwrap()).await);
+    assert!(
+        !is_call_accepted(&lab, &admin).await,
+        "the bots' listener accepted an admin"
+    );
+    assert!(is_call_accepted(&lab, &lab.ca.bot("maker").unwrap()).await);
 
     let tls = tonic::transport::ClientTlsConfig::new()
         .ca_certificate(tonic::transport::Certificate::from_pem(
@@ -149,20 +155,20 @@ async fn each_role_gets_in_at_its_own_listener_and_at_no_other() {
 
 async fn reflect(
     connection: Patient,
-    question: MessageRequest,
+    request: MessageRequest,
 ) -> Result<ServerReflectionResponse, Status> {
     let origin = "https://localhost".parse().unwrap();
     let mut client = ServerReflectionClient::with_origin(connection, origin);
-    let asked = tokio_stream::iter([ServerReflectionRequest {
+    let requests = tokio_stream::iter([ServerReflectionRequest {
         host: String::new(),
-        message_request: Some(question),
+        message_request: Some(request),
     }]);
-    let mut answers = client.server_reflection_info(asked).await?.into_inner();
+    let mut answers = client.server_reflection_info(requests).await?.into_inner();
     Ok(answers.message().await?.unwrap())
 }
 
 #[tokio::test]
-async fn neither_door_shows_or_serves_the_other_ones_calls() {
+async fn each_listener_offers_only_its_own_services() {
     let mut lab = Lab::start().await;
     let bot = lab.patient(&lab.ca.bot("maker").unwrap()).await;
     let services = MessageRequest::ListServices(String::new());
@@ -183,38 +189,38 @@ async fn neither_door_shows_or_serves_the_other_ones_calls() {
         !names.iter().any(|name| name.contains("Admin")),
         "{names:?}"
     );
-    for question in [
+    for request in [
         MessageRequest::FileByFilename("credbroker/v1/admin.proto".to_owned()),
         MessageRequest::FileContainingSymbol("credbroker.v1.Admin".to_owned()),
         MessageRequest::FileContainingSymbol("credbroker.v1.Candidate".to_owned()),
     ] {
-        let answer = reflect(bot.clone(), question.clone()).await;
+        let answer = reflect(bot.clone(), request.clone()).await;
         let found = answer.is_ok_and(|answer| {
             !matches!(
                 answer.message_response,
                 Some(MessageResponse::ErrorResponse(_))
             )
         });
-        assert!(!found, "{question:?}");
+        assert!(!found, "{request:?}");
     }
-    // What it does show, found the same way.
+    // The same kind of request finds the bots' API.
     let broker = MessageRequest::FileByFilename("credbroker/v1/broker.proto".to_owned());
     let answer = reflect(bot.clone(), broker).await.unwrap().message_response;
     assert!(
         matches!(answer, Some(MessageResponse::FileDescriptorResponse(_))),
         "{answer:?}"
     );
-    let ended = list_keys_over(bot).await.unwrap_err();
-    assert_eq!(ended.code(), Code::Unimplemented);
+    let error = list_keys_over(bot).await.unwrap_err();
+    assert_eq!(error.code(), Code::Unimplemented);
 
     let admin = connection(&lab, &lab.ca.admin("anna").unwrap())
         .await
         .unwrap();
-    let ended = reflect(admin.clone(), services).await.unwrap_err();
-    assert_eq!(ended.code(), Code::Unimplemented);
+    let error = reflect(admin.clone(), services).await.unwrap_err();
+    assert_eq!(error.code(), Code::Unimplemented);
     let mut bots_call = BrokerClient::with_origin(admin, "https://localhost".parse().unwrap());
-    let ended = bots_call.sign_and_send(accounts()).await.unwrap_err();
-    assert_eq!(ended.code(), Code::Unimplemented);
+    let error = bots_call.sign_and_send(accounts()).await.unwrap_err();
+    assert_eq!(error.code(), Code::Unimplemented);
     lab.stop().await;
 }
 
@@ -223,7 +229,7 @@ async fn list_keys_over(connection: Patient) -> Result<Vec<KeyState>, Status> {
 }
 
 #[tokio::test]
-async fn a_page_of_another_site_cannot_call() {
+async fn admin_listener_refuses_requests_that_a_web_page_can_send() {
     let mut lab = Lab::start().await;
     let identity = lab.ca.admin("anna").unwrap();
     let mut connection = connection(&lab, &identity).await.unwrap();
@@ -251,10 +257,10 @@ async fn a_page_of_another_site_cannot_call() {
         assert!(!answer.headers().contains_key("access-control-allow-origin"));
     }
     assert!(lab.acts().iter().all(|act| act["action"] != "halt"));
-    // The same message as a call.
+    // The same message as a gRPC call.
     let answer = call("POST", "application/grpc+proto").await;
     assert_eq!(answer.status(), 200);
-    until("it is done", async || {
+    until("the halt is audited", async || {
         lab.acts().iter().any(|act| act["action"] == "halt")
     })
     .await;
@@ -262,14 +268,19 @@ async fn a_page_of_another_site_cannot_call() {
 }
 
 #[tokio::test]
-async fn metadata_of_an_admin_call_have_a_limit_too() {
+async fn metadata_of_admin_calls_is_limited() {
     let mut lab = Lab::start().await;
     let mut admin = lab.admin_client("anna").await;
     let mut request = tonic::Request::new(ListKeysRequest {});
     let long = "x".repeat(17_000).parse().unwrap();
     request.metadata_mut().insert("x-token", long);
     let status = admin.list_keys(request).await.unwrap_err();
-    assert!(status.message().contains("metadata: has 17"), "{status:?}");
+    assert!(
+        status
+            .message()
+            .contains("metadata: expected at most 16384 bytes, got 17"),
+        "{status:?}"
+    );
     assert_eq!(
         refusal::<()>(Err(status)),
         (Code::InvalidArgument, "REQUEST_MALFORMED".to_owned())
@@ -279,7 +290,7 @@ async fn metadata_of_an_admin_call_have_a_limit_too() {
 }
 
 #[tokio::test]
-async fn refused_calls_of_an_admin_are_counted_and_audited() {
+async fn rejected_admin_calls_are_counted_and_audited() {
     let mut lab = Lab::start().await;
     let identity = lab.ca.admin("anna").unwrap();
     let mut connection = connection(&lab, &identity).await.unwrap();
@@ -312,7 +323,7 @@ async fn refused_calls_of_an_admin_are_counted_and_audited() {
     let lines = lab.audit_file();
     let denied: Vec<_> = lines
         .iter()
-        .filter(|line| line["event"] == "denied" && line["who"] == who)
+        .filter(|line| line["event"] == "denied" && line["principal"] == who)
         .map(|line| line["reason"].as_str().unwrap())
         .collect();
     assert_eq!(
@@ -328,7 +339,7 @@ async fn refused_calls_of_an_admin_are_counted_and_audited() {
 }
 
 #[tokio::test]
-async fn without_an_address_there_is_no_door() {
+async fn admin_listener_is_off_unless_its_address_is_configured() {
     let mut lab = Lab::with(Settings {
         edit: Box::new(|config| config.replace("admin = \"127.0.0.1:0\"\n", "")),
         ..Settings::default()
@@ -339,7 +350,7 @@ async fn without_an_address_there_is_no_door() {
 }
 
 #[tokio::test]
-async fn keys_are_listed_as_they_are() {
+async fn key_list_shows_status_problems_and_a_vault_outage() {
     let mut lab = Lab::with(Settings {
         keys: vec![("main", "main", credbroker_sim::installation::MAIN_UID)],
         wait_ready: false,
@@ -349,7 +360,7 @@ async fn keys_are_listed_as_they_are() {
     let mut admin = lab.admin_client("anna").await;
     let listed = async || list(&mut admin.clone()).await.unwrap();
     until(
-        "Vault has said what it has, and the exchange how it is",
+        "Vault has returned both keys, and the first one is tested",
         async || {
             let keys = listed().await;
             let is_waiting = |reason: &String| reason.contains("waiting");
@@ -391,7 +402,7 @@ async fn keys_are_listed_as_they_are() {
     let mut broken = secret(&key);
     broken["passphrase"] = Value::Null;
     lab.vault.put_secret("kv", &kv_path("main", "main"), broken);
-    until("the broken version is told", async || {
+    until("the broken version is reported", async || {
         let keys = listed().await;
         keys[0].version == 1
             && keys[0]
@@ -401,9 +412,9 @@ async fn keys_are_listed_as_they_are() {
     })
     .await;
     lab.vault.seal();
-    until("the outage is told", async || {
+    until("the outage is reported", async || {
         let reasons = listed().await[0].reasons.join("; ");
-        reasons.contains("Vault last confirmed it")
+        reasons.contains("Vault last confirmed the key")
     })
     .await;
     list(&mut admin).await.unwrap();
@@ -411,7 +422,7 @@ async fn keys_are_listed_as_they_are() {
 }
 
 #[tokio::test]
-async fn what_a_call_names_is_checked() {
+async fn admin_calls_with_unknown_or_invalid_names_are_rejected() {
     let mut lab = Lab::start().await;
     let mut admin = lab.admin_client("anna").await;
     let by_name = |account: &str| HaltRequest {
@@ -419,16 +430,16 @@ async fn what_a_call_names_is_checked() {
         ..HaltRequest::default()
     };
     let malformed = (Code::InvalidArgument, "REQUEST_MALFORMED".to_owned());
-    let ended = admin.halt(by_name("No Such")).await.unwrap_err();
-    let fields = ended.get_details_bad_request().unwrap().field_violations;
+    let error = admin.halt(by_name("No Such")).await.unwrap_err();
+    let fields = error.get_details_bad_request().unwrap().field_violations;
     assert_eq!(fields[0].field, "account");
     assert!(
-        ended
+        error
             .message()
-            .starts_with("malformed call: account: expected a name"),
-        "{ended:?}"
+            .starts_with("malformed request: account: expected 1 to 32 of a-z"),
+        "{error:?}"
     );
-    assert_eq!(refusal(Err::<(), _>(ended)), malformed);
+    assert_eq!(refusal(Err::<(), _>(error)), malformed);
     let unknown = refusal(admin.halt(by_name("nobody")).await);
     assert_eq!(unknown, (Code::NotFound, "ACCOUNT_UNKNOWN".to_owned()));
     let refresh = |key: &str| RefreshKeyRequest {
@@ -453,7 +464,7 @@ async fn what_a_call_names_is_checked() {
 }
 
 #[tokio::test]
-async fn calls_are_small_and_arrive_in_time() {
+async fn oversized_slow_or_malformed_admin_calls_are_rejected() {
     let mut lab = Lab::with(Settings {
         config: "[limits]\nrequest_timeout_ms = 300".to_owned(),
         ..Settings::default()
@@ -484,7 +495,7 @@ async fn calls_are_small_and_arrive_in_time() {
     };
     let slow = (Code::DeadlineExceeded, "DEADLINE_EXCEEDED".to_owned());
     assert_eq!(refusal(call(&[0, 0], false).await), slow);
-    // A field that says it is longer than the message.
+    // A field whose length exceeds the message.
     assert_eq!(
         refusal(call(&[0, 0, 0, 0, 2, 0x0a, 0x7f], true).await),
         malformed
@@ -494,7 +505,7 @@ async fn calls_are_small_and_arrive_in_time() {
 }
 
 #[tokio::test]
-async fn an_admin_who_hangs_up_tears_nothing() {
+async fn admin_call_completes_after_the_admin_disconnects() {
     let mut lab = Lab::start().await;
     let mut admin = lab.admin_client("anna").await;
     until("the key is tested", async || {
@@ -511,24 +522,24 @@ async fn an_admin_who_hangs_up_tears_nothing() {
         ..TestKeyRequest::default()
     };
     let call = tokio::spawn(async move { admin.test_key(test).await });
-    until("the test is under way", async || {
-        let record = std::fs::read_to_string(lab.path("state/audit.jsonl")).unwrap();
-        record.contains("spiffe://demo.test/admin/anna")
+    until("the test has started", async || {
+        let audit_log = std::fs::read_to_string(lab.path("state/audit.jsonl")).unwrap();
+        audit_log.contains("spiffe://demo.test/admin/anna")
     })
     .await;
-    let is_on_record = || {
+    let is_audited = || {
         let acts = lab.acts().into_iter();
         acts.filter(|act| act["action"] == "test")
             .any(|act| act["outcome"] == "done")
     };
-    assert!(!is_on_record());
+    assert!(!is_audited());
     call.abort();
-    until("the test is on record", async || is_on_record()).await;
+    until("the test is audited", async || is_audited()).await;
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn admins_get_in_whoever_else_holds_connections() {
+async fn admins_can_connect_while_other_clients_hold_connections() {
     let mut lab = Lab::start().await;
     let mut silent = Vec::new();
     for _ in 0..100 {
@@ -540,14 +551,14 @@ async fn admins_get_in_whoever_else_holds_connections() {
     for _ in 0..40 {
         let mut one = connection(&lab, &bob).await.unwrap();
         list(&mut admin_over(one.clone())).await.unwrap();
-        // It must not be closed by this end.
+        // The client itself has not closed it.
         assert!(one.is_open());
         std::future::poll_fn(|context| one.poll_ready(context))
             .await
             .unwrap();
         many.push(one);
     }
-    until("the oldest of bob's have ended", async || {
+    until("bob's oldest connections are closed", async || {
         many.iter().filter(|one| one.is_open()).count() == 15
     })
     .await;
@@ -558,7 +569,7 @@ async fn admins_get_in_whoever_else_holds_connections() {
 }
 
 #[tokio::test]
-async fn a_removed_ca_ends_admin_access_at_once() {
+async fn removing_a_ca_ends_admin_access_at_once() {
     let (own, next) = (
         Ca::new("CA of admins").unwrap(),
         Ca::new("next CA of admins").unwrap(),
@@ -573,24 +584,24 @@ async fn a_removed_ca_ends_admin_access_at_once() {
     let connected = connection(&lab, &old).await.unwrap();
     let mut anna = admin_over(connected.clone());
     list(&mut anna).await.unwrap();
-    // Each CA is for its own door.
+    // Each CA is trusted at its own listener only.
     listed(&lab, &lab.ca.admin("anna").unwrap())
         .await
         .unwrap_err();
-    assert!(!gets_in(&lab, &own.bot("maker").unwrap()).await);
+    assert!(!is_call_accepted(&lab, &own.bot("maker").unwrap()).await);
     let mut bot = lab.patient_bot("maker").await;
     bot.send(accounts()).await.unwrap();
 
     let unusable = lab.changes().len();
     std::fs::write(lab.path("admins-ca.pem"), "no certificate").unwrap();
-    until("the unusable file is told", async || {
+    until("the rejected file is audited", async || {
         lab.changes().len() > unusable
     })
     .await;
     let change = lab.changes().pop().unwrap();
     assert_eq!(
-        (&change["what"], &change["outcome"]),
-        (&"tls".into(), &"refused".into())
+        (&change["file"], &change["outcome"]),
+        (&"tls".into(), &"rejected".into())
     );
     assert!(
         change["detail"]
@@ -605,27 +616,27 @@ async fn a_removed_ca_ends_admin_access_at_once() {
     let (pieces, body) = mpsc::channel(1);
     let body = StreamBody::new(ReceiverStream::new(body));
     let mut slow = connected.clone();
-    let half_way = slow.call(posted("ListKeys", UnsyncBoxBody::new(body)));
-    let half_way = tokio::spawn(half_way);
+    let pending_call = slow.call(posted("ListKeys", UnsyncBoxBody::new(body)));
+    let pending_call = tokio::spawn(pending_call);
     let piece = |bytes| Ok::<_, Status>(Frame::data(Bytes::from_static(bytes)));
     pieces.send(piece(&[0, 0])).await.unwrap();
-    // The broker has seen what was sent before this.
+    // By the time of this answer the broker has received the first piece.
     list(&mut anna).await.unwrap();
     std::fs::write(lab.path("admins-ca.pem"), next.certificate_pem()).unwrap();
-    until("the next CA is in force", async || {
+    until("the next CA is loaded", async || {
         lab.changes().len() > known
     })
     .await;
     pieces.send(piece(&[0, 0, 0])).await.unwrap();
     drop(pieces);
-    let ended = half_way.await.unwrap().unwrap();
-    let ended = Status::from_header_map(ended.headers()).unwrap();
+    let error = pending_call.await.unwrap().unwrap();
+    let error = Status::from_header_map(error.headers()).unwrap();
     let untrusted = (Code::Unauthenticated, "CALLER_UNKNOWN".to_owned());
-    assert_eq!(refusal(Err::<(), _>(ended)), untrusted);
-    // The call comes before or after the connection has ended.
-    let ended = list(&mut anna).await.unwrap_err();
-    assert!(ended.details().is_empty() || refusal(Err::<(), _>(ended)).1 == "CALLER_UNKNOWN");
-    until("the connection has ended", async || !connected.is_open()).await;
+    assert_eq!(refusal(Err::<(), _>(error)), untrusted);
+    // The call arrives before or after the connection is closed.
+    let error = list(&mut anna).await.unwrap_err();
+    assert!(error.details().is_empty() || refusal(Err::<(), _>(error)).1 == "CALLER_UNKNOWN");
+    until("the connection is closed", async || !connected.is_open()).await;
     listed(&lab, &old).await.unwrap_err();
     listed(&lab, &next.admin("anna").unwrap()).await.unwrap();
     bot.send(accounts()).await.unwrap();
@@ -633,7 +644,7 @@ async fn a_removed_ca_ends_admin_access_at_once() {
 }
 
 #[tokio::test]
-async fn no_call_is_taken_on_a_certificate_that_has_ended() {
+async fn admin_calls_are_rejected_once_the_certificate_has_expired() {
     let mut lab = Lab::start().await;
     let now_s = || u64::try_from(Clock::system().wall_ms() / 1000).unwrap();
     let end = now_s() + 3;
@@ -641,24 +652,24 @@ async fn no_call_is_taken_on_a_certificate_that_has_ended() {
     let connected = connection(&lab, &identity).await.unwrap();
     let mut anna = admin_over(connected.clone());
     let mut served = 0;
-    let ended = loop {
+    let error = loop {
         match list(&mut anna).await {
             Ok(_) => served += 1,
             Err(status) => break status,
         }
-        assert!(now_s() <= end + 1, "it is served past its end");
+        assert!(now_s() <= end + 1, "accepted after it has expired");
     };
     assert!(served > 0 && now_s() >= end);
     assert_eq!(
-        refusal(Err::<(), _>(ended)),
+        refusal(Err::<(), _>(error)),
         (Code::Unauthenticated, "CALLER_UNKNOWN".to_owned())
     );
-    until("the connection has ended", async || !connected.is_open()).await;
+    until("the connection is closed", async || !connected.is_open()).await;
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn the_command_lists_keys() {
+async fn keys_list_prints_each_key_as_text_or_json() {
     let mut lab = Lab::start().await;
     let admin = lab.admin_client("anna").await;
     until("every key is tested", async || {
@@ -675,7 +686,7 @@ async fn the_command_lists_keys() {
     );
     let expected = [
         "KEY         STATUS   VERSION",
-        "main/main   at-risk  1        serves futures, spot-margin, unified",
+        "main/main   at-risk  1        used for futures, spot-margin, unified",
         "                              permissions General, Spot, Margin, Futures,",
         "                              Unified",
     ];
@@ -691,7 +702,7 @@ async fn the_command_lists_keys() {
         "{lines:#?}"
     );
     assert!(
-        lines.contains(&"other/main  at-risk  1        serves spot-margin"),
+        lines.contains(&"other/main  at-risk  1        used for spot-margin"),
         "{lines:#?}"
     );
     let shown = lab.admin_cli("anna", &["keys", "list", "--json"]).await;
@@ -710,37 +721,37 @@ async fn the_command_lists_keys() {
 }
 
 #[tokio::test]
-async fn keys_list_names_the_whole_command_once_per_key_after_a_halt_of_all() {
+async fn keys_list_shows_the_full_resume_command_once_per_halted_key() {
     let mut lab = Lab::start().await;
     let halted = lab.admin_cli("anna", &["halt", "--all"]).await;
     assert_eq!(halted.code, Some(0), "{halted:?}");
     let list = async |lab: &Lab| lab.admin_cli("anna", &["keys", "list"]).await.stdout;
     let shown = list(&lab).await;
     let about = |shown: &str, word: &str| shown.matches(word).count();
-    let halted = "  halted: `credbroker resume --all` lifts it\n";
+    let halted = "  halted; to resume, run `credbroker resume --all`\n";
     assert_eq!(about(&shown, halted), 2, "{shown}");
-    let once = "frozen: risk-increasing requests are rejected; cancels and reads still work.\n";
+    let once = "frozen: risk-increasing requests are refused; cancels and reads still work.\n";
     assert!(shown.ends_with(once), "{shown}");
-    assert_eq!(about(&shown, "rejected"), 1, "{shown}");
+    assert_eq!(about(&shown, "refused"), 1, "{shown}");
 
     lab.admin_cli("anna", &["halt", "main"]).await;
     let shown = crate::harness::in_one_line(&list(&lab).await);
-    let by_name = "halted: `credbroker resume main` lifts it";
+    let by_name = "halted; to resume, run `credbroker resume main`";
     assert_eq!(about(&shown, by_name), 1, "{shown}");
     lab.stop().await;
 }
 
-/// The silent exchange was asked something that changes nothing: there is nothing to look up before it is asked again.
+/// A key test changes nothing, so nothing needs to be looked up before it is repeated.
 #[tokio::test]
-async fn a_key_test_without_an_answer_says_to_check_the_connection_and_not_to_look_anything_up() {
+async fn key_test_without_an_answer_advises_to_check_the_connection() {
     use credbroker_sim::kucoin::{Fault, FaultAction, When};
     let mut lab = Lab::start().await;
     for action in [
         FaultAction::Stall {
-            when: When::BeforeTaken,
+            when: When::BeforeProcessing,
         },
         FaultAction::Close {
-            when: When::AfterTaken,
+            when: When::AfterProcessing,
         },
     ] {
         lab.kucoin.fault(Fault {
@@ -749,53 +760,53 @@ async fn a_key_test_without_an_answer_says_to_check_the_connection_and_not_to_lo
         });
         let tested = lab.admin_cli("anna", &["keys", "test", "main"]).await;
         assert_eq!(tested.code, Some(1), "{tested:?}");
-        let said = crate::harness::in_one_line(&format!("{}{}", tested.stdout, tested.stderr));
+        let output = crate::harness::in_one_line(&format!("{}{}", tested.stdout, tested.stderr));
         assert!(
-            !said.contains("look it up") && !said.contains("may have reached"),
-            "{said}"
+            !output.contains("look it up") && !output.contains("may have reached"),
+            "{output}"
         );
         assert!(
-            said.contains("GET /api/v1/user/api-key (spot-margin): no complete answer came"),
-            "{said}"
+            output.contains("GET /api/v1/user/api-key (spot-margin): no complete answer came"),
+            "{output}"
         );
         let fix = "fix: check the connection to KuCoin with `credbroker doctor`, then re-run the command; a test changes nothing";
-        assert!(said.contains(fix), "{said}");
+        assert!(output.contains(fix), "{output}");
         lab.kucoin.clear_faults();
     }
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn a_command_that_cannot_get_through_says_why_and_what_to_do() {
+async fn admin_command_that_cannot_connect_reports_the_cause_and_the_fix() {
     let mut lab = Lab::start().await;
     let admin = lab.ca.admin("anna").unwrap();
     lab.write_admin_files(&admin);
     let toml = std::fs::read_to_string(lab.path("admin.toml")).unwrap();
     let now_s = u64::try_from(Clock::system().wall_ms() / 1000).unwrap();
-    let stranger = Ca::new("somebody else's CA").unwrap();
-    let ended = lab.ca.admin_within("anna", now_s - 60..now_s - 30).unwrap();
-    let stranger_pem = stranger.certificate_pem().to_owned();
+    let other_ca = Ca::new("another CA").unwrap();
+    let expired = lab.ca.admin_within("anna", now_s - 60..now_s - 30).unwrap();
+    let other_pem = other_ca.certificate_pem().to_owned();
     let ca = lab.ca.certificate_pem().to_owned();
     let at = |address| toml.replace(&lab.admin.to_string(), &format!("{address}"));
     let cases = [
         (
             &admin,
-            &stranger_pem,
+            &other_pem,
             toml.clone(),
             1,
-            "does not come from a CA in",
-            "fix: `ca` in admin.toml must hold the CA of the broker's tls.certificate",
+            "was not issued by a CA in",
+            "fix: set `ca` in admin.toml to the CA of the broker's tls.certificate",
         ),
         (
             &admin,
             &ca,
             format!("server_name = \"other.test\"\n{toml}"),
             1,
-            "does not name other.test",
+            "is not valid for other.test",
             "fix: set server_name in admin.toml",
         ),
         (
-            &stranger.admin("anna").unwrap(),
+            &other_ca.admin("anna").unwrap(),
             &ca,
             toml.clone(),
             1,
@@ -803,19 +814,19 @@ async fn a_command_that_cannot_get_through_says_why_and_what_to_do() {
             "tls.admin_ca",
         ),
         (
-            &ended,
+            &expired,
             &ca,
             toml.clone(),
             1,
             "it has expired, or is not valid yet",
-            "fix: renew it",
+            "fix: renew the certificate",
         ),
         (
             &lab.ca.bot("maker").unwrap(),
             &ca,
             toml.clone(),
             2,
-            "admin.pem is no admin's certificate: certificate identity is not valid for this listener: URI SAN: expected spiffe://<trust domain>/admin/<name>, got",
+            "admin.pem is not an admin certificate: certificate identity is not valid for this listener: URI SAN: expected spiffe://<trust domain>/admin/<name>, got",
             "fix: ",
         ),
         (
@@ -824,7 +835,7 @@ async fn a_command_that_cannot_get_through_says_why_and_what_to_do() {
             at(lab.grpc),
             1,
             "is not an admin listener",
-            "fix: `broker` in admin.toml must be the broker's listen.admin",
+            "fix: set `broker` in admin.toml to the broker's listen.admin",
         ),
         (
             &admin,
@@ -832,7 +843,7 @@ async fn a_command_that_cannot_get_through_says_why_and_what_to_do() {
             at(lab.ops),
             1,
             "does not speak TLS",
-            "and not listen.ops",
+            "not to listen.ops",
         ),
         (
             &admin,
@@ -843,37 +854,36 @@ async fn a_command_that_cannot_get_through_says_why_and_what_to_do() {
             "fix: ",
         ),
     ];
-    for (identity, ca, toml, code, what, fix) in cases {
+    for (identity, ca, toml, code, problem, fix) in cases {
         lab.write_admin_files(identity);
         std::fs::write(lab.path("admin-broker-ca.pem"), ca).unwrap();
         std::fs::write(lab.path("admin.toml"), toml).unwrap();
-        let said = lab.cli(&["keys", "list"], "").await;
+        let output = lab.cli(&["keys", "list"], "").await;
         assert_eq!(
-            (said.code, said.stdout.as_str()),
+            (output.code, output.stdout.as_str()),
             (Some(code), ""),
-            "{said:?}"
+            "{output:?}"
         );
-        let words = said.said();
-        assert!(words.contains(what), "{what} is not in {words}");
-        assert!(words.contains(fix.trim_end()), "{fix} is not in {words}");
+        let stderr = output.stderr_line();
+        assert!(stderr.contains(problem), "{problem} is not in {stderr}");
+        assert!(stderr.contains(fix.trim_end()), "{fix} is not in {stderr}");
     }
     std::fs::remove_file(lab.path("admin.toml")).unwrap();
-    let said = lab.cli(&["keys", "list"], "").await;
-    assert_eq!(said.code, Some(2));
+    let output = lab.cli(&["keys", "list"], "").await;
+    assert_eq!(output.code, Some(2));
     assert!(
-        said.stderr.contains("name another with --admin"),
+        output.stderr.contains("set the path with --admin"),
         "{}",
-        said.stderr
+        output.stderr
     );
 
     lab.stop().await;
-    let said = lab.admin_cli("anna", &["keys", "list"]).await;
-    assert_eq!((said.code, said.stdout.as_str()), (Some(1), ""));
-    let expected = format!("the broker cannot be reached at {}: ", lab.admin);
-    assert!(said.stderr.starts_with(&expected), "{}", said.stderr);
-    let fix =
-        "\nfix: start the broker; it runs without keys, too. If it runs, set [listen] admin\n";
-    assert!(said.stderr.contains(fix), "{}", said.stderr);
+    let output = lab.admin_cli("anna", &["keys", "list"]).await;
+    assert_eq!((output.code, output.stdout.as_str()), (Some(1), ""));
+    let expected = format!("cannot connect to the broker at {}: ", lab.admin);
+    assert!(output.stderr.starts_with(&expected), "{}", output.stderr);
+    let fix = "\nfix: start the broker (it also runs without keys). If it is running, set\n";
+    assert!(output.stderr.contains(fix), "{}", output.stderr);
 }
 
 #[tokio::test]
@@ -889,17 +899,21 @@ async fn commands_refuse_files_that_other_users_can_read_or_change() {
         ),
     ] {
         set_mode(&lab.path(file), 0o644);
-        let said = lab.cli(words, "").await;
-        assert_eq!((said.code, said.stdout.as_str()), (Some(2), ""), "{said:?}");
+        let output = lab.cli(words, "").await;
+        assert_eq!(
+            (output.code, output.stdout.as_str()),
+            (Some(2), ""),
+            "{output:?}"
+        );
         let path = lab.path(file);
         let path = path.display();
         let expected = format!(
             "admin.toml: {setting}: {path} can be read by other users (mode 0644); chmod o-rwx {path}"
         );
-        assert!(said.stderr.contains(&expected), "{said:?}");
+        assert!(output.stderr.contains(&expected), "{output:?}");
         set_mode(&lab.path(file), 0o640);
-        let said = lab.cli(words, "").await;
-        assert!(!said.stderr.contains("chmod"), "{said:?}");
+        let output = lab.cli(words, "").await;
+        assert!(!output.stderr.contains("chmod"), "{output:?}");
     }
     for (file, setting) in [
         ("admin.toml", "admin"),
@@ -907,17 +921,21 @@ async fn commands_refuse_files_that_other_users_can_read_or_change() {
         ("admin.pem", "certificate"),
     ] {
         set_mode(&lab.path(file), 0o666);
-        let said = lab.cli(&["keys", "list"], "").await;
-        assert_eq!((said.code, said.stdout.as_str()), (Some(2), ""), "{said:?}");
+        let output = lab.cli(&["keys", "list"], "").await;
+        assert_eq!(
+            (output.code, output.stdout.as_str()),
+            (Some(2), ""),
+            "{output:?}"
+        );
         let path = lab.path(file);
         let path = path.display();
         let expected = format!(
             "admin.toml: {setting}: {path} can be changed by other users (mode 0666); chmod o-w {path}"
         );
-        assert!(said.stderr.contains(&expected), "{said:?}");
+        assert!(output.stderr.contains(&expected), "{output:?}");
         set_mode(&lab.path(file), 0o644);
-        let said = lab.cli(&["keys", "list"], "").await;
-        assert!(!said.stderr.contains("chmod"), "{said:?}");
+        let output = lab.cli(&["keys", "list"], "").await;
+        assert!(!output.stderr.contains("chmod"), "{output:?}");
     }
     let text = std::fs::read_to_string(lab.path("admin.toml")).unwrap();
     let text = text.replace("[vault]\n", "[vault]\nroots = \"vault-ca.pem\"\n");
@@ -925,22 +943,26 @@ async fn commands_refuse_files_that_other_users_can_read_or_change() {
     lab.write("vault-ca.pem", lab.ca.certificate_pem()).unwrap();
     set_mode(&lab.path("vault-ca.pem"), 0o666);
     let words = &["keys", "register", "main", "--key", "new"];
-    let said = lab.cli(words, "").await;
-    assert_eq!((said.code, said.stdout.as_str()), (Some(2), ""), "{said:?}");
+    let output = lab.cli(words, "").await;
+    assert_eq!(
+        (output.code, output.stdout.as_str()),
+        (Some(2), ""),
+        "{output:?}"
+    );
     let path = lab.path("vault-ca.pem");
     let path = path.display();
     let expected = format!(
         "admin.toml: vault.roots: {path} can be changed by other users (mode 0666); chmod o-w {path}"
     );
-    assert!(said.stderr.contains(&expected), "{said:?}");
+    assert!(output.stderr.contains(&expected), "{output:?}");
     set_mode(&lab.path("vault-ca.pem"), 0o644);
-    let said = lab.cli(words, "").await;
-    assert!(!said.stderr.contains("chmod"), "{said:?}");
+    let output = lab.cli(words, "").await;
+    assert!(!output.stderr.contains("chmod"), "{output:?}");
     lab.stop().await;
 }
 
 #[test]
-fn what_admins_are_told_has_no_field_for_a_secret() {
+fn no_admin_response_has_a_field_for_a_secret() {
     let proto = include_str!("../../proto/credbroker/v1/admin.proto");
     let lines = || {
         proto
@@ -961,18 +983,18 @@ fn what_admins_are_told_has_no_field_for_a_secret() {
             messages.get_mut(message).unwrap().push((kind, name));
         }
     }
-    let of_calls = lines().filter_map(|line| line.split("returns (").nth(1)?.split(')').next());
-    let mut told: Vec<_> = of_calls.collect();
-    assert!(told.len() >= 9, "{told:?}");
+    let responses = lines().filter_map(|line| line.split("returns (").nth(1)?.split(')').next());
+    let mut pending: Vec<_> = responses.collect();
+    assert!(pending.len() >= 9, "{pending:?}");
     let mut seen = BTreeSet::new();
-    while let Some(name) = told.pop() {
+    while let Some(name) = pending.pop() {
         for (kind, field) in messages.get(name).into_iter().flatten() {
             let is_text = matches!(*kind, "string" | "bytes");
             let is_secret = ["secret", "passphrase", "api_key", "partner_key"]
                 .iter()
                 .any(|word| field.contains(word));
             assert!(!(is_text && is_secret), "{name}.{field}");
-            told.push(kind);
+            pending.push(kind);
         }
         seen.insert(name);
     }
@@ -980,6 +1002,6 @@ fn what_admins_are_told_has_no_field_for_a_secret() {
         seen.contains("KeyState") && !seen.contains("Candidate"),
         "{seen:?}"
     );
-    // The search finds them where they are.
+    // `Candidate` is only sent by admins; the check would find its secret in a response.
     assert!(messages["Candidate"].contains(&("string", "api_secret")));
 }

@@ -1,4 +1,5 @@
-//! What answers of the exchange mean, byte for byte: codes, encodings, header lines, waits, and answers to another request.
+//! How the broker interprets answers of the exchange: codes, encodings, header lines, retry delays, and answers to another
+//! request.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -17,15 +18,15 @@ use crate::harness::{Lab, futures_order, json_of, refusal, request, spot_cancel_
 
 const ORDERS: &str = "/api/v1/hf/orders";
 
-/// Stands before a host of the simulated exchange: answers chosen paths with chosen bytes, and passes the rest through.
+/// A proxy before a host of the simulated exchange: returns fixed bytes for chosen paths and forwards everything else.
 #[derive(Clone)]
 struct Exchange {
     host: &'static str,
     address: SocketAddr,
     upstream: Arc<Mutex<Option<String>>>,
     answers: Arc<Mutex<HashMap<String, Vec<u8>>>>,
-    /// Paths that were asked for, each with the number of its connection.
-    asked: Arc<Mutex<Vec<(String, usize)>>>,
+    /// Requested paths, each with the number of its connection.
+    requested: Arc<Mutex<Vec<(String, usize)>>>,
 }
 
 impl Exchange {
@@ -36,7 +37,7 @@ impl Exchange {
             address: listener.local_addr().unwrap(),
             upstream: Arc::default(),
             answers: Arc::default(),
-            asked: Arc::default(),
+            requested: Arc::default(),
         };
         let serving = exchange.clone();
         tokio::spawn(async move {
@@ -48,7 +49,7 @@ impl Exchange {
         exchange
     }
 
-    /// The settings of an installation whose broker reaches this host.
+    /// Settings with which the broker connects to this proxy.
     fn settings(&self) -> Settings {
         let exchange = self.clone();
         let edit = move |config: String| {
@@ -65,22 +66,22 @@ impl Exchange {
         }
     }
 
-    /// Answers every request to `path` so, until told otherwise.
+    /// Answers every request to `path` with these bytes from now on.
     fn answer(&self, path: &str, answer: impl Into<Vec<u8>>) {
         let mut answers = self.answers.lock().unwrap();
         answers.insert(path.to_owned(), answer.into());
     }
 
-    /// Passes requests to `path` through again.
+    /// Forwards requests to `path` again.
     fn pass(&self, path: &str) {
         self.answers.lock().unwrap().remove(path);
     }
 
-    /// The numbers of the connections on which `path` was asked for.
+    /// The numbers of the connections on which `path` was requested.
     fn connections(&self, path: &str) -> Vec<usize> {
-        let asked = self.asked.lock().unwrap();
-        let asked = asked.iter().filter(|(asked, _)| asked == path);
-        asked.map(|(_, number)| *number).collect()
+        let requested = self.requested.lock().unwrap();
+        let requested = requested.iter().filter(|(requested, _)| requested == path);
+        requested.map(|(_, number)| *number).collect()
     }
 
     async fn serve(self, mut from: TcpStream, number: usize) {
@@ -90,7 +91,7 @@ impl Exchange {
             let head = String::from_utf8_lossy(&request);
             let target = head.split(' ').nth(1).unwrap();
             let path = target.split('?').next().unwrap().to_owned();
-            self.asked.lock().unwrap().push((path.clone(), number));
+            self.requested.lock().unwrap().push((path.clone(), number));
             let chosen = self.answers.lock().unwrap().get(&path).cloned();
             let answer = if let Some(answer) = chosen {
                 answer
@@ -105,7 +106,7 @@ impl Exchange {
     }
 }
 
-/// One HTTP/1.1 message with a content-length; `None` at the end of the connection.
+/// Reads an HTTP/1.1 message and its body; `None` if the connection is closed.
 async fn message(stream: &mut TcpStream) -> Option<Vec<u8>> {
     let mut bytes = Vec::new();
     loop {
@@ -126,7 +127,7 @@ async fn message(stream: &mut TcpStream) -> Option<Vec<u8>> {
     }
 }
 
-/// A whole answer with a JSON body.
+/// An HTTP answer with a JSON body.
 fn http(status: &str, body: &str) -> String {
     let length = body.len();
     format!(
@@ -138,7 +139,7 @@ fn ok(body: &Value) -> String {
     http("200 OK", &body.to_string())
 }
 
-/// A whole answer from the field cases.
+/// An HTTP answer from the field cases.
 fn field_case(name: &str) -> Vec<u8> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/field-cases/answers");
     std::fs::read(folder.join(name)).unwrap()
@@ -169,23 +170,23 @@ async fn metric(lab: &Lab, line: &str) -> u64 {
 }
 
 #[tokio::test]
-async fn an_order_is_accepted_by_the_code_that_its_endpoint_documents() {
+async fn order_is_accepted_only_by_a_code_that_its_endpoint_documents() {
     let exchange = Exchange::start("futures").await;
     let lab = Lab::with(exchange.settings()).await;
     let mut bot = lab.bot("maker").await;
-    let taken = field_case("futures-v2-order-taken.http");
-    exchange.answer("/api/v2/order", taken.clone());
+    let accepted = field_case("futures-v2-order-taken.http");
+    exchange.answer("/api/v2/order", accepted.clone());
     let answer = bot.send(v2_order("v2-1")).await.unwrap();
     assert_eq!(verdict(&answer), (Outcome::Accepted, "200"));
     assert_eq!(answer.advice, "");
-    // Where the documentation does not show this code, it leaves the outcome open.
-    exchange.answer("/api/v1/orders", taken);
+    // On an endpoint that does not document this code, the outcome is uncertain.
+    exchange.answer("/api/v1/orders", accepted);
     let answer = bot.send(futures_order("v1-1")).await.unwrap();
     assert_eq!(verdict(&answer), (Outcome::MaybeSent, "200"));
 }
 
 #[tokio::test]
-async fn an_unknown_code_leaves_an_order_open_and_is_counted_and_logged_once() {
+async fn order_is_maybe_sent_on_an_unknown_code_which_is_counted_and_logged_once() {
     const COUNTER: &str = "credbroker_codes_unknown_total{scope=\"spot-margin\"} ";
     let exchange = Exchange::start("spot").await;
     let mut lab = Lab::with(exchange.settings()).await;
@@ -198,7 +199,7 @@ async fn an_unknown_code_leaves_an_order_open_and_is_counted_and_logged_once() {
         let answer = bot.send(order).await.unwrap();
         assert_eq!(verdict(&answer), (Outcome::MaybeSent, "987654"));
         assert!(
-            answer.advice.contains("does not know this code"),
+            answer.advice.contains("does not recognize this code"),
             "{}",
             answer.advice
         );
@@ -206,7 +207,7 @@ async fn an_unknown_code_leaves_an_order_open_and_is_counted_and_logged_once() {
     assert_eq!(metric(&lab, COUNTER).await, 3);
     let cancelled = bot.send(spot_cancel_all()).await.unwrap();
     assert_eq!(cancelled.outcome(), Outcome::MaybeSent, "a cancel too");
-    // The same code in a read, or with an HTTP status of its own, says enough.
+    // For a read, or with an HTTP error status, the same code means rejected.
     exchange.answer("/api/v1/accounts", unknown);
     let read = request(Scope::SpotMargin, Method::Get, "/api/v1/accounts", "");
     assert_eq!(bot.send(read).await.unwrap().outcome(), Outcome::Rejected);
@@ -231,7 +232,7 @@ async fn an_unknown_code_leaves_an_order_open_and_is_counted_and_logged_once() {
 }
 
 #[tokio::test]
-async fn a_code_that_the_configuration_does_not_take_is_not_offered_for_it() {
+async fn advice_never_suggests_a_code_that_refusal_codes_does_not_accept() {
     let exchange = Exchange::start("spot").await;
     let mut lab = Lab::with(exchange.settings()).await;
     let mut bot = lab.bot("maker").await;
@@ -239,21 +240,21 @@ async fn a_code_that_the_configuration_does_not_take_is_not_offered_for_it() {
     let answer = bot.send(spot_order("ok")).await.unwrap();
     assert_eq!(verdict(&answer), (Outcome::MaybeSent, "OK"));
     assert!(
-        answer.advice.contains("Look an order up by its clientOid")
+        answer.advice.contains("look the order up by its clientOid")
             && !answer.advice.contains("refusal_codes"),
         "{}",
         answer.advice
     );
     let line = lab
         .process()
-        .log_line("unknown code; outcome is maybe_sent: exchange.refusal_codes does not take it; report it as a credbroker bug")
+        .log_line("unknown code; outcome is maybe_sent; the code cannot be listed in exchange.refusal_codes, so report it as a credbroker bug")
         .await;
     assert_eq!(line["level"], "WARN");
     assert!(line.get("config").is_none(), "{line}");
 }
 
 #[tokio::test]
-async fn a_code_that_would_not_settle_the_outcome_is_not_counted_as_unknown() {
+async fn unknown_code_is_not_counted_when_the_answer_is_ambiguous_anyway() {
     const COUNTER: &str = "credbroker_codes_unknown_total{scope=\"spot-margin\"} ";
     let exchange = Exchange::start("spot").await;
     let mut lab = Lab::with(exchange.settings()).await;
@@ -270,7 +271,7 @@ async fn a_code_that_would_not_settle_the_outcome_is_not_counted_as_unknown() {
         let answer = bot.send(order).await.unwrap();
         assert_eq!(verdict(&answer), (Outcome::MaybeSent, "987654"));
         assert!(
-            answer.advice.contains("Look an order up by its clientOid")
+            answer.advice.contains("look the order up by its clientOid")
                 && !answer.advice.contains("refusal_codes"),
             "{}",
             answer.advice
@@ -281,7 +282,7 @@ async fn a_code_that_would_not_settle_the_outcome_is_not_counted_as_unknown() {
 }
 
 #[tokio::test]
-async fn a_client_error_whose_code_cannot_be_read_leaves_an_order_open() {
+async fn order_is_maybe_sent_on_http_400_with_an_unreadable_code() {
     let exchange = Exchange::start("spot").await;
     let lab = Lab::with(exchange.settings()).await;
     let mut bot = lab.bot("maker").await;
@@ -313,13 +314,13 @@ async fn a_client_error_whose_code_cannot_be_read_leaves_an_order_open() {
     {
         exchange.answer(ORDERS, answer.clone());
         let order = spot_order(&format!("unread-{number}"));
-        let came = bot.send(order).await.unwrap();
-        assert_eq!(verdict(&came), expected, "{answer}");
+        let response = bot.send(order).await.unwrap();
+        assert_eq!(verdict(&response), expected, "{answer}");
     }
 }
 
 #[tokio::test]
-async fn a_code_in_the_configuration_is_a_refusal() {
+async fn code_listed_in_refusal_codes_rejects_the_order() {
     let exchange = Exchange::start("spot").await;
     let mut settings = exchange.settings();
     let edit = settings.edit;
@@ -352,7 +353,7 @@ async fn a_code_in_the_configuration_is_a_refusal() {
 }
 
 #[tokio::test]
-async fn an_answer_that_contradicts_itself_leaves_an_order_open() {
+async fn order_is_maybe_sent_on_a_contradictory_answer() {
     let exchange = Exchange::start("spot").await;
     let lab = Lab::with(exchange.settings()).await;
     let mut bot = lab.bot("maker").await;
@@ -374,16 +375,16 @@ async fn an_answer_that_contradicts_itself_leaves_an_order_open() {
     .enumerate()
     {
         exchange.answer(ORDERS, answer.clone());
-        let came = bot
-            .send(spot_order(&format!("odd-{number}")))
+        let response = bot
+            .send(spot_order(&format!("contradictory-{number}")))
             .await
             .unwrap();
-        assert_eq!(came.outcome(), Outcome::MaybeSent, "{answer}");
+        assert_eq!(response.outcome(), Outcome::MaybeSent, "{answer}");
     }
 }
 
 #[tokio::test]
-async fn a_compressed_answer_is_decoded_and_judged_as_if_it_were_not() {
+async fn compressed_answer_is_decoded_and_interpreted_like_a_plain_one() {
     let exchange = Exchange::start("spot").await;
     let lab = Lab::with(Settings {
         egress: "max_answer_bytes = 1024".to_owned(),
@@ -402,11 +403,11 @@ async fn a_compressed_answer_is_decoded_and_judged_as_if_it_were_not() {
         );
     }
     exchange.answer(ORDERS, field_case("gzip-order-taken.http"));
-    // As the file has it.
-    let taken = bot.send(spot_order("c-1")).await.unwrap();
-    assert_eq!(verdict(&taken), (Outcome::Accepted, "200000"));
-    assert_eq!(json_of(&taken)["data"]["orderId"], "o-1");
-    assert_eq!(taken.content_encoding, "");
+    // The clientOid in the file.
+    let accepted = bot.send(spot_order("c-1")).await.unwrap();
+    assert_eq!(verdict(&accepted), (Outcome::Accepted, "200000"));
+    assert_eq!(json_of(&accepted)["data"]["orderId"], "o-1");
+    assert_eq!(accepted.content_encoding, "");
     exchange.answer(ORDERS, field_case("gzip-order-refused.http"));
     let refused = bot.send(spot_order("gzip-2")).await.unwrap();
     assert_eq!(refused.outcome(), Outcome::Rejected);
@@ -419,7 +420,7 @@ async fn a_compressed_answer_is_decoded_and_judged_as_if_it_were_not() {
 }
 
 #[tokio::test]
-async fn an_answer_that_cannot_be_decoded_says_so_and_its_size_counts_decoded() {
+async fn undecodable_answer_is_forwarded_and_the_size_limit_applies_after_decoding() {
     let exchange = Exchange::start("spot").await;
     let mut lab = Lab::with(Settings {
         egress: "max_answer_bytes = 1024".to_owned(),
@@ -427,14 +428,14 @@ async fn an_answer_that_cannot_be_decoded_says_so_and_its_size_counts_decoded() 
     })
     .await;
     let mut bot = lab.bot("maker").await;
-    let coded = |encoding: &str, body: &[u8]| {
+    let encoded = |encoding: &str, body: &[u8]| {
         let length = body.len();
         let head = format!(
             "HTTP/1.1 200 OK\r\ncontent-encoding: {encoding}\r\ncontent-length: {length}\r\n\r\n"
         );
         [head.as_bytes(), body].concat()
     };
-    exchange.answer(ORDERS, coded("br", b"\x0b\x02\x80{}\x03"));
+    exchange.answer(ORDERS, encoded("br", b"\x0b\x02\x80{}\x03"));
     let answer = bot.send(spot_order("br")).await.unwrap();
     assert_eq!(verdict(&answer), (Outcome::MaybeSent, ""));
     assert_eq!(answer.content_encoding, "br");
@@ -449,13 +450,13 @@ async fn an_answer_that_cannot_be_decoded_says_so_and_its_size_counts_decoded() 
     let bomb: Vec<u8> = (0..bomb.len() / 2)
         .map(|n| u8::from_str_radix(&bomb[2 * n..2 * n + 2], 16).unwrap())
         .collect();
-    exchange.answer(ORDERS, coded("gzip", &bomb));
-    let ended = bot.send(spot_order("bomb")).await.unwrap_err();
+    exchange.answer(ORDERS, encoded("gzip", &bomb));
+    let error = bot.send(spot_order("bomb")).await.unwrap_err();
     assert!(
-        ended.message().contains("more than 1024 bytes"),
-        "{ended:?}"
+        error.message().contains("more than 1024 bytes"),
+        "{error:?}"
     );
-    assert_eq!(refusal(Err(ended)), lost());
+    assert_eq!(refusal(Err(error)), lost());
 }
 
 fn lost() -> (Code, String, String) {
@@ -464,7 +465,7 @@ fn lost() -> (Code, String, String) {
 }
 
 #[tokio::test]
-async fn a_wait_is_passed_on_from_both_forms_and_is_at_most_an_hour() {
+async fn retry_after_is_read_from_every_header_form_and_capped_at_one_hour() {
     let exchange = Exchange::start("spot").await;
     let lab = Lab::with(exchange.settings()).await;
     let mut bot = lab.bot("maker").await;
@@ -499,7 +500,7 @@ async fn a_wait_is_passed_on_from_both_forms_and_is_at_most_an_hour() {
 }
 
 #[tokio::test]
-async fn an_answer_with_many_header_lines_is_read() {
+async fn answer_with_120_header_lines_is_read() {
     let exchange = Exchange::start("spot").await;
     let lab = Lab::with(exchange.settings()).await;
     let mut bot = lab.bot("maker").await;
@@ -509,23 +510,23 @@ async fn an_answer_with_many_header_lines_is_read() {
 }
 
 #[tokio::test]
-async fn an_answer_that_names_another_order_is_lost_and_its_connection_closed() {
+async fn answer_with_another_client_oid_is_discarded_and_its_connection_closed() {
     let exchange = Exchange::start("spot").await;
     let mut lab = Lab::with(exchange.settings()).await;
     let mut bot = lab.bot("maker").await;
-    let taken = |client_oid: &str| {
+    let accepted = |client_oid: &str| {
         ok(&json!({"code": "200000", "data": {"orderId": "1", "clientOid": client_oid}}))
     };
-    exchange.answer(ORDERS, taken("mine-1"));
+    exchange.answer(ORDERS, accepted("mine-1"));
     let answer = bot.send(spot_order("mine-1")).await.unwrap();
     assert_eq!(answer.outcome(), Outcome::Accepted);
-    exchange.answer(ORDERS, taken("somebody-else"));
-    let ended: Status = bot.send(spot_order("mine-2")).await.unwrap_err();
+    exchange.answer(ORDERS, accepted("somebody-else"));
+    let error: Status = bot.send(spot_order("mine-2")).await.unwrap_err();
     assert!(
-        ended.message().contains("has a different clientOid"),
-        "{ended:?}"
+        error.message().contains("has a different clientOid"),
+        "{error:?}"
     );
-    assert_eq!(refusal(Err(ended)), lost());
+    assert_eq!(refusal(Err(error)), lost());
     exchange.pass(ORDERS);
     let answer = bot.send(spot_order("mine-3")).await.unwrap();
     assert_eq!(answer.outcome(), Outcome::Accepted);
@@ -533,7 +534,7 @@ async fn an_answer_that_names_another_order_is_lost_and_its_connection_closed() 
     let (wrong, next) = (connections[1], connections[2]);
     assert_ne!(
         wrong, next,
-        "nothing more is sent on the connection of the wrong answer"
+        "the connection of the wrong answer must not be used again"
     );
     let line = lab
         .process()
@@ -541,7 +542,7 @@ async fn an_answer_that_names_another_order_is_lost_and_its_connection_closed() 
         .await;
     assert_eq!(line["level"], "ERROR");
     assert!(!lab.process().log().contains("somebody-else"));
-    // Within a batch, and for a cancel by clientOid.
+    // The same for an order of a batch, and for a cancel by clientOid.
     let batch = r#"{"orderList":[{"clientOid":"b-1","symbol":"BTC-USDT"},{"clientOid":"b-2","symbol":"BTC-USDT"}]}"#;
     let batch = request(
         Scope::SpotMargin,
@@ -593,7 +594,7 @@ async fn an_answer_that_names_another_order_is_lost_and_its_connection_closed() 
 }
 
 #[tokio::test]
-async fn an_order_whose_client_oid_no_lookup_can_carry_is_refused() {
+async fn order_whose_client_oid_cannot_be_looked_up_later_is_rejected() {
     let lab = Lab::with(Settings {
         process: true,
         ..Settings::default()
@@ -635,22 +636,22 @@ async fn an_order_whose_client_oid_no_lookup_can_carry_is_refused() {
     ));
     for request in requests {
         let (path, body) = (request.path.clone(), request.body.clone());
-        let ended = bot
+        let error = bot
             .send(request)
             .await
             .expect_err(&format!("{path} {body:?}"));
-        assert!(ended.message().contains("clientOid"), "{ended:?}");
-        assert_eq!(refusal(Err(ended)), malformed(), "{path} {body:?}");
+        assert!(error.message().contains("clientOid"), "{error:?}");
+        assert_eq!(refusal(Err(error)), malformed(), "{path} {body:?}");
     }
-    let asked = lab.kucoin.received();
+    let requested = lab.kucoin.received();
     assert!(
-        asked.iter().all(ReceivedRequest::is_own_question),
-        "nothing was sent"
+        requested.iter().all(ReceivedRequest::is_internal),
+        "no request of the bot may be sent"
     );
 }
 
 #[tokio::test]
-async fn an_order_that_stands_under_any_client_oid_can_be_looked_up_and_cancelled() {
+async fn existing_order_can_be_looked_up_and_cancelled_by_any_client_oid() {
     let lab = Lab::start().await;
     let mut bot = lab.bot("maker").await;
     let named = r#"{"clientOidsList":[{"symbol":"XBTUSDTM","clientOid":"run7:42"}]}"#;
@@ -677,9 +678,9 @@ async fn an_order_that_stands_under_any_client_oid_can_be_looked_up_and_cancelle
         let answer = bot.send(request(scope, method, target, body)).await;
         answer.expect(target);
     }
-    let asked = lab.kucoin.received();
-    let of_the_bot = asked
+    let requested = lab.kucoin.received();
+    let of_bot = requested
         .iter()
-        .filter(|request| !ReceivedRequest::is_own_question(request));
-    assert_eq!(of_the_bot.count(), 3);
+        .filter(|request| !ReceivedRequest::is_internal(request));
+    assert_eq!(of_bot.count(), 3);
 }

@@ -1,4 +1,4 @@
-//! The record: a line before, a line after, and what happens when it cannot be written.
+//! The audit log: a line before each request, a line after it, and what happens when it cannot be written.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ use tonic::Code;
 use crate::harness::{Lab, accounts, refusal, request, spot_order, until};
 
 #[tokio::test]
-async fn a_call_leaves_an_intent_and_an_outcome() {
+async fn call_writes_an_intent_line_and_an_outcome_line() {
     let mut lab = Lab::start().await;
     let mut bot = lab.bot("maker").await;
     let mut order = spot_order("oid-1");
@@ -44,7 +44,7 @@ async fn a_call_leaves_an_intent_and_an_outcome() {
     assert_eq!(outcome["outcome"], "accepted");
     assert_eq!(outcome["http_status"], 200);
     assert_eq!(outcome["code"], "200000");
-    // The exchange's clock and ours are the same here, but for the error of the measurement.
+    // Both clocks are the same here, apart from the measurement error.
     let apart_ms = outcome["timestamp_ms"].as_i64().unwrap() - intent["time_ms"].as_i64().unwrap();
     assert!(apart_ms.abs() < 2000, "{apart_ms}");
     assert!(outcome.get("reason").is_none());
@@ -52,7 +52,7 @@ async fn a_call_leaves_an_intent_and_an_outcome() {
 }
 
 #[tokio::test]
-async fn the_client_oid_is_recorded_wherever_it_stands() {
+async fn client_oids_in_path_query_and_batch_bodies_are_audited() {
     let mut lab = Lab::start().await;
     let mut bot = lab.bot("maker").await;
     let in_path = "/api/v1/hf/orders/client-order/in-path?symbol=BTC-USDT";
@@ -89,7 +89,7 @@ async fn the_client_oid_is_recorded_wherever_it_stands() {
 }
 
 #[tokio::test]
-async fn a_denied_call_is_one_line_and_its_secrets_are_masked() {
+async fn denied_call_writes_one_line_with_secrets_masked() {
     let mut lab = Lab::start().await;
     let mut bot = lab.bot("maker").await;
     let mut delete_key = request(Scope::SpotMargin, Method::Delete, "/api/v1/sub/api-key", "");
@@ -113,7 +113,7 @@ async fn a_denied_call_is_one_line_and_its_secrets_are_masked() {
         lines[0]["detail"]
             .as_str()
             .unwrap()
-            .contains("never granted")
+            .contains("never be granted")
     );
     let target = lines[0]["target"].as_str().unwrap();
     assert!(target.ends_with("&passphrase=%2A%2A%2A"), "{target}");
@@ -130,16 +130,16 @@ async fn a_denied_call_is_one_line_and_its_secrets_are_masked() {
 }
 
 #[tokio::test]
-async fn without_a_record_nothing_adds_risk_and_orders_can_still_be_cancelled() {
+async fn without_an_audit_log_risk_increasing_requests_are_refused_and_cancels_work() {
     let settings = Settings {
         config: "[audit]\nfile = \"/dev/full\"".to_owned(),
         wait_ready: false,
         ..Settings::default()
     };
     let mut lab = Lab::with(settings).await;
-    // What is withdrawn without a record is in the log alone.
-    lab.is_checked = false;
-    lab.until_only_the_record_fails().await;
+    // Unaudited cancels appear only in the log.
+    lab.is_audit_checked = false;
+    lab.until_only_the_audit_log_fails().await;
     assert_eq!(lab.metric("audit_writable").await, Some(0.0));
     let mut bot = lab.bot("maker").await;
     let refused = refusal(bot.send(spot_order("unrecorded")).await);
@@ -169,7 +169,7 @@ async fn without_a_record_nothing_adds_risk_and_orders_can_still_be_cancelled() 
         r#"{"clientOid":"t"}"#,
     );
     let cancel_all = "/api/v1/hf/orders?symbol=BTC-USDT";
-    let goes_on = [
+    let still_allowed = [
         accounts(),
         request(Scope::SpotMargin, Method::Delete, cancel_all, ""),
         request(
@@ -186,7 +186,7 @@ async fn without_a_record_nothing_adds_risk_and_orders_can_still_be_cancelled() 
         ),
         test,
     ];
-    for call in goes_on {
+    for call in still_allowed {
         let path = call.path.clone();
         assert!(bot.send(call).await.is_ok(), "{path}");
     }
@@ -194,18 +194,21 @@ async fn without_a_record_nothing_adds_risk_and_orders_can_still_be_cancelled() 
 }
 
 #[tokio::test]
-async fn a_second_broker_on_the_same_state_refuses_to_start() {
+async fn second_broker_on_the_same_state_folder_does_not_start() {
     let mut lab = Lab::start().await;
     let second = Server::start(lab.config()).await.unwrap_err();
     assert!(matches!(second, StartError::Locked(_)), "{second}");
     lab.stop().await;
     let mut third = Server::start(lab.config()).await;
-    assert!(third.as_mut().is_ok(), "the lock goes with its broker");
+    assert!(
+        third.as_mut().is_ok(),
+        "a stopped broker must release the lock"
+    );
     assert_eq!(third.unwrap().stop().await, 0);
 }
 
 #[tokio::test]
-async fn runs_append_to_the_same_file() {
+async fn restarted_broker_appends_to_the_same_audit_log() {
     let mut lab = Lab::start().await;
     lab.bot("maker").await.send(accounts()).await.unwrap();
     lab.stop().await;
@@ -220,29 +223,29 @@ async fn runs_append_to_the_same_file() {
 }
 
 #[tokio::test]
-async fn a_record_that_is_renamed_or_removed_goes_on_in_a_new_file() {
+async fn audit_log_is_reopened_after_it_is_renamed_or_removed() {
     let mut lab = Lab::start().await;
-    // A file that is removed tells nothing.
-    lab.is_checked = false;
+    // The lines of a removed file cannot be checked.
+    lab.is_audit_checked = false;
     let mut bot = lab.bot("maker").await;
     let path = lab.path("state/audit.jsonl");
     bot.send(spot_order("before")).await.unwrap();
     std::fs::rename(&path, lab.path("state/audit.jsonl.1")).unwrap();
-    until("a new file is begun", async || path.exists()).await;
+    until("a new file is created", async || path.exists()).await;
     bot.send(spot_order("between")).await.unwrap();
     let events = |lab: &Lab| lab.audit().len();
-    assert_eq!(events(&lab), 2, "only what came since");
+    assert_eq!(events(&lab), 2, "only lines written after the rename");
     let old = std::fs::read_to_string(lab.path("state/audit.jsonl.1")).unwrap();
     assert!(old.contains("before") && !old.contains("between"));
     std::fs::remove_file(&path).unwrap();
-    until("another one is begun", async || path.exists()).await;
+    until("another file is created", async || path.exists()).await;
     bot.send(spot_order("after")).await.unwrap();
     assert_eq!(events(&lab), 2);
-    let left = lab.server.take().unwrap().stop().await;
-    assert_eq!(left, 0);
+    let unresolved = lab.server.take().unwrap().stop().await;
+    assert_eq!(unresolved, 0);
 }
 
-/// From how many bytes on the broker's files are full; `None`: never.
+/// Limits the size of the broker's files, like a full disk; `None` removes the limit.
 fn limit_files(lab: &Lab, bytes: Option<u64>) {
     let id = lab.process.as_ref().unwrap().id();
     let pid = Pid::from_raw(i32::try_from(id).unwrap());
@@ -253,7 +256,7 @@ fn limit_files(lab: &Lab, bytes: Option<u64>) {
     prlimit(pid, Resource::Fsize, limit).unwrap();
 }
 
-/// Waits until the broker has tested its keys: nothing but calls of bots is audited then.
+/// Waits until the broker has tested its keys: after that, only calls of bots are audited.
 async fn until_tested(lab: &Lab) {
     until("both keys are tested", async || {
         let labels =
@@ -268,7 +271,7 @@ async fn until_tested(lab: &Lab) {
     .await;
 }
 
-/// Every line of an audit file; each one must parse.
+/// Parses every line of an audit file.
 fn parsed(path: &Path) -> Vec<Value> {
     let text = std::fs::read_to_string(path).unwrap();
     assert!(text.ends_with('\n'), "{text}");
@@ -277,7 +280,7 @@ fn parsed(path: &Path) -> Vec<Value> {
 }
 
 #[tokio::test]
-async fn a_full_disk_leaves_lines_that_all_parse() {
+async fn every_audit_line_parses_after_the_disk_was_full() {
     let mut lab = Lab::with(Settings {
         process: true,
         ..Settings::default()
@@ -291,7 +294,7 @@ async fn a_full_disk_leaves_lines_that_all_parse() {
     let torn = |lines: &[Value]| lines.iter().filter(|line| line["torn"] == true).count();
     let markers = |lines: &[Value]| lines.iter().filter(|line| line["event"] == "torn").count();
 
-    // The next write while it runs.
+    // The running broker completes a torn line at its next write.
     let full = length() + 150;
     limit_files(&lab, Some(full));
     let refused = refusal(bot.send(spot_order("torn")).await);
@@ -310,7 +313,7 @@ async fn a_full_disk_leaves_lines_that_all_parse() {
     let events = (&lines[at]["event"], &lines[at + 1]["event"]);
     assert_eq!(events, (&json!("intent"), &json!("torn")));
 
-    // The next start.
+    // The broker completes a torn line at its next start.
     limit_files(&lab, Some(length() + 70));
     refusal(bot.send(spot_order("torn-again")).await);
     lab.process().signal("KILL");
@@ -322,15 +325,15 @@ async fn a_full_disk_leaves_lines_that_all_parse() {
     let lines = parsed(&path);
     assert_eq!((torn(&lines), markers(&lines)), (2, 2));
 
-    // The file is rotated before the next line.
+    // The broker completes a torn line after the file was rotated.
     limit_files(&lab, Some(length() + 90));
     let mut bot = lab.bot("maker").await;
     refusal(bot.send(spot_order("torn-and-rotated")).await);
     let rotated = lab.path("state/audit.jsonl.1");
     limit_files(&lab, None);
     std::fs::rename(&path, &rotated).unwrap();
-    until("a new file is begun", async || path.exists()).await;
-    until("the old one is completed", async || {
+    until("a new file is created", async || path.exists()).await;
+    until("the rotated file is completed", async || {
         std::fs::read(&rotated).unwrap().ends_with(b"\n")
     })
     .await;

@@ -1,7 +1,7 @@
-//! Every block of README.md and docs/ works: commands run against the demo and an installation on the simulators, which
-//! the documents themselves start; configurations, rules and JSON are parsed, programs compiled.
+//! Checks every code block of README.md and docs/: commands run against the demo and an installation on the simulators,
+//! which the documents themselves start; configurations, rules and JSON are parsed, and programs are compiled.
 //!
-//! A comment directly above a block says what a reader does by hand, or why the block is not run: see [`NOTES`].
+//! A comment directly above a block describes what a reader does by hand, or why the block is not run: see [`NOTES`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -19,11 +19,11 @@ use credbroker::policy::Policy;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::harness::{not_run, say};
+use crate::harness::{not_run, print_always};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
-/// In the order in which a reader can go through them: each may use what the ones before it have started.
+/// In reading order: each document may use what the earlier ones have started.
 const DOCUMENTS: [&str; 11] = [
     "README.md",
     "docs/bots.md",
@@ -38,29 +38,29 @@ const DOCUMENTS: [&str; 11] = [
     "docs/architecture-quiz.md",
 ];
 
-/// What a comment above a block can say.
+/// The notes that a comment above a block can contain.
 const NOTES: [&str; 9] = [
-    // It is not run; the value is the reason.
+    // The block is not run; the value is the reason.
     "not run",
-    // It goes on until the end; the next block waits until it has printed the value.
+    // The command keeps running until the test ends; the next block waits until it has printed the value.
     "background until",
-    // It ends with this exit code, not with 0; after a comma stands why.
+    // The expected exit code if it is not 0, and after a comma the reason.
     "exit code",
-    // A command that runs before it.
+    // A command to run before the block.
     "setup",
-    // Lines for its standard input.
+    // Lines for the standard input.
     "stdin",
-    // A program that it needs, by its name in `CREDBROKER_REQUIRE`.
+    // A program that the block needs, by its name in `CREDBROKER_REQUIRE`.
     "needs",
-    // The reader saves it under this name.
+    // The reader saves the block under this name.
     "file",
-    // It is the program in this file, with other imports.
+    // The block is the program in this file with different imports.
     "same as",
-    // The demo prints it; "…" ends what is compared of a line.
+    // The demo prints these lines; only the part of a line before "…" is compared.
     "output of the demo",
 ];
 
-/// More than the 90 s that a halt may take.
+/// The longest that a block may run: more than the 90 s that a halt may take.
 const BLOCK_WITHIN: Duration = Duration::from_secs(120);
 
 /// A block between fences.
@@ -77,18 +77,18 @@ impl Block {
         self.notes.get(name).map(String::as_str)
     }
 
-    fn place(&self) -> String {
+    fn location(&self) -> String {
         format!("{}:{}", self.document, self.line)
     }
 }
 
-/// What was done with a block.
+/// How a block was checked.
 enum Done {
     Run,
     Parsed,
     Compiled,
     NotRun(String),
-    /// A picture, or output that is not compared.
+    /// A diagram, or output that is not compared.
     Text,
 }
 
@@ -122,7 +122,7 @@ fn blocks_of(document: &'static str) -> Vec<Block> {
     blocks
 }
 
-/// A command that goes on until the end.
+/// A command that runs until the test ends.
 struct Background {
     child: Child,
     output: PathBuf,
@@ -130,7 +130,7 @@ struct Background {
 
 impl Drop for Background {
     fn drop(&mut self) {
-        // Its process group: the shell, and what it has started.
+        // Its process group: the shell and the processes that it has started.
         let group = format!("-{}", self.child.id());
         let mut kill = Command::new("kill");
         let _ = kill
@@ -141,20 +141,20 @@ impl Drop for Background {
     }
 }
 
-/// The scratch folder of the reader, and what runs there.
+/// The reader of the documents: a scratch folder and the processes started in it.
 struct Reader {
-    // Dropped first: what runs uses the folder.
+    // Dropped first: the processes use the folder.
     background: Vec<Background>,
     folder: PathBuf,
-    /// What stands in the documents in place of addresses and folders, and what it is here.
-    places: Vec<(String, String)>,
-    /// The smallest configuration, into which parts of a configuration fit.
+    /// Addresses and folders in the documents, and what to replace them with.
+    replacements: Vec<(String, String)>,
+    /// The last complete configuration, with which partial ones are merged.
     config: String,
     scratch: TempDir,
 }
 
 impl Reader {
-    /// A folder like the clone, and commands that stand in for those that cannot or need not be run.
+    /// A folder like a clone of the repository, and scripts that replace commands such as `cargo` and `sudo`.
     fn new(built: &Path) -> Self {
         let scratch = tempfile::tempdir().unwrap();
         let (folder, bin) = (scratch.path().join("clone"), scratch.path().join("bin"));
@@ -164,22 +164,22 @@ impl Reader {
         for name in ["examples", "proto", "tests", "deploy", ".venv"] {
             std::os::unix::fs::symlink(Path::new(ROOT).join(name), folder.join(name)).unwrap();
         }
-        let mut places = vec![
+        let mut replacements = vec![
             ("/etc/credbroker".to_owned(), folder.display().to_string()),
             (
                 "/var/lib/credbroker".to_owned(),
                 folder.join("state").display().to_string(),
             ),
         ];
-        // Bound together, so that all differ.
+        // All bound at the same time, so that the ports differ.
         let listeners: Vec<_> = ["8443", "9464", "8444", "8200"]
             .map(|port| (port, TcpListener::bind(("127.0.0.1", 0)).unwrap()))
             .into();
         for (port, listener) in &listeners {
             let free = listener.local_addr().unwrap().to_string();
-            places.push((format!("127.0.0.1:{port}"), free));
+            replacements.push((format!("127.0.0.1:{port}"), free));
         }
-        let vault = places.last().unwrap().1.clone();
+        let vault = replacements.last().unwrap().1.clone();
         let (program, examples, sim) = (
             env!("CARGO_BIN_EXE_credbroker"),
             built.join("examples"),
@@ -192,7 +192,7 @@ impl Reader {
             fs::write(&file, format!("#!/bin/sh\n{text}")).unwrap();
             crate::harness::set_mode(&file, 0o755);
         };
-        // The folder of the documents is not /etc/credbroker.
+        // Adds `--admin`, since admin.toml is not in /etc/credbroker.
         script(
             "credbroker",
             format!(
@@ -201,7 +201,7 @@ impl Reader {
                 admin.display()
             ),
         );
-        // All of it is built.
+        // Runs programs that are already built.
         script(
             "cargo",
             format!(
@@ -223,16 +223,16 @@ impl Reader {
         Self {
             background: Vec::new(),
             folder,
-            places,
+            replacements,
             config: String::new(),
             scratch,
         }
     }
 
-    /// What a reader writes in place of what stands there.
+    /// Replaces the addresses and folders of the documents.
     fn fill_in(&self, text: &str) -> String {
         let fill = |text: String, (from, to): &(String, String)| text.replace(from, to);
-        self.places.iter().fold(text.to_owned(), fill)
+        self.replacements.iter().fold(text.to_owned(), fill)
     }
 
     fn shell(&self, text: &str) -> Command {
@@ -247,7 +247,7 @@ impl Reader {
         command
     }
 
-    /// Starts a command; what it prints goes to a file of its own.
+    /// Starts a command with its output in a file of its own.
     fn start(&mut self, text: &str, stdin: Stdio) -> Background {
         let number = fs::read_dir(self.scratch.path()).unwrap().count();
         let output = self.scratch.path().join(format!("{number}.out"));
@@ -258,7 +258,7 @@ impl Reader {
         Background { child, output }
     }
 
-    /// Runs a command to its end, and returns what it has printed.
+    /// Runs a command until it exits, and returns its status and output; the status is `None` after a timeout.
     fn run(&mut self, text: &str, stdin: Option<&str>) -> (Option<ExitStatus>, String) {
         let input = if stdin.is_some() {
             Stdio::piped()
@@ -267,7 +267,7 @@ impl Reader {
         };
         let mut running = self.start(text, input);
         if let (Some(mut pipe), Some(text)) = (running.child.stdin.take(), stdin) {
-            // A command that has ended already reads nothing.
+            // Fails if the command has already exited.
             let _ = pipe.write_all(text.as_bytes());
         }
         let deadline = Instant::now() + BLOCK_WITHIN;
@@ -280,8 +280,8 @@ impl Reader {
         (status, String::from_utf8_lossy(&output).into_owned())
     }
 
-    /// Starts what goes on, waits until it has printed `until`, and notes the addresses that it prints.
-    fn begin(&mut self, text: &str, until: &str) -> Result<(), String> {
+    /// Starts a background command, waits until it has printed `until`, and records the addresses that it prints.
+    fn start_background(&mut self, text: &str, until: &str) -> Result<(), String> {
         let mut running = self.start(text, Stdio::null());
         let deadline = Instant::now() + BLOCK_WITHIN;
         let printed = loop {
@@ -298,7 +298,7 @@ impl Reader {
         for line in printed.lines() {
             let last = line.rsplit(' ').next().unwrap();
             let port = last.rsplit(':').next().unwrap();
-            let place = match line.split_once(' ') {
+            let replacement = match line.split_once(' ') {
                 Some(("broker", rest)) if !rest.contains("http") => {
                     let address = rest.trim().split(' ').next().unwrap();
                     Some(("127.0.0.1:PORT", address))
@@ -308,9 +308,9 @@ impl Reader {
                 Some(("futures", _)) => Some((":FUTURES", port)),
                 _ => None,
             };
-            if let Some((name, value)) = place {
+            if let Some((name, value)) = replacement {
                 let colon = if name.starts_with(':') { ":" } else { "" };
-                self.places
+                self.replacements
                     .push((name.to_owned(), format!("{colon}{value}")));
             }
         }
@@ -318,15 +318,15 @@ impl Reader {
         Ok(())
     }
 
-    /// Does with a block what a reader would.
-    fn take(&mut self, block: &Block) -> Result<Done, String> {
+    /// Checks a block as a reader would use it.
+    fn check(&mut self, block: &Block) -> Result<Done, String> {
         if let Some(reason) = block.note("not run") {
-            assert!(!reason.is_empty(), "{}", block.place());
+            assert!(!reason.is_empty(), "{}", block.location());
             return Ok(Done::NotRun(reason.to_owned()));
         }
         if let Some(tool) = block.note("needs").filter(|tool| !self.has(tool)) {
             let why = format!("{tool} is not installed");
-            not_run(&block.place(), tool, &why);
+            not_run(&block.location(), tool, &why);
             return Ok(Done::NotRun(why));
         }
         let text = self.fill_in(&block.text);
@@ -334,11 +334,11 @@ impl Reader {
             fs::write(self.folder.join(name), &text).unwrap();
         }
         match block.language.as_str() {
-            "sh" => self.take_shell(block, &text).map(|()| Done::Run),
-            "toml" => self.take_toml(&text).map(|()| Done::Parsed),
-            "json" => take_json(&text).map(|()| Done::Parsed),
-            "python" => self.take_python(block, &text),
-            "rust" => self.take_rust(block, &text),
+            "sh" => self.check_shell(block, &text).map(|()| Done::Run),
+            "toml" => self.check_toml(&text).map(|()| Done::Parsed),
+            "json" => check_json(&text).map(|()| Done::Parsed),
+            "python" => self.check_python(block, &text),
+            "rust" => self.check_rust(block, &text),
             "text" if block.notes.contains_key("output of the demo") => {
                 self.compare(&text).map(|()| Done::Run)
             }
@@ -358,9 +358,9 @@ impl Reader {
         found.unwrap().success()
     }
 
-    fn take_shell(&mut self, block: &Block, text: &str) -> Result<(), String> {
+    fn check_shell(&mut self, block: &Block, text: &str) -> Result<(), String> {
         if let Some(until) = block.note("background until") {
-            return self.begin(text, until);
+            return self.start_background(text, until);
         }
         if let Some(setup) = block.note("setup") {
             let (status, printed) = self.run(&self.fill_in(setup), None);
@@ -382,7 +382,7 @@ impl Reader {
         }
     }
 
-    fn take_toml(&mut self, text: &str) -> Result<(), String> {
+    fn check_toml(&mut self, text: &str) -> Result<(), String> {
         let has = |start: &str| text.lines().any(|line| line.starts_with(start));
         let problems = if has("[dependencies]") {
             return check_dependencies(text);
@@ -403,9 +403,9 @@ impl Reader {
         Err(problems.join("\n"))
     }
 
-    fn take_python(&mut self, block: &Block, text: &str) -> Result<Done, String> {
+    fn check_python(&mut self, block: &Block, text: &str) -> Result<Done, String> {
         if !self.has("python3") {
-            not_run(&block.place(), "python3", "no python3 on PATH");
+            not_run(&block.location(), "python3", "no python3 on PATH");
             return Ok(Done::NotRun("no python3".to_owned()));
         }
         fs::write(self.folder.join("block.py"), text).unwrap();
@@ -415,9 +415,9 @@ impl Reader {
         }
     }
 
-    fn take_rust(&mut self, block: &Block, text: &str) -> Result<Done, String> {
+    fn check_rust(&mut self, block: &Block, text: &str) -> Result<Done, String> {
         if let Some(file) = block.note("same as") {
-            // Cargo has compiled that one.
+            // Cargo has already compiled that program.
             let program = fs::read_to_string(Path::new(ROOT).join(file)).unwrap();
             let after = |text: &str| {
                 let start = text.find("proto::broker_client").unwrap();
@@ -433,8 +433,8 @@ impl Reader {
         self.compile(text).map(|()| Done::Compiled)
     }
 
-    /// Compiles a build script with the libraries that cargo has built for that of this project. Which of several builds of
-    /// them fit together, only the compiler knows.
+    /// Compiles a build script with the libraries that cargo has built for this project's own. Cargo may have built several
+    /// versions, so this tries each combination.
     fn compile(&mut self, text: &str) -> Result<(), String> {
         fs::write(self.folder.join("block.rs"), text).unwrap();
         let libraries = built().join("deps");
@@ -465,9 +465,9 @@ impl Reader {
         Err(printed)
     }
 
-    /// Whether the demo has printed these lines in this order, but for numbers and signatures.
+    /// Checks that the demo has printed these lines in this order, ignoring numbers and signatures.
     fn compare(&self, text: &str) -> Result<(), String> {
-        let demo = self.background.first().ok_or("the demo does not run")?;
+        let demo = self.background.first().ok_or("the demo is not running")?;
         let printed = fs::read_to_string(&demo.output).unwrap();
         let mut printed = printed.lines().map(masked);
         for line in text.lines().filter(|line| !line.is_empty()) {
@@ -477,13 +477,15 @@ impl Reader {
             };
             let fits = |other: String| other == start || (!is_whole && other.starts_with(&start));
             if !printed.any(fits) {
-                return Err(format!("the demo does not print, or not there: {line}"));
+                return Err(format!(
+                    "the demo does not print this line, or not in this order: {line}"
+                ));
             }
         }
         Ok(())
     }
 
-    /// Fields of the audit logs of the demo and of the installation that docs/audit.md does not name.
+    /// Fields in the audit logs of the demo and of the installation that docs/audit.md does not document.
     fn undocumented_fields(&self) -> BTreeSet<String> {
         let document = fs::read_to_string(Path::new(ROOT).join("docs/audit.md")).unwrap();
         let fields = |heading: &str, end: &str| -> BTreeSet<String> {
@@ -518,14 +520,14 @@ impl Reader {
     }
 }
 
-/// A line with the same digit for each, and without the value of a signature.
+/// A line with every digit replaced by 0, and without the value of a signature.
 fn masked(line: &str) -> String {
     let line = line.split_inclusive("KC-API-SIGN ").next().unwrap_or("");
     line.replace(|c: char| c.is_ascii_digit(), "0")
 }
 
-fn take_json(text: &str) -> Result<(), String> {
-    // One value, or one a line.
+fn check_json(text: &str) -> Result<(), String> {
+    // One value, or one value per line.
     let is_value = serde_json::from_str::<Value>(text).is_ok();
     for line in text.lines().filter(|_| !is_value) {
         serde_json::from_str::<Value>(line).map_err(|error| format!("{line}: {error}"))?;
@@ -533,7 +535,7 @@ fn take_json(text: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// Whether the versions are those that this project is built with.
+/// Checks that the versions are those in this project's Cargo.toml.
 fn check_dependencies(text: &str) -> Result<(), String> {
     let ours = fs::read_to_string(Path::new(ROOT).join("Cargo.toml")).unwrap();
     toml::from_str::<toml::Table>(text).map_err(|error| error.to_string())?;
@@ -551,22 +553,22 @@ fn check_dependencies(text: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// A configuration with the tables of `part` in place of its own.
+/// A configuration in which the tables of `part` replace its own.
 fn with_tables(config: &str, part: &str) -> String {
     let tables: BTreeSet<_> = part.lines().filter(|line| line.starts_with('[')).collect();
-    let (mut merged, mut stays) = (String::new(), true);
+    let (mut merged, mut is_kept) = (String::new(), true);
     for line in config.lines() {
         if line.starts_with('[') {
-            stays = !tables.contains(line);
+            is_kept = !tables.contains(line);
         }
-        if stays {
+        if is_kept {
             let _ = writeln!(merged, "{line}");
         }
     }
     merged + "\n" + part
 }
 
-/// Where cargo puts what it builds.
+/// The folder of the programs that cargo has built.
 fn built() -> &'static Path {
     Path::new(env!("CARGO_BIN_EXE_credbroker"))
         .parent()
@@ -574,7 +576,7 @@ fn built() -> &'static Path {
 }
 
 #[test]
-fn blocks_of_the_documents_run_parse_and_compile() {
+fn code_blocks_of_the_documents_run_parse_and_compile() {
     let there = fs::read_dir(Path::new(ROOT).join("docs")).unwrap();
     for file in there {
         let name = format!("docs/{}", file.unwrap().file_name().to_string_lossy());
@@ -603,11 +605,11 @@ fn blocks_of_the_documents_run_parse_and_compile() {
     for document in DOCUMENTS {
         let mut counts = [0; 5];
         for block in blocks_of(document) {
-            let place = block.place();
-            match reader.take(&block) {
+            let location = block.location();
+            match reader.check(&block) {
                 Ok(done) => {
                     if let Done::NotRun(reason) = &done {
-                        let _ = writeln!(reasons, "not run: {place}: {reason}");
+                        let _ = writeln!(reasons, "not run: {location}: {reason}");
                     }
                     let column = match done {
                         Done::Run => 0,
@@ -618,7 +620,7 @@ fn blocks_of_the_documents_run_parse_and_compile() {
                     };
                     counts[column] += 1;
                 }
-                Err(failure) => failures.push(format!("{place}: {failure}\n{}", block.text)),
+                Err(failure) => failures.push(format!("{location}: {failure}\n{}", block.text)),
             }
         }
         let [run, parsed, compiled, not_run, text] = counts;
@@ -627,7 +629,7 @@ fn blocks_of_the_documents_run_parse_and_compile() {
             "{document:28}{run:>6}{parsed:>8}{compiled:>10}{not_run:>9}{text:>6}"
         );
     }
-    say(&format!("{summary}{reasons}"));
+    print_always(&format!("{summary}{reasons}"));
     failures.extend(reader.undocumented_fields());
     assert!(
         failures.is_empty(),

@@ -1,4 +1,4 @@
-//! Who may connect: TLS 1.3 with a bot's certificate, and nobody else.
+//! Who can connect as a bot: only clients with TLS 1.3 and a bot certificate.
 
 use std::process::Command;
 
@@ -21,8 +21,8 @@ fn dns(text: &str) -> SanType {
 
 const MAKER: &str = "spiffe://demo.test/bot/maker";
 
-/// Whether a call with this certificate gets as far as our handler.
-pub(crate) async fn gets_in(lab: &Lab, identity: &Identity) -> bool {
+/// Whether a call with this certificate succeeds.
+pub(crate) async fn is_call_accepted(lab: &Lab, identity: &Identity) -> bool {
     let Ok(channel) = lab.endpoint(identity).connect().await else {
         return false;
     };
@@ -31,7 +31,7 @@ pub(crate) async fn gets_in(lab: &Lab, identity: &Identity) -> bool {
 }
 
 #[tokio::test]
-async fn a_bot_is_its_one_uri_san_or_its_one_dns_san() {
+async fn bot_is_identified_by_its_only_uri_san_or_its_only_dns_san() {
     let grant = "[[grant]]\nbot = \"maker.bots.demo.test\"\naccount = \"main\"\nscope = \"spot-margin\"\nallow = [\"read\"]\n";
     let rules = format!("{RULES}\n{grant}");
     let mut lab = Lab::with(Settings {
@@ -51,38 +51,44 @@ async fn a_bot_is_its_one_uri_san_or_its_one_dns_san() {
         issue(&[dns("maker.bots.demo.test")], Usage::Client),
         issue(&[dns("Maker.Bots.Demo.TEST")], Usage::Client),
     ];
-    let below = |kind| lab.ca.intermediate("issuing CA", kind).unwrap();
+    let intermediate_of = |kind| lab.ca.intermediate("issuing CA", kind).unwrap();
     let chained = |ca: &Ca, others: &str| {
         let mut identity = ca.bot("maker").unwrap();
         identity.certificate_pem += ca.certificate_pem();
         identity.certificate_pem += others;
         identity
     };
-    let unfit = below(CaKind::NotForSigning);
+    let non_signing_ca = intermediate_of(CaKind::NotForSigning);
     let good = good.into_iter().chain([
-        chained(&below(CaKind::Usual), ""),
-        // What is not needed for the chain does no harm.
-        chained(&below(CaKind::NoKeyUsage), unfit.certificate_pem()),
+        chained(&intermediate_of(CaKind::Usual), ""),
+        // An intermediate that the chain does not need is ignored.
+        chained(
+            &intermediate_of(CaKind::NoKeyUsage),
+            non_signing_ca.certificate_pem(),
+        ),
     ]);
     for (index, identity) in good.enumerate() {
-        assert!(gets_in(&lab, &identity).await, "good certificate {index}");
+        assert!(
+            is_call_accepted(&lab, &identity).await,
+            "good certificate {index}"
+        );
     }
-    let stranger = Ca::new("somebody else's CA").unwrap();
+    let other_ca = Ca::new("another CA").unwrap();
     let bad = [
-        (issue(&[], Usage::Client), "it has 0 URI and 0 DNS"),
+        (issue(&[], Usage::Client), "got 0 URI and 0 DNS"),
         (
             issue(
                 &[uri(MAKER), uri("spiffe://demo.test/bot/other")],
                 Usage::Client,
             ),
-            "it has 2 URI and 0 DNS",
+            "got 2 URI and 0 DNS",
         ),
         (
             issue(
                 &[dns("maker.bots.demo.test"), dns("b.demo.test")],
                 Usage::Client,
             ),
-            "it has 0 URI and 2 DNS",
+            "got 0 URI and 2 DNS",
         ),
         (
             issue(&[uri("spiffe://demo.test/admin/anna")], Usage::Client),
@@ -108,15 +114,15 @@ async fn a_bot_is_its_one_uri_san_or_its_one_dns_san() {
         ),
         (
             issue(&[uri(MAKER)], Usage::None),
-            "does not name clientAuth",
+            "does not include clientAuth",
         ),
         (
             issue(&[uri(MAKER)], Usage::Server),
             "invalid peer certificate",
         ),
-        (stranger.bot("maker").unwrap(), "UnknownIssuer"),
+        (other_ca.bot("maker").unwrap(), "UnknownIssuer"),
         (
-            chained(&unfit, ""),
+            chained(&non_signing_ca, ""),
             "UnknownIssuer; ignored an intermediate certificate whose keyUsage lacks keyCertSign",
         ),
     ];
@@ -126,9 +132,9 @@ async fn a_bot_is_its_one_uri_san_or_its_one_dns_san() {
             .log()
             .matches("client certificate refused")
             .count();
-        assert!(!gets_in(&lab, identity).await, "{reason}");
+        assert!(!is_call_accepted(&lab, identity).await, "{reason}");
         let log = || lab.process.as_ref().unwrap().log();
-        until("the refusal is logged", async || {
+        until("the rejection is logged", async || {
             log().matches("client certificate refused").count() > before
         })
         .await;
@@ -148,7 +154,7 @@ async fn a_bot_is_its_one_uri_san_or_its_one_dns_san() {
 }
 
 #[tokio::test]
-async fn nobody_gets_in_without_a_certificate_or_in_plain_text() {
+async fn clients_without_a_certificate_or_without_tls_are_rejected() {
     let mut lab = Lab::start().await;
     let tls = tonic::transport::ClientTlsConfig::new()
         .ca_certificate(tonic::transport::Certificate::from_pem(
@@ -174,7 +180,7 @@ async fn nobody_gets_in_without_a_certificate_or_in_plain_text() {
 async fn tls_1_2_is_refused() {
     let mut lab = Lab::start().await;
     let address = lab.grpc.to_string();
-    // Not on this thread: the broker runs on it.
+    // Not on this thread: the broker is running on it.
     let openssl = tokio::task::spawn_blocking(move || {
         std::process::Command::new("openssl")
             .args(["s_client", "-tls1_2", "-connect", &address])
@@ -185,8 +191,8 @@ async fn tls_1_2_is_refused() {
     match openssl {
         Ok(output) => {
             assert!(!output.status.success());
-            let said = String::from_utf8_lossy(&output.stderr).into_owned();
-            assert!(said.contains("alert protocol version"), "{said}");
+            let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(stderr.contains("alert protocol version"), "{stderr}");
         }
         Err(_) => not_run("TLS 1.2", "openssl", "no openssl on PATH"),
     }
@@ -194,20 +200,20 @@ async fn tls_1_2_is_refused() {
 }
 
 #[tokio::test]
-async fn a_certificate_that_no_rule_names_may_call_and_is_told_so() {
+async fn bot_that_no_rule_names_can_connect_and_gets_caller_unknown() {
     let mut lab = Lab::start().await;
-    let ended = lab.bot("nobody").await.send(accounts()).await.unwrap_err();
-    let (code, reason, outcome, _) = failure(&ended);
+    let error = lab.bot("nobody").await.send(accounts()).await.unwrap_err();
+    let (code, reason, outcome, _) = failure(&error);
     assert_eq!(
         (code, reason.as_str(), outcome.as_str()),
         (tonic::Code::Unauthenticated, "CALLER_UNKNOWN", "not_sent")
     );
-    assert!(ended.message().contains("spiffe://demo.test/bot/nobody"));
+    assert!(error.message().contains("spiffe://demo.test/bot/nobody"));
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn a_dns_name_is_the_same_bot_in_any_case_for_rules_and_blocks() {
+async fn rules_and_blocks_match_dns_names_case_insensitively() {
     let grant = "[[grant]]\nbot = \"MAKER.bots.demo.test\"\naccount = \"main\"\nscope = \"spot-margin\"\nallow = [\"read\"]\n";
     let mut lab = Lab::with(Settings {
         rules: format!("{RULES}\n{grant}"),
@@ -227,7 +233,7 @@ async fn a_dns_name_is_the_same_bot_in_any_case_for_rules_and_blocks() {
     lab.stop().await;
 }
 
-/// What is wrong with the files of this configuration, a line each.
+/// The problems of the files of this configuration, one per line.
 fn problems(config: &Config) -> String {
     let problems = load(config, Clock::system().wall_ms()).err();
     let problems = problems.unwrap_or_default();
@@ -251,21 +257,21 @@ async fn ca_file_with_a_non_ca_certificate_is_refused() {
     let good = lab.ca.certificate_pem();
     let lines = good.lines().count();
     let pem = |kind| {
-        let ca = Ca::of_kind("odd one", kind).unwrap();
+        let ca = Ca::of_kind("second CA", kind).unwrap();
         ca.certificate_pem().to_owned()
     };
     let leaf = lab.ca.bot("maker").unwrap().certificate_pem;
     let not_ca = "is not a CA: expected basicConstraints with CA:TRUE";
     let not_for_signing =
-        "may not sign certificates: expected a keyUsage with keyCertSign, or none";
+        "may not sign certificates: expected a keyUsage with keyCertSign, or no keyUsage";
     let cases = [
         (leaf.clone(), 1, "\"CN=maker\"", not_ca),
         (format!("{good}{leaf}"), lines + 1, "\"CN=maker\"", not_ca),
-        (pem(CaKind::NotCa), 1, "\"CN=odd one\"", not_ca),
+        (pem(CaKind::NotCa), 1, "\"CN=second CA\"", not_ca),
         (
             pem(CaKind::NotForSigning),
             1,
-            "\"CN=odd one\"",
+            "\"CN=second CA\"",
             not_for_signing,
         ),
     ];
@@ -274,24 +280,27 @@ async fn ca_file_with_a_non_ca_certificate_is_refused() {
         ("tls.admin_ca", "admins-ca.pem", "ca.pem"),
     ] {
         lab.write(other, good).unwrap();
-        for (text, line, subject, said) in &cases {
+        for (text, line, subject, message) in &cases {
             lab.write(file, text).unwrap();
             let path = lab.path(file);
-            let expected = format!("{setting}: {}:{line}: {subject} {said}", path.display());
+            let expected = format!("{setting}: {}:{line}: {subject} {message}", path.display());
             let found = problems(&lab.config());
             assert!(found.starts_with(&expected), "{expected} is not in {found}");
             let started = Server::start(lab.config()).await;
             assert!(matches!(started, Err(StartError::Config(_))), "{expected}");
-            // Once is enough: they read the files with the same code.
+            // One case is enough, since the commands read the files with the same code.
             let commands: &[_] = if *line > 1 {
                 &["check-config", "doctor"]
             } else {
                 &[]
             };
             for command in commands.iter().copied() {
-                let (code, said) = run(&lab, command).await;
-                assert_ne!(code, Some(0), "{command}: {said}");
-                assert!(said.contains(&without_quotes(subject)), "{command}: {said}");
+                let (code, message) = run(&lab, command).await;
+                assert_ne!(code, Some(0), "{command}: {message}");
+                assert!(
+                    message.contains(&without_quotes(subject)),
+                    "{command}: {message}"
+                );
             }
         }
         for kind in [CaKind::NoKeyUsage, CaKind::Usual, CaKind::BoundToDns] {
@@ -300,9 +309,9 @@ async fn ca_file_with_a_non_ca_certificate_is_refused() {
             assert!(loaded.warnings.is_empty(), "{:?}", loaded.warnings);
         }
     }
-    // What the program connects to may show its own certificate, where no other can be signed with it.
+    // A server's own certificate is accepted as a root only if it is self-signed.
     lab.reconfigure("[vault]\n", "[vault]\nroots = \"root.pem\"\n");
-    // The second carries the name of its CA as subject and issuer, and is not self-signed.
+    // The second one has the name of its CA as subject and issuer, but is not self-signed.
     let ca = Ca::new("localhost").unwrap();
     let same_name = ca
         .issue("localhost", &[dns("localhost")], Usage::Server)
@@ -320,15 +329,20 @@ async fn ca_file_with_a_non_ca_certificate_is_refused() {
 }
 
 #[tokio::test]
-async fn chain_of_a_server_may_stand_where_the_roots_of_servers_are() {
+async fn roots_file_may_contain_the_full_chain_of_a_server() {
     let mut lab = Lab::install(Settings {
         process: true,
         ..Settings::default()
     })
     .await;
-    let between = lab.ca.intermediate("between", CaKind::Usual).unwrap();
-    let leaf = between.server().unwrap().certificate_pem;
-    let chain = [&leaf, between.certificate_pem(), lab.ca.certificate_pem()].concat();
+    let intermediate = lab.ca.intermediate("between", CaKind::Usual).unwrap();
+    let leaf = intermediate.server().unwrap().certificate_pem;
+    let chain = [
+        &leaf,
+        intermediate.certificate_pem(),
+        lab.ca.certificate_pem(),
+    ]
+    .concat();
     lab.reconfigure("[vault]\n", "[vault]\nroots = \"fullchain.pem\"\n");
     lab.write("fullchain.pem", &chain).unwrap();
     let loaded = load(&lab.config(), Clock::system().wall_ms()).unwrap();
@@ -347,20 +361,20 @@ async fn chain_of_a_server_may_stand_where_the_roots_of_servers_are() {
     assert!(warning.ends_with(line["problem"].as_str().unwrap()));
 }
 
-/// A text as it is compared with logs and JSON, which escape quotes.
+/// A text without quotes, to compare it with logs and JSON, which escape them.
 fn without_quotes(text: &str) -> String {
     text.replace('"', "")
 }
 
-/// Runs the real program; its exit code, and what it said on both streams without quotes.
+/// Runs the real program; returns its exit code and its output (stdout and stderr) without quotes.
 async fn run(lab: &Lab, command: &str) -> (Option<i32>, String) {
-    let ended = lab.run(&[command]).await;
-    let said = ended.stdout + &ended.stderr;
-    (ended.code, without_quotes(&said))
+    let result = lab.run(&[command]).await;
+    let output = result.stdout + &result.stderr;
+    (result.code, without_quotes(&output))
 }
 
 #[tokio::test]
-async fn a_ca_whose_constraints_cannot_be_compared_is_reported() {
+async fn ca_with_unsupported_name_constraints_is_reported() {
     let bound = Ca::of_kind("bound CA", CaKind::BoundToDirectory).unwrap();
     let install = Settings {
         process: true,
@@ -369,13 +383,13 @@ async fn a_ca_whose_constraints_cannot_be_compared_is_reported() {
     let mut lab = Lab::install(install).await;
     let both = format!("{}{}", lab.ca.certificate_pem(), bound.certificate_pem());
     lab.write("ca.pem", &both).unwrap();
-    let (code, said) = run(&lab, "check-config").await;
-    assert_eq!(code, Some(0), "{said}");
+    let (code, output) = run(&lab, "check-config").await;
+    assert_eq!(code, Some(0), "{output}");
     let warning = "CN=bound CA has name constraints that the TLS library cannot check: directory names (every certificate from this \
                    CA is refused)";
     assert!(
-        said.starts_with("warning: tls.client_ca: ") && said.contains(warning),
-        "{said}"
+        output.starts_with("warning: tls.client_ca: ") && output.contains(warning),
+        "{output}"
     );
 
     lab.spawn_broker().await;
@@ -387,21 +401,21 @@ async fn a_ca_whose_constraints_cannot_be_compared_is_reported() {
     assert_eq!(lab.metric("credbroker_file_warnings").await, Some(1.0));
     let (_, verbose) = lab.get("/readyz?verbose").await;
     assert!(verbose.contains("warning: tls.client_ca: "), "{verbose}");
-    assert!(!gets_in(&lab, &bound.bot("maker").unwrap()).await);
+    assert!(!is_call_accepted(&lab, &bound.bot("maker").unwrap()).await);
     let refused = lab.process().log_line("client certificate refused").await;
-    let reason = "a name constraint of its CA does not permit its names, or is for a kind of name that the TLS library cannot \
-                  compare (URI, directory name)";
+    let reason = "a name constraint of the certificate's CA forbids the certificate's names, or is of a type that the TLS \
+                  library cannot check (URI, directory name)";
     assert_eq!(refused["reason"], reason);
 
     lab.write("ca.pem", lab.ca.certificate_pem()).unwrap();
-    until("the warning is gone", async || {
+    until("the warning disappears", async || {
         lab.metric("credbroker_file_warnings").await == Some(0.0)
     })
     .await;
 }
 
 #[tokio::test]
-async fn files_that_openssl_makes_are_judged_as_openssl_judges_them() {
+async fn openssl_files_that_are_damaged_encrypted_or_not_a_ca_are_rejected() {
     let lab = Lab::install(Settings::default()).await;
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/field-cases/pki/make.sh");
     let made = Command::new("sh").arg(script).arg(lab.path("pki")).output();
@@ -423,11 +437,11 @@ async fn files_that_openssl_makes_are_judged_as_openssl_judges_them() {
         ("ca-and-a-leaf.pem", "\"CN=x\" is not a CA"),
         (
             "bundle-trusted-label.pem",
-            "line 1 begins a section \"TRUSTED CERTIFICATE\", expected CERTIFICATE",
+            "unexpected section \"TRUSTED CERTIFICATE\" on line 1, expected CERTIFICATE",
         ),
         (
             "bundle-first-line-damaged.pem",
-            "line 1 is damaged: expected a line of its own such as -----BEGIN CERTIFICATE-----",
+            "line 1 is damaged: expected only a marker such as -----BEGIN CERTIFICATE-----",
         ),
         ("bundle-first-indented.pem", "line 1 is damaged"),
     ] {
@@ -452,9 +466,9 @@ async fn files_that_openssl_makes_are_judged_as_openssl_judges_them() {
         ),
         (
             "key.der",
-            "it is DER, expected PEM; convert it: openssl pkey -inform DER -in OLD -out NEW",
+            "the file is DER, expected PEM; convert it: openssl pkey -inform DER -in OLD -out NEW",
         ),
-        // Read, and found to be of another certificate.
+        // Read despite the byte order mark, and recognized as the key of another certificate.
         (
             "key-utf8-bom.pem",
             "key-utf8-bom.pem is not the key of tls.certificate",

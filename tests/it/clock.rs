@@ -1,4 +1,4 @@
-//! What is signed with is the exchange's time, whatever the clocks of either side do, and a doubt about it keeps orders back.
+//! Requests are signed with the exchange's time, whatever the clocks do; orders are rejected while that time is uncertain.
 
 use std::time::Duration;
 
@@ -19,10 +19,10 @@ const MINUTE_MS: i64 = 60_000;
 const HOUR: Duration = Duration::from_secs(3600);
 const HOUR_MS: i64 = 3_600_000;
 
-/// Longer than the broker waits between two questions for the time.
+/// Longer than the broker's interval between time measurements.
 const HALF_MINUTE_AND_MORE: Duration = Duration::from_secs(40);
 
-/// A ready broker, and an exchange whose clock is so far ahead.
+/// A ready broker, and an exchange whose clock is `ahead_ms` ahead.
 async fn ready(ahead_ms: i64) -> (Lab, Time) {
     let (mut lab, time) = installed(ahead_ms).await;
     lab.start_broker_on(time.clock()).await;
@@ -38,14 +38,14 @@ async fn installed(ahead_ms: i64) -> (Lab, Time) {
     };
     let settings = Settings {
         kucoin,
-        // What is told of the clock must not be told of keys.
+        // Keys must not become stale when a test advances the clocks.
         rules: RULES.replace("[account.main]", "[account.main]\nmax_stale_s = 86400"),
         ..Settings::default()
     };
     (Lab::install(settings).await, Time::new(ahead_ms))
 }
 
-/// Something that goes wrong with questions for the time, on one host or on both.
+/// A fault of time requests, on one host or on both.
 fn time_fault(host: Option<Host>, times: Option<u32>, action: FaultAction) -> Fault {
     Fault {
         host,
@@ -60,16 +60,16 @@ fn time_fault(host: Option<Host>, times: Option<u32>, action: FaultAction) -> Fa
 
 fn closed() -> FaultAction {
     FaultAction::Close {
-        when: When::BeforeTaken,
+        when: When::BeforeProcessing,
     }
 }
 
-/// How often `host` has been asked for its time.
-fn asked(lab: &Lab, host: Host) -> usize {
+/// The number of time requests that `host` has received.
+fn time_requests(lab: &Lab, host: Host) -> usize {
     let all = lab.kucoin.everything_received();
-    let asks =
+    let is_time_request =
         |request: &&ReceivedRequest| request.path() == "/api/v1/timestamp" && request.host == host;
-    all.iter().filter(asks).count()
+    all.iter().filter(is_time_request).count()
 }
 
 async fn metric(lab: &Lab, name: &str, host: &str) -> Option<f64> {
@@ -84,7 +84,7 @@ async fn until_counted(lab: &Lab, counter: &str, count: f64) {
     .await;
 }
 
-/// The offset of `host` as the metric tells it, in whole seconds; a measurement on a busy machine may be off by a few.
+/// Checks the offset metric of `host` to within 5 s, since measurements on a busy machine are inexact.
 async fn assert_offset(lab: &Lab, host: &str, expected_s: f64) {
     let offset = metric(lab, "clock_offset_seconds", host).await.unwrap();
     assert!(
@@ -93,7 +93,7 @@ async fn assert_offset(lab: &Lab, host: &str, expected_s: f64) {
     );
 }
 
-/// Every private request so far was signed right, and in time by the exchange's clock; returns how many there were.
+/// Checks that the exchange accepted signature and timestamp of every private request, and returns how many there were.
 fn all_verified(kucoin: &KucoinSim) -> usize {
     let received = kucoin.received();
     for request in &received {
@@ -109,7 +109,7 @@ async fn accepted(bot: &mut Bot, request: SignAndSendRequest) -> i64 {
 }
 
 #[tokio::test]
-async fn signed_time_follows_the_exchanges_clock_however_far_it_is_from_ours() {
+async fn requests_are_signed_with_the_exchange_time_even_an_hour_from_ours() {
     for ahead_ms in [MINUTE_MS, HOUR_MS, -HOUR_MS] {
         let (mut lab, _) = ready(ahead_ms).await;
         let mut bot = lab.bot("maker").await;
@@ -119,12 +119,16 @@ async fn signed_time_follows_the_exchanges_clock_however_far_it_is_from_ours() {
             accounts(),
             spot_cancel_all(),
         ] {
-            let told = accepted(&mut bot, request).await;
+            let reported = accepted(&mut bot, request).await;
             let received = lab.kucoin.received();
             let signed = received.last().unwrap().header("kc-api-timestamp").unwrap();
-            assert_eq!(signed, told.to_string(), "the bot is told what was signed");
+            assert_eq!(
+                signed,
+                reported.to_string(),
+                "timestamp_ms must be the signed timestamp"
+            );
         }
-        assert_eq!(all_verified(&lab.kucoin), 4, "each at the first try");
+        assert_eq!(all_verified(&lab.kucoin), 4, "each on the first attempt");
         for host in ["spot", "futures"] {
             #[expect(
                 clippy::cast_precision_loss,
@@ -141,7 +145,7 @@ async fn signed_time_follows_the_exchanges_clock_however_far_it_is_from_ours() {
 }
 
 #[tokio::test]
-async fn each_host_has_a_time_of_its_own() {
+async fn each_exchange_host_has_its_own_clock_offset() {
     let (mut lab, time) = installed(HOUR_MS).await;
     let futures = KucoinSim::start(KucoinSettings {
         limits: Limits::none(),
@@ -163,7 +167,7 @@ async fn each_host_has_a_time_of_its_own() {
 }
 
 #[tokio::test]
-async fn a_refused_timestamp_is_measured_again_signed_anew_and_sent_once_more() {
+async fn request_rejected_for_its_timestamp_is_signed_again_and_sent_once_more() {
     let (mut lab, time) = ready(0).await;
     let mut bot = lab.bot("maker").await;
     for request in [
@@ -172,7 +176,7 @@ async fn a_refused_timestamp_is_measured_again_signed_anew_and_sent_once_more() 
         accounts(),
         spot_cancel_all(),
     ] {
-        // For its host alone: what the other one knows was measured before this jump too.
+        // A rejection triggers a measurement of its own host only, so each request is rejected after a step.
         time.jump(&lab, MINUTE_MS);
         let (path, before) = (request.path.clone(), lab.kucoin.received().len());
         let answer = bot.send(request).await.unwrap();
@@ -205,7 +209,7 @@ async fn a_refused_timestamp_is_measured_again_signed_anew_and_sent_once_more() 
     }
     assert_eq!(lab.kucoin.orders(MAIN_UID).len(), 2, "each order once");
     assert_eq!(lab.metric("timestamps_refused_total").await, Some(4.0));
-    // From now on both hosts are known again.
+    // The spot host was measured for the last request, so the next one is accepted at once.
     time.jump(&lab, 0);
     let before = lab.kucoin.received().len();
     accepted(&mut bot, spot_order("afterwards")).await;
@@ -214,7 +218,7 @@ async fn a_refused_timestamp_is_measured_again_signed_anew_and_sent_once_more() 
 }
 
 #[tokio::test]
-async fn many_calls_that_meet_a_jump_at_once_are_all_sent_again_and_none_a_third_time() {
+async fn concurrent_calls_after_a_clock_step_are_each_sent_again_at_most_once() {
     let (mut lab, time) = ready(0).await;
     let bot = lab.bot("maker").await;
     time.jump(&lab, -HOUR_MS);
@@ -238,15 +242,15 @@ async fn many_calls_that_meet_a_jump_at_once_are_all_sent_again_and_none_a_third
 }
 
 #[tokio::test]
-async fn a_timestamp_that_is_refused_again_or_cannot_be_measured_is_passed_on() {
+async fn repeated_timestamp_rejection_or_failed_measurement_is_returned_to_the_bot() {
     let (mut lab, _) = ready(0).await;
-    // The refusals are faults, of which the exchange does not note the code.
-    lab.is_checked = false;
+    // The rejections are injected faults, whose code the simulator does not record.
+    lab.is_audit_checked = false;
     let mut bot = lab.bot("maker").await;
     let refused = FaultAction::Answer {
         status: 400,
         body: json!({"code": "400002", "msg": "KC-API-TIMESTAMP Invalid"}),
-        when: When::BeforeTaken,
+        when: When::BeforeProcessing,
     };
     for (is_measured, sent) in [(true, 2), (false, 1)] {
         lab.kucoin.fault(Fault {
@@ -276,13 +280,13 @@ async fn a_timestamp_that_is_refused_again_or_cannot_be_measured_is_passed_on() 
 }
 
 #[tokio::test]
-async fn a_gateway_that_quotes_a_refused_timestamp_has_nothing_sent_again() {
+async fn order_is_not_sent_again_when_a_502_contains_the_timestamp_code() {
     let (mut lab, _) = ready(0).await;
     let mut bot = lab.bot("maker").await;
     let quoted = FaultAction::Answer {
         status: 502,
         body: json!({"code": "400002", "msg": "KC-API-TIMESTAMP Invalid"}),
-        when: When::AfterTaken,
+        when: When::AfterProcessing,
     };
     lab.kucoin.fault(Fault::once("/api/v1/hf/orders", quoted));
     let answer = bot.send(spot_order("quoted")).await.unwrap();
@@ -296,19 +300,19 @@ async fn a_gateway_that_quotes_a_refused_timestamp_has_nothing_sent_again() {
 }
 
 #[tokio::test]
-async fn a_deadline_that_passes_while_the_time_is_measured_again_ends_the_call_with_the_refusal() {
+async fn deadline_during_a_time_measurement_returns_the_timestamp_rejection() {
     let (mut lab, time) = ready(0).await;
     let mut bot = lab.patient_bot("maker").await;
     time.jump(&lab, MINUTE_MS);
     let stalled = FaultAction::Stall {
-        when: When::BeforeTaken,
+        when: When::BeforeProcessing,
     };
     lab.kucoin.fault(time_fault(None, None, stalled));
     let limit = Duration::from_millis(2500);
-    let before = asked(&lab, Host::Spot);
+    let before = time_requests(&lab, Host::Spot);
     let call = tokio::spawn(async move { bot.send_within(spot_order("late"), limit).await });
     until("the time is measured again", async || {
-        asked(&lab, Host::Spot) > before
+        time_requests(&lab, Host::Spot) > before
     })
     .await;
     time.pass(&lab, limit).await;
@@ -317,7 +321,7 @@ async fn a_deadline_that_passes_while_the_time_is_measured_again_ends_the_call_w
         (answer.outcome(), answer.code.as_str()),
         (Outcome::Rejected, "400002")
     );
-    // The measurement gives up, and the host is heard again: still nothing more leaves.
+    // The measurement times out, and later the host answers again: the order must still not be sent again.
     lab.kucoin.clear_faults();
     time.pass(&lab, HALF_MINUTE_AND_MORE).await;
     let mut other = lab.bot("maker").await;
@@ -339,14 +343,14 @@ async fn a_deadline_that_passes_while_the_time_is_measured_again_ends_the_call_w
 }
 
 #[tokio::test]
-async fn one_wrong_answer_moves_nothing_and_three_that_agree_do() {
+async fn clock_step_is_applied_only_after_three_measurements_agree() {
     let (mut lab, time) = ready(0).await;
     let mut bot = lab.bot("maker").await;
     let now_ms = accepted(&mut bot, accounts()).await;
     let wrong = FaultAction::Answer {
         status: 200,
         body: json!({"code": "200000", "data": now_ms + HOUR_MS}),
-        when: When::BeforeTaken,
+        when: When::BeforeProcessing,
     };
     lab.kucoin
         .fault(time_fault(Some(Host::Spot), Some(1), wrong));
@@ -356,17 +360,17 @@ async fn one_wrong_answer_moves_nothing_and_three_that_agree_do() {
     assert_eq!(all_verified(&lab.kucoin), 2);
     assert_offset(&lab, "spot", 0.0).await;
 
-    // It is asked again soon, and what it says then is as before.
+    // It is measured again soon, with the old result.
     time.pass(&lab, Duration::from_secs(1)).await;
-    until("the spot host is asked again", async || {
-        asked(&lab, Host::Spot) >= 3
+    until("the spot host is measured again", async || {
+        time_requests(&lab, Host::Spot) >= 3
     })
     .await;
     accepted(&mut bot, spot_order("right-again")).await;
     assert_offset(&lab, "spot", 0.0).await;
     assert_eq!(lab.metric("clock_jumps_refused_total").await, Some(1.0));
 
-    // Now it is the exchange that has jumped, and both hosts say so.
+    // Now the exchange's clock really steps, on both hosts.
     time.jump(&lab, HOUR_MS);
     time.pass(&lab, HALF_MINUTE_AND_MORE).await;
     until_counted(&lab, "clock_jumps_refused_total", 3.0).await;
@@ -374,7 +378,7 @@ async fn one_wrong_answer_moves_nothing_and_three_that_agree_do() {
     until_counted(&lab, "clock_jumps_refused_total", 5.0).await;
     time.pass(&lab, Duration::from_secs(1)).await;
     for host in ["spot", "futures"] {
-        until("the clock has moved", async || {
+        until("the offset is updated", async || {
             metric(&lab, "clock_offset_seconds", host).await.unwrap() > 1800.0
         })
         .await;
@@ -384,45 +388,52 @@ async fn one_wrong_answer_moves_nothing_and_three_that_agree_do() {
     assert_eq!(
         refused,
         Some(5.0),
-        "two of each host; the third is believed"
+        "two rejected per host; the third is accepted"
     );
     let before = lab.kucoin.received().len();
     accepted(&mut bot, spot_order("moved")).await;
     accepted(&mut bot, futures_order("moved")).await;
-    assert_eq!(lab.kucoin.received().len(), before + 2, "at the first try");
+    assert_eq!(
+        lab.kucoin.received().len(),
+        before + 2,
+        "on the first attempt"
+    );
     assert_eq!(lab.metric("timestamps_refused_total").await, Some(0.0));
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn after_the_machine_slept_for_an_hour_signed_time_is_still_right() {
+async fn signed_time_is_still_correct_after_the_machine_slept_for_an_hour() {
     let (mut lab, time) = ready(MINUTE_MS).await;
     let mut bot = lab.bot("maker").await;
     time.sleep(&lab, HOUR);
     accepted(&mut bot, spot_order("awake")).await;
     accepted(&mut bot, futures_order("awake")).await;
-    assert_eq!(all_verified(&lab.kucoin), 2, "each at the first try");
+    assert_eq!(all_verified(&lab.kucoin), 2, "each on the first attempt");
     for host in [Host::Spot, Host::Futures] {
-        assert_eq!(asked(&lab, host), 1, "an hour old is good enough");
+        assert_eq!(
+            time_requests(&lab, host),
+            1,
+            "a measurement is still used after an hour"
+        );
     }
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn after_a_longer_sleep_the_first_order_has_the_time_measured_and_half_a_minute_is_not_waited_for()
- {
+async fn first_order_after_a_two_hour_sleep_is_rejected_and_triggers_a_measurement() {
     let (mut lab, time) = ready(0).await;
     let mut bot = lab.bot("maker").await;
     time.sleep(&lab, HOUR * 2);
     let (status, text) = lab.get("/readyz").await;
     assert_eq!(status, 503);
     assert!(
-        text.contains("clock global/spot: the exchange's time is known only to 36"),
+        text.contains("clock global/spot: the exchange's time may be off by 36"),
         "{text}"
     );
     accepted(&mut bot, accounts()).await;
     accepted(&mut bot, spot_cancel_all()).await;
-    assert_eq!(asked(&lab, Host::Spot), 1);
+    assert_eq!(time_requests(&lab, Host::Spot), 1);
     let refused = bot.send(spot_order("asleep")).await.unwrap_err();
     assert!(
         refused.message().contains("last measured 72"),
@@ -436,7 +447,7 @@ async fn after_a_longer_sleep_the_first_order_has_the_time_measured_and_half_a_m
             "not_sent".to_owned()
         )
     );
-    // No timer has gone on meanwhile: it is the refusal that asks.
+    // Timers did not advance, so the rejected order has triggered the measurement.
     lab.until_ready().await;
     accepted(&mut bot, spot_order("awake")).await;
     assert_eq!(all_verified(&lab.kucoin), 3);
@@ -444,12 +455,11 @@ async fn after_a_longer_sleep_the_first_order_has_the_time_measured_and_half_a_m
 }
 
 #[tokio::test]
-async fn while_the_time_cannot_be_measured_orders_are_refused_and_the_rest_goes_by_the_last_offset()
-{
+async fn without_recent_measurements_orders_are_rejected_and_cancels_use_the_last_offset() {
     let (mut lab, time) = ready(MINUTE_MS).await;
     lab.kucoin.fault(time_fault(None, None, closed()));
     time.pass(&lab, HOUR * 2).await;
-    until("the question has failed", async || {
+    until("two measurements have failed", async || {
         lab.metric("clock_failures_total").await.unwrap() >= 2.0
     })
     .await;
@@ -495,12 +505,12 @@ async fn while_the_time_cannot_be_measured_orders_are_refused_and_the_rest_goes_
 }
 
 #[tokio::test]
-async fn before_the_first_measurement_orders_are_refused_and_the_rest_goes_by_the_systems_clock() {
+async fn before_the_first_measurement_orders_are_rejected_and_cancels_use_the_system_clock() {
     let (mut lab, time) = installed(0).await;
     lab.kucoin.fault(time_fault(None, None, closed()));
     lab.start_broker_on(time.clock()).await;
-    lab.until_keys().await;
-    until("the address is proven", async || {
+    lab.until_keys_loaded().await;
+    until("the egress address is verified", async || {
         lab.metric("egress_mismatch").await == Some(0.0)
     })
     .await;
@@ -542,16 +552,16 @@ async fn before_the_first_measurement_orders_are_refused_and_the_rest_goes_by_th
     lab.stop().await;
 }
 
-/// An answer from a cache agrees with itself when it is asked for again too soon.
+/// Measurements in quick succession could all get the same cached answer, and then agree by mistake.
 #[tokio::test]
-async fn orders_that_are_refused_do_not_hurry_the_question_whose_answer_was_not_believed() {
+async fn rejected_orders_do_not_shorten_the_wait_before_the_next_time_measurement() {
     let (mut lab, time) = ready(0).await;
     let mut bot = lab.bot("maker").await;
     let now_ms = accepted(&mut bot, accounts()).await;
     let cached = FaultAction::Answer {
         status: 200,
         body: json!({"code": "200000", "data": now_ms}),
-        when: When::BeforeTaken,
+        when: When::BeforeProcessing,
     };
     lab.kucoin.fault(time_fault(Some(Host::Spot), None, cached));
     time.pass(&lab, HOUR * 2).await;
@@ -560,29 +570,37 @@ async fn orders_that_are_refused_do_not_hurry_the_question_whose_answer_was_not_
     let refused = refusal(bot.send(spot_order("hurry")).await).1;
     assert_eq!(refused, "CLOCK_UNCERTAIN");
     time.pass(&lab, Duration::from_millis(500)).await;
-    // A whole round trip, in which a question that is due comes through as well.
+    // A round trip, during which a measurement that is due would also arrive.
     accepted(&mut bot, accounts()).await;
     time.pass(&lab, Duration::from_millis(500)).await;
-    until("the spot host is asked again", async || {
-        asked(&lab, Host::Spot) >= 3
+    until("the spot host is measured again", async || {
+        time_requests(&lab, Host::Spot) >= 3
     })
     .await;
     let all = lab.kucoin.everything_received();
-    let mut asked = all
+    let mut requests = all
         .iter()
         .filter(|request| request.path() == "/api/v1/timestamp" && request.host == Host::Spot);
-    let (second, third) = (asked.nth(1).unwrap().at_ms, asked.next().unwrap().at_ms);
-    assert!(third - second > 950, "asked after {} ms", third - second);
+    let (second, third) = (
+        requests.nth(1).unwrap().at_ms,
+        requests.next().unwrap().at_ms,
+    );
+    assert!(
+        third - second > 950,
+        "measured again after {} ms",
+        third - second
+    );
     lab.stop().await;
 }
 
 const YEAR_MS: i64 = 365 * 24 * HOUR_MS;
 
-/// A broker that has measured both hosts of an exchange whose clock is so far ahead, whether or not it believes them.
+/// A broker that has measured both hosts of an exchange whose clock is `ahead_ms` ahead, whether or not it accepts the
+/// result.
 async fn measured(ahead_ms: i64) -> (Lab, Time) {
     let (mut lab, time) = installed(ahead_ms).await;
     lab.start_broker_on(time.clock()).await;
-    lab.until_keys().await;
+    lab.until_keys_loaded().await;
     until("both hosts are measured", async || {
         let spot = metric(&lab, "clock_offset_seconds", "spot").await;
         spot.is_some()
@@ -591,14 +609,14 @@ async fn measured(ahead_ms: i64) -> (Lab, Time) {
                 .is_some()
     })
     .await;
-    until("the address is proven", async || {
+    until("the egress address is verified", async || {
         lab.metric("egress_mismatch").await == Some(0.0)
     })
     .await;
     (lab, time)
 }
 
-async fn refused_for_the_difference(bot: &mut Bot, request: SignAndSendRequest, text: &str) {
+async fn assert_rejected_for_difference(bot: &mut Bot, request: SignAndSendRequest, text: &str) {
     let status = bot.send(request).await.unwrap_err();
     assert!(status.message().contains(text), "{status:?}");
     assert_eq!(
@@ -634,11 +652,11 @@ async fn order_is_refused_while_the_exchange_clock_is_more_than_a_day_from_ours(
         let mut bot = lab.bot("maker").await;
         for order in [spot_order("far-off"), futures_order("far-off")] {
             match refused {
-                Some(text) => refused_for_the_difference(&mut bot, order, text).await,
+                Some(text) => assert_rejected_for_difference(&mut bot, order, text).await,
                 None => _ = accepted(&mut bot, order).await,
             }
         }
-        // The exchange verifies the timestamps: cancels and reads are signed with its time.
+        // Cancels and reads are signed with the exchange's time: it accepts their timestamps.
         accepted(&mut bot, spot_cancel_all()).await;
         accepted(&mut bot, accounts()).await;
         let sent = if refused.is_some() { 2 } else { 4 };
@@ -656,14 +674,14 @@ async fn order_is_refused_while_the_exchange_clock_is_more_than_a_day_from_ours(
 }
 
 #[tokio::test]
-async fn step_of_the_system_clock_by_more_than_a_day_refuses_the_next_order() {
+async fn order_is_refused_after_the_system_clock_steps_by_more_than_a_day() {
     let (mut lab, time) = ready(0).await;
     let mut bot = lab.bot("maker").await;
     accepted(&mut bot, spot_order("before")).await;
-    // Back: certificates are judged by the same clock, and those of tests are old enough.
+    // Backwards, since the same clock checks certificates, and those of tests were valid two days ago.
     time.step_system(-2 * 24 * HOUR_MS);
-    let told = "the exchange's clock is 48 hours ahead of the system clock";
-    refused_for_the_difference(&mut bot, spot_order("stepped"), told).await;
+    let message = "the exchange's clock is 48 hours ahead of the system clock";
+    assert_rejected_for_difference(&mut bot, spot_order("stepped"), message).await;
     accepted(&mut bot, spot_cancel_all()).await;
     accepted(&mut bot, accounts()).await;
     time.step_system(2 * 24 * HOUR_MS);
@@ -673,28 +691,28 @@ async fn step_of_the_system_clock_by_more_than_a_day_refuses_the_next_order() {
 }
 
 #[tokio::test]
-async fn step_of_the_exchange_by_more_than_a_day_refuses_orders_until_it_steps_back() {
+async fn orders_are_refused_after_the_exchange_clock_steps_by_a_year_until_it_steps_back() {
     let (mut lab, time) = ready(0).await;
     let mut bot = lab.bot("maker").await;
     accepted(&mut bot, spot_order("before")).await;
     time.jump(&lab, YEAR_MS);
-    // Signed with the old time, refused by the exchange, measured again: the new time is not signed with.
+    // Signed with the old time and rejected by the exchange; the new measurement is not used for signing.
     let answer = bot.send(spot_order("jump")).await.unwrap();
     assert_eq!(
         (answer.outcome(), answer.code.as_str()),
         (Outcome::Rejected, "400002")
     );
     assert_eq!(lab.kucoin.orders(MAIN_UID).len(), 1);
-    let told = "the exchange's clock is 365 days ahead of the system clock";
-    refused_for_the_difference(&mut bot, spot_order("different"), told).await;
+    let message = "the exchange's clock is 365 days ahead of the system clock";
+    assert_rejected_for_difference(&mut bot, spot_order("different"), message).await;
     accepted(&mut bot, spot_cancel_all()).await;
     assert_eq!(
         metric(&lab, "clock_difference_refused", "spot").await,
         Some(1.0)
     );
     time.jump(&lab, -YEAR_MS);
-    until("the step back is noticed", async || {
-        // A read meets 400002, and has the time measured again.
+    until("the step back is detected", async || {
+        // A read that is rejected with 400002 triggers a measurement.
         bot.clone().send(accounts()).await.unwrap();
         metric(&lab, "clock_difference_refused", "spot").await == Some(0.0)
     })
@@ -704,30 +722,30 @@ async fn step_of_the_exchange_by_more_than_a_day_refuses_orders_until_it_steps_b
 }
 
 #[tokio::test]
-async fn admin_accepts_a_difference_until_it_changes_by_a_day_or_the_broker_restarts() {
+async fn accepted_clock_difference_lasts_until_it_changes_by_a_day_or_the_broker_restarts() {
     let (mut lab, time) = measured(YEAR_MS).await;
     let mut bot = lab.bot("maker").await;
     let run = async |lab: &Lab, host: &str| {
-        let ended = lab.admin_cli("anna", &["clock", "accept", host]).await;
-        let stdout = crate::harness::in_one_line(&ended.stdout);
-        (ended.code, stdout, ended.said())
+        let result = lab.admin_cli("anna", &["clock", "accept", host]).await;
+        let stdout = crate::harness::in_one_line(&result.stdout);
+        (result.code, stdout, result.stderr_line())
     };
-    let (code, _, said) = run(&lab, "mars/spot").await;
+    let (code, _, output) = run(&lab, "mars/spot").await;
     assert_eq!(code, Some(1));
     let expected = "host: expected one of global/futures, global/spot, got \"mars/spot\"";
-    assert!(said.contains(expected), "{said}");
-    let told = "the exchange's clock is 365 days ahead";
-    refused_for_the_difference(&mut bot, spot_order("refused"), told).await;
+    assert!(output.contains(expected), "{output}");
+    let message = "the exchange's clock is 365 days ahead";
+    assert_rejected_for_difference(&mut bot, spot_order("refused"), message).await;
 
-    let (code, said, _) = run(&lab, "spot").await;
-    assert_eq!(code, Some(0), "{said}");
+    let (code, output, _) = run(&lab, "spot").await;
+    assert_eq!(code, Some(0), "{output}");
     let expected = "accepted: the clock of global/spot is 365 days ahead of the system clock. Risk-increasing requests are accepted again";
-    assert!(said.starts_with(expected), "{said}");
+    assert!(output.starts_with(expected), "{output}");
     accepted(&mut bot, spot_order("accepted")).await;
-    refused_for_the_difference(&mut bot, futures_order("other-host"), told).await;
+    assert_rejected_for_difference(&mut bot, futures_order("other-host"), message).await;
     let act = lab.acts().pop().unwrap();
     assert_eq!(
-        (&act["action"], &act["outcome"], &act["who"]),
+        (&act["action"], &act["outcome"], &act["principal"]),
         (
             &json!("clock-accept"),
             &json!("done"),
@@ -741,26 +759,26 @@ async fn admin_accepts_a_difference_until_it_changes_by_a_day_or_the_broker_rest
     );
     let (status, text) = lab.get("/readyz?verbose").await;
     assert_eq!(status, 503, "{text}");
-    let by = "clock global/spot: spiffe://demo.test/admin/anna accepted a difference until the broker restarts: 365 days ahead of the system clock";
+    let by = "clock global/spot: spiffe://demo.test/admin/anna accepted that the exchange's clock is 365 days ahead of the system clock (until the broker restarts)";
     assert!(
         text.contains(by) && !text.contains("accept global/spot"),
         "{text}"
     );
 
-    let (code, said, _) = run(&lab, "global/futures").await;
-    assert_eq!(code, Some(0), "{said}");
+    let (code, output, _) = run(&lab, "global/futures").await;
+    assert_eq!(code, Some(0), "{output}");
     lab.until_ready().await;
     accepted(&mut bot, futures_order("accepted")).await;
-    let (code, said, _) = run(&lab, "global/spot").await;
+    let (code, output, _) = run(&lab, "global/spot").await;
     assert_eq!(code, Some(0));
-    assert!(said.starts_with("unchanged: "), "{said}");
+    assert!(output.starts_with("unchanged: "), "{output}");
 
-    // The acceptance covers a day around the difference it was given for.
+    // An accepted difference may change by up to a day.
     time.step_system(-23 * HOUR_MS);
     accepted(&mut bot, spot_order("within")).await;
     time.step_system(-2 * HOUR_MS);
-    let told = "the exchange's clock is 366 days ahead";
-    refused_for_the_difference(&mut bot, spot_order("beyond"), told).await;
+    let message = "the exchange's clock is 366 days ahead";
+    assert_rejected_for_difference(&mut bot, spot_order("beyond"), message).await;
     time.step_system(25 * HOUR_MS);
     accepted(&mut bot, spot_order("back")).await;
 

@@ -1,4 +1,4 @@
-//! The commands that ask without changing anything, as the real program: `policy explain`, `check`, `diff`, `show`, `explain`, and
+//! Read-only commands of the real program: `policy explain`, `policy check`, `policy diff`, `policy show`, `explain`, and
 //! `health`.
 
 use std::io::{Read, Write};
@@ -21,7 +21,7 @@ const MAKER: &str = "spiffe://example.org/bot/maker";
 struct Folder(TempDir);
 
 impl Folder {
-    /// With the example configuration and rules.
+    /// A folder with the example configuration and rules.
     fn new() -> Self {
         let folder = Self(tempfile::tempdir().unwrap());
         folder.write("config.toml", &CONFIG.replace("/etc/credbroker/", ""));
@@ -44,7 +44,7 @@ fn program() -> Command {
 }
 
 /// Exit code, stdout, stderr.
-fn told(output: Output) -> (Option<i32>, String, String) {
+fn result_of(output: Output) -> (Option<i32>, String, String) {
     let text = |bytes| String::from_utf8(bytes).unwrap();
     (
         output.status.code(),
@@ -56,20 +56,20 @@ fn told(output: Output) -> (Option<i32>, String, String) {
 fn explain(rules: &Path, words: &[&str]) -> (Option<i32>, String, String) {
     let mut command = program();
     command.args(["policy", "explain", "--rules"]).arg(rules);
-    told(command.args(words).output().unwrap())
+    result_of(command.args(words).output().unwrap())
 }
 
-fn code(words: &[&str]) -> (Option<i32>, String, String) {
-    told(program().arg("explain").args(words).output().unwrap())
+fn explain_code(words: &[&str]) -> (Option<i32>, String, String) {
+    result_of(program().arg("explain").args(words).output().unwrap())
 }
 
-/// The line, from 1, of the first one that holds this.
+/// The number, from 1, of the first line that contains `part`.
 fn line_of(text: &str, part: &str) -> usize {
     text.lines().position(|line| line.contains(part)).unwrap() + 1
 }
 
 #[test]
-fn explain_names_the_line_that_allows() {
+fn policy_explain_names_the_rules_line_that_allows_the_request() {
     let folder = Folder::new();
     let rules = folder.path("rules.toml");
     let words = [
@@ -82,7 +82,7 @@ fn explain_names_the_line_that_allows() {
         "POST",
         "/api/v1/hf/orders",
     ];
-    let (code, said, talk) = explain(&rules, &words);
+    let (code, stdout, stderr) = explain(&rules, &words);
     let line = line_of(RULES, "allow = [\"public\", \"read\", \"trade\"]");
     let expected = format!(
         "allowed\n{}:{line}: grant[0].allow[2] = \"trade\"\nendpoint: spot.post.v1-hf-orders\nrisk: trade\nrisk-increasing: yes\n\
@@ -90,7 +90,7 @@ fn explain_names_the_line_that_allows() {
         rules.display()
     );
     assert_eq!(
-        (code, said.as_str(), talk.as_str()),
+        (code, stdout.as_str(), stderr.as_str()),
         (Some(0), expected.as_str(), "")
     );
 
@@ -98,12 +98,12 @@ fn explain_names_the_line_that_allows() {
     command
         .args(["policy", "explain", "--config"])
         .arg(folder.path("config.toml"));
-    let by_config = told(command.args(words).output().unwrap());
+    let by_config = result_of(command.args(words).output().unwrap());
     assert_eq!(by_config, (Some(0), expected, String::new()));
 }
 
 #[test]
-fn explain_says_why_not_and_what_would_help() {
+fn policy_explain_shows_why_a_request_is_denied_and_how_to_allow_it() {
     let folder = Folder::new();
     let rules = folder.path("rules.toml");
     let spot = ["--account", "main", "--scope", "spot-margin"];
@@ -115,9 +115,9 @@ fn explain_says_why_not_and_what_would_help() {
                 "refused: POLICY_DENIED: no rule grants spot.post.v3-withdrawals to this bot on account main",
                 "endpoint: spot.post.v3-withdrawals",
                 "risk: withdraw",
-                "to allow it: no grant can allow it as things stand:",
+                "no grant can allow it: ",
                 "allow_money_out = true in [account.main]",
-                "this bot may do on this account in this scope:",
+                "grants of this bot on this account in this scope:",
                 "grant[0].allow[0] = \"public\"",
             ],
         ),
@@ -125,8 +125,8 @@ fn explain_says_why_not_and_what_would_help() {
             "spiffe://example.org/bot/nobody",
             ["GET", "/api/v1/accounts"],
             &[
-                "refused: CALLER_UNKNOWN: no rule names the bot",
-                "to allow it: a [[grant]] for this bot, account and scope with allow = [\"read\"]",
+                "refused: CALLER_UNKNOWN: no rule names bot ",
+                "to allow it: add a [[grant]] for this bot, account and scope, containing allow = [\"read\"]",
             ],
         ),
         (
@@ -153,22 +153,22 @@ fn explain_says_why_not_and_what_would_help() {
             ["GET", "/api/v1/accounts?currency=BTC"],
             &[
                 "refused: REQUEST_MALFORMED: malformed request: path: expected segments",
-                "query parameters go into `query`",
+                "put query parameters into `query`",
             ],
         ),
     ];
     for (bot, [method, path], parts) in cases {
         let words = [&["--bot", bot], &spot[..], &[method, path]].concat();
-        let (code, said, talk) = explain(&rules, &words);
-        assert_eq!((code, talk.as_str()), (Some(1), ""), "{said}");
+        let (code, stdout, stderr) = explain(&rules, &words);
+        assert_eq!((code, stderr.as_str()), (Some(1), ""), "{stdout}");
         for part in parts {
-            assert!(said.contains(part), "{part} is not in\n{said}");
+            assert!(stdout.contains(part), "{part} is not in\n{stdout}");
         }
     }
 }
 
 #[test]
-fn explain_tells_its_own_misuse_from_a_refusal() {
+fn policy_explain_exits_with_2_on_invalid_arguments() {
     let folder = Folder::new();
     let rules = folder.path("rules.toml");
     let good = [
@@ -189,17 +189,17 @@ fn explain_tells_its_own_misuse_from_a_refusal() {
     ];
     for (from, to) in wrong {
         let words = good.map(|word| if word == from { to } else { word });
-        let (code, said, talk) = explain(&rules, &words);
-        assert_eq!((code, said.as_str()), (Some(2), ""), "{to}: {talk}");
-        assert!(talk.contains("expected"), "{talk}");
+        let (code, stdout, stderr) = explain(&rules, &words);
+        assert_eq!((code, stdout.as_str()), (Some(2), ""), "{to}: {stderr}");
+        assert!(stderr.contains("expected"), "{stderr}");
     }
-    let (code, said, talk) = explain(&folder.path("none.toml"), &good);
-    assert_eq!((code, said.as_str()), (Some(2), ""));
-    assert!(talk.contains("none.toml cannot be read"), "{talk}");
+    let (code, stdout, stderr) = explain(&folder.path("none.toml"), &good);
+    assert_eq!((code, stdout.as_str()), (Some(2), ""));
+    assert!(stderr.contains("none.toml cannot be read"), "{stderr}");
 }
 
 #[test]
-fn check_names_the_line_of_every_problem() {
+fn policy_check_reports_the_line_of_every_problem() {
     let folder = Folder::new();
     let bad = RULES
         .replace("vip = 3", "vip = 99")
@@ -207,7 +207,7 @@ fn check_names_the_line_of_every_problem() {
         .replace("account = \"treasury\"", "account = \"tresury\"");
     let file = folder.write("bad.toml", &bad);
     let check = |file: &Path| {
-        told(
+        result_of(
             program()
                 .args(["policy", "check"])
                 .arg(file)
@@ -215,30 +215,30 @@ fn check_names_the_line_of_every_problem() {
                 .unwrap(),
         )
     };
-    let (code, said, talk) = check(&file);
-    assert_eq!((code, said.as_str()), (Some(2), ""));
+    let (code, stdout, stderr) = check(&file);
+    assert_eq!((code, stdout.as_str()), (Some(2), ""));
     let at = |part| format!("{}:{}: ", file.display(), line_of(&bad, part));
     for part in [
         at("vip = 99") + "account.main.vip: expected 0 to 12, got 99",
-        at("withdraw") + "grant[0].allow[2]: \"withdraw\" is not granted as a class",
-        at("account = \"tresury\"") + "grant[3].account: names no account of this file",
+        at("withdraw") + "grant[0].allow[2]: \"withdraw\" cannot be granted as a class",
+        at("account = \"tresury\"") + "grant[3].account: account tresury is not in this file",
         "3 problems".to_owned(),
     ] {
-        assert!(talk.contains(&part), "{part} is not in\n{talk}");
+        assert!(stderr.contains(&part), "{part} is not in\n{stderr}");
     }
 
     let file = folder.write("syntax.toml", "[account.main]\nvip = \n");
-    let (code, _, talk) = check(&file);
+    let (code, _, stderr) = check(&file);
     assert_eq!(code, Some(2));
-    let start = format!("{}:2: rules: is not TOML: ", file.display());
-    assert!(talk.starts_with(&start), "{talk}");
+    let start = format!("{}:2: rules: is not valid TOML: ", file.display());
+    assert!(stderr.starts_with(&start), "{stderr}");
 }
 
 #[test]
-fn check_counts_and_warns() {
+fn policy_check_prints_counts_and_warnings() {
     let folder = Folder::new();
     let check = |file: &Path| {
-        told(
+        result_of(
             program()
                 .args(["policy", "check"])
                 .arg(file)
@@ -251,32 +251,32 @@ fn check_counts_and_warns() {
         "{}: no problems; 2 accounts, 3 bots, 4 grants\n",
         rules.display()
     );
-    // Of class `read`, once for each account that has it.
+    // One warning about class `read` for each account that grants it.
     let line = line_of(RULES, "\"read\"");
-    let of_master = format!(
-        "warning: {}:{line}: grant[0].allow[1]: \"read\" also reads other accounts if main's key belongs to a master account: ",
+    let read_warning = format!(
+        "warning: {}:{line}: grant[0].allow[1]: if main's key belongs to a master account, \"read\" also covers sub-accounts and invited users (",
         rules.display()
     );
-    let (code, counts, talk) = check(&rules);
+    let (code, counts, stderr) = check(&rules);
     assert_eq!((code, counts), (Some(0), expected));
-    assert!(talk.starts_with(&of_master), "{talk}");
-    assert_eq!(talk.matches("warning: ").count(), 2, "{talk}");
-    assert!(talk.contains("if treasury's key belongs"), "{talk}");
+    assert!(stderr.starts_with(&read_warning), "{stderr}");
+    assert_eq!(stderr.matches("warning: ").count(), 2, "{stderr}");
+    assert!(stderr.contains("if treasury's key belongs"), "{stderr}");
 
     let text = RULES.to_owned() + "[account.spare]\n";
     let file = folder.write("spare.toml", &text);
-    let (code, _, talk) = check(&file);
+    let (code, _, stderr) = check(&file);
     let line = line_of(&text, "[account.spare]");
     let warning = format!(
         "warning: {}:{line}: account.spare: no grant names this account",
         file.display()
     );
     assert_eq!(code, Some(0));
-    assert!(talk.contains(&warning), "{talk}");
+    assert!(stderr.contains(&warning), "{stderr}");
 }
 
 #[test]
-fn diff_shows_what_changes_and_not_how_it_is_written() {
+fn policy_diff_shows_changed_permissions_and_settings_and_ignores_comments() {
     let folder = Folder::new();
     let old = folder.path("rules.toml");
     let diff = |new: &Path, flags: &[&str]| {
@@ -285,7 +285,7 @@ fn diff_shows_what_changes_and_not_how_it_is_written() {
             .args(["policy", "diff"])
             .args([&old, new])
             .args(flags);
-        told(command.output().unwrap())
+        result_of(command.output().unwrap())
     };
     let same = folder.write("same.toml", &format!("# other words\n{RULES}"));
     let nothing = (
@@ -302,17 +302,17 @@ fn diff_shows_what_changes_and_not_how_it_is_written() {
         )
         .replace("vip = 3", "vip = 4");
     let new = folder.write("new.toml", &text);
-    let (code, said, _) = diff(&new, &[]);
+    let (code, stdout, _) = diff(&new, &[]);
     let treasurer = "spiffe://example.org/bot/treasurer treasury spot-margin:";
     let expected = format!(
         "~ account main: vip = 3 -> 4\n\
          - {treasurer} spot.post.v3-accounts-universal-transfer (transfer, MOVES MONEY)\n\
          + {treasurer} spot.post.v3-withdrawals (withdraw, MOVES MONEY)\n"
     );
-    assert_eq!((code, said.as_str()), (Some(0), expected.as_str()));
-    let (code, said, _) = diff(&new, &["--exit-code", "--json"]);
+    assert_eq!((code, stdout.as_str()), (Some(0), expected.as_str()));
+    let (code, stdout, _) = diff(&new, &["--exit-code", "--json"]);
     assert_eq!(code, Some(1));
-    let lines: Vec<Value> = said
+    let lines: Vec<Value> = stdout
         .lines()
         .map(|line| serde_json::from_str(line).unwrap())
         .collect();
@@ -328,18 +328,21 @@ fn diff_shows_what_changes_and_not_how_it_is_written() {
     assert_eq!(lines[0], setting);
 
     let bad = folder.write("bad.toml", "typo = 1\n");
-    let (code, said, talk) = diff(&bad, &[]);
-    assert_eq!((code, said.as_str()), (Some(2), ""));
-    assert!(talk.contains("bad.toml:1: typo: is not a key"), "{talk}");
+    let (code, stdout, stderr) = diff(&bad, &[]);
+    assert_eq!((code, stdout.as_str()), (Some(2), ""));
+    assert!(
+        stderr.contains("bad.toml:1: typo: is not a key"),
+        "{stderr}"
+    );
 }
 
 #[test]
-fn show_lists_what_the_rules_allow_a_line_each() {
+fn policy_show_lists_each_setting_and_permission_on_its_own_line() {
     let folder = Folder::new();
     let show = |file: &Path, flags: &[&str]| {
         let mut command = program();
         command.args(["policy", "show"]).arg(file).args(flags);
-        told(command.output().unwrap())
+        result_of(command.output().unwrap())
     };
     let file = folder.write(
         "small.toml",
@@ -365,9 +368,9 @@ b main spot-margin: unlisted GET /api/v9/new (MAY MOVE MONEY)
         show(&file, &[]),
         (Some(0), expected.to_owned(), String::new())
     );
-    let (code, said, _) = show(&file, &["--json"]);
+    let (code, stdout, _) = show(&file, &["--json"]);
     assert_eq!(code, Some(0));
-    let lines: Vec<Value> = said
+    let lines: Vec<Value> = stdout
         .lines()
         .map(|line| serde_json::from_str(line).unwrap())
         .collect();
@@ -380,30 +383,31 @@ b main spot-margin: unlisted GET /api/v9/new (MAY MOVE MONEY)
     assert_eq!((&lines[6], &lines[9]), (&setting, &unlisted));
 
     let bad = folder.write("bad.toml", "typo = 1\n");
-    let (code, said, talk) = show(&bad, &[]);
-    assert_eq!((code, said.as_str()), (Some(2), ""));
-    assert!(talk.contains("bad.toml:1: typo: is not a key"), "{talk}");
+    let (code, stdout, stderr) = show(&bad, &[]);
+    assert_eq!((code, stdout.as_str()), (Some(2), ""));
+    assert!(
+        stderr.contains("bad.toml:1: typo: is not a key"),
+        "{stderr}"
+    );
 }
 
 #[test]
-fn a_code_is_explained_in_the_sentences_that_bots_get() {
+fn explain_prints_the_advice_that_bots_get_for_a_code() {
     let expected = "\
 400006: address-not-whitelisted
-  KuCoin takes no requests with this API key from the address that this one came
-  from.
-  why: The key is restricted to certain IP addresses, and this one is not among
-       them.
+  The request's IP address is not whitelisted for this API key.
+  cause: The key has an IP restriction, and this address is not on its list.
   fix: Add the broker's egress address to the key's addresses under API
        Management > Edit > IP restriction.
 ";
     let nothing = String::new();
     assert_eq!(
-        code(&["400006"]),
+        explain_code(&["400006"]),
         (Some(0), expected.to_owned(), nothing.clone())
     );
 
-    let (ended, both, _) = code(&["200002"]);
-    assert_eq!(ended, Some(0));
+    let (exit_code, both, _) = explain_code(&["200002"]);
+    assert_eq!(exit_code, Some(0));
     let titles: Vec<_> = both
         .lines()
         .filter(|line| line.starts_with("200002"))
@@ -413,22 +417,22 @@ fn a_code_is_explained_in_the_sentences_that_bots_get() {
         "200002 (spot-margin): cancel-suspended",
     ];
     assert_eq!(titles, expected);
-    let (_, one, _) = code(&["200002", "--scope", "spot-margin"]);
+    let (_, one, _) = explain_code(&["200002", "--scope", "spot-margin"]);
     assert!(
         one.starts_with(expected[1]) && !one.contains(expected[0]),
         "{one}"
     );
-    let (ended, topic, _) = code(&["funds-in-main"]);
-    assert_eq!(ended, Some(0));
+    let (exit_code, topic, _) = explain_code(&["funds-in-main"]);
+    assert_eq!(exit_code, Some(0));
     assert!(
-        topic.contains("  Balances are in the main account, not in the trading account.\n"),
+        topic.contains("  The funds are in the main account, not in the trading account.\n"),
         "{topic}"
     );
 
-    let (ended, json, _) = code(&["400004", "--json"]);
+    let (exit_code, json, _) = explain_code(&["400004", "--json"]);
     let json: Value = serde_json::from_str(&json).unwrap();
     assert_eq!(
-        (ended, &json["topic"]),
+        (exit_code, &json["topic"]),
         (Some(0), &"secret-or-passphrase-wrong".into())
     );
     assert_eq!(
@@ -438,29 +442,29 @@ fn a_code_is_explained_in_the_sentences_that_bots_get() {
 }
 
 #[test]
-fn a_code_without_advice_is_no_success() {
-    let (ended, said, talk) = code(&["123456"]);
-    assert_eq!((ended, said.as_str()), (Some(1), ""));
+fn explain_exits_with_1_for_a_code_without_advice() {
+    let (exit_code, stdout, stderr) = explain_code(&["123456"]);
+    assert_eq!((exit_code, stdout.as_str()), (Some(1), ""));
     assert!(
-        talk.starts_with("There is no advice on 123456.\nfix: Look it up"),
-        "{talk}"
+        stderr.starts_with("No advice for 123456.\nfix: Look it up"),
+        "{stderr}"
     );
-    let (ended, _, talk) = code(&["200002", "--scope", "unified"]);
-    assert_eq!(ended, Some(1));
+    let (exit_code, _, stderr) = explain_code(&["200002", "--scope", "unified"]);
+    assert_eq!(exit_code, Some(1));
     assert!(
-        talk.contains("in scope unified.\nfix: Leave --scope out"),
-        "{talk}"
+        stderr.contains("in scope unified.\nfix: Omit --scope"),
+        "{stderr}"
     );
     for misuse in [&["400006", "--list"][..], &["400006", "--scope", "spot"]] {
-        assert_eq!(code(misuse).0, Some(2), "{misuse:?}");
+        assert_eq!(explain_code(misuse).0, Some(2), "{misuse:?}");
     }
 }
 
 #[test]
-fn all_codes_are_listed_in_one_screenful_of_eighty_columns() {
-    let (ended, list, talk) = code(&["--list"]);
-    assert_eq!((ended, talk.as_str()), (Some(0), ""));
-    assert_eq!(code(&[]).1, list);
+fn explain_list_fits_60_lines_of_80_columns() {
+    let (exit_code, list, stderr) = explain_code(&["--list"]);
+    assert_eq!((exit_code, stderr.as_str()), (Some(0), ""));
+    assert_eq!(explain_code(&[]).1, list);
     assert!(list.lines().count() <= 60, "{list}");
     assert!(list.lines().all(|line| line.len() <= 80), "{list}");
     for advice in credbroker::kucoin::advice::ALL {
@@ -471,21 +475,21 @@ fn all_codes_are_listed_in_one_screenful_of_eighty_columns() {
         for word in codes.chain([advice.topic]) {
             assert!(list.split_whitespace().any(|shown| shown == word), "{word}");
         }
-        let (ended, said, _) = code(&[advice.topic]);
-        assert_eq!(ended, Some(0));
+        let (exit_code, stdout, _) = explain_code(&[advice.topic]);
+        assert_eq!(exit_code, Some(0));
         assert!(
-            said.lines().all(|line| line.chars().count() <= 80),
-            "{said}"
+            stdout.lines().all(|line| line.chars().count() <= 80),
+            "{stdout}"
         );
     }
-    let (_, json, _) = code(&["--json"]);
+    let (_, json, _) = explain_code(&["--json"]);
     assert_eq!(json.lines().count(), credbroker::kucoin::advice::ALL.len());
-    let (_, unified, _) = code(&["--scope", "unified"]);
+    let (_, unified, _) = explain_code(&["--scope", "unified"]);
     assert!(unified.contains("not-a-unified-account") && !unified.contains("cancel-suspended"));
 }
 
 #[test]
-fn a_reader_that_leaves_early_is_no_failure() {
+fn closed_stdout_is_not_an_error() {
     let folder = Folder::new();
     let empty = folder.write("empty.toml", "[account.lonely]\n");
     let (reader, writer) = std::io::pipe().unwrap();
@@ -496,19 +500,19 @@ fn a_reader_that_leaves_early_is_no_failure() {
         .arg(&empty)
         .arg(folder.path("rules.toml"));
     let output = command.stdout(Stdio::from(writer)).output().unwrap();
-    let (code, _, talk) = told(output);
-    assert_eq!(code, Some(0), "{talk}");
-    assert!(!talk.contains("panicked"), "{talk}");
+    let (code, _, stderr) = result_of(output);
+    assert_eq!(code, Some(0), "{stderr}");
+    assert!(!stderr.contains("panicked"), "{stderr}");
 }
 
 async fn health(words: Vec<String>) -> (Option<i32>, String, String) {
-    // The broker under test needs this thread.
-    let run = move || told(program().arg("health").args(words).output().unwrap());
+    // Not on this thread: the broker is running on it.
+    let run = move || result_of(program().arg("health").args(words).output().unwrap());
     tokio::task::spawn_blocking(run).await.unwrap()
 }
 
 #[tokio::test]
-async fn a_probe_says_what_the_broker_says() {
+async fn health_prints_healthz_or_readyz_of_the_broker() {
     let mut lab = Lab::start().await;
     let at = || vec!["--address".to_owned(), lab.ops.to_string()];
     assert_eq!(
@@ -522,13 +526,13 @@ async fn a_probe_says_what_the_broker_says() {
     );
     let ops = lab.ops;
     lab.stop().await;
-    let (code, said, talk) = health(vec!["--address".to_owned(), ops.to_string()]).await;
-    assert_eq!((code, said.as_str()), (Some(1), ""));
-    assert!(talk.contains("/healthz: "), "{talk}");
+    let (code, stdout, stderr) = health(vec!["--address".to_owned(), ops.to_string()]).await;
+    assert_eq!((code, stdout.as_str()), (Some(1), ""));
+    assert!(stderr.contains("/healthz: "), "{stderr}");
 }
 
 #[tokio::test]
-async fn a_probe_of_a_broker_without_keys_fails_when_asked_for_readiness_alone() {
+async fn health_succeeds_and_health_ready_fails_on_a_broker_without_keys() {
     let mut lab = Lab::with(Settings {
         keys: Vec::new(),
         wait_ready: false,
@@ -537,14 +541,17 @@ async fn a_probe_of_a_broker_without_keys_fails_when_asked_for_readiness_alone()
     .await;
     let at = vec!["--address".to_owned(), lab.ops.to_string()];
     assert_eq!(health(at.clone()).await.0, Some(0));
-    let (code, said, talk) = health([at, vec!["--ready".to_owned()]].concat()).await;
-    assert_eq!(code, Some(1), "{said}");
-    assert!(said.starts_with("not ready\nkey "), "{said}");
-    assert!(talk.contains("/readyz answered 503"), "{talk}");
+    let (code, stdout, stderr) = health([at, vec!["--ready".to_owned()]].concat()).await;
+    assert_eq!(code, Some(1), "{stdout}");
+    assert!(stdout.starts_with("not ready\nkey "), "{stdout}");
+    assert!(
+        stderr.contains("/readyz returned HTTP status 503"),
+        "{stderr}"
+    );
     lab.stop().await;
 }
 
-/// Answers one connection with this, and then keeps it open for as long as the other side does.
+/// Sends this answer on one connection, and keeps it open until the client closes it.
 fn stub(answer: &'static str) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -557,24 +564,27 @@ fn stub(answer: &'static str) -> u16 {
 }
 
 #[test]
-fn a_probe_waits_two_seconds_and_no_longer() {
+fn health_times_out_after_two_seconds() {
     let port = stub("HTTP/1.1 200 OK\r\n");
     let started = std::time::Instant::now();
     let mut command = program();
-    let (code, said, talk) = told(
+    let (code, stdout, stderr) = result_of(
         command
             .args(["health", "--address", &format!("127.0.0.1:{port}")])
             .output()
             .unwrap(),
     );
-    let took = started.elapsed().as_millis();
-    assert_eq!((code, said.as_str()), (Some(1), ""));
-    assert!(talk.contains("no complete answer within 2 s"), "{talk}");
-    assert!((2000..10_000).contains(&took), "{took} ms");
+    let elapsed_ms = started.elapsed().as_millis();
+    assert_eq!((code, stdout.as_str()), (Some(1), ""));
+    assert!(
+        stderr.contains("no complete response within 2 s"),
+        "{stderr}"
+    );
+    assert!((2000..10_000).contains(&elapsed_ms), "{elapsed_ms} ms");
 }
 
 #[test]
-fn a_probe_asks_where_the_configuration_says() {
+fn health_connects_to_listen_ops_of_the_configuration() {
     let folder = Folder::new();
     let port = {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -584,8 +594,8 @@ fn a_probe_asks_where_the_configuration_says() {
             let mut head = [0; 4096];
             let count = stream.read(&mut head).unwrap();
             let line = String::from_utf8_lossy(&head[..count]);
-            let asked = line.lines().next().unwrap();
-            write!(stream, "HTTP/1.1 200 OK\r\n\r\n{asked}\n").unwrap();
+            let requested = line.lines().next().unwrap();
+            write!(stream, "HTTP/1.1 200 OK\r\n\r\n{requested}\n").unwrap();
         });
         port
     };
@@ -593,7 +603,7 @@ fn a_probe_asks_where_the_configuration_says() {
         let text = CONFIG.replace("ops = \"127.0.0.1:9464\"", &format!("ops = \"{ops}\""));
         assert_ne!(text, CONFIG);
         let file = folder.write("config.toml", &text);
-        told(
+        result_of(
             program()
                 .args(["health", "--ready", "--config"])
                 .arg(file)
@@ -601,18 +611,18 @@ fn a_probe_asks_where_the_configuration_says() {
                 .unwrap(),
         )
     };
-    let asked = with_ops(&format!("0.0.0.0:{port}"));
+    let requested = with_ops(&format!("0.0.0.0:{port}"));
     assert_eq!(
-        asked,
+        requested,
         (Some(0), "GET /readyz HTTP/1.1\n".to_owned(), String::new())
     );
-    let (code, _, talk) = with_ops("127.0.0.1:0");
+    let (code, _, stderr) = with_ops("127.0.0.1:0");
     assert_eq!(code, Some(2));
     assert!(
-        talk.contains("expected an address with a port, got 127.0.0.1:0"),
-        "{talk}"
+        stderr.contains("expected an address with a port, got 127.0.0.1:0"),
+        "{stderr}"
     );
-    let (code, _, talk) = with_ops("nowhere");
+    let (code, _, stderr) = with_ops("nowhere");
     assert_eq!(code, Some(2));
-    assert!(talk.contains("listen.ops: "), "{talk}");
+    assert!(stderr.contains("listen.ops: "), "{stderr}");
 }

@@ -1,5 +1,5 @@
-//! How much a bot may take: connections, calls in flight, time and size; each limit with a clear error, none at the
-//! cost of another bot.
+//! Limits for bots: connections, calls in flight, time and size. Each limit has a clear error, and no bot can use up the
+//! capacity of another.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -24,7 +24,9 @@ use tonic::codegen::Service;
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
-use crate::harness::{Bot, Lab, Patient, accounts, failure, refusal, say, spot_order, tls, until};
+use crate::harness::{
+    Bot, Lab, Patient, accounts, failure, print_always, refusal, spot_order, tls, until,
+};
 
 const ACCOUNTS: &str = "/api/v1/accounts";
 const OPEN: &str = "credbroker_connections";
@@ -44,7 +46,7 @@ const ACK: u8 = 1;
 const END_STREAM: u8 = 1;
 const END_HEADERS: u8 = 4;
 
-/// A bot that speaks HTTP/2 frame by frame and answers nothing by itself: no SETTINGS, no PING, no GOAWAY.
+/// A bot that sends HTTP/2 frame by frame and does not reply to SETTINGS, PING or GOAWAY.
 pub(crate) struct RawBot {
     stream: TlsStream<TcpStream>,
     next: u32,
@@ -62,14 +64,14 @@ impl RawBot {
         bot
     }
 
-    /// Sends a whole call, if anybody still listens.
+    /// Sends a complete call, unless the connection is closed.
     pub(crate) async fn call(&mut self, request: &SignAndSendRequest) {
         let stream = self.head(&[]).await;
         self.write(DATA, END_STREAM, stream, &message(request))
             .await;
     }
 
-    /// Opens a call with these further headers; returns its stream.
+    /// Opens a call with additional headers, and returns its stream id.
     async fn head(&mut self, more: &[(&str, &str)]) -> u32 {
         self.head_of("/credbroker.v1.Broker/SignAndSend", more)
             .await
@@ -111,12 +113,12 @@ impl RawBot {
         frame.extend([kind, flags]);
         frame.extend(stream.to_be_bytes());
         frame.extend(payload);
-        // The other side may have gone.
+        // The broker may have closed the connection.
         let _ = self.stream.write_all(&frame).await;
         let _ = self.stream.flush().await;
     }
 
-    /// Reads until a frame of this kind has come.
+    /// Reads until a frame of this kind arrives.
     pub(crate) async fn until_frame(&mut self, kind: u8) {
         let wait = async {
             loop {
@@ -133,21 +135,21 @@ impl RawBot {
         timeout(Duration::from_secs(20), wait).await.unwrap();
     }
 
-    /// Waits until the other side has closed.
+    /// Waits until the broker has closed the connection.
     async fn until_closed(&mut self) {
         closed(&mut self.stream).await;
     }
 }
 
-/// Reads until the other side has closed.
+/// Reads until the broker has closed the connection.
 async fn closed(stream: &mut (impl tokio::io::AsyncRead + Unpin)) {
     let mut rest = Vec::new();
     let read = timeout(Duration::from_secs(20), stream.read_to_end(&mut rest)).await;
-    // Closed with or without a farewell.
-    let _: io::Result<usize> = read.expect("the connection stays open");
+    // Closed with or without a TLS close_notify.
+    let _: io::Result<usize> = read.expect("the connection is still open");
 }
 
-/// A message as gRPC frames it.
+/// A message with the length prefix of gRPC.
 fn message(request: &SignAndSendRequest) -> Vec<u8> {
     let encoded = request.encode_to_vec();
     let length = u32::try_from(encoded.len()).unwrap();
@@ -165,22 +167,22 @@ async fn lab(limits: &str) -> Lab {
     .await
 }
 
-/// That a call was refused for being one too many, and told when to come again.
-fn assert_overloaded(ended: Result<SignAndSendResponse, Status>, said: &str) {
-    let status = ended.expect_err("this call must be refused");
+/// Checks that a call was rejected with `OVERLOADED` and a retry delay of 1 s.
+fn assert_overloaded(result: Result<SignAndSendResponse, Status>, text: &str) {
+    let status = result.expect_err("this call must be refused");
     let (code, reason, outcome, _) = failure(&status);
     assert_eq!(
         (code, reason.as_str(), outcome.as_str()),
         (Code::ResourceExhausted, "OVERLOADED", "not_sent")
     );
-    assert!(status.message().contains(said), "{status:?}");
+    assert!(status.message().contains(text), "{status:?}");
     let retry = status
         .get_details_retry_info()
         .and_then(|info| info.retry_delay);
     assert_eq!(retry, Some(Duration::from_secs(1)));
 }
 
-/// How many lines of the record refuse a call for this reason.
+/// The number of `denied` audit lines with this reason.
 fn denied(lab: &Lab, reason: &str) -> usize {
     let mut lines = lab.audit();
     lines.retain(|line| line["event"] == "denied" && line["reason"] == reason);
@@ -195,25 +197,25 @@ async fn until_open(lab: &Lab, count: f64) {
 }
 
 #[tokio::test]
-async fn a_connection_too_many_is_told_so_and_closed_and_places_come_back() {
+async fn connection_over_the_bot_limit_is_rejected_until_another_one_closes() {
     let mut lab = lab("connections_per_bot = 2").await;
     let limit = "limits.connections_per_bot";
-    let mut served = [
+    let mut accepted = [
         lab.patient_bot("maker").await,
         lab.patient_bot("maker").await,
     ];
-    for bot in &mut served {
+    for bot in &mut accepted {
         bot.send(accounts()).await.unwrap();
     }
     let mut third = lab.patient_bot("maker").await;
     assert_overloaded(third.send(accounts()).await, limit);
     assert_eq!(denied(&lab, "OVERLOADED"), 1);
-    // So many are told; the next is closed.
-    let mut told = vec![third];
+    // Eight connections over the limit get an error; the next one is closed.
+    let mut rejected = vec![third];
     for _ in 0..7 {
         let mut bot = lab.patient_bot("maker").await;
         assert_overloaded(bot.send(accounts()).await, limit);
-        told.push(bot);
+        rejected.push(bot);
     }
     let identity = lab.ca.bot("maker").unwrap();
     closed(&mut lab.tls(&identity).await.unwrap()).await;
@@ -224,7 +226,7 @@ async fn a_connection_too_many_is_told_so_and_closed_and_places_come_back() {
         .await
     };
     assert_eq!(
-        (refused("bot").await, refused("many").await),
+        (refused("bot_limit").await, refused("limit").await),
         (Some(8.0), Some(1.0))
     );
     lab.patient_bot("reader")
@@ -232,28 +234,28 @@ async fn a_connection_too_many_is_told_so_and_closed_and_places_come_back() {
         .send(accounts())
         .await
         .unwrap();
-    for bot in &mut served {
+    for bot in &mut accepted {
         bot.send(accounts()).await.unwrap();
     }
 
-    // A place is free as soon as its connection has ended, however many still wait to be closed.
-    let [first, second] = served;
+    // A slot is free as soon as its connection is closed, even while rejected connections are still open.
+    let [first, second] = accepted;
     drop(first);
     until_open(&lab, 9.0).await;
-    let mut in_its_place = lab.patient_bot("maker").await;
-    in_its_place.send(accounts()).await.unwrap();
-    // Those that were told are closed after a moment.
+    let mut replacement = lab.patient_bot("maker").await;
+    replacement.send(accounts()).await.unwrap();
+    // Rejected connections are closed after a short time.
     until_open(&lab, 2.0).await;
-    for bot in &mut told {
+    for bot in &mut rejected {
         bot.send(accounts()).await.unwrap_err();
     }
-    drop((second, in_its_place));
+    drop((second, replacement));
     until_open(&lab, 0.0).await;
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn connections_of_all_bots_together_have_a_limit_too() {
+async fn connections_of_all_bots_together_are_limited() {
     let mut lab = lab("connections = 2").await;
     let mut first = lab.patient_bot("maker").await;
     let mut second = lab.patient_bot("reader").await;
@@ -271,8 +273,8 @@ async fn connections_of_all_bots_together_have_a_limit_too() {
     lab.stop().await;
 }
 
-/// Calls that the exchange answers late, once they have left.
-async fn under_way<const N: usize>(
+/// Starts calls that the exchange answers late, and waits until they are sent.
+async fn start_calls<const N: usize>(
     lab: &Lab,
     bot: &Bot<Patient>,
 ) -> [tokio::task::JoinHandle<Result<SignAndSendResponse, Status>>; N] {
@@ -281,7 +283,7 @@ async fn under_way<const N: usize>(
         let mut bot = bot.clone();
         tokio::spawn(async move { bot.send(accounts()).await })
     });
-    until("the calls have left", async || {
+    until("the calls are sent", async || {
         lab.kucoin.received().len() == before + N
     })
     .await;
@@ -297,19 +299,19 @@ fn slow(ms: u64) -> Fault {
 }
 
 #[tokio::test]
-async fn a_call_too_many_is_refused_and_recorded_and_hanging_up_does_not_help() {
+async fn calls_over_the_limit_are_rejected_and_cancelled_calls_still_count() {
     let mut lab = lab("calls_in_flight = 3\ncalls_in_flight_per_bot = 2").await;
     let (mut maker, mut reader) = (
         lab.patient_bot("maker").await,
         lab.patient_bot("reader").await,
     );
     lab.kucoin.fault(slow(3000));
-    let of_maker = under_way::<2>(&lab, &maker).await;
+    let of_maker = start_calls::<2>(&lab, &maker).await;
     assert_overloaded(
         maker.send(accounts()).await,
         "limits.calls_in_flight_per_bot",
     );
-    let of_reader = under_way::<1>(&lab, &reader).await;
+    let of_reader = start_calls::<1>(&lab, &reader).await;
     assert_overloaded(reader.send(accounts()).await, "(limits.calls_in_flight)");
     assert_eq!(denied(&lab, "OVERLOADED"), 2);
     assert_eq!(lab.metric(IN_FLIGHT).await, Some(3.0));
@@ -317,7 +319,7 @@ async fn a_call_too_many_is_refused_and_recorded_and_hanging_up_does_not_help() 
     for call in of_maker {
         call.abort();
     }
-    // Another connection, so that the broker has had time to hear of the hang-up on the first.
+    // A new connection, so that the broker has had time to notice the cancelled calls on the first one.
     let mut again = lab.patient_bot("maker").await;
     assert_overloaded(again.send(accounts()).await, "limits.calls_in_flight");
     assert_overloaded(maker.send(accounts()).await, "limits.calls_in_flight");
@@ -325,7 +327,7 @@ async fn a_call_too_many_is_refused_and_recorded_and_hanging_up_does_not_help() 
     for call in of_reader {
         call.await.unwrap().unwrap();
     }
-    until("all have ended", async || {
+    until("all calls have finished", async || {
         lab.metric(IN_FLIGHT).await == Some(0.0)
     })
     .await;
@@ -335,16 +337,16 @@ async fn a_call_too_many_is_refused_and_recorded_and_hanging_up_does_not_help() 
 }
 
 #[tokio::test]
-async fn an_answer_that_its_bot_does_not_take_keeps_its_place() {
+async fn call_stays_in_flight_until_the_bot_has_read_its_answer() {
     let mut lab = lab("calls_in_flight_per_bot = 1").await;
     let large = FaultAction::Answer {
         status: 200,
         body: json!({"code": "200000", "data": "x".repeat(300_000)}),
-        when: When::BeforeTaken,
+        when: When::BeforeProcessing,
     };
     lab.kucoin.fault(Fault::once(ACCOUNTS, large));
     let stream = lab.tls(&lab.ca.bot("maker").unwrap()).await.unwrap();
-    // A window that takes a small part of the answer.
+    // A window that is much smaller than the answer.
     let (mut sender, connection) = hyper::client::conn::http2::Builder::new(TokioExecutor::new())
         .initial_stream_window_size(16 * 1024)
         .handshake(TokioIo::new(stream))
@@ -360,8 +362,8 @@ async fn an_answer_that_its_bot_does_not_take_keeps_its_place() {
         .await
         .unwrap();
     assert_eq!(answer.status(), 200);
-    // The call has ended, and its answer waits.
-    until("the outcome is recorded", async || lab.audit().len() == 2).await;
+    // The call has finished, but the bot has not read its answer.
+    until("the outcome is audited", async || lab.audit().len() == 2).await;
     assert_eq!(lab.metric(IN_FLIGHT).await, Some(1.0));
     let mut other = lab.patient_bot("maker").await;
     assert_overloaded(
@@ -370,7 +372,7 @@ async fn an_answer_that_its_bot_does_not_take_keeps_its_place() {
     );
     let body = answer.into_body().collect().await.unwrap().to_bytes();
     assert!(body.len() > 300_000);
-    until("its place is free", async || {
+    until("its slot is free", async || {
         lab.metric(IN_FLIGHT).await == Some(0.0)
     })
     .await;
@@ -379,7 +381,7 @@ async fn an_answer_that_its_bot_does_not_take_keeps_its_place() {
 }
 
 #[tokio::test]
-async fn peers_that_say_nothing_are_dropped_and_keep_nobody_out_for_longer() {
+async fn silent_peers_are_disconnected_and_delay_bots_at_most_by_the_handshake_timeout() {
     let limit = Duration::from_secs(2);
     let mut lab = lab("handshake_timeout_ms = 2000").await;
     let mut silent = Vec::new();
@@ -391,15 +393,15 @@ async fn peers_that_say_nothing_are_dropped_and_keep_nobody_out_for_longer() {
         bot.send(accounts()).await.unwrap();
         bot
     };
-    // And as much again for a machine that is busy with other tests.
+    // Twice the limit, in case the machine is busy with other tests.
     let mut bot = timeout(2 * limit, called)
         .await
-        .expect("it waits for longer");
+        .expect("the bot was delayed for longer than the handshake timeout");
     for stream in &mut silent {
         closed(stream).await;
     }
     bot.send(accounts()).await.unwrap();
-    until("they are counted", async || {
+    until("all are counted", async || {
         lab.metric("credbroker_connections_refused_total{reason=\"handshake\"}")
             .await
             == Some(600.0)
@@ -409,28 +411,28 @@ async fn peers_that_say_nothing_are_dropped_and_keep_nobody_out_for_longer() {
 }
 
 #[tokio::test]
-async fn strangers_do_not_fill_the_disk_with_lines_about_themselves() {
+async fn log_lines_about_failed_handshakes_are_limited() {
     let mut lab = Lab::with(Settings {
         process: true,
         ..Settings::default()
     })
     .await;
-    let strangers = 600;
-    for door in [lab.grpc, lab.admin] {
-        for _ in 0..strangers / 2 {
-            let mut stranger = TcpStream::connect(door).await.unwrap();
-            stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
-            closed(&mut stranger).await;
+    let clients = 600;
+    for address in [lab.grpc, lab.admin] {
+        for _ in 0..clients / 2 {
+            let mut client = TcpStream::connect(address).await.unwrap();
+            client.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+            closed(&mut client).await;
         }
     }
     let refused = "credbroker_connections_refused_total{reason=\"handshake\"}";
     until("all are counted", async || {
-        lab.metric(refused).await == Some(f64::from(strangers))
+        lab.metric(refused).await == Some(f64::from(clients))
     })
     .await;
     let log = lab.process().log();
     let lines = log.matches("TLS handshake failed").count();
-    // Two hundred, and some for the time that it took.
+    // A burst of two hundred, and more over time.
     assert!((200..400).contains(&lines), "{lines}");
     lab.process().terminate();
     lab.process().exit_code().await;
@@ -454,7 +456,7 @@ async fn in_pieces(lab: &Lab, identity: &Identity, pieces: Vec<Bytes>, pause: Du
 }
 
 #[tokio::test]
-async fn a_request_that_arrives_in_drops_is_refused_in_time() {
+async fn request_that_arrives_too_slowly_gets_deadline_exceeded() {
     let mut lab = lab("request_timeout_ms = 500").await;
     let mut bot = lab.patient_bot("maker").await;
     let drops: Vec<_> = message(&spot_order("drops"))
@@ -467,7 +469,7 @@ async fn a_request_that_arrives_in_drops_is_refused_in_time() {
     let status = in_pieces(&lab, &lab.ca.bot("maker").unwrap(), drops, pause).await;
     let waited = started.elapsed();
     assert!(
-        // Before all of it has come, however slow the machine is.
+        // Before the complete message has arrived, even on a slow machine.
         Duration::from_millis(500) <= waited && waited < arriving,
         "{waited:?}"
     );
@@ -478,7 +480,7 @@ async fn a_request_that_arrives_in_drops_is_refused_in_time() {
     );
     assert!(status.message().contains("within 500 ms"), "{status:?}");
     assert_eq!(denied(&lab, "DEADLINE_EXCEEDED"), 1);
-    until("its place is free", async || {
+    until("its slot is free", async || {
         lab.metric(IN_FLIGHT).await == Some(0.0)
     })
     .await;
@@ -488,7 +490,7 @@ async fn a_request_that_arrives_in_drops_is_refused_in_time() {
 }
 
 #[tokio::test]
-async fn a_message_that_cannot_be_read_is_malformed_and_recorded() {
+async fn oversized_or_undecodable_message_is_rejected_and_audited() {
     let mut lab = lab("body_bytes = 1000").await;
     let mut bot = lab.patient_bot("maker").await;
     let large = SignAndSendRequest {
@@ -505,7 +507,7 @@ async fn a_message_that_cannot_be_read_is_malformed_and_recorded() {
     assert_eq!(field.field, "message");
     assert!(field.description.contains("66536"), "{field:?}");
     assert_eq!(refusal(Err(status)), malformed);
-    // The head of a message that is no message of ours.
+    // A valid length prefix before bytes that are not a protobuf message.
     let nonsense = vec![Bytes::from_static(&[0, 0, 0, 0, 3, 0xff, 0xff, 0xff])];
     let status = in_pieces(
         &lab,
@@ -522,7 +524,7 @@ async fn a_message_that_cannot_be_read_is_malformed_and_recorded() {
 }
 
 #[tokio::test]
-async fn metadata_over_the_limit_is_refused_by_name_counted_and_recorded() {
+async fn oversized_metadata_is_rejected_counted_and_audited() {
     let mut lab = lab("").await;
     let mut bot = lab.patient_bot("maker").await;
     let mut with_metadata = async |bytes: usize| {
@@ -546,7 +548,7 @@ async fn metadata_over_the_limit_is_refused_by_name_counted_and_recorded() {
     );
     assert_eq!(denied(&lab, "REQUEST_MALFORMED"), 1);
     assert_eq!(refused_calls(&lab, "REQUEST_MALFORMED").await, Some(1.0));
-    // The HTTP library itself refuses what is far longer, and only that call: without details and uncounted.
+    // The HTTP library rejects far larger metadata: only that call fails, without error details, and it is not counted.
     let status = with_metadata(270_000).await.unwrap_err();
     assert!(status.get_details_error_info().is_none(), "{status:?}");
     assert!(status.message().contains("431"), "{status:?}");
@@ -557,7 +559,7 @@ async fn metadata_over_the_limit_is_refused_by_name_counted_and_recorded() {
     lab.stop().await;
 }
 
-/// Calls that ended before they had a scope, by reason.
+/// The number of calls that were rejected before their scope was known, by reason.
 async fn refused_calls(lab: &Lab, reason: &str) -> Option<f64> {
     let labels = format!("scope=\"\",outcome=\"not_sent\",reason=\"{reason}\"");
     lab.metric(&format!("credbroker_requests_total{{{labels}}}"))
@@ -565,7 +567,7 @@ async fn refused_calls(lab: &Lab, reason: &str) -> Option<f64> {
 }
 
 #[tokio::test]
-async fn a_call_to_an_unknown_method_is_counted_and_recorded() {
+async fn call_to_an_unknown_method_is_counted_and_audited() {
     let mut lab = lab("").await;
     let mut connection = lab.patient(&lab.ca.bot("maker").unwrap()).await;
     let long = format!("/credbroker.v1.Broker/{}", "Long".repeat(1000));
@@ -606,7 +608,7 @@ async fn a_call_to_an_unknown_method_is_counted_and_recorded() {
 }
 
 #[tokio::test]
-async fn the_path_counts_as_metadata() {
+async fn request_path_counts_towards_the_metadata_limit() {
     let mut lab = lab("").await;
     let mut connection = lab.patient(&lab.ca.bot("maker").unwrap()).await;
     let request = http::Request::post(format!("https://localhost/{}", "x".repeat(60_000)))
@@ -621,12 +623,17 @@ async fn the_path_counts_as_metadata() {
         (code, reason.as_str()),
         (Code::InvalidArgument, "REQUEST_MALFORMED")
     );
-    assert!(status.message().contains("metadata: has 60"), "{status:?}");
+    assert!(
+        status
+            .message()
+            .contains("metadata: expected at most 16384 bytes, got 60"),
+        "{status:?}"
+    );
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn an_unknown_compression_is_no_unknown_method() {
+async fn unsupported_compression_is_not_reported_as_an_unknown_method() {
     let mut lab = lab("").await;
     let mut connection = lab.patient(&lab.ca.bot("maker").unwrap()).await;
     let mut call = async |path: &str| {
@@ -690,17 +697,23 @@ async fn unsolicited_frames_are_not_logged() {
     .await;
     let mut bot = RawBot::open(&lab, &lab.ca.bot("maker").unwrap()).await;
     bot.call(&accounts()).await;
-    until("the first call has ended", async || lab.audit().len() == 2).await;
+    until("the first call has finished", async || {
+        lab.audit().len() == 2
+    })
+    .await;
     let lines = |lab: &Lab| lab.process.as_ref().unwrap().log().lines().count();
     let before = lines(&lab);
     for _ in 0..1000 {
-        // What no request caused: an acknowledged ping, a priority of an idle stream, a kind that does not exist.
+        // Unsolicited frames: a PING acknowledgement, a PRIORITY for an idle stream, and an unknown frame type.
         bot.write(PING, ACK, 0, &[7; 8]).await;
         bot.write(PRIORITY, 0, 99, &[0, 0, 0, 0, 1]).await;
         bot.write(0x42, 0, 0, &[0; 8]).await;
     }
     bot.call(&accounts()).await;
-    until("the second call has ended", async || lab.audit().len() == 4).await;
+    until("the second call has finished", async || {
+        lab.audit().len() == 4
+    })
+    .await;
     let more = lines(&lab) - before;
     assert!(more < 200, "{more} lines for 3000 frames");
     for library in ["h2", "hyper"] {
@@ -712,7 +725,7 @@ async fn unsolicited_frames_are_not_logged() {
 }
 
 #[tokio::test]
-async fn connections_without_a_byte_are_counted_and_not_logged() {
+async fn connections_that_send_nothing_are_counted_and_not_logged() {
     let mut lab = Lab::with(Settings {
         process: true,
         ..Settings::default()
@@ -729,10 +742,10 @@ async fn connections_without_a_byte_are_counted_and_not_logged() {
     .await;
     let refused = "credbroker_connections_refused_total{reason=\"handshake\"}";
     assert_eq!(lab.metric(refused).await, Some(0.0));
-    let mut stranger = TcpStream::connect(lab.grpc).await.unwrap();
-    stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
-    closed(&mut stranger).await;
-    until("the stranger is counted", async || {
+    let mut client = TcpStream::connect(lab.grpc).await.unwrap();
+    client.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+    closed(&mut client).await;
+    until("the failed handshake is counted", async || {
         lab.metric(refused).await == Some(1.0)
     })
     .await;
@@ -744,22 +757,22 @@ async fn connections_without_a_byte_are_counted_and_not_logged() {
 }
 
 #[tokio::test]
-async fn an_idle_connection_is_closed_and_the_next_call_works() {
+async fn idle_connection_is_closed_and_the_next_call_reconnects() {
     let mut lab = lab("connection_idle_s = 1").await;
     let mut usual = lab.bot("reader").await;
     usual.send(accounts()).await.unwrap();
-    // One that never speaks HTTP/2, and one that speaks it and says no farewell.
+    // One that never sends HTTP/2, and one that does not reply to GOAWAY.
     let identity = lab.ca.bot("reader").unwrap();
     let mut mute = lab.tls(&identity).await.unwrap();
     let mut raw = RawBot::open(&lab, &identity).await;
     let mut busy = lab.patient_bot("maker").await;
-    // Longer than until somebody looks for idle connections; the exchange refuses so late a timestamp, and the second
-    // try is on time.
+    // Longer than the interval of the idle check. The exchange rejects such a late timestamp, and the second attempt
+    // succeeds.
     lab.kucoin
         .fault(Fault::once(ACCOUNTS, FaultAction::Delay { ms: 6500 }));
-    let [call] = under_way::<1>(&lab, &busy).await;
+    let [call] = start_calls::<1>(&lab, &busy).await;
     call.await.unwrap().unwrap();
-    // A connection with a call in flight was not idle: it takes another.
+    // A connection with a call in flight is not idle: it still accepts calls.
     busy.send(accounts()).await.unwrap();
     closed(&mut mute).await;
     raw.until_closed().await;
@@ -769,9 +782,9 @@ async fn an_idle_connection_is_closed_and_the_next_call_works() {
 }
 
 #[tokio::test]
-async fn a_connection_has_an_age_that_calls_do_not_prolong() {
+async fn connection_is_closed_at_its_maximum_age_even_while_calls_continue() {
     let mut lab = lab("connection_age_s = 2").await;
-    // Its library connects again by itself.
+    // Its gRPC library reconnects automatically.
     let mut bot = lab.bot("reader").await;
     let mut raw = RawBot::open(&lab, &lab.ca.bot("maker").unwrap()).await;
     let started = Instant::now();
@@ -792,13 +805,13 @@ async fn a_connection_has_an_age_that_calls_do_not_prolong() {
 }
 
 #[tokio::test]
-async fn a_call_that_began_before_its_certificate_ended_is_not_served_after() {
+async fn call_is_rejected_when_its_certificate_expires_before_it_has_arrived() {
     let mut lab = lab("").await;
     let end = u64::try_from(Clock::system().wall_ms() / 1000).unwrap() + 2;
     let identity = lab.ca.bot_within("maker", end - 60..end).unwrap();
     let order = Bytes::from(message(&spot_order("late")));
     let (head, rest) = (order.slice(..40), order.slice(40..));
-    // The first part comes in time, the second one when the certificate has ended.
+    // The first part arrives in time, the second one after the certificate has expired.
     let status = in_pieces(
         &lab,
         &identity,
@@ -817,7 +830,7 @@ async fn a_call_that_began_before_its_certificate_ended_is_not_served_after() {
 }
 
 #[tokio::test]
-async fn calls_for_reflection_are_few_and_small() {
+async fn reflection_calls_are_limited_in_number_and_size() {
     let mut lab = lab("").await;
     let bot = lab.ca.bot("nobody").unwrap();
     let connection = lab.patient(&bot).await;
@@ -836,11 +849,13 @@ async fn calls_for_reflection_are_few_and_small() {
             .unwrap();
         async move { connection.call(request).await.unwrap() }
     };
-    // Whoever announces 4 MB is not waited for.
+    // A message that announces 4 MB is rejected before it arrives.
     let announced = open(&[0, 0, 0x3f, 0, 0]).await;
-    let ended = timeout(Duration::from_secs(5), announced.into_body().collect()).await;
-    ended.expect("it is not waited for").unwrap();
-    until("its place is free", async || {
+    let result = timeout(Duration::from_secs(5), announced.into_body().collect()).await;
+    result
+        .expect("the call must be rejected before its message arrives")
+        .unwrap();
+    until("its slot is free", async || {
         lab.metric(IN_FLIGHT).await == Some(0.0)
     })
     .await;
@@ -850,13 +865,13 @@ async fn calls_for_reflection_are_few_and_small() {
     }
     let refused = Status::from_header_map(open(&[0]).await.headers()).unwrap();
     assert_overloaded(Err(refused), "health and reflection");
-    // They take nobody's place among the calls.
+    // They do not count towards the limit of calls.
     lab.bot("maker").await.send(accounts()).await.unwrap();
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn a_connection_ends_with_its_certificate() {
+async fn connection_is_closed_when_its_certificate_expires() {
     let mut lab = lab("drain_timeout_ms = 500").await;
     let now_s = || u64::try_from(Clock::system().wall_ms() / 1000).unwrap();
     let end = now_s() + 3;
@@ -869,11 +884,15 @@ async fn a_connection_ends_with_its_certificate() {
             Ok(_) => served += 1,
             Err(status) => break status,
         }
-        assert!(now_s() <= end + 1, "it is served past its end");
+        assert!(now_s() <= end + 1, "accepted after it has expired");
         sleep(Duration::from_millis(20)).await;
     };
     assert!(served > 0);
-    assert!(now_s() >= end, "{} s before its end", end - now_s());
+    assert!(
+        now_s() >= end,
+        "rejected {} s before it expires",
+        end - now_s()
+    );
     let (code, reason, outcome) = refusal(Err(refused));
     assert_eq!(
         (code, reason.as_str(), outcome.as_str()),
@@ -885,7 +904,7 @@ async fn a_connection_ends_with_its_certificate() {
 }
 
 #[tokio::test]
-async fn ten_thousand_idle_connections_of_one_bot_leave_another_served() {
+async fn ten_thousand_idle_connections_of_one_bot_do_not_block_another() {
     const CONNECTIONS: u64 = 10_000;
     const AT_ONCE: usize = 50;
     let limit = getrlimit(Resource::Nofile);
@@ -894,7 +913,7 @@ async fn ten_thousand_idle_connections_of_one_bot_leave_another_served() {
         ..limit
     };
     setrlimit(Resource::Nofile, raised).unwrap();
-    // Other tests of this process need some too.
+    // Other tests in this process need file descriptors, too.
     let allowed = limit.maximum.unwrap_or(u64::MAX).saturating_sub(2000);
     let connections = CONNECTIONS.min(allowed);
     let lab = Lab::with(Settings {
@@ -930,30 +949,33 @@ async fn ten_thousand_idle_connections_of_one_bot_leave_another_served() {
         let name = format!("credbroker_connections_refused_total{{reason=\"{reason}\"}}");
         lab.metric(&name).await.unwrap_or_default()
     };
-    let (told, closed) = (refused("bot").await, refused("many").await);
-    say(&format!(
-        "{} connections of one bot in {took:?}: {held} held, {told} told, {closed} closed; {calls} calls of another bot, slowest {slowest:?}",
+    let (rejected, closed) = (refused("bot_limit").await, refused("limit").await);
+    print_always(&format!(
+        "{} connections of one bot in {took:?}: {held} open, {rejected} rejected with an error, {closed} closed; {calls} calls of another bot, slowest {slowest:?}",
         open.len()
     ));
     assert_eq!(u64::try_from(open.len()).unwrap(), connections);
     assert!(
         held < 80.0,
-        "64 served, some told, and two of the other bot"
+        "at most 64 accepted, some rejected but still open, and two of the other bot"
     );
-    assert!(told >= 8.0 && closed > 0.0);
+    assert!(rejected >= 8.0 && closed > 0.0);
     assert!(calls > 10);
 }
 
 #[tokio::test]
-async fn a_health_check_that_does_not_come_is_refused_and_a_hang_up_is_recorded_nowhere() {
+async fn incomplete_health_check_is_audited_as_rejected_and_a_cancelled_call_is_not_audited() {
     let mut lab = lab("request_timeout_ms = 500").await;
     let mut bot = RawBot::open(&lab, &lab.ca.bot("maker").unwrap()).await;
-    // Half of a message, and CANCEL (RFC 9113, section 7).
+    // Half of a message, then CANCEL (RFC 9113, section 7).
     let stream = bot.head(&[]).await;
     bot.write(DATA, 0, stream, &[0, 0]).await;
     bot.write(RST_STREAM, 0, stream, &8_u32.to_be_bytes()).await;
     bot.head_of("/grpc.health.v1.Health/Check", &[]).await;
-    until("the slow one is refused", async || !lab.audit().is_empty()).await;
+    until("the incomplete health check is rejected", async || {
+        !lab.audit().is_empty()
+    })
+    .await;
     let reasons: Vec<_> = lab
         .audit()
         .iter()

@@ -1,4 +1,4 @@
-//! The contract with bots: requests in, answers out, failures that say what to do.
+//! The API for bots: requests, answers and errors.
 
 use std::collections::BTreeSet;
 
@@ -70,7 +70,7 @@ async fn a_bot_places_looks_up_and_cancels_a_futures_order() {
 }
 
 #[tokio::test]
-async fn a_refused_request_says_why() {
+async fn denied_request_gets_policy_denied_and_nothing_is_sent() {
     let mut lab = Lab::start().await;
     let mut bot = lab.bot("reader").await;
     let denied = refusal(bot.send(spot_order("never")).await);
@@ -87,7 +87,7 @@ async fn a_refused_request_says_why() {
 }
 
 #[tokio::test]
-async fn a_refusal_of_the_exchange_comes_with_advice() {
+async fn rejection_by_the_exchange_comes_with_advice() {
     let mut lab = Lab::start().await;
     let mut bot = lab.bot("maker").await;
     let accepted = bot.send(accounts()).await.unwrap();
@@ -100,7 +100,7 @@ async fn a_refusal_of_the_exchange_comes_with_advice() {
     assert_eq!(refused.code, "400007", "{refused:?}");
     assert_eq!(
         refused.advice,
-        "This API key is not allowed to do this. A permission that the request needs is not ticked for the key. If the key should be allowed to do it, tick the permission Futures under API Management > Edit > API permissions."
+        "This API key lacks a permission that the request needs. The permission is not ticked for the key. If the key should be allowed to do this, tick the permission Futures under API Management > Edit > API permissions."
     );
     lab.kucoin.add_key(SimKey {
         ip_whitelist: vec!["192.0.2.1".parse().unwrap()],
@@ -119,7 +119,7 @@ async fn a_refusal_of_the_exchange_comes_with_advice() {
 }
 
 #[tokio::test]
-async fn every_bad_field_is_named() {
+async fn every_invalid_field_of_a_request_is_reported() {
     let mut lab = Lab::start().await;
     let mut bot = lab.bot("maker").await;
     let call = SignAndSendRequest {
@@ -134,14 +134,14 @@ async fn every_bad_field_is_named() {
         body: "{}".into(),
         request_id: "a b".to_owned(),
     };
-    let ended = bot.send(call).await.unwrap_err();
-    let (code, reason, outcome, id) = failure(&ended);
+    let error = bot.send(call).await.unwrap_err();
+    let (code, reason, outcome, id) = failure(&error);
     assert_eq!(
         (code, reason.as_str(), outcome.as_str()),
         (Code::InvalidArgument, "REQUEST_MALFORMED", "not_sent")
     );
-    assert_eq!(id.len(), 32, "an id of the broker's own");
-    let fields: BTreeSet<_> = ended
+    assert_eq!(id.len(), 32, "the broker must generate a request id");
+    let fields: BTreeSet<_> = error
         .get_details_bad_request()
         .unwrap()
         .field_violations
@@ -157,7 +157,7 @@ async fn every_bad_field_is_named() {
 }
 
 #[tokio::test]
-async fn a_message_of_the_largest_body_fits() {
+async fn largest_allowed_body_is_accepted_and_one_byte_more_is_rejected() {
     let mut lab = Lab::start().await;
     let mut bot = lab.bot("maker").await;
     let body = |bytes: usize| format!("{{\"remark\":\"{}\"}}", "x".repeat(bytes - 13));
@@ -170,19 +170,19 @@ async fn a_message_of_the_largest_body_fits() {
         )
     };
     assert!(bot.send(test(128 * 1024)).await.is_ok());
-    let ended = bot.send(test(128 * 1024 + 1)).await.unwrap_err();
+    let error = bot.send(test(128 * 1024 + 1)).await.unwrap_err();
     assert!(
-        ended
+        error
             .message()
             .contains("expected at most 131072 bytes, got 131073"),
         "{}",
-        ended.message()
+        error.message()
     );
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn the_answer_says_where_the_time_went() {
+async fn response_and_metrics_contain_the_duration_of_each_stage() {
     let mut lab = Lab::start().await;
     let mut bot = lab.bot("maker").await;
     lab.kucoin.fault(Fault::once(
@@ -217,7 +217,7 @@ async fn the_answer_says_where_the_time_went() {
 }
 
 #[tokio::test]
-async fn health_follows_readiness() {
+async fn grpc_health_status_follows_readiness() {
     let mut lab = Lab::start().await;
     let channel = lab
         .endpoint(&lab.ca.bot("maker").unwrap())
@@ -238,7 +238,10 @@ async fn health_follows_readiness() {
     };
     let (serving, not_serving) = (1, 2);
     for service in ["", "credbroker.v1.Broker"] {
-        until("it is serving", async || status(service).await == serving).await;
+        until("health is serving", async || {
+            status(service).await == serving
+        })
+        .await;
     }
     assert_eq!(lab.get("/healthz").await, (200, "ok\n".to_owned()));
     assert_eq!(lab.get("/readyz").await, (200, "ready\n".to_owned()));
@@ -246,7 +249,7 @@ async fn health_follows_readiness() {
     for account in ["main", "other"] {
         lab.vault.delete_metadata("kv", &kv_path(account, "main"));
     }
-    until("it is not serving", async || {
+    until("health is not serving", async || {
         status("credbroker.v1.Broker").await == not_serving
     })
     .await;
@@ -260,7 +263,7 @@ async fn health_follows_readiness() {
 }
 
 #[tokio::test]
-async fn reflection_tells_tools_what_there_is() {
+async fn reflection_lists_the_services() {
     use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
     use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
     use tonic_reflection::pb::v1::{
@@ -273,13 +276,15 @@ async fn reflection_tells_tools_what_there_is() {
         .await
         .unwrap();
     let mut client = ServerReflectionClient::new(channel);
-    let ask = |message| ServerReflectionRequest {
+    let reflection_request = |message| ServerReflectionRequest {
         host: String::new(),
         message_request: Some(message),
     };
-    let asked = tokio_stream::iter([ask(MessageRequest::ListServices(String::new()))]);
+    let requests = tokio_stream::iter([reflection_request(MessageRequest::ListServices(
+        String::new(),
+    ))]);
     let mut answers = client
-        .server_reflection_info(asked)
+        .server_reflection_info(requests)
         .await
         .unwrap()
         .into_inner();
@@ -300,7 +305,7 @@ async fn reflection_tells_tools_what_there_is() {
 }
 
 #[tokio::test]
-async fn the_longest_answers_fit_the_receive_limit_of_the_examples() {
+async fn largest_answer_fits_the_receive_limit_of_the_examples() {
     let mut lab = Lab::start().await;
     let long = Fault {
         times: None,
@@ -311,9 +316,9 @@ async fn the_longest_answers_fit_the_receive_limit_of_the_examples() {
     let failed = bot.send(accounts()).await.unwrap_err();
     assert!(
         failed.get_details_error_info().is_none(),
-        "the library's own"
+        "the error must come from the gRPC library"
     );
-    // As in README and examples.
+    // As in docs/bots.md and the examples.
     bot.client = bot.client.max_decoding_message_size(17 * 1024 * 1024);
     let answer = bot.send(accounts()).await.unwrap();
     assert_eq!(answer.outcome(), Outcome::Accepted);

@@ -1,4 +1,5 @@
-//! What becomes of a request when the way to the exchange fails: told honestly, never sent twice unless harmless.
+//! Outcomes of requests when the network path to the exchange fails: they are reported correctly, and no order is sent
+//! twice.
 
 use std::time::Duration;
 
@@ -29,15 +30,15 @@ fn orders_received(lab: &Lab) -> usize {
 }
 
 #[tokio::test]
-async fn an_order_whose_answer_is_lost_is_maybe_sent_and_never_sent_again() {
+async fn order_is_maybe_sent_and_never_sent_twice_when_the_answer_is_lost() {
     let mut lab = Lab::start().await;
     let mut bot = lab.bot("maker").await;
     let faults = [
         FaultAction::Close {
-            when: When::AfterTaken,
+            when: When::AfterProcessing,
         },
         FaultAction::Close {
-            when: When::BeforeTaken,
+            when: When::BeforeProcessing,
         },
         FaultAction::CutShort { bytes: 10 },
         FaultAction::Oversized { megabytes: 17 },
@@ -45,25 +46,25 @@ async fn an_order_whose_answer_is_lost_is_maybe_sent_and_never_sent_again() {
     for (index, action) in faults.into_iter().enumerate() {
         lab.kucoin.fault(Fault::once(ORDERS, action.clone()));
         let before = orders_received(&lab);
-        let ended = refusal(bot.send(spot_order(&format!("lost-{index}"))).await);
-        assert_eq!(ended, lost(), "{action:?}");
+        let error = refusal(bot.send(spot_order(&format!("lost-{index}"))).await);
+        assert_eq!(error, lost(), "{action:?}");
         assert_eq!(orders_received(&lab), before + 1, "{action:?}");
     }
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn an_answer_that_does_not_tell_is_maybe_sent_and_a_refusal_is_rejected() {
+async fn ambiguous_answer_is_maybe_sent_and_a_clear_rejection_is_rejected() {
     let mut lab = Lab::start().await;
     let mut bot = lab.bot("maker").await;
     let html = |status| FaultAction::Html {
         status,
-        when: When::AfterTaken,
+        when: When::AfterProcessing,
     };
     let json = |status, code: &str| FaultAction::Answer {
         status,
         body: serde_json::json!({"code": code, "msg": "simulated"}),
-        when: When::BeforeTaken,
+        when: When::BeforeProcessing,
     };
     let cases = [
         (html(502), Outcome::MaybeSent),
@@ -84,14 +85,14 @@ async fn an_answer_that_does_not_tell_is_maybe_sent_and_a_refusal_is_rejected() 
 }
 
 #[tokio::test]
-async fn a_read_whose_answer_is_lost_is_sent_once_more() {
+async fn read_is_sent_once_more_when_the_answer_is_lost() {
     let mut lab = Lab::start().await;
     let mut bot = lab.bot("maker").await;
     let close = || {
         Fault::once(
             "/api/v1/accounts",
             FaultAction::Close {
-                when: When::AfterTaken,
+                when: When::AfterProcessing,
             },
         )
     };
@@ -115,27 +116,31 @@ async fn a_read_whose_answer_is_lost_is_sent_once_more() {
     );
     lab.kucoin.fault(close());
     lab.kucoin.fault(close());
-    assert_eq!(refusal(bot.send(accounts()).await), lost(), "but only once");
+    assert_eq!(
+        refusal(bot.send(accounts()).await),
+        lost(),
+        "a read is retried only once"
+    );
     assert_eq!(lab.kucoin.received().len(), 4);
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn the_bot_is_told_before_its_deadline_and_the_rest_is_learnt() {
+async fn bot_gets_maybe_sent_at_its_deadline_and_the_late_answer_is_audited() {
     let mut lab = Lab::start().await;
     let mut bot = lab.patient_bot("maker").await;
     lab.kucoin
         .fault(Fault::once(ORDERS, FaultAction::Delay { ms: 600 }));
     let mut order = spot_order("late");
     order.request_id = "late".to_owned();
-    let ended = bot
+    let error = bot
         .send_within(order, Duration::from_millis(300))
         .await
         .unwrap_err();
-    let (code, reason, outcome, id) = failure(&ended);
+    let (code, reason, outcome, id) = failure(&error);
     assert_eq!((code, reason, outcome), lost());
     assert_eq!(id, "late");
-    until("the late answer is recorded", async || {
+    until("the late answer is audited", async || {
         lab.audit_of("late").len() == 3
     })
     .await;
@@ -151,7 +156,7 @@ async fn the_bot_is_told_before_its_deadline_and_the_rest_is_learnt() {
 }
 
 #[tokio::test]
-async fn a_deadline_that_passes_before_anything_was_sent_says_so_and_nothing_is_sent() {
+async fn order_is_not_sent_when_its_deadline_passes_during_connect() {
     let ca = credbroker_sim::pki::Ca::new("CA of a simulated exchange").unwrap();
     let settings = Settings {
         kucoin: KucoinSettings {
@@ -159,21 +164,21 @@ async fn a_deadline_that_passes_before_anything_was_sent_says_so_and_nothing_is_
             limits: Limits::none(),
             ..KucoinSettings::default()
         },
-        road: true,
+        proxy: true,
         files: vec![("exchange-ca.pem", ca.certificate_pem().to_owned())],
         egress: "warm_connections = 0\nroots = \"exchange-ca.pem\"".to_owned(),
         ..Settings::default()
     };
     let mut lab = Lab::with(settings).await;
     let mut bot = lab.patient_bot("maker").await;
-    // TLS to somebody who never speaks: connecting takes as long as it may.
-    lab.road().silence();
-    let ended = refusal(
+    // The other end never replies, so the TLS handshake takes until its timeout.
+    lab.proxy().silence();
+    let error = refusal(
         bot.send_within(spot_order("never"), Duration::from_millis(200))
             .await,
     );
     assert_eq!(
-        ended,
+        error,
         (
             Code::DeadlineExceeded,
             "DEADLINE_EXCEEDED".to_owned(),
@@ -184,9 +189,9 @@ async fn a_deadline_that_passes_before_anything_was_sent_says_so_and_nothing_is_
     assert_eq!(lab.stop().await, 0);
 }
 
-/// What its bot was told stays true: a read may go twice, but not after that.
+/// A read may be sent again when its answer is lost, but not after the bot has got its outcome.
 #[tokio::test]
-async fn a_read_that_loses_its_answer_after_its_deadline_is_not_sent_again() {
+async fn read_is_not_sent_again_after_its_deadline() {
     let mut lab = Lab::with(Settings {
         egress: "answer_timeout_ms = 600".to_owned(),
         ..Settings::default()
@@ -195,14 +200,14 @@ async fn a_read_that_loses_its_answer_after_its_deadline_is_not_sent_again() {
     let mut bot = lab.patient_bot("maker").await;
     let mut read = accounts();
     read.request_id = "late".to_owned();
-    let when = When::BeforeTaken;
+    let when = When::BeforeProcessing;
     lab.kucoin.fault(Fault {
         times: None,
         ..Fault::once(&read.path, FaultAction::Stall { when })
     });
-    let ended = bot.send_within(read, Duration::from_millis(300)).await;
-    assert_eq!(refusal(ended), lost());
-    until("what was learnt is recorded", async || {
+    let error = bot.send_within(read, Duration::from_millis(300)).await;
+    assert_eq!(refusal(error), lost());
+    until("the late answer is audited", async || {
         lab.audit_of("late").len() == 3
     })
     .await;
@@ -212,7 +217,7 @@ async fn a_read_that_loses_its_answer_after_its_deadline_is_not_sent_again() {
 }
 
 #[tokio::test]
-async fn the_brokers_own_wait_for_the_exchange_has_a_limit_of_its_own() {
+async fn answer_timeout_ms_limits_the_wait_for_the_exchange() {
     let settings = Settings {
         egress: "answer_timeout_ms = 200".to_owned(),
         ..Settings::default()
@@ -222,23 +227,23 @@ async fn the_brokers_own_wait_for_the_exchange_has_a_limit_of_its_own() {
     lab.kucoin.fault(Fault::once(
         ORDERS,
         FaultAction::Stall {
-            when: When::AfterTaken,
+            when: When::AfterProcessing,
         },
     ));
-    let ended = bot.send(spot_order("stalled")).await.unwrap_err();
+    let error = bot.send(spot_order("stalled")).await.unwrap_err();
     assert!(
-        ended
+        error
             .message()
             .contains("no complete answer came within 200 ms"),
         "{}",
-        ended.message()
+        error.message()
     );
-    assert_eq!(refusal(Err(ended)), lost());
+    assert_eq!(refusal(Err(error)), lost());
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn a_bot_that_hangs_up_still_gets_its_outcome_recorded() {
+async fn outcome_is_audited_when_the_bot_disconnects() {
     let mut lab = Lab::start().await;
     let mut bot = lab.bot("maker").await;
     lab.kucoin
@@ -246,12 +251,12 @@ async fn a_bot_that_hangs_up_still_gets_its_outcome_recorded() {
     let mut order = spot_order("hang-up");
     order.request_id = "hang-up".to_owned();
     let call = tokio::spawn(async move { bot.send(order).await });
-    until("the request has left", async || {
+    until("the intent is audited", async || {
         lab.audit_of("hang-up").len() == 1
     })
     .await;
     call.abort();
-    until("the outcome is recorded", async || {
+    until("the outcome is audited", async || {
         lab.audit_of("hang-up").len() == 2
     })
     .await;
@@ -261,18 +266,18 @@ async fn a_bot_that_hangs_up_still_gets_its_outcome_recorded() {
 }
 
 #[tokio::test]
-async fn an_exchange_that_cannot_be_reached_is_not_sent_and_may_be_retried() {
+async fn order_is_not_sent_and_may_be_retried_when_the_exchange_is_unreachable() {
     let settings = Settings {
-        road: true,
+        proxy: true,
         ..Settings::default()
     };
     let mut lab = Lab::with(settings).await;
     let mut bot = lab.bot("maker").await;
-    lab.road().close();
-    let ended = bot.send(spot_order("never")).await.unwrap_err();
-    assert!(ended.get_details_retry_info().is_some());
+    lab.proxy().close();
+    let error = bot.send(spot_order("never")).await.unwrap_err();
+    assert!(error.get_details_retry_info().is_some());
     assert_eq!(
-        refusal(Err(ended)),
+        refusal(Err(error)),
         (
             Code::Unavailable,
             "EXCHANGE_UNREACHABLE".to_owned(),
@@ -283,7 +288,7 @@ async fn an_exchange_that_cannot_be_reached_is_not_sent_and_may_be_retried() {
 }
 
 #[tokio::test]
-async fn a_rate_limit_is_passed_on_as_numbers() {
+async fn rate_limit_headers_are_returned_as_numbers() {
     let mut limits = Limits::none();
     limits.pools.insert("Spot".to_owned(), 2);
     let kucoin = KucoinSettings {
@@ -308,7 +313,7 @@ async fn a_rate_limit_is_passed_on_as_numbers() {
 }
 
 #[tokio::test]
-async fn connections_come_from_the_egress_address_and_are_kept() {
+async fn connections_leave_from_the_egress_address_and_are_reused() {
     let mut lab = Lab::with(Settings {
         address: "127.0.0.2",
         ..Settings::default()
@@ -334,21 +339,17 @@ async fn connections_come_from_the_egress_address_and_are_kept() {
         .map(|request| request.peer)
         .collect();
     peers.dedup();
-    assert_eq!(
-        peers.len(),
-        1,
-        "one connection serves one call after the other"
-    );
+    assert_eq!(peers.len(), 1, "all calls must use the same connection");
     assert_eq!(peers[0].ip().to_string(), "127.0.0.2");
     lab.stop().await;
 }
 
-/// TLS of a simulated exchange.
+/// The TLS settings of a simulated exchange.
 pub(crate) fn tls_of(ca: &credbroker_sim::pki::Ca) -> std::sync::Arc<rustls::ServerConfig> {
     tls_with(&ca.server().unwrap())
 }
 
-/// A server's TLS with this certificate and key.
+/// The TLS settings of a server with this certificate and key.
 pub(crate) fn tls_with(
     identity: &credbroker_sim::pki::Identity,
 ) -> std::sync::Arc<rustls::ServerConfig> {
@@ -366,7 +367,7 @@ pub(crate) fn tls_with(
 }
 
 #[tokio::test]
-async fn the_exchange_is_reached_over_tls_with_the_named_roots_alone() {
+async fn exchange_certificate_is_verified_against_the_configured_roots_only() {
     for (roots, is_trusted) in [
         ("roots = \"exchange-ca.pem\"", true),
         ("roots = \"mozilla\"", false),
@@ -386,13 +387,13 @@ async fn the_exchange_is_reached_over_tls_with_the_named_roots_alone() {
             ..Settings::default()
         };
         let mut lab = Lab::with(settings).await;
-        lab.until_keys().await;
+        lab.until_keys_loaded().await;
         let mut bot = lab.bot("maker").await;
         if is_trusted {
             let placed = bot.send(spot_order("tls")).await.unwrap();
             assert_eq!(placed.outcome(), Outcome::Accepted);
         } else {
-            // An order is not even tried: whoever answers there has not proven our address.
+            // No order is sent: an untrusted server cannot verify the egress address.
             let refused = refusal(bot.send(spot_order("tls")).await).1;
             assert_eq!(refused, "EGRESS_MISMATCH");
             let refused = refusal(bot.send(accounts()).await).1;
@@ -403,13 +404,13 @@ async fn the_exchange_is_reached_over_tls_with_the_named_roots_alone() {
 }
 
 #[tokio::test]
-async fn a_redirect_is_an_answer_and_is_not_followed() {
+async fn redirect_is_returned_to_the_bot_and_not_followed() {
     let mut lab = Lab::start().await;
     let mut bot = lab.bot("maker").await;
     let action = FaultAction::Answer {
         status: 307,
         body: serde_json::json!({}),
-        when: When::BeforeTaken,
+        when: When::BeforeProcessing,
     };
     lab.kucoin.fault(Fault::once("/api/v1/accounts", action));
     let answer = bot.send(accounts()).await.unwrap();
@@ -420,7 +421,7 @@ async fn a_redirect_is_an_answer_and_is_not_followed() {
 }
 
 #[tokio::test]
-async fn a_partner_without_its_key_sends_nothing() {
+async fn nothing_is_sent_for_a_partner_account_without_a_partner_key() {
     let partner = "[account.main]\nkey = { spot-margin = \"main\" }\n\
                    [account.main.partner.spot-margin]\nid = \"FakePartner\"\n\
                    [[grant]]\nbot = \"spiffe://demo.test/bot/maker\"\naccount = \"main\"\nscope = \"spot-margin\"\n\
@@ -437,27 +438,27 @@ async fn a_partner_without_its_key_sends_nothing() {
     );
     let mut bot = lab.bot("maker").await;
     let read = request(Scope::SpotMargin, Method::Get, "/api/v1/accounts", "");
-    let ended = bot.send(read).await.unwrap_err();
+    let error = bot.send(read).await.unwrap_err();
     assert!(
-        ended.message().contains("partner_key"),
+        error.message().contains("partner_key"),
         "{}",
-        ended.message()
+        error.message()
     );
-    assert_eq!(refusal(Err(ended)).1, "KEY_UNAVAILABLE");
+    assert_eq!(refusal(Err(error)).1, "KEY_UNAVAILABLE");
     assert!(lab.kucoin.received().is_empty());
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn a_read_that_left_and_could_not_go_again_is_not_called_unsent() {
-    // The exchange takes one request and is gone: the second try finds nobody.
+async fn read_is_maybe_sent_when_its_retry_cannot_connect() {
+    // The exchange receives one request and becomes unreachable, so the second attempt cannot connect.
     let settings = Settings {
-        road: true,
+        proxy: true,
         ..Settings::default()
     };
     let mut lab = Lab::with(settings).await;
     let stall = FaultAction::Stall {
-        when: When::AfterTaken,
+        when: When::AfterProcessing,
     };
     lab.kucoin.fault(Fault::once("/api/v1/accounts", stall));
     let mut bot = lab.bot("maker").await;
@@ -466,18 +467,18 @@ async fn a_read_that_left_and_could_not_go_again_is_not_called_unsent() {
         !lab.kucoin.received().is_empty()
     })
     .await;
-    lab.road().close();
+    lab.proxy().close();
     assert_eq!(refusal(call.await.unwrap()), lost());
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn calls_without_a_key_take_no_connection_from_others() {
+async fn calls_without_a_key_do_not_use_up_connections() {
     let grant = "[[grant]]\nbot = \"spiffe://demo.test/bot/maker\"\naccount = \"other\"\n\
                  scope = \"spot-margin\"\nallow = [\"read\", \"trade\"]\n";
     let settings = Settings {
         rules: format!("{RULES}{grant}"),
-        // Vault has none for account `other`.
+        // Vault has no key for account `other`.
         keys: vec![("main", "main", MAIN_UID)],
         ..Settings::default()
     };

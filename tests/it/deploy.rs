@@ -1,4 +1,4 @@
-//! The files of `deploy/`: the examples load as they stand and say what the defaults are, and what is generated is up to date.
+//! The files of `deploy/`: the examples load without changes and show the defaults, and generated files are up to date.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -20,7 +20,7 @@ fn the_example_configuration_loads() {
 }
 
 #[test]
-fn the_example_for_admins_loads_and_fits_the_example_configuration() {
+fn example_admin_toml_loads_and_matches_the_example_configuration() {
     let folder = Path::new("/etc/credbroker");
     let admin = AdminFile::parse(ADMIN, folder).unwrap();
     let config = Config::parse(CONFIG, folder).unwrap();
@@ -48,7 +48,7 @@ fn the_example_rules_load() {
     assert_eq!(policy.accounts().count(), 2);
 }
 
-/// Keys that are commented out because another choice stands beside them.
+/// Settings that are commented out because the example uses an alternative.
 const ALTERNATIVES: [&str; 8] = [
     "method = \"approle\"",
     "mount = \"approle\"",
@@ -60,21 +60,21 @@ const ALTERNATIVES: [&str; 8] = [
     "futures =",
 ];
 
-/// What it says with the defaults that are commented out, but those that begin like one of these.
-fn uncommented(text: &str, but: &[&str]) -> String {
+/// The text with its commented-out settings enabled, except those that start with one of `except`.
+fn uncommented(text: &str, except: &[&str]) -> String {
     let is_key = |key: &str| {
         key.split_once(" = ")
             .is_some_and(|(name, _)| name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'))
     };
     let lines = text.lines().map(|line| match line.strip_prefix("# ") {
-        Some(key) if is_key(key) && !but.iter().any(|other| key.starts_with(other)) => key,
+        Some(key) if is_key(key) && !except.iter().any(|other| key.starts_with(other)) => key,
         _ => line,
     });
     lines.collect::<Vec<_>>().join("\n")
 }
 
 #[test]
-fn what_is_commented_out_is_the_default() {
+fn commented_out_settings_show_the_defaults() {
     let uncommented = uncommented(CONFIG, &ALTERNATIVES);
     let folder = Path::new("/etc/credbroker");
     let (short, long) = (
@@ -117,21 +117,21 @@ fn check_config_reports_problems_of_all_files_at_once() {
         .output()
         .unwrap();
     assert_eq!(output.status.code(), Some(2));
-    let said = String::from_utf8(output.stderr).unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
     for part in [
         "account.main.vip: expected 0 to 12, got 99",
-        "grant[0].allow[2]: \"withdraw\" is not granted as a class",
-        "tls.certificate: expected certificates as PEM",
-        "tls.key: expected a private key as PEM",
-        "tls.client_ca: expected certificates as PEM",
+        "grant[0].allow[2]: \"withdraw\" cannot be granted as a class",
+        "tls.certificate: expected PEM certificates",
+        "tls.key: expected a PEM private key",
+        "tls.client_ca: expected PEM certificates",
         "5 problems",
     ] {
-        assert!(said.contains(part), "{part} is not in\n{said}");
+        assert!(stderr.contains(part), "{part} is not in\n{stderr}");
     }
 }
 
 #[test]
-fn a_certificate_that_no_bot_would_accept_is_found_before_the_start() {
+fn check_config_rejects_a_server_certificate_that_no_bot_would_accept() {
     let folder = tempfile::tempdir().unwrap();
     let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
     let ca = Ca::new("throw-away CA of a test").unwrap();
@@ -167,21 +167,21 @@ fn a_certificate_that_no_bot_would_accept_is_found_before_the_start() {
         (
             &bot.certificate_pem,
             &bot.key_pem,
-            "tls.certificate: is not for servers",
+            "tls.certificate: is not a server certificate",
         ),
         (
             &nameless.certificate_pem,
             &nameless.key_pem,
-            "tls.certificate: names no host",
+            "tls.certificate: has no DNS name or IP address",
         ),
     ];
     for (certificate, key, part) in cases {
-        let said = check(certificate, key);
-        assert!(said.contains(part), "{part} is not in {said}");
+        let stderr = check(certificate, key);
+        assert!(stderr.contains(part), "{part} is not in {stderr}");
     }
 }
 
-/// When it is set, the test writes completions and man pages instead of comparing them.
+/// If this variable is set, the test writes completions and man pages instead of comparing them.
 const WRITE: &str = "CREDBROKER_WRITE_DEPLOY";
 
 /// Files by name.
@@ -212,7 +212,7 @@ fn man_pages() -> Files {
     pages
 }
 
-/// A page for this command and for each below it.
+/// Adds a page for this command and for each of its subcommands.
 fn add_pages(pages: &mut Files, command: &clap::Command) {
     let source = concat!("credbroker ", env!("CARGO_PKG_VERSION"));
     let man = clap_mangen::Man::new(command.clone()).source(source);
@@ -236,7 +236,7 @@ fn files(folder: &Path) -> Files {
 }
 
 #[test]
-fn completions_and_man_pages_are_those_of_the_program() {
+fn completions_and_man_pages_are_up_to_date() {
     let generated = [
         ("deploy/completions", completions()),
         ("deploy/man", man_pages()),
@@ -256,7 +256,7 @@ fn completions_and_man_pages_are_those_of_the_program() {
         let differing: BTreeSet<_> = names.filter(differs).collect();
         assert!(
             differing.is_empty(),
-            "`{WRITE}=1 cargo test --locked --test it -- deploy::` writes these of {} anew: {differing:?}",
+            "`{WRITE}=1 cargo test --locked --test it -- deploy::` writes these files of {} again: {differing:?}",
             folder.display()
         );
     }

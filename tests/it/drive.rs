@@ -1,7 +1,7 @@
-//! An installation of separate processes (the real broker, simulated Vault and KuCoin) and two bots that never rest.
+//! An installation of separate processes (the real broker, simulated Vault and KuCoin) and two bots that call all the time.
 //!
-//! What each bot was told about each call is kept with its time, so that a test can say what bots saw of a situation,
-//! how long it lasted, and whether the record says the same.
+//! The result of each call is kept with its time, so that a test can show what bots saw of a situation, how long it lasted,
+//! and whether the audit log agrees.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
@@ -34,7 +34,7 @@ use crate::harness::{
 /// The account of the key `main/second`.
 pub(crate) const SECOND_UID: u64 = 1002;
 
-/// Rules of the two bots: the trader does everything, the reader only reads.
+/// Rules for bot `trader`, which reads and trades.
 pub(crate) const TRADER: &str = r#"
 [account.main]
 key = { spot-margin = "main", futures = "main" }
@@ -52,7 +52,7 @@ scope = "futures"
 allow = ["read", "trade"]
 "#;
 
-/// What [`TRADER`] lacks for the reader.
+/// Added to [`TRADER`]: rules for bot `reader`, which only reads.
 pub(crate) const READER: &str = r#"
 [[grant]]
 bot = "spiffe://demo.test/bot/reader"
@@ -61,34 +61,34 @@ scope = "spot-margin"
 allow = ["read"]
 "#;
 
-/// Set in the environment of a process that shall be a simulator.
+/// Environment variable: which simulator a process runs.
 const ROLE: &str = "CREDBROKER_DRIVE_ROLE";
-/// On which ports.
+/// Environment variable: the ports of the simulator.
 const PORTS: &str = "CREDBROKER_DRIVE_PORTS";
-/// The root token of the simulated Vault.
+/// Environment variable: the root token of the simulated Vault.
 const TOKEN: &str = "CREDBROKER_DRIVE_TOKEN";
 
-/// No call of a bot is waited for any longer; the broker's own limit is 10 s.
-const UNHEARD_AFTER: Duration = Duration::from_secs(30);
+/// How long a bot waits for a call; the broker's own limit is 10 s.
+const NO_ANSWER_AFTER: Duration = Duration::from_secs(30);
 
-/// Fewer than the broker allows one bot, which is not what is looked at here.
+/// Calls in flight per bot: below the broker's limit, which is not under test here.
 const IN_FLIGHT: usize = 200;
 
-/// Not a test of its own: tests start this binary again, with a role, to have simulators in other processes.
+/// Not a real test: tests start this binary again with [`ROLE`] set to run a simulator in another process.
 #[cfg(test)]
 #[tokio::test]
-async fn a_simulator_in_a_process_of_its_own() {
+async fn entry_point_of_a_simulator_process() {
     simulate().await;
 }
 
-/// How this binary is told to do nothing but [`simulate`].
+/// Arguments with which this binary runs only [`simulate`].
 pub(crate) const AS_TEST: &[&str] = &[
-    "drive::a_simulator_in_a_process_of_its_own",
+    "drive::entry_point_of_a_simulator_process",
     "--exact",
     "--nocapture",
 ];
 
-/// Runs the simulator that the environment asks for until stdin closes; false, at once, where it asks for none.
+/// Runs the simulator named by [`ROLE`] until stdin closes; returns false at once if it is not set.
 pub(crate) async fn simulate() -> bool {
     let variable = |name| std::env::var_os(name).and_then(|value| value.into_string().ok());
     let Some(role) = variable(ROLE) else {
@@ -100,7 +100,7 @@ pub(crate) async fn simulate() -> bool {
         .map(|port| SocketAddr::from(([127, 0, 0, 1], port.parse().unwrap())))
         .collect();
     let keys = [("main", MAIN_UID), ("second", SECOND_UID)];
-    // libtest has begun a line.
+    // libtest has printed an incomplete line, so `listening` starts with a line break.
     if role == "vault" {
         let sim = VaultSim::start(VaultSettings {
             address: ports[0],
@@ -134,17 +134,17 @@ pub(crate) async fn simulate() -> bool {
     true
 }
 
-/// The parent's end of the pipe goes with the parent, so that no simulator outlives its test.
+/// The pipe closes when the parent exits, so that no simulator outlives its test.
 async fn until_stdin_closes() {
     let read = || std::io::stdin().read_to_end(&mut Vec::new());
     tokio::task::spawn_blocking(read).await.unwrap().unwrap();
 }
 
-/// A port that the system picked, and that stays ours while whoever listens on it is gone.
+/// A port chosen by the system, which stays reserved while nothing listens on it.
 #[derive(Debug)]
 pub(crate) struct Port {
     pub(crate) address: SocketAddr,
-    /// Bound, never listening: connections are refused, and nobody else gets the port.
+    /// Bound but never listening: connections are refused, and no other process gets the port.
     _reserved: TcpSocket,
 }
 
@@ -160,7 +160,7 @@ impl Port {
     }
 }
 
-/// A simulator in a process of its own, which can end and come back at the same address.
+/// A simulator in a separate process, which can be killed and restarted at the same address.
 pub(crate) struct Simulator {
     role: &'static str,
     arguments: &'static [&'static str],
@@ -182,7 +182,7 @@ impl Simulator {
         }
     }
 
-    /// Starts it; what it held before is gone.
+    /// Starts it with empty state.
     pub(crate) async fn start(&mut self, token: &str) {
         let ports: Vec<_> = self
             .ports
@@ -201,7 +201,7 @@ impl Simulator {
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let started = tokio::task::spawn_blocking(move || {
             let started = lines.any(|line| line.is_ok_and(|line| line == "listening"));
-            // libtest says something after a minute, and fails where nobody takes it.
+            // libtest prints a line after a minute, and fails if the pipe is closed.
             std::thread::spawn(move || lines.for_each(drop));
             started
         });
@@ -221,7 +221,7 @@ impl Simulator {
         format!("http://{}", self.ports[port].address)
     }
 
-    /// Asks for one thing over its control API.
+    /// Sends one command to its control API.
     pub(crate) async fn control(&self, method: &str, command: &str, body: Value) -> Value {
         let authority = self.ports[0].address.to_string();
         let request = format!("{method} /_sim/{command}");
@@ -238,8 +238,8 @@ impl Drop for Simulator {
     }
 }
 
-/// Vault and KuCoin in processes of their own, and the settings of a broker in another; `arguments` make this binary a
-/// simulator.
+/// Starts Vault and KuCoin in separate processes, and returns them with the settings of a broker for them; with
+/// `arguments` this binary runs as a simulator.
 pub(crate) async fn simulators(
     arguments: &'static [&'static str],
 ) -> (Simulator, Simulator, Settings) {
@@ -258,7 +258,7 @@ pub(crate) async fn simulators(
     (vault, kucoin, settings)
 }
 
-/// What a call is, as far as it matters to what becomes of it.
+/// The kind of a call.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub(crate) enum Kind {
     Cancel,
@@ -266,21 +266,21 @@ pub(crate) enum Kind {
     Read,
 }
 
-/// What a bot knows of a call when it has ended.
+/// The result of a call, as its bot saw it.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
-pub(crate) enum Told {
-    /// The exchange answered.
+pub(crate) enum CallResult {
+    /// The bot got an answer of the exchange.
     Answered { outcome: &'static str, code: String },
-    /// The broker failed it.
+    /// The bot got an error of the broker.
     Failed { outcome: String, reason: String },
-    /// It never got a connection, or the connection went before the call left: nothing happened, the bot knows.
-    Unconnected,
-    /// The connection went while the broker had the call.
-    Unheard(String),
+    /// No connection, or it closed before the call was sent: the bot knows that nothing was sent.
+    NotConnected,
+    /// The connection closed after the call was sent, or no answer came in time.
+    NoAnswer(String),
 }
 
-impl Told {
-    pub(crate) fn is_well(&self) -> bool {
+impl CallResult {
+    pub(crate) fn is_accepted(&self) -> bool {
         matches!(
             self,
             Self::Answered {
@@ -291,31 +291,31 @@ impl Told {
     }
 }
 
-impl fmt::Display for Told {
+impl fmt::Display for CallResult {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Answered { outcome, code } => write!(f, "{outcome} ({code})"),
             Self::Failed { outcome, reason } => write!(f, "`{reason}` ({outcome})"),
-            Self::Unconnected => f.write_str("no connection (nothing sent)"),
-            Self::Unheard(what) => write!(f, "no answer ({what})"),
+            Self::NotConnected => f.write_str("no connection (nothing sent)"),
+            Self::NoAnswer(what) => write!(f, "no answer ({what})"),
         }
     }
 }
 
-/// One call of a bot, ended.
+/// A finished call of a bot.
 #[derive(Clone, Debug)]
 pub(crate) struct Call {
     pub(crate) bot: &'static str,
     pub(crate) kind: Kind,
-    /// Its request id, as the record has it.
+    /// Its request id in the audit log.
     pub(crate) id: String,
     pub(crate) started: Instant,
     pub(crate) ended: Instant,
-    pub(crate) told: Told,
+    pub(crate) result: CallResult,
     pub(crate) stale_s: u64,
 }
 
-/// Where bots connect, whom they trust, and what they show.
+/// How bots connect: the broker's address, the CAs that they trust, and their own certificates.
 #[derive(Clone)]
 pub(crate) struct Dial {
     pub(crate) address: SocketAddr,
@@ -332,25 +332,25 @@ pub(crate) struct Driver {
 struct State {
     dial: Mutex<(u64, Arc<Dial>)>,
     calls: Mutex<Vec<Call>>,
-    /// When the calls began that have not ended.
+    /// Start times of the calls in flight.
     open: Mutex<BTreeSet<(Instant, u64)>>,
     books: Mutex<Books>,
-    /// Ids of first tries that never left.
+    /// Ids of first attempts that were never sent.
     unsent: Mutex<Vec<String>>,
     count: AtomicU64,
 }
 
-/// What stands on the exchange's books, as far as the trader knows.
+/// The trader's open orders on the exchange, as far as the trader knows.
 #[derive(Default)]
 struct Books {
-    /// Counts how often the exchange has lost its memory; what was placed before is not there any more.
+    /// How often the exchange has lost its state, and with it all earlier orders.
     era: u64,
-    /// Oldest first, and whether they are futures orders.
+    /// Client order ids, oldest first, and whether each is a futures order.
     orders: VecDeque<(String, bool)>,
 }
 
-/// One bot's connection, and of which dial it is; the number tells connections apart.
-type Line = tokio::sync::Mutex<Option<(u64, u64, Patient)>>;
+/// One bot's connection: the generation of its [`Dial`], its number, and the connection.
+type ConnectionSlot = tokio::sync::Mutex<Option<(u64, u64, Patient)>>;
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex
@@ -359,7 +359,7 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Driver {
-    /// A trader with 60 calls a second, and a reader with 40.
+    /// Starts a trader with 60 calls per second and a reader with 40.
     pub(crate) fn start(dial: Dial) -> Self {
         let state = Arc::new(State {
             dial: Mutex::new((0, Arc::new(dial))),
@@ -378,7 +378,7 @@ impl Driver {
         }
     }
 
-    /// New calls go over new connections, made by this; calls under way end where they are.
+    /// Sends new calls over new connections with changed settings; calls in flight finish on the old ones.
     pub(crate) fn redial(&self, change: impl FnOnce(&mut Dial)) {
         let mut dial = locked(&self.state.dial);
         let mut new = Dial::clone(&dial.1);
@@ -386,7 +386,7 @@ impl Driver {
         *dial = (dial.0 + 1, Arc::new(new));
     }
 
-    /// The orders on the books are gone with the exchange's memory.
+    /// Forgets all open orders after the exchange has lost its state.
     pub(crate) fn forget_orders(&self) {
         let mut books = locked(&self.state.books);
         *books = Books {
@@ -395,32 +395,32 @@ impl Driver {
         };
     }
 
-    /// How many orders could be cancelled.
-    pub(crate) fn standing_orders(&self) -> usize {
+    /// The number of orders that the trader can still cancel.
+    pub(crate) fn cancellable_orders(&self) -> usize {
         locked(&self.state.books).orders.len()
     }
 
-    /// All calls so far that have ended and began at `from` or later.
+    /// All finished calls that started at `from` or later.
     pub(crate) fn calls_since(&self, from: Instant) -> Vec<Call> {
         let mut calls = locked(&self.state.calls).clone();
         calls.retain(|call| call.started >= from);
         calls
     }
 
-    /// Waits until every call that has begun by now has ended.
+    /// Waits until every call that has started by now has finished.
     pub(crate) async fn settled(&self) {
         let now = Instant::now();
-        until("the calls under way end", async || {
+        until("the calls in flight finish", async || {
             let open = locked(&self.state.open);
             open.first().is_none_or(|(started, _)| *started > now)
         })
         .await;
     }
 
-    /// Waits until so many calls have begun after this moment and ended.
+    /// Waits until `count` calls have started after this moment and finished.
     pub(crate) async fn more_calls(&self, count: usize) {
         let from = Instant::now();
-        until("more calls end", async || {
+        until("more calls finish", async || {
             let calls = locked(&self.state.calls);
             let new = calls.iter().rev().take(4 * count);
             new.filter(|call| call.started >= from).count() >= count
@@ -429,14 +429,15 @@ impl Driver {
         self.settled().await;
     }
 
-    /// No new calls.
-    pub(crate) fn rest(&mut self) {
+    /// Starts no more calls.
+    pub(crate) fn stop_new_calls(&mut self) {
         self.tasks.drain(..).for_each(|task| task.abort());
     }
 
-    /// No new calls; waits for those under way. Returns them all, and the ids of first tries that never left.
+    /// Starts no more calls and waits for those in flight. Returns all calls, and the ids of first attempts that were never
+    /// sent.
     pub(crate) async fn stop(mut self) -> (Vec<Call>, Vec<String>) {
-        self.rest();
+        self.stop_new_calls();
         self.settled().await;
         let calls = std::mem::take(&mut *locked(&self.state.calls));
         (calls, std::mem::take(&mut *locked(&self.state.unsent)))
@@ -451,35 +452,35 @@ impl Drop for Driver {
 
 impl State {
     async fn run(self: Arc<Self>, bot: &'static str, every: Duration) {
-        let (line, places) = (
-            Arc::new(Line::default()),
+        let (slot, permits) = (
+            Arc::new(ConnectionSlot::default()),
             Arc::new(Semaphore::new(IN_FLIGHT)),
         );
         let mut ticks = interval(every);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         for step in 0.. {
             ticks.tick().await;
-            let place = Arc::clone(&places).acquire_owned().await.unwrap();
-            let (state, line) = (Arc::clone(&self), Arc::clone(&line));
+            let permit = Arc::clone(&permits).acquire_owned().await.unwrap();
+            let (state, slot) = (Arc::clone(&self), Arc::clone(&slot));
             tokio::spawn(async move {
-                state.call(bot, step, &line).await;
-                drop(place);
+                state.call(bot, step, &slot).await;
+                drop(permit);
             });
         }
     }
 
-    async fn call(&self, bot: &'static str, step: u64, line: &Line) {
+    async fn call(&self, bot: &'static str, step: u64, slot: &ConnectionSlot) {
         let number = self.count.fetch_add(1, Ordering::Relaxed);
         let started = Instant::now();
         locked(&self.open).insert((started, number));
         let is_futures = step.is_multiple_of(10);
         let era = locked(&self.books).era;
         let to_cancel = || locked(&self.books).orders.pop_front();
-        let of_trader = bot == "trader";
+        let is_trader = bot == "trader";
         let mut cancelled = None;
         let (kind, order) = match step % 5 {
-            0 | 1 if of_trader => (Kind::Order, None),
-            2 if of_trader => {
+            0 | 1 if is_trader => (Kind::Order, None),
+            2 if is_trader => {
                 cancelled = to_cancel();
                 match &cancelled {
                     Some((id, is_futures)) => (Kind::Cancel, Some(cancel(id, *is_futures))),
@@ -489,7 +490,7 @@ impl State {
             _ => (Kind::Read, None),
         };
         let mut tries = 0;
-        let (id, told, stale_s) = loop {
+        let (id, result, stale_s) = loop {
             tries += 1;
             let id = format!("{bot}-{number}-{tries}");
             let mut call = match (&kind, &order) {
@@ -499,22 +500,22 @@ impl State {
                 (_, None) => accounts(),
             };
             call.request_id.clone_from(&id);
-            let (id, told, stale_s) = self.attempt(bot, line, call).await;
-            // The way of every gRPC library: what provably never left goes over another connection, once.
-            if tries == 1 && told == Told::Unconnected {
+            let (id, result, stale_s) = self.attempt(bot, slot, call).await;
+            // Like every gRPC library: a call that was provably not sent is retried once on another connection.
+            if tries == 1 && result == CallResult::NotConnected {
                 locked(&self.unsent).push(id);
                 continue;
             }
-            break (id, told, stale_s);
+            break (id, result, stale_s);
         };
-        let stands = match (kind, told.is_well(), cancelled) {
+        let open_order = match (kind, result.is_accepted(), cancelled) {
             (Kind::Order, true, _) => Some((id.clone(), is_futures)),
             (_, false, order) => order,
             _ => None,
         };
         let mut books = locked(&self.books);
         if books.era == era {
-            books.orders.extend(stands);
+            books.orders.extend(open_order);
         }
         drop(books);
         let mut open = locked(&self.open);
@@ -524,55 +525,59 @@ impl State {
             id,
             started,
             ended: Instant::now(),
-            told,
+            result,
             stale_s,
         });
         open.remove(&(started, number));
     }
 
-    /// Sends it once: the id under which it is on record, what the bot was told, and how old the key was.
+    /// Sends a call once; returns its id in the audit log, its result, and how long ago Vault last confirmed the key.
     async fn attempt(
         &self,
         bot: &'static str,
-        line: &Line,
+        slot: &ConnectionSlot,
         call: SignAndSendRequest,
-    ) -> (String, Told, u64) {
+    ) -> (String, CallResult, u64) {
         let id = call.request_id.clone();
-        let Ok((connection, client)) = self.connected(bot, line).await else {
-            return (id, Told::Unconnected, 0);
+        let Ok((number, client)) = self.connected(bot, slot).await else {
+            return (id, CallResult::NotConnected, 0);
         };
-        let status = match timeout(UNHEARD_AFTER, Bot::over(client).send(call)).await {
+        let status = match timeout(NO_ANSWER_AFTER, Bot::over(client).send(call)).await {
             Ok(Ok(answer)) => {
-                let told = Told::Answered {
+                let result = CallResult::Answered {
                     outcome: word(answer.outcome()),
                     code: answer.code,
                 };
-                return (id, told, answer.stale_seconds);
+                return (id, result, answer.stale_seconds);
             }
             Ok(Err(status)) => status,
-            Err(_) => return (id, Told::Unheard("for 30 s".to_owned()), 0),
+            Err(_) => return (id, CallResult::NoAnswer("for 30 s".to_owned()), 0),
         };
         if status.get_details_error_info().is_some() {
             let (_, reason, outcome, id) = failure(&status);
-            return (id, Told::Failed { outcome, reason }, 0);
+            return (id, CallResult::Failed { outcome, reason }, 0);
         }
-        let mut line = line.lock().await;
-        if line.as_ref().is_some_and(|line| line.1 == connection) {
-            *line = None;
+        let mut slot = slot.lock().await;
+        if slot.as_ref().is_some_and(|slot| slot.1 == number) {
+            *slot = None;
         }
-        let told = if never_left(&status) {
-            Told::Unconnected
+        let result = if was_never_sent(&status) {
+            CallResult::NotConnected
         } else {
-            Told::Unheard(format!("{status:?}"))
+            CallResult::NoAnswer(format!("{status:?}"))
         };
-        (id, told, 0)
+        (id, result, 0)
     }
 
-    /// The bot's connection, made anew where it is gone or out of date.
-    async fn connected(&self, bot: &'static str, line: &Line) -> std::io::Result<(u64, Patient)> {
-        let mut line = line.lock().await;
+    /// The bot's connection; reconnects if it is closed or its [`Dial`] has changed.
+    async fn connected(
+        &self,
+        bot: &'static str,
+        slot: &ConnectionSlot,
+    ) -> std::io::Result<(u64, Patient)> {
+        let mut slot = slot.lock().await;
         let (generation, dial) = locked(&self.dial).clone();
-        if let Some((of, number, client)) = &*line
+        if let Some((of, number, client)) = &*slot
             && *of == generation
             && client.is_open()
         {
@@ -583,21 +588,21 @@ impl State {
             .await
             .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))?;
         let number = self.count.fetch_add(1, Ordering::Relaxed);
-        *line = Some((generation, number, client.clone()));
+        *slot = Some((generation, number, client.clone()));
         Ok((number, client))
     }
 }
 
-/// Whether the connection was gone before the call was on it, or the broker said that it does not take it any more.
-fn never_left(status: &tonic::Status) -> bool {
+/// Whether the call was not sent: the connection was closed before, or the broker rejected the stream with GOAWAY.
+fn was_never_sent(status: &tonic::Status) -> bool {
     let first = std::error::Error::source(status);
     let causes: Vec<_> = std::iter::successors(first, |cause| cause.source()).collect();
-    let mut of_hyper = causes
+    let mut hyper_errors = causes
         .iter()
         .filter_map(|cause| cause.downcast_ref::<hyper::Error>());
-    // RFC 9113, 6.8: the call's number is above the last one that the other end has taken.
+    // RFC 9113, 6.8: the stream id is above the last one that the server has processed.
     let is_beyond = |error: &hyper::Error| format!("{error:?}").contains("NO_ERROR, Remote");
-    of_hyper.any(|error| error.is_canceled() || is_beyond(error))
+    hyper_errors.any(|error| error.is_canceled() || is_beyond(error))
 }
 
 fn cancel(client_oid: &str, is_futures: bool) -> SignAndSendRequest {
@@ -619,7 +624,7 @@ pub(crate) fn word(outcome: Outcome) -> &'static str {
     }
 }
 
-/// The end of the audit file, as it grows.
+/// Reads the audit log as it grows, and keeps its `change` lines.
 pub(crate) struct Tail {
     path: PathBuf,
     read: u64,
@@ -635,8 +640,8 @@ impl Tail {
         }
     }
 
-    /// Reads what is new.
-    pub(crate) fn read_on(&mut self) {
+    /// Reads the new lines.
+    pub(crate) fn read_new(&mut self) {
         let mut file = File::open(&self.path).unwrap();
         file.seek(SeekFrom::Start(self.read)).unwrap();
         let mut text = String::new();
@@ -644,25 +649,25 @@ impl Tail {
         let whole = text.rfind('\n').map_or(0, |end| end + 1);
         self.read += whole as u64;
         for line in text[..whole].lines() {
-            if line.contains("\"event\":\"change\"") && !line.contains("\"outcome\":\"in_force\"") {
+            if line.contains("\"event\":\"change\"") && !line.contains("\"outcome\":\"loaded\"") {
                 self.changes.push(serde_json::from_str(line).unwrap());
             }
         }
     }
 }
 
-/// An installation with its bots.
+/// An installation with its simulators and bots.
 pub(crate) struct Site {
     pub(crate) lab: Lab,
     pub(crate) vault: Simulator,
     pub(crate) kucoin: Simulator,
     pub(crate) driver: Driver,
-    pub(crate) record: Tail,
+    pub(crate) audit_tail: Tail,
     _ports: [Port; 2],
 }
 
 impl Site {
-    /// Starts everything and waits until the bots' calls pass. `arguments` make this binary a simulator.
+    /// Starts everything and waits until the bots have finished 50 calls. With `arguments` this binary runs as a simulator.
     pub(crate) async fn start(
         arguments: &'static [&'static str],
         rules: String,
@@ -674,7 +679,7 @@ impl Site {
         let lab = Lab::with(Settings {
             rules,
             egress: "proof_every_s = 1".to_owned(),
-            // A broker that starts again does so at the same address.
+            // A restarted broker listens on the same address.
             edit: Box::new(move |config| {
                 let listen = "grpc = \"127.0.0.1:0\"\nops = \"127.0.0.1:0\"";
                 assert!(config.contains(listen));
@@ -690,7 +695,7 @@ impl Site {
             identities: identities(&lab.ca),
         });
         let site = Self {
-            record: Tail::of(lab.path("state/audit.jsonl")),
+            audit_tail: Tail::of(lab.path("state/audit.jsonl")),
             lab,
             vault,
             kucoin,
@@ -701,30 +706,33 @@ impl Site {
         site
     }
 
-    /// Waits for the next line about a change of `what`, and returns its outcome and details.
+    /// Waits for the next `change` line about `what` (`rules` or `tls`), and returns its outcome and detail.
     pub(crate) async fn change(&mut self, what: &str) -> (String, String) {
-        let record = std::cell::RefCell::new(&mut self.record);
-        until(&format!("a change of {what} is on record"), async || {
-            let mut record = record.borrow_mut();
-            record.read_on();
-            record.changes.iter().any(|change| change["what"] == what)
+        let audit_tail = std::cell::RefCell::new(&mut self.audit_tail);
+        until(&format!("a change of {what} is audited"), async || {
+            let mut audit_tail = audit_tail.borrow_mut();
+            audit_tail.read_new();
+            audit_tail
+                .changes
+                .iter()
+                .any(|change| change["file"] == what)
         })
         .await;
         let at = self
-            .record
+            .audit_tail
             .changes
             .iter()
-            .position(|change| change["what"] == what);
-        let change = self.record.changes.remove(at.unwrap());
+            .position(|change| change["file"] == what);
+        let change = self.audit_tail.changes.remove(at.unwrap());
         let digests = ["sha256_before", "sha256_after"].map(|key| change[key].as_str().unwrap());
         assert_ne!(digests[0], digests[1], "{change}");
         let text = |key: &str| change[key].as_str().unwrap_or_default().to_owned();
         (text("outcome"), text("detail"))
     }
 
-    /// Waits until the newest change of `what` has been taken; a refusal of a half-changed state may stand before it.
-    pub(crate) async fn taken(&mut self, what: &str) {
-        while self.change(what).await.0 != "taken" {}
+    /// Waits until a change of `what` has been applied; a rejection of a half-written change may come before it.
+    pub(crate) async fn until_applied(&mut self, what: &str) {
+        while self.change(what).await.0 != "reloaded" {}
     }
 
     /// Text of `/readyz`.
@@ -732,19 +740,19 @@ impl Site {
         self.lab.get("/readyz").await.1
     }
 
-    /// Waits until `/readyz` says this.
-    pub(crate) async fn until_readyz_says(&self, part: &str) {
-        let says = async || self.lab.get("/readyz?verbose").await.1.contains(part);
-        until(&format!("/readyz says {part:?}"), says).await;
+    /// Waits until `/readyz?verbose` contains this text.
+    pub(crate) async fn until_readyz_contains(&self, part: &str) {
+        let is_shown = async || self.lab.get("/readyz?verbose").await.1.contains(part);
+        until(&format!("/readyz contains {part:?}"), is_shown).await;
     }
 
-    /// Waits until nothing is wrong any more.
-    pub(crate) async fn until_all_is_well(&self) {
-        let is_well = async || self.readyz().await == "ready\n";
-        until("nothing is wrong any more", is_well).await;
+    /// Waits until `/readyz` reports no problem.
+    pub(crate) async fn until_all_ready(&self) {
+        let is_ready = async || self.readyz().await == "ready\n";
+        until("/readyz reports no problem", is_ready).await;
     }
 
-    /// The value of a metric with its labels; 0 where it is not written.
+    /// The value of a metric with its labels; 0 if it is missing.
     pub(crate) async fn metric(&self, name: &str) -> f64 {
         self.lab.metric(name).await.unwrap_or_default()
     }
@@ -752,12 +760,12 @@ impl Site {
     /// Waits until a metric satisfies `condition`.
     pub(crate) async fn until_metric(&self, name: &str, condition: impl Fn(f64) -> bool) {
         let holds = async || condition(self.metric(name).await);
-        until(&format!("metric {name}"), holds).await;
+        until(&format!("metric {name} has the expected value"), holds).await;
     }
 
-    /// Stops the bots and compares what they were told with the record, call by call. Calls that began within
-    /// `unrecorded` have no lines, since the file could not be written.
-    pub(crate) async fn compare_record(self, unrecorded: &[(Instant, Instant)]) -> usize {
+    /// Stops the bots and the broker, and compares each call's result with the audit log. Calls that overlap `unrecorded` are
+    /// skipped, since the audit log could not be written then. Returns how many calls were compared.
+    pub(crate) async fn compare_with_audit_log(self, unrecorded: &[(Instant, Instant)]) -> usize {
         let Self {
             mut lab, driver, ..
         } = self;
@@ -770,7 +778,10 @@ impl Site {
             lines.entry(id).or_default().push(line);
         }
         for id in &unsent {
-            assert!(!lines.contains_key(id), "{id} was sent twice");
+            assert!(
+                !lines.contains_key(id),
+                "{id} was audited, but its bot never sent it"
+            );
         }
         let mut compared = 0;
         for call in &calls {
@@ -786,33 +797,33 @@ impl Site {
                 .iter()
                 .map(|line| line["event"].as_str().unwrap())
                 .collect();
-            let end = match events.as_slice() {
+            let last = match events.as_slice() {
                 [] => None,
                 ["denied"] => Some(&lines[0]),
                 ["intent", "outcome"] | ["intent", "outcome", "late_answer"] => Some(&lines[1]),
                 _ => panic!("{}: {events:?}", call.id),
             };
-            let recorded = end.map(|end| {
-                let text = |key: &str| end[key].as_str().unwrap_or_default();
+            let recorded = last.map(|last| {
+                let text = |key: &str| last[key].as_str().unwrap_or_default();
                 (text("outcome"), text("reason"), text("code"))
             });
-            match &call.told {
-                Told::Answered { outcome, code } => {
+            match &call.result {
+                CallResult::Answered { outcome, code } => {
                     assert_eq!(recorded, Some((*outcome, "", code.as_str())), "{call:?}");
                 }
-                Told::Failed { outcome, reason } => {
+                CallResult::Failed { outcome, reason } => {
                     assert_eq!(
                         recorded,
                         Some((outcome.as_str(), reason.as_str(), "")),
                         "{call:?}"
                     );
                 }
-                Told::Unconnected => assert_eq!(recorded, None, "{call:?}"),
-                // The bot knows nothing; the record may know either.
-                Told::Unheard(_) => {}
+                CallResult::NotConnected => assert_eq!(recorded, None, "{call:?}"),
+                // The bot does not know the outcome, so any is possible.
+                CallResult::NoAnswer(_) => {}
             }
         }
-        lab.check_record();
+        lab.check_audit_log();
         compared
     }
 }
@@ -825,14 +836,14 @@ pub(crate) fn identities(ca: &credbroker_sim::pki::Ca) -> BTreeMap<&'static str,
         .collect()
 }
 
-/// Vault's body for a key.
+/// The body of a control request that writes a key to the simulated Vault.
 pub(crate) fn written(name: &str, key: &SimKey) -> Value {
     json!({"mount": "kv", "path": kv_path("main", name), "data": secret(key)})
 }
 
-/// Waits at most as long as any other wait of a test; for what is not a condition but a future.
-pub(crate) async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
+/// Waits for a future; fails after 20 s, like [`until`].
+pub(crate) async fn within<T>(event: &str, future: impl Future<Output = T>) -> T {
     timeout(Duration::from_secs(20), future)
         .await
-        .unwrap_or_else(|_| panic!("it did not happen: {what}"))
+        .unwrap_or_else(|_| panic!("timed out waiting for {event}"))
 }

@@ -1,4 +1,4 @@
-//! That requests leave from the address which KuCoin's whitelists name is proven by asking KuCoin, the way orders go.
+//! The egress check: the broker asks KuCoin which address it sees, over the same network path as orders.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -7,7 +7,7 @@ use credbroker::config::Config;
 use credbroker::proto::{Outcome, SignAndSendRequest};
 use credbroker_sim::installation::{MAIN_UID, Settings};
 use credbroker_sim::kucoin::{Fault, FaultAction, SimKey, When};
-use credbroker_sim::road::Road;
+use credbroker_sim::proxy::Proxy;
 use serde_json::json;
 use tonic::Code;
 
@@ -15,12 +15,12 @@ use crate::harness::{
     Bot, Lab, Time, accounts, failure, futures_order, not_run, spot_cancel_all, spot_order, until,
 };
 
-/// The default of `egress.proof_every_s`, and a little more.
+/// Slightly longer than the default of `egress.proof_every_s`.
 const NEXT_PROOF: Duration = Duration::from_secs(310);
 
 const WRONG: &str = "requests leave from 127.0.0.2 instead of egress.expected_ip 127.0.0.3";
 
-/// From 127.0.0.2, with these further keys of `[egress]`.
+/// Settings with egress address 127.0.0.2 and additional `[egress]` settings.
 fn settings(egress: &str) -> Settings {
     Settings {
         address: "127.0.0.2",
@@ -37,7 +37,7 @@ async fn started(egress: &str) -> (Lab, Time) {
     (lab, time)
 }
 
-/// Every question for the address goes wrong like this from now on.
+/// Makes every egress check fail in this way from now on.
 fn fault(lab: &Lab, action: FaultAction) {
     lab.kucoin.fault(Fault {
         times: None,
@@ -45,24 +45,24 @@ fn fault(lab: &Lab, action: FaultAction) {
     });
 }
 
-/// The exchange says that it sees this address.
+/// Makes the exchange report this address.
 fn sees(lab: &Lab, address: &str) {
     let action = FaultAction::Answer {
         status: 200,
         body: json!({"code": "200000", "data": address}),
-        when: When::BeforeTaken,
+        when: When::BeforeProcessing,
     };
     fault(lab, action);
 }
 
 fn closed() -> FaultAction {
     FaultAction::Close {
-        when: When::BeforeTaken,
+        when: When::BeforeProcessing,
     }
 }
 
-/// How often the exchange has been asked for the address.
-fn asked(lab: &Lab) -> usize {
+/// The number of egress checks that the exchange has received.
+fn egress_checks(lab: &Lab) -> usize {
     let all = lab.kucoin.everything_received();
     all.iter()
         .filter(|request| request.path() == "/api/v1/my-ip")
@@ -76,9 +76,9 @@ async fn until_metric(lab: &Lab, name: &str, value: f64) {
     .await;
 }
 
-/// Everything but the address is in order.
+/// Waits until keys and time are ready, whatever the egress check returns.
 async fn until_clock_and_keys(lab: &Lab) {
-    lab.until_keys().await;
+    lab.until_keys_loaded().await;
     until("the time is measured", async || {
         !lab.get("/readyz").await.1.contains("clock ")
     })
@@ -90,8 +90,8 @@ async fn accepted(bot: &mut Bot, request: SignAndSendRequest) {
     assert_eq!(answer.outcome(), Outcome::Accepted, "{answer:?}");
 }
 
-/// Orders to both hosts are refused with exactly this message, and everything else goes on.
-async fn only_orders_are_refused(lab: &Lab, message: &str) {
+/// Checks that orders to both hosts are rejected with exactly this message, and that other requests still work.
+async fn assert_only_orders_are_rejected(lab: &Lab, message: &str) {
     let mut bot = lab.bot("maker").await;
     let before = lab.kucoin.received().len();
     for order in [spot_order("refused"), futures_order("refused")] {
@@ -120,7 +120,7 @@ async fn only_orders_are_refused(lab: &Lab, message: &str) {
     assert_eq!(methods, ["GET", "DELETE"]);
 }
 
-async fn orders_pass(lab: &Lab) {
+async fn assert_orders_are_accepted(lab: &Lab) {
     let mut bot = lab.bot("maker").await;
     let name = format!("order-{}", lab.kucoin.received().len());
     accepted(&mut bot, spot_order(&name)).await;
@@ -128,32 +128,32 @@ async fn orders_pass(lab: &Lab) {
 }
 
 #[tokio::test]
-async fn the_proof_at_start_leaves_from_the_address_that_orders_leave_from() {
+async fn egress_check_at_start_uses_the_same_address_as_orders() {
     let (mut lab, _) = started("").await;
     lab.until_ready().await;
-    orders_pass(&lab).await;
+    assert_orders_are_accepted(&lab).await;
     let all = lab.kucoin.everything_received();
     let peers: BTreeSet<_> = all
         .iter()
         .map(|request| request.peer.ip().to_string())
         .collect();
     assert_eq!(peers, BTreeSet::from(["127.0.0.2".to_owned()]));
-    assert_eq!(asked(&lab), 1);
+    assert_eq!(egress_checks(&lab), 1);
     assert_eq!(lab.metric("egress_mismatch").await, Some(0.0));
     assert_eq!(lab.metric("egress_check_failed").await, Some(0.0));
     let (_, text) = lab.get("/readyz?verbose").await;
     assert!(
-        text.contains("egress: the exchange saw 127.0.0.2 0 s ago"),
+        text.contains("egress: the exchange last saw requests 0 s ago, from 127.0.0.2\n"),
         "{text}"
     );
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn from_another_address_than_the_expected_one_no_order_leaves_and_both_are_named() {
+async fn no_order_is_sent_when_the_egress_address_differs_from_expected_ip() {
     let (mut lab, _) = started("expected_ip = \"127.0.0.3\"").await;
     until_clock_and_keys(&lab).await;
-    until("the address has been seen", async || {
+    until("the exchange has reported the address", async || {
         lab.metric("egress_proof_age_seconds").await.is_some()
     })
     .await;
@@ -164,15 +164,15 @@ async fn from_another_address_than_the_expected_one_no_order_leaves_and_both_are
     );
     assert_eq!(lab.metric("egress_mismatch").await, Some(1.0));
     assert_eq!(lab.metric("ready").await, Some(0.0));
-    only_orders_are_refused(&lab, WRONG).await;
+    assert_only_orders_are_rejected(&lab, WRONG).await;
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn lenient_raises_the_alarm_and_goes_on() {
+async fn lenient_reports_a_wrong_egress_address_and_still_sends_orders() {
     let (mut lab, _) = started("expected_ip = \"127.0.0.3\"\nproof = \"lenient\"").await;
     lab.until_ready().await;
-    until("the address has been seen", async || {
+    until("the exchange has reported the address", async || {
         lab.metric("egress_proof_age_seconds").await.is_some()
     })
     .await;
@@ -183,12 +183,12 @@ async fn lenient_raises_the_alarm_and_goes_on() {
         "{text}"
     );
     assert_eq!(lab.metric("egress_mismatch").await, Some(1.0));
-    orders_pass(&lab).await;
+    assert_orders_are_accepted(&lab).await;
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn before_the_first_proof_no_order_leaves_unless_lenient() {
+async fn no_order_is_sent_before_the_egress_address_is_verified_unless_lenient() {
     let unproven = "the exchange has not confirmed yet that requests leave from 127.0.0.2";
     for (mode, is_strict) in [("strict", true), ("lenient", false)] {
         let mut lab = Lab::install(settings(&format!("proof = \"{mode}\""))).await;
@@ -203,39 +203,39 @@ async fn before_the_first_proof_no_order_leaves_unless_lenient() {
         assert!(text.contains(unproven), "{text}");
         assert_eq!(status, if is_strict { 503 } else { 200 });
         if is_strict {
-            only_orders_are_refused(&lab, unproven).await;
+            assert_only_orders_are_rejected(&lab, unproven).await;
         } else {
-            orders_pass(&lab).await;
+            assert_orders_are_accepted(&lab).await;
         }
         lab.kucoin.clear_faults();
-        // It is not given up: the wait after a failure is much shorter than that between two proofs.
+        // A failed check is repeated much sooner than a successful one.
         time.pass(&lab, Duration::from_secs(40)).await;
         until_metric(&lab, "egress_mismatch", 0.0).await;
         lab.until_ready().await;
-        orders_pass(&lab).await;
+        assert_orders_are_accepted(&lab).await;
         lab.stop().await;
     }
 }
 
 #[tokio::test]
-async fn a_check_that_failed_proves_nothing_either_way() {
+async fn failed_egress_check_keeps_the_last_result() {
     let failures = [
         closed(),
         FaultAction::Html {
             status: 502,
-            when: When::BeforeTaken,
+            when: When::BeforeProcessing,
         },
         FaultAction::RateLimited { reset_ms: None },
         FaultAction::Answer {
             status: 200,
-            body: json!({"code": "200000", "data": "nobody knows"}),
-            when: When::BeforeTaken,
+            body: json!({"code": "200000", "data": "not an address"}),
+            when: When::BeforeProcessing,
         },
-        // A refusal that names an address is no proof of it.
+        // An error that contains an address does not verify it.
         FaultAction::Answer {
             status: 200,
             body: json!({"code": "500000", "data": "127.0.0.9"}),
-            when: When::BeforeTaken,
+            when: When::BeforeProcessing,
         },
     ];
     let (mut lab, time) = started("").await;
@@ -251,15 +251,13 @@ async fn a_check_that_failed_proves_nothing_either_way() {
         last = age;
         let (status, text) = lab.get("/readyz?verbose").await;
         assert_eq!(status, 200, "{text}");
-        assert!(
-            text.contains("egress: the last question got no answer: "),
-            "{text}"
-        );
-        assert!(
-            text.contains("egress: the exchange saw 127.0.0.2 "),
-            "{text}"
-        );
-        orders_pass(&lab).await;
+        assert!(text.contains("egress: last check failed: "), "{text}");
+        let is_seen = |line: &str| {
+            line.starts_with("egress: the exchange last saw requests ")
+                && line.ends_with(" s ago, from 127.0.0.2")
+        };
+        assert!(text.lines().any(is_seen), "{text}");
+        assert_orders_are_accepted(&lab).await;
         lab.kucoin.clear_faults();
         time.pass(&lab, Duration::from_secs(40)).await;
         until_metric(&lab, "egress_check_failed", 0.0).await;
@@ -267,7 +265,7 @@ async fn a_check_that_failed_proves_nothing_either_way() {
         last = 0.0;
     }
 
-    // The same when the last answer was a mismatch.
+    // The same after a check that found a mismatch.
     sees(&lab, "127.0.0.9");
     time.pass(&lab, NEXT_PROOF).await;
     until_metric(&lab, "egress_mismatch", 1.0).await;
@@ -276,51 +274,51 @@ async fn a_check_that_failed_proves_nothing_either_way() {
     time.pass(&lab, NEXT_PROOF).await;
     until_metric(&lab, "egress_check_failed", 1.0).await;
     let wrong = "requests leave from 127.0.0.9 instead of egress.expected_ip 127.0.0.2";
-    only_orders_are_refused(&lab, wrong).await;
+    assert_only_orders_are_rejected(&lab, wrong).await;
     let (_, text) = lab.get("/readyz").await;
     assert!(
-        text.contains(wrong) && text.contains("(last question: "),
+        text.contains(wrong) && text.contains("(last check: "),
         "{text}"
     );
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn orders_pass_again_once_the_address_is_right_again() {
+async fn orders_are_sent_again_once_the_egress_address_is_correct_again() {
     let (mut lab, time) = started("").await;
     lab.until_ready().await;
-    orders_pass(&lab).await;
+    assert_orders_are_accepted(&lab).await;
     sees(&lab, "2001:db8::7");
     time.pass(&lab, NEXT_PROOF).await;
     until_metric(&lab, "egress_mismatch", 1.0).await;
     let wrong = "requests leave from 2001:db8::7 instead of egress.expected_ip 127.0.0.2";
-    only_orders_are_refused(&lab, wrong).await;
+    assert_only_orders_are_rejected(&lab, wrong).await;
     assert_eq!(lab.get("/readyz").await.0, 503);
     lab.kucoin.clear_faults();
     time.pass(&lab, NEXT_PROOF).await;
     lab.until_ready().await;
     assert_eq!(lab.metric("egress_mismatch").await, Some(0.0));
-    orders_pass(&lab).await;
+    assert_orders_are_accepted(&lab).await;
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn an_address_that_the_exchange_refuses_is_named_and_checked_at_once() {
+async fn address_rejected_by_the_exchange_is_logged_and_checked_at_once() {
     let mut lab = Lab::with(Settings {
         process: true,
         wait_ready: true,
         ..settings("")
     })
     .await;
-    assert_eq!(asked(&lab), 1);
+    assert_eq!(egress_checks(&lab), 1);
     lab.kucoin.add_key(SimKey {
         ip_whitelist: vec![[127, 0, 0, 9].into()],
         ..SimKey::fake(MAIN_UID)
     });
-    // By now the exchange sees another address than at the start.
+    // The exchange now sees another address than at the start.
     sees(&lab, "203.0.113.9");
     let mut bot = lab.bot("maker").await;
-    // Any answer will do, a read's too.
+    // Any request that is rejected for its address triggers a check, also a read.
     let answer = bot.send(accounts()).await.unwrap();
     assert_eq!(
         (answer.outcome(), answer.code.as_str()),
@@ -330,27 +328,27 @@ async fn an_address_that_the_exchange_refuses_is_named_and_checked_at_once() {
     let refused = "egress IP not whitelisted for this key; compare the key's IP restriction with egress.expected_ip";
     let line = lab.process().log_line(refused).await;
     assert_eq!(
-        (&line["seen"], &line["account.id"]),
+        (&line["egress.address"], &line["account.id"]),
         (&json!("127.0.0.2"), &json!("main"))
     );
-    // Minutes before its time.
+    // Minutes before the next regular check.
     until_metric(&lab, "egress_mismatch", 1.0).await;
-    assert_eq!(asked(&lab), 2);
+    assert_eq!(egress_checks(&lab), 2);
     let wrong = "requests leave from 203.0.113.9 instead of egress.expected_ip 127.0.0.2";
     let line = lab.process().log_line(wrong).await;
     assert_eq!(line["level"], "ERROR");
     lab.process().terminate();
     assert_eq!(lab.process().exit_code().await, Some(0));
-    lab.check_record();
+    lab.check_audit_log();
 }
 
 #[tokio::test]
-async fn the_proof_is_repeated_as_often_as_the_configuration_says() {
+async fn egress_check_repeats_at_the_interval_proof_every_s() {
     let (mut lab, time) = started("proof_every_s = 3600").await;
     lab.until_ready().await;
     let mut bot = lab.bot("maker").await;
     time.pass(&lab, Duration::from_secs(3000)).await;
-    until("other questions have been asked again", async || {
+    until("the time is measured again", async || {
         lab.metric("clock_age_seconds{site=\"global\",host=\"spot\"}")
             .await
             .unwrap()
@@ -358,22 +356,25 @@ async fn the_proof_is_repeated_as_often_as_the_configuration_says() {
     })
     .await;
     accepted(&mut bot, accounts()).await;
-    assert_eq!(asked(&lab), 1);
+    assert_eq!(egress_checks(&lab), 1);
     assert!(lab.metric("egress_proof_age_seconds").await.unwrap() >= 3000.0);
     time.pass(&lab, Duration::from_secs(700)).await;
-    until("the proof is repeated", async || asked(&lab) == 2).await;
+    until("the egress check is repeated", async || {
+        egress_checks(&lab) == 2
+    })
+    .await;
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn where_the_system_chooses_the_address_the_expected_one_must_be_said() {
+async fn expected_ip_is_required_when_the_system_chooses_the_address() {
     let settings = Settings {
         address: "0.0.0.0",
         egress: "expected_ip = \"127.0.0.1\"".to_owned(),
         ..Settings::default()
     };
     let mut lab = Lab::with(settings).await;
-    orders_pass(&lab).await;
+    assert_orders_are_accepted(&lab).await;
     lab.stop().await;
     lab.reconfigure("expected_ip = \"127.0.0.1\"\n", "");
     let text = std::fs::read_to_string(lab.path("config.toml")).unwrap();
@@ -386,10 +387,10 @@ async fn where_the_system_chooses_the_address_the_expected_one_must_be_said() {
     );
 }
 
-/// Where the exchange's name points before it moves; no other test uses this address.
+/// The exchange's address before its DNS name changes; no other test uses this address.
 const OLD_ADDRESS: &str = "127.7.7.7";
 
-/// Whether this machine lets a process have an `/etc/hosts` of its own.
+/// Whether a process on this machine can have its own `/etc/hosts`.
 fn has_mount_namespaces() -> bool {
     let status = std::process::Command::new("unshare")
         .args(["--mount", "sh", "-c", "mount --bind /etc/hosts /etc/hosts"])
@@ -398,33 +399,37 @@ fn has_mount_namespaces() -> bool {
     status.is_ok_and(|status| status.success())
 }
 
-/// How many open connections lead to `address`, as the kernel knows them.
+/// The number of open connections to `address`, from `/proc/net/tcp`.
 fn open_connections(address: std::net::SocketAddrV4) -> usize {
     let octets = address.ip().octets();
     let hex = format!("{:08X}:{:04X}", u32::from_le_bytes(octets), address.port());
     let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
     let rows = table.lines().map(|line| line.split_whitespace());
     rows.filter_map(|mut row| Some((row.nth(2)?.to_owned(), row.next()?.to_owned())))
-        // Established, or closed by the other end alone.
+        // Established, or closed only by the other end.
         .filter(|(peer, state)| *peer == hex && matches!(state.as_str(), "01" | "08"))
         .count()
 }
 
 #[tokio::test]
-async fn calls_follow_the_exchange_to_its_new_address_at_once() {
+async fn first_call_after_a_dns_change_reaches_the_new_address() {
     if !has_mount_namespaces() {
-        not_run("exchange's name moves", "root", "needs root and unshare");
+        not_run(
+            "DNS change of the exchange",
+            "root",
+            "needs root and unshare",
+        );
         return;
     }
     let mut lab = Lab::install(Settings {
-        // Kept short, so that the first call after the move needs a new connection.
+        // No warm connections, so that the first call after the change needs a new one.
         egress: "warm_connections = 0\nexpected_ip = \"127.0.0.1\"".to_owned(),
         ..Settings::default()
     })
     .await;
     let target: std::net::SocketAddrV4 = lab.kucoin.spot_url().split_off(7).parse().unwrap();
     let old = format!("{OLD_ADDRESS}:{}", target.port());
-    let road = Road::from(&old, &lab.kucoin.spot_url()).await.unwrap();
+    let proxy = Proxy::from(&old, &lab.kucoin.spot_url()).await.unwrap();
     let hosts = lab.path("hosts");
     let points_to = |address: &str| {
         std::fs::write(&hosts, format!("{address} localhost\n")).unwrap();
@@ -445,29 +450,25 @@ async fn calls_follow_the_exchange_to_its_new_address_at_once() {
     accepted(&mut bot, spot_order("before")).await;
 
     points_to("127.0.0.1");
-    road.close();
+    proxy.close();
     until("connections to the old address are closed", async || {
         open_connections(old.parse().unwrap()) == 0
     })
     .await;
-    // The very first call, which is one that must not be repeated.
+    // The first call after the change is one that must not be sent twice.
     accepted(&mut bot, spot_cancel_all()).await;
     accepted(&mut bot, spot_order("after")).await;
     accepted(&mut bot, accounts()).await;
     lab.process().terminate();
     assert_eq!(lab.process().exit_code().await, Some(0));
-    lab.check_record();
+    lab.check_audit_log();
 }
 
 #[tokio::test]
-async fn silent_name_server_holds_up_bots_once_and_nothing_else() {
+async fn silent_name_server_delays_bots_by_one_lookup_and_does_not_delay_health_checks() {
     let silent = tokio::net::UdpSocket::bind("127.7.7.8:53").await;
     if !has_mount_namespaces() || silent.is_err() {
-        not_run(
-            "name server that does not answer",
-            "root",
-            "needs root and unshare",
-        );
+        not_run("silent name server", "root", "needs root and unshare");
         return;
     }
     let mut lab = Lab::install(Settings {
@@ -492,24 +493,27 @@ async fn silent_name_server_holds_up_bots_once_and_nothing_else() {
     lab.spawn_broker_under(&["unshare", "--mount", "sh", "-c", own_resolver, resolver])
         .await;
     assert_eq!(lab.get("/healthz").await.0, 200);
-    let told = "initial key load finished; accepting bots";
-    assert!(!lab.process().log().contains(told), "it listens before");
-    lab.process().log_line(told).await;
+    let message = "initial key load and DNS lookups finished; accepting bots";
+    assert!(
+        !lab.process().log().contains(message),
+        "health checks must be answered before bots are accepted"
+    );
+    lab.process().log_line(message).await;
     let took = began.elapsed().as_secs();
-    // One after the other they would take eight.
+    // Two lookups in sequence would take 8 s.
     assert!((4..8).contains(&took), "one lookup takes 4 s: {took} s");
 }
 
 #[tokio::test]
-async fn a_host_without_an_address_of_the_right_kind_is_named_as_such() {
+async fn host_without_an_ipv4_address_is_reported() {
     let mut lab = Lab::with(Settings {
         spot_url: Some("http://[::1]:9".to_owned()),
         wait_ready: false,
         ..Settings::default()
     })
     .await;
-    lab.until_keys().await;
-    let words = "::1 has no IPv4 address, which egress.address 127.0.0.1 needs";
+    lab.until_keys_loaded().await;
+    let words = "::1 has no IPv4 address, but egress.address 127.0.0.1 requires one";
     let (status, text) = lab.get("/readyz").await;
     assert_eq!(status, 503);
     assert!(text.contains(&format!("exchange: {words}\n")), "{text}");

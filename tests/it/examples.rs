@@ -1,4 +1,4 @@
-//! What the README shows a newcomer does what it says.
+//! The example bots and the demo of the README work.
 
 use std::path::Path;
 use std::process::Output;
@@ -9,7 +9,7 @@ use tokio::task::spawn_blocking;
 
 use crate::harness::{Lab, not_run};
 
-/// The programs of `examples/`, which `cargo test` builds beside the broker.
+/// The path of a program of `examples/`, or `None` if `cargo test` has not built it.
 fn example(name: &str) -> Option<std::path::PathBuf> {
     let built = Path::new(env!("CARGO_BIN_EXE_credbroker"))
         .parent()
@@ -24,7 +24,7 @@ async fn run(program: impl AsRef<Path>, arguments: Vec<String>) -> Output {
     command
         .args(arguments)
         .current_dir(env!("CARGO_MANIFEST_DIR"));
-    // Not on this thread: the broker runs on it.
+    // Not on this thread: the broker is running on it.
     spawn_blocking(move || command.output())
         .await
         .unwrap()
@@ -40,7 +40,7 @@ fn text(output: &Output) -> String {
     String::from_utf8(output.stdout.clone()).unwrap()
 }
 
-/// An installation whose folder holds what the example bots read.
+/// An installation whose folder contains the files that the example bots read.
 async fn lab() -> Lab {
     let rules = RULES
         .replace("\"main\"\nscope", "\"alpha\"\nscope")
@@ -57,14 +57,14 @@ async fn lab() -> Lab {
     lab
 }
 
-fn check_bot(lab: &Lab, said: &str) {
+fn check_bot(lab: &Lab, output: &str) {
     assert!(
-        said.contains("/api/v1/accounts: HTTP 200, OUTCOME_ACCEPTED: {\"code\":\"200000\""),
-        "{said}"
+        output.contains("/api/v1/accounts: HTTP 200, OUTCOME_ACCEPTED: {\"code\":\"200000\""),
+        "{output}"
     );
     assert!(
-        said.contains("/api/v1/hf/orders/test: HTTP 200, OUTCOME_ACCEPTED"),
-        "{said}"
+        output.contains("/api/v1/hf/orders/test: HTTP 200, OUTCOME_ACCEPTED"),
+        "{output}"
     );
     assert_eq!(lab.kucoin.received().len(), 2);
 }
@@ -111,7 +111,7 @@ async fn the_rust_bot_trades() {
 }
 
 #[tokio::test]
-async fn the_demo_shows_what_it_promises() {
+async fn demo_prints_the_steps_of_the_readme() {
     let Some(demo) = example("demo") else {
         not_run(
             "demo",
@@ -120,17 +120,21 @@ async fn the_demo_shows_what_it_promises() {
         );
         return;
     };
-    let said = text(&run(demo, vec!["--once".to_owned()]).await);
+    let output = text(&run(demo, vec!["--once".to_owned()]).await);
     for part in [
         "Vault and KuCoin are simulated",
         "broker, for admins         127.0.0.1:",
-        "simulated KuCoin says of the signature: Verified",
+        "simulated KuCoin checked the signature: Verified",
         "reason POLICY_DENIED, outcome not_sent",
         "reason ANSWER_LOST, outcome maybe_sent",
-        "Stopped; nothing is left behind.",
+        "Stopped. All files of the demo were removed.",
     ] {
-        assert!(said.contains(part), "{part} is not in\n{said}");
+        assert!(output.contains(part), "{part} is not in\n{output}");
     }
-    assert_eq!(said.matches("signature: Verified").count(), 10, "{said}");
-    assert!(!said.contains(&SimKey::fake(MAIN_UID).api_secret));
+    assert_eq!(
+        output.matches("signature: Verified").count(),
+        10,
+        "{output}"
+    );
+    assert!(!output.contains(&SimKey::fake(MAIN_UID).api_secret));
 }

@@ -1,4 +1,4 @@
-//! The emergency stop: nothing new gets through, everything open is withdrawn, and what is not is reported.
+//! The emergency stop: new orders are rejected, open orders are cancelled, and remaining ones are reported.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -22,7 +22,7 @@ use crate::harness::{Bot, Lab, Patient, Time, refusal, request, spot_order, unti
 const OTHER_UID: u64 = 1002;
 const HOUR: Duration = Duration::from_secs(3600);
 
-/// Bot `maker` trades in every scope on both accounts.
+/// Rules that let bot `maker` trade in every scope on both accounts.
 fn rules() -> String {
     let accounts = RULES.split("[[grant]]").next().unwrap();
     let keys = "key = { spot-margin = \"main\" }";
@@ -47,7 +47,7 @@ fn settings() -> Settings {
     }
 }
 
-/// One order of each kind that the exchange knows: scope, path, and what it says beside its clientOid.
+/// One order of each kind that the exchange supports: scope, path, and body without clientOid.
 fn kinds() -> Vec<(Scope, &'static str, Value)> {
     let mut kinds = Vec::new();
     let spot = json!({"symbol": "BTC-USDT", "side": "sell", "type": "limit", "price": "70000", "size": "0.01"});
@@ -137,7 +137,7 @@ fn with(order: &Value, parts: &[&Value]) -> Value {
     Value::Object(order)
 }
 
-/// An order of kind `number`, counted round.
+/// An order of kind `number`, modulo the number of kinds.
 fn order(account: &str, number: usize, client_oid: &str) -> SignAndSendRequest {
     let kinds = kinds();
     let (scope, path, mut body) = kinds[number % kinds.len()].clone();
@@ -152,7 +152,7 @@ async fn placed(bot: &mut Bot<Patient>, order: SignAndSendRequest) {
     assert_eq!(answer.outcome(), Outcome::Accepted, "{order:?} {answer:?}");
 }
 
-/// One open order of each kind on each of these accounts.
+/// Places one order of each kind on each of these accounts.
 async fn place_each_kind(lab: &Lab, accounts: &[&str]) {
     let mut bot = lab.patient_bot("maker").await;
     for account in accounts {
@@ -190,17 +190,15 @@ fn of(cancelled: &[Cancelled], account: &str, scope: Scope) -> Cancelled {
     found.unwrap().clone()
 }
 
-/// What was said about the requests whose question begins so.
-fn said(cancelled: &Cancelled, question: &str) -> Vec<(bool, String)> {
-    let probes = cancelled.probes.iter();
-    let about = probes.filter(|probe| probe.question.starts_with(question));
-    about
-        .map(|probe| (probe.is_ok, probe.answer.clone()))
-        .collect()
+/// The results of the requests that start with `request`: whether each succeeded, and the answer.
+fn results_of(cancelled: &Cancelled, request: &str) -> Vec<(bool, String)> {
+    let requests = cancelled.requests.iter();
+    let about = requests.filter(|one| one.request.starts_with(request));
+    about.map(|one| (one.is_ok, one.result.clone())).collect()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn two_hundred_orders_of_every_kind_are_cancelled_while_bots_place_more() {
+async fn halt_cancels_200_orders_of_every_kind_while_bots_place_more() {
     let mut lab = Lab::with(settings()).await;
     lab.kucoin.set_cancel_lag(Duration::from_millis(300));
     let mut bot = lab.patient_bot("maker").await;
@@ -215,14 +213,17 @@ async fn two_hundred_orders_of_every_kind_are_cancelled_while_bots_place_more() 
     }
     assert_eq!(open(&lab.kucoin).len(), 200);
 
-    let (goes_on, refusals) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicU64::new(0)));
+    let (keep_running, refusals) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicU64::new(0)));
     let mut bots = Vec::new();
     for account in ["main", "other"] {
-        let (mut bot, goes_on, refusals) =
-            (bot.clone(), Arc::clone(&goes_on), Arc::clone(&refusals));
+        let (mut bot, keep_running, refusals) = (
+            bot.clone(),
+            Arc::clone(&keep_running),
+            Arc::clone(&refusals),
+        );
         bots.push(tokio::spawn(async move {
             let (mut accepted, mut number) = (0, 0);
-            while goes_on.load(Ordering::Relaxed) {
+            while keep_running.load(Ordering::Relaxed) {
                 number += 1;
                 match bot
                     .send(order(account, number, &format!("more-{account}-{number}")))
@@ -241,11 +242,11 @@ async fn two_hundred_orders_of_every_kind_are_cancelled_while_bots_place_more() 
             accepted
         }));
     }
-    until("the bots have begun", async || {
+    until("the bots have placed more orders", async || {
         open(&lab.kucoin).len() > 230
     })
     .await;
-    // One that has left when the halt begins, and lands long after the first cancellation.
+    // An order that is in flight when the halt starts, and is placed long after the first cancel request.
     let path = "/api/v3/hf/margin/stop-order";
     lab.kucoin
         .fault(Fault::once(path, FaultAction::Delay { ms: 2500 }));
@@ -255,14 +256,14 @@ async fn two_hundred_orders_of_every_kind_are_cancelled_while_bots_place_more() 
         assert!(order.path == path);
         tokio::spawn(async move { placed(&mut bot, order).await })
     };
-    let arrived = || {
+    let is_in_flight = || {
         lab.kucoin
             .received()
             .iter()
             .any(|request| String::from_utf8_lossy(&request.body).contains("\"late\""))
     };
-    until("the late one has left", async || arrived()).await;
-    let has_landed = || {
+    until("the late order is in flight", async || is_in_flight()).await;
+    let is_placed = || {
         lab.kucoin
             .orders(MAIN_UID)
             .iter()
@@ -279,7 +280,7 @@ async fn two_hundred_orders_of_every_kind_are_cancelled_while_bots_place_more() 
         lab.kucoin.orders(MAIN_UID).len() + lab.kucoin.orders(OTHER_UID).len(),
     );
     assert!(left.is_empty(), "{left:?}");
-    assert!(has_landed());
+    assert!(is_placed());
     assert_eq!(
         (halted.code, halted.stderr.as_str()),
         (Some(0), ""),
@@ -288,19 +289,19 @@ async fn two_hundred_orders_of_every_kind_are_cancelled_while_bots_place_more() 
     );
     for account in ["main", "other"] {
         for scope in ["futures", "spot-margin", "unified"] {
-            let line = format!("\n{account} in {scope}: none open\n");
+            let line = format!("\n{account} in {scope}: no open orders\n");
             assert!(halted.stdout.contains(&line), "{}", halted.stdout);
         }
     }
     late.await.unwrap();
 
-    // The bots go on trying, and get nowhere.
+    // The bots keep trying, and every order is rejected.
     let now = refusals.load(Ordering::Relaxed);
     until("the bots have tried again", async || {
         refusals.load(Ordering::Relaxed) > now + 100
     })
     .await;
-    goes_on.store(false, Ordering::Relaxed);
+    keep_running.store(false, Ordering::Relaxed);
     let mut accepted = 0;
     for bot in bots {
         accepted += bot.await.unwrap();
@@ -309,12 +310,12 @@ async fn two_hundred_orders_of_every_kind_are_cancelled_while_bots_place_more() 
         .iter()
         .flat_map(|uid| lab.kucoin.orders(*uid))
         .collect();
-    assert_eq!(orders.len(), count, "one was placed after the halt");
+    assert_eq!(orders.len(), count, "an order was placed after the halt");
     assert_eq!(count, 200 + 1 + accepted);
     assert!(open(&lab.kucoin).is_empty());
 
     let mut acts = lab.acts();
-    acts.retain(|act| act["who"] == "spiffe://demo.test/admin/anna");
+    acts.retain(|act| act["principal"] == "spiffe://demo.test/admin/anna");
     assert!(acts.iter().all(|act| act["outcome"] == "done"), "{acts:?}");
     let acts: Vec<_> = acts
         .iter()
@@ -340,7 +341,7 @@ async fn two_hundred_orders_of_every_kind_are_cancelled_while_bots_place_more() 
 }
 
 #[tokio::test]
-async fn one_request_that_fails_keeps_no_other_from_being_tried_and_what_stays_is_reported() {
+async fn cancel_all_continues_after_a_failed_request_and_reports_the_remaining_orders() {
     let mut lab = Lab::with(settings()).await;
     place_each_kind(&lab, &["main"]).await;
     let busy = |path: &str, method: &str| Fault {
@@ -351,7 +352,7 @@ async fn one_request_that_fails_keeps_no_other_from_being_tried_and_what_stays_i
             FaultAction::Answer {
                 status: 200,
                 body: json!({"code": "200002", "msg": "cancel is \u{1b}[2J suspended"}),
-                when: When::BeforeTaken,
+                when: When::BeforeProcessing,
             },
         )
     };
@@ -362,27 +363,28 @@ async fn one_request_that_fails_keeps_no_other_from_being_tried_and_what_stays_i
 
     let spot = of(&cancelled, "main", Scope::SpotMargin);
     assert_eq!(spot.still_open, Some(1), "{spot:?}");
-    let [(false, answer)] = &said(&spot, "DELETE /api/v3/oco/orders")[..] else {
+    let [(false, answer)] = &results_of(&spot, "DELETE /api/v3/oco/orders")[..] else {
         panic!("{spot:?}")
     };
     assert!(answer.starts_with("200002"), "{answer}");
     assert_eq!(
-        said(&spot, "GET /api/v3/oco/orders"),
-        [(false, "1 open".to_owned())]
+        results_of(&spot, "GET /api/v3/oco/orders"),
+        [(false, "still open: 1".to_owned())]
     );
     assert_eq!(
-        said(&spot, "DELETE /api/v1/hf/orders/cancelAll"),
-        [(true, "taken".to_owned())]
+        results_of(&spot, "DELETE /api/v1/hf/orders/cancelAll"),
+        [(true, "accepted".to_owned())]
     );
     assert_eq!(of(&cancelled, "main", Scope::Futures).still_open, Some(0));
     let unified = of(&cancelled, "main", Scope::Unified);
     assert_eq!(unified.still_open, None);
-    let told = said(&unified, "GET /api/ua/v2/unified/order/open-list");
-    assert_eq!(told.len(), 6);
+    let listed = results_of(&unified, "GET /api/ua/v2/unified/order/open-list");
+    assert_eq!(listed.len(), 6);
     assert!(
-        told.iter()
-            .all(|(is_ok, answer)| !is_ok && answer.starts_with("not known: 200002")),
-        "{told:?}"
+        listed
+            .iter()
+            .all(|(is_ok, answer)| !is_ok && answer.starts_with("unknown: 200002")),
+        "{listed:?}"
     );
     let is_unified = |order: &&Order| order.fields.get("orderType").is_some();
     let left = open(&lab.kucoin);
@@ -395,8 +397,8 @@ async fn one_request_that_fails_keeps_no_other_from_being_tried_and_what_stays_i
     };
     assert_eq!(act("main", "spot-margin: still open: 1"), "failed");
     assert_eq!(act("main", "unified: open orders unknown"), "failed");
-    assert_eq!(act("main", "futures: nothing is open"), "done");
-    assert_eq!(act("other", "spot-margin: nothing is open"), "done");
+    assert_eq!(act("main", "futures: no open orders"), "done");
+    assert_eq!(act("other", "spot-margin: no open orders"), "done");
 
     lab.kucoin.clear_faults();
     let again = lab
@@ -408,7 +410,7 @@ async fn one_request_that_fails_keeps_no_other_from_being_tried_and_what_stays_i
 }
 
 #[tokio::test]
-async fn an_answer_that_is_no_list_does_not_say_that_nothing_is_open() {
+async fn open_orders_are_unknown_when_the_exchange_returns_no_valid_list() {
     let mut lab = Lab::with(settings()).await;
     place_each_kind(&lab, &["main"]).await;
     let answers = |path: &str, body: Value| Fault {
@@ -419,34 +421,34 @@ async fn an_answer_that_is_no_list_does_not_say_that_nothing_is_open() {
             FaultAction::Answer {
                 status: 200,
                 body,
-                when: When::BeforeTaken,
+                when: When::BeforeProcessing,
             },
         )
     };
-    let taken = |data: Value| json!({"code": "200000", "data": data});
-    let odd = [
+    let ok_answer = |data: Value| json!({"code": "200000", "data": data});
+    let invalid = [
         ("/api/v1/stop-order", json!({"code": "200000"})),
-        ("/api/v3/oco/orders", taken(json!({"total": 0}))),
-        ("/api/v1/stopOrders", taken(json!("maintenance"))),
+        ("/api/v3/oco/orders", ok_answer(json!({"total": 0}))),
+        ("/api/v1/stopOrders", ok_answer(json!("maintenance"))),
         (
             "/api/ua/v2/unified/order/open-list",
-            taken(
+            ok_answer(
                 json!({"items": [{"symbol": "BTC\u{1b}[2J"}, {"side": "BUY"}, {"symbol": "ETH-USDT"}], "totalPage": 1}),
             ),
         ),
         (
             "/api/v1/hf/orders/active/symbols",
-            taken(json!({"symbols": ["BTC\u{1b}[2J", "", 7, "ETH-USDT"]})),
+            ok_answer(json!({"symbols": ["BTC\u{1b}[2J", "", 7, "ETH-USDT"]})),
         ),
     ];
-    for (path, body) in odd {
+    for (path, body) in invalid {
         lab.kucoin.fault(answers(path, body));
     }
     let cancelled = cancel_all(&lab).await;
     for scope in [Scope::SpotMargin, Scope::Futures, Scope::Unified] {
         assert_eq!(of(&cancelled, "main", scope).still_open, None, "{scope:?}");
     }
-    let expected = "not known: unexpected answer to the list request";
+    let expected = "unknown: unexpected answer to the list request";
     for (scope, question) in [
         (Scope::SpotMargin, "GET /api/v1/stop-order tradeType=TRADE"),
         (Scope::SpotMargin, "GET /api/v3/oco/orders"),
@@ -457,22 +459,22 @@ async fn an_answer_that_is_no_list_does_not_say_that_nothing_is_open() {
             "GET /api/ua/v2/unified/order/open-list tradeType=SPOT orderFilter=NORMAL",
         ),
     ] {
-        let told = said(&of(&cancelled, "main", scope), question);
-        assert_eq!(told, [(false, expected.to_owned())], "{question}");
+        let results = results_of(&of(&cancelled, "main", scope), question);
+        assert_eq!(results, [(false, expected.to_owned())], "{question}");
     }
-    // What could be read of a list is cancelled.
-    let asked = said(
+    // Orders in the readable part of a list are cancelled.
+    let cancels = results_of(
         &of(&cancelled, "main", Scope::Unified),
         "POST /api/ua/v2/unified/order/cancel-all tradeType=SPOT orderFilter=NORMAL symbol=ETH-USDT",
     );
-    assert!(matches!(&asked[..], [(true, _)]), "{asked:?}");
-    let mut probes = cancelled.iter().flat_map(|one| &one.probes);
-    assert!(!probes.any(|probe| probe.question.contains('\u{1b}')));
+    assert!(matches!(&cancels[..], [(true, _)]), "{cancels:?}");
+    let mut probes = cancelled.iter().flat_map(|one| &one.requests);
+    assert!(!probes.any(|probe| probe.request.contains('\u{1b}')));
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn a_key_without_a_permission_is_no_failure_of_the_rest() {
+async fn cancel_all_skips_requests_that_the_key_lacks_permission_for() {
     let mut lab = Lab::with(settings()).await;
     let mut bot = lab.patient_bot("maker").await;
     for number in [0, 1, 4] {
@@ -489,9 +491,9 @@ async fn a_key_without_a_permission_is_no_failure_of_the_rest() {
     let words: Vec<_> = shown.stdout.split_whitespace().collect();
     let text = words.join(" ");
     for part in [
-        "main in spot-margin: none open",
-        "main in futures: none open",
-        "warning GET /api/v3/hf/margin/orders/active tradeType=MARGIN_TRADE: skipped: key lacks permission: 400007",
+        "main in spot-margin: no open orders",
+        "main in futures: no open orders",
+        "warning GET /api/v3/hf/margin/orders/active tradeType=MARGIN_TRADE: skipped: not available to this key: 400007",
     ] {
         assert!(text.contains(part), "{part} is not in {text}");
     }
@@ -504,7 +506,7 @@ fn account_of(request: &ReceivedRequest) -> Option<&str> {
 }
 
 #[tokio::test]
-async fn an_exchange_that_says_too_many_is_waited_for() {
+async fn cancel_all_waits_when_the_exchange_limits_its_rate() {
     let mut limits = Limits::none();
     limits.pools.insert("Spot".to_owned(), 60);
     limits.window_ms = 1500;
@@ -525,42 +527,45 @@ async fn an_exchange_that_says_too_many_is_waited_for() {
     }
     assert!(open(&lab.kucoin).is_empty());
     let received = lab.kucoin.received().split_off(from);
-    let told = received.iter().find(|request| request.fault).unwrap();
+    let limited = received.iter().find(|request| request.fault).unwrap();
     let again = received.iter().find(|request| {
         !request.fault
-            && request.target == told.target
-            && request.method == told.method
-            && account_of(request) == account_of(told)
+            && request.target == limited.target
+            && request.method == limited.method
+            && account_of(request) == account_of(limited)
     });
-    let waited_ms = again.unwrap().at_ms - told.at_ms;
+    let waited_ms = again.unwrap().at_ms - limited.at_ms;
     assert!(
         waited_ms >= 1700,
-        "it was told to wait, and waited {waited_ms} ms"
+        "waited only {waited_ms} ms instead of 1700 ms"
     );
     let refused: BTreeSet<_> = received
         .iter()
         .filter(|request| request.code() == Some("429000"))
         .map(|request| request.uid)
         .collect();
-    assert!(refused.len() >= 2, "nobody was told to wait: {refused:?}");
+    assert!(
+        refused.len() >= 2,
+        "too few accounts were rate-limited: {refused:?}"
+    );
     lab.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_wait_that_no_clock_can_hold_ends_no_halt() {
+async fn cancel_all_survives_a_retry_after_too_large_for_the_clock() {
     let exchange = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = exchange.local_addr().unwrap();
-    let asked = Arc::new(AtomicBool::new(false));
-    let is_asked = Arc::clone(&asked);
+    let was_requested = Arc::new(AtomicBool::new(false));
+    let set_requested = Arc::clone(&was_requested);
     tokio::spawn(async move {
         loop {
             let (mut stream, _) = exchange.accept().await.unwrap();
-            let is_asked = Arc::clone(&is_asked);
+            let set_requested = Arc::clone(&set_requested);
             tokio::spawn(async move {
                 let mut head = [0; 4096];
                 let length = stream.read(&mut head).await.unwrap_or_default();
                 if head[..length].starts_with(b"DELETE ") {
-                    is_asked.store(true, Ordering::Relaxed);
+                    set_requested.store(true, Ordering::Relaxed);
                 }
                 let answer = format!(
                     "HTTP/1.1 429 Too Many Requests\r\nretry-after: {}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",
@@ -576,14 +581,14 @@ async fn a_wait_that_no_clock_can_hold_ends_no_halt() {
         ..settings()
     })
     .await;
-    lab.until_keys().await;
+    lab.until_keys_loaded().await;
     let mut admin = lab.admin_client("bert").await;
     let resumed = async {
         until("a cancellation has been sent", async || {
-            asked.load(Ordering::Relaxed)
+            was_requested.load(Ordering::Relaxed)
         })
         .await;
-        // So that it does not try for as long as it may.
+        // Otherwise the broker would try until its time limit.
         let all = ResumeRequest {
             account: String::new(),
             all: true,
@@ -597,7 +602,7 @@ async fn a_wait_that_no_clock_can_hold_ends_no_halt() {
 }
 
 #[tokio::test]
-async fn a_key_that_is_gone_is_told_and_other_accounts_go_on() {
+async fn cancel_all_reports_a_deleted_key_and_continues_with_other_accounts() {
     let mut lab = Lab::with(settings()).await;
     place_each_kind(&lab, &["main", "other"]).await;
     lab.vault.delete_latest("kv", &kv_path("main", "main"));
@@ -616,9 +621,9 @@ async fn a_key_that_is_gone_is_told_and_other_accounts_go_on() {
         );
     }
     let main = of(&cancelled, "main", Scope::Futures);
-    assert_eq!(main.probes.len(), 1, "{main:?}");
+    assert_eq!(main.requests.len(), 1, "{main:?}");
     assert!(
-        main.probes[0].answer.contains("is not available"),
+        main.requests[0].result.contains("is not available"),
         "{main:?}"
     );
     let of_main = lab
@@ -633,20 +638,20 @@ async fn a_key_that_is_gone_is_told_and_other_accounts_go_on() {
 }
 
 #[tokio::test]
-async fn orders_are_cancelled_whatever_else_is_wrong() {
+async fn cancel_all_works_without_audit_log_vault_and_verified_egress_address() {
     let mut lab = Lab::with(settings()).await;
-    // What is withdrawn without a record is in the log alone.
-    lab.is_checked = false;
+    // Unaudited cancels appear only in the log.
+    lab.is_audit_checked = false;
     place_each_kind(&lab, &["main", "other"]).await;
     lab.stop().await;
-    // No record, the wrong address, a Vault that has been silent for an hour, and a time that nobody knows.
+    // No audit log, a wrong egress address, and a Vault that has been sealed for an hour.
     lab.reconfigure(
         "[egress]\n",
         "[audit]\nfile = \"/dev/full\"\n[egress]\nexpected_ip = \"127.0.0.3\"\n",
     );
     let time = Time::new(0);
     lab.start_broker_on(time.clock()).await;
-    lab.until_keys().await;
+    lab.until_keys_loaded().await;
     lab.vault.seal();
     time.pass(&lab, HOUR).await;
     let mut bot = lab.patient_bot("maker").await;
@@ -655,7 +660,7 @@ async fn orders_are_cancelled_whatever_else_is_wrong() {
         "EGRESS_MISMATCH"
     );
     let (_, text) = lab.get("/readyz").await;
-    for part in ["audit: ", "egress: ", "Vault last confirmed it"] {
+    for part in ["audit: ", "egress: ", "Vault last confirmed the key"] {
         assert!(text.contains(part), "{part} is not in {text}");
     }
     let cancelled = cancel_all(&lab).await;
@@ -668,7 +673,7 @@ async fn orders_are_cancelled_whatever_else_is_wrong() {
 }
 
 #[tokio::test]
-async fn one_account_is_halted_alone() {
+async fn halt_of_one_account_leaves_the_others_running() {
     let mut lab = Lab::with(Settings {
         kucoin: KucoinSettings {
             limits: Limits::none(),
@@ -690,7 +695,7 @@ async fn one_account_is_halted_alone() {
     assert_eq!(
         open(&lab.kucoin).len(),
         2 * kinds().len(),
-        "nobody asked for that"
+        "a halt without --cancel-all must not cancel orders"
     );
     let halted = lab
         .admin_cli("anna", &["halt", "main", "--cancel-all"])
@@ -704,16 +709,16 @@ async fn one_account_is_halted_alone() {
         "ACCOUNT_FROZEN"
     );
     placed(&mut bot, order("other", 0, "goes-on")).await;
-    // A halt of all is not undone by one account's resume.
+    // Resuming one account does not lift a halt of all accounts.
     assert_eq!(
         lab.admin_cli("anna", &["halt", "--all"]).await.code,
         Some(0)
     );
     let resumed = lab.admin_cli("anna", &["resume", "main"]).await;
     assert!(
-        resumed
-            .stdout
-            .contains("but: all accounts are still halted: `credbroker resume --all` lifts it."),
+        resumed.stdout.contains(
+            "but: all accounts are still halted; run `credbroker resume --all` to lift that"
+        ),
         "{resumed:?}"
     );
     assert_eq!(
@@ -731,11 +736,11 @@ async fn one_account_is_halted_alone() {
 }
 
 #[tokio::test]
-async fn a_full_disk_keeps_nobody_from_withdrawing_orders_and_is_told() {
+async fn cancel_all_works_when_restrictions_json_cannot_be_written() {
     let mut lab = Lab::with(settings()).await;
     place_each_kind(&lab, &["main"]).await;
-    let in_the_way = lab.path("state/restrictions.json.new");
-    std::fs::create_dir(&in_the_way).unwrap();
+    let obstacle = lab.path("state/restrictions.json.new");
+    std::fs::create_dir(&obstacle).unwrap();
     let halted = lab
         .admin_cli("anna", &["halt", "--all", "--cancel-all"])
         .await;
@@ -751,11 +756,11 @@ async fn a_full_disk_keeps_nobody_from_withdrawing_orders_and_is_told() {
         .collect::<Vec<_>>()
         .join(" ");
     assert!(
-        text.contains("failed: it is in force, but not on disk, and a restart would lift it"),
+        text.contains("failed: the change is in effect but not saved, and a restart would undo it"),
         "{text}"
     );
     assert!(open(&lab.kucoin).is_empty());
-    std::fs::remove_dir(in_the_way).unwrap();
+    std::fs::remove_dir(obstacle).unwrap();
     let halted = lab
         .admin_cli("anna", &["halt", "--all", "--cancel-all"])
         .await;

@@ -1,4 +1,4 @@
-//! An installation with its broker and any bots.
+//! A test installation: the broker, its simulators, and any number of bots.
 
 use std::collections::BTreeMap;
 use std::fs::Permissions;
@@ -25,7 +25,7 @@ use credbroker::proto::{Method, QueryParameter, Scope, SignAndSendRequest, SignA
 use credbroker::server::Server;
 use credbroker_sim::installation::{Installation, Settings, TOKEN_FILE, grant};
 use credbroker_sim::pki::Identity;
-use credbroker_sim::road::Road;
+use credbroker_sim::proxy::Proxy;
 use http_body::Body;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::pki_types::pem::PemObject;
@@ -43,41 +43,41 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
-/// No wait of a test is longer; each ends as soon as its condition holds.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+/// The longest that a test waits for a condition; a wait ends as soon as its condition holds.
+pub(crate) const WAIT_LIMIT: Duration = Duration::from_secs(20);
 
-/// An installation with its broker.
+/// A broker, its simulators, and its files.
 pub(crate) struct Lab {
     installation: Installation,
     pub(crate) server: Option<Server>,
     pub(crate) process: Option<Process>,
-    /// Where bots call.
+    /// Address of the bots' listener.
     pub(crate) grpc: SocketAddr,
-    /// Where health and metrics are asked for.
+    /// Address of the listener for health and metrics.
     pub(crate) ops: SocketAddr,
-    /// Where admins call.
+    /// Address of the admin listener.
     pub(crate) admin: SocketAddr,
-    /// Whether what the exchange has received is compared with the audit file in the end.
-    pub(crate) is_checked: bool,
+    /// Whether the requests that the exchange received are compared with the audit log at the end.
+    pub(crate) is_audit_checked: bool,
 }
 
-/// What a command has come to.
+/// Exit code and output of a command.
 #[derive(Debug)]
-pub(crate) struct Ended {
+pub(crate) struct CommandOutput {
     pub(crate) code: Option<i32>,
     pub(crate) stdout: String,
     pub(crate) stderr: String,
 }
 
-impl Ended {
-    /// What it said on stderr, in one line: lines end where a terminal does.
-    pub(crate) fn said(&self) -> String {
+impl CommandOutput {
+    /// Its stderr as one line, since the command wraps lines at the width of a terminal.
+    pub(crate) fn stderr_line(&self) -> String {
         in_one_line(&self.stderr)
     }
 }
 
-/// Runs the real program to its end.
-pub(crate) async fn program(words: &[&str], input: impl AsRef<[u8]>) -> Ended {
+/// Runs the real program until it exits.
+pub(crate) async fn program(words: &[&str], input: impl AsRef<[u8]>) -> CommandOutput {
     let mut command = Command::new(env!("CARGO_BIN_EXE_credbroker"));
     command
         .args(words)
@@ -85,23 +85,23 @@ pub(crate) async fn program(words: &[&str], input: impl AsRef<[u8]>) -> Ended {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
     let input = input.as_ref().to_owned();
-    // Not on this thread: the broker may run on it.
+    // Not on this thread: the broker may be running on it.
     let run = move || {
         let mut child = command.spawn().unwrap();
-        // A program that has ended already reads nothing.
+        // Fails if the program has already exited.
         let _ = child.stdin.take().unwrap().write_all(&input);
         child.wait_with_output().unwrap()
     };
     let output = tokio::task::spawn_blocking(run).await.unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
-    Ended {
+    CommandOutput {
         code: output.status.code(),
         stdout: text(output.stdout),
         stderr: text(output.stderr),
     }
 }
 
-/// A text without its line ends and indents.
+/// A text with its line breaks and indents replaced by single spaces.
 pub(crate) fn in_one_line(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
@@ -125,18 +125,18 @@ impl Lab {
         lab
     }
 
-    /// The simulators run and the broker's files are written; the broker itself has not started.
+    /// Starts the simulators and writes the broker's files, but does not start the broker.
     pub(crate) async fn install(settings: Settings) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
+        let unset = SocketAddr::from(([127, 0, 0, 1], 0));
         Self {
             installation: Installation::start(settings, folder).await.unwrap(),
             server: None,
             process: None,
-            grpc: nowhere,
-            ops: nowhere,
-            admin: nowhere,
-            is_checked: true,
+            grpc: unset,
+            ops: unset,
+            admin: unset,
+            is_audit_checked: true,
         }
     }
 
@@ -145,8 +145,8 @@ impl Lab {
         Config::parse(&text, self.folder.path()).unwrap()
     }
 
-    pub(crate) fn road(&self) -> &Road {
-        self.road.as_ref().unwrap()
+    pub(crate) fn proxy(&self) -> &Proxy {
+        self.proxy.as_ref().unwrap()
     }
 
     pub(crate) async fn start_broker(&mut self) {
@@ -162,16 +162,16 @@ impl Lab {
         self.server = Some(server);
     }
 
-    /// Starts the real program.
+    /// Starts the broker as the real program.
     pub(crate) async fn spawn_broker(&mut self) {
         self.spawn_broker_under(&[]).await;
     }
 
-    /// The same, started by a command such as `prlimit` that becomes it.
+    /// The same, started by a command such as `prlimit` that executes it in its own process.
     pub(crate) async fn spawn_broker_under(&mut self, command: &[&str]) {
         let process = Process::start(command, &self.path("config.toml"));
         let listening = process.log_line_with("listening").await;
-        // In either format of the log.
+        // The log is JSON or text.
         let address = |name: &str| -> Option<SocketAddr> {
             let (json, text) = (format!("\"{name}\":\""), format!(" {name}="));
             let (_, rest) = listening
@@ -188,10 +188,10 @@ impl Lab {
         self.process.as_mut().unwrap()
     }
 
-    /// Stops the broker and returns how many calls it left unresolved; checks the record on the way.
+    /// Stops the broker, checks the audit log, and returns how many calls were left unresolved.
     pub(crate) async fn stop(&mut self) -> u64 {
         let unresolved = self.server.take().unwrap().stop().await;
-        self.check_record();
+        self.check_audit_log();
         unresolved
     }
 
@@ -202,9 +202,9 @@ impl Lab {
         .await;
     }
 
-    /// Waits until nothing is wrong but that the audit log cannot be written.
-    pub(crate) async fn until_only_the_record_fails(&self) {
-        until("nothing is wrong but the record", async || {
+    /// Waits until the only problem is that the audit log cannot be written.
+    pub(crate) async fn until_only_the_audit_log_fails(&self) {
+        until("only the audit log fails", async || {
             let (status, text) = self.get("/readyz").await;
             let lines: Vec<_> = text.lines().collect();
             status == 503
@@ -213,16 +213,16 @@ impl Lab {
         .await;
     }
 
-    /// Waits until the keys are in memory, where the exchange cannot be reached and the broker is never ready.
-    pub(crate) async fn until_keys(&self) {
-        until("the keys are in memory", async || {
+    /// Waits until the keys are loaded; for tests in which the broker never becomes ready.
+    pub(crate) async fn until_keys_loaded(&self) {
+        until("the keys are loaded", async || {
             let text = self.get("/readyz?verbose").await.1;
             text.contains(" loaded") && !text.contains("waiting for Vault")
         })
         .await;
     }
 
-    /// A bot with its own certificate, connected.
+    /// A connected bot with a certificate of its own.
     pub(crate) async fn bot(&self, name: &str) -> Bot {
         self.bot_with(&self.ca.bot(name).unwrap()).await
     }
@@ -234,7 +234,7 @@ impl Lab {
         }
     }
 
-    /// A bot that leaves all deadlines to the broker: its own library would give up on a busy machine, and hide the answer.
+    /// A bot without deadlines of its own: on a busy machine its library would give up first and hide the broker's answer.
     pub(crate) async fn patient_bot(&self, name: &str) -> Bot<Patient> {
         self.patient_bot_with(&self.ca.bot(name).unwrap()).await
     }
@@ -243,7 +243,7 @@ impl Lab {
         Bot::over(self.patient(identity).await)
     }
 
-    /// An admin with a certificate of his own, connected.
+    /// A connected admin with a certificate of this name.
     pub(crate) async fn admin_client(&self, name: &str) -> AdminClient<Patient> {
         let identity = self.ca.admin(name).unwrap();
         let roots = [self.ca.certificate_pem().to_owned()];
@@ -252,12 +252,12 @@ impl Lab {
     }
 
     /// Runs the real program as an admin of this name.
-    pub(crate) async fn admin_cli(&self, name: &str, words: &[&str]) -> Ended {
+    pub(crate) async fn admin_cli(&self, name: &str, words: &[&str]) -> CommandOutput {
         self.write_admin_files(&self.ca.admin(name).unwrap());
         self.cli(words, "").await
     }
 
-    /// `admin.toml`, and the files that it names.
+    /// Writes `admin.toml` and the files that it names.
     pub(crate) fn write_admin_files(&self, identity: &Identity) {
         let ca = "admin-broker-ca.pem";
         self.write(ca, self.ca.certificate_pem()).unwrap();
@@ -266,8 +266,8 @@ impl Lab {
         self.write_admin(identity, self.admin, ca, &vault).unwrap();
     }
 
-    /// Runs the real program, with this installation's `admin.toml`; `input` is what its stdin says.
-    pub(crate) async fn cli(&self, words: &[&str], input: impl AsRef<[u8]>) -> Ended {
+    /// Runs the real program with this installation's `admin.toml` and with `input` on its stdin.
+    pub(crate) async fn cli(&self, words: &[&str], input: impl AsRef<[u8]>) -> CommandOutput {
         let file = self.path("admin.toml");
         program(
             &[words, &["--admin", file.to_str().unwrap()]].concat(),
@@ -276,24 +276,24 @@ impl Lab {
         .await
     }
 
-    /// The same with its `config.toml`, and nothing on stdin.
-    pub(crate) async fn run(&self, words: &[&str]) -> Ended {
+    /// Runs the real program with this installation's `config.toml` and an empty stdin.
+    pub(crate) async fn run(&self, words: &[&str]) -> CommandOutput {
         let file = self.path("config.toml");
         program(&[words, &["--config", file.to_str().unwrap()]].concat(), "").await
     }
 
-    /// A connection for requests that no bot's library would send.
+    /// A connection for raw requests that a gRPC library would not send.
     pub(crate) async fn patient(&self, identity: &Identity) -> Patient {
         let roots = [self.ca.certificate_pem().to_owned()];
         patient(self.grpc, &roots, identity).await.unwrap()
     }
 
-    /// A connection over which nothing has been said yet.
+    /// A TLS connection on which nothing has been sent yet.
     pub(crate) async fn tls(&self, identity: &Identity) -> io::Result<TlsStream<TcpStream>> {
         tls(self.grpc, &self.client_tls(identity)).await
     }
 
-    /// What a bot with this certificate shakes hands with.
+    /// The TLS settings of a bot with this certificate.
     pub(crate) fn client_tls(&self, identity: &Identity) -> TlsConnector {
         client_tls(&[self.ca.certificate_pem().to_owned()], identity)
     }
@@ -312,14 +312,14 @@ impl Lab {
             .unwrap()
     }
 
-    /// Status and body of a GET on the ops listener.
+    /// Sends a GET to the ops listener and returns status and body.
     pub(crate) async fn get(&self, path: &str) -> (u16, String) {
         let answer = http(&self.ops.to_string(), &format!("GET {path}"), "", "").await;
         let (status, _, body) = answer.unwrap();
         (status, body)
     }
 
-    /// A metric by its name and labels as they stand in the text; `None` while it has no value.
+    /// The value of a metric, by its name and labels as `/metrics` shows them; `None` if it is missing.
     pub(crate) async fn metric(&self, name: &str) -> Option<f64> {
         let (_, text) = self.get("/metrics").await;
         let name = format!("{} ", name.trim_start_matches("credbroker_"));
@@ -334,34 +334,35 @@ impl Lab {
         )
     }
 
-    /// Changes the text of the configuration file, before a broker starts with it.
+    /// Replaces text in the configuration file before a broker starts with it.
     pub(crate) fn reconfigure(&self, from: &str, to: &str) {
         let text = std::fs::read_to_string(self.path("config.toml")).unwrap();
         assert!(text.contains(from), "{text}");
         std::fs::write(self.path("config.toml"), text.replace(from, to)).unwrap();
     }
 
-    /// Every line of the audit file that belongs to a call of a bot.
+    /// Every audit line about a call of a bot.
     pub(crate) fn audit(&self) -> Vec<Value> {
         let mut lines = self.audit_file();
         lines.retain(|line| line["bot"].is_string());
         lines
     }
 
-    /// Every line of the audit file about what an admin did, or what became of a key.
+    /// Every `act` line of the audit log: actions of admins, and events of keys.
     pub(crate) fn acts(&self) -> Vec<Value> {
         let mut lines = self.audit_file();
         lines.retain(|line| line["event"] == "act");
         lines
     }
 
-    /// Every line of the audit file about a change of rules or certificates, but those of a start.
+    /// Every audit line about a change of rules or certificates, except those written at a start.
     pub(crate) fn changes(&self) -> Vec<Value> {
         let mut lines = self.audit_file();
-        lines.retain(|line| line["event"] == "change" && line["outcome"] != "in_force");
+        lines.retain(|line| line["event"] == "change" && line["outcome"] != "loaded");
         lines
     }
 
+    /// Every line of the audit log.
     pub(crate) fn audit_file(&self) -> Vec<Value> {
         let text = std::fs::read_to_string(self.path("state/audit.jsonl")).unwrap();
         text.lines()
@@ -369,17 +370,17 @@ impl Lab {
             .collect()
     }
 
-    /// The lines of one call, by its request id.
+    /// The audit lines of one call, by its request id.
     pub(crate) fn audit_of(&self, request_id: &str) -> Vec<Value> {
         let mut lines = self.audit();
         lines.retain(|line| line["request_id"] == request_id);
         lines
     }
 
-    /// Every call on record has exactly one outcome, and the exchange received nothing beyond the record.
-    pub(crate) fn check_record(&self) {
+    /// Checks that every audited call has exactly one outcome, and that the exchange received no unaudited request.
+    pub(crate) fn check_audit_log(&self) {
         let mut calls: BTreeMap<(String, u64), (usize, usize)> = BTreeMap::new();
-        for line in self.calls_on_record() {
+        for line in self.audited_calls() {
             let call = (
                 line["run"].as_str().unwrap().to_owned(),
                 line["call"].as_u64().unwrap(),
@@ -401,24 +402,25 @@ impl Lab {
         self.check_sent();
     }
 
-    /// Each request that the exchange received has an intent of its own on record, with the same method, target and body.
+    /// Checks that each request that the exchange received has an intent line of its own with the same method, target and
+    /// body.
     pub(crate) fn check_sent(&self) {
-        if !self.is_checked {
+        if !self.is_audit_checked {
             return;
         }
-        let mut intents: BTreeMap<Same, usize> = BTreeMap::new();
-        for line in self.calls_on_record() {
+        let mut intents: BTreeMap<RequestKey, usize> = BTreeMap::new();
+        for line in self.audited_calls() {
             if line["event"] == "intent" {
                 let text = |field: &str| line[field].as_str().unwrap().to_owned();
-                let same = (text("method"), text("target"), text("body_sha256"));
-                *intents.entry(same).or_default() += 1;
+                let key = (text("method"), text("target"), text("body_sha256"));
+                *intents.entry(key).or_default() += 1;
             }
         }
-        // What the broker asks of its own for time and address alone is not on record.
+        // The broker's own requests for the time and its address are not audited.
         let is_public = |path: &str| matches!(path, "/api/v1/timestamp" | "/api/v1/my-ip");
-        let mut received: BTreeMap<Same, (bool, usize)> = BTreeMap::new();
+        let mut received: BTreeMap<RequestKey, (bool, usize)> = BTreeMap::new();
         for request in self.kucoin.everything_received() {
-            if request.is_own_question() && is_public(request.path()) {
+            if request.is_internal() && is_public(request.path()) {
                 continue;
             }
             let body = Sha256::digest(&request.body);
@@ -428,7 +430,7 @@ impl Lab {
             let count = received
                 .entry((request.method.clone(), request.target.clone(), body))
                 .or_default();
-            // What was refused for its time or its key goes once more, without another intent.
+            // A request rejected for its timestamp or key is sent once more, without another intent.
             let was_refused = request
                 .code()
                 .is_some_and(|code| ("400002"..="400009").contains(&code));
@@ -436,20 +438,20 @@ impl Lab {
             let id = request.endpoint.as_deref().unwrap_or_default();
             count.0 = Catalog::get().by_id(id).is_some_and(|e| e.idempotent);
         }
-        for (same, (is_idempotent, count)) in received {
-            // What is idempotent goes once more when its answer is lost, by whatever.
+        for (key, (is_idempotent, count)) in received {
+            // An idempotent request is sent once more when its answer is lost.
             let times = if is_idempotent { 2 } else { 1 };
-            let intents = intents.get(&same).copied().unwrap_or_default();
+            let intents = intents.get(&key).copied().unwrap_or_default();
             assert!(
                 intents > 0 && times * intents >= count,
-                "{same:?}: received {count} times, {intents} intents"
+                "{key:?}: received {count} times, {intents} intents"
             );
         }
     }
 
-    /// The lines about calls, of the audit file and of those that it was renamed to. What was cut off tells nothing: what
-    /// increases risk is not sent unless its line is whole.
-    fn calls_on_record(&self) -> Vec<Value> {
+    /// The lines about calls, from the audit log and the files that it was renamed to. Torn lines are ignored: no
+    /// risk-increasing request is sent unless its line is complete.
+    fn audited_calls(&self) -> Vec<Value> {
         let mut lines = Vec::new();
         for entry in std::fs::read_dir(self.path("state")).into_iter().flatten() {
             let path = entry.unwrap().path();
@@ -467,8 +469,8 @@ impl Lab {
     }
 }
 
-/// Requests that the audit file cannot tell apart: method, target, and digest of the body.
-type Same = (String, String, String);
+/// Identifies a request in the audit log: method, target, and digest of the body.
+type RequestKey = (String, String, String);
 
 impl Deref for Lab {
     type Target = Installation;
@@ -486,18 +488,18 @@ impl Drop for Lab {
     }
 }
 
-/// Time that passes without anybody waiting for it, for a broker in this process and its exchange.
+/// A clock that a test can advance, for a broker in this process and its exchange.
 pub(crate) struct Time {
     since: std::time::Instant,
     skipped: Arc<Mutex<Duration>>,
-    /// How far the exchange's clock has been set ahead besides, in milliseconds.
+    /// How far the exchange's clock is set ahead in addition to skipped time, in milliseconds.
     ahead_ms: AtomicI64,
-    /// How far the system clock of the broker has been set ahead, in milliseconds.
+    /// How far the broker's system clock is set ahead, in milliseconds.
     system_ms: Arc<AtomicI64>,
 }
 
 impl Time {
-    /// The exchange's clock is so many milliseconds ahead of this machine's.
+    /// `ahead_ms`: how far the exchange's clock is ahead of this machine's.
     pub(crate) fn new(ahead_ms: i64) -> Self {
         Self {
             since: std::time::Instant::now(),
@@ -507,7 +509,7 @@ impl Time {
         }
     }
 
-    /// The clock to start the broker with.
+    /// The clock for the broker.
     pub(crate) fn clock(&self) -> Clock {
         let (since, skipped) = (self.since, Arc::clone(&self.skipped));
         let (system, system_ms) = (Clock::system(), Arc::clone(&self.system_ms));
@@ -518,39 +520,39 @@ impl Time {
         })
     }
 
-    /// How much time has passed since this clock was made, skipped time included.
+    /// The time since this clock was created, including skipped time.
     pub(crate) fn passed(&self) -> Duration {
         self.since.elapsed() + *self.skipped.lock().unwrap()
     }
 
-    /// The system clock of the broker's machine, and no other, is set ahead by so many milliseconds.
+    /// Sets only the broker's system clock ahead.
     pub(crate) fn step_system(&self, by_ms: i64) {
         self.system_ms.fetch_add(by_ms, Ordering::Relaxed);
     }
 
-    /// The broker's machine sleeps: the world goes on, and no timer does.
+    /// Suspends the broker's machine: clocks advance, but timers do not.
     pub(crate) fn sleep(&self, lab: &Lab, time: Duration) {
         *self.skipped.lock().unwrap() += time;
         self.set_exchange(lab);
     }
 
-    /// Time passes, and every timer goes on; a call that is in flight runs into its limits.
+    /// Advances clocks and timers; a call in flight may reach its timeouts.
     pub(crate) async fn pass(&self, lab: &Lab, time: Duration) {
         self.sleep(lab, time);
-        // What waits a moment before it begins its long wait gets to begin it.
+        // Tasks with a short delay before their long wait can start that wait.
         let first = time.min(Duration::from_secs(1));
         for step in [first, time.saturating_sub(first)] {
             tokio::time::pause();
             tokio::time::advance(step).await;
             tokio::time::resume();
-            // Round trips, in which what the timers have set off comes to its end too.
+            // Round trips, during which the work that the timers have started finishes.
             for _ in 0..5 {
                 lab.get("/healthz").await;
             }
         }
     }
 
-    /// The exchange's clock, and no other, is set ahead by so many milliseconds.
+    /// Sets only the exchange's clock ahead.
     pub(crate) fn jump(&self, lab: &Lab, by_ms: i64) {
         self.ahead_ms.fetch_add(by_ms, Ordering::Relaxed);
         self.set_exchange(lab);
@@ -563,7 +565,7 @@ impl Time {
     }
 }
 
-/// The real program, killed when this drops.
+/// The real program; dropping this kills it.
 pub(crate) struct Process {
     child: Child,
     log: Arc<Mutex<String>>,
@@ -584,13 +586,13 @@ impl Process {
         let log = Arc::new(Mutex::new(String::new()));
         let (stderr, sink) = (child.stderr.take().unwrap(), Arc::clone(&log));
         let is_read = Arc::new(AtomicBool::new(true));
-        let goes_on = Arc::clone(&is_read);
+        let keep_reading = Arc::clone(&is_read);
         std::thread::spawn(move || {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
                 let mut log = sink.lock().unwrap();
                 log.push_str(&line);
                 log.push('\n');
-                if !goes_on.load(Ordering::Relaxed) {
+                if !keep_reading.load(Ordering::Relaxed) {
                     break;
                 }
             }
@@ -602,7 +604,7 @@ impl Process {
         }
     }
 
-    /// Reads one more line and then closes the pipe, as a log collector that dies.
+    /// Reads one more line and then closes the pipe, like a log collector that crashes.
     pub(crate) fn close_log(&self) {
         self.is_read.store(false, Ordering::Relaxed);
     }
@@ -612,7 +614,7 @@ impl Process {
         self.log.lock().unwrap().clone()
     }
 
-    /// The first log line that holds this text, once it is there.
+    /// Waits for a log line that contains this text, and returns the first one.
     pub(crate) async fn log_line_with(&self, text: &str) -> String {
         let find = || {
             self.log()
@@ -620,11 +622,14 @@ impl Process {
                 .find(|line| line.contains(text))
                 .map(ToOwned::to_owned)
         };
-        until(&format!("the log says {text:?}"), async || find().is_some()).await;
+        until(&format!("the log contains {text:?}"), async || {
+            find().is_some()
+        })
+        .await;
         find().unwrap()
     }
 
-    /// The first log line with this message, once it is there.
+    /// Waits for a log line with this message, and returns the first one.
     pub(crate) async fn log_line(&self, message: &str) -> Value {
         let find = || {
             let log = self.log();
@@ -633,9 +638,10 @@ impl Process {
                 .filter_map(|line| serde_json::from_str::<Value>(line).ok());
             lines.find(|line| line["message"] == message)
         };
-        until(&format!("the log says {message:?}"), async || {
-            find().is_some()
-        })
+        until(
+            &format!("the log contains message {message:?}"),
+            async || find().is_some(),
+        )
         .await;
         find().unwrap()
     }
@@ -658,12 +664,12 @@ impl Process {
         assert!(sent.unwrap().success());
     }
 
-    /// The exit code, once it has ended.
+    /// Waits until it exits, and returns the exit code.
     pub(crate) async fn exit_code(&mut self) -> Option<i32> {
         let child = std::cell::RefCell::new(&mut self.child);
-        let ended = || child.borrow_mut().try_wait().unwrap();
-        until("the broker ends", async || ended().is_some()).await;
-        ended().unwrap().code()
+        let exit_status = || child.borrow_mut().try_wait().unwrap();
+        until("the broker exits", async || exit_status().is_some()).await;
+        exit_status().unwrap().code()
     }
 }
 
@@ -674,12 +680,12 @@ impl Drop for Process {
     }
 }
 
-/// One HTTP/2 connection that knows no deadline: `grpc-timeout` goes out, and only the broker acts on it.
+/// An HTTP/2 connection without client-side deadlines: it sends `grpc-timeout`, and only the broker enforces it.
 #[derive(Clone)]
 pub(crate) struct Patient(hyper::client::conn::http2::SendRequest<tonic::body::Body>);
 
 impl Patient {
-    /// Whether it takes calls, as far as this end knows.
+    /// Whether the connection is open, as far as the client can tell.
     pub(crate) fn is_open(&self) -> bool {
         !self.0.is_closed()
     }
@@ -699,7 +705,7 @@ impl Service<http::Request<tonic::body::Body>> for Patient {
     }
 }
 
-/// What a client with this certificate shakes hands with.
+/// The TLS settings of a client with this certificate.
 fn client_tls(roots: &[String], identity: &Identity) -> TlsConnector {
     let mut trusted = rustls::RootCertStore::empty();
     for root in roots {
@@ -724,7 +730,7 @@ fn client_tls(roots: &[String], identity: &Identity) -> TlsConnector {
     TlsConnector::from(Arc::new(tls))
 }
 
-/// Connects; `roots` are the CAs, as PEM, that it trusts. Fails when it is not let in.
+/// Connects and trusts the CAs in `roots` (PEM). Fails if the server rejects the connection.
 pub(crate) async fn patient(
     address: SocketAddr,
     roots: &[String],
@@ -739,7 +745,7 @@ pub(crate) async fn patient(
     Ok(Patient(sender))
 }
 
-/// An admin's calls over a connection.
+/// A client for admin calls over this connection.
 pub(crate) fn admin_over(connection: Patient) -> AdminClient<Patient> {
     AdminClient::with_origin(connection, "https://localhost".parse().unwrap())
 }
@@ -782,7 +788,7 @@ impl Bot<Patient> {
     }
 }
 
-/// A request of account `main`; the target may hold a query, which is decoded here.
+/// A request for account `main`; a query in the target becomes query parameters.
 pub(crate) fn request(
     scope: Scope,
     method: Method,
@@ -837,7 +843,7 @@ pub(crate) fn accounts() -> SignAndSendRequest {
     request(Scope::SpotMargin, Method::Get, "/api/v1/accounts", "")
 }
 
-/// What a failure says: code, reason, outcome, request id. Panics where our `ErrorInfo` is missing.
+/// Code, reason, outcome and request id of an error. Panics if its `ErrorInfo` is missing.
 pub(crate) fn failure(status: &Status) -> (Code, String, String, String) {
     let info = status
         .get_details_error_info()
@@ -862,25 +868,25 @@ pub(crate) fn json_of(response: &SignAndSendResponse) -> Value {
     serde_json::from_slice(&response.body).unwrap()
 }
 
-/// Cancels whatever rests: a call that is never refused for the broker's own troubles.
+/// Cancels all open spot orders: a call that the broker never refuses because of its own problems.
 pub(crate) fn spot_cancel_all() -> SignAndSendRequest {
     let target = "/api/v1/hf/orders?symbol=BTC-USDT";
     request(Scope::SpotMargin, Method::Delete, target, "")
 }
 
-/// Connects and shakes hands.
+/// Connects and completes the TLS handshake.
 pub(crate) async fn tls(
     address: SocketAddr,
     connector: &TlsConnector,
 ) -> io::Result<TlsStream<TcpStream>> {
     let stream = TcpStream::connect(address).await?;
-    // Without this each call waits 40 ms for an acknowledgement.
+    // Otherwise each call waits 40 ms for a delayed acknowledgement.
     stream.set_nodelay(true)?;
     let name = ServerName::try_from("localhost").unwrap();
     connector.connect(name, stream).await
 }
 
-/// Status, head and body of an answer in plain HTTP. `headers` are further lines of the request's head.
+/// Sends a plain HTTP request and returns status, head and body. `headers` are additional header lines.
 pub(crate) async fn http(
     authority: &str,
     request_line: &str,
@@ -900,29 +906,29 @@ pub(crate) async fn http(
     Ok((status, head.to_owned(), body.to_owned()))
 }
 
-/// Says something that a person must see even when the test passes: past libtest, which keeps what it captures.
-pub(crate) fn say(text: &str) {
+/// Prints a line even when the test passes: libtest captures `println!`, but not a direct write to stderr.
+pub(crate) fn print_always(text: &str) {
     let _ = writeln!(std::io::stderr(), "{text}");
 }
 
-/// Says that a test did not run, for want of what the machine has not. Fails where `CREDBROKER_REQUIRE`, a list such as
-/// `openssl,python`, names it: whoever has installed it wants the test.
-pub(crate) fn not_run(what: &str, missing: &str, why: &str) {
+/// Reports that a test did not run because the machine lacks `missing`. Fails if `CREDBROKER_REQUIRE`, a list such as
+/// `openssl,python`, names it.
+pub(crate) fn not_run(test: &str, missing: &str, reason: &str) {
     let required = std::env::var_os("CREDBROKER_REQUIRE").unwrap_or_default();
     let required = required.to_string_lossy();
     assert!(
         !required.split(',').any(|name| name.trim() == missing),
-        "{what}: not run ({why}), and CREDBROKER_REQUIRE names {missing}"
+        "{test}: not run ({reason}), and CREDBROKER_REQUIRE names {missing}"
     );
-    say(&format!("{what}: not run ({why})"));
+    print_always(&format!("{test}: not run ({reason})"));
 }
 
-/// Waits for a condition that nothing announces; fails when it does not come.
-pub(crate) async fn until<F: Future<Output = bool>>(what: &str, condition: impl Fn() -> F) {
-    let deadline = Instant::now() + PATIENCE;
+/// Polls until a condition holds; fails after [`WAIT_LIMIT`].
+pub(crate) async fn until<F: Future<Output = bool>>(event: &str, condition: impl Fn() -> F) {
+    let deadline = Instant::now() + WAIT_LIMIT;
     while !condition().await {
-        assert!(Instant::now() < deadline, "it did not happen: {what}");
-        // Only how often to look again: what the test waits for is the condition.
+        assert!(Instant::now() < deadline, "timed out waiting until {event}");
+        // Only the polling interval: the test waits for the condition.
         let _ = timeout(Duration::from_millis(10), std::future::pending::<()>()).await;
     }
 }
@@ -932,7 +938,7 @@ pub(crate) fn set_mode(file: &Path, mode: u32) {
     std::fs::set_permissions(file, Permissions::from_mode(mode)).unwrap();
 }
 
-/// Rules of one bot on one account: `(scope, allow)` pairs.
+/// Rules with grants for bot `maker` on account `main`, as `(scope, allow)` pairs.
 pub(crate) fn rules_for(account: &str, grants: &[(&str, &str)]) -> String {
     let grants = grants.iter();
     let grants = grants.map(|(scope, allow)| grant("maker", "main", scope, allow));

@@ -1,4 +1,4 @@
-//! Text that others chose (the exchange, Vault, bots, certificates, admins, files) in every output.
+//! Untrusted text (from the exchange, Vault, bots, certificates, admins, files) is sanitized in every output.
 
 use std::collections::BTreeMap;
 
@@ -17,18 +17,18 @@ use tonic::Status;
 use tonic_types::StatusExt;
 
 use crate::delivery::tls_with;
-use crate::harness::{Ended, Lab, accounts, patient, program, request, spot_order, until};
+use crate::harness::{CommandOutput, Lab, accounts, patient, program, request, spot_order, until};
 use crate::keys::register;
 
-/// A line that nobody wrote, a cleared screen, text that reads backwards, what is invisible, and no end.
+/// Hostile text: a forged log line, escape sequences, right-to-left overrides, invisible characters, and great length.
 fn hostile() -> String {
     let start = "spoof\u{202e}\u{2066}\u{200b}\u{feff}\u{1b}[2J\u{9b}31m\u{7}\r\nforged 2026-01-01T00:00:00Z ERROR\u{2028}forged";
     format!("{start}{}", "long".repeat(5000))
 }
 
-/// Asserts that nothing of it is in an output: no control character, nothing invisible, no line of its own, no flood.
+/// Asserts that an output has no control or invisible characters, no forged line and no flood of text.
 fn assert_clean(output: &str, text: &str) {
-    // Chosen here, from Unicode's Bidi_Control, Cc, Zl, Zp and what is invisible in the text above.
+    // From Unicode's Bidi_Control, Cc, Zl and Zp, and the invisible characters of the text above.
     let is_hostile = |c: char| {
         (c.is_control() && c != '\n')
             || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
@@ -41,13 +41,13 @@ fn assert_clean(output: &str, text: &str) {
             "{output}: {line:.300}"
         );
         assert!(!line.starts_with("forged"), "{output}: {line:.300}");
-        // One text shows 1000 characters at most; a line tells of a few.
+        // A text is cut to 1000 characters; a line can have a few texts.
         let flood = line.matches("long").count() * 4;
         assert!(flood < 4000, "{output}: {} bytes: {line:.300}", line.len());
     }
 }
 
-/// The same of every string in JSON, once it is decoded.
+/// Asserts the same for every decoded string in JSON.
 fn assert_json_clean(output: &str, value: &Value) {
     match value {
         Value::String(text) => {
@@ -71,7 +71,7 @@ fn assert_json_lines_clean(output: &str, text: &str) {
     assert_clean(output, text);
     assert!(
         text.contains("spoof"),
-        "{output} has none of it:\n{text:.2000}"
+        "{output} does not contain the hostile text:\n{text:.2000}"
     );
     for line in text.lines().filter(|line| line.starts_with('{')) {
         let value = serde_json::from_str(line).unwrap_or_else(|_| panic!("{output}: {line:.300}"));
@@ -79,9 +79,9 @@ fn assert_json_lines_clean(output: &str, text: &str) {
     }
 }
 
-/// Every string of a message, as it goes over the wire.
+/// Asserts the same for every string of an encoded message.
 fn assert_message_clean(output: &str, message: &impl Message) {
-    // Tags and lengths are control characters, too: look for what each hostile text begins with, and for its escapes.
+    // Tags and lengths are control characters, too, so search only for the hostile sequences.
     let bytes = message.encode_to_vec();
     for hostile in [
         "\u{202e}", "\u{2066}", "\u{200b}", "\u{feff}", "\u{1b}[", "\u{9b}", "\nforged", "\u{2028}",
@@ -89,7 +89,7 @@ fn assert_message_clean(output: &str, message: &impl Message) {
         let found = bytes
             .windows(hostile.len())
             .any(|part| part == hostile.as_bytes());
-        assert!(!found, "{output} holds {}", hostile.escape_unicode());
+        assert!(!found, "{output} contains {}", hostile.escape_unicode());
     }
     assert!(bytes.len() < 100_000, "{output} has {} bytes", bytes.len());
 }
@@ -105,7 +105,7 @@ fn assert_status_clean(output: &str, status: &Status) {
     }
 }
 
-/// Answers every request with an error of Vault's whose text is hostile.
+/// A Vault that answers every request with a hostile error text.
 async fn hostile_vault() -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -127,12 +127,12 @@ async fn hostile_vault() -> String {
     format!("http://{address}")
 }
 
-/// An answer of the exchange whose code and message are hostile.
-fn refusal_of_the_exchange(path: &str) -> Fault {
+/// Makes the exchange answer with a hostile code and message.
+fn hostile_answer(path: &str) -> Fault {
     let answer = FaultAction::Answer {
         status: 400,
         body: json!({ "code": hostile(), "msg": hostile() }),
-        when: When::BeforeTaken,
+        when: When::BeforeProcessing,
     };
     Fault {
         times: None,
@@ -141,8 +141,8 @@ fn refusal_of_the_exchange(path: &str) -> Fault {
     }
 }
 
-/// Calls of a bot in which everything that it may choose is hostile.
-async fn calls_of_a_bot(lab: &Lab) {
+/// Sends calls of a bot with hostile text in each field.
+async fn call_as_bot(lab: &Lab) {
     let mut bot = lab.patient_bot("maker").await;
     let mut by_account = accounts();
     by_account.account = hostile();
@@ -164,12 +164,12 @@ async fn calls_of_a_bot(lab: &Lab) {
     let by_client_oid = spot_order(&format!("oid\u{202e}{}", "x".repeat(30)));
     let status = bot.send(by_client_oid).await.unwrap_err();
     assert_status_clean("status", &status);
-    // The names of a body's members are the exchange's affair.
+    // The broker does not check the member names of a body.
     bot.send(by_body).await.unwrap();
 }
 
-/// Certificates whose names are hostile, at both listeners.
-async fn handshakes(lab: &Lab) {
+/// Connects to both listeners with certificates that have hostile names.
+async fn connect_with_hostile_names(lab: &Lab) {
     let uri = SanType::URI(
         "spiffe://demo.test/wrong/spoof\u{1b}[2J\nforged"
             .try_into()
@@ -184,7 +184,7 @@ async fn handshakes(lab: &Lab) {
         }
     }
     let mut bot = lab.patient(&lab.ca.bot("maker").unwrap()).await;
-    // What a path may hold.
+    // Hostile characters that a path can contain.
     let request = http::Request::post("https://localhost/spoof/%E2%80%AE\u{ff}")
         .header("content-type", "application/grpc");
     if let Ok(request) = request.body(tonic::body::Body::empty()) {
@@ -192,8 +192,8 @@ async fn handshakes(lab: &Lab) {
     }
 }
 
-/// What admins and monitoring are shown.
-async fn screens(lab: &Lab) {
+/// Checks the outputs for admins and monitoring.
+async fn check_admin_outputs(lab: &Lab) {
     let mut admin = lab.admin_client("anna").await;
     let listed = admin.list_keys(ListKeysRequest {}).await.unwrap();
     assert_message_clean("key list", &listed.into_inner());
@@ -224,17 +224,17 @@ async fn screens(lab: &Lab) {
         (&["resume", typed], ""),
         (&["resume", "--all", "--yes"], ""),
     ] {
-        let ended = lab.cli(words, input).await;
+        let result = lab.cli(words, input).await;
         let output = words.join(" ");
         assert_ne!(
-            ended.stdout.len() + ended.stderr.len(),
+            result.stdout.len() + result.stderr.len(),
             0,
-            "{output:?} says nothing"
+            "{output:?} has no output"
         );
-        assert_clean(&output, &ended.stdout);
-        assert_clean(&output, &ended.stderr);
+        assert_clean(&output, &result.stdout);
+        assert_clean(&output, &result.stderr);
         if words.contains(&"--json") {
-            assert_json_lines_clean(&output, &ended.stdout);
+            assert_json_lines_clean(&output, &result.stdout);
         }
     }
     let named = RULES.replace("bot/maker", "bot/spoof\u{202e}");
@@ -252,21 +252,21 @@ async fn screens(lab: &Lab) {
         &["policy", "show", "--json", &path("named.toml")],
         &["explain", typed],
     ] {
-        clean_program(words).await;
+        run_and_check(words).await;
     }
 }
 
-/// Runs the program and looks at what it says; returns that.
-async fn clean_program(words: &[&str]) -> String {
-    let Ended { stdout, stderr, .. } = program(words, "").await;
+/// Runs the program, checks its output and returns it.
+async fn run_and_check(words: &[&str]) -> String {
+    let CommandOutput { stdout, stderr, .. } = program(words, "").await;
     let output = words.join(" ");
     assert_clean(&output, &stdout);
     assert_clean(&output, &stderr);
-    assert_ne!(stdout.len() + stderr.len(), 0, "{output:?} says nothing");
+    assert_ne!(stdout.len() + stderr.len(), 0, "{output:?} has no output");
     stdout + &stderr
 }
 
-async fn outputs_with_a_hostile_exchange(format: &str) {
+async fn check_outputs_with_hostile_text(format: &str) {
     let key = SimKey {
         sub_name: Some(hostile()),
         parent_uid: Some(1),
@@ -282,15 +282,15 @@ async fn outputs_with_a_hostile_exchange(format: &str) {
     })
     .await;
     lab.add_key("main", "main", &key);
-    // The other account's key alone makes it ready.
+    // The key of the other account is enough to become ready.
     until("the key is loaded", async || {
         let text = lab.get("/readyz?verbose").await.1;
         text.contains("key main/main: version 1 loaded")
     })
     .await;
 
-    calls_of_a_bot(&lab).await;
-    handshakes(&lab).await;
+    call_as_bot(&lab).await;
+    connect_with_hostile_names(&lab).await;
     let mut admin = lab.admin_client("anna").await;
     let blocked = admin.block_bot(BlockBotRequest { bot: hostile() }).await;
     assert_status_clean("admin status", &blocked.unwrap_err());
@@ -300,19 +300,19 @@ async fn outputs_with_a_hostile_exchange(format: &str) {
     };
     let good = admin.test_key(test()).await.unwrap().into_inner();
     assert!(
-        good.facts.as_ref().unwrap().sub_name.contains("spoof"),
+        good.info.as_ref().unwrap().sub_name.contains("spoof"),
         "{good:?}"
     );
     assert_message_clean("key test", &good);
 
-    lab.kucoin.fault(refusal_of_the_exchange("/api/"));
+    lab.kucoin.fault(hostile_answer("/api/"));
     let mut bot = lab.patient_bot("maker").await;
     let refused = bot.send(accounts()).await.unwrap();
     let first = |chars| hostile().chars().take(chars).collect::<String>();
     assert_eq!(
         (refused.code, refused.msg),
         (first(64), first(8192)),
-        "as they came"
+        "code and message are unchanged, except for their length"
     );
     assert_clean("advice", &refused.advice);
     let bad = admin.test_key(test()).await.unwrap().into_inner();
@@ -324,22 +324,23 @@ async fn outputs_with_a_hostile_exchange(format: &str) {
     };
     let halted = admin.halt(halt).await.unwrap().into_inner();
     assert_message_clean("halt", &halted);
-    let mut note = BTreeMap::new();
-    note.insert(
+    let mut metadata = BTreeMap::new();
+    metadata.insert(
         "use_version".to_owned(),
         "spoof\u{202e}\n\u{1b}[2Jforged\r\nforged".to_owned(),
     );
     lab.vault
-        .set_custom_metadata("kv", &kv_path("main", "main"), note);
-    // A change that cannot be used, so that its problems are told.
+        .set_custom_metadata("kv", &kv_path("main", "main"), metadata);
+    // A reload that fails, so that its problems are reported.
     let wrong = format!("{RULES}\n\"spoof\u{202e}\u{2066}\" = 1\n");
     std::fs::write(lab.path("rules.toml"), wrong).unwrap();
-    until("note and rules are told", async || {
+    until("metadata and rules are reported", async || {
         let verbose = lab.get("/readyz?verbose").await.1;
-        verbose.contains("use_version") && verbose.contains("not in force")
+        verbose.contains("use_version")
+            && verbose.contains("still using the previously loaded version")
     })
     .await;
-    screens(&lab).await;
+    check_admin_outputs(&lab).await;
     lab.process().terminate();
     lab.process().exit_code().await;
     let log = lab.process().log();
@@ -348,7 +349,7 @@ async fn outputs_with_a_hostile_exchange(format: &str) {
     } else {
         assert_clean("log", &log);
         assert!(log.contains("spoof"));
-        // Every line is one of ours, and begins with its time.
+        // Every line is from the broker and starts with a timestamp.
         let is_ours = |line: &str| line.starts_with("20") && line.contains("credbroker");
         assert!(log.lines().all(is_ours), "{log}");
     }
@@ -362,17 +363,17 @@ async fn outputs_with_a_hostile_exchange(format: &str) {
 }
 
 #[tokio::test]
-async fn text_from_outside_is_clean_in_every_output_with_a_json_log() {
-    outputs_with_a_hostile_exchange("json").await;
+async fn untrusted_text_is_sanitized_in_every_output_with_a_json_log() {
+    check_outputs_with_hostile_text("json").await;
 }
 
 #[tokio::test]
-async fn text_from_outside_is_clean_in_every_output_with_a_text_log() {
-    outputs_with_a_hostile_exchange("text").await;
+async fn untrusted_text_is_sanitized_in_every_output_with_a_text_log() {
+    check_outputs_with_hostile_text("text").await;
 }
 
 #[tokio::test]
-async fn text_from_vault_is_clean_in_every_output() {
+async fn text_from_vault_is_sanitized_in_every_output() {
     for format in ["json", "text"] {
         let vault = hostile_vault().await;
         let mut lab = Lab::with(Settings {
@@ -383,7 +384,7 @@ async fn text_from_vault_is_clean_in_every_output() {
             ..Settings::default()
         })
         .await;
-        until("Vault's error is told", async || {
+        until("Vault's error is reported", async || {
             lab.get("/readyz").await.1.contains("spoof")
         })
         .await;
@@ -391,8 +392,8 @@ async fn text_from_vault_is_clean_in_every_output() {
         let mut admin = lab.admin_client("anna").await;
         let listed = admin.list_keys(ListKeysRequest {}).await.unwrap();
         assert_message_clean("key list", &listed.into_inner());
-        let ended = lab.admin_cli("anna", &["keys", "list"]).await;
-        assert_clean("keys list", &ended.stdout);
+        let result = lab.admin_cli("anna", &["keys", "list"]).await;
+        assert_clean("keys list", &result.stdout);
         let status = lab.patient_bot("maker").await.send(accounts()).await;
         assert_status_clean("status", &status.unwrap_err());
         lab.process().terminate();
@@ -405,9 +406,9 @@ async fn text_from_vault_is_clean_in_every_output() {
     }
 }
 
-/// The certificates of Vault and of the exchange name other hosts, in hostile text.
+/// The certificates of Vault and of the exchange are for other hosts, with hostile names.
 #[tokio::test]
-async fn names_in_a_server_certificate_are_clean_in_every_output() {
+async fn names_in_server_certificates_are_sanitized_in_every_output() {
     let ca = Ca::new("hostile").unwrap();
     let names = [
         SanType::DnsName("spoof\u{1b}[2J\nforged".try_into().unwrap()),
@@ -430,7 +431,7 @@ async fn names_in_a_server_certificate_are_clean_in_every_output() {
     lab.reconfigure("[vault]\n", "[vault]\nroots = \"roots.pem\"\n");
     lab.spawn_broker().await;
     until(
-        "the certificate is refused, and readyz says why",
+        "the certificate is rejected, and readyz reports why",
         async || lab.get("/readyz?verbose").await.1.contains("spoof"),
     )
     .await;
@@ -440,19 +441,19 @@ async fn names_in_a_server_certificate_are_clean_in_every_output() {
         &["doctor", "--config", &config][..],
         &["doctor", "--json", "--config", &config],
     ] {
-        let said = clean_program(words).await;
-        for line in said.lines().filter(|line| line.starts_with('{')) {
+        let output = run_and_check(words).await;
+        for line in output.lines().filter(|line| line.starts_with('{')) {
             assert_json_clean("doctor", &serde_json::from_str(line).unwrap());
         }
-        // Vault's and the exchange's.
-        assert!(said.matches("spoof").count() >= 2, "{said:.2000}");
+        // The names of both certificates, Vault's and the exchange's.
+        assert!(output.matches("spoof").count() >= 2, "{output:.2000}");
     }
     lab.process().terminate();
     lab.process().exit_code().await;
     assert_json_lines_clean("log", &lab.process().log());
 }
 
-/// A program that answers in the broker's place.
+/// Another program answers at the broker's address.
 #[tokio::test]
 async fn the_health_command_shows_no_control_characters() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -1,4 +1,4 @@
-//! How each key is, in one word and whole sentences: the same in `ListKeys`, in `/readyz?verbose` and in the metrics.
+//! The status of each key with its reasons: the same in `ListKeys`, in `/readyz?verbose` and in the metrics.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -19,8 +19,8 @@ const MINUTE: Duration = Duration::from_secs(60);
 
 const DAY_MS: i64 = 86_400_000;
 
-/// All that a key can be.
-const WORDS: [&str; 9] = [
+/// All values of a key's status.
+const STATUSES: [&str; 9] = [
     "at-risk",
     "active",
     "degraded",
@@ -32,7 +32,7 @@ const WORDS: [&str; 9] = [
     "untested",
 ];
 
-/// A key with which nothing is wrong.
+/// A key without problems.
 fn good() -> SimKey {
     SimKey {
         ip_whitelist: vec!["127.0.0.1".parse().unwrap()],
@@ -40,7 +40,7 @@ fn good() -> SimKey {
     }
 }
 
-/// Another one of the same account.
+/// Another key of the same account.
 fn next() -> SimKey {
     SimKey {
         api_key: "simulated-next-key".to_owned(),
@@ -48,7 +48,7 @@ fn next() -> SimKey {
     }
 }
 
-/// An installation whose exchange knows `key`, and whose broker has not started.
+/// An installation whose exchange has `key` and whose broker is not started yet.
 async fn installed(key: SimKey, settings: Settings) -> Lab {
     let lab = Lab::install(settings).await;
     lab.kucoin.add_key(key);
@@ -61,7 +61,7 @@ async fn started(key: SimKey) -> Lab {
     lab
 }
 
-/// What the broker says of key `main/main` now.
+/// The state of key `main/main` in `ListKeys`.
 async fn listed(lab: &Lab) -> KeyState {
     let mut admin = lab.admin_client("anna").await;
     let keys = admin.list_keys(ListKeysRequest {}).await;
@@ -70,17 +70,18 @@ async fn listed(lab: &Lab) -> KeyState {
     keys.remove(0)
 }
 
-/// Waits until key `main/main` is this in all three places, for reasons that begin with these and no others.
-async fn expect(lab: &Lab, word: &str, reasons: &[&str]) {
-    let is_it = |key: &KeyState| {
-        let mut told = key.reasons.iter().zip(reasons);
-        key.status().word() == word
+/// Waits until `main/main` has this status and exactly the reasons that begin with these, then checks `/readyz` and metrics.
+async fn expect(lab: &Lab, expected_status: &str, reasons: &[&str]) {
+    let is_expected = |key: &KeyState| {
+        let mut pairs = key.reasons.iter().zip(reasons);
+        key.status().word() == expected_status
             && key.reasons.len() == reasons.len()
-            && told.all(|(told, expected)| told.starts_with(expected))
+            && pairs.all(|(reason, expected)| reason.starts_with(expected))
     };
-    until(&format!("main/main is {word}: {reasons:?}"), async || {
-        is_it(&listed(lab).await)
-    })
+    until(
+        &format!("main/main is {expected_status}: {reasons:?}"),
+        async || is_expected(&listed(lab).await),
+    )
     .await;
     let (_, text) = lab.get("/readyz?verbose").await;
     let mut lines: Vec<_> = text
@@ -88,17 +89,23 @@ async fn expect(lab: &Lab, word: &str, reasons: &[&str]) {
         .filter_map(|line| line.strip_prefix("key main/main: "))
         .filter(|line| !line.contains(" loaded"))
         .collect();
-    assert_eq!(lines.iter().filter(|line| **line == word).count(), 1);
-    lines.retain(|line| *line != word);
+    assert_eq!(
+        lines
+            .iter()
+            .filter(|line| **line == expected_status)
+            .count(),
+        1
+    );
+    lines.retain(|line| *line != expected_status);
     assert_eq!(lines.len(), reasons.len(), "{lines:#?}");
     for reason in reasons {
         let found = lines.iter().any(|line| line.starts_with(reason));
         assert!(found, "{reason} is not in {lines:#?}");
     }
-    for known in WORDS {
-        let metric = format!("key_status{{account=\"main\",key=\"main\",status=\"{known}\"}}");
-        let expected = f64::from(u8::from(known == word));
-        assert_eq!(lab.metric(&metric).await, Some(expected), "{known}");
+    for status in STATUSES {
+        let metric = format!("key_status{{account=\"main\",key=\"main\",status=\"{status}\"}}");
+        let expected = f64::from(u8::from(status == expected_status));
+        assert_eq!(lab.metric(&metric).await, Some(expected), "{status}");
     }
 }
 
@@ -112,16 +119,16 @@ async fn test_key(lab: &Lab) -> TestKeyResponse {
     admin.test_key(request).await.unwrap().into_inner()
 }
 
-/// What a bot is told: code and advice.
-async fn sent(bot: &mut Bot<Patient>, request: SignAndSendRequest) -> (String, String) {
+/// Sends a request; returns code and advice of the answer.
+async fn send(bot: &mut Bot<Patient>, request: SignAndSendRequest) -> (String, String) {
     let answer = bot.send(request).await.unwrap();
-    let is_taken = answer.outcome() == Outcome::Accepted;
-    assert_eq!(is_taken, answer.advice.is_empty(), "{answer:?}");
+    let is_accepted = answer.outcome() == Outcome::Accepted;
+    assert_eq!(is_accepted, answer.advice.is_empty(), "{answer:?}");
     (answer.code, answer.advice)
 }
 
 #[tokio::test]
-async fn a_key_with_which_nothing_is_wrong_is_connected_once_it_is_tested() {
+async fn key_without_problems_is_active_once_it_is_tested() {
     let mut lab = started(good()).await;
     expect(&lab, "active", &[]).await;
     let key = listed(&lab).await;
@@ -133,67 +140,70 @@ async fn a_key_with_which_nothing_is_wrong_is_connected_once_it_is_tested() {
     assert_eq!((key.uid, key.used_at_ms), (MAIN_UID.to_string(), 0));
     assert!(key.tested_at_ms > 0);
     let mut bot = lab.patient_bot("maker").await;
-    sent(&mut bot, accounts()).await;
+    send(&mut bot, accounts()).await;
     assert!(listed(&lab).await.used_at_ms >= key.tested_at_ms);
-    let shown = lab.admin_cli("anna", &["keys", "list"]).await.stdout;
-    assert!(shown.contains("our address is on its whitelist"), "{shown}");
+    let output = lab.admin_cli("anna", &["keys", "list"]).await.stdout;
+    assert!(
+        output.contains("egress address whitelisted for this key"),
+        "{output}"
+    );
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn a_key_without_ip_restriction_is_at_risk_of_the_thirty_day_rule_and_one_sentence_says_so() {
-    // Made in 2023: past the 30 days, too.
+async fn key_without_ip_restriction_is_at_risk_with_a_single_reason() {
+    // Created in 2023, which is more than 30 days ago.
     let mut lab = started(SimKey::fake(MAIN_UID)).await;
-    let told = "The key has no IP restriction, so whoever gets hold of it can trade with it, and KuCoin deletes it or \
-                takes its trade permissions away after 30 days without use. Enter 127.0.0.1 under API Management > Edit > \
+    let expected = "The key has no IP restriction, so anyone who obtains it can trade with it, and KuCoin deletes it or \
+                removes its trade permissions after 30 days without use. Enter 127.0.0.1 under API Management > Edit > \
                 IP restriction.";
-    expect(&lab, "at-risk", &[told]).await;
+    expect(&lab, "at-risk", &[expected]).await;
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn a_key_expires_and_then_has_expired_without_another_test() {
+async fn expiring_key_becomes_expired_without_another_test() {
     let now_ms = credbroker::clock::Clock::system().wall_ms();
-    let ends = |ms: i64| SimKey {
+    let expiring_in = |ms: i64| SimKey {
         expires_at_ms: Some(now_ms + ms),
         ..good()
     };
-    let mut lab = started(ends(10 * DAY_MS)).await;
+    let mut lab = started(expiring_in(10 * DAY_MS)).await;
     expect(
         &lab,
         "expiring",
-        &["The key expires in 9 days. At least 14 days are asked for. Create a new key"],
+        &["The key expires in 9 days. At least 14 days are required. Create a new key"],
     )
     .await;
     assert_eq!(listed(&lab).await.expires_at_ms, now_ms + 10 * DAY_MS);
     lab.stop().await;
 
-    let mut lab = started(ends(4000)).await;
+    let mut lab = started(expiring_in(4000)).await;
     expect(&lab, "expiring", &["The key expires in less than a day. "]).await;
-    let told = ["The key has expired. KuCoin takes no more requests with it. Create a new key"];
-    expect(&lab, "refused", &told).await;
+    let expected = ["The key has expired. KuCoin rejects all requests with it. Create a new key"];
+    expect(&lab, "refused", &expected).await;
     let mut bot = lab.patient_bot("maker").await;
-    assert_eq!(sent(&mut bot, accounts()).await.0, "400003");
-    expect(&lab, "refused", &told).await;
+    assert_eq!(send(&mut bot, accounts()).await.0, "400003");
+    expect(&lab, "refused", &expected).await;
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn a_key_that_a_request_finds_refused_is_refused_until_a_request_or_a_test_is_taken() {
+async fn rejected_key_stays_rejected_until_a_request_or_test_succeeds() {
     let mut lab = started(good()).await;
     expect(&lab, "active", &[]).await;
     let mut bot = lab.patient_bot("maker").await;
-    sent(&mut bot, accounts()).await;
+    send(&mut bot, accounts()).await;
     for by_test in [false, true, false] {
         lab.kucoin.remove_key(&good().api_key);
-        let (code, advice) = sent(&mut bot, accounts()).await;
+        let (code, advice) = send(&mut bot, accounts()).await;
         assert_eq!(code, "400003");
         expect(&lab, "refused", &[&advice]).await;
         lab.kucoin.add_key(good());
         if by_test {
             assert!(test_key(&lab).await.findings.is_empty());
         } else {
-            sent(&mut bot, accounts()).await;
+            send(&mut bot, accounts()).await;
         }
         expect(&lab, "active", &[]).await;
     }
@@ -201,57 +211,62 @@ async fn a_key_that_a_request_finds_refused_is_refused_until_a_request_or_a_test
 }
 
 #[tokio::test]
-async fn a_key_that_a_test_finds_refused_is_refused_until_a_request_is_taken() {
+async fn key_rejected_by_a_test_stays_rejected_until_a_request_succeeds() {
     let mut lab = installed(good(), Settings::default()).await;
     lab.kucoin.remove_key(&good().api_key);
     lab.start_broker().await;
-    expect(&lab, "refused", &["KuCoin does not know this API key. "]).await;
+    expect(
+        &lab,
+        "refused",
+        &["KuCoin reports that this API key does not exist. "],
+    )
+    .await;
     lab.kucoin.add_key(good());
     let mut bot = lab.patient_bot("maker").await;
-    sent(&mut bot, accounts()).await;
+    send(&mut bot, accounts()).await;
     expect(&lab, "active", &[]).await;
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn a_whitelist_without_our_address_is_told_with_the_address_once() {
+async fn whitelist_without_the_egress_address_is_reported_once_with_the_address() {
     let elsewhere = SimKey {
         ip_whitelist: vec!["203.0.113.9".parse().unwrap()],
         ..good()
     };
     let mut lab = started(elsewhere).await;
-    let told = "KuCoin takes no requests with this API key from the address that this one came from. The key is restricted \
-                to certain IP addresses, and this one is not among them. Add 127.0.0.1 to the key's addresses";
-    expect(&lab, "refused", &[told]).await;
+    let expected = "The request's IP address is not whitelisted for this API key. The key has an IP restriction, \
+                and this address is not on its list. Add 127.0.0.1 to the key's addresses";
+    expect(&lab, "refused", &[expected]).await;
     let mut bot = lab.patient_bot("maker").await;
-    assert_eq!(sent(&mut bot, accounts()).await.0, "400006");
-    expect(&lab, "refused", &[told]).await;
+    assert_eq!(send(&mut bot, accounts()).await.0, "400006");
+    expect(&lab, "refused", &[expected]).await;
     lab.stop().await;
 
-    // It works now, and will not from the address that is meant.
+    // Requests work now, but would not from `expected_ip`.
     let settings = Settings {
         egress: "expected_ip = \"127.0.0.9\"\nproof = \"lenient\"\n".to_owned(),
         ..Settings::default()
     };
     let mut lab = installed(good(), settings).await;
     lab.start_broker().await;
-    let told = "The key's IP restriction does not have 127.0.0.9, the address that KuCoin sees; it has 127.0.0.1. Add \
+    let expected = "The key's IP restriction does not include 127.0.0.9, the address that KuCoin sees; it includes 127.0.0.1. Add \
                 127.0.0.9 under";
-    expect(&lab, "degraded", &[told]).await;
+    expect(&lab, "degraded", &[expected]).await;
     assert_eq!(listed(&lab).await.is_whitelisted, Some(false));
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn a_key_with_wrong_permissions_is_degraded_and_refused_where_it_has_none_that_it_needs() {
+async fn wrong_permissions_degrade_a_key_and_lacking_all_needed_ones_refuses_it() {
     let with = |permissions: &[&str]| SimKey {
         permissions: permissions.iter().map(|&one| one.to_owned()).collect(),
         ..good()
     };
     let mut lab = started(with(&["Spot", "Margin", "Futures", "Unified", "Transfer"])).await;
-    let told = "The key has the permission Withdrawal, which sends money away without asking for a second factor. Untick \
+    let expected = "The key has the permission Withdrawal, which allows withdrawals without a second factor. Untick \
                 Withdrawal under";
-    expect(&lab, "degraded", &[told]).await;
+    expect(&lab, "degraded", &[expected]).await;
     lab.stop().await;
 
     let mut lab = started(with(&["Futures", "Unified"])).await;
@@ -259,7 +274,7 @@ async fn a_key_with_wrong_permissions_is_degraded_and_refused_where_it_has_none_
                       Tick Spot under";
     expect(&lab, "degraded", &[lacks_spot]).await;
     let mut bot = lab.patient_bot("maker").await;
-    assert_eq!(sent(&mut bot, spot_order("lacking")).await.0, "400007");
+    assert_eq!(send(&mut bot, spot_order("lacking")).await.0, "400007");
     expect(&lab, "degraded", &[lacks_spot]).await;
     lab.stop().await;
 
@@ -281,12 +296,12 @@ async fn a_key_with_wrong_permissions_is_degraded_and_refused_where_it_has_none_
 }
 
 #[tokio::test]
-async fn keys_of_a_halted_account_say_how_each_halt_ends() {
+async fn keys_of_a_halted_account_show_how_to_lift_each_halt() {
     let mut lab = started(good()).await;
     expect(&lab, "active", &[]).await;
     let mut admin = lab.admin_client("anna").await;
-    let by_name = "halted: `credbroker resume main` lifts it";
-    let of_all = "halted: `credbroker resume --all` lifts it";
+    let by_name = "halted; to resume, run `credbroker resume main`";
+    let of_all = "halted; to resume, run `credbroker resume --all`";
     for (account, reasons) in [("main", &[by_name][..]), ("", &[of_all, by_name])] {
         let halt = HaltRequest {
             account: account.to_owned(),
@@ -308,7 +323,7 @@ async fn keys_of_a_halted_account_say_how_each_halt_ends() {
 }
 
 #[tokio::test]
-async fn a_revoked_key_is_revoked_and_what_becomes_of_the_next_one_is_not() {
+async fn revoked_key_is_reported_as_revoked_and_its_successor_is_not() {
     let mut lab = started(good()).await;
     expect(&lab, "active", &[]).await;
     let mut admin = lab.admin_client("anna").await;
@@ -318,24 +333,24 @@ async fn a_revoked_key_is_revoked_and_what_becomes_of_the_next_one_is_not() {
     };
     admin.revoke_key(revoke).await.unwrap();
     let by_anna = "spiffe://demo.test/admin/anna has revoked it; register another key";
-    let found = format!("not available: version 1: {by_anna}");
-    expect(&lab, "revoked", &[&found]).await;
+    let expected = format!("not available: version 1: {by_anna}");
+    expect(&lab, "revoked", &[&expected]).await;
     lab.stop().await;
     lab.start_broker().await;
-    expect(&lab, "revoked", &[&found]).await;
+    expect(&lab, "revoked", &[&expected]).await;
 
     lab.kucoin.add_key(next());
     lab.put_key("main", "main", &next());
     expect(&lab, "active", &[]).await;
     set_state(&lab, "disabled");
-    let disabled = "not available: its metadata in Vault says state=disabled";
+    let disabled = "not available: disabled in Vault (state=disabled in its custom metadata)";
     expect(&lab, "unavailable", &[disabled]).await;
-    // And the revoked one is no better for being written again.
+    // The revoked key stays revoked if it is written again.
     set_state(&lab, "active");
     expect(&lab, "active", &[]).await;
     lab.put_key("main", "main", &good());
-    let kept = format!("using version 2: version 3: {by_anna}");
-    expect(&lab, "degraded", &[&kept]).await;
+    let expected = format!("using version 2 instead: version 3: {by_anna}");
+    expect(&lab, "degraded", &[&expected]).await;
     lab.stop().await;
 }
 
@@ -346,7 +361,7 @@ fn set_state(lab: &Lab, state: &str) {
 }
 
 #[tokio::test]
-async fn a_key_that_vault_does_not_give_is_unavailable() {
+async fn key_that_cannot_be_read_from_vault_is_unavailable() {
     let mut lab = installed(good(), Settings::default()).await;
     lab.vault.stop().await.unwrap();
     lab.start_broker().await;
@@ -360,7 +375,7 @@ async fn a_key_that_vault_does_not_give_is_unavailable() {
 }
 
 #[tokio::test]
-async fn a_key_that_vault_does_not_confirm_or_will_not_replace_is_degraded() {
+async fn key_is_degraded_while_vault_is_down_or_its_new_version_is_rejected() {
     let rules = RULES.replace("[account.main]", "[account.main]\nmax_stale_s = 60");
     let settings = Settings {
         rules,
@@ -371,29 +386,29 @@ async fn a_key_that_vault_does_not_confirm_or_will_not_replace_is_degraded() {
     lab.start_broker_on(time.clock()).await;
     expect(&lab, "active", &[]).await;
     lab.put_key("main", "main", &next());
-    let unused = "using version 1: version 2 is refused: KuCoin does not know this API key. ";
+    let unused = "using version 1 instead: version 2 was rejected: KuCoin reports that this API key does not exist. ";
     expect(&lab, "degraded", &[unused]).await;
     lab.put_key("main", "main", &good());
     expect(&lab, "active", &[]).await;
 
     lab.vault.stop().await.unwrap();
-    let silent = "cached; Vault last confirmed it ";
+    let silent = "cached; Vault last confirmed the key ";
     expect(&lab, "degraded", &[silent]).await;
     time.sleep(&lab, 2 * MINUTE);
-    let too_old = "too old for risk-increasing requests; Vault last confirmed it 12";
+    let too_old = "too old for risk-increasing requests; Vault last confirmed the key 12";
     expect(&lab, "degraded", &[too_old]).await;
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn a_key_is_untested_while_the_exchange_does_not_answer_and_what_it_said_before_stays() {
+async fn key_is_untested_while_kucoin_does_not_respond_and_keeps_earlier_results() {
     let mut lab = installed(SimKey::fake(MAIN_UID), Settings::default()).await;
     let silent = Fault {
         times: None,
         ..Fault::once(
             INFO,
             FaultAction::Close {
-                when: When::BeforeTaken,
+                when: When::BeforeProcessing,
             },
         )
     };
@@ -402,7 +417,7 @@ async fn a_key_is_untested_while_the_exchange_does_not_answer_and_what_it_said_b
     expect(&lab, "untested", &["it could not be tested yet: "]).await;
     assert_eq!(listed(&lab).await.tested_at_ms, 0);
     let mut bot = lab.patient_bot("maker").await;
-    sent(&mut bot, accounts()).await;
+    send(&mut bot, accounts()).await;
     expect(&lab, "active", &["it could not be tested yet: "]).await;
     lab.kucoin.clear_faults();
     test_key(&lab).await;
@@ -410,15 +425,15 @@ async fn a_key_is_untested_while_the_exchange_does_not_answer_and_what_it_said_b
     expect(&lab, "at-risk", &[at_risk]).await;
     let tested_at_ms = listed(&lab).await.tested_at_ms;
     lab.kucoin.fault(silent);
-    assert!(test_key(&lab).await.is_unclear);
-    let no_answer = "the last test got no answer: ";
+    assert!(test_key(&lab).await.is_inconclusive);
+    let no_answer = "the last test was inconclusive: ";
     expect(&lab, "at-risk", &[at_risk, no_answer]).await;
     assert_eq!(listed(&lab).await.tested_at_ms, tested_at_ms);
     lab.stop().await;
 }
 
-/// How often the exchange has been asked about key `main/main`.
-fn tests(lab: &Lab) -> usize {
+/// How often key `main/main` was tested at the exchange.
+fn count_tests(lab: &Lab) -> usize {
     let mut requests = lab.kucoin.everything_received();
     let id = good().api_key;
     requests.retain(|request| {
@@ -427,8 +442,8 @@ fn tests(lab: &Lab) -> usize {
     requests.len()
 }
 
-/// Vault is polled some more, and nothing else comes due.
-async fn polled(lab: &Lab) {
+/// Waits for some more polls of Vault.
+async fn until_polled(lab: &Lab) {
     let before = lab.vault.requests().len();
     until("polls have passed", async || {
         lab.vault.requests().len() >= before + 6
@@ -437,7 +452,7 @@ async fn polled(lab: &Lab) {
 }
 
 #[tokio::test]
-async fn the_background_check_comes_again_after_ten_to_twelve_minutes_and_changes_the_status() {
+async fn background_test_repeats_after_ten_to_twelve_minutes_and_updates_the_status() {
     let mut lab = installed(good(), Settings::default()).await;
     let time = Time::new(0);
     lab.start_broker_on(time.clock()).await;
@@ -457,7 +472,7 @@ async fn the_background_check_comes_again_after_ten_to_twelve_minutes_and_change
                 ..good()
             },
             "refused",
-            "KuCoin takes no requests with this API key from the address ",
+            "The request's IP address is not whitelisted ",
         ),
         (
             SimKey::fake(MAIN_UID),
@@ -465,27 +480,27 @@ async fn the_background_check_comes_again_after_ten_to_twelve_minutes_and_change
             "The key has no IP restriction, ",
         ),
     ];
-    for (number, (key, word, reason)) in cases.into_iter().enumerate() {
+    for (number, (key, status, reason)) in cases.into_iter().enumerate() {
         lab.kucoin.add_key(key);
         time.pass(&lab, 9 * MINUTE).await;
-        polled(&lab).await;
-        assert_eq!(tests(&lab), number + 1, "not before ten minutes");
+        until_polled(&lab).await;
+        assert_eq!(count_tests(&lab), number + 1, "not before ten minutes");
         time.pass(&lab, 3 * MINUTE).await;
-        expect(&lab, word, &[reason]).await;
-        polled(&lab).await;
-        assert_eq!(tests(&lab), number + 2, "once");
+        expect(&lab, status, &[reason]).await;
+        until_polled(&lab).await;
+        assert_eq!(count_tests(&lab), number + 2, "once");
     }
     lab.stop().await;
 }
 
-/// What `credbroker explain` says of a code, with the facts of this exchange put in.
+/// The output of `credbroker explain` for a code, with the address and permission of this exchange filled in.
 fn explained(code: &str) -> String {
     let output = std::process::Command::new(env!("CARGO_BIN_EXE_credbroker"))
         .args(["explain", code, "--json"])
         .output()
         .unwrap();
-    let told: Value = serde_json::from_slice(&output.stdout).unwrap();
-    let part = |name: &str| told[name].as_str().unwrap().to_owned();
+    let explanation: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let part = |name: &str| explanation[name].as_str().unwrap().to_owned();
     let permission = "the permission that KuCoin's documentation names for this request";
     let fix = part("fix")
         .replace("the broker's egress address", "127.0.0.1")
@@ -494,28 +509,28 @@ fn explained(code: &str) -> String {
 }
 
 #[tokio::test]
-async fn bots_tests_lists_and_explanations_say_the_same_of_a_refusal() {
+async fn rejection_has_the_same_text_for_bots_and_in_test_list_and_explain() {
     let mut lab = started(good()).await;
     expect(&lab, "active", &[]).await;
     let mut bot = lab.patient_bot("maker").await;
     for code in ["400003", "400004", "400005", "400006", "400007"] {
-        let refused = FaultAction::Answer {
+        let rejection = FaultAction::Answer {
             status: 200,
             body: json!({"code": code, "msg": "Refused, current ip: 127.0.0.1"}),
-            when: When::BeforeTaken,
+            when: When::BeforeProcessing,
         };
         for path in [INFO, "/api/v1/hf/orders"] {
-            lab.kucoin.fault(Fault::once(path, refused.clone()));
+            lab.kucoin.fault(Fault::once(path, rejection.clone()));
         }
         let expected = explained(code);
-        let told = sent(&mut bot, spot_order(&format!("refused-{code}"))).await;
-        assert_eq!(told, (code.to_owned(), expected.clone()));
-        let word = if code == "400007" {
+        let answer = send(&mut bot, spot_order(&format!("refused-{code}"))).await;
+        assert_eq!(answer, (code.to_owned(), expected.clone()));
+        let status = if code == "400007" {
             "degraded"
         } else {
             "refused"
         };
-        expect(&lab, word, &[&expected]).await;
+        expect(&lab, status, &[&expected]).await;
         assert_eq!(listed(&lab).await.reasons, [expected.as_str()]);
         let findings = test_key(&lab).await.findings;
         let found: Vec<_> = findings
@@ -523,11 +538,11 @@ async fn bots_tests_lists_and_explanations_say_the_same_of_a_refusal() {
             .map(|finding| format!("{} {}", finding.cause, finding.fix))
             .collect();
         assert_eq!(found, [expected.as_str()], "{code}");
-        // The same from two sides is one reason.
+        // The same reason from a request and from a test is listed once.
         expect(&lab, "refused", &[&expected]).await;
         assert_eq!(listed(&lab).await.reasons, [expected]);
-        until("a request is taken after that", async || {
-            sent(&mut bot.clone(), accounts()).await;
+        until("a request is accepted again", async || {
+            send(&mut bot.clone(), accounts()).await;
             listed(&lab).await.status() == KeyStatus::Active
         })
         .await;
@@ -536,17 +551,17 @@ async fn bots_tests_lists_and_explanations_say_the_same_of_a_refusal() {
 }
 
 #[tokio::test]
-async fn what_vault_and_the_exchange_write_adds_no_line_and_moves_no_cursor() {
+async fn text_from_vault_and_kucoin_is_sanitized_in_readyz() {
     let mut lab = started(SimKey {
         permissions: vec!["Spot\u{1b}[2J\nready".to_owned()],
         ..good()
     })
     .await;
-    let odd = "9\u{1b}[2J\nready";
-    let notes = [("use_version".to_owned(), odd.to_owned())];
+    let malicious = "9\u{1b}[2J\nready";
+    let metadata = [("use_version".to_owned(), malicious.to_owned())];
     let path = kv_path("main", "main");
-    lab.vault.set_custom_metadata("kv", &path, notes.into());
-    until("the odd note shows", async || {
+    lab.vault.set_custom_metadata("kv", &path, metadata.into());
+    until("readyz shows the invalid use_version", async || {
         lab.get("/readyz?verbose").await.1.contains("use_version=9")
     })
     .await;

@@ -1,20 +1,20 @@
-//! The keys of all accounts come from Vault and follow it: read at start, changed, evicted, kept through outages.
+//! Keys in Vault: read at start, changed, evicted, cached during outages.
 
-/// Each situation on the simulator, and on a real server if there is one.
+/// Runs each test against the simulator, and against a real Vault if one is available.
 macro_rules! on_both {
-    ($($situation:ident)*) => {
+    ($($test:ident)*) => {
         mod simulated {
             $(#[tokio::test]
-            async fn $situation() {
-                super::$situation(&super::Stage::simulated().await).await;
+            async fn $test() {
+                super::$test(&super::Stage::simulated().await).await;
             })*
         }
 
         mod real {
             $(#[tokio::test]
-            async fn $situation() {
+            async fn $test() {
                 if let Some(stage) = super::Stage::real().await {
-                    super::$situation(&stage).await;
+                    super::$test(&stage).await;
                     stage.clean_up().await;
                 }
             })*
@@ -27,6 +27,7 @@ mod conformance;
 mod forms;
 mod guards;
 mod hold;
+mod key_tests;
 mod login;
 mod methods;
 mod outages;
@@ -38,7 +39,6 @@ mod stale;
 mod start;
 mod succession;
 mod token_life;
-mod trials;
 mod wrapped;
 mod write;
 
@@ -55,29 +55,29 @@ use tracing::subscriber::DefaultGuard;
 
 use crate::harness::{Bot, Lab, failure, request, until};
 
-/// What the broker logs when Vault says nothing about a key.
+/// Log message while Vault cannot be reached or returns no usable response.
 const NO_ANSWER: &str = "Vault unreachable; using cached keys";
 
-/// What it logs when Vault refuses its login, which says nothing about a key either.
+/// Log message while Vault rejects the broker's login.
 const LOGIN_REFUSED: &str = "Vault login rejected; using cached keys";
 
-/// How the broker of a test reaches its Vault.
+/// Configuration of a test's broker and its Vault.
 struct Setup {
     vault: VaultSim,
-    /// The rules name one key `main` for each; bot `maker` may read.
+    /// The rules define one key `main` for each; bot `maker` may read.
     accounts: Vec<String>,
     /// Seconds between two polls.
     poll_s: u32,
-    /// Limit for one request; long, so that a busy machine does not look like an outage.
+    /// Time limit per request; long, so that a slow machine does not cause an outage.
     timeout_ms: u32,
-    /// Further keys of `[vault]`.
+    /// Further settings of `[vault]`.
     more: String,
-    /// Whatever else differs from the usual installation.
+    /// All other settings.
     settings: Settings,
 }
 
 impl Setup {
-    /// A simulated Vault that holds the first key of each account; its root token stands in the token file.
+    /// A simulated Vault with the first key of each account; its root token is in the token file.
     async fn new(accounts: &[&str]) -> Self {
         let vault = VaultSim::start_dev(ROOT_TOKEN).await.unwrap();
         Self::on(vault, accounts)
@@ -102,7 +102,7 @@ impl Setup {
         }
     }
 
-    /// Starts the broker and waits until it has its keys.
+    /// Starts the broker and waits until its keys are loaded.
     async fn ready(self) -> Rig {
         let rig = self.start().await;
         rig.lab.until_ready().await;
@@ -119,7 +119,7 @@ impl Setup {
             .with_ansi(false)
             .with_writer(move || writer.clone())
             .finish();
-        // Only for this thread: that of the test, and with it that of its whole broker.
+        // For this thread only; the test and its broker run on it.
         let guard = tracing::subscriber::set_default(subscriber);
         lab.start_broker().await;
         let bot = lab.bot("maker").await;
@@ -131,7 +131,7 @@ impl Setup {
         }
     }
 
-    /// Writes the broker's files; nothing is started but the simulators.
+    /// Writes the broker's files; starts only the simulators.
     async fn install(mut self) -> Lab {
         let (poll_s, timeout_ms, more) = (self.poll_s, self.timeout_ms, self.more);
         self.settings.vault = format!("poll_s = {poll_s}\ntimeout_ms = {timeout_ms}\n{more}");
@@ -151,7 +151,7 @@ impl Setup {
     }
 }
 
-/// A running broker, its bot, and what it logs.
+/// A running broker, its bot and its log.
 struct Rig {
     lab: Lab,
     bot: Bot,
@@ -164,7 +164,7 @@ impl Rig {
         &self.lab.vault
     }
 
-    /// Sends one private read: the id of the KuCoin key that signed it, or what `KEY_UNAVAILABLE` says.
+    /// Sends one private read; returns the id of the KuCoin key that signed it, or the message of `KEY_UNAVAILABLE`.
     async fn signer(&self, account: &str) -> Result<String, String> {
         let mut request = request(Scope::SpotMargin, Method::Get, "/api/v1/accounts", "");
         account.clone_into(&mut request.account);
@@ -186,21 +186,21 @@ impl Rig {
         Err(status.message().to_owned())
     }
 
-    /// The calls of `main` are signed with its key of this generation, until `condition` holds and once more after it.
-    async fn serves_until<F>(&self, generation: u32, what: &str, condition: impl Fn() -> F)
+    /// Checks that calls of `main` are signed with its key of this generation until `condition` is true, and once more after it.
+    async fn signs_until<F>(&self, generation: u32, label: &str, condition: impl Fn() -> F)
     where
         F: Future<Output = bool>,
     {
         let expected = Ok(key("main", generation).api_key);
-        until(what, async || {
-            let held = condition().await;
-            assert_eq!(self.signer("main").await, expected, "waiting for: {what}");
-            held
+        until(label, async || {
+            let is_done = condition().await;
+            assert_eq!(self.signer("main").await, expected, "waiting for: {label}");
+            is_done
         })
         .await;
     }
 
-    /// Every call of `main` is signed, in the end with its key of this generation.
+    /// Waits until calls of `main` are signed with its key of this generation; none may fail until then.
     async fn until_signed_with(&self, generation: u32) {
         let expected = key("main", generation).api_key;
         until(&format!("calls are signed with {expected}"), async || {
@@ -209,23 +209,23 @@ impl Rig {
         .await;
     }
 
-    /// The calls of `main` are refused at last, and the refusal holds `reason`.
+    /// Waits until calls of `main` are rejected, and checks that the message contains `reason`.
     async fn until_evicted(&self, reason: &str) {
         until("the key is evicted", async || {
             self.signer("main").await.is_err()
         })
         .await;
-        let told = self.signer("main").await.unwrap_err();
+        let message = self.signer("main").await.unwrap_err();
         let expected = "the key of account main for this scope is not available: ";
         assert!(
-            told.starts_with(expected) && told.contains(reason),
-            "{told}"
+            message.starts_with(expected) && message.contains(reason),
+            "{message}"
         );
     }
 
-    /// The calls of `main` are signed again, with its key of this generation.
+    /// Waits until calls of `main` are signed again, and checks that its key of this generation signs them.
     async fn until_restored(&self, generation: u32) {
-        until("the key is back", async || {
+        until("the key is loaded again", async || {
             self.signer("main").await.is_ok()
         })
         .await;
@@ -235,31 +235,34 @@ impl Rig {
         );
     }
 
-    /// `/readyz` is 503 at last, and its text holds `reason`.
+    /// Waits until `/readyz` returns 503 and its text contains `reason`.
     async fn until_not_ready(&self, reason: &str) {
-        until(&format!("/readyz is 503 and says: {reason}"), async || {
-            let (status, text) = self.lab.get("/readyz").await;
-            status == 503 && text.contains(reason)
-        })
+        until(
+            &format!("/readyz is 503 and contains: {reason}"),
+            async || {
+                let (status, text) = self.lab.get("/readyz").await;
+                status == 503 && text.contains(reason)
+            },
+        )
         .await;
     }
 
-    /// Stops the broker and checks its record.
+    /// Stops the broker and checks its audit log.
     async fn end(mut self) {
         assert_eq!(self.lab.stop().await, 0);
     }
 }
 
-/// What one broker has logged so far.
+/// The log of one broker so far.
 #[derive(Clone, Default)]
 struct Logs(Arc<Mutex<Vec<u8>>>);
 
 impl Logs {
-    /// How many lines hold all of these.
+    /// The number of lines that contain all of `parts`.
     fn count(&self, parts: &[&str]) -> usize {
         let text = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
-        let holds = |line: &&str| parts.iter().all(|part| line.contains(part));
-        text.lines().filter(holds).count()
+        let contains_all = |line: &&str| parts.iter().all(|part| line.contains(part));
+        text.lines().filter(contains_all).count()
     }
 }
 
@@ -280,7 +283,7 @@ impl io::Write for Logs {
     }
 }
 
-/// A made-up key; KuCoin knows four generations of each account's.
+/// A fake key; the simulated KuCoin has four generations per account.
 fn key(account: &str, generation: u32) -> SimKey {
     SimKey {
         api_key: format!("simulated-{account}-{generation}"),
@@ -296,8 +299,8 @@ fn put(vault: &VaultSim, account: &str, generation: u32) -> u64 {
     vault.put_secret("kv", &kv_path(account, "main"), secret)
 }
 
-/// What has arrived for the key of `account`: method, path and query below `/v1/kv/`, and the status answered.
-fn asked(vault: &VaultSim, account: &str) -> Vec<(String, Option<u16>)> {
+/// The requests that Vault received for the key of `account`: method, path and query below `/v1/kv/`, and the status returned.
+fn requests_for(vault: &VaultSim, account: &str) -> Vec<(String, Option<u16>)> {
     let path = kv_path(account, "main");
     let describe = |seen: Seen| {
         let short = seen.path.strip_prefix("/v1/kv/")?;
@@ -308,8 +311,8 @@ fn asked(vault: &VaultSim, account: &str) -> Vec<(String, Option<u16>)> {
     vault.requests().into_iter().filter_map(describe).collect()
 }
 
-/// How many requests for a path below `/v1/` have been answered with this status.
-fn answered(vault: &VaultSim, path: &str, status: u16) -> usize {
+/// The number of responses with this status to requests for a path below `/v1/`.
+fn count_responses(vault: &VaultSim, path: &str, status: u16) -> usize {
     let requests = vault.requests();
     let matching = requests.iter().filter(|seen| {
         seen.path

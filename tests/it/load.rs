@@ -1,4 +1,4 @@
-//! Broker, simulated Vault and simulated KuCoin as separate processes, eight bots at once: every call ends once.
+//! Load of eight bots on a broker, with simulated Vault and KuCoin as separate processes: every call ends exactly once.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -9,38 +9,38 @@ use credbroker_sim::kucoin::{Fault, FaultAction, When};
 use serde_json::{Value, json};
 
 use crate::drive::{self, Simulator, word};
-use crate::harness::{Lab, accounts, failure, futures_order, request, say, spot_order};
+use crate::harness::{Lab, accounts, failure, futures_order, print_always, request, spot_order};
 
 const BOTS: usize = 8;
 const CALLS: usize = 10_000;
 
-/// What goes wrong at the exchange.
+/// Faults of the exchange: path, requests to skip, fault.
 fn faults() -> [(&'static str, u32, FaultAction); 6] {
     let close = |when| FaultAction::Close { when };
     let bad_gateway = FaultAction::Html {
         status: 502,
-        when: When::AfterTaken,
+        when: When::AfterProcessing,
     };
     let orders = "/api/v1/hf/orders";
     [
-        (orders, 100, close(When::AfterTaken)),
-        (orders, 0, close(When::BeforeTaken)),
+        (orders, 100, close(When::AfterProcessing)),
+        (orders, 0, close(When::BeforeProcessing)),
         (orders, 0, FaultAction::CutShort { bytes: 7 }),
         ("/api/v1/orders", 50, bad_gateway),
-        ("/api/v1/accounts", 10, close(When::AfterTaken)),
+        ("/api/v1/accounts", 10, close(When::AfterProcessing)),
         (orders, 0, FaultAction::Delay { ms: 400 }),
     ]
 }
 
-/// What a bot was told: an answer's outcome, or a failure's.
+/// How a call ended: the outcome of its answer, or outcome and reason of its failure.
 #[derive(Clone, Debug, Eq, PartialEq)]
-struct Told {
+struct Ending {
     outcome: String,
     reason: Option<String>,
 }
 
 #[tokio::test]
-async fn ten_thousand_mixed_calls_each_end_in_exactly_one_outcome_and_its_lines() {
+async fn each_of_ten_thousand_mixed_calls_has_exactly_one_audited_outcome() {
     let (_vault, kucoin, settings) = drive::simulators(drive::AS_TEST).await;
     for (path, skip, action) in faults() {
         let fault = Fault {
@@ -65,42 +65,42 @@ async fn ten_thousand_mixed_calls_each_end_in_exactly_one_outcome_and_its_lines(
     for number in 0..BOTS {
         let mut bot = lab.patient_bot(&format!("bot-{number}")).await;
         bots.push(tokio::spawn(async move {
-            let mut told = BTreeMap::new();
+            let mut endings = BTreeMap::new();
             for step in 0..CALLS / BOTS {
                 let id = format!("{number}-{step}");
                 let mut call = nth_call(&id, step);
                 call.request_id = id.clone();
-                // Some of the delayed orders outlast this, and most calls do not.
-                let ended = match bot
+                // Shorter than the delay of some orders, and long enough for most calls.
+                let ending = match bot
                     .send_within(
                         call,
                         Duration::from_millis(if step % 5 == 0 { 300 } else { 20_000 }),
                     )
                     .await
                 {
-                    Ok(answer) => Told {
+                    Ok(answer) => Ending {
                         outcome: word(answer.outcome()).to_owned(),
                         reason: None,
                     },
                     Err(status) => {
                         let (_, reason, outcome, named) = failure(&status);
                         assert_eq!(named, id);
-                        Told {
+                        Ending {
                             outcome,
                             reason: Some(reason),
                         }
                     }
                 };
-                told.insert(id, ended);
+                endings.insert(id, ending);
             }
-            told
+            endings
         }));
     }
-    let mut told = BTreeMap::new();
+    let mut endings = BTreeMap::new();
     for bot in bots {
-        told.extend(bot.await.unwrap());
+        endings.extend(bot.await.unwrap());
     }
-    assert_eq!(told.len(), CALLS);
+    assert_eq!(endings.len(), CALLS);
     lab.process().terminate();
     assert_eq!(
         lab.process().exit_code().await,
@@ -109,7 +109,7 @@ async fn ten_thousand_mixed_calls_each_end_in_exactly_one_outcome_and_its_lines(
         lab.process().log()
     );
 
-    // The record tells of each call what its bot was told, once.
+    // The audit log has each call once, with the outcome that the bot received.
     let mut lines: BTreeMap<String, Vec<Value>> = BTreeMap::new();
     for line in lab.audit() {
         lines
@@ -119,10 +119,10 @@ async fn ten_thousand_mixed_calls_each_end_in_exactly_one_outcome_and_its_lines(
     }
     assert_eq!(
         lines.keys().collect::<BTreeSet<_>>(),
-        told.keys().collect::<BTreeSet<_>>()
+        endings.keys().collect::<BTreeSet<_>>()
     );
     let mut kinds = BTreeMap::new();
-    for (id, told) in &told {
+    for (id, ending) in &endings {
         let events: Vec<_> = lines[id]
             .iter()
             .map(|line| line["event"].as_str().unwrap())
@@ -132,16 +132,16 @@ async fn ten_thousand_mixed_calls_each_end_in_exactly_one_outcome_and_its_lines(
             ["intent", "outcome"] | ["intent", "outcome", "late_answer"] => &lines[id][1],
             _ => panic!("{id}: {events:?}"),
         };
-        let recorded = Told {
+        let audited = Ending {
             outcome: end["outcome"].as_str().unwrap().to_owned(),
             reason: end["reason"].as_str().map(ToOwned::to_owned),
         };
-        assert_eq!(&recorded, told, "{id}");
+        assert_eq!(&audited, ending, "{id}");
         *kinds
-            .entry((told.outcome.clone(), told.reason.clone()))
+            .entry((ending.outcome.clone(), ending.reason.clone()))
             .or_insert(0) += 1;
     }
-    say(&format!("{CALLS} calls ended as: {kinds:#?}"));
+    print_always(&format!("outcomes of {CALLS} calls: {kinds:#?}"));
     for kind in [
         ("accepted", None),
         ("rejected", None),
@@ -151,15 +151,18 @@ async fn ten_thousand_mixed_calls_each_end_in_exactly_one_outcome_and_its_lines(
         ("maybe_sent", None),
     ] {
         let kind = (kind.0.to_owned(), kind.1.map(ToOwned::to_owned));
-        assert!(kinds.contains_key(&kind), "{kind:?} is not among {kinds:?}");
+        assert!(
+            kinds.contains_key(&kind),
+            "no call ended as {kind:?}: {kinds:?}"
+        );
     }
-    check_orders(&kucoin, &told, &lines).await;
+    check_orders(&kucoin, &endings, &lines).await;
 }
 
-/// Every order that a bot was told is accepted exists once; one that was not sent does not exist.
+/// Checks that every accepted order exists once, and that no order exists that was rejected or not sent.
 async fn check_orders(
     kucoin: &Simulator,
-    told: &BTreeMap<String, Told>,
+    endings: &BTreeMap<String, Ending>,
     lines: &BTreeMap<String, Vec<Value>>,
 ) {
     let orders = format!("orders?uid={MAIN_UID}");
@@ -170,7 +173,7 @@ async fn check_orders(
             .entry(order["client_oid"].as_str().unwrap())
             .or_default() += 1;
     }
-    for (id, told) in told {
+    for (id, ending) in endings {
         let is_order = lines[id][0]["event"] == "intent"
             && lines[id][0]["endpoint"]
                 .as_str()
@@ -178,10 +181,10 @@ async fn check_orders(
                 .ends_with("orders")
             && lines[id][0]["method"] == "POST";
         let count = placed.get(id.as_str()).copied().unwrap_or_default();
-        match told.outcome.as_str() {
+        match ending.outcome.as_str() {
             "accepted" if is_order => assert_eq!(count, 1, "{id}"),
             "maybe_sent" if is_order => assert!(count <= 1, "{id}"),
-            _ => assert_eq!(count, 0, "{id}: {told:?}"),
+            _ => assert_eq!(count, 0, "{id}: {ending:?}"),
         }
     }
 }

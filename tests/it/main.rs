@@ -4,13 +4,16 @@
     clippy::indexing_slicing,
     clippy::panic,
     clippy::unwrap_used,
-    reason = "a test that cannot go on says so by panicking"
+    reason = "a test fails by panicking"
 )]
 #![expect(
     clippy::print_stdout,
-    reason = "simulators in processes of their own say where they listen"
+    reason = "simulator processes print a line when they listen"
 )]
-#![expect(clippy::too_many_lines, reason = "a long story is told in one piece")]
+#![expect(
+    clippy::too_many_lines,
+    reason = "a long scenario stays in one function"
+)]
 
 mod harness;
 
@@ -34,6 +37,7 @@ mod halt;
 mod hostile;
 mod key_health;
 mod keys;
+mod language;
 mod load;
 mod memory;
 mod ops;

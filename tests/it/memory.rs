@@ -1,7 +1,7 @@
-//! What stays of a key in the memory of the real program once it is not used any more: nothing.
+//! Keys that are no longer used are erased from the memory of the real program.
 //!
-//! Root reads `/proc/PID/mem` of a broker between a Vault and an exchange that run elsewhere, and searches it for the
-//! values of marked keys and for everything that signs as they do.
+//! As root, the tests read `/proc/PID/mem` of a broker whose Vault and exchange run in another process, and search it for
+//! the values of keys made for the test and for everything that can sign like them.
 
 use std::fmt;
 use std::fs::File;
@@ -23,7 +23,7 @@ use uuid::Uuid;
 use crate::delivery::tls_of;
 use crate::harness::{Bot, Lab, Patient, accounts, not_run, spot_order, until};
 
-/// No part of a value that is shorter is searched for: random text of this length occurs once.
+/// The minimum length of a searched part: random text of this length does not occur by chance.
 const PART: usize = 16;
 
 /// State of SHA-256 before the first block. Source: FIPS 180-4, 5.3.3.
@@ -38,35 +38,35 @@ const SHA256_START: [u32; 8] = [
     0x5be0_cd19,
 ];
 
-/// Something that must not be in memory.
+/// A byte sequence to search for.
 struct Needle {
-    what: &'static str,
+    name: &'static str,
     bytes: Vec<u8>,
 }
 
-/// Where one was found.
+/// An occurrence of one.
 struct Hit {
-    what: &'static str,
+    name: &'static str,
     address: u64,
     region: String,
-    /// Memory around it, as text.
+    /// The memory around it, as text.
     around: String,
 }
 
 impl fmt::Debug for Hit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
-            what,
+            name,
             address,
             region,
             around,
         } = self;
-        write!(f, "\n{what} at {address:#x} in {region}: {around}")
+        write!(f, "\n{name} at {address:#x} in {region}: {around}")
     }
 }
 
-/// A made-up key whose values occur nowhere else.
-fn marked_key() -> SimKey {
+/// A made-up key with random values.
+fn random_key() -> SimKey {
     let random = || Uuid::new_v4();
     SimKey {
         api_key: random().simple().to_string()[..24].to_owned(),
@@ -81,16 +81,16 @@ fn marked_key() -> SimKey {
     }
 }
 
-/// The beginning and the end of a value: what frees memory often overwrites the beginning.
-fn ends(needles: &mut Vec<Needle>, what: &'static str, value: &[u8]) {
-    assert!(value.len() >= PART, "{what}");
+/// Adds the start and the end of a value: freeing memory often overwrites only the start.
+fn add_start_and_end(needles: &mut Vec<Needle>, name: &'static str, value: &[u8]) {
+    assert!(value.len() >= PART, "{name}");
     for part in [&value[..PART], &value[value.len() - PART..]] {
         let bytes = part.to_vec();
-        needles.push(Needle { what, bytes });
+        needles.push(Needle { name, bytes });
     }
 }
 
-/// An HMAC key padded to a block: as text, and as the words that SHA-256 makes of it.
+/// An HMAC key, padded to a block and combined with `pad`.
 fn block(key: &[u8], pad: u8) -> [u8; 64] {
     let mut block = [pad; 64];
     for (byte, key) in block.iter_mut().zip(key) {
@@ -99,36 +99,37 @@ fn block(key: &[u8], pad: u8) -> [u8; 64] {
     block
 }
 
-/// Everything from which requests can be signed as with this HMAC key.
-fn hmac_needles(
+/// Adds everything that can sign like this HMAC key.
+fn add_hmac_needles(
     needles: &mut Vec<Needle>,
     [text, block_text, midstate]: [&'static str; 3],
     key: &[u8],
 ) {
-    ends(needles, text, key);
+    add_start_and_end(needles, text, key);
     let mut states = Vec::new();
     for pad in [0x36, 0x5c] {
         let block = block(key, pad);
+        // As the words that SHA-256 reads from it.
         let swapped: Vec<u8> = block
             .chunks(4)
             .flat_map(|word| word.iter().rev().copied().collect::<Vec<_>>())
             .collect();
         for bytes in [&block[..32], &swapped[..32]] {
-            ends(needles, block_text, bytes);
+            add_start_and_end(needles, block_text, bytes);
         }
         let mut state = SHA256_START;
         compress256(&mut state, &[block]);
-        // In the order of the standard, and in the one in which the processor's SHA instructions take it.
+        // In the order of the standard, and in the order of the processor's SHA instructions.
         for order in [[0, 1, 2, 3], [4, 5, 6, 7], [5, 4, 1, 0], [7, 6, 3, 2]] {
             let words = order.map(|word: usize| state[word]);
             let little: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
             let big: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
-            ends(needles, midstate, &little);
-            ends(needles, midstate, &big);
+            add_start_and_end(needles, midstate, &little);
+            add_start_and_end(needles, midstate, &big);
         }
         states.push(state);
     }
-    // The states are right if what they sign is what another library signs.
+    // The states are right if they produce the same signature as another library.
     let finish = |mut state: [u32; 8], message: &[u8]| {
         let mut last = [0; 64];
         last[..message.len()].copy_from_slice(message);
@@ -143,7 +144,7 @@ fn hmac_needles(
     assert_eq!(ours, theirs.as_ref());
 }
 
-/// Everything that must not stay of a key.
+/// Everything of a key that must be erased.
 fn needles(key: &SimKey) -> Vec<Needle> {
     let mut all = Vec::new();
     let names = [
@@ -151,28 +152,28 @@ fn needles(key: &SimKey) -> Vec<Needle> {
         "secret as an HMAC block",
         "HMAC state of the secret",
     ];
-    hmac_needles(&mut all, names, key.api_secret.as_bytes());
+    add_hmac_needles(&mut all, names, key.api_secret.as_bytes());
     let names = [
         "partner key",
         "partner key as an HMAC block",
         "HMAC state of the partner key",
     ];
-    hmac_needles(&mut all, names, key.partners[0].key.as_bytes());
-    ends(&mut all, "passphrase", key.passphrase.as_bytes());
+    add_hmac_needles(&mut all, names, key.partners[0].key.as_bytes());
+    add_start_and_end(&mut all, "passphrase", key.passphrase.as_bytes());
     let secret = hmac::Key::new(hmac::HMAC_SHA256, key.api_secret.as_bytes());
     let signed = hmac::sign(&secret, key.passphrase.as_bytes());
-    ends(&mut all, "signed passphrase, raw", signed.as_ref());
+    add_start_and_end(&mut all, "signed passphrase, raw", signed.as_ref());
     let signed = BASE64.encode(signed.as_ref());
-    ends(&mut all, "signed passphrase", signed.as_bytes());
+    add_start_and_end(&mut all, "signed passphrase", signed.as_bytes());
     all
 }
 
-/// Searches all memory that a process can write: heap, anonymous maps, the stacks of all threads, and the data of what
-/// is loaded.
+/// Searches all writable memory of a process: heap, anonymous maps, the stacks of all threads, and the data of loaded
+/// files.
 fn search(id: u32, needles: &[Needle]) -> Vec<Hit> {
     let maps = std::fs::read_to_string(format!("/proc/{id}/maps")).unwrap();
     let memory = File::open(format!("/proc/{id}/mem")).unwrap();
-    // By their first two bytes, so that most places are left at once.
+    // Indexed by their first two bytes, so that most positions are skipped at once.
     let mut starts = vec![Vec::new(); 1 << 16];
     for needle in needles {
         let start = u16::from_le_bytes([needle.bytes[0], needle.bytes[1]]);
@@ -187,7 +188,7 @@ fn search(id: u32, needles: &[Needle]) -> Vec<Hit> {
         let (from, to) = range.split_once('-').unwrap();
         let [from, to] = [from, to].map(|text| u64::from_str_radix(text, 16).unwrap());
         let mut bytes = vec![0; usize::try_from(to - from).unwrap()];
-        // A map may go while it is looked at.
+        // A map can disappear during the search.
         if memory.read_exact_at(&mut bytes, from).is_err() {
             continue;
         }
@@ -200,7 +201,7 @@ fn search(id: u32, needles: &[Needle]) -> Vec<Hit> {
                 if bytes[at..].starts_with(&needle.bytes) {
                     let around = &bytes[at.saturating_sub(96)..bytes.len().min(at + 96)];
                     hits.push(Hit {
-                        what: needle.what,
+                        name: needle.name,
                         address: from + at as u64,
                         region: line
                             .split_whitespace()
@@ -216,17 +217,17 @@ fn search(id: u32, needles: &[Needle]) -> Vec<Hit> {
     hits
 }
 
-/// Whether this can be tested here.
-fn is_root(what: &str) -> bool {
+/// Whether the test can run here; otherwise reports that it did not.
+fn is_root(test: &str) -> bool {
     let is_root = geteuid().is_root();
     if !is_root {
-        not_run(what, "root", "only root reads another process's memory");
+        not_run(test, "root", "only root can read another process's memory");
     }
     is_root
 }
 
-/// A broker in a process of its own; Vault and exchange are reached over TLS, as in production.
-async fn running(key: &SimKey) -> (Lab, Bot<Patient>) {
+/// Starts a broker as a separate process, with TLS to Vault and the exchange, as in production.
+async fn start(key: &SimKey) -> (Lab, Bot<Patient>) {
     let ca = Ca::new("CA of simulated servers").unwrap();
     let server = ca.server().unwrap();
     let vault = VaultSim::start_dev_tls(ROOT_TOKEN, &server).await.unwrap();
@@ -267,7 +268,7 @@ scope = "spot-margin"
 allow = ["read", "trade"]
 "#;
 
-/// Some calls at once, so that every thread and several connections sign.
+/// Sends calls in parallel, so that every thread signs, over several connections.
 async fn trade(bot: &mut Bot<Patient>) {
     for round in 0..5 {
         let calls = (0..20).map(|number| {
@@ -282,45 +283,45 @@ async fn trade(bot: &mut Bot<Patient>) {
     }
 }
 
-/// What is found of a key that signs: its HMAC states and its signed passphrase, or the search finds nothing.
+/// Asserts that memory has exactly what signing with the key needs: its HMAC states and its signed passphrase.
 fn assert_found(lab: &mut Lab, needles: &[Needle]) {
     let hits = search(lab.process().id(), needles);
-    for what in [
+    for name in [
         "HMAC state of the secret",
         "HMAC state of the partner key",
         "signed passphrase",
     ] {
         assert!(
-            hits.iter().any(|hit| hit.what == what),
-            "no {what} in memory"
+            hits.iter().any(|hit| hit.name == name),
+            "no {name} in memory"
         );
     }
-    let needless = hits
+    let unneeded = hits
         .iter()
-        .filter(|hit| !hit.what.starts_with("HMAC state") && hit.what != "signed passphrase");
-    let needless: Vec<_> = needless.collect();
-    assert!(needless.is_empty(), "not needed to sign: {needless:?}");
+        .filter(|hit| !hit.name.starts_with("HMAC state") && hit.name != "signed passphrase");
+    let unneeded: Vec<_> = unneeded.collect();
+    assert!(unneeded.is_empty(), "not needed to sign: {unneeded:?}");
 }
 
-/// Nothing of it is left.
-async fn assert_gone(lab: &mut Lab, needles: &[Needle]) {
+/// Asserts that the key is erased.
+async fn assert_erased(lab: &mut Lab, needles: &[Needle]) {
     let id = lab.process().id();
     let hits = std::cell::RefCell::new(Vec::new());
-    let gone = until("nothing of the key is in memory", async || {
+    let erased = until("the key is erased from memory", async || {
         *hits.borrow_mut() = search(id, needles);
         hits.borrow().is_empty()
     });
-    let gone = std::panic::AssertUnwindSafe(gone);
-    let is_gone = futures_util::FutureExt::catch_unwind(gone).await.is_ok();
-    assert!(is_gone, "{:?}", hits.borrow());
+    let erased = std::panic::AssertUnwindSafe(erased);
+    let is_erased = futures_util::FutureExt::catch_unwind(erased).await.is_ok();
+    assert!(is_erased, "{:?}", hits.borrow());
 }
 
 #[tokio::test]
-async fn the_search_finds_a_value_in_the_memory_of_another_process() {
+async fn memory_search_finds_secrets_in_another_process() {
     if !is_root("search of memory") {
         return;
     }
-    let key = marked_key();
+    let key = random_key();
     let needles = needles(&key);
     let mut other = Command::new("sleep")
         .arg("60")
@@ -331,7 +332,7 @@ async fn the_search_finds_a_value_in_the_memory_of_another_process() {
         let hits = search(other.id(), &needles);
         ["secret", "passphrase"]
             .iter()
-            .all(|what| hits.iter().any(|hit| hit.what == *what))
+            .all(|name| hits.iter().any(|hit| hit.name == *name))
     })
     .await;
     other.kill().unwrap();
@@ -339,72 +340,72 @@ async fn the_search_finds_a_value_in_the_memory_of_another_process() {
 }
 
 #[tokio::test]
-async fn nothing_of_a_revoked_key_stays_in_memory() {
+async fn revoked_key_is_erased_from_memory() {
     if !is_root("memory after a revocation") {
         return;
     }
-    let key = marked_key();
+    let key = random_key();
     let needles = needles(&key);
-    let (mut lab, _bot) = running(&key).await;
+    let (mut lab, _bot) = start(&key).await;
     assert_found(&mut lab, &needles);
     let revoked = lab
         .admin_cli("anna", &["keys", "revoke", "main", "--key", "main"])
         .await;
     assert_eq!(revoked.code, Some(0), "{revoked:?}");
-    assert_gone(&mut lab, &needles).await;
+    assert_erased(&mut lab, &needles).await;
 }
 
 #[tokio::test]
-async fn nothing_of_a_replaced_key_stays_in_memory() {
+async fn replaced_key_is_erased_from_memory() {
     if !is_root("memory after a rotation") {
         return;
     }
-    let (first, second) = (marked_key(), marked_key());
+    let (first, second) = (random_key(), random_key());
     let (old, new) = (needles(&first), needles(&second));
-    let (mut lab, mut bot) = running(&first).await;
+    let (mut lab, mut bot) = start(&first).await;
     assert_found(&mut lab, &old);
     lab.add_key("main", "main", &second);
-    until_says(&lab, "key main/main: version 2 loaded").await;
+    until_reported(&lab, "key main/main: version 2 loaded").await;
     trade(&mut bot).await;
-    assert_gone(&mut lab, &old).await;
+    assert_erased(&mut lab, &old).await;
     assert_found(&mut lab, &new);
 }
 
 #[tokio::test]
-async fn nothing_of_a_key_that_is_deleted_in_vault_stays_in_memory() {
+async fn key_deleted_in_vault_is_erased_from_memory() {
     if !is_root("memory after a deletion") {
         return;
     }
-    let key = marked_key();
+    let key = random_key();
     let needles = needles(&key);
-    let (mut lab, _bot) = running(&key).await;
+    let (mut lab, _bot) = start(&key).await;
     assert_found(&mut lab, &needles);
     lab.vault.delete_metadata("kv", &kv_path("main", "main"));
-    until_says(&lab, "key main/main: not available").await;
-    assert_gone(&mut lab, &needles).await;
+    until_reported(&lab, "key main/main: not available").await;
+    assert_erased(&mut lab, &needles).await;
 }
 
 #[tokio::test]
-async fn nothing_of_a_new_version_that_the_exchange_refuses_stays_in_memory() {
-    if !is_root("memory after a refused version") {
+async fn new_version_rejected_by_the_exchange_is_erased_from_memory() {
+    if !is_root("memory after a rejected version") {
         return;
     }
-    let (good, unknown) = (marked_key(), marked_key());
+    let (good, unknown) = (random_key(), random_key());
     let needles = needles(&unknown);
-    let (mut lab, _bot) = running(&good).await;
+    let (mut lab, _bot) = start(&good).await;
     lab.put_key("main", "main", &unknown);
-    until_says(&lab, "version 2 is refused").await;
-    assert_gone(&mut lab, &needles).await;
+    until_reported(&lab, "version 2 was rejected").await;
+    assert_erased(&mut lab, &needles).await;
 }
 
 #[tokio::test]
-async fn nothing_of_a_key_that_an_admin_has_had_tested_stays_in_memory() {
+async fn key_tested_by_an_admin_is_erased_from_memory() {
     if !is_root("memory after the test of a key") {
         return;
     }
-    let (good, other) = (marked_key(), marked_key());
+    let (good, other) = (random_key(), random_key());
     let needles = needles(&other);
-    let (mut lab, _bot) = running(&good).await;
+    let (mut lab, _bot) = start(&good).await;
     lab.kucoin.add_key(other.clone());
     let mut admin = lab.admin_client("anna").await;
     let request = TestKeyRequest {
@@ -420,19 +421,19 @@ async fn nothing_of_a_key_that_an_admin_has_had_tested_stays_in_memory() {
         try_order: true,
     };
     let tested = admin.test_key(request).await.unwrap().into_inner();
-    assert!(!tested.is_unclear, "{tested:?}");
-    // Two libraries keep what they have received for as long as the admin's connection lasts.
+    assert!(!tested.is_inconclusive, "{tested:?}");
+    // Two libraries keep received data until the admin's connection closes.
     let hits = search(lab.process().id(), &needles);
-    let secrets = hits.iter().filter(|hit| hit.what == "secret").count();
+    let secrets = hits.iter().filter(|hit| hit.name == "secret").count();
     assert!(
         secrets <= 2 * 2,
-        "more copies than SECURITY.md says: {hits:?}"
+        "more copies than SECURITY.md documents: {hits:?}"
     );
     drop(admin);
-    assert_gone(&mut lab, &needles).await;
+    assert_erased(&mut lab, &needles).await;
 }
 
-async fn until_says(lab: &Lab, part: &str) {
-    let says = async || lab.get("/readyz?verbose").await.1.contains(part);
-    until(&format!("/readyz says {part:?}"), says).await;
+async fn until_reported(lab: &Lab, part: &str) {
+    let is_reported = async || lab.get("/readyz?verbose").await.1.contains(part);
+    until(&format!("/readyz reports {part:?}"), is_reported).await;
 }

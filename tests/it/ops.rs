@@ -1,11 +1,11 @@
-//! `/healthz`, `/readyz` and `/metrics` as monitoring asks for them.
+//! Tests of `/healthz`, `/readyz` and `/metrics`.
 
 use std::collections::BTreeMap;
 
 use crate::harness::{Lab, accounts, http};
 
-/// Head and body of the answer to a request, with an `Accept` header unless it is empty.
-async fn ask(lab: &Lab, method: &str, path: &str, accept: &str) -> (String, String) {
+/// Sends a request, with an `Accept` header unless `accept` is empty; returns head and body of the answer.
+async fn fetch(lab: &Lab, method: &str, path: &str, accept: &str) -> (String, String) {
     let accept = match accept {
         "" => String::new(),
         accept => format!("accept: {accept}\r\n"),
@@ -17,16 +17,16 @@ async fn ask(lab: &Lab, method: &str, path: &str, accept: &str) -> (String, Stri
 }
 
 #[tokio::test]
-async fn head_is_answered_as_get_without_a_body() {
+async fn head_returns_the_headers_of_get_without_a_body() {
     let mut lab = Lab::start().await;
     for path in ["/healthz", "/readyz", "/readyz?verbose", "/metrics"] {
-        let (get, body) = ask(&lab, "GET", path, "").await;
+        let (get, body) = fetch(&lab, "GET", path, "").await;
         assert!(!body.is_empty());
-        let (head, nothing) = ask(&lab, "HEAD", path, "").await;
+        let (head, nothing) = fetch(&lab, "HEAD", path, "").await;
         assert_eq!(nothing, "", "{path}");
         let lines = |head: &str| -> Vec<_> {
             let lines = head.lines().filter(|line| !line.starts_with("date:"));
-            // The length of what changes from one moment to the next.
+            // The length of a body can change from one request to the next.
             let lines = lines.filter(|line| !line.starts_with("content-length:"));
             lines.map(ToOwned::to_owned).collect()
         };
@@ -34,13 +34,13 @@ async fn head_is_answered_as_get_without_a_body() {
         assert!(head.starts_with("http/1.1 200"), "{head}");
         assert!(head.contains("content-length: "), "{head}");
     }
-    let (head, _) = ask(&lab, "HEAD", "/", "").await;
+    let (head, _) = fetch(&lab, "HEAD", "/", "").await;
     assert!(head.starts_with("http/1.1 404"), "{head}");
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn metrics_come_in_the_format_that_is_asked_for() {
+async fn metrics_format_follows_the_accept_header() {
     let mut lab = Lab::start().await;
     let open_metrics = "application/openmetrics-text; version=1.0.0";
     for (accept, kind) in [
@@ -52,7 +52,7 @@ async fn metrics_come_in_the_format_that_is_asked_for() {
             open_metrics,
         ),
     ] {
-        let (head, body) = ask(&lab, "GET", "/metrics", accept).await;
+        let (head, body) = fetch(&lab, "GET", "/metrics", accept).await;
         assert!(
             head.contains(&format!("content-type: {kind}")),
             "{accept}: {head}"
@@ -65,23 +65,29 @@ async fn metrics_come_in_the_format_that_is_asked_for() {
     lab.stop().await;
 }
 
-/// The rules of `promtool check metrics` (promlint) that a text can break, on every line.
+/// Checks every line by the rules of `promtool check metrics` (promlint).
 #[tokio::test]
-async fn the_text_format_has_help_and_type_for_every_sample() {
+async fn every_metric_sample_has_help_and_type() {
     let mut lab = Lab::start().await;
     lab.bot("maker").await.send(accounts()).await.unwrap();
-    let (_, text) = ask(&lab, "GET", "/metrics", "").await;
+    let (_, text) = fetch(&lab, "GET", "/metrics", "").await;
     let (mut help, mut types) = (BTreeMap::new(), BTreeMap::new());
     let mut samples = 0;
     for line in text.lines() {
         if let Some(declared) = line.strip_prefix("# HELP ") {
-            let (name, told) = declared.split_once(' ').unwrap();
-            assert!(!told.trim().is_empty(), "{name} has no help");
-            assert!(help.insert(name, told).is_none(), "{name} twice");
+            let (name, text) = declared.split_once(' ').unwrap();
+            assert!(!text.trim().is_empty(), "{name} has no help");
+            assert!(
+                help.insert(name, text).is_none(),
+                "{name} is declared twice"
+            );
         } else if let Some(declared) = line.strip_prefix("# TYPE ") {
             let (name, kind) = declared.split_once(' ').unwrap();
             assert_eq!(name.ends_with("_total"), kind == "counter", "{name} {kind}");
-            assert!(types.insert(name, kind).is_none(), "{name} twice");
+            assert!(
+                types.insert(name, kind).is_none(),
+                "{name} is declared twice"
+            );
         } else {
             assert!(!line.starts_with('#'), "{line}");
             let end = line.find(['{', ' ']).unwrap();

@@ -1,7 +1,8 @@
-//! What a bot may and may not do: hostile descriptors, each with the verdict that the rules give it, and the friendly
-//! side of the same rules.
+//! What bots can and cannot do under the rules: hostile requests, each with its expected error, and requests that are
+//! granted.
 //!
-//! The grants stand here once, as data: the rules file is written from them, and [`judge`] reads them by itself.
+//! The grants are defined here once, as data: the rules file is generated from them, and [`judge`] evaluates them with its
+//! own code.
 
 mod collisions;
 mod denied;
@@ -24,7 +25,7 @@ use tonic_types::StatusExt;
 
 use crate::harness::{Bot, Lab, failure, request};
 
-/// The accounts of the arena; each has its own uid at the simulator.
+/// The accounts; each has its own uid at the simulator.
 const ACCOUNTS: &str = r#"
 [account.main]
 key = { spot-margin = "main", futures = "main", unified = "main" }
@@ -67,7 +68,7 @@ const KEYS: [(&str, &str, u64); 7] = [
 
 const CLASSES: [&str; 4] = ["public", "read", "trade", "trade-config"];
 
-/// Every template that a literal path collides with, by id alone.
+/// Ids of every template that also matches a literal path of another endpoint.
 const SPOT_TEMPLATES: [&str; 10] = [
     "spot.delete.v1-hf-orders-order-id",
     "spot.delete.v1-orders-order-id",
@@ -87,7 +88,7 @@ const FUTURES_TEMPLATES: [&str; 4] = [
     "futures.get.v2-contracts-symbol",
 ];
 
-/// What one bot may do on one account in one scope.
+/// What a bot can do on an account in a scope.
 #[derive(Debug)]
 struct Grant {
     bot: &'static str,
@@ -110,7 +111,7 @@ const fn grant(
     }
 }
 
-/// `maker` has every class, `picky` templates by name, `banker` every class on an account whose money may leave.
+/// `maker` has every class, `picky` only templates by name, `banker` every class on an account that allows money out.
 const GRANTS: [Grant; 22] = [
     grant("maker", "main", Scope::SpotMargin, &CLASSES),
     grant("maker", "main", Scope::Futures, &CLASSES),
@@ -141,7 +142,7 @@ const GRANTS: [Grant; 22] = [
     grant("spotter", "main", Scope::SpotMargin, &["trade"]),
 ];
 
-/// One endpoint outside the catalogue.
+/// A grant of one endpoint outside the catalogue.
 #[derive(Debug)]
 struct Unlisted {
     bot: &'static str,
@@ -151,7 +152,7 @@ struct Unlisted {
     path: &'static str,
 }
 
-/// What `explorer` may do.
+/// The grants of `explorer`.
 const UNLISTED: [Unlisted; 3] = [
     Unlisted {
         bot: "explorer",
@@ -178,10 +179,10 @@ const UNLISTED: [Unlisted; 3] = [
 
 const BOTS: [&str; 16] = [
     "maker", "picky", "reader", "onlooker", "foreign", "banker", "clerk", "auditor", "euro",
-    "turk", "aussie", "futurist", "unifier", "spotter", "explorer", "stranger",
+    "turk", "aussie", "futurist", "unifier", "spotter", "explorer", "outsider",
 ];
 
-/// The catalogue as data, read without the broker's own code.
+/// The catalogue as data, parsed without the broker's code.
 static CATALOGUE: LazyLock<Vec<Value>> = LazyLock::new(|| {
     serde_json::from_str(include_str!("../../src/kucoin/endpoints.json")).unwrap()
 });
@@ -220,7 +221,7 @@ fn method_of(endpoint: &Value) -> Method {
 const SCOPES: [Scope; 3] = [Scope::Futures, Scope::SpotMargin, Scope::Unified];
 const METHODS: [Method; 3] = [Method::Delete, Method::Get, Method::Post];
 
-/// The endpoint's path with every parameter filled in.
+/// The endpoint's path with `value` for every parameter.
 fn filled(endpoint: &Value, value: &str) -> String {
     let path = endpoint["path"].as_str().unwrap();
     let segments = path
@@ -270,7 +271,7 @@ fn rules_of(grants: &[&Grant], unlisted: &[&Unlisted]) -> String {
     rules
 }
 
-/// A running installation under the rules above, with every bot connected.
+/// A running broker with the rules above, and every bot connected.
 struct Arena {
     lab: Lab,
     bots: BTreeMap<&'static str, Bot>,
@@ -295,37 +296,36 @@ impl Arena {
         self.bots[name].clone()
     }
 
-    /// Sends every case, and checks verdict, exchange and record.
-    async fn refuses(mut self, cases: Vec<Case>) {
+    /// Sends every request; checks that it fails as expected, reaches no exchange and is audited.
+    async fn assert_denied(mut self, cases: Vec<Case>) {
         let mut ids = BTreeMap::new();
         for case in cases {
-            let Case { what, bot, .. } = &case;
+            let Case { label, bot, .. } = &case;
             let result = self.bot(bot).send(case.request.clone()).await;
             let received = self.lab.kucoin.received();
             assert!(
                 received.is_empty(),
-                "{what}: reached the exchange: {received:?}"
+                "{label}: the exchange received {received:?}"
             );
             let Err(status) = result else {
-                panic!("{what}: was not refused");
+                panic!("{label}: did not fail");
             };
             let (code, reason, outcome, id) = failure(&status);
-            let verdict = (code, reason.as_str());
             assert_eq!(
-                verdict,
-                case.expect.verdict(),
-                "{what}: {}",
+                (code, reason.as_str()),
+                case.expected.error(),
+                "{label}: {}",
                 status.message()
             );
-            assert_eq!(outcome, "not_sent", "{what}");
-            match &case.expect {
-                Expect::Denied(part) | Expect::Unknown(part) => assert!(
+            assert_eq!(outcome, "not_sent", "{label}");
+            match &case.expected {
+                Expected::Denied(part) | Expected::Unknown(part) => assert!(
                     status.message().contains(part),
-                    "{what}: {part:?} is not in {:?}",
+                    "{label}: {part:?} is not in {:?}",
                     status.message()
                 ),
-                Expect::Malformed(expected) => {
-                    assert_eq!(&fields(&status), expected, "{what}: {}", status.message());
+                Expected::Malformed(expected) => {
+                    assert_eq!(&fields(&status), expected, "{label}: {}", status.message());
                 }
             }
             ids.insert(id, case);
@@ -335,58 +335,61 @@ impl Arena {
             let id = line["request_id"].as_str().unwrap().to_owned();
             lines.entry(id).or_default().push(line);
         }
-        assert_eq!(lines.len(), ids.len(), "calls in the audit file");
+        assert_eq!(lines.len(), ids.len(), "calls in the audit log");
         for (
             id,
             Case {
-                what, bot, expect, ..
+                label,
+                bot,
+                expected,
+                ..
             },
         ) in &ids
         {
             let [line] = lines[id].as_slice() else {
-                panic!("{what}: not one audit line: {:?}", lines[id]);
+                panic!("{label}: expected one audit line: {:?}", lines[id]);
             };
-            assert_eq!(line["event"], "denied", "{what}");
-            assert_eq!(line["outcome"], "not_sent", "{what}");
-            assert_eq!(line["reason"], expect.verdict().1, "{what}");
+            assert_eq!(line["event"], "denied", "{label}");
+            assert_eq!(line["outcome"], "not_sent", "{label}");
+            assert_eq!(line["reason"], expected.error().1, "{label}");
             assert_eq!(
                 line["bot"],
                 format!("spiffe://demo.test/bot/{bot}"),
-                "{what}"
+                "{label}"
             );
         }
         self.lab.stop().await;
     }
 }
 
-/// The fields that a malformed request is told of.
+/// The invalid fields that the error of a malformed request names.
 fn fields(status: &Status) -> Vec<String> {
     let details = status.get_details_bad_request();
     let violations = details.into_iter().flat_map(|d| d.field_violations);
     violations.map(|violation| violation.field).collect()
 }
 
-/// A hostile descriptor.
+/// A request that must fail.
 struct Case {
-    what: String,
+    label: String,
     bot: &'static str,
     request: SignAndSendRequest,
-    expect: Expect,
+    expected: Expected,
 }
 
-/// The verdict it must get.
+/// How it must fail.
 #[derive(Clone)]
-enum Expect {
-    /// Permission denied, with this in the message.
+enum Expected {
+    /// Permission denied, with this text in the message.
     Denied(String),
-    /// Malformed in these fields.
+    /// Malformed; the error names exactly these fields.
     Malformed(Vec<String>),
-    /// No rule names the bot.
+    /// The bot is in no rule; with this text in the message.
     Unknown(String),
 }
 
-impl Expect {
-    fn verdict(&self) -> (Code, &'static str) {
+impl Expected {
+    fn error(&self) -> (Code, &'static str) {
         match self {
             Self::Denied(_) => (Code::PermissionDenied, "POLICY_DENIED"),
             Self::Malformed(_) => (Code::InvalidArgument, "REQUEST_MALFORMED"),
@@ -396,28 +399,28 @@ impl Expect {
 }
 
 fn case(
-    what: impl Into<String>,
+    label: impl Into<String>,
     bot: &'static str,
     request: SignAndSendRequest,
-    expect: Expect,
+    expected: Expected,
 ) -> Case {
     Case {
-        what: what.into(),
+        label: label.into(),
         bot,
         request,
-        expect,
+        expected,
     }
 }
 
-fn denied(part: impl Into<String>) -> Expect {
-    Expect::Denied(part.into())
+fn denied(part: impl Into<String>) -> Expected {
+    Expected::Denied(part.into())
 }
 
-fn malformed(field: &str) -> Expect {
-    Expect::Malformed(vec![field.to_owned()])
+fn malformed(field: &str) -> Expected {
+    Expected::Malformed(vec![field.to_owned()])
 }
 
-/// A request with the path exactly as given, on any account.
+/// A request for an account, with the path exactly as given.
 fn on(account: &str, scope: Scope, method: Method, path: &str) -> SignAndSendRequest {
     SignAndSendRequest {
         account: account.to_owned(),
@@ -434,7 +437,7 @@ fn parameter(name: &str, value: &str) -> QueryParameter {
 }
 
 #[test]
-fn at_least_two_hundred_different_hostile_descriptors_are_tried() {
+fn at_least_200_distinct_hostile_requests_are_tested() {
     let cases: Vec<_> = [
         malformed::paths(),
         malformed::queries(),
@@ -445,21 +448,24 @@ fn at_least_two_hundred_different_hostile_descriptors_are_tried() {
         denied::money(),
         denied::scopes_and_hosts(),
         denied::accounts_and_bots(),
-        denied::sites_and_purposes(),
+        denied::sites_and_read_only_accounts(),
         denied::near_misses_of_unlisted(),
     ]
     .into_iter()
-    .inspect(|group| assert!(group.len() >= 10, "a group of {} cases", group.len()))
+    .inspect(|group| assert!(group.len() >= 10, "only {} cases in a group", group.len()))
     .flatten()
     .collect();
     let mut seen = BTreeSet::new();
     for Case {
-        what, bot, request, ..
+        label,
+        bot,
+        request,
+        ..
     } in &cases
     {
         assert!(
             seen.insert(format!("{bot} {request:?}")),
-            "{what} stands twice"
+            "{label} is listed twice"
         );
     }
     assert!(cases.len() >= 200, "only {} cases", cases.len());

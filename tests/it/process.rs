@@ -1,4 +1,4 @@
-//! What the system is told about the real program: its memory is nobody else's.
+//! Hardening of the real program: its memory is protected from other processes and from swap.
 
 use std::process::Command;
 
@@ -8,14 +8,14 @@ use serde_json::Value;
 
 use crate::harness::{Lab, not_run, until};
 
-/// The line of a file of `/proc/PID` that begins so, as words.
+/// The words of the line of a `/proc/PID` file that starts with `start`.
 fn proc_line(id: u32, file: &str, start: &str) -> Vec<String> {
     let text = std::fs::read_to_string(format!("/proc/{id}/{file}")).unwrap();
     let line = text.lines().find(|line| line.starts_with(start)).unwrap();
     line.split_whitespace().map(str::to_owned).collect()
 }
 
-async fn running() -> Lab {
+async fn start() -> Lab {
     Lab::with(Settings {
         process: true,
         ..Settings::default()
@@ -23,8 +23,8 @@ async fn running() -> Lab {
     .await
 }
 
-/// Takes root's rights from what root starts: with them any memory can be read.
-fn bare() -> &'static [&'static str] {
+/// The command prefix that drops root's capabilities, which allow a process to read any memory.
+fn unprivileged() -> &'static [&'static str] {
     if geteuid().is_root() {
         &["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
     } else {
@@ -32,39 +32,39 @@ fn bare() -> &'static [&'static str] {
     }
 }
 
-/// A command that is started without root's rights.
-fn bare_command(words: &[&str]) -> Command {
-    let mut words = bare().iter().chain(words);
+/// A command without root's capabilities.
+fn unprivileged_command(words: &[&str]) -> Command {
+    let mut words = unprivileged().iter().chain(words);
     let mut command = Command::new(words.next().unwrap());
     command.args(words);
     command
 }
 
-/// Whether another process of the same user may look into the memory of this one.
+/// Whether another process of the same user can read the memory of process `id`.
 fn is_readable(id: u32) -> bool {
-    let look = format!("/proc/{id}/environ");
-    let output = bare_command(&["cat", &look]).output().unwrap();
-    let said = String::from_utf8(output.stderr).unwrap();
+    let file = format!("/proc/{id}/environ");
+    let output = unprivileged_command(&["cat", &file]).output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
     assert!(
-        output.status.success() || said.contains("Permission denied"),
-        "{said}"
+        output.status.success() || stderr.contains("Permission denied"),
+        "{stderr}"
     );
     output.status.success()
 }
 
 #[tokio::test]
-async fn nobody_of_the_same_user_reads_its_memory_and_no_core_is_dumped() {
-    let mut other = bare_command(&["sleep", "60"]).spawn().unwrap();
-    until("the memory of any other program can be read", async || {
+async fn other_processes_of_the_user_cannot_read_its_memory_and_core_dumps_are_off() {
+    let mut other = unprivileged_command(&["sleep", "60"]).spawn().unwrap();
+    until("the memory of another program can be read", async || {
         is_readable(other.id())
     })
     .await;
     other.kill().unwrap();
     other.wait().unwrap();
 
-    let mut lab = running().await;
+    let mut lab = start().await;
     drop(lab.process.take());
-    lab.spawn_broker_under(bare()).await;
+    lab.spawn_broker_under(unprivileged()).await;
     let id = lab.process().id();
     assert!(!is_readable(id));
     assert_eq!(
@@ -72,15 +72,18 @@ async fn nobody_of_the_same_user_reads_its_memory_and_no_core_is_dumped() {
         ["0", "0"]
     );
     let files = proc_line(id, "limits", "Max open files");
-    assert_eq!(files[3], files[4], "as many as the system allows");
-    let log = lab.process().log_line("process hardened").await;
+    assert_eq!(files[3], files[4], "the soft limit is the hard limit");
+    let log = lab
+        .process()
+        .log_line("process hardening done; the fields show what is in effect")
+        .await;
     assert_eq!(log["undumpable"], true);
     assert_eq!(log["descriptors"].to_string(), files[3]);
 }
 
 #[tokio::test]
-async fn memory_is_locked_where_that_is_allowed_and_the_log_says_what_to_set_where_not() {
-    let mut lab = running().await;
+async fn memory_is_locked_if_allowed_or_a_warning_names_the_settings_to_change() {
+    let mut lab = start().await;
     for (limit, is_locked) in [("65536", false), ("unlimited", true)] {
         drop(lab.process.take());
         let memlock = format!("--memlock={limit}:{limit}");
@@ -89,13 +92,16 @@ async fn memory_is_locked_where_that_is_allowed_and_the_log_says_what_to_set_whe
             not_run(
                 &format!("memory locked with limit {limit}"),
                 "prlimit",
-                "no prlimit, or no right to use it",
+                "prlimit is missing or not permitted",
             );
             continue;
         }
         lab.spawn_broker_under(&["prlimit", &memlock]).await;
         lab.until_ready().await;
-        let log = lab.process().log_line("process hardened").await;
+        let log = lab
+            .process()
+            .log_line("process hardening done; the fields show what is in effect")
+            .await;
         assert_eq!(log["locked"], is_locked, "{log}");
         let id = lab.process().id();
         let locked_kb = || proc_line(id, "status", "VmLck")[1].parse::<u64>().unwrap();
@@ -104,10 +110,7 @@ async fn memory_is_locked_where_that_is_allowed_and_the_log_says_what_to_set_whe
             .lines()
             .find(|line| line.contains("memory is not locked"));
         if is_locked {
-            until("pages are locked as they are used", async || {
-                locked_kb() > 0
-            })
-            .await;
+            until("used pages are locked", async || locked_kb() > 0).await;
             assert_eq!(warning, None);
         } else {
             assert_eq!(locked_kb(), 0);

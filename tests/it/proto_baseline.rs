@@ -1,4 +1,4 @@
-//! The contract only grows: everything in `proto/baseline.binpb` is still in `proto/`, unchanged.
+//! The contract has no breaking changes: everything in `proto/baseline.binpb` is still in `proto/`, unchanged.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,10 +10,10 @@ use protox::prost_reflect::{Cardinality, DescriptorPool, EnumDescriptor, Message
 /// A `FileDescriptorSet` of `proto/`: the contract that clients rely on.
 const BASELINE: &str = "proto/baseline.binpb";
 
-/// When it is set, the test writes the baseline instead of comparing with it.
+/// If this variable is set, the test writes the baseline instead of comparing with it.
 const WRITE: &str = "CREDBROKER_WRITE_BASELINE";
 
-/// Every part of a contract, by the name that clients know it by.
+/// The parts of a contract: name and definition.
 type Parts = BTreeMap<String, String>;
 
 /// Compiles every file of `proto/credbroker/v1/`.
@@ -103,7 +103,7 @@ fn add_reserved<'n>(
     for (count, number) in numbers.enumerate() {
         assert!(
             count < 1000,
-            "{owner}: reserve the numbers that were in use, not all that follow"
+            "{owner}: reserve only the numbers that were in use"
         );
         parts.insert(format!("{owner} number {number}"), "reserved".to_owned());
     }
@@ -112,13 +112,13 @@ fn add_reserved<'n>(
     }
 }
 
-/// Everything of `old` that `new` lacks or has differently, a line each.
-fn broken(old: &Parts, new: &Parts) -> Vec<String> {
+/// The breaking changes: a line for each part of `old` that is missing or different in `new`.
+fn breaking_changes(old: &Parts, new: &Parts) -> Vec<String> {
     let mut lines = Vec::new();
     for (part, was) in old {
         match new.get(part) {
-            None if was.is_empty() => lines.push(format!("{part} is gone")),
-            None => lines.push(format!("{part} is gone, was {was}")),
+            None if was.is_empty() => lines.push(format!("{part} is missing")),
+            None => lines.push(format!("{part} is missing, was {was}")),
             Some(is) if is != was => lines.push(format!("{part} is {is}, was {was}")),
             Some(_) => {}
         }
@@ -126,39 +126,42 @@ fn broken(old: &Parts, new: &Parts) -> Vec<String> {
     lines
 }
 
-/// Numbers of `old` that `new` neither uses nor reserves, although it still has the message or the enum.
-fn freed(old: &Parts, new: &Parts) -> Vec<String> {
-    let is_gone = |part: &&String| {
+/// The numbers of `old` that `new` neither uses nor reserves, although it still has the message or enum.
+fn unreserved_numbers(old: &Parts, new: &Parts) -> Vec<String> {
+    let is_unreserved = |part: &&String| {
         let owner = part.split_once(" number ").map(|(owner, _)| owner);
-        let stays = |owner| {
+        let exists = |owner| {
             new.contains_key(&format!("message {owner}"))
                 || new.contains_key(&format!("enum {owner}"))
         };
-        owner.is_some_and(stays) && !new.contains_key(*part)
+        owner.is_some_and(exists) && !new.contains_key(*part)
     };
-    old.keys().filter(is_gone).cloned().collect()
+    old.keys().filter(is_unreserved).cloned().collect()
 }
 
 #[test]
-fn the_contract_only_grows() {
+fn contract_has_no_breaking_changes() {
     let pool = compiled(Path::new("proto"));
     let new = parts(&pool);
     if std::env::var_os(WRITE).is_some() {
         if Path::new(BASELINE).exists() {
             let old = parts(&baseline());
-            let free = freed(&old, &new);
-            assert!(free.is_empty(), "reserve these numbers: {free:#?}");
-            for line in broken(&old, &new) {
-                println!("breaks clients: {line}");
+            let unreserved = unreserved_numbers(&old, &new);
+            assert!(
+                unreserved.is_empty(),
+                "reserve these numbers: {unreserved:#?}"
+            );
+            for line in breaking_changes(&old, &new) {
+                println!("breaking change: {line}");
             }
         }
         fs::write(BASELINE, pool.encode_to_vec()).unwrap();
         return;
     }
-    let lines = broken(&parts(&baseline()), &new);
+    let lines = breaking_changes(&parts(&baseline()), &new);
     assert!(
         lines.is_empty(),
-        "this breaks clients (CONTRIBUTING.md, \"Change the contract\"): {lines:#?}"
+        "breaking changes (CONTRIBUTING.md, \"Change the API\"): {lines:#?}"
     );
 }
 
@@ -170,7 +173,7 @@ fn the_baseline_has_every_service() {
     }
 }
 
-/// The contract of these lines in a package of their own.
+/// The contract of a proto file with these lines.
 fn contract(lines: &str) -> Parts {
     let folder = tempfile::tempdir().unwrap();
     let package = folder.path().join("credbroker/v1");
@@ -195,20 +198,20 @@ enum Kind {
   KIND_A = 1;
   reserved 5;
 }
-service Door {
+service Api {
   rpc Get(Ask) returns (Answer);
   rpc Watch(Ask) returns (stream Answer);
 }
 ";
 
 #[test]
-fn every_break_of_the_contract_is_listed() {
+fn every_breaking_change_is_listed() {
     let old = contract(SMALL);
     for (from, to, expected) in [
         (
             "  string account = 1;",
             "",
-            "p.Ask number 1 is gone, was string account",
+            "p.Ask number 1 is missing, was string account",
         ),
         (
             "  string account = 1;",
@@ -218,7 +221,7 @@ fn every_break_of_the_contract_is_listed() {
         (
             "account = 1",
             "account = 21",
-            "p.Ask number 1 is gone, was string account",
+            "p.Ask number 1 is missing, was string account",
         ),
         (
             "string account",
@@ -243,7 +246,7 @@ fn every_break_of_the_contract_is_listed() {
         (
             "reserved 4, 6 to 7;",
             "reserved 4, 6;",
-            "p.Ask number 7 is gone, was reserved",
+            "p.Ask number 7 is missing, was reserved",
         ),
         (
             "reserved 4, 6 to 7;",
@@ -253,40 +256,48 @@ fn every_break_of_the_contract_is_listed() {
         (
             "reserved \"old\";",
             "",
-            "p.Ask name old is gone, was reserved",
+            "p.Ask name old is missing, was reserved",
         ),
         (
             "string one = 9; }",
             "} string one = 9;",
             "p.Ask number 9 is string one, was string one of which",
         ),
-        ("  KIND_A = 1;", "", "p.Kind number 1 is gone, was KIND_A"),
+        (
+            "  KIND_A = 1;",
+            "",
+            "p.Kind number 1 is missing, was KIND_A",
+        ),
         ("KIND_A", "KIND_B", "p.Kind number 1 is KIND_B, was KIND_A"),
-        ("reserved 5;", "", "p.Kind number 5 is gone, was reserved"),
+        (
+            "reserved 5;",
+            "",
+            "p.Kind number 5 is missing, was reserved",
+        ),
         (
             "  rpc Get(Ask) returns (Answer);",
             "",
-            "rpc p.Door.Get is gone, was (p.Ask) returns (p.Answer)",
+            "rpc p.Api.Get is missing, was (p.Ask) returns (p.Answer)",
         ),
         (
             "(stream Answer)",
             "(Answer)",
-            "rpc p.Door.Watch is (p.Ask) returns (p.Answer), was (p.Ask) returns (stream p.Answer)",
+            "rpc p.Api.Watch is (p.Ask) returns (p.Answer), was (p.Ask) returns (stream p.Answer)",
         ),
     ] {
         assert!(SMALL.contains(from), "{from}");
-        let lines = broken(&old, &contract(&SMALL.replacen(from, to, 1)));
+        let lines = breaking_changes(&old, &contract(&SMALL.replacen(from, to, 1)));
         assert_eq!(lines, [expected], "{from} -> {to}");
     }
-    let renamed = broken(&old, &contract(&SMALL.replace("Answer", "Reply")));
-    assert!(renamed.contains(&"message p.Answer is gone".to_owned()));
+    let renamed = breaking_changes(&old, &contract(&SMALL.replace("Answer", "Reply")));
+    assert!(renamed.contains(&"message p.Answer is missing".to_owned()));
     let without = SMALL.split("service").next().unwrap();
-    let without = broken(&old, &contract(without));
-    assert!(without.contains(&"service p.Door is gone".to_owned()));
+    let without = breaking_changes(&old, &contract(without));
+    assert!(without.contains(&"service p.Api is missing".to_owned()));
 }
 
 #[test]
-fn a_contract_may_grow() {
+fn additions_to_the_contract_are_allowed() {
     let grown = SMALL
         .replace(
             "message Answer {",
@@ -295,22 +306,25 @@ fn a_contract_may_grow() {
         .replace("KIND_A = 1;", "KIND_A = 1; KIND_B = 2;")
         .replace("reserved 5;", "reserved 5 to 6;")
         .replace(
-            "service Door {",
-            "service Door { rpc Put(Ask) returns (More);",
+            "service Api {",
+            "service Api { rpc Put(Ask) returns (More);",
         );
-    assert_eq!(broken(&contract(SMALL), &contract(&grown)), [""; 0]);
+    assert_eq!(
+        breaking_changes(&contract(SMALL), &contract(&grown)),
+        [""; 0]
+    );
 }
 
 #[test]
-fn a_new_baseline_frees_no_number() {
+fn removed_numbers_must_be_reserved_in_a_new_baseline() {
     let old = contract(SMALL);
     let field = "  string account = 1;\n";
     let without = contract(&SMALL.replace(field, ""));
-    assert_eq!(freed(&old, &without), ["p.Ask number 1"]);
+    assert_eq!(unreserved_numbers(&old, &without), ["p.Ask number 1"]);
     let reserved = contract(&SMALL.replace(field, "  reserved 1;\n"));
-    assert_eq!(freed(&old, &reserved), [""; 0]);
+    assert_eq!(unreserved_numbers(&old, &reserved), [""; 0]);
     let value = contract(&SMALL.replace("  KIND_A = 1;\n", ""));
-    assert_eq!(freed(&old, &value), ["p.Kind number 1"]);
+    assert_eq!(unreserved_numbers(&old, &value), ["p.Kind number 1"]);
     let renamed = contract(&SMALL.replace("Answer", "Reply"));
-    assert_eq!(freed(&old, &renamed), [""; 0]);
+    assert_eq!(unreserved_numbers(&old, &renamed), [""; 0]);
 }

@@ -1,4 +1,4 @@
-//! Rules and certificates change while bots work, however their files are replaced; what cannot be used changes nothing.
+//! Rules and certificates are reloaded while bots work, however their files are replaced; unusable files change nothing.
 
 use std::collections::BTreeSet;
 use std::io::Read;
@@ -21,7 +21,7 @@ use tokio::task::JoinHandle;
 use tokio::time::sleep;
 use tonic::{Code, Status};
 
-use crate::certificates::gets_in;
+use crate::certificates::is_call_accepted;
 use crate::connections::{GOAWAY, RawBot};
 use crate::delivery::tls_of;
 use crate::harness::{Bot, Lab, Patient, accounts, not_run, refusal, set_mode, spot_order, until};
@@ -33,7 +33,7 @@ fn reading(bot: &str, account: &str) -> String {
     )
 }
 
-/// Accounts of the usual rules, and one that is new.
+/// The usual rules with one more account.
 fn with_account(name: &str) -> String {
     format!("{RULES}\n[account.{name}]\nkey = {{ spot-margin = \"main\" }}\n")
 }
@@ -45,14 +45,14 @@ fn balance_of(account: &str) -> SignAndSendRequest {
     }
 }
 
-/// How a file gets other contents.
+/// How a file is replaced.
 #[derive(Clone, Copy, Debug)]
 enum Way {
-    /// Another file takes its name.
+    /// Another file is renamed over it.
     Rename,
-    /// It is a link into a folder that is itself a link, and that is turned to another folder, as Kubernetes does.
+    /// It is a symlink into a symlinked folder, which is pointed at another folder, as Kubernetes does.
     Links,
-    /// It is written over.
+    /// It is overwritten in place.
     Write,
 }
 
@@ -62,7 +62,7 @@ fn link_over(lab: &Lab, name: &str, target: &str) {
     std::fs::rename(new, lab.path(name)).unwrap();
 }
 
-/// Turns the files into links as Kubernetes mounts them; their contents stay.
+/// Turns the files into symlinks, as Kubernetes mounts them, without changing their contents.
 fn mount(lab: &Lab, names: &[&str]) {
     std::fs::create_dir(lab.path("..first")).unwrap();
     link_over(lab, "..data", "..first");
@@ -93,39 +93,39 @@ impl Way {
     }
 }
 
-/// What another program says of the file.
+/// The file's SHA-256 according to `sha256sum`.
 fn sha256sum(file: &Path) -> String {
     let output = Command::new("sha256sum").arg(file).output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     text.split(' ').next().unwrap().to_owned()
 }
 
-/// The next change after `known` others, once it is on record.
+/// Waits until a change after the first `known` ones is audited, and returns it.
 async fn change_after(lab: &Lab, known: usize) -> Value {
-    until("a change is recorded", async || lab.changes().len() > known).await;
+    until("a change is audited", async || lab.changes().len() > known).await;
     lab.changes()[known].clone()
 }
 
-/// Replaces the rules and waits until the others are in force.
+/// Replaces the rules and waits until the new ones are in effect.
 async fn set_rules(lab: &Lab, rules: &str) {
     let known = lab.changes().len();
     lab.replace("rules.toml", rules).unwrap();
     let change = change_after(lab, known).await;
     assert_eq!(
-        (&change["what"], &change["outcome"]),
-        (&"rules".into(), &"taken".into()),
+        (&change["file"], &change["outcome"]),
+        (&"rules".into(), &"reloaded".into()),
         "{change}"
     );
 }
 
-/// Replaces the bots' CAs and waits until the others are in force.
+/// Replaces the bots' CAs and waits until the new ones are in effect.
 async fn set_cas(lab: &Lab, cas: &[&Ca]) {
     let known = lab.changes().len();
     lab.replace("ca.pem", &bundle(cas)).unwrap();
     let change = change_after(lab, known).await;
     assert_eq!(
-        (&change["what"], &change["outcome"]),
-        (&"tls".into(), &"taken".into()),
+        (&change["file"], &change["outcome"]),
+        (&"tls".into(), &"reloaded".into()),
         "{change}"
     );
 }
@@ -134,8 +134,8 @@ fn bundle(cas: &[&Ca]) -> String {
     cas.iter().map(|ca| ca.certificate_pem()).collect()
 }
 
-/// The server certificate that a new connection is shown.
-async fn shown(lab: &Lab) -> CertificateDer<'static> {
+/// The server certificate of a new connection.
+async fn presented_certificate(lab: &Lab) -> CertificateDer<'static> {
     let stream = lab.tls(&lab.ca.bot("maker").unwrap()).await.unwrap();
     let chain = stream.get_ref().1.peer_certificates().unwrap();
     chain[0].clone().into_owned()
@@ -145,7 +145,7 @@ fn der(identity: &Identity) -> CertificateDer<'static> {
     CertificateDer::from_pem_slice(identity.certificate_pem.as_bytes()).unwrap()
 }
 
-/// A bot that calls without a pause until it is told to stop.
+/// A bot that calls without a pause until `stop`.
 struct Busy {
     stop: watch::Sender<bool>,
     calls: JoinHandle<(usize, Vec<Status>)>,
@@ -155,21 +155,21 @@ impl Busy {
     fn start(mut bot: Bot<Patient>, request: SignAndSendRequest) -> Self {
         let (stop, stopped) = watch::channel(false);
         let calls = tokio::spawn(async move {
-            let (mut served, mut failures) = (0, Vec::new());
+            let (mut accepted, mut failures) = (0, Vec::new());
             while !*stopped.borrow() {
                 match bot.send(request.clone()).await {
-                    Ok(_) => served += 1,
+                    Ok(_) => accepted += 1,
                     Err(status) => failures.push(status),
                 }
-                // What the test waits for is on the same thread.
+                // The test and the broker run on the same thread.
                 sleep(Duration::from_millis(1)).await;
             }
-            (served, failures)
+            (accepted, failures)
         });
         Self { stop, calls }
     }
 
-    /// How many calls were served, and what the others were told.
+    /// The number of accepted calls, and the errors of the others.
     async fn stop(self) -> (usize, Vec<Status>) {
         self.stop.send_replace(true);
         self.calls.await.unwrap()
@@ -177,7 +177,7 @@ impl Busy {
 }
 
 #[tokio::test]
-async fn files_are_taken_up_however_they_are_replaced() {
+async fn files_are_reloaded_however_they_are_replaced() {
     let mut lab = Lab::start().await;
     let mut rules = RULES.to_owned();
     for way in [Way::Rename, Way::Write, Way::Links] {
@@ -199,12 +199,16 @@ async fn files_are_taken_up_however_they_are_replaced() {
         );
         change_after(&lab, known + 1).await;
         let mut changes = lab.changes().split_off(known);
-        changes.sort_by_key(|change| change["what"].to_string());
-        let of =
-            |change: &Value| format!("{} {} {}", change["who"], change["what"], change["outcome"]);
+        changes.sort_by_key(|change| change["file"].to_string());
+        let describe = |change: &Value| {
+            format!(
+                "{} {} {}",
+                change["principal"], change["file"], change["outcome"]
+            )
+        };
         assert_eq!(
-            changes.iter().map(of).collect::<Vec<_>>(),
-            [r#""file" "rules" "taken""#, r#""file" "tls" "taken""#],
+            changes.iter().map(describe).collect::<Vec<_>>(),
+            [r#""file" "rules" "reloaded""#, r#""file" "tls" "reloaded""#],
             "{way:?}"
         );
         assert_eq!(changes[0]["sha256_before"], before);
@@ -216,13 +220,13 @@ async fn files_are_taken_up_however_they_are_replaced() {
 
         let mut bot = lab.patient_bot_with(&identity).await;
         bot.send(accounts()).await.unwrap();
-        assert_eq!(shown(&lab).await, der(&server), "{way:?}");
+        assert_eq!(presented_certificate(&lab).await, der(&server), "{way:?}");
     }
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn a_file_that_is_still_being_written_is_never_in_force() {
+async fn half_written_file_never_takes_effect() {
     let mut lab = Lab::start().await;
     let busy = Busy::start(lab.patient_bot("reader").await, accounts());
     let (head, tail) = RULES.split_at(
@@ -230,32 +234,32 @@ async fn a_file_that_is_still_being_written_is_never_in_force() {
             .find("[[grant]]\nbot = \"spiffe://demo.test/bot/reader\"")
             .unwrap(),
     );
-    let whole: Vec<_> = (0..20)
+    let texts: Vec<_> = (0..20)
         .map(|round| format!("# {round}\n{head}{tail}"))
         .collect();
     let file = lab.path("rules.toml");
     let mut digests = BTreeSet::new();
-    for text in &whole {
+    for text in &texts {
         let known = lab.changes().len();
         let (first, rest) = text.split_at(text.len() - tail.len());
         assert!(
             credbroker::policy::Policy::parse(first).is_ok(),
-            "the half must be valid rules"
+            "the half-written file must be valid rules"
         );
         std::fs::write(&file, first).unwrap();
-        // Less than the time between two looks: one of them, at the most, sees the half.
+        // Less than the time between two checks, so at most one check sees the half-written file.
         sleep(Duration::from_millis(30)).await;
         let mut open = std::fs::File::options().append(true).open(&file).unwrap();
         std::io::Write::write_all(&mut open, rest.as_bytes()).unwrap();
         digests.insert(sha256sum(&file));
         change_after(&lab, known).await;
     }
-    let (served, failures) = busy.stop().await;
-    assert!(served > 20, "{served}");
+    let (accepted, failures) = busy.stop().await;
+    assert!(accepted > 20, "{accepted}");
     assert!(failures.is_empty(), "{failures:?}");
-    let taken = lab.changes();
-    assert_eq!(taken.len(), whole.len());
-    for change in taken {
+    let changes = lab.changes();
+    assert_eq!(changes.len(), texts.len());
+    for change in changes {
         assert!(
             digests.contains(change["sha256_after"].as_str().unwrap()),
             "{change}"
@@ -267,17 +271,17 @@ async fn a_file_that_is_still_being_written_is_never_in_force() {
 #[tokio::test]
 async fn certificate_and_key_may_be_replaced_one_after_the_other() {
     let mut lab = Lab::start().await;
-    let (old, new) = (shown(&lab).await, lab.ca.server().unwrap());
+    let (old, new) = (presented_certificate(&lab).await, lab.ca.server().unwrap());
     for (name, text, outcome) in [
-        ("server.pem", &new.certificate_pem, "refused"),
-        ("server.key", &new.key_pem, "taken"),
+        ("server.pem", &new.certificate_pem, "rejected"),
+        ("server.key", &new.key_pem, "reloaded"),
     ] {
         let known = lab.changes().len();
-        assert_eq!(shown(&lab).await, old);
+        assert_eq!(presented_certificate(&lab).await, old);
         lab.replace(name, text).unwrap();
         assert_eq!(change_after(&lab, known).await["outcome"], outcome);
     }
-    assert_eq!(shown(&lab).await, der(&new));
+    assert_eq!(presented_certificate(&lab).await, der(&new));
     assert_eq!(
         lab.metric("credbroker_file_unusable{file=\"tls\"}").await,
         Some(0.0)
@@ -289,7 +293,7 @@ fn now_s() -> u64 {
     u64::try_from(Clock::system().wall_ms() / 1000).unwrap()
 }
 
-/// What a bad file holds.
+/// Contents of an unusable file.
 enum Bad {
     Text(String),
     Bytes(Vec<u8>),
@@ -298,7 +302,7 @@ enum Bad {
 }
 
 #[tokio::test]
-async fn what_cannot_be_used_changes_nothing_and_is_told_until_it_is_mended() {
+async fn unusable_file_changes_nothing_and_is_reported_until_it_is_fixed() {
     let lab = Lab::with(Settings {
         process: true,
         ..Settings::default()
@@ -306,11 +310,11 @@ async fn what_cannot_be_used_changes_nothing_and_is_told_until_it_is_mended() {
     .await;
     let mut old_connection = lab.patient_bot("maker").await;
     let (day, now) = (86_400, now_s());
-    let ended = lab.ca.server_within(now - 2 * day..now - day).unwrap();
+    let expired = lab.ca.server_within(now - 2 * day..now - day).unwrap();
     let early = lab.ca.server_within(now + day..now + 2 * day).unwrap();
     let (other, one_line) = (lab.ca.server().unwrap(), lab.ca.server().unwrap().key_pem);
-    let (first, another) = (lab.ca.certificate_pem(), Ca::new("another CA").unwrap());
-    let second = another.certificate_pem();
+    let (first, other_ca) = (lab.ca.certificate_pem(), Ca::new("another CA").unwrap());
+    let second = other_ca.certificate_pem();
     let utf16: Vec<u8> = first.encode_utf16().flat_map(u16::to_le_bytes).collect();
     let rules_line = RULES.lines().count() + 1;
     let text = |text: &str| Bad::Text(text.to_owned());
@@ -333,15 +337,15 @@ async fn what_cannot_be_used_changes_nothing_and_is_told_until_it_is_mended() {
         ("rules.toml", text(""), "rules.toml".to_owned()),
         (
             "rules.toml",
-            // As it stands while somebody is still writing the grants.
+            // As it is while the grants are still being written.
             Bad::Text(RULES.split("[[grant]]").next().unwrap().to_owned()),
-            "holds no grant at all".to_owned(),
+            "has no grants".to_owned(),
         ),
         (
             "server.key",
-            // Line breaks that were lost on the way: the whole key on one line.
+            // Line breaks replaced by `\n`: the whole key is on one line.
             Bad::Text(one_line.replace('\n', "\\n")),
-            "expected a private key as PEM".to_owned(),
+            "expected a PEM private key".to_owned(),
         ),
         (
             "rules.toml",
@@ -361,8 +365,8 @@ async fn what_cannot_be_used_changes_nothing_and_is_told_until_it_is_mended() {
         ("server.key", text(""), "server.key".to_owned()),
         (
             "server.pem",
-            Bad::Text(ended.certificate_pem),
-            "ended on".to_owned(),
+            Bad::Text(expired.certificate_pem),
+            "expired on".to_owned(),
         ),
         (
             "server.pem",
@@ -372,10 +376,14 @@ async fn what_cannot_be_used_changes_nothing_and_is_told_until_it_is_mended() {
         (
             "server.pem",
             text(""),
-            "server.pem: there is none in it".to_owned(),
+            "server.pem: no CERTIFICATE section found".to_owned(),
         ),
         ("server.pem", Bad::Missing, "server.pem".to_owned()),
-        ("ca.pem", text(""), "ca.pem: there is none in it".to_owned()),
+        (
+            "ca.pem",
+            text(""),
+            "ca.pem: no CERTIFICATE section found".to_owned(),
+        ),
         (
             "ca.pem",
             text("-----BEGIN CERTIFICATE-----\nAAAA\n"),
@@ -385,7 +393,7 @@ async fn what_cannot_be_used_changes_nothing_and_is_told_until_it_is_mended() {
         (
             "ca.pem",
             Bad::Text(first.replace(" CERTIFICATE", " TRUSTED CERTIFICATE") + second),
-            "ca.pem: line 1 begins a section \"TRUSTED CERTIFICATE\"".to_owned(),
+            "ca.pem: unexpected section \"TRUSTED CERTIFICATE\" on line 1".to_owned(),
         ),
         (
             "ca.pem",
@@ -400,7 +408,10 @@ async fn what_cannot_be_used_changes_nothing_and_is_told_until_it_is_mended() {
         (
             "ca.pem",
             Bad::Bytes([second.as_bytes(), &utf16].concat()),
-            format!("ca.pem: line {} has zero bytes", second.lines().count() + 1),
+            format!(
+                "ca.pem: line {} contains NUL bytes",
+                second.lines().count() + 1
+            ),
         ),
         (
             "ca.pem",
@@ -414,16 +425,16 @@ async fn what_cannot_be_used_changes_nothing_and_is_told_until_it_is_mended() {
             "ca.pem:1: \"CN=maker\" is not a CA".to_owned(),
         ),
     ];
-    for (number, (name, bad, said)) in cases.iter().enumerate() {
-        let case = format!("{number}: {name}: {said}");
-        let what = if *name == "rules.toml" {
+    for (number, (name, bad, problem)) in cases.iter().enumerate() {
+        let case = format!("{number}: {name}: {problem}");
+        let kind = if *name == "rules.toml" {
             "rules"
         } else {
             "tls"
         };
         let (known, path) = (lab.changes().len(), lab.path(name));
-        let (good, in_force) = (std::fs::read_to_string(&path).unwrap(), sha256sum(&path));
-        let certificate = shown(&lab).await;
+        let (good, digest) = (std::fs::read_to_string(&path).unwrap(), sha256sum(&path));
+        let certificate = presented_certificate(&lab).await;
         match bad {
             Bad::Text(text) => lab.replace(name, text).unwrap(),
             Bad::Bytes(bytes) => std::fs::write(&path, bytes).unwrap(),
@@ -433,44 +444,46 @@ async fn what_cannot_be_used_changes_nothing_and_is_told_until_it_is_mended() {
                 std::fs::create_dir(&path).unwrap();
             }
         }
-        let refused = change_after(&lab, known).await;
+        let rejected = change_after(&lab, known).await;
         assert_eq!(
-            (&refused["what"], &refused["outcome"]),
-            (&what.into(), &"refused".into()),
+            (&rejected["file"], &rejected["outcome"]),
+            (&kind.into(), &"rejected".into()),
             "{case}"
         );
         assert!(
-            refused["detail"].as_str().unwrap().contains(said),
-            "{case}: {refused}"
+            rejected["detail"].as_str().unwrap().contains(problem),
+            "{case}: {rejected}"
         );
-        if what == "rules" {
-            assert_eq!(refused["sha256_before"], in_force, "{case}");
+        if kind == "rules" {
+            assert_eq!(rejected["sha256_before"], digest, "{case}");
         }
-        if let (Bad::Text(_), "rules") = (bad, what) {
-            assert_eq!(refused["sha256_after"], sha256sum(&path), "{case}");
+        if let (Bad::Text(_), "rules") = (bad, kind) {
+            assert_eq!(rejected["sha256_after"], sha256sum(&path), "{case}");
         }
-        let unusable = format!("credbroker_file_unusable{{file=\"{what}\"}}");
-        let refusals = format!("credbroker_reloads_total{{file=\"{what}\",outcome=\"refused\"}}");
+        let unusable = format!("credbroker_file_unusable{{file=\"{kind}\"}}");
+        let rejections =
+            format!("credbroker_reloads_total{{file=\"{kind}\",outcome=\"rejected\"}}");
         assert_eq!(lab.metric(&unusable).await, Some(1.0), "{case}");
-        let refusals = lab.metric(&refusals).await.unwrap();
+        let rejections = lab.metric(&rejections).await.unwrap();
         let recorded = lab.changes();
         let recorded = recorded
             .iter()
-            .filter(|change| change["what"] == what && change["outcome"] == "refused");
+            .filter(|change| change["file"] == kind && change["outcome"] == "rejected");
         assert!(
-            (refusals - f64::from(u32::try_from(recorded.count()).unwrap())).abs() < 0.1,
+            (rejections - f64::from(u32::try_from(recorded.count()).unwrap())).abs() < 0.1,
             "{case}"
         );
         let (status, verbose) = lab.get("/readyz?verbose").await;
-        assert_eq!(status, 200, "what is in force works: {case}");
-        let told = format!("{what}: a changed file is not in force");
-        let told = |line: &str| line.starts_with(&told) && line.contains(said);
-        assert!(verbose.lines().any(told), "{case}: {verbose}");
-        let said = &said.replace('"', "\\\"");
-        let told = |line: &str| line.contains("reload failed") && line.contains(said);
-        until(&format!("the log says it: {case}"), async || {
-            lab.process.as_ref().unwrap().log().lines().any(told)
-        })
+        assert_eq!(status, 200, "the current files stay in use: {case}");
+        let text = format!("{kind}: reload failed; still using the previously loaded version");
+        let is_reported = |line: &str| line.starts_with(&text) && line.contains(problem);
+        assert!(verbose.lines().any(is_reported), "{case}: {verbose}");
+        let problem = &problem.replace('"', "\\\"");
+        let is_logged = |line: &str| line.contains("reload failed") && line.contains(problem);
+        until(
+            &format!("the failed reload is logged: {case}"),
+            async || lab.process.as_ref().unwrap().log().lines().any(is_logged),
+        )
         .await;
 
         old_connection.send(accounts()).await.unwrap();
@@ -479,7 +492,7 @@ async fn what_cannot_be_used_changes_nothing_and_is_told_until_it_is_mended() {
             .send(accounts())
             .await
             .unwrap();
-        assert_eq!(shown(&lab).await, certificate, "{case}");
+        assert_eq!(presented_certificate(&lab).await, certificate, "{case}");
 
         if let Bad::Folder = bad {
             std::fs::remove_dir(&path).unwrap();
@@ -487,43 +500,44 @@ async fn what_cannot_be_used_changes_nothing_and_is_told_until_it_is_mended() {
         lab.replace(name, &good).unwrap();
         assert_eq!(
             change_after(&lab, known + 1).await["outcome"],
-            "taken",
+            "reloaded",
             "{case}"
         );
         assert_eq!(lab.metric(&unusable).await, Some(0.0), "{case}");
         assert!(
-            !lab.get("/readyz?verbose")
-                .await
-                .1
-                .contains("a changed file"),
+            !lab.get("/readyz?verbose").await.1.contains("reload failed"),
             "{case}"
         );
     }
-    assert_eq!(lab.changes().len(), 2 * cases.len(), "each is judged once");
-    // Not a byte of a key is told, neither as text nor as the numbers that a debugger shows.
+    assert_eq!(
+        lab.changes().len(),
+        2 * cases.len(),
+        "each change is audited once"
+    );
+    // No byte of a key is in the log or the audit log, neither as text nor as the numbers of Debug output.
     let key = one_line.lines().nth(1).unwrap();
     let numbers: Vec<_> = key.bytes().take(8).map(|byte| byte.to_string()).collect();
-    let told = lab.process.as_ref().unwrap().log()
+    let outputs = lab.process.as_ref().unwrap().log()
         + &std::fs::read_to_string(lab.path("state/audit.jsonl")).unwrap();
-    assert!(!told.contains(&key[..8]) && !told.contains(&numbers.join(", ")));
+    assert!(!outputs.contains(&key[..8]) && !outputs.contains(&numbers.join(", ")));
 }
 
 #[tokio::test]
-async fn a_certificate_that_comes_too_early_is_taken_when_its_time_comes() {
+async fn certificate_that_is_not_valid_yet_is_loaded_once_it_is_valid() {
     let mut lab = Lab::start().await;
     let now = now_s();
     let early = lab.ca.server_within(now + 3..now + 86_400).unwrap();
     lab.replace("server.pem", &early.certificate_pem).unwrap();
     lab.replace("server.key", &early.key_pem).unwrap();
-    assert_eq!(change_after(&lab, 0).await["outcome"], "refused");
-    assert_eq!(change_after(&lab, 1).await["outcome"], "taken");
+    assert_eq!(change_after(&lab, 0).await["outcome"], "rejected");
+    assert_eq!(change_after(&lab, 1).await["outcome"], "reloaded");
     assert_eq!(lab.changes().len(), 2);
-    assert_eq!(shown(&lab).await, der(&early));
+    assert_eq!(presented_certificate(&lab).await, der(&early));
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn a_bot_is_refused_or_served_by_the_rules_of_its_next_call() {
+async fn changed_rules_apply_to_the_next_call_on_an_open_connection() {
     let mut lab = Lab::start().await;
     let mut reader = lab.patient_bot("reader").await;
     let mut newcomer = lab.patient_bot("newcomer").await;
@@ -544,13 +558,13 @@ async fn a_bot_is_refused_or_served_by_the_rules_of_its_next_call() {
 }
 
 #[tokio::test]
-async fn a_new_account_has_its_key_before_its_rules_are_in_force() {
+async fn key_of_a_new_account_is_loaded_before_its_rules_take_effect() {
     let mut lab = Lab::start().await;
     let key = SimKey::fake(1003);
     lab.vault
         .put_secret("kv", &kv_path("added", "main"), secret(&key));
     lab.kucoin.add_key(key);
-    // Slow, so that rules without a key would be seen.
+    // Slow, so that calls would fail if the rules took effect before the key is loaded.
     lab.vault.fault(FaultRule::new(
         "kv/data/kucoin/prod/added",
         VaultFault::Delay { ms: 300 },
@@ -561,7 +575,10 @@ async fn a_new_account_has_its_key_before_its_rules_are_in_force() {
     let mut bot = lab.patient_bot("reader").await;
     bot.send(balance_of("added")).await.unwrap();
     let (_, failures) = busy.stop().await;
-    assert!(!failures.is_empty(), "it called before too");
+    assert!(
+        !failures.is_empty(),
+        "expected calls before the rules took effect"
+    );
     for status in failures {
         assert_eq!(status.code(), Code::PermissionDenied, "{status:?}");
     }
@@ -569,7 +586,7 @@ async fn a_new_account_has_its_key_before_its_rules_are_in_force() {
 }
 
 #[tokio::test]
-async fn an_account_whose_key_gets_another_name_loses_no_call() {
+async fn renaming_the_key_of_an_account_fails_no_call() {
     let mut lab = Lab::start().await;
     let key = SimKey {
         api_key: "simulated-second-key".to_owned(),
@@ -582,14 +599,17 @@ async fn an_account_whose_key_gets_another_name_loses_no_call() {
     set_rules(&lab, &RULES.replacen("\"main\"", "\"second\"", 3)).await;
     let mut bot = lab.patient_bot("maker").await;
     bot.send(accounts()).await.unwrap();
-    let (served, failures) = busy.stop().await;
-    assert!(served > 0 && failures.is_empty(), "{served} {failures:?}");
+    let (accepted, failures) = busy.stop().await;
+    assert!(
+        accepted > 0 && failures.is_empty(),
+        "{accepted} {failures:?}"
+    );
     assert_eq!(signed_by(&lab).pop().unwrap(), "simulated-second-key");
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn a_call_that_still_waits_for_a_connection_goes_by_the_rules_that_it_is_signed_under() {
+async fn call_waiting_for_a_connection_follows_the_rules_in_effect_when_it_is_signed() {
     let exchange_ca = Ca::new("CA of a simulated exchange").unwrap();
     let mut lab = Lab::with(Settings {
         kucoin: KucoinSettings {
@@ -597,7 +617,7 @@ async fn a_call_that_still_waits_for_a_connection_goes_by_the_rules_that_it_is_s
             limits: Limits::none(),
             ..KucoinSettings::default()
         },
-        road: true,
+        proxy: true,
         files: vec![("exchange-ca.pem", exchange_ca.certificate_pem().to_owned())],
         egress: "warm_connections = 0\nroots = \"exchange-ca.pem\"\nconnect_timeout_ms = 20000"
             .to_owned(),
@@ -611,28 +631,28 @@ async fn a_call_that_still_waits_for_a_connection_goes_by_the_rules_that_it_is_s
     lab.vault
         .put_secret("kv", &kv_path("main", "second"), secret(&key));
     lab.kucoin.add_key(key);
-    lab.road().hold();
+    lab.proxy().hold();
     let mut calls = Vec::new();
     for name in ["maker", "reader"] {
         let mut bot = lab.patient_bot(name).await;
         calls.push(tokio::spawn(async move { bot.send(accounts()).await }));
     }
-    until("both are on record", async || lab.audit().len() == 2).await;
+    until("both intents are audited", async || lab.audit().len() == 2).await;
     let rules = RULES.replacen("\"main\"", "\"second\"", 3);
-    set_rules(&lab, &rules.replace("bot/reader", "bot/somebody-else")).await;
-    lab.road().open();
+    set_rules(&lab, &rules.replace("bot/reader", "bot/another")).await;
+    lab.proxy().open();
     let reader = calls.pop().unwrap();
     calls.pop().unwrap().await.unwrap().unwrap();
-    let refused = refusal(reader.await.unwrap());
+    let rejected = refusal(reader.await.unwrap());
     assert_eq!(
-        (refused.1.as_str(), refused.2.as_str()),
+        (rejected.1.as_str(), rejected.2.as_str()),
         ("CALLER_UNKNOWN", "not_sent")
     );
     assert_eq!(signed_by(&lab), ["simulated-second-key"]);
     lab.stop().await;
 }
 
-/// With which keys the requests of bots were signed.
+/// The ids of the keys that signed the requests of bots.
 fn signed_by(lab: &Lab) -> Vec<String> {
     let key = |(name, value)| (name == "kc-api-key").then_some(value);
     let requests = lab.kucoin.received().into_iter();
@@ -642,7 +662,7 @@ fn signed_by(lab: &Lab) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn the_key_of_an_account_that_is_gone_is_in_memory_no_longer() {
+async fn key_of_a_removed_account_is_removed_from_memory() {
     let mut lab = Lab::start().await;
     let version = "credbroker_key_version{account=\"other\",key=\"main\"}";
     assert_eq!(lab.metric(version).await, Some(1.0));
@@ -650,24 +670,24 @@ async fn the_key_of_an_account_that_is_gone_is_in_memory_no_longer() {
     set_rules(&lab, &rules).await;
     assert_eq!(lab.metric(version).await, None);
     assert!(!lab.get("/readyz?verbose").await.1.contains("other/main"));
-    // Nor does anybody ask Vault for it any more.
-    let asked = || lab.vault.requests().len();
-    let of_other = || {
+    // It is no longer polled in Vault.
+    let count_all = || lab.vault.requests().len();
+    let count_other = || {
         let seen = lab.vault.requests();
         seen.iter()
             .filter(|seen| seen.path.contains("/other/"))
             .count()
     };
-    let (all, before) = (asked(), of_other());
-    until("Vault is asked again for the others", async || {
-        asked() >= all + 3
+    let (all, before) = (count_all(), count_other());
+    until("the other keys are polled again", async || {
+        count_all() >= all + 3
     })
     .await;
-    assert_eq!(of_other(), before);
+    assert_eq!(count_other(), before);
     lab.stop().await;
 }
 
-/// An installation that trusts bots of a second CA too.
+/// An installation with a second trusted CA for bots.
 async fn with_second_ca(config: &str) -> (Lab, Ca) {
     let lab = Lab::with(Settings {
         config: config.to_owned(),
@@ -680,7 +700,7 @@ async fn with_second_ca(config: &str) -> (Lab, Ca) {
 }
 
 #[tokio::test]
-async fn connections_of_a_ca_that_is_gone_end_gracefully_and_those_of_others_go_on() {
+async fn connections_of_a_removed_ca_close_gracefully_and_others_stay_open() {
     let (mut lab, second) = with_second_ca("").await;
     let identity = second.bot("maker").unwrap();
     let busy = Busy::start(lab.patient_bot("maker").await, accounts());
@@ -692,7 +712,7 @@ async fn connections_of_a_ca_that_is_gone_end_gracefully_and_those_of_others_go_
         .fault(Fault::once(orders, FaultAction::Delay { ms: 1000 }));
     let mut same_connection = in_flight.clone();
     let call = tokio::spawn(async move { in_flight.send(spot_order("in-flight")).await });
-    until("the order has left", async || {
+    until("the order is sent", async || {
         lab.kucoin
             .received()
             .iter()
@@ -710,10 +730,10 @@ async fn connections_of_a_ca_that_is_gone_end_gracefully_and_those_of_others_go_
     })
     .await;
     let placed = call.await.unwrap().unwrap();
-    assert_eq!(placed.code, "200000", "a call in flight finishes");
+    assert_eq!(placed.code, "200000", "the call in flight must complete");
     assert!(
         started.elapsed() < Duration::from_secs(4),
-        "not only when somebody looks at the clock"
+        "the idle connection must be closed at once"
     );
     until("the other connection is closed", async || {
         lab.metric(connections).await == Some(1.0)
@@ -731,7 +751,10 @@ async fn connections_of_a_ca_that_is_gone_end_gracefully_and_those_of_others_go_
             assert_eq!(refusal(Err(status)).1, "CALLER_UNKNOWN");
         }
     }
-    assert!(!gets_in(&lab, &identity).await, "it shakes hands no more");
+    assert!(
+        !is_call_accepted(&lab, &identity).await,
+        "new handshakes must be rejected"
+    );
     let orders_after = lab
         .kucoin
         .received()
@@ -739,37 +762,36 @@ async fn connections_of_a_ca_that_is_gone_end_gracefully_and_those_of_others_go_
         .filter(|r| r.target == orders)
         .count();
     assert_eq!(orders_before, orders_after);
-    let (served, failures) = busy.stop().await;
-    assert!(served > 10 && failures.is_empty(), "{served} {failures:?}");
+    let (accepted, failures) = busy.stop().await;
+    assert!(
+        accepted > 10 && failures.is_empty(),
+        "{accepted} {failures:?}"
+    );
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn a_peer_that_does_not_heed_the_end_of_its_ca_gets_no_call_through() {
+async fn client_that_ignores_goaway_after_its_ca_is_removed_can_make_no_call() {
     let (mut lab, second) = with_second_ca("[limits]\ndrain_timeout_ms = 1000").await;
-    let mut hostile = RawBot::open(&lab, &second.bot("maker").unwrap()).await;
-    hostile.call(&spot_order("before")).await;
-    until("its order is placed", async || {
+    let mut client = RawBot::open(&lab, &second.bot("maker").unwrap()).await;
+    client.call(&spot_order("before")).await;
+    until("the order is placed", async || {
         lab.kucoin.received().len() == 1
     })
     .await;
     set_cas(&lab, &[&lab.ca]).await;
-    hostile.until_frame(GOAWAY).await;
-    // It answers no PING and goes on.
+    client.until_frame(GOAWAY).await;
+    // The client answers no PING and keeps calling.
     for number in 0..3 {
-        hostile.call(&spot_order(&format!("after-{number}"))).await;
+        client.call(&spot_order(&format!("after-{number}"))).await;
     }
     let denied = || {
         let mut lines = lab.audit();
         lines.retain(|line| line["event"] == "denied" && line["reason"] == "CALLER_UNKNOWN");
         lines.len()
     };
-    until(
-        "its calls are refused, or its connection is gone",
-        async || denied() == 3,
-    )
-    .await;
-    until("its connection is gone", async || {
+    until("its calls are rejected", async || denied() == 3).await;
+    until("its connection is closed", async || {
         lab.metric("credbroker_connections").await == Some(0.0)
     })
     .await;
@@ -778,7 +800,7 @@ async fn a_peer_that_does_not_heed_the_end_of_its_ca_gets_no_call_through() {
 }
 
 #[tokio::test]
-async fn bots_signed_by_a_leaf_in_the_ca_file_are_refused() {
+async fn bots_signed_by_a_leaf_certificate_in_the_ca_file_are_refused() {
     let mut lab = Lab::start().await;
     let maker = lab.ca.signing_bot("maker").unwrap();
     let forged = maker.bot("reader").unwrap();
@@ -789,8 +811,8 @@ async fn bots_signed_by_a_leaf_in_the_ca_file_are_refused() {
         let known = lab.changes().len();
         lab.replace("ca.pem", &bundle).unwrap();
         let change = change_after(&lab, known).await;
-        assert!(!gets_in(&lab, &forged).await, "{change}");
-        assert_eq!(change["outcome"], "refused");
+        assert!(!is_call_accepted(&lab, &forged).await, "{change}");
+        assert_eq!(change["outcome"], "rejected");
         lab.replace("ca.pem", lab.ca.certificate_pem()).unwrap();
         change_after(&lab, known + 1).await;
     }
@@ -805,7 +827,7 @@ async fn files_that_others_can_read_or_change_are_reported_while_the_broker_runs
     lab.spawn_broker().await;
     lab.until_ready().await;
     let warnings = async |number: u8| {
-        until("the number of warnings is right", async || {
+        until(&format!("there are {number} warnings"), async || {
             lab.metric("credbroker_file_warnings").await == Some(f64::from(number))
         })
         .await;
@@ -854,12 +876,12 @@ async fn files_that_others_can_read_or_change_are_reported_while_the_broker_runs
     assert!(logged.iter().all(|line| line["level"] == "WARN"));
 }
 
-/// Mounts a file system over a folder, whose server never answers: to look at a file in it takes for ever.
+/// Mounts a FUSE file system that never responds over a folder: every access to a file in it hangs.
 const HANG: &str = "exec 9<>/dev/fuse && mount -i -t fuse -o fd=9,rootmode=40000,user_id=0,group_id=0 hang \"$0\" && \
                     echo mounted && exec sleep 60";
 
 #[tokio::test]
-async fn rules_are_taken_up_while_another_file_hangs() {
+async fn rules_are_reloaded_while_access_to_another_file_hangs() {
     let can_mount = Command::new("unshare")
         .args([
             "--mount",
@@ -881,7 +903,7 @@ async fn rules_are_taken_up_while_another_file_hangs() {
     let folder = lab.path("roots");
     std::fs::create_dir(&folder).unwrap();
     lab.write("roots/ca.pem", lab.ca.certificate_pem()).unwrap();
-    // Read at the start alone; later only its permissions are checked.
+    // Read only at the start; later only its permissions are checked.
     lab.reconfigure("[vault]\n", "[vault]\nroots = \"roots/ca.pem\"\n");
     lab.spawn_broker_under(&["unshare", "--mount"]).await;
     lab.until_ready().await;
@@ -892,15 +914,15 @@ async fn rules_are_taken_up_while_another_file_hangs() {
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    let mut said = [0; 7];
+    let mut output = [0; 7];
     hanging
         .stdout
         .take()
         .unwrap()
-        .read_exact(&mut said)
+        .read_exact(&mut output)
         .unwrap();
-    assert_eq!(&said, b"mounted");
-    // The second one is taken up after a check has begun that does not end.
+    assert_eq!(&output, b"mounted");
+    // The second change is reloaded while a check of file permissions hangs.
     for bot in ["late", "later"] {
         set_rules(&lab, &format!("{RULES}{}", reading(bot, "main"))).await;
     }
@@ -911,33 +933,33 @@ async fn rules_are_taken_up_while_another_file_hangs() {
 }
 
 #[tokio::test]
-async fn nothing_starts_with_a_server_certificate_that_has_ended_or_not_begun() {
+async fn broker_does_not_start_with_an_expired_or_not_yet_valid_server_certificate() {
     let mut lab = Lab::start().await;
     lab.stop().await;
     let (day, now) = (86_400, now_s());
-    for (seconds, said) in [
-        (now - 2 * day..now - day, "ended on"),
+    for (seconds, problem) in [
+        (now - 2 * day..now - day, "expired on"),
         (now + day..now + 2 * day, "is not valid before"),
     ] {
         let server = lab.ca.server_within(seconds).unwrap();
         lab.replace("server.pem", &server.certificate_pem).unwrap();
         lab.replace("server.key", &server.key_pem).unwrap();
         let Err(StartError::Config(problems)) = Server::start(lab.config()).await else {
-            panic!("it starts with a certificate that {said}");
+            panic!("started with a certificate that {problem}");
         };
         assert_eq!(problems.len(), 1);
-        assert!(problems[0].to_string().contains(said), "{problems:?}");
+        assert!(problems[0].to_string().contains(problem), "{problems:?}");
         for command in ["check-config", "serve"] {
             let output = Command::new(env!("CARGO_BIN_EXE_credbroker"))
                 .args([command, "--config"])
                 .arg(lab.path("config.toml"))
                 .output()
                 .unwrap();
-            let told = String::from_utf8(output.stderr).unwrap();
-            assert_eq!(output.status.code(), Some(2), "{told}");
+            let stderr = String::from_utf8(output.stderr).unwrap();
+            assert_eq!(output.status.code(), Some(2), "{stderr}");
             assert!(
-                told.contains("tls.certificate") && told.contains(said),
-                "{told}"
+                stderr.contains("tls.certificate") && stderr.contains(problem),
+                "{stderr}"
             );
         }
     }

@@ -1,4 +1,4 @@
-//! What admins forbid: in force at once, whatever Vault does, and still after a kill and a restart.
+//! Halts, blocks and revocations: in effect at once, whatever Vault does, and still after a kill and a restart.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -16,8 +16,8 @@ use tonic::Status;
 
 use crate::delivery::tls_of;
 use crate::harness::{
-    Bot, Ended, Lab, Patient, accounts, failure, futures_order, in_one_line, refusal, request,
-    spot_cancel_all, spot_order, until,
+    Bot, CommandOutput, Lab, Patient, accounts, failure, futures_order, in_one_line, refusal,
+    request, spot_cancel_all, spot_order, until,
 };
 
 const ANNA: &str = "spiffe://demo.test/admin/anna";
@@ -31,15 +31,15 @@ async fn in_a_process() -> Lab {
     .await
 }
 
-/// Kills the broker, and starts it again on the same state.
+/// Kills the broker and starts it again with the same state.
 async fn kill_and_restart(lab: &mut Lab) {
     lab.process().signal("KILL");
     lab.process().exit_code().await;
     lab.spawn_broker().await;
 }
 
-/// The reason with which a call is refused; none where the exchange accepts it.
-async fn refused(bot: &mut Bot<Patient>, request: SignAndSendRequest) -> Option<String> {
+/// The reason with which the broker rejects a call; `None` if the exchange accepts it.
+async fn rejection(bot: &mut Bot<Patient>, request: SignAndSendRequest) -> Option<String> {
     match bot.send(request).await {
         Ok(answer) => {
             assert_eq!(answer.outcome(), Outcome::Accepted, "{answer:?}");
@@ -49,14 +49,14 @@ async fn refused(bot: &mut Bot<Patient>, request: SignAndSendRequest) -> Option<
     }
 }
 
-/// What an admin has done, one line for each act.
+/// The audit lines of `anna`'s actions.
 fn acts(lab: &Lab) -> Vec<Value> {
     let mut acts = lab.acts();
-    acts.retain(|act| act["who"] == ANNA);
+    acts.retain(|act| act["principal"] == ANNA);
     acts
 }
 
-/// The id of the account's first key, and of its next ones.
+/// Key `number` of the account; 0 is the first one.
 fn key(number: u64) -> SimKey {
     SimKey {
         uid: MAIN_UID,
@@ -64,39 +64,39 @@ fn key(number: u64) -> SimKey {
     }
 }
 
-/// When the last request arrived that this key signed: Unix time in milliseconds.
+/// When the last request signed with this key arrived: Unix time in milliseconds.
 fn last_use(lab: &Lab, key: &SimKey) -> i64 {
     let received = lab.kucoin.everything_received();
-    let signed = |header: Option<&str>| header == Some(key.api_key.as_str());
-    let by_it = received
+    let is_of_key = |header: Option<&str>| header == Some(key.api_key.as_str());
+    let signed = received
         .iter()
-        .filter(|request| signed(request.header("kc-api-key")));
-    by_it.map(|request| request.at_ms).max().unwrap()
+        .filter(|request| is_of_key(request.header("kc-api-key")));
+    signed.map(|request| request.at_ms).max().unwrap()
 }
 
 /// Bots that call without a pause.
 struct Load {
-    goes_on: Arc<AtomicBool>,
+    is_running: Arc<AtomicBool>,
     accepted: Arc<AtomicU64>,
-    refused: Arc<AtomicU64>,
+    rejected: Arc<AtomicU64>,
     bots: Vec<tokio::task::JoinHandle<()>>,
 }
 
 impl Load {
     async fn start(lab: &Lab) -> Self {
         let mut load = Self {
-            goes_on: Arc::new(AtomicBool::new(true)),
+            is_running: Arc::new(AtomicBool::new(true)),
             accepted: Arc::default(),
-            refused: Arc::default(),
+            rejected: Arc::default(),
             bots: Vec::new(),
         };
         for number in 0..8 {
             let mut bot = lab.patient_bot("maker").await;
-            let goes_on = Arc::clone(&load.goes_on);
-            let (accepted, refused) = (Arc::clone(&load.accepted), Arc::clone(&load.refused));
+            let is_running = Arc::clone(&load.is_running);
+            let (accepted, rejected) = (Arc::clone(&load.accepted), Arc::clone(&load.rejected));
             load.bots.push(tokio::spawn(async move {
                 let mut count = 0;
-                while goes_on.load(Ordering::Relaxed) {
+                while is_running.load(Ordering::Relaxed) {
                     count += 1;
                     let id = format!("b{number}-{count}");
                     let request = match count % 3 {
@@ -108,7 +108,7 @@ impl Load {
                         Ok(_) => accepted.fetch_add(1, Ordering::Relaxed),
                         Err(status) => {
                             assert_eq!(refusal(Err(status)).1, "KEY_UNAVAILABLE");
-                            refused.fetch_add(1, Ordering::Relaxed)
+                            rejected.fetch_add(1, Ordering::Relaxed)
                         }
                     };
                 }
@@ -118,7 +118,7 @@ impl Load {
         load
     }
 
-    /// Waits until every bot has had some more answers of a kind.
+    /// Waits until this counter has grown by more than 100.
     async fn until_more(&self, which: impl Fn(&Self) -> &AtomicU64) {
         let before = which(self).load(Ordering::Relaxed);
         until("the bots call", async || {
@@ -128,7 +128,7 @@ impl Load {
     }
 
     async fn stop(self) {
-        self.goes_on.store(false, Ordering::Relaxed);
+        self.is_running.store(false, Ordering::Relaxed);
         for bot in self.bots {
             bot.await.unwrap();
         }
@@ -136,24 +136,24 @@ impl Load {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_revoked_key_signs_nothing_a_second_later_and_stays_dead() {
+async fn revoked_key_stops_signing_within_a_second_and_stays_revoked_after_a_kill() {
     let clock = Clock::system();
     for is_sealed in [false, true] {
         let mut lab = in_a_process().await;
         let load = Load::start(&lab).await;
         if is_sealed {
             lab.vault.seal();
-            until("Vault is silent", async || {
+            until("the outage is noticed", async || {
                 lab.get("/readyz?verbose")
                     .await
                     .1
-                    .contains("Vault last confirmed it")
+                    .contains("Vault last confirmed the key")
                     || lab.metric("vault_failures_total{reason=\"outage\"}").await > Some(0.0)
             })
             .await;
             load.until_more(|load| &load.accepted).await;
         }
-        let began_ms = clock.wall_ms();
+        let start_ms = clock.wall_ms();
         let revoked = lab
             .admin_cli("anna", &["keys", "revoke", "main", "--yes"])
             .await;
@@ -161,24 +161,24 @@ async fn a_revoked_key_signs_nothing_a_second_later_and_stays_dead() {
         assert!(
             revoked
                 .stdout
-                .starts_with("revoked: main/main version 1, in force now"),
+                .starts_with("revoked: main/main version 1. It no longer signs"),
             "{}",
             revoked.stdout
         );
         let listed = lab.admin_cli("anna", &["keys", "list"]).await.stdout;
         assert!(
             in_one_line(&listed).contains("main/main revoked - "),
-            "wiped: {listed}"
+            "expected the key to be wiped: {listed}"
         );
-        load.until_more(|load| &load.refused).await;
+        load.until_more(|load| &load.rejected).await;
         load.stop().await;
-        let took_ms = last_use(&lab, &key(0)) - began_ms;
+        let took_ms = last_use(&lab, &key(0)) - start_ms;
         assert!(
             took_ms <= 1000,
-            "it was used {took_ms} ms after the command began"
+            "the key was used {took_ms} ms after the command started"
         );
-        crate::harness::say(&format!(
-            "revoked under load{}: last used {took_ms} ms after the command began",
+        crate::harness::print_always(&format!(
+            "revoked under load{}: last used {took_ms} ms after the command started",
             if is_sealed { " with Vault sealed" } else { "" }
         ));
 
@@ -199,22 +199,25 @@ async fn a_revoked_key_signs_nothing_a_second_later_and_stays_dead() {
         if is_sealed {
             lab.vault.unseal();
         }
-        until_said(&lab, "revoked").await;
+        until_status(&lab, "revoked").await;
         let mut bot = lab.patient_bot("maker").await;
-        let told = bot.send(accounts()).await.unwrap_err();
-        assert_eq!(failure(&told).1, "KEY_UNAVAILABLE");
+        let status = bot.send(accounts()).await.unwrap_err();
+        assert_eq!(failure(&status).1, "KEY_UNAVAILABLE");
         let expected = "an admin has revoked it; register another key";
-        assert!(told.message().ends_with(expected), "{told:?}");
-        assert!(!told.message().contains(ANNA), "bots learn no admin's name");
-        assert_eq!(last_use(&lab, &key(0)), used_ms, "not even to test it");
+        assert!(status.message().ends_with(expected), "{status:?}");
+        assert!(
+            !status.message().contains(ANNA),
+            "bots must not see admins' names"
+        );
+        assert_eq!(last_use(&lab, &key(0)), used_ms, "not even for a key test");
         lab.process().terminate();
         lab.process().exit_code().await;
-        lab.check_record();
+        lab.check_audit_log();
     }
 }
 
-/// Waits until the list of keys begins with this status of account `main`'s key.
-async fn until_said(lab: &Lab, status: &str) {
+/// Waits until `keys list` shows this status of account `main`'s key.
+async fn until_status(lab: &Lab, status: &str) {
     until(&format!("the key is {status}"), async || {
         let listed = lab.admin_cli("anna", &["keys", "list", "--json"]).await;
         let first: Value = serde_json::from_str(listed.stdout.lines().next().unwrap()).unwrap();
@@ -223,9 +226,9 @@ async fn until_said(lab: &Lab, status: &str) {
     .await;
 }
 
-/// stdin is a terminal here, but the question would go into a file.
+/// stdin is a terminal here, but the prompt would go to a file.
 #[test]
-fn wide_commands_do_nothing_while_stderr_is_no_terminal() {
+fn commands_that_need_confirmation_do_nothing_if_stderr_is_not_a_terminal() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("stderr");
     let command = format!(
@@ -233,36 +236,41 @@ fn wide_commands_do_nothing_while_stderr_is_no_terminal() {
         env!("CARGO_BIN_EXE_credbroker"),
         file.display()
     );
-    let ended = std::process::Command::new("script")
+    let result = std::process::Command::new("script")
         .args(["-qec", &command, "/dev/null"])
         .stdin(std::process::Stdio::null())
         .output();
-    let Ok(ended) = ended else {
-        crate::harness::not_run("a terminal for stdin alone", "script", "no script on PATH");
+    let Ok(result) = result else {
+        crate::harness::not_run("confirmation prompt", "script", "no script on PATH");
         return;
     };
-    let said = std::fs::read_to_string(&file).unwrap();
-    assert_eq!(ended.status.code(), Some(2), "{said}");
-    let said: Vec<_> = said.split_whitespace().collect();
+    let stderr = std::fs::read_to_string(&file).unwrap();
+    assert_eq!(result.status.code(), Some(2), "{stderr}");
+    let stderr: Vec<_> = stderr.split_whitespace().collect();
     assert!(
-        said.join(" ")
-            .contains("confirmation needed, but stderr is not a terminal; nothing was done"),
-        "{said:?}"
+        stderr
+            .join(" ")
+            .contains("confirmation required, but stderr is not a terminal; nothing was done"),
+        "{stderr:?}"
     );
 }
 
-/// Nobody can answer a question where stdin is no terminal, and a script must not revoke or resume more than it names.
+/// Without a terminal nobody can confirm, and a script must not revoke or resume more than it names.
 #[tokio::test]
-async fn wide_commands_without_a_terminal_do_nothing_unless_yes_is_given() {
+async fn commands_that_need_confirmation_require_yes_if_stdin_is_not_a_terminal() {
     let mut lab = Lab::start().await;
     let mut bot = lab.patient_bot("maker").await;
     let halted = lab.admin_cli("anna", &["halt", "--all"]).await;
-    assert_eq!(halted.code, Some(0), "halt never asks: {halted:?}");
+    assert_eq!(
+        halted.code,
+        Some(0),
+        "halt needs no confirmation: {halted:?}"
+    );
     let before = acts(&lab).len();
     for (words, effect) in [
         (
             &["resume", "--all"][..],
-            "This command lifts the halt of all accounts",
+            "This command lifts the halt set with `halt --all`; ",
         ),
         (
             &["keys", "revoke", "main"],
@@ -275,19 +283,19 @@ async fn wide_commands_without_a_terminal_do_nothing_unless_yes_is_given() {
             (Some(2), ""),
             "{ended:?}"
         );
-        let said = ended.said();
-        let why = "confirmation needed, but stdin is not a terminal; nothing was done. ";
-        assert!(said.starts_with(&format!("{why}{effect}")), "{said}");
-        assert!(said.ends_with(". fix: add --yes"), "{said}");
+        let stderr = ended.stderr_line();
+        let cause = "confirmation required, but stdin is not a terminal; nothing was done. ";
+        assert!(stderr.starts_with(&format!("{cause}{effect}")), "{stderr}");
+        assert!(stderr.ends_with(". fix: add --yes"), "{stderr}");
         assert_eq!(acts(&lab).len(), before, "{words:?}");
     }
     let halted = Some("ACCOUNT_FROZEN".to_owned());
-    assert_eq!(refused(&mut bot, spot_order("halted")).await, halted);
-    assert_eq!(refused(&mut bot, accounts()).await, None);
+    assert_eq!(rejection(&mut bot, spot_order("halted")).await, halted);
+    assert_eq!(rejection(&mut bot, accounts()).await, None);
 
     let resumed = lab.admin_cli("anna", &["resume", "--all", "--yes"]).await;
     assert_eq!((resumed.code, resumed.stderr.as_str()), (Some(0), ""));
-    // What names one account or one key needs no confirmation.
+    // Commands for one account or one key need no confirmation.
     let narrow = lab.admin_cli("anna", &["resume", "main"]).await;
     assert_eq!((narrow.code, narrow.stderr.as_str()), (Some(0), ""));
     let one = ["keys", "revoke", "other", "--key", "main"];
@@ -305,8 +313,8 @@ async fn wide_commands_without_a_terminal_do_nothing_unless_yes_is_given() {
 }
 
 #[tokio::test]
-async fn only_another_key_takes_the_place_of_a_revoked_one() {
-    // The account's scopes have two keys: one name each.
+async fn revoked_key_stays_revoked_under_any_version_or_name_and_another_key_works() {
+    // The account's scopes use two keys.
     let rules = RULES.replace("futures = \"main\"", "futures = \"second\"");
     let mut lab = Lab::with(Settings {
         rules,
@@ -323,16 +331,16 @@ async fn only_another_key_takes_the_place_of_a_revoked_one() {
         .admin_cli("anna", &["keys", "revoke", "main", "--key", "main"])
         .await;
     assert_eq!(revoked.code, Some(0), "{revoked:?}");
-    let dead = Some("KEY_UNAVAILABLE".to_owned());
-    assert_eq!(refused(&mut bot, accounts()).await, dead);
+    let unavailable = Some("KEY_UNAVAILABLE".to_owned());
+    assert_eq!(rejection(&mut bot, accounts()).await, unavailable);
     assert_eq!(
-        refused(&mut bot, futures_order("second")).await,
+        rejection(&mut bot, futures_order("second")).await,
         None,
         "another key"
     );
 
-    // Nor is it tested.
-    let asked = lab.kucoin.everything_received().len();
+    // The revoked key is not sent to KuCoin for a test.
+    let before = lab.kucoin.everything_received().len();
     let candidate = Candidate {
         api_key: key(0).api_key,
         api_secret: key(0).api_secret,
@@ -348,12 +356,12 @@ async fn only_another_key_takes_the_place_of_a_revoked_one() {
     };
     let tested = lab.admin_client("anna").await.test_key(request).await;
     let tested = tested.unwrap().into_inner();
-    let found = tested.findings.iter().find(|finding| finding.is_refusal);
-    assert_eq!(found.unwrap().name, "key-revoked", "{tested:?}");
-    assert_eq!(lab.kucoin.everything_received().len(), asked);
+    let finding = tested.findings.iter().find(|finding| finding.is_error);
+    assert_eq!(finding.unwrap().name, "key-revoked", "{tested:?}");
+    assert_eq!(lab.kucoin.everything_received().len(), before);
 
-    // Written again, made anew so that its versions count from 1, and under another name: it is the same key.
-    let looked = async |name: &str| {
+    // It stays revoked when written as a new version, after a delete with metadata (versions restart at 1), and under another name.
+    let refresh = async |name: &str| {
         let request = RefreshKeyRequest {
             account: "main".to_owned(),
             key: name.to_owned(),
@@ -362,36 +370,39 @@ async fn only_another_key_takes_the_place_of_a_revoked_one() {
         response.unwrap().into_inner().state.unwrap()
     };
     assert_eq!(lab.add_key("main", "main", &key(0)), 2);
-    assert_eq!(looked("main").await.status(), KeyStatus::Revoked);
+    assert_eq!(refresh("main").await.status(), KeyStatus::Revoked);
     lab.vault.delete_metadata("kv", &kv_path("main", "main"));
-    looked("main").await;
+    refresh("main").await;
     assert_eq!(lab.add_key("main", "main", &key(0)), 1);
-    assert_eq!(looked("main").await.status(), KeyStatus::Revoked);
-    assert_eq!(refused(&mut bot, accounts()).await, dead);
+    assert_eq!(refresh("main").await.status(), KeyStatus::Revoked);
+    assert_eq!(rejection(&mut bot, accounts()).await, unavailable);
     lab.add_key("main", "second", &key(0));
-    let second = looked("second").await;
+    let second = refresh("second").await;
     let problem = second
         .reasons
         .iter()
         .any(|reason| reason.contains("has revoked it"));
     assert!(second.version == 1 && problem, "{second:?}");
-    assert_eq!(refused(&mut bot, futures_order("still-second")).await, None);
+    assert_eq!(
+        rejection(&mut bot, futures_order("still-second")).await,
+        None
+    );
     let used_ms = last_use(&lab, &key(0));
 
     lab.vault.delete_metadata("kv", &kv_path("main", "main"));
-    looked("main").await;
+    refresh("main").await;
     assert_eq!(lab.add_key("main", "main", &key(1)), 1);
-    let state = looked("main").await;
+    let state = refresh("main").await;
     assert_eq!(state.version, 1, "{state:?}");
-    assert_eq!(refused(&mut bot, accounts()).await, None, "with a new id");
+    assert_eq!(rejection(&mut bot, accounts()).await, None, "with a new id");
     assert_eq!(last_use(&lab, &key(0)), used_ms);
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn a_revocation_that_is_repeated_does_not_kill_the_next_key() {
+async fn repeated_revocation_does_not_revoke_the_next_key() {
     let mut lab = Lab::start().await;
-    for said in [
+    for expected in [
         "revoked: main/main version 1",
         "unchanged: main/main was already revoked",
     ] {
@@ -399,7 +410,7 @@ async fn a_revocation_that_is_repeated_does_not_kill_the_next_key() {
             .admin_cli("anna", &["keys", "revoke", "main", "--yes"])
             .await;
         assert_eq!(revoked.code, Some(0), "{revoked:?}");
-        assert!(revoked.stdout.starts_with(said), "{}", revoked.stdout);
+        assert!(revoked.stdout.starts_with(expected), "{}", revoked.stdout);
     }
     assert_eq!(lab.add_key("main", "main", &key(1)), 2);
     let request = RefreshKeyRequest {
@@ -410,12 +421,12 @@ async fn a_revocation_that_is_repeated_does_not_kill_the_next_key() {
     let state = response.unwrap().into_inner().state.unwrap();
     assert_eq!(state.version, 2, "{state:?}");
     let mut bot = lab.patient_bot("maker").await;
-    assert_eq!(refused(&mut bot, accounts()).await, None);
+    assert_eq!(rejection(&mut bot, accounts()).await, None);
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn a_key_that_is_not_in_memory_is_revoked_before_it_comes() {
+async fn key_that_is_not_loaded_yet_can_be_revoked() {
     let mut lab = Lab::install(Settings::default()).await;
     lab.vault.seal();
     lab.start_broker().await;
@@ -424,15 +435,15 @@ async fn a_key_that_is_not_in_memory_is_revoked_before_it_comes() {
         .await;
     assert_eq!(revoked.code, Some(0), "{revoked:?}");
     assert!(
-        revoked.stdout.contains("None was in memory"),
+        revoked.stdout.contains("No key was loaded"),
         "{}",
         revoked.stdout
     );
     lab.vault.unseal();
-    until_said(&lab, "revoked").await;
+    until_status(&lab, "revoked").await;
     let mut bot = lab.patient_bot("maker").await;
     assert_eq!(
-        refused(&mut bot, accounts()).await.unwrap(),
+        rejection(&mut bot, accounts()).await.unwrap(),
         "KEY_UNAVAILABLE"
     );
     assert!(lab.kucoin.received().is_empty());
@@ -440,7 +451,7 @@ async fn a_key_that_is_not_in_memory_is_revoked_before_it_comes() {
 }
 
 #[tokio::test]
-async fn a_call_that_waits_for_its_connection_does_not_leave_once_it_is_forbidden() {
+async fn call_waiting_for_a_connection_is_not_sent_after_a_block_halt_or_revocation() {
     let ca = Ca::new("CA of a simulated exchange").unwrap();
     let settings = Settings {
         kucoin: KucoinSettings {
@@ -448,7 +459,7 @@ async fn a_call_that_waits_for_its_connection_does_not_leave_once_it_is_forbidde
             limits: Limits::none(),
             ..KucoinSettings::default()
         },
-        road: true,
+        proxy: true,
         files: vec![("exchange-ca.pem", ca.certificate_pem().to_owned())],
         egress: "warm_connections = 0\nroots = \"exchange-ca.pem\"".to_owned(),
         ..Settings::default()
@@ -467,7 +478,7 @@ async fn a_call_that_waits_for_its_connection_does_not_leave_once_it_is_forbidde
             "KEY_UNAVAILABLE",
         ),
     ] {
-        lab.road().hold();
+        lab.proxy().hold();
         let mut bot = lab.patient_bot("maker").await;
         let intents = || {
             let lines = lab.audit().into_iter();
@@ -475,10 +486,10 @@ async fn a_call_that_waits_for_its_connection_does_not_leave_once_it_is_forbidde
         };
         let before = intents();
         let waiting = tokio::spawn(async move { bot.send(spot_order("never")).await });
-        until("the call is on record", async || intents() > before).await;
+        until("the intent is audited", async || intents() > before).await;
         assert_eq!(lab.admin_cli("anna", words).await.code, Some(0));
         assert!(!waiting.is_finished());
-        lab.road().open();
+        lab.proxy().open();
         assert_eq!(refusal(waiting.await.unwrap()).1, reason);
         assert_eq!(lab.admin_cli("anna", undo).await.code, Some(0));
     }
@@ -491,14 +502,14 @@ async fn halts_and_blocks_survive_a_kill_until_they_are_lifted() {
     let mut lab = in_a_process().await;
     let halted = Some("ACCOUNT_FROZEN".to_owned());
     let blocked = Some("CALLER_BLOCKED".to_owned());
-    let run = async |lab: &Lab, words: &[&str], said: &str| {
+    let run = async |lab: &Lab, words: &[&str], expected: &str| {
         let ended = lab.admin_cli("anna", words).await;
         assert_eq!(
             (ended.code, ended.stderr.as_str()),
             (Some(0), ""),
             "{words:?}"
         );
-        assert!(ended.stdout.starts_with(said), "{}", ended.stdout);
+        assert!(ended.stdout.starts_with(expected), "{}", ended.stdout);
         ended.stdout
     };
     for (words, undo) in [
@@ -512,28 +523,32 @@ async fn halts_and_blocks_survive_a_kill_until_they_are_lifted() {
                 lab.until_ready().await;
             }
             let mut bot = lab.patient_bot("maker").await;
-            assert_eq!(refused(&mut bot, spot_order("never")).await, halted);
+            assert_eq!(rejection(&mut bot, spot_order("never")).await, halted);
             assert_eq!(
-                refused(&mut bot, spot_cancel_all()).await,
+                rejection(&mut bot, spot_cancel_all()).await,
                 None,
-                "cancels go on"
+                "cancels still work"
             );
-            assert_eq!(refused(&mut bot, accounts()).await, None, "reads go on");
+            assert_eq!(
+                rejection(&mut bot, accounts()).await,
+                None,
+                "reads still work"
+            );
         }
         run(&lab, undo, "resumed: ").await;
         let mut bot = lab.patient_bot("maker").await;
         let id = words.join("").replace('-', "");
-        assert_eq!(refused(&mut bot, spot_order(&id)).await, None);
+        assert_eq!(rejection(&mut bot, spot_order(&id)).await, None);
     }
 
     run(&lab, &["bots", "block", MAKER], "blocked: ").await;
     let again = run(&lab, &["bots", "block", MAKER], "blocked: ").await;
-    assert!(again.contains("already in force"), "{again}");
-    let but = "but: the rules name no such bot";
+    assert!(again.contains("already blocked"), "{again}");
+    let but = "but: no rule names this bot";
     assert!(!again.contains(but), "{again}");
     let typo = "spiffe://demo.test/bot/makre";
-    let told = run(&lab, &["bots", "block", typo], "blocked: ").await;
-    assert!(told.contains(but), "{told}");
+    let output = run(&lab, &["bots", "block", typo], "blocked: ").await;
+    assert!(output.contains(but), "{output}");
     run(&lab, &["bots", "unblock", typo], "unblocked: ").await;
     for is_restarted in [false, true] {
         if is_restarted {
@@ -542,20 +557,24 @@ async fn halts_and_blocks_survive_a_kill_until_they_are_lifted() {
         }
         let mut bot = lab.patient_bot("maker").await;
         for request in [spot_order("never"), spot_cancel_all(), accounts()] {
-            assert_eq!(refused(&mut bot, request).await, blocked);
+            assert_eq!(rejection(&mut bot, request).await, blocked);
         }
         let mut reader = lab.patient_bot("reader").await;
-        assert_eq!(refused(&mut reader, accounts()).await, None, "others go on");
+        assert_eq!(
+            rejection(&mut reader, accounts()).await,
+            None,
+            "other bots still work"
+        );
     }
     run(&lab, &["bots", "unblock", MAKER], "unblocked: ").await;
     run(&lab, &["bots", "unblock", MAKER], "unchanged: ").await;
     let mut bot = lab.patient_bot("maker").await;
-    assert_eq!(refused(&mut bot, spot_order("after-all")).await, None);
+    assert_eq!(rejection(&mut bot, spot_order("after-all")).await, None);
 
     let acts: Vec<_> = acts(&lab)
         .iter()
         .map(|act| {
-            let about = ["account", "about_bot", "detail"]
+            let about = ["account", "target_bot", "detail"]
                 .map(|name| act[name].as_str().unwrap_or_default());
             format!(
                 "{} {} {}",
@@ -580,33 +599,33 @@ async fn halts_and_blocks_survive_a_kill_until_they_are_lifted() {
     assert_eq!(acts, expected);
     lab.process().terminate();
     lab.process().exit_code().await;
-    lab.check_record();
+    lab.check_audit_log();
 }
 
 #[tokio::test]
-async fn halt_by_name_and_halt_of_all_are_lifted_one_by_one() {
+async fn halt_of_one_account_and_halt_of_all_are_lifted_separately() {
     let mut lab = Lab::start().await;
     for words in [&["halt", "main"], &["halt", "--all"]] {
         assert_eq!(lab.admin_cli("anna", words).await.code, Some(0));
     }
     let resumed = lab.admin_cli("bob", &["resume", "--all", "--yes"]).await;
-    let but = "but: still halted by name: main. `credbroker resume ACCOUNT` lifts one.\n";
+    let but = "but: still halted individually: main; run `credbroker resume ACCOUNT` for each\n";
     assert!(resumed.stdout.ends_with(but), "{resumed:?}");
     let mut bot = lab.patient_bot("maker").await;
     assert_eq!(
-        refused(&mut bot, spot_order("never")).await.unwrap(),
+        rejection(&mut bot, spot_order("never")).await.unwrap(),
         "ACCOUNT_FROZEN"
     );
     assert_eq!(
         lab.admin_cli("bob", &["resume", "main"]).await.stdout,
-        "resumed: account main, in force now.\n"
+        "resumed: the halt of account main is lifted.\n"
     );
-    assert_eq!(refused(&mut bot, spot_order("goes")).await, None);
+    assert_eq!(rejection(&mut bot, spot_order("accepted")).await, None);
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn accounts_frozen_by_the_version_before_are_halted_until_they_are_resumed() {
+async fn accounts_frozen_by_the_previous_version_are_halted_until_resumed() {
     let mut lab = Lab::install(Settings::default()).await;
     let mark = json!({ "by": ANNA, "at_ms": 1 });
     let written = json!({
@@ -619,18 +638,18 @@ async fn accounts_frozen_by_the_version_before_are_halted_until_they_are_resumed
     lab.start_broker().await;
     let mut bot = lab.patient_bot("maker").await;
     assert_eq!(
-        refused(&mut bot, spot_order("never")).await.unwrap(),
+        rejection(&mut bot, spot_order("never")).await.unwrap(),
         "ACCOUNT_FROZEN"
     );
     let resumed = lab.admin_cli("anna", &["resume", "--all", "--yes"]).await;
-    let told = in_one_line(&resumed.stdout);
-    let but = "unchanged: there was no halt of all accounts. but: still halted by name: left-the-rules, main.";
-    assert!(told.starts_with(but), "{told}");
+    let output = in_one_line(&resumed.stdout);
+    let but = "unchanged: `halt --all` was not in effect. but: still halted individually: left-the-rules, main; run ";
+    assert!(output.starts_with(but), "{output}");
     for account in ["left-the-rules", "main"] {
         let resumed = lab.admin_cli("anna", &["resume", account]).await;
         assert!(resumed.stdout.starts_with("resumed: "), "{resumed:?}");
     }
-    assert_eq!(refused(&mut bot, spot_order("goes")).await, None);
+    assert_eq!(rejection(&mut bot, spot_order("accepted")).await, None);
     let now: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
     let expected = json!({
         "version": 1, "blocked_bots": {}, "halted_accounts": {}, "revoked_keys": {}, "revoked_unseen": {},
@@ -640,22 +659,20 @@ async fn accounts_frozen_by_the_version_before_are_halted_until_they_are_resumed
 }
 
 #[tokio::test]
-async fn a_broker_that_cannot_read_what_is_forbidden_does_not_start() {
+async fn broker_does_not_start_if_restrictions_json_is_unreadable() {
     let lab = Lab::install(Settings::default()).await;
     std::fs::create_dir_all(lab.path("state")).unwrap();
     std::fs::write(lab.path("state/restrictions.json"), "{\"blocked_bots\": ").unwrap();
-    let Ended {
-        code, stderr: said, ..
-    } = lab.run(&["serve"]).await;
-    assert_eq!(code, Some(1), "{said}");
+    let CommandOutput { code, stderr, .. } = lab.run(&["serve"]).await;
+    assert_eq!(code, Some(1), "{stderr}");
     let part =
-        "state/restrictions.json cannot be read, and what it forbids must not be lost; restore it";
-    assert!(said.contains(part), "{said}");
+        "state/restrictions.json, which holds all blocks, halts and revocations: EOF while parsing";
+    assert!(stderr.contains(part), "{stderr}");
     assert!(lab.kucoin.everything_received().is_empty());
 }
 
 #[tokio::test]
-async fn a_full_disk_keeps_nobody_from_forbidding_and_the_admin_knows() {
+async fn restrictions_that_cannot_be_saved_still_take_effect_and_the_command_fails() {
     let rules = RULES.replace("futures = \"main\"", "futures = \"second\"");
     let mut lab = Lab::with(Settings {
         rules,
@@ -667,43 +684,54 @@ async fn a_full_disk_keeps_nobody_from_forbidding_and_the_admin_knows() {
         ..Settings::default()
     })
     .await;
-    let in_the_way = lab.path("state/restrictions.json.new");
-    std::fs::create_dir(&in_the_way).unwrap();
-    let told =
-        "refused: STATE_UNWRITABLE: it is in force, but not on disk, and a restart would lift it: ";
+    let obstacle = lab.path("state/restrictions.json.new");
+    std::fs::create_dir(&obstacle).unwrap();
+    let expected = "failed: STATE_UNWRITABLE: the change is in effect but not saved, and a restart would undo it: ";
     let mut bot = lab.patient_bot("maker").await;
     let halted = lab.admin_cli("anna", &["halt", "main"]).await;
     assert_eq!((halted.code, halted.stdout.as_str()), (Some(1), ""));
-    assert!(halted.said().starts_with(told), "{}", halted.stderr);
+    assert!(
+        halted.stderr_line().starts_with(expected),
+        "{}",
+        halted.stderr
+    );
     assert_eq!(
-        refused(&mut bot, spot_order("never")).await.unwrap(),
+        rejection(&mut bot, spot_order("never")).await.unwrap(),
         "ACCOUNT_FROZEN"
     );
-    // Both of its keys, although the first one fails.
+    // Both of its keys are revoked, although saving the first revocation fails.
     let revoked = lab
         .admin_cli("anna", &["keys", "revoke", "main", "--yes"])
         .await;
     assert!(
-        revoked.code == Some(1) && revoked.said().starts_with(told),
+        revoked.code == Some(1) && revoked.stderr_line().starts_with(expected),
         "{revoked:?}"
     );
     let read = request(Scope::Futures, Method::Get, "/api/v1/orders", "");
     for request in [accounts(), read.clone()] {
-        assert_eq!(refused(&mut bot, request).await.unwrap(), "KEY_UNAVAILABLE");
+        assert_eq!(
+            rejection(&mut bot, request).await.unwrap(),
+            "KEY_UNAVAILABLE"
+        );
     }
     let blocked = lab.admin_cli("anna", &["bots", "block", MAKER]).await;
     assert!(
-        blocked.code == Some(1) && blocked.said().starts_with(told),
+        blocked.code == Some(1) && blocked.stderr_line().starts_with(expected),
         "{blocked:?}"
     );
     assert_eq!(
-        refused(&mut bot, accounts()).await.unwrap(),
+        rejection(&mut bot, accounts()).await.unwrap(),
         "CALLER_BLOCKED"
     );
     let lifted = lab.admin_cli("anna", &["bots", "unblock", MAKER]).await;
-    assert!(lifted.said().contains("it is still in force"), "{lifted:?}");
+    assert!(
+        lifted
+            .stderr_line()
+            .contains("the halt or block is still in effect"),
+        "{lifted:?}"
+    );
     assert_eq!(
-        refused(&mut bot, accounts()).await.unwrap(),
+        rejection(&mut bot, accounts()).await.unwrap(),
         "CALLER_BLOCKED"
     );
     let failed = acts(&lab);
@@ -720,7 +748,7 @@ async fn a_full_disk_keeps_nobody_from_forbidding_and_the_admin_knows() {
     );
     assert_eq!(failed.len(), 5);
 
-    std::fs::remove_dir(in_the_way).unwrap();
+    std::fs::remove_dir(obstacle).unwrap();
     for words in [
         &["keys", "revoke", "main", "--yes"][..],
         &["bots", "block", MAKER],
@@ -734,14 +762,14 @@ async fn a_full_disk_keeps_nobody_from_forbidding_and_the_admin_knows() {
     lab.stop().await;
     lab.start_broker().await;
     lab.admin_cli("anna", &["bots", "unblock", MAKER]).await;
-    until_said(&lab, "revoked").await;
+    until_status(&lab, "revoked").await;
     let mut bot = lab.patient_bot("maker").await;
-    assert_eq!(refused(&mut bot, read).await.unwrap(), "KEY_UNAVAILABLE");
+    assert_eq!(rejection(&mut bot, read).await.unwrap(), "KEY_UNAVAILABLE");
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn what_an_admin_forbids_holds_once_the_command_has_ended() {
+async fn halt_and_block_are_in_effect_when_the_command_returns() {
     let mut lab = Lab::start().await;
     let mut bot = lab.patient_bot("maker").await;
     for (words, request) in [
@@ -756,27 +784,27 @@ async fn what_an_admin_forbids_holds_once_the_command_has_ended() {
 }
 
 #[tokio::test]
-async fn a_bot_is_blocked_by_the_end_of_its_name_and_what_would_block_nobody_is_refused() {
+async fn bot_can_be_blocked_by_short_name_and_an_unknown_short_name_is_rejected() {
     let lab = Lab::start().await;
     let mut bot = lab.patient_bot("maker").await;
     let blocked = lab.admin_cli("anna", &["bots", "block", "maker"]).await;
     assert_eq!(blocked.code, Some(0), "{blocked:?}");
-    let told = in_one_line(&blocked.stdout);
+    let output = in_one_line(&blocked.stdout);
     assert!(
-        told.starts_with(&format!("blocked: {MAKER}, in force now.")),
-        "{told}"
+        output.starts_with(&format!("blocked: {MAKER}. All its calls are refused")),
+        "{output}"
     );
     assert_eq!(
-        refused(&mut bot, accounts()).await.unwrap(),
+        rejection(&mut bot, accounts()).await.unwrap(),
         "CALLER_BLOCKED"
     );
     let unknown = lab.admin_cli("anna", &["bots", "block", "makre"]).await;
     assert_eq!(unknown.code, Some(1), "{unknown:?}");
     assert!(
-        unknown.said().contains("no rule names this bot"),
+        unknown.stderr_line().contains("no rule names this bot"),
         "{unknown:?}"
     );
-    // In full it counts, also before any rule names it.
+    // A full name can be blocked before any rule names it.
     let later = "spiffe://demo.test/bot/later";
     let blocked = lab.admin_cli("anna", &["bots", "block", later]).await;
     assert_eq!(blocked.code, Some(0), "{blocked:?}");
@@ -784,5 +812,5 @@ async fn a_bot_is_blocked_by_the_end_of_its_name_and_what_would_block_nobody_is_
         let lifted = lab.admin_cli("anna", &["bots", "unblock", name]).await;
         assert_eq!(lifted.code, Some(0), "{lifted:?}");
     }
-    assert_eq!(refused(&mut bot, accounts()).await, None);
+    assert_eq!(rejection(&mut bot, accounts()).await, None);
 }

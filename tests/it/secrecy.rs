@@ -1,4 +1,4 @@
-//! No secret leaves: marked ones are planted everywhere, everything is logged at TRACE, and every place is searched.
+//! No secret leaks: marked secrets are used everywhere, the log level is TRACE, and all outputs are searched.
 
 use std::fmt::Write as _;
 
@@ -13,13 +13,13 @@ use crate::harness::{Lab, accounts, futures_order, request, spot_order, until};
 /// The mark of every planted secret.
 const MARK: &str = "canary0secret";
 
-/// Planted on purpose where it must be found, so that the search is known to work.
+/// Put where the search must find it, to prove that the search works.
 const PLANTED: &str = "canary0planted";
 
-/// The messages of one call that went well, in their order.
+/// The messages of one successful call, in order.
 const STAGES: [&str; 7] = [
     "call authorized",
-    "interlocks passed",
+    "pre-send checks passed",
     "intent audited",
     "connection ready",
     "request signed",
@@ -40,7 +40,7 @@ impl Haystack {
 }
 
 #[tokio::test]
-async fn no_secret_reaches_a_log_an_error_a_metric_or_the_record() {
+async fn no_secret_reaches_a_log_an_error_a_metric_or_the_audit_log() {
     let rules = "[account.main]\nkey = { spot-margin = \"main\", futures = \"main\" }\n\
                  [account.main.partner.spot-margin]\nid = \"FakePartner\"\n";
     let rules = crate::harness::rules_for(
@@ -63,11 +63,11 @@ async fn no_secret_reaches_a_log_an_error_a_metric_or_the_record() {
         ..Settings::default()
     };
     let mut lab = Lab::with(settings).await;
-    // Values that look like secrets are not in the audit file as they were sent.
-    lab.is_checked = false;
+    // Values that look like secrets are masked in the audit log, so it differs from what was sent.
+    lab.is_audit_checked = false;
 
-    // A login that is refused, a secret that is no key, an answer that is not what it should be: errors about secrets.
-    until("the refused login is told", async || {
+    // Errors about secrets: a rejected login, a malformed secret, an invalid response.
+    until("readyz shows the rejected login", async || {
         lab.get("/readyz").await.1.contains("login")
     })
     .await;
@@ -100,11 +100,11 @@ async fn no_secret_reaches_a_log_an_error_a_metric_or_the_record() {
     let wrong_json = vault::FaultRule::new("kv/data", vault::Fault::WrongJson).times(2);
     lab.vault.fault(wrong_json);
     lab.spawn_broker().await;
-    until("the broken key is told", async || {
+    until("readyz shows the malformed key", async || {
         lab.get("/readyz")
             .await
             .1
-            .contains("`passphrase` is not text")
+            .contains("`passphrase` is not a string")
     })
     .await;
     let (_, not_ready) = lab.get("/readyz").await;
@@ -147,12 +147,12 @@ async fn no_secret_reaches_a_log_an_error_a_metric_or_the_record() {
     }
     for action in [
         FaultAction::Close {
-            when: When::AfterTaken,
+            when: When::AfterProcessing,
         },
         FaultAction::CutShort { bytes: 3 },
         FaultAction::Html {
             status: 502,
-            when: When::AfterTaken,
+            when: When::AfterProcessing,
         },
     ] {
         lab.kucoin.fault(Fault::once("/api/v1/hf/orders", action));
@@ -204,9 +204,9 @@ async fn no_secret_reaches_a_log_an_error_a_metric_or_the_record() {
     assert!(haystack.0.iter().all(|(_, text)| !text.is_empty()));
     assert!(
         haystack.0[0].1.contains("\"level\":\"DEBUG\""),
-        "everything is logged"
+        "expected DEBUG lines in the log"
     );
-    // Each stage of a call says at DEBUG what it did, and the search below covers its words.
+    // Each stage of a call logs at DEBUG; the search below covers these lines.
     for stage in STAGES {
         let message = format!("\"message\":\"{stage}\"");
         assert_eq!(haystack.places_of(&message), ["log"], "{stage}");
@@ -219,13 +219,13 @@ async fn no_secret_reaches_a_log_an_error_a_metric_or_the_record() {
         assert_eq!(
             haystack.places_of(silenced),
             [""; 0],
-            "{silenced} is silent, whatever the filter asks for"
+            "{silenced} must log nothing, whatever the filter is"
         );
     }
     assert_eq!(
         haystack.places_of(PLANTED),
         ["log", "audit"],
-        "the search finds what is there"
+        "the search must find this"
     );
 
     let received = lab.kucoin.received();
@@ -253,7 +253,7 @@ async fn no_secret_reaches_a_log_an_error_a_metric_or_the_record() {
     }
 }
 
-/// The lines of the calls of `bot`, each as its message and itself.
+/// The log lines of calls of `bot`: message and whole line.
 fn lines_of_calls(log: &str, bot: &str) -> Vec<(String, Value)> {
     let lines = log
         .lines()
@@ -281,7 +281,7 @@ async fn call_stages_are_logged_at_debug_only() {
         lab.kucoin.fault(Fault::once(
             "/api/v1/accounts",
             FaultAction::Close {
-                when: When::AfterTaken,
+                when: When::AfterProcessing,
             },
         ));
         let mut read = accounts();
@@ -292,10 +292,10 @@ async fn call_stages_are_logged_at_debug_only() {
         let log = lab.process().log();
         let lines = lines_of_calls(&log, maker);
         let of = |id: &str| -> Vec<_> {
-            let mine = lines
+            let of_call = lines
                 .iter()
                 .filter(|(_, line)| line["span"]["request.id"] == id);
-            mine.map(|(message, _)| message.as_str()).collect()
+            of_call.map(|(message, _)| message.as_str()).collect()
         };
         if filter == "info" {
             for (_, line) in &lines {
@@ -304,7 +304,7 @@ async fn call_stages_are_logged_at_debug_only() {
             continue;
         }
         assert_eq!(of("order-1"), STAGES);
-        // A read whose answer is lost goes once more, from the connection on.
+        // A read whose answer is lost is retried, starting with the connection.
         let (first_try, second_try) = (&STAGES[..5], &STAGES[3..]);
         let expected = [first_try, &["send failed", "sending again"], second_try].concat();
         assert_eq!(of("read-1"), expected);
@@ -312,7 +312,7 @@ async fn call_stages_are_logged_at_debug_only() {
         let line = |id: &str, message: &str| {
             let found = lines
                 .iter()
-                .find(|(said, line)| said == message && line["span"]["request.id"] == id);
+                .find(|(text, line)| text == message && line["span"]["request.id"] == id);
             found
                 .unwrap_or_else(|| panic!("{message} of {id}"))
                 .1
@@ -331,16 +331,24 @@ async fn call_stages_are_logged_at_debug_only() {
             format!("line {line_number}: grant[0].allow[2] = \"trade\"")
         );
         assert_eq!(
-            line("order-1", "interlocks passed")["risk_increasing"],
+            line("order-1", "pre-send checks passed")["risk_increasing"],
             true
         );
         assert_eq!(
-            line("read-1", "interlocks passed")["risk_increasing"],
+            line("read-1", "pre-send checks passed")["risk_increasing"],
             false
         );
         let connection = line("order-1", "connection ready");
         let spot = lab.kucoin.spot_url();
-        assert_eq!(connection["peer"], spot.trim_start_matches("http://"));
+        let peer = (
+            &connection["network.peer.address"],
+            &connection["network.peer.port"],
+        );
+        let (address, port) = spot.trim_start_matches("http://").split_once(':').unwrap();
+        assert_eq!(
+            peer,
+            (&json!(address), &json!(port.parse::<u16>().unwrap()))
+        );
         assert!(connection["reused"].is_boolean(), "{connection}");
         let signed = line("order-1", "request signed");
         assert!(signed["timestamp_ms"].as_i64().unwrap() > 1_700_000_000_000);
@@ -350,12 +358,16 @@ async fn call_stages_are_logged_at_debug_only() {
         );
         let answer = line("order-1", "answer received");
         assert_eq!(
-            (&answer["http.status"], &answer["code"], &answer["outcome"]),
+            (
+                &answer["http.response.status_code"],
+                &answer["exchange.code"],
+                &answer["outcome"]
+            ),
             (&json!(200), &json!("200000"), &json!("accepted"))
         );
         let failed = line("read-1", "send failed");
         assert!(
-            failed["error"]
+            failed["exception.message"]
                 .as_str()
                 .unwrap()
                 .contains("no complete answer came back"),
@@ -363,7 +375,7 @@ async fn call_stages_are_logged_at_debug_only() {
         );
         assert_eq!(
             line("read-1", "sending again")["cause"],
-            "answer lost, and the request may be repeated"
+            "answer lost; the request is idempotent"
         );
     }
 }

@@ -1,4 +1,4 @@
-//! How the broker stops, and what it leaves behind.
+//! How the broker stops, and its state afterwards.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ async fn lab(config: &str) -> Lab {
     .await
 }
 
-/// Sends an order that hits a fault, and waits until it has left.
+/// Sends an order that meets a fault, and waits until the exchange has received it.
 async fn order_under_way(
     lab: &Lab,
     action: FaultAction,
@@ -28,7 +28,7 @@ async fn order_under_way(
     let mut order = spot_order("under-way");
     "under-way".clone_into(&mut order.request_id);
     let call = tokio::spawn(async move { bot.send(order).await });
-    until("the order has left", async || {
+    until("the order is sent", async || {
         !lab.kucoin.received().is_empty()
     })
     .await;
@@ -36,13 +36,13 @@ async fn order_under_way(
 }
 
 #[tokio::test]
-async fn sigterm_finishes_what_is_in_flight_and_exits_0() {
+async fn sigterm_completes_calls_in_flight_and_exits_0() {
     let mut lab = lab("").await;
     let call = order_under_way(&lab, FaultAction::Delay { ms: 500 }).await;
     let mut idle = lab.bot("maker").await;
     lab.process().terminate();
     lab.process().log_line("stopping").await;
-    // The listener is closed and the connection is told to go; whichever comes first, nothing is sent.
+    // The listener closes and the connection gets a GOAWAY; in either order, nothing is sent.
     if let Err(status) = idle.send(accounts()).await
         && tonic_types::StatusExt::get_details_error_info(&status).is_some()
     {
@@ -53,11 +53,11 @@ async fn sigterm_finishes_what_is_in_flight_and_exits_0() {
     assert_eq!(lab.process().exit_code().await, Some(0));
     assert_eq!(lab.audit_of("under-way")[1]["outcome"], "accepted");
     assert_eq!(lab.kucoin.received().len(), 1);
-    lab.check_record();
+    lab.check_audit_log();
 }
 
 #[tokio::test]
-async fn signals_of_log_rotation_end_nothing() {
+async fn log_rotation_signals_do_not_stop_the_broker() {
     let mut lab = lab("").await;
     let call = order_under_way(&lab, FaultAction::Delay { ms: 500 }).await;
     for signal in ["HUP", "USR1", "USR2"] {
@@ -74,26 +74,26 @@ async fn signals_of_log_rotation_end_nothing() {
     lab.bot("maker").await.send(accounts()).await.unwrap();
     lab.process().terminate();
     assert_eq!(lab.process().exit_code().await, Some(0));
-    lab.check_record();
+    lab.check_audit_log();
 }
 
 #[tokio::test]
-async fn sigquit_finishes_what_is_in_flight() {
+async fn sigquit_completes_calls_in_flight() {
     let mut lab = lab("").await;
     let call = order_under_way(&lab, FaultAction::Delay { ms: 500 }).await;
     lab.process().signal("QUIT");
     assert_eq!(call.await.unwrap().unwrap().code, "200000");
     assert_eq!(lab.process().exit_code().await, Some(0));
-    lab.check_record();
+    lab.check_audit_log();
 }
 
 #[tokio::test]
-async fn a_request_that_nobody_knows_the_end_of_is_recorded_and_exits_1() {
+async fn request_with_unknown_outcome_is_audited_as_maybe_sent_and_exits_1() {
     let mut lab = lab("[limits]\ndrain_timeout_ms = 200").await;
     let call = order_under_way(
         &lab,
         FaultAction::Stall {
-            when: When::AfterTaken,
+            when: When::AfterProcessing,
         },
     )
     .await;
@@ -105,18 +105,18 @@ async fn a_request_that_nobody_knows_the_end_of_is_recorded_and_exits_1() {
     assert!(
         lab.process()
             .log()
-            .contains("look up the lines with outcome maybe_sent")
+            .contains("find the lines with outcome maybe_sent")
     );
-    lab.check_record();
+    lab.check_audit_log();
 }
 
 #[tokio::test]
-async fn a_broker_that_is_killed_leaves_the_intent_on_file() {
+async fn killed_broker_leaves_the_intent_in_the_audit_log() {
     let mut lab = lab("").await;
     let call = order_under_way(
         &lab,
         FaultAction::Stall {
-            when: When::AfterTaken,
+            when: When::AfterProcessing,
         },
     )
     .await;
@@ -131,12 +131,12 @@ async fn a_broker_that_is_killed_leaves_the_intent_on_file() {
     lab.until_ready().await;
     assert!(
         lab.bot("maker").await.send(accounts()).await.is_ok(),
-        "the lock of a dead broker is free"
+        "the lock of a killed broker must be released"
     );
 }
 
 #[tokio::test]
-async fn a_wrong_configuration_exits_2_and_names_every_problem() {
+async fn invalid_configuration_exits_2_and_lists_every_problem() {
     let folder = tempfile::tempdir().unwrap();
     let config = folder.path().join("config.toml");
     std::fs::write(
@@ -153,19 +153,19 @@ async fn a_wrong_configuration_exits_2_and_names_every_problem() {
             .unwrap();
         assert_eq!(output.status.code(), Some(2), "{command}");
         assert!(output.stdout.is_empty());
-        let said = String::from_utf8(output.stderr).unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
         for part in [
             "listen.grpc: is missing",
             "egress.address: invalid type",
             "fix: ",
         ] {
-            assert!(said.contains(part), "{part} is not in {said}");
+            assert!(stderr.contains(part), "{part} is not in {stderr}");
         }
     }
 }
 
 #[tokio::test]
-async fn draining_takes_no_longer_than_it_may() {
+async fn drain_stops_after_its_timeout() {
     let mut lab = Lab::with(Settings {
         config: "[limits]\ndrain_timeout_ms = 100".to_owned(),
         ..Settings::default()
@@ -174,7 +174,7 @@ async fn draining_takes_no_longer_than_it_may() {
     let call = order_under_way(
         &lab,
         FaultAction::Stall {
-            when: When::AfterTaken,
+            when: When::AfterProcessing,
         },
     )
     .await;
@@ -186,7 +186,7 @@ async fn draining_takes_no_longer_than_it_may() {
 }
 
 #[tokio::test]
-async fn a_log_that_nobody_takes_any_more_stops_nothing() {
+async fn closed_log_pipe_does_not_stop_the_broker() {
     let mut lab = lab("").await;
     lab.process().close_log();
     let mut bot = lab.bot("maker").await;
@@ -200,5 +200,5 @@ async fn a_log_that_nobody_takes_any_more_stops_nothing() {
     lab.process().terminate();
     assert_eq!(lab.process().exit_code().await, Some(0));
     assert_eq!(lab.kucoin.orders(MAIN_UID).len(), 5);
-    lab.check_record();
+    lab.check_audit_log();
 }

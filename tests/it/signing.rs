@@ -1,5 +1,5 @@
-//! What the broker signs is what KuCoin verifies: against golden vectors made by others, and against a simulator that
-//! reads the wire by itself.
+//! The broker's signatures are valid: compared with golden vectors of other implementations, and verified by a simulator
+//! with its own code.
 
 mod catalogue;
 mod queries;

@@ -1,4 +1,4 @@
-//! The state folder at the start: what is missing there is never passed over in silence.
+//! `state_dir` at the start: missing files are always reported.
 
 use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
@@ -10,8 +10,8 @@ use serde_json::{Value, json};
 
 use crate::harness::{Lab, accounts, refusal, spot_order};
 
-/// What the broker logs where it finds no `restrictions.json`.
-const NOTHING_FOUND: &str = "no restrictions.json found; no bot is blocked, no account halted, no key revoked; if this \
+/// Log message if there is no `restrictions.json`.
+const NOTHING_FOUND: &str = "no restrictions.json found; no bot is blocked, no account is halted, no key is revoked; if this \
                              broker has run before, check state_dir and its mount";
 
 async fn in_a_process() -> Lab {
@@ -27,8 +27,8 @@ async fn stop(lab: &mut Lab) {
     assert_eq!(lab.process().exit_code().await, Some(0));
 }
 
-/// The log line about a missing `restrictions.json`, once the broker is ready.
-async fn told(lab: &mut Lab) -> Option<Value> {
+/// The log line about a missing `restrictions.json`, if any, once the broker is ready.
+async fn missing_file_warning(lab: &mut Lab) -> Option<Value> {
     lab.until_ready().await;
     let log = lab.process().log();
     let mut lines = log
@@ -44,56 +44,66 @@ fn audit_lines(lab: &Lab) -> Vec<Value> {
 }
 
 #[tokio::test]
-async fn start_with_an_empty_state_dir_is_logged_and_the_first_audit_line() {
+async fn start_with_an_empty_state_dir_is_logged_and_audited() {
     let mut lab = in_a_process().await;
-    // The state is removed, and the audit file with it.
-    lab.is_checked = false;
-    let line = told(&mut lab).await.expect("the very first start says so");
+    // The test deletes the audit file with the state.
+    lab.is_audit_checked = false;
+    let line = missing_file_warning(&mut lab)
+        .await
+        .expect("the first start logs it");
     assert_eq!(line["level"], "WARN");
     let halted = lab.admin_cli("anna", &["halt", "main"]).await;
     assert_eq!(halted.code, Some(0), "{halted:?}");
     stop(&mut lab).await;
 
     lab.spawn_broker().await;
-    assert_eq!(told(&mut lab).await, None, "restrictions.json is there");
+    assert_eq!(
+        missing_file_warning(&mut lab).await,
+        None,
+        "restrictions.json exists"
+    );
     stop(&mut lab).await;
 
-    // As where its disk is not mounted.
+    // As if its disk were not mounted.
     std::fs::remove_dir_all(lab.path("state")).unwrap();
     lab.spawn_broker().await;
-    let line = told(&mut lab).await.expect("the empty folder is logged");
+    let line = missing_file_warning(&mut lab)
+        .await
+        .expect("the empty folder is logged");
     assert_eq!(line["level"], "WARN");
     assert_eq!(line["audit_file_found"], false);
     let state_dir = lab.path("state").display().to_string();
     assert_eq!(line["state_dir"], state_dir);
     let first = audit_lines(&lab).remove(0);
     assert_eq!(
-        (&first["event"], &first["what"], &first["outcome"]),
-        (&json!("change"), &json!("restrictions"), &json!("in_force"))
+        (&first["event"], &first["file"], &first["outcome"]),
+        (&json!("change"), &json!("restrictions"), &json!("loaded"))
     );
     let detail = first["detail"].as_str().unwrap();
     assert_eq!(
         detail,
         format!(
-            "no restrictions.json and no audit file found: no bot is blocked, no account halted, no key revoked. If \
-             this broker has run before, check that state_dir ({state_dir}) is right and its disk mounted"
+            "no restrictions.json and no audit file found: no bot is blocked, no account is halted, no key is revoked. If \
+             this broker has run before, check that state_dir ({state_dir}) is correct and its disk is mounted"
         )
     );
     stop(&mut lab).await;
 }
 
 #[tokio::test]
-async fn start_without_restrictions_beside_an_old_audit_file_is_logged_too() {
+async fn start_with_an_audit_file_but_no_restrictions_json_is_logged_and_audited() {
     let mut lab = in_a_process().await;
     lab.until_ready().await;
     stop(&mut lab).await;
     let before = audit_lines(&lab).len();
     std::fs::remove_file(lab.path("state/restrictions.json")).unwrap();
     lab.spawn_broker().await;
-    let line = told(&mut lab).await.expect("the missing file is logged");
+    let line = missing_file_warning(&mut lab)
+        .await
+        .expect("the missing file is logged");
     assert_eq!(line["audit_file_found"], true);
     let next = audit_lines(&lab).remove(before);
-    assert_eq!(next["what"], "restrictions");
+    assert_eq!(next["file"], "restrictions");
     let detail = next["detail"].as_str().unwrap();
     assert!(
         detail.starts_with("no restrictions.json found: "),
@@ -103,7 +113,7 @@ async fn start_without_restrictions_beside_an_old_audit_file_is_logged_too() {
 }
 
 #[tokio::test]
-async fn parent_of_the_state_dir_is_never_made() {
+async fn parent_of_state_dir_is_never_created() {
     let lab = Lab::install(Settings::default()).await;
     lab.reconfigure("state_dir = \"state\"", "state_dir = \"mnt/state\"");
     let ended = lab.run(&["serve"]).await;
@@ -132,11 +142,11 @@ async fn parent_of_the_state_dir_is_never_made() {
 }
 
 #[tokio::test]
-async fn doctor_warns_of_a_state_dir_that_holds_nothing() {
+async fn doctor_warns_about_an_empty_state_dir() {
     let lab = Lab::install(Settings::default()).await;
     std::fs::create_dir(lab.path("state")).unwrap();
     let ended = lab.run(&["doctor", "--json"]).await;
-    let told = ended.stdout.lines().any(|line| {
+    let is_reported = ended.stdout.lines().any(|line| {
         let line: Value = serde_json::from_str(line).unwrap();
         line["check"] == "state"
             && line["status"] == "warning"
@@ -145,11 +155,11 @@ async fn doctor_warns_of_a_state_dir_that_holds_nothing() {
                 .unwrap()
                 .ends_with("holds no restrictions.json")
     });
-    assert!(told, "{ended:?}");
+    assert!(is_reported, "{ended:?}");
 }
 
 #[tokio::test]
-async fn folders_that_a_shell_would_expand_are_problems_with_the_fix() {
+async fn state_dir_with_tilde_or_variable_is_rejected_with_the_fix() {
     let text = std::fs::read_to_string("tests/field-cases/files/folders-taken-literally.toml");
     let text = text.unwrap();
     let lines = text.lines().map(|line| line.trim_start_matches("# "));
@@ -164,8 +174,8 @@ async fn folders_that_a_shell_would_expand_are_problems_with_the_fix() {
         assert_eq!(
             problems[0].to_string(),
             format!(
-                "line 2: state_dir: expected a path without ~ and variables, which are not expanded, got {value}; write the \
-                 whole path, for example: state_dir = \"/var/lib/credbroker\""
+                "line 2: state_dir: expected a path without ~ or variables, which are not expanded, got {value}; write the \
+                 full path, for example: state_dir = \"/var/lib/credbroker\""
             )
         );
         assert_eq!(problems.len(), 1, "{problems:?}");
@@ -174,7 +184,7 @@ async fn folders_that_a_shell_would_expand_are_problems_with_the_fix() {
 }
 
 #[tokio::test]
-async fn files_that_a_shell_would_expand_are_problems_wherever_they_are_named() {
+async fn file_paths_with_tilde_or_variable_are_rejected_in_every_setting() {
     let text = "rules = \"~/rules.toml\"\nstate_dir = \"$HOME/state\"\n\
                 [audit]\nfile = \"~broker/audit.jsonl\"\n\
                 [listen]\ngrpc = \"127.0.0.1:0\"\nops = \"127.0.0.1:0\"\n\
@@ -226,7 +236,7 @@ async fn files_that_a_shell_would_expand_are_problems_wherever_they_are_named() 
 }
 
 #[tokio::test]
-async fn restrictions_file_that_cannot_be_made_does_not_stop_the_start() {
+async fn broker_starts_even_if_restrictions_json_cannot_be_created() {
     let mut lab = Lab::install(Settings::default()).await;
     std::fs::create_dir_all(lab.path("state/restrictions.json.new")).unwrap();
     lab.start_broker().await;
@@ -234,10 +244,10 @@ async fn restrictions_file_that_cannot_be_made_does_not_stop_the_start() {
     lab.stop().await;
 }
 
-/// `tests/upgrade` was written by the broker at 9c3d1f9, before accounts were halted in place of frozen: after a read and
-/// an order, an admin froze account main, blocked bot reader and revoked the key of account other.
+/// `tests/upgrade` was written by the broker at 9c3d1f9, which froze accounts instead of halting them: after a read and an
+/// order, an admin froze account main, blocked bot reader and revoked the key of account other.
 #[tokio::test]
-async fn the_state_and_the_record_of_the_version_before_are_read() {
+async fn state_and_audit_log_of_the_previous_version_are_read() {
     let mut lab = Lab::install(Settings::default()).await;
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/upgrade");
     for (file, mode) in [("restrictions.json", 0o600), ("audit.jsonl", 0o600)] {
@@ -247,9 +257,9 @@ async fn the_state_and_the_record_of_the_version_before_are_read() {
         std::fs::set_permissions(to, std::fs::Permissions::from_mode(mode)).unwrap();
     }
     let before = std::fs::read_to_string(lab.path("state/audit.jsonl")).unwrap();
-    // What that broker sent is on its record, and this exchange has not received it.
+    // That broker's requests are in the audit log, but this simulated exchange never received them.
     lab.start_broker().await;
-    lab.until_keys().await;
+    lab.until_keys_loaded().await;
 
     let mut maker = lab.patient_bot("maker").await;
     let mut reader = lab.patient_bot("reader").await;
@@ -266,20 +276,20 @@ async fn the_state_and_the_record_of_the_version_before_are_read() {
     maker.send(spot_order("after")).await.unwrap();
 
     let after = std::fs::read_to_string(lab.path("state/audit.jsonl")).unwrap();
-    assert!(after.starts_with(&before), "not a byte has changed");
+    assert!(after.starts_with(&before), "existing lines must not change");
     let runs: BTreeSet<_> = audit_lines(&lab)
         .iter()
         .map(|line| line["run"].to_string())
         .collect();
     assert_eq!(runs.len(), 2);
-    let kept: Value =
+    let stored: Value =
         serde_json::from_slice(&std::fs::read(lab.path("state/restrictions.json")).unwrap())
             .unwrap();
     assert_eq!(
-        (&kept["version"], &kept["halted_accounts"]),
+        (&stored["version"], &stored["halted_accounts"]),
         (&json!(1), &json!({}))
     );
-    assert!(kept["blocked_bots"]["spiffe://demo.test/bot/reader"].is_object());
-    assert_eq!(kept["revoked_keys"].as_object().unwrap().len(), 1);
+    assert!(stored["blocked_bots"]["spiffe://demo.test/bot/reader"].is_object());
+    assert_eq!(stored["revoked_keys"].as_object().unwrap().len(), 1);
     lab.stop().await;
 }

@@ -1,9 +1,10 @@
-"""Drives the simulated KuCoin with clients that are not ours: KuCoin's official SDK and ccxt, with real signing.
+"""Tests the simulated KuCoin with third-party clients: KuCoin's official SDK and ccxt, with their real signing code.
 
 Usage: exchange_clients.py SPOT_URL FUTURES_URL KEY_JSON
 
-KEY_JSON is a key as the simulator takes it (credbroker_sim::kucoin::SimKey). Its first two partners, if it has them,
-sign for ccxt on spot and on futures. One line is printed per step; the first wrong answer ends the run with status 1.
+KEY_JSON is a key in the simulator's format (credbroker_sim::kucoin::SimKey). If it has partners, ccxt signs spot
+requests as the first and futures requests as the second. Prints one line per step; exits with status 1 at the first
+wrong answer.
 """
 
 import json
@@ -26,31 +27,31 @@ from kucoin_universal_sdk.model.common import RestError
 from kucoin_universal_sdk.model.transport_option import TransportOptionBuilder
 
 
-def expect(what, found, wanted):
-    """Prints one step; ends the run when it went wrong."""
-    if found != wanted:
-        print(f"WRONG {what}: {found!r}, not {wanted!r}", flush=True)
+def expect(step, found, expected):
+    """Prints one step; exits if it failed."""
+    if found != expected:
+        print(f"FAILED {step}: expected {expected!r}, got {found!r}", flush=True)
         sys.exit(1)
-    print(f"ok {what}: {found!r}", flush=True)
+    print(f"ok {step}: {found!r}", flush=True)
 
 
-def refused(what, wanted, call):
-    """Expects that a call of the SDK fails with an error that names the code."""
+def expect_error(step, expected, call):
+    """Checks that a call of the SDK fails with an error that contains the expected text."""
     try:
         answer = call()
     except RestError as error:
-        expect(what, wanted in str(error), True)
+        expect(step, expected in str(error), True)
     else:
-        expect(what, answer, f"an error with {wanted}")
+        expect(step, answer, f"an error with {expected}")
 
 
-def fresh():
+def new_client_oid():
     """A new clientOid."""
     return str(uuid.uuid4())
 
 
 def sdk(spot_url, futures_url, key, secret):
-    """The official SDK, pointed to the simulator by its own endpoint settings."""
+    """The official SDK, connected to the simulator by its endpoint settings."""
     return (
         DefaultClient(
             ClientOptionBuilder()
@@ -83,15 +84,15 @@ def run_sdk(spot_url, futures_url, key):
     sdk_futures(rest.get_futures_service().get_order_api())
     sdk_unified(rest.get_uta_service().get_order_api())
     wrong = sdk(spot_url, futures_url, key, "another secret")
-    refused(
-        "sdk: wrong secret is refused",
+    expect_error(
+        "sdk: wrong secret is rejected",
         "400004",
         lambda: wrong.get_account_service().get_account_api().get_apikey_info(),
     )
 
 
 def sdk_spot(orders):
-    oid = fresh()
+    oid = new_client_oid()
     order = SpotOrder(
         clientOid=oid, side="buy", symbol="BTC-USDT", type="limit", price="50000", size="0.001", remark="Zürich & co"
     )
@@ -107,7 +108,7 @@ def sdk_spot(orders):
     )
     open_orders = orders.get_open_orders(spot.GetOpenOrdersReqBuilder().set_symbol("BTC-USDT").build())
     expect("sdk: spot order is open", placed.order_id in [one.id for one in open_orders.data], True)
-    refused("sdk: the same clientOid again is refused", "Duplicate clientOid", lambda: orders.add_order(order))
+    expect_error("sdk: duplicate clientOid is rejected", "Duplicate clientOid", lambda: orders.add_order(order))
     cancelled = orders.cancel_order_by_order_id(
         spot.CancelOrderByOrderIdReqBuilder().set_order_id(placed.order_id).set_symbol("BTC-USDT").build()
     )
@@ -119,7 +120,7 @@ def sdk_spot(orders):
 
 
 def sdk_stop(orders):
-    oid = fresh()
+    oid = new_client_oid()
     placed = orders.add_stop_order(
         StopOrder(
             clientOid=oid, side="sell", symbol="ETH-USDT", type="limit", price="2000", size="0.5", stopPrice="2100"
@@ -134,7 +135,7 @@ def sdk_stop(orders):
 
 
 def sdk_margin(orders):
-    oid = fresh()
+    oid = new_client_oid()
     placed = orders.add_order(
         MarginOrder(clientOid=oid, side="sell", symbol="ETH-USDT", type="limit", price="4000", size="0.1")
     )
@@ -149,7 +150,7 @@ def sdk_margin(orders):
 
 
 def sdk_futures(orders):
-    oid = fresh()
+    oid = new_client_oid()
     placed = orders.add_order(
         FuturesOrder(
             clientOid=oid, side="buy", symbol="XBTUSDTM", leverage=3, type="limit", price="50000", size=1,
@@ -165,7 +166,7 @@ def sdk_futures(orders):
 
 
 def sdk_unified(orders):
-    oid = fresh()
+    oid = new_client_oid()
     named = {"tradeType": "SPOT", "symbol": "BTC-USDT", "clientOid": oid}
     placed = orders.place_order({**named, "side": "BUY", "orderType": "LIMIT", "size": "0.001", "price": "50000"})
     found = orders.get_order_details(named)
@@ -175,7 +176,7 @@ def sdk_unified(orders):
 
 
 def ccxt_client(spot_url, futures_url, key, secret):
-    """ccxt, pointed to the simulator by its own url settings."""
+    """ccxt, connected to the simulator by its URL settings."""
     client = ccxt.kucoin(
         {
             "apiKey": key["api_key"],
@@ -187,7 +188,7 @@ def ccxt_client(spot_url, futures_url, key, secret):
     client.urls["api"] = {
         name: futures_url if name.startswith("futures") else spot_url for name in client.urls["api"]
     }
-    # ccxt signs as its own partner unless it is told otherwise.
+    # Without this option, ccxt signs as its own partner.
     partners = key.get("partners", [])
     client.options["partner"] = {
         name: {"id": partner["id"], "key": partner["key"]} for name, partner in zip(["spot", "future"], partners)
@@ -203,7 +204,7 @@ def run_ccxt(spot_url, futures_url, key):
     futures_balance = client.fetch_balance({"type": "swap", "code": "USDT"})
     expect("ccxt: futures balance", futures_balance["USDT"]["free"] > 0, True)
     for symbol, amount in [("BTC/USDT", 0.001), ("BTC/USDT:USDT", 1)]:
-        oid = fresh()
+        oid = new_client_oid()
         placed = client.create_order(symbol, "limit", "buy", amount, 50000, {"clientOid": oid})
         expect(f"ccxt: {symbol} order placed", bool(placed["id"]), True)
         found = client.fetch_order(placed["id"], symbol)
@@ -225,21 +226,25 @@ def run_ccxt(spot_url, futures_url, key):
 
 def ccxt_errors(client, spot_url, futures_url, key):
     wrong = ccxt_client(spot_url, futures_url, key, "another secret")
-    for what, error, call in [
-        ("a huge order", ccxt.InsufficientFunds, lambda: client.create_order("BTC/USDT", "limit", "buy", 9999, 50000)),
+    for request, error, call in [
         (
-            "an unknown order",
+            "order over the balance",
+            ccxt.InsufficientFunds,
+            lambda: client.create_order("BTC/USDT", "limit", "buy", 9999, 50000),
+        ),
+        (
+            "unknown order",
             ccxt.OrderNotFound,
             lambda: client.cancel_order("000000000000000001", "BTC/USDT"),
         ),
-        ("a wrong secret", ccxt.AuthenticationError, wrong.fetch_balance),
+        ("wrong secret", ccxt.AuthenticationError, wrong.fetch_balance),
     ]:
         try:
             answer = call()
         except error:
-            expect(f"ccxt: {what} is refused", error.__name__, error.__name__)
+            expect(f"ccxt: {request} is rejected", error.__name__, error.__name__)
         else:
-            expect(f"ccxt: {what} is refused", answer, error.__name__)
+            expect(f"ccxt: {request} is rejected", answer, error.__name__)
 
 
 def main():

@@ -1,4 +1,4 @@
-//! The way to the exchange: names, connections, time, address. Nothing of it needs a key.
+//! The network path to the exchange: DNS, connections, time, egress address. None of these checks needs a key.
 
 use std::collections::BTreeSet;
 use std::error::Error;
@@ -10,7 +10,7 @@ use tokio::time::timeout;
 
 use super::{ADDRESS_WITHIN, ASK_WITHIN};
 use crate::base::diagnosis::Diagnosis;
-use crate::base::trust::shows_ca;
+use crate::base::trust::presents_ca;
 use crate::broker::probes::{QueryError, ask};
 use crate::clock::{self, Clock, HostId, MAX_UNCERTAINTY, Sample};
 use crate::config::Config;
@@ -22,10 +22,10 @@ use crate::policy::Policy;
 use crate::server::StartError;
 use crate::telemetry::chain;
 
-/// What the machine's own clock may be off: audit lines, logs and certificates go by it.
+/// Larger errors of the system clock, which audit lines, logs and certificate checks use, cause a warning.
 const SYSTEM_CLOCK_MS: i64 = 1000;
 
-/// The hosts that the rules need; without rules the one that tells addresses.
+/// The hosts that the rules need; without rules, the host that reports the egress address.
 pub(super) fn host_ids(policy: Option<&Policy>) -> BTreeSet<HostId> {
     let host_ids = policy.map(Policy::hosts).unwrap_or_default();
     if host_ids.is_empty() {
@@ -34,40 +34,40 @@ pub(super) fn host_ids(policy: Option<&Policy>) -> BTreeSet<HostId> {
     host_ids
 }
 
-/// The way cannot even be set up.
-pub(super) fn unfit(error: &StartError) -> Diagnosis {
-    let fix = "correct `[exchange]` and egress.roots; `credbroker check-config` looks again";
+/// The client for the exchange cannot be set up.
+pub(super) fn setup_failed(error: &StartError) -> Diagnosis {
+    let fix = "correct `[exchange]` and egress.roots, then run `credbroker check-config` to check";
     Diagnosis::failed("host", chain(error), fix)
 }
 
-/// Asks every host for its time, and one of them for our address.
-pub(super) async fn look(
+/// Checks the time on every host, and the egress address on one of them.
+pub(super) async fn check(
     config: &Config,
     egress: &Egress,
     clock: &Clock,
     host_ids: &BTreeSet<HostId>,
 ) -> Vec<Diagnosis> {
     let hosts = host_ids.iter().map(|host_id| async move {
-        let looked = timeout(ASK_WITHIN, host(config, egress, clock, *host_id)).await;
-        looked.unwrap_or_else(|_| vec![late(&name(*host_id), ASK_WITHIN)])
+        let checked = timeout(ASK_WITHIN, host(config, egress, clock, *host_id)).await;
+        checked.unwrap_or_else(|_| vec![timed_out(&name(*host_id), ASK_WITHIN)])
     });
     let hosts = futures_util::future::join_all(hosts);
     let address = async {
-        // All sites see the same address.
+        // Every site sees the same address.
         let site = host_ids.first().map(|(site, _)| *site).unwrap_or_default();
         let host_id = (site, Host::Spot);
-        let ask = async {
+        let query = async {
             if !host_ids.contains(&host_id) {
-                // A name that is not known makes the question fail, and that is told.
+                // If this fails, so does the query below, which reports it.
                 let _ = egress.resolve(host_id).await;
             }
             my_ip(egress, clock, host_id).await
         };
-        let late = |_| Err(within(ADDRESS_WITHIN));
-        let answer = timeout(ADDRESS_WITHIN, ask).await.unwrap_or_else(late);
+        let late = |_| Err(no_response(ADDRESS_WITHIN));
+        let answer = timeout(ADDRESS_WITHIN, query).await.unwrap_or_else(late);
         of_address(config, answer)
     };
-    // After the names are resolved.
+    // The address check needs the resolved names.
     let mut lines = hosts.await.concat();
     lines.push(address.await);
     lines
@@ -77,22 +77,22 @@ fn name((site, host): HostId) -> String {
     format!("{site}/{}", host.as_str())
 }
 
-fn within(limit: Duration) -> String {
-    format!("no answer within {} s", limit.as_secs())
+fn no_response(limit: Duration) -> String {
+    format!("no response within {} s", limit.as_secs())
 }
 
-fn late(about: &str, limit: Duration) -> Diagnosis {
-    let fix = "can this machine reach the exchange at all? Look at the route and the firewall";
-    Diagnosis::failed("host", within(limit), fix).about(about)
+fn timed_out(about: &str, limit: Duration) -> Diagnosis {
+    let fix = "check this machine's route to the exchange and its firewall";
+    Diagnosis::failed("host", no_response(limit), fix).about(about)
 }
 
-/// The name, the connection and the time of one host.
+/// Checks name, connection and time of one host.
 async fn host(config: &Config, egress: &Egress, clock: &Clock, host_id: HostId) -> Vec<Diagnosis> {
     let about = name(host_id);
     let host = match egress.resolve(host_id).await {
         Err(ConnectError::NoAddress(missing @ NoAddress::OtherKind { .. })) => {
             let detail = missing.to_string();
-            let fix = "egress.address is IPv4 or IPv6, and the host must have an address of that kind: correct egress.address";
+            let fix = "set egress.address to an address of a family (IPv4 or IPv6) in which KuCoin's host has an address";
             return vec![Diagnosis::failed("host", detail, fix).about(&about)];
         }
         Ok(host) => host,
@@ -101,22 +101,23 @@ async fn host(config: &Config, egress: &Egress, clock: &Clock, host_id: HostId) 
                 .origins
                 .get(&host_id)
                 .map_or("the host", |origin| &origin.name);
-            let detail = format!("the name {host} cannot be resolved: {}", cause(&error));
-            let fix = format!(
-                "ask the name server: `getent hosts {host}`; look at /etc/resolv.conf and the firewall"
-            );
+            let detail = format!("cannot resolve {host}: {}", cause(&error));
+            let fix =
+                format!("run `getent hosts {host}`, and check /etc/resolv.conf and the firewall");
             return vec![Diagnosis::failed("host", detail, fix).about(&about)];
         }
     };
-    let asked = ask(egress, clock, host_id, BrokerQuery::Time).await;
-    let (server_ms, asked, answered) = match asked {
+    let measured = ask(egress, clock, host_id, BrokerQuery::Time).await;
+    let (server_ms, asked, answered) = match measured {
         Ok(answer) => answer,
-        Err(QueryError::Connect(error)) => return vec![unreached(config, &about, &host, &error)],
+        Err(QueryError::Connect(error)) => {
+            return vec![connect_failed(config, &about, &host, &error)];
+        }
         Err(error) => {
-            let reached = Diagnosis::ok("host", format!("{host} is reached")).about(&about);
-            let detail = format!("the time is not known: {}", cause(&error));
+            let reached = Diagnosis::ok("host", format!("{host} is reachable")).about(&about);
+            let detail = format!("cannot get the exchange's time: {}", cause(&error));
             let fix =
-                "is it KuCoin that answers there? Look at `[exchange]` and at what stands between";
+                "check that `[exchange]` names KuCoin's hosts and that no proxy is in between";
             return vec![
                 reached,
                 Diagnosis::failed("clock", detail, fix).about(&about),
@@ -128,21 +129,21 @@ async fn host(config: &Config, egress: &Egress, clock: &Clock, host_id: HostId) 
         answered,
         server_ms,
     };
-    clock.take_in(host_id, sample, false);
+    clock.apply_sample(host_id, sample, false);
     let tls = match config.origins.get(&host_id) {
         Some(origin) if origin.tls => " over TLS",
         _ => "",
     };
     let took_ms = answered.saturating_sub(asked).as_millis();
-    let reached = format!("{host} answers{tls} in {took_ms} ms");
+    let reached = format!("{host} responded{tls} in {took_ms} ms");
     vec![
         Diagnosis::ok("host", reached).about(&about),
         time(clock, host_id),
     ]
 }
 
-/// No connection.
-fn unreached(config: &Config, about: &str, host: &str, error: &ConnectError) -> Diagnosis {
+/// The connection failed.
+fn connect_failed(config: &Config, about: &str, host: &str, error: &ConnectError) -> Diagnosis {
     let source = config.egress.address;
     let error_of_system = error
         .source()
@@ -151,27 +152,29 @@ fn unreached(config: &Config, about: &str, host: &str, error: &ConnectError) -> 
         .and_then(io::Error::get_ref)
         .and_then(|error| error.downcast_ref());
     let fix = match error_of_system.map(io::Error::kind) {
-        _ if tls.is_some_and(shows_ca) => {
-            "give the server a certificate that its CA has issued (CA:FALSE); egress.roots may stay as it is".to_owned()
+        _ if tls.is_some_and(presents_ca) => {
+            "install a server certificate (CA:FALSE) issued by this CA on the server; egress.roots need not change".to_owned()
         }
         Some(io::ErrorKind::AddrNotAvailable) => format!(
-            "egress.address {source} is no address of this machine: correct it, or give the machine this address (`ip address`)"
+            "egress.address {source} is not an address of this machine (see `ip address`): correct it, or assign the address to this machine"
         ),
         Some(io::ErrorKind::InvalidData) => {
-            "the certificate is not one that egress.roots trust: something stands between, or the clock of this machine is wrong"
+            "check for a TLS-intercepting proxy, a wrong system clock, or a missing CA in egress.roots"
                 .to_owned()
         }
-        _ => format!("look at route and firewall: `curl --interface {source} -v https://{host}/`"),
+        _ => format!(
+            "check the route and the firewall: `curl --interface {source} -v https://{host}/`"
+        ),
     };
     Diagnosis::failed(
         "host",
-        format!("{host} cannot be reached: {}", cause(error)),
+        format!("cannot reach {host}: {}", cause(error)),
         fix,
     )
     .about(about)
 }
 
-/// What lies at the bottom of an error: its sentences are for bots.
+/// The innermost error; the outer messages are written for bots.
 fn cause(error: &(dyn Error + 'static)) -> String {
     let mut last = error;
     while let Some(source) = last.source() {
@@ -180,17 +183,17 @@ fn cause(error: &(dyn Error + 'static)) -> String {
     last.to_string()
 }
 
-/// How far the host's time is from the machine's.
+/// Compares the host's time with the system clock.
 fn time(clock: &Clock, host_id: HostId) -> Diagnosis {
     let about = name(host_id);
-    let found = clock.exchange(host_id);
-    let offset_ms = found.ms - clock.wall_ms();
-    let Some(uncertainty) = found.uncertainty else {
-        let detail = "the host told a time that cannot be right";
+    let exchange_time = clock.exchange(host_id);
+    let offset_ms = exchange_time.ms - clock.wall_ms();
+    let Some(uncertainty) = exchange_time.uncertainty else {
+        let detail = "the host returned an invalid time";
         return Diagnosis::failed(
             "clock",
             detail,
-            "compare with a third clock; is it KuCoin that answers there?",
+            "check that `[exchange]` names KuCoin's hosts, and compare the system clock with another clock",
         )
         .about(&about);
     };
@@ -206,25 +209,28 @@ fn time(clock: &Clock, host_id: HostId) -> Diagnosis {
             clock::difference(difference_ms)
         );
         let fix = format!(
-            "compare both with a third clock and set the one that is wrong; if the difference is to be accepted, run \
-             `credbroker clock accept {about}`. Until then risk-increasing requests are refused (CLOCK_UNCERTAIN)"
+            "compare both with a third clock. If the system clock is wrong, set it; to accept the difference, run \
+             `credbroker clock accept {about}`. Until then, risk-increasing requests are refused (CLOCK_UNCERTAIN)"
         );
         return Diagnosis::failed("clock", detail, fix).about(&about);
     }
-    let detail = format!("this machine's {off} the exchange's, to within {within_ms} ms");
+    let detail = format!("the system clock {off} the exchange's clock (±{within_ms} ms)");
     if uncertainty > MAX_UNCERTAINTY {
-        let fix = "the answer takes too long: look at the route to the exchange; risk-increasing requests are refused";
+        let detail = format!(
+            "{detail}; the response was too slow for a precise time, and risk-increasing requests are refused"
+        );
+        let fix = "check the latency of the route to the exchange";
         Diagnosis::failed("clock", detail, fix).about(&about)
     } else if offset_ms.abs() > SYSTEM_CLOCK_MS {
-        let fix = "set the machine's clock (NTP): signatures follow the exchange, but audit lines, logs and certificates \
-                   go by the machine";
+        let fix = "synchronize the system clock (NTP): signatures use the exchange's time, but audit lines, logs and \
+                   certificate checks use the system clock";
         Diagnosis::warning("clock", detail, fix).about(&about)
     } else {
         Diagnosis::ok("clock", detail).about(&about)
     }
 }
 
-/// The address that the exchange sees, or why it did not tell.
+/// The egress address that the exchange reports, or why it is not known.
 async fn my_ip(egress: &Egress, clock: &Clock, host_id: HostId) -> Result<IpAddr, String> {
     let answer = ask(egress, clock, host_id, BrokerQuery::MyIp).await;
     let (address, ..): (IpAddr, _, _) = answer.map_err(|error| cause(&error))?;
@@ -235,14 +241,15 @@ fn of_address(config: &Config, answer: Result<IpAddr, String>) -> Diagnosis {
     let (check, expected) = ("egress", config.expected_ip.to_canonical());
     match answer {
         Ok(seen) if seen == expected => {
-            let detail = format!("the exchange sees {seen}, as egress.expected_ip says");
+            let detail = format!("requests leave from {seen} (egress.expected_ip)");
             Diagnosis::ok(check, detail)
         }
         Ok(seen) => {
-            let detail = format!("the exchange sees {seen}, and egress.expected_ip is {expected}");
+            let detail =
+                format!("requests leave from {seen} instead of egress.expected_ip {expected}");
             let fix = format!(
-                "repair the route, so that requests leave from {expected}; or, if {seen} is right, write egress.expected_ip = \
-                 \"{seen}\" and enter {seen} under API Management > Edit > IP restriction of each key"
+                "fix the routing so that requests leave from {expected}; or, if {seen} is right, set egress.expected_ip = \
+                 \"{seen}\" and enter {seen} under API Management > Edit > IP restriction for each key"
             );
             if config.proof == ProofMode::Lenient {
                 Diagnosis::warning(check, detail, fix)
@@ -255,9 +262,9 @@ fn of_address(config: &Config, answer: Result<IpAddr, String>) -> Diagnosis {
             }
         }
         Err(reason) => {
-            let detail = format!("the exchange did not say which address it sees: {reason}");
-            let fix =
-                "see the lines about hosts; risk-increasing requests are refused until it does";
+            let detail = format!("cannot get the egress address from the exchange: {reason}");
+            let fix = "see the `host` lines above; a broker that starts now refuses risk-increasing requests until this \
+                       check succeeds, unless egress.proof is \"lenient\"";
             Diagnosis::failed(check, detail, fix)
         }
     }

@@ -1,4 +1,4 @@
-//! The files of this machine: rules, certificates, audit log, state folder.
+//! Local files: rules, certificates, audit log, state folder.
 
 use std::fs::OpenOptions;
 use std::io;
@@ -22,21 +22,21 @@ use crate::server::identity::not_after_ms;
 use crate::server::{is_locked, missing_parent};
 use crate::vault::Auth;
 
-/// Time enough to get a certificate without haste.
+/// A certificate that expires within so many days causes a warning.
 const WARN_DAYS: i64 = 30;
 
 const DAY_MS: i64 = 24 * 60 * 60 * 1000;
 
-/// Less causes a warning; the audit log grows by about 1 kB a call.
+/// Less free space causes a warning; the audit log grows by about 1 kB per call.
 const WARN_FREE: u64 = 1 << 30;
 
-/// Less is a failure: minutes of trading.
+/// Less free space is a failure: it may last only for minutes of trading.
 const LEAST_FREE: u64 = 64 << 20;
 
-/// What is wrong with the rules, and what is hardly meant; and the rules, where they can be used.
+/// Problems and likely mistakes in the rules; and the rules, if they are valid.
 pub(super) fn rules(file: &Path) -> (Vec<Diagnosis>, Option<Policy>) {
     let name = file.display();
-    let again = format!("`credbroker policy check {name}` looks again");
+    let check = format!("then run `credbroker policy check {name}` to check");
     match load::rules(&Source::read(file)) {
         Ok(policy) => {
             let (bots, grants) = policy.counts();
@@ -50,29 +50,28 @@ pub(super) fn rules(file: &Path) -> (Vec<Diagnosis>, Option<Policy>) {
             let mut lines = vec![Diagnosis::ok("rules", counts)];
             lines.extend(policy.warnings().into_iter().map(|warning| {
                 let warning = warning.in_file(file).to_string();
-                let fix = format!("correct it, or leave it if it is meant; {again}");
+                let fix = format!("correct it unless it is intended, {check}");
                 Diagnosis::warning("rules", warning, fix)
             }));
             (lines, Some(policy))
         }
         Err(problems) => {
             let failed = |problem: &Problem| {
-                Diagnosis::failed("rules", problem.to_string(), format!("correct it; {again}"))
+                Diagnosis::failed("rules", problem.to_string(), format!("correct it, {check}"))
             };
             (problems.iter().map(failed).collect(), None)
         }
     }
 }
 
-/// What to do about a CA that ends.
-const FIX_CA: &str =
-    "put the next CA into the file beside this one, and issue new certificates from it";
+/// The fix for a CA that expires.
+const FIX_CA: &str = "add a new CA to the same file, and issue new certificates from it";
 
-/// What to do about a certificate of the broker that ends.
+/// The fix for a certificate of the broker that expires.
 const FIX_OWN: &str =
-    "put a new certificate and its key in place; a running broker takes them up without a restart";
+    "install a new certificate and its key; a running broker loads them without a restart";
 
-/// What the listeners show, whom they trust, and what Vault is shown.
+/// The server certificate, the CAs of bots and admins, and the client certificate for Vault.
 pub(super) fn certificates(config: &Config, now_ms: i64) -> Vec<Diagnosis> {
     let problems = Problems::default();
     load::certificates(&TlsSources::read(&config.tls), now_ms, &problems);
@@ -114,12 +113,12 @@ pub(super) fn certificates(config: &Config, now_ms: i64) -> Vec<Diagnosis> {
             .iter()
             .filter(of_file)
             .map(|problem| {
-                let fix = "put the right files in place; a running broker takes them up without a restart";
+                let fix = "install the right files; a running broker loads them without a restart";
                 Diagnosis::failed("certificate", problem.to_string(), fix).about(about)
             })
             .collect();
         if failed.is_empty() {
-            failed.push(expiry(about, fix, ends_ms(file), now_ms));
+            failed.push(expiry(about, fix, expires_ms(file), now_ms));
         }
         let of_file = |warning: &&Problem| keys.contains(&warning.key.as_str());
         failed.extend(warnings.iter().filter(of_file).map(ca_warning));
@@ -128,18 +127,19 @@ pub(super) fn certificates(config: &Config, now_ms: i64) -> Vec<Diagnosis> {
     lines.collect()
 }
 
-/// A CA whose name constraints make the TLS library refuse what it issues, or a certificate that was left out as no CA.
+/// A CA whose name constraints make the TLS library refuse its certificates, or a certificate that was ignored because it
+/// is not a CA.
 fn ca_warning(warning: &Problem) -> Diagnosis {
-    let fix = "do as this line says, and check the file again";
+    let fix = "correct the file, then run `credbroker check-config` to check";
     Diagnosis::warning("certificate", warning.to_string(), fix)
 }
 
-/// Which files others can read or change, and must not.
+/// Files that other users must not be able to read or change.
 pub(super) fn permissions(config: &Config) -> Vec<Diagnosis> {
     let (check, files) = ("permissions", permissions::files(config));
-    let open = files.iter().filter_map(NamedFile::check);
-    let mut lines: Vec<_> = open
-        .map(|open| Diagnosis::failed(check, open.to_string(), open.fix()).about(open.key()))
+    let exposed = files.iter().filter_map(NamedFile::check);
+    let mut lines: Vec<_> = exposed
+        .map(|file| Diagnosis::failed(check, file.to_string(), file.fix()).about(file.key()))
         .collect();
     if lines.is_empty() {
         lines.push(Diagnosis::ok(check, "file permissions are correct"));
@@ -147,27 +147,27 @@ pub(super) fn permissions(config: &Config) -> Vec<Diagnosis> {
     lines
 }
 
-/// When the first certificate of a file ends: Unix time in milliseconds.
-fn ends_ms(file: &Path) -> Option<i64> {
+/// When the first certificate of a file expires: Unix time in milliseconds.
+fn expires_ms(file: &Path) -> Option<i64> {
     let certificates = pem::certificates(&std::fs::read(file).ok()?).ok()?;
     certificates.iter().filter_map(not_after_ms).min()
 }
 
-/// Whether a certificate ends soon.
-pub(super) fn expiry(about: &str, fix: &str, ends_ms: Option<i64>, now_ms: i64) -> Diagnosis {
+/// Whether a certificate has expired or expires soon.
+pub(super) fn expiry(about: &str, fix: &str, expires_ms: Option<i64>, now_ms: i64) -> Diagnosis {
     let check = "certificate";
-    let Some(ends_ms) = ends_ms else {
-        return Diagnosis::failed(check, "is not an X.509 certificate", fix).about(about);
+    let Some(expires_ms) = expires_ms else {
+        return Diagnosis::failed(check, "not an X.509 certificate", fix).about(about);
     };
-    let (day, days) = (date(ends_ms), (ends_ms - now_ms) / DAY_MS);
-    if ends_ms <= now_ms {
-        Diagnosis::failed(check, format!("ended on {day}"), fix).about(about)
+    let (day, days) = (date(expires_ms), (expires_ms - now_ms) / DAY_MS);
+    if expires_ms <= now_ms {
+        Diagnosis::failed(check, format!("expired on {day}"), fix).about(about)
     } else if days < WARN_DAYS {
         let in_days = usize::try_from(days).unwrap_or_default();
-        let detail = format!("ends on {day}, in {}", counted(in_days, "day"));
+        let detail = format!("expires on {day}, in {}", counted(in_days, "day"));
         Diagnosis::warning(check, detail, fix).about(about)
     } else {
-        Diagnosis::ok(check, format!("good until {day}, for {days} days")).about(about)
+        Diagnosis::ok(check, format!("valid until {day} ({days} days)")).about(about)
     }
 }
 
@@ -175,11 +175,11 @@ pub(super) fn expiry(about: &str, fix: &str, ends_ms: Option<i64>, now_ms: i64) 
 fn date(ms: i64) -> String {
     match ASN1Time::from_timestamp(ms / 1000) {
         Ok(time) => time.to_datetime().date().to_string(),
-        Err(_) => "a day that no calendar has".to_owned(),
+        Err(_) => "a date out of range".to_owned(),
     }
 }
 
-/// CAs; none where they cannot be read, which the line says.
+/// Reads the CAs. Where they cannot be read, the store is empty and a line reports it.
 pub(super) fn roots(key: &str, roots: &Roots) -> (RootCertStore, Vec<Diagnosis>) {
     let problems = Problems::default();
     if let Some(roots) = load::roots(key, roots, &problems) {
@@ -188,30 +188,31 @@ pub(super) fn roots(key: &str, roots: &Roots) -> (RootCertStore, Vec<Diagnosis>)
     }
     let problems = problems.into_result().err().unwrap_or_default();
     let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();
-    let fix = format!("put the CA's certificate there, or correct {key}");
+    let fix = format!("put the CA's certificate into that file, or correct {key}");
     let line = Diagnosis::failed("certificate", problems.join("; "), fix);
-    // Nobody is trusted then.
+    // An empty store trusts no server.
     (RootCertStore::empty(), vec![line])
 }
 
-/// The record: whether it can be written, and how much room is left. Returns why nothing can be recorded from here, if so.
+/// The audit log: whether it can be written, and how much disk space is free. Returns an error if doctor cannot write it.
 pub(super) fn audit(config: &Config) -> (Vec<Diagnosis>, Result<(), String>) {
     let (file, check) = (&config.audit_file, "audit");
     let name = file.display();
     let folder = file.parent().unwrap_or(Path::new("/"));
-    let fix = "make it writable for the broker's user, or correct audit.file";
-    let (there, recordable) = match OpenOptions::new().read(true).append(true).open(file) {
-        Ok(_) => (format!("{name} can be written"), Ok(())),
+    let fix =
+        "make it writable for the broker's user and run doctor as that user, or correct audit.file";
+    let (state, writable) = match OpenOptions::new().read(true).append(true).open(file) {
+        Ok(_) => (format!("{name} is writable"), Ok(())),
         Err(error) if error.kind() == io::ErrorKind::NotFound && !folder.exists() => {
-            let reason = format!("the folder of {name} is not there yet");
-            let fix =
-                "start the broker, which makes state_dir, or make the folder for its user alone";
+            let reason = format!("the folder of {name} does not exist yet");
+            let fix = "if that folder is state_dir, start the broker, which creates it; otherwise create it, with access for \
+                       the broker's user only";
             let line = Diagnosis::warning(check, &reason, fix);
             return (vec![line], Err(reason));
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            // Made by somebody else it would keep the broker from its own record.
-            let recordable = match (
+            // Created by another user, the file would not be writable for the broker.
+            let writable = match (
                 access(folder, Access::WRITE_OK | Access::EXEC_OK),
                 is_ours(folder),
             ) {
@@ -220,13 +221,13 @@ pub(super) fn audit(config: &Config) -> (Vec<Diagnosis>, Result<(), String>) {
                     io::Error::from(error)
                 )),
                 (Ok(()), false) => Err(format!(
-                    "{name} is not there yet, and this is not the broker's user, who will make it"
+                    "{name} does not exist yet and must be created by the broker's user; doctor runs as another user"
                 )),
                 (Ok(()), true) => Ok(()),
             };
             (
-                format!("{name} is not there yet, and can be made"),
-                recordable,
+                format!("{name} does not exist yet and can be created"),
+                writable,
             )
         }
         Err(error) => {
@@ -234,15 +235,15 @@ pub(super) fn audit(config: &Config) -> (Vec<Diagnosis>, Result<(), String>) {
             return (vec![Diagnosis::failed(check, &reason, fix)], Err(reason));
         }
     };
-    if let Err(reason) = recordable {
+    if let Err(reason) = writable {
         return (vec![Diagnosis::failed(check, &reason, fix)], Err(reason));
     }
-    let free = "free the disk, or move the file (audit.file)";
+    let free = "free disk space, or move the audit log (audit.file)";
     let line = match statvfs(folder) {
         Ok(disk) if disk.f_blocks > 0 => {
             let room = disk.f_bavail.saturating_mul(disk.f_frsize);
             let full = 100 - disk.f_bavail.saturating_mul(100) / disk.f_blocks;
-            let detail = format!("{there}; the disk is {full} % full, {} free", bytes(room));
+            let detail = format!("{state}; the disk is {full} % full, {} free", bytes(room));
             if room < LEAST_FREE {
                 Diagnosis::failed(check, detail, free)
             } else if room < WARN_FREE {
@@ -251,11 +252,11 @@ pub(super) fn audit(config: &Config) -> (Vec<Diagnosis>, Result<(), String>) {
                 Diagnosis::ok(check, detail)
             }
         }
-        Ok(_) => Diagnosis::ok(check, there),
+        Ok(_) => Diagnosis::ok(check, state),
         Err(error) => {
             let error = io::Error::from(error);
-            let detail = format!("{there}; how full the disk is cannot be told: {error}");
-            Diagnosis::warning(check, detail, "look with `df`")
+            let detail = format!("{state}; cannot check the free disk space: {error}");
+            Diagnosis::warning(check, detail, "check it with `df`")
         }
     };
     (vec![line], Ok(()))
@@ -268,19 +269,19 @@ fn bytes(number: u64) -> String {
     }
 }
 
-/// Whether a folder belongs to whoever runs this.
+/// Whether a folder belongs to the current user.
 fn is_ours(folder: &Path) -> bool {
     folder
         .metadata()
-        .is_ok_and(|there| there.uid() == rustix::process::geteuid().as_raw())
+        .is_ok_and(|metadata| metadata.uid() == rustix::process::geteuid().as_raw())
 }
 
-/// The state folder: whether it can be used, what is forbidden, and whether a broker runs on it.
+/// The state folder: whether it can be used, its restrictions, and whether a running broker is using it.
 pub(super) fn state(config: &Config) -> (Vec<Diagnosis>, bool) {
     let (folder, check) = (&config.state_dir, "state");
     let name = folder.display();
     let usable =
-        "make it a folder that the broker's user alone can read and write, or correct state_dir";
+        "make it a folder that only the broker's user can read and write, or correct state_dir";
     let metadata = match folder.metadata() {
         Ok(metadata) => metadata,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -292,8 +293,9 @@ pub(super) fn state(config: &Config) -> (Vec<Diagnosis>, bool) {
                 let fix = "mount the disk, create the parent, or correct state_dir";
                 return (vec![Diagnosis::failed(check, detail, fix)], false);
             }
-            let detail = format!("{name} is not there; the broker makes it at its start");
-            let fix = "start the broker; if it has run before, correct state_dir: what was forbidden is there";
+            let detail = format!("{name} does not exist; the broker creates it when it starts");
+            let fix = "start the broker. If it has run before, first check that state_dir is correct and its disk is mounted: \
+                       otherwise it starts without the existing restrictions.json, and no block, halt or revocation applies";
             return (vec![Diagnosis::warning(check, detail, fix)], false);
         }
         Err(error) => {
@@ -305,17 +307,20 @@ pub(super) fn state(config: &Config) -> (Vec<Diagnosis>, bool) {
     if !is_ours(folder) {
         let (owner, me) = (metadata.uid(), rustix::process::geteuid().as_raw());
         let detail = format!(
-            "{name} belongs to user {owner}, and this runs as user {me}: what it can read and write tells little of the broker"
+            "{name} belongs to user {owner}, but doctor runs as user {me}: its access checks may not apply to the broker"
         );
-        let fix = format!("run it as the broker does: sudo -u '#{owner}' credbroker doctor");
+        let fix =
+            format!("run doctor as the broker's user: `sudo -u '#{owner}' credbroker doctor`");
         lines.push(Diagnosis::warning(check, detail, fix));
     }
     if metadata.mode() & 0o022 != 0 {
-        let detail = format!("{name} can be written by others, who could lift what is forbidden");
+        let detail = format!(
+            "other users can write to {name} and could remove blocks, halts and revocations"
+        );
         lines.push(Diagnosis::failed(
             check,
             detail,
-            format!("chmod 700 {name}"),
+            format!("run `chmod 700 {name}`"),
         ));
     }
     if let Err(error) = access(folder, Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK) {
@@ -325,28 +330,28 @@ pub(super) fn state(config: &Config) -> (Vec<Diagnosis>, bool) {
     let is_running = match is_locked(folder) {
         Ok(is_running) => is_running,
         Err(error) => {
-            let detail = format!("whether a broker runs on {name} cannot be told: {error}");
-            let fix = "run it as the broker's user";
+            let detail = format!("cannot check whether a broker is using {name}: {error}");
+            let fix = "run doctor as the broker's user";
             lines.push(Diagnosis::warning(check, detail, fix));
             false
         }
     };
-    let runs = if is_running {
-        "a broker runs on it"
+    let user = if is_running {
+        "a broker is using it"
     } else {
-        "no broker runs on it"
+        "no broker is using it"
     };
     lines.push(match Restrictions::open(folder) {
         Ok(restrictions) if !restrictions.was_found() => {
-            let detail = format!("{name}: {runs}; it holds no restrictions.json");
+            let detail = format!("{name}: {user}; it holds no restrictions.json");
             let fix = "start the broker, which creates it. If a broker has run here before, first check that state_dir is correct and its \
-                       disk mounted: all blocks, halts and revocations were in that file";
+                       disk is mounted: all blocks, halts and revocations were in that file";
             Diagnosis::warning(check, detail, fix)
         }
-        Ok(restrictions) => forbidden(&format!("{name}: {runs}"), restrictions.counts()),
+        Ok(restrictions) => restrictions_line(&format!("{name}: {user}"), restrictions.counts()),
         Err(RestrictionsError::Unreadable { file, problem }) => {
-            let detail = format!("{file} cannot be read, and no broker starts: {problem}");
-            let fix = "restore it; remove it only if no bot is blocked, no account halted and no key revoked";
+            let detail = format!("{file} cannot be read, and the broker will not start: {problem}");
+            let fix = "restore it from a backup; delete it only if no bot is blocked, no account halted and no key revoked";
             Diagnosis::failed(check, detail, fix)
         }
         Err(error) => Diagnosis::failed(check, error.to_string(), usable),
@@ -354,8 +359,8 @@ pub(super) fn state(config: &Config) -> (Vec<Diagnosis>, bool) {
     (lines, is_running)
 }
 
-/// What admins have forbidden; what they have stopped is worth a warning, since bots will say so too.
-fn forbidden(place: &str, counts: Counts) -> Diagnosis {
+/// The restrictions. A halt is a warning, because it stops trading.
+fn restrictions_line(folder: &str, counts: Counts) -> Diagnosis {
     let Counts {
         blocked_bots,
         halted_accounts,
@@ -363,24 +368,25 @@ fn forbidden(place: &str, counts: Counts) -> Diagnosis {
         revoked_keys,
     } = counts;
     if counts == Counts::default() {
-        return Diagnosis::ok("state", format!("{place}; nothing is forbidden"));
+        return Diagnosis::ok("state", format!("{folder}; no restrictions"));
     }
-    let mut told = Vec::new();
+    let mut parts = Vec::new();
     if is_all_halted {
-        told.push("all accounts halted".to_owned());
+        parts.push("all accounts halted".to_owned());
     }
-    for (number, thing, how) in [
-        (halted_accounts, "account", "halted by name"),
+    for (number, thing, state) in [
+        (halted_accounts, "account", "halted individually"),
         (blocked_bots, "bot", "blocked"),
         (revoked_keys, "key", "revoked"),
     ] {
         if number > 0 {
-            told.push(format!("{} {how}", counted(number, thing)));
+            parts.push(format!("{} {state}", counted(number, thing)));
         }
     }
-    let detail = format!("{place}; {}", told.join(", "));
+    let detail = format!("{folder}; {}", parts.join(", "));
     if is_all_halted || halted_accounts > 0 {
-        let fix = "if that is over: `credbroker resume --all` or `credbroker resume ACCOUNT`; `credbroker keys list` shows which";
+        let fix = "to end a halt, run `credbroker resume --all` or `credbroker resume ACCOUNT`; `credbroker keys list` shows \
+                   halted accounts";
         Diagnosis::warning("state", detail, fix)
     } else {
         Diagnosis::ok("state", detail)

@@ -1,4 +1,4 @@
-//! The keys: what Vault gave, tried on the exchange.
+//! Tests on the exchange the keys that Vault returned.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,30 +12,30 @@ use crate::kucoin::key_info::KeyInfo;
 use crate::ops::key_test::KeyTest;
 use crate::restrictions::KeyDigest;
 
-/// A key that Vault gave.
-pub(super) struct Found {
+/// A key that Vault returned.
+pub(super) struct FoundKey {
     pub(super) account: AccountId,
     pub(super) name: KeyName,
     pub(super) version: u64,
     pub(super) key: Arc<Key>,
 }
 
-impl Found {
+impl FoundKey {
     pub(super) fn about(&self) -> String {
         format!("{}/{}", self.account, self.name)
     }
 }
 
-pub(super) fn late(about: &str, limit: Duration) -> Vec<Diagnosis> {
+pub(super) fn timed_out(about: &str, limit: Duration) -> Vec<Diagnosis> {
     let detail = format!(
-        "not tested: the exchange did not answer within {} s",
+        "not tested: no response from the exchange within {} s",
         limit.as_secs()
     );
     vec![Diagnosis::unchecked("key", detail).about(about)]
 }
 
-/// Asks the exchange about a key, with the key itself; each request is audited.
-pub(super) async fn test(broker: &Arc<Broker>, found: Found) -> Vec<Diagnosis> {
+/// Tests a key on the exchange with requests that it signs; each request is audited.
+pub(super) async fn test(broker: &Arc<Broker>, found: FoundKey) -> Vec<Diagnosis> {
     let (check, about) = ("key", found.about());
     let Some((account, scopes)) = broker.served(&found.account, &found.name) else {
         return Vec::new();
@@ -43,19 +43,19 @@ pub(super) async fn test(broker: &Arc<Broker>, found: Found) -> Vec<Diagnosis> {
     let digest = KeyDigest(found.key.id_sha256());
     if let Some(revoked) = broker.restrictions.revoked(digest) {
         let detail = format!(
-            "version {}: {} has revoked it",
+            "version {} was revoked by {}",
             found.version,
             revoked.by.as_str()
         );
         let fix = format!(
-            "register another one: `credbroker keys rotate {} --key {}`",
+            "register another key: `credbroker keys rotate {} --key {}`",
             found.account, found.name
         );
         return vec![Diagnosis::failed(check, detail, fix).about(&about)];
     }
     let tested = broker
         .test_key(&KeyTest {
-            who: Principal::Broker,
+            principal: Principal::Broker,
             account,
             scopes,
             key: found.key,
@@ -78,10 +78,10 @@ pub(super) async fn test(broker: &Arc<Broker>, found: Found) -> Vec<Diagnosis> {
     let has_findings = !lines.is_empty();
     match report.verdict {
         Verdict::Unclear(reason) => {
-            let detail = format!("version {version} in Vault is not tested: {reason}");
+            let detail = format!("version {version} in Vault was not tested: {reason}");
             lines.push(Diagnosis::unchecked(check, detail).about(&about));
         }
-        // They say it all.
+        // The findings already say it.
         Verdict::Good | Verdict::Refused(_) if has_findings => {}
         Verdict::Good => {
             let info = report.info.map(|info| described(&info, broker));
@@ -90,7 +90,7 @@ pub(super) async fn test(broker: &Arc<Broker>, found: Found) -> Vec<Diagnosis> {
             lines.push(Diagnosis::ok(check, detail).about(&about));
         }
         Verdict::Refused(reason) => {
-            let fix = "look at the key on KuCoin's page, API Management";
+            let fix = "check the key on KuCoin's page under API Management";
             lines.push(Diagnosis::failed(check, reason, fix).about(&about));
         }
     }
@@ -103,7 +103,7 @@ fn described(info: &KeyInfo, broker: &Broker) -> String {
     let whitelist = match info.admits(address) {
         Some(true) => format!("{address} is on its whitelist"),
         Some(false) => format!("{address} is not on its whitelist"),
-        None => "any address may use it".to_owned(),
+        None => "no IP restriction: any address may use it".to_owned(),
     };
-    format!("; {}; {whitelist}", permissions.join(", "))
+    format!("; permissions {}; {whitelist}", permissions.join(", "))
 }

@@ -1,7 +1,7 @@
-//! `credbroker doctor --live`: each question that the broker depends on, what was expected and what came.
+//! `credbroker doctor --live`: for each kind of request that the broker depends on, the expected and the actual response.
 //!
-//! Made to be pasted into a report: it tells of codes, messages, names and kinds of fields, and of no value. Nothing is
-//! ordered: orders go to the exchange's endpoints for tests, where a scope has one.
+//! The output can be pasted into a report: it contains codes, messages, and names and types of fields, but no values. No
+//! real order is placed: orders go to the exchange's test endpoint, if the scope has one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -26,18 +26,18 @@ use crate::ops::key_test::{Ask, info_of, order_of, read_of};
 use crate::server::build;
 use crate::telemetry::chain;
 
-use super::keys::Found;
+use super::keys::FoundKey;
 
-/// For one question without a key.
+/// Limit for one unsigned request.
 const ANSWER_WITHIN: Duration = Duration::from_secs(8);
 
 const CHECK: &str = "live";
 
-/// Words of a message that are at least so long, and hold a digit, could be ids of keys or orders.
+/// Words of a message that have at least this length and contain a digit could be ids of keys or orders.
 const LONG_WORD: usize = 14;
 
 pub(super) async fn run(config: &Config, account: &AccountId, json: bool) -> u8 {
-    match ask(config, account).await {
+    match check(config, account).await {
         Ok(lines) => {
             let version = env!("CARGO_PKG_VERSION");
             let head = format!("credbroker {version}, doctor --live {account}\n");
@@ -45,7 +45,7 @@ pub(super) async fn run(config: &Config, account: &AccountId, json: bool) -> u8 
         }
         Err(CheckError::Account) => {
             say(&format!(
-                "{} names no account {account}\nfix: name one of its accounts, or correct `rules` in the configuration",
+                "{} has no account {account}\nfix: use an account from this file, or correct `rules` in the configuration",
                 config.rules.display()
             ));
             USAGE
@@ -54,19 +54,19 @@ pub(super) async fn run(config: &Config, account: &AccountId, json: bool) -> u8 
     }
 }
 
-/// Why nothing was asked.
+/// Why no request was sent.
 enum CheckError {
     Account,
     Lines(Vec<Diagnosis>),
 }
 
-async fn ask(config: &Config, account: &AccountId) -> Result<Vec<Diagnosis>, CheckError> {
+async fn check(config: &Config, account: &AccountId) -> Result<Vec<Diagnosis>, CheckError> {
     let (lines, policy) = files::rules(&config.rules);
     let policy = policy.ok_or(CheckError::Lines(lines))?;
     let of_account = policy.accounts().find(|entry| entry.id == *account);
     let of_account = Arc::clone(of_account.ok_or(CheckError::Account)?);
-    let (lines, recordable) = files::audit(config);
-    recordable.map_err(|_| CheckError::Lines(lines))?;
+    let (lines, audit_ready) = files::audit(config);
+    audit_ready.map_err(|_| CheckError::Lines(lines))?;
     let provider = build::provider();
     let (egress_roots, egress_lines) = files::roots("egress.roots", &config.egress_roots);
     let (vault_roots, vault_lines) = files::roots("vault.roots", &config.vault_roots);
@@ -76,24 +76,26 @@ async fn ask(config: &Config, account: &AccountId) -> Result<Vec<Diagnosis>, Che
         return Err(CheckError::Lines(failed));
     }
     let egress = build::egress(config, egress_roots, &provider);
-    let egress = egress.map_err(|error| CheckError::Lines(vec![exchange::unfit(&error)]))?;
+    let egress = egress.map_err(|error| CheckError::Lines(vec![exchange::setup_failed(&error)]))?;
     let clock = Arc::new(Clock::system());
 
     let site = of_account.site;
-    let mut places: BTreeSet<HostId> = of_account
+    let mut host_ids: BTreeSet<HostId> = of_account
         .keys
         .keys()
         .map(|scope| (site, scope.host()))
         .collect();
-    places.insert((site, Host::Spot));
+    host_ids.insert((site, Host::Spot));
     let (_, is_running) = files::state(config);
-    let look = vault::look(config, vault_roots, &provider, Some(&policy), is_running);
-    let look = async {
-        let found = timeout(ASK_WITHIN, look).await;
-        found.unwrap_or_else(|_| vault::late(ASK_WITHIN))
+    let vault_checks = vault::check(config, vault_roots, &provider, Some(&policy), is_running);
+    let vault_checks = async {
+        let found = timeout(ASK_WITHIN, vault_checks).await;
+        found.unwrap_or_else(|_| vault::timed_out(ASK_WITHIN))
     };
-    let (lines, (vault_lines, found)) =
-        tokio::join!(exchange::look(config, &egress, &clock, &places), look);
+    let (lines, (vault_lines, found)) = tokio::join!(
+        exchange::check(config, &egress, &clock, &host_ids),
+        vault_checks
+    );
     let hosts: Vec<_> = lines
         .into_iter()
         .filter(|line| line.id == "host" && line.is_failed())
@@ -110,16 +112,16 @@ async fn ask(config: &Config, account: &AccountId) -> Result<Vec<Diagnosis>, Che
         return Err(CheckError::Lines(vault_lines));
     }
     let broker = build::broker(config, policy, egress, clock).map_err(|error| {
-        let fix = "`credbroker doctor` says what is wrong with it";
+        let fix = "run `credbroker doctor` to find the cause";
         CheckError::Lines(vec![Diagnosis::failed("state", chain(&error), fix)])
     })?;
     let broker = Arc::new(broker);
 
-    let public = places.iter().map(|place| (*place, BrokerQuery::Time));
+    let public = host_ids.iter().map(|host_id| (*host_id, BrokerQuery::Time));
     let public = public.chain([((site, Host::Spot), BrokerQuery::MyIp)]);
-    let public = public.map(|(place, question)| unsigned(&broker, place, question));
+    let public = public.map(|(host_id, query)| unsigned(&broker, host_id, query));
     let mut compared = futures_util::future::join_all(public).await;
-    let mut questions = Vec::new();
+    let mut requests = Vec::new();
     for (name, found) in &found {
         let scopes: BTreeSet<_> = of_account
             .keys
@@ -128,13 +130,13 @@ async fn ask(config: &Config, account: &AccountId) -> Result<Vec<Diagnosis>, Che
             .map(|(scope, _)| *scope)
             .collect();
         let (scope, info) = info_of(&scopes);
-        questions.push((found, scope, info));
+        requests.push((found, scope, info));
         for scope in scopes {
-            questions.push((found, scope, read_of(scope)));
-            questions.extend(order_of(scope).map(|order| (found, scope, order)));
+            requests.push((found, scope, read_of(scope)));
+            requests.extend(order_of(scope).map(|order| (found, scope, order)));
         }
     }
-    let signed = questions
+    let signed = requests
         .into_iter()
         .map(|(found, scope, ask)| signed(&broker, found, scope, ask));
     compared.extend(futures_util::future::join_all(signed).await);
@@ -142,23 +144,23 @@ async fn ask(config: &Config, account: &AccountId) -> Result<Vec<Diagnosis>, Che
     Ok(compared)
 }
 
-/// A question that needs no key.
-async fn unsigned(broker: &Broker, place: HostId, question: BrokerQuery) -> Diagnosis {
-    let path = match question {
+/// Sends a request that needs no key.
+async fn unsigned(broker: &Broker, host_id: HostId, query: BrokerQuery) -> Diagnosis {
+    let path = match query {
         BrokerQuery::MyIp => "/api/v1/my-ip",
         BrokerQuery::Time => "/api/v1/timestamp",
     };
-    let asked = async {
-        let connection = broker.egress.connect(place, true).await;
+    let exchanged = async {
+        let connection = broker.egress.connect(host_id, true).await;
         let connection = connection.map_err(|error| chain(&error))?;
-        let answer = broker.egress.ask(connection, question).await;
+        let answer = broker.egress.ask(connection, query).await;
         answer.map_err(|error| chain(&error))
     };
-    let late = || Err(format!("no answer within {} s", ANSWER_WITHIN.as_secs()));
-    let answer = timeout(ANSWER_WITHIN, asked)
+    let late = || Err(format!("no response within {} s", ANSWER_WITHIN.as_secs()));
+    let answer = timeout(ANSWER_WITHIN, exchanged)
         .await
         .unwrap_or_else(|_| late());
-    let name = format!("GET {path} ({} host, unsigned)", place.1.as_str());
+    let name = format!("GET {path} ({} host, unsigned)", host_id.1.as_str());
     let schema = schema(Method::Get, path);
     match answer {
         Ok(answer) => {
@@ -169,35 +171,35 @@ async fn unsigned(broker: &Broker, place: HostId, question: BrokerQuery) -> Diag
                     .and_then(Value::as_str)
                     .unwrap_or_default()
             };
-            let came = Came {
+            let response = Response {
                 http_status: answer.status().as_u16(),
                 code: text("code"),
                 msg: text("msg"),
                 body: answer.body(),
             };
-            came.compare(name, schema)
+            response.compare(name, schema)
         }
-        Err(reason) => unanswered(name, schema, &reason),
+        Err(reason) => no_response(name, schema, &reason),
     }
 }
 
-/// A question with a key: recorded, signed and sent like a bot's request.
-async fn signed(broker: &Arc<Broker>, found: &Found, scope: Scope, ask: Ask) -> Diagnosis {
+/// Sends a request with a key: audited, signed and sent like a bot's request.
+async fn signed(broker: &Arc<Broker>, found: &FoundKey, scope: Scope, ask: Ask) -> Diagnosis {
     let (method, path) = (ask.method, ask.path);
     let name = format!("{method} {path} ({scope}, key {})", found.name);
     let schema = schema(method, path);
     let key = Some(Arc::clone(&found.key));
-    let asked = broker.ask_as(Principal::Broker, &found.account, scope, ask, key);
-    match asked.await {
+    let request = broker.send_internal(Principal::Broker, &found.account, scope, ask, key);
+    match request.await {
         Ok(receipt) => {
             let answer = &receipt.answer;
-            let came = Came {
+            let response = Response {
                 http_status: answer.http_status.as_u16(),
                 code: &answer.code,
                 msg: &answer.msg,
                 body: &answer.body,
             };
-            let mut compared = came.compare(name, schema);
+            let mut compared = response.compare(name, schema);
             if answer.outcome == Outcome::Rejected {
                 let expected = broker.proof.expected();
                 let refusal = key_info::refusal(&answer.code, &answer.msg, scope, expected);
@@ -210,7 +212,7 @@ async fn signed(broker: &Arc<Broker>, found: &Found, scope: Scope, ask: Ask) -> 
                 Reason::AnswerLost => error.of_repeatable_request(),
                 _ => chain(&error),
             };
-            unanswered(name, schema, &reason)
+            no_response(name, schema, &reason)
         }
     }
 }
@@ -220,52 +222,56 @@ fn expected(schema: Option<Schema>) -> String {
     format!("HTTP 200, code {}, data: {data}", code::SUCCESS)
 }
 
-fn unanswered(question: String, schema: Option<Schema>, reason: &str) -> Diagnosis {
-    let cause = format!("expected {}; came {}", expected(schema), shown(reason));
-    let fix = "`credbroker doctor` looks at the way to the exchange";
-    Diagnosis::failed(CHECK, cause, fix).about(question)
+fn no_response(request: String, schema: Option<Schema>, reason: &str) -> Diagnosis {
+    let cause = format!(
+        "expected {}; got an error: {}",
+        expected(schema),
+        shown(reason)
+    );
+    let fix = "run `credbroker doctor` to check the network path to the exchange";
+    Diagnosis::failed(CHECK, cause, fix).about(request)
 }
 
-/// A whole answer.
-struct Came<'a> {
+/// A complete response.
+struct Response<'a> {
     http_status: u16,
     code: &'a str,
     msg: &'a str,
     body: &'a [u8],
 }
 
-impl Came<'_> {
-    fn compare(&self, question: String, schema: Option<Schema>) -> Diagnosis {
+impl Response<'_> {
+    fn compare(&self, request: String, schema: Option<Schema>) -> Diagnosis {
         let Difference { kind, missing, new } = schema
             .map(|schema| schema.compare(self.body))
             .unwrap_or_default();
         let (http_status, code) = (self.http_status, shown(self.code));
-        let mut came = format!("HTTP {http_status}, code {code}, data: {kind}");
+        let mut actual = format!("HTTP {http_status}, code {code}, data: {kind}");
         if !self.msg.is_empty() {
-            came = format!("{came}, msg: {}", shown(self.msg));
+            actual = format!("{actual}, msg: {}", shown(self.msg));
         }
-        let is_taken = http_status == 200 && self.code == code::SUCCESS;
+        let is_accepted = http_status == 200 && self.code == code::SUCCESS;
         let is_of_kind = schema.is_none_or(|schema| schema.kind() == kind);
-        // What was refused has no data to compare.
+        // A rejected request has no data to compare.
         let mut differences = String::new();
-        for (what, fields) in [("missing", missing.join(", ")), ("new", new.join(", "))] {
-            if is_taken && !fields.is_empty() {
-                differences = format!("{differences}; {what}: {fields}");
+        for (kind, fields) in [("missing", missing.join(", ")), ("new", new.join(", "))] {
+            if is_accepted && !fields.is_empty() {
+                differences = format!("{differences}; {kind} fields: {fields}");
             }
         }
-        let cause = format!("expected {}; came {came}{differences}", expected(schema));
-        let compared = if !is_taken || !is_of_kind {
+        let cause = format!("expected {}; got {actual}{differences}", expected(schema));
+        let compared = if !is_accepted || !is_of_kind {
             Diagnosis::failed(CHECK, cause, "")
         } else if !differences.is_empty() {
             Diagnosis::warning(CHECK, cause, "")
         } else {
             Diagnosis::ok(CHECK, cause + ", as documented")
         };
-        compared.about(question)
+        compared.about(request)
     }
 }
 
-/// Text of the exchange, shortened, without anything that could be the id of a key or an order.
+/// Text from the exchange, shortened, with everything masked that could be the id of a key or an order.
 fn shown(text: &str) -> String {
     let is_id = |word: &&str| word.len() >= LONG_WORD && word.bytes().any(|b| b.is_ascii_digit());
     let words = text.split_inclusive(|c: char| !c.is_ascii_alphanumeric());
@@ -288,7 +294,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_could_be_an_id_is_not_shown() {
+    fn possible_ids_of_keys_and_orders_are_masked() {
         for (text, expected) in [
             (
                 "Order 6596b9b5b7b1c50001b0c4d7 not found.",

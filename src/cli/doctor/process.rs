@@ -1,52 +1,55 @@
-//! The process: a running broker by what it tells, and what one started from here could have.
+//! The process: readiness and memory of a running broker, or whether a broker started from this shell could lock its memory.
 
 use crate::base::diagnosis::Diagnosis;
 use crate::cli::health::{ask, from_here};
 use crate::config::Config;
 use crate::process::Hardened;
 
-/// Whether the broker that runs is ready, and whether its memory, or that of one started like this, is locked.
+/// Checks a running broker's readiness and memory; without one, whether a broker started from this shell could lock its
+/// memory.
 pub(super) fn lines(config: &Config, is_running: bool, hardened: &Hardened) -> Vec<Diagnosis> {
-    let lock = "set LimitMEMLOCK=infinity (systemd) or --ulimit memlock=-1 (containers), or run without swap";
+    let fix_lock =
+        "set LimitMEMLOCK=infinity (systemd) or --ulimit memlock=-1 (containers), or disable swap";
     if !is_running {
         return vec![if hardened.is_locked {
             Diagnosis::ok(
                 "memory",
-                "a broker started like this locks its memory, out of swap",
+                "a broker started from this shell can lock its memory (keys never reach swap)",
             )
         } else {
-            let detail = "a broker started like this cannot lock its memory: keys could be swapped out. A service may \
-                          have other limits than this shell";
-            Diagnosis::warning("memory", detail, lock)
+            let detail = "a broker started from this shell cannot lock its memory, and keys could be swapped to disk; a \
+                          service may have other limits";
+            Diagnosis::warning("memory", detail, fix_lock)
         }];
     }
     let address = from_here(config.ops);
     if address.port() == 0 {
-        let detail = "a broker runs, and listen.ops names no port, so it cannot be asked";
-        let fix = "write a port into listen.ops";
+        let detail = "a broker is running, but cannot be checked: listen.ops has port 0";
+        let fix = "set a fixed port in listen.ops";
         return vec![Diagnosis::warning("broker", detail, fix)];
     }
     let address = address.to_string();
-    let unasked = |error: String| {
-        let detail =
-            format!("a broker runs, and cannot be asked at listen.ops, http://{address}: {error}");
-        let fix = "has it been started with this configuration? Its log line \"listening\" names the address";
+    let unreachable = |error: String| {
+        let detail = format!(
+            "a broker is running, but a request to listen.ops (http://{address}) failed: {error}"
+        );
+        let fix = "check that it was started with this configuration; its log line \"listening\" has the address";
         Diagnosis::failed("broker", detail, fix)
     };
     let metrics = match ask(&address, "/metrics") {
         Ok((200, metrics)) => metrics,
-        Ok((status, _)) => return vec![unasked(format!("it answered {status}"))],
-        Err(error) => return vec![unasked(error.to_string())],
+        Ok((status, _)) => return vec![unreachable(format!("HTTP status {status}"))],
+        Err(error) => return vec![unreachable(error.to_string())],
     };
     let mut lines = vec![match ask(&address, "/readyz") {
-        Ok((200, _)) => Diagnosis::ok("broker", "runs, and is ready"),
+        Ok((200, _)) => Diagnosis::ok("broker", "running and ready"),
         Ok((_, reasons)) => {
             let reasons: Vec<_> = reasons.lines().skip(1).collect();
-            let detail = format!("runs, and is not ready: {}", reasons.join("; "));
-            let fix = "`credbroker health --ready` tells when it is; what is wrong stands in the other lines";
+            let detail = format!("running, but not ready: {}", reasons.join("; "));
+            let fix = "fix the problems in the other lines, then run `credbroker health --ready` to check";
             Diagnosis::failed("broker", detail, fix)
         }
-        Err(error) => unasked(error.to_string()),
+        Err(error) => unreachable(error.to_string()),
     }];
     let gauge = |name: &str| {
         let mut lines = metrics.lines();
@@ -58,14 +61,20 @@ pub(super) fn lines(config: &Config, is_running: bool, hardened: &Hardened) -> V
         is_one("credbroker_memory_locked"),
     );
     lines.push(match state {
-        (true, true) => Diagnosis::ok("memory", "the running broker's is locked, out of swap"),
+        (true, true) => Diagnosis::ok(
+            "memory",
+            "the running broker's memory is locked (keys never reach swap)",
+        ),
         (true, false) => {
-            let detail = "the running broker's is not locked: keys could be swapped out";
-            Diagnosis::warning("memory", detail, lock)
+            let detail =
+                "the running broker's memory is not locked, and keys could be swapped to disk";
+            Diagnosis::warning("memory", detail, fix_lock)
         }
         (false, _) => {
-            let detail = "the running broker's can be read: the system refuses to switch dumps off";
-            Diagnosis::failed("memory", detail, "its log says what the system refuses")
+            let detail =
+                "the running broker's memory is not protected: it could not disable core dumps";
+            let fix = "see \"cannot disable core dumps\" in its log for the error";
+            Diagnosis::failed("memory", detail, fix)
         }
     });
     lines

@@ -1,4 +1,4 @@
-//! Vault: is it there, does it take the broker's login, does it give every key, and can the broker only read?
+//! Vault: whether it is reachable, accepts the broker's login, returns every key, and lets the broker only read.
 
 use std::io;
 use std::sync::Arc;
@@ -13,10 +13,10 @@ use tokio_rustls::TlsConnector;
 use url::Url;
 
 use super::files;
-use super::keys::Found;
+use super::keys::FoundKey;
 use crate::base::diagnosis::Diagnosis;
 use crate::base::ids::{AccountId, KeyName};
-use crate::base::trust::shows_ca;
+use crate::base::trust::presents_ca;
 use crate::cli::NEW_MOUNT;
 use crate::clock::Clock;
 use crate::config::Config;
@@ -24,24 +24,23 @@ use crate::policy::Policy;
 use crate::server::build;
 use crate::server::identity::not_after_ms;
 use crate::telemetry::chain;
-use crate::vault::{Auth, Hold, NotedState, OutageKind, Vault, VaultError, unknown_state};
+use crate::vault::{Auth, Hold, OutageKind, StoredState, Vault, VaultError, unknown_state};
 
 const CHECK: &str = "vault";
 
-const CREDENTIAL_FIX: &str =
-    "write the token alone into the file that vault.auth names, on one line";
+const CREDENTIAL_FIX: &str = "put only the token into the file that vault.auth names, on one line";
 
-/// For a connection and its handshake, name resolution included.
+/// Limit for connection and TLS handshake, name resolution included.
 const CONNECT_WITHIN: Duration = Duration::from_secs(3);
 
-/// All of it, and the keys that Vault gave.
-pub(super) async fn look(
+/// Runs all Vault checks; also returns the keys that could be read.
+pub(super) async fn check(
     config: &Config,
     roots: RootCertStore,
     provider: &Arc<CryptoProvider>,
     policy: Option<&Policy>,
     is_running: bool,
-) -> (Vec<Diagnosis>, Vec<Found>) {
+) -> (Vec<Diagnosis>, Vec<FoundKey>) {
     let mut lines = match reach(&config.vault.address, roots.clone(), provider).await {
         Ok(lines) => lines,
         Err(line) => return (vec![line], Vec::new()),
@@ -49,27 +48,27 @@ pub(super) async fn look(
     let vault = match build::vault(config, roots, provider, &Arc::default()) {
         Ok(vault) => vault,
         Err(error) => {
-            let fix = "correct `[vault]`; `credbroker check-config` looks again";
+            let fix = "correct `[vault]`, then run `credbroker check-config` to check";
             lines.push(Diagnosis::failed(CHECK, chain(&error), fix));
             return (lines, Vec::new());
         }
     };
-    let found = inside(config, &vault, policy, is_running, &mut lines).await;
+    let found = check_with_login(config, &vault, policy, is_running, &mut lines).await;
     vault.close().await;
     (lines, found)
 }
 
-/// Vault took too long; what it had said by then is not told.
-pub(super) fn late(limit: Duration) -> (Vec<Diagnosis>, Vec<Found>) {
+/// The checks took too long; results so far are dropped.
+pub(super) fn timed_out(limit: Duration) -> (Vec<Diagnosis>, Vec<FoundKey>) {
     let detail = format!(
-        "it did not answer all questions within {} s",
+        "Vault did not respond to all requests within {} s",
         limit.as_secs()
     );
-    let fix = "look at its load, and at the way to it";
+    let fix = "check Vault's load and the network path to it";
     (vec![Diagnosis::failed(CHECK, detail, fix)], Vec::new())
 }
 
-/// Connects, and looks at the certificate.
+/// Connects and checks the certificate.
 async fn reach(
     address: &Url,
     roots: RootCertStore,
@@ -77,17 +76,17 @@ async fn reach(
 ) -> Result<Vec<Diagnosis>, Diagnosis> {
     let reached = timeout(CONNECT_WITHIN, connect(address, roots, provider)).await;
     let reached = reached.unwrap_or_else(|_| {
-        let late = format!("no answer within {} s", CONNECT_WITHIN.as_secs());
+        let late = format!("no response within {} s", CONNECT_WITHIN.as_secs());
         Err(io::Error::other(late))
     });
     match reached {
-        Ok(ends_ms) => {
-            let mut lines = vec![Diagnosis::ok(CHECK, format!("{address} is reached"))];
+        Ok(expires_ms) => {
+            let mut lines = vec![Diagnosis::ok(CHECK, format!("{address} is reachable"))];
             if address.scheme() == "https" {
                 lines.push(files::expiry(
                     "of Vault",
-                    "have Vault's certificate renewed",
-                    ends_ms,
+                    "renew Vault's certificate",
+                    expires_ms,
                     Clock::system().wall_ms(),
                 ));
             }
@@ -99,35 +98,35 @@ async fn reach(
                 Some(rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer)) => {
                     "put the CA of Vault's certificate into the file that vault.roots names"
                 }
-                Some(error) if shows_ca(error) => {
-                    "give Vault a certificate that its CA has issued (CA:FALSE); vault.roots may stay as it is"
+                Some(error) if presents_ca(error) => {
+                    "install a server certificate (CA:FALSE) issued by this CA in Vault; vault.roots need not change"
                 }
                 Some(rustls::Error::InvalidCertificate(_)) => {
-                    "Vault's certificate has ended, or is for another name than vault.address has: renew it, or correct vault.address"
+                    "renew Vault's certificate if it has expired; otherwise check that it is valid for the name in vault.address"
                 }
                 _ => {
-                    "does Vault run, is vault.address right, and do name server and firewall let the broker there?"
+                    "check that Vault is running, that vault.address is correct, and that DNS and the firewall allow the connection"
                 }
             };
-            let detail = format!("{address} cannot be reached: {error}");
+            let detail = format!("cannot reach {address}: {error}");
             Err(Diagnosis::failed(CHECK, detail, fix))
         }
     }
 }
 
-/// When Vault's certificate ends.
+/// Connects to Vault. Returns when its certificate expires.
 async fn connect(
     address: &Url,
     roots: RootCertStore,
     provider: &Arc<CryptoProvider>,
 ) -> io::Result<Option<i64>> {
-    let unfit = || io::Error::new(io::ErrorKind::InvalidInput, "it is no address");
-    let host = address.host_str().ok_or_else(unfit)?;
+    let invalid = || io::Error::new(io::ErrorKind::InvalidInput, "not a valid address");
+    let host = address.host_str().ok_or_else(invalid)?;
     let host = host
         .trim_start_matches('[')
         .trim_end_matches(']')
         .to_owned();
-    let port = address.port_or_known_default().ok_or_else(unfit)?;
+    let port = address.port_or_known_default().ok_or_else(invalid)?;
     let stream = TcpStream::connect((host.as_str(), port)).await?;
     if address.scheme() != "https" {
         return Ok(None);
@@ -141,31 +140,31 @@ async fn connect(
     Ok(certificates.first().and_then(not_after_ms))
 }
 
-/// What only the broker's own login shows.
-async fn inside(
+/// Checks that need the broker's login.
+async fn check_with_login(
     config: &Config,
     vault: &Vault,
     policy: Option<&Policy>,
     is_running: bool,
     lines: &mut Vec<Diagnosis>,
-) -> Vec<Found> {
+) -> Vec<FoundKey> {
     if let Some(wrapped) = vault.wrapped().await {
         lines.push(of_wrapping(wrapped, is_running));
         return Vec::new();
     }
     match vault.token().await {
         Ok(Some(token)) => {
-            let ends = match token.ttl_s {
-                0 => "never ends".to_owned(),
-                ttl_s => format!("is good for {ttl_s} s"),
+            let expiry = match token.ttl_s {
+                0 => "never expires".to_owned(),
+                ttl_s => format!("expires in {ttl_s} s"),
             };
             let policies = token.policies.join(", ");
-            let detail = format!("the login works; policies of the token: {policies}; it {ends}");
+            let detail = format!("login succeeded; token {expiry}; policies: {policies}");
             lines.push(Diagnosis::ok(CHECK, detail));
         }
         Ok(None) => {
-            let detail = "the login works, and the token may not look itself up";
-            let fix = "give the role the policy deploy/vault/broker.hcl: without it the token cannot be renewed either";
+            let detail = "login succeeded, but the token has no permission to look itself up";
+            let fix = "attach the policy deploy/vault/broker.hcl to the role; without it, the token cannot be renewed either";
             lines.push(Diagnosis::warning(CHECK, detail, fix));
         }
         Err(error) => {
@@ -180,32 +179,32 @@ async fn inside(
     let Some(policy) = policy else {
         lines.push(Diagnosis::unchecked(
             CHECK,
-            "keys are not looked for, since the rules cannot be used",
+            "keys not checked, because the rules are invalid",
         ));
         return Vec::new();
     };
-    let places = policy.accounts().flat_map(|account| {
+    let targets = policy.accounts().flat_map(|account| {
         let names: std::collections::BTreeSet<_> = account.keys.values().collect();
         names.into_iter().map(|name| (&account.id, name))
     });
-    let reads = places
+    let reads = targets
         .map(|(account, name)| async move { (account, name, read(vault, account, name).await) });
     let read = futures_util::future::join_all(reads).await;
     let (count, mut found, mut readable) = (read.len(), Vec::new(), None);
     for (account, name, read) in read {
         let about = format!("{account}/{name}");
         match read {
-            Ok((key, notes)) => {
+            Ok((key, warnings)) => {
                 readable = Some((account, name));
                 found.push(key);
-                lines.extend(notes);
+                lines.extend(warnings);
             }
-            Err(PolicyReadError {
+            Err(KeyReadError {
                 reason,
                 fix,
-                is_there,
+                has_metadata,
             }) => {
-                if is_there {
+                if has_metadata {
                     readable = Some((account, name));
                 }
                 lines.push(Diagnosis::failed(CHECK, reason, fix).about(&about));
@@ -215,7 +214,7 @@ async fn inside(
     if found.len() == count {
         lines.push(Diagnosis::ok(
             CHECK,
-            format!("gives every key that the rules name ({count})"),
+            format!("every key that the rules name can be read ({count})"),
         ));
     }
     if let Some((account, name)) = readable {
@@ -224,70 +223,70 @@ async fn inside(
     found
 }
 
-/// Why Vault did not give a key.
-struct PolicyReadError {
+/// Why a key could not be read.
+struct KeyReadError {
     reason: String,
     fix: String,
     /// Whether its metadata can be read.
-    is_there: bool,
+    has_metadata: bool,
 }
 
-/// The key that is to be used, and what its metadata say that somebody should know.
+/// Reads the key version to use; also returns warnings about its metadata.
 async fn read(
     vault: &Vault,
     account: &AccountId,
     name: &KeyName,
-) -> Result<(Found, Vec<Diagnosis>), PolicyReadError> {
-    let register = || format!("register one: `credbroker keys register {account} --key {name}`");
-    let why = |error: VaultError, is_there: bool| {
+) -> Result<(FoundKey, Vec<Diagnosis>), KeyReadError> {
+    let register = || format!("register it: `credbroker keys register {account} --key {name}`");
+    let failed = |error: VaultError, has_metadata: bool| {
         let fix = match &error {
             VaultError::Denied => {
-                "let the policy of the broker's role read it: deploy/vault/broker.hcl names mount and prefix".to_owned()
+                "attach the policy deploy/vault/broker.hcl to the broker's role; its mount and prefix must match vault.mount and vault.prefix".to_owned()
             }
             VaultError::Gone(_) => register(),
             VaultError::Unusable(_) => {
-                format!("replace the whole key: `credbroker keys rotate {account} --key {name}`")
+                format!("replace the key: `credbroker keys rotate {account} --key {name}`")
             }
             VaultError::LoginRefused(_) | VaultError::Outage(_) => {
-                server_fix(&error).unwrap_or("try again; Vault's log says more").to_owned()
+                server_fix(&error).unwrap_or("try again; see Vault's log for details").to_owned()
             }
             VaultError::Credential(_) => CREDENTIAL_FIX.to_owned(),
         };
-        PolicyReadError {
+        KeyReadError {
             reason: error.to_string(),
             fix,
-            is_there,
+            has_metadata,
         }
     };
     let found = vault.find(account, name).await;
-    let found = found.map_err(|error| why(error, false))?;
+    let found = found.map_err(|error| failed(error, false))?;
     let Some(metadata) = found else {
-        return Err(match vault.unfit_mount().await {
-            Some(reason) => PolicyReadError {
+        return Err(match vault.mount_problem().await {
+            Some(reason) => KeyReadError {
                 reason,
-                fix: format!("set vault.mount to a mount of version 2; {NEW_MOUNT}"),
-                is_there: false,
+                fix: format!("set vault.mount to a KV version 2 mount; {NEW_MOUNT}"),
+                has_metadata: false,
             },
-            None => why(VaultError::no_such_key(), false),
+            None => failed(VaultError::no_such_key(), false),
         });
     };
-    let unread = |reason: String, fix: String| PolicyReadError {
+    let unusable = |reason: String, fix: String| KeyReadError {
         reason,
         fix,
-        is_there: true,
+        has_metadata: true,
     };
     let about = format!("{account}/{name}");
-    let mut notes = Vec::new();
+    let mut warnings = Vec::new();
     match metadata.state() {
-        NotedState::Active => {}
-        NotedState::Disabled(word) => {
-            let reason = format!("it is switched off: its custom metadata says state={word}");
+        StoredState::Active => {}
+        StoredState::Disabled(word) => {
+            let reason = format!("disabled in Vault (state={word} in its custom metadata)");
             let fix = "to enable it, set state=active in its custom metadata (deploy/vault/README.md, section 4)";
-            return Err(unread(reason, fix.to_owned()));
+            return Err(unusable(reason, fix.to_owned()));
         }
-        NotedState::Unknown(word) => {
+        StoredState::Unknown(word) => {
             let fix = "set state=active or state=disabled in its custom metadata (deploy/vault/README.md, section 4)";
-            notes.push(Diagnosis::failed(CHECK, unknown_state(word), fix).about(&about));
+            warnings.push(Diagnosis::failed(CHECK, unknown_state(word), fix).about(&about));
         }
     }
     if let Some(Hold {
@@ -295,48 +294,49 @@ async fn read(
     }) = metadata.hold()
     {
         let detail = format!(
-            "held at version {version} by use_version in its custom metadata; version {newest} is not used"
+            "held at version {version} (use_version in the key's custom metadata); version {newest} is not used"
         );
         let fix = format!(
-            "`credbroker keys rollback {account} --key {name} --newest` uses the newest version; registering a key does too"
+            "to use the newest version, run `credbroker keys rollback {account} --key {name} --newest`; registering a key \
+             also ends the hold"
         );
-        notes.push(Diagnosis::warning(CHECK, detail, fix).about(&about));
+        warnings.push(Diagnosis::warning(CHECK, detail, fix).about(&about));
     }
     let version = metadata.wanted().map_err(|reason| {
-        unread(
+        unusable(
             reason,
             format!(
-                "`credbroker keys rollback {account} --key {name} --newest` uses the newest version again; --to VERSION another \
-                 one that is there"
+                "to use the newest version, run `credbroker keys rollback {account} --key {name} --newest`; to use another \
+                 existing version, replace --newest with --to VERSION"
             ),
         )
     })?;
     let key = vault.read(account, name, version).await;
-    let key = key.map_err(|error| why(error, true))?;
-    let found = Found {
+    let key = key.map_err(|error| failed(error, true))?;
+    let found = FoundKey {
         account: account.clone(),
         name: name.clone(),
         version,
         key,
     };
-    Ok((found, notes))
+    Ok((found, warnings))
 }
 
-/// A wrapped secret id can be had once, and the broker needs it.
+/// A wrapped `secret_id` can be unwrapped only once, and the broker needs it.
 fn of_wrapping(wrapped: Result<(), VaultError>, is_running: bool) -> Diagnosis {
     match wrapped {
         Ok(()) => {
-            let detail = "the wrapping token is good; it is not used up here, so the login is not tried and no key is read or tested";
+            let detail = "the wrapping token is valid; doctor does not use it, and therefore cannot test the login or the keys";
             Diagnosis::unchecked(CHECK, detail)
         }
-        Err(_) if is_running => {
-            let detail = "the running broker has used the wrapping token up, as it should; the login is not tried and no \
-                          key is read or tested";
-            let fix = "ask the broker: `credbroker keys list`";
+        Err(error) if is_running && server_fix(&error).is_none() => {
+            let detail = "the wrapping token is not usable, as expected after the running broker has used it; doctor cannot \
+                          test the login or the keys";
+            let fix = "run `credbroker keys list` to check the keys in the running broker";
             Diagnosis::warning(CHECK, detail, fix)
         }
         Err(error) => {
-            let fresh = "have a fresh wrapping token put into vault.auth.secret_id_file; every start needs one";
+            let fresh = "put a fresh wrapping token into vault.auth.secret_id_file; every start of the broker needs a new one";
             let fix = server_fix(&error).unwrap_or(fresh);
             Diagnosis::failed(CHECK, error.to_string(), fix)
         }
@@ -347,24 +347,24 @@ fn of_writing(may: Result<Vec<&'static str>, VaultError>) -> Diagnosis {
     match may {
         Ok(may) if may.is_empty() => Diagnosis::ok(
             CHECK,
-            "lets the broker read keys, and neither write nor delete them",
+            "the broker can read keys, but not write or delete them",
         ),
         Ok(may) => {
             let detail = format!(
-                "lets the broker {}: whoever takes the broker over could too",
+                "the broker can {}; an attacker who takes over the broker could too",
                 may.join(", ")
             );
-            let fix = "give its role the policy deploy/vault/broker.hcl, and no other (token_no_default_policy=true)";
+            let fix = "attach only the policy deploy/vault/broker.hcl to the broker's role (token_no_default_policy=true)";
             Diagnosis::failed(CHECK, detail, fix)
         }
         Err(error) => {
-            let detail = format!("whether the broker can only read is not known: {error}");
+            let detail = format!("cannot check that the broker can only read keys: {error}");
             Diagnosis::warning(CHECK, detail, "try again")
         }
     }
 }
 
-/// What to do where the trouble is Vault itself or the way to it, and no login would help.
+/// The fix for problems of Vault itself or the network path to it, which no login can solve.
 fn server_fix(error: &VaultError) -> Option<&'static str> {
     let VaultError::Outage(outage) = error else {
         return None;
@@ -375,11 +375,11 @@ fn server_fix(error: &VaultError) -> Option<&'static str> {
         }
         OutageKind::Other => None,
         OutageKind::Sealed => Some(
-            "unseal it; until then a running broker uses the keys it has in memory, within max_stale_s",
+            "unseal it; until then, a running broker uses its cached keys, as long as the account's max_stale_s and max_stale_cancel_s in the rules allow",
         ),
-        OutageKind::Server => Some("look at Vault's log; then try again"),
+        OutageKind::Server => Some("check Vault's log, then try again"),
         OutageKind::Unreachable => Some(
-            "check that Vault runs at vault.address and answers, and that no firewall is in between",
+            "check that Vault is running at vault.address and that no firewall blocks the connection",
         ),
     }
 }
@@ -393,21 +393,47 @@ fn login_fix(error: &VaultError, auth: &Auth) -> String {
     }
     match auth {
         Auth::AppRole { secret_id_file, .. } => format!(
-            "compare vault.auth.role_id with the role; put a fresh secret id into {}; is this machine's address in the role's \
-             bound CIDRs?",
+            "check that vault.auth.role_id belongs to the role, and that the role's bound CIDRs contain this machine's address; then \
+             put a fresh secret_id into {}",
             secret_id_file.display()
         ),
         Auth::Cert { certificate, .. } => format!(
-            "does the role take {}? Vault itself must end TLS, no proxy before it",
+            "check that the role accepts {}, and that Vault itself terminates TLS, with no proxy in front",
             certificate.display()
         ),
         Auth::Kubernetes { role, jwt_file, .. } => format!(
-            "is the service account of {} bound to the role {role}, with its audience? Vault's log says more",
+            "check that the service account of {} is bound to the role {role} with the right audience; see Vault's log for details",
             jwt_file.display()
         ),
         Auth::TokenFile(file) => format!(
-            "does the agent that keeps the token in {} run, and log in? Its log says more",
+            "check that the agent that writes the token to {} is running and logged in; see its log for details",
             file.display()
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn used_wrapping_token_is_expected_while_the_broker_runs_but_an_outage_is_not() {
+        let is_reported = |error: VaultError, is_running| {
+            let found = of_wrapping(Err(error.clone()), is_running);
+            found.is_failed() && found.cause == error.to_string()
+        };
+        let used = VaultError::LoginRefused("used".to_owned());
+        let outages = [
+            OutageKind::NotVault,
+            OutageKind::Sealed,
+            OutageKind::Server,
+            OutageKind::Unreachable,
+        ];
+        for is_running in [false, true] {
+            assert_eq!(is_reported(used.clone(), is_running), !is_running);
+            for outage in outages.map(|kind| kind.outage("outage")) {
+                assert!(is_reported(outage, is_running));
+            }
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! What the commands on keys share: the calls to the running broker, and which key is meant.
+//! Shared by the `keys` commands: calls to the broker, and the choice of a key.
 
 use std::time::Duration;
 
@@ -8,21 +8,22 @@ use crate::cli::printable;
 use crate::kucoin::Scope;
 use crate::proto::{KeyState, ListKeysRequest, RefreshKeyRequest, TestKeyRequest, TestKeyResponse};
 
-/// The broker answers from memory.
+/// Time limit of a list, which the broker makes from memory.
 const LIST_WITHIN: Duration = Duration::from_secs(10);
 
-/// A question or two for each scope, once for each version that the key may have.
+/// Time limit of a test: a few requests per scope, for each API key version that is tried.
 const TEST_WITHIN: Duration = Duration::from_secs(60);
 
-/// A look at Vault, and a test of what it found.
+/// Time limit of a refresh: a read from Vault and a test.
 const REFRESH_WITHIN: Duration = Duration::from_secs(30);
 
-/// Characters of a digest that are shown; enough to tell two keys apart.
+/// Digits of a digest that are shown; enough to tell two keys apart.
 const SHOWN_DIGITS: usize = 12;
 
-/// What to do where Vault does not play along.
-pub(super) const VAULT: &str = "is Vault up and unsealed? Else look at [vault] in admin.toml: the address, the login (an admin's token \
-                                ends), and whether it has the policy deploy/vault/admin.hcl; then re-run the command";
+/// The fix where a request to Vault failed.
+pub(super) const VAULT: &str = "check that Vault is running and unsealed, and check [vault] in admin.toml: the address, the login \
+                                (your token may have expired), and that it has the policy deploy/vault/admin.hcl; then re-run \
+                                the command";
 
 impl Admin {
     /// Every key that the rules name, with its status.
@@ -32,7 +33,7 @@ impl Admin {
         Ok(listed.keys)
     }
 
-    /// Tests a key: the one in `request`, or the one in memory.
+    /// Tests a key: the one in `request`, or the loaded one.
     pub(super) async fn test(
         &mut self,
         request: TestKeyRequest,
@@ -41,7 +42,7 @@ impl Admin {
         self.ask(TEST_WITHIN, request, test).await
     }
 
-    /// Has the broker look at a key in Vault now.
+    /// Has the broker refresh a key from Vault now.
     pub(super) async fn refresh(
         &mut self,
         account: &AccountId,
@@ -57,7 +58,7 @@ impl Admin {
     }
 }
 
-/// The key that is meant: by its name, by its scopes, or as the account's only one.
+/// Finds a key by its name, by its scopes, or as the account's only one.
 pub(super) fn pick(
     keys: Vec<KeyState>,
     account: &AccountId,
@@ -76,7 +77,7 @@ pub(super) fn pick(
         let name = name.map_or("main", KeyName::as_str);
         return Err(Failure::new(
             format!(
-                "the rules name no account {account}; they name {}",
+                "unknown account {account}; accounts in the rules: {}",
                 listed(&known)
             ),
             format!(
@@ -89,9 +90,9 @@ pub(super) fn pick(
         let Some(key) = keys.iter().find(|key| serves(key, scope)) else {
             let name = name.map_or_else(|| first_name(&keys), ToString::to_string);
             return Err(Failure::new(
-                format!("the rules name no key of account {account} for scope {scope}"),
+                format!("account {account} has no key for scope {scope} in the rules"),
                 format!(
-                    "add {scope} = \"{}\" to `key` of [account.{account}] in the rules; they are taken up without a restart",
+                    "add {scope} = \"{}\" to `key` of [account.{account}] in the rules; the broker reloads them without a restart",
                     printable(&name)
                 ),
             ));
@@ -99,10 +100,10 @@ pub(super) fn pick(
         if let Some(name) = name.filter(|name| name.as_str() != key.key) {
             return Err(Failure::new(
                 format!(
-                    "by the rules scope {scope} of account {account} is served by key {}, and not by {name}",
+                    "scope {scope} of account {account} uses key {} in the rules, not key {name}",
                     key.key
                 ),
-                format!("name --key {}, or correct the rules", key.key),
+                format!("pass --key {}, or correct the rules", key.key),
             ));
         }
     }
@@ -116,18 +117,18 @@ pub(super) fn pick(
         (Some(only), None, _) => Ok(only),
         (None, _, Some(name)) => Err(Failure::new(
             format!("account {account} has no key {name} in the rules"),
-            "`credbroker keys list` shows those that there are",
+            "run `credbroker keys list` to list its keys",
         )),
         (None, ..) => Err(Failure::new(
-            format!("by the rules these scopes of account {account} have keys of their own"),
-            "register them one after the other, each with its own --scope",
+            format!("these scopes of account {account} use different keys in the rules"),
+            "register the keys one at a time, each with its own --scope",
         )),
         (Some(_), ..) => Err(Failure::new(
             format!(
                 "account {account} has several keys in the rules: {}",
                 listed(&names)
             ),
-            "name one with --key, or with --scope what it serves",
+            "select one with --key, or with --scope",
         )),
     }
 }
@@ -143,7 +144,7 @@ fn listed(names: &[String]) -> String {
     names.join(", ")
 }
 
-/// The scopes that a key serves, in the words of the rules.
+/// The scopes that a key is used for, in the words of the rules.
 pub(super) fn scopes_of(key: &KeyState) -> Vec<&'static str> {
     words(key.scopes())
 }
@@ -152,22 +153,22 @@ pub(super) fn scopes_of(key: &KeyState) -> Vec<&'static str> {
 pub(in crate::cli) fn words(
     scopes: impl Iterator<Item = crate::proto::Scope>,
 ) -> Vec<&'static str> {
-    use crate::proto::Scope as Said;
+    use crate::proto::Scope as ProtoScope;
     let word = |scope| match scope {
-        Said::Futures => Scope::Futures.as_str(),
-        Said::SpotMargin => Scope::SpotMargin.as_str(),
-        Said::Unified => Scope::Unified.as_str(),
-        Said::Unspecified => "unknown",
+        ProtoScope::Futures => Scope::Futures.as_str(),
+        ProtoScope::SpotMargin => Scope::SpotMargin.as_str(),
+        ProtoScope::Unified => Scope::Unified.as_str(),
+        ProtoScope::Unspecified => "unknown",
     };
     scopes.map(word).collect()
 }
 
-/// What has become of the version that served before; empty where there was none.
-pub(super) fn ended(before: &KeyState, version: u64) -> String {
+/// States that the previous version no longer signs; empty if there was none.
+pub(super) fn retired(before: &KeyState, version: u64) -> String {
     if before.version == 0 || before.version == version {
         return String::new();
     }
-    format!(" Version {} signs no more.", before.version)
+    format!(" Version {} no longer signs.", before.version)
 }
 
 /// The beginning of a digest.
@@ -202,48 +203,48 @@ mod tests {
         let name = name.map(|name| name.parse().unwrap());
         let picked = pick(keys, &account.parse().unwrap(), name.as_ref(), scopes);
         picked.map(|key| key.key).map_err(|failure| match failure {
-            Failure::Undone { what, fix } => format!("{what} / {fix}"),
+            Failure::Failed { cause, fix } => format!("{cause} / {fix}"),
             Failure::Files(problems) => panic!("{problems:?}"),
         })
     }
 
     #[test]
-    fn a_key_is_found_by_its_name_by_its_scope_or_as_the_only_one() {
+    fn key_is_found_by_name_by_scope_or_as_the_only_one() {
         let main = Ok("main".to_owned());
         assert_eq!(picked("one", None, &[]), main);
         assert_eq!(picked("one", None, &[Scope::Futures]), main);
         assert_eq!(picked("one", Some("main"), &[]), main);
         assert_eq!(picked("two", None, &[Scope::Futures]).unwrap(), "perp");
-        for (account, name, scopes, what) in [
+        for (account, name, scopes, cause) in [
             (
                 "three",
                 None,
                 &[Scope::Futures][..],
-                "the rules name no account three; they name one, two / correct the name, or add to the rules: [account.three] with key = { futures = \"main\" }",
+                "unknown account three; accounts in the rules: one, two / correct the name, or add to the rules: [account.three] with key = { futures = \"main\" }",
             ),
             (
                 "one",
                 None,
                 &[Scope::Unified],
-                "the rules name no key of account one for scope unified / add unified = \"main\" to `key` of [account.one]",
+                "account one has no key for scope unified in the rules / add unified = \"main\" to `key` of [account.one]",
             ),
             (
                 "two",
                 Some("spot"),
                 &[Scope::Futures],
-                "by the rules scope futures of account two is served by key perp, and not by spot / name --key perp",
+                "scope futures of account two uses key perp in the rules, not key spot / pass --key perp",
             ),
             (
                 "two",
                 None,
                 &[],
-                "account two has several keys in the rules: spot, perp / name one with --key",
+                "account two has several keys in the rules: spot, perp / select one with --key",
             ),
             (
                 "two",
                 None,
                 &[Scope::Futures, Scope::SpotMargin],
-                "by the rules these scopes of account two have keys of their own / register them one after the other",
+                "these scopes of account two use different keys in the rules / register the keys one at a time",
             ),
             (
                 "two",
@@ -252,8 +253,8 @@ mod tests {
                 "account two has no key main in the rules / ",
             ),
         ] {
-            let told = picked(account, name, scopes).unwrap_err();
-            assert!(told.starts_with(what), "{told}");
+            let failure = picked(account, name, scopes).unwrap_err();
+            assert!(failure.starts_with(cause), "{failure}");
         }
     }
 }

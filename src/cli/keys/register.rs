@@ -1,8 +1,8 @@
-//! `credbroker keys register` and `keys rotate`: a key is tested, then written to Vault, then put to use.
+//! `credbroker keys register` and `keys rotate`: tests a key, writes it to Vault, and has the broker use it.
 //!
-//! Vault is written in two steps: the version itself (whole, on top of the one that was seen), then the note of what it
-//! is. The key that served goes on until KuCoin takes what the new one signs. Where the answer to the first step is lost,
-//! the broker says which key has arrived.
+//! Vault is written in two steps: first the version itself, with check-and-set on the version that was read before, then
+//! the metadata that describe it. The previous key signs until KuCoin accepts the new one's signatures. If the response
+//! to the first step is lost, the broker reports which key is in Vault.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -11,7 +11,7 @@ use std::time::Duration;
 use clap::Args;
 use tokio::time::sleep;
 
-use super::common::{VAULT, ended, pick, scopes_of, shown};
+use super::common::{VAULT, pick, retired, scopes_of, shown};
 use crate::base::diagnosis::Diagnosis;
 use crate::base::ids::{AccountId, AdminId, KeyName};
 use crate::base::secret::{KeyValues, PartnerKey};
@@ -25,39 +25,39 @@ use crate::clock::Clock;
 use crate::kucoin::{KeyVersion, Scope, key_info};
 use crate::process::{Signals, harden};
 use crate::proto::{
-    Candidate, Finding, KeyFacts, KeyState, KeyStatus, TestKeyRequest, TestKeyResponse,
+    Candidate, Finding, KeyInfo, KeyState, KeyStatus, TestKeyRequest, TestKeyResponse,
 };
 use crate::vault::{
-    Metadata, NotedState, Notes, Registration, StoredFacts, Vault, VaultError, WriteError,
+    Metadata, Notes, Registration, StoredFacts, StoredState, Vault, VaultError, WriteError,
     unknown_state,
 };
 
-/// How often the broker is asked to look at a new version; each look tests it, and takes as long as that.
-const LOOKS: usize = 3;
+/// How often the broker refreshes the key until it uses a new version; each refresh tests the version.
+const REFRESHES: usize = 3;
 
-/// The wait between two of them.
-const LOOK_AFTER: Duration = Duration::from_secs(2);
+/// The wait between two refreshes.
+const REFRESH_PAUSE: Duration = Duration::from_secs(2);
 
 #[derive(Args, Debug)]
 pub(in crate::cli) struct Options {
-    /// Account, as the rules name it.
+    /// Account, as named in the rules.
     account: AccountId,
-    /// Scope that the key serves; may be repeated. Default: the scopes in the rules.
+    /// Scope that the key is used for; may be repeated. Default: the scopes in the rules.
     #[arg(long = "scope", value_parser = crate::cli::scope)]
     scopes: Vec<Scope>,
-    /// Name of the key, where the account has several.
+    /// Name of the key; required if the account has several.
     #[arg(long)]
     key: Option<KeyName>,
-    /// Has an order validated too, by the exchange's test endpoint, in each scope that has one; none is placed.
+    /// Also validate an order with the exchange's test endpoint, in each scope that has one; no order is placed.
     #[arg(long)]
     try_order: bool,
-    /// Takes a key of another KuCoin account than the key before it.
+    /// Accept a key of a different KuCoin account than the previous key's.
     #[arg(long)]
     other_account: bool,
-    /// Switches the key on again if it is disabled in Vault.
+    /// Enable the key if it is disabled in Vault.
     #[arg(long)]
     enable: bool,
-    /// How to reach the broker and Vault.
+    /// Path of admin.toml, which has the address of the broker and your login to Vault.
     #[arg(long, default_value = ADMIN)]
     admin: PathBuf,
 }
@@ -65,26 +65,26 @@ pub(in crate::cli) struct Options {
 /// Which of the two commands it is.
 #[derive(Clone, Copy, Eq, PartialEq)]
 pub(super) enum Command {
-    /// The first key, or another one.
+    /// The first key, or a replacement.
     Register,
-    /// Another key in the place of one that is there.
+    /// A replacement for an existing key.
     Rotate,
 }
 
 pub(super) fn run(command: Command, options: &Options) -> u8 {
-    // Before there is a secret, or a second thread.
+    // Before the process holds a secret or starts a second thread.
     harden();
     block_on(async || {
         let mut signals = Signals::of_a_command().map_err(|error| {
-            Failure::new(format!("cannot install signal handlers: {error}"), AGAIN)
+            Failure::new(format!("cannot install signal handlers: {error}"), RERUN)
         })?;
         tokio::select! {
-            // First, because the prompt hears of it too, and has more to say.
+            // First: the prompt handles the signal, too, and its error is more specific.
             biased;
-            ended = register(command, options) => ended,
+            result = register(command, options) => result,
             _ = signals.next() => Err(Failure::new(
                 "interrupted",
-                "re-run the command: it shows what Vault holds, and continues",
+                "re-run the command; it reports what Vault holds, and continues",
             )),
         }
     })
@@ -103,8 +103,11 @@ async fn register(command: Command, options: &Options) -> Result<u8, Failure> {
         &options.scopes,
     )?;
     let key = state.key.parse().map_err(|error| {
-        let what = format!("the broker returned an invalid key name: {error}");
-        Failure::new(what, "use the `credbroker` of the broker's version")
+        let cause = format!("the broker returned an invalid key name: {error}");
+        Failure::new(
+            cause,
+            "use a `credbroker` binary of the same version as the broker",
+        )
     })?;
     let target = KeyTarget {
         account: options.account.clone(),
@@ -114,30 +117,30 @@ async fn register(command: Command, options: &Options) -> Result<u8, Failure> {
         before: state,
         in_rules,
     };
-    let found = target.look().await?;
+    let found = target.read_metadata().await?;
     target.check(command, &found, options.enable)?;
 
-    let wanted = format!(
-        "{target} serves {}: give a key that may do that, and no more.",
+    let hint = format!(
+        "{target} is used for {}: enter a key with the permissions needed for that, and no others.",
         scopes_of(&target.before).join(", ")
     );
-    say(paragraph("", &wanted).trim_end());
-    let given = secrets::read(target.before.needs_partner_key).await;
-    let given = given.map_err(|error| {
+    say(paragraph("", &hint).trim_end());
+    let input = secrets::read(target.before.needs_partner_key).await;
+    let input = input.map_err(|error| {
         let fix = match error {
             InputError::Utf16 => UTF8,
-            InputError::Interrupted | InputError::Io(_) | InputError::Refused(_) => AGAIN,
+            InputError::Interrupted | InputError::Io(_) | InputError::Refused(_) => RERUN,
         };
-        target.undone(&found, &error.to_string(), fix)
+        target.not_stored(&found, &error.to_string(), fix)
     })?;
-    for remark in &given.remarks {
+    for remark in &input.remarks {
         say(paragraph("note: ", remark).trim_end());
     }
-    say("testing it with KuCoin …");
+    say("testing the key with KuCoin …");
     let request = TestKeyRequest {
         account: target.account.to_string(),
         key: target.key.to_string(),
-        candidate: Some(candidate(&given.values)),
+        candidate: Some(candidate(&input.values)),
         try_order: options.try_order,
     };
     let mut test = broker.test(request).await?;
@@ -145,22 +148,22 @@ async fn register(command: Command, options: &Options) -> Result<u8, Failure> {
         .compare(&found, &mut test, options.other_account)
         .await?;
     let style = Style::of_stdout();
-    let told = report(
+    let shown = report(
         style,
         target.account.as_str(),
         &test,
         Clock::system().wall_ms(),
     );
-    if show(&(told + "\n"), DONE) != DONE {
-        return Err(target.undone(&found, "the report cannot be shown", AGAIN));
+    if show(&(shown + "\n"), DONE) != DONE {
+        return Err(target.not_stored(&found, "cannot print the report", RERUN));
     }
     if is_refused(&test) {
-        let fix = "apply the `fix:` above and re-run the command";
-        return Err(target.undone(&found, "the key is refused", fix));
+        let fix = "apply each `fix:` above, then re-run the command";
+        return Err(target.not_stored(&found, "the key failed its test", fix));
     }
-    if test.is_unclear {
-        let what = "KuCoin has not said whether the key is good: see `failed` above";
-        return Err(target.undone(&found, what, super::UNCLEAR));
+    if test.is_inconclusive {
+        let cause = "the test was inconclusive: KuCoin neither accepted nor rejected the key; see `failed` above";
+        return Err(target.not_stored(&found, cause, super::UNCLEAR));
     }
 
     let registration = Registration {
@@ -170,29 +173,29 @@ async fn register(command: Command, options: &Options) -> Result<u8, Failure> {
             KeyVersion::V3
         },
         facts: facts(&test, &target.admin),
-        values: given.values,
+        values: input.values,
     };
     let version = target.write(&mut broker, &found, &registration).await?;
-    let noted = target
+    let described = target
         .note(version, &registration.facts, options.enable)
         .await;
     let used = target.activate(&mut broker, version, &test.id_sha256).await;
-    noted.and(used)
+    described.and(used)
 }
 
-/// What to do where nothing else is to be done.
-const AGAIN: &str = "re-run the command";
+/// The fix where only a repetition is needed.
+const RERUN: &str = "re-run the command";
 
-/// What to do with a key file in UTF-16.
+/// The fix for a key file in UTF-16.
 const UTF8: &str = "convert it, for example with `iconv -f UTF-16 -t UTF-8 key.json`, or write it with `Out-File -Encoding utf8`";
 
-/// A key of an account, and the way to it.
+/// The key to register, with its state before and the connection to Vault.
 struct KeyTarget {
     account: AccountId,
     key: KeyName,
     vault: Vault,
     admin: AdminId,
-    /// How the broker had it before.
+    /// Its state in the broker before.
     before: KeyState,
     /// Accounts that the rules name.
     in_rules: BTreeSet<String>,
@@ -205,41 +208,45 @@ impl std::fmt::Display for KeyTarget {
 }
 
 impl KeyTarget {
-    /// What Vault has; says when nothing is noted about its newest version.
-    async fn look(&self) -> Result<Metadata, Failure> {
+    /// Reads the key's metadata in Vault; prints a note if it does not cover the newest version.
+    async fn read_metadata(&self) -> Result<Metadata, Failure> {
         let found = self.vault.find(&self.account, &self.key).await;
         let found = found.map_err(|error| unreached(&error))?;
-        // A mount of KV version 1 has no such path either, and would take the key as a secret of another shape.
+        // A mount of KV version 1 has no such path either, and would store the key in another format.
         if found.is_none()
-            && let Some(problem) = self.vault.unfit_mount().await
+            && let Some(problem) = self.vault.mount_problem().await
         {
-            let fix =
-                format!("set mount in [vault] of admin.toml to a mount of version 2; {NEW_MOUNT}");
+            let fix = format!(
+                "set mount in [vault] of admin.toml to a mount of KV version 2; {NEW_MOUNT}"
+            );
             return Err(Failure::new(format!("{problem}; nothing was stored"), fix));
         }
         let found = found.unwrap_or_default();
-        if let Some(told) = self.not_noted(&found) {
-            say(paragraph("note: ", &told).trim_end());
+        if let Some(note) = self.undescribed(&found) {
+            say(paragraph("note: ", &note).trim_end());
         }
         Ok(found)
     }
 
-    /// What is told of a newest version that has no note.
-    fn not_noted(&self, found: &Metadata) -> Option<String> {
+    /// The note about a newest version that the metadata does not cover.
+    fn undescribed(&self, found: &Metadata) -> Option<String> {
         let current = found.current_version;
         if !found.has(current) || found.for_version() == Some(current) {
             return None;
         }
         let used = if self.before.version == current {
             format!(
-                "The broker uses it (id SHA-256 {}). Give the same key to finish that run, or another key to replace it.",
+                "The broker uses it (id SHA-256 {}). Enter the same key to finish that run, or a different key to replace it.",
                 shown(&self.before.id_sha256)
             )
         } else {
-            format!("{} This run starts over.", self.in_use(found))
+            format!(
+                "{} This command starts a new registration.",
+                self.in_use(found)
+            )
         };
         Some(format!(
-            "Vault holds version {current} of {self}, and no note of what it is: a previous run was interrupted, or somebody wrote that version by hand. {used}"
+            "the metadata in Vault does not cover version {current} of {self}: a previous run was interrupted, or the version was written by hand. {used}"
         ))
     }
 
@@ -253,41 +260,39 @@ impl KeyTarget {
             )
     }
 
-    /// What can be known before a key is asked for.
+    /// Checks before the prompt for the key.
     fn check(&self, command: Command, found: &Metadata, enable: bool) -> Result<(), Failure> {
         let (account, key) = (&self.account, &self.key);
-        let is_there = found.before(u64::MAX).is_some();
-        if command == Command::Rotate && !is_there {
+        let exists = found.before(u64::MAX).is_some();
+        if command == Command::Rotate && !exists {
             return Err(Failure::new(
+                format!("Vault has no version of {self} to replace; nothing was stored"),
                 format!(
-                    "Vault has no version of {self} that another key could replace; nothing was stored"
+                    "run `credbroker keys register {account} --key {key}` to register the first key"
                 ),
-                format!("`credbroker keys register {account} --key {key}` registers the first one"),
             ));
         }
         match found.state() {
-            NotedState::Disabled(word) if !enable => Err(Failure::new(
-                format!(
-                    "{self} is disabled in Vault (state={word}), and registering a key would enable it; nothing was stored"
-                ),
-                "find out who has disabled it and why; --enable registers a key and switches it on",
+            StoredState::Disabled(word) if !enable => Err(Failure::new(
+                format!("{self} is disabled in Vault (state={word}); nothing was stored"),
+                "find out who disabled it and why; then pass --enable to register the key and enable it",
             )),
-            NotedState::Unknown(word) if !enable => Err(Failure::new(
+            StoredState::Unknown(word) if !enable => Err(Failure::new(
                 format!("{self}: {}; nothing was stored", unknown_state(word)),
-                "find out what was meant; --enable registers a key and sets state=active",
+                "find out who set it and why; then pass --enable to register the key and set state=active",
             )),
-            NotedState::Active | NotedState::Disabled(_) | NotedState::Unknown(_) => Ok(()),
+            StoredState::Active | StoredState::Disabled(_) | StoredState::Unknown(_) => Ok(()),
         }
     }
 
-    /// Adds to `test` what is wrong with the key beside others that Vault has.
+    /// Adds to `test` the findings from a comparison with other keys in Vault.
     async fn compare(
         &self,
         found: &Metadata,
         test: &mut TestKeyResponse,
         other_account: bool,
     ) -> Result<(), Failure> {
-        let uid = test.facts.as_ref().map_or("", |facts| facts.uid.as_str());
+        let uid = test.info.as_ref().map_or("", |info| info.uid.as_str());
         let mut findings = Vec::new();
         let is_known = found.for_version() == Some(found.current_version);
         if let Some(before) = found.uid().filter(|before| is_known && *before != uid)
@@ -296,27 +301,26 @@ impl KeyTarget {
         {
             findings.push(Finding {
                 name: "account-changed".to_owned(),
-                is_refusal: true,
+                is_error: true,
                 cause: format!(
-                    "The key belongs to KuCoin account {uid}, and the key before it to {before}: bots of {} would trade in \
-                     another account.",
+                    "The key belongs to KuCoin account {uid}, but the previous key belongs to {before}: bots of {} would \
+                     trade on another KuCoin account.",
                     self.account
                 ),
                 fix: format!(
-                    "Use a key of KuCoin account {before}. If the account is meant to change, add --other-account."
+                    "Use a key of KuCoin account {before}. To change the KuCoin account on purpose, add --other-account."
                 ),
             });
         }
-        let is_told = test
+        let is_reported = test
             .findings
             .iter()
             .any(|finding| finding.name == "key-taken");
-        if !is_told && (!test.id_sha256.is_empty() || !uid.is_empty()) {
+        if !is_reported && (!test.id_sha256.is_empty() || !uid.is_empty()) {
             let duplicate_key = self.duplicate_key(&test.id_sha256, uid).await;
             let duplicate_key = duplicate_key.map_err(|error| {
-                let what =
-                    format!("whether another account has the key cannot be checked: {error}");
-                self.undone(found, &what, VAULT)
+                let cause = format!("cannot check whether another account has this key: {error}");
+                self.not_stored(found, &cause, VAULT)
             })?;
             findings.extend(duplicate_key.map(Finding::from));
         }
@@ -324,7 +328,7 @@ impl KeyTarget {
         Ok(())
     }
 
-    /// The key of another account that is this one, or one of the same KuCoin account, by what is noted in Vault.
+    /// Finds a key of another account that is this key, or of the same KuCoin account, by the metadata in Vault.
     async fn duplicate_key(
         &self,
         digest: &str,
@@ -342,8 +346,8 @@ impl KeyTarget {
                     let mut duplicate_key = key_info::duplicate_key(account.as_str(), key.as_str());
                     if !self.in_rules.contains(account.as_str()) {
                         let free = format!(
-                            " The rules of this broker do not name account {account}: if no other broker does, delete \
-                             the versions of {account}/{key} in Vault, as deploy/vault/README.md shows."
+                            " Account {account} is not in the rules of this broker: if no other broker uses it, delete \
+                             the versions of {account}/{key} in Vault (deploy/vault/README.md)."
                         );
                         duplicate_key.fix.push_str(&free);
                     }
@@ -363,10 +367,10 @@ impl KeyTarget {
     ) -> Result<u64, Failure> {
         let (account, key, current) = (&self.account, &self.key, found.current_version);
         let digest = &registration.facts.key_sha256;
-        // A partner key is not seen by any test: it may be another one.
+        // No test covers the partner key: it may have changed.
         if self.is_in_use(found, digest) && registration.values.partner_key.is_none() {
             say(&format!(
-                "Vault holds this key as version {current}; it is not written again."
+                "Vault already holds this key as version {current}; not writing it again"
             ));
             return Ok(current);
         }
@@ -379,24 +383,24 @@ impl KeyTarget {
         written.map_err(|error| match error {
             WriteError::Unclear(_) => Failure::new(
                 format!(
-                    "{error}. Vault holds the new key as version {}, or what it held before. {} A new version that arrives \
-                     late is used only once KuCoin accepts its signatures.",
+                    "{error}. Vault may hold the new key as version {}. {} If Vault stores that version later, the broker does \
+                     not use it until KuCoin accepts its signatures.",
                     current + 1,
                     self.in_use(found)
                 ),
-                "re-run the command once Vault answers: it shows which key Vault holds, and continues",
+                "re-run the command once Vault is reachable; it reports which key Vault holds, and continues",
             ),
             WriteError::Stale { .. } => Failure::new(
                 format!("{error}; nothing was stored"),
-                "ask who else registers keys for this account; then re-run the command",
+                "find out who else registers keys for this account; then re-run the command",
             ),
             WriteError::Refused(_) | WriteError::Vault(_) => {
-                self.undone(found, &error.to_string(), VAULT)
+                self.not_stored(found, &error.to_string(), VAULT)
             }
         })
     }
 
-    /// Finds out what became of an unclear write on top of version `cas`: the broker says whose version is in Vault.
+    /// Finds out whether an unclear write on top of version `cas` took effect: the broker reports which key is in Vault.
     async fn settle(
         &self,
         broker: &mut Admin,
@@ -406,11 +410,11 @@ impl KeyTarget {
     ) -> Result<u64, WriteError> {
         let unclear = Err(WriteError::Unclear(problem));
         let newest = self.vault.find(&self.account, &self.key).await;
-        // A version that is not there yet may still arrive.
+        // A version that is missing now may still arrive.
         if !matches!(newest, Ok(Some(newest)) if newest.current_version == cas + 1) {
             return unclear;
         }
-        match self.look_for(broker, cas + 1).await {
+        match self.refresh_until(broker, cas + 1).await {
             Ok(state) if state.version != cas + 1 => unclear,
             Ok(state) if state.id_sha256 == digest => Ok(cas + 1),
             Ok(_) => Err(WriteError::Stale {
@@ -421,20 +425,20 @@ impl KeyTarget {
         }
     }
 
-    /// Has the broker look at Vault until it uses this version or a newer one, but not for ever.
-    async fn look_for(&self, broker: &mut Admin, version: u64) -> Result<KeyState, Failure> {
-        let mut looks = 1;
+    /// Has the broker refresh the key until it uses this version or a newer one, at most [`REFRESHES`] times.
+    async fn refresh_until(&self, broker: &mut Admin, version: u64) -> Result<KeyState, Failure> {
+        let mut refreshes = 1;
         loop {
             let state = broker.refresh(&self.account, &self.key).await?;
-            if state.version >= version || looks == LOOKS {
+            if state.version >= version || refreshes == REFRESHES {
                 return Ok(state);
             }
-            looks += 1;
-            sleep(LOOK_AFTER).await;
+            refreshes += 1;
+            sleep(REFRESH_PAUSE).await;
         }
     }
 
-    /// Notes what was written.
+    /// Describes the written version in the key's metadata.
     async fn note(&self, version: u64, facts: &StoredFacts, enable: bool) -> Result<u8, Failure> {
         let mut notes = Notes::registered(version, facts);
         if enable {
@@ -444,15 +448,15 @@ impl KeyTarget {
         written.map(|_| DONE).map_err(|error| {
             Failure::new(
                 format!(
-                    "version {version} of {self} is in Vault, whole; what it is could not be noted beside it, nor that no \
-                     other version is to be used: {error}"
+                    "version {version} of {self} is stored in Vault, but its metadata could not be updated to describe this \
+                     version and to end any hold: {error}"
                 ),
-                "re-run the command with the same key: it continues from there",
+                "re-run the command with the same key; it continues from there",
             )
         })
     }
 
-    /// Has the broker take the version up, and says what came of it.
+    /// Has the broker use the version, and reports the result.
     async fn activate(
         &self,
         broker: &mut Admin,
@@ -460,27 +464,27 @@ impl KeyTarget {
         digest: &str,
     ) -> Result<u8, Failure> {
         let (account, key) = (&self.account, &self.key);
-        let state = self.look_for(broker, version).await.map_err(|failure| {
-            let Failure::Undone { what, fix } = failure else {
+        let state = self.refresh_until(broker, version).await.map_err(|failure| {
+            let Failure::Failed { cause, fix } = failure else {
                 return failure;
             };
-            let what = format!(
-                "version {version} of {self} is in Vault, and a broker takes it up within vault.poll_s; whether this one \
-                 has is not known: {what}"
+            let cause = format!(
+                "version {version} of {self} is in Vault, and brokers load it within vault.poll_s; cannot check whether \
+                 this broker has loaded it: {cause}"
             );
-            Failure::Undone { what, fix }
+            Failure::Failed { cause, fix }
         })?;
         if state.version == version && state.id_sha256 == digest {
-            return Ok(self.tell_done(&state));
+            return Ok(self.show_done(&state));
         }
         if state.version > version {
             let newer = state.version;
             return Err(Failure::new(
                 format!(
-                    "version {version} of {self} is in Vault, but somebody else has written version {newer} after it, which is in \
-                     use"
+                    "version {version} of {self} is in Vault, but somebody else wrote version {newer} after it, and the broker \
+                     uses that one"
                 ),
-                "ask who else registers keys for this account; if yours is the right one, re-run the command",
+                "find out who else registers keys for this account; if your key is the right one, re-run the command",
             ));
         }
         let why = match state.reasons.as_slice() {
@@ -493,31 +497,30 @@ impl KeyTarget {
         };
         Err(Failure::new(
             format!(
-                "version {version} of {self} is in Vault, and the broker does not use it: {why}. {used}"
+                "version {version} of {self} is in Vault, but the broker does not use it: {why}. {used}"
             ),
             format!(
-                "if you can fix the reason, fix it: the broker then uses the version by itself. If not, `credbroker keys \
-                 rollback {account} --key {key}` makes sure that a restart does not take it up either; then register another \
-                 key"
+                "remove the cause; the broker then starts using the version automatically. If you cannot, run \
+                 `credbroker keys rollback {account} --key {key}`, so that a restarted broker does not use it either; then register another key"
             ),
         ))
     }
 
-    fn tell_done(&self, state: &KeyState) -> u8 {
+    fn show_done(&self, state: &KeyState) -> u8 {
         let (before, version) = (&self.before, state.version);
-        let told = format!(
+        let done = format!(
             "{self}: version {version} is in use, and KuCoin accepts its signatures.{}",
-            ended(before, version)
+            retired(before, version)
         );
-        let mut text = paragraph("", &told);
+        let mut text = paragraph("", &done);
         for reason in &state.reasons {
             text += &paragraph("note: ", &printable(reason));
         }
         let is_another = !before.id_sha256.is_empty() && before.id_sha256 != state.id_sha256;
         if is_another {
             let next = format!(
-                "delete the key before it (id SHA-256 {}) on KuCoin's page under API Management, once you are sure that \
-                 you do not want to go back to it; `credbroker keys rollback {} --key {}` does that as long as it exists",
+                "once your bots work with the new key, delete the previous key (id SHA-256 {}) on KuCoin's page under API \
+                 Management; until then, `credbroker keys rollback {} --key {}` returns to it",
                 shown(&before.id_sha256),
                 self.account,
                 self.key,
@@ -527,42 +530,42 @@ impl KeyTarget {
         show(&text, DONE)
     }
 
-    /// Nothing of the new key is in Vault.
-    fn undone(&self, found: &Metadata, what: &str, fix: &str) -> Failure {
-        let what = format!("{what}; nothing was stored. {}", self.in_use(found));
-        Failure::new(what, fix)
+    /// A failure after which nothing of the new key is in Vault.
+    fn not_stored(&self, found: &Metadata, cause: &str, fix: &str) -> Failure {
+        let cause = format!("{cause}; nothing was stored. {}", self.in_use(found));
+        Failure::new(cause, fix)
     }
 
-    /// What is in force while nothing has changed.
+    /// Which version is in use as long as nothing changes.
     fn in_use(&self, found: &Metadata) -> String {
         match (self.before.version, found.current_version) {
             (0, 0) => format!("{self} has no key."),
             (0, current) => format!(
-                "Vault holds version {current} of {self}, and no broker is known to use it."
+                "Vault holds version {current} of {self}, but this broker has not loaded it."
             ),
             (used, _) => format!("Version {used} of {self} stays in use."),
         }
     }
 }
 
-/// Whether hints say that a version that is there is this key or one of the same KuCoin account.
+/// Whether the metadata describe an existing version as this key, or as a key of the same KuCoin account.
 fn has(found: &Metadata, digest: &str, uid: &str) -> bool {
-    let is_same = |noted: Option<&str>, told: &str| !told.is_empty() && noted == Some(told);
-    // Hints on a version that was deleted since tell of a key that serves nobody.
-    let is_there = found
+    let is_same = |stored: Option<&str>, new: &str| !new.is_empty() && stored == Some(new);
+    // If the described version was deleted since, nobody uses that key.
+    let exists = found
         .for_version()
         .is_some_and(|version| found.has(version));
-    is_there && (is_same(found.key_sha256(), digest) || is_same(found.uid(), uid))
+    exists && (is_same(found.key_sha256(), digest) || is_same(found.uid(), uid))
 }
 
 fn unreached(error: &VaultError) -> Failure {
-    let what = format!("cannot read the key's metadata in Vault: {error}; nothing was stored");
-    Failure::new(what, VAULT)
+    let cause = format!("cannot read the key's metadata in Vault: {error}; nothing was stored");
+    Failure::new(cause, VAULT)
 }
 
-/// The key as the call takes it, which wipes it too.
+/// The key as a message, which wipes its values on drop.
 fn candidate(values: &KeyValues) -> Candidate {
-    // All of them were text when they were read.
+    // All values were UTF-8 when they were read.
     let text = |bytes: &[u8]| str::from_utf8(bytes).unwrap_or_default().to_owned();
     let partner_key = values.partner_key.as_ref().map(PartnerKey::expose);
     Candidate {
@@ -575,14 +578,14 @@ fn candidate(values: &KeyValues) -> Candidate {
 }
 
 fn facts(test: &TestKeyResponse, admin: &AdminId) -> StoredFacts {
-    let KeyFacts {
+    let KeyInfo {
         uid,
         site,
         permissions,
         ip_whitelist,
         expires_at_ms,
         ..
-    } = test.facts.clone().unwrap_or_default();
+    } = test.info.clone().unwrap_or_default();
     StoredFacts {
         uid,
         site,

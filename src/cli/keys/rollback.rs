@@ -1,13 +1,13 @@
-//! `credbroker keys rollback`: the version before serves again, and on from there.
+//! `credbroker keys rollback`: the broker uses a previous version again and holds it.
 //!
-//! Nobody can copy it: the admin cannot read a key back, and the broker cannot write one. So the admin notes beside the
-//! key which version is to be used.
+//! The old key is not written as a new version: the admin cannot read a key back, and the broker cannot write one.
+//! Instead, the key's metadata in Vault names the version to use.
 
 use std::path::PathBuf;
 
 use clap::Args;
 
-use super::common::{VAULT, ended, pick, shown};
+use super::common::{VAULT, pick, retired, shown};
 use crate::base::ids::{AccountId, KeyName};
 use crate::cli::admin::{ADMIN, Admin, AdminFile, Failure, block_on};
 use crate::cli::text::paragraph;
@@ -17,18 +17,18 @@ use crate::vault::{Metadata, Notes, Vault};
 
 #[derive(Args, Debug)]
 pub(in crate::cli) struct Options {
-    /// Account, as the rules name it.
+    /// Account, as named in the rules.
     account: AccountId,
-    /// Name of the key, where the account has several.
+    /// Name of the key; required if the account has several.
     #[arg(long)]
     key: Option<KeyName>,
-    /// The version to go to, as Vault counts. Without it: the one before the one to be used now.
+    /// Version in Vault to return to. Default: the version before the current one.
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..), conflicts_with = "newest")]
     to: Option<u64>,
-    /// Undoes a rollback: the newest version is used again.
+    /// Undo a rollback: use the newest version again.
     #[arg(long)]
     newest: bool,
-    /// How to reach the broker and Vault.
+    /// Path of admin.toml, which has the address of the broker and your login to Vault.
     #[arg(long, default_value = ADMIN)]
     admin: PathBuf,
 }
@@ -44,18 +44,21 @@ async fn rollback(options: &Options) -> Result<u8, Failure> {
     let account = &options.account;
     let before = pick(broker.keys().await?, account, options.key.as_ref(), &[])?;
     let key: KeyName = before.key.parse().map_err(|error| {
-        let what = format!("the broker returned an invalid key name: {error}");
-        Failure::new(what, "use the `credbroker` of the broker's version")
+        let cause = format!("the broker returned an invalid key name: {error}");
+        Failure::new(
+            cause,
+            "use a `credbroker` binary of the same version as the broker",
+        )
     })?;
     let found = vault.metadata(account, &key).await.map_err(|error| {
-        let what = format!(
+        let cause = format!(
             "cannot read the metadata of {account}/{key} in Vault: {error}; nothing was changed"
         );
-        Failure::new(what, VAULT)
+        Failure::new(cause, VAULT)
     })?;
-    let change = wanted(options, &found).map_err(|what| {
+    let change = new_hold(options, &found).map_err(|cause| {
         Failure::new(
-            format!("{what}; nothing was changed"),
+            format!("{cause}; nothing was changed"),
             pick_another(account, &key),
         )
     })?;
@@ -76,11 +79,11 @@ async fn rollback(options: &Options) -> Result<u8, Failure> {
         .await
         .map_err(|failure| step.unknown(failure))?;
     if state.version == version {
-        return Ok(step.tell(options, &before, &state));
+        return Ok(step.show_done(options, &before, &state));
     }
-    // What a restart would use must not be a version that the broker does not take.
+    // A restarted broker must not use a version that this one does not use.
     step.note(&Notes::as_before(&found)).await?;
-    // So that its status tells of what is wanted now.
+    // Makes the key's status show the restored metadata.
     let _ = broker.refresh(account, &key).await;
     let used = match state.version {
         0 => "No key is in use".to_owned(),
@@ -88,22 +91,22 @@ async fn rollback(options: &Options) -> Result<u8, Failure> {
     };
     Err(Failure::new(
         format!(
-            "the broker does not take version {version} of {account}/{key}: {}. {used}, and what is noted in Vault is as it was.",
+            "the broker does not use version {version} of {account}/{key}: {}. {used}; the key's metadata in Vault was restored",
             state.reasons.join("; ")
         ),
         pick_another(account, &key),
     ))
 }
 
-/// What to do where the version that was meant cannot be used.
+/// The fix where the requested version cannot be used.
 fn pick_another(account: &AccountId, key: &KeyName) -> String {
     format!(
-        "name a version that is there with --to, or register another key with `credbroker keys register {account} --key {key}`"
+        "pass an existing version with --to, or register another key with `credbroker keys register {account} --key {key}`"
     )
 }
 
-/// The version to note; none: that the newest one is to be used.
-fn wanted(options: &Options, found: &Metadata) -> Result<Option<u64>, String> {
+/// The version to hold; none: use the newest one.
+fn new_hold(options: &Options, found: &Metadata) -> Result<Option<u64>, String> {
     let newest = found.current_version;
     let usable = |version| {
         if found.has(version) {
@@ -118,16 +121,16 @@ fn wanted(options: &Options, found: &Metadata) -> Result<Option<u64>, String> {
         return usable(newest).map(|_| None);
     }
     if let Some(to) = options.to {
-        // The newest one needs no note, and with one a later version would not be used.
+        // The newest version needs no hold, and a hold would keep the broker from using later ones.
         return usable(to).map(|to| Some(to).filter(|to| *to != newest));
     }
     let now = found.wanted()?;
     let before = found.before(now);
-    let none = || format!("Vault has no version before version {now} that could be used");
+    let none = || format!("Vault has no usable version before version {now}");
     before.map(Some).ok_or_else(none)
 }
 
-/// One change of the version that is to be used.
+/// A change of the version to use.
 struct Step<'a> {
     account: &'a AccountId,
     key: &'a KeyName,
@@ -141,7 +144,7 @@ impl Step<'_> {
         written.map(drop).map_err(|error| {
             Failure::new(
                 format!(
-                    "which version of {}/{} is to be used cannot be noted in Vault: {error}",
+                    "cannot update use_version in the metadata of {}/{} in Vault: {error}",
                     self.account, self.key
                 ),
                 VAULT,
@@ -150,37 +153,37 @@ impl Step<'_> {
     }
 
     fn unknown(&self, failure: Failure) -> Failure {
-        let Failure::Undone { what, fix } = failure else {
+        let Failure::Failed { cause, fix } = failure else {
             return failure;
         };
-        let what = format!(
-            "it is noted in Vault that version {} of {}/{} is to be used, and a broker follows within vault.poll_s; whether \
-             this one has is not known: {what}",
+        let cause = format!(
+            "Vault's metadata now selects version {} of {}/{}, and brokers use it within vault.poll_s; cannot check whether \
+             this broker uses it yet: {cause}",
             self.version, self.account, self.key
         );
-        Failure::Undone { what, fix }
+        Failure::Failed { cause, fix }
     }
 
-    fn tell(&self, options: &Options, before: &KeyState, state: &KeyState) -> u8 {
+    fn show_done(&self, options: &Options, before: &KeyState, state: &KeyState) -> u8 {
         let Self {
             account,
             key,
             version,
             ..
         } = self;
-        let told = format!(
+        let done = format!(
             "{account}/{key}: version {version} is in use (id SHA-256 {}).{}",
             shown(&state.id_sha256),
-            ended(before, *version)
+            retired(before, *version)
         );
-        let mut text = paragraph("", &told);
+        let mut text = paragraph("", &done);
         for reason in &state.reasons {
             text += &paragraph("note: ", &printable(reason));
         }
         if !options.newest {
             let undo = format!(
                 "credbroker keys rollback {account} --key {key} --newest, or register another key. Until then, a version written \
-                 to Vault by hand is used only if KuCoin rejects this one."
+                 to Vault by hand is used only if KuCoin rejects version {version}."
             );
             text += &paragraph("undo: ", &undo);
         }

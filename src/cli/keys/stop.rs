@@ -1,4 +1,4 @@
-//! `credbroker keys revoke`: takes effect at once, whatever Vault does.
+//! `credbroker keys revoke`: takes effect at once, with or without Vault.
 
 use std::path::PathBuf;
 
@@ -12,12 +12,12 @@ use crate::proto::{RevokeKeyRequest, RevokedKey};
 
 #[derive(Args, Debug)]
 pub(in crate::cli) struct Which {
-    /// The account, as the rules file names it.
+    /// Account, as named in the rules.
     account: String,
-    /// How to reach the broker.
+    /// Path of admin.toml, which has the address of the broker.
     #[arg(long, default_value = ADMIN)]
     admin: PathBuf,
-    /// One key of the account; all of them without it.
+    /// Key to revoke. Default: every key of the account.
     #[arg(long)]
     key: Option<String>,
     /// Skip the confirmation when --key is missing.
@@ -32,12 +32,12 @@ pub(super) fn revoke(which: &Which) -> u8 {
         key,
         yes,
     } = which;
-    let what = format!(
-        "permanently revokes every key of account {account}: only a key with another id can trade there again. To revoke a single key, use \
+    let detail = format!(
+        "permanently revokes every key of account {account}: only a key with a new id can trade there again. To revoke a single key, use \
          --key NAME"
     );
     if key.is_none()
-        && let Err(code) = confirm(&what, *yes)
+        && let Err(code) = confirm(&detail, *yes)
     {
         return code;
     }
@@ -62,46 +62,49 @@ fn revoked(account: &str, keys: &[RevokedKey]) -> String {
     } in keys
     {
         text += &if *was_revoked {
-            let what =
-                format!("{account}/{key} was already revoked. SHA-256 of its id: {id_sha256}");
-            paragraph("unchanged: ", &what)
+            let detail = format!("{account}/{key} was already revoked (id SHA-256 {id_sha256}).");
+            paragraph("unchanged: ", &detail)
         } else if id_sha256.is_empty() {
-            let what = format!(
-                "{account}/{key}. None was in memory: the first one that Vault shows there is dead, be it one that is registered \
-                 after this."
+            let detail = format!(
+                "{account}/{key}. No key was loaded: the first key that the broker reads from Vault under this name will be revoked, \
+                 even a new one that you register."
             );
-            paragraph("revoked: ", &what)
+            paragraph("revoked: ", &detail)
         } else {
-            let what = format!(
-                "{account}/{key} version {version}, in force now: it no longer signs. SHA-256 of its id: {id_sha256}"
+            let detail = format!(
+                "{account}/{key} version {version}. It no longer signs (id SHA-256 {id_sha256})."
             );
-            paragraph("revoked: ", &what)
+            paragraph("revoked: ", &detail)
         };
     }
     text += &paragraph(
         "",
-        "It stays revoked after a restart, whatever Vault holds and under any name. Requests already sent run to their end.",
+        "The revocation survives restarts, and covers this key under any name and version in Vault. Requests already sent run to completion.",
     );
     text += &paragraph(
         "next: 1. ",
-        "Delete the key on KuCoin's page under API Management: until then anybody who has it can use it without this broker.",
+        "Delete the key on KuCoin's page under API Management: until then, anybody who has it can use it without this broker.",
     );
     text += &paragraph(
         "      2. ",
-        "Check the open orders there: without a key the broker cannot cancel them.",
+        "Check the open orders on KuCoin's site: without a key the broker cannot cancel them.",
     );
-    let register = keys
-        .iter()
-        .map(|key| format!("`credbroker keys register {account} --key {}`", key.key));
+    let register = keys.iter().map(|key| {
+        let key_name = &key.key;
+        if key.id_sha256.is_empty() {
+            // Under the old name, the new key would be the first one, which is revoked.
+            return format!(
+                "`credbroker keys register {account} --key NAME` (first replace {key_name} with a new NAME in the rules)"
+            );
+        }
+        format!("`credbroker keys register {account} --key {key_name}`")
+    });
     let register = format!(
-        "Create a new key there (with a new id) and register it: {}.",
+        "Create a new key under API Management (with a new id) and register it: {}.",
         register.collect::<Vec<_>>().join(", ")
     );
     text += &paragraph("      3. ", &register);
-    text + &paragraph(
-        "undo: ",
-        "none, permanent; register a new key to trade again.",
-    )
+    text + &paragraph("undo: ", "not possible; register a new key to trade again.")
 }
 
 #[cfg(test)]
@@ -109,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_said_fits_a_terminal_and_names_the_next_step() {
+    fn output_fits_a_terminal_and_names_the_next_step() {
         let key = |id_sha256: &str, was_revoked| RevokedKey {
             key: "y".repeat(32),
             version: 18,
@@ -117,18 +120,18 @@ mod tests {
             was_revoked,
         };
         let account = "x".repeat(32);
-        let said = [
+        let outputs = [
             (
                 revoked(&account, &[key(&"a".repeat(64), false)]),
                 "Delete the key on KuCoin's page",
             ),
-            (revoked(&account, &[key("", false)]), "None was in memory"),
+            (revoked(&account, &[key("", false)]), "No key was loaded"),
             (
                 revoked(&account, &[key(&"a".repeat(64), true)]),
                 "was already revoked",
             ),
         ];
-        for (text, expected) in said {
+        for (text, expected) in outputs {
             assert!(
                 text.split_whitespace()
                     .collect::<Vec<_>>()

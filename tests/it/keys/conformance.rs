@@ -1,5 +1,4 @@
-//! What the broker makes of Vault is the same for the simulated server and for a real one: each situation is one test
-//! on either.
+//! The broker behaves the same with the simulated and with a real Vault: each test runs against both.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,32 +14,32 @@ use tokio::time::timeout;
 use super::policies::shipped;
 use super::real::Backend;
 use super::{Rig, Setup, key};
-use crate::harness::{not_run, say, until};
+use crate::harness::{not_run, print_always, until};
 
 on_both! {
-    a_broker_that_starts_before_vault_is_ready_once_vault_is_there_and_unsealed
-    a_deleted_version_evicts_the_key_until_it_is_undeleted
-    a_destroyed_version_evicts_the_key_until_there_is_a_new_one
-    a_failover_is_noticed_by_no_call_and_the_standby_serves_what_is_new
-    a_key_that_is_deleted_and_made_anew_is_told_from_the_old_one_by_more_than_its_number
-    a_key_that_is_disabled_is_evicted_until_it_is_active_again
-    a_login_that_is_revoked_is_repeated_and_one_that_is_refused_evicts_nothing
-    a_mount_that_is_gone_evicts_the_key_until_it_is_back
-    a_new_version_is_used_and_one_without_data_is_not
-    a_policy_that_is_deleted_altogether_evicts_the_key_until_it_is_back
-    a_policy_that_is_removed_evicts_the_key_until_it_is_back
-    a_restart_evicts_nothing_and_what_changed_meanwhile_is_found
-    a_seal_evicts_nothing_and_what_changed_meanwhile_is_found
-    a_slow_vault_delays_no_call_and_one_that_is_too_slow_counts_as_no_answer
-    a_token_that_is_revoked_evicts_nothing_and_the_next_one_is_picked_up
-    a_version_that_deletes_itself_evicts_the_key
+    broker_started_before_vault_becomes_ready_once_vault_is_unsealed
+    deleted_version_evicts_the_key_until_it_is_undeleted
+    destroyed_version_evicts_the_key_until_a_new_one_is_written
+    failover_fails_no_call_and_new_versions_are_read_from_the_standby
+    key_recreated_with_the_same_version_number_is_recognized_as_new
+    disabled_key_is_evicted_until_it_is_active_again
+    revoked_login_is_repeated_and_a_rejected_login_evicts_nothing
+    removed_mount_evicts_the_key_until_it_is_restored
+    new_version_is_used_and_a_version_without_data_is_not
+    deleted_policy_evicts_the_key_until_it_is_restored
+    policy_that_no_longer_allows_the_key_evicts_it_until_restored
+    vault_restart_evicts_nothing_and_changes_are_read_afterwards
+    vault_seal_evicts_nothing_and_changes_are_read_after_unsealing
+    slow_vault_delays_no_call_and_a_timed_out_response_is_an_outage
+    revoked_token_evicts_nothing_and_the_next_token_is_picked_up
+    version_deleted_by_delete_version_after_evicts_the_key
 }
 
 const GONE: &str = "Vault has no such key (404)";
 const SEALED: &str = "Vault is sealed or not initialised (503)";
-const UNREACHABLE: &str = "Vault cannot be reached";
+const UNREACHABLE: &str = "cannot reach Vault";
 
-/// A Vault with one mount, one role under the shipped policy for account `main`, and the first key of `main` and `other`.
+/// A Vault with one mount, a role with the shipped policy for account `main`, and the first keys of `main` and `other`.
 struct Stage {
     vault: Backend,
     role_id: Value,
@@ -52,17 +51,17 @@ impl Stage {
     }
 
     async fn real() -> Option<Self> {
-        static TOLD: Once = Once::new();
+        static PRINTED: Once = Once::new();
         let vault = Backend::real().await;
-        TOLD.call_once(|| {
+        PRINTED.call_once(|| {
             match &vault {
                 None => not_run(
                     "real Vault",
                     "vault",
                     "no CREDBROKER_TEST_VAULT_ADDR, no bao or vault on PATH",
                 ),
-                Some(vault) if vault.is_ours() => say("real Vault: run"),
-                Some(_) => say(
+                Some(vault) if vault.is_ours() => print_always("real Vault: run"),
+                Some(_) => print_always(
                     "real Vault: run; cold start, seal, restart and failover not run, the server is not ours",
                 ),
             }
@@ -94,7 +93,7 @@ impl Stage {
         stage
     }
 
-    /// The files of a broker that logs in to it.
+    /// Configuration of a broker that logs in to this Vault.
     async fn setup(&self) -> Setup {
         let Backend { api, name, .. } = &self.vault;
         let mut setup = Setup::new(&["main", "other"]).await;
@@ -108,7 +107,7 @@ impl Stage {
         setup
     }
 
-    /// A broker that has logged in and has the first key of `main`.
+    /// A broker that has logged in and loaded the first key of `main`.
     async fn broker(&self) -> Rig {
         let rig = self.setup().await.ready().await;
         rig.until_restored(1).await;
@@ -153,7 +152,7 @@ impl Stage {
         self.on_key("POST", "metadata", "main", custom).await;
     }
 
-    /// The shipped policy, narrowed to one account as its head describes.
+    /// The shipped policy, limited to one account as its header describes.
     async fn allow_main(&self) {
         let policy = shipped("broker.hcl", &self.vault.name);
         let policy = policy.replace("/kucoin/prod/*", "/kucoin/prod/main/*");
@@ -168,8 +167,8 @@ impl Stage {
 
     async fn secret_id(&self) -> String {
         let path = format!("auth/{}/role/credbroker/secret-id", self.vault.name);
-        let answer = self.vault.api.call("POST", &path, json!({})).await;
-        answer["data"]["secret_id"].as_str().unwrap().to_owned()
+        let response = self.vault.api.call("POST", &path, json!({})).await;
+        response["data"]["secret_id"].as_str().unwrap().to_owned()
     }
 
     async fn clean_up(&self) {
@@ -177,19 +176,17 @@ impl Stage {
     }
 }
 
-/// The key of `generation` signs every call until this many polls more have failed for this reason.
-async fn serves_through(rig: &Rig, generation: u32, reason: &str) {
-    // Whether Vault did not answer, or refused the login.
+/// Checks that the key of `generation` signs every call until one more poll has failed for this reason.
+async fn expect_cached_key_through(rig: &Rig, generation: u32, reason: &str) {
+    // Matches both an outage and a rejected login.
     let line = ["; using cached keys", "account.id=main", reason];
     let before = rig.logs.count(&line);
-    rig.serves_until(generation, reason, async || rig.logs.count(&line) > before)
+    rig.signs_until(generation, reason, async || rig.logs.count(&line) > before)
         .await;
     assert_eq!(rig.logs.count(&["key unavailable", "account.id=main"]), 0);
 }
 
-async fn a_broker_that_starts_before_vault_is_ready_once_vault_is_there_and_unsealed(
-    stage: &Stage,
-) {
+async fn broker_started_before_vault_becomes_ready_once_vault_is_unsealed(stage: &Stage) {
     if !stage.vault.is_ours() {
         return;
     }
@@ -214,7 +211,7 @@ async fn a_broker_that_starts_before_vault_is_ready_once_vault_is_there_and_unse
     rig.end().await;
 }
 
-async fn a_deleted_version_evicts_the_key_until_it_is_undeleted(stage: &Stage) {
+async fn deleted_version_evicts_the_key_until_it_is_undeleted(stage: &Stage) {
     let rig = stage.broker().await;
     stage.put("main", 2).await;
     rig.until_signed_with(2).await;
@@ -226,7 +223,7 @@ async fn a_deleted_version_evicts_the_key_until_it_is_undeleted(stage: &Stage) {
     rig.end().await;
 }
 
-async fn a_destroyed_version_evicts_the_key_until_there_is_a_new_one(stage: &Stage) {
+async fn destroyed_version_evicts_the_key_until_a_new_one_is_written(stage: &Stage) {
     let rig = stage.broker().await;
     stage.put("main", 2).await;
     rig.until_signed_with(2).await;
@@ -235,14 +232,14 @@ async fn a_destroyed_version_evicts_the_key_until_there_is_a_new_one(stage: &Sta
         .on_key("PUT", "destroy", "main", destroyed.clone())
         .await;
     rig.until_evicted(GONE).await;
-    // It cannot be brought back: the new version is the first thing that signs.
+    // A destroyed version cannot be undeleted, so the new version is the next one that signs.
     stage.on_key("POST", "undelete", "main", destroyed).await;
     stage.put("main", 3).await;
     rig.until_restored(3).await;
     rig.end().await;
 }
 
-async fn a_failover_is_noticed_by_no_call_and_the_standby_serves_what_is_new(stage: &Stage) {
+async fn failover_fails_no_call_and_new_versions_are_read_from_the_standby(stage: &Stage) {
     if !stage.vault.is_ours() {
         return;
     }
@@ -253,9 +250,9 @@ async fn a_failover_is_noticed_by_no_call_and_the_standby_serves_what_is_new(sta
         stage.vault.fail_over().await;
         is_over.set(true);
     };
-    let calls = rig.serves_until(1, "the failover", async || is_over.get());
+    let calls = rig.signs_until(1, "the failover", async || is_over.get());
     tokio::join!(failover, calls);
-    // The broker goes on asking the node that it knows, which now is the standby.
+    // The broker still sends its requests to the same node, which is the standby now.
     stage.put("main", 2).await;
     rig.until_signed_with(2).await;
     stage.vault.revoke_logins().await;
@@ -264,15 +261,13 @@ async fn a_failover_is_noticed_by_no_call_and_the_standby_serves_what_is_new(sta
     rig.end().await;
 }
 
-async fn a_key_that_is_deleted_and_made_anew_is_told_from_the_old_one_by_more_than_its_number(
-    stage: &Stage,
-) {
+async fn key_recreated_with_the_same_version_number_is_recognized_as_new(stage: &Stage) {
     let rig = stage.broker().await;
     stage.delete_with_metadata().await;
     rig.until_evicted(GONE).await;
     assert_eq!(stage.put("main", 2).await, 1);
     rig.until_restored(2).await;
-    // Between two polls, so that the broker never sees the key gone.
+    // Between two polls, so that the broker never sees the key missing.
     stage.delete_with_metadata().await;
     assert_eq!(stage.put("main", 3).await, 1);
     until("the new key signs", async || {
@@ -282,27 +277,29 @@ async fn a_key_that_is_deleted_and_made_anew_is_told_from_the_old_one_by_more_th
     rig.end().await;
 }
 
-async fn a_key_that_is_disabled_is_evicted_until_it_is_active_again(stage: &Stage) {
+async fn disabled_key_is_evicted_until_it_is_active_again(stage: &Stage) {
     let rig = stage.broker().await;
     for (off, on) in [("disabled", "active"), ("Off", "Active")] {
         stage.set_state(off).await;
-        rig.until_evicted(&format!("its metadata in Vault says state={off}"))
-            .await;
+        rig.until_evicted(&format!(
+            "disabled in Vault (state={off} in its custom metadata)"
+        ))
+        .await;
         stage.set_state(on).await;
         rig.until_restored(1).await;
     }
     stage.set_state("paused").await;
-    rig.serves_until(1, "the unknown word shows", async || {
+    rig.signs_until(1, "readyz shows the unknown state", async || {
         let (_, text) = rig.lab.get("/readyz").await;
         text.contains(
-            "its custom metadata says state=\"paused\", which is neither active nor disabled",
+            "its custom metadata has state=\"paused\", which is neither active nor disabled",
         )
     })
     .await;
     rig.end().await;
 }
 
-async fn a_login_that_is_revoked_is_repeated_and_one_that_is_refused_evicts_nothing(stage: &Stage) {
+async fn revoked_login_is_repeated_and_a_rejected_login_evicts_nothing(stage: &Stage) {
     let rig = stage.broker().await;
     stage.vault.revoke_logins().await;
     stage.put("main", 2).await;
@@ -310,8 +307,8 @@ async fn a_login_that_is_revoked_is_repeated_and_one_that_is_refused_evicts_noth
 
     rig.lab.replace("secret-id", "never-a-secret-id\n").unwrap();
     stage.vault.revoke_logins().await;
-    let reason = "login: Vault answered 400: invalid role or secret ID";
-    serves_through(&rig, 2, reason).await;
+    let reason = "login: Vault returned 400: invalid role or secret ID";
+    expect_cached_key_through(&rig, 2, reason).await;
     stage.put("main", 3).await;
     rig.lab
         .replace("secret-id", &stage.secret_id().await)
@@ -320,7 +317,7 @@ async fn a_login_that_is_revoked_is_repeated_and_one_that_is_refused_evicts_noth
     rig.end().await;
 }
 
-async fn a_mount_that_is_gone_evicts_the_key_until_it_is_back(stage: &Stage) {
+async fn removed_mount_evicts_the_key_until_it_is_restored(stage: &Stage) {
     let rig = stage.broker().await;
     stage.unmount().await;
     rig.until_evicted("Vault has no such mount or namespace (404: no handler for route")
@@ -331,7 +328,7 @@ async fn a_mount_that_is_gone_evicts_the_key_until_it_is_back(stage: &Stage) {
     rig.end().await;
 }
 
-async fn a_new_version_is_used_and_one_without_data_is_not(stage: &Stage) {
+async fn new_version_is_used_and_a_version_without_data_is_not(stage: &Stage) {
     let rig = stage.broker().await;
     stage.put("main", 2).await;
     rig.until_signed_with(2).await;
@@ -339,9 +336,9 @@ async fn a_new_version_is_used_and_one_without_data_is_not(stage: &Stage) {
     stage.on_key("POST", "data", "main", nothing).await;
     let line = [
         "new key version is unusable",
-        "version 3 in Vault: `api_key` is missing",
+        "version 3 in Vault is not a valid key: `api_key` is missing",
     ];
-    rig.serves_until(2, "the version without data is noticed", async || {
+    rig.signs_until(2, "the version without data is rejected", async || {
         rig.logs.count(&line) == 1
     })
     .await;
@@ -350,58 +347,58 @@ async fn a_new_version_is_used_and_one_without_data_is_not(stage: &Stage) {
     rig.end().await;
 }
 
-/// The token lives and may not even look itself up.
-async fn a_policy_that_is_deleted_altogether_evicts_the_key_until_it_is_back(stage: &Stage) {
+/// The token stays valid but cannot even look itself up.
+async fn deleted_policy_evicts_the_key_until_it_is_restored(stage: &Stage) {
     let rig = stage.broker().await;
     stage.vault.delete_policy().await;
-    rig.until_evicted("Vault refuses it to the broker (403)")
+    rig.until_evicted("Vault denied the broker access (403)")
         .await;
     stage.allow_main().await;
     rig.until_restored(1).await;
     rig.end().await;
 }
 
-async fn a_policy_that_is_removed_evicts_the_key_until_it_is_back(stage: &Stage) {
-    let refused = "Vault refuses it to the broker (403)";
+async fn policy_that_no_longer_allows_the_key_evicts_it_until_restored(stage: &Stage) {
+    let denied = "Vault denied the broker access (403)";
     let rig = stage.broker().await;
     let other = rig.signer("other").await.unwrap_err();
-    assert!(other.contains(refused), "{other}");
+    assert!(other.contains(denied), "{other}");
     stage.allow_no_key().await;
-    rig.until_evicted(refused).await;
+    rig.until_evicted(denied).await;
     stage.allow_main().await;
     rig.until_restored(1).await;
     rig.end().await;
 }
 
-async fn a_restart_evicts_nothing_and_what_changed_meanwhile_is_found(stage: &Stage) {
+async fn vault_restart_evicts_nothing_and_changes_are_read_afterwards(stage: &Stage) {
     if !stage.vault.is_ours() {
         return;
     }
     let rig = stage.broker().await;
     stage.vault.stop().await;
-    serves_through(&rig, 1, UNREACHABLE).await;
+    expect_cached_key_through(&rig, 1, UNREACHABLE).await;
     stage.vault.restart().await;
-    serves_through(&rig, 1, SEALED).await;
+    expect_cached_key_through(&rig, 1, SEALED).await;
     stage.vault.unseal().await;
     stage.put("main", 2).await;
     rig.until_signed_with(2).await;
     rig.end().await;
 }
 
-async fn a_seal_evicts_nothing_and_what_changed_meanwhile_is_found(stage: &Stage) {
+async fn vault_seal_evicts_nothing_and_changes_are_read_after_unsealing(stage: &Stage) {
     if !stage.vault.is_ours() {
         return;
     }
     let rig = stage.broker().await;
     stage.vault.seal().await;
-    serves_through(&rig, 1, SEALED).await;
+    expect_cached_key_through(&rig, 1, SEALED).await;
     stage.vault.unseal().await;
     stage.put("main", 2).await;
     rig.until_signed_with(2).await;
     rig.end().await;
 }
 
-async fn a_slow_vault_delays_no_call_and_one_that_is_too_slow_counts_as_no_answer(stage: &Stage) {
+async fn slow_vault_delays_no_call_and_a_timed_out_response_is_an_outage(stage: &Stage) {
     const SLOW_MS: u64 = 300;
     const TOO_SLOW_MS: u64 = 3000;
     let link = Link::to(&stage.vault.api.url).await;
@@ -417,9 +414,9 @@ async fn a_slow_vault_delays_no_call_and_one_that_is_too_slow_counts_as_no_answe
     link.delay_ms.store(TOO_SLOW_MS, Ordering::Relaxed);
     stage.put("main", 3).await;
     for _ in 0..2 {
-        serves_through(&rig, 2, UNREACHABLE).await;
+        expect_cached_key_through(&rig, 2, UNREACHABLE).await;
     }
-    // A call that waited for any answer of Vault would take this long.
+    // A call that waited for Vault would exceed this limit.
     let call = timeout(Duration::from_millis(TOO_SLOW_MS), rig.signer("main"));
     assert_eq!(call.await.unwrap(), Ok(key("main", 2).api_key));
     link.delay_ms.store(0, Ordering::Relaxed);
@@ -427,13 +424,16 @@ async fn a_slow_vault_delays_no_call_and_one_that_is_too_slow_counts_as_no_answe
     rig.end().await;
 }
 
-/// The token of a token file, restricted to the broker's policy.
-async fn a_token_that_is_revoked_evicts_nothing_and_the_next_one_is_picked_up(stage: &Stage) {
+/// Uses a token file whose token has only the broker's policy.
+async fn revoked_token_evicts_nothing_and_the_next_token_is_picked_up(stage: &Stage) {
     let Backend { api, name, .. } = &stage.vault;
     let token = async || {
-        let wanted = json!({ "policies": [name], "no_default_policy": true, "ttl": "1h" });
-        let answer = api.call("POST", "auth/token/create", wanted).await;
-        answer["auth"]["client_token"].as_str().unwrap().to_owned()
+        let request = json!({ "policies": [name], "no_default_policy": true, "ttl": "1h" });
+        let response = api.call("POST", "auth/token/create", request).await;
+        response["auth"]["client_token"]
+            .as_str()
+            .unwrap()
+            .to_owned()
     };
     let first = token().await;
     let mut setup = Setup::new(&["main"]).await;
@@ -443,16 +443,16 @@ async fn a_token_that_is_revoked_evicts_nothing_and_the_next_one_is_picked_up(st
     let rig = setup.ready().await;
     let own = api.with_token(&first);
     own.call("POST", "auth/token/revoke-self", json!({})).await;
-    serves_through(&rig, 1, "Vault does not accept our token (403)").await;
+    expect_cached_key_through(&rig, 1, "Vault rejected the token (403)").await;
     stage.put("main", 2).await;
     rig.lab.replace("token", &token().await).unwrap();
     rig.until_signed_with(2).await;
     rig.end().await;
 }
 
-/// Nothing in the metadata changes at the moment when it is gone.
-async fn a_version_that_deletes_itself_evicts_the_key(stage: &Stage) {
-    // The simulator refuses `delete_version_after`.
+/// The metadata do not change at the moment when the version is deleted.
+async fn version_deleted_by_delete_version_after_evicts_the_key(stage: &Stage) {
+    // The simulator rejects `delete_version_after`.
     if !stage.vault.is_real() {
         return;
     }
@@ -468,7 +468,7 @@ async fn a_version_that_deletes_itself_evicts_the_key(stage: &Stage) {
     rig.end().await;
 }
 
-/// Passes TCP connections on; what comes back is late by as much as is set.
+/// Forwards TCP connections and delays everything that Vault sends back.
 struct Link {
     url: String,
     delay_ms: Arc<AtomicU64>,
@@ -485,7 +485,7 @@ impl Link {
             while let Ok((near, _)) = listener.accept().await {
                 let far = TcpStream::connect(&host).await;
                 if let Ok(far) = far {
-                    tokio::spawn(pass_on(near, far, Arc::clone(&delay)));
+                    tokio::spawn(forward(near, far, Arc::clone(&delay)));
                 }
             }
         });
@@ -493,13 +493,13 @@ impl Link {
     }
 }
 
-async fn pass_on(near: TcpStream, far: TcpStream, delay_ms: Arc<AtomicU64>) {
+async fn forward(near: TcpStream, far: TcpStream, delay_ms: Arc<AtomicU64>) {
     let (mut near_read, mut near_write) = near.into_split();
     let (mut far_read, mut far_write) = far.into_split();
-    let there = async {
+    let upstream = async {
         let _ = tokio::io::copy(&mut near_read, &mut far_write).await;
     };
-    let back = async {
+    let downstream = async {
         let mut chunk = vec![0; 16384];
         while let Ok(length @ 1..) = far_read.read(&mut chunk).await {
             tokio::time::sleep(Duration::from_millis(delay_ms.load(Ordering::Relaxed))).await;
@@ -509,7 +509,7 @@ async fn pass_on(near: TcpStream, far: TcpStream, delay_ms: Arc<AtomicU64>) {
         }
     };
     tokio::select! {
-        () = there => {}
-        () = back => {}
+        () = upstream => {}
+        () = downstream => {}
     }
 }

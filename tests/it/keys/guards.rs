@@ -1,4 +1,4 @@
-//! Where the token must not go, and what the environment must not change.
+//! The Vault token is sent only to configured servers, and environment variables change nothing.
 
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use super::real::Api;
 use super::{NO_ANSWER, Setup, key, put};
 use crate::harness::{Lab, until};
 
-/// Another server that knows the token and holds the key of `generation`: what a redirect leads to would work there.
+/// A second Vault that accepts the same token and holds the key of `generation`, so a followed redirect would succeed.
 async fn elsewhere(generation: u32) -> VaultSim {
     let vault = VaultSim::start_dev(ROOT_TOKEN).await.unwrap();
     put(&vault, "main", generation);
@@ -29,30 +29,30 @@ fn redirect_all(from: &VaultSim, to: &VaultSim) {
 }
 
 #[tokio::test]
-async fn a_redirect_to_a_server_that_is_not_listed_is_never_followed() {
+async fn redirect_to_an_unlisted_server_is_never_followed() {
     let elsewhere = elsewhere(2).await;
     let setup = Setup::new(&["main"]).await;
     redirect_all(&setup.vault, &elsewhere);
     let rig = setup.start().await;
-    rig.until_not_ready("key main/main: waiting for Vault: Vault answered 307")
+    rig.until_not_ready("key main/main: waiting for Vault: Vault returned 307")
         .await;
     rig.vault().clear_faults();
     rig.lab.until_ready().await;
     redirect_all(rig.vault(), &elsewhere);
-    rig.serves_until(1, "a poll was redirected", async || {
-        rig.logs.count(&[NO_ANSWER, "Vault answered 307"]) >= 1
+    rig.signs_until(1, "a poll was redirected", async || {
+        rig.logs.count(&[NO_ANSWER, "Vault returned 307"]) >= 1
     })
     .await;
     assert_eq!(
         elsewhere.requests(),
         [],
-        "neither with the token nor without it"
+        "the other server must receive no request"
     );
     rig.end().await;
 }
 
 #[tokio::test]
-async fn a_redirect_to_a_listed_server_is_followed_exactly_once() {
+async fn redirect_to_a_listed_server_is_followed_only_once() {
     let (second, third) = (elsewhere(2).await, elsewhere(3).await);
     let mut setup = Setup::new(&["main"]).await;
     setup.more = format!(
@@ -63,19 +63,19 @@ async fn a_redirect_to_a_listed_server_is_followed_exactly_once() {
     redirect_all(&setup.vault, &second);
     let rig = setup.ready().await;
     assert_eq!(rig.signer("main").await, Ok(key("main", 2).api_key));
-    // Nothing else reaches the second server, and nothing is sent to it that the first one did not redirect.
+    // The second server receives only requests that the first one redirected.
     assert!(second.requests().len() <= rig.vault().requests().len());
 
     redirect_all(&second, &third);
-    rig.serves_until(2, "a poll was redirected twice", async || {
-        rig.logs.count(&[NO_ANSWER, "Vault answered 307"]) >= 1
+    rig.signs_until(2, "a poll was redirected twice", async || {
+        rig.logs.count(&[NO_ANSWER, "Vault returned 307"]) >= 1
     })
     .await;
     assert_eq!(third.requests(), []);
     rig.end().await;
 }
 
-/// A simulated Vault that speaks TLS with a certificate of `ca`.
+/// A simulated Vault that serves TLS with a certificate of `ca`.
 async fn vault_with_tls(ca: &Ca) -> VaultSim {
     let Identity {
         certificate_pem,
@@ -101,7 +101,7 @@ async fn vault_with_tls(ca: &Ca) -> VaultSim {
 }
 
 #[tokio::test]
-async fn a_redirect_from_https_to_http_is_never_followed() {
+async fn redirect_from_https_to_http_is_never_followed() {
     let downgraded = elsewhere(2).await;
     let ca = Ca::new("throw-away CA of a test").unwrap();
     let mut setup = Setup::on(vault_with_tls(&ca).await, &["main"]);
@@ -112,8 +112,8 @@ async fn a_redirect_from_https_to_http_is_never_followed() {
     );
     let rig = setup.ready().await;
     redirect_all(rig.vault(), &downgraded);
-    rig.serves_until(1, "a poll was redirected", async || {
-        rig.logs.count(&[NO_ANSWER, "Vault answered 307"]) >= 1
+    rig.signs_until(1, "a poll was redirected", async || {
+        rig.logs.count(&[NO_ANSWER, "Vault returned 307"]) >= 1
     })
     .await;
     assert_eq!(downgraded.requests(), []);
@@ -121,19 +121,19 @@ async fn a_redirect_from_https_to_http_is_never_followed() {
 }
 
 #[tokio::test]
-async fn a_vault_with_a_certificate_of_another_ca_gets_no_request() {
-    let stranger = Ca::new("another CA").unwrap();
-    let mut setup = Setup::on(vault_with_tls(&stranger).await, &["main"]);
+async fn vault_with_an_untrusted_certificate_receives_no_request() {
+    let other_ca = Ca::new("another CA").unwrap();
+    let mut setup = Setup::on(vault_with_tls(&other_ca).await, &["main"]);
     setup.more = "roots = \"ca.pem\"".to_owned();
     let rig = setup.start().await;
-    rig.until_not_ready("key main/main: waiting for Vault: Vault cannot be reached")
+    rig.until_not_ready("key main/main: waiting for Vault: cannot reach Vault")
         .await;
     assert_eq!(rig.vault().requests(), []);
     rig.end().await;
 }
 
 #[tokio::test]
-async fn a_configured_namespace_is_asked_for_and_one_that_does_not_exist_is_told() {
+async fn configured_namespace_is_sent_and_an_unknown_namespace_is_reported() {
     let mut setup = Setup::new(&["main"]).await;
     setup.more = "namespace = \"nowhere\"".to_owned();
     let rig = setup.start().await;
@@ -142,14 +142,14 @@ async fn a_configured_namespace_is_asked_for_and_one_that_does_not_exist_is_told
     rig.end().await;
 }
 
-/// The shipped program, with a log file; it ends with the test.
+/// The `credbroker` program with a log file; killed when dropped.
 pub(super) struct Program {
     child: Child,
     log: std::path::PathBuf,
 }
 
 impl Program {
-    /// Starts it on the files of `lab` and waits until it is ready; `adjust` changes its environment.
+    /// Starts it with the files of `lab` and waits until it is ready; `adjust` changes its environment.
     pub(super) async fn ready(lab: &Lab, adjust: impl FnOnce(&mut Command)) -> Self {
         let log = lab.path("log");
         let mut command = Command::new(env!("CARGO_BIN_EXE_credbroker"));
@@ -176,20 +176,20 @@ impl Program {
         program
     }
 
-    /// Has it stop as systemd does, and returns its whole log.
+    /// Stops it with SIGTERM, as systemd does, and returns its whole log.
     pub(super) async fn stop(mut self) -> String {
         let pid = self.child.id().to_string();
         let sent = Command::new("kill").args(["-TERM", &pid]).status();
         assert!(sent.unwrap().success());
         let child = std::cell::RefCell::new(&mut self.child);
-        until("the program ends", async || {
+        until("the program exits", async || {
             child.borrow_mut().try_wait().unwrap().is_some()
         })
         .await;
         std::fs::read_to_string(&self.log).unwrap()
     }
 
-    /// The JSON log line with this message, once it is there.
+    /// Waits for the JSON log line with this message and returns it.
     async fn line(&self, message: &str) -> Value {
         let find = || {
             let text = std::fs::read_to_string(&self.log).unwrap();
@@ -205,14 +205,14 @@ impl Program {
 
 impl Drop for Program {
     fn drop(&mut self) {
-        // It may have ended by itself.
+        // It may have exited already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
 #[tokio::test]
-async fn proxies_and_vault_settings_in_the_environment_are_ignored() {
+async fn proxy_and_vault_variables_in_the_environment_are_ignored() {
     let proxy = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let trap = format!("http://{}", proxy.local_addr().unwrap());
     let lab = Setup::new(&["main"]).await.install().await;
@@ -237,10 +237,10 @@ async fn proxies_and_vault_settings_in_the_environment_are_ignored() {
     };
     let program = Program::ready(&lab, adjust).await;
     program.line("key loaded").await;
-    // What came would be waiting here.
-    let came = timeout(std::time::Duration::ZERO, proxy.accept()).await;
+    // A request to the proxy would be waiting here.
+    let connection = timeout(std::time::Duration::ZERO, proxy.accept()).await;
     assert!(
-        came.is_err(),
-        "a request went to the proxy of the environment"
+        connection.is_err(),
+        "a request went to the proxy from the environment"
     );
 }

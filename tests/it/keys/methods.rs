@@ -1,4 +1,4 @@
-//! Logins with what the platform gives the broker: a pod's service account, a certificate, a systemd credential.
+//! Vault logins with credentials from the platform: a pod's service account, a certificate, a systemd credential.
 
 use std::time::Duration;
 
@@ -12,9 +12,9 @@ use credbroker_sim::vault::{
 };
 
 use super::guards::Program;
-use super::login::{FIVE, approle, serves_through_what_is_logged};
+use super::login::{FIVE, approle, logged_then_next_version};
 use super::wrapped::wrapped;
-use super::{LOGIN_REFUSED, NO_ANSWER, Setup, answered, key, put};
+use super::{LOGIN_REFUSED, NO_ANSWER, Setup, count_responses, key, put};
 use crate::harness::until;
 
 const KUBERNETES: &str = "auth/pods/login";
@@ -22,7 +22,7 @@ const CERT: &str = "auth/cert/login";
 const RENEW: &str = "auth/token/renew-self";
 const JWT: &str = "simulated-jwt-of-the-first-hour";
 
-/// A broker in a pod; its projected token stands in `jwt`.
+/// A broker in a pod; its projected token is in the file `jwt`.
 async fn pod() -> Setup {
     let mut setup = Setup::new(&["main"]).await;
     let vault = &setup.vault;
@@ -36,7 +36,7 @@ async fn pod() -> Setup {
 }
 
 #[tokio::test]
-async fn a_pod_logs_in_with_the_service_account_token_of_the_moment() {
+async fn pod_logs_in_with_its_current_service_account_token() {
     let setup = pod().await;
     let vault = setup.vault.clone();
     vault.stop_clock();
@@ -50,14 +50,14 @@ async fn a_pod_logs_in_with_the_service_account_token_of_the_moment() {
     vault.advance_clock(Duration::from_secs(3600));
     put(&vault, "main", 2);
     rig.until_signed_with(2).await;
-    assert_eq!(answered(&vault, KUBERNETES, 200), 2);
+    assert_eq!(count_responses(&vault, KUBERNETES, 200), 2);
     assert_eq!(rig.logs.count(&[NO_ANSWER]), 0);
     assert_eq!(rig.logs.count(&["simulated-jwt"]), 0);
     rig.end().await;
 }
 
 #[tokio::test]
-async fn while_kubernetes_is_down_the_refused_login_evicts_nothing() {
+async fn rejected_login_evicts_nothing_while_kubernetes_is_down() {
     let setup = pod().await;
     let vault = setup.vault.clone();
     vault.stop_clock();
@@ -66,9 +66,9 @@ async fn while_kubernetes_is_down_the_refused_login_evicts_nothing() {
     vault.advance_clock(Duration::from_secs(3600));
     let line = [
         LOGIN_REFUSED,
-        "login: Vault answered 403: permission denied",
+        "login: Vault returned 403: permission denied",
     ];
-    serves_through_what_is_logged(&rig, 1, &line).await;
+    logged_then_next_version(&rig, 1, &line).await;
     vault.set_reviewer(Reviewer::Up);
     rig.until_signed_with(2).await;
     assert_eq!(rig.logs.count(&["key unavailable"]), 0);
@@ -76,7 +76,7 @@ async fn while_kubernetes_is_down_the_refused_login_evicts_nothing() {
     rig.end().await;
 }
 
-/// A broker with a certificate, `client.pem` and `client.key`, whose tokens live for `ttl` seconds.
+/// A broker that logs in with `client.pem` and `client.key`; its tokens are valid for `ttl` seconds.
 async fn certified(ttl: u64, role: Option<&str>) -> Setup {
     let ca = Ca::new("throw-away CA of a test").unwrap();
     let vault = VaultSim::start_dev_tls(ROOT_TOKEN, &ca.server().unwrap())
@@ -111,19 +111,21 @@ fn issue(ca: &Ca) -> Identity {
 }
 
 #[tokio::test]
-async fn a_certificate_logs_in_and_renews() {
+async fn certificate_login_works_and_its_token_is_renewed() {
     let setup = certified(10, Some("trader")).await;
     let vault = setup.vault.clone();
     let rig = setup.ready().await;
     assert_eq!(rig.signer("main").await, Ok(key("main", 1).api_key));
-    rig.serves_until(1, "a renewal", async || answered(&vault, RENEW, 200) >= 1)
-        .await;
-    assert_eq!(answered(&vault, CERT, 200), 1);
+    rig.signs_until(1, "a renewal", async || {
+        count_responses(&vault, RENEW, 200) >= 1
+    })
+    .await;
+    assert_eq!(count_responses(&vault, CERT, 200), 1);
     rig.end().await;
 }
 
 #[tokio::test]
-async fn a_new_certificate_is_logged_in_with_and_one_without_its_key_is_not_used() {
+async fn new_certificate_is_used_for_login_only_once_its_key_matches() {
     let setup = certified(10, None).await;
     let vault = setup.vault.clone();
     let rig = setup.ready().await;
@@ -131,47 +133,47 @@ async fn a_new_certificate_is_logged_in_with_and_one_without_its_key_is_not_used
     rig.lab
         .replace("client.pem", &next.certificate_pem)
         .unwrap();
-    let kept = "cannot reload the client certificate for Vault; keeping current";
-    rig.serves_until(1, "the certificate is found without its key", async || {
-        rig.logs.count(&[kept]) >= 1
+    let reload_failed = "cannot reload the client certificate for Vault; keeping current";
+    rig.signs_until(1, "the certificate does not match its key", async || {
+        rig.logs.count(&[reload_failed]) >= 1
     })
     .await;
-    assert_eq!(answered(&vault, CERT, 200), 1);
+    assert_eq!(count_responses(&vault, CERT, 200), 1);
     std::fs::remove_file(rig.lab.path("client.key")).unwrap();
-    let missing = [kept, "No such file"];
-    rig.serves_until(1, "the key is missing", async || {
+    let missing = [reload_failed, "No such file"];
+    rig.signs_until(1, "the key is missing", async || {
         rig.logs.count(&missing) >= 1
     })
     .await;
     rig.lab.replace("client.key", &next.key_pem).unwrap();
-    rig.serves_until(1, "a login with the new one", async || {
-        answered(&vault, CERT, 200) >= 2
+    rig.signs_until(1, "a login with the new certificate", async || {
+        count_responses(&vault, CERT, 200) >= 2
     })
     .await;
-    // The connection and its token belong together: else these would be 500.
-    let before = answered(&vault, RENEW, 200);
-    rig.serves_until(1, "a renewal with the new one", async || {
-        answered(&vault, RENEW, 200) > before
+    // A token works only over the connection with its own certificate; otherwise renewals would return 500.
+    let before = count_responses(&vault, RENEW, 200);
+    rig.signs_until(1, "a renewal with the new certificate", async || {
+        count_responses(&vault, RENEW, 200) > before
     })
     .await;
-    assert_eq!(answered(&vault, RENEW, 500), 0);
-    assert_eq!(answered(&vault, CERT, 200), 2);
+    assert_eq!(count_responses(&vault, RENEW, 500), 0);
+    assert_eq!(count_responses(&vault, CERT, 200), 2);
     assert_eq!(rig.logs.count(&[NO_ANSWER]), 0);
     rig.end().await;
 }
 
 #[tokio::test]
-async fn the_old_token_serves_while_a_new_certificate_is_refused() {
+async fn old_token_stays_in_use_while_the_new_certificate_is_rejected() {
     let setup = certified(1200, None).await;
     let vault = setup.vault.clone();
     let rig = setup.ready().await;
-    let stranger = issue(&Ca::new("another CA").unwrap());
+    let untrusted = issue(&Ca::new("another CA").unwrap());
     rig.lab
-        .replace("client.pem", &stranger.certificate_pem)
+        .replace("client.pem", &untrusted.certificate_pem)
         .unwrap();
-    rig.lab.replace("client.key", &stranger.key_pem).unwrap();
-    rig.serves_until(1, "a refused login", async || {
-        answered(&vault, CERT, 400) >= 1
+    rig.lab.replace("client.key", &untrusted.key_pem).unwrap();
+    rig.signs_until(1, "a rejected login", async || {
+        count_responses(&vault, CERT, 400) >= 1
     })
     .await;
     put(&vault, "main", 2);
@@ -181,30 +183,32 @@ async fn the_old_token_serves_while_a_new_certificate_is_refused() {
         .replace("client.pem", &right.certificate_pem)
         .unwrap();
     rig.lab.replace("client.key", &right.key_pem).unwrap();
-    rig.serves_until(2, "a login", async || answered(&vault, CERT, 200) >= 2)
-        .await;
+    rig.signs_until(2, "a login", async || {
+        count_responses(&vault, CERT, 200) >= 2
+    })
+    .await;
     assert_eq!(rig.logs.count(&[NO_ANSWER]), 0);
     assert_eq!(rig.logs.count(&["PRIVATE KEY"]), 0);
     rig.end().await;
 }
 
-/// Vault takes any role that fits when none is named, and none is named where the field has another name.
+/// Vault picks any matching role if the login names none, so a misspelled field in the login request would go unnoticed.
 #[tokio::test]
-async fn a_certificate_logs_in_at_the_configured_role_and_no_other() {
+async fn certificate_login_uses_only_the_configured_role() {
     let setup = certified(1200, Some("nobody")).await;
     let rig = setup.start().await;
-    until("the login is refused", async || {
+    until("the login is rejected", async || {
         rig.logs
-            .count(&[LOGIN_REFUSED, "login: Vault answered 400"])
+            .count(&[LOGIN_REFUSED, "login: Vault returned 400"])
             >= 1
     })
     .await;
-    assert_eq!(answered(rig.vault(), CERT, 200), 0);
+    assert_eq!(count_responses(rig.vault(), CERT, 200), 0);
     rig.end().await;
 }
 
 #[tokio::test]
-async fn the_check_finds_a_certificate_that_cannot_be_shown() {
+async fn config_check_finds_an_unusable_vault_client_certificate() {
     let lab = certified(1200, None).await.install().await;
     assert!(load(&lab.config(), Clock::system().wall_ms()).is_ok());
     let problems = |config: Config| {
@@ -224,8 +228,8 @@ async fn the_check_finds_a_certificate_that_cannot_be_shown() {
     let found = problems(lab.config());
     for part in [
         "vault.auth.certificate: ",
-        "there is none in it",
-        "vault.auth.key: expected a private key as PEM in ",
+        "no CERTIFICATE section found",
+        "vault.auth.key: expected a PEM private key in ",
     ] {
         assert!(found.contains(part), "{part} is not in\n{found}");
     }
@@ -241,34 +245,34 @@ async fn the_check_finds_a_certificate_that_cannot_be_shown() {
         problems,
         [(
             "vault.address",
-            "expected https: vault.auth.method = \"cert\" shows a certificate, which http cannot"
+            "expected https, because vault.auth.method = \"cert\" sends a client certificate"
         )]
     );
 }
 
 #[tokio::test]
-async fn logins_name_the_configured_namespace() {
+async fn logins_are_sent_to_the_configured_namespace() {
     for (mut setup, path) in [
         (pod().await, KUBERNETES),
         (certified(1200, None).await, CERT),
     ] {
         setup.more.push_str("\nnamespace = \"nowhere\"");
         let rig = setup.start().await;
-        until("the login is refused", async || {
+        until("the login is rejected", async || {
             rig.logs.count(&[
                 LOGIN_REFUSED,
-                "login: Vault answered 404: namespace not found",
+                "login: Vault returned 404: namespace not found",
             ]) >= 1
         })
         .await;
-        assert_eq!(answered(rig.vault(), path, 200), 0);
+        assert_eq!(count_responses(rig.vault(), path, 200), 0);
         rig.end().await;
     }
 }
 
-/// The shipped program logs everything, gets its keys, and ends.
+/// Runs the `credbroker` program at log level TRACE until it has its keys, then stops it.
 #[tokio::test]
-async fn no_method_shows_its_secrets_and_every_token_is_revoked_at_the_end() {
+async fn no_login_method_logs_secrets_and_each_revokes_its_token_on_exit() {
     for (name, setup) in [
         ("kubernetes", pod().await),
         ("cert", certified(1200, None).await),
@@ -301,7 +305,7 @@ async fn no_method_shows_its_secrets_and_every_token_is_revoked_at_the_end() {
         let log = program.stop().await;
         assert!(
             log.contains("logged in to Vault"),
-            "{name}: everything is logged"
+            "{name}: expected log level TRACE"
         );
         for secret in secrets {
             assert!(!log.contains(secret.trim()), "{name}: {secret}");
@@ -310,7 +314,7 @@ async fn no_method_shows_its_secrets_and_every_token_is_revoked_at_the_end() {
     }
 }
 
-/// A broker whose secret id is a credential that systemd hands it.
+/// A broker that gets its secret id as a systemd credential.
 async fn credential() -> Setup {
     let mut setup = approle(&["main"], RoleSettings::default()).await;
     let (name, secret_id) = setup.settings.files.pop().unwrap();

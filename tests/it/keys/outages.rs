@@ -1,4 +1,4 @@
-//! No answer is no word about a key: cached keys stay in use, whatever Vault or a proxy before it does instead.
+//! During a Vault outage cached keys stay in use, whatever Vault or a proxy in front of it returns.
 
 use bytes::Bytes;
 use credbroker::proto::{Method, Outcome, Scope};
@@ -8,10 +8,10 @@ use credbroker_sim::vault::{
     Fault, FaultRule, InitialState, RoleSettings, Standby, VaultSettings, VaultSim,
 };
 
-use super::{NO_ANSWER, Setup, answered, key, put};
+use super::{NO_ANSWER, Setup, count_responses, key, put};
 use crate::harness::{request, until};
 
-/// Ways to give no answer: a name for the account that meets it, the fault, what the log says.
+/// Kinds of outages: the account that is affected, the fault, the logged reason.
 fn faults() -> Vec<(String, Fault, &'static str)> {
     let status = |code: u16| {
         (
@@ -22,23 +22,23 @@ fn faults() -> Vec<(String, Fault, &'static str)> {
             },
         )
     };
-    let unknown = "Vault's answer is not what its API describes";
+    let unknown = "response is not in Vault's format";
     let mut faults = vec![
-        ("close".to_owned(), Fault::Close, "Vault cannot be reached"),
+        ("close".to_owned(), Fault::Close, "cannot reach Vault"),
         ("half-body".to_owned(), Fault::HalfBody, unknown),
-        ("hang".to_owned(), Fault::Hang, "Vault cannot be reached"),
+        ("hang".to_owned(), Fault::Hang, "cannot reach Vault"),
         ("html".to_owned(), Fault::NotJson, unknown),
         ("wrong-json".to_owned(), Fault::WrongJson, unknown),
     ];
     for (code, reason) in [
-        (400, "Vault answered 400"),
-        (412, "Vault answered 412"),
-        (429, "Vault answered 429"),
-        (472, "Vault answered 472"),
-        (500, "Vault answered 500"),
-        (502, "Vault answered 502"),
+        (400, "Vault returned 400"),
+        (412, "Vault returned 412"),
+        (429, "Vault returned 429"),
+        (472, "Vault returned 472"),
+        (500, "Vault returned 500"),
+        (502, "Vault returned 502"),
         (503, "Vault is sealed or not initialised (503)"),
-        (504, "Vault answered 504"),
+        (504, "Vault returned 504"),
     ] {
         let (name, fault) = status(code);
         faults.push((name, fault, reason));
@@ -47,7 +47,7 @@ fn faults() -> Vec<(String, Fault, &'static str)> {
 }
 
 #[tokio::test]
-async fn what_is_in_memory_using_whatever_vault_does_instead_of_answering() {
+async fn cached_keys_stay_in_use_through_every_kind_of_vault_outage() {
     let accounts = faults();
     let accounts: Vec<_> = accounts
         .iter()
@@ -61,14 +61,14 @@ async fn what_is_in_memory_using_whatever_vault_does_instead_of_answering() {
         rig.vault().fault(FaultRule::new(&path, fault));
         put(rig.vault(), &account, 2);
     }
-    until("every key has met its outage twice", async || {
-        let mut met = true;
+    until("every key has had its outage twice", async || {
+        let mut is_done = true;
         for (account, _, reason) in faults() {
             let field = format!("account.id={account} ");
-            met &= rig.logs.count(&[NO_ANSWER, &field, reason]) >= 2;
+            is_done &= rig.logs.count(&[NO_ANSWER, &field, reason]) >= 2;
             assert_eq!(rig.signer(&account).await, Ok(key(&account, 1).api_key));
         }
-        met
+        is_done
     })
     .await;
     assert_eq!(rig.logs.count(&["key unavailable"]), 0);
@@ -86,7 +86,7 @@ async fn what_is_in_memory_using_whatever_vault_does_instead_of_answering() {
 }
 
 #[tokio::test]
-async fn an_outage_between_the_metadata_and_the_secret_leaves_the_old_version_in_use() {
+async fn outage_between_metadata_and_secret_reads_keeps_the_old_version_in_use() {
     let accounts = faults();
     let accounts: Vec<_> = accounts
         .iter()
@@ -100,14 +100,14 @@ async fn an_outage_between_the_metadata_and_the_secret_leaves_the_old_version_in
         rig.vault().fault(FaultRule::new(&path, fault));
         put(rig.vault(), &account, 2);
     }
-    until("every key has met its outage", async || {
-        let mut met = true;
+    until("every key has had its outage", async || {
+        let mut is_done = true;
         for (account, _, reason) in faults() {
             let field = format!("account.id={account} ");
-            met &= rig.logs.count(&[NO_ANSWER, &field, reason]) >= 1;
+            is_done &= rig.logs.count(&[NO_ANSWER, &field, reason]) >= 1;
             assert_eq!(rig.signer(&account).await, Ok(key(&account, 1).api_key));
         }
-        met
+        is_done
     })
     .await;
     assert_eq!(rig.logs.count(&["simulated-secret"]), 0);
@@ -121,9 +121,9 @@ async fn an_outage_between_the_metadata_and_the_secret_leaves_the_old_version_in
     rig.end().await;
 }
 
-/// A standby that does not forward names the active node instead.
+/// A standby that does not forward requests redirects to the active node.
 #[tokio::test]
-async fn after_a_failover_to_a_listed_node_the_next_login_follows_its_one_redirect() {
+async fn login_after_a_failover_follows_one_redirect_to_a_listed_node() {
     let vault = VaultSim::start(VaultSettings {
         state: InitialState::Dev {
             root_token: ROOT_TOKEN.to_owned(),
@@ -145,14 +145,18 @@ async fn after_a_failover_to_a_listed_node_the_next_login_follows_its_one_redire
     }
     put(&vault, "main", 2);
     rig.until_signed_with(2).await;
-    let logins = [200, 307].map(|status| answered(&vault, "auth/approle/login", status));
-    assert_eq!(logins, [2, 1], "at the start, and by way of the standby");
+    let logins = [200, 307].map(|status| count_responses(&vault, "auth/approle/login", status));
+    assert_eq!(
+        logins,
+        [2, 1],
+        "logins at the start and after the redirect from the standby"
+    );
     rig.end().await;
 }
 
-/// A load balancer whose backend is gone, or a firewall that objects, must not cost a firm its keys.
+/// A load balancer without a backend or a firewall must not evict keys.
 #[tokio::test]
-async fn a_404_or_403_that_vault_did_not_write_evicts_nothing() {
+async fn http_403_or_404_from_a_proxy_evicts_nothing() {
     for status in [403, 404] {
         let page = move |_| async move {
             let page = Bytes::from_static(b"<html><body>default backend</body></html>");
@@ -164,12 +168,13 @@ async fn a_404_or_403_that_vault_did_not_write_evicts_nothing() {
         let mut setup = Setup::new(&["main"]).await;
         setup.more = format!("redirects = [\"{to}\"]");
         let rig = setup.ready().await;
-        // The simulated Vault writes every 403 and 404 as Vault does; so it sends the broker to where they come from.
+        // The simulated Vault returns 403 and 404 in Vault's format, so it redirects to a server that returns HTML.
         rig.vault()
             .fault(FaultRule::new("kv/", Fault::Redirect { to }));
-        let reason =
-            format!("Vault answered {status}, but not in its own words; is a proxy in between?");
-        rig.serves_until(1, "two polls have met the proxy", async || {
+        let reason = format!(
+            "HTTP {status} response is not in Vault's format; check for a proxy in front of Vault"
+        );
+        rig.signs_until(1, "two polls have reached the proxy", async || {
             rig.logs.count(&[NO_ANSWER, &reason]) >= 2
         })
         .await;
@@ -181,10 +186,9 @@ async fn a_404_or_403_that_vault_did_not_write_evicts_nothing() {
 }
 
 #[tokio::test]
-async fn a_broker_that_starts_before_vault_is_up_says_what_it_waits_for_and_is_ready_once_it_is_there()
- {
+async fn broker_started_while_vault_is_down_reports_it_and_becomes_ready_later() {
     for (is_sealed, reason) in [
-        (false, "Vault cannot be reached"),
+        (false, "cannot reach Vault"),
         (true, "Vault is sealed or not initialised (503)"),
     ] {
         let setup = Setup::new(&["main"]).await;
@@ -199,7 +203,7 @@ async fn a_broker_that_starts_before_vault_is_up_says_what_it_waits_for_and_is_r
         assert_eq!(rig.lab.get("/healthz").await, (200, "ok\n".to_owned()));
         rig.until_evicted(reason).await;
         assert!(rig.lab.kucoin.received().is_empty());
-        // What needs no key works.
+        // Requests that need no key work.
         let public = request(Scope::SpotMargin, Method::Get, "/api/v1/timestamp", "");
         let answer = rig.bot.clone().send(public).await.unwrap();
         assert_eq!(answer.outcome(), Outcome::Accepted);

@@ -1,5 +1,5 @@
-//! The shipped policies suffice and allow nothing else; only a real server can prove it, because the simulator keeps
-//! policies without going by them.
+//! The shipped policies allow what is needed and nothing else. This needs a real server: the simulator stores policies
+//! but does not enforce them.
 
 use std::path::Path;
 use std::sync::{Arc, Once};
@@ -29,7 +29,7 @@ fn as_shipped(file: &str) -> String {
 
 const UNWRAPPED: &str = "/v1/sys/wrapping/unwrap";
 
-/// A real server with a mount that wants check-and-set, the three shipped policies, and the broker's role.
+/// A real server with a mount that requires check-and-set, the three shipped policies and the broker's role.
 struct Stage {
     vault: Backend,
 }
@@ -37,8 +37,8 @@ struct Stage {
 impl Stage {
     async fn new() -> Option<Self> {
         let Some(vault) = Backend::real().await else {
-            static TOLD: Once = Once::new();
-            TOLD.call_once(|| not_run("policies", "vault", "no real Vault"));
+            static PRINTED: Once = Once::new();
+            PRINTED.call_once(|| not_run("policies", "vault", "no real Vault"));
             return None;
         };
         let Backend { api, name, .. } = &vault;
@@ -92,11 +92,11 @@ impl Stage {
         &self.vault.name
     }
 
-    /// Somebody whose token has this policy alone.
-    async fn holder_of(&self, policy: &str) -> Api {
+    /// A client whose token has only this policy.
+    async fn client_with(&self, policy: &str) -> Api {
         let api = &self.vault.api;
-        let wanted = json!({ "policies": [policy], "no_default_policy": true, "ttl": "1h" });
-        let made = api.call("POST", "auth/token/create", wanted).await;
+        let request = json!({ "policies": [policy], "no_default_policy": true, "ttl": "1h" });
+        let made = api.call("POST", "auth/token/create", request).await;
         assert_eq!(
             made["auth"]["policies"],
             json!([policy]),
@@ -105,7 +105,7 @@ impl Stage {
         api.with_token(made["auth"]["client_token"].as_str().unwrap())
     }
 
-    /// The first key of `main`, written past all policies.
+    /// Writes the first key of `main` with the root token.
     async fn write_first_key(&self) {
         let path = format!("{}/data/{}", self.name(), kv_path("main", "main"));
         let written = json!({ "options": { "cas": 0 }, "data": secret(&key("main", 1)) });
@@ -119,12 +119,12 @@ impl Stage {
     }
 
     async fn login(&self, secret_id: &str) -> Api {
-        let nobody = self.vault.api.with_token("");
+        let anonymous = self.vault.api.with_token("");
         let path = format!("auth/{}/login", self.name());
-        let shown = json!({ "role_id": self.role_id().await, "secret_id": secret_id });
-        let login = nobody.call("POST", &path, shown).await;
+        let credentials = json!({ "role_id": self.role_id().await, "secret_id": secret_id });
+        let login = anonymous.call("POST", &path, credentials).await;
         assert_eq!(login["auth"]["policies"], json!([self.name()]));
-        nobody.with_token(login["auth"]["client_token"].as_str().unwrap())
+        anonymous.with_token(login["auth"]["client_token"].as_str().unwrap())
     }
 
     async fn clean_up(&self) {
@@ -136,21 +136,21 @@ impl Stage {
     }
 }
 
-/// Every one of these requests is 403; `{}` in a path is the mount.
-async fn refuses(who: &Api, name: &str, requests: &[(&str, &str)]) {
-    let who = who.with_header("content-type", "application/merge-patch+json");
+/// Checks that each of these requests returns 403; `{}` in a path is the mount.
+async fn assert_denied(client: &Api, name: &str, requests: &[(&str, &str)]) {
+    let client = client.with_header("content-type", "application/merge-patch+json");
     let body = json!({ "data": {}, "options": { "cas": 1 }, "versions": [1], "policy": "" });
     for (method, path) in requests {
         let path = path.replace("{}", name);
         let body = Some(&body).filter(|_| *method != "GET" && *method != "LIST");
-        let (status, answer) = who.raw(method, &format!("/v1/{path}"), body).await;
+        let (status, answer) = client.raw(method, &format!("/v1/{path}"), body).await;
         assert_eq!(status, 403, "{method} {path}: {answer}");
         assert!(answer.contains("permission denied"), "{answer}");
     }
 }
 
-/// What none of the three may do.
-const NOBODYS: [(&str, &str); 11] = [
+/// Requests that none of the three policies allows.
+const ALWAYS_DENIED: [(&str, &str); 11] = [
     ("GET", "sys/mounts"),
     ("GET", "sys/policies/acl/{}"),
     ("PUT", "sys/policies/acl/{}"),
@@ -165,7 +165,7 @@ const NOBODYS: [(&str, &str); 11] = [
 ];
 
 #[test]
-fn the_shipped_policies_name_the_mount_and_the_prefix_of_the_example_configuration() {
+fn shipped_policies_use_the_mount_and_prefix_of_the_example_config() {
     let text = include_str!("../../../deploy/config.toml");
     let vault = Config::parse(text, Path::new("/etc/credbroker"))
         .unwrap()
@@ -180,17 +180,17 @@ fn the_shipped_policies_name_the_mount_and_the_prefix_of_the_example_configurati
 }
 
 #[tokio::test]
-async fn the_brokers_policy_suffices_for_a_broker_and_allows_nothing_else() {
+async fn broker_policy_allows_what_the_broker_needs_and_nothing_else() {
     let Some(stage) = Stage::new().await else {
         return;
     };
     let Backend { api, name, .. } = &stage.vault;
     stage.write_first_key().await;
     let path = format!("auth/{name}/role/credbroker/secret-id");
-    let minted = api.call("POST", &path, json!({})).await;
-    let secret_id = minted["data"]["secret_id"].as_str().unwrap().to_owned();
+    let created = api.call("POST", &path, json!({})).await;
+    let secret_id = created["data"]["secret_id"].as_str().unwrap().to_owned();
 
-    // Login, read and poll, as the broker itself does them.
+    // Login, read and poll by a running broker.
     let mut setup = Setup::new(&["main"]).await;
     setup.settings.vault_url = Some(api.url.clone());
     setup.more = format!("mount = \"{name}\"");
@@ -208,8 +208,8 @@ async fn the_brokers_policy_suffices_for_a_broker_and_allows_nothing_else() {
     rig.end().await;
 
     let own = stage.login(&secret_id).await;
-    refuses(&own, name, &NOBODYS).await;
-    refuses(
+    assert_denied(&own, name, &ALWAYS_DENIED).await;
+    assert_denied(
         &own,
         name,
         &[
@@ -235,20 +235,20 @@ async fn the_brokers_policy_suffices_for_a_broker_and_allows_nothing_else() {
     let renewed = own.call("POST", "auth/token/renew-self", json!({})).await;
     assert_eq!(renewed["auth"]["lease_duration"], 3600);
     own.call("POST", "auth/token/revoke-self", json!({})).await;
-    refuses(&own, name, &[("GET", "auth/token/lookup-self")]).await;
+    assert_denied(&own, name, &[("GET", "auth/token/lookup-self")]).await;
     stage.clean_up().await;
 }
 
 #[tokio::test]
 async fn keys_are_registered_rotated_and_rolled_back_under_the_shipped_policies() {
-    use super::register::{is, lines, run};
+    use super::register::{lines, matches_key, run};
     let Some(stage) = Stage::new().await else {
         return;
     };
     let Backend { api, name, .. } = &stage.vault;
     let path = format!("auth/{name}/role/credbroker/secret-id");
-    let minted = api.call("POST", &path, json!({})).await;
-    let secret_id = minted["data"]["secret_id"].as_str().unwrap();
+    let created = api.call("POST", &path, json!({})).await;
+    let secret_id = created["data"]["secret_id"].as_str().unwrap();
     let mut setup = Setup::new(&["main"]).await;
     setup.settings.vault_url = Some(api.url.clone());
     setup.more = format!("mount = \"{name}\"");
@@ -260,7 +260,7 @@ async fn keys_are_registered_rotated_and_rolled_back_under_the_shipped_policies(
     let rig = setup.start().await;
     let lab = &rig.lab;
 
-    let admin = stage.holder_of(&format!("{name}-admin")).await;
+    let admin = stage.client_with(&format!("{name}-admin")).await;
     lab.write_admin_files(&lab.ca.admin("anna").unwrap());
     lab.write("admin-token", admin.token()).unwrap();
     let toml = std::fs::read_to_string(lab.path("admin.toml")).unwrap();
@@ -290,22 +290,22 @@ async fn keys_are_registered_rotated_and_rolled_back_under_the_shipped_policies(
         ),
     ] {
         let words = [&["keys"], words].concat();
-        let (code, said) = run(lab, &words, key, &lines(key)).await;
-        assert_eq!(code, 0, "{said}");
-        assert!(said.contains(expected), "{said}");
+        let (code, output) = run(lab, &words, key, &lines(key)).await;
+        assert_eq!(code, 0, "{output}");
+        assert!(output.contains(expected), "{output}");
         assert_eq!(rig.signer("main").await, Ok(key.api_key.clone()));
     }
     for (version, key) in [(1, &first), (2, &second)] {
         let path = format!("{name}/data/{}?version={version}", kv_path("main", "main"));
-        let held = api.call("GET", &path, Value::Null).await["data"]["data"].clone();
-        assert!(is(&held, key), "version {version}");
+        let values = api.call("GET", &path, Value::Null).await["data"]["data"].clone();
+        assert!(matches_key(&values, key), "version {version}");
     }
     rig.end().await;
     stage.clean_up().await;
 }
 
 #[tokio::test]
-async fn the_doctor_sees_who_can_write_and_never_writes_itself() {
+async fn doctor_write_check_lists_write_permissions_and_writes_nothing() {
     let Some(stage) = Stage::new().await else {
         return;
     };
@@ -329,22 +329,22 @@ async fn the_doctor_sees_who_can_write_and_never_writes_itself() {
         .with_root_certificates(rustls::RootCertStore::empty())
         .with_no_client_auth();
     let vault = Vault::new(settings, tls, Arc::default()).unwrap();
-    let seen_by = async |token: &str| {
+    let check_with = async |token: &str| {
         std::fs::write(&file, token).unwrap();
         let (account, key) = ("main".parse().unwrap(), "main".parse().unwrap());
         let token = vault.token().await.unwrap();
-        let may = vault.may_write(&account, &key).await.unwrap();
-        (token.map(|token| token.policies), may)
+        let permissions = vault.may_write(&account, &key).await.unwrap();
+        (token.map(|token| token.policies), permissions)
     };
     let metadata = format!("{name}/metadata/{}", kv_path("main", "main"));
     let api = &stage.vault.api;
     let before = api.call("GET", &metadata, Value::Null).await;
-    let broker = stage.holder_of(name).await;
+    let broker = stage.client_with(name).await;
     assert_eq!(
-        seen_by(broker.token()).await,
+        check_with(broker.token()).await,
         (Some(vec![name.to_owned()]), Vec::new())
     );
-    let admin = stage.holder_of(&format!("{name}-admin")).await;
+    let admin = stage.client_with(&format!("{name}-admin")).await;
     let all = [
         "write versions",
         "change metadata",
@@ -352,11 +352,11 @@ async fn the_doctor_sees_who_can_write_and_never_writes_itself() {
         "undelete versions",
         "destroy versions",
     ];
-    assert_eq!(seen_by(admin.token()).await, (None, all[..4].to_vec()));
-    assert_eq!(seen_by(api.token()).await.1, all);
+    assert_eq!(check_with(admin.token()).await, (None, all[..4].to_vec()));
+    assert_eq!(check_with(api.token()).await.1, all);
     let after = api.call("GET", &metadata, Value::Null).await;
     assert_eq!(before["data"], after["data"]);
-    // A place where there is no key yet stays empty.
+    // The check of a key that does not exist creates nothing.
     let (account, key) = ("other".parse().unwrap(), "main".parse().unwrap());
     assert_eq!(vault.may_write(&account, &key).await.unwrap(), all);
     let path = format!("/v1/{name}/metadata/{}", kv_path("other", "main"));
@@ -365,12 +365,12 @@ async fn the_doctor_sees_who_can_write_and_never_writes_itself() {
 }
 
 #[tokio::test]
-async fn the_admins_policy_writes_keys_with_check_and_set_and_reads_none_back() {
+async fn admin_policy_writes_keys_only_with_check_and_set_and_cannot_read_them() {
     let Some(stage) = Stage::new().await else {
         return;
     };
     let name = stage.name();
-    let admin = stage.holder_of(&format!("{name}-admin")).await;
+    let admin = stage.client_with(&format!("{name}-admin")).await;
     let path = kv_path("main", "main");
     let metadata = async || {
         let path = format!("{name}/metadata/{path}");
@@ -417,20 +417,20 @@ async fn the_admins_policy_writes_keys_with_check_and_set_and_reads_none_back() 
         ("PATCH", "{}/metadata/kucoin/prod/main/main"),
         ("GET", "auth/token/lookup-self"),
     ];
-    for who in [&admin, &admin.with_header("x-vault-wrap-ttl", "60s")] {
-        refuses(who, name, &reads).await;
-        refuses(who, name, &NOBODYS).await;
+    for client in [&admin, &admin.with_header("x-vault-wrap-ttl", "60s")] {
+        assert_denied(client, name, &reads).await;
+        assert_denied(client, name, &ALWAYS_DENIED).await;
     }
     stage.clean_up().await;
 }
 
 #[tokio::test]
-async fn the_deployers_policy_mints_secret_ids_that_are_wrapped_for_30_s_to_5_min_and_no_others() {
+async fn deployer_policy_creates_only_secret_ids_wrapped_for_30_s_to_5_min() {
     let Some(stage) = Stage::new().await else {
         return;
     };
     let name = stage.name();
-    let deployer = stage.holder_of(&format!("{name}-deployer")).await;
+    let deployer = stage.client_with(&format!("{name}-deployer")).await;
     let path = format!("auth/{name}/role/credbroker/secret-id");
     for ttl in ["30s", "60s", "5m"] {
         let wrapping = deployer.with_header("x-vault-wrap-ttl", ttl);
@@ -445,12 +445,17 @@ async fn the_deployers_policy_mints_secret_ids_that_are_wrapped_for_30_s_to_5_mi
         let own = stage.login(secret_id).await;
         own.call("POST", "auth/token/revoke-self", json!({})).await;
         let (status, again) = bearer.raw("POST", UNWRAPPED, None).await;
-        assert_eq!(status, 400, "unwrapped once: {again}");
+        assert_eq!(status, 400, "a second unwrap must fail: {again}");
     }
-    let mint = [("POST", "auth/{}/role/credbroker/secret-id")];
-    refuses(&deployer, name, &mint).await;
+    let create = [("POST", "auth/{}/role/credbroker/secret-id")];
+    assert_denied(&deployer, name, &create).await;
     for ttl in ["10s", "29s", "301s", "10m"] {
-        refuses(&deployer.with_header("x-vault-wrap-ttl", ttl), name, &mint).await;
+        assert_denied(
+            &deployer.with_header("x-vault-wrap-ttl", ttl),
+            name,
+            &create,
+        )
+        .await;
     }
     let wrapping = deployer.with_header("x-vault-wrap-ttl", "60s");
     let others = [
@@ -463,9 +468,9 @@ async fn the_deployers_policy_mints_secret_ids_that_are_wrapped_for_30_s_to_5_mi
         ("POST", "{}/data/kucoin/prod/main/main"),
         ("GET", "{}/metadata/kucoin/prod/main/main"),
     ];
-    for who in [&deployer, &wrapping] {
-        refuses(who, name, &others).await;
-        refuses(who, name, &NOBODYS).await;
+    for client in [&deployer, &wrapping] {
+        assert_denied(client, name, &others).await;
+        assert_denied(client, name, &ALWAYS_DENIED).await;
     }
     stage.clean_up().await;
 }

@@ -1,4 +1,4 @@
-//! A Vault over its HTTP API, real or simulated, as an admin uses it.
+//! A real or simulated Vault, and a client for its HTTP API.
 
 use std::ffi::OsStr;
 use std::net::SocketAddr;
@@ -14,12 +14,12 @@ use tokio::net::TcpStream;
 
 use crate::harness::until;
 
-/// An HTTP server on plain TCP, and the token to show it.
+/// Client of an HTTP server without TLS, with a Vault token.
 #[derive(Clone)]
 pub(crate) struct Api {
     pub(super) url: String,
     pub(super) token: String,
-    /// Further lines of each request's head.
+    /// Further header lines of each request.
     headers: String,
 }
 
@@ -32,17 +32,17 @@ impl Api {
         }
     }
 
-    /// The token that it is asked with.
+    /// The token that is sent with requests.
     pub(super) fn token(&self) -> &str {
         &self.token
     }
 
-    /// The same server, asked with another token.
+    /// The same server with another token.
     pub(super) fn with_token(&self, token: &str) -> Self {
         Self::new(&self.url, token)
     }
 
-    /// The same server and token, asked with a further header.
+    /// The same server and token with one more header.
     pub(crate) fn with_header(&self, name: &str, value: &str) -> Self {
         let headers = format!("{}{name}: {value}\r\n", self.headers);
         Self {
@@ -51,7 +51,7 @@ impl Api {
         }
     }
 
-    /// One request; status and body. Status 0: no answer.
+    /// Sends one request; returns status and body. Status 0: no response.
     pub(super) async fn raw(
         &self,
         method: &str,
@@ -61,62 +61,62 @@ impl Api {
         let host = self
             .url
             .strip_prefix("http://")
-            .expect("only http:// is spoken here");
+            .expect("expected an http:// URL");
         let body = body.map(Value::to_string).unwrap_or_default();
-        // HTTP/1.0, so that the answer ends with the connection.
+        // HTTP/1.0: the server closes the connection after the response.
         let request = format!(
             "{method} {path} HTTP/1.0\r\nhost: {host}\r\nx-vault-token: {}\r\n{}content-length: {}\r\n\r\n{body}",
             self.token,
             self.headers,
             body.len(),
         );
-        let mut answer = String::new();
+        let mut response = String::new();
         let exchange = async {
             let mut stream = TcpStream::connect(host).await?;
             stream.write_all(request.as_bytes()).await?;
-            stream.read_to_string(&mut answer).await
+            stream.read_to_string(&mut response).await
         };
         if exchange.await.is_err() {
             return (0, String::new());
         }
-        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        let (head, body) = response.split_once("\r\n\r\n").unwrap();
         (
             head.split(' ').nth(1).unwrap().parse().unwrap(),
             body.to_owned(),
         )
     }
 
-    /// One request below `/v1/` that must succeed; the JSON of its answer. A body of null is none.
+    /// Sends one request below `/v1/` that must succeed; returns the JSON of the response. `Null` sends no body.
     pub(crate) async fn call(&self, method: &str, path: &str, body: Value) -> Value {
         let body = Some(body).filter(|body| !body.is_null());
-        let (status, answer) = self
+        let (status, response) = self
             .raw(method, &format!("/v1/{path}"), body.as_ref())
             .await;
         assert!(
             (200..300).contains(&status),
-            "{method} {path}: {status} {answer}"
+            "{method} {path}: {status} {response}"
         );
-        serde_json::from_str(&answer).unwrap_or_default()
+        serde_json::from_str(&response).unwrap_or_default()
     }
 }
 
-/// A Vault under test: initialised, unsealed, its storage kept through restarts.
+/// A Vault under test: initialised and unsealed; restarts keep its storage.
 pub(super) struct Backend {
     pub(super) api: Api,
-    /// Name of everything that the test mounts and writes, so that a server can be used twice.
+    /// Unique name of all mounts, roles and policies of the test, so that a server can be reused.
     pub(super) name: String,
     unseal_key: String,
     kind: Kind,
 }
 
 enum Kind {
-    /// Somebody's server; we can neither unseal nor restart it.
-    Given,
+    /// An external server; the test cannot unseal or restart it.
+    External,
     Own(Box<Cluster>),
     Sim(VaultSim),
 }
 
-/// A server of our own, and its standby once it has one. Both end with the test.
+/// A server started by the test, with a standby after `add_standby`. Both are killed when dropped.
 struct Cluster {
     program: PathBuf,
     first: Node,
@@ -137,14 +137,14 @@ impl Drop for Node {
 }
 
 impl Node {
-    /// Starts a server that has no storage yet.
+    /// Starts a server with empty storage.
     fn new(program: &Path, name: &str) -> Self {
         let home = tempfile::tempdir().unwrap();
         let free = [(); 2].map(|()| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
         let [address, cluster] = free.map(|listener| listener.local_addr().unwrap());
         let data = home.path().join("data");
         std::fs::create_dir(&data).unwrap();
-        // HashiCorp Vault wants its memory locked unless told otherwise; OpenBao only warns of the unknown key.
+        // HashiCorp Vault locks its memory by default; OpenBao only warns about the unknown setting.
         let config = format!(
             "disable_mlock = true\napi_addr = \"http://{address}\"\ncluster_addr = \"https://{cluster}\"\n\
              storage \"raft\" {{\n  path = \"{}\"\n  node_id = \"{name}\"\n  performance_multiplier = 1\n}}\n\
@@ -163,11 +163,11 @@ impl Node {
         let mut command = Command::new(program);
         command.arg("server").arg("-config");
         command.arg(home.path().join("server.hcl"));
-        let is_own = |name: &OsStr| {
+        let is_for_server = |name: &OsStr| {
             let name = name.to_string_lossy();
             name.starts_with("VAULT_") || name.starts_with("BAO_")
         };
-        for (name, _) in std::env::vars_os().filter(|(name, _)| is_own(name)) {
+        for (name, _) in std::env::vars_os().filter(|(name, _)| is_for_server(name)) {
             command.env_remove(name);
         }
         command
@@ -195,7 +195,7 @@ impl Node {
     }
 }
 
-/// What a server says of itself: its health as a status.
+/// The HTTP status of the server's health endpoint.
 async fn health(api: &Api) -> u16 {
     api.raw("GET", "/v1/sys/health", None).await.0
 }
@@ -224,14 +224,14 @@ impl Backend {
         Self::initialised(&url, Kind::Sim(vault)).await
     }
 
-    /// The server that the environment names, or one of the program that PATH has, or none.
+    /// The server from the environment, else one started with the program on PATH, else none.
     pub(super) async fn real() -> Option<Self> {
         let text = |name: &str| std::env::var_os(name).map(|value| value.into_string().unwrap());
         if let Some(address) = text("CREDBROKER_TEST_VAULT_ADDR") {
             let token = text("CREDBROKER_TEST_VAULT_TOKEN")
-                .expect("CREDBROKER_TEST_VAULT_TOKEN is needed too");
+                .expect("CREDBROKER_TEST_VAULT_TOKEN must be set too");
             let api = Api::new(&address, &token);
-            return Some(Self::new(api, String::new(), Kind::Given));
+            return Some(Self::new(api, String::new(), Kind::External));
         }
         let path = std::env::var_os("PATH")?;
         let mut programs = std::env::split_paths(&path)
@@ -248,11 +248,11 @@ impl Backend {
     }
 
     async fn initialised(url: &str, kind: Kind) -> Self {
-        let nobody = Api::new(url, "");
-        until_health(&nobody, UNINITIALISED).await;
+        let anonymous = Api::new(url, "");
+        until_health(&anonymous, UNINITIALISED).await;
         let shares = json!({ "secret_shares": 1, "secret_threshold": 1 });
-        let made = nobody.call("PUT", "sys/init", shares).await;
-        let api = nobody.with_token(made["root_token"].as_str().unwrap());
+        let made = anonymous.call("PUT", "sys/init", shares).await;
+        let api = anonymous.with_token(made["root_token"].as_str().unwrap());
         let backend = Self::new(api, made["keys"][0].as_str().unwrap().to_owned(), kind);
         backend.unseal().await;
         backend
@@ -271,23 +271,23 @@ impl Backend {
         !matches!(self.kind, Kind::Sim(_))
     }
 
-    /// Whether it may be sealed, stopped and given a standby.
+    /// Whether the test can seal and stop it and add a standby.
     pub(super) fn is_ours(&self) -> bool {
-        !matches!(self.kind, Kind::Given)
+        !matches!(self.kind, Kind::External)
     }
 
-    /// Takes a policy into force. The simulator only keeps it: there, these accounts are denied besides.
+    /// Sets the policy. The simulator does not enforce policies: there, requests for the keys of `denied` accounts are denied instead.
     pub(super) async fn set_policy(&self, policy: &str, denied: &[&str]) {
         let path = format!("sys/policies/acl/{}", self.name);
         self.api
             .call("PUT", &path, json!({ "policy": policy }))
             .await;
         if let Kind::Sim(vault) = &self.kind {
-            vault.allow_again(None, Some("GET"), "auth/token/lookup-self");
+            vault.remove_denial(None, Some("GET"), "auth/token/lookup-self");
             for area in ["data", "metadata"] {
                 for account in ["main", "other"] {
                     let path = format!("{}/{area}/kucoin/prod/{account}/*", self.name);
-                    vault.allow_again(None, Some("GET"), &path);
+                    vault.remove_denial(None, Some("GET"), &path);
                     if denied.contains(&account) {
                         vault.deny(None, Some("GET"), &path);
                     }
@@ -296,7 +296,7 @@ impl Backend {
         }
     }
 
-    /// Deletes the policy, and with it what it says of the token itself.
+    /// Deletes the policy, including the right to look up the token itself.
     pub(super) async fn delete_policy(&self) {
         let path = format!("sys/policies/acl/{}", self.name);
         if let Kind::Sim(vault) = &self.kind {
@@ -306,7 +306,7 @@ impl Backend {
         self.api.call("DELETE", &path, json!({})).await;
     }
 
-    /// Kills all tokens that logins gave out.
+    /// Revokes all tokens from logins.
     pub(super) async fn revoke_logins(&self) {
         if let Kind::Sim(vault) = &self.kind {
             let path = format!("{}/metadata/kucoin/prod/main/", self.name);
@@ -326,26 +326,26 @@ impl Backend {
         until_health(&self.api, ACTIVE).await;
     }
 
-    /// Stops it without warning; from now on connections are refused.
+    /// Kills the server; connections are refused from then on.
     pub(super) async fn stop(&self) {
         match &self.kind {
-            Kind::Given => {}
+            Kind::External => {}
             Kind::Own(cluster) => cluster.first.kill(),
             Kind::Sim(vault) => vault.stop().await.unwrap(),
         }
     }
 
-    /// Starts it again at its address, sealed.
+    /// Starts it again at the same address, sealed.
     pub(super) async fn restart(&self) {
         match &self.kind {
-            Kind::Given => {}
+            Kind::External => {}
             Kind::Own(cluster) => cluster.first.restart(&cluster.program),
             Kind::Sim(vault) => vault.restart().await.unwrap(),
         }
         until_health(&self.api, SEALED).await;
     }
 
-    /// Adds a standby with a vote, where there is none yet.
+    /// Adds a voting standby. The simulator has one already.
     pub(super) async fn add_standby(&self) {
         if let Kind::Own(cluster) = &self.kind {
             let second = Node::new(&cluster.program, "second");
@@ -354,7 +354,7 @@ impl Backend {
         }
     }
 
-    /// Makes the standby the active node; the node that has been asked so far is the standby from now on.
+    /// Makes the standby the active node; the node at `api` becomes the standby.
     pub(super) async fn fail_over(&self) {
         if let Kind::Sim(vault) = &self.kind {
             vault.fail_over();
@@ -362,28 +362,28 @@ impl Backend {
             self.api.call("PUT", "sys/step-down", json!({})).await;
         }
         until_health(&self.api, STANDBY).await;
-        // A standby can carry out a write only together with an active node.
+        // A standby can forward a write only if there is an active node.
         until("there is an active node again", async || {
-            let wanted = json!({ "ttl": "1s" });
+            let request = json!({ "ttl": "1s" });
             let path = "/v1/auth/token/create";
-            self.api.raw("POST", path, Some(&wanted)).await.0 == 200
+            self.api.raw("POST", path, Some(&request)).await.0 == 200
         })
         .await;
     }
 
-    /// Makes an uninitialised server a standby with a vote.
+    /// Makes an uninitialised server a voting standby.
     async fn join(&self, second: &Api) {
         until_health(second, UNINITIALISED).await;
-        // So that it gets its vote at the next of the rounds, which come every 10 s.
+        // It becomes a voter at the next autopilot round (every 10 s).
         let autopilot = "sys/storage/raft/autopilot/configuration";
-        let soon = json!({ "server_stabilization_time": "1s" });
-        self.api.call("POST", autopilot, soon).await;
+        let settings = json!({ "server_stabilization_time": "1s" });
+        self.api.call("POST", autopilot, settings).await;
         let leader = json!({ "leader_api_addr": self.api.url });
         let join = "sys/storage/raft/join";
         second.call("POST", join, leader).await;
         unseal(second, &self.unseal_key).await;
         until_health(second, STANDBY).await;
-        until("the standby has a vote", async || {
+        until("the standby is a voter", async || {
             let path = "sys/storage/raft/configuration";
             let raft = self.api.call("GET", path, Value::Null).await;
             let servers = raft["data"]["config"]["servers"].as_array().unwrap();
@@ -392,7 +392,7 @@ impl Backend {
         .await;
     }
 
-    /// Removes all that the test made.
+    /// Removes everything that the test created.
     pub(super) async fn clean_up(&self) {
         for path in ["sys/mounts/", "sys/auth/", "sys/policies/acl/"] {
             self.api

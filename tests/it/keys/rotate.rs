@@ -1,45 +1,45 @@
-//! `keys rotate` and `keys rollback`, and what a registration leaves behind that is killed half-way.
+//! `keys rotate` and `keys rollback`, and the state after a killed registration.
 
 use std::collections::BTreeMap;
 
 use credbroker::proto::Outcome;
 use credbroker_sim::installation::{MAIN_UID, Settings, kv_path};
-use credbroker_sim::kucoin::{Fault as Trouble, FaultAction, SimKey, When};
+use credbroker_sim::kucoin::{Fault as KucoinFault, FaultAction, SimKey, When};
 use credbroker_sim::vault::{Fault, FaultRule};
 use serde_json::{Value, json};
 
-use super::register::{Held, is, is_hanging, lab, lines, run, spawn};
+use super::register::{StoredKeys, is_hanging, lab, lines, matches_key, run, spawn};
 use crate::harness::{Bot, Lab, Patient, accounts, spot_order, until};
 
 const INFO: &str = "/api/v1/user/api-key";
 
-const EVERYTHING: &[&str] = &["Spot", "Margin", "Futures", "Unified"];
+const ALL_PERMISSIONS: &[&str] = &["Spot", "Margin", "Futures", "Unified"];
 
-/// A key of account `main`, which bots use while the tests run.
+/// A key of account `main`.
 fn key(number: u64) -> SimKey {
     SimKey {
         uid: MAIN_UID,
-        ..super::register::key(number, EVERYTHING)
+        ..super::register::key(number, ALL_PERMISSIONS)
     }
 }
 
-/// Account `main` has its first key, registered as it should be.
-pub(super) async fn with_first_key() -> (Lab, SimKey, Held) {
+/// An installation where account `main` has its first key, registered with `keys register`.
+pub(super) async fn with_first_key() -> (Lab, SimKey, StoredKeys) {
     let lab = lab(Settings {
         keys: vec![("other", "main", 1002)],
         wait_ready: false,
         ..Settings::default()
     })
     .await;
-    let first = known(&lab, 1);
-    let (code, said) = run(&lab, &["keys", "register", "main"], &first, &lines(&first)).await;
-    assert_eq!(code, 0, "{said}");
-    let held = Held::of(&lab);
-    (lab, first, held)
+    let first = add_key_at_kucoin(&lab, 1);
+    let (code, output) = run(&lab, &["keys", "register", "main"], &first, &lines(&first)).await;
+    assert_eq!(code, 0, "{output}");
+    let stored = StoredKeys::of(&lab);
+    (lab, first, stored)
 }
 
-/// A key that the exchange knows.
-pub(super) fn known(lab: &Lab, number: u64) -> SimKey {
+/// Creates a key at the simulated exchange.
+pub(super) fn add_key_at_kucoin(lab: &Lab, number: u64) -> SimKey {
     let key = key(number);
     lab.kucoin.add_key(key.clone());
     key
@@ -54,7 +54,7 @@ pub(super) async fn rollback(lab: &Lab, more: &[&str]) -> (i32, String) {
     run(lab, &words, &key(1), "").await
 }
 
-/// The key that signs for a bot now.
+/// The id of the key that signs for a bot now.
 pub(super) async fn signer(lab: &Lab, bot: &mut Bot<Patient>) -> String {
     let answer = bot.send(accounts()).await.unwrap();
     assert_eq!(answer.outcome(), Outcome::Accepted, "{answer:?}");
@@ -63,202 +63,205 @@ pub(super) async fn signer(lab: &Lab, bot: &mut Bot<Patient>) -> String {
     key.unwrap().to_owned()
 }
 
-fn holds_all(said: &str, parts: &[&str]) {
+fn assert_contains_all(output: &str, parts: &[&str]) {
     for part in parts {
-        assert!(said.contains(part), "{part:?} is not in {said}");
+        assert!(output.contains(part), "{part:?} is not in {output}");
     }
 }
 
 #[tokio::test]
-async fn a_rotation_ends_once_the_new_key_signs_and_says_what_to_delete() {
-    let (lab, first, held) = with_first_key().await;
+async fn rotate_returns_once_the_new_key_is_in_use_and_names_the_key_to_delete() {
+    let (lab, first, stored) = with_first_key().await;
     let mut bot = lab.patient_bot("maker").await;
     assert_eq!(signer(&lab, &mut bot).await, first.api_key);
-    let second = known(&lab, 2);
-    let (code, said) = rotate(&lab, &second).await;
-    assert_eq!(code, 0, "{said}");
-    let digest = held.version("main", 1).await["key_sha256"].clone();
+    let second = add_key_at_kucoin(&lab, 2);
+    let (code, output) = rotate(&lab, &second).await;
+    assert_eq!(code, 0, "{output}");
+    let digest = stored.version("main", 1).await["key_sha256"].clone();
     let digest = &digest.as_str().unwrap()[..12];
-    holds_all(
-        &said,
+    assert_contains_all(
+        &output,
         &[
-            "main/main: version 2 is in use, and KuCoin accepts its signatures. Version 1 signs no more.",
+            "main/main: version 2 is in use, and KuCoin accepts its signatures. Version 1 no longer signs.",
             &format!(
-                "next: delete the key before it (id SHA-256 {digest}…) on KuCoin's page under API Management"
+                "next: once your bots work with the new key, delete the previous key (id SHA-256 {digest}…) on KuCoin's page"
             ),
-            "`credbroker keys rollback main --key main` does that as long as it exists",
+            "until then, `credbroker keys rollback main --key main` returns to it",
         ],
     );
     assert_eq!(signer(&lab, &mut bot).await, second.api_key);
-    assert!(is(&held.version("main", 2).await, &second));
-    assert_eq!(held.note("main", "for_version").await, "2");
-    lab.check_record();
+    assert!(matches_key(&stored.version("main", 2).await, &second));
+    assert_eq!(stored.note("main", "for_version").await, "2");
+    lab.check_audit_log();
 }
 
 #[tokio::test]
-async fn the_key_that_is_in_use_is_not_written_again() {
-    let (lab, first, held) = with_first_key().await;
+async fn key_that_is_already_in_use_is_not_written_again() {
+    let (lab, first, stored) = with_first_key().await;
     for command in ["rotate", "register"] {
-        let (code, said) = run(&lab, &["keys", command, "main"], &first, &lines(&first)).await;
-        assert_eq!(code, 0, "{said}");
-        holds_all(&said, &["it is not written again", "version 1 is in use"]);
-        assert!(!said.contains("signs no more"), "{said}");
+        let (code, output) = run(&lab, &["keys", command, "main"], &first, &lines(&first)).await;
+        assert_eq!(code, 0, "{output}");
+        assert_contains_all(&output, &["not writing it again", "version 1 is in use"]);
+        assert!(!output.contains("no longer signs"), "{output}");
     }
-    assert_eq!(held.newest("main").await, 1);
+    assert_eq!(stored.newest("main").await, 1);
 }
 
 #[tokio::test]
-async fn a_rotation_without_a_key_or_to_another_account_is_refused() {
-    let (lab, _, held) = with_first_key().await;
-    let stranger = super::register::key(5, EVERYTHING);
-    lab.kucoin.add_key(stranger.clone());
-    let (code, said) = rotate(&lab, &stranger).await;
-    assert_eq!(code, 1, "{said}");
-    holds_all(
-        &said,
+async fn rotation_is_rejected_without_a_previous_key_or_to_another_kucoin_account() {
+    let (lab, _, stored) = with_first_key().await;
+    let other_uid = super::register::key(5, ALL_PERMISSIONS);
+    lab.kucoin.add_key(other_uid.clone());
+    let (code, output) = rotate(&lab, &other_uid).await;
+    assert_eq!(code, 1, "{output}");
+    assert_contains_all(
+        &output,
         &[
-            "The key belongs to KuCoin account 2005, and the key before it to 1001: bots of main would trade in another account.",
-            "fix: Use a key of KuCoin account 1001. If the account is meant to change, add --other-account.",
-            "the key is refused; nothing was stored. Version 1 of main/main stays in use.",
+            "The key belongs to KuCoin account 2005, but the previous key belongs to 1001: bots of main would trade on another KuCoin account.",
+            "fix: Use a key of KuCoin account 1001. To change the KuCoin account on purpose, add --other-account.",
+            "the key failed its test; nothing was stored. Version 1 of main/main stays in use.",
         ],
     );
-    assert_eq!(held.newest("main").await, 1);
+    assert_eq!(stored.newest("main").await, 1);
     let words = ["keys", "rotate", "main", "--other-account"];
-    let (code, said) = run(&lab, &words, &stranger, &lines(&stranger)).await;
-    assert_eq!(code, 0, "{said}");
-    assert_eq!(held.note("main", "uid").await, "2005");
+    let (code, output) = run(&lab, &words, &other_uid, &lines(&other_uid)).await;
+    assert_eq!(code, 0, "{output}");
+    assert_eq!(stored.note("main", "uid").await, "2005");
 
     lab.vault.delete_metadata("kv", &kv_path("main", "main"));
-    let (code, said) = rotate(&lab, &stranger).await;
-    assert_eq!(code, 1, "{said}");
-    holds_all(
-        &said,
+    let (code, output) = rotate(&lab, &other_uid).await;
+    assert_eq!(code, 1, "{output}");
+    assert_contains_all(
+        &output,
         &[
-            "Vault has no version of main/main that another key could replace; nothing was stored",
-            "fix: `credbroker keys register main --key main` registers the first one",
+            "Vault has no version of main/main to replace; nothing was stored",
+            "fix: run `credbroker keys register main --key main` to register the first key",
         ],
     );
 }
 
 #[tokio::test]
-async fn a_new_key_that_the_broker_does_not_take_leaves_the_one_before_in_use_and_says_why() {
-    let (lab, first, held) = with_first_key().await;
+async fn new_key_that_the_broker_rejects_leaves_the_previous_key_in_use() {
+    let (lab, first, stored) = with_first_key().await;
     let mut bot = lab.patient_bot("maker").await;
-    let second = known(&lab, 2);
-    // It passes its test, and is dead by the time that the broker tries it.
+    let second = add_key_at_kucoin(&lab, 2);
+    // The key passes the command's test but is deleted before the broker tests it.
     let late = FaultRule::new("kv/data/kucoin/prod/main", Fault::Delay { ms: 2000 });
     lab.vault.fault(late.method("POST").times(1));
-    let dies = async {
-        until("it is written", async || is_hanging(&lab, "kv/data/")).await;
+    let delete_key = async {
+        until("the write is in flight", async || {
+            is_hanging(&lab, "kv/data/")
+        })
+        .await;
         lab.kucoin.remove_key(&second.api_key);
     };
-    let ((code, said), ()) = tokio::join!(rotate(&lab, &second), dies);
-    assert_eq!(code, 1, "{said}");
-    holds_all(
-        &said,
+    let ((code, output), ()) = tokio::join!(rotate(&lab, &second), delete_key);
+    assert_eq!(code, 1, "{output}");
+    assert_contains_all(
+        &output,
         &[
-            "version 2 of main/main is in Vault, and the broker does not use it: ",
-            "using version 1: version 2 is refused: KuCoin does not know this API key.",
+            "version 2 of main/main is in Vault, but the broker does not use it: ",
+            "using version 1 instead: version 2 was rejected: KuCoin reports that this API key does not exist.",
             "Version 1 stays in use.",
-            "`credbroker keys rollback main --key main` makes sure that a restart does not take it up either; then register another key",
+            "run `credbroker keys rollback main --key main`, so that a restarted broker does not use it either; then register another key",
         ],
     );
     assert_eq!(signer(&lab, &mut bot).await, first.api_key);
-    let (code, said) = rollback(&lab, &[]).await;
-    assert_eq!(code, 0, "{said}");
-    holds_all(&said, &["main/main: version 1 is in use (id SHA-256 "]);
-    assert!(!said.contains("is refused"), "{said}");
-    assert_eq!(held.note("main", "use_version").await, "1");
-    // The next rotation ends the rollback.
-    let third = known(&lab, 3);
-    let (code, said) = rotate(&lab, &third).await;
-    assert_eq!(code, 0, "{said}");
+    let (code, output) = rollback(&lab, &[]).await;
+    assert_eq!(code, 0, "{output}");
+    assert_contains_all(&output, &["main/main: version 1 is in use (id SHA-256 "]);
+    assert!(!output.contains("was rejected"), "{output}");
+    assert_eq!(stored.note("main", "use_version").await, "1");
+    // The next rotation ends the hold.
+    let third = add_key_at_kucoin(&lab, 3);
+    let (code, output) = rotate(&lab, &third).await;
+    assert_eq!(code, 0, "{output}");
     assert_eq!(signer(&lab, &mut bot).await, third.api_key);
-    assert_eq!(held.note("main", "use_version").await, Value::Null);
+    assert_eq!(stored.note("main", "use_version").await, Value::Null);
 }
 
 #[tokio::test]
-async fn an_admin_goes_back_a_version_and_on_again_and_only_to_versions_that_are_there() {
-    let (lab, first, held) = with_first_key().await;
+async fn rollback_and_return_to_newest_work_only_for_existing_versions() {
+    let (lab, first, stored) = with_first_key().await;
     let mut bot = lab.patient_bot("maker").await;
-    let (code, said) = rollback(&lab, &[]).await;
-    assert_eq!(code, 1, "{said}");
-    holds_all(
-        &said,
-        &["Vault has no version before version 1 that could be used; nothing was changed"],
+    let (code, output) = rollback(&lab, &[]).await;
+    assert_eq!(code, 1, "{output}");
+    assert_contains_all(
+        &output,
+        &["Vault has no usable version before version 1; nothing was changed"],
     );
-    let second = known(&lab, 2);
+    let second = add_key_at_kucoin(&lab, 2);
     assert_eq!(rotate(&lab, &second).await.0, 0);
-    let (code, said) = rollback(&lab, &[]).await;
-    assert_eq!(code, 0, "{said}");
-    holds_all(
-        &said,
+    let (code, output) = rollback(&lab, &[]).await;
+    assert_eq!(code, 0, "{output}");
+    assert_contains_all(
+        &output,
         &[
             "main/main: version 1 is in use (id SHA-256 ",
-            "Version 2 signs no more.",
-            "undo: credbroker keys rollback main --key main --newest, or register another key. Until then, a version written to Vault by hand is used only if KuCoin rejects this one.",
+            "Version 2 no longer signs.",
+            "undo: credbroker keys rollback main --key main --newest, or register another key. Until then, a version written to Vault by hand is used only if KuCoin rejects version 1.",
         ],
     );
     assert_eq!(signer(&lab, &mut bot).await, first.api_key);
-    let (code, said) = rollback(&lab, &["--newest"]).await;
-    assert_eq!(code, 0, "{said}");
-    holds_all(
-        &said,
+    let (code, output) = rollback(&lab, &["--newest"]).await;
+    assert_eq!(code, 0, "{output}");
+    assert_contains_all(
+        &output,
         &[
             "main/main: version 2 is in use (id SHA-256 ",
-            "Version 1 signs no more.",
+            "Version 1 no longer signs.",
         ],
     );
     assert_eq!(signer(&lab, &mut bot).await, second.api_key);
-    assert_eq!(held.note("main", "use_version").await, Value::Null);
+    assert_eq!(stored.note("main", "use_version").await, Value::Null);
 
-    let (code, said) = rollback(&lab, &["--to", "7"]).await;
-    assert_eq!(code, 1, "{said}");
-    holds_all(
-        &said,
+    let (code, output) = rollback(&lab, &["--to", "7"]).await;
+    assert_eq!(code, 1, "{output}");
+    assert_contains_all(
+        &output,
         &[
             "Vault has no version 7: it never existed, or it was deleted or destroyed; nothing was changed",
-            "fix: name a version that is there with --to, or register another key with `credbroker keys register main --key main`",
+            "fix: pass an existing version with --to, or register another key with `credbroker keys register main --key main`",
         ],
     );
-    // One that the exchange has forgotten: what is noted goes back too.
+    // A version whose key was deleted at the exchange: the metadata are restored too.
     lab.kucoin.remove_key(&first.api_key);
-    let (code, said) = rollback(&lab, &["--to", "1"]).await;
-    assert_eq!(code, 1, "{said}");
-    holds_all(
-        &said,
+    let (code, output) = rollback(&lab, &["--to", "1"]).await;
+    assert_eq!(code, 1, "{output}");
+    assert_contains_all(
+        &output,
         &[
-            "the broker does not take version 1 of main/main: ",
-            "KuCoin does not know this API key.",
-            "Version 2 stays in use, and what is noted in Vault is as it was.",
+            "the broker does not use version 1 of main/main: ",
+            "KuCoin reports that this API key does not exist.",
+            "Version 2 stays in use; the key's metadata in Vault was restored",
         ],
     );
-    assert_eq!(held.note("main", "use_version").await, Value::Null);
+    assert_eq!(stored.note("main", "use_version").await, Value::Null);
     assert_eq!(signer(&lab, &mut bot).await, second.api_key);
-    // A note that names what is not there can be undone.
-    let strange = BTreeMap::from([("use_version".to_owned(), "9".to_owned())]);
+    // A use_version that names a missing version can be removed.
+    let missing = BTreeMap::from([("use_version".to_owned(), "9".to_owned())]);
     lab.vault
-        .set_custom_metadata("kv", &kv_path("main", "main"), strange);
-    let (code, said) = rollback(&lab, &[]).await;
-    assert_eq!(code, 1, "{said}");
-    holds_all(&said, &["use_version=9, and Vault has no such version"]);
-    let (code, said) = rollback(&lab, &["--newest"]).await;
-    assert_eq!(code, 0, "{said}");
-    assert_eq!(held.note("main", "use_version").await, Value::Null);
+        .set_custom_metadata("kv", &kv_path("main", "main"), missing);
+    let (code, output) = rollback(&lab, &[]).await;
+    assert_eq!(code, 1, "{output}");
+    assert_contains_all(&output, &["use_version=9, but Vault has no such version"]);
+    let (code, output) = rollback(&lab, &["--newest"]).await;
+    assert_eq!(code, 0, "{output}");
+    assert_eq!(stored.note("main", "use_version").await, Value::Null);
 }
 
-/// Where a run is killed.
+/// The step at which a run is killed.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Step {
-    /// The exchange is being asked about the key.
+    /// The key is being tested at the exchange.
     Tested,
-    /// The version is on its way.
+    /// The write of the version was sent.
     Writing,
-    /// The version has arrived, and its answer has not.
+    /// The version was written, but the response was lost.
     Written,
-    /// The note of what was written is on its way.
+    /// The metadata update was sent.
     Noting,
-    /// The broker is looking at it.
+    /// The broker is testing the new version.
     Used,
 }
 
@@ -273,13 +276,13 @@ const STEPS: [Step; 5] = [
 /// Starts a run and kills it at a step.
 async fn kill_at(lab: &Lab, step: Step, words: &[&str], key: &SimKey) {
     const DATA: &str = "kv/data/kucoin/prod/main";
-    const NOTES: &str = "kv/metadata/kucoin/prod/main";
+    const METADATA: &str = "kv/metadata/kucoin/prod/main";
     let on = |path, fault| FaultRule::new(path, fault).method("POST");
-    // However late it is killed, a test that gets no answer stores nothing.
-    let when = When::BeforeTaken;
-    let silence = Trouble {
+    // A key test without a response stores nothing, however late the run is killed.
+    let when = When::BeforeProcessing;
+    let silence = KucoinFault {
         times: None,
-        ..Trouble::once(INFO, FaultAction::Stall { when })
+        ..KucoinFault::once(INFO, FaultAction::Stall { when })
     };
     match step {
         Step::Tested => lab.kucoin.fault(silence.clone()),
@@ -293,7 +296,7 @@ async fn kill_at(lab: &Lab, step: Step, words: &[&str], key: &SimKey) {
             .fault(on(DATA, Fault::Delay { ms: 2000 }).times(1)),
     }
     let before = lab.vault.requests().len();
-    // After so many that have an answer.
+    // Whether one more POST is waiting for a response after `answered` completed ones.
     let hangs = |path: &str, answered: usize| {
         let requests = lab.vault.requests();
         let path = format!("/v1/{path}");
@@ -306,7 +309,7 @@ async fn kill_at(lab: &Lab, step: Step, words: &[&str], key: &SimKey) {
     let mut running = spawn(lab, words, &lines(key));
     match step {
         Step::Tested => {
-            until("the exchange is asked", async || {
+            until("the key is being tested", async || {
                 let requests = lab.kucoin.everything_received();
                 let signed = |request: &credbroker_sim::kucoin::ReceivedRequest| {
                     request.header("kc-api-key") == Some(&key.api_key)
@@ -316,63 +319,66 @@ async fn kill_at(lab: &Lab, step: Step, words: &[&str], key: &SimKey) {
             .await;
         }
         Step::Writing | Step::Written => {
-            until("it hangs", async || {
+            until("the write hangs", async || {
                 hangs(DATA, usize::from(step == Step::Written))
             })
             .await;
         }
         Step::Noting => {
-            until("it is written", async || hangs(DATA, 0)).await;
-            lab.vault.fault(on(NOTES, Fault::Hang));
-            until("it hangs", async || hangs(NOTES, 0)).await;
+            until("the version is being written", async || hangs(DATA, 0)).await;
+            lab.vault.fault(on(METADATA, Fault::Hang));
+            until("the metadata update hangs", async || hangs(METADATA, 0)).await;
         }
         Step::Used => {
-            until("it is written", async || hangs(DATA, 0)).await;
+            until("the version is being written", async || hangs(DATA, 0)).await;
             lab.kucoin.fault(silence);
-            let held = Held::of(lab);
-            until("it is noted", async || {
-                held.note("main", "uid").await != Value::Null
+            let stored = StoredKeys::of(lab);
+            until("the metadata are updated", async || {
+                stored.note("main", "uid").await != Value::Null
                     && !hangs(DATA, 0)
-                    && held.note("main", "for_version").await
-                        == json!(held.newest("main").await.to_string())
+                    && stored.note("main", "for_version").await
+                        == json!(stored.newest("main").await.to_string())
             })
             .await;
         }
     }
-    // SIGKILL.
+    // Sends SIGKILL.
     running.kill().unwrap();
     running.wait().unwrap();
     lab.vault.clear_faults();
     lab.kucoin.clear_faults();
 }
 
-async fn until_serves(lab: &Lab, version: u32) {
+async fn until_in_use(lab: &Lab, version: u32) {
     let name = "key_version{account=\"main\",key=\"main\"}";
-    until(&format!("version {version} serves"), async || {
+    until(&format!("version {version} is in use"), async || {
         lab.metric(name).await == Some(f64::from(version))
     })
     .await;
 }
 
 #[tokio::test]
-async fn a_rotation_that_is_killed_leaves_the_old_key_or_the_new_one_and_the_next_run_says_which() {
-    let (lab, first, held) = with_first_key().await;
+async fn killed_rotation_leaves_the_old_or_new_key_and_the_next_run_reports_which() {
+    let (lab, first, stored) = with_first_key().await;
     let mut bot = lab.patient_bot("maker").await;
     let (mut current, mut newest, mut number) = (first, 1, 1);
     for step in STEPS {
         number += 1;
-        let next = known(&lab, number);
+        let next = add_key_at_kucoin(&lab, number);
         kill_at(&lab, step, &["keys", "rotate", "main"], &next).await;
-        // Whole, either of them.
+        // Vault has either version, completely.
         let is_written = matches!(step, Step::Written | Step::Noting | Step::Used);
-        let (holds, version) = if is_written {
+        let (expected, version) = if is_written {
             (&next, newest + 1)
         } else {
             (&current, newest)
         };
-        assert_eq!(held.newest("main").await, version, "{step:?}");
-        assert!(is(&held.version("main", version).await, holds), "{step:?}");
-        // Bots never notice.
+        assert_eq!(stored.newest("main").await, version, "{step:?}");
+        assert!(
+            matches_key(&stored.version("main", version).await, expected),
+            "{step:?}"
+        );
+        // No call of a bot fails.
         let signing = signer(&lab, &mut bot).await;
         assert!(
             signing == current.api_key || signing == next.api_key,
@@ -381,46 +387,48 @@ async fn a_rotation_that_is_killed_leaves_the_old_key_or_the_new_one_and_the_nex
         let order = spot_order(&format!("killed-{number}"));
         let answer = bot.send(order).await.unwrap();
         assert_eq!(answer.outcome(), Outcome::Accepted, "{step:?} {answer:?}");
-        until_serves(&lab, u32::try_from(version).unwrap()).await;
-        assert_eq!(signer(&lab, &mut bot).await, holds.api_key, "{step:?}");
+        until_in_use(&lab, u32::try_from(version).unwrap()).await;
+        assert_eq!(signer(&lab, &mut bot).await, expected.api_key, "{step:?}");
 
-        let (code, said) = rotate(&lab, &next).await;
-        assert_eq!(code, 0, "{step:?}: {said}");
-        let told = match step {
+        let (code, output) = rotate(&lab, &next).await;
+        assert_eq!(code, 0, "{step:?}: {output}");
+        let note = match step {
             Step::Tested | Step::Writing | Step::Used => None,
             Step::Written | Step::Noting => Some(format!(
-                "note: Vault holds version {version} of main/main, and no note of what it is: a previous run was interrupted"
+                "note: the metadata in Vault does not cover version {version} of main/main: a previous run was interrupted"
             )),
         };
-        match &told {
-            Some(told) => holds_all(
-                &said,
+        match &note {
+            Some(note) => assert_contains_all(
+                &output,
                 &[
-                    told,
+                    note,
                     "The broker uses it (id SHA-256 ",
-                    "Give the same key to finish that run, or another key to replace it.",
-                    "it is not written again",
+                    "Enter the same key to finish that run, or a different key to replace it.",
+                    "not writing it again",
                 ],
             ),
-            None => assert!(!said.contains("ended early"), "{step:?}: {said}"),
+            None => assert!(
+                !output.contains("a previous run was interrupted"),
+                "{step:?}: {output}"
+            ),
         }
-        // Finished, where the key was there already; written, where it was not.
+        // The interrupted run is completed if the key was already written; otherwise the key is written now.
         newest = match step {
             Step::Written | Step::Noting | Step::Used => version,
             Step::Tested | Step::Writing => version + 1,
         };
-        assert_eq!(held.newest("main").await, newest, "{step:?}: {said}");
-        assert_eq!(held.note("main", "for_version").await, newest.to_string());
+        assert_eq!(stored.newest("main").await, newest, "{step:?}: {output}");
+        assert_eq!(stored.note("main", "for_version").await, newest.to_string());
         assert_eq!(signer(&lab, &mut bot).await, next.api_key, "{step:?}");
         lab.kucoin.remove_key(&current.api_key);
         current = next;
     }
-    lab.check_record();
+    lab.check_audit_log();
 }
 
 #[tokio::test]
-async fn a_first_registration_that_is_killed_leaves_no_key_or_the_new_one_and_the_next_run_goes_on()
-{
+async fn killed_first_registration_leaves_no_key_or_the_new_one_and_can_be_rerun() {
     for step in STEPS {
         let lab = lab(Settings {
             keys: vec![("other", "main", 1002)],
@@ -428,94 +436,111 @@ async fn a_first_registration_that_is_killed_leaves_no_key_or_the_new_one_and_th
             ..Settings::default()
         })
         .await;
-        let held = Held::of(&lab);
-        let (first, second) = (known(&lab, 1), known(&lab, 2));
+        let stored = StoredKeys::of(&lab);
+        let (first, second) = (add_key_at_kucoin(&lab, 1), add_key_at_kucoin(&lab, 2));
         kill_at(&lab, step, &["keys", "register", "main"], &first).await;
         let is_written = matches!(step, Step::Written | Step::Noting | Step::Used);
-        assert_eq!(held.newest("main").await, u64::from(is_written), "{step:?}");
+        assert_eq!(
+            stored.newest("main").await,
+            u64::from(is_written),
+            "{step:?}"
+        );
         if is_written {
-            assert!(is(&held.version("main", 1).await, &first), "{step:?}");
-            until_serves(&lab, 1).await;
+            assert!(
+                matches_key(&stored.version("main", 1).await, &first),
+                "{step:?}"
+            );
+            until_in_use(&lab, 1).await;
         }
-        // Somebody else's turn, with another key of the same account.
-        let (code, said) = run(
+        // Another admin registers another key of the same account.
+        let (code, output) = run(
             &lab,
             &["keys", "register", "main"],
             &second,
             &lines(&second),
         )
         .await;
-        assert_eq!(code, 0, "{step:?}: {said}");
+        assert_eq!(code, 0, "{step:?}: {output}");
         match step {
             Step::Tested | Step::Writing | Step::Used => {
-                assert!(!said.contains("ended early"), "{step:?}: {said}");
+                assert!(
+                    !output.contains("a previous run was interrupted"),
+                    "{step:?}: {output}"
+                );
             }
             Step::Written | Step::Noting => {
-                let told = "note: Vault holds version 1 of main/main, and no note of what it is";
-                holds_all(&said, &[told, "The broker uses it (id SHA-256 "]);
+                let note =
+                    "note: the metadata in Vault does not cover version 1 of main/main: a previous";
+                assert_contains_all(&output, &[note, "The broker uses it (id SHA-256 "]);
             }
         }
         let version = 1 + u64::from(is_written);
         assert!(
-            is(&held.version("main", version).await, &second),
+            matches_key(&stored.version("main", version).await, &second),
             "{step:?}"
         );
-        holds_all(&said, &[&format!("main/main: version {version} is in use")]);
+        assert_contains_all(
+            &output,
+            &[&format!("main/main: version {version} is in use")],
+        );
     }
 }
 
 #[tokio::test]
-async fn a_key_that_somebody_else_replaces_before_it_is_in_use_is_told_so() {
-    let (lab, _, held) = with_first_key().await;
-    let (second, third) = (known(&lab, 2), known(&lab, 3));
+async fn rotate_reports_that_another_admin_replaced_the_key_before_it_was_in_use() {
+    let (lab, _, stored) = with_first_key().await;
+    let (second, third) = (add_key_at_kucoin(&lab, 2), add_key_at_kucoin(&lab, 3));
     // The command's own test passes; the broker's test of the version in Vault takes long.
     let slow = FaultAction::Delay { ms: 3000 };
-    lab.kucoin.fault(Trouble {
+    lab.kucoin.fault(KucoinFault {
         skip: 1,
-        ..Trouble::once(INFO, slow)
+        ..KucoinFault::once(INFO, slow)
     });
-    let others = async {
-        until("it is written", async || {
-            held.note("main", "for_version").await == "2"
+    let other_admin = async {
+        until("the first version is written", async || {
+            stored.note("main", "for_version").await == "2"
         })
         .await;
         lab.put_key("main", "main", &third);
     };
-    let ((code, said), ()) = tokio::join!(rotate(&lab, &second), others);
-    assert_eq!(code, 1, "{said}");
-    holds_all(
-        &said,
+    let ((code, output), ()) = tokio::join!(rotate(&lab, &second), other_admin);
+    assert_eq!(code, 1, "{output}");
+    assert_contains_all(
+        &output,
         &[
-            "version 2 of main/main is in Vault, but somebody else has written version 3 after it, which is in use",
-            "fix: ask who else registers keys for this account; if yours is the right one, re-run the command",
+            "version 2 of main/main is in Vault, but somebody else wrote version 3 after it, and the broker uses that one",
+            "fix: find out who else registers keys for this account; if your key is the right one, re-run the command",
         ],
     );
 }
 
 #[tokio::test]
-async fn what_somebody_else_has_written_meanwhile_is_not_replaced() {
-    let (lab, _, held) = with_first_key().await;
-    let (second, third) = (known(&lab, 2), known(&lab, 3));
+async fn version_written_by_another_admin_during_a_rotation_is_not_replaced() {
+    let (lab, _, stored) = with_first_key().await;
+    let (second, third) = (add_key_at_kucoin(&lab, 2), add_key_at_kucoin(&lab, 3));
     let late = FaultRule::new("kv/data/kucoin/prod/main", Fault::Delay { ms: 2000 });
     lab.vault.fault(late.method("POST").times(1));
-    let others = async {
-        until("it is on its way", async || is_hanging(&lab, "kv/data/")).await;
+    let other_admin = async {
+        until("the write is in flight", async || {
+            is_hanging(&lab, "kv/data/")
+        })
+        .await;
         lab.put_key("main", "main", &third);
     };
-    let ((code, said), ()) = tokio::join!(rotate(&lab, &second), others);
-    assert_eq!(code, 1, "{said}");
-    holds_all(
-        &said,
+    let ((code, output), ()) = tokio::join!(rotate(&lab, &second), other_admin);
+    assert_eq!(code, 1, "{output}");
+    assert_contains_all(
+        &output,
         &[
-            "somebody else has written this key meanwhile: version 1 was the newest one, now it is version 2; nothing was stored",
-            "fix: ask who else registers keys for this account; then re-run the command",
+            "someone else changed the key in Vault: the newest version was 1, now it is 2; nothing was stored",
+            "fix: find out who else registers keys for this account; then re-run the command",
         ],
     );
-    let version = held.version("main", 2).await;
+    let version = stored.version("main", 2).await;
     assert_eq!(version["api_key"], third.api_key.as_str());
 }
 
-/// Vault loses what writes a version, or the answer to it.
+/// Makes writes of a version fail with `fault`: the request or its response is lost.
 fn lose(lab: &Lab, fault: Fault, times: Option<u32>) {
     let rule = FaultRule::new("kv/data/kucoin/prod/main", fault).method("POST");
     lab.vault.fault(match times {
@@ -525,78 +550,81 @@ fn lose(lab: &Lab, fault: Fault, times: Option<u32>) {
 }
 
 #[tokio::test]
-async fn a_version_that_arrived_though_its_answer_was_lost_is_known_for_ours_and_put_to_use() {
-    let (lab, _, held) = with_first_key().await;
+async fn version_written_although_vaults_response_was_lost_is_recognized_and_used() {
+    let (lab, _, stored) = with_first_key().await;
     for (number, times) in [(2, Some(1)), (3, None)] {
-        let next = known(&lab, number);
+        let next = add_key_at_kucoin(&lab, number);
         lose(&lab, Fault::HalfBody, times);
-        let (code, said) = rotate(&lab, &next).await;
+        let (code, output) = rotate(&lab, &next).await;
         lab.vault.clear_faults();
-        assert_eq!(code, 0, "{said}");
-        holds_all(&said, &[&format!("main/main: version {number} is in use")]);
-        assert_eq!(held.newest("main").await, number);
-        assert!(is(&held.version("main", number).await, &next));
-        assert_eq!(held.note("main", "for_version").await, number.to_string());
+        assert_eq!(code, 0, "{output}");
+        assert_contains_all(
+            &output,
+            &[&format!("main/main: version {number} is in use")],
+        );
+        assert_eq!(stored.newest("main").await, number);
+        assert!(matches_key(&stored.version("main", number).await, &next));
+        assert_eq!(stored.note("main", "for_version").await, number.to_string());
     }
 }
 
 #[tokio::test]
-async fn a_version_of_somebody_else_is_not_taken_for_one_whose_answer_was_lost() {
-    let (lab, _, held) = with_first_key().await;
-    let (second, third) = (known(&lab, 2), known(&lab, 3));
+async fn another_admins_version_is_not_mistaken_for_a_write_whose_response_was_lost() {
+    let (lab, _, stored) = with_first_key().await;
+    let (second, third) = (add_key_at_kucoin(&lab, 2), add_key_at_kucoin(&lab, 3));
     lose(&lab, Fault::Close, None);
     let before = lab.vault.requests().len();
-    let others = async {
-        until("it is lost", async || {
+    let other_admin = async {
+        until("the write was sent", async || {
             let requests = lab.vault.requests();
-            let mut since = requests[before..].iter();
-            since.any(|seen| seen.method == "POST" && seen.path.starts_with("/v1/kv/data/"))
+            let mut recent = requests[before..].iter();
+            recent.any(|seen| seen.method == "POST" && seen.path.starts_with("/v1/kv/data/"))
         })
         .await;
         lab.put_key("main", "main", &third);
     };
-    let ((code, said), ()) = tokio::join!(rotate(&lab, &second), others);
-    assert_eq!(code, 1, "{said}");
-    holds_all(
-        &said,
+    let ((code, output), ()) = tokio::join!(rotate(&lab, &second), other_admin);
+    assert_eq!(code, 1, "{output}");
+    assert_contains_all(
+        &output,
         &[
-            "somebody else has written this key meanwhile: version 1 was the newest one, now it is version 2; nothing was stored",
-            "fix: ask who else registers keys for this account; then re-run the command",
+            "someone else changed the key in Vault: the newest version was 1, now it is 2; nothing was stored",
+            "fix: find out who else registers keys for this account; then re-run the command",
         ],
     );
-    assert_eq!(held.newest("main").await, 2);
-    assert_eq!(held.note("main", "for_version").await, "1");
+    assert_eq!(stored.newest("main").await, 2);
+    assert_eq!(stored.note("main", "for_version").await, "1");
 }
 
 #[tokio::test]
-async fn a_version_that_arrives_late_is_told_to_be_unclear_and_finished_by_the_next_run() {
-    let (lab, first, held) = with_first_key().await;
+async fn late_write_is_reported_as_unclear_and_completed_by_the_next_run() {
+    let (lab, first, stored) = with_first_key().await;
     let mut bot = lab.patient_bot("maker").await;
-    let second = known(&lab, 2);
+    let second = add_key_at_kucoin(&lab, 2);
     lose(&lab, Fault::Close, None);
-    let (code, said) = rotate(&lab, &second).await;
+    let (code, output) = rotate(&lab, &second).await;
     lab.vault.clear_faults();
-    assert_eq!(code, 1, "{said}");
-    holds_all(
-        &said,
+    assert_eq!(code, 1, "{output}");
+    assert_contains_all(
+        &output,
         &[
-            "it is not known whether it was written: Vault cannot be reached. Vault holds the new key as version 2, or what it held before. Version 1 of main/main stays in use. A new version that arrives late is used only once KuCoin accepts its signatures.",
-            "fix: re-run the command once Vault answers: it shows which key Vault holds, and continues",
+            "the write may or may not have taken effect: cannot reach Vault. Vault may hold the new key as version 2. Version 1 of main/main stays in use. If Vault stores that version later, the broker does not use it until KuCoin accepts its signatures.",
+            "fix: re-run the command once Vault is reachable; it reports which key Vault holds, and continues",
         ],
     );
-    assert_eq!(held.newest("main").await, 1);
+    assert_eq!(stored.newest("main").await, 1);
     assert_eq!(signer(&lab, &mut bot).await, first.api_key);
     lab.put_key("main", "main", &second);
-    until_serves(&lab, 2).await;
-    let (code, said) = rotate(&lab, &second).await;
-    assert_eq!(code, 0, "{said}");
-    holds_all(
-        &said,
+    until_in_use(&lab, 2).await;
+    let (code, output) = rotate(&lab, &second).await;
+    assert_eq!(code, 0, "{output}");
+    assert_contains_all(
+        &output,
         &[
-            "Vault holds version 2 of main/main, and no note of what it is",
-            "it is not written again",
+            "the metadata in Vault does not cover version 2 of main/main: a previous",
+            "not writing it again",
         ],
     );
-    assert_eq!(held.newest("main").await, 2);
-    assert_eq!(held.note("main", "for_version").await, "2");
+    assert_eq!(stored.newest("main").await, 2);
+    assert_eq!(stored.note("main", "for_version").await, "2");
 }

@@ -1,4 +1,4 @@
-//! How long a cached key stays in use without a word from Vault, what the bots and the operators are told, and what ends it sooner.
+//! How long a cached key stays in use during a Vault outage, what bots and operators see, and what removes it sooner.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -10,20 +10,20 @@ use credbroker_sim::vault::{Fault as VaultFault, FaultRule};
 use tokio::time::timeout;
 use tonic::Code;
 
-use super::asked;
+use super::requests_for;
 use super::succession::{INFO, key};
 use crate::harness::{Bot, Lab, Time, accounts, failure, spot_cancel_all, spot_order, until};
 
 const MINUTE: Duration = Duration::from_secs(60);
 const HOUR: Duration = Duration::from_secs(3600);
 
-/// Longer than the broker waits between two looks at a Vault that is silent.
-const NEXT_LOOK: Duration = Duration::from_secs(31);
+/// Longer than the broker ever waits between two requests to an unavailable Vault.
+const NEXT_RETRY: Duration = Duration::from_secs(31);
 
-/// What the refusal of a key begins with.
+/// Start of the message of `KEY_UNAVAILABLE`.
 const REFUSED: &str = "the key of account main for this scope is not available: ";
 
-/// Bot `maker` trades on both accounts; `main` and `other` have these further keys.
+/// Bot `maker` trades on both accounts; `main` and `other` are further settings of these accounts.
 fn rules(main: &str, other: &str) -> String {
     let grant = "[[grant]]\nbot = \"spiffe://demo.test/bot/maker\"\naccount = \"other\"\n\
                  scope = \"spot-margin\"\nallow = [\"read\", \"trade\"]\n";
@@ -53,16 +53,19 @@ fn of_other(mut request: SignAndSendRequest) -> SignAndSendRequest {
     request
 }
 
-/// Sends what must be accepted; returns how stale the key that signed it was, in seconds.
+/// Sends a request that must be accepted; returns `stale_seconds` of the answer.
 async fn stale(bot: &mut Bot, request: SignAndSendRequest) -> u64 {
     let answer = bot.send(request).await.unwrap();
     assert_eq!(answer.outcome(), Outcome::Accepted, "{answer:?}");
     answer.stale_seconds
 }
 
-/// Sends what must be refused for its key; returns what the bot is told.
+/// Sends a request that must be rejected with `KEY_UNAVAILABLE`; returns the message.
 async fn unavailable(bot: &mut Bot, request: SignAndSendRequest) -> String {
-    let status = bot.send(request).await.expect_err("this must be refused");
+    let status = bot
+        .send(request)
+        .await
+        .expect_err("expected KEY_UNAVAILABLE");
     let (code, reason, outcome, _) = failure(&status);
     assert_eq!(
         (code, reason.as_str(), outcome.as_str()),
@@ -72,22 +75,22 @@ async fn unavailable(bot: &mut Bot, request: SignAndSendRequest) -> String {
     status.message().to_owned()
 }
 
-/// The age that a refusal names, in seconds.
-fn age_in(told: &str, allowed_s: u64) -> u64 {
-    let (before, expected) = if told.contains("wiped from memory") {
+/// The age in seconds in a `KEY_UNAVAILABLE` message.
+fn age_in(message: &str, allowed_s: u64) -> u64 {
+    let (before, expected) = if message.contains("wiped from memory") {
         (
-            "wiped: last confirmed by Vault ",
+            "wiped from memory: last confirmed by Vault ",
             format!("s ago, max_stale_cancel_s is {allowed_s} s"),
         )
     } else {
         (
-            "Vault last confirmed it ",
-            format!("s ago, and {allowed_s} s are allowed for this request: "),
+            "Vault last confirmed the key ",
+            format!("s ago (limit for this request: {allowed_s} s); since then: "),
         )
     };
-    let named = told.split_once(before).map(|(_, rest)| rest);
-    let (age, rest) = named.and_then(|rest| rest.split_once(' ')).unwrap();
-    assert!(rest.starts_with(&expected), "{told}");
+    let after = message.split_once(before).map(|(_, rest)| rest);
+    let (age, rest) = after.and_then(|rest| rest.split_once(' ')).unwrap();
+    assert!(rest.starts_with(&expected), "{message}");
     age.parse().unwrap()
 }
 
@@ -96,47 +99,48 @@ async fn metric(lab: &Lab, name: &str, account: &str) -> Option<f64> {
     lab.metric(&format!("{name}{labels}")).await
 }
 
-/// The broker has met an outage with every key.
+/// Waits until the broker has noticed the outage for every key.
 async fn until_noticed(lab: &Lab, time: &Time) {
     time.pass(lab, Duration::from_secs(2)).await;
     until("the outage has been noticed", async || {
         let (_, text) = lab.get("/readyz").await;
         ["main", "other"].iter().all(|account| {
-            let line = format!("key {account}/main: cached; Vault last confirmed it ");
+            let line = format!("key {account}/main: cached; Vault last confirmed the key ");
             text.contains(&line)
         })
     })
     .await;
 }
 
-/// The broker looks again until this shows; a look that time leaps over while it waits for its answer finds nothing.
-async fn until_seen<F: Future<Output = bool>>(
-    what: &str,
+/// Advances the time by one retry interval after the other until `condition` holds. A request is aborted if the time jumps past its
+/// limit, so several rounds may be needed.
+async fn pass_time_until<F: Future<Output = bool>>(
+    label: &str,
     lab: &Lab,
     time: &Time,
     condition: impl Fn() -> F,
 ) {
     for _ in 0..20 {
-        time.pass(lab, NEXT_LOOK).await;
-        // Time to answer before the next leap cuts it off.
-        if timeout(Duration::from_secs(2), until(what, &condition))
+        time.pass(lab, NEXT_RETRY).await;
+        // Time for the response before the next jump aborts the request.
+        if timeout(Duration::from_secs(2), until(label, &condition))
             .await
             .is_ok()
         {
             return;
         }
     }
-    panic!("it did not happen: {what}");
+    panic!("timed out: {label}");
 }
 
-/// Until Vault has said that all is as before.
+/// Waits until Vault has confirmed all keys again.
 async fn until_confirmed(lab: &Lab, time: &Time) {
-    let begun = time.passed();
-    until_seen("the keys are confirmed again", lab, time, async || {
+    let start = time.passed();
+    pass_time_until("the keys are confirmed again", lab, time, async || {
         for account in ["main", "other"] {
             let age = metric(lab, "key_age_seconds", account).await;
-            let since_then = time.passed().saturating_sub(begun).as_secs_f64();
-            if age.is_none_or(|age| age >= since_then) {
+            let elapsed = time.passed().saturating_sub(start).as_secs_f64();
+            if age.is_none_or(|age| age >= elapsed) {
                 return false;
             }
         }
@@ -146,7 +150,7 @@ async fn until_confirmed(lab: &Lab, time: &Time) {
 }
 
 #[tokio::test]
-async fn an_hour_without_vault_costs_no_cancel_and_no_read_and_orders_only_past_their_bound() {
+async fn hour_without_vault_rejects_orders_after_max_stale_but_no_cancels_or_reads() {
     for is_sealed in [false, true] {
         let (mut lab, time) = ready("", "").await;
         let mut bot = lab.bot("maker").await;
@@ -159,7 +163,7 @@ async fn an_hour_without_vault_costs_no_cancel_and_no_read_and_orders_only_past_
         }
         until_noticed(&lab, &time).await;
 
-        // Within the bound, it only shows.
+        // Up to max_stale_s, orders are accepted, and stale_seconds grows.
         let mut last = 0;
         for index in 0..2 {
             time.pass(&lab, MINUTE * 7).await;
@@ -171,19 +175,19 @@ async fn an_hour_without_vault_costs_no_cancel_and_no_read_and_orders_only_past_
         let (status, text) = lab.get("/readyz").await;
         assert_eq!(status, 200, "{text}");
         assert!(
-            text.contains("key main/main: cached; Vault last confirmed it 8"),
+            text.contains("key main/main: cached; Vault last confirmed the key 8"),
             "{text}"
         );
         assert_eq!(metric(&lab, "key_available", "main").await, Some(1.0));
 
-        // Past it, for the rest of the hour.
+        // Past max_stale_s, for the rest of the hour.
         for minutes in [2, 44] {
             time.pass(&lab, MINUTE * minutes).await;
             let mut bot = lab.bot("maker").await;
             let before = lab.kucoin.received().len();
-            let told = unavailable(&mut bot, spot_order("past")).await;
-            assert!(told.starts_with(REFUSED), "{told}");
-            let age = age_in(&told, 900);
+            let message = unavailable(&mut bot, spot_order("past")).await;
+            assert!(message.starts_with(REFUSED), "{message}");
+            let age = age_in(&message, 900);
             assert!((last + 60..4000).contains(&age), "{age} after {last}");
             assert!(stale(&mut bot, spot_cancel_all()).await >= age);
             assert!(stale(&mut bot, accounts()).await >= age);
@@ -196,7 +200,7 @@ async fn an_hour_without_vault_costs_no_cancel_and_no_read_and_orders_only_past_
             assert_eq!(status, 503);
             assert!(
                 text.contains(
-                    "key main/main: too old for risk-increasing requests; Vault last confirmed it "
+                    "key main/main: too old for risk-increasing requests; Vault last confirmed the key "
                 ),
                 "{text}"
             );
@@ -219,7 +223,7 @@ async fn an_hour_without_vault_costs_no_cancel_and_no_read_and_orders_only_past_
 }
 
 #[tokio::test]
-async fn each_account_has_bounds_of_its_own_and_one_that_serves_keeps_the_broker_ready() {
+async fn max_stale_is_set_per_account_and_one_usable_key_keeps_the_broker_ready() {
     let (mut lab, time) = ready(
         "max_stale_s = 60\nmax_stale_cancel_s = 300",
         "max_stale_s = 600",
@@ -229,8 +233,8 @@ async fn each_account_has_bounds_of_its_own_and_one_that_serves_keeps_the_broker
     lab.vault.stop().await.unwrap();
     until_noticed(&lab, &time).await;
     time.pass(&lab, MINUTE * 2).await;
-    let told = unavailable(&mut bot, spot_order("main")).await;
-    assert!((120..300).contains(&age_in(&told, 60)), "{told}");
+    let message = unavailable(&mut bot, spot_order("main")).await;
+    assert!((120..300).contains(&age_in(&message, 60)), "{message}");
     assert!(stale(&mut bot, spot_cancel_all()).await >= 120);
     assert!(stale(&mut bot, of_other(spot_order("other"))).await >= 120);
     assert_eq!(metric(&lab, "key_available", "main").await, Some(0.0));
@@ -243,27 +247,27 @@ async fn each_account_has_bounds_of_its_own_and_one_that_serves_keeps_the_broker
     );
     assert!(text.contains("key other/main: cached; "), "{text}");
 
-    // Past the second bound of the one, within the first of the other.
+    // Past max_stale_cancel_s of main, within max_stale_s of other.
     time.sleep(&lab, MINUTE * 4);
-    let told = unavailable(&mut bot, spot_cancel_all()).await;
-    assert!((360..600).contains(&age_in(&told, 300)), "{told}");
+    let message = unavailable(&mut bot, spot_cancel_all()).await;
+    assert!((360..600).contains(&age_in(&message, 300)), "{message}");
     assert!(stale(&mut bot, of_other(spot_order("other-still"))).await >= 360);
 
-    // Other bounds in the rules count from the next call on.
+    // New limits in the rules apply to the next call.
     let looser = rules("max_stale_s = 3600", "max_stale_s = 60");
     std::fs::write(lab.path("rules.new"), looser).unwrap();
     std::fs::rename(lab.path("rules.new"), lab.path("rules.toml")).unwrap();
-    until("the bounds of other are in force", async || {
+    until("the new limits of other are in effect", async || {
         metric(&lab, "key_available", "other").await == Some(0.0)
     })
     .await;
-    let told = unavailable(&mut bot, of_other(spot_order("other-too-old"))).await;
-    assert!(age_in(&told, 60) >= 360, "{told}");
+    let message = unavailable(&mut bot, of_other(spot_order("other-too-old"))).await;
+    assert!(age_in(&message, 60) >= 360, "{message}");
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn past_the_last_bound_nothing_is_signed_the_key_is_wiped_and_vault_brings_it_back() {
+async fn key_older_than_max_stale_cancel_is_wiped_and_reloaded_once_vault_is_back() {
     let (mut lab, time) = ready("", "max_stale_cancel_s = 604800").await;
     lab.vault.stop().await.unwrap();
     until_noticed(&lab, &time).await;
@@ -272,16 +276,18 @@ async fn past_the_last_bound_nothing_is_signed_the_key_is_wiped_and_vault_brings
     assert!(stale(&mut bot, spot_cancel_all()).await >= 23 * 3600);
     assert!(stale(&mut bot, accounts()).await >= 23 * 3600);
 
-    // Whether it is wiped by now or in a moment: it signs nothing.
+    // It signs nothing any more, whether or not it is wiped yet.
     time.sleep(&lab, HOUR * 2);
     for request in [spot_cancel_all(), accounts()] {
-        let told = unavailable(&mut bot, request).await;
-        assert!(age_in(&told, 86400) >= 25 * 3600, "{told}");
+        let message = unavailable(&mut bot, request).await;
+        assert!(age_in(&message, 86400) >= 25 * 3600, "{message}");
     }
-    until_seen("the key is wiped", &lab, &time, async || {
+    pass_time_until("the key is wiped", &lab, &time, async || {
         let (status, text) = lab.get("/readyz?verbose").await;
         status == 503
-            && text.contains("key main/main: waiting for Vault: wiped: last confirmed by Vault 9")
+            && text.contains(
+                "key main/main: waiting for Vault: wiped from memory: last confirmed by Vault 9",
+            )
             && text.contains("s ago, max_stale_cancel_s is 86400 s")
     })
     .await;
@@ -290,7 +296,7 @@ async fn past_the_last_bound_nothing_is_signed_the_key_is_wiped_and_vault_brings
     assert!(text.contains("key other/main: version 1 loaded"), "{text}");
     assert_eq!(metric(&lab, "key_age_seconds", "main").await, None);
     assert_eq!(metric(&lab, "key_version", "main").await, None);
-    // With the time known again it is the key that orders are refused for.
+    // Once the exchange's time is known again, orders are rejected because of the key.
     until("the time is measured", async || {
         !lab.get("/readyz").await.1.contains("clock ")
     })
@@ -303,16 +309,16 @@ async fn past_the_last_bound_nothing_is_signed_the_key_is_wiped_and_vault_brings
     assert!(stale(&mut bot, of_other(accounts())).await >= 25 * 3600);
 
     let read = |account: &str| {
-        let asked = asked(&lab.vault, account);
-        asked
+        let requests = requests_for(&lab.vault, account);
+        requests
             .iter()
-            .filter(|(what, _)| what == "GET data?version=1")
+            .filter(|(request, _)| request == "GET data?version=1")
             .count()
     };
     assert_eq!((read("main"), read("other")), (1, 1));
     lab.vault.restart().await.unwrap();
-    // Each refusal has Vault asked. No time is skipped until the key is back: it would cut off the read.
-    until("what was wiped is read again", async || {
+    // Each rejected call triggers a read. The time must not jump until the key is loaded: that would abort the read.
+    until("the wiped key is read again", async || {
         bot.clone().send(accounts()).await.is_ok()
     })
     .await;
@@ -323,9 +329,9 @@ async fn past_the_last_bound_nothing_is_signed_the_key_is_wiped_and_vault_brings
 }
 
 #[tokio::test]
-async fn after_a_sleep_past_the_bound_the_first_refusal_has_vault_asked_at_once() {
+async fn first_rejection_after_a_long_suspend_refreshes_the_key_at_once() {
     let (mut lab, time) = installed(rules("", "")).await;
-    // No poll comes while this test runs.
+    // No poll takes place during this test.
     lab.reconfigure("poll_s = 1", "poll_s = 3600");
     lab.start_broker_on(time.clock()).await;
     lab.until_ready().await;
@@ -334,23 +340,26 @@ async fn after_a_sleep_past_the_bound_the_first_refusal_has_vault_asked_at_once(
     assert_eq!(
         stale(&mut bot, spot_order("short")).await,
         0,
-        "no outage that anybody knows of"
+        "no outage was noticed"
     );
     for index in 0..2 {
-        assert_eq!(asked(&lab.vault, "main").len(), 2 + index);
+        assert_eq!(requests_for(&lab.vault, "main").len(), 2 + index);
         time.sleep(&lab, MINUTE * 16);
         let (status, text) = lab.get("/readyz").await;
         assert_eq!(status, 503);
         assert!(
             text.contains(
-                "key main/main: too old for risk-increasing requests; Vault last confirmed it "
+                "key main/main: too old for risk-increasing requests; Vault last confirmed the key "
             ),
             "{text}"
         );
-        let told = unavailable(&mut bot, spot_order("long")).await;
-        assert!(age_in(&told, 900) >= 960, "{told}");
-        assert!(told.ends_with("not read yet"), "{told}");
-        until("Vault has been asked", async || {
+        let message = unavailable(&mut bot, spot_order("long")).await;
+        assert!(age_in(&message, 900) >= 960, "{message}");
+        assert!(
+            message.ends_with("; since then: the broker has not polled Vault"),
+            "{message}"
+        );
+        until("Vault has confirmed the key", async || {
             metric(&lab, "key_available", "main").await == Some(1.0)
         })
         .await;
@@ -364,28 +373,31 @@ async fn after_a_sleep_past_the_bound_the_first_refusal_has_vault_asked_at_once(
 }
 
 #[tokio::test]
-async fn a_key_past_its_last_bound_is_wiped_at_once_and_not_at_the_next_poll() {
+async fn key_older_than_max_stale_cancel_is_wiped_without_waiting_for_a_poll() {
     let (mut lab, time) = installed(rules("", "max_stale_cancel_s = 604800")).await;
-    // No poll comes while this test runs.
+    // No poll takes place during this test.
     lab.reconfigure("poll_s = 1", "poll_s = 3600");
     lab.start_broker_on(time.clock()).await;
     lab.until_ready().await;
     lab.vault.stop().await.unwrap();
     time.sleep(&lab, HOUR * 25);
-    // It is wiped, Vault is asked, and what that came to shows beside it.
-    let begin = "key main/main: waiting for Vault: wiped: last confirmed by Vault 90";
+    // It is wiped and requested from Vault; the reason shows both.
+    let begin = "key main/main: waiting for Vault: wiped from memory: last confirmed by Vault 90";
     let part = "s ago, max_stale_cancel_s is 86400 s; ";
-    let is_it = |line: &str| line.starts_with(begin) && line.contains(part);
-    until("the key is wiped, and readyz says so", async || {
+    let is_wiped = |line: &str| line.starts_with(begin) && line.contains(part);
+    until("readyz shows the key as wiped", async || {
         let (status, text) = lab.get("/readyz?verbose").await;
         status == 503
-            && text.lines().any(is_it)
+            && text.lines().any(is_wiped)
             && text.contains("key other/main: version 1 loaded")
     })
     .await;
     let mut bot = lab.bot("maker").await;
-    let told = unavailable(&mut bot, spot_cancel_all()).await;
-    assert!(told.contains("wiped: ") && told.contains(part), "{told}");
+    let message = unavailable(&mut bot, spot_cancel_all()).await;
+    assert!(
+        message.contains("wiped from memory: ") && message.contains(part),
+        "{message}"
+    );
     assert_eq!(metric(&lab, "key_version", "main").await, None);
 
     lab.vault.restart().await.unwrap();
@@ -395,7 +407,7 @@ async fn a_key_past_its_last_bound_is_wiped_at_once_and_not_at_the_next_poll() {
 }
 
 #[tokio::test]
-async fn wiped_key_ends_a_request_to_vault_that_hangs_and_drops_the_version_under_test() {
+async fn wiping_a_key_aborts_its_vault_request_and_drops_the_version_under_test() {
     let (mut lab, time) = installed(rules("", "max_stale_cancel_s = 604800")).await;
     lab.reconfigure("timeout_ms = 1000", "timeout_ms = 60000");
     lab.start_broker_on(time.clock()).await;
@@ -411,41 +423,42 @@ async fn wiped_key_ends_a_request_to_vault_that_hangs_and_drops_the_version_unde
     lab.put_key("main", "main", &key(2));
     until("the version waits for its test", async || {
         let text = lab.get("/readyz?verbose").await.1;
-        text.contains("version 2 is waiting for its test")
+        text.contains("version 2 could not be tested yet")
     })
     .await;
     let path = format!("kv/metadata/{}", kv_path("main", "main"));
     lab.vault.fault(FaultRule::new(&path, VaultFault::Hang));
     until("a request to Vault hangs", async || {
-        let asked = asked(&lab.vault, "main");
-        asked.last().is_some_and(|(_, status)| status.is_none())
+        let requests = requests_for(&lab.vault, "main");
+        requests.last().is_some_and(|(_, status)| status.is_none())
     })
     .await;
     time.sleep(&lab, HOUR * 25);
-    let is_it = |line: &str| {
-        line.starts_with("key main/main: waiting for Vault: wiped: last confirmed by Vault 90")
-            && line.contains(" s; ")
-            && line.ends_with("key wiped before the test was answered")
+    let is_aborted = |line: &str| {
+        line.starts_with(
+            "key main/main: waiting for Vault: wiped from memory: last confirmed by Vault 90",
+        ) && line.contains(" s; ")
+            && line.ends_with("key wiped before Vault responded")
     };
-    until("the request has ended", async || {
-        lab.get("/readyz?verbose").await.1.lines().any(is_it)
+    until("the request is aborted", async || {
+        lab.get("/readyz?verbose").await.1.lines().any(is_aborted)
     })
     .await;
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn wiped_key_is_reloaded_after_a_suspend_without_a_call() {
+async fn key_wiped_after_a_suspend_is_reloaded_without_a_call() {
     let (mut lab, time) = installed(rules("", "")).await;
     lab.reconfigure("poll_s = 1", "poll_s = 3600");
     lab.start_broker_on(time.clock()).await;
     lab.until_ready().await;
     time.sleep(&lab, HOUR * 25);
     until("the key has been read again", async || {
-        let asked = asked(&lab.vault, "main");
-        let reads = asked
+        let requests = requests_for(&lab.vault, "main");
+        let reads = requests
             .iter()
-            .filter(|(what, _)| what == "GET data?version=1");
+            .filter(|(request, _)| request == "GET data?version=1");
         reads.count() == 2
     })
     .await;
@@ -458,60 +471,63 @@ async fn wiped_key_is_reloaded_after_a_suspend_without_a_call() {
     lab.stop().await;
 }
 
-/// What Vault is told to say.
-type Say<'a> = &'a dyn Fn(&Lab);
+/// A change in Vault that evicts the key.
+type Change<'a> = &'a dyn Fn(&Lab);
 
 #[tokio::test]
-async fn vaults_word_evicts_at_once_after_an_outage_and_a_new_outage_does_not_undo_it() {
+async fn eviction_takes_effect_right_after_an_outage_and_survives_the_next_one() {
     let path = kv_path("main", "main");
     let disabled = BTreeMap::from([("state".to_owned(), "disabled".to_owned())]);
-    let disable: Say = &|lab| lab.vault.set_custom_metadata("kv", &path, disabled.clone());
-    let delete: Say = &|lab| lab.vault.delete_metadata("kv", &path);
-    let deny: Say = &|lab| lab.vault.deny(None, None, &format!("kv/metadata/{path}"));
-    for (say, reason) in [
-        (disable, "its metadata in Vault says state=disabled"),
+    let disable: Change = &|lab| lab.vault.set_custom_metadata("kv", &path, disabled.clone());
+    let delete: Change = &|lab| lab.vault.delete_metadata("kv", &path);
+    let deny: Change = &|lab| lab.vault.deny(None, None, &format!("kv/metadata/{path}"));
+    for (change, reason) in [
+        (
+            disable,
+            "disabled in Vault (state=disabled in its custom metadata)",
+        ),
         (delete, "Vault has no such key (404)"),
         (
             deny,
-            "Vault refuses it to the broker (403); check the broker's policy",
+            "Vault denied the broker access (403); check the broker's Vault policy",
         ),
     ] {
         let (mut lab, time) = ready("", "").await;
         let mut bot = lab.bot("maker").await;
-        let silent = || {
+        let start_outage = || {
             let fault = VaultFault::Status {
                 code: 503,
                 retry_after_s: None,
             };
             lab.vault.fault(FaultRule::new("", fault));
         };
-        silent();
+        start_outage();
         until_noticed(&lab, &time).await;
         time.pass(&lab, MINUTE * 5).await;
         assert!(stale(&mut bot, spot_order("stale")).await >= 300);
-        // The word is spoken while nobody can hear it.
-        say(&lab);
-        time.pass(&lab, NEXT_LOOK).await;
+        // The change is made during the outage.
+        change(&lab);
+        time.pass(&lab, NEXT_RETRY).await;
         assert!(stale(&mut bot, spot_cancel_all()).await >= 331);
         lab.vault.clear_faults();
-        until_seen(reason, &lab, &time, async || {
+        pass_time_until(reason, &lab, &time, async || {
             let (_, text) = lab.get("/readyz").await;
             text.contains(&format!("key main/main: not available: {reason}"))
                 && !text.contains("key other/main")
         })
         .await;
-        let refused = async |bot: &mut Bot| {
+        let assert_evicted = async |bot: &mut Bot| {
             for request in [spot_order("evicted"), spot_cancel_all(), accounts()] {
-                let told = unavailable(bot, request).await;
-                assert_eq!(told, format!("{REFUSED}{reason}"));
+                let message = unavailable(bot, request).await;
+                assert_eq!(message, format!("{REFUSED}{reason}"));
             }
         };
-        refused(&mut bot).await;
+        assert_evicted(&mut bot).await;
         assert_eq!(metric(&lab, "key_age_seconds", "main").await, None);
         assert_eq!(stale(&mut bot, of_other(spot_order("other"))).await, 0);
 
-        silent();
-        until_seen(
+        start_outage();
+        pass_time_until(
             "the next outage has been noticed",
             &lab,
             &time,
@@ -521,14 +537,14 @@ async fn vaults_word_evicts_at_once_after_an_outage_and_a_new_outage_does_not_un
             },
         )
         .await;
-        refused(&mut bot).await;
+        assert_evicted(&mut bot).await;
         lab.stop().await;
     }
 }
 
-/// One path of Vault is silent, another one speaks.
+/// Reads of the secret fail while reads of the metadata work.
 #[tokio::test]
-async fn a_key_that_is_disabled_while_its_secret_cannot_be_read_is_evicted() {
+async fn key_disabled_while_its_secret_cannot_be_read_is_evicted() {
     let (mut lab, time) = ready("", "").await;
     let mut bot = lab.bot("maker").await;
     lab.vault
@@ -544,9 +560,9 @@ async fn a_key_that_is_disabled_while_its_secret_cannot_be_read_is_evicted() {
     let disabled = BTreeMap::from([("state".to_owned(), "disabled".to_owned())]);
     let path = kv_path("main", "main");
     lab.vault.set_custom_metadata("kv", &path, disabled);
-    until_seen("the key is evicted", &lab, &time, async || {
+    pass_time_until("the key is evicted", &lab, &time, async || {
         let (_, text) = lab.get("/readyz").await;
-        text.contains("key main/main: not available: its metadata in Vault says state=disabled")
+        text.contains("key main/main: not available: disabled in Vault (state=disabled in its custom metadata)")
     })
     .await;
     unavailable(&mut bot, spot_cancel_all()).await;

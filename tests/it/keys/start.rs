@@ -1,31 +1,31 @@
-//! A start: bots are let in once every key has been read, or could not be; admins and probes at once.
+//! At the start, bots are accepted once every key was read or failed to be read; admins and health checks at once.
 
 use std::time::Duration;
 
 use credbroker::proto::{ListKeysRequest, Outcome, SignAndSendResponse};
 use credbroker_sim::installation::Settings;
-use credbroker_sim::road::Road;
+use credbroker_sim::proxy::Proxy;
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 use tonic::Status;
 
 use crate::harness::{Bot, Lab, Time, patient, refusal, spot_cancel_all};
 
-const KEYS_READ: &str = "initial key load finished; accepting bots";
+const KEYS_READ: &str = "initial key load and DNS lookups finished; accepting bots";
 
 const TOO_LONG: &str = "initial key load or DNS lookups not finished within 10 s; accepting bots";
 
-/// An installation whose broker reaches Vault over a road, and waits for its answers for long.
-async fn installed() -> (Lab, Road) {
+/// An installation whose connections to Vault pass a `Proxy`, with a long time limit for requests to Vault.
+async fn installed() -> (Lab, Proxy) {
     let lab = Lab::install(Settings::default()).await;
-    let road = Road::to(&lab.vault.address()).await.unwrap();
-    let address = format!("http://{}", road.address);
+    let proxy = Proxy::to(&lab.vault.address()).await.unwrap();
+    let address = format!("http://{}", proxy.address);
     lab.reconfigure(&lab.vault.address(), &address);
     lab.reconfigure("timeout_ms = 1000", "timeout_ms = 60000");
-    (lab, road)
+    (lab, proxy)
 }
 
-/// A bot that connects and cancels, however long that takes.
+/// Connects a bot and sends a cancel, without a time limit.
 fn cancel(lab: &Lab) -> JoinHandle<Result<SignAndSendResponse, Status>> {
     let identity = lab.ca.bot("maker").unwrap();
     let (address, roots) = (lab.grpc, [lab.ca.certificate_pem().to_owned()]);
@@ -36,9 +36,9 @@ fn cancel(lab: &Lab) -> JoinHandle<Result<SignAndSendResponse, Status>> {
 }
 
 #[tokio::test]
-async fn bots_wait_for_the_first_read_of_all_keys_and_admins_do_not() {
-    let (mut lab, road) = installed().await;
-    road.hold();
+async fn bots_wait_for_the_first_read_of_all_keys_but_admins_do_not() {
+    let (mut lab, proxy) = installed().await;
+    proxy.hold();
     lab.start_broker().await;
     drop(TcpStream::connect(lab.grpc).await.unwrap());
     let cancelled = cancel(&lab);
@@ -50,20 +50,20 @@ async fn bots_wait_for_the_first_read_of_all_keys_and_admins_do_not() {
     let mut admin = lab.admin_client("anna").await;
     admin.list_keys(ListKeysRequest {}).await.unwrap();
     for words in [&["halt", "main"][..], &["resume", "main"]] {
-        let ended = lab.admin_cli("anna", words).await;
-        assert_eq!(ended.code, Some(0), "{ended:?}");
+        let output = lab.admin_cli("anna", words).await;
+        assert_eq!(output.code, Some(0), "{output:?}");
     }
     assert!(!cancelled.is_finished(), "{:?}", cancelled.await);
-    road.open();
+    proxy.open();
     let answer = cancelled.await.unwrap().unwrap();
     assert_eq!(answer.outcome(), Outcome::Accepted, "{answer:?}");
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn bots_wait_ten_seconds_at_most_for_a_vault_that_does_not_answer() {
-    let (mut lab, road) = installed().await;
-    road.silence();
+async fn bots_wait_at_most_ten_seconds_for_a_vault_that_does_not_respond() {
+    let (mut lab, proxy) = installed().await;
+    proxy.silence();
     let time = Time::new(0);
     lab.start_broker_on(time.clock()).await;
     let cancelled = cancel(&lab);
@@ -75,13 +75,13 @@ async fn bots_wait_ten_seconds_at_most_for_a_vault_that_does_not_answer() {
 }
 
 #[tokio::test]
-async fn vault_that_is_down_delays_no_start() {
+async fn unreachable_vault_does_not_delay_the_start() {
     let mut lab = Lab::install(Settings::default()).await;
     lab.vault.stop().await.unwrap();
     lab.spawn_broker().await;
-    let told = cancel(&lab).await.unwrap().unwrap_err();
-    let message = told.message();
-    assert!(message.contains("Vault cannot be reached"), "{message}");
+    let status = cancel(&lab).await.unwrap().unwrap_err();
+    let message = status.message();
+    assert!(message.contains("cannot reach Vault"), "{message}");
     lab.process().terminate();
     assert_eq!(lab.process().exit_code().await, Some(0));
     let log = lab.process().log();
@@ -90,13 +90,13 @@ async fn vault_that_is_down_delays_no_start() {
 }
 
 #[tokio::test]
-async fn broker_that_waits_for_its_keys_stops_at_once() {
-    let (mut lab, road) = installed().await;
-    road.silence();
+async fn broker_waiting_for_its_keys_shuts_down_at_once() {
+    let (mut lab, proxy) = installed().await;
+    proxy.silence();
     let time = Time::new(0);
     lab.start_broker_on(time.clock()).await;
     let cancelled = cancel(&lab);
     lab.stop().await;
-    // Nobody has let it in.
+    // The bot was never accepted.
     assert!(cancelled.await.is_err());
 }

@@ -1,4 +1,4 @@
-//! One key follows another: it is tested before it signs for a bot, and the one before it stays until then.
+//! A new key version is tested before it signs for a bot; the previous version stays in use until then.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -9,11 +9,11 @@ use credbroker_sim::installation::{MAIN_UID, kv_path, secret};
 use credbroker_sim::kucoin::{Fault, FaultAction, ReceivedRequest, SimKey, When};
 use serde_json::{Value, json};
 
-use crate::harness::{Bot, Lab, Patient, accounts, say, spot_order, until};
+use crate::harness::{Bot, Lab, Patient, accounts, print_always, spot_order, until};
 
 pub(super) const INFO: &str = "/api/v1/user/api-key";
 
-/// Another key of the account that the default rules use.
+/// Another key of the account in the default rules.
 pub(super) fn key(number: u64) -> SimKey {
     SimKey {
         api_key: format!("simulated-key-{number:010}"),
@@ -32,13 +32,13 @@ pub(super) fn signed_by<'r>(
 
 pub(super) async fn until_version(lab: &Lab, version: u64) {
     let name = "key_version{account=\"main\",key=\"main\"}";
-    until(&format!("version {version} serves"), async || {
+    until(&format!("version {version} is in use"), async || {
         lab.metric(name).await.map(|now| now.to_string()) == Some(version.to_string())
     })
     .await;
 }
 
-/// What the broker says of `main/main` now.
+/// Status and reasons of `main/main`.
 pub(super) async fn status(lab: &Lab) -> (String, Vec<String>) {
     let mut admin = lab.admin_client("anna").await;
     let keys = admin.list_keys(credbroker::proto::ListKeysRequest {}).await;
@@ -48,7 +48,7 @@ pub(super) async fn status(lab: &Lab) -> (String, Vec<String>) {
     (key.status().word().to_owned(), key.reasons)
 }
 
-/// Has the broker look at Vault now, and returns the version that serves then.
+/// Makes the broker refresh the key from Vault; returns the version in use after that.
 pub(super) async fn refresh(lab: &Lab) -> u64 {
     let mut admin = lab.admin_client("anna").await;
     let request = RefreshKeyRequest {
@@ -65,7 +65,7 @@ pub(super) async fn reads(bot: &mut Bot<Patient>) -> (Outcome, String) {
 }
 
 #[tokio::test]
-async fn a_new_version_is_tested_on_every_scope_before_it_signs_for_a_bot() {
+async fn new_version_is_tested_on_every_scope_before_it_signs_for_a_bot() {
     let lab = Lab::start().await;
     let mut bot = lab.patient_bot("maker").await;
     let next = key(2);
@@ -76,7 +76,7 @@ async fn a_new_version_is_tested_on_every_scope_before_it_signs_for_a_bot() {
     let requests = lab.kucoin.everything_received();
     let paths: Vec<_> = signed_by(&requests, &next)
         .into_iter()
-        .map(|request| (request.is_own_question(), request.path()))
+        .map(|request| (request.is_internal(), request.path()))
         .collect();
     let expected = [
         (true, INFO),
@@ -88,46 +88,46 @@ async fn a_new_version_is_tested_on_every_scope_before_it_signs_for_a_bot() {
     assert_eq!(paths, expected);
     let acts = lab.acts();
     let change = acts.iter().rfind(|act| act["action"] == "key").unwrap();
-    assert_eq!(change["outcome"], "in_use");
+    assert_eq!(change["outcome"], "activated");
     assert_eq!(
         (&change["version_before"], &change["version_after"]),
         (&json!(1), &json!(2))
     );
-    assert_eq!(change["who"], "vault");
-    lab.check_record();
+    assert_eq!(change["principal"], "vault");
+    lab.check_audit_log();
 }
 
 #[tokio::test]
-async fn a_version_that_the_exchange_refuses_changes_nothing_and_the_reason_shows() {
+async fn version_rejected_by_kucoin_is_not_used_and_the_reason_is_shown() {
     let lab = Lab::start().await;
     let mut bot = lab.patient_bot("maker").await;
-    // The exchange does not know it.
+    // The key does not exist at the exchange.
     lab.put_key("main", "main", &key(2));
     assert_eq!(refresh(&lab).await, 1);
     assert_eq!(reads(&mut bot).await.0, Outcome::Accepted);
     let (_, reasons) = status(&lab).await;
-    let told = reasons
+    let is_shown = reasons
         .iter()
-        .any(|reason| reason.contains("version 2 is refused"));
-    assert!(told, "{reasons:?}");
+        .any(|reason| reason.contains("version 2 was rejected"));
+    assert!(is_shown, "{reasons:?}");
     let requests = lab.kucoin.everything_received();
-    let of_bots = signed_by(&requests, &key(2));
-    assert!(of_bots.iter().all(|request| request.is_own_question()));
-    // It is not asked again at every poll.
-    let asked = of_bots.len();
+    let signed = signed_by(&requests, &key(2));
+    assert!(signed.iter().all(|request| request.is_internal()));
+    // It is not tested again at every poll.
+    let tests = signed.len();
     let polls = || lab.vault.requests().len();
     let before = polls();
     until("more polls have passed", async || polls() >= before + 6).await;
     let requests = lab.kucoin.everything_received();
-    assert_eq!(signed_by(&requests, &key(2)).len(), asked);
-    // Mended at the exchange, an admin has it tried once more.
+    assert_eq!(signed_by(&requests, &key(2)).len(), tests);
+    // Once the key exists at the exchange, a refresh by an admin tests it again.
     lab.kucoin.add_key(key(2));
     assert_eq!(refresh(&lab).await, 2);
-    lab.check_record();
+    lab.check_audit_log();
 }
 
 #[tokio::test]
-async fn a_key_that_may_not_trade_does_not_take_the_place_of_one_that_may() {
+async fn key_without_trade_permission_does_not_replace_one_that_has_it() {
     let lab = Lab::start().await;
     let weak = SimKey {
         permissions: vec!["Futures".to_owned(), "Unified".to_owned()],
@@ -137,14 +137,14 @@ async fn a_key_that_may_not_trade_does_not_take_the_place_of_one_that_may() {
     lab.put_key("main", "main", &weak);
     assert_eq!(refresh(&lab).await, 1);
     let (_, reasons) = status(&lab).await;
-    let told = reasons
+    let is_shown = reasons
         .iter()
         .any(|reason| reason.contains("lacks the permission Spot"));
-    assert!(told, "{reasons:?}");
+    assert!(is_shown, "{reasons:?}");
 }
 
 #[tokio::test]
-async fn a_version_that_cannot_be_tested_waits_and_is_used_once_it_can() {
+async fn version_that_cannot_be_tested_yet_is_used_once_its_test_passes() {
     let lab = Lab::start().await;
     let mut bot = lab.patient_bot("maker").await;
     lab.kucoin.add_key(key(2));
@@ -161,10 +161,10 @@ async fn a_version_that_cannot_be_tested_waits_and_is_used_once_it_can() {
     lab.put_key("main", "main", &key(2));
     assert_eq!(refresh(&lab).await, 1);
     let (_, reasons) = status(&lab).await;
-    let told = reasons
+    let is_shown = reasons
         .iter()
-        .any(|reason| reason.contains("is waiting for its test"));
-    assert!(told, "{reasons:?}");
+        .any(|reason| reason.contains("could not be tested yet"));
+    assert!(is_shown, "{reasons:?}");
     assert_eq!(reads(&mut bot).await.0, Outcome::Accepted);
     lab.kucoin.clear_faults();
     until_version(&lab, 2).await;
@@ -178,11 +178,11 @@ async fn a_version_that_cannot_be_tested_waits_and_is_used_once_it_can() {
 }
 
 #[tokio::test]
-async fn a_request_whose_key_is_deleted_under_it_is_signed_again_and_the_bot_never_sees_it() {
+async fn request_whose_key_is_deleted_at_kucoin_is_retried_with_the_new_key() {
     let lab = Lab::start().await;
     let mut bot = lab.patient_bot("maker").await;
     lab.kucoin.add_key(key(2));
-    // The test of the new key takes a while, and meanwhile the old one dies.
+    // The old key is deleted while the test of the new key is running.
     lab.kucoin
         .fault(Fault::once(INFO, FaultAction::Delay { ms: 700 }));
     lab.put_key("main", "main", &key(2));
@@ -202,11 +202,11 @@ async fn a_request_whose_key_is_deleted_under_it_is_signed_again_and_the_bot_nev
         .collect();
     assert_eq!(codes, ["400003", "200000"]);
     assert_eq!(lab.kucoin.orders(MAIN_UID).len(), 1);
-    lab.check_record();
+    lab.check_audit_log();
 }
 
 #[tokio::test]
-async fn a_refusal_without_another_key_is_the_bots_and_comes_at_once() {
+async fn key_rejection_is_returned_to_the_bot_at_once_if_there_is_no_other_key() {
     let lab = Lab::start().await;
     let mut bot = lab.patient_bot("maker").await;
     lab.kucoin.remove_key(&SimKey::fake(MAIN_UID).api_key);
@@ -227,7 +227,7 @@ async fn a_refusal_without_another_key_is_the_bots_and_comes_at_once() {
 }
 
 #[tokio::test]
-async fn after_a_start_whose_newest_version_is_refused_the_one_before_it_serves() {
+async fn previous_version_is_used_if_the_newest_is_rejected_at_start() {
     let mut lab = Lab::install(credbroker_sim::installation::Settings::default()).await;
     lab.put_key("main", "main", &key(2));
     lab.start_broker().await;
@@ -235,11 +235,11 @@ async fn after_a_start_whose_newest_version_is_refused_the_one_before_it_serves(
     let mut bot = lab.patient_bot("maker").await;
     assert_eq!(reads(&mut bot).await.0, Outcome::Accepted);
     let (_, reasons) = status(&lab).await;
-    let told = reasons
+    let is_shown = reasons
         .iter()
-        .any(|reason| reason.contains("version 2 is refused"));
-    assert!(told, "{reasons:?}");
-    // And the next one is taken up as ever.
+        .any(|reason| reason.contains("version 2 was rejected"));
+    assert!(is_shown, "{reasons:?}");
+    // The next version is used as usual.
     lab.kucoin.add_key(key(3));
     lab.put_key("main", "main", &key(3));
     until_version(&lab, 3).await;
@@ -251,7 +251,7 @@ async fn after_a_start_whose_newest_version_is_refused_the_one_before_it_serves(
 }
 
 #[tokio::test]
-async fn an_admin_goes_back_to_an_older_version_and_on_again() {
+async fn use_version_switches_to_an_older_version_and_back() {
     let lab = Lab::start().await;
     let mut bot = lab.patient_bot("maker").await;
     lab.kucoin.add_key(key(2));
@@ -267,7 +267,7 @@ async fn an_admin_goes_back_to_an_older_version_and_on_again() {
     use_version("1");
     until_version(&lab, 1).await;
     assert_eq!(reads(&mut bot).await.0, Outcome::Accepted);
-    // One that is not there takes nothing away.
+    // A missing version changes nothing.
     use_version("7");
     assert_eq!(refresh(&lab).await, 1);
     let (_, reasons) = status(&lab).await;
@@ -282,7 +282,7 @@ async fn an_admin_goes_back_to_an_older_version_and_on_again() {
 }
 
 #[tokio::test]
-async fn keys_are_tested_once_after_the_start_and_the_status_tells() {
+async fn keys_are_tested_once_after_the_start_and_not_at_every_poll() {
     let lab = Lab::start().await;
     until("the key is tested", async || {
         lab.metric("key_tested_timestamp_seconds{account=\"main\",key=\"main\"}")
@@ -290,33 +290,32 @@ async fn keys_are_tested_once_after_the_start_and_the_status_tells() {
             .is_some()
     })
     .await;
-    let asked = || {
+    let count_tests = || {
         let requests = lab.kucoin.everything_received();
         signed_by(&requests, &SimKey::fake(MAIN_UID)).len()
     };
-    assert_eq!(asked(), 1);
+    assert_eq!(count_tests(), 1);
     let before = lab.vault.requests().len();
     until("polls have passed", async || {
         lab.vault.requests().len() >= before + 6
     })
     .await;
-    assert_eq!(asked(), 1, "at most once in ten minutes");
+    assert_eq!(count_tests(), 1, "at most once in ten minutes");
 }
 
-/// Eight bots, and a hundred keys one after the other, each deleted at the exchange as soon as the next one serves.
+/// Eight bots call during a hundred rotations; each key is deleted at the exchange as soon as the next one is in use.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_hundred_rotations_under_load_fail_no_call_and_no_key_signs_after_its_successor_is_proven()
- {
+async fn hundred_rotations_under_load_fail_no_call_and_replaced_keys_never_sign() {
     const ROTATIONS: u64 = 100;
     let lab = Arc::new(Lab::start().await);
-    let (calls, goes_on) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(true)));
+    let (calls, is_running) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(true)));
     let mut bots = Vec::new();
     for number in 0..8 {
         let mut bot = lab.patient_bot("maker").await;
-        let (calls, goes_on) = (Arc::clone(&calls), Arc::clone(&goes_on));
+        let (calls, is_running) = (Arc::clone(&calls), Arc::clone(&is_running));
         bots.push(tokio::spawn(async move {
             let mut step = 0;
-            while goes_on.load(Ordering::Relaxed) {
+            while is_running.load(Ordering::Relaxed) {
                 step += 1;
                 let request = if step % 4 == 0 {
                     spot_order(&format!("bot-{number}-{step}"))
@@ -345,7 +344,7 @@ async fn a_hundred_rotations_under_load_fail_no_call_and_no_key_signs_after_its_
         .await;
     }
     let took = began.elapsed();
-    // Signed times are the exchange's, which the broker knows to within this.
+    // Signed times are the exchange's; the broker knows them with this uncertainty.
     let (_, metrics) = lab.get("/metrics").await;
     let uncertain_s = metrics
         .lines()
@@ -355,18 +354,18 @@ async fn a_hundred_rotations_under_load_fail_no_call_and_no_key_signs_after_its_
     assert!(uncertain_s < 1.0, "{metrics}");
     let clock_ms =
         5 + i64::try_from(std::time::Duration::from_secs_f64(uncertain_s).as_millis()).unwrap();
-    goes_on.store(false, Ordering::Relaxed);
+    is_running.store(false, Ordering::Relaxed);
     for bot in bots {
         bot.await.unwrap();
     }
     let calls = calls.load(Ordering::Relaxed);
-    say(&format!(
-        "{ROTATIONS} rotations under {calls} calls, {} a second: none failed",
+    print_always(&format!(
+        "{ROTATIONS} rotations during {calls} calls ({} per second): none failed",
         calls / took.as_secs().max(1)
     ));
     let mut replaced_ms: BTreeMap<u64, i64> = BTreeMap::new();
     for act in lab.acts() {
-        if act["action"] == "key" && act["outcome"] == "in_use" && act["account"] == "main" {
+        if act["action"] == "key" && act["outcome"] == "activated" && act["account"] == "main" {
             let version = act["version_before"].as_u64().unwrap_or_default();
             replaced_ms.insert(version, act["time_ms"].as_i64().unwrap());
         }
@@ -389,21 +388,21 @@ async fn a_hundred_rotations_under_load_fail_no_call_and_no_key_signs_after_its_
             );
         }
     }
-    lab.check_record();
+    lab.check_audit_log();
 }
 
-/// New versions that no exchange takes, one after the other, some of them no keys at all.
+/// Several new versions that the exchange rejects or that are malformed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rotations_to_broken_keys_under_load_fail_no_call() {
     let lab = Arc::new(Lab::start().await);
-    let goes_on = Arc::new(AtomicBool::new(true));
+    let is_running = Arc::new(AtomicBool::new(true));
     let mut bots = Vec::new();
     for _ in 0..8 {
         let mut bot = lab.patient_bot("maker").await;
-        let goes_on = Arc::clone(&goes_on);
+        let is_running = Arc::clone(&is_running);
         bots.push(tokio::spawn(async move {
             let mut calls = 0;
-            while goes_on.load(Ordering::Relaxed) {
+            while is_running.load(Ordering::Relaxed) {
                 let answer = bot.send(accounts()).await.unwrap();
                 assert_eq!(answer.outcome(), Outcome::Accepted, "{answer:?}");
                 calls += 1;
@@ -416,15 +415,15 @@ async fn rotations_to_broken_keys_under_load_fail_no_call() {
         ..key(2)
     };
     lab.kucoin.add_key(key(2));
-    let elsewhere = SimKey {
+    let other_address = SimKey {
         ip_whitelist: vec!["203.0.113.9".parse().unwrap()],
         ..key(3)
     };
-    lab.kucoin.add_key(elsewhere.clone());
+    lab.kucoin.add_key(other_address.clone());
     let broken: [Value; 5] = [
         secret(&key(99)),
         secret(&wrong_secret),
-        secret(&elsewhere),
+        secret(&other_address),
         json!({"api_key": "simulated-half"}),
         Value::Null,
     ];
@@ -432,32 +431,32 @@ async fn rotations_to_broken_keys_under_load_fail_no_call() {
         lab.vault.put_secret("kv", &kv_path("main", "main"), value);
         assert_eq!(refresh(&lab).await, 1);
         let (_, reasons) = status(&lab).await;
-        let told = |reason: &String| reason.starts_with("using version 1: ");
-        assert!(reasons.iter().any(told), "{reasons:?}");
+        let is_expected = |reason: &String| reason.starts_with("using version 1 instead: ");
+        assert!(reasons.iter().any(is_expected), "{reasons:?}");
     }
-    goes_on.store(false, Ordering::Relaxed);
+    is_running.store(false, Ordering::Relaxed);
     let mut calls = 0;
     for bot in bots {
         calls += bot.await.unwrap();
     }
     assert!(calls > 0);
-    let answered = |request: &ReceivedRequest| request.answered.clone().unwrap().1;
+    let code = |request: &ReceivedRequest| request.answered.clone().unwrap().1;
     assert!(
         lab.kucoin
             .received()
             .iter()
-            .all(|request| answered(request) == "200000")
+            .all(|request| code(request) == "200000")
     );
-    lab.check_record();
+    lab.check_audit_log();
 }
 
 #[tokio::test]
-async fn a_stalled_test_of_a_new_key_holds_no_call_up() {
+async fn stalled_test_of_a_new_key_delays_no_call() {
     let lab = Lab::start().await;
     let mut bot = lab.patient_bot("maker").await;
     lab.kucoin.add_key(key(2));
     let stall = FaultAction::Stall {
-        when: When::BeforeTaken,
+        when: When::BeforeProcessing,
     };
     lab.kucoin.fault(Fault::once(INFO, stall));
     lab.put_key("main", "main", &key(2));

@@ -1,4 +1,4 @@
-//! What admins write to Vault, with the shipped policy: keys that they cannot read back, and notes about them.
+//! Writes of admins to Vault under the shipped policy: keys, which admins cannot read, and custom metadata.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use credbroker::base::secret::{ApiSecret, KeyValues, PartnerKey, Passphrase};
 use credbroker::kucoin::KeyVersion;
 use credbroker::telemetry::Metrics;
 use credbroker::vault::{
-    Auth, Metadata, NotedState, Notes, OutageKind, Registration, StoredFacts, Vault, VaultError,
+    Auth, Metadata, Notes, OutageKind, Registration, StoredFacts, StoredState, Vault, VaultError,
     VaultSettings, WriteError,
 };
 use credbroker_sim::installation::{ROOT_TOKEN, kv_path};
@@ -23,19 +23,19 @@ use super::real::{Api, Backend};
 use crate::harness::until;
 
 on_both! {
-    a_key_is_written_whole_and_only_on_top_of_the_version_that_was_seen
-    a_missing_key_is_none_and_what_the_policy_forbids_is_an_error
-    accounts_and_keys_are_listed_and_where_there_are_none_the_list_is_empty
-    notes_are_changed_one_by_one_and_those_of_others_stay
-    notes_are_kept_short_and_few_enough_for_vault
-    two_who_note_something_at_once_both_see_it_kept
+    key_is_written_completely_and_only_over_the_expected_version
+    missing_key_is_none_and_access_denied_by_policy_is_an_error
+    accounts_and_keys_are_listed_and_an_empty_vault_gives_an_empty_list
+    metadata_entries_are_changed_one_by_one_and_foreign_entries_are_kept
+    metadata_stays_within_vaults_limits_on_length_and_number_of_entries
+    concurrent_metadata_changes_are_both_kept
 }
 
-fn is_disabled(noted: &Metadata) -> bool {
-    matches!(noted.state(), NotedState::Disabled(_))
+fn is_disabled(metadata: &Metadata) -> bool {
+    matches!(metadata.state(), StoredState::Disabled(_))
 }
 
-/// A Vault with a mount that wants check-and-set, and an admin's way to it.
+/// A Vault with a mount that requires check-and-set, and an admin's client.
 struct Stage {
     vault: Backend,
     admin: Vault,
@@ -65,8 +65,8 @@ impl Stage {
         })
         .await;
         let token = if vault.is_real() {
-            let wanted = json!({ "policies": [name], "no_default_policy": true, "ttl": "1h" });
-            let made = api.call("POST", "auth/token/create", wanted).await;
+            let request = json!({ "policies": [name], "no_default_policy": true, "ttl": "1h" });
+            let made = api.call("POST", "auth/token/create", request).await;
             made["auth"]["client_token"].as_str().unwrap().to_owned()
         } else {
             api.token.clone()
@@ -79,8 +79,8 @@ impl Stage {
         }
     }
 
-    /// What Vault holds in a version of the key `main/main`, past all policies.
-    async fn held(&self, version: u64) -> Value {
+    /// The values of a version of the key `main/main`, read with the root token.
+    async fn stored(&self, version: u64) -> Value {
         let Backend { api, name, .. } = &self.vault;
         let path = kv_path("main", "main");
         let path = format!("{name}/data/{path}?version={version}");
@@ -92,7 +92,7 @@ impl Stage {
     }
 }
 
-/// An admin who shows this token.
+/// A client of an admin with this token.
 fn admin(url: &str, mount: &str, token: &str) -> (Vault, TempDir) {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("token");
@@ -127,7 +127,7 @@ fn main_key() -> KeyName {
     "main".parse().unwrap()
 }
 
-/// A made-up registration; its values need escapes in JSON, and none of them occurs anywhere else.
+/// A fake registration; its values need escapes in JSON and are unique.
 fn registration(generation: u32) -> Registration {
     let text = |text: &str| Zeroizing::new(format!("fake-{text}\"\\-{generation}"));
     Registration {
@@ -155,8 +155,8 @@ async fn write(admin: &Vault, generation: u32, cas: u64) -> Result<u64, WriteErr
     let registration = registration(generation);
     let written = admin.write(&account, &key, &registration, cas).await;
     if let Err(error) = &written {
-        let shown = format!("{error} {error:?}");
-        assert!(!shown.contains("fake-"), "{shown}");
+        let text = format!("{error} {error:?}");
+        assert!(!text.contains("fake-"), "{text}");
     }
     written
 }
@@ -165,16 +165,16 @@ async fn note(admin: &Vault, changes: &Notes) -> Result<Metadata, WriteError> {
     admin.note(&account("main"), &main_key(), changes).await
 }
 
-async fn a_key_is_written_whole_and_only_on_top_of_the_version_that_was_seen(stage: &Stage) {
+async fn key_is_written_completely_and_only_over_the_expected_version(stage: &Stage) {
     assert_eq!(write(&stage.admin, 1, 0).await, Ok(1));
-    let whole = json!({
+    let complete = json!({
         "api_key": "fake-id-1", "api_secret": "fake-secret\"\\-1",
         "passphrase": "fake-passphrase\u{1}\u{e4}\"\\-1", "key_version": "3",
         "uid": "1001", "site": "global", "permissions": "General,Spot",
         "registered_by": "spiffe://demo.test/admin/anna", "registered_at_ms": "1700000000000",
         "key_sha256": "fake-sha256-1",
     });
-    assert_eq!(stage.held(1).await, whole);
+    assert_eq!(stage.stored(1).await, complete);
 
     for stale in [0, 2] {
         let expected = WriteError::Stale {
@@ -184,21 +184,21 @@ async fn a_key_is_written_whole_and_only_on_top_of_the_version_that_was_seen(sta
         assert_eq!(write(&stage.admin, 2, stale).await, Err(expected));
     }
     assert_eq!(write(&stage.admin, 2, 1).await, Ok(2));
-    assert_eq!(stage.held(2).await["partner_key"], "fake-partner\"\\-2");
-    assert_eq!(stage.held(1).await, whole);
+    assert_eq!(stage.stored(2).await["partner_key"], "fake-partner\"\\-2");
+    assert_eq!(stage.stored(1).await, complete);
     let written = stage.admin.metadata(&account("main"), &main_key()).await;
     let written = written.unwrap();
     assert_eq!(written.current_version, 2);
     assert!(written.created(1).unwrap() < written.created(2).unwrap());
 
-    // The broker makes a key of what was written.
+    // The broker can read the key that was written.
     let Api { url, token, .. } = &stage.vault.api;
     let (broker, _token) = admin(url, &stage.vault.name, token);
     let key = broker.read(&account("main"), &main_key(), 2).await.unwrap();
     assert!(key.has_partner_key());
 }
 
-async fn a_missing_key_is_none_and_what_the_policy_forbids_is_an_error(stage: &Stage) {
+async fn missing_key_is_none_and_access_denied_by_policy_is_an_error(stage: &Stage) {
     let (account, key) = (account("main"), main_key());
     assert_eq!(stage.admin.find(&account, &key).await, Ok(None));
     let gone = VaultError::Gone("Vault has no such key (404)".to_owned());
@@ -211,17 +211,17 @@ async fn a_missing_key_is_none_and_what_the_policy_forbids_is_an_error(stage: &S
     assert_eq!(read.unwrap_err(), VaultError::Denied);
 
     let Api { url, token, .. } = &stage.vault.api.with_token("never-a-token");
-    let (stranger, _token) = admin(url, &stage.vault.name, token);
+    let (unauthorized, _token) = admin(url, &stage.vault.name, token);
     assert!(matches!(
-        stranger.find(&account, &key).await,
+        unauthorized.find(&account, &key).await,
         Err(VaultError::Outage(_) | VaultError::Denied)
     ));
-    let written = write(&stranger, 2, 1).await;
+    let written = write(&unauthorized, 2, 1).await;
     assert!(matches!(written, Err(WriteError::Vault(_))), "{written:?}");
     assert_eq!(stage.admin.accounts().await, Ok(vec![account.clone()]));
 }
 
-async fn accounts_and_keys_are_listed_and_where_there_are_none_the_list_is_empty(stage: &Stage) {
+async fn accounts_and_keys_are_listed_and_an_empty_vault_gives_an_empty_list(stage: &Stage) {
     assert_eq!(stage.admin.accounts().await, Ok(Vec::new()));
     assert_eq!(stage.admin.keys(&account("main")).await, Ok(Vec::new()));
     let Backend { api, name, .. } = &stage.vault;
@@ -242,16 +242,16 @@ async fn accounts_and_keys_are_listed_and_where_there_are_none_the_list_is_empty
     assert_eq!(keys, ["futures".parse().unwrap(), main_key()]);
 }
 
-async fn notes_are_changed_one_by_one_and_those_of_others_stay(stage: &Stage) {
+async fn metadata_entries_are_changed_one_by_one_and_foreign_entries_are_kept(stage: &Stage) {
     let admin = &stage.admin;
-    // Before there is any version.
-    let noted = note(admin, &Notes::state(false)).await.unwrap();
-    assert!(noted.current_version == 0 && is_disabled(&noted));
+    // Before the first version.
+    let metadata = note(admin, &Notes::state(false)).await.unwrap();
+    assert!(metadata.current_version == 0 && is_disabled(&metadata));
     assert_eq!(write(admin, 1, 0).await, Ok(1));
 
     let Backend { api, name, .. } = &stage.vault;
     let path = format!("{name}/metadata/{}", kv_path("main", "main"));
-    // The last two are notes of older versions of this program.
+    // Older versions of credbroker wrote the last two.
     let owned = json!({
         "owner": "desk", "state": "disabled", "use_version": "7", "pending_version": "1", "pending_sha256": "ab",
     });
@@ -259,41 +259,41 @@ async fn notes_are_changed_one_by_one_and_those_of_others_stay(stage: &Stage) {
         .await;
 
     let registered = Notes::registered(1, &registration(1).facts);
-    let noted = note(admin, &registered).await.unwrap();
-    assert_eq!(noted.note("owner"), Some("desk"));
-    assert!(is_disabled(&noted));
-    assert_eq!(noted.use_version(), None);
-    assert_eq!(noted.for_version(), Some(1));
+    let metadata = note(admin, &registered).await.unwrap();
+    assert_eq!(metadata.note("owner"), Some("desk"));
+    assert!(is_disabled(&metadata));
+    assert_eq!(metadata.use_version(), None);
+    assert_eq!(metadata.for_version(), Some(1));
     for old in ["pending_version", "pending_sha256"] {
-        assert_eq!(noted.note(old), None);
+        assert_eq!(metadata.note(old), None);
     }
     assert_eq!(
-        (noted.uid(), noted.key_sha256()),
+        (metadata.uid(), metadata.key_sha256()),
         (Some("1001"), Some("fake-sha256-1"))
     );
 
-    let noted = note(admin, &Notes::state(true)).await.unwrap();
-    assert!(!is_disabled(&noted));
-    let noted = note(admin, &Notes::hold(1, 1)).await.unwrap();
-    assert_eq!(noted.use_version(), Some("1"));
+    let metadata = note(admin, &Notes::state(true)).await.unwrap();
+    assert!(!is_disabled(&metadata));
+    let metadata = note(admin, &Notes::hold(1, 1)).await.unwrap();
+    assert_eq!(metadata.use_version(), Some("1"));
     let before = api.call("GET", &path, Value::Null).await["data"].clone();
     note(admin, &Notes::hold(1, 1)).await.unwrap();
     let after = api.call("GET", &path, Value::Null).await["data"].clone();
-    assert_eq!(before, after, "what is noted already is not written again");
+    assert_eq!(before, after, "unchanged entries must not be written again");
     assert_eq!(after["custom_metadata"]["owner"], "desk");
 }
 
-async fn notes_are_kept_short_and_few_enough_for_vault(stage: &Stage) {
+async fn metadata_stays_within_vaults_limits_on_length_and_number_of_entries(stage: &Stage) {
     let facts = StoredFacts {
         ip_whitelist: vec!["192.0.2.100".to_owned(); 100],
         registered_by: "anna\u{200b}\u{e4}".to_owned(),
         ..registration(1).facts
     };
-    let noted = note(&stage.admin, &Notes::registered(1, &facts))
+    let metadata = note(&stage.admin, &Notes::registered(1, &facts))
         .await
         .unwrap();
-    assert_eq!(noted.note("ip_whitelist").map(str::len), Some(512));
-    assert_eq!(noted.note("registered_by"), Some("anna??"));
+    assert_eq!(metadata.note("ip_whitelist").map(str::len), Some(512));
+    assert_eq!(metadata.note("registered_by"), Some("anna??"));
 
     let many: serde_json::Map<_, _> = (0..64).map(|n| (format!("note-{n}"), json!("x"))).collect();
     let Backend { api, name, .. } = &stage.vault;
@@ -303,30 +303,30 @@ async fn notes_are_kept_short_and_few_enough_for_vault(stage: &Stage) {
     let error = note(&stage.admin, &Notes::state(false)).await.unwrap_err();
     assert_eq!(
         error.to_string(),
-        "Vault refuses it: its custom metadata would have 65 entries, and Vault keeps 64; remove some that are not ours"
+        "not written to Vault: the key's custom metadata would have 65 entries, but Vault allows 64; remove entries that credbroker did not write"
     );
 }
 
-async fn two_who_note_something_at_once_both_see_it_kept(stage: &Stage) {
+async fn concurrent_metadata_changes_are_both_kept(stage: &Stage) {
     for version in 1..=10 {
-        let (switched, using) = (
+        let (enabled, hold) = (
             Notes::state(version % 2 == 0),
             Notes::hold(version, version),
         );
-        let (one, other) = tokio::join!(note(&stage.admin, &switched), note(&stage.admin, &using));
+        let (one, other) = tokio::join!(note(&stage.admin, &enabled), note(&stage.admin, &hold));
         one.unwrap();
         other.unwrap();
-        let noted = stage
+        let metadata = stage
             .admin
             .metadata(&account("main"), &main_key())
             .await
             .unwrap();
-        assert_eq!(is_disabled(&noted), version % 2 == 1);
-        assert_eq!(noted.use_version(), Some(version.to_string().as_str()));
+        assert_eq!(is_disabled(&metadata), version % 2 == 1);
+        assert_eq!(metadata.use_version(), Some(version.to_string().as_str()));
     }
 }
 
-/// A simulated Vault that fails as `rule` says, and an admin's way to it.
+/// A simulated Vault with a fault, and an admin's client.
 async fn faulty(rule: FaultRule) -> (VaultSim, Vault, TempDir) {
     let vault = VaultSim::start_dev(ROOT_TOKEN).await.unwrap();
     vault.mount_kv("kv");
@@ -335,7 +335,7 @@ async fn faulty(rule: FaultRule) -> (VaultSim, Vault, TempDir) {
     (vault, admin, token)
 }
 
-/// Hits what writes a version.
+/// Applies `fault` to writes of versions.
 fn on_write(fault: Fault) -> FaultRule {
     FaultRule::new("kv/data/", fault).method("POST")
 }
@@ -352,13 +352,13 @@ async fn newest(admin: &Vault) -> u64 {
 }
 
 #[tokio::test]
-async fn a_version_that_arrived_though_its_answer_was_lost_is_not_written_twice() {
+async fn version_written_although_the_response_was_lost_is_not_written_twice() {
     let (vault, admin, _token) = faulty(on_write(Fault::HalfBody).times(1)).await;
-    // The admin cannot read whose it is.
+    // The admin cannot read the version to see whether it is the written one.
     let written = write(&admin, 1, 0).await;
     assert!(matches!(written, Err(WriteError::Unclear(_))));
     assert_eq!((newest(&admin).await, writes(&vault)), (1, 2));
-    // Also when no answer comes at all.
+    // The same if no attempt gets a complete response.
     vault.fault(on_write(Fault::HalfBody));
     let written = write(&admin, 2, 1).await;
     assert!(matches!(written, Err(WriteError::Unclear(_))));
@@ -366,25 +366,25 @@ async fn a_version_that_arrived_though_its_answer_was_lost_is_not_written_twice(
 }
 
 #[tokio::test]
-async fn a_version_that_is_somebody_elses_is_not_taken_for_ours() {
+async fn another_admins_version_is_not_mistaken_for_ours() {
     let (vault, admin, _token) = faulty(on_write(Fault::Close).times(1)).await;
     vault.put_secret("kv", &kv_path("main", "main"), json!({}));
     let stale = WriteError::Stale {
         expected: 0,
         found: 1,
     };
-    let lost = WriteError::Unclear("Vault cannot be reached".to_owned());
+    let lost = WriteError::Unclear("cannot reach Vault".to_owned());
     assert_eq!(write(&admin, 1, 0).await, Err(lost));
     assert_eq!(write(&admin, 1, 0).await, Err(stale.clone()));
     assert_eq!(
         stale.to_string(),
-        "somebody else has written this key meanwhile: version 0 was the newest one, now it is version 1"
+        "someone else changed the key in Vault: the newest version was 0, now it is 1"
     );
     assert_eq!(newest(&admin).await, 1);
 }
 
 #[tokio::test]
-async fn a_write_that_is_lost_on_the_way_is_repeated() {
+async fn lost_write_is_retried() {
     for fault in [
         Fault::Close,
         Fault::NotJson,
@@ -400,12 +400,12 @@ async fn a_write_that_is_lost_on_the_way_is_repeated() {
 }
 
 #[tokio::test]
-async fn a_write_that_never_gets_an_answer_may_yet_arrive() {
+async fn write_that_never_gets_a_response_is_reported_as_unclear() {
     let (vault, admin, _token) = faulty(on_write(Fault::Close)).await;
     let error = write(&admin, 1, 0).await.unwrap_err();
     assert_eq!(
         error.to_string(),
-        "it is not known whether it was written: Vault cannot be reached"
+        "the write may or may not have taken effect: cannot reach Vault"
     );
     assert_eq!((newest(&admin).await, writes(&vault)), (0, 3));
     vault.fault(FaultRule::new("kv/metadata/", Fault::Close));
@@ -414,7 +414,7 @@ async fn a_write_that_never_gets_an_answer_may_yet_arrive() {
 }
 
 #[tokio::test]
-async fn a_vault_that_certainly_did_not_take_it_is_asked_once() {
+async fn write_that_vault_certainly_did_not_execute_is_not_retried() {
     let (vault, admin, _token) = faulty(on_write(Fault::Status {
         code: 503,
         retry_after_s: None,
@@ -427,42 +427,42 @@ async fn a_vault_that_certainly_did_not_take_it_is_asked_once() {
     vault.deny(None, Some("POST"), "kv/data/*");
     assert_eq!(write(&admin, 1, 0).await, Err(VaultError::Denied.into()));
     vault.stop().await.unwrap();
-    let away = OutageKind::Unreachable.outage("Vault cannot be reached");
-    assert_eq!(write(&admin, 1, 0).await, Err(away.into()));
+    let unreachable = OutageKind::Unreachable.outage("cannot reach Vault");
+    assert_eq!(write(&admin, 1, 0).await, Err(unreachable.into()));
 }
 
 #[tokio::test]
-async fn a_note_whose_answer_is_lost_is_looked_for_and_made_again() {
-    let on_note = |fault| FaultRule::new("kv/metadata/", fault).method("POST");
+async fn metadata_change_whose_response_was_lost_is_checked_and_retried() {
+    let on_metadata_write = |fault| FaultRule::new("kv/metadata/", fault).method("POST");
     for fault in [Fault::HalfBody, Fault::Close] {
-        let (vault, admin, _token) = faulty(on_note(fault).times(1)).await;
+        let (vault, admin, _token) = faulty(on_metadata_write(fault).times(1)).await;
         let path = kv_path("main", "main");
         vault.put_secret("kv", &path, json!({}));
         let owner = [("owner".to_owned(), "desk".to_owned())];
         vault.set_custom_metadata("kv", &path, owner.into());
-        let noted = note(&admin, &Notes::state(false)).await.unwrap();
-        assert!(is_disabled(&noted) && noted.note("owner") == Some("desk"));
-        vault.fault(on_note(Fault::Close));
+        let metadata = note(&admin, &Notes::state(false)).await.unwrap();
+        assert!(is_disabled(&metadata) && metadata.note("owner") == Some("desk"));
+        vault.fault(on_metadata_write(Fault::Close));
         let error = note(&admin, &Notes::state(true)).await.unwrap_err();
         assert!(matches!(error, WriteError::Unclear(_)), "{error:?}");
     }
 }
 
 #[tokio::test]
-async fn a_note_that_arrives_after_somebody_elses_does_not_undo_it() {
+async fn late_metadata_change_does_not_undo_another_admins_change() {
     let late = FaultRule::new("kv/metadata/", Fault::Delay { ms: 500 });
     let (vault, admin, _token) = faulty(late.method("POST").times(1)).await;
     let disabled = Notes::state(false);
-    let others = async {
-        let is_note = |seen: &Seen| seen.method == "POST" && seen.status.is_none();
-        until("the first note is on its way", async || {
-            vault.requests().iter().any(is_note)
+    let other_admin = async {
+        let is_in_flight = |seen: &Seen| seen.method == "POST" && seen.status.is_none();
+        until("the first metadata change is in flight", async || {
+            vault.requests().iter().any(is_in_flight)
         })
         .await;
         note(&admin, &Notes::hold(7, 7)).await.unwrap();
     };
-    let (late, ()) = tokio::join!(note(&admin, &disabled), others);
-    let noted = late.unwrap();
-    assert!(is_disabled(&noted));
-    assert_eq!(noted.use_version(), Some("7"));
+    let (late, ()) = tokio::join!(note(&admin, &disabled), other_admin);
+    let metadata = late.unwrap();
+    assert!(is_disabled(&metadata));
+    assert_eq!(metadata.use_version(), Some("7"));
 }

@@ -1,11 +1,11 @@
-//! Templates and the literal paths that fit them: `cancelAll` is no order id, however it is written.
+//! Literal paths that a template also matches: `cancelAll` is never an order id, in any spelling.
 
 use credbroker::proto::Method::{self, Delete, Get};
 use credbroker::proto::Scope::{self, Futures, SpotMargin};
 
 use super::{Arena, Case, case, denied, on};
 
-/// Literal paths that a granted template also fits: scope, method, folder, literal, its endpoint id.
+/// Literal paths that a granted template also matches: scope, method, folder, literal, endpoint id.
 const COLLISIONS: [(Scope, Method, &str, &str, &str); 14] = [
     (
         Futures,
@@ -107,8 +107,8 @@ const COLLISIONS: [(Scope, Method, &str, &str, &str); 14] = [
     ),
 ];
 
-/// Literal paths of another method that a granted template also fits: scope, method asked, folder, literal, its endpoint
-/// and the method of that.
+/// Literal paths of another method that a granted template also matches: scope, method of the request, folder, literal,
+/// endpoint id and the method of that endpoint.
 const OTHER_METHODS: [(Scope, Method, &str, &str, &str, &str); 9] = [
     (
         Futures,
@@ -184,7 +184,7 @@ const OTHER_METHODS: [(Scope, Method, &str, &str, &str, &str); 9] = [
     ),
 ];
 
-/// `picky` holds the templates only: a literal is another endpoint, and what looks like it is nobody's order id.
+/// `picky` has grants only for templates: a literal path is another endpoint, and its lookalikes are not order ids.
 pub(super) fn collisions() -> Vec<Case> {
     let mut cases = Vec::new();
     for (scope, method, folder, literal, id) in COLLISIONS {
@@ -206,55 +206,55 @@ pub(super) fn collisions() -> Vec<Case> {
             format!("{upper}.x.y"),
         ] {
             let request = on("main", scope, method, &format!("{folder}{like}"));
-            // The template of level2 is `level{level}`, which other letters do not fit.
-            let says = if literal == "level2" && !like.starts_with("level") {
+            // The template of level2 is `level{level}`, which other spellings of `level` do not match.
+            let message = if literal == "level2" && !like.starts_with("level") {
                 "not in the catalogue".to_owned()
             } else {
-                format!("the path resembles {folder}{literal}, which is another endpoint")
+                format!("the path resembles {folder}{literal} but is spelled differently")
             };
             cases.push(case(
                 format!("{like} for {literal}"),
                 "picky",
                 request,
-                denied(says),
+                denied(message),
             ));
         }
     }
-    for (scope, method, folder, literal, id, of) in OTHER_METHODS {
+    for (scope, method, folder, literal, id, own_method) in OTHER_METHODS {
         cases.push(case(
-            format!("{method:?} of {folder}{literal}, which is a {of}"),
+            format!("{method:?} {folder}{literal}, which is a {own_method}"),
             "picky",
             on("main", scope, method, &format!("{folder}{literal}")),
             denied(format!(
-                "the path is the fixed path of {id} ({of}), not one with an id"
+                "this path belongs to {id} ({own_method}), so no part of it is read as an id"
             )),
         ));
         let upper = literal.to_ascii_uppercase();
         for like in [upper.clone(), format!("{literal}.json"), upper + "."] {
             cases.push(case(
-                format!("{method:?} of {folder}{like}, which resembles a {of}"),
+                format!("{method:?} {folder}{like}, which resembles a {own_method}"),
                 "picky",
                 on("main", scope, method, &format!("{folder}{like}")),
                 denied(format!(
-                    "the path resembles {folder}{literal}, which is another endpoint"
+                    "the path resembles {folder}{literal} but is spelled differently"
                 )),
             ));
         }
     }
-    // Even who may do both must say which.
+    // Lookalikes are denied even to a bot that is granted both endpoints.
     for path in [
         "/api/v1/hf/orders/CancelAll",
         "/api/v1/hf/orders/cancelall.do",
     ] {
         let request = on("main", SpotMargin, Delete, path);
         cases.push(case(
-            format!("{path} of maker"),
+            format!("{path} by maker"),
             "maker",
             request,
             denied("resembles"),
         ));
     }
-    // A folder in other letters is no endpoint at all.
+    // A different spelling of the folder is not an endpoint.
     for path in [
         "/API/v1/hf/orders/cancelAll",
         "/api/v1/HF/orders/67fe",
@@ -262,7 +262,7 @@ pub(super) fn collisions() -> Vec<Case> {
     ] {
         let request = on("main", SpotMargin, Delete, path);
         cases.push(case(
-            format!("{path} of maker"),
+            format!("{path} by maker"),
             "maker",
             request,
             denied("not in the catalogue"),
@@ -272,6 +272,6 @@ pub(super) fn collisions() -> Vec<Case> {
 }
 
 #[tokio::test]
-async fn a_grant_of_a_template_grants_no_literal_path_and_nothing_that_looks_like_one() {
-    Arena::start().await.refuses(collisions()).await;
+async fn template_grant_does_not_allow_literal_paths_or_their_lookalikes() {
+    Arena::start().await.assert_denied(collisions()).await;
 }

@@ -1,4 +1,4 @@
-//! Well-formed descriptors that the rules do not grant.
+//! Well-formed requests that the rules do not grant.
 
 use std::collections::BTreeSet;
 
@@ -7,21 +7,21 @@ use credbroker::proto::Scope::{Futures, SpotMargin, Unified};
 use credbroker::proto::SignAndSendRequest;
 
 use super::{
-    Arena, CATALOGUE, Case, Expect, METHODS, SCOPES, case, denied, filled, method_of, on,
+    Arena, CATALOGUE, Case, Expected, METHODS, SCOPES, case, denied, filled, method_of, on,
     parameter, scope_of,
 };
 use crate::harness::failure;
 
-/// API keys of sub-accounts: by every method, in every scope and spelling, of the bot with most rights.
+/// Endpoints for API keys of sub-accounts: by every method, scope and spelling, for the bot with the most grants.
 pub(super) fn api_keys() -> Vec<Case> {
     let mut cases = Vec::new();
     for endpoint in CATALOGUE.iter().filter(|e| e["grantable"] == false) {
         let path = filled(endpoint, "x");
-        let belongs = (scope_of(endpoint), method_of(endpoint));
+        let own = (scope_of(endpoint), method_of(endpoint));
         for (scope, method) in SCOPES.into_iter().flat_map(|s| METHODS.map(|m| (s, m))) {
-            let says = if belongs == (Some(scope), method) {
+            let message = if own == (Some(scope), method) {
                 format!(
-                    "{} makes, changes, returns or deletes API keys",
+                    "{} creates, changes, returns or deletes API keys",
                     endpoint["id"].as_str().unwrap()
                 )
             } else {
@@ -32,18 +32,18 @@ pub(super) fn api_keys() -> Vec<Case> {
                 format!("{method:?} {path} in {scope:?}"),
                 "banker",
                 request,
-                denied(says),
+                denied(message),
             ));
         }
     }
-    // The same path under several methods was listed once per endpoint: keep the one whose endpoint it is.
+    // A path with several methods is listed once per endpoint: keep the case with the endpoint's own message.
     cases.sort_by_key(|case| {
         (
-            case.what.clone(),
-            matches!(&case.expect, Expect::Denied(says) if says.is_empty()),
+            case.label.clone(),
+            matches!(&case.expected, Expected::Denied(message) if message.is_empty()),
         )
     });
-    cases.dedup_by_key(|case| case.what.clone());
+    cases.dedup_by_key(|case| case.label.clone());
     for path in [
         "/api/v1/sub/API-KEY",
         "/api/v1/SUB/api-key",
@@ -72,7 +72,7 @@ pub(super) fn api_keys() -> Vec<Case> {
     cases
 }
 
-/// Whatever moves money, names deposit addresses, administers accounts or hands out sessions is never in a class.
+/// Endpoints that move money, return deposit addresses, administer accounts or open sessions are in no class.
 pub(super) fn money() -> Vec<Case> {
     let named = |endpoint: &&serde_json::Value| {
         let risk = endpoint["risk"].as_str().unwrap();
@@ -90,13 +90,13 @@ pub(super) fn money() -> Vec<Case> {
             request.body = "{\"currency\":\"USDT\",\"amount\":\"1000000\"}".into();
         }
         cases.push(case(
-            format!("{id} with classes alone"),
+            format!("{id} with grants of classes only"),
             "banker",
             request,
             denied(format!("no rule grants {id} to this bot")),
         ));
     }
-    // `clerk` may withdraw by POST, and do nothing that is near it.
+    // `clerk` is granted withdrawals by POST, but nothing similar.
     for (method, path) in [
         (Post, "/api/v1/withdrawals"),
         (Delete, "/api/v1/withdrawals/67fe"),
@@ -109,7 +109,7 @@ pub(super) fn money() -> Vec<Case> {
     ] {
         let request = on("treasury", SpotMargin, method, path);
         cases.push(case(
-            format!("{method:?} {path} of clerk"),
+            format!("{method:?} {path} by clerk"),
             "clerk",
             request,
             denied("no rule grants"),
@@ -118,19 +118,19 @@ pub(super) fn money() -> Vec<Case> {
     cases
 }
 
-/// Endpoints of another scope, and of the host that is not served.
+/// Endpoints of another scope, and of a host that credbroker does not support.
 pub(super) fn scopes_and_hosts() -> Vec<Case> {
     let mut cases = Vec::new();
-    let mut add = |bot, scope, method, path: &str, says: &str| {
-        let what = format!("{method:?} {path} in {scope:?} of {bot}");
+    let mut add = |bot, scope, method, path: &str, message: &str| {
+        let label = format!("{method:?} {path} in {scope:?} by {bot}");
         cases.push(case(
-            what,
+            label,
             bot,
             on("main", scope, method, path),
-            denied(says),
+            denied(message),
         ));
     };
-    for (scope, method, path, belongs) in [
+    for (scope, method, path, own_scope) in [
         (Futures, Post, "/api/v1/hf/orders", "spot-margin"),
         (Unified, Post, "/api/v1/hf/orders", "spot-margin"),
         (Unified, Get, "/api/v1/accounts", "spot-margin"),
@@ -150,14 +150,10 @@ pub(super) fn scopes_and_hosts() -> Vec<Case> {
         (SpotMargin, Post, "/api/ua/v2/asset/withdrawal", "unified"),
         (Futures, Post, "/api/v3/withdrawals", "spot-margin"),
     ] {
-        let says = if belongs.is_empty() {
-            String::new()
-        } else {
-            format!("belongs to scope {belongs}, not to ")
-        };
-        add("maker", scope, method, path, &says);
+        let message = format!("belongs to scope {own_scope}, not to ");
+        add("maker", scope, method, path, &message);
     }
-    let broker = "is served by the host for exchange brokers, which credbroker does not serve";
+    let broker = "is on KuCoin's host for exchange brokers, which credbroker does not support";
     for endpoint in CATALOGUE.iter().filter(|e| e["scope"].is_null()) {
         for scope in SCOPES {
             add(
@@ -169,7 +165,7 @@ pub(super) fn scopes_and_hosts() -> Vec<Case> {
             );
         }
     }
-    // Bots with one scope each, in a scope that is not theirs: the endpoint is right, the grant is missing.
+    // Bots with grants in one scope: the request is right, the grant is missing.
     for (bot, scope, method, path) in [
         ("futurist", SpotMargin, Post, "/api/v1/hf/orders"),
         ("futurist", SpotMargin, Get, "/api/v1/accounts"),
@@ -190,7 +186,7 @@ pub(super) fn scopes_and_hosts() -> Vec<Case> {
     cases
 }
 
-/// Accounts that are not the bot's, and bots that are nobody's.
+/// Accounts that are not granted to the bot, and a bot that no rule names.
 pub(super) fn accounts_and_bots() -> Vec<Case> {
     let mut cases = Vec::new();
     for bot in ["maker", "picky", "reader", "spotter"] {
@@ -208,23 +204,23 @@ pub(super) fn accounts_and_bots() -> Vec<Case> {
         ] {
             let account = account.get(..32).unwrap_or(account);
             let request = on(account, SpotMargin, Get, "/api/v1/accounts");
-            let says = format!("account {account} is unknown or not granted to this bot");
+            let message = format!("account {account} is unknown or not granted to this bot");
             cases.push(case(
-                format!("account {account} of {bot}"),
+                format!("account {account} by {bot}"),
                 bot,
                 request,
-                denied(says),
+                denied(message),
             ));
         }
     }
     for account in ["main", "nobody"] {
         let request = on(account, SpotMargin, Get, "/api/v1/timestamp");
-        let says = format!("account {account} is unknown or not granted");
+        let message = format!("account {account} is unknown or not granted");
         cases.push(case(
-            format!("account {account} of foreign"),
+            format!("account {account} by foreign"),
             "foreign",
             request,
-            denied(says),
+            denied(message),
         ));
     }
     for (account, method, path) in [
@@ -235,28 +231,28 @@ pub(super) fn accounts_and_bots() -> Vec<Case> {
         ("main", Get, "/api/v9/nothing"),
     ] {
         let request = on(account, SpotMargin, method, path);
-        let says =
-            Expect::Unknown("no rule names the bot spiffe://demo.test/bot/stranger".to_owned());
+        let unknown =
+            Expected::Unknown("no rule names bot spiffe://demo.test/bot/outsider".to_owned());
         cases.push(case(
-            format!("{method:?} {path} on {account} of stranger"),
-            "stranger",
+            format!("{method:?} {path} on {account} by outsider"),
+            "outsider",
             request,
-            says,
+            unknown,
         ));
     }
     cases
 }
 
-/// What a site does not have, and what a read-only account does not do.
-pub(super) fn sites_and_purposes() -> Vec<Case> {
+/// Markets that a site does not have, and writes on a read-only account.
+pub(super) fn sites_and_read_only_accounts() -> Vec<Case> {
     let mut cases = Vec::new();
-    let mut add = |bot, account: &str, scope, method, path: &str, says: &str| {
-        let what = format!("{method:?} {path} in {scope:?} of {bot}");
+    let mut add = |bot, account: &str, scope, method, path: &str, message: &str| {
+        let label = format!("{method:?} {path} in {scope:?} by {bot}");
         cases.push(case(
-            what,
+            label,
             bot,
             on(account, scope, method, path),
-            denied(says),
+            denied(message),
         ));
     };
     for (scope, method, path) in [
@@ -309,7 +305,7 @@ pub(super) fn sites_and_purposes() -> Vec<Case> {
     cases
 }
 
-/// `explorer` has three endpoints outside the catalogue, and nothing that differs from them in anything.
+/// `explorer` is granted three endpoints outside the catalogue, and nothing that differs from them.
 pub(super) fn near_misses_of_unlisted() -> Vec<Case> {
     let mut cases = Vec::new();
     for (bot, account, scope, method, path) in [
@@ -380,15 +376,15 @@ pub(super) fn near_misses_of_unlisted() -> Vec<Case> {
         ("banker", "treasury", Unified, Get, "/api/v1/accounts"),
         ("maker", "main", SpotMargin, Get, "/api/v9/new/Thing"),
     ] {
-        let what = format!("{method:?} {path} in {scope:?} on {account} of {bot}");
+        let label = format!("{method:?} {path} in {scope:?} on {account} by {bot}");
         cases.push(case(
-            what,
+            label,
             bot,
             on(account, scope, method, path),
             denied(""),
         ));
     }
-    // As long as may be, and as many parameters as may be: judged, not malformed.
+    // A path and parameters at the limits: denied, not malformed.
     let longest = SignAndSendRequest {
         query: vec![parameter("a", "b"); 100],
         ..on("main", SpotMargin, Get, &format!("/{}", "x".repeat(1023)))
@@ -403,44 +399,50 @@ pub(super) fn near_misses_of_unlisted() -> Vec<Case> {
 }
 
 #[tokio::test]
-async fn api_keys_are_out_of_reach_by_every_method_scope_and_spelling() {
-    Arena::start().await.refuses(api_keys()).await;
+async fn api_key_endpoints_are_denied_in_every_method_scope_and_spelling() {
+    Arena::start().await.assert_denied(api_keys()).await;
 }
 
 #[tokio::test]
-async fn money_moves_for_nobody_who_holds_classes_alone() {
-    Arena::start().await.refuses(money()).await;
+async fn endpoints_outside_the_classes_are_denied_unless_granted_by_name() {
+    Arena::start().await.assert_denied(money()).await;
 }
 
 #[tokio::test]
-async fn a_scope_gives_nothing_of_another_scope_and_nothing_of_a_host_that_is_not_served() {
-    Arena::start().await.refuses(scopes_and_hosts()).await;
+async fn endpoints_of_another_scope_or_an_unsupported_host_are_denied() {
+    Arena::start().await.assert_denied(scopes_and_hosts()).await;
 }
 
 #[tokio::test]
-async fn an_account_of_others_and_a_bot_without_rules_get_nothing() {
-    Arena::start().await.refuses(accounts_and_bots()).await;
-}
-
-#[tokio::test]
-async fn a_site_without_the_market_and_a_read_only_account_refuse() {
-    Arena::start().await.refuses(sites_and_purposes()).await;
-}
-
-#[tokio::test]
-async fn an_endpoint_outside_the_catalogue_is_granted_to_the_letter() {
+async fn ungranted_accounts_and_bots_without_rules_are_denied() {
     Arena::start()
         .await
-        .refuses(near_misses_of_unlisted())
+        .assert_denied(accounts_and_bots())
         .await;
 }
 
 #[tokio::test]
-async fn an_account_of_others_and_one_that_does_not_exist_look_the_same() {
+async fn markets_missing_at_the_site_and_writes_on_read_only_accounts_are_denied() {
+    Arena::start()
+        .await
+        .assert_denied(sites_and_read_only_accounts())
+        .await;
+}
+
+#[tokio::test]
+async fn unlisted_grant_allows_only_its_exact_endpoint() {
+    Arena::start()
+        .await
+        .assert_denied(near_misses_of_unlisted())
+        .await;
+}
+
+#[tokio::test]
+async fn unknown_and_forbidden_accounts_get_the_same_error() {
     let mut arena = Arena::start().await;
     let mut seen = BTreeSet::new();
     for account in ["other", "treasury", "nobody"] {
-        // Also for what would be refused otherwise: the account is judged first.
+        // Also for requests that are denied anyway: the account is checked first.
         for path in [
             "/api/v1/accounts",
             "/api/v1/sub/api-key",

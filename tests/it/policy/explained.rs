@@ -1,5 +1,4 @@
-//! What admins are told of the rules is what bots meet: explanations and comparisons against `authorize`, under random
-//! rules.
+//! Explanations and comparisons of rules agree with what `authorize` decides, for random rules.
 
 use std::cell::Cell;
 use std::collections::BTreeSet;
@@ -15,7 +14,7 @@ use proptest::prelude::*;
 use proptest::sample::subsequence;
 use proptest::test_runner::{Config, TestRunner};
 
-use super::judge::{Verdict, descriptors, verdict};
+use super::judge::{Verdict, requests, verdict};
 use super::{CATALOGUE, GRANTS, Grant, UNLISTED, Unlisted, filled, method_of, rules_of, scope_of};
 
 fn runner(cases: u32) -> TestRunner {
@@ -26,7 +25,7 @@ fn runner(cases: u32) -> TestRunner {
     })
 }
 
-fn scope_as_meant(scope: ProtoScope) -> Scope {
+fn kucoin_scope(scope: ProtoScope) -> Scope {
     match scope {
         ProtoScope::Futures => Scope::Futures,
         ProtoScope::SpotMargin => Scope::SpotMargin,
@@ -35,7 +34,7 @@ fn scope_as_meant(scope: ProtoScope) -> Scope {
     }
 }
 
-fn method_as_meant(method: ProtoMethod) -> Method {
+fn kucoin_method(method: ProtoMethod) -> Method {
     match method {
         ProtoMethod::Delete => Method::Delete,
         ProtoMethod::Get => Method::Get,
@@ -69,28 +68,28 @@ fn grants() -> impl Strategy<Value = (Vec<&'static Grant>, Vec<&'static Unlisted
 }
 
 #[test]
-fn an_explanation_says_what_authorize_says_and_names_lines_that_say_so() {
-    let (allowed, refused) = (Cell::new(0), Cell::new(0));
-    let requests = prop::collection::vec(descriptors(), 1..40);
+fn explain_agrees_with_authorize_and_cites_the_rules_that_allow_the_request() {
+    let (allowed, denied) = (Cell::new(0), Cell::new(0));
+    let requests = prop::collection::vec(requests(), 1..40);
     let strategy = (grants(), requests);
     let result = runner(100).run(&strategy, |((grants, unlisted), requests)| {
         let rules = rules_of(&grants, &unlisted);
         let lines: Vec<_> = rules.lines().collect();
         let policy = Policy::parse(&rules).unwrap();
-        for (bot, asked) in requests {
-            let scope = scope_as_meant(asked.scope());
-            let method = method_as_meant(asked.method());
-            let Some(request) = unsigned(&asked.account, scope, method, &asked.path) else {
+        for (bot, message) in requests {
+            let scope = kucoin_scope(message.scope());
+            let method = kucoin_method(message.method());
+            let Some(request) = unsigned(&message.account, scope, method, &message.path) else {
                 continue;
             };
             let id = spiffe(bot);
             let permit = policy.authorize(&Principal::Bot(id.clone()), &request);
             let explanation =
                 policy.explain(&id, &request.account, scope, method, request.target.path());
-            let judged = verdict(&grants, &unlisted, bot, &asked);
+            let expected = verdict(&grants, &unlisted, bot, &message);
             match (permit, explanation.verdict) {
                 (Ok(permit), Ok(yes)) => {
-                    prop_assert_ne!(judged, Verdict::Refused);
+                    prop_assert_ne!(expected, Verdict::Denied);
                     prop_assert_eq!(
                         permit.endpoint().map(|e| &e.id),
                         explanation.endpoint.map(|e| &e.id)
@@ -101,7 +100,7 @@ fn an_explanation_says_what_authorize_says_and_names_lines_that_say_so() {
                         let line = lines[rule.line - 1];
                         let quoted = format!("{:?}", rule.word);
                         prop_assert!(line.contains(&quoted), "{} is not in {}", quoted, line);
-                        // The grant above the line is this bot's, on this account, in this scope.
+                        // The line is in a grant for this bot, account and scope.
                         let grant = lines[..rule.line]
                             .rsplit(|line| *line == "[[grant]]")
                             .next()
@@ -111,22 +110,22 @@ fn an_explanation_says_what_authorize_says_and_names_lines_that_say_so() {
                         };
                         prop_assert!(
                             has("bot", id.as_str())
-                                && has("account", &asked.account)
+                                && has("account", &message.account)
                                 && has("scope", scope.as_str())
                         );
-                        // The word is of the endpoint: its class, its id, or the path itself.
+                        // The word is the class or id of the endpoint, or the path of an unlisted one.
                         let word = rule.word.as_str();
-                        let fits = permit.endpoint().map_or(word == asked.path, |e| {
+                        let fits = permit.endpoint().map_or(word == message.path, |e| {
                             word == e.id || word == e.risk.as_str()
                         });
                         prop_assert!(fits, "{}", word);
                     }
                     allowed.set(allowed.get() + 1);
                 }
-                (Err(denied), Err(no)) => {
-                    prop_assert_eq!(judged, Verdict::Refused);
-                    prop_assert_eq!(denied, no.why);
-                    refused.set(refused.get() + 1);
+                (Err(cause), Err(no)) => {
+                    prop_assert_eq!(expected, Verdict::Denied);
+                    prop_assert_eq!(cause, no.why);
+                    denied.set(denied.get() + 1);
                 }
                 (permit, explained) => prop_assert!(false, "{:?}, but {:?}", permit, explained),
             }
@@ -134,11 +133,11 @@ fn an_explanation_says_what_authorize_says_and_names_lines_that_say_so() {
         Ok(())
     });
     result.unwrap_or_else(|failure| panic!("{failure}"));
-    assert!(allowed.get() >= 100, "{} were allowed", allowed.get());
-    assert!(refused.get() >= 100, "{} were refused", refused.get());
+    assert!(allowed.get() >= 100, "only {} were allowed", allowed.get());
+    assert!(denied.get() >= 100, "only {} were denied", denied.get());
 }
 
-/// One bot's words on one account, at a site that may lack the endpoint.
+/// Rules of one account, at a site that may lack some scopes.
 #[derive(Clone, Debug)]
 struct SmallRules {
     site: &'static str,
@@ -182,7 +181,7 @@ fn small_rules() -> impl Strategy<Value = SmallRules> {
     let site = prop_oneof![4 => Just("global"), 1 => Just("au"), 1 => Just("tr"), 1 => Just("eu")];
     (site, prop::collection::vec(grant, 0..5), unlisted).prop_map(|(site, mut grants, unlisted)| {
         if matches!(site, "eu" | "tr") {
-            // Grants of scopes that the site does not have are problems.
+            // Grants in scopes that the site does not have are errors.
             grants.retain(|(_, scope, _)| *scope == Scope::SpotMargin);
         }
         SmallRules {
@@ -222,23 +221,23 @@ impl SmallRules {
 }
 
 #[test]
-fn a_comparison_shows_exactly_what_authorize_decides_otherwise() {
-    // Every path of the catalogue in its own scope and in one that is not its own, and what the catalogue lacks.
-    let mut questions = Vec::new();
+fn policy_diff_lists_exactly_the_calls_whose_decision_changes() {
+    // Every path of the catalogue, in its own scope and in another one; and two unlisted paths.
+    let mut requests = Vec::new();
     for endpoint in CATALOGUE.iter() {
-        let own = scope_of(endpoint).map_or(Scope::SpotMargin, scope_as_meant);
+        let own = scope_of(endpoint).map_or(Scope::SpotMargin, kucoin_scope);
         let other = if own == Scope::Futures {
             Scope::Unified
         } else {
             Scope::Futures
         };
-        let method = method_as_meant(method_of(endpoint));
+        let method = kucoin_method(method_of(endpoint));
         for scope in [own, other] {
-            questions.push(unsigned("main", scope, method, &filled(endpoint, "67fe0c1a")).unwrap());
+            requests.push(unsigned("main", scope, method, &filled(endpoint, "67fe0c1a")).unwrap());
         }
     }
     for path in ["/api/v9/x", "/api/v9/y"] {
-        questions.push(unsigned("main", Scope::SpotMargin, Method::Get, path).unwrap());
+        requests.push(unsigned("main", Scope::SpotMargin, Method::Get, path).unwrap());
     }
     let changed = Cell::new(0);
     let result = runner(32).run(&(small_rules(), small_rules()), |(old, new)| {
@@ -246,9 +245,12 @@ fn a_comparison_shows_exactly_what_authorize_decides_otherwise() {
         let mut expected = BTreeSet::new();
         for bot in ["a", "b"] {
             let id: BotId = bot.parse().unwrap();
-            let who = Principal::Bot(id.clone());
-            for request in &questions {
-                let (before, after) = (old.authorize(&who, request), new.authorize(&who, request));
+            let principal = Principal::Bot(id.clone());
+            for request in &requests {
+                let (before, after) = (
+                    old.authorize(&principal, request),
+                    new.authorize(&principal, request),
+                );
                 let (is_gain, permit) = match (before, after) {
                     (Err(_), Ok(permit)) => (true, permit),
                     (Ok(permit), Err(_)) => (false, permit),
@@ -274,7 +276,7 @@ fn a_comparison_shows_exactly_what_authorize_decides_otherwise() {
             };
             prop_assert_ne!(change.old.is_some(), change.new.is_some());
             shown.insert((bot.as_str(), *scope, change.new.is_some(), *call));
-            // For people: whatever moves money is marked, and nothing else.
+            // The text marks exactly the calls that move money.
             let moves_money = match call {
                 Call::Endpoint(id) => Catalog::get().by_id(id).unwrap().risk.moves_money(),
                 Call::Unlisted(..) => true,

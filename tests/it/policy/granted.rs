@@ -1,4 +1,4 @@
-//! The friendly side: what is granted goes out, as it was asked, and nothing more than that.
+//! Granted requests: each is sent unchanged, and nothing else is sent.
 
 use std::fmt::Write as _;
 
@@ -9,7 +9,7 @@ use credbroker_sim::kucoin::{Host, Signature};
 use super::{Arena, CATALOGUE, CLASSES, SCOPES, filled, method_of, on, parameter, scope_of, word};
 use crate::harness::{Lab, refusal};
 
-/// One bot per class, in every scope, on an account that could do anything.
+/// Rules with one bot per class, in every scope, on an account without restrictions.
 fn class_rules() -> String {
     let mut rules = "[account.main]\nallow_money_out = true\n\
                      key = { spot-margin = \"main\", futures = \"main\", unified = \"main\" }\n"
@@ -26,22 +26,22 @@ fn class_rules() -> String {
 }
 
 #[tokio::test]
-async fn a_class_grants_each_of_its_endpoints_in_the_whole_catalogue_and_no_other() {
+async fn class_grant_allows_exactly_the_catalogue_endpoints_of_its_class() {
     let mut lab = Lab::with(Settings {
         rules: class_rules(),
         ..Settings::default()
     })
     .await;
-    let served: Vec<_> = CATALOGUE
+    let supported: Vec<_> = CATALOGUE
         .iter()
         .filter_map(|endpoint| Some((endpoint, scope_of(endpoint)?)))
         .collect();
-    assert_eq!(served.len(), 561);
+    assert_eq!(supported.len(), 561);
     for class in CLASSES {
         let before = lab.kucoin.received().len();
         let mut bot = lab.bot(class).await;
         let mut sent = Vec::new();
-        for (endpoint, scope) in &served {
+        for (endpoint, scope) in &supported {
             let (id, path) = (
                 endpoint["id"].as_str().unwrap(),
                 filled(endpoint, "67fe0c1a"),
@@ -62,28 +62,35 @@ async fn a_class_grants_each_of_its_endpoints_in_the_whole_catalogue_and_no_othe
         assert!(sent.len() > 25, "{class} has {} endpoints", sent.len());
         let received = lab.kucoin.received().split_off(before);
         assert_eq!(received.len(), sent.len(), "{class}");
-        for (came, (endpoint, scope, path)) in received.iter().zip(sent) {
+        for (arrived, (endpoint, scope, path)) in received.iter().zip(sent) {
             let id = endpoint["id"].as_str().unwrap();
             assert_eq!(
-                (came.endpoint.as_deref(), came.path()),
+                (arrived.endpoint.as_deref(), arrived.path()),
                 (Some(id), path.as_str())
             );
-            assert_eq!(came.host == Host::Futures, scope == Scope::Futures, "{id}");
-            let keyed = came.headers.iter().any(|(name, _)| name.starts_with("kc-"));
-            assert_eq!(keyed, class != "public", "KC headers of {id}");
-            let expected = if keyed {
+            assert_eq!(
+                arrived.host == Host::Futures,
+                scope == Scope::Futures,
+                "{id}"
+            );
+            let has_key = arrived
+                .headers
+                .iter()
+                .any(|(name, _)| name.starts_with("kc-"));
+            assert_eq!(has_key, class != "public", "KC headers of {id}");
+            let expected = if has_key {
                 Signature::Verified
             } else {
                 Signature::Unchecked
             };
-            assert_eq!(came.signature, expected, "{id}");
+            assert_eq!(arrived.signature, expected, "{id}");
         }
     }
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn an_endpoint_granted_by_name_takes_every_id_that_is_no_literal() {
+async fn endpoint_granted_by_name_accepts_any_id_that_is_not_a_literal_path() {
     let mut arena = Arena::start().await;
     let mut picky = arena.bot("picky");
     let ids = [
@@ -106,18 +113,18 @@ async fn an_endpoint_granted_by_name_takes_every_id_that_is_no_literal() {
     }
     let received = arena.lab.kucoin.received();
     assert_eq!(received.len(), ids.len());
-    for came in received {
+    for arrived in received {
         assert_eq!(
-            came.endpoint.as_deref(),
+            arrived.endpoint.as_deref(),
             Some("spot.delete.v1-hf-orders-order-id")
         );
-        assert_eq!(came.signature, Signature::Verified);
+        assert_eq!(arrived.signature, Signature::Verified);
     }
     arena.lab.stop().await;
 }
 
 #[tokio::test]
-async fn a_withdrawal_goes_out_for_the_one_bot_that_is_granted_it_by_name() {
+async fn withdrawal_is_sent_only_for_the_bot_granted_it_by_name() {
     let mut arena = Arena::start().await;
     let request = SignAndSendRequest {
         body: "{\"currency\":\"USDT\",\"amount\":\"1\"}".into(),
@@ -147,7 +154,7 @@ async fn a_withdrawal_goes_out_for_the_one_bot_that_is_granted_it_by_name() {
 }
 
 #[tokio::test]
-async fn an_endpoint_outside_the_catalogue_goes_out_signed() {
+async fn request_to_a_granted_unlisted_endpoint_is_signed_and_sent() {
     let mut arena = Arena::start().await;
     let mut explorer = arena.bot("explorer");
     for unlisted in &super::UNLISTED {
@@ -161,17 +168,23 @@ async fn an_endpoint_outside_the_catalogue_goes_out_signed() {
             )
         };
         explorer.send(request).await.unwrap();
-        let came = arena.lab.kucoin.received().pop().unwrap();
-        assert_eq!(came.target, format!("{}?a%20b=c%26d", unlisted.path));
-        assert_eq!(came.header("kc-api-key"), Some("simulated000000000001003"));
-        assert!(came.header("kc-api-sign").is_some());
-        assert_eq!(came.host == Host::Futures, unlisted.scope == Scope::Futures);
+        let arrived = arena.lab.kucoin.received().pop().unwrap();
+        assert_eq!(arrived.target, format!("{}?a%20b=c%26d", unlisted.path));
+        assert_eq!(
+            arrived.header("kc-api-key"),
+            Some("simulated000000000001003")
+        );
+        assert!(arrived.header("kc-api-sign").is_some());
+        assert_eq!(
+            arrived.host == Host::Futures,
+            unlisted.scope == Scope::Futures
+        );
     }
     arena.lab.stop().await;
 }
 
 #[tokio::test]
-async fn public_data_needs_no_key() {
+async fn public_request_is_sent_without_a_key() {
     let mut arena = Arena::start().await;
     let request = on("keyless", Scope::Futures, Method::Get, "/api/v1/timestamp");
     let answer = arena.bot("onlooker").send(request).await.unwrap();
@@ -188,7 +201,7 @@ async fn public_data_needs_no_key() {
 }
 
 #[tokio::test]
-async fn the_one_delete_with_a_body_goes_out_with_it() {
+async fn multi_cancel_delete_is_sent_with_its_body() {
     let mut arena = Arena::start().await;
     let request = SignAndSendRequest {
         body: "{\"orderIdsList\":[\"1\", \"2\"]}".into(),
@@ -200,14 +213,14 @@ async fn the_one_delete_with_a_body_goes_out_with_it() {
         )
     };
     arena.bot("maker").send(request.clone()).await.unwrap();
-    let came = arena.lab.kucoin.received().pop().unwrap();
-    assert_eq!(came.body, request.body);
-    assert_eq!(came.signature, Signature::Verified);
+    let arrived = arena.lab.kucoin.received().pop().unwrap();
+    assert_eq!(arrived.body, request.body);
+    assert_eq!(arrived.signature, Signature::Verified);
     arena.lab.stop().await;
 }
 
 #[tokio::test]
-async fn a_request_at_every_limit_goes_out_whole() {
+async fn requests_at_the_size_limits_are_sent_unchanged() {
     let mut arena = Arena::start().await;
     let mut maker = arena.bot("maker");
     let value = |bytes: usize| "测".repeat(bytes / 3) + &"x".repeat(bytes % 3);
@@ -221,9 +234,9 @@ async fn a_request_at_every_limit_goes_out_whole() {
         )
     };
     maker.send(long.clone()).await.unwrap();
-    let came = arena.lab.kucoin.received().pop().unwrap();
-    assert_eq!(came.path(), long.path);
-    assert_eq!(came.signature, Signature::Verified);
+    let arrived = arena.lab.kucoin.received().pop().unwrap();
+    assert_eq!(arrived.path(), long.path);
+    assert_eq!(arrived.signature, Signature::Verified);
     let one = SignAndSendRequest {
         query: vec![parameter("a", &value(8191))],
         ..on("main", Scope::SpotMargin, Method::Get, "/api/v1/accounts")
@@ -239,9 +252,9 @@ async fn a_request_at_every_limit_goes_out_whole() {
     };
     assert_eq!(large.body.len(), 128 * 1024);
     maker.send(large.clone()).await.unwrap();
-    let came = arena.lab.kucoin.received().pop().unwrap();
+    let arrived = arena.lab.kucoin.received().pop().unwrap();
     assert_eq!(
-        (came.body, came.signature),
+        (arrived.body, arrived.signature),
         (large.body, Signature::Verified)
     );
     arena.lab.stop().await;

@@ -1,5 +1,5 @@
-//! Random descriptors from a grammar of nasty fragments, judged twice: by the broker, and by a reading of the rules that
-//! shares no code with it.
+//! Random requests built from problematic fragments, decided twice: by the broker, and by an independent implementation of
+//! the rules.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -18,15 +18,15 @@ use super::{
 };
 use crate::harness::failure;
 
-/// Enough that every fragment meets every kind of endpoint; a case takes about a millisecond.
+/// Enough to combine every fragment with every kind of endpoint; a case takes about a millisecond.
 const CASES: u32 = 1500;
 
-/// What the rules of the arena say about a request.
+/// The decision of the rules about a request.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Verdict {
     Public,
     Signed,
-    Refused,
+    Denied,
 }
 
 pub(super) fn verdict(
@@ -41,7 +41,7 @@ pub(super) fn verdict(
         .filter(|grant| (grant.bot, grant.account, grant.scope) == (bot, &request.account, scope))
         .collect();
     let Some(endpoint) = endpoint(scope, method, path) else {
-        let exactly = unlisted.iter().any(|unlisted| {
+        let is_granted = unlisted.iter().any(|unlisted| {
             (
                 unlisted.bot,
                 unlisted.account,
@@ -50,10 +50,10 @@ pub(super) fn verdict(
                 unlisted.path,
             ) == (bot, request.account.as_str(), scope, method, path)
         });
-        return if exactly {
+        return if is_granted {
             Verdict::Signed
         } else {
-            Verdict::Refused
+            Verdict::Denied
         };
     };
     let site_has_it = match request.account.as_str() {
@@ -65,7 +65,7 @@ pub(super) fn verdict(
     let named = |word: &&str| (by_class && endpoint["risk"] == **word) || endpoint["id"] == **word;
     let granted = grants.iter().any(|grant| grant.allow.iter().any(named));
     if endpoint["grantable"] == false || !site_has_it || !granted {
-        Verdict::Refused
+        Verdict::Denied
     } else if endpoint["risk"] == "public" {
         Verdict::Public
     } else {
@@ -73,23 +73,23 @@ pub(super) fn verdict(
     }
 }
 
-/// The endpoint that a path means; none where it means none, or could be taken for two.
+/// The endpoint of a path; `None` if there is none or the path is ambiguous.
 fn endpoint(scope: Scope, method: Method, path: &str) -> Option<&'static Value> {
-    let mine = |e: &&Value| scope_of(e) == Some(scope) && method_of(e) == method;
-    let mine: Vec<_> = CATALOGUE.iter().filter(mine).collect();
+    let matching = |e: &&Value| scope_of(e) == Some(scope) && method_of(e) == method;
+    let matching: Vec<_> = CATALOGUE.iter().filter(matching).collect();
     let path_of = |e: &Value| e["path"].as_str().unwrap().to_owned();
     let (templates, literals): (Vec<_>, Vec<_>) =
-        mine.into_iter().partition(|e| path_of(e).contains('{'));
+        matching.into_iter().partition(|e| path_of(e).contains('{'));
     if let Some(literal) = literals.iter().find(|e| path_of(e) == path) {
         return Some(literal);
     }
-    let lax = |path: &str| {
+    let normalized = |path: &str| {
         let segments = path
             .split('/')
             .map(|segment| segment.split('.').next().unwrap());
         segments.collect::<Vec<_>>().join("/").to_ascii_lowercase()
     };
-    // A literal path of any method on the host is no id, and what looks like it is none either.
+    // A literal path of any method on the host is not an id, and neither are its lookalikes.
     let on_host = |e: &&Value| {
         e["host"]
             == if scope == Scope::Futures {
@@ -102,7 +102,7 @@ fn endpoint(scope: Scope, method: Method, path: &str) -> Option<&'static Value> 
         .iter()
         .filter(on_host)
         .map(path_of)
-        .any(|literal| !literal.contains('{') && literal.to_ascii_lowercase() == lax(path))
+        .any(|literal| !literal.contains('{') && literal.to_ascii_lowercase() == normalized(path))
     {
         return None;
     }
@@ -122,7 +122,7 @@ fn fits(template: &str, path: &str) -> bool {
             })
 }
 
-/// Path parameters, and endings of all kinds.
+/// Path parameters and path endings.
 const FRAGMENTS: [&str; 51] = [
     "67fe0c1a",
     "BTC-USDT",
@@ -179,17 +179,17 @@ const FRAGMENTS: [&str; 51] = [
 
 #[derive(Clone, Debug)]
 enum PathShape {
-    /// The endpoint's own, with a fragment for each parameter.
+    /// The endpoint's path, with a fragment for each parameter.
     Own(&'static str),
     /// One more segment.
     Longer(&'static str),
     /// One segment replaced.
     Replaced(Index, &'static str),
-    /// One segment in other letters.
+    /// One segment with its case swapped.
     Cased(Index),
-    /// Something put in front.
+    /// With a prefix.
     Prefixed(&'static str),
-    /// Fragments alone.
+    /// Only fragments.
     Made(Vec<&'static str>),
 }
 
@@ -222,7 +222,7 @@ impl PathShape {
 }
 
 fn shapes() -> impl Strategy<Value = PathShape> {
-    // Mostly such as a segment may be: what is malformed at once meets no rule.
+    // Mostly valid segments: malformed requests do not test the rules.
     let well_formed = FRAGMENTS
         .iter()
         .position(|fragment| *fragment == "..")
@@ -285,56 +285,68 @@ fn bodies() -> impl Strategy<Value = Bytes> {
     ]
 }
 
-/// Who asks, and what.
-pub(super) fn descriptors() -> impl Strategy<Value = (&'static str, SignAndSendRequest)> {
+/// Bots with their requests.
+pub(super) fn requests() -> impl Strategy<Value = (&'static str, SignAndSendRequest)> {
     let is_template = |e: &&Value| e["path"].as_str().unwrap().contains('{');
     let templates: Vec<_> = CATALOGUE.iter().filter(is_template).collect();
     let endpoint = prop_oneof![
         3 => (0..CATALOGUE.len()).prop_map(|at| &CATALOGUE[at]),
         2 => select(templates),
     ];
-    // Mostly of a bot on its own account in the endpoint's own scope: what is refused at once teaches little.
-    let who = prop_oneof![
+    // Mostly bots on their own account, in the endpoint's own scope: other requests are denied for trivial causes.
+    let caller = prop_oneof![
         8 => (0..GRANTS.len()).prop_map(|at| (GRANTS[at].bot, GRANTS[at].account)),
         1 => select(BOTS.to_vec()).prop_map(|bot| (bot, "main")),
         1 => (select(BOTS.to_vec()), select(vec!["treasury", "nobody", "Main", ""])),
     ];
     let scope = prop_oneof![4 => Just(None), 1 => select(SCOPES.to_vec()).prop_map(Some)];
     let method = prop_oneof![6 => Just(None), 1 => select(METHODS.to_vec()).prop_map(Some)];
-    (endpoint, shapes(), who, scope, method, queries(), bodies()).prop_map(
-        |(endpoint, shape, (bot, account), scope, method, query, body)| {
-            let scope = scope.or(scope_of(endpoint)).unwrap_or(Scope::SpotMargin);
-            let method = method.unwrap_or(method_of(endpoint));
-            let request = SignAndSendRequest {
-                query: query
-                    .iter()
-                    .map(|(name, value)| parameter(name, value))
-                    .collect(),
-                body,
-                ..on(account, scope, method, &shape.of(endpoint))
-            };
-            (bot, request)
-        },
+    (
+        endpoint,
+        shapes(),
+        caller,
+        scope,
+        method,
+        queries(),
+        bodies(),
     )
+        .prop_map(
+            |(endpoint, shape, (bot, account), scope, method, query, body)| {
+                let scope = scope.or(scope_of(endpoint)).unwrap_or(Scope::SpotMargin);
+                let method = method.unwrap_or(method_of(endpoint));
+                let request = SignAndSendRequest {
+                    query: query
+                        .iter()
+                        .map(|(name, value)| parameter(name, value))
+                        .collect(),
+                    body,
+                    ..on(account, scope, method, &shape.of(endpoint))
+                };
+                (bot, request)
+            },
+        )
 }
 
-/// What arrived is what was asked, at the right host, signed if and only if it must be.
+/// Checks that the request arrived unchanged at the right host, signed if and only if it must be.
 fn check(
     request: &SignAndSendRequest,
-    came: &ReceivedRequest,
+    arrived: &ReceivedRequest,
     verdict: Verdict,
 ) -> Result<(), TestCaseError> {
-    prop_assert_ne!(verdict, Verdict::Refused);
-    prop_assert_eq!(came.path(), &request.path);
-    prop_assert_eq!(&came.method, verb(request.method()));
+    prop_assert_ne!(verdict, Verdict::Denied);
+    prop_assert_eq!(arrived.path(), &request.path);
+    prop_assert_eq!(&arrived.method, verb(request.method()));
     let host = match request.scope() {
         Scope::Futures => Host::Futures,
         _ => Host::Spot,
     };
-    prop_assert_eq!(came.host, host);
-    prop_assert_eq!(&came.body, &request.body);
-    let query = came.target.split_once('?').map_or("", |(_, query)| query);
-    let came_pairs: Vec<_> = url::form_urlencoded::parse(query.as_bytes())
+    prop_assert_eq!(arrived.host, host);
+    prop_assert_eq!(&arrived.body, &request.body);
+    let query = arrived
+        .target
+        .split_once('?')
+        .map_or("", |(_, query)| query);
+    let arrived_pairs: Vec<_> = url::form_urlencoded::parse(query.as_bytes())
         .into_owned()
         .collect();
     let pairs: Vec<_> = request
@@ -342,20 +354,23 @@ fn check(
         .iter()
         .map(|p| (p.name.clone(), p.value.clone()))
         .collect();
-    prop_assert_eq!(came_pairs, pairs);
-    let has_key = came.headers.iter().any(|(name, _)| name.starts_with("kc-"));
+    prop_assert_eq!(arrived_pairs, pairs);
+    let has_key = arrived
+        .headers
+        .iter()
+        .any(|(name, _)| name.starts_with("kc-"));
     prop_assert_eq!(has_key, verdict == Verdict::Signed);
-    if verdict == Verdict::Signed && came.endpoint.is_some() {
-        prop_assert_eq!(&came.signature, &Signature::Verified);
+    if verdict == Verdict::Signed && arrived.endpoint.is_some() {
+        prop_assert_eq!(&arrived.signature, &Signature::Verified);
     }
     Ok(())
 }
 
 #[test]
-fn whatever_reaches_the_exchange_was_granted_and_whatever_was_granted_is_not_denied() {
+fn random_requests_are_sent_only_if_granted_and_denied_only_if_not() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let mut arena = runtime.block_on(Arena::start());
-    let (reached, refused, ill) = (
+    let (sent, denied, malformed) = (
         AtomicUsize::new(0),
         AtomicUsize::new(0),
         AtomicUsize::new(0),
@@ -366,31 +381,31 @@ fn whatever_reaches_the_exchange_was_granted_and_whatever_was_granted_is_not_den
         failure_persistence: None,
         ..Config::default()
     });
-    let result = runner.run(&descriptors(), |(bot, request)| {
+    let result = runner.run(&requests(), |(bot, request)| {
         let before = arena.lab.kucoin.received().len();
         let answer = runtime.block_on(arena.bot(bot).send(request.clone()));
         let received = arena.lab.kucoin.received();
         let expected = verdict(&GRANTS.each_ref(), &UNLISTED.each_ref(), bot, &request);
         match answer {
             Ok(_) => {
-                count(&reached);
+                count(&sent);
                 prop_assert_eq!(received.len(), before + 1);
                 check(&request, &received[before], expected)?;
             }
             Err(status) => {
                 prop_assert_eq!(received.len(), before);
                 match failure(&status).0 {
-                    Code::InvalidArgument => count(&ill),
+                    Code::InvalidArgument => count(&malformed),
                     code => {
-                        let known = bot != "stranger";
-                        let as_judged = if known {
+                        let has_rules = bot != "outsider";
+                        let expected_code = if has_rules {
                             Code::PermissionDenied
                         } else {
                             Code::Unauthenticated
                         };
-                        prop_assert_eq!(code, as_judged);
-                        prop_assert_eq!(expected, Verdict::Refused);
-                        count(&refused)
+                        prop_assert_eq!(code, expected_code);
+                        prop_assert_eq!(expected, Verdict::Denied);
+                        count(&denied)
                     }
                 };
             }
@@ -398,20 +413,20 @@ fn whatever_reaches_the_exchange_was_granted_and_whatever_was_granted_is_not_den
         Ok(())
     });
     result.unwrap_or_else(|failure| panic!("{failure}"));
-    for (what, counter) in [
-        ("reached", &reached),
-        ("refused", &refused),
-        ("malformed", &ill),
+    for (result, counter) in [
+        ("sent", &sent),
+        ("denied", &denied),
+        ("malformed", &malformed),
     ] {
         let count = counter.load(Ordering::Relaxed);
-        assert!(count >= 50, "only {count} of {CASES} were {what}");
+        assert!(count >= 50, "only {count} of {CASES} were {result}");
     }
     let lines = arena.lab.audit();
-    let denied = lines
+    let audited = lines
         .iter()
         .filter(|line| line["event"] == "denied")
         .count();
-    let not_sent = refused.load(Ordering::Relaxed) + ill.load(Ordering::Relaxed);
-    assert_eq!(denied, not_sent, "refusals on record");
+    let not_sent = denied.load(Ordering::Relaxed) + malformed.load(Ordering::Relaxed);
+    assert_eq!(audited, not_sent, "denied calls in the audit log");
     runtime.block_on(arena.lab.stop());
 }

@@ -1,4 +1,4 @@
-//! Which key signs, and what goes along with the signature: key per scope, key version, partner, site.
+//! Which key signs a request, and with which headers: key per scope, key version, partner, site.
 
 use credbroker::proto::{Method, Scope};
 use credbroker_sim::installation::Settings;
@@ -26,7 +26,7 @@ const ALL: [(&str, &str); 3] = [
     ("unified", "\"read\", \"public\""),
 ];
 
-/// A read in each scope that the simulator checks.
+/// A read in each scope, whose signature the simulator checks.
 const READS: [(Scope, &str); 3] = [
     (Scope::SpotMargin, "/api/v1/accounts"),
     (Scope::Futures, "/api/v1/account-overview"),
@@ -55,7 +55,7 @@ fn futures() -> SimKey {
     }
 }
 
-/// A lab whose Vault and exchange hold one key per scope of account `main`; `vault` may differ from what KuCoin knows.
+/// A broker with one key per scope of account `main`. `vault` has the keys in Vault, which can differ from those of KuCoin.
 async fn lab(vault: [SimKey; 3]) -> Lab {
     let lab = Lab::with(Settings {
         rules: rules_for(ACCOUNT, &ALL),
@@ -86,12 +86,12 @@ async fn read_all(lab: &Lab) -> Vec<ReceivedRequest> {
 }
 
 #[tokio::test]
-async fn each_scope_signs_with_its_own_key_in_its_own_version() {
+async fn each_scope_signs_with_its_own_key_and_key_version() {
     let mut lab = lab([spot(), futures(), SimKey::fake(23)]).await;
     let received = read_all(&lab).await;
     let seen: Vec<_> = received
         .iter()
-        .map(|came| (came.uid, came.header("kc-api-key-version")))
+        .map(|arrived| (arrived.uid, arrived.header("kc-api-key-version")))
         .collect();
     assert_eq!(
         seen,
@@ -104,18 +104,18 @@ async fn each_scope_signs_with_its_own_key_in_its_own_version() {
     assert!(
         received
             .iter()
-            .all(|came| came.signature == Signature::Verified)
+            .all(|arrived| arrived.signature == Signature::Verified)
     );
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn the_partner_of_the_scope_goes_along_and_its_signature_verifies() {
+async fn each_scope_sends_its_partner_headers_with_a_valid_signature() {
     let mut lab = lab([spot(), futures(), SimKey::fake(23)]).await;
     let received = read_all(&lab).await;
-    let headers = |came: &ReceivedRequest| {
+    let headers = |arrived: &ReceivedRequest| {
         ["kc-api-partner", "kc-api-partner-verify", "kc-broker-name"]
-            .map(|name| came.header(name).map(str::to_owned))
+            .map(|name| arrived.header(name).map(str::to_owned))
     };
     let text = |text: &str| Some(text.to_owned());
     assert_eq!(
@@ -131,24 +131,25 @@ async fn the_partner_of_the_scope_goes_along_and_its_signature_verifies() {
     assert!(
         received
             .iter()
-            .all(|came| came.signature == Signature::Verified)
+            .all(|arrived| arrived.signature == Signature::Verified)
     );
-    // Public data goes without: a partner's signature names the key.
+    // Public requests have no partner headers: a partner's signature includes the API key.
     let mut maker = lab.bot("maker").await;
     let public = on("main", Scope::SpotMargin, Method::Get, "/api/v1/timestamp");
     maker.send(public).await.unwrap();
-    let came = lab.kucoin.received().pop().unwrap();
+    let arrived = lab.kucoin.received().pop().unwrap();
     assert!(
-        came.headers
+        arrived
+            .headers
             .iter()
             .all(|(name, _)| !name.starts_with("kc-")),
-        "{came:?}"
+        "{arrived:?}"
     );
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn the_simulator_notices_a_wrong_secret_passphrase_version_or_partner_key() {
+async fn simulator_rejects_a_wrong_secret_passphrase_or_partner_key() {
     let wrong_partner = SimKey {
         partners: partner("FakeSpotPartner", "fake-partner-key-of-futures"),
         ..spot()
@@ -162,14 +163,17 @@ async fn the_simulator_notices_a_wrong_secret_passphrase_version_or_partner_key(
         ..SimKey::fake(23)
     };
     let mut lab = lab([wrong_partner, wrong_passphrase, wrong_secret]).await;
-    for came in read_all(&lab).await {
-        assert!(matches!(came.signature, Signature::Refused(_)), "{came:?}");
+    for arrived in read_all(&lab).await {
+        assert!(
+            matches!(arrived.signature, Signature::Refused(_)),
+            "{arrived:?}"
+        );
     }
     lab.stop().await;
 }
 
 #[tokio::test]
-async fn a_partner_without_its_key_sends_nothing() {
+async fn nothing_is_sent_when_the_partner_key_is_missing() {
     let without = SimKey {
         partners: Vec::new(),
         ..spot()
@@ -192,7 +196,7 @@ async fn a_partner_without_its_key_sends_nothing() {
 }
 
 #[tokio::test]
-async fn australian_accounts_say_so_and_no_others() {
+async fn only_australian_accounts_send_the_site_type_header() {
     let mut arena = Arena::start().await;
     for (bot, account) in [
         ("aussie", "australia"),
@@ -203,9 +207,9 @@ async fn australian_accounts_say_so_and_no_others() {
         for path in ["/api/v1/timestamp", "/api/v1/accounts"] {
             let request = on(account, Scope::SpotMargin, Method::Get, path);
             arena.bot(bot).send(request).await.unwrap();
-            let came = arena.lab.kucoin.received().pop().unwrap();
+            let arrived = arena.lab.kucoin.received().pop().unwrap();
             let expected = (account == "australia").then_some("australia");
-            assert_eq!(came.header("x-site-type"), expected, "{account} {path}");
+            assert_eq!(arrived.header("x-site-type"), expected, "{account} {path}");
         }
     }
     arena.lab.stop().await;

@@ -1,9 +1,9 @@
-//! Descriptors that are no requests: each is refused for the field that is wrong, and for that field alone.
+//! Malformed requests: the error names exactly the invalid fields.
 
 use bytes::Bytes;
 use credbroker::proto::{Method, Scope, SignAndSendRequest};
 
-use super::{Arena, Case, Expect, case, malformed, on, parameter};
+use super::{Arena, Case, Expected, case, malformed, on, parameter};
 
 fn read() -> SignAndSendRequest {
     on("main", Scope::SpotMargin, Method::Get, "/api/v1/accounts")
@@ -16,7 +16,7 @@ fn order(body: impl Into<Bytes>) -> SignAndSendRequest {
     }
 }
 
-/// Other ways to write a path.
+/// Paths with empty or dot segments, or without a slash at the start.
 const TRAVERSAL: &[&str] = &[
     "",
     "/",
@@ -40,7 +40,7 @@ const TRAVERSAL: &[&str] = &[
     "/api/v1/accounts/x/",
 ];
 
-/// Nothing in a path is encoded.
+/// Paths with percent-encoding or braces.
 const ENCODED: &[&str] = &[
     "/api/v1/%61ccounts",
     "/api/v1/%2e/accounts",
@@ -63,7 +63,7 @@ const ENCODED: &[&str] = &[
     "/api/v1/accounts/{accountId}",
 ];
 
-/// A path names no host.
+/// Paths with a host, port or scheme.
 const HOSTS: &[&str] = &[
     "//evil.example",
     "//evil.example/api/v1/accounts",
@@ -85,7 +85,7 @@ const HOSTS: &[&str] = &[
     "evil.example:443",
 ];
 
-/// Characters that no segment has.
+/// Paths with characters that are not allowed in a segment.
 const CHARACTERS: &[&str] = &[
     "/api/v1/accounts?type=trade",
     "/api/v1/accounts?",
@@ -136,7 +136,7 @@ const CHARACTERS: &[&str] = &[
     "/api/v1/accounts/[b]",
 ];
 
-/// Bodies that are no JSON, or more than one document, or name the timestamp.
+/// Bodies that are not one JSON object or array, have duplicate names, or set the timestamp.
 const BODIES: &[&str] = &[
     // Not JSON.
     "x",
@@ -169,20 +169,20 @@ const BODIES: &[&str] = &[
     "\u{feff}{}",
     "\u{b}{}",
     "\u{a0}{}",
-    // JSON, but no object or array.
+    // JSON, but neither an object nor an array.
     "1",
     "null",
     "true",
     "\"x\"",
     "\"{}\"",
-    // Two things at once.
+    // Duplicate names.
     "{\"side\":\"buy\",\"side\":\"sell\"}",
     "{\"side\":\"buy\",\"s\\u0069de\":\"sell\"}",
     "{\"a\":{\"b\":1,\"b\":1}}",
     "{\"orderList\":[{\"clientOid\":\"a\",\"clientOid\":\"b\"}]}",
     "[{},{\"\":1,\"\":2}]",
     "{\"__proto__\":1,\"__proto__\":2}",
-    // The broker's timestamp is not the bot's to choose.
+    // A bot must not set the timestamp.
     "{\"clientTimestamp\":1735689600123}",
     "{\"clientTimestamp\":null}",
     "{\"client\\u0054imestamp\":1}",
@@ -197,7 +197,7 @@ const BODIES: &[&str] = &[
     "{\"clientTimestamp\":1,\"clientTimestamp\":2}",
 ];
 
-/// No names of an account.
+/// Invalid account names.
 const ACCOUNTS: &[&str] = &[
     "",
     " ",
@@ -230,7 +230,7 @@ const ACCOUNTS: &[&str] = &[
     "null\u{0}",
 ];
 
-/// No names of a call.
+/// Invalid request ids.
 const REQUEST_IDS: &[&str] = &[
     " ",
     "a b",
@@ -249,7 +249,7 @@ const REQUEST_IDS: &[&str] = &[
     "a:b",
 ];
 
-/// Paths that are not in normal form, all of a bot that may read `/api/v1/accounts`.
+/// Paths that are not in normal form, from a bot that can read `/api/v1/accounts`.
 pub(super) fn paths() -> Vec<Case> {
     let long = format!("/api/v1/accounts/{}", "x".repeat(1024 - 16));
     let all = [TRAVERSAL, ENCODED, HOSTS, CHARACTERS, &[&long]].concat();
@@ -269,10 +269,10 @@ pub(super) fn paths() -> Vec<Case> {
     .collect()
 }
 
-/// Queries that no exchange should see.
+/// Invalid queries.
 pub(super) fn queries() -> Vec<Case> {
     let mut cases = Vec::new();
-    let mut add = |what: &str, pairs: &[(&str, &str)], fields: &[&str]| {
+    let mut add = |label: &str, pairs: &[(&str, &str)], fields: &[&str]| {
         let request = SignAndSendRequest {
             query: pairs
                 .iter()
@@ -281,11 +281,11 @@ pub(super) fn queries() -> Vec<Case> {
             ..read()
         };
         let fields = fields.iter().map(|field| (*field).to_owned()).collect();
-        let what = format!("query with {what}");
-        cases.push(case(what, "maker", request, Expect::Malformed(fields)));
+        let label = format!("query with {label}");
+        cases.push(case(label, "maker", request, Expected::Malformed(fields)));
     };
     add("an empty name", &[("", "x")], &["query[0].name"]);
-    add("nothing at all", &[("", "")], &["query[0].name"]);
+    add("an empty name and value", &[("", "")], &["query[0].name"]);
     add(
         "an empty name later",
         &[("a", "b"), ("", "x")],
@@ -335,27 +335,35 @@ pub(super) fn queries() -> Vec<Case> {
         );
     }
     add("101 parameters", &[("a", "b"); 101], &["query"]);
-    add("a value over-long", &[("a", &"x".repeat(8192))], &["query"]);
-    add("a name over-long", &[(&"x".repeat(8193), "")], &["query"]);
     add(
-        "characters, not bytes, within the limit",
+        "a value that is too long",
+        &[("a", &"x".repeat(8192))],
+        &["query"],
+    );
+    add(
+        "a name that is too long",
+        &[(&"x".repeat(8193), "")],
+        &["query"],
+    );
+    add(
+        "a value within the limit in characters but not in bytes",
         &[("a", &"测".repeat(2731))],
         &["query"],
     );
     add(
-        "too many and too long",
+        "too many parameters that are too long",
         &[("a", "x".repeat(100).as_str()); 101],
         &["query", "query"],
     );
     add(
-        "clientTimestamp a hundred times",
+        "clientTimestamp 100 times",
         &[("clientTimestamp", "1"); 100],
         &["query[0].name"],
     );
     cases
 }
 
-/// Bodies that mean nothing, or two things, or stand where none may.
+/// Invalid and ambiguous bodies, and bodies of requests that must not have one.
 pub(super) fn bodies() -> Vec<Case> {
     let mut cases = Vec::new();
     let deep = format!("{}1{}", "[".repeat(200), "]".repeat(200));
@@ -386,7 +394,7 @@ pub(super) fn bodies() -> Vec<Case> {
             malformed("body"),
         ));
     }
-    let places = [
+    let without_body = [
         (Scope::SpotMargin, Method::Get, "/api/v1/accounts"),
         (Scope::Futures, Method::Get, "/api/v1/orders/multi-cancel"),
         (Scope::SpotMargin, Method::Delete, "/api/v1/hf/orders/67fe"),
@@ -423,7 +431,7 @@ pub(super) fn bodies() -> Vec<Case> {
             "/api/v2/orders/multi-cancel",
         ),
     ];
-    for (scope, method, path) in places {
+    for (scope, method, path) in without_body {
         let request = SignAndSendRequest {
             body: "{\"orderIdsList\":[\"1\"]}".into(),
             ..on("main", scope, method, path)
@@ -438,11 +446,11 @@ pub(super) fn bodies() -> Vec<Case> {
     cases
 }
 
-/// Scope, method, account and request id that are none, and everything wrong at once.
+/// Invalid scopes, methods, accounts and request ids, and requests with all fields invalid.
 pub(super) fn other_fields() -> Vec<Case> {
     let mut cases = Vec::new();
-    let mut add = |what: String, field: &str, request| {
-        cases.push(case(what, "maker", request, malformed(field)));
+    let mut add = |label: String, field: &str, request| {
+        cases.push(case(label, "maker", request, malformed(field)));
     };
     for number in [0, -1, 4, 99, i32::MAX, i32::MIN] {
         let scope = SignAndSendRequest {
@@ -483,10 +491,10 @@ pub(super) fn other_fields() -> Vec<Case> {
     };
     let fields = ["scope", "method", "account", "request_id", "path"].map(str::to_owned);
     cases.push(case(
-        "everything wrong at once",
+        "all fields invalid",
         "maker",
         everything.clone(),
-        Expect::Malformed(fields.to_vec()),
+        Expected::Malformed(fields.to_vec()),
     ));
     let with_method = SignAndSendRequest {
         method: Method::Post.into(),
@@ -494,30 +502,30 @@ pub(super) fn other_fields() -> Vec<Case> {
     };
     let fields = ["scope", "account", "request_id", "body", "path"].map(str::to_owned);
     cases.push(case(
-        "everything wrong but the method",
-        "stranger",
+        "all fields invalid except the method",
+        "outsider",
         with_method,
-        Expect::Malformed(fields.to_vec()),
+        Expected::Malformed(fields.to_vec()),
     ));
     cases
 }
 
 #[tokio::test]
-async fn a_path_that_is_not_in_normal_form_is_refused() {
-    Arena::start().await.refuses(paths()).await;
+async fn paths_not_in_normal_form_are_malformed() {
+    Arena::start().await.assert_denied(paths()).await;
 }
 
 #[tokio::test]
-async fn a_query_with_control_characters_empty_names_or_a_timestamp_is_refused() {
-    Arena::start().await.refuses(queries()).await;
+async fn queries_with_control_characters_empty_names_or_a_timestamp_are_malformed() {
+    Arena::start().await.assert_denied(queries()).await;
 }
 
 #[tokio::test]
-async fn a_body_that_is_not_one_json_document_or_may_not_stand_there_is_refused() {
-    Arena::start().await.refuses(bodies()).await;
+async fn bodies_that_are_misplaced_or_not_one_json_document_are_malformed() {
+    Arena::start().await.assert_denied(bodies()).await;
 }
 
 #[tokio::test]
-async fn an_unknown_scope_or_method_and_a_name_that_is_none_are_refused() {
-    Arena::start().await.refuses(other_fields()).await;
+async fn unknown_scopes_and_methods_and_invalid_names_are_malformed() {
+    Arena::start().await.assert_denied(other_fields()).await;
 }

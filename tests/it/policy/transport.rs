@@ -1,4 +1,4 @@
-//! What a bot can do below the contract: bytes that are no message, fields that the contract does not have, headers.
+//! What a bot can send outside the contract: undecodable bytes, unknown fields, headers.
 
 use credbroker::proto::{Method, Scope, SignAndSendRequest, SignAndSendResponse};
 use credbroker_sim::kucoin::{Host, Signature};
@@ -10,7 +10,7 @@ use tonic::{Code, Request, Status};
 use super::{Arena, on};
 use crate::harness::{Lab, failure, refusal};
 
-/// The request as its wire allows it: any bytes for text, every field as often as one likes, and fields of one's own.
+/// The request as protobuf encoding allows it: any bytes for text, repeated fields, and unknown fields.
 #[derive(Clone, PartialEq, Message)]
 struct Loose {
     #[prost(bytes = "vec", repeated, tag = "1")]
@@ -61,10 +61,10 @@ async fn maker(lab: &Lab) -> Channel {
 }
 
 #[tokio::test]
-async fn text_that_is_no_utf_8_and_bytes_that_are_no_message_reach_nothing() {
-    /// Fields of other types than the contract's.
+async fn invalid_utf_8_and_undecodable_messages_are_malformed() {
+    /// Fields with types other than in the contract.
     #[derive(Clone, PartialEq, Message)]
-    struct Twisted {
+    struct WrongTypes {
         #[prost(uint64, tag = "1")]
         account: u64,
         #[prost(string, tag = "3")]
@@ -86,7 +86,7 @@ async fn text_that_is_no_utf_8_and_bytes_that_are_no_message_reach_nothing() {
             request_id: b"\xff".to_vec(),
             ..loose()
         },
-        // A query parameter whose name, value or framing is broken.
+        // Query parameters whose name, value or encoding is invalid.
         Loose {
             query: vec![b"\x0a\x01\xff".to_vec()],
             ..loose()
@@ -104,16 +104,16 @@ async fn text_that_is_no_utf_8_and_bytes_that_are_no_message_reach_nothing() {
             ..loose()
         },
     ];
-    let mut refused = Vec::new();
+    let mut codes = Vec::new();
     for message in messages {
-        refused.push(send(&channel, message).await.unwrap_err().code());
+        codes.push(send(&channel, message).await.unwrap_err().code());
     }
-    let twisted = Twisted {
+    let wrong_types = WrongTypes {
         account: 7,
         method: "GET".to_owned(),
     };
-    refused.push(send(&channel, twisted).await.unwrap_err().code());
-    assert_eq!(refused, [Code::InvalidArgument; 8]);
+    codes.push(send(&channel, wrong_types).await.unwrap_err().code());
+    assert_eq!(codes, [Code::InvalidArgument; 8]);
     assert!(arena.lab.kucoin.received().is_empty());
     assert!(
         arena
@@ -127,7 +127,7 @@ async fn text_that_is_no_utf_8_and_bytes_that_are_no_message_reach_nothing() {
 }
 
 #[tokio::test]
-async fn a_message_that_is_larger_than_any_request_is_not_read() {
+async fn oversized_message_is_rejected_and_nothing_is_sent() {
     let mut arena = Arena::start().await;
     let request = SignAndSendRequest {
         body: vec![b' '; 5 << 20].into(),
@@ -140,7 +140,7 @@ async fn a_message_that_is_larger_than_any_request_is_not_read() {
 }
 
 #[tokio::test]
-async fn fields_of_the_bots_own_choose_no_host_and_no_headers() {
+async fn unknown_message_fields_cannot_set_host_or_headers() {
     let mut arena = Arena::start().await;
     let channel = maker(&arena.lab).await;
     let message = Loose {
@@ -161,17 +161,17 @@ async fn fields_of_the_bots_own_choose_no_host_and_no_headers() {
 }
 
 #[tokio::test]
-async fn of_a_field_sent_twice_the_rules_see_what_the_exchange_sees() {
+async fn rules_check_the_value_that_is_sent_when_a_field_is_repeated() {
     let mut arena = Arena::start().await;
     let channel = maker(&arena.lab).await;
-    let (good, bad) = (
+    let (granted, denied) = (
         b"/api/v1/accounts".to_vec(),
         b"/api/v1/sub/api-key".to_vec(),
     );
     let (mine, other) = (b"main".to_vec(), b"other".to_vec());
     for twice in [
         Loose {
-            path: vec![good.clone(), bad.clone()],
+            path: vec![granted.clone(), denied.clone()],
             ..loose()
         },
         Loose {
@@ -183,7 +183,7 @@ async fn of_a_field_sent_twice_the_rules_see_what_the_exchange_sees() {
     }
     assert!(arena.lab.kucoin.received().is_empty());
     let last_counts = Loose {
-        path: vec![bad, good],
+        path: vec![denied, granted],
         account: vec![other, mine],
         ..loose()
     };
@@ -198,10 +198,10 @@ async fn of_a_field_sent_twice_the_rules_see_what_the_exchange_sees() {
 }
 
 #[tokio::test]
-async fn a_number_beyond_the_enum_is_no_scope_and_no_method() {
+async fn enum_values_out_of_range_are_malformed() {
     let mut arena = Arena::start().await;
     let channel = maker(&arena.lab).await;
-    // The wire takes 64 bits, of which the contract's enums keep 32: 1 must not come back from beyond.
+    // The encoding has 64 bits, enums of the contract have 32: a larger value must not be cut to a valid one.
     for message in [
         Loose {
             scope: 1 << 40,
@@ -224,7 +224,7 @@ async fn a_number_beyond_the_enum_is_no_scope_and_no_method() {
 }
 
 #[tokio::test]
-async fn headers_of_the_bot_end_at_the_broker() {
+async fn metadata_of_the_bot_is_not_forwarded_to_the_exchange() {
     let mut arena = Arena::start().await;
     let mut request = Request::new(on(
         "main",

@@ -1,4 +1,4 @@
-//! Every private endpoint that rules may grant, through a running broker, verified by the simulator.
+//! Every private endpoint that rules can grant, called through a broker and verified by the simulator.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::harness::{Lab, request};
 
-/// Values for path parameters: ids, symbols, and every character that a segment may have.
+/// Values for path parameters: ids, symbols, and every character that is allowed in a segment.
 const VALUES: [&str; 6] = [
     "67fe0c1aab12cd0001f3e5a7",
     "BTC-USDT",
@@ -38,12 +38,12 @@ const BODY: &str = "{ \"clientOid\":\"signing-1\",\"symbol\":\"BTC-USDT\", \"rem
 fn endpoints() -> Vec<Value> {
     let all: Vec<Value> =
         serde_json::from_str(include_str!("../../../src/kucoin/endpoints.json")).unwrap();
-    let wanted =
+    let is_private_and_grantable =
         |e: &Value| !e["scope"].is_null() && e["risk"] != "public" && e["grantable"] != false;
-    all.into_iter().filter(wanted).collect()
+    all.into_iter().filter(is_private_and_grantable).collect()
 }
 
-/// Classes where there are any; everything else by name.
+/// Rules that grant endpoints by class if they are in one, and all others by name.
 fn rules(endpoints: &[Value]) -> String {
     let mut rules = "[account.main]\nallow_money_out = true\n\
                      key = { spot-margin = \"main\", futures = \"main\", unified = \"main\" }\n"
@@ -66,7 +66,7 @@ fn rules(endpoints: &[Value]) -> String {
     rules
 }
 
-fn descriptor(endpoint: &Value, index: usize) -> SignAndSendRequest {
+fn request_for(endpoint: &Value, index: usize) -> SignAndSendRequest {
     let scope = match endpoint["scope"].as_str().unwrap() {
         "futures" => Scope::Futures,
         "spot-margin" => Scope::SpotMargin,
@@ -83,7 +83,7 @@ fn descriptor(endpoint: &Value, index: usize) -> SignAndSendRequest {
     let value = VALUES[index % VALUES.len()];
     let segments = endpoint["path"].as_str().unwrap().split('/');
     let filled = segments.map(|segment| match segment.split_once('{') {
-        // No other characters name an order.
+        // A clientOid has no other characters.
         Some((before, "clientOid}")) => format!("{before}Signing_{index}-a"),
         Some((before, _)) => format!("{before}{value}"),
         None => segment.to_owned(),
@@ -103,7 +103,7 @@ fn descriptor(endpoint: &Value, index: usize) -> SignAndSendRequest {
 }
 
 #[tokio::test]
-async fn every_private_endpoint_that_can_be_granted_is_verified_from_the_wire() {
+async fn signatures_verify_for_every_private_endpoint_that_can_be_granted() {
     let endpoints = endpoints();
     assert_eq!(endpoints.len(), 429);
     let mut lab = Lab::with(Settings {
@@ -124,39 +124,43 @@ async fn every_private_endpoint_that_can_be_granted_is_verified_from_the_wire() 
     let mut verified = 0;
     for (index, endpoint) in endpoints.iter().enumerate() {
         let id = endpoint["id"].as_str().unwrap();
-        let sent = descriptor(endpoint, index);
+        let sent = request_for(endpoint, index);
         let answer = maker.send(sent.clone()).await;
         let answer = answer.unwrap_or_else(|status| panic!("{id}: {status:?}"));
         let received = lab.kucoin.received();
         assert_eq!(received.len(), index + 1, "{id}");
-        let came = &received[index];
-        assert_eq!(came.signature, Signature::Verified, "{id}: {came:?}");
-        assert_eq!(came.endpoint.as_deref(), Some(id));
+        let arrived = &received[index];
+        assert_eq!(arrived.signature, Signature::Verified, "{id}: {arrived:?}");
+        assert_eq!(arrived.endpoint.as_deref(), Some(id));
         assert_eq!(
-            came.host == Host::Futures,
+            arrived.host == Host::Futures,
             sent.scope() == Scope::Futures,
             "{id}"
         );
-        assert_eq!(came.path(), sent.path, "{id}");
-        assert_eq!(came.body, sent.body, "{id}");
-        assert_ne!(came.code(), Some("400007"), "{id}: the key may everything");
-        assert_eq!(came.uid, Some(MAIN_UID), "{id}");
+        assert_eq!(arrived.path(), sent.path, "{id}");
+        assert_eq!(arrived.body, sent.body, "{id}");
+        assert_ne!(
+            arrived.code(),
+            Some("400007"),
+            "{id}: the key has every permission"
+        );
+        assert_eq!(arrived.uid, Some(MAIN_UID), "{id}");
         assert_eq!(
-            came.header("kc-api-timestamp"),
+            arrived.header("kc-api-timestamp"),
             Some(&*answer.timestamp_ms.to_string()),
             "{id}"
         );
         verified += 1;
     }
     assert_eq!(verified, 429);
-    // By every host, method and kind of path.
+    // Every combination of host and method was tested.
     let received = lab.kucoin.received();
     for host in [Host::Futures, Host::Spot] {
         for method in ["DELETE", "GET", "POST"] {
             assert!(
                 received
                     .iter()
-                    .any(|came| came.host == host && came.method == method)
+                    .any(|arrived| arrived.host == host && arrived.method == method)
             );
         }
     }

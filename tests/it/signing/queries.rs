@@ -1,4 +1,4 @@
-//! Any accepted target is signed as the exchange reads it from the wire.
+//! Random paths and queries, signed by the broker and verified by the simulator from the request that arrived.
 
 use credbroker::proto::{Method, QueryParameter, Scope, SignAndSendRequest};
 use credbroker_sim::kucoin::Signature;
@@ -9,7 +9,7 @@ use crate::harness::{Lab, request};
 
 const CASES: u32 = 400;
 
-/// Reserved characters often, any other but control characters too.
+/// Text with many reserved characters and without control characters.
 fn text(least: usize) -> impl Strategy<Value = String> {
     let character = prop_oneof![
         3 => prop::sample::select("&=#+% ?/:;@,!$'()*[]{}|\\^`\"<>~._-".chars().collect::<Vec<_>>()),
@@ -19,7 +19,7 @@ fn text(least: usize) -> impl Strategy<Value = String> {
     prop::collection::vec(character, least..12).prop_map(String::from_iter)
 }
 
-/// An endpoint that is private, with a random path parameter where it has one.
+/// Private endpoints, with random path parameters.
 fn targets() -> impl Strategy<Value = (Scope, Method, String)> {
     let segment = "[A-Za-z0-9._~-]{1,24}".prop_filter("no dot segment", |s| s != "." && s != "..");
     prop_oneof![
@@ -53,7 +53,7 @@ fn targets() -> impl Strategy<Value = (Scope, Method, String)> {
 }
 
 #[test]
-fn any_query_is_verified_and_read_as_it_was_meant() {
+fn signatures_verify_for_any_query_and_its_parameters_arrive_unchanged() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let mut lab = runtime.block_on(Lab::start());
     let maker = runtime.block_on(lab.bot("maker"));
@@ -78,12 +78,15 @@ fn any_query_is_verified_and_read_as_it_was_meant() {
         prop_assert!(answer.is_ok(), "{:?}", answer);
         let received = lab.kucoin.received();
         prop_assert_eq!(received.len(), before + 1);
-        let came = &received[before];
-        prop_assert_eq!(&came.signature, &Signature::Verified);
-        prop_assert_eq!(came.path(), path);
-        let wire = came.target.split_once('?').map_or("", |(_, query)| query);
-        prop_assert!(wire.bytes().all(|b| b.is_ascii_graphic()));
-        let pairs: Vec<_> = url::form_urlencoded::parse(wire.as_bytes())
+        let arrived = &received[before];
+        prop_assert_eq!(&arrived.signature, &Signature::Verified);
+        prop_assert_eq!(arrived.path(), path);
+        let raw_query = arrived
+            .target
+            .split_once('?')
+            .map_or("", |(_, query)| query);
+        prop_assert!(raw_query.bytes().all(|b| b.is_ascii_graphic()));
+        let pairs: Vec<_> = url::form_urlencoded::parse(raw_query.as_bytes())
             .into_owned()
             .collect();
         prop_assert_eq!(pairs, query);

@@ -1,4 +1,4 @@
-//! The golden vectors, stage by stage. Every expected value comes from the file; no HMAC is computed here.
+//! The golden vectors, compared stage by stage. Every expected value is from the file; this test computes no HMAC.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ fn file() -> Value {
     serde_json::from_str(VECTORS).unwrap()
 }
 
-/// What differs, if anything does.
+/// The stages of signing that are compared.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 enum Stage {
     StringToSign,
@@ -29,7 +29,7 @@ enum Stage {
     Body,
 }
 
-/// What goes into the signature of one vector.
+/// The inputs of the signature of a vector.
 #[derive(Clone)]
 struct Inputs {
     api_key: String,
@@ -56,8 +56,8 @@ impl Inputs {
         let timestamp = own("timestamp").unwrap_or(&file["timestamp"]);
         let (request, headers) = (&vector["request"], &vector["headers"]);
         let pair = |pair: &Value| (text(&pair[0]), text(&pair[1]));
-        // ccxt's vectors say in words which of two made-up partner keys they were signed with.
-        let spelled = vector["partnerSignKey"]
+        // The vectors of ccxt name their made-up partner key in a sentence.
+        let named_key = vector["partnerSignKey"]
             .as_str()
             .and_then(|words| Some(words.split_once("(fake-")?.1.trim_end_matches(')')));
         Self {
@@ -73,7 +73,7 @@ impl Inputs {
                 id: id.to_owned(),
                 broker_name: headers["KC-BROKER-NAME"].as_str().map(str::to_owned),
             }),
-            partner_key: spelled.map_or_else(
+            partner_key: named_key.map_or_else(
                 || text(&credentials["partnerKey"]),
                 |rest| format!("fake-{rest}"),
             ),
@@ -120,7 +120,7 @@ impl Inputs {
         }
     }
 
-    /// The stages in which signing these inputs does not give what the vector says.
+    /// The stages in which the signature of these inputs differs from the vector.
     fn differs_from(&self, vector: &Value) -> BTreeSet<Stage> {
         let mut differs = BTreeSet::new();
         let request = self.request();
@@ -141,8 +141,8 @@ impl Inputs {
         )
         .unwrap();
         let listed = vector["headers"].as_object().unwrap();
-        let ours = listed.iter().filter(|(name, _)| name.starts_with("KC-"));
-        for (name, value) in ours {
+        let expected_headers = listed.iter().filter(|(name, _)| name.starts_with("KC-"));
+        for (name, value) in expected_headers {
             let sent: Vec<_> = signed.headers().get_all(name.as_str()).iter().collect();
             if sent != [value.as_str().unwrap()] {
                 differs.insert(Stage::Headers);
@@ -151,13 +151,13 @@ impl Inputs {
 
         let (path, pairs) = split(signed.target());
         let (expected_path, expected_pairs) = split(vector["wirePathAndQuery"].as_str().unwrap());
-        let asked: Vec<_> = vector["request"]["query"]
+        let requested: Vec<_> = vector["request"]["query"]
             .as_array()
             .unwrap()
             .iter()
             .map(|pair| (text(&pair[0]), text(&pair[1])))
             .collect();
-        if path != expected_path || pairs != expected_pairs || pairs != asked {
+        if path != expected_path || pairs != expected_pairs || pairs != requested {
             differs.insert(Stage::Wire);
         }
 
@@ -175,15 +175,15 @@ impl Inputs {
     }
 }
 
-/// Path, and form-decoded pairs, of a wire form.
-fn split(wire: &str) -> (&str, Vec<(String, String)>) {
-    let (path, query) = wire.split_once('?').unwrap_or((wire, ""));
+/// Path and form-decoded pairs of a target.
+fn split(target: &str) -> (&str, Vec<(String, String)>) {
+    let (path, query) = target.split_once('?').unwrap_or((target, ""));
     let pairs = url::form_urlencoded::parse(query.as_bytes());
     (path, pairs.into_owned().collect())
 }
 
 #[test]
-fn every_golden_vector_comes_out_byte_for_byte() {
+fn every_golden_vector_is_reproduced_byte_for_byte() {
     let file = file();
     let vectors = file["vectors"].as_array().unwrap();
     assert_eq!(vectors.len(), 21);
@@ -191,14 +191,14 @@ fn every_golden_vector_comes_out_byte_for_byte() {
         let differs = Inputs::of(&file, vector).differs_from(vector);
         assert!(
             differs.is_empty(),
-            "{}: differs in {differs:?}",
+            "{} differs in {differs:?}",
             vector["id"]
         );
     }
 }
 
 #[test]
-fn the_vectors_cover_what_the_broker_signs() {
+fn golden_vectors_cover_partners_key_versions_and_methods() {
     let file = file();
     let vectors = file["vectors"].as_array().unwrap();
     let count =
@@ -220,7 +220,7 @@ fn the_vectors_cover_what_the_broker_signs() {
 }
 
 #[test]
-fn a_change_of_any_input_is_noticed_in_the_stages_that_it_touches() {
+fn changing_an_input_changes_exactly_the_stages_it_affects() {
     use Stage::{Body, Headers, StringToSign, Wire};
     type Change = fn(&mut Inputs);
     let changes: [(&str, Change, &[Stage]); 10] = [
@@ -254,7 +254,7 @@ fn a_change_of_any_input_is_noticed_in_the_stages_that_it_touches() {
             &[StringToSign, Headers, Wire],
         ),
         (
-            "query, in front",
+            "query, at the start",
             |i| i.query.insert(0, ("a".to_owned(), "b".to_owned())),
             &[StringToSign, Headers, Wire],
         ),
@@ -266,23 +266,23 @@ fn a_change_of_any_input_is_noticed_in_the_stages_that_it_touches() {
     ];
     let file = file();
     for vector in file["vectors"].as_array().unwrap() {
-        for (what, change, stages) in &changes {
+        for (input, change, stages) in &changes {
             let mut inputs = Inputs::of(&file, vector);
             change(&mut inputs);
-            let noticed: Vec<_> = inputs.differs_from(vector).into_iter().collect();
-            assert_eq!(noticed, *stages, "{}: {what}", vector["id"]);
+            let affected: Vec<_> = inputs.differs_from(vector).into_iter().collect();
+            assert_eq!(affected, *stages, "{}: {input}", vector["id"]);
         }
     }
 }
 
 #[test]
-fn a_change_of_partner_version_or_a_character_of_a_value_is_noticed() {
+fn changing_partner_key_version_query_value_or_body_byte_is_detected() {
     use Stage::{Body, Headers, StringToSign, Wire};
     let file = file();
     let mut counts = [0; 5];
     for vector in file["vectors"].as_array().unwrap() {
         let inputs = Inputs::of(&file, vector);
-        let noticed = |change: &dyn Fn(&mut Inputs)| {
+        let changed_stages = |change: &dyn Fn(&mut Inputs)| {
             let mut inputs = inputs.clone();
             change(&mut inputs);
             inputs.differs_from(vector).into_iter().collect::<Vec<_>>()
@@ -290,17 +290,21 @@ fn a_change_of_partner_version_or_a_character_of_a_value_is_noticed() {
         let id = &vector["id"];
         if let Some(partner) = &inputs.partner {
             counts[0] += 1;
-            assert_eq!(noticed(&|i| i.partner_key.push('0')), [Headers], "{id}");
+            assert_eq!(
+                changed_stages(&|i| i.partner_key.push('0')),
+                [Headers],
+                "{id}"
+            );
             let other = Partner {
                 id: format!("{}x", partner.id),
                 ..partner.clone()
             };
             assert_eq!(
-                noticed(&|i| i.partner = Some(other.clone())),
+                changed_stages(&|i| i.partner = Some(other.clone())),
                 [Headers],
                 "{id}"
             );
-            assert_eq!(noticed(&|i| i.partner = None), [Headers], "{id}");
+            assert_eq!(changed_stages(&|i| i.partner = None), [Headers], "{id}");
         }
         if let Some(broker_name) = inputs.partner.as_ref().and_then(|p| p.broker_name.as_ref()) {
             counts[1] += 1;
@@ -309,7 +313,7 @@ fn a_change_of_partner_version_or_a_character_of_a_value_is_noticed() {
                 ..inputs.partner.clone().unwrap()
             };
             assert_eq!(
-                noticed(&|i| i.partner = Some(other.clone())),
+                changed_stages(&|i| i.partner = Some(other.clone())),
                 [Headers],
                 "{id}"
             );
@@ -321,17 +325,17 @@ fn a_change_of_partner_version_or_a_character_of_a_value_is_noticed() {
             } else {
                 KeyVersion::V2
             };
-            assert_eq!(noticed(&|i| i.version = other), [Headers], "{id}");
+            assert_eq!(changed_stages(&|i| i.version = other), [Headers], "{id}");
         }
         for at in 0..inputs.query.len() {
             counts[3] += 1;
-            let seen = noticed(&|i| i.query[at].1.push('\u{e9}'));
-            assert_eq!(seen, [StringToSign, Headers, Wire], "{id}");
+            let stages = changed_stages(&|i| i.query[at].1.push('\u{e9}'));
+            assert_eq!(stages, [StringToSign, Headers, Wire], "{id}");
         }
         for at in 0..inputs.body.len() {
             counts[4] += 1;
-            let seen = noticed(&|i| i.body[at] ^= 1);
-            assert_eq!(seen, [StringToSign, Headers, Body], "{id}, byte {at}");
+            let stages = changed_stages(&|i| i.body[at] ^= 1);
+            assert_eq!(stages, [StringToSign, Headers, Body], "{id}, byte {at}");
         }
     }
     assert!(counts.iter().all(|count| *count >= 3), "{counts:?}");

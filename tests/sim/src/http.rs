@@ -1,4 +1,5 @@
-//! The HTTP/1.1 server under both simulators: loopback only, whole requests in, answers or faults out.
+//! The HTTP/1.1 server of both simulators: loopback only; a handler gets the complete request and returns an answer or a
+//! fault.
 
 use std::fmt;
 use std::future::Future;
@@ -22,14 +23,14 @@ use tokio::net::TcpListener;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_rustls::TlsAcceptor;
 
-/// A request as it arrived: head (raw path and query in `uri`), whole body, and who sent it.
+/// A request as it arrived: head (raw path and query in `uri`), complete body, and sender.
 #[derive(Clone, Debug)]
 pub struct Received {
-    /// Method, target as on the wire, headers.
+    /// Method, target as sent, headers.
     pub head: Arc<request::Parts>,
     /// The body, byte for byte.
     pub body: Bytes,
-    /// The certificates that the client showed, its own first; none without TLS or if it showed none.
+    /// The certificates that the client presented, its own first; empty without TLS or if it presented none.
     pub certificates: Arc<[CertificateDer<'static>]>,
     /// Address and port of the sender.
     pub peer: SocketAddr,
@@ -38,7 +39,7 @@ pub struct Received {
 /// What the server does with a request.
 #[derive(Debug)]
 pub enum Reply {
-    /// Sends the whole answer.
+    /// Sends the complete answer.
     Answer(Response<Bytes>),
     /// Sends the head and the first bytes of the body, then closes the connection.
     CutShort(Response<Bytes>, usize),
@@ -54,7 +55,7 @@ impl From<Response<Bytes>> for Reply {
     }
 }
 
-/// A listening server; it and all its connections end when this is dropped.
+/// A listening server; dropping it closes it and all its connections.
 #[derive(Debug)]
 pub struct Server {
     address: SocketAddr,
@@ -62,9 +63,9 @@ pub struct Server {
 }
 
 impl Server {
-    /// Binds `address`, which must be loopback (port 0: the system picks one), and answers with `handler`.
+    /// Binds `address`, which must be loopback (port 0: the system picks a port), and answers with `handler`.
     ///
-    /// Fails when the address is not loopback or cannot be bound.
+    /// Fails if the address is not loopback or cannot be bound.
     pub async fn start<H, F>(
         address: SocketAddr,
         tls: Option<Arc<rustls::ServerConfig>>,
@@ -75,10 +76,7 @@ impl Server {
         F: Future<Output = Reply> + Send + 'static,
     {
         if !address.ip().is_loopback() {
-            let problem = format!(
-                "a simulator binds to loopback only, not to {}",
-                address.ip()
-            );
+            let problem = format!("a simulator listens on loopback only, got {}", address.ip());
             return Err(io::Error::new(io::ErrorKind::InvalidInput, problem));
         }
         let listener = TcpListener::bind(address).await?;
@@ -91,7 +89,7 @@ impl Server {
         Ok(Self { address, task })
     }
 
-    /// Where it listens.
+    /// The address that it listens on.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
@@ -112,7 +110,7 @@ where
     loop {
         while connections.try_join_next().is_some() {}
         let Ok((stream, peer)) = listener.accept().await else {
-            // Out of descriptors, most likely: let some connections end.
+            // Most likely out of file descriptors: wait until some connections close.
             tokio::time::sleep(Duration::from_millis(10)).await;
             continue;
         };
@@ -123,8 +121,8 @@ where
                 None => connection(stream, Arc::default(), peer, handler).await,
                 Some(tls) => {
                     if let Ok(stream) = tls.accept(stream).await {
-                        let shown = stream.get_ref().1.peer_certificates();
-                        let certificates = shown.unwrap_or_default().into();
+                        let presented = stream.get_ref().1.peer_certificates();
+                        let certificates = presented.unwrap_or_default().into();
                         connection(stream, certificates, peer, handler).await;
                     }
                 }
@@ -165,14 +163,14 @@ async fn connection<S, H, F>(
             }
         }
     });
-    // The error is the client's hanging up or a fault that was asked for: nothing to report.
+    // An error here means that the client disconnected or a fault closed the connection: nothing to report.
     let _ = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .serve_connection(TokioIo::new(stream), service)
         .await;
 }
 
-/// Ends a connection without an answer.
+/// Closes a connection without an answer.
 #[derive(Debug)]
 struct Closed;
 
@@ -184,21 +182,21 @@ impl fmt::Display for Closed {
 
 impl std::error::Error for Closed {}
 
-/// A body that promises its whole length and may break off before.
+/// A body that announces its full length and may break off before it.
 #[derive(Debug)]
 struct Partial {
     missing: usize,
     next: Option<Bytes>,
-    /// Whether hyper has had a turn to send what came before the break.
+    /// Whether hyper has had a turn to send the part before the break.
     sent: bool,
 }
 
 impl Partial {
     fn new(mut body: Bytes, send: usize) -> Self {
-        let whole = body.len();
+        let full = body.len();
         body.truncate(send);
         Self {
-            missing: whole - body.len(),
+            missing: full - body.len(),
             next: Some(body).filter(|body| !body.is_empty()),
             sent: false,
         }
@@ -216,7 +214,7 @@ impl Body for Partial {
         match self.next.take() {
             Some(bytes) => Poll::Ready(Some(Ok(Frame::data(bytes)))),
             None if self.missing == 0 => Poll::Ready(None),
-            // An error at once would make hyper drop the bytes it has buffered; it sends them while the body waits.
+            // On an immediate error hyper would drop the buffered bytes; while the body is pending, it sends them.
             None if !self.sent => {
                 self.sent = true;
                 context.waker().wake_by_ref();

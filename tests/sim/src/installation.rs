@@ -1,6 +1,6 @@
-//! A broker's surroundings: simulated Vault and KuCoin, a throw-away CA, and the folder with the broker's files.
+//! Everything that a broker needs: simulated Vault and KuCoin, a throw-away CA, and a folder with the broker's files.
 //!
-//! Tests, benches and the demo describe with [`Settings`] how theirs differs from the usual one.
+//! Tests, benches and the demo change the default with [`Settings`].
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -13,19 +13,19 @@ use tempfile::TempDir;
 
 use crate::kucoin::{KucoinSettings, KucoinSim, Limits, SimKey};
 use crate::pki::{Ca, Identity};
-use crate::road::Road;
+use crate::proxy::Proxy;
 use crate::vault::VaultSim;
 
-/// The token that the simulated Vault starts with; the broker's token file holds it.
+/// The root token of the simulated Vault, written to the broker's token file.
 pub const ROOT_TOKEN: &str = "simulated-root-token";
 
-/// The account whose keys the default rules use.
+/// KuCoin uid of account `main`, whose keys the default rules use.
 pub const MAIN_UID: u64 = 1001;
 
-/// The table `[vault.auth]` of a broker that logs in with the token file.
+/// The settings of `[vault.auth]` for a broker that uses the token file.
 pub const TOKEN_FILE: &str = "method = \"token_file\"\nfile = \"token\"";
 
-/// Rules under which `maker` trades everywhere on account `main`, and `reader` only reads spot.
+/// Rules that let `maker` trade in every scope of account `main` and `reader` only read spot.
 pub const RULES: &str = r#"
 [account.main]
 key = { spot-margin = "main", futures = "main", unified = "main" }
@@ -58,43 +58,43 @@ scope = "spot-margin"
 allow = ["read"]
 "#;
 
-/// How an installation differs from the usual one.
+/// The settings of an installation.
 pub struct Settings {
     /// The rules file.
     pub rules: String,
     /// Further tables of the configuration, such as `[limits]`.
     pub config: String,
-    /// Further keys of `[vault]`.
+    /// Further settings of `[vault]`.
     pub vault: String,
-    /// The keys of `[vault.auth]`.
+    /// The settings of `[vault.auth]`.
     pub auth: String,
     /// The table `[reload]`.
     pub reload: &'static str,
-    /// Further keys of `[egress]`.
+    /// Further settings of `[egress]`.
     pub egress: String,
     /// `egress.address`.
     pub address: &'static str,
-    /// Where the broker finds Vault; `None`: at the simulated one.
+    /// URL of Vault; `None`: the simulated one.
     pub vault_url: Option<String>,
-    /// Where the broker finds the spot host; `None`: at the simulated KuCoin.
+    /// URL of the spot host; `None`: the simulated KuCoin.
     pub spot_url: Option<String>,
-    /// The same for the futures host.
+    /// URL of the futures host; `None`: the simulated KuCoin.
     pub futures_url: Option<String>,
-    /// Whether the spot host is reached over [`Installation::road`].
-    pub road: bool,
-    /// The last word on the text of the configuration.
+    /// Whether the broker connects to the spot host through the proxy [`Installation::proxy`].
+    pub proxy: bool,
+    /// Edits the text of the configuration before it is written.
     pub edit: Box<dyn Fn(String) -> String + Send>,
-    /// Further files beside the configuration, or others in place of the usual ones: names and texts.
+    /// Files to add or replace in the folder: names and texts.
     pub files: Vec<(&'static str, String)>,
-    /// A simulated Vault that runs already; `None`: a new one.
+    /// A simulated Vault that is already running; `None`: a new one.
     pub simulated_vault: Option<VaultSim>,
     /// The CA of broker, bots and admins; `None`: a new one.
     pub ca: Option<Ca>,
-    /// How the simulated KuCoin starts.
+    /// Settings of the simulated KuCoin.
     pub kucoin: KucoinSettings,
-    /// Keys that Vault and KuCoin hold from the start: account, key name, KuCoin uid.
+    /// Keys to add to Vault and KuCoin at the start: account, key name, KuCoin uid.
     pub keys: Vec<(&'static str, &'static str, u64)>,
-    /// Whether the broker runs as the real program, in a process of its own.
+    /// Whether to run the broker as a separate process.
     pub process: bool,
     /// Whether to wait until the broker is ready.
     pub wait_ready: bool,
@@ -113,7 +113,7 @@ impl Default for Settings {
             vault_url: None,
             spot_url: None,
             futures_url: None,
-            road: false,
+            proxy: false,
             edit: Box::new(|config| config),
             files: Vec::new(),
             simulated_vault: None,
@@ -129,7 +129,7 @@ impl Default for Settings {
     }
 }
 
-/// Simulators that run, and the files of a broker that has not started.
+/// Running simulators, and the files of a broker that is not started yet.
 #[derive(Debug)]
 pub struct Installation {
     /// The simulated Vault.
@@ -138,9 +138,9 @@ pub struct Installation {
     pub kucoin: KucoinSim,
     /// The CA of broker, bots and admins.
     pub ca: Ca,
-    /// The way to the spot host, where the settings ask for one.
-    pub road: Option<Road>,
-    /// Where the broker's files are.
+    /// The proxy in front of the spot host, if the settings ask for one.
+    pub proxy: Option<Proxy>,
+    /// The folder with the broker's files.
     pub folder: TempDir,
 }
 
@@ -158,18 +158,18 @@ impl Installation {
             None => Ca::new("throw-away CA").map_err(io::Error::other)?,
         };
         let mut spot = settings.spot_url.unwrap_or_else(|| kucoin.spot_url());
-        let mut road = None;
-        if settings.road {
-            let new = Road::to(&spot).await?;
+        let mut proxy = None;
+        if settings.proxy {
+            let new = Proxy::to(&spot).await?;
             let scheme = spot.split("//").next().unwrap_or_default();
             spot = format!("{scheme}//{}", new.address);
-            road = Some(new);
+            proxy = Some(new);
         }
         let installation = Self {
             vault,
             kucoin,
             ca,
-            road,
+            proxy,
             folder,
         };
         for (account, name, uid) in settings.keys {
@@ -221,7 +221,7 @@ futures = "{futures}"
                 .unwrap_or_else(|| installation.kucoin.futures_url()),
             config = settings.config,
         );
-        // What is empty above leaves no blank lines.
+        // Empty settings above leave no extra blank lines.
         let config = config.trim_end().replace("\n\n\n", "\n\n") + "\n";
         installation.write("config.toml", &(settings.edit)(config))?;
         installation.write("rules.toml", &settings.rules)?;
@@ -233,30 +233,30 @@ futures = "{futures}"
         Ok(installation)
     }
 
-    /// Gives a key to both Vault and KuCoin; returns its version in Vault.
+    /// Adds a key to KuCoin and Vault; returns its version in Vault.
     pub fn add_key(&self, account: &str, name: &str, key: &SimKey) -> u64 {
         self.kucoin.add_key(key.clone());
         self.put_key(account, name, key)
     }
 
-    /// Gives a key to Vault; returns its version.
+    /// Writes a key to Vault; returns its version.
     pub fn put_key(&self, account: &str, name: &str, key: &SimKey) -> u64 {
         let path = kv_path(account, name);
         self.vault.put_secret("kv", &path, secret(key))
     }
 
-    /// The path of a file of the folder.
+    /// The path of a file in the folder.
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    /// Writes a file that nobody else can read: the broker and its commands refuse secrets that others can.
+    /// Writes a file with mode 0600: the broker and its commands refuse secrets that other users can read.
     pub fn write(&self, name: &str, text: &str) -> io::Result<()> {
         fs::write(self.path(name), text)?;
         fs::set_permissions(self.path(name), Permissions::from_mode(0o600))
     }
 
-    /// Replaces a file as an agent does: writes it aside and moves it in place.
+    /// Replaces a file atomically, as an agent does: writes a new file and renames it.
     pub fn replace(&self, name: &str, text: &str) -> io::Result<()> {
         let aside = format!("{name}.new");
         self.write(&aside, text)?;
@@ -286,7 +286,7 @@ futures = "{futures}"
     }
 }
 
-/// What Vault holds for a key.
+/// The fields of a key in Vault.
 pub fn secret(key: &SimKey) -> Value {
     json!({
         "api_key": key.api_key, "api_secret": key.api_secret, "passphrase": key.passphrase,
@@ -294,7 +294,7 @@ pub fn secret(key: &SimKey) -> Value {
     })
 }
 
-/// Where Vault holds a key, below the mount.
+/// The path of a key in Vault, below the mount.
 pub fn kv_path(account: &str, name: &str) -> String {
     format!("kucoin/prod/{account}/{name}")
 }

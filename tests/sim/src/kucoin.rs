@@ -1,9 +1,8 @@
-//! The simulated KuCoin: two hosts over one exchange that checks every signature itself, keeps balances and orders,
-//! and goes wrong on demand.
+//! The simulated KuCoin: two hosts in front of one exchange that verifies every signature with its own code, keeps
+//! balances and orders, and fails on demand.
 //!
-//! What the documentation leaves open is decided here and said so where it is decided ("assumed"). There are no
-//! streams, no moving prices, no fees and no positions. It listens on loopback only, and every answer carries
-//! `X-Credbroker-Sim: 1`.
+//! Where KuCoin's documentation leaves something open, a comment says what is assumed. There are no streams, no moving
+//! prices, no fees and no positions. It listens on loopback only, and every answer has the header `X-Credbroker-Sim: 1`.
 
 mod accounts;
 mod amount;
@@ -51,10 +50,10 @@ use self::limits::{Quota, Usage};
 use self::record::Records;
 use crate::http::{Received, Reply, Server};
 
-/// Enough for any test, and a bound for a simulator that runs for days.
+/// Enough for any test; bounds the memory of a simulator that runs for days.
 const KEPT_REQUESTS: usize = 10_000;
 
-/// How a simulator starts.
+/// The settings of a simulator.
 #[derive(Clone)]
 pub struct KucoinSettings {
     /// Address of the spot host; must be loopback. Default: 127.0.0.1, port 0.
@@ -65,16 +64,16 @@ pub struct KucoinSettings {
     pub tls: Option<Arc<rustls::ServerConfig>>,
     /// Rate limits. Default: those of VIP 0.
     pub limits: Limits,
-    /// Milliseconds that the exchange's clock is ahead of this machine's.
+    /// How far the exchange's clock is ahead of this machine's, in milliseconds.
     pub clock_offset_ms: i64,
-    /// Keys of an older version are refused with 400008. Default: 2, as version 1 was switched off in 2021.
+    /// Keys of an older version are rejected with 400008. Default: 2, because KuCoin switched version 1 off in 2021.
     pub oldest_key_version: u8,
-    /// The exchange that this is: keys of the others do not exist here. Default: the global one.
+    /// The site that is simulated: keys of other sites do not exist here. Default: the global one.
     pub site: Site,
-    /// Does a version 3 key also work under the header value 2, as ccxt uses it? Otherwise that is refused with 400009.
-    /// Default: it does.
+    /// Whether a version 3 key also works with the header value 2, as ccxt sends it; otherwise that is rejected with
+    /// 400009. Default: true.
     pub two_opens_three: bool,
-    /// So many requests are kept for [`KucoinSim::received`]; 0 records nothing. Default: 10000.
+    /// How many requests to keep for [`KucoinSim::received`]; 0: none. Default: 10000.
     pub keep_requests: usize,
 }
 
@@ -105,7 +104,7 @@ impl fmt::Debug for KucoinSettings {
     }
 }
 
-/// A running simulator; it ends when the last clone is dropped.
+/// A running simulator; it stops when the last clone is dropped.
 #[derive(Clone, Debug)]
 pub struct KucoinSim {
     hosts: Arc<Hosts>,
@@ -126,9 +125,9 @@ struct World {
 }
 
 impl KucoinSim {
-    /// Starts both hosts. It knows no keys yet.
+    /// Starts both hosts, without any key.
     ///
-    /// Fails when an address is not loopback or cannot be bound.
+    /// Fails if an address is not loopback or cannot be bound.
     pub async fn start(settings: KucoinSettings) -> io::Result<Self> {
         let exchange = Exchange {
             accounts: Accounts::default(),
@@ -142,7 +141,7 @@ impl KucoinSim {
             keys: HashMap::new(),
             limits: settings.limits,
             records: Records::new(settings.keep_requests),
-            seen_address: None,
+            source_address: None,
             usage: Usage::default(),
         };
         let world = Arc::new(World {
@@ -168,12 +167,12 @@ impl KucoinSim {
         })
     }
 
-    /// `http://127.0.0.1:<port>` of the spot host (spot, margin, account, unified account); `https` with TLS.
+    /// URL of the spot host (spot, margin, account, unified account): `http://127.0.0.1:<port>`, or `https` with TLS.
     pub fn spot_url(&self) -> String {
         self.hosts.url(&self.hosts.spot)
     }
 
-    /// The same for the futures host.
+    /// URL of the futures host.
     pub fn futures_url(&self) -> String {
         self.hosts.url(&self.hosts.futures)
     }
@@ -183,12 +182,12 @@ impl KucoinSim {
         self.exchange().keys.insert(key.api_key.clone(), key);
     }
 
-    /// Removes a key, as when an admin deletes it on the web site.
+    /// Removes a key, as if an admin had deleted it on the web site.
     pub fn remove_key(&self, api_key: &str) {
         self.exchange().keys.remove(api_key);
     }
 
-    /// Sets what an account has available in a wallet. A new account has 1000000 of each currency everywhere.
+    /// Sets the available balance of a wallet. A new account has 1000000 of each currency in every wallet.
     pub fn set_balance(&self, uid: u64, wallet: Wallet, currency: &str, amount: Amount) {
         let mut exchange = self.exchange();
         exchange
@@ -197,13 +196,13 @@ impl KucoinSim {
             .set_available(wallet, currency, amount);
     }
 
-    /// Sets the address that every request seems to come from: what `my-ip` says, what whitelists are held against and
-    /// what 400006 names. `None`: the one that it comes from.
-    pub fn set_seen_address(&self, address: Option<IpAddr>) {
-        self.exchange().seen_address = address;
+    /// Sets the source address that the exchange sees: `my-ip` returns it, whitelists are checked against it and messages
+    /// of 400006 name it. `None`: the real one.
+    pub fn set_source_address(&self, address: Option<IpAddr>) {
+        self.exchange().source_address = address;
     }
 
-    /// Adds a fault; see [`Fault`] for which requests it hits.
+    /// Adds a fault; [`Fault`] describes which requests it hits.
     pub fn fault(&self, fault: Fault) {
         self.exchange().faults.add(fault);
     }
@@ -213,36 +212,36 @@ impl KucoinSim {
         self.exchange().faults.clear();
     }
 
-    /// Sets the rate limits and starts counting anew.
+    /// Sets the rate limits and resets the counters.
     pub fn set_limits(&self, limits: Limits) {
         self.exchange().set_limits(limits);
     }
 
-    /// Sets how long a cancellation of a whole list (a cancel-all) takes from being accepted to its effect: KuCoin
-    /// documents that it only takes them on. Default: no time at all.
+    /// Sets how long after its acceptance a cancel-all (or a cancel of a list) takes effect: KuCoin documents only that it
+    /// accepts them. Default: zero.
     pub fn set_cancel_lag(&self, lag: Duration) {
         let lag_ms = i64::try_from(lag.as_millis()).unwrap_or(i64::MAX);
         self.exchange().accounts.cancel_lag_ms = lag_ms;
     }
 
-    /// Sets how many milliseconds the exchange's clock is ahead of this machine's.
+    /// Sets how far the exchange's clock is ahead of this machine's, in milliseconds.
     pub fn set_clock_offset_ms(&self, offset_ms: i64) {
         self.exchange().clock = Clock::Offset(offset_ms);
     }
 
-    /// Stops the exchange's clock at this time, milliseconds since 1970.
+    /// Stops the exchange's clock at this time, in milliseconds since 1970.
     pub fn set_fixed_time_ms(&self, now_ms: i64) {
         self.exchange().clock = Clock::Fixed(now_ms);
     }
 
-    /// Everything that bots had sent here, oldest first; without what a broker asks on its own behalf.
+    /// The requests received on behalf of bots, oldest first; without the broker's own requests.
     pub fn received(&self) -> Vec<ReceivedRequest> {
         let mut records = self.everything_received();
-        records.retain(|request| !request.is_own_question());
+        records.retain(|request| !request.is_internal());
         records
     }
 
-    /// Everything that has arrived, oldest first.
+    /// All requests received, oldest first.
     pub fn everything_received(&self) -> Vec<ReceivedRequest> {
         self.exchange().records.iter().cloned().collect()
     }
@@ -277,50 +276,50 @@ impl World {
             Ok(arrival) => arrival,
             Err(blocked) => return Response::from(blocked).into(),
         };
-        let take = || {
+        let process = || {
             self.exchange()
-                .take(&self.catalog, host, &arrival, &request)
+                .process(&self.catalog, host, &arrival, &request)
         };
-        let take_when = |when| {
-            if when == When::AfterTaken {
-                take();
+        let process_if_after = |when| {
+            if when == When::AfterProcessing {
+                process();
             }
         };
         let Some(fault) = &arrival.fault else {
-            return take().into();
+            return process().into();
         };
         match fault {
             FaultAction::Answer { status, body, when } => {
-                take_when(*when);
+                process_if_after(*when);
                 answers::json_answer(status_of(*status), body).into()
             }
             FaultAction::Close { when } => {
-                take_when(*when);
+                process_if_after(*when);
                 Reply::Close
             }
-            FaultAction::CutShort { bytes } => Reply::CutShort(take(), *bytes),
+            FaultAction::CutShort { bytes } => Reply::CutShort(process(), *bytes),
             FaultAction::Delay { ms } => {
                 tokio::time::sleep(Duration::from_millis(*ms)).await;
-                take().into()
+                process().into()
             }
             FaultAction::Html { status, when } => {
-                take_when(*when);
+                process_if_after(*when);
                 answers::html_page(status_of(*status), "simulated fault").into()
             }
             FaultAction::Oversized { megabytes } => {
-                take();
+                process();
                 answers::oversized(*megabytes).into()
             }
             FaultAction::RateLimited { reset_ms } => rate_limited(*reset_ms).into(),
             FaultAction::Stall { when } => {
-                take_when(*when);
+                process_if_after(*when);
                 Reply::Hang
             }
         }
     }
 }
 
-/// A status that no HTTP answer can have becomes 500.
+/// The status code, or 500 if it is not a valid one.
 fn status_of(status: u16) -> StatusCode {
     StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
 }

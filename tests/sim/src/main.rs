@@ -21,7 +21,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Run the simulated KuCoin: a spot and a futures host
+    /// Run the simulated KuCoin: one spot and one futures host
     Kucoin(KucoinArgs),
     /// Run the simulated Vault
     Vault(VaultArgs),
@@ -29,16 +29,16 @@ enum Command {
 
 #[derive(Args)]
 struct KucoinArgs {
-    /// Address of the spot host, which also serves margin, account and unified account (port 0: any)
+    /// Address of the host for spot, margin, account and unified account (port 0 picks a free port)
     #[arg(long, default_value = "127.0.0.1:0")]
     spot: SocketAddr,
-    /// Address of the futures host
+    /// Address of the futures host (port 0 picks a free port)
     #[arg(long, default_value = "127.0.0.1:0")]
     futures: SocketAddr,
-    /// A made-up API key as JSON (`api_key`, `api_secret`, `passphrase`, `uid`, ...); may be repeated
+    /// JSON file with a made-up API key (`api_key`, `api_secret`, `passphrase`, `uid`, ...); may be repeated
     #[arg(long = "key", value_name = "FILE")]
     keys: Vec<PathBuf>,
-    /// Do not limit the rate of requests
+    /// Turn off the rate limits
     #[arg(long)]
     no_limits: bool,
 }
@@ -52,7 +52,7 @@ async fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // When stderr is gone, too, the exit code has to do.
+            // If stderr is closed, the exit code must be enough.
             let _ = writeln!(io::stderr(), "credbroker-sim: {error}");
             ExitCode::FAILURE
         }
@@ -91,8 +91,8 @@ async fn kucoin(args: KucoinArgs) -> io::Result<()> {
     for key in keys {
         sim.add_key(key);
     }
-    say(&banner)?;
-    until_told_to_stop().await
+    print(&banner)?;
+    until_stopped().await
 }
 
 async fn vault(args: VaultArgs) -> io::Result<()> {
@@ -102,8 +102,8 @@ async fn vault(args: VaultArgs) -> io::Result<()> {
         "simulated Vault: nothing here is secret\nvault {}\ntoken {root_token}\n",
         sim.address()
     );
-    say(banner.as_bytes())?;
-    until_told_to_stop().await
+    print(banner.as_bytes())?;
+    until_stopped().await
 }
 
 fn read_key(file: &Path) -> io::Result<SimKey> {
@@ -113,15 +113,15 @@ fn read_key(file: &Path) -> io::Result<SimKey> {
     serde_json::from_slice(&text).map_err(|error| problem(&error))
 }
 
-/// Writes at once, so that a script that waits for the URLs gets them through a pipe, too.
-fn say(text: &[u8]) -> io::Result<()> {
+/// Writes and flushes, so that a script that reads a pipe gets the URLs at once.
+fn print(text: &[u8]) -> io::Result<()> {
     let mut out = io::stdout().lock();
     out.write_all(text)?;
     out.flush()
 }
 
 /// Waits for Ctrl-C or SIGTERM.
-async fn until_told_to_stop() -> io::Result<()> {
+async fn until_stopped() -> io::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     tokio::select! {
         interrupted = tokio::signal::ctrl_c() => interrupted,

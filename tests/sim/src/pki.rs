@@ -10,7 +10,7 @@ use rcgen::{
 
 pub use rcgen::SanType;
 
-/// A certificate authority that lives as long as the process.
+/// A certificate authority that exists only in memory.
 #[derive(Debug)]
 pub struct Ca {
     certificate_pem: String,
@@ -26,7 +26,7 @@ pub struct Identity {
     pub key_pem: String,
 }
 
-/// What a certificate may be used for.
+/// The extended key usage of a certificate.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Usage {
     /// TLS client (a bot or an admin).
@@ -37,18 +37,18 @@ pub enum Usage {
     Server,
 }
 
-/// How the certificate of a CA differs from the usual one.
+/// Kinds of CA certificates.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum CaKind {
-    /// A name constraint permits only subjects below `O=demo`.
+    /// Has a name constraint that permits only subjects below `O=demo`.
     BoundToDirectory,
-    /// A name constraint permits only DNS names below `demo.test`.
+    /// Has a name constraint that permits only DNS names below `demo.test`.
     BoundToDns,
-    /// No keyUsage extension, as `openssl req -x509` writes it.
+    /// Has no keyUsage extension, like certificates of `openssl req -x509`.
     NoKeyUsage,
     /// CA:FALSE.
     NotCa,
-    /// A keyUsage extension without keyCertSign.
+    /// Has a keyUsage extension without keyCertSign.
     NotForSigning,
     /// CA:TRUE and keyCertSign.
     Usual,
@@ -58,12 +58,12 @@ impl Ca {
     /// Makes a CA with a new key.
     ///
     /// # Errors
-    /// When the system gives no randomness.
+    /// If the system provides no randomness.
     pub fn new(common_name: &str) -> Result<Self, rcgen::Error> {
         Self::of_kind(common_name, CaKind::Usual)
     }
 
-    /// The same, of another kind.
+    /// The same, of the given kind.
     pub fn of_kind(common_name: &str, kind: CaKind) -> Result<Self, rcgen::Error> {
         let key = KeyPair::generate()?;
         let params = Self::ca_params(common_name, kind);
@@ -74,7 +74,7 @@ impl Ca {
         })
     }
 
-    /// What the certificate of a CA says.
+    /// The parameters of a CA certificate.
     fn ca_params(common_name: &str, kind: CaKind) -> CertificateParams {
         let mut params = CertificateParams::default();
         params
@@ -105,7 +105,7 @@ impl Ca {
         params
     }
 
-    /// A CA of this kind that this one has issued a certificate for.
+    /// An intermediate CA of this kind, issued by this CA.
     pub fn intermediate(&self, common_name: &str, kind: CaKind) -> Result<Self, rcgen::Error> {
         let key = KeyPair::generate()?;
         let params = Self::ca_params(common_name, kind);
@@ -116,7 +116,7 @@ impl Ca {
         })
     }
 
-    /// A bot that signs other certificates with its own key, as if it were a CA.
+    /// A bot certificate used as a CA: its key signs other certificates.
     pub fn signing_bot(&self, name: &str) -> Result<Self, rcgen::Error> {
         let key = KeyPair::generate()?;
         let params = Self::params(name, &bot_names(name)?, Usage::Client);
@@ -127,7 +127,7 @@ impl Ca {
         })
     }
 
-    /// A server certificate for `localhost` that is signed with its own key, and says CA:TRUE or CA:FALSE.
+    /// A self-signed server certificate for `localhost`, with CA:TRUE or CA:FALSE.
     pub fn self_signed_server(is_ca: bool) -> Result<Identity, rcgen::Error> {
         let key = KeyPair::generate()?;
         let mut params = CertificateParams::default();
@@ -156,7 +156,7 @@ impl Ca {
         self.issue("credbroker", &server_names()?, Usage::Server)
     }
 
-    /// The same, valid in these seconds of Unix time only.
+    /// The same, valid only in this range of Unix seconds.
     pub fn server_within(&self, seconds: Range<u64>) -> Result<Identity, rcgen::Error> {
         let names = server_names()?;
         self.sign("credbroker", &names, Usage::Server, Some(&seconds))
@@ -167,7 +167,7 @@ impl Ca {
         self.issue(name, &bot_names(name)?, Usage::Client)
     }
 
-    /// The same, valid in these seconds of Unix time only.
+    /// The same, valid only in this range of Unix seconds.
     pub fn bot_within(&self, name: &str, seconds: Range<u64>) -> Result<Identity, rcgen::Error> {
         self.sign(name, &bot_names(name)?, Usage::Client, Some(&seconds))
     }
@@ -177,7 +177,7 @@ impl Ca {
         self.issue(name, &admin_names(name)?, Usage::Client)
     }
 
-    /// The same, valid in these seconds of Unix time only.
+    /// The same, valid only in this range of Unix seconds.
     pub fn admin_within(&self, name: &str, seconds: Range<u64>) -> Result<Identity, rcgen::Error> {
         self.sign(name, &admin_names(name)?, Usage::Client, Some(&seconds))
     }
@@ -192,7 +192,7 @@ impl Ca {
         self.sign(common_name, names, usage, None)
     }
 
-    /// Without `seconds` valid at any time.
+    /// Signs a certificate; without `seconds` it is valid at any time.
     fn sign(
         &self,
         common_name: &str,
@@ -214,14 +214,14 @@ impl Ca {
         })
     }
 
-    /// What a certificate of this CA says.
+    /// The parameters of a certificate of this CA.
     fn params(common_name: &str, names: &[SanType], usage: Usage) -> CertificateParams {
         let mut params = CertificateParams::default();
         params
             .distinguished_name
             .push(rcgen::DnType::CommonName, common_name);
         params.subject_alt_names = names.to_vec();
-        // With a subject key identifier, as most CAs issue them; Vault shows it to whoever logs in with the certificate.
+        // Adds a subject key identifier, as most CAs do; Vault returns it at a certificate login.
         params.is_ca = IsCa::ExplicitNoCa;
         params.use_authority_key_identifier_extension = true;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];

@@ -1,7 +1,8 @@
-//! The simulated Vault: what credbroker uses of Vault and `OpenBao`, answering as `OpenBao` 2.6.2 was recorded to.
+//! The simulated Vault: the part of Vault and `OpenBao` that credbroker uses, with the answers of `OpenBao` 2.6.2.
 //!
-//! The recording is `tests/vectors/vault-transcripts.json`. Policies are kept but not enforced: a token is valid,
-//! invalid, or denied on paths that a test lists. Left out: transit, quotas, batch tokens. Where a request asks for something left out, the error text begins with `simulator:`.
+//! They were recorded in `tests/vectors/vault-transcripts.json`. Policies are stored but not enforced: a token is valid,
+//! invalid, or denied on paths that a test lists. Not simulated: transit, quotas, batch tokens. Errors for requests that
+//! are not simulated begin with `simulator:`.
 
 mod answer;
 mod approle;
@@ -65,26 +66,26 @@ struct Inner {
     tls: Option<Arc<rustls::ServerConfig>>,
 }
 
-/// What holds the ports.
+/// The open sockets.
 struct Sockets {
-    /// None while stopped.
+    /// `None` while stopped.
     first: Option<Server>,
-    /// While stopped: bound but not listening, so that connections are refused and nobody else gets the port.
+    /// While stopped: a socket that is bound but not listening. It keeps the port; connections are refused.
     reserved: Option<TcpSocket>,
-    /// Kept for its drop: it listens as long as the simulator lives.
+    /// The second listener, kept open until the simulator is dropped.
     _second: Option<Server>,
 }
 
-/// What to start.
+/// The settings of a simulator.
 #[derive(Clone, Debug)]
 pub struct VaultSettings {
-    /// Where to listen; loopback, port 0 lets the system pick one.
+    /// Address to listen on; must be loopback. Port 0: the system picks one.
     pub address: SocketAddr,
-    /// Whether there is a second listener, and what it does with requests for the active node.
+    /// Whether to start a second listener, and what it does with requests for the active node.
     pub standby: Standby,
-    /// What it finds at its start.
+    /// State at the start.
     pub state: InitialState,
-    /// Speak TLS, with this certificate, on both listeners.
+    /// TLS for both listeners; `None`: plain HTTP.
     pub tls: Option<Arc<rustls::ServerConfig>>,
 }
 
@@ -110,36 +111,36 @@ pub enum InitialState {
         /// The root token.
         root_token: String,
     },
-    /// Storage "file", not yet initialised; sealed again after each restart.
+    /// Storage "file", not yet initialised; sealed after each restart.
     File,
 }
 
-/// The second listener. It shares all state with the first, the seal included. A standby answers reads itself.
+/// The second listener. It shares all state with the first, including the seal. A standby answers reads itself.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Standby {
     /// Logins, renewals and writes are forwarded to the active node.
     Forwards,
     /// There is no second listener.
     None,
-    /// Logins, renewals and writes are answered 307 to the active node.
+    /// Logins, renewals and writes are redirected to the active node with status 307.
     Redirects,
 }
 
-/// A request that arrived. Tokens and bodies are not kept.
+/// A received request, without token and body.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Seen {
-    /// The method, `LIST` included.
+    /// The method, which can be `LIST`.
     pub method: String,
-    /// The path as sent, with `/v1/`.
+    /// The path as sent, including `/v1/`.
     pub path: String,
     /// The query as sent.
     pub query: Option<String>,
-    /// The status answered; none if no answer was sent (yet).
+    /// The status of the answer; `None` if no answer was sent (yet).
     pub status: Option<u16>,
 }
 
 impl VaultSim {
-    /// Starts an initialised and unsealed server on a free loopback port, with nothing mounted.
+    /// Starts an initialised and unsealed server on a free loopback port, without any mount.
     pub async fn start_dev(root_token: &str) -> io::Result<Self> {
         let state = InitialState::Dev {
             root_token: root_token.to_owned(),
@@ -151,8 +152,8 @@ impl VaultSim {
         .await
     }
 
-    /// As [`start_dev`](Self::start_dev), but speaks TLS with the certificate of `server` and asks for a client
-    /// certificate: any will do, and none too, until a certificate login wants one that its role trusts.
+    /// As [`start_dev`](Self::start_dev), but with TLS and the certificate of `server`. It requests a client certificate
+    /// and accepts any, or none; a certificate login requires one that its role trusts.
     pub async fn start_dev_tls(root_token: &str, server: &Identity) -> io::Result<Self> {
         let state = InitialState::Dev {
             root_token: root_token.to_owned(),
@@ -166,9 +167,9 @@ impl VaultSim {
         .await
     }
 
-    /// Starts a server, or two over one state.
+    /// Starts one listener, or two with shared state.
     ///
-    /// Fails when the address is not loopback or cannot be bound, or the system gives no randomness.
+    /// Fails if the address is not loopback or cannot be bound, or if the system provides no randomness.
     pub async fn start(settings: VaultSettings) -> io::Result<Self> {
         let VaultSettings {
             address,
@@ -210,7 +211,7 @@ impl VaultSim {
         self.inner.url(self.inner.first)
     }
 
-    /// URL of the second listener.
+    /// URL of the second listener, if there is one.
     pub fn standby_address(&self) -> Option<String> {
         self.inner.second.map(|address| self.inner.url(address))
     }
@@ -221,12 +222,12 @@ impl VaultSim {
         core.active = core.active.other();
     }
 
-    /// Closes the first listener and its connections: from now on connections are refused. Storage and port are kept.
+    /// Closes the first listener and its connections: new connections are refused. Keeps storage and port.
     pub async fn stop(&self) -> io::Result<()> {
         self.stopped().await.map(drop)
     }
 
-    /// Stops if need be and listens again at the same address. In the state "file" the server is then sealed.
+    /// Stops if running, and listens again at the same address. With storage "file" the server is then sealed.
     pub async fn restart(&self) -> io::Result<()> {
         let mut sockets = self.stopped().await?;
         let inner = &self.inner;
@@ -251,27 +252,27 @@ impl VaultSim {
         Ok(sockets)
     }
 
-    /// Seals.
+    /// Seals the server.
     pub fn seal(&self) {
         self.core().seal.close();
     }
 
-    /// Unseals without keys, if initialised.
+    /// Unseals the server without keys, if it is initialised.
     pub fn unseal(&self) {
         self.core().seal.open();
     }
 
-    /// Mounts KV version 2; does nothing if it is there.
+    /// Mounts KV version 2; does nothing if the mount exists.
     pub fn mount_kv(&self, mount: &str) {
         self.core().kv.entry(mount.to_owned()).or_default();
     }
 
-    /// Mounts KV version 1: every read of it is answered 404, as one of a key that is not there.
+    /// Mounts KV version 1: every read returns 404, as for a missing key.
     pub fn mount_kv_v1(&self, mount: &str) {
         self.core().kv_v1.insert(mount.to_owned());
     }
 
-    /// Writes a version, whatever check-and-set says, and returns its number. Mounts `mount` if needed.
+    /// Writes a version without check-and-set and returns its number. Creates the mount if needed.
     pub fn put_secret(&self, mount: &str, path: &str, data: Value) -> u64 {
         let mut core = self.core();
         let now = core.now();
@@ -279,7 +280,7 @@ impl VaultSim {
         kv.put(path, data, now).0
     }
 
-    /// Replaces the custom metadata of a path. Mounts `mount` and makes the path if needed.
+    /// Replaces the custom metadata of a path. Creates the mount and the path if needed.
     pub fn set_custom_metadata(&self, mount: &str, path: &str, custom: BTreeMap<String, String>) {
         let mut core = self.core();
         let now = core.now();
@@ -296,14 +297,14 @@ impl VaultSim {
         }
     }
 
-    /// Removes a path with all its versions; their numbers start again at 1.
+    /// Deletes a path with all its versions; the next version is 1.
     pub fn delete_metadata(&self, mount: &str, path: &str) {
         if let Some(kv) = self.core().kv.get_mut(mount) {
             kv.delete_metadata(path);
         }
     }
 
-    /// Mounts `AppRole` at `auth/approle` if needed, makes or replaces a role, and returns its `role_id` and a
+    /// Mounts `AppRole` at `auth/approle` if needed, creates or replaces a role, and returns its `role_id` and a
     /// `secret_id`.
     pub fn enable_approle(&self, role: &str, settings: RoleSettings) -> (String, String) {
         let mut core = self.core();
@@ -319,10 +320,10 @@ impl VaultSim {
         logins
     }
 
-    /// Mounts certificate logins at `auth/<mount>` if needed, and makes or replaces a role. For logins to work the
-    /// server must ask for certificates: [`start_dev_tls`](Self::start_dev_tls).
+    /// Mounts certificate logins at `auth/<mount>` if needed, and creates or replaces a role. Logins require a server that
+    /// requests client certificates: [`start_dev_tls`](Self::start_dev_tls).
     ///
-    /// Fails when the role's CAs cannot be read or are none.
+    /// Fails if a CA of the role cannot be read or is not a CA.
     pub fn enable_cert(&self, mount: &str, role: &str, settings: CertRole) -> Result<(), CaError> {
         let mut core = self.core();
         let Core { auth, ids, .. } = &mut *core;
@@ -330,13 +331,13 @@ impl VaultSim {
             Some(Method::Cert(certs)) => certs,
             _ => Certs::new(mount),
         };
-        let made = certs.set_role(role, settings, ids);
+        let result = certs.set_role(role, settings, ids);
         auth.mounts.insert(mount.to_owned(), Method::Cert(certs));
-        made
+        result
     }
 
-    /// Mounts Kubernetes logins at `auth/<mount>` if needed, with the simulator's own reviewer, and makes or replaces
-    /// a role. [`accept_jwt`](Self::accept_jwt) says who can log in.
+    /// Mounts Kubernetes logins at `auth/<mount>` if needed, with the simulator's own reviewer, and creates or replaces a
+    /// role. [`accept_jwt`](Self::accept_jwt) adds a JWT that can log in.
     pub fn enable_kubernetes(&self, mount: &str, role: &str, settings: KubernetesRole) {
         let mut core = self.core();
         let Core { auth, ids, .. } = &mut *core;
@@ -350,23 +351,23 @@ impl VaultSim {
         auth.mounts.insert(mount.to_owned(), kubernetes);
     }
 
-    /// From now on the reviewer takes `jwt`, any text, for that of a service account.
+    /// Makes the reviewer accept `jwt`, which can be any text, as the JWT of a service account.
     pub fn accept_jwt(&self, jwt: &str, account: ServiceAccount) {
         let mut core = self.core();
         core.auth.reviews.accounts.insert(jwt.to_owned(), account);
     }
 
-    /// From now on the reviewer does not know `jwt`, as if it had expired. Tokens that it brought stay valid.
+    /// Makes the reviewer reject `jwt`, as if it had expired. Tokens from earlier logins stay valid.
     pub fn refuse_jwt(&self, jwt: &str) {
         self.core().auth.reviews.accounts.remove(jwt);
     }
 
-    /// Lets the reviewer answer from now on, or not.
+    /// Turns the reviewer on or off.
     pub fn set_reviewer(&self, reviewer: Reviewer) {
         self.core().auth.reviews.reviewer = reviewer;
     }
 
-    /// Makes a renewable token that dies with no other, has the policy `default` and no maximum of its own.
+    /// Creates a renewable orphan token with the policy `default` and no explicit maximum TTL.
     pub fn create_token(&self, ttl: Duration) -> String {
         self.core().create_token(ttl)
     }
@@ -381,38 +382,38 @@ impl VaultSim {
         self.core().tokens.ids().map(ToOwned::to_owned).collect()
     }
 
-    /// Denies requests as a policy would: 403 for `token` (none: any valid one) with `method` (none: any) at `path`,
-    /// or below it if it ends in `*`.
+    /// Denies requests as a policy would: 403 for `token` (`None`: any valid token) with `method` (`None`: any) at `path`;
+    /// `*` at the end of `path` denies every path with that prefix.
     pub fn deny(&self, token: Option<&str>, method: Option<&str>, path: &str) {
         self.core().denials.add(token, method, path);
     }
 
-    /// Lifts a denial that was given in just these words.
-    pub fn allow_again(&self, token: Option<&str>, method: Option<&str>, path: &str) {
+    /// Removes the denial that was added with exactly these arguments.
+    pub fn remove_denial(&self, token: Option<&str>, method: Option<&str>, path: &str) {
         self.core().denials.remove(token, method, path);
     }
 
-    /// Moves the clock ahead: times to live of tokens, wrapped answers and secret ids, times of versions.
+    /// Moves the clock ahead. It determines when tokens, wrapped answers and secret ids expire, and the times of versions.
     pub fn advance_clock(&self, by: Duration) {
         self.core().clock.advance(by);
     }
 
-    /// Stops the clock, so that only [`advance_clock`](Self::advance_clock) moves it.
+    /// Stops the clock; then only [`advance_clock`](Self::advance_clock) moves it.
     pub fn stop_clock(&self) {
         self.core().clock.stop();
     }
 
-    /// Does something wrong from now on.
+    /// Adds a fault.
     pub fn fault(&self, rule: FaultRule) {
         self.core().faults.add(rule);
     }
 
-    /// Ends all faults.
+    /// Removes all faults.
     pub fn clear_faults(&self) {
         self.core().faults.clear();
     }
 
-    /// Every request so far, in the order of arrival, at either listener; those to `/_sim/` are left out.
+    /// All requests so far, to both listeners, in the order of arrival; without those to `/_sim/`.
     pub fn requests(&self) -> Vec<Seen> {
         self.core().seen.clone()
     }
@@ -435,7 +436,7 @@ impl Inner {
     }
 }
 
-/// A test that panicked must not hide behind a poisoned lock.
+/// Locks; ignores poisoning, so that the panic of the test itself is the one that is reported.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -454,7 +455,7 @@ async fn listen(
     .await
 }
 
-/// Takes the port of a server that has just been dropped; its task gives it up only when the runtime gets to it.
+/// Binds the port of a server that has just been dropped; retries until the runtime has dropped the server's task.
 async fn reserve(address: SocketAddr) -> io::Result<TcpSocket> {
     const PATIENCE: Duration = Duration::from_secs(5);
     let free = async {
@@ -477,7 +478,7 @@ async fn reserve(address: SocketAddr) -> io::Result<TcpSocket> {
     tokio::time::timeout(PATIENCE, free).await?
 }
 
-/// Answers one request: control, fault, or what Vault would say.
+/// Answers one request: a control request, a fault, or as Vault would.
 async fn reply(core: &Mutex<Core>, node: Node, received: &Received) -> Reply {
     let head = &received.head;
     let target = head
@@ -498,10 +499,10 @@ async fn reply(core: &Mutex<Core>, node: Node, received: &Received) -> Reply {
         let fault = core.faults.hit(head.method.as_str(), head.uri.path());
         (core.seen.len() - 1, fault)
     };
-    let reply = if let Some(reply) = fault.as_ref().and_then(|fault| fault.instead(target)) {
+    let reply = if let Some(reply) = fault.as_ref().and_then(|fault| fault.replacement(target)) {
         reply
     } else {
-        carry_out(core, node, received, fault).await
+        execute(core, node, received, fault).await
     };
     let status = match &reply {
         Reply::Answer(response) | Reply::CutShort(response, _) => Some(response.status().as_u16()),
@@ -513,8 +514,8 @@ async fn reply(core: &Mutex<Core>, node: Node, received: &Received) -> Reply {
     reply
 }
 
-/// Answers as Vault would, but late or damaged if there is a fault.
-async fn carry_out(
+/// Executes the request; with a fault, the answer is late or damaged.
+async fn execute(
     core: &Mutex<Core>,
     node: Node,
     received: &Received,

@@ -1,4 +1,4 @@
-//! Accounts: what they own, what is held for their orders, and the orders themselves.
+//! Accounts: balances, funds held for orders, and the orders.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -11,7 +11,7 @@ use super::call::Call;
 use super::market::{CURRENCIES, Instrument};
 use super::orders::{Book, Draft, Order, OrderState, Product, Side};
 
-/// Where money lies.
+/// An account type of KuCoin.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Wallet {
@@ -27,14 +27,14 @@ pub enum Wallet {
     Unified,
 }
 
-/// What a new account finds in each wallet of every currency, so that a test need not fund it.
+/// The balance of each wallet and currency of a new account, so that tests need not fund it.
 const OPENING_BALANCE: u32 = 1_000_000;
 
 /// All accounts.
 #[derive(Debug, Default)]
 pub(super) struct Accounts {
     by_uid: HashMap<u64, Account>,
-    /// So long after they were accepted cancellations of whole lists take effect.
+    /// How long after its acceptance a cancel-all takes effect.
     pub(super) cancel_lag_ms: i64,
     last_id: u64,
 }
@@ -47,29 +47,29 @@ pub(super) struct Account {
     by_id: HashMap<String, usize>,
     by_client_oid: HashMap<(Product, String), usize>,
     cancel_lag_ms: i64,
-    /// Orders whose cancellation is accepted, and when it takes effect.
+    /// Accepted cancels: when each takes effect, and the order id.
     due: Vec<(i64, String)>,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Balance {
     available: Amount,
-    /// For resting orders.
+    /// Held for resting orders.
     hold: Amount,
     /// Margin of positions.
     position: Amount,
 }
 
 impl Accounts {
-    /// The account of `uid`, opened if need be.
+    /// The account of `uid`, created if needed.
     pub(super) fn of(&mut self, uid: u64) -> &mut Account {
         let account = self.by_uid.entry(uid).or_insert_with(Account::new);
         account.cancel_lag_ms = self.cancel_lag_ms;
         account
     }
 
-    /// Lets the cancellations take effect whose time has come.
-    pub(super) fn settle(&mut self, now_ms: i64) {
+    /// Cancels the orders whose accepted cancel is due.
+    pub(super) fn apply_due_cancels(&mut self, now_ms: i64) {
         for account in self.by_uid.values_mut() {
             let due = account.due.extract_if(.., |(at_ms, _)| *at_ms <= now_ms);
             let due: Vec<_> = due.collect();
@@ -79,15 +79,15 @@ impl Accounts {
         }
     }
 
-    /// Its orders, oldest first.
+    /// The orders of an account, oldest first.
     pub(super) fn orders(&self, uid: u64) -> &[Order] {
         self.by_uid.get(&uid).map_or(&[], |one| &one.orders)
     }
 
-    /// Accepts an order, or says why not. Market orders fill at once at the fixed price, all others rest.
+    /// Accepts or refuses an order. Market orders fill at once at the fixed price, all others rest.
     pub(super) fn place(&mut self, call: &Call<'_>, draft: Draft) -> Result<&Order, Refusal> {
         self.last_id += 1;
-        // Like KuCoin's ids of newer orders, 18 digits; they never repeat.
+        // 18 digits, like KuCoin's ids of newer orders; they never repeat.
         let id = format!("{:018}", 600_000_000_000_000_000 + self.last_id);
         self.of(call.uid).accept(id, draft, call)
     }
@@ -120,12 +120,12 @@ impl Account {
         }
     }
 
-    /// Sets what is available; holds stay.
+    /// Sets the available balance; held funds do not change.
     pub(super) fn set_available(&mut self, wallet: Wallet, currency: &str, amount: Amount) {
         self.balance(wallet, currency).available = amount;
     }
 
-    /// Would an order be accepted? What it needs, else why not.
+    /// Checks whether an order would be accepted; returns the currency and amount that it needs.
     pub(super) fn check(&self, draft: &Draft) -> Result<(String, Amount), Refusal> {
         let product = draft.book.product();
         if let Some(id) = &draft.client_oid
@@ -133,10 +133,10 @@ impl Account {
         {
             return Err(product.duplicate());
         }
-        let (currency, needed) = draft.needs()?;
+        let (currency, needed) = draft.required_funds()?;
         let balance = self.balances.get(&(product.wallet(), currency.clone()));
         if balance.is_none_or(|balance| balance.available < needed) {
-            return Err(product.too_poor());
+            return Err(product.insufficient_funds());
         }
         Ok((currency, needed))
     }
@@ -213,13 +213,13 @@ impl Account {
             .filter(|order| books.contains(&order.book))
     }
 
-    /// Cancels a resting order and returns it as it is now; `None` when it does not rest.
+    /// Cancels a resting order and returns its new state; `None` if it is not resting.
     pub(super) fn cancel(&mut self, id: &str, now_ms: i64) -> Option<&Order> {
         let remaining = self.open(id)?.remaining();
         self.reduce(id, remaining, now_ms)
     }
 
-    /// Cancels so much of a resting order, at most the rest, and returns it as it is now.
+    /// Cancels `by` of a resting order, at most the remaining size, and returns its new state.
     pub(super) fn reduce(&mut self, id: &str, by: Amount, now_ms: i64) -> Option<&Order> {
         let order = self.open(id)?;
         let remaining = order.remaining();
@@ -241,7 +241,7 @@ impl Account {
         self.orders.get(*self.by_id.get(id)?)
     }
 
-    /// Changes price and size of a resting order in place and returns it; what is held for it stays.
+    /// Changes price and size of a resting order in place and returns it; the held funds do not change.
     pub(super) fn amend(
         &mut self,
         id: &str,
@@ -258,12 +258,12 @@ impl Account {
         Some(order)
     }
 
-    /// Makes a clientOid free again, for an amendment that places anew under it.
+    /// Frees a clientOid, for an amendment that places a new order under it.
     pub(super) fn free_client_oid(&mut self, product: Product, id: &str) {
         self.by_client_oid.remove(&(product, id.to_owned()));
     }
 
-    /// Cancels every resting order that fits, at once or after the lag, and returns them.
+    /// Cancels every matching resting order, at once or after the lag, and returns them.
     pub(super) fn cancel_all(&mut self, now_ms: i64, fits: impl Fn(&Order) -> bool) -> Vec<Order> {
         let ids: Vec<String> = self
             .orders
@@ -281,7 +281,7 @@ impl Account {
             .collect()
     }
 
-    /// The orders that fit, newest first as KuCoin lists them.
+    /// The matching orders, newest first, as KuCoin lists them.
     pub(super) fn list<'a>(
         &'a self,
         fits: impl Fn(&Order) -> bool + 'a,
@@ -333,10 +333,10 @@ pub(super) fn answer(accounts: &mut Accounts, call: &Call<'_>) -> Option<Outcome
     Some(Ok(data))
 }
 
-/// Funding and trading account. Margin is listed only for those who ask for it: the old documentation has that type, the
-/// official SDK of today cannot read it.
+/// Funding and trading account. Margin is listed only on request: the old documentation has that type, the current official
+/// SDK cannot read it.
 fn spot_list(account: &Account, call: &Call<'_>) -> Value {
-    // `trade_hf` is an older name of the trading account: ccxt asks for it and wants it in the answer.
+    // `trade_hf` is an older name of the trading account: ccxt requests it and expects it in the answer.
     let kinds: &[(Wallet, &str)] = match call.query("type") {
         None => &[(Wallet::Funding, "main"), (Wallet::Trade, "trade")],
         Some("main") => &[(Wallet::Funding, "main")],
@@ -410,8 +410,8 @@ fn unified_view(account: &Account, call: &Call<'_>) -> Value {
     })
 }
 
-/// The names of the key list on the web site are not those of the API. Version 2 of the unified account says null where
-/// Classic leaves a field out; what is said of an unrestricted whitelist there is not documented: assumed as in Classic.
+/// Permissions have other names in the API than on the web site. Version 2 of the unified account returns null where Classic
+/// omits a field; its answer for a key without a whitelist is not documented and assumed to be as in Classic.
 fn key_view(call: &Call<'_>) -> Value {
     let Some(key) = call.key else {
         return Value::Null;
@@ -432,17 +432,17 @@ fn key_view(call: &Call<'_>) -> Value {
     let mut view = json!({
         "remark": key.remark, "apiKey": key.api_key, "apiVersion": key.version, "permission": permissions.join(","),
         "createdAt": key.created_at_ms, "uid": key.uid, "isMaster": key.sub_name.is_none(), "region": key.region,
-        "kycStatus": u8::from(key.identified), "siteType": key.site, "thirdPartyApp": "",
+        "kycStatus": u8::from(key.kyc_passed), "siteType": key.site, "thirdPartyApp": "",
     });
     let unified = call.endpoint.path.starts_with("/api/ua/");
-    for (name, value, says_null) in [
+    for (name, value, is_null_if_unset) in [
         ("ipWhitelist", json!(whitelist), false),
         ("subName", json!(key.sub_name), false),
         ("parentUid", json!(key.parent_uid), unified),
         ("expiredAt", json!(key.expires_at_ms), unified),
     ] {
         if let Some(view) = view.as_object_mut()
-            && (says_null || !value.is_null())
+            && (is_null_if_unset || !value.is_null())
         {
             view.insert(name.to_owned(), value);
         }

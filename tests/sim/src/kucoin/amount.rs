@@ -1,4 +1,4 @@
-//! Decimal amounts: prices, sizes and balances with ten decimals, so that nothing is lost in binary fractions.
+//! Decimal amounts: prices, sizes and balances with ten decimals, without the rounding errors of binary fractions.
 
 use std::fmt;
 use std::ops::{Add, AddAssign, Sub, SubAssign};
@@ -21,7 +21,7 @@ impl Amount {
     /// Nothing.
     pub const ZERO: Self = Self(0);
 
-    /// Reads a JSON string or number; KuCoin takes both for most fields.
+    /// Reads a JSON string or number; KuCoin accepts both for most fields.
     pub(super) fn from_json(value: &Value) -> Option<Self> {
         match value {
             Value::Number(number) => number.to_string().parse().ok(),
@@ -30,7 +30,7 @@ impl Amount {
         }
     }
 
-    /// The amount as a JSON number, for answers that have numbers where others have strings.
+    /// The amount as a JSON number, for the answers that use numbers instead of strings.
     pub(super) fn to_json_number(self) -> Value {
         serde_json::from_str(&self.to_string()).unwrap_or(Value::Null)
     }
@@ -45,7 +45,7 @@ impl Amount {
         Some(Self(self.0.checked_mul(SCALE)?.checked_div(other.0)?))
     }
 
-    /// Without what is behind the point.
+    /// The integer part.
     pub(super) fn whole(self) -> Self {
         Self(self.0 - self.0 % SCALE)
     }
@@ -130,13 +130,13 @@ impl<'de> Deserialize<'de> for Amount {
     }
 }
 
-/// A text that is no [`Amount`].
+/// The error for text that is not an [`Amount`].
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct BadAmount;
 
 impl fmt::Display for BadAmount {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("not a decimal number of at most 15 digits and 10 decimals without sign")
+        f.write_str("expected an unsigned decimal number with at most 15 digits and 10 decimals")
     }
 }
 
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_plain_decimal_number_is_refused() {
+    fn anything_but_a_plain_decimal_number_is_rejected() {
         for text in ["", "-1", "+1", "1e5", ".5", "1.00000000001", "1,5", "1 "] {
             assert!(text.parse::<Amount>().is_err(), "{text}");
         }

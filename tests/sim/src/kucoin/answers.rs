@@ -1,10 +1,10 @@
-//! Answers as KuCoin words them: the envelope, its refusals with their HTTP status, and pages that are no envelope.
+//! Answers in KuCoin's format: the envelope, its refusals with their HTTP status, and answers without an envelope.
 
 use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Response, StatusCode, header};
 use serde_json::{Value, json};
 
-/// On every answer, so that nobody takes a simulated one for real.
+/// Marks every answer as simulated.
 const LABEL: HeaderName = HeaderName::from_static("x-credbroker-sim");
 
 /// Why a request was not accepted: code and message of the envelope.
@@ -16,7 +16,7 @@ pub(super) struct Refusal {
     pub(super) msg: String,
 }
 
-/// What a request comes to: the envelope's `data`, or a refusal.
+/// The result of a request: the envelope's `data`, or a refusal.
 pub(super) type Outcome = Result<Value, Refusal>;
 
 /// Makes a refusal.
@@ -28,10 +28,10 @@ pub(super) fn refuse(code: &'static str, msg: impl Into<String>) -> Refusal {
 }
 
 impl Refusal {
-    /// HTTP status of a code.
+    /// The HTTP status of a code.
     ///
-    /// Seen in public issue threads: 400002, 400003 to 400006, 429000. Assumed by their meaning: the other ones
-    /// of the gateway. Everything else comes with 200, as the old documentation says.
+    /// 400002, 400003 to 400006 and 429000 are seen in public issue threads; the other codes of the gateway are assumed
+    /// by their meaning. Everything else has status 200, as the old documentation says.
     pub(super) fn status(&self) -> StatusCode {
         match self.code {
             "400002" | "400008" | "400009" => StatusCode::BAD_REQUEST,
@@ -56,13 +56,13 @@ pub(super) fn envelope(outcome: &Outcome) -> Response<Bytes> {
     }
 }
 
-/// What the gateway says about a URL it does not know.
+/// The gateway's answer for an unknown URL.
 pub(super) fn not_found() -> Response<Bytes> {
     let body = json!({"code": "404", "msg": "Not Found", "retry": false, "success": false});
     json_answer(StatusCode::NOT_FOUND, &body)
 }
 
-/// Any JSON with any status.
+/// An answer with this status and JSON.
 pub(super) fn json_answer(status: StatusCode, body: &Value) -> Response<Bytes> {
     answer(
         status,
@@ -71,7 +71,7 @@ pub(super) fn json_answer(status: StatusCode, body: &Value) -> Response<Bytes> {
     )
 }
 
-/// A page such as Cloudflare or a load balancer sends: no envelope, no gateway headers.
+/// An HTML page as Cloudflare or a load balancer sends it: no envelope, no gateway headers.
 pub(super) fn html_page(status: StatusCode, detail: &str) -> Response<Bytes> {
     let title = format!(
         "{} {}",

@@ -1,6 +1,6 @@
-//! Who sent this, and may they? KuCoin's checks on a private request, made on the bytes as they arrived.
+//! Authentication: KuCoin's checks of a private request, on the bytes as they arrived.
 //!
-//! Nothing here is shared with the broker: what the broker signs is judged by a second reading of KuCoin's rules.
+//! No code is shared with the broker: this is an independent implementation of KuCoin's rules.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -15,10 +15,10 @@ use serde::{Deserialize, Serialize};
 use super::answers::{Refusal, refuse};
 use crate::http::Received;
 
-/// KuCoin refuses timestamps from here on. Source: error table of the futures documentation.
+/// KuCoin rejects timestamps that differ by this or more. Source: error table of the futures documentation.
 const TOLERANCE_MS: u64 = 5000;
 
-/// An API key that the simulator knows. Always a made-up one: never load a real key here.
+/// An API key of the simulator. Only for made-up keys: never load a real key here.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct SimKey {
@@ -31,44 +31,44 @@ pub struct SimKey {
     /// Key version: 1, 2 or 3.
     #[serde(default = "newest_version")]
     pub version: u8,
-    /// Permissions by KuCoin's names (Spot, Margin, Futures, Unified, ...); every key has General.
+    /// Permissions with KuCoin's names (Spot, Margin, Futures, Unified, ...); every key has General.
     #[serde(default = "all_trading")]
     pub permissions: Vec<String>,
-    /// Addresses that may use it; empty: any.
+    /// Addresses that can use the key; empty: any.
     #[serde(default)]
     pub ip_whitelist: Vec<IpAddr>,
-    /// Account; keys of one account share balances, orders and rate limits.
+    /// Account of the key; keys of one account share balances, orders and rate limits.
     pub uid: u64,
-    /// Name of the sub-account that it belongs to; unset: it belongs to a master account.
+    /// Name of its sub-account; unset: the key belongs to a master account.
     #[serde(default)]
     pub sub_name: Option<String>,
-    /// Master account of that sub-account.
+    /// Master account of the sub-account.
     #[serde(default)]
     pub parent_uid: Option<u64>,
-    /// What its owner called it.
+    /// The owner's name for the key.
     #[serde(default = "remark")]
     pub remark: String,
     /// When it was created, milliseconds since 1970.
     #[serde(default = "created_at_ms")]
     pub created_at_ms: i64,
-    /// From then on it is as if it did not exist, milliseconds since 1970; unset: never.
+    /// When it expires, milliseconds since 1970: from then on the key does not exist; unset: never.
     #[serde(default)]
     pub expires_at_ms: Option<i64>,
-    /// The KuCoin that it belongs to: on the others it does not exist.
+    /// Its site: on other sites the key does not exist.
     #[serde(default)]
     pub site: Site,
     /// Two-letter country code of the account's owner.
     #[serde(default = "region")]
     pub region: String,
-    /// Has the owner shown who they are? KuCoin says 1 or 0.
-    #[serde(default = "identified")]
-    pub identified: bool,
-    /// Partners whose signature is accepted next to the key's own.
+    /// Whether the owner has passed KYC; KuCoin returns 1 or 0.
+    #[serde(default = "kyc_passed")]
+    pub kyc_passed: bool,
+    /// Partners whose signature is accepted in addition to the key's.
     #[serde(default)]
     pub partners: Vec<Partner>,
 }
 
-/// One of the exchanges called KuCoin; a key of one is unknown to the others.
+/// A KuCoin site; a key of one site is unknown to the others.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Site {
@@ -113,13 +113,13 @@ impl SimKey {
             expires_at_ms: None,
             site: Site::default(),
             region: region(),
-            identified: identified(),
+            kyc_passed: kyc_passed(),
             partners: Vec::new(),
         }
     }
 
-    /// Does it hold a permission? The key list of KuCoin's web site and its API use two names for some.
-    pub(super) fn may(&self, permission: &str) -> bool {
+    /// Whether the key has a permission. KuCoin's web site and its API use different names for some.
+    pub(super) fn has_permission(&self, permission: &str) -> bool {
         let also = match permission {
             "General" => return true,
             "FlexTransfers" => "InnerTransfer",
@@ -151,30 +151,30 @@ fn created_at_ms() -> i64 {
     1_735_689_600_000
 }
 
-/// ISO's code for a place that is none.
+/// The ISO code for an unknown country.
 fn region() -> String {
     "ZZ".to_owned()
 }
 
-fn identified() -> bool {
+fn kyc_passed() -> bool {
     true
 }
 
-/// What this exchange makes of keys.
+/// Which keys this exchange accepts.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct KeyRules {
-    /// Older ones are refused with 400008.
+    /// Keys of an older version are rejected with 400008.
     pub(super) oldest_version: u8,
     /// Keys of other sites do not exist here.
     pub(super) site: Site,
-    /// Does a version 3 key also work under the header value 2?
+    /// Whether a version 3 key also works with the header value 2.
     pub(super) two_opens_three: bool,
 }
 
 /// Checks a private request that came from `from` and returns its key.
 ///
-/// Order: headers present, media type, key known, address, timestamp, key version, passphrase, signature, partner. KuCoin
-/// does not document its order; this one tells least to a stranger. The permission comes last, by the caller.
+/// Order: headers, media type, key, address, timestamp, key version, passphrase, signature, partner. KuCoin does not
+/// document its order; this one reveals the least to an unknown client. The caller checks the permission last.
 pub(super) fn check<'a>(
     keys: &'a HashMap<String, SimKey>,
     rules: KeyRules,
@@ -217,7 +217,7 @@ pub(super) fn check<'a>(
 
 fn single<'a>(headers: &'a HeaderMap, name: &str) -> Result<&'a str, Refusal> {
     let mut values = headers.get_all(name).iter();
-    // Two of one kind leave open which one was meant: refused like none.
+    // A repeated header is ambiguous: rejected like a missing one.
     match (values.next().map(|value| value.to_str()), values.next()) {
         (Some(Ok(value)), None) if !value.is_empty() => Ok(value),
         _ => Err(refuse(
@@ -227,7 +227,7 @@ fn single<'a>(headers: &'a HeaderMap, name: &str) -> Result<&'a str, Refusal> {
     }
 }
 
-/// Only a request with a body needs a media type: ccxt sends none on GET, and KuCoin answers it.
+/// Only a request with a body needs a media type: ccxt sends none with GET, and KuCoin accepts that.
 fn media_type(request: &Received) -> Result<(), Refusal> {
     let json = request
         .head
@@ -249,7 +249,7 @@ fn timely(timestamp: &str, now_ms: i64) -> Result<(), Refusal> {
     }
 }
 
-/// The header must name the key's version. One exception is known: ccxt sends 2 for every key, and version 3 keys work with it.
+/// The header must match the key's version. The known exception: ccxt sends 2 for every key, and version 3 keys accept it.
 fn accepted_version(header: &str, version: u8, rules: KeyRules) -> Result<(), Refusal> {
     if version < rules.oldest_version {
         let msg = "V1 & V2 API keys are no longer supported by this API, please create a V3 key";
@@ -262,7 +262,7 @@ fn accepted_version(header: &str, version: u8, rules: KeyRules) -> Result<(), Re
     }
 }
 
-/// String-to-sign: timestamp, method, path, query with its percent-encoding undone, body.
+/// The signature of timestamp, method, path, percent-decoded query and body.
 fn signature(secret: &str, timestamp: &str, request: &Received) -> String {
     let uri = &request.head.uri;
     let query = uri.query().map(|query| form_decoded(query));
@@ -283,8 +283,8 @@ fn signature(secret: &str, timestamp: &str, request: &Received) -> String {
     )
 }
 
-/// When a partner is named, its signature must be right: `KC-API-PARTNER-VERIFY` is not looked at, because KuCoin's
-/// English and Chinese pages contradict each other about it.
+/// If a partner is named, its signature must be right. `KC-API-PARTNER-VERIFY` is ignored, because KuCoin's English and
+/// Chinese documentation contradict each other about it.
 fn partner(headers: &HeaderMap, key: &SimKey, timestamp: &str) -> Result<(), Refusal> {
     if !headers.contains_key("KC-API-PARTNER") && !headers.contains_key("KC-API-PARTNER-SIGN") {
         return Ok(());
@@ -315,7 +315,7 @@ fn mac(key: &str, parts: &[&[u8]]) -> String {
     STANDARD.encode(context.sign())
 }
 
-/// Undoes form encoding: `+` and `%20` both give a space. A `%` without two hex digits stays as it is.
+/// Decodes form encoding: `+` and `%20` both become a space. A `%` without two hex digits is kept.
 pub(super) fn form_decoded(text: &str) -> Cow<'_, [u8]> {
     if !text.contains(['%', '+']) {
         return Cow::Borrowed(text.as_bytes());
@@ -353,7 +353,7 @@ mod tests {
     use super::form_decoded;
 
     #[test]
-    fn both_ways_to_write_a_space_mean_a_space() {
+    fn plus_and_percent_20_both_decode_to_a_space() {
         for (wire, decoded) in [
             ("a=b+c", "a=b c"),
             ("a=b%20c", "a=b c"),

@@ -1,4 +1,4 @@
-//! A request that passed the checks: its endpoint, parameters and sender, as the products read it.
+//! A request that passed the checks: its endpoint, parameters and sender.
 
 use std::net::IpAddr;
 
@@ -15,22 +15,22 @@ use crate::http::Received;
 pub(super) struct Call<'a> {
     /// The catalogued endpoint.
     pub(super) endpoint: &'a Endpoint,
-    /// Address of the sender, as the exchange sees it.
+    /// Source address, as the exchange sees it.
     pub(super) from: IpAddr,
     /// The key that signed it; `None` on public endpoints.
     pub(super) key: Option<&'a SimKey>,
     /// Account of that key; 0 on public endpoints.
     pub(super) uid: u64,
-    /// Clock of the exchange.
+    /// Time by the exchange's clock.
     pub(super) now_ms: i64,
-    /// The JSON body; null when there is none.
+    /// The JSON body; null if there is none.
     pub(super) body: Value,
     params: &'a [(String, String)],
     query: Vec<(String, String)>,
 }
 
 impl<'a> Call<'a> {
-    /// Reads query and body. Fails when the body is no JSON.
+    /// Reads query and body. Fails if the body is not JSON.
     pub(super) fn new(
         route: &'a Route<'a>,
         request: &Received,
@@ -41,7 +41,7 @@ impl<'a> Call<'a> {
         let body = match request.body.as_ref() {
             [] => Value::Null,
             body => serde_json::from_slice(body)
-                .map_err(|_| refuse("400100", "Parameter error: the body is no JSON"))?,
+                .map_err(|_| refuse("400100", "Parameter error: the body is not JSON"))?,
         };
         Ok(Self {
             endpoint: route.endpoint,
@@ -70,12 +70,12 @@ impl<'a> Call<'a> {
         value_of(&self.query, name)
     }
 
-    /// Does it name this symbol, or none?
-    pub(super) fn means_symbol(&self, symbol: &str) -> bool {
+    /// Whether its `symbol` parameter is missing or equals this symbol.
+    pub(super) fn matches_symbol(&self, symbol: &str) -> bool {
         self.query("symbol").is_none_or(|wanted| wanted == symbol)
     }
 
-    /// A parameter wherever it is: path, query or body.
+    /// A parameter of the path, the query or the body.
     pub(super) fn any(&self, name: &str) -> Option<&str> {
         self.param(name)
             .or_else(|| self.query(name))
@@ -101,12 +101,12 @@ fn value_of<'a>(pairs: &'a [(String, String)], name: &str) -> Option<&'a str> {
     Some(value)
 }
 
-/// A text member of an object that is not empty.
+/// A non-empty string member of an object.
 pub(super) fn text<'a>(object: &'a Value, name: &str) -> Option<&'a str> {
     object.get(name)?.as_str().filter(|value| !value.is_empty())
 }
 
-/// An amount in an object, as text or number. Fails when it is there and is no amount.
+/// An amount in an object, as a string or number; `None` if missing. Fails if it is not an amount.
 pub(super) fn amount(object: &Value, name: &str) -> Result<Option<Amount>, Refusal> {
     match object.get(name) {
         None | Some(Value::Null) => Ok(None),
@@ -117,7 +117,7 @@ pub(super) fn amount(object: &Value, name: &str) -> Result<Option<Amount>, Refus
     }
 }
 
-/// Is this flag set?
+/// Whether this flag is set.
 pub(super) fn flag(object: &Value, name: &str) -> bool {
     object.get(name).and_then(Value::as_bool).unwrap_or(false)
 }

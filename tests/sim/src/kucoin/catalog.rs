@@ -1,11 +1,11 @@
-//! The endpoints that exist, from the project's catalogue: which path on which host is what.
+//! Finds the endpoint of a host, method and path in the project's catalogue.
 
 use std::collections::HashMap;
 use std::io;
 
 use serde::{Deserialize, Serialize};
 
-/// The catalogue is data about KuCoin, the one thing that the simulator shares with the broker.
+/// The catalogue is data about KuCoin; it is the only thing that the simulator shares with the broker.
 const CATALOGUE: &str = include_str!("../../../../src/kucoin/endpoints.json");
 
 /// One of KuCoin's two main hosts.
@@ -18,7 +18,7 @@ pub enum Host {
     Spot,
 }
 
-/// One catalogued endpoint, reduced to what a server needs.
+/// An endpoint of the catalogue, with the fields that a server needs.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Endpoint {
@@ -37,17 +37,17 @@ pub(super) struct Endpoint {
 }
 
 impl Endpoint {
-    /// Does it need a signature?
+    /// Whether it needs a signature.
     pub(super) fn is_private(&self) -> bool {
         self.risk != "public"
     }
 
-    /// Permission that a key needs; unknown ones count as General, which every key has.
+    /// The permission that a key needs; General, which every key has, if the catalogue names none.
     pub(super) fn permission(&self) -> &str {
         self.permission.as_deref().unwrap_or("General")
     }
 
-    /// Pool it is charged to; public endpoints without one count as Public.
+    /// The rate limit pool; Public for public endpoints without one.
     pub(super) fn pool(&self) -> Option<&str> {
         let fallback = if self.is_private() {
             None
@@ -57,7 +57,7 @@ impl Endpoint {
         self.rate_limit_pool.as_deref().or(fallback)
     }
 
-    /// What one call costs.
+    /// The weight of one call.
     pub(super) fn weight(&self) -> u64 {
         self.weight.or(self.weight_assumed).unwrap_or(1)
     }
@@ -68,7 +68,7 @@ impl Endpoint {
 pub(super) struct Route<'a> {
     /// The endpoint.
     pub(super) endpoint: &'a Endpoint,
-    /// Name and value of each path parameter, as on the wire.
+    /// Name and value of each path parameter, as sent.
     pub(super) params: Vec<(String, String)>,
 }
 
@@ -80,7 +80,7 @@ pub(super) struct Catalog {
 }
 
 impl Catalog {
-    /// Reads the built-in catalogue. Fails when that is no catalogue.
+    /// Reads the built-in catalogue. Fails if it cannot be parsed.
     pub(super) fn load() -> io::Result<Self> {
         let endpoints: Vec<Endpoint> = serde_json::from_str(CATALOGUE)?;
         let mut catalog = Self {
@@ -123,7 +123,7 @@ impl Catalog {
     }
 }
 
-/// The parameters when `path` fits `template`. A parameter fills the rest of its segment and is never empty.
+/// The parameters if `path` matches `template`. A parameter takes the rest of its segment and is never empty.
 fn matching(template: &str, path: &str) -> Option<Vec<(String, String)>> {
     let mut params = Vec::new();
     let mut segments = path.split('/');
@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn a_template_takes_part_of_a_segment() {
+    fn template_parameter_can_be_part_of_a_segment() {
         let path = "/api/v1/level2/depth20";
         let endpoint = found(Host::Futures, "GET", path);
         assert_eq!(endpoint.as_deref(), Some("/api/v1/level2/depth{size}"));

@@ -1,4 +1,4 @@
-//! Stop orders and one-cancels-other orders of spot and margin. They never trigger: prices do not move here.
+//! Stop orders and one-cancels-other (OCO) orders of spot and margin. They never trigger: prices are fixed.
 
 use serde_json::{Value, json};
 
@@ -36,7 +36,7 @@ pub(super) fn answer(accounts: &mut Accounts, call: &Call<'_>) -> Option<Outcome
             | "/api/v3/hf/margin/stop-order/clientOid",
         ) => find(accounts, call, book).map(stop_view),
         ("GET", "/api/v1/stop-order/queryOrderByClientOid") => {
-            // The answer is a list; an unknown clientOid is assumed to give an empty one.
+            // The answer is a list; assumed to be empty for an unknown clientOid.
             Ok(find(accounts, call, book)
                 .into_iter()
                 .map(stop_view)
@@ -93,7 +93,7 @@ fn place(accounts: &mut Accounts, call: &Call<'_>, book: Book) -> Outcome {
     let product = book.product();
     let draft = match book {
         Book::SpotStop => draft,
-        _ => draft.demand_client_oid()?,
+        _ => draft.require_client_oid()?,
     };
     if !draft.conditional {
         return Err(product.bad_parameter("stopPrice"));
@@ -117,13 +117,19 @@ fn find<'a>(accounts: &'a mut Accounts, call: &Call<'_>, book: Book) -> Result<&
 }
 
 fn cancel(accounts: &mut Accounts, call: &Call<'_>, book: Book) -> Result<Order, Refusal> {
-    let gone = || book.product().not_cancellable();
-    let id = find(accounts, call, book).map_err(|_| gone())?.id.clone();
+    let refusal = || book.product().not_cancellable();
+    let id = find(accounts, call, book)
+        .map_err(|_| refusal())?
+        .id
+        .clone();
     let account = accounts.of(call.uid);
-    account.cancel(&id, call.now_ms).cloned().ok_or_else(gone)
+    account
+        .cancel(&id, call.now_ms)
+        .cloned()
+        .ok_or_else(refusal)
 }
 
-/// With `orderIds` those, without it everything that fits symbol and trade type.
+/// Cancels the orders in `orderIds`; without it, every order of the symbol and trade type.
 fn cancel_all(accounts: &mut Accounts, call: &Call<'_>, book: Book) -> Outcome {
     if book == Book::MarginStop {
         margin_trade_type(call)?;
@@ -135,24 +141,24 @@ fn cancel_all(accounts: &mut Accounts, call: &Call<'_>, book: Book) -> Outcome {
     Ok(cancelled(&orders))
 }
 
-/// The trade type that a call means. Where it names none, spot is documented to be meant in the list of spot's stop
-/// orders; that the others do alike, and that margin then means cross margin, is assumed.
+/// The trade type of a call. The default is documented only for the list of spot stop orders (spot); the same default for
+/// the other spot endpoints, and cross margin for margin, are assumed.
 fn trade_type<'a>(call: &'a Call<'_>, book: Book) -> Result<&'a str, Refusal> {
     let margin = matches!(book, Book::MarginOco | Book::MarginStop);
     match call.query("tradeType") {
         None if margin => Ok("MARGIN_TRADE"),
         None | Some("TRADE") if !margin => Ok("TRADE"),
-        // One-cancels-other orders of spot have no trade type to ask for.
+        // Spot OCO endpoints have no trade type.
         Some(_) if book == Book::SpotOco => Ok("TRADE"),
         _ => margin_trade_type(call),
     }
 }
 
-/// Is it one that a call means by trade type, symbol, side and ids? Times and kinds of trigger are not looked at.
+/// Whether an order matches trade type, symbol, side and ids of a call. Times and kinds of trigger are ignored.
 fn fits(call: &Call<'_>, book: Book, kind: &str, order: &Order) -> bool {
     order.book == book
         && order.trade_type() == kind
-        && call.means_symbol(&order.symbol)
+        && call.matches_symbol(&order.symbol)
         && call
             .query("side")
             .is_none_or(|side| side == order.side.lower())
@@ -161,7 +167,7 @@ fn fits(call: &Call<'_>, book: Book, kind: &str, order: &Order) -> bool {
             .is_none_or(|ids| ids.split(',').any(|id| id == order.id))
 }
 
-/// The ids that a cancellation reports: of an OCO order those of its legs.
+/// The answer of a cancel: the ids of the orders, or of the legs of OCO orders.
 fn cancelled(orders: &[Order]) -> Value {
     let ids: Vec<String> = orders
         .iter()
@@ -176,7 +182,7 @@ fn cancelled(orders: &[Order]) -> Value {
     json!({"cancelledOrderIds": ids})
 }
 
-/// Stop lists show what waits, OCO lists everything.
+/// Lists of stop orders show open orders, lists of OCO orders show all.
 fn list(
     accounts: &mut Accounts,
     call: &Call<'_>,
@@ -190,11 +196,11 @@ fn list(
         .map(view)
         .collect();
     let paging = Paging {
-        // The page about margin's one-cancels-other orders demands both; that about its stop orders says 50, seen were 20.
-        usual: match book {
+        // Documented: margin OCO orders require page number and size; margin stop orders have 50 (20 were observed).
+        default_size: match book {
             Book::MarginOco => None,
             Book::MarginStop => Some(20),
-            _ => FIFTY.usual,
+            _ => FIFTY.default_size,
         },
         ..FIFTY
     };

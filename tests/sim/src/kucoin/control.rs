@@ -1,14 +1,15 @@
-//! `/_sim/...` on the spot listener: how another process drives the simulator. KuCoin has nothing of the kind.
+//! `/_sim/...` on the spot host: lets another process control the simulator. Not part of KuCoin's API.
 //!
 //! | Request | Body or answer |
 //! |---|---|
 //! | `POST /_sim/keys` | a [`SimKey`] |
 //! | `DELETE /_sim/keys?api_key=` | |
 //! | `POST /_sim/balance` | `{"uid": 1, "wallet": "trade", "currency": "USDT", "amount": "10"}` |
-//! | `POST /_sim/cancel-lag` | `{"ms": 300}`: a cancel-all takes effect so long after it was accepted |
-//! | `POST /_sim/fault`, `DELETE /_sim/fault` | a [`Fault`]; all are cleared |
-//! | `POST /_sim/limits` | [`Limits`]; what is left out has its default |
-//! | `POST /_sim/seen-address` | `{"address": "203.0.113.7"}`: every request seems to come from there; null: no longer |
+//! | `POST /_sim/cancel-lag` | `{"ms": 300}`: how long after its acceptance a cancel-all takes effect |
+//! | `POST /_sim/fault` | a [`Fault`] to add |
+//! | `DELETE /_sim/fault` | removes all faults |
+//! | `POST /_sim/limits` | [`Limits`]; missing fields get their default |
+//! | `POST /_sim/source-address` | `{"address": "203.0.113.7"}`: the source address that every request seems to have; null: the real one |
 //! | `POST /_sim/clock` | `{"offset_ms": -6000}` or `{"fixed_ms": 1735689600123}` |
 //! | `GET /_sim/received` | `{"requests": [{method, path, code, signature, count}], "client_oids": [...]}` |
 //! | `GET /_sim/orders?uid=` | the account's orders, oldest first |
@@ -33,12 +34,12 @@ use super::limits::Limits;
 use super::record::Signature;
 use crate::http::Received;
 
-/// Paths that belong to the simulator, not to KuCoin.
+/// The prefix of paths that belong to the simulator, not to KuCoin.
 pub(super) const PREFIX: &str = "/_sim/";
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct BalanceOrder {
+struct SetBalance {
     uid: u64,
     wallet: Wallet,
     currency: String,
@@ -53,28 +54,28 @@ struct CancelLag {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct SeenAddress {
-    // Required, so that a misspelt order is refused rather than taken for null.
+struct SourceAddress {
+    // Required, so that a misspelt field is an error and not null.
     #[serde(deserialize_with = "Option::deserialize")]
     address: Option<IpAddr>,
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum ClockOrder {
+enum SetClock {
     FixedMs(i64),
     OffsetMs(i64),
 }
 
 /// Answers a control request.
 pub(super) fn answer(exchange: &mut Exchange, request: &Received) -> Response<Bytes> {
-    match act(exchange, request) {
+    match execute(exchange, request) {
         Ok(answer) => json_answer(StatusCode::OK, &answer),
         Err(problem) => json_answer(StatusCode::BAD_REQUEST, &json!({"error": problem})),
     }
 }
 
-fn act(exchange: &mut Exchange, request: &Received) -> Result<Value, String> {
+fn execute(exchange: &mut Exchange, request: &Received) -> Result<Value, String> {
     let query = query_pairs(request.head.uri.query().unwrap_or_default());
     let query = |wanted: &str| {
         let found = query.iter().find(|(name, _)| name == wanted);
@@ -91,9 +92,9 @@ fn act(exchange: &mut Exchange, request: &Received) -> Result<Value, String> {
             exchange.keys.remove(&query("api_key")?);
         }
         ("POST", "/_sim/balance") => {
-            let order: BalanceOrder = body(request)?;
-            let account = exchange.accounts.of(order.uid);
-            account.set_available(order.wallet, &order.currency, order.amount);
+            let new: SetBalance = body(request)?;
+            let account = exchange.accounts.of(new.uid);
+            account.set_available(new.wallet, &new.currency, new.amount);
         }
         ("POST", "/_sim/cancel-lag") => {
             exchange.accounts.cancel_lag_ms = i64::from(body::<CancelLag>(request)?.ms);
@@ -101,18 +102,18 @@ fn act(exchange: &mut Exchange, request: &Received) -> Result<Value, String> {
         ("POST", "/_sim/fault") => exchange.faults.add(body::<Fault>(request)?),
         ("DELETE", "/_sim/fault") => exchange.faults.clear(),
         ("POST", "/_sim/limits") => exchange.set_limits(body::<Limits>(request)?),
-        ("POST", "/_sim/seen-address") => {
-            exchange.seen_address = body::<SeenAddress>(request)?.address;
+        ("POST", "/_sim/source-address") => {
+            exchange.source_address = body::<SourceAddress>(request)?.address;
         }
         ("POST", "/_sim/clock") => {
             exchange.clock = match body(request)? {
-                ClockOrder::FixedMs(ms) => Clock::Fixed(ms),
-                ClockOrder::OffsetMs(ms) => Clock::Offset(ms),
+                SetClock::FixedMs(ms) => Clock::Fixed(ms),
+                SetClock::OffsetMs(ms) => Clock::Offset(ms),
             };
         }
         ("GET", "/_sim/received") => return Ok(received(exchange)),
         ("GET", "/_sim/orders") => {
-            let uid = query("uid")?.parse().map_err(|_| "uid is no number")?;
+            let uid = query("uid")?.parse().map_err(|_| "uid is not a number")?;
             return Ok(json!(exchange.orders(uid)));
         }
         (method, path) => return Err(format!("the simulator has no {method} {path}")),

@@ -1,7 +1,7 @@
-//! The exchange behind both hosts: one request at a time, from the edge through the checks to the products.
+//! The exchange behind both hosts: processes one request at a time.
 //!
-//! Order: edge limit, fault, endpoint known, checks of `auth`, quota of the pool, permission, product. KuCoin does not
-//! document its own.
+//! Order of the steps: edge limit, fault, endpoint lookup, checks of `auth`, quota of the pool, permission, product.
+//! KuCoin does not document its order.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -33,17 +33,17 @@ pub(super) struct Exchange {
     pub(super) keys: HashMap<String, SimKey>,
     pub(super) limits: Limits,
     pub(super) records: Records,
-    /// Every request seems to come from here; unset: from where it comes.
-    pub(super) seen_address: Option<IpAddr>,
+    /// The source address that every request seems to have; unset: the real one.
+    pub(super) source_address: Option<IpAddr>,
     pub(super) usage: Usage,
 }
 
 /// The exchange's clock.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Clock {
-    /// Stands still.
+    /// Stopped at this time.
     Fixed(i64),
-    /// So many milliseconds before (negative) or after this machine's clock.
+    /// Ahead of this machine's clock by this many milliseconds; behind it if negative.
     Offset(i64),
 }
 
@@ -51,7 +51,7 @@ impl Clock {
     /// Milliseconds since 1970.
     #[expect(
         clippy::disallowed_methods,
-        reason = "the simulator's clock; the ban is for the broker, which has its own in clock.rs"
+        reason = "the simulator has its own clock; the ban is for the broker, whose clock is in clock.rs"
     )]
     pub(super) fn now_ms(self) -> i64 {
         match self {
@@ -66,15 +66,15 @@ impl Clock {
     }
 }
 
-/// A request that got past the edge.
+/// A request that passed the edge.
 #[derive(Debug)]
 pub(super) struct Arrival {
     number: u64,
-    /// What goes wrong with it.
+    /// The fault that hits it.
     pub(super) fault: Option<FaultAction>,
 }
 
-/// The edge lets nothing through from this address.
+/// The edge blocks this address.
 #[derive(Debug)]
 pub(super) struct Blocked;
 
@@ -86,7 +86,7 @@ impl From<Blocked> for Response<Bytes> {
 }
 
 impl Exchange {
-    /// Records a request; the edge may answer it at once.
+    /// Records a request; fails if the edge blocks it.
     pub(super) fn arrive(
         &mut self,
         catalog: &Catalog,
@@ -97,7 +97,7 @@ impl Exchange {
         let mut record = ReceivedRequest::new(host, request, now_ms);
         if !self
             .usage
-            .passes_edge(&self.limits, self.seen(request), now_ms)
+            .passes_edge(&self.limits, self.seen_from(request), now_ms)
         {
             record.answered = Some((429, "1015".to_owned()));
             self.records.add(record);
@@ -124,20 +124,20 @@ impl Exchange {
         })
     }
 
-    /// All orders of an account as they are now, oldest first.
+    /// All orders of an account in their current state, oldest first.
     pub(super) fn orders(&mut self, uid: u64) -> &[Order] {
-        self.accounts.settle(self.clock.now_ms());
+        self.accounts.apply_due_cancels(self.clock.now_ms());
         self.accounts.orders(uid)
     }
 
-    /// Sets the limits and starts counting anew.
+    /// Sets the limits and resets the counters.
     pub(super) fn set_limits(&mut self, limits: Limits) {
         self.limits = limits;
         self.usage.clear();
     }
 
-    /// Takes a request: checks it, acts on it, answers it.
-    pub(super) fn take(
+    /// Checks a request, executes it and answers it.
+    pub(super) fn process(
         &mut self,
         catalog: &Catalog,
         host: Host,
@@ -146,10 +146,10 @@ impl Exchange {
     ) -> Response<Bytes> {
         let method = request.head.method.as_str();
         let Some(route) = catalog.find(host, method, request.head.uri.path()) else {
-            self.settle(arrival, 404, "404", Vec::new());
+            self.record_answer(arrival, 404, "404", Vec::new());
             return answers::not_found();
         };
-        let (outcome, quota, created) = self.act(host, &route, request);
+        let (outcome, quota, created) = self.execute(host, &route, request);
         let mut response = answers::envelope(&outcome);
         if let Some(quota) = quota {
             quota.label(&mut response);
@@ -157,11 +157,17 @@ impl Exchange {
         let code = outcome
             .as_ref()
             .map_or_else(|refusal| refusal.code, |_| "200000");
-        self.settle(arrival, response.status().as_u16(), code, created);
+        self.record_answer(arrival, response.status().as_u16(), code, created);
         response
     }
 
-    fn settle(&mut self, arrival: &Arrival, status: u16, code: &str, created: Vec<CreatedOrder>) {
+    fn record_answer(
+        &mut self,
+        arrival: &Arrival,
+        status: u16,
+        code: &str,
+        created: Vec<CreatedOrder>,
+    ) {
         if let Some(record) = self.records.get_mut(arrival.number) {
             record.answered = Some((status, code.to_owned()));
             record.created = created;
@@ -169,16 +175,16 @@ impl Exchange {
     }
 
     fn signed_by(&self, request: &Received, now_ms: i64) -> Result<&SimKey, Refusal> {
-        let from = self.seen(request);
+        let from = self.seen_from(request);
         auth::check(&self.keys, self.key_rules, request, from, now_ms)
     }
 
-    /// The address that a request seems to come from.
-    fn seen(&self, request: &Received) -> IpAddr {
-        self.seen_address.unwrap_or_else(|| request.peer.ip())
+    /// The source address that a request seems to have.
+    fn seen_from(&self, request: &Received) -> IpAddr {
+        self.source_address.unwrap_or_else(|| request.peer.ip())
     }
 
-    fn act(
+    fn execute(
         &mut self,
         host: Host,
         route: &Route<'_>,
@@ -194,25 +200,26 @@ impl Exchange {
             Some(Ok(key)) => Some(key.clone()),
             Some(Err(refusal)) => return (Err(refusal), None, Vec::new()),
         };
-        let from = self.seen(request);
-        let who = key
+        let from = self.seen_from(request);
+        let subject = key
             .as_ref()
             .map_or(Subject::Address(from), |key| Subject::Account(key.uid));
         let quota = endpoint.pool().and_then(|pool| {
             let weight = endpoint.weight();
-            self.usage.charge(&self.limits, pool, who, weight, now_ms)
+            self.usage
+                .charge(&self.limits, pool, subject, weight, now_ms)
         });
         if quota.is_some_and(|quota| quota.exceeded) {
             return (Err(too_many()), quota, Vec::new());
         }
         if let Some(key) = &key
-            && !key.may(endpoint.permission())
+            && !key.has_permission(endpoint.permission())
         {
             let msg = "Access denied, require more permission.";
             return (Err(refuse("400007", msg)), quota, Vec::new());
         }
         let uid = key.as_ref().map_or(0, |key| key.uid);
-        self.accounts.settle(now_ms);
+        self.accounts.apply_due_cancels(now_ms);
         let before = self.accounts.orders(uid).len();
         let outcome = Call::new(route, request, key.as_ref(), from, now_ms)
             .and_then(|call| self.product(host, &call));
@@ -240,12 +247,12 @@ impl Exchange {
     }
 }
 
-/// The refusal when a quota is used up.
+/// The refusal for a request over the quota.
 pub(super) fn too_many() -> Refusal {
     refuse("429000", "Too many requests")
 }
 
-/// Catalogued, but nothing is behind it: well-formed and empty.
+/// The answer of an endpoint that is in the catalogue but not simulated: well-formed and empty.
 fn unsimulated(endpoint: &Endpoint) -> Value {
     let listing = endpoint.method == "GET" && endpoint.path.ends_with('s');
     if listing { json!([]) } else { json!({}) }

@@ -1,37 +1,37 @@
-//! Faults on demand: what can go wrong between a client and KuCoin, made to happen to chosen requests.
+//! Faults on demand: failures between a client and KuCoin, for chosen requests.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::catalog::Host;
 
-/// A fault and the requests that it hits. Of several faults that fit a request, the one set first applies.
+/// A fault and the requests that it hits. If several faults match a request, the one added first applies.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Fault {
-    /// Only on this host; unset: on both.
+    /// Host; unset: both.
     #[serde(default)]
     pub host: Option<Host>,
-    /// Only for this method, upper case; unset: for every method.
+    /// Method, in upper case; unset: every method.
     #[serde(default)]
     pub method: Option<String>,
     /// Path, without the query.
     pub path: String,
-    /// Is `path` the whole path or its beginning?
+    /// Whether `path` is the complete path or its start.
     #[serde(default)]
     pub matching: Matching,
-    /// So many fitting requests pass unharmed before.
+    /// How many matching requests pass before the fault starts.
     #[serde(default)]
     pub skip: u32,
-    /// So many requests are hit; unset: every one until the faults are cleared.
+    /// How many requests it hits; unset: all until the faults are cleared.
     #[serde(default)]
     pub times: Option<u32>,
-    /// What happens to them.
+    /// What the fault does.
     pub action: FaultAction,
 }
 
 impl Fault {
-    /// Hits the next request to exactly this path, on either host and with any method.
+    /// A fault for the next request to exactly this path, on any host and with any method.
     pub fn once(path: impl Into<String>, action: FaultAction) -> Self {
         Self {
             host: None,
@@ -45,28 +45,28 @@ impl Fault {
     }
 }
 
-/// How the path of a [`Fault`] is meant.
+/// How the path of a [`Fault`] is compared.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Matching {
-    /// The whole path.
+    /// The path is equal.
     #[default]
     Exact,
-    /// Every path that starts with it.
+    /// The path starts with it.
     Prefix,
 }
 
-/// Does the fault happen before the exchange acted on the request, or after?
+/// Whether the fault happens before or after the exchange processes the request.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum When {
-    /// The exchange checked the request and acted on it: an order is placed.
-    AfterTaken,
-    /// The exchange never saw it.
-    BeforeTaken,
+    /// The exchange has processed the request: an order is placed.
+    AfterProcessing,
+    /// The exchange never processes the request.
+    BeforeProcessing,
 }
 
-/// What goes wrong.
+/// What a fault does.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FaultAction {
@@ -74,66 +74,66 @@ pub enum FaultAction {
     Answer {
         /// HTTP status.
         status: u16,
-        /// The whole body.
+        /// The body.
         body: Value,
-        /// Was the request taken?
+        /// Whether the request was processed.
         when: When,
     },
     /// Closes the connection without an answer.
     Close {
-        /// Was the request taken?
+        /// Whether the request was processed.
         when: When,
     },
-    /// Takes the request, sends the head and this many bytes of the body, then closes the connection.
+    /// Processes the request, sends the head and this many bytes of the body, then closes the connection.
     CutShort {
-        /// Bytes of the body that get through.
+        /// Bytes of the body that are sent.
         bytes: usize,
     },
-    /// Waits, then takes the request and answers as usual.
+    /// Waits, then processes the request and answers it normally.
     Delay {
-        /// How long.
+        /// Milliseconds to wait.
         ms: u64,
     },
     /// Answers with an HTML page.
     Html {
         /// HTTP status.
         status: u16,
-        /// Was the request taken?
+        /// Whether the request was processed.
         when: When,
     },
-    /// Takes the request and answers with a valid envelope that is far too large.
+    /// Processes the request and answers with a valid envelope that is far too large.
     Oversized {
         /// Size of the answer.
         megabytes: usize,
     },
-    /// Answers 429 with code 429000; the request is not taken.
+    /// Answers 429 with code 429000; the request is not processed.
     RateLimited {
-        /// With `gw-ratelimit` headers that say so many milliseconds; unset: without them, as on overload.
+        /// Milliseconds in the `gw-ratelimit` headers; unset: without these headers, as on overload.
         reset_ms: Option<u64>,
     },
-    /// Never answers and keeps the connection open.
+    /// Keeps the connection open and never answers.
     Stall {
-        /// Was the request taken?
+        /// Whether the request was processed.
         when: When,
     },
 }
 
-/// The faults that are set.
+/// The active faults.
 #[derive(Debug, Default)]
 pub(super) struct Faults(Vec<Fault>);
 
 impl Faults {
-    /// Adds one.
+    /// Adds a fault.
     pub(super) fn add(&mut self, fault: Fault) {
         self.0.push(fault);
     }
 
-    /// Removes all.
+    /// Removes all faults.
     pub(super) fn clear(&mut self) {
         self.0.clear();
     }
 
-    /// What happens to this request; counts it.
+    /// The fault that hits this request, if any; counts the request.
     pub(super) fn hit(&mut self, host: Host, method: &str, path: &str) -> Option<FaultAction> {
         let mut action = None;
         for fault in self

@@ -1,4 +1,4 @@
-//! Futures orders, those of copy trading included.
+//! Futures orders, including copy trading.
 
 use serde_json::{Value, json};
 
@@ -14,7 +14,7 @@ const BOOKS: &[Book] = &[Book::Futures];
 const PAGING: Paging = Paging {
     number: "currentPage",
     sizes: 1..=1000,
-    usual: Some(50),
+    default_size: Some(50),
 };
 
 /// Answers the futures order endpoints; `None` for all others.
@@ -73,7 +73,7 @@ pub(super) fn answer(accounts: &mut Accounts, call: &Call<'_>) -> Option<Outcome
         ("DELETE", "/api/v1/orders") => {
             Ok(cancel_all(accounts, call, |order| !order.is_conditional()))
         }
-        // The older interface cancels everything without a symbol, this one demands it.
+        // Unlike version 1, which cancels everything without a symbol, version 3 requires one.
         ("DELETE", "/api/v3/orders") => {
             symbol(call).map(|_| cancel_all(accounts, call, |order| !order.is_conditional()))
         }
@@ -87,7 +87,7 @@ fn absent() -> Refusal {
 }
 
 fn draft(fields: &Value) -> Result<Draft, Refusal> {
-    Draft::read(Book::Futures, "type", fields)?.demand_client_oid()
+    Draft::read(Book::Futures, "type", fields)?.require_client_oid()
 }
 
 fn place(accounts: &mut Accounts, call: &Call<'_>) -> Outcome {
@@ -103,7 +103,7 @@ fn test(accounts: &mut Accounts, call: &Call<'_>) -> Outcome {
 
 fn place_all(accounts: &mut Accounts, call: &Call<'_>) -> Outcome {
     let orders = call.body.as_array();
-    let orders = orders.ok_or_else(|| refuse("100001", "The body is no list of orders"))?;
+    let orders = orders.ok_or_else(|| refuse("100001", "The body is not a list of orders"))?;
     Ok(orders
         .iter()
         .map(|fields| {
@@ -145,7 +145,7 @@ fn cancel_client_oid(
     cancel(accounts, call, &id, symbol)
 }
 
-/// Named orders, by id or by clientOid and symbol. The items of this answer alone have the code `200`.
+/// Cancels orders by id, or by clientOid and symbol. Only in this answer the items have the code `200`.
 fn cancel_named(accounts: &mut Accounts, call: &Call<'_>) -> Outcome {
     let item = |order_id: Option<&str>,
                 client_oid: Option<&str>,
@@ -181,7 +181,7 @@ fn symbol<'a>(call: &'a Call<'_>) -> Result<&'a str, Refusal> {
 
 fn cancel_all(accounts: &mut Accounts, call: &Call<'_>, kind: fn(&Order) -> bool) -> Value {
     let orders = accounts.of(call.uid).cancel_all(call.now_ms, |order| {
-        order.book == Book::Futures && kind(order) && call.means_symbol(&order.symbol)
+        order.book == Book::Futures && kind(order) && call.matches_symbol(&order.symbol)
     });
     let ids: Vec<String> = orders.into_iter().map(|order| order.id).collect();
     json!({"cancelledOrderIds": ids})
@@ -191,7 +191,7 @@ fn list(accounts: &mut Accounts, call: &Call<'_>, kind: fn(&Order) -> bool) -> V
     accounts
         .of(call.uid)
         .list(|order| {
-            order.book == Book::Futures && kind(order) && call.means_symbol(&order.symbol)
+            order.book == Book::Futures && kind(order) && call.matches_symbol(&order.symbol)
         })
         .map(order_view)
         .collect()
@@ -201,7 +201,7 @@ fn page(accounts: &mut Accounts, call: &Call<'_>, kind: fn(&Order) -> bool) -> O
     PAGING.answer(call, Product::Futures, &list(accounts, call, kind))
 }
 
-/// Contracts in resting orders of one symbol, and what they would cost.
+/// Size and cost of the resting orders of one symbol.
 fn statistics(accounts: &mut Accounts, call: &Call<'_>) -> Outcome {
     let symbol = symbol(call)?;
     let mut sums = [(Amount::ZERO, Amount::ZERO); 2];

@@ -1,4 +1,4 @@
-//! Rate limits: weighted quotas per pool and account, and the edge's limit per address in front of everything.
+//! Rate limits: weighted quotas per pool and account, and before them the edge's limit per address.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -18,7 +18,7 @@ const VIP_0: [(&str, u64); 7] = [
     ("Unified", 2000),
 ];
 
-/// What may be sent in which time.
+/// The rate limits.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
@@ -26,16 +26,16 @@ pub struct Limits {
     pub pools: BTreeMap<String, u64>,
     /// Length of a window, which starts at the first request. KuCoin: 30 s.
     pub window_ms: u64,
-    /// Requests per address over both hosts before the edge blocks it; unset: no limit. KuCoin (2023): 500.
+    /// Requests per address, to both hosts together, before the edge blocks it; unset: no limit. KuCoin (2023): 500.
     pub edge_requests: Option<u64>,
-    /// Time in which the edge counts. KuCoin: 10 s.
+    /// Length of the edge's window. KuCoin: 10 s.
     pub edge_window_ms: u64,
     /// How long the edge blocks. KuCoin: 30 s.
     pub edge_block_ms: u64,
 }
 
 impl Limits {
-    /// No limits at all, for load tests.
+    /// No limits, for load tests.
     pub fn none() -> Self {
         Self {
             pools: BTreeMap::new(),
@@ -57,7 +57,7 @@ impl Default for Limits {
     }
 }
 
-/// Whose quota: private pools count per account, the public one per address.
+/// Whose quota is charged: private pools count per account, the public one per address.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub(super) enum Subject {
     /// An account.
@@ -72,7 +72,7 @@ pub(super) struct Quota {
     limit: u64,
     remaining: u64,
     reset_ms: u64,
-    /// The request did not fit any more.
+    /// The request exceeded it.
     pub(super) exceeded: bool,
 }
 
@@ -87,7 +87,7 @@ impl Quota {
         }
     }
 
-    /// Puts the three `gw-ratelimit` headers on an answer.
+    /// Adds the three `gw-ratelimit` headers to an answer.
     pub(super) fn label<T>(self, response: &mut Response<T>) {
         let headers = response.headers_mut();
         for (name, value) in [
@@ -100,7 +100,7 @@ impl Quota {
     }
 }
 
-/// What was used so far.
+/// The counters.
 #[derive(Debug, Default)]
 pub(super) struct Usage {
     pools: HashMap<(String, Subject), Window>,
@@ -120,24 +120,24 @@ struct Edge {
 }
 
 impl Usage {
-    /// Forgets everything, as after new limits.
+    /// Resets all counters.
     pub(super) fn clear(&mut self) {
         *self = Self::default();
     }
 
-    /// Charges a request to a pool; `None` for a pool without limit. A request that does not fit costs nothing.
+    /// Charges a request to a pool; `None` for a pool without a limit. A request over the limit costs nothing.
     pub(super) fn charge(
         &mut self,
         limits: &Limits,
         pool: &str,
-        who: Subject,
+        subject: Subject,
         weight: u64,
         now_ms: i64,
     ) -> Option<Quota> {
         let limit = *limits.pools.get(pool)?;
         let window = self
             .pools
-            .entry((pool.to_owned(), who))
+            .entry((pool.to_owned(), subject))
             .or_insert_with(|| Window::starting(now_ms));
         let left_ms = window.renew(limits.window_ms, now_ms);
         let exceeded = window.used.saturating_add(weight) > limit;
@@ -152,7 +152,7 @@ impl Usage {
         })
     }
 
-    /// Counts a request at the edge; false when the address is blocked, now or still.
+    /// Counts a request at the edge; false if the address is blocked.
     pub(super) fn passes_edge(&mut self, limits: &Limits, from: IpAddr, now_ms: i64) -> bool {
         let Some(allowed) = limits.edge_requests else {
             return true;
@@ -183,7 +183,7 @@ impl Window {
         }
     }
 
-    /// Starts anew when its time is over, or when the clock was set back; returns what is left of it.
+    /// Restarts if it is over or the clock was set back; returns the remaining milliseconds.
     fn renew(&mut self, length_ms: u64, now_ms: i64) -> u64 {
         let age_ms = u64::try_from(now_ms.saturating_sub(self.started_ms)).ok();
         if let Some(age_ms) = age_ms.filter(|age| *age < length_ms) {

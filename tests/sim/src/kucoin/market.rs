@@ -1,4 +1,4 @@
-//! The market of the simulator: a fixed price per symbol, and the public endpoints that clients read before trading.
+//! Market data: a fixed price per symbol, and the public endpoints that clients read before trading.
 
 use serde_json::{Value, json};
 
@@ -11,13 +11,13 @@ use super::call::Call;
 pub(super) struct Instrument {
     /// Symbol, as in requests.
     pub(super) symbol: &'static str,
-    /// What is bought; for contracts the underlying.
+    /// Base currency; for contracts the underlying.
     pub(super) base: &'static str,
-    /// What is paid with.
+    /// Quote currency.
     pub(super) quote: &'static str,
-    /// Market orders fill at this, whole units of `quote`.
+    /// Price at which market orders fill, in whole units of `quote`.
     pub(super) price: u32,
-    /// One contract is one base unit divided by this; unset for a pair.
+    /// Contracts per base unit; unset for a pair.
     pub(super) contracts_per_unit: Option<u32>,
 }
 
@@ -121,7 +121,7 @@ pub(super) fn answer(call: &Call<'_>) -> Option<Outcome> {
         ("GET", "/api/v1/contracts/active") => contracts().map(contract_view).collect(),
         ("GET", "/api/v1/contracts/{symbol}") => one(call, contracts(), contract_view),
         ("POST", "/api/v1/bullet-public" | "/api/v1/bullet-private") => {
-            // No stream is simulated: the list of servers is empty.
+            // Streams are not simulated: the list of servers is empty.
             json!({"token": "simulated-token", "instanceServers": []})
         }
         _ => return None,

@@ -1,4 +1,4 @@
-//! What an order is, and the words for it that all products share.
+//! Orders, in a form that all products share.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -9,21 +9,21 @@ use super::answers::{Refusal, refuse};
 use super::call::{amount, flag, text};
 use super::market::{Instrument, instrument};
 
-/// Which of KuCoin's order interfaces an order belongs to.
+/// The order API of KuCoin that an order belongs to.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Book {
-    /// Futures, stop orders included.
+    /// Futures, including stop orders.
     Futures,
     /// Margin.
     Margin,
-    /// Margin one-cancels-other.
+    /// Margin OCO (one cancels the other) orders.
     MarginOco,
     /// Margin stop orders.
     MarginStop,
-    /// Spot, high-frequency or old.
+    /// Spot, high-frequency or old API.
     Spot,
-    /// Spot one-cancels-other.
+    /// Spot OCO (one cancels the other) orders.
     SpotOco,
     /// Spot stop orders.
     SpotStop,
@@ -31,7 +31,7 @@ pub enum Book {
     Unified,
 }
 
-/// Products that count clientOids apart.
+/// Products; a clientOid must be unique within one.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub(super) enum Product {
     Futures,
@@ -41,7 +41,7 @@ pub(super) enum Product {
 }
 
 impl Book {
-    /// Its product.
+    /// The product.
     pub(super) fn product(self) -> Product {
         match self {
             Self::Futures => Product::Futures,
@@ -53,7 +53,7 @@ impl Book {
 }
 
 impl Product {
-    /// Where its balances are.
+    /// The wallet of its balances.
     pub(super) fn wallet(self) -> Wallet {
         match self {
             Self::Futures => Wallet::Futures,
@@ -63,7 +63,7 @@ impl Product {
         }
     }
 
-    /// The refusal of a clientOid that was used before. None is documented for spot: that one is assumed.
+    /// The refusal of a clientOid that was used before. For spot it is not documented and assumed.
     pub(super) fn duplicate(self) -> Refusal {
         match self {
             Self::Futures => refuse("300018", "clientOid parameter repeated"),
@@ -73,8 +73,8 @@ impl Product {
         }
     }
 
-    /// The refusal for want of funds.
-    pub(super) fn too_poor(self) -> Refusal {
+    /// The refusal of an order that exceeds the available funds.
+    pub(super) fn insufficient_funds(self) -> Refusal {
         match self {
             Self::Futures => refuse("300003", "Balance insufficient. Please deposit first"),
             Self::Margin => refuse("126013", "Insufficient account balance"),
@@ -83,7 +83,8 @@ impl Product {
         }
     }
 
-    /// A lookup found nothing. Codes of spot, margin and futures as ccxt knows them; of the unified account assumed.
+    /// The refusal of a lookup that found nothing. Codes of spot, margin and futures are from ccxt; the unified account's is
+    /// assumed.
     pub(super) fn absent(self) -> Refusal {
         match self {
             Self::Futures => refuse("100001", "error.getOrder.orderNotExist"),
@@ -93,7 +94,7 @@ impl Product {
         }
     }
 
-    /// There is nothing to cancel, or no longer. Sources as for [`Product::absent`].
+    /// The refusal of a cancel if there is no such open order. Sources as for [`Product::absent`].
     pub(super) fn not_cancellable(self) -> Refusal {
         match self {
             Self::Futures => refuse("100004", "The order cannot be canceled."),
@@ -103,7 +104,7 @@ impl Product {
         }
     }
 
-    /// A parameter is missing or wrong.
+    /// The refusal of a missing or invalid parameter.
     pub(super) fn bad_parameter(self, name: &str) -> Refusal {
         let code = match self {
             Self::Futures => "100001",
@@ -133,7 +134,7 @@ pub enum Side {
 }
 
 impl Side {
-    /// As Classic answers have it.
+    /// As Classic answers spell it.
     pub(super) fn lower(self) -> &'static str {
         match self {
             Self::Buy => "buy",
@@ -141,7 +142,7 @@ impl Side {
         }
     }
 
-    /// As unified answers have it.
+    /// As unified answers spell it.
     pub(super) fn upper(self) -> &'static str {
         match self {
             Self::Buy => "BUY",
@@ -150,11 +151,11 @@ impl Side {
     }
 }
 
-/// Where an order stands.
+/// The state of an order.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OrderState {
-    /// Cancelled; it may have been reduced before.
+    /// Cancelled, at once or in parts.
     Cancelled,
     /// Filled completely.
     Filled,
@@ -171,7 +172,7 @@ pub struct Order {
     pub id: String,
     /// The bot's id for it.
     pub client_oid: Option<String>,
-    /// Interface that it was placed with.
+    /// API that it was placed with.
     pub book: Book,
     /// Symbol.
     pub symbol: String,
@@ -179,46 +180,46 @@ pub struct Order {
     pub side: Side,
     /// Price of a limit order; unset for a market order.
     pub price: Option<Amount>,
-    /// Base currency, or contracts.
+    /// Size in base currency or contracts.
     pub size: Amount,
-    /// So much of it is filled.
+    /// Filled size.
     pub filled: Amount,
-    /// So much of it was cancelled.
+    /// Cancelled size.
     pub cancelled: Amount,
-    /// Where it stands.
+    /// State.
     pub state: OrderState,
-    /// When it was accepted, exchange clock.
+    /// When it was accepted, by the exchange's clock.
     pub created_at_ms: i64,
-    /// When it last changed, exchange clock.
+    /// When it last changed, by the exchange's clock.
     pub updated_at_ms: i64,
     /// The order as it was sent.
     pub fields: Value,
-    /// What is held for it: currency and amount.
+    /// Funds held for it: currency and amount.
     #[serde(skip)]
     pub(super) held: (String, Amount),
 }
 
 impl Order {
-    /// Is it resting?
+    /// Whether it is resting.
     pub fn is_open(&self) -> bool {
         self.state == OrderState::Open
     }
 
-    /// What is neither filled nor cancelled.
+    /// The size that is neither filled nor cancelled.
     pub(super) fn remaining(&self) -> Amount {
         self.size - self.filled - self.cancelled
     }
 
-    /// Is it waiting for a trigger?
+    /// Whether it has a trigger.
     pub(super) fn is_conditional(&self) -> bool {
         is_conditional(&self.fields)
     }
 
-    /// Spot, cross margin or isolated margin, in Classic's words. An isolated order uses the cross margin wallet here.
+    /// Spot, cross margin or isolated margin, with Classic's names. An isolated order uses the cross margin wallet here.
     pub(super) fn trade_type(&self) -> &'static str {
         let isolated = match self.book {
             Book::Margin | Book::MarginOco | Book::MarginStop => flag(&self.fields, "isIsolated"),
-            // This interface alone still takes them all.
+            // This API accepts orders of all three types.
             Book::SpotStop if text(&self.fields, "tradeType") == Some("MARGIN_TRADE") => false,
             Book::SpotStop if text(&self.fields, "tradeType") == Some("MARGIN_ISOLATED_TRADE") => {
                 true
@@ -232,25 +233,25 @@ impl Order {
         }
     }
 
-    /// A text member as it was sent, else empty.
+    /// A field as it was sent, or an empty string.
     pub(super) fn sent(&self, name: &str) -> Value {
         self.fields.get(name).cloned().unwrap_or_else(|| json!(""))
     }
 
-    /// Quote currency that was paid or received for what is filled.
+    /// Quote currency that was paid or received for the filled size.
     pub(super) fn filled_value(&self) -> Amount {
         instrument(&self.symbol)
             .and_then(|one| one.base_units(self.filled)?.times(one.fixed_price()))
             .unwrap_or_default()
     }
 
-    /// Ids of the two legs of a one-cancels-other order: its own names the pair, not a leg.
+    /// Ids of the two legs of an OCO order; its own id belongs to the pair, not to a leg.
     pub(super) fn legs(&self) -> [String; 2] {
         [format!("{}-limit", self.id), format!("{}-stop", self.id)]
     }
 }
 
-/// Has the order a trigger, in the words of any product?
+/// Whether the order has a trigger, in any product's fields.
 fn is_conditional(fields: &Value) -> bool {
     [
         "stop",
@@ -267,7 +268,7 @@ fn is_conditional(fields: &Value) -> bool {
     })
 }
 
-/// An order as asked for, understood.
+/// A parsed order request.
 #[derive(Debug)]
 pub(super) struct Draft {
     pub(super) book: Book,
@@ -277,17 +278,17 @@ pub(super) struct Draft {
     /// Unset for a market order.
     pub(super) price: Option<Amount>,
     pub(super) size: Amount,
-    /// Rests until something else happens, which in the simulator it never does.
+    /// Waits for a trigger, which never fires in the simulator.
     pub(super) conditional: bool,
-    /// Needs no funds: a stop order (assumed: KuCoin freezes nothing before the trigger), or one that only reduces.
+    /// Needs no funds: a stop order (assumed: KuCoin holds nothing before the trigger), or a reduce-only order.
     pub(super) unfunded: bool,
-    /// Margin is the value divided by this; 1 outside futures.
+    /// The margin is the value divided by this; 1 except for futures.
     pub(super) leverage: Amount,
     pub(super) fields: Value,
 }
 
 impl Draft {
-    /// Reads one order. `type_field` is its name for limit or market.
+    /// Reads one order. `type_field` is the name of the field with `limit` or `market`.
     pub(super) fn read(book: Book, type_field: &str, fields: &Value) -> Result<Self, Refusal> {
         let product = book.product();
         let bad = |name: &str| product.bad_parameter(name);
@@ -325,16 +326,16 @@ impl Draft {
         })
     }
 
-    /// Refuses an order without clientOid.
-    pub(super) fn demand_client_oid(self) -> Result<Self, Refusal> {
+    /// Refuses an order without a clientOid.
+    pub(super) fn require_client_oid(self) -> Result<Self, Refusal> {
         match self.client_oid {
             Some(_) => Ok(self),
             None => Err(self.book.product().bad_parameter("clientOid")),
         }
     }
 
-    /// What it needs: currency and amount.
-    pub(super) fn needs(&self) -> Result<(String, Amount), Refusal> {
+    /// The funds that it needs: currency and amount.
+    pub(super) fn required_funds(&self) -> Result<(String, Amount), Refusal> {
         let at = self.price.unwrap_or_else(|| self.instrument.fixed_price());
         let currency = match (self.instrument.contracts_per_unit, self.side) {
             (None, Side::Sell) => self.instrument.base,
@@ -354,7 +355,7 @@ impl Draft {
     }
 }
 
-/// An amount that, when it is there, is more than nothing.
+/// An amount that must not be zero; `None` if missing.
 fn positive(product: Product, fields: &Value, name: &str) -> Result<Option<Amount>, Refusal> {
     match amount(fields, name)? {
         Some(Amount::ZERO) => Err(product.bad_parameter(name)),
@@ -362,7 +363,8 @@ fn positive(product: Product, fields: &Value, name: &str) -> Result<Option<Amoun
     }
 }
 
-/// The size in base currency or contracts, however it was given: as such, by its price, or for contracts in base currency.
+/// The size in base currency or contracts. A request gives it directly, as an amount of quote currency, or for contracts in
+/// base currency.
 fn quantity(
     product: Product,
     fields: &Value,
@@ -385,7 +387,7 @@ fn quantity(
             price.unwrap_or_else(|| instrument.fixed_price()),
             instrument,
         ),
-        // Closes a position of unknown size: the simulator has no positions.
+        // Closes a position, whose size is unknown: the simulator has no positions.
         (None, None) if flag(fields, "closeOrder") => Some(Amount::from(1)),
         _ => None,
     }
@@ -401,7 +403,7 @@ fn bought_for(funds: Amount, at: Amount, instrument: Instrument) -> Option<Amoun
     .filter(|size| *size > Amount::ZERO)
 }
 
-/// Letters, digits, `_` and `-`, at most 40. Source: KuCoin API documentation, "Add Order".
+/// At most 40 letters, digits, `_` and `-`. Source: KuCoin API documentation, "Add Order".
 fn client_oid(product: Product, fields: &Value) -> Result<Option<String>, Refusal> {
     let Some(id) = text(fields, "clientOid") else {
         return Ok(None);

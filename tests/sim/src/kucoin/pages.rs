@@ -1,6 +1,6 @@
-//! Lists in pages, as KuCoin cuts them: each list has its own parameter, usual size and limits.
+//! Paging of lists: each list of KuCoin has its own parameter name, default size and limits.
 //!
-//! A page or size outside the documented limits is refused (assumed: no page says what KuCoin does with it).
+//! A page number or size outside the documented limits is refused (assumed: KuCoin does not document it).
 
 use std::ops::RangeInclusive;
 
@@ -10,56 +10,56 @@ use super::answers::{Outcome, Refusal};
 use super::call::Call;
 use super::orders::Product;
 
-/// How a list is cut.
+/// How a list is paged.
 #[derive(Clone, Debug)]
 pub(super) struct Paging {
-    /// Name of the parameter that says which page, from 1.
+    /// Name of the parameter with the page number, which starts at 1.
     pub(super) number: &'static str,
-    /// Sizes that a page may have.
+    /// Allowed page sizes.
     pub(super) sizes: RangeInclusive<usize>,
-    /// Size when none is asked for; unset: number and size must be given.
-    pub(super) usual: Option<usize>,
+    /// Default page size; unset: page number and size are required.
+    pub(super) default_size: Option<usize>,
 }
 
-/// Stop orders and one-cancels-other orders of spot, and the old spot interface.
+/// Paging of spot stop orders and OCO orders, and of the old spot API.
 pub(super) const FIFTY: Paging = Paging {
     number: "currentPage",
     sizes: 10..=500,
-    usual: Some(50),
+    default_size: Some(50),
 };
 
-/// Part of a list.
+/// A page of a list.
 #[derive(Debug)]
 pub(super) struct Page<'a> {
-    /// Which one, from 1.
+    /// Page number, from 1.
     pub(super) number: usize,
-    /// At most so many items.
+    /// Page size.
     pub(super) size: usize,
     /// Items in the list.
     pub(super) total: usize,
-    /// Pages of it.
+    /// Pages of the list.
     pub(super) pages: usize,
-    /// Those on this page.
+    /// The items of this page.
     pub(super) items: &'a [Value],
 }
 
 impl Paging {
-    /// Cuts the page that the call asks for out of the whole list.
+    /// The page of the list that the call requests.
     pub(super) fn cut<'a>(
         &self,
         call: &Call<'_>,
         product: Product,
         items: &'a [Value],
     ) -> Result<Page<'a>, Refusal> {
-        let asked = |name: &str, usual: Option<usize>| match call.query(name) {
-            None => usual,
+        let requested = |name: &str, default: Option<usize>| match call.query(name) {
+            None => default,
             Some(value) => value.parse().ok(),
         };
-        let first = self.usual.map(|_| 1);
-        let number = asked(self.number, first)
+        let first = self.default_size.map(|_| 1);
+        let number = requested(self.number, first)
             .filter(|number| *number > 0)
             .ok_or_else(|| product.bad_parameter(self.number))?;
-        let size = asked("pageSize", self.usual)
+        let size = requested("pageSize", self.default_size)
             .filter(|size| self.sizes.contains(size))
             .ok_or_else(|| product.bad_parameter("pageSize"))?;
         Ok(Page {
@@ -71,7 +71,7 @@ impl Paging {
         })
     }
 
-    /// The same as Classic answers have it.
+    /// The page in the format of Classic answers.
     pub(super) fn answer(&self, call: &Call<'_>, product: Product, items: &[Value]) -> Outcome {
         let page = self.cut(call, product, items)?;
         Ok(json!({

@@ -1,4 +1,4 @@
-//! What arrived, in order and byte for byte: the evidence that tests look at.
+//! The requests received, in order and byte for byte, for tests to check.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -8,44 +8,44 @@ use bytes::Bytes;
 use super::catalog::Host;
 use crate::http::Received;
 
-/// Was the signature of a request right?
+/// Whether the signature of a request is right.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Signature {
-    /// No: the code that the checks came to.
+    /// Rejected, with the code of the failed check.
     Refused(&'static str),
-    /// The endpoint is public or unknown: nothing was checked.
+    /// Not checked: the endpoint is public or unknown.
     Unchecked,
-    /// Yes, and everything else about headers, time, address and key as well. The permission is not part of it.
+    /// Right, as are headers, time, address and key. Does not include the permission.
     Verified,
 }
 
-/// A request as it arrived, and what became of it.
+/// A request as it arrived, and its result.
 #[derive(Clone, Debug)]
 pub struct ReceivedRequest {
     /// Host that it was sent to.
     pub host: Host,
     /// Method.
     pub method: String,
-    /// Path and query, as on the wire.
+    /// Path and query, as sent.
     pub target: String,
-    /// Headers in their order, names in lower case; values that are no text are left out.
+    /// Headers in the order received, names in lower case; without values that are not text.
     pub headers: Vec<(String, String)>,
     /// Body, byte for byte.
     pub body: Bytes,
     /// Sender.
     pub peer: SocketAddr,
-    /// Exchange clock on arrival.
+    /// Time of arrival by the exchange's clock.
     pub at_ms: i64,
-    /// Catalogue id of the endpoint; `None` when the host does not have it.
+    /// Catalogue id of the endpoint; `None` if the host does not have it.
     pub endpoint: Option<String>,
-    /// Account of the key that signed it, when that verified.
+    /// Account of the key that signed it, if the signature is right.
     pub uid: Option<u64>,
-    /// Was it signed as KuCoin wants it? Checked on arrival, whatever fault hits the request afterwards.
+    /// Result of the signature check, made on arrival, before any fault.
     pub signature: Signature,
-    /// Did a fault hit it?
+    /// Whether a fault hit it.
     pub fault: bool,
-    /// HTTP status and code of what the exchange answered; `None` when it never took the request. After a fault
-    /// the client may have seen something else, or nothing.
+    /// HTTP status and code of the exchange's answer; `None` if it did not process the request. After a fault the client
+    /// may have received something else, or nothing.
     pub answered: Option<(u16, String)>,
     /// Orders that it created.
     pub created: Vec<CreatedOrder>,
@@ -63,8 +63,8 @@ impl ReceivedRequest {
         Some(value)
     }
 
-    /// Whether a broker asked it on its own behalf (the time, its address), as its user agent says.
-    pub fn is_own_question(&self) -> bool {
+    /// Whether it is the broker's own request (time or address), by its user agent.
+    pub fn is_internal(&self) -> bool {
         self.header("user-agent")
             .is_some_and(|agent| agent.ends_with("(own)"))
     }
@@ -102,13 +102,13 @@ impl ReceivedRequest {
 /// Ids of an order that a request created.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct CreatedOrder {
-    /// The exchange's.
+    /// The exchange's id.
     pub id: String,
-    /// The bot's.
+    /// The bot's id.
     pub client_oid: Option<String>,
 }
 
-/// The last requests; older ones are dropped.
+/// The newest requests; older ones are dropped.
 #[derive(Debug)]
 pub(super) struct Records {
     keep: usize,
@@ -136,7 +136,7 @@ impl Records {
         number
     }
 
-    /// The request with this number, unless it was dropped.
+    /// The request with this number; `None` if it was dropped.
     pub(super) fn get_mut(&mut self, number: u64) -> Option<&mut ReceivedRequest> {
         let at = usize::try_from(number.checked_sub(self.first)?).ok()?;
         self.requests.get_mut(at)

@@ -1,4 +1,4 @@
-//! Spot and margin orders of the high-frequency interface, and what is left of the old spot interface.
+//! Spot and margin orders of the high-frequency API, and of the old spot API as far as it still exists.
 
 use serde_json::{Value, json};
 
@@ -37,7 +37,7 @@ fn high_frequency(accounts: &mut Accounts, call: &Call<'_>) -> Option<Outcome> {
             let paging = Paging {
                 number: "pageNum",
                 sizes: 1..=50,
-                usual: Some(20),
+                default_size: Some(20),
             };
             paging.answer(call, Product::Spot, &list(accounts, call, BOOK, true))
         }),
@@ -99,7 +99,7 @@ fn margin(accounts: &mut Accounts, call: &Call<'_>) -> Option<Outcome> {
     })
 }
 
-/// The old interface has one kind of order for spot and margin; here they are all spot.
+/// The old API has one kind of order for spot and margin; here they are all spot.
 fn old(accounts: &mut Accounts, call: &Call<'_>) -> Option<Outcome> {
     const BOOK: Book = Book::Spot;
     Some(match call.route() {
@@ -129,7 +129,7 @@ fn old(accounts: &mut Accounts, call: &Call<'_>) -> Option<Outcome> {
         ),
         ("DELETE", "/api/v1/orders") => {
             let orders = cancel_where(accounts, call, |order| {
-                order.book == BOOK && call.means_symbol(&order.symbol)
+                order.book == BOOK && call.matches_symbol(&order.symbol)
             });
             let ids: Vec<String> = orders.into_iter().map(|order| order.id).collect();
             Ok(json!({"cancelledOrderIds": ids}))
@@ -138,7 +138,7 @@ fn old(accounts: &mut Accounts, call: &Call<'_>) -> Option<Outcome> {
     })
 }
 
-/// How the interface of this call shows an order.
+/// The order format of the API of this call.
 fn view_of(call: &Call<'_>) -> fn(&Order) -> Value {
     if call.endpoint.path.starts_with("/api/v1/order") {
         old_view
@@ -150,7 +150,7 @@ fn view_of(call: &Call<'_>) -> fn(&Order) -> Value {
 fn draft(book: Book, fields: &Value) -> Result<Draft, Refusal> {
     let draft = Draft::read(book, "type", fields)?;
     match book {
-        Book::Margin => draft.demand_client_oid(),
+        Book::Margin => draft.require_client_oid(),
         _ => Ok(draft),
     }
 }
@@ -170,7 +170,7 @@ fn test(accounts: &mut Accounts, call: &Call<'_>, book: Book) -> Outcome {
     Ok(json!({"orderId": "000000000000000000", "clientOid": draft.client_oid}))
 }
 
-/// The outer answer is a success whatever comes of the orders.
+/// The answer itself is always a success; each order has its own result.
 fn place_all(
     accounts: &mut Accounts,
     call: &Call<'_>,
@@ -187,7 +187,7 @@ fn place_all(
         .collect())
 }
 
-/// Cancels and places anew under the same clientOid: the new order has a new id.
+/// Cancels the order and places a new one under the same clientOid; the new order has a new id.
 fn alter(accounts: &mut Accounts, call: &Call<'_>) -> Outcome {
     let order = find(accounts, call, Book::Spot)?;
     let (id, client_oid) = (order.id.clone(), order.client_oid.clone());
@@ -212,7 +212,7 @@ fn alter(accounts: &mut Accounts, call: &Call<'_>) -> Outcome {
     Ok(json!({"newOrderId": order.id, "clientOid": client_oid}))
 }
 
-/// Finds the order that the call names, by id or clientOid, in path, query or body.
+/// Finds the order by the id or clientOid in path, query or body.
 fn find<'a>(accounts: &'a mut Accounts, call: &Call<'_>, book: Book) -> Result<&'a Order, Refusal> {
     let account = accounts.of(call.uid);
     let order = match (call.any("orderId"), call.any("clientOid")) {
@@ -220,7 +220,7 @@ fn find<'a>(accounts: &'a mut Accounts, call: &Call<'_>, book: Book) -> Result<&
         (None, Some(id)) => account.by_client_oid(&[book], id),
         (None, None) => return Err(book.product().bad_parameter("orderId")),
     };
-    // An order of another symbol than the one named is not found.
+    // An order of another symbol is not found.
     order
         .filter(|order| {
             call.any("symbol")
@@ -235,10 +235,16 @@ fn cancel(
     book: Book,
     view: fn(&Order) -> Value,
 ) -> Outcome {
-    let gone = || book.product().not_cancellable();
-    let id = find(accounts, call, book).map_err(|_| gone())?.id.clone();
+    let refusal = || book.product().not_cancellable();
+    let id = find(accounts, call, book)
+        .map_err(|_| refusal())?
+        .id
+        .clone();
     let account = accounts.of(call.uid);
-    account.cancel(&id, call.now_ms).map(view).ok_or_else(gone)
+    account
+        .cancel(&id, call.now_ms)
+        .map(view)
+        .ok_or_else(refusal)
 }
 
 fn reduce(accounts: &mut Accounts, call: &Call<'_>) -> Outcome {
@@ -252,29 +258,29 @@ fn reduce(accounts: &mut Accounts, call: &Call<'_>) -> Outcome {
         .ok_or_else(|| Product::Spot.not_cancellable())
 }
 
-/// The symbol, where the call must name one.
+/// The required parameter `symbol`.
 fn symbol<'a>(call: &'a Call<'_>, book: Book) -> Result<&'a str, Refusal> {
     call.query("symbol")
         .ok_or_else(|| book.product().bad_parameter("symbol"))
 }
 
-/// Cross or isolated margin, where the call must say which.
+/// The required parameter `tradeType`: cross or isolated margin.
 pub(super) fn margin_trade_type<'a>(call: &'a Call<'_>) -> Result<&'a str, Refusal> {
     call.query("tradeType")
         .filter(|kind| ["MARGIN_ISOLATED_TRADE", "MARGIN_TRADE"].contains(kind))
         .ok_or_else(|| Product::Margin.bad_parameter("tradeType"))
 }
 
-/// Cancels what the call's symbol and trade type fit.
+/// Cancels the orders of the call's symbol and trade type.
 fn cancel_fitting(accounts: &mut Accounts, call: &Call<'_>, book: Book) -> Value {
     cancel_where(accounts, call, |order| fits(call, book, order));
     json!("success")
 }
 
-/// Is it an order of this book, and of the symbol and the trade type that a call names, if it names any?
+/// Whether an order is of this book, and of the call's symbol and trade type, if it has these parameters.
 fn fits(call: &Call<'_>, book: Book, order: &Order) -> bool {
     order.book == book
-        && call.means_symbol(&order.symbol)
+        && call.matches_symbol(&order.symbol)
         && (book != Book::Margin
             || call
                 .query("tradeType")
@@ -297,7 +303,7 @@ fn list(accounts: &mut Accounts, call: &Call<'_>, book: Book, open: bool) -> Vec
         .collect()
 }
 
-/// Everything at once, where KuCoin lets a client scroll.
+/// All items in one answer; KuCoin would return them in parts.
 fn scrolled(items: &[Value]) -> Value {
     json!({"lastId": 0, "items": items})
 }
@@ -317,7 +323,7 @@ fn placed(order: &Order) -> Value {
     json!({"orderId": order.id, "clientOid": order.client_oid})
 }
 
-/// A refused order of a batch carries no id at all.
+/// A refused order of a batch has no id.
 fn item(order: Result<&Order, Refusal>, view: fn(&Order) -> Value) -> Value {
     match order {
         Ok(order) => joined(view(order), json!({"success": true})),
@@ -360,7 +366,7 @@ fn sizes(order: &Order) -> Value {
     })
 }
 
-/// Both objects in one.
+/// Merges two objects.
 fn joined(mut one: Value, other: Value) -> Value {
     if let (Some(one), Value::Object(other)) = (one.as_object_mut(), other) {
         one.extend(other);

@@ -1,4 +1,4 @@
-//! Orders of the unified trading account. Version 1 of these paths has the same words as version 2.
+//! Orders of the unified trading account. Versions 1 and 2 of these paths use the same action names.
 
 use serde_json::{Value, json};
 
@@ -11,7 +11,7 @@ use super::pages::Paging;
 
 const BOOKS: &[Book] = &[Book::Unified];
 
-/// `CROSS` and `ISOLATED` are version 1's words for what version 2 calls `MARGIN`.
+/// `CROSS` and `ISOLATED` are version 1's names for `MARGIN` of version 2.
 const TRADE_TYPES: [&str; 5] = ["CROSS", "FUTURES", "ISOLATED", "MARGIN", "SPOT"];
 
 /// Answers the unified order endpoints; `None` for all others.
@@ -53,7 +53,7 @@ fn draft(kind: &str, fields: &Value) -> Result<Draft, Refusal> {
         return Err(bad("symbol"));
     }
     match kind {
-        "FUTURES" | "MARGIN" => draft.demand_client_oid(),
+        "FUTURES" | "MARGIN" => draft.require_client_oid(),
         _ => Ok(draft),
     }
 }
@@ -63,7 +63,7 @@ fn place(accounts: &mut Accounts, call: &Call<'_>) -> Outcome {
     accounts.place(call, draft).map(named)
 }
 
-/// Several orders of one trade type. Version 2 has no such endpoint.
+/// Places several orders of one trade type. Version 2 has no such endpoint.
 fn place_all(accounts: &mut Accounts, call: &Call<'_>) -> Outcome {
     let kind = trade_type(&call.body)?;
     let orders = call.body.get("orderList").and_then(Value::as_array);
@@ -86,7 +86,7 @@ fn place_all(accounts: &mut Accounts, call: &Call<'_>) -> Outcome {
     Ok(json!({"tradeType": kind, "ts": nanoseconds(call.now_ms), "items": items}))
 }
 
-/// Futures only: changes price or size in place. Funds are not held anew.
+/// Futures only: changes price or size in place. The held funds do not change.
 fn amend(accounts: &mut Accounts, call: &Call<'_>) -> Outcome {
     let (price, size) = (
         amount(&call.body, "newPrice")?,
@@ -99,7 +99,7 @@ fn amend(accounts: &mut Accounts, call: &Call<'_>) -> Outcome {
         .ok_or_else(|| Product::Unified.not_cancellable())
 }
 
-/// The order that these parameters name; symbol and trade type must be its own.
+/// Finds the order with this id or clientOid; symbol and trade type must match it, if given.
 fn find<'a>(
     accounts: &'a mut Accounts,
     call: &Call<'_>,
@@ -111,11 +111,11 @@ fn find<'a>(
         (None, Some(id)) => account.by_client_oid(BOOKS, id),
         (None, None) => return Err(bad("orderId")),
     };
-    let own = |order: &&Order, name: &str| {
+    let matches = |order: &&Order, name: &str| {
         text(named, name).is_none_or(|value| text(&order.fields, name) == Some(value))
     };
     order
-        .filter(|order| own(order, "symbol") && own(order, "tradeType"))
+        .filter(|order| matches(order, "symbol") && matches(order, "tradeType"))
         .ok_or_else(|| Product::Unified.absent())
 }
 
@@ -142,8 +142,8 @@ fn cancel_named(accounts: &mut Accounts, call: &Call<'_>) -> Outcome {
     Ok(json!({"tradeType": kind, "ts": nanoseconds(call.now_ms), "items": items}))
 }
 
-/// Cancels one symbol, margin mode (cross when not named) and kind: plain orders, or those with a trigger. There is no
-/// request for everything at once.
+/// Cancels orders of one symbol, margin mode (default: cross) and kind (plain, or with a trigger). No request cancels
+/// everything at once.
 fn cancel_all(accounts: &mut Accounts, call: &Call<'_>) -> Outcome {
     let kind = trade_type(&call.body)?;
     let symbol = text(&call.body, "symbol").ok_or_else(|| bad("symbol"))?;
@@ -180,7 +180,7 @@ fn detail(accounts: &mut Accounts, call: &Call<'_>) -> Outcome {
     find(accounts, call, &named).map(order_view)
 }
 
-/// Does a filter mean orders with a trigger? `None`: it is none.
+/// Whether a filter selects orders with a trigger; `None` if it is not a filter.
 fn is_advanced(filter: &str) -> Option<bool> {
     match filter {
         "ADVANCED" => Some(true),
@@ -193,7 +193,7 @@ fn margin_mode(fields: &Value) -> &str {
     text(fields, "marginMode").unwrap_or("CROSS")
 }
 
-/// Orders of one trade type; plain ones, unless those with a trigger are asked for.
+/// Lists orders of one trade type: plain ones by default, or those with a trigger.
 fn list(accounts: &mut Accounts, call: &Call<'_>, open: bool) -> Outcome {
     let kind = call.query("tradeType");
     let kind = kind.filter(|kind| TRADE_TYPES.contains(kind));
@@ -206,7 +206,7 @@ fn list(accounts: &mut Accounts, call: &Call<'_>, open: bool) -> Outcome {
             order.book == Book::Unified
                 && order.is_open() == open
                 && order.is_conditional() == conditional
-                && call.means_symbol(&order.symbol)
+                && call.matches_symbol(&order.symbol)
                 && text(&order.fields, "tradeType") == Some(kind)
         })
         .map(order_view)
@@ -214,10 +214,10 @@ fn list(accounts: &mut Accounts, call: &Call<'_>, open: bool) -> Outcome {
     let paging = Paging {
         number: "pageNumber",
         sizes: 1..=200,
-        usual: Some(50),
+        default_size: Some(50),
     };
     let page = paging.cut(call, Product::Unified, &items)?;
-    // Only version 1 says how many there are.
+    // Only version 1 returns the total.
     if call.endpoint.path.starts_with("/api/ua/v1/") {
         return Ok(json!({
             "tradeType": kind, "pageNumber": page.number, "pageSize": page.size, "totalNum": page.total,
@@ -239,7 +239,7 @@ fn named(order: &Order) -> Value {
 }
 
 fn order_view(order: &Order) -> Value {
-    // Numbers as ccxt reads them: 0 waits for its trigger, 2 live, 3 filled, 5 cancelled.
+    // Numbers as ccxt reads them: 0 waiting for its trigger, 2 open, 3 filled, 5 cancelled.
     let state = match order.state {
         OrderState::Cancelled => 5,
         OrderState::Filled => 3,

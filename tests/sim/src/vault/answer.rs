@@ -1,4 +1,4 @@
-//! What handlers answer: envelopes, refusals and their wire form.
+//! Answers of handlers: envelopes, refusals and their HTTP form.
 
 use bytes::Bytes;
 use http::{HeaderValue, Response, StatusCode, header};
@@ -7,17 +7,17 @@ use serde_json::{Value, json};
 /// A handler's result.
 pub(super) type Outcome = Result<Answer, Refusal>;
 
-/// An answer before it has a request id.
+/// An answer without its request id.
 pub(super) enum Answer {
-    /// 204.
+    /// Status 204.
     Empty,
-    /// The envelope of logical requests.
+    /// An answer in the envelope of logical requests.
     Logical(Logical),
-    /// JSON of its own shape (sys/health, sys/init, seal status).
+    /// JSON without the envelope (sys/health, sys/init, seal status).
     Plain(u16, Value),
 }
 
-/// The varying fields of the envelope.
+/// The fields of the envelope that vary.
 #[derive(Clone)]
 pub(super) struct Logical {
     pub(super) status: u16,
@@ -45,14 +45,14 @@ impl Logical {
         }
     }
 
-    /// The accessor a wrapped answer shows: that of the token or of the `secret_id` inside.
+    /// The accessor that a wrapped answer shows: of the token or `secret_id` inside.
     pub(super) fn accessor(&self) -> Option<&Value> {
         self.auth
             .get("accessor")
             .or_else(|| self.data.get("secret_id_accessor"))
     }
 
-    /// The body; `request_id` is empty when the answer is wrapped.
+    /// The body; `request_id` is empty if the answer is wrapped.
     pub(super) fn envelope(self, request_id: &str) -> Value {
         json!({
             "request_id": request_id,
@@ -73,7 +73,7 @@ impl From<Logical> for Answer {
     }
 }
 
-/// An error status with its texts.
+/// An error status with its messages.
 #[derive(Debug)]
 pub(super) struct Refusal {
     pub(super) status: u16,
@@ -88,7 +88,7 @@ impl Refusal {
         }
     }
 
-    /// The form the server gives errors that passed its router.
+    /// An error in the format of errors that passed the server's router.
     pub(super) fn routed(status: u16, error: &str) -> Self {
         Self::new(status, format!("1 error occurred:\n\t* {error}\n\n"))
     }
@@ -97,17 +97,17 @@ impl Refusal {
         Self::new(400, error)
     }
 
-    /// A token that is missing, unknown, expired or revoked.
+    /// The error for a token that is missing, unknown, expired or revoked.
     pub(super) fn invalid_token() -> Self {
         Self::new(403, "permission denied")
     }
 
-    /// A valid token that a policy does not let through.
+    /// The error for a valid token that a policy denies.
     pub(super) fn denied() -> Self {
         Self::routed(403, "permission denied")
     }
 
-    /// 404 without a text: nothing at this path.
+    /// Status 404 without a message: nothing at this path.
     pub(super) fn missing() -> Self {
         Self {
             status: 404,
@@ -133,7 +133,7 @@ impl Refusal {
     }
 }
 
-/// An answer on the wire: JSON (nothing for null), never cached, labelled as simulated.
+/// An HTTP answer with JSON (empty for null), marked as not cacheable and as simulated.
 pub(super) fn response(status: u16, body: &Value) -> Response<Bytes> {
     let text = if body.is_null() {
         String::new()
@@ -143,10 +143,10 @@ pub(super) fn response(status: u16, body: &Value) -> Response<Bytes> {
     labelled(status, "application/json", text)
 }
 
-/// An answer of any content type, with the headers all answers carry.
+/// An HTTP answer of any content type, with the headers that all answers have.
 pub(super) fn labelled(status: u16, content_type: &'static str, body: String) -> Response<Bytes> {
     let mut response = Response::new(Bytes::from(body));
-    // Handlers give constants; a health query or a fault may ask for a status that HTTP does not have.
+    // Handlers use valid constants; a health query or a fault can request an invalid status.
     *response.status_mut() = StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_REQUEST);
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));

@@ -1,6 +1,6 @@
 //! `AppRole`: roles, `secret_ids`, login.
 //!
-//! `secret_id_bound_cidrs` is taken and ignored: whoever reaches the simulator sits on loopback.
+//! `secret_id_bound_cidrs` is accepted and ignored: all clients of the simulator are on loopback.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
@@ -13,27 +13,27 @@ use super::request::{Operation, Request};
 use super::roles::TokenSettings;
 use super::tokens::{Tokens, extend};
 
-/// The server looks for expired `secret_ids` this often, and lets them log in until then.
+/// The server removes expired `secret_ids` this often; until then they still work.
 const SWEEP: Duration = Duration::from_secs(60);
 
-/// What logins with an `AppRole` get. The default: tokens for 20 minutes, renewable up to 24 hours.
+/// The settings of an `AppRole`. Default: tokens for 20 minutes, renewable up to 24 hours.
 #[derive(Clone, Debug)]
 pub struct RoleSettings {
-    /// How often a `secret_id` may log in; 0: without limit.
+    /// How often a `secret_id` can log in; 0: no limit.
     pub secret_id_num_uses: u64,
-    /// How long a `secret_id` may log in; none: for ever.
+    /// How long a `secret_id` works; `None`: no limit.
     pub secret_id_ttl: Option<Duration>,
-    /// Addresses that the tokens work from; none: all.
+    /// Addresses that can use the tokens; empty: all.
     pub token_bound_cidrs: Vec<String>,
-    /// How long a token can live with renewals; none: the server's 768 hours.
+    /// Maximum lifetime of a token with renewals; `None`: the server's 768 hours.
     pub token_max_ttl: Option<Duration>,
-    /// How many requests a token is good for; 0: without limit.
+    /// How many requests a token can make; 0: no limit.
     pub token_num_uses: u64,
-    /// Makes tokens periodic: each renewal is for this long, without a maximum.
+    /// Makes tokens periodic: each renewal lasts this long, without a maximum.
     pub token_period: Option<Duration>,
-    /// The tokens' policies, `default` included if they shall have it.
+    /// The tokens' policies; include `default` if wanted.
     pub token_policies: Vec<String>,
-    /// How long a token lives without renewal; none: the server's 768 hours.
+    /// Lifetime of a token without renewal; `None`: the server's 768 hours.
     pub token_ttl: Option<Duration>,
 }
 
@@ -62,7 +62,7 @@ pub(super) struct Approle {
 
 struct Role {
     entity_id: String,
-    /// The `role_id` of its logins.
+    /// The `role_id`.
     id: String,
     secret_id_num_uses: u64,
     secret_id_ttl: Option<Duration>,
@@ -72,7 +72,7 @@ struct Role {
 
 struct SecretId {
     expires: Option<SystemTime>,
-    /// None: without limit.
+    /// `None`: no limit.
     uses_left: Option<u64>,
 }
 
@@ -109,7 +109,7 @@ impl Approle {
         }
     }
 
-    /// Makes or replaces a role; returns its `role_id` and a `secret_id`.
+    /// Creates or replaces a role; returns its `role_id` and a `secret_id`.
     pub(super) fn set_role(
         &mut self,
         name: &str,
@@ -134,14 +134,14 @@ impl Approle {
         (role_id, secret_id)
     }
 
-    /// The login, the only request here that needs no token.
+    /// Answers a login, the only request of this method that needs no token.
     pub(super) fn login(
         &mut self,
         request: &Request,
         tokens: &mut Tokens,
         ids: &mut Ids,
     ) -> Outcome {
-        let refused = || Refusal::bad_request("invalid role or secret ID");
+        let invalid = || Refusal::bad_request("invalid role or secret ID");
         let role_id = match request.body.text("role_id") {
             None | Some("") => return Err(Refusal::routed(500, "missing role_id")),
             Some(role_id) => role_id,
@@ -152,10 +152,10 @@ impl Approle {
             .roles
             .iter_mut()
             .find(|(_, role)| role.id == role_id)
-            .ok_or_else(refused)?;
+            .ok_or_else(invalid)?;
         role.secret_ids
             .retain(|_, known| known.expires.is_none_or(|expires| expires > swept));
-        let known = role.secret_ids.get_mut(secret_id).ok_or_else(refused)?;
+        let known = role.secret_ids.get_mut(secret_id).ok_or_else(invalid)?;
         if let Some(uses_left) = &mut known.uses_left {
             *uses_left -= 1;
             if *uses_left == 0 {
@@ -171,7 +171,7 @@ impl Approle {
         Ok(tokens.issue(id, grant, request.now, ids).into())
     }
 
-    /// Requests below the mount other than the login.
+    /// Answers requests below the mount other than logins.
     pub(super) fn handle(&mut self, path: &str, request: &Request, ids: &mut Ids) -> Outcome {
         let mut segments = path.splitn(3, '/');
         if segments.next() != Some("role") {

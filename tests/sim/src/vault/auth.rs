@@ -1,4 +1,4 @@
-//! Login methods by mount: where requests below `auth/` go, except those to `auth/token/`.
+//! Login methods by mount: routes requests below `auth/`, except those to `auth/token/`.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use super::kubernetes::{Kubernetes, Reviews};
 use super::request::{Operation, Request};
 use super::tokens::Tokens;
 
-/// The mounts, and the reviewer that all Kubernetes mounts ask.
+/// The mounts, and the reviewer of all Kubernetes mounts.
 #[derive(Default)]
 pub(super) struct Auth {
     pub(super) mounts: BTreeMap<String, Method>,
@@ -36,7 +36,7 @@ impl Method {
 }
 
 impl Auth {
-    /// Answers a login, the only request below a mount that needs no token; none if the request is none.
+    /// Answers a login, the only request below a mount that needs no token; `None` if the request is not a login.
     pub(super) fn login(
         &mut self,
         request: &Request,
@@ -54,7 +54,7 @@ impl Auth {
         })
     }
 
-    /// Answers any other request below a mount; `path` is what follows `auth/`. None if there is no such mount.
+    /// Answers any other request below a mount; `path` is relative to `auth/`. `None` if there is no such mount.
     pub(super) fn handle(
         &mut self,
         path: &str,
@@ -69,7 +69,7 @@ impl Auth {
         })
     }
 
-    /// Refuses a renewal that a token's login method does not allow: certificate logins want the certificate again.
+    /// Rejects a renewal that the login method does not allow: certificate logins require the same certificate again.
     pub(super) fn check_renewal(
         &self,
         token: &str,
@@ -85,7 +85,7 @@ impl Auth {
         }
     }
 
-    /// `sys/auth/<name>`.
+    /// Answers `sys/auth/<name>`: mounts a method.
     pub(super) fn mount(&mut self, name: &str, request: &Request) -> Outcome {
         let method = match request.body.text("type") {
             Some("approle") => Method::Approle(Approle::new(name, request.now)),

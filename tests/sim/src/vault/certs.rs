@@ -1,4 +1,4 @@
-//! Certificate logins: roles, each with the CA it trusts and the names it lets in.
+//! Certificate logins: roles, each with the CAs it trusts and the names it accepts.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -18,8 +18,8 @@ use super::roles::{TokenSettings, matches};
 use super::tokens::{CertificateLogin, Tokens, extend};
 use super::x509::{Described, chains_to, describe, fingerprint};
 
-/// Conditions of a role that the simulator does not know.
-const LEFT_OUT: [&str; 6] = [
+/// Conditions of a role that are not simulated.
+const NOT_SIMULATED: [&str; 6] = [
     "allowed_email_sans",
     "allowed_metadata_extensions",
     "allowed_names",
@@ -28,8 +28,8 @@ const LEFT_OUT: [&str; 6] = [
     "required_extensions",
 ];
 
-/// Which certificates log in at a role. In names `*` stands for any text; of each list that is not empty the
-/// certificate must have one.
+/// Which certificates can log in to a role. `*` in a name matches any text. A certificate must match one entry of each list
+/// that is not empty.
 #[derive(Clone, Debug, Default)]
 pub struct CertRole {
     /// Common names.
@@ -38,25 +38,25 @@ pub struct CertRole {
     pub allowed_dns_sans: Vec<String>,
     /// URIs among the subject alternative names.
     pub allowed_uri_sans: Vec<String>,
-    /// The CAs trusted, PEM.
+    /// The trusted CAs, PEM.
     pub certificate_pem: String,
-    /// What a login gets.
+    /// The tokens that a login gets.
     pub tokens: TokenSettings,
 }
 
-/// Why a role has nothing to trust.
+/// Why the CAs of a role are invalid.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum CaError {
-    /// A certificate is not that of a CA. The server would trust just that one; the simulator does not know how.
+    /// A certificate is not a CA. A real server would trust exactly that certificate; this is not simulated.
     NotCa,
-    /// There is no certificate, or one cannot be read.
+    /// There is no certificate, or one cannot be parsed.
     Unreadable,
 }
 
 impl fmt::Display for CaError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::NotCa => "simulator: only the certificates of CAs can be trusted",
+            Self::NotCa => "simulator: only CA certificates can be trusted",
             Self::Unreadable => "failed to parse certificate",
         })
     }
@@ -84,7 +84,7 @@ impl Certs {
         }
     }
 
-    /// Makes or replaces a role.
+    /// Creates or replaces a role.
     pub(super) fn set_role(
         &mut self,
         name: &str,
@@ -123,7 +123,7 @@ impl Certs {
         Ok(tokens.issue(id, grant, request.now, ids).into())
     }
 
-    /// Whether the certificate may still log in at the role of the token, and is the very one of the login.
+    /// Checks that the certificate can still log in to the token's role and is the same as at the login.
     pub(super) fn check_renewal(
         &self,
         login: &CertificateLogin<'_>,
@@ -133,7 +133,7 @@ impl Certs {
         if certificate == login.certificate {
             return Ok(());
         }
-        // What the server names the two by is not known; any text that tells them apart will do.
+        // How the server identifies the two is not known; fingerprints distinguish them.
         let problem = format!(
             "failed to renew entry: client identity during renewal not matching client identity used during login:\
              \n\toriginal: {}\n\trenewal: {}",
@@ -143,7 +143,7 @@ impl Certs {
         Err(Refusal::routed(500, &problem))
     }
 
-    /// The first role, or the wanted one, that lets the client in, and the client's certificate.
+    /// The named role, or the first one, that accepts the client's certificate, and that certificate.
     fn verified<'a>(
         &self,
         wanted: Option<&str>,
@@ -154,21 +154,21 @@ impl Certs {
             .split_first()
             .ok_or_else(|| Refusal::bad_request("no client certificate found"))?;
         let mut trusted = Vec::new();
-        let mut refused = None;
+        let mut rejected = None;
         for (name, role) in &self.roles {
             if wanted.is_some_and(|wanted| wanted != name) {
                 continue;
             }
             match role.trust(certificate, intermediates, request.now) {
                 Ok(()) => trusted.push((name.as_str(), role)),
-                // The second: another CA of the same name, which is a stranger to the server as well.
+                // BadSignature: another CA of the same name, which the server does not trust either.
                 Err(rustls::Error::InvalidCertificate(
                     CertificateError::UnknownIssuer | CertificateError::BadSignature,
                 )) => {}
-                Err(error) => refused = Some(error),
+                Err(error) => rejected = Some(error),
             }
         }
-        match refused {
+        match rejected {
             Some(error) if trusted.is_empty() => {
                 let problem = format!("failed to verify client's certificate: {error}");
                 return Err(Refusal::routed(500, &problem));
@@ -188,7 +188,7 @@ impl Certs {
         Ok((name, role, certificate))
     }
 
-    /// Requests below the mount other than the login.
+    /// Answers requests below the mount other than logins.
     pub(super) fn handle(&mut self, path: &str, request: &Request, ids: &mut Ids) -> Outcome {
         let (area, name) = path.split_once('/').unwrap_or((path, ""));
         match (area, name, request.operation) {
@@ -223,7 +223,7 @@ impl Certs {
 
     fn write_role(&mut self, name: &str, request: &Request, ids: &mut Ids) -> Outcome {
         let body = &request.body;
-        if let Some(field) = LEFT_OUT.iter().find(|field| body.get(field).is_some()) {
+        if let Some(field) = NOT_SIMULATED.iter().find(|field| body.get(field).is_some()) {
             let problem = format!("simulator: {field} is not simulated");
             return Err(Refusal::bad_request(problem));
         }

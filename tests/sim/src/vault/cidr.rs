@@ -1,8 +1,8 @@
-//! Address ranges that a token may be used from.
+//! Address ranges from which a token can be used.
 
 use std::net::IpAddr;
 
-/// Whether `address` is in one of the ranges; without ranges every address is admitted.
+/// Whether `address` is in one of the ranges; without ranges, every address is.
 pub(super) fn admits(ranges: &[String], address: IpAddr) -> bool {
     ranges.is_empty()
         || ranges
@@ -10,7 +10,7 @@ pub(super) fn admits(ranges: &[String], address: IpAddr) -> bool {
             .any(|range| contains(range, address) == Some(true))
 }
 
-/// None when the range cannot be read.
+/// Whether `address` is in the range; `None` if the range cannot be parsed.
 fn contains(range: &str, address: IpAddr) -> Option<bool> {
     let (base, prefix) = match range.split_once('/') {
         None => (range, None),
@@ -41,7 +41,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ranges_admit_what_lies_inside() {
+    fn ranges_admit_only_addresses_inside_them() {
         let local = IpAddr::from([127, 0, 0, 1]);
         for (range, inside) in [
             ("127.0.0.0/8", true),

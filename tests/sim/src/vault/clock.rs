@@ -1,8 +1,8 @@
-//! The simulator's clock: the system's, moved ahead on request, and the text forms of its times.
+//! The simulator's clock: the system clock plus an offset; and formats of times and durations.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Real time plus an offset, or standing still until it is moved.
+/// System time, or a stopped time, plus an offset.
 #[derive(Debug, Default)]
 pub(super) struct Clock {
     offset: Duration,
@@ -11,7 +11,7 @@ pub(super) struct Clock {
 
 #[expect(
     clippy::disallowed_methods,
-    reason = "the simulator's own clock; it is no part of the broker"
+    reason = "the simulator has its own clock; the ban is for the broker"
 )]
 impl Clock {
     pub(super) fn now(&self) -> SystemTime {
@@ -46,13 +46,13 @@ pub(super) fn rfc3339(time: SystemTime) -> String {
     )
 }
 
-/// Time since 1970; times before that do not occur.
+/// Time since 1970; zero for earlier times.
 pub(super) fn since_epoch(time: SystemTime) -> Duration {
     time.duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
-/// Year, month and day of a day counted from 1970-01-01, in eras of 400 years that begin on 1 March
-/// (the usual conversion for the Gregorian calendar, so that the leap day comes last).
+/// Year, month and day of a number of days since 1970-01-01. The usual conversion for the Gregorian calendar, with eras of
+/// 400 years that start on 1 March, so that the leap day is the last day of a year.
 fn date(day: u64) -> (u64, u64, u64) {
     let day = day + 719_468; // from 0000-03-01
     let (era, day) = (day / 146_097, day % 146_097);
@@ -68,7 +68,7 @@ fn date(day: u64) -> (u64, u64, u64) {
     (era * 400 + year + u64::from(month <= 2), month, day)
 }
 
-/// A duration as requests give it: seconds as a number or text, or text with units such as `1h30m`.
+/// Parses a duration of a request: seconds, or text with units such as `1h30m`.
 pub(super) fn parse_duration(text: &str) -> Option<Duration> {
     if let Ok(seconds) = text.parse() {
         return Some(Duration::from_secs(seconds));
@@ -95,7 +95,7 @@ pub(super) fn parse_duration(text: &str) -> Option<Duration> {
     Some(total).filter(|_| !text.is_empty())
 }
 
-/// A duration as the server writes it in warnings: units of zero left out, `99h`, `1h30m`, `4s`.
+/// A duration as the server formats it in warnings, without zero units: `99h`, `1h30m`, `4s`.
 pub(super) fn short(duration: Duration) -> String {
     let seconds = duration.as_secs();
     let parts = [
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn durations_are_read_and_written_as_vault_does() {
+    fn durations_are_parsed_and_formatted_as_vault_does() {
         for (text, seconds) in [
             ("20m", 1_200),
             ("1h30m", 5_400),

@@ -1,17 +1,18 @@
-//! `/_sim/`: control of the simulator over HTTP, for when it runs as a process of its own. No part of Vault.
+//! `/_sim/`: lets another process control the simulator over HTTP. Not part of Vault's API.
 //!
 //! | Request | Body |
 //! |---|---|
-//! | `POST fault`, `DELETE fault` | a [`FaultRule`]; all are cleared |
+//! | `POST fault` | a [`FaultRule`] to add |
+//! | `DELETE fault` | removes all faults |
 //! | `POST seal`, `POST unseal` | |
 //! | `POST fail-over` | the other listener becomes the active node |
 //! | `POST advance` | `{"seconds": 60}` moves the clock ahead |
-//! | `POST secret` | `{"mount": "kv", "path": "a/b", "data": {...}}` writes a version, and mounts what is not there |
+//! | `POST secret` | `{"mount": "kv", "path": "a/b", "data": {...}}` writes a version; creates the mount if needed |
 //! | `DELETE secret` | `{"mount": "kv", "path": "a/b"}` soft-deletes the newest version |
-//! | `DELETE metadata` | the same fields; removes the path with all its versions |
-//! | `DELETE mount` | `{"mount": "kv"}` |
-//! | `POST denial`, `DELETE denial` | `{"path": "kv/*"}`, and if need be `token` and `method` |
-//! | `POST token` | `{"seconds": 3600}`; the answer has the new `token` |
+//! | `DELETE metadata` | `{"mount": "kv", "path": "a/b"}` deletes the path with all its versions |
+//! | `DELETE mount` | `{"mount": "kv"}` removes a mount |
+//! | `POST denial`, `DELETE denial` | `{"path": "kv/*"}`, optionally with `token` and `method` |
+//! | `POST token` | `{"seconds": 3600}` creates a token; the answer contains it as `token` |
 //! | `DELETE token` | `{"token": "..."}` revokes it |
 
 use std::time::Duration;
@@ -33,13 +34,13 @@ struct Seconds {
 }
 
 #[derive(Deserialize)]
-struct Place {
+struct SecretPath {
     mount: String,
     path: String,
 }
 
 #[derive(Deserialize)]
-struct Written {
+struct NewSecret {
     mount: String,
     path: String,
     data: Value,
@@ -62,18 +63,18 @@ struct Token {
     token: String,
 }
 
-/// Carries out a control request, if it is one.
+/// Executes a control request; `None` if it is not one.
 pub(super) fn control(core: &mut Core, received: &Received) -> Option<Response<Bytes>> {
     let command = received.head.uri.path().strip_prefix("/_sim/")?;
-    Some(match act(core, received, command) {
+    Some(match execute(core, received, command) {
         Ok(Some(answer)) => response(200, &answer),
-        Ok(None) => response(404, &json!({ "simulator": "no such control" })),
+        Ok(None) => response(404, &json!({ "simulator": "no such control request" })),
         Err(problem) => response(400, &json!({ "simulator": problem.to_string() })),
     })
 }
 
-/// The answer; none where there is no such command.
-fn act(
+/// The answer; `None` if there is no such command.
+fn execute(
     core: &mut Core,
     received: &Received,
     command: &str,
@@ -101,7 +102,7 @@ fn act(
         ("POST", "fault") => core.faults.add(body::<FaultRule>(received)?),
         ("DELETE", "fault") => core.faults.clear(),
         ("DELETE", "metadata") => {
-            let Place { mount, path } = body(received)?;
+            let SecretPath { mount, path } = body(received)?;
             if let Some(kv) = core.kv.get_mut(&mount) {
                 kv.delete_metadata(&path);
             }
@@ -113,11 +114,11 @@ fn act(
         ("POST", "seal") => core.seal.close(),
         ("POST", "unseal") => core.seal.open(),
         ("POST", "secret") => {
-            let Written { mount, path, data } = body(received)?;
+            let NewSecret { mount, path, data } = body(received)?;
             core.kv.entry(mount).or_default().put(&path, data, now);
         }
         ("DELETE", "secret") => {
-            let Place { mount, path } = body(received)?;
+            let SecretPath { mount, path } = body(received)?;
             if let Some(kv) = core.kv.get_mut(&mount) {
                 kv.delete_latest(&path, now);
             }

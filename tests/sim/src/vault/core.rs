@@ -1,4 +1,4 @@
-//! The state behind both listeners, and the way of a request through it.
+//! The state of both listeners, and the routing of requests.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -22,7 +22,7 @@ use super::wrapping::Wraps;
 use super::{InitialState, Seen, Standby};
 use crate::http::Received;
 
-/// Everything but the sockets.
+/// All state except the sockets.
 pub(super) struct Core {
     pub(super) active: Node,
     pub(super) auth: Auth,
@@ -31,7 +31,7 @@ pub(super) struct Core {
     pub(super) faults: Faults,
     pub(super) ids: Ids,
     pub(super) kv: BTreeMap<String, Kv>,
-    /// Mounts of KV version 1; always empty.
+    /// Mounts of KV version 1, which contain nothing.
     pub(super) kv_v1: BTreeSet<String>,
     pub(super) listening: Listening,
     pub(super) policies: BTreeMap<String, Value>,
@@ -58,7 +58,7 @@ impl Node {
     }
 }
 
-/// The URLs of the nodes that listen.
+/// The URLs of the nodes that are listening.
 #[derive(Default)]
 pub(super) struct Listening {
     first: Option<String>,
@@ -113,13 +113,13 @@ impl Core {
         self.clock.now()
     }
 
-    /// Enters a token without a request.
+    /// Adds a token without a request.
     pub(super) fn issue(&mut self, id: String, grant: Grant) {
         self.tokens
             .issue(id, grant, self.clock.now(), &mut self.ids);
     }
 
-    /// Makes a renewable token that dies with no other.
+    /// Creates a renewable orphan token.
     pub(super) fn create_token(&mut self, ttl: Duration) -> String {
         let id = self.ids.token();
         let grant = Grant {
@@ -138,9 +138,9 @@ impl Core {
     pub(super) fn answer(&mut self, node: Node, received: &Received) -> Response<Bytes> {
         let mut answered = match Request::read(received, self.now()) {
             Err(refusal) => response(refusal.status, &refusal.body()),
-            Ok(request) => self.answer_read(node, &request, received),
+            Ok(request) => self.answer_parsed(node, &request, received),
         };
-        // The server says back the namespace it was asked for.
+        // The server returns the namespace header of the request.
         if let Some(namespace) = received.head.headers.get("x-vault-namespace") {
             let namespace = HeaderValue::clone(namespace);
             answered
@@ -150,7 +150,7 @@ impl Core {
         answered
     }
 
-    fn answer_read(
+    fn answer_parsed(
         &mut self,
         node: Node,
         request: &Request,
@@ -185,7 +185,7 @@ impl Core {
         }
     }
 
-    /// Requests that work without a token in every state of the seal.
+    /// Answers requests that need no token and no unsealed server; `None` for all others.
     fn system(&mut self, node: Node, request: &Request) -> Option<Outcome> {
         let in_namespace = request.namespace.is_some();
         match request.path.as_str() {
@@ -216,7 +216,7 @@ impl Core {
         Ok(Answer::Plain(200, body))
     }
 
-    /// Requests behind the barrier.
+    /// Answers requests that need an unsealed server.
     fn logical(&mut self, request: &Request) -> Outcome {
         self.tokens.sweep(request.now);
         self.wraps.sweep(request.now);
@@ -253,7 +253,7 @@ impl Core {
         } else {
             self.dispatch(token, request)
         };
-        self.tokens.settle(token);
+        self.tokens.revoke_if_used_up(token);
         outcome
     }
 
@@ -280,7 +280,7 @@ impl Core {
             return match request.operation {
                 Operation::List | Operation::Read => Err(Refusal::missing()),
                 _ => Err(Refusal::bad_request(
-                    "simulator: KV version 1 cannot be written",
+                    "simulator: writes to KV version 1 are not simulated",
                 )),
             };
         }
@@ -290,7 +290,7 @@ impl Core {
         }
     }
 
-    /// Requests below `sys/` that need a token.
+    /// Answers requests below `sys/` that need a token.
     fn sys(&mut self, path: &str, request: &Request) -> Outcome {
         let (area, name) = path.split_once('/').unwrap_or((path, ""));
         match (area, name, request.operation) {
@@ -330,8 +330,8 @@ impl Core {
         }
     }
 
-    /// `sys/internal/ui/mounts/<mount>`, with which clients find out the version of KV. Of a mount that is not there a server
-    /// says the same as of one that the token may not see.
+    /// Answers `sys/internal/ui/mounts/<mount>`, from which clients learn the KV version. A real server returns the same
+    /// error for a missing mount as for one that the token must not see.
     fn describe_mount(&self, name: &str) -> Outcome {
         let mount = name
             .strip_prefix("ui/mounts/")
@@ -370,7 +370,7 @@ impl Core {
         Ok(Answer::Empty)
     }
 
-    /// Policies are kept and shown, not enforced.
+    /// Stores and returns policies; they are not enforced.
     fn policy(&mut self, name: &str, operation: Operation, request: &Request) -> Outcome {
         match (name, operation) {
             ("", Operation::List | Operation::Read) => {
@@ -400,14 +400,14 @@ impl Core {
     }
 }
 
-/// Whether a standby cannot answer itself: all but reads of secrets, of its own state and of a token by itself.
+/// Whether a standby cannot answer a request itself: every request except reads and those about its own state.
 fn needs_active(request: &Request) -> bool {
     let state = ["sys/health", "sys/init", "sys/seal-status", "sys/unseal"];
     !matches!(request.operation, Operation::List | Operation::Read)
         && !state.contains(&request.path.as_str())
 }
 
-/// The mount with the longest name that `path` lies below, and the rest of the path.
+/// The mount with the longest name that is a prefix of `path`, and the rest of the path.
 pub(super) fn below_mount<'a, 'b, T>(
     path: &'a str,
     mounts: &'b mut BTreeMap<String, T>,

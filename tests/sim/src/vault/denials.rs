@@ -1,18 +1,18 @@
-//! Requests that a policy would deny: listed, since there is no policy engine.
+//! Denied requests, listed by tests: policies are not enforced.
 
 use super::request::relative_path;
 
-/// What is denied to tokens that are valid.
+/// Requests that are denied although the token is valid.
 #[derive(Default)]
 pub(super) struct Denials(Vec<Denial>);
 
 #[derive(PartialEq)]
 struct Denial {
-    /// None: every token.
+    /// `None`: every token.
     token: Option<String>,
-    /// None: every method.
+    /// `None`: every method.
     method: Option<String>,
-    /// A path below `/v1/`; with `*` at the end, all that starts so.
+    /// A path below `/v1/`; with `*` at the end, every path with that prefix.
     path: String,
 }
 
@@ -42,8 +42,8 @@ impl Denials {
     }
 
     pub(super) fn remove(&mut self, token: Option<&str>, method: Option<&str>, path: &str) {
-        let lifted = Denial::new(token, method, path);
-        self.0.retain(|denial| *denial != lifted);
+        let removed = Denial::new(token, method, path);
+        self.0.retain(|denial| *denial != removed);
     }
 
     pub(super) fn deny(&self, token: &str, method: &str, path: &str) -> bool {

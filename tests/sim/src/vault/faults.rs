@@ -1,4 +1,4 @@
-//! Faults on request: what to do wrong, for which requests, how often.
+//! Faults on demand: what goes wrong, for which requests, and how often.
 
 use std::time::Duration;
 
@@ -13,31 +13,31 @@ use crate::http::Reply;
 
 const API: &str = "/v1/";
 
-/// What goes wrong. In JSON: `"kind"` in snake case, and the fields beside it.
+/// What goes wrong. In JSON: `"kind"` in snake case, with the fields in the same object.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Fault {
-    /// The connection is closed without an answer; the request is not carried out.
+    /// The connection is closed without an answer; the request is not executed.
     Close,
-    /// The right answer comes late.
+    /// The request is executed and answered after a delay.
     Delay {
-        /// By how much, in real milliseconds.
+        /// The delay in real milliseconds.
         ms: u64,
     },
-    /// The token of the request expires just before it.
+    /// The token of the request expires just before the request is executed.
     ExpireToken,
-    /// The request is carried out, half the body of its answer arrives, then the connection closes.
+    /// The request is executed, half of the answer's body is sent, then the connection is closed.
     HalfBody,
-    /// The connection stays open, and nothing happens.
+    /// The connection stays open without an answer; the request is not executed.
     Hang,
-    /// 200 with an HTML page, as a proxy in between would send; the request is not carried out.
+    /// Status 200 with an HTML page, as a proxy would send it; the request is not executed.
     NotJson,
-    /// 307 to the same path and query at another origin; the request is not carried out.
+    /// Status 307 to the same path and query at another origin; the request is not executed.
     Redirect {
         /// Scheme, host and port.
         to: String,
     },
-    /// This status with an errors body; the request is not carried out.
+    /// This status with an `errors` body; the request is not executed.
     Status {
         /// 400 to 599.
         code: u16,
@@ -45,29 +45,29 @@ pub enum Fault {
         #[serde(default)]
         retry_after_s: Option<u32>,
     },
-    /// The request is carried out, and `data` of its answer, with all it holds, arrives inside a list.
+    /// The request is executed, and `data` of its answer is put inside a list.
     WrongJson,
 }
 
-/// A fault and the requests that it hits. Of several rules the oldest wins.
+/// A fault and the requests that it hits. If several rules match, the oldest applies.
 #[derive(Clone, Debug, Deserialize)]
 pub struct FaultRule {
     /// What goes wrong.
     #[serde(flatten)]
     pub fault: Fault,
-    /// Only requests with this method; none: all.
+    /// Method; `None`: every method.
     #[serde(default)]
     pub method: Option<String>,
-    /// Start of the path, with or without `/v1/` before it; empty: every path.
+    /// Start of the path, with or without `/v1/`; empty: every path.
     #[serde(default)]
     pub path: String,
-    /// How many requests it hits; none: all until faults are cleared.
+    /// How many requests it hits; `None`: all until the faults are cleared.
     #[serde(default)]
     pub times: Option<u32>,
 }
 
 impl FaultRule {
-    /// Hits every request below `path` until faults are cleared.
+    /// A rule that hits every request whose path starts with `path`, until the faults are cleared.
     pub fn new(path: &str, fault: Fault) -> Self {
         Self {
             fault,
@@ -77,14 +77,14 @@ impl FaultRule {
         }
     }
 
-    /// Hits only requests with this method.
+    /// Limits the rule to this method.
     #[must_use]
     pub fn method(mut self, method: &str) -> Self {
         self.method = Some(method.to_owned());
         self
     }
 
-    /// Hits only the next requests, as many as this.
+    /// Limits the rule to this many requests.
     #[must_use]
     pub fn times(mut self, times: u32) -> Self {
         self.times = Some(times);
@@ -92,7 +92,7 @@ impl FaultRule {
     }
 }
 
-/// The rules in force.
+/// The active rules.
 #[derive(Default)]
 pub(super) struct Faults(Vec<FaultRule>);
 
@@ -108,7 +108,7 @@ impl Faults {
         self.0.clear();
     }
 
-    /// The fault that hits this request, counted.
+    /// The fault that hits this request, if any; counts the request.
     pub(super) fn hit(&mut self, method: &str, path: &str) -> Option<Fault> {
         let path = relative_path(path);
         let rule = self.0.iter_mut().find(|rule| {
@@ -124,8 +124,8 @@ impl Faults {
 }
 
 impl Fault {
-    /// The whole answer, for faults that do not carry the request out.
-    pub(super) fn instead(&self, path_and_query: &str) -> Option<Reply> {
+    /// The answer of a fault that replaces the execution of the request; `None` for other faults.
+    pub(super) fn replacement(&self, path_and_query: &str) -> Option<Reply> {
         match self {
             Self::Close => Some(Reply::Close),
             Self::Hang => Some(Reply::Hang),
@@ -138,19 +138,19 @@ impl Fault {
                 code,
                 retry_after_s,
             } => {
-                let mut refused =
+                let mut answer =
                     response(*code, &json!({ "errors": errors(*code, path_and_query) }));
                 if let Some(seconds) = retry_after_s {
-                    let headers = refused.headers_mut();
+                    let headers = answer.headers_mut();
                     headers.insert(header::RETRY_AFTER, HeaderValue::from(*seconds));
                 }
-                Some(refused.into())
+                Some(answer.into())
             }
             Self::Delay { .. } | Self::ExpireToken | Self::HalfBody | Self::WrongJson => None,
         }
     }
 
-    /// How long to wait before the request is carried out.
+    /// How long to wait before the request is executed.
     pub(super) fn delay(&self) -> Duration {
         match self {
             Self::Delay { ms } => Duration::from_millis(*ms),
@@ -158,7 +158,7 @@ impl Fault {
         }
     }
 
-    /// The answer of a request that was carried out, damaged.
+    /// Damages the answer of an executed request.
     pub(super) fn damage(&self, answer: Response<Bytes>) -> Reply {
         match self {
             Self::HalfBody => {
@@ -178,7 +178,7 @@ impl Fault {
     }
 }
 
-/// 307 to the same path and query at `origin`.
+/// A redirect (status 307) to the same path and query at `origin`.
 pub(super) fn redirect(origin: &str, path_and_query: &str) -> Response<Bytes> {
     let mut response = response(307, &Value::Null);
     let location = format!("{}{path_and_query}", origin.trim_end_matches('/'));

@@ -1,11 +1,11 @@
-//! Tokens, accessors, UUIDs and unseal keys: unlike each other, and unlike those of another run.
+//! Random tokens, accessors, UUIDs and unseal keys, different in each run.
 
 use std::fmt::Write as _;
 use std::io;
 
 use aws_lc_rs::{digest, rand};
 
-/// Draws from SHA-256 over a random seed and a counter: randomness can only fail when the simulator starts.
+/// Values from SHA-256 of a random seed and a counter: only the start of the simulator needs randomness and can fail.
 pub(super) struct Ids {
     seed: [u8; 32],
     drawn: u64,
@@ -14,7 +14,7 @@ pub(super) struct Ids {
 impl Ids {
     pub(super) fn new() -> io::Result<Self> {
         let mut seed = [0; 32];
-        rand::fill(&mut seed).map_err(|_| io::Error::other("the system gave no randomness"))?;
+        rand::fill(&mut seed).map_err(|_| io::Error::other("the system provides no randomness"))?;
         Ok(Self { seed, drawn: 0 })
     }
 
@@ -27,7 +27,7 @@ impl Ids {
         hash.finish().as_ref().to_vec()
     }
 
-    /// A service token as `OpenBao` makes them: `s.` and 24 letters and digits.
+    /// A service token in the format of `OpenBao`: `s.` and 24 letters and digits.
     pub(super) fn token(&mut self) -> String {
         format!("s.{}", self.accessor())
     }

@@ -1,7 +1,7 @@
-//! Kubernetes logins: roles, and a reviewer inside the simulator in place of the API server's `TokenReview`.
+//! Kubernetes logins: roles, and a reviewer inside the simulator that replaces `TokenReview` of the Kubernetes API server.
 //!
-//! A JWT is never parsed: it stands for the service account that a test gave with it. So its expiry and audience are
-//! not looked at, and a role's `audience` is taken and ignored.
+//! A JWT is not parsed: it identifies the service account that a test registered for it. Its expiry and audience are not
+//! checked, and a role's `audience` is ignored.
 
 use std::collections::BTreeMap;
 
@@ -13,17 +13,17 @@ use super::request::{Operation, Request};
 use super::roles::{TokenSettings, matches};
 use super::tokens::{Tokens, extend};
 
-/// The `kubernetes_host` at which the reviewer of the simulator answers. At any other nobody does.
+/// The `kubernetes_host` of the simulator's reviewer. Logins with any other host are rejected.
 pub const REVIEWER_URL: &str = "https://reviewer.simulated";
 
-/// Who may log in at a role. The default: the service account `trading/credbroker`.
+/// Which service accounts can log in to a role. Default: `trading/credbroker`.
 #[derive(Clone, Debug)]
 pub struct KubernetesRole {
-    /// Names of service accounts; `*` in them stands for any text.
+    /// Names of service accounts; `*` matches any text.
     pub service_account_names: Vec<String>,
-    /// Namespaces of service accounts; `*` in them stands for any text.
+    /// Namespaces of service accounts; `*` matches any text.
     pub service_account_namespaces: Vec<String>,
-    /// What a login gets.
+    /// The tokens that a login gets.
     pub tokens: TokenSettings,
 }
 
@@ -40,7 +40,7 @@ impl Default for KubernetesRole {
     }
 }
 
-/// Whom a JWT stands for. The default: `trading/credbroker`, UID `u-1`.
+/// The service account of a JWT. Default: `trading/credbroker` with UID `u-1`.
 #[derive(Clone, Debug)]
 pub struct ServiceAccount {
     /// Name of the account.
@@ -61,20 +61,20 @@ impl Default for ServiceAccount {
     }
 }
 
-/// Whether the Kubernetes API server answers.
+/// Whether the reviewer is running.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub enum Reviewer {
-    /// Nobody answers: every login is refused.
+    /// The reviewer does not answer: every login is rejected.
     Down,
-    /// JWTs are judged.
+    /// The reviewer checks JWTs.
     #[default]
     Up,
 }
 
-/// What the reviewer knows.
+/// State of the reviewer.
 #[derive(Default)]
 pub(super) struct Reviews {
-    /// By JWT.
+    /// Service accounts by JWT.
     pub(super) accounts: BTreeMap<String, ServiceAccount>,
     pub(super) reviewer: Reviewer,
 }
@@ -100,12 +100,12 @@ impl Kubernetes {
         }
     }
 
-    /// Asks the simulator's reviewer from now on.
+    /// Configures the simulator's reviewer.
     pub(super) fn use_reviewer(&mut self) {
         self.host = Some(REVIEWER_URL.to_owned());
     }
 
-    /// Makes or replaces a role.
+    /// Creates or replaces a role.
     pub(super) fn set_role(&mut self, name: &str, settings: KubernetesRole, ids: &mut Ids) {
         let old = self.roles.remove(name);
         let role = Role {
@@ -115,7 +115,8 @@ impl Kubernetes {
         self.roles.insert(name.to_owned(), role);
     }
 
-    /// As the server does: the role, what the JWT says, and only then the reviewer, whose silence is a refusal too.
+    /// Answers a login. Checks in the server's order: role, service account of the JWT, reviewer. If the reviewer is down,
+    /// the login is rejected.
     pub(super) fn login(
         &self,
         request: &Request,
@@ -166,12 +167,12 @@ impl Kubernetes {
         Ok(tokens.issue(id, grant, request.now, ids).into())
     }
 
-    /// Requests below the mount other than the login.
+    /// Answers requests below the mount other than logins.
     pub(super) fn handle(&mut self, path: &str, request: &Request, ids: &mut Ids) -> Outcome {
         let (area, name) = path.split_once('/').unwrap_or((path, ""));
         match (area, name, request.operation) {
             ("config", "", Operation::Write) => {
-                left_out(request, "pem_keys")?;
+                reject_unsimulated(request, "pem_keys")?;
                 let host = request.body.text("kubernetes_host");
                 let host = host.filter(|host| !host.is_empty());
                 let host = host.ok_or_else(|| Refusal::bad_request("no host provided"))?;
@@ -179,7 +180,7 @@ impl Kubernetes {
                 Ok(Answer::Empty)
             }
             ("config", "", Operation::Read) => Err(Refusal::bad_request(
-                "simulator: the configuration of kubernetes is not shown",
+                "simulator: reading the kubernetes configuration is not simulated",
             )),
             ("role", "", Operation::List) if self.roles.is_empty() => Err(Refusal::missing()),
             ("role", "", Operation::List) => {
@@ -208,7 +209,7 @@ impl Kubernetes {
     }
 
     fn write_role(&mut self, name: &str, request: &Request, ids: &mut Ids) -> Outcome {
-        left_out(request, "bound_service_account_namespace_selector")?;
+        reject_unsimulated(request, "bound_service_account_namespace_selector")?;
         let body = &request.body;
         let old = self.roles.get(name).map(|role| &role.settings);
         let bound = |field: &str, old: Option<&Vec<String>>, when: &str| {
@@ -235,8 +236,8 @@ impl Kubernetes {
     }
 }
 
-/// Refuses a field that would change what the server does and that the simulator does not know.
-fn left_out(request: &Request, field: &str) -> Result<(), Refusal> {
+/// Rejects a field that would change the server's behaviour but is not simulated.
+fn reject_unsimulated(request: &Request, field: &str) -> Result<(), Refusal> {
     match request.body.get(field) {
         None => Ok(()),
         Some(_) => Err(Refusal::bad_request(format!(

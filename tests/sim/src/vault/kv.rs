@@ -1,6 +1,6 @@
 //! KV version 2: versions, metadata, check-and-set, soft delete, destroy.
 //!
-//! Left out, and refused where asked for: PATCH, `delete_version_after` and `metadata_cas_required`.
+//! Not simulated, and rejected: PATCH, `delete_version_after` and `metadata_cas_required`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::SystemTime;
@@ -11,10 +11,10 @@ use super::answer::{Answer, Logical, Outcome, Refusal};
 use super::clock::rfc3339;
 use super::request::{Fields, Operation, Request};
 
-/// Versions a key keeps unless its metadata or the mount says otherwise.
+/// How many versions of a path are kept, unless its metadata or the mount sets another number.
 const DEFAULT_MAX_VERSIONS: u64 = 10;
 
-/// What a write of metadata can set; one that sets none of it changes nothing, and makes no path.
+/// The fields of a metadata write; a write with none of them changes nothing and creates no path.
 const METADATA: [&str; 5] = [
     "cas_required",
     "custom_metadata",
@@ -124,7 +124,7 @@ impl Version {
 }
 
 impl Kv {
-    /// Requests below the mount; `path` is what follows it.
+    /// Answers requests below the mount; `path` is relative to it.
     pub(super) fn handle(&mut self, path: &str, request: &Request) -> Outcome {
         let (area, secret) = path.split_once('/').unwrap_or((path, ""));
         match (area, request.operation) {
@@ -166,7 +166,7 @@ impl Kv {
         }
     }
 
-    /// Writes a version; returns its number and what a write answers.
+    /// Writes a version; returns its number and the answer's data.
     pub(super) fn put(&mut self, path: &str, data: Value, now: SystemTime) -> (u64, Value) {
         let secret = self
             .secrets
@@ -186,7 +186,7 @@ impl Kv {
         (secret.current_version, answer)
     }
 
-    /// Replaces the custom metadata of a path, which it makes if needed.
+    /// Replaces the custom metadata of a path. Creates the path if needed.
     pub(super) fn set_custom_metadata(
         &mut self,
         path: &str,
@@ -211,7 +211,7 @@ impl Kv {
         }
     }
 
-    /// Removes a path with all its versions; their numbers start again at 1.
+    /// Deletes a path with all its versions; the next version is 1.
     pub(super) fn delete_metadata(&mut self, path: &str) {
         self.secrets.remove(path);
     }
@@ -227,7 +227,7 @@ impl Kv {
     }
 
     fn configure(&mut self, body: &Fields) -> Outcome {
-        refuse_unsimulated(body)?;
+        reject_unsimulated(body)?;
         self.cas_required = body.flag("cas_required").unwrap_or(self.cas_required);
         self.max_versions = body.number("max_versions").unwrap_or(self.max_versions);
         Ok(Answer::Empty)
@@ -256,24 +256,24 @@ impl Kv {
 
     fn read(&self, path: &str, request: &Request) -> Outcome {
         let secret = self.secrets.get(path).ok_or_else(Refusal::missing)?;
-        let asked = match request.query("version") {
+        let requested = match request.query("version") {
             None | Some("") => 0,
             Some(text) => text.parse().map_err(|_| {
                 Refusal::bad_request("error converting input for field \"version\"")
             })?,
         };
-        let number = if asked == 0 {
+        let number = if requested == 0 {
             secret.current_version
         } else {
-            asked
+            requested
         };
         let version = secret.versions.get(&number).ok_or_else(Refusal::missing)?;
-        let gone = version.destroyed || version.deleted.is_some();
+        let is_deleted = version.destroyed || version.deleted.is_some();
         let mut answer = Logical::data(json!({
-            "data": if gone { &Value::Null } else { &version.data },
+            "data": if is_deleted { &Value::Null } else { &version.data },
             "metadata": secret.version_metadata(number, version),
         }));
-        if gone {
+        if is_deleted {
             answer.status = 404;
         }
         Ok(answer.into())
@@ -285,7 +285,7 @@ impl Kv {
             .get("data")
             .ok_or_else(|| Refusal::bad_request("no data provided"))?;
         if !data.is_object() && !data.is_null() {
-            return Err(no_object("data", data));
+            return Err(not_an_object("data", data));
         }
         let secret = self.secrets.get(path);
         let cas = body.get("options").and_then(|options| options.get("cas"));
@@ -308,7 +308,7 @@ impl Kv {
 
     fn write_metadata(&mut self, path: &str, request: &Request) -> Outcome {
         let body = &request.body;
-        refuse_unsimulated(body)?;
+        reject_unsimulated(body)?;
         if METADATA.iter().all(|name| body.get(name).is_none()) {
             return Ok(Answer::Empty);
         }
@@ -365,12 +365,12 @@ impl Kv {
     }
 }
 
-/// A number, or the text of one, as the server accepts both.
+/// A number, or a string with a number: the server accepts both.
 fn as_number(value: &Value) -> Option<u64> {
     value.as_u64().or_else(|| value.as_str()?.parse().ok())
 }
 
-/// The number of a check-and-set: whatever the server can make one of. Below zero it fits no version.
+/// The number of a check-and-set: every value that the server can convert. A negative one matches no version.
 fn check_and_set(value: &Value) -> Result<i128, Refusal> {
     let number = match value {
         Value::Null => Some(0),
@@ -383,7 +383,7 @@ fn check_and_set(value: &Value) -> Result<i128, Refusal> {
     number.ok_or_else(|| Refusal::bad_request("error parsing check-and-set parameter"))
 }
 
-/// The server names types as its language does.
+/// The Go type name that the server's errors contain.
 fn kind_of(value: &Value) -> &'static str {
     match value {
         Value::Array(_) => "[]interface {}",
@@ -395,7 +395,7 @@ fn kind_of(value: &Value) -> &'static str {
     }
 }
 
-fn no_object(field: &str, value: &Value) -> Refusal {
+fn not_an_object(field: &str, value: &Value) -> Refusal {
     Refusal::bad_request(format!(
         "error converting input for field {field:?}: '' expected type 'map[string]interface {{}}', \
          got unconvertible type '{}'",
@@ -403,7 +403,7 @@ fn no_object(field: &str, value: &Value) -> Refusal {
     ))
 }
 
-fn refuse_unsimulated(body: &Fields) -> Result<(), Refusal> {
+fn reject_unsimulated(body: &Fields) -> Result<(), Refusal> {
     let delay = body.duration("delete_version_after")?.unwrap_or_default();
     if !delay.is_zero() || body.flag("metadata_cas_required") == Some(true) {
         return Err(Refusal::bad_request(
@@ -413,14 +413,14 @@ fn refuse_unsimulated(body: &Fields) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// Makes text of numbers and truth values, and checks what the server checks: 64 pairs, names of 1 to 128 bytes, values of
-/// 1 to 512, nothing that does not print. No pairs are as good as none.
+/// Converts numbers and booleans to strings, and checks the server's limits: 64 pairs, names of 1 to 128 bytes, values of 1
+/// to 512 bytes, only printable characters. An empty map counts as `None`.
 fn custom_metadata(value: &Value) -> Result<Option<BTreeMap<String, String>>, Refusal> {
     const PROBLEM: &str = "custom_metadata validation failed";
     let pairs = match value {
         Value::Null => return Ok(None),
         Value::Object(pairs) => pairs,
-        other => return Err(no_object("custom_metadata", other)),
+        other => return Err(not_an_object("custom_metadata", other)),
     };
     let mut custom = BTreeMap::new();
     for (name, value) in pairs {
@@ -458,12 +458,12 @@ fn custom_metadata(value: &Value) -> Result<Option<BTreeMap<String, String>>, Re
                 value.len()
             ));
         }
-        if !name.chars().all(prints) {
+        if !name.chars().all(is_printable) {
             problems.push(format!(
                 "{PROBLEM}: key {name:?} ({name}) contains unprintable characters"
             ));
         }
-        if !value.chars().all(prints) {
+        if !value.chars().all(is_printable) {
             problems.push(format!(
                 "{PROBLEM}: value for key {name:?} contains unprintable characters"
             ));
@@ -482,13 +482,13 @@ fn custom_metadata(value: &Value) -> Result<Option<BTreeMap<String, String>>, Re
     )))
 }
 
-/// Letters, marks, numbers, punctuation, symbols and the plain space; near enough to the server's own list.
-fn prints(c: char) -> bool {
+/// Letters, marks, numbers, punctuation, symbols and the space; approximates the server's own list.
+fn is_printable(c: char) -> bool {
     let invisible = matches!(c, '\u{ad}' | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{2064}' | '\u{feff}');
     c == ' ' || !(c.is_control() || c.is_whitespace() || invisible)
 }
 
-/// A path without `data/`, as version 1 had them.
+/// The answer for a path without `data/`, as version 1 has them.
 fn not_versioned(operation: Operation) -> Outcome {
     let command = match operation {
         Operation::Delete => "delete",

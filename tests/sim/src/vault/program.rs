@@ -1,4 +1,4 @@
-//! The simulator as a program: its arguments, and a start from them.
+//! The simulator as a program: its arguments and its start.
 
 use std::io;
 use std::net::SocketAddr;
@@ -9,23 +9,23 @@ use super::{InitialState, VaultSettings, VaultSim};
 /// Arguments of the simulated Vault.
 #[derive(Clone, Debug, clap::Args)]
 pub struct VaultArgs {
-    /// Where to listen: loopback only, port 0 takes a free one.
+    /// Address to listen on: loopback only, port 0 picks a free port
     #[arg(long, default_value = "127.0.0.1:8200")]
     pub listen: SocketAddr,
-    /// The root token. Not a secret: the simulator guards nothing.
+    /// The root token; not a secret, as the simulator protects nothing
     #[arg(long, default_value = "sim-root")]
     pub root_token: String,
-    /// KV version 2 mount to begin with.
+    /// KV version 2 mount to create
     #[arg(long, default_value = "kv")]
     pub mount: String,
-    /// Secret to begin with: its path in the mount, and a JSON file with its fields. May be repeated.
+    /// Secret to write: its path in the mount and a JSON file with its fields; may be repeated
     #[arg(long, value_name = "PATH=FILE")]
     pub put: Vec<String>,
 }
 
-/// Starts a dev server as the arguments say.
+/// Starts a dev server with these arguments.
 ///
-/// Fails when the address is not loopback or taken, or a file of `--put` cannot be read as a JSON object.
+/// Fails if the address is not loopback or is in use, or if a file of `--put` is not a JSON object.
 pub async fn serve(args: VaultArgs) -> io::Result<VaultSim> {
     let secrets = args
         .put
@@ -53,7 +53,7 @@ fn read_secret(put: &str) -> io::Result<(String, Fields)> {
     let invalid = |problem: String| io::Error::new(io::ErrorKind::InvalidInput, problem);
     let (path, file) = put
         .split_once('=')
-        .ok_or_else(|| invalid(format!("--put wants PATH=FILE, not {put:?}")))?;
+        .ok_or_else(|| invalid(format!("--put: expected PATH=FILE, got {put:?}")))?;
     let text = std::fs::read(Path::new(file))
         .map_err(|error| io::Error::new(error.kind(), format!("{file}: {error}")))?;
     let data = serde_json::from_slice(&text)

@@ -1,4 +1,4 @@
-//! A request as handlers see it: operation, decoded path, query, JSON body, token.
+//! A parsed request: operation, decoded path, query, JSON body, token.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use super::answer::Refusal;
 use super::clock::parse_duration;
 use crate::http::Received;
 
-/// Vault's operations; POST and PUT are the same.
+/// Vault's operations; POST and PUT are the same operation.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Operation {
     Delete,
@@ -21,11 +21,11 @@ pub(super) enum Operation {
     Write,
 }
 
-/// A request whose body is still text.
+/// A parsed request.
 pub(super) struct Request {
     pub(super) operation: Operation,
     pub(super) method: String,
-    /// Without `/v1/`, percent-decoded, no slash at the end.
+    /// Without `/v1/` and without slashes at the end, percent-decoded.
     pub(super) path: String,
     pub(super) query: Vec<(String, String)>,
     pub(super) body: Fields,
@@ -39,7 +39,7 @@ pub(super) struct Request {
 }
 
 impl Request {
-    /// Fails with the server's 400 when the body is not JSON or a header cannot be read.
+    /// Parses a request. Fails with the server's error 400 if the body is not JSON or a header is invalid.
     pub(super) fn read(received: &Received, now: SystemTime) -> Result<Self, Refusal> {
         let head = &received.head;
         let header = |name: &str| {
@@ -94,13 +94,13 @@ impl Request {
     }
 }
 
-/// The path below `/v1/`, decoded, without slashes at its end.
+/// The path below `/v1/`, percent-decoded, without slashes at the end.
 pub(super) fn relative_path(path: &str) -> String {
     let path = path.strip_prefix("/v1/").unwrap_or(path);
     decode(path).trim_end_matches('/').to_owned()
 }
 
-/// The fields of a JSON body; none when there is no body.
+/// The fields of a JSON body; empty if there is no body.
 #[derive(Default)]
 pub(super) struct Fields(Map<String, Value>);
 
@@ -135,7 +135,7 @@ impl Fields {
         self.get(name)?.as_u64()
     }
 
-    /// A list of strings, or one string with commas.
+    /// A list of strings, or one comma-separated string.
     pub(super) fn texts(&self, name: &str) -> Option<Vec<String>> {
         let texts = match self.get(name)? {
             Value::Array(items) => items
@@ -170,7 +170,7 @@ impl Fields {
     }
 }
 
-/// Percent-decoding; what is not an escape stays as it is.
+/// Percent-decodes text; keeps a `%` that is not an escape.
 fn decode(text: &str) -> String {
     let mut decoded = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();

@@ -1,4 +1,4 @@
-//! What the roles of all login methods share: the tokens they give, and patterns for names.
+//! Common parts of the roles of all login methods: token settings and name patterns.
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -10,20 +10,20 @@ use super::cidr;
 use super::request::Fields;
 use super::tokens::{Grant, sorted};
 
-/// The tokens that a login gets. The default: with the policy `broker`, for 20 minutes, renewable up to 24 hours.
+/// The tokens that a login gets. Default: policy `broker`, 20 minutes, renewable up to 24 hours.
 #[derive(Clone, Debug)]
 pub struct TokenSettings {
-    /// Addresses that the tokens work from; none: all.
+    /// Addresses that can use the tokens; empty: all.
     pub bound_cidrs: Vec<String>,
-    /// How long a token can live with renewals; none: the server's 768 hours.
+    /// Maximum lifetime of a token with renewals; `None`: the server's 768 hours.
     pub max_ttl: Option<Duration>,
-    /// How many requests a token is good for; 0: without limit.
+    /// How many requests a token can make; 0: no limit.
     pub num_uses: u64,
-    /// Makes tokens periodic: each renewal is for this long, without a maximum.
+    /// Makes tokens periodic: each renewal lasts this long, without a maximum.
     pub period: Option<Duration>,
-    /// The tokens' policies, `default` included if they shall have it.
+    /// The tokens' policies; include `default` if wanted.
     pub policies: Vec<String>,
-    /// How long a token lives without renewal; none: the server's 768 hours.
+    /// Lifetime of a token without renewal; `None`: the server's 768 hours.
     pub ttl: Option<Duration>,
 }
 
@@ -41,7 +41,7 @@ impl Default for TokenSettings {
 }
 
 impl TokenSettings {
-    /// What a role has after a request that writes it; `old` is what it had, if it was there.
+    /// The settings of a role after a write request; `old` are the settings before, if the role existed.
     pub(super) fn written(old: Option<&Self>, body: &Fields) -> Result<Self, Refusal> {
         if body.text("token_type") == Some("batch") {
             return Err(Refusal::bad_request(
@@ -75,7 +75,7 @@ impl TokenSettings {
         })
     }
 
-    /// Whether tokens work from `peer`. All methods but `AppRole` refuse the login from elsewhere.
+    /// Rejects a login from an address that could not use the token. `AppRole` does not check this.
     pub(super) fn admit(&self, peer: IpAddr) -> Result<(), Refusal> {
         if cidr::admits(&self.bound_cidrs, peer) {
             Ok(())
@@ -84,7 +84,7 @@ impl TokenSettings {
         }
     }
 
-    /// A token as the role gives it, before the method has said who it is for.
+    /// A token with the role's settings; the login method adds the identity.
     pub(super) fn grant(&self) -> Grant {
         Grant {
             bound_cidrs: self.bound_cidrs.clone(),
@@ -98,7 +98,7 @@ impl TokenSettings {
         }
     }
 
-    /// The fields that reading a role shows.
+    /// The fields in the answer of a role read.
     pub(super) fn describe(&self) -> Value {
         let seconds = |duration: Option<Duration>| duration.unwrap_or_default().as_secs();
         json!({
@@ -113,7 +113,7 @@ impl TokenSettings {
     }
 }
 
-/// Whether a name is as one of the patterns says, in which `*` stands for any text.
+/// Whether a name matches one of the patterns, in which `*` matches any text.
 pub(super) fn matches(patterns: &[String], name: &str) -> bool {
     patterns.iter().any(|pattern| fits(pattern, name))
 }
@@ -134,7 +134,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_star_stands_for_any_text() {
+    fn star_matches_any_text() {
         for (pattern, name, fit) in [
             ("broker", "broker", true),
             ("broker", "broker2", false),

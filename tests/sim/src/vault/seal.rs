@@ -1,4 +1,4 @@
-//! Initialisation, seal and unseal, and the health that follows from them.
+//! Initialisation, seal, unseal and health.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -9,15 +9,15 @@ use super::clock::unix_s;
 use super::ids::{Ids, hex};
 use super::request::{Operation, Request};
 
-/// What the simulated server calls itself.
+/// The version that the simulated server reports.
 pub(super) const VERSION: &str = "2.0.0-simulated";
 
-/// The barrier around the storage. Any `threshold` of the shares open it.
+/// The seal of the storage. Any `threshold` of the shares unseal it.
 pub(super) struct Seal {
     cluster_id: String,
     entered: Vec<Vec<u8>>,
     nonce: String,
-    /// False: a dev server, in memory.
+    /// Whether the storage is "file"; otherwise a dev server, in memory.
     pub(super) file: bool,
     pub(super) sealed: bool,
     shares: Vec<Vec<u8>>,
@@ -38,7 +38,7 @@ impl Seal {
         }
     }
 
-    /// Initialised with one share, open, in memory.
+    /// Initialised with one share, unsealed, in memory.
     pub(super) fn dev(ids: &mut Ids) -> Self {
         Self {
             file: false,
@@ -49,7 +49,7 @@ impl Seal {
         }
     }
 
-    /// `sys/init`. The root token in its answer still has to be entered.
+    /// Answers `sys/init`. The caller must add the root token of the answer to the valid tokens.
     pub(super) fn init(&mut self, request: &Request, ids: &mut Ids) -> Result<Init, Refusal> {
         match request.operation {
             Operation::Read => Ok(Init::Status(json!({ "initialized": self.initialised() }))),
@@ -79,7 +79,7 @@ impl Seal {
         }
     }
 
-    /// `sys/unseal`: one share, or `reset`.
+    /// Answers `sys/unseal`: enters one share, or resets with `reset`.
     pub(super) fn enter(&mut self, request: &Request, ids: &mut Ids) -> Outcome {
         if request.operation != Operation::Write {
             return Err(Refusal::unsupported_operation());
@@ -98,13 +98,13 @@ impl Seal {
                     Refusal::bad_request("'key' must be a valid hex or base64 string")
                 })?;
             if self.sealed {
-                self.take(share, ids)?;
+                self.enter_share(share, ids)?;
             }
         }
         Ok(Answer::Plain(200, self.status()))
     }
 
-    /// `sys/seal-status`.
+    /// The body of `sys/seal-status`.
     pub(super) fn status(&self) -> Value {
         let mut status = json!({
             "type": "shamir",
@@ -124,7 +124,7 @@ impl Seal {
         status
     }
 
-    /// `sys/health`; its status code says the state, and the query may ask for other codes.
+    /// Answers `sys/health`: the status code depends on the state, and the query can set other codes.
     pub(super) fn health(&self, standby: bool, request: &Request) -> Outcome {
         if request.operation != Operation::Read {
             return Err(Refusal::unsupported_operation());
@@ -132,7 +132,7 @@ impl Seal {
         let standby_ok = request
             .query("standbyok")
             .is_some_and(|value| value != "false");
-        let (parameter, usual) = if !self.initialised() {
+        let (parameter, default) = if !self.initialised() {
             ("uninitcode", 501)
         } else if self.sealed {
             ("sealedcode", 503)
@@ -142,7 +142,7 @@ impl Seal {
             ("activecode", 200)
         };
         let status = match request.query(parameter) {
-            None => usual,
+            None => default,
             Some(code) => code
                 .parse()
                 .map_err(|_| Refusal::bad_request(format!("invalid value for {parameter}")))?,
@@ -161,13 +161,13 @@ impl Seal {
         Ok(Answer::Plain(status, body))
     }
 
-    /// Closes the barrier.
+    /// Seals.
     pub(super) fn close(&mut self) {
         self.sealed = true;
         self.forget_entered();
     }
 
-    /// Opens the barrier without shares.
+    /// Unseals without shares, if initialised.
     pub(super) fn open(&mut self) {
         self.sealed = !self.initialised();
         self.forget_entered();
@@ -177,7 +177,7 @@ impl Seal {
         !self.shares.is_empty()
     }
 
-    fn take(&mut self, share: Vec<u8>, ids: &mut Ids) -> Result<(), Refusal> {
+    fn enter_share(&mut self, share: Vec<u8>, ids: &mut Ids) -> Result<(), Refusal> {
         if self.entered.is_empty() {
             self.nonce = ids.uuid();
         }
@@ -187,9 +187,9 @@ impl Seal {
         if (self.entered.len() as u64) < self.threshold {
             return Ok(());
         }
-        let right = self.entered.iter().all(|share| self.shares.contains(share));
+        let is_valid = self.entered.iter().all(|share| self.shares.contains(share));
         self.forget_entered();
-        if !right {
+        if !is_valid {
             return Err(Refusal::bad_request(
                 "cipher: message authentication failed",
             ));
@@ -211,7 +211,7 @@ impl Seal {
     }
 }
 
-/// What `sys/init` did.
+/// The result of `sys/init`.
 pub(super) enum Init {
     Done { answer: Value, root_token: String },
     Status(Value),

@@ -1,4 +1,4 @@
-//! TLS that asks for client certificates and takes whatever comes: which of them may log in, roles decide.
+//! TLS that requests client certificates and accepts any: the roles decide which of them can log in.
 
 use std::sync::Arc;
 
@@ -11,16 +11,16 @@ use rustls::{DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureSc
 
 use crate::pki::Identity;
 
-/// TLS for [`VaultSettings::tls`](super::VaultSettings::tls) with the certificate of `server`, asking for client
-/// certificates and requiring none.
+/// TLS for [`VaultSettings::tls`](super::VaultSettings::tls) with the certificate of `server`, which requests client
+/// certificates but does not require them.
 ///
-/// Fails when certificate or key cannot be read or do not belong together.
+/// Fails if certificate or key cannot be parsed or do not match.
 pub fn asking_for_certificates(server: &Identity) -> Result<Arc<ServerConfig>, rustls::Error> {
-    let unreadable = |what| rustls::Error::General(format!("the server's {what} is not PEM"));
+    let not_pem = |part| rustls::Error::General(format!("the server's {part} is not PEM"));
     let certificate = CertificateDer::from_pem_slice(server.certificate_pem.as_bytes())
-        .map_err(|_| unreadable("certificate"))?;
+        .map_err(|_| not_pem("certificate"))?;
     let key = PrivateKeyDer::from_pem_slice(server.key_pem.as_bytes())
-        .map_err(|_| unreadable("private key"))?;
+        .map_err(|_| not_pem("private key"))?;
     let provider = Arc::new(aws_lc_rs::default_provider());
     let config = ServerConfig::builder_with_provider(Arc::clone(&provider))
         .with_safe_default_protocol_versions()?
@@ -29,7 +29,7 @@ pub fn asking_for_certificates(server: &Identity) -> Result<Arc<ServerConfig>, r
     Ok(Arc::new(config))
 }
 
-/// Asks only that the client holds the key of its certificate.
+/// Verifies only that the client has the private key of its certificate.
 #[derive(Debug)]
 struct AnyCertificate(Arc<CryptoProvider>);
 

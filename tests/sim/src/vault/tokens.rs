@@ -1,4 +1,4 @@
-//! Tokens: creation, uses, renewal, expiry, revocation with their children.
+//! Tokens: creation, use, renewal, expiry, and revocation with their children.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -13,7 +13,7 @@ use super::clock::{rfc3339, short, unix_s};
 use super::ids::Ids;
 use super::request::{Operation, Request};
 
-/// The server's default and its maximum, 32 days.
+/// The server's default and maximum TTL: 32 days.
 pub(super) const SYSTEM_TTL: Duration = Duration::from_secs(768 * 3600);
 
 /// All valid tokens by id.
@@ -26,44 +26,44 @@ struct Token {
     expires: Option<SystemTime>,
     issued: SystemTime,
     last_renewal: Option<SystemTime>,
-    /// 0: unlimited; -1: this request is the last.
+    /// 0: no limit; -1: this request is the last one.
     num_uses: i64,
     grant: Grant,
 }
 
-/// What a new token shall be.
+/// The properties of a new token.
 #[derive(Clone, Default)]
 pub(super) struct Grant {
     pub(super) bound_cidrs: Vec<String>,
-    /// The certificate that it was given for, by a certificate login.
+    /// The client certificate of a certificate login.
     pub(super) certificate: Option<CertificateDer<'static>>,
     pub(super) display_name: String,
     pub(super) entity_id: String,
     pub(super) explicit_max_ttl: Option<Duration>,
-    /// Ends all renewals, like the explicit one, but belongs to the role.
+    /// Maximum TTL of the role; limits renewals like `explicit_max_ttl`.
     pub(super) max_ttl: Option<Duration>,
     pub(super) metadata: Value,
     pub(super) num_uses: u64,
-    /// The token it dies with.
+    /// The token whose revocation also revokes it.
     pub(super) parent: Option<String>,
     pub(super) path: String,
     pub(super) period: Option<Duration>,
     pub(super) policies: Vec<String>,
     pub(super) renewable: bool,
-    /// None: the server's default, or no end for a root token.
+    /// `None`: the server's default, or no expiry for a root token.
     pub(super) ttl: Option<Duration>,
 }
 
-/// How a token came of a certificate login.
+/// The certificate login that issued a token.
 pub(super) struct CertificateLogin<'a> {
     pub(super) certificate: &'a CertificateDer<'static>,
-    /// Its mount, without `auth/`.
+    /// The mount, without `auth/`.
     pub(super) mount: &'a str,
     pub(super) role: &'a str,
 }
 
 impl Grant {
-    /// A root token without an end.
+    /// A root token that does not expire.
     pub(super) fn root(path: &str, display_name: &str) -> Self {
         Self {
             display_name: display_name.to_owned(),
@@ -83,7 +83,7 @@ impl Tokens {
         self.0.keys().map(String::as_str)
     }
 
-    /// Enters a token and answers its `auth` object.
+    /// Adds a token and returns its `auth` object.
     pub(super) fn issue(
         &mut self,
         id: String,
@@ -114,7 +114,7 @@ impl Tokens {
         answer
     }
 
-    /// The certificate login that a token came of; none if it came otherwise.
+    /// The certificate login that issued a token; `None` if another method issued it.
     pub(super) fn certificate_login(&self, id: &str) -> Option<CertificateLogin<'_>> {
         let grant = &self.0.get(id)?.grant;
         Some(CertificateLogin {
@@ -124,7 +124,7 @@ impl Tokens {
         })
     }
 
-    /// Counts a use of a valid token; an invalid one is refused.
+    /// Counts a use of a valid token; rejects an invalid one.
     pub(super) fn authenticate(&mut self, id: &str, peer: IpAddr) -> Result<(), Refusal> {
         let token = self.0.get_mut(id).ok_or_else(Refusal::invalid_token)?;
         if !cidr::admits(&token.grant.bound_cidrs, peer) {
@@ -138,14 +138,14 @@ impl Tokens {
         Ok(())
     }
 
-    /// Revokes a token that has had its last use.
-    pub(super) fn settle(&mut self, id: &str) {
+    /// Revokes a token whose last use is over.
+    pub(super) fn revoke_if_used_up(&mut self, id: &str) {
         if self.0.get(id).is_some_and(|token| token.num_uses < 0) {
             self.revoke(id);
         }
     }
 
-    /// Removes a token and its children; says whether there was one.
+    /// Removes a token and its children; returns whether it existed.
     pub(super) fn revoke(&mut self, id: &str) -> bool {
         let found = self.0.remove(id).is_some();
         let is_child = |(_, token): &(&String, &Token)| token.grant.parent.as_deref() == Some(id);
@@ -155,7 +155,7 @@ impl Tokens {
         found
     }
 
-    /// Revokes what has expired.
+    /// Revokes expired tokens.
     pub(super) fn sweep(&mut self, now: SystemTime) {
         let has_expired =
             |(_, token): &(&String, &Token)| token.expires.is_some_and(|expires| expires <= now);
@@ -164,7 +164,7 @@ impl Tokens {
         }
     }
 
-    /// Requests below `auth/token/`; `caller` has been authenticated.
+    /// Answers requests below `auth/token/`; `caller` is an authenticated token.
     pub(super) fn handle(
         &mut self,
         path: &str,
@@ -261,7 +261,7 @@ impl Tokens {
 }
 
 impl Token {
-    /// The time to live that a lease of `wanted` gets now, and the warning when it is cut.
+    /// The TTL that a lease of `wanted` gets now, and a warning if it is shortened.
     fn lease(&self, wanted: Duration, now: SystemTime) -> (Duration, Option<String>) {
         let wanted = self.grant.period.unwrap_or(wanted);
         let system = self.grant.period.is_none().then_some(SYSTEM_TTL);
@@ -279,7 +279,7 @@ impl Token {
         if wanted <= left {
             return (wanted, None);
         }
-        // Rounded up, so that the moment between login and renewal does not show.
+        // Rounded up, so that the time between login and renewal does not change the text.
         let shown = Duration::from_secs((left + Duration::from_nanos(999_999_999)).as_secs());
         let warning = format!(
             "TTL of \"{}\" exceeded the effective max_ttl of \"{}\"; TTL value is capped accordingly",
@@ -355,14 +355,14 @@ impl Token {
     }
 }
 
-/// Policies as the server keeps them: in order, each once.
+/// Policies as the server stores them: sorted, without duplicates.
 pub(super) fn sorted(mut policies: Vec<String>) -> Vec<String> {
     policies.sort();
     policies.dedup();
     policies
 }
 
-/// Both objects in one.
+/// Merges two objects.
 pub(super) fn extend(object: Value, more: Value) -> Value {
     match (object, more) {
         (Value::Object(object), Value::Object(more)) => {

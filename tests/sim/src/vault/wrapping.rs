@@ -1,4 +1,4 @@
-//! Response wrapping: one-time tokens that stand for an answer.
+//! Response wrapping: single-use tokens, each for one answer.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
@@ -23,7 +23,7 @@ struct Wrapped {
 }
 
 impl Wraps {
-    /// Keeps `answer` for `ttl` and returns the answer that is sent in its place.
+    /// Stores `answer` for `ttl` and returns the answer with the wrapping token.
     pub(super) fn wrap(
         &mut self,
         answer: Logical,
@@ -56,18 +56,18 @@ impl Wraps {
         Answer::Plain(200, body)
     }
 
-    /// Forgets what has expired.
+    /// Removes expired answers.
     pub(super) fn sweep(&mut self, now: SystemTime) {
         self.0
             .retain(|_, wrapped| wrapped.created + wrapped.ttl > now);
     }
 
-    /// Uses up a wrapping token that was sent as client token; says whether it was one.
+    /// Spends a wrapping token that was sent as client token; returns whether it was a wrapping token.
     pub(super) fn consume(&mut self, token: &str) -> bool {
         self.0.remove(token).is_some()
     }
 
-    /// `sys/wrapping/lookup`: needs no client token and costs no use.
+    /// Answers `sys/wrapping/lookup`, which needs no client token and does not spend the wrapping token.
     pub(super) fn lookup(&self, request: &Request) -> Outcome {
         let token = request.body.text("token").or(request.token.as_deref());
         let wrapped = self
@@ -82,7 +82,7 @@ impl Wraps {
         Ok(Logical::data(data).into())
     }
 
-    /// `sys/wrapping/unwrap`: with the wrapping token as client token, or in the body beside another client token.
+    /// Answers `sys/wrapping/unwrap`: the wrapping token is the client token, or is in the body, with another client token.
     pub(super) fn unwrap(&mut self, request: &Request, tokens: &mut Tokens) -> Outcome {
         let client = request.token.as_deref().unwrap_or_default();
         let in_body = request.body.text("token").filter(|token| !token.is_empty());
@@ -91,7 +91,7 @@ impl Wraps {
             return Err(no_such_token());
         }
         if in_body == Some(client) {
-            // As the server does: the use as client token spends it, and then nothing is left to unwrap.
+            // As in the server: its use as client token spends the wrapping token, so nothing can be unwrapped.
             self.0.remove(token);
             return Err(Refusal::routed(
                 500,
@@ -103,7 +103,7 @@ impl Wraps {
             tokens.authenticate(client, request.peer)?;
         }
         let wrapped = self.0.remove(token).ok_or_else(no_such_token)?;
-        tokens.settle(client);
+        tokens.revoke_if_used_up(client);
         Ok(wrapped.answer.into())
     }
 }

@@ -1,4 +1,4 @@
-//! Certificates: what they say, and whether a CA stands behind them.
+//! Certificates: their fields, and verification of their chains.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use x509_parser::prelude::{FromDer, GeneralName, ParsedExtension, X509Certificat
 use super::certs::CaError;
 use super::ids::hex;
 
-/// What roles ask of a certificate, and what the answer to a login says of it.
+/// The fields of a certificate that roles check and that a login returns.
 pub(super) struct Described {
     pub(super) authority_key_id: String,
     pub(super) common_name: String,
@@ -24,7 +24,7 @@ pub(super) struct Described {
     pub(super) uris: Vec<String>,
 }
 
-/// Verifies chains that end in one of these CAs.
+/// A verifier for chains that end in one of these CAs.
 pub(super) fn chains_to(pem: &str) -> Result<Arc<dyn ClientCertVerifier>, CaError> {
     let mut roots = RootCertStore::empty();
     for certificate in CertificateDer::pem_slice_iter(pem.as_bytes()) {
@@ -37,13 +37,13 @@ pub(super) fn chains_to(pem: &str) -> Result<Arc<dyn ClientCertVerifier>, CaErro
         roots.add(certificate).map_err(|_| CaError::Unreadable)?;
     }
     let provider = Arc::new(default_provider());
-    // An empty store is an error here.
+    // This fails if the store is empty.
     WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
         .build()
         .map_err(|_| CaError::Unreadable)
 }
 
-/// None if it is no certificate.
+/// The fields of a certificate; `None` if it cannot be parsed.
 pub(super) fn describe(certificate: &CertificateDer<'_>) -> Option<Described> {
     let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
     let common_name = certificate.subject().iter_common_name().last();

@@ -1,4 +1,4 @@
-//! Paths as the catalogue has them, and answers with everything that it points to.
+//! The paths of the catalogue, and answers with every field that it points to.
 
 use credbroker_sim::kucoin::{Host, OrderState, SimKey};
 use serde_json::{Value, json};
@@ -8,7 +8,7 @@ use crate::client::{Answer, Client, text};
 const CATALOGUE: &str = include_str!("../../../../src/kucoin/endpoints.json");
 
 #[tokio::test]
-async fn unknown_paths_and_other_hosts_are_not_found() {
+async fn paths_that_a_host_does_not_have_return_404() {
     let client = Client::start().await;
     for (host, method, target) in [
         (Host::Spot, "GET", "/api/v1/no-such-thing"),
@@ -27,10 +27,10 @@ async fn unknown_paths_and_other_hosts_are_not_found() {
     assert!(empty.data().is_array());
 }
 
-/// Places, looks up and cancels through every endpoint that the catalogue says how to use, and finds each field where
-/// the catalogue says that it is.
+/// Places, looks up and cancels an order through every endpoint whose use the catalogue describes, and checks that each
+/// field is where the catalogue says.
 #[tokio::test]
-async fn answers_have_what_the_catalogue_points_to() {
+async fn answers_have_every_field_that_the_catalogue_points_to() {
     let client = Client::start_with(SimKey {
         permissions: ["Spot", "Margin", "Futures", "Unified", "LeadtradeFutures"]
             .map(str::to_owned)
@@ -43,8 +43,8 @@ async fn answers_have_what_the_catalogue_points_to() {
     let mut number = 0;
     for endpoint in &endpoints {
         let order = &endpoint["order"];
-        let is_gone = endpoint["status"] == "legacy-docs-only";
-        let simulated = !text(endpoint, "path").contains("/convert/") && !is_gone;
+        let is_removed = endpoint["status"] == "legacy-docs-only";
+        let simulated = !text(endpoint, "path").contains("/convert/") && !is_removed;
         if endpoint["effect"] != "place" || !order.is_object() || !simulated {
             continue;
         }
@@ -120,7 +120,7 @@ async fn answers_have_what_the_catalogue_points_to() {
     assert_eq!(number, 20);
     let orders = client.sim.orders(client.key.uid);
     assert_eq!(orders.len(), number);
-    // The batch of the unified account's version 1 has no cancellation in the catalogue.
+    // The order of version 1's batch endpoint (unified account) stays open: the catalogue has no cancel for it.
     let open = orders
         .iter()
         .filter(|order| order.state != OrderState::Cancelled);
@@ -160,7 +160,7 @@ fn at<'a>(envelope: &'a Value, pointer: &Value) -> Option<&'a Value> {
     envelope.pointer(pointer.as_str()?)
 }
 
-/// A limit order, with a trigger where the endpoint is for such.
+/// A limit order, with a trigger if the endpoint is for conditional orders.
 fn sample(path: &str, host: &str, client_oid: &str) -> Value {
     let mut order = json!({"clientOid": client_oid, "side": "buy", "type": "limit", "price": "50000", "size": "1"});
     let futures = host == "futures";
@@ -168,7 +168,7 @@ fn sample(path: &str, host: &str, client_oid: &str) -> Value {
     if path.contains("/ua/") {
         order["orderType"] = json!("LIMIT");
         order["side"] = json!("BUY");
-        // One of the lookups works for futures only, the others for both.
+        // Futures, because one of the lookups works only for futures.
         order["tradeType"] = json!("FUTURES");
         order["symbol"] = json!("XBTUSDTM");
     }
@@ -182,7 +182,7 @@ fn sample(path: &str, host: &str, client_oid: &str) -> Value {
     order
 }
 
-/// Path and query for a lookup or cancellation as the catalogue describes it.
+/// Path and query of a lookup or cancel, as the catalogue describes it.
 fn target(endpoint: &Value, how: &Value, fields: &Value, client_oid: &str) -> String {
     let mut path = text(endpoint, "path").to_owned();
     let mut query = Vec::new();

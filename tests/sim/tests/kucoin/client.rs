@@ -1,4 +1,4 @@
-//! A small client on a bare socket: what it sends is what the test wrote, and a torn answer is seen as such.
+//! A small client on a plain socket: it sends exactly the bytes of the test, and shows when an answer was cut off.
 
 use std::fmt::Write;
 
@@ -12,7 +12,7 @@ use tokio::net::TcpStream;
 
 use crate::NOW_MS;
 
-/// An answer off the wire.
+/// An answer as it arrived.
 #[derive(Debug)]
 pub(crate) struct Answer {
     pub(crate) status: u16,
@@ -39,12 +39,12 @@ impl Answer {
         lines.find_map(|(known, value)| (known == name).then(|| value.to_owned()))
     }
 
-    pub(crate) fn is_whole(&self) -> bool {
+    pub(crate) fn is_complete(&self) -> bool {
         self.header("content-length") == Some(self.body.len().to_string())
     }
 }
 
-/// A request as bytes; `None` when the connection ended without an answer.
+/// Sends a request; `None` if the connection closed without an answer.
 pub(crate) async fn send(
     url: &str,
     method: &str,
@@ -62,7 +62,7 @@ pub(crate) async fn send(
     let mut stream = TcpStream::connect(address).await.unwrap();
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut bytes = Vec::new();
-    // A connection that breaks off still leaves what came before.
+    // If the connection breaks, keep what arrived before.
     let _ = stream.read_to_end(&mut bytes).await;
     let end = bytes.windows(4).position(|four| four == b"\r\n\r\n")?;
     let head = String::from_utf8_lossy(&bytes[..end]).into_owned();
@@ -73,7 +73,7 @@ pub(crate) async fn send(
     Some(answer)
 }
 
-/// A client that signs, for what no golden request covers.
+/// A client that signs, for requests that the golden ones do not cover.
 pub(crate) struct Client {
     pub(crate) sim: KucoinSim,
     pub(crate) key: SimKey,
@@ -98,7 +98,7 @@ impl Client {
         }
     }
 
-    /// Signs and sends; the target must need no encoding.
+    /// Signs and sends a request. `target` must not need percent-encoding.
     pub(crate) async fn try_call(
         &self,
         host: Host,

@@ -1,4 +1,4 @@
-//! The simulator's own endpoints.
+//! The simulator's control endpoints.
 
 use credbroker_sim::kucoin::{Host, KucoinSettings, KucoinSim, SimKey};
 use serde_json::{Value, json};
@@ -7,7 +7,7 @@ use crate::NOW_MS;
 use crate::client::{Client, send};
 
 #[tokio::test]
-async fn another_process_can_control_it() {
+async fn simulated_kucoin_can_be_controlled_over_http() {
     let sim = KucoinSim::start(KucoinSettings::default()).await.unwrap();
     let key = SimKey::fake(9);
     let control = async |method: &str, target: &str, body: Value| {
@@ -25,19 +25,19 @@ async fn another_process_can_control_it() {
         ),
         ("/_sim/limits", json!({"edge_requests": 100})),
         ("/_sim/clock", json!({"fixed_ms": NOW_MS})),
-        ("/_sim/seen-address", json!({"address": "203.0.113.7"})),
+        ("/_sim/source-address", json!({"address": "203.0.113.7"})),
         ("/_sim/cancel-lag", json!({"ms": 0})),
         (
             "/_sim/fault",
-            json!({"path": "/api/v1/status", "times": 1, "action": {"close": {"when": "before_taken"}}}),
+            json!({"path": "/api/v1/status", "times": 1, "action": {"close": {"when": "before_processing"}}}),
         ),
     ] {
         assert_eq!(control("POST", target, body).await, accepted, "{target}");
     }
     for (target, body) in [
         ("/_sim/keys", json!({})),
-        ("/_sim/seen-address", json!({})),
-        ("/_sim/seen-address", json!({"address": "here"})),
+        ("/_sim/source-address", json!({})),
+        ("/_sim/source-address", json!({"address": "here"})),
     ] {
         assert_eq!(control("POST", target, body).await.0, 400, "{target}");
     }
@@ -46,9 +46,9 @@ async fn another_process_can_control_it() {
         answer.unwrap().data()
     };
     assert_eq!(from().await, "203.0.113.7");
-    let nowhere = json!({"address": null});
+    let unset = json!({"address": null});
     assert_eq!(
-        control("POST", "/_sim/seen-address", nowhere).await,
+        control("POST", "/_sim/source-address", unset).await,
         accepted
     );
     assert_eq!(from().await, "127.0.0.1");
@@ -83,8 +83,8 @@ async fn another_process_can_control_it() {
         .await,
         accepted
     );
-    let gone = client.spot("GET", "/api/v1/accounts", Value::Null).await;
-    assert_eq!(gone.code(), "400003");
+    let removed = client.spot("GET", "/api/v1/accounts", Value::Null).await;
+    assert_eq!(removed.code(), "400003");
 }
 
 #[tokio::test]

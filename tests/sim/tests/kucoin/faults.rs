@@ -1,4 +1,4 @@
-//! Every fault, and what it leaves behind.
+//! Every fault, and whether the order was placed.
 
 use std::time::{Duration, Instant};
 
@@ -16,13 +16,13 @@ async fn faults_hit_before_or_after_the_order_is_placed() {
     for (action, places) in [
         (
             FaultAction::Close {
-                when: When::BeforeTaken,
+                when: When::BeforeProcessing,
             },
             false,
         ),
         (
             FaultAction::Close {
-                when: When::AfterTaken,
+                when: When::AfterProcessing,
             },
             true,
         ),
@@ -30,19 +30,19 @@ async fn faults_hit_before_or_after_the_order_is_placed() {
         (
             FaultAction::Html {
                 status: 502,
-                when: When::BeforeTaken,
+                when: When::BeforeProcessing,
             },
             false,
         ),
         (
             FaultAction::Html {
                 status: 502,
-                when: When::AfterTaken,
+                when: When::AfterProcessing,
             },
             true,
         ),
-        (answered(When::BeforeTaken), false),
-        (answered(When::AfterTaken), true),
+        (answered(When::BeforeProcessing), false),
+        (answered(When::AfterProcessing), true),
         (FaultAction::Oversized { megabytes: 2 }, true),
         (
             FaultAction::RateLimited {
@@ -64,7 +64,7 @@ async fn faults_hit_before_or_after_the_order_is_placed() {
             FaultAction::Close { .. } => assert!(answer.is_none(), "{label}"),
             FaultAction::CutShort { bytes } => {
                 let answer = answer.unwrap();
-                assert_eq!((answer.body.len(), answer.is_whole()), (bytes, false));
+                assert_eq!((answer.body.len(), answer.is_complete()), (bytes, false));
             }
             FaultAction::Html { status, .. } => {
                 let answer = answer.unwrap();
@@ -88,7 +88,7 @@ async fn faults_hit_before_or_after_the_order_is_placed() {
             }
             _ => {
                 let answer = answer.unwrap();
-                assert!(answer.is_whole() && answer.body.len() > 2_000_000);
+                assert!(answer.is_complete() && answer.body.len() > 2_000_000);
             }
         }
         assert_eq!(client.sim.orders(7).len(), placed, "{label}");
@@ -108,7 +108,7 @@ fn answered(when: When) -> FaultAction {
 }
 
 #[tokio::test]
-async fn faults_delay_and_stall_the_requests_they_are_meant_for() {
+async fn faults_delay_and_stall_only_matching_requests() {
     let client = Client::start().await;
     let path = "/api/v1/timestamp";
     client.sim.fault(Fault {
@@ -127,7 +127,7 @@ async fn faults_delay_and_stall_the_requests_they_are_meant_for() {
     client.spot("GET", path, Value::Null).await.data();
     assert!(started.elapsed() >= Duration::from_millis(60));
     client.sim.clear_faults();
-    for when in [When::BeforeTaken, When::AfterTaken] {
+    for when in [When::BeforeProcessing, When::AfterProcessing] {
         client.sim.fault(Fault::once(
             "/api/v1/hf/orders",
             FaultAction::Stall { when },
@@ -136,7 +136,7 @@ async fn faults_delay_and_stall_the_requests_they_are_meant_for() {
         let call = client.try_call(Host::Spot, "POST", "/api/v1/hf/orders", &order);
         let patience = Duration::from_millis(200);
         assert!(tokio::time::timeout(patience, call).await.is_err());
-        let placed = usize::from(when == When::AfterTaken);
+        let placed = usize::from(when == When::AfterProcessing);
         assert_eq!(client.sim.orders(7).len(), placed);
     }
 }

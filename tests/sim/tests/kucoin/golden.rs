@@ -1,4 +1,4 @@
-//! Requests that were signed elsewhere, as they are and with one thing changed.
+//! Requests that other implementations signed, unchanged and with one part changed.
 
 use std::net::IpAddr;
 
@@ -10,7 +10,7 @@ use crate::client::{Answer, send, text};
 
 const VECTORS: &str = include_str!("../../../vectors/kucoin-signing-vectors.json");
 
-/// A golden request, ready to be sent.
+/// A golden request, ready to send.
 #[derive(Clone)]
 struct Golden {
     id: String,
@@ -45,7 +45,7 @@ impl Golden {
 fn golden() -> (Vec<Golden>, Vec<SimKey>) {
     let file: Value = serde_json::from_str(VECTORS).unwrap();
     let mut keys = vec![golden_key(&file["credentials"])];
-    // ccxt has a partner of its own for futures; its key is named in the vectors' text only.
+    // ccxt signs futures requests as another partner, whose key only the text of the vectors names.
     keys[0].partners.push(Partner {
         id: "FakeBrokerFut".to_owned(),
         key: "fake-partner-key-0002".to_owned(),
@@ -84,7 +84,7 @@ fn golden() -> (Vec<Golden>, Vec<SimKey>) {
             now_ms: timestamp.parse().unwrap(),
         };
         if request.id == "official-docs-broker-example" {
-            // The page prints only what it is about; these two headers are left out there.
+            // The documentation page leaves these two headers out.
             request = request
                 .with_header("Content-Type", Some("application/json"))
                 .with_header("KC-API-KEY-VERSION", Some("2"));
@@ -140,7 +140,7 @@ async fn every_golden_request_verifies() {
 }
 
 #[tokio::test]
-async fn one_changed_byte_is_refused_with_its_own_code() {
+async fn each_kind_of_change_is_rejected_with_its_own_code() {
     let sim = golden_sim(KucoinSettings::default()).await;
     let post = golden_request("v3-post-partner");
     let get = golden_request("v3-get-special-chars");
@@ -222,7 +222,7 @@ async fn one_changed_byte_is_refused_with_its_own_code() {
 }
 
 #[tokio::test]
-async fn a_key_works_with_its_version_from_its_addresses_within_its_permissions() {
+async fn key_works_only_with_its_version_addresses_and_permissions() {
     let (_, keys) = golden();
     let post = golden_request("v3-post-json");
     let v2 = post.clone().with_header("KC-API-KEY-VERSION", Some("2"));

@@ -1,4 +1,4 @@
-//! What a key is, where it works and what it may.
+//! Properties of keys: key info, address whitelist, version, permissions, account.
 
 use std::net::IpAddr;
 
@@ -11,13 +11,13 @@ use crate::client::{Answer, Client, headers, send, signed, text};
 const CLASSIC: &str = "/api/v1/user/api-key";
 const UNIFIED: &str = "/api/ua/v2/user/api-key";
 
-async fn facts(client: &Client, path: &str) -> Value {
+async fn key_info(client: &Client, path: &str) -> Value {
     client.spot("GET", path, Value::Null).await.data()
 }
 
-/// Source: specification of KuCoin's universal SDK, "Get Apikey Info", example; its masked addresses made whole.
+/// Source: specification of KuCoin's universal SDK, "Get Apikey Info", example; its masked addresses are filled in.
 #[tokio::test]
-async fn the_facts_of_a_key_are_those_of_the_official_example() {
+async fn key_info_matches_the_official_example() {
     let example = json!({
         "remark": "account1", "apiKey": "6705f5c311545b000157d3eb", "apiVersion": 3,
         "permission": "General,Futures,Spot,Earn,InnerTransfer,Transfer,Margin",
@@ -40,21 +40,21 @@ async fn the_facts_of_a_key_are_those_of_the_official_example() {
     })
     .await;
     for path in [CLASSIC, UNIFIED] {
-        let facts = facts(&client, path).await;
+        let info = key_info(&client, path).await;
         for (name, value) in example.as_object().unwrap() {
-            assert_eq!(&facts[name], value, "{name} of {path}");
+            assert_eq!(&info[name], value, "{name} of {path}");
         }
     }
 }
 
 #[tokio::test]
-async fn what_does_not_apply_to_a_key_is_left_out_or_null() {
+async fn key_info_fields_that_do_not_apply_are_omitted_or_null() {
     let master = Client::start().await;
-    let classic = facts(&master, CLASSIC).await;
+    let classic = key_info(&master, CLASSIC).await;
     for absent in ["ipWhitelist", "subName", "parentUid", "expiredAt"] {
         assert_eq!(classic.get(absent), None, "{absent}");
     }
-    let unified = facts(&master, UNIFIED).await;
+    let unified = key_info(&master, UNIFIED).await;
     for (name, value) in [
         ("ipWhitelist", None),
         ("subName", None),
@@ -68,12 +68,12 @@ async fn what_does_not_apply_to_a_key_is_left_out_or_null() {
         parent_uid: Some(7),
         expires_at_ms: Some(NOW_MS + 1),
         region: "DE".to_owned(),
-        identified: false,
+        kyc_passed: false,
         ..SimKey::fake(8)
     })
     .await;
     for path in [CLASSIC, UNIFIED] {
-        let facts = facts(&sub, path).await;
+        let info = key_info(&sub, path).await;
         for (name, value) in [
             ("subName", json!("desk1")),
             ("parentUid", json!(7)),
@@ -83,13 +83,13 @@ async fn what_does_not_apply_to_a_key_is_left_out_or_null() {
             ("kycStatus", json!(0)),
             ("siteType", json!("global")),
         ] {
-            assert_eq!(facts[name], value, "{name} of {path}");
+            assert_eq!(info[name], value, "{name} of {path}");
         }
     }
 }
 
 #[tokio::test]
-async fn an_expired_key_and_one_of_another_site_do_not_exist() {
+async fn expired_keys_and_keys_of_another_site_do_not_exist() {
     for (key, code) in [
         (SimKey::fake(7), "200000"),
         (
@@ -130,11 +130,11 @@ async fn an_expired_key_and_one_of_another_site_do_not_exist() {
     };
     sim.add_key(key.clone());
     let client = Client { sim, key };
-    assert_eq!(facts(&client, CLASSIC).await["siteType"], "turkey");
+    assert_eq!(key_info(&client, CLASSIC).await["siteType"], "turkey");
 }
 
 #[tokio::test]
-async fn the_exchange_can_be_told_which_address_it_sees() {
+async fn address_seen_by_the_exchange_can_be_set() {
     let seen: IpAddr = "203.0.113.7".parse().unwrap();
     let client = Client::start_with(SimKey {
         ip_whitelist: vec![seen],
@@ -148,28 +148,31 @@ async fn the_exchange_can_be_told_which_address_it_sees() {
     let refused = async || client.spot("GET", CLASSIC, Value::Null).await;
     assert_eq!(from().await, "127.0.0.1");
     assert_eq!(refused().await.code(), "400006");
-    client.sim.set_seen_address(Some(seen));
+    client.sim.set_source_address(Some(seen));
     assert_eq!(from().await, "203.0.113.7");
-    assert_eq!(facts(&client, CLASSIC).await["ipWhitelist"], "203.0.113.7");
+    assert_eq!(
+        key_info(&client, CLASSIC).await["ipWhitelist"],
+        "203.0.113.7"
+    );
     client
         .sim
-        .set_seen_address(Some("203.0.113.9".parse().unwrap()));
+        .set_source_address(Some("203.0.113.9".parse().unwrap()));
     let answer = refused().await;
     assert_eq!(answer.code(), "400006");
     assert!(text(&answer.json(), "msg").ends_with("current ip: 203.0.113.9"));
-    client.sim.set_seen_address(None);
+    client.sim.set_source_address(None);
     assert_eq!(from().await, "127.0.0.1");
 }
 
 #[tokio::test]
-async fn a_key_answers_to_its_own_version_alone_unless_two_is_let_through() {
-    for (two_opens_three, oldest, version, said) in [
+async fn version_header_must_match_the_key_unless_2_is_accepted_for_version_3() {
+    for (two_opens_three, oldest, version, expected) in [
         (true, 2, 3, ["200000", "200000"]),
         (false, 2, 3, ["200000", "400009"]),
         (true, 2, 2, ["400009", "200000"]),
         (true, 3, 2, ["400008", "400008"]),
         (true, 2, 1, ["400008", "400008"]),
-        // Nothing but a version 1 header opens it, and the passphrase of that one is plain.
+        // A version 1 key needs a version 1 header and a plain passphrase.
         (true, 1, 1, ["400009", "400009"]),
     ] {
         let sim = KucoinSim::start(KucoinSettings {
@@ -193,18 +196,18 @@ async fn a_key_answers_to_its_own_version_alone_unless_two_is_let_through() {
             let answer: Option<Answer> = send(&sim.spot_url(), "GET", CLASSIC, &sent, "").await;
             answers.push(answer.unwrap().code());
         }
-        assert_eq!(answers, said, "version {version}, oldest {oldest}");
+        assert_eq!(answers, expected, "version {version}, oldest {oldest}");
     }
 }
 
 #[tokio::test]
-async fn each_permission_opens_its_endpoints_under_both_of_its_names() {
+async fn each_permission_allows_only_its_endpoints_under_each_of_its_names() {
     let order =
         json!({"clientOid": "a", "symbol": "XBTUSDTM", "side": "buy", "price": "1", "size": 1});
     let mut unified = order.clone();
     unified["tradeType"] = json!("FUTURES");
     unified["orderType"] = json!("LIMIT");
-    let doors = [
+    let endpoints = [
         (
             &["FlexTransfers", "InnerTransfer"][..],
             Host::Spot,
@@ -231,23 +234,23 @@ async fn each_permission_opens_its_endpoints_under_both_of_its_names() {
         ),
         (&["Futures"], Host::Futures, "/api/v1/orders/test", order),
     ];
-    let names = doors.iter().flat_map(|(names, ..)| names.iter());
+    let names = endpoints.iter().flat_map(|(names, ..)| names.iter());
     for held in names.chain(&["General", "Spot", "Margin", "Earn"]) {
         let client = Client::start_with(SimKey {
             permissions: vec![(*held).to_owned()],
             ..SimKey::fake(7)
         })
         .await;
-        for (opening, host, path, body) in &doors {
+        for (permissions, host, path, body) in &endpoints {
             let answer = client.call(*host, "POST", path, body.clone()).await;
-            let code = if opening.contains(held) {
+            let code = if permissions.contains(held) {
                 "200000"
             } else {
                 "400007"
             };
             assert_eq!(answer.code(), code, "{held} at {path}");
         }
-        let shown = text(&facts(&client, CLASSIC).await, "permission").to_owned();
+        let shown = text(&key_info(&client, CLASSIC).await, "permission").to_owned();
         let shown: Vec<_> = shown.split(',').collect();
         let api_name = match *held {
             "FlexTransfers" => "InnerTransfer",
@@ -260,7 +263,7 @@ async fn each_permission_opens_its_endpoints_under_both_of_its_names() {
 }
 
 #[tokio::test]
-async fn keys_of_one_account_share_its_orders_and_one_can_follow_the_other() {
+async fn keys_of_one_account_share_its_orders_and_can_be_replaced() {
     let old = Client::start().await;
     let new = Client {
         sim: old.sim.clone(),
@@ -278,12 +281,12 @@ async fn keys_of_one_account_share_its_orders_and_one_can_follow_the_other() {
     assert_eq!(new.available().await, "950000");
     assert_eq!(new.spot("POST", path, order).await.code(), "400100");
     old.sim.remove_key(&old.key.api_key);
-    let gone = old.spot("GET", CLASSIC, Value::Null).await;
-    assert_eq!(gone.code(), "400003");
+    let removed = old.spot("GET", CLASSIC, Value::Null).await;
+    assert_eq!(removed.code(), "400003");
     let cancelled = "/api/v1/hf/orders/client-order/a?symbol=BTC-USDT";
     new.spot("DELETE", cancelled, Value::Null).await.data();
     assert_eq!(new.available().await, "1000000");
-    // The same id with another secret: the old one signs no more.
+    // The same key id with another secret: signatures with the old secret are rejected.
     new.sim.add_key(SimKey {
         api_secret: "a-third-secret-never-real".to_owned(),
         ..new.key.clone()
@@ -293,7 +296,7 @@ async fn keys_of_one_account_share_its_orders_and_one_can_follow_the_other() {
 }
 
 #[tokio::test]
-async fn money_in_the_funding_account_buys_nothing() {
+async fn funds_in_the_funding_account_do_not_cover_orders() {
     let client = Client::start().await;
     client
         .sim

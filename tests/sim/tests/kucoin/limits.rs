@@ -1,4 +1,4 @@
-//! Quotas of accounts, and the edge.
+//! Rate limits: quotas per account, and the limit of the edge per address.
 
 use credbroker_sim::kucoin::{Host, Limits, SimKey};
 use serde_json::{Value, json};
@@ -7,7 +7,7 @@ use crate::NOW_MS;
 use crate::client::Client;
 
 #[tokio::test]
-async fn a_quota_is_per_account_and_ends_with_its_window() {
+async fn quota_is_per_account_and_resets_with_its_window() {
     let client = Client::start().await;
     let mut limits = Limits::default();
     limits.pools.insert("Spot".to_owned(), 3);
@@ -43,7 +43,7 @@ async fn a_quota_is_per_account_and_ends_with_its_window() {
 }
 
 #[tokio::test]
-async fn the_edge_blocks_an_address_with_a_page() {
+async fn edge_blocks_an_address_with_an_html_page() {
     let client = Client::start().await;
     client.sim.set_limits(Limits {
         edge_requests: Some(2),

@@ -1,12 +1,13 @@
-//! The simulated KuCoin, judged by golden requests, by the catalogue and by clients that are not ours.
+//! Tests of the simulated KuCoin: golden requests, every endpoint of the catalogue, and third-party clients.
 
 #![expect(
     clippy::expect_used,
     clippy::indexing_slicing,
     clippy::unwrap_used,
-    reason = "a test ends at the first surprise, its helpers included"
+    reason = "tests and their helpers stop at the first unexpected result"
 )]
 
+mod cancelling;
 mod catalogue;
 mod client;
 mod control;
@@ -15,9 +16,8 @@ mod golden;
 mod keys;
 mod limits;
 mod orders;
-mod others;
 mod program;
-mod withdrawing;
+mod third_party;
 
-/// The clock of the golden requests; the simulators of most tests stand still at it.
+/// The time of the golden requests; in most tests the clock of the simulator is stopped at it.
 const NOW_MS: i64 = 1_735_689_600_123;

@@ -1,4 +1,4 @@
-//! What orders do to balances and to each other.
+//! How orders change balances and affect each other.
 
 use credbroker_sim::kucoin::{Amount, Order, Wallet};
 use serde_json::{Value, json};
@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use crate::client::{Client, text};
 
 #[tokio::test]
-async fn a_spot_order_holds_funds_until_it_ends() {
+async fn spot_order_holds_funds_until_filled_or_cancelled() {
     let client = Client::start().await;
     let order = |id: &str, side: &str, kind: &str, size: &str| json!({"clientOid": id, "symbol": "BTC-USDT", "side": side, "type": kind, "price": "50000", "size": size});
     let path = "/api/v1/hf/orders";
@@ -27,10 +27,10 @@ async fn a_spot_order_holds_funds_until_it_ends() {
         .await
         .data();
     assert_eq!(client.available().await, "25000");
-    let poor = client
+    let unfunded = client
         .spot("POST", path, order("b", "buy", "limit", "0.50001"))
         .await;
-    assert_eq!(poor.code(), "200004");
+    assert_eq!(unfunded.code(), "200004");
     let again = client
         .spot("POST", path, order("a", "buy", "limit", "0.1"))
         .await;
@@ -75,7 +75,7 @@ async fn a_spot_order_holds_funds_until_it_ends() {
 }
 
 #[tokio::test]
-async fn cancel_all_leaves_nothing_of_its_kind_and_everything_else() {
+async fn cancel_all_cancels_every_order_of_its_kind_and_no_other() {
     let client = Client::start().await;
     let plain = json!({"clientOid": "plain", "symbol": "BTC-USDT", "side": "sell", "price": "70000", "size": "1"});
     let mut stop = plain.clone();
@@ -111,10 +111,10 @@ async fn cancel_all_leaves_nothing_of_its_kind_and_everything_else() {
         (&cancelled[0]["code"], &cancelled[1]["code"]),
         (&json!("200"), &json!("100001"))
     );
-    let mut poor = contract("f3");
-    poor["size"] = json!(1_000_000);
-    let poor = client.futures("POST", "/api/v1/orders", poor).await;
-    assert_eq!(poor.code(), "300003");
+    let mut unfunded = contract("f3");
+    unfunded["size"] = json!(1_000_000);
+    let unfunded = client.futures("POST", "/api/v1/orders", unfunded).await;
+    assert_eq!(unfunded.code(), "300003");
     let rest = client
         .futures("DELETE", "/api/v3/orders?symbol=XBTUSDTM", Value::Null)
         .await

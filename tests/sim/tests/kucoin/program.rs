@@ -1,4 +1,4 @@
-//! The simulator as a program of its own.
+//! The simulator as a program.
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Command, Stdio};
@@ -8,7 +8,7 @@ use credbroker_sim::kucoin::SimKey;
 use crate::client::send;
 
 #[tokio::test]
-async fn the_program_says_where_it_is_and_which_key_it_knows() {
+async fn program_prints_its_urls_and_its_key() {
     let mut child = Command::new(env!("CARGO_BIN_EXE_credbroker-sim"))
         .args(["kucoin", "--no-limits"])
         .stdout(Stdio::piped())
@@ -42,12 +42,12 @@ fn the_program_binds_to_loopback_only() {
         .spawn()
         .unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(1));
-    let mut said = String::new();
+    let mut output = String::new();
     child
         .stderr
         .take()
         .unwrap()
-        .read_to_string(&mut said)
+        .read_to_string(&mut output)
         .unwrap();
-    assert!(said.contains("loopback only"), "{said}");
+    assert!(output.contains("loopback only"), "{output}");
 }

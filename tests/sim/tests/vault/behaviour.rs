@@ -1,4 +1,4 @@
-//! What tests of the broker rely on beyond the recording: a clock to move, denials, a standby, stop and restart.
+//! What tests of the broker rely on beyond the recording: an adjustable clock, denials, a standby, stop and restart.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -21,16 +21,16 @@ async fn an_expired_token_stays_expired() {
     let (sim, token) = with_secret().await;
     sim.fault(FaultRule::new("kv/", Fault::ExpireToken).times(1));
     for _ in 0..2 {
-        let came = read(&sim, &token).await;
+        let answer = read(&sim, &token).await;
         assert_eq!(
-            (came.status, &came.body),
+            (answer.status, &answer.body),
             (403, &json!({ "errors": ["permission denied"] }))
         );
     }
 }
 
 #[tokio::test]
-async fn tokens_expire_by_the_simulators_clock_and_renewals_count_from_it() {
+async fn tokens_expire_and_renew_by_the_simulators_clock() {
     let (sim, token) = with_secret().await;
     sim.stop_clock();
     let renew = call("POST", "/v1/auth/token/renew-self").header("X-Vault-Token", &token);
@@ -46,14 +46,19 @@ async fn tokens_expire_by_the_simulators_clock_and_renewals_count_from_it() {
 }
 
 #[tokio::test]
-async fn wrapped_answers_expire_and_any_use_as_a_token_spends_them() {
+async fn wrapping_tokens_expire_and_any_use_as_client_token_spends_them() {
     let (sim, token) = with_secret().await;
     sim.stop_clock();
     let wrap = call("GET", SECRET)
         .header("X-Vault-Token", &token)
         .header("X-Vault-Wrap-TTL", "30s");
     let unwrap = call("POST", "/v1/sys/wrapping/unwrap");
-    let wrapped = |came: Answer| came.body["wrap_info"]["token"].as_str().unwrap().to_owned();
+    let wrapped = |answer: Answer| {
+        answer.body["wrap_info"]["token"]
+            .as_str()
+            .unwrap()
+            .to_owned()
+    };
 
     let wrapping = wrapped(wrap.clone().send(&sim.address()).await);
     let opened = unwrap
@@ -88,7 +93,7 @@ async fn wrapped_answers_expire_and_any_use_as_a_token_spends_them() {
 }
 
 #[tokio::test]
-async fn a_secret_id_outlives_its_ttl_until_the_next_sweep() {
+async fn expired_secret_id_works_until_the_next_sweep() {
     let sim = VaultSim::start_dev(ROOT).await.unwrap();
     sim.stop_clock();
     let settings = RoleSettings {
@@ -108,7 +113,7 @@ async fn a_secret_id_outlives_its_ttl_until_the_next_sweep() {
 }
 
 #[tokio::test]
-async fn a_token_bound_to_other_addresses_is_issued_and_then_refused() {
+async fn token_bound_to_other_addresses_is_issued_and_then_rejected() {
     let (sim, _) = with_secret().await;
     let settings = RoleSettings {
         token_bound_cidrs: vec!["10.0.0.0/8".to_owned()],
@@ -117,9 +122,9 @@ async fn a_token_bound_to_other_addresses_is_issued_and_then_refused() {
     let (role_id, secret_id) = sim.enable_approle("credbroker", settings);
     let body = json!({ "role_id": role_id, "secret_id": secret_id });
     let login = call("POST", "/v1/auth/approle/login").raw_body(&body.to_string());
-    let came = login.send(&sim.address()).await;
-    assert_eq!(came.status, 200);
-    let token = came.body["auth"]["client_token"].as_str().unwrap();
+    let answer = login.send(&sim.address()).await;
+    assert_eq!(answer.status, 200);
+    let token = answer.body["auth"]["client_token"].as_str().unwrap();
     assert_eq!(read(&sim, token).await.status, 403);
 }
 
@@ -127,32 +132,32 @@ async fn a_token_bound_to_other_addresses_is_issued_and_then_refused() {
 async fn revoking_a_token_revokes_its_children() {
     let (sim, token) = with_secret().await;
     let create = call("POST", "/v1/auth/token/create").header("X-Vault-Token", &token);
-    let came = create
+    let answer = create
         .raw_body(r#"{"ttl": "2h"}"#)
         .send(&sim.address())
         .await;
-    let child = came.body["auth"]["client_token"].as_str().unwrap();
+    let child = answer.body["auth"]["client_token"].as_str().unwrap();
     assert_eq!(read(&sim, child).await.status, 200);
     sim.revoke_token(&token);
     assert_eq!(read(&sim, child).await.status, 403);
 }
 
 #[tokio::test]
-async fn denials_cover_any_token_and_all_paths_below() {
+async fn denials_apply_to_any_token_and_all_paths_below() {
     let (sim, token) = with_secret().await;
     sim.deny(None, None, "kv/data/kucoin/*");
     for token in [&*token, ROOT] {
-        let came = read(&sim, token).await;
+        let answer = read(&sim, token).await;
         let errors = json!(["1 error occurred:\n\t* permission denied\n\n"]);
-        assert_eq!((came.status, &came.body["errors"]), (403, &errors));
+        assert_eq!((answer.status, &answer.body["errors"]), (403, &errors));
     }
-    sim.allow_again(None, None, "kv/data/kucoin/*");
+    sim.remove_denial(None, None, "kv/data/kucoin/*");
     sim.deny(Some(&token), Some("POST"), "kv/data/kucoin/prod/main");
     assert_eq!(read(&sim, &token).await.status, 200);
 }
 
 #[tokio::test]
-async fn versions_are_pruned_deleted_and_restart_at_one() {
+async fn versions_are_pruned_and_deleted_and_restart_at_1() {
     let (sim, token) = with_secret().await;
     let metadata = call("GET", "/v1/kv/metadata/kucoin/prod/main").header("X-Vault-Token", &token);
     for version in 2..=12 {
@@ -161,14 +166,17 @@ async fn versions_are_pruned_deleted_and_restart_at_one() {
     }
     let owner = BTreeMap::from([("owner".to_owned(), "desk1".to_owned())]);
     sim.set_custom_metadata("kv", "kucoin/prod/main", owner);
-    let came = metadata.clone().send(&sim.address()).await;
-    assert_eq!(came.body["data"]["oldest_version"], 3);
-    assert_eq!(came.body["data"]["versions"].as_object().unwrap().len(), 10);
-    assert_eq!(came.body["data"]["custom_metadata"]["owner"], "desk1");
-    sim.delete_latest("kv", "kucoin/prod/main");
-    let came = read(&sim, &token).await;
+    let answer = metadata.clone().send(&sim.address()).await;
+    assert_eq!(answer.body["data"]["oldest_version"], 3);
     assert_eq!(
-        (came.status, &came.body["data"]["metadata"]["version"]),
+        answer.body["data"]["versions"].as_object().unwrap().len(),
+        10
+    );
+    assert_eq!(answer.body["data"]["custom_metadata"]["owner"], "desk1");
+    sim.delete_latest("kv", "kucoin/prod/main");
+    let answer = read(&sim, &token).await;
+    assert_eq!(
+        (answer.status, &answer.body["data"]["metadata"]["version"]),
         (404, &json!(12))
     );
     sim.delete_metadata("kv", "kucoin/prod/main");
@@ -180,7 +188,7 @@ async fn versions_are_pruned_deleted_and_restart_at_one() {
 }
 
 #[tokio::test]
-async fn a_stopped_server_refuses_connections_and_comes_back_with_its_storage() {
+async fn stopped_server_refuses_connections_and_restarts_with_its_data() {
     let (sim, token) = with_secret().await;
     let address = sim.address();
     sim.stop().await.unwrap();
@@ -199,7 +207,7 @@ async fn a_stopped_server_refuses_connections_and_comes_back_with_its_storage() 
 }
 
 #[tokio::test]
-async fn a_standby_reads_itself_and_needs_the_active_node_for_the_rest() {
+async fn standby_answers_reads_and_forwards_or_redirects_everything_else() {
     let health = call("GET", "/v1/sys/health");
     for (standby, renewed) in [(Standby::Forwards, 200), (Standby::Redirects, 307)] {
         let sim = VaultSim::start(VaultSettings {
@@ -213,14 +221,17 @@ async fn a_standby_reads_itself_and_needs_the_active_node_for_the_rest() {
         let lookup = call("GET", "/v1/auth/token/lookup-self").header("X-Vault-Token", &token);
         let renew = call("POST", "/v1/auth/token/renew-self").header("X-Vault-Token", &token);
 
-        let came = health.clone().send(&second).await;
-        assert_eq!((came.status, &came.body["standby"]), (429, &json!(true)));
+        let answer = health.clone().send(&second).await;
+        assert_eq!(
+            (answer.status, &answer.body["standby"]),
+            (429, &json!(true))
+        );
         assert_eq!(lookup.clone().send(&second).await.status, 200);
-        let came = renew.clone().send(&second).await;
-        assert_eq!(came.status, renewed);
+        let answer = renew.clone().send(&second).await;
+        assert_eq!(answer.status, renewed);
         let target = format!("{}/v1/auth/token/renew-self", sim.address());
         assert_eq!(
-            came.header("location"),
+            answer.header("location"),
             (renewed == 307).then_some(&*target)
         );
 
@@ -236,7 +247,7 @@ async fn a_standby_reads_itself_and_needs_the_active_node_for_the_rest() {
 }
 
 #[tokio::test]
-async fn it_speaks_tls_when_given_a_certificate() {
+async fn server_uses_tls_when_given_a_certificate() {
     let ca = Ca::new("simulated CA").unwrap();
     let server = ca.server().unwrap();
     let certificate = CertificateDer::from_pem_slice(server.certificate_pem.as_bytes()).unwrap();
@@ -255,7 +266,7 @@ async fn it_speaks_tls_when_given_a_certificate() {
 }
 
 #[tokio::test]
-async fn only_loopback_is_served() {
+async fn server_listens_on_loopback_only() {
     let address = "0.0.0.0:0".parse().unwrap();
     let refused = VaultSim::start(VaultSettings {
         address,
@@ -267,7 +278,7 @@ async fn only_loopback_is_served() {
 }
 
 #[tokio::test]
-async fn as_a_program_it_is_controlled_over_http() {
+async fn simulated_vault_can_be_controlled_over_http() {
     let file = format!("{}/vault-put.json", env!("CARGO_TARGET_TMPDIR"));
     std::fs::write(&file, r#"{"api_key": "fake-key"}"#).unwrap();
     let sim = serve(VaultArgs {
@@ -324,7 +335,7 @@ async fn as_a_program_it_is_controlled_over_http() {
 }
 
 #[tokio::test]
-async fn requests_are_remembered_without_tokens_and_bodies() {
+async fn requests_are_recorded_without_tokens_and_bodies() {
     let (sim, token) = with_secret().await;
     let path = format!("{SECRET}?version=1");
     let write = call("PUT", &path).header("X-Vault-Token", &token);

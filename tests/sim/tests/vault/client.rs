@@ -1,4 +1,4 @@
-//! A client of a few lines: one connection per request.
+//! A small client: one connection per request.
 
 use std::sync::Arc;
 
@@ -23,7 +23,7 @@ pub(crate) struct Call {
 pub(crate) struct Answer {
     pub(crate) status: u16,
     pub(crate) headers: Vec<(String, String)>,
-    /// Null if empty; text if not JSON.
+    /// Null if empty; a string if not JSON.
     pub(crate) body: Value,
 }
 
@@ -40,7 +40,7 @@ pub(crate) fn host(url: &str) -> &str {
     url.split_once("://").unwrap().1
 }
 
-/// TLS that trusts servers of `ca`, with a client certificate or without.
+/// TLS that trusts servers of `ca`, with or without a client certificate.
 pub(crate) fn tls(ca: &Ca, identity: Option<&Identity>) -> Arc<ClientConfig> {
     let certificate = |pem: &str| CertificateDer::from_pem_slice(pem.as_bytes()).unwrap();
     let mut roots = rustls::RootCertStore::empty();
@@ -103,9 +103,9 @@ impl Call {
     }
 
     pub(crate) async fn send(self, url: &str) -> Answer {
-        let came = String::from_utf8(self.bytes(url).await).unwrap();
-        let Some((head, body)) = came.split_once("\r\n\r\n") else {
-            panic!("no answer but {came:?}");
+        let text = String::from_utf8(self.bytes(url).await).unwrap();
+        let Some((head, body)) = text.split_once("\r\n\r\n") else {
+            panic!("not an HTTP answer: {text:?}");
         };
         let mut lines = head.lines();
         let status = lines
@@ -130,7 +130,7 @@ impl Call {
         assert_eq!(
             answer.header("x-credbroker-sim"),
             Some("1"),
-            "not labelled: {head}"
+            "not labelled as simulated: {head}"
         );
         answer
     }
@@ -138,9 +138,9 @@ impl Call {
 
 async fn exchange(mut stream: impl AsyncRead + AsyncWrite + Unpin, request: &str) -> Vec<u8> {
     stream.write_all(request.as_bytes()).await.unwrap();
-    let mut came = Vec::new();
-    stream.read_to_end(&mut came).await.unwrap();
-    came
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes).await.unwrap();
+    bytes
 }
 
 impl Answer {

@@ -1,4 +1,4 @@
-//! Faults on demand.
+//! Faults of the simulated Vault.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use crate::client::call;
 use crate::{SECRET, read, with_secret};
 
 #[tokio::test]
-async fn status_faults_answer_with_the_status_and_an_errors_body() {
+async fn status_faults_return_the_status_and_an_errors_body() {
     let (sim, token) = with_secret().await;
     for code in [400, 403, 404, 412, 429, 472, 473, 500, 501, 502, 503, 504] {
         let retry_after_s = (code == 429).then_some(7);
@@ -17,10 +17,10 @@ async fn status_faults_answer_with_the_status_and_an_errors_body() {
             retry_after_s,
         };
         sim.fault(FaultRule::new("kv/", fault).times(1));
-        let came = read(&sim, &token).await;
-        assert_eq!(came.status, code);
-        assert!(came.body["errors"].is_array());
-        assert_eq!(came.header("retry-after"), retry_after_s.map(|_| "7"));
+        let answer = read(&sim, &token).await;
+        assert_eq!(answer.status, code);
+        assert!(answer.body["errors"].is_array());
+        assert_eq!(answer.header("retry-after"), retry_after_s.map(|_| "7"));
     }
     assert_eq!(read(&sim, &token).await.status, 200);
 }
@@ -46,16 +46,16 @@ async fn a_fault_hits_only_its_path_method_and_number_of_requests() {
 }
 
 #[tokio::test]
-async fn a_delayed_answer_is_late_and_right() {
+async fn delayed_answer_arrives_late_and_complete() {
     let (sim, token) = with_secret().await;
     sim.fault(FaultRule::new("kv/", Fault::Delay { ms: 40 }));
-    let asked = Instant::now();
+    let sent = Instant::now();
     assert_eq!(read(&sim, &token).await.status, 200);
-    assert!(asked.elapsed() >= Duration::from_millis(40));
+    assert!(sent.elapsed() >= Duration::from_millis(40));
 }
 
 #[tokio::test]
-async fn a_hanging_request_gets_no_answer_and_a_closed_one_neither() {
+async fn hanging_and_closed_requests_get_no_answer() {
     let (sim, token) = with_secret().await;
     sim.fault(FaultRule::new("kv/", Fault::Hang).times(1));
     let mut hanging = Box::pin(read(&sim, &token));
@@ -72,28 +72,28 @@ async fn a_hanging_request_gets_no_answer_and_a_closed_one_neither() {
 }
 
 #[tokio::test]
-async fn half_a_body_breaks_off_before_its_promised_length() {
+async fn half_body_fault_sends_half_of_the_announced_length() {
     let (sim, token) = with_secret().await;
-    let whole = read(&sim, &token).await;
+    let complete = read(&sim, &token).await;
     sim.fault(FaultRule::new("kv/", Fault::HalfBody));
     let call = call("GET", SECRET).header("X-Vault-Token", &token);
-    let came = String::from_utf8(call.bytes(&sim.address()).await).unwrap();
-    let (head, body) = came.split_once("\r\n\r\n").unwrap();
-    let promised = whole.header("content-length").unwrap();
-    assert!(head.contains(&format!("content-length: {promised}")));
-    assert_eq!(body.len(), promised.parse::<usize>().unwrap() / 2);
+    let answer = String::from_utf8(call.bytes(&sim.address()).await).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    let announced = complete.header("content-length").unwrap();
+    assert!(head.contains(&format!("content-length: {announced}")));
+    assert_eq!(body.len(), announced.parse::<usize>().unwrap() / 2);
 }
 
 #[tokio::test]
-async fn wrong_answers_are_200_with_another_shape_or_no_json() {
+async fn wrong_json_and_not_json_faults_return_status_200() {
     let (sim, token) = with_secret().await;
     sim.fault(FaultRule::new("kv/", Fault::WrongJson).times(1));
-    let came = read(&sim, &token).await;
-    assert_eq!(came.body["data"][0]["data"]["api_key"], "fake-key");
+    let answer = read(&sim, &token).await;
+    assert_eq!(answer.body["data"][0]["data"]["api_key"], "fake-key");
     sim.fault(FaultRule::new("kv/", Fault::NotJson).times(1));
-    let came = read(&sim, &token).await;
+    let answer = read(&sim, &token).await;
     assert_eq!(
-        (came.status, came.header("content-type")),
+        (answer.status, answer.header("content-type")),
         (200, Some("text/html; charset=utf-8"))
     );
 }
@@ -104,13 +104,13 @@ async fn a_redirect_keeps_path_and_query() {
     let to = "http://127.0.0.1:1/".to_owned();
     sim.fault(FaultRule::new("kv/", Fault::Redirect { to }));
     let path = format!("{SECRET}?version=1");
-    let came = call("GET", &path)
+    let answer = call("GET", &path)
         .header("X-Vault-Token", &token)
         .send(&sim.address())
         .await;
-    assert_eq!(came.status, 307);
+    assert_eq!(answer.status, 307);
     assert_eq!(
-        came.header("location"),
+        answer.header("location"),
         Some(&*format!("http://127.0.0.1:1{path}"))
     );
 }

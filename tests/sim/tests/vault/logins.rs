@@ -1,4 +1,4 @@
-//! Certificate and Kubernetes logins, beyond the recording: who gets in, whose renewals work, a reviewer that is down.
+//! Certificate and Kubernetes logins beyond the recording: who can log in and renew, and a reviewer that is down.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,10 +14,11 @@ use serde_json::{Value, json};
 use crate::ROOT;
 use crate::client::{Answer, call, tls};
 
-const STRANGER: &str = "invalid certificate or no client certificate supplied";
-const UNFIT: &str = "no chain matching all constraints could be found for this login certificate";
+const UNTRUSTED: &str = "invalid certificate or no client certificate supplied";
+const NO_MATCH: &str =
+    "no chain matching all constraints could be found for this login certificate";
 
-/// A server over TLS with a role `broker` at `auth/cert` for the common name `broker`, and its CA.
+/// A TLS server that has the role `broker` at `auth/cert` for the common name `broker`, and its CA.
 async fn with_cert() -> (VaultSim, Ca) {
     let ca = Ca::new("simulated CA").unwrap();
     let sim = VaultSim::start_dev_tls(ROOT, &ca.server().unwrap())
@@ -58,53 +59,56 @@ async fn jwt_login(sim: &VaultSim, role: &str, jwt: &str) -> Answer {
     login.raw_body(&body).send(&sim.address()).await
 }
 
-fn token(came: &Answer) -> String {
-    assert_eq!(came.status, 200, "{}", came.body);
-    let token = came.body.pointer("/auth/client_token").unwrap();
+fn token(answer: &Answer) -> String {
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    let token = answer.body.pointer("/auth/client_token").unwrap();
     token.as_str().unwrap().to_owned()
 }
 
-fn refused(came: &Answer) -> (u16, &str) {
-    let problem = came.body.pointer("/errors/0").unwrap();
-    (came.status, problem.as_str().unwrap())
+fn rejection(answer: &Answer) -> (u16, &str) {
+    let problem = answer.body.pointer("/errors/0").unwrap();
+    (answer.status, problem.as_str().unwrap())
 }
 
 #[tokio::test]
-async fn a_certificate_logs_in_and_only_the_very_same_one_renews() {
+async fn certificate_login_is_renewed_only_with_the_same_certificate() {
     let (sim, ca) = with_cert().await;
     let broker = tls(&ca, Some(&client(&ca, "broker")));
-    let came = cert_login(&sim, &broker, json!({})).await;
-    let token = token(&came);
-    assert_eq!(came.body["auth"]["policies"], json!(["broker"]));
-    assert_eq!(came.body["auth"]["lease_duration"], 1200);
+    let answer = cert_login(&sim, &broker, json!({})).await;
+    let token = token(&answer);
+    assert_eq!(answer.body["auth"]["policies"], json!(["broker"]));
+    assert_eq!(answer.body["auth"]["lease_duration"], 1200);
     assert_eq!(renew(&sim, &broker, &token).await.status, 200);
 
     let reissued = tls(&ca, Some(&client(&ca, "broker")));
-    let came = renew(&sim, &reissued, &token).await;
+    let answer = renew(&sim, &reissued, &token).await;
     let problem = "failed to renew entry: client identity during renewal not matching";
-    assert!(came.status == 500 && refused(&came).1.contains(problem));
+    assert!(answer.status == 500 && rejection(&answer).1.contains(problem));
     let other = tls(&ca, Some(&client(&ca, "other")));
-    assert_eq!(refused(&renew(&sim, &other, &token).await), (400, UNFIT));
+    assert_eq!(
+        rejection(&renew(&sim, &other, &token).await),
+        (400, NO_MATCH)
+    );
     let without = tls(&ca, None);
     assert_eq!(
-        refused(&renew(&sim, &without, &token).await),
+        rejection(&renew(&sim, &without, &token).await),
         (400, "no client certificate found")
     );
 
-    // The rest of what a token does, it does without the certificate.
+    // Every other use of the token works without the certificate.
     let lookup = call("GET", "/v1/auth/token/lookup-self").header("X-Vault-Token", &token);
-    let came = lookup.over(&without).send(&sim.address()).await;
-    assert_eq!(came.body["data"]["display_name"], "cert-broker");
+    let answer = lookup.over(&without).send(&sim.address()).await;
+    assert_eq!(answer.body["data"]["display_name"], "cert-broker");
     let other_token = sim.create_token(Duration::from_secs(3600));
     assert_eq!(renew(&sim, &without, &other_token).await.status, 200);
 }
 
 #[tokio::test]
-async fn the_login_names_the_certificate_it_saw() {
+async fn certificate_login_returns_metadata_of_the_certificate() {
     let (sim, ca) = with_cert().await;
     let identity = client(&ca, "broker");
-    let came = cert_login(&sim, &tls(&ca, Some(&identity)), json!({})).await;
-    let metadata = &came.body["auth"]["metadata"];
+    let answer = cert_login(&sim, &tls(&ca, Some(&identity)), json!({})).await;
+    let metadata = &answer.body["auth"]["metadata"];
     assert_eq!(metadata["cert_name"], "broker");
     assert_eq!(metadata["common_name"], "broker");
     let serial = metadata["serial_number"].as_str().unwrap();
@@ -120,40 +124,40 @@ async fn the_login_names_the_certificate_it_saw() {
 }
 
 #[tokio::test]
-async fn certificates_of_other_cas_and_other_names_do_not_log_in() {
+async fn certificates_of_other_cas_names_or_usages_cannot_log_in() {
     let (sim, ca) = with_cert().await;
-    // The second has the name of the trusted one, so that only the signature tells.
-    for stranger in ["another CA", "simulated CA"] {
-        let stranger = Ca::new(stranger).unwrap();
-        let broker = tls(&ca, Some(&client(&stranger, "broker")));
-        let came = cert_login(&sim, &broker, json!({})).await;
-        assert_eq!(refused(&came), (400, STRANGER));
+    // The second CA has the name of the trusted one: only the signature differs.
+    for name in ["another CA", "simulated CA"] {
+        let untrusted = Ca::new(name).unwrap();
+        let broker = tls(&ca, Some(&client(&untrusted, "broker")));
+        let answer = cert_login(&sim, &broker, json!({})).await;
+        assert_eq!(rejection(&answer), (400, UNTRUSTED));
     }
-    let came = cert_login(&sim, &tls(&ca, Some(&client(&ca, "brokers"))), json!({})).await;
-    assert_eq!(refused(&came), (400, UNFIT));
+    let answer = cert_login(&sim, &tls(&ca, Some(&client(&ca, "brokers"))), json!({})).await;
+    assert_eq!(rejection(&answer), (400, NO_MATCH));
     let server = ca.issue("broker", &[], Usage::Server).unwrap();
-    let came = cert_login(&sim, &tls(&ca, Some(&server)), json!({})).await;
-    assert_eq!(came.status, 500, "{}", came.body);
+    let answer = cert_login(&sim, &tls(&ca, Some(&server)), json!({})).await;
+    assert_eq!(answer.status, 500, "{}", answer.body);
     assert!(
-        refused(&came)
+        rejection(&answer)
             .1
             .contains("failed to verify client's certificate")
     );
 }
 
 #[tokio::test]
-async fn a_certificate_login_over_plain_http_finds_no_certificate() {
+async fn certificate_login_over_plain_http_is_rejected() {
     let sim = VaultSim::start_dev(ROOT).await.unwrap();
     let ca = Ca::new("simulated CA").unwrap();
     let role = named(&ca, "broker");
     sim.enable_cert("cert", "broker", role).unwrap();
     let login = call("POST", "/v1/auth/cert/login");
-    let came = login.send(&sim.address()).await;
-    assert_eq!(refused(&came), (400, "no client certificate found"));
+    let answer = login.send(&sim.address()).await;
+    assert_eq!(rejection(&answer), (400, "no client certificate found"));
 }
 
 #[tokio::test]
-async fn a_login_can_name_its_role_and_otherwise_gets_the_first_that_fits() {
+async fn login_uses_the_named_role_or_else_the_first_that_matches() {
     let (sim, ca) = with_cert().await;
     let wide = CertRole {
         tokens: TokenSettings {
@@ -170,17 +174,17 @@ async fn a_login_can_name_its_role_and_otherwise_gets_the_first_that_fits() {
         (json!({ "name": "" }), "broker", 1200),
         (json!({ "name": "wide" }), "wide", 60),
     ] {
-        let came = cert_login(&sim, &broker, body).await;
-        let auth = &came.body["auth"];
+        let answer = cert_login(&sim, &broker, body).await;
+        let auth = &answer.body["auth"];
         assert_eq!(auth["metadata"]["cert_name"], role);
         assert_eq!(auth["lease_duration"], ttl);
     }
-    let came = cert_login(&sim, &broker, json!({ "name": "nope" })).await;
-    assert_eq!(refused(&came), (400, STRANGER));
+    let answer = cert_login(&sim, &broker, json!({ "name": "nope" })).await;
+    assert_eq!(rejection(&answer), (400, UNTRUSTED));
 }
 
 #[tokio::test]
-async fn a_role_can_bind_dns_names_and_uris() {
+async fn role_can_require_dns_names_and_uris() {
     let (sim, ca) = with_cert().await;
     let role = CertRole {
         allowed_dns_sans: vec!["*.trading.test".to_owned()],
@@ -200,13 +204,13 @@ async fn a_role_can_bind_dns_names_and_uris() {
         (vec![dns(host), uri("spiffe://trading.test/other")], 400),
     ] {
         let identity = ca.issue("any", &names, Usage::Client).unwrap();
-        let came = cert_login(&sim, &tls(&ca, Some(&identity)), json!({})).await;
-        assert_eq!(came.status, status, "{names:?}: {}", came.body);
+        let answer = cert_login(&sim, &tls(&ca, Some(&identity)), json!({})).await;
+        assert_eq!(answer.status, status, "{names:?}: {}", answer.body);
     }
 }
 
 #[tokio::test]
-async fn a_role_bound_to_other_addresses_refuses_the_login() {
+async fn role_bound_to_other_addresses_rejects_the_login() {
     let (sim, ca) = with_cert().await;
     let tokens = TokenSettings {
         bound_cidrs: vec!["10.0.0.0/8".to_owned()],
@@ -218,12 +222,12 @@ async fn a_role_bound_to_other_addresses_refuses_the_login() {
     };
     sim.enable_cert("cert", "broker", role).unwrap();
     let broker = tls(&ca, Some(&client(&ca, "broker")));
-    let came = cert_login(&sim, &broker, json!({})).await;
-    assert_eq!(refused(&came), (403, "permission denied"));
+    let answer = cert_login(&sim, &broker, json!({})).await;
+    assert_eq!(rejection(&answer), (403, "permission denied"));
 }
 
 #[tokio::test]
-async fn a_role_of_certificates_needs_a_ca() {
+async fn certificate_role_requires_a_ca_certificate() {
     let (sim, ca) = with_cert().await;
     let pem = client(&ca, "broker").certificate_pem;
     for (certificate_pem, error) in [
@@ -239,39 +243,39 @@ async fn a_role_of_certificates_needs_a_ca() {
         let write = call("POST", "/v1/auth/cert/certs/new").header("X-Vault-Token", ROOT);
         let body = json!({ "certificate": certificate_pem }).to_string();
         let write = write.raw_body(&body).over(&tls(&ca, None));
-        let came = write.send(&sim.address()).await;
-        assert_eq!(refused(&came), (400, &*error.to_string()));
+        let answer = write.send(&sim.address()).await;
+        assert_eq!(rejection(&answer), (400, &*error.to_string()));
     }
-    // The role that was there is as it was.
+    // The existing role is unchanged.
     let broker = tls(&ca, Some(&client(&ca, "broker")));
     token(&cert_login(&sim, &broker, json!({})).await);
 }
 
 #[tokio::test]
-async fn a_jwt_logs_in_for_its_service_account_while_the_reviewer_answers() {
+async fn jwt_logs_in_as_its_service_account_while_the_reviewer_is_up() {
     let sim = VaultSim::start_dev(ROOT).await.unwrap();
     sim.enable_kubernetes("kubernetes", "credbroker", KubernetesRole::default());
     let denied = (403, "permission denied");
     assert_eq!(
-        refused(&jwt_login(&sim, "credbroker", "jwt-1").await),
+        rejection(&jwt_login(&sim, "credbroker", "jwt-1").await),
         denied
     );
     sim.accept_jwt("jwt-1", ServiceAccount::default());
-    let came = jwt_login(&sim, "credbroker", "jwt-1").await;
-    let token = token(&came);
-    assert_eq!(came.body["auth"]["lease_duration"], 1200);
+    let answer = jwt_login(&sim, "credbroker", "jwt-1").await;
+    let token = token(&answer);
+    assert_eq!(answer.body["auth"]["lease_duration"], 1200);
     let lookup = call("GET", "/v1/auth/token/lookup-self").header("X-Vault-Token", &token);
-    let came = lookup.clone().send(&sim.address()).await;
-    let data = &came.body["data"];
+    let answer = lookup.clone().send(&sim.address()).await;
+    let data = &answer.body["data"];
     assert_eq!(data["display_name"], "kubernetes-trading-credbroker");
     assert_eq!(data["path"], "auth/kubernetes/login");
 
     sim.set_reviewer(Reviewer::Down);
     assert_eq!(
-        refused(&jwt_login(&sim, "credbroker", "jwt-1").await),
+        rejection(&jwt_login(&sim, "credbroker", "jwt-1").await),
         denied
     );
-    // Tokens live and are renewed without the reviewer.
+    // Existing tokens stay valid and can be renewed without the reviewer.
     let renew = call("POST", "/v1/auth/token/renew-self").header("X-Vault-Token", &token);
     assert_eq!(renew.send(&sim.address()).await.status, 200);
     sim.set_reviewer(Reviewer::Up);
@@ -280,7 +284,7 @@ async fn a_jwt_logs_in_for_its_service_account_while_the_reviewer_answers() {
     sim.refuse_jwt("jwt-1");
     sim.accept_jwt("jwt-2", ServiceAccount::default());
     assert_eq!(
-        refused(&jwt_login(&sim, "credbroker", "jwt-1").await),
+        rejection(&jwt_login(&sim, "credbroker", "jwt-1").await),
         denied
     );
     assert_eq!(jwt_login(&sim, "credbroker", "jwt-2").await.status, 200);
@@ -288,7 +292,7 @@ async fn a_jwt_logs_in_for_its_service_account_while_the_reviewer_answers() {
 }
 
 #[tokio::test]
-async fn a_service_account_that_the_role_does_not_name_is_refused() {
+async fn service_account_that_the_role_does_not_name_is_rejected() {
     let sim = VaultSim::start_dev(ROOT).await.unwrap();
     let role = KubernetesRole {
         service_account_namespaces: vec!["trading-*".to_owned()],
@@ -297,7 +301,7 @@ async fn a_service_account_that_the_role_does_not_name_is_refused() {
     sim.enable_kubernetes("k8s", "credbroker", role);
     let login =
         call("POST", "/v1/auth/k8s/login").raw_body(r#"{"role": "credbroker", "jwt": "fake-jwt"}"#);
-    for (name, namespace, came) in [
+    for (name, namespace, expected) in [
         (
             "other",
             "trading-1",
@@ -313,15 +317,15 @@ async fn a_service_account_that_the_role_does_not_name_is_refused() {
         };
         sim.accept_jwt("fake-jwt", account);
         let answer = login.clone().send(&sim.address()).await;
-        match came {
-            Some(problem) => assert_eq!(refused(&answer), (403, problem)),
+        match expected {
+            Some(problem) => assert_eq!(rejection(&answer), (403, problem)),
             None => assert_eq!(answer.status, 200),
         }
     }
 }
 
 #[tokio::test]
-async fn a_kubernetes_login_needs_role_jwt_and_configuration() {
+async fn kubernetes_login_requires_role_jwt_and_configuration() {
     let sim = VaultSim::start_dev(ROOT).await.unwrap();
     let at = sim.address();
     let admin = |path: &str| call("POST", path).header("X-Vault-Token", ROOT);
@@ -332,18 +336,21 @@ async fn a_kubernetes_login_needs_role_jwt_and_configuration() {
         .clone()
         .raw_body(r#"{"bound_service_account_names": "*"}"#);
     let problem = r#""bound_service_account_namespaces" can not be empty if "bound_service_account_namespace_selector" is not set"#;
-    assert_eq!(refused(&unbound.send(&at).await), (400, problem));
+    assert_eq!(rejection(&unbound.send(&at).await), (400, problem));
     let bound = r#"{"bound_service_account_names": "*", "bound_service_account_namespaces": "*"}"#;
     assert_eq!(role.raw_body(bound).send(&at).await.status, 204);
 
     sim.accept_jwt("fake-jwt", ServiceAccount::default());
-    let came = jwt_login(&sim, "", "fake-jwt").await;
-    assert_eq!(refused(&came), (400, "missing role"));
-    let came = jwt_login(&sim, "credbroker", "").await;
-    assert_eq!(refused(&came), (400, "missing jwt"));
+    let answer = jwt_login(&sim, "", "fake-jwt").await;
+    assert_eq!(rejection(&answer), (400, "missing role"));
+    let answer = jwt_login(&sim, "credbroker", "").await;
+    assert_eq!(rejection(&answer), (400, "missing jwt"));
     assert_eq!(jwt_login(&sim, "credbroker", "fake-jwt").await.status, 500);
     let config = admin("/v1/auth/kubernetes/config").raw_body("{}");
-    assert_eq!(refused(&config.send(&at).await), (400, "no host provided"));
+    assert_eq!(
+        rejection(&config.send(&at).await),
+        (400, "no host provided")
+    );
     for (path, field) in [
         ("config", "pem_keys"),
         ("role/new", "bound_service_account_namespace_selector"),
@@ -351,12 +358,12 @@ async fn a_kubernetes_login_needs_role_jwt_and_configuration() {
         let body = json!({ field: "x" }).to_string();
         let write = admin(&format!("/v1/auth/kubernetes/{path}")).raw_body(&body);
         let problem = format!("simulator: {field} is not simulated");
-        assert_eq!(refused(&write.send(&at).await), (400, &*problem));
+        assert_eq!(rejection(&write.send(&at).await), (400, &*problem));
     }
 }
 
 #[tokio::test]
-async fn roles_are_shown_listed_kept_on_a_partial_write_and_removed() {
+async fn roles_can_be_read_listed_partially_updated_and_deleted() {
     let (sim, ca) = with_cert().await;
     sim.enable_kubernetes("kubernetes", "credbroker", KubernetesRole::default());
     let tls = tls(&ca, None);
@@ -403,11 +410,11 @@ async fn roles_are_shown_listed_kept_on_a_partial_write_and_removed() {
         r#"{"allowed_names": "x"}"#,
     )
     .await;
-    assert!(refused(&left_out).1.starts_with("simulator:"));
+    assert!(rejection(&left_out).1.starts_with("simulator:"));
 }
 
 #[tokio::test]
-async fn faults_hit_logins_of_every_method() {
+async fn faults_hit_certificate_logins() {
     let (sim, ca) = with_cert().await;
     let fault = Fault::Status {
         code: 503,
@@ -416,7 +423,7 @@ async fn faults_hit_logins_of_every_method() {
     sim.fault(FaultRule::new("auth/cert/login", fault).times(1));
     let broker = tls(&ca, Some(&client(&ca, "broker")));
     for status in [503, 200] {
-        let came = cert_login(&sim, &broker, json!({})).await;
-        assert_eq!(came.status, status);
+        let answer = cert_login(&sim, &broker, json!({})).await;
+        assert_eq!(answer.status, status);
     }
 }

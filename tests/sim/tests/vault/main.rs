@@ -1,9 +1,9 @@
-//! The simulated Vault against the recorded requests and answers of a real server, and what only the simulator does:
-//! faults, a clock to move, a standby, stop and restart; a reviewer of its own.
+//! Tests of the simulated Vault: against recorded requests and answers of a real server, and for what only the
+//! simulator has: faults, an adjustable clock, a standby, stop and restart, a reviewer for Kubernetes logins.
 #![expect(
     clippy::panic,
     clippy::unwrap_used,
-    reason = "helpers of tests may fail as loudly as tests"
+    reason = "test helpers may panic, as tests do"
 )]
 
 mod behaviour;

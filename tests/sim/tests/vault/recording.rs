@@ -1,4 +1,4 @@
-//! The requests recorded with a real server, replayed: the answers must be the same.
+//! Replays the requests recorded against a real server: the answers must be the same.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,10 +16,10 @@ use crate::client::{Answer, call, tls};
 
 const TRANSCRIPTS: &str = include_str!("../../../vectors/vault-transcripts.json");
 
-/// Steps that are not replayed, and why.
+/// Steps that are not replayed, with the reason.
 const SKIPPED: &[(&str, &[&str])] = &[
     (
-        "HTTP clients refuse to send such a token, and hyper would judge it before the simulator",
+        "HTTP clients refuse to send such a token, and hyper would reject it before the simulator does",
         &["d60", "d61"],
     ),
     (
@@ -27,7 +27,7 @@ const SKIPPED: &[(&str, &[&str])] = &[
         &["d73", "d74", "d75", "d76"],
     ),
     (
-        "quotas are not simulated: a fault answers 429",
+        "quotas are not simulated: a fault can return 429",
         &["d91", "d92", "d93", "d94", "d95"],
     ),
 ];
@@ -35,9 +35,9 @@ const SKIPPED: &[(&str, &[&str])] = &[
 type Captured = BTreeMap<String, String>;
 
 #[tokio::test]
-async fn it_answers_as_the_recorded_server_did() {
+async fn answers_match_the_recorded_server() {
     let file: Value = serde_json::from_str(TRANSCRIPTS).unwrap();
-    let interesting = texts(&file["headers_of_interest"]);
+    let compared_headers = texts(&file["headers_of_interest"]);
     let steps = file["steps"].as_array().unwrap();
     let mut skipped: Vec<&str> = SKIPPED.iter().flat_map(|(_, ids)| *ids).copied().collect();
     let (mut replayed, mut problems) = (0, Vec::new());
@@ -73,77 +73,91 @@ async fn it_answers_as_the_recorded_server_did() {
                 continue;
             }
             let client = (state == "file").then(|| clients.of(step));
-            let came = replay(&sim, step, client, &captured).await;
-            for problem in differences(&step["response"], &came, &interesting, &captured) {
+            let answer = replay(&sim, step, client, &captured).await;
+            for problem in differences(&step["response"], &answer, &compared_headers, &captured) {
                 problems.push(format!("{id} ({}): {problem}", step["about"]));
             }
             for (name, path) in step["capture"].as_object().into_iter().flatten() {
-                let value = came.body.pointer(&pointer(path.as_str().unwrap()));
+                let value = answer.body.pointer(&pointer(path.as_str().unwrap()));
                 match value.and_then(Value::as_str) {
                     Some(value) => captured.extend([(name.clone(), value.to_owned())]),
-                    None => problems.push(format!("{id}: nothing at {path} to capture")),
+                    None => problems.push(format!("{id}: nothing to capture at {path}")),
                 }
             }
             replayed += 1;
         }
     }
     assert!(problems.is_empty(), "{}", problems.join("\n"));
-    assert!(skipped.is_empty(), "not in the file: {skipped:?}");
+    assert!(
+        skipped.is_empty(),
+        "skipped steps that the file does not have: {skipped:?}"
+    );
     assert_eq!((replayed, steps.len()), (143, 154));
 }
 
 #[tokio::test]
-async fn the_comparison_notices_every_kind_of_difference() {
+async fn comparison_detects_every_kind_of_difference() {
     type Alter = fn(&mut Answer);
     let file: Value = serde_json::from_str(TRANSCRIPTS).unwrap();
-    let interesting = texts(&file["headers_of_interest"]);
+    let compared_headers = texts(&file["headers_of_interest"]);
     let steps = file["steps"].as_array().unwrap();
     let sim = VaultSim::start_dev(ROOT).await.unwrap();
     sim.mount_kv("kv");
     sim.put_secret("kv", "kucoin/prod/main", json!({ "api_key": "fake-key" }));
     let captured = Captured::from([("root".to_owned(), ROOT.to_owned())]);
     let step = steps.iter().find(|step| step["id"] == "f19").unwrap();
-    let came = replay(&sim, step, None, &captured).await;
-    let differ =
-        |came: &Answer| differences(&step["response"], came, &interesting, &captured).len();
-    assert_eq!(differ(&came), 0);
+    let answer = replay(&sim, step, None, &captured).await;
+    let differ = |answer: &Answer| {
+        differences(&step["response"], answer, &compared_headers, &captured).len()
+    };
+    assert_eq!(differ(&answer), 0);
 
     let altered: [(&str, Alter); 11] = [
-        ("status", |came| came.status = 201),
-        ("header changed", |came| {
-            came.set_header("cache-control", "no-cache");
+        ("status", |answer| answer.status = 201),
+        ("header changed", |answer| {
+            answer.set_header("cache-control", "no-cache");
         }),
-        ("header added", |came| came.set_header("location", "/v1/")),
-        ("header lost", |came| came.headers.clear()),
-        ("value", |came| {
-            came.body["data"]["data"]["api_key"] = json!("other");
+        ("header added", |answer| {
+            answer.set_header("location", "/v1/");
         }),
-        ("type", |came| {
-            came.body["data"]["metadata"]["version"] = json!("1");
+        ("header removed", |answer| answer.headers.clear()),
+        ("value", |answer| {
+            answer.body["data"]["data"]["api_key"] = json!("other");
         }),
-        ("key added", |came| {
-            came.body["data"]["data"]["more"] = json!(1);
+        ("type", |answer| {
+            answer.body["data"]["metadata"]["version"] = json!("1");
         }),
-        ("key lost", |came| {
-            came.body["data"]
+        ("key added", |answer| {
+            answer.body["data"]["data"]["more"] = json!(1);
+        }),
+        ("key removed", |answer| {
+            answer.body["data"]
                 .as_object_mut()
                 .unwrap()
                 .remove("metadata");
         }),
-        ("not a UUID", |came| came.body["request_id"] = json!("F0F0")),
-        ("not a time", |came| {
-            came.body["data"]["metadata"]["created_time"] = json!("2026-11-21 03:00:00Z");
+        ("not a UUID", |answer| {
+            answer.body["request_id"] = json!("F0F0");
         }),
-        ("body lost", |came| came.body = Value::Null),
+        ("not a time", |answer| {
+            answer.body["data"]["metadata"]["created_time"] = json!("2026-11-21 03:00:00Z");
+        }),
+        ("body removed", |answer| answer.body = Value::Null),
     ];
-    for (what, alter) in altered {
-        let mut came = came.clone();
-        alter(&mut came);
-        assert!(differ(&came) > 0, "unnoticed: {what}");
+    for (change, alter) in altered {
+        let mut answer = answer.clone();
+        alter(&mut answer);
+        assert!(differ(&answer) > 0, "not detected: {change}");
     }
-    let list = |came: Value| {
+    let list = |answer: Value| {
         let mut problems = Vec::new();
-        compare(&json!(["a", "<int>"]), &came, &captured, "", &mut problems);
+        compare(
+            &json!(["a", "<int>"]),
+            &answer,
+            &captured,
+            "",
+            &mut problems,
+        );
         problems.len()
     };
     assert_eq!(list(json!(["a", 1])), 0);
@@ -153,12 +167,12 @@ async fn the_comparison_notices_every_kind_of_difference() {
         json!(["a", 1, 1]),
         json!(["a", 1.5]),
     ] {
-        assert!(list(other.clone()) > 0, "unnoticed: {other}");
+        assert!(list(other.clone()) > 0, "not detected: {other}");
     }
 }
 
-/// The CA of the file and what it issued. In the state "file" every step goes to the TLS listener: the simulator has
-/// either that or the plain one.
+/// The CA that the recording needs, with its certificates. In the state "file" every step goes to the TLS listener: the
+/// simulator has either a TLS or a plain listener.
 struct Clients {
     broker: Identity,
     broker2: Identity,
@@ -231,45 +245,45 @@ async fn replay(
     if denied {
         sim.deny(token.as_deref(), Some(method), path);
     }
-    let came = call.send(&sim.address()).await;
+    let answer = call.send(&sim.address()).await;
     if denied {
-        sim.allow_again(token.as_deref(), Some(method), path);
+        sim.remove_denial(token.as_deref(), Some(method), path);
     }
-    came
+    answer
 }
 
-/// What is wrong with an answer, by the rules in the head of the file.
+/// How an answer differs from the recorded one, by the rules at the top of the recording.
 fn differences(
     expected: &Value,
-    came: &Answer,
-    interesting: &[String],
+    answer: &Answer,
+    compared_headers: &[String],
     captured: &Captured,
 ) -> Vec<String> {
     let mut problems = Vec::new();
-    if expected["status"] != came.status {
+    if expected["status"] != answer.status {
         problems.push(format!(
-            "status: expected {}, came {}",
-            expected["status"], came.status
+            "status: expected {}, got {}",
+            expected["status"], answer.status
         ));
     }
-    for name in interesting {
+    for name in compared_headers {
         let expected = expected["headers"]
             .get(name)
             .map(|value| value.as_str().unwrap());
-        let came = came.header(name);
-        let same = match (expected, came) {
+        let answer = answer.header(name);
+        let same = match (expected, answer) {
             (None, None) => true,
-            (Some("<int>"), Some(came)) => came.parse::<u64>().is_ok(),
-            (Some(expected), Some(came)) => fits(expected, came),
+            (Some("<int>"), Some(answer)) => answer.parse::<u64>().is_ok(),
+            (Some(expected), Some(answer)) => fits(expected, answer),
             _ => false,
         };
         if !same {
-            problems.push(format!("{name}: expected {expected:?}, came {came:?}"));
+            problems.push(format!("{name}: expected {expected:?}, got {answer:?}"));
         }
     }
     compare(
         &expected["body"],
-        &came.body,
+        &answer.body,
         captured,
         "body",
         &mut problems,
@@ -279,42 +293,55 @@ fn differences(
 
 fn compare(
     expected: &Value,
-    came: &Value,
+    answer: &Value,
     captured: &Captured,
     at: &str,
     problems: &mut Vec<String>,
 ) {
-    let same = match (expected, came) {
-        (Value::Object(expected), Value::Object(came)) => {
+    let same = match (expected, answer) {
+        (Value::Object(expected), Value::Object(answer)) => {
             for (key, expected) in expected {
-                match came.get(key) {
-                    Some(came) => {
-                        compare(expected, came, captured, &format!("{at}.{key}"), problems);
+                match answer.get(key) {
+                    Some(answer) => {
+                        compare(expected, answer, captured, &format!("{at}.{key}"), problems);
                     }
-                    None => problems.push(format!("{at}.{key}: expected {expected}, came nothing")),
+                    None => problems.push(format!("{at}.{key}: expected {expected}, got nothing")),
                 }
             }
-            for (key, came) in came.iter().filter(|(key, _)| !expected.contains_key(*key)) {
-                problems.push(format!("{at}.{key}: expected nothing, came {came}"));
+            for (key, answer) in answer
+                .iter()
+                .filter(|(key, _)| !expected.contains_key(*key))
+            {
+                problems.push(format!("{at}.{key}: expected nothing, got {answer}"));
             }
             return;
         }
-        (Value::Array(expected), Value::Array(came)) if expected.len() == came.len() => {
-            for (index, (expected, came)) in expected.iter().zip(came).enumerate() {
-                compare(expected, came, captured, &format!("{at}.{index}"), problems);
+        (Value::Array(expected), Value::Array(answer)) if expected.len() == answer.len() => {
+            for (index, (expected, answer)) in expected.iter().zip(answer).enumerate() {
+                compare(
+                    expected,
+                    answer,
+                    captured,
+                    &format!("{at}.{index}"),
+                    problems,
+                );
             }
             return;
         }
-        (Value::String(expected), came) if expected == "<int>" => came.is_i64() || came.is_u64(),
-        (Value::String(expected), Value::String(came)) => fits(&filled(expected, captured), came),
-        _ => expected == came,
+        (Value::String(expected), answer) if expected == "<int>" => {
+            answer.is_i64() || answer.is_u64()
+        }
+        (Value::String(expected), Value::String(answer)) => {
+            fits(&filled(expected, captured), answer)
+        }
+        _ => expected == answer,
     };
     if !same {
-        problems.push(format!("{at}: expected {expected}, came {came}"));
+        problems.push(format!("{at}: expected {expected}, got {answer}"));
     }
 }
 
-/// Whether `text` is `pattern`, in which placeholders may stand.
+/// Whether `text` matches `pattern`, which may contain placeholders.
 fn fits(pattern: &str, text: &str) -> bool {
     type Allows = fn(&str) -> bool;
     let kinds: [(&str, Allows); 3] = [
@@ -369,7 +396,7 @@ fn filled(text: &str, captured: &Captured) -> String {
         })
 }
 
-/// A JSON value with its texts filled; some of what is filled in has line breaks.
+/// A JSON value with the placeholders in its strings filled in. (Some values have line breaks, so not in its text form.)
 fn filled_in(value: &Value, captured: &Captured) -> Value {
     match value {
         Value::Array(items) => items.iter().map(|item| filled_in(item, captured)).collect(),

@@ -1,4 +1,4 @@
-//! KuCoin's own SDK and ccxt, both in Python, with real signing.
+//! KuCoin's official SDK and ccxt, both in Python, with their real signing code.
 
 use std::io::Write;
 use std::path::Path;
@@ -6,7 +6,7 @@ use std::path::Path;
 use credbroker_sim::kucoin::{Host, KucoinSettings, KucoinSim, Partner, Signature, SimKey};
 
 #[tokio::test]
-async fn clients_of_others_trade_with_it() {
+async fn official_sdk_and_ccxt_trade_with_the_simulator() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let python = root.join(".venv/bin/python");
     if !python.exists() {
@@ -39,15 +39,15 @@ async fn clients_of_others_trade_with_it() {
             .unwrap()
     });
     let run = run.await.unwrap();
-    let said = String::from_utf8_lossy(&run.stdout);
+    let output = String::from_utf8_lossy(&run.stdout);
     assert!(
         run.status.success(),
-        "{said}{}",
+        "{output}{}",
         String::from_utf8_lossy(&run.stderr)
     );
-    assert!(said.ends_with("all steps done\n"), "{said}");
+    assert!(output.ends_with("all steps done\n"), "{output}");
     let received = sim.received();
-    for (host, partnered) in [
+    for (host, has_partner) in [
         (Host::Spot, false),
         (Host::Spot, true),
         (Host::Futures, false),
@@ -58,9 +58,9 @@ async fn clients_of_others_trade_with_it() {
             request.host == host
                 && request.signature == Signature::Verified
                 && request.method == "POST"
-                && request.header("kc-api-partner").is_some() == partnered
+                && request.header("kc-api-partner").is_some() == has_partner
         });
-        assert!(verified.count() > 0, "{host:?}, partner: {partnered}");
+        assert!(verified.count() > 0, "{host:?}, partner: {has_partner}");
     }
     let refused = |code| {
         received

@@ -1,4 +1,4 @@
-//! How all orders of an account are withdrawn: which requests cancel each kind, and which say what is still open.
+//! Cancelling all orders of an account: which requests cancel each kind of order, and which list the open ones.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use crate::client::{Client, text};
 
 const CATALOGUE: &str = include_str!("../../../../src/kucoin/endpoints.json");
 
-/// One kind of order that no other kind's request withdraws.
+/// A kind of order, with the requests that place it, cancel all of its kind, and list them.
 struct Kind {
     host: Host,
     place: (&'static str, Value),
@@ -193,7 +193,7 @@ fn unified_kinds() -> Vec<Kind> {
     ]
 }
 
-/// The clientOids that a list shows as open. Only lists of one-cancels-other orders hold finished ones, too.
+/// The clientOids that a list shows as open. Only lists of OCO orders also contain finished ones.
 async fn listed(client: &Client, kind: &Kind) -> Vec<String> {
     let list = client.call(kind.host, "GET", kind.list, Value::Null).await;
     let list = list.data();
@@ -214,7 +214,7 @@ fn open(client: &Client) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn each_kind_of_order_is_listed_and_withdrawn_by_its_own_requests_alone() {
+async fn each_kind_of_order_is_listed_and_cancelled_only_by_its_own_requests() {
     let client = Client::start().await;
     let kinds = kinds();
     let mut expected = Vec::new();
@@ -239,7 +239,7 @@ async fn each_kind_of_order_is_listed_and_withdrawn_by_its_own_requests_alone() 
 }
 
 #[tokio::test]
-async fn every_current_cancel_all_of_the_catalogue_is_among_those_requests() {
+async fn every_current_cancel_all_endpoint_of_the_catalogue_is_tested() {
     let endpoints: Vec<Value> = serde_json::from_str(CATALOGUE).unwrap();
     let wanted: BTreeSet<_> = endpoints
         .iter()
@@ -271,7 +271,7 @@ async fn every_current_cancel_all_of_the_catalogue_is_among_those_requests() {
 }
 
 #[tokio::test]
-async fn what_such_a_request_must_name_is_demanded() {
+async fn missing_and_invalid_parameters_are_rejected() {
     let client = Client::start().await;
     let spot = [
         "DELETE /api/v1/hf/orders",
@@ -307,9 +307,9 @@ async fn what_such_a_request_must_name_is_demanded() {
             assert_eq!(answer.code(), code, "{request}");
         }
     }
-    let whole = json!({"tradeType": "SPOT", "symbol": "ETH-USDT", "orderFilter": "NORMAL"});
+    let complete = json!({"tradeType": "SPOT", "symbol": "ETH-USDT", "orderFilter": "NORMAL"});
     for name in ["tradeType", "symbol", "orderFilter"] {
-        let mut body = whole.clone();
+        let mut body = complete.clone();
         body.as_object_mut().unwrap().remove(name);
         let path = "/api/ua/v2/unified/order/cancel-all";
         let answer = client.spot("POST", path, body).await;
@@ -318,7 +318,7 @@ async fn what_such_a_request_must_name_is_demanded() {
 }
 
 #[tokio::test]
-async fn futures_list_finished_orders_unless_open_ones_are_asked_for() {
+async fn futures_list_shows_finished_orders_unless_status_is_active() {
     let client = Client::start().await;
     for id in ["a", "b"] {
         let order = json!({"clientOid": id, "symbol": "XBTUSDTM", "side": "buy", "price": 50000, "size": 2});
@@ -347,7 +347,7 @@ async fn futures_list_finished_orders_unless_open_ones_are_asked_for() {
 }
 
 #[tokio::test]
-async fn lists_come_in_pages_and_symbols_with_open_orders_are_named() {
+async fn lists_are_paged_and_filtered_and_symbols_with_open_orders_are_listed() {
     let client = Client::start().await;
     for number in 0..45 {
         let symbol = ["BTC-USDT", "ETH-USDT"][number % 2];
@@ -401,7 +401,7 @@ async fn lists_come_in_pages_and_symbols_with_open_orders_are_named() {
 }
 
 #[tokio::test]
-async fn a_cancellation_of_everything_can_be_accepted_before_it_takes_effect() {
+async fn cancel_all_can_be_accepted_before_it_takes_effect() {
     let client = Client::start().await;
     client.sim.set_cancel_lag(Duration::from_millis(300));
     let path = "/api/v1/hf/orders";
@@ -414,7 +414,7 @@ async fn a_cancellation_of_everything_can_be_accepted_before_it_takes_effect() {
         .await
         .data();
     assert_eq!(cancelled["succeedSymbols"], json!(["BTC-USDT"]));
-    // What is named is cancelled at once, also while it waits for its end.
+    // A cancel by clientOid takes effect at once, also for an order that waits for the cancel-all.
     let named = "/api/v1/hf/orders/client-order/a?symbol=BTC-USDT";
     client.spot("DELETE", named, Value::Null).await.data();
     let later = "c";

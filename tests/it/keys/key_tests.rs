@@ -1,4 +1,4 @@
-//! Tests of keys go on beside everything else, and what they say is told no longer than it is true.
+//! Key tests run in the background without delaying anything else, and outdated results are not shown.
 
 use std::time::{Duration, Instant};
 
@@ -11,9 +11,9 @@ use credbroker_sim::vault::{Fault as VaultFault, FaultRule};
 use serde_json::Value;
 
 use super::succession::{INFO, key, reads, refresh, signed_by, status, until_version};
-use crate::harness::{Bot, Lab, PATIENCE, Patient, Time, accounts, refusal, until};
+use crate::harness::{Bot, Lab, Patient, Time, WAIT_LIMIT, accounts, refusal, until};
 
-/// Every test of a key meets this until faults are cleared.
+/// A fault of every key test until faults are cleared.
 fn fault(action: FaultAction) -> Fault {
     Fault {
         times: None,
@@ -23,18 +23,18 @@ fn fault(action: FaultAction) -> Fault {
 
 fn hang() -> Fault {
     fault(FaultAction::Stall {
-        when: When::BeforeTaken,
+        when: When::BeforeProcessing,
     })
 }
 
-fn note(lab: &Lab, notes: &[(&str, &str)]) {
-    let notes = notes.iter();
-    let notes = notes.map(|(name, text)| ((*name).to_owned(), (*text).to_owned()));
+fn set_metadata(lab: &Lab, entries: &[(&str, &str)]) {
+    let entries = entries.iter();
+    let entries = entries.map(|(name, text)| ((*name).to_owned(), (*text).to_owned()));
     lab.vault
-        .set_custom_metadata("kv", &kv_path("main", "main"), notes.collect());
+        .set_custom_metadata("kv", &kv_path("main", "main"), entries.collect());
 }
 
-async fn is_refused(bot: &mut Bot<Patient>) -> bool {
+async fn is_rejected(bot: &mut Bot<Patient>) -> bool {
     let Err(status) = bot.send(accounts()).await else {
         return false;
     };
@@ -67,7 +67,7 @@ async fn revoke(lab: &Lab) {
     admin.revoke_key(request).await.unwrap();
 }
 
-/// How often the key in memory was tested.
+/// How often this key was tested.
 fn tests_of(lab: &Lab, key: &SimKey) -> usize {
     let requests = lab.kucoin.everything_received();
     let of_key = signed_by(&requests, key).into_iter();
@@ -82,9 +82,9 @@ async fn until_tested(lab: &Lab, account: &str) {
     .await;
 }
 
-/// Whether the last such change of key `main/main` is on record before the first test without an answer was given up. A
-/// poll comes each second and a test is given up after four, however slow the machine is.
-fn is_before_the_hanging_test_ends(lab: &Lab, outcome: &str) -> bool {
+/// Whether the last change with this outcome was audited before the first hanging key test timed out. Polls come every second
+/// and a test times out after four seconds, however slow the machine is.
+fn happened_before_the_test_timed_out(lab: &Lab, outcome: &str) -> bool {
     let text = std::fs::read_to_string(lab.path("state/audit.jsonl")).unwrap();
     let lines: Vec<Value> = text
         .lines()
@@ -92,12 +92,14 @@ fn is_before_the_hanging_test_ends(lab: &Lab, outcome: &str) -> bool {
         .collect();
     let is_change = |line: &Value| line["action"] == "key" && line["outcome"] == outcome;
     let changed = lines.iter().rposition(is_change).unwrap();
-    let is_given_up = |line: &Value| {
-        line["event"] == "outcome" && line["who"] == "broker" && line["outcome"] == "maybe_sent"
+    let is_timed_out = |line: &Value| {
+        line["event"] == "outcome"
+            && line["principal"] == "broker"
+            && line["outcome"] == "maybe_sent"
     };
     lines
         .iter()
-        .position(is_given_up)
+        .position(is_timed_out)
         .is_none_or(|ended| changed < ended)
 }
 
@@ -110,7 +112,7 @@ async fn until_polled(lab: &Lab) {
 }
 
 #[tokio::test]
-async fn vault_is_heard_within_one_poll_while_a_test_hangs() {
+async fn changes_in_vault_take_effect_within_one_poll_while_a_key_test_hangs() {
     let lab = Lab::start().await;
     let mut bot = lab.patient_bot("maker").await;
     until_tested(&lab, "main").await;
@@ -121,28 +123,28 @@ async fn vault_is_heard_within_one_poll_while_a_test_hangs() {
         tests_of(&lab, &key(2)) > 0
     })
     .await;
-    note(&lab, &[("state", "disabled")]);
-    until("the bot is refused", async || {
-        is_refused(&mut lab.patient_bot("maker").await).await
+    set_metadata(&lab, &[("state", "disabled")]);
+    until("the bot is rejected", async || {
+        is_rejected(&mut lab.patient_bot("maker").await).await
     })
     .await;
-    assert!(is_before_the_hanging_test_ends(&lab, "gone"));
-    assert!(is_refused(&mut bot).await);
-    // The test that was given up brings nothing back.
+    assert!(happened_before_the_test_timed_out(&lab, "removed"));
+    assert!(is_rejected(&mut bot).await);
+    // The end of the hanging test does not restore the key.
     lab.kucoin.clear_faults();
     until_polled(&lab).await;
-    assert!(is_refused(&mut bot).await);
-    note(&lab, &[]);
+    assert!(is_rejected(&mut bot).await);
+    set_metadata(&lab, &[]);
     until_version(&lab, 2).await;
-    lab.check_record();
+    lab.check_audit_log();
 }
 
 #[tokio::test]
-async fn a_newer_version_is_tested_in_place_of_one_whose_test_hangs() {
+async fn newer_version_is_tested_instead_of_one_whose_test_hangs() {
     let lab = Lab::start().await;
     until_tested(&lab, "main").await;
     let stall = FaultAction::Stall {
-        when: When::BeforeTaken,
+        when: When::BeforeProcessing,
     };
     lab.kucoin.fault(Fault::once(INFO, stall));
     lab.kucoin.add_key(key(2));
@@ -154,15 +156,15 @@ async fn a_newer_version_is_tested_in_place_of_one_whose_test_hangs() {
     .await;
     lab.put_key("main", "main", &key(3));
     until_version(&lab, 3).await;
-    assert!(is_before_the_hanging_test_ends(&lab, "in_use"));
+    assert!(happened_before_the_test_timed_out(&lab, "activated"));
 }
 
 #[tokio::test]
-async fn a_key_that_was_deleted_with_all_its_versions_does_not_serve_beside_its_namesake() {
+async fn deleted_key_signs_nothing_after_a_new_key_is_created_under_its_name() {
     let lab = Lab::start().await;
     let mut bot = lab.patient_bot("maker").await;
     until_tested(&lab, "main").await;
-    // Both between two polls; the exchange does not know the new one.
+    // Both between two polls; the new key does not exist at the exchange.
     lab.vault.delete_metadata("kv", &kv_path("main", "main"));
     lab.put_key("main", "main", &key(2));
     refresh(&lab).await;
@@ -175,7 +177,7 @@ async fn a_key_that_was_deleted_with_all_its_versions_does_not_serve_beside_its_
 }
 
 #[tokio::test]
-async fn a_key_that_is_deleted_and_written_anew_between_two_polls_fails_no_call() {
+async fn key_deleted_and_recreated_between_two_polls_fails_no_call() {
     let lab = Lab::start().await;
     let mut bot = lab.patient_bot("maker").await;
     until_tested(&lab, "main").await;
@@ -188,21 +190,21 @@ async fn a_key_that_is_deleted_and_written_anew_between_two_polls_fails_no_call(
         if !signed_by(&lab.kucoin.received(), &key(2)).is_empty() {
             break;
         }
-        assert!(began.elapsed() < PATIENCE, "it is not used");
+        assert!(began.elapsed() < WAIT_LIMIT, "the new key is not used");
     }
-    lab.check_record();
+    lab.check_audit_log();
 }
 
 #[tokio::test]
-async fn a_key_that_has_no_version_yet_is_told_so() {
+async fn key_without_any_version_is_reported_as_unavailable() {
     let settings = Settings {
         keys: vec![("other", "main", 1002)],
         ..Settings::default()
     };
     let mut lab = Lab::install(settings).await;
-    note(&lab, &[("owner", "desk")]);
+    set_metadata(&lab, &[("owner", "desk")]);
     lab.start_broker().await;
-    until("Vault has been asked", async || {
+    until("the key is reported as unavailable", async || {
         let (word, reasons) = status(&lab).await;
         word == "unavailable" && reasons == ["not available: Vault has no version of it yet"]
     })
@@ -213,21 +215,21 @@ async fn a_key_that_has_no_version_yet_is_told_so() {
 }
 
 #[tokio::test]
-async fn a_key_that_is_gone_when_it_is_revoked_stays_dead_and_its_successor_lives() {
+async fn key_revoked_while_absent_stays_revoked_and_its_successor_works() {
     let lab = Lab::start().await;
     let mut bot = lab.patient_bot("maker").await;
-    note(&lab, &[("state", "disabled")]);
-    until("it is gone", async || {
-        is_refused(&mut lab.patient_bot("maker").await).await
+    set_metadata(&lab, &[("state", "disabled")]);
+    until("the key is evicted", async || {
+        is_rejected(&mut lab.patient_bot("maker").await).await
     })
     .await;
     assert_eq!(status(&lab).await.0, "unavailable");
     revoke(&lab).await;
     assert_eq!(status(&lab).await.0, "revoked");
-    // Back in Vault, and still dead; read once, and not at every poll.
-    note(&lab, &[]);
+    // Enabled in Vault again, but still revoked; it is read once and not at every poll.
+    set_metadata(&lab, &[]);
     refresh(&lab).await;
-    assert!(is_refused(&mut bot).await);
+    assert!(is_rejected(&mut bot).await);
     assert_eq!(status(&lab).await.0, "revoked");
     let reads_of_vault = || {
         let requests = lab.vault.requests();
@@ -245,62 +247,66 @@ async fn a_key_that_is_gone_when_it_is_revoked_stays_dead_and_its_successor_live
     lab.put_key("main", "main", &key(2));
     until_version(&lab, 2).await;
     assert_eq!(reads(&mut bot).await.0, Outcome::Accepted);
-    // Now that one is deleted: it was not revoked.
+    // The second key is deleted, which is not a revocation.
     lab.vault.delete_latest("kv", &kv_path("main", "main"));
-    until("it is gone", async || {
-        is_refused(&mut lab.patient_bot("maker").await).await
+    until("the key is evicted", async || {
+        is_rejected(&mut lab.patient_bot("maker").await).await
     })
     .await;
     assert_eq!(status(&lab).await.0, "unavailable");
-    lab.check_record();
+    lab.check_audit_log();
 }
 
 #[tokio::test]
-async fn a_refusal_is_over_once_a_test_says_so_and_a_test_without_an_answer_takes_nothing_away() {
+async fn passed_test_clears_a_rejection_and_an_inconclusive_test_keeps_the_status() {
     let lab = Lab::start().await;
     let mut bot = lab.patient_bot("maker").await;
     until_tested(&lab, "main").await;
-    let sound = state(&lab).await;
+    let initial = state(&lab).await;
     assert_eq!(
-        (sound.status(), sound.permissions.is_empty()),
+        (initial.status(), initial.permissions.is_empty()),
         (KeyStatus::AtRisk, false)
     );
     lab.kucoin
         .fault(fault(FaultAction::RateLimited { reset_ms: None }));
     test(&lab).await;
-    let unanswered = state(&lab).await;
+    let inconclusive = state(&lab).await;
     assert_eq!(
-        (&unanswered.status, &unanswered.permissions),
-        (&sound.status, &sound.permissions)
+        (&inconclusive.status, &inconclusive.permissions),
+        (&initial.status, &initial.permissions)
     );
-    assert_eq!(unanswered.tested_at_ms, sound.tested_at_ms);
-    let told = |reason: &String| reason.starts_with("the last test got no answer: 429000");
-    assert!(unanswered.reasons.iter().any(told), "{unanswered:?}");
+    assert_eq!(inconclusive.tested_at_ms, initial.tested_at_ms);
+    let is_expected =
+        |reason: &String| reason.starts_with("the last test was inconclusive: 429000");
+    assert!(
+        inconclusive.reasons.iter().any(is_expected),
+        "{inconclusive:?}"
+    );
     lab.kucoin.clear_faults();
     lab.kucoin.remove_key(&SimKey::fake(MAIN_UID).api_key);
     assert_eq!(reads(&mut bot).await.1, "400003");
     assert_eq!(state(&lab).await.status(), KeyStatus::Refused);
     test(&lab).await;
     assert_eq!(state(&lab).await.status(), KeyStatus::Refused);
-    // Mended at the exchange, and no bot calls.
+    // The key exists at the exchange again, and no bot calls.
     lab.kucoin.add_key(SimKey::fake(MAIN_UID));
     test(&lab).await;
-    let mended = state(&lab).await;
+    let restored = state(&lab).await;
     assert_eq!(
-        (mended.status, mended.reasons),
-        (sound.status, sound.reasons)
+        (restored.status, restored.reasons),
+        (initial.status, initial.reasons)
     );
 }
 
 #[tokio::test]
-async fn a_version_that_was_refused_is_tried_again_without_being_asked() {
+async fn rejected_version_is_retested_automatically_but_not_at_every_poll() {
     let mut lab = Lab::install(Settings::default()).await;
     let time = Time::new(0);
     lab.start_broker_on(time.clock()).await;
     lab.until_ready().await;
     lab.put_key("main", "main", &key(2));
     assert_eq!(refresh(&lab).await, 1);
-    // Whoever made it has mended it at the exchange, and gone home.
+    // The key is created at the exchange later, without a refresh by an admin.
     lab.kucoin.add_key(key(2));
     until_polled(&lab).await;
     assert_eq!(state(&lab).await.version, 1, "not at every poll");
@@ -311,23 +317,23 @@ async fn a_version_that_was_refused_is_tried_again_without_being_asked() {
 }
 
 #[tokio::test]
-async fn a_key_that_comes_back_is_not_tested_before_its_time() {
+async fn key_that_reappears_is_not_retested_before_its_next_due_test() {
     let lab = Lab::start().await;
     until_tested(&lab, "main").await;
     let before = state(&lab).await;
-    note(&lab, &[("state", "disabled")]);
-    until("it is gone", async || {
-        is_refused(&mut lab.patient_bot("maker").await).await
+    set_metadata(&lab, &[("state", "disabled")]);
+    until("the key is evicted", async || {
+        is_rejected(&mut lab.patient_bot("maker").await).await
     })
     .await;
-    note(&lab, &[]);
+    set_metadata(&lab, &[]);
     until_version(&lab, 1).await;
     let name = "key_available{account=\"main\",key=\"main\"}";
-    // And after the rules have not named it for a while.
+    // Also after it was missing from the rules for a while.
     let without = "[account.other]\nkey = { spot-margin = \"main\" }\n[[grant]]\n\
                    bot = \"spiffe://demo.test/bot/maker\"\naccount = \"other\"\nscope = \"spot-margin\"\nallow = [\"read\"]\n";
     std::fs::write(lab.path("rules.toml"), without).unwrap();
-    until("the rules name it no more", async || {
+    until("the key is no longer in the rules", async || {
         lab.metric(name).await.is_none()
     })
     .await;
@@ -343,12 +349,12 @@ async fn a_key_that_comes_back_is_not_tested_before_its_time() {
 }
 
 #[tokio::test]
-async fn a_key_that_new_rules_name_is_tested_at_once() {
+async fn key_added_by_new_rules_is_tested_at_once() {
     let lab = Lab::start().await;
     let third = SimKey::fake(1003);
     lab.kucoin.add_key(third.clone());
     lab.put_key("third", "main", &third);
-    // Its rules wait for a key that is not to be had, for seconds.
+    // The new rules wait some seconds for another key that cannot be read.
     let hangs = kv_path("fourth", "main");
     lab.vault.fault(FaultRule::new(
         &format!("kv/metadata/{hangs}"),
@@ -363,25 +369,25 @@ async fn a_key_that_new_rules_name_is_tested_at_once() {
 }
 
 #[tokio::test]
-async fn what_strangers_write_reaches_no_terminal_as_it_is() {
+async fn kucoin_error_texts_are_sanitized_and_shortened() {
     let lab = Lab::start().await;
     until_tested(&lab, "main").await;
     let body = serde_json::json!({"code": "999999", "msg": format!("\u{1b}[2J\nforged{}", "x".repeat(9000))});
     lab.kucoin.fault(fault(FaultAction::Answer {
         status: 200,
         body,
-        when: When::BeforeTaken,
+        when: When::BeforeProcessing,
     }));
     test(&lab).await;
     lab.put_key("main", "main", &key(2));
     refresh(&lab).await;
     let reasons = state(&lab).await.reasons;
-    let told: Vec<_> = reasons
+    let matching: Vec<_> = reasons
         .iter()
         .filter(|reason| reason.contains("999999"))
         .collect();
-    assert_eq!(told.len(), 2, "{reasons:?}");
-    for reason in told {
+    assert_eq!(matching.len(), 2, "{reasons:?}");
+    for reason in matching {
         assert!(
             reason.len() < 400 && !reason.contains(char::is_control),
             "{reason}"
@@ -395,7 +401,7 @@ async fn what_strangers_write_reaches_no_terminal_as_it_is() {
 }
 
 #[tokio::test]
-async fn a_test_that_hangs_when_the_broker_stops_leaves_nothing_to_look_up() {
+async fn hanging_key_test_at_shutdown_leaves_no_unresolved_request() {
     let mut lab = Lab::start().await;
     until_tested(&lab, "main").await;
     lab.kucoin.fault(hang());
