@@ -1,5 +1,5 @@
-# For deployers, who start brokers: may create secret_ids of one role, but only wrapped. Whoever unwraps one knows that nobody
-# has read it before.
+# For deployers, who start brokers: may create secret_ids of one role, but only wrapped. The host that unwraps one can be sure
+# that nobody has read it before.
 #
 # `approle` and `credbroker` are the mount and the name of the broker's role. The role limits what a secret_id may do.
 
