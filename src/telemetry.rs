@@ -301,8 +301,8 @@ impl Metrics {
         unauthenticated.take(Instant::now())
     }
 
-    /// Counts a refused connection: `handshake`, `certificate`, `descriptors`, `bot` (the bot has too many) or `many` (far too
-    /// many, or all bots together have too many).
+    /// Counts a refused connection: `handshake`, `certificate`, `descriptors`, `bot_limit` (the bot has too many) or `limit`
+    /// (far too many, or all bots together have too many).
     pub(crate) fn connection_refused(&self, reason: &'static str) {
         let labels = [("reason", reason)];
         self.connections_refused.get_or_create(&labels).inc();

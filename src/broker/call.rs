@@ -601,9 +601,9 @@ fn log_end(
                 endpoint,
                 outcome = ending.outcome.map(tracing::field::display),
                 reason = ending.reason.map(Reason::as_str),
-                http.status = ending.http_status,
+                http.response.status_code = ending.http_status,
                 duration_ms = ending.duration_us / 1000,
-                error,
+                exception.message = error,
                 "{message}",
             )
         };

@@ -166,10 +166,12 @@ fn log_macros(tokens: TokenStream, visit: &mut impl FnMut(&[TokenTree])) {
         let TokenTree::Group(group) = token else {
             continue;
         };
-        let is_log = index >= 2
+        // `$level!` is the name of a log macro in a macro of ours.
+        let is_log = index >= 3
             && is_punct(tokens.get(index - 1), '!')
-            && (LOG_MACROS.iter().chain(&["info_span"]))
-                .any(|name| is_ident(tokens.get(index - 2), name));
+            && (is_punct(tokens.get(index - 3), '$')
+                || (LOG_MACROS.iter().chain(&["info_span"]))
+                    .any(|name| is_ident(tokens.get(index - 2), name)));
         if is_log {
             visit(&group.stream().into_iter().collect::<Vec<_>>());
         } else {

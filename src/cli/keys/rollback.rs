@@ -56,20 +56,20 @@ async fn rollback(options: &Options) -> Result<u8, Failure> {
         );
         Failure::new(cause, VAULT)
     })?;
-    let change = new_hold(options, &found).map_err(|cause| {
+    let hold = new_hold(options, &found).map_err(|cause| {
         Failure::new(
             format!("{cause}; nothing was changed"),
             pick_another(account, &key),
         )
     })?;
-    let version = change.unwrap_or(found.current_version);
+    let version = hold.unwrap_or(found.current_version);
     let step = Step {
         account,
         key: &key,
         vault: &vault,
         version,
     };
-    let notes = match change {
+    let notes = match hold {
         Some(version) => Notes::hold(version, found.current_version),
         None => Notes::newest(),
     };
@@ -79,7 +79,7 @@ async fn rollback(options: &Options) -> Result<u8, Failure> {
         .await
         .map_err(|failure| step.unknown(failure))?;
     if state.version == version {
-        return Ok(step.show_done(options, &before, &state));
+        return Ok(step.show_done(hold.is_some(), &before, &state));
     }
     // A restarted broker must not use a version that this one does not use.
     step.note(&Notes::as_before(&found)).await?;
@@ -164,7 +164,7 @@ impl Step<'_> {
         Failure::Failed { cause, fix }
     }
 
-    fn show_done(&self, options: &Options, before: &KeyState, state: &KeyState) -> u8 {
+    fn show_done(&self, is_held: bool, before: &KeyState, state: &KeyState) -> u8 {
         let Self {
             account,
             key,
@@ -180,7 +180,7 @@ impl Step<'_> {
         for reason in &state.reasons {
             text += &paragraph("note: ", &printable(reason));
         }
-        if !options.newest {
+        if is_held {
             let undo = format!(
                 "credbroker keys rollback {account} --key {key} --newest, or register another key. Until then, a version written \
                  to Vault by hand is used only if KuCoin rejects version {version}."

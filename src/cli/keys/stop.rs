@@ -71,9 +71,12 @@ fn revoked(account: &str, keys: &[RevokedKey]) -> String {
             );
             paragraph("revoked: ", &detail)
         } else {
-            let detail = format!(
-                "{account}/{key} version {version}. It no longer signs (id SHA-256 {id_sha256})."
-            );
+            let which = match version {
+                0 => ", the last key that was loaded".to_owned(),
+                version => format!(" version {version}"),
+            };
+            let detail =
+                format!("{account}/{key}{which}. It no longer signs (id SHA-256 {id_sha256}).");
             paragraph("revoked: ", &detail)
         };
     }
@@ -126,6 +129,16 @@ mod tests {
                 "Delete the key on KuCoin's page",
             ),
             (revoked(&account, &[key("", false)]), "No key was loaded"),
+            (
+                revoked(
+                    &account,
+                    &[RevokedKey {
+                        version: 0,
+                        ..key(&"a".repeat(64), false)
+                    }],
+                ),
+                ", the last key that was loaded. It no longer signs",
+            ),
             (
                 revoked(&account, &[key(&"a".repeat(64), true)]),
                 "was already revoked",

@@ -215,6 +215,12 @@ async fn rollback_and_return_to_newest_work_only_for_existing_versions() {
     assert_eq!(signer(&lab, &mut bot).await, second.api_key);
     assert_eq!(stored.note("main", "use_version").await, Value::Null);
 
+    // The newest version needs no hold, so there is nothing to undo.
+    let (code, output) = rollback(&lab, &["--to", "2"]).await;
+    assert_eq!(code, 0, "{output}");
+    assert!(!output.contains("undo:"), "{output}");
+    assert_eq!(stored.note("main", "use_version").await, Value::Null);
+
     let (code, output) = rollback(&lab, &["--to", "7"]).await;
     assert_eq!(code, 1, "{output}");
     assert_contains_all(
