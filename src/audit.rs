@@ -60,7 +60,7 @@ pub(crate) struct Recorded(());
 /// The intent of a risk-increasing request could not be written.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "the audit log cannot be written, and risk-increasing requests are refused until it can; nothing was sent"
+    "the audit log cannot be written, and risk-increasing requests are refused until it can be; nothing was sent"
 )]
 pub(crate) struct AuditError(#[source] io::Error);
 

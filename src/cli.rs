@@ -89,9 +89,9 @@ enum Command {
     },
     /// Check everything that the broker needs, and print each problem with its fix.
     ///
-    /// Works whether or not the broker is running. Changes nothing, and audits each request that it signs with a key.
-    /// Exit code 0: no check failed (warnings are possible); 1: a check failed; 2: usage error, or the configuration
-    /// cannot be read.
+    /// Works whether or not the broker is running. Changes nothing, but records in the audit log each request that it
+    /// signs with a key. Exit code 0: no check failed (warnings are possible); 1: a check failed; 2: usage error, or the
+    /// configuration cannot be read.
     #[command(
         after_long_help = "Examples:\n  credbroker doctor\n  credbroker doctor --live main > report.txt\n\n\
                            With --json: one object per line, {\"check\":…,\"status\":…,\"detail\":…,\"fix\":…}"
@@ -143,8 +143,8 @@ enum Command {
     Resume(halt::Resume),
     /// Run the broker until SIGTERM or Ctrl-C.
     ///
-    /// Calls in flight finish first. Exit code 0: stopped, and every request has an outcome; 1: failed, or stopped while
-    /// the outcome of some requests is unknown; 2: usage error or invalid configuration.
+    /// Calls in flight finish first. Exit code 0: stopped, and the outcome of every request in flight is known; 1: failed,
+    /// or stopped while the outcome of some requests is unknown; 2: usage error or invalid configuration.
     Serve {
         /// Path of the configuration file.
         #[arg(long, default_value = CONFIG)]

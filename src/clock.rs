@@ -78,7 +78,7 @@ pub(crate) enum ClockUncertain {
     #[error("the exchange's time has not been measured yet")]
     Never,
     /// Measured too long ago, or too imprecisely.
-    #[error("the exchange's time may be off by {} ms (limit {} ms), last measured {} s ago", .0.as_millis(), MAX_UNCERTAINTY.as_millis(), .1.as_secs())]
+    #[error("the broker's estimate of the exchange's time may be off by {} ms (limit {} ms), last measured {} s ago", .0.as_millis(), MAX_UNCERTAINTY.as_millis(), .1.as_secs())]
     Stale(Duration, Duration),
 }
 

@@ -499,7 +499,7 @@ fn simulator(text: &str, allow_any_host: bool) -> Result<Origin, String> {
                 port,
             }
         }
-        _ => return Err("expected only http or https, a host and a port".to_owned()),
+        _ => return Err("expected only scheme (http or https), host and port".to_owned()),
     };
     if allow_any_host || is_loopback(&url) {
         Ok(origin)
@@ -552,7 +552,7 @@ mod tests {
         assert!(
             problems
                 .iter()
-                .all(|problem| problem.contains("is missing; write for example: "))
+                .all(|problem| problem.contains("is missing; add it, for example: "))
         );
     }
 

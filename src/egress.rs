@@ -152,7 +152,7 @@ pub(crate) enum NoAddress {
         egress: IpAddr,
     },
     /// No lookup of its name has succeeded yet.
-    #[error("DNS name {0} has not been resolved")]
+    #[error("no DNS lookup of {0} has succeeded yet")]
     Unresolved(String),
 }
 
@@ -845,7 +845,7 @@ mod tests {
         let problem = |egress| destination.no_address(source(egress)).unwrap().to_string();
         assert_eq!(
             problem("192.0.2.9"),
-            "DNS name localhost has not been resolved"
+            "no DNS lookup of localhost has succeeded yet"
         );
         destination.keep([four].into_iter(), source("2001:db8::9"));
         assert_eq!(

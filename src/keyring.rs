@@ -274,7 +274,7 @@ impl Keyring {
             account: account.clone(),
             reason: reason.to_owned(),
         };
-        let unnamed = || unavailable("the rules name no key for it");
+        let unnamed = || unavailable("the rules name no key for this scope");
         let name = permit.key_name().ok_or_else(unnamed)?;
         let accounts = self.accounts.read();
         let keys = accounts.get(account).ok_or_else(unnamed)?;

@@ -202,7 +202,7 @@ pub enum Denied {
     },
     /// The fixed path of an endpoint with another method or scope; it also matches a template with an id.
     #[error(
-        "this path belongs to {endpoint} ({method}), so no part of it is read as an id; check path, method and scope"
+        "this is the path of {endpoint} ({method}), not a path with an id in it; check path, method and scope"
     )]
     NotAnId {
         /// The id of the endpoint that has this path.
@@ -228,7 +228,7 @@ pub enum Denied {
     },
     /// Admins and the broker itself may not send this.
     #[error(
-        "{what} is not permitted for admin or internal calls; these may only send reads and test orders, and admins may also cancel orders"
+        "{what} is not permitted for admin or internal calls: internal calls may send only reads and test orders; admin calls may also cancel orders"
     )]
     NotPermittedInternally {
         /// The endpoint's id, or method and path.

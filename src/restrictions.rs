@@ -118,8 +118,8 @@ pub(crate) enum Restricted {
 pub enum RestrictionsError {
     /// The file exists but cannot be read. The broker does not start: that would lift all restrictions.
     #[error(
-        "cannot read {file}, which holds all blocks, halts and revocations: {problem}. Restore it from a backup; remove it only if \
-         nothing is blocked, halted or revoked"
+        "cannot read {file}, which holds all blocks, halts and revocations: {problem}. Restore it from a backup; delete it only if \
+         you know that nothing is blocked, halted or revoked: without the file, no block, halt or revocation applies"
     )]
     Unreadable {
         /// The file.

@@ -81,7 +81,9 @@ const LOCK_AGAIN: Duration = Duration::from_millis(20);
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// The audit log cannot be opened.
-    #[error("cannot open audit file {0}; make it writable, or correct audit.file")]
+    #[error(
+        "cannot open audit file {0}; let the broker's user create and write it, or correct audit.file"
+    )]
     Audit(String, #[source] io::Error),
     /// Files that the configuration names have problems.
     #[error("the configuration has {} problem(s)", .0.len())]
@@ -115,7 +117,7 @@ pub enum StartError {
     },
     /// The state folder cannot be used.
     #[error(
-        "cannot use state_dir {0}; make it writable and its parent folders searchable for the broker's user, or correct state_dir"
+        "cannot use state_dir {0}; give the broker's user write permission on it and search (x) permission on its parent folders, or correct state_dir"
     )]
     StateDir(String, #[source] io::Error),
     /// TLS cannot be set up.

@@ -236,7 +236,7 @@ impl Metrics {
             drop(family.get_or_create(&[("reason", reason)]));
         }
         registry.register("vault_failures", help, family);
-        let help = "Answers with an unknown code to state-changing requests (outcome maybe_sent), by scope";
+        let help = "State-changing requests that the exchange answered with an unknown code (outcome maybe_sent), by scope";
         let family = self.codes_unknown.clone();
         for scope in Scope::ALL {
             drop(family.get_or_create(&[("scope", scope.as_str())]));

@@ -52,10 +52,7 @@ impl AdminApi {
     /// The account that a request names, or `None` for all; exactly one of the two must be set.
     fn account_or_all(&self, account: &str, all: bool) -> Result<Option<Arc<Account>>, AdminError> {
         match (account.is_empty(), all) {
-            (true, false) => Err(AdminError::field(
-                "account",
-                "expected an account, or `all`",
-            )),
+            (true, false) => Err(AdminError::field("account", "set an account, or set `all`")),
             (false, true) => Err(AdminError::field(
                 "all",
                 "cannot be combined with an account; set only one of them",

@@ -70,16 +70,16 @@ macro_rules! name {
 }
 
 name!(
-    /// Name of a KuCoin account, chosen by an admin: a letter or digit, then up to 31 of a-z, 0-9, '-'. Not secret.
+    /// Name of a KuCoin account, chosen by an admin: a letter or digit, then up to 31 characters of a-z, 0-9, '-'. Not secret.
     AccountId,
     short_name,
-    "1 to 32 of a-z, 0-9 and '-', not starting with '-'"
+    "1 to 32 characters of a-z, 0-9 and '-', not starting with '-'"
 );
 name!(
     /// Name of a key of an account, the last part of its Vault path; same form as an account name. Not secret.
     KeyName,
     short_name,
-    "1 to 32 of a-z, 0-9 and '-', not starting with '-'"
+    "1 to 32 characters of a-z, 0-9 and '-', not starting with '-'"
 );
 name!(
     /// A bot: the URI SAN `spiffe://<trust domain>/bot/<name>` of its certificate, or its DNS SAN if there is no URI SAN.
@@ -95,10 +95,10 @@ name!(
     "spiffe://<trust domain>/admin/<name>"
 );
 name!(
-    /// Id of a call, chosen by the bot or generated here: 1 to 64 of A-Z, a-z, 0-9, '.', '_', '-'.
+    /// Id of a call, chosen by the bot or generated here: 1 to 64 characters of A-Z, a-z, 0-9, '.', '_', '-'.
     RequestId,
     request_id,
-    "1 to 64 of A-Z, a-z, 0-9, '.', '_', '-'"
+    "1 to 64 characters of A-Z, a-z, 0-9, '.', '_', '-'"
 );
 
 impl BotId {
@@ -327,7 +327,7 @@ mod tests {
         let error = "a b".parse::<RequestId>().unwrap_err().to_string();
         assert_eq!(
             error,
-            "expected 1 to 64 of A-Z, a-z, 0-9, '.', '_', '-', got \"a b\""
+            "expected 1 to 64 characters of A-Z, a-z, 0-9, '.', '_', '-', got \"a b\""
         );
     }
 }

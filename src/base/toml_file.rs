@@ -234,7 +234,7 @@ impl<'t> Section<'t> {
             self.known.push(key);
             self.problem(
                 key,
-                format_args!("is missing; write for example: {key} = {example}"),
+                format_args!("is missing; add it, for example: {key} = {example}"),
             );
             return None;
         }
@@ -388,17 +388,17 @@ mod tests {
         });
         let expected = [
             "line 2: name: invalid type: integer `1`, expected a string",
-            "none: is missing; write for example: none = 1",
-            "line 4: table.missing: is missing; write for example: missing = 1",
-            "line 4: table.absent.deeper: is missing; write for example: deeper = 1",
+            "none: is missing; add it, for example: none = 1",
+            "line 4: table.missing: is missing; add it, for example: missing = 1",
+            "line 4: table.absent.deeper: is missing; add it, for example: deeper = 1",
             "line 7: table.inner.size: invalid type: string \"x\", expected u8",
-            "line 9: entry[0].words: is missing; write for example: words = []",
+            "line 9: entry[0].words: is missing; add it, for example: words = []",
             "line 14: entry[1].words: invalid type: integer `2`, expected a string",
             "line 17: entry[2].port: expected 1 to 8, got 9",
             "line 14: entry[1].words[1]: reported later",
             "line 18: entry[2].typo: is not a key of this section; its keys are: port",
             "line 21: by.odd: expected a table, got integer",
-            "line 19: by.name.x: is missing; write for example: x = 1",
+            "line 19: by.name.x: is missing; add it, for example: x = 1",
             "line 22: late: is late",
         ];
         assert_eq!(problems, expected);

@@ -490,7 +490,7 @@ fn call_failure(broker: &str, status: &Status) -> Failure {
         Code::Unauthenticated => "get a certificate from a CA that the broker trusts",
         // The message names the file.
         Code::Unavailable if info.reason == "STATE_UNWRITABLE" => {
-            "check free space and permissions of the folder of that file"
+            "check the permissions of that file's folder, and the free disk space there"
         }
         Code::FailedPrecondition if info.reason == "CLOCK_UNCERTAIN" => {
             "check the connection to KuCoin with `credbroker doctor`, then re-run the command"

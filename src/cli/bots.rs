@@ -22,7 +22,7 @@ pub(super) struct Which {
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Block a bot: refuse all its calls, including cancels and reads, at once; the block survives restarts.
+    /// Block a bot: immediately refuse all its calls, including cancels and reads; the block survives restarts.
     ///
     /// Exit code 0: blocked; 1: broker unreachable, call refused, or not written to disk; 2: usage error or invalid
     /// admin.toml.
@@ -75,7 +75,7 @@ fn blocked(response: &BlockBotResponse) -> String {
     );
     if !response.is_in_rules {
         let but = "no rule names this bot; check the name, which must match the bot's certificate exactly. The audit log (field \
-                   `bot`) and the grants in the rules have the names in use.";
+                   `bot`) and the grants in the rules show the names in use.";
         text += &paragraph("but: ", but);
     }
     text += &paragraph(

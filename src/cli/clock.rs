@@ -14,10 +14,10 @@ use crate::proto::{AcceptClockRequest, AcceptClockResponse};
 pub(super) enum Command {
     /// Accept that the exchange's clock and the broker's system clock are more than a day apart.
     ///
-    /// While the difference is not accepted, risk-increasing requests are refused with `CLOCK_UNCERTAIN`. The acceptance
-    /// covers differences within 24 hours of the current one, until the broker restarts. Compare both clocks with a third
-    /// one first: if the system clock is wrong, set it instead. Exit code 0: done; 1: broker unreachable or call refused;
-    /// 2: usage error or invalid admin.toml.
+    /// While the difference is not accepted, risk-increasing requests are refused with `CLOCK_UNCERTAIN`. Until the broker
+    /// restarts, this also accepts differences up to 24 hours larger or smaller than the current one. Compare both clocks
+    /// with a third one first: if the system clock is wrong, set it instead. Exit code 0: done; 1: broker unreachable or
+    /// call refused; 2: usage error or invalid admin.toml.
     #[command(
         after_long_help = "Examples:\n  credbroker clock accept global/spot\n  credbroker clock accept futures"
     )]

@@ -45,7 +45,7 @@ pub(super) fn run(options: &Options) -> u8 {
     if port.is_none_or(|port| port == 0) {
         say(&format!(
             "expected an address with a port, got {address}\n\
-             fix: pass the address as --address HOST:PORT; the broker's log line \"listening\" has it as `ops`"
+             fix: pass the address as --address HOST:PORT; it is the field `ops` of the broker's log line \"listening\""
         ));
         return USAGE;
     }

@@ -52,7 +52,7 @@ pub(super) enum Command {
                            credbroker keys register main < key.json  # api_key, api_secret, passphrase"
     )]
     Register(register::Options),
-    /// Revoke a key, or all keys of an account, at once and permanently.
+    /// Revoke a key, or all keys of an account, immediately and permanently.
     ///
     /// Only a key with another id can replace a revoked key. Works without Vault. Exit code 0: revoked; 1: broker
     /// unreachable, call refused, or not written to disk; 2: usage error or invalid admin.toml.
@@ -76,7 +76,7 @@ pub(super) enum Command {
     /// invalid admin.toml.
     #[command(
         after_long_help = "Examples:\n  credbroker keys rotate main\n  credbroker keys rotate main --key futures < key.json\n\n\
-                           Delete the old key on KuCoin's page once your bots work with the new one."
+                           Delete the old key on KuCoin's API Management page once your bots work with the new one."
     )]
     Rotate(register::Options),
     /// Test a loaded key.

@@ -234,7 +234,7 @@ fn parse_json(json: &str, names: &[&'static str]) -> Result<Vec<Value>, InputErr
     let fields: Fields = serde_json::from_str(json).map_err(|error| {
         // The error's own message could contain a value.
         refused(format!(
-            "expected a JSON object with the strings {}; found something else at line {}, column {}",
+            "expected a JSON object with the string fields {}; found something else at line {}, column {}",
             names.join(", "),
             error.line(),
             error.column()
@@ -424,7 +424,7 @@ mod tests {
             format!(r#"{{"api_key":{id},"api_secret":"{SECRET}","passphrase":"fake-pass"}}"#)
         };
         let expected = "expected 3 lines (api_key, api_secret, passphrase) or a JSON object with these fields, got ";
-        let object = "expected a JSON object with the strings api_key, api_secret, passphrase; found something else at line 1, column ";
+        let object = "expected a JSON object with the string fields api_key, api_secret, passphrase; found something else at line 1, column ";
         for (text, problem) in [
             (String::new(), format!("{expected}0 lines")),
             (lines(ID, " \t", "fake-pass"), format!("{expected}2 lines")),

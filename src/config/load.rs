@@ -315,7 +315,7 @@ fn check_server_certificate(chain: &[CertificateDer<'_>], now_ms: i64) -> Result
     };
     if names.is_none_or(|names| !names.value.general_names.iter().any(is_name)) {
         return Err(
-            "has no DNS name or IP address as subject alternative name; issue one that names this host"
+            "has no DNS name or IP address as subject alternative name; issue a certificate that names this host"
                 .to_owned(),
         );
     }

@@ -149,7 +149,7 @@ fn approle(section: &mut Section, folder: &Path) -> Option<Auth> {
     match (&role, wrapped) {
         (None, true) => section.problem(
             "role",
-            "is missing; with wrapped = true, write the role that the wrapping token is issued for, for \
+            "is missing; with wrapped = true, add the role that the wrapping token is issued for, for \
              example: role = \"credbroker\"",
         ),
         (Some(_), false) => {
@@ -193,7 +193,7 @@ fn approle(section: &mut Section, folder: &Path) -> Option<Auth> {
         (None, None) => {
             section.problem(
                 "secret_id_file",
-                "is missing; write for example: secret_id_file = \"/etc/credbroker/vault/secret-id\", \
+                "is missing; add it, for example: secret_id_file = \"/etc/credbroker/vault/secret-id\", \
                  or secret_id_credential = \"secret-id\"",
             );
             None

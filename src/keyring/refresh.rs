@@ -272,7 +272,7 @@ impl Watch {
                 self.rotation.recall(due);
             }
             Action::AwaitTest(version, reason) => {
-                tracing::warn!(account.id = %self.account, key.name = %self.name, key.vault_version = version, %reason, "new key version cannot be tested yet; keeping current");
+                tracing::warn!(account.id = %self.account, key.name = %self.name, key.vault_version = version, %reason, "new key version cannot be tested yet; still using the current one");
             }
             Action::Confirm => self.confirm(),
             Action::Evict(reason) => self.evict(reason),
@@ -301,7 +301,7 @@ impl Watch {
             }
             Action::RejectTested(next, reason) => {
                 self.metrics.vault_failure("unusable");
-                tracing::error!(account.id = %self.account, key.name = %self.name, key.vault_version = next.version, %reason, "new key version failed its test; keeping current");
+                tracing::error!(account.id = %self.account, key.name = %self.name, key.vault_version = next.version, %reason, "new key version failed its test; still using the current one");
                 self.audit_change(
                     self.serving().as_ref(),
                     Some(&next),
@@ -311,11 +311,11 @@ impl Watch {
             }
             Action::RejectLater(version, reason) => {
                 self.metrics.vault_failure("unusable");
-                tracing::error!(account.id = %self.account, key.name = %self.name, key.vault_version = version, %reason, "version newer than the held one failed its test; keeping held version");
+                tracing::error!(account.id = %self.account, key.name = %self.name, key.vault_version = version, %reason, "version newer than the held one failed its test; still using the held version");
             }
             Action::RejectUnusable(version, reason) => {
                 self.metrics.vault_failure("unusable");
-                tracing::error!(account.id = %self.account, key.name = %self.name, %reason, key.vault_version = version, "new key version is unusable; keeping current");
+                tracing::error!(account.id = %self.account, key.name = %self.name, %reason, key.vault_version = version, "new key version is unusable; still using the current one");
             }
             Action::TestCandidate(next) => self.test(next, true),
             Action::TestServing(serving) => self.test(serving, false),
@@ -504,7 +504,17 @@ impl Watch {
         }
         if noted.hold != before.hold {
             let held = noted.hold.map(|hold| hold.version);
-            tracing::info!(account.id = %self.account, key.name = %self.name, key.held_version = held, key.newest_version = newest, "hold on the key's version was set, changed or removed");
+            match (before.hold, held) {
+                (None, _) => {
+                    tracing::info!(account.id = %self.account, key.name = %self.name, key.held_version = held, key.newest_version = newest, "key version is held");
+                }
+                (Some(_), Some(_)) => {
+                    tracing::info!(account.id = %self.account, key.name = %self.name, key.held_version = held, key.newest_version = newest, "held or newest key version changed");
+                }
+                (Some(_), None) => {
+                    tracing::info!(account.id = %self.account, key.name = %self.name, key.newest_version = newest, "key version is no longer held");
+                }
+            }
         }
     }
 

@@ -195,16 +195,16 @@ pub static ALL: &[Advice] = &[
     Advice {
         topic: "key-too-old",
         codes: &[(EVERY, &["400008"])],
-        meaning: "KuCoin no longer accepts API keys of this version.",
-        cause: "KuCoin rejects this request if the key has version 1 or 2.",
+        meaning: "KuCoin no longer accepts API keys of this version for this request.",
+        cause: "The key has API key version 1 or 2.",
         fix: "Create a new key under API Management (new keys have version 3) and register it.",
     },
     Advice {
         topic: "key-version-wrong",
         codes: &[(EVERY, &["400009"])],
-        meaning: "KuCoin rejected the key version that was sent.",
-        cause: "The version stored with the key is not the version that the key has at KuCoin.",
-        fix: "Register the key again; registration detects the version. API Management also shows it next to the key.",
+        meaning: "KuCoin rejected the API key version that was sent.",
+        cause: "The API key version (2 or 3) stored with the key is not the one that the key has at KuCoin.",
+        fix: "Register the key again; registration detects the API key version, which API Management also shows next to the key.",
     },
     Advice {
         topic: "account-not-allowed",
@@ -220,7 +220,7 @@ pub static ALL: &[Advice] = &[
         codes: &[(EVERY, &["400201"])],
         meaning: "KuCoin rejected the partner signature.",
         cause: "The `partner_key` stored with the API key does not belong to the partner in the rules.",
-        fix: "Store the correct `partner_key` with the key, or correct the partner's `id` in the rules.",
+        fix: "Register the key again with the correct `partner_key`, or correct the partner's `id` in the rules.",
     },
     Advice {
         topic: "partner-address-refused",
@@ -345,7 +345,7 @@ pub static ALL: &[Advice] = &[
         topic: "feature-removed",
         codes: &[(EVERY, &["400413"])],
         meaning: "KuCoin no longer accepts hidden and iceberg orders.",
-        cause: "Since August 2026 it rejects orders with these parameters.",
+        cause: "Since August 2026 it rejects orders that have `hidden`, `iceberg` or `visibleSize`.",
         fix: "Remove `hidden`, `iceberg` and `visibleSize` from the order.",
     },
     Advice {
@@ -484,7 +484,7 @@ pub static ALL: &[Advice] = &[
         meaning: "KuCoin has no such order, or it can no longer be cancelled.",
         cause: "It is already filled or cancelled, its id or symbol is wrong, or it was placed so recently that KuCoin does \
                 not list it yet.",
-        fix: "Look the order up by its clientOid; if it was just placed, repeat the lookup for some seconds.",
+        fix: "Look the order up by its clientOid; if it was just placed, repeat the lookup for a few seconds.",
     },
     Advice {
         topic: "order-limited",
@@ -496,9 +496,9 @@ pub static ALL: &[Advice] = &[
             ),
             (UNIFIED, &["106206"]),
         ],
-        meaning: "The order exceeds a limit of KuCoin.",
-        cause: "There are too many open orders, or size, price or position are outside what the symbol or the account's risk \
-                limit allows; `msg` usually says which.",
+        meaning: "The order exceeds one of KuCoin's limits.",
+        cause: "There are too many open orders, or the size, price or position is outside what the symbol or the account's \
+                risk limit allows; `msg` usually says which.",
         fix: "Cancel orders that are no longer needed, or change size or price.",
     },
     Advice {
@@ -560,7 +560,7 @@ pub static ALL: &[Advice] = &[
         codes: &[(FUTURES, &["300014", "300015"])],
         meaning: "The position is being liquidated or settled, so KuCoin accepts no orders for it.",
         cause: "It ran out of margin (300014), or a settlement is in progress (300015).",
-        fix: "During a settlement, try again after some seconds. After a liquidation, read the positions before you continue.",
+        fix: "During a settlement, try again after a few seconds. After a liquidation, read the positions before you continue.",
     },
     Advice {
         topic: "kucoin-failed",
@@ -601,7 +601,7 @@ pub static ALL: &[Advice] = &[
         topic: CODE_UNKNOWN,
         codes: &[],
         meaning: "The broker does not recognize this code, so the outcome of the request is unknown.",
-        cause: "KuCoin added the code, or uses it for a product for which it is not documented.",
+        cause: "The code is newer than this credbroker release, or KuCoin uses it for a product for which it is not documented.",
         fix: "Before sending an order again, look the order up by its clientOid. If KuCoin's documentation says that the code \
               means a rejection, an admin can add it to `exchange.refusal_codes` in the configuration.",
     },

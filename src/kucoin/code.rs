@@ -415,7 +415,7 @@ pub(crate) enum RefusalCodeError {
     Code(String),
     /// It does not have three parts.
     #[error(
-        "{0:?} is not of the form host/product/code; write for example \"futures/futures/300099\", or \"spot/*/400999\" for every product"
+        "{0:?} is not of the form host/product/code, for example \"futures/futures/300099\", or \"spot/*/400999\" for every product"
     )]
     Form(String),
     /// There is no such host.
@@ -634,7 +634,7 @@ mod tests {
         for (text, part) in [
             (
                 "300099",
-                "is not of the form host/product/code; write for example",
+                "is not of the form host/product/code, for example",
             ),
             ("spot/300099", "is not of the form host/product/code"),
             (

@@ -460,10 +460,11 @@ impl KeyInfo {
             KeyVersion::V3 => 3,
         };
         found.extend(self.version.filter(|&version| version != used).map(|version| {
-            let cause =
-                format!("The key is used with version {used}, but KuCoin reports version {version}.");
+            let cause = format!(
+                "The broker uses the key as API key version {used}, but KuCoin reports API key version {version}."
+            );
             let fix = match version {
-                2 | 3 => "Register the key again; registration detects the version.",
+                2 | 3 => "Register the key again; registration detects the API key version.",
                 _ => "Create a new key under API Management (new keys have version 3) and register it.",
             };
             Diagnosis::warning("version-differs", cause, fix)
@@ -489,10 +490,10 @@ impl KeyInfo {
             found.push(Diagnosis::warning(
                 "answer-unreadable",
                 format!(
-                    "KuCoin returned {} in an unexpected format, so it was not checked.",
+                    "KuCoin returned {} in an unexpected format, so credbroker could not check this.",
                     self.unread.join(", ")
                 ),
-                "Check it under API Management, and report it as a credbroker bug.",
+                "Check this under API Management, and report the unexpected format as a credbroker bug.",
             ));
         }
         found
@@ -701,14 +702,14 @@ mod tests {
         (
             "400008",
             "key-too-old",
-            "KuCoin no longer accepts API keys of this version.",
+            "KuCoin no longer accepts API keys of this version for this request.",
             "new keys have version 3",
         ),
         (
             "400009",
             "key-version-wrong",
-            "KuCoin rejected the key version that was sent.",
-            "registration detects the version",
+            "KuCoin rejected the API key version that was sent.",
+            "registration detects the API key version",
         ),
         (
             "400010",
@@ -1133,7 +1134,7 @@ mod tests {
             (
                 json!({"apiVersion": 2}),
                 "version-differs",
-                "used with version 3, but KuCoin reports version 2.",
+                "as API key version 3, but KuCoin reports API key version 2.",
             ),
             (
                 json!({"expiredAt": "never"}),

@@ -169,7 +169,7 @@ fn client_oid_problem(client_oid: &str) -> Option<String> {
     let shown: String = client_oid.chars().take(80).collect();
     Some(format!(
         "expected a clientOid of 1 to {MAX_CLIENT_OID_CHARS} letters, digits, '_' or '-', got {shown:?} ({chars} characters); \
-         an order whose clientOid has another format could not be looked up or cancelled"
+         with any other clientOid, it would be impossible to look up or cancel the order"
     ))
 }
 

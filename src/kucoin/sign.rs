@@ -213,7 +213,9 @@ pub enum SignError {
     )]
     PartnerKeyMissing,
     /// The HTTP library would change the checked target.
-    #[error("the HTTP library would change the checked path or query; nothing was sent")]
+    #[error(
+        "the HTTP library would send a different path or query than the one checked against the rules; nothing was sent"
+    )]
     Rewritten,
     /// The target or a header value is not valid in HTTP.
     #[error("the request cannot be encoded as HTTP; nothing was sent")]

@@ -500,7 +500,7 @@ impl CancelRun {
             None => format!("still open: {open}"),
             Some(ListError::NotServed) => return None,
             Some(ListError::NotAllowed(reason)) => {
-                format!("skipped: not available to this key: {reason}")
+                format!("not listed, because this key has no access to these orders ({reason})")
             }
             Some(ListError::NoKey(problem) | ListError::Unknown(problem)) => {
                 format!("unknown: {problem}")

@@ -87,7 +87,8 @@ fn of_keys(broker: &Broker, keys: &[KeyHealth]) -> Readiness {
             let fix = match uncertain {
                 ClockUncertain::Different(_) => {
                     format!(
-                        "correct the clock that is wrong, or run `credbroker clock accept {host_id}` to accept the difference"
+                        "compare both with a third clock: if the system clock is wrong, set it; if it is right, run \
+                         `credbroker clock accept {host_id}` to accept the difference"
                     )
                 }
                 ClockUncertain::Never | ClockUncertain::Stale(..) => String::new(),
@@ -139,7 +140,7 @@ pub(crate) fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
     if let Some((address, at)) = seen {
         let age_s = now.saturating_sub(at).as_secs();
         lines.push(format!(
-            "egress: the exchange last saw requests {age_s} s ago, from {address}"
+            "egress: at the last successful check {age_s} s ago, the exchange saw address {address}"
         ));
     }
     lines.extend(failure.map(|failure| format!("egress: last check failed: {failure}")));
@@ -170,7 +171,7 @@ pub(crate) fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
     for (site, host) in broker.policy().hosts() {
         if let Some(accepted) = broker.clock.accepted((site, host)) {
             lines.push(format!(
-                "clock {site}/{}: {} accepted that the exchange's clock is {} (until the broker restarts)",
+                "clock {site}/{}: {} accepted, until the broker restarts, that the exchange's clock is {}",
                 host.as_str(),
                 accepted.by,
                 clock::difference(accepted.ms)
@@ -205,7 +206,7 @@ impl Collector for HealthMetrics {
         let (broker, gauges) = (&*self.broker, &mut encoder);
         let keys = key_health::all(broker);
         let is_ready = of_keys(broker, &keys).is_ready;
-        let help = "Whether /readyz returns ready (1) or not (0); a single key may still be unavailable, see \
+        let help = "1 while /readyz returns ready, otherwise 0; a single key may still be unavailable, see \
                     credbroker_key_available";
         gauge(gauges, "ready", help, [([], i64::from(is_ready))])?;
         encode_keys(&keys, gauges)?;
@@ -259,7 +260,8 @@ fn encode_keys(keys: &[KeyHealth], gauges: &mut DescriptorEncoder<'_>) -> fmt::R
             ([("account", account), ("key", name)], key)
         })
     };
-    let help = "Whether the key is loaded and fresh enough for every request (1) or not (0), by account and key";
+    let help = "1 while the key is loaded and fresh enough for all requests, including risk-increasing ones, otherwise 0, \
+                by account and key";
     let values = keys().map(|(labels, key)| (labels, i64::from(key.is_available)));
     gauge(gauges, "key_available", help, values)?;
     let help = "Seconds since Vault last confirmed the key, by account and key; absent while no key is loaded";
@@ -304,16 +306,16 @@ fn encode_clock(broker: &Broker, gauges: &mut DescriptorEncoder<'_>) -> fmt::Res
     let offset = |time: ExchangeTime| time.age.map(|_| seconds(time.ms - wall_ms));
     let values = times().filter_map(|(labels, time)| Some((labels, offset(time)?)));
     gauge(gauges, "clock_offset_seconds", help, values)?;
-    let help = "Largest possible error of the exchange time in seconds, by site and host; above 2, risk-increasing \
-                requests are refused";
+    let help = "Maximum error in seconds of the broker's estimate of the exchange time, by site and host; absent until \
+                measured; above 2, risk-increasing requests are refused";
     let values =
         times().filter_map(|(labels, time)| Some((labels, time.uncertainty?.as_secs_f64())));
     gauge(gauges, "clock_uncertainty_seconds", help, values)?;
     let help = "Seconds since the exchange time was measured, by site and host";
     let values = times().filter_map(|(labels, time)| Some((labels, time.age?.as_secs_f64())));
     gauge(gauges, "clock_age_seconds", help, values)?;
-    let help = "Whether exchange time and system time differ by more than a day and no admin has accepted the \
-                difference (1) or not (0), by site and host";
+    let help = "1 while exchange time and system time differ by more than a day and no admin has accepted the \
+                difference, otherwise 0, by site and host";
     let is_refused = |host_id| broker.clock.refused_difference(host_id).is_some();
     let values = hosts().map(|(labels, host_id)| (labels, i64::from(is_refused(host_id))));
     gauge(gauges, "clock_difference_refused", help, values)
@@ -329,34 +331,34 @@ fn encode_egress(broker: &Broker, gauges: &mut DescriptorEncoder<'_>) -> fmt::Re
     let age = |at| broker.clock.boot().saturating_sub(at).as_secs_f64();
     let value = proof.seen.map(|(_, at)| ([], age(at)));
     gauge(gauges, "egress_proof_age_seconds", help, value)?;
-    let help = "Whether the last egress IP check failed (1) or not (0)";
+    let help = "1 if the last egress IP check failed, otherwise 0";
     let value = i64::from(proof.failure.is_some());
     gauge(gauges, "egress_check_failed", help, [([], value)])
 }
 
 fn encode_files(problems: &FileProblems, gauges: &mut DescriptorEncoder<'_>) -> fmt::Result {
-    let help = "Whether a changed file cannot be loaded and the previous one is still used (1) or not (0), by file";
+    let help = "1 while a changed file cannot be loaded and its previous version is still in use, otherwise 0, by file";
     let values = ["rules", "tls"].map(|file| {
         let is_unusable = problems.rejected.contains_key(file);
         ([("file", file.to_owned())], i64::from(is_unusable))
     });
     gauge(gauges, "file_unusable", help, values)?;
     let help = "Number of warnings about files: permissions too open, CA name constraints that cannot be checked, \
-                ignored certificates among server roots; /readyz?verbose lists them";
+                non-CA certificates ignored in the files of vault.roots and egress.roots; /readyz?verbose lists them";
     let number = problems.warnings.len();
     gauge(gauges, "file_warnings", help, [([], number)])
 }
 
 fn encode_process(broker: &Broker, gauges: &mut DescriptorEncoder<'_>) -> fmt::Result {
     let process = hardened();
-    let help = "Whether memory is locked and cannot be swapped out (1) or not (0)";
+    let help = "1 while memory is locked and cannot be swapped out, otherwise 0";
     let value = process.map(|process| ([], i64::from(process.is_locked)));
     gauge(gauges, "memory_locked", help, value)?;
     let help =
-        "Whether core dumps are disabled and only root can read the process memory (1) or not (0)";
+        "1 while core dumps are disabled and only root can read the process memory, otherwise 0";
     let value = process.map(|process| ([], i64::from(process.is_undumpable)));
     gauge(gauges, "undumpable", help, value)?;
-    let help = "Whether the audit log is writable (1) or not (0)";
+    let help = "1 while the audit log is writable, otherwise 0";
     let value = i64::from(broker.audit.failure().is_none());
     gauge(gauges, "audit_writable", help, [([], value)])?;
     let help = "Number of running tasks of the async runtime";

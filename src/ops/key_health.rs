@@ -74,7 +74,7 @@ pub(crate) struct KeyHealth {
     pub(crate) age: Option<Duration>,
     /// Whether it is loaded, not too old, and Vault is reachable for it.
     pub(crate) is_confirmed: bool,
-    /// Whether it is loaded and fresh enough for every request.
+    /// Whether it is loaded and fresh enough for all requests.
     pub(crate) is_available: bool,
     /// Its details as reported by the exchange.
     pub(crate) info: Option<Arc<KeyInfo>>,
@@ -120,7 +120,9 @@ fn vault_problems(key: &KeySnapshot) -> Vec<Diagnosis> {
             outage,
             ..
         } => {
-            let using = |problem: &String| format!("using version {version} instead: {problem}");
+            let using = |problem: &String| {
+                format!("using version {version} because of this problem: {problem}")
+            };
             let mut vault_problems: Vec<_> =
                 key.noted.restricted.iter().cloned().map(trouble).collect();
             vault_problems.extend(key.noted.hold.map(|hold| held(key, &hold, *version)));

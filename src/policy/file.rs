@@ -258,7 +258,7 @@ impl GrantTarget<'_> {
                 }
                 Found::NotAnId(endpoint) => {
                     return Err(format!(
-                        "belongs to {} ({}), so no part of it is read as an id; check path, method and scope",
+                        "is the path of {} ({}), not a path with an id in it; check path, method and scope",
                         endpoint.id, endpoint.method
                     ));
                 }
@@ -427,7 +427,7 @@ mod tests {
             "line 6: grant[0].account: account nobody is not in this file; add [account.nobody] or correct the name",
             "line 8: grant[0].allow[0]: \"withdraw\" cannot be granted as a class; list each endpoint by its id",
             "line 8: grant[0].allow[2]: \"futures.get.v1-position\" belongs to scope futures, not to spot-margin",
-            "line 9: grant[1].bot: is missing; write for example: bot = \"spiffe://example.org/bot/maker\"",
+            "line 9: grant[1].bot: is missing; add it, for example: bot = \"spiffe://example.org/bot/maker\"",
             "line 12: grant[1].allow[0]: \"spot.post.v3-withdrawals\" (withdraw) can move money and needs \
              allow_money_out = true in [account.main]",
             "line 15: grant[2].account: account nobody is not in this file; add [account.nobody] or correct the name",

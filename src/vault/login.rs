@@ -268,7 +268,7 @@ impl Vault {
             Ok(None) => return Ok(()),
             Ok(Some(connection)) => connection,
             Err(reason) if session.identity.is_some() => {
-                tracing::warn!(exception.message = %reason, "cannot reload the client certificate for Vault; keeping current");
+                tracing::warn!(exception.message = %reason, "cannot reload the client certificate for Vault; still using the current one");
                 return Ok(());
             }
             Err(reason) => {

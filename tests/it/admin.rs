@@ -436,7 +436,7 @@ async fn admin_calls_with_unknown_or_invalid_names_are_rejected() {
     assert!(
         error
             .message()
-            .starts_with("malformed request: account: expected 1 to 32 of a-z"),
+            .starts_with("malformed request: account: expected 1 to 32 characters of a-z"),
         "{error:?}"
     );
     assert_eq!(refusal(Err::<(), _>(error)), malformed);

@@ -584,7 +584,14 @@ async fn doctor_checks_the_server_certificate_of_vault() {
     assert_failed(&lab, "vault", "invalid peer certificate: UnknownIssuer", ca).await;
     lab.reconfigure("[vault]\n", "[vault]\nroots = \"ca.pem\"\n");
     let renew = "renew Vault's certificate";
-    assert_reported(&lab, "warning", "certificate of Vault", "in 20 days", renew).await;
+    assert_reported(
+        &lab,
+        "warning",
+        "certificate Vault server",
+        "in 20 days",
+        renew,
+    )
+    .await;
 }
 
 #[tokio::test]
@@ -787,7 +794,7 @@ async fn doctor_reports_problems_between_the_broker_and_the_exchange() {
         &lab,
         host,
         "::1 has no IPv4 address, but egress.address 127.0.0.1 requires one",
-        "set egress.address to an address of a family",
+        "set egress.address to an IPv6 address of this machine",
     )
     .await;
     lab.reconfigure("http://[::1]:1\"", "http://127.0.0.1:1\"");

@@ -143,7 +143,9 @@ async fn egress_check_at_start_uses_the_same_address_as_orders() {
     assert_eq!(lab.metric("egress_check_failed").await, Some(0.0));
     let (_, text) = lab.get("/readyz?verbose").await;
     assert!(
-        text.contains("egress: the exchange last saw requests 0 s ago, from 127.0.0.2\n"),
+        text.contains(
+            "egress: at the last successful check 0 s ago, the exchange saw address 127.0.0.2\n"
+        ),
         "{text}"
     );
     lab.stop().await;
@@ -253,8 +255,8 @@ async fn failed_egress_check_keeps_the_last_result() {
         assert_eq!(status, 200, "{text}");
         assert!(text.contains("egress: last check failed: "), "{text}");
         let is_seen = |line: &str| {
-            line.starts_with("egress: the exchange last saw requests ")
-                && line.ends_with(" s ago, from 127.0.0.2")
+            line.starts_with("egress: at the last successful check ")
+                && line.ends_with(" s ago, the exchange saw address 127.0.0.2")
         };
         assert!(text.lines().any(is_seen), "{text}");
         assert_orders_are_accepted(&lab).await;

@@ -493,7 +493,7 @@ async fn cancel_all_skips_requests_that_the_key_lacks_permission_for() {
     for part in [
         "main in spot-margin: no open orders",
         "main in futures: no open orders",
-        "warning GET /api/v3/hf/margin/orders/active tradeType=MARGIN_TRADE: skipped: not available to this key: 400007",
+        "warning GET /api/v3/hf/margin/orders/active tradeType=MARGIN_TRADE: not listed, because this key has no access to these orders (400007",
     ] {
         assert!(text.contains(part), "{part} is not in {text}");
     }

@@ -349,7 +349,7 @@ async fn revoked_key_is_reported_as_revoked_and_its_successor_is_not() {
     set_state(&lab, "active");
     expect(&lab, "active", &[]).await;
     lab.put_key("main", "main", &good());
-    let expected = format!("using version 2 instead: version 3: {by_anna}");
+    let expected = format!("using version 2 because of this problem: version 3: {by_anna}");
     expect(&lab, "degraded", &[&expected]).await;
     lab.stop().await;
 }
@@ -386,7 +386,7 @@ async fn key_is_degraded_while_vault_is_down_or_its_new_version_is_rejected() {
     lab.start_broker_on(time.clock()).await;
     expect(&lab, "active", &[]).await;
     lab.put_key("main", "main", &next());
-    let unused = "using version 1 instead: version 2 was rejected: KuCoin reports that this API key does not exist. ";
+    let unused = "using version 1 because of this problem: version 2 was rejected: KuCoin reports that this API key does not exist. ";
     expect(&lab, "degraded", &[unused]).await;
     lab.put_key("main", "main", &good());
     expect(&lab, "active", &[]).await;

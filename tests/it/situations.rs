@@ -642,8 +642,10 @@ async fn key_version_refused(site: &mut Site) -> Row {
     let changed = Instant::now();
     let secret = written("main", &unknown);
     site.vault.control("POST", "secret", secret).await;
-    site.until_readyz_contains(&format!("using version {version} instead: "))
-        .await;
+    site.until_readyz_contains(&format!(
+        "using version {version} because of this problem: "
+    ))
+    .await;
     let reported = changed.elapsed();
     site.driver.more_calls(A_WHILE).await;
     assert!(site.metric(UNUSABLE).await > before);

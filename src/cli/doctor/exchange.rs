@@ -92,7 +92,14 @@ async fn host(config: &Config, egress: &Egress, clock: &Clock, host_id: HostId) 
     let host = match egress.resolve(host_id).await {
         Err(ConnectError::NoAddress(missing @ NoAddress::OtherKind { .. })) => {
             let detail = missing.to_string();
-            let fix = "set egress.address to an address of a family (IPv4 or IPv6) in which KuCoin's host has an address";
+            let family = if config.egress.address.is_ipv4() {
+                "IPv6"
+            } else {
+                "IPv4"
+            };
+            let fix = format!(
+                "set egress.address to an {family} address of this machine, because this host has only {family} addresses"
+            );
             return vec![Diagnosis::failed("host", detail, fix).about(&about)];
         }
         Ok(host) => host,
@@ -153,7 +160,7 @@ fn connect_failed(config: &Config, about: &str, host: &str, error: &ConnectError
         .and_then(|error| error.downcast_ref());
     let fix = match error_of_system.map(io::Error::kind) {
         _ if tls.is_some_and(presents_ca) => {
-            "install a server certificate (CA:FALSE) issued by this CA on the server; egress.roots need not change".to_owned()
+            "on the server, install a server certificate (CA:FALSE) issued by this CA; egress.roots need not change".to_owned()
         }
         Some(io::ErrorKind::AddrNotAvailable) => format!(
             "egress.address {source} is not an address of this machine (see `ip address`): correct it, or assign the address to this machine"
@@ -209,8 +216,8 @@ fn time(clock: &Clock, host_id: HostId) -> Diagnosis {
             clock::difference(difference_ms)
         );
         let fix = format!(
-            "compare both with a third clock. If the system clock is wrong, set it; to accept the difference, run \
-             `credbroker clock accept {about}`. Until then, risk-increasing requests are refused (CLOCK_UNCERTAIN)"
+            "compare both with a third clock. If the system clock is wrong, set it; if it is right, run `credbroker clock \
+             accept {about}` to accept the difference. Until then, risk-increasing requests are refused (CLOCK_UNCERTAIN)"
         );
         return Diagnosis::failed("clock", detail, fix).about(&about);
     }

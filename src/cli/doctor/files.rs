@@ -103,7 +103,7 @@ pub(super) fn certificates(config: &Config, now_ms: i64) -> Vec<Diagnosis> {
             &Source::read(key),
             &problems,
         );
-        files.push((names, "for Vault", FIX_OWN, certificate));
+        files.push((names, "Vault client", FIX_OWN, certificate));
     }
     let warnings = problems.take_warnings();
     let problems = problems.into_result().err().unwrap_or_default();
@@ -199,8 +199,7 @@ pub(super) fn audit(config: &Config) -> (Vec<Diagnosis>, Result<(), String>) {
     let (file, check) = (&config.audit_file, "audit");
     let name = file.display();
     let folder = file.parent().unwrap_or(Path::new("/"));
-    let fix =
-        "make it writable for the broker's user and run doctor as that user, or correct audit.file";
+    let fix = "let the broker's user create and write the file, and run doctor as that user; or correct audit.file";
     let (state, writable) = match OpenOptions::new().read(true).append(true).open(file) {
         Ok(_) => (format!("{name} is writable"), Ok(())),
         Err(error) if error.kind() == io::ErrorKind::NotFound && !folder.exists() => {
@@ -351,7 +350,8 @@ pub(super) fn state(config: &Config) -> (Vec<Diagnosis>, bool) {
         Ok(restrictions) => restrictions_line(&format!("{name}: {user}"), restrictions.counts()),
         Err(RestrictionsError::Unreadable { file, problem }) => {
             let detail = format!("{file} cannot be read, and the broker will not start: {problem}");
-            let fix = "restore it from a backup; delete it only if no bot is blocked, no account halted and no key revoked";
+            let fix = "restore it from a backup; delete it only if you know that no bot is blocked, no account is halted and no key is \
+                       revoked: without the file, no block, halt or revocation applies";
             Diagnosis::failed(check, detail, fix)
         }
         Err(error) => Diagnosis::failed(check, error.to_string(), usable),

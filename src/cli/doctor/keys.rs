@@ -90,7 +90,7 @@ pub(super) async fn test(broker: &Arc<Broker>, found: FoundKey) -> Vec<Diagnosis
             lines.push(Diagnosis::ok(check, detail).about(&about));
         }
         Verdict::Refused(reason) => {
-            let fix = "check the key on KuCoin's page under API Management";
+            let fix = "check the key on KuCoin's API Management page";
             lines.push(Diagnosis::failed(check, reason, fix).about(&about));
         }
     }

@@ -28,7 +28,7 @@ use crate::vault::{Auth, Hold, OutageKind, StoredState, Vault, VaultError, unkno
 
 const CHECK: &str = "vault";
 
-const CREDENTIAL_FIX: &str = "put only the token into the file that vault.auth names, on one line";
+const CREDENTIAL_FIX: &str = "put only the credential (token, secret_id or JWT) into the file that vault.auth names, on one line";
 
 /// Limit for connection and TLS handshake, name resolution included.
 const CONNECT_WITHIN: Duration = Duration::from_secs(3);
@@ -84,7 +84,7 @@ async fn reach(
             let mut lines = vec![Diagnosis::ok(CHECK, format!("{address} is reachable"))];
             if address.scheme() == "https" {
                 lines.push(files::expiry(
-                    "of Vault",
+                    "Vault server",
                     "renew Vault's certificate",
                     expires_ms,
                     Clock::system().wall_ms(),
@@ -99,7 +99,7 @@ async fn reach(
                     "put the CA of Vault's certificate into the file that vault.roots names"
                 }
                 Some(error) if presents_ca(error) => {
-                    "install a server certificate (CA:FALSE) issued by this CA in Vault; vault.roots need not change"
+                    "in Vault's listener, install a server certificate (CA:FALSE) issued by this CA; vault.roots need not change"
                 }
                 Some(rustls::Error::InvalidCertificate(_)) => {
                     "renew Vault's certificate if it has expired; otherwise check that it is valid for the name in vault.address"
@@ -214,7 +214,7 @@ async fn check_with_login(
     if found.len() == count {
         lines.push(Diagnosis::ok(
             CHECK,
-            format!("every key that the rules name can be read ({count})"),
+            format!("all keys in the rules can be read ({count})"),
         ));
     }
     if let Some((account, name)) = readable {
@@ -330,8 +330,8 @@ fn of_wrapping(wrapped: Result<(), VaultError>, is_running: bool) -> Diagnosis {
             Diagnosis::unchecked(CHECK, detail)
         }
         Err(error) if is_running && server_fix(&error).is_none() => {
-            let detail = "the wrapping token is not usable, as expected after the running broker has used it; doctor cannot \
-                          test the login or the keys";
+            let detail = "the wrapping token can no longer be used, which is normal once the running broker has used it; doctor \
+                          cannot test the login or the keys";
             let fix = "run `credbroker keys list` to check the keys in the running broker";
             Diagnosis::warning(CHECK, detail, fix)
         }
@@ -393,12 +393,12 @@ fn login_fix(error: &VaultError, auth: &Auth) -> String {
     }
     match auth {
         Auth::AppRole { secret_id_file, .. } => format!(
-            "check that vault.auth.role_id belongs to the role, and that the role's bound CIDRs contain this machine's address; then \
-             put a fresh secret_id into {}",
+            "check that vault.auth.role_id is that of the broker's role in Vault, and that the role's bound CIDRs contain this \
+             machine's address; then put a fresh secret_id into {}",
             secret_id_file.display()
         ),
         Auth::Cert { certificate, .. } => format!(
-            "check that the role accepts {}, and that Vault itself terminates TLS, with no proxy in front",
+            "check that the broker's role in Vault accepts {}, and that Vault itself terminates TLS, with no proxy in front",
             certificate.display()
         ),
         Auth::Kubernetes { role, jwt_file, .. } => format!(

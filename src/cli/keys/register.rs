@@ -208,7 +208,7 @@ impl std::fmt::Display for KeyTarget {
 }
 
 impl KeyTarget {
-    /// Reads the key's metadata in Vault; prints a note if it does not cover the newest version.
+    /// Reads the key's metadata in Vault; prints a note if it does not describe the newest version.
     async fn read_metadata(&self) -> Result<Metadata, Failure> {
         let found = self.vault.find(&self.account, &self.key).await;
         let found = found.map_err(|error| unreached(&error))?;
@@ -228,7 +228,7 @@ impl KeyTarget {
         Ok(found)
     }
 
-    /// The note about a newest version that the metadata does not cover.
+    /// The note about a newest version that the metadata does not describe.
     fn undescribed(&self, found: &Metadata) -> Option<String> {
         let current = found.current_version;
         if !found.has(current) || found.for_version() == Some(current) {
@@ -236,7 +236,8 @@ impl KeyTarget {
         }
         let used = if self.before.version == current {
             format!(
-                "The broker uses it (id SHA-256 {}). Enter the same key to finish that run, or a different key to replace it.",
+                "The broker uses this version (id SHA-256 {}). Enter the same key to complete its registration, or a different key to \
+                 replace it.",
                 shown(&self.before.id_sha256)
             )
         } else {
@@ -246,7 +247,7 @@ impl KeyTarget {
             )
         };
         Some(format!(
-            "the metadata in Vault does not cover version {current} of {self}: a previous run was interrupted, or the version was written by hand. {used}"
+            "the metadata in Vault does not describe version {current} of {self} yet: a previous run was interrupted, or the version was written by hand. {used}"
         ))
     }
 
@@ -383,8 +384,8 @@ impl KeyTarget {
         written.map_err(|error| match error {
             WriteError::Unclear(_) => Failure::new(
                 format!(
-                    "{error}. Vault may hold the new key as version {}. {} If Vault stores that version later, the broker does \
-                     not use it until KuCoin accepts its signatures.",
+                    "{error}. Vault may hold the new key as version {}. {} If the new version appears in Vault later, the \
+                     broker does not use it until KuCoin accepts its signatures.",
                     current + 1,
                     self.in_use(found)
                 ),
@@ -448,8 +449,8 @@ impl KeyTarget {
         written.map(|_| DONE).map_err(|error| {
             Failure::new(
                 format!(
-                    "version {version} of {self} is stored in Vault, but its metadata could not be updated to describe this \
-                     version and to end any hold: {error}"
+                    "version {version} of {self} is stored in Vault, but its metadata could not be updated: {error}. The metadata \
+                     may not describe this version yet, and a hold may still be in effect"
                 ),
                 "re-run the command with the same key; it continues from there",
             )
@@ -469,8 +470,8 @@ impl KeyTarget {
                 return failure;
             };
             let cause = format!(
-                "version {version} of {self} is in Vault, and brokers load it within vault.poll_s; cannot check whether \
-                 this broker has loaded it: {cause}"
+                "version {version} of {self} is in Vault, and brokers switch to it at their next poll (vault.poll_s) if KuCoin \
+                 accepts it; could not check whether this broker has already switched: {cause}"
             );
             Failure::Failed { cause, fix }
         })?;
@@ -501,7 +502,7 @@ impl KeyTarget {
             ),
             format!(
                 "remove the cause; the broker then starts using the version automatically. If you cannot, run \
-                 `credbroker keys rollback {account} --key {key}`, so that a restarted broker does not use it either; then register another key"
+                 `credbroker keys rollback {account} --key {key}`, so that the broker does not use this version when it restarts; then register another key"
             ),
         ))
     }
@@ -519,8 +520,8 @@ impl KeyTarget {
         let is_another = !before.id_sha256.is_empty() && before.id_sha256 != state.id_sha256;
         if is_another {
             let next = format!(
-                "once your bots work with the new key, delete the previous key (id SHA-256 {}) on KuCoin's page under API \
-                 Management; until then, `credbroker keys rollback {} --key {}` returns to it",
+                "once your bots work with the new key, delete the previous key (id SHA-256 {}) on KuCoin's API \
+                 Management page; until then, `credbroker keys rollback {} --key {}` returns to it",
                 shown(&before.id_sha256),
                 self.account,
                 self.key,

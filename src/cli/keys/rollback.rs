@@ -13,7 +13,7 @@ use crate::cli::admin::{ADMIN, Admin, AdminFile, Failure, block_on};
 use crate::cli::text::paragraph;
 use crate::cli::{DONE, printable, show};
 use crate::proto::KeyState;
-use crate::vault::{Metadata, Notes, Vault};
+use crate::vault::{Metadata, Notes, Vault, WriteError};
 
 #[derive(Args, Debug)]
 pub(in crate::cli) struct Options {
@@ -73,7 +73,17 @@ async fn rollback(options: &Options) -> Result<u8, Failure> {
         Some(version) => Notes::hold(version, found.current_version),
         None => Notes::newest(),
     };
-    step.note(&notes).await?;
+    step.note(&notes).await.map_err(|error| {
+        let cause = format!(
+            "cannot update use_version in the metadata of {account}/{key} in Vault: {error}"
+        );
+        match error {
+            WriteError::Unclear(_) => Failure::new(cause, step.repeat(version)),
+            WriteError::Refused(_) | WriteError::Stale { .. } | WriteError::Vault(_) => {
+                Failure::new(format!("{cause}; nothing was changed"), VAULT)
+            }
+        }
+    })?;
     let state = broker
         .refresh(account, &key)
         .await
@@ -81,19 +91,27 @@ async fn rollback(options: &Options) -> Result<u8, Failure> {
     if state.version == version {
         return Ok(step.show_done(hold.is_some(), &before, &state));
     }
-    // A restarted broker must not use a version that this one does not use.
-    step.note(&Notes::as_before(&found)).await?;
-    // Makes the key's status show the restored metadata.
-    let _ = broker.refresh(account, &key).await;
     let used = match state.version {
         0 => "No key is in use".to_owned(),
         used => format!("Version {used} stays in use"),
     };
+    let refused = format!(
+        "the broker did not switch to version {version} of {account}/{key}: {}. {used}",
+        state.reasons.join("; ")
+    );
+    // A restarted broker must not use a version that this one does not use.
+    let restored = step.note(&Notes::as_before(&found)).await;
+    restored.map_err(|error| {
+        let cause = format!(
+            "{refused}, but use_version in the key's metadata in Vault could not be restored and may still select version \
+             {version}: {error}"
+        );
+        Failure::new(cause, step.repeat(state.version))
+    })?;
+    // Makes the key's status show the restored metadata.
+    let _ = broker.refresh(account, &key).await;
     Err(Failure::new(
-        format!(
-            "the broker does not use version {version} of {account}/{key}: {}. {used}; the key's metadata in Vault was restored",
-            state.reasons.join("; ")
-        ),
+        format!("{refused}; the key's metadata in Vault is again as before this command"),
         pick_another(account, &key),
     ))
 }
@@ -101,7 +119,7 @@ async fn rollback(options: &Options) -> Result<u8, Failure> {
 /// The fix where the requested version cannot be used.
 fn pick_another(account: &AccountId, key: &KeyName) -> String {
     format!(
-        "pass an existing version with --to, or register another key with `credbroker keys register {account} --key {key}`"
+        "with --to, pass a different version that exists in Vault, or register another key with `credbroker keys register {account} --key {key}`"
     )
 }
 
@@ -139,17 +157,22 @@ struct Step<'a> {
 }
 
 impl Step<'_> {
-    async fn note(&self, notes: &Notes) -> Result<(), Failure> {
+    async fn note(&self, notes: &Notes) -> Result<(), WriteError> {
         let written = self.vault.note(self.account, self.key, notes).await;
-        written.map(drop).map_err(|error| {
-            Failure::new(
-                format!(
-                    "cannot update use_version in the metadata of {}/{} in Vault: {error}",
-                    self.account, self.key
-                ),
-                VAULT,
-            )
-        })
+        written.map(drop)
+    }
+
+    /// The fix where `use_version` in Vault is not certain: without `--to`, the repeated command could go back one version too
+    /// far.
+    fn repeat(&self, to: u64) -> String {
+        let Self { account, key, .. } = self;
+        if to == 0 {
+            return pick_another(account, key);
+        }
+        format!(
+            "check that Vault is running and unsealed, and check [vault] in admin.toml; then run \
+             `credbroker keys rollback {account} --key {key} --to {to}`"
+        )
     }
 
     fn unknown(&self, failure: Failure) -> Failure {
@@ -157,8 +180,8 @@ impl Step<'_> {
             return failure;
         };
         let cause = format!(
-            "Vault's metadata now selects version {} of {}/{}, and brokers use it within vault.poll_s; cannot check whether \
-             this broker uses it yet: {cause}",
+            "Vault's metadata now selects version {} of {}/{}, and brokers switch to it at their next poll (vault.poll_s) if \
+             KuCoin accepts it; could not check whether this broker has already switched: {cause}",
             self.version, self.account, self.key
         );
         Failure::Failed { cause, fix }
@@ -182,8 +205,8 @@ impl Step<'_> {
         }
         if is_held {
             let undo = format!(
-                "credbroker keys rollback {account} --key {key} --newest, or register another key. Until then, a version written \
-                 to Vault by hand is used only if KuCoin rejects version {version}."
+                "`credbroker keys rollback {account} --key {key} --newest`, or register another key. Until then, the broker holds \
+                 version {version}: a new version written to Vault by hand is used only if KuCoin rejects version {version}."
             );
             text += &paragraph("undo: ", &undo);
         }

@@ -82,11 +82,11 @@ fn revoked(account: &str, keys: &[RevokedKey]) -> String {
     }
     text += &paragraph(
         "",
-        "The revocation survives restarts, and covers this key under any name and version in Vault. Requests already sent run to completion.",
+        "A revocation survives restarts, and covers the key under any name and version in Vault. Requests already sent run to completion.",
     );
     text += &paragraph(
         "next: 1. ",
-        "Delete the key on KuCoin's page under API Management: until then, anybody who has it can use it without this broker.",
+        "Delete each revoked key on KuCoin's API Management page: until then, anybody who has it can use it without this broker.",
     );
     text += &paragraph(
         "      2. ",
@@ -126,7 +126,7 @@ mod tests {
         let outputs = [
             (
                 revoked(&account, &[key(&"a".repeat(64), false)]),
-                "Delete the key on KuCoin's page",
+                "Delete each revoked key on KuCoin's",
             ),
             (revoked(&account, &[key("", false)]), "No key was loaded"),
             (

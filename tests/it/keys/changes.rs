@@ -357,7 +357,7 @@ async fn malformed_new_version_is_read_once_and_the_old_version_stays_in_use() {
         assert_eq!(rig.vault().put_secret("kv", &path, secret), version);
         let reason = format!("version {version} in Vault is not a valid key: {problem}");
         let line = [
-            "new key version is unusable; keeping current",
+            "new key version is unusable; still using the current one",
             reason.as_str(),
         ];
         rig.signs_until(1, &reason, async || rig.logs.count(&line) == 1)
@@ -365,7 +365,9 @@ async fn malformed_new_version_is_read_once_and_the_old_version_stays_in_use() {
         let (status, ready) = rig.lab.get("/readyz").await;
         assert_eq!(status, 200);
         assert!(
-            ready.contains(&format!("using version 1 instead: {reason}")),
+            ready.contains(&format!(
+                "using version 1 because of this problem: {reason}"
+            )),
             "{ready}"
         );
     }

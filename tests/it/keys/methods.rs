@@ -133,7 +133,8 @@ async fn new_certificate_is_used_for_login_only_once_its_key_matches() {
     rig.lab
         .replace("client.pem", &next.certificate_pem)
         .unwrap();
-    let reload_failed = "cannot reload the client certificate for Vault; keeping current";
+    let reload_failed =
+        "cannot reload the client certificate for Vault; still using the current one";
     rig.signs_until(1, "the certificate does not match its key", async || {
         rig.logs.count(&[reload_failed]) >= 1
     })

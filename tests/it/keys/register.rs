@@ -373,7 +373,7 @@ async fn key_of_an_api_version_that_kucoin_no_longer_accepts_is_rejected() {
     let (code, output) = run(&lab, &["keys", "register", "spot"], &old, &lines(&old)).await;
     assert_eq!(code, 1, "{output}");
     for part in [
-        "KuCoin no longer accepts API keys of this version.",
+        "KuCoin no longer accepts API keys of this version for this request.",
         "fix: Create a new key under API Management (new keys have version 3) and register it.",
     ] {
         assert!(output.contains(part), "{output}");
@@ -617,7 +617,7 @@ async fn account_or_scope_missing_from_the_rules_is_rejected_before_the_key_is_r
             1,
             "account two has several keys in the rules: first, second fix: select one with --key, or with --scope",
         ),
-        (&["Not A Name"], 2, "expected 1 to 32 of a-z"),
+        (&["Not A Name"], 2, "expected 1 to 32 characters of a-z"),
         (
             &["spot", "--scope", "options"],
             2,

@@ -84,7 +84,7 @@ async fn rotate_returns_once_the_new_key_is_in_use_and_names_the_key_to_delete()
         &[
             "main/main: version 2 is in use, and KuCoin accepts its signatures. Version 1 no longer signs.",
             &format!(
-                "next: once your bots work with the new key, delete the previous key (id SHA-256 {digest}…) on KuCoin's page"
+                "next: once your bots work with the new key, delete the previous key (id SHA-256 {digest}…) on KuCoin's API Management page"
             ),
             "until then, `credbroker keys rollback main --key main` returns to it",
         ],
@@ -161,9 +161,9 @@ async fn new_key_that_the_broker_rejects_leaves_the_previous_key_in_use() {
         &output,
         &[
             "version 2 of main/main is in Vault, but the broker does not use it: ",
-            "using version 1 instead: version 2 was rejected: KuCoin reports that this API key does not exist.",
+            "using version 1 because of this problem: version 2 was rejected: KuCoin reports that this API key does not exist.",
             "Version 1 stays in use.",
-            "run `credbroker keys rollback main --key main`, so that a restarted broker does not use it either; then register another key",
+            "run `credbroker keys rollback main --key main`, so that the broker does not use this version when it restarts; then register another key",
         ],
     );
     assert_eq!(signer(&lab, &mut bot).await, first.api_key);
@@ -199,7 +199,7 @@ async fn rollback_and_return_to_newest_work_only_for_existing_versions() {
         &[
             "main/main: version 1 is in use (id SHA-256 ",
             "Version 2 no longer signs.",
-            "undo: credbroker keys rollback main --key main --newest, or register another key. Until then, a version written to Vault by hand is used only if KuCoin rejects version 1.",
+            "undo: `credbroker keys rollback main --key main --newest`, or register another key. Until then, the broker holds version 1: a new version written to Vault by hand is used only if KuCoin rejects version 1.",
         ],
     );
     assert_eq!(signer(&lab, &mut bot).await, first.api_key);
@@ -227,7 +227,7 @@ async fn rollback_and_return_to_newest_work_only_for_existing_versions() {
         &output,
         &[
             "Vault has no version 7: it never existed, or it was deleted or destroyed; nothing was changed",
-            "fix: pass an existing version with --to, or register another key with `credbroker keys register main --key main`",
+            "fix: with --to, pass a different version that exists in Vault, or register another key with `credbroker keys register main --key main`",
         ],
     );
     // A version whose key was deleted at the exchange: the metadata are restored too.
@@ -237,9 +237,9 @@ async fn rollback_and_return_to_newest_work_only_for_existing_versions() {
     assert_contains_all(
         &output,
         &[
-            "the broker does not use version 1 of main/main: ",
+            "the broker did not switch to version 1 of main/main: ",
             "KuCoin reports that this API key does not exist.",
-            "Version 2 stays in use; the key's metadata in Vault was restored",
+            "Version 2 stays in use; the key's metadata in Vault is again as before this command",
         ],
     );
     assert_eq!(stored.note("main", "use_version").await, Value::Null);
@@ -401,7 +401,7 @@ async fn killed_rotation_leaves_the_old_or_new_key_and_the_next_run_reports_whic
         let note = match step {
             Step::Tested | Step::Writing | Step::Used => None,
             Step::Written | Step::Noting => Some(format!(
-                "note: the metadata in Vault does not cover version {version} of main/main: a previous run was interrupted"
+                "note: the metadata in Vault does not describe version {version} of main/main yet: a previous run was interrupted"
             )),
         };
         match &note {
@@ -409,8 +409,8 @@ async fn killed_rotation_leaves_the_old_or_new_key_and_the_next_run_reports_whic
                 &output,
                 &[
                     note,
-                    "The broker uses it (id SHA-256 ",
-                    "Enter the same key to finish that run, or a different key to replace it.",
+                    "The broker uses this version (id SHA-256 ",
+                    "Enter the same key to complete its registration, or a different key to replace it.",
                     "not writing it again",
                 ],
             ),
@@ -475,9 +475,11 @@ async fn killed_first_registration_leaves_no_key_or_the_new_one_and_can_be_rerun
                 );
             }
             Step::Written | Step::Noting => {
-                let note =
-                    "note: the metadata in Vault does not cover version 1 of main/main: a previous";
-                assert_contains_all(&output, &[note, "The broker uses it (id SHA-256 "]);
+                let note = "note: the metadata in Vault does not describe version 1 of main/main yet: a previous";
+                assert_contains_all(
+                    &output,
+                    &[note, "The broker uses this version (id SHA-256 "],
+                );
             }
         }
         let version = 1 + u64::from(is_written);
@@ -614,7 +616,7 @@ async fn late_write_is_reported_as_unclear_and_completed_by_the_next_run() {
     assert_contains_all(
         &output,
         &[
-            "the write may or may not have taken effect: cannot reach Vault. Vault may hold the new key as version 2. Version 1 of main/main stays in use. If Vault stores that version later, the broker does not use it until KuCoin accepts its signatures.",
+            "the write may or may not have taken effect: cannot reach Vault. Vault may hold the new key as version 2. Version 1 of main/main stays in use. If the new version appears in Vault later, the broker does not use it until KuCoin accepts its signatures.",
             "fix: re-run the command once Vault is reachable; it reports which key Vault holds, and continues",
         ],
     );
@@ -627,7 +629,7 @@ async fn late_write_is_reported_as_unclear_and_completed_by_the_next_run() {
     assert_contains_all(
         &output,
         &[
-            "the metadata in Vault does not cover version 2 of main/main: a previous",
+            "the metadata in Vault does not describe version 2 of main/main yet: a previous",
             "not writing it again",
         ],
     );

@@ -431,7 +431,8 @@ async fn rotations_to_broken_keys_under_load_fail_no_call() {
         lab.vault.put_secret("kv", &kv_path("main", "main"), value);
         assert_eq!(refresh(&lab).await, 1);
         let (_, reasons) = status(&lab).await;
-        let is_expected = |reason: &String| reason.starts_with("using version 1 instead: ");
+        let is_expected =
+            |reason: &String| reason.starts_with("using version 1 because of this problem: ");
         assert!(reasons.iter().any(is_expected), "{reasons:?}");
     }
     is_running.store(false, Ordering::Relaxed);

@@ -226,7 +226,7 @@ pub(super) fn collisions() -> Vec<Case> {
             "picky",
             on("main", scope, method, &format!("{folder}{literal}")),
             denied(format!(
-                "this path belongs to {id} ({own_method}), so no part of it is read as an id"
+                "this is the path of {id} ({own_method}), not a path with an id in it"
             )),
         ));
         let upper = literal.to_ascii_uppercase();
