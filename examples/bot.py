@@ -37,6 +37,8 @@ def outcome_of(error):
 
 def main(address, folder):
     broker = connect(address, folder)
+    # `/api/v1/hf/orders/test` places nothing, so a fixed clientOid is enough. Each real order (`/api/v1/hf/orders`) needs a new
+    # one: `str(uuid.uuid4())`.
     order = {
         "clientOid": "python-1", "side": "buy", "symbol": "BTC-USDT", "type": "limit", "price": "10000", "size": "0.001",
     }

@@ -35,6 +35,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
         .await?;
     let mut broker = BrokerClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES);
 
+    // `/api/v1/hf/orders/test` places nothing, so a fixed clientOid is enough. Each real order (`/api/v1/hf/orders`) needs a new
+    // one, for example from the crate `uuid`.
     let order = r#"{"clientOid":"rust-1","side":"buy","symbol":"BTC-USDT","type":"limit","price":"10000","size":"0.001"}"#;
     for (method, path, body) in [
         (Method::Get, "/api/v1/accounts", ""),
@@ -66,9 +68,10 @@ async fn main() -> Result<(), Box<dyn Error>> {
                 // Without the broker's ErrorInfo, the transport failed, and the request may have been sent.
                 let info = status.get_details_error_info();
                 let info = info.filter(|info| info.domain == "credbroker");
+                let reason = info.as_ref().map_or("TRANSPORT", |info| &info.reason);
                 let outcome = info.as_ref().and_then(|info| info.metadata.get("outcome"));
                 let outcome = outcome.map_or("maybe_sent", String::as_str);
-                println!("{path}: {outcome}: {}", status.message());
+                println!("{path}: {reason}, {outcome}: {}", status.message());
             }
         }
     }

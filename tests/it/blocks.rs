@@ -304,6 +304,9 @@ impl Reader {
                     Some(("127.0.0.1:PORT", address))
                 }
                 Some(("certificates,", _)) => Some(("FOLDER", last)),
+                Some(("simulated", rest)) if rest.starts_with("KuCoin, spot") => {
+                    Some(("KUCOIN", last))
+                }
                 Some(("spot", _)) => Some((":SPOT", port)),
                 Some(("futures", _)) => Some((":FUTURES", port)),
                 _ => None,

@@ -124,6 +124,28 @@ fn examples_accept_the_largest_answer_that_the_broker_sends() {
     assert!(BOTS.contains(&method));
 }
 
+/// Runs the command of a document that reads the journal; `None` without jq.
+fn run_on_journal(document: &str, journal: &str) -> Option<String> {
+    let mut lines = document.lines();
+    let recipe = lines
+        .find_map(|line| line.strip_prefix("journalctl -u credbroker -o cat | "))
+        .unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("journal");
+    std::fs::write(&file, journal).unwrap();
+    let run = std::process::Command::new("sh")
+        .args(["-c", recipe])
+        .stdin(std::fs::File::open(&file).unwrap())
+        .output()
+        .unwrap();
+    if run.status.code() == Some(127) {
+        not_run("recipe for the journal", "jq", "no jq on PATH");
+        return None;
+    }
+    assert!(run.status.success(), "{:?}", run.stderr);
+    Some(String::from_utf8(run.stdout).unwrap())
+}
+
 #[test]
 fn jq_recipe_for_one_call_works_on_a_journal() {
     let journal = concat!(
@@ -137,26 +159,27 @@ fn jq_recipe_for_one_call_works_on_a_journal() {
         r#"{"message":"key loaded"}"#,
         "\n",
     );
-    let mut lines = OPERATIONS.lines();
-    let recipe = lines
-        .find_map(|line| line.strip_prefix("journalctl -u credbroker -o cat | "))
-        .unwrap();
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("journal");
-    std::fs::write(&file, journal).unwrap();
-    let run = std::process::Command::new("sh")
-        .args(["-c", recipe])
-        .stdin(std::fs::File::open(&file).unwrap())
-        .output()
-        .unwrap();
-    if run.status.code() == Some(127) {
-        not_run("recipe for one call", "jq", "no jq on PATH");
+    let Some(found) = run_on_journal(OPERATIONS, journal) else {
         return;
-    }
-    let found = String::from_utf8(run.stdout).unwrap();
-    assert!(run.status.success(), "{:?}", run.stderr);
+    };
     assert_eq!(found.lines().count(), 2, "{found}");
     assert!(!found.contains("other") && found.contains("OVERLOADED"));
+}
+
+#[test]
+fn jq_recipe_finds_audit_lines_that_could_not_be_written() {
+    let journal = concat!(
+        "Started credbroker.service.\n",
+        r#"{"message":"audit log write failed","line":"{\"event\":\"outcome\",\"call\":7}"}"#,
+        "\n",
+        r#"{"message":"key loaded"}"#,
+        "\n",
+        "[\"not an object\"]\n",
+    );
+    let Some(found) = run_on_journal(AUDIT, journal) else {
+        return;
+    };
+    assert_eq!(found, "{\"event\":\"outcome\",\"call\":7}\n");
 }
 
 /// Every command in docs/audit.md that reads an audit log.
@@ -195,9 +218,19 @@ fn jq_recipes_work_on_an_audit_log_with_torn_lines() {
         "\n",
         r#"{"event":"torn","time_ms":9,"run":"c","detail":"cut off"}"#,
         "\n",
+        r#"{"event":"intent","time_ms":10250,"run":"c","call":1,"request_id":"r6","bot":"c","account":"main","client_oids":["late"]}"#,
+        "\n",
+        r#"{"event":"outcome","time_ms":10500,"run":"c","call":1,"request_id":"r6","bot":"c","outcome":"maybe_sent"}"#,
+        "\n",
+        r#"{"event":"late_answer","time_ms":11000,"run":"c","call":1,"request_id":"r6","bot":"c","outcome":"accepted"}"#,
+        "\n",
+        r#"{"event":"intent","time_ms":12000,"run":"c","call":2,"request_id":"r7","principal":"p","account":"main"}"#,
+        "\n",
+        r#"{"event":"outcome","time_ms":12001,"run":"c","call":2,"request_id":"r7","principal":"p","outcome":"maybe_sent","rea":0,"torn":true}"#,
+        "\n",
         r#"{"event":"intent","time_ms":5,"run":"a","ca"#,
     );
-    assert_eq!(recipes().count(), 4);
+    assert_eq!(recipes().count(), 5);
     assert!(recipes().all(|recipe| recipe.contains("fromjson?")));
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("audit.jsonl"), audit).unwrap();
@@ -219,7 +252,12 @@ fn jq_recipes_work_on_an_audit_log_with_torn_lines() {
             String::from_utf8_lossy(&stderr)
         );
         let mut lines: Vec<&str> = stdout.lines().collect();
-        let expected = if recipe.contains("group_by") {
+        let expected = if recipe.contains("late_answer") {
+            concat!(
+                "1970-01-01T00:00:10Z\tc\tmain\tlate\taccepted\n",
+                "1970-01-01T00:00:12Z\tp\tmain\t\t\n"
+            )
+        } else if recipe.contains("group_by") {
             lines.sort_unstable();
             assert_eq!(
                 lines,
@@ -227,6 +265,7 @@ fn jq_recipes_work_on_an_audit_log_with_torn_lines() {
                     "\t\t\t",
                     "\t\t\t",
                     "1\tb\tmain\tlost",
+                    "12000\tp\tmain\t",
                     "3\tb\t\tcu",
                     "5\t\t\t",
                     "6\tb\tmain\tunsure",
