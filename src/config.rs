@@ -421,7 +421,7 @@ fn expected_ip(section: &mut Section, address: Option<IpAddr>) -> Option<IpAddr>
     if expected.is_none() && address.is_some_and(|address| address.is_unspecified()) {
         section.problem(
             "expected_ip",
-            "is missing: egress.address lets the system choose the address; write the address that KuCoin must see, \
+            "is missing: egress.address is a wildcard, so the broker does not know which address KuCoin must see; add it, \
              for example: expected_ip = \"203.0.113.7\"",
         );
     }

@@ -202,7 +202,7 @@ pub enum Denied {
     },
     /// The fixed path of an endpoint with another method or scope; it also matches a template with an id.
     #[error(
-        "this is the path of {endpoint} ({method}), not a path with an id in it; check path, method and scope"
+        "this is the fixed path of {endpoint} ({method}), so its last segment is not read as an id; check path, method and scope"
     )]
     NotAnId {
         /// The id of the endpoint that has this path.

@@ -128,7 +128,15 @@ impl AdminApi {
                 return Ok((account, only));
             }
             let names: Vec<_> = names.iter().map(|name| name.as_str()).collect();
-            let problem = format!("expected one of the account's keys: {}", names.join(", "));
+            let id = &account.id;
+            let problem = if names.is_empty() {
+                format!("account {id} has no key in the rules")
+            } else {
+                let names = names.join(", ");
+                format!(
+                    "account {id} has several keys in the rules: {names}; select one with --key"
+                )
+            };
             return Err(AdminError::field("key", problem));
         }
         let name: KeyName = name

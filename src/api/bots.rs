@@ -1,5 +1,6 @@
 //! The `Broker` service: `SignAndSend`.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -103,7 +104,10 @@ impl BrokerRpc for GrpcApi {
         // The listener sets it on every call.
         let peer = peer.ok_or_else(|| status(&BrokerError::Internal, &id))?;
         match catch_panic(self.answer(peer, message, &id, limit)).await {
-            Ok(receipt) => Ok(Response::new(response(receipt, &id))),
+            Ok(receipt) => {
+                let egress_ip = self.broker.proof.expected();
+                Ok(Response::new(response(receipt, &id, egress_ip)))
+            }
             Err(error) => Err(status(&error, &id)),
         }
     }
@@ -208,7 +212,7 @@ fn unsigned_request(
     }
 }
 
-fn response(receipt: Receipt, id: &RequestId) -> proto::SignAndSendResponse {
+fn response(receipt: Receipt, id: &RequestId, egress_ip: IpAddr) -> proto::SignAndSendResponse {
     let stale = receipt.stale();
     let Receipt {
         answer,
@@ -226,7 +230,7 @@ fn response(receipt: Receipt, id: &RequestId) -> proto::SignAndSendResponse {
         Outcome::NotSent => proto::Outcome::Unspecified,
         Outcome::Rejected => proto::Outcome::Rejected,
     };
-    let advice = advice::for_bot(&answer, scope, endpoint);
+    let advice = advice::for_bot(&answer, scope, endpoint, egress_ip);
     proto::SignAndSendResponse {
         http_status: answer.http_status.as_u16().into(),
         body: answer.body,

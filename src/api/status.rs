@@ -55,7 +55,7 @@ pub(super) fn cut(text: &str) -> String {
 
 fn code(reason: Reason) -> Code {
     match reason {
-        // Never UNAVAILABLE: client libraries retry that automatically.
+        // Not UNAVAILABLE, which client libraries can be configured to retry.
         Reason::AnswerLost => Code::Unknown,
         Reason::AuditUnavailable | Reason::ExchangeUnreachable | Reason::ShuttingDown => {
             Code::Unavailable

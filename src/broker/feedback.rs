@@ -44,7 +44,12 @@ impl Broker {
             } else if answer.outcome == Outcome::Rejected && refused {
                 let is_new = lease.usage.refused(Refusal {
                     code: answer.code.clone(),
-                    advice: advice::for_bot(answer, permit.scope(), permit.endpoint()),
+                    advice: advice::for_bot(
+                        answer,
+                        permit.scope(),
+                        permit.endpoint(),
+                        self.proof.expected(),
+                    ),
                     at_ms: self.clock.wall_ms(),
                 });
                 if is_new && call.key.is_none() {
@@ -66,7 +71,7 @@ impl Broker {
                 tracing::error!(
                     account.id = %permit.account().id,
                     egress.address = seen,
-                    "egress IP not whitelisted for this key; compare the key's IP restriction with egress.expected_ip"
+                    "egress IP not whitelisted for this key; compare the address that the exchange saw with egress.expected_ip and the key's IP restriction"
                 );
                 self.rechecks.address();
             }

@@ -235,10 +235,17 @@ impl Broker {
         let asked = self.ask(host_id, BrokerQuery::MyIp).await;
         let (address, asked, _): (IpAddr, _, _) = asked.inspect_err(|error| {
             let reason = chain(error);
-            tracing::warn!(
-                exception.message = reason,
-                "egress IP check failed; keeping last result"
-            );
+            if self.proof.status().seen.is_some() {
+                tracing::warn!(
+                    exception.message = reason,
+                    "egress IP check failed; keeping last result"
+                );
+            } else {
+                tracing::warn!(
+                    exception.message = reason,
+                    "egress IP check failed; address not confirmed yet"
+                );
+            }
             self.proof.failed(reason);
         })?;
         if self.proof.seen(address, asked) {

@@ -14,9 +14,9 @@ use crate::proto::{AcceptClockRequest, AcceptClockResponse};
 pub(super) enum Command {
     /// Accept that the exchange's clock and the broker's system clock are more than a day apart.
     ///
-    /// While the difference is not accepted, risk-increasing requests are refused with `CLOCK_UNCERTAIN`. Until the broker
-    /// restarts, this also accepts differences up to 24 hours larger or smaller than the current one. Compare both clocks
-    /// with a third one first: if the system clock is wrong, set it instead. Exit code 0: done; 1: broker unreachable or
+    /// While the difference is not accepted, risk-increasing requests are refused with `CLOCK_UNCERTAIN`. An accepted
+    /// difference may change by up to 24 hours; the acceptance ends when the broker restarts. Compare both clocks with a
+    /// third one first: if the system clock is wrong, set it instead. Exit code 0: done; 1: broker unreachable or
     /// call refused; 2: usage error or invalid admin.toml.
     #[command(
         after_long_help = "Examples:\n  credbroker clock accept global/spot\n  credbroker clock accept futures"

@@ -10,7 +10,7 @@ mod live;
 mod process;
 mod vault;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -54,6 +54,32 @@ pub(super) struct Arguments {
     /// placed. The report contains no secret and no balance.
     #[arg(long, value_name = "ACCOUNT")]
     live: Option<AccountId>,
+}
+
+impl Arguments {
+    /// The command that runs all checks with these arguments, to run it again as another user.
+    fn command(&self) -> String {
+        let mut command = "credbroker doctor".to_owned();
+        if self.config != Path::new(CONFIG) {
+            command += " --config ";
+            command += &quoted(&self.config);
+        }
+        if self.json {
+            command += " --json";
+        }
+        command
+    }
+}
+
+/// A path as a word for the shell.
+fn quoted(path: &Path) -> String {
+    let path = path.display().to_string();
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-+,:@%=".contains(c);
+    if path.chars().all(is_plain) {
+        path
+    } else {
+        format!("'{}'", path.replace('\'', r"'\''"))
+    }
 }
 
 fn in_json(found: &Diagnosis) -> String {
@@ -123,7 +149,7 @@ pub(super) fn run(arguments: &Arguments) -> u8 {
             return live::run(&config, account, arguments.json).await;
         }
         let mut lines = vec![Diagnosis::ok("config", format!("{name}: no problems"))];
-        lines.extend(examine(&config, &hardened).await);
+        lines.extend(examine(&config, &hardened, &arguments.command()).await);
         report("", &lines, arguments.json, FAILED)
     });
     // Does not wait for name lookups that are still blocked.
@@ -163,13 +189,13 @@ fn code(lines: &[Diagnosis], failed: u8) -> u8 {
     if has_failed { failed } else { DONE }
 }
 
-/// Runs all checks; the lines are in the order in which they are printed.
-async fn examine(config: &Config, hardened: &Hardened) -> Vec<Diagnosis> {
+/// Runs all checks; the lines are in the order in which they are printed. `command`: how doctor was called.
+async fn examine(config: &Config, hardened: &Hardened, command: &str) -> Vec<Diagnosis> {
     let clock = Arc::new(Clock::system());
     let (mut lines, policy) = files::rules(&config.rules);
     lines.extend(files::certificates(config, clock.wall_ms()));
     lines.extend(files::permissions(config));
-    let (state_lines, is_running) = files::state(config);
+    let (state_lines, is_running) = files::state(config, command);
     let (audit_lines, audit_ready) = files::audit(config);
     let process_lines = process::lines(config, is_running, hardened);
 
@@ -198,7 +224,10 @@ async fn examine(config: &Config, hardened: &Hardened) -> Vec<Diagnosis> {
     lines.extend(exchange_lines);
     // Without a key to test, not even an empty audit file is created.
     if let (Some(policy), Ok(egress), false) = (policy, egress, found.is_empty()) {
-        let broker = audit_ready.and_then(|()| {
+        let unaudited = |reason| {
+            format!("doctor cannot write the audit log, which records each test: {reason}")
+        };
+        let broker = audit_ready.map_err(unaudited).and_then(|()| {
             let broker = build::broker(config, policy, egress, clock);
             broker.map_err(|error| chain(&error))
         });
@@ -229,10 +258,38 @@ async fn test(broker: Result<Arc<Broker>, String>, found: Vec<FoundKey>) -> Vec<
         Err(reason) => found
             .iter()
             .map(|found| {
-                let detail =
-                    format!("not tested, because doctor cannot send audited requests: {reason}");
+                let detail = format!("not tested: {reason}");
                 Diagnosis::unchecked("key", detail).about(found.about())
             })
             .collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn proposed_command_has_all_arguments_of_this_run() {
+        for (config, json, expected) in [
+            (CONFIG, false, "credbroker doctor"),
+            (
+                "/etc/test.toml",
+                true,
+                "credbroker doctor --config /etc/test.toml --json",
+            ),
+            (
+                "it's here.toml",
+                false,
+                r"credbroker doctor --config 'it'\''s here.toml'",
+            ),
+        ] {
+            let arguments = Arguments {
+                config: config.into(),
+                json,
+                live: None,
+            };
+            assert_eq!(arguments.command(), expected);
+        }
     }
 }

@@ -44,18 +44,20 @@ pub(super) enum Command {
     },
     /// Test a key, write it to Vault and start using it; a key that fails its test is not stored.
     ///
-    /// Prompts for key, secret and passphrase, or reads them from stdin: one per line, or as a JSON object. The running
-    /// broker tests them from its egress address before anything is stored. Exit code 0: in use; 1: rejected or failed;
-    /// 2: usage error or invalid admin.toml.
+    /// Registers the first key, or replaces the existing one. Prompts for key, secret and passphrase, or reads them from
+    /// stdin: one per line in this order, or as a JSON object with `api_key`, `api_secret` and `passphrase`. The running
+    /// broker tests them from its egress address before anything is stored. Exit code 0: in use; 1: rejected or failed; 2:
+    /// usage error or invalid admin.toml.
     #[command(
         after_long_help = "Examples:\n  credbroker keys register main\n  credbroker keys register main --scope futures --try-order\n  \
-                           credbroker keys register main < key.json  # api_key, api_secret, passphrase"
+                           credbroker keys register main < key.json"
     )]
     Register(register::Options),
     /// Revoke a key, or all keys of an account, immediately and permanently.
     ///
-    /// Only a key with another id can replace a revoked key. Works without Vault. Exit code 0: revoked; 1: broker
-    /// unreachable, call refused, or not written to disk; 2: usage error or invalid admin.toml.
+    /// Revokes the key in use, not the keys in other versions in Vault. A revoked key stays revoked, even if it is
+    /// registered again: create another key at KuCoin and register that one. Works without Vault. Exit code 0: revoked; 1:
+    /// broker unreachable, call refused, or not written to disk; 2: usage error or invalid admin.toml.
     #[command(
         after_long_help = "Examples:\n  credbroker keys revoke main --key main\n  credbroker keys revoke main --yes\n\nWithout --key, \
                            confirm on a terminal or pass --yes in scripts.\n\nA revoked key can no longer cancel \
@@ -64,7 +66,8 @@ pub(super) enum Command {
     Revoke(stop::Which),
     /// Return to the previous version of a key, or to the one given by --to; --newest undoes that.
     ///
-    /// Exit code 0: in use; 1: rejected or failed; 2: usage error or invalid admin.toml.
+    /// Holds the version until --newest or the next registration. A second rollback without --to goes back one more
+    /// version. Exit code 0: in use; 1: rejected or failed; 2: usage error or invalid admin.toml.
     #[command(
         after_long_help = "Examples:\n  credbroker keys rollback main\n  credbroker keys rollback main --to 3\n  \
                            credbroker keys rollback main --newest"
@@ -72,8 +75,8 @@ pub(super) enum Command {
     Rollback(rollback::Options),
     /// Replace a key with a new one, as `register` does; the previous key signs until the new one has passed its tests.
     ///
-    /// Exit code 0: the new key is in use; 1: rejected or failed, and the previous key stays in use; 2: usage error or
-    /// invalid admin.toml.
+    /// Unlike `register`, fails if Vault has no key to replace. Exit code 0: the new key is in use; 1: failed; the message
+    /// says which key is in use, or how to find out; 2: usage error or invalid admin.toml.
     #[command(
         after_long_help = "Examples:\n  credbroker keys rotate main\n  credbroker keys rotate main --key futures < key.json\n\n\
                            Delete the old key on KuCoin's API Management page once your bots work with the new one."

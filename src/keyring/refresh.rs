@@ -422,7 +422,7 @@ impl Watch {
             version: next.version,
             problem: self.rotation.problem(),
             confirmed: self.sent_at,
-            outage: self.state().and_then(|state| state.outage()),
+            outage: self.outage(),
         };
         self.keyring.set(&self.account, &self.name, state);
         let is_next = |serving: ActiveVersion| Arc::ptr_eq(&serving.key, &next.key);
@@ -461,14 +461,13 @@ impl Watch {
     fn evict(&self, reason: String) {
         let is_known = matches!(self.state(), Some(KeyState::Absent(before)) if before == reason);
         if !is_known {
-            self.metrics.vault_failure("evicted");
+            let serving = self.serving();
+            // Without a loaded key, such as at the first start, nothing is removed.
+            if serving.is_some() {
+                self.metrics.vault_failure("evicted");
+            }
             tracing::error!(account.id = %self.account, key.name = %self.name, reason, "key unavailable");
-            self.audit_change(
-                self.serving().as_ref(),
-                None,
-                "removed",
-                Some(reason.clone()),
-            );
+            self.audit_change(serving.as_ref(), None, "removed", Some(reason.clone()));
         }
         self.keyring
             .set(&self.account, &self.name, KeyState::Absent(reason));
@@ -477,12 +476,22 @@ impl Watch {
     /// Records that Vault gave no usable response: the key stays in use until it is too old.
     fn mark_outage(&mut self, error: &VaultError) {
         let reason = error.to_string();
-        if matches!(error, VaultError::LoginRefused(_)) {
-            self.metrics.vault_failure("login");
-            tracing::error!(account.id = %self.account, key.name = %self.name, exception.message = %reason, "Vault login rejected; using cached keys");
-        } else {
-            self.metrics.vault_failure("outage");
-            tracing::warn!(account.id = %self.account, key.name = %self.name, exception.message = %reason, "Vault unreachable; using cached keys");
+        let is_login = matches!(error, VaultError::LoginRefused(_));
+        self.metrics
+            .vault_failure(if is_login { "login" } else { "outage" });
+        match (is_login, self.serving().is_some()) {
+            (true, true) => {
+                tracing::error!(account.id = %self.account, key.name = %self.name, exception.message = %reason, "Vault login rejected; using cached keys");
+            }
+            (true, false) => {
+                tracing::error!(account.id = %self.account, key.name = %self.name, exception.message = %reason, "Vault login rejected; key not loaded");
+            }
+            (false, true) => {
+                tracing::warn!(account.id = %self.account, key.name = %self.name, exception.message = %reason, "Vault unreachable; using cached keys");
+            }
+            (false, false) => {
+                tracing::warn!(account.id = %self.account, key.name = %self.name, exception.message = %reason, "Vault unreachable; key not loaded");
+            }
         }
         self.is_answered = false;
         self.forget_if_wiped();
@@ -556,5 +565,11 @@ impl Watch {
 
     fn state(&self) -> Option<KeyState> {
         self.keyring.state(&self.account, &self.name)
+    }
+
+    /// Why the last poll did not confirm the key; none if it got a usable response. The state still has the outage from
+    /// before that response if the key in memory was lost during the outage: no key was there to confirm.
+    fn outage(&self) -> Option<String> {
+        self.state()?.outage().filter(|_| !self.is_answered)
     }
 }

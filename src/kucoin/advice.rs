@@ -32,9 +32,31 @@ pub struct Advice {
 pub(crate) struct AdviceContext<'f> {
     /// The address that KuCoin saw, or is expected to see.
     pub(crate) address: Option<IpAddr>,
+    /// The address that KuCoin is expected to see: `egress.expected_ip`.
+    pub(crate) expected: Option<IpAddr>,
     /// The permission that the request needs, as KuCoin's page names it.
     pub(crate) permission: Option<&'f str>,
 }
+
+impl AdviceContext<'_> {
+    /// The address that KuCoin saw and the expected one, if they differ.
+    fn unexpected(&self) -> Option<(IpAddr, IpAddr)> {
+        let (seen, expected) = (self.address?.to_canonical(), self.expected?.to_canonical());
+        (seen != expected).then_some((seen, expected))
+    }
+}
+
+/// What to do about a rejected address that is not the expected one: to whitelist it can be wrong.
+pub(crate) fn unexpected_address(seen: IpAddr, expected: IpAddr) -> String {
+    format!(
+        "Find out which address is right. If it is {expected}, correct the route by which the broker's requests leave, and do not \
+         whitelist {seen}. If it is {seen}, set egress.expected_ip to it and add it to the key's addresses under API Management > Edit > \
+         IP restriction."
+    )
+}
+
+/// Topic of a rejected address.
+pub(crate) const NOT_WHITELISTED: &str = "address-not-whitelisted";
 
 /// Placeholder for the address in a fix, and the text for an unknown address.
 const ADDRESS: (&str, &str) = ("{address}", "the broker's egress address");
@@ -93,7 +115,13 @@ pub(crate) fn meanings(scope: Option<Scope>, word: &str) -> impl Iterator<Item =
 }
 
 /// The advice that a bot gets with an answer in `scope`; empty if the request was accepted or there is no advice.
-pub(crate) fn for_bot(answer: &Answer, scope: Scope, endpoint: Option<&Endpoint>) -> String {
+/// `egress_ip` is the expected egress address.
+pub(crate) fn for_bot(
+    answer: &Answer,
+    scope: Scope,
+    endpoint: Option<&Endpoint>,
+    egress_ip: IpAddr,
+) -> String {
     if answer.outcome == Outcome::Accepted {
         return String::new();
     }
@@ -122,13 +150,31 @@ pub(crate) fn for_bot(answer: &Answer, scope: Scope, endpoint: Option<&Endpoint>
     };
     advice.text(&AdviceContext {
         address: address_in(&answer.msg),
+        expected: Some(egress_ip),
         permission: endpoint.and_then(|endpoint| endpoint.permission.as_deref()),
     })
 }
 
 impl Advice {
+    /// The usual cause, and both addresses if KuCoin saw another one than expected.
+    pub(crate) fn cause_with(&self, facts: &AdviceContext) -> String {
+        match facts.unexpected() {
+            Some((seen, expected)) if self.fix.contains(ADDRESS.0) => {
+                format!(
+                    "{} KuCoin saw {seen}, not the expected {expected}.",
+                    self.cause
+                )
+            }
+            _ => self.cause.to_owned(),
+        }
+    }
+
     /// What to do, with the placeholders filled.
     pub(crate) fn fix(&self, facts: &AdviceContext) -> String {
+        if let Some((seen, expected)) = facts.unexpected().filter(|_| self.topic == NOT_WHITELISTED)
+        {
+            return unexpected_address(seen, expected);
+        }
         let address = facts.address.map(|address| address.to_string());
         let permission = facts
             .permission
@@ -141,7 +187,8 @@ impl Advice {
 
     /// Meaning, cause and fix as one paragraph.
     pub(crate) fn text(&self, facts: &AdviceContext) -> String {
-        format!("{} {} {}", self.meaning, self.cause, self.fix(facts))
+        let (cause, fix) = (self.cause_with(facts), self.fix(facts));
+        format!("{} {cause} {fix}", self.meaning)
     }
 
     /// Whether `code` means this in `scope` (`None`: any scope).
@@ -179,7 +226,7 @@ pub static ALL: &[Advice] = &[
               trading password. If they are lost, create a new key under API Management.",
     },
     Advice {
-        topic: "address-not-whitelisted",
+        topic: NOT_WHITELISTED,
         codes: &[(EVERY, &["400006"])],
         meaning: "The request's IP address is not whitelisted for this API key.",
         cause: "The key has an IP restriction, and this address is not on its list.",
@@ -484,7 +531,8 @@ pub static ALL: &[Advice] = &[
         meaning: "KuCoin has no such order, or it can no longer be cancelled.",
         cause: "It is already filled or cancelled, its id or symbol is wrong, or it was placed so recently that KuCoin does \
                 not list it yet.",
-        fix: "Look the order up by its clientOid; if it was just placed, repeat the lookup for a few seconds.",
+        fix: "Check the id and the symbol. If the order was just placed, it may still appear: repeat the lookup by clientOid for \
+              about 15 seconds before you conclude that the order does not exist.",
     },
     Advice {
         topic: "order-limited",
@@ -610,6 +658,7 @@ pub static ALL: &[Advice] = &[
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
+    use std::net::Ipv4Addr;
     use std::time::UNIX_EPOCH;
 
     use bytes::Bytes;
@@ -618,6 +667,8 @@ mod tests {
     use super::super::code::{self, RefusalCodes};
     use super::super::{Catalog, RequestContext, Risk};
     use super::*;
+
+    const EGRESS_IP: IpAddr = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 7));
 
     /// KuCoin API documentation, "Error Code": gateway, HTTP and WebSocket tables; 401000 and 408000 as seen by ccxt.
     const GATEWAY: [&str; 43] = [
@@ -754,6 +805,7 @@ mod tests {
         let address = Some(IpAddr::from([203, 0, 113, 7]));
         let facts = AdviceContext {
             address,
+            expected: address,
             permission: Some("Futures"),
         };
         assert_eq!(
@@ -831,7 +883,8 @@ mod tests {
         let check_lookup_advice = |endpoint: &Endpoint, status, body: &str| {
             let answer = answer_of(endpoint, status, body);
             assert_eq!(answer.outcome, Outcome::MaybeSent, "{status} {body}");
-            let advice = for_bot(&answer, endpoint.scope.unwrap(), Some(endpoint));
+            let scope = endpoint.scope.unwrap();
+            let advice = for_bot(&answer, scope, Some(endpoint), EGRESS_IP);
             assert!(
                 advice.contains("look the order up by its clientOid"),
                 "{} {status} {body}: {advice:?}",
@@ -877,15 +930,27 @@ mod tests {
     #[test]
     fn advice_for_a_bot_names_address_and_permission() {
         let endpoint = Catalog::get().by_id("spot.post.v1-hf-orders");
-        let advice =
-            |status, body: &str| for_bot(&answer(status, body), Scope::SpotMargin, endpoint);
+        let advice = |status, body: &str| {
+            let answer = answer(status, body);
+            for_bot(&answer, Scope::SpotMargin, endpoint, EGRESS_IP)
+        };
+        assert_eq!(
+            advice(
+                403,
+                r#"{"code":"400006","msg":"Invalid request IP, the current client IP is: 203.0.113.7."}"#
+            ),
+            "The request's IP address is not whitelisted for this API key. The key has an IP restriction, and this address is not on \
+             its list. Add 203.0.113.7 to the key's addresses under API Management > Edit > IP restriction."
+        );
         assert_eq!(
             advice(
                 403,
                 r#"{"code":"400006","msg":"Invalid request IP, the current client IP is: 198.51.100.9."}"#
             ),
             "The request's IP address is not whitelisted for this API key. The key has an IP restriction, and this address is not on \
-             its list. Add 198.51.100.9 to the key's addresses under API Management > Edit > IP restriction."
+             its list. KuCoin saw 198.51.100.9, not the expected 203.0.113.7. Find out which address is right. If it is 203.0.113.7, \
+             correct the route by which the broker's requests leave, and do not whitelist 198.51.100.9. If it is 198.51.100.9, set \
+             egress.expected_ip to it and add it to the key's addresses under API Management > Edit > IP restriction."
         );
         let refused = advice(
             403,

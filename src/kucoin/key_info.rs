@@ -174,7 +174,7 @@ pub(crate) struct Expected {
     pub(crate) allow_money_out: bool,
     /// The account's site.
     pub(crate) site: Site,
-    /// The address that KuCoin sees.
+    /// The expected egress address (`egress.expected_ip`); KuCoin may see another one.
     pub(crate) egress_ip: IpAddr,
     /// The version that the request was signed with.
     pub(crate) version: KeyVersion,
@@ -400,10 +400,12 @@ impl KeyInfo {
             Some(false) => vec![Diagnosis::failed(
                 "address-not-whitelisted",
                 format!(
-                    "The key's IP restriction does not include {ip}, the address that KuCoin sees; it includes {}.",
+                    "The key's IP restriction does not include {ip}, the broker's expected egress address (egress.expected_ip); it includes {}.",
                     self.ip_whitelist.join(", ")
                 ),
-                format!("Add {ip} under {PAGE} > IP restriction."),
+                format!(
+                    "If {ip} is right, add it under {PAGE} > IP restriction; otherwise correct egress.expected_ip."
+                ),
             )],
             Some(true) => {
                 let others = self.ip_whitelist.iter();
@@ -512,18 +514,13 @@ pub(crate) fn refusal(code: &str, msg: &str, scope: Scope, egress_ip: IpAddr) ->
             "Look the code up in KuCoin's API documentation under Error Code, then try again.",
         );
     };
-    let seen = address_in(msg);
     let permission = Permission::of_scope(scope).first().map(ToString::to_string);
     let facts = AdviceContext {
-        address: Some(seen.unwrap_or(egress_ip)),
+        address: Some(address_in(msg).unwrap_or(egress_ip)),
+        expected: Some(egress_ip),
         permission: permission.as_deref(),
     };
-    let mut cause = format!("{} {}", advice.meaning, advice.cause);
-    if let Some(seen) = seen.filter(|&seen| seen != egress_ip) {
-        cause = format!(
-            "{cause} KuCoin saw {seen}, not the expected {egress_ip}; check egress.expected_ip in the configuration."
-        );
-    }
+    let cause = format!("{} {}", advice.meaning, advice.cause_with(&facts));
     Diagnosis::failed(advice.topic, cause, advice.fix(&facts))
 }
 
@@ -1021,8 +1018,9 @@ mod tests {
                 &expected(),
             ),
             "address-not-whitelisted",
-            "The key's IP restriction does not include 203.0.113.7, the address that KuCoin sees; it includes 198.51.100.1, 203.0.113.70.",
-            "Add 203.0.113.7 under API Management > Edit > IP restriction.",
+            "The key's IP restriction does not include 203.0.113.7, the broker's expected egress address (egress.expected_ip); it includes \
+             198.51.100.1, 203.0.113.70.",
+            "If 203.0.113.7 is right, add it under API Management > Edit > IP restriction; otherwise correct egress.expected_ip.",
         );
         assert_finding(
             &warned(
@@ -1186,14 +1184,16 @@ mod tests {
             "400006",
             "Invalid request IP, the current client IP is: 198.51.100.9.",
         );
-        assert!(
-            elsewhere.fix.contains("Add 198.51.100.9 to"),
-            "{}",
-            elsewhere.fix
+        assert_eq!(
+            elsewhere.fix,
+            "Find out which address is right. If it is 203.0.113.7, correct the route by which the broker's requests leave, and do not \
+             whitelist 198.51.100.9. If it is 198.51.100.9, set egress.expected_ip to it and add it to the key's addresses under API \
+             Management > Edit > IP restriction."
         );
-        assert!(elsewhere.cause.ends_with(
-            "KuCoin saw 198.51.100.9, not the expected 203.0.113.7; check egress.expected_ip in the configuration."
-        ));
+        let both = " KuCoin saw 198.51.100.9, not the expected 203.0.113.7.";
+        assert!(elsewhere.cause.ends_with(both), "{}", elsewhere.cause);
+        let mapped = finding("400006", "current ip: ::ffff:203.0.113.7");
+        assert!(mapped.fix.contains("Add 203.0.113.7 to"), "{}", mapped.fix);
         let new = finding("999999", "brand\u{1b}[31m new");
         assert_eq!(
             new.cause,

@@ -1,6 +1,7 @@
 //! The broker's current readiness, its problems, and its state as gauges.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use prometheus_client::collector::Collector;
@@ -15,8 +16,13 @@ use crate::broker::Broker;
 use crate::clock::{self, ClockUncertain, ExchangeTime, HostId};
 use crate::config::FileProblems;
 use crate::egress::proof::ProofStatus;
+use crate::kucoin::advice;
 use crate::process::hardened;
 use crate::proto::KeyStatus;
+
+/// In the lines of [`details`] about a changed file that was rejected, after the kind of file.
+pub(crate) const RELOAD_FAILED: &str =
+    ": reload failed; still using the previously loaded version.";
 
 /// Whether the broker is ready, and its problems.
 #[derive(Debug)]
@@ -144,16 +150,11 @@ pub(crate) fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
         ));
     }
     lines.extend(failure.map(|failure| format!("egress: last check failed: {failure}")));
+    // Not once the exchange has accepted a request of that key, or another key has replaced it.
+    let refused = refused.filter(|_| keys.iter().any(|key| key.address_refused_ms.is_some()));
     if let Some((address, at)) = refused {
-        let address = address.map_or_else(
-            || "the egress address".to_owned(),
-            |address| address.to_string(),
-        );
         let age_s = now.saturating_sub(at).as_secs();
-        lines.push(format!(
-            "egress: {age_s} s ago the exchange rejected a request because {address} is not on the whitelist of its key (400006); \
-             find the key with `credbroker keys list`, and add the address to its whitelist"
-        ));
+        lines.push(address_refused(address, broker.proof.expected(), age_s));
     }
     for host_id in broker.policy().hosts() {
         let time = broker.clock.exchange(host_id);
@@ -171,7 +172,7 @@ pub(crate) fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
     for (site, host) in broker.policy().hosts() {
         if let Some(accepted) = broker.clock.accepted((site, host)) {
             lines.push(format!(
-                "clock {site}/{}: {} accepted, until the broker restarts, that the exchange's clock is {}",
+                "clock {site}/{}: {} has accepted this difference until the broker restarts: the exchange's clock is {}",
                 host.as_str(),
                 accepted.by,
                 clock::difference(accepted.ms)
@@ -184,14 +185,28 @@ pub(crate) fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
     ));
     for (what, problems) in &problems.rejected {
         for problem in problems {
-            lines.push(format!(
-                "{what}: reload failed; still using the previously loaded version. Problem: {problem}"
-            ));
+            lines.push(format!("{what}{RELOAD_FAILED} Problem: {problem}"));
         }
     }
     let warnings = problems.warnings.iter();
     lines.extend(warnings.map(|warning| format!("warning: {warning}")));
     lines
+}
+
+/// The line about a request that the exchange rejected for its address.
+fn address_refused(address: Option<IpAddr>, expected: IpAddr, age_s: u64) -> String {
+    let seen = address.map_or(expected, |address| address.to_canonical());
+    let (shown, fix) = if seen == expected {
+        let fix = format!("Add {seen} to its whitelist.");
+        (seen.to_string(), fix)
+    } else {
+        let fix = advice::unexpected_address(seen, expected);
+        (format!("{seen} (not the expected {expected})"), fix)
+    };
+    format!(
+        "egress: {age_s} s ago the exchange rejected a request because {shown} is not on the whitelist of its key (400006). Find the \
+         key with `credbroker keys list`. {fix}"
+    )
 }
 
 /// The broker's state as gauges, computed at each scrape.
@@ -375,4 +390,27 @@ fn encode_process(broker: &Broker, gauges: &mut DescriptorEncoder<'_>) -> fmt::R
 #[expect(clippy::cast_precision_loss, reason = "far below 2^53 milliseconds")]
 fn seconds(ms: i64) -> f64 {
     ms as f64 / 1000.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rejected_address_is_to_be_whitelisted_only_if_it_is_the_expected_one() {
+        let [expected, other] = ["203.0.113.7", "198.51.100.9"].map(|ip| ip.parse().unwrap());
+        let start = "egress: 5 s ago the exchange rejected a request because ";
+        let middle = " is not on the whitelist of its key (400006). Find the key with `credbroker keys list`. ";
+        for address in [None, Some(expected)] {
+            assert_eq!(
+                address_refused(address, expected, 5),
+                format!("{start}203.0.113.7{middle}Add 203.0.113.7 to its whitelist.")
+            );
+        }
+        let line = address_refused(Some(other), expected, 5);
+        let both = "198.51.100.9 (not the expected 203.0.113.7)";
+        let fix = "Find out which address is right. If it is 203.0.113.7, correct the route";
+        let begin = format!("{start}{both}{middle}{fix}");
+        assert!(line.starts_with(&begin), "{line}");
+    }
 }

@@ -9,6 +9,7 @@ use crate::broker::Broker;
 use crate::keyring::key_test::Verdict;
 use crate::keyring::usage::Refusal;
 use crate::keyring::{KeySnapshot, KeyState, Tested};
+use crate::kucoin::code::ADDRESS_REFUSED;
 use crate::kucoin::key_info::KeyInfo;
 use crate::kucoin::{Scope, advice};
 use crate::policy::Account;
@@ -80,6 +81,8 @@ pub(crate) struct KeyHealth {
     pub(crate) info: Option<Arc<KeyInfo>>,
     /// Whether its whitelist has the egress address; `None` before its test, and without a whitelist.
     pub(crate) is_whitelisted: Option<bool>,
+    /// When the exchange rejected the address of the last request that it signed: Unix time in milliseconds.
+    pub(crate) address_refused_ms: Option<i64>,
     /// When the exchange last accepted a request signed with it: Unix time in milliseconds.
     pub(crate) used_ms: Option<i64>,
     /// When it was last tested with a result: Unix time in milliseconds.
@@ -120,13 +123,11 @@ fn vault_problems(key: &KeySnapshot) -> Vec<Diagnosis> {
             outage,
             ..
         } => {
-            let using = |problem: &String| {
-                format!("using version {version} because of this problem: {problem}")
-            };
             let mut vault_problems: Vec<_> =
                 key.noted.restricted.iter().cloned().map(trouble).collect();
             vault_problems.extend(key.noted.hold.map(|hold| held(key, &hold, *version)));
-            vault_problems.extend(problem.iter().map(using).map(trouble));
+            let problem = problem.iter().map(|problem| using(*version) + problem);
+            vault_problems.extend(problem.map(trouble));
             let age_problem = if key.is_too_old {
                 "too old for risk-increasing requests"
             } else {
@@ -147,6 +148,16 @@ fn vault_problems(key: &KeySnapshot) -> Vec<Diagnosis> {
     }
 }
 
+/// The beginning of the reason why the wanted version is not used; the cause follows.
+pub(crate) fn using(version: u64) -> String {
+    format!("using version {version} because of this problem: ")
+}
+
+/// The beginning of the reason that a version was selected with `keys rollback`, but is not used.
+pub(crate) fn selects(version: u64) -> String {
+    format!("use_version in the key's custom metadata selects version {version}")
+}
+
 /// The finding about a version that an admin holds in use with `keys rollback`.
 fn held(key: &KeySnapshot, hold: &Hold, version: u64) -> Diagnosis {
     let (account, name) = (&key.account, &key.name);
@@ -161,8 +172,8 @@ fn held(key: &KeySnapshot, hold: &Hold, version: u64) -> Diagnosis {
         )
     } else {
         format!(
-            "use_version in the key's custom metadata selects version {selected}, but the broker cannot use that version now, and uses \
-             version {version}."
+            "{}, but the broker cannot use that version now, and uses version {version}.",
+            selects(selected)
         )
     };
     let fix = format!(
@@ -205,6 +216,7 @@ fn of(broker: &Broker, key: KeySnapshot) -> KeyHealth {
         version: None,
         info: None,
         is_whitelisted: None,
+        address_refused_ms: None,
         used_ms: None,
         tested_ms: None,
         id: None,
@@ -347,6 +359,11 @@ impl KeyHealth {
         let Some(topic) = topic.filter(|_| !is_outdated) else {
             return;
         };
+        if refusal.code == ADDRESS_REFUSED {
+            // Newer than the whitelist that the last test returned.
+            self.address_refused_ms = Some(refusal.at_ms);
+            self.is_whitelisted = Some(false);
+        }
         let status = if topic == PERMISSION_MISSING {
             KeyStatus::Degraded
         } else {

@@ -125,7 +125,7 @@ impl Policy {
                 literal.id
             )),
             Found::NotAnId(endpoint) => Err(format!(
-                "this is the path of {} ({}), not a path with an id in it; check path, method and scope",
+                "this is the fixed path of {} ({}), so its last segment is not read as an id; check path, method and scope",
                 endpoint.id, endpoint.method
             )),
             Found::OtherScope(endpoint) => Err(match endpoint.scope {

@@ -258,7 +258,7 @@ impl GrantTarget<'_> {
                 }
                 Found::NotAnId(endpoint) => {
                     return Err(format!(
-                        "is the path of {} ({}), not a path with an id in it; check path, method and scope",
+                        "is the fixed path of {} ({}), so its last segment is not read as an id; check path, method and scope",
                         endpoint.id, endpoint.method
                     ));
                 }

@@ -51,7 +51,7 @@ impl Policy {
             mine.sort_unstable();
             if let (false, Some(first)) = (mine.iter().any(|rule| needs_key(rule)), mine.first()) {
                 let problem = format_args!(
-                    "the grants for {bot} allow nothing that needs a key, only public endpoints if any; check that no grant is missing"
+                    "the grants for {bot} allow no endpoint that needs a key; check that no grant is missing"
                 );
                 warnings.push(at(first, problem));
             }
@@ -217,8 +217,8 @@ allow = ["public", "spot.get.v1-timestamp"]
             "line 17: grant[1].allow[0]: \"spot.get.v1-accounts\" is already granted by grant[0].allow[0] = \"read\" on line 11",
             "line 19: grant[1].allow[2]: \"trade\" is already granted by grant[0].allow[1] = \"trade\" on line 11",
             "line 25: grant[2].allow: is empty and grants nothing",
-            "line 25: grant[2].allow: the grants for c allow nothing that needs a key, only public endpoints if any; check that no grant is missing",
-            "line 30: grant[3].allow[0]: the grants for d allow nothing that needs a key, only public endpoints if any; check that no grant is missing",
+            "line 25: grant[2].allow: the grants for c allow no endpoint that needs a key; check that no grant is missing",
+            "line 30: grant[3].allow[0]: the grants for d allow no endpoint that needs a key; check that no grant is missing",
             "line 30: grant[3].allow[1]: \"spot.get.v1-timestamp\" is already granted by grant[3].allow[0] = \"public\" on line 30",
         ];
         assert_eq!(texts(policy.warnings()), expected);

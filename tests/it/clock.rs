@@ -761,7 +761,7 @@ async fn accepted_clock_difference_lasts_until_it_changes_by_a_day_or_the_broker
     );
     let (status, text) = lab.get("/readyz?verbose").await;
     assert_eq!(status, 503, "{text}");
-    let by = "clock global/spot: spiffe://demo.test/admin/anna accepted, until the broker restarts, that the exchange's clock is 365 days ahead of the system clock";
+    let by = "clock global/spot: spiffe://demo.test/admin/anna has accepted this difference until the broker restarts: the exchange's clock is 365 days ahead of the system clock";
     assert!(
         text.contains(by) && !text.contains("accept global/spot"),
         "{text}"

@@ -248,6 +248,67 @@ async fn doctor_reports_a_broker_that_is_not_ready_or_not_at_listen_ops() {
 }
 
 #[tokio::test]
+async fn doctor_warns_about_files_that_the_running_broker_has_rejected() {
+    let mut lab = healthy().await;
+    lab.start_broker().await;
+    lab.until_ready().await;
+    lab.reconfigure("ops = \"127.0.0.1:0\"", &format!("ops = \"{}\"", lab.ops));
+    std::fs::write(lab.path("rules.toml"), "[account.main]\nkey = 1\n").unwrap();
+    let rejected = "rules: reload failed; still using the previously loaded version.";
+    until("the rules are rejected", async || {
+        lab.get("/readyz?verbose").await.1.contains(rejected)
+    })
+    .await;
+    let (_, found) = lines(&lab).await;
+    let mut of_broker: Vec<_> = found.iter().filter(|l| l["check"] == "broker").collect();
+    let warning = of_broker.pop().unwrap();
+    assert_eq!(of_broker[0]["detail"], "running and ready");
+    let detail = warning["detail"].as_str().unwrap();
+    assert!(
+        detail.starts_with("running, but rules: reload failed; "),
+        "{detail}"
+    );
+    assert!(detail.contains("account.main.key: "), "{detail}");
+    assert_eq!(
+        (of_broker.len(), &warning["status"]),
+        (1, &json!("warning"))
+    );
+    lab.stop().await;
+}
+
+/// Doctor must not propose a restart: only the memory of the running broker has the restrictions.
+#[tokio::test]
+async fn lost_restrictions_of_a_running_broker_are_written_again_as_doctor_proposes() {
+    let mut lab = healthy().await;
+    lab.start_broker().await;
+    lab.until_ready().await;
+    lab.reconfigure("ops = \"127.0.0.1:0\"", &format!("ops = \"{}\"", lab.ops));
+    let bots = |act| ["bots", act, "spiffe://demo.test/bot/maker"];
+    assert_eq!(lab.admin_cli("anna", &bots("block")).await.code, Some(0));
+    let file = lab.path("state/restrictions.json");
+    let before = std::fs::read(&file).unwrap();
+    std::fs::remove_file(&file).unwrap();
+    let detail =
+        "a broker is using it; its restrictions.json is missing: the broker has the blocks";
+    let fix = "do not restart the broker. Run `credbroker bots unblock BOT`";
+    assert_failed(&lab, "state", detail, fix).await;
+    let other = ["bots", "unblock", "spiffe://demo.test/bot/unblocked"];
+    assert_eq!(lab.admin_cli("anna", &other).await.code, Some(0));
+    assert_eq!(std::fs::read(&file).unwrap(), before);
+    lab.stop().await;
+    std::fs::remove_file(&file).unwrap();
+    let detail = "no broker is using it; it holds no restrictions.json";
+    assert_reported(
+        &lab,
+        "warning",
+        "state",
+        detail,
+        "start the broker, which creates it",
+    )
+    .await;
+}
+
+#[tokio::test]
 async fn before_the_first_start_doctor_creates_nothing_and_warns_about_missing_files() {
     let lab = Lab::install(settings()).await;
     lab.add_key("main", "main", &key());
@@ -368,7 +429,9 @@ async fn doctor_reports_broken_files_and_still_runs_the_other_checks() {
     let untested = found.iter().find(|line| line["check"] == "key main/main");
     let untested = untested.unwrap()["detail"].as_str().unwrap();
     assert!(
-        untested.contains("doctor cannot send audited requests"),
+        untested.starts_with(
+            "not tested: doctor cannot write the audit log, which records each test: "
+        ) && untested.contains("audit.jsonl cannot be written: "),
         "{untested}"
     );
     std::fs::remove_dir(&audit_log).unwrap();

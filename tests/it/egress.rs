@@ -220,6 +220,18 @@ async fn no_order_is_sent_before_the_egress_address_is_verified_unless_lenient()
 }
 
 #[tokio::test]
+async fn failed_first_egress_check_is_not_logged_as_if_there_were_a_last_result() {
+    let mut lab = Lab::install(settings("")).await;
+    fault(&lab, closed());
+    lab.spawn_broker().await;
+    let message = "egress IP check failed; address not confirmed yet";
+    lab.process().log_line(message).await;
+    assert!(!lab.process().log().contains("keeping last result"));
+    lab.process().terminate();
+    assert_eq!(lab.process().exit_code().await, Some(0));
+}
+
+#[tokio::test]
 async fn failed_egress_check_keeps_the_last_result() {
     let failures = [
         closed(),
@@ -327,7 +339,7 @@ async fn address_rejected_by_the_exchange_is_logged_and_checked_at_once() {
         (Outcome::Rejected, "400006")
     );
     assert_eq!(lab.metric("addresses_refused_total").await, Some(1.0));
-    let refused = "egress IP not whitelisted for this key; compare the key's IP restriction with egress.expected_ip";
+    let refused = "egress IP not whitelisted for this key; compare the address that the exchange saw with egress.expected_ip and the key's IP restriction";
     let line = lab.process().log_line(refused).await;
     assert_eq!(
         (&line["egress.address"], &line["account.id"]),

@@ -250,10 +250,34 @@ async fn whitelist_without_the_egress_address_is_reported_once_with_the_address(
     };
     let mut lab = installed(good(), settings).await;
     lab.start_broker().await;
-    let expected = "The key's IP restriction does not include 127.0.0.9, the address that KuCoin sees; it includes 127.0.0.1. Add \
-                127.0.0.9 under";
+    let expected = "The key's IP restriction does not include 127.0.0.9, the broker's expected egress address \
+                    (egress.expected_ip); it includes 127.0.0.1. If 127.0.0.9 is right, add it under";
     expect(&lab, "degraded", &[expected]).await;
     assert_eq!(listed(&lab).await.is_whitelisted, Some(false));
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn rejected_address_is_reported_until_a_request_of_the_key_is_accepted() {
+    let mut lab = started(good()).await;
+    expect(&lab, "active", &[]).await;
+    assert_eq!(listed(&lab).await.is_whitelisted, Some(true));
+    lab.kucoin.add_key(SimKey {
+        ip_whitelist: vec!["203.0.113.9".parse().unwrap()],
+        ..good()
+    });
+    let mut bot = lab.patient_bot("maker").await;
+    assert_eq!(send(&mut bot, accounts()).await.0, "400006");
+    // The last test returned the old whitelist.
+    assert_eq!(listed(&lab).await.is_whitelisted, Some(false));
+    let rejected = "s ago the exchange rejected a request because 127.0.0.1 is not on the whitelist of its key (400006)";
+    let (_, text) = lab.get("/readyz?verbose").await;
+    assert!(text.contains(rejected), "{text}");
+    lab.kucoin.add_key(good());
+    send(&mut bot, accounts()).await;
+    assert_eq!(listed(&lab).await.is_whitelisted, Some(true));
+    let (_, text) = lab.get("/readyz?verbose").await;
+    assert!(!text.contains("400006"), "{text}");
     lab.stop().await;
 }
 

@@ -55,11 +55,17 @@ use tracing::subscriber::DefaultGuard;
 
 use crate::harness::{Bot, Lab, failure, request, until};
 
-/// Log message while Vault cannot be reached or returns no usable response.
-const NO_ANSWER: &str = "Vault unreachable; using cached keys";
+/// Log message while Vault cannot be reached or returns no usable response, up to the part about the key: loaded or not.
+const NO_ANSWER: &str = "Vault unreachable; ";
 
-/// Log message while Vault rejects the broker's login.
-const LOGIN_REFUSED: &str = "Vault login rejected; using cached keys";
+/// Log message while Vault rejects the broker's login, up to the part about the key: loaded or not.
+const LOGIN_REFUSED: &str = "Vault login rejected; ";
+
+/// The part about a loaded key.
+const CACHED: &str = "; using cached keys";
+
+/// The part about a key that is not loaded.
+const NOT_LOADED: &str = "; key not loaded";
 
 /// Configuration of a test's broker and its Vault.
 struct Setup {

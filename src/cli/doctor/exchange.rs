@@ -98,7 +98,7 @@ async fn host(config: &Config, egress: &Egress, clock: &Clock, host_id: HostId) 
                 "IPv4"
             };
             let fix = format!(
-                "set egress.address to an {family} address of this machine, because this host has only {family} addresses"
+                "set egress.address to an {family} address of this machine: the exchange's host has only {family} addresses"
             );
             return vec![Diagnosis::failed("host", detail, fix).about(&about)];
         }
@@ -160,7 +160,7 @@ fn connect_failed(config: &Config, about: &str, host: &str, error: &ConnectError
         .and_then(|error| error.downcast_ref());
     let fix = match error_of_system.map(io::Error::kind) {
         _ if tls.is_some_and(presents_ca) => {
-            "on the server, install a server certificate (CA:FALSE) issued by this CA; egress.roots need not change".to_owned()
+            "on the host that [exchange] names, install a server certificate (CA:FALSE) issued by this CA; egress.roots need not change".to_owned()
         }
         Some(io::ErrorKind::AddrNotAvailable) => format!(
             "egress.address {source} is not an address of this machine (see `ip address`): correct it, or assign the address to this machine"

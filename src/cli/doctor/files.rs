@@ -50,7 +50,7 @@ pub(super) fn rules(file: &Path) -> (Vec<Diagnosis>, Option<Policy>) {
             let mut lines = vec![Diagnosis::ok("rules", counts)];
             lines.extend(policy.warnings().into_iter().map(|warning| {
                 let warning = warning.in_file(file).to_string();
-                let fix = format!("correct it unless it is intended, {check}");
+                let fix = format!("if it is not intended, correct it, {check}");
                 Diagnosis::warning("rules", warning, fix)
             }));
             (lines, Some(policy))
@@ -237,19 +237,11 @@ pub(super) fn audit(config: &Config) -> (Vec<Diagnosis>, Result<(), String>) {
     if let Err(reason) = writable {
         return (vec![Diagnosis::failed(check, &reason, fix)], Err(reason));
     }
-    let free = "free disk space, or move the audit log (audit.file)";
     let line = match statvfs(folder) {
         Ok(disk) if disk.f_blocks > 0 => {
             let room = disk.f_bavail.saturating_mul(disk.f_frsize);
             let full = 100 - disk.f_bavail.saturating_mul(100) / disk.f_blocks;
-            let detail = format!("{state}; the disk is {full} % full, {} free", bytes(room));
-            if room < LEAST_FREE {
-                Diagnosis::failed(check, detail, free)
-            } else if room < WARN_FREE {
-                Diagnosis::warning(check, detail, free)
-            } else {
-                Diagnosis::ok(check, detail)
-            }
+            free_space(&name.to_string(), &state, room, full)
         }
         Ok(_) => Diagnosis::ok(check, state),
         Err(error) => {
@@ -259,6 +251,21 @@ pub(super) fn audit(config: &Config) -> (Vec<Diagnosis>, Result<(), String>) {
         }
     };
     (vec![line], Ok(()))
+}
+
+/// The line about an audit log that can be written, on a disk that is `full` percent full and has `room` bytes free. Too
+/// little space is the problem, so the line begins with it.
+fn free_space(name: &str, state: &str, room: u64, full: u64) -> Diagnosis {
+    let check = "audit";
+    let disk = format!("the disk is {full} % full, {} free", bytes(room));
+    let fix = "free disk space, or move the audit log (audit.file)";
+    if room < LEAST_FREE {
+        Diagnosis::failed(check, format!("{disk}: {name}"), fix)
+    } else if room < WARN_FREE {
+        Diagnosis::warning(check, format!("{disk}: {name}"), fix)
+    } else {
+        Diagnosis::ok(check, format!("{state}; {disk}"))
+    }
 }
 
 fn bytes(number: u64) -> String {
@@ -275,8 +282,19 @@ fn is_ours(folder: &Path) -> bool {
         .is_ok_and(|metadata| metadata.uid() == rustix::process::geteuid().as_raw())
 }
 
-/// The state folder: whether it can be used, its restrictions, and whether a running broker is using it.
-pub(super) fn state(config: &Config) -> (Vec<Diagnosis>, bool) {
+/// Whether a broker is using the state folder; false if that cannot be checked.
+pub(super) fn is_running(config: &Config) -> bool {
+    is_locked(&config.state_dir).unwrap_or(false)
+}
+
+/// The fix where only the memory of the running broker has the restrictions. Lifting a block that does not exist changes
+/// nothing, but writes the whole file.
+const FIX_LOST: &str = "do not restart the broker. Run `credbroker bots unblock BOT` with the name of a bot that is not blocked: this \
+                        changes no block and makes the broker write the whole file again. Then run `credbroker doctor` to check";
+
+/// The state folder: whether it can be used, its restrictions, and whether a running broker is using it. `command`: how
+/// doctor was called.
+pub(super) fn state(config: &Config, command: &str) -> (Vec<Diagnosis>, bool) {
     let (folder, check) = (&config.state_dir, "state");
     let name = folder.display();
     let usable =
@@ -308,8 +326,7 @@ pub(super) fn state(config: &Config) -> (Vec<Diagnosis>, bool) {
         let detail = format!(
             "{name} belongs to user {owner}, but doctor runs as user {me}: its access checks may not apply to the broker"
         );
-        let fix =
-            format!("run doctor as the broker's user: `sudo -u '#{owner}' credbroker doctor`");
+        let fix = format!("run doctor as the broker's user: `sudo -u '#{owner}' {command}`");
         lines.push(Diagnosis::warning(check, detail, fix));
     }
     if metadata.mode() & 0o022 != 0 {
@@ -341,6 +358,13 @@ pub(super) fn state(config: &Config) -> (Vec<Diagnosis>, bool) {
         "no broker is using it"
     };
     lines.push(match Restrictions::open(folder) {
+        Ok(restrictions) if !restrictions.was_found() && is_running => {
+            let detail = format!(
+                "{name}: {user}; its restrictions.json is missing: the broker has the blocks, halts and revocations only in memory, and a \
+                 restart would drop them"
+            );
+            Diagnosis::failed(check, detail, FIX_LOST)
+        }
         Ok(restrictions) if !restrictions.was_found() => {
             let detail = format!("{name}: {user}; it holds no restrictions.json");
             let fix = "start the broker, which creates it. If a broker has run here before, first check that state_dir is correct and its \
@@ -390,5 +414,25 @@ fn restrictions_line(folder: &str, counts: Counts) -> Diagnosis {
         Diagnosis::warning("state", detail, fix)
     } else {
         Diagnosis::ok("state", detail)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn line_about_a_full_disk_begins_with_the_disk() {
+        let (name, state) = ("/state/audit.jsonl", "/state/audit.jsonl is writable");
+        let line = |room, full| {
+            let line = free_space(name, state, room, full);
+            (line.severity.as_str(), line.cause)
+        };
+        let full = "the disk is 100 % full, 0 MiB free: /state/audit.jsonl";
+        assert_eq!(line(0, 100), ("failed", full.to_owned()));
+        let nearly = "the disk is 99 % full, 1023 MiB free: /state/audit.jsonl";
+        assert_eq!(line(WARN_FREE - 1, 99), ("warning", nearly.to_owned()));
+        let enough = "/state/audit.jsonl is writable; the disk is 50 % full, 2 GiB free";
+        assert_eq!(line(2 * WARN_FREE, 50), ("ok", enough.to_owned()));
     }
 }

@@ -86,7 +86,7 @@ async fn check(config: &Config, account: &AccountId) -> Result<Vec<Diagnosis>, C
         .map(|scope| (site, scope.host()))
         .collect();
     host_ids.insert((site, Host::Spot));
-    let (_, is_running) = files::state(config);
+    let is_running = files::is_running(config);
     let vault_checks = vault::check(config, vault_roots, &provider, Some(&policy), is_running);
     let vault_checks = async {
         let found = timeout(ASK_WITHIN, vault_checks).await;

@@ -3,6 +3,7 @@
 use crate::base::diagnosis::Diagnosis;
 use crate::cli::health::{ask, from_here};
 use crate::config::Config;
+use crate::ops::health::RELOAD_FAILED;
 use crate::process::Hardened;
 
 /// Checks a running broker's readiness and memory; without one, whether a broker started from this shell could lock its
@@ -51,6 +52,7 @@ pub(super) fn lines(config: &Config, is_running: bool, hardened: &Hardened) -> V
         }
         Err(error) => unreachable(error.to_string()),
     }];
+    lines.extend(rejected_files(&address));
     let gauge = |name: &str| {
         let mut lines = metrics.lines();
         lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))
@@ -78,4 +80,18 @@ pub(super) fn lines(config: &Config, is_running: bool, hardened: &Hardened) -> V
         }
     });
     lines
+}
+
+/// Changed files that the running broker has rejected. It stays ready with their previous content, and doctor's other lines
+/// are about the files as they are now.
+fn rejected_files(address: &str) -> Vec<Diagnosis> {
+    // A broker that cannot be reached has a line already.
+    let Ok((_, text)) = ask(address, "/readyz?verbose") else {
+        return Vec::new();
+    };
+    let fix = "correct the file; the broker then loads it within a few seconds, without a restart";
+    let rejected = text.lines().filter(|line| line.contains(RELOAD_FAILED));
+    rejected
+        .map(|line| Diagnosis::warning("broker", format!("running, but {line}"), fix))
+        .collect()
 }

@@ -171,6 +171,18 @@ pub(super) fn retired(before: &KeyState, version: u64) -> String {
     format!(" Version {} no longer signs.", before.version)
 }
 
+/// Joins reasons to a part of a sentence: without their full stops.
+pub(super) fn joined<'a>(reasons: impl IntoIterator<Item = &'a str>) -> String {
+    let reasons: Vec<_> = reasons
+        .into_iter()
+        .map(|reason| reason.trim_end_matches('.'))
+        .collect();
+    if reasons.is_empty() {
+        return "no reason given".to_owned();
+    }
+    reasons.join("; ")
+}
+
 /// The beginning of a digest.
 pub(super) fn shown(digest: &str) -> String {
     let short: String = digest.chars().take(SHOWN_DIGITS).collect();
@@ -256,5 +268,11 @@ mod tests {
             let failure = picked(account, name, scopes).unwrap_err();
             assert!(failure.starts_with(cause), "{failure}");
         }
+    }
+
+    #[test]
+    fn joined_reasons_have_no_full_stops_and_are_never_empty() {
+        assert_eq!(joined(["a problem.", "another"]), "a problem; another");
+        assert_eq!(joined([]), "no reason given");
     }
 }

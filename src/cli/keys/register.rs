@@ -11,7 +11,7 @@ use std::time::Duration;
 use clap::Args;
 use tokio::time::sleep;
 
-use super::common::{VAULT, pick, retired, scopes_of, shown};
+use super::common::{VAULT, joined, pick, retired, scopes_of, shown};
 use crate::base::diagnosis::Diagnosis;
 use crate::base::ids::{AccountId, AdminId, KeyName};
 use crate::base::secret::{KeyValues, PartnerKey};
@@ -247,7 +247,8 @@ impl KeyTarget {
             )
         };
         Some(format!(
-            "the metadata in Vault does not describe version {current} of {self} yet: a previous run was interrupted, or the version was written by hand. {used}"
+            "the metadata in Vault does not describe version {current} of {self}: a previous run was interrupted, the version was written by \
+             hand, or somebody replaced the metadata, for example to disable the key. {used}"
         ))
     }
 
@@ -488,10 +489,7 @@ impl KeyTarget {
                 "find out who else registers keys for this account; if your key is the right one, re-run the command",
             ));
         }
-        let why = match state.reasons.as_slice() {
-            [] => "no reason given".to_owned(),
-            reasons => reasons.join("; "),
-        };
+        let why = joined(state.reasons.iter().map(String::as_str));
         let used = match state.version {
             0 => "No key is in use.".to_owned(),
             used => format!("Version {used} stays in use."),

@@ -7,11 +7,12 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::common::{VAULT, pick, retired, shown};
+use super::common::{VAULT, joined, pick, retired, shown};
 use crate::base::ids::{AccountId, KeyName};
 use crate::cli::admin::{ADMIN, Admin, AdminFile, Failure, block_on};
 use crate::cli::text::paragraph;
 use crate::cli::{DONE, printable, show};
+use crate::ops::key_health;
 use crate::proto::KeyState;
 use crate::vault::{Metadata, Notes, Vault, WriteError};
 
@@ -97,7 +98,7 @@ async fn rollback(options: &Options) -> Result<u8, Failure> {
     };
     let refused = format!(
         "the broker did not switch to version {version} of {account}/{key}: {}. {used}",
-        state.reasons.join("; ")
+        why_unused(&state, version)
     );
     // A restarted broker must not use a version that this one does not use.
     let restored = step.note(&Notes::as_before(&found)).await;
@@ -114,6 +115,16 @@ async fn rollback(options: &Options) -> Result<u8, Failure> {
         format!("{refused}; the key's metadata in Vault is again as before this command"),
         pick_another(account, &key),
     ))
+}
+
+/// Why the broker does not use `version`, without what the command reports itself: that it selected this version, and which
+/// version is in use.
+fn why_unused(state: &KeyState, version: u64) -> String {
+    let selects = key_health::selects(version);
+    let using = key_health::using(state.version);
+    let reasons = state.reasons.iter().map(String::as_str);
+    let reasons = reasons.filter(|reason| !reason.starts_with(&selects));
+    joined(reasons.map(|reason| reason.strip_prefix(&using).unwrap_or(reason)))
 }
 
 /// The fix where the requested version cannot be used.

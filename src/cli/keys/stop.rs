@@ -72,7 +72,7 @@ fn revoked(account: &str, keys: &[RevokedKey]) -> String {
             paragraph("revoked: ", &detail)
         } else {
             let which = match version {
-                0 => ", the last key that was loaded".to_owned(),
+                0 => ", the key most recently loaded under this name".to_owned(),
                 version => format!(" version {version}"),
             };
             let detail =
@@ -137,7 +137,7 @@ mod tests {
                         ..key(&"a".repeat(64), false)
                     }],
                 ),
-                ", the last key that was loaded. It no longer signs",
+                ", the key most recently loaded under this name. It no longer signs",
             ),
             (
                 revoked(&account, &[key(&"a".repeat(64), true)]),

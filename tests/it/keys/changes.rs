@@ -85,6 +85,24 @@ async fn deleted_version_evicts_the_key_and_the_previous_version_is_not_used() {
 }
 
 #[tokio::test]
+async fn eviction_is_counted_only_if_a_key_was_loaded() {
+    let setup = Setup::new(&["main"]).await;
+    let path = kv_path("main", "main");
+    setup.vault.delete_metadata("kv", &path);
+    let rig = setup.start().await;
+    let reason = "Vault has no such key (404)";
+    rig.until_not_ready(reason).await;
+    let counter = "vault_failures_total{reason=\"evicted\"}";
+    assert_eq!(rig.lab.metric(counter).await, Some(0.0));
+    put(rig.vault(), "main", 1);
+    rig.until_restored(1).await;
+    rig.vault().delete_metadata("kv", &path);
+    rig.until_evicted(reason).await;
+    assert_eq!(rig.lab.metric(counter).await, Some(1.0));
+    rig.end().await;
+}
+
+#[tokio::test]
 async fn key_with_state_disabled_in_metadata_is_evicted_until_state_is_active() {
     let rig = Setup::new(&["main"]).await.ready().await;
     let path = kv_path("main", "main");

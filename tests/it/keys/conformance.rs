@@ -13,7 +13,7 @@ use tokio::time::timeout;
 
 use super::policies::shipped;
 use super::real::Backend;
-use super::{Rig, Setup, key};
+use super::{CACHED, Rig, Setup, key};
 use crate::harness::{not_run, print_always, until};
 
 on_both! {
@@ -179,7 +179,7 @@ impl Stage {
 /// Checks that the key of `generation` signs every call until one more poll has failed for this reason.
 async fn expect_cached_key_through(rig: &Rig, generation: u32, reason: &str) {
     // Matches both an outage and a rejected login.
-    let line = ["; using cached keys", "account.id=main", reason];
+    let line = [CACHED, "account.id=main", reason];
     let before = rig.logs.count(&line);
     rig.signs_until(generation, reason, async || rig.logs.count(&line) > before)
         .await;

@@ -8,7 +8,7 @@ use credbroker_sim::vault::{
     Fault, FaultRule, InitialState, RoleSettings, Standby, VaultSettings, VaultSim,
 };
 
-use super::{NO_ANSWER, Setup, count_responses, key, put};
+use super::{CACHED, NO_ANSWER, NOT_LOADED, Setup, count_responses, key, put};
 use crate::harness::{request, until};
 
 /// Kinds of outages: the account that is affected, the fault, the logged reason.
@@ -72,6 +72,7 @@ async fn cached_keys_stay_in_use_through_every_kind_of_vault_outage() {
     })
     .await;
     assert_eq!(rig.logs.count(&["key unavailable"]), 0);
+    assert_eq!(rig.logs.count(&[NOT_LOADED]), 0);
     let (status, _) = rig.lab.get("/readyz").await;
     assert_eq!(status, 200);
 
@@ -118,6 +119,39 @@ async fn outage_between_metadata_and_secret_reads_keeps_the_old_version_in_use()
         })
         .await;
     }
+    rig.end().await;
+}
+
+/// A Vault in memory that restarts, or one restored from a backup, numbers the versions from 1 again.
+#[tokio::test]
+async fn key_that_replaces_a_version_lost_during_an_outage_is_confirmed_at_once() {
+    let mut setup = Setup::new(&["main"]).await;
+    // The next poll after the outage is at least 24 s away, so it cannot confirm the key in this test.
+    setup.poll_s = 30;
+    let rig = setup.ready().await;
+    rig.vault().fault(FaultRule::new("", Fault::Close));
+    // The rejected key makes the broker poll Vault.
+    rig.lab.kucoin.remove_key(&key("main", 1).api_key);
+    let read = request(Scope::SpotMargin, Method::Get, "/api/v1/accounts", "");
+    let answer = rig.bot.clone().send(read).await.unwrap();
+    assert_eq!(answer.outcome(), Outcome::Rejected);
+    until("a poll has failed", async || {
+        rig.logs.count(&[NO_ANSWER, CACHED]) >= 1
+    })
+    .await;
+    let path = kv_path("main", "main");
+    rig.vault().delete_metadata("kv", &path);
+    assert_eq!(put(rig.vault(), "main", 2), 1);
+    rig.vault().clear_faults();
+    until("the new key is loaded", async || {
+        rig.logs.count(&["key loaded"]) == 2
+    })
+    .await;
+    let (_, text) = rig.lab.get("/readyz?verbose").await;
+    let confirmed = "key main/main: version 1 loaded, confirmed by Vault ";
+    assert!(text.contains(confirmed), "{text}");
+    assert!(!text.contains("cached"), "{text}");
+    assert_eq!(rig.signer("main").await, Ok(key("main", 2).api_key));
     rig.end().await;
 }
 
@@ -202,6 +236,8 @@ async fn broker_started_while_vault_is_down_reports_it_and_becomes_ready_later()
             .await;
         assert_eq!(rig.lab.get("/healthz").await, (200, "ok\n".to_owned()));
         rig.until_evicted(reason).await;
+        assert!(rig.logs.count(&[NO_ANSWER, NOT_LOADED, reason]) >= 1);
+        assert_eq!(rig.logs.count(&[CACHED]), 0, "{:?}", rig.logs);
         assert!(rig.lab.kucoin.received().is_empty());
         // Requests that need no key work.
         let public = request(Scope::SpotMargin, Method::Get, "/api/v1/timestamp", "");

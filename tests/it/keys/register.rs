@@ -629,6 +629,10 @@ async fn account_or_scope_missing_from_the_rules_is_rejected_before_the_key_is_r
         assert_eq!(exit_code, code, "{output}");
         assert!(output.contains(expected), "{expected:?} is not in {output}");
     }
+    let (code, output) = run(&lab, &["keys", "test", "two"], &none, "").await;
+    assert_eq!(code, 1, "{output}");
+    let names = "account two has several keys in the rules: first, second; select one with --key";
+    assert!(output.contains(names), "{output}");
     for (input, expected) in [
         (
             "",

@@ -237,9 +237,8 @@ async fn rollback_and_return_to_newest_work_only_for_existing_versions() {
     assert_contains_all(
         &output,
         &[
-            "the broker did not switch to version 1 of main/main: ",
-            "KuCoin reports that this API key does not exist.",
-            "Version 2 stays in use; the key's metadata in Vault is again as before this command",
+            "the broker did not switch to version 1 of main/main: version 1 was rejected: KuCoin reports that this API key does not exist.",
+            "different KuCoin site than the account. Version 2 stays in use; the key's metadata in Vault is again as before this command",
         ],
     );
     assert_eq!(stored.note("main", "use_version").await, Value::Null);
@@ -401,7 +400,7 @@ async fn killed_rotation_leaves_the_old_or_new_key_and_the_next_run_reports_whic
         let note = match step {
             Step::Tested | Step::Writing | Step::Used => None,
             Step::Written | Step::Noting => Some(format!(
-                "note: the metadata in Vault does not describe version {version} of main/main yet: a previous run was interrupted"
+                "note: the metadata in Vault does not describe version {version} of main/main: a previous run was interrupted"
             )),
         };
         match &note {
@@ -475,7 +474,7 @@ async fn killed_first_registration_leaves_no_key_or_the_new_one_and_can_be_rerun
                 );
             }
             Step::Written | Step::Noting => {
-                let note = "note: the metadata in Vault does not describe version 1 of main/main yet: a previous";
+                let note = "note: the metadata in Vault does not describe version 1 of main/main: a previous";
                 assert_contains_all(
                     &output,
                     &[note, "The broker uses this version (id SHA-256 "],
@@ -629,7 +628,7 @@ async fn late_write_is_reported_as_unclear_and_completed_by_the_next_run() {
     assert_contains_all(
         &output,
         &[
-            "the metadata in Vault does not describe version 2 of main/main yet: a previous",
+            "the metadata in Vault does not describe version 2 of main/main: a previous",
             "not writing it again",
         ],
     );

@@ -226,7 +226,7 @@ pub(super) fn collisions() -> Vec<Case> {
             "picky",
             on("main", scope, method, &format!("{folder}{literal}")),
             denied(format!(
-                "this is the path of {id} ({own_method}), not a path with an id in it"
+                "this is the fixed path of {id} ({own_method}), so its last segment is not read as an id"
             )),
         ));
         let upper = literal.to_ascii_uppercase();
