@@ -591,7 +591,8 @@ async fn text_from_vault_and_kucoin_is_sanitized_in_readyz() {
     .await;
     let (_, text) = lab.get("/readyz?verbose").await;
     assert!(!text.contains('\u{1b}'), "{text:?}");
-    let heads = text.lines().filter(|line| line.starts_with("ready"));
-    assert_eq!(heads.count(), 1, "{text}");
+    // Only the first line tells whether it is ready; `other` may still be loading.
+    let mut injected = text.lines().skip(1);
+    assert!(!injected.any(|line| line.starts_with("ready")), "{text}");
     lab.stop().await;
 }

@@ -113,7 +113,7 @@ async fn until_polled(lab: &Lab) {
 
 #[tokio::test]
 async fn changes_in_vault_take_effect_within_one_poll_while_a_key_test_hangs() {
-    let lab = Lab::start().await;
+    let mut lab = Lab::start().await;
     let mut bot = lab.patient_bot("maker").await;
     until_tested(&lab, "main").await;
     lab.kucoin.add_key(key(2));
@@ -136,7 +136,7 @@ async fn changes_in_vault_take_effect_within_one_poll_while_a_key_test_hangs() {
     assert!(is_rejected(&mut bot).await);
     set_metadata(&lab, &[]);
     until_version(&lab, 2).await;
-    lab.check_audit_log();
+    lab.stop().await;
 }
 
 #[tokio::test]
@@ -178,7 +178,7 @@ async fn deleted_key_signs_nothing_after_a_new_key_is_created_under_its_name() {
 
 #[tokio::test]
 async fn key_deleted_and_recreated_between_two_polls_fails_no_call() {
-    let lab = Lab::start().await;
+    let mut lab = Lab::start().await;
     let mut bot = lab.patient_bot("maker").await;
     until_tested(&lab, "main").await;
     lab.vault.delete_metadata("kv", &kv_path("main", "main"));
@@ -192,7 +192,7 @@ async fn key_deleted_and_recreated_between_two_polls_fails_no_call() {
         }
         assert!(began.elapsed() < WAIT_LIMIT, "the new key is not used");
     }
-    lab.check_audit_log();
+    lab.stop().await;
 }
 
 #[tokio::test]
@@ -216,7 +216,7 @@ async fn key_without_any_version_is_reported_as_unavailable() {
 
 #[tokio::test]
 async fn key_revoked_while_absent_stays_revoked_and_its_successor_works() {
-    let lab = Lab::start().await;
+    let mut lab = Lab::start().await;
     let mut bot = lab.patient_bot("maker").await;
     set_metadata(&lab, &[("state", "disabled")]);
     until("the key is evicted", async || {
@@ -254,7 +254,7 @@ async fn key_revoked_while_absent_stays_revoked_and_its_successor_works() {
     })
     .await;
     assert_eq!(status(&lab).await.0, "unavailable");
-    lab.check_audit_log();
+    lab.stop().await;
 }
 
 #[tokio::test]

@@ -66,7 +66,7 @@ pub(super) async fn reads(bot: &mut Bot<Patient>) -> (Outcome, String) {
 
 #[tokio::test]
 async fn new_version_is_tested_on_every_scope_before_it_signs_for_a_bot() {
-    let lab = Lab::start().await;
+    let mut lab = Lab::start().await;
     let mut bot = lab.patient_bot("maker").await;
     let next = key(2);
     lab.kucoin.add_key(next.clone());
@@ -94,12 +94,12 @@ async fn new_version_is_tested_on_every_scope_before_it_signs_for_a_bot() {
         (&json!(1), &json!(2))
     );
     assert_eq!(change["principal"], "vault");
-    lab.check_audit_log();
+    lab.stop().await;
 }
 
 #[tokio::test]
 async fn version_rejected_by_kucoin_is_not_used_and_the_reason_is_shown() {
-    let lab = Lab::start().await;
+    let mut lab = Lab::start().await;
     let mut bot = lab.patient_bot("maker").await;
     // The key does not exist at the exchange.
     lab.put_key("main", "main", &key(2));
@@ -123,7 +123,7 @@ async fn version_rejected_by_kucoin_is_not_used_and_the_reason_is_shown() {
     // Once the key exists at the exchange, a refresh by an admin tests it again.
     lab.kucoin.add_key(key(2));
     assert_eq!(refresh(&lab).await, 2);
-    lab.check_audit_log();
+    lab.stop().await;
 }
 
 #[tokio::test]
@@ -179,7 +179,7 @@ async fn version_that_cannot_be_tested_yet_is_used_once_its_test_passes() {
 
 #[tokio::test]
 async fn request_whose_key_is_deleted_at_kucoin_is_retried_with_the_new_key() {
-    let lab = Lab::start().await;
+    let mut lab = Lab::start().await;
     let mut bot = lab.patient_bot("maker").await;
     lab.kucoin.add_key(key(2));
     // The old key is deleted while the test of the new key is running.
@@ -202,7 +202,7 @@ async fn request_whose_key_is_deleted_at_kucoin_is_retried_with_the_new_key() {
         .collect();
     assert_eq!(codes, ["400003", "200000"]);
     assert_eq!(lab.kucoin.orders(MAIN_UID).len(), 1);
-    lab.check_audit_log();
+    lab.stop().await;
 }
 
 #[tokio::test]
