@@ -268,6 +268,9 @@ struct Limits {
     drain_timeout: Duration,
 }
 
+/// Bytes of requests of one bot that may be received at the same time; more if the longest request needs it.
+const MESSAGE_BYTES_PER_BOT: usize = 8 * 1024 * 1024;
+
 fn limits(section: &mut Section) -> Limits {
     let default = RequestLimits::default();
     let mut size = |key, default: usize, most| {
@@ -286,6 +289,9 @@ fn limits(section: &mut Section) -> Limits {
     let admission_limits = AdmissionLimits {
         calls: count("calls_in_flight", 1024, 100_000),
         calls_per_bot: count("calls_in_flight_per_bot", 256, 100_000),
+        cancels: count("cancels_in_flight", 512, 100_000),
+        cancels_per_bot: count("cancels_in_flight_per_bot", 64, 100_000),
+        message_bytes_per_bot: MESSAGE_BYTES_PER_BOT.max(4 * request_limits.body_bytes),
         connections: count("connections", 8192, 1_000_000),
         connections_per_bot: count("connections_per_bot", 64, 100_000),
     };

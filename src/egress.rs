@@ -632,6 +632,9 @@ impl Destination {
                 socket.bind(SocketAddr::new(source, 0))?;
             }
             socket.set_nodelay(true)?;
+            // A closed connection ends with a reset, and its local port is free at once. Otherwise a slow exchange, whose
+            // reads are dropped at their deadlines, could use up the ports of the egress address for cancels too.
+            socket.set_zero_linger()?;
             socket.connect(address).await
         };
         let stream = open.await.map_err(ConnectError::Failed)?;

@@ -72,6 +72,28 @@ pub(crate) fn hardened() -> Option<Hardened> {
     HARDENED.get().copied()
 }
 
+/// The part of the descriptors that one purpose may use at most: one `n`th of them. What is left (at least a quarter) is for
+/// admins, the exchange, Vault and files, so that no number of bots' connections makes `halt --cancel-all` fail.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Share {
+    /// Connections of bots.
+    Bots = 2,
+    /// Handshakes of one listener, and connections of probes and scrapers.
+    Small = 16,
+}
+
+impl Share {
+    /// How many of `wanted` connections may be open at the same time.
+    pub(crate) fn limit(self, wanted: usize) -> usize {
+        hardened().map_or(wanted, |process| self.of(process.descriptors, wanted))
+    }
+
+    fn of(self, descriptors: u64, wanted: usize) -> usize {
+        let most = (descriptors / self as u64).max(1);
+        usize::try_from(most).map_or(wanted, |most| wanted.min(most))
+    }
+}
+
 /// Disables core dumps, locks memory and raises the descriptor limit; logs a warning if dumps or the lock fail. Must be
 /// called before any secret is read and before threads are started.
 pub(crate) fn harden() -> Hardened {

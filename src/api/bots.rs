@@ -11,10 +11,10 @@ use tonic::{Request, Response, Status};
 use super::status::status;
 use crate::base::ids::{BotId, Principal, RequestId};
 use crate::base::outcome::Outcome;
-use crate::broker::admission::CallSlot;
+use crate::broker::admission::{CallSlot, MessageSlot};
 use crate::broker::{Broker, BrokerError, Call, Receipt, catch_panic, micros};
 use crate::kucoin::request::{self, RequestLimits};
-use crate::kucoin::{Catalog, Malformed, Method, Scope, UnsignedRequest, advice, code};
+use crate::kucoin::{Catalog, Endpoint, Malformed, Method, Scope, UnsignedRequest, advice, code};
 use crate::proto::{self, broker_server::Broker as BrokerRpc};
 
 /// The broker responds at least this long before the bot's deadline, so that its response arrives before the bot's gRPC
@@ -33,8 +33,8 @@ pub(crate) const SIGN_AND_SEND: &str = "/credbroker.v1.Broker/SignAndSend";
 pub(crate) struct Peer {
     /// The bot in the certificate.
     pub(crate) bot: BotId,
-    /// The slot of the call among the calls in flight.
-    pub(crate) slot: CallSlot,
+    /// The slot of the request, until the call has one.
+    pub(crate) message: Arc<MessageSlot>,
     /// When the headers of the call arrived. The message may have arrived later; the bot's deadline counts from here.
     pub(crate) arrived: Instant,
 }
@@ -67,23 +67,35 @@ impl GrpcApi {
         message: proto::SignAndSendRequest,
         id: &RequestId,
         limit: Duration,
-    ) -> Result<Receipt, BrokerError> {
-        let Peer { bot, slot, arrived } = peer;
+    ) -> Result<(Receipt, CallSlot), BrokerError> {
+        let Peer {
+            bot,
+            message: received,
+            arrived,
+        } = peer;
         let request = unsigned_request(message, id, &self.limits).map_err(|problems| {
             self.broker
                 .refuse(&bot, id, BrokerError::Malformed(problems))
         })?;
+        let endpoint =
+            Catalog::get().route(Some(request.scope), request.method, request.target.path());
+        let is_cancel = endpoint.is_some_and(Endpoint::is_cancel);
+        let slot = self.broker.admission.call(&bot, is_cancel);
+        let slot = slot.map_err(|overload| self.broker.refuse(&bot, id, overload.into()))?;
+        drop(received);
         let deadline = arrived + limit.saturating_sub(DEADLINE_MARGIN.min(limit / 10));
-        self.broker
+        let ended = self
+            .broker
             .sign_and_send(Call {
                 principal: Principal::Bot(bot),
                 request,
                 key: None,
                 arrived,
                 deadline,
-                slot: Some(slot),
+                slot: Some(slot.clone()),
             })
-            .await
+            .await;
+        ended.map(|receipt| (receipt, slot))
     }
 }
 
@@ -104,9 +116,12 @@ impl BrokerRpc for GrpcApi {
         // The listener sets it on every call.
         let peer = peer.ok_or_else(|| status(&BrokerError::Internal, &id))?;
         match catch_panic(self.answer(peer, message, &id, limit)).await {
-            Ok(receipt) => {
+            Ok((receipt, slot)) => {
                 let egress_ip = self.broker.proof.expected();
-                Ok(Response::new(response(receipt, &id, egress_ip)))
+                let mut response = Response::new(response(receipt, &id, egress_ip));
+                // The listener keeps it until the response is written.
+                response.extensions_mut().insert(slot);
+                Ok(response)
             }
             Err(error) => Err(status(&error, &id)),
         }

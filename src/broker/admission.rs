@@ -17,6 +17,14 @@ const TURNED_AWAY: usize = 8;
 /// Open health and reflection calls per bot. They can last long, so they have a limit of their own.
 const HELPERS_OF_BOT: usize = 16;
 
+/// Bytes of requests of all bots that are being received. A call has no slot yet then, because only its message shows whether
+/// it is a cancel.
+const MESSAGE_BYTES: usize = 64 * 1024 * 1024;
+
+/// The first bytes of each request, which are not counted: a cancel fits into them, and must not be refused because others
+/// send long requests slowly. The number of requests limits them.
+const UNCOUNTED_BYTES: usize = 4 * 1024;
+
 /// Refusals of one caller that are audited: a burst, and a number per second; the rest is only counted. A bot in a loop must
 /// not fill the disk that every order needs.
 const RECORDED: (u64, u64) = (1000, 20);
@@ -28,6 +36,12 @@ pub(crate) struct AdmissionLimits {
     pub(crate) calls: usize,
     /// Calls in flight of one bot.
     pub(crate) calls_per_bot: usize,
+    /// Cancels in flight over all bots, beyond `calls`.
+    pub(crate) cancels: usize,
+    /// Cancels in flight of one bot, beyond `calls_per_bot`.
+    pub(crate) cancels_per_bot: usize,
+    /// Bytes of requests of one bot that are being received.
+    pub(crate) message_bytes_per_bot: usize,
     /// Connections of all bots.
     pub(crate) connections: usize,
     /// Connections of one bot.
@@ -39,7 +53,10 @@ pub(crate) struct AdmissionLimits {
 pub(crate) struct Admission {
     limits: AdmissionLimits,
     calls: Arc<Semaphore>,
+    /// A reserve that only cancels use, once `calls` has no free slot.
+    cancels: Arc<Semaphore>,
     connections: Arc<Semaphore>,
+    message_bytes: Arc<Semaphore>,
     bots: Mutex<HashMap<BotId, Arc<OfBot>>>,
     refusals: Mutex<HashMap<Principal, Refusals>>,
 }
@@ -48,7 +65,11 @@ pub(crate) struct Admission {
 #[derive(Debug)]
 struct OfBot {
     calls: Arc<Semaphore>,
+    cancels: Arc<Semaphore>,
     connections: Arc<Semaphore>,
+    /// Requests that are being received.
+    messages: Arc<Semaphore>,
+    message_bytes: Arc<Semaphore>,
     /// Connections beyond a limit whose calls are answered with `OVERLOADED`.
     turned_away: Arc<Semaphore>,
     /// Health and reflection calls.
@@ -79,6 +100,17 @@ pub(crate) struct ConnectionSlot(#[expect(dead_code, reason = "held for its drop
 #[derive(Clone, Debug)]
 pub(crate) struct CallSlot(#[expect(dead_code, reason = "held for its drop")] Arc<Held>);
 
+/// The slot of a request that is being received, with the bytes that have arrived; free again when it drops.
+#[derive(Debug)]
+pub(crate) struct MessageSlot {
+    shared_bytes: Arc<Semaphore>,
+    of_bot: Arc<OfBot>,
+    of_bot_limit: usize,
+    _slot: OwnedSemaphorePermit,
+    uncounted: usize,
+    bytes: Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)>,
+}
+
 /// A slot of all bots, a slot of one bot, and the bot's entry.
 type Held = (
     Option<OwnedSemaphorePermit>,
@@ -92,10 +124,17 @@ impl Admission {
         Self {
             limits,
             calls: Arc::new(Semaphore::new(limits.calls)),
+            cancels: Arc::new(Semaphore::new(limits.cancels)),
+            message_bytes: Arc::new(Semaphore::new(MESSAGE_BYTES)),
             connections: Arc::new(Semaphore::new(limits.connections)),
             bots: Mutex::default(),
             refusals: Mutex::default(),
         }
+    }
+
+    /// The limits.
+    pub(crate) fn limits(&self) -> &AdmissionLimits {
+        &self.limits
     }
 
     /// Admits a connection of `bot`. `None`: far beyond a limit, to be closed without an answer.
@@ -117,15 +156,46 @@ impl Admission {
         Some(Admitted::TurnedAway(slot, refusal))
     }
 
-    /// Admits a call of `bot`.
+    /// Admits a call of `bot`. A cancel that finds no free slot gets one of the reserve.
     ///
     /// # Errors
-    /// When the bot, or all bots together, are at the limit of calls in flight.
-    pub(crate) fn call(&self, bot: &BotId) -> Result<CallSlot, Overload> {
-        let shared = take(&self.calls).ok_or(Overload::Calls(self.limits.calls))?;
+    /// When the bot, or all bots together, are at the limit of calls in flight, and a cancel also at that of cancels.
+    pub(crate) fn call(&self, bot: &BotId, is_cancel: bool) -> Result<CallSlot, Overload> {
         let of_bot = self.of_bot(bot);
-        let own = take(&of_bot.calls).ok_or(Overload::CallsOfBot(self.limits.calls_per_bot))?;
+        let limits = &self.limits;
+        let slots = take_both(
+            (&self.calls, Overload::Calls(limits.calls)),
+            (&of_bot.calls, Overload::CallsOfBot(limits.calls_per_bot)),
+        );
+        let (shared, own) = match slots {
+            Err(_) if is_cancel => take_both(
+                (&self.cancels, Overload::Cancels(limits.cancels)),
+                (
+                    &of_bot.cancels,
+                    Overload::CancelsOfBot(limits.cancels_per_bot),
+                ),
+            ),
+            slots => slots,
+        }?;
         Ok(CallSlot(Arc::new((Some(shared), own, of_bot))))
+    }
+
+    /// Admits a request of `bot` that is about to be received.
+    ///
+    /// # Errors
+    /// When the bot is sending as many requests as it may have calls and cancels in flight.
+    pub(crate) fn message(&self, bot: &BotId) -> Result<MessageSlot, Overload> {
+        let of_bot = self.of_bot(bot);
+        let slot = take(&of_bot.messages)
+            .ok_or(Overload::MessagesOfBot(self.limits.messages_per_bot()))?;
+        Ok(MessageSlot {
+            shared_bytes: Arc::clone(&self.message_bytes),
+            of_bot,
+            of_bot_limit: self.limits.message_bytes_per_bot,
+            _slot: slot,
+            uncounted: UNCOUNTED_BYTES,
+            bytes: None,
+        })
     }
 
     /// Admits a health or reflection call of `bot`.
@@ -163,13 +233,14 @@ impl Admission {
         left >= 1000
     }
 
-    /// The current connections and calls in flight.
+    /// The current connections and calls in flight, with the cancels of the reserve.
     pub(crate) fn now(&self) -> (usize, usize) {
         let served = self.limits.connections - self.connections.available_permits();
         let turned_away =
             |of_bot: &Arc<OfBot>| TURNED_AWAY - of_bot.turned_away.available_permits();
         let turned_away: usize = self.bots.lock().values().map(turned_away).sum();
         let calls = self.limits.calls - self.calls.available_permits();
+        let calls = calls + self.limits.cancels - self.cancels.available_permits();
         (served + turned_away, calls)
     }
 
@@ -183,6 +254,9 @@ impl Admission {
         let slots = |count| Arc::new(Semaphore::new(count));
         let of_bot = Arc::new(OfBot {
             calls: slots(self.limits.calls_per_bot),
+            cancels: slots(self.limits.cancels_per_bot),
+            messages: slots(self.limits.messages_per_bot()),
+            message_bytes: slots(self.limits.message_bytes_per_bot),
             connections: slots(self.limits.connections_per_bot),
             turned_away: slots(TURNED_AWAY),
             helpers: slots(HELPERS_OF_BOT),
@@ -242,6 +316,47 @@ impl Drop for RiskIncreasing<'_> {
     }
 }
 
+impl AdmissionLimits {
+    /// Requests of one bot that may be received at the same time: as many as it may have in flight.
+    pub(crate) fn messages_per_bot(&self) -> usize {
+        self.calls_per_bot + self.cancels_per_bot
+    }
+}
+
+impl MessageSlot {
+    /// Counts `count` bytes that have arrived.
+    ///
+    /// # Errors
+    /// When the bot, or all bots together, are sending too many bytes at the same time.
+    pub(crate) fn add(&mut self, count: usize) -> Result<(), Overload> {
+        let uncounted = count.min(self.uncounted);
+        self.uncounted -= uncounted;
+        let count = u32::try_from(count - uncounted).unwrap_or(u32::MAX);
+        let take = |bytes: &Arc<Semaphore>| Arc::clone(bytes).try_acquire_many_owned(count).ok();
+        let own = take(&self.of_bot.message_bytes)
+            .ok_or(Overload::MessageBytesOfBot(self.of_bot_limit))?;
+        let shared = take(&self.shared_bytes).ok_or(Overload::MessageBytes(MESSAGE_BYTES))?;
+        match &mut self.bytes {
+            Some(bytes) => {
+                bytes.0.merge(shared);
+                bytes.1.merge(own);
+            }
+            None => self.bytes = Some((shared, own)),
+        }
+        Ok(())
+    }
+}
+
+/// A slot of all bots and a slot of one bot, or the limit that was reached.
+fn take_both(
+    (shared, shared_limit): (&Arc<Semaphore>, Overload),
+    (own, own_limit): (&Arc<Semaphore>, Overload),
+) -> Result<(OwnedSemaphorePermit, OwnedSemaphorePermit), Overload> {
+    let own = take(own).ok_or(own_limit)?;
+    let shared = take(shared).ok_or(shared_limit)?;
+    Ok((shared, own))
+}
+
 fn take(slots: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
     Arc::clone(slots).try_acquire_owned().ok()
 }
@@ -257,24 +372,30 @@ mod tests {
         let admission = Admission::new(AdmissionLimits {
             calls: 3,
             calls_per_bot: 2,
+            cancels: 3,
+            cancels_per_bot: 2,
+            message_bytes_per_bot: 8 * 1024 * 1024,
             connections: 100,
             connections_per_bot: 1,
         });
         let (one, two): (BotId, BotId) = ("one".parse().unwrap(), "two".parse().unwrap());
-        let first = admission.call(&one).unwrap();
+        let first = admission.call(&one, false).unwrap();
         let clone = first.clone();
-        let second = admission.call(&one).unwrap();
-        assert_eq!(admission.call(&one).unwrap_err(), Overload::CallsOfBot(2));
-        let others = admission.call(&two).unwrap();
-        assert_eq!(admission.call(&two).unwrap_err(), Overload::Calls(3));
+        let second = admission.call(&one, false).unwrap();
+        assert_eq!(
+            admission.call(&one, false).unwrap_err(),
+            Overload::CallsOfBot(2)
+        );
+        let others = admission.call(&two, false).unwrap();
+        assert_eq!(admission.call(&two, false).unwrap_err(), Overload::Calls(3));
         drop(first);
         assert_eq!(
-            admission.call(&two).unwrap_err(),
+            admission.call(&two, false).unwrap_err(),
             Overload::Calls(3),
             "a clone still uses the slot"
         );
         drop(clone);
-        drop(admission.call(&one).unwrap());
+        drop(admission.call(&one, false).unwrap());
 
         let served = admission.connection(&one).unwrap();
         assert!(matches!(served, Admitted::Served(_)));
@@ -297,7 +418,7 @@ mod tests {
         drop((served, turned, second, others));
         assert_eq!(admission.now(), (0, 0));
         let three: BotId = "three".parse().unwrap();
-        let _third = admission.call(&three).unwrap();
+        let _third = admission.call(&three, false).unwrap();
         assert_eq!(admission.bots.lock().keys().collect::<Vec<_>>(), [&three]);
     }
 
@@ -306,6 +427,9 @@ mod tests {
         let admission = Admission::new(AdmissionLimits {
             calls: 1,
             calls_per_bot: 1,
+            cancels: 3,
+            cancels_per_bot: 2,
+            message_bytes_per_bot: 8 * 1024 * 1024,
             connections: 1,
             connections_per_bot: 1,
         });
@@ -319,6 +443,78 @@ mod tests {
         let flood = (2500..12_500).step_by(10);
         assert_eq!(flood.filter(|&ms| recorded(&one, ms)).count(), 199);
         assert_eq!((0..5000).filter(|_| recorded(&one, 600_000)).count(), 1000);
+    }
+
+    #[test]
+    fn cancels_have_a_reserve_that_other_calls_cannot_use() {
+        let admission = Admission::new(AdmissionLimits {
+            calls: 2,
+            calls_per_bot: 1,
+            cancels: 3,
+            cancels_per_bot: 2,
+            message_bytes_per_bot: 8 * 1024 * 1024,
+            connections: 1,
+            connections_per_bot: 1,
+        });
+        let [one, two, three] = ["one", "two", "three"].map(|bot| bot.parse::<BotId>().unwrap());
+        let read = admission.call(&one, false).unwrap();
+        let refused = |bot, is_cancel| admission.call(bot, is_cancel).unwrap_err();
+        assert_eq!(refused(&one, false), Overload::CallsOfBot(1));
+        let cancels = [(); 2].map(|()| admission.call(&one, true).unwrap());
+        assert_eq!(refused(&one, true), Overload::CancelsOfBot(2));
+        assert_eq!(refused(&one, false), Overload::CallsOfBot(1));
+        // A cancel uses a regular slot while one is free.
+        let regular = admission.call(&two, true).unwrap();
+        assert_eq!(refused(&three, false), Overload::Calls(2));
+        let last = admission.call(&three, true).unwrap();
+        assert_eq!(refused(&two, true), Overload::Cancels(3));
+        drop(cancels);
+        drop(admission.call(&two, true).unwrap());
+        drop((read, regular, last));
+        drop(admission.call(&three, false).unwrap());
+    }
+
+    #[test]
+    fn bytes_of_requests_being_received_are_limited_per_bot_and_for_all_bots() {
+        let admission = Admission::new(AdmissionLimits {
+            calls: 1,
+            calls_per_bot: 1,
+            cancels: 1,
+            cancels_per_bot: 1,
+            message_bytes_per_bot: 8 * 1024 * 1024,
+            connections: 1,
+            connections_per_bot: 1,
+        });
+        let bot = |number: usize| format!("bot-{number}").parse::<BotId>().unwrap();
+        let (of_bot, of_all) = (admission.limits.message_bytes_per_bot, MESSAGE_BYTES);
+        let receive = |number| {
+            let mut slot = admission.message(&bot(number)).unwrap();
+            slot.add(UNCOUNTED_BYTES).unwrap();
+            slot
+        };
+        let (mut first, mut second) = (receive(0), receive(0));
+        assert_eq!(
+            admission.message(&bot(0)).unwrap_err(),
+            Overload::MessagesOfBot(2)
+        );
+        first.add(of_bot - 10).unwrap();
+        second.add(10).unwrap();
+        assert_eq!(second.add(1), Err(Overload::MessageBytesOfBot(of_bot)));
+        // A short request is never refused for its bytes.
+        drop(first);
+        let mut short = admission.message(&bot(0)).unwrap();
+        short.add(of_bot - 10 + UNCOUNTED_BYTES).unwrap();
+        drop(second);
+        let mut cancel = receive(0);
+        assert_eq!(cancel.add(11), Err(Overload::MessageBytesOfBot(of_bot)));
+        cancel.add(10).unwrap();
+        let mut others: Vec<_> = (1..of_all / of_bot).map(receive).collect();
+        assert!(others.iter_mut().all(|slot| slot.add(of_bot).is_ok()));
+        let mut late = receive(99);
+        assert_eq!(late.add(1), Err(Overload::MessageBytes(of_all)));
+        drop(short);
+        late.add(of_bot - 10).unwrap();
+        cancel.add(1).unwrap_err();
     }
 
     #[tokio::test]

@@ -5,6 +5,7 @@
 //! - **Outcome.** Each error has one outcome. `DeadlineExceeded`, `ShuttingDown` and every refusal before the send mean
 //!   `not_sent`: the request is never sent. A lost answer, `AnswerLate` and `Internal` mean `maybe_sent`: the bot has to look
 //!   the order up. The result is audited before the bot gets it; refusals before the send are audited up to a limit per bot.
+//!   `CallerGone` and `ReadDropped` end a read whose bot has gone; nobody gets them.
 //! - **Gate.** [`Gate`] starts open. [`Gate::pass`] marks it as sent, right before the request goes to its connection.
 //!   [`Gate::reopen`] takes that back if the request provably was not executed, and keeps the exchange's rejection if there
 //!   is one. The deadline, or the end of a shutdown, closes the gate, and its state decides the bot's answer: `not_sent`, the
@@ -104,7 +105,7 @@ pub(crate) fn catch_panic<T>(
 
 impl Broker {
     /// Signs a request, sends it and returns the exchange's answer. The call is a task of its own: it runs to its end and is
-    /// audited even if the bot disconnects, and an order that was not sent yet is still sent.
+    /// audited even if the bot disconnects, and an order that was not sent yet is still sent. Only a read is dropped then.
     pub(crate) async fn sign_and_send(
         self: &Arc<Self>,
         call: Call,
@@ -122,12 +123,13 @@ impl Broker {
         answer.await.unwrap_or(Err(BrokerError::Internal))
     }
 
-    /// Runs one call to its end. The caller gets its answer by the deadline. If the request is still in flight then, its late
-    /// result is awaited and audited.
+    /// Runs one call to its end. The caller gets its answer by the deadline. A request that changes something and is still in
+    /// flight then keeps its slot until its late result has been audited. A read ends with its caller: at the deadline, or
+    /// as soon as the caller is gone, its request is dropped.
     async fn run(
         self: Arc<Self>,
         call: Call,
-        reply: oneshot::Sender<Result<Receipt, BrokerError>>,
+        mut reply: oneshot::Sender<Result<Receipt, BrokerError>>,
     ) {
         let number = self.calls.count.fetch_add(1, Ordering::Relaxed);
         let admitted = catch_unwind(AssertUnwindSafe(|| self.admit(&call, number)));
@@ -149,6 +151,7 @@ impl Broker {
                 return;
             }
             () = sleep_until(call.deadline) => BrokerError::DeadlineExceeded,
+            () = reply.closed(), if !permit.changes() => BrokerError::CallerGone,
             () = self.calls.give_up.cancelled() => BrokerError::ShuttingDown,
         };
         let closed = gate.close();
@@ -157,13 +160,16 @@ impl Broker {
             Closed::NotSent => Err(stopped_by),
             // The exchange rejected an earlier attempt, and the next one was not sent: the rejection is the answer.
             Closed::Refused(receipt) => Ok(*receipt),
+            Closed::Sent if matches!(stopped_by, BrokerError::CallerGone) => {
+                Err(BrokerError::ReadDropped)
+            }
             Closed::Sent => Err(BrokerError::AnswerLate),
         };
         self.finish(&call, number, &permit, &ended);
         let _ = reply.send(ended);
-        // The gate is closed, so nothing more can be sent. Wait for a request that is in flight, and audit its late result;
-        // the late result of a request of the broker itself is not needed.
-        if is_sent && call.principal != Principal::Broker {
+        // The gate is closed, so nothing more can be sent. Wait for a request that is in flight and may change something, and
+        // audit its late result; that of a request of the broker itself is not needed.
+        if is_sent && permit.changes() && call.principal != Principal::Broker {
             let late = tokio::select! {
                 biased;
                 late = &mut delivery => late,
@@ -465,7 +471,11 @@ impl Broker {
         self.audit
             .outcome(&call_context(call, number), endpoint, &ending);
         log_end(call, endpoint, &ending, ended.as_ref().err(), "call ended");
-        if call.principal.bot().is_some() {
+        let is_abandoned = matches!(
+            ended,
+            Err(BrokerError::CallerGone | BrokerError::ReadDropped)
+        );
+        if call.principal.bot().is_some() && !is_abandoned {
             let (outcome, reason) = outcome_and_reason(ended);
             let scope = Some(call.request.scope);
             self.metrics.request(scope, outcome, reason);
@@ -477,7 +487,7 @@ impl Broker {
         }
         let is_still_in_flight = matches!(ended, Err(BrokerError::AnswerLate));
         if !is_still_in_flight {
-            self.count_unresolved(call, ended);
+            self.count_unresolved(call, permit, ended);
         }
     }
 
@@ -495,14 +505,16 @@ impl Broker {
         self.audit
             .late_answer(&call_context(call, number), endpoint, &ending);
         log_end(call, endpoint, &ending, late.as_ref().err(), "late answer");
-        self.count_unresolved(call, late);
+        self.count_unresolved(call, permit, late);
     }
 
-    /// Counts a call that ends as `maybe_sent` while the broker stops, since the order must be looked up. Requests of the
-    /// broker itself change nothing and are not counted.
-    fn count_unresolved(&self, call: &Call, ended: &Result<Receipt, BrokerError>) {
-        let is_unresolved = outcome_and_reason(ended).0 == Outcome::MaybeSent;
-        if is_unresolved && call.principal != Principal::Broker && self.is_draining() {
+    /// Counts a call that ends as `maybe_sent` while the broker stops, since the order must be looked up. Reads, and the
+    /// requests of the broker itself, change nothing and are not counted.
+    fn count_unresolved(&self, call: &Call, permit: &Permit, ended: &Result<Receipt, BrokerError>) {
+        let is_unresolved = outcome_and_reason(ended).0 == Outcome::MaybeSent
+            && permit.changes()
+            && call.principal != Principal::Broker;
+        if is_unresolved && self.is_draining() {
             self.calls.unresolved.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -592,6 +604,7 @@ fn log_end(
     error: Option<&BrokerError>,
     message: &str,
 ) {
+    let is_dropped_read = matches!(error, Some(BrokerError::ReadDropped));
     let error = error.map(|error| chain(error));
     macro_rules! line {
         ($level:ident) => {
@@ -610,7 +623,7 @@ fn log_end(
     }
     if call.principal == Principal::Broker {
         line!(debug);
-    } else if ending.outcome == Some(Outcome::MaybeSent) {
+    } else if ending.outcome == Some(Outcome::MaybeSent) && !is_dropped_read {
         // A call that ended as `maybe_sent` has to be looked up.
         line!(warn);
     } else {

@@ -28,6 +28,9 @@ pub(crate) enum BrokerError {
     /// The audit log cannot be written.
     #[error(transparent)]
     Audit(#[from] AuditError),
+    /// The caller went away before anything was sent.
+    #[error("the caller cancelled the call or disconnected; nothing was sent")]
+    CallerGone,
     /// The exchange's time is not known exactly enough, or too far from the system's.
     #[error("{0}; nothing was sent")]
     Clock(ClockUncertain),
@@ -60,6 +63,9 @@ pub(crate) enum BrokerError {
     /// A limit of calls or connections was reached.
     #[error(transparent)]
     Overloaded(#[from] Overload),
+    /// The caller of a read went away after the request was sent.
+    #[error("the caller cancelled the call or disconnected; its read was dropped")]
+    ReadDropped,
     /// Sending failed, or the answer was lost.
     #[error(transparent)]
     Send(#[from] SendError),
@@ -93,6 +99,16 @@ pub(crate) enum Overload {
         "the bot exceeded its limit of {0} in-flight calls (limits.calls_in_flight_per_bot); nothing was sent"
     )]
     CallsOfBot(usize),
+    /// Cancels in flight of all bots, beyond the calls in flight.
+    #[error(
+        "the broker is at its limit of {0} in-flight cancels (limits.cancels_in_flight); nothing was sent"
+    )]
+    Cancels(usize),
+    /// Cancels in flight of this bot, beyond its calls in flight.
+    #[error(
+        "the bot exceeded its limit of {0} in-flight cancels (limits.cancels_in_flight_per_bot); nothing was sent"
+    )]
+    CancelsOfBot(usize),
     /// Connections of all bots.
     #[error("the broker is at its limit of {0} connections (limits.connections); nothing was sent")]
     Connections(usize),
@@ -104,6 +120,17 @@ pub(crate) enum Overload {
     /// Health and reflection calls of this bot.
     #[error("the bot exceeded its limit of {0} open health and reflection calls; nothing was sent")]
     HelpersOfBot(usize),
+    /// Bytes of requests of all bots that are being received.
+    #[error("the broker is receiving {0} bytes of requests, its limit; nothing was sent")]
+    MessageBytes(usize),
+    /// Bytes of requests of this bot that are being received.
+    #[error(
+        "the bot is sending {0} bytes of requests at the same time, its limit; nothing was sent"
+    )]
+    MessageBytesOfBot(usize),
+    /// Requests of this bot that are being received.
+    #[error("the bot is sending {0} requests at the same time, its limit; nothing was sent")]
+    MessagesOfBot(usize),
 }
 
 // These two are not `#[from]`, which would make them sources: the message contains them, and the log would repeat them.
@@ -132,6 +159,7 @@ impl BrokerError {
     pub(crate) fn reason(&self) -> Reason {
         match self {
             Self::AnswerLate
+            | Self::ReadDropped
             | Self::Send(
                 SendError::AnswerLost(_)
                 | SendError::WrongAnswer
@@ -141,7 +169,7 @@ impl BrokerError {
             Self::Audit(_) => Reason::AuditUnavailable,
             Self::Clock(_) => Reason::ClockUncertain,
             Self::Connect(_) | Self::Send(SendError::NotWritten(_)) => Reason::ExchangeUnreachable,
-            Self::DeadlineExceeded | Self::Slow(_) => Reason::DeadlineExceeded,
+            Self::CallerGone | Self::DeadlineExceeded | Self::Slow(_) => Reason::DeadlineExceeded,
             Self::Denied(Denied::Caller(_)) | Self::Untrusted => Reason::CallerUnknown,
             Self::Denied(_) => Reason::PolicyDenied,
             Self::Egress(_) => Reason::EgressMismatch,

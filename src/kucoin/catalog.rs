@@ -312,6 +312,11 @@ pub(crate) enum Effect {
 }
 
 impl Endpoint {
+    /// Whether it cancels orders. Cancels are the last calls to be refused when something is wrong.
+    pub(crate) fn is_cancel(&self) -> bool {
+        matches!(self.effect, Effect::Cancel | Effect::CancelAll)
+    }
+
     /// Whether a call is risk-increasing: everything except cancels, order tests, reads and public data. When something is
     /// wrong, risk-increasing calls are the first to be refused.
     pub(crate) fn increases_risk(&self) -> bool {

@@ -13,6 +13,7 @@ use tokio_util::task::TaskTracker;
 
 use super::handshakes::HandshakeSlots;
 use super::tls::{Tls, Trust};
+use crate::process::Share;
 use crate::telemetry::Metrics;
 
 /// Concurrent TLS handshakes. One more closes the oldest one of the network that has the most: a normal handshake takes
@@ -35,7 +36,10 @@ impl Acceptor {
         socket: TcpListener,
         serve: impl Fn(TlsStream<TcpStream>, Trust) -> F + Clone + Send + 'static,
     ) {
-        let (connections, handshakes) = (TaskTracker::new(), HandshakeSlots::new(HANDSHAKES));
+        let (connections, handshakes) = (
+            TaskTracker::new(),
+            HandshakeSlots::new(Share::Small.limit(HANDSHAKES)),
+        );
         let mut stopping = self.stopping.clone();
         loop {
             let accepted = tokio::select! {

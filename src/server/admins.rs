@@ -3,6 +3,7 @@
 //! It has its own limits, so an admin can connect whatever bots do. A call that has been received completes, even if the
 //! admin disconnects or the certificate becomes invalid meanwhile.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -132,10 +133,13 @@ impl AdminConnection {
         if let Some(problem) = oversized(&request) {
             return Err(AdminError::Malformed(vec![problem]));
         }
-        let in_use = self.connection.begin(None);
+        let in_use = self.connection.begin();
         let (mut head, body) = request.into_parts();
         let method = head.uri.path().to_owned();
-        let message = self.connection.message(body, MESSAGE_BYTES).await?;
+        let message = self
+            .connection
+            .message(body, MESSAGE_BYTES, |_| Ok(()))
+            .await?;
         head.extensions.insert(self.admin.clone());
         let request = Request::from_parts(head, Body::new(Full::new(message)));
         let mut routes = self.connection.listener.routes.clone();
@@ -155,9 +159,10 @@ impl AdminConnection {
     }
 }
 
-impl From<MessageError> for AdminError {
-    fn from(error: MessageError) -> Self {
+impl From<MessageError<Infallible>> for AdminError {
+    fn from(error: MessageError<Infallible>) -> Self {
         match error {
+            MessageError::Refused(never) => match never {},
             MessageError::BrokenOff => {
                 Self::Malformed(vec![Malformed::new("message", "not received completely")])
             }

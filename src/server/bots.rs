@@ -26,8 +26,9 @@ use crate::base::ids::{BotId, RequestId};
 use crate::broker::admission::{Admitted, CallSlot};
 use crate::broker::{BrokerError, Overload};
 
-/// Concurrent calls on one connection; gRPC clients queue further ones.
-const STREAMS: u32 = 256;
+/// Streams on one connection beyond the calls and cancels that its bot may have in flight: gRPC clients queue further calls,
+/// and calls that are being received have no slot yet.
+const SPARE_STREAMS: usize = 64;
 
 /// How long a connection over the limit stays open, so that its calls get the reason.
 const TURNED_AWAY_FOR: Duration = Duration::from_secs(5);
@@ -62,12 +63,13 @@ pub(super) async fn serve(listener: Listener, socket: TcpListener, limit: usize)
 
 /// Serves a connection if the limits allow it; otherwise refuses its calls with the reason, or closes it.
 async fn admit(listener: Arc<Listener>, stream: TlsStream<TcpStream>, trust: Trust, limit: usize) {
-    let metrics = &listener.broker.metrics;
+    let broker = Arc::clone(&listener.broker);
+    let (metrics, admission) = (&broker.metrics, &broker.admission);
     // The verifier has made sure that the certificate names one bot.
     let Some(bot) = trust.caller::<BotId>() else {
         return metrics.connection_refused("certificate");
     };
-    let (slot, refusal) = match listener.broker.admission.connection(&bot) {
+    let (slot, refusal) = match admission.connection(&bot) {
         Some(Admitted::Served(slot)) => (slot, None),
         Some(Admitted::TurnedAway(slot, refusal)) => {
             let reason = match refusal {
@@ -96,9 +98,11 @@ async fn admit(listener: Arc<Listener>, stream: TlsStream<TcpStream>, trust: Tru
         refusal,
     });
     let call = |request| Arc::clone(&bot_connection).call(request);
+    let streams = 2 * admission.limits().messages_per_bot() + SPARE_STREAMS;
+    let streams = u32::try_from(streams).unwrap_or(u32::MAX);
     bot_connection
         .connection
-        .serve(stream, STREAMS, age, call)
+        .serve(stream, streams, age, call)
         .await;
 }
 
@@ -122,28 +126,38 @@ impl BotConnection {
             path if path.starts_with("/grpc.reflection.") => Rpc::Reflection,
             _ => Rpc::Other,
         };
-        let slot = self.slot(&request, rpc)?;
-        let in_use = self.connection.begin(Some(slot.clone()));
+        self.check(&request)?;
+        let admission = &self.connection.listener.broker.admission;
+        let mut in_use = self.connection.begin();
         let (mut head, body) = request.into_parts();
         let path = head.uri.clone();
-        head.extensions.insert(Peer {
-            bot: self.bot.clone(),
-            slot,
-            arrived,
-        });
         let connection = &self.connection;
         let body = if rpc == Rpc::Reflection {
             // A stream is read no longer than a message may take.
             let within = sleep(connection.listener.limits.request);
+            in_use.slot = Some(admission.helper(&self.bot)?);
             Body::new(StreamBody::new(BodyStream::new(body).take_until(within)))
         } else {
-            match connection.message(body, self.limit).await {
+            if rpc == Rpc::Other {
+                in_use.slot = Some(admission.helper(&self.bot)?);
+            }
+            let mut received = admission.message(&self.bot)?;
+            let message = connection
+                .message(body, self.limit, |bytes| received.add(bytes))
+                .await;
+            head.extensions.insert(Peer {
+                bot: self.bot.clone(),
+                message: Arc::new(received),
+                arrived,
+            });
+            match message {
                 Ok(message) => Body::new(Full::new(message)),
                 Err(MessageError::BrokenOff) => {
                     return Ok(
                         Status::cancelled("the request was not received completely").into_http()
                     );
                 }
+                Err(MessageError::Refused(overload)) => return Err(overload.into()),
                 Err(MessageError::Slow(limit)) => return Err(BrokerError::Slow(limit)),
                 Err(MessageError::TooLong(limit)) => {
                     return Err(BrokerError::Malformed(vec![too_long(limit)]));
@@ -152,10 +166,13 @@ impl BotConnection {
             }
         };
         let mut routes = self.connection.listener.routes.clone();
-        let response = match routes.call(Request::from_parts(head, body)).await {
+        let mut response = match routes.call(Request::from_parts(head, body)).await {
             Ok(response) => response,
             Err(never) => match never {},
         };
+        if let Some(slot) = response.extensions_mut().remove::<CallSlot>() {
+            in_use.slot = Some(slot);
+        }
         if rpc != Rpc::SignAndSend && is_unimplemented(&response) {
             return Err(BrokerError::MethodUnknown(path.path().to_owned()));
         }
@@ -166,22 +183,15 @@ impl BotConnection {
         Ok(in_use.answer(response, rpc == Rpc::SignAndSend))
     }
 
-    /// Takes a slot for a call, if it is allowed.
-    fn slot(&self, request: &Request<Incoming>, rpc: Rpc) -> Result<CallSlot, BrokerError> {
-        let admission = &self.connection.listener.broker.admission;
+    /// Checks what is known before the message of a call has arrived.
+    fn check(&self, request: &Request<Incoming>) -> Result<(), BrokerError> {
         if !self.connection.is_trusted() {
             return Err(BrokerError::Untrusted);
         }
         if let Some(problem) = oversized(request) {
             return Err(BrokerError::Malformed(vec![problem]));
         }
-        if let Some(refusal) = self.refusal {
-            return Err(refusal.into());
-        }
-        Ok(match rpc {
-            Rpc::SignAndSend => admission.call(&self.bot)?,
-            Rpc::Reflection | Rpc::Other => admission.helper(&self.bot)?,
-        })
+        self.refusal.map_or(Ok(()), |refusal| Err(refusal.into()))
     }
 
     /// Audits a call that was refused before it reached the broker, and returns its status.

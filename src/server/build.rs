@@ -12,7 +12,7 @@ use crate::audit::Audit;
 use crate::base::lock::RwLock;
 use crate::base::toml_file::Problem;
 use crate::base::trust;
-use crate::broker::admission::Admission;
+use crate::broker::admission::{Admission, AdmissionLimits};
 use crate::broker::probes::RecheckSignals;
 use crate::broker::{Broker, Calls, UnknownCodes};
 use crate::clock::Clock;
@@ -22,6 +22,7 @@ use crate::egress::Egress;
 use crate::egress::proof::Proof;
 use crate::keyring::Keyring;
 use crate::policy::Policy;
+use crate::process::Share;
 use crate::restrictions::Restrictions;
 use crate::telemetry::Metrics;
 use crate::vault::Vault;
@@ -97,11 +98,27 @@ pub(crate) fn broker(
         clock,
         rechecks: RecheckSignals::default(),
         metrics,
-        admission: Admission::new(config.admission_limits),
+        admission: Admission::new(admission_limits(config)),
         calls: Calls::default(),
         refusal_codes: config.refusal_codes.clone(),
         unknown_codes: UnknownCodes::default(),
     })
+}
+
+/// The configured limits, with as many connections as the process may have open.
+fn admission_limits(config: &Config) -> AdmissionLimits {
+    let limits = config.admission_limits;
+    let connections = Share::Bots.limit(limits.connections);
+    if connections < limits.connections {
+        tracing::warn!(
+            connections,
+            "the limit of open files allows fewer bot connections than limits.connections; set LimitNOFILE (systemd) or --ulimit nofile (containers)"
+        );
+    }
+    AdmissionLimits {
+        connections,
+        ..limits
+    }
 }
 
 /// The cryptography for all TLS.

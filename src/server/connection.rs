@@ -11,11 +11,11 @@ use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http::header::CONTENT_TYPE;
 use http::{HeaderValue, Method, Request, Response, StatusCode};
 use http_body::{Frame, SizeHint};
-use http_body_util::{BodyExt, LengthLimitError, Limited};
+use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper::server::conn::http2;
 use hyper::service::service_fn;
@@ -102,11 +102,13 @@ enum Close {
 }
 
 /// Why the message of a call could not be read.
-pub(super) enum MessageError {
+pub(super) enum MessageError<E> {
     /// The stream or connection ended before the whole message was received.
     BrokenOff,
     /// It is longer than this number of bytes.
     TooLong(usize),
+    /// The listener refuses to receive so many bytes.
+    Refused(E),
     /// It did not arrive within this time.
     Slow(Duration),
     /// The peer's certificate is no longer trusted.
@@ -238,40 +240,35 @@ impl ClientConnection {
         oldest.is_some_and(|since| since.elapsed() > ANSWER_WITHIN)
     }
 
-    /// Reads the whole message of a call; the peer must be trusted before and after.
-    pub(super) async fn message(
+    /// Reads the whole message of a call, and calls `admit` with the number of bytes of each part of it. The peer must be
+    /// trusted before and after.
+    pub(super) async fn message<E>(
         &self,
         body: Incoming,
         limit: usize,
-    ) -> Result<Bytes, MessageError> {
+        admit: impl FnMut(usize) -> Result<(), E>,
+    ) -> Result<Bytes, MessageError<E>> {
         if !self.is_trusted() {
             return Err(MessageError::Untrusted);
         }
         let within = self.listener.limits.request;
-        let body = timeout(within, Limited::new(body, limit).collect()).await;
-        let body = body.map_err(|_| MessageError::Slow(within))?;
-        let body = body.map_err(|error| {
-            if error.is::<LengthLimitError>() {
-                MessageError::TooLong(limit)
-            } else {
-                MessageError::BrokenOff
-            }
-        })?;
+        let message = timeout(within, read(body, limit, admit)).await;
+        let message = message.map_err(|_| MessageError::Slow(within))??;
         // The certificate may have expired, or its CA may have been removed, since the call started.
         if self.is_trusted() {
-            Ok(body.to_bytes())
+            Ok(message)
         } else {
             Err(MessageError::Untrusted)
         }
     }
 
     /// Counts a call until its response is written.
-    pub(super) fn begin(self: &Arc<Self>, slot: Option<CallSlot>) -> InUse {
+    pub(super) fn begin(self: &Arc<Self>) -> InUse {
         self.calls.fetch_add(1, Ordering::Relaxed);
         InUse {
             connection: Arc::clone(self),
             number: self.numbers.fetch_add(1, Ordering::Relaxed),
-            _slot: slot,
+            slot: None,
         }
     }
 }
@@ -280,7 +277,37 @@ impl ClientConnection {
 pub(super) struct InUse {
     connection: Arc<ClientConnection>,
     number: u64,
-    _slot: Option<CallSlot>,
+    /// The call's slot, once it has one.
+    pub(super) slot: Option<CallSlot>,
+}
+
+async fn read<E>(
+    mut body: Incoming,
+    limit: usize,
+    mut admit: impl FnMut(usize) -> Result<(), E>,
+) -> Result<Bytes, MessageError<E>> {
+    // Most messages are one frame, which is not copied.
+    let (mut first, mut rest) = (Bytes::new(), BytesMut::new());
+    while let Some(frame) = body.frame().await {
+        let Ok(part) = frame.map_err(|_| MessageError::BrokenOff)?.into_data() else {
+            continue;
+        };
+        if part.len() > limit - first.len() - rest.len() {
+            return Err(MessageError::TooLong(limit));
+        }
+        admit(part.len()).map_err(MessageError::Refused)?;
+        if first.is_empty() && rest.is_empty() {
+            first = part;
+        } else {
+            rest.extend_from_slice(&std::mem::take(&mut first));
+            rest.extend_from_slice(&part);
+        }
+    }
+    Ok(if rest.is_empty() {
+        first
+    } else {
+        rest.freeze()
+    })
 }
 
 impl InUse {

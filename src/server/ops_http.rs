@@ -21,6 +21,7 @@ use crate::base::text::{MAX_CHARS, clean};
 use crate::broker::Broker;
 use crate::config::FileProblems;
 use crate::ops::health::{HealthMetrics, ProcessMetrics, Readiness, details, readiness};
+use crate::process::Share;
 use crate::telemetry::MetricsFormat;
 
 /// Concurrent connections of scrapers and probes.
@@ -47,7 +48,7 @@ pub(crate) async fn serve(
     let state = Arc::new(HealthMetrics { broker, problems });
     own.register_collector(Box::new(Arc::clone(&state)));
     let registry = Arc::new(registry);
-    let connections = Arc::new(Semaphore::new(CONNECTIONS));
+    let connections = Arc::new(Semaphore::new(Share::Small.limit(CONNECTIONS)));
     loop {
         // The semaphore is never closed, so this never fails.
         let permit = Arc::clone(&connections).acquire_owned().await;

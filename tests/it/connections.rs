@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use credbroker::clock::Clock;
-use credbroker::proto::{SignAndSendRequest, SignAndSendResponse};
+use credbroker::proto::{Outcome, SignAndSendRequest, SignAndSendResponse};
 use credbroker_sim::installation::{MAIN_UID, Settings};
 use credbroker_sim::kucoin::{Fault, FaultAction, Matching, When};
 use credbroker_sim::pki::Identity;
@@ -17,6 +17,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::client::TlsStream;
 use tokio_stream::StreamExt;
@@ -25,10 +26,12 @@ use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
 use crate::harness::{
-    Bot, Lab, Patient, accounts, failure, print_always, refusal, spot_order, tls, until,
+    Bot, Lab, Patient, accounts, failure, print_always, refusal, spot_cancel_all, spot_order, tls,
+    until,
 };
 
 const ACCOUNTS: &str = "/api/v1/accounts";
+const ORDERS: &str = "/api/v1/hf/orders";
 const OPEN: &str = "credbroker_connections";
 const IN_FLIGHT: &str = "credbroker_calls_in_flight";
 
@@ -277,11 +280,12 @@ async fn connections_of_all_bots_together_are_limited() {
 async fn start_calls<const N: usize>(
     lab: &Lab,
     bot: &Bot<Patient>,
-) -> [tokio::task::JoinHandle<Result<SignAndSendResponse, Status>>; N] {
+    requests: [SignAndSendRequest; N],
+) -> [JoinHandle<Result<SignAndSendResponse, Status>>; N] {
     let before = lab.kucoin.received().len();
-    let calls = [(); N].map(|()| {
+    let calls = requests.map(|request| {
         let mut bot = bot.clone();
-        tokio::spawn(async move { bot.send(accounts()).await })
+        tokio::spawn(async move { bot.send(request).await })
     });
     until("the calls are sent", async || {
         lab.kucoin.received().len() == before + N
@@ -290,28 +294,44 @@ async fn start_calls<const N: usize>(
     calls
 }
 
-fn slow(ms: u64) -> Fault {
+/// Local sockets in the state `TIME_WAIT` whose peer has this port.
+fn waiting_sockets(port: u16) -> usize {
+    const TIME_WAIT: &str = "06";
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let peer = format!(":{port:04X}");
+    let rows = table
+        .lines()
+        .skip(1)
+        .map(|row| row.split_whitespace().collect::<Vec<_>>());
+    rows.filter(|row| row[2].ends_with(&peer) && row[3] == TIME_WAIT)
+        .count()
+}
+
+fn slow(method: &str, path: &str, ms: u64) -> Fault {
     Fault {
         times: None,
+        method: Some(method.to_owned()),
         matching: Matching::Exact,
-        ..Fault::once(ACCOUNTS, FaultAction::Delay { ms })
+        ..Fault::once(path, FaultAction::Delay { ms })
     }
 }
 
 #[tokio::test]
-async fn calls_over_the_limit_are_rejected_and_cancelled_calls_still_count() {
+async fn calls_over_the_limit_are_refused_and_cancelled_orders_still_count() {
     let mut lab = lab("calls_in_flight = 3\ncalls_in_flight_per_bot = 2").await;
     let (mut maker, mut reader) = (
         lab.patient_bot("maker").await,
         lab.patient_bot("reader").await,
     );
-    lab.kucoin.fault(slow(3000));
-    let of_maker = start_calls::<2>(&lab, &maker).await;
+    lab.kucoin.fault(slow("POST", ORDERS, 3000));
+    let orders = [spot_order("first"), spot_order("second")];
+    let of_maker = start_calls(&lab, &maker, orders).await;
     assert_overloaded(
         maker.send(accounts()).await,
         "limits.calls_in_flight_per_bot",
     );
-    let of_reader = start_calls::<1>(&lab, &reader).await;
+    lab.kucoin.fault(slow("GET", ACCOUNTS, 3000));
+    let of_reader = start_calls(&lab, &reader, [accounts()]).await;
     assert_overloaded(reader.send(accounts()).await, "(limits.calls_in_flight)");
     assert_eq!(denied(&lab, "OVERLOADED"), 2);
     assert_eq!(lab.metric(IN_FLIGHT).await, Some(3.0));
@@ -334,6 +354,142 @@ async fn calls_over_the_limit_are_rejected_and_cancelled_calls_still_count() {
     lab.kucoin.clear_faults();
     maker.send(accounts()).await.unwrap();
     lab.stop().await;
+}
+
+#[tokio::test]
+async fn read_is_dropped_at_its_deadline_and_when_its_bot_is_gone() {
+    let mut lab = lab("calls_in_flight_per_bot = 1").await;
+    lab.kucoin.fault(slow("GET", ACCOUNTS, 60_000));
+    let (bot, mut other) = (
+        lab.patient_bot("maker").await,
+        lab.patient_bot("maker").await,
+    );
+    let is_free = async || lab.metric(IN_FLIGHT).await == Some(0.0);
+    let mut late = tonic::Request::new(accounts());
+    late.set_timeout(Duration::from_millis(500));
+    let status = other.client.sign_and_send(late).await.unwrap_err();
+    assert_eq!(failure(&status).1, "ANSWER_LOST");
+    until("the read at its deadline is dropped", is_free).await;
+
+    let [call] = start_calls(&lab, &bot, [accounts()]).await;
+    assert_overloaded(
+        other.send(accounts()).await,
+        "limits.calls_in_flight_per_bot",
+    );
+    call.abort();
+    until("the read of the bot that is gone is dropped", is_free).await;
+    let [call] = start_calls(&lab, &bot, [accounts()]).await;
+    drop(bot);
+    call.abort();
+    until("the read of the closed connection is dropped", is_free).await;
+    until("no request is left at the exchange", async || {
+        lab.kucoin.in_progress() == 0
+    })
+    .await;
+    let port: u16 = lab
+        .kucoin
+        .spot_url()
+        .rsplit_once(':')
+        .unwrap()
+        .1
+        .parse()
+        .unwrap();
+    assert_eq!(waiting_sockets(port), 0, "local ports stay in use");
+    let outcomes: Vec<_> = lab
+        .audit()
+        .into_iter()
+        .filter(|line| line["event"] != "intent")
+        .map(|line| {
+            assert_eq!(
+                line["event"].as_str().map(|event| event == "late_answer"),
+                Some(false)
+            );
+            (line["reason"].clone(), line["detail"].clone())
+        })
+        .collect();
+    let dropped = "the caller cancelled the call or disconnected; its read was dropped";
+    assert_eq!(outcomes.len(), 4, "{outcomes:?}");
+    assert!(
+        outcomes[2..]
+            .iter()
+            .all(|(reason, detail)| reason == "ANSWER_LOST" && detail == dropped),
+        "{outcomes:?}"
+    );
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn cancels_have_a_reserve_when_reads_and_orders_use_every_slot() {
+    let mut lab = lab(
+        "calls_in_flight = 3\ncalls_in_flight_per_bot = 2\ncancels_in_flight_per_bot = 1\ncancels_in_flight = 2",
+    )
+    .await;
+    let (mut maker, mut reader) = (
+        lab.patient_bot("maker").await,
+        lab.patient_bot("reader").await,
+    );
+    lab.kucoin.fault(slow("POST", ORDERS, 20_000));
+    lab.kucoin.fault(slow("GET", ACCOUNTS, 20_000));
+    let _own = start_calls(&lab, &maker, [spot_order("hung"), accounts()]).await;
+    assert_overloaded(
+        maker.send(spot_order("next")).await,
+        "limits.calls_in_flight_per_bot",
+    );
+    for _ in 0..3 {
+        let cancelled = maker.send(spot_cancel_all()).await.unwrap();
+        assert_eq!(cancelled.outcome(), Outcome::Accepted);
+    }
+    // Another bot takes the last slot of all bots.
+    let _others = start_calls(&lab, &reader, [accounts()]).await;
+    assert_overloaded(reader.send(accounts()).await, "(limits.calls_in_flight)");
+    maker.send(spot_cancel_all()).await.unwrap();
+
+    lab.kucoin.fault(slow("DELETE", ORDERS, 20_000));
+    let _cancel = start_calls(&lab, &maker, [spot_cancel_all()]).await;
+    assert_overloaded(
+        maker.send(spot_cancel_all()).await,
+        "(limits.cancels_in_flight_per_bot)",
+    );
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn idle_bot_connections_leave_descriptors_for_admins_probes_and_the_exchange() {
+    const DESCRIPTORS: &str = "ulimit -n 128 && exec \"$@\"";
+    let settings = Settings {
+        process: true,
+        ..Settings::default()
+    };
+    let mut lab = Lab::install(settings).await;
+    lab.spawn_broker_under(&["sh", "-c", DESCRIPTORS, "sh"])
+        .await;
+    let warning = "the limit of open files allows fewer bot connections than limits.connections; set LimitNOFILE (systemd) \
+                   or --ulimit nofile (containers)";
+    assert_eq!(lab.process().log_line(warning).await["connections"], 64);
+    let mut idle = Vec::new();
+    for bot in ["maker", "reader"] {
+        let identity = lab.ca.bot(bot).unwrap();
+        for _ in 0..64 {
+            // Beyond the limit, connections are closed.
+            if let Ok(stream) = lab.tls(&identity).await {
+                idle.push(stream);
+            }
+        }
+    }
+    until("bots use all of their connections", async || {
+        lab.metric(OPEN).await >= Some(64.0)
+    })
+    .await;
+    let halted = timeout(
+        Duration::from_secs(10),
+        lab.admin_cli("anna", &["halt", "--all", "--cancel-all"]),
+    );
+    let halted = halted.await.expect("the halt hangs");
+    assert_eq!(halted.code, Some(0), "{halted:?}");
+    assert_eq!(lab.get("/healthz").await.0, 200);
+    drop(idle);
+    lab.process().terminate();
+    assert_eq!(lab.process().exit_code().await, Some(0));
 }
 
 #[tokio::test]
@@ -770,7 +926,7 @@ async fn idle_connection_is_closed_and_the_next_call_reconnects() {
     // succeeds.
     lab.kucoin
         .fault(Fault::once(ACCOUNTS, FaultAction::Delay { ms: 6500 }));
-    let [call] = start_calls::<1>(&lab, &busy).await;
+    let [call] = start_calls(&lab, &busy, [accounts()]).await;
     call.await.unwrap().unwrap();
     // A connection with a call in flight is not idle: it still accepts calls.
     busy.send(accounts()).await.unwrap();

@@ -7,6 +7,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -59,7 +60,24 @@ impl From<Response<Bytes>> for Reply {
 #[derive(Debug)]
 pub struct Server {
     address: SocketAddr,
+    in_progress: Arc<AtomicUsize>,
     task: JoinHandle<()>,
+}
+
+/// Counts a request until its handler ends or is dropped, because the client has disconnected.
+struct InProgress(Arc<AtomicUsize>);
+
+impl InProgress {
+    fn new(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(count))
+    }
+}
+
+impl Drop for InProgress {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Server {
@@ -81,12 +99,34 @@ impl Server {
         }
         let listener = TcpListener::bind(address).await?;
         let address = listener.local_addr()?;
+        let in_progress = Arc::<AtomicUsize>::default();
+        let count = Arc::clone(&in_progress);
+        let handler = move |received| {
+            let (answer, counted) = (handler(received), InProgress::new(&count));
+            async move {
+                let reply = answer.await;
+                if matches!(reply, Reply::Hang) {
+                    std::future::pending::<()>().await;
+                }
+                drop(counted);
+                reply
+            }
+        };
         let task = tokio::spawn(accept(
             listener,
             tls.map(TlsAcceptor::from),
             Arc::new(handler),
         ));
-        Ok(Self { address, task })
+        Ok(Self {
+            address,
+            in_progress,
+            task,
+        })
+    }
+
+    /// Requests that have been received and not answered, on connections that are still open.
+    pub fn in_progress(&self) -> usize {
+        self.in_progress.load(Ordering::Relaxed)
     }
 
     /// The address that it listens on.

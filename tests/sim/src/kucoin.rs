@@ -172,6 +172,11 @@ impl KucoinSim {
         self.hosts.url(&self.hosts.spot)
     }
 
+    /// Requests of both hosts that have been received and not answered, on connections that are still open.
+    pub fn in_progress(&self) -> usize {
+        self.hosts.in_progress()
+    }
+
     /// URL of the futures host.
     pub fn futures_url(&self) -> String {
         self.hosts.url(&self.hosts.futures)
@@ -257,6 +262,10 @@ impl KucoinSim {
 }
 
 impl Hosts {
+    fn in_progress(&self) -> usize {
+        self.spot.in_progress() + self.futures.in_progress()
+    }
+
     fn url(&self, server: &Server) -> String {
         format!("{}://{}", self.scheme, server.address())
     }
