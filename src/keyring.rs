@@ -239,9 +239,8 @@ impl Keyring {
             });
             keys.max_stale = account.max_stale;
             for name in account.keys.values() {
-                keys.entries
-                    .entry(name.clone())
-                    .or_insert_with(KeyEntry::new);
+                let entry = keys.entries.entry(name.clone());
+                entry.or_insert_with(KeyEntry::new);
             }
         }
         drop(known);
@@ -278,15 +277,11 @@ impl Keyring {
         let name = permit.key_name().ok_or_else(unnamed)?;
         let accounts = self.accounts.read();
         let keys = accounts.get(account).ok_or_else(unnamed)?;
-        let entry = keys.entries.get(name);
+        let (entry, has_partner) = (keys.entries.get(name), permit.partner().is_some());
         match entry.map(|entry| &entry.state) {
-            Some(KeyState::Loaded { key, .. })
-                if permit.partner().is_some() && !key.has_partner_key() =>
-            {
-                Err(unavailable(
-                    "the account has a partner, but its key in Vault has no `partner_key`",
-                ))
-            }
+            Some(KeyState::Loaded { key, .. }) if has_partner && !key.has_partner_key() => Err(
+                unavailable("the account has a partner, but its key in Vault has no `partner_key`"),
+            ),
             Some(KeyState::Loaded {
                 key,
                 usage,

@@ -367,6 +367,16 @@ mod tests {
 
     use super::*;
 
+    const LIMITS: AdmissionLimits = AdmissionLimits {
+        calls: 1,
+        calls_per_bot: 1,
+        cancels: 1,
+        cancels_per_bot: 1,
+        message_bytes_per_bot: 8 * 1024 * 1024,
+        connections: 1,
+        connections_per_bot: 1,
+    };
+
     #[test]
     fn released_slots_can_be_used_again_and_unused_entries_are_removed() {
         let admission = Admission::new(AdmissionLimits {
@@ -374,9 +384,8 @@ mod tests {
             calls_per_bot: 2,
             cancels: 3,
             cancels_per_bot: 2,
-            message_bytes_per_bot: 8 * 1024 * 1024,
             connections: 100,
-            connections_per_bot: 1,
+            ..LIMITS
         });
         let (one, two): (BotId, BotId) = ("one".parse().unwrap(), "two".parse().unwrap());
         let first = admission.call(&one, false).unwrap();
@@ -425,13 +434,9 @@ mod tests {
     #[test]
     fn a_thousand_refusals_per_bot_are_audited_and_then_twenty_per_second() {
         let admission = Admission::new(AdmissionLimits {
-            calls: 1,
-            calls_per_bot: 1,
             cancels: 3,
             cancels_per_bot: 2,
-            message_bytes_per_bot: 8 * 1024 * 1024,
-            connections: 1,
-            connections_per_bot: 1,
+            ..LIMITS
         });
         let [one, two] = ["one", "two"].map(|bot| Principal::Bot(bot.parse().unwrap()));
         let recorded =
@@ -449,12 +454,9 @@ mod tests {
     fn cancels_have_a_reserve_that_other_calls_cannot_use() {
         let admission = Admission::new(AdmissionLimits {
             calls: 2,
-            calls_per_bot: 1,
             cancels: 3,
             cancels_per_bot: 2,
-            message_bytes_per_bot: 8 * 1024 * 1024,
-            connections: 1,
-            connections_per_bot: 1,
+            ..LIMITS
         });
         let [one, two, three] = ["one", "two", "three"].map(|bot| bot.parse::<BotId>().unwrap());
         let read = admission.call(&one, false).unwrap();
@@ -476,15 +478,7 @@ mod tests {
 
     #[test]
     fn bytes_of_requests_being_received_are_limited_per_bot_and_for_all_bots() {
-        let admission = Admission::new(AdmissionLimits {
-            calls: 1,
-            calls_per_bot: 1,
-            cancels: 1,
-            cancels_per_bot: 1,
-            message_bytes_per_bot: 8 * 1024 * 1024,
-            connections: 1,
-            connections_per_bot: 1,
-        });
+        let admission = Admission::new(LIMITS);
         let bot = |number: usize| format!("bot-{number}").parse::<BotId>().unwrap();
         let (of_bot, of_all) = (admission.limits.message_bytes_per_bot, MESSAGE_BYTES);
         let receive = |number| {
