@@ -121,15 +121,13 @@ pub(crate) enum Overload {
     #[error("the bot exceeded its limit of {0} open health and reflection calls; nothing was sent")]
     HelpersOfBot(usize),
     /// Bytes of requests of all bots that are being received.
-    #[error("the broker is receiving {0} bytes of requests, its limit; nothing was sent")]
+    #[error("the broker is at its limit of {0} bytes of requests being received; nothing was sent")]
     MessageBytes(usize),
     /// Bytes of requests of this bot that are being received.
-    #[error(
-        "the bot is sending {0} bytes of requests at the same time, its limit; nothing was sent"
-    )]
+    #[error("the bot exceeded its limit of {0} bytes of requests being received; nothing was sent")]
     MessageBytesOfBot(usize),
     /// Requests of this bot that are being received.
-    #[error("the bot is sending {0} requests at the same time, its limit; nothing was sent")]
+    #[error("the bot exceeded its limit of {0} requests being received; nothing was sent")]
     MessagesOfBot(usize),
 }
 
