@@ -1,22 +1,27 @@
 //! The audit log: who sent which request, and how it ended. A JSON line, `intent`, before a request is sent, and a line,
 //! `outcome`, after.
 //!
-//! If the intent cannot be written, a risk-increasing request is refused; any other is sent, and its line goes to the log.
+//! A risk-increasing request is refused unless its intent is in the file. Any other request is sent; its line is in the
+//! reserve file or waits in memory while the file cannot be written, and is added to the file later.
 //! Lines hold digests and masked targets, never bodies, secrets or signatures.
 
+mod file;
+mod reserve;
+mod writer;
+
 use std::borrow::Cow;
-use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::fs::fstatvfs;
 use serde::{Serialize, Serializer};
 use sha2::{Digest, Sha256};
+use tokio::time::{Instant, timeout};
 
 use crate::base::ids::{AccountId, BotId, KeyName, Principal, RequestId, hex};
-use crate::base::lock::Mutex;
 use crate::base::outcome::{Outcome, Reason};
 use crate::base::text::{MAX_CHARS, clean, clean_json};
 use crate::clock::Clock;
@@ -24,8 +29,18 @@ use crate::kucoin::{Scope, UnsignedRequest};
 use crate::policy::Permit;
 use crate::telemetry::Metrics;
 
+use file::AuditFile;
+pub(crate) use writer::Space;
+use writer::{HANGS_AFTER, Kind, Queued, Waited, Writer};
+
 /// How often written lines are flushed to the disk; a power cut can lose the lines of this long.
 const SYNC_EVERY: Duration = Duration::from_millis(500);
+
+/// How long the broker waits for the flush when it stops.
+const LAST_SYNC: Duration = Duration::from_secs(1);
+
+/// How long a result waits for its line if the caller's deadline has passed.
+const LATE_LINE: Duration = Duration::from_millis(20);
 
 /// `clientOid`s in a line. A batch has at most 20 orders; the limit bounds the length of a line.
 const MAX_CLIENT_OIDS: usize = 100;
@@ -39,20 +54,31 @@ const MAX_DENIED_OIDS: usize = 5;
 /// Characters of each `clientOid` in a line; KuCoin accepts 40.
 const MAX_CLIENT_OID_CHARS: usize = 64;
 
-/// Upper bound for the length of a line. The longest lines have [`MAX_CLIENT_OIDS`] ids and a target of a few kilobytes.
-const MAX_LINE_BYTES: u64 = 128 * 1024;
-
 /// The audit log.
 #[derive(Debug)]
 pub(crate) struct Audit {
     path: PathBuf,
-    file: Mutex<Appender>,
+    run: String,
+    writer: Arc<Writer>,
     clock: Arc<Clock>,
     metrics: Arc<Metrics>,
 }
 
-/// Proof that the intent of a request was recorded: in the audit log, or, if that cannot be written and the request is not
-/// risk-increasing, in the log.
+/// The intent of a request, on its way to the file.
+#[derive(Debug)]
+#[must_use = "sending a request requires its record"]
+pub(crate) struct Intent {
+    line: Queued,
+    is_risk_increasing: bool,
+}
+
+/// A line on its way to the file. It is written even if this is dropped.
+#[derive(Debug)]
+#[must_use = "wait until the line is written"]
+pub(crate) struct AuditLine(Option<Queued>);
+
+/// Proof that the intent of a request was recorded: in the file or, if that cannot be written and the request is not
+/// risk-increasing, in the reserve file or in memory.
 #[derive(Debug)]
 #[must_use = "sending a request requires it"]
 pub(crate) struct Recorded(());
@@ -62,7 +88,12 @@ pub(crate) struct Recorded(());
 #[error(
     "the audit log cannot be written, and risk-increasing requests are refused until it can be; nothing was sent"
 )]
-pub(crate) struct AuditError(#[source] io::Error);
+pub(crate) struct AuditError {
+    #[source]
+    cause: io::Error,
+    /// Whether the intent will be written later.
+    pub(crate) has_intent: bool,
+}
 
 /// Who called, and on which account: the fields that every line of a call has.
 #[derive(Clone, Debug)]
@@ -226,16 +257,6 @@ struct ChangeLine<'a> {
     detail: Option<Cow<'a, str>>,
 }
 
-/// The line that marks the previous one as incomplete.
-#[derive(Serialize)]
-struct TornLine<'a> {
-    v: u8,
-    event: &'static str,
-    time_ms: i64,
-    run: &'a str,
-    detail: &'static str,
-}
-
 /// The fields of a request in a line.
 #[derive(Serialize)]
 struct AuditedRequest<'a> {
@@ -247,21 +268,69 @@ struct AuditedRequest<'a> {
     client_oids: Vec<&'a str>,
 }
 
+impl Intent {
+    /// Waits until the intent is written, for at most 500 ms.
+    ///
+    /// # Errors
+    /// When it is not written by then and the request is risk-increasing.
+    pub(crate) async fn recorded(self, audit: &Audit) -> Result<Recorded, AuditError> {
+        let cause = match self.line.wait(HANGS_AFTER).await {
+            Waited::Kept => return Ok(Recorded(())),
+            Waited::Failed(error) => error,
+            Waited::Hangs => {
+                audit.writer.report_hang();
+                io::Error::new(io::ErrorKind::TimedOut, "a write to it hangs")
+            }
+        };
+        if self.is_risk_increasing {
+            let has_intent = true;
+            return Err(AuditError { cause, has_intent });
+        }
+        Ok(Recorded(()))
+    }
+}
+
+impl AuditLine {
+    /// Waits until the line is written, for at most 500 ms and not much longer than until `deadline`.
+    pub(crate) async fn written_by(self, deadline: Instant) {
+        if let Some(line) = self.0 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let _ = line.wait(left.clamp(LATE_LINE, HANGS_AFTER)).await;
+        }
+    }
+
+    /// Waits until the line is written, for at most 500 ms.
+    pub(crate) async fn written(self) {
+        if let Some(line) = self.0 {
+            let _ = line.wait(HANGS_AFTER).await;
+        }
+    }
+}
+
 impl Audit {
-    /// Opens the file for appending, creates it if it is missing, and starts a thread that flushes it.
+    /// Opens the file for appending, creates it if it is missing, and starts the threads that write and flush it. At most
+    /// `queue_bytes` of lines wait in memory while it cannot be written.
     ///
     /// # Errors
     /// When it cannot be opened.
     pub(crate) fn open(
         path: &Path,
+        queue_bytes: usize,
         clock: Arc<Clock>,
         metrics: Arc<Metrics>,
     ) -> io::Result<Arc<Self>> {
-        let appender = Appender::new(open(path)?)?;
         let run = format!("{:08x}", fastrand::u32(..));
+        let writer = Writer::open(
+            path,
+            queue_bytes,
+            run.clone(),
+            Arc::clone(&clock),
+            Arc::clone(&metrics),
+        )?;
         let audit = Arc::new(Self {
             path: path.to_owned(),
-            file: Mutex::new(Appender { run, ..appender }),
+            run,
+            writer,
             clock,
             metrics,
         });
@@ -271,7 +340,8 @@ impl Audit {
             .spawn(move || {
                 while let Some(audit) = alive.upgrade() {
                     audit.reopen_if_rotated();
-                    audit.sync();
+                    audit.check_space();
+                    audit.report_sync(audit.sync());
                     drop(audit);
                     std::thread::sleep(SYNC_EVERY);
                 }
@@ -279,29 +349,50 @@ impl Audit {
         Ok(audit)
     }
 
+    /// Uses a reserve file for lines that cannot be written, and adds the lines that it has from an earlier run. Without it,
+    /// such lines are only in memory.
+    pub(crate) fn use_reserve(&self, path: &Path, bytes: usize) {
+        if let Err(error) = self.writer.use_reserve(path, bytes) {
+            self.metrics.audit_failures.inc();
+            tracing::error!(file.path = %path.display(), exception.message = %error, "audit reserve cannot be used; let the broker's user create and write it, or correct audit.reserve, and restart the broker");
+        }
+    }
+
     /// Records that a request is about to be sent.
     ///
     /// # Errors
-    /// When the line cannot be written and the request is risk-increasing. The line of any other request goes to the log.
+    /// When the request is risk-increasing and it is known that its line cannot be written.
     pub(crate) fn intent(
         &self,
         caller: &CallContext<'_>,
         permit: &Permit,
         request: &UnsignedRequest,
-    ) -> Result<Recorded, AuditError> {
+    ) -> Result<Intent, AuditError> {
         let client_oid_in_path = permit
             .endpoint()
             .and_then(|e| e.path_parameter("clientOid", request.target.path()));
         let audited = AuditedRequest::new(request, client_oid_in_path);
-        match self.write(
-            "intent",
-            caller,
-            Some(permit.endpoint_id()),
-            Some(audited),
-            None,
-        ) {
-            Err(error) if permit.increases_risk() => Err(AuditError(error)),
-            _ => Ok(Recorded(())),
+        let is_risk_increasing = permit.increases_risk();
+        let kind = match kind_of(permit) {
+            Kind::Essential if is_risk_increasing => Kind::RiskIncreasing,
+            kind => kind,
+        };
+        let endpoint = Some(permit.endpoint_id());
+        let line = self.write("intent", kind, caller, endpoint, Some(audited), None);
+        match line {
+            Ok(line) => Ok(Intent {
+                line,
+                is_risk_increasing,
+            }),
+            Err(cause) if is_risk_increasing => Err(AuditError {
+                cause,
+                has_intent: false,
+            }),
+            // The line went to the log.
+            Err(_) => Ok(Intent {
+                line: Queued::nothing(),
+                is_risk_increasing,
+            }),
         }
     }
 
@@ -311,7 +402,7 @@ impl Audit {
         caller: &CallContext<'_>,
         request: Option<&UnsignedRequest>,
         ending: &CallEnd<'_>,
-    ) {
+    ) -> AuditLine {
         let audited = request.map(|request| {
             let mut audited = AuditedRequest::new(request, None);
             // A denied caller must not fill the disk with long requests.
@@ -319,84 +410,113 @@ impl Audit {
             audited.client_oids.truncate(MAX_DENIED_OIDS);
             audited
         });
-        // The call is denied even if its line cannot be written; `append` has then logged the line.
-        let _ = self.write("denied", caller, None, audited, Some(ending));
+        AuditLine(
+            self.write("denied", Kind::Other, caller, None, audited, Some(ending))
+                .ok(),
+        )
     }
 
     /// Records how a call ended, as reported to the caller.
-    pub(crate) fn outcome(&self, caller: &CallContext<'_>, endpoint: &str, ending: &CallEnd<'_>) {
-        let _ = self.write("outcome", caller, Some(endpoint), None, Some(ending));
+    pub(crate) fn outcome(
+        &self,
+        caller: &CallContext<'_>,
+        permit: &Permit,
+        ending: &CallEnd<'_>,
+    ) -> AuditLine {
+        let (kind, endpoint) = (kind_of(permit), Some(permit.endpoint_id()));
+        AuditLine(
+            self.write("outcome", kind, caller, endpoint, None, Some(ending))
+                .ok(),
+        )
     }
 
     /// Records the late result of a request whose caller has already got `maybe_sent`.
     pub(crate) fn late_answer(
         &self,
         caller: &CallContext<'_>,
-        endpoint: &str,
+        permit: &Permit,
         ending: &CallEnd<'_>,
-    ) {
-        let _ = self.write("late_answer", caller, Some(endpoint), None, Some(ending));
+    ) -> AuditLine {
+        let (kind, endpoint) = (kind_of(permit), Some(permit.endpoint_id()));
+        AuditLine(
+            self.write("late_answer", kind, caller, endpoint, None, Some(ending))
+                .ok(),
+        )
     }
 
     /// Records a change of a file. A failure to record it does not undo the change.
-    pub(crate) fn changed(&self, change: &Change<'_>) {
-        let mut file = self.file.lock();
-        let line = ChangeLine {
-            v: VERSION,
-            event: "change",
-            time_ms: self.clock.wall_ms(),
-            run: &file.run,
-            principal: "file",
-            file: change.file,
-            sha256_before: change.before.map(|digest| hex(digest)),
-            sha256_after: hex(change.after),
-            outcome: change.outcome,
-            detail: change.detail.as_ref().map(|text| clean(text, MAX_CHARS)),
-        };
-        let text = serde_json::to_string(&line);
-        // `append` has logged a line that it could not write.
-        let _ = text
-            .map_err(io::Error::from)
-            .and_then(|text| self.append(&mut file, text));
+    pub(crate) fn changed(&self, change: &Change<'_>) -> AuditLine {
+        let line = self.writer.push(Kind::Essential, || {
+            cleaned_line(&ChangeLine {
+                v: VERSION,
+                event: "change",
+                time_ms: self.clock.wall_ms(),
+                run: &self.run,
+                principal: "file",
+                file: change.file,
+                sha256_before: change.before.map(|digest| hex(digest)),
+                sha256_after: hex(change.after),
+                outcome: change.outcome,
+                detail: change.detail.as_ref().map(|text| clean(text, MAX_CHARS)),
+            })
+        });
+        AuditLine(line.ok())
     }
 
     /// Records an action of `principal`: an admin's name, or `vault`. A failure to record it does not undo the action.
-    pub(crate) fn record_action(&self, principal: &str, act: &Act<'_>) {
-        let mut file = self.file.lock();
-        let line = ActLine {
-            v: VERSION,
-            event: "act",
-            time_ms: self.clock.wall_ms(),
-            run: &file.run,
-            principal,
-            act,
-        };
-        let text = serde_json::to_string(&line);
-        // `append` has logged a line that it could not write.
-        let _ = text
-            .map_err(io::Error::from)
-            .and_then(|text| self.append(&mut file, text));
+    pub(crate) fn record_action(&self, principal: &str, act: &Act<'_>) -> AuditLine {
+        let line = self.writer.push(Kind::Essential, || {
+            cleaned_line(&ActLine {
+                v: VERSION,
+                event: "act",
+                time_ms: self.clock.wall_ms(),
+                run: &self.run,
+                principal,
+                act,
+            })
+        });
+        AuditLine(line.ok())
+    }
+
+    /// Waits until every line is written and flushed to the disk, for about a second. Lines that are then in no file go to the
+    /// log.
+    pub(crate) async fn flush(self: &Arc<Self>) {
+        self.writer.flush(LAST_SYNC / 2).await;
+        self.writer.log_rest();
+        let audit = Arc::clone(self);
+        let synced = tokio::task::spawn_blocking(move || audit.report_sync(audit.sync()));
+        let _ = timeout(LAST_SYNC / 2, synced).await;
+    }
+
+    /// Why lines cannot be written; `None` if they can.
+    pub(crate) fn failure(&self) -> Option<String> {
+        self.writer.failure()
+    }
+
+    /// Why the reserve file cannot be written; `None` if it can, or if the broker has none.
+    pub(crate) fn reserve_failure(&self) -> Option<String> {
+        self.writer.reserve_failure()
+    }
+
+    /// How many lines are not in the file yet.
+    pub(crate) fn waiting(&self) -> usize {
+        self.writer.waiting()
+    }
+
+    /// The space of the audit file's file system; `None` for devices and pipes.
+    pub(crate) fn space(&self) -> Option<Space> {
+        self.writer.space()
     }
 
     /// Flushes the file to the disk. Others can write lines meanwhile.
-    pub(crate) fn sync(&self) {
-        self.report_sync(self.current_file().and_then(|file| file.sync_data()));
-    }
-
-    /// Why the last line could not be written; `None` if it was.
-    pub(crate) fn failure(&self) -> Option<String> {
-        let file = self.file.lock();
-        let failure = file.failure.as_ref()?;
-        Some(format!(
-            "{} cannot be written: {failure}",
-            self.path.display()
-        ))
+    fn sync(&self) -> io::Result<()> {
+        self.writer.current_file()?.sync_data()
     }
 
     /// Opens a new file if the current one was renamed or removed, for example by log rotation. Files are checked, opened and
     /// flushed without the lock, so that no line waits for a slow disk.
     fn reopen_if_rotated(&self) {
-        let Ok(current) = self.current_file().and_then(|file| file.metadata()) else {
+        let Ok(current) = self.writer.current_file().and_then(|file| file.metadata()) else {
             return;
         };
         let is_unchanged = std::fs::metadata(&self.path)
@@ -404,15 +524,9 @@ impl Audit {
         if is_unchanged || !current.is_file() {
             return;
         }
-        match open(&self.path).and_then(Appender::new) {
-            Ok(mut new) => {
-                let old = {
-                    let mut file = self.file.lock();
-                    // The next line goes to the new file, so an incomplete line of the old one must be completed now.
-                    let _ = file.complete(&self.clock);
-                    new.run = std::mem::take(&mut file.run);
-                    std::mem::replace(&mut *file, new)
-                };
+        match AuditFile::open(&self.path) {
+            Ok(new) => {
+                let old = self.writer.replace_file(new);
                 tracing::info!(file.path = %self.path.display(), "audit log rotated; reopened");
                 self.report_sync(old.file.sync_data());
             }
@@ -423,9 +537,23 @@ impl Audit {
         }
     }
 
-    fn current_file(&self) -> io::Result<File> {
-        let file = self.file.lock();
-        file.file.try_clone()
+    /// Checks the free space of the file system. Devices and pipes need none.
+    fn check_space(&self) {
+        let file = self.writer.current_file();
+        let file = file.and_then(|file| Ok((file.metadata()?.is_file(), file)));
+        if let Ok((true, file)) = file
+            && let Ok(disk) = fstatvfs(&file)
+        {
+            let space = Space {
+                free: disk.f_bavail.saturating_mul(disk.f_frsize),
+                total: disk.f_blocks.saturating_mul(disk.f_frsize),
+            };
+            let was_nearly_full = self.space().is_some_and(Space::is_nearly_full);
+            self.writer.set_space(space);
+            if space.is_nearly_full() && !was_nearly_full {
+                tracing::warn!(file.path = %self.path.display(), free_bytes = space.free, size_bytes = space.total, "file system of the audit log is at least 90 % full");
+            }
+        }
     }
 
     /// Logs a failed flush. The system reports lost data only once, in this result; later writes succeed.
@@ -443,54 +571,56 @@ impl Audit {
     fn write(
         &self,
         event: &'static str,
+        kind: Kind,
         caller: &CallContext<'_>,
         endpoint: Option<&str>,
         request: Option<AuditedRequest<'_>>,
         ending: Option<&CallEnd<'_>>,
-    ) -> io::Result<()> {
-        let mut file = self.file.lock();
-        let line = Line {
-            v: VERSION,
-            event,
-            time_ms: self.clock.wall_ms(),
-            run: &file.run,
-            call: caller.call,
-            request_id: caller.request_id.as_str(),
-            bot: caller.principal.bot().map(BotId::as_str),
-            principal: caller.principal.other(),
-            account: caller
-                .account_and_scope
-                .map(|(account, _)| account.as_str()),
-            scope: caller.account_and_scope.map(|(_, scope)| scope.as_str()),
-            endpoint,
-            request,
-            ending,
-        };
-        let text = serde_json::to_string(&line)?;
-        self.append(&mut file, text)
+    ) -> io::Result<Queued> {
+        self.writer.push(kind, || {
+            cleaned_line(&Line {
+                v: VERSION,
+                event,
+                time_ms: self.clock.wall_ms(),
+                run: &self.run,
+                call: caller.call,
+                request_id: caller.request_id.as_str(),
+                bot: caller.principal.bot().map(BotId::as_str),
+                principal: caller.principal.other(),
+                account: caller
+                    .account_and_scope
+                    .map(|(account, _)| account.as_str()),
+                scope: caller.account_and_scope.map(|(_, scope)| scope.as_str()),
+                endpoint,
+                request,
+                ending,
+            })
+        })
     }
+}
 
-    fn append(&self, file: &mut Appender, text: String) -> io::Result<()> {
-        let mut text = match clean_json(&text) {
-            Cow::Borrowed(_) => text,
-            Cow::Owned(cleaned) => cleaned,
-        };
-        text.push('\n');
-        let result = file.append(&text, &self.clock);
-        match &result {
-            Ok(()) => {
-                if file.failure.take().is_some() {
-                    tracing::info!(file.path = %self.path.display(), "audit log is writable again");
-                }
-            }
-            Err(error) => {
-                file.failure = Some(error.to_string());
-                self.metrics.audit_failures.inc();
-                tracing::error!(target: "credbroker::audit", line = text.trim_end(), file.path = %self.path.display(), exception.message = %error, "audit log write failed");
-            }
-        }
-        result
+impl Drop for Audit {
+    fn drop(&mut self) {
+        self.writer.close();
     }
+}
+
+/// Lines about requests that change something are kept first.
+fn kind_of(permit: &Permit) -> Kind {
+    if permit.changes() {
+        Kind::Essential
+    } else {
+        Kind::Other
+    }
+}
+
+/// A line as JSON, with cleaned text.
+fn cleaned_line(line: &impl Serialize) -> serde_json::Result<String> {
+    let text = serde_json::to_string(line)?;
+    Ok(match clean_json(&text) {
+        Cow::Borrowed(_) => text,
+        Cow::Owned(cleaned) => cleaned,
+    })
 }
 
 impl<'a> AuditedRequest<'a> {
@@ -522,15 +652,6 @@ fn cut(text: &str, chars: usize) -> &str {
     end.and_then(|end| text.get(..end)).unwrap_or(text)
 }
 
-fn open(path: &Path) -> io::Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .append(true)
-        .create(true)
-        .mode(0o600)
-        .open(path)
-}
-
 /// Serializes text from outside, sanitized and truncated.
 #[expect(clippy::ref_option, reason = "serde requires this signature")]
 fn cleaned<S: Serializer>(text: &Option<String>, serializer: S) -> Result<S::Ok, S::Error> {
@@ -538,155 +659,14 @@ fn cleaned<S: Serializer>(text: &Option<String>, serializer: S) -> Result<S::Ok,
     text.serialize(serializer)
 }
 
-/// Appends complete lines to a file.
-#[derive(Debug)]
-struct Appender {
-    file: File,
-    run: String,
-    /// Whether the file ends in an incomplete line.
-    torn: bool,
-    /// Why the last line could not be written.
-    failure: Option<String>,
-}
-
-impl Appender {
-    fn new(file: File) -> io::Result<Self> {
-        // A crash can leave an incomplete line. Devices have no end to read.
-        let torn = !file.metadata()?.file_type().is_char_device() && !unfinished(&file)?.is_empty();
-        Ok(Self {
-            file,
-            run: String::new(),
-            torn,
-            failure: None,
-        })
-    }
-
-    /// Appends `line`, which ends with a line feed. Completes an incomplete line first.
-    fn append(&mut self, line: &str, clock: &Clock) -> io::Result<()> {
-        self.complete(clock)?;
-        self.write(line.as_bytes())
-    }
-
-    /// Completes an incomplete line, so that it parses and has `"torn":true`, and adds a line that explains it.
-    fn complete(&mut self, clock: &Clock) -> io::Result<()> {
-        if !self.torn {
-            return Ok(());
-        }
-        // Read again, because `doctor` may have completed the line meanwhile.
-        let unfinished = unfinished(&self.file)?;
-        if unfinished.is_empty() {
-            self.torn = false;
-            return Ok(());
-        }
-        let (mut rest, detail) = match rest_of_line(&unfinished) {
-            Some(rest) => (
-                rest,
-                "the previous line was cut off by a full disk or a crash; if it is an intent, look the order up",
-            ),
-            None => (
-                Vec::new(),
-                "the previous line is damaged and is not JSON; inspect it in an editor",
-            ),
-        };
-        let marker = serde_json::to_string(&TornLine {
-            v: VERSION,
-            event: "torn",
-            time_ms: clock.wall_ms(),
-            run: &self.run,
-            detail,
-        })?;
-        rest.push(b'\n');
-        rest.extend(marker.as_bytes());
-        rest.push(b'\n');
-        self.write(&rest)
-    }
-
-    /// Writes bytes that end with a line feed.
-    fn write(&mut self, mut rest: &[u8]) -> io::Result<()> {
-        while !rest.is_empty() {
-            match self.file.write(rest) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(written) => {
-                    let (done, left) = rest.split_at_checked(written).unwrap_or((rest, &[]));
-                    self.torn = !done.ends_with(b"\n");
-                    rest = left;
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-}
-
-/// The bytes after the last line feed of a file.
-fn unfinished(mut file: &File) -> io::Result<Vec<u8>> {
-    let length = file.seek(SeekFrom::End(0))?;
-    file.seek(SeekFrom::Start(length.saturating_sub(MAX_LINE_BYTES)))?;
-    let mut end = Vec::new();
-    file.take(MAX_LINE_BYTES).read_to_end(&mut end)?;
-    if let Some(line_feed) = end.iter().rposition(|byte| *byte == b'\n') {
-        end.drain(..=line_feed);
-    }
-    Ok(end)
-}
-
-/// The bytes that complete a line, cut off at any byte, to a JSON object with `"torn":true`. Empty for a complete object;
-/// `None` if the line is not the start of an object.
-fn rest_of_line(line: &[u8]) -> Option<Vec<u8>> {
-    /// Endings that complete a truncated UTF-8 character (RFC 3629, section 4).
-    const CHARACTER_ENDS: [&[u8]; 6] = [
-        b"",
-        b"\x80",
-        b"\x80\x80",
-        b"\x80\x80\x80",
-        b"\xa0\x80",
-        b"\x90\x80\x80",
-    ];
-    /// Endings that complete a truncated value, or a name and its value; the last ones are for `null`, `true` and `false`.
-    const VALUE_ENDS: [&str; 16] = [
-        "", "\"", "\":0", ":0", "0", "\\\"", "0000\"", "ull", "ll", "l", "rue", "ue", "e", "alse",
-        "lse", "se",
-    ];
-    let is_object = |text: &[u8]| serde_json::from_slice::<serde_json::Map<_, _>>(text).is_ok();
-    if is_object(line) {
-        return Some(Vec::new());
-    }
-    let (mut open, mut in_string, mut escaped) = (Vec::new(), false, false);
-    for byte in line {
-        match byte {
-            _ if escaped => escaped = false,
-            b'\\' if in_string => escaped = true,
-            b'"' => in_string = !in_string,
-            b'{' if !in_string => open.push(b'}'),
-            b'[' if !in_string => open.push(b']'),
-            b'}' | b']' if !in_string => {
-                open.pop();
-            }
-            _ => {}
-        }
-    }
-    // The outermost brace is in `mark`.
-    let inner = open.get(1..)?.iter().rev();
-    for character in CHARACTER_ENDS {
-        for value in VALUE_ENDS {
-            for mark in [",\"torn\":true}", "\"torn\":true}"] {
-                let mut rest = character.to_vec();
-                rest.extend(value.as_bytes());
-                rest.extend(inner.clone());
-                rest.extend(mark.as_bytes());
-                if is_object(&[line, &rest].concat()) {
-                    return Some(rest);
-                }
-            }
-        }
-    }
-    None
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn runtime() -> tokio::runtime::Runtime {
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        runtime.enable_time().build().unwrap()
+    }
 
     /// Writes one `denied` line to a file that ends with `end`; returns all lines.
     fn lines_after(end: &[u8]) -> Vec<serde_json::Value> {
@@ -694,7 +674,8 @@ mod tests {
         let path = folder.path().join("audit.jsonl");
         let before: &[u8] = b"{\"event\":\"act\"}\n";
         std::fs::write(&path, [before, end].concat()).unwrap();
-        let audit = Audit::open(&path, Arc::new(Clock::system()), Arc::default()).unwrap();
+        let clock = Arc::new(Clock::system());
+        let audit = Audit::open(&path, 1 << 20, clock, Arc::default()).unwrap();
         let (principal, request_id) = (Principal::Bot("b".parse().unwrap()), "r".parse().unwrap());
         let caller = CallContext {
             principal: &principal,
@@ -702,7 +683,7 @@ mod tests {
             call: 1,
             account_and_scope: None,
         };
-        audit.denied(
+        let line = audit.denied(
             &caller,
             None,
             &CallEnd {
@@ -710,6 +691,7 @@ mod tests {
                 ..CallEnd::default()
             },
         );
+        runtime().block_on(line.written());
         let text = std::fs::read(&path).unwrap();
         assert!(
             text.starts_with(&[before, end].concat()),

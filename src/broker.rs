@@ -17,6 +17,7 @@
 
 pub(crate) mod admission;
 mod call;
+pub(crate) mod dead_man;
 mod error;
 mod feedback;
 mod gate;
@@ -33,7 +34,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::audit::{Audit, CallContext, CallEnd};
+use crate::audit::{Audit, AuditLine, CallContext, CallEnd};
 use crate::base::ids::{AccountId, AdminId, BotId, Principal, RequestId};
 use crate::base::lock::RwLock;
 use crate::base::outcome::Reason;
@@ -48,6 +49,7 @@ use crate::telemetry::Metrics;
 
 use admission::Admission;
 pub(crate) use call::{Call, Receipt, catch_panic, micros};
+use dead_man::DeadManSwitches;
 pub(crate) use error::{BrokerError, Overload};
 pub(crate) use feedback::UnknownCodes;
 use probes::RecheckSignals;
@@ -77,6 +79,8 @@ pub(crate) struct Broker {
     pub(crate) admission: Admission,
     /// Calls in flight.
     pub(crate) calls: Calls,
+    /// KuCoin's dead-man switches, as set by bots.
+    pub(crate) dead_man: DeadManSwitches,
     /// Codes that the configuration adds to the known refusal codes.
     pub(crate) refusal_codes: RefusalCodes,
     /// Unknown codes that have been logged.
@@ -118,7 +122,7 @@ impl Broker {
     }
 
     /// Counts, logs and audits a call that was refused before it ran (malformed, over a limit). Returns its error.
-    pub(crate) fn refuse(
+    pub(crate) async fn refuse(
         &self,
         bot: &BotId,
         request_id: &RequestId,
@@ -132,18 +136,20 @@ impl Broker {
         }
         let detail = error.audit_detail();
         tracing::info!(request.id = %request_id, bot.id = %bot, outcome = %reason.outcome(), %reason, detail, "call ended");
-        self.audit_refusal(&principal, request_id, reason, detail);
+        let line = self.audit_refusal(&principal, request_id, reason, detail);
+        line.written().await;
         error
     }
 
     /// Counts and audits a call of `admin` that was refused before it ran.
-    pub(crate) fn refuse_admin(&self, admin: &AdminId, reason: Reason, detail: String) {
+    pub(crate) async fn refuse_admin(&self, admin: &AdminId, reason: Reason, detail: String) {
         let labels = [("reason", reason.as_str())];
         let refused = &self.metrics.admin_calls_refused;
         refused.get_or_create(&labels).inc();
         let principal = Principal::Admin(admin.clone());
         if self.may_record_refusal(&principal) {
-            self.audit_refusal(&principal, &RequestId::random(), reason, detail);
+            let line = self.audit_refusal(&principal, &RequestId::random(), reason, detail);
+            line.written().await;
         }
     }
 
@@ -153,7 +159,7 @@ impl Broker {
         request_id: &RequestId,
         reason: Reason,
         detail: String,
-    ) {
+    ) -> AuditLine {
         let ending = CallEnd {
             outcome: Some(reason.outcome()),
             reason: Some(reason),
@@ -166,7 +172,7 @@ impl Broker {
             call: self.calls.count.fetch_add(1, Ordering::Relaxed),
             account_and_scope: None,
         };
-        self.audit.denied(&call_context, None, &ending);
+        self.audit.denied(&call_context, None, &ending)
     }
 
     /// Refuses new calls, waits for those in flight for at most `limit`, then aborts the rest. Returns how many calls have
@@ -181,7 +187,7 @@ impl Broker {
             self.calls.give_up.cancel();
             self.calls.tasks.wait().await;
         }
-        self.audit.sync();
+        self.audit.flush().await;
         self.calls.unresolved.load(Ordering::Relaxed)
     }
 

@@ -34,6 +34,10 @@ pub struct Config {
     pub(crate) state_dir: PathBuf,
     /// The audit log.
     pub audit_file: PathBuf,
+    /// The file for audit lines that cannot be written to `audit_file`.
+    pub audit_reserve: PathBuf,
+    /// Bytes of `audit_reserve`, and of the lines that wait in memory.
+    pub(crate) audit_reserve_bytes: usize,
     /// Listener for bots.
     pub(crate) grpc: SocketAddr,
     /// Listener for health and metrics.
@@ -145,12 +149,21 @@ impl Config {
 fn read(file: &mut Section, folder: &Path) -> Option<Config> {
     let rules = required_path(file, "rules", "/etc/credbroker/rules.toml", folder);
     let state_dir = required_path(file, "state_dir", "/var/lib/credbroker", folder);
+    let mut audit = file.section("audit");
     let audit_file = path(
-        &mut file.section("audit"),
+        &mut audit,
         "file",
         "/var/lib/credbroker/audit.jsonl",
         folder,
     );
+    let audit_reserve = path(
+        &mut audit,
+        "reserve",
+        "/var/lib/credbroker/audit.reserve",
+        folder,
+    );
+    let audit_reserve_bytes = audit.number("reserve_bytes", 16 << 20, 1 << 20..=1 << 30);
+    let audit_reserve_bytes = usize::try_from(audit_reserve_bytes).unwrap_or(usize::MAX);
 
     let mut listen = file.section("listen");
     let text = listen.required("grpc", "\"0.0.0.0:8443\"");
@@ -213,6 +226,8 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
         file: None,
         rules: rules?,
         audit_file: audit_file.unwrap_or_else(|| state_dir.join("audit.jsonl")),
+        audit_reserve: audit_reserve.unwrap_or_else(|| state_dir.join("audit.reserve")),
+        audit_reserve_bytes,
         state_dir,
         grpc: grpc?,
         ops: ops?,

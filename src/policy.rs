@@ -123,6 +123,7 @@ pub struct Permit {
     account: Arc<Account>,
     scope: Scope,
     endpoint: Option<&'static Endpoint>,
+    passes_like_a_cancel: bool,
 }
 
 impl Permit {
@@ -169,7 +170,12 @@ impl Permit {
 
     /// Whether the request is risk-increasing; requests to endpoints that are not in the catalogue are.
     pub(crate) fn increases_risk(&self) -> bool {
-        self.endpoint.is_none_or(Endpoint::increases_risk)
+        !self.passes_like_a_cancel && self.endpoint.is_none_or(Endpoint::increases_risk)
+    }
+
+    /// Treats this request like a cancel, although its endpoint is risk-increasing.
+    pub(crate) fn pass_like_a_cancel(&mut self) {
+        self.passes_like_a_cancel = true;
     }
 
     /// Whether the request can be repeated without harm even if it was executed.
@@ -319,6 +325,7 @@ impl Policy {
             account: Arc::clone(entry),
             scope,
             endpoint,
+            passes_like_a_cancel: false,
         })
     }
 

@@ -178,6 +178,9 @@ impl Server {
             certificates,
             provider,
         } = assemble(&config, loaded, clock)?;
+        broker
+            .audit
+            .use_reserve(&config.audit_reserve, config.audit_reserve_bytes);
         if !broker.restrictions.was_found() {
             record_missing_restrictions(&broker, &config.state_dir, audit_file_found);
         }
@@ -429,7 +432,7 @@ fn record_missing_restrictions(broker: &Broker, state_dir: &Path, audit_file_fou
     };
     let state_dir = state_dir.display();
     tracing::warn!(%state_dir, audit_file_found, "no restrictions.json found; {nothing}; if this broker has run before, check state_dir and its mount");
-    broker.audit.changed(&Change {
+    let change = Change {
         file: "restrictions",
         before: None,
         after: &Sha256::digest(b"").into(),
@@ -437,7 +440,8 @@ fn record_missing_restrictions(broker: &Broker, state_dir: &Path, audit_file_fou
         detail: Some(format!(
             "{missing}: {nothing}. If this broker has run before, check that state_dir ({state_dir}) is correct and its disk is mounted"
         )),
-    });
+    };
+    drop(broker.audit.changed(&change));
     if let Err(error) = broker.restrictions.create() {
         tracing::error!(%state_dir, exception.message = %error, "cannot create restrictions.json; check permissions and free space of state_dir");
     }

@@ -150,7 +150,7 @@ impl AdminApi {
     }
 
     /// Audits and logs an admin action.
-    fn record(&self, admin: &AdminId, act: &Act<'_>) {
+    async fn record(&self, admin: &AdminId, act: &Act<'_>) {
         let Act {
             action,
             account,
@@ -169,7 +169,8 @@ impl AdminApi {
             detail = act.detail,
             "admin action"
         );
-        self.broker.audit.record_action(admin.as_str(), act);
+        let line = self.broker.audit.record_action(admin.as_str(), act);
+        line.written().await;
     }
 
     fn mark(&self, admin: &AdminId) -> Mark {
@@ -202,7 +203,8 @@ impl AdminApi {
                 detail,
                 ..act
             },
-        );
+        )
+        .await;
         Ok(changed?)
     }
 
@@ -349,7 +351,7 @@ impl Admin for AdminApi {
             }),
             ..Act::default()
         };
-        self.record(&admin, &act);
+        self.record(&admin, &act).await;
         let response = TestKeyResponse {
             info: report.info.as_deref().map(proto::KeyInfo::from),
             requests: checks.into_iter().map(proto::RequestResult::from).collect(),
@@ -409,7 +411,7 @@ impl Admin for AdminApi {
             detail: Some(after.reasons().join("; ")).filter(|reasons| !reasons.is_empty()),
             ..Act::default()
         };
-        self.record(&admin, &act);
+        self.record(&admin, &act).await;
         let state = Some(after.into());
         Ok(Response::new(RefreshKeyResponse { state }))
     }
@@ -509,7 +511,7 @@ impl Admin for AdminApi {
                 detail: Some(format!("{}: {open}", one.scope)),
                 ..Act::on_account("cancel-all", &one.account)
             };
-            self.record(&admin, &act);
+            self.record(&admin, &act).await;
         }
         let cancelled = cancelled.into_iter().map(proto::Cancelled::from).collect();
         Ok(Response::new(proto::HaltResponse { cancelled, problem }))
@@ -576,7 +578,8 @@ impl Admin for AdminApi {
                 detail: Some(detail),
                 ..Act::default()
             },
-        );
+        )
+        .await;
         Ok(Response::new(proto::AcceptClockResponse {
             host,
             difference_ms,

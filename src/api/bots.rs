@@ -73,15 +73,21 @@ impl GrpcApi {
             message: received,
             arrived,
         } = peer;
-        let request = unsigned_request(message, id, &self.limits).map_err(|problems| {
-            self.broker
-                .refuse(&bot, id, BrokerError::Malformed(problems))
-        })?;
+        let request = match unsigned_request(message, id, &self.limits) {
+            Ok(request) => request,
+            Err(problems) => {
+                let error = BrokerError::Malformed(problems);
+                return Err(self.broker.refuse(&bot, id, error).await);
+            }
+        };
         let endpoint =
             Catalog::get().route(Some(request.scope), request.method, request.target.path());
-        let is_cancel = endpoint.is_some_and(Endpoint::is_cancel);
-        let slot = self.broker.admission.call(&bot, is_cancel);
-        let slot = slot.map_err(|overload| self.broker.refuse(&bot, id, overload.into()))?;
+        let is_cancel = endpoint.is_some_and(Endpoint::is_cancel)
+            || self.broker.dead_man.is_renewal(&request, endpoint);
+        let slot = match self.broker.admission.call(&bot, is_cancel) {
+            Ok(slot) => slot,
+            Err(overload) => return Err(self.broker.refuse(&bot, id, overload.into()).await),
+        };
         drop(received);
         let deadline = arrived + limit.saturating_sub(DEADLINE_MARGIN.min(limit / 10));
         let ended = self

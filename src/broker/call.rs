@@ -30,7 +30,7 @@ use super::admission::CallSlot;
 use super::gate::{Closed, Gate};
 use super::retry::{self, Attempt, Retry, RetryBudget};
 use super::{Broker, BrokerError};
-use crate::audit::{CallContext, CallEnd, Recorded};
+use crate::audit::{CallContext, CallEnd, Intent, Recorded};
 use crate::base::ids::{BotId, KeyName, Principal};
 use crate::base::outcome::{Outcome, Reason};
 use crate::base::text::clean;
@@ -133,20 +133,20 @@ impl Broker {
     ) {
         let number = self.calls.count.fetch_add(1, Ordering::Relaxed);
         let admitted = catch_unwind(AssertUnwindSafe(|| self.admit(&call, number)));
-        let (permit, recorded) = match admitted.unwrap_or(Err(BrokerError::Internal)) {
+        let (permit, intent) = match admitted.unwrap_or(Err(BrokerError::Internal)) {
             Ok(admitted) => admitted,
             Err(error) => {
-                self.deny(&call, number, &error);
+                self.deny(&call, number, &error).await;
                 let _ = reply.send(Err(error));
                 return;
             }
         };
         let gate = Gate::default();
-        let mut delivery = pin!(catch_panic(self.deliver(&call, &permit, &recorded, &gate)));
+        let mut delivery = pin!(catch_panic(self.deliver(&call, &permit, intent, &gate)));
         let stopped_by = tokio::select! {
             biased;
             ended = &mut delivery => {
-                self.finish(&call, number, &permit, &ended);
+                self.finish(&call, number, &permit, &ended).await;
                 let _ = reply.send(ended);
                 return;
             }
@@ -165,7 +165,7 @@ impl Broker {
             }
             Closed::Sent => Err(BrokerError::AnswerLate),
         };
-        self.finish(&call, number, &permit, &ended);
+        self.finish(&call, number, &permit, &ended).await;
         let _ = reply.send(ended);
         // The gate is closed, so nothing more can be sent. Wait for a request that is in flight and may change something, and
         // audit its late result; that of a request of the broker itself is not needed.
@@ -175,12 +175,12 @@ impl Broker {
                 late = &mut delivery => late,
                 () = self.calls.give_up.cancelled() => Err(BrokerError::AnswerLate),
             };
-            self.finish_late(&call, number, &permit, &late);
+            self.finish_late(&call, number, &permit, &late).await;
         }
     }
 
-    /// Authorizes the call and audits its intent. Waits only for the write to the audit log.
-    fn admit(&self, call: &Call, number: u64) -> Result<(Permit, Recorded), BrokerError> {
+    /// Authorizes the call and queues its intent for the audit log.
+    fn admit(&self, call: &Call, number: u64) -> Result<(Permit, Intent), BrokerError> {
         if self.is_draining() {
             return Err(BrokerError::ShuttingDown);
         }
@@ -190,17 +190,19 @@ impl Broker {
             risk_increasing = permit.increases_risk(),
             "pre-send checks passed"
         );
-        let recorded = self
+        let intent = self
             .audit
             .intent(&call_context(call, number), &permit, &call.request)?;
-        tracing::debug!("intent audited");
-        Ok((permit, recorded))
+        Ok((permit, intent))
     }
 
     /// Checks the rules, then the restrictions that admins have set. A risk-increasing request also needs a proven egress
     /// address and a known exchange time.
     fn authorize(&self, call: &Call) -> Result<Permit, BrokerError> {
-        let permit = self.policy().authorize(&call.principal, &call.request)?;
+        let mut permit = self.policy().authorize(&call.principal, &call.request)?;
+        if self.dead_man.is_renewal(&call.request, permit.endpoint()) {
+            permit.pass_like_a_cancel();
+        }
         let is_risk_increasing = permit.increases_risk();
         self.restrictions
             .check(&call.principal, &permit.account().id, is_risk_increasing)?;
@@ -219,11 +221,12 @@ impl Broker {
 
     /// Audits, logs and counts a call that [`Self::admit`] refused. Audit and log lines are limited per bot: a bot in a loop
     /// must not fill the disk.
-    fn deny(&self, call: &Call, number: u64, error: &BrokerError) {
+    async fn deny(&self, call: &Call, number: u64, error: &BrokerError) {
         let ending = ending_of_error(call, error);
+        let mut line = None;
         if call.principal.bot().is_none() || self.may_record_refusal(&call.principal) {
-            self.audit
-                .denied(&call_context(call, number), Some(&call.request), &ending);
+            let context = call_context(call, number);
+            line = Some(self.audit.denied(&context, Some(&call.request), &ending));
             let UnsignedRequest {
                 scope,
                 method,
@@ -239,16 +242,21 @@ impl Broker {
             let scope = Some(call.request.scope);
             self.metrics.request(scope, outcome, Some(reason));
         }
+        if let Some(line) = line {
+            line.written_by(call.deadline).await;
+        }
     }
 
-    /// Sends the request, and again where [`retry::next`] allows it.
+    /// Waits until the intent is written. Then sends the request, and again where [`retry::next`] allows it.
     async fn deliver(
         self: &Arc<Self>,
         call: &Call,
         permit: &Permit,
-        recorded: &Recorded,
+        intent: Intent,
         gate: &Gate,
     ) -> Result<Receipt, BrokerError> {
+        let recorded = &intent.recorded(&self.audit).await?;
+        tracing::debug!("intent audited");
         let (is_idempotent, has_own_key) = (permit.is_idempotent(), call.key.is_some());
         let mut last = self.send(call, permit, recorded, gate).await;
         let mut budget = RetryBudget::default();
@@ -324,7 +332,7 @@ impl Broker {
             "connection ready"
         );
         // Register first: a halt before the authorization below refuses the request, and a halt after it waits until this
-        // attempt has ended. Whether a request is risk-increasing depends only on its endpoint, never on the rules.
+        // attempt has ended. Whether a request is risk-increasing depends on the request, never on the rules.
         let account = &admitted.account().id;
         let _registered = admitted
             .increases_risk()
@@ -459,7 +467,7 @@ impl Broker {
     }
 
     /// Audits, logs and counts the result that the bot gets.
-    fn finish(
+    async fn finish(
         &self,
         call: &Call,
         number: u64,
@@ -468,8 +476,9 @@ impl Broker {
     ) {
         let endpoint = permit.endpoint_id();
         let ending = ending(call, ended);
-        self.audit
-            .outcome(&call_context(call, number), endpoint, &ending);
+        let line = self
+            .audit
+            .outcome(&call_context(call, number), permit, &ending);
         log_end(call, endpoint, &ending, ended.as_ref().err(), "call ended");
         let is_abandoned = matches!(
             ended,
@@ -489,11 +498,12 @@ impl Broker {
         if !is_still_in_flight {
             self.count_unresolved(call, permit, ended);
         }
+        line.written_by(call.deadline).await;
     }
 
     /// Audits and logs the result of a request whose bot was answered with [`BrokerError::AnswerLate`]: the late answer, or the
     /// same error again if the broker stopped waiting for it.
-    fn finish_late(
+    async fn finish_late(
         &self,
         call: &Call,
         number: u64,
@@ -502,10 +512,12 @@ impl Broker {
     ) {
         let endpoint = permit.endpoint_id();
         let ending = ending(call, late);
-        self.audit
-            .late_answer(&call_context(call, number), endpoint, &ending);
+        let line = self
+            .audit
+            .late_answer(&call_context(call, number), permit, &ending);
         log_end(call, endpoint, &ending, late.as_ref().err(), "late answer");
         self.count_unresolved(call, permit, late);
+        line.written().await;
     }
 
     /// Counts a call that ends as `maybe_sent` while the broker stops, since the order must be looked up. Reads, and the

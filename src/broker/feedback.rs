@@ -57,6 +57,9 @@ impl Broker {
                 }
             }
         }
+        if answer.outcome == Outcome::Accepted {
+            self.dead_man.accepted(&call.request, permit.endpoint());
+        }
         if answer.is_of_unknown_code {
             self.note_unknown_code(permit, &answer.code);
         }

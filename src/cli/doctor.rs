@@ -252,7 +252,7 @@ async fn test(broker: Result<Arc<Broker>, String>, found: Vec<FoundKey>) -> Vec<
                 }
             });
             let lines = futures_util::future::join_all(tests).await;
-            broker.audit.sync();
+            broker.audit.flush().await;
             lines.concat()
         }
         Err(reason) => found

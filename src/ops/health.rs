@@ -11,6 +11,7 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 
 use super::key_health::{self, KeyHealth};
+use crate::audit::Audit;
 use crate::base::diagnosis::{Diagnosis, Severity};
 use crate::broker::Broker;
 use crate::clock::{self, ClockUncertain, ExchangeTime, HostId};
@@ -60,6 +61,21 @@ fn of_keys(broker: &Broker, keys: &[KeyHealth]) -> Readiness {
     if let Some(failure) = broker.audit.failure() {
         let cause = format!("{failure}; risk-increasing requests are refused");
         problems.push(Diagnosis::failed("audit", cause, ""));
+    }
+    if let Some(failure) = broker.audit.reserve_failure() {
+        let cause = format!("the reserve of the audit log cannot be written: {failure}");
+        problems.push(Diagnosis::warning("audit", cause, ""));
+    }
+    if let Some(space) = broker.audit.space().filter(|space| space.is_nearly_full()) {
+        let cause = format!(
+            "the file system of the audit log has only {} MiB of free space",
+            space.free >> 20
+        );
+        problems.push(Diagnosis::warning(
+            "audit",
+            cause,
+            "free disk space, or move the audit log (audit.file)",
+        ));
     }
     if broker.metrics.certificate_not_after.get() < broker.clock.wall_ms() / 1000 {
         let fix = "replace the files of tls.certificate and tls.key";
@@ -228,6 +244,7 @@ impl Collector for HealthMetrics {
         encode_clock(broker, gauges)?;
         encode_egress(broker, gauges)?;
         encode_files(&self.problems.borrow(), gauges)?;
+        encode_audit(&broker.audit, gauges)?;
         encode_process(broker, gauges)
     }
 }
@@ -364,6 +381,21 @@ fn encode_files(problems: &FileProblems, gauges: &mut DescriptorEncoder<'_>) -> 
     gauge(gauges, "file_warnings", help, [([], number)])
 }
 
+fn encode_audit(audit: &Audit, gauges: &mut DescriptorEncoder<'_>) -> fmt::Result {
+    let help = "1 while the audit log is writable, otherwise 0";
+    let value = i64::from(audit.failure().is_none());
+    gauge(gauges, "audit_writable", help, [([], value)])?;
+    let help = "Number of audit lines that are not in the audit log yet";
+    gauge(gauges, "audit_lines_waiting", help, [([], audit.waiting())])?;
+    let space = audit.space();
+    let help = "Free bytes of the file system of the audit log; below 64 MiB, risk-increasing requests are refused";
+    let value = space.map(|space| ([], space.free));
+    gauge(gauges, "audit_filesystem_avail_bytes", help, value)?;
+    let help = "Size in bytes of the file system of the audit log";
+    let value = space.map(|space| ([], space.total));
+    gauge(gauges, "audit_filesystem_size_bytes", help, value)
+}
+
 fn encode_process(broker: &Broker, gauges: &mut DescriptorEncoder<'_>) -> fmt::Result {
     let process = hardened();
     let help = "1 while memory is locked and cannot be swapped out, otherwise 0";
@@ -373,9 +405,6 @@ fn encode_process(broker: &Broker, gauges: &mut DescriptorEncoder<'_>) -> fmt::R
         "1 while core dumps are disabled and only root can read the process memory, otherwise 0";
     let value = process.map(|process| ([], i64::from(process.is_undumpable)));
     gauge(gauges, "undumpable", help, value)?;
-    let help = "1 while the audit log is writable, otherwise 0";
-    let value = i64::from(broker.audit.failure().is_none());
-    gauge(gauges, "audit_writable", help, [([], value)])?;
     let help = "Number of running tasks of the async runtime";
     let runtime = Handle::try_current().ok();
     let tasks = runtime.map(|runtime| ([], runtime.metrics().num_alive_tasks()));

@@ -358,7 +358,7 @@ impl Broker {
 
     fn record(&self, change: &KeyChange) {
         let digest = |version: &Option<(u64, KeyDigest)>| version.map(|(_, digest)| digest.hex());
-        self.audit.record_action(
+        let line = self.audit.record_action(
             "vault",
             &Act {
                 action: "key",
@@ -373,6 +373,7 @@ impl Broker {
                 ..Act::default()
             },
         );
+        drop(line);
     }
 }
 

@@ -99,7 +99,7 @@ impl AdminConnection {
         let method = request.uri().path().trim_start_matches('/');
         let method = clean(method, METHOD_CHARS).into_owned();
         if let Some(problem) = not_grpc(&request) {
-            self.refused(&AdminError::Malformed(vec![problem]));
+            self.refused(&AdminError::Malformed(vec![problem])).await;
             let metrics = &self.connection.listener.broker.metrics;
             if let Some(suppressed) = metrics.allow_log() {
                 tracing::warn!(admin.id = %self.admin, rpc.method = method, http.response.status_code = 415, suppressed, "admin call refused: not gRPC");
@@ -109,7 +109,7 @@ impl AdminConnection {
         let response = match self.answer(request).await {
             Ok(response) => response,
             Err(error) => {
-                self.refused(&error);
+                self.refused(&error).await;
                 Status::from(error).into_http()
             }
         };
@@ -121,10 +121,11 @@ impl AdminConnection {
     }
 
     /// Counts and audits a call that was refused before it reached the API.
-    fn refused(&self, error: &AdminError) {
+    async fn refused(&self, error: &AdminError) {
         if let Some(reason) = error.refusal() {
             let broker = &self.connection.listener.broker;
-            broker.refuse_admin(&self.admin, reason, error.to_string());
+            let detail = error.to_string();
+            broker.refuse_admin(&self.admin, reason, detail).await;
         }
     }
 

@@ -110,12 +110,12 @@ impl BotConnection {
     /// Refuses a call, or passes it on with the bot's name.
     async fn call(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
         if let Some(problem) = not_grpc(&request) {
-            drop(self.refused(BrokerError::Malformed(vec![problem])));
+            drop(self.refused(BrokerError::Malformed(vec![problem])).await);
             return unsupported_media_type();
         }
         match self.answer(request).await {
             Ok(response) => response,
-            Err(error) => self.refused(error).into_http(),
+            Err(error) => self.refused(error).await.into_http(),
         }
     }
 
@@ -195,9 +195,9 @@ impl BotConnection {
     }
 
     /// Audits a call that was refused before it reached the broker, and returns its status.
-    fn refused(&self, error: BrokerError) -> Status {
+    async fn refused(&self, error: BrokerError) -> Status {
         let id = RequestId::random();
         let broker = &self.connection.listener.broker;
-        status(&broker.refuse(&self.bot, &id, error), &id)
+        status(&broker.refuse(&self.bot, &id, error).await, &id)
     }
 }

@@ -13,6 +13,7 @@ use crate::base::lock::RwLock;
 use crate::base::toml_file::Problem;
 use crate::base::trust;
 use crate::broker::admission::{Admission, AdmissionLimits};
+use crate::broker::dead_man::DeadManSwitches;
 use crate::broker::probes::RecheckSignals;
 use crate::broker::{Broker, Calls, UnknownCodes};
 use crate::clock::Clock;
@@ -83,7 +84,12 @@ pub(crate) fn broker(
     let restrictions = Restrictions::open(&config.state_dir).map_err(StartError::Restrictions)?;
     let restrictions = Arc::new(restrictions);
     let metrics = Arc::new(Metrics::default());
-    let audit = Audit::open(&config.audit_file, Arc::clone(&clock), Arc::clone(&metrics));
+    let audit = Audit::open(
+        &config.audit_file,
+        config.audit_reserve_bytes,
+        Arc::clone(&clock),
+        Arc::clone(&metrics),
+    );
     let unopened = |error| StartError::Audit(config.audit_file.display().to_string(), error);
     let audit = audit.map_err(unopened)?;
     let keyring = Arc::new(Keyring::new(Arc::clone(&clock), Arc::clone(&restrictions)));
@@ -100,6 +106,7 @@ pub(crate) fn broker(
         metrics,
         admission: Admission::new(admission_limits(config)),
         calls: Calls::default(),
+        dead_man: DeadManSwitches::default(),
         refusal_codes: config.refusal_codes.clone(),
         unknown_codes: UnknownCodes::default(),
     })

@@ -170,13 +170,14 @@ impl Reloader {
     /// Audits the files that are in use at the start.
     fn record_start(&self, rules: &Watched, tls: &Watched) {
         for watched in [rules, tls] {
-            self.broker.audit.changed(&Change {
+            let change = Change {
                 file: watched.file,
                 before: None,
                 after: &watched.in_force,
                 outcome: "loaded",
                 detail: None,
-            });
+            };
+            drop(self.broker.audit.changed(&change));
         }
     }
 
@@ -266,13 +267,14 @@ impl Reloader {
         };
         let labels = [("file", file), ("outcome", outcome)];
         self.broker.metrics.reloads.get_or_create(&labels).inc();
-        self.broker.audit.changed(&Change {
+        let change = Change {
             file,
             before: Some(&before),
             after: &after,
             outcome,
             detail,
-        });
+        };
+        drop(self.broker.audit.changed(&change));
     }
 }
 

@@ -1,15 +1,20 @@
 //! The audit log: a line before each request, a line after it, and what happens when it cannot be written.
 
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::Mutex;
 
-use credbroker::proto::{Method, Outcome, QueryParameter, Scope};
+use credbroker::proto::{Method, Outcome, QueryParameter, Scope, SignAndSendRequest};
 use credbroker::server::{Server, StartError};
 use credbroker_sim::installation::{MAIN_UID, Settings};
+use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use serde_json::{Value, json};
 use tonic::Code;
 
-use crate::harness::{Lab, accounts, refusal, request, spot_order, until};
+use crate::harness::{Lab, accounts, refusal, request, spot_cancel_all, spot_order, until};
 
 #[tokio::test]
 async fn call_writes_an_intent_line_and_an_outcome_line() {
@@ -342,6 +347,185 @@ async fn every_audit_line_parses_after_the_disk_was_full() {
     bot.send(spot_order("new-file")).await.unwrap();
     parsed(&path);
     assert_eq!(lab.kucoin.orders(MAIN_UID).len(), 2);
+    lab.process().terminate();
+    assert_eq!(lab.process().exit_code().await, Some(0));
+}
+
+/// A named pipe as audit file: writes to it hang while nobody reads it.
+struct AuditPipe {
+    reader: File,
+    text: Mutex<String>,
+}
+
+impl AuditPipe {
+    fn create(path: &Path) -> Self {
+        mknodat(CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        let mut options = File::options();
+        options
+            .read(true)
+            .custom_flags(OFlags::NONBLOCK.bits().cast_signed());
+        Self {
+            reader: options.open(path).unwrap(),
+            text: Mutex::default(),
+        }
+    }
+
+    /// Fills the pipe with empty lines.
+    fn fill(path: &Path) {
+        let mut options = File::options();
+        options
+            .write(true)
+            .custom_flags(OFlags::NONBLOCK.bits().cast_signed());
+        let mut writer = options.open(path).unwrap();
+        while writer.write(b"\n").is_ok() {}
+    }
+
+    /// Reads what is in the pipe, and returns every audit line of a bot so far.
+    fn lines(&self) -> Vec<Value> {
+        let (mut bytes, mut text) = (vec![0; 65536], self.text.lock().unwrap());
+        while let Ok(count @ 1..) = (&self.reader).read(&mut bytes) {
+            *text += str::from_utf8(&bytes[..count]).unwrap();
+        }
+        let complete = text.rfind('\n').map_or("", |end| &text[..end]);
+        let lines = complete.lines().filter(|line| !line.is_empty());
+        let mut lines: Vec<Value> = lines
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        lines.retain(|line| line["bot"].is_string());
+        lines
+    }
+}
+
+fn cancel(request_id: &str) -> SignAndSendRequest {
+    SignAndSendRequest {
+        request_id: request_id.to_owned(),
+        ..spot_cancel_all()
+    }
+}
+
+#[tokio::test]
+async fn while_the_audit_disk_hangs_orders_are_refused_and_cancels_are_recorded_in_the_reserve() {
+    let mut lab = Lab::install(Settings {
+        config: "[audit]\nfile = \"audit.pipe\"".to_owned(),
+        ..Settings::default()
+    })
+    .await;
+    lab.is_audit_checked = false;
+    let path = lab.path("audit.pipe");
+    let pipe = AuditPipe::create(&path);
+    lab.start_broker().await;
+    lab.until_ready().await;
+    let mut bot = lab.bot("maker").await;
+    bot.send(spot_order("before")).await.unwrap();
+    assert_eq!(pipe.lines().len(), 2);
+
+    AuditPipe::fill(&path);
+    let mut order = spot_order("hangs");
+    order.request_id = "hangs".to_owned();
+    assert_eq!(refusal(bot.send(order).await).1, "AUDIT_UNAVAILABLE");
+    // From now on it is known that the write hangs.
+    let mut order = spot_order("refused");
+    order.request_id = "refused".to_owned();
+    assert_eq!(refusal(bot.send(order).await).1, "AUDIT_UNAVAILABLE");
+    for request_id in ["cancel-1", "cancel-2"] {
+        let answer = bot.send(cancel(request_id)).await.unwrap();
+        assert_eq!(answer.outcome(), Outcome::Accepted);
+    }
+    bot.send(accounts()).await.unwrap();
+    assert_eq!(lab.metric("audit_writable").await, Some(0.0));
+    assert!(lab.metric("audit_lines_waiting").await > Some(5.0));
+    let readyz = lab.get("/readyz").await.1;
+    assert!(
+        readyz.contains("cannot be written: a write to it hangs"),
+        "{readyz}"
+    );
+    assert_eq!(lab.kucoin.orders(MAIN_UID).len(), 1);
+    let reserve = || std::fs::read(lab.path("state/audit.reserve")).unwrap();
+    let in_reserve = |id: &str| {
+        let (text, id) = (reserve(), format!("\"request_id\":\"{id}\""));
+        text.windows(id.len())
+            .filter(|part| *part == id.as_bytes())
+            .count()
+    };
+    until("the cancels are in the reserve", async || {
+        in_reserve("cancel-1") == 2 && in_reserve("cancel-2") == 2
+    })
+    .await;
+    assert_eq!(reserve().len(), 16 << 20);
+
+    until("all lines are in the audit log", async || {
+        pipe.lines().len() == 11
+    })
+    .await;
+    let lines = pipe.lines();
+    let shown = |line: &Value| {
+        let text = |field: &str| line[field].as_str().unwrap_or_default().to_owned();
+        format!(
+            "{} {} {}",
+            text("request_id"),
+            text("event"),
+            text("outcome")
+        )
+    };
+    let shown: Vec<_> = lines[2..9].iter().map(shown).collect();
+    let expected = [
+        "hangs intent ",
+        "hangs outcome not_sent",
+        "refused denied not_sent",
+        "cancel-1 intent ",
+        "cancel-1 outcome accepted",
+        "cancel-2 intent ",
+        "cancel-2 outcome accepted",
+    ];
+    assert_eq!(shown, expected);
+    assert!(lines.is_sorted_by_key(|line| line["time_ms"].as_i64()));
+    until("the reserve is empty", async || reserve()[0] == 0).await;
+    bot.send(spot_order("after")).await.unwrap();
+    assert_eq!(lab.metric("audit_writable").await, Some(1.0));
+    assert_eq!(pipe.lines().len(), 13);
+    assert_eq!(lab.server.take().unwrap().stop().await, 0);
+}
+
+#[tokio::test]
+async fn lines_in_the_reserve_are_added_to_the_audit_log_at_the_next_start() {
+    let mut lab = Lab::with(Settings {
+        process: true,
+        ..Settings::default()
+    })
+    .await;
+    until_tested(&lab).await;
+    let path = lab.path("state/audit.jsonl");
+    let mut bot = lab.bot("maker").await;
+    bot.send(accounts()).await.unwrap();
+    limit_files(&lab, Some(std::fs::metadata(&path).unwrap().len()));
+    for request_id in ["first", "second"] {
+        let answer = bot.send(cancel(request_id)).await.unwrap();
+        assert_eq!(answer.outcome(), Outcome::Accepted);
+    }
+    lab.process().signal("KILL");
+    lab.process().exit_code().await;
+    for request_id in ["first", "second"] {
+        assert!(lab.audit_of(request_id).is_empty());
+    }
+    lab.spawn_broker().await;
+    lab.until_ready().await;
+    let lines = lab.audit_file();
+    let of = |id: &str| -> Vec<_> {
+        let lines = lines.iter().enumerate();
+        let lines = lines.filter(|(_, line)| line["request_id"] == id);
+        lines
+            .map(|(index, line)| (index, line["event"].as_str().unwrap()))
+            .collect()
+    };
+    let [(first, "intent"), (_, "outcome")] = of("first")[..] else {
+        panic!("{lines:?}");
+    };
+    let [(_, "intent"), (last, "outcome")] = of("second")[..] else {
+        panic!("{lines:?}");
+    };
+    let run = &lines[first]["run"];
+    assert!(lines[..=last].iter().all(|line| line["run"] == *run));
+    assert!(lines[last + 1..].iter().all(|line| line["run"] != *run));
     lab.process().terminate();
     assert_eq!(lab.process().exit_code().await, Some(0));
 }

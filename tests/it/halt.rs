@@ -673,6 +673,34 @@ async fn cancel_all_works_without_audit_log_vault_and_verified_egress_address() 
 }
 
 #[tokio::test]
+async fn dead_man_switch_is_renewed_on_a_halted_account_and_not_weakened() {
+    let mut lab = Lab::start().await;
+    let mut bot = lab.patient_bot("maker").await;
+    let set = |timeout: i64, symbols: &str| {
+        let body = json!({"timeout": timeout, "symbols": symbols}).to_string();
+        let path = "/api/v1/hf/orders/dead-cancel-all";
+        request(Scope::SpotMargin, Method::Post, path, &body)
+    };
+    let (both, one) = ("BTC-USDT,ETH-USDT", "BTC-USDT");
+    placed(&mut bot, set(60, both)).await;
+    let halted = lab.admin_cli("anna", &["halt", "main"]).await;
+    assert_eq!(halted.code, Some(0), "{halted:?}");
+    for renewal in [set(60, both), set(5, ""), set(300, "")] {
+        placed(&mut bot, renewal).await;
+    }
+    let unified = r#"{"timeout":60,"symbols":""}"#;
+    let unified = request(Scope::Unified, Method::Post, "/api/ua/v1/dcp/set", unified);
+    let before = lab.kucoin.received().len();
+    for weaker in [set(301, ""), set(-1, ""), set(4, ""), set(60, one), unified] {
+        let body = weaker.body.clone();
+        let refused = refusal(bot.send(weaker).await);
+        assert_eq!(refused.1, "ACCOUNT_FROZEN", "{body:?}");
+    }
+    assert_eq!(lab.kucoin.received().len(), before);
+    lab.stop().await;
+}
+
+#[tokio::test]
 async fn halt_of_one_account_leaves_the_others_running() {
     let mut lab = Lab::with(Settings {
         kucoin: KucoinSettings {

@@ -1344,13 +1344,16 @@ async fn disk_full(site: &mut Site) -> Row {
     let unwritable = "`AUDIT_UNAVAILABLE` (not_sent)";
     assert!(seen.is_only(unwritable, &[Kind::Order]), "{seen}");
     assert!(site.metric("audit_failures_total").await > 0.0);
-    // The log contains the lines that could not be written to the file.
     let calls = site.driver.calls_since(observation.from);
-    let log = site.lab.process().log();
-    for call in &calls {
-        assert!(log.contains(&format!("\\\"{}\\\"", call.id)), "{call:?}");
-    }
     restart_with(site, |_| usual).await;
+    // The lines that could not be written waited in the reserve.
+    let lines = site.lab.audit_file();
+    for call in &calls {
+        assert!(
+            lines.iter().any(|line| line["request_id"] == call.id),
+            "{call:?}"
+        );
+    }
     let repaired = Observation::now();
     let took = repaired.until_recovered(site).await;
     site.driver.settled().await;
@@ -1359,7 +1362,7 @@ async fn disk_full(site: &mut Site) -> Row {
         done: "started with `/dev/full`; then with a writable file",
         bots: seen.to_string(),
         how_long: format!("ends {} after the restart", rough(took)),
-        recorded: "`/readyz`: not ready, with path and error; `audit_writable` 0; every audit line in the log instead; `audit_failures_total`",
+        recorded: "`/readyz`: not ready, with path and error; `audit_writable` 0; every audit line in the reserve, and in the audit log after the restart; `audit_failures_total`",
     }
 }
 

@@ -140,7 +140,7 @@ async fn check(config: &Config, account: &AccountId) -> Result<Vec<Diagnosis>, C
         .into_iter()
         .map(|(found, scope, ask)| signed(&broker, found, scope, ask));
     compared.extend(futures_util::future::join_all(signed).await);
-    broker.audit.sync();
+    broker.audit.flush().await;
     Ok(compared)
 }
 
