@@ -66,17 +66,6 @@ fn of_keys(broker: &Broker, keys: &[KeyHealth]) -> Readiness {
         let cause = format!("the reserve of the audit log cannot be written: {failure}");
         problems.push(Diagnosis::warning("audit", cause, ""));
     }
-    if let Some(space) = broker.audit.space().filter(|space| space.is_nearly_full()) {
-        let cause = format!(
-            "the file system of the audit log has only {} MiB of free space",
-            space.free >> 20
-        );
-        problems.push(Diagnosis::warning(
-            "audit",
-            cause,
-            "free disk space, or move the audit log (audit.file)",
-        ));
-    }
     if broker.metrics.certificate_not_after.get() < broker.clock.wall_ms() / 1000 {
         let fix = "replace the files of tls.certificate and tls.key";
         problems.push(Diagnosis::failed(
