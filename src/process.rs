@@ -152,3 +152,8 @@ fn raise_descriptors() -> u64 {
         Err(_) => limit.current.unwrap_or(u64::MAX),
     }
 }
+
+/// How many files a broker that is started with the limits of this process may have open: it raises its limit to the maximum.
+pub(crate) fn max_descriptors() -> u64 {
+    getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX)
+}

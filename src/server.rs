@@ -5,6 +5,7 @@ mod admins;
 mod bots;
 pub(crate) mod build;
 mod connection;
+pub(crate) mod descriptors;
 mod handshakes;
 pub(crate) mod identity;
 pub(crate) mod ops_http;

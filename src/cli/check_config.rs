@@ -7,20 +7,30 @@ use super::{DONE, USAGE, read_config, say, say_problems};
 use crate::clock::Clock;
 use crate::config::load::{Loaded, load};
 use crate::config::permissions;
+use crate::process::max_descriptors;
+use crate::server::descriptors::Shortage;
 
 pub(super) fn run(file: &Path) -> u8 {
     let now_ms = Clock::system().wall_ms();
     let loaded = read_config(file).and_then(|config| {
         let open = permissions::warnings(&permissions::files(&config));
-        Ok((load(&config, now_ms)?, open))
+        let shortage = Shortage::find(&config.admission_limits, max_descriptors());
+        Ok((load(&config, now_ms)?, open, shortage))
     });
     match loaded {
-        Ok((loaded, open)) => {
+        Ok((loaded, open, shortage)) => {
             let Loaded {
                 policy, warnings, ..
             } = loaded;
             for warning in warnings.iter().chain(&open) {
                 say(&format!("warning: {warning}"));
+            }
+            if let Some(shortage) = shortage {
+                say(&format!(
+                    "warning: a broker started from this shell {}; a service may have other limits\nfix: {}",
+                    shortage.cause(),
+                    shortage.fix()
+                ));
             }
             say(&format!(
                 "{}: no problems; {}",

@@ -8,6 +8,7 @@ use rustls::crypto::CryptoProvider;
 use rustls::{ClientConfig, RootCertStore};
 
 use super::StartError;
+use super::descriptors::Shortage;
 use crate::audit::Audit;
 use crate::base::lock::RwLock;
 use crate::base::toml_file::Problem;
@@ -23,7 +24,7 @@ use crate::egress::Egress;
 use crate::egress::proof::Proof;
 use crate::keyring::Keyring;
 use crate::policy::Policy;
-use crate::process::Share;
+use crate::process::{Share, hardened};
 use crate::restrictions::Restrictions;
 use crate::telemetry::Metrics;
 use crate::vault::Vault;
@@ -115,15 +116,17 @@ pub(crate) fn broker(
 /// The configured limits, with as many connections as the process may have open.
 fn admission_limits(config: &Config) -> AdmissionLimits {
     let limits = config.admission_limits;
-    let connections = Share::Bots.limit(limits.connections);
-    if connections < limits.connections {
+    let shortage = hardened().and_then(|process| Shortage::find(&limits, process.descriptors));
+    if let Some(shortage) = shortage {
         tracing::warn!(
-            connections,
-            "the limit of open files allows fewer bot connections than limits.connections; set LimitNOFILE (systemd) or --ulimit nofile (containers)"
+            connections = shortage.bots.0,
+            exchange_connections = shortage.exchange.0,
+            needed = shortage.needed,
+            "the limit of open files allows fewer connections than [limits]; set LimitNOFILE (systemd) or --ulimit nofile (containers)"
         );
     }
     AdmissionLimits {
-        connections,
+        connections: Share::Bots.limit(limits.connections),
         ..limits
     }
 }

@@ -463,9 +463,12 @@ async fn idle_bot_connections_leave_descriptors_for_admins_probes_and_the_exchan
     let mut lab = Lab::install(settings).await;
     lab.spawn_broker_under(&["sh", "-c", DESCRIPTORS, "sh"])
         .await;
-    let warning = "the limit of open files allows fewer bot connections than limits.connections; set LimitNOFILE (systemd) \
-                   or --ulimit nofile (containers)";
-    assert_eq!(lab.process().log_line(warning).await["connections"], 64);
+    let warning = "the limit of open files allows fewer connections than [limits]; set LimitNOFILE (systemd) or --ulimit \
+                   nofile (containers)";
+    let warning = lab.process().log_line(warning).await;
+    let fields =
+        ["connections", "exchange_connections", "needed"].map(|name| warning[name].clone());
+    assert_eq!(fields, [64, 0, 16_384]);
     let mut idle = Vec::new();
     for bot in ["maker", "reader"] {
         let identity = lab.ca.bot(bot).unwrap();

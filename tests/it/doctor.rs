@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::delivery::tls_with;
-use crate::harness::{CommandOutput, Lab, rules_for, set_mode, until};
+use crate::harness::{CommandOutput, Lab, in_one_line, rules_for, set_mode, until};
 
 use crate::keys::real::Api;
 
@@ -117,7 +117,8 @@ async fn assert_reported(lab: &Lab, status: &str, check: &str, detail: &str, fix
 fn not_ok(lines: &[Value]) -> Vec<&Value> {
     let is_of_machine = |line: &Value| {
         let is_warning = line["status"] == "warning";
-        line["check"] == "memory" || line["check"] == "audit" && is_warning
+        let depends = ["descriptors", "memory"].contains(&line["check"].as_str().unwrap());
+        depends || line["check"] == "audit" && is_warning
     };
     let is_bad = |line: &&Value| line["status"] != "ok" && !is_of_machine(line);
     lines.iter().filter(is_bad).collect()
@@ -147,6 +148,7 @@ async fn healthy_installation_passes_every_check_on_one_screen() {
         "audit",
         "state",
         "memory",
+        "descriptors",
     ];
     let sorted = |mut all: Vec<String>| {
         all.sort();
@@ -180,10 +182,14 @@ async fn healthy_installation_passes_every_check_on_one_screen() {
     ] {
         assert!(screen.contains(part), "{part} is not in\n{screen}");
     }
-    // A warning about memory depends on this machine.
+    // Warnings about memory and open files depend on this machine.
     let last = screen.lines().last().unwrap();
-    let is_warned = screen.contains("\nwarning ");
-    let expected = ["no problems", "no failures, 1 warning"][usize::from(is_warned)];
+    let warnings = screen.matches("\nwarning ").count();
+    let expected = [
+        "no problems",
+        "no failures, 1 warning",
+        "no failures, 2 warnings",
+    ][warnings];
     assert_eq!(last, expected, "{screen}");
     lab.vault
         .remove_denial(Some(ROOT_TOKEN), Some("POST"), "kv/*");
@@ -207,6 +213,7 @@ async fn doctor_also_checks_a_running_broker_without_disturbing_it() {
     assert!(detail_of("state").contains("a broker is using it"));
     assert_eq!(detail_of("broker"), "running and ready");
     assert!(detail_of("memory").starts_with("the running broker's memory is"));
+    assert!(detail_of("descriptors").starts_with("the running broker may have "));
     // The broker is still running and still holds its lock.
     lab.until_ready().await;
     let again = credbroker::server::Server::start(lab.config()).await;
@@ -1010,5 +1017,37 @@ async fn live_report_compares_answers_with_the_documented_fields() {
         nobody.stderr.contains("has no account nobody"),
         "{}",
         nobody.stderr
+    );
+}
+
+#[tokio::test]
+async fn doctor_and_check_config_warn_if_too_few_files_may_be_open() {
+    const DESCRIPTORS: &str = "ulimit -n 1024 && exec \"$@\"";
+    let lab = healthy().await;
+    let config = lab.path("config.toml");
+    let run = |words: &[&str]| {
+        let mut command = std::process::Command::new("sh");
+        command.args(["-c", DESCRIPTORS, "sh", env!("CARGO_BIN_EXE_credbroker")]);
+        command.args(words).arg("--config").arg(&config);
+        tokio::task::spawn_blocking(move || command.output().unwrap())
+    };
+    let cause = "a broker started from this shell may have 1024 files open, which allows 512 of 8192 connections of bots \
+                 (limits.connections) and 256 of 1536 connections to the exchange (limits.calls_in_flight + \
+                 limits.cancels_in_flight)";
+    let fix = "set LimitNOFILE=16384 (systemd) or --ulimit nofile=16384 (containers), or lower these limits";
+    let checked = run(&["check-config"]).await.unwrap();
+    assert_eq!(checked.status.code(), Some(0));
+    let text = in_one_line(&String::from_utf8(checked.stderr).unwrap());
+    let expected = format!("warning: {cause}; a service may have other limits fix: {fix}");
+    assert!(text.contains(&expected), "{text}");
+    let examined = run(&["doctor", "--json"]).await.unwrap();
+    let text = String::from_utf8(examined.stdout).unwrap();
+    let mut lines = text
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let line = lines.find(|line| line["check"] == "descriptors").unwrap();
+    assert_eq!(
+        (&line["status"], &line["detail"], &line["fix"]),
+        (&"warning".into(), &cause.into(), &fix.into())
     );
 }

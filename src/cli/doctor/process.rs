@@ -1,18 +1,20 @@
-//! The process: readiness and memory of a running broker, or whether a broker started from this shell could lock its memory.
+//! The process: readiness, memory and open files of a running broker, or whether a broker started from this shell could lock
+//! its memory and open enough files.
 
 use crate::base::diagnosis::Diagnosis;
 use crate::cli::health::{ask, from_here};
 use crate::config::Config;
 use crate::ops::health::RELOAD_FAILED;
 use crate::process::Hardened;
+use crate::server::descriptors::Shortage;
 
-/// Checks a running broker's readiness and memory; without one, whether a broker started from this shell could lock its
-/// memory.
+/// Checks a running broker's readiness, memory and open files; without one, whether a broker started from this shell could lock
+/// its memory and open enough files.
 pub(super) fn lines(config: &Config, is_running: bool, hardened: &Hardened) -> Vec<Diagnosis> {
     let fix_lock =
         "set LimitMEMLOCK=infinity (systemd) or --ulimit memlock=-1 (containers), or disable swap";
     if !is_running {
-        return vec![if hardened.is_locked {
+        let memory = if hardened.is_locked {
             Diagnosis::ok(
                 "memory",
                 "a broker started from this shell can lock its memory (keys never reach swap)",
@@ -21,7 +23,9 @@ pub(super) fn lines(config: &Config, is_running: bool, hardened: &Hardened) -> V
             let detail = "a broker started from this shell cannot lock its memory, and keys could be swapped to disk; a \
                           service may have other limits";
             Diagnosis::warning("memory", detail, fix_lock)
-        }];
+        };
+        let who = "a broker started from this shell";
+        return vec![memory, descriptors(config, hardened.descriptors, who)];
     }
     let address = from_here(config.ops);
     if address.port() == 0 {
@@ -58,6 +62,9 @@ pub(super) fn lines(config: &Config, is_running: bool, hardened: &Hardened) -> V
         lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))
     };
     let is_one = |name| gauge(name) == Some("1");
+    let descriptors = gauge("process_max_fds")
+        .and_then(|number| number.parse().ok())
+        .map(|number| descriptors(config, number, "the running broker"));
     let state = (
         is_one("credbroker_undumpable"),
         is_one("credbroker_memory_locked"),
@@ -79,7 +86,22 @@ pub(super) fn lines(config: &Config, is_running: bool, hardened: &Hardened) -> V
             Diagnosis::failed("memory", detail, fix)
         }
     });
+    lines.extend(descriptors);
     lines
+}
+
+/// Whether a process that may have `number` files open can have as many connections as the configuration allows.
+fn descriptors(config: &Config, number: u64, who: &str) -> Diagnosis {
+    match Shortage::find(&config.admission_limits, number) {
+        None => Diagnosis::ok(
+            "descriptors",
+            format!("{who} may have {number} files open, enough for its limits"),
+        ),
+        Some(shortage) => {
+            let detail = format!("{who} {}", shortage.cause());
+            Diagnosis::warning("descriptors", detail, shortage.fix())
+        }
+    }
 }
 
 /// Changed files that the running broker has rejected. It stays ready with their previous content, and doctor's other lines
