@@ -11,6 +11,7 @@ pub(crate) mod identity;
 pub(crate) mod ops_http;
 pub(crate) mod probes;
 mod reload;
+pub(crate) mod sockets;
 mod tls;
 
 use std::fs::{DirBuilder, File, TryLockError};
@@ -53,6 +54,7 @@ use build::{Assembled, assemble};
 use connection::Listener;
 use probes::Probes;
 use reload::Reloader;
+use sockets::{Inherited, Sockets};
 use tls::Tls;
 
 /// How long the last responses may take to be written once all calls have ended.
@@ -89,6 +91,9 @@ pub enum StartError {
     /// Files that the configuration names have problems.
     #[error("the configuration has {} problem(s)", .0.len())]
     Config(Vec<Problem>),
+    /// The inherited sockets do not fit the configuration.
+    #[error("cannot use the inherited sockets (LISTEN_FDS): {0}")]
+    Inherited(String),
     /// A listener cannot be opened.
     #[error(
         "cannot bind {0}; check that no other process uses this address, or change it in [listen]"
@@ -161,11 +166,20 @@ impl Server {
     ///
     /// # Errors
     /// As [`Server::start`].
+    pub async fn start_on(config: Config, clock: Clock) -> Result<Self, StartError> {
+        Self::start_with(config, clock, Inherited::default()).await
+    }
+
+    /// The same with sockets that this process has inherited.
     #[expect(
         clippy::too_many_lines,
         reason = "assembles all parts, each one after its dependencies"
     )]
-    pub async fn start_on(config: Config, clock: Clock) -> Result<Self, StartError> {
+    pub(crate) async fn start_with(
+        config: Config,
+        clock: Clock,
+        inherited: Inherited,
+    ) -> Result<Self, StartError> {
         let bots_wait_until = Instant::now() + FIRST_READ_WITHIN;
         let clock = Arc::new(clock);
         let watched = (Source::read(&config.rules), TlsSources::read(&config.tls));
@@ -194,12 +208,12 @@ impl Server {
         let admins_tls = Tls::new::<AdminId>(&certificates, admins_ca, 0, &provider, &metrics)?;
         let (set_admins_tls, admins_tls) = watch::channel(Arc::new(admins_tls));
 
-        let (grpc_listener, grpc) = listen(config.grpc).await?;
-        let (ops_listener, ops) = listen(config.ops).await?;
-        let admin_listener = match config.admin {
-            Some(address) => Some(listen(address).await?),
-            None => None,
-        };
+        let Sockets {
+            grpc: (grpc_listener, grpc),
+            ops: (ops_listener, ops),
+            admin: admin_listener,
+            inherited,
+        } = inherited.open(&config).await?;
         let admin = admin_listener.as_ref().map(|(_, bound)| *bound);
 
         let (key_events, requested_tests) = mpsc::unbounded_channel();
@@ -284,7 +298,7 @@ impl Server {
         }
         listeners.close();
         let shown_admin = admin.map(tracing::field::display);
-        tracing::info!(%grpc, %ops, admin = shown_admin, "listening");
+        tracing::info!(%grpc, %ops, admin = shown_admin, inherited, "listening");
         let drain_timeout = config.drain_timeout;
         Ok(Self {
             grpc,
@@ -464,16 +478,6 @@ pub(crate) fn is_locked(folder: &Path) -> io::Result<bool> {
         Err(TryLockError::WouldBlock) => Ok(true),
         Err(TryLockError::Error(error)) => Err(error),
     }
-}
-
-async fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {
-    let open = async {
-        let listener = TcpListener::bind(address).await?;
-        let bound = listener.local_addr()?;
-        Ok((listener, bound))
-    };
-    open.await
-        .map_err(|error| StartError::Listen(address, error))
 }
 
 /// Keeps the gRPC health service and [`Server::readiness`] up to date.

@@ -9,8 +9,10 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::text::counted;
 use super::{DONE, FAILED, USAGE, read_config, say, say_problems};
+use crate::clock::Clock;
 use crate::config::Config;
 use crate::process::{Signals, harden};
+use crate::server::sockets::Inherited;
 use crate::server::{Server, StartError};
 use crate::telemetry::init_logs;
 
@@ -45,6 +47,8 @@ pub(super) fn run(file: &Path) -> u8 {
 
 /// Runs the broker. Returns how many calls ended with an unknown outcome.
 fn serve(config: Config) -> anyhow::Result<u64> {
+    // Before any thread starts: changes the environment.
+    let inherited = Inherited::take()?;
     init_logs(&config.log_filter, config.log_format).context("log.filter")?;
     harden();
     // One thread: handling a call takes less time than waking a second thread.
@@ -54,7 +58,7 @@ fn serve(config: Config) -> anyhow::Result<u64> {
         .context("cannot start the async runtime")?;
     let ended = runtime.block_on(async {
         ignore_signals().context("cannot install signal handlers")?;
-        let mut server = Server::start(config).await?;
+        let mut server = Server::start_with(config, Clock::system(), inherited).await?;
         let stop = Signals::take([
             ("SIGTERM", SignalKind::terminate()),
             ("SIGINT", SignalKind::interrupt()),

@@ -169,7 +169,12 @@ impl Lab {
 
     /// The same, started by a command such as `prlimit` that executes it in its own process.
     pub(crate) async fn spawn_broker_under(&mut self, command: &[&str]) {
-        let process = Process::start(command, &self.path("config.toml"));
+        self.adopt(Process::start(command, &self.path("config.toml")))
+            .await;
+    }
+
+    /// Waits until a broker that was started for this installation listens.
+    pub(crate) async fn adopt(&mut self, process: Process) {
         let listening = process.log_line_with("listening").await;
         // The log is JSON or text.
         let address = |name: &str| -> Option<SocketAddr> {
@@ -574,12 +579,17 @@ pub(crate) struct Process {
 
 impl Process {
     fn start(command: &[&str], config: &Path) -> Self {
+        Self::start_with(command, config, Stdio::null(), Stdio::inherit())
+    }
+
+    pub(crate) fn start_with(command: &[&str], config: &Path, stdin: Stdio, stdout: Stdio) -> Self {
         let program = [env!("CARGO_BIN_EXE_credbroker"), "serve", "--config"];
         let mut words = command.iter().chain(&program);
         let mut child = Command::new(words.next().unwrap())
             .args(words)
             .arg(config)
-            .stdin(Stdio::null())
+            .stdin(stdin)
+            .stdout(stdout)
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();

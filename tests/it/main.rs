@@ -51,4 +51,5 @@ mod secrecy;
 mod shutdown;
 mod signing;
 mod situations;
+mod sockets;
 mod state;
