@@ -13,11 +13,12 @@
 //! | wait for the test of another key, after the exchange rejected the key | 5 s | `keyring.rs` |
 //! | measure the exchange's time, after it rejected the timestamp | as for the broker's other time checks | `broker/probes.rs` |
 //! | the bot reads the answer | 30 s | `server/connection.rs` |
-//! | calls in flight end after the broker begins to stop | `limits.drain_timeout_ms` | [`Broker::drain`] |
+//! | calls in flight end after the broker begins to stop | `limits.drain_timeout_ms`; reads 1 s | `broker/drain.rs` |
 
 pub(crate) mod admission;
 mod call;
 pub(crate) mod dead_man;
+pub(crate) mod drain;
 mod error;
 mod feedback;
 mod gate;
@@ -27,10 +28,8 @@ mod retry;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -50,6 +49,7 @@ use crate::telemetry::Metrics;
 use admission::Admission;
 pub(crate) use call::{Call, Receipt, catch_panic, micros};
 use dead_man::DeadManSwitches;
+use drain::{OpenCalls, Stage};
 pub(crate) use error::{BrokerError, Overload};
 pub(crate) use feedback::UnknownCodes;
 use probes::RecheckSignals;
@@ -92,6 +92,11 @@ pub(crate) struct Broker {
 pub(crate) struct Calls {
     count: AtomicU64,
     tasks: TaskTracker,
+    stage: watch::Sender<Stage>,
+    /// Those that were admitted before the stop began.
+    open: OpenCalls,
+    /// Those that were admitted later.
+    late: OpenCalls,
     give_up: CancellationToken,
     /// Calls that ended as `maybe_sent` after the stop began.
     unresolved: AtomicU64,
@@ -173,26 +178,5 @@ impl Broker {
             account_and_scope: None,
         };
         self.audit.denied(&call_context, None, &ending)
-    }
-
-    /// Refuses new calls, waits for those in flight for at most `limit`, then aborts the rest. Returns how many calls have
-    /// ended as `maybe_sent` since the stop began.
-    pub(crate) async fn drain(&self, limit: Duration) -> u64 {
-        self.calls.tasks.close();
-        if timeout(limit, self.calls.tasks.wait()).await.is_err() {
-            tracing::warn!(
-                in_flight = self.calls.tasks.len(),
-                "drain timeout; aborting in-flight calls"
-            );
-            self.calls.give_up.cancel();
-            self.calls.tasks.wait().await;
-        }
-        self.audit.flush().await;
-        self.calls.unresolved.load(Ordering::Relaxed)
-    }
-
-    /// Whether the broker refuses new calls because it stops.
-    pub(crate) fn is_draining(&self) -> bool {
-        self.calls.tasks.is_closed()
     }
 }

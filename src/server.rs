@@ -330,12 +330,14 @@ impl Server {
         }
     }
 
-    /// Stops: accepts no new calls, finishes those in flight, writes their outcomes.
+    /// Stops: drains the calls in flight, writes their outcomes, then closes all connections. Clients can connect until then,
+    /// since cancels are served while calls are drained.
     ///
-    /// Returns how many calls ended with an unknown outcome.
+    /// Returns how many calls that change something ended with an unknown outcome.
     pub async fn stop(self) -> u64 {
-        self.stop.send_replace(true);
         let unresolved = self.broker.drain(self.drain_timeout).await;
+        tracing::info!("calls drained; closing connections");
+        self.stop.send_replace(true);
         // The calls have ended; their last responses are still being written.
         let flush = timeout(FLUSH_TIMEOUT, self.listeners.wait());
         let _ = tokio::join!(flush, self.vault.close());
@@ -487,6 +489,7 @@ async fn report_health(
     readiness_sender: watch::Sender<Readiness>,
 ) {
     let mut changes = broker.keyring.changes();
+    let mut stage = broker.calls.stage();
     loop {
         let now = readiness(&broker);
         let status = if now.is_ready {
@@ -501,8 +504,13 @@ async fn report_health(
             health.set_service_status(service, status).await;
         }
         readiness_sender.send_replace(now);
-        // Whichever comes first; an error means that the keyring, and the broker with it, was dropped.
-        if let Ok(Err(_)) = timeout(HEALTH_EVERY, changes.changed()).await {
+        // Whichever comes first; an error means that the broker was dropped.
+        let is_alive = tokio::select! {
+            event = changes.changed() => event.is_ok(),
+            event = stage.changed() => event.is_ok(),
+            () = sleep(HEALTH_EVERY) => true,
+        };
+        if !is_alive {
             return;
         }
     }

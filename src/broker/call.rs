@@ -141,6 +141,7 @@ impl Broker {
                 return;
             }
         };
+        let _open = self.calls.track(&call, permit.changes());
         let gate = Gate::default();
         let mut delivery = pin!(catch_panic(self.deliver(&call, &permit, intent, &gate)));
         let stopped_by = tokio::select! {
@@ -181,7 +182,7 @@ impl Broker {
 
     /// Authorizes the call and queues its intent for the audit log.
     fn admit(&self, call: &Call, number: u64) -> Result<(Permit, Intent), BrokerError> {
-        if self.is_draining() {
+        if !self.calls.is_served(call) {
             return Err(BrokerError::ShuttingDown);
         }
         let permit = self.authorize(call)?;

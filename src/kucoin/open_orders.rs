@@ -1,8 +1,10 @@
 //! How the exchange lists and cancels open orders of each kind: the table that cancel-all uses. Pure.
+//!
+//! Also the reads that tell a bot which of its orders are open: the lists, and lookups of one order.
 
 use serde_json::Value;
 
-use super::{Method, Scope};
+use super::{Endpoint, Method, Scope};
 use crate::base::text::clean;
 
 /// Orders per page, which every list accepts. Source: KuCoin API documentation, `pageSize` of these lists.
@@ -160,6 +162,57 @@ const fn paged(
     }
 }
 
+/// Reads that tell a bot which of its orders are open: lists of open orders, their number, and lookups of one order, which show
+/// whether an order or a cancel with an unknown outcome has reached the exchange. Not lists of closed orders or of trades.
+const READS: [&str; 41] = [
+    "futures.get.v1-open-order-statistics",
+    "futures.get.v1-orders",
+    "futures.get.v1-orders-by-client-oid",
+    "futures.get.v1-orders-order-id",
+    "futures.get.v1-stop-orders",
+    "futures.get.v2-order-detail",
+    "futures.get.v2-orders-active",
+    "futures.get.v2-orders-all-active",
+    "spot.get.ua-v1-classic-order-detail",
+    "spot.get.ua-v1-classic-order-open-list",
+    "spot.get.ua-v1-unified-order-detail",
+    "spot.get.ua-v1-unified-order-open-list",
+    "spot.get.ua-v2-unified-order-detail",
+    "spot.get.ua-v2-unified-order-open-list",
+    "spot.get.v1-hf-orders-active",
+    "spot.get.v1-hf-orders-active-page",
+    "spot.get.v1-hf-orders-active-symbols",
+    "spot.get.v1-hf-orders-client-order-client-oid",
+    "spot.get.v1-hf-orders-order-id",
+    "spot.get.v1-limit-orders",
+    "spot.get.v1-order-client-order-client-oid",
+    "spot.get.v1-orders",
+    "spot.get.v1-orders-order-id",
+    "spot.get.v1-stop-order",
+    "spot.get.v1-stop-order-order-id",
+    "spot.get.v1-stop-order-query-order-by-client-oid",
+    "spot.get.v3-hf-margin-oco-order-client-oid",
+    "spot.get.v3-hf-margin-oco-order-detail-order-id",
+    "spot.get.v3-hf-margin-oco-order-order-id",
+    "spot.get.v3-hf-margin-oco-orders",
+    "spot.get.v3-hf-margin-order-active-symbols",
+    "spot.get.v3-hf-margin-orders-active",
+    "spot.get.v3-hf-margin-orders-client-order-client-oid",
+    "spot.get.v3-hf-margin-orders-order-id",
+    "spot.get.v3-hf-margin-stop-order-client-oid",
+    "spot.get.v3-hf-margin-stop-order-order-id",
+    "spot.get.v3-hf-margin-stop-orders",
+    "spot.get.v3-oco-client-order-client-oid",
+    "spot.get.v3-oco-order-details-order-id",
+    "spot.get.v3-oco-order-order-id",
+    "spot.get.v3-oco-orders",
+];
+
+/// Whether a call of this endpoint reads which orders are open.
+pub(crate) fn is_read_by(endpoint: &Endpoint) -> bool {
+    READS.contains(&endpoint.id.as_str())
+}
+
 /// Orders that one request cancels: a symbol, and a margin mode if the orders have one.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub(crate) struct Group {
@@ -221,6 +274,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
+    use crate::kucoin::{Catalog, Risk};
 
     #[test]
     fn every_current_cancel_all_of_the_catalogue_is_used() {
@@ -246,5 +300,32 @@ mod tests {
             })
             .collect();
         assert_eq!(used, wanted);
+    }
+
+    #[test]
+    fn reads_of_open_orders_are_reads_and_include_every_list_of_cancel_all() {
+        let catalog = Catalog::get();
+        for id in READS {
+            let endpoint = catalog
+                .by_id(id)
+                .unwrap_or_else(|| panic!("no endpoint {id}"));
+            assert_eq!((endpoint.method, endpoint.risk), (Method::Get, Risk::Read));
+            let path = &endpoint.path;
+            assert!(
+                !path.contains("done") && !path.contains("history"),
+                "{path}"
+            );
+        }
+        for kind in &KINDS {
+            let paths = match kind.list {
+                List::Paged { path, .. } => vec![path],
+                List::PerSymbol { symbols, path } => vec![symbols, path],
+            };
+            for path in paths {
+                let endpoint = catalog.route(Some(kind.scope), Method::Get, path).unwrap();
+                assert!(is_read_by(endpoint), "{path}");
+            }
+        }
+        assert!(!is_read_by(catalog.by_id("spot.get.v1-accounts").unwrap()));
     }
 }

@@ -111,12 +111,14 @@ struct Halt<'h> {
 
 impl Broker {
     /// Cancels every open order of one account, or of all, in every scope that has a key, and counts the orders still open.
-    /// The accounts must be halted first: the run stops once they are resumed.
+    /// The accounts must be halted first: the run stops once they are resumed. The broker does not stop meanwhile, within the
+    /// limit of a drain.
     pub(crate) async fn cancel_all(
         self: &Arc<Self>,
         admin: &AdminId,
         account: Option<&Account>,
     ) -> Vec<Cancelled> {
+        let _running = self.calls.delay_drain();
         let (policy, pace) = (self.policy(), Pacer::new(Instant::now()));
         let until = Instant::now() + WITHIN;
         let accounts = policy

@@ -37,7 +37,7 @@ const IN_FLIGHT: &str = "credbroker_calls_in_flight";
 
 /// Kinds of HTTP/2 frames (RFC 9113, section 6).
 const DATA: u8 = 0;
-const HEADERS: u8 = 1;
+pub(crate) const HEADERS: u8 = 1;
 const PRIORITY: u8 = 2;
 const RST_STREAM: u8 = 3;
 const SETTINGS: u8 = 4;

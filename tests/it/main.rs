@@ -30,6 +30,7 @@ mod delivery;
 mod deploy;
 mod doctor;
 mod documents;
+mod drain;
 mod drive;
 mod egress;
 mod examples;

@@ -1250,7 +1250,7 @@ async fn broker_restarted(site: &mut Site) -> Row {
     Row {
         situation: "Broker stopped and started under load",
         done: "SIGTERM; exit code 0, no request unresolved; started again",
-        bots: "every call in flight was answered; then connections were refused (nothing sent, but without `ErrorInfo`: bots must treat it as maybe_sent)".to_owned(),
+        bots: "every call in flight was answered; new ones, except cancels and reads of open orders, got `SHUTTING_DOWN` (not_sent); then connections were refused (nothing sent, but without `ErrorInfo`: bots must treat it as maybe_sent)".to_owned(),
         how_long: format!("ends {} after the start", rough(took)),
         recorded: "each call's outcome; `change` lines with outcome `loaded`",
     }

@@ -1,0 +1,137 @@
+//! How the broker stops. Cancels and reads of open orders are served until the calls that were in flight have ended.
+//!
+//! A stop has two steps, which together take at most `limits.drain_timeout_ms`:
+//!
+//! 1. **Drain.** Bots' calls that were in flight go on, and `halt --cancel-all` does. Of new ones, only those that a bot
+//!    needs while it stops are served. This step ends once no call that changes something and was in flight at the
+//!    beginning is left, whatever cancels have come since: a steady stream of them must not delay the exit.
+//! 2. **Close.** No new call is served. The cancels that are still in flight have at least the last tenth of the time.
+//!
+//! Reads delay a step by [`READS_WITHIN`] at most. What is in flight after that is aborted.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout, timeout_at};
+use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
+
+use super::{Broker, Call, Calls};
+use crate::base::ids::Principal;
+use crate::kucoin::{Catalog, open_orders};
+
+/// How long a read that is in flight may delay a step: most answers of the exchange come sooner.
+const READS_WITHIN: Duration = Duration::from_secs(1);
+
+/// The most time that is left for the second step; less if the whole stop has less than ten times as much.
+const CLOSE_WITHIN: Duration = Duration::from_secs(1);
+
+/// How far the stop has come.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub(crate) enum Stage {
+    /// All calls are served.
+    #[default]
+    Serving,
+    /// Of bots' new calls, only cancels and reads of open orders are served.
+    Draining,
+    /// No new call is served.
+    Closing,
+}
+
+/// Calls in flight that a step waits for.
+#[derive(Debug, Default)]
+pub(super) struct OpenCalls {
+    changing: TaskTracker,
+    reads: TaskTracker,
+}
+
+impl OpenCalls {
+    /// Returns once every call that changes something has ended, and every read too or [`READS_WITHIN`] has passed.
+    async fn ended(&self) {
+        self.reads.close();
+        let reads = timeout(READS_WITHIN, self.reads.wait());
+        let _ = tokio::join!(self.changed(), reads);
+    }
+
+    /// Returns once no call that changes something is in flight, even if another one begins right after that.
+    async fn changed(&self) {
+        self.changing.close();
+        self.changing.wait().await;
+    }
+}
+
+impl Calls {
+    /// The stage, and every change of it.
+    pub(crate) fn stage(&self) -> watch::Receiver<Stage> {
+        self.stage.subscribe()
+    }
+
+    /// Whether a new call is served at this stage. The calls of admins and of the broker itself place no orders, and a cancel
+    /// may have to wait for the test of another key.
+    pub(super) fn is_served(&self, call: &Call) -> bool {
+        match *self.stage.borrow() {
+            Stage::Serving => true,
+            Stage::Draining => call.principal.bot().is_none() || is_served_while_draining(call),
+            Stage::Closing => false,
+        }
+    }
+
+    /// Lets a stop wait for an admitted call until the result drops; `None` for a read of the broker itself, which nobody waits
+    /// for.
+    pub(super) fn track(&self, call: &Call, changes: bool) -> Option<TaskTrackerToken> {
+        let open = match *self.stage.borrow() {
+            Stage::Serving => &self.open,
+            Stage::Draining | Stage::Closing => &self.late,
+        };
+        if changes {
+            Some(open.changing.token())
+        } else {
+            (call.principal != Principal::Broker).then(|| open.reads.token())
+        }
+    }
+
+    /// Delays the end of a drain until the result drops, `limits.drain_timeout_ms` at most: for work of several calls.
+    pub(crate) fn delay_drain(&self) -> TaskTrackerToken {
+        self.open.changing.token()
+    }
+}
+
+/// Whether a bot's call is one of those that bots need while they stop.
+fn is_served_while_draining(call: &Call) -> bool {
+    let request = &call.request;
+    let endpoint = Catalog::get().route(Some(request.scope), request.method, request.target.path());
+    endpoint.is_some_and(|endpoint| endpoint.is_cancel() || open_orders::is_read_by(endpoint))
+}
+
+impl Broker {
+    /// Stops serving calls, in the two steps above; then aborts calls that are still in flight. Takes at most `limit`. Returns
+    /// how many calls that change something have ended as `maybe_sent` since it began.
+    pub(crate) async fn drain(&self, limit: Duration) -> u64 {
+        let calls = &self.calls;
+        let end = Instant::now() + limit;
+        calls.stage.send_replace(Stage::Draining);
+        let close_within = CLOSE_WITHIN.min(limit / 10);
+        let _ = timeout_at(end - close_within, calls.open.ended()).await;
+        calls.stage.send_replace(Stage::Closing);
+        let _ = timeout_at(end, async {
+            tokio::join!(calls.open.changed(), calls.late.ended())
+        })
+        .await;
+        let in_flight = calls.open.changing.len() + calls.late.changing.len();
+        if in_flight > 0 {
+            tracing::warn!(in_flight, "drain timeout; aborting in-flight calls");
+        }
+        // Calls are refused now, and each one that was admitted ends.
+        calls.give_up.cancel();
+        calls.tasks.close();
+        calls.tasks.wait().await;
+        self.audit.flush().await;
+        calls.unresolved.load(Ordering::Relaxed)
+    }
+
+    /// Whether the broker is stopping.
+    pub(crate) fn is_draining(&self) -> bool {
+        *self.calls.stage.borrow() != Stage::Serving
+    }
+}
