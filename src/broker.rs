@@ -42,6 +42,7 @@ use crate::egress::Egress;
 use crate::egress::proof::Proof;
 use crate::keyring::Keyring;
 use crate::kucoin::code::RefusalCodes;
+use crate::kucoin::{Endpoint, UnsignedRequest};
 use crate::policy::Policy;
 use crate::restrictions::Restrictions;
 use crate::telemetry::Metrics;
@@ -114,6 +115,12 @@ impl Broker {
     /// Replaces the rules. Calls in flight check them once more before they send.
     pub(crate) fn set_policy(&self, policy: Arc<Policy>) {
         *self.policy.write() = policy;
+    }
+
+    /// Whether a request passes like a cancel: it cancels orders, or keeps the protection of KuCoin's dead-man switch.
+    pub(crate) fn is_cancel(&self, request: &UnsignedRequest) -> bool {
+        let endpoint = request.endpoint();
+        endpoint.is_some_and(Endpoint::is_cancel) || self.dead_man.is_renewal(request, endpoint)
     }
 
     /// Whether one more refusal of this caller is audited and logged; counts it if not. A caller in a loop must not fill the

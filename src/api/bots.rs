@@ -80,10 +80,7 @@ impl GrpcApi {
                 return Err(self.broker.refuse(&bot, id, error).await);
             }
         };
-        let endpoint =
-            Catalog::get().route(Some(request.scope), request.method, request.target.path());
-        let is_cancel = endpoint.is_some_and(Endpoint::is_cancel)
-            || self.broker.dead_man.is_renewal(&request, endpoint);
+        let is_cancel = self.broker.is_cancel(&request);
         let slot = match self.broker.admission.call(&bot, is_cancel) {
             Ok(slot) => slot,
             Err(overload) => return Err(self.broker.refuse(&bot, id, overload.into()).await),

@@ -182,7 +182,7 @@ impl Broker {
 
     /// Authorizes the call and queues its intent for the audit log.
     fn admit(&self, call: &Call, number: u64) -> Result<(Permit, Intent), BrokerError> {
-        if !self.calls.is_served(call) {
+        if !self.is_served(call) {
             return Err(BrokerError::ShuttingDown);
         }
         let permit = self.authorize(call)?;
@@ -228,13 +228,7 @@ impl Broker {
         if call.principal.bot().is_none() || self.may_record_refusal(&call.principal) {
             let context = call_context(call, number);
             line = Some(self.audit.denied(&context, Some(&call.request), &ending));
-            let UnsignedRequest {
-                scope,
-                method,
-                target,
-                ..
-            } = &call.request;
-            let endpoint = Catalog::get().route(Some(*scope), *method, target.path());
+            let endpoint = call.request.endpoint();
             let endpoint = endpoint.map_or("", |endpoint| endpoint.id.as_str());
             log_end(call, endpoint, &ending, Some(error), "call ended");
         }

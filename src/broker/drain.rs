@@ -19,7 +19,7 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::{Broker, Call, Calls};
 use crate::base::ids::Principal;
-use crate::kucoin::{Catalog, open_orders};
+use crate::kucoin::open_orders;
 
 /// How long a read that is in flight may delay a step: most answers of the exchange come sooner.
 const READS_WITHIN: Duration = Duration::from_secs(1);
@@ -67,16 +67,6 @@ impl Calls {
         self.stage.subscribe()
     }
 
-    /// Whether a new call is served at this stage. The calls of admins and of the broker itself place no orders, and a cancel
-    /// may have to wait for the test of another key.
-    pub(super) fn is_served(&self, call: &Call) -> bool {
-        match *self.stage.borrow() {
-            Stage::Serving => true,
-            Stage::Draining => call.principal.bot().is_none() || is_served_while_draining(call),
-            Stage::Closing => false,
-        }
-    }
-
     /// Lets a stop wait for an admitted call until the result drops; `None` for a read of the broker itself, which nobody waits
     /// for.
     pub(super) fn track(&self, call: &Call, changes: bool) -> Option<TaskTrackerToken> {
@@ -97,14 +87,20 @@ impl Calls {
     }
 }
 
-/// Whether a bot's call is one of those that bots need while they stop.
-fn is_served_while_draining(call: &Call) -> bool {
-    let request = &call.request;
-    let endpoint = Catalog::get().route(Some(request.scope), request.method, request.target.path());
-    endpoint.is_some_and(|endpoint| endpoint.is_cancel() || open_orders::is_read_by(endpoint))
-}
-
 impl Broker {
+    /// Whether a new call is served at this stage. Bots need cancels and reads of open orders while they stop. The calls of
+    /// admins and of the broker itself place no orders, and a cancel may have to wait for the test of another key.
+    pub(super) fn is_served(&self, call: &Call) -> bool {
+        match *self.calls.stage.borrow() {
+            Stage::Serving => true,
+            Stage::Draining => {
+                let is_read = || call.request.endpoint().is_some_and(open_orders::is_read_by);
+                call.principal.bot().is_none() || self.is_cancel(&call.request) || is_read()
+            }
+            Stage::Closing => false,
+        }
+    }
+
     /// Stops serving calls, in the two steps above; then aborts calls that are still in flight. Takes at most `limit`. Returns
     /// how many calls that change something have ended as `maybe_sent` since it began.
     pub(crate) async fn drain(&self, limit: Duration) -> u64 {

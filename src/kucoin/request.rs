@@ -60,6 +60,13 @@ pub struct UnsignedRequest {
     pub body_client_oids: Vec<String>,
 }
 
+impl UnsignedRequest {
+    /// The endpoint; `None` if it is not in the catalogue.
+    pub(crate) fn endpoint(&self) -> Option<&'static Endpoint> {
+        Catalog::get().route(Some(self.scope), self.method, self.target.path())
+    }
+}
+
 /// Without query and body, since orders do not belong in a log.
 impl fmt::Debug for UnsignedRequest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
