@@ -37,9 +37,7 @@ use crate::base::text::clean;
 use crate::clock::ClockUncertain;
 use crate::egress::{Answered, ConnectError, SendError};
 use crate::keyring::{KeyLease, KeyUnavailable};
-use crate::kucoin::{
-    self, Answer, Catalog, Endpoint, Key, RequestContext, Scope, UnsignedRequest, code,
-};
+use crate::kucoin::{self, Answer, Endpoint, Key, RequestContext, Scope, UnsignedRequest, code};
 use crate::policy::Permit;
 use crate::restrictions::KeyDigest;
 use crate::telemetry::chain;

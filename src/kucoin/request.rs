@@ -10,7 +10,7 @@ use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess,
 use super::catalog::ClientOidLocation;
 use super::pointer::{self, At, Pointer};
 use super::target::{Target, TargetError};
-use super::{Effect, Endpoint, Method, Scope};
+use super::{Catalog, Effect, Endpoint, Method, Scope};
 use crate::base::ids::{AccountId, RequestId};
 
 /// The only DELETE endpoint that accepts a body. Source: KuCoin API documentation, futures, "Batch Cancel Orders".
