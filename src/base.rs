@@ -6,6 +6,7 @@ pub(crate) mod encoding;
 pub mod ids;
 pub(crate) mod lock;
 pub mod outcome;
+pub(crate) mod paced;
 pub(crate) mod pem;
 pub mod secret;
 pub(crate) mod text;

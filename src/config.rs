@@ -68,7 +68,7 @@ pub struct Config {
     pub(crate) proof: ProofMode,
     /// Size limits of requests.
     pub request_limits: RequestLimits,
-    /// Time limits of connections.
+    /// Limits of each connection.
     pub(crate) connection_limits: ConnectionLimits,
     /// Limits of calls and connections, per bot and in total.
     pub(crate) admission_limits: AdmissionLimits,
@@ -116,9 +116,11 @@ pub(crate) enum Roots {
     Mozilla,
 }
 
-/// Time limits of a connection.
+/// Limits of a connection: times, and the rate at which it is read.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ConnectionLimits {
+    /// Bytes per second; see [`Paced`](crate::base::paced::Paced).
+    pub(crate) read_rate: u32,
     /// TLS handshake.
     pub(crate) handshake: Duration,
     /// Receiving a complete request.
@@ -193,14 +195,15 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
 
     let mut section = file.section("egress");
     let egress_roots = roots(&mut section, "roots", folder);
-    let egress = egress(&mut section);
+    let mut egress = egress(&mut section);
     let expected_ip = expected_ip(&mut section, egress.as_ref().map(|egress| egress.address));
     let proof = section.optional("proof").unwrap_or_default();
     let proof_every = Duration::from_secs(section.number("proof_every_s", 300, 1..=3600));
     let (refusal_codes, origins) = exchange(&mut file.section("exchange"));
 
     let mut limits = limits(&mut file.section("limits"));
-    if let Some(egress) = &egress {
+    if let Some(egress) = &mut egress {
+        egress.read_rate = limits.connection.read_rate;
         // A closing connection must not abort healthy calls: time for two attempts, and for returning the answer.
         let longest = 2 * (egress.longest_connect() + egress.answer_timeout);
         let grace = limits.drain_timeout.max(longest) + Duration::from_secs(5);
@@ -310,6 +313,12 @@ fn limits(section: &mut Section) -> Limits {
         connections: count("connections", 8192, 1_000_000),
         connections_per_bot: count("connections_per_bot", 64, 100_000),
     };
+    // The largest request arrives well within the default `request_timeout_ms`, also at the lowest rate.
+    let read_rate = section.number(
+        "read_bytes_per_second",
+        4_000_000,
+        1_000_000..=1_000_000_000,
+    );
     let mut millis =
         |key, default, most| Duration::from_millis(section.number(key, default, 1..=most));
     let handshake = millis("handshake_timeout_ms", 5000, 60_000);
@@ -326,6 +335,7 @@ fn limits(section: &mut Section) -> Limits {
     Limits {
         request: request_limits,
         connection: ConnectionLimits {
+            read_rate: u32::try_from(read_rate).unwrap_or(u32::MAX),
             handshake,
             request,
             idle,
@@ -431,6 +441,8 @@ fn egress(section: &mut Section) -> Option<EgressSettings> {
         // An order sent on a connection that the exchange has just closed ends as maybe_sent: use only recent connections.
         max_idle_for_writes: seconds(section, "max_idle_for_writes_s", 20),
         warm_connections: usize::try_from(section.number("warm_connections", 2, 0..=64)).ok()?,
+        // `read` replaces it with the value from `[limits]`.
+        read_rate: u32::MAX,
         address: address?,
     })
 }

@@ -28,6 +28,7 @@ use tokio_rustls::TlsConnector;
 
 use crate::audit::Recorded;
 use crate::base::lock::RwLock;
+use crate::base::paced::Paced;
 use crate::kucoin::broker_query::BrokerQuery;
 use crate::kucoin::{Host, OutboundRequest, Site};
 use crate::telemetry::chain;
@@ -61,6 +62,8 @@ pub struct EgressSettings {
     pub(crate) connect_timeout: Duration,
     /// How long the broker itself waits for a complete answer, whatever the bot's deadline.
     pub(crate) answer_timeout: Duration,
+    /// Bytes per second that are read from one connection, see [`Paced`].
+    pub(crate) read_rate: u32,
     /// Bytes of the largest answer that is accepted, after decoding.
     pub(crate) max_answer_bytes: usize,
     /// Age from which an idle connection is closed.
@@ -593,7 +596,7 @@ impl Destination {
         let share = settings.connect_timeout / u32::try_from(addresses.len().max(1)).unwrap_or(1);
         let mut failure = None;
         for &address in addresses {
-            let dialled = timeout(share, self.dial_one(address, settings.address)).await;
+            let dialled = timeout(share, self.dial_one(address, settings)).await;
             let error = match dialled.unwrap_or(Err(ConnectError::Timeout(share))) {
                 Ok(sender) => return Ok(Open::new(sender, address)),
                 Err(error) => error,
@@ -620,8 +623,9 @@ impl Destination {
     async fn dial_one(
         &self,
         address: SocketAddr,
-        source: IpAddr,
+        settings: &EgressSettings,
     ) -> Result<http1::SendRequest<Full<Bytes>>, ConnectError> {
+        let (source, rate) = (settings.address, settings.read_rate);
         let open = async {
             let socket = if address.is_ipv4() {
                 TcpSocket::new_v4()?
@@ -644,9 +648,9 @@ impl Destination {
                     .connect(name.clone(), stream)
                     .await
                     .map_err(ConnectError::Failed)?;
-                handshake(stream).await
+                handshake(Paced::new(stream, rate)).await
             }
-            None => handshake(stream).await,
+            None => handshake(Paced::new(stream, rate)).await,
         }
     }
 }
@@ -701,6 +705,7 @@ mod tests {
             address: "127.0.0.1".parse().unwrap(),
             connect_timeout: Duration::from_secs(10),
             answer_timeout: Duration::from_secs(10),
+            read_rate: 4_000_000,
             max_answer_bytes: 1024,
             max_idle: Duration::from_secs(60),
             max_idle_for_writes: Duration::from_secs(20),

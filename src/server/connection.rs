@@ -32,6 +32,7 @@ use tonic::{Code, Status};
 use super::accept::{Acceptor, shutdown_requested};
 use super::tls::{Tls, Trust};
 use crate::base::lock::Mutex;
+use crate::base::paced::Paced;
 use crate::broker::Broker;
 use crate::broker::admission::{CallSlot, ConnectionSlot};
 use crate::config::ConnectionLimits;
@@ -169,7 +170,8 @@ impl ClientConnection {
             .max_concurrent_streams(streams)
             .max_send_buf_size(SEND_BUFFER)
             .max_header_list_size(READ_HEADER_BYTES);
-        let mut http = pin!(http.serve_connection(TokioIo::new(stream), service));
+        let stream = TokioIo::new(Paced::http2(stream, self.listener.limits.read_rate));
+        let mut http = pin!(http.serve_connection(stream, service));
         let reason = tokio::select! {
             // The peer disconnected or broke the protocol: there is nobody to respond to.
             _ = &mut http => return,

@@ -32,32 +32,38 @@ use crate::harness::{
 
 const ACCOUNTS: &str = "/api/v1/accounts";
 const ORDERS: &str = "/api/v1/hf/orders";
-const OPEN: &str = "credbroker_connections";
+pub(crate) const OPEN: &str = "credbroker_connections";
 const IN_FLIGHT: &str = "credbroker_calls_in_flight";
 
 /// Kinds of HTTP/2 frames (RFC 9113, section 6).
-const DATA: u8 = 0;
+pub(crate) const DATA: u8 = 0;
 pub(crate) const HEADERS: u8 = 1;
-const PRIORITY: u8 = 2;
+pub(crate) const PRIORITY: u8 = 2;
 const RST_STREAM: u8 = 3;
-const SETTINGS: u8 = 4;
-const PING: u8 = 6;
+pub(crate) const SETTINGS: u8 = 4;
+pub(crate) const PING: u8 = 6;
 pub(crate) const GOAWAY: u8 = 7;
+pub(crate) const WINDOW_UPDATE: u8 = 8;
+pub(crate) const CONTINUATION: u8 = 9;
 
 /// Flags of frames.
 const ACK: u8 = 1;
 const END_STREAM: u8 = 1;
-const END_HEADERS: u8 = 4;
+pub(crate) const END_HEADERS: u8 = 4;
 
 /// A bot that sends HTTP/2 frame by frame and does not reply to SETTINGS, PING or GOAWAY.
 pub(crate) struct RawBot {
-    stream: TlsStream<TcpStream>,
+    pub(crate) stream: TlsStream<TcpStream>,
     next: u32,
 }
 
 impl RawBot {
     pub(crate) async fn open(lab: &Lab, identity: &Identity) -> Self {
-        let mut stream = lab.tls(identity).await.unwrap();
+        Self::over(lab.tls(identity).await.unwrap()).await
+    }
+
+    /// The same over a TLS connection on which nothing has been sent yet.
+    pub(crate) async fn over(mut stream: TlsStream<TcpStream>) -> Self {
         stream
             .write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
             .await
@@ -75,7 +81,7 @@ impl RawBot {
     }
 
     /// Opens a call with additional headers, and returns its stream id.
-    async fn head(&mut self, more: &[(&str, &str)]) -> u32 {
+    pub(crate) async fn head(&mut self, more: &[(&str, &str)]) -> u32 {
         self.head_of("/credbroker.v1.Broker/SignAndSend", more)
             .await
     }
@@ -111,13 +117,11 @@ impl RawBot {
     }
 
     async fn write(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
-        let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
-        let mut frame = length[1..].to_vec();
-        frame.extend([kind, flags]);
-        frame.extend(stream.to_be_bytes());
-        frame.extend(payload);
         // The broker may have closed the connection.
-        let _ = self.stream.write_all(&frame).await;
+        let _ = self
+            .stream
+            .write_all(&frame(kind, flags, stream, payload))
+            .await;
         let _ = self.stream.flush().await;
     }
 
@@ -142,6 +146,16 @@ impl RawBot {
     async fn until_closed(&mut self) {
         closed(&mut self.stream).await;
     }
+}
+
+/// An HTTP/2 frame.
+pub(crate) fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+    let mut frame = length[1..].to_vec();
+    frame.extend([kind, flags]);
+    frame.extend(stream.to_be_bytes());
+    frame.extend(payload);
+    frame
 }
 
 /// Reads until the broker has closed the connection.

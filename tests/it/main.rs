@@ -34,6 +34,7 @@ mod drain;
 mod drive;
 mod egress;
 mod examples;
+mod floods;
 mod halt;
 mod hostile;
 mod key_health;
