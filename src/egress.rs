@@ -11,18 +11,19 @@ use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderValue, Request, Response, header, uri};
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::client::conn::http1;
+use hyper::ext::on_informational;
 use hyper_util::rt::TokioIo;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpSocket;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsConnector;
 
@@ -51,6 +52,9 @@ const RESOLVE_AGAIN_WITHIN: Duration = Duration::from_secs(1);
 /// Most header lines that an answer may have; with the HTTP library's own limit of 100 an order's answer could be lost. Not
 /// higher than plausible: each answer allocates and wipes 64 bytes per line.
 const MAX_HEADERS: usize = 256;
+
+/// Most informational responses (1xx) before an answer. The HTTP library skips them without a limit; KuCoin sends none.
+const MAX_INFORMATIONAL: u32 = 10;
 
 /// Settings of the client.
 #[derive(Clone, Debug)]
@@ -204,6 +208,11 @@ pub(crate) enum SendError {
     /// It may have reached the exchange.
     #[error("the request may have reached the exchange, but no complete answer came back")]
     AnswerLost(#[source] hyper::Error),
+    /// It may have reached the exchange, which sent informational responses (1xx) instead of an answer.
+    #[error(
+        "the request may have reached the exchange, but more than {MAX_INFORMATIONAL} informational responses (1xx) came instead of its answer"
+    )]
+    Informational,
     /// It may have reached the exchange; the received answer names another order.
     #[error(
         "the request may have reached the exchange, but the answer received has a different clientOid and belongs to another request"
@@ -383,20 +392,21 @@ async fn exchange(
     request
         .headers_mut()
         .insert(header::HOST, connection.destination.host_header.clone());
-    let response = connection
-        .open
-        .sender
-        .try_send_request(request)
-        .await
-        .map_err(|mut error| {
-            let is_unsent = error.take_message().is_some();
-            let error = error.into_error();
-            if is_unsent {
-                SendError::NotWritten(error)
-            } else {
-                SendError::AnswerLost(error)
-            }
-        })?;
+    let too_many = limit_informational(&mut request);
+    let response = tokio::select! {
+        biased;
+        response = connection.open.sender.try_send_request(request) => response,
+        () = too_many.notified() => return Err(SendError::Informational),
+    };
+    let response = response.map_err(|mut error| {
+        let is_unsent = error.take_message().is_some();
+        let error = error.into_error();
+        if is_unsent {
+            SendError::NotWritten(error)
+        } else {
+            SendError::AnswerLost(error)
+        }
+    })?;
     let (mut head, body) = response.into_parts();
     let body = match Limited::new(body, max_bytes).collect().await {
         Ok(body) => body.to_bytes(),
@@ -416,6 +426,18 @@ async fn exchange(
         response: Response::from_parts(head, body),
         connection,
     })
+}
+
+/// Returns what is notified once more than [`MAX_INFORMATIONAL`] informational responses have come before the answer.
+fn limit_informational(request: &mut Request<Full<Bytes>>) -> Arc<Notify> {
+    let too_many = Arc::new(Notify::new());
+    let (notify, count) = (Arc::clone(&too_many), AtomicU32::new(0));
+    on_informational(request, move |_| {
+        if count.fetch_add(1, Ordering::Relaxed) == MAX_INFORMATIONAL {
+            notify.notify_one();
+        }
+    });
+    too_many
 }
 
 impl Destination {

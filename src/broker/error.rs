@@ -160,6 +160,7 @@ impl BrokerError {
             | Self::ReadDropped
             | Self::Send(
                 SendError::AnswerLost(_)
+                | SendError::Informational
                 | SendError::WrongAnswer
                 | SendError::AnswerTimeout(_)
                 | SendError::AnswerTooLarge(_),

@@ -49,9 +49,9 @@ impl<'a> Attempt<'a> {
             }
             Err(BrokerError::Connect(_)) => Self::NotConnected,
             Err(BrokerError::Send(SendError::NotWritten(_))) => Self::NotWritten,
-            Err(BrokerError::Send(SendError::AnswerLost(_) | SendError::AnswerTimeout(_))) => {
-                Self::AnswerLost
-            }
+            Err(BrokerError::Send(
+                SendError::AnswerLost(_) | SendError::AnswerTimeout(_) | SendError::Informational,
+            )) => Self::AnswerLost,
             _ => Self::Settled,
         }
     }

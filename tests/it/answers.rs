@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use credbroker::proto::{Method, Outcome, Scope, SignAndSendRequest, SignAndSendResponse};
 use credbroker_sim::installation::Settings;
@@ -12,9 +13,12 @@ use credbroker_sim::kucoin::ReceivedRequest;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::time::timeout;
 use tonic::{Code, Status};
 
-use crate::harness::{Lab, futures_order, json_of, refusal, request, spot_cancel_all, spot_order};
+use crate::harness::{
+    Lab, failure, futures_order, json_of, refusal, request, spot_cancel_all, spot_order,
+};
 
 const ORDERS: &str = "/api/v1/hf/orders";
 
@@ -507,6 +511,36 @@ async fn answer_with_120_header_lines_is_read() {
     exchange.answer(ORDERS, field_case("headers-120.http"));
     let answer = bot.send(spot_order("headers")).await.unwrap();
     assert_eq!(verdict(&answer), (Outcome::Accepted, "200000"));
+}
+
+#[tokio::test]
+async fn order_is_maybe_sent_when_informational_responses_come_instead_of_its_answer() {
+    const EARLY_HINTS: &str = "HTTP/1.1 103 Early Hints\r\n\r\n";
+    let exchange = Exchange::start("spot").await;
+    let lab = Lab::with(exchange.settings()).await;
+    let mut bot = lab.patient_bot("maker").await;
+    let accepted = ok(&json!({"code": "200000", "data": {"orderId": "1"}}));
+    exchange.answer(ORDERS, EARLY_HINTS.repeat(10) + &accepted);
+    let answer = bot.send(spot_order("hints-10")).await.unwrap();
+    assert_eq!(answer.outcome(), Outcome::Accepted);
+
+    // Without an end, as far as the broker reads. The default deadline and answer timeout are longer than the test waits.
+    exchange.answer(ORDERS, EARLY_HINTS.repeat(1_000_000));
+    let lost = bot.send(spot_order("hints-endless"));
+    let lost = timeout(Duration::from_secs(8), lost).await.unwrap();
+    let status = lost.unwrap_err();
+    let (_, reason, outcome, _) = failure(&status);
+    assert_eq!(
+        (reason.as_str(), outcome.as_str()),
+        ("ANSWER_LOST", "maybe_sent")
+    );
+    let text = "more than 10 informational responses (1xx) came instead of its answer";
+    assert!(status.message().contains(text), "{status:?}");
+    exchange.pass(ORDERS);
+    bot.send(spot_order("hints-none")).await.unwrap();
+    let connections = exchange.connections(ORDERS);
+    assert_eq!(connections.len(), 3, "each order is sent once");
+    assert_ne!(connections[1], connections[2], "its connection is closed");
 }
 
 #[tokio::test]
