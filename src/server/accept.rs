@@ -125,7 +125,7 @@ pub(super) async fn shutdown_requested(stopping: &mut watch::Receiver<bool>) {
 }
 
 /// The addresses that count as one peer: an IPv4 address, or a /64 of IPv6.
-fn network(peer: IpAddr) -> IpAddr {
+pub(super) fn network(peer: IpAddr) -> IpAddr {
     match peer.to_canonical() {
         IpAddr::V4(address) => address.into(),
         IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & (u128::MAX << 64)).into(),

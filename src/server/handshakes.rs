@@ -37,12 +37,21 @@ impl<K: Clone + Eq + Hash> HandshakeSlots<K> {
 
     /// Takes a slot for `holder`; evicts another one if none is free.
     pub(super) fn take(slots: &Arc<Self>, holder: K) -> HandshakeSlot<K> {
+        Self::take_with(slots, holder, CancellationToken::new())
+    }
+
+    /// The same with the token to cancel when this slot is evicted.
+    pub(super) fn take_with(
+        slots: &Arc<Self>,
+        holder: K,
+        eviction: CancellationToken,
+    ) -> HandshakeSlot<K> {
         let mut in_use = slots.in_use.lock();
         if in_use.slots.len() >= slots.limit {
             in_use.evict_one();
         }
         in_use.count += 1;
-        let (number, eviction) = (in_use.count, CancellationToken::new());
+        let number = in_use.count;
         in_use.slots.insert(number, (holder, eviction.clone()));
         HandshakeSlot {
             slots: Arc::clone(slots),

@@ -14,9 +14,12 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::time::timeout;
 
+use super::accept::network;
+use super::handshakes::HandshakeSlots;
+use crate::base::lock::Mutex;
 use crate::base::text::{MAX_CHARS, clean};
 use crate::broker::Broker;
 use crate::config::FileProblems;
@@ -24,8 +27,12 @@ use crate::ops::health::{HealthMetrics, ProcessMetrics, Readiness, details, read
 use crate::process::Share;
 use crate::telemetry::MetricsFormat;
 
-/// Concurrent connections of scrapers and probes.
+/// Concurrent connections of scrapers and probes: half of them before their request has arrived, half of them after. One
+/// more closes the oldest one of the network that has the most of this half, so that silent clients do not block probes.
 const CONNECTIONS: usize = 64;
+
+/// Bytes of a request head.
+const HEAD_BYTES: usize = 16 * 1024;
 
 /// How long a connection may take in total, so that scrapers that do not read do not block probes.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
@@ -48,29 +55,38 @@ pub(crate) async fn serve(
     let state = Arc::new(HealthMetrics { broker, problems });
     own.register_collector(Box::new(Arc::clone(&state)));
     let registry = Arc::new(registry);
-    let connections = Arc::new(Semaphore::new(Share::Small.limit(CONNECTIONS)));
+    let half = (Share::Small.limit(CONNECTIONS) / 2).max(1);
+    let (waiting, answering) = (HandshakeSlots::new(half), HandshakeSlots::new(half));
     loop {
-        // The semaphore is never closed, so this never fails.
-        let permit = Arc::clone(&connections).acquire_owned().await;
-        let Ok((stream, _)) = listener.accept().await else {
+        let Ok((stream, peer)) = listener.accept().await else {
             // Out of descriptors: wait until some connections end.
             tokio::time::sleep(Duration::from_millis(50)).await;
             continue;
         };
         let (state, registry) = (Arc::clone(&state), Arc::clone(&registry));
+        let (peer, answering) = (network(peer.ip()), Arc::clone(&answering));
+        let slot = HandshakeSlots::take(&waiting, peer);
         tokio::spawn(async move {
+            let eviction = slot.eviction.clone();
+            let slot = Mutex::new(slot);
             let service = service_fn(|request: Request<Incoming>| {
+                // From now on it competes only with other requests, and not with silent connections.
+                let answered = HandshakeSlots::take_with(&answering, peer, eviction.clone());
+                *slot.lock() = answered;
                 let response = route(&request, &state, &registry);
                 async move { Ok::<_, Infallible>(response) }
             });
             let mut http = http1::Builder::new();
             http.timer(TokioTimer::new())
                 .header_read_timeout(HEADER_TIMEOUT)
+                .max_buf_size(HEAD_BYTES)
                 .keep_alive(false);
             // If the connection fails, there is nobody to respond to.
             let serving = http.serve_connection(TokioIo::new(stream), service);
-            let _ = timeout(CONNECTION_TIMEOUT, serving).await;
-            drop(permit);
+            tokio::select! {
+                _ = timeout(CONNECTION_TIMEOUT, serving) => {}
+                () = eviction.cancelled() => {}
+            }
         });
     }
 }

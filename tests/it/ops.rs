@@ -1,8 +1,12 @@
 //! Tests of `/healthz`, `/readyz` and `/metrics`.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
-use crate::harness::{Lab, accounts, http};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpSocket, TcpStream};
+
+use crate::harness::{Lab, accounts, http, print_always};
 
 /// Sends a request, with an `Accept` header unless `accept` is empty; returns head and body of the answer.
 async fn fetch(lab: &Lab, method: &str, path: &str, accept: &str) -> (String, String) {
@@ -119,6 +123,44 @@ async fn every_metric_sample_has_help_and_type() {
         ("credbroker_ready", "gauge"),
     ] {
         assert_eq!(types.get(name), Some(&kind), "{name}");
+    }
+    lab.stop().await;
+}
+
+/// A connection to the ops listener from this address, on which nothing is sent yet.
+async fn connect(lab: &Lab, from: &str) -> TcpStream {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind(format!("{from}:0").parse().unwrap()).unwrap();
+    socket.connect(lab.ops).await.unwrap()
+}
+
+#[tokio::test]
+async fn silent_connections_delay_no_probe_and_no_request_that_arrives_slowly() {
+    let mut lab = Lab::start().await;
+    let (mut silent, mut slowest) = (Vec::new(), Duration::ZERO);
+    // Another address than that of the silent clients.
+    let mut slow = connect(&lab, "127.0.0.9").await;
+    slow.write_all(b"GET /healthz HTTP/1.1\r\n").await.unwrap();
+    for number in 1..=256 {
+        silent.push(connect(&lab, "127.0.0.1").await);
+        if number % 16 == 0 {
+            let began = Instant::now();
+            assert_eq!(lab.get("/healthz").await.0, 200);
+            slowest = slowest.max(began.elapsed());
+        }
+    }
+    print_always(&format!("slowest probe: {slowest:?}"));
+    // Silent clients are closed after 5 s; the machine may be busy with other tests.
+    assert!(slowest < Duration::from_secs(3), "{slowest:?}");
+    slow.write_all(b"host: test\r\nconnection: close\r\n\r\n")
+        .await
+        .unwrap();
+    let mut answer = String::new();
+    slow.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    // Every silent client is disconnected: the oldest at once, the others at the time limit.
+    for mut stream in silent {
+        let _ = stream.read(&mut [0]).await;
     }
     lab.stop().await;
 }
