@@ -30,6 +30,7 @@ use crate::base::text::{MAX_CHARS, clean};
 use crate::base::toml_file::Problem;
 use crate::config::Config;
 use crate::kucoin::Scope;
+use crate::telemetry::write_stderr;
 
 /// Default path of the configuration file.
 const CONFIG: &str = "/etc/credbroker/config.toml";
@@ -220,9 +221,7 @@ fn scope(text: &str) -> Result<Scope, &'static str> {
 
 /// Writes a message to stderr.
 fn say(text: &str) {
-    let text = text::clean_lines(text);
-    // If stderr is closed, the message is lost.
-    let _ = writeln!(std::io::stderr(), "{text}");
+    write_stderr(&text::clean_lines(text));
 }
 
 /// Writes output to stdout. Returns `code`, or [`FAILED`] if stdout cannot be written.

@@ -95,7 +95,7 @@ impl Share {
 }
 
 /// Disables core dumps, locks memory and raises the descriptor limit; logs a warning if dumps or the lock fail. Must be
-/// called before any secret is read and before threads are started.
+/// called before any secret is read.
 pub(crate) fn harden() -> Hardened {
     let no_core = Rlimit {
         current: Some(0),

@@ -1,8 +1,11 @@
 //! Log output and counters.
 
+mod log_queue;
+
 use std::borrow::Cow;
 use std::error::Error;
 use std::io;
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use prometheus_client::encoding::text::encode_registry;
@@ -14,6 +17,7 @@ use prometheus_client::registry::Registry;
 use tokio::time::Instant;
 use tracing::Metadata;
 use tracing_subscriber::filter::{EnvFilter, FilterExt, ParseError, filter_fn};
+use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 
@@ -21,6 +25,8 @@ use crate::base::lock::Mutex;
 use crate::base::outcome::{Outcome, Reason};
 use crate::base::text::{clean, clean_json};
 use crate::kucoin::Scope;
+
+use log_queue::LogQueue;
 
 /// Crates whose logs are never written, whatever the configured filter: they log tokens, bodies, every failure twice, or
 /// one line per frame that a peer sends.
@@ -47,7 +53,7 @@ pub enum LogFormat {
 /// When `filter` is not a filter such as `info,credbroker=debug`.
 pub fn init_logs(filter: &str, format: LogFormat) -> Result<(), ParseError> {
     let layer = tracing_subscriber::fmt::layer()
-        .with_writer(move || CleanLines(format))
+        .with_writer(LogWriter(format))
         // If stderr cannot be written, the subscriber would report that on stderr, panic and end the process.
         .log_internal_errors(false);
     let layer = match format {
@@ -71,8 +77,69 @@ pub fn init_logs(filter: &str, format: LogFormat) -> Result<(), ParseError> {
     Ok(())
 }
 
+/// The target of log lines with an audit line that could not be written: the only record of it.
+const AUDIT: &str = "credbroker::audit";
+
+/// How long to wait at the exit until the reader of stderr has taken all lines.
+const FLUSH_WITHIN: Duration = Duration::from_secs(1);
+
+/// The log lines of this process.
+static LOG: LazyLock<LogQueue> = LazyLock::new(LogQueue::default);
+
+/// Waits for the log when dropped, 1 s at most.
+pub(crate) struct FlushLog;
+
+impl Drop for FlushLog {
+    fn drop(&mut self) {
+        LOG.flush(FLUSH_WITHIN);
+    }
+}
+
+/// Starts a thread that writes the log from now on: nothing else waits for the reader of stderr. A [`FlushLog`] must be
+/// dropped before the process ends.
+///
+/// # Errors
+/// When the system allows no more threads.
+pub(crate) fn start_log_thread() -> io::Result<()> {
+    LOG.start(|count| {
+        tracing::warn!(
+            count,
+            "log lines dropped; the reader of stderr was too slow"
+        );
+    })
+}
+
+/// Writes a message to stderr in order with the log lines.
+pub(crate) fn write_stderr(text: &str) {
+    LOG.push(format!("{text}\n").as_bytes(), true);
+}
+
 /// Writes cleaned lines to stderr.
-struct CleanLines(LogFormat);
+struct LogWriter(LogFormat);
+
+impl MakeWriter<'_> for LogWriter {
+    type Writer = CleanLines;
+
+    fn make_writer(&self) -> CleanLines {
+        CleanLines {
+            format: self.0,
+            is_audit: false,
+        }
+    }
+
+    fn make_writer_for(&self, metadata: &Metadata<'_>) -> CleanLines {
+        CleanLines {
+            is_audit: metadata.target() == AUDIT,
+            ..self.make_writer()
+        }
+    }
+}
+
+/// Writes one line.
+struct CleanLines {
+    format: LogFormat,
+    is_audit: bool,
+}
 
 /// Characters of a log line in the text format.
 const MAX_LINE_CHARS: usize = 16 * 1024;
@@ -85,11 +152,11 @@ impl io::Write for CleanLines {
             Err(_) => String::from_utf8_lossy(line),
         };
         let text = text.trim_end_matches('\n');
-        let text = match self.0 {
+        let text = match self.format {
             LogFormat::Json => clean_json(text),
             LogFormat::Text => clean(text, MAX_LINE_CHARS),
         };
-        io::Write::write_all(&mut io::stderr(), format!("{text}\n").as_bytes())?;
+        LOG.push(format!("{text}\n").as_bytes(), self.is_audit);
         Ok(line.len())
     }
 
@@ -274,6 +341,8 @@ impl Metrics {
         register("credentials_refused", help, &self.credentials_refused);
         let help = "Refused calls that were counted but not audited, because the same bot or admin had too many refusals";
         register("refusals_unrecorded", help, &self.refusals_unrecorded);
+        let help = "Log lines dropped because the reader of stderr was too slow";
+        register("log_lines_dropped", help, &LOG.dropped);
         let help = "Failed writes and flushes of the audit log";
         register("audit_failures", help, &self.audit_failures);
     }

@@ -14,9 +14,10 @@ use crate::config::Config;
 use crate::process::{Signals, harden};
 use crate::server::sockets::Inherited;
 use crate::server::{Server, StartError};
-use crate::telemetry::init_logs;
+use crate::telemetry::{FlushLog, init_logs, start_log_thread};
 
 pub(super) fn run(file: &Path) -> u8 {
+    let _flush = FlushLog;
     let config = match read_config(file) {
         Ok(config) => config,
         Err(problems) => {
@@ -50,6 +51,7 @@ fn serve(config: Config) -> anyhow::Result<u64> {
     // Before any thread starts: changes the environment.
     let inherited = Inherited::take()?;
     init_logs(&config.log_filter, config.log_format).context("log.filter")?;
+    start_log_thread().context("cannot start the log thread")?;
     harden();
     // One thread: handling a call takes less time than waking a second thread.
     let runtime = tokio::runtime::Builder::new_current_thread()

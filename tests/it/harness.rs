@@ -575,6 +575,7 @@ pub(crate) struct Process {
     child: Child,
     log: Arc<Mutex<String>>,
     is_read: Arc<AtomicBool>,
+    is_log_paused: Arc<AtomicBool>,
 }
 
 impl Process {
@@ -597,8 +598,13 @@ impl Process {
         let (stderr, sink) = (child.stderr.take().unwrap(), Arc::clone(&log));
         let is_read = Arc::new(AtomicBool::new(true));
         let keep_reading = Arc::clone(&is_read);
+        let is_log_paused = Arc::<AtomicBool>::default();
+        let is_paused = Arc::clone(&is_log_paused);
         std::thread::spawn(move || {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                while is_paused.load(Ordering::Relaxed) {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
                 let mut log = sink.lock().unwrap();
                 log.push_str(&line);
                 log.push('\n');
@@ -611,12 +617,18 @@ impl Process {
             child,
             log,
             is_read,
+            is_log_paused,
         }
     }
 
     /// Reads one more line and then closes the pipe, like a log collector that crashes.
     pub(crate) fn close_log(&self) {
         self.is_read.store(false, Ordering::Relaxed);
+    }
+
+    /// Stops reading stderr without closing it, like a log collector that hangs; or reads it again.
+    pub(crate) fn pause_log(&self, is_paused: bool) {
+        self.is_log_paused.store(is_paused, Ordering::Relaxed);
     }
 
     /// Everything on stderr so far.

@@ -3,10 +3,11 @@
 use std::process::Command;
 
 use credbroker_sim::installation::Settings;
+use futures_util::future::join_all;
 use rustix::process::geteuid;
 use serde_json::Value;
 
-use crate::harness::{Lab, not_run, until};
+use crate::harness::{Lab, accounts, not_run, until};
 
 /// The words of the line of a `/proc/PID` file that starts with `start`.
 fn proc_line(id: u32, file: &str, start: &str) -> Vec<String> {
@@ -126,4 +127,46 @@ async fn memory_is_locked_if_allowed_or_a_warning_names_the_settings_to_change()
             );
         }
     }
+}
+
+#[tokio::test]
+async fn stderr_that_nobody_reads_stops_nothing_and_dropped_lines_are_counted_and_announced() {
+    const DROPPED: &str = "credbroker_log_lines_dropped_total";
+    let mut lab = Lab::with(Settings {
+        process: true,
+        config: "[log]\nfilter = \"trace\"".to_owned(),
+        ..Settings::default()
+    })
+    .await;
+    // Calls until more than `count` lines are dropped.
+    let log_more_than = async |lab: &Lab, count: f64| {
+        let mut bots = Vec::new();
+        for _ in 0..8 {
+            bots.push(lab.patient_bot("maker").await);
+        }
+        until("lines are dropped", async || {
+            let calls = bots.iter().cloned().map(|mut bot| async move {
+                for _ in 0..20 {
+                    bot.send(accounts()).await.unwrap();
+                }
+            });
+            join_all(calls).await;
+            assert_eq!(lab.get("/healthz").await.0, 200);
+            lab.metric(DROPPED).await > Some(count)
+        })
+        .await;
+    };
+    assert_eq!(lab.metric(DROPPED).await, Some(0.0));
+    lab.process().pause_log(true);
+    log_more_than(&lab, 100.0).await;
+    lab.process().pause_log(false);
+    let announcement = "log lines dropped; the reader of stderr was too slow";
+    let announced = lab.process().log_line(announcement).await;
+    assert_eq!(announced["level"], "WARN");
+    assert_eq!(announced["count"].as_f64(), lab.metric(DROPPED).await);
+
+    lab.process().pause_log(true);
+    log_more_than(&lab, announced["count"].as_f64().unwrap()).await;
+    lab.process().terminate();
+    assert_eq!(lab.process().exit_code().await, Some(0));
 }
