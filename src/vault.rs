@@ -28,10 +28,13 @@ use serde_json::Value;
 use tokio::sync::Mutex;
 use url::Url;
 use vaultrs::api::kv2::requests::ReadSecretRequest;
+use vaultrs::api::token::requests::LookupTokenSelfRequest;
 use vaultrs::error::ClientError;
 use zeroize::{Zeroize, Zeroizing};
 
-use self::connection::{VaultConnection, if_exists, is_by_policy, reduce, repeat_while_behind};
+use self::connection::{
+    VaultConnection, execute, if_exists, is_by_policy, reduce, repeat_while_behind,
+};
 use self::login::{AuthToken, Session};
 use self::metadata::ReadMetadata;
 pub(crate) use self::metadata::{Hold, unknown_state};
@@ -241,7 +244,7 @@ impl Vault {
         let read = |auth: &AuthToken| {
             let (mount, path) = (mount.clone(), path.clone());
             let (client, request) = (auth.client(), ReadMetadata { mount, path });
-            async move { if_exists(vaultrs::api::exec_with_result(&client, request).await) }
+            async move { if_exists(execute(&client, request).await) }
         };
         self.with_authority(read).await
     }
@@ -261,7 +264,7 @@ impl Vault {
                 path: path.clone(),
                 version: Some(version),
             };
-            async move { vaultrs::api::exec_with_result(&client, request).await }
+            async move { execute(&client, request).await }
         };
         let found = self.with_authority(read).await?;
         key_from(found.data).map_err(|problem| {
@@ -315,7 +318,7 @@ impl Vault {
     /// Whether Vault accepts the token.
     async fn is_accepted(&self, auth: &AuthToken) -> Result<bool, VaultError> {
         let client = auth.client();
-        match repeat_while_behind(|| vaultrs::token::lookup_self(&client)).await {
+        match repeat_while_behind(|| execute(&client, LookupTokenSelfRequest {})).await {
             Ok(_) => Ok(true),
             Err(error) => match reduce(&error) {
                 // A token without any policy may not look itself up either.

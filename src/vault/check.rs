@@ -9,8 +9,9 @@ use rustify::endpoint::Endpoint;
 use rustify::enums::{RequestMethod, RequestType, ResponseType};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use vaultrs::api::token::requests::LookupTokenSelfRequest;
 
-use super::connection::{reduce, status_of};
+use super::connection::{execute, execute_only, reduce, status_of};
 use super::credentials::{check_wrapping, read_token};
 use super::{Auth, Vault, VaultError};
 use crate::base::ids::{AccountId, KeyName};
@@ -38,7 +39,7 @@ impl Vault {
     /// When the login fails, or Vault rejects the token.
     pub async fn token(&self) -> Result<Option<TokenInfo>, VaultError> {
         let auth = self.auth_token().await?;
-        match vaultrs::token::lookup_self(&auth.client()).await {
+        match execute(&auth.client(), LookupTokenSelfRequest {}).await {
             Ok(found) => Ok(Some(TokenInfo {
                 policies: found.policies,
                 ttl_s: found.ttl,
@@ -75,7 +76,7 @@ impl Vault {
         let mount = self.settings.mount.clone();
         let auth = self.auth_token().await.ok()?;
         let request = DescribeMount(mount.clone());
-        let found = vaultrs::api::exec_with_result(&auth.client(), request).await;
+        let found = execute(&auth.client(), request).await;
         let MountInfo { kind, options } = found.ok()?;
         let version = options.as_ref().and_then(|options| options.get("version"));
         match (kind.as_str(), version.map(String::as_str)) {
@@ -126,7 +127,7 @@ impl Vault {
                 path: format!("{mount}/{kind}/{path}"),
                 body,
             };
-            match vaultrs::api::exec_with_empty(&auth.client(), request).await {
+            match execute_only(&auth.client(), request).await {
                 Ok(()) => allowed.push(action),
                 Err(error) => match status_of(&error) {
                     Some(403) => {}

@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{CONTENT_TYPE, HeaderValue};
+use rustify::endpoint::Endpoint;
 use rustls::ClientConfig;
 use serde_json::Value;
 use url::Url;
-use vaultrs::api::{EndpointError, EndpointMiddleware, EndpointResult};
+use vaultrs::api::{AuthInfo, EndpointError, EndpointMiddleware, EndpointResult};
 use vaultrs::client::{VaultClient, VaultClientSettings};
 use vaultrs::error::ClientError;
 
@@ -20,6 +21,14 @@ const TRIES_BEHIND: usize = 3;
 
 /// How many characters of Vault's error texts are kept.
 const MAX_TEXT: usize = 500;
+
+/// Bytes of the longest response that is read; a key, or the metadata of a key, has a few kilobytes.
+const MAX_RESPONSE: usize = 1024 * 1024;
+
+/// A response has more than [`MAX_RESPONSE`] bytes.
+#[derive(Debug, thiserror::Error)]
+#[error("response has more than {MAX_RESPONSE} bytes")]
+struct ResponseTooLarge;
 
 /// The longest wait between two of these attempts.
 const CATCH_UP: Duration = Duration::from_millis(500);
@@ -144,6 +153,56 @@ pub(super) fn if_exists<T>(found: Result<T, ClientError>) -> Result<Option<T>, C
     }
 }
 
+/// Executes a request and returns `data` of its response. The functions of vaultrs read a response of any size.
+pub(super) async fn execute<E: Endpoint>(
+    client: &VaultClient,
+    endpoint: E,
+) -> Result<E::Response, ClientError> {
+    let found = envelope(client, endpoint).await?;
+    found.data.ok_or(ClientError::ResponseDataEmptyError)
+}
+
+/// The same for a request that returns a token.
+pub(super) async fn execute_login<E: Endpoint<Response = ()>>(
+    client: &VaultClient,
+    endpoint: E,
+) -> Result<AuthInfo, ClientError> {
+    let found = envelope(client, endpoint).await?;
+    found.auth.ok_or(ClientError::ResponseEmptyError)
+}
+
+/// The same for a request whose response does not matter.
+pub(super) async fn execute_only<E: Endpoint>(
+    client: &VaultClient,
+    endpoint: E,
+) -> Result<(), ClientError> {
+    send(client, request_of(client, endpoint)?).await.map(drop)
+}
+
+/// The request of an endpoint, with the token of `client`.
+fn request_of(
+    client: &VaultClient,
+    endpoint: impl Endpoint,
+) -> Result<reqwest::Request, rustify::errors::ClientError> {
+    let request = endpoint
+        .with_middleware(&client.middle)
+        .request(&client.http.base)?;
+    reqwest::Request::try_from(request)
+        .map_err(|source| rustify::errors::ClientError::ReqwestBuildError { source })
+}
+
+async fn envelope<E: Endpoint>(
+    client: &VaultClient,
+    endpoint: E,
+) -> Result<EndpointResult<E::Response>, ClientError> {
+    let body = send(client, request_of(client, endpoint)?).await?;
+    serde_json::from_slice(&body).map_err(|error| {
+        // Without the content, which may be secret.
+        let (source, content) = (error.into(), None);
+        rustify::errors::ClientError::ResponseParseError { source, content }.into()
+    })
+}
+
 /// Posts JSON with the token of `client` and returns the `data` of the response, if it has any.
 ///
 /// Does not use vaultrs, so that the owner of `body` can wipe it; errors have the types of vaultrs.
@@ -161,32 +220,49 @@ pub(super) async fn post(
     if let Some(namespace) = &client.settings.namespace {
         request = request.header("x-vault-namespace", namespace);
     }
-    let failed = |error: reqwest::Error| rustify::errors::ClientError::RequestError {
-        source: error.without_url().into(),
-        url: url.clone(),
-        method: "POST".to_owned(),
-    };
-    let answer = request.send().await.map_err(failed)?;
-    let status = answer.status();
-    let text = answer.text().await.map_err(failed)?;
-    if !status.is_success() {
-        let code = status.as_u16();
-        return Err(match serde_json::from_str::<EndpointError>(&text) {
-            Ok(EndpointError { errors }) => ClientError::APIError { code, errors },
-            Err(_) => rustify::errors::ClientError::ServerResponseError {
-                code,
-                content: Some(text),
-            }
-            .into(),
-        });
-    }
-    if text.is_empty() {
+    let request = request
+        .build()
+        .map_err(|source| rustify::errors::ClientError::ReqwestBuildError { source })?;
+    let body = send(client, request).await?;
+    if body.is_empty() {
         return Ok(None);
     }
-    let answer: Option<EndpointResult<Value>> = serde_json::from_str(&text).ok();
+    let answer: Option<EndpointResult<Value>> = serde_json::from_slice(&body).ok();
     answer
         .map(|answer| answer.data)
         .ok_or(ClientError::ResponseEmptyError)
+}
+
+/// Sends a request and returns the body of its response, which has at most [`MAX_RESPONSE`] bytes.
+async fn send(client: &VaultClient, request: reqwest::Request) -> Result<Vec<u8>, ClientError> {
+    use rustify::errors::ClientError as RestError;
+    let (url, method) = (request.url().to_string(), request.method().to_string());
+    let failed = |error: reqwest::Error| RestError::RequestError {
+        source: error.without_url().into(),
+        url,
+        method,
+    };
+    let mut answer = client.http.http.execute(request).await.map_err(failed)?;
+    let broken_off = |error: reqwest::Error| RestError::ResponseError {
+        source: error.without_url().into(),
+    };
+    let mut body = Vec::new();
+    while let Some(part) = answer.chunk().await.map_err(broken_off)? {
+        if part.len() > MAX_RESPONSE - body.len() {
+            let source = ResponseTooLarge.into();
+            return Err(RestError::ResponseError { source }.into());
+        }
+        body.extend_from_slice(&part);
+    }
+    if answer.status().is_success() {
+        return Ok(body);
+    }
+    let code = answer.status().as_u16();
+    if let Ok(EndpointError { errors }) = serde_json::from_slice(&body) {
+        return Err(ClientError::APIError { code, errors });
+    }
+    let content = String::from_utf8(body).ok();
+    Err(RestError::ServerResponseError { code, content }.into())
 }
 
 fn sensitive(token: &str) -> Result<HeaderValue, ClientError> {
@@ -288,6 +364,20 @@ pub(super) fn reduce(error: &ClientError) -> VaultError {
             ClientError::RestClientError {
                 source: rustify::errors::ClientError::RequestError { .. },
             } => OutageKind::Unreachable.outage("cannot reach Vault"),
+            ClientError::RestClientError {
+                source: rustify::errors::ClientError::ResponseError { source },
+            } if source.is::<ResponseTooLarge>() => OutageKind::NotVault.outage(format!(
+                "{ResponseTooLarge}; check for a proxy in front of Vault"
+            )),
+            ClientError::RestClientError {
+                source: rustify::errors::ClientError::ResponseError { source },
+            } if source
+                .downcast_ref::<reqwest::Error>()
+                .is_some_and(reqwest::Error::is_timeout) =>
+            {
+                OutageKind::Unreachable
+                    .outage("response was not complete within vault.timeout_ms")
+            }
             _ => OutageKind::NotVault.outage("response is not in Vault's format"),
         },
     }

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use rustls::ClientConfig;
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use serde_json::Value;
-use vaultrs::api::sys::requests::UnwrapRequest;
+use vaultrs::api::sys::requests::{UnwrapRequest, WrappingLookupRequest};
 use zeroize::Zeroizing;
 
-use super::connection::{VaultConnection, reduce, status_of};
+use super::connection::{VaultConnection, execute, reduce, status_of};
 use super::{OutageKind, VaultError, Wiped};
 use crate::base::encoding::is_utf16;
 use crate::base::pem;
@@ -92,7 +92,7 @@ impl SecretId {
         // The token must be sent only as client token: otherwise the server loses the secret id.
         let client = connection.client(&token);
         let request = UnwrapRequest { token: None };
-        let mut data = match vaultrs::api::exec_with_result(&client, request).await {
+        let mut data = match execute(&client, request).await {
             Ok(data) => Wiped(data),
             Err(error) if status_of(&error) == Some(400) => {
                 return Err(self.spend(token, used_or_expired()));
@@ -128,7 +128,10 @@ pub(super) async fn check_wrapping(
     token: &str,
     path: &str,
 ) -> Result<(), VaultError> {
-    match vaultrs::sys::wrapping::lookup(&connection.client(""), token).await {
+    let request = WrappingLookupRequest {
+        token: token.to_owned(),
+    };
+    match execute(&connection.client(""), request).await {
         Ok(found) if found.creation_path == path => Ok(()),
         Ok(found) => Err(VaultError::LoginRefused(format!(
             "login: the wrapping token was created at {}, expected {path}; check who replaced it",

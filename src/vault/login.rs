@@ -10,11 +10,16 @@ use rustify::enums::{RequestMethod, RequestType, ResponseType};
 use serde_json::json;
 use tokio::time::Instant;
 use vaultrs::api::AuthInfo;
+use vaultrs::api::auth::approle::requests::LoginWithApproleRequest;
+use vaultrs::api::auth::kubernetes::requests::LoginWithKubernetesRequest;
+use vaultrs::api::token::requests::{RenewTokenSelfRequest, RevokeTokenSelfRequest};
 use vaultrs::client::VaultClient;
 use vaultrs::error::ClientError;
 use zeroize::Zeroizing;
 
-use super::connection::{VaultConnection, reduce, reduce_login, status_of};
+use super::connection::{
+    VaultConnection, execute_login, execute_only, reduce, reduce_login, status_of,
+};
 use super::credentials::{Identity, SecretId, checked_token, read_token};
 use super::lease::{Due, Lease};
 use super::{Auth, BACKOFF, OutageKind, Vault, VaultError};
@@ -188,7 +193,7 @@ impl Vault {
                 return Ok(());
             }
             let client = session.connection.client(&token.text);
-            let revoked = vaultrs::token::revoke_self(&client).await;
+            let revoked = execute_only(&client, RevokeTokenSelfRequest {}).await;
             revoked.map_err(|error| reduce(&error))
         };
         let problem = match tokio::time::timeout(self.settings.timeout, revoke).await {
@@ -212,8 +217,7 @@ impl Vault {
             } => {
                 let secret_id = read_token(secret_id_file).await?;
                 session.may_log_in()?;
-                let client = session.connection.client("");
-                vaultrs::auth::approle::login(&client, mount, role_id, &secret_id).await
+                session.log_in_by_approle(mount, role_id, &secret_id).await
             }
             Auth::AppRole {
                 mount,
@@ -230,14 +234,13 @@ impl Vault {
                 } = &mut *session;
                 let secret_id = secret_id.unwrapped(connection, secret_id_file, &path).await;
                 let secret_id = secret_id.map_err(|error| session.failed(error))?;
-                let client = session.connection.client("");
-                vaultrs::auth::approle::login(&client, mount, role_id, &secret_id).await
+                session.log_in_by_approle(mount, role_id, &secret_id).await
             }
             Auth::Cert { mount, role, .. } => {
                 session.may_log_in()?;
                 let (mount, role) = (mount.clone(), role.clone());
                 let client = session.connection.client("");
-                vaultrs::api::auth(&client, CertLogin { mount, role }).await
+                execute_login(&client, CertLogin { mount, role }).await
             }
             Auth::Kubernetes {
                 mount,
@@ -247,7 +250,12 @@ impl Vault {
                 let jwt = read_token(jwt_file).await?;
                 session.may_log_in()?;
                 let client = session.connection.client("");
-                vaultrs::auth::kubernetes::login(&client, mount, role, &jwt).await
+                let request = LoginWithKubernetesRequest {
+                    mount: mount.clone(),
+                    role: role.clone(),
+                    jwt: jwt.to_string(),
+                };
+                execute_login(&client, request).await
             }
             // Not reached: a token file needs no login.
             Auth::TokenFile(_) => return Err(not_accepted()),
@@ -312,6 +320,20 @@ impl Session {
         Ok(())
     }
 
+    async fn log_in_by_approle(
+        &self,
+        mount: &str,
+        role_id: &str,
+        secret_id: &str,
+    ) -> Result<AuthInfo, ClientError> {
+        let request = LoginWithApproleRequest {
+            mount: mount.to_owned(),
+            role_id: role_id.to_owned(),
+            secret_id: secret_id.to_owned(),
+        };
+        execute_login(&self.connection.client(""), request).await
+    }
+
     fn failed(&mut self, error: VaultError) -> VaultError {
         self.failure = error.clone();
         error
@@ -351,7 +373,8 @@ async fn renew(session: &mut Session) {
     let client = session.connection.client(&token.text);
     let start = Instant::now();
     // Without an increment: it could only request less than the role grants.
-    let found = match vaultrs::token::renew_self(&client, None).await {
+    let request = RenewTokenSelfRequest { increment: None };
+    let found = match execute_login(&client, request).await {
         Ok(found) => found,
         Err(error) => {
             let status = status_of(&error);

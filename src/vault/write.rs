@@ -8,9 +8,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use serde::Serialize;
 use serde_json::{Value, json};
+use vaultrs::api::kv2::requests::ListSecretsRequest;
 use zeroize::Zeroizing;
 
-use super::connection::{self, if_exists, is_vaults_own, post, status_of, texts_of};
+use super::connection::{self, execute, if_exists, is_vaults_own, post, status_of, texts_of};
 use super::login::AuthToken;
 use super::metadata::{MAX_NOTES, Metadata, Notes, StoredFacts};
 use super::{Vault, VaultError};
@@ -90,10 +91,12 @@ impl Vault {
         let list = |auth: &AuthToken| {
             let client = auth.client();
             // With the slash, because the policy for paths below a folder does not cover the folder without it.
-            let (mount, folder) = (self.settings.mount.clone(), format!("{folder}/"));
-            async move { if_exists(vaultrs::kv2::list(&client, &mount, &folder).await) }
+            let (mount, path) = (self.settings.mount.clone(), format!("{folder}/"));
+            let request = ListSecretsRequest { mount, path };
+            async move { if_exists(execute(&client, request).await) }
         };
-        Ok(self.with_authority(list).await?.unwrap_or_default())
+        let found = self.with_authority(list).await?;
+        Ok(found.map(|found| found.keys).unwrap_or_default())
     }
 
     /// Writes a key as the version that follows `cas` (0: as the first), and returns the number of the new version.

@@ -25,6 +25,11 @@ fn faults() -> Vec<(String, Fault, &'static str)> {
     let unknown = "response is not in Vault's format";
     let mut faults = vec![
         ("close".to_owned(), Fault::Close, "cannot reach Vault"),
+        (
+            "endless".to_owned(),
+            Fault::Endless,
+            "response has more than 1048576 bytes; check for a proxy in front of Vault",
+        ),
         ("half-body".to_owned(), Fault::HalfBody, unknown),
         ("hang".to_owned(), Fault::Hang, "cannot reach Vault"),
         ("html".to_owned(), Fault::NotJson, unknown),

@@ -44,6 +44,8 @@ pub enum Reply {
     Answer(Response<Bytes>),
     /// Sends the head and the first bytes of the body, then closes the connection.
     CutShort(Response<Bytes>, usize),
+    /// Sends the head, and the body again and again.
+    Endless(Response<Bytes>),
     /// Keeps the connection open and never answers.
     Hang,
     /// Closes the connection without an answer.
@@ -198,6 +200,7 @@ async fn connection<S, H, F>(
                 Reply::CutShort(response, bytes) => {
                     Ok(response.map(|body| Partial::new(body, bytes)))
                 }
+                Reply::Endless(response) => Ok(response.map(Partial::endless)),
                 Reply::Hang => std::future::pending().await,
                 Reply::Close => Err(Closed),
             }
@@ -226,6 +229,8 @@ impl std::error::Error for Closed {}
 #[derive(Debug)]
 struct Partial {
     missing: usize,
+    /// A part that follows every other part.
+    endless: Option<Bytes>,
     next: Option<Bytes>,
     /// Whether hyper has had a turn to send the part before the break.
     sent: bool,
@@ -237,8 +242,16 @@ impl Partial {
         body.truncate(send);
         Self {
             missing: full - body.len(),
+            endless: None,
             next: Some(body).filter(|body| !body.is_empty()),
             sent: false,
+        }
+    }
+
+    fn endless(body: Bytes) -> Self {
+        Self {
+            endless: Some(body.clone()),
+            ..Self::new(body, usize::MAX)
         }
     }
 }
@@ -251,7 +264,7 @@ impl Body for Partial {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Closed>>> {
-        match self.next.take() {
+        match self.next.take().or_else(|| self.endless.clone()) {
             Some(bytes) => Poll::Ready(Some(Ok(Frame::data(bytes)))),
             None if self.missing == 0 => Poll::Ready(None),
             // On an immediate error hyper would drop the buffered bytes; while the body is pending, it sends them.
@@ -265,10 +278,13 @@ impl Body for Partial {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.next.is_none() && self.missing == 0
+        self.next.is_none() && self.missing == 0 && self.endless.is_none()
     }
 
     fn size_hint(&self) -> SizeHint {
+        if self.endless.is_some() {
+            return SizeHint::default();
+        }
         SizeHint::with_exact((self.next.as_ref().map_or(0, Bytes::len) + self.missing) as u64)
     }
 }

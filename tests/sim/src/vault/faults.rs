@@ -24,6 +24,8 @@ pub enum Fault {
         /// The delay in real milliseconds.
         ms: u64,
     },
+    /// Status 200 with a body that never ends; the request is not executed.
+    Endless,
     /// The token of the request expires just before the request is executed.
     ExpireToken,
     /// The request is executed, half of the answer's body is sent, then the connection is closed.
@@ -128,6 +130,10 @@ impl Fault {
     pub(super) fn replacement(&self, path_and_query: &str) -> Option<Reply> {
         match self {
             Self::Close => Some(Reply::Close),
+            Self::Endless => {
+                let body = format!("{{\"data\":\"{}", "x".repeat(64 * 1024));
+                Some(Reply::Endless(labelled(200, "application/json", body)))
+            }
             Self::Hang => Some(Reply::Hang),
             Self::NotJson => {
                 let page = "<html><body>simulated proxy error</body></html>\n".to_owned();
