@@ -38,8 +38,11 @@ use crate::broker::admission::{CallSlot, ConnectionSlot};
 use crate::config::ConnectionLimits;
 use crate::kucoin::Malformed;
 
-/// How long a response may wait for its peer to read it.
+/// How long a peer may take to read a response, beyond the time for its size.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
+
+/// Bytes of a response for which its peer gets one more second, however fast it reads.
+const ANSWER_BYTES_PER_SECOND: usize = 256 * 1024;
 
 /// Bytes of a response that are passed on at once. The next ones wait until the peer has read these, so that an unread
 /// response is noticed.
@@ -79,8 +82,8 @@ pub(super) struct ClientConnection {
     trust: Trust,
     /// Cancelled when it must make room for another connection.
     eviction: CancellationToken,
-    /// Since when each response has been waiting for its peer, by the number of the call.
-    answers: Mutex<HashMap<u64, Instant>>,
+    /// When each response must have been read by its peer.
+    answers: AnswerDeadlines,
     calls: AtomicUsize,
     /// How many calls it has had; numbers the next one.
     numbers: AtomicU64,
@@ -98,7 +101,7 @@ enum Close {
     Idle,
     Evicted,
     Stopping,
-    /// The peer does not read responses.
+    /// The peer does not read responses in time.
     Stuck,
 }
 
@@ -143,7 +146,7 @@ impl ClientConnection {
             listener,
             trust,
             eviction,
-            answers: Mutex::default(),
+            answers: AnswerDeadlines::default(),
             calls: AtomicUsize::new(0),
             numbers: AtomicU64::new(0),
             used_ms,
@@ -221,7 +224,7 @@ impl ClientConnection {
             if !self.is_trusted() {
                 return Close::Certificate;
             }
-            if self.is_stuck() {
+            if self.answers.is_one_over() {
                 return Close::Stuck;
             }
             if self.is_idle_for(self.listener.limits.idle) {
@@ -233,13 +236,6 @@ impl ClientConnection {
     /// Whether the peer's certificate is still valid and trusted.
     pub(super) fn is_trusted(&self) -> bool {
         self.trust.holds(self.listener.broker.clock.wall_ms())
-    }
-
-    /// Whether a response has been unread for longer than [`ANSWER_WITHIN`].
-    fn is_stuck(&self) -> bool {
-        let answers = self.answers.lock();
-        let oldest = answers.values().min();
-        oldest.is_some_and(|since| since.elapsed() > ANSWER_WITHIN)
     }
 
     /// Reads the whole message of a call, and calls `admit` with the number of bytes of each part of it. The peer must be
@@ -272,6 +268,36 @@ impl ClientConnection {
             number: self.numbers.fetch_add(1, Ordering::Relaxed),
             slot: None,
         }
+    }
+}
+
+/// When the responses of a connection must have been read, by the number of the call. A peer that reads slowly cannot put
+/// its deadline off.
+#[derive(Debug, Default)]
+struct AnswerDeadlines(Mutex<HashMap<u64, Instant>>);
+
+impl AnswerDeadlines {
+    /// The response to this call is ready.
+    fn start(&self, number: u64) {
+        self.0.lock().insert(number, Instant::now() + ANSWER_WITHIN);
+    }
+
+    /// The response has this many bytes more than was known.
+    fn extend(&self, number: u64, bytes: usize) {
+        let millis = bytes.saturating_mul(1000) / ANSWER_BYTES_PER_SECOND;
+        if let Some(deadline) = self.0.lock().get_mut(&number) {
+            *deadline += Duration::from_millis(u64::try_from(millis).unwrap_or(u64::MAX));
+        }
+    }
+
+    fn end(&self, number: u64) {
+        self.0.lock().remove(&number);
+    }
+
+    /// Whether a response is unread after its deadline.
+    fn is_one_over(&self) -> bool {
+        let now = Instant::now();
+        self.0.lock().values().any(|deadline| *deadline < now)
     }
 }
 
@@ -316,31 +342,22 @@ impl InUse {
     /// The response, which keeps the call's slot until it is written. With `is_timed`, the peer must read it in time.
     pub(super) fn answer(self, response: Response<Body>, is_timed: bool) -> Response<Body> {
         if is_timed {
-            self.mark_answered();
+            self.connection.answers.start(self.number);
         }
         response.map(|body| {
             Body::new(AnswerBody {
                 body,
                 rest: Bytes::new(),
-                in_use: self,
-                is_timed,
+                in_use: Arc::new(self),
             })
         })
-    }
-
-    /// Starts the time limit for the peer to read the response.
-    fn mark_answered(&self) {
-        self.connection
-            .answers
-            .lock()
-            .insert(self.number, Instant::now());
     }
 }
 
 impl Drop for InUse {
     fn drop(&mut self) {
         let connection = &self.connection;
-        connection.answers.lock().remove(&self.number);
+        connection.answers.end(self.number);
         connection.calls.fetch_sub(1, Ordering::Relaxed);
         let now_ms = connection.listener.boot_ms();
         connection.used_ms.store(now_ms, Ordering::Relaxed);
@@ -352,9 +369,19 @@ struct AnswerBody {
     body: Body,
     /// The part of the body that has not been passed on yet.
     rest: Bytes,
-    in_use: InUse,
-    /// Whether the peer must read it within a time limit.
-    is_timed: bool,
+    in_use: Arc<InUse>,
+}
+
+/// Data of a response. The HTTP library frees it once it is written to the connection, or the stream has ended.
+struct Unwritten {
+    data: Bytes,
+    _in_use: Arc<InUse>,
+}
+
+impl AsRef<[u8]> for Unwritten {
+    fn as_ref(&self) -> &[u8] {
+        &self.data
+    }
 }
 
 impl http_body::Body for AnswerBody {
@@ -368,15 +395,18 @@ impl http_body::Body for AnswerBody {
         if self.rest.is_empty() {
             let frame = ready!(Pin::new(&mut self.body).poll_frame(context));
             match frame.map(|frame| frame.map(Frame::into_data)) {
-                Some(Ok(Ok(data))) => self.rest = data,
+                Some(Ok(Ok(data))) => {
+                    let in_use = Arc::clone(&self.in_use);
+                    in_use.connection.answers.extend(in_use.number, data.len());
+                    self.rest = Bytes::from_owner(Unwritten {
+                        data,
+                        _in_use: in_use,
+                    });
+                }
                 Some(Ok(Err(trailers))) => return Poll::Ready(Some(Ok(trailers))),
                 Some(Err(error)) => return Poll::Ready(Some(Err(error))),
                 None => return Poll::Ready(None),
             }
-        }
-        if self.is_timed {
-            // The peer is reading: the time limit starts again.
-            self.in_use.mark_answered();
         }
         let piece = self.rest.len().min(PIECE);
         let piece = self.rest.split_to(piece);

@@ -167,7 +167,7 @@ async fn closed(stream: &mut (impl tokio::io::AsyncRead + Unpin)) {
 }
 
 /// A message with the length prefix of gRPC.
-fn message(request: &SignAndSendRequest) -> Vec<u8> {
+pub(crate) fn message(request: &SignAndSendRequest) -> Vec<u8> {
     let encoded = request.encode_to_vec();
     let length = u32::try_from(encoded.len()).unwrap();
     let mut framed = vec![0];
@@ -550,6 +550,46 @@ async fn call_stays_in_flight_until_the_bot_has_read_its_answer() {
     })
     .await;
     other.send(accounts()).await.unwrap();
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn responses_in_the_buffers_of_a_connection_count_until_they_are_written() {
+    let mut lab = Lab::start().await;
+    let answer = FaultAction::Answer {
+        status: 200,
+        body: json!({"code": "200000", "data": "x".repeat(60_000)}),
+        when: When::BeforeProcessing,
+    };
+    lab.kucoin.fault(Fault {
+        times: None,
+        ..Fault::once(ACCOUNTS, answer)
+    });
+    let mut raw = RawBot::open(&lab, &lab.ca.bot("maker").unwrap()).await;
+    // Windows that never fill, for each stream and for the connection: only TCP stops the broker.
+    let largest = [0, 4, 0x7f, 0xff, 0xff, 0xff];
+    raw.write(SETTINGS, 0, 0, &largest).await;
+    raw.write(WINDOW_UPDATE, 0, 0, &[0x70, 0, 0, 0]).await;
+    // More than the buffers of TCP hold.
+    let calls = 250;
+    for _ in 0..calls {
+        raw.call(&accounts()).await;
+    }
+    until("every outcome is audited", async || {
+        lab.audit().len() == 2 * calls
+    })
+    .await;
+    let mut other = lab.patient_bot("reader").await;
+    for _ in 0..20 {
+        other.send(accounts()).await.unwrap();
+    }
+    let unwritten = lab.metric(IN_FLIGHT).await.unwrap();
+    assert!(unwritten > 10.0, "{unwritten}");
+    drop(raw);
+    until("all slots are free", async || {
+        lab.metric(IN_FLIGHT).await == Some(0.0)
+    })
+    .await;
     lab.stop().await;
 }
 
