@@ -20,9 +20,7 @@ def connect(address, folder):
         return (Path(folder) / name).read_bytes()
 
     identity = grpc.ssl_channel_credentials(read("ca.pem"), read("bot.key"), read("bot.pem"))
-    # The broker sends answers of up to 16 MiB and a little more; grpcio accepts 4 MB by default.
-    options = [("grpc.max_receive_message_length", 17 * 1024 * 1024)]
-    return services.BrokerStub(grpc.secure_channel(address, identity, options=options))
+    return services.BrokerStub(grpc.secure_channel(address, identity))
 
 
 def outcome_of(error):

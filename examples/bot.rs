@@ -12,9 +12,6 @@ use std::time::Duration;
 use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
 use tonic_types::StatusExt;
 
-/// The broker sends answers of up to 16 MiB and a little more; tonic accepts 4 MB by default.
-const MAX_ANSWER_BYTES: usize = 17 * 1024 * 1024;
-
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = std::env::args().skip(1);
@@ -33,7 +30,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         .tls_config(tls)?
         .connect()
         .await?;
-    let mut broker = BrokerClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES);
+    let mut broker = BrokerClient::new(channel);
 
     // `/api/v1/hf/orders/test` places nothing, so a fixed clientOid is enough. Each real order (`/api/v1/hf/orders`) needs a new
     // one, for example from the crate `uuid`.

@@ -14,6 +14,7 @@ use std::time::Duration;
 use url::{Host as UrlHost, Url};
 
 use crate::broker::admission::AdmissionLimits;
+use crate::broker::answer_memory::RESERVED;
 use crate::egress::proof::ProofMode;
 use crate::egress::{EgressSettings, Origin};
 use crate::kucoin::code::{RefusalCode, RefusalCodes};
@@ -201,7 +202,8 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
     let proof_every = Duration::from_secs(section.number("proof_every_s", 300, 1..=3600));
     let (refusal_codes, origins) = exchange(&mut file.section("exchange"));
 
-    let mut limits = limits(&mut file.section("limits"));
+    let max_answer_bytes = egress.as_ref().map_or(1, |egress| egress.max_answer_bytes);
+    let mut limits = limits(&mut file.section("limits"), max_answer_bytes);
     if let Some(egress) = &mut egress {
         egress.read_rate = limits.connection.read_rate;
         // A closing connection must not abort healthy calls: time for two attempts, and for returning the answer.
@@ -289,7 +291,13 @@ struct Limits {
 /// Bytes of requests of one bot that may be received at the same time; more if the longest request needs it.
 const MESSAGE_BYTES_PER_BOT: usize = 8 * 1024 * 1024;
 
-fn limits(section: &mut Section) -> Limits {
+/// Bytes of answers of all bots in memory; more if the calls in flight or the largest answer need it.
+const ANSWER_BYTES: usize = 64 * 1024 * 1024;
+
+/// The same for one bot.
+const ANSWER_BYTES_PER_BOT: usize = 16 * 1024 * 1024;
+
+fn limits(section: &mut Section, max_answer_bytes: usize) -> Limits {
     let default = RequestLimits::default();
     let mut size = |key, default: usize, most| {
         usize::try_from(section.number(key, default as u64, 1..=most)).unwrap_or(default)
@@ -304,15 +312,18 @@ fn limits(section: &mut Section) -> Limits {
     let mut count = |key, default, most| {
         usize::try_from(section.number(key, default, 1..=most)).unwrap_or(usize::MAX)
     };
-    let admission_limits = AdmissionLimits {
+    let mut admission_limits = AdmissionLimits {
         calls: count("calls_in_flight", 1024, 100_000),
         calls_per_bot: count("calls_in_flight_per_bot", 256, 100_000),
         cancels: count("cancels_in_flight", 512, 100_000),
         cancels_per_bot: count("cancels_in_flight_per_bot", 64, 100_000),
         message_bytes_per_bot: MESSAGE_BYTES_PER_BOT.max(4 * request_limits.body_bytes),
+        answer_bytes: ANSWER_BYTES,
+        answer_bytes_per_bot: ANSWER_BYTES_PER_BOT,
         connections: count("connections", 8192, 1_000_000),
         connections_per_bot: count("connections_per_bot", 64, 100_000),
     };
+    read_answer_bytes(section, &mut admission_limits, max_answer_bytes);
     // The largest request arrives well within the default `request_timeout_ms`, also at the lowest rate.
     let read_rate = section.number(
         "read_bytes_per_second",
@@ -346,6 +357,29 @@ fn limits(section: &mut Section) -> Limits {
         admission: admission_limits,
         default_deadline,
         drain_timeout,
+    }
+}
+
+/// Reads the limits of answers in memory. Less than `egress.max_answer_bytes` is a problem: no read could get the largest
+/// answer.
+fn read_answer_bytes(section: &mut Section, limits: &mut AdmissionLimits, max_answer_bytes: usize) {
+    for (key, bytes, calls) in [
+        ("answer_bytes", &mut limits.answer_bytes, limits.calls),
+        (
+            "answer_bytes_per_bot",
+            &mut limits.answer_bytes_per_bot,
+            limits.calls_per_bot,
+        ),
+    ] {
+        let default = (*bytes).max(calls * RESERVED).max(max_answer_bytes) as u64;
+        let found = section.number(key, default, RESERVED as u64..=1 << 33);
+        *bytes = usize::try_from(found).unwrap_or(usize::MAX);
+        if *bytes < max_answer_bytes {
+            let problem = format!(
+                "expected at least egress.max_answer_bytes ({max_answer_bytes}), got {found}"
+            );
+            section.problem(key, problem);
+        }
     }
 }
 
@@ -430,10 +464,11 @@ fn egress(section: &mut Section) -> Option<EgressSettings> {
         connect_timeout: millis(section, "connect_timeout_ms", 3000),
         // Longer than the timeout of the exchange's gateway, so that its error answer is received.
         answer_timeout: millis(section, "answer_timeout_ms", 30_000),
-        // The largest known answers (all symbols, all contracts) have 2 to 3 MB.
+        // The largest known answers (all symbols, all contracts) have 2 to 3 MB. gRPC clients accept responses of 4 MiB by
+        // default; the other fields have less than 190 KB.
         max_answer_bytes: usize::try_from(section.number(
             "max_answer_bytes",
-            16 << 20,
+            4_000_000,
             1024..=256 << 20,
         ))
         .ok()?,
@@ -625,6 +660,25 @@ mod tests {
         ] {
             assert!(problems.contains(part), "{part} is not in\n{problems}");
         }
+    }
+
+    #[test]
+    fn memory_for_answers_holds_the_largest_answer() {
+        let found = problems(
+            "[egress]\naddress = \"203.0.113.7\"\nmax_answer_bytes = 70000\n[limits]\nanswer_bytes = 65536",
+        );
+        let expected = "line 5: limits.answer_bytes: expected at least egress.max_answer_bytes (70000), got 65536";
+        let found: Vec<_> = found
+            .iter()
+            .filter(|p| p.contains("answer_bytes"))
+            .collect();
+        assert_eq!(found, [expected]);
+        // The defaults grow with it.
+        let found = problems("[egress]\naddress = \"203.0.113.7\"\nmax_answer_bytes = 268435456");
+        assert!(
+            !found.iter().any(|p| p.contains("answer_bytes")),
+            "{found:?}"
+        );
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! It uses HTTP/1.1 over plain hyper connections, because a general client normalizes the target after it was signed. It
 //! has no proxies, no redirects and no 0-RTT, and never sends a request twice: retries are up to the broker.
 
+mod body;
 mod decode;
 mod pool;
 pub(crate) mod proof;
@@ -16,7 +17,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderValue, Request, Response, header, uri};
-use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use http_body::Body;
+use http_body_util::{BodyExt, Full};
 use hyper::client::conn::http1;
 use hyper::ext::on_informational;
 use hyper_util::rt::TokioIo;
@@ -34,7 +36,7 @@ use crate::kucoin::broker_query::BrokerQuery;
 use crate::kucoin::{Host, OutboundRequest, Site};
 use crate::telemetry::chain;
 
-use decode::TooLarge;
+use body::Collector;
 use pool::{Open, Pool};
 
 /// How often to maintain idle connections and, less often, resolve names again.
@@ -55,6 +57,9 @@ const MAX_HEADERS: usize = 256;
 
 /// Most informational responses (1xx) before an answer. The HTTP library skips them without a limit; KuCoin sends none.
 const MAX_INFORMATIONAL: u32 = 10;
+/// Most bytes that a connection buffers of what it receives: as many as a call reserves before it is sent. The head of an
+/// answer must fit.
+const READ_BUFFER: usize = 64 * 1024;
 
 /// Settings of the client.
 #[derive(Clone, Debug)]
@@ -342,18 +347,20 @@ impl Egress {
         })
     }
 
-    /// Sends a request and waits for the complete answer.
+    /// Sends a request and waits for the complete answer. `admit` gets the number of bytes of each part of the answer's body,
+    /// before the part is stored; if it refuses the part, the answer is dropped.
     ///
     /// # Errors
     /// Only [`SendError::NotWritten`] means that nothing was sent.
-    pub(crate) async fn send(
+    pub(crate) async fn send<E: From<SendError>>(
         &self,
         mut connection: UpstreamConnection,
         signed: OutboundRequest,
         _: &Recorded,
-    ) -> Result<Answered, SendError> {
+        admit: impl FnMut(usize) -> Result<(), E>,
+    ) -> Result<Answered, E> {
         connection.open.remember_key(signed.key);
-        self.exchange(connection, signed.request).await
+        self.exchange(connection, signed.request, admit).await
     }
 
     /// Sends an unsigned request of the broker itself to a public endpoint, which needs neither rules nor audit.
@@ -362,7 +369,8 @@ impl Egress {
         connection: UpstreamConnection,
         broker_query: BrokerQuery,
     ) -> Result<Response<Bytes>, SendError> {
-        let answered = self.exchange(connection, broker_query.request()).await?;
+        let request = broker_query.request();
+        let answered = self.exchange(connection, request, |_| Ok(())).await?;
         Ok(answered.keep())
     }
 
@@ -371,24 +379,26 @@ impl Egress {
         destination.ok_or(ConnectError::NoHost(host_id.0, host_id.1))
     }
 
-    async fn exchange(
+    async fn exchange<E: From<SendError>>(
         &self,
         connection: UpstreamConnection,
         request: Request<Full<Bytes>>,
-    ) -> Result<Answered, SendError> {
+        admit: impl FnMut(usize) -> Result<(), E>,
+    ) -> Result<Answered, E> {
         let limit = self.settings.answer_timeout;
-        let exchange = exchange(connection, request, self.settings.max_answer_bytes);
+        let exchange = exchange(connection, request, self.settings.max_answer_bytes, admit);
         timeout(limit, exchange)
             .await
-            .unwrap_or(Err(SendError::AnswerTimeout(limit)))
+            .unwrap_or_else(|_| Err(SendError::AnswerTimeout(limit).into()))
     }
 }
 
-async fn exchange(
+async fn exchange<E: From<SendError>>(
     mut connection: UpstreamConnection,
     mut request: Request<Full<Bytes>>,
     max_bytes: usize,
-) -> Result<Answered, SendError> {
+    mut admit: impl FnMut(usize) -> Result<(), E>,
+) -> Result<Answered, E> {
     request
         .headers_mut()
         .insert(header::HOST, connection.destination.host_header.clone());
@@ -396,7 +406,7 @@ async fn exchange(
     let response = tokio::select! {
         biased;
         response = connection.open.sender.try_send_request(request) => response,
-        () = too_many.notified() => return Err(SendError::Informational),
+        () = too_many.notified() => return Err(SendError::Informational.into()),
     };
     let response = response.map_err(|mut error| {
         let is_unsent = error.take_message().is_some();
@@ -407,21 +417,15 @@ async fn exchange(
             SendError::AnswerLost(error)
         }
     })?;
-    let (mut head, body) = response.into_parts();
-    let body = match Limited::new(body, max_bytes).collect().await {
-        Ok(body) => body.to_bytes(),
-        Err(error) => {
-            return Err(match error.downcast::<hyper::Error>() {
-                Ok(error) => SendError::AnswerLost(*error),
-                Err(error) => {
-                    debug_assert!(error.is::<LengthLimitError>());
-                    SendError::AnswerTooLarge(max_bytes)
-                }
-            });
+    let (mut head, mut body) = response.into_parts();
+    let mut received = Collector::new(body.size_hint().exact(), max_bytes, &mut admit);
+    while let Some(frame) = body.frame().await {
+        // A frame without data has trailers, which mean nothing here.
+        if let Ok(part) = frame.map_err(SendError::AnswerLost)?.into_data() {
+            received.push(&part)?;
         }
-    };
-    let body = decode::decode(&mut head.headers, body, max_bytes)
-        .map_err(|TooLarge| SendError::AnswerTooLarge(max_bytes))?;
+    }
+    let body = decode::decode(&mut head.headers, received.finish(), max_bytes, admit)?;
     Ok(Answered {
         response: Response::from_parts(head, body),
         connection,
@@ -683,6 +687,7 @@ where
 {
     let (sender, connection) = http1::Builder::new()
         .max_headers(MAX_HEADERS)
+        .max_buf_size(READ_BUFFER)
         .handshake(TokioIo::new(stream))
         .await
         .map_err(ConnectError::Handshake)?;

@@ -185,9 +185,7 @@ impl Permit {
 
     /// Whether the request can change anything on the exchange.
     pub(crate) fn changes(&self) -> bool {
-        !self
-            .endpoint
-            .is_some_and(|endpoint| matches!(endpoint.risk, Risk::Public | Risk::Read))
+        !self.endpoint.is_some_and(Endpoint::is_read)
     }
 }
 

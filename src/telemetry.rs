@@ -266,7 +266,9 @@ impl Metrics {
             let answers = [Outcome::Accepted, Outcome::MaybeSent, Outcome::Rejected];
             let answers = answers.map(|outcome| (outcome, ""));
             let failures = Reason::ALL.map(|reason| (reason.outcome(), reason.as_str()));
-            for (outcome, reason) in answers.into_iter().chain(failures) {
+            // The answer to a read was dropped.
+            let dropped = [(Outcome::MaybeSent, Reason::Overloaded.as_str())];
+            for (outcome, reason) in answers.into_iter().chain(failures).chain(dropped) {
                 let outcome = ("outcome", outcome.as_str());
                 let labels = [("scope", scope), outcome, ("reason", reason)];
                 drop(self.requests.get_or_create(&labels));

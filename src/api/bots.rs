@@ -11,7 +11,7 @@ use tonic::{Request, Response, Status};
 use super::status::status;
 use crate::base::ids::{BotId, Principal, RequestId};
 use crate::base::outcome::Outcome;
-use crate::broker::admission::{CallSlot, MessageSlot};
+use crate::broker::admission::{CallKind, CallSlot, MessageSlot};
 use crate::broker::{Broker, BrokerError, Call, Receipt, catch_panic, micros};
 use crate::kucoin::request::{self, RequestLimits};
 use crate::kucoin::{Catalog, Malformed, Method, Scope, UnsignedRequest, advice, code};
@@ -80,8 +80,14 @@ impl GrpcApi {
                 return Err(self.broker.refuse(&bot, id, error).await);
             }
         };
-        let is_cancel = self.broker.is_cancel(&request);
-        let slot = match self.broker.admission.call(&bot, is_cancel) {
+        let kind = if self.broker.is_cancel(&request) {
+            CallKind::Cancel
+        } else if request.endpoint().is_some_and(Endpoint::is_read) {
+            CallKind::Read
+        } else {
+            CallKind::Write
+        };
+        let slot = match self.broker.admission.call(&bot, kind) {
             Ok(slot) => slot,
             Err(overload) => return Err(self.broker.refuse(&bot, id, overload.into()).await),
         };

@@ -28,7 +28,7 @@ const MAX_TEXT: usize = 250;
 pub(crate) fn status(error: &BrokerError, request_id: &RequestId) -> Status {
     let reason = error.reason();
     let metadata = HashMap::from([
-        ("outcome".to_owned(), reason.outcome().to_string()),
+        ("outcome".to_owned(), error.outcome().to_string()),
         ("request_id".to_owned(), request_id.to_string()),
     ]);
     let mut details = ErrorDetails::with_error_info(reason.as_str(), DOMAIN, metadata);

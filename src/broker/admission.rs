@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::answer_memory::{AnswerBudget, AnswerMemory};
+use super::error::AnswerLimit;
 use super::{Calls, Overload};
 use crate::base::ids::{AccountId, BotId, Principal};
 use crate::base::lock::Mutex;
@@ -42,6 +44,10 @@ pub(crate) struct AdmissionLimits {
     pub(crate) cancels_per_bot: usize,
     /// Bytes of requests of one bot that are being received.
     pub(crate) message_bytes_per_bot: usize,
+    /// Bytes of answers of all bots in memory.
+    pub(crate) answer_bytes: usize,
+    /// Bytes of answers of one bot in memory.
+    pub(crate) answer_bytes_per_bot: usize,
     /// Connections of all bots.
     pub(crate) connections: usize,
     /// Connections of one bot.
@@ -57,6 +63,7 @@ pub(crate) struct Admission {
     cancels: Arc<Semaphore>,
     connections: Arc<Semaphore>,
     message_bytes: Arc<Semaphore>,
+    answers: Arc<AnswerBudget>,
     bots: Mutex<HashMap<BotId, Arc<OfBot>>>,
     refusals: Mutex<HashMap<Principal, Refusals>>,
 }
@@ -70,6 +77,7 @@ struct OfBot {
     /// Requests that are being received.
     messages: Arc<Semaphore>,
     message_bytes: Arc<Semaphore>,
+    answers: Arc<AnswerBudget>,
     /// Connections beyond a limit whose calls are answered with `OVERLOADED`.
     turned_away: Arc<Semaphore>,
     /// Health and reflection calls.
@@ -96,9 +104,24 @@ pub(crate) enum Admitted {
 #[derive(Debug)]
 pub(crate) struct ConnectionSlot(#[expect(dead_code, reason = "held for its drop")] Held);
 
-/// The slot of one call; free again when its last clone drops.
+/// What a call may do, as far as its limits depend on it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum CallKind {
+    /// It cancels orders.
+    Cancel,
+    /// It changes nothing.
+    Read,
+    /// It may change something else, such as an order.
+    Write,
+}
+
+/// The slot of one call, with the memory of its answer; free again when its last clone drops.
 #[derive(Clone, Debug)]
-pub(crate) struct CallSlot(#[expect(dead_code, reason = "held for its drop")] Arc<Held>);
+pub(crate) struct CallSlot {
+    _held: Arc<Held>,
+    /// `None` for a health or reflection call.
+    answer: Option<Arc<AnswerMemory>>,
+}
 
 /// The slot of a request that is being received, with the bytes that have arrived; free again when it drops.
 #[derive(Debug)]
@@ -126,6 +149,7 @@ impl Admission {
             calls: Arc::new(Semaphore::new(limits.calls)),
             cancels: Arc::new(Semaphore::new(limits.cancels)),
             message_bytes: Arc::new(Semaphore::new(MESSAGE_BYTES)),
+            answers: Arc::new(AnswerBudget::new(limits.answer_bytes)),
             connections: Arc::new(Semaphore::new(limits.connections)),
             bots: Mutex::default(),
             refusals: Mutex::default(),
@@ -159,8 +183,9 @@ impl Admission {
     /// Admits a call of `bot`. A cancel that finds no free slot gets one of the reserve.
     ///
     /// # Errors
-    /// When the bot, or all bots together, are at the limit of calls in flight, and a cancel also at that of cancels.
-    pub(crate) fn call(&self, bot: &BotId, is_cancel: bool) -> Result<CallSlot, Overload> {
+    /// When the bot, or all bots together, are at the limit of calls in flight, and a cancel also at that of cancels; a read
+    /// also when answers use up the memory for them.
+    pub(crate) fn call(&self, bot: &BotId, kind: CallKind) -> Result<CallSlot, Overload> {
         let of_bot = self.of_bot(bot);
         let limits = &self.limits;
         let slots = take_both(
@@ -168,7 +193,7 @@ impl Admission {
             (&of_bot.calls, Overload::CallsOfBot(limits.calls_per_bot)),
         );
         let (shared, own) = match slots {
-            Err(_) if is_cancel => take_both(
+            Err(_) if kind == CallKind::Cancel => take_both(
                 (&self.cancels, Overload::Cancels(limits.cancels)),
                 (
                     &of_bot.cancels,
@@ -177,7 +202,13 @@ impl Admission {
             ),
             slots => slots,
         }?;
-        Ok(CallSlot(Arc::new((Some(shared), own, of_bot))))
+        let is_read = kind == CallKind::Read;
+        let answer = AnswerMemory::reserve(&of_bot.answers, &self.answers, is_read)
+            .map_err(Overload::Answers)?;
+        Ok(CallSlot {
+            _held: Arc::new((Some(shared), own, of_bot)),
+            answer: Some(Arc::new(answer)),
+        })
     }
 
     /// Admits a request of `bot` that is about to be received.
@@ -205,7 +236,10 @@ impl Admission {
     pub(crate) fn helper(&self, bot: &BotId) -> Result<CallSlot, Overload> {
         let of_bot = self.of_bot(bot);
         let own = take(&of_bot.helpers).ok_or(Overload::HelpersOfBot(HELPERS_OF_BOT))?;
-        Ok(CallSlot(Arc::new((None, own, of_bot))))
+        Ok(CallSlot {
+            _held: Arc::new((None, own, of_bot)),
+            answer: None,
+        })
     }
 
     /// Whether to audit a refusal of `principal` at `now` (time since boot); false if it is only counted.
@@ -257,6 +291,7 @@ impl Admission {
             cancels: slots(self.limits.cancels_per_bot),
             messages: slots(self.limits.messages_per_bot()),
             message_bytes: slots(self.limits.message_bytes_per_bot),
+            answers: Arc::new(AnswerBudget::new(self.limits.answer_bytes_per_bot)),
             connections: slots(self.limits.connections_per_bot),
             turned_away: slots(TURNED_AWAY),
             helpers: slots(HELPERS_OF_BOT),
@@ -323,6 +358,18 @@ impl AdmissionLimits {
     }
 }
 
+impl CallSlot {
+    /// Counts `count` bytes of the call's answer that have arrived.
+    ///
+    /// # Errors
+    /// When the answer to a read would use more memory than is left for answers.
+    pub(crate) fn add_answer(&self, count: usize) -> Result<(), AnswerLimit> {
+        self.answer
+            .as_ref()
+            .map_or(Ok(()), |answer| answer.add(count))
+    }
+}
+
 impl MessageSlot {
     /// Counts `count` bytes that have arrived.
     ///
@@ -365,6 +412,7 @@ fn take(slots: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
 mod tests {
     use tokio::time::timeout;
 
+    use super::CallKind::{Cancel, Write};
     use super::*;
 
     const LIMITS: AdmissionLimits = AdmissionLimits {
@@ -373,6 +421,8 @@ mod tests {
         cancels: 1,
         cancels_per_bot: 1,
         message_bytes_per_bot: 8 * 1024 * 1024,
+        answer_bytes: 64 * 1024 * 1024,
+        answer_bytes_per_bot: 16 * 1024 * 1024,
         connections: 1,
         connections_per_bot: 1,
     };
@@ -388,23 +438,23 @@ mod tests {
             ..LIMITS
         });
         let (one, two): (BotId, BotId) = ("one".parse().unwrap(), "two".parse().unwrap());
-        let first = admission.call(&one, false).unwrap();
+        let first = admission.call(&one, Write).unwrap();
         let clone = first.clone();
-        let second = admission.call(&one, false).unwrap();
+        let second = admission.call(&one, Write).unwrap();
         assert_eq!(
-            admission.call(&one, false).unwrap_err(),
+            admission.call(&one, Write).unwrap_err(),
             Overload::CallsOfBot(2)
         );
-        let others = admission.call(&two, false).unwrap();
-        assert_eq!(admission.call(&two, false).unwrap_err(), Overload::Calls(3));
+        let others = admission.call(&two, Write).unwrap();
+        assert_eq!(admission.call(&two, Write).unwrap_err(), Overload::Calls(3));
         drop(first);
         assert_eq!(
-            admission.call(&two, false).unwrap_err(),
+            admission.call(&two, Write).unwrap_err(),
             Overload::Calls(3),
             "a clone still uses the slot"
         );
         drop(clone);
-        drop(admission.call(&one, false).unwrap());
+        drop(admission.call(&one, Write).unwrap());
 
         let served = admission.connection(&one).unwrap();
         assert!(matches!(served, Admitted::Served(_)));
@@ -427,7 +477,7 @@ mod tests {
         drop((served, turned, second, others));
         assert_eq!(admission.now(), (0, 0));
         let three: BotId = "three".parse().unwrap();
-        let _third = admission.call(&three, false).unwrap();
+        let _third = admission.call(&three, Write).unwrap();
         assert_eq!(admission.bots.lock().keys().collect::<Vec<_>>(), [&three]);
     }
 
@@ -459,21 +509,21 @@ mod tests {
             ..LIMITS
         });
         let [one, two, three] = ["one", "two", "three"].map(|bot| bot.parse::<BotId>().unwrap());
-        let read = admission.call(&one, false).unwrap();
-        let refused = |bot, is_cancel| admission.call(bot, is_cancel).unwrap_err();
-        assert_eq!(refused(&one, false), Overload::CallsOfBot(1));
-        let cancels = [(); 2].map(|()| admission.call(&one, true).unwrap());
-        assert_eq!(refused(&one, true), Overload::CancelsOfBot(2));
-        assert_eq!(refused(&one, false), Overload::CallsOfBot(1));
+        let read = admission.call(&one, Write).unwrap();
+        let refused = |bot, kind| admission.call(bot, kind).unwrap_err();
+        assert_eq!(refused(&one, Write), Overload::CallsOfBot(1));
+        let cancels = [(); 2].map(|()| admission.call(&one, Cancel).unwrap());
+        assert_eq!(refused(&one, Cancel), Overload::CancelsOfBot(2));
+        assert_eq!(refused(&one, Write), Overload::CallsOfBot(1));
         // A cancel uses a regular slot while one is free.
-        let regular = admission.call(&two, true).unwrap();
-        assert_eq!(refused(&three, false), Overload::Calls(2));
-        let last = admission.call(&three, true).unwrap();
-        assert_eq!(refused(&two, true), Overload::Cancels(3));
+        let regular = admission.call(&two, Cancel).unwrap();
+        assert_eq!(refused(&three, Write), Overload::Calls(2));
+        let last = admission.call(&three, Cancel).unwrap();
+        assert_eq!(refused(&two, Cancel), Overload::Cancels(3));
         drop(cancels);
-        drop(admission.call(&two, true).unwrap());
+        drop(admission.call(&two, Cancel).unwrap());
         drop((read, regular, last));
-        drop(admission.call(&three, false).unwrap());
+        drop(admission.call(&three, Write).unwrap());
     }
 
     #[test]

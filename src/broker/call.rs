@@ -55,9 +55,8 @@ pub(crate) struct Call {
     pub(crate) arrived: Instant,
     /// When the caller must have an answer.
     pub(crate) deadline: Instant,
-    /// The slot among the calls in flight. It is released when [`Broker::run`] returns, after a late answer too; `None` for
+    /// The slot among the calls in flight, with the memory of the answer. It is released when [`Broker::run`] returns, after a late answer too; `None` for
     /// calls that are not limited.
-    #[expect(dead_code, reason = "held for its drop")]
     pub(crate) slot: Option<CallSlot>,
 }
 
@@ -231,7 +230,7 @@ impl Broker {
             log_end(call, endpoint, &ending, Some(error), "call ended");
         }
         if call.principal.bot().is_some() {
-            let (outcome, reason) = (error.reason().outcome(), error.reason());
+            let (outcome, reason) = (error.outcome(), error.reason());
             let scope = Some(call.request.scope);
             self.metrics.request(scope, outcome, Some(reason));
         }
@@ -355,7 +354,12 @@ impl Broker {
         );
         let answered = self
             .egress
-            .send(connection, signed, recorded)
+            .send(connection, signed, recorded, |bytes| {
+                let counted = call.slot.as_ref().map(|slot| slot.add_answer(bytes));
+                counted
+                    .unwrap_or(Ok(()))
+                    .map_err(BrokerError::AnswerDropped)
+            })
             .await
             .inspect_err(|error| {
                 tracing::debug!(exception.message = chain(error), "send failed");
@@ -554,7 +558,7 @@ impl Broker {
 }
 
 fn is_unsent(error: &BrokerError) -> bool {
-    error.reason().outcome() == Outcome::NotSent
+    error.outcome() == Outcome::NotSent
 }
 
 fn call_context(call: &Call, number: u64) -> CallContext<'_> {
@@ -573,7 +577,7 @@ fn call_context(call: &Call, number: u64) -> CallContext<'_> {
 fn outcome_and_reason(ended: &Result<Receipt, BrokerError>) -> (Outcome, Option<Reason>) {
     match ended {
         Ok(receipt) => (receipt.answer.outcome, None),
-        Err(error) => (error.reason().outcome(), Some(error.reason())),
+        Err(error) => (error.outcome(), Some(error.reason())),
     }
 }
 
@@ -594,7 +598,7 @@ fn ending<'a>(call: &Call, ended: &'a Result<Receipt, BrokerError>) -> CallEnd<'
 
 fn ending_of_error(call: &Call, error: &BrokerError) -> CallEnd<'static> {
     CallEnd {
-        outcome: Some(error.reason().outcome()),
+        outcome: Some(error.outcome()),
         reason: Some(error.reason()),
         detail: Some(error.to_string()),
         duration_us: micros(call.arrived.elapsed()),
@@ -609,7 +613,10 @@ fn log_end(
     error: Option<&BrokerError>,
     message: &str,
 ) {
-    let is_dropped_read = matches!(error, Some(BrokerError::ReadDropped));
+    let is_dropped_read = matches!(
+        error,
+        Some(BrokerError::AnswerDropped(_) | BrokerError::ReadDropped)
+    );
     let error = error.map(|error| chain(error));
     macro_rules! line {
         ($level:ident) => {
@@ -679,6 +686,6 @@ pub(super) mod tests {
         let ended: Result<(), _> = catch_panic(async { panic!("a defect") }).await;
         let error = ended.unwrap_err();
         assert_eq!(error.reason(), Reason::Internal);
-        assert_eq!(error.reason().outcome(), Outcome::MaybeSent);
+        assert_eq!(error.outcome(), Outcome::MaybeSent);
     }
 }

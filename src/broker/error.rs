@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::audit::AuditError;
-use crate::base::outcome::Reason;
+use crate::base::outcome::{Outcome, Reason};
 use crate::base::text::clean;
 use crate::clock::ClockUncertain;
 use crate::egress::proof::EgressMismatch;
@@ -25,6 +25,9 @@ pub(crate) enum BrokerError {
         "the request was sent, but no answer came before the deadline; look it up before you repeat it"
     )]
     AnswerLate,
+    /// The memory for answers was used up while the answer to a read arrived.
+    #[error("{0}; the exchange received this read, but its answer was dropped; repeat it later")]
+    AnswerDropped(AnswerLimit),
     /// The audit log cannot be written.
     #[error(transparent)]
     Audit(#[from] AuditError),
@@ -60,7 +63,7 @@ pub(crate) enum BrokerError {
     /// No service has this method.
     #[error("unknown method {}; expected /credbroker.v1.Broker/SignAndSend; nothing was sent", clean(.0, METHOD_CHARS))]
     MethodUnknown(String),
-    /// A limit of calls or connections was reached.
+    /// A limit of calls, connections or memory was reached.
     #[error(transparent)]
     Overloaded(#[from] Overload),
     /// The caller of a read went away after the request was sent.
@@ -86,9 +89,25 @@ pub(crate) enum BrokerError {
     Sign(#[from] SignError),
 }
 
+/// The limit of answers in memory that was reached.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+pub(crate) enum AnswerLimit {
+    /// That of all bots.
+    #[error("the broker is at its limit of {0} bytes of answers in memory (limits.answer_bytes)")]
+    All(usize),
+    /// That of this bot.
+    #[error(
+        "the bot exceeded its limit of {0} bytes of answers in memory (limits.answer_bytes_per_bot)"
+    )]
+    OfBot(usize),
+}
+
 /// The limit that was reached.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 pub(crate) enum Overload {
+    /// Answers in memory.
+    #[error("{0}; nothing was sent")]
+    Answers(AnswerLimit),
     /// Calls in flight of all bots.
     #[error(
         "the broker is at its limit of {0} in-flight calls (limits.calls_in_flight); nothing was sent"
@@ -178,10 +197,19 @@ impl BrokerError {
             Self::Key(_) | Self::Sign(SignError::PartnerKeyMissing) => Reason::KeyUnavailable,
             Self::Malformed(_) => Reason::RequestMalformed,
             Self::MethodUnknown(_) => Reason::MethodUnknown,
-            Self::Overloaded(_) => Reason::Overloaded,
+            Self::AnswerDropped(_) | Self::Overloaded(_) => Reason::Overloaded,
             Self::Restricted(Restricted::Blocked) => Reason::CallerBlocked,
             Self::Restricted(Restricted::Halted(_)) => Reason::AccountFrozen,
             Self::ShuttingDown => Reason::ShuttingDown,
+        }
+    }
+
+    /// What is known about the request: the outcome of the reason, except that the exchange got a read whose answer was
+    /// dropped.
+    pub(crate) fn outcome(&self) -> Outcome {
+        match self {
+            Self::AnswerDropped(_) => Outcome::MaybeSent,
+            _ => self.reason().outcome(),
         }
     }
 

@@ -7,32 +7,36 @@ use flate2::read::{DeflateDecoder, MultiGzDecoder, ZlibDecoder};
 use http::header::{CONTENT_ENCODING, CONTENT_LENGTH};
 use http::{HeaderMap, HeaderValue};
 
-/// The decoded body is larger than an answer may be.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) struct TooLarge;
+use super::SendError;
+use super::body::Collector;
 
-/// Decodes `body` according to `headers`, up to `max_bytes`, and removes the headers that no longer apply.
+/// Decodes `body` according to `headers`, up to `max_bytes`, and removes the headers that no longer apply. `admit` counts the
+/// decoded bytes in addition to those of the body.
 ///
 /// A body that cannot be decoded is returned unchanged, with its `content-encoding`. `identity` counts as no encoding.
 /// Source: RFC 9110, 8.4; some servers send `deflate` without the zlib frame.
-pub(super) fn decode(
+///
+/// # Errors
+/// When the decoded body is larger than `max_bytes`, or `admit` refuses it.
+pub(super) fn decode<E: From<SendError>>(
     headers: &mut HeaderMap,
     body: Bytes,
     max_bytes: usize,
-) -> Result<Bytes, TooLarge> {
+    admit: impl FnMut(usize) -> Result<(), E>,
+) -> Result<Bytes, E> {
     if !headers.contains_key(CONTENT_ENCODING) {
         return Ok(body);
     }
     let encoding = encoding(headers);
+    let collector = Collector::new(None, max_bytes, admit);
     let decoded = match encoding.as_str() {
         "" => Ok(body.clone()),
-        "gzip" | "x-gzip" => read(MultiGzDecoder::new(&body[..]), max_bytes),
-        "deflate" if is_zlib(&body) => read(ZlibDecoder::new(&body[..]), max_bytes),
-        "deflate" => read(DeflateDecoder::new(&body[..]), max_bytes),
+        "gzip" | "x-gzip" => read(MultiGzDecoder::new(&body[..]), collector)?,
+        "deflate" if is_zlib(&body) => read(ZlibDecoder::new(&body[..]), collector)?,
+        "deflate" => read(DeflateDecoder::new(&body[..]), collector)?,
         _ => Err(io::ErrorKind::Unsupported.into()),
     };
     match decoded {
-        Ok(decoded) if decoded.len() > max_bytes => Err(TooLarge),
         Ok(decoded) => {
             headers.remove(CONTENT_ENCODING);
             headers.remove(CONTENT_LENGTH);
@@ -65,14 +69,19 @@ fn encoding(headers: &HeaderMap) -> String {
     encodings.join(", ").chars().filter(fits).take(64).collect()
 }
 
-fn read(body: impl Read, max_bytes: usize) -> io::Result<Bytes> {
-    let mut decoded = Vec::new();
-    // One byte more than allowed shows that the body is too large.
-    let limit = u64::try_from(max_bytes)
-        .unwrap_or(u64::MAX)
-        .saturating_add(1);
-    body.take(limit).read_to_end(&mut decoded)?;
-    Ok(decoded.into())
+/// The whole text of a decoder, or its error.
+fn read<E: From<SendError>>(
+    mut body: impl Read,
+    mut decoded: Collector<impl FnMut(usize) -> Result<(), E>>,
+) -> Result<io::Result<Bytes>, E> {
+    let mut part = [0; 8192];
+    loop {
+        match body.read(&mut part) {
+            Ok(0) => return Ok(Ok(decoded.finish())),
+            Ok(count) => decoded.push(part.get(..count).unwrap_or_default())?,
+            Err(error) => return Ok(Err(error)),
+        }
+    }
 }
 
 /// Whether `body` begins with a zlib header. Source: RFC 1950, 2.2.
@@ -98,10 +107,21 @@ mod tests {
     const RAW: &str = "q1ZKzk9JVbJSMjIAAaVaAA==";
     const PLAIN: &[u8] = br#"{"code":"200000"}"#;
 
-    fn decoded(encoding: &str, body: &[u8], max: usize) -> Result<(Bytes, String), TooLarge> {
+    fn decoded(encoding: &str, body: &[u8], max: usize) -> Result<(Bytes, String), SendError> {
         let mut headers = HeaderMap::new();
         headers.insert(CONTENT_ENCODING, HeaderValue::from_str(encoding).unwrap());
-        let body = decode(&mut headers, Bytes::copy_from_slice(body), max)?;
+        let mut counted = 0;
+        let body = decode(&mut headers, Bytes::copy_from_slice(body), max, |bytes| {
+            counted += bytes;
+            Ok(())
+        })?;
+        let is_decoded =
+            headers.get(CONTENT_ENCODING).is_none() && !matches!(encoding, "" | "identity");
+        assert!(
+            !is_decoded || counted == body.len(),
+            "{counted} of {}",
+            body.len()
+        );
         let left = headers.get(CONTENT_ENCODING);
         let left = left.map(|value| value.to_str().unwrap().to_owned());
         Ok((body, left.unwrap_or_default()))
@@ -156,7 +176,9 @@ mod tests {
 
     #[test]
     fn size_limit_applies_to_the_decoded_body() {
-        assert_eq!(decoded("gzip", &bytes(GZIP), 16), Err(TooLarge));
-        assert_eq!(decoded("deflate", &bytes(ZLIB), 16), Err(TooLarge));
+        for (encoding, body) in [("gzip", GZIP), ("deflate", ZLIB)] {
+            let error = decoded(encoding, &bytes(body), 16).unwrap_err();
+            assert!(matches!(error, SendError::AnswerTooLarge(16)), "{error:?}");
+        }
     }
 }

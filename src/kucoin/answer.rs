@@ -11,6 +11,7 @@ use http::{HeaderMap, StatusCode, header};
 use serde::Deserialize;
 use serde::de::{Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
+use serde_json::value::RawValue;
 
 use super::code::{self, Class, RefusalCodes};
 use super::{Endpoint, Scope};
@@ -125,21 +126,30 @@ impl Content {
 
 /// A string, or an integer as a string: some gateways write `"code":404`. Anything else is not a code.
 fn code_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
-    match Value::deserialize(deserializer)? {
-        Value::Null => Ok(String::new()),
-        Value::String(text) => Ok(text),
-        Value::Number(number) if !number.is_f64() => Ok(number.to_string()),
+    match scalar(<&RawValue>::deserialize(deserializer)?)? {
+        Some(Value::Null) => Ok(String::new()),
+        Some(Value::String(text)) => Ok(text),
+        Some(Value::Number(number)) if !number.is_f64() => Ok(number.to_string()),
         _ => Err(D::Error::custom("expected a string or an integer")),
     }
 }
 
 /// A string unchanged, any other value as JSON, so that it does not count as "no message".
 fn message<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
-    Ok(match Value::deserialize(deserializer)? {
-        Value::Null => String::new(),
-        Value::String(text) => text,
-        other => other.to_string(),
+    let raw = <&RawValue>::deserialize(deserializer)?;
+    Ok(match scalar(raw)? {
+        Some(Value::Null) => String::new(),
+        Some(Value::String(text)) => text,
+        _ => raw.get().to_owned(),
     })
+}
+
+/// A value that is no array or object: parsed, these would need many times the memory of their text.
+fn scalar<E: Error>(raw: &RawValue) -> Result<Option<Value>, E> {
+    if raw.get().starts_with(['[', '{']) {
+        return Ok(None);
+    }
+    serde_json::from_str(raw.get()).map(Some).map_err(E::custom)
 }
 
 /// True or false; null is neither, and any other value counts as false.

@@ -317,6 +317,11 @@ impl Endpoint {
         matches!(self.effect, Effect::Cancel | Effect::CancelAll)
     }
 
+    /// Whether a call changes nothing on the exchange.
+    pub(crate) fn is_read(&self) -> bool {
+        matches!(self.risk, Risk::Public | Risk::Read)
+    }
+
     /// Whether a call is risk-increasing: everything except cancels, order tests, reads and public data. When something is
     /// wrong, risk-increasing calls are the first to be refused.
     pub(crate) fn increases_risk(&self) -> bool {

@@ -24,7 +24,7 @@ const ORDERS: &str = "/api/v1/hf/orders";
 
 /// A proxy before a host of the simulated exchange: returns fixed bytes for chosen paths and forwards everything else.
 #[derive(Clone)]
-struct Exchange {
+pub(crate) struct Exchange {
     host: &'static str,
     address: SocketAddr,
     upstream: Arc<Mutex<Option<String>>>,
@@ -34,7 +34,7 @@ struct Exchange {
 }
 
 impl Exchange {
-    async fn start(host: &'static str) -> Self {
+    pub(crate) async fn start(host: &'static str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let exchange = Self {
             host,
@@ -54,7 +54,7 @@ impl Exchange {
     }
 
     /// Settings with which the broker connects to this proxy.
-    fn settings(&self) -> Settings {
+    pub(crate) fn settings(&self) -> Settings {
         let exchange = self.clone();
         let edit = move |config: String| {
             let key = format!("{} = \"http://", exchange.host);
@@ -71,7 +71,7 @@ impl Exchange {
     }
 
     /// Answers every request to `path` with these bytes from now on.
-    fn answer(&self, path: &str, answer: impl Into<Vec<u8>>) {
+    pub(crate) fn answer(&self, path: &str, answer: impl Into<Vec<u8>>) {
         let mut answers = self.answers.lock().unwrap();
         answers.insert(path.to_owned(), answer.into());
     }
@@ -82,7 +82,7 @@ impl Exchange {
     }
 
     /// The numbers of the connections on which `path` was requested.
-    fn connections(&self, path: &str) -> Vec<usize> {
+    pub(crate) fn connections(&self, path: &str) -> Vec<usize> {
         let requested = self.requested.lock().unwrap();
         let requested = requested.iter().filter(|(requested, _)| requested == path);
         requested.map(|(_, number)| *number).collect()

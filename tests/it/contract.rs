@@ -3,11 +3,12 @@
 use std::collections::BTreeSet;
 
 use credbroker::proto::{Method, Outcome, QueryParameter, Scope, SignAndSendRequest};
-use credbroker_sim::installation::{MAIN_UID, kv_path};
+use credbroker_sim::installation::{MAIN_UID, Settings, kv_path};
 use credbroker_sim::kucoin::{Fault, FaultAction, SimKey};
 use tonic::Code;
 use tonic_types::StatusExt;
 
+use crate::answers::Exchange;
 use crate::harness::{
     Lab, accounts, failure, futures_order, json_of, refusal, request, spot_order, until,
 };
@@ -305,23 +306,43 @@ async fn reflection_lists_the_services() {
 }
 
 #[tokio::test]
-async fn largest_answer_fits_the_receive_limit_of_the_examples() {
-    let mut lab = Lab::start().await;
-    let long = Fault {
-        times: None,
-        ..Fault::once("/api/v1/accounts", FaultAction::Oversized { megabytes: 15 })
-    };
-    lab.kucoin.fault(long);
-    let mut bot = lab.bot("maker").await;
-    let failed = bot.send(accounts()).await.unwrap_err();
-    assert!(
-        failed.get_details_error_info().is_none(),
-        "the error must come from the gRPC library"
+async fn largest_answer_reaches_a_client_with_default_settings() {
+    // The default of egress.max_answer_bytes.
+    const LARGEST: usize = 4_000_000;
+    let exchange = Exchange::start("spot").await;
+    let mut lab = Lab::with(Settings {
+        process: false,
+        ..exchange.settings()
+    })
+    .await;
+    // Every other field as long as it can be: 64 and 8192 characters of 4 bytes, and almost 64 KiB of headers.
+    let long = |chars| "\u{1f980}".repeat(chars);
+    let start = format!(
+        "{{\"code\":\"{}\",\"msg\":\"{}\",\"data\":\"",
+        long(64),
+        long(8192)
     );
-    // As in docs/bots.md and the examples.
-    bot.client = bot.client.max_decoding_message_size(17 * 1024 * 1024);
-    let answer = bot.send(accounts()).await.unwrap();
-    assert_eq!(answer.outcome(), Outcome::Accepted);
-    assert!(answer.body.len() > 14_000_000);
+    let answer = |length: usize| {
+        let data = "x".repeat(length - start.len() - 2);
+        let kind = "t".repeat(60_000);
+        let most = u64::MAX;
+        format!(
+            "HTTP/1.1 200 OK\r\ncontent-type: text/{kind}\r\ncontent-length: {length}\r\nretry-after: {most}\r\n\
+             gw-ratelimit-limit: {most}\r\ngw-ratelimit-remaining: {most}\r\ngw-ratelimit-reset: {most}\r\n\r\n\
+             {start}{data}\"}}"
+        )
+    };
+    exchange.answer("/api/v1/accounts", answer(LARGEST));
+    let mut bot = lab.bot("maker").await;
+    let mut request = accounts();
+    request.request_id = "r".repeat(64);
+    let received = bot.send(request).await.unwrap();
+    assert_eq!(received.body.len(), LARGEST);
+    assert_eq!(received.msg, long(8192));
+    assert!(received.content_type.len() > 60_000 && received.code.len() == 256);
+    exchange.answer("/api/v1/accounts", answer(LARGEST + 1));
+    let refused = bot.send(accounts()).await.map(drop).unwrap_err();
+    let text = format!("its answer has more than {LARGEST} bytes");
+    assert!(refused.message().contains(&text), "{refused:?}");
     lab.stop().await;
 }

@@ -18,6 +18,7 @@
 mod harness;
 
 mod admin;
+mod answer_memory;
 mod answers;
 mod audit;
 mod blocks;

@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::harness::{Lab, accounts, not_run, until};
 
 /// The words of the line of a `/proc/PID` file that starts with `start`.
-fn proc_line(id: u32, file: &str, start: &str) -> Vec<String> {
+pub(crate) fn proc_line(id: u32, file: &str, start: &str) -> Vec<String> {
     let text = std::fs::read_to_string(format!("/proc/{id}/{file}")).unwrap();
     let line = text.lines().find(|line| line.starts_with(start)).unwrap();
     line.split_whitespace().map(str::to_owned).collect()
