@@ -14,7 +14,7 @@ use crate::base::outcome::Outcome;
 use crate::broker::admission::{CallKind, CallSlot, MessageSlot};
 use crate::broker::{Broker, BrokerError, Call, Receipt, catch_panic, micros};
 use crate::kucoin::request::{self, RequestLimits};
-use crate::kucoin::{Catalog, Malformed, Method, Scope, UnsignedRequest, advice, code};
+use crate::kucoin::{Catalog, Endpoint, Malformed, Method, Scope, UnsignedRequest, advice, code};
 use crate::proto::{self, broker_server::Broker as BrokerRpc};
 
 /// The broker responds at least this long before the bot's deadline, so that its response arrives before the bot's gRPC

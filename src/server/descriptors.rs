@@ -77,6 +77,8 @@ mod tests {
             cancels: 0,
             cancels_per_bot: 1,
             message_bytes_per_bot: 1,
+            answer_bytes: 1,
+            answer_bytes_per_bot: 1,
             connections,
             connections_per_bot: 1,
         }
