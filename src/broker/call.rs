@@ -307,8 +307,11 @@ impl Broker {
         recorded: &Recorded,
         gate: &Gate,
     ) -> Result<Receipt, BrokerError> {
-        // Fail early: a call that cannot be signed must not use a connection.
-        self.signing_key(call, admitted)?;
+        // Fail early: a call that cannot be signed must not use a connection. The rules may name another key by now: writing
+        // the intent took time, as does what comes before another attempt.
+        if self.signing_key(call, admitted).is_err() {
+            self.signing_key(call, &self.authorize(call)?)?;
+        }
         let destination = admitted.destination();
         let connection = self
             .egress

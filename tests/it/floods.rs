@@ -236,6 +236,7 @@ async fn eight_peers_that_flood_with_frames_slow_other_bots_down_little() {
 async fn large_requests_and_answers_arrive_in_time_at_the_lowest_rate() {
     let mut lab = Lab::with(Settings {
         config: "[limits]\nread_bytes_per_second = 1000000\nbody_bytes = 4194304".to_owned(),
+        egress: "max_answer_bytes = 8000000".to_owned(),
         ..Settings::default()
     })
     .await;

@@ -95,7 +95,7 @@ fn descriptors(config: &Config, number: u64, who: &str) -> Diagnosis {
     match Shortage::find(&config.admission_limits, number) {
         None => Diagnosis::ok(
             "descriptors",
-            format!("{who} may have {number} files open, enough for its limits"),
+            format!("{number} open files are allowed, enough for [limits]"),
         ),
         Some(shortage) => {
             let detail = format!("{who} {}", shortage.cause());
