@@ -197,13 +197,13 @@ async fn eight_peers_that_flood_with_frames_slow_other_bots_down_little() {
     .await;
     let mut bot = lab.patient_bot("maker").await;
     median(&mut bot, 50).await;
-    let flooder = lab.client_tls(&lab.ca.bot("reader").unwrap());
+    let peer = lab.client_tls(&lab.ca.bot("reader").unwrap());
     for flood in Flood::ALL.into_iter().filter(|flood| !flood.is_ended()) {
         // On a machine that is busy with other tests, the best of a few tries.
         let mut tries = Vec::new();
         for _ in 0..4 {
             let alone = median(&mut bot, 30).await;
-            let flooders = Flooders::start(lab.grpc, &flooder, flood, 8);
+            let flooders = Flooders::start(lab.grpc, &peer, flood, 8);
             flooders.switch(true);
             until("the peers have used up their bursts", async || {
                 flooders.frames.load(Ordering::Relaxed) > 8 * 20_000

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use credbroker_sim::installation::Settings;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 
@@ -136,7 +137,11 @@ async fn connect(lab: &Lab, from: &str) -> TcpStream {
 
 #[tokio::test]
 async fn silent_connections_delay_no_probe_and_no_request_that_arrives_slowly() {
-    let mut lab = Lab::start().await;
+    let mut lab = Lab::with(Settings {
+        process: true,
+        ..Settings::default()
+    })
+    .await;
     let (mut silent, mut slowest) = (Vec::new(), Duration::ZERO);
     // Another address than that of the silent clients.
     let mut slow = connect(&lab, "127.0.0.9").await;
@@ -162,5 +167,6 @@ async fn silent_connections_delay_no_probe_and_no_request_that_arrives_slowly() 
     for mut stream in silent {
         let _ = stream.read(&mut [0]).await;
     }
-    lab.stop().await;
+    lab.process().terminate();
+    assert_eq!(lab.process().exit_code().await, Some(0));
 }
