@@ -25,7 +25,8 @@ pub(super) fn lines(config: &Config, is_running: bool, hardened: &Hardened) -> V
             Diagnosis::warning("memory", detail, fix_lock)
         };
         let who = "a broker started from this shell";
-        return vec![memory, descriptors(config, hardened.descriptors, who)];
+        let descriptors = descriptors(config, hardened.descriptors, who);
+        return [memory].into_iter().chain(descriptors).collect();
     }
     let address = from_here(config.ops);
     if address.port() == 0 {
@@ -64,7 +65,7 @@ pub(super) fn lines(config: &Config, is_running: bool, hardened: &Hardened) -> V
     let is_one = |name| gauge(name) == Some("1");
     let descriptors = gauge("process_max_fds")
         .and_then(|number| number.parse().ok())
-        .map(|number| descriptors(config, number, "the running broker"));
+        .and_then(|number| descriptors(config, number, "the running broker"));
     let state = (
         is_one("credbroker_undumpable"),
         is_one("credbroker_memory_locked"),
@@ -90,18 +91,11 @@ pub(super) fn lines(config: &Config, is_running: bool, hardened: &Hardened) -> V
     lines
 }
 
-/// Whether a process that may have `number` files open can have as many connections as the configuration allows.
-fn descriptors(config: &Config, number: u64, who: &str) -> Diagnosis {
-    match Shortage::find(&config.admission_limits, number) {
-        None => Diagnosis::ok(
-            "descriptors",
-            format!("{number} open files are allowed, enough for [limits]"),
-        ),
-        Some(shortage) => {
-            let detail = format!("{who} {}", shortage.cause());
-            Diagnosis::warning("descriptors", detail, shortage.fix())
-        }
-    }
+/// A warning if a process that may have `number` files open cannot have as many connections as the configuration allows.
+fn descriptors(config: &Config, number: u64, who: &str) -> Option<Diagnosis> {
+    let shortage = Shortage::find(&config.admission_limits, number)?;
+    let detail = format!("{who} {}", shortage.cause());
+    Some(Diagnosis::warning("descriptors", detail, shortage.fix()))
 }
 
 /// Changed files that the running broker has rejected. It stays ready with their previous content, and doctor's other lines
