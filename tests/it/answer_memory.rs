@@ -19,7 +19,7 @@ use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
 use crate::answers::Exchange;
-use crate::connections::{RawBot, message};
+use crate::raw_bot::{RawBot, message};
 use crate::harness::{Lab, accounts, failure, print_always, spot_cancel_all, until};
 use crate::process::proc_line;
 

@@ -12,14 +12,12 @@ use credbroker_sim::kucoin::{Fault, FaultAction, Matching, When};
 use credbroker_sim::pki::Identity;
 use http_body_util::{BodyExt, StreamBody};
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use prost::Message;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
-use tokio_rustls::client::TlsStream;
 use tokio_stream::StreamExt;
 use tonic::codegen::Service;
 use tonic::{Code, Status};
@@ -29,134 +27,12 @@ use crate::harness::{
     Bot, Lab, Patient, accounts, failure, print_always, refusal, spot_cancel_all, spot_order, tls,
     until,
 };
+use crate::raw_bot::{ACK, DATA, GOAWAY, PING, PRIORITY, RST_STREAM, RawBot, WINDOW_UPDATE, message};
 
 const ACCOUNTS: &str = "/api/v1/accounts";
 const ORDERS: &str = "/api/v1/hf/orders";
 pub(crate) const OPEN: &str = "credbroker_connections";
 const IN_FLIGHT: &str = "credbroker_calls_in_flight";
-
-/// Kinds of HTTP/2 frames (RFC 9113, section 6).
-pub(crate) const DATA: u8 = 0;
-pub(crate) const HEADERS: u8 = 1;
-pub(crate) const PRIORITY: u8 = 2;
-const RST_STREAM: u8 = 3;
-pub(crate) const SETTINGS: u8 = 4;
-pub(crate) const PING: u8 = 6;
-pub(crate) const GOAWAY: u8 = 7;
-pub(crate) const WINDOW_UPDATE: u8 = 8;
-pub(crate) const CONTINUATION: u8 = 9;
-
-/// Flags of frames.
-const ACK: u8 = 1;
-const END_STREAM: u8 = 1;
-pub(crate) const END_HEADERS: u8 = 4;
-
-/// A bot that sends HTTP/2 frame by frame and does not reply to SETTINGS, PING or GOAWAY.
-pub(crate) struct RawBot {
-    pub(crate) stream: TlsStream<TcpStream>,
-    next: u32,
-}
-
-impl RawBot {
-    pub(crate) async fn open(lab: &Lab, identity: &Identity) -> Self {
-        Self::over(lab.tls(identity).await.unwrap()).await
-    }
-
-    /// The same over a TLS connection on which nothing has been sent yet.
-    pub(crate) async fn over(mut stream: TlsStream<TcpStream>) -> Self {
-        stream
-            .write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
-            .await
-            .unwrap();
-        let mut bot = Self { stream, next: 1 };
-        bot.write(SETTINGS, 0, 0, &[]).await;
-        bot
-    }
-
-    /// Sends a complete call, unless the connection is closed.
-    pub(crate) async fn call(&mut self, request: &SignAndSendRequest) {
-        let stream = self.head(&[]).await;
-        self.write(DATA, END_STREAM, stream, &message(request))
-            .await;
-    }
-
-    /// Opens a call with additional headers, and returns its stream id.
-    pub(crate) async fn head(&mut self, more: &[(&str, &str)]) -> u32 {
-        self.head_of("/credbroker.v1.Broker/SignAndSend", more)
-            .await
-    }
-
-    /// The same for any method.
-    async fn head_of(&mut self, path: &str, more: &[(&str, &str)]) -> u32 {
-        let stream = self.next;
-        self.next += 2;
-        let usual = [
-            (":method", "POST"),
-            (":scheme", "https"),
-            (":path", path),
-            (":authority", "localhost"),
-            ("content-type", "application/grpc"),
-            ("te", "trailers"),
-        ];
-        // HPACK: literal fields that are not indexed (RFC 7541, section 6.2.2).
-        let mut block = Vec::new();
-        for (name, value) in usual.iter().chain(more) {
-            block.push(0);
-            for text in [name, value] {
-                block.push(
-                    u8::try_from(text.len())
-                        .ok()
-                        .filter(|&length| length < 127)
-                        .unwrap(),
-                );
-                block.extend(text.as_bytes());
-            }
-        }
-        self.write(HEADERS, END_HEADERS, stream, &block).await;
-        stream
-    }
-
-    async fn write(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
-        // The broker may have closed the connection.
-        let _ = self
-            .stream
-            .write_all(&frame(kind, flags, stream, payload))
-            .await;
-        let _ = self.stream.flush().await;
-    }
-
-    /// Reads until a frame of this kind arrives.
-    pub(crate) async fn until_frame(&mut self, kind: u8) {
-        let wait = async {
-            loop {
-                let mut head = [0; 9];
-                self.stream.read_exact(&mut head).await.unwrap();
-                let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
-                let mut payload = vec![0; usize::try_from(length).unwrap()];
-                self.stream.read_exact(&mut payload).await.unwrap();
-                if head[3] == kind {
-                    return;
-                }
-            }
-        };
-        timeout(Duration::from_secs(20), wait).await.unwrap();
-    }
-
-    /// Waits until the broker has closed the connection.
-    async fn until_closed(&mut self) {
-        closed(&mut self.stream).await;
-    }
-}
-
-/// An HTTP/2 frame.
-pub(crate) fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
-    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
-    let mut frame = length[1..].to_vec();
-    frame.extend([kind, flags]);
-    frame.extend(stream.to_be_bytes());
-    frame.extend(payload);
-    frame
-}
 
 /// Reads until the broker has closed the connection.
 async fn closed(stream: &mut (impl tokio::io::AsyncRead + Unpin)) {
@@ -164,16 +40,6 @@ async fn closed(stream: &mut (impl tokio::io::AsyncRead + Unpin)) {
     let read = timeout(Duration::from_secs(20), stream.read_to_end(&mut rest)).await;
     // Closed with or without a TLS close_notify.
     let _: io::Result<usize> = read.expect("the connection is still open");
-}
-
-/// A message with the length prefix of gRPC.
-pub(crate) fn message(request: &SignAndSendRequest) -> Vec<u8> {
-    let encoded = request.encode_to_vec();
-    let length = u32::try_from(encoded.len()).unwrap();
-    let mut framed = vec![0];
-    framed.extend(length.to_be_bytes());
-    framed.extend(encoded);
-    framed
 }
 
 async fn lab(limits: &str) -> Lab {
@@ -988,7 +854,7 @@ async fn idle_connection_is_closed_and_the_next_call_reconnects() {
     // A connection with a call in flight is not idle: it still accepts calls.
     busy.send(accounts()).await.unwrap();
     closed(&mut mute).await;
-    raw.until_closed().await;
+    closed(&mut raw.stream).await;
     until_open(&lab, 0.0).await;
     usual.send(accounts()).await.unwrap();
     lab.stop().await;
@@ -1111,7 +977,7 @@ async fn connection_is_closed_when_its_certificate_expires() {
         (code, reason.as_str(), outcome.as_str()),
         (Code::Unauthenticated, "CALLER_UNKNOWN", "not_sent")
     );
-    raw.until_closed().await;
+    closed(&mut raw.stream).await;
     until_open(&lab, 0.0).await;
     lab.stop().await;
 }

@@ -12,7 +12,7 @@ use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 use tonic_types::StatusExt;
 
-use crate::connections::{GOAWAY, HEADERS, RawBot};
+use crate::raw_bot::{GOAWAY, HEADERS, RawBot};
 use crate::harness::{
     Bot, Lab, Patient, accounts, failure, json_of, refusal, request, spot_cancel_all, spot_order,
     until,

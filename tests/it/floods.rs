@@ -17,9 +17,10 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 use tokio_rustls::TlsConnector;
 
-use crate::connections::{
-    CONTINUATION, DATA, END_HEADERS, HEADERS, OPEN, PING, PRIORITY, RawBot, SETTINGS,
-    WINDOW_UPDATE, frame,
+use crate::connections::OPEN;
+use crate::raw_bot::{
+    CONTINUATION, DATA, END_HEADERS, HEADERS, PING, PRIORITY, RawBot, SETTINGS, WINDOW_UPDATE,
+    frame,
 };
 use crate::harness::{Bot, Lab, Patient, accounts, print_always, request, until};
 
@@ -142,7 +143,7 @@ async fn send(
     let Ok(stream) = connector.connect(name, stream).await else {
         return sleep(Duration::from_millis(10)).await;
     };
-    let mut bot = RawBot::over(stream).await;
+    let mut bot = RawBot::over(stream, &[]).await.unwrap();
     let mut stream = 1;
     match flood {
         Flood::Continuation => {

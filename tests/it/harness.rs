@@ -6,10 +6,11 @@ use std::future::Future;
 use std::io::{self, BufRead, BufReader, Write as _};
 use std::net::SocketAddr;
 use std::ops::Deref;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::pin::Pin;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
@@ -575,7 +576,9 @@ pub(crate) struct Process {
     child: Child,
     log: Arc<Mutex<String>>,
     is_read: Arc<AtomicBool>,
-    is_log_paused: Arc<AtomicBool>,
+    is_paused: Arc<AtomicBool>,
+    /// The pipe from which the log is read.
+    pipe: OwnedFd,
 }
 
 impl Process {
@@ -596,20 +599,21 @@ impl Process {
             .unwrap();
         let log = Arc::new(Mutex::new(String::new()));
         let (stderr, sink) = (child.stderr.take().unwrap(), Arc::clone(&log));
+        let pipe = stderr.as_fd().try_clone_to_owned().unwrap();
+        let is_paused = Arc::<AtomicBool>::default();
+        let wait = Arc::clone(&is_paused);
         let is_read = Arc::new(AtomicBool::new(true));
         let keep_reading = Arc::clone(&is_read);
-        let is_log_paused = Arc::<AtomicBool>::default();
-        let is_paused = Arc::clone(&is_log_paused);
         std::thread::spawn(move || {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                while is_paused.load(Ordering::Relaxed) {
-                    std::thread::sleep(Duration::from_millis(10));
-                }
                 let mut log = sink.lock().unwrap();
                 log.push_str(&line);
                 log.push('\n');
                 if !keep_reading.load(Ordering::Relaxed) {
                     break;
+                }
+                while wait.load(Ordering::Relaxed) {
+                    std::thread::sleep(Duration::from_millis(10));
                 }
             }
         });
@@ -617,18 +621,25 @@ impl Process {
             child,
             log,
             is_read,
-            is_log_paused,
+            is_paused,
+            pipe,
         }
+    }
+
+    /// Stops reading the log, or reads on; the pipe stays open.
+    pub(crate) fn pause_log(&self, is_paused: bool) {
+        self.is_paused.store(is_paused, Ordering::Relaxed);
+    }
+
+    /// Bytes of the log that are in the pipe and not read.
+    #[allow(dead_code, reason = "for benches/exhaustion.rs")]
+    pub(crate) fn unread_log(&self) -> u64 {
+        rustix::io::ioctl_fionread(&self.pipe).unwrap()
     }
 
     /// Reads one more line and then closes the pipe, like a log collector that crashes.
     pub(crate) fn close_log(&self) {
         self.is_read.store(false, Ordering::Relaxed);
-    }
-
-    /// Stops reading stderr without closing it, like a log collector that hangs; or reads it again.
-    pub(crate) fn pause_log(&self, is_paused: bool) {
-        self.is_log_paused.store(is_paused, Ordering::Relaxed);
     }
 
     /// Everything on stderr so far.
@@ -686,10 +697,15 @@ impl Process {
         assert!(sent.unwrap().success());
     }
 
+    /// How it has exited; `None` while it runs.
+    pub(crate) fn exit_status(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().unwrap()
+    }
+
     /// Waits until it exits, and returns the exit code.
     pub(crate) async fn exit_code(&mut self) -> Option<i32> {
-        let child = std::cell::RefCell::new(&mut self.child);
-        let exit_status = || child.borrow_mut().try_wait().unwrap();
+        let process = std::cell::RefCell::new(self);
+        let exit_status = || process.borrow_mut().exit_status();
         until("the broker exits", async || exit_status().is_some()).await;
         exit_status().unwrap().code()
     }

@@ -47,6 +47,7 @@ mod ops;
 mod policy;
 mod process;
 mod proto_baseline;
+mod raw_bot;
 mod reload;
 mod restrictions;
 mod rotation;

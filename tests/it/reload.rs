@@ -22,9 +22,9 @@ use tokio::time::sleep;
 use tonic::{Code, Status};
 
 use crate::certificates::is_call_accepted;
-use crate::connections::{GOAWAY, RawBot};
 use crate::delivery::tls_of;
 use crate::harness::{Bot, Lab, Patient, accounts, not_run, refusal, set_mode, spot_order, until};
+use crate::raw_bot::{GOAWAY, RawBot};
 
 /// A grant to read spot on an account.
 fn reading(bot: &str, account: &str) -> String {

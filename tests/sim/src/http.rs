@@ -19,8 +19,9 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustls::pki_types::CertificateDer;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpListener;
+use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_rustls::TlsAcceptor;
 
@@ -44,12 +45,21 @@ pub enum Reply {
     Answer(Response<Bytes>),
     /// Sends the head and the first bytes of the body, then closes the connection.
     CutShort(Response<Bytes>, usize),
-    /// Sends the head, and the body again and again.
-    Endless(Response<Bytes>),
     /// Keeps the connection open and never answers.
     Hang,
     /// Closes the connection without an answer.
     Close,
+    /// Sends bytes that a well-behaved server does not send.
+    Raw(Raw),
+}
+
+/// Bytes that are sent in place of an answer.
+#[derive(Clone, Debug)]
+pub struct Raw {
+    /// Sent once.
+    pub first: Bytes,
+    /// Then sent again and again until the client disconnects; if empty, the connection closes after `first`.
+    pub repeated: Bytes,
 }
 
 impl From<Response<Bytes>> for Reply {
@@ -183,8 +193,10 @@ async fn connection<S, H, F>(
     H: Fn(Received) -> F,
     F: Future<Output = Reply>,
 {
+    let (raw_sender, mut raw) = mpsc::channel(1);
     let service = service_fn(move |request: Request<Incoming>| {
         let (handler, certificates) = (Arc::clone(&handler), Arc::clone(&certificates));
+        let raw_sender = raw_sender.clone();
         async move {
             let (head, body) = request.into_parts();
             let body = body.collect().await.map_err(|_| Closed)?.to_bytes();
@@ -200,17 +212,37 @@ async fn connection<S, H, F>(
                 Reply::CutShort(response, bytes) => {
                     Ok(response.map(|body| Partial::new(body, bytes)))
                 }
-                Reply::Endless(response) => Ok(response.map(Partial::endless)),
                 Reply::Hang => std::future::pending().await,
                 Reply::Close => Err(Closed),
+                Reply::Raw(raw) => {
+                    let _ = raw_sender.send(raw).await;
+                    std::future::pending().await
+                }
             }
         }
     });
     // An error here means that the client disconnected or a fault closed the connection: nothing to report.
-    let _ = hyper::server::conn::http1::Builder::new()
+    let mut serving = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
-        .serve_connection(TokioIo::new(stream), service)
-        .await;
+        .serve_connection(TokioIo::new(stream), service);
+    let raw = tokio::select! {
+        _ = &mut serving => return,
+        raw = raw.recv() => raw,
+    };
+    if let Some(raw) = raw {
+        let _ = raw.send(serving.into_parts().io.into_inner()).await;
+    }
+}
+
+impl Raw {
+    /// Ends when everything is sent, or with an error when the client disconnects.
+    async fn send(&self, mut stream: impl AsyncWrite + Unpin) -> io::Result<()> {
+        stream.write_all(&self.first).await?;
+        while !self.repeated.is_empty() {
+            stream.write_all(&self.repeated).await?;
+        }
+        stream.shutdown().await
+    }
 }
 
 /// Closes a connection without an answer.
@@ -229,8 +261,6 @@ impl std::error::Error for Closed {}
 #[derive(Debug)]
 struct Partial {
     missing: usize,
-    /// A part that follows every other part.
-    endless: Option<Bytes>,
     next: Option<Bytes>,
     /// Whether hyper has had a turn to send the part before the break.
     sent: bool,
@@ -242,16 +272,8 @@ impl Partial {
         body.truncate(send);
         Self {
             missing: full - body.len(),
-            endless: None,
             next: Some(body).filter(|body| !body.is_empty()),
             sent: false,
-        }
-    }
-
-    fn endless(body: Bytes) -> Self {
-        Self {
-            endless: Some(body.clone()),
-            ..Self::new(body, usize::MAX)
         }
     }
 }
@@ -264,7 +286,7 @@ impl Body for Partial {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Closed>>> {
-        match self.next.take().or_else(|| self.endless.clone()) {
+        match self.next.take() {
             Some(bytes) => Poll::Ready(Some(Ok(Frame::data(bytes)))),
             None if self.missing == 0 => Poll::Ready(None),
             // On an immediate error hyper would drop the buffered bytes; while the body is pending, it sends them.
@@ -278,13 +300,10 @@ impl Body for Partial {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.next.is_none() && self.missing == 0 && self.endless.is_none()
+        self.next.is_none() && self.missing == 0
     }
 
     fn size_hint(&self) -> SizeHint {
-        if self.endless.is_some() {
-            return SizeHint::default();
-        }
         SizeHint::with_exact((self.next.as_ref().map_or(0, Bytes::len) + self.missing) as u64)
     }
 }

@@ -280,7 +280,11 @@ impl World {
         if host == Host::Spot && request.head.uri.path().starts_with(control::PREFIX) {
             return control::answer(&mut self.exchange(), &request).into();
         }
-        let arrival = self.exchange().arrive(&self.catalog, host, &request);
+        let (arrival, mut cleared) = {
+            let mut exchange = self.exchange();
+            let arrival = exchange.arrive(&self.catalog, host, &request);
+            (arrival, exchange.faults.cleared.subscribe())
+        };
         let arrival = match arrival {
             Ok(arrival) => arrival,
             Err(blocked) => return Response::from(blocked).into(),
@@ -311,13 +315,23 @@ impl World {
                 tokio::time::sleep(Duration::from_millis(*ms)).await;
                 process().into()
             }
+            FaultAction::EarlyHints {} => Reply::Raw(answers::early_hints()),
+            FaultAction::Hold {} => {
+                // The sender lives as long as the exchange.
+                let _ = cleared.changed().await;
+                process().into()
+            }
             FaultAction::Html { status, when } => {
                 process_if_after(*when);
                 answers::html_page(status_of(*status), "simulated fault").into()
             }
+            FaultAction::OneByteChunks { kilobytes } => {
+                process();
+                Reply::Raw(answers::one_byte_chunks(*kilobytes))
+            }
             FaultAction::Oversized { megabytes } => {
                 process();
-                answers::oversized(*megabytes).into()
+                answers::filled(megabytes.saturating_mul(1_000_000)).into()
             }
             FaultAction::RateLimited { reset_ms } => rate_limited(*reset_ms).into(),
             FaultAction::Stall { when } => {

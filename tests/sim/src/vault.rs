@@ -505,10 +505,8 @@ async fn reply(core: &Mutex<Core>, node: Node, received: &Received) -> Reply {
         execute(core, node, received, fault).await
     };
     let status = match &reply {
-        Reply::Answer(response) | Reply::CutShort(response, _) | Reply::Endless(response) => {
-            Some(response.status().as_u16())
-        }
-        Reply::Close | Reply::Hang => None,
+        Reply::Answer(response) | Reply::CutShort(response, _) => Some(response.status().as_u16()),
+        Reply::Close | Reply::Hang | Reply::Raw(_) => None,
     };
     if let Some(seen) = lock(core).seen.get_mut(at) {
         seen.status = status;

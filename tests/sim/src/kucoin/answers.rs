@@ -4,6 +4,8 @@ use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Response, StatusCode, header};
 use serde_json::{Value, json};
 
+use crate::http::Raw;
+
 /// Marks every answer as simulated.
 const LABEL: HeaderName = HeaderName::from_static("x-credbroker-sim");
 
@@ -85,9 +87,37 @@ pub(super) fn html_page(status: StatusCode, detail: &str) -> Response<Bytes> {
     answer(status, "text/html; charset=UTF-8", Bytes::from(body))
 }
 
-/// A well-formed envelope of about `megabytes` megabytes.
-pub(super) fn oversized(megabytes: usize) -> Response<Bytes> {
-    let filler = "x".repeat(megabytes.saturating_mul(1_000_000));
+/// Informational answers without end, a hundred at a time (RFC 8297).
+pub(super) fn early_hints() -> Raw {
+    let hint =
+        format!("HTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\n{LABEL}: 1\r\n\r\n");
+    Raw {
+        first: Bytes::new(),
+        repeated: hint.repeat(100).into(),
+    }
+}
+
+/// A well-formed envelope of about `kilobytes` kilobytes in chunks of one byte.
+pub(super) fn one_byte_chunks(kilobytes: usize) -> Raw {
+    let envelope = filled(kilobytes.saturating_mul(1000)).into_body();
+    let head = format!(
+        "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\
+         connection: close\r\n{LABEL}: 1\r\n\r\n"
+    );
+    let mut first = head.into_bytes();
+    for &byte in &envelope {
+        first.extend([b'1', b'\r', b'\n', byte, b'\r', b'\n']);
+    }
+    first.extend(b"0\r\n\r\n");
+    Raw {
+        first: first.into(),
+        repeated: Bytes::new(),
+    }
+}
+
+/// A well-formed envelope of about this many bytes.
+pub(super) fn filled(bytes: usize) -> Response<Bytes> {
+    let filler = "x".repeat(bytes);
     json_answer(
         StatusCode::OK,
         &json!({"code": "200000", "data": {"filler": filler}}),

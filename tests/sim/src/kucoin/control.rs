@@ -8,6 +8,7 @@
 //! | `POST /_sim/cancel-lag` | `{"ms": 300}`: how long after its acceptance a cancel-all takes effect |
 //! | `POST /_sim/fault` | a [`Fault`] to add |
 //! | `DELETE /_sim/fault` | removes all faults |
+//! | `GET /_sim/fault` | `{"hits": 3}`: how many requests faults have hit |
 //! | `POST /_sim/limits` | [`Limits`]; missing fields get their default |
 //! | `POST /_sim/source-address` | `{"address": "203.0.113.7"}`: the source address that every request seems to have; null: the real one |
 //! | `POST /_sim/clock` | `{"offset_ms": -6000}` or `{"fixed_ms": 1735689600123}` |
@@ -101,6 +102,7 @@ fn execute(exchange: &mut Exchange, request: &Received) -> Result<Value, String>
         }
         ("POST", "/_sim/fault") => exchange.faults.add(body::<Fault>(request)?),
         ("DELETE", "/_sim/fault") => exchange.faults.clear(),
+        ("GET", "/_sim/fault") => return Ok(json!({"hits": exchange.faults.hits})),
         ("POST", "/_sim/limits") => exchange.set_limits(body::<Limits>(request)?),
         ("POST", "/_sim/source-address") => {
             exchange.source_address = body::<SourceAddress>(request)?.address;

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use tokio::sync::watch;
 
 use super::catalog::Host;
 
@@ -94,12 +95,21 @@ pub enum FaultAction {
         /// Milliseconds to wait.
         ms: u64,
     },
+    /// Sends informational answers with status 103 without end, and never an answer; the request is not processed.
+    EarlyHints {},
+    /// Keeps the request until the faults are cleared, then processes it and answers normally.
+    Hold {},
     /// Answers with an HTML page.
     Html {
         /// HTTP status.
         status: u16,
         /// Whether the request was processed.
         when: When,
+    },
+    /// Processes the request and answers with a valid envelope in chunks of one byte.
+    OneByteChunks {
+        /// Size of the envelope.
+        kilobytes: usize,
     },
     /// Processes the request and answers with a valid envelope that is far too large.
     Oversized {
@@ -120,24 +130,31 @@ pub enum FaultAction {
 
 /// The active faults.
 #[derive(Debug, Default)]
-pub(super) struct Faults(Vec<Fault>);
+pub(super) struct Faults {
+    active: Vec<Fault>,
+    /// How many requests were hit.
+    pub(super) hits: u64,
+    /// Notified when the faults are cleared.
+    pub(super) cleared: watch::Sender<()>,
+}
 
 impl Faults {
     /// Adds a fault.
     pub(super) fn add(&mut self, fault: Fault) {
-        self.0.push(fault);
+        self.active.push(fault);
     }
 
     /// Removes all faults.
     pub(super) fn clear(&mut self) {
-        self.0.clear();
+        self.active.clear();
+        self.cleared.send_replace(());
     }
 
     /// The fault that hits this request, if any; counts the request.
     pub(super) fn hit(&mut self, host: Host, method: &str, path: &str) -> Option<FaultAction> {
         let mut action = None;
         for fault in self
-            .0
+            .active
             .iter_mut()
             .filter(|fault| fault.fits(host, method, path))
         {
@@ -151,7 +168,8 @@ impl Faults {
             action = Some(fault.action.clone());
             break;
         }
-        self.0.retain(|fault| fault.times != Some(0));
+        self.active.retain(|fault| fault.times != Some(0));
+        self.hits += u64::from(action.is_some());
         action
     }
 }

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `POST fault` | a [`FaultRule`] to add |
 //! | `DELETE fault` | removes all faults |
+//! | `GET fault` | answers `{"hits": 3}`: how many requests faults have hit |
 //! | `POST seal`, `POST unseal` | |
 //! | `POST fail-over` | the other listener becomes the active node |
 //! | `POST advance` | `{"seconds": 60}` moves the clock ahead |
@@ -101,6 +102,7 @@ fn execute(
         ("POST", "fail-over") => core.active = core.active.other(),
         ("POST", "fault") => core.faults.add(body::<FaultRule>(received)?),
         ("DELETE", "fault") => core.faults.clear(),
+        ("GET", "fault") => return Ok(Some(json!({ "hits": core.faults.hits }))),
         ("DELETE", "metadata") => {
             let SecretPath { mount, path } = body(received)?;
             if let Some(kv) = core.kv.get_mut(&mount) {

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::answer::{labelled, response};
 use super::request::relative_path;
-use crate::http::Reply;
+use crate::http::{Raw, Reply};
 
 const API: &str = "/v1/";
 
@@ -96,24 +96,28 @@ impl FaultRule {
 
 /// The active rules.
 #[derive(Default)]
-pub(super) struct Faults(Vec<FaultRule>);
+pub(super) struct Faults {
+    rules: Vec<FaultRule>,
+    /// How many requests were hit.
+    pub(super) hits: u64,
+}
 
 impl Faults {
     pub(super) fn add(&mut self, mut rule: FaultRule) {
         if rule.path.starts_with(API) {
             rule.path.drain(..API.len());
         }
-        self.0.push(rule);
+        self.rules.push(rule);
     }
 
     pub(super) fn clear(&mut self) {
-        self.0.clear();
+        self.rules.clear();
     }
 
     /// The fault that hits this request, if any; counts the request.
     pub(super) fn hit(&mut self, method: &str, path: &str) -> Option<Fault> {
         let path = relative_path(path);
-        let rule = self.0.iter_mut().find(|rule| {
+        let rule = self.rules.iter_mut().find(|rule| {
             rule.times != Some(0)
                 && path.starts_with(&rule.path)
                 && rule.method.as_deref().is_none_or(|wanted| wanted == method)
@@ -121,6 +125,7 @@ impl Faults {
         if let Some(times) = &mut rule.times {
             *times -= 1;
         }
+        self.hits += 1;
         Some(rule.fault.clone())
     }
 }
@@ -130,10 +135,7 @@ impl Fault {
     pub(super) fn replacement(&self, path_and_query: &str) -> Option<Reply> {
         match self {
             Self::Close => Some(Reply::Close),
-            Self::Endless => {
-                let body = format!("{{\"data\":\"{}", "x".repeat(64 * 1024));
-                Some(Reply::Endless(labelled(200, "application/json", body)))
-            }
+            Self::Endless => Some(Reply::Raw(endless())),
             Self::Hang => Some(Reply::Hang),
             Self::NotJson => {
                 let page = "<html><body>simulated proxy error</body></html>\n".to_owned();
@@ -181,6 +183,18 @@ impl Fault {
             }
             _ => answer.into(),
         }
+    }
+}
+
+/// A JSON text of one string that never ends, in chunks of 16 KiB.
+fn endless() -> Raw {
+    let chunk = format!("4000\r\n{}\r\n", "x".repeat(0x4000));
+    Raw {
+        first: Bytes::from_static(
+            b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\
+              x-credbroker-sim: 1\r\n\r\nb\r\n{\"data\": \"x\r\n",
+        ),
+        repeated: chunk.into(),
     }
 }
 

@@ -61,6 +61,8 @@ async fn simulated_kucoin_can_be_controlled_over_http() {
         .try_call(Host::Spot, "GET", "/api/v1/status", &Value::Null)
         .await;
     assert!(status.is_none());
+    let hits = control("GET", "/_sim/fault", Value::Null).await;
+    assert_eq!(hits, (200, json!({"hits": 1})));
     let order = json!({"clientOid": "mine", "symbol": "BTC-USDT", "side": "buy", "price": "1", "size": "1"});
     client.spot("POST", "/api/v1/hf/orders", order).await.data();
     let (_, received) = control("GET", "/_sim/received", Value::Null).await;

@@ -4,6 +4,8 @@ use std::time::{Duration, Instant};
 
 use credbroker_sim::kucoin::{Fault, FaultAction, Host, Matching, Signature, When};
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 
 use crate::client::Client;
 
@@ -51,6 +53,7 @@ async fn faults_hit_before_or_after_the_order_is_placed() {
             false,
         ),
         (FaultAction::RateLimited { reset_ms: None }, false),
+        (FaultAction::OneByteChunks { kilobytes: 2 }, true),
     ] {
         number += 1;
         placed += usize::from(places);
@@ -85,6 +88,12 @@ async fn faults_hit_before_or_after_the_order_is_placed() {
                 assert_eq!((answer.status, answer.code()), (429, "429000".to_owned()));
                 let reset = reset_ms.map(|ms| ms.to_string());
                 assert_eq!(answer.header("gw-ratelimit-reset"), reset);
+            }
+            FaultAction::OneByteChunks { .. } => {
+                let body = String::from_utf8(answer.unwrap().body).unwrap();
+                let mut lines = body.split("\r\n");
+                assert!(body.len() > 6 * 2000 && body.ends_with("\r\n0\r\n\r\n"));
+                assert_eq!((lines.next(), lines.next()), (Some("1"), Some("{")));
             }
             _ => {
                 let answer = answer.unwrap();
@@ -139,4 +148,43 @@ async fn faults_delay_and_stall_only_matching_requests() {
         let placed = usize::from(when == When::AfterProcessing);
         assert_eq!(client.sim.orders(7).len(), placed);
     }
+}
+
+#[tokio::test]
+async fn held_request_is_processed_once_the_faults_are_removed() {
+    let client = Client::start().await;
+    let path = "/api/v1/hf/orders";
+    client.sim.fault(Fault {
+        times: None,
+        ..Fault::once(path, FaultAction::Hold {})
+    });
+    let order = json!({"symbol": "BTC-USDT", "side": "buy", "price": "1", "size": "1"});
+    let mut held = Box::pin(client.try_call(Host::Spot, "POST", path, &order));
+    let patience = Duration::from_millis(200);
+    assert!(tokio::time::timeout(patience, &mut held).await.is_err());
+    assert!(client.sim.orders(7).is_empty());
+    client.sim.clear_faults();
+    assert_eq!(held.await.unwrap().status, 200);
+    assert_eq!(client.sim.orders(7).len(), 1);
+}
+
+#[tokio::test]
+async fn early_hints_come_without_end_and_the_order_is_not_placed() {
+    let client = Client::start().await;
+    let path = "/api/v1/hf/orders";
+    client
+        .sim
+        .fault(Fault::once(path, FaultAction::EarlyHints {}));
+    let mut stream = TcpStream::connect(client.url(Host::Spot).split_once("//").unwrap().1)
+        .await
+        .unwrap();
+    let request = format!("POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut hints = vec![0; 1_000_000];
+    stream.read_exact(&mut hints).await.unwrap();
+    let hints = String::from_utf8(hints).unwrap();
+    let mut heads = hints.split("\r\n\r\n").collect::<Vec<_>>();
+    heads.pop();
+    assert!(heads.len() > 1000 && heads.iter().all(|head| head.starts_with("HTTP/1.1 103 ")));
+    assert!(client.sim.orders(7).is_empty());
 }

@@ -3,8 +3,10 @@
 use std::time::{Duration, Instant};
 
 use credbroker_sim::vault::{Fault, FaultRule};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 
-use crate::client::call;
+use crate::client::{call, host};
 use crate::{SECRET, read, with_secret};
 
 #[tokio::test]
@@ -113,4 +115,22 @@ async fn a_redirect_keeps_path_and_query() {
         answer.header("location"),
         Some(&*format!("http://127.0.0.1:1{path}"))
     );
+}
+
+#[tokio::test]
+async fn endless_answer_is_larger_than_any_answer_of_vault() {
+    let (sim, token) = with_secret().await;
+    sim.fault(FaultRule::new("kv/", Fault::Endless).times(1));
+    let mut stream = TcpStream::connect(host(&sim.address())).await.unwrap();
+    let request =
+        format!("GET {SECRET} HTTP/1.1\r\nhost: localhost\r\nx-vault-token: {token}\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut start = vec![0; 8_000_000];
+    stream.read_exact(&mut start).await.unwrap();
+    let head = String::from_utf8_lossy(&start[..200]);
+    assert!(
+        head.contains("\r\n\r\nb\r\n{\"data\": \"x\r\n4000\r\nxxx"),
+        "{head}"
+    );
+    assert_eq!(read(&sim, &token).await.status, 200);
 }
