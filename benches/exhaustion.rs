@@ -31,6 +31,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 use std::io;
 use std::net::SocketAddr;
+use std::process::ExitCode;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -66,7 +67,7 @@ const EXIT_WITHIN: Duration = Duration::from_secs(12);
 /// (64 MiB) and audit lines (16 MiB), and copies in buffers of TLS and HTTP.
 const MAX_RSS_MB: f64 = 256.0;
 
-fn main() {
+fn main() -> ExitCode {
     let build = |mut builder: Builder| builder.enable_all().build().unwrap();
     let mut measuring = Builder::new_multi_thread();
     measuring.worker_threads(2);
@@ -81,17 +82,20 @@ fn main() {
     // Tasks that wait for a process do not end by themselves.
     runtime.shutdown_background();
     flooding.shutdown_background();
-    assert!(is_ok, "a verdict is not ok");
+    ExitCode::from(u8::from(!is_ok))
 }
 
 /// A resource: who uses it up, and what is allowed meanwhile.
 struct Row {
     name: &'static str,
     how: &'static str,
+    /// What meets the fault.
+    unit: &'static str,
     start: for<'a> fn(&'a Site) -> faults::Starting<'a>,
     /// Changes the configuration.
     config: fn(String) -> String,
-    disk: Option<&'static str>,
+    /// Mounted at `disk`.
+    disk: Option<Disk>,
     /// Limit of open files; `None`: that of this process.
     descriptors: Option<u32>,
     /// How much slower cancels may be, as a ratio of medians.
@@ -102,6 +106,13 @@ struct Row {
     min_block: Duration,
     /// Exit code if stopped during the fault.
     exit_code: i32,
+}
+
+/// A disk for the audit log.
+#[derive(PartialEq)]
+enum Disk {
+    Hanging,
+    Small,
 }
 
 /// An installation, and what faults need of it.
@@ -127,8 +138,8 @@ impl Site {
         .await;
         let folder = lab.path("disk");
         let mut site = Self {
-            small_disk: (row.disk == Some("small")).then(|| SmallDisk::mount(&folder).unwrap()),
-            hanging_disk: (row.disk == Some("hanging"))
+            small_disk: (row.disk == Some(Disk::Small)).then(|| SmallDisk::mount(&folder).unwrap()),
+            hanging_disk: (row.disk == Some(Disk::Hanging))
                 .then(|| HangingDisk::mount(&folder).unwrap()),
             lab,
             vault,
@@ -467,10 +478,13 @@ fn report(row: &Row, measured: &Measured) -> (String, String) {
     let [other, same] = [0, 1].map(|which| {
         let [healthy, faulty] = [0, 1].map(|state| median(&measured.cancels[which][state]));
         let whose = ["another bot", "the same bot"][which];
-        let ratio = faulty / healthy;
-        // Without a cancel that was answered, there is no ratio.
-        require(ratio <= row.max_ratio, format!("{whose} ×{ratio:.1}"));
         let count = measured.cancels[which][1].len();
+        if count == 0 {
+            require(false, format!("{whose} cannot cancel"));
+            return format!("{healthy:.1} → none answered");
+        }
+        let ratio = faulty / healthy;
+        require(ratio <= row.max_ratio, format!("{whose} ×{ratio:.1}"));
         format!("{healthy:.1} → {faulty:.1} (×{ratio:.2}, {count} cancels)")
     });
     let failed = counts(&measured.failed);
@@ -479,10 +493,10 @@ fn report(row: &Row, measured: &Measured) -> (String, String) {
     require(count == 0, format!("{count} cancels failed between faults"));
     let most = |values: &[f64]| values.iter().copied().fold(0.0, f64::max);
     let (halt, healthz) = (most(&measured.halt), most(&measured.healthz));
-    require(halt <= 1000.0, "halt".to_owned());
+    require(halt <= 1000.0, "`halt`".to_owned());
     require(
         healthz <= row.max_healthz.as_secs_f64() * 1000.0,
-        "/healthz".to_owned(),
+        "`/healthz`".to_owned(),
     );
     let rss_mb = measured.max_rss_mb;
     require(rss_mb <= MAX_RSS_MB, "RSS".to_owned());
@@ -509,8 +523,8 @@ fn report(row: &Row, measured: &Measured) -> (String, String) {
         problems => problems.join(", "),
     };
     let line = format!(
-        "| {}: {} | {} | {other} | {same} | {failed} | {halt:.0} | {healthz:.0} | {rss_mb:.0} | {stopped} | {verdict} |",
-        row.name, row.how, measured.met,
+        "| {}: {} | {} {} | {other} | {same} | {failed} | {halt:.0} | {healthz:.0} | {rss_mb:.0} | {stopped} | {verdict} |",
+        row.name, row.how, measured.met, row.unit,
     );
     (line, verdict)
 }

@@ -12,13 +12,13 @@ use credbroker::proto::SignAndSendRequest;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_rustls::TlsConnector;
 
 use crate::harness::{Bot, Patient, accounts, patient, print_always, spot_order, tls};
 use crate::raw_bot::{DATA, PRIORITY, RawBot, frame};
-use crate::{Row, Site, get};
+use crate::{Disk, Row, Site, get};
 
 pub(crate) type Starting<'a> = Pin<Box<dyn Future<Output = Fault> + 'a>>;
 
@@ -34,11 +34,12 @@ const WINDOW_UPDATE: u8 = 8;
 const INITIAL_WINDOW_SIZE: u16 = 4;
 
 /// How long to wait until enough has met the fault.
-const MET_WITHIN: Duration = Duration::from_secs(10);
+const MET_WITHIN: Duration = Duration::from_secs(20);
 
 const ROW: Row = Row {
     name: "",
     how: "",
+    unit: "calls",
     start: |site| Box::pin(Fault::new(site, Met::Kucoin, 0)),
     config: |config| config,
     disk: None,
@@ -51,6 +52,7 @@ const ROW: Row = Row {
 
 /// A flood with HTTP/2 frames. The processor time of the one thread is shared fairly, so cancels may take twice as long.
 const FLOOD: Row = Row {
+    unit: "frames",
     max_ratio: 2.0,
     ..ROW
 };
@@ -60,7 +62,7 @@ const ON_DISK: Row = Row {
     ..ROW
 };
 
-pub(crate) static ROWS: [Row; 19] = [
+pub(crate) static ROWS: [Row; 20] = [
     Row {
         name: "hung-reads-1",
         how: "1 bot polls 300 reads that the exchange does not answer",
@@ -84,6 +86,7 @@ pub(crate) static ROWS: [Row; 19] = [
     Row {
         name: "idle-128",
         how: "2 bots keep 64 idle connections each; 128 descriptors",
+        unit: "connections",
         start: |site| Box::pin(ready(idle(site, 2, 60))),
         descriptors: Some(128),
         ..ROW
@@ -91,6 +94,7 @@ pub(crate) static ROWS: [Row; 19] = [
     Row {
         name: "idle-1024",
         how: "20 bots keep 64 idle connections each; 1,024 descriptors",
+        unit: "connections",
         start: |site| Box::pin(ready(idle(site, 20, 500))),
         descriptors: Some(1024),
         ..ROW
@@ -104,6 +108,7 @@ pub(crate) static ROWS: [Row; 19] = [
     Row {
         name: "byte-by-byte",
         how: "8 bots request 8 answers of 3 MB each and read one byte at a time",
+        unit: "bytes",
         start: |site| Box::pin(slow_readers(site, 1)),
         ..ROW
     },
@@ -147,6 +152,7 @@ pub(crate) static ROWS: [Row; 19] = [
     Row {
         name: "flood-103",
         how: "the exchange sends 103 without end in answer to 8 polled reads",
+        unit: "calls",
         start: |site| Box::pin(polled_answers(site, json!({"early_hints": {}}), 8)),
         ..FLOOD
     },
@@ -165,20 +171,30 @@ pub(crate) static ROWS: [Row; 19] = [
     Row {
         name: "vault-endless",
         how: "Vault answers every poll (each second) with a text without end",
+        unit: "polls",
         start: |site| Box::pin(vault_endless(site)),
         config: |config| config.replace("timeout_ms = 1000", "timeout_ms = 3000"),
         ..ROW
     },
     Row {
+        name: "handshakes-silent",
+        how: "600 connections to the bots' listener that send nothing",
+        unit: "connections",
+        start: |site| Box::pin(ready(silent(site, site.lab.grpc, 600, 300))),
+        ..ROW
+    },
+    Row {
         name: "ops-silent",
         how: "256 connections to the ops listener that send nothing",
-        start: |site| Box::pin(ready(ops_silent(site))),
+        unit: "connections",
+        start: |site| Box::pin(ready(silent(site, site.lab.ops, 256, 128))),
         max_healthz: Duration::from_millis(200),
         ..ROW
     },
     Row {
         name: "log-unread",
         how: "nobody reads the log pipe (debug level, 4 polled reads)",
+        unit: "bytes",
         start: |site| Box::pin(log_unread(site)),
         config: |config| config.replace("warn,credbroker::server=info", "debug"),
         ..ROW
@@ -186,15 +202,17 @@ pub(crate) static ROWS: [Row; 19] = [
     Row {
         name: "audit-disk-full",
         how: "the audit log is on a full disk",
+        unit: "lines",
         start: |site| Box::pin(disk_full(site)),
-        disk: Some("small"),
+        disk: Some(Disk::Small),
         ..ON_DISK
     },
     Row {
         name: "audit-disk-hangs",
         how: "the audit log is on a disk that hangs (FUSE), once for 30 s",
+        unit: "requests",
         start: |site| Box::pin(disk_hangs(site)),
-        disk: Some("hanging"),
+        disk: Some(Disk::Hanging),
         min_block: Duration::from_secs(30),
         ..ON_DISK
     },
@@ -371,14 +389,18 @@ fn idle(site: &Site, bots: usize, enough: u64) -> Fault {
     let (mut fault, count) = Fault::counted(enough);
     for bot in 0..bots {
         let (address, connector) = site.dial(&format!("idle-{bot}"));
-        for _ in 0..64 {
-            let (connector, count) = (connector.clone(), Arc::clone(&count));
-            fault.spawn(site, async move {
+        let count = Arc::clone(&count);
+        fault.spawn(site, async move {
+            // Dropped with this task.
+            let mut open = JoinSet::new();
+            for _ in 0..64 {
                 if let Ok(stream) = tls(address, &connector).await {
-                    keep_open(stream, &count).await;
+                    let count = Arc::clone(&count);
+                    open.spawn(async move { keep_open(stream, &count).await });
                 }
-            });
-        }
+            }
+            std::future::pending::<()>().await;
+        });
     }
     fault
 }
@@ -498,10 +520,11 @@ async fn vault_endless(site: &Site) -> Fault {
     fault
 }
 
-fn ops_silent(site: &Site) -> Fault {
-    let (mut fault, count) = Fault::counted(256);
-    for _ in 0..256 {
-        let (address, count) = (site.lab.ops, Arc::clone(&count));
+/// Connections on which nothing is sent; each is opened again when the broker closes it.
+fn silent(site: &Site, address: SocketAddr, connections: u64, enough: u64) -> Fault {
+    let (mut fault, count) = Fault::counted(enough);
+    for _ in 0..connections {
+        let count = Arc::clone(&count);
         fault.spawn(site, async move {
             loop {
                 if let Ok(stream) = TcpStream::connect(address).await {
@@ -515,7 +538,7 @@ fn ops_silent(site: &Site) -> Fault {
 }
 
 async fn log_unread(site: &Site) -> Fault {
-    let mut fault = Fault::new(site, Met::Log, 32 * 1024).await;
+    let mut fault = Fault::new(site, Met::Log, 60_000).await;
     site.lab.process.as_ref().unwrap().pause_log(true);
     let connection = site.connection("bot-0").await.unwrap();
     fault.poll(site, &connection, 4, accounts);

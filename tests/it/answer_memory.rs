@@ -19,9 +19,9 @@ use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
 use crate::answers::Exchange;
-use crate::raw_bot::{RawBot, message};
 use crate::harness::{Lab, accounts, failure, print_always, spot_cancel_all, until};
 use crate::process::proc_line;
+use crate::raw_bot::{RawBot, message};
 
 const ACCOUNTS: &str = "/api/v1/accounts";
 const ORDERS: &str = "/api/v1/hf/orders";
@@ -279,10 +279,10 @@ async fn answer_in_many_chunks_or_values_takes_no_more_memory_than_its_bytes() {
     );
     bot.send(accounts()).await.unwrap();
     let before = memory(&mut lab, "VmHWM");
-    let chunks: String = body
+    let chunks = body
         .chars()
-        .map(|byte| format!("1\r\n{byte}\r\n"))
-        .collect();
+        .map(|byte| ["1\r\n", byte.encode_utf8(&mut [0; 4]), "\r\n"].concat());
+    let chunks = chunks.collect::<Vec<_>>().concat();
     exchange.answer(
         ACCOUNTS,
         format!("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n{chunks}0\r\n\r\n"),

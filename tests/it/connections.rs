@@ -27,7 +27,9 @@ use crate::harness::{
     Bot, Lab, Patient, accounts, failure, print_always, refusal, spot_cancel_all, spot_order, tls,
     until,
 };
-use crate::raw_bot::{ACK, DATA, GOAWAY, PING, PRIORITY, RST_STREAM, RawBot, WINDOW_UPDATE, message};
+use crate::raw_bot::{
+    ACK, DATA, GOAWAY, PING, PRIORITY, RST_STREAM, RawBot, SETTINGS, WINDOW_UPDATE, message,
+};
 
 const ACCOUNTS: &str = "/api/v1/accounts";
 const ORDERS: &str = "/api/v1/hf/orders";

@@ -12,11 +12,11 @@ use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 use tonic_types::StatusExt;
 
-use crate::raw_bot::{GOAWAY, HEADERS, RawBot};
 use crate::harness::{
     Bot, Lab, Patient, accounts, failure, json_of, refusal, request, spot_cancel_all, spot_order,
     until,
 };
+use crate::raw_bot::{GOAWAY, HEADERS, RawBot};
 
 const ACCOUNTS: &str = "/api/v1/accounts";
 const ACTIVE: &str = "/api/v1/hf/orders/active";

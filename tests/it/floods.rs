@@ -18,11 +18,11 @@ use tokio::time::sleep;
 use tokio_rustls::TlsConnector;
 
 use crate::connections::OPEN;
+use crate::harness::{Bot, Lab, Patient, accounts, print_always, request, until};
 use crate::raw_bot::{
     CONTINUATION, DATA, END_HEADERS, HEADERS, PING, PRIORITY, RawBot, SETTINGS, WINDOW_UPDATE,
     frame,
 };
-use crate::harness::{Bot, Lab, Patient, accounts, print_always, request, until};
 
 /// What a peer floods its connection with.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
