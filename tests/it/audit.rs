@@ -261,21 +261,6 @@ fn limit_files(lab: &Lab, bytes: Option<u64>) {
     prlimit(pid, Resource::Fsize, limit).unwrap();
 }
 
-/// Waits until the broker has tested its keys: after that, only calls of bots are audited.
-async fn until_tested(lab: &Lab) {
-    until("both keys are tested", async || {
-        let labels =
-            ["main", "other"].map(|account| format!("{{account=\"{account}\",key=\"main\"}}"));
-        let mut is_tested = true;
-        for labels in labels {
-            let name = format!("credbroker_key_tested_timestamp_seconds{labels}");
-            is_tested &= lab.metric(&name).await.is_some();
-        }
-        is_tested
-    })
-    .await;
-}
-
 /// Parses every line of an audit file.
 fn parsed(path: &Path) -> Vec<Value> {
     let text = std::fs::read_to_string(path).unwrap();
@@ -291,7 +276,7 @@ async fn every_audit_line_parses_after_the_disk_was_full() {
         ..Settings::default()
     })
     .await;
-    until_tested(&lab).await;
+    lab.until_keys_tested().await;
     let path = lab.path("state/audit.jsonl");
     let length = || std::fs::metadata(&path).unwrap().len();
     let mut bot = lab.bot("maker").await;
@@ -326,7 +311,7 @@ async fn every_audit_line_parses_after_the_disk_was_full() {
     assert!(!std::fs::read(&path).unwrap().ends_with(b"\n"));
     lab.spawn_broker().await;
     lab.until_ready().await;
-    until_tested(&lab).await;
+    lab.until_keys_tested().await;
     let lines = parsed(&path);
     assert_eq!((torn(&lines), markers(&lines)), (2, 2));
 
@@ -493,7 +478,7 @@ async fn lines_in_the_reserve_are_added_to_the_audit_log_at_the_next_start() {
         ..Settings::default()
     })
     .await;
-    until_tested(&lab).await;
+    lab.until_keys_tested().await;
     let path = lab.path("state/audit.jsonl");
     let mut bot = lab.bot("maker").await;
     bot.send(accounts()).await.unwrap();

@@ -169,6 +169,8 @@ async fn each_exchange_host_has_its_own_clock_offset() {
 #[tokio::test]
 async fn request_rejected_for_its_timestamp_is_signed_again_and_sent_once_more() {
     let (mut lab, time) = ready(0).await;
+    // A test of a key can be rejected for its timestamp, too.
+    lab.until_keys_tested().await;
     let mut bot = lab.bot("maker").await;
     for request in [
         spot_order("jump"),

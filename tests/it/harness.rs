@@ -228,6 +228,20 @@ impl Lab {
         .await;
     }
 
+    /// Waits until the broker has tested the keys of both accounts: after that, only calls of bots are sent and audited.
+    pub(crate) async fn until_keys_tested(&self) {
+        until("both keys are tested", async || {
+            let mut is_tested = true;
+            for account in ["main", "other"] {
+                let labels = format!("{{account=\"{account}\",key=\"main\"}}");
+                let name = format!("credbroker_key_tested_timestamp_seconds{labels}");
+                is_tested &= self.metric(&name).await.is_some();
+            }
+            is_tested
+        })
+        .await;
+    }
+
     /// A connected bot with a certificate of its own.
     pub(crate) async fn bot(&self, name: &str) -> Bot {
         self.bot_with(&self.ca.bot(name).unwrap()).await
