@@ -537,12 +537,13 @@ impl Audit {
         }
     }
 
-    /// Checks the free space of the file system. Devices and pipes need none.
+    /// Checks the free space of the file system. Devices and pipes need none, and some file systems do not report it.
     fn check_space(&self) {
         let file = self.writer.current_file();
         let file = file.and_then(|file| Ok((file.metadata()?.is_file(), file)));
         if let Ok((true, file)) = file
             && let Ok(disk) = fstatvfs(&file)
+            && disk.f_blocks > 0
         {
             let space = Space {
                 free: disk.f_bavail.saturating_mul(disk.f_frsize),

@@ -33,7 +33,7 @@ pub(crate) struct SmallDisk(Mounted);
 
 impl SmallDisk {
     pub(crate) fn mount(folder: &Path) -> io::Result<Self> {
-        Mounted::new(folder, "tmpfs", c"size=8m").map(Self)
+        Mounted::new(folder, "tmpfs", c"size=96m").map(Self)
     }
 
     pub(crate) fn fill(&self) {

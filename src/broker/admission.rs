@@ -359,6 +359,11 @@ impl AdmissionLimits {
 }
 
 impl CallSlot {
+    /// The memory of the answer, which stays counted until the last clone drops; `None` for a health or reflection call.
+    pub(super) fn answer_memory(&self) -> Option<Arc<AnswerMemory>> {
+        self.answer.clone()
+    }
+
     /// Counts `count` bytes of the call's answer that have arrived.
     ///
     /// # Errors

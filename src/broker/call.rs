@@ -23,7 +23,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use futures_util::FutureExt;
 use tokio::sync::oneshot;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout};
 use tracing::Instrument;
 
 use super::admission::CallSlot;
@@ -41,6 +41,10 @@ use crate::kucoin::{self, Answer, Endpoint, Key, RequestContext, Scope, Unsigned
 use crate::policy::Permit;
 use crate::restrictions::KeyDigest;
 use crate::telemetry::chain;
+
+/// How long a dropped answer still counts against the memory for answers: a bot that polls large answers is refused before it
+/// keeps the broker busy with receiving and dropping them. `RetryInfo` in the refusal has the same time.
+const DROPPED_COUNTS_FOR: Duration = Duration::from_secs(1);
 
 /// One call of a bot, of an admin, or of the broker itself.
 #[derive(Debug)]
@@ -145,6 +149,9 @@ impl Broker {
             biased;
             ended = &mut delivery => {
                 self.finish(&call, number, &permit, &ended).await;
+                if matches!(ended, Err(BrokerError::AnswerDropped(_))) {
+                    self.hold_answer_memory(&call);
+                }
                 let _ = reply.send(ended);
                 return;
             }
@@ -175,6 +182,16 @@ impl Broker {
             };
             self.finish_late(&call, number, &permit, &late).await;
         }
+    }
+
+    /// Keeps the memory of a dropped answer counted for [`DROPPED_COUNTS_FOR`] after its call.
+    fn hold_answer_memory(&self, call: &Call) {
+        let memory = call.slot.as_ref().and_then(CallSlot::answer_memory);
+        let give_up = self.calls.give_up.clone();
+        self.calls.tasks.spawn(async move {
+            let _ = timeout(DROPPED_COUNTS_FOR, give_up.cancelled()).await;
+            drop(memory);
+        });
     }
 
     /// Authorizes the call and queues its intent for the audit log.
