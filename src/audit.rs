@@ -269,12 +269,23 @@ struct AuditedRequest<'a> {
 }
 
 impl Intent {
-    /// Waits until the intent is written, for at most 500 ms.
+    /// Waits until the intent is written, for at most 500 ms; unless the request is risk-increasing, also for at most half of
+    /// the time until `deadline`.
     ///
     /// # Errors
     /// When it is not written by then and the request is risk-increasing.
-    pub(crate) async fn recorded(self, audit: &Audit) -> Result<Recorded, AuditError> {
-        let cause = match self.line.wait(HANGS_AFTER).await {
+    pub(crate) async fn recorded(
+        self,
+        audit: &Audit,
+        deadline: Instant,
+    ) -> Result<Recorded, AuditError> {
+        let within = if self.is_risk_increasing {
+            HANGS_AFTER
+        } else {
+            let left = deadline.saturating_duration_since(Instant::now());
+            HANGS_AFTER.min(left / 2)
+        };
+        let cause = match self.line.wait(within).await {
             Waited::Kept => return Ok(Recorded(())),
             Waited::Failed(error) => error,
             Waited::Hangs => {

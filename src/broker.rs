@@ -97,8 +97,9 @@ pub(crate) struct Calls {
     stage: watch::Sender<Stage>,
     /// Those that were admitted before the stop began.
     open: OpenCalls,
-    /// Those that were admitted later.
+    /// Those that were admitted in its first step, and later.
     late: OpenCalls,
+    last: OpenCalls,
     give_up: CancellationToken,
     /// Calls that ended as `maybe_sent` after the stop began.
     unresolved: AtomicU64,

@@ -77,7 +77,7 @@ impl AuditFile {
                 written == line.len()
             }
             Err(error) => {
-                self.writes_at_once = error == Errno::AGAIN;
+                self.writes_at_once = !matches!(error, Errno::OPNOTSUPP | Errno::INVAL);
                 false
             }
         }

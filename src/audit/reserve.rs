@@ -19,6 +19,8 @@ pub(super) struct Reserve {
     file: File,
     size: usize,
     used: usize,
+    /// Whether a write may have left more than the `used` bytes.
+    is_dirty: bool,
 }
 
 impl Reserve {
@@ -51,13 +53,25 @@ impl Reserve {
         let lines = lines.filter(is_complete);
         let lines = lines.map(|line| String::from_utf8_lossy(line).into_owned());
         let lines = lines.collect();
-        let used = content.len();
-        Ok((Self { file, size, used }, lines))
+        // The next line must not continue one that was cut off.
+        let used = content.iter().rposition(|byte| *byte == b'\n');
+        let used = used.map_or(0, |end| end + 1);
+        if used < content.len() {
+            file.write_all_at(&[0], used as u64)?;
+        }
+        let is_dirty = false;
+        let reserve = Self {
+            file,
+            size,
+            used,
+            is_dirty,
+        };
+        Ok((reserve, lines))
     }
 
     /// Whether it holds lines.
     pub(super) fn is_used(&self) -> bool {
-        self.used > 0
+        self.used > 0 || self.is_dirty
     }
 
     /// Adds lines.
@@ -71,11 +85,13 @@ impl Reserve {
                 format!("it is full ({} bytes, audit.reserve_bytes)", self.size),
             ));
         }
+        let end = self.used + lines.len();
+        self.is_dirty = true;
         // With the zero byte first, a line that is cut off does not run into older text.
-        let mut bytes = lines.as_bytes().to_vec();
-        bytes.push(0);
-        self.file.write_all_at(&bytes, self.used as u64)?;
-        self.used += lines.len();
+        self.file.write_all_at(&[0], end as u64)?;
+        self.file.write_all_at(lines.as_bytes(), self.used as u64)?;
+        self.used = end;
+        self.is_dirty = false;
         Ok(())
     }
 
@@ -85,7 +101,7 @@ impl Reserve {
     /// When it cannot be written.
     pub(super) fn clear(&mut self) -> io::Result<()> {
         self.file.write_all_at(&[0], 0)?;
-        self.used = 0;
+        (self.used, self.is_dirty) = (0, false);
         Ok(())
     }
 

@@ -105,8 +105,13 @@ enum ReserveState {
     /// There is none.
     #[default]
     Missing,
-    Idle,
+    /// It is empty.
+    Empty,
+    /// It holds lines.
+    Holding,
     WritingSince(Instant),
+    /// Its lines are being flushed to the disk.
+    Flushing,
     /// It is full, or the last write failed.
     Failed(String),
 }
@@ -209,7 +214,7 @@ impl Writer {
             lines.push(text, Kind::Essential, None);
         }
         lines.in_reserve = lines.next;
-        lines.reserve = ReserveState::Idle;
+        lines.reserve = ReserveState::Holding;
         drop(lines);
         self.work.notify_one();
         if count > 0 {
@@ -462,7 +467,8 @@ impl Writer {
         } else {
             lines.failure = None;
         }
-        let wakes_reserve = result.is_err() || lines.queue.is_empty();
+        let has_reserve = !matches!(lines.reserve, ReserveState::Empty | ReserveState::Missing);
+        let wakes_reserve = result.is_err() || (lines.queue.is_empty() && has_reserve);
         drop(lines);
         if wakes_reserve {
             self.reserve_work.notify_one();
@@ -489,21 +495,14 @@ impl Writer {
         loop {
             let mut lines = self.lines.lock();
             let upto = loop {
-                if lines.is_closing {
-                    return;
-                }
                 if lines.queue.is_empty() && reserve.is_used() {
                     break None;
                 }
+                if lines.is_closing {
+                    return;
+                }
                 if lines.is_impaired() && lines.in_reserve < lines.next {
-                    batch.clear();
-                    let first = lines.first();
-                    for (number, line) in (first..).zip(&lines.queue) {
-                        if number >= lines.in_reserve {
-                            batch.push_str(&line.text);
-                        }
-                    }
-                    break Some(lines.next);
+                    break Some(lines.copy_unreserved(&mut batch));
                 }
                 lines = wait_for(&self.reserve_work, lines, RETRY_EVERY).0;
                 if lines.hangs() && !lines.hang_is_logged {
@@ -517,31 +516,48 @@ impl Writer {
             drop(lines);
             let written = match upto {
                 Some(_) => reserve.append(&batch),
-                None => reserve.clear(),
+                None => self.sync_file().and_then(|()| reserve.clear()),
             };
             let mut lines = self.lines.lock();
-            if written.is_ok() {
-                lines.in_reserve = upto.unwrap_or(lines.in_reserve);
-            }
-            let (first, end) = (lines.first(), lines.in_reserve);
-            for (number, line) in (first..).zip(&mut lines.queue) {
-                if line.kind != Kind::RiskIncreasing && (written.is_err() || number < end) {
-                    line.reply(Ok(()));
+            if let Some(upto) = upto {
+                let replied = if written.is_ok() { upto } else { lines.next };
+                lines.reply_unreserved(replied);
+                if written.is_ok() {
+                    lines.in_reserve = upto;
                 }
             }
-            if let Err(error) = written {
-                lines.reserve = ReserveState::Failed(error.to_string());
-                drop(lines);
-                if !had_failed {
-                    self.metrics.audit_failures.inc();
-                    tracing::error!(exception.message = %error, "audit reserve cannot be written; audit lines wait in memory");
+            match written {
+                Ok(()) if upto.is_some() => {
+                    // New lines do not wait for the disk: they are in memory, and are copied next.
+                    lines.reserve = ReserveState::Flushing;
+                    drop(lines);
+                    reserve.sync();
+                    self.lines.lock().reserve = ReserveState::Holding;
                 }
-                drop(wait_for(&self.reserve_work, self.lines.lock(), RETRY_EVERY));
-            } else {
-                drop(lines);
-                reserve.sync();
-                self.lines.lock().reserve = ReserveState::Idle;
+                Ok(()) => lines.reserve = ReserveState::Empty,
+                Err(error) => {
+                    lines.reserve = ReserveState::Failed(error.to_string());
+                    let is_closing = lines.is_closing;
+                    drop(lines);
+                    if !had_failed {
+                        self.metrics.audit_failures.inc();
+                        tracing::error!(exception.message = %error, "audit reserve cannot be written; audit lines wait in memory");
+                    }
+                    if is_closing {
+                        return;
+                    }
+                    // Whatever is queued meanwhile, so that a broken reserve costs little.
+                    std::thread::sleep(RETRY_EVERY);
+                }
             }
+        }
+    }
+
+    /// Flushes the audit file, unless it is a device or a pipe.
+    fn sync_file(&self) -> io::Result<()> {
+        match self.current_file()?.sync_data() {
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
+            synced => synced,
         }
     }
 }
@@ -560,6 +576,35 @@ impl Lines {
             line.reply(Ok(()));
         }
         self.in_reserve = self.in_reserve.max(self.first());
+    }
+
+    /// Copies lines that are not in the reserve file to `batch`; returns the number after the last one.
+    fn copy_unreserved(&self, batch: &mut String) -> u64 {
+        batch.clear();
+        let mut upto = self.in_reserve.max(self.first());
+        let reserved = usize::try_from(upto - self.first()).unwrap_or(usize::MAX);
+        for line in self.queue.iter().skip(reserved) {
+            if !batch.is_empty() && batch.len() + line.text.len() > BATCH {
+                break;
+            }
+            batch.push_str(&line.text);
+            upto += 1;
+        }
+        upto
+    }
+
+    /// Replies to those who wait for lines before number `upto` that were not in the reserve file before.
+    fn reply_unreserved(&mut self, upto: u64) {
+        let first = self.first();
+        let reserved = usize::try_from(self.in_reserve.saturating_sub(first)).unwrap_or(usize::MAX);
+        for (number, line) in (first..).zip(&mut self.queue).skip(reserved) {
+            if number >= upto {
+                break;
+            }
+            if line.kind != Kind::RiskIncreasing {
+                line.reply(Ok(()));
+            }
+        }
     }
 
     /// The number of the first line in the queue.
@@ -589,8 +634,8 @@ impl Lines {
     /// Whether lines can be expected to reach the reserve file soon.
     fn reserve_works(&self) -> bool {
         match self.reserve {
-            ReserveState::Missing | ReserveState::Failed(_) => false,
-            ReserveState::Idle => true,
+            ReserveState::Missing | ReserveState::Flushing | ReserveState::Failed(_) => false,
+            ReserveState::Empty | ReserveState::Holding => true,
             ReserveState::WritingSince(since) => since.elapsed() < HANGS_AFTER,
         }
     }
@@ -748,14 +793,24 @@ mod tests {
         hanging.writer.use_reserve(&path, 8192).unwrap();
         hanging.until_it_hangs().await;
         let second = hanging.push(Kind::Essential, "{}").unwrap();
-        assert!(second.result.is_some(), "waits for the reserve");
         assert!(matches!(second.wait(20 * HANGS_AFTER).await, Waited::Kept));
-        assert!(std::fs::read(&path).unwrap().starts_with(b"first\n{}\n\0"));
+        let is_copied = async {
+            while !std::fs::read(&path).unwrap().starts_with(b"first\n{}\n\0") {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(Duration::from_secs(20), is_copied).await.unwrap();
         // Beyond the size of the reserve, lines are only in memory.
         let long = hanging.push(Kind::Essential, &"x".repeat(9000)).unwrap();
         assert!(matches!(long.wait(20 * HANGS_AFTER).await, Waited::Kept));
+        let is_full = async {
+            while hanging.writer.reserve_failure().is_none() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(Duration::from_secs(20), is_full).await.unwrap();
         let failure = hanging.writer.reserve_failure();
-        assert!(failure.is_some_and(|failure| failure.starts_with("it is full (8192 bytes")));
+        assert!(failure.is_none_or(|failure| failure.starts_with("it is full (8192 bytes")));
         assert_eq!(hanging.lines(3)[..2], ["first", "{}"]);
         let is_empty = async {
             while std::fs::read(&path).unwrap()[0] != 0 {

@@ -264,7 +264,7 @@ impl Broker {
         intent: Intent,
         gate: &Gate,
     ) -> Result<Receipt, BrokerError> {
-        let recorded = &intent.recorded(&self.audit).await?;
+        let recorded = &intent.recorded(&self.audit, call.deadline).await?;
         tracing::debug!("intent audited");
         let (is_idempotent, has_own_key) = (permit.is_idempotent(), call.key.is_some());
         let mut last = self.send(call, permit, recorded, gate).await;
@@ -344,10 +344,11 @@ impl Broker {
             "connection ready"
         );
         // Register first: a halt before the authorization below refuses the request, and a halt after it waits until this
-        // attempt has ended. Whether a request is risk-increasing depends on the request, never on the rules.
+        // attempt has ended. Whether it is risk-increasing depends on its endpoint; a setting of the dead-man switch can change its class.
         let account = &admitted.account().id;
         let _registered = admitted
-            .increases_risk()
+            .endpoint()
+            .is_none_or(Endpoint::increases_risk)
             .then(|| self.calls.begin_risk_increasing(account));
         // Connecting took time: the rules, the key's name and the restrictions may have changed.
         let permit = &self.authorize(call)?;
