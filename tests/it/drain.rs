@@ -22,8 +22,8 @@ const ACCOUNTS: &str = "/api/v1/accounts";
 const ACTIVE: &str = "/api/v1/hf/orders/active";
 const ORDERS: &str = "/api/v1/hf/orders";
 
-/// A limit that no test reaches: a drain that takes so long fails the test.
-const NO_LIMIT: &str = "drain_timeout_ms = 600000";
+/// Limits that no test reaches: a drain that takes so long fails the test.
+const NO_LIMIT: &str = "drain_timeout_ms = 600000\ndefault_deadline_ms = 600000";
 
 const STALL: FaultAction = FaultAction::Stall {
     when: When::AfterProcessing,
@@ -136,7 +136,7 @@ async fn cancels_and_reads_of_open_orders_are_served_during_a_drain_on_old_and_n
 }
 
 #[tokio::test]
-async fn admin_can_halt_and_cancel_everything_during_a_drain_which_waits_for_it() {
+async fn admin_can_halt_and_cancel_everything_during_a_drain() {
     let mut lab = lab(NO_LIMIT).await;
     let mut bot = lab.patient_bot("maker").await;
     bot.send(spot_order("resting")).await.unwrap();
@@ -155,6 +155,27 @@ async fn admin_can_halt_and_cancel_everything_during_a_drain_which_waits_for_it(
     let states: Vec<_> = orders.iter().map(|order| order.state).collect();
     assert_eq!(states, [OrderState::Cancelled]);
     hanging.await.unwrap().unwrap();
+    assert_eq!(lab.process().exit_code().await, Some(0));
+}
+
+#[tokio::test]
+async fn cancel_all_that_is_running_at_sigterm_is_completed() {
+    let mut lab = lab(NO_LIMIT).await;
+    let mut bot = lab.patient_bot("maker").await;
+    bot.send(spot_order("resting")).await.unwrap();
+    // Until then the order is listed as open, and the run pauses between its requests.
+    lab.kucoin.set_cancel_lag(Duration::from_secs(2));
+    let words = ["halt", "--all", "--cancel-all"];
+    let stop = async {
+        until("the cancel is sent", async || {
+            let received = lab.kucoin.received();
+            received.iter().any(|request| request.method == "DELETE")
+        })
+        .await;
+        lab.process.as_ref().unwrap().terminate();
+    };
+    let (halted, ()) = tokio::join!(lab.admin_cli("anna", &words), stop);
+    assert_eq!(halted.code, Some(0), "{halted:?}");
     assert_eq!(lab.process().exit_code().await, Some(0));
 }
 
@@ -202,6 +223,7 @@ async fn hung_reads_do_not_delay_the_exit_and_answered_ones_are_completed() {
     lab.kucoin
         .fault(Fault::once(ACCOUNTS, FaultAction::Delay { ms: 200 }));
     let answered = under_way(&lab, &bot, accounts()).await;
+    let stopped = Instant::now();
     terminate(&mut lab).await;
     // One that hangs and came during the drain does not delay it either.
     hung.push(under_way(&lab, &bot, open_orders()).await);
@@ -217,6 +239,9 @@ async fn hung_reads_do_not_delay_the_exit_and_answered_ones_are_completed() {
         );
     }
     assert_eq!(lab.process().exit_code().await, Some(0));
+    // The exchange would have 30 s for an answer.
+    let took = stopped.elapsed();
+    assert!(took < Duration::from_secs(20), "{took:?}");
     lab.check_audit_log();
 }
 
