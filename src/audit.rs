@@ -434,11 +434,7 @@ impl Audit {
         permit: &Permit,
         ending: &CallEnd<'_>,
     ) -> AuditLine {
-        let (kind, endpoint) = (kind_of(permit), Some(permit.endpoint_id()));
-        AuditLine(
-            self.write("outcome", kind, caller, endpoint, None, Some(ending))
-                .ok(),
-        )
+        self.result("outcome", caller, permit, ending)
     }
 
     /// Records the late result of a request whose caller has already got `maybe_sent`.
@@ -448,9 +444,19 @@ impl Audit {
         permit: &Permit,
         ending: &CallEnd<'_>,
     ) -> AuditLine {
+        self.result("late_answer", caller, permit, ending)
+    }
+
+    fn result(
+        &self,
+        event: &'static str,
+        caller: &CallContext<'_>,
+        permit: &Permit,
+        ending: &CallEnd<'_>,
+    ) -> AuditLine {
         let (kind, endpoint) = (kind_of(permit), Some(permit.endpoint_id()));
         AuditLine(
-            self.write("late_answer", kind, caller, endpoint, None, Some(ending))
+            self.write(event, kind, caller, endpoint, None, Some(ending))
                 .ok(),
         )
     }

@@ -160,12 +160,14 @@ mod tests {
         assert!(open(&path).1.is_empty());
         reserve.append("{\"b\":1}\n").unwrap();
         reserve.append("{\"cut").unwrap();
-        let (reserve, found) = open(&path);
+        let (mut reserve, found) = open(&path);
         assert_eq!(found, ["{\"b\":1}\n"]);
         assert!(
             reserve.is_used(),
             "the line that was cut off is removed later"
         );
+        reserve.append("{\"b\":2}\n").unwrap();
+        assert_eq!(open(&path).1, ["{\"b\":1}\n", "{\"b\":2}\n"]);
         assert_eq!(std::fs::metadata(&path).unwrap().len(), 4096);
     }
 

@@ -30,13 +30,6 @@ const BATCH: usize = 256 * 1024;
 /// Risk-increasing requests are refused while the file system has less free space: it is for the lines of cancels.
 pub(crate) const LEAST_FREE: u64 = 64 * 1024 * 1024;
 
-impl Space {
-    /// Whether at least 90 % are used.
-    pub(crate) fn is_nearly_full(self) -> bool {
-        self.free <= self.total / 10
-    }
-}
-
 /// What a line is about, which decides what happens while the file cannot be written.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Kind {
@@ -72,6 +65,13 @@ pub(crate) struct Space {
     pub(crate) free: u64,
     /// In total.
     pub(crate) total: u64,
+}
+
+impl Space {
+    /// Whether at least 90 % are used.
+    pub(crate) fn is_nearly_full(self) -> bool {
+        self.free <= self.total / 10
+    }
 }
 
 /// Lines that are not in the file yet.
@@ -214,7 +214,11 @@ impl Writer {
             lines.push(text, Kind::Essential, None);
         }
         lines.in_reserve = lines.next;
-        lines.reserve = ReserveState::Holding;
+        lines.reserve = if reserve.is_used() {
+            ReserveState::Holding
+        } else {
+            ReserveState::Empty
+        };
         drop(lines);
         self.work.notify_one();
         if count > 0 {

@@ -421,7 +421,7 @@ fn every_audit_event_is_documented_and_every_documented_event_exists() {
     ];
     let code = code.map(|file| file.split("#[cfg(test)]").next().unwrap());
     let compact: String = code.concat().split_whitespace().collect();
-    let named = ["event:\"", "self.write(\""].into_iter();
+    let named = ["event:\"", "self.write(\"", "self.result(\""].into_iter();
     let actual: BTreeSet<_> = named
         .flat_map(|start| compact.split(start).skip(1))
         .map(|rest| rest.split('"').next().unwrap())
