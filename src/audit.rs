@@ -91,8 +91,6 @@ pub(crate) struct Recorded(());
 pub(crate) struct AuditError {
     #[source]
     cause: io::Error,
-    /// Whether the intent will be written later.
-    pub(crate) has_intent: bool,
 }
 
 /// Who called, and on which account: the fields that every line of a call has.
@@ -294,8 +292,7 @@ impl Intent {
             }
         };
         if self.is_risk_increasing {
-            let has_intent = true;
-            return Err(AuditError { cause, has_intent });
+            return Err(AuditError { cause });
         }
         Ok(Recorded(()))
     }
@@ -395,10 +392,7 @@ impl Audit {
                 line,
                 is_risk_increasing,
             }),
-            Err(cause) if is_risk_increasing => Err(AuditError {
-                cause,
-                has_intent: false,
-            }),
+            Err(cause) if is_risk_increasing => Err(AuditError { cause }),
             // The line went to the log.
             Err(_) => Ok(Intent {
                 line: Queued::nothing(),

@@ -206,6 +206,12 @@ impl Writer {
     /// # Errors
     /// When it cannot be opened or has no space. The queue is then only in memory.
     pub(super) fn use_reserve(self: &Arc<Self>, path: &Path, bytes: usize) -> io::Result<()> {
+        self.open_reserve(path, bytes).inspect_err(|error| {
+            self.lines.lock().reserve = ReserveState::Failed(error.to_string());
+        })
+    }
+
+    fn open_reserve(self: &Arc<Self>, path: &Path, bytes: usize) -> io::Result<()> {
         let (reserve, found) = Reserve::open(path, bytes)?;
         let found = super::reserve::missing_from(&self.path, found)?;
         let count = found.len();

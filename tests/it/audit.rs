@@ -514,3 +514,23 @@ async fn lines_in_the_reserve_are_added_to_the_audit_log_at_the_next_start() {
     lab.process().terminate();
     assert_eq!(lab.process().exit_code().await, Some(0));
 }
+
+#[tokio::test]
+async fn reserve_that_cannot_be_opened_is_in_readyz_and_the_broker_is_ready() {
+    let mut lab = Lab::install(Settings::default()).await;
+    let reserve = lab.path("state/audit.reserve");
+    std::fs::create_dir_all(reserve.parent().unwrap()).unwrap();
+    std::os::unix::fs::symlink(lab.path("elsewhere"), &reserve).unwrap();
+    lab.start_broker().await;
+    lab.until_ready().await;
+    let (status, text) = lab.get("/readyz").await;
+    assert_eq!(status, 200);
+    assert!(
+        text.contains("the reserve of the audit log cannot be written: "),
+        "{text}"
+    );
+    let mut bot = lab.bot("maker").await;
+    bot.send(spot_order("accepted")).await.unwrap();
+    assert!(!lab.path("elsewhere").exists());
+    assert_eq!(lab.stop().await, 0);
+}

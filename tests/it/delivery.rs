@@ -170,13 +170,17 @@ async fn order_is_not_sent_when_its_deadline_passes_during_connect() {
         ..Settings::default()
     };
     let mut lab = Lab::with(settings).await;
-    let mut bot = lab.patient_bot("maker").await;
+    lab.until_keys_tested().await;
     // The other end never replies, so the TLS handshake takes until its timeout.
     lab.proxy().silence();
-    let error = refusal(
-        bot.send_within(spot_order("never"), Duration::from_millis(200))
-            .await,
-    );
+    let deadline = Duration::from_millis(200);
+    until("connections of key tests are gone", async || {
+        let mut bot = lab.patient_bot("maker").await;
+        refusal(bot.send_within(accounts(), deadline).await).2 == "not_sent"
+    })
+    .await;
+    let mut bot = lab.patient_bot("maker").await;
+    let error = refusal(bot.send_within(spot_order("never"), deadline).await);
     assert_eq!(
         error,
         (

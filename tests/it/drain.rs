@@ -286,6 +286,29 @@ async fn steady_stream_of_cancels_does_not_delay_the_exit_and_none_is_lost() {
 }
 
 #[tokio::test]
+async fn hung_cancel_does_not_stop_the_cancels_of_others() {
+    let mut lab = lab(NO_LIMIT).await;
+    let mut others = lab.patient_bot("maker").await;
+    lab.kucoin
+        .fault(Fault::once(ORDERS, FaultAction::Delay { ms: 500 }));
+    let order = under_way(&lab, &others, spot_order("in-flight")).await;
+    terminate(&mut lab).await;
+    lab.kucoin.fault(Fault {
+        times: Some(1),
+        ..always("DELETE", ORDERS, STALL)
+    });
+    let hung = under_way(&lab, &others, spot_cancel_all()).await;
+    assert_eq!(order.await.unwrap().unwrap().code, "200000");
+    // Nothing that was in flight at SIGTERM is left, only the cancel that came later.
+    for _ in 0..50 {
+        let cancelled = others.send(spot_cancel_all()).await.unwrap();
+        assert_eq!(cancelled.code, "200000");
+    }
+    assert!(!hung.is_finished());
+    assert_shutting_down(others.send(spot_order("refused")).await);
+}
+
+#[tokio::test]
 async fn cancel_that_hangs_until_the_limit_is_maybe_sent_and_exits_1() {
     let mut lab = lab("drain_timeout_ms = 1000").await;
     let bot = lab.patient_bot("maker").await;

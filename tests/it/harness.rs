@@ -397,11 +397,35 @@ impl Lab {
         lines
     }
 
-    /// Whether a call has an intent in the audit log, and no outcome.
-    fn has_open_calls(&self) -> bool {
+    /// Waits until work that timers have started is done: no call is open and nothing has reached the audit log, Vault or
+    /// the exchange for a few round trips; or, if something hangs, until there were many.
+    async fn until_quiet(&self) {
+        let mut quiet = 0;
+        for _ in 0..100 {
+            let before = self.activity();
+            self.get("/healthz").await;
+            let now = self.activity();
+            let has_open_calls = now.intents > now.outcomes;
+            quiet = if now == before && !has_open_calls {
+                quiet + 1
+            } else {
+                0
+            };
+            if quiet == 8 {
+                break;
+            }
+        }
+    }
+
+    fn activity(&self) -> Activity {
         let text = std::fs::read_to_string(self.path("state/audit.jsonl")).unwrap_or_default();
         let count = |event: &str| text.matches(&format!("\"event\":\"{event}\"")).count();
-        count("intent") > count("outcome")
+        Activity {
+            intents: count("intent"),
+            outcomes: count("outcome"),
+            at_exchange: self.kucoin.everything_received().len(),
+            at_vault: self.vault.requests().len(),
+        }
     }
 
     /// Checks that every audited call has exactly one outcome, and that the exchange received no unaudited request.
@@ -515,6 +539,15 @@ impl Drop for Lab {
     }
 }
 
+/// What a broker has done so far.
+#[derive(Eq, PartialEq)]
+struct Activity {
+    intents: usize,
+    outcomes: usize,
+    at_exchange: usize,
+    at_vault: usize,
+}
+
 /// A clock that a test can advance, for a broker in this process and its exchange.
 pub(crate) struct Time {
     since: std::time::Instant,
@@ -572,13 +605,7 @@ impl Time {
             tokio::time::pause();
             tokio::time::advance(step).await;
             tokio::time::resume();
-            // Round trips, during which the work that the timers have started finishes.
-            for round in 0..50 {
-                if round >= 5 && !lab.has_open_calls() {
-                    break;
-                }
-                lab.get("/healthz").await;
-            }
+            lab.until_quiet().await;
         }
     }
 
