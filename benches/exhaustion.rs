@@ -433,7 +433,7 @@ async fn stop(row: &Row, site: &mut Site) -> Stop {
     let roots = [site.lab.ca.certificate_pem().to_owned()];
     let started = Instant::now();
     site.lab.process().terminate();
-    let (mut cancels, mut status) = (Vec::new(), None);
+    let (mut cancels, mut status, mut closed_after) = (Vec::new(), None, None);
     while status.is_none() && started.elapsed() < Duration::from_secs(60) {
         let open = open.clone().filter(|_| cancels.len() % 2 == 0);
         let (roots, identity) = (roots.clone(), identity.clone());
@@ -447,17 +447,26 @@ async fn stop(row: &Row, site: &mut Site) -> Stop {
         };
         cancels.push((Instant::now(), tokio::spawn(cancel)));
         sleep(Duration::from_millis(100)).await;
+        // The kernel cannot end a process that waits for a disk, so the disk answers once the listener is closed.
+        if let Some(disk) = &site.hanging_disk
+            && closed_after.is_none()
+            && TcpStream::connect(address).await.is_err()
+        {
+            closed_after = Some(started.elapsed());
+            disk.hang(false);
+        }
         status = site.lab.process().exit_status();
     }
+    let exited_after = started.elapsed();
     let mut stop = Stop {
-        exited_after: started.elapsed().as_secs_f64(),
+        exited_after: exited_after.as_secs_f64(),
         code: status.and_then(|status| status.code()),
         ..Stop::default()
     };
-    let last = started
-        + started
-            .elapsed()
-            .saturating_sub(Duration::from_millis(1200));
+    let last = closed_after
+        .unwrap_or(exited_after)
+        .saturating_sub(Duration::from_millis(1200));
+    let last = started + last;
     fault.end(site).await;
     for (sent, cancel) in cancels {
         match cancel.await.unwrap() {

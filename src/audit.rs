@@ -449,10 +449,9 @@ impl Audit {
         ending: &CallEnd<'_>,
     ) -> AuditLine {
         let (kind, endpoint) = (kind_of(permit), Some(permit.endpoint_id()));
-        AuditLine(
-            self.write(event, kind, caller, endpoint, None, Some(ending))
-                .ok(),
-        )
+        let line = self.write(event, kind, caller, endpoint, None, Some(ending));
+        // While the file cannot be written, the response does not wait: the line is in memory, and soon in the reserve.
+        AuditLine(line.ok().filter(|_| !self.writer.is_impaired()))
     }
 
     /// Records a change of a file. A failure to record it does not undo the change.

@@ -337,6 +337,11 @@ impl Writer {
         ))
     }
 
+    /// Whether lines cannot be written to the file now.
+    pub(super) fn is_impaired(&self) -> bool {
+        self.lines.lock().is_impaired()
+    }
+
     /// How many lines are not in the file yet.
     pub(super) fn waiting(&self) -> usize {
         self.lines.lock().queue.len()
@@ -437,8 +442,10 @@ impl Writer {
         }
         batch.clear();
         let mut count = 0;
+        // After a failure, one line shows whether the file can be written again.
+        let most = if lines.failure.is_some() { 1 } else { BATCH };
         for line in &lines.queue {
-            if count > 0 && batch.len() + line.text.len() > BATCH {
+            if count > 0 && batch.len() + line.text.len() > most {
                 break;
             }
             batch.push_str(&line.text);
