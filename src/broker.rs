@@ -12,7 +12,7 @@
 //! | the complete answer of the exchange | `egress.answer_timeout_ms` | `egress.rs` |
 //! | wait for the test of another key, after the exchange rejected the key | 5 s | `keyring.rs` |
 //! | measure the exchange's time, after it rejected the timestamp | as for the broker's other time checks | `broker/probes.rs` |
-//! | the bot reads the whole answer | 30 s, and 1 s for each 256 KiB of it | `server/connection.rs` |
+//! | the bot reads the whole answer | 30 s plus 1 s for each 256 KiB | `server/connection.rs` |
 //! | calls in flight end after the broker begins to stop | `limits.drain_timeout_ms`; reads 1 s | `broker/drain.rs` |
 
 pub(crate) mod admission;

@@ -345,7 +345,7 @@ impl Metrics {
         register("refusals_unrecorded", help, &self.refusals_unrecorded);
         let help = "Log lines dropped because the reader of stderr was too slow";
         register("log_lines_dropped", help, &LOG.dropped);
-        let help = "Failed writes and flushes of the audit log";
+        let help = "Failed writes, flushes and reopenings of the audit log, and failures of its reserve";
         register("audit_failures", help, &self.audit_failures);
     }
 
