@@ -6,6 +6,7 @@
 //! Lines hold digests and masked targets, never bodies, secrets or signatures.
 
 mod file;
+mod items;
 mod reserve;
 mod writer;
 
@@ -25,7 +26,7 @@ use crate::base::ids::{AccountId, BotId, KeyName, Principal, RequestId, hex};
 use crate::base::outcome::{Outcome, Reason};
 use crate::base::text::{MAX_CHARS, clean, clean_json};
 use crate::clock::Clock;
-use crate::kucoin::{Scope, UnsignedRequest};
+use crate::kucoin::{BatchItem, Scope, UnsignedRequest};
 use crate::policy::Permit;
 use crate::telemetry::Metrics;
 
@@ -123,6 +124,12 @@ pub(crate) struct CallEnd<'a> {
     /// `code` of the answer, sanitized and truncated.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) code: Option<Cow<'a, str>>,
+    /// The orders of a batch.
+    #[serde(
+        serialize_with = "items::audited",
+        skip_serializing_if = "<[_]>::is_empty"
+    )]
+    pub(crate) items: &'a [BatchItem],
     /// The timestamp that was signed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) timestamp_ms: Option<i64>,

@@ -5,11 +5,23 @@
 
 pub mod advice;
 pub(crate) mod answer;
+pub(crate) mod batch;
 pub(crate) mod broker_query;
 pub(crate) mod catalog;
 pub(crate) mod code;
+#[allow(dead_code, reason = "the guard of clientOids will use it")]
+mod decimal;
+mod fields;
 pub(crate) mod key_info;
+#[allow(dead_code, reason = "the guard of clientOids will use it")]
+pub(crate) mod lookup;
+#[allow(dead_code, reason = "the guard of clientOids will use it")]
+pub(crate) mod not_found;
 pub(crate) mod open_orders;
+#[allow(dead_code, reason = "the guard of clientOids will use it")]
+mod order_form;
+#[allow(dead_code, reason = "the guard of clientOids will use it")]
+pub(crate) mod placement;
 pub(crate) mod pointer;
 pub(crate) mod request;
 pub(crate) mod schema;
@@ -21,6 +33,7 @@ use std::fmt;
 use serde::Deserialize;
 
 pub(crate) use answer::{Answer, RequestContext};
+pub(crate) use batch::BatchItem;
 pub use catalog::Catalog;
 pub(crate) use catalog::{Effect, Endpoint, Product, Risk};
 pub use request::UnsignedRequest;
@@ -68,7 +81,8 @@ impl fmt::Display for Scope {
 }
 
 /// One of the two hosts of a site that the broker connects to.
-#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd)]
+#[serde(rename_all = "lowercase")]
 pub(crate) enum Host {
     /// Classic futures.
     Futures,

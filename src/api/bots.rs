@@ -14,7 +14,9 @@ use crate::base::outcome::Outcome;
 use crate::broker::admission::{CallKind, CallSlot, MessageSlot};
 use crate::broker::{Broker, BrokerError, Call, Receipt, catch_panic, micros};
 use crate::kucoin::request::{self, RequestLimits};
-use crate::kucoin::{Catalog, Endpoint, Malformed, Method, Scope, UnsignedRequest, advice, code};
+use crate::kucoin::{
+    BatchItem, Catalog, Endpoint, Malformed, Method, Scope, UnsignedRequest, advice, code,
+};
 use crate::proto::{self, broker_server::Broker as BrokerRpc};
 
 /// The broker responds at least this long before the bot's deadline, so that its response arrives before the bot's gRPC
@@ -248,12 +250,6 @@ fn response(receipt: Receipt, id: &RequestId, egress_ip: IpAddr) -> proto::SignA
         exchange,
         lease: _,
     } = receipt;
-    let outcome = match answer.outcome {
-        Outcome::Accepted => proto::Outcome::Accepted,
-        Outcome::MaybeSent => proto::Outcome::MaybeSent,
-        Outcome::NotSent => proto::Outcome::Unspecified,
-        Outcome::Rejected => proto::Outcome::Rejected,
-    };
     let advice = advice::for_bot(&answer, scope, endpoint, egress_ip);
     proto::SignAndSendResponse {
         http_status: answer.http_status.as_u16().into(),
@@ -262,7 +258,7 @@ fn response(receipt: Receipt, id: &RequestId, egress_ip: IpAddr) -> proto::SignA
         content_encoding: answer.content_encoding,
         code: cut(answer.code, code::MAX_CODE_CHARS),
         msg: cut(answer.msg, MAX_MSG_CHARS),
-        outcome: outcome.into(),
+        outcome: outcome(answer.outcome).into(),
         rate_limit: answer.rate_limit.map(|limit| proto::RateLimit {
             limit: limit.limit,
             remaining: limit.remaining,
@@ -278,6 +274,26 @@ fn response(receipt: Receipt, id: &RequestId, egress_ip: IpAddr) -> proto::SignA
         }),
         stale_seconds: stale.as_secs(),
         advice,
+        items: answer.items.into_iter().map(item).collect(),
+    }
+}
+
+fn outcome(outcome: Outcome) -> proto::Outcome {
+    match outcome {
+        Outcome::Accepted => proto::Outcome::Accepted,
+        Outcome::MaybeSent => proto::Outcome::MaybeSent,
+        Outcome::NotSent => proto::Outcome::Unspecified,
+        Outcome::Rejected => proto::Outcome::Rejected,
+    }
+}
+
+fn item(item: BatchItem) -> proto::Item {
+    proto::Item {
+        client_oid: item.client_oid,
+        order_id: item.order_id,
+        outcome: outcome(item.outcome).into(),
+        code: cut(item.code, code::MAX_CODE_CHARS),
+        msg: cut(item.msg, MAX_MSG_CHARS),
     }
 }
 

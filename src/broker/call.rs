@@ -481,7 +481,8 @@ impl Broker {
             let ms = self.clock.exchange(permit.destination()).ms;
             UNIX_EPOCH + Duration::from_millis(u64::try_from(ms).unwrap_or_default())
         };
-        Ok(Answer::read(head.status, &head.headers, body, asked, now))
+        let answer = Answer::read(head.status, &head.headers, body, asked, now);
+        Ok(answer.judge_batch(endpoint, &call.request, &self.refusal_codes))
     }
 
     /// Audits, logs and counts the result that the bot gets.
@@ -611,6 +612,7 @@ fn ending<'a>(call: &Call, ended: &'a Result<Receipt, BrokerError>) -> CallEnd<'
             detail: None,
             http_status: Some(receipt.answer.http_status.as_u16()),
             code: Some(clean(&receipt.answer.code, code::MAX_CODE_CHARS)),
+            items: &receipt.answer.items,
             timestamp_ms: Some(receipt.timestamp_ms),
             duration_us: micros(call.arrived.elapsed()),
         },

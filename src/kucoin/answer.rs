@@ -14,7 +14,7 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::code::{self, Class, RefusalCodes};
-use super::{Endpoint, Scope};
+use super::{BatchItem, Endpoint, Scope};
 use crate::base::outcome::Outcome;
 
 /// The longest wait that a bot gets. Source: none of KuCoin's limits lasts longer than its window of 30 s; an hour leaves
@@ -46,6 +46,9 @@ pub(crate) struct Answer {
     pub(crate) msg: String,
     /// Whether the request was executed.
     pub(crate) outcome: Outcome,
+    /// The outcome of each order of a batch, in the order of the request; empty for any other request, and if the exchange
+    /// has not accepted the batch, so that `outcome` holds for each order.
+    pub(crate) items: Vec<BatchItem>,
     /// Whether the outcome is open only because the code is in no table: as a refusal code it would settle the outcome.
     pub(crate) is_of_unknown_code: bool,
     /// Quota of the pool, if the gateway returned it.
@@ -242,6 +245,7 @@ impl Answer {
             class,
             msg,
             outcome,
+            items: Vec::new(),
             is_of_unknown_code: is_of_unknown_code && asked.changes,
             rate_limit,
             retry_after,

@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 
 use serde::Deserialize;
 
-use super::pointer::Pointer;
+use super::order_form::{ClientOidLocation, OrderForm};
 use super::{Host, Method, Scope, UnsignedRequest};
 
 /// Compiled from the official SDK specifications and documentation; `risk`, `effect` and `idempotent` are our own judgement.
@@ -51,7 +51,7 @@ pub struct Endpoint {
     /// Codes that mean success in addition to `200000`, from KuCoin's documentation of the endpoint.
     #[serde(default)]
     pub(crate) success_codes: Vec<String>,
-    /// Where it carries the clientOids of orders; `None` if it carries none.
+    /// Where it carries orders; `None` if it carries none.
     #[serde(default)]
     pub(crate) order: Option<OrderForm>,
 }
@@ -128,81 +128,6 @@ impl Product {
             Self::Spot => "spot",
             Self::Unified => "unified",
             Self::VipLending => "viplending",
-        }
-    }
-}
-
-/// Where an endpoint's requests and answers carry the clientOids of orders.
-#[derive(Debug, Deserialize)]
-#[serde(from = "CatalogOrder")]
-pub(crate) struct OrderForm {
-    /// In the request; `None` if the request identifies orders in another way.
-    pub(crate) client_oid: Option<ClientOidLocation>,
-    /// In the answer; `None` if it carries none.
-    pub(crate) answer_client_oid: Option<Pointer>,
-}
-
-/// Where a request carries clientOids.
-#[derive(Debug)]
-pub(crate) enum ClientOidLocation {
-    /// In the body.
-    Body(Pointer),
-    /// The path parameter of this name.
-    Path(String),
-    /// The query parameter of this name.
-    Query(String),
-}
-
-/// `order` of the catalogue, limited to the fields that the broker reads.
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct CatalogOrder {
-    client_oid: Option<CatalogClientOid>,
-    items: Option<String>,
-    answer: Option<CatalogAnswer>,
-}
-
-#[derive(Deserialize)]
-struct CatalogClientOid {
-    r#in: CatalogPart,
-    pointer: String,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum CatalogPart {
-    Body,
-    Path,
-    Query,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct CatalogAnswer {
-    client_oid: Option<String>,
-    per_item: Option<CatalogItems>,
-}
-
-#[derive(Deserialize)]
-struct CatalogItems {
-    array: String,
-}
-
-impl From<CatalogOrder> for OrderForm {
-    fn from(order: CatalogOrder) -> Self {
-        let items = order.items.as_deref();
-        let location = |CatalogClientOid { r#in, pointer }| match r#in {
-            CatalogPart::Body => ClientOidLocation::Body(Pointer::new(items, &pointer)),
-            CatalogPart::Path => ClientOidLocation::Path(pointer),
-            CatalogPart::Query => ClientOidLocation::Query(pointer),
-        };
-        let in_answer = |answer: CatalogAnswer| {
-            let items = answer.per_item.as_ref().map(|items| items.array.as_str());
-            Some(Pointer::new(items, &answer.client_oid?))
-        };
-        Self {
-            client_oid: order.client_oid.map(location),
-            answer_client_oid: order.answer.and_then(in_answer),
         }
     }
 }
@@ -620,11 +545,17 @@ mod tests {
         }
         // The broker reads these.
         let broker = "id method path product scope permission risk effect idempotent grantable readsOtherAccounts status \
-                      successCodes order clientOid in pointer items answer perItem array";
+                      successCodes order clientOid in pointer required requiredWhen items fields answer orderId perItem array ok \
+                      field value code msg match lookup lookupByOrderId endpoint needs fixed state";
+        // Names of values in orders: the broker reads them by the lists `fields`, `needs` and `fixed`.
+        let of_orders = "allowMaxTimeWindow autoBorrow cancelSize clientTimestamp closeOrder fromCurrency fromCurrencySize \
+                         funds leverage limitPrice price qty quoteId reduceOnly side size sizeUnit stop stopPrice symbol \
+                         toCurrency toCurrencySize tradeType type valueQty";
+        // For readers: where the others come from.
+        let sources = "basis";
         // The simulated exchange and its tests read these.
-        let simulated = "host rateLimitPool weight weightAssumed orderId orderIds state ok field value lookup endpoint \
-                         needs cancelByClientOid";
-        let read = [broker, simulated]
+        let simulated = "host rateLimitPool weight weightAssumed orderIds cancelByClientOid";
+        let read = [broker, of_orders, sources, simulated]
             .into_iter()
             .flat_map(str::split_whitespace);
         assert_eq!(found, read.map(str::to_owned).collect());

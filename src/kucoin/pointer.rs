@@ -42,6 +42,14 @@ impl Pointer {
         &self.0
     }
 
+    /// The last name; `None` if it points to an element of a list.
+    pub(crate) fn leaf(&self) -> Option<&str> {
+        match self.0.last()? {
+            Step::Name(name) => Some(name),
+            Step::Each => None,
+        }
+    }
+
     /// The strings that it points to; empty if `json` is not valid JSON.
     pub(crate) fn strings(&self, json: &[u8]) -> Vec<String> {
         let mut strings = Vec::new();

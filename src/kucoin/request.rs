@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 use bytes::Bytes;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 
-use super::catalog::ClientOidLocation;
+use super::order_form::ClientOidLocation;
 use super::pointer::{self, At, Pointer};
 use super::target::{Target, TargetError};
 use super::{Catalog, Effect, Endpoint, Method, Scope};
