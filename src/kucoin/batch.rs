@@ -216,20 +216,22 @@ impl BatchResult {
 
 /// One item for each order, in the order of the request; then one for each result that belongs to no order.
 fn matched(orders: Vec<Names>, results: Vec<BatchResult>, by: MatchedBy) -> Vec<BatchItem> {
-    let is_complete = orders.len() == results.len();
+    // With a missing or an additional result, or one that is about another order than its position says, positions show
+    // nothing: a failed result, which has no id, could be about any order.
+    let mut pairs = orders.iter().zip(&results);
+    let is_positional = by == MatchedBy::Position
+        && orders.len() == results.len()
+        && !pairs.any(|(order, result)| result.names.is_other(order));
     let mut results: Vec<_> = results.into_iter().map(Some).collect();
     let mut items = Vec::with_capacity(orders.len());
     for (index, order) in orders.into_iter().enumerate() {
-        // With a missing or an additional result, the position shows nothing.
-        let at = if by == MatchedBy::Position && is_complete {
-            let result = results.get(index).and_then(Option::as_ref);
-            let is_other = result.is_none_or(|result| result.names.is_other(&order));
-            (!is_other).then_some(index)
+        let is_same = |result: &Option<BatchResult>| {
+            let result = result.as_ref();
+            result.is_some_and(|result| result.names.is_same(&order))
+        };
+        let at = if is_positional {
+            Some(index)
         } else {
-            let is_same = |result: &Option<BatchResult>| {
-                let result = result.as_ref();
-                result.is_some_and(|result| result.names.is_same(&order))
-            };
             results.iter().position(is_same)
         };
         let result = at.and_then(|at| results.get_mut(at)?.take());
@@ -253,5 +255,226 @@ fn item(order: Names, result: Option<BatchResult>) -> BatchItem {
         outcome: result.outcome,
         code: result.code,
         msg: result.msg,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::{HeaderMap, StatusCode};
+
+    use super::super::RequestContext;
+    use super::super::placement::tests::{endpoint, request};
+    use super::*;
+
+    const HF: &str = "spot.post.v1-hf-orders-multi";
+    const FUTURES: &str = "futures.post.v1-orders-multi";
+    const CANCEL: &str = "futures.delete.v1-orders-multi-cancel";
+    const ACCEPTED: Outcome = Outcome::Accepted;
+    const MAYBE_SENT: Outcome = Outcome::MaybeSent;
+    const REJECTED: Outcome = Outcome::Rejected;
+
+    fn judge(id: &str, body: &str, answer: &str) -> Answer {
+        let endpoint = endpoint(id);
+        let refusal_codes = &RefusalCodes::default();
+        let asked = RequestContext {
+            endpoint: Some(endpoint),
+            scope: endpoint.scope.unwrap(),
+            changes: true,
+            refusal_codes,
+        };
+        let now = || std::time::SystemTime::UNIX_EPOCH;
+        let body_of = answer.to_owned().into();
+        let answer = Answer::read(StatusCode::OK, &HeaderMap::new(), body_of, asked, now);
+        answer.judge_batch(Some(endpoint), &request(id, body), refusal_codes)
+    }
+
+    /// The clientOid and outcome of each item.
+    fn items(answer: &Answer) -> Vec<(&str, Outcome)> {
+        let items = answer.items.iter();
+        items
+            .map(|item| (item.client_oid.as_str(), item.outcome))
+            .collect()
+    }
+
+    fn hf(results: &str) -> Answer {
+        let body = r#"{"orderList":[{"clientOid":"a"},{"clientOid":"b"}]}"#;
+        judge(
+            HF,
+            body,
+            &format!(r#"{{"code":"200000","data":{results}}}"#),
+        )
+    }
+
+    #[test]
+    fn failed_order_of_a_spot_batch_is_found_by_its_position() {
+        // Source: Kucoin/kucoin-universal-sdk, "Batch Add Orders" of spot.
+        let body = r#"{"orderList": [{"clientOid": "client order id 12", "symbol": "BTC-USDT", "type": "limit", "side": "buy", "price": "30000", "size": "0.00001"}, {"clientOid": "client order id 13", "symbol": "ETH-USDT", "type": "limit", "side": "sell", "price": "2000", "size": "0.00001"}]}"#;
+        let answer = r#"{"code":"200000","data":[{"orderId":"6710d8336afcdb0007319c27","clientOid":"client order id 12","success":true},{"success":false,"failMsg":"The order funds should more then 0.1 USDT."}]}"#;
+        let judged = judge(HF, body, answer);
+        assert_eq!(judged.outcome, ACCEPTED);
+        let [one, other] = &judged.items[..] else {
+            panic!("{:?}", judged.items)
+        };
+        assert_eq!(
+            (one.client_oid.as_str(), one.order_id.as_str(), one.outcome),
+            ("client order id 12", "6710d8336afcdb0007319c27", ACCEPTED)
+        );
+        assert_eq!(
+            (
+                other.client_oid.as_str(),
+                other.order_id.as_str(),
+                other.outcome
+            ),
+            ("client order id 13", "", REJECTED)
+        );
+        assert_eq!(other.msg, "The order funds should more then 0.1 USDT.");
+        assert_eq!(other.code, "");
+    }
+
+    #[test]
+    fn results_whose_positions_are_wrong_show_nothing_about_failed_orders() {
+        let (ok_a, ok_b) = (
+            r#"{"success":true,"orderId":"1","clientOid":"a"}"#,
+            r#"{"success":true,"orderId":"2","clientOid":"b"}"#,
+        );
+        let failed = r#"{"success":false,"failMsg":"no"}"#;
+        for (results, expected) in [
+            (
+                format!("[{ok_a},{failed}]"),
+                vec![("a", ACCEPTED), ("b", REJECTED)],
+            ),
+            // The failed result can be about either order, but "b" was accepted.
+            (
+                format!("[{ok_b},{failed}]"),
+                vec![("a", MAYBE_SENT), ("b", ACCEPTED), ("", MAYBE_SENT)],
+            ),
+            (
+                format!("[{ok_b},{ok_a}]"),
+                vec![("a", ACCEPTED), ("b", ACCEPTED)],
+            ),
+            (
+                format!("[{ok_a}]"),
+                vec![("a", ACCEPTED), ("b", MAYBE_SENT)],
+            ),
+            (
+                format!("[{failed}]"),
+                vec![("a", MAYBE_SENT), ("b", MAYBE_SENT), ("", MAYBE_SENT)],
+            ),
+            (
+                format!("[{ok_a},{failed},{failed}]"),
+                vec![
+                    ("a", ACCEPTED),
+                    ("b", MAYBE_SENT),
+                    ("", MAYBE_SENT),
+                    ("", MAYBE_SENT),
+                ],
+            ),
+        ] {
+            let judged = hf(&results);
+            assert_eq!(items(&judged), expected, "{results}");
+            let is_open = expected.iter().any(|(_, outcome)| *outcome == MAYBE_SENT);
+            let outcome = if is_open { MAYBE_SENT } else { ACCEPTED };
+            assert_eq!(judged.outcome, outcome, "{results}");
+        }
+    }
+
+    #[test]
+    fn result_that_cannot_be_read_leaves_its_order_open() {
+        let both_open = vec![("a", MAYBE_SENT), ("b", MAYBE_SENT)];
+        for results in [
+            "null",
+            "{}",
+            "\"x\"",
+            "[]",
+            "[7,null]",
+            "[{},{}]",
+            r#"[{"success":null},{"success":"yes"}]"#,
+            r#"[{"success":false},{"success":false,"failMsg":""}]"#,
+            r#"[{"success":false,"failMsg":"System busy"},{"success":false,"failMsg":"request timeout"}]"#,
+            r#"[{"success":true,"success":false,"failMsg":"no"},{}]"#,
+        ] {
+            let judged = hf(results);
+            assert_eq!(items(&judged), both_open, "{results}");
+            assert_eq!(judged.outcome, MAYBE_SENT, "{results}");
+        }
+        let many = format!("[{}]", vec!["{}"; 23].join(","));
+        assert_eq!(items(&hf(&many)), both_open, "more results than are read");
+    }
+
+    #[test]
+    fn batch_is_rejected_only_if_every_order_is() {
+        let failed = r#"{"success":false,"failMsg":"no"}"#;
+        let judged = hf(&format!("[{failed},{failed}]"));
+        assert_eq!(items(&judged), [("a", REJECTED), ("b", REJECTED)]);
+        assert_eq!(judged.outcome, REJECTED);
+        let refused = judge(HF, "{}", r#"{"code":"400100","msg":"Parameter error"}"#);
+        assert_eq!((refused.outcome, refused.items), (REJECTED, Vec::new()));
+        let single = judge(
+            "spot.post.v1-hf-orders",
+            "{}",
+            r#"{"code":"200000","data":{}}"#,
+        );
+        assert_eq!((single.outcome, single.items), (ACCEPTED, Vec::new()));
+        let unknown = judge(HF, r#"{"orders":[{}]}"#, r#"{"code":"200000","data":[]}"#);
+        assert_eq!(unknown.outcome, MAYBE_SENT, "the orders are unknown");
+    }
+
+    #[test]
+    fn codes_of_a_futures_batch_decide_about_each_order() {
+        // Source: Kucoin/kucoin-universal-sdk, "Batch Add Orders" of futures; codes: KuCoin API documentation.
+        let body = r#"[{"clientOid":"5c52e11203aa677f33e493fb"},{"clientOid":"5c52e11203aa677f33e493fc"},{"clientOid":"c"},{"clientOid":"d"},{"clientOid":"e"}]"#;
+        let answer = r#"{"code":"200000","data":[{"orderId":"235919387855482880","clientOid":"5c52e11203aa677f33e493fc","symbol":"XBTUSDTM","code":"200000","msg":"success"},{"orderId":"235919387779985408","clientOid":"5c52e11203aa677f33e493fb","symbol":"XBTUSDTM","code":"200000","msg":"success"},{"orderId":null,"clientOid":"c","code":"300018","msg":"clientOid parameter repeated"},{"clientOid":"d","code":"500000"},{"clientOid":"e","code":"999999"}]}"#;
+        let judged = judge(FUTURES, body, answer);
+        assert_eq!(
+            items(&judged),
+            [
+                ("5c52e11203aa677f33e493fb", ACCEPTED),
+                ("5c52e11203aa677f33e493fc", ACCEPTED),
+                ("c", REJECTED),
+                ("d", MAYBE_SENT),
+                ("e", MAYBE_SENT),
+            ]
+        );
+        assert_eq!(judged.items[0].order_id, "235919387779985408");
+        assert_eq!(judged.items[2].code, "300018");
+        assert_eq!(judged.items[2].msg, "clientOid parameter repeated");
+        assert_eq!(judged.outcome, MAYBE_SENT);
+    }
+
+    #[test]
+    fn cancels_of_a_batch_are_judged_by_order_id_or_client_oid() {
+        // Source: Kucoin/kucoin-universal-sdk, "Batch Cancel Orders" of futures.
+        let body = r#"{"orderIdsList": ["250445104152670209", "250445181751463936"]}"#;
+        let answer = r#"{"code":"200000","data":[{"orderId":"250445104152670209","clientOid":null,"code":"200","msg":"success"},{"orderId":"250445181751463936","clientOid":null,"code":"200","msg":"success"}]}"#;
+        let judged = judge(CANCEL, body, answer);
+        let ids: Vec<_> = judged.items.iter().map(|item| &item.order_id).collect();
+        assert_eq!(ids, ["250445104152670209", "250445181751463936"]);
+        assert_eq!(judged.outcome, ACCEPTED);
+        let body =
+            r#"{"orderIdsList":["1"],"clientOidsList":[{"symbol":"XBTUSDTM","clientOid":"a"}]}"#;
+        let answer = r#"{"code":"200000","data":[{"orderId":"7","clientOid":"a","code":"100004","msg":"no"},{"orderId":"1","code":"200"}]}"#;
+        let judged = judge(CANCEL, body, answer);
+        assert_eq!(items(&judged), [("", ACCEPTED), ("a", REJECTED)]);
+        let unified = "spot.post.ua-v2-unified-order-cancel-batch";
+        let body = r#"{"tradeType":"SPOT","cancelOrderList":[{"orderId":"1"},{"clientOid":"a"}]}"#;
+        let answer = r#"{"code":"200000","data":{"items":[{"orderId":"1","code":"200000"},{"orderId":"2","clientOid":"a"}]}}"#;
+        let judged = judge(unified, body, answer);
+        // Without a code, the result shows nothing.
+        assert_eq!(items(&judged), [("", ACCEPTED), ("a", MAYBE_SENT)]);
+    }
+
+    #[test]
+    fn results_of_the_old_spot_batch_are_read() {
+        // Source: Kucoin/kucoin-universal-sdk, "Batch Add Orders - Old".
+        let body = r#"{"symbol":"BTC-USDT","orderList":[{"clientOid":"3d07008668054da6b3cb12e432c2b13a"},{"clientOid":"37245dbe6e134b5c97732bfb36cd4a9d"}]}"#;
+        let answer = r#"{"code":"200000","data":{"data":[{"id":"674a97dfef434f0007efc431","status":"success","failMsg":null,"clientOid":"3d07008668054da6b3cb12e432c2b13a"},{"id":"674a97dffb378b00077b9c20","status":"fail","failMsg":"Balance insufficient!","clientOid":"37245dbe6e134b5c97732bfb36cd4a9d"}]}}"#;
+        let judged = judge("spot.post.v1-orders-multi", body, answer);
+        assert_eq!(
+            items(&judged),
+            [
+                ("3d07008668054da6b3cb12e432c2b13a", ACCEPTED),
+                ("37245dbe6e134b5c97732bfb36cd4a9d", REJECTED),
+            ]
+        );
     }
 }

@@ -277,3 +277,387 @@ impl Lookup {
         created.ok_or_else(|| LookupResult::Unclear("the answer has no time".to_owned()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use http::{HeaderMap, StatusCode};
+
+    use super::super::RequestContext;
+    use super::super::code::RefusalCodes;
+    use super::super::placement::placements;
+    use super::super::placement::tests::{endpoint, request};
+    use super::*;
+
+    /// Answers of the lookups. Source: Kucoin/kucoin-universal-sdk, examples of each endpoint, shortened.
+    const SPOT: &str = r#"{"code":"200000","data":{"id":"6717422bd51c29000775ea03","clientOid":"5c52e11203aa677f33e493fb","symbol":"BTC-USDT","type":"limit","side":"buy","price":"70000","size":"0.00001","funds":"0.7","active":false,"createdAt":1729577515444,"lastUpdatedAt":1729577515481}}"#;
+    const FUTURES: &str = r#"{"code":"200000","data":{"id":"250444645610336256","symbol":"XRPUSDTM","type":"limit","side":"buy","price":"0.1","size":1,"value":"1","closeOrder":false,"clientOid":"5c52e11203aa677f33e493fb","createdAt":1732523858568,"orderTime":1732523858550892322,"status":"open"}}"#;
+    const STOP: &str = r#"{"code":"200000","data":[{"id":"vs8hoo8os561f5np0032vngj","symbol":"KCS-USDT","status":"NEW","type":"limit","side":"buy","price":"0.01000000000000000000","size":"0.01000000000000000000","funds":null,"clientOid":"2b700942b5db41cebe578cff48960e09","orderTime":1629020492834532600,"createdAt":1629020492837}]}"#;
+    const OCO: &str = r#"{"code":"200000","data":{"orderId":"674c3cfa72cf2800072ee7ce","symbol":"BTC-USDT","clientOid":"5c52e1203aa6f3g7f1e493fb","orderTime":1733049594803,"status":"NEW"}}"#;
+
+    const SPOT_ORDER: &str = r#"{"clientOid":"5c52e11203aa677f33e493fb","symbol":"BTC-USDT","side":"buy","type":"limit","price":"70000","size":"0.000010"}"#;
+
+    fn lookup(id: &str, body: &str) -> Option<Lookup> {
+        let found = placements(endpoint(id), &request(id, body)).unwrap();
+        Lookup::new(endpoint(id), &found[0])
+    }
+
+    fn answer(lookup: &Lookup, status: u16, body: &str) -> Answer {
+        let asked = RequestContext {
+            endpoint: Some(lookup.endpoint),
+            scope: lookup.scope,
+            changes: false,
+            refusal_codes: &RefusalCodes::default(),
+        };
+        let status = StatusCode::from_u16(status).unwrap();
+        let now = || std::time::SystemTime::UNIX_EPOCH;
+        Answer::read(
+            status,
+            &HeaderMap::new(),
+            body.to_owned().into(),
+            asked,
+            now,
+        )
+    }
+
+    fn judge(id: &str, order: &str, signed_ms: i64, found: &str) -> LookupResult {
+        let lookup = lookup(id, order).unwrap();
+        let answer = answer(&lookup, 200, found);
+        lookup.judge(&answer, signed_ms, &NotFoundAnswers::default())
+    }
+
+    fn found(order_id: &str, state: &str) -> LookupResult {
+        LookupResult::Found {
+            order_id: order_id.to_owned(),
+            state: Some(state.to_owned()),
+        }
+    }
+
+    fn differs(why: &str) -> LookupResult {
+        LookupResult::Differs(why.to_owned())
+    }
+
+    fn unclear(why: &str) -> LookupResult {
+        LookupResult::Unclear(why.to_owned())
+    }
+
+    #[test]
+    fn lookup_is_the_read_that_the_catalogue_names() {
+        for (id, body, expected) in [
+            (
+                "spot.post.v1-hf-orders",
+                SPOT_ORDER,
+                "/api/v1/hf/orders/client-order/5c52e11203aa677f33e493fb?symbol=BTC-USDT",
+            ),
+            (
+                "futures.post.v1-st-orders",
+                r#"{"clientOid":"a"}"#,
+                "/api/v1/orders/byClientOid?clientOid=a",
+            ),
+            (
+                "spot.post.v3-oco-order",
+                r#"{"clientOid":"a"}"#,
+                "/api/v3/oco/client-order/a",
+            ),
+            (
+                "spot.post.v3-hf-margin-order",
+                r#"{"clientOid":"a","symbol":"BTC-USDT"}"#,
+                "/api/v3/hf/margin/orders/client-order/a?symbol=BTC-USDT",
+            ),
+            (
+                "spot.post.v1-convert-limit-order",
+                r#"{"clientOrderId":"a"}"#,
+                "/api/v1/convert/limit/order/detail?clientOrderId=a",
+            ),
+            (
+                "spot.post.ua-v2-unified-order-place",
+                r#"{"clientOid":"a","symbol":"BTC-USDT","tradeType":"SPOT"}"#,
+                "/api/ua/v2/unified/order/detail?clientOid=a&tradeType=SPOT&symbol=BTC-USDT",
+            ),
+            (
+                "spot.post.ua-v2-unified-order-amend",
+                r#"{"clientOid":"a","orderId":"7","symbol":"XBTUSDTM","newSize":"1"}"#,
+                "/api/ua/v2/unified/order/detail?orderId=7&symbol=XBTUSDTM&tradeType=FUTURES",
+            ),
+        ] {
+            let lookup = lookup(id, body).expect(id);
+            let request = lookup.request("main".parse().unwrap(), RequestId::random());
+            assert_eq!(request.target.to_sign(), expected);
+            let (scope, method) = (endpoint(id).scope.unwrap(), super::super::Method::Get);
+            assert_eq!((request.scope, request.method), (scope, method));
+            assert_eq!(request.endpoint().unwrap().id, lookup.endpoint.id);
+        }
+    }
+
+    #[test]
+    fn order_that_cannot_be_looked_up_has_no_lookup() {
+        for (id, body) in [
+            ("spot.post.v1-hf-orders", r#"{"symbol":"BTC-USDT"}"#),
+            ("spot.post.v1-hf-orders", r#"{"clientOid":"a"}"#),
+            (
+                "futures.post.v1-copy-trade-futures-orders",
+                r#"{"clientOid":"a"}"#,
+            ),
+            ("futures.post.v2-order", r#"{"clientOid":"a"}"#),
+            (
+                "spot.post.ua-v2-unified-order-place",
+                r#"{"clientOid":"a","symbol":"BTC-USDT"}"#,
+            ),
+            (
+                "spot.post.v3-accounts-universal-transfer",
+                r#"{"clientOid":"a"}"#,
+            ),
+            // Under the old id, the exchange has only the cancelled order.
+            (
+                "spot.post.v1-hf-orders-alter",
+                r#"{"orderId":"670fd33bf9406e0007ab3945","symbol":"BTC-USDT","newPrice":"30000"}"#,
+            ),
+            (
+                "spot.post.v1-hf-orders-alter",
+                r#"{"clientOid":"a/b","symbol":"BTC-USDT","newPrice":"30000"}"#,
+            ),
+        ] {
+            assert!(lookup(id, body).is_none(), "{id} {body}");
+        }
+    }
+
+    #[test]
+    fn order_is_found_only_if_it_is_the_one_that_was_sent() {
+        let id = "spot.post.v1-hf-orders";
+        let created = 1_729_577_515_444;
+        let spot = |order: &str, signed_ms| judge(id, order, signed_ms, SPOT);
+        let is_found = found("6717422bd51c29000775ea03", "false");
+        assert_eq!(spot(SPOT_ORDER, created), is_found);
+        assert_eq!(spot(SPOT_ORDER, created + 5000), is_found);
+        assert_eq!(
+            spot(SPOT_ORDER, created + 5001),
+            differs("the order is older")
+        );
+        assert_eq!(spot(SPOT_ORDER, created - 86_400_000), is_found);
+        let by_funds = SPOT_ORDER.replace(r#""size":"0.000010""#, r#""funds":0.70"#);
+        assert_eq!(spot(&by_funds, created), is_found);
+        let without_type = SPOT_ORDER.replace(r#""type":"limit","#, "");
+        assert_eq!(spot(&without_type, created), is_found);
+        for (sent, other, expected) in [
+            ("BTC-USDT", "ETH-USDT", differs("symbol differs")),
+            ("buy", "sell", differs("side differs")),
+            ("limit", "market", differs("type differs")),
+            ("0.000010", "0.00002", differs("size differs")),
+            ("0.000010", "1,5", unclear("size is not a number")),
+            (
+                r#","size":"0.000010""#,
+                "",
+                unclear("the request has no size or funds that the lookup shows"),
+            ),
+            (r#""side":"buy","#, "", unclear("the request has no side")),
+            (
+                "5c52e11203aa677f33e493fb",
+                "another",
+                unclear("the answer is about another clientOid"),
+            ),
+        ] {
+            let order = SPOT_ORDER.replace(sent, other);
+            assert_eq!(spot(&order, created), expected, "{other}");
+        }
+        let older = |answer: &str| judge(id, SPOT_ORDER, created, answer);
+        for (name, expected) in [
+            (r#""symbol":"BTC-USDT","#, "the answer has no symbol"),
+            (r#""side":"buy","#, "the answer has no side"),
+            (r#""type":"limit","#, "the answer has no type"),
+            (r#""size":"0.00001","#, "the answer has no size"),
+            (r#""createdAt":1729577515444,"#, "the answer has no time"),
+            (
+                r#""id":"6717422bd51c29000775ea03","#,
+                "the order in the answer has no id",
+            ),
+            (
+                r#""clientOid":"5c52e11203aa677f33e493fb","#,
+                "the answer is about another clientOid",
+            ),
+        ] {
+            assert_eq!(older(&SPOT.replace(name, "")), unclear(expected), "{name}");
+        }
+    }
+
+    #[test]
+    fn answers_of_every_kind_of_lookup_are_read() {
+        let futures = r#"{"clientOid":"5c52e11203aa677f33e493fb","symbol":"XRPUSDTM","side":"buy","type":"limit","size":"1.0"}"#;
+        let of_futures = |order: &str| {
+            judge(
+                "futures.post.v1-orders-multi",
+                &format!("[{order}]"),
+                1_732_523_858_000,
+                FUTURES,
+            )
+        };
+        assert_eq!(of_futures(futures), found("250444645610336256", "open"));
+        let by_value = futures.replace(r#""size""#, r#""valueQty""#);
+        let why = "the request has no size or funds that the lookup shows";
+        assert_eq!(of_futures(&by_value), unclear(why));
+        let closing = futures.replace(r#""size":"1.0""#, r#""closeOrder":true"#);
+        assert_eq!(of_futures(&closing), differs("closeOrder differs"));
+        let stop = r#"{"clientOid":"2b700942b5db41cebe578cff48960e09","symbol":"KCS-USDT","side":"buy","type":"limit","size":"0.01"}"#;
+        let of_stop =
+            |answer: &str| judge("spot.post.v1-stop-order", stop, 1_629_020_492_000, answer);
+        assert_eq!(of_stop(STOP), found("vs8hoo8os561f5np0032vngj", "NEW"));
+        let why = "the answer does not have exactly one order";
+        assert_eq!(of_stop(&STOP.replace("}]", "},{}]")), unclear(why));
+        // It has neither side nor size: it proves nothing.
+        let oco = r#"{"clientOid":"5c52e1203aa6f3g7f1e493fb","symbol":"BTC-USDT","side":"buy","size":"1"}"#;
+        let of_oco = judge("spot.post.v3-oco-order", oco, 1_733_049_594_000, OCO);
+        assert_eq!(of_oco, unclear("the answer has no side"));
+        // Source: Kucoin/kucoin-universal-sdk @cc2ca1fa, Java models of the unified account: `orderTime` is in nanoseconds.
+        let unified = r#"{"code":"200000","data":{"orderId":"7","clientOid":"a","symbol":"BTC-USDT","orderType":"LIMIT","side":"BUY","size":"0.10","sizeUnit":"BASECCY","orderTime":1732523858550892322,"status":2}}"#;
+        let order = r#"{"clientOid":"a","symbol":"BTC-USDT","tradeType":"SPOT","side":"BUY","orderType":"LIMIT","size":"0.1","sizeUnit":"BASECCY"}"#;
+        let of_unified = |signed_ms| {
+            judge(
+                "spot.post.ua-v2-unified-order-place",
+                order,
+                signed_ms,
+                unified,
+            )
+        };
+        assert_eq!(of_unified(1_732_523_863_550), found("7", "2"));
+        assert_eq!(of_unified(1_732_523_863_551), differs("the order is older"));
+    }
+
+    #[test]
+    fn amendment_is_found_only_with_the_price_and_size_that_it_asked_for() {
+        let id = "spot.post.v1-hf-orders-alter";
+        let created = 1_729_577_515_444;
+        let alter = |change: &str, signed_ms| {
+            let body = format!(
+                r#"{{"clientOid":"5c52e11203aa677f33e493fb","symbol":"BTC-USDT",{change}}}"#
+            );
+            judge(id, &body, signed_ms, SPOT)
+        };
+        let is_found = found("6717422bd51c29000775ea03", "false");
+        assert_eq!(alter(r#""newPrice":"70000.0""#, created), is_found);
+        assert_eq!(
+            alter(r#""newSize":"1E-5","newPrice":70000"#, created),
+            is_found
+        );
+        assert_eq!(
+            alter(r#""newPrice":"70001""#, created),
+            differs("price differs")
+        );
+        assert_eq!(
+            alter(r#""newPrice":"70000","newSize":"2""#, created),
+            differs("size differs")
+        );
+        // The order before the amendment: it is older, or has the old id.
+        assert_eq!(
+            alter(r#""newPrice":"70000""#, created + 60_000),
+            differs("the order is older")
+        );
+        let old_id = r#""newPrice":"70000","orderId":"6717422bd51c29000775ea03""#;
+        assert_eq!(alter(old_id, created), differs("the order has the old id"));
+        let why = "the request has no price or size that the lookup shows";
+        assert_eq!(alter(r#""newFunds":"1""#, created), unclear(why));
+        // The unified account amends in place.
+        let unified = r#"{"code":"200000","data":{"orderId":"7","clientOid":"a","symbol":"XBTUSDTM","price":"2","size":"3","orderTime":1,"status":2}}"#;
+        let amend = |size: &str| {
+            let body = format!(r#"{{"orderId":"7","symbol":"XBTUSDTM","newSize":"{size}"}}"#);
+            judge(
+                "spot.post.ua-v2-unified-order-amend",
+                &body,
+                created,
+                unified,
+            )
+        };
+        assert_eq!(amend("3"), found("7", "2"));
+        assert_eq!(amend("4"), differs("size differs"));
+    }
+
+    #[test]
+    fn order_is_absent_only_with_an_answer_of_the_list() {
+        let spot = lookup("spot.post.v1-hf-orders", SPOT_ORDER).unwrap();
+        let judge = |lookup: &Lookup, status, body: &str, more: &NotFoundAnswers| {
+            lookup.judge(&answer(lookup, status, body), 0, more)
+        };
+        let none = NotFoundAnswers::default();
+        let absent = r#"{"code":"400100","msg":"order not exist."}"#;
+        for (status, body, is_absent) in [
+            (200, absent, true),
+            (400, absent, true),
+            (
+                200,
+                r#"{"code":"order_not_exist","msg":"order_not_exist"}"#,
+                true,
+            ),
+            (
+                200,
+                r#"{"code":"400100","msg":"Parameter error: symbol"}"#,
+                false,
+            ),
+            (
+                200,
+                r#"{"code":"126043","msg":"Order does not exist"}"#,
+                false,
+            ),
+            (200, r#"{"code":"200000","data":null}"#, false),
+            (200, r#"{"code":"200000","data":{}}"#, false),
+            (200, r#"{"code":"200000"}"#, false),
+            (
+                200,
+                r#"{"code":"400100","msg":"order not exist.","data":{"id":"1"}}"#,
+                false,
+            ),
+            (500, absent, false),
+            (429, absent, false),
+            (403, absent, false),
+            (404, r#"{"code":"404","msg":"Not Found"}"#, false),
+            (429, "<html>", false),
+            (200, "", false),
+        ] {
+            let found = judge(&spot, status, body, &none);
+            assert_eq!(
+                found == LookupResult::NotFound,
+                is_absent,
+                "{status} {body}"
+            );
+            assert!(
+                is_absent || matches!(found, LookupResult::Unclear(_)),
+                "{body}"
+            );
+        }
+        let futures = lookup("futures.post.v1-orders", r#"{"clientOid":"a"}"#).unwrap();
+        // Source: ccxt/ccxt issue 26776.
+        let absent = r#"{"msg":"error.getOrder.orderNotExist","code":"100001"}"#;
+        assert_eq!(judge(&futures, 200, absent, &none), LookupResult::NotFound);
+        let invalid = r#"{"msg":"There are invalid parameters","code":"100001"}"#;
+        let why = unclear("the answer is not one that means \"no such order\"");
+        assert_eq!(judge(&futures, 200, invalid, &none), why);
+        // This lookup finds only open orders: a filled one is absent, too.
+        let old = lookup("spot.post.v1-orders", r#"{"clientOid":"a"}"#).unwrap();
+        let absent = r#"{"code":"400100","msg":"order not exist."}"#;
+        let why = unclear("the lookup finds only open orders");
+        assert_eq!(judge(&old, 200, absent, &none), why);
+        // Observed, and added by an admin.
+        let entry = r#"[{"host":"spot","product":"spot","http_status":200,"code":"200000","empty_data":true}]"#;
+        let entries: Vec<super::super::not_found::NotFoundAnswer> =
+            serde_json::from_str(entry).unwrap();
+        let more: NotFoundAnswers = entries.into_iter().collect();
+        let stop = lookup("spot.post.v1-stop-order", r#"{"clientOid":"a"}"#).unwrap();
+        for empty in [r#"{"code":"200000","data":[ ]}"#, r#"{"code":"200000"}"#] {
+            assert_eq!(judge(&stop, 200, empty, &more), LookupResult::NotFound);
+            assert_ne!(judge(&stop, 200, empty, &none), LookupResult::NotFound);
+            assert_ne!(judge(&stop, 400, empty, &more), LookupResult::NotFound);
+            assert_ne!(judge(&futures, 200, empty, &more), LookupResult::NotFound);
+        }
+        assert_ne!(judge(&stop, 200, STOP, &more), LookupResult::NotFound);
+    }
+
+    #[test]
+    fn reach_is_known_where_it_is_documented() {
+        let reach = |id: &str, body: &str| lookup(id, body).unwrap().reach();
+        let hours = |hours: u64| Some(Duration::from_secs(hours * 3600));
+        assert_eq!(reach("spot.post.v1-hf-orders", SPOT_ORDER), hours(72));
+        assert_eq!(reach("spot.post.v1-orders", SPOT_ORDER), hours(0));
+        assert_eq!(reach("futures.post.v1-orders", SPOT_ORDER), None);
+        let unified = r#"{"clientOid":"a","symbol":"BTC-USDT","tradeType":"SPOT"}"#;
+        assert_eq!(
+            reach("spot.post.ua-v2-unified-order-place", unified),
+            hours(2)
+        );
+    }
+}

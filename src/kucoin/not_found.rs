@@ -173,3 +173,81 @@ impl NotFoundAnswers {
         answer.content_encoding.is_empty() && (is_built_in || is_configured())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::Catalog;
+    use super::*;
+
+    #[test]
+    fn every_built_in_entry_has_a_basis_and_belongs_to_a_lookup() {
+        for row in ROWS {
+            assert!(!row.basis.1.is_empty());
+            assert!(
+                !AMBIGUOUS.contains(&row.code) || !row.messages.is_empty(),
+                "{}",
+                row.code
+            );
+            let forms = Catalog::get().endpoints().iter();
+            let forms = forms.filter_map(|endpoint| Some((endpoint, endpoint.order.as_ref()?)));
+            let mut lookups = forms.filter(|(_, form)| form.lookup.is_some());
+            let is_of = |endpoint: &Endpoint| {
+                (
+                    endpoint.scope.map(super::super::Scope::host),
+                    endpoint.product,
+                ) == (Some(row.host), row.product)
+            };
+            assert!(lookups.any(|(endpoint, _)| is_of(endpoint)), "{}", row.code);
+        }
+    }
+
+    #[test]
+    fn entry_that_could_hide_an_order_is_refused() {
+        let parse = |rest: &str| {
+            let text = format!(r#"{{"host":"spot","product":"spot",{rest}}}"#);
+            let parsed = serde_json::from_str::<NotFoundAnswer>(&text);
+            parsed.map(drop).map_err(|error| error.to_string())
+        };
+        for (rest, problem) in [
+            (
+                r#""http_status":200,"code":"400100""#,
+                "add the message of the answer as msg",
+            ),
+            (
+                r#""http_status":200,"code":"200000""#,
+                "add empty_data = true",
+            ),
+            (
+                r#""http_status":200,"code":"500000""#,
+                "internal errors and timeouts",
+            ),
+            (
+                r#""http_status":200,"code":"""#,
+                "internal errors and timeouts",
+            ),
+            (
+                r#""http_status":503,"code":"1""#,
+                "HTTP status 503 cannot mean",
+            ),
+            (
+                r#""http_status":429,"code":"1""#,
+                "HTTP status 429 cannot mean",
+            ),
+            (
+                r#""http_status":200,"code":"1","status":1"#,
+                "unknown field `status`",
+            ),
+            (r#""code":"1""#, "missing field `http_status`"),
+        ] {
+            let error = parse(rest).unwrap_err();
+            assert!(error.contains(problem), "{rest}: {error}");
+        }
+        for rest in [
+            r#""http_status":200,"code":"400100","msg":"order not exist""#,
+            r#""http_status":200,"code":"200000","empty_data":true"#,
+            r#""http_status":400,"code":"order_gone""#,
+        ] {
+            assert_eq!(parse(rest), Ok(()), "{rest}");
+        }
+    }
+}

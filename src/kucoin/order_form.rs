@@ -336,7 +336,7 @@ mod tests {
                 }
             }
         }
-        assert_eq!(lookups, 51);
+        assert_eq!(lookups, 56);
     }
 
     #[test]

@@ -165,3 +165,195 @@ fn client_oid_name(form: &OrderForm) -> Option<&str> {
         ClientOidLocation::Path(_) | ClientOidLocation::Query(_) => None,
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::super::{Catalog, Target};
+    use super::*;
+    use crate::base::ids::RequestId;
+
+    pub(in crate::kucoin) fn endpoint(id: &str) -> &'static Endpoint {
+        Catalog::get().by_id(id).unwrap()
+    }
+
+    /// A request to the endpoint, with its parameters unfilled.
+    pub(in crate::kucoin) fn request(id: &str, body: &str) -> UnsignedRequest {
+        let endpoint = endpoint(id);
+        let path = endpoint.path.replace(['{', '}'], "");
+        UnsignedRequest {
+            account: "main".parse().unwrap(),
+            scope: endpoint.scope.unwrap(),
+            method: endpoint.method,
+            target: Target::new(&path, Vec::new()).unwrap(),
+            body: body.to_owned().into(),
+            id: RequestId::random(),
+            body_client_oids: Vec::new(),
+        }
+    }
+
+    fn of(id: &str, body: &str) -> Result<Vec<Placement>, PlacementError> {
+        placements(endpoint(id), &request(id, body))
+    }
+
+    fn values<'p>(placement: &'p Placement, names: &[&str]) -> Vec<Option<&'p str>> {
+        names.iter().map(|name| placement.field(name)).collect()
+    }
+
+    #[test]
+    fn order_is_read_with_the_exact_text_of_its_numbers() {
+        // Source: Kucoin/kucoin-universal-sdk, "Add Order" of spot and of futures.
+        let spot = r#"{"type": "limit", "symbol": "BTC-USDT", "side": "buy", "price": "50000", "size": "0.00001", "clientOid": "5c52e11203aa677f33e493fb", "remark": "order remarks"}"#;
+        let found = of("spot.post.v1-hf-orders", spot).unwrap();
+        assert_eq!(found.len(), 1);
+        let names = ["symbol", "side", "type", "size", "funds", "price", "remark"];
+        assert_eq!(
+            values(&found[0], &names),
+            [
+                Some("BTC-USDT"),
+                Some("buy"),
+                Some("limit"),
+                Some("0.00001"),
+                None,
+                Some("50000"),
+                None
+            ]
+        );
+        assert_eq!(
+            found[0].client_oid.as_deref(),
+            Some("5c52e11203aa677f33e493fb")
+        );
+        assert!(!found[0].requires_client_oid);
+        let futures = r#"{"cli\u0065ntOid": "5c52e11203aa677f33e493fb", "side": "buy", "symbol": "XBTUSDTM", "leverage": 3, "type": "limit", "reduceOnly": false, "price": "0.1", "size": 1.0, "x": {"clientOid": "no", "size": 7}}"#;
+        let found = of("futures.post.v1-orders", futures).unwrap();
+        let names = ["symbol", "size", "leverage", "reduceOnly", "closeOrder"];
+        assert_eq!(
+            values(&found[0], &names),
+            [
+                Some("XBTUSDTM"),
+                Some("1.0"),
+                Some("3"),
+                Some("false"),
+                None
+            ]
+        );
+        assert_eq!(
+            found[0].client_oid.as_deref(),
+            Some("5c52e11203aa677f33e493fb")
+        );
+        assert!(found[0].requires_client_oid);
+        assert_eq!(
+            format!("{:?}", found[0]),
+            "Placement(Some(\"5c52e11203aa677f33e493fb\"))"
+        );
+    }
+
+    #[test]
+    fn orders_of_a_batch_are_read_one_by_one() {
+        // Source: Kucoin/kucoin-universal-sdk, "Batch Add Orders" of futures and of spot, shortened.
+        let futures = r#"[{"clientOid": "a", "symbol": "XBTUSDTM", "size": 1}, {"clientOid": "b", "symbol": "XBTUSDTM", "size": 2}]"#;
+        let found = of("futures.post.v1-orders-multi", futures).unwrap();
+        let sizes: Vec<_> = found.iter().map(|order| order.field("size")).collect();
+        assert_eq!(sizes, [Some("1"), Some("2")]);
+        let spot = r#"{"orderList": [{"clientOid": "a", "symbol": "BTC-USDT"}, {"symbol": "ETH-USDT", "clientOid": null}]}"#;
+        let found = of("spot.post.v1-hf-orders-multi", spot).unwrap();
+        let oids: Vec<_> = found.iter().map(|order| &order.client_oid).collect();
+        assert_eq!(oids, [&Some("a".to_owned()), &None]);
+        // The trade type holds for all orders of the batch.
+        let unified =
+            r#"{"tradeType": "SPOT", "orderList": [{"clientOid": "a", "orderType": "LIMIT"}]}"#;
+        let found = of("spot.post.ua-v1-account-mode-order-place-batch", unified).unwrap();
+        let names = ["tradeType", "type"];
+        assert_eq!(values(&found[0], &names), [Some("SPOT"), Some("LIMIT")]);
+    }
+
+    #[test]
+    fn body_whose_orders_are_unknown_is_an_error() {
+        let many = format!("[{}]", vec!["{}"; MAX_ORDERS + 1].join(","));
+        for (id, body, expected) in [
+            ("spot.post.v1-hf-orders", "", PlacementError::Order),
+            ("spot.post.v1-hf-orders", "[]", PlacementError::Order),
+            (
+                "spot.post.v1-hf-orders",
+                r#"{"symbol":"a","symbol":"b"}"#,
+                PlacementError::Order,
+            ),
+            (
+                "spot.post.v1-hf-orders-multi",
+                r#"{"orderlist":[{}]}"#,
+                PlacementError::List("/orderList"),
+            ),
+            (
+                "spot.post.v1-hf-orders-multi",
+                r#"{"orderList":[]}"#,
+                PlacementError::List("/orderList"),
+            ),
+            (
+                "futures.post.v1-orders-multi",
+                "[{},7]",
+                PlacementError::List(""),
+            ),
+            (
+                "futures.post.v1-orders-multi",
+                &many,
+                PlacementError::List(""),
+            ),
+        ] {
+            assert_eq!(of(id, body), Err(expected), "{id} {body:.40}");
+        }
+        assert_eq!(
+            PlacementError::List("").to_string(),
+            "expected a list of 1 to 100 orders, each an object, at the top"
+        );
+    }
+
+    #[test]
+    fn only_orders_amendments_and_transfers_are_placements() {
+        let oid = r#"{"clientOid":"64ccc0f164781800010d8c09"}"#;
+        for (id, expected) in [
+            ("spot.post.v3-accounts-universal-transfer", 1),
+            ("spot.post.v2-accounts-inner-transfer", 1),
+            ("spot.post.v2-accounts-sub-transfer", 1),
+            ("spot.post.ua-v2-account-transfer", 1),
+            ("spot.post.v1-hf-orders-alter", 1),
+            ("spot.post.v1-hf-orders-test", 0),
+            ("spot.post.ua-v2-unified-order-cancel", 0),
+            ("spot.post.v3-withdrawals", 0),
+            ("spot.get.v1-accounts", 0),
+        ] {
+            assert_eq!(of(id, oid).unwrap().len(), expected, "{id}");
+        }
+        let convert = of(
+            "spot.post.v1-convert-limit-order",
+            r#"{"clientOrderId":"c","clientOid":"x"}"#,
+        );
+        assert_eq!(convert.unwrap()[0].client_oid.as_deref(), Some("c"));
+    }
+
+    #[test]
+    fn client_oid_is_required_where_the_exchange_requires_it() {
+        let unified = |kind: &str| {
+            let body = format!(r#"{{"tradeType":"{kind}"}}"#);
+            of("spot.post.ua-v2-unified-order-place", &body).unwrap()[0].requires_client_oid
+        };
+        assert!(unified("FUTURES") && unified("MARGIN") && !unified("SPOT"));
+        let margin = of("spot.post.v3-hf-margin-order", "{}").unwrap();
+        assert!(margin[0].requires_client_oid && margin[0].client_oid.is_none());
+        let stop = of("spot.post.v1-stop-order", "{}").unwrap();
+        assert!(!stop[0].requires_client_oid);
+    }
+
+    #[test]
+    fn digest_depends_on_endpoint_order_and_values_of_the_whole_batch() {
+        let digest = |id: &str, body: &str| of(id, body).unwrap()[0].digest;
+        let (one, other) = ("spot.post.v1-hf-orders", "spot.post.v1-hf-orders-sync");
+        assert_eq!(digest(one, r#"{"size":1}"#), digest(one, r#"{"size":1}"#));
+        assert_ne!(digest(one, r#"{"size":1}"#), digest(one, r#"{"size":2}"#));
+        assert_ne!(digest(one, r#"{"size":1}"#), digest(other, r#"{"size":1}"#));
+        let batch = |kind: &str, rest: &str| {
+            let body = format!(r#"{{"tradeType":"{kind}","orderList":[{{"size":1}}{rest}]}}"#);
+            digest("spot.post.ua-v1-account-mode-order-place-batch", &body)
+        };
+        assert_eq!(batch("SPOT", ""), batch("SPOT", ",{}"));
+        assert_ne!(batch("SPOT", ""), batch("FUTURES", ""));
+    }
+}

@@ -132,7 +132,7 @@ async fn message(stream: &mut TcpStream) -> Option<Vec<u8>> {
 }
 
 /// An HTTP answer with a JSON body.
-fn http(status: &str, body: &str) -> String {
+pub(crate) fn http(status: &str, body: &str) -> String {
     let length = body.len();
     format!(
         "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"

@@ -21,6 +21,7 @@ mod admin;
 mod answer_memory;
 mod answers;
 mod audit;
+mod batches;
 mod blocks;
 mod certificates;
 mod clock;

@@ -108,7 +108,7 @@ def sdk_spot(orders):
     )
     open_orders = orders.get_open_orders(spot.GetOpenOrdersReqBuilder().set_symbol("BTC-USDT").build())
     expect("sdk: spot order is open", placed.order_id in [one.id for one in open_orders.data], True)
-    expect_error("sdk: duplicate clientOid is rejected", "Duplicate clientOid", lambda: orders.add_order(order))
+    expect_error("sdk: duplicate clientOid is rejected", "clientOidDuplicated", lambda: orders.add_order(order))
     cancelled = orders.cancel_order_by_order_id(
         spot.CancelOrderByOrderIdReqBuilder().set_order_id(placed.order_id).set_symbol("BTC-USDT").build()
     )

@@ -219,7 +219,7 @@ fn stop_view(order: &Order) -> Value {
     json!({
         "id": order.id, "clientOid": order.client_oid, "symbol": order.symbol, "userId": order.uid.to_string(),
         "status": state(order), "type": if order.price.is_none() { "market" } else { "limit" },
-        "side": order.side.lower(), "price": order.price.unwrap_or_default(), "size": order.size, "funds": null,
+        "side": order.side.lower(), "price": order.price.unwrap_or_default(), "size": order.size, "funds": order.sent_funds(),
         "stp": null, "timeInForce": text(&order.fields, "timeInForce").unwrap_or("GTC"), "cancelAfter": -1,
         "postOnly": false, "hidden": false, "iceberg": false, "visibleSize": null, "channel": "API",
         "remark": order.sent("remark"), "tags": order.sent("tags"), "domainId": "kucoin", "tradeSource": "USER",

@@ -63,12 +63,12 @@ impl Product {
         }
     }
 
-    /// The refusal of a clientOid that was used before. For spot it is not documented and assumed.
+    /// The refusal of a clientOid that was used before. For spot it is not documented; JKorf/Kucoin.Net issue 120 has it.
     pub(super) fn duplicate(self) -> Refusal {
         match self {
             Self::Futures => refuse("300018", "clientOid parameter repeated"),
             Self::Margin => refuse("126044", "Duplicate clientOid"),
-            Self::Spot => refuse("400100", "Duplicate clientOid (assumed by the simulator)"),
+            Self::Spot => refuse("400100", "validation.createOrder.clientOidDuplicated"),
             Self::Unified => refuse("106151", "Duplicate clientOid"),
         }
     }
@@ -236,6 +236,11 @@ impl Order {
     /// A field as it was sent, or an empty string.
     pub(super) fn sent(&self, name: &str) -> Value {
         self.fields.get(name).cloned().unwrap_or_else(|| json!(""))
+    }
+
+    /// The quote currency that a market order was to spend or to receive, as it was sent; `None` for any other order.
+    pub(super) fn sent_funds(&self) -> Option<&Value> {
+        self.fields.get("funds").filter(|funds| !funds.is_null())
     }
 
     /// Quote currency that was paid or received for the filled size.

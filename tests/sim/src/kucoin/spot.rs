@@ -376,11 +376,16 @@ fn joined(mut one: Value, other: Value) -> Value {
 
 fn order_view(order: &Order) -> Value {
     let market = order.price.is_none();
+    let funds = match order.sent_funds() {
+        Some(funds) => funds.clone(),
+        None if market => json!(order.filled_value()),
+        None => json!(Amount::ZERO),
+    };
     json!({
         "id": order.id, "clientOid": order.client_oid, "symbol": order.symbol, "opType": "DEAL",
         "type": if market { "market" } else { "limit" }, "side": order.side.lower(),
         "price": order.price.unwrap_or_default(), "size": order.size,
-        "funds": if market { order.filled_value() } else { Amount::ZERO },
+        "funds": funds,
         "dealSize": order.filled, "dealFunds": order.filled_value(), "remainSize": order.remaining(), "remainFunds": "0",
         "cancelledSize": order.cancelled, "cancelledFunds": "0", "fee": "0", "feeCurrency": "USDT", "tax": "0",
         "stp": text(&order.fields, "stp"), "stop": "", "stopTriggered": false, "stopPrice": "0",
