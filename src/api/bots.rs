@@ -27,6 +27,13 @@ const DEADLINE_MARGIN: Duration = Duration::from_millis(50);
 /// the limit of `code`.
 const MAX_MSG_CHARS: usize = 8192;
 
+/// Characters of a clientOid or order id in an item; KuCoin's have at most 40. The limits of items keep a response with the
+/// longest answer below 4 MiB, the default receive limit of gRPC libraries.
+const MAX_ID_CHARS: usize = 64;
+
+/// Characters of `msg` in an item.
+const MAX_ITEM_MSG_CHARS: usize = 200;
+
 /// The path of the only method.
 pub(crate) const SIGN_AND_SEND: &str = "/credbroker.v1.Broker/SignAndSend";
 
@@ -289,11 +296,11 @@ fn outcome(outcome: Outcome) -> proto::Outcome {
 
 fn item(item: BatchItem) -> proto::Item {
     proto::Item {
-        client_oid: item.client_oid,
-        order_id: item.order_id,
+        client_oid: cut(item.client_oid, MAX_ID_CHARS),
+        order_id: cut(item.order_id, MAX_ID_CHARS),
         outcome: outcome(item.outcome).into(),
         code: cut(item.code, code::MAX_CODE_CHARS),
-        msg: cut(item.msg, MAX_MSG_CHARS),
+        msg: cut(item.msg, MAX_ITEM_MSG_CHARS),
     }
 }
 

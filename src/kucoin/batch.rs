@@ -12,7 +12,7 @@ use super::{Answer, Endpoint, UnsignedRequest};
 use crate::base::outcome::Outcome;
 
 /// Results beyond the orders of the request that are still read.
-const MAX_EXTRA: usize = 20;
+const MAX_EXTRA: usize = 10;
 
 /// Words in a message about an order that leave open whether it was executed: some results have no code.
 const UNCLEAR_WORDS: [&str; 6] = [
@@ -397,7 +397,7 @@ mod tests {
             assert_eq!(items(&judged), both_open, "{results}");
             assert_eq!(judged.outcome, MAYBE_SENT, "{results}");
         }
-        let many = format!("[{}]", vec!["{}"; 23].join(","));
+        let many = format!("[{}]", vec!["{}"; 13].join(","));
         assert_eq!(items(&hf(&many)), both_open, "more results than are read");
     }
 

@@ -308,7 +308,7 @@ impl From<CatalogOrder> for OrderForm {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Catalog, Effect, Endpoint, Method};
+    use super::super::{Catalog, Effect, Endpoint, Method, Risk};
     use super::*;
 
     fn forms() -> impl Iterator<Item = (&'static Endpoint, &'static OrderForm)> {
@@ -323,7 +323,8 @@ mod tests {
             for lookup in form.lookup.iter().chain(&form.lookup_by_order_id) {
                 lookups += 1;
                 let read = Catalog::get().by_id(&lookup.endpoint).unwrap();
-                assert_eq!((read.method, read.scope), (Method::Get, endpoint.scope));
+                let expected = (Method::Get, endpoint.scope, Risk::Read);
+                assert_eq!((read.method, read.scope, read.risk), expected);
                 match &lookup.id {
                     FieldLocation::Path(name) => {
                         assert!(read.path.contains(&format!("{{{name}}}")), "{}", read.path);
