@@ -5,6 +5,7 @@ Needs grpcio, grpcio-tools (which compiles the proto on import) and grpcio-statu
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import grpc
@@ -40,6 +41,7 @@ def main(address, folder):
     order = {
         "clientOid": "python-1", "side": "buy", "symbol": "BTC-USDT", "type": "limit", "price": "10000", "size": "0.001",
     }
+    offset_ms = None  # the exchange's clock minus this machine's, from the latest answer
     for method, path, body in (
         (messages.METHOD_GET, "/api/v1/accounts", b""),
         (messages.METHOD_POST, "/api/v1/hf/orders/test", json.dumps(order).encode()),
@@ -47,12 +49,16 @@ def main(address, folder):
         request = messages.SignAndSendRequest(
             account="alpha", scope=messages.SCOPE_SPOT_MARGIN, method=method, path=path, body=body
         )
+        if offset_ms is not None:  # an order that has not left the broker after 2 s is not sent
+            request.not_after_ms = round(time.time() * 1000 + offset_ms) + 2000
         try:
             answer = broker.SignAndSend(request, timeout=5)
         except grpc.RpcError as error:
             reason, outcome = outcome_of(error)
             print(f"{path}: {reason}, {outcome}: {error.details()}")
         else:
+            if answer.broker_time_ms:
+                offset_ms = answer.broker_time_ms - time.time() * 1000
             print(f"{path}: HTTP {answer.http_status}, {messages.Outcome.Name(answer.outcome)}: {answer.body.decode()}")
             if answer.advice:  # empty unless the exchange rejected the request, or may have
                 print(f"{path}: {answer.advice}")

@@ -8,7 +8,7 @@ use credbroker::proto::broker_client::BrokerClient;
 use credbroker::proto::{Method, Scope, SignAndSendRequest};
 use std::error::Error;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
 use tonic_types::StatusExt;
 
@@ -35,6 +35,12 @@ async fn main() -> Result<(), Box<dyn Error>> {
     // `/api/v1/hf/orders/test` places nothing, so a fixed clientOid is enough. Each real order (`/api/v1/hf/orders`) needs a new
     // one, for example from the crate `uuid`.
     let order = r#"{"clientOid":"rust-1","side":"buy","symbol":"BTC-USDT","type":"limit","price":"10000","size":"0.001"}"#;
+    // The exchange's clock minus this machine's, in milliseconds, from the latest answer.
+    let mut offset_ms = None;
+    let now_ms = || {
+        let now = UNIX_EPOCH.elapsed().unwrap_or_default();
+        i64::try_from(now.as_millis()).unwrap_or_default()
+    };
     for (method, path, body) in [
         (Method::Get, "/api/v1/accounts", ""),
         (Method::Post, "/api/v1/hf/orders/test", order),
@@ -45,12 +51,17 @@ async fn main() -> Result<(), Box<dyn Error>> {
             method: method.into(),
             path: path.to_owned(),
             body: body.into(),
+            // An order that has not left the broker after 2 s is not sent.
+            not_after_ms: offset_ms.map_or(0, |offset_ms| now_ms() + offset_ms + 2000),
             ..SignAndSendRequest::default()
         });
         request.set_timeout(Duration::from_secs(5));
         match broker.sign_and_send(request).await {
             Ok(answer) => {
                 let answer = answer.into_inner();
+                if answer.broker_time_ms != 0 {
+                    offset_ms = Some(answer.broker_time_ms - now_ms());
+                }
                 let (outcome, body) = (
                     answer.outcome().as_str_name(),
                     String::from_utf8_lossy(&answer.body),

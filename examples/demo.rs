@@ -318,7 +318,7 @@ impl Demo {
                 })
                 .collect(),
             body: body.map(|body| body.to_string()).unwrap_or_default().into(),
-            request_id: String::new(),
+            ..SignAndSendRequest::default()
         };
         say!("\n== {title}");
         say!(

@@ -7,6 +7,7 @@
 //! | the message arrives completely | `limits.request_timeout_ms` | `server/connection.rs` |
 //! | the bot's deadline, counted from the arrival of the request headers | `grpc-timeout`, or `limits.default_deadline_ms` | `api/bots.rs` |
 //! | the bot is answered this long before its deadline | 50 ms, or a tenth of the deadline if that is less | `api/bots.rs` |
+//! | a risk-increasing request is written completely to its socket | `not_after_ms`, and the bot's deadline | `broker/not_after.rs`, `egress/send_guard.rs` |
 //! | connect to the exchange, TLS included | `egress.connect_timeout_ms` | `egress.rs` |
 //! | DNS lookup after a failed connect | 1 s | `egress.rs` |
 //! | the complete answer of the exchange | `egress.answer_timeout_ms` | `egress.rs` |
@@ -23,6 +24,7 @@ pub(crate) mod drain;
 mod error;
 mod feedback;
 mod gate;
+mod not_after;
 pub(crate) mod probes;
 mod retry;
 

@@ -67,6 +67,16 @@ pub(crate) struct ExchangeTime {
     pub(crate) age: Option<Duration>,
 }
 
+impl ExchangeTime {
+    /// The latest that it may be, rounded up.
+    pub(crate) fn latest_ms(&self) -> i64 {
+        let uncertainty = self.uncertainty.unwrap_or_default();
+        let uncertainty_ms = uncertainty.as_micros().div_ceil(1000);
+        self.ms
+            .saturating_add(i64::try_from(uncertainty_ms).unwrap_or(i64::MAX))
+    }
+}
+
 /// The exchange's time is not certain enough to sign a risk-increasing request with it.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub(crate) enum ClockUncertain {
@@ -138,6 +148,17 @@ impl Clock {
                 age: None,
             },
         }
+    }
+
+    /// The time at `host_id` if it has been measured; without `host_id`, that of any host that has been measured.
+    pub(crate) fn measured_ms(&self, host_id: Option<HostId>) -> Option<i64> {
+        let now = self.boot();
+        let hosts = self.hosts.lock();
+        let time = match host_id {
+            Some(host_id) => hosts.get(&host_id)?.offset.at(now),
+            None => hosts.values().find_map(|host| host.offset.at(now)),
+        };
+        time.map(|time| time.ms)
     }
 
     /// Whether the time at `host_id` is certain enough to sign a risk-increasing request. Reads the system clock each time,

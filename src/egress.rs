@@ -7,6 +7,7 @@ mod body;
 mod decode;
 mod pool;
 pub(crate) mod proof;
+mod send_guard;
 
 use std::collections::{BTreeSet, HashMap};
 use std::io;
@@ -38,6 +39,8 @@ use crate::telemetry::chain;
 
 use body::Collector;
 use pool::{Open, Pool};
+pub(crate) use send_guard::SendGuard;
+use send_guard::{Guard, GuardedSocket};
 
 /// How often to maintain idle connections and, less often, resolve names again.
 const MAINTAIN_EVERY: Duration = Duration::from_secs(5);
@@ -218,6 +221,9 @@ pub(crate) enum SendError {
         "the request may have reached the exchange, but more than {MAX_INFORMATIONAL} informational responses (1xx) came instead of its answer"
     )]
     Informational,
+    /// Its [`SendGuard`] stopped it before it was completely written: it is not executed.
+    #[error("the time limit passed before the request was completely written; it is not executed")]
+    Stopped,
     /// It may have reached the exchange; the received answer names another order.
     #[error(
         "the request may have reached the exchange, but the answer received has a different clientOid and belongs to another request"
@@ -347,20 +353,23 @@ impl Egress {
         })
     }
 
-    /// Sends a request and waits for the complete answer. `admit` gets the number of bytes of each part of the answer's body,
-    /// before the part is stored; if it refuses the part, the answer is dropped.
+    /// Sends a request and waits for the complete answer. `guard` can stop it until it is completely written. `admit` gets the
+    /// number of bytes of each part of the answer's body, before the part is stored; if it refuses the part, the answer is
+    /// dropped.
     ///
     /// # Errors
-    /// Only [`SendError::NotWritten`] means that nothing was sent.
+    /// Only [`SendError::NotWritten`] and [`SendError::Stopped`] mean that nothing was executed.
     pub(crate) async fn send<E: From<SendError>>(
         &self,
         mut connection: UpstreamConnection,
         signed: OutboundRequest,
         _: &Recorded,
+        guard: Option<Arc<SendGuard>>,
         admit: impl FnMut(usize) -> Result<(), E>,
     ) -> Result<Answered, E> {
         connection.open.remember_key(signed.key);
-        self.exchange(connection, signed.request, admit).await
+        self.exchange(connection, signed.request, guard, admit)
+            .await
     }
 
     /// Sends an unsigned request of the broker itself to a public endpoint, which needs neither rules nor audit.
@@ -370,7 +379,7 @@ impl Egress {
         broker_query: BrokerQuery,
     ) -> Result<Response<Bytes>, SendError> {
         let request = broker_query.request();
-        let answered = self.exchange(connection, request, |_| Ok(())).await?;
+        let answered = self.exchange(connection, request, None, |_| Ok(())).await?;
         Ok(answered.keep())
     }
 
@@ -383,10 +392,12 @@ impl Egress {
         &self,
         connection: UpstreamConnection,
         request: Request<Full<Bytes>>,
+        guard: Option<Arc<SendGuard>>,
         admit: impl FnMut(usize) -> Result<(), E>,
     ) -> Result<Answered, E> {
         let limit = self.settings.answer_timeout;
-        let exchange = exchange(connection, request, self.settings.max_answer_bytes, admit);
+        let max_bytes = self.settings.max_answer_bytes;
+        let exchange = exchange(connection, request, guard, max_bytes, admit);
         timeout(limit, exchange)
             .await
             .unwrap_or_else(|_| Err(SendError::AnswerTimeout(limit).into()))
@@ -396,6 +407,7 @@ impl Egress {
 async fn exchange<E: From<SendError>>(
     mut connection: UpstreamConnection,
     mut request: Request<Full<Bytes>>,
+    guard: Option<Arc<SendGuard>>,
     max_bytes: usize,
     mut admit: impl FnMut(usize) -> Result<(), E>,
 ) -> Result<Answered, E> {
@@ -403,6 +415,7 @@ async fn exchange<E: From<SendError>>(
         .headers_mut()
         .insert(header::HOST, connection.destination.host_header.clone());
     let too_many = limit_informational(&mut request);
+    connection.open.guard.lock().clone_from(&guard);
     let response = tokio::select! {
         biased;
         response = connection.open.sender.try_send_request(request) => response,
@@ -413,6 +426,8 @@ async fn exchange<E: From<SendError>>(
         let error = error.into_error();
         if is_unsent {
             SendError::NotWritten(error)
+        } else if guard.is_some_and(|guard| guard.is_stopped()) {
+            SendError::Stopped
         } else {
             SendError::AnswerLost(error)
         }
@@ -624,7 +639,7 @@ impl Destination {
         for &address in addresses {
             let dialled = timeout(share, self.dial_one(address, settings)).await;
             let error = match dialled.unwrap_or(Err(ConnectError::Timeout(share))) {
-                Ok(sender) => return Ok(Open::new(sender, address)),
+                Ok((sender, guard)) => return Ok(Open::new(sender, address, guard)),
                 Err(error) => error,
             };
             tracing::debug!(server.address = self.origin.name, network.peer.address = %address.ip(), network.peer.port = address.port(), exception.message = chain(&error), "address did not accept the connection");
@@ -650,7 +665,7 @@ impl Destination {
         &self,
         address: SocketAddr,
         settings: &EgressSettings,
-    ) -> Result<http1::SendRequest<Full<Bytes>>, ConnectError> {
+    ) -> Result<(http1::SendRequest<Full<Bytes>>, Guard), ConnectError> {
         let (source, rate) = (settings.address, settings.read_rate);
         let open = async {
             let socket = if address.is_ipv4() {
@@ -667,17 +682,20 @@ impl Destination {
             socket.set_zero_linger()?;
             socket.connect(address).await
         };
-        let stream = open.await.map_err(ConnectError::Failed)?;
-        match &self.tls {
+        let guard = Guard::default();
+        let socket = open.await.map_err(ConnectError::Failed)?;
+        let stream = GuardedSocket::new(socket, Arc::clone(&guard));
+        let sender = match &self.tls {
             Some((connector, name)) => {
                 let stream = connector
                     .connect(name.clone(), stream)
                     .await
                     .map_err(ConnectError::Failed)?;
-                handshake(Paced::new(stream, rate)).await
+                handshake(Paced::new(stream, rate)).await?
             }
-            None => handshake(Paced::new(stream, rate)).await,
-        }
+            None => handshake(Paced::new(stream, rate)).await?,
+        };
+        Ok((sender, guard))
     }
 }
 
@@ -701,6 +719,9 @@ where
 #[cfg(test)]
 mod tests {
     use futures_util::FutureExt;
+    use rustls::pki_types::pem::PemObject;
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+    use tokio::io::AsyncReadExt;
     use zeroize::Zeroizing;
 
     use super::*;
@@ -806,7 +827,9 @@ mod tests {
         let old = move_away(&destination);
         let (ours, _theirs) = tokio::io::duplex(64);
         let sender = handshake(ours).await.unwrap();
-        destination.pool.put(Open::new(sender, old));
+        destination
+            .pool
+            .put(Open::new(sender, old, Guard::default()));
         let open = destination.open(&settings()).await.unwrap();
         destination.pool.put(open);
         let idle = destination.pool.take(settings().max_idle).await.unwrap();
@@ -849,7 +872,7 @@ mod tests {
         let (ours, _theirs) = tokio::io::duplex(64);
         let (sender, connection) = http1::handshake(TokioIo::new(ours)).await.unwrap();
         let connection = tokio::spawn(connection);
-        let mut open = Open::new(sender, address);
+        let mut open = Open::new(sender, address, Guard::default());
         open.remember_key(Some(Arc::downgrade(&key)));
         destination.pool.put(open);
         let settings = EgressSettings {
@@ -899,5 +922,70 @@ mod tests {
         );
         destination.keep([six].into_iter(), source("2001:db8::9"));
         assert_eq!(destination.addresses(), [six]);
+    }
+
+    #[tokio::test]
+    async fn request_whose_time_is_up_does_not_reach_the_socket_and_is_stopped_also_over_tls() {
+        let ca = credbroker_sim::pki::Ca::new("CA of a simulated exchange").unwrap();
+        let identity = ca.server().unwrap();
+        let certificate = CertificateDer::from_pem_slice(identity.certificate_pem.as_bytes());
+        let key = PrivateKeyDer::from_pem_slice(identity.key_pem.as_bytes()).unwrap();
+        let provider = || Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let server = rustls::ServerConfig::builder_with_provider(provider());
+        let server = server.with_safe_default_protocol_versions().unwrap();
+        let server = server.with_no_client_auth();
+        let server = server
+            .with_single_cert(vec![certificate.unwrap()], key)
+            .unwrap();
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(server));
+        let mut roots = rustls::RootCertStore::empty();
+        let root = CertificateDer::from_pem_slice(ca.certificate_pem().as_bytes());
+        roots.add(root.unwrap()).unwrap();
+        let client = rustls::ClientConfig::builder_with_provider(provider());
+        let client = client.with_safe_default_protocol_versions().unwrap();
+        let client = Arc::new(client.with_root_certificates(roots).with_no_client_auth());
+        for (is_tls, is_late) in [(false, true), (true, true), (false, false), (true, false)] {
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            let acceptor = acceptor.clone();
+            let exchange = tokio::spawn(async move {
+                let (mut socket, _) = listener.accept().await.unwrap();
+                let mut received = [0; 1];
+                // The number of bytes; a connection that is cut is an error.
+                if is_tls {
+                    // The reset can arrive before the end of the handshake was read.
+                    match acceptor.accept(socket).await {
+                        Ok(mut stream) => stream.read(&mut received).await.unwrap_or_default(),
+                        Err(_) => 0,
+                    }
+                } else {
+                    socket.read(&mut received).await.unwrap_or_default()
+                }
+            });
+            let origin = Origin {
+                tls: is_tls,
+                ..origin(address.port())
+            };
+            let destination = Arc::new(Destination::new(origin, &client).unwrap());
+            destination.keep([address].into_iter(), settings().address);
+            let connection = UpstreamConnection {
+                open: destination.open(&settings()).await.unwrap(),
+                is_reused: false,
+                destination,
+            };
+            let clock = Arc::new(crate::clock::Clock::system());
+            // Unmeasured, so it is the system's time.
+            let not_after_ms = clock.wall_ms() + if is_late { -1 } else { 60_000 };
+            let host_id = (Site::Global, Host::Spot);
+            let deadline = Instant::now() + Duration::from_secs(60);
+            let guard = SendGuard::new(clock, host_id, Some(not_after_ms), deadline);
+            let request = Request::post("/").body(Full::from("order")).unwrap();
+            let admit = |_| Ok::<_, SendError>(());
+            let sent = super::exchange(connection, request, Some(Arc::new(guard)), 1, admit);
+            let error = sent.await.unwrap_err();
+            assert_eq!(exchange.await.unwrap(), usize::from(!is_late), "{error}");
+            let is_stopped = matches!(error, SendError::Stopped);
+            assert_eq!(is_stopped, is_late, "TLS {is_tls}: {error}");
+        }
     }
 }

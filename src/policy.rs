@@ -282,6 +282,17 @@ impl Policy {
         self.bots.contains_key(bot)
     }
 
+    /// The site and host of an account in a scope, if any grant of `bot` names both.
+    pub(crate) fn host_of(
+        &self,
+        bot: &BotId,
+        account: &AccountId,
+        scope: Scope,
+    ) -> Option<(Site, Host)> {
+        self.bots.get(bot)?.get(account)?.get(&scope)?;
+        Some((self.accounts.get(account)?.site, scope.host()))
+    }
+
     /// The hosts that accounts have keys for. Signing needs their time.
     pub(crate) fn hosts(&self) -> BTreeSet<(Site, Host)> {
         let of_account = |account: &Arc<Account>| {

@@ -13,6 +13,7 @@ use crate::base::ids::{BotId, Principal, RequestId};
 use crate::base::outcome::Outcome;
 use crate::broker::admission::{CallKind, CallSlot, MessageSlot};
 use crate::broker::{Broker, BrokerError, Call, Receipt, catch_panic, micros};
+use crate::clock::HostId;
 use crate::kucoin::request::{self, RequestLimits};
 use crate::kucoin::{
     BatchItem, Catalog, Endpoint, Malformed, Method, Scope, UnsignedRequest, advice, code,
@@ -70,6 +71,12 @@ impl GrpcApi {
         }
     }
 
+    /// The host of the request; `None` if the bot has no grant for its account and scope.
+    fn host_id(&self, bot: &BotId, message: &proto::SignAndSendRequest) -> Option<HostId> {
+        let account = message.account.parse().ok()?;
+        self.broker.policy().host_of(bot, &account, scope(message)?)
+    }
+
     async fn answer(
         &self,
         peer: Peer,
@@ -82,6 +89,7 @@ impl GrpcApi {
             message: received,
             arrived,
         } = peer;
+        let not_after_ms = Some(message.not_after_ms).filter(|&ms| ms != 0);
         let request = match unsigned_request(message, id, &self.limits) {
             Ok(request) => request,
             Err(problems) => {
@@ -110,6 +118,7 @@ impl GrpcApi {
                 key: None,
                 arrived,
                 deadline,
+                not_after_ms,
                 slot: Some(slot.clone()),
             })
             .await;
@@ -132,16 +141,20 @@ impl BrokerRpc for GrpcApi {
             .parse()
             .unwrap_or_else(|_| RequestId::random());
         // The listener sets it on every call.
-        let peer = peer.ok_or_else(|| status(&BrokerError::Internal, &id))?;
+        let peer = peer.ok_or_else(|| status(&BrokerError::Internal, &id, None))?;
+        let host_id = self.host_id(&peer.bot, &message);
+        let broker_time_ms = || self.broker.clock.measured_ms(host_id);
         match catch_panic(self.answer(peer, message, &id, limit)).await {
             Ok((receipt, slot)) => {
                 let egress_ip = self.broker.proof.expected();
-                let mut response = Response::new(response(receipt, &id, egress_ip));
+                let mut response = response(receipt, &id, egress_ip);
+                response.broker_time_ms = broker_time_ms().unwrap_or_default();
+                let mut response = Response::new(response);
                 // The listener keeps it until the response is written.
                 response.extensions_mut().insert(slot);
                 Ok(response)
             }
-            Err(error) => Err(status(&error, &id)),
+            Err(error) => Err(status(&error, &id, broker_time_ms())),
         }
     }
 }
@@ -162,18 +175,22 @@ fn time_limit(metadata: &MetadataMap) -> Option<Duration> {
     })
 }
 
+fn scope(message: &proto::SignAndSendRequest) -> Option<Scope> {
+    match message.scope() {
+        proto::Scope::Futures => Some(Scope::Futures),
+        proto::Scope::SpotMargin => Some(Scope::SpotMargin),
+        proto::Scope::Unified => Some(Scope::Unified),
+        proto::Scope::Unspecified => None,
+    }
+}
+
 fn unsigned_request(
     message: proto::SignAndSendRequest,
     id: &RequestId,
     limits: &RequestLimits,
 ) -> Result<UnsignedRequest, Vec<Malformed>> {
     let mut problems = Vec::new();
-    let scope = match message.scope() {
-        proto::Scope::Futures => Some(Scope::Futures),
-        proto::Scope::SpotMargin => Some(Scope::SpotMargin),
-        proto::Scope::Unified => Some(Scope::Unified),
-        proto::Scope::Unspecified => None,
-    };
+    let scope = scope(&message);
     let method = match message.method() {
         proto::Method::Delete => Some(Method::Delete),
         proto::Method::Get => Some(Method::Get),
@@ -201,6 +218,15 @@ fn unsigned_request(
         problems.push(Malformed::new(
             "request_id",
             "expected 1 to 64 characters of A-Z, a-z, 0-9, '.', '_', '-', or an empty string",
+        ));
+    }
+    if message.not_after_ms < 0 {
+        problems.push(Malformed::new(
+            "not_after_ms",
+            format_args!(
+                "expected Unix time in milliseconds, or 0, got {}",
+                message.not_after_ms
+            ),
         ));
     }
     let endpoint = scope
@@ -282,6 +308,7 @@ fn response(receipt: Receipt, id: &RequestId, egress_ip: IpAddr) -> proto::SignA
         stale_seconds: stale.as_secs(),
         advice,
         items: answer.items.into_iter().map(item).collect(),
+        broker_time_ms: 0,
     }
 }
 

@@ -24,13 +24,21 @@ const MAX_VIOLATIONS: usize = 8;
 /// Characters of the message, and of each field's name and problem.
 const MAX_TEXT: usize = 250;
 
-/// The status for a bot: message, `ErrorInfo` with reason, outcome and request id, invalid fields, and a retry delay.
-pub(crate) fn status(error: &BrokerError, request_id: &RequestId) -> Status {
+/// The status for a bot: message, `ErrorInfo` with reason, outcome, request id and the exchange's time (if it is known),
+/// invalid fields, and a retry delay.
+pub(crate) fn status(
+    error: &BrokerError,
+    request_id: &RequestId,
+    broker_time_ms: Option<i64>,
+) -> Status {
     let reason = error.reason();
-    let metadata = HashMap::from([
+    let mut metadata = HashMap::from([
         ("outcome".to_owned(), error.outcome().to_string()),
         ("request_id".to_owned(), request_id.to_string()),
     ]);
+    if let Some(ms) = broker_time_ms {
+        metadata.insert("broker_time_ms".to_owned(), ms.to_string());
+    }
     let mut details = ErrorDetails::with_error_info(reason.as_str(), DOMAIN, metadata);
     if let BrokerError::Malformed(problems) = error {
         add_violations(&mut details, problems);
@@ -103,7 +111,7 @@ mod tests {
     fn status_fits_into_the_headers_that_clients_accept() {
         let problem = Malformed::new("query[99].name", "é".repeat(100_000));
         let error = BrokerError::Malformed(vec![problem; 100]);
-        let status = status(&error, &RequestId::random());
+        let status = status(&error, &RequestId::random(), Some(i64::MAX));
         // The message is percent-encoded: three bytes for each non-ASCII byte.
         let message = status
             .message()

@@ -56,7 +56,7 @@ pub enum Reason {
     CallerUnknown,
     /// The exchange's time is not known well enough, and the request is risk-increasing.
     ClockUncertain,
-    /// The deadline passed before anything was sent.
+    /// The deadline or `not_after_ms` passed, or the caller went away, before anything was sent.
     DeadlineExceeded,
     /// The egress address is not proven to be the expected one, and the request is risk-increasing.
     EgressMismatch,

@@ -2,21 +2,23 @@
 //!
 //! Functions are in the order in which a call runs them. Three rules connect them:
 //!
-//! - **Outcome.** Each error has one outcome. `DeadlineExceeded`, `ShuttingDown` and every refusal before the send mean
-//!   `not_sent`: the request is never sent. A lost answer, `AnswerLate` and `Internal` mean `maybe_sent`: the bot has to look
-//!   the order up. The result is audited before the bot gets it; refusals before the send are audited up to a limit per bot.
-//!   `CallerGone` and `ReadDropped` end a read whose bot has gone; nobody gets them.
+//! - **Outcome.** Each error has one outcome. `DeadlineExceeded`, `NotAfter`, `CallerGone`, `ShuttingDown` and every refusal
+//!   before the send mean `not_sent`: the request is never executed. A lost answer, `AnswerLate` and `Internal` mean
+//!   `maybe_sent`: the bot has to look the order up. The result is audited before the bot gets it; refusals before the send
+//!   are audited up to a limit per bot. `CallerGone` and `ReadDropped` end calls whose bot has gone; nobody gets them.
 //! - **Gate.** [`Gate`] starts open. [`Gate::pass`] marks it as sent, right before the request goes to its connection.
 //!   [`Gate::reopen`] takes that back if the request provably was not executed, and keeps the exchange's rejection if there
-//!   is one. The deadline, or the end of a shutdown, closes the gate, and its state decides the bot's answer: `not_sent`, the
-//!   rejection, or `AnswerLate`. Nothing passes a closed gate.
+//!   is one. The deadline, a hang-up, or the end of a shutdown closes the gate, and its state decides the bot's answer:
+//!   `not_sent`, the rejection, or `AnswerLate`. Nothing passes a closed gate. A risk-increasing request that has passed, but
+//!   is not written completely yet, is stopped by its [`SendGuard`](crate::egress::SendGuard), which also stops it by itself
+//!   once its time is up; any other one counts as sent.
 //! - **Retry.** A request is sent again only if it was not executed: once if the connect failed or the connection gave the
 //!   request back unsent, once if the exchange rejected the timestamp, once if it rejected the key. After a lost answer only
 //!   an idempotent request is sent again, and no order is idempotent.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, UNIX_EPOCH};
@@ -59,6 +61,8 @@ pub(crate) struct Call {
     pub(crate) arrived: Instant,
     /// When the caller must have an answer.
     pub(crate) deadline: Instant,
+    /// Exchange time after which a risk-increasing request must not leave, in Unix milliseconds; `None`: no limit.
+    pub(crate) not_after_ms: Option<i64>,
     /// The slot among the calls in flight, with the memory of the answer. It is released when [`Broker::run`] returns, after a late answer too; `None` for
     /// calls that are not limited.
     pub(crate) slot: Option<CallSlot>,
@@ -105,8 +109,9 @@ pub(crate) fn catch_panic<T>(
 }
 
 impl Broker {
-    /// Signs a request, sends it and returns the exchange's answer. The call is a task of its own: it runs to its end and is
-    /// audited even if the bot disconnects, and an order that was not sent yet is still sent. Only a read is dropped then.
+    /// Signs a request, sends it and returns the exchange's answer. The call is a task of its own: it is audited even if the bot
+    /// disconnects. A risk-increasing request that has not left yet is not sent then, and a read is dropped; any other call
+    /// runs to its end.
     pub(crate) async fn sign_and_send(
         self: &Arc<Self>,
         call: Call,
@@ -126,7 +131,8 @@ impl Broker {
 
     /// Runs one call to its end. The caller gets its answer by the deadline. A request that changes something and is still in
     /// flight then keeps its slot until its late result has been audited. A read ends with its caller: at the deadline, or
-    /// as soon as the caller is gone, its request is dropped.
+    /// as soon as the caller is gone, its request is dropped. A risk-increasing request whose caller is gone is stopped if it
+    /// has not left; if it has, its result is audited once it is known.
     async fn run(
         self: Arc<Self>,
         call: Call,
@@ -144,9 +150,12 @@ impl Broker {
         };
         let _open = self.calls.track(&call, permit.changes());
         let gate = Gate::default();
+        let ends_with_caller = !permit.changes() || permit.increases_risk();
         let mut delivery = pin!(catch_panic(self.deliver(&call, &permit, intent, &gate)));
         let stopped_by = tokio::select! {
             biased;
+            // First, so that the delivery does not send after a hang-up.
+            () = reply.closed(), if ends_with_caller => BrokerError::CallerGone,
             ended = &mut delivery => {
                 self.finish(&call, number, &permit, &ended).await;
                 if matches!(ended, Err(BrokerError::AnswerDropped(_))) {
@@ -156,31 +165,37 @@ impl Broker {
                 return;
             }
             () = sleep_until(call.deadline) => BrokerError::DeadlineExceeded,
-            () = reply.closed(), if !permit.changes() => BrokerError::CallerGone,
             () = self.calls.give_up.cancelled() => BrokerError::ShuttingDown,
         };
-        let closed = gate.close();
-        let is_sent = matches!(closed, Closed::Sent);
-        let ended = match closed {
+        let is_abandoned = matches!(stopped_by, BrokerError::CallerGone);
+        let ended = match gate.close() {
             Closed::NotSent => Err(stopped_by),
             // The exchange rejected an earlier attempt, and the next one was not sent: the rejection is the answer.
             Closed::Refused(receipt) => Ok(*receipt),
-            Closed::Sent if matches!(stopped_by, BrokerError::CallerGone) => {
-                Err(BrokerError::ReadDropped)
-            }
+            Closed::Sent if is_abandoned && !permit.changes() => Err(BrokerError::ReadDropped),
+            Closed::Sent if is_abandoned => self.late(delivery.as_mut()).await,
             Closed::Sent => Err(BrokerError::AnswerLate),
         };
+        let is_in_flight = matches!(ended, Err(BrokerError::AnswerLate));
         self.finish(&call, number, &permit, &ended).await;
         let _ = reply.send(ended);
         // The gate is closed, so nothing more can be sent. Wait for a request that is in flight and may change something, and
         // audit its late result; that of a request of the broker itself is not needed.
-        if is_sent && permit.changes() && call.principal != Principal::Broker {
-            let late = tokio::select! {
-                biased;
-                late = &mut delivery => late,
-                () = self.calls.give_up.cancelled() => Err(BrokerError::AnswerLate),
-            };
+        if is_in_flight && permit.changes() && call.principal != Principal::Broker {
+            let late = self.late(delivery).await;
             self.finish_late(&call, number, &permit, &late).await;
+        }
+    }
+
+    /// Waits for the result of a request that was sent and whose caller does not wait any more; a shutdown ends the wait.
+    async fn late(
+        &self,
+        delivery: Pin<&mut impl Future<Output = Result<Receipt, BrokerError>>>,
+    ) -> Result<Receipt, BrokerError> {
+        tokio::select! {
+            biased;
+            late = delivery => late,
+            () = self.calls.give_up.cancelled() => Err(BrokerError::AnswerLate),
         }
     }
 
@@ -212,7 +227,7 @@ impl Broker {
     }
 
     /// Checks the rules, then the restrictions that admins have set. A risk-increasing request also needs a proven egress
-    /// address and a known exchange time.
+    /// address, a known exchange time, and that its `not_after_ms` has not passed.
     fn authorize(&self, call: &Call) -> Result<Permit, BrokerError> {
         let mut permit = self.policy().authorize(&call.principal, &call.request)?;
         if self.dead_man.is_renewal(&call.request, permit.endpoint()) {
@@ -230,6 +245,7 @@ impl Broker {
                     self.rechecks.time();
                 }
             })?;
+            self.check_not_after(call, permit.destination())?;
         }
         Ok(permit)
     }
@@ -362,8 +378,10 @@ impl Broker {
         let lease = self.signing_key(call, permit)?;
         let signed = self.sign(call, permit, lease.as_ref())?;
         let (timestamp_ms, sending) = (signed.timestamp_ms, Instant::now());
+        let is_guarded = permit.increases_risk();
+        let guard = is_guarded.then(|| self.send_guard(call, destination));
         // The deadline's timer fires only at an await, so compare the clock too.
-        if sending >= call.deadline || !gate.pass() {
+        if sending >= call.deadline || !gate.pass(guard.clone()) {
             return Err(BrokerError::DeadlineExceeded);
         }
         let key = permit.key_name().filter(|_| lease.is_some());
@@ -375,7 +393,7 @@ impl Broker {
         );
         let answered = self
             .egress
-            .send(connection, signed, recorded, |bytes| {
+            .send(connection, signed, recorded, guard, |bytes| {
                 let counted = call.slot.as_ref().map(|slot| slot.add_answer(bytes));
                 counted
                     .unwrap_or(Ok(()))
@@ -384,7 +402,8 @@ impl Broker {
             .await
             .inspect_err(|error| {
                 tracing::debug!(exception.message = chain(error), "send failed");
-            })?;
+            })
+            .map_err(|error| self.with_limit(error, call, destination))?;
         let answer = self.read(call, permit, answered)?;
         tracing::debug!(
             http.response.status_code = answer.http_status.as_u16(),
@@ -499,10 +518,12 @@ impl Broker {
             .audit
             .outcome(&call_context(call, number), permit, &ending);
         log_end(call, endpoint, &ending, ended.as_ref().err(), "call ended");
-        let is_abandoned = matches!(
-            ended,
-            Err(BrokerError::CallerGone | BrokerError::ReadDropped)
-        );
+        // Of a read; nobody gets them, and nothing was changed.
+        let is_abandoned = !permit.changes()
+            && matches!(
+                ended,
+                Err(BrokerError::CallerGone | BrokerError::ReadDropped)
+            );
         if call.principal.bot().is_some() && !is_abandoned {
             let (outcome, reason) = outcome_and_reason(ended);
             let scope = Some(call.request.scope);

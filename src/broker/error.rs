@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::not_after::NotAfterPassed;
 use crate::audit::AuditError;
 use crate::base::outcome::{Outcome, Reason};
 use crate::base::text::clean;
@@ -31,7 +32,7 @@ pub(crate) enum BrokerError {
     /// The audit log cannot be written.
     #[error(transparent)]
     Audit(#[from] AuditError),
-    /// The caller went away before anything was sent.
+    /// The caller of a read or of a risk-increasing request went away before it was sent.
     #[error("the caller cancelled the call or disconnected; nothing was sent")]
     CallerGone,
     /// The exchange's time is not known exactly enough, or too far from the system's.
@@ -63,6 +64,9 @@ pub(crate) enum BrokerError {
     /// No service has this method.
     #[error("unknown method {}; expected /credbroker.v1.Broker/SignAndSend; nothing was sent", clean(.0, METHOD_CHARS))]
     MethodUnknown(String),
+    /// `not_after_ms` has passed.
+    #[error(transparent)]
+    NotAfter(#[from] NotAfterPassed),
     /// A limit of calls, connections or memory was reached.
     #[error(transparent)]
     Overloaded(#[from] Overload),
@@ -187,7 +191,11 @@ impl BrokerError {
             Self::Audit(_) => Reason::AuditUnavailable,
             Self::Clock(_) => Reason::ClockUncertain,
             Self::Connect(_) | Self::Send(SendError::NotWritten(_)) => Reason::ExchangeUnreachable,
-            Self::CallerGone | Self::DeadlineExceeded | Self::Slow(_) => Reason::DeadlineExceeded,
+            Self::CallerGone
+            | Self::DeadlineExceeded
+            | Self::NotAfter(_)
+            | Self::Send(SendError::Stopped)
+            | Self::Slow(_) => Reason::DeadlineExceeded,
             Self::Denied(Denied::Caller(_)) | Self::Untrusted => Reason::CallerUnknown,
             Self::Denied(_) => Reason::PolicyDenied,
             Self::Egress(_) => Reason::EgressMismatch,

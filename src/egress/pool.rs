@@ -9,6 +9,7 @@ use http_body_util::Full;
 use hyper::client::conn::http1::SendRequest;
 use tokio::time::{Instant, timeout};
 
+use super::send_guard::Guard;
 use crate::base::lock::Mutex;
 use crate::kucoin::Key;
 
@@ -32,15 +33,21 @@ pub(super) struct Open {
     pub(super) sender: SendRequest<Full<Bytes>>,
     /// The address at the other end.
     pub(super) peer: SocketAddr,
+    /// Set for each request.
+    pub(super) guard: Guard,
     /// Without duplicates. They do not keep the keys in memory.
     keys: Vec<Weak<Key>>,
 }
 
 impl Open {
     /// A connection that has carried no request.
-    pub(super) fn new(sender: SendRequest<Full<Bytes>>, peer: SocketAddr) -> Self {
-        let keys = Vec::new();
-        Self { sender, peer, keys }
+    pub(super) fn new(sender: SendRequest<Full<Bytes>>, peer: SocketAddr, guard: Guard) -> Self {
+        Self {
+            sender,
+            peer,
+            guard,
+            keys: Vec::new(),
+        }
     }
 
     /// Remembers the key of the next request, if it is signed.
@@ -138,7 +145,7 @@ mod tests {
         let (ours, theirs) = tokio::io::duplex(64);
         let (sender, connection) = http1::handshake(TokioIo::new(ours)).await.unwrap();
         let connection = tokio::spawn(connection);
-        pool.put(Open::new(sender, peer()));
+        pool.put(Open::new(sender, peer(), Guard::default()));
         tokio::time::advance(Duration::from_secs(21)).await;
         let (writes, reads) = (Duration::from_secs(20), Duration::from_secs(60));
         assert_eq!((pool.fresh(writes), pool.fresh(reads)), (0, 1));
@@ -169,7 +176,7 @@ mod tests {
         let (sender, connection) = http1::handshake(TokioIo::new(ours)).await.unwrap();
         let connection = tokio::spawn(connection);
         let pool = Pool::default();
-        let mut open = Open::new(sender, peer());
+        let mut open = Open::new(sender, peer(), Guard::default());
         for key in [&first, &second, &first] {
             open.remember_key(Some(Arc::downgrade(key)));
         }

@@ -351,6 +351,7 @@ impl Broker {
             key,
             arrived,
             deadline: arrived + ANSWER_WITHIN,
+            not_after_ms: None,
             slot: None,
         })
         .await

@@ -198,6 +198,7 @@ impl BotConnection {
     async fn refused(&self, error: BrokerError) -> Status {
         let id = RequestId::random();
         let broker = &self.connection.listener.broker;
-        status(&broker.refuse(&self.bot, &id, error).await, &id)
+        let error = broker.refuse(&self.bot, &id, error).await;
+        status(&error, &id, broker.clock.measured_ms(None))
     }
 }

@@ -134,6 +134,7 @@ async fn every_invalid_field_of_a_request_is_reported() {
         }],
         body: "{}".into(),
         request_id: "a b".to_owned(),
+        not_after_ms: 0,
     };
     let error = bot.send(call).await.unwrap_err();
     let (code, reason, outcome, id) = failure(&error);

@@ -899,7 +899,7 @@ pub(crate) fn request(
         path: path.to_owned(),
         query: query.collect(),
         body: Bytes::from(body.to_owned()),
-        request_id: String::new(),
+        ..SignAndSendRequest::default()
     }
 }
 

@@ -42,6 +42,7 @@ mod hostile;
 mod key_health;
 mod keys;
 mod language;
+mod late;
 mod load;
 mod memory;
 mod ops;

@@ -1,8 +1,10 @@
-//! A TCP proxy in front of a server that can refuse connections or leave them unanswered.
+//! A TCP proxy in front of a server that can refuse connections, leave them unanswered or hold up their bytes.
 
 use std::io;
 use std::net::SocketAddr;
 
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
@@ -12,6 +14,7 @@ pub struct Proxy {
     /// The address that it listens on.
     pub address: SocketAddr,
     state: watch::Sender<State>,
+    is_paused: watch::Sender<bool>,
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -35,6 +38,8 @@ impl Proxy {
         let listener = TcpListener::bind(address).await?;
         let address = listener.local_addr()?;
         let (state, mut state_changes) = watch::channel(State::Open);
+        let is_paused = watch::Sender::new(false);
+        let pauses = is_paused.subscribe();
         tokio::spawn(async move {
             loop {
                 let accepted = tokio::select! {
@@ -45,7 +50,7 @@ impl Proxy {
                 let Ok((mut from, _)) = accepted else {
                     return;
                 };
-                let mut state_changes = state_changes.clone();
+                let (mut state_changes, pauses) = (state_changes.clone(), pauses.clone());
                 tokio::spawn(async move {
                     let state = *state_changes.borrow_and_update();
                     match state {
@@ -62,15 +67,27 @@ impl Proxy {
                         return;
                     };
                     let _ = (from.set_nodelay(true), to.set_nodelay(true));
+                    let ((from_read, from_write), (to_read, to_write)) = (from.split(), to.split());
+                    let there = forward(from_read, to_write, pauses.clone());
+                    let back = forward(to_read, from_write, pauses);
                     tokio::select! {
-                        _ = tokio::io::copy_bidirectional(&mut from, &mut to) => {}
+                        _ = async { tokio::try_join!(there, back) } => {}
                         // Open connections are cut.
                         _ = state_changes.changed() => {}
                     }
                 });
             }
         });
-        Ok(Self { address, state })
+        Ok(Self {
+            address,
+            state,
+            is_paused,
+        })
+    }
+
+    /// Holds up the bytes of all open connections, or forwards them again; cuts nothing.
+    pub fn pause(&self, is_paused: bool) {
+        self.is_paused.send_replace(is_paused);
     }
 
     /// Cuts open connections and refuses new ones from now on; cannot be undone.
@@ -91,5 +108,24 @@ impl Proxy {
     /// Cuts open connections; accepts new ones and never answers them.
     pub fn silence(&self) {
         self.state.send_replace(State::Silent);
+    }
+}
+
+/// Copies bytes until the sender closes its side, and not while the proxy is paused.
+async fn forward(
+    mut from: ReadHalf<'_>,
+    mut to: WriteHalf<'_>,
+    mut is_paused: watch::Receiver<bool>,
+) -> io::Result<()> {
+    let mut buffer = vec![0; 16 * 1024];
+    loop {
+        let bytes = from.read(&mut buffer).await?;
+        // Fails if the proxy is dropped, which cuts the connection.
+        let _ = is_paused.wait_for(|is_paused| !is_paused).await;
+        if bytes == 0 {
+            return to.shutdown().await;
+        }
+        to.write_all(buffer.get(..bytes).unwrap_or_default())
+            .await?;
     }
 }
