@@ -133,12 +133,9 @@ pub(crate) fn target(
         limits.query_bytes,
     );
     // Only the first one: the status is sent in headers, which have no room for a hundred problems.
-    let client_timestamp = query.iter().position(|(name, _)| is_client_timestamp(name));
-    if let Some(index) = client_timestamp {
-        problems.push(Malformed::new(
-            format!("query[{index}].name"),
-            CLIENT_TIMESTAMP,
-        ));
+    let guard = query.iter().position(|(name, _)| is_client_guard(name));
+    if let Some(index) = guard {
+        problems.push(Malformed::new(format!("query[{index}].name"), CLIENT_GUARD));
     }
     if problems.len() > before {
         return None;
@@ -241,7 +238,7 @@ pub(crate) fn body(
             }
             None => Ok(found.texts),
         },
-        // A duplicate name or `clientTimestamp`.
+        // A duplicate name, or a field of KuCoin's own guard.
         Err(error) if error.is_data() => refuse(&error),
         Err(error) => refuse(&format_args!("invalid JSON: {error}")),
     }
@@ -276,15 +273,19 @@ impl ClientOids {
     }
 }
 
-const CLIENT_TIMESTAMP: &str = "`clientTimestamp` must equal the signed timestamp, which the broker sets when it signs; leave it out";
+const CLIENT_GUARD: &str = "`clientTimestamp` must equal the signed timestamp, which the broker sets when it signs, and `allowMaxTimeWindow` has no effect without it; leave both out and set `not_after_ms`";
 
+/// Whether this is a field of KuCoin's own guard against late orders. The broker does not fill in `clientTimestamp`: it would
+/// send, with each attempt, another body than the one that the bot wrote and that is audited.
+///
 /// Also matches other spellings, since some JSON parsers match names loosely: Go's reads `ſ` (U+017F) as an s.
-fn is_client_timestamp(name: &str) -> bool {
-    let letters = name
-        .chars()
-        .filter(|c| !matches!(c, '-' | '_'))
-        .flat_map(char::to_uppercase);
-    letters.eq("CLIENTTIMESTAMP".chars())
+fn is_client_guard(name: &str) -> bool {
+    let letters = || {
+        name.chars()
+            .filter(|c| !matches!(c, '-' | '_'))
+            .flat_map(char::to_uppercase)
+    };
+    letters().eq("CLIENTTIMESTAMP".chars()) || letters().eq("ALLOWMAXTIMEWINDOW".chars())
 }
 
 /// Walks through a JSON document without building it.
@@ -327,8 +328,8 @@ impl<'de> Visitor<'de> for Walk<'_> {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         let mut names = HashSet::new();
         while let Some(name) = map.next_key::<String>()? {
-            if is_client_timestamp(&name) {
-                return Err(A::Error::custom(CLIENT_TIMESTAMP));
+            if is_client_guard(&name) {
+                return Err(A::Error::custom(CLIENT_GUARD));
             }
             map.next_value_seed(Walk {
                 found: &mut *self.found,
@@ -419,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn client_timestamp_is_found_in_any_spelling() {
+    fn fields_of_kucoins_own_guard_are_found_in_any_spelling() {
         let hidden = [
             r#"{"clientTimestamp":1}"#,
             r#"{"client\u0054imestamp":1}"#,
@@ -428,6 +429,8 @@ mod tests {
             r#"{"client_timestamp":1}"#,
             r#"{"clientTime\u017ftamp":1}"#,
             r#"[[{"x":{"clientTimestamp":null}}]]"#,
+            r#"{"allowMaxTimeWindow":1}"#,
+            r#"{"orderList":[{"a":1},{"allow_max_time_window":1}]}"#,
         ];
         for text in hidden {
             assert!(
@@ -439,6 +442,7 @@ mod tests {
             );
         }
         assert_eq!(post(r#"{"remark":"clientTimestamp"}"#), Ok(Vec::new()));
+        assert_eq!(post(r#"{"remark":"allowMaxTimeWindow"}"#), Ok(Vec::new()));
     }
 
     #[test]

@@ -185,6 +185,7 @@ const BODIES: &[&str] = &[
     // A bot must not set the timestamp.
     "{\"clientTimestamp\":1735689600123}",
     "{\"clientTimestamp\":null}",
+    "{\"allowMaxTimeWindow\":1000}",
     "{\"client\\u0054imestamp\":1}",
     "{\"\\u0063lientTimestamp\":1}",
     "{\"orderList\":[{\"a\":1},{\"clientTimestamp\":1}]}",
