@@ -27,6 +27,7 @@ use crate::base::outcome::{Outcome, Reason};
 use crate::base::text::{MAX_CHARS, clean, clean_json};
 use crate::clock::Clock;
 use crate::kucoin::{BatchItem, Scope, UnsignedRequest};
+use crate::orders::replay::Unresolved;
 use crate::policy::Permit;
 use crate::telemetry::Metrics;
 
@@ -269,6 +270,8 @@ struct AuditedRequest<'a> {
     target: String,
     body_bytes: usize,
     body_sha256: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    uid: Option<&'a str>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     client_oids: Vec<&'a str>,
 }
@@ -373,7 +376,7 @@ impl Audit {
         }
     }
 
-    /// Records that a request is about to be sent.
+    /// Records that a request is about to be sent. `uid`: the exchange's id of the account on which its clientOids are used once.
     ///
     /// # Errors
     /// When the request is risk-increasing and it is known that its line cannot be written.
@@ -382,11 +385,13 @@ impl Audit {
         caller: &CallContext<'_>,
         permit: &Permit,
         request: &UnsignedRequest,
+        uid: Option<&str>,
     ) -> Result<Intent, AuditError> {
         let client_oid_in_path = permit
             .endpoint()
             .and_then(|e| e.path_parameter("clientOid", request.target.path()));
-        let audited = AuditedRequest::new(request, client_oid_in_path);
+        let mut audited = AuditedRequest::new(request, client_oid_in_path);
+        audited.uid = uid;
         let is_risk_increasing = permit.increases_risk();
         let kind = match kind_of(permit) {
             Kind::Essential if is_risk_increasing => Kind::RiskIncreasing,
@@ -459,6 +464,39 @@ impl Audit {
         let line = self.write(event, kind, caller, endpoint, None, Some(ending));
         // While the file cannot be written, the response does not wait: the line is in memory, and soon in the reserve.
         AuditLine(line.ok().filter(|_| !self.writer.is_impaired()))
+    }
+
+    /// Records that the result of a call of an earlier run will not be known: that run ended before it had one.
+    pub(crate) fn unresolved(&self, call: &Unresolved) -> AuditLine {
+        let ending = CallEnd {
+            outcome: Some(Outcome::MaybeSent),
+            reason: Some(Reason::AnswerLost),
+            detail: Some("the broker ended before it had a result".to_owned()),
+            ..CallEnd::default()
+        };
+        let line = self.writer.push(Kind::Essential, || {
+            cleaned_line(&Line {
+                v: VERSION,
+                event: "outcome",
+                time_ms: self.clock.wall_ms(),
+                run: &call.run,
+                call: call.call,
+                request_id: call.request_id.as_str(),
+                bot: call.principal.bot().map(BotId::as_str),
+                principal: call.principal.other(),
+                account: Some(call.account.as_str()),
+                scope: Some(call.scope.as_str()),
+                endpoint: Some(call.endpoint),
+                request: None,
+                ending: Some(&ending),
+            })
+        });
+        AuditLine(line.ok())
+    }
+
+    /// Waits until the lines queued so far are written, for at most half a second.
+    pub(crate) async fn flush_lines(&self) {
+        self.writer.flush(LAST_SYNC / 2).await;
     }
 
     /// Records a change of a file. A failure to record it does not undo the change.
@@ -655,6 +693,7 @@ impl<'a> AuditedRequest<'a> {
             target: request.target.masked(),
             body_bytes: request.body.len(),
             body_sha256: hex(&Sha256::digest(&request.body)),
+            uid: None,
             client_oids: in_body
                 .chain(in_query)
                 .chain(client_oid_in_path)

@@ -9,6 +9,7 @@ pub mod outcome;
 pub(crate) mod paced;
 pub(crate) mod pem;
 pub mod secret;
+pub(crate) mod state_file;
 pub(crate) mod text;
 pub(crate) mod toml_file;
 pub(crate) mod trust;

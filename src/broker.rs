@@ -19,6 +19,7 @@
 pub(crate) mod admission;
 pub(crate) mod answer_memory;
 mod call;
+mod claims;
 pub(crate) mod dead_man;
 pub(crate) mod drain;
 mod error;
@@ -46,6 +47,7 @@ use crate::egress::proof::Proof;
 use crate::keyring::Keyring;
 use crate::kucoin::code::RefusalCodes;
 use crate::kucoin::{Endpoint, UnsignedRequest};
+use crate::orders::Orders;
 use crate::policy::Policy;
 use crate::restrictions::Restrictions;
 use crate::telemetry::Metrics;
@@ -83,6 +85,8 @@ pub(crate) struct Broker {
     pub(crate) admission: Admission,
     /// Calls in flight.
     pub(crate) calls: Calls,
+    /// The clientOids that have been used.
+    pub(crate) orders: Orders,
     /// KuCoin's dead-man switches, as set by bots.
     pub(crate) dead_man: DeadManSwitches,
     /// Codes that the configuration adds to the known refusal codes.
@@ -109,6 +113,13 @@ pub(crate) struct Calls {
     risk_increasing: watch::Sender<BTreeMap<AccountId, u64>>,
 }
 
+impl Calls {
+    /// The number of the next call in this run.
+    fn next_number(&self) -> u64 {
+        self.count.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
 impl Broker {
     /// Returns the current rules.
     pub(crate) fn policy(&self) -> Arc<Policy> {
@@ -118,6 +129,7 @@ impl Broker {
 
     /// Replaces the rules. Calls in flight check them once more before they send.
     pub(crate) fn set_policy(&self, policy: Arc<Policy>) {
+        self.orders.share(policy.bots_count());
         *self.policy.write() = policy;
     }
 
@@ -151,7 +163,7 @@ impl Broker {
             return error;
         }
         let detail = error.audit_detail();
-        tracing::info!(request.id = %request_id, bot.id = %bot, outcome = %reason.outcome(), %reason, detail, "call ended");
+        tracing::info!(request.id = %request_id, bot.id = %bot, outcome = reason.outcome().map(tracing::field::display), %reason, detail, "call ended");
         let line = self.audit_refusal(&principal, request_id, reason, detail);
         line.written().await;
         error
@@ -177,7 +189,7 @@ impl Broker {
         detail: String,
     ) -> AuditLine {
         let ending = CallEnd {
-            outcome: Some(reason.outcome()),
+            outcome: reason.outcome(),
             reason: Some(reason),
             detail: Some(detail),
             ..CallEnd::default()
@@ -185,7 +197,7 @@ impl Broker {
         let call_context = CallContext {
             principal,
             request_id,
-            call: self.calls.count.fetch_add(1, Ordering::Relaxed),
+            call: self.calls.next_number(),
             account_and_scope: None,
         };
         self.audit.denied(&call_context, None, &ending)

@@ -11,6 +11,7 @@ mod explain;
 mod halt;
 mod health;
 mod keys;
+mod orders;
 mod policy;
 mod report;
 mod secrets;
@@ -128,6 +129,11 @@ enum Command {
         #[command(subcommand)]
         command: keys::Command,
     },
+    /// Decide about clientOids that are not in the audit log.
+    Orders {
+        #[command(subcommand)]
+        command: orders::Command,
+    },
     /// Explain, check, compare and show rules.
     Policy {
         #[command(subcommand)]
@@ -168,6 +174,7 @@ pub fn run() -> ExitCode {
         Command::Bots { command } => bots::run(&command),
         Command::CheckConfig { config } => check_config::run(&config),
         Command::Clock { command } => clock::run(&command),
+        Command::Orders { command } => orders::run(&command),
         Command::Completions { shell } => completions::run(shell),
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Explain(options) => explain::run(&options),

@@ -19,6 +19,7 @@ use crate::egress::proof::ProofMode;
 use crate::egress::{EgressSettings, Origin};
 use crate::kucoin::code::{RefusalCode, RefusalCodes};
 use crate::kucoin::{Host, RequestLimits, Site};
+use crate::orders::OrderSettings;
 use crate::telemetry::LogFormat;
 use crate::vault::VaultSettings;
 
@@ -39,6 +40,8 @@ pub struct Config {
     pub audit_reserve: PathBuf,
     /// Bytes of `audit_reserve`, and of the lines that wait in memory.
     pub(crate) audit_reserve_bytes: usize,
+    /// How long and how many clientOids are kept.
+    pub(crate) orders: OrderSettings,
     /// Listener for bots.
     pub(crate) grpc: SocketAddr,
     /// Listener for health and metrics.
@@ -153,20 +156,16 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
     let rules = required_path(file, "rules", "/etc/credbroker/rules.toml", folder);
     let state_dir = required_path(file, "state_dir", "/var/lib/credbroker", folder);
     let mut audit = file.section("audit");
-    let audit_file = path(
-        &mut audit,
-        "file",
-        "/var/lib/credbroker/audit.jsonl",
-        folder,
-    );
-    let audit_reserve = path(
-        &mut audit,
-        "reserve",
-        "/var/lib/credbroker/audit.reserve",
-        folder,
-    );
+    let mut in_state_dir = |key, name| {
+        let example = format!("/var/lib/credbroker/{name}");
+        path(&mut audit, key, &example, folder)
+    };
+    let audit_file = in_state_dir("file", "audit.jsonl");
+    let audit_reserve = in_state_dir("reserve", "audit.reserve");
     let audit_reserve_bytes = audit.number("reserve_bytes", 16 << 20, 1 << 20..=1 << 30);
     let audit_reserve_bytes = usize::try_from(audit_reserve_bytes).unwrap_or(usize::MAX);
+
+    let orders = order_settings(&mut file.section("orders"));
 
     let mut listen = file.section("listen");
     let text = listen.required("grpc", "\"0.0.0.0:8443\"");
@@ -233,6 +232,7 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
         audit_file: audit_file.unwrap_or_else(|| state_dir.join("audit.jsonl")),
         audit_reserve: audit_reserve.unwrap_or_else(|| state_dir.join("audit.reserve")),
         audit_reserve_bytes,
+        orders,
         state_dir,
         grpc: grpc?,
         ops: ops?,
@@ -277,6 +277,19 @@ fn tls_files(section: &mut Section, folder: &Path) -> Option<TlsFiles> {
         admin_ca: admin_ca.filter(|admin_ca| client_ca.as_ref() != Some(admin_ca)),
         client_ca: client_ca?,
     })
+}
+
+/// Reads the table `[orders]`.
+fn order_settings(section: &mut Section) -> OrderSettings {
+    let hours = section.number("window_hours", 24, 1..=240);
+    let claims = section.number("claims", 1_000_000, 1000..=10_000_000);
+    let per_bot = section.number("claims_per_bot", 0, 0..=10_000_000);
+    let count = |number| usize::try_from(number).unwrap_or(usize::MAX);
+    OrderSettings {
+        window_s: u32::try_from(hours * 3600).unwrap_or(u32::MAX),
+        claims: count(claims),
+        claims_per_bot: (per_bot > 0).then(|| count(per_bot)),
+    }
 }
 
 /// The table `[limits]`.

@@ -519,6 +519,13 @@ impl Keyring {
         self.change(account, name, |entry| entry.is_testing = is_testing);
     }
 
+    /// The last test of the key that the rules name for this request.
+    pub(crate) fn tested(&self, permit: &Permit) -> Option<Tested> {
+        let accounts = self.accounts.read();
+        let keys = accounts.get(&permit.account().id)?;
+        keys.entries.get(permit.key_name()?)?.tested.clone()
+    }
+
     /// Stores a test result of the key in memory, unless another key has replaced it meanwhile. A test that the exchange
     /// did not answer leaves the previous result in place.
     pub(crate) fn set_tested(

@@ -52,6 +52,7 @@ mod egress;
 mod keyring;
 pub mod kucoin;
 mod ops;
+mod orders;
 pub mod policy;
 mod process;
 pub mod proto;

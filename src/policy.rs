@@ -267,6 +267,16 @@ pub enum Denied {
 }
 
 impl Policy {
+    /// The account of this name.
+    pub(crate) fn account(&self, id: &AccountId) -> Option<&Arc<Account>> {
+        self.accounts.get(id)
+    }
+
+    /// How many bots the rules name.
+    pub(crate) fn bots_count(&self) -> usize {
+        self.bots.len()
+    }
+
     /// All accounts, sorted by name.
     pub fn accounts(&self) -> impl Iterator<Item = &Arc<Account>> {
         self.accounts.values()

@@ -4,16 +4,15 @@
 //! The file has names and digests of key ids, no secrets.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::OFlags;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::base::ids::{AccountId, AdminId, BotId, KeyName, Principal, hex};
 use crate::base::lock::{Mutex, RwLock};
+use crate::base::state_file;
 
 /// SHA-256 of the id of a KuCoin API key.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -417,25 +416,10 @@ impl Restrictions {
         change(&mut self.state.write())
     }
 
-    /// Writes a new file, flushes it, renames it over the old one and flushes the folder.
     fn write(&self, state: &RestrictionState) -> io::Result<()> {
-        let new = self.folder.join(format!("{FILE}.new"));
         let mut text = serde_json::to_vec_pretty(state)?;
         text.push(b'\n');
-        // An interrupted write or another user can have left something here: a link would redirect the write, and a file would
-        // keep its owner and mode.
-        match fs::remove_file(&new) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let mut options = File::options();
-        options.create_new(true).write(true).mode(0o600);
-        options.custom_flags(OFlags::NOFOLLOW.bits().cast_signed());
-        let mut file = options.open(&new)?;
-        file.write_all(&text)?;
-        file.sync_all()?;
-        fs::rename(&new, self.folder.join(FILE))?;
-        File::open(&self.folder)?.sync_all()
+        state_file::replace(&self.folder, FILE, &text)
     }
 
     fn file(&self) -> String {

@@ -26,7 +26,7 @@ use rustix::fs::OFlags;
 use sha2::{Digest, Sha256};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinSet;
+use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::task::TaskTracker;
 use tonic::service::Routes;
@@ -56,6 +56,9 @@ use probes::Probes;
 use reload::Reloader;
 use sockets::{Inherited, Sockets};
 use tls::Tls;
+
+/// How long a start waits for the clientOids of earlier runs.
+const CLAIMS_WITHIN: Duration = Duration::from_secs(1);
 
 /// How long the last responses may take to be written once all calls have ended.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
@@ -199,6 +202,7 @@ impl Server {
         if !broker.restrictions.was_found() {
             record_missing_restrictions(&broker, &config.state_dir, audit_file_found);
         }
+        read_claims(&broker, &config).await;
         let metrics = Arc::clone(&broker.metrics);
         let not_after_s = certificates.not_after_ms / 1000;
         metrics.certificate_not_after.set(not_after_s);
@@ -437,6 +441,31 @@ pub(crate) fn missing_parent(folder: &Path) -> Option<&Path> {
     // The parent of a bare name is empty: the working folder.
     let is_missing = |folder: &Path| folder.try_exists().is_ok_and(|exists| !exists);
     (parent != Path::new("") && is_missing(folder) && is_missing(parent)).then_some(parent)
+}
+
+/// Reads in the background which clientOids earlier runs used. Returns once that is done or [`CLAIMS_WITHIN`] has passed: most
+/// audit logs are read in that time, and then no order is refused.
+async fn read_claims(broker: &Arc<Broker>, config: &Config) {
+    // Lines that an earlier run could not write come first.
+    broker.audit.flush_lines().await;
+    let broker = Arc::clone(broker);
+    let audit_file = config.audit_file.clone();
+    let reading = spawn_blocking(move || {
+        let now_ms = broker.clock.wall_ms();
+        let unresolved = broker.orders.read_log(&audit_file, now_ms);
+        for call in &unresolved {
+            drop(broker.audit.unresolved(call));
+        }
+        if !unresolved.is_empty() {
+            let count = unresolved.len();
+            broker.metrics.unresolved.inc_by(count as u64);
+            tracing::warn!(
+                count,
+                "an earlier run ended before it had the results of these requests; look them up: the audit log lists them as maybe_sent"
+            );
+        }
+    });
+    let _ = timeout(CLAIMS_WITHIN, reading).await;
 }
 
 /// Logs and audits that no `restrictions.json` was found, and creates an empty one.

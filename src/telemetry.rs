@@ -203,6 +203,7 @@ pub struct Metrics {
     pub(crate) codes_unknown: Family<Labels<1>, Counter>,
     pub(crate) refusals_unrecorded: Counter,
     pub(crate) audit_failures: Counter,
+    pub(crate) unresolved: Counter,
     pub(crate) reloads: Family<Labels<2>, Counter>,
     /// Unix time in seconds.
     pub(crate) certificate_not_after: Gauge,
@@ -264,12 +265,12 @@ impl Metrics {
         registry.register("requests", help, self.requests.clone());
         for scope in ["", "futures", "spot-margin", "unified"] {
             let answers = [Outcome::Accepted, Outcome::MaybeSent, Outcome::Rejected];
-            let answers = answers.map(|outcome| (outcome, ""));
+            let answers = answers.map(|outcome| (Some(outcome), ""));
             let failures = Reason::ALL.map(|reason| (reason.outcome(), reason.as_str()));
             // The answer to a read was dropped.
-            let dropped = [(Outcome::MaybeSent, Reason::Overloaded.as_str())];
+            let dropped = [(Some(Outcome::MaybeSent), Reason::Overloaded.as_str())];
             for (outcome, reason) in answers.into_iter().chain(failures).chain(dropped) {
-                let outcome = ("outcome", outcome.as_str());
+                let outcome = ("outcome", outcome.map_or("", Outcome::as_str));
                 let labels = [("scope", scope), outcome, ("reason", reason)];
                 drop(self.requests.get_or_create(&labels));
             }
@@ -345,15 +346,23 @@ impl Metrics {
         register("refusals_unrecorded", help, &self.refusals_unrecorded);
         let help = "Log lines dropped because the reader of stderr was too slow";
         register("log_lines_dropped", help, &LOG.dropped);
-        let help = "Failed writes, flushes and reopenings of the audit log, and failures of its reserve";
+        let help =
+            "Failed writes, flushes and reopenings of the audit log, and failures of its reserve";
         register("audit_failures", help, &self.audit_failures);
+        let help = "Requests whose results an earlier run did not have when it ended";
+        register("requests_unresolved", help, &self.unresolved);
     }
 
     /// Counts a call that has ended.
-    pub(crate) fn request(&self, scope: Option<Scope>, outcome: Outcome, reason: Option<Reason>) {
+    pub(crate) fn request(
+        &self,
+        scope: Option<Scope>,
+        outcome: Option<Outcome>,
+        reason: Option<Reason>,
+    ) {
         let labels = [
             ("scope", scope.map_or("", Scope::as_str)),
-            ("outcome", outcome.as_str()),
+            ("outcome", outcome.map_or("", Outcome::as_str)),
             ("reason", reason.map_or("", Reason::as_str)),
         ];
         self.requests.get_or_create(&labels).inc();

@@ -46,6 +46,9 @@ _credbroker() {
             credbroker,keys)
                 cmd="credbroker__subcmd__keys"
                 ;;
+            credbroker,orders)
+                cmd="credbroker__subcmd__orders"
+                ;;
             credbroker,policy)
                 cmd="credbroker__subcmd__policy"
                 ;;
@@ -115,6 +118,9 @@ _credbroker() {
             credbroker__subcmd__help,keys)
                 cmd="credbroker__subcmd__help__subcmd__keys"
                 ;;
+            credbroker__subcmd__help,orders)
+                cmd="credbroker__subcmd__help__subcmd__orders"
+                ;;
             credbroker__subcmd__help,policy)
                 cmd="credbroker__subcmd__help__subcmd__policy"
                 ;;
@@ -150,6 +156,9 @@ _credbroker() {
                 ;;
             credbroker__subcmd__help__subcmd__keys,test)
                 cmd="credbroker__subcmd__help__subcmd__keys__subcmd__test"
+                ;;
+            credbroker__subcmd__help__subcmd__orders,accept-gap)
+                cmd="credbroker__subcmd__help__subcmd__orders__subcmd__accept__subcmd__gap"
                 ;;
             credbroker__subcmd__help__subcmd__policy,check)
                 cmd="credbroker__subcmd__help__subcmd__policy__subcmd__check"
@@ -205,6 +214,18 @@ _credbroker() {
             credbroker__subcmd__keys__subcmd__help,test)
                 cmd="credbroker__subcmd__keys__subcmd__help__subcmd__test"
                 ;;
+            credbroker__subcmd__orders,accept-gap)
+                cmd="credbroker__subcmd__orders__subcmd__accept__subcmd__gap"
+                ;;
+            credbroker__subcmd__orders,help)
+                cmd="credbroker__subcmd__orders__subcmd__help"
+                ;;
+            credbroker__subcmd__orders__subcmd__help,accept-gap)
+                cmd="credbroker__subcmd__orders__subcmd__help__subcmd__accept__subcmd__gap"
+                ;;
+            credbroker__subcmd__orders__subcmd__help,help)
+                cmd="credbroker__subcmd__orders__subcmd__help__subcmd__help"
+                ;;
             credbroker__subcmd__policy,check)
                 cmd="credbroker__subcmd__policy__subcmd__check"
                 ;;
@@ -242,7 +263,7 @@ _credbroker() {
 
     case "${cmd}" in
         credbroker)
-            opts="-h -V --help --version bots check-config clock completions doctor explain halt health keys policy resume serve help"
+            opts="-h -V --help --version bots check-config clock completions doctor explain halt health keys orders policy resume serve help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -548,7 +569,7 @@ _credbroker() {
             return 0
             ;;
         credbroker__subcmd__help)
-            opts="bots check-config clock completions doctor explain halt health keys policy resume serve help"
+            opts="bots check-config clock completions doctor explain halt health keys orders policy resume serve help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -814,6 +835,34 @@ _credbroker() {
             return 0
             ;;
         credbroker__subcmd__help__subcmd__keys__subcmd__test)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        credbroker__subcmd__help__subcmd__orders)
+            opts="accept-gap"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        credbroker__subcmd__help__subcmd__orders__subcmd__accept__subcmd__gap)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -1184,6 +1233,80 @@ _credbroker() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        credbroker__subcmd__orders)
+            opts="-h --help accept-gap help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        credbroker__subcmd__orders__subcmd__accept__subcmd__gap)
+            opts="-h --admin --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --admin)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        credbroker__subcmd__orders__subcmd__help)
+            opts="accept-gap help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        credbroker__subcmd__orders__subcmd__help__subcmd__accept__subcmd__gap)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        credbroker__subcmd__orders__subcmd__help__subcmd__help)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
                 *)
                     COMPREPLY=()
                     ;;

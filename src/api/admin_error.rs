@@ -26,6 +26,11 @@ pub(crate) enum AdminError {
     /// The caller's certificate has expired, or its CA is no longer trusted.
     #[error("the certificate of this connection has expired, or its CA is no longer trusted")]
     CallerUnknown,
+    /// The state folder cannot be written.
+    #[error(
+        "the gap is accepted, but a restart would open it again: orders.json in the state folder cannot be written: {0}"
+    )]
+    Gap(std::io::Error),
     /// The key to test is not loaded.
     #[error("the key is not loaded: {0}")]
     KeyUnavailable(String),
@@ -62,7 +67,7 @@ impl AdminError {
             Self::ClockUnknown(_) => ("CLOCK_UNCERTAIN", Code::FailedPrecondition),
             Self::Internal => ("INTERNAL", Code::Internal),
             Self::KeyUnavailable(_) => ("KEY_UNAVAILABLE", Code::FailedPrecondition),
-            Self::Restrictions(_) => ("STATE_UNWRITABLE", Code::Unavailable),
+            Self::Gap(_) | Self::Restrictions(_) => ("STATE_UNWRITABLE", Code::Unavailable),
             Self::KeyUnknown(..) => ("KEY_UNKNOWN", Code::NotFound),
             Self::Malformed(_) => ("REQUEST_MALFORMED", Code::InvalidArgument),
             Self::MethodUnknown(_) => ("METHOD_UNKNOWN", Code::Unimplemented),
@@ -79,6 +84,7 @@ impl AdminError {
             Self::Slow(_) => Some(Reason::DeadlineExceeded),
             Self::AccountUnknown(_)
             | Self::ClockUnknown(_)
+            | Self::Gap(_)
             | Self::Internal
             | Self::KeyUnavailable(_)
             | Self::KeyUnknown(..)

@@ -552,6 +552,31 @@ impl Admin for AdminApi {
         }))
     }
 
+    async fn accept_gap(
+        &self,
+        request: Request<proto::AcceptGapRequest>,
+    ) -> Result<Response<proto::AcceptGapResponse>, Status> {
+        let (admin, _) = opened(request)?;
+        let broker = Arc::clone(&self.broker);
+        let accepted = spawn_blocking(move || broker.orders.accept_gap(broker.clock.wall_ms()));
+        let was_refused = match accepted.await {
+            Ok(accepted) => accepted.map_err(AdminError::Gap)?,
+            Err(_) => return Err(AdminError::Internal.into()),
+        };
+        let detail = (!was_refused).then(|| "nothing changed: there was no gap".to_owned());
+        self.record(
+            &admin,
+            &Act {
+                action: "gap-accept",
+                outcome: "done",
+                detail,
+                ..Act::default()
+            },
+        )
+        .await;
+        Ok(Response::new(proto::AcceptGapResponse { was_refused }))
+    }
+
     async fn accept_clock(
         &self,
         request: Request<proto::AcceptClockRequest>,

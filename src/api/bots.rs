@@ -97,7 +97,19 @@ impl GrpcApi {
                 return Err(self.broker.refuse(&bot, id, error).await);
             }
         };
-        let kind = if self.broker.is_cancel(&request) {
+        let deadline = arrived + limit.saturating_sub(DEADLINE_MARGIN.min(limit / 10));
+        let mut call = Call {
+            principal: Principal::Bot(bot.clone()),
+            request,
+            key: None,
+            arrived,
+            deadline,
+            not_after_ms,
+            slot: None,
+        };
+        call = self.broker.refuse_repeated(call).await?;
+        let request = &call.request;
+        let kind = if self.broker.is_cancel(request) {
             CallKind::Cancel
         } else if request.endpoint().is_some_and(Endpoint::is_read) {
             CallKind::Read
@@ -109,19 +121,8 @@ impl GrpcApi {
             Err(overload) => return Err(self.broker.refuse(&bot, id, overload.into()).await),
         };
         drop(received);
-        let deadline = arrived + limit.saturating_sub(DEADLINE_MARGIN.min(limit / 10));
-        let ended = self
-            .broker
-            .sign_and_send(Call {
-                principal: Principal::Bot(bot),
-                request,
-                key: None,
-                arrived,
-                deadline,
-                not_after_ms,
-                slot: Some(slot.clone()),
-            })
-            .await;
+        call.slot = Some(slot.clone());
+        let ended = self.broker.sign_and_send(call).await;
         ended.map(|receipt| (receipt, slot))
     }
 }

@@ -11,6 +11,7 @@ use crate::base::outcome::Reason;
 use crate::base::text::clean;
 use crate::broker::BrokerError;
 use crate::kucoin::Malformed;
+use crate::orders::Repeated;
 
 /// `ErrorInfo.domain` of every error of the broker.
 pub(crate) const DOMAIN: &str = "credbroker";
@@ -32,10 +33,13 @@ pub(crate) fn status(
     broker_time_ms: Option<i64>,
 ) -> Status {
     let reason = error.reason();
-    let mut metadata = HashMap::from([
-        ("outcome".to_owned(), error.outcome().to_string()),
-        ("request_id".to_owned(), request_id.to_string()),
-    ]);
+    let mut metadata = HashMap::from([("request_id".to_owned(), request_id.to_string())]);
+    if let Some(outcome) = error.outcome() {
+        metadata.insert("outcome".to_owned(), outcome.to_string());
+    }
+    if let BrokerError::Repeated(repeated) = error {
+        add_earlier_order(&mut metadata, repeated);
+    }
     if let Some(ms) = broker_time_ms {
         metadata.insert("broker_time_ms".to_owned(), ms.to_string());
     }
@@ -47,6 +51,16 @@ pub(crate) fn status(
         details.set_retry_info(Some(RETRY_AFTER));
     }
     Status::with_error_details(code(reason), cut(&error.to_string()), details)
+}
+
+/// Adds what is known about the earlier order with the same clientOid.
+fn add_earlier_order(metadata: &mut HashMap<String, String>, repeated: &Repeated) {
+    let state = repeated.state.as_str();
+    metadata.insert("order_outcome".to_owned(), state.to_owned());
+    if let Some(id) = &repeated.order_id {
+        metadata.insert("order_id".to_owned(), id.clone());
+    }
+    metadata.insert("retry".to_owned(), "never".to_owned());
 }
 
 /// Adds the invalid fields.
@@ -69,6 +83,7 @@ fn code(reason: Reason) -> Code {
             Code::Unavailable
         }
         Reason::CallerBlocked | Reason::CallerUnknown => Code::Unauthenticated,
+        Reason::ClientOidReused | Reason::OrderRepeated => Code::AlreadyExists,
         Reason::DeadlineExceeded => Code::DeadlineExceeded,
         Reason::Internal => Code::Internal,
         Reason::AccountFrozen
@@ -92,12 +107,14 @@ fn retry_helps(reason: Reason) -> bool {
         | Reason::AnswerLost
         | Reason::CallerBlocked
         | Reason::CallerUnknown
+        | Reason::ClientOidReused
         | Reason::ClockUncertain
         | Reason::DeadlineExceeded
         | Reason::EgressMismatch
         | Reason::Internal
         | Reason::KeyUnavailable
         | Reason::MethodUnknown
+        | Reason::OrderRepeated
         | Reason::PolicyDenied
         | Reason::RequestMalformed => false,
     }

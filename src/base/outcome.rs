@@ -54,6 +54,8 @@ pub enum Reason {
     CallerBlocked,
     /// No rule names this bot.
     CallerUnknown,
+    /// The clientOid was used for a request with another body.
+    ClientOidReused,
     /// The exchange's time is not known well enough, and the request is risk-increasing.
     ClockUncertain,
     /// The deadline or `not_after_ms` passed, or the caller went away, before anything was sent.
@@ -68,6 +70,8 @@ pub enum Reason {
     KeyUnavailable,
     /// No service has the called method.
     MethodUnknown,
+    /// The clientOid was used before, in a request with the same body.
+    OrderRepeated,
     /// Too many calls or connections at once.
     Overloaded,
     /// The rules do not allow it.
@@ -80,12 +84,13 @@ pub enum Reason {
 
 impl Reason {
     /// All reasons.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 18] = [
         Self::AccountFrozen,
         Self::AnswerLost,
         Self::AuditUnavailable,
         Self::CallerBlocked,
         Self::CallerUnknown,
+        Self::ClientOidReused,
         Self::ClockUncertain,
         Self::DeadlineExceeded,
         Self::EgressMismatch,
@@ -93,6 +98,7 @@ impl Reason {
         Self::Internal,
         Self::KeyUnavailable,
         Self::MethodUnknown,
+        Self::OrderRepeated,
         Self::Overloaded,
         Self::PolicyDenied,
         Self::RequestMalformed,
@@ -107,6 +113,7 @@ impl Reason {
             Self::AuditUnavailable => "AUDIT_UNAVAILABLE",
             Self::CallerBlocked => "CALLER_BLOCKED",
             Self::CallerUnknown => "CALLER_UNKNOWN",
+            Self::ClientOidReused => "CLIENT_OID_REUSED",
             Self::ClockUncertain => "CLOCK_UNCERTAIN",
             Self::DeadlineExceeded => "DEADLINE_EXCEEDED",
             Self::EgressMismatch => "EGRESS_MISMATCH",
@@ -114,6 +121,7 @@ impl Reason {
             Self::Internal => "INTERNAL",
             Self::KeyUnavailable => "KEY_UNAVAILABLE",
             Self::MethodUnknown => "METHOD_UNKNOWN",
+            Self::OrderRepeated => "ORDER_REPEATED",
             Self::Overloaded => "OVERLOADED",
             Self::PolicyDenied => "POLICY_DENIED",
             Self::RequestMalformed => "REQUEST_MALFORMED",
@@ -121,9 +129,10 @@ impl Reason {
         }
     }
 
-    /// The outcome of a call that fails for this reason.
-    pub(crate) fn outcome(self) -> Outcome {
-        match self {
+    /// The outcome of a call that fails for this reason; `None` if the error is about an earlier order.
+    pub(crate) fn outcome(self) -> Option<Outcome> {
+        Some(match self {
+            Self::ClientOidReused | Self::OrderRepeated => return None,
             Self::AnswerLost | Self::Internal => Outcome::MaybeSent,
             Self::AccountFrozen
             | Self::AuditUnavailable
@@ -139,7 +148,7 @@ impl Reason {
             | Self::PolicyDenied
             | Self::RequestMalformed
             | Self::ShuttingDown => Outcome::NotSent,
-        }
+        })
     }
 }
 

@@ -40,6 +40,7 @@ use crate::clock::ClockUncertain;
 use crate::egress::{Answered, ConnectError, SendError};
 use crate::keyring::{KeyLease, KeyUnavailable};
 use crate::kucoin::{self, Answer, Endpoint, Key, RequestContext, Scope, UnsignedRequest, code};
+use crate::orders::{Claims, Settled};
 use crate::policy::Permit;
 use crate::restrictions::KeyDigest;
 use crate::telemetry::chain;
@@ -138,9 +139,9 @@ impl Broker {
         call: Call,
         mut reply: oneshot::Sender<Result<Receipt, BrokerError>>,
     ) {
-        let number = self.calls.count.fetch_add(1, Ordering::Relaxed);
+        let number = self.calls.next_number();
         let admitted = catch_unwind(AssertUnwindSafe(|| self.admit(&call, number)));
-        let (permit, intent) = match admitted.unwrap_or(Err(BrokerError::Internal)) {
+        let (permit, claims, intent) = match admitted.unwrap_or(Err(BrokerError::Internal)) {
             Ok(admitted) => admitted,
             Err(error) => {
                 self.deny(&call, number, &error).await;
@@ -157,6 +158,7 @@ impl Broker {
             // First, so that the delivery does not send after a hang-up.
             () = reply.closed(), if ends_with_caller => BrokerError::CallerGone,
             ended = &mut delivery => {
+                self.settle(&claims, &ended);
                 self.finish(&call, number, &permit, &ended).await;
                 if matches!(ended, Err(BrokerError::AnswerDropped(_))) {
                     self.hold_answer_memory(&call);
@@ -177,12 +179,14 @@ impl Broker {
             Closed::Sent => Err(BrokerError::AnswerLate),
         };
         let is_in_flight = matches!(ended, Err(BrokerError::AnswerLate));
+        self.settle(&claims, &ended);
         self.finish(&call, number, &permit, &ended).await;
         let _ = reply.send(ended);
         // The gate is closed, so nothing more can be sent. Wait for a request that is in flight and may change something, and
         // audit its late result; that of a request of the broker itself is not needed.
         if is_in_flight && permit.changes() && call.principal != Principal::Broker {
             let late = self.late(delivery).await;
+            self.settle(&claims, &late);
             self.finish_late(&call, number, &permit, &late).await;
         }
     }
@@ -209,8 +213,9 @@ impl Broker {
         });
     }
 
-    /// Authorizes the call and queues its intent for the audit log.
-    fn admit(&self, call: &Call, number: u64) -> Result<(Permit, Intent), BrokerError> {
+    /// Authorizes the call, claims its clientOids and queues its intent for the audit log.
+    fn admit(&self, call: &Call, number: u64) -> Result<(Permit, Claims, Intent), BrokerError> {
+        self.check_repeated(call)?;
         if !self.is_served(call) {
             return Err(BrokerError::ShuttingDown);
         }
@@ -220,10 +225,14 @@ impl Broker {
             risk_increasing = permit.increases_risk(),
             "pre-send checks passed"
         );
-        let intent = self
-            .audit
-            .intent(&call_context(call, number), &permit, &call.request)?;
-        Ok((permit, intent))
+        let claims = self.claim(call, &permit)?;
+        let context = call_context(call, number);
+        let uid = claims.uid();
+        let intent = self.audit.intent(&context, &permit, &call.request, uid);
+        let intent = intent.inspect_err(|_| {
+            self.orders.settle(&claims, Settled::NotPlaced, None);
+        })?;
+        Ok((permit, claims, intent))
     }
 
     /// Checks the rules, then the restrictions that admins have set. A risk-increasing request also needs a proven egress
@@ -245,6 +254,7 @@ impl Broker {
                     self.rechecks.time();
                 }
             })?;
+            self.orders.check_known()?;
             self.check_not_after(call, permit.destination())?;
         }
         Ok(permit)
@@ -252,7 +262,7 @@ impl Broker {
 
     /// Audits, logs and counts a call that [`Self::admit`] refused. Audit and log lines are limited per bot: a bot in a loop
     /// must not fill the disk.
-    async fn deny(&self, call: &Call, number: u64, error: &BrokerError) {
+    pub(super) async fn deny(&self, call: &Call, number: u64, error: &BrokerError) {
         let ending = ending_of_error(call, error);
         let mut line = None;
         if call.principal.bot().is_none() || self.may_record_refusal(&call.principal) {
@@ -563,7 +573,7 @@ impl Broker {
     /// Counts a call that ends as `maybe_sent` while the broker stops, since the order must be looked up. Reads, and the
     /// requests of the broker itself, change nothing and are not counted.
     fn count_unresolved(&self, call: &Call, permit: &Permit, ended: &Result<Receipt, BrokerError>) {
-        let is_unresolved = outcome_and_reason(ended).0 == Outcome::MaybeSent
+        let is_unresolved = outcome_and_reason(ended).0 == Some(Outcome::MaybeSent)
             && permit.changes()
             && call.principal != Principal::Broker;
         if is_unresolved && self.is_draining() {
@@ -601,7 +611,7 @@ impl Broker {
 }
 
 fn is_unsent(error: &BrokerError) -> bool {
-    error.outcome() == Outcome::NotSent
+    error.outcome() == Some(Outcome::NotSent)
 }
 
 fn call_context(call: &Call, number: u64) -> CallContext<'_> {
@@ -617,9 +627,14 @@ fn call_context(call: &Call, number: u64) -> CallContext<'_> {
     }
 }
 
-fn outcome_and_reason(ended: &Result<Receipt, BrokerError>) -> (Outcome, Option<Reason>) {
+/// What is known about the request of a call.
+pub(super) fn outcome_of(ended: &Result<Receipt, BrokerError>) -> Option<Outcome> {
+    outcome_and_reason(ended).0
+}
+
+fn outcome_and_reason(ended: &Result<Receipt, BrokerError>) -> (Option<Outcome>, Option<Reason>) {
     match ended {
-        Ok(receipt) => (receipt.answer.outcome, None),
+        Ok(receipt) => (Some(receipt.answer.outcome), None),
         Err(error) => (error.outcome(), Some(error.reason())),
     }
 }
@@ -642,7 +657,7 @@ fn ending<'a>(call: &Call, ended: &'a Result<Receipt, BrokerError>) -> CallEnd<'
 
 fn ending_of_error(call: &Call, error: &BrokerError) -> CallEnd<'static> {
     CallEnd {
-        outcome: Some(error.outcome()),
+        outcome: error.outcome(),
         reason: Some(error.reason()),
         detail: Some(error.to_string()),
         duration_us: micros(call.arrived.elapsed()),
@@ -730,6 +745,6 @@ pub(super) mod tests {
         let ended: Result<(), _> = catch_panic(async { panic!("a defect") }).await;
         let error = ended.unwrap_err();
         assert_eq!(error.reason(), Reason::Internal);
-        assert_eq!(error.outcome(), Outcome::MaybeSent);
+        assert_eq!(error.outcome(), Some(Outcome::MaybeSent));
     }
 }

@@ -12,6 +12,7 @@ use crate::egress::{ConnectError, SendError};
 use crate::keyring::KeyUnavailable;
 use crate::kucoin::Malformed;
 use crate::kucoin::sign::SignError;
+use crate::orders::{ClaimsUnknown, Repeated};
 use crate::policy::Denied;
 use crate::restrictions::Restricted;
 
@@ -38,6 +39,9 @@ pub(crate) enum BrokerError {
     /// The exchange's time is not known exactly enough, or too far from the system's.
     #[error("{0}; nothing was sent")]
     Clock(ClockUncertain),
+    /// The broker does not know yet, or not completely, which clientOids earlier runs used.
+    #[error(transparent)]
+    ClaimsUnknown(#[from] ClaimsUnknown),
     /// No connection to the exchange.
     #[error(transparent)]
     Connect(#[from] ConnectError),
@@ -73,6 +77,9 @@ pub(crate) enum BrokerError {
     /// The caller of a read went away after the request was sent.
     #[error("the caller cancelled the call or disconnected; its read was dropped")]
     ReadDropped,
+    /// Its clientOid was used before.
+    #[error("{0}")]
+    Repeated(Box<Repeated>),
     /// Sending failed, or the answer was lost.
     #[error(transparent)]
     Send(#[from] SendError),
@@ -132,6 +139,11 @@ pub(crate) enum Overload {
         "the bot exceeded its limit of {0} in-flight cancels (limits.cancels_in_flight_per_bot); nothing was sent"
     )]
     CancelsOfBot(usize),
+    /// clientOids of this bot that are kept, none of which can be removed.
+    #[error(
+        "the bot exceeded its limit of {0} clientOids that are kept (orders.claims_per_bot), and none of their orders is known to be accepted and older than 15 min; nothing was sent"
+    )]
+    ClaimsOfBot(usize),
     /// Connections of all bots.
     #[error("the broker is at its limit of {0} connections (limits.connections); nothing was sent")]
     Connections(usize),
@@ -188,7 +200,7 @@ impl BrokerError {
                 | SendError::AnswerTimeout(_)
                 | SendError::AnswerTooLarge(_),
             ) => Reason::AnswerLost,
-            Self::Audit(_) => Reason::AuditUnavailable,
+            Self::Audit(_) | Self::ClaimsUnknown(_) => Reason::AuditUnavailable,
             Self::Clock(_) => Reason::ClockUncertain,
             Self::Connect(_) | Self::Send(SendError::NotWritten(_)) => Reason::ExchangeUnreachable,
             Self::CallerGone
@@ -206,6 +218,8 @@ impl BrokerError {
             Self::Malformed(_) => Reason::RequestMalformed,
             Self::MethodUnknown(_) => Reason::MethodUnknown,
             Self::AnswerDropped(_) | Self::Overloaded(_) => Reason::Overloaded,
+            Self::Repeated(repeated) if repeated.is_same => Reason::OrderRepeated,
+            Self::Repeated(_) => Reason::ClientOidReused,
             Self::Restricted(Restricted::Blocked) => Reason::CallerBlocked,
             Self::Restricted(Restricted::Halted(_)) => Reason::AccountFrozen,
             Self::ShuttingDown => Reason::ShuttingDown,
@@ -213,10 +227,10 @@ impl BrokerError {
     }
 
     /// What is known about the request: the outcome of the reason, except that the exchange got a read whose answer was
-    /// dropped.
-    pub(crate) fn outcome(&self) -> Outcome {
+    /// dropped. `None` if the error is about an earlier order.
+    pub(crate) fn outcome(&self) -> Option<Outcome> {
         match self {
-            Self::AnswerDropped(_) => Outcome::MaybeSent,
+            Self::AnswerDropped(_) => Some(Outcome::MaybeSent),
             _ => self.reason().outcome(),
         }
     }

@@ -242,6 +242,11 @@ impl Endpoint {
         matches!(self.effect, Effect::Cancel | Effect::CancelAll)
     }
 
+    /// Whether each clientOid may be used only once with it: it places orders, or moves money.
+    pub(crate) fn claims_client_oids(&self) -> bool {
+        self.effect == Effect::Place || self.risk == Risk::Transfer
+    }
+
     /// Whether a call changes nothing on the exchange.
     pub(crate) fn is_read(&self) -> bool {
         matches!(self.risk, Risk::Public | Risk::Read)

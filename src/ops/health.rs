@@ -18,6 +18,7 @@ use crate::clock::{self, ClockUncertain, ExchangeTime, HostId};
 use crate::config::FileProblems;
 use crate::egress::proof::ProofStatus;
 use crate::kucoin::advice;
+use crate::orders::ClaimsUnknown;
 use crate::process::hardened;
 use crate::proto::KeyStatus;
 
@@ -37,7 +38,7 @@ pub struct Readiness {
 /// The current readiness of `broker`.
 ///
 /// Not ready while it shuts down, while a key is still to be read from Vault, while no key is loaded and fresh enough,
-/// while the audit log is not writable, after the server certificate has expired, while a host of the exchange has no
+/// while the audit log is not writable, or does not show which clientOids were used, after the server certificate has expired, while a host of the exchange has no
 /// address or no certain time, and (in strict mode) while the egress address is not confirmed. A key that Vault denies is a
 /// problem, but the broker stays ready for the others.
 pub(crate) fn readiness(broker: &Broker) -> Readiness {
@@ -65,6 +66,15 @@ fn of_keys(broker: &Broker, keys: &[KeyHealth]) -> Readiness {
     if let Some(failure) = broker.audit.reserve_failure() {
         let cause = format!("the reserve of the audit log cannot be written: {failure}");
         problems.push(Diagnosis::warning("audit", cause, ""));
+    }
+    if let Err(unknown) = broker.orders.check_known() {
+        let fix = match unknown {
+            ClaimsUnknown::Reading => "",
+            ClaimsUnknown::Gap => {
+                "restore the rotated files of the audit log beside it and restart the broker, or run `credbroker orders accept-gap`"
+            }
+        };
+        problems.push(Diagnosis::failed("orders", unknown.problem(), fix));
     }
     if broker.metrics.certificate_not_after.get() < broker.clock.wall_ms() / 1000 {
         let fix = "replace the files of tls.certificate and tls.key";

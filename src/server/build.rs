@@ -23,6 +23,7 @@ use crate::config::load::{Certificates, Loaded};
 use crate::egress::Egress;
 use crate::egress::proof::Proof;
 use crate::keyring::Keyring;
+use crate::orders::Orders;
 use crate::policy::Policy;
 use crate::process::{Share, hardened};
 use crate::restrictions::Restrictions;
@@ -96,6 +97,7 @@ pub(crate) fn broker(
     let keyring = Arc::new(Keyring::new(Arc::clone(&clock), Arc::clone(&restrictions)));
     keyring.add(policy.accounts());
     Ok(Broker {
+        orders: Orders::new(config.orders, policy.bots_count(), &config.state_dir),
         policy: RwLock::new(Arc::new(policy)),
         audit,
         restrictions,

@@ -577,40 +577,50 @@ async fn answer_with_another_client_oid_is_discarded_and_its_connection_closed()
     assert_eq!(line["level"], "ERROR");
     assert!(!lab.process().log().contains("somebody-else"));
     // The same for an order of a batch, and for a cancel by clientOid.
-    let batch = r#"{"orderList":[{"clientOid":"b-1","symbol":"BTC-USDT"},{"clientOid":"b-2","symbol":"BTC-USDT"}]}"#;
-    let batch = request(
-        Scope::SpotMargin,
-        Method::Post,
-        "/api/v1/hf/orders/multi",
-        batch,
-    );
-    let items = |second: Value| {
+    let batch = |first: &str, second: &Value| {
+        let symbol = "BTC-USDT";
+        let mut orders = json!([{"clientOid": first, "symbol": symbol}, {"symbol": symbol}]);
+        orders[1]["clientOid"] = second.clone();
+        request(
+            Scope::SpotMargin,
+            Method::Post,
+            "/api/v1/hf/orders/multi",
+            &json!({"orderList": orders}).to_string(),
+        )
+    };
+    let items = |first: &str, second: Value| {
         ok(
-            &json!({"code": "200000", "data": [{"success": true, "orderId": "1", "clientOid": "b-1"}, second]}),
+            &json!({"code": "200000", "data": [{"success": true, "orderId": "1", "clientOid": first}, second]}),
         )
     };
     exchange.answer(
         "/api/v1/hf/orders/multi",
-        items(json!({"success": false, "failMsg": "no"})),
+        items("b-1", json!({"success": false, "failMsg": "no"})),
     );
     assert_eq!(
-        bot.send(batch.clone()).await.unwrap().outcome(),
+        bot.send(batch("b-1", &json!("b-2")))
+            .await
+            .unwrap()
+            .outcome(),
         Outcome::Accepted
     );
     exchange.answer(
         "/api/v1/hf/orders/multi",
-        items(json!({"success": true, "orderId": "2", "clientOid": "c-9"})),
+        items(
+            "b-3",
+            json!({"success": true, "orderId": "2", "clientOid": "c-9"}),
+        ),
     );
-    assert_eq!(refusal(bot.send(batch).await), lost());
+    assert_eq!(refusal(bot.send(batch("b-3", &json!("b-4"))).await), lost());
     // An order without a clientOid gets one from the exchange; the exchange still answers with the clientOid `c-9`.
-    let mixed = r#"{"orderList":[{"clientOid":"b-1","symbol":"BTC-USDT"},{"symbol":"BTC-USDT"}]}"#;
-    let mixed = request(
-        Scope::SpotMargin,
-        Method::Post,
+    exchange.answer(
         "/api/v1/hf/orders/multi",
-        mixed,
+        items(
+            "b-5",
+            json!({"success": true, "orderId": "2", "clientOid": "c-9"}),
+        ),
     );
-    let answer = bot.send(mixed).await.unwrap();
+    let answer = bot.send(batch("b-5", &Value::Null)).await.unwrap();
     assert_eq!(answer.outcome(), Outcome::Accepted);
     assert_eq!(json_of(&answer)["data"][1]["orderId"], "2");
     let path = "/api/v1/hf/orders/client-order/mine-3";

@@ -196,9 +196,10 @@ fn help() -> Vec<Sentence> {
     for page in pages {
         let page = page.file_stem().unwrap().to_str().unwrap().to_owned();
         let words = page.split('-').skip(1);
-        // `check-config` is one word.
+        // `check-config` and `accept-gap` are one word each.
         let words = words.collect::<Vec<_>>().join(" ");
         let words = words.replace("check config", "check-config");
+        let words = words.replace("accept gap", "accept-gap");
         let output = Command::new(env!("CARGO_BIN_EXE_credbroker"))
             .args(words.split_whitespace())
             .arg("--help")

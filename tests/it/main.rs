@@ -46,6 +46,7 @@ mod late;
 mod load;
 mod memory;
 mod ops;
+mod orders;
 mod policy;
 mod process;
 mod proto_baseline;

@@ -270,11 +270,12 @@ allow = ["read", "trade"]
 
 /// Sends calls in parallel, so that every thread signs, over several connections.
 async fn trade(bot: &mut Bot<Patient>) {
+    let run = fastrand::u32(..);
     for round in 0..5 {
         let calls = (0..20).map(|number| {
             let mut bot = bot.clone();
             async move {
-                let order = spot_order(&format!("order-{round}-{number}"));
+                let order = spot_order(&format!("order-{run}-{round}-{number}"));
                 bot.send(order).await.unwrap();
                 bot.send(accounts()).await.unwrap();
             }

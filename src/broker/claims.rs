@@ -1,0 +1,79 @@
+//! One order per clientOid: refuses requests whose clientOids were used before, and records what became of the others.
+
+use super::call::outcome_of;
+use super::{Broker, BrokerError, Call, Overload, Receipt};
+use crate::base::outcome::Outcome;
+use crate::kucoin::{Malformed, UnsignedRequest};
+use crate::orders::{ClaimError, Claims, Settled};
+use crate::policy::Permit;
+
+impl Broker {
+    /// Whether an order of this call was sent before. Nothing else may refuse a placing call earlier: after `not_sent`, its bot
+    /// would place the order a second time.
+    ///
+    /// # Errors
+    /// When one of its clientOids was used before, or the rules do not allow such a request.
+    pub(super) fn check_repeated(&self, call: &Call) -> Result<(), BrokerError> {
+        let now_ms = self.exchange_ms(&call.request);
+        let Err(repeated) = self.orders.check(&call.request, now_ms) else {
+            return Ok(());
+        };
+        // Only a bot that may place the order learns about the earlier one.
+        self.policy().authorize(&call.principal, &call.request)?;
+        Err(BrokerError::Repeated(repeated))
+    }
+
+    /// Refuses a call of a bot whose clientOids were used before, and audits that; otherwise returns the call.
+    pub(crate) async fn refuse_repeated(&self, call: Call) -> Result<Call, BrokerError> {
+        match self.check_repeated(&call) {
+            Err(error @ BrokerError::Repeated(_)) => {
+                let number = self.calls.next_number();
+                self.deny(&call, number, &error).await;
+                Err(error)
+            }
+            // The rules are checked when the call runs.
+            _ => Ok(call),
+        }
+    }
+
+    /// Claims the clientOids of a call: the last check before its intent is recorded.
+    pub(super) fn claim(&self, call: &Call, permit: &Permit) -> Result<Claims, BrokerError> {
+        let Some(bot) = call.principal.bot() else {
+            return Ok(Claims::default());
+        };
+        let tested = self.keyring.tested(permit);
+        let info = tested
+            .as_ref()
+            .and_then(|tested| tested.report.info.as_ref());
+        let uid = info.and_then(|info| info.uid.as_deref());
+        let now_ms = self.clock.exchange(permit.destination()).ms;
+        let claimed = self.orders.claim(bot, &call.request, uid, now_ms);
+        claimed.map_err(|error| match error {
+            ClaimError::Full(limit) => Overload::ClaimsOfBot(limit).into(),
+            ClaimError::Repeated(repeated) => BrokerError::Repeated(repeated),
+            ClaimError::Twice(oid) => BrokerError::Malformed(vec![Malformed::new(
+                "body",
+                format_args!("expected a clientOid of its own for each order, got {oid} twice"),
+            )]),
+        })
+    }
+
+    /// Records what became of the orders of a call.
+    pub(super) fn settle(&self, claims: &Claims, ended: &Result<Receipt, BrokerError>) {
+        let settled = match outcome_of(ended) {
+            Some(Outcome::Accepted) => Settled::Accepted,
+            Some(Outcome::NotSent | Outcome::Rejected) => Settled::NotPlaced,
+            Some(Outcome::MaybeSent) | None => Settled::MaybeSent,
+        };
+        self.orders.settle(claims, settled, None);
+    }
+
+    /// The exchange's time for the account of a request; the system's time if the rules do not have the account.
+    fn exchange_ms(&self, request: &UnsignedRequest) -> i64 {
+        let policy = self.policy();
+        match policy.account(&request.account) {
+            Some(account) => self.clock.exchange((account.site, request.scope.host())).ms,
+            None => self.clock.wall_ms(),
+        }
+    }
+}

@@ -1,0 +1,401 @@
+//! One order per clientOid.
+//!
+//! A placing request claims its clientOids before its intent is recorded. A claim is freed only if the order was certainly not
+//! placed; another request with the same clientOid is refused, and learns what is known about the first one. Claims are kept
+//! for [`GuardLimits::window_s`]. They are in memory; after a start they are read from the audit log, which has every intent.
+
+mod guard;
+pub(crate) mod replay;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use hmac::{Hmac, KeyInit, Mac};
+use sha2::{Digest, Sha256};
+
+use crate::base::ids::{AccountId, BotId};
+use crate::base::lock::Mutex;
+use crate::base::text::clean;
+use crate::kucoin::{Scope, UnsignedRequest};
+
+pub(crate) use guard::OrderState;
+use guard::{Claim, ClaimKey, Guard, GuardLimits, NotClaimed};
+
+/// Characters of a clientOid in a message; KuCoin accepts 40.
+const CLIENT_OID_CHARS: usize = 64;
+
+/// The claims of all bots on clientOids.
+#[derive(Debug)]
+pub(crate) struct Orders {
+    /// Of clientOids, so that nobody can choose clientOids that collide.
+    hash: Hash,
+    settings: OrderSettings,
+    state_dir: PathBuf,
+    guard: Mutex<Guard>,
+    /// The KuCoin account of each account in the rules, as far as a key test has reported it.
+    uids: Mutex<BTreeMap<(AccountId, Scope), String>>,
+    readiness: Mutex<Readiness>,
+}
+
+/// Claims of earlier runs may be missing.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+pub(crate) enum ClaimsUnknown {
+    /// The audit log is being read.
+    #[error(
+        "the broker is still reading from its audit log which clientOids were used before; risk-increasing requests are refused until then; nothing was sent"
+    )]
+    Reading,
+    /// The audit log does not reach back far enough.
+    #[error(
+        "the audit log does not show which clientOids were used before; an admin must restore it, or accept the gap with `credbroker orders accept-gap`; nothing was sent"
+    )]
+    Gap,
+}
+
+/// The table `[orders]`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct OrderSettings {
+    /// How long a clientOid is kept, in seconds.
+    pub(crate) window_s: u32,
+    /// How many are kept.
+    pub(crate) claims: usize,
+    /// How many of one bot; `None`: as many as each bot in the rules can have.
+    pub(crate) claims_per_bot: Option<usize>,
+}
+
+impl OrderSettings {
+    /// The limits for this number of bots.
+    pub(crate) fn limits(self, bots: usize) -> GuardLimits {
+        GuardLimits {
+            window_s: self.window_s,
+            claims: self.claims,
+            claims_per_bot: self.claims_per_bot.unwrap_or(self.claims / bots.max(1)),
+        }
+    }
+}
+
+/// Whether the claims of earlier runs are known.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Readiness {
+    /// The audit log is being read.
+    Reading,
+    /// They are known.
+    Ready,
+    /// The audit log may have had more lines.
+    Gap,
+}
+
+/// The claims of one request.
+#[derive(Debug, Default)]
+#[must_use = "settle it when the request has ended"]
+pub(crate) struct Claims {
+    keys: Vec<ClaimKey>,
+    /// The exchange's id of the account, if the claims are on it.
+    uid: Option<String>,
+}
+
+impl ClaimsUnknown {
+    /// The problem in `/readyz`.
+    pub(crate) fn problem(self) -> &'static str {
+        match self {
+            Self::Reading => {
+                "still reading from the audit log which clientOids were used; risk-increasing requests are refused"
+            }
+            Self::Gap => {
+                "the audit log does not show all clientOids that were used; risk-increasing requests are refused"
+            }
+        }
+    }
+}
+
+impl Claims {
+    /// The exchange's id of the account, if the claims are on it.
+    pub(crate) fn uid(&self) -> Option<&str> {
+        self.uid.as_deref()
+    }
+}
+
+/// What became of a request that has claims.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Settled {
+    /// The exchange accepted it.
+    Accepted,
+    /// It may have been executed.
+    MaybeSent,
+    /// Nothing was placed.
+    NotPlaced,
+}
+
+/// A clientOid that has a claim.
+#[derive(Debug, Eq, PartialEq)]
+pub(crate) struct Repeated {
+    client_oid: String,
+    /// Its position in a batch, from 1.
+    item: Option<usize>,
+    /// What is known about the earlier order.
+    pub(crate) state: OrderState,
+    /// The exchange's id of it, if known.
+    pub(crate) order_id: Option<String>,
+    /// Whether the earlier request had the same body.
+    pub(crate) is_same: bool,
+}
+
+/// Why a request got no claims.
+#[derive(Debug)]
+pub(crate) enum ClaimError {
+    /// One of its clientOids has a claim.
+    Repeated(Box<Repeated>),
+    /// Two of its orders have the same clientOid.
+    Twice(String),
+    /// The bot has used up its share of the claims.
+    Full(usize),
+}
+
+impl fmt::Display for Repeated {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            client_oid,
+            item,
+            state,
+            order_id: _,
+            is_same,
+        } = self;
+        write!(f, "clientOid {}", clean(client_oid, CLIENT_OID_CHARS))?;
+        if let Some(item) = item {
+            write!(f, " (order {item} of the batch)")?;
+        }
+        if !is_same {
+            return f.write_str(
+                " was used for a different request; use a new clientOid for each new order",
+            );
+        }
+        f.write_str(match state {
+            OrderState::InFlight => {
+                " was sent before, and that call has not ended; wait for its result"
+            }
+            OrderState::Accepted => {
+                " was sent before, and the exchange accepted that order; do not send it again"
+            }
+            OrderState::MaybeSent => {
+                " was sent before, and that order may exist; look it up, and do not send it again"
+            }
+        })
+    }
+}
+
+impl Orders {
+    /// Without claims, and not ready.
+    pub(crate) fn new(settings: OrderSettings, bots: usize, state_dir: &Path) -> Self {
+        Self {
+            hash: Hash::random(),
+            settings,
+            state_dir: state_dir.to_owned(),
+            guard: Mutex::new(Guard::new(settings.limits(bots))),
+            uids: Mutex::default(),
+            readiness: Mutex::new(Readiness::Reading),
+        }
+    }
+
+    /// Whether the claims of earlier runs are known.
+    pub(crate) fn readiness(&self) -> Readiness {
+        *self.readiness.lock()
+    }
+
+    /// Whether the claims of earlier runs are known, which a risk-increasing request needs.
+    ///
+    /// # Errors
+    /// When they are not.
+    pub(crate) fn check_known(&self) -> Result<(), ClaimsUnknown> {
+        match self.readiness() {
+            Readiness::Ready => Ok(()),
+            Readiness::Reading => Err(ClaimsUnknown::Reading),
+            Readiness::Gap => Err(ClaimsUnknown::Gap),
+        }
+    }
+
+    /// The clientOids of the orders that this request places. Empty if it places nothing.
+    fn client_oids(request: &UnsignedRequest) -> Vec<&str> {
+        match request.endpoint() {
+            Some(endpoint) if endpoint.claims_client_oids() => endpoint.client_oids(request),
+            _ => Vec::new(),
+        }
+    }
+
+    /// Shares the claims among this number of bots from now on. Existing claims stay.
+    pub(crate) fn share(&self, bots: usize) {
+        self.guard.lock().set_limits(self.settings.limits(bots));
+    }
+
+    /// Looks the clientOids of a request up.
+    ///
+    /// # Errors
+    /// When one of them has a claim.
+    pub(crate) fn check(
+        &self,
+        request: &UnsignedRequest,
+        now_ms: i64,
+    ) -> Result<(), Box<Repeated>> {
+        let oids = Self::client_oids(request);
+        if oids.is_empty() {
+            return Ok(());
+        }
+        let orders = self.keys(request, self.uid(request).as_deref(), &oids);
+        let guard = self.guard.lock();
+        let found = orders.iter().enumerate().find_map(|(position, keys)| {
+            let claim = keys
+                .iter()
+                .find_map(|key| guard.find(*key, seconds(now_ms)));
+            Some((position, claim?))
+        });
+        match found {
+            Some((position, claim)) => Err(Box::new(repeated(request, &oids, position, claim))),
+            None => Ok(()),
+        }
+    }
+
+    /// Claims all clientOids of a request, or none. `uid`: the exchange's id of the account, if known.
+    ///
+    /// # Errors
+    /// When one of them has a claim or occurs twice, or the bot has used up its share.
+    pub(crate) fn claim(
+        &self,
+        bot: &BotId,
+        request: &UnsignedRequest,
+        uid: Option<&str>,
+        now_ms: i64,
+    ) -> Result<Claims, ClaimError> {
+        let oids = Self::client_oids(request);
+        if oids.is_empty() {
+            return Ok(Claims::default());
+        }
+        if let Some(uid) = uid {
+            self.learn_uid(&request.account, request.scope, uid);
+        }
+        for (position, oid) in oids.iter().enumerate() {
+            if oids.iter().take(position).any(|before| before == oid) {
+                return Err(ClaimError::Twice((*oid).to_owned()));
+            }
+        }
+        let uid = self.uid(request);
+        let orders = self.keys(request, uid.as_deref(), &oids);
+        let mut guard = self.guard.lock();
+        let body = body_digest(&request.body);
+        match guard.claim(bot, &orders, body, seconds(now_ms)) {
+            Ok(()) => {
+                let keys = orders.iter().filter_map(|keys| keys.first().copied());
+                let keys = keys.collect();
+                Ok(Claims { keys, uid })
+            }
+            Err(NotClaimed::Claimed(position, claim)) => Err(ClaimError::Repeated(Box::new(
+                repeated(request, &oids, position, claim),
+            ))),
+            Err(NotClaimed::Full) => Err(ClaimError::Full(guard.limits().claims_per_bot)),
+        }
+    }
+
+    /// Records what became of the orders of a request. `order_id`: of its only order, if known.
+    pub(crate) fn settle(&self, claims: &Claims, settled: Settled, order_id: Option<&str>) {
+        if claims.keys.is_empty() {
+            return;
+        }
+        let order_id = order_id.filter(|_| claims.keys.len() == 1);
+        let mut guard = self.guard.lock();
+        for key in &claims.keys {
+            match settled {
+                Settled::Accepted => guard.set(*key, OrderState::Accepted, order_id),
+                Settled::MaybeSent => guard.set(*key, OrderState::MaybeSent, order_id),
+                Settled::NotPlaced => guard.free(*key),
+            }
+        }
+    }
+
+    /// How many claims there are, and the largest part of its share that a bot has used.
+    pub(crate) fn usage(&self) -> (usize, f64) {
+        let guard = self.guard.lock();
+        (guard.len(), guard.largest_share())
+    }
+
+    fn learn_uid(&self, account: &AccountId, scope: Scope, uid: &str) {
+        let mut uids = self.uids.lock();
+        let place = (account.clone(), scope);
+        if uids.get(&place).is_none_or(|known| known != uid) {
+            uids.insert(place, uid.to_owned());
+        }
+    }
+
+    /// The exchange's id of the account of a request, if it has ever been known.
+    fn uid(&self, request: &UnsignedRequest) -> Option<String> {
+        let place = (request.account.clone(), request.scope);
+        self.uids.lock().get(&place).cloned()
+    }
+
+    /// The keys of each order: by the exchange's id of the account if that is known, and by the account's name.
+    fn keys(
+        &self,
+        request: &UnsignedRequest,
+        uid: Option<&str>,
+        oids: &[&str],
+    ) -> Vec<Vec<ClaimKey>> {
+        let (account, scope) = (&request.account, request.scope);
+        let keys = |oid: &&str| {
+            let by_uid = uid.map(|uid| self.hash.key("uid", uid, scope, oid));
+            let by_name = self.hash.key("account", account.as_str(), scope, oid);
+            by_uid.into_iter().chain([by_name]).collect()
+        };
+        oids.iter().map(keys).collect()
+    }
+}
+
+/// The refusal of a request whose order at `position` has a claim.
+fn repeated(request: &UnsignedRequest, oids: &[&str], position: usize, claim: Claim) -> Repeated {
+    let client_oid = oids.get(position).copied().unwrap_or_default();
+    Repeated {
+        client_oid: client_oid.to_owned(),
+        item: (oids.len() > 1).then_some(position + 1),
+        state: claim.state,
+        order_id: claim.order_id,
+        is_same: claim.body == body_digest(&request.body),
+    }
+}
+
+/// A keyed hash.
+#[derive(Debug)]
+struct Hash(Hmac<Sha256>);
+
+impl Hash {
+    fn random() -> Self {
+        let secret = std::array::from_fn::<u8, 32, _>(|_| fastrand::u8(..));
+        #[expect(clippy::expect_used, reason = "HMAC takes a key of any length")]
+        let mac = Hmac::new_from_slice(&secret).expect("a key of 32 bytes");
+        Self(mac)
+    }
+
+    fn key(&self, kind: &str, owner: &str, scope: Scope, client_oid: &str) -> ClaimKey {
+        let mut mac = self.0.clone();
+        for part in [kind, owner, scope.as_str(), client_oid] {
+            mac.update(part.as_bytes());
+            mac.update(b"\0");
+        }
+        let digest = mac.finalize().into_bytes();
+        [
+            first_word(&digest),
+            first_word(digest.get(8..).unwrap_or_default()),
+        ]
+    }
+}
+
+/// A body is compared by the digest that the audit log has.
+fn body_digest(body: &[u8]) -> u64 {
+    first_word(&Sha256::digest(body))
+}
+
+fn first_word(digest: &[u8]) -> u64 {
+    let word = digest.first_chunk().copied().unwrap_or_default();
+    u64::from_be_bytes(word)
+}
+
+/// Unix time in seconds; claims are kept until the year 2106.
+fn seconds(ms: i64) -> u32 {
+    u32::try_from(ms.div_euclid(1000)).unwrap_or(u32::MAX)
+}

@@ -1,0 +1,363 @@
+//! The table of claims: which clientOids have been used, by whom, and what became of their orders. No I/O and no clock.
+//!
+//! It is sized for a million claims: entries have a fixed size, and the index holds only their numbers.
+
+use std::collections::HashMap;
+
+use hashbrown::HashTable;
+
+use crate::base::ids::BotId;
+
+/// Accepted claims that are younger than this are never evicted: a bot may still repeat its order.
+const EVICTABLE_AFTER_S: u32 = 15 * 60;
+
+/// Claims that one placing call looks at when its bot has used up its share.
+const LOOK_AT: usize = 1000;
+
+/// Expired claims that one placing call removes.
+const EXPIRE_AT_ONCE: usize = 8;
+
+/// No claim.
+const NONE: u32 = u32::MAX;
+
+/// Bytes of an order id that are kept; KuCoin's have at most 24.
+const ORDER_ID_BYTES: usize = 32;
+
+/// Identifies a clientOid of an account and scope: a keyed hash.
+pub(super) type ClaimKey = [u64; 2];
+
+/// What is known about an order.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum OrderState {
+    /// Its call has not ended.
+    InFlight,
+    /// The exchange accepted it.
+    Accepted,
+    /// It may exist.
+    MaybeSent,
+}
+
+impl OrderState {
+    /// The name in `ErrorInfo`.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::InFlight => "in_flight",
+            Self::Accepted => "accepted",
+            Self::MaybeSent => "maybe_sent",
+        }
+    }
+}
+
+/// A claim on a clientOid.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(super) struct Claim {
+    pub(super) state: OrderState,
+    pub(super) order_id: Option<String>,
+    /// A digest of the request.
+    pub(super) body: u64,
+}
+
+/// Why no claim was made.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(super) enum NotClaimed {
+    /// The order at this position has a claim.
+    Claimed(usize, Claim),
+    /// The bot has used up its share, and none of its claims can be evicted.
+    Full,
+}
+
+/// The limits of the table.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct GuardLimits {
+    /// How long a claim is kept, in seconds.
+    pub(crate) window_s: u32,
+    /// Claims of all bots.
+    pub(crate) claims: usize,
+    /// Claims of one bot.
+    pub(crate) claims_per_bot: usize,
+}
+
+/// The claims of all bots.
+#[derive(Debug)]
+pub(super) struct Guard {
+    limits: GuardLimits,
+    entries: Vec<Entry>,
+    /// The first free entry; the others follow in `next`.
+    free: u32,
+    index: HashTable<u32>,
+    bots: Vec<Bot>,
+    bot_numbers: HashMap<BotId, u16>,
+}
+
+/// The claims of one bot, from the oldest to the newest.
+#[derive(Debug)]
+struct Bot {
+    first: u32,
+    last: u32,
+    count: usize,
+}
+
+/// A claim in the table.
+#[derive(Debug)]
+struct Entry {
+    key: ClaimKey,
+    body: u64,
+    at_s: u32,
+    previous: u32,
+    next: u32,
+    bot: u16,
+    state: OrderState,
+    order_id_len: u8,
+    order_id: [u8; ORDER_ID_BYTES],
+}
+
+impl Guard {
+    pub(super) fn new(limits: GuardLimits) -> Self {
+        Self {
+            limits,
+            entries: Vec::new(),
+            free: NONE,
+            index: HashTable::new(),
+            bots: Vec::new(),
+            bot_numbers: HashMap::new(),
+        }
+    }
+
+    /// Sets the limits of new claims; existing ones stay.
+    pub(super) fn set_limits(&mut self, limits: GuardLimits) {
+        self.limits = limits;
+    }
+
+    pub(super) fn limits(&self) -> GuardLimits {
+        self.limits
+    }
+
+    /// How many claims there are.
+    pub(super) fn len(&self) -> usize {
+        self.index.len()
+    }
+
+    /// The largest part of its share that a bot has used.
+    pub(super) fn largest_share(&self) -> f64 {
+        let largest = self.bots.iter().map(|bot| bot.count).max().unwrap_or(0);
+        #[expect(clippy::cast_precision_loss, reason = "a ratio for an alarm")]
+        let share = largest as f64 / self.limits.claims_per_bot.max(1) as f64;
+        share
+    }
+
+    /// The claim with this key.
+    pub(super) fn find(&self, key: ClaimKey, now_s: u32) -> Option<Claim> {
+        let entry = self.entry(self.number_of(key)?)?;
+        let is_expired = now_s.saturating_sub(entry.at_s) > self.limits.window_s;
+        (!is_expired).then(|| entry.claim())
+    }
+
+    /// Claims all of these orders of one request, or none. For each order there are one or two keys, of which the first is
+    /// claimed.
+    pub(super) fn claim(
+        &mut self,
+        bot: &BotId,
+        orders: &[Vec<ClaimKey>],
+        body: u64,
+        now_s: u32,
+    ) -> Result<(), NotClaimed> {
+        for (position, keys) in orders.iter().enumerate() {
+            let found = keys.iter().find_map(|key| self.find(*key, now_s));
+            if let Some(claim) = found {
+                return Err(NotClaimed::Claimed(position, claim));
+            }
+        }
+        let bot = self.number_of_bot(bot);
+        self.expire(bot, now_s);
+        if !self.make_room(bot, orders.len(), now_s) {
+            return Err(NotClaimed::Full);
+        }
+        for key in orders.iter().filter_map(|keys| keys.first()) {
+            self.insert(*key, bot, body, OrderState::InFlight, now_s);
+        }
+        Ok(())
+    }
+
+    /// Adds a claim that an earlier run made, whatever the bot's share is. A later claim replaces an earlier one.
+    pub(super) fn restore(&mut self, bot: &BotId, key: ClaimKey, body: u64, at_s: u32) {
+        let bot = self.number_of_bot(bot);
+        self.insert(key, bot, body, OrderState::MaybeSent, at_s);
+    }
+
+    /// Sets what is known about an order, and its order id if that is known.
+    pub(super) fn set(&mut self, key: ClaimKey, state: OrderState, order_id: Option<&str>) {
+        let number = self.number_of(key);
+        let Some(entry) = number.and_then(|number| self.entry_mut(number)) else {
+            return;
+        };
+        entry.state = state;
+        if let Some(id) = order_id.map(str::as_bytes)
+            && let Some(place) = entry.order_id.get_mut(..id.len())
+            && let Ok(len) = u8::try_from(id.len())
+        {
+            place.copy_from_slice(id);
+            entry.order_id_len = len;
+        }
+    }
+
+    /// Frees a clientOid: its order was not placed.
+    pub(super) fn free(&mut self, key: ClaimKey) {
+        if let Some(number) = self.number_of(key) {
+            self.remove(number);
+        }
+    }
+
+    fn insert(&mut self, key: ClaimKey, bot: u16, body: u64, state: OrderState, at_s: u32) {
+        self.free(key);
+        let previous = self.bot(bot).map_or(NONE, |bot| bot.last);
+        let entry = Entry {
+            key,
+            body,
+            at_s,
+            previous,
+            next: NONE,
+            bot,
+            state,
+            order_id_len: 0,
+            order_id: [0; ORDER_ID_BYTES],
+        };
+        let number = if let Some(place) = self.entries.get_mut(self.free as usize) {
+            let number = self.free;
+            self.free = std::mem::replace(place, entry).next;
+            number
+        } else {
+            let number = u32::try_from(self.entries.len()).unwrap_or(NONE);
+            self.entries.push(entry);
+            number
+        };
+        if let Some(previous) = self.entry_mut(previous) {
+            previous.next = number;
+        }
+        if let Some(bot) = self.bots.get_mut(usize::from(bot)) {
+            bot.last = number;
+            if bot.first == NONE {
+                bot.first = number;
+            }
+            bot.count += 1;
+        }
+        let entries = &self.entries;
+        let hash = |number: &u32| {
+            entries
+                .get(*number as usize)
+                .map_or(0, |entry| entry.key[0])
+        };
+        self.index.insert_unique(key[0], number, hash);
+    }
+
+    fn remove(&mut self, number: u32) {
+        let Some(entry) = self.entry(number) else {
+            return;
+        };
+        let (key, bot, previous, next) = (entry.key, entry.bot, entry.previous, entry.next);
+        if let Ok(found) = self.index.find_entry(key[0], |other| *other == number) {
+            found.remove();
+        }
+        if let Some(previous) = self.entry_mut(previous) {
+            previous.next = next;
+        }
+        if let Some(next) = self.entry_mut(next) {
+            next.previous = previous;
+        }
+        if let Some(bot) = self.bots.get_mut(usize::from(bot)) {
+            if bot.first == number {
+                bot.first = next;
+            }
+            if bot.last == number {
+                bot.last = previous;
+            }
+            bot.count -= 1;
+        }
+        let free = std::mem::replace(&mut self.free, number);
+        if let Some(entry) = self.entry_mut(number) {
+            entry.next = free;
+        }
+    }
+
+    /// Removes claims that are older than the window.
+    fn expire(&mut self, bot: u16, now_s: u32) {
+        for _ in 0..EXPIRE_AT_ONCE {
+            let first = self.bot(bot).map_or(NONE, |bot| bot.first);
+            let window_s = self.limits.window_s;
+            let is_expired = |entry: &Entry| now_s.saturating_sub(entry.at_s) > window_s;
+            if !self.entry(first).is_some_and(is_expired) {
+                return;
+            }
+            self.remove(first);
+        }
+    }
+
+    /// Evicts the bot's oldest accepted claims until there is room for `count` more.
+    fn make_room(&mut self, bot: u16, count: usize, now_s: u32) -> bool {
+        let mut next = self.bot(bot).map_or(NONE, |bot| bot.first);
+        for _ in 0..LOOK_AT {
+            if self.has_room(bot, count) {
+                return true;
+            }
+            let number = next;
+            let Some(entry) = self.entry(number) else {
+                return false;
+            };
+            next = entry.next;
+            let age_s = now_s.saturating_sub(entry.at_s);
+            if entry.state == OrderState::Accepted && age_s > EVICTABLE_AFTER_S {
+                self.remove(number);
+            }
+        }
+        self.has_room(bot, count)
+    }
+
+    fn has_room(&self, bot: u16, count: usize) -> bool {
+        let of_bot = self.bot(bot).map_or(0, |bot| bot.count);
+        of_bot + count <= self.limits.claims_per_bot && self.len() + count <= self.limits.claims
+    }
+
+    fn number_of(&self, key: ClaimKey) -> Option<u32> {
+        let is_same = |number: &u32| self.entry(*number).is_some_and(|entry| entry.key == key);
+        self.index.find(key[0], is_same).copied()
+    }
+
+    fn number_of_bot(&mut self, bot: &BotId) -> u16 {
+        if let Some(number) = self.bot_numbers.get(bot) {
+            return *number;
+        }
+        let number = u16::try_from(self.bots.len()).unwrap_or(u16::MAX);
+        if number < u16::MAX {
+            self.bots.push(Bot {
+                first: NONE,
+                last: NONE,
+                count: 0,
+            });
+            self.bot_numbers.insert(bot.clone(), number);
+        }
+        number
+    }
+
+    fn bot(&self, number: u16) -> Option<&Bot> {
+        self.bots.get(usize::from(number))
+    }
+
+    fn entry(&self, number: u32) -> Option<&Entry> {
+        self.entries.get(number as usize)
+    }
+
+    fn entry_mut(&mut self, number: u32) -> Option<&mut Entry> {
+        self.entries.get_mut(number as usize)
+    }
+}
+
+impl Entry {
+    fn claim(&self) -> Claim {
+        let order_id = self.order_id.get(..usize::from(self.order_id_len));
+        let order_id = order_id.and_then(|id| str::from_utf8(id).ok());
+        Claim {
+            state: self.state,
+            order_id: order_id.filter(|id| !id.is_empty()).map(str::to_owned),
+            body: self.body,
+        }
+    }
+}
