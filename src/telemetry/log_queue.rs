@@ -19,6 +19,9 @@ const RESERVE: usize = 2 * 1024 * 1024;
 /// How long to wait before another try if stderr does not block and its reader is slow.
 const WRITE_AGAIN: Duration = Duration::from_millis(10);
 
+/// How long the thread waits after a write, so that a busy broker wakes it for many lines at a time.
+const COLLECT_FOR: Duration = Duration::from_millis(2);
+
 /// Lines that wait to be written.
 #[derive(Default)]
 pub(super) struct LogQueue {
@@ -102,6 +105,7 @@ impl LogQueue {
                 self.state.lock().is_announcing = false;
             }
             write_all(&mut stderr, &lines);
+            thread::sleep(COLLECT_FOR);
         }
     }
 }
