@@ -135,7 +135,15 @@ impl Broker {
 
     /// Whether a request passes like a cancel: it cancels orders, or keeps the protection of KuCoin's dead-man switch.
     pub(crate) fn is_cancel(&self, request: &UnsignedRequest) -> bool {
-        let endpoint = request.endpoint();
+        self.passes_like_a_cancel(request, request.endpoint())
+    }
+
+    /// The same for a request whose endpoint is known.
+    pub(crate) fn passes_like_a_cancel(
+        &self,
+        request: &UnsignedRequest,
+        endpoint: Option<&Endpoint>,
+    ) -> bool {
         endpoint.is_some_and(Endpoint::is_cancel) || self.dead_man.is_renewal(request, endpoint)
     }
 

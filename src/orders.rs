@@ -17,7 +17,7 @@ use sha2::{Digest, Sha256};
 use crate::base::ids::{AccountId, BotId};
 use crate::base::lock::Mutex;
 use crate::base::text::clean;
-use crate::kucoin::{Scope, UnsignedRequest};
+use crate::kucoin::{Endpoint, Scope, UnsignedRequest};
 
 pub(crate) use guard::OrderState;
 use guard::{Claim, ClaimKey, Guard, GuardLimits, NotClaimed};
@@ -215,8 +215,8 @@ impl Orders {
     }
 
     /// The clientOids of the orders that this request places. Empty if it places nothing.
-    fn client_oids(request: &UnsignedRequest) -> Vec<&str> {
-        match request.endpoint() {
+    fn client_oids<'r>(request: &'r UnsignedRequest, endpoint: Option<&Endpoint>) -> Vec<&'r str> {
+        match endpoint {
             Some(endpoint) if endpoint.claims_client_oids() => endpoint.client_oids(request),
             _ => Vec::new(),
         }
@@ -234,9 +234,10 @@ impl Orders {
     pub(crate) fn check(
         &self,
         request: &UnsignedRequest,
+        endpoint: Option<&Endpoint>,
         now_ms: i64,
     ) -> Result<(), Box<Repeated>> {
-        let oids = Self::client_oids(request);
+        let oids = Self::client_oids(request, endpoint);
         if oids.is_empty() {
             return Ok(());
         }
@@ -262,10 +263,11 @@ impl Orders {
         &self,
         bot: &BotId,
         request: &UnsignedRequest,
+        endpoint: Option<&Endpoint>,
         uid: Option<&str>,
         now_ms: i64,
     ) -> Result<Claims, ClaimError> {
-        let oids = Self::client_oids(request);
+        let oids = Self::client_oids(request, endpoint);
         if oids.is_empty() {
             return Ok(Claims::default());
         }

@@ -107,11 +107,12 @@ impl GrpcApi {
             not_after_ms,
             slot: None,
         };
-        call = self.broker.refuse_repeated(call).await?;
+        let endpoint = call.request.endpoint();
+        call = self.broker.refuse_repeated(call, endpoint).await?;
         let request = &call.request;
-        let kind = if self.broker.is_cancel(request) {
+        let kind = if self.broker.passes_like_a_cancel(request, endpoint) {
             CallKind::Cancel
-        } else if request.endpoint().is_some_and(Endpoint::is_read) {
+        } else if endpoint.is_some_and(Endpoint::is_read) {
             CallKind::Read
         } else {
             CallKind::Write

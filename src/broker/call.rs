@@ -215,7 +215,6 @@ impl Broker {
 
     /// Authorizes the call, claims its clientOids and queues its intent for the audit log.
     fn admit(&self, call: &Call, number: u64) -> Result<(Permit, Claims, Intent), BrokerError> {
-        self.check_repeated(call)?;
         if !self.is_served(call) {
             return Err(BrokerError::ShuttingDown);
         }

@@ -3,7 +3,7 @@
 use super::call::outcome_of;
 use super::{Broker, BrokerError, Call, Overload, Receipt};
 use crate::base::outcome::Outcome;
-use crate::kucoin::{Malformed, UnsignedRequest};
+use crate::kucoin::{Endpoint, Malformed, Method, UnsignedRequest};
 use crate::orders::{ClaimError, Claims, Settled};
 use crate::policy::Permit;
 
@@ -13,9 +13,12 @@ impl Broker {
     ///
     /// # Errors
     /// When one of its clientOids was used before, or the rules do not allow such a request.
-    pub(super) fn check_repeated(&self, call: &Call) -> Result<(), BrokerError> {
+    fn check_repeated(&self, call: &Call, endpoint: Option<&Endpoint>) -> Result<(), BrokerError> {
+        if call.request.method != Method::Post {
+            return Ok(());
+        }
         let now_ms = self.exchange_ms(&call.request);
-        let Err(repeated) = self.orders.check(&call.request, now_ms) else {
+        let Err(repeated) = self.orders.check(&call.request, endpoint, now_ms) else {
             return Ok(());
         };
         // Only a bot that may place the order learns about the earlier one.
@@ -24,8 +27,12 @@ impl Broker {
     }
 
     /// Refuses a call of a bot whose clientOids were used before, and audits that; otherwise returns the call.
-    pub(crate) async fn refuse_repeated(&self, call: Call) -> Result<Call, BrokerError> {
-        match self.check_repeated(&call) {
+    pub(crate) async fn refuse_repeated(
+        &self,
+        call: Call,
+        endpoint: Option<&Endpoint>,
+    ) -> Result<Call, BrokerError> {
+        match self.check_repeated(&call, endpoint) {
             Err(error @ BrokerError::Repeated(_)) => {
                 let number = self.calls.next_number();
                 self.deny(&call, number, &error).await;
@@ -41,13 +48,18 @@ impl Broker {
         let Some(bot) = call.principal.bot() else {
             return Ok(Claims::default());
         };
+        if !permit.endpoint().is_some_and(Endpoint::claims_client_oids) {
+            return Ok(Claims::default());
+        }
         let tested = self.keyring.tested(permit);
         let info = tested
             .as_ref()
             .and_then(|tested| tested.report.info.as_ref());
         let uid = info.and_then(|info| info.uid.as_deref());
         let now_ms = self.clock.exchange(permit.destination()).ms;
-        let claimed = self.orders.claim(bot, &call.request, uid, now_ms);
+        let claimed = self
+            .orders
+            .claim(bot, &call.request, permit.endpoint(), uid, now_ms);
         claimed.map_err(|error| match error {
             ClaimError::Full(limit) => Overload::ClaimsOfBot(limit).into(),
             ClaimError::Repeated(repeated) => BrokerError::Repeated(repeated),
