@@ -27,7 +27,7 @@ use crate::base::outcome::{Outcome, Reason};
 use crate::base::text::{MAX_CHARS, clean, clean_json};
 use crate::clock::Clock;
 use crate::kucoin::{BatchItem, Scope, UnsignedRequest};
-use crate::orders::replay::Unresolved;
+use crate::orders::replay::{AuditLog, Unresolved};
 use crate::policy::Permit;
 use crate::telemetry::Metrics;
 
@@ -272,6 +272,8 @@ struct AuditedRequest<'a> {
     body_sha256: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     uid: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    exchange_ms: Option<i64>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     client_oids: Vec<&'a str>,
 }
@@ -376,7 +378,7 @@ impl Audit {
         }
     }
 
-    /// Records that a request is about to be sent. `uid`: the exchange's id of the account on which its clientOids are used once.
+    /// Records that a request is about to be sent. `claims`: of its clientOids, [`Claims::recorded`](crate::orders::Claims::recorded).
     ///
     /// # Errors
     /// When the request is risk-increasing and it is known that its line cannot be written.
@@ -385,13 +387,14 @@ impl Audit {
         caller: &CallContext<'_>,
         permit: &Permit,
         request: &UnsignedRequest,
-        uid: Option<&str>,
+        claims: Option<(Option<&str>, i64)>,
     ) -> Result<Intent, AuditError> {
         let client_oid_in_path = permit
             .endpoint()
             .and_then(|e| e.path_parameter("clientOid", request.target.path()));
         let mut audited = AuditedRequest::new(request, client_oid_in_path);
-        audited.uid = uid;
+        audited.uid = claims.and_then(|(uid, _)| uid);
+        audited.exchange_ms = claims.map(|(_, exchange_ms)| exchange_ms);
         let is_risk_increasing = permit.increases_risk();
         let kind = match kind_of(permit) {
             Kind::Essential if is_risk_increasing => Kind::RiskIncreasing,
@@ -492,6 +495,14 @@ impl Audit {
             })
         });
         AuditLine(line.ok())
+    }
+
+    /// The file, and the name of this run in its lines.
+    pub(crate) fn log(&self) -> AuditLog<'_> {
+        AuditLog {
+            file: &self.path,
+            run: &self.run,
+        }
     }
 
     /// Waits until the lines queued so far are written, for at most half a second.
@@ -694,6 +705,7 @@ impl<'a> AuditedRequest<'a> {
             body_bytes: request.body.len(),
             body_sha256: hex(&Sha256::digest(&request.body)),
             uid: None,
+            exchange_ms: None,
             client_oids: in_body
                 .chain(in_query)
                 .chain(client_oid_in_path)

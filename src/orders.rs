@@ -43,12 +43,12 @@ pub(crate) struct Orders {
 pub(crate) enum ClaimsUnknown {
     /// The audit log is being read.
     #[error(
-        "the broker is still reading from its audit log which clientOids were used before; risk-increasing requests are refused until then; nothing was sent"
+        "the broker is still reading from its audit log which clientOids were used before; risk-increasing requests are refused until then; nothing was sent; repeat an order only with the same clientOid"
     )]
     Reading,
     /// The audit log does not reach back far enough.
     #[error(
-        "the audit log does not show which clientOids were used before; an admin must restore it, or accept the gap with `credbroker orders accept-gap`; nothing was sent"
+        "the audit log does not show which clientOids were used before; an admin must restore it, or accept the gap with `credbroker orders accept-gap`; nothing was sent; repeat an order only with the same clientOid"
     )]
     Gap,
 }
@@ -93,6 +93,8 @@ pub(crate) struct Claims {
     keys: Vec<ClaimKey>,
     /// The exchange's id of the account, if the claims are on it.
     uid: Option<String>,
+    /// The exchange's time of the claims, Unix milliseconds.
+    at_ms: i64,
 }
 
 impl ClaimsUnknown {
@@ -110,9 +112,10 @@ impl ClaimsUnknown {
 }
 
 impl Claims {
-    /// The exchange's id of the account, if the claims are on it.
-    pub(crate) fn uid(&self) -> Option<&str> {
-        self.uid.as_deref()
+    /// What the audit log needs to have these claims again after a restart: the exchange's id of the account, if the claims are
+    /// on it, and the exchange's time. `None` without claims.
+    pub(crate) fn recorded(&self) -> Option<(Option<&str>, i64)> {
+        (!self.keys.is_empty()).then_some((self.uid.as_deref(), self.at_ms))
     }
 }
 
@@ -287,7 +290,8 @@ impl Orders {
             Ok(()) => {
                 let keys = orders.iter().filter_map(|keys| keys.first().copied());
                 let keys = keys.collect();
-                Ok(Claims { keys, uid })
+                let at_ms = now_ms;
+                Ok(Claims { keys, uid, at_ms })
             }
             Err(NotClaimed::Claimed(position, claim)) => Err(ClaimError::Repeated(Box::new(
                 repeated(request, &oids, position, claim),
@@ -318,7 +322,7 @@ impl Orders {
         (guard.len(), guard.largest_share())
     }
 
-    fn learn_uid(&self, account: &AccountId, scope: Scope, uid: &str) {
+    pub(crate) fn learn_uid(&self, account: &AccountId, scope: Scope, uid: &str) {
         let mut uids = self.uids.lock();
         let place = (account.clone(), scope);
         if uids.get(&place).is_none_or(|known| known != uid) {
@@ -332,7 +336,8 @@ impl Orders {
         self.uids.lock().get(&place).cloned()
     }
 
-    /// The keys of each order: by the exchange's id of the account if that is known, and by the account's name.
+    /// The keys of each order: by the exchange's id of the account if that is known; and by the names of the accounts in the
+    /// rules with this id, because it was not always known.
     fn keys(
         &self,
         request: &UnsignedRequest,
@@ -340,10 +345,20 @@ impl Orders {
         oids: &[&str],
     ) -> Vec<Vec<ClaimKey>> {
         let (account, scope) = (&request.account, request.scope);
+        let uids = self.uids.lock();
+        let same = uids.iter().filter(|((other, of), known)| {
+            other != account && *of == scope && Some(known.as_str()) == uid
+        });
+        let names: Vec<_> = [account]
+            .into_iter()
+            .chain(same.map(|((name, _), _)| name))
+            .collect();
         let keys = |oid: &&str| {
             let by_uid = uid.map(|uid| self.hash.key("uid", uid, scope, oid));
-            let by_name = self.hash.key("account", account.as_str(), scope, oid);
-            by_uid.into_iter().chain([by_name]).collect()
+            let by_name = names
+                .iter()
+                .map(|name| self.hash.key("account", name.as_str(), scope, oid));
+            by_uid.into_iter().chain(by_name).collect()
         };
         oids.iter().map(keys).collect()
     }

@@ -202,7 +202,7 @@ impl Server {
         if !broker.restrictions.was_found() {
             record_missing_restrictions(&broker, &config.state_dir, audit_file_found);
         }
-        read_claims(&broker, &config).await;
+        read_claims(&broker).await;
         let metrics = Arc::clone(&broker.metrics);
         let not_after_s = certificates.not_after_ms / 1000;
         metrics.certificate_not_after.set(not_after_s);
@@ -445,14 +445,13 @@ pub(crate) fn missing_parent(folder: &Path) -> Option<&Path> {
 
 /// Reads in the background which clientOids earlier runs used. Returns once that is done or [`CLAIMS_WITHIN`] has passed: most
 /// audit logs are read in that time, and then no order is refused.
-async fn read_claims(broker: &Arc<Broker>, config: &Config) {
+async fn read_claims(broker: &Arc<Broker>) {
     // Lines that an earlier run could not write come first.
     broker.audit.flush_lines().await;
     let broker = Arc::clone(broker);
-    let audit_file = config.audit_file.clone();
     let reading = spawn_blocking(move || {
         let now_ms = broker.clock.wall_ms();
-        let unresolved = broker.orders.read_log(&audit_file, now_ms);
+        let unresolved = broker.orders.read_log(&broker.audit.log(), now_ms);
         for call in &unresolved {
             drop(broker.audit.unresolved(call));
         }

@@ -31,6 +31,11 @@ pub(crate) enum AdminError {
         "the gap is accepted, but a restart would open it again: orders.json in the state folder cannot be written: {0}"
     )]
     Gap(std::io::Error),
+    /// The audit log is still being read.
+    #[error(
+        "the broker is still reading the audit log, so it is not known whether lines are missing; try again later"
+    )]
+    GapUnknown,
     /// The key to test is not loaded.
     #[error("the key is not loaded: {0}")]
     KeyUnavailable(String),
@@ -67,6 +72,7 @@ impl AdminError {
             Self::ClockUnknown(_) => ("CLOCK_UNCERTAIN", Code::FailedPrecondition),
             Self::Internal => ("INTERNAL", Code::Internal),
             Self::KeyUnavailable(_) => ("KEY_UNAVAILABLE", Code::FailedPrecondition),
+            Self::GapUnknown => ("AUDIT_UNAVAILABLE", Code::Unavailable),
             Self::Gap(_) | Self::Restrictions(_) => ("STATE_UNWRITABLE", Code::Unavailable),
             Self::KeyUnknown(..) => ("KEY_UNKNOWN", Code::NotFound),
             Self::Malformed(_) => ("REQUEST_MALFORMED", Code::InvalidArgument),
@@ -85,6 +91,7 @@ impl AdminError {
             Self::AccountUnknown(_)
             | Self::ClockUnknown(_)
             | Self::Gap(_)
+            | Self::GapUnknown
             | Self::Internal
             | Self::KeyUnavailable(_)
             | Self::KeyUnknown(..)

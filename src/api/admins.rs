@@ -21,6 +21,7 @@ use crate::kucoin::key_info::{self, KeyInfo};
 use crate::kucoin::{Key, KeyVersion};
 use crate::ops::key_health::{self, KeyHealth, scopes};
 use crate::ops::key_test::{KeyTest, KeyTestResult};
+use crate::orders::Readiness;
 use crate::policy::Account;
 use crate::proto::admin_server::Admin;
 use crate::proto::{self, KeyState, RefreshKeyResponse, RevokedKey, TestKeyResponse};
@@ -557,23 +558,28 @@ impl Admin for AdminApi {
         request: Request<proto::AcceptGapRequest>,
     ) -> Result<Response<proto::AcceptGapResponse>, Status> {
         let (admin, _) = opened(request)?;
+        if self.broker.orders.readiness() == Readiness::Reading {
+            return Err(AdminError::GapUnknown.into());
+        }
         let broker = Arc::clone(&self.broker);
         let accepted = spawn_blocking(move || broker.orders.accept_gap(broker.clock.wall_ms()));
-        let was_refused = match accepted.await {
-            Ok(accepted) => accepted.map_err(AdminError::Gap)?,
-            Err(_) => return Err(AdminError::Internal.into()),
+        let accepted = accepted.await.map_err(|_| AdminError::Internal)?;
+        let detail = match &accepted {
+            Ok(true) => None,
+            Ok(false) => Some("nothing changed: there was no gap".to_owned()),
+            Err(error) => Some(format!("in effect, but not saved: {error}")),
         };
-        let detail = (!was_refused).then(|| "nothing changed: there was no gap".to_owned());
         self.record(
             &admin,
             &Act {
                 action: "gap-accept",
-                outcome: "done",
+                outcome: if accepted.is_ok() { "done" } else { "failed" },
                 detail,
                 ..Act::default()
             },
         )
         .await;
+        let was_refused = accepted.map_err(AdminError::Gap)?;
         Ok(Response::new(proto::AcceptGapResponse { was_refused }))
     }
 

@@ -226,8 +226,9 @@ impl Broker {
         );
         let claims = self.claim(call, &permit)?;
         let context = call_context(call, number);
-        let uid = claims.uid();
-        let intent = self.audit.intent(&context, &permit, &call.request, uid);
+        let intent = self
+            .audit
+            .intent(&context, &permit, &call.request, claims.recorded());
         let intent = intent.inspect_err(|_| {
             self.orders.settle(&claims, Settled::NotPlaced, None);
         })?;

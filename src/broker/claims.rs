@@ -80,12 +80,15 @@ impl Broker {
         self.orders.settle(claims, settled, None);
     }
 
-    /// The exchange's time for the account of a request; the system's time if the rules do not have the account.
+    /// The exchange's time for the account of a request; 0 while it is unknown, so that no claim seems to have ended.
     fn exchange_ms(&self, request: &UnsignedRequest) -> i64 {
         let policy = self.policy();
         match policy.account(&request.account) {
-            Some(account) => self.clock.exchange((account.site, request.scope.host())).ms,
-            None => self.clock.wall_ms(),
+            Some(account) => {
+                let time = self.clock.exchange((account.site, request.scope.host()));
+                time.uncertainty.map_or(0, |_| time.ms)
+            }
+            None => 0,
         }
     }
 }

@@ -116,7 +116,14 @@ impl Broker {
                 reads: is_candidate,
                 orders: false,
             };
-            self.test_key(&test).await.report
+            let report = self.test_key(&test).await.report;
+            let info = report.info.as_ref();
+            if let Some(uid) = info.and_then(|info| info.uid.as_deref()) {
+                for scope in &test.scopes {
+                    self.orders.learn_uid(&test.account.id, *scope, uid);
+                }
+            }
+            report
         };
         let report = tokio::select! {
             report = test => report,

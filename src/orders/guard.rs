@@ -11,11 +11,12 @@ use crate::base::ids::BotId;
 /// Accepted claims that are younger than this are never evicted: a bot may still repeat its order.
 const EVICTABLE_AFTER_S: u32 = 15 * 60;
 
-/// Claims that one placing call looks at when its bot has used up its share.
-const LOOK_AT: usize = 1000;
-
-/// Expired claims that one placing call removes.
+/// Expired claims that one placing call removes: of its bot, and of another one.
 const EXPIRE_AT_ONCE: usize = 8;
+
+/// The lists of a bot.
+const ACCEPTED: usize = 0;
+const OTHERS: usize = 1;
 
 /// No claim.
 const NONE: u32 = u32::MAX;
@@ -87,14 +88,30 @@ pub(super) struct Guard {
     index: HashTable<u32>,
     bots: Vec<Bot>,
     bot_numbers: HashMap<BotId, u16>,
+    /// The bot whose expired claims are removed next.
+    next_bot: u16,
 }
 
-/// The claims of one bot, from the oldest to the newest.
+/// The claims of one bot.
 #[derive(Debug)]
 struct Bot {
+    /// Those of accepted orders, and all others.
+    lists: [List; 2],
+    count: usize,
+}
+
+/// Claims from the oldest to the newest.
+#[derive(Clone, Copy, Debug)]
+struct List {
     first: u32,
     last: u32,
-    count: usize,
+}
+
+impl List {
+    const EMPTY: Self = Self {
+        first: NONE,
+        last: NONE,
+    };
 }
 
 /// A claim in the table.
@@ -120,6 +137,7 @@ impl Guard {
             index: HashTable::new(),
             bots: Vec::new(),
             bot_numbers: HashMap::new(),
+            next_bot: 0,
         }
     }
 
@@ -169,6 +187,9 @@ impl Guard {
         }
         let bot = self.number_of_bot(bot);
         self.expire(bot, now_s);
+        self.expire(self.next_bot, now_s);
+        let bots = u16::try_from(self.bots.len()).unwrap_or(u16::MAX);
+        self.next_bot = (self.next_bot + 1) % bots.max(1);
         if !self.make_room(bot, orders.len(), now_s) {
             return Err(NotClaimed::Full);
         }
@@ -178,19 +199,33 @@ impl Guard {
         Ok(())
     }
 
-    /// Adds a claim that an earlier run made, whatever the bot's share is. A later claim replaces an earlier one.
-    pub(super) fn restore(&mut self, bot: &BotId, key: ClaimKey, body: u64, at_s: u32) {
+    /// Adds a claim that an earlier run made. Older accepted claims are evicted for it, but it is added in any case.
+    pub(super) fn restore(
+        &mut self,
+        bot: &BotId,
+        key: ClaimKey,
+        body: u64,
+        state: OrderState,
+        at_s: u32,
+    ) {
         let bot = self.number_of_bot(bot);
-        self.insert(key, bot, body, OrderState::MaybeSent, at_s);
+        let _ = self.make_room(bot, 1, at_s);
+        self.insert(key, bot, body, state, at_s);
     }
 
     /// Sets what is known about an order, and its order id if that is known.
     pub(super) fn set(&mut self, key: ClaimKey, state: OrderState, order_id: Option<&str>) {
-        let number = self.number_of(key);
-        let Some(entry) = number.and_then(|number| self.entry_mut(number)) else {
+        let Some(number) = self.number_of(key) else {
             return;
         };
-        entry.state = state;
+        self.unlink(number);
+        if let Some(entry) = self.entry_mut(number) {
+            entry.state = state;
+        }
+        self.link(number);
+        let Some(entry) = self.entry_mut(number) else {
+            return;
+        };
         if let Some(id) = order_id.map(str::as_bytes)
             && let Some(place) = entry.order_id.get_mut(..id.len())
             && let Ok(len) = u8::try_from(id.len())
@@ -209,12 +244,11 @@ impl Guard {
 
     fn insert(&mut self, key: ClaimKey, bot: u16, body: u64, state: OrderState, at_s: u32) {
         self.free(key);
-        let previous = self.bot(bot).map_or(NONE, |bot| bot.last);
         let entry = Entry {
             key,
             body,
             at_s,
-            previous,
+            previous: NONE,
             next: NONE,
             bot,
             state,
@@ -230,16 +264,7 @@ impl Guard {
             self.entries.push(entry);
             number
         };
-        if let Some(previous) = self.entry_mut(previous) {
-            previous.next = number;
-        }
-        if let Some(bot) = self.bots.get_mut(usize::from(bot)) {
-            bot.last = number;
-            if bot.first == NONE {
-                bot.first = number;
-            }
-            bot.count += 1;
-        }
+        self.link(number);
         let entries = &self.entries;
         let hash = |number: &u32| {
             entries
@@ -247,29 +272,21 @@ impl Guard {
                 .map_or(0, |entry| entry.key[0])
         };
         self.index.insert_unique(key[0], number, hash);
+        if let Some(bot) = self.bots.get_mut(usize::from(bot)) {
+            bot.count += 1;
+        }
     }
 
     fn remove(&mut self, number: u32) {
         let Some(entry) = self.entry(number) else {
             return;
         };
-        let (key, bot, previous, next) = (entry.key, entry.bot, entry.previous, entry.next);
+        let (key, bot) = (entry.key, entry.bot);
+        self.unlink(number);
         if let Ok(found) = self.index.find_entry(key[0], |other| *other == number) {
             found.remove();
         }
-        if let Some(previous) = self.entry_mut(previous) {
-            previous.next = next;
-        }
-        if let Some(next) = self.entry_mut(next) {
-            next.previous = previous;
-        }
         if let Some(bot) = self.bots.get_mut(usize::from(bot)) {
-            if bot.first == number {
-                bot.first = next;
-            }
-            if bot.last == number {
-                bot.last = previous;
-            }
             bot.count -= 1;
         }
         let free = std::mem::replace(&mut self.free, number);
@@ -278,42 +295,94 @@ impl Guard {
         }
     }
 
-    /// Removes claims that are older than the window.
+    /// Adds an entry to the end of its list.
+    fn link(&mut self, number: u32) {
+        let Some((bot, which)) = self.entry(number).map(Entry::list) else {
+            return;
+        };
+        let Some(list) = self.list_mut(bot, which) else {
+            return;
+        };
+        let previous = std::mem::replace(&mut list.last, number);
+        if list.first == NONE {
+            list.first = number;
+        }
+        if let Some(entry) = self.entry_mut(number) {
+            (entry.previous, entry.next) = (previous, NONE);
+        }
+        if let Some(previous) = self.entry_mut(previous) {
+            previous.next = number;
+        }
+    }
+
+    /// Removes an entry from its list.
+    fn unlink(&mut self, number: u32) {
+        let Some(entry) = self.entry(number) else {
+            return;
+        };
+        let ((bot, which), previous, next) = (entry.list(), entry.previous, entry.next);
+        if let Some(previous) = self.entry_mut(previous) {
+            previous.next = next;
+        }
+        if let Some(next) = self.entry_mut(next) {
+            next.previous = previous;
+        }
+        if let Some(list) = self.list_mut(bot, which) {
+            if list.first == number {
+                list.first = next;
+            }
+            if list.last == number {
+                list.last = previous;
+            }
+        }
+    }
+
+    /// Removes claims of a bot that are older than the window.
     fn expire(&mut self, bot: u16, now_s: u32) {
-        for _ in 0..EXPIRE_AT_ONCE {
-            let first = self.bot(bot).map_or(NONE, |bot| bot.first);
-            let window_s = self.limits.window_s;
-            let is_expired = |entry: &Entry| now_s.saturating_sub(entry.at_s) > window_s;
-            if !self.entry(first).is_some_and(is_expired) {
-                return;
+        let window_s = self.limits.window_s;
+        for which in [ACCEPTED, OTHERS] {
+            for _ in 0..EXPIRE_AT_ONCE {
+                let first = self.first(bot, which);
+                let is_expired = |entry: &Entry| now_s.saturating_sub(entry.at_s) > window_s;
+                if !self.entry(first).is_some_and(is_expired) {
+                    break;
+                }
+                self.remove(first);
+            }
+        }
+    }
+
+    /// Evicts the oldest accepted claims until there is room for `count` more of this bot: its own if it has used up its
+    /// share, otherwise those of the bot with the most claims.
+    fn make_room(&mut self, bot: u16, count: usize, now_s: u32) -> bool {
+        loop {
+            let of_bot = self.bot(bot).map_or(0, |bot| bot.count);
+            let from = if of_bot + count > self.limits.claims_per_bot {
+                bot
+            } else if self.len() + count > self.limits.claims {
+                let most = (0..).zip(&self.bots).max_by_key(|(_, bot)| bot.count);
+                most.map_or(bot, |(number, _)| number)
+            } else {
+                return true;
+            };
+            let first = self.first(from, ACCEPTED);
+            let is_evictable = |entry: &Entry| now_s.saturating_sub(entry.at_s) > EVICTABLE_AFTER_S;
+            if !self.entry(first).is_some_and(is_evictable) {
+                return false;
             }
             self.remove(first);
         }
     }
 
-    /// Evicts the bot's oldest accepted claims until there is room for `count` more.
-    fn make_room(&mut self, bot: u16, count: usize, now_s: u32) -> bool {
-        let mut next = self.bot(bot).map_or(NONE, |bot| bot.first);
-        for _ in 0..LOOK_AT {
-            if self.has_room(bot, count) {
-                return true;
-            }
-            let number = next;
-            let Some(entry) = self.entry(number) else {
-                return false;
-            };
-            next = entry.next;
-            let age_s = now_s.saturating_sub(entry.at_s);
-            if entry.state == OrderState::Accepted && age_s > EVICTABLE_AFTER_S {
-                self.remove(number);
-            }
-        }
-        self.has_room(bot, count)
+    fn first(&self, bot: u16, which: usize) -> u32 {
+        let lists = self.bot(bot).map(|bot| &bot.lists);
+        let list = lists.and_then(|lists| lists.get(which));
+        list.map_or(NONE, |list| list.first)
     }
 
-    fn has_room(&self, bot: u16, count: usize) -> bool {
-        let of_bot = self.bot(bot).map_or(0, |bot| bot.count);
-        of_bot + count <= self.limits.claims_per_bot && self.len() + count <= self.limits.claims
+    fn list_mut(&mut self, bot: u16, which: usize) -> Option<&mut List> {
+        let bot = self.bots.get_mut(usize::from(bot))?;
+        bot.lists.get_mut(which)
     }
 
     fn number_of(&self, key: ClaimKey) -> Option<u32> {
@@ -328,8 +397,7 @@ impl Guard {
         let number = u16::try_from(self.bots.len()).unwrap_or(u16::MAX);
         if number < u16::MAX {
             self.bots.push(Bot {
-                first: NONE,
-                last: NONE,
+                lists: [List::EMPTY; 2],
                 count: 0,
             });
             self.bot_numbers.insert(bot.clone(), number);
@@ -351,6 +419,12 @@ impl Guard {
 }
 
 impl Entry {
+    /// Its bot, and which of the bot's lists it is in.
+    fn list(&self) -> (u16, usize) {
+        let is_accepted = self.state == OrderState::Accepted;
+        (self.bot, if is_accepted { ACCEPTED } else { OTHERS })
+    }
+
     fn claim(&self) -> Claim {
         let order_id = self.order_id.get(..usize::from(self.order_id_len));
         let order_id = order_id.and_then(|id| str::from_utf8(id).ok());

@@ -1,20 +1,25 @@
-//! Reads the claims of earlier runs from the audit log: from the current file and from rotated ones beside it, also if they are
-//! compressed with gzip.
+//! Reads from the audit log which clientOids earlier runs used: from the current file and from rotated ones beside it, also if
+//! they are compressed with gzip.
+//!
+//! A line can be in several files, such as in a copy, and files can be read in a wrong order after the system clock was set.
+//! Therefore a clientOid belongs to the call that used it last, and only the results of that call count for it.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, UNIX_EPOCH};
 
 use flate2::read::MultiGzDecoder;
+use indexmap::IndexSet;
 use serde::{Deserialize, Serialize};
 
-use super::guard::{ClaimKey, Guard, OrderState};
+use super::guard::{ClaimKey, OrderState};
 use super::{Orders, Readiness, seconds};
-use crate::base::ids::{AccountId, Principal, RequestId};
+use crate::base::ids::{AccountId, BotId, Principal, RequestId};
 use crate::base::state_file;
 use crate::kucoin::{Catalog, Endpoint, Scope};
 
@@ -30,14 +35,8 @@ const LAST_BYTES: u64 = 256 * 1024;
 /// How much later than expected the log may begin: the time of a slow start.
 const GAP_TOLERANCE_MS: i64 = 60_000;
 
-/// What the audit log had.
-#[derive(Debug, Default)]
-pub(crate) struct Replayed {
-    /// Calls without a result: the broker ended before it had one.
-    pub(crate) unresolved: Vec<Unresolved>,
-    /// The time of the first line that was read, Unix milliseconds.
-    first_ms: Option<i64>,
-}
+/// How often the files are listed again if they are rotated meanwhile.
+const LISTINGS: usize = 10;
 
 /// A call that changes something, and was sent or about to be sent when an earlier run ended.
 #[derive(Clone, Debug)]
@@ -51,6 +50,15 @@ pub(crate) struct Unresolved {
     pub(crate) scope: Scope,
     pub(crate) endpoint: &'static str,
     pub(crate) client_oids: Vec<String>,
+}
+
+/// The audit log, and where to find it.
+#[derive(Debug)]
+pub(crate) struct AuditLog<'a> {
+    /// The current file.
+    pub(crate) file: &'a Path,
+    /// This run, whose lines do not count.
+    pub(crate) run: &'a str,
 }
 
 /// The content of [`FILE`].
@@ -83,6 +91,7 @@ struct Line<'a> {
     endpoint: Option<Cow<'a, str>>,
     #[serde(borrow)]
     uid: Option<Cow<'a, str>>,
+    exchange_ms: Option<i64>,
     #[serde(borrow)]
     body_sha256: Option<Cow<'a, str>>,
     #[serde(borrow, default)]
@@ -91,39 +100,109 @@ struct Line<'a> {
     outcome: Option<Cow<'a, str>>,
 }
 
-/// A call whose result has not been read yet.
+/// A call: the number of its run in [`Reading::runs`], and its number in that run.
+type CallId = (usize, u64);
+
+/// What the log says about a clientOid.
+struct Used {
+    by: CallId,
+    /// Its number in [`Reading::bots`].
+    bot: usize,
+    time_ms: i64,
+    exchange_ms: i64,
+    body: u64,
+    /// `None`: the order was not placed.
+    state: Option<OrderState>,
+}
+
+/// The state of reading.
+struct Reading<'a> {
+    run: &'a str,
+    from_ms: i64,
+    /// The time of the first line.
+    first_ms: Option<i64>,
+    used: HashMap<ClaimKey, Used>,
+    /// About this many clientOids are remembered.
+    limit: usize,
+    /// Each run and bot once, since memory is short with a million clientOids.
+    runs: IndexSet<String>,
+    bots: IndexSet<BotId>,
+    open: HashMap<CallId, Open>,
+}
+
+/// A call whose result has not been read yet, or is `maybe_sent`.
 struct Open {
     keys: Vec<ClaimKey>,
     call: Unresolved,
     has_outcome: bool,
 }
 
+/// The files to read, the oldest first.
+struct Files {
+    opened: Vec<(i64, PathBuf, File)>,
+    /// Device and number of each file that was found.
+    found: BTreeSet<(u64, u64)>,
+    /// Whether there is a file from before the time that matters.
+    reaches_back: bool,
+    /// Files that cannot be read.
+    unreadable: Vec<(PathBuf, io::Error)>,
+}
+
 impl Orders {
     /// Reads the claims of earlier runs from the audit log; from then on orders can be placed, unless the log does not reach back
     /// far enough. Returns the calls that ended without a result.
-    pub(crate) fn read_log(&self, audit_file: &Path, now_ms: i64) -> Vec<Unresolved> {
+    pub(crate) fn read_log(&self, log: &AuditLog<'_>, now_ms: i64) -> Vec<Unresolved> {
         let since_ms = since(&self.state_dir);
-        let replayed = match self.replay(audit_file, since_ms, now_ms) {
-            Ok(replayed) => replayed,
-            Err(error) => {
-                tracing::error!(file.path = %audit_file.display(), exception.message = %error, "cannot read from the audit log which clientOids were used; risk-increasing requests are refused; correct the cause and restart, or run `credbroker orders accept-gap`");
-                *self.readiness.lock() = Readiness::Gap;
-                return Vec::new();
-            }
+        let limits = self.guard.lock().limits();
+        let window_ms = i64::from(limits.window_s) * 1000;
+        // If the system clock was set ahead, the last line shows that.
+        let last_ms = last_time(log.file).ok().flatten();
+        let from_ms = last_ms.unwrap_or(now_ms).min(now_ms) - window_ms;
+        let mut reading = Reading {
+            run: log.run,
+            from_ms,
+            first_ms: None,
+            used: HashMap::new(),
+            limit: limits.claims,
+            runs: IndexSet::new(),
+            bots: IndexSet::new(),
+            open: HashMap::new(),
         };
-        if self.readiness() == Readiness::Gap {
-            tracing::error!(file.path = %audit_file.display(), "the audit log does not reach back far enough to know which clientOids were used; risk-increasing requests are refused; restore the rotated files beside it and restart, or run `credbroker orders accept-gap`");
-        } else {
-            let (count, _) = self.usage();
-            tracing::info!(count, "clientOids of earlier runs read from the audit log");
+        let Files {
+            opened,
+            found: _,
+            reaches_back,
+            mut unreadable,
+        } = Files::list(log.file, from_ms);
+        for (_, path, file) in opened {
+            if let Err(error) = self.read_file(reader(&path, file), &mut reading) {
+                unreadable.push((path, error));
+            }
         }
-        let first_ms = replayed.first_ms.unwrap_or(now_ms);
+        for (path, error) in &unreadable {
+            tracing::error!(file.path = %path.display(), exception.message = %error, "cannot read from the audit log which clientOids were used");
+        }
+        let first_ms = reading.first_ms;
+        let expected_ms = since_ms.map(|since_ms| since_ms.max(from_ms) + GAP_TOLERANCE_MS);
+        let begins_late = expected_ms.is_some_and(|ms| first_ms.is_none_or(|first| first > ms));
+        let has_gap = !unreadable.is_empty() || (begins_late && !reaches_back);
+        let unresolved = self.take_over(reading);
+        let (count, _) = self.usage();
+        tracing::info!(count, "clientOids of earlier runs read from the audit log");
+        if has_gap {
+            tracing::error!(file.path = %log.file.display(), "the audit log does not show all clientOids that were used; risk-increasing requests are refused; restore the rotated files beside it and restart the broker, or run `credbroker orders accept-gap`");
+        }
+        *self.readiness.lock() = if has_gap {
+            Readiness::Gap
+        } else {
+            Readiness::Ready
+        };
         if since_ms.is_none()
-            && let Err(error) = write_since(&self.state_dir, first_ms)
+            && let Err(error) = write_since(&self.state_dir, first_ms.unwrap_or(now_ms))
         {
             tracing::error!(exception.message = %error, "cannot write {FILE} in the state folder; a later start may not notice that audit lines are missing");
         }
-        replayed.unresolved
+        unresolved
     }
 
     /// Accepts that clientOids which were used before `now_ms` may be unknown. Returns whether orders were refused for that.
@@ -141,50 +220,7 @@ impl Orders {
         Ok(true)
     }
 
-    /// Reads the claims of earlier runs. `since_ms`: when this broker first started; the log must reach back to it, or for as
-    /// long as claims are kept.
-    ///
-    /// # Errors
-    /// When the audit log cannot be read. The claims stay unknown.
-    fn replay(
-        &self,
-        audit_file: &Path,
-        since_ms: Option<i64>,
-        now_ms: i64,
-    ) -> io::Result<Replayed> {
-        let window_ms = i64::from(self.guard.lock().limits().window_s) * 1000;
-        // If the system clock was set ahead, the last line shows that.
-        let from_ms = last_time(audit_file)?.unwrap_or(now_ms).min(now_ms) - window_ms;
-        let mut replayed = Replayed::default();
-        let mut open = HashMap::new();
-        for file in files(audit_file, from_ms)? {
-            self.replay_file(&file, from_ms, &mut open, &mut replayed)?;
-        }
-        let mut guard = self.guard.lock();
-        for call in open.into_values().filter(|call: &Open| !call.has_outcome) {
-            for key in &call.keys {
-                guard.set(*key, OrderState::MaybeSent, None);
-            }
-            replayed.unresolved.push(call.call);
-        }
-        drop(guard);
-        let expected_ms = since_ms.map_or(i64::MIN, |since_ms| since_ms.max(from_ms));
-        let begins_ms = replayed.first_ms.unwrap_or(i64::MAX);
-        *self.readiness.lock() = match since_ms {
-            Some(_) if begins_ms > expected_ms.saturating_add(GAP_TOLERANCE_MS) => Readiness::Gap,
-            _ => Readiness::Ready,
-        };
-        Ok(replayed)
-    }
-
-    fn replay_file(
-        &self,
-        file: &Path,
-        from_ms: i64,
-        open: &mut HashMap<(String, u64), Open>,
-        replayed: &mut Replayed,
-    ) -> io::Result<()> {
-        let mut reader = reader(file)?;
+    fn read_file(&self, mut reader: impl BufRead, reading: &mut Reading<'_>) -> io::Result<()> {
         let mut bytes = Vec::new();
         loop {
             bytes.clear();
@@ -194,55 +230,139 @@ impl Orders {
             if read == 0 {
                 return Ok(());
             }
-            // A line that was cut off, or is of another kind, has no claims.
+            // A line that was cut off before its end, or is of another kind, is about no order.
             let Ok(line) = serde_json::from_slice::<Line>(&bytes) else {
                 continue;
             };
-            replayed.first_ms.get_or_insert(line.time_ms);
-            if line.time_ms < from_ms {
+            let first_ms = reading.first_ms.get_or_insert(line.time_ms);
+            *first_ms = line.time_ms.min(*first_ms);
+            if line.time_ms < reading.from_ms || line.run == reading.run {
                 continue;
             }
             match line.event.as_ref() {
-                "intent" => self.replay_intent(&line, open),
-                "outcome" | "late_answer" | "resolved" => {
-                    replay_result(&mut self.guard.lock(), &line, open);
-                }
+                "intent" => self.read_intent(&line, reading),
+                "outcome" | "late_answer" => reading.read_result(&line),
                 _ => {}
             }
         }
     }
 
-    fn replay_intent(&self, line: &Line<'_>, open: &mut HashMap<(String, u64), Open>) {
+    fn read_intent(&self, line: &Line<'_>, reading: &mut Reading<'_>) {
         let Some((call, endpoint)) = line.call() else {
             return;
         };
         let (account, scope) = (&call.account, call.scope);
-        let places = endpoint.claims_client_oids();
-        if let Some(uid) = line.uid.as_ref().filter(|_| places) {
-            self.learn_uid(account, scope, uid);
-        }
-        let key = |oid: &String| match &line.uid {
-            Some(uid) => self.hash.key("uid", uid, scope, oid),
-            None => self.hash.key("account", account.as_str(), scope, oid),
-        };
-        let oids = call.client_oids.iter().filter(|_| places);
-        let keys: Vec<_> = oids.map(key).collect();
-        let digest = line.body_sha256.as_deref().and_then(|text| text.get(..16));
-        let digest = digest.and_then(|digest| u64::from_str_radix(digest, 16).ok());
-        if let Some(bot) = call.principal.bot() {
-            let mut guard = self.guard.lock();
-            for key in &keys {
-                guard.restore(bot, *key, digest.unwrap_or(0), seconds(line.time_ms));
+        let id = (reading.runs.insert_full(call.run.clone()).0, call.call);
+        let mut keys = Vec::new();
+        if endpoint.claims_client_oids()
+            && let Some(bot) = call.principal.bot()
+        {
+            if let Some(uid) = &line.uid {
+                self.learn_uid(account, scope, uid);
+            }
+            let digest = line.body_sha256.as_deref().and_then(|text| text.get(..16));
+            let body = digest.and_then(|digest| u64::from_str_radix(digest, 16).ok());
+            let bot = reading.bots.insert_full(bot.clone()).0;
+            for oid in &call.client_oids {
+                let key = match &line.uid {
+                    Some(uid) => self.hash.key("uid", uid, scope, oid),
+                    None => self.hash.key("account", account.as_str(), scope, oid),
+                };
+                let used = Used {
+                    by: id,
+                    bot,
+                    time_ms: line.time_ms,
+                    exchange_ms: line.exchange_ms.unwrap_or(line.time_ms),
+                    body: body.unwrap_or(0),
+                    state: Some(OrderState::MaybeSent),
+                };
+                if reading.is_used(key, used) {
+                    keys.push(key);
+                }
+            }
+            if keys.is_empty() && !call.client_oids.is_empty() {
+                // This line was read before.
+                return;
             }
         }
-        let id = (call.run.clone(), call.call);
-        let has_outcome = false;
-        let call = Open {
+        let open = Open {
             keys,
             call,
-            has_outcome,
+            has_outcome: false,
         };
-        open.insert(id, call);
+        reading.open.entry(id).or_insert(open);
+    }
+
+    /// Adds the claims that were read, from the oldest to the newest.
+    fn take_over(&self, reading: Reading<'_>) -> Vec<Unresolved> {
+        let mut used: Vec<_> = reading.used.into_iter().collect();
+        used.sort_unstable_by_key(|(_, used)| used.time_ms);
+        for (key, used) in used {
+            if let Some(state) = used.state
+                && let Some(bot) = reading.bots.get_index(used.bot)
+            {
+                let at_s = seconds(used.exchange_ms);
+                // Locked for each one: bots are served meanwhile.
+                let mut guard = self.guard.lock();
+                guard.restore(bot, key, used.body, state, at_s);
+            }
+        }
+        let open = reading.open.into_values();
+        let unresolved = open.filter(|open| !open.has_outcome);
+        unresolved.map(|open| open.call).collect()
+    }
+}
+
+impl Reading<'_> {
+    /// Records that a call used a clientOid; false if a later call, or the same one, has used it already.
+    fn is_used(&mut self, key: ClaimKey, used: Used) -> bool {
+        if let Some(known) = self.used.get(&key) {
+            let is_later = used.time_ms > known.time_ms
+                || (used.time_ms == known.time_ms && known.state.is_none());
+            if known.by == used.by || !is_later {
+                return false;
+            }
+        }
+        self.used.insert(key, used);
+        if self.used.len() > self.limit + self.limit / 4 {
+            self.forget_oldest();
+        }
+        true
+    }
+
+    /// Forgets the oldest clientOids whose orders were accepted or not placed.
+    fn forget_oldest(&mut self) {
+        let mut times: Vec<_> = self.used.values().map(|used| used.time_ms).collect();
+        times.sort_unstable();
+        let oldest_ms = times.get(times.len() / 4).copied().unwrap_or(i64::MIN);
+        self.used.retain(|_, used| {
+            used.state == Some(OrderState::MaybeSent) || used.time_ms > oldest_ms
+        });
+    }
+
+    fn read_result(&mut self, line: &Line<'_>) {
+        let Some(run) = self.runs.get_index_of(line.run.as_ref()) else {
+            return;
+        };
+        let id = (run, line.call);
+        let Some(open) = self.open.get_mut(&id) else {
+            return;
+        };
+        open.has_outcome = true;
+        let state = match line.outcome.as_deref() {
+            Some("accepted") => Some(OrderState::Accepted),
+            Some("not_sent" | "rejected") => None,
+            // A later line of the call can have the result.
+            _ => return,
+        };
+        for key in &open.keys {
+            if let Some(used) = self.used.get_mut(key)
+                && used.by == id
+            {
+                used.state = state;
+            }
+        }
+        self.open.remove(&id);
     }
 }
 
@@ -254,6 +374,7 @@ impl Line<'_> {
             return None;
         }
         let scope = self.scope.as_deref()?;
+        let client_oids = self.client_oids.iter();
         let call = Unresolved {
             run: self.run.clone().into_owned(),
             call: self.call,
@@ -264,32 +385,84 @@ impl Line<'_> {
                 .into_iter()
                 .find(|known| known.as_str() == scope)?,
             endpoint: &endpoint.id,
-            client_oids: self
-                .client_oids
-                .iter()
-                .map(|oid| oid.clone().into_owned())
-                .collect(),
+            client_oids: client_oids.map(|oid| oid.clone().into_owned()).collect(),
         };
         Some((call, endpoint))
     }
 }
 
-fn replay_result(guard: &mut Guard, line: &Line<'_>, open: &mut HashMap<(String, u64), Open>) {
-    let id = (line.run.clone().into_owned(), line.call);
-    let Some(call) = open.get_mut(&id) else {
-        return;
-    };
-    call.has_outcome = true;
-    for key in &call.keys {
-        match line.outcome.as_deref() {
-            Some("accepted") => guard.set(*key, OrderState::Accepted, None),
-            Some("not_sent" | "rejected") => guard.free(*key),
-            _ => {}
+impl Files {
+    /// Lists and opens the audit file and its rotated predecessors. Repeats that if they are rotated meanwhile.
+    fn list(audit_file: &Path, from_ms: i64) -> Self {
+        let mut files = Self::list_once(audit_file, from_ms);
+        for _ in 0..LISTINGS {
+            let again = Self::list_once(audit_file, from_ms);
+            let is_unchanged = again.found == files.found;
+            files = again;
+            if is_unchanged && files.unreadable.is_empty() {
+                break;
+            }
         }
+        files.opened.sort_by_key(|(first_ms, ..)| *first_ms);
+        files
     }
-    // A later line of the call can only have the result of a request that may have been sent.
-    if line.outcome.as_deref() != Some("maybe_sent") {
-        open.remove(&id);
+
+    fn list_once(audit_file: &Path, from_ms: i64) -> Self {
+        let mut files = Self {
+            opened: Vec::new(),
+            found: BTreeSet::new(),
+            reaches_back: false,
+            unreadable: Vec::new(),
+        };
+        // The name can be a link to another folder.
+        let target = std::fs::canonicalize(audit_file).unwrap_or_else(|_| audit_file.to_owned());
+        for path in [audit_file, &target] {
+            if let Err(error) = files.add_folder(path, from_ms)
+                && error.kind() != io::ErrorKind::NotFound
+            {
+                files.unreadable.push((path.to_owned(), error));
+            }
+        }
+        files
+    }
+
+    /// Adds the files whose names begin with that of the audit file.
+    fn add_folder(&mut self, audit_file: &Path, from_ms: i64) -> io::Result<()> {
+        let (Some(folder), Some(name)) = (audit_file.parent(), audit_file.file_name()) else {
+            return Ok(());
+        };
+        for entry in std::fs::read_dir(folder)? {
+            let entry = entry?;
+            let is_ours = entry
+                .file_name()
+                .as_encoded_bytes()
+                .starts_with(name.as_encoded_bytes());
+            if is_ours && let Err(error) = self.add(&entry.path(), from_ms) {
+                self.unreadable.push((entry.path(), error));
+            }
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, path: &Path, from_ms: i64) -> io::Result<()> {
+        let from = UNIX_EPOCH + Duration::from_millis(from_ms.max(0).unsigned_abs());
+        let metadata = std::fs::metadata(path)?;
+        // Devices and pipes cannot be read back.
+        if !metadata.is_file() || metadata.len() == 0 {
+            return Ok(());
+        }
+        if metadata.modified()? < from {
+            self.reaches_back = true;
+            return Ok(());
+        }
+        let file = File::open(path)?;
+        let opened = file.metadata()?;
+        if !self.found.insert((opened.dev(), opened.ino())) {
+            return Ok(());
+        }
+        let first_ms = first_time(reader(path, File::open(path)?))?;
+        self.opened.push((first_ms, path.to_owned(), file));
+        Ok(())
     }
 }
 
@@ -308,52 +481,30 @@ fn write_since(state_dir: &Path, since_ms: i64) -> io::Result<()> {
     state_file::replace(state_dir, FILE, &text)
 }
 
-/// The audit file and its rotated predecessors that have lines since `from_ms`, the oldest first.
-fn files(audit_file: &Path, from_ms: i64) -> io::Result<Vec<PathBuf>> {
-    let from = UNIX_EPOCH + Duration::from_millis(from_ms.max(0).unsigned_abs());
-    let (Some(folder), Some(name)) = (audit_file.parent(), audit_file.file_name()) else {
-        return Ok(Vec::new());
-    };
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(folder)? {
-        let entry = entry?;
-        let metadata = entry.metadata()?;
-        let is_ours = entry
-            .file_name()
-            .as_encoded_bytes()
-            .starts_with(name.as_encoded_bytes());
-        if is_ours && metadata.is_file() && metadata.modified()? >= from {
-            let path = entry.path();
-            if let Some(first_ms) = first_time(&path)? {
-                found.push((first_ms, path));
-            }
+/// The time of the first line that can be read.
+fn first_time(mut reader: impl BufRead) -> io::Result<i64> {
+    let mut bytes = Vec::new();
+    loop {
+        bytes.clear();
+        let read = (&mut reader)
+            .take(LONGEST_LINE)
+            .read_until(b'\n', &mut bytes)?;
+        if read == 0 {
+            let problem = "expected audit lines, plain or compressed with gzip";
+            return Err(io::Error::new(io::ErrorKind::InvalidData, problem));
+        }
+        if let Ok(line) = serde_json::from_slice::<Line>(&bytes) {
+            return Ok(line.time_ms);
         }
     }
-    found.sort();
-    Ok(found.into_iter().map(|(_, path)| path).collect())
-}
-
-/// The time of the first line of a file; `None` if it is not an audit log.
-fn first_time(file: &Path) -> io::Result<Option<i64>> {
-    let mut bytes = Vec::new();
-    let read = reader(file)?
-        .take(LONGEST_LINE)
-        .read_until(b'\n', &mut bytes);
-    // Such as a compressed file that is not complete yet.
-    if read.is_err() {
-        return Ok(None);
-    }
-    let line = serde_json::from_slice::<Line>(&bytes).ok();
-    Ok(line.map(|line| line.time_ms))
 }
 
 /// The time of the last line of the audit file; `None` if it has none.
 fn last_time(audit_file: &Path) -> io::Result<Option<i64>> {
-    let mut file = match File::open(audit_file) {
-        Ok(file) if file.metadata()?.is_file() => file,
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => return Ok(None),
-    };
+    let mut file = File::open(audit_file)?;
+    if !file.metadata()?.is_file() {
+        return Ok(None);
+    }
     let end = file.metadata()?.len();
     file.seek(SeekFrom::Start(end.saturating_sub(LAST_BYTES)))?;
     let mut bytes = Vec::new();
@@ -363,13 +514,13 @@ fn last_time(audit_file: &Path) -> io::Result<Option<i64>> {
     Ok(times.next().map(|line| line.time_ms))
 }
 
-fn reader(file: &Path) -> io::Result<Box<dyn BufRead>> {
-    let open = BufReader::with_capacity(256 * 1024, File::open(file)?);
-    if file.extension() == Some(OsStr::new("gz")) {
-        return Ok(Box::new(BufReader::with_capacity(
+fn reader(path: &Path, file: File) -> Box<dyn BufRead> {
+    let open = BufReader::with_capacity(256 * 1024, file);
+    if path.extension() == Some(OsStr::new("gz")) {
+        return Box::new(BufReader::with_capacity(
             256 * 1024,
             MultiGzDecoder::new(open),
-        )));
+        ));
     }
-    Ok(Box::new(open))
+    Box::new(open)
 }
