@@ -524,3 +524,187 @@ fn reader(path: &Path, file: File) -> Box<dyn BufRead> {
     }
     Box::new(open)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{OrderSettings, Repeated};
+    use super::*;
+    use crate::kucoin::{Method, Target, UnsignedRequest};
+
+    const DAY_MS: i64 = 24 * 3600 * 1000;
+    const NOW_MS: i64 = 1_800_000_000_000;
+
+    struct Site {
+        folder: tempfile::TempDir,
+        orders: Orders,
+    }
+
+    impl Site {
+        fn new() -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let settings = OrderSettings {
+                window_s: 24 * 3600,
+                claims: 1000,
+                claims_per_bot: None,
+            };
+            let orders = Orders::new(settings, 1, folder.path());
+            Self { folder, orders }
+        }
+
+        /// A broker that has run for long.
+        fn old() -> Self {
+            let site = Self::new();
+            write_since(site.folder.path(), 0).unwrap();
+            site
+        }
+
+        fn write(&self, name: &str, lines: &[String]) -> PathBuf {
+            let path = self.folder.path().join(name);
+            std::fs::write(&path, lines.concat()).unwrap();
+            path
+        }
+
+        fn read(&self) -> Vec<Unresolved> {
+            let file = &self.folder.path().join("audit.jsonl");
+            let run = "current";
+            self.orders.read_log(&AuditLog { file, run }, NOW_MS)
+        }
+
+        /// What is known about an order; `None` if its clientOid is free.
+        fn state(&self, oid: &str) -> Option<OrderState> {
+            let body = format!("{{\"clientOid\":\"{oid}\"}}");
+            let request = UnsignedRequest {
+                account: "main".parse().unwrap(),
+                scope: Scope::SpotMargin,
+                method: Method::Post,
+                target: Target::new("/api/v1/hf/orders", Vec::new()).unwrap(),
+                body: body.into(),
+                id: "r".parse().unwrap(),
+                body_client_oids: vec![oid.to_owned()],
+            };
+            let endpoint = request.endpoint();
+            let checked = self.orders.check(&request, endpoint, NOW_MS);
+            checked.err().map(|repeated: Box<Repeated>| repeated.state)
+        }
+    }
+
+    fn intent(run: &str, call: u64, time_ms: i64, oid: &str) -> String {
+        format!(
+            "{{\"v\":1,\"event\":\"intent\",\"time_ms\":{time_ms},\"run\":\"{run}\",\"call\":{call},\"request_id\":\"r{call}\",\
+             \"bot\":\"spiffe://demo.test/bot/maker\",\"account\":\"main\",\"scope\":\"spot-margin\",\
+             \"endpoint\":\"spot.post.v1-hf-orders\",\"body_sha256\":\"00\",\"client_oids\":[\"{oid}\"]}}\n"
+        )
+    }
+
+    fn result(event: &str, run: &str, call: u64, time_ms: i64, outcome: &str) -> String {
+        format!(
+            "{{\"v\":1,\"event\":\"{event}\",\"time_ms\":{time_ms},\"run\":\"{run}\",\"call\":{call},\"outcome\":\"{outcome}\"}}\n"
+        )
+    }
+
+    fn outcome(run: &str, call: u64, time_ms: i64, outcome: &str) -> String {
+        result("outcome", run, call, time_ms, outcome)
+    }
+
+    #[test]
+    fn clientoid_belongs_to_the_call_that_used_it_last_also_if_older_lines_are_read_again() {
+        let site = Site::new();
+        let start = NOW_MS - 1000;
+        let first = [
+            intent("a", 1, start, "x"),
+            outcome("a", 1, start + 1, "not_sent"),
+        ];
+        let second = [
+            intent("a", 2, start + 2, "x"),
+            outcome("a", 2, start + 3, "accepted"),
+        ];
+        site.write("audit.jsonl", &[first.clone(), second].concat());
+        // A copy from before the second call, and the lines of a reserve, in a file that sorts after it.
+        site.write("audit.jsonl.bak", &first);
+        let mut again = vec![outcome("a", 9, start + 4, "accepted")];
+        again.extend(first);
+        site.write("audit.jsonl.later", &again);
+        assert!(site.read().is_empty());
+        assert_eq!(site.orders.readiness(), Readiness::Ready);
+        assert_eq!(site.state("x"), Some(OrderState::Accepted));
+    }
+
+    #[test]
+    fn results_decide_about_claims_and_calls_without_one_are_returned() {
+        let site = Site::new();
+        let start = NOW_MS - 1000;
+        let mut lines = Vec::new();
+        for (call, (oid, events)) in (1..).zip([
+            ("accepted", vec![("outcome", "accepted")]),
+            ("rejected", vec![("outcome", "rejected")]),
+            ("lost", vec![("outcome", "maybe_sent")]),
+            (
+                "late",
+                vec![("outcome", "maybe_sent"), ("late_answer", "rejected")],
+            ),
+            ("open", vec![]),
+        ]) {
+            lines.push(intent("a", call, start, oid));
+            for (event, outcome) in events {
+                lines.push(result(event, "a", call, start + 1, outcome));
+            }
+        }
+        lines.push(intent("current", 1, start, "mine"));
+        site.write("audit.jsonl", &lines);
+        let unresolved = site.read();
+        let unresolved: Vec<_> = unresolved.iter().map(|call| &call.client_oids[0]).collect();
+        assert_eq!(unresolved, ["open"]);
+        let states =
+            ["accepted", "rejected", "lost", "late", "open", "mine"].map(|oid| site.state(oid));
+        let (accepted, maybe) = (Some(OrderState::Accepted), Some(OrderState::MaybeSent));
+        assert_eq!(states, [accepted, None, maybe, None, maybe, None]);
+    }
+
+    #[test]
+    fn file_that_cannot_be_read_is_a_gap_and_hides_no_newer_one() {
+        let site = Site::new();
+        site.write("audit.jsonl.2.gz", &["not gzip".to_owned()]);
+        site.write("audit.jsonl.1.zst", &["\u{28}\u{b5}binary\n".to_owned()]);
+        site.write("audit.jsonl", &[intent("a", 1, NOW_MS - 1000, "x")]);
+        site.read();
+        assert_eq!(site.orders.readiness(), Readiness::Gap);
+        assert_eq!(site.state("x"), Some(OrderState::MaybeSent));
+    }
+
+    #[test]
+    fn damaged_first_line_hides_no_other() {
+        let site = Site::new();
+        let damaged = "{\"v\":1,\"ev\0\0\n".to_owned();
+        site.write(
+            "audit.jsonl",
+            &[damaged, intent("a", 1, NOW_MS - 1000, "x")],
+        );
+        site.read();
+        assert_eq!(site.orders.readiness(), Readiness::Ready);
+        assert_eq!(site.state("x"), Some(OrderState::MaybeSent));
+    }
+
+    #[test]
+    fn missing_lines_are_a_gap_but_a_quiet_broker_has_none() {
+        let site = Site::old();
+        site.write("audit.jsonl", &[intent("a", 1, NOW_MS - 1000, "x")]);
+        site.read();
+        assert_eq!(site.orders.readiness(), Readiness::Gap);
+        assert!(site.orders.accept_gap(NOW_MS).unwrap());
+        assert_eq!(site.orders.readiness(), Readiness::Ready);
+
+        let quiet = Site::old();
+        let old = quiet.write("audit.jsonl.1", &[intent("a", 1, NOW_MS - 3 * DAY_MS, "x")]);
+        let time = UNIX_EPOCH + Duration::from_millis(u64::try_from(NOW_MS - 3 * DAY_MS).unwrap());
+        File::options()
+            .append(true)
+            .open(old)
+            .unwrap()
+            .set_modified(time)
+            .unwrap();
+        quiet.write("audit.jsonl", &[]);
+        quiet.read();
+        assert_eq!(quiet.orders.readiness(), Readiness::Ready);
+        assert_eq!(quiet.state("x"), None);
+    }
+}

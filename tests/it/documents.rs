@@ -305,8 +305,8 @@ fn text_of(problems: &[impl ToString]) -> String {
 }
 
 /// The configuration sections that have their own table in the document.
-const SECTIONS: [&str; 9] = [
-    "listen", "tls", "vault", "egress", "exchange", "limits", "reload", "audit", "log",
+const SECTIONS: [&str; 10] = [
+    "listen", "tls", "vault", "egress", "exchange", "limits", "reload", "audit", "orders", "log",
 ];
 
 #[test]

@@ -73,11 +73,15 @@ fn request_for(endpoint: &Value, index: usize) -> SignAndSendRequest {
         "unified" => Scope::Unified,
         other => panic!("scope {other}"),
     };
+    // Each clientOid can be used only once.
+    let body = BODY.replace("signing-1", &format!("signing-{index}"));
     let (method, body) = match endpoint["method"].as_str().unwrap() {
-        "DELETE" if endpoint["path"] == "/api/v1/orders/multi-cancel" => (Method::Delete, BODY),
+        "DELETE" if endpoint["path"] == "/api/v1/orders/multi-cancel" => {
+            (Method::Delete, body.as_str())
+        }
         "DELETE" => (Method::Delete, ""),
         "GET" => (Method::Get, ""),
-        "POST" => (Method::Post, BODY),
+        "POST" => (Method::Post, body.as_str()),
         other => panic!("method {other}"),
     };
     let value = VALUES[index % VALUES.len()];
