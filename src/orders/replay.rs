@@ -532,7 +532,8 @@ mod tests {
     use crate::kucoin::{Method, Target, UnsignedRequest};
 
     const DAY_MS: i64 = 24 * 3600 * 1000;
-    const NOW_MS: i64 = 1_800_000_000_000;
+    /// Earlier than the times of the files.
+    const NOW_MS: i64 = 1_700_000_000_000;
 
     struct Site {
         folder: tempfile::TempDir,
