@@ -387,7 +387,11 @@ impl Lab {
     /// Every line of the audit log.
     pub(crate) fn audit_file(&self) -> Vec<Value> {
         let text = std::fs::read_to_string(self.path("state/audit.jsonl")).unwrap();
-        text.lines()
+        // The last line may be only half written.
+        let lines = text
+            .split_inclusive('\n')
+            .filter(|line| line.ends_with('\n'));
+        lines
             .map(|line| serde_json::from_str(line).unwrap())
             .collect()
     }

@@ -85,11 +85,7 @@ async fn until_tested(lab: &Lab, account: &str) {
 /// Whether the last change with this outcome was audited before the first hanging key test timed out. Polls come every second
 /// and a test times out after four seconds, however slow the machine is.
 fn happened_before_the_test_timed_out(lab: &Lab, outcome: &str) -> bool {
-    let text = std::fs::read_to_string(lab.path("state/audit.jsonl")).unwrap();
-    let lines: Vec<Value> = text
-        .lines()
-        .map(|line| serde_json::from_str(line).unwrap())
-        .collect();
+    let lines = lab.audit_file();
     let is_change = |line: &Value| line["action"] == "key" && line["outcome"] == outcome;
     let changed = lines.iter().rposition(is_change).unwrap();
     let is_timed_out = |line: &Value| {
