@@ -38,9 +38,7 @@ async fn missing_file_warning(lab: &mut Lab) -> Option<Value> {
 }
 
 fn audit_lines(lab: &Lab) -> Vec<Value> {
-    let text = std::fs::read_to_string(lab.path("state/audit.jsonl")).unwrap();
-    let lines = text.lines().map(|line| serde_json::from_str(line).unwrap());
-    lines.collect()
+    lab.audit_file()
 }
 
 #[tokio::test]
