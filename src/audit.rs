@@ -54,7 +54,7 @@ const MAX_DENIED_TARGET: usize = 512;
 const MAX_DENIED_OIDS: usize = 5;
 
 /// Characters of each `clientOid` in a line; KuCoin accepts 40.
-const MAX_CLIENT_OID_CHARS: usize = 64;
+pub(crate) const MAX_CLIENT_OID_CHARS: usize = 64;
 
 /// The audit log.
 #[derive(Debug)]

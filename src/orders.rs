@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::{Digest, Sha256};
 
+use crate::audit::MAX_CLIENT_OID_CHARS;
 use crate::base::ids::{AccountId, BotId};
 use crate::base::lock::Mutex;
 use crate::base::text::clean;
@@ -21,9 +22,6 @@ use crate::kucoin::{Endpoint, Scope, UnsignedRequest};
 
 pub(crate) use guard::OrderState;
 use guard::{Claim, ClaimKey, Guard, GuardLimits, NotClaimed};
-
-/// Characters of a clientOid in a message; KuCoin accepts 40.
-const CLIENT_OID_CHARS: usize = 64;
 
 /// The claims of all bots on clientOids.
 #[derive(Debug)]
@@ -164,7 +162,7 @@ impl fmt::Display for Repeated {
             order_id: _,
             is_same,
         } = self;
-        write!(f, "clientOid {}", clean(client_oid, CLIENT_OID_CHARS))?;
+        write!(f, "clientOid {}", clean(client_oid, MAX_CLIENT_OID_CHARS))?;
         if let Some(item) = item {
             write!(f, " (order {item} of the batch)")?;
         }
@@ -389,6 +387,11 @@ impl Hash {
     }
 
     fn key(&self, kind: &str, owner: &str, scope: Scope, client_oid: &str) -> ClaimKey {
+        // The audit log has no more of it; a transfer may have a longer one.
+        let end = client_oid.char_indices().nth(MAX_CLIENT_OID_CHARS);
+        let client_oid = end
+            .and_then(|(end, _)| client_oid.get(..end))
+            .unwrap_or(client_oid);
         let mut mac = self.0.clone();
         for part in [kind, owner, scope.as_str(), client_oid] {
             mac.update(part.as_bytes());

@@ -211,7 +211,7 @@ pub(crate) fn body(
     let (pointer, is_new) = match (location, endpoint) {
         (Some(ClientOidLocation::Body(pointer)), Some(endpoint)) => (
             pointer,
-            endpoint.claims_client_oids() || endpoint.effect == Effect::Test,
+            matches!(endpoint.effect, Effect::Place | Effect::Test),
         ),
         _ => (&*DEFAULT_CLIENT_OID_POINTER, false),
     };
