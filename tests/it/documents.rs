@@ -629,5 +629,5 @@ fn every_mutant_patch_still_applies() {
             assert!(code.contains(&before), "{}: {before}", path.display());
         }
     }
-    assert_eq!(patches, 4);
+    assert_eq!(patches, 6);
 }
