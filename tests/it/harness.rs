@@ -45,7 +45,7 @@ use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
 /// The longest that a test waits for a condition; a wait ends as soon as its condition holds.
-pub(crate) const WAIT_LIMIT: Duration = Duration::from_secs(20);
+pub(crate) const WAIT_LIMIT: Duration = Duration::from_secs(60);
 
 /// A broker, its simulators, and its files.
 pub(crate) struct Lab {
