@@ -99,6 +99,19 @@ pub struct Rule {
     pub(crate) key: String,
     /// A class, the id of an endpoint, or the path of an endpoint that is not in the catalogue.
     pub word: String,
+    /// Whether its orders need a clientOid.
+    pub(crate) client_oid: ClientOidRule,
+}
+
+/// `client_oid` of a grant: whether orders need a clientOid where the exchange does not require one.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, Ord, PartialEq, PartialOrd)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum ClientOidRule {
+    /// Orders without one are sent, although they can be neither looked up nor recognized when they are repeated.
+    Optional,
+    /// Orders without one are refused.
+    #[default]
+    Required,
 }
 
 impl fmt::Display for Rule {
@@ -123,6 +136,7 @@ pub struct Permit {
     account: Arc<Account>,
     scope: Scope,
     endpoint: Option<&'static Endpoint>,
+    client_oid: ClientOidRule,
     passes_like_a_cancel: bool,
 }
 
@@ -176,6 +190,11 @@ impl Permit {
     /// Treats this request like a cancel, although its endpoint is risk-increasing.
     pub(crate) fn pass_like_a_cancel(&mut self) {
         self.passes_like_a_cancel = true;
+    }
+
+    /// Whether an order needs a clientOid where the exchange does not require one.
+    pub(crate) fn requires_client_oid(&self) -> bool {
+        self.client_oid == ClientOidRule::Required
     }
 
     /// Whether the request can be repeated without harm even if it was executed.
@@ -327,9 +346,11 @@ impl Policy {
             ref target,
             ..
         } = request;
+        let mut client_oid = ClientOidRule::Required;
         let (entry, endpoint) = match principal {
             Principal::Bot(bot) => {
                 let granted = self.decide(bot, account, scope, method, target.path())?;
+                client_oid = least_strict(granted.by);
                 (granted.account, granted.endpoint)
             }
             Principal::Admin(_) => {
@@ -344,8 +365,30 @@ impl Policy {
             account: Arc::clone(entry),
             scope,
             endpoint,
+            client_oid,
             passes_like_a_cancel: false,
         })
+    }
+
+    /// The account, if a rule grants this bot the class `read` on it in this scope.
+    ///
+    /// # Errors
+    /// When none does.
+    pub(crate) fn check_read(
+        &self,
+        bot: &BotId,
+        account: &AccountId,
+        scope: Scope,
+    ) -> Result<&Arc<Account>, Denied> {
+        let (entry, grants) = self.grants(bot, account, scope)?;
+        match grants.and_then(|grants| grants.classes.get(&Risk::Read)) {
+            Some(_) => Ok(entry),
+            None => Err(Denied::NotGranted {
+                what: format!("class {:?}", Risk::Read.as_str()),
+                account: account.clone(),
+                scope,
+            }),
+        }
     }
 
     /// Allows or denies a request of an admin or of the broker itself.
@@ -495,6 +538,12 @@ fn allowed_by<'p>(
         });
     }
     Ok(grants.map_or([&[], &[]], |grants| grants.by(endpoint)))
+}
+
+/// What the most generous of these rules says.
+fn least_strict(by: By<'_>) -> ClientOidRule {
+    let rules = by.into_iter().flatten().map(|rule| rule.client_oid);
+    rules.min().unwrap_or_default()
 }
 
 impl Grants {

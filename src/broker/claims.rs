@@ -3,7 +3,7 @@
 use super::call::outcome_of;
 use super::{Broker, BrokerError, Call, Overload, Receipt};
 use crate::base::outcome::Outcome;
-use crate::kucoin::{Endpoint, Malformed, Method, UnsignedRequest};
+use crate::kucoin::{Endpoint, Malformed, Method, UnsignedRequest, placement};
 use crate::orders::{ClaimError, Claims, Settled};
 use crate::policy::Permit;
 
@@ -43,13 +43,19 @@ impl Broker {
         }
     }
 
-    /// Claims the clientOids of a call: the last check before its intent is recorded.
+    /// Checks and claims the clientOids of a call: the last check before its intent is recorded.
     pub(super) fn claim(&self, call: &Call, permit: &Permit) -> Result<Claims, BrokerError> {
         let Some(bot) = call.principal.bot() else {
             return Ok(Claims::default());
         };
-        if !permit.endpoint().is_some_and(Endpoint::claims_client_oids) {
+        let endpoint = permit.endpoint();
+        let endpoint = endpoint.filter(|endpoint| endpoint.claims_client_oids());
+        let Some(endpoint) = endpoint else {
             return Ok(Claims::default());
+        };
+        if permit.requires_client_oid() {
+            placement::check_client_oids(endpoint, &call.request)
+                .map_err(|problem| BrokerError::Malformed(vec![problem]))?;
         }
         let tested = self.keyring.tested(permit);
         let info = tested
@@ -59,7 +65,7 @@ impl Broker {
         let now_ms = self.clock.exchange(permit.destination()).ms;
         let claimed = self
             .orders
-            .claim(bot, &call.request, permit.endpoint(), uid, now_ms);
+            .claim(bot, &call.request, Some(endpoint), uid, now_ms);
         claimed.map_err(|error| match error {
             ClaimError::Full(limit) => Overload::ClaimsOfBot(limit).into(),
             ClaimError::Repeated(repeated) => BrokerError::Repeated(repeated),
@@ -72,7 +78,8 @@ impl Broker {
 
     /// Records what became of the orders of a call.
     pub(super) fn settle(&self, claims: &Claims, ended: &Result<Receipt, BrokerError>) {
-        let settled = match outcome_of(ended) {
+        let outcome = outcome_of(ended);
+        let settled = match outcome {
             Some(Outcome::Accepted) => Settled::Accepted,
             Some(Outcome::NotSent | Outcome::Rejected) => Settled::NotPlaced,
             Some(Outcome::MaybeSent) | None => Settled::MaybeSent,

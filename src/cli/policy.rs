@@ -13,10 +13,10 @@ use crate::base::toml_file::Problem;
 use crate::broker::BrokerError;
 use crate::config::load::{Source, rules, rules_or_empty};
 use crate::kucoin::catalog::Status;
-use crate::kucoin::{Method, RequestLimits, Scope, request};
-use crate::policy::Policy;
+use crate::kucoin::{Endpoint, Method, RequestLimits, Scope, request};
 use crate::policy::explain::{Allowed, Explanation, Refused};
 use crate::policy::listing::{Item, differences};
+use crate::policy::{ClientOidRule, Policy};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -258,9 +258,16 @@ fn explanation_text(
     {
         about.push("status: undocumented; can be granted only by its id".to_owned());
     }
+    if explanation.endpoint.is_some_and(Endpoint::lacks_lookup) {
+        about.push("lookup: none; can be granted only by its id".to_owned());
+    }
     let at = |rule: &crate::policy::Rule| format!("{}:{}: {rule}", file.display(), rule.line);
     let code = match explanation.verdict {
-        Ok(Allowed { by, key }) => {
+        Ok(Allowed {
+            by,
+            key,
+            client_oid,
+        }) => {
             lines.push("allowed".to_owned());
             lines.extend(by.into_iter().map(at));
             lines.extend(about);
@@ -269,6 +276,12 @@ fn explanation_text(
                 format!("{account}/{key}")
             });
             lines.push(format!("key: {key}"));
+            lines.extend(client_oid.map(|rule| match rule {
+                ClientOidRule::Optional => "clientOid: optional".to_owned(),
+                ClientOidRule::Required => {
+                    "clientOid: required, unless client_oid = \"optional\" in the grant".to_owned()
+                }
+            }));
             let site = policy.accounts().find(|entry| entry.id == *account);
             lines.extend(site.map(|entry| format!("site: {}", entry.site)));
             DONE

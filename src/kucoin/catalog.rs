@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 
 use serde::Deserialize;
 
-use super::order_form::{ClientOidLocation, OrderForm};
+use super::order_form::{ClientOidLocation, OrderForm, Requirement};
 use super::{Host, Method, Scope, UnsignedRequest};
 
 /// Compiled from the official SDK specifications and documentation; `risk`, `effect` and `idempotent` are our own judgement.
@@ -54,6 +54,9 @@ pub struct Endpoint {
     /// Where it carries orders; `None` if it carries none.
     #[serde(default)]
     pub(crate) order: Option<OrderForm>,
+    /// Its position in the catalogue.
+    #[serde(skip)]
+    pub(crate) number: u16,
 }
 
 /// Whether an endpoint was ever documented, as far as the rules need it.
@@ -262,9 +265,27 @@ impl Endpoint {
         !reduces && !matches!(self.risk, Risk::Public | Risk::Read)
     }
 
+    /// Whether it places orders that no read finds by their clientOid.
+    pub(crate) fn lacks_lookup(&self) -> bool {
+        let lookup = self.order.as_ref().and_then(|order| order.lookup.as_ref());
+        self.effect == Effect::Place && lookup.is_none()
+    }
+
+    /// Whether the exchange accepts orders without a clientOid here, at least some.
+    pub(crate) fn accepts_orders_without_client_oid(&self) -> bool {
+        let order = self.order.as_ref();
+        self.effect == Effect::Place
+            && order.is_some_and(|order| {
+                order.client_oid.is_some()
+                    && !matches!(order.requires_client_oid, Requirement::Always)
+            })
+    }
+
     /// The class that grants it; `None` if a rule must name its id.
     pub(crate) fn class(&self) -> Option<Risk> {
-        let by_class = self.status != Status::Undocumented && self.risk.grantable_as_class();
+        let by_class = self.status != Status::Undocumented
+            && self.risk.grantable_as_class()
+            && !self.lacks_lookup();
         by_class.then_some(self.risk)
     }
 
@@ -389,7 +410,10 @@ impl Catalog {
         &CATALOG
     }
 
-    fn new(endpoints: Vec<Endpoint>) -> Self {
+    fn new(mut endpoints: Vec<Endpoint>) -> Self {
+        for (number, endpoint) in (0..).zip(&mut endpoints) {
+            endpoint.number = number;
+        }
         let mut by_id = HashMap::new();
         let mut routes: HashMap<_, Node> = HashMap::new();
         let mut literals = HashMap::new();
@@ -425,6 +449,11 @@ impl Catalog {
         self.by_id
             .get(id)
             .and_then(|&index| self.endpoints.get(index))
+    }
+
+    /// The endpoint at this position.
+    pub(crate) fn by_number(&self, number: u16) -> Option<&Endpoint> {
+        self.endpoints.get(usize::from(number))
     }
 
     /// The endpoint for `path`. A literal path of any method on the host never matches a template: `cancelAll` is not an order id.
@@ -682,8 +711,23 @@ mod tests {
             assert_eq!(endpoint.class(), None, "{}", endpoint.id);
         }
         let class = |id: &str| Catalog::get().by_id(id).unwrap().class();
+        assert_eq!(class("spot.post.v1-hf-orders"), Some(Risk::Trade));
         assert_eq!(class("spot.get.v1-accounts"), Some(Risk::Read));
         assert_eq!(class("spot.post.v3-withdrawals"), None);
+    }
+
+    #[test]
+    fn endpoints_whose_orders_cannot_be_looked_up_belong_to_no_class() {
+        let endpoints = Catalog::get().endpoints().iter();
+        let found = endpoints.filter(|endpoint| endpoint.lacks_lookup());
+        let found: Vec<_> = found.map(|e| (e.id.as_str(), e.class())).collect();
+        let expected = [
+            "futures.post.v1-copy-trade-futures-orders",
+            "futures.post.v1-copy-trade-futures-st-orders",
+            "futures.post.v2-order",
+            "spot.post.ua-v1-account-mode-order-place-batch",
+        ];
+        assert_eq!(found, expected.map(|id| (id, None)));
     }
 
     #[test]

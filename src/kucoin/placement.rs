@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 
 use super::fields::{self, elements, members};
 use super::order_form::{ClientOidLocation, FieldLocation, OrderForm, Requirement};
-use super::{Effect, Endpoint, Risk, UnsignedRequest};
+use super::{Effect, Endpoint, Malformed, Risk, UnsignedRequest};
 
 /// Most orders in a request. Source: none of KuCoin's batches takes more than 20.
 pub(crate) const MAX_ORDERS: usize = 100;
@@ -91,6 +91,39 @@ pub(crate) fn placements(
         .into_iter()
         .map(|order| placement(endpoint, form, request, body, order));
     orders.collect::<Option<_>>().ok_or(unreadable)
+}
+
+/// Checks that each order of `request` has a clientOid where the exchange does not require one.
+///
+/// # Errors
+/// When an order has none, or the orders of the body are unknown.
+pub(crate) fn check_client_oids(
+    endpoint: &'static Endpoint,
+    request: &UnsignedRequest,
+) -> Result<(), Malformed> {
+    let form = endpoint.order.as_ref();
+    let is_batch = form.is_some_and(|form| form.items.is_some());
+    if !endpoint.accepts_orders_without_client_oid()
+        || !is_batch && !request.body_client_oids.is_empty()
+    {
+        return Ok(());
+    }
+    let orders = placements(endpoint, request).map_err(|error| Malformed::new("body", error))?;
+    let lacks_one = |order: &Placement| order.client_oid.is_none() && !order.requires_client_oid;
+    let Some(index) = orders.iter().position(lacks_one) else {
+        return Ok(());
+    };
+    let of_batch = if is_batch {
+        format!(" in order {} of the batch", index + 1)
+    } else {
+        String::new()
+    };
+    Err(Malformed::new(
+        "body",
+        format_args!(
+            "expected a clientOid{of_batch}, new for each order; add \"clientOid\": \"<up to 40 characters of A-Z a-z 0-9 _ ->\""
+        ),
+    ))
 }
 
 fn placement(
@@ -340,6 +373,48 @@ pub(super) mod tests {
         assert!(margin[0].requires_client_oid && margin[0].client_oid.is_none());
         let stop = of("spot.post.v1-stop-order", "{}").unwrap();
         assert!(!stop[0].requires_client_oid);
+    }
+
+    #[test]
+    fn order_without_client_oid_is_found_where_the_exchange_accepts_it() {
+        let check = |id: &str, body: &str, oids: &[&str]| {
+            let oids = oids.iter().map(|oid| (*oid).to_owned());
+            let request = UnsignedRequest {
+                body_client_oids: oids.collect(),
+                ..request(id, body)
+            };
+            let checked = check_client_oids(endpoint(id), &request);
+            checked.map_err(|problem| (problem.field, problem.problem))
+        };
+        let expected = |part: &str| {
+            let fix = "add \"clientOid\": \"<up to 40 characters of A-Z a-z 0-9 _ ->\"";
+            let problem = format!("expected a clientOid{part}, new for each order; {fix}");
+            Err(("body".to_owned(), problem))
+        };
+        let (one, batch) = ("spot.post.v1-hf-orders", "spot.post.v1-hf-orders-multi");
+        assert_eq!(check(one, r#"{"clientOid":"a"}"#, &["a"]), Ok(()));
+        for body in ["{}", r#"{"clientOid":null}"#, r#"{"clientOid":""}"#] {
+            assert_eq!(check(one, body, &[]), expected(""), "{body}");
+        }
+        let orders = r#"{"orderList":[{"clientOid":"a"},{"symbol":"b"}]}"#;
+        let second = expected(" in order 2 of the batch");
+        assert_eq!(check(batch, orders, &["a"]), second);
+        let orders = r#"{"orderList":[{"clientOid":"a"},{"clientOid":"b"}]}"#;
+        assert_eq!(check(batch, orders, &["a", "b"]), Ok(()));
+        // Its orders are unknown.
+        assert!(check(batch, r#"{"orderlist":[{}]}"#, &[]).is_err());
+        // The exchange rejects these, or they are no orders.
+        let unified = "spot.post.ua-v2-unified-order-place";
+        assert_eq!(check(unified, r#"{"tradeType":"FUTURES"}"#, &[]), Ok(()));
+        assert_eq!(check(unified, r#"{"tradeType":"SPOT"}"#, &[]), expected(""));
+        for id in [
+            "futures.post.v1-orders",
+            "spot.post.v1-hf-orders-alter",
+            "spot.post.v1-hf-orders-test",
+            "spot.post.ua-v2-account-transfer",
+        ] {
+            assert_eq!(check(id, "{}", &[]), Ok(()), "{id}");
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Explains to admins why the rules allow or deny a request. Bots get less detail.
 
 use super::file::GrantTarget;
-use super::{Denied, Grants, Policy, Rule};
+use super::{ClientOidRule, Denied, Grants, Policy, Rule, least_strict};
 use crate::base::ids::{AccountId, BotId, KeyName};
 use crate::kucoin::catalog::Found;
 use crate::kucoin::{Catalog, Endpoint, Method, Risk, Scope};
@@ -29,6 +29,8 @@ pub struct Allowed<'p> {
     pub by: Vec<&'p Rule>,
     /// The key that would sign; `None` if the request is public.
     pub key: Option<&'p KeyName>,
+    /// Whether an order needs a clientOid; `None` if the exchange requires one anyway, or the request is no order.
+    pub(crate) client_oid: Option<ClientOidRule>,
 }
 
 /// The rules deny the request.
@@ -62,8 +64,11 @@ impl Policy {
                 let mut by: Vec<_> = granted.by.into_iter().flatten().collect();
                 by.sort_unstable();
                 let key = granted.account.keys.get(&scope);
+                let is_open = |e: &Endpoint| e.accepts_orders_without_client_oid();
+                let client_oid = granted.endpoint.is_some_and(is_open);
                 Ok(Allowed {
                     by,
+                    client_oid: client_oid.then(|| least_strict(granted.by)),
                     key: key.filter(|_| granted.endpoint.is_none_or(Endpoint::is_private)),
                 })
             }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Account, MaxStale, Policy, Purpose, Rule, serves};
+use super::{Account, ClientOidRule, MaxStale, Policy, Purpose, Rule, serves};
 use crate::base::ids::{AccountId, BotId};
 use crate::base::toml_file::{Problem, Problems, Section};
 use crate::kucoin::catalog::Found;
@@ -154,16 +154,18 @@ pub(super) struct GrantTarget<'a> {
 impl GrantTarget<'_> {
     /// The entries of `allow`; a list that is empty becomes a rule that grants nothing, for the warning about it.
     fn read_allow(self, section: &mut Section) -> (Vec<(Granted, Rule)>, Option<Rule>) {
+        let client_oid = section.optional("client_oid").unwrap_or_default();
         let words = section.required::<Vec<String>>("allow", "[\"read\", \"trade\"]");
         let Some(words) = words else {
             return (Vec::new(), None);
         };
         let mut entries = Vec::new();
-        let idle = words.is_empty().then(|| rule(section, "allow", ""));
+        let idle = words.is_empty();
+        let idle = idle.then(|| rule(section, "allow", "", client_oid));
         for (index, word) in words.iter().enumerate() {
             let key = format!("allow[{index}]");
             match self.judge(word) {
-                Ok(granted) => entries.push((granted, rule(section, &key, word))),
+                Ok(granted) => entries.push((granted, rule(section, &key, word, client_oid))),
                 Err(problem) => section.problem(&key, format_args!("{word:?} {problem}")),
             }
         }
@@ -180,7 +182,7 @@ impl GrantTarget<'_> {
             section.problem("path", problem);
             return Vec::new();
         }
-        let rule = rule(section, "path", &path);
+        let rule = rule(section, "path", &path, ClientOidRule::default());
         let granted = method.map(|method| Granted::Unlisted(method, path));
         let entry = granted.map(|granted| (granted, rule));
         entry.into_iter().collect()
@@ -295,12 +297,13 @@ impl GrantTarget<'_> {
     }
 }
 
-fn rule(section: &Section, key: &str, word: &str) -> Rule {
+fn rule(section: &Section, key: &str, word: &str, client_oid: ClientOidRule) -> Rule {
     Rule {
         // A grant is a table of an array, which always has a line.
         line: section.line(key).unwrap_or_default(),
         key: section.key(key),
         word: word.to_owned(),
+        client_oid,
     }
 }
 
@@ -581,6 +584,27 @@ mod tests {
                 "{path} by both"
             );
         }
+    }
+
+    #[test]
+    fn client_oid_of_a_grant_is_required_or_optional() {
+        let rules = |value: &str| grant("\"trade\"") + &format!("client_oid = {value}\n");
+        for value in ["\"optional\"", "\"required\""] {
+            assert!(Policy::parse(&rules(value)).is_ok(), "{value}");
+        }
+        let unknown = problems(&rules("\"none\""));
+        assert!(
+            unknown[0].starts_with("line 8: grant[0].client_oid: "),
+            "{unknown:?}"
+        );
+        // It has no effect on an endpoint whose requests are unknown.
+        let unlisted = rules("\"optional\"")
+            .replace(
+                "allow = [\"trade\"]",
+                "unlisted = true\nmethod = \"GET\"\npath = \"/api/v9/new\"",
+            )
+            .replace("[account.main]", "[account.main]\nallow_money_out = true");
+        assert!(problems(&unlisted)[0].contains("client_oid"));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
-use super::{Account, Policy};
+use super::{Account, ClientOidRule, Policy, least_strict};
 use crate::base::ids::{AccountId, BotId};
 use crate::kucoin::{Catalog, Endpoint, Method, Scope};
 
@@ -42,6 +42,8 @@ pub enum Call<'p> {
     Endpoint(&'static str),
     /// A method and a path that are not in the catalogue.
     Unlisted(&'static str, &'p str),
+    /// The endpoint with this id, also for orders without a clientOid.
+    WithoutClientOid(&'static str),
 }
 
 /// The value of each setting, and the risk of each permission.
@@ -73,6 +75,15 @@ impl Policy {
             let listed = endpoints
                 .filter(|endpoint| self.may(bot, account, scope, endpoint))
                 .map(|endpoint| Call::Endpoint(&endpoint.id));
+            let endpoints = Catalog::get().endpoints().iter();
+            let without_client_oid = endpoints
+                .filter(|endpoint| {
+                    endpoint.accepts_orders_without_client_oid()
+                        && self.may(bot, account, scope, endpoint)
+                        && least_strict(grants.by(endpoint)) == ClientOidRule::Optional
+                })
+                .map(|endpoint| Call::WithoutClientOid(&endpoint.id));
+            let listed = listed.chain(without_client_oid);
             let unlisted = grants.unlisted.keys();
             let unlisted =
                 unlisted.map(|(method, path)| Call::Unlisted(Method::as_str(*method), path));
@@ -148,9 +159,15 @@ impl Item<'_> {
                 add("endpoint", id.into());
                 add("risk", risk.into());
                 add("moves_money", call.moves_money().into());
-                if let Call::Unlisted(method, path) = *call {
-                    add("method", method.into());
-                    add("path", path.into());
+                match *call {
+                    Call::Endpoint(_) => {}
+                    Call::Unlisted(method, path) => {
+                        add("method", method.into());
+                        add("path", path.into());
+                    }
+                    Call::WithoutClientOid(_) => {
+                        add("client_oid", "optional".into());
+                    }
                 }
             }
         }
@@ -161,7 +178,7 @@ impl Item<'_> {
 impl Call<'_> {
     fn endpoint(self) -> Option<&'static Endpoint> {
         match self {
-            Self::Endpoint(id) => Catalog::get().by_id(id),
+            Self::Endpoint(id) | Self::WithoutClientOid(id) => Catalog::get().by_id(id),
             Self::Unlisted(..) => None,
         }
     }
@@ -186,6 +203,7 @@ impl fmt::Display for Call<'_> {
         match self {
             Self::Endpoint(id) => f.write_str(id),
             Self::Unlisted(method, path) => write!(f, "unlisted {method} {path}"),
+            Self::WithoutClientOid(id) => write!(f, "{id} without clientOid"),
         }
     }
 }
@@ -356,6 +374,28 @@ mod tests {
             "+ c main spot-margin: unlisted POST /api/v9/new (MAY MOVE MONEY)",
         ];
         assert_eq!(changes(&old, &new), expected);
+    }
+
+    #[test]
+    fn orders_without_client_oid_are_a_permission_of_their_own() {
+        let allow = "allow = [\"spot.post.v1-hf-orders\", \"spot.post.v3-oco-order\"]";
+        let optional = format!("{allow}\nclient_oid = \"optional\"");
+        let (old, new) = (
+            rules(KEYED, &[("b", allow)]),
+            rules(KEYED, &[("b", &optional)]),
+        );
+        // KuCoin requires a clientOid for OCO orders.
+        let line = "b main spot-margin: spot.post.v1-hf-orders without clientOid (trade)";
+        assert_eq!(changes(&old, &new), [format!("+ {line}")]);
+        assert_eq!(changes(&new, &old), [format!("- {line}")]);
+        let json = differences(&old.listing(), &new.listing())[0].to_json();
+        assert_eq!(
+            (&json["endpoint"], &json["client_oid"]),
+            (&json!("spot.post.v1-hf-orders"), &json!("optional"))
+        );
+        // One grant that allows it is enough.
+        let both = rules(KEYED, &[("b", allow), ("b", &optional)]);
+        assert_eq!(changes(&both, &new), [""; 0]);
     }
 
     #[test]

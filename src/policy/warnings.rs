@@ -124,6 +124,18 @@ impl Policy {
                 ));
             }
         }
+        for (id, rules) in &grants.endpoints {
+            let endpoint = Catalog::get().by_id(id);
+            let lacks_lookup = endpoint.is_some_and(Endpoint::lacks_lookup);
+            if let Some(rule) = rules.first().filter(|_| lacks_lookup) {
+                warnings.push(at(
+                    rule,
+                    format_args!(
+                        "KuCoin has no lookup for the orders of {id}: after maybe_sent, nothing shows whether one was placed"
+                    ),
+                ));
+            }
+        }
         let unlisted = grants.unlisted.values().map(|rules| (None, rules));
         let classes = grants.classes.values().map(|rules| (None, rules));
         let endpoints = grants.endpoints.iter().map(|(id, rules)| {
@@ -171,6 +183,17 @@ fn at(rule: &Rule, problem: impl std::fmt::Display) -> Problem {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn grant_of_orders_that_cannot_be_looked_up_is_a_warning() {
+        let rules = "[account.main]\nkey = { futures = \"main\" }\n[[grant]]\nbot = \"b\"\naccount = \"main\"\nscope = \"futures\"\n\
+                     allow = [\"trade\", \"futures.post.v2-order\"]\n";
+        let policy = Policy::parse(rules).unwrap();
+        let warnings: Vec<_> = policy.warnings().iter().map(ToString::to_string).collect();
+        let expected = "line 7: grant[0].allow[1]: KuCoin has no lookup for the orders of futures.post.v2-order: after maybe_sent, \
+                        nothing shows whether one was placed";
+        assert_eq!(warnings, [expected]);
+    }
 
     #[test]
     fn each_warning_has_its_line() {

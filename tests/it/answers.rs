@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use credbroker::proto::{Method, Outcome, Scope, SignAndSendRequest, SignAndSendResponse};
-use credbroker_sim::installation::Settings;
+use credbroker_sim::installation::{RULES, Settings, grant};
 use credbroker_sim::kucoin::ReceivedRequest;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -176,7 +176,12 @@ async fn metric(lab: &Lab, line: &str) -> u64 {
 #[tokio::test]
 async fn order_is_accepted_only_by_a_code_that_its_endpoint_documents() {
     let exchange = Exchange::start("futures").await;
-    let lab = Lab::with(exchange.settings()).await;
+    let v2 = grant("maker", "main", "futures", "\"futures.post.v2-order\"");
+    let settings = Settings {
+        rules: RULES.to_owned() + &v2,
+        ..exchange.settings()
+    };
+    let lab = Lab::with(settings).await;
     let mut bot = lab.bot("maker").await;
     let accepted = field_case("futures-v2-order-taken.http");
     exchange.answer("/api/v2/order", accepted.clone());
@@ -546,7 +551,12 @@ async fn order_is_maybe_sent_when_informational_responses_come_instead_of_its_an
 #[tokio::test]
 async fn answer_with_another_client_oid_is_discarded_and_its_connection_closed() {
     let exchange = Exchange::start("spot").await;
-    let mut lab = Lab::with(exchange.settings()).await;
+    let optional = "scope = \"spot-margin\"\nclient_oid = \"optional\"\n";
+    let settings = Settings {
+        rules: RULES.replace("scope = \"spot-margin\"\n", optional),
+        ..exchange.settings()
+    };
+    let mut lab = Lab::with(settings).await;
     let mut bot = lab.bot("maker").await;
     let accepted = |client_oid: &str| {
         ok(&json!({"code": "200000", "data": {"orderId": "1", "clientOid": client_oid}}))

@@ -261,6 +261,64 @@ async fn repeated_order_is_refused_as_such_whatever_else_would_refuse_it() {
 }
 
 #[tokio::test]
+async fn order_without_client_oid_is_refused_unless_its_grant_says_optional() {
+    let mut lab = Lab::start().await;
+    let mut bot = lab.patient_bot("maker").await;
+    let order = json!({"side": "buy", "symbol": "BTC-USDT", "type": "limit", "price": "10000", "size": "0.001"});
+    let single = || {
+        let mut request = spot_order("x");
+        request.body = order.to_string().into();
+        request
+    };
+    let mut two = batch(&["a", "b"]);
+    let mut orders: Value = serde_json::from_slice(&two.body).unwrap();
+    orders["orderList"][1] = order.clone();
+    two.body = orders.to_string().into();
+    for (request, part) in [(single(), ""), (two.clone(), " in order 2 of the batch")] {
+        let status = bot.send(request).await.unwrap_err();
+        assert_eq!(failure(&status).1, "REQUEST_MALFORMED");
+        let problem = format!(
+            "expected a clientOid{part}, new for each order; add \"clientOid\": \"<up to 40 characters of A-Z a-z 0-9 _ ->\""
+        );
+        let details = status.get_details_bad_request().unwrap();
+        let [violation] = &details.field_violations[..] else {
+            panic!("{details:?}")
+        };
+        assert_eq!(
+            (violation.field.as_str(), &violation.description),
+            ("body", &problem)
+        );
+        assert_eq!(
+            status.message(),
+            format!("malformed request: body: {problem}")
+        );
+    }
+    assert_eq!(orders_received(&lab), 0);
+    // The other orders of the batch were not claimed, and an order test places nothing.
+    bot.send(spot_order("a")).await.unwrap();
+    let mut test = single();
+    test.path = "/api/v1/hf/orders/test".to_owned();
+    bot.send(test).await.unwrap();
+    lab.stop().await;
+
+    let optional = "scope = \"spot-margin\"\nclient_oid = \"optional\"\n";
+    let mut lab = Lab::with(Settings {
+        rules: RULES.replace("scope = \"spot-margin\"\n", optional),
+        ..Settings::default()
+    })
+    .await;
+    let mut bot = lab.patient_bot("maker").await;
+    for request in [single(), single(), two] {
+        assert_eq!(
+            bot.send(request).await.unwrap().outcome(),
+            Outcome::Accepted
+        );
+    }
+    assert_eq!(orders_received(&lab), 3);
+    lab.stop().await;
+}
+
+#[tokio::test]
 async fn bot_without_a_grant_learns_nothing_about_the_orders_of_others() {
     let grant = "\n[[grant]]\nbot = \"spiffe://demo.test/bot/reader\"\naccount = \"other\"\n\
                  scope = \"spot-margin\"\nallow = [\"trade\"]\n";

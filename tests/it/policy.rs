@@ -249,7 +249,7 @@ fn rules_of(grants: &[&Grant], unlisted: &[&Unlisted]) -> String {
         let scope = word(*scope);
         write!(
             rules,
-            "\n[[grant]]\nbot = \"spiffe://demo.test/bot/{bot}\"\naccount = \"{account}\"\nscope = \"{scope}\"\nallow = {allow:?}\n"
+            "\n[[grant]]\nbot = \"spiffe://demo.test/bot/{bot}\"\naccount = \"{account}\"\nscope = \"{scope}\"\nallow = {allow:?}\nclient_oid = \"optional\"\n"
         )
         .unwrap();
     }

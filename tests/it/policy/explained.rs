@@ -278,7 +278,9 @@ fn policy_diff_lists_exactly_the_calls_whose_decision_changes() {
             shown.insert((bot.as_str(), *scope, change.new.is_some(), *call));
             // The text marks exactly the calls that move money.
             let moves_money = match call {
-                Call::Endpoint(id) => Catalog::get().by_id(id).unwrap().risk.moves_money(),
+                Call::Endpoint(id) | Call::WithoutClientOid(id) => {
+                    Catalog::get().by_id(id).unwrap().risk.moves_money()
+                }
                 Call::Unlisted(..) => true,
             };
             let line = change.to_string();

@@ -61,7 +61,8 @@ pub(super) fn verdict(
         "turkey" => scope == Scope::SpotMargin && endpoint["product"] != "margin",
         _ => true,
     };
-    let by_class = endpoint["status"] != "undocumented";
+    let has_lookup = endpoint["effect"] != "place" || endpoint["order"]["lookup"].is_object();
+    let by_class = endpoint["status"] != "undocumented" && has_lookup;
     let named = |word: &&str| (by_class && endpoint["risk"] == **word) || endpoint["id"] == **word;
     let granted = grants.iter().any(|grant| grant.allow.iter().any(named));
     if endpoint["grantable"] == false || !site_has_it || !granted {

@@ -51,7 +51,10 @@ fn rules(endpoints: &[Value]) -> String {
     for scope in ["spot-margin", "futures", "unified"] {
         let classes = ["read", "trade", "trade-config"];
         let by_class = |e: &Value| {
-            e["status"] != "undocumented" && classes.contains(&e["risk"].as_str().unwrap())
+            let has_lookup = e["effect"] != "place" || e["order"]["lookup"].is_object();
+            e["status"] != "undocumented"
+                && has_lookup
+                && classes.contains(&e["risk"].as_str().unwrap())
         };
         let named = endpoints
             .iter()
@@ -60,7 +63,7 @@ fn rules(endpoints: &[Value]) -> String {
         let allow: Vec<_> = classes.into_iter().chain(named).collect();
         writeln!(
  rules,
-            "[[grant]]\nbot = \"spiffe://demo.test/bot/maker\"\naccount = \"main\"\nscope = \"{scope}\"\nallow = {allow:?}"
+            "[[grant]]\nbot = \"spiffe://demo.test/bot/maker\"\naccount = \"main\"\nscope = \"{scope}\"\nallow = {allow:?}\nclient_oid = \"optional\""
         ).unwrap();
     }
     rules
