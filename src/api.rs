@@ -4,4 +4,5 @@ pub(crate) mod admin_error;
 pub(crate) mod admins;
 pub(crate) mod bots;
 mod messages;
+mod outcomes;
 pub(crate) mod status;

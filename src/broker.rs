@@ -26,6 +26,7 @@ mod error;
 mod feedback;
 mod gate;
 mod not_after;
+mod outcomes;
 pub(crate) mod probes;
 mod retry;
 

@@ -4,7 +4,9 @@
 //! placed; another request with the same clientOid is refused, and learns what is known about the first one. Claims are kept
 //! for [`GuardLimits::window_s`]. They are in memory; after a start they are read from the audit log, which has every intent.
 
+mod calls;
 mod guard;
+mod outcomes;
 pub(crate) mod replay;
 
 use std::collections::BTreeMap;
@@ -20,8 +22,11 @@ use crate::base::lock::Mutex;
 use crate::base::text::clean;
 use crate::kucoin::{Endpoint, Scope, UnsignedRequest};
 
+use calls::{CallHandle, CallTable};
 pub(crate) use guard::OrderState;
-use guard::{Claim, ClaimKey, Guard, GuardLimits, NotClaimed};
+use guard::{Claim, ClaimKey, ClaimedBy, Guard, GuardLimits, NotClaimed};
+use outcomes::number;
+pub(crate) use outcomes::{Known, KnownState};
 
 /// The claims of all bots on clientOids.
 #[derive(Debug)]
@@ -31,6 +36,8 @@ pub(crate) struct Orders {
     settings: OrderSettings,
     state_dir: PathBuf,
     guard: Mutex<Guard>,
+    /// Locked before the guard.
+    calls: Mutex<CallTable>,
     /// The KuCoin account of each account in the rules, as far as a key test has reported it.
     uids: Mutex<BTreeMap<(AccountId, Scope), String>>,
     readiness: Mutex<Readiness>,
@@ -93,6 +100,8 @@ pub(crate) struct Claims {
     uid: Option<String>,
     /// The exchange's time of the claims, Unix milliseconds.
     at_ms: i64,
+    /// The request, if it changes something.
+    call: Option<CallHandle>,
 }
 
 impl ClaimsUnknown {
@@ -188,11 +197,13 @@ impl fmt::Display for Repeated {
 impl Orders {
     /// Without claims, and not ready.
     pub(crate) fn new(settings: OrderSettings, bots: usize, state_dir: &Path) -> Self {
+        let limits = settings.limits(bots);
         Self {
             hash: Hash::random(),
             settings,
             state_dir: state_dir.to_owned(),
-            guard: Mutex::new(Guard::new(settings.limits(bots))),
+            guard: Mutex::new(Guard::new(limits)),
+            calls: Mutex::new(CallTable::new(limits)),
             uids: Mutex::default(),
             readiness: Mutex::new(Readiness::Reading),
         }
@@ -225,7 +236,9 @@ impl Orders {
 
     /// Shares the claims among this number of bots from now on. Existing claims stay.
     pub(crate) fn share(&self, bots: usize) {
-        self.guard.lock().set_limits(self.settings.limits(bots));
+        let limits = self.settings.limits(bots);
+        self.guard.lock().set_limits(limits);
+        self.calls.lock().set_limits(limits);
     }
 
     /// Looks the clientOids of a request up.
@@ -242,7 +255,9 @@ impl Orders {
         if oids.is_empty() {
             return Ok(());
         }
-        let orders = self.keys(request, self.uid(request).as_deref(), &oids);
+        let (account, scope) = (&request.account, request.scope);
+        let uid = self.uid(account, scope);
+        let orders = self.keys(account, scope, uid.as_deref(), &oids);
         let guard = self.guard.lock();
         let found = orders.iter().enumerate().find_map(|(position, keys)| {
             let claim = keys
@@ -272,24 +287,32 @@ impl Orders {
         if oids.is_empty() {
             return Ok(Claims::default());
         }
+        let (account, scope) = (&request.account, request.scope);
         if let Some(uid) = uid {
-            self.learn_uid(&request.account, request.scope, uid);
+            self.learn_uid(account, scope, uid);
         }
         for (position, oid) in oids.iter().enumerate() {
             if oids.iter().take(position).any(|before| before == oid) {
                 return Err(ClaimError::Twice((*oid).to_owned()));
             }
         }
-        let uid = self.uid(request);
-        let orders = self.keys(request, uid.as_deref(), &oids);
+        let uid = self.uid(account, scope);
+        let orders = self.keys(account, scope, uid.as_deref(), &oids);
+        let by = ClaimedBy {
+            body: body_digest(&request.body),
+            endpoint: number(endpoint),
+        };
         let mut guard = self.guard.lock();
-        let body = body_digest(&request.body);
-        match guard.claim(bot, &orders, body, seconds(now_ms)) {
+        match guard.claim(bot, &orders, by, seconds(now_ms)) {
             Ok(()) => {
                 let keys = orders.iter().filter_map(|keys| keys.first().copied());
                 let keys = keys.collect();
-                let at_ms = now_ms;
-                Ok(Claims { keys, uid, at_ms })
+                Ok(Claims {
+                    keys,
+                    uid,
+                    at_ms: now_ms,
+                    call: None,
+                })
             }
             Err(NotClaimed::Claimed(position, claim)) => Err(ClaimError::Repeated(Box::new(
                 repeated(request, &oids, position, claim),
@@ -328,9 +351,9 @@ impl Orders {
         }
     }
 
-    /// The exchange's id of the account of a request, if it has ever been known.
-    fn uid(&self, request: &UnsignedRequest) -> Option<String> {
-        let place = (request.account.clone(), request.scope);
+    /// The exchange's id of an account, if it has ever been known.
+    fn uid(&self, account: &AccountId, scope: Scope) -> Option<String> {
+        let place = (account.clone(), scope);
         self.uids.lock().get(&place).cloned()
     }
 
@@ -338,11 +361,11 @@ impl Orders {
     /// rules with this id, because it was not always known.
     fn keys(
         &self,
-        request: &UnsignedRequest,
+        account: &AccountId,
+        scope: Scope,
         uid: Option<&str>,
         oids: &[&str],
     ) -> Vec<Vec<ClaimKey>> {
-        let (account, scope) = (&request.account, request.scope);
         let uids = self.uids.lock();
         let same = uids.iter().filter(|((other, of), known)| {
             other != account && *of == scope && Some(known.as_str()) == uid
@@ -352,13 +375,17 @@ impl Orders {
             .chain(same.map(|((name, _), _)| name))
             .collect();
         let keys = |oid: &&str| {
-            let by_uid = uid.map(|uid| self.hash.key("uid", uid, scope, oid));
+            let by_uid = uid.map(|uid| self.key("uid", uid, scope, oid));
             let by_name = names
                 .iter()
-                .map(|name| self.hash.key("account", name.as_str(), scope, oid));
+                .map(|name| self.key("account", name.as_str(), scope, oid));
             by_uid.into_iter().chain(by_name).collect()
         };
         oids.iter().map(keys).collect()
+    }
+
+    fn key(&self, kind: &str, owner: &str, scope: Scope, client_oid: &str) -> ClaimKey {
+        self.hash.key(&[kind, owner, scope.as_str(), client_oid])
     }
 }
 
@@ -386,14 +413,10 @@ impl Hash {
         Self(mac)
     }
 
-    fn key(&self, kind: &str, owner: &str, scope: Scope, client_oid: &str) -> ClaimKey {
-        // The audit log has no more of it; a transfer may have a longer one.
-        let end = client_oid.char_indices().nth(MAX_CLIENT_OID_CHARS);
-        let client_oid = end
-            .and_then(|(end, _)| client_oid.get(..end))
-            .unwrap_or(client_oid);
+    /// The hash of several texts, of which the first says what they are.
+    fn key(&self, parts: &[&str]) -> ClaimKey {
         let mut mac = self.0.clone();
-        for part in [kind, owner, scope.as_str(), client_oid] {
+        for part in parts {
             mac.update(part.as_bytes());
             mac.update(b"\0");
         }

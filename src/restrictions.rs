@@ -190,15 +190,23 @@ impl Restrictions {
         account: &AccountId,
         increases_risk: bool,
     ) -> Result<(), Restricted> {
-        let state = self.state.read();
-        if principal
-            .bot()
-            .is_some_and(|bot| state.blocked_bots.contains_key(bot))
-        {
-            return Err(Restricted::Blocked);
+        if let Some(bot) = principal.bot() {
+            self.check_bot(bot)?;
         }
+        let state = self.state.read();
         if increases_risk && state.is_halted(account) {
             return Err(Restricted::Halted(account.clone()));
+        }
+        Ok(())
+    }
+
+    /// Whether a bot may call at all.
+    ///
+    /// # Errors
+    /// When it is blocked.
+    pub(crate) fn check_bot(&self, bot: &BotId) -> Result<(), Restricted> {
+        if self.state.read().blocked_bots.contains_key(bot) {
+            return Err(Restricted::Blocked);
         }
         Ok(())
     }

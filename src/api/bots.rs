@@ -1,4 +1,4 @@
-//! The `Broker` service: `SignAndSend`.
+//! The `Broker` service: `SignAndSend`, and `GetOutcome` with `outcomes.rs`.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -8,7 +8,8 @@ use tokio::time::Instant;
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
-use super::status::status;
+use super::outcomes;
+use super::status::{status, status_of_question};
 use crate::base::ids::{BotId, Principal, RequestId};
 use crate::base::outcome::Outcome;
 use crate::broker::admission::{CallKind, CallSlot, MessageSlot};
@@ -35,8 +36,15 @@ const MAX_ID_CHARS: usize = 64;
 /// Characters of `msg` in an item.
 const MAX_ITEM_MSG_CHARS: usize = 200;
 
-/// The path of the only method.
+/// The problem of a missing or unknown scope.
+pub(super) const SCOPES: &str = "expected SCOPE_SPOT_MARGIN, SCOPE_FUTURES or SCOPE_UNIFIED";
+
+/// The problem of an invalid request id.
+pub(super) const REQUEST_ID: &str = "expected 1 to 64 characters of A-Z, a-z, 0-9, '.', '_', '-'";
+
+/// The paths of the methods.
 pub(crate) const SIGN_AND_SEND: &str = "/credbroker.v1.Broker/SignAndSend";
+pub(crate) const GET_OUTCOME: &str = "/credbroker.v1.Broker/GetOutcome";
 
 /// The caller, as passed on by the listener.
 #[derive(Clone, Debug)]
@@ -74,7 +82,9 @@ impl GrpcApi {
     /// The host of the request; `None` if the bot has no grant for its account and scope.
     fn host_id(&self, bot: &BotId, message: &proto::SignAndSendRequest) -> Option<HostId> {
         let account = message.account.parse().ok()?;
-        self.broker.policy().host_of(bot, &account, scope(message)?)
+        self.broker
+            .policy()
+            .host_of(bot, &account, scope(message.scope())?)
     }
 
     async fn answer(
@@ -159,6 +169,26 @@ impl BrokerRpc for GrpcApi {
             Err(error) => Err(status(&error, &id, broker_time_ms())),
         }
     }
+
+    async fn get_outcome(
+        &self,
+        request: Request<proto::GetOutcomeRequest>,
+    ) -> Result<Response<proto::GetOutcomeResponse>, Status> {
+        // Not the id that the bot asks about, whose calls have audit lines of their own.
+        let id = RequestId::random();
+        let peer = request.extensions().get::<Peer>().cloned();
+        let peer = peer.ok_or_else(|| status_of_question(&BrokerError::Internal, &id, None))?;
+        let message = request.into_inner();
+        let answer = async { outcomes::answer(&self.broker, &peer.bot, message) };
+        match catch_panic(answer).await {
+            Ok(answer) => Ok(Response::new(answer)),
+            Err(error) => {
+                let error = self.broker.refuse(&peer.bot, &id, error).await;
+                let time_ms = self.broker.clock.measured_ms(None);
+                Err(status_of_question(&error, &id, time_ms))
+            }
+        }
+    }
 }
 
 /// The bot's time limit. Source: gRPC over HTTP/2, `grpc-timeout`: at most 8 digits and a unit.
@@ -177,8 +207,8 @@ fn time_limit(metadata: &MetadataMap) -> Option<Duration> {
     })
 }
 
-fn scope(message: &proto::SignAndSendRequest) -> Option<Scope> {
-    match message.scope() {
+pub(super) fn scope(scope: proto::Scope) -> Option<Scope> {
+    match scope {
         proto::Scope::Futures => Some(Scope::Futures),
         proto::Scope::SpotMargin => Some(Scope::SpotMargin),
         proto::Scope::Unified => Some(Scope::Unified),
@@ -192,7 +222,7 @@ fn unsigned_request(
     limits: &RequestLimits,
 ) -> Result<UnsignedRequest, Vec<Malformed>> {
     let mut problems = Vec::new();
-    let scope = scope(&message);
+    let scope = scope(message.scope());
     let method = match message.method() {
         proto::Method::Delete => Some(Method::Delete),
         proto::Method::Get => Some(Method::Get),
@@ -200,10 +230,7 @@ fn unsigned_request(
         proto::Method::Unspecified => None,
     };
     if scope.is_none() {
-        problems.push(Malformed::new(
-            "scope",
-            "expected SCOPE_SPOT_MARGIN, SCOPE_FUTURES or SCOPE_UNIFIED",
-        ));
+        problems.push(Malformed::new("scope", SCOPES));
     }
     if method.is_none() {
         problems.push(Malformed::new(
@@ -219,7 +246,7 @@ fn unsigned_request(
     if !message.request_id.is_empty() && message.request_id != id.as_str() {
         problems.push(Malformed::new(
             "request_id",
-            "expected 1 to 64 characters of A-Z, a-z, 0-9, '.', '_', '-', or an empty string",
+            format_args!("{REQUEST_ID}, or an empty string"),
         ));
     }
     if message.not_after_ms < 0 {

@@ -7,7 +7,7 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::base::ids::RequestId;
-use crate::base::outcome::Reason;
+use crate::base::outcome::{Outcome, Reason};
 use crate::base::text::clean;
 use crate::broker::BrokerError;
 use crate::kucoin::Malformed;
@@ -32,9 +32,27 @@ pub(crate) fn status(
     request_id: &RequestId,
     broker_time_ms: Option<i64>,
 ) -> Status {
+    status_with(error, error.outcome(), request_id, broker_time_ms)
+}
+
+/// The status for a bot whose question about an outcome failed. It has no outcome, which the bot could take for the answer.
+pub(crate) fn status_of_question(
+    error: &BrokerError,
+    request_id: &RequestId,
+    broker_time_ms: Option<i64>,
+) -> Status {
+    status_with(error, None, request_id, broker_time_ms)
+}
+
+fn status_with(
+    error: &BrokerError,
+    outcome: Option<Outcome>,
+    request_id: &RequestId,
+    broker_time_ms: Option<i64>,
+) -> Status {
     let reason = error.reason();
     let mut metadata = HashMap::from([("request_id".to_owned(), request_id.to_string())]);
-    if let Some(outcome) = error.outcome() {
+    if let Some(outcome) = outcome {
         metadata.insert("outcome".to_owned(), outcome.to_string());
     }
     if let BrokerError::Repeated(repeated) = error {

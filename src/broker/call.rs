@@ -224,7 +224,7 @@ impl Broker {
             risk_increasing = permit.increases_risk(),
             "pre-send checks passed"
         );
-        let claims = self.claim(call, &permit)?;
+        let mut claims = self.claim(call, &permit)?;
         let context = call_context(call, number);
         let intent = self
             .audit
@@ -232,6 +232,7 @@ impl Broker {
         let intent = intent.inspect_err(|_| {
             self.orders.settle(&claims, Settled::NotPlaced, None);
         })?;
+        self.begin_call(call, &permit, &mut claims);
         Ok((permit, claims, intent))
     }
 

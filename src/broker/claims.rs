@@ -79,6 +79,7 @@ impl Broker {
     /// Records what became of the orders of a call.
     pub(super) fn settle(&self, claims: &Claims, ended: &Result<Receipt, BrokerError>) {
         let outcome = outcome_of(ended);
+        self.orders.end_call(claims, outcome);
         let settled = match outcome {
             Some(Outcome::Accepted) => Settled::Accepted,
             Some(Outcome::NotSent | Outcome::Rejected) => Settled::NotPlaced,

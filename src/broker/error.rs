@@ -66,7 +66,7 @@ pub(crate) enum BrokerError {
     #[error("malformed request: {}", joined(.0))]
     Malformed(Vec<Malformed>),
     /// No service has this method.
-    #[error("unknown method {}; expected /credbroker.v1.Broker/SignAndSend; nothing was sent", clean(.0, METHOD_CHARS))]
+    #[error("unknown method {}; expected /credbroker.v1.Broker/SignAndSend or /credbroker.v1.Broker/GetOutcome; nothing was sent", clean(.0, METHOD_CHARS))]
     MethodUnknown(String),
     /// `not_after_ms` has passed.
     #[error(transparent)]

@@ -22,7 +22,7 @@ const OTHERS: usize = 1;
 const NONE: u32 = u32::MAX;
 
 /// Bytes of an order id that are kept; KuCoin's have at most 24.
-const ORDER_ID_BYTES: usize = 32;
+const ORDER_ID_BYTES: usize = 30;
 
 /// Identifies a clientOid of an account and scope: a keyed hash.
 pub(super) type ClaimKey = [u64; 2];
@@ -56,6 +56,19 @@ pub(super) struct Claim {
     pub(super) order_id: Option<String>,
     /// A digest of the request.
     pub(super) body: u64,
+    /// Position of its endpoint in the catalogue.
+    pub(super) endpoint: u16,
+    /// When it was made, in seconds.
+    pub(super) at_s: u32,
+}
+
+/// The request that makes a claim.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) struct ClaimedBy {
+    /// A digest of its body.
+    pub(super) body: u64,
+    /// Position of its endpoint in the catalogue.
+    pub(super) endpoint: u16,
 }
 
 /// Why no claim was made.
@@ -90,6 +103,8 @@ pub(super) struct Guard {
     bot_numbers: HashMap<BotId, u16>,
     /// The bot whose expired claims are removed next.
     next_bot: u16,
+    /// Until then (seconds), claims of the window may be missing.
+    incomplete_until_s: u32,
 }
 
 /// The claims of one bot.
@@ -123,6 +138,7 @@ struct Entry {
     previous: u32,
     next: u32,
     bot: u16,
+    endpoint: u16,
     state: OrderState,
     order_id_len: u8,
     order_id: [u8; ORDER_ID_BYTES],
@@ -138,7 +154,19 @@ impl Guard {
             bots: Vec::new(),
             bot_numbers: HashMap::new(),
             next_bot: 0,
+            incomplete_until_s: 0,
         }
+    }
+
+    /// Whether every claim of the window is in the table, except those that were freed.
+    pub(super) fn is_complete(&self, now_s: u32) -> bool {
+        now_s > self.incomplete_until_s
+    }
+
+    /// Notes that claims which were made until `at_s` may be missing.
+    pub(super) fn miss(&mut self, at_s: u32) {
+        let until_s = at_s.saturating_add(self.limits.window_s);
+        self.incomplete_until_s = self.incomplete_until_s.max(until_s);
     }
 
     /// Sets the limits of new claims; existing ones stay.
@@ -176,7 +204,7 @@ impl Guard {
         &mut self,
         bot: &BotId,
         orders: &[Vec<ClaimKey>],
-        body: u64,
+        by: ClaimedBy,
         now_s: u32,
     ) -> Result<(), NotClaimed> {
         for (position, keys) in orders.iter().enumerate() {
@@ -194,7 +222,7 @@ impl Guard {
             return Err(NotClaimed::Full);
         }
         for key in orders.iter().filter_map(|keys| keys.first()) {
-            self.insert(*key, bot, body, OrderState::InFlight, now_s);
+            self.insert(*key, bot, by, OrderState::InFlight, now_s);
         }
         Ok(())
     }
@@ -204,13 +232,13 @@ impl Guard {
         &mut self,
         bot: &BotId,
         key: ClaimKey,
-        body: u64,
+        by: ClaimedBy,
         state: OrderState,
         at_s: u32,
     ) {
         let bot = self.number_of_bot(bot);
         let _ = self.make_room(bot, 1, at_s);
-        self.insert(key, bot, body, state, at_s);
+        self.insert(key, bot, by, state, at_s);
     }
 
     /// Sets what is known about an order, and its order id if that is known.
@@ -242,15 +270,16 @@ impl Guard {
         }
     }
 
-    fn insert(&mut self, key: ClaimKey, bot: u16, body: u64, state: OrderState, at_s: u32) {
+    fn insert(&mut self, key: ClaimKey, bot: u16, by: ClaimedBy, state: OrderState, at_s: u32) {
         self.free(key);
         let entry = Entry {
             key,
-            body,
+            body: by.body,
             at_s,
             previous: NONE,
             next: NONE,
             bot,
+            endpoint: by.endpoint,
             state,
             order_id_len: 0,
             order_id: [0; ORDER_ID_BYTES],
@@ -366,10 +395,13 @@ impl Guard {
                 return true;
             };
             let first = self.first(from, ACCEPTED);
-            let is_evictable = |entry: &Entry| now_s.saturating_sub(entry.at_s) > EVICTABLE_AFTER_S;
-            if !self.entry(first).is_some_and(is_evictable) {
+            let Some(at_s) = self.entry(first).map(|entry| entry.at_s) else {
+                return false;
+            };
+            if now_s.saturating_sub(at_s) <= EVICTABLE_AFTER_S {
                 return false;
             }
+            self.miss(at_s);
             self.remove(first);
         }
     }
@@ -432,6 +464,231 @@ impl Entry {
             state: self.state,
             order_id: order_id.filter(|id| !id.is_empty()).map(str::to_owned),
             body: self.body,
+            endpoint: self.endpoint,
+            at_s: self.at_s,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WINDOW_S: u32 = 24 * 3600;
+
+    fn guard(claims: usize, claims_per_bot: usize) -> Guard {
+        Guard::new(GuardLimits {
+            window_s: WINDOW_S,
+            claims,
+            claims_per_bot,
+        })
+    }
+
+    fn bot(name: &str) -> BotId {
+        name.parse().unwrap()
+    }
+
+    fn key(order: u64) -> ClaimKey {
+        // The same first word for several orders: the index compares whole keys.
+        [order / 3, order]
+    }
+
+    fn by(body: u64) -> ClaimedBy {
+        ClaimedBy { body, endpoint: 7 }
+    }
+
+    fn claim(guard: &mut Guard, name: &str, order: u64, at_s: u32) -> Result<(), NotClaimed> {
+        guard.claim(&bot(name), &[vec![key(order)]], by(order), at_s)
+    }
+
+    fn claimed(guard: &Guard, orders: std::ops::Range<u64>, now_s: u32) -> Vec<u64> {
+        let is_claimed = |order: &u64| guard.find(key(*order), now_s).is_some();
+        orders.filter(is_claimed).collect()
+    }
+
+    /// The orders of a bot: those of each list, from the oldest to the newest. Checks the links in both directions.
+    fn listed(guard: &Guard, bot: u16) -> [Vec<u64>; 2] {
+        let orders = [ACCEPTED, OTHERS].map(|which| {
+            let (mut orders, mut number, mut previous) =
+                (Vec::new(), guard.first(bot, which), NONE);
+            while let Some(entry) = guard.entry(number) {
+                assert_eq!((entry.previous, entry.list()), (previous, (bot, which)));
+                orders.push(entry.key[1]);
+                (previous, number) = (number, entry.next);
+            }
+            orders
+        });
+        let count = orders.iter().map(Vec::len).sum();
+        assert_eq!(guard.bot(bot).map(|bot| bot.count), Some(count));
+        orders
+    }
+
+    #[test]
+    fn only_accepted_claims_older_than_15_min_are_evicted_oldest_first() {
+        let mut guard = guard(100, 6);
+        for order in 0..6 {
+            claim(&mut guard, "a", order, 1000).unwrap();
+        }
+        for (order, state) in [
+            (1, OrderState::MaybeSent),
+            (2, OrderState::Accepted),
+            (4, OrderState::Accepted),
+        ] {
+            guard.set(key(order), state, None);
+        }
+        let young = 1000 + EVICTABLE_AFTER_S;
+        assert_eq!(claim(&mut guard, "a", 6, young), Err(NotClaimed::Full));
+        assert!(guard.is_complete(young));
+        claim(&mut guard, "a", 6, young + 1).unwrap();
+        assert_eq!(listed(&guard, 0), [vec![4], vec![0, 3, 5, 1, 6]]);
+        guard.set(key(6), OrderState::Accepted, None);
+        claim(&mut guard, "a", 7, young + 1).unwrap();
+        // Of the rest, two are in flight, one may exist, and one is young.
+        assert_eq!(claim(&mut guard, "a", 8, young + 1), Err(NotClaimed::Full));
+        assert_eq!(listed(&guard, 0), [vec![6], vec![0, 3, 5, 1, 7]]);
+        // What was evicted could have been found until the end of its window.
+        assert!(!guard.is_complete(1000 + WINDOW_S));
+        assert!(guard.is_complete(1001 + WINDOW_S));
+    }
+
+    #[test]
+    fn claims_expire_with_the_window_and_their_slots_are_reused() {
+        let mut guard = guard(100, 3);
+        for order in 0..3 {
+            claim(&mut guard, "a", order, 1000).unwrap();
+        }
+        let end = 1000 + WINDOW_S;
+        assert_eq!(claimed(&guard, 0..3, end), [0, 1, 2]);
+        assert!(matches!(
+            claim(&mut guard, "a", 1, end),
+            Err(NotClaimed::Claimed(0, _))
+        ));
+        assert_eq!(claim(&mut guard, "a", 3, end), Err(NotClaimed::Full));
+        assert_eq!(claimed(&guard, 0..3, end + 1), [0; 0]);
+        claim(&mut guard, "a", 1, end + 1).unwrap();
+        assert_eq!(listed(&guard, 0), [vec![], vec![1]]);
+        for order in 10..12 {
+            claim(&mut guard, "a", order, end + 1).unwrap();
+        }
+        // An expired claim says nothing, so the table is complete without it.
+        assert!(guard.is_complete(end + 1));
+        assert_eq!((guard.len(), guard.entries.len()), (3, 3));
+        guard.free(key(10));
+        assert_eq!(listed(&guard, 0), [vec![], vec![1, 11]]);
+        claim(&mut guard, "b", 12, end + 1).unwrap();
+        assert_eq!((guard.len(), guard.entries.len()), (3, 3));
+    }
+
+    #[test]
+    fn batch_is_claimed_whole_or_not_at_all() {
+        let mut guard = guard(100, 4);
+        claim(&mut guard, "a", 2, 1000).unwrap();
+        let batch = |orders: &[u64]| -> Vec<_> { orders.iter().map(|o| vec![key(*o)]).collect() };
+        let refused = guard.claim(&bot("a"), &batch(&[1, 2, 3]), by(0), 1000);
+        assert!(matches!(refused, Err(NotClaimed::Claimed(1, _))));
+        let full = guard.claim(&bot("a"), &batch(&[3, 4, 5, 6]), by(0), 1000);
+        assert_eq!(full, Err(NotClaimed::Full));
+        assert_eq!(claimed(&guard, 0..10, 1000), [2]);
+        guard
+            .claim(&bot("a"), &batch(&[3, 4, 5]), by(0), 1000)
+            .unwrap();
+        assert_eq!(listed(&guard, 0), [vec![], vec![2, 3, 4, 5]]);
+        // By either of its keys; only the first one is claimed.
+        let both = [vec![key(9), key(4)]];
+        let found = guard.claim(&bot("b"), &both, by(0), 1000);
+        assert!(matches!(found, Err(NotClaimed::Claimed(0, _))));
+        assert_eq!(guard.len(), 4);
+    }
+
+    #[test]
+    fn one_bot_uses_up_its_own_share_only() {
+        let mut guard = guard(10, 4);
+        for order in 0..4 {
+            claim(&mut guard, "a", order, 1000).unwrap();
+        }
+        assert_eq!(claim(&mut guard, "a", 4, 1000), Err(NotClaimed::Full));
+        for (name, first) in [("b", 10), ("c", 20)] {
+            for order in first..first + 3 {
+                claim(&mut guard, name, order, 1000).unwrap();
+            }
+        }
+        assert!((guard.largest_share() - 1.0).abs() < f64::EPSILON);
+        // The limit of all bots.
+        assert_eq!(claim(&mut guard, "b", 13, 1000), Err(NotClaimed::Full));
+        for order in [11, 21] {
+            guard.free(key(order));
+        }
+        claim(&mut guard, "b", 13, 1000).unwrap();
+        assert_eq!(listed(&guard, 0), [vec![], vec![0, 1, 2, 3]]);
+        assert_eq!(listed(&guard, 1), [vec![], vec![10, 12, 13]]);
+        assert_eq!(listed(&guard, 2), [vec![], vec![20, 22]]);
+        // Lower limits refuse new claims, and keep the old ones.
+        let limits = guard.limits();
+        guard.set_limits(GuardLimits {
+            claims_per_bot: 1,
+            ..limits
+        });
+        assert_eq!(claim(&mut guard, "c", 30, 1000), Err(NotClaimed::Full));
+        assert_eq!(guard.len(), 9);
+    }
+
+    #[test]
+    fn many_bots_claim_free_and_expire_at_random() {
+        let mut guard = guard(1000, 100);
+        let mut expected: Vec<(u64, usize, u32)> = Vec::new();
+        let mut random = fastrand::Rng::with_seed(13);
+        for step in 0..20_000_u32 {
+            let now_s = step * 20;
+            let (order, name) = (random.u64(0..5000), random.usize(0..20));
+            let position = expected.iter().position(|(other, ..)| *other == order);
+            match position {
+                Some(position) if random.bool() => {
+                    guard.free(key(order));
+                    expected.remove(position);
+                }
+                _ => {
+                    let result = claim(&mut guard, &format!("bot-{name}"), order, now_s);
+                    let age = |position: usize| now_s - expected[position].2;
+                    match position {
+                        Some(position) if age(position) <= WINDOW_S => {
+                            assert!(matches!(result, Err(NotClaimed::Claimed(..))));
+                        }
+                        _ if result.is_ok() => {
+                            position.map(|position| expected.remove(position));
+                            expected.push((order, name, now_s));
+                        }
+                        _ => {}
+                    }
+                }
+            }
+            if step % 500 == 0 {
+                let live = expected.iter().filter(|(.., at)| now_s - at <= WINDOW_S);
+                let mut live: Vec<_> = live.map(|(order, ..)| *order).collect();
+                live.sort_unstable();
+                assert_eq!(claimed(&guard, 0..5000, now_s), live);
+                let bots = 0..u16::try_from(guard.bots.len()).unwrap();
+                let sum: usize = bots.map(|bot| listed(&guard, bot).concat().len()).sum();
+                assert_eq!(sum, guard.len());
+            }
+        }
+        assert!(guard.entries.len() <= 1000, "{}", guard.entries.len());
+    }
+
+    #[test]
+    fn claim_has_state_order_id_and_endpoint() {
+        let mut guard = guard(10, 10);
+        claim(&mut guard, "a", 1, 1000).unwrap();
+        let id = "6710d8336afcdb0007319c27";
+        guard.set(key(1), OrderState::Accepted, Some(id));
+        // Longer than any order id of KuCoin: not kept.
+        guard.set(key(1), OrderState::Accepted, Some(&"x".repeat(31)));
+        let expected = Claim {
+            state: OrderState::Accepted,
+            order_id: Some(id.to_owned()),
+            body: 1,
+            endpoint: 7,
+            at_s: 1000,
+        };
+        assert_eq!(guard.find(key(1), 1000), Some(expected));
     }
 }

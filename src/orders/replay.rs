@@ -5,6 +5,7 @@
 //! Therefore a clientOid belongs to the call that used it last, and only the results of that call count for it.
 
 use std::borrow::Cow;
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsStr;
 use std::fs::File;
@@ -17,7 +18,8 @@ use flate2::read::MultiGzDecoder;
 use indexmap::IndexSet;
 use serde::{Deserialize, Serialize};
 
-use super::guard::{ClaimKey, OrderState};
+use super::calls::{CallHandle, CallState};
+use super::guard::{ClaimKey, ClaimedBy, OrderState};
 use super::{Orders, Readiness, seconds};
 use crate::base::ids::{AccountId, BotId, Principal, RequestId};
 use crate::base::state_file;
@@ -66,6 +68,9 @@ pub(crate) struct AuditLog<'a> {
 struct State {
     /// The audit log reaches back to this time (Unix milliseconds), unless lines are missing.
     since_ms: i64,
+    /// When an admin last accepted that lines are missing (Unix milliseconds).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    gap_ms: Option<i64>,
 }
 
 /// The fields of a line that matter here.
@@ -111,6 +116,7 @@ struct Used {
     time_ms: i64,
     exchange_ms: i64,
     body: u64,
+    endpoint: u16,
     /// `None`: the order was not placed.
     state: Option<OrderState>,
 }
@@ -124,6 +130,8 @@ struct Reading<'a> {
     used: HashMap<ClaimKey, Used>,
     /// About this many clientOids are remembered.
     limit: usize,
+    /// The exchange's time of the last one that was forgotten because there were more.
+    forgotten_ms: Option<i64>,
     /// Each run and bot once, since memory is short with a million clientOids.
     runs: IndexSet<String>,
     bots: IndexSet<BotId>,
@@ -134,6 +142,8 @@ struct Reading<'a> {
 struct Open {
     keys: Vec<ClaimKey>,
     call: Unresolved,
+    /// The call in the table of calls.
+    handle: Option<CallHandle>,
     has_outcome: bool,
 }
 
@@ -152,7 +162,11 @@ impl Orders {
     /// Reads the claims of earlier runs from the audit log; from then on orders can be placed, unless the log does not reach back
     /// far enough. Returns the calls that ended without a result.
     pub(crate) fn read_log(&self, log: &AuditLog<'_>, now_ms: i64) -> Vec<Unresolved> {
-        let since_ms = since(&self.state_dir);
+        let state = read_state(&self.state_dir);
+        if let Some(gap_ms) = state.as_ref().and_then(|state| state.gap_ms) {
+            self.guard.lock().miss(seconds(gap_ms));
+        }
+        let since_ms = state.map(|state| state.since_ms);
         let limits = self.guard.lock().limits();
         let window_ms = i64::from(limits.window_s) * 1000;
         // If the system clock was set ahead, the last line shows that.
@@ -164,6 +178,7 @@ impl Orders {
             first_ms: None,
             used: HashMap::new(),
             limit: limits.claims,
+            forgotten_ms: None,
             runs: IndexSet::new(),
             bots: IndexSet::new(),
             open: HashMap::new(),
@@ -198,7 +213,7 @@ impl Orders {
             Readiness::Ready
         };
         if since_ms.is_none()
-            && let Err(error) = write_since(&self.state_dir, first_ms.unwrap_or(now_ms))
+            && let Err(error) = write_since(&self.state_dir, first_ms.unwrap_or(now_ms), None)
         {
             tracing::error!(exception.message = %error, "cannot write {FILE} in the state folder; a later start may not notice that audit lines are missing");
         }
@@ -215,8 +230,9 @@ impl Orders {
             return Ok(false);
         }
         *readiness = Readiness::Ready;
+        self.guard.lock().miss(seconds(now_ms));
         drop(readiness);
-        write_since(&self.state_dir, now_ms)?;
+        write_since(&self.state_dir, now_ms, Some(now_ms))?;
         Ok(true)
     }
 
@@ -241,7 +257,11 @@ impl Orders {
             }
             match line.event.as_ref() {
                 "intent" => self.read_intent(&line, reading),
-                "outcome" | "late_answer" => reading.read_result(&line),
+                "outcome" | "late_answer" => {
+                    if let Some(call) = reading.read_result(&line) {
+                        self.calls.lock().set(call, line.state());
+                    }
+                }
                 _ => {}
             }
         }
@@ -253,6 +273,7 @@ impl Orders {
         };
         let (account, scope) = (&call.account, call.scope);
         let id = (reading.runs.insert_full(call.run.clone()).0, call.call);
+        let at_ms = line.exchange_ms.unwrap_or(line.time_ms);
         let mut keys = Vec::new();
         if endpoint.claims_client_oids()
             && let Some(bot) = call.principal.bot()
@@ -265,15 +286,16 @@ impl Orders {
             let bot = reading.bots.insert_full(bot.clone()).0;
             for oid in &call.client_oids {
                 let key = match &line.uid {
-                    Some(uid) => self.hash.key("uid", uid, scope, oid),
-                    None => self.hash.key("account", account.as_str(), scope, oid),
+                    Some(uid) => self.key("uid", uid, scope, oid),
+                    None => self.key("account", account.as_str(), scope, oid),
                 };
                 let used = Used {
                     by: id,
                     bot,
                     time_ms: line.time_ms,
-                    exchange_ms: line.exchange_ms.unwrap_or(line.time_ms),
+                    exchange_ms: at_ms,
                     body: body.unwrap_or(0),
+                    endpoint: endpoint.number,
                     state: Some(OrderState::MaybeSent),
                 };
                 if reading.is_used(key, used) {
@@ -285,12 +307,20 @@ impl Orders {
                 return;
             }
         }
-        let open = Open {
+        let Entry::Vacant(open) = reading.open.entry(id) else {
+            return;
+        };
+        let bot = call.principal.bot();
+        let handle = bot.map(|bot| {
+            let claims = (keys.as_slice(), call.client_oids.len());
+            self.add_call(bot, &call.request_id, Some(endpoint), claims, at_ms)
+        });
+        open.insert(Open {
             keys,
             call,
+            handle,
             has_outcome: false,
-        };
-        reading.open.entry(id).or_insert(open);
+        });
     }
 
     /// Adds the claims that were read, from the oldest to the newest.
@@ -304,11 +334,20 @@ impl Orders {
                 let at_s = seconds(used.exchange_ms);
                 // Locked for each one: bots are served meanwhile.
                 let mut guard = self.guard.lock();
-                guard.restore(bot, key, used.body, state, at_s);
+                let Used { body, endpoint, .. } = used;
+                guard.restore(bot, key, ClaimedBy { body, endpoint }, state, at_s);
             }
+        }
+        if let Some(ms) = reading.forgotten_ms {
+            self.guard.lock().miss(seconds(ms));
         }
         let open = reading.open.into_values();
         let unresolved = open.filter(|open| !open.has_outcome);
+        let unresolved = unresolved.inspect(|open| {
+            if let Some(call) = open.handle {
+                self.calls.lock().set(call, CallState::MaybeSent);
+            }
+        });
         unresolved.map(|open| open.call).collect()
     }
 }
@@ -335,25 +374,27 @@ impl Reading<'_> {
         let mut times: Vec<_> = self.used.values().map(|used| used.time_ms).collect();
         times.sort_unstable();
         let oldest_ms = times.get(times.len() / 4).copied().unwrap_or(i64::MIN);
+        let forgotten_ms = &mut self.forgotten_ms;
         self.used.retain(|_, used| {
-            used.state == Some(OrderState::MaybeSent) || used.time_ms > oldest_ms
+            let is_kept = used.state == Some(OrderState::MaybeSent) || used.time_ms > oldest_ms;
+            if !is_kept {
+                *forgotten_ms = (*forgotten_ms).max(Some(used.exchange_ms));
+            }
+            is_kept
         });
     }
 
-    fn read_result(&mut self, line: &Line<'_>) {
-        let Some(run) = self.runs.get_index_of(line.run.as_ref()) else {
-            return;
-        };
-        let id = (run, line.call);
-        let Some(open) = self.open.get_mut(&id) else {
-            return;
-        };
+    /// Returns the call, if it is in the table of calls.
+    fn read_result(&mut self, line: &Line<'_>) -> Option<CallHandle> {
+        let id = (self.runs.get_index_of(line.run.as_ref())?, line.call);
+        let open = self.open.get_mut(&id)?;
         open.has_outcome = true;
+        let handle = open.handle;
         let state = match line.outcome.as_deref() {
             Some("accepted") => Some(OrderState::Accepted),
             Some("not_sent" | "rejected") => None,
             // A later line of the call can have the result.
-            _ => return,
+            _ => return handle,
         };
         for key in &open.keys {
             if let Some(used) = self.used.get_mut(key)
@@ -363,10 +404,21 @@ impl Reading<'_> {
             }
         }
         self.open.remove(&id);
+        handle
     }
 }
 
 impl Line<'_> {
+    /// What its outcome says about a call.
+    fn state(&self) -> CallState {
+        match self.outcome.as_deref() {
+            Some("accepted") => CallState::Accepted,
+            Some("not_sent") => CallState::NotSent,
+            Some("rejected") => CallState::Rejected,
+            _ => CallState::MaybeSent,
+        }
+    }
+
     /// The call of an intent, if it changes something.
     fn call(&self) -> Option<(Unresolved, &'static Endpoint)> {
         let endpoint = Catalog::get().by_id(self.endpoint.as_deref()?)?;
@@ -467,16 +519,20 @@ impl Files {
 }
 
 /// When this broker first started, or a gap was accepted; `None` if the file is missing. Unreadable: long ago.
-fn since(state_dir: &Path) -> Option<i64> {
+fn read_state(state_dir: &Path) -> Option<State> {
+    let unreadable = State {
+        since_ms: 0,
+        gap_ms: None,
+    };
     match std::fs::read(state_dir.join(FILE)) {
-        Ok(text) => Some(serde_json::from_slice(&text).map_or(0, |state: State| state.since_ms)),
+        Ok(text) => Some(serde_json::from_slice(&text).unwrap_or(unreadable)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-        Err(_) => Some(0),
+        Err(_) => Some(unreadable),
     }
 }
 
-fn write_since(state_dir: &Path, since_ms: i64) -> io::Result<()> {
-    let mut text = serde_json::to_vec_pretty(&State { since_ms })?;
+fn write_since(state_dir: &Path, since_ms: i64, gap_ms: Option<i64>) -> io::Result<()> {
+    let mut text = serde_json::to_vec_pretty(&State { since_ms, gap_ms })?;
     text.push(b'\n');
     state_file::replace(state_dir, FILE, &text)
 }
@@ -555,7 +611,7 @@ mod tests {
         /// A broker that has run for long.
         fn old() -> Self {
             let site = Self::new();
-            write_since(site.folder.path(), 0).unwrap();
+            write_since(site.folder.path(), 0, None).unwrap();
             site
         }
 

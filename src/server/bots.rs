@@ -20,8 +20,8 @@ use super::connection::{
     unread, unsupported_media_type,
 };
 use super::tls::Trust;
-use crate::api::bots::{Peer, SIGN_AND_SEND};
-use crate::api::status::status;
+use crate::api::bots::{GET_OUTCOME, Peer, SIGN_AND_SEND};
+use crate::api::status::{status, status_of_question};
 use crate::base::ids::{BotId, RequestId};
 use crate::broker::admission::{Admitted, CallSlot};
 use crate::broker::{BrokerError, Overload};
@@ -46,7 +46,8 @@ struct BotConnection {
 /// The kind of an RPC.
 #[derive(Clone, Copy, Eq, PartialEq)]
 enum Rpc {
-    SignAndSend,
+    /// A method of the service `Broker`.
+    Broker,
     /// A stream: reads requests while it responds.
     Reflection,
     /// Health, and unknown methods.
@@ -110,19 +111,23 @@ impl BotConnection {
     /// Refuses a call, or passes it on with the bot's name.
     async fn call(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
         if let Some(problem) = not_grpc(&request) {
-            drop(self.refused(BrokerError::Malformed(vec![problem])).await);
+            drop(
+                self.refused(BrokerError::Malformed(vec![problem]), false)
+                    .await,
+            );
             return unsupported_media_type();
         }
+        let is_question = request.uri().path() == GET_OUTCOME;
         match self.answer(request).await {
             Ok(response) => response,
-            Err(error) => self.refused(error).await.into_http(),
+            Err(error) => self.refused(error, is_question).await.into_http(),
         }
     }
 
     async fn answer(&self, request: Request<Incoming>) -> Result<Response<Body>, BrokerError> {
         let arrived = Instant::now();
         let rpc = match request.uri().path() {
-            SIGN_AND_SEND => Rpc::SignAndSend,
+            GET_OUTCOME | SIGN_AND_SEND => Rpc::Broker,
             path if path.starts_with("/grpc.reflection.") => Rpc::Reflection,
             _ => Rpc::Other,
         };
@@ -173,14 +178,14 @@ impl BotConnection {
         if let Some(slot) = response.extensions_mut().remove::<CallSlot>() {
             in_use.slot = Some(slot);
         }
-        if rpc != Rpc::SignAndSend && is_unimplemented(&response) {
+        if rpc != Rpc::Broker && is_unimplemented(&response) {
             return Err(BrokerError::MethodUnknown(path.path().to_owned()));
         }
-        if let Some(problem) = unread(&response).filter(|_| rpc == Rpc::SignAndSend) {
+        if let Some(problem) = unread(&response).filter(|_| rpc == Rpc::Broker) {
             return Err(BrokerError::Malformed(vec![problem]));
         }
         // A health stream stays open without data; it must not count as an unread response.
-        Ok(in_use.answer(response, rpc == Rpc::SignAndSend))
+        Ok(in_use.answer(response, rpc == Rpc::Broker))
     }
 
     /// Checks what is known before the message of a call has arrived.
@@ -195,10 +200,15 @@ impl BotConnection {
     }
 
     /// Audits a call that was refused before it reached the broker, and returns its status.
-    async fn refused(&self, error: BrokerError) -> Status {
+    async fn refused(&self, error: BrokerError, is_question: bool) -> Status {
         let id = RequestId::random();
         let broker = &self.connection.listener.broker;
         let error = broker.refuse(&self.bot, &id, error).await;
-        status(&error, &id, broker.clock.measured_ms(None))
+        let time_ms = broker.clock.measured_ms(None);
+        if is_question {
+            status_of_question(&error, &id, time_ms)
+        } else {
+            status(&error, &id, time_ms)
+        }
     }
 }

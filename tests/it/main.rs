@@ -47,6 +47,7 @@ mod load;
 mod memory;
 mod ops;
 mod orders;
+mod outcomes;
 mod policy;
 mod process;
 mod proto_baseline;
