@@ -11,6 +11,7 @@ pub(crate) mod replay;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::hash::RandomState;
 use std::path::{Path, PathBuf};
 
 use hmac::{Hmac, KeyInit, Mac};
@@ -33,6 +34,8 @@ pub(crate) use outcomes::{Known, KnownState};
 pub(crate) struct Orders {
     /// Of clientOids, so that nobody can choose clientOids that collide.
     hash: Hash,
+    /// Of request ids: faster, which suffices because each bot has a table of its own.
+    request_ids: [RandomState; 2],
     settings: OrderSettings,
     state_dir: PathBuf,
     guard: Mutex<Guard>,
@@ -200,6 +203,7 @@ impl Orders {
         let limits = settings.limits(bots);
         Self {
             hash: Hash::random(),
+            request_ids: [RandomState::new(), RandomState::new()],
             settings,
             state_dir: state_dir.to_owned(),
             guard: Mutex::new(Guard::new(limits)),
@@ -375,17 +379,13 @@ impl Orders {
             .chain(same.map(|((name, _), _)| name))
             .collect();
         let keys = |oid: &&str| {
-            let by_uid = uid.map(|uid| self.key("uid", uid, scope, oid));
+            let by_uid = uid.map(|uid| self.hash.key("uid", uid, scope, oid));
             let by_name = names
                 .iter()
-                .map(|name| self.key("account", name.as_str(), scope, oid));
+                .map(|name| self.hash.key("account", name.as_str(), scope, oid));
             by_uid.into_iter().chain(by_name).collect()
         };
         oids.iter().map(keys).collect()
-    }
-
-    fn key(&self, kind: &str, owner: &str, scope: Scope, client_oid: &str) -> ClaimKey {
-        self.hash.key(&[kind, owner, scope.as_str(), client_oid])
     }
 }
 
@@ -413,10 +413,14 @@ impl Hash {
         Self(mac)
     }
 
-    /// The hash of several texts, of which the first says what they are.
-    fn key(&self, parts: &[&str]) -> ClaimKey {
+    fn key(&self, kind: &str, owner: &str, scope: Scope, client_oid: &str) -> ClaimKey {
+        // The audit log has no more of it; a transfer may have a longer one.
+        let end = client_oid.char_indices().nth(MAX_CLIENT_OID_CHARS);
+        let client_oid = end
+            .and_then(|(end, _)| client_oid.get(..end))
+            .unwrap_or(client_oid);
         let mut mac = self.0.clone();
-        for part in parts {
+        for part in [kind, owner, scope.as_str(), client_oid] {
             mac.update(part.as_bytes());
             mac.update(b"\0");
         }

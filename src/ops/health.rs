@@ -18,7 +18,7 @@ use crate::clock::{self, ClockUncertain, ExchangeTime, HostId};
 use crate::config::FileProblems;
 use crate::egress::proof::ProofStatus;
 use crate::kucoin::advice;
-use crate::orders::ClaimsUnknown;
+use crate::orders::{ClaimsUnknown, Orders};
 use crate::process::hardened;
 use crate::proto::KeyStatus;
 
@@ -244,6 +244,7 @@ impl Collector for HealthMetrics {
         encode_egress(broker, gauges)?;
         encode_files(&self.problems.borrow(), gauges)?;
         encode_audit(&broker.audit, gauges)?;
+        encode_orders(&broker.orders, gauges)?;
         encode_process(broker, gauges)
     }
 }
@@ -393,6 +394,15 @@ fn encode_audit(audit: &Audit, gauges: &mut DescriptorEncoder<'_>) -> fmt::Resul
     let help = "Size in bytes of the file system of the audit log";
     let value = space.map(|space| ([], space.total));
     gauge(gauges, "audit_filesystem_size_bytes", help, value)
+}
+
+fn encode_orders(orders: &Orders, gauges: &mut DescriptorEncoder<'_>) -> fmt::Result {
+    let (claims, share) = orders.usage();
+    let help = "Number of clientOids that are kept";
+    gauge(gauges, "orders_claims", help, [([], claims)])?;
+    let help = "Largest part of its share of clientOids that a bot has used, from 0 to 1; at 1, its oldest accepted orders are \
+                forgotten after 15 minutes, and then its new orders are refused";
+    gauge(gauges, "orders_claims_share", help, [([], share)])
 }
 
 fn encode_process(broker: &Broker, gauges: &mut DescriptorEncoder<'_>) -> fmt::Result {

@@ -1,5 +1,7 @@
 //! What is known about an earlier call or order, for bots that ask.
 
+use std::hash::BuildHasher;
+
 use super::calls::{Call, CallHandle, CallState};
 use super::guard::{Claim, ClaimKey};
 use super::{Claims, OrderState, Orders, Readiness, seconds};
@@ -99,7 +101,7 @@ impl Orders {
         at_ms: i64,
     ) -> CallHandle {
         let call = Call {
-            key: self.hash.key(&["request", id.as_str()]),
+            key: self.call_key(id),
             claim: claims.first().copied().filter(|_| orders == 1),
             is_batch: orders > 1,
             endpoint: number(endpoint),
@@ -107,6 +109,12 @@ impl Orders {
             state: CallState::InFlight,
         };
         self.calls.lock().begin(bot, call)
+    }
+
+    fn call_key(&self, id: &RequestId) -> ClaimKey {
+        self.request_ids
+            .each_ref()
+            .map(|hash| hash.hash_one(id.as_str()))
     }
 
     /// Records the outcome of a call, before its claims are freed: a lookup takes a freed claim for proof that the call was not
@@ -125,7 +133,7 @@ impl Orders {
         if readiness == Readiness::Reading {
             return KnownState::Unknown.into();
         }
-        let key = self.hash.key(&["request", id.as_str()]);
+        let key = self.call_key(id);
         // Held, so that the call and its claim are read at the same time.
         let calls = self.calls.lock();
         let Some(call) = calls.find(bot, key, now) else {

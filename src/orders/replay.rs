@@ -286,8 +286,8 @@ impl Orders {
             let bot = reading.bots.insert_full(bot.clone()).0;
             for oid in &call.client_oids {
                 let key = match &line.uid {
-                    Some(uid) => self.key("uid", uid, scope, oid),
-                    None => self.key("account", account.as_str(), scope, oid),
+                    Some(uid) => self.hash.key("uid", uid, scope, oid),
+                    None => self.hash.key("account", account.as_str(), scope, oid),
                 };
                 let used = Used {
                     by: id,
