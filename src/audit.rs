@@ -8,6 +8,7 @@
 mod file;
 mod items;
 mod reserve;
+mod resolved;
 mod writer;
 
 use std::borrow::Cow;

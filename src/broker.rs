@@ -13,6 +13,7 @@
 //! | the complete answer of the exchange | `egress.answer_timeout_ms` | `egress.rs` |
 //! | wait for the test of another key, after the exchange rejected the key | 5 s | `keyring.rs` |
 //! | measure the exchange's time, after it rejected the timestamp | as for the broker's other time checks | `broker/probes.rs` |
+//! | the orders of a call that may have been placed are resolved | `resolve_ms`, and the bot's deadline | `broker/resolve.rs` |
 //! | the bot reads the whole answer | 30 s plus 1 s for each 256 KiB | `server/connection.rs` |
 //! | calls in flight end after the broker begins to stop | `limits.drain_timeout_ms`; reads 1 s | `broker/drain.rs` |
 
@@ -28,6 +29,7 @@ mod gate;
 mod not_after;
 mod outcomes;
 pub(crate) mod probes;
+pub(crate) mod resolve;
 mod retry;
 
 use std::collections::BTreeMap;
@@ -47,6 +49,7 @@ use crate::egress::Egress;
 use crate::egress::proof::Proof;
 use crate::keyring::Keyring;
 use crate::kucoin::code::RefusalCodes;
+use crate::kucoin::not_found::NotFoundAnswers;
 use crate::kucoin::{Endpoint, UnsignedRequest};
 use crate::orders::Orders;
 use crate::policy::Policy;
@@ -60,6 +63,7 @@ use drain::{OpenCalls, Stage};
 pub(crate) use error::{BrokerError, Overload};
 pub(crate) use feedback::UnknownCodes;
 use probes::RecheckSignals;
+use resolve::LookupLimits;
 
 /// Everything that a call needs.
 #[derive(Debug)]
@@ -88,6 +92,10 @@ pub(crate) struct Broker {
     pub(crate) calls: Calls,
     /// The clientOids that have been used.
     pub(crate) orders: Orders,
+    /// The limits of lookups of orders that may have been placed.
+    pub(crate) lookups: LookupLimits,
+    /// The answers to lookups that mean "no such order".
+    pub(crate) not_found: NotFoundAnswers,
     /// KuCoin's dead-man switches, as set by bots.
     pub(crate) dead_man: DeadManSwitches,
     /// Codes that the configuration adds to the known refusal codes.

@@ -75,6 +75,13 @@ impl ExchangeTime {
         self.ms
             .saturating_add(i64::try_from(uncertainty_ms).unwrap_or(i64::MAX))
     }
+
+    /// The earliest that it may be, rounded down; `None` if it has not been measured.
+    pub(crate) fn earliest_ms(&self) -> Option<i64> {
+        let uncertainty_ms = self.uncertainty?.as_micros().div_ceil(1000);
+        let uncertainty_ms = i64::try_from(uncertainty_ms).unwrap_or(i64::MAX);
+        Some(self.ms.saturating_sub(uncertainty_ms))
+    }
 }
 
 /// The exchange's time is not certain enough to sign a risk-increasing request with it.

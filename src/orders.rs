@@ -8,6 +8,7 @@ mod calls;
 mod guard;
 mod outcomes;
 pub(crate) mod replay;
+pub(crate) mod resolve;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -24,8 +25,8 @@ use crate::base::text::clean;
 use crate::kucoin::{Endpoint, Scope, UnsignedRequest};
 
 use calls::{CallHandle, CallTable};
-pub(crate) use guard::OrderState;
 use guard::{Claim, ClaimKey, ClaimedBy, Guard, GuardLimits, NotClaimed};
+pub(crate) use guard::{OrderState, Settled};
 use outcomes::number;
 pub(crate) use outcomes::{Known, KnownState};
 
@@ -98,7 +99,8 @@ pub(crate) enum Readiness {
 #[derive(Debug, Default)]
 #[must_use = "settle it when the request has ended"]
 pub(crate) struct Claims {
-    keys: Vec<ClaimKey>,
+    /// Each clientOid with its claim, in the order of the request.
+    orders: Vec<(String, ClaimKey)>,
     /// The exchange's id of the account, if the claims are on it.
     uid: Option<String>,
     /// The exchange's time of the claims, Unix milliseconds.
@@ -125,19 +127,36 @@ impl Claims {
     /// What the audit log needs to have these claims again after a restart: the exchange's id of the account, if the claims are
     /// on it, and the exchange's time. `None` without claims.
     pub(crate) fn recorded(&self) -> Option<(Option<&str>, i64)> {
-        (!self.keys.is_empty()).then_some((self.uid.as_deref(), self.at_ms))
+        (!self.is_empty()).then_some((self.uid.as_deref(), self.at_ms))
     }
-}
 
-/// What became of a request that has claims.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) enum Settled {
-    /// The exchange accepted it.
-    Accepted,
-    /// It may have been executed.
-    MaybeSent,
-    /// Nothing was placed.
-    NotPlaced,
+    /// The exchange's id of the account, if the claims are on it.
+    pub(crate) fn uid(&self) -> Option<&str> {
+        self.uid.as_deref()
+    }
+
+    /// Whether the request places nothing with a clientOid.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.orders.is_empty()
+    }
+
+    /// The clientOids, in the order of the request.
+    pub(crate) fn client_oids(&self) -> impl Iterator<Item = &str> {
+        self.orders
+            .iter()
+            .map(|(client_oid, _)| client_oid.as_str())
+    }
+
+    /// The claim of one order.
+    pub(crate) fn of(&self, client_oid: &str) -> Self {
+        let is_of = |order: &&(String, ClaimKey)| order.0 == client_oid;
+        Self {
+            orders: self.orders.iter().filter(is_of).cloned().collect(),
+            uid: self.uid.clone(),
+            at_ms: self.at_ms,
+            call: None,
+        }
+    }
 }
 
 /// A clientOid that has a claim.
@@ -152,6 +171,24 @@ pub(crate) struct Repeated {
     pub(crate) order_id: Option<String>,
     /// Whether the earlier request had the same body.
     pub(crate) is_same: bool,
+}
+
+impl Repeated {
+    /// The exchange has rejected the only order of a request because an earlier one has its clientOid. `order_id`: of the earlier
+    /// order, if it was found and is the same.
+    pub(crate) fn at_exchange(client_oid: &str, order_id: Option<String>) -> Self {
+        let state = match order_id {
+            Some(_) => OrderState::Accepted,
+            None => OrderState::Unknown,
+        };
+        Self {
+            client_oid: client_oid.to_owned(),
+            item: None,
+            state,
+            order_id,
+            is_same: true,
+        }
+    }
 }
 
 /// Why a request got no claims.
@@ -192,6 +229,9 @@ impl fmt::Display for Repeated {
             }
             OrderState::MaybeSent => {
                 " was sent before, and that order may exist; look it up, and do not send it again"
+            }
+            OrderState::Unknown => {
+                " was sent before, and the broker could not find out what became of that order; look it up, and do not send it again"
             }
         })
     }
@@ -310,9 +350,10 @@ impl Orders {
         match guard.claim(bot, &orders, by, seconds(now_ms)) {
             Ok(()) => {
                 let keys = orders.iter().filter_map(|keys| keys.first().copied());
-                let keys = keys.collect();
+                let oids = oids.iter().map(|oid| (*oid).to_owned());
+                let orders = oids.zip(keys).collect();
                 Ok(Claims {
-                    keys,
+                    orders,
                     uid,
                     at_ms: now_ms,
                     call: None,
@@ -325,19 +366,11 @@ impl Orders {
         }
     }
 
-    /// Records what became of the orders of a request. `order_id`: of its only order, if known.
-    pub(crate) fn settle(&self, claims: &Claims, settled: Settled, order_id: Option<&str>) {
-        if claims.keys.is_empty() {
-            return;
-        }
-        let order_id = order_id.filter(|_| claims.keys.len() == 1);
-        let mut guard = self.guard.lock();
-        for key in &claims.keys {
-            match settled {
-                Settled::Accepted => guard.set(*key, OrderState::Accepted, order_id),
-                Settled::MaybeSent => guard.set(*key, OrderState::MaybeSent, order_id),
-                Settled::NotPlaced => guard.free(*key),
-            }
+    /// Records what became of each order of a request. `became` is given its clientOid.
+    pub(crate) fn settle(&self, claims: &Claims, became: impl Fn(&str) -> Settled) {
+        for (client_oid, key) in &claims.orders {
+            let settled = became(client_oid);
+            self.guard.lock().settle(*key, settled);
         }
     }
 

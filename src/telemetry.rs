@@ -204,6 +204,7 @@ pub struct Metrics {
     pub(crate) refusals_unrecorded: Counter,
     pub(crate) audit_failures: Counter,
     pub(crate) unresolved: Counter,
+    orders_resolved: Family<Labels<1>, Counter>,
     pub(crate) reloads: Family<Labels<2>, Counter>,
     /// Unix time in seconds.
     pub(crate) certificate_not_after: Gauge,
@@ -312,6 +313,12 @@ impl Metrics {
             drop(family.get_or_create(&[("scope", scope.as_str())]));
         }
         registry.register("codes_unknown", help, family);
+        let help = "Orders that may have been placed and were looked up, by what became of them";
+        let family = self.orders_resolved.clone();
+        for state in ["absent", "placed", "unknown"] {
+            drop(family.get_or_create(&[("state", state)]));
+        }
+        registry.register("orders_resolved", help, family);
         let help = "Reloads of changed files, by file and outcome";
         let family = self.reloads.clone();
         for file in ["rules", "tls"] {
@@ -372,6 +379,12 @@ impl Metrics {
     pub(crate) fn stage(&self, stage: &'static str, took: Duration) {
         let stage = self.stages.0.get_or_create(&[("stage", stage)]);
         stage.observe(took.as_secs_f64());
+    }
+
+    /// Counts an order that was looked up: `absent`, `placed` or `unknown`.
+    pub(crate) fn order_resolved(&self, state: &'static str) {
+        let labels = [("state", state)];
+        self.orders_resolved.get_or_create(&labels).inc();
     }
 
     /// If one more line about a refused client may be logged, returns how many were suppressed since the last one. Clients

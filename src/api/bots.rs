@@ -13,6 +13,7 @@ use super::status::{status, status_of_question};
 use crate::base::ids::{BotId, Principal, RequestId};
 use crate::base::outcome::Outcome;
 use crate::broker::admission::{CallKind, CallSlot, MessageSlot};
+use crate::broker::resolve::ResolvedState;
 use crate::broker::{Broker, BrokerError, Call, Receipt, catch_panic, micros};
 use crate::clock::HostId;
 use crate::kucoin::request::{self, RequestLimits};
@@ -41,6 +42,9 @@ pub(super) const SCOPES: &str = "expected SCOPE_SPOT_MARGIN, SCOPE_FUTURES or SC
 
 /// The problem of an invalid request id.
 pub(super) const REQUEST_ID: &str = "expected 1 to 64 characters of A-Z, a-z, 0-9, '.', '_', '-'";
+
+/// The longest `resolve_ms`.
+const MAX_RESOLVE_MS: u32 = 30_000;
 
 /// The paths of the methods.
 pub(crate) const SIGN_AND_SEND: &str = "/credbroker.v1.Broker/SignAndSend";
@@ -100,6 +104,7 @@ impl GrpcApi {
             arrived,
         } = peer;
         let not_after_ms = Some(message.not_after_ms).filter(|&ms| ms != 0);
+        let resolve_within = Duration::from_millis(message.resolve_ms.into());
         let request = match unsigned_request(message, id, &self.limits) {
             Ok(request) => request,
             Err(problems) => {
@@ -115,6 +120,7 @@ impl GrpcApi {
             arrived,
             deadline,
             not_after_ms,
+            resolve_within,
             slot: None,
         };
         let endpoint = call.request.endpoint();
@@ -258,6 +264,13 @@ fn unsigned_request(
             ),
         ));
     }
+    if message.resolve_ms > MAX_RESOLVE_MS {
+        let got = message.resolve_ms;
+        problems.push(Malformed::new(
+            "resolve_ms",
+            format_args!("expected at most {MAX_RESOLVE_MS}, got {got}"),
+        ));
+    }
     let endpoint = scope
         .zip(method)
         .and_then(|(scope, method)| Catalog::get().route(Some(scope), method, &message.path));
@@ -301,20 +314,32 @@ fn unsigned_request(
 }
 
 fn response(receipt: Receipt, id: &RequestId, egress_ip: IpAddr) -> proto::SignAndSendResponse {
-    let stale = receipt.stale();
     let Receipt {
         answer,
+        resolution,
         endpoint,
         scope,
         timestamp_ms,
         waiting,
         signing,
         exchange,
+        stale,
         lease: _,
     } = receipt;
-    let advice = advice::for_bot(&answer, scope, endpoint, egress_ip);
+    let advice = match &resolution {
+        Some(resolved) => resolved.state.advice().to_owned(),
+        None => advice::for_bot(&answer, scope, endpoint, egress_ip),
+    };
+    let is_answered = resolution
+        .as_ref()
+        .is_none_or(|resolved| resolved.is_answered);
+    let http_status = if is_answered {
+        answer.http_status.as_u16()
+    } else {
+        0
+    };
     proto::SignAndSendResponse {
-        http_status: answer.http_status.as_u16().into(),
+        http_status: http_status.into(),
         body: answer.body,
         content_type: answer.content_type,
         content_encoding: answer.content_encoding,
@@ -337,6 +362,15 @@ fn response(receipt: Receipt, id: &RequestId, egress_ip: IpAddr) -> proto::SignA
         stale_seconds: stale.as_secs(),
         advice,
         items: answer.items.into_iter().map(item).collect(),
+        resolution: resolution.map(|resolved| proto::Resolution {
+            state: match resolved.state {
+                ResolvedState::Absent => proto::resolution::State::Absent,
+                ResolvedState::Placed => proto::resolution::State::Placed,
+                ResolvedState::Unknown => proto::resolution::State::Unknown,
+            }
+            .into(),
+            order_id: cut(resolved.order_id.unwrap_or_default(), MAX_ID_CHARS),
+        }),
         broker_time_ms: 0,
     }
 }

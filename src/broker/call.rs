@@ -30,6 +30,7 @@ use tracing::Instrument;
 
 use super::admission::CallSlot;
 use super::gate::{Closed, Gate};
+use super::resolve::{Ended, Resolved, Resolving};
 use super::retry::{self, Attempt, Retry, RetryBudget};
 use super::{Broker, BrokerError};
 use crate::audit::{CallContext, CallEnd, Intent, Recorded};
@@ -64,6 +65,8 @@ pub(crate) struct Call {
     pub(crate) deadline: Instant,
     /// Exchange time after which a risk-increasing request must not leave, in Unix milliseconds; `None`: no limit.
     pub(crate) not_after_ms: Option<i64>,
+    /// How long the caller waits until it is known what became of an order that may have been placed; zero: not at all.
+    pub(crate) resolve_within: Duration,
     /// The slot among the calls in flight, with the memory of the answer. It is released when [`Broker::run`] returns, after a late answer too; `None` for
     /// calls that are not limited.
     pub(crate) slot: Option<CallSlot>,
@@ -74,6 +77,8 @@ pub(crate) struct Call {
 pub(crate) struct Receipt {
     /// The answer.
     pub(crate) answer: Answer,
+    /// What became of the orders that may have been placed, if the caller has waited for that.
+    pub(crate) resolution: Option<Resolved>,
     /// The endpoint; `None` if it is not in the catalogue.
     pub(crate) endpoint: Option<&'static Endpoint>,
     /// The scope of the request.
@@ -86,17 +91,10 @@ pub(crate) struct Receipt {
     pub(crate) signing: Duration,
     /// From handing the request to the connection until the answer was complete.
     pub(crate) exchange: Duration,
+    /// How long ago Vault last confirmed the key; zero while Vault answers, and for a public request.
+    pub(crate) stale: Duration,
     /// The key that signed; `None` for a public request.
     pub(crate) lease: Option<KeyLease>,
-}
-
-impl Receipt {
-    /// How long ago Vault last confirmed the key; zero while Vault answers, and for a public request.
-    pub(crate) fn stale(&self) -> Duration {
-        self.lease
-            .as_ref()
-            .map_or(Duration::ZERO, |lease| lease.stale)
-    }
 }
 
 /// Turns a panic in a step of a call into [`BrokerError::Internal`]. Other calls go on.
@@ -149,7 +147,7 @@ impl Broker {
                 return;
             }
         };
-        let _open = self.calls.track(&call, permit.changes());
+        let open = self.calls.track(&call, permit.changes());
         let gate = Gate::default();
         let ends_with_caller = !permit.changes() || permit.increases_risk();
         let mut delivery = pin!(catch_panic(self.deliver(&call, &permit, intent, &gate)));
@@ -157,20 +155,23 @@ impl Broker {
             biased;
             // First, so that the delivery does not send after a hang-up.
             () = reply.closed(), if ends_with_caller => BrokerError::CallerGone,
-            ended = &mut delivery => {
-                self.settle(&claims, &ended);
-                self.finish(&call, number, &permit, &ended).await;
-                if matches!(ended, Err(BrokerError::AnswerDropped(_))) {
+            result = &mut delivery => {
+                let ended = Ended { call: &call, number, permit: &permit, claims: &claims, signed_ms: gate.signed_ms() };
+                let resolving = self.finish(ended, &result).await;
+                if matches!(result, Err(BrokerError::AnswerDropped(_))) {
                     self.hold_answer_memory(&call);
                 }
-                let _ = reply.send(ended);
+                // A stop does not wait for lookups.
+                drop(open);
+                let result = self.wait_for_resolution(ended, result, resolving, reply.closed()).await;
+                let _ = reply.send(result);
                 return;
             }
             () = sleep_until(call.deadline) => BrokerError::DeadlineExceeded,
             () = self.calls.give_up.cancelled() => BrokerError::ShuttingDown,
         };
         let is_abandoned = matches!(stopped_by, BrokerError::CallerGone);
-        let ended = match gate.close() {
+        let result = match gate.close() {
             Closed::NotSent => Err(stopped_by),
             // The exchange rejected an earlier attempt, and the next one was not sent: the rejection is the answer.
             Closed::Refused(receipt) => Ok(*receipt),
@@ -178,16 +179,21 @@ impl Broker {
             Closed::Sent if is_abandoned => self.late(delivery.as_mut()).await,
             Closed::Sent => Err(BrokerError::AnswerLate),
         };
-        let is_in_flight = matches!(ended, Err(BrokerError::AnswerLate));
-        self.settle(&claims, &ended);
-        self.finish(&call, number, &permit, &ended).await;
-        let _ = reply.send(ended);
+        let is_in_flight = matches!(result, Err(BrokerError::AnswerLate));
+        let ended = Ended {
+            call: &call,
+            number,
+            permit: &permit,
+            claims: &claims,
+            signed_ms: gate.signed_ms(),
+        };
+        self.finish(ended, &result).await;
+        let _ = reply.send(result);
         // The gate is closed, so nothing more can be sent. Wait for a request that is in flight and may change something, and
         // audit its late result; that of a request of the broker itself is not needed.
         if is_in_flight && permit.changes() && call.principal != Principal::Broker {
             let late = self.late(delivery).await;
-            self.settle(&claims, &late);
-            self.finish_late(&call, number, &permit, &late).await;
+            self.finish_late(ended, &late).await;
         }
     }
 
@@ -230,7 +236,7 @@ impl Broker {
             .audit
             .intent(&context, &permit, &call.request, claims.recorded());
         let intent = intent.inspect_err(|_| {
-            self.orders.settle(&claims, Settled::NotPlaced, None);
+            self.orders.settle(&claims, |_| Settled::NotPlaced);
         })?;
         self.begin_call(call, &permit, &mut claims);
         Ok((permit, claims, intent))
@@ -309,6 +315,9 @@ impl Broker {
                 Err(next) if was_sent && is_unsent(&next) => break,
                 ended => last = ended,
             }
+        }
+        if Self::is_duplicate(call, permit, &last) {
+            return self.earlier_order(call, permit, last).await;
         }
         last
     }
@@ -392,7 +401,7 @@ impl Broker {
         let is_guarded = permit.increases_risk();
         let guard = is_guarded.then(|| self.send_guard(call, destination));
         // The deadline's timer fires only at an await, so compare the clock too.
-        if sending >= call.deadline || !gate.pass(guard.clone()) {
+        if sending >= call.deadline || !gate.pass(guard.clone(), timestamp_ms) {
             return Err(BrokerError::DeadlineExceeded);
         }
         let key = permit.key_name().filter(|_| lease.is_some());
@@ -426,12 +435,14 @@ impl Broker {
         self.apply_feedback(call, permit, lease.as_ref(), &answer);
         Ok(Receipt {
             answer,
+            resolution: None,
             endpoint: permit.endpoint(),
             scope: permit.scope(),
             timestamp_ms,
             waiting: signing - call.arrived,
             signing: sending - signing,
             exchange: sending.elapsed(),
+            stale: lease.as_ref().map_or(Duration::ZERO, |lease| lease.stale),
             lease,
         })
     }
@@ -515,19 +526,25 @@ impl Broker {
         Ok(answer.judge_batch(endpoint, &call.request, &self.refusal_codes))
     }
 
-    /// Audits, logs and counts the result that the bot gets.
+    /// Audits, logs and counts the result of a call, which the bot gets unless it waits for more. Returns its orders that are
+    /// looked up from now on.
     async fn finish(
-        &self,
-        call: &Call,
-        number: u64,
-        permit: &Permit,
+        self: &Arc<Self>,
+        finished: Ended<'_>,
         ended: &Result<Receipt, BrokerError>,
-    ) {
+    ) -> Resolving {
+        let Ended {
+            call,
+            number,
+            permit,
+            ..
+        } = finished;
         let endpoint = permit.endpoint_id();
         let ending = ending(call, ended);
         let line = self
             .audit
             .outcome(&call_context(call, number), permit, &ending);
+        let resolving = self.settle(finished, ended);
         log_end(call, endpoint, &ending, ended.as_ref().err(), "call ended");
         // Of a read; nobody gets them, and nothing was changed.
         let is_abandoned = !permit.changes()
@@ -550,22 +567,28 @@ impl Broker {
             self.count_unresolved(call, permit, ended);
         }
         line.written_by(call.deadline).await;
+        resolving
     }
 
     /// Audits and logs the result of a request whose bot was answered with [`BrokerError::AnswerLate`]: the late answer, or the
     /// same error again if the broker stopped waiting for it.
     async fn finish_late(
-        &self,
-        call: &Call,
-        number: u64,
-        permit: &Permit,
+        self: &Arc<Self>,
+        finished: Ended<'_>,
         late: &Result<Receipt, BrokerError>,
     ) {
+        let Ended {
+            call,
+            number,
+            permit,
+            ..
+        } = finished;
         let endpoint = permit.endpoint_id();
         let ending = ending(call, late);
         let line = self
             .audit
             .late_answer(&call_context(call, number), permit, &ending);
+        drop(self.settle(finished, late));
         log_end(call, endpoint, &ending, late.as_ref().err(), "late answer");
         self.count_unresolved(call, permit, late);
         line.written().await;
@@ -628,12 +651,9 @@ fn call_context(call: &Call, number: u64) -> CallContext<'_> {
     }
 }
 
-/// What is known about the request of a call.
-pub(super) fn outcome_of(ended: &Result<Receipt, BrokerError>) -> Option<Outcome> {
-    outcome_and_reason(ended).0
-}
-
-fn outcome_and_reason(ended: &Result<Receipt, BrokerError>) -> (Option<Outcome>, Option<Reason>) {
+pub(super) fn outcome_and_reason(
+    ended: &Result<Receipt, BrokerError>,
+) -> (Option<Outcome>, Option<Reason>) {
     match ended {
         Ok(receipt) => (Some(receipt.answer.outcome), None),
         Err(error) => (error.outcome(), Some(error.reason())),
@@ -731,12 +751,14 @@ pub(super) mod tests {
         assert_eq!(answer.outcome, Outcome::Rejected);
         Receipt {
             answer,
+            resolution: None,
             endpoint: None,
             scope: Scope::SpotMargin,
             timestamp_ms: 0,
             waiting: Duration::ZERO,
             signing: Duration::ZERO,
             exchange: Duration::ZERO,
+            stale: Duration::ZERO,
             lease: None,
         }
     }

@@ -1,10 +1,9 @@
 //! One order per clientOid: refuses requests whose clientOids were used before, and records what became of the others.
 
-use super::call::outcome_of;
 use super::{Broker, BrokerError, Call, Overload, Receipt};
 use crate::base::outcome::Outcome;
 use crate::kucoin::{Endpoint, Malformed, Method, UnsignedRequest, placement};
-use crate::orders::{ClaimError, Claims, Settled};
+use crate::orders::{ClaimError, Claims, OrderState, Settled};
 use crate::policy::Permit;
 
 impl Broker {
@@ -57,15 +56,11 @@ impl Broker {
             placement::check_client_oids(endpoint, &call.request)
                 .map_err(|problem| BrokerError::Malformed(vec![problem]))?;
         }
-        let tested = self.keyring.tested(permit);
-        let info = tested
-            .as_ref()
-            .and_then(|tested| tested.report.info.as_ref());
-        let uid = info.and_then(|info| info.uid.as_deref());
+        let uid = self.uid_of_key(permit);
         let now_ms = self.clock.exchange(permit.destination()).ms;
         let claimed = self
             .orders
-            .claim(bot, &call.request, Some(endpoint), uid, now_ms);
+            .claim(bot, &call.request, Some(endpoint), uid.as_deref(), now_ms);
         claimed.map_err(|error| match error {
             ClaimError::Full(limit) => Overload::ClaimsOfBot(limit).into(),
             ClaimError::Repeated(repeated) => BrokerError::Repeated(repeated),
@@ -76,16 +71,10 @@ impl Broker {
         })
     }
 
-    /// Records what became of the orders of a call.
-    pub(super) fn settle(&self, claims: &Claims, ended: &Result<Receipt, BrokerError>) {
-        let outcome = outcome_of(ended);
-        self.orders.end_call(claims, outcome);
-        let settled = match outcome {
-            Some(Outcome::Accepted) => Settled::Accepted,
-            Some(Outcome::NotSent | Outcome::Rejected) => Settled::NotPlaced,
-            Some(Outcome::MaybeSent) | None => Settled::MaybeSent,
-        };
-        self.orders.settle(claims, settled, None);
+    /// The exchange's id of the account whose key the rules name for a request, if a key test has reported it.
+    pub(super) fn uid_of_key(&self, permit: &Permit) -> Option<String> {
+        let tested = self.keyring.tested(permit)?;
+        tested.report.info.as_ref()?.uid.clone()
     }
 
     /// The exchange's time for the account of a request; 0 while it is unknown, so that no claim seems to have ended.
@@ -98,5 +87,39 @@ impl Broker {
             }
             None => 0,
         }
+    }
+}
+
+/// What became of an order of a call with this result.
+pub(super) fn became(ended: &Result<Receipt, BrokerError>, client_oid: &str) -> Settled {
+    let (outcome, order_id) = match ended {
+        Err(BrokerError::Repeated(earlier)) => {
+            return match earlier.state {
+                OrderState::Accepted => Settled::Accepted(earlier.order_id.clone()),
+                _ => Settled::Unknown,
+            };
+        }
+        Err(error) => (error.outcome(), None),
+        Ok(receipt) if receipt.answer.items.is_empty() => {
+            let form = receipt
+                .endpoint
+                .and_then(|endpoint| endpoint.order.as_ref());
+            let order_id = form.and_then(|form| form.order_id(&receipt.answer.body));
+            (Some(receipt.answer.outcome), order_id)
+        }
+        Ok(receipt) => {
+            let items = receipt.answer.items.iter();
+            let mut items = items.filter(|item| item.client_oid == client_oid);
+            match (items.next(), items.next()) {
+                (Some(item), None) => (Some(item.outcome), Some(item.order_id.clone())),
+                // Results that contradict each other, or none.
+                _ => (None, None),
+            }
+        }
+    };
+    match outcome {
+        Some(Outcome::Accepted) => Settled::Accepted(order_id.filter(|id| !id.is_empty())),
+        Some(Outcome::NotSent | Outcome::Rejected) => Settled::NotPlaced,
+        Some(Outcome::MaybeSent) | None => Settled::MaybeSent,
     }
 }

@@ -2,6 +2,7 @@
 
 use std::mem::replace;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 
 use super::Receipt;
 use crate::base::lock::Mutex;
@@ -9,7 +10,11 @@ use crate::egress::SendGuard;
 
 /// The gate of one call. Without it a bot could get `not_sent` while its order is being sent.
 #[derive(Debug, Default)]
-pub(super) struct Gate(Mutex<GateState>);
+pub(super) struct Gate {
+    state: Mutex<GateState>,
+    /// The timestamp of the request that passed last, Unix milliseconds; 0 if none has.
+    signed_ms: AtomicI64,
+}
 
 #[derive(Debug, Default)]
 enum GateState {
@@ -38,21 +43,27 @@ pub(super) enum Closed {
 
 impl Gate {
     /// Allows the request to be sent, also a second time; false after the gate was closed. `guard` can stop it while it is
-    /// being written.
-    pub(super) fn pass(&self, guard: Option<Arc<SendGuard>>) -> bool {
-        let mut state = self.0.lock();
+    /// being written; `signed_ms` is its timestamp.
+    pub(super) fn pass(&self, guard: Option<Arc<SendGuard>>, signed_ms: i64) -> bool {
+        let mut state = self.state.lock();
         let refused = match replace(&mut *state, GateState::Closed) {
             GateState::Closed => return false,
             GateState::Refused(receipt) => Some(receipt),
             GateState::Open | GateState::Sent(..) => None,
         };
         *state = GateState::Sent(guard, refused);
+        self.signed_ms.store(signed_ms, Ordering::Relaxed);
         true
+    }
+
+    /// The timestamp of the request that passed last, Unix milliseconds; 0 if none has.
+    pub(super) fn signed_ms(&self) -> i64 {
+        self.signed_ms.load(Ordering::Relaxed)
     }
 
     /// Marks a sent request as not executed, with the exchange's rejection if there is one; false after the gate was closed.
     pub(super) fn reopen(&self, refused: Option<&Receipt>) -> bool {
-        let mut state = self.0.lock();
+        let mut state = self.state.lock();
         let is_sent = matches!(*state, GateState::Sent(..));
         if is_sent {
             let refused = refused.map(|receipt| GateState::Refused(Box::new(receipt.clone())));
@@ -63,7 +74,7 @@ impl Gate {
 
     /// Closes the gate for good, and stops a request that is not written completely; returns the state of the call.
     pub(super) fn close(&self) -> Closed {
-        match replace(&mut *self.0.lock(), GateState::Closed) {
+        match replace(&mut *self.state.lock(), GateState::Closed) {
             GateState::Open | GateState::Closed => Closed::NotSent,
             GateState::Refused(receipt) => Closed::Refused(receipt),
             GateState::Sent(Some(guard), refused) if guard.stop() => {
@@ -89,13 +100,13 @@ mod tests {
     fn nothing_is_sent_after_the_bot_got_not_sent() {
         let gate = Gate::default();
         assert!(matches!(gate.close(), Closed::NotSent));
-        assert!(!gate.pass(None));
+        assert!(!gate.pass(None, 0));
     }
 
     #[test]
     fn request_that_the_connection_handed_back_is_not_sent() {
         let gate = Gate::default();
-        assert!(gate.pass(None));
+        assert!(gate.pass(None, 0));
         assert!(gate.reopen(None));
         assert!(matches!(gate.close(), Closed::NotSent));
     }
@@ -103,19 +114,19 @@ mod tests {
     #[test]
     fn request_stays_sent_after_the_bot_got_maybe_sent() {
         let gate = Gate::default();
-        assert!(gate.pass(None));
+        assert!(gate.pass(None, 0));
         assert!(matches!(gate.close(), Closed::Sent));
         assert!(!gate.reopen(None));
-        assert!(!gate.pass(None));
+        assert!(!gate.pass(None, 0));
     }
 
     #[test]
     fn rejection_is_kept_until_the_request_is_sent_again() {
         let gate = Gate::default();
-        assert!(gate.pass(None));
+        assert!(gate.pass(None, 0));
         assert!(gate.reopen(Some(&refused())));
         let again = Gate::default();
-        assert!(again.pass(None) && again.reopen(Some(&refused())) && again.pass(None));
+        assert!(again.pass(None, 0) && again.reopen(Some(&refused())) && again.pass(None, 0));
         assert!(matches!(gate.close(), Closed::Refused(_)));
         assert!(matches!(again.close(), Closed::Sent));
     }
@@ -129,10 +140,10 @@ mod tests {
         };
         let (first, second) = (guard(), guard());
         let (gate, again) = (Gate::default(), Gate::default());
-        assert!(gate.pass(Some(Arc::clone(&first))));
+        assert!(gate.pass(Some(Arc::clone(&first)), 0));
         assert!(matches!(gate.close(), Closed::NotSent));
-        assert!(again.pass(None) && again.reopen(Some(&refused())));
-        assert!(again.pass(Some(Arc::clone(&second))));
+        assert!(again.pass(None, 0) && again.reopen(Some(&refused())));
+        assert!(again.pass(Some(Arc::clone(&second)), 0));
         assert!(matches!(again.close(), Closed::Refused(_)));
         assert!(first.stop() && second.stop());
     }

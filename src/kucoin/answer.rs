@@ -205,6 +205,24 @@ fn flag<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<bool>, D::E
 }
 
 impl Answer {
+    /// Stands for an answer that never came.
+    pub(crate) fn missing() -> Self {
+        Self {
+            http_status: StatusCode::default(),
+            body: Bytes::new(),
+            content_type: String::new(),
+            content_encoding: String::new(),
+            code: String::new(),
+            class: Class::Missing,
+            msg: String::new(),
+            outcome: Outcome::MaybeSent,
+            items: Vec::new(),
+            is_of_unknown_code: false,
+            rate_limit: None,
+            retry_after: None,
+        }
+    }
+
     /// Reads an answer to the request `asked`; `now` replaces the answer's date if it has none.
     ///
     /// A body that is still encoded (`content-encoding`) is not read, and neither is a JSON object with an invalid `code`: its

@@ -200,8 +200,13 @@ impl BatchResult {
                 && !msg.is_empty()
                 && !UNCLEAR_WORDS.iter().any(|word| words.contains(word))
         };
+        let code_text = code.as_deref().unwrap_or_default();
+        let is_duplicate = endpoint.claims_client_oids()
+            && code::is_duplicate_client_oid(endpoint.product, code_text, &msg);
         let outcome = match ok {
             Some(value) if value == *ok_value => Outcome::Accepted,
+            // An earlier order exists, perhaps this one.
+            _ if is_duplicate => Outcome::MaybeSent,
             _ if is_rejected => Outcome::Rejected,
             _ => Outcome::MaybeSent,
         };
@@ -422,17 +427,19 @@ mod tests {
     #[test]
     fn codes_of_a_futures_batch_decide_about_each_order() {
         // Source: Kucoin/kucoin-universal-sdk, "Batch Add Orders" of futures; codes: KuCoin API documentation.
-        let body = r#"[{"clientOid":"5c52e11203aa677f33e493fb"},{"clientOid":"5c52e11203aa677f33e493fc"},{"clientOid":"c"},{"clientOid":"d"},{"clientOid":"e"}]"#;
-        let answer = r#"{"code":"200000","data":[{"orderId":"235919387855482880","clientOid":"5c52e11203aa677f33e493fc","symbol":"XBTUSDTM","code":"200000","msg":"success"},{"orderId":"235919387779985408","clientOid":"5c52e11203aa677f33e493fb","symbol":"XBTUSDTM","code":"200000","msg":"success"},{"orderId":null,"clientOid":"c","code":"300018","msg":"clientOid parameter repeated"},{"clientOid":"d","code":"500000"},{"clientOid":"e","code":"999999"}]}"#;
+        let body = r#"[{"clientOid":"5c52e11203aa677f33e493fb"},{"clientOid":"5c52e11203aa677f33e493fc"},{"clientOid":"c"},{"clientOid":"d"},{"clientOid":"e"},{"clientOid":"f"}]"#;
+        let answer = r#"{"code":"200000","data":[{"orderId":"235919387855482880","clientOid":"5c52e11203aa677f33e493fc","symbol":"XBTUSDTM","code":"200000","msg":"success"},{"orderId":"235919387779985408","clientOid":"5c52e11203aa677f33e493fb","symbol":"XBTUSDTM","code":"200000","msg":"success"},{"orderId":null,"clientOid":"c","code":"300018","msg":"clientOid parameter repeated"},{"clientOid":"d","code":"500000"},{"clientOid":"e","code":"999999"},{"clientOid":"f","code":"300003","msg":"Balance insufficient"}]}"#;
         let judged = judge(FUTURES, body, answer);
         assert_eq!(
             items(&judged),
             [
                 ("5c52e11203aa677f33e493fb", ACCEPTED),
                 ("5c52e11203aa677f33e493fc", ACCEPTED),
-                ("c", REJECTED),
+                // An earlier order has its clientOid.
+                ("c", MAYBE_SENT),
                 ("d", MAYBE_SENT),
                 ("e", MAYBE_SENT),
+                ("f", REJECTED),
             ]
         );
         assert_eq!(judged.items[0].order_id, "235919387779985408");

@@ -91,7 +91,6 @@ pub(crate) fn class(
 ///
 /// Source: KuCoin API documentation, docs-new/error-code: futures, margin, convert and unified account. None of them has a
 /// code for spot; its message is from JKorf/Kucoin.Net issue 120 (2022), with code 400100.
-#[allow(dead_code, reason = "the guard of clientOids will use it")]
 pub(crate) fn is_duplicate_client_oid(product: Product, code: &str, msg: &str) -> bool {
     match product {
         Product::Convert => code == "102426",

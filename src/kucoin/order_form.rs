@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 
+use super::fields;
 use super::pointer::Pointer;
 
 /// Where an endpoint's requests and answers carry orders, or the clientOid of a transfer.
@@ -30,6 +31,17 @@ pub(crate) struct OrderForm {
     pub(crate) lookup: Option<LookupForm>,
     /// The read that finds an order by its id.
     pub(crate) lookup_by_order_id: Option<LookupForm>,
+}
+
+impl OrderForm {
+    /// The order id in the answer to a request with one order.
+    pub(crate) fn order_id(&self, body: &[u8]) -> Option<String> {
+        let pointer = self
+            .answer_order_id
+            .as_deref()
+            .filter(|_| self.results.is_none())?;
+        fields::text(fields::at(std::str::from_utf8(body).ok()?, pointer)?)
+    }
 }
 
 /// Where a request carries clientOids.

@@ -359,6 +359,7 @@ impl Broker {
             arrived,
             deadline: arrived + ANSWER_WITHIN,
             not_after_ms: None,
+            resolve_within: Duration::ZERO,
             slot: None,
         })
         .await

@@ -36,6 +36,21 @@ pub(crate) enum OrderState {
     Accepted,
     /// It may exist.
     MaybeSent,
+    /// It may exist, and the broker could not find out: it does not look it up any more.
+    Unknown,
+}
+
+/// What became of an order that has a claim.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) enum Settled {
+    /// The exchange accepted it; its order id, if known.
+    Accepted(Option<String>),
+    /// It may have been placed, and the broker looks it up or waits for the answer.
+    MaybeSent,
+    /// It was not placed.
+    NotPlaced,
+    /// It may have been placed, and the broker cannot find out.
+    Unknown,
 }
 
 impl OrderState {
@@ -45,6 +60,7 @@ impl OrderState {
             Self::InFlight => "in_flight",
             Self::Accepted => "accepted",
             Self::MaybeSent => "maybe_sent",
+            Self::Unknown => "unknown",
         }
     }
 }
@@ -260,6 +276,16 @@ impl Guard {
         {
             place.copy_from_slice(id);
             entry.order_id_len = len;
+        }
+    }
+
+    /// Records what became of an order.
+    pub(super) fn settle(&mut self, key: ClaimKey, settled: Settled) {
+        match settled {
+            Settled::Accepted(id) => self.set(key, OrderState::Accepted, id.as_deref()),
+            Settled::MaybeSent => self.set(key, OrderState::MaybeSent, None),
+            Settled::NotPlaced => self.free(key),
+            Settled::Unknown => self.set(key, OrderState::Unknown, None),
         }
     }
 

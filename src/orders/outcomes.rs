@@ -52,7 +52,8 @@ impl From<Claim> for Known {
             state: match claim.state {
                 OrderState::InFlight => KnownState::InFlight,
                 OrderState::Accepted => KnownState::Accepted,
-                OrderState::MaybeSent => KnownState::MaybeSent,
+                // It may exist, although nothing looks it up any more.
+                OrderState::MaybeSent | OrderState::Unknown => KnownState::MaybeSent,
             },
             order_id: claim.order_id,
             endpoint: Catalog::get().by_number(claim.endpoint),
@@ -82,13 +83,13 @@ impl Orders {
         now_ms: i64,
     ) {
         // A call and its claim have the same time.
-        let at_ms = if claims.keys.is_empty() {
+        let at_ms = if claims.is_empty() {
             now_ms
         } else {
             claims.at_ms
         };
-        let orders = claims.keys.len();
-        claims.call = Some(self.add_call(bot, id, endpoint, (&claims.keys, orders), at_ms));
+        let keys: Vec<_> = claims.orders.iter().map(|(_, key)| *key).collect();
+        claims.call = Some(self.add_call(bot, id, endpoint, (&keys, keys.len()), at_ms));
     }
 
     /// `orders`: the claims of the call, and how many orders it has.

@@ -103,6 +103,22 @@ struct Line<'a> {
     client_oids: Vec<Cow<'a, str>>,
     #[serde(borrow)]
     outcome: Option<Cow<'a, str>>,
+    /// The orders of a batch.
+    #[serde(borrow, default)]
+    items: Vec<LineItem<'a>>,
+    #[serde(borrow)]
+    client_oid: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    state: Option<Cow<'a, str>>,
+}
+
+/// One order of a batch.
+#[derive(Deserialize)]
+struct LineItem<'a> {
+    #[serde(borrow, default)]
+    client_oid: Cow<'a, str>,
+    #[serde(borrow)]
+    outcome: Cow<'a, str>,
 }
 
 /// A call: the number of its run in [`Reading::runs`], and its number in that run.
@@ -140,7 +156,8 @@ struct Reading<'a> {
 
 /// A call whose result has not been read yet, or is `maybe_sent`.
 struct Open {
-    keys: Vec<ClaimKey>,
+    /// The clientOids that it was the last to use: position in `call.client_oids`, and key.
+    keys: Vec<(usize, ClaimKey)>,
     call: Unresolved,
     /// The call in the table of calls.
     handle: Option<CallHandle>,
@@ -262,6 +279,7 @@ impl Orders {
                         self.calls.lock().set(call, line.state());
                     }
                 }
+                "resolved" => reading.read_resolution(&line),
                 _ => {}
             }
         }
@@ -284,7 +302,7 @@ impl Orders {
             let digest = line.body_sha256.as_deref().and_then(|text| text.get(..16));
             let body = digest.and_then(|digest| u64::from_str_radix(digest, 16).ok());
             let bot = reading.bots.insert_full(bot.clone()).0;
-            for oid in &call.client_oids {
+            for (position, oid) in call.client_oids.iter().enumerate() {
                 let key = match &line.uid {
                     Some(uid) => self.hash.key("uid", uid, scope, oid),
                     None => self.hash.key("account", account.as_str(), scope, oid),
@@ -299,7 +317,7 @@ impl Orders {
                     state: Some(OrderState::MaybeSent),
                 };
                 if reading.is_used(key, used) {
-                    keys.push(key);
+                    keys.push((position, key));
                 }
             }
             if keys.is_empty() && !call.client_oids.is_empty() {
@@ -312,7 +330,8 @@ impl Orders {
         };
         let bot = call.principal.bot();
         let handle = bot.map(|bot| {
-            let claims = (keys.as_slice(), call.client_oids.len());
+            let claimed: Vec<_> = keys.iter().map(|(_, key)| *key).collect();
+            let claims = (claimed.as_slice(), call.client_oids.len());
             self.add_call(bot, &call.request_id, Some(endpoint), claims, at_ms)
         });
         open.insert(Open {
@@ -376,7 +395,10 @@ impl Reading<'_> {
         let oldest_ms = times.get(times.len() / 4).copied().unwrap_or(i64::MIN);
         let forgotten_ms = &mut self.forgotten_ms;
         self.used.retain(|_, used| {
-            let is_kept = used.state == Some(OrderState::MaybeSent) || used.time_ms > oldest_ms;
+            let is_kept = matches!(
+                used.state,
+                Some(OrderState::MaybeSent | OrderState::Unknown)
+            ) || used.time_ms > oldest_ms;
             if !is_kept {
                 *forgotten_ms = (*forgotten_ms).max(Some(used.exchange_ms));
             }
@@ -390,21 +412,49 @@ impl Reading<'_> {
         let open = self.open.get_mut(&id)?;
         open.has_outcome = true;
         let handle = open.handle;
-        let state = match line.outcome.as_deref() {
-            Some("accepted") => Some(OrderState::Accepted),
-            Some("not_sent" | "rejected") => None,
-            // A later line of the call can have the result.
-            _ => return handle,
-        };
-        for key in &open.keys {
+        for (position, key) in &open.keys {
+            let oid = open.call.client_oids.get(*position);
+            let state = match line.outcome_of(oid.map_or("", String::as_str)) {
+                Some("accepted") => Some(OrderState::Accepted),
+                Some("not_sent" | "rejected") => None,
+                _ => continue,
+            };
             if let Some(used) = self.used.get_mut(key)
                 && used.by == id
             {
                 used.state = state;
             }
         }
-        self.open.remove(&id);
+        // Otherwise a later line of the call can have the result.
+        if let Some("accepted" | "not_sent" | "rejected") = line.outcome.as_deref() {
+            self.open.remove(&id);
+        }
         handle
+    }
+
+    /// Records what lookups have found about an order of a call that was `maybe_sent`.
+    fn read_resolution(&mut self, line: &Line<'_>) {
+        let Some(run) = self.runs.get_index_of(line.run.as_ref()) else {
+            return;
+        };
+        let id = (run, line.call);
+        let (Some(open), Some(client_oid)) = (self.open.get(&id), &line.client_oid) else {
+            return;
+        };
+        let oids = &open.call.client_oids;
+        let is_of = |(position, _): &&(usize, ClaimKey)| {
+            oids.get(*position).is_some_and(|oid| oid == client_oid)
+        };
+        if let Some((_, key)) = open.keys.iter().find(is_of)
+            && let Some(used) = self.used.get_mut(key)
+            && used.by == id
+        {
+            used.state = match line.state.as_deref() {
+                Some("placed") => Some(OrderState::Accepted),
+                Some("absent") => None,
+                _ => Some(OrderState::Unknown),
+            };
+        }
     }
 }
 
@@ -416,6 +466,19 @@ impl Line<'_> {
             Some("not_sent") => CallState::NotSent,
             Some("rejected") => CallState::Rejected,
             _ => CallState::MaybeSent,
+        }
+    }
+
+    /// The outcome of an order of the call.
+    fn outcome_of(&self, client_oid: &str) -> Option<&str> {
+        if self.items.is_empty() {
+            return self.outcome.as_deref();
+        }
+        let items = self.items.iter();
+        let mut items = items.filter(|item| item.client_oid == client_oid);
+        match (items.next(), items.next()) {
+            (Some(item), None) => Some(&item.outcome),
+            _ => None,
         }
     }
 

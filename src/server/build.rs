@@ -16,6 +16,7 @@ use crate::base::trust;
 use crate::broker::admission::{Admission, AdmissionLimits};
 use crate::broker::dead_man::DeadManSwitches;
 use crate::broker::probes::RecheckSignals;
+use crate::broker::resolve::LookupLimits;
 use crate::broker::{Broker, Calls, UnknownCodes};
 use crate::clock::Clock;
 use crate::config::Config;
@@ -23,6 +24,7 @@ use crate::config::load::{Certificates, Loaded};
 use crate::egress::Egress;
 use crate::egress::proof::Proof;
 use crate::keyring::Keyring;
+use crate::kucoin::not_found::NotFoundAnswers;
 use crate::orders::Orders;
 use crate::policy::Policy;
 use crate::process::{Share, hardened};
@@ -109,6 +111,8 @@ pub(crate) fn broker(
         metrics,
         admission: Admission::new(admission_limits(config)),
         calls: Calls::default(),
+        lookups: LookupLimits::default(),
+        not_found: NotFoundAnswers::default(),
         dead_man: DeadManSwitches::default(),
         refusal_codes: config.refusal_codes.clone(),
         unknown_codes: UnknownCodes::default(),

@@ -135,6 +135,7 @@ async fn every_invalid_field_of_a_request_is_reported() {
         body: "{}".into(),
         request_id: "a b".to_owned(),
         not_after_ms: 0,
+        resolve_ms: 30_001,
     };
     let error = bot.send(call).await.unwrap_err();
     let (code, reason, outcome, id) = failure(&error);
@@ -150,7 +151,14 @@ async fn every_invalid_field_of_a_request_is_reported() {
         .into_iter()
         .map(|v| v.field)
         .collect();
-    let expected = ["account", "body", "path", "request_id", "scope"];
+    let expected = [
+        "account",
+        "body",
+        "path",
+        "request_id",
+        "resolve_ms",
+        "scope",
+    ];
     assert_eq!(
         fields.iter().map(String::as_str).collect::<Vec<_>>(),
         expected

@@ -800,7 +800,9 @@ impl Site {
             let last = match events.as_slice() {
                 [] => None,
                 ["denied"] => Some(&lines[0]),
-                ["intent", "outcome"] | ["intent", "outcome", "late_answer"] => Some(&lines[1]),
+                ["intent", "outcome"]
+                | ["intent", "outcome", "late_answer" | "resolved"]
+                | ["intent", "outcome", "late_answer", "resolved"] => Some(&lines[1]),
                 _ => panic!("{}: {events:?}", call.id),
             };
             let recorded = last.map(|last| {

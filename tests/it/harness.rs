@@ -446,7 +446,7 @@ impl Lab {
             match line["event"].as_str().unwrap() {
                 "intent" => counts.0 += 1,
                 "outcome" => counts.1 += 1,
-                "denied" | "late_answer" => {}
+                "denied" | "late_answer" | "resolved" => {}
                 other => panic!("unknown event {other}"),
             }
         }

@@ -129,7 +129,9 @@ async fn each_of_ten_thousand_mixed_calls_has_exactly_one_audited_outcome() {
             .collect();
         let end = match events.as_slice() {
             ["denied"] => &lines[id][0],
-            ["intent", "outcome"] | ["intent", "outcome", "late_answer"] => &lines[id][1],
+            ["intent", "outcome"]
+            | ["intent", "outcome", "late_answer" | "resolved"]
+            | ["intent", "outcome", "late_answer", "resolved"] => &lines[id][1],
             _ => panic!("{id}: {events:?}"),
         };
         let audited = Ending {

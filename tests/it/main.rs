@@ -53,6 +53,7 @@ mod process;
 mod proto_baseline;
 mod raw_bot;
 mod reload;
+mod resolution;
 mod restrictions;
 mod rotation;
 mod secrecy;

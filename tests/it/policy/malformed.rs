@@ -490,6 +490,7 @@ pub(super) fn other_fields() -> Vec<Case> {
         body: "x\r\n".into(),
         request_id: "a\r\nb".to_owned(),
         not_after_ms: 0,
+        resolve_ms: 0,
     };
     let fields = ["scope", "method", "account", "request_id", "path"].map(str::to_owned);
     cases.push(case(

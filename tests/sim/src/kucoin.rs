@@ -229,6 +229,12 @@ impl KucoinSim {
         self.exchange().accounts.cancel_lag_ms = lag_ms;
     }
 
+    /// Sets how long after its acceptance a lookup of one order finds it. Default: zero.
+    pub fn set_lookup_lag(&self, lag: Duration) {
+        let lag_ms = i64::try_from(lag.as_millis()).unwrap_or(i64::MAX);
+        self.exchange().accounts.lookup_lag_ms = lag_ms;
+    }
+
     /// Sets how far the exchange's clock is ahead of this machine's, in milliseconds.
     pub fn set_clock_offset_ms(&self, offset_ms: i64) {
         self.exchange().clock = Clock::Offset(offset_ms);

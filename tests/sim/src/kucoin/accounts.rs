@@ -36,6 +36,9 @@ pub(super) struct Accounts {
     by_uid: HashMap<u64, Account>,
     /// How long after its acceptance a cancel-all takes effect.
     pub(super) cancel_lag_ms: i64,
+    /// How long after its acceptance a lookup finds an order.
+    pub(super) lookup_lag_ms: i64,
+    now_ms: i64,
     last_id: u64,
 }
 
@@ -47,6 +50,8 @@ pub(super) struct Account {
     by_id: HashMap<String, usize>,
     by_client_oid: HashMap<(Product, String), usize>,
     cancel_lag_ms: i64,
+    /// Lookups find orders that were accepted by this time; `None`: all.
+    visible_until_ms: Option<i64>,
     /// Accepted cancels: when each takes effect, and the order id.
     due: Vec<(i64, String)>,
 }
@@ -65,11 +70,14 @@ impl Accounts {
     pub(super) fn of(&mut self, uid: u64) -> &mut Account {
         let account = self.by_uid.entry(uid).or_insert_with(Account::new);
         account.cancel_lag_ms = self.cancel_lag_ms;
+        let lag_ms = Some(self.lookup_lag_ms).filter(|lag_ms| *lag_ms > 0);
+        account.visible_until_ms = lag_ms.map(|lag_ms| self.now_ms - lag_ms);
         account
     }
 
     /// Cancels the orders whose accepted cancel is due.
     pub(super) fn apply_due_cancels(&mut self, now_ms: i64) {
+        self.now_ms = now_ms;
         for account in self.by_uid.values_mut() {
             let due = account.due.extract_if(.., |(at_ms, _)| *at_ms <= now_ms);
             let due: Vec<_> = due.collect();
@@ -116,6 +124,7 @@ impl Account {
             by_id: HashMap::new(),
             by_client_oid: HashMap::new(),
             cancel_lag_ms: 0,
+            visible_until_ms: None,
             due: Vec::new(),
         }
     }
@@ -201,7 +210,12 @@ impl Account {
     pub(super) fn by_id(&self, books: &[Book], id: &str) -> Option<&Order> {
         self.orders
             .get(*self.by_id.get(id)?)
-            .filter(|order| books.contains(&order.book))
+            .filter(|order| books.contains(&order.book) && self.is_visible(order))
+    }
+
+    fn is_visible(&self, order: &Order) -> bool {
+        self.visible_until_ms
+            .is_none_or(|until_ms| order.created_at_ms <= until_ms)
     }
 
     /// Finds an order of these books by clientOid.
@@ -210,7 +224,7 @@ impl Account {
         let at = self.by_client_oid.get(&(product, id.to_owned()))?;
         self.orders
             .get(*at)
-            .filter(|order| books.contains(&order.book))
+            .filter(|order| books.contains(&order.book) && self.is_visible(order))
     }
 
     /// Cancels a resting order and returns its new state; `None` if it is not resting.

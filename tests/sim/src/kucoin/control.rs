@@ -6,6 +6,7 @@
 //! | `DELETE /_sim/keys?api_key=` | |
 //! | `POST /_sim/balance` | `{"uid": 1, "wallet": "trade", "currency": "USDT", "amount": "10"}` |
 //! | `POST /_sim/cancel-lag` | `{"ms": 300}`: how long after its acceptance a cancel-all takes effect |
+//! | `POST /_sim/lookup-lag` | `{"ms": 3000}`: how long after its acceptance a lookup finds an order |
 //! | `POST /_sim/fault` | a [`Fault`] to add |
 //! | `DELETE /_sim/fault` | removes all faults |
 //! | `GET /_sim/fault` | `{"hits": 3}`: how many requests faults have hit |
@@ -49,7 +50,7 @@ struct SetBalance {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct CancelLag {
+struct Lag {
     ms: u32,
 }
 
@@ -98,7 +99,10 @@ fn execute(exchange: &mut Exchange, request: &Received) -> Result<Value, String>
             account.set_available(new.wallet, &new.currency, new.amount);
         }
         ("POST", "/_sim/cancel-lag") => {
-            exchange.accounts.cancel_lag_ms = i64::from(body::<CancelLag>(request)?.ms);
+            exchange.accounts.cancel_lag_ms = i64::from(body::<Lag>(request)?.ms);
+        }
+        ("POST", "/_sim/lookup-lag") => {
+            exchange.accounts.lookup_lag_ms = i64::from(body::<Lag>(request)?.ms);
         }
         ("POST", "/_sim/fault") => exchange.faults.add(body::<Fault>(request)?),
         ("DELETE", "/_sim/fault") => exchange.faults.clear(),

@@ -27,6 +27,7 @@ async fn simulated_kucoin_can_be_controlled_over_http() {
         ("/_sim/clock", json!({"fixed_ms": NOW_MS})),
         ("/_sim/source-address", json!({"address": "203.0.113.7"})),
         ("/_sim/cancel-lag", json!({"ms": 0})),
+        ("/_sim/lookup-lag", json!({"ms": 0})),
         (
             "/_sim/fault",
             json!({"path": "/api/v1/status", "times": 1, "action": {"close": {"when": "before_processing"}}}),
