@@ -27,8 +27,10 @@ use crate::base::ids::{AccountId, BotId, KeyName, Principal, RequestId, hex};
 use crate::base::outcome::{Outcome, Reason};
 use crate::base::text::{MAX_CHARS, clean, clean_json};
 use crate::clock::Clock;
+use crate::kucoin::lookup::LookupRecord;
 use crate::kucoin::{BatchItem, Scope, UnsignedRequest};
-use crate::orders::replay::{AuditLog, Unresolved};
+use crate::orders::RecordedClaims;
+use crate::orders::replay::AuditLog;
 use crate::policy::Permit;
 use crate::telemetry::Metrics;
 
@@ -103,8 +105,10 @@ pub(crate) struct CallContext<'a> {
     pub(crate) principal: &'a Principal,
     /// The request id. Bots choose it, and it may repeat.
     pub(crate) request_id: &'a RequestId,
-    /// The number of the call in this run.
+    /// The number of the call in its run.
     pub(crate) call: u64,
+    /// Its run, if that was an earlier one.
+    pub(crate) earlier_run: Option<&'a str>,
     /// The account and scope; `None` if the request is malformed.
     pub(crate) account_and_scope: Option<(&'a AccountId, Scope)>,
 }
@@ -140,7 +144,7 @@ pub(crate) struct CallEnd<'a> {
 }
 
 /// Version of the line format (`v`): incremented when a field is renamed, removed or changes its meaning.
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 
 /// A line of a call. Its fields are written in this order.
 #[derive(Serialize)]
@@ -149,6 +153,10 @@ struct Line<'a> {
     event: &'static str,
     time_ms: i64,
     run: &'a str,
+    /// The run that has written the line, if it is not `run`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    by_run: Option<&'a str>,
+    seq: u64,
     call: u64,
     request_id: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -227,6 +235,7 @@ struct ActLine<'a> {
     event: &'static str,
     time_ms: i64,
     run: &'a str,
+    seq: u64,
     principal: &'a str,
     #[serde(flatten)]
     act: &'a Act<'a>,
@@ -254,6 +263,7 @@ struct ChangeLine<'a> {
     event: &'static str,
     time_ms: i64,
     run: &'a str,
+    seq: u64,
     principal: &'static str,
     file: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -277,6 +287,8 @@ struct AuditedRequest<'a> {
     exchange_ms: Option<i64>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     client_oids: Vec<&'a str>,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    lookup: &'a [LookupRecord],
 }
 
 impl Intent {
@@ -388,14 +400,17 @@ impl Audit {
         caller: &CallContext<'_>,
         permit: &Permit,
         request: &UnsignedRequest,
-        claims: Option<(Option<&str>, i64)>,
+        claims: Option<RecordedClaims<'_>>,
     ) -> Result<Intent, AuditError> {
         let client_oid_in_path = permit
             .endpoint()
             .and_then(|e| e.path_parameter("clientOid", request.target.path()));
         let mut audited = AuditedRequest::new(request, client_oid_in_path);
-        audited.uid = claims.and_then(|(uid, _)| uid);
-        audited.exchange_ms = claims.map(|(_, exchange_ms)| exchange_ms);
+        if let Some(claims) = claims {
+            audited.uid = claims.uid;
+            audited.exchange_ms = Some(claims.exchange_ms);
+            audited.lookup = claims.lookups;
+        }
         let is_risk_increasing = permit.increases_risk();
         let kind = match kind_of(permit) {
             Kind::Essential if is_risk_increasing => Kind::RiskIncreasing,
@@ -470,34 +485,6 @@ impl Audit {
         AuditLine(line.ok().filter(|_| !self.writer.is_impaired()))
     }
 
-    /// Records that the result of a call of an earlier run will not be known: that run ended before it had one.
-    pub(crate) fn unresolved(&self, call: &Unresolved) -> AuditLine {
-        let ending = CallEnd {
-            outcome: Some(Outcome::MaybeSent),
-            reason: Some(Reason::AnswerLost),
-            detail: Some("the broker ended before it had a result".to_owned()),
-            ..CallEnd::default()
-        };
-        let line = self.writer.push(Kind::Essential, || {
-            cleaned_line(&Line {
-                v: VERSION,
-                event: "outcome",
-                time_ms: self.clock.wall_ms(),
-                run: &call.run,
-                call: call.call,
-                request_id: call.request_id.as_str(),
-                bot: call.principal.bot().map(BotId::as_str),
-                principal: call.principal.other(),
-                account: Some(call.account.as_str()),
-                scope: Some(call.scope.as_str()),
-                endpoint: Some(call.endpoint),
-                request: None,
-                ending: Some(&ending),
-            })
-        });
-        AuditLine(line.ok())
-    }
-
     /// The file, and the name of this run in its lines.
     pub(crate) fn log(&self) -> AuditLog<'_> {
         AuditLog {
@@ -513,12 +500,13 @@ impl Audit {
 
     /// Records a change of a file. A failure to record it does not undo the change.
     pub(crate) fn changed(&self, change: &Change<'_>) -> AuditLine {
-        let line = self.writer.push(Kind::Essential, || {
+        let line = self.writer.push(Kind::Essential, |seq| {
             cleaned_line(&ChangeLine {
                 v: VERSION,
                 event: "change",
                 time_ms: self.clock.wall_ms(),
                 run: &self.run,
+                seq,
                 principal: "file",
                 file: change.file,
                 sha256_before: change.before.map(|digest| hex(digest)),
@@ -532,12 +520,13 @@ impl Audit {
 
     /// Records an action of `principal`: an admin's name, or `vault`. A failure to record it does not undo the action.
     pub(crate) fn record_action(&self, principal: &str, act: &Act<'_>) -> AuditLine {
-        let line = self.writer.push(Kind::Essential, || {
+        let line = self.writer.push(Kind::Essential, |seq| {
             cleaned_line(&ActLine {
                 v: VERSION,
                 event: "act",
                 time_ms: self.clock.wall_ms(),
                 run: &self.run,
+                seq,
                 principal,
                 act,
             })
@@ -645,25 +634,42 @@ impl Audit {
         request: Option<AuditedRequest<'_>>,
         ending: Option<&CallEnd<'_>>,
     ) -> io::Result<Queued> {
-        self.writer.push(kind, || {
+        self.writer.push(kind, |seq| {
             cleaned_line(&Line {
-                v: VERSION,
-                event,
-                time_ms: self.clock.wall_ms(),
-                run: &self.run,
-                call: caller.call,
-                request_id: caller.request_id.as_str(),
-                bot: caller.principal.bot().map(BotId::as_str),
-                principal: caller.principal.other(),
-                account: caller
-                    .account_and_scope
-                    .map(|(account, _)| account.as_str()),
-                scope: caller.account_and_scope.map(|(_, scope)| scope.as_str()),
-                endpoint,
                 request,
                 ending,
+                ..self.line(seq, event, caller, endpoint)
             })
         })
+    }
+
+    /// A line with the fields that every line of a call has.
+    fn line<'a>(
+        &'a self,
+        seq: u64,
+        event: &'static str,
+        caller: &CallContext<'a>,
+        endpoint: Option<&'a str>,
+    ) -> Line<'a> {
+        Line {
+            v: VERSION,
+            event,
+            time_ms: self.clock.wall_ms(),
+            run: caller.earlier_run.unwrap_or(&self.run),
+            by_run: caller.earlier_run.map(|_| self.run.as_str()),
+            seq,
+            call: caller.call,
+            request_id: caller.request_id.as_str(),
+            bot: caller.principal.bot().map(BotId::as_str),
+            principal: caller.principal.other(),
+            account: caller
+                .account_and_scope
+                .map(|(account, _)| account.as_str()),
+            scope: caller.account_and_scope.map(|(_, scope)| scope.as_str()),
+            endpoint,
+            request: None,
+            ending: None,
+        }
     }
 }
 
@@ -707,6 +713,7 @@ impl<'a> AuditedRequest<'a> {
             body_sha256: hex(&Sha256::digest(&request.body)),
             uid: None,
             exchange_ms: None,
+            lookup: &[],
             client_oids: in_body
                 .chain(in_query)
                 .chain(client_oid_in_path)
@@ -751,6 +758,7 @@ mod tests {
             principal: &principal,
             request_id: &request_id,
             call: 1,
+            earlier_run: None,
             account_and_scope: None,
         };
         let line = audit.denied(

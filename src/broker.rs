@@ -23,6 +23,7 @@ mod call;
 mod claims;
 pub(crate) mod dead_man;
 pub(crate) mod drain;
+mod earlier;
 mod error;
 mod feedback;
 mod gate;
@@ -215,6 +216,7 @@ impl Broker {
             principal,
             request_id,
             call: self.calls.next_number(),
+            earlier_run: None,
             account_and_scope: None,
         };
         self.audit.denied(&call_context, None, &ending)

@@ -22,6 +22,7 @@ use crate::audit::MAX_CLIENT_OID_CHARS;
 use crate::base::ids::{AccountId, BotId};
 use crate::base::lock::Mutex;
 use crate::base::text::clean;
+use crate::kucoin::lookup::LookupRecord;
 use crate::kucoin::{Endpoint, Scope, UnsignedRequest};
 
 use calls::{CallHandle, CallTable};
@@ -107,6 +108,19 @@ pub(crate) struct Claims {
     at_ms: i64,
     /// The request, if it changes something.
     call: Option<CallHandle>,
+    /// How each order can be looked up after a restart, if it can be.
+    lookups: Vec<LookupRecord>,
+}
+
+/// What the audit log needs to have the claims of a request again after a restart.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RecordedClaims<'a> {
+    /// The exchange's id of the account, if the claims are on it.
+    pub(crate) uid: Option<&'a str>,
+    /// The exchange's time of the claims, Unix milliseconds.
+    pub(crate) exchange_ms: i64,
+    /// How each order can be looked up, if it can be.
+    pub(crate) lookups: &'a [LookupRecord],
 }
 
 impl ClaimsUnknown {
@@ -124,10 +138,18 @@ impl ClaimsUnknown {
 }
 
 impl Claims {
-    /// What the audit log needs to have these claims again after a restart: the exchange's id of the account, if the claims are
-    /// on it, and the exchange's time. `None` without claims.
-    pub(crate) fn recorded(&self) -> Option<(Option<&str>, i64)> {
-        (!self.is_empty()).then_some((self.uid.as_deref(), self.at_ms))
+    /// What the audit log needs to have these claims again after a restart. `None` without claims.
+    pub(crate) fn recorded(&self) -> Option<RecordedClaims<'_>> {
+        (!self.is_empty()).then_some(RecordedClaims {
+            uid: self.uid.as_deref(),
+            exchange_ms: self.at_ms,
+            lookups: &self.lookups,
+        })
+    }
+
+    /// How each order can be looked up after a restart, if it can be.
+    pub(crate) fn can_be_looked_up(&mut self, lookups: Vec<LookupRecord>) {
+        self.lookups = lookups;
     }
 
     /// The exchange's id of the account, if the claims are on it.
@@ -155,6 +177,7 @@ impl Claims {
             uid: self.uid.clone(),
             at_ms: self.at_ms,
             call: None,
+            lookups: Vec::new(),
         }
     }
 }
@@ -357,6 +380,7 @@ impl Orders {
                     uid,
                     at_ms: now_ms,
                     call: None,
+                    lookups: Vec::new(),
                 })
             }
             Err(NotClaimed::Claimed(position, claim)) => Err(ClaimError::Repeated(Box::new(

@@ -451,18 +451,8 @@ async fn read_claims(broker: &Arc<Broker>) {
     let broker = Arc::clone(broker);
     let reading = spawn_blocking(move || {
         let now_ms = broker.clock.wall_ms();
-        let unresolved = broker.orders.read_log(&broker.audit.log(), now_ms);
-        for call in &unresolved {
-            drop(broker.audit.unresolved(call));
-        }
-        if !unresolved.is_empty() {
-            let count = unresolved.len();
-            broker.metrics.unresolved.inc_by(count as u64);
-            tracing::warn!(
-                count,
-                "an earlier run ended before it had the results of these requests; look them up: the audit log lists them as maybe_sent"
-            );
-        }
+        let calls = broker.orders.read_log(&broker.audit.log(), now_ms);
+        broker.resolve_earlier(&calls);
     });
     let _ = timeout(CLAIMS_WITHIN, reading).await;
 }

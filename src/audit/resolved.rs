@@ -1,13 +1,14 @@
-//! The line of an order that may have been placed, once it is known what became of it, or will not be.
+//! Lines about calls without a result, and about orders that may have been placed, once it is known what became of them.
 
 use serde::Serialize;
 
 use super::writer::Kind;
 use super::{
-    Audit, AuditLine, CallContext, Line, MAX_CLIENT_OID_CHARS, VERSION, cleaned, cleaned_line,
+    Audit, AuditLine, CallContext, CallEnd, Line, MAX_CLIENT_OID_CHARS, cleaned, cleaned_line,
 };
-use crate::base::ids::BotId;
+use crate::base::outcome::{Outcome, Reason};
 use crate::base::text::clean;
+use crate::orders::replay::EarlierCall;
 use crate::orders::resolve::Resolution;
 
 #[derive(Serialize)]
@@ -36,31 +37,35 @@ impl Audit {
             Resolution::Absent => (None, None),
             Resolution::Unknown(why) => (None, Some(why.clone())),
         };
-        let line = self.writer.push(Kind::Essential, || {
+        let line = self.writer.push(Kind::Essential, |seq| {
             cleaned_line(&ResolvedLine {
-                call: Line {
-                    v: VERSION,
-                    event: "resolved",
-                    time_ms: self.clock.wall_ms(),
-                    run: &self.run,
-                    call: caller.call,
-                    request_id: caller.request_id.as_str(),
-                    bot: caller.principal.bot().map(BotId::as_str),
-                    principal: caller.principal.other(),
-                    account: caller
-                        .account_and_scope
-                        .map(|(account, _)| account.as_str()),
-                    scope: caller.account_and_scope.map(|(_, scope)| scope.as_str()),
-                    endpoint: Some(endpoint),
-                    request: None,
-                    ending: None,
-                },
+                call: self.line(seq, "resolved", caller, Some(endpoint)),
                 client_oid: &clean(client_oid, MAX_CLIENT_OID_CHARS),
                 state: resolution.as_str(),
                 order_id: order_id.as_deref(),
                 detail,
             })
         });
+        AuditLine(line.ok())
+    }
+
+    /// Records that a call of an earlier run has no result: that run ended before it had one.
+    pub(crate) fn unresolved(&self, call: &EarlierCall) -> AuditLine {
+        let ending = CallEnd {
+            outcome: Some(Outcome::MaybeSent),
+            reason: Some(Reason::AnswerLost),
+            detail: Some("the broker ended before it had a result".to_owned()),
+            ..CallEnd::default()
+        };
+        let (context, endpoint) = (call.context(), Some(call.endpoint.id.as_str()));
+        let line = self.write(
+            "outcome",
+            Kind::Essential,
+            &context,
+            endpoint,
+            None,
+            Some(&ending),
+        );
         AuditLine(line.ok())
     }
 }

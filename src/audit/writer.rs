@@ -82,7 +82,9 @@ struct Lines {
     /// Bytes of the queue, and its limit.
     bytes: usize,
     limit: usize,
-    /// The number of the next line.
+    /// The number of the last line in its run: gapless, so that a missing line shows.
+    seq: u64,
+    /// The number of the next line in the queue.
     next: u64,
     /// All lines before this number are in the reserve file or in the audit file.
     in_reserve: u64,
@@ -237,8 +239,8 @@ impl Writer {
         Ok(())
     }
 
-    /// Queues a line, or writes it at once where that cannot wait for the disk. `text` is called while no other line can be
-    /// queued, so that lines are in the order of their times.
+    /// Queues a line, or writes it at once where that cannot wait for the disk. `text` is given the line's number, and is called
+    /// while no other line can be queued, so that lines are in the order of their times and numbers.
     ///
     /// # Errors
     /// When the file cannot be written and the line is the intent of a risk-increasing request, or the queue is full. A line
@@ -246,19 +248,21 @@ impl Writer {
     pub(super) fn push(
         &self,
         kind: Kind,
-        text: impl FnOnce() -> serde_json::Result<String>,
+        text: impl FnOnce(u64) -> serde_json::Result<String>,
     ) -> io::Result<Queued> {
         let mut lines = self.lines.lock();
         if kind == Kind::RiskIncreasing {
             self.check(&lines)?;
         }
-        let text = text()? + "\n";
+        let seq = lines.seq + 1;
+        let text = text(seq)? + "\n";
         if lines.queue.is_empty() && lines.writing_since.is_none() && lines.failure.is_none() {
             let is_written = self
                 .file
                 .try_lock()
                 .is_some_and(|mut file| file.append_at_once(&text));
             if is_written {
+                lines.seq = seq;
                 return Ok(Queued::nothing());
             }
         }
@@ -272,6 +276,7 @@ impl Writer {
             tracing::error!(target: "credbroker::audit", line = text.trim_end(), file.path = %self.path.display(), "audit line not written; too many lines are waiting for the audit log");
             return Err(full);
         }
+        lines.seq = seq;
         let is_impaired = lines.is_impaired();
         // Nothing that is worth waiting for can happen while the file hangs and there is no reserve.
         let waits = !(is_impaired && lines.hangs() && !lines.reserve_works());
@@ -722,7 +727,7 @@ mod tests {
         }
 
         fn push(&self, kind: Kind, text: &str) -> io::Result<Queued> {
-            self.writer.push(kind, || Ok(text.to_owned()))
+            self.writer.push(kind, |_| Ok(text.to_owned()))
         }
 
         /// Waits until a write has hung for long enough.
@@ -845,7 +850,7 @@ mod tests {
         let run = "run".to_owned();
         let writer = Writer::open(&path, LIMIT, run, clock, Arc::default()).unwrap();
         let total = 10 * LEAST_FREE;
-        let push = |kind| writer.push(kind, || Ok("{}".to_owned()));
+        let push = |kind| writer.push(kind, |_| Ok("{}".to_owned()));
         writer.set_space(Space {
             free: LEAST_FREE,
             total,

@@ -647,6 +647,7 @@ fn call_context(call: &Call, number: u64) -> CallContext<'_> {
         principal,
         request_id: &request.id,
         call: number,
+        earlier_run: None,
         account_and_scope,
     }
 }

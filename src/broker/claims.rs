@@ -2,6 +2,7 @@
 
 use super::{Broker, BrokerError, Call, Overload, Receipt};
 use crate::base::outcome::Outcome;
+use crate::kucoin::lookup::Lookup;
 use crate::kucoin::{Endpoint, Malformed, Method, UnsignedRequest, placement};
 use crate::orders::{ClaimError, Claims, OrderState, Settled};
 use crate::policy::Permit;
@@ -61,14 +62,22 @@ impl Broker {
         let claimed = self
             .orders
             .claim(bot, &call.request, Some(endpoint), uid.as_deref(), now_ms);
-        claimed.map_err(|error| match error {
+        let mut claims = claimed.map_err(|error| match error {
             ClaimError::Full(limit) => Overload::ClaimsOfBot(limit).into(),
             ClaimError::Repeated(repeated) => BrokerError::Repeated(repeated),
             ClaimError::Twice(oid) => BrokerError::Malformed(vec![Malformed::new(
                 "body",
                 format_args!("expected a clientOid of its own for each order, got {oid} twice"),
             )]),
-        })
+        })?;
+        if !claims.is_empty() {
+            let orders = placement::placements(endpoint, &call.request).unwrap_or_default();
+            let lookups = orders
+                .iter()
+                .filter_map(|order| Lookup::new(endpoint, order));
+            claims.can_be_looked_up(lookups.filter_map(|lookup| lookup.record()).collect());
+        }
+        Ok(claims)
     }
 
     /// The exchange's id of the account whose key the rules name for a request, if a key test has reported it.

@@ -42,7 +42,7 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(4);
 /// The limits of lookups.
 #[derive(Debug)]
 pub(crate) struct LookupLimits {
-    waiting: Arc<Semaphore>,
+    pub(super) waiting: Arc<Semaphore>,
     at_once: Semaphore,
     /// When the next one may be sent. The orders wait for it in turn.
     next: tokio::sync::Mutex<Instant>,
@@ -59,6 +59,11 @@ impl Default for LookupLimits {
 }
 
 impl LookupLimits {
+    /// How many orders are being looked up.
+    pub(crate) fn orders(&self) -> usize {
+        WAITING.saturating_sub(self.waiting.available_permits())
+    }
+
     /// Waits until one more lookup may be sent. It counts until the result drops.
     async fn turn(&self) -> Option<SemaphorePermit<'_>> {
         let turn = self.at_once.acquire().await.ok();
@@ -123,18 +128,23 @@ pub(crate) struct Resolved {
 
 /// An order that may have been placed.
 #[derive(Debug)]
-struct OpenOrder {
-    client_oid: String,
-    claim: Claims,
-    lookup: Lookup,
-    signed_ms: Option<i64>,
-    host_id: HostId,
-    endpoint: &'static Endpoint,
-    principal: Principal,
-    account: AccountId,
-    scope: Scope,
-    request_id: RequestId,
-    call: u64,
+pub(super) struct OpenOrder {
+    pub(super) client_oid: String,
+    pub(super) claim: Claims,
+    pub(super) lookup: Lookup,
+    /// The timestamp that was signed last, or later; `None`: the exchange has an earlier order with this clientOid.
+    pub(super) signed_ms: Option<i64>,
+    /// The timestamp that was signed, or earlier; 0: an earlier order is looked up.
+    pub(super) created_from_ms: i64,
+    pub(super) host_id: HostId,
+    pub(super) endpoint: &'static Endpoint,
+    pub(super) principal: Principal,
+    pub(super) account: AccountId,
+    pub(super) scope: Scope,
+    pub(super) request_id: RequestId,
+    pub(super) call: u64,
+    /// The run of the call, if it was an earlier one.
+    pub(super) earlier_run: Option<String>,
 }
 
 impl Broker {
@@ -197,12 +207,14 @@ impl Broker {
             return resolution;
         };
         let &Ended { call, permit, .. } = &ended;
+        let is_duplicate = is_duplicate_item(endpoint, result, client_oid);
+        let signed_ms = (!is_duplicate).then_some(ended.signed_ms);
         let order = OpenOrder {
             client_oid: client_oid.to_owned(),
             claim,
             lookup,
-            signed_ms: Some(ended.signed_ms)
-                .filter(|_| !is_duplicate_item(endpoint, result, client_oid)),
+            signed_ms,
+            created_from_ms: signed_ms.unwrap_or_default(),
             host_id: permit.destination(),
             endpoint,
             principal: call.principal.clone(),
@@ -210,6 +222,7 @@ impl Broker {
             scope: call.request.scope,
             request_id: call.request.id.clone(),
             call: ended.number,
+            earlier_run: None,
         };
         if let Ok(waiting) = Arc::clone(&self.lookups.waiting).try_acquire_owned() {
             let resolve = Arc::clone(self).resolve_order(order, waiting, reply);
@@ -224,7 +237,7 @@ impl Broker {
     }
 
     /// Looks an order up until it is known what became of it, or a stop ends that.
-    async fn resolve_order(
+    pub(super) async fn resolve_order(
         self: Arc<Self>,
         order: OpenOrder,
         _waiting: OwnedSemaphorePermit,
@@ -279,10 +292,9 @@ impl Broker {
                 .await;
             let result = match answered {
                 Ok(receipt) => {
-                    let signed_ms = order.signed_ms.unwrap_or_default();
-                    order
-                        .lookup
-                        .judge(&receipt.answer, signed_ms, &self.not_found)
+                    let from_ms = order.created_from_ms;
+                    let (lookup, answer) = (&order.lookup, &receipt.answer);
+                    lookup.judge(answer, from_ms, &self.not_found)
                 }
                 Err(error) => LookupResult::Unclear(error.of_repeatable_request()),
             };
@@ -299,7 +311,7 @@ impl Broker {
     }
 
     /// The exchange's id of the account whose key the rules name for a lookup, if a key test has reported it.
-    fn uid_of_lookup(&self, request: &UnsignedRequest) -> Option<String> {
+    pub(super) fn uid_of_lookup(&self, request: &UnsignedRequest) -> Option<String> {
         let permit = self.policy().authorize(&Principal::Broker, request);
         self.uid_of_key(&permit.ok()?)
     }
@@ -311,6 +323,7 @@ impl Broker {
             principal: &order.principal,
             request_id: &order.request_id,
             call: order.call,
+            earlier_run: order.earlier_run.as_deref(),
             account_and_scope: Some((&order.account, order.scope)),
         };
         let endpoint = order.endpoint.id.as_str();
@@ -407,6 +420,7 @@ impl Broker {
                 claim: Claims::default(),
                 lookup,
                 signed_ms: None,
+                created_from_ms: 0,
                 host_id: permit.destination(),
                 endpoint,
                 principal: call.principal.clone(),
@@ -414,6 +428,7 @@ impl Broker {
                 scope: call.request.scope,
                 request_id: call.request.id.clone(),
                 call: 0,
+                earlier_run: None,
             });
             let found = match &order {
                 None => None,

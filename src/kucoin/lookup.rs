@@ -6,6 +6,8 @@
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use super::not_found::NotFoundAnswers;
 use super::order_form::{FieldLocation, LookupForm};
 use super::placement::Placement;
@@ -35,6 +37,19 @@ pub(crate) struct Lookup {
     scope: Scope,
     target: Target,
     placement: Placement,
+    /// Whether the order is known only from a [`LookupRecord`].
+    is_recorded: bool,
+}
+
+/// What the audit log has about an order, so that it can be looked up after a restart.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub(crate) struct LookupRecord {
+    /// The endpoint of the read.
+    endpoint: String,
+    pub(crate) client_oid: String,
+    symbol: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    trade_type: Option<String>,
 }
 
 /// What the answer of a lookup shows.
@@ -107,7 +122,32 @@ impl Lookup {
             scope: endpoint.scope?,
             target: Target::new(&path, query).ok()?,
             placement: placement.clone(),
+            is_recorded: false,
         })
+    }
+
+    /// What the audit log needs for this lookup. `None`: the order cannot be recognized by that, such as an amendment.
+    pub(crate) fn record(&self) -> Option<LookupRecord> {
+        if self.placed_by.effect != Effect::Place {
+            return None;
+        }
+        Some(LookupRecord {
+            endpoint: self.endpoint.id.clone(),
+            client_oid: self.placement.client_oid.clone()?,
+            symbol: self.placement.field("symbol")?.to_owned(),
+            trade_type: self.placement.field("tradeType").map(str::to_owned),
+        })
+    }
+
+    /// The lookup of a record; `None` if the catalogue has no such lookup any more. It recognizes the order by clientOid, symbol
+    /// and time.
+    pub(crate) fn of_record(placed_by: &'static Endpoint, record: &LookupRecord) -> Option<Self> {
+        let mut fields = vec![("symbol", record.symbol.as_str())];
+        fields.extend(record.trade_type.as_deref().map(|name| ("tradeType", name)));
+        let placement = Placement::partial(&record.client_oid, &fields);
+        let mut lookup = Self::new(placed_by, &placement)?;
+        lookup.is_recorded = true;
+        (lookup.endpoint.id == record.endpoint).then_some(lookup)
     }
 
     /// The request for `account`, which must be the one that placed the order.
@@ -224,6 +264,9 @@ impl Lookup {
         let has = |name: &&str| self.placement.field(name).is_some();
         let is_true = |name| self.placement.field(name) == Some("true");
         let missing = |what| Err(LookupResult::Unclear(format!("the request has no {what}")));
+        if self.is_recorded {
+            return Ok((vec!["symbol"], Vec::new()));
+        }
         if self.placed_by.effect == Effect::Amend {
             let numbers: Vec<_> = ["price", "size"].into_iter().filter(has).collect();
             return match (has(&"symbol"), numbers.is_empty()) {

@@ -3,8 +3,6 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use sha2::{Digest, Sha256};
-
 use super::fields::{self, elements, members};
 use super::order_form::{ClientOidLocation, FieldLocation, OrderForm, Requirement};
 use super::{Effect, Endpoint, Malformed, Risk, UnsignedRequest};
@@ -19,8 +17,6 @@ pub(crate) struct Placement {
     pub(crate) client_oid: Option<String>,
     /// Whether the exchange rejects it without a clientOid.
     pub(crate) requires_client_oid: bool,
-    /// SHA-256 of the endpoint and of the order as it was sent; in a batch also of the values that hold for all its orders.
-    pub(crate) digest: [u8; 32],
     /// The values of the order by the catalogue's names, as exact text; null counts as absent.
     fields: BTreeMap<&'static str, String>,
 }
@@ -45,6 +41,18 @@ fn shown(pointer: &str) -> &str {
 }
 
 impl Placement {
+    /// An order of which only these values are known.
+    pub(super) fn partial(client_oid: &str, fields: &[(&'static str, &str)]) -> Self {
+        let fields = fields.iter();
+        Self {
+            client_oid: Some(client_oid.to_owned()),
+            requires_client_oid: true,
+            fields: fields
+                .map(|(name, value)| (*name, (*value).to_owned()))
+                .collect(),
+        }
+    }
+
     /// A value of the order by the catalogue's name of it, such as `symbol`.
     pub(crate) fn field(&self, name: &str) -> Option<&str> {
         self.fields.get(name).map(String::as_str)
@@ -150,11 +158,6 @@ fn placement(
         members(body, &shared)?
     };
     let root: BTreeMap<_, _> = shared.iter().copied().zip(shared_values).collect();
-    let mut digest = Sha256::new_with_prefix(&endpoint.id);
-    for part in root.values().copied().chain([Some(order)]) {
-        digest.update([0]);
-        digest.update(part.unwrap_or_default());
-    }
     let text_of = |of: &BTreeMap<&str, Option<&str>>, name: &str| {
         let raw = of.get(name).copied().flatten();
         raw.and_then(fields::text)
@@ -186,7 +189,6 @@ fn placement(
     Some(Placement {
         client_oid: text_of(&own, client_oid).filter(|oid| !oid.is_empty()),
         requires_client_oid,
-        digest: digest.finalize().into(),
         fields: values,
     })
 }
@@ -415,20 +417,5 @@ pub(super) mod tests {
         ] {
             assert_eq!(check(id, "{}", &[]), Ok(()), "{id}");
         }
-    }
-
-    #[test]
-    fn digest_depends_on_endpoint_order_and_values_of_the_whole_batch() {
-        let digest = |id: &str, body: &str| of(id, body).unwrap()[0].digest;
-        let (one, other) = ("spot.post.v1-hf-orders", "spot.post.v1-hf-orders-sync");
-        assert_eq!(digest(one, r#"{"size":1}"#), digest(one, r#"{"size":1}"#));
-        assert_ne!(digest(one, r#"{"size":1}"#), digest(one, r#"{"size":2}"#));
-        assert_ne!(digest(one, r#"{"size":1}"#), digest(other, r#"{"size":1}"#));
-        let batch = |kind: &str, rest: &str| {
-            let body = format!(r#"{{"tradeType":"{kind}","orderList":[{{"size":1}}{rest}]}}"#);
-            digest("spot.post.ua-v1-account-mode-order-place-batch", &body)
-        };
-        assert_eq!(batch("SPOT", ""), batch("SPOT", ",{}"));
-        assert_ne!(batch("SPOT", ""), batch("FUTURES", ""));
     }
 }

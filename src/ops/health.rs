@@ -76,6 +76,11 @@ fn of_keys(broker: &Broker, keys: &[KeyHealth]) -> Readiness {
         };
         problems.push(Diagnosis::failed("orders", unknown.problem(), fix));
     }
+    let looked_up = broker.lookups.orders();
+    if looked_up > 0 {
+        let cause = format!("{looked_up} orders that may have been placed are being looked up");
+        problems.push(Diagnosis::warning("orders", cause, ""));
+    }
     if broker.metrics.certificate_not_after.get() < broker.clock.wall_ms() / 1000 {
         let fix = "replace the files of tls.certificate and tls.key";
         problems.push(Diagnosis::failed(

@@ -6,7 +6,7 @@
 
 use std::borrow::Cow;
 use std::collections::hash_map::Entry;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
@@ -20,9 +20,12 @@ use serde::{Deserialize, Serialize};
 
 use super::calls::{CallHandle, CallState};
 use super::guard::{ClaimKey, ClaimedBy, OrderState};
-use super::{Orders, Readiness, seconds};
+use super::{Claims, Orders, Readiness, seconds};
+use crate::audit::CallContext;
 use crate::base::ids::{AccountId, BotId, Principal, RequestId};
+use crate::base::outcome::Reason;
 use crate::base::state_file;
+use crate::kucoin::lookup::LookupRecord;
 use crate::kucoin::{Catalog, Endpoint, Scope};
 
 /// The longest line that is read; the broker's own are much shorter.
@@ -40,18 +43,28 @@ const GAP_TOLERANCE_MS: i64 = 60_000;
 /// How often the files are listed again if they are rotated meanwhile.
 const LISTINGS: usize = 10;
 
-/// A call that changes something, and was sent or about to be sent when an earlier run ended.
+/// A call of an earlier run that changes something, and was sent or about to be sent.
 #[derive(Clone, Debug)]
-pub(crate) struct Unresolved {
+pub(crate) struct EarlierCall {
     /// The run, and the number of the call in it.
-    pub(crate) run: String,
-    pub(crate) call: u64,
+    run: String,
+    number: u64,
     pub(crate) principal: Principal,
     pub(crate) request_id: RequestId,
     pub(crate) account: AccountId,
     pub(crate) scope: Scope,
-    pub(crate) endpoint: &'static str,
-    pub(crate) client_oids: Vec<String>,
+    pub(crate) endpoint: &'static Endpoint,
+    client_oids: Vec<String>,
+    /// The exchange's id of the account, if it was known.
+    uid: Option<String>,
+    /// The exchange's time of the call, Unix milliseconds.
+    pub(crate) exchange_ms: i64,
+    /// How the orders can be looked up that may have been placed.
+    lookups: Vec<LookupRecord>,
+    /// Those orders.
+    open: Vec<(LookupRecord, ClaimKey)>,
+    /// Whether the log has its outcome, which is `maybe_sent` then.
+    pub(crate) has_outcome: bool,
 }
 
 /// The audit log, and where to find it.
@@ -82,6 +95,10 @@ struct Line<'a> {
     time_ms: i64,
     #[serde(borrow, default)]
     run: Cow<'a, str>,
+    /// The run that has written the line, if it is another one.
+    #[serde(borrow)]
+    by_run: Option<Cow<'a, str>>,
+    seq: Option<u64>,
     #[serde(default)]
     call: u64,
     #[serde(borrow, default)]
@@ -101,8 +118,12 @@ struct Line<'a> {
     body_sha256: Option<Cow<'a, str>>,
     #[serde(borrow, default)]
     client_oids: Vec<Cow<'a, str>>,
+    #[serde(default)]
+    lookup: Vec<LookupRecord>,
     #[serde(borrow)]
     outcome: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    reason: Option<Cow<'a, str>>,
     /// The orders of a batch.
     #[serde(borrow, default)]
     items: Vec<LineItem<'a>>,
@@ -152,16 +173,49 @@ struct Reading<'a> {
     runs: IndexSet<String>,
     bots: IndexSet<BotId>,
     open: HashMap<CallId, Open>,
+    /// Of each run: the numbers of its lines.
+    numbers: HashMap<String, Numbers>,
+}
+
+/// The numbers of the lines of a run: the first and the last of each range, and the time of its first line.
+#[derive(Default)]
+struct Numbers(BTreeMap<u64, (u64, i64)>);
+
+impl Numbers {
+    fn add(&mut self, seq: u64, time_ms: i64) {
+        let before = self.0.range_mut(..=seq).next_back();
+        let first = match before {
+            Some((_, (last, _))) if *last >= seq => return,
+            Some((first, (last, _))) if *last + 1 == seq => {
+                *last = seq;
+                *first
+            }
+            _ => {
+                self.0.insert(seq, (seq, time_ms));
+                seq
+            }
+        };
+        if let Some((last, _)) = self.0.remove(&seq.saturating_add(1))
+            && let Some((end, _)) = self.0.get_mut(&first)
+        {
+            *end = last;
+        }
+    }
+
+    /// Whether lines are missing before one that was written after `since_ms`.
+    fn has_gap(&self, since_ms: i64) -> bool {
+        let later = self.0.values().skip(1);
+        later.into_iter().any(|(_, time_ms)| *time_ms > since_ms)
+    }
 }
 
 /// A call whose result has not been read yet, or is `maybe_sent`.
 struct Open {
     /// The clientOids that it was the last to use: position in `call.client_oids`, and key.
     keys: Vec<(usize, ClaimKey)>,
-    call: Unresolved,
+    call: EarlierCall,
     /// The call in the table of calls.
     handle: Option<CallHandle>,
-    has_outcome: bool,
 }
 
 /// The files to read, the oldest first.
@@ -177,13 +231,14 @@ struct Files {
 
 impl Orders {
     /// Reads the claims of earlier runs from the audit log; from then on orders can be placed, unless the log does not reach back
-    /// far enough. Returns the calls that ended without a result.
-    pub(crate) fn read_log(&self, log: &AuditLog<'_>, now_ms: i64) -> Vec<Unresolved> {
+    /// far enough, or lines are missing. Returns the calls without a result, and those with orders that may have been placed.
+    pub(crate) fn read_log(&self, log: &AuditLog<'_>, now_ms: i64) -> Vec<EarlierCall> {
         let state = read_state(&self.state_dir);
         if let Some(gap_ms) = state.as_ref().and_then(|state| state.gap_ms) {
             self.guard.lock().miss(seconds(gap_ms));
         }
         let since_ms = state.map(|state| state.since_ms);
+        let is_first_start = since_ms.is_none();
         let limits = self.guard.lock().limits();
         let window_ms = i64::from(limits.window_s) * 1000;
         // If the system clock was set ahead, the last line shows that.
@@ -199,6 +254,7 @@ impl Orders {
             runs: IndexSet::new(),
             bots: IndexSet::new(),
             open: HashMap::new(),
+            numbers: HashMap::new(),
         };
         let Files {
             opened,
@@ -217,7 +273,10 @@ impl Orders {
         let first_ms = reading.first_ms;
         let expected_ms = since_ms.map(|since_ms| since_ms.max(from_ms) + GAP_TOLERANCE_MS);
         let begins_late = expected_ms.is_some_and(|ms| first_ms.is_none_or(|first| first > ms));
-        let has_gap = !unreadable.is_empty() || (begins_late && !reaches_back);
+        let since_ms = since_ms.unwrap_or_default();
+        let mut runs = reading.numbers.values();
+        let lacks_lines = runs.any(|numbers| numbers.has_gap(since_ms.max(from_ms)));
+        let has_gap = !unreadable.is_empty() || lacks_lines || (begins_late && !reaches_back);
         let unresolved = self.take_over(reading);
         let (count, _) = self.usage();
         tracing::info!(count, "clientOids of earlier runs read from the audit log");
@@ -229,7 +288,7 @@ impl Orders {
         } else {
             Readiness::Ready
         };
-        if since_ms.is_none()
+        if is_first_start
             && let Err(error) = write_since(&self.state_dir, first_ms.unwrap_or(now_ms), None)
         {
             tracing::error!(exception.message = %error, "cannot write {FILE} in the state folder; a later start may not notice that audit lines are missing");
@@ -269,7 +328,20 @@ impl Orders {
             };
             let first_ms = reading.first_ms.get_or_insert(line.time_ms);
             *first_ms = line.time_ms.min(*first_ms);
-            if line.time_ms < reading.from_ms || line.run == reading.run {
+            let by_run = line.by_run.as_ref().unwrap_or(&line.run);
+            if by_run == reading.run {
+                continue;
+            }
+            if let Some(seq) = line.seq {
+                if !reading.numbers.contains_key(by_run.as_ref()) {
+                    let run = by_run.clone().into_owned();
+                    reading.numbers.insert(run, Numbers::default());
+                }
+                if let Some(numbers) = reading.numbers.get_mut(by_run.as_ref()) {
+                    numbers.add(seq, line.time_ms);
+                }
+            }
+            if line.time_ms < reading.from_ms {
                 continue;
             }
             match line.event.as_ref() {
@@ -286,12 +358,12 @@ impl Orders {
     }
 
     fn read_intent(&self, line: &Line<'_>, reading: &mut Reading<'_>) {
-        let Some((call, endpoint)) = line.call() else {
+        let Some(call) = line.call() else {
             return;
         };
-        let (account, scope) = (&call.account, call.scope);
-        let id = (reading.runs.insert_full(call.run.clone()).0, call.call);
-        let at_ms = line.exchange_ms.unwrap_or(line.time_ms);
+        let (account, scope, endpoint) = (&call.account, call.scope, call.endpoint);
+        let id = (reading.runs.insert_full(call.run.clone()).0, call.number);
+        let at_ms = call.exchange_ms;
         let mut keys = Vec::new();
         if endpoint.claims_client_oids()
             && let Some(bot) = call.principal.bot()
@@ -334,16 +406,16 @@ impl Orders {
             let claims = (claimed.as_slice(), call.client_oids.len());
             self.add_call(bot, &call.request_id, Some(endpoint), claims, at_ms)
         });
-        open.insert(Open {
-            keys,
-            call,
-            handle,
-            has_outcome: false,
-        });
+        open.insert(Open { keys, call, handle });
     }
 
     /// Adds the claims that were read, from the oldest to the newest.
-    fn take_over(&self, reading: Reading<'_>) -> Vec<Unresolved> {
+    fn take_over(&self, mut reading: Reading<'_>) -> Vec<EarlierCall> {
+        let open = std::mem::take(&mut reading.open);
+        let open = open
+            .into_iter()
+            .map(|(id, open)| reading.close(id, open))
+            .collect::<Vec<_>>();
         let mut used: Vec<_> = reading.used.into_iter().collect();
         used.sort_unstable_by_key(|(_, used)| used.time_ms);
         for (key, used) in used {
@@ -360,14 +432,42 @@ impl Orders {
         if let Some(ms) = reading.forgotten_ms {
             self.guard.lock().miss(seconds(ms));
         }
-        let open = reading.open.into_values();
-        let unresolved = open.filter(|open| !open.has_outcome);
-        let unresolved = unresolved.inspect(|open| {
-            if let Some(call) = open.handle {
-                self.calls.lock().set(call, CallState::MaybeSent);
+        let mut calls = Vec::new();
+        for Open { call, handle, .. } in open {
+            if let Some(handle) = handle.filter(|_| !call.has_outcome) {
+                self.calls.lock().set(handle, CallState::MaybeSent);
             }
-        });
-        unresolved.map(|open| open.call).collect()
+            if !call.has_outcome || !call.open.is_empty() {
+                calls.push(call);
+            }
+        }
+        calls
+    }
+}
+
+impl EarlierCall {
+    /// The fields of its lines in the audit log.
+    pub(crate) fn context(&self) -> CallContext<'_> {
+        CallContext {
+            principal: &self.principal,
+            request_id: &self.request_id,
+            call: self.number,
+            earlier_run: Some(&self.run),
+            account_and_scope: Some((&self.account, self.scope)),
+        }
+    }
+
+    /// The orders that may have been placed and can be looked up, each with its claim.
+    pub(crate) fn open_orders(&self) -> impl Iterator<Item = (&LookupRecord, Claims)> {
+        self.open.iter().map(|(lookup, key)| {
+            let claim = Claims {
+                orders: vec![(lookup.client_oid.clone(), *key)],
+                uid: self.uid.clone(),
+                at_ms: self.exchange_ms,
+                ..Claims::default()
+            };
+            (lookup, claim)
+        })
     }
 }
 
@@ -410,7 +510,11 @@ impl Reading<'_> {
     fn read_result(&mut self, line: &Line<'_>) -> Option<CallHandle> {
         let id = (self.runs.get_index_of(line.run.as_ref())?, line.call);
         let open = self.open.get_mut(&id)?;
-        open.has_outcome = true;
+        open.call.has_outcome = true;
+        if line.reason.as_deref() == Some(Reason::OrderRepeated.as_str()) {
+            // The exchange had an earlier order with this clientOid, and a lookup did not show that it is the same.
+            open.call.lookups.clear();
+        }
         let handle = open.handle;
         for (position, key) in &open.keys {
             let oid = open.call.client_oids.get(*position);
@@ -432,15 +536,37 @@ impl Reading<'_> {
         handle
     }
 
+    /// Completes a call that may have placed orders: those that cannot be looked up are unknown.
+    fn close(&mut self, id: CallId, mut open: Open) -> Open {
+        for (position, key) in &open.keys {
+            let Some(used) = self.used.get_mut(key) else {
+                continue;
+            };
+            if used.by != id || used.state != Some(OrderState::MaybeSent) {
+                continue;
+            }
+            let oid = open.call.client_oids.get(*position);
+            let mut lookups = open.call.lookups.iter();
+            match lookups.find(|lookup| Some(&lookup.client_oid) == oid) {
+                Some(lookup) => open.call.open.push((lookup.clone(), *key)),
+                None => used.state = Some(OrderState::Unknown),
+            }
+        }
+        open
+    }
+
     /// Records what lookups have found about an order of a call that was `maybe_sent`.
     fn read_resolution(&mut self, line: &Line<'_>) {
         let Some(run) = self.runs.get_index_of(line.run.as_ref()) else {
             return;
         };
         let id = (run, line.call);
-        let (Some(open), Some(client_oid)) = (self.open.get(&id), &line.client_oid) else {
+        let (Some(open), Some(client_oid)) = (self.open.get_mut(&id), &line.client_oid) else {
             return;
         };
+        open.call
+            .lookups
+            .retain(|lookup| lookup.client_oid != *client_oid);
         let oids = &open.call.client_oids;
         let is_of = |(position, _): &&(usize, ClaimKey)| {
             oids.get(*position).is_some_and(|oid| oid == client_oid)
@@ -483,26 +609,31 @@ impl Line<'_> {
     }
 
     /// The call of an intent, if it changes something.
-    fn call(&self) -> Option<(Unresolved, &'static Endpoint)> {
+    fn call(&self) -> Option<EarlierCall> {
         let endpoint = Catalog::get().by_id(self.endpoint.as_deref()?)?;
         if endpoint.is_read() {
             return None;
         }
         let scope = self.scope.as_deref()?;
         let client_oids = self.client_oids.iter();
-        let call = Unresolved {
+        let call = EarlierCall {
             run: self.run.clone().into_owned(),
-            call: self.call,
+            number: self.call,
             principal: Principal::Bot(self.bot.as_deref()?.parse().ok()?),
             request_id: self.request_id.parse().ok()?,
             account: self.account.as_deref()?.parse().ok()?,
             scope: Scope::ALL
                 .into_iter()
                 .find(|known| known.as_str() == scope)?,
-            endpoint: &endpoint.id,
+            endpoint,
             client_oids: client_oids.map(|oid| oid.clone().into_owned()).collect(),
+            uid: self.uid.as_deref().map(str::to_owned),
+            exchange_ms: self.exchange_ms.unwrap_or(self.time_ms),
+            lookups: self.lookup.clone(),
+            open: Vec::new(),
+            has_outcome: false,
         };
-        Some((call, endpoint))
+        Some(call)
     }
 }
 
@@ -684,7 +815,7 @@ mod tests {
             path
         }
 
-        fn read(&self) -> Vec<Unresolved> {
+        fn read(&self) -> Vec<EarlierCall> {
             let file = &self.folder.path().join("audit.jsonl");
             let run = "current";
             self.orders.read_log(&AuditLog { file, run }, NOW_MS)
@@ -712,7 +843,17 @@ mod tests {
         format!(
             "{{\"v\":1,\"event\":\"intent\",\"time_ms\":{time_ms},\"run\":\"{run}\",\"call\":{call},\"request_id\":\"r{call}\",\
              \"bot\":\"spiffe://demo.test/bot/maker\",\"account\":\"main\",\"scope\":\"spot-margin\",\
-             \"endpoint\":\"spot.post.v1-hf-orders\",\"body_sha256\":\"00\",\"client_oids\":[\"{oid}\"]}}\n"
+             \"endpoint\":\"spot.post.v1-hf-orders\",\"body_sha256\":\"00\",\"client_oids\":[\"{oid}\"],\
+             \"lookup\":[{{\"endpoint\":\"spot.get.v1-hf-orders-client-order-client-oid\",\"client_oid\":\"{oid}\",\
+             \"symbol\":\"BTC-USDT\"}}]}}\n"
+        )
+    }
+
+    /// The same line with a number, as written by `by_run`.
+    fn numbered(line: &str, by_run: &str, seq: u64) -> String {
+        line.replace(
+            "{\"v\":1,",
+            &format!("{{\"v\":2,\"by_run\":\"{by_run}\",\"seq\":{seq},"),
         )
     }
 
@@ -771,13 +912,76 @@ mod tests {
         }
         lines.push(intent("current", 1, start, "mine"));
         site.write("audit.jsonl", &lines);
-        let unresolved = site.read();
-        let unresolved: Vec<_> = unresolved.iter().map(|call| &call.client_oids[0]).collect();
-        assert_eq!(unresolved, ["open"]);
+        let calls = site.read();
+        let open = |call: &EarlierCall| {
+            let orders = call.open_orders();
+            let oids: Vec<_> = orders.map(|(order, _)| order.client_oid.clone()).collect();
+            (call.has_outcome, oids.concat())
+        };
+        let mut calls: Vec<_> = calls.iter().map(open).collect();
+        calls.sort();
+        let (lost, open) = ("lost".to_owned(), "open".to_owned());
+        assert_eq!(calls, [(false, open), (true, lost)]);
         let states =
             ["accepted", "rejected", "lost", "late", "open", "mine"].map(|oid| site.state(oid));
         let (accepted, maybe) = (Some(OrderState::Accepted), Some(OrderState::MaybeSent));
         assert_eq!(states, [accepted, None, maybe, None, maybe, None]);
+    }
+
+    #[test]
+    fn orders_without_a_lookup_or_after_an_unclear_one_are_unknown_and_are_not_looked_up_again() {
+        let site = Site::new();
+        let start = NOW_MS - 1000;
+        let resolved = |call: u64, oid: &str, state: &str| {
+            result("resolved", "a", call, start + 2, "maybe_sent").replace(
+                "\"outcome\":\"maybe_sent\"",
+                &format!("\"client_oid\":\"{oid}\",\"state\":\"{state}\""),
+            )
+        };
+        let repeated = result("outcome", "a", 5, start + 1, "none")
+            .replace("\"outcome\":\"none\"", "\"reason\":\"ORDER_REPEATED\"");
+        let mut lines = vec![
+            intent("a", 1, start, "old").replace("\"lookup\"", "\"other\""),
+            intent("a", 5, start, "repeated"),
+            repeated,
+        ];
+        for (call, state) in [(2, "placed"), (3, "absent"), (4, "unknown")] {
+            lines.push(intent("a", call, start, state));
+            lines.push(outcome("a", call, start + 1, "maybe_sent"));
+            lines.push(resolved(call, state, state));
+        }
+        site.write("audit.jsonl", &lines);
+        let calls = site.read();
+        assert!(calls.iter().all(|call| call.open_orders().count() == 0));
+        assert_eq!(calls.len(), 1);
+        let states = ["old", "repeated", "placed", "absent", "unknown"].map(|oid| site.state(oid));
+        let (accepted, unknown) = (Some(OrderState::Accepted), Some(OrderState::Unknown));
+        assert_eq!(states, [unknown, unknown, accepted, None, unknown]);
+    }
+
+    #[test]
+    fn line_that_is_missing_between_others_of_its_run_is_a_gap() {
+        let start = NOW_MS - 1000;
+        let line = |seq: u64| numbered(&intent("a", seq, start, &format!("x{seq}")), "a", seq);
+        let other = numbered(&outcome("a", 3, start + 1, "maybe_sent"), "b", 1);
+        let readiness = |lines: &[String], again: &[String]| {
+            let site = Site::new();
+            site.write("audit.jsonl.1", lines);
+            site.write("audit.jsonl", again);
+            site.read();
+            site.orders.readiness()
+        };
+        let lines = [line(3), line(4), line(5)];
+        assert_eq!(
+            readiness(&lines, &[other.clone(), line(6)]),
+            Readiness::Ready
+        );
+        // Read in a wrong order, and twice.
+        assert_eq!(
+            readiness(&[line(5), line(6), line(4)], &[line(3), line(4), other]),
+            Readiness::Ready
+        );
+        assert_eq!(readiness(&lines, &[line(7)]), Readiness::Gap);
     }
 
     #[test]

@@ -422,7 +422,13 @@ fn every_audit_event_is_documented_and_every_documented_event_exists() {
     ];
     let code = code.map(|file| file.split("#[cfg(test)]").next().unwrap());
     let compact: String = code.concat().split_whitespace().collect();
-    let named = ["event:\"", "self.write(\"", "self.result(\""].into_iter();
+    let named = [
+        "event:\"",
+        "self.write(\"",
+        "self.result(\"",
+        "self.line(seq,\"",
+    ]
+    .into_iter();
     let actual: BTreeSet<_> = named
         .flat_map(|start| compact.split(start).skip(1))
         .map(|rest| rest.split('"').next().unwrap())
@@ -431,7 +437,7 @@ fn every_audit_event_is_documented_and_every_documented_event_exists() {
     let documented: BTreeSet<_> = headings.map(|name| name.trim_end_matches('`')).collect();
     assert_eq!(actual, documented);
     for event in documented {
-        let example = format!("\n{{\"v\":1,\"event\":\"{event}\",");
+        let example = format!("\n{{\"v\":2,\"event\":\"{event}\",");
         assert!(AUDIT.contains(&example), "{event} has no example");
     }
 }

@@ -410,16 +410,20 @@ async fn claims_survive_kills_and_rotations_of_the_audit_log() {
         .replace("10000", "10001")
         .into();
     assert_eq!(repeated(bot.send(changed).await).0, "CLIENT_OID_REUSED");
+    // The call without a result has one now, and its order was looked up.
+    until("the order is resolved", async || {
+        lab.audit_of("stalls").len() > 2
+    })
+    .await;
     assert_eq!(
         order_repeated(bot.send(spot_order("stalls")).await),
-        "maybe_sent"
+        "accepted"
     );
     for index in 0..3 {
         bot.send(spot_order(&format!("rejected-{index}")))
             .await
             .unwrap();
     }
-    // The call without a result has one now.
     let outcomes: Vec<_> = lab
         .audit_of("stalls")
         .iter()
@@ -429,9 +433,11 @@ async fn claims_survive_kills_and_rotations_of_the_audit_log() {
         outcomes,
         [
             (json!("intent"), Value::Null),
-            (json!("outcome"), json!("maybe_sent"))
+            (json!("outcome"), json!("maybe_sent")),
+            (json!("resolved"), Value::Null)
         ]
     );
+    assert_eq!(lab.audit_of("stalls")[2]["state"], "placed");
     lab.process()
         .log_line_with("an earlier run ended before it had the results")
         .await;

@@ -367,7 +367,7 @@ async fn each_order_of_a_batch_is_settled_by_its_own_result() {
 }
 
 #[tokio::test]
-async fn resolutions_survive_a_restart_and_a_stop_does_not_wait_for_them() {
+async fn resolutions_survive_a_restart_and_a_stop_leaves_the_others_to_the_next_start() {
     let (mut lab, time) = lab_with_time(Settings::default()).await;
     let mut bot = lab.patient_bot("maker").await;
     for (id, when) in [
@@ -400,6 +400,12 @@ async fn resolutions_survive_a_restart_and_a_stop_does_not_wait_for_them() {
     assert_eq!(repeated(bot.send(order("placed")).await), state("accepted"));
     assert_eq!(repeated(bot.send(order("open")).await), state("maybe_sent"));
     let free = bot.send(order("absent")).await.unwrap();
+    assert_eq!(free.outcome(), Outcome::Accepted);
+    let line = pass_until_resolved(&lab, &time, "open").await;
+    assert_eq!(line["state"], "absent");
+    assert_eq!(line["run"], lab.audit_of("open")[0]["run"]);
+    assert_ne!(line["by_run"], line["run"]);
+    let free = bot.send(order("open")).await.unwrap();
     assert_eq!(free.outcome(), Outcome::Accepted);
     lab.stop().await;
 }

@@ -1,0 +1,130 @@
+//! Looks up orders of earlier runs that may have been placed: the audit log has their intent, but not what became of them.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::time::{sleep, timeout};
+
+use super::Broker;
+use super::resolve::OpenOrder;
+use crate::base::ids::RequestId;
+use crate::kucoin::lookup::Lookup;
+use crate::orders::Settled;
+use crate::orders::replay::EarlierCall;
+
+/// How long the lookups of an order wait for a key, its KuCoin account, and the exchange's time, which a start has to get first.
+const READY_WITHIN: Duration = Duration::from_secs(600);
+
+/// How often this is checked.
+const CHECK_EVERY: Duration = Duration::from_millis(250);
+
+impl Broker {
+    /// Records calls of earlier runs that have no result, and looks up their orders, and those of calls that were `maybe_sent`.
+    pub(crate) fn resolve_earlier(self: &Arc<Self>, calls: &[EarlierCall]) {
+        let (mut without_result, mut orders) = (0_usize, Vec::new());
+        for call in calls {
+            if !call.has_outcome {
+                without_result += 1;
+                drop(self.audit.unresolved(call));
+            }
+            orders.extend(self.open_orders(call));
+        }
+        self.metrics.unresolved.inc_by(without_result as u64);
+        if without_result > 0 {
+            tracing::warn!(
+                count = without_result,
+                "an earlier run ended before it had the results of these requests; the audit log lists them as maybe_sent"
+            );
+        }
+        if orders.is_empty() {
+            return;
+        }
+        let count = orders.len();
+        tracing::info!(
+            count,
+            "orders of earlier runs that may have been placed are looked up"
+        );
+        let broker = Arc::clone(self);
+        tokio::spawn(async move {
+            let stopped = broker.calls.give_up.clone();
+            tokio::select! {
+                biased;
+                () = stopped.cancelled() => {}
+                () = broker.look_up_earlier(orders) => {}
+            }
+        });
+    }
+
+    /// The orders of a call that may have been placed. Those that cannot be looked up any more are unknown.
+    fn open_orders(&self, call: &EarlierCall) -> Vec<OpenOrder> {
+        let mut orders = Vec::new();
+        for (record, claim) in call.open_orders() {
+            let policy = self.policy();
+            let (account, lookup) = (
+                policy.account(&call.account),
+                Lookup::of_record(call.endpoint, record),
+            );
+            let (Some(account), Some(lookup)) = (account, lookup) else {
+                self.orders.settle(&claim, |_| Settled::Unknown);
+                continue;
+            };
+            let context = call.context();
+            orders.push(OpenOrder {
+                client_oid: record.client_oid.clone(),
+                claim,
+                lookup,
+                signed_ms: None,
+                created_from_ms: call.exchange_ms,
+                host_id: (account.site, call.scope.host()),
+                endpoint: call.endpoint,
+                principal: call.principal.clone(),
+                account: call.account.clone(),
+                scope: call.scope,
+                request_id: call.request_id.clone(),
+                call: context.call,
+                earlier_run: context.earlier_run.map(str::to_owned),
+            });
+        }
+        orders
+    }
+
+    /// Looks orders up, as many at a time as those of this run.
+    async fn look_up_earlier(self: &Arc<Self>, orders: Vec<OpenOrder>) {
+        for mut order in orders {
+            let Ok(waiting) = Arc::clone(&self.lookups.waiting).acquire_owned().await else {
+                return;
+            };
+            let broker = Arc::clone(self);
+            tokio::spawn(async move {
+                let stopped = broker.calls.give_up.clone();
+                let latest = timeout(READY_WITHIN, broker.latest_signature(&order));
+                order.signed_ms = tokio::select! {
+                    biased;
+                    () = stopped.cancelled() => return,
+                    latest = latest => latest.ok(),
+                };
+                let (reply, _) = oneshot::channel();
+                broker.resolve_order(order, waiting, reply).await;
+            });
+        }
+    }
+
+    /// Waits until an order can be looked up. Returns a time after the last timestamp that its run can have signed: now, since
+    /// that run has ended.
+    async fn latest_signature(&self, order: &OpenOrder) -> i64 {
+        let request = order
+            .lookup
+            .request(order.account.clone(), RequestId::random());
+        loop {
+            let time = self.clock.exchange(order.host_id);
+            if let Some(uncertainty) = time.uncertainty
+                && self.uid_of_lookup(&request).is_some()
+            {
+                let uncertainty_ms = i64::try_from(uncertainty.as_millis()).unwrap_or(i64::MAX);
+                return time.ms.saturating_add(uncertainty_ms);
+            }
+            sleep(CHECK_EVERY).await;
+        }
+    }
+}
