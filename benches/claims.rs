@@ -76,7 +76,7 @@ fn main() {
             let call = Call {
                 key: key(first + number),
                 claim: Some(key(number)),
-                is_batch: false,
+                is_opaque: false,
                 endpoint: 1,
                 at_s,
                 state: CallState::InFlight,

@@ -43,8 +43,8 @@ pub(crate) struct Orders {
     guard: Mutex<Guard>,
     /// Locked before the guard.
     calls: Mutex<CallTable>,
-    /// The KuCoin account of each account in the rules, as far as a key test has reported it.
-    uids: Mutex<BTreeMap<(AccountId, Scope), String>>,
+    /// The KuCoin accounts that each account in the rules has had, the current one last, as far as key tests have reported them.
+    uids: Mutex<BTreeMap<(AccountId, Scope), Vec<String>>>,
     readiness: Mutex<Readiness>,
 }
 
@@ -323,8 +323,7 @@ impl Orders {
             return Ok(());
         }
         let (account, scope) = (&request.account, request.scope);
-        let uid = self.uid(account, scope);
-        let orders = self.keys(account, scope, uid.as_deref(), &oids);
+        let orders = self.keys(account, scope, &oids);
         let guard = self.guard.lock();
         let found = orders.iter().enumerate().find_map(|(position, keys)| {
             let claim = keys
@@ -364,7 +363,7 @@ impl Orders {
             }
         }
         let uid = self.uid(account, scope);
-        let orders = self.keys(account, scope, uid.as_deref(), &oids);
+        let orders = self.keys(account, scope, &oids);
         let by = ClaimedBy {
             body: body_digest(&request.body),
             endpoint: number(endpoint),
@@ -394,7 +393,8 @@ impl Orders {
     pub(crate) fn settle(&self, claims: &Claims, became: impl Fn(&str) -> Settled) {
         for (client_oid, key) in &claims.orders {
             let settled = became(client_oid);
-            self.guard.lock().settle(*key, settled);
+            let at_s = seconds(claims.at_ms);
+            self.guard.lock().settle(*key, at_s, settled);
         }
     }
 
@@ -407,40 +407,41 @@ impl Orders {
     pub(crate) fn learn_uid(&self, account: &AccountId, scope: Scope, uid: &str) {
         let mut uids = self.uids.lock();
         let place = (account.clone(), scope);
-        if uids.get(&place).is_none_or(|known| known != uid) {
-            uids.insert(place, uid.to_owned());
+        let known = uids.entry(place).or_default();
+        if known.last().is_none_or(|last| last != uid) {
+            known.retain(|other| other != uid);
+            known.push(uid.to_owned());
         }
     }
 
     /// The exchange's id of an account, if it has ever been known.
     fn uid(&self, account: &AccountId, scope: Scope) -> Option<String> {
         let place = (account.clone(), scope);
-        self.uids.lock().get(&place).cloned()
+        self.uids.lock().get(&place)?.last().cloned()
     }
 
-    /// The keys of each order: by the exchange's id of the account if that is known; and by the names of the accounts in the
-    /// rules with this id, because it was not always known.
-    fn keys(
-        &self,
-        account: &AccountId,
-        scope: Scope,
-        uid: Option<&str>,
-        oids: &[&str],
-    ) -> Vec<Vec<ClaimKey>> {
+    /// The keys of each order: by each of the exchange's ids that the account has had, the current one first; and by the names of
+    /// the accounts in the rules with one of these ids, because they were not always known.
+    fn keys(&self, account: &AccountId, scope: Scope, oids: &[&str]) -> Vec<Vec<ClaimKey>> {
         let uids = self.uids.lock();
+        let own = uids.get(&(account.clone(), scope));
+        let own = own.map(Vec::as_slice).unwrap_or_default();
         let same = uids.iter().filter(|((other, of), known)| {
-            other != account && *of == scope && Some(known.as_str()) == uid
+            other != account && *of == scope && known.iter().any(|uid| own.contains(uid))
         });
         let names: Vec<_> = [account]
             .into_iter()
             .chain(same.map(|((name, _), _)| name))
             .collect();
         let keys = |oid: &&str| {
-            let by_uid = uid.map(|uid| self.hash.key("uid", uid, scope, oid));
+            let by_uid = own
+                .iter()
+                .rev()
+                .map(|uid| self.hash.key("uid", uid, scope, oid));
             let by_name = names
                 .iter()
                 .map(|name| self.hash.key("account", name.as_str(), scope, oid));
-            by_uid.into_iter().chain(by_name).collect()
+            by_uid.chain(by_name).collect()
         };
         oids.iter().map(keys).collect()
     }

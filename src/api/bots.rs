@@ -105,9 +105,11 @@ impl GrpcApi {
         } = peer;
         let not_after_ms = Some(message.not_after_ms).filter(|&ms| ms != 0);
         let resolve_within = Duration::from_millis(message.resolve_ms.into());
+        let limit_problems = limit_problems(&message);
         let request = match unsigned_request(message, id, &self.limits) {
             Ok(request) => request,
-            Err(problems) => {
+            Err(mut problems) => {
+                problems.extend(limit_problems);
                 let error = BrokerError::Malformed(problems);
                 return Err(self.broker.refuse(&bot, id, error).await);
             }
@@ -125,6 +127,10 @@ impl GrpcApi {
         };
         let endpoint = call.request.endpoint();
         call = self.broker.refuse_repeated(call, endpoint).await?;
+        if !limit_problems.is_empty() {
+            let error = BrokerError::Malformed(limit_problems);
+            return Err(self.broker.refuse(&bot, id, error).await);
+        }
         let request = &call.request;
         let kind = if self.broker.passes_like_a_cancel(request, endpoint) {
             CallKind::Cancel
@@ -222,6 +228,29 @@ pub(super) fn scope(scope: proto::Scope) -> Option<Scope> {
     }
 }
 
+/// The problems of `not_after_ms` and `resolve_ms`. They refuse a request only after its clientOids were looked up: a repeated
+/// order must not get `not_sent` for them.
+fn limit_problems(message: &proto::SignAndSendRequest) -> Vec<Malformed> {
+    let mut problems = Vec::new();
+    if message.not_after_ms < 0 {
+        problems.push(Malformed::new(
+            "not_after_ms",
+            format_args!(
+                "expected Unix time in milliseconds, or 0, got {}",
+                message.not_after_ms
+            ),
+        ));
+    }
+    if message.resolve_ms > MAX_RESOLVE_MS {
+        let got = message.resolve_ms;
+        problems.push(Malformed::new(
+            "resolve_ms",
+            format_args!("expected at most {MAX_RESOLVE_MS}, got {got}"),
+        ));
+    }
+    problems
+}
+
 fn unsigned_request(
     message: proto::SignAndSendRequest,
     id: &RequestId,
@@ -253,22 +282,6 @@ fn unsigned_request(
         problems.push(Malformed::new(
             "request_id",
             format_args!("{REQUEST_ID}, or an empty string"),
-        ));
-    }
-    if message.not_after_ms < 0 {
-        problems.push(Malformed::new(
-            "not_after_ms",
-            format_args!(
-                "expected Unix time in milliseconds, or 0, got {}",
-                message.not_after_ms
-            ),
-        ));
-    }
-    if message.resolve_ms > MAX_RESOLVE_MS {
-        let got = message.resolve_ms;
-        problems.push(Malformed::new(
-            "resolve_ms",
-            format_args!("expected at most {MAX_RESOLVE_MS}, got {got}"),
         ));
     }
     let endpoint = scope

@@ -15,6 +15,7 @@ use crate::orders::resolve::Resolution;
 struct ResolvedLine<'a> {
     #[serde(flatten)]
     call: Line<'a>,
+    #[serde(skip_serializing_if = "str::is_empty")]
     client_oid: &'a str,
     state: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -156,7 +156,7 @@ impl Broker {
             // First, so that the delivery does not send after a hang-up.
             () = reply.closed(), if ends_with_caller => BrokerError::CallerGone,
             result = &mut delivery => {
-                let ended = Ended { call: &call, number, permit: &permit, claims: &claims, signed_ms: gate.signed_ms() };
+                let ended = Ended { call: &call, number, permit: &permit, claims: &claims, gate: &gate };
                 let resolving = self.finish(ended, &result).await;
                 if matches!(result, Err(BrokerError::AnswerDropped(_))) {
                     self.hold_answer_memory(&call);
@@ -185,7 +185,7 @@ impl Broker {
             number,
             permit: &permit,
             claims: &claims,
-            signed_ms: gate.signed_ms(),
+            gate: &gate,
         };
         self.finish(ended, &result).await;
         let _ = reply.send(result);
@@ -399,6 +399,9 @@ impl Broker {
         let signed = self.sign(call, permit, lease.as_ref())?;
         let (timestamp_ms, sending) = (signed.timestamp_ms, Instant::now());
         let is_guarded = permit.increases_risk();
+        if is_guarded {
+            gate.signs_for(self.uid_of_key(permit));
+        }
         let guard = is_guarded.then(|| self.send_guard(call, destination));
         // The deadline's timer fires only at an await, so compare the clock too.
         if sending >= call.deadline || !gate.pass(guard.clone(), timestamp_ms) {

@@ -37,27 +37,20 @@ impl Broker {
                 "an earlier run ended before it had the results of these requests; the audit log lists them as maybe_sent"
             );
         }
-        if orders.is_empty() {
-            return;
-        }
         let count = orders.len();
         tracing::info!(
             count,
             "orders of earlier runs that may have been placed are looked up"
         );
-        let broker = Arc::clone(self);
-        tokio::spawn(async move {
-            let stopped = broker.calls.give_up.clone();
-            tokio::select! {
-                biased;
-                () = stopped.cancelled() => {}
-                () = broker.look_up_earlier(orders) => {}
-            }
-        });
+        for (order, lookup) in orders {
+            let stopped = self.calls.give_up.clone();
+            let resolve = Arc::clone(self).look_up_earlier(order, lookup);
+            tokio::spawn(async move { stopped.run_until_cancelled(resolve).await });
+        }
     }
 
     /// The orders of a call that may have been placed. Those that cannot be looked up any more are unknown.
-    fn open_orders(&self, call: &EarlierCall) -> Vec<OpenOrder> {
+    fn open_orders(&self, call: &EarlierCall) -> Vec<(OpenOrder, Lookup)> {
         let mut orders = Vec::new();
         for (record, claim) in call.open_orders() {
             let policy = self.policy();
@@ -70,10 +63,10 @@ impl Broker {
                 continue;
             };
             let context = call.context();
-            orders.push(OpenOrder {
+            let order = OpenOrder {
                 client_oid: record.client_oid.clone(),
+                uid: claim.uid().map(str::to_owned),
                 claim,
-                lookup,
                 signed_ms: None,
                 created_from_ms: call.exchange_ms,
                 host_id: (account.site, call.scope.host()),
@@ -84,38 +77,28 @@ impl Broker {
                 request_id: call.request_id.clone(),
                 call: context.call,
                 earlier_run: context.earlier_run.map(str::to_owned),
-            });
+            };
+            orders.push((order, lookup));
         }
         orders
     }
 
-    /// Looks orders up, as many at a time as those of this run.
-    async fn look_up_earlier(self: &Arc<Self>, orders: Vec<OpenOrder>) {
-        for mut order in orders {
-            let Ok(waiting) = Arc::clone(&self.lookups.waiting).acquire_owned().await else {
-                return;
-            };
-            let broker = Arc::clone(self);
-            tokio::spawn(async move {
-                let stopped = broker.calls.give_up.clone();
-                let latest = timeout(READY_WITHIN, broker.latest_signature(&order));
-                order.signed_ms = tokio::select! {
-                    biased;
-                    () = stopped.cancelled() => return,
-                    latest = latest => latest.ok(),
-                };
-                let (reply, _) = oneshot::channel();
-                broker.resolve_order(order, waiting, reply).await;
-            });
-        }
+    /// Looks an order up, in turn with those of this run.
+    async fn look_up_earlier(self: Arc<Self>, mut order: OpenOrder, lookup: Lookup) {
+        let limits = self.lookups.of(&order.account, order.host_id);
+        let Ok(waiting) = Arc::clone(&limits.waiting).acquire_owned().await else {
+            return;
+        };
+        let latest = timeout(READY_WITHIN, self.latest_signature(&order, &lookup));
+        order.signed_ms = latest.await.ok();
+        let (reply, _) = oneshot::channel();
+        self.resolve_order(order, lookup, waiting, reply).await;
     }
 
     /// Waits until an order can be looked up. Returns a time after the last timestamp that its run can have signed: now, since
     /// that run has ended.
-    async fn latest_signature(&self, order: &OpenOrder) -> i64 {
-        let request = order
-            .lookup
-            .request(order.account.clone(), RequestId::random());
+    async fn latest_signature(&self, order: &OpenOrder, lookup: &Lookup) -> i64 {
+        let request = lookup.request(order.account.clone(), RequestId::random());
         loop {
             let time = self.clock.exchange(order.host_id);
             if let Some(uncertainty) = time.uncertainty

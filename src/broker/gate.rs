@@ -14,6 +14,8 @@ pub(super) struct Gate {
     state: Mutex<GateState>,
     /// The timestamp of the request that passed last, Unix milliseconds; 0 if none has.
     signed_ms: AtomicI64,
+    /// The exchange's id of the account whose key has signed it, if known.
+    signed_for: Mutex<Option<String>>,
 }
 
 #[derive(Debug, Default)]
@@ -59,6 +61,16 @@ impl Gate {
     /// The timestamp of the request that passed last, Unix milliseconds; 0 if none has.
     pub(super) fn signed_ms(&self) -> i64 {
         self.signed_ms.load(Ordering::Relaxed)
+    }
+
+    /// Notes for which account the next request is signed: the exchange's id of it, if known.
+    pub(super) fn signs_for(&self, uid: Option<String>) {
+        *self.signed_for.lock() = uid;
+    }
+
+    /// The account for which the last request was signed: the exchange's id of it, if known.
+    pub(super) fn signed_for(&self) -> Option<String> {
+        self.signed_for.lock().clone()
     }
 
     /// Marks a sent request as not executed, with the exchange's rejection if there is one; false after the gate was closed.

@@ -27,8 +27,8 @@ impl Broker {
         }
         self.restrictions.check_bot(bot)?;
         // The account, and so its host, is not known: any host's time is near enough for a window of hours.
-        let now_ms = self.clock.measured_ms(None);
-        let now_ms = now_ms.unwrap_or_else(|| self.clock.wall_ms());
+        // While none is known, no claim seems to have ended.
+        let now_ms = self.clock.measured_ms(None).unwrap_or(0);
         Ok(self.orders.known_call(bot, id, now_ms))
     }
 
@@ -46,7 +46,9 @@ impl Broker {
         let policy = self.policy();
         let entry = policy.check_read(bot, account, scope)?;
         self.restrictions.check_bot(bot)?;
-        let now_ms = self.clock.exchange((entry.site, scope.host())).ms;
+        let time = self.clock.exchange((entry.site, scope.host()));
+        // While the time is unknown, no claim seems to have ended.
+        let now_ms = time.uncertainty.map_or(0, |_| time.ms);
         Ok(self.orders.known_order(account, scope, client_oid, now_ms))
     }
 }

@@ -4,6 +4,7 @@
 //! has delivered a complete answer. Lookups have limits of their own, so that they leave bots their rate limits at the
 //! exchange. A stop ends them: the audit log has the order as `maybe_sent` then.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,9 +16,11 @@ use tracing::Instrument;
 
 use super::call::outcome_and_reason;
 use super::claims::became;
+use super::gate::Gate;
 use super::{Broker, BrokerError, Call, Receipt};
 use crate::audit::CallContext;
 use crate::base::ids::{AccountId, Principal, RequestId};
+use crate::base::lock::Mutex;
 use crate::base::outcome::Outcome;
 use crate::clock::HostId;
 use crate::kucoin::lookup::{Lookup, LookupResult};
@@ -27,28 +30,47 @@ use crate::orders::resolve::{FIRST_WAIT, Next, Resolution, Resolver, SentLookup,
 use crate::orders::{Claims, Repeated, Settled};
 use crate::policy::Permit;
 
-/// Orders that wait until they are resolved. More than that are unknown at once.
+/// Orders of one account and host that wait until they are resolved. More than that are unknown at once.
 const WAITING: usize = 1000;
 
-/// Lookups at the same time.
+/// Lookups of one account and host at the same time.
 const AT_ONCE: usize = 8;
 
-/// The least time between two lookups: at most 5 per second.
+/// The least time between two of them: at most 5 per second, a fraction of what KuCoin allows each account.
 const EVERY: Duration = Duration::from_millis(200);
 
 /// Time limit of one lookup.
 const ANSWER_WITHIN: Duration = Duration::from_secs(4);
 
-/// The limits of lookups.
+/// The limits of lookups: of each account and host their own, as at KuCoin, so that one account takes nothing from another.
+#[derive(Debug, Default)]
+pub(crate) struct LookupLimits(Mutex<HashMap<(AccountId, HostId), Arc<AccountLimits>>>);
+
+/// The limits of the lookups of one account and host.
 #[derive(Debug)]
-pub(crate) struct LookupLimits {
+pub(super) struct AccountLimits {
     pub(super) waiting: Arc<Semaphore>,
     at_once: Semaphore,
     /// When the next one may be sent. The orders wait for it in turn.
     next: tokio::sync::Mutex<Instant>,
 }
 
-impl Default for LookupLimits {
+impl LookupLimits {
+    pub(super) fn of(&self, account: &AccountId, host_id: HostId) -> Arc<AccountLimits> {
+        let mut limits = self.0.lock();
+        let of = limits.entry((account.clone(), host_id));
+        Arc::clone(of.or_default())
+    }
+
+    /// How many orders are being looked up.
+    pub(crate) fn orders(&self) -> usize {
+        let limits = self.0.lock();
+        let waiting = limits.values().map(|of| of.waiting.available_permits());
+        waiting.map(|free| WAITING.saturating_sub(free)).sum()
+    }
+}
+
+impl Default for AccountLimits {
     fn default() -> Self {
         Self {
             waiting: Arc::new(Semaphore::new(WAITING)),
@@ -58,12 +80,7 @@ impl Default for LookupLimits {
     }
 }
 
-impl LookupLimits {
-    /// How many orders are being looked up.
-    pub(crate) fn orders(&self) -> usize {
-        WAITING.saturating_sub(self.waiting.available_permits())
-    }
-
+impl AccountLimits {
     /// Waits until one more lookup may be sent. It counts until the result drops.
     async fn turn(&self) -> Option<SemaphorePermit<'_>> {
         let turn = self.at_once.acquire().await.ok();
@@ -71,6 +88,12 @@ impl LookupLimits {
         sleep_until(*next).await;
         *next = Instant::now() + EVERY;
         turn
+    }
+
+    /// Sends none for this long, as the exchange requires.
+    async fn pause(&self, time: Duration) {
+        let mut next = self.next.lock().await;
+        *next = Instant::now() + time;
     }
 }
 
@@ -81,8 +104,8 @@ pub(super) struct Ended<'a> {
     pub(super) number: u64,
     pub(super) permit: &'a Permit,
     pub(super) claims: &'a Claims,
-    /// The timestamp that was signed last, Unix milliseconds.
-    pub(super) signed_ms: i64,
+    /// Has the timestamp that was signed last, and for which account.
+    pub(super) gate: &'a Gate,
 }
 
 /// The orders of a call that may have been placed, in the order of the request.
@@ -107,7 +130,9 @@ impl ResolvedState {
             Self::Absent => {
                 "the exchange did not place the order and rejects this request from now on; its clientOid is free again: decide again whether to send the order"
             }
-            Self::Placed => "a lookup found the order: it was placed once",
+            Self::Placed => {
+                "a lookup found the order as it was sent: it was placed, or amended, once"
+            }
             Self::Unknown => {
                 "lookups did not show whether the order was placed; look it up, and do not send it again"
             }
@@ -131,7 +156,8 @@ pub(crate) struct Resolved {
 pub(super) struct OpenOrder {
     pub(super) client_oid: String,
     pub(super) claim: Claims,
-    pub(super) lookup: Lookup,
+    /// The exchange's id of its account, if it was known both for the claim and for the signature.
+    pub(super) uid: Option<String>,
     /// The timestamp that was signed last, or later; `None`: the exchange has an earlier order with this clientOid.
     pub(super) signed_ms: Option<i64>,
     /// The timestamp that was signed, or earlier; 0: an earlier order is looked up.
@@ -156,9 +182,13 @@ impl Broker {
         result: &Result<Receipt, BrokerError>,
     ) -> Resolving {
         let mut resolving = Resolving::default();
-        self.orders
-            .end_call(ended.claims, outcome_and_reason(result).0);
-        if ended.claims.is_empty() {
+        let outcome = match result {
+            Err(BrokerError::Repeated(_)) => Some(Outcome::Rejected),
+            result => outcome_and_reason(result).0,
+        };
+        self.orders.end_call(ended.claims, outcome);
+        let is_amendment = ended.permit.endpoint().is_some_and(Endpoint::amends);
+        if ended.claims.is_empty() && !is_amendment {
             return resolving;
         }
         self.orders.settle(ended.claims, |oid| became(result, oid));
@@ -167,7 +197,8 @@ impl Broker {
         let Some(endpoint) = ended.permit.endpoint().filter(|_| !is_in_flight) else {
             return resolving;
         };
-        if !ended.claims.client_oids().any(is_open) {
+        let is_any_open = ended.claims.client_oids().any(is_open) || is_amendment && is_open("");
+        if !is_any_open {
             return resolving;
         }
         let Ok(placements) = placements(endpoint, &ended.call.request) else {
@@ -180,10 +211,14 @@ impl Broker {
             return resolving;
         };
         for placement in placements {
-            // An order without one is not looked up.
-            let client_oid = placement.client_oid.clone().unwrap_or_default();
-            if is_open(&client_oid) {
+            let is_open = match &placement.client_oid {
+                Some(client_oid) => is_open(client_oid),
+                // It is not looked up.
+                None => is_amendment || is_open_without_client_oid(result),
+            };
+            if is_open {
                 let resolution = self.resolve(ended, endpoint, &placement, result);
+                let client_oid = placement.client_oid.unwrap_or_default();
                 resolving.0.push((client_oid, resolution));
             }
         }
@@ -201,20 +236,16 @@ impl Broker {
         let (reply, resolution) = oneshot::channel();
         let client_oid = placement.client_oid.as_deref().unwrap_or_default();
         let claim = ended.claims.of(client_oid);
-        let Some(lookup) = Lookup::new(endpoint, placement) else {
-            self.orders.settle(&claim, |_| Settled::Unknown);
-            let _ = reply.send(Resolution::Unknown("no lookup finds it".to_owned()));
-            return resolution;
-        };
         let &Ended { call, permit, .. } = &ended;
         let is_duplicate = is_duplicate_item(endpoint, result, client_oid);
-        let signed_ms = (!is_duplicate).then_some(ended.signed_ms);
+        let signed_ms = ended.gate.signed_ms();
+        let uid = ended.gate.signed_for();
         let order = OpenOrder {
             client_oid: client_oid.to_owned(),
             claim,
-            lookup,
-            signed_ms,
-            created_from_ms: signed_ms.unwrap_or_default(),
+            uid: uid.filter(|uid| ended.claims.uid() == Some(uid)),
+            signed_ms: (!is_duplicate).then_some(signed_ms),
+            created_from_ms: signed_ms,
             host_id: permit.destination(),
             endpoint,
             principal: call.principal.clone(),
@@ -224,15 +255,20 @@ impl Broker {
             call: ended.number,
             earlier_run: None,
         };
-        if let Ok(waiting) = Arc::clone(&self.lookups.waiting).try_acquire_owned() {
-            let resolve = Arc::clone(self).resolve_order(order, waiting, reply);
-            tokio::spawn(resolve.in_current_span());
-        } else {
-            let why = format!("{WAITING} other orders are waiting to be looked up");
-            let unknown = Resolution::Unknown(why);
-            self.record_resolution(&order, &unknown);
-            let _ = reply.send(unknown);
-        }
+        let limits = self.lookups.of(&order.account, order.host_id);
+        let waiting = Arc::clone(&limits.waiting).try_acquire_owned();
+        let why = match (Lookup::new(endpoint, placement), waiting) {
+            (Some(lookup), Ok(waiting)) => {
+                let resolve = Arc::clone(self).resolve_order(order, lookup, waiting, reply);
+                tokio::spawn(resolve.in_current_span());
+                return resolution;
+            }
+            (Some(_), Err(_)) => format!("{WAITING} other orders are waiting to be looked up"),
+            (None, _) => "no lookup finds it".to_owned(),
+        };
+        let unknown = Resolution::Unknown(why);
+        self.record_resolution(&order, &unknown);
+        let _ = reply.send(unknown);
         resolution
     }
 
@@ -240,16 +276,18 @@ impl Broker {
     pub(super) async fn resolve_order(
         self: Arc<Self>,
         order: OpenOrder,
+        lookup: Lookup,
         _waiting: OwnedSemaphorePermit,
         reply: oneshot::Sender<Resolution>,
     ) {
+        let limits = self.lookups.of(&order.account, order.host_id);
         let resolve = async {
-            let mut resolver = Resolver::new(order.signed_ms);
+            let mut resolver = Resolver::new(order.signed_ms, order.endpoint.amends());
             let mut wait = FIRST_WAIT;
             loop {
                 sleep(wait).await;
-                let turn = self.lookups.turn().await;
-                let (sent, result) = self.look_up(&order).await;
+                let turn = limits.turn().await;
+                let (sent, result) = self.look_up(&order, &lookup).await;
                 drop(turn);
                 match resolver.next(sent, result) {
                     Next::AskAgain(next) => wait = next,
@@ -270,11 +308,10 @@ impl Broker {
     fn look_up<'a>(
         self: &'a Arc<Self>,
         order: &'a OpenOrder,
+        lookup: &'a Lookup,
     ) -> BoxFuture<'a, (SentLookup, LookupResult)> {
         async move {
-            let request = order
-                .lookup
-                .request(order.account.clone(), RequestId::random());
+            let request = lookup.request(order.account.clone(), RequestId::random());
             let uid_before = self.uid_of_lookup(&request);
             let exchange = self.clock.exchange(order.host_id);
             let (sent, arrived) = (self.clock.boot(), Instant::now());
@@ -292,9 +329,12 @@ impl Broker {
                 .await;
             let result = match answered {
                 Ok(receipt) => {
+                    if let Some(time) = receipt.answer.retry_after {
+                        let limits = self.lookups.of(&order.account, order.host_id);
+                        limits.pause(time).await;
+                    }
                     let from_ms = order.created_from_ms;
-                    let (lookup, answer) = (&order.lookup, &receipt.answer);
-                    lookup.judge(answer, from_ms, &self.not_found)
+                    lookup.judge(&receipt.answer, from_ms, &self.not_found)
                 }
                 Err(error) => LookupResult::Unclear(error.of_repeatable_request()),
             };
@@ -303,7 +343,7 @@ impl Broker {
                 sent,
                 answered: self.clock.boot(),
                 exchange,
-                signed_for: signed_for(order.claim.uid(), &uids),
+                signed_for: signed_for(order.uid.as_deref(), &uids),
             };
             (sent, result)
         }
@@ -415,10 +455,10 @@ impl Broker {
                 return Ok(rejected);
             };
             let client_oid = placement.client_oid.as_deref().unwrap_or_default();
-            let order = Lookup::new(endpoint, placement).map(|lookup| OpenOrder {
+            let order = OpenOrder {
                 client_oid: client_oid.to_owned(),
                 claim: Claims::default(),
-                lookup,
+                uid: None,
                 signed_ms: None,
                 created_from_ms: 0,
                 host_id: permit.destination(),
@@ -429,15 +469,16 @@ impl Broker {
                 request_id: call.request.id.clone(),
                 call: 0,
                 earlier_run: None,
-            });
-            let found = match &order {
+            };
+            let found = match &Lookup::new(endpoint, placement) {
                 None => None,
-                Some(order) => {
-                    let look_up = async {
-                        let _turn = self.lookups.turn().await;
-                        self.look_up(order).await.1
+                Some(lookup) => {
+                    let answer = async {
+                        let limits = self.lookups.of(&order.account, order.host_id);
+                        let _turn = limits.turn().await;
+                        self.look_up(&order, lookup).await.1
                     };
-                    timeout(ANSWER_WITHIN, look_up).await.ok()
+                    timeout(ANSWER_WITHIN, answer).await.ok()
                 }
             };
             let order_id = match found {
@@ -462,6 +503,17 @@ fn signed_for(of_order: Option<&str>, uids: &[Option<String>; 2]) -> SignedFor {
         SignedFor::Same
     } else {
         SignedFor::Untested
+    }
+}
+
+/// Whether an order without a clientOid may have been placed.
+fn is_open_without_client_oid(result: &Result<Receipt, BrokerError>) -> bool {
+    match result {
+        Ok(Receipt { answer, .. }) if !answer.items.is_empty() => {
+            let mut items = answer.items.iter();
+            items.any(|item| item.client_oid.is_empty() && item.outcome == Outcome::MaybeSent)
+        }
+        result => became(result, "") == Settled::MaybeSent,
     }
 }
 
@@ -495,7 +547,7 @@ fn resolved(
         resolution: None,
         endpoint,
         scope: ended.permit.scope(),
-        timestamp_ms: ended.signed_ms,
+        timestamp_ms: ended.gate.signed_ms(),
         waiting: Duration::ZERO,
         signing: Duration::ZERO,
         exchange: Duration::ZERO,
@@ -532,7 +584,7 @@ fn resolved(
         last_id = order_id;
     }
     let has = |state| states.contains(&state);
-    let (state, mut outcome) = if has(ResolvedState::Unknown) {
+    let (mut state, mut outcome) = if has(ResolvedState::Unknown) {
         (ResolvedState::Unknown, Outcome::MaybeSent)
     } else if has(ResolvedState::Placed) {
         (ResolvedState::Placed, Outcome::Accepted)
@@ -540,8 +592,8 @@ fn resolved(
         (ResolvedState::Absent, Outcome::Rejected)
     };
     let has_accepted = items.iter().any(|item| item.outcome == Outcome::Accepted);
-    if outcome == Outcome::Rejected && has_accepted {
-        outcome = Outcome::Accepted;
+    if state == ResolvedState::Absent && has_accepted {
+        (state, outcome) = (ResolvedState::Placed, Outcome::Accepted);
     }
     receipt.answer.outcome = outcome;
     receipt.resolution = Some(Resolved {

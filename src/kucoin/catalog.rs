@@ -255,6 +255,11 @@ impl Endpoint {
         matches!(self.risk, Risk::Public | Risk::Read)
     }
 
+    /// Whether a call amends an order.
+    pub(crate) fn amends(&self) -> bool {
+        self.effect == Effect::Amend
+    }
+
     /// Whether a call is risk-increasing: everything except cancels, order tests, reads and public data. When something is
     /// wrong, risk-increasing calls are the first to be refused.
     pub(crate) fn increases_risk(&self) -> bool {

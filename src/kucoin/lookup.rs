@@ -20,6 +20,9 @@ use crate::base::outcome::Outcome;
 /// "Authentication": it accepts timestamps that differ by at most 5 s.
 const CREATED_BEFORE_MS: i64 = 5000;
 
+/// Bytes of an order id; KuCoin's have at most 24.
+const MAX_ORDER_ID: usize = 64;
+
 /// The amendment that cancels the order and places a new one with a new id. Source: KuCoin API documentation, "Modify Order".
 const ALTER: &str = "spot.post.v1-hf-orders-alter";
 
@@ -163,12 +166,18 @@ impl Lookup {
         }
     }
 
-    /// How long the lookup finds an order that is no longer open; zero if it finds only open orders. `None`: not documented.
+    /// How long the lookup finds an order that is no longer open; zero if it finds only open orders, or if that is in doubt.
+    /// `None`: not documented.
     pub(crate) fn reach(&self) -> Option<Duration> {
         const HOUR: Duration = Duration::from_secs(3600);
         match self.endpoint.id.as_str() {
             // KuCoin API documentation (2024), "Get Details of a Single Order by clientOid": "single active order".
-            "spot.get.v1-order-client-order-client-oid" => Some(Duration::ZERO),
+            "spot.get.v1-order-client-order-client-oid"
+            // Not documented; but a triggered order is another one, which they may not find.
+            | "spot.get.v1-stop-order-query-order-by-client-oid"
+            | "spot.get.v3-hf-margin-oco-order-client-oid"
+            | "spot.get.v3-hf-margin-stop-order-client-oid"
+            | "spot.get.v3-oco-client-order-client-oid" => Some(Duration::ZERO),
             // KuCoin HF API documentation (2023), "Get Details of a Single HF Order by clientOid".
             "spot.get.v1-hf-orders-client-order-client-oid" => Some(HOUR * 72),
             // Kucoin/kucoin-universal-sdk @cc2ca1fa, Java: cancelled orders without fills.
@@ -198,14 +207,15 @@ impl Lookup {
             let is_listed = not_found.has(self.endpoint, answer, is_empty);
             return match self.reach() {
                 _ if !is_listed => unclear("the answer is not one that means \"no such order\""),
-                Some(Duration::ZERO) => unclear("the lookup finds only open orders"),
+                Some(Duration::ZERO) => unclear("the lookup may find only open orders"),
                 _ => LookupResult::NotFound,
             };
         }
         let Some(order) = fields::at(body, order_pointer).map(Order) else {
             return unclear("the answer does not have exactly one order");
         };
-        let Some(order_id) = order.field(id_name).filter(|id| !id.is_empty()) else {
+        let is_id = |id: &String| (1..=MAX_ORDER_ID).contains(&id.len());
+        let Some(order_id) = order.field(id_name).filter(is_id) else {
             return unclear("the order in the answer has no id");
         };
         if let Err(result) = self.compare(&order, &order_id, body, signed_ms) {
@@ -673,21 +683,23 @@ mod tests {
         // This lookup finds only open orders: a filled one is absent, too.
         let old = lookup("spot.post.v1-orders", r#"{"clientOid":"a"}"#).unwrap();
         let absent = r#"{"code":"400100","msg":"order not exist."}"#;
-        let why = unclear("the lookup finds only open orders");
+        let why = unclear("the lookup may find only open orders");
         assert_eq!(judge(&old, 200, absent, &none), why);
+        let stop = lookup("spot.post.v1-stop-order", r#"{"clientOid":"a"}"#).unwrap();
+        assert_eq!(judge(&stop, 200, absent, &none), why);
         // Observed, and added by an admin.
         let entry = r#"[{"host":"spot","product":"spot","http_status":200,"code":"200000","empty_data":true}]"#;
         let entries: Vec<super::super::not_found::NotFoundAnswer> =
             serde_json::from_str(entry).unwrap();
         let more: NotFoundAnswers = entries.into_iter().collect();
-        let stop = lookup("spot.post.v1-stop-order", r#"{"clientOid":"a"}"#).unwrap();
         for empty in [r#"{"code":"200000","data":[ ]}"#, r#"{"code":"200000"}"#] {
-            assert_eq!(judge(&stop, 200, empty, &more), LookupResult::NotFound);
-            assert_ne!(judge(&stop, 200, empty, &none), LookupResult::NotFound);
-            assert_ne!(judge(&stop, 400, empty, &more), LookupResult::NotFound);
+            assert_eq!(judge(&spot, 200, empty, &more), LookupResult::NotFound);
+            assert_ne!(judge(&spot, 200, empty, &none), LookupResult::NotFound);
+            assert_ne!(judge(&spot, 400, empty, &more), LookupResult::NotFound);
             assert_ne!(judge(&futures, 200, empty, &more), LookupResult::NotFound);
+            assert_eq!(judge(&stop, 200, empty, &more), why);
         }
-        assert_ne!(judge(&stop, 200, STOP, &more), LookupResult::NotFound);
+        assert_ne!(judge(&spot, 200, SPOT, &more), LookupResult::NotFound);
     }
 
     #[test]

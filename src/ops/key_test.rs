@@ -117,7 +117,7 @@ impl Broker {
                 orders: false,
             };
             let report = self.test_key(&test).await.report;
-            let info = report.info.as_ref();
+            let info = report.info.as_ref().filter(|_| !is_candidate);
             if let Some(uid) = info.and_then(|info| info.uid.as_deref()) {
                 for scope in &test.scopes {
                     self.orders.learn_uid(&test.account.id, *scope, uid);

@@ -40,8 +40,8 @@ pub(super) struct Call {
     pub(super) key: ClaimKey,
     /// Its claim, if it has exactly one.
     pub(super) claim: Option<ClaimKey>,
-    /// Whether it has more.
-    pub(super) is_batch: bool,
+    /// Whether its claims do not show what became of it: it has several, or one that is not on the exchange's id of the account.
+    pub(super) is_opaque: bool,
     /// Position of its endpoint in the catalogue.
     pub(super) endpoint: u16,
     pub(super) at_s: u32,
@@ -87,7 +87,7 @@ struct Entry {
     back: u32,
     endpoint: u16,
     state: CallState,
-    is_batch: bool,
+    is_opaque: bool,
 }
 
 impl CallTable {
@@ -233,7 +233,7 @@ impl OfBot {
             back: back.unwrap_or(0),
             endpoint: call.endpoint,
             state: call.state,
-            is_batch: call.is_batch,
+            is_opaque: call.is_opaque,
         });
         let (entries, first, key) = (&self.entries, self.first, call.key);
         let of = |number: &u32| entries.get(number.wrapping_sub(first) as usize);
@@ -277,7 +277,7 @@ impl Entry {
         Call {
             key: self.key,
             claim: Some(self.claim).filter(|claim| *claim != ClaimKey::default()),
-            is_batch: self.is_batch,
+            is_opaque: self.is_opaque,
             endpoint: self.endpoint,
             at_s: self.at_s,
             state: self.state,
@@ -299,7 +299,7 @@ mod tests {
         Call {
             key: [id, id],
             claim: None,
-            is_batch: false,
+            is_opaque: false,
             endpoint: 7,
             at_s,
             state: CallState::InFlight,

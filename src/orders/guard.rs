@@ -279,8 +279,12 @@ impl Guard {
         }
     }
 
-    /// Records what became of an order.
-    pub(super) fn settle(&mut self, key: ClaimKey, settled: Settled) {
+    /// Records what became of an order. `at_s`: when it was claimed, since another one may have the clientOid by now.
+    pub(super) fn settle(&mut self, key: ClaimKey, at_s: u32, settled: Settled) {
+        let entry = self.number_of(key).and_then(|number| self.entry(number));
+        if entry.is_none_or(|entry| entry.at_s != at_s) {
+            return;
+        }
         match settled {
             Settled::Accepted(id) => self.set(key, OrderState::Accepted, id.as_deref()),
             Settled::MaybeSent => self.set(key, OrderState::MaybeSent, None),
@@ -547,6 +551,19 @@ mod tests {
         let count = orders.iter().map(Vec::len).sum();
         assert_eq!(guard.bot(bot).map(|bot| bot.count), Some(count));
         orders
+    }
+
+    #[test]
+    fn result_of_a_call_does_not_change_a_later_claim_on_its_client_oid() {
+        let mut guard = guard(100, 100);
+        claim(&mut guard, "a", 1, 1000).unwrap();
+        guard.settle(key(1), 1000, Settled::NotPlaced);
+        claim(&mut guard, "a", 1, 2000).unwrap();
+        guard.settle(key(1), 1000, Settled::NotPlaced);
+        let state = |guard: &Guard| guard.find(key(1), 2000).unwrap().state;
+        assert_eq!(state(&guard), OrderState::InFlight);
+        guard.settle(key(1), 2000, Settled::Unknown);
+        assert_eq!(state(&guard), OrderState::Unknown);
     }
 
     #[test]

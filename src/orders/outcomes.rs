@@ -88,23 +88,24 @@ impl Orders {
         } else {
             claims.at_ms
         };
+        let is_opaque = claims.orders.len() > 1 || !claims.is_empty() && claims.uid.is_none();
         let keys: Vec<_> = claims.orders.iter().map(|(_, key)| *key).collect();
-        claims.call = Some(self.add_call(bot, id, endpoint, (&keys, keys.len()), at_ms));
+        claims.call = Some(self.add_call(bot, id, endpoint, (&keys, is_opaque), at_ms));
     }
 
-    /// `orders`: the claims of the call, and how many orders it has.
+    /// `claims`: of its orders, and whether they do not show what became of it.
     pub(super) fn add_call(
         &self,
         bot: &BotId,
         id: &RequestId,
         endpoint: Option<&Endpoint>,
-        (claims, orders): (&[ClaimKey], usize),
+        (claims, is_opaque): (&[ClaimKey], bool),
         at_ms: i64,
     ) -> CallHandle {
         let call = Call {
             key: self.call_key(id),
-            claim: claims.first().copied().filter(|_| orders == 1),
-            is_batch: orders > 1,
+            claim: claims.first().copied().filter(|_| !is_opaque),
+            is_opaque,
             endpoint: number(endpoint),
             at_s: seconds(at_ms),
             state: CallState::InFlight,
@@ -157,7 +158,7 @@ impl Orders {
             (CallState::InFlight, None) if call.claim.is_none() => KnownState::InFlight,
             (CallState::MaybeSent, None) if call.claim.is_none() => KnownState::MaybeSent,
             // It did not leave, or its claim was freed since. Another call may have placed the order.
-            _ if is_claimed || call.is_batch || !is_complete => KnownState::Unknown,
+            _ if is_claimed || call.is_opaque || !is_complete => KnownState::Unknown,
             _ => KnownState::NotPlaced,
         };
         Known {
@@ -181,7 +182,7 @@ impl Orders {
             return KnownState::Unknown.into();
         }
         let uid = self.uid(account, scope);
-        let keys = self.keys(account, scope, uid.as_deref(), &[client_oid]);
+        let keys = self.keys(account, scope, &[client_oid]);
         let guard = self.guard.lock();
         let mut keys = keys.iter().flatten();
         match keys.find_map(|key| guard.find(*key, now)) {

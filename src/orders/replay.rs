@@ -403,7 +403,9 @@ impl Orders {
         let bot = call.principal.bot();
         let handle = bot.map(|bot| {
             let claimed: Vec<_> = keys.iter().map(|(_, key)| *key).collect();
-            let claims = (claimed.as_slice(), call.client_oids.len());
+            let has_orders = endpoint.claims_client_oids() && !call.client_oids.is_empty();
+            let is_opaque = call.client_oids.len() > 1 || has_orders && call.uid.is_none();
+            let claims = (claimed.as_slice(), is_opaque);
             self.add_call(bot, &call.request_id, Some(endpoint), claims, at_ms)
         });
         open.insert(Open { keys, call, handle });
@@ -475,8 +477,8 @@ impl Reading<'_> {
     /// Records that a call used a clientOid; false if a later call, or the same one, has used it already.
     fn is_used(&mut self, key: ClaimKey, used: Used) -> bool {
         if let Some(known) = self.used.get(&key) {
-            let is_later = used.time_ms > known.time_ms
-                || (used.time_ms == known.time_ms && known.state.is_none());
+            // The system clock may have been set back since. A clientOid that was free could be used again at any time.
+            let is_later = used.time_ms > known.time_ms || known.state.is_none();
             if known.by == used.by || !is_later {
                 return false;
             }
@@ -777,7 +779,7 @@ fn reader(path: &Path, file: File) -> Box<dyn BufRead> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{OrderSettings, Repeated};
+    use super::super::{KnownState, OrderSettings, Repeated};
     use super::*;
     use crate::kucoin::{Method, Target, UnsignedRequest};
 
@@ -926,6 +928,45 @@ mod tests {
             ["accepted", "rejected", "lost", "late", "open", "mine"].map(|oid| site.state(oid));
         let (accepted, maybe) = (Some(OrderState::Accepted), Some(OrderState::MaybeSent));
         assert_eq!(states, [accepted, None, maybe, None, maybe, None]);
+    }
+
+    #[test]
+    fn client_oid_that_was_free_again_can_be_used_later_also_if_the_system_clock_was_set_back() {
+        let site = Site::new();
+        let start = NOW_MS - 10_000;
+        site.write(
+            "audit.jsonl",
+            &[
+                intent("a", 1, start, "x"),
+                outcome("a", 1, start + 1, "rejected"),
+                intent("a", 2, start - 5000, "x"),
+                outcome("a", 2, start - 4999, "accepted"),
+            ],
+        );
+        site.read();
+        assert_eq!(site.state("x"), Some(OrderState::Accepted));
+    }
+
+    #[test]
+    fn orders_are_known_also_after_their_account_got_a_key_of_another_kucoin_account() {
+        let site = Site::new();
+        let intent = intent("a", 1, NOW_MS - 1000, "x")
+            .replace("\"client_oids\"", "\"uid\":\"1\",\"client_oids\"");
+        let outcome = outcome("a", 1, NOW_MS - 999, "accepted");
+        site.write("audit.jsonl", &[intent, outcome]);
+        site.read();
+        let (main, scope) = ("main".parse().unwrap(), Scope::SpotMargin);
+        site.orders.learn_uid(&main, scope, "2");
+        assert_eq!(site.state("x"), Some(OrderState::Accepted));
+        let known = |oid: &str, now_ms: i64| {
+            let known = site.orders.known_order(&main, scope, oid, now_ms);
+            known.state
+        };
+        assert_eq!(known("x", NOW_MS), KnownState::Accepted);
+        assert_eq!(known("other", NOW_MS), KnownState::NotPlaced);
+        // The exchange's time is not known yet.
+        assert_eq!(known("x", 0), KnownState::Accepted);
+        assert_eq!(known("other", 0), KnownState::Unknown);
     }
 
     #[test]

@@ -21,10 +21,10 @@ const APART: Duration = Duration::from_secs(1);
 /// The wait before the first lookup; it doubles after each one, up to [`LONGEST_WAIT`].
 pub(crate) const FIRST_WAIT: Duration = Duration::from_millis(500);
 
-const LONGEST_WAIT: Duration = Duration::from_secs(5);
+const LONGEST_WAIT: Duration = Duration::from_secs(10);
 
-/// How long an order is looked up, without the time in which other orders had their turn.
-const LOOK_UP_FOR: Duration = Duration::from_secs(60);
+/// How long an order is looked up, without the time in which other orders had their turn: longer than most outages.
+const LOOK_UP_FOR: Duration = Duration::from_secs(600);
 
 /// What became of an order that may have been placed.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -86,6 +86,8 @@ pub(crate) enum Next {
 pub(crate) struct Resolver {
     /// `None`: an earlier order has the clientOid, so the order can never be absent.
     signed_ms: Option<i64>,
+    /// Whether the order is amended, so that it differs until the exchange has done that.
+    is_amendment: bool,
     /// The time for waits and answers so far, the coming wait included.
     spent: Duration,
     backoff: Duration,
@@ -96,9 +98,10 @@ pub(crate) struct Resolver {
 impl Resolver {
     /// For an order whose request was signed at `signed_ms` (Unix milliseconds); `None` if the exchange has rejected it because
     /// an earlier order has its clientOid. The first lookup is due after [`FIRST_WAIT`].
-    pub(crate) fn new(signed_ms: Option<i64>) -> Self {
+    pub(crate) fn new(signed_ms: Option<i64>, is_amendment: bool) -> Self {
         Self {
             signed_ms,
+            is_amendment,
             spent: FIRST_WAIT,
             backoff: FIRST_WAIT * 2,
             not_found: None,
@@ -118,8 +121,13 @@ impl Resolver {
                 return Next::Resolved(Resolution::Placed(order_id));
             }
             (LookupResult::Differs(why), _) => {
+                let left = possible_for.filter(|left| self.is_amendment && !left.is_zero());
                 let why = format!("the exchange has another order with this clientOid: {why}");
-                return Next::Resolved(Resolution::Unknown(why));
+                let Some(left) = left else {
+                    return Next::Resolved(Resolution::Unknown(why));
+                };
+                wait = wait.min(left);
+                why
             }
             (LookupResult::Unclear(why), _) => why,
             (LookupResult::NotFound, SignedFor::Untested) => {
@@ -194,7 +202,7 @@ mod tests {
     #[test]
     fn order_is_absent_only_after_two_lookups_once_the_exchange_rejects_its_timestamp() {
         let not_found = LookupResult::NotFound;
-        let mut order = Resolver::new(Some(SIGNED_MS));
+        let mut order = Resolver::new(Some(SIGNED_MS), false);
         assert_eq!(
             order.next(sent(500, 300), not_found.clone()),
             ask_again(1000)
@@ -233,7 +241,7 @@ mod tests {
     fn order_is_not_absent_if_the_account_the_time_or_the_order_is_uncertain() {
         let later = |order: &mut Resolver, change: &dyn Fn(&mut SentLookup)| {
             let mut last = None;
-            for seconds in 10..40 {
+            for seconds in 10..100 {
                 let mut lookup = sent(seconds * 1000, 10);
                 change(&mut lookup);
                 last = Some(order.next(lookup, LookupResult::NotFound));
@@ -247,19 +255,19 @@ mod tests {
             assert!(text.contains(why), "{text}");
         };
         let signed = Some(SIGNED_MS);
-        let mut of_other = Resolver::new(signed);
+        let mut of_other = Resolver::new(signed, false);
         let other: &dyn Fn(&mut SentLookup) = &|lookup| lookup.signed_for = SignedFor::Other;
         is_unknown(later(&mut of_other, other), "another KuCoin account");
-        let mut untested = Resolver::new(signed);
+        let mut untested = Resolver::new(signed, false);
         let unknown: &dyn Fn(&mut SentLookup) = &|lookup| lookup.signed_for = SignedFor::Untested;
         is_unknown(later(&mut untested, unknown), "no key test");
-        let mut unmeasured = Resolver::new(signed);
+        let mut unmeasured = Resolver::new(signed, false);
         let no_time: &dyn Fn(&mut SentLookup) = &|lookup| lookup.exchange.uncertainty = None;
         is_unknown(later(&mut unmeasured, no_time), "does not prove");
-        let mut duplicate = Resolver::new(None);
+        let mut duplicate = Resolver::new(None, false);
         is_unknown(later(&mut duplicate, &|_| {}), "does not prove");
         // For comparison.
-        let mut order = Resolver::new(signed);
+        let mut order = Resolver::new(signed, false);
         assert_eq!(later(&mut order, &|_| {}), absent());
     }
 
@@ -270,20 +278,27 @@ mod tests {
             state: None,
         };
         let placed = Next::Resolved(Resolution::Placed("7".to_owned()));
-        let mut order = Resolver::new(Some(SIGNED_MS));
+        let mut order = Resolver::new(Some(SIGNED_MS), false);
         assert_eq!(order.next(sent(500, 10), found.clone()), placed);
         let mut of_other = sent(500, 10);
         of_other.signed_for = SignedFor::Other;
         assert_eq!(order.next(of_other, found), ask_again(2000));
         let differs = LookupResult::Differs("size differs".to_owned());
-        let next = order.next(sent(2000, 10), differs);
+        let mut amended = Resolver::new(Some(SIGNED_MS), true);
+        assert_eq!(
+            amended.next(sent(500, 10), differs.clone()),
+            ask_again(1000)
+        );
+        let next = order.next(sent(2000, 10), differs.clone());
         let why = "the exchange has another order with this clientOid: size differs";
-        assert_eq!(next, Next::Resolved(Resolution::Unknown(why.to_owned())));
+        let unknown = Next::Resolved(Resolution::Unknown(why.to_owned()));
+        assert_eq!(next, unknown);
+        assert_eq!(amended.next(sent(7011, 10), differs), unknown);
     }
 
     #[test]
-    fn order_is_unknown_after_a_minute_of_unclear_answers() {
-        let mut order = Resolver::new(Some(SIGNED_MS));
+    fn order_is_unknown_after_ten_minutes_of_unclear_answers() {
+        let mut order = Resolver::new(Some(SIGNED_MS), false);
         let (mut at_ms, mut waits) = (500, vec![500]);
         let last = loop {
             // In the queue of the lookups, which does not count.
@@ -293,8 +308,8 @@ mod tests {
                 last @ Next::Resolved(_) => break last,
             }
         };
-        assert_eq!(waits[..6], [500, 1000, 2000, 4000, 5000, 5000]);
-        assert_eq!(waits.len(), 14, "{waits:?}");
+        assert_eq!(waits[..7], [500, 1000, 2000, 4000, 8000, 10_000, 10_000]);
+        assert_eq!(waits.len(), 62, "{waits:?}");
         let why = "HTTP 500".to_owned();
         assert_eq!(last, Next::Resolved(Resolution::Unknown(why)));
     }
