@@ -4,5 +4,6 @@ pub(crate) mod admin_error;
 pub(crate) mod admins;
 pub(crate) mod bots;
 mod messages;
+mod orders;
 mod outcomes;
 pub(crate) mod status;

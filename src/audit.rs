@@ -183,6 +183,12 @@ pub(crate) struct Act<'a> {
     /// The account.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) account: Option<&'a AccountId>,
+    /// The scope of the order.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) scope: Option<&'static str>,
+    /// The clientOid of the order.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) client_oid: Option<&'a str>,
     /// The name of the key.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) key: Option<&'a KeyName>,

@@ -18,6 +18,7 @@ use crate::broker::answer_memory::RESERVED;
 use crate::egress::proof::ProofMode;
 use crate::egress::{EgressSettings, Origin};
 use crate::kucoin::code::{RefusalCode, RefusalCodes};
+use crate::kucoin::not_found::{NotFoundAnswer, NotFoundAnswers};
 use crate::kucoin::{Host, RequestLimits, Site};
 use crate::orders::OrderSettings;
 use crate::telemetry::LogFormat;
@@ -62,6 +63,8 @@ pub struct Config {
     pub(crate) egress_roots: Roots,
     /// Additional codes of the exchange that mean a rejection.
     pub(crate) refusal_codes: RefusalCodes,
+    /// Additional answers to lookups that mean "no such order".
+    pub(crate) not_found: NotFoundAnswers,
     /// Address of each host of each site.
     pub(crate) origins: HashMap<(Site, Host), Origin>,
     /// How often the egress address is checked with the exchange.
@@ -199,7 +202,7 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
     let expected_ip = expected_ip(&mut section, egress.as_ref().map(|egress| egress.address));
     let proof = section.optional("proof").unwrap_or_default();
     let proof_every = Duration::from_secs(section.number("proof_every_s", 300, 1..=3600));
-    let (refusal_codes, origins) = exchange(&mut file.section("exchange"));
+    let (refusal_codes, not_found, origins) = exchange(&mut file.section("exchange"));
 
     let max_answer_bytes = egress.as_ref().map_or(1, |egress| egress.max_answer_bytes);
     let mut limits = limits(&mut file.section("limits"), max_answer_bytes);
@@ -244,6 +247,7 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
         egress: egress?,
         egress_roots,
         refusal_codes,
+        not_found,
         origins,
         proof_every,
         expected_ip: expected_ip?,
@@ -509,8 +513,12 @@ fn expected_ip(section: &mut Section, address: Option<IpAddr>) -> Option<IpAddr>
     expected.or(address)
 }
 
-fn exchange(section: &mut Section) -> (RefusalCodes, HashMap<(Site, Host), Origin>) {
-    (refusal_codes(section), origins(section))
+fn exchange(
+    section: &mut Section,
+) -> (RefusalCodes, NotFoundAnswers, HashMap<(Site, Host), Origin>) {
+    let not_found: Vec<NotFoundAnswer> = section.optional("not_found").unwrap_or_default();
+    let not_found = not_found.into_iter().collect();
+    (refusal_codes(section), not_found, origins(section))
 }
 
 /// Codes that mean a rejection, in addition to those of this release.

@@ -398,6 +398,40 @@ impl Orders {
         }
     }
 
+    /// The state of the order with this clientOid, also after the window; `None`: it has no claim.
+    pub(crate) fn state(
+        &self,
+        account: &AccountId,
+        scope: Scope,
+        client_oid: &str,
+    ) -> Option<OrderState> {
+        let keys = self.keys(account, scope, &[client_oid]);
+        let guard = self.guard.lock();
+        let mut keys = keys.iter().flatten();
+        keys.find_map(|key| Some(guard.find(*key, 0)?.state))
+    }
+
+    /// Frees the clientOid of an order that was not placed; false if it is known by now what became of it.
+    pub(crate) fn settle_absent(
+        &self,
+        account: &AccountId,
+        scope: Scope,
+        client_oid: &str,
+    ) -> bool {
+        let keys = self.keys(account, scope, &[client_oid]);
+        let mut guard = self.guard.lock();
+        let mut keys = keys.into_iter().flatten();
+        let open = keys.find(|key| {
+            guard
+                .find(*key, 0)
+                .is_some_and(|claim| claim.state.is_open())
+        });
+        if let Some(key) = open {
+            guard.free(key);
+        }
+        open.is_some()
+    }
+
     /// How many claims there are, and the largest part of its share that a bot has used.
     pub(crate) fn usage(&self) -> (usize, f64) {
         let guard = self.guard.lock();

@@ -160,6 +160,9 @@ _credbroker() {
             credbroker__subcmd__help__subcmd__orders,accept-gap)
                 cmd="credbroker__subcmd__help__subcmd__orders__subcmd__accept__subcmd__gap"
                 ;;
+            credbroker__subcmd__help__subcmd__orders,settle)
+                cmd="credbroker__subcmd__help__subcmd__orders__subcmd__settle"
+                ;;
             credbroker__subcmd__help__subcmd__policy,check)
                 cmd="credbroker__subcmd__help__subcmd__policy__subcmd__check"
                 ;;
@@ -220,11 +223,17 @@ _credbroker() {
             credbroker__subcmd__orders,help)
                 cmd="credbroker__subcmd__orders__subcmd__help"
                 ;;
+            credbroker__subcmd__orders,settle)
+                cmd="credbroker__subcmd__orders__subcmd__settle"
+                ;;
             credbroker__subcmd__orders__subcmd__help,accept-gap)
                 cmd="credbroker__subcmd__orders__subcmd__help__subcmd__accept__subcmd__gap"
                 ;;
             credbroker__subcmd__orders__subcmd__help,help)
                 cmd="credbroker__subcmd__orders__subcmd__help__subcmd__help"
+                ;;
+            credbroker__subcmd__orders__subcmd__help,settle)
+                cmd="credbroker__subcmd__orders__subcmd__help__subcmd__settle"
                 ;;
             credbroker__subcmd__policy,check)
                 cmd="credbroker__subcmd__policy__subcmd__check"
@@ -849,7 +858,7 @@ _credbroker() {
             return 0
             ;;
         credbroker__subcmd__help__subcmd__orders)
-            opts="accept-gap"
+            opts="accept-gap settle"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -863,6 +872,20 @@ _credbroker() {
             return 0
             ;;
         credbroker__subcmd__help__subcmd__orders__subcmd__accept__subcmd__gap)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        credbroker__subcmd__help__subcmd__orders__subcmd__settle)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -1241,7 +1264,7 @@ _credbroker() {
             return 0
             ;;
         credbroker__subcmd__orders)
-            opts="-h --help accept-gap help"
+            opts="-h --help accept-gap settle help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1273,7 +1296,7 @@ _credbroker() {
             return 0
             ;;
         credbroker__subcmd__orders__subcmd__help)
-            opts="accept-gap help"
+            opts="accept-gap settle help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1307,6 +1330,42 @@ _credbroker() {
                 return 0
             fi
             case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        credbroker__subcmd__orders__subcmd__help__subcmd__settle)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        credbroker__subcmd__orders__subcmd__settle)
+            opts="-h --absent --scope --admin --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --scope)
+                    COMPREPLY=($(compgen -W "spot-margin futures unified" -- "${cur}"))
+                    return 0
+                    ;;
+                --admin)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 *)
                     COMPREPLY=()
                     ;;

@@ -33,9 +33,12 @@ pub(crate) enum AdminError {
     Gap(std::io::Error),
     /// The audit log is still being read.
     #[error(
-        "the broker is still reading the audit log, so it is not known whether lines are missing; try again later"
+        "the broker is still reading from the audit log which clientOids were used; try again later"
     )]
-    GapUnknown,
+    ClaimsUnknown,
+    /// The order cannot be settled.
+    #[error("nothing was changed: {0}")]
+    NotOpen(String),
     /// The key to test is not loaded.
     #[error("the key is not loaded: {0}")]
     KeyUnavailable(String),
@@ -72,7 +75,8 @@ impl AdminError {
             Self::ClockUnknown(_) => ("CLOCK_UNCERTAIN", Code::FailedPrecondition),
             Self::Internal => ("INTERNAL", Code::Internal),
             Self::KeyUnavailable(_) => ("KEY_UNAVAILABLE", Code::FailedPrecondition),
-            Self::GapUnknown => ("AUDIT_UNAVAILABLE", Code::Unavailable),
+            Self::ClaimsUnknown => ("AUDIT_UNAVAILABLE", Code::Unavailable),
+            Self::NotOpen(_) => ("ORDER_NOT_OPEN", Code::FailedPrecondition),
             Self::Gap(_) | Self::Restrictions(_) => ("STATE_UNWRITABLE", Code::Unavailable),
             Self::KeyUnknown(..) => ("KEY_UNKNOWN", Code::NotFound),
             Self::Malformed(_) => ("REQUEST_MALFORMED", Code::InvalidArgument),
@@ -91,7 +95,8 @@ impl AdminError {
             Self::AccountUnknown(_)
             | Self::ClockUnknown(_)
             | Self::Gap(_)
-            | Self::GapUnknown
+            | Self::ClaimsUnknown
+            | Self::NotOpen(_)
             | Self::Internal
             | Self::KeyUnavailable(_)
             | Self::KeyUnknown(..)

@@ -21,7 +21,6 @@ use crate::kucoin::key_info::{self, KeyInfo};
 use crate::kucoin::{Key, KeyVersion};
 use crate::ops::key_health::{self, KeyHealth, scopes};
 use crate::ops::key_test::{KeyTest, KeyTestResult};
-use crate::orders::Readiness;
 use crate::policy::Account;
 use crate::proto::admin_server::Admin;
 use crate::proto::{self, KeyState, RefreshKeyResponse, RevokedKey, TestKeyResponse};
@@ -31,7 +30,7 @@ use crate::telemetry::chain;
 /// The service.
 #[derive(Debug)]
 pub(crate) struct AdminApi {
-    broker: Arc<Broker>,
+    pub(super) broker: Arc<Broker>,
 }
 
 impl AdminApi {
@@ -41,7 +40,7 @@ impl AdminApi {
     }
 
     /// The account of this name in the rules.
-    fn account(&self, name: &str) -> Result<Arc<Account>, AdminError> {
+    pub(super) fn account(&self, name: &str) -> Result<Arc<Account>, AdminError> {
         let id: AccountId = name
             .parse()
             .map_err(|error| AdminError::field("account", error))?;
@@ -151,7 +150,7 @@ impl AdminApi {
     }
 
     /// Audits and logs an admin action.
-    async fn record(&self, admin: &AdminId, act: &Act<'_>) {
+    pub(super) async fn record(&self, admin: &AdminId, act: &Act<'_>) {
         let Act {
             action,
             account,
@@ -558,29 +557,15 @@ impl Admin for AdminApi {
         request: Request<proto::AcceptGapRequest>,
     ) -> Result<Response<proto::AcceptGapResponse>, Status> {
         let (admin, _) = opened(request)?;
-        if self.broker.orders.readiness() == Readiness::Reading {
-            return Err(AdminError::GapUnknown.into());
-        }
-        let broker = Arc::clone(&self.broker);
-        let accepted = spawn_blocking(move || broker.orders.accept_gap(broker.clock.wall_ms()));
-        let accepted = accepted.await.map_err(|_| AdminError::Internal)?;
-        let detail = match &accepted {
-            Ok(true) => None,
-            Ok(false) => Some("nothing changed: there was no gap".to_owned()),
-            Err(error) => Some(format!("in effect, but not saved: {error}")),
-        };
-        self.record(
-            &admin,
-            &Act {
-                action: "gap-accept",
-                outcome: if accepted.is_ok() { "done" } else { "failed" },
-                detail,
-                ..Act::default()
-            },
-        )
-        .await;
-        let was_refused = accepted.map_err(AdminError::Gap)?;
-        Ok(Response::new(proto::AcceptGapResponse { was_refused }))
+        Ok(Response::new(self.gap_accepted(&admin).await?))
+    }
+
+    async fn settle_order(
+        &self,
+        request: Request<proto::SettleOrderRequest>,
+    ) -> Result<Response<proto::SettleOrderResponse>, Status> {
+        let (admin, message) = opened(request)?;
+        Ok(Response::new(self.order_settled(&admin, &message).await?))
     }
 
     async fn accept_clock(

@@ -6,8 +6,8 @@ use clap::Subcommand;
 
 use super::admin::{self, ADMIN, Client};
 use super::text::paragraph;
-use super::{DECIDE_WITHIN, DONE, show};
-use crate::proto::{AcceptGapRequest, AcceptGapResponse};
+use super::{DECIDE_WITHIN, DONE, printable, show};
+use crate::proto::{AcceptGapRequest, AcceptGapResponse, Scope, SettleOrderRequest};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -23,17 +23,63 @@ pub(super) enum Command {
         #[arg(long, default_value = ADMIN)]
         admin: PathBuf,
     },
+    /// Free the clientOid of an order that was not placed.
+    ///
+    /// For an order whose outcome the broker could not find out (`order_outcome` is `unknown` or `maybe_sent`). Look it up at
+    /// KuCoin first, also among filled and cancelled orders, at least 10 s after it was sent. If it is there, do nothing: its
+    /// clientOid stays used. Exit code 0: done; 1: broker unreachable or call refused; 2: usage error or invalid admin.toml.
+    #[command(after_long_help = "Example:\n  credbroker orders settle main my-order-1 --absent")]
+    Settle {
+        /// Account, as named in the rules.
+        account: String,
+        /// The order's clientOid.
+        client_oid: String,
+        /// The order does not exist at KuCoin, neither open nor ended.
+        #[arg(long, required = true)]
+        absent: bool,
+        /// Scope of the order; needed only if orders of several scopes have this clientOid.
+        #[arg(long, value_parser = ["spot-margin", "futures", "unified"])]
+        scope: Option<String>,
+        /// Path of admin.toml, which has the address of the broker.
+        #[arg(long, default_value = ADMIN)]
+        admin: PathBuf,
+    },
 }
 
 pub(super) fn run(command: &Command) -> u8 {
-    let Command::AcceptGap { admin: file } = command;
-    admin::run(file, async |mut admin| {
-        let accept = async |client: &mut Client, request| client.accept_gap(request).await;
-        let response = admin
-            .ask(DECIDE_WITHIN, AcceptGapRequest {}, accept)
-            .await?;
-        Ok(show(&accepted(response), DONE))
-    })
+    match command {
+        Command::AcceptGap { admin: file } => admin::run(file, async |mut admin| {
+            let accept = async |client: &mut Client, request| client.accept_gap(request).await;
+            let response = admin
+                .ask(DECIDE_WITHIN, AcceptGapRequest {}, accept)
+                .await?;
+            Ok(show(&accepted(response), DONE))
+        }),
+        Command::Settle {
+            account,
+            client_oid,
+            absent,
+            scope,
+            admin: file,
+        } => admin::run(file, async |mut admin| {
+            let scope = match scope.as_deref() {
+                Some("futures") => Scope::Futures,
+                Some("spot-margin") => Scope::SpotMargin,
+                Some("unified") => Scope::Unified,
+                _ => Scope::Unspecified,
+            };
+            let request = SettleOrderRequest {
+                account: account.clone(),
+                client_oid: client_oid.clone(),
+                scope: scope.into(),
+                absent: *absent,
+            };
+            let settle = async |client: &mut Client, request| client.settle_order(request).await;
+            admin.ask(DECIDE_WITHIN, request, settle).await?;
+            let what = format!("clientOid {} is free again.", printable(client_oid));
+            Ok(show(&paragraph("settled: ", &what), DONE))
+        }),
+    }
 }
 
 fn accepted(response: AcceptGapResponse) -> String {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::not_found::NotFoundAnswers;
+use super::not_found::{NotFoundAnswers, NotFoundError};
 use super::order_form::{FieldLocation, LookupForm};
 use super::placement::Placement;
 use super::{Answer, Catalog, Effect, Endpoint, Product, Scope, Target, UnsignedRequest};
@@ -151,6 +151,33 @@ impl Lookup {
         let mut lookup = Self::new(placed_by, &placement)?;
         lookup.is_recorded = true;
         (lookup.endpoint.id == record.endpoint).then_some(lookup)
+    }
+
+    /// Lookups of an order with a clientOid that no order has, one for each product of a scope whose orders can be absent.
+    pub(crate) fn of_no_order(scope: Scope, client_oid: &str) -> Vec<Self> {
+        let (placed_by, symbol): (&[_], _) = match scope {
+            Scope::Futures => (&["futures.post.v1-orders"], "XBTUSDTM"),
+            Scope::SpotMargin => (
+                &["spot.post.v1-hf-orders", "spot.post.v3-hf-margin-order"],
+                "BTC-USDT",
+            ),
+            Scope::Unified => (&[], ""),
+        };
+        let placement = Placement::partial(client_oid, &[("symbol", symbol)]);
+        let placed_by = placed_by.iter().filter_map(|id| Catalog::get().by_id(id));
+        placed_by
+            .filter_map(|placed_by| Self::new(placed_by, &placement))
+            .collect()
+    }
+
+    /// The entry for `exchange.not_found` that would make `answer` mean "no such order".
+    ///
+    /// # Errors
+    /// When such an answer cannot mean that.
+    pub(crate) fn entry_for(&self, answer: &Answer) -> Result<String, NotFoundError> {
+        let body = std::str::from_utf8(&answer.body).unwrap_or_default();
+        let is_empty = fields::at(body, "/data").is_none_or(fields::is_empty);
+        NotFoundAnswers::entry_for(self.endpoint, answer, is_empty)
     }
 
     /// The request for `account`, which must be the one that placed the order.

@@ -146,6 +146,39 @@ impl FromIterator<NotFoundAnswer> for NotFoundAnswers {
 }
 
 impl NotFoundAnswers {
+    /// The entry for `exchange.not_found` that would make `answer` to a lookup at `endpoint` mean "no such order", as TOML.
+    ///
+    /// # Errors
+    /// When such an answer cannot mean that.
+    pub(super) fn entry_for(
+        endpoint: &Endpoint,
+        answer: &Answer,
+        is_empty: bool,
+    ) -> Result<String, NotFoundError> {
+        let is_ambiguous = AMBIGUOUS.contains(&answer.code.as_str());
+        let entry = Entry {
+            host: endpoint.scope.map_or(Host::Spot, super::Scope::host),
+            product: endpoint.product,
+            http_status: answer.http_status.as_u16(),
+            code: answer.code.clone(),
+            msg: is_ambiguous.then(|| answer.msg.clone()),
+            empty_data: is_empty,
+        };
+        let NotFoundAnswer(entry) = entry.try_into()?;
+        // A JSON string is also one of TOML.
+        let quoted = |text: &str| serde_json::Value::from(text).to_string();
+        let msg = entry.msg.map(|msg| format!(", msg = {}", quoted(&msg)));
+        Ok(format!(
+            "{{ host = \"{}\", product = \"{}\", http_status = {}, code = {}{}, empty_data = {} }}",
+            entry.host.as_str(),
+            entry.product.as_str(),
+            entry.http_status,
+            quoted(&entry.code),
+            msg.unwrap_or_default(),
+            entry.empty_data
+        ))
+    }
+
     /// Whether `answer` to a lookup at `endpoint` means "no such order".
     pub(super) fn has(&self, endpoint: &Endpoint, answer: &Answer, is_empty: bool) -> bool {
         let Some(host) = endpoint.scope.map(super::Scope::host) else {

@@ -342,7 +342,6 @@ impl Broker {
         } = ask;
         // The paths are constants in normal form.
         let target = Target::new(path, query).map_err(|_| BrokerError::Internal)?;
-        let arrived = Instant::now();
         let request = UnsignedRequest {
             account: account.clone(),
             scope,
@@ -352,6 +351,17 @@ impl Broker {
             id: RequestId::random(),
             body_client_oids: Vec::new(),
         };
+        self.send_request(principal, request, key).await
+    }
+
+    /// Sends a request of an admin or of the broker itself over the normal request path.
+    pub(crate) async fn send_request(
+        self: &Arc<Self>,
+        principal: Principal,
+        request: UnsignedRequest,
+        key: Option<Arc<Key>>,
+    ) -> Result<Receipt, BrokerError> {
+        let arrived = Instant::now();
         self.sign_and_send(Call {
             principal,
             request,

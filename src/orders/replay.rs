@@ -130,6 +130,8 @@ struct Line<'a> {
     #[serde(borrow)]
     client_oid: Option<Cow<'a, str>>,
     #[serde(borrow)]
+    action: Option<Cow<'a, str>>,
+    #[serde(borrow)]
     state: Option<Cow<'a, str>>,
 }
 
@@ -352,6 +354,9 @@ impl Orders {
                     }
                 }
                 "resolved" => reading.read_resolution(&line),
+                "act" if line.action.as_deref() == Some("settle-order") => {
+                    self.read_settled(&line, reading);
+                }
                 _ => {}
             }
         }
@@ -409,6 +414,23 @@ impl Orders {
             self.add_call(bot, &call.request_id, Some(endpoint), claims, at_ms)
         });
         open.insert(Open { keys, call, handle });
+    }
+
+    /// Records that an order was not placed, as an admin has found out.
+    fn read_settled(&self, line: &Line<'_>, reading: &mut Reading<'_>) {
+        let account = line.account.as_deref().and_then(|id| id.parse().ok());
+        let (Some(account), Some(scope), Some(oid)) = (account, line.scope(), &line.client_oid)
+        else {
+            return;
+        };
+        for key in self.keys(&account, scope, &[oid]).into_iter().flatten() {
+            if let Some(used) = reading.used.get_mut(&key)
+                && used.state.is_some_and(OrderState::is_open)
+                && used.time_ms <= line.time_ms
+            {
+                used.state = None;
+            }
+        }
     }
 
     /// Adds the claims that were read, from the oldest to the newest.
@@ -610,13 +632,17 @@ impl Line<'_> {
         }
     }
 
+    fn scope(&self) -> Option<Scope> {
+        let mut scopes = Scope::ALL.into_iter();
+        scopes.find(|scope| Some(scope.as_str()) == self.scope.as_deref())
+    }
+
     /// The call of an intent, if it changes something.
     fn call(&self) -> Option<EarlierCall> {
         let endpoint = Catalog::get().by_id(self.endpoint.as_deref()?)?;
         if endpoint.is_read() {
             return None;
         }
-        let scope = self.scope.as_deref()?;
         let client_oids = self.client_oids.iter();
         let call = EarlierCall {
             run: self.run.clone().into_owned(),
@@ -624,9 +650,7 @@ impl Line<'_> {
             principal: Principal::Bot(self.bot.as_deref()?.parse().ok()?),
             request_id: self.request_id.parse().ok()?,
             account: self.account.as_deref()?.parse().ok()?,
-            scope: Scope::ALL
-                .into_iter()
-                .find(|known| known.as_str() == scope)?,
+            scope: self.scope()?,
             endpoint,
             client_oids: client_oids.map(|oid| oid.clone().into_owned()).collect(),
             uid: self.uid.as_deref().map(str::to_owned),

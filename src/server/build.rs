@@ -24,7 +24,6 @@ use crate::config::load::{Certificates, Loaded};
 use crate::egress::Egress;
 use crate::egress::proof::Proof;
 use crate::keyring::Keyring;
-use crate::kucoin::not_found::NotFoundAnswers;
 use crate::orders::Orders;
 use crate::policy::Policy;
 use crate::process::{Share, hardened};
@@ -112,7 +111,7 @@ pub(crate) fn broker(
         admission: Admission::new(admission_limits(config)),
         calls: Calls::default(),
         lookups: LookupLimits::default(),
-        not_found: NotFoundAnswers::default(),
+        not_found: config.not_found.clone(),
         dead_man: DeadManSwitches::default(),
         refusal_codes: config.refusal_codes.clone(),
         unknown_codes: UnknownCodes::default(),

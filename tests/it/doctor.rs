@@ -970,6 +970,8 @@ async fn live_report_compares_answers_with_the_documented_fields() {
         "ok live GET /api/v1/account-overview (futures, key main): ",
         "ok live POST /api/v1/orders/test (futures, key main): ",
         "GET /api/ua/v2/unified/account/overview (unified, key main): ",
+        "ok live GET /api/v1/hf/orders/client-order/{clientOid} (no such order, key main): ",
+        "ok live GET /api/v1/orders/byClientOid (no such order, key main): ",
     ] {
         assert!(words.contains(part), "{part} is not in\n{report}");
     }
@@ -1010,6 +1012,49 @@ async fn live_report_compares_answers_with_the_documented_fields() {
     );
     assert!(!detail.contains('\u{1b}'));
     assert!(overview["fix"].as_str().unwrap().contains("Futures"));
+
+    // An answer that is not known yet.
+    let unknown = FaultAction::Answer {
+        status: 200,
+        body: json!({"code": "200000", "data": null}),
+        when: When::BeforeProcessing,
+    };
+    lab.kucoin
+        .fault(Fault::once("/api/v1/orders/byClientOid", unknown));
+    let result = doctor(&lab, &["--live", "main", "--json"]).await;
+    let lines = result.stdout.lines();
+    let mut lines = lines.map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let lookup = lines.find(|line| {
+        let check = line["check"].as_str().unwrap();
+        check.starts_with("live GET /api/v1/orders/byClientOid")
+    });
+    let lookup = lookup.unwrap();
+    assert_eq!(lookup["status"], "warning", "{lookup}");
+    let fix = lookup["fix"].as_str().unwrap();
+    let entry = fix
+        .strip_prefix("add this to exchange.not_found: ")
+        .unwrap();
+    assert_eq!(
+        entry,
+        r#"{ host = "futures", product = "futures", http_status = 200, code = "200000", empty_data = true }"#
+    );
+    // With the entry, it is known.
+    lab.reconfigure("[exchange]", &format!("[exchange]\nnot_found = [{entry}]"));
+    let body = json!({"code": "200000", "data": null});
+    let when = When::BeforeProcessing;
+    let (path, status) = ("/api/v1/orders/byClientOid", 200);
+    lab.kucoin.fault(Fault::once(
+        path,
+        FaultAction::Answer { status, body, when },
+    ));
+    let result = doctor(&lab, &["--live", "main"]).await;
+    let words = result
+        .stdout
+        .split_whitespace()
+        .collect::<Vec<_>>()
+        .join(" ");
+    let ok = "ok live GET /api/v1/orders/byClientOid (no such order, key main): ";
+    assert!(words.contains(ok), "{}", result.stdout);
 
     let nobody = doctor(&lab, &["--live", "nobody"]).await;
     assert_eq!((nobody.code, nobody.stdout.as_str()), (Some(2), ""));

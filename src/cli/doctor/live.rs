@@ -1,7 +1,8 @@
 //! `credbroker doctor --live`: for each kind of request that the broker depends on, the expected and the actual response.
 //!
 //! The output can be pasted into a report: it contains codes, messages, and names and types of fields, but no values. No
-//! real order is placed: orders go to the exchange's test endpoint, if the scope has one.
+//! real order is placed: orders go to the exchange's test endpoint, if the scope has one. An order that does not exist is
+//! looked up, because no documentation has the answer to that.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -13,13 +14,14 @@ use tokio::time::timeout;
 use super::super::{FAILED, USAGE, say};
 use super::{ASK_WITHIN, exchange, files, harmless, report, vault};
 use crate::base::diagnosis::Diagnosis;
-use crate::base::ids::{AccountId, Principal};
+use crate::base::ids::{AccountId, Principal, RequestId};
 use crate::base::outcome::{Outcome, Reason};
 use crate::broker::Broker;
 use crate::clock::{Clock, HostId};
 use crate::config::Config;
 use crate::kucoin::broker_query::BrokerQuery;
 use crate::kucoin::key_info;
+use crate::kucoin::lookup::{Lookup, LookupResult};
 use crate::kucoin::schema::{Difference, Schema, schema};
 use crate::kucoin::{Host, Method, Scope, code};
 use crate::ops::key_test::{Ask, info_of, order_of, read_of};
@@ -140,6 +142,16 @@ async fn check(config: &Config, account: &AccountId) -> Result<Vec<Diagnosis>, C
         .into_iter()
         .map(|(found, scope, ask)| signed(&broker, found, scope, ask));
     compared.extend(futures_util::future::join_all(signed).await);
+    let client_oid = RequestId::random();
+    let lookups = of_account.keys.iter().filter_map(|(scope, name)| {
+        let lookups = Lookup::of_no_order(*scope, client_oid.as_str());
+        Some((found.get(name)?, lookups))
+    });
+    let lookups = lookups.flat_map(|(found, lookups)| {
+        let lookups = lookups.into_iter();
+        lookups.map(|lookup| not_found(&broker, found, lookup))
+    });
+    compared.extend(futures_util::future::join_all(lookups).await);
     broker.audit.flush().await;
     Ok(compared)
 }
@@ -215,6 +227,45 @@ async fn signed(broker: &Arc<Broker>, found: &FoundKey, scope: Scope, ask: Ask) 
             no_response(name, schema, &reason)
         }
     }
+}
+
+/// Looks up an order that does not exist: only an answer that is known to mean "no such order" lets the broker free the
+/// clientOid of an order that was lost.
+async fn not_found(broker: &Arc<Broker>, found: &FoundKey, lookup: Lookup) -> Diagnosis {
+    let request = lookup.request(found.account.clone(), RequestId::random());
+    let path = &lookup.endpoint.path;
+    let name = format!("GET {path} (no such order, key {})", found.name);
+    let key = Some(Arc::clone(&found.key));
+    let answered = broker.send_request(Principal::Broker, request, key).await;
+    let answer = match answered {
+        Ok(receipt) => receipt.answer,
+        Err(error) => {
+            let cause = format!(
+                "expected an answer; got an error: {}",
+                shown(&chain(&error))
+            );
+            let fix = "run `credbroker doctor` to check the network path to the exchange";
+            return Diagnosis::failed(CHECK, cause, fix).about(name);
+        }
+    };
+    let got = format!(
+        "got HTTP {}, code {}, msg: {}",
+        answer.http_status.as_u16(),
+        shown(&answer.code),
+        shown(&answer.msg)
+    );
+    if lookup.judge(&answer, 0, &broker.not_found) == LookupResult::NotFound {
+        let cause = format!("expected an answer that means \"no such order\"; {got}, which is one");
+        return Diagnosis::ok(CHECK, cause).about(name);
+    }
+    let cause = format!(
+        "expected an answer that is known to mean \"no such order\"; {got}. Until it is known, orders of this product whose answer was lost are never absent"
+    );
+    let fix = match lookup.entry_for(&answer) {
+        Ok(entry) => format!("add this to exchange.not_found: {entry}"),
+        Err(error) => format!("report it as a credbroker bug: {error}"),
+    };
+    Diagnosis::warning(CHECK, cause, &fix).about(name)
 }
 
 fn expected(schema: Option<Schema>) -> String {
