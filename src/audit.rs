@@ -380,6 +380,7 @@ impl Audit {
                 while let Some(audit) = alive.upgrade() {
                     audit.reopen_if_rotated();
                     audit.check_space();
+                    audit.writer.write_waiting();
                     audit.report_sync(audit.sync());
                     drop(audit);
                     std::thread::sleep(SYNC_EVERY);
@@ -420,6 +421,7 @@ impl Audit {
         let is_risk_increasing = permit.increases_risk();
         let kind = match kind_of(permit) {
             Kind::Essential if is_risk_increasing => Kind::RiskIncreasing,
+            Kind::Other => Kind::ReadIntent,
             kind => kind,
         };
         let endpoint = Some(permit.endpoint_id());

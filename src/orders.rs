@@ -438,6 +438,11 @@ impl Orders {
         (guard.len(), guard.largest_share())
     }
 
+    /// For how long back, in seconds, every clientOid that was used is known; at most the window.
+    pub(crate) fn held_s(&self, now_ms: i64) -> u32 {
+        self.guard.lock().held_s(seconds(now_ms))
+    }
+
     pub(crate) fn learn_uid(&self, account: &AccountId, scope: Scope, uid: &str) {
         let mut uids = self.uids.lock();
         let place = (account.clone(), scope);

@@ -18,7 +18,7 @@ use crate::clock::{self, ClockUncertain, ExchangeTime, HostId};
 use crate::config::FileProblems;
 use crate::egress::proof::ProofStatus;
 use crate::kucoin::advice;
-use crate::orders::{ClaimsUnknown, Orders};
+use crate::orders::ClaimsUnknown;
 use crate::process::hardened;
 use crate::proto::KeyStatus;
 
@@ -249,7 +249,7 @@ impl Collector for HealthMetrics {
         encode_egress(broker, gauges)?;
         encode_files(&self.problems.borrow(), gauges)?;
         encode_audit(&broker.audit, gauges)?;
-        encode_orders(&broker.orders, gauges)?;
+        encode_orders(broker, gauges)?;
         encode_process(broker, gauges)
     }
 }
@@ -401,13 +401,19 @@ fn encode_audit(audit: &Audit, gauges: &mut DescriptorEncoder<'_>) -> fmt::Resul
     gauge(gauges, "audit_filesystem_size_bytes", help, value)
 }
 
-fn encode_orders(orders: &Orders, gauges: &mut DescriptorEncoder<'_>) -> fmt::Result {
+fn encode_orders(broker: &Broker, gauges: &mut DescriptorEncoder<'_>) -> fmt::Result {
+    let orders = &broker.orders;
     let (claims, share) = orders.usage();
     let help = "Number of clientOids that are kept";
     gauge(gauges, "orders_claims", help, [([], claims)])?;
     let help = "Largest part of its share of clientOids that a bot has used, from 0 to 1; at 1, its oldest accepted orders are \
                 forgotten after 15 minutes, and then its new orders are refused";
-    gauge(gauges, "orders_claims_share", help, [([], share)])
+    gauge(gauges, "orders_claims_share", help, [([], share)])?;
+    let now_ms = broker.clock.measured_ms(None);
+    let held_s = now_ms.map(|now_ms| ([], orders.held_s(now_ms)));
+    let help = "For how long back every clientOid that was used is known: orders.window_hours, or less if older ones were \
+                forgotten or audit lines were missing; absent while the exchange's time is unknown";
+    gauge(gauges, "orders_window_seconds", help, held_s)
 }
 
 fn encode_process(broker: &Broker, gauges: &mut DescriptorEncoder<'_>) -> fmt::Result {

@@ -184,6 +184,12 @@ impl Guard {
         now_s > self.incomplete_until_s
     }
 
+    /// For how long back, in seconds, no claim can be missing except those that were freed; at most the window.
+    pub(super) fn held_s(&self, now_s: u32) -> u32 {
+        let incomplete_s = self.incomplete_until_s.saturating_sub(now_s);
+        self.limits.window_s.saturating_sub(incomplete_s)
+    }
+
     /// Notes that claims which were made until `at_s` may be missing.
     pub(super) fn miss(&mut self, at_s: u32) {
         let until_s = at_s.saturating_add(self.limits.window_s);
@@ -567,6 +573,9 @@ mod tests {
         guard.settle(key(1), 1000, Settled::NotPlaced);
         let state = |guard: &Guard| guard.find(key(1), 2000).unwrap().state;
         assert_eq!(state(&guard), OrderState::InFlight);
+        assert_eq!(guard.held_s(2000), WINDOW_S);
+        guard.miss(1900);
+        assert_eq!(guard.held_s(2000), 100);
         guard.settle(key(1), 2000, Settled::Unknown);
         assert_eq!(state(&guard), OrderState::Unknown);
     }
