@@ -34,7 +34,7 @@ pub(crate) async fn is_call_accepted(lab: &Lab, identity: &Identity) -> bool {
 async fn bot_is_identified_by_its_only_uri_san_or_its_only_dns_san() {
     let grant = "[[grant]]\nbot = \"maker.bots.demo.test\"\naccount = \"main\"\nscope = \"spot-margin\"\nallow = [\"read\"]\n";
     let rules = format!("{RULES}\n{grant}");
-    let mut lab = Lab::with(Settings {
+    let lab = Lab::with(Settings {
         rules,
         process: true,
         ..Settings::default()
