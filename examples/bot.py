@@ -30,7 +30,7 @@ def outcome_of(error):
     for detail in status.details if status else ():
         info = error_details_pb2.ErrorInfo()
         if detail.Unpack(info) and info.domain == "credbroker":
-            return info.reason, info.metadata["outcome"]
+            return info.reason, info.metadata.get("outcome", "")
     return "TRANSPORT", "maybe_sent"
 
 

@@ -132,7 +132,7 @@ complete -c credbroker -n "__fish_credbroker_using_subcommand orders; and __fish
 futures\t''
 unified\t''"
 complete -c credbroker -n "__fish_credbroker_using_subcommand orders; and __fish_seen_subcommand_from settle" -l admin -d 'Path of admin.toml, which has the address of the broker' -r -F
-complete -c credbroker -n "__fish_credbroker_using_subcommand orders; and __fish_seen_subcommand_from settle" -l absent -d 'The order does not exist at KuCoin, neither open nor ended'
+complete -c credbroker -n "__fish_credbroker_using_subcommand orders; and __fish_seen_subcommand_from settle" -l absent -d 'The order does not exist at KuCoin: it is not open, filled or cancelled'
 complete -c credbroker -n "__fish_credbroker_using_subcommand orders; and __fish_seen_subcommand_from settle" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c credbroker -n "__fish_credbroker_using_subcommand orders; and __fish_seen_subcommand_from help" -f -a "accept-gap" -d 'Accept that the audit log does not show all clientOids that were used'
 complete -c credbroker -n "__fish_credbroker_using_subcommand orders; and __fish_seen_subcommand_from help" -f -a "settle" -d 'Free the clientOid of an order that was not placed'

@@ -85,7 +85,7 @@ impl AdminApi {
         self.record(admin, &act).await;
         if !self.broker.orders.settle_absent(account, scope, client_oid) {
             return Err(AdminError::NotOpen(
-                "its outcome was found meanwhile; repeat the order to see it".to_owned(),
+                "the broker found out meanwhile what became of the order; its `resolved` line in the audit log has the result".to_owned(),
             ));
         }
         let [scope] = in_proto(&[scope])[..] else {

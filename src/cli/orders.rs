@@ -15,8 +15,8 @@ pub(super) enum Command {
     ///
     /// At its start, the broker reads from the audit log which clientOids were used. If lines are missing, it refuses
     /// risk-increasing requests with `AUDIT_UNAVAILABLE`, because it could place an order twice. Restore the rotated files
-    /// of the audit log beside it and restart the broker instead, if you can. Otherwise look up every order whose outcome
-    /// is unknown before you accept the gap. Exit code 0: done; 1: broker unreachable or call refused; 2: usage error
+    /// of the audit log beside it and restart the broker instead, if you can. Otherwise make sure first that no bot still
+    /// sends an order again that it sent before: the broker would place it a second time. Exit code 0: done; 1: broker unreachable or call refused; 2: usage error
     /// or invalid admin.toml.
     AcceptGap {
         /// Path of admin.toml, which has the address of the broker.
@@ -26,15 +26,15 @@ pub(super) enum Command {
     /// Free the clientOid of an order that was not placed.
     ///
     /// For an order whose outcome the broker could not find out (`order_outcome` is `unknown` or `maybe_sent`). Look it up at
-    /// KuCoin first, also among filled and cancelled orders, at least 10 s after it was sent. If it is there, do nothing: its
-    /// clientOid stays used. Exit code 0: done; 1: broker unreachable or call refused; 2: usage error or invalid admin.toml.
+    /// KuCoin first, also among filled and cancelled orders, at least 10 s after the deadline of its call; the broker does not
+    /// check this. If it is there, do nothing: its clientOid stays used. Exit code 0: done; 1: broker unreachable or call refused; 2: usage error or invalid admin.toml.
     #[command(after_long_help = "Example:\n  credbroker orders settle main my-order-1 --absent")]
     Settle {
         /// Account, as named in the rules.
         account: String,
         /// The order's clientOid.
         client_oid: String,
-        /// The order does not exist at KuCoin, neither open nor ended.
+        /// The order does not exist at KuCoin: it is not open, filled or cancelled.
         #[arg(long, required = true)]
         absent: bool,
         /// Scope of the order; needed only if orders of several scopes have this clientOid.
@@ -76,7 +76,10 @@ pub(super) fn run(command: &Command) -> u8 {
             };
             let settle = async |client: &mut Client, request| client.settle_order(request).await;
             admin.ask(DECIDE_WITHIN, request, settle).await?;
-            let what = format!("clientOid {} is free again.", printable(client_oid));
+            let what = format!(
+                "clientOid {} is free: the broker sends a new order with it.",
+                printable(client_oid)
+            );
             Ok(show(&paragraph("settled: ", &what), DONE))
         }),
     }
@@ -89,6 +92,6 @@ fn accepted(response: AcceptGapResponse) -> String {
     }
     paragraph(
         "accepted: ",
-        "risk-increasing requests are sent again. An order that was sent before now can be repeated if its audit line is missing.",
+        "risk-increasing requests are sent again. If a bot repeats an order whose audit line is missing, the broker sends it a second time.",
     )
 }

@@ -411,8 +411,8 @@ fn encode_orders(broker: &Broker, gauges: &mut DescriptorEncoder<'_>) -> fmt::Re
     gauge(gauges, "orders_claims_share", help, [([], share)])?;
     let now_ms = broker.clock.measured_ms(None);
     let held_s = now_ms.map(|now_ms| ([], orders.held_s(now_ms)));
-    let help = "For how long back every clientOid that was used is known: orders.window_hours, or less if older ones were \
-                forgotten or audit lines were missing; absent while the exchange's time is unknown";
+    let help = "How many seconds into the past the broker knows every clientOid that was used: normally orders.window_hours, \
+                less after older ones were forgotten or audit lines were missing; absent while the exchange's time is unknown";
     gauge(gauges, "orders_window_seconds", help, held_s)
 }
 

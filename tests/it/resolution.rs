@@ -440,7 +440,7 @@ async fn admin_settles_an_order_that_was_not_placed_and_its_clientoid_is_free_al
         assert_eq!(settled.code, Some(0), "{settled:?}");
         assert_eq!(
             settled.stdout,
-            format!("settled: clientOid {id} is free again.\n")
+            format!("settled: clientOid {id} is free: the broker sends a new order with it.\n")
         );
     }
     let answer = bot.send(order("open")).await.unwrap();
