@@ -2,6 +2,7 @@
 
 use super::{Broker, BrokerError, Call, Overload, Receipt};
 use crate::base::outcome::Outcome;
+use crate::clock::HostId;
 use crate::kucoin::lookup::Lookup;
 use crate::kucoin::{Endpoint, Malformed, Method, UnsignedRequest, placement};
 use crate::orders::{ClaimError, Claims, OrderState, Settled};
@@ -86,15 +87,20 @@ impl Broker {
         tested.report.info.as_ref()?.uid.clone()
     }
 
-    /// The exchange's time for the account of a request; 0 while it is unknown, so that no claim seems to have ended.
+    /// The exchange's time for the account of a request, for the end of claims.
     fn exchange_ms(&self, request: &UnsignedRequest) -> i64 {
         let policy = self.policy();
-        match policy.account(&request.account) {
-            Some(account) => {
-                let time = self.clock.exchange((account.site, request.scope.host()));
-                time.uncertainty.map_or(0, |_| time.ms)
-            }
-            None => 0,
+        let account = policy.account(&request.account);
+        account.map_or(0, |account| {
+            self.trusted_ms((account.site, request.scope.host()))
+        })
+    }
+
+    /// The time of a host; 0 while it is uncertain, so that no claim seems to have ended.
+    pub(super) fn trusted_ms(&self, host_id: HostId) -> i64 {
+        match self.clock.check(host_id) {
+            Ok(()) => self.clock.exchange(host_id).ms,
+            Err(_) => 0,
         }
     }
 }

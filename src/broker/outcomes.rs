@@ -46,9 +46,7 @@ impl Broker {
         let policy = self.policy();
         let entry = policy.check_read(bot, account, scope)?;
         self.restrictions.check_bot(bot)?;
-        let time = self.clock.exchange((entry.site, scope.host()));
-        // While the time is unknown, no claim seems to have ended.
-        let now_ms = time.uncertainty.map_or(0, |_| time.ms);
+        let now_ms = self.trusted_ms((entry.site, scope.host()));
         Ok(self.orders.known_order(account, scope, client_oid, now_ms))
     }
 }

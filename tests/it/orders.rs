@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use credbroker::proto::{Method, Outcome, Scope, SignAndSendRequest};
+use credbroker::proto::{CallState, GetOutcomeRequest, Method, Outcome, Scope, SignAndSendRequest};
 use credbroker_sim::installation::{MAIN_UID, RULES, Settings};
 use credbroker_sim::kucoin::{Fault, FaultAction, When};
 use flate2::Compression;
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
-use crate::harness::{Lab, failure, refusal, request, spot_order, until};
+use crate::harness::{Bot, Lab, Patient, Time, failure, refusal, request, spot_order, until};
 
 const ORDERS: &str = "/api/v1/hf/orders";
 
@@ -258,6 +258,42 @@ async fn repeated_order_is_refused_as_such_whatever_else_would_refuse_it() {
         "accepted"
     );
     assert_eq!(orders_received(&lab), 3);
+}
+
+#[tokio::test]
+async fn known_clientoid_is_refused_as_such_while_the_exchange_clock_is_two_days_ahead() {
+    const TWO_DAYS_MS: i64 = 2 * 24 * 3_600_000;
+    let (mut lab, time) = (Lab::install(Settings::default()).await, Time::new(0));
+    lab.start_broker_on(time.clock()).await;
+    lab.until_ready().await;
+    lab.until_keys_tested().await;
+    let mut bot = lab.patient_bot("maker").await;
+    bot.send(spot_order("known")).await.unwrap();
+    let state = async |bot: &mut Bot<Patient>, client_oid: &str| {
+        let question = GetOutcomeRequest {
+            account: "main".to_owned(),
+            scope: Scope::SpotMargin.into(),
+            client_oid: client_oid.to_owned(),
+            ..GetOutcomeRequest::default()
+        };
+        let answer = bot.client.get_outcome(question).await.unwrap();
+        answer.into_inner().state()
+    };
+    assert_eq!(state(&mut bot, "new").await, CallState::NotPlaced);
+    time.jump(&lab, TWO_DAYS_MS);
+    // Rejected for its timestamp, which makes the broker measure the time.
+    bot.send(spot_order("jump")).await.unwrap();
+    assert_eq!(
+        refusal(bot.send(spot_order("new")).await).1,
+        "CLOCK_UNCERTAIN"
+    );
+    assert_eq!(
+        order_repeated(bot.send(spot_order("known")).await),
+        "accepted"
+    );
+    assert_eq!(state(&mut bot, "known").await, CallState::Accepted);
+    assert_eq!(state(&mut bot, "new").await, CallState::Unknown);
+    lab.stop().await;
 }
 
 #[tokio::test]
