@@ -335,6 +335,7 @@ impl World {
                 process();
                 Reply::Raw(answers::one_byte_chunks(*kilobytes))
             }
+            FaultAction::OtherOrder {} => answers::of_other_order(&process()).into(),
             FaultAction::Oversized { megabytes } => {
                 process();
                 answers::filled(megabytes.saturating_mul(1_000_000)).into()

@@ -130,6 +130,29 @@ pub(super) fn filled(bytes: usize) -> Response<Bytes> {
     )
 }
 
+/// The answer with other ids of orders.
+pub(super) fn of_other_order(answer: &Response<Bytes>) -> Response<Bytes> {
+    let mut body: Value = serde_json::from_slice(answer.body()).unwrap_or_default();
+    set_other_ids(&mut body);
+    json_answer(answer.status(), &body)
+}
+
+fn set_other_ids(value: &mut Value) {
+    match value {
+        Value::Array(items) => items.iter_mut().for_each(set_other_ids),
+        Value::Object(fields) => {
+            for (name, value) in fields {
+                match name.as_str() {
+                    "clientOid" => *value = json!("of-another-order"),
+                    "orderId" => *value = json!("599999999999999999"),
+                    _ => set_other_ids(value),
+                }
+            }
+        }
+        _ => {}
+    }
+}
+
 fn answer(status: StatusCode, content_type: &'static str, body: Bytes) -> Response<Bytes> {
     let mut response = Response::new(body);
     *response.status_mut() = status;

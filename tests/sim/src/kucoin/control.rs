@@ -14,6 +14,7 @@
 //! | `POST /_sim/source-address` | `{"address": "203.0.113.7"}`: the source address that every request seems to have; null: the real one |
 //! | `POST /_sim/clock` | `{"offset_ms": -6000}` or `{"fixed_ms": 1735689600123}` |
 //! | `GET /_sim/received` | `{"requests": [{method, path, code, signature, count}], "client_oids": [...]}` |
+//! | `GET /_sim/placing` | the kept requests with a right signature whose body has clientOids, oldest first: `[{path, agent, at_ms, client_oids, created}]` |
 //! | `GET /_sim/orders?uid=` | the account's orders, oldest first |
 
 use std::collections::BTreeMap;
@@ -118,6 +119,7 @@ fn execute(exchange: &mut Exchange, request: &Received) -> Result<Value, String>
             };
         }
         ("GET", "/_sim/received") => return Ok(received(exchange)),
+        ("GET", "/_sim/placing") => return Ok(placing(exchange)),
         ("GET", "/_sim/orders") => {
             let uid = query("uid")?.parse().map_err(|_| "uid is not a number")?;
             return Ok(json!(exchange.orders(uid)));
@@ -157,4 +159,30 @@ fn received(exchange: &Exchange) -> Value {
         })
         .collect();
     json!({"requests": requests, "client_oids": client_oids})
+}
+
+fn placing(exchange: &Exchange) -> Value {
+    let requests = exchange.records.iter();
+    let verified = requests.filter(|request| request.signature == Signature::Verified);
+    let placing = verified.filter_map(|request| {
+        let client_oids = client_oids(&request.body);
+        let created: Vec<_> = request.created.iter().map(|order| &order.id).collect();
+        (!client_oids.is_empty()).then(|| {
+            json!({
+                "path": request.path(), "agent": request.header("user-agent"), "at_ms": request.at_ms,
+                "client_oids": client_oids, "created": created,
+            })
+        })
+    });
+    placing.collect()
+}
+
+/// The clientOids in the body of a request that places one order, or a list of them.
+fn client_oids(body: &[u8]) -> Vec<String> {
+    let body: Value = serde_json::from_slice(body).unwrap_or_default();
+    let list = body.as_array();
+    let list = list.or_else(|| body.get("orderList").and_then(Value::as_array));
+    let orders = list.map_or(std::slice::from_ref(&body), Vec::as_slice);
+    let oids = orders.iter().filter_map(|order| order.get("clientOid"));
+    oids.filter_map(Value::as_str).map(str::to_owned).collect()
 }

@@ -111,6 +111,8 @@ pub enum FaultAction {
         /// Size of the envelope.
         kilobytes: usize,
     },
+    /// Processes the request and answers with the ids of another order.
+    OtherOrder {},
     /// Processes the request and answers with a valid envelope that is far too large.
     Oversized {
         /// Size of the answer.

@@ -73,6 +73,11 @@ async fn simulated_kucoin_can_be_controlled_over_http() {
     });
     assert!(received["requests"].as_array().unwrap().contains(&placed));
     let (_, orders) = control("GET", "/_sim/orders?uid=9", Value::Null).await;
+    let (_, placing) = control("GET", "/_sim/placing", Value::Null).await;
+    let request = json!({
+        "path": "/api/v1/hf/orders", "agent": null, "at_ms": NOW_MS, "client_oids": ["mine"], "created": [orders[0]["id"]],
+    });
+    assert_eq!(placing, json!([request]));
     assert_eq!(
         (&orders[0]["client_oid"], &orders[0]["state"]),
         (&json!("mine"), &json!("open"))

@@ -117,6 +117,20 @@ fn answered(when: When) -> FaultAction {
 }
 
 #[tokio::test]
+async fn answer_can_have_the_ids_of_another_order() {
+    let client = Client::start().await;
+    let path = "/api/v1/hf/orders";
+    client
+        .sim
+        .fault(Fault::once(path, FaultAction::OtherOrder {}));
+    let order = json!({"clientOid": "mine", "symbol": "BTC-USDT", "side": "buy", "price": "1", "size": "1"});
+    let data = client.spot("POST", path, order).await.data();
+    assert_eq!(data["clientOid"], "of-another-order");
+    assert_eq!(data["orderId"], "599999999999999999");
+    assert_eq!(client.sim.orders(7)[0].client_oid.as_deref(), Some("mine"));
+}
+
+#[tokio::test]
 async fn faults_delay_and_stall_only_matching_requests() {
     let client = Client::start().await;
     let path = "/api/v1/timestamp";
