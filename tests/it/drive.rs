@@ -68,6 +68,9 @@ const PORTS: &str = "CREDBROKER_DRIVE_PORTS";
 /// Environment variable: the root token of the simulated Vault.
 const TOKEN: &str = "CREDBROKER_DRIVE_TOKEN";
 
+/// Environment variable: if set, the simulated KuCoin keeps every request, and lists them with `/_sim/placing`.
+pub(crate) const KEEP_REQUESTS: &str = "CREDBROKER_DRIVE_KEEP_REQUESTS";
+
 /// How long a bot waits for a call; the broker's own limit is 10 s.
 const NO_ANSWER_AFTER: Duration = Duration::from_secs(30);
 
@@ -121,7 +124,7 @@ pub(crate) async fn simulate() -> bool {
             spot: ports[0],
             futures: ports[1],
             limits: Limits::none(),
-            keep_requests: 0,
+            keep_requests: variable(KEEP_REQUESTS).map_or(0, |_| usize::MAX),
             ..KucoinSettings::default()
         });
         let sim = sim.await.unwrap();
@@ -165,6 +168,8 @@ pub(crate) struct Simulator {
     role: &'static str,
     arguments: &'static [&'static str],
     ports: Vec<Port>,
+    /// Further environment variables.
+    environment: Vec<(&'static str, String)>,
     process: Option<Child>,
 }
 
@@ -178,6 +183,7 @@ impl Simulator {
             role,
             arguments,
             ports: ports.into_iter().collect(),
+            environment: Vec::new(),
             process: None,
         }
     }
@@ -194,6 +200,7 @@ impl Simulator {
             .env(ROLE, self.role)
             .env(PORTS, ports.join(","))
             .env(TOKEN, token)
+            .envs(self.environment.iter().cloned())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -215,6 +222,10 @@ impl Simulator {
             process.kill().unwrap();
             process.wait().unwrap();
         }
+    }
+
+    pub(crate) fn address(&self, port: usize) -> SocketAddr {
+        self.ports[port].address
     }
 
     fn url(&self, port: usize) -> String {
@@ -243,8 +254,17 @@ impl Drop for Simulator {
 pub(crate) async fn simulators(
     arguments: &'static [&'static str],
 ) -> (Simulator, Simulator, Settings) {
+    simulators_with(arguments, Vec::new()).await
+}
+
+/// The same, with further environment variables for KuCoin.
+pub(crate) async fn simulators_with(
+    arguments: &'static [&'static str],
+    environment: Vec<(&'static str, String)>,
+) -> (Simulator, Simulator, Settings) {
     let mut vault = Simulator::new("vault", arguments, [Port::reserve()]);
     let mut kucoin = Simulator::new("kucoin", arguments, [Port::reserve(), Port::reserve()]);
+    kucoin.environment = environment;
     vault.start(ROOT_TOKEN).await;
     kucoin.start("").await;
     let settings = Settings {

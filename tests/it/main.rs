@@ -24,6 +24,7 @@ mod audit;
 mod batches;
 mod blocks;
 mod certificates;
+mod chaos;
 mod clock;
 mod commands;
 mod connections;
