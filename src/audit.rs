@@ -380,7 +380,6 @@ impl Audit {
                 while let Some(audit) = alive.upgrade() {
                     audit.reopen_if_rotated();
                     audit.check_space();
-                    audit.writer.write_waiting();
                     audit.report_sync(audit.sync());
                     drop(audit);
                     std::thread::sleep(SYNC_EVERY);
@@ -421,7 +420,6 @@ impl Audit {
         let is_risk_increasing = permit.increases_risk();
         let kind = match kind_of(permit) {
             Kind::Essential if is_risk_increasing => Kind::RiskIncreasing,
-            Kind::Other => Kind::ReadIntent,
             kind => kind,
         };
         let endpoint = Some(permit.endpoint_id());
@@ -592,6 +590,10 @@ impl Audit {
             Ok(new) => {
                 let old = self.writer.replace_file(new);
                 tracing::info!(file.path = %self.path.display(), "audit log rotated; reopened");
+                if old.file.metadata().is_ok_and(|old| old.nlink() == 0) {
+                    self.metrics.audit_failures.inc();
+                    tracing::error!(file.path = %self.path.display(), "the rotated audit log was deleted or compressed at once; lines of up to a second may be lost; let the rotation wait (`delaycompress`)");
+                }
                 self.report_sync(old.file.sync_data());
             }
             Err(error) => {

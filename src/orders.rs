@@ -398,38 +398,38 @@ impl Orders {
         }
     }
 
-    /// The state of the order with this clientOid, also after the window; `None`: it has no claim.
-    pub(crate) fn state(
+    /// State and time of the claim on a clientOid, also after the window; `None`: it has none.
+    pub(crate) fn claimed(
         &self,
         account: &AccountId,
         scope: Scope,
         client_oid: &str,
-    ) -> Option<OrderState> {
+    ) -> Option<(OrderState, u32)> {
         let keys = self.keys(account, scope, &[client_oid]);
         let guard = self.guard.lock();
-        let mut keys = keys.iter().flatten();
-        keys.find_map(|key| Some(guard.find(*key, 0)?.state))
+        let mut claims = keys.iter().flatten().filter_map(|key| guard.find(*key, 0));
+        claims.next().map(|claim| (claim.state, claim.at_s))
     }
 
-    /// Frees the clientOid of an order that was not placed; false if it is known by now what became of it.
+    /// Frees the clientOid of an order that is unknown and was not placed. `at_s`: of its claim. False if it was freed before.
     pub(crate) fn settle_absent(
         &self,
         account: &AccountId,
         scope: Scope,
         client_oid: &str,
+        at_s: u32,
     ) -> bool {
         let keys = self.keys(account, scope, &[client_oid]);
         let mut guard = self.guard.lock();
-        let mut keys = keys.into_iter().flatten();
-        let open = keys.find(|key| {
-            guard
-                .find(*key, 0)
-                .is_some_and(|claim| claim.state.is_open())
-        });
-        if let Some(key) = open {
+        let is_meant = |key: &ClaimKey| {
+            let claim = guard.find(*key, 0);
+            claim.is_some_and(|claim| claim.state == OrderState::Unknown && claim.at_s == at_s)
+        };
+        let meant = keys.into_iter().flatten().find(is_meant);
+        if let Some(key) = meant {
             guard.free(key);
         }
-        open.is_some()
+        meant.is_some()
     }
 
     /// How many claims there are, and the largest part of its share that a bot has used.
@@ -451,6 +451,13 @@ impl Orders {
             known.retain(|other| other != uid);
             known.push(uid.to_owned());
         }
+    }
+
+    /// Whether an account has had the same KuCoin account all the time.
+    pub(crate) fn has_one_uid(&self, account: &AccountId, scope: Scope) -> bool {
+        let uids = self.uids.lock();
+        let known = uids.get(&(account.clone(), scope));
+        known.is_some_and(|known| known.len() == 1)
     }
 
     /// The exchange's id of an account, if it has ever been known.

@@ -8,8 +8,9 @@ use super::admin_error::AdminError;
 use super::admins::AdminApi;
 use super::bots::scope;
 use super::messages::in_proto;
-use crate::audit::Act;
+use crate::audit::{Act, MAX_CLIENT_OID_CHARS};
 use crate::base::ids::AdminId;
+use crate::base::text::clean;
 use crate::kucoin::Scope;
 use crate::orders::{OrderState, Readiness};
 use crate::proto;
@@ -70,12 +71,14 @@ impl AdminApi {
         let found: Vec<_> = scopes
             .filter(|scope| wanted.is_none_or(|wanted| wanted == *scope))
             .filter_map(|scope| {
-                Some((scope, self.broker.orders.state(account, scope, client_oid)?))
+                let (state, at_s) = self.broker.orders.claimed(account, scope, client_oid)?;
+                Some((scope, state, at_s))
             })
             .collect();
-        let open: Vec<_> = found.iter().filter(|(_, state)| state.is_open()).collect();
-        let &[&(scope, _)] = open.as_slice() else {
-            return Err(AdminError::not_open(client_oid, &found, open.len()));
+        let is_unknown = |(_, state, _): &&(Scope, OrderState, u32)| *state == OrderState::Unknown;
+        let unknown: Vec<_> = found.iter().filter(is_unknown).collect();
+        let &[&(scope, _, at_s)] = unknown.as_slice() else {
+            return Err(AdminError::not_unknown(client_oid, &found, unknown.len()));
         };
         let mut act = Act::on_account("settle-order", account);
         (act.scope, act.client_oid) = (Some(scope.as_str()), Some(client_oid));
@@ -83,9 +86,13 @@ impl AdminApi {
         act.detail = Some("the order was not placed".to_owned());
         // Before the clientOid is free: the next order with it must have the later line.
         self.record(admin, &act).await;
-        if !self.broker.orders.settle_absent(account, scope, client_oid) {
+        if !self
+            .broker
+            .orders
+            .settle_absent(account, scope, client_oid, at_s)
+        {
             return Err(AdminError::NotOpen(
-                "the broker found out meanwhile what became of the order; its `resolved` line in the audit log has the result".to_owned(),
+                "another admin has settled it meanwhile".to_owned(),
             ));
         }
         let [scope] = in_proto(&[scope])[..] else {
@@ -96,25 +103,27 @@ impl AdminApi {
 }
 
 impl AdminError {
-    /// No order with this clientOid is open, or several are.
-    fn not_open(client_oid: &str, found: &[(Scope, OrderState)], open: usize) -> Self {
-        let client_oid = crate::base::text::clean(client_oid, crate::audit::MAX_CLIENT_OID_CHARS);
-        if open > 1 {
-            return Self::field(
-                "scope",
-                "orders of several scopes have this clientOid; set the scope",
-            );
+    /// No order with this clientOid is unknown, or several are.
+    fn not_unknown(client_oid: &str, found: &[(Scope, OrderState, u32)], unknown: usize) -> Self {
+        let client_oid = clean(client_oid, MAX_CLIENT_OID_CHARS);
+        if unknown > 1 {
+            let problem = "orders of several scopes have this clientOid; set the scope";
+            return Self::field("scope", problem);
         }
-        let why = found.first().map_or_else(
-            || format!("the broker knows no order with clientOid {client_oid} on this account; it is free"),
-            |(scope, state)| {
-                let what = match state {
-                    OrderState::InFlight => "its call has not ended; wait for its result",
-                    _ => "the exchange accepted it; cancel it instead",
-                };
-                format!("order {client_oid} ({scope}) is not open: {what}")
-            },
-        );
-        Self::NotOpen(why)
+        let Some((scope, state, _)) = found.first() else {
+            return Self::NotOpen(format!(
+                "the broker has sent no order with clientOid {client_oid} on this account, so it is free"
+            ));
+        };
+        let what = match state {
+            OrderState::InFlight => "its call has not ended; wait for its result",
+            OrderState::MaybeSent => {
+                "the broker still waits for its answer or looks it up, for 10 minutes at most; wait for the result"
+            }
+            OrderState::Accepted | OrderState::Unknown => {
+                "the exchange accepted it, or a lookup found it; cancel it instead"
+            }
+        };
+        Self::NotOpen(format!("order {client_oid} ({scope}): {what}"))
     }
 }

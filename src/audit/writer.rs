@@ -37,10 +37,8 @@ pub(super) enum Kind {
     RiskIncreasing,
     /// Cancels, results and actions: may use the whole queue.
     Essential,
-    /// Results of reads, and refusals: may use half of the queue.
+    /// Reads and refusals: may use half of the queue.
     Other,
-    /// The intent of a read, like `Other`. Nobody waits for it, and it does not wake the thread: its result does.
-    ReadIntent,
 }
 
 /// The audit file with the lines that wait for it.
@@ -281,11 +279,10 @@ impl Writer {
         lines.seq = seq;
         let is_impaired = lines.is_impaired();
         // Nothing that is worth waiting for can happen while the file hangs and there is no reserve.
-        let is_pointless = is_impaired && lines.hangs() && !lines.reserve_works();
-        let waits = kind != Kind::ReadIntent && !is_pointless;
+        let waits = !(is_impaired && lines.hangs() && !lines.reserve_works());
         let (reply, result) = oneshot::channel();
         lines.push(text, kind, waits.then_some(reply));
-        let wakes = kind != Kind::ReadIntent && std::mem::take(&mut lines.is_idle);
+        let wakes = std::mem::take(&mut lines.is_idle);
         drop(lines);
         if wakes {
             self.work.notify_one();
@@ -294,14 +291,6 @@ impl Writer {
             self.reserve_work.notify_one();
         }
         Ok(Queued::new(waits.then_some(result)))
-    }
-
-    /// Wakes the thread if lines wait that have not.
-    pub(super) fn write_waiting(&self) {
-        let mut lines = self.lines.lock();
-        if !lines.queue.is_empty() && std::mem::take(&mut lines.is_idle) {
-            self.work.notify_one();
-        }
     }
 
     /// Waits until all lines queued so far are in the file or in the reserve file, for at most `within`.
@@ -648,7 +637,7 @@ impl Lines {
     fn has_room(&self, text: &str, kind: Kind) -> bool {
         let limit = match kind {
             Kind::Essential => self.limit,
-            Kind::RiskIncreasing | Kind::Other | Kind::ReadIntent => self.limit / 2,
+            Kind::RiskIncreasing | Kind::Other => self.limit / 2,
         };
         self.bytes + text.len() <= limit
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
-use tokio::time::{sleep, timeout};
+use tokio::time::sleep;
 
 use super::Broker;
 use super::resolve::OpenOrder;
@@ -13,10 +13,7 @@ use crate::kucoin::lookup::Lookup;
 use crate::orders::Settled;
 use crate::orders::replay::EarlierCall;
 
-/// How long the lookups of an order wait for a key, its KuCoin account, and the exchange's time, which a start has to get first.
-const READY_WITHIN: Duration = Duration::from_secs(600);
-
-/// How often this is checked.
+/// How often is checked whether an order can be looked up: whether a start has got its key and the exchange's time.
 const CHECK_EVERY: Duration = Duration::from_millis(250);
 
 impl Broker {
@@ -65,7 +62,11 @@ impl Broker {
             let context = call.context();
             let order = OpenOrder {
                 client_oid: record.client_oid.clone(),
-                uid: claim.uid().map(str::to_owned),
+                // If the account has had several keys, it is not known which one has signed.
+                uid: claim
+                    .uid()
+                    .filter(|_| self.orders.has_one_uid(&call.account, call.scope))
+                    .map(str::to_owned),
                 claim,
                 signed_ms: None,
                 created_from_ms: call.exchange_ms,
@@ -85,12 +86,11 @@ impl Broker {
 
     /// Looks an order up, in turn with those of this run.
     async fn look_up_earlier(self: Arc<Self>, mut order: OpenOrder, lookup: Lookup) {
+        order.signed_ms = Some(self.latest_signature(&order, &lookup).await);
         let limits = self.lookups.of(&order.account, order.host_id);
-        let Ok(waiting) = Arc::clone(&limits.waiting).acquire_owned().await else {
+        let Ok(waiting) = Arc::clone(&limits.earlier).acquire_owned().await else {
             return;
         };
-        let latest = timeout(READY_WITHIN, self.latest_signature(&order, &lookup));
-        order.signed_ms = latest.await.ok();
         let (reply, _) = oneshot::channel();
         self.resolve_order(order, lookup, waiting, reply).await;
     }

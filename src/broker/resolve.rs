@@ -49,10 +49,12 @@ pub(crate) struct LookupLimits(Mutex<HashMap<(AccountId, HostId), Arc<AccountLim
 /// The limits of the lookups of one account and host.
 #[derive(Debug)]
 pub(super) struct AccountLimits {
-    pub(super) waiting: Arc<Semaphore>,
+    waiting: Arc<Semaphore>,
+    /// Orders of earlier runs, so that these take nothing from those of this run.
+    pub(super) earlier: Arc<Semaphore>,
     at_once: Semaphore,
-    /// When the next one may be sent. The orders wait for it in turn.
-    next: tokio::sync::Mutex<Instant>,
+    /// When the next one may be sent.
+    next: Mutex<Instant>,
 }
 
 impl LookupLimits {
@@ -65,8 +67,9 @@ impl LookupLimits {
     /// How many orders are being looked up.
     pub(crate) fn orders(&self) -> usize {
         let limits = self.0.lock();
-        let waiting = limits.values().map(|of| of.waiting.available_permits());
-        waiting.map(|free| WAITING.saturating_sub(free)).sum()
+        let of = limits.values().flat_map(|of| [&of.waiting, &of.earlier]);
+        of.map(|of| WAITING.saturating_sub(of.available_permits()))
+            .sum()
     }
 }
 
@@ -74,8 +77,9 @@ impl Default for AccountLimits {
     fn default() -> Self {
         Self {
             waiting: Arc::new(Semaphore::new(WAITING)),
+            earlier: Arc::new(Semaphore::new(WAITING)),
             at_once: Semaphore::new(AT_ONCE),
-            next: tokio::sync::Mutex::new(Instant::now()),
+            next: Mutex::new(Instant::now()),
         }
     }
 }
@@ -84,16 +88,26 @@ impl AccountLimits {
     /// Waits until one more lookup may be sent. It counts until the result drops.
     async fn turn(&self) -> Option<SemaphorePermit<'_>> {
         let turn = self.at_once.acquire().await.ok();
-        let mut next = self.next.lock().await;
-        sleep_until(*next).await;
-        *next = Instant::now() + EVERY;
+        while let Err(next) = self.try_turn() {
+            sleep_until(next).await;
+        }
         turn
     }
 
+    /// Takes the turn, or says when the next one comes.
+    fn try_turn(&self) -> Result<(), Instant> {
+        let mut next = self.next.lock();
+        if Instant::now() < *next {
+            return Err(*next);
+        }
+        *next = Instant::now() + EVERY;
+        Ok(())
+    }
+
     /// Sends none for this long, as the exchange requires.
-    async fn pause(&self, time: Duration) {
-        let mut next = self.next.lock().await;
-        *next = Instant::now() + time;
+    fn pause(&self, time: Duration) {
+        let mut next = self.next.lock();
+        *next = (*next).max(Instant::now() + time);
     }
 }
 
@@ -331,10 +345,10 @@ impl Broker {
                 Ok(receipt) => {
                     if let Some(time) = receipt.answer.retry_after {
                         let limits = self.lookups.of(&order.account, order.host_id);
-                        limits.pause(time).await;
+                        limits.pause(time);
                     }
-                    let from_ms = order.created_from_ms;
-                    lookup.judge(&receipt.answer, from_ms, &self.not_found)
+                    let (now_ms, from_ms) = (exchange.ms, order.created_from_ms);
+                    lookup.judge(&receipt.answer, now_ms, from_ms, &self.not_found)
                 }
                 Err(error) => LookupResult::Unclear(error.of_repeatable_request()),
             };

@@ -25,7 +25,7 @@ pub(super) enum Command {
     },
     /// Free the clientOid of an order that was not placed.
     ///
-    /// For an order whose outcome the broker could not find out (`order_outcome` is `unknown` or `maybe_sent`). Look it up at
+    /// For an order whose outcome the broker could not find out (`order_outcome` is `unknown`). Look it up at
     /// KuCoin first, also among filled and cancelled orders, at least 10 s after the deadline of its call; the broker does not
     /// check this. If it is there, do nothing: its clientOid stays used. Exit code 0: done; 1: broker unreachable or call refused; 2: usage error or invalid admin.toml.
     #[command(after_long_help = "Example:\n  credbroker orders settle main my-order-1 --absent")]

@@ -168,6 +168,19 @@ const UNIFIED: Option<&[Product]> = Some(&[Product::Unified]);
 const WITHDRAWALS: Option<&[Product]> =
     Some(&[Product::Account, Product::Broker, Product::Unified]);
 
+/// Whether the gateway, or the edge before it, rejects requests with this code: because of the key, the signature, the address,
+/// the time or a limit. Such an answer shows nothing about an order.
+pub(super) fn is_of_gateway(code: &str) -> bool {
+    const PARAMETERS: [&str; 2] = ["400100", "400101"];
+    let is_gateway = code.len() == 6
+        && [
+            "4000", "4001", "4002", "4003", "4004", "4111", "4112", "4150", "4010", "4290",
+        ]
+        .iter()
+        .any(|start| code.starts_with(start));
+    code == EDGE_BLOCKED || (is_gateway && !PARAMETERS.contains(&code))
+}
+
 /// The exchange rejected the request and executed nothing.
 ///
 /// Left out because their texts do not show that nothing was executed: 126034 and 126036 (failed to create an order), 130202

@@ -20,6 +20,15 @@ use crate::base::outcome::Outcome;
 /// "Authentication": it accepts timestamps that differ by at most 5 s.
 const CREATED_BEFORE_MS: i64 = 5000;
 
+/// How long a lookup is taken to find an order where that is not documented: our own choice.
+const DEFAULT_REACH: Duration = Duration::from_secs(2 * 3600);
+
+/// An order that is nearly as old as a lookup reaches counts as older.
+const REACH_MARGIN: Duration = Duration::from_secs(600);
+
+/// Bytes of a symbol or a trade type in a record; KuCoin's have under 30.
+const MAX_RECORDED: usize = 64;
+
 /// Bytes of an order id; KuCoin's have at most 24.
 const MAX_ORDER_ID: usize = 64;
 
@@ -134,12 +143,19 @@ impl Lookup {
         if self.placed_by.effect != Effect::Place {
             return None;
         }
-        Some(LookupRecord {
+        let record = LookupRecord {
             endpoint: self.endpoint.id.clone(),
             client_oid: self.placement.client_oid.clone()?,
             symbol: self.placement.field("symbol")?.to_owned(),
             trade_type: self.placement.field("tradeType").map(str::to_owned),
-        })
+        };
+        let trade_type = record.trade_type.as_ref();
+        let texts = [Some(&record.client_oid), Some(&record.symbol), trade_type];
+        let is_short = texts
+            .into_iter()
+            .flatten()
+            .all(|text| text.len() <= MAX_RECORDED);
+        is_short.then_some(record)
     }
 
     /// The lookup of a record; `None` if the catalogue has no such lookup any more. It recognizes the order by clientOid, symbol
@@ -215,10 +231,12 @@ impl Lookup {
         }
     }
 
-    /// What `answer` shows about the order, whose request was signed at `signed_ms`. The texts have names, but no values.
+    /// What `answer`, of the exchange's time `now_ms`, shows about the order, whose request was signed at `signed_ms`. The texts
+    /// have names, but no values.
     pub(crate) fn judge(
         &self,
         answer: &Answer,
+        now_ms: i64,
         signed_ms: i64,
         not_found: &NotFoundAnswers,
     ) -> LookupResult {
@@ -232,9 +250,14 @@ impl Lookup {
         let is_empty = data.is_none_or(fields::is_empty);
         if answer.outcome != Outcome::Accepted || is_empty {
             let is_listed = not_found.has(self.endpoint, answer, is_empty);
-            return match self.reach() {
+            let reach = self.reach().unwrap_or(DEFAULT_REACH);
+            let age_ms = now_ms.saturating_sub(signed_ms).max(0).unsigned_abs();
+            return match reach {
                 _ if !is_listed => unclear("the answer is not one that means \"no such order\""),
-                Some(Duration::ZERO) => unclear("the lookup may find only open orders"),
+                Duration::ZERO => unclear("the lookup may find only open orders"),
+                reach if Duration::from_millis(age_ms) + REACH_MARGIN > reach => {
+                    unclear("the order is older than the lookup reaches")
+                }
                 _ => LookupResult::NotFound,
             };
         }
@@ -402,7 +425,7 @@ mod tests {
     fn judge(id: &str, order: &str, signed_ms: i64, found: &str) -> LookupResult {
         let lookup = lookup(id, order).unwrap();
         let answer = answer(&lookup, 200, found);
-        lookup.judge(&answer, signed_ms, &NotFoundAnswers::default())
+        lookup.judge(&answer, signed_ms, signed_ms, &NotFoundAnswers::default())
     }
 
     fn found(order_id: &str, state: &str) -> LookupResult {
@@ -652,7 +675,7 @@ mod tests {
     fn order_is_absent_only_with_an_answer_of_the_list() {
         let spot = lookup("spot.post.v1-hf-orders", SPOT_ORDER).unwrap();
         let judge = |lookup: &Lookup, status, body: &str, more: &NotFoundAnswers| {
-            lookup.judge(&answer(lookup, status, body), 0, more)
+            lookup.judge(&answer(lookup, status, body), 0, 0, more)
         };
         let none = NotFoundAnswers::default();
         let absent = r#"{"code":"400100","msg":"order not exist."}"#;
@@ -727,6 +750,18 @@ mod tests {
             assert_eq!(judge(&stop, 200, empty, &more), why);
         }
         assert_ne!(judge(&spot, 200, SPOT, &more), LookupResult::NotFound);
+        // Older than the lookup reaches, or than is documented.
+        let hours = |hours: i64| hours * 3_600_000;
+        let aged = |lookup: &Lookup, age_ms: i64, body: &str| {
+            lookup.judge(&answer(lookup, 200, body), age_ms, 0, &none)
+        };
+        let absent = r#"{"code":"400100","msg":"order not exist."}"#;
+        assert_eq!(aged(&spot, hours(71), absent), LookupResult::NotFound);
+        let why = unclear("the order is older than the lookup reaches");
+        assert_eq!(aged(&spot, hours(72), absent), why);
+        let absent = r#"{"msg":"error.getOrder.orderNotExist","code":"100001"}"#;
+        assert_eq!(aged(&futures, hours(1), absent), LookupResult::NotFound);
+        assert_eq!(aged(&futures, hours(2), absent), why);
     }
 
     #[test]

@@ -101,6 +101,11 @@ pub(crate) enum NotFoundError {
     /// The code also means an invalid parameter.
     #[error("code {0} also means other problems: add the message of the answer as msg")]
     Ambiguous(String),
+    /// The code is about the key, the signature, the address, the time or a limit.
+    #[error(
+        "code {0} cannot mean that there is no such order: the gateway rejected the lookup itself"
+    )]
+    Gateway(String),
     /// The code leaves open what happened.
     #[error(
         "code {0} cannot mean that there is no such order: KuCoin uses it for internal errors and timeouts"
@@ -125,6 +130,7 @@ impl TryFrom<Entry> for NotFoundAnswer {
                 Err(NotFoundError::Status(entry.http_status))
             }
             Class::Unclear | Class::Missing => Err(NotFoundError::Unclear(code.clone())),
+            _ if code::is_of_gateway(code) => Err(NotFoundError::Gateway(code.clone())),
             Class::Success if !entry.empty_data => Err(NotFoundError::Success(code.clone())),
             _ if AMBIGUOUS.contains(&code.as_str()) && entry.msg.is_none() => {
                 Err(NotFoundError::Ambiguous(code.clone()))
@@ -253,6 +259,14 @@ mod tests {
             (
                 r#""http_status":200,"code":"500000""#,
                 "internal errors and timeouts",
+            ),
+            (
+                r#""http_status":400,"code":"400002""#,
+                "the gateway rejected the lookup itself",
+            ),
+            (
+                r#""http_status":200,"code":"411100""#,
+                "the gateway rejected the lookup itself",
             ),
             (
                 r#""http_status":200,"code":"""#,

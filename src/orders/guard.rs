@@ -54,11 +54,6 @@ pub(crate) enum Settled {
 }
 
 impl OrderState {
-    /// Whether it is not known what became of it, although its call has ended.
-    pub(crate) fn is_open(self) -> bool {
-        matches!(self, Self::MaybeSent | Self::Unknown)
-    }
-
     /// The name in `ErrorInfo`.
     pub(crate) fn as_str(self) -> &'static str {
         match self {

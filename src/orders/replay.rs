@@ -91,6 +91,9 @@ struct State {
 struct Line<'a> {
     #[serde(borrow)]
     event: Cow<'a, str>,
+    /// Whether the line was cut off, so that its last value can be wrong.
+    #[serde(default)]
+    torn: bool,
     #[serde(default)]
     time_ms: i64,
     #[serde(borrow, default)]
@@ -218,6 +221,8 @@ struct Open {
     call: EarlierCall,
     /// The call in the table of calls.
     handle: Option<CallHandle>,
+    /// Whether the line was cut off; a complete one may follow.
+    is_torn: bool,
 }
 
 /// The files to read, the oldest first.
@@ -236,7 +241,8 @@ impl Orders {
     /// far enough, or lines are missing. Returns the calls without a result, and those with orders that may have been placed.
     pub(crate) fn read_log(&self, log: &AuditLog<'_>, now_ms: i64) -> Vec<EarlierCall> {
         let state = read_state(&self.state_dir);
-        if let Some(gap_ms) = state.as_ref().and_then(|state| state.gap_ms) {
+        let gap_ms = state.as_ref().and_then(|state| state.gap_ms);
+        if let Some(gap_ms) = gap_ms {
             self.guard.lock().miss(seconds(gap_ms));
         }
         let since_ms = state.map(|state| state.since_ms);
@@ -264,11 +270,23 @@ impl Orders {
             reaches_back,
             mut unreadable,
         } = Files::list(log.file, from_ms);
+        let mut complete = BTreeSet::new();
         for (_, path, file) in opened {
-            if let Err(error) = self.read_file(reader(&path, file), &mut reading) {
-                unreadable.push((path, error));
+            match self.read_file(reader(&path, file), &mut reading) {
+                Ok(()) => drop(complete.insert(path)),
+                Err(error) => unreadable.push((path, error)),
             }
         }
+        // Being compressed, or left by a compression that was ended.
+        unreadable.retain(|(path, _)| {
+            let is_compressed = path.extension() == Some(OsStr::new("gz"));
+            !is_compressed || !complete.contains(&path.with_extension(""))
+        });
+        let accepted = UNIX_EPOCH + Duration::from_millis(gap_ms.unwrap_or(0).unsigned_abs());
+        unreadable.retain(|(path, _)| {
+            let modified = std::fs::metadata(path).and_then(|file| file.modified());
+            gap_ms.is_none() || modified.is_ok_and(|modified| modified > accepted)
+        });
         for (path, error) in &unreadable {
             tracing::error!(file.path = %path.display(), exception.message = %error, "cannot read from the audit log which clientOids were used");
         }
@@ -328,13 +346,15 @@ impl Orders {
             let Ok(line) = serde_json::from_slice::<Line>(&bytes) else {
                 continue;
             };
-            let first_ms = reading.first_ms.get_or_insert(line.time_ms);
-            *first_ms = line.time_ms.min(*first_ms);
+            if !line.torn {
+                let first_ms = reading.first_ms.get_or_insert(line.time_ms);
+                *first_ms = line.time_ms.min(*first_ms);
+            }
             let by_run = line.by_run.as_ref().unwrap_or(&line.run);
             if by_run == reading.run {
                 continue;
             }
-            if let Some(seq) = line.seq {
+            if let Some(seq) = line.seq.filter(|_| !line.torn) {
                 if !reading.numbers.contains_key(by_run.as_ref()) {
                     let run = by_run.clone().into_owned();
                     reading.numbers.insert(run, Numbers::default());
@@ -369,6 +389,12 @@ impl Orders {
         let (account, scope, endpoint) = (&call.account, call.scope, call.endpoint);
         let id = (reading.runs.insert_full(call.run.clone()).0, call.number);
         let at_ms = call.exchange_ms;
+        let is_cut_off = |open: &Open| open.is_torn && !line.torn;
+        if reading.open.get(&id).is_some_and(is_cut_off) {
+            // The complete line replaces it.
+            reading.open.remove(&id);
+            reading.used.retain(|_, used| used.by != id);
+        }
         let mut keys = Vec::new();
         if endpoint.claims_client_oids()
             && let Some(bot) = call.principal.bot()
@@ -402,7 +428,7 @@ impl Orders {
                 return;
             }
         }
-        let Entry::Vacant(open) = reading.open.entry(id) else {
+        let Entry::Vacant(known) = reading.open.entry(id) else {
             return;
         };
         let bot = call.principal.bot();
@@ -413,7 +439,13 @@ impl Orders {
             let claims = (claimed.as_slice(), is_opaque);
             self.add_call(bot, &call.request_id, Some(endpoint), claims, at_ms)
         });
-        open.insert(Open { keys, call, handle });
+        let is_torn = line.torn;
+        known.insert(Open {
+            keys,
+            call,
+            handle,
+            is_torn,
+        });
     }
 
     /// Records that an order was not placed, as an admin has found out.
@@ -423,13 +455,18 @@ impl Orders {
         else {
             return;
         };
-        for key in self.keys(&account, scope, &[oid]).into_iter().flatten() {
-            if let Some(used) = reading.used.get_mut(&key)
-                && used.state.is_some_and(OrderState::is_open)
-                && used.time_ms <= line.time_ms
-            {
-                used.state = None;
-            }
+        // `unknown` is not in the log if no lookup finds the order.
+        let is_meant = |used: &Used| {
+            let is_open = matches!(
+                used.state,
+                Some(OrderState::MaybeSent | OrderState::Unknown)
+            );
+            is_open && used.time_ms <= line.time_ms
+        };
+        let mut keys = self.keys(&account, scope, &[oid]).into_iter().flatten();
+        let meant = keys.find(|key| reading.used.get(key).is_some_and(is_meant));
+        if let Some(used) = meant.and_then(|key| reading.used.get_mut(&key)) {
+            used.state = None;
         }
     }
 
@@ -499,9 +536,13 @@ impl Reading<'_> {
     /// Records that a call used a clientOid; false if a later call, or the same one, has used it already.
     fn is_used(&mut self, key: ClaimKey, used: Used) -> bool {
         if let Some(known) = self.used.get(&key) {
-            // The system clock may have been set back since. A clientOid that was free could be used again at any time.
-            let is_later = used.time_ms > known.time_ms || known.state.is_none();
-            if known.by == used.by || !is_later {
+            // The system clock may have been set back since, but the calls of a run are numbered.
+            let is_later = if known.by.0 == used.by.0 {
+                used.by.1 > known.by.1
+            } else {
+                used.time_ms > known.time_ms || known.state.is_none()
+            };
+            if !is_later {
                 return false;
             }
         }
@@ -615,6 +656,9 @@ impl Line<'_> {
             Some("accepted") => CallState::Accepted,
             Some("not_sent") => CallState::NotSent,
             Some("rejected") => CallState::Rejected,
+            _ if self.reason.as_deref() == Some(Reason::OrderRepeated.as_str()) => {
+                CallState::Rejected
+            }
             _ => CallState::MaybeSent,
         }
     }
@@ -803,6 +847,9 @@ fn reader(path: &Path, file: File) -> Box<dyn BufRead> {
 
 #[cfg(test)]
 mod tests {
+    use flate2::Compression;
+    use flate2::write::GzEncoder;
+
     use super::super::{KnownState, OrderSettings, Repeated};
     use super::*;
     use crate::kucoin::{Method, Target, UnsignedRequest};
@@ -969,6 +1016,72 @@ mod tests {
         );
         site.read();
         assert_eq!(site.state("x"), Some(OrderState::Accepted));
+    }
+
+    #[test]
+    fn calls_of_a_run_are_in_the_order_of_their_numbers_whatever_the_clock_and_the_files() {
+        let site = Site::new();
+        let start = NOW_MS - 10_000;
+        site.write(
+            "audit.jsonl.1",
+            &[
+                intent("a", 1, start, "x"),
+                outcome("a", 1, start + 1, "rejected"),
+            ],
+        );
+        // Written later, after the clock was set back, and read first.
+        site.write(
+            "audit.jsonl",
+            &[
+                intent("a", 2, start - 5000, "x"),
+                outcome("a", 2, start - 4999, "accepted"),
+            ],
+        );
+        site.read();
+        assert_eq!(site.state("x"), Some(OrderState::Accepted));
+    }
+
+    #[test]
+    fn complete_line_replaces_one_that_was_cut_off() {
+        let site = Site::new();
+        let start = NOW_MS - 10_000;
+        let torn = |call: u64, oid: &str| {
+            let line = intent("a", call, start, oid);
+            let (line, _) = line.split_once(",\"lookup\"").unwrap();
+            format!("{line},\"torn\":true}}\n")
+        };
+        site.write(
+            "audit.jsonl",
+            &[
+                torn(1, "x"),
+                intent("a", 1, start + 1, "x"),
+                outcome("a", 1, start + 2, "not_sent"),
+                torn(2, "y"),
+                intent("a", 2, start + 1, "y"),
+            ],
+        );
+        let calls = site.read();
+        assert_eq!(site.state("x"), None);
+        assert_eq!(site.state("y"), Some(OrderState::MaybeSent));
+        assert_eq!(calls.len(), 1);
+        assert_eq!(calls[0].open_orders().count(), 1);
+    }
+
+    #[test]
+    fn partly_compressed_copy_of_a_complete_file_is_no_gap() {
+        let site = Site::new();
+        let line = intent("a", 1, NOW_MS - 1000, "x");
+        site.write("audit.jsonl.1", std::slice::from_ref(&line));
+        let mut compressed = GzEncoder::new(Vec::new(), Compression::default());
+        std::io::Write::write_all(&mut compressed, line.repeat(1000).as_bytes()).unwrap();
+        let compressed = compressed.finish().unwrap();
+        let half = &compressed[..compressed.len() - 12];
+        std::fs::write(site.folder.path().join("audit.jsonl.1.gz"), half).unwrap();
+        site.read();
+        assert_eq!(site.orders.readiness(), Readiness::Ready);
+        std::fs::remove_file(site.folder.path().join("audit.jsonl.1")).unwrap();
+        site.read();
+        assert_eq!(site.orders.readiness(), Readiness::Gap);
     }
 
     #[test]

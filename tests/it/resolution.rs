@@ -417,63 +417,63 @@ async fn resolutions_survive_a_restart_and_a_stop_leaves_the_others_to_the_next_
 #[tokio::test]
 async fn admin_settles_an_order_that_was_not_placed_and_its_clientoid_is_free_also_after_a_restart()
 {
-    let mut lab = Lab::with(Settings {
-        process: true,
-        ..Settings::default()
-    })
-    .await;
-    lab.until_keys_tested().await;
+    let (mut lab, time) = lab_with_time(Settings::default()).await;
     let mut bot = lab.patient_bot("maker").await;
     bot.send(order("accepted")).await.unwrap();
     let when = When::BeforeProcessing;
     fail_lookups(&lab, FaultAction::Html { status: 502, when });
-    for id in ["open", "free"] {
+    for id in ["unknown", "free"] {
         lose_answer(&lab, ORDERS, when);
         assert_eq!(refusal(bot.send(order(id)).await).1, "ANSWER_LOST");
+        pass_in_steps(&lab, &time, id, Duration::from_millis(2500)).await;
     }
+    lose_answer(&lab, ORDERS, when);
+    assert_eq!(refusal(bot.send(order("open")).await).1, "ANSWER_LOST");
     let settle = async |lab: &Lab, id: &str| {
         let command = ["orders", "settle", "main", id, "--absent"];
         lab.admin_cli("anna", &command).await
     };
-    for id in ["open", "free"] {
+    for id in ["unknown", "free"] {
         let settled = settle(&lab, id).await;
         assert_eq!(settled.code, Some(0), "{settled:?}");
-        assert_eq!(
-            settled.stdout,
-            format!("settled: clientOid {id} is free: the broker sends a new order with it.\n")
-        );
+        let text =
+            format!("settled: clientOid {id} is free: the broker sends a new order with it.\n");
+        assert_eq!(settled.stdout, text);
     }
-    let answer = bot.send(order("open")).await.unwrap();
+    let answer = bot.send(order("unknown")).await.unwrap();
     assert_eq!(answer.outcome(), Outcome::Accepted);
     for (id, why) in [
         ("accepted", "the exchange accepted it"),
-        ("open", "the exchange accepted it"),
-        ("free", "knows no order"),
-        ("never-sent", "knows no order"),
+        ("unknown", "the exchange accepted it"),
+        ("open", "looks it up"),
+        ("free", "has sent no order"),
+        ("never-sent", "has sent no order"),
     ] {
         let refused = settle(&lab, id).await;
         assert_eq!(refused.code, Some(1), "{refused:?}");
-        assert!(refused.stderr.contains(why), "{refused:?}");
+        let text = refused.stderr_line();
+        assert!(text.contains(why), "{text}");
     }
     let acts = lab.acts();
     let mut acts = acts.iter().filter(|act| act["action"] == "settle-order");
     let act = acts.next().unwrap();
     assert_eq!(
         (&act["account"], &act["scope"], &act["client_oid"]),
-        (&json!("main"), &json!("spot-margin"), &json!("open"))
+        (&json!("main"), &json!("spot-margin"), &json!("unknown"))
     );
     assert_eq!(acts.count(), 1);
-    lab.process().signal("KILL");
-    lab.process().exit_code().await;
+    lab.stop().await;
     lab.kucoin.clear_faults();
-    lab.spawn_broker().await;
+    lab.start_broker_on(time.clock()).await;
     lab.until_ready().await;
     let mut bot = lab.patient_bot("maker").await;
-    assert_eq!(repeated(bot.send(order("open")).await), state("accepted"));
+    assert_eq!(
+        repeated(bot.send(order("unknown")).await),
+        state("accepted")
+    );
     let answer = bot.send(order("free")).await.unwrap();
     assert_eq!(answer.outcome(), Outcome::Accepted);
-    lab.process().terminate();
-    lab.process().exit_code().await;
+    lab.stop().await;
 }
 
 fn resolution(answer: &SignAndSendResponse) -> (State, &str) {

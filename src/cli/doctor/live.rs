@@ -254,7 +254,7 @@ async fn not_found(broker: &Arc<Broker>, found: &FoundKey, lookup: Lookup) -> Di
         shown(&answer.code),
         shown(&answer.msg)
     );
-    if lookup.judge(&answer, 0, &broker.not_found) == LookupResult::NotFound {
+    if lookup.judge(&answer, 0, 0, &broker.not_found) == LookupResult::NotFound {
         let cause = format!("expected an answer that means \"no such order\"; {got}, which is one");
         return Diagnosis::ok(CHECK, cause).about(name);
     }
