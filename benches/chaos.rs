@@ -39,6 +39,9 @@ const KILLS_AT_ONCE: u64 = 100;
 /// The row with the kills, which is the last one.
 const KILL: &str = "kill";
 
+/// Calls between two kills, if there are already enough in all.
+const LEAST_CALLS: u64 = 100;
+
 const SCALE: Scale = Scale {
     per_second: 200,
     met: 100,
@@ -109,7 +112,8 @@ async fn all() -> bool {
                 // The calls between kills bring them to their number.
                 let calls: u64 = reports.iter().map(Report::calls).sum();
                 scale.kills = left.min(KILLS_AT_ONCE);
-                scale.calls_per_restart = arguments.calls.saturating_sub(calls) / left;
+                let calls_left = arguments.calls.saturating_sub(calls);
+                scale.calls_per_restart = (calls_left / left).max(LEAST_CALLS);
             }
             left -= scale.kills.min(left);
             for new in run(group.setup, &rows, &scale, &[]).await {
