@@ -24,6 +24,7 @@ mod claims;
 pub(crate) mod dead_man;
 pub(crate) mod drain;
 mod earlier;
+mod ending;
 mod error;
 mod feedback;
 mod gate;

@@ -29,13 +29,14 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tracing::Instrument;
 
 use super::admission::CallSlot;
+use super::ending::{call_context, ending, ending_of_error, log_end, outcome_and_reason};
 use super::gate::{Closed, Gate};
 use super::resolve::{Ended, Resolved, Resolving};
 use super::retry::{self, Attempt, Retry, RetryBudget};
 use super::{Broker, BrokerError};
-use crate::audit::{CallContext, CallEnd, Intent, Recorded};
+use crate::audit::{Intent, Recorded};
 use crate::base::ids::{BotId, KeyName, Principal};
-use crate::base::outcome::{Outcome, Reason};
+use crate::base::outcome::Outcome;
 use crate::base::text::clean;
 use crate::clock::ClockUncertain;
 use crate::egress::{Answered, ConnectError, SendError};
@@ -641,92 +642,6 @@ fn is_unsent(error: &BrokerError) -> bool {
     error.outcome() == Some(Outcome::NotSent)
 }
 
-fn call_context(call: &Call, number: u64) -> CallContext<'_> {
-    let Call {
-        principal, request, ..
-    } = call;
-    let account_and_scope = Some((&request.account, request.scope));
-    CallContext {
-        principal,
-        request_id: &request.id,
-        call: number,
-        earlier_run: None,
-        account_and_scope,
-    }
-}
-
-pub(super) fn outcome_and_reason(
-    ended: &Result<Receipt, BrokerError>,
-) -> (Option<Outcome>, Option<Reason>) {
-    match ended {
-        Ok(receipt) => (Some(receipt.answer.outcome), None),
-        Err(error) => (error.outcome(), Some(error.reason())),
-    }
-}
-
-fn ending<'a>(call: &Call, ended: &'a Result<Receipt, BrokerError>) -> CallEnd<'a> {
-    match ended {
-        Err(error) => ending_of_error(call, error),
-        Ok(receipt) => CallEnd {
-            outcome: Some(receipt.answer.outcome),
-            reason: None,
-            detail: None,
-            http_status: Some(receipt.answer.http_status.as_u16()),
-            code: Some(clean(&receipt.answer.code, code::MAX_CODE_CHARS)),
-            items: &receipt.answer.items,
-            timestamp_ms: Some(receipt.timestamp_ms),
-            duration_us: micros(call.arrived.elapsed()),
-        },
-    }
-}
-
-fn ending_of_error(call: &Call, error: &BrokerError) -> CallEnd<'static> {
-    CallEnd {
-        outcome: error.outcome(),
-        reason: Some(error.reason()),
-        detail: Some(error.to_string()),
-        duration_us: micros(call.arrived.elapsed()),
-        ..CallEnd::default()
-    }
-}
-
-fn log_end(
-    call: &Call,
-    endpoint: &str,
-    ending: &CallEnd<'_>,
-    error: Option<&BrokerError>,
-    message: &str,
-) {
-    let is_dropped_read = matches!(
-        error,
-        Some(BrokerError::AnswerDropped(_) | BrokerError::ReadDropped)
-    );
-    let error = error.map(|error| chain(error));
-    macro_rules! line {
-        ($level:ident) => {
-            tracing::$level!(
-                account.id = %call.request.account,
-                scope = %call.request.scope,
-                endpoint,
-                outcome = ending.outcome.map(tracing::field::display),
-                reason = ending.reason.map(Reason::as_str),
-                http.response.status_code = ending.http_status,
-                duration_ms = ending.duration_us / 1000,
-                exception.message = error,
-                "{message}",
-            )
-        };
-    }
-    if call.principal == Principal::Broker {
-        line!(debug);
-    } else if ending.outcome == Some(Outcome::MaybeSent) && !is_dropped_read {
-        // A call that ended as `maybe_sent` has to be looked up.
-        line!(warn);
-    } else {
-        line!(info);
-    }
-}
-
 /// Whole microseconds.
 pub(crate) fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
@@ -771,7 +686,7 @@ pub(super) mod tests {
     async fn panic_in_a_call_is_internal_and_maybe_sent() {
         let ended: Result<(), _> = catch_panic(async { panic!("a defect") }).await;
         let error = ended.unwrap_err();
-        assert_eq!(error.reason(), Reason::Internal);
+        assert_eq!(error.reason(), crate::base::outcome::Reason::Internal);
         assert_eq!(error.outcome(), Some(Outcome::MaybeSent));
     }
 }

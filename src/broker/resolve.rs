@@ -14,8 +14,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit, oneshot};
 use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 use tracing::Instrument;
 
-use super::call::outcome_and_reason;
 use super::claims::became;
+use super::ending::outcome_and_reason;
 use super::gate::Gate;
 use super::{Broker, BrokerError, Call, Receipt};
 use crate::audit::CallContext;

@@ -4,19 +4,21 @@
 //! A line can be in several files, such as in a copy, and files can be read in a wrong order after the system clock was set.
 //! Therefore a clientOid belongs to the call that used it last, and only the results of that call count for it.
 
-use std::borrow::Cow;
+mod files;
+mod line;
+
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::OsStr;
-use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::io::{self, BufRead, Read};
+use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
 
-use flate2::read::MultiGzDecoder;
 use indexmap::IndexSet;
 use serde::{Deserialize, Serialize};
+
+use files::{Files, last_time, reader};
+use line::Line;
 
 use super::calls::{CallHandle, CallState};
 use super::guard::{ClaimKey, ClaimedBy, OrderState};
@@ -26,7 +28,7 @@ use crate::base::ids::{AccountId, BotId, Principal, RequestId};
 use crate::base::outcome::Reason;
 use crate::base::state_file;
 use crate::kucoin::lookup::LookupRecord;
-use crate::kucoin::{Catalog, Endpoint, Scope};
+use crate::kucoin::{Endpoint, Scope};
 
 /// The longest line that is read; the broker's own are much shorter.
 const LONGEST_LINE: u64 = 4 * 1024 * 1024;
@@ -34,14 +36,8 @@ const LONGEST_LINE: u64 = 4 * 1024 * 1024;
 /// The file's name in the state folder.
 const FILE: &str = "orders.json";
 
-/// Bytes at the end of the audit file that have its last line.
-const LAST_BYTES: u64 = 256 * 1024;
-
 /// How much later than expected the log may begin: the time of a slow start.
 const GAP_TOLERANCE_MS: i64 = 60_000;
-
-/// How often the files are listed again if they are rotated meanwhile.
-const LISTINGS: usize = 10;
 
 /// A call of an earlier run that changes something, and was sent or about to be sent.
 #[derive(Clone, Debug)]
@@ -84,67 +80,6 @@ struct State {
     /// When an admin last accepted that lines are missing (Unix milliseconds).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     gap_ms: Option<i64>,
-}
-
-/// The fields of a line that matter here.
-#[derive(Deserialize)]
-struct Line<'a> {
-    #[serde(borrow)]
-    event: Cow<'a, str>,
-    /// Whether the line was cut off, so that its last value can be wrong.
-    #[serde(default)]
-    torn: bool,
-    #[serde(default)]
-    time_ms: i64,
-    #[serde(borrow, default)]
-    run: Cow<'a, str>,
-    /// The run that has written the line, if it is another one.
-    #[serde(borrow)]
-    by_run: Option<Cow<'a, str>>,
-    seq: Option<u64>,
-    #[serde(default)]
-    call: u64,
-    #[serde(borrow, default)]
-    request_id: Cow<'a, str>,
-    #[serde(borrow)]
-    bot: Option<Cow<'a, str>>,
-    #[serde(borrow)]
-    account: Option<Cow<'a, str>>,
-    #[serde(borrow)]
-    scope: Option<Cow<'a, str>>,
-    #[serde(borrow)]
-    endpoint: Option<Cow<'a, str>>,
-    #[serde(borrow)]
-    uid: Option<Cow<'a, str>>,
-    exchange_ms: Option<i64>,
-    #[serde(borrow)]
-    body_sha256: Option<Cow<'a, str>>,
-    #[serde(borrow, default)]
-    client_oids: Vec<Cow<'a, str>>,
-    #[serde(default)]
-    lookup: Vec<LookupRecord>,
-    #[serde(borrow)]
-    outcome: Option<Cow<'a, str>>,
-    #[serde(borrow)]
-    reason: Option<Cow<'a, str>>,
-    /// The orders of a batch.
-    #[serde(borrow, default)]
-    items: Vec<LineItem<'a>>,
-    #[serde(borrow)]
-    client_oid: Option<Cow<'a, str>>,
-    #[serde(borrow)]
-    action: Option<Cow<'a, str>>,
-    #[serde(borrow)]
-    state: Option<Cow<'a, str>>,
-}
-
-/// One order of a batch.
-#[derive(Deserialize)]
-struct LineItem<'a> {
-    #[serde(borrow, default)]
-    client_oid: Cow<'a, str>,
-    #[serde(borrow)]
-    outcome: Cow<'a, str>,
 }
 
 /// A call: the number of its run in [`Reading::runs`], and its number in that run.
@@ -223,17 +158,6 @@ struct Open {
     handle: Option<CallHandle>,
     /// Whether the line was cut off; a complete one may follow.
     is_torn: bool,
-}
-
-/// The files to read, the oldest first.
-struct Files {
-    opened: Vec<(i64, PathBuf, File)>,
-    /// Device and number of each file that was found.
-    found: BTreeSet<(u64, u64)>,
-    /// Whether there is a file from before the time that matters.
-    reaches_back: bool,
-    /// Files that cannot be read.
-    unreadable: Vec<(PathBuf, io::Error)>,
 }
 
 impl Orders {
@@ -649,139 +573,6 @@ impl Reading<'_> {
     }
 }
 
-impl Line<'_> {
-    /// What its outcome says about a call.
-    fn state(&self) -> CallState {
-        match self.outcome.as_deref() {
-            Some("accepted") => CallState::Accepted,
-            Some("not_sent") => CallState::NotSent,
-            Some("rejected") => CallState::Rejected,
-            _ if self.reason.as_deref() == Some(Reason::OrderRepeated.as_str()) => {
-                CallState::Rejected
-            }
-            _ => CallState::MaybeSent,
-        }
-    }
-
-    /// The outcome of an order of the call.
-    fn outcome_of(&self, client_oid: &str) -> Option<&str> {
-        if self.items.is_empty() {
-            return self.outcome.as_deref();
-        }
-        let items = self.items.iter();
-        let mut items = items.filter(|item| item.client_oid == client_oid);
-        match (items.next(), items.next()) {
-            (Some(item), None) => Some(&item.outcome),
-            _ => None,
-        }
-    }
-
-    fn scope(&self) -> Option<Scope> {
-        let mut scopes = Scope::ALL.into_iter();
-        scopes.find(|scope| Some(scope.as_str()) == self.scope.as_deref())
-    }
-
-    /// The call of an intent, if it changes something.
-    fn call(&self) -> Option<EarlierCall> {
-        let endpoint = Catalog::get().by_id(self.endpoint.as_deref()?)?;
-        if endpoint.is_read() {
-            return None;
-        }
-        let client_oids = self.client_oids.iter();
-        let call = EarlierCall {
-            run: self.run.clone().into_owned(),
-            number: self.call,
-            principal: Principal::Bot(self.bot.as_deref()?.parse().ok()?),
-            request_id: self.request_id.parse().ok()?,
-            account: self.account.as_deref()?.parse().ok()?,
-            scope: self.scope()?,
-            endpoint,
-            client_oids: client_oids.map(|oid| oid.clone().into_owned()).collect(),
-            uid: self.uid.as_deref().map(str::to_owned),
-            exchange_ms: self.exchange_ms.unwrap_or(self.time_ms),
-            lookups: self.lookup.clone(),
-            open: Vec::new(),
-            has_outcome: false,
-        };
-        Some(call)
-    }
-}
-
-impl Files {
-    /// Lists and opens the audit file and its rotated predecessors. Repeats that if they are rotated meanwhile.
-    fn list(audit_file: &Path, from_ms: i64) -> Self {
-        let mut files = Self::list_once(audit_file, from_ms);
-        for _ in 0..LISTINGS {
-            let again = Self::list_once(audit_file, from_ms);
-            let is_unchanged = again.found == files.found;
-            files = again;
-            if is_unchanged && files.unreadable.is_empty() {
-                break;
-            }
-        }
-        files.opened.sort_by_key(|(first_ms, ..)| *first_ms);
-        files
-    }
-
-    fn list_once(audit_file: &Path, from_ms: i64) -> Self {
-        let mut files = Self {
-            opened: Vec::new(),
-            found: BTreeSet::new(),
-            reaches_back: false,
-            unreadable: Vec::new(),
-        };
-        // The name can be a link to another folder.
-        let target = std::fs::canonicalize(audit_file).unwrap_or_else(|_| audit_file.to_owned());
-        for path in [audit_file, &target] {
-            if let Err(error) = files.add_folder(path, from_ms)
-                && error.kind() != io::ErrorKind::NotFound
-            {
-                files.unreadable.push((path.to_owned(), error));
-            }
-        }
-        files
-    }
-
-    /// Adds the files whose names begin with that of the audit file.
-    fn add_folder(&mut self, audit_file: &Path, from_ms: i64) -> io::Result<()> {
-        let (Some(folder), Some(name)) = (audit_file.parent(), audit_file.file_name()) else {
-            return Ok(());
-        };
-        for entry in std::fs::read_dir(folder)? {
-            let entry = entry?;
-            let is_ours = entry
-                .file_name()
-                .as_encoded_bytes()
-                .starts_with(name.as_encoded_bytes());
-            if is_ours && let Err(error) = self.add(&entry.path(), from_ms) {
-                self.unreadable.push((entry.path(), error));
-            }
-        }
-        Ok(())
-    }
-
-    fn add(&mut self, path: &Path, from_ms: i64) -> io::Result<()> {
-        let from = UNIX_EPOCH + Duration::from_millis(from_ms.max(0).unsigned_abs());
-        let metadata = std::fs::metadata(path)?;
-        // Devices and pipes cannot be read back.
-        if !metadata.is_file() || metadata.len() == 0 {
-            return Ok(());
-        }
-        if metadata.modified()? < from {
-            self.reaches_back = true;
-            return Ok(());
-        }
-        let file = File::open(path)?;
-        let opened = file.metadata()?;
-        if !self.found.insert((opened.dev(), opened.ino())) {
-            return Ok(());
-        }
-        let first_ms = first_time(reader(path, File::open(path)?))?;
-        self.opened.push((first_ms, path.to_owned(), file));
-        Ok(())
-    }
-}
-
 /// When this broker first started, or a gap was accepted; `None` if the file is missing. Unreadable: long ago.
 fn read_state(state_dir: &Path) -> Option<State> {
     let unreadable = State {
@@ -801,52 +592,11 @@ fn write_since(state_dir: &Path, since_ms: i64, gap_ms: Option<i64>) -> io::Resu
     state_file::replace(state_dir, FILE, &text)
 }
 
-/// The time of the first line that can be read.
-fn first_time(mut reader: impl BufRead) -> io::Result<i64> {
-    let mut bytes = Vec::new();
-    loop {
-        bytes.clear();
-        let read = (&mut reader)
-            .take(LONGEST_LINE)
-            .read_until(b'\n', &mut bytes)?;
-        if read == 0 {
-            let problem = "expected audit lines, plain or compressed with gzip";
-            return Err(io::Error::new(io::ErrorKind::InvalidData, problem));
-        }
-        if let Ok(line) = serde_json::from_slice::<Line>(&bytes) {
-            return Ok(line.time_ms);
-        }
-    }
-}
-
-/// The time of the last line of the audit file; `None` if it has none.
-fn last_time(audit_file: &Path) -> io::Result<Option<i64>> {
-    let mut file = File::open(audit_file)?;
-    if !file.metadata()?.is_file() {
-        return Ok(None);
-    }
-    let end = file.metadata()?.len();
-    file.seek(SeekFrom::Start(end.saturating_sub(LAST_BYTES)))?;
-    let mut bytes = Vec::new();
-    file.read_to_end(&mut bytes)?;
-    let lines = bytes.rsplit(|byte| *byte == b'\n');
-    let mut times = lines.filter_map(|line| serde_json::from_slice::<Line>(line).ok());
-    Ok(times.next().map(|line| line.time_ms))
-}
-
-fn reader(path: &Path, file: File) -> Box<dyn BufRead> {
-    let open = BufReader::with_capacity(256 * 1024, file);
-    if path.extension() == Some(OsStr::new("gz")) {
-        return Box::new(BufReader::with_capacity(
-            256 * 1024,
-            MultiGzDecoder::new(open),
-        ));
-    }
-    Box::new(open)
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::path::PathBuf;
+
     use flate2::Compression;
     use flate2::write::GzEncoder;
 
