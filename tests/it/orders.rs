@@ -433,6 +433,8 @@ async fn claims_survive_kills_and_rotations_of_the_audit_log() {
     lab.spawn_broker().await;
     lab.until_ready().await;
     let mut bot = lab.patient_bot("maker").await;
+    // The exchange would recognize these clientOids, too.
+    let sent = orders_received(&lab);
     for oid in ["compressed", "rotated", "current"] {
         assert_eq!(
             order_repeated(bot.send(spot_order(oid)).await),
@@ -455,6 +457,7 @@ async fn claims_survive_kills_and_rotations_of_the_audit_log() {
         order_repeated(bot.send(spot_order("stalls")).await),
         "accepted"
     );
+    assert_eq!(orders_received(&lab), sent);
     for index in 0..3 {
         bot.send(spot_order(&format!("rejected-{index}")))
             .await
