@@ -34,11 +34,13 @@ impl Broker {
                 "an earlier run ended before it had the results of these requests; the audit log lists them as maybe_sent"
             );
         }
-        let count = orders.len();
-        tracing::info!(
-            count,
-            "orders of earlier runs that may have been placed are looked up"
-        );
+        if !orders.is_empty() {
+            let count = orders.len();
+            tracing::info!(
+                count,
+                "orders of earlier runs that may have been placed are looked up"
+            );
+        }
         for (order, lookup) in orders {
             let stopped = self.calls.give_up.clone();
             let resolve = Arc::clone(self).look_up_earlier(order, lookup);
