@@ -7,7 +7,6 @@ use tokio::task::spawn_blocking;
 use super::admin_error::AdminError;
 use super::admins::AdminApi;
 use super::bots::scope;
-use super::messages::in_proto;
 use crate::audit::{Act, MAX_CLIENT_OID_CHARS};
 use crate::base::ids::AdminId;
 use crate::base::text::clean;
@@ -95,10 +94,9 @@ impl AdminApi {
                 "another admin has settled it meanwhile".to_owned(),
             ));
         }
-        let [scope] = in_proto(&[scope])[..] else {
-            return Err(AdminError::Internal);
-        };
-        Ok(proto::SettleOrderResponse { scope })
+        Ok(proto::SettleOrderResponse {
+            scope: proto::Scope::from(scope).into(),
+        })
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! An order is looked up once its call has a result: from then on nothing of the call is sent, and its connection is closed or
 //! has delivered a complete answer. Lookups have limits of their own, so that they leave bots their rate limits at the
-//! exchange. A stop ends them: the audit log has the order as `maybe_sent` then.
+//! exchange. A stop ends them; the next start goes on (`earlier.rs`).
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -39,7 +39,7 @@ const AT_ONCE: usize = 8;
 /// The least time between two of them: at most 5 per second, a fraction of what KuCoin allows each account.
 const EVERY: Duration = Duration::from_millis(200);
 
-/// Time limit of one lookup.
+/// How long a call waits for the lookup of an earlier order with its clientOid.
 const ANSWER_WITHIN: Duration = Duration::from_secs(4);
 
 /// The limits of lookups: of each account and host their own, as at KuCoin, so that one account takes nothing from another.
@@ -144,9 +144,7 @@ impl ResolvedState {
             Self::Absent => {
                 "the exchange did not place the order and rejects this request from now on; its clientOid is free again: decide again whether to send the order"
             }
-            Self::Placed => {
-                "a lookup found the order as it was sent: it was placed, or amended, once"
-            }
+            Self::Placed => "a lookup found the order: it was placed or amended once",
             Self::Unknown => {
                 "lookups did not show whether the order was placed; look it up, and do not send it again"
             }
@@ -328,18 +326,9 @@ impl Broker {
             let request = lookup.request(order.account.clone(), RequestId::random());
             let uid_before = self.uid_of_lookup(&request);
             let exchange = self.clock.exchange(order.host_id);
-            let (sent, arrived) = (self.clock.boot(), Instant::now());
+            let sent = self.clock.boot();
             let answered = self
-                .sign_and_send(Call {
-                    principal: Principal::Broker,
-                    request: request.clone(),
-                    key: None,
-                    arrived,
-                    deadline: arrived + ANSWER_WITHIN,
-                    not_after_ms: None,
-                    resolve_within: Duration::ZERO,
-                    slot: None,
-                })
+                .send_request(Principal::Broker, request.clone(), None)
                 .await;
             let result = match answered {
                 Ok(receipt) => {

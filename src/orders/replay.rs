@@ -221,7 +221,7 @@ impl Orders {
         let mut runs = reading.numbers.values();
         let lacks_lines = runs.any(|numbers| numbers.has_gap(since_ms.max(from_ms)));
         let has_gap = !unreadable.is_empty() || lacks_lines || (begins_late && !reaches_back);
-        let unresolved = self.take_over(reading);
+        let calls = self.take_over(reading);
         let (count, _) = self.usage();
         tracing::info!(count, "clientOids of earlier runs read from the audit log");
         if has_gap {
@@ -237,7 +237,7 @@ impl Orders {
         {
             tracing::error!(exception.message = %error, "cannot write {FILE} in the state folder; a later start may not notice that audit lines are missing");
         }
-        unresolved
+        calls
     }
 
     /// Accepts that clientOids which were used before `now_ms` may be unknown. Returns whether orders were refused for that.

@@ -1038,6 +1038,23 @@ async fn live_report_compares_answers_with_the_documented_fields() {
         entry,
         r#"{ host = "futures", product = "futures", http_status = 200, code = "200000", empty_data = true }"#
     );
+    // A rejection of the lookup itself must not become an entry.
+    let rejected = FaultAction::Answer {
+        status: 200,
+        body: json!({"code": "400007", "msg": "Access denied"}),
+        when: When::BeforeProcessing,
+    };
+    lab.kucoin
+        .fault(Fault::once("/api/v1/orders/byClientOid", rejected));
+    let result = doctor(&lab, &["--live", "main"]).await;
+    let words = result.stdout.split_whitespace().collect::<Vec<_>>();
+    let words = words.join(" ");
+    assert!(!words.contains("exchange.not_found"), "{}", result.stdout);
+    assert!(
+        words.contains("the gateway rejected the lookup itself; correct what"),
+        "{}",
+        result.stdout
+    );
     // With the entry, it is known.
     lab.reconfigure("[exchange]", &format!("[exchange]\nnot_found = [{entry}]"));
     let body = json!({"code": "200000", "data": null});

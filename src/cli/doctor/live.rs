@@ -263,7 +263,9 @@ async fn not_found(broker: &Arc<Broker>, found: &FoundKey, lookup: Lookup) -> Di
     );
     let fix = match lookup.entry_for(&answer) {
         Ok(entry) => format!("add this to exchange.not_found: {entry}"),
-        Err(error) => format!("report it as a credbroker bug: {error}"),
+        Err(error) => {
+            format!("{error}; correct what the other lines show, and run this command again")
+        }
     };
     Diagnosis::warning(CHECK, cause, &fix).about(name)
 }

@@ -134,8 +134,10 @@ pub(super) fn last_time(audit_file: &Path) -> io::Result<Option<i64>> {
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes)?;
     let lines = bytes.rsplit(|byte| *byte == b'\n');
-    let mut times = lines.filter_map(|line| serde_json::from_slice::<Line>(line).ok());
-    Ok(times.next().map(|line| line.time_ms))
+    let lines = lines.filter_map(|line| serde_json::from_slice::<Line>(line).ok());
+    // The time of a line that was cut off can be wrong.
+    let mut complete = lines.filter(|line| !line.torn);
+    Ok(complete.next().map(|line| line.time_ms))
 }
 
 pub(super) fn reader(path: &Path, file: File) -> Box<dyn BufRead> {
