@@ -8,6 +8,7 @@
 //! | the bot's deadline, counted from the arrival of the request headers | `grpc-timeout`, or `limits.default_deadline_ms` | `api/bots.rs` |
 //! | the bot is answered this long before its deadline | 50 ms, or a tenth of the deadline if that is less | `api/bots.rs` |
 //! | a risk-increasing request is written completely to its socket | `not_after_ms`, and the bot's deadline | `broker/not_after.rs`, `egress/send_guard.rs` |
+//! | a request waits for its part of the rate budgets | `max_wait_ms` of its grant, and `not_after_ms` | `broker/budget.rs` |
 //! | connect to the exchange, TLS included | `egress.connect_timeout_ms` | `egress.rs` |
 //! | DNS lookup after a failed connect | 1 s | `egress.rs` |
 //! | the complete answer of the exchange | `egress.answer_timeout_ms` | `egress.rs` |
@@ -19,6 +20,7 @@
 
 pub(crate) mod admission;
 pub(crate) mod answer_memory;
+mod budget;
 mod call;
 mod claims;
 pub(crate) mod dead_man;
@@ -46,6 +48,7 @@ use crate::audit::{Audit, AuditLine, CallContext, CallEnd};
 use crate::base::ids::{AccountId, AdminId, BotId, Principal, RequestId};
 use crate::base::lock::RwLock;
 use crate::base::outcome::Reason;
+use crate::budgets::Budgets;
 use crate::clock::Clock;
 use crate::egress::Egress;
 use crate::egress::proof::Proof;
@@ -94,6 +97,8 @@ pub(crate) struct Broker {
     pub(crate) calls: Calls,
     /// The clientOids that have been used.
     pub(crate) orders: Orders,
+    /// What may be sent to the exchange within its rate limits.
+    pub(crate) budgets: Arc<Budgets>,
     /// The limits of lookups of orders that may have been placed.
     pub(crate) lookups: LookupLimits,
     /// The answers to lookups that mean "no such order".

@@ -79,6 +79,8 @@ pub struct Config {
     pub(crate) connection_limits: ConnectionLimits,
     /// Limits of calls and connections, per bot and in total.
     pub(crate) admission_limits: AdmissionLimits,
+    /// Requests to the exchange per 10 s over all accounts; `None`: no limit.
+    pub(crate) edge_limit: Option<u64>,
     /// How often rules and certificates are checked for changes.
     pub(crate) reload_every: Duration,
     /// Time limit of calls without a deadline.
@@ -255,6 +257,7 @@ fn read(file: &mut Section, folder: &Path) -> Option<Config> {
         request_limits: limits.request,
         connection_limits: limits.connection,
         admission_limits: limits.admission,
+        edge_limit: limits.edge,
         reload_every,
         default_deadline: limits.default_deadline,
         drain_timeout: limits.drain_timeout,
@@ -301,6 +304,7 @@ struct Limits {
     request: RequestLimits,
     connection: ConnectionLimits,
     admission: AdmissionLimits,
+    edge: Option<u64>,
     default_deadline: Duration,
     drain_timeout: Duration,
 }
@@ -341,6 +345,7 @@ fn limits(section: &mut Section, max_answer_bytes: usize) -> Limits {
         connections_per_bot: count("connections_per_bot", 64, 100_000),
     };
     read_answer_bytes(section, &mut admission_limits, max_answer_bytes);
+    let edge = section.number("edge_requests_per_10s", 0, 0..=1_000_000);
     // The largest request arrives well within the default `request_timeout_ms`, also at the lowest rate.
     let read_rate = section.number(
         "read_bytes_per_second",
@@ -372,6 +377,7 @@ fn limits(section: &mut Section, max_answer_bytes: usize) -> Limits {
             grace: drain_timeout,
         },
         admission: admission_limits,
+        edge: (edge > 0).then_some(edge),
         default_deadline,
         drain_timeout,
     }

@@ -23,6 +23,7 @@ mod order_form;
 #[allow(dead_code, reason = "the guard of clientOids will use it")]
 pub(crate) mod placement;
 pub(crate) mod pointer;
+pub(crate) mod quota;
 pub(crate) mod request;
 pub(crate) mod schema;
 pub mod sign;

@@ -45,6 +45,7 @@ mod api;
 mod audit;
 pub mod base;
 mod broker;
+mod budgets;
 pub mod cli;
 pub mod clock;
 pub mod config;

@@ -29,6 +29,8 @@ pub struct Account {
     pub(crate) site: Site,
     /// Its VIP level, 0 to 12, which sets its quotas.
     pub(crate) vip: u8,
+    /// KuCoin's id of its master account, if both share the quotas of the unified account.
+    pub(crate) parent_uid: Option<String>,
     /// What its keys may be used for.
     pub(crate) purpose: Purpose,
     /// Whether endpoints that move money may be granted at all.
@@ -78,6 +80,8 @@ pub struct Policy {
     /// The line of each account in the rules file, kept apart so that a moved line does not change the account.
     account_lines: BTreeMap<AccountId, usize>,
     bots: HashMap<BotId, HashMap<AccountId, HashMap<Scope, Grants>>>,
+    /// The weights of bots that are not 1.
+    weights: HashMap<BotId, u32>,
 }
 
 /// What one bot may do on one account in one scope. No list of rules in a map is empty.
@@ -99,8 +103,26 @@ pub struct Rule {
     pub(crate) key: String,
     /// A class, the id of an endpoint, or the path of an endpoint that is not in the catalogue.
     pub word: String,
-    /// Whether its orders need a clientOid.
+    /// How its requests are treated.
+    pub(crate) options: GrantOptions,
+}
+
+/// The options of a grant.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub(crate) struct GrantOptions {
+    /// Whether orders need a clientOid.
     pub(crate) client_oid: ClientOidRule,
+    /// How long a request waits for its part of a rate budget.
+    pub(crate) max_wait: Duration,
+}
+
+impl Default for GrantOptions {
+    fn default() -> Self {
+        Self {
+            client_oid: ClientOidRule::default(),
+            max_wait: Duration::from_millis(200),
+        }
+    }
 }
 
 /// `client_oid` of a grant: whether orders need a clientOid where the exchange does not require one.
@@ -136,7 +158,8 @@ pub struct Permit {
     account: Arc<Account>,
     scope: Scope,
     endpoint: Option<&'static Endpoint>,
-    client_oid: ClientOidRule,
+    options: GrantOptions,
+    weight: u32,
     passes_like_a_cancel: bool,
 }
 
@@ -194,7 +217,17 @@ impl Permit {
 
     /// Whether an order needs a clientOid where the exchange does not require one.
     pub(crate) fn requires_client_oid(&self) -> bool {
-        self.client_oid == ClientOidRule::Required
+        self.options.client_oid == ClientOidRule::Required
+    }
+
+    /// How long the request waits for its part of a rate budget.
+    pub(crate) fn max_wait(&self) -> Duration {
+        self.options.max_wait
+    }
+
+    /// The weight of the bot among the bots of the account.
+    pub(crate) fn weight(&self) -> u32 {
+        self.weight
     }
 
     /// Whether the request can be repeated without harm even if it was executed.
@@ -346,11 +379,12 @@ impl Policy {
             ref target,
             ..
         } = request;
-        let mut client_oid = ClientOidRule::Required;
+        let (mut options, mut weight) = (GrantOptions::default(), 1);
         let (entry, endpoint) = match principal {
             Principal::Bot(bot) => {
                 let granted = self.decide(bot, account, scope, method, target.path())?;
-                client_oid = least_strict(granted.by);
+                options = most_generous(granted.by);
+                weight = self.weight(bot);
                 (granted.account, granted.endpoint)
             }
             Principal::Admin(_) => {
@@ -365,9 +399,15 @@ impl Policy {
             account: Arc::clone(entry),
             scope,
             endpoint,
-            client_oid,
+            options,
+            weight,
             passes_like_a_cancel: false,
         })
+    }
+
+    /// The weight of a bot among the bots of an account.
+    pub(crate) fn weight(&self, bot: &BotId) -> u32 {
+        self.weights.get(bot).copied().unwrap_or(1)
     }
 
     /// The account, if a rule grants this bot the class `read` on it in this scope.
@@ -540,10 +580,14 @@ fn allowed_by<'p>(
     Ok(grants.map_or([&[], &[]], |grants| grants.by(endpoint)))
 }
 
-/// What the most generous of these rules says.
-fn least_strict(by: By<'_>) -> ClientOidRule {
-    let rules = by.into_iter().flatten().map(|rule| rule.client_oid);
-    rules.min().unwrap_or_default()
+/// The most generous options of these rules.
+fn most_generous(by: By<'_>) -> GrantOptions {
+    let options = by.into_iter().flatten().map(|rule| rule.options);
+    let options = options.reduce(|most, other| GrantOptions {
+        client_oid: most.client_oid.min(other.client_oid),
+        max_wait: most.max_wait.max(other.max_wait),
+    });
+    options.unwrap_or_default()
 }
 
 impl Grants {
@@ -560,6 +604,15 @@ impl Grants {
         }
         let rules = self.unlisted.get(&(method, path.to_owned()))?;
         Some(rules)
+    }
+
+    /// The longest `max_wait_ms` of its rules, if one differs from the default.
+    fn max_wait(&self) -> Option<Duration> {
+        let waits = || self.rules().into_iter().map(|rule| rule.options.max_wait);
+        let default = GrantOptions::default().max_wait;
+        waits()
+            .max()
+            .filter(|_| waits().any(|wait| wait != default))
     }
 
     /// All rules except those of `allow = []`, in the order of the file.

@@ -201,6 +201,9 @@ pub struct Metrics {
     pub(crate) addresses_refused: Counter,
     pub(crate) credentials_refused: Counter,
     pub(crate) codes_unknown: Family<Labels<1>, Counter>,
+    pub(crate) edge_blocks: Counter,
+    pub(crate) rate_limited_by_exchange: Counter,
+    pub(crate) weights_assumed: Counter,
     pub(crate) refusals_unrecorded: Counter,
     pub(crate) audit_failures: Counter,
     pub(crate) unresolved: Counter,
@@ -358,6 +361,20 @@ impl Metrics {
         register("audit_failures", help, &self.audit_failures);
         let help = "Requests whose results an earlier run did not have when it ended";
         register("requests_unresolved", help, &self.unresolved);
+        self.register_limits(registry);
+    }
+
+    fn register_limits(&self, registry: &mut Registry) {
+        let mut register = |name, help, counter: &Counter| {
+            registry.register::<&str, &str>(name, help, counter.clone());
+        };
+        let help = "Times that the exchange has blocked the egress address for too many requests";
+        register("edge_blocks", help, &self.edge_blocks);
+        let help = "Answers of the exchange that reject a request for its rate limit (code 429000)";
+        let rejected = &self.rate_limited_by_exchange;
+        register("rate_limited_by_exchange", help, rejected);
+        let help = "Requests whose weight KuCoin does not publish, so that it was assumed";
+        register("weights_assumed", help, &self.weights_assumed);
     }
 
     /// Counts a call that has ended.

@@ -66,7 +66,10 @@ fn status_with(
         add_violations(&mut details, problems);
     }
     if retry_helps(reason) {
-        details.set_retry_info(Some(RETRY_AFTER));
+        details.set_retry_info(Some(match error {
+            BrokerError::RateLimited(limited) => limited.retry_after,
+            _ => RETRY_AFTER,
+        }));
     }
     Status::with_error_details(code(reason), cut(&error.to_string()), details)
 }
@@ -108,7 +111,7 @@ fn code(reason: Reason) -> Code {
         | Reason::ClockUncertain
         | Reason::EgressMismatch
         | Reason::KeyUnavailable => Code::FailedPrecondition,
-        Reason::Overloaded => Code::ResourceExhausted,
+        Reason::Overloaded | Reason::RateLimited => Code::ResourceExhausted,
         Reason::MethodUnknown => Code::Unimplemented,
         Reason::PolicyDenied => Code::PermissionDenied,
         Reason::RequestMalformed => Code::InvalidArgument,
@@ -120,6 +123,7 @@ fn retry_helps(reason: Reason) -> bool {
         Reason::AuditUnavailable
         | Reason::ExchangeUnreachable
         | Reason::Overloaded
+        | Reason::RateLimited
         | Reason::ShuttingDown => true,
         Reason::AccountFrozen
         | Reason::AnswerLost

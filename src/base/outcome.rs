@@ -76,6 +76,8 @@ pub enum Reason {
     Overloaded,
     /// The rules do not allow it.
     PolicyDenied,
+    /// The request does not fit into the rate limits of the exchange now.
+    RateLimited,
     /// A field of the request is invalid.
     RequestMalformed,
     /// The broker is shutting down.
@@ -84,7 +86,7 @@ pub enum Reason {
 
 impl Reason {
     /// All reasons.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::AccountFrozen,
         Self::AnswerLost,
         Self::AuditUnavailable,
@@ -101,6 +103,7 @@ impl Reason {
         Self::OrderRepeated,
         Self::Overloaded,
         Self::PolicyDenied,
+        Self::RateLimited,
         Self::RequestMalformed,
         Self::ShuttingDown,
     ];
@@ -124,6 +127,7 @@ impl Reason {
             Self::OrderRepeated => "ORDER_REPEATED",
             Self::Overloaded => "OVERLOADED",
             Self::PolicyDenied => "POLICY_DENIED",
+            Self::RateLimited => "RATE_LIMITED",
             Self::RequestMalformed => "REQUEST_MALFORMED",
             Self::ShuttingDown => "SHUTTING_DOWN",
         }
@@ -146,6 +150,7 @@ impl Reason {
             | Self::MethodUnknown
             | Self::Overloaded
             | Self::PolicyDenied
+            | Self::RateLimited
             | Self::RequestMalformed
             | Self::ShuttingDown => Outcome::NotSent,
         })

@@ -17,7 +17,7 @@
 //!   an idempotent request is sent again, and no order is idempotent.
 
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::AssertUnwindSafe;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -38,6 +38,7 @@ use crate::audit::{Intent, Recorded};
 use crate::base::ids::{BotId, KeyName, Principal};
 use crate::base::outcome::Outcome;
 use crate::base::text::clean;
+use crate::budgets::Charge;
 use crate::clock::ClockUncertain;
 use crate::egress::{Answered, ConnectError, SendError};
 use crate::keyring::{KeyLease, KeyUnavailable};
@@ -139,8 +140,8 @@ impl Broker {
         mut reply: oneshot::Sender<Result<Receipt, BrokerError>>,
     ) {
         let number = self.calls.next_number();
-        let admitted = catch_unwind(AssertUnwindSafe(|| self.admit(&call, number)));
-        let (permit, claims, intent) = match admitted.unwrap_or(Err(BrokerError::Internal)) {
+        let admitted = catch_panic(self.admit(&call, number, &mut reply)).await;
+        let (permit, charge, claims, intent) = match admitted {
             Ok(admitted) => admitted,
             Err(error) => {
                 self.deny(&call, number, &error).await;
@@ -151,7 +152,8 @@ impl Broker {
         let open = self.calls.track(&call, permit.changes());
         let gate = Gate::default();
         let ends_with_caller = !permit.changes() || permit.increases_risk();
-        let mut delivery = pin!(catch_panic(self.deliver(&call, &permit, intent, &gate)));
+        let delivery = self.deliver(&call, &permit, charge, intent, &gate);
+        let mut delivery = pin!(catch_panic(delivery));
         let stopped_by = tokio::select! {
             biased;
             // First, so that the delivery does not send after a hang-up.
@@ -220,12 +222,23 @@ impl Broker {
         });
     }
 
-    /// Authorizes the call, claims its clientOids and queues its intent for the audit log.
-    fn admit(&self, call: &Call, number: u64) -> Result<(Permit, Claims, Intent), BrokerError> {
+    /// Authorizes the call, waits until it fits into the rate budgets, claims its clientOids and queues its intent for the audit
+    /// log.
+    async fn admit(
+        &self,
+        call: &Call,
+        number: u64,
+        reply: &mut oneshot::Sender<Result<Receipt, BrokerError>>,
+    ) -> Result<(Permit, Charge, Claims, Intent), BrokerError> {
         if !self.is_served(call) {
             return Err(BrokerError::ShuttingDown);
         }
         let permit = self.authorize(call)?;
+        let charge = self.take_budget(call, &permit, reply).await?;
+        // It may have waited.
+        if !self.is_served(call) {
+            return Err(BrokerError::ShuttingDown);
+        }
         self.log_permit(call, &permit);
         tracing::debug!(
             risk_increasing = permit.increases_risk(),
@@ -240,7 +253,7 @@ impl Broker {
             self.orders.settle(&claims, |_| Settled::NotPlaced);
         })?;
         self.begin_call(call, &permit, &mut claims);
-        Ok((permit, claims, intent))
+        Ok((permit, charge, claims, intent))
     }
 
     /// Checks the rules, then the restrictions that admins have set. A risk-increasing request also needs a proven egress
@@ -295,13 +308,15 @@ impl Broker {
         self: &Arc<Self>,
         call: &Call,
         permit: &Permit,
+        mut charge: Charge,
         intent: Intent,
         gate: &Gate,
     ) -> Result<Receipt, BrokerError> {
+        let charge = &mut charge;
         let recorded = &intent.recorded(&self.audit, call.deadline).await?;
         tracing::debug!("intent audited");
         let (is_idempotent, has_own_key) = (permit.is_idempotent(), call.key.is_some());
-        let mut last = self.send(call, permit, recorded, gate).await;
+        let mut last = self.send(call, permit, recorded, charge, gate).await;
         let mut budget = RetryBudget::default();
         while let Some(retry) =
             retry::next(Attempt::of(&last), is_idempotent, has_own_key, &mut budget)
@@ -311,7 +326,7 @@ impl Broker {
             }
             tracing::debug!(cause = retry.cause(), "sending again");
             let was_sent = !last.as_ref().is_err_and(is_unsent);
-            match self.send(call, permit, recorded, gate).await {
+            match self.send(call, permit, recorded, charge, gate).await {
                 // A rejection or a lost answer is never replaced by "not sent".
                 Err(next) if was_sent && is_unsent(&next) => break,
                 ended => last = ended,
@@ -359,6 +374,7 @@ impl Broker {
         call: &Call,
         admitted: &Permit,
         recorded: &Recorded,
+        charge: &mut Charge,
         gate: &Gate,
     ) -> Result<Receipt, BrokerError> {
         // Fail early: a call that cannot be signed must not use a connection. The rules may name another key by now: writing
@@ -408,6 +424,7 @@ impl Broker {
         if sending >= call.deadline || !gate.pass(guard.clone(), timestamp_ms) {
             return Err(BrokerError::DeadlineExceeded);
         }
+        charge.begin_attempt();
         let key = permit.key_name().filter(|_| lease.is_some());
         tracing::debug!(
             key.name = key.map(KeyName::as_str),
@@ -437,6 +454,7 @@ impl Broker {
             "answer received"
         );
         self.apply_feedback(call, permit, lease.as_ref(), &answer);
+        self.apply_to_budgets(charge, permit, &answer);
         Ok(Receipt {
             answer,
             resolution: None,

@@ -322,6 +322,15 @@ fn judge_bare(http_status: StatusCode) -> Outcome {
     }
 }
 
+impl Answer {
+    /// Whether the edge of the exchange blocks the egress address: code 1015, or an answer without a code that is not from the
+    /// gateway. Source: KuCoin API documentation, code 1015; its edge answers with HTML.
+    pub(crate) fn is_edge_block(&self) -> bool {
+        let is_bare = self.code.is_empty() && self.http_status == StatusCode::TOO_MANY_REQUESTS;
+        self.code == code::EDGE_BLOCKED || is_bare
+    }
+}
+
 fn rate_limit(headers: &HeaderMap) -> Option<RateLimit> {
     let number = |name| {
         header_text(headers, &header::HeaderName::from_static(name))?

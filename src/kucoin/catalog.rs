@@ -6,6 +6,7 @@ use std::sync::LazyLock;
 use serde::Deserialize;
 
 use super::order_form::{ClientOidLocation, OrderForm, Requirement};
+use super::quota::Pool;
 use super::{Host, Method, Scope, UnsignedRequest};
 
 /// Compiled from the official SDK specifications and documentation; `risk`, `effect` and `idempotent` are our own judgement.
@@ -34,6 +35,12 @@ pub struct Endpoint {
     pub(crate) scope: Option<Scope>,
     /// The permission that a key needs, as KuCoin's page names it; `None` if none is needed or it is unknown.
     pub(crate) permission: Option<String>,
+    /// Its rate limit pool; `None` if KuCoin does not publish it.
+    #[serde(default)]
+    pub(crate) rate_limit_pool: Option<Pool>,
+    /// What a request takes from the pool; `None` if KuCoin does not publish it.
+    #[serde(default)]
+    pub(crate) weight: Option<u32>,
     /// What a call can do to the account.
     pub risk: Risk,
     /// What a call does to orders.

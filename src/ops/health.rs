@@ -13,11 +13,14 @@ use tokio::sync::watch;
 use super::key_health::{self, KeyHealth};
 use crate::audit::Audit;
 use crate::base::diagnosis::{Diagnosis, Severity};
+use crate::base::ids::AccountId;
 use crate::broker::Broker;
+use crate::budgets::Level;
 use crate::clock::{self, ClockUncertain, ExchangeTime, HostId};
 use crate::config::FileProblems;
 use crate::egress::proof::ProofStatus;
 use crate::kucoin::advice;
+use crate::kucoin::quota::Pool;
 use crate::orders::ClaimsUnknown;
 use crate::process::hardened;
 use crate::proto::KeyStatus;
@@ -176,6 +179,12 @@ pub(crate) fn details(broker: &Broker, problems: &FileProblems) -> Vec<String> {
         let age_s = now.saturating_sub(at).as_secs();
         lines.push(address_refused(address, broker.proof.expected(), age_s));
     }
+    if let Some(time) = broker.budgets.edge_blocked_for() {
+        lines.push(format!(
+            "rate limit: the exchange blocks the egress address for {} s more; until then only one cancel per second is sent",
+            time.as_secs() + 1
+        ));
+    }
     for host_id in broker.policy().hosts() {
         let time = broker.clock.exchange(host_id);
         if let (Some(uncertainty), Some(age)) = (time.uncertainty, time.age) {
@@ -250,6 +259,7 @@ impl Collector for HealthMetrics {
         encode_files(&self.problems.borrow(), gauges)?;
         encode_audit(&broker.audit, gauges)?;
         encode_orders(broker, gauges)?;
+        encode_budgets(broker, gauges)?;
         encode_process(broker, gauges)
     }
 }
@@ -414,6 +424,28 @@ fn encode_orders(broker: &Broker, gauges: &mut DescriptorEncoder<'_>) -> fmt::Re
     let help = "How many seconds into the past the broker knows every clientOid that was used: normally orders.window_hours, \
                 less after older ones were forgotten or audit lines were missing; absent while the exchange's time is unknown";
     gauge(gauges, "orders_window_seconds", help, held_s)
+}
+
+fn encode_budgets(broker: &Broker, gauges: &mut DescriptorEncoder<'_>) -> fmt::Result {
+    let levels = broker.budgets.levels();
+    let each = |value: fn(&(AccountId, Pool, Level, usize)) -> u64| {
+        let values = levels.iter().map(move |level| {
+            let (account, pool) = (level.0.to_string(), level.1.as_str().to_owned());
+            ([("account", account), ("pool", pool)], value(level))
+        });
+        values.collect::<Vec<_>>()
+    };
+    let help = "Weight per 30 s that KuCoin allows the account, or the address in pool public";
+    gauge(gauges, "budget_quota", help, each(|level| level.2.quota))?;
+    let help = "Weight that is left in the current window";
+    gauge(gauges, "budget_left", help, each(|level| level.2.left))?;
+    let help = "Weight that the broker has sent in the current window; budget_quota - budget_left - budget_sent was used by others";
+    gauge(gauges, "budget_sent", help, each(|level| level.2.sent))?;
+    let help = "Number of requests that wait for the budget";
+    gauge(gauges, "budget_waiting", help, each(|level| level.3 as u64))?;
+    let help = "1 while the exchange blocks the egress address for too many requests, otherwise 0";
+    let is_blocked = broker.budgets.edge_blocked_for().is_some();
+    gauge(gauges, "edge_blocked", help, [([], i64::from(is_blocked))])
 }
 
 fn encode_process(broker: &Broker, gauges: &mut DescriptorEncoder<'_>) -> fmt::Result {

@@ -1,7 +1,7 @@
 //! Explains to admins why the rules allow or deny a request. Bots get less detail.
 
 use super::file::GrantTarget;
-use super::{ClientOidRule, Denied, Grants, Policy, Rule, least_strict};
+use super::{ClientOidRule, Denied, Grants, Policy, Rule, most_generous};
 use crate::base::ids::{AccountId, BotId, KeyName};
 use crate::kucoin::catalog::Found;
 use crate::kucoin::{Catalog, Endpoint, Method, Risk, Scope};
@@ -68,7 +68,7 @@ impl Policy {
                 let client_oid = granted.endpoint.is_some_and(is_open);
                 Ok(Allowed {
                     by,
-                    client_oid: client_oid.then(|| least_strict(granted.by)),
+                    client_oid: client_oid.then(|| most_generous(granted.by).client_oid),
                     key: key.filter(|_| granted.endpoint.is_none_or(Endpoint::is_private)),
                 })
             }

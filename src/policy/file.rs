@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Account, ClientOidRule, MaxStale, Policy, Purpose, Rule, serves};
+use super::{Account, GrantOptions, MaxStale, Policy, Purpose, Rule, serves};
 use crate::base::ids::{AccountId, BotId};
 use crate::base::toml_file::{Problem, Problems, Section};
 use crate::kucoin::catalog::Found;
@@ -25,6 +25,9 @@ impl Policy {
             for section in rules.numbered_sections("grant") {
                 policy.add_grant(section);
             }
+            for (name, section) in rules.named_sections("bot") {
+                policy.add_bot(&name, section);
+            }
         }
         problems.into_result().map(|()| policy)
     }
@@ -32,6 +35,13 @@ impl Policy {
     fn add_account(&mut self, name: &str, mut section: Section) {
         let site = section.optional("site").unwrap_or_default();
         let vip = section.number("vip", 0, 0..=12);
+        let parent_uid = section.optional::<String>("parent_uid");
+        if parent_uid.as_ref().is_some_and(|uid| !is_uid(uid)) {
+            section.problem(
+                "parent_uid",
+                "expected the UID of a KuCoin account, such as \"123456789\"",
+            );
+        }
         let purpose = section.optional("purpose").unwrap_or_default();
         let allow_money_out = section.optional("allow_money_out").unwrap_or_default();
         // While Vault is unreachable, a key that was revoked only in Vault stays in use for this long.
@@ -52,6 +62,7 @@ impl Policy {
             },
             site,
             vip: u8::try_from(vip).unwrap_or_default(),
+            parent_uid,
             purpose,
             allow_money_out,
             keys: [].into(),
@@ -94,6 +105,20 @@ impl Policy {
         let line = section.line("").unwrap_or_default();
         self.account_lines.insert(account.id.clone(), line);
         self.accounts.insert(account.id.clone(), Arc::new(account));
+    }
+
+    /// Reads the settings of a bot that grants name.
+    fn add_bot(&mut self, name: &str, mut section: Section) {
+        let weight = section.number("weight", 1, 1..=1000);
+        let bot = match name.parse::<BotId>() {
+            Ok(bot) => bot,
+            Err(error) => return section.problem("", error),
+        };
+        if !self.bots.contains_key(&bot) {
+            let fix = format_args!("no grant names bot {bot}; correct the name, or remove it");
+            return section.problem("", fix);
+        }
+        self.weights.insert(bot, u32::try_from(weight).unwrap_or(1));
     }
 
     fn add_grant(&mut self, mut section: Section) {
@@ -154,18 +179,18 @@ pub(super) struct GrantTarget<'a> {
 impl GrantTarget<'_> {
     /// The entries of `allow`; a list that is empty becomes a rule that grants nothing, for the warning about it.
     fn read_allow(self, section: &mut Section) -> (Vec<(Granted, Rule)>, Option<Rule>) {
-        let client_oid = section.optional("client_oid").unwrap_or_default();
+        let options = grant_options(section);
         let words = section.required::<Vec<String>>("allow", "[\"read\", \"trade\"]");
         let Some(words) = words else {
             return (Vec::new(), None);
         };
         let mut entries = Vec::new();
         let idle = words.is_empty();
-        let idle = idle.then(|| rule(section, "allow", "", client_oid));
+        let idle = idle.then(|| rule(section, "allow", "", options));
         for (index, word) in words.iter().enumerate() {
             let key = format!("allow[{index}]");
             match self.judge(word) {
-                Ok(granted) => entries.push((granted, rule(section, &key, word, client_oid))),
+                Ok(granted) => entries.push((granted, rule(section, &key, word, options))),
                 Err(problem) => section.problem(&key, format_args!("{word:?} {problem}")),
             }
         }
@@ -182,7 +207,11 @@ impl GrantTarget<'_> {
             section.problem("path", problem);
             return Vec::new();
         }
-        let rule = rule(section, "path", &path, ClientOidRule::default());
+        let options = GrantOptions {
+            max_wait: max_wait(section),
+            ..GrantOptions::default()
+        };
+        let rule = rule(section, "path", &path, options);
         let granted = method.map(|method| Granted::Unlisted(method, path));
         let entry = granted.map(|granted| (granted, rule));
         entry.into_iter().collect()
@@ -297,13 +326,29 @@ impl GrantTarget<'_> {
     }
 }
 
-fn rule(section: &Section, key: &str, word: &str, client_oid: ClientOidRule) -> Rule {
+fn grant_options(section: &mut Section) -> GrantOptions {
+    GrantOptions {
+        client_oid: section.optional("client_oid").unwrap_or_default(),
+        max_wait: max_wait(section),
+    }
+}
+
+fn max_wait(section: &mut Section) -> Duration {
+    Duration::from_millis(section.number("max_wait_ms", 200, 0..=10_000))
+}
+
+/// KuCoin's ids of accounts are numbers.
+fn is_uid(text: &str) -> bool {
+    (1..=20).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_digit())
+}
+
+fn rule(section: &Section, key: &str, word: &str, options: GrantOptions) -> Rule {
     Rule {
         // A grant is a table of an array, which always has a line.
         line: section.line(key).unwrap_or_default(),
         key: section.key(key),
         word: word.to_owned(),
-        client_oid,
+        options,
     }
 }
 

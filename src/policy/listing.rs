@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
-use super::{Account, ClientOidRule, Policy, least_strict};
+use super::{Account, ClientOidRule, Policy, most_generous};
 use crate::base::ids::{AccountId, BotId};
 use crate::kucoin::{Catalog, Endpoint, Method, Scope};
 
@@ -19,6 +19,13 @@ pub enum Item<'p> {
     Setting {
         /// The account.
         account: &'p AccountId,
+        /// The setting's key.
+        setting: String,
+    },
+    /// A setting of a bot.
+    BotSetting {
+        /// The bot.
+        bot: &'p BotId,
         /// The setting's key.
         setting: String,
     },
@@ -70,7 +77,18 @@ impl Policy {
                 (Item::Setting { account, setting }, value)
             }));
         }
+        for (bot, weight) in &self.weights {
+            let setting = "weight".to_owned();
+            listing.insert(Item::BotSetting { bot, setting }, weight.to_string());
+        }
         for ((bot, account, scope), grants) in self.granted() {
+            if let Some(max_wait) = grants.max_wait() {
+                let setting = format!("max_wait_ms on {account} in {scope}");
+                listing.insert(
+                    Item::BotSetting { bot, setting },
+                    max_wait.as_millis().to_string(),
+                );
+            }
             let endpoints = Catalog::get().endpoints().iter();
             let listed = endpoints
                 .filter(|endpoint| self.may(bot, account, scope, endpoint))
@@ -80,7 +98,7 @@ impl Policy {
                 .filter(|endpoint| {
                     endpoint.accepts_orders_without_client_oid()
                         && self.may(bot, account, scope, endpoint)
-                        && least_strict(grants.by(endpoint)) == ClientOidRule::Optional
+                        && most_generous(grants.by(endpoint)).client_oid == ClientOidRule::Optional
                 })
                 .map(|endpoint| Call::WithoutClientOid(&endpoint.id));
             let listed = listed.chain(without_client_oid);
@@ -117,6 +135,7 @@ impl Item<'_> {
     pub(crate) fn line(&self, value: &str) -> String {
         match self {
             Self::Setting { account, setting } => format!("account {account}: {setting} = {value}"),
+            Self::BotSetting { bot, setting } => format!("bot {bot}: {setting} = {value}"),
             Self::Permission {
                 bot,
                 account,
@@ -129,7 +148,7 @@ impl Item<'_> {
     /// The line for it as a JSON object.
     pub(crate) fn to_json(&self, value: &str) -> Value {
         let mut line = self.fields();
-        if let Self::Setting { .. } = self {
+        if let Self::Setting { .. } | Self::BotSetting { .. } = self {
             line.insert("value".to_owned(), value.into());
         }
         line.into()
@@ -141,6 +160,10 @@ impl Item<'_> {
         match self {
             Self::Setting { account, setting } => {
                 add("account", account.as_str().into());
+                add("setting", setting.as_str().into());
+            }
+            Self::BotSetting { bot, setting } => {
+                add("bot", bot.as_str().into());
                 add("setting", setting.as_str().into());
             }
             Self::Permission {
@@ -213,13 +236,13 @@ impl Change<'_> {
     pub fn to_json(&self) -> Value {
         let mut line = Map::new();
         let change = match (&self.item, &self.new) {
-            (Item::Setting { .. }, _) => "setting",
+            (Item::Setting { .. } | Item::BotSetting { .. }, _) => "setting",
             (Item::Permission { .. }, Some(_)) => "gain",
             (Item::Permission { .. }, None) => "loss",
         };
         line.insert("change".to_owned(), change.into());
         line.extend(self.item.fields());
-        if let Item::Setting { .. } = self.item {
+        if let Item::Setting { .. } | Item::BotSetting { .. } = self.item {
             line.insert("old".to_owned(), json!(self.old));
             line.insert("new".to_owned(), json!(self.new));
         }
@@ -245,6 +268,7 @@ fn settings(account: &Account) -> BTreeMap<String, String> {
         id: _,
         site,
         vip,
+        parent_uid,
         purpose,
         allow_money_out,
         keys,
@@ -263,6 +287,9 @@ fn settings(account: &Account) -> BTreeMap<String, String> {
         ("site".to_owned(), site.to_string()),
         ("vip".to_owned(), vip.to_string()),
     ]);
+    if let Some(uid) = parent_uid {
+        settings.insert("parent_uid".to_owned(), uid.clone());
+    }
     for (scope, key) in keys {
         settings.insert(format!("key.{scope}"), key.to_string());
     }
@@ -435,6 +462,7 @@ mod tests {
                     assert_eq!(call.endpoint().unwrap().product, Product::Margin);
                 }
                 Item::Setting { setting, .. } => assert_eq!(setting, "site"),
+                Item::BotSetting { setting, .. } => panic!("{setting}"),
             }
         }
     }

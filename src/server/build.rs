@@ -18,6 +18,7 @@ use crate::broker::dead_man::DeadManSwitches;
 use crate::broker::probes::RecheckSignals;
 use crate::broker::resolve::LookupLimits;
 use crate::broker::{Broker, Calls, UnknownCodes};
+use crate::budgets::Budgets;
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::config::load::{Certificates, Loaded};
@@ -105,6 +106,7 @@ pub(crate) fn broker(
         keyring,
         egress,
         proof: Proof::new(config.expected_ip, config.proof),
+        budgets: Arc::new(Budgets::new(config.edge_limit, Arc::clone(&clock))),
         clock,
         rechecks: RecheckSignals::default(),
         metrics,

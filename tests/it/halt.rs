@@ -1,6 +1,5 @@
 //! The emergency stop: new orders are rejected, open orders are cancelled, and remaining ones are reported.
 
-use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -539,15 +538,12 @@ async fn cancel_all_waits_when_the_exchange_limits_its_rate() {
         waited_ms >= 1700,
         "waited only {waited_ms} ms instead of 1700 ms"
     );
-    let refused: BTreeSet<_> = received
-        .iter()
-        .filter(|request| request.code() == Some("429000"))
-        .map(|request| request.uid)
-        .collect();
-    assert!(
-        refused.len() >= 2,
-        "too few accounts were rate-limited: {refused:?}"
-    );
+    // The broker holds back what exceeds the limit.
+    let rejected = received.iter().filter(|request| {
+        let is_rejected = request.code() == Some("429000");
+        is_rejected && !request.fault
+    });
+    assert_eq!(rejected.count(), 0);
     lab.stop().await;
 }
 

@@ -23,6 +23,7 @@ mod answers;
 mod audit;
 mod batches;
 mod blocks;
+mod budgets;
 mod certificates;
 mod chaos;
 mod clock;

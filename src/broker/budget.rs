@@ -1,0 +1,118 @@
+//! The rate budgets of a call: which ones it needs, how long it waits for them, and what its answer says about them.
+
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::time::{Instant, sleep_until};
+
+use super::{Broker, BrokerError, Call, Receipt};
+use crate::base::outcome::Outcome;
+use crate::budgets::{BudgetRequest, Charge, Priority, Subject};
+use crate::kucoin::quota::{Cost, Pool, WINDOW};
+use crate::kucoin::{Answer, Scope, code, open_orders};
+use crate::policy::Permit;
+
+impl Broker {
+    /// Takes the part of the rate budgets that a call needs, before its intent is recorded. It waits for at most `max_wait_ms`
+    /// of its grant, and never past `not_after_ms`; a cancel, and a request of the broker or of an admin, until its deadline.
+    ///
+    /// # Errors
+    /// When it does not fit in time, or the call ends meanwhile.
+    pub(super) async fn take_budget(
+        &self,
+        call: &Call,
+        permit: &Permit,
+        reply: &mut oneshot::Sender<Result<Receipt, BrokerError>>,
+    ) -> Result<Charge, BrokerError> {
+        let request = self.budget_request(call, permit);
+        let until_deadline = call.deadline.saturating_duration_since(Instant::now());
+        let patience = match request.priority {
+            Priority::Cancel | Priority::Internal => until_deadline,
+            _ => permit.max_wait().min(until_deadline),
+        };
+        let patience = match call.not_after_ms {
+            Some(not_after_ms) if permit.increases_risk() => {
+                let latest_ms = self.clock.exchange(permit.destination()).latest_ms();
+                let left_ms = not_after_ms.saturating_sub(latest_ms);
+                patience.min(Duration::from_millis(
+                    left_ms.try_into().unwrap_or_default(),
+                ))
+            }
+            _ => patience,
+        };
+        if request.cost.is_weight_assumed {
+            self.metrics.weights_assumed.inc();
+        }
+        let ends_with_caller = !permit.changes() || permit.increases_risk();
+        tokio::select! {
+            biased;
+            taken = self.budgets.take(request, patience) => Ok(taken?),
+            () = reply.closed(), if ends_with_caller => Err(BrokerError::CallerGone),
+            () = sleep_until(call.deadline) => Err(BrokerError::DeadlineExceeded),
+            () = self.calls.give_up.cancelled() => Err(BrokerError::ShuttingDown),
+        }
+    }
+
+    fn budget_request(&self, call: &Call, permit: &Permit) -> BudgetRequest {
+        let (account, endpoint) = (permit.account(), permit.endpoint());
+        let cost = Cost::of(endpoint, permit.scope());
+        let priority = match call.principal.bot() {
+            _ if self.passes_like_a_cancel(&call.request, endpoint) => Priority::Cancel,
+            None => Priority::Internal,
+            Some(_) if endpoint.is_some_and(open_orders::is_read_by) => Priority::OpenOrders,
+            Some(_) if permit.increases_risk() => Priority::RiskIncreasing,
+            Some(_) => Priority::Other,
+        };
+        let uid = || {
+            let of_master = account.parent_uid.clone();
+            let of_master = of_master.filter(|_| permit.scope() == Scope::Unified);
+            of_master.or_else(|| self.uid_of_key(permit))
+        };
+        let subject = match cost.pool {
+            Pool::Public => Subject::Address,
+            _ => uid().map_or_else(|| Subject::Account(account.id.clone()), Subject::Uid),
+        };
+        let bot = call.principal.bot();
+        BudgetRequest {
+            subject,
+            account: account.id.clone(),
+            cost,
+            vip: account.vip,
+            bot: bot.map(|bot| (bot.clone(), permit.weight())),
+            priority,
+        }
+    }
+
+    /// Applies an answer to the budgets.
+    pub(super) fn apply_to_budgets(&self, charge: &Charge, permit: &Permit, answer: &Answer) {
+        if answer.is_edge_block() {
+            let time = answer.retry_after.unwrap_or(WINDOW);
+            if self.budgets.edge_blocked(time) {
+                self.metrics.edge_blocks.inc();
+                tracing::warn!(
+                    retry_after_ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX),
+                    "exchange blocks the egress address for too many requests; until then only one cancel per second is sent"
+                );
+            }
+            return;
+        }
+        charge.answered(answer.rate_limit);
+        if answer.outcome != Outcome::Rejected {
+            return;
+        }
+        match answer.code.as_str() {
+            code::RATE_LIMITED => {
+                self.metrics.rate_limited_by_exchange.inc();
+                match answer.rate_limit {
+                    Some(limit) => charge.used_up(limit.reset),
+                    // The exchange is overloaded.
+                    None => charge.not_counted(),
+                }
+            }
+            code::FUTURES_RATE_LIMITED if permit.scope() == Scope::Futures => {
+                charge.used_up(answer.retry_after.unwrap_or(WINDOW));
+            }
+            _ => {}
+        }
+    }
+}

@@ -1,0 +1,464 @@
+//! Rate budgets: what may be sent to the exchange now, so that it rejects nothing for its rate limits.
+//!
+//! One budget for each pool of an account at KuCoin, shared by all bots of the account (`budgets/pool.rs`), and one for the egress
+//! address (`budgets/edge.rs`). A request takes its weight before its intent is audited and before it has a connection. If it
+//! does not fit, it waits here, or is refused. Waiting requests are sent in the order of [`Priority`].
+
+mod edge;
+mod pool;
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::time::{Instant, sleep_until};
+
+use crate::base::ids::{AccountId, BotId};
+use crate::base::lock::Mutex;
+use crate::clock::Clock;
+use crate::kucoin::answer::RateLimit;
+use crate::kucoin::quota::{Cost, Pool};
+use edge::Edge;
+use pool::{Demand, PoolBudget, Ticket};
+pub(crate) use pool::{Level, Priority};
+
+/// How often budgets of accounts that send nothing are removed.
+const CLEAN_EVERY: Duration = Duration::from_secs(600);
+
+/// When to ask again while cancels wait, which are sent first.
+const ASK_AGAIN_AFTER: Duration = Duration::from_millis(100);
+
+/// Who shares a quota at the exchange.
+#[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub(crate) enum Subject {
+    /// An account whose uid is not known yet.
+    Account(AccountId),
+    /// The egress address: the public pool.
+    Address,
+    /// An account of the exchange.
+    Uid(String),
+}
+
+/// A request that needs a part of a budget.
+#[derive(Clone, Debug)]
+pub(crate) struct BudgetRequest {
+    /// Whose quota it uses.
+    pub(crate) subject: Subject,
+    /// The account, for metrics.
+    pub(crate) account: AccountId,
+    /// What it takes.
+    pub(crate) cost: Cost,
+    /// The account's VIP level.
+    pub(crate) vip: u8,
+    /// The bot, and its weight among the bots of the account; `None` for admins and the broker itself.
+    pub(crate) bot: Option<(BotId, u32)>,
+    /// When it is sent, compared with others.
+    pub(crate) priority: Priority,
+}
+
+/// The budget that is used up.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Scarce {
+    /// That of the egress address.
+    Edge,
+    /// That of a pool.
+    Pool(Pool),
+}
+
+/// A request does not fit into its budget in time.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+#[error("{}; nothing was sent; repeat the request after {} ms", self.what(), self.retry_after.as_millis())]
+pub(crate) struct RateLimited {
+    scarce: Scarce,
+    /// When it may fit.
+    pub(crate) retry_after: Duration,
+}
+
+impl RateLimited {
+    fn what(&self) -> String {
+        match self.scarce {
+            Scarce::Edge => {
+                "the exchange limits or blocks the requests of the broker's egress address"
+                    .to_owned()
+            }
+            Scarce::Pool(pool) => format!(
+                "the bot's part of the account's rate limit in pool {} is used up",
+                pool.as_str()
+            ),
+        }
+    }
+}
+
+/// All budgets.
+#[derive(Debug)]
+pub(crate) struct Budgets {
+    clock: Arc<Clock>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    pools: HashMap<PoolKey, Entry>,
+    edge: Edge,
+    /// Requests that have waited.
+    waited: u64,
+    /// Cancels that wait.
+    cancels_waiting: usize,
+    cleaned: Duration,
+}
+
+type PoolKey = (Subject, Pool);
+
+#[derive(Debug)]
+struct Entry {
+    /// The last account that has used it.
+    account: AccountId,
+    budget: PoolBudget,
+    /// In the order in which they are sent.
+    waiting: BTreeMap<(Priority, u64), Waiting>,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    demand: Demand,
+    granted: oneshot::Sender<Ticket>,
+}
+
+/// The part of a budget that a request has taken. If the request is never sent, it is given back.
+#[derive(Debug)]
+#[must_use = "it is given back when it drops"]
+pub(crate) struct Charge {
+    budgets: Arc<Budgets>,
+    key: PoolKey,
+    demand: Demand,
+    is_pool_assumed: bool,
+    ticket: Ticket,
+    sent_at: Option<Duration>,
+}
+
+/// Removes a waiting request.
+struct Place<'b> {
+    budgets: &'b Budgets,
+    key: &'b PoolKey,
+    at: (Priority, u64),
+}
+
+impl Budgets {
+    /// Nothing has been sent yet. `edge_limit`: requests of the egress address per 10 s; `None`: no limit.
+    pub(crate) fn new(edge_limit: Option<u64>, clock: Arc<Clock>) -> Self {
+        Self {
+            state: Mutex::new(State {
+                pools: HashMap::new(),
+                edge: Edge::new(edge_limit),
+                waited: 0,
+                cancels_waiting: 0,
+                cleaned: clock.boot(),
+            }),
+            clock,
+        }
+    }
+
+    /// Takes what a request needs, and waits for it for at most `patience`; a cancel waits for as long as it takes.
+    ///
+    /// # Errors
+    /// When it does not fit in time; at once if that is known.
+    pub(crate) async fn take(
+        self: &Arc<Self>,
+        request: BudgetRequest,
+        patience: Duration,
+    ) -> Result<Charge, RateLimited> {
+        let key = (request.subject, request.cost.pool);
+        let demand = Demand {
+            bot: request.bot,
+            priority: request.priority,
+            weight: request.cost.weight,
+        };
+        let now = self.clock.boot();
+        let give_up = now + patience;
+        let quota = key.1.quota(request.vip);
+        let first = {
+            let mut state = self.state.lock();
+            state.open(&key, request.account, quota, now);
+            state.first(&key, &demand, now)
+        };
+        let ticket = match first {
+            Ok(ticket) => ticket,
+            Err(refusal) => self.wait(&key, &demand, refusal, give_up).await?,
+        };
+        Ok(Charge {
+            budgets: Arc::clone(self),
+            key,
+            demand,
+            is_pool_assumed: request.cost.is_pool_assumed,
+            ticket,
+            sent_at: None,
+        })
+    }
+
+    async fn wait(
+        &self,
+        key: &PoolKey,
+        demand: &Demand,
+        mut refusal: (Scarce, Duration),
+        give_up: Duration,
+    ) -> Result<Ticket, RateLimited> {
+        let (granted, mut grant) = oneshot::channel();
+        let place = {
+            let mut state = self.state.lock();
+            state.waited += 1;
+            state.cancels_waiting += usize::from(demand.priority == Priority::Cancel);
+            let at = (demand.priority, state.waited);
+            let waiting = Waiting {
+                demand: demand.clone(),
+                granted,
+            };
+            if let Some(entry) = state.pools.get_mut(key) {
+                entry.waiting.insert(at, waiting);
+            }
+            Place {
+                budgets: self,
+                key,
+                at,
+            }
+        };
+        loop {
+            let (scarce, until) = refusal;
+            let now = self.clock.boot();
+            if demand.priority != Priority::Cancel && until > give_up {
+                drop(place);
+                // It may have been granted just now.
+                return grant.try_recv().map_err(|_| RateLimited {
+                    scarce,
+                    retry_after: until.saturating_sub(now),
+                });
+            }
+            tokio::select! {
+                biased;
+                granted = &mut grant => {
+                    if let Ok(ticket) = granted {
+                        return Ok(ticket);
+                    }
+                }
+                () = sleep_until(Instant::now() + until.saturating_sub(now)) => {}
+            }
+            let now = self.clock.boot();
+            let mut state = self.state.lock();
+            if let Some(next) = state.serve(key, now, Some(place.at)) {
+                refusal = next;
+            }
+        }
+    }
+
+    /// Charges a request that is sent once more, without waiting.
+    fn charge_again(&self, key: &PoolKey, demand: &Demand) -> Option<Ticket> {
+        let now = self.clock.boot();
+        let mut state = self.state.lock();
+        state.edge.count(now);
+        let entry = state.pools.get_mut(key)?;
+        Some(entry.budget.charge(demand, now))
+    }
+
+    /// Every budget of a pool: the account that has used it last, the pool, its level, and how many requests wait for it. One for
+    /// each account and pool: once the uid of an account is known, the one without it is not used any more.
+    pub(crate) fn levels(&self) -> Vec<(AccountId, Pool, Level, usize)> {
+        let now = self.clock.boot();
+        let state = self.state.lock();
+        let mut entries: Vec<_> = state.pools.iter().collect();
+        entries.sort_by_key(|((subject, pool), entry)| {
+            let has_uid = !matches!(subject, Subject::Account(_));
+            (&entry.account, *pool, !has_uid, subject)
+        });
+        entries.dedup_by_key(|((_, pool), entry)| (&entry.account, *pool));
+        let levels = entries.into_iter().map(|((_, pool), entry)| {
+            let account = entry.account.clone();
+            (account, *pool, entry.budget.level(now), entry.waiting.len())
+        });
+        levels.collect()
+    }
+
+    /// The edge of the exchange has blocked the egress address for `time`. Returns whether that is new.
+    pub(crate) fn edge_blocked(&self, time: Duration) -> bool {
+        let now = self.clock.boot();
+        self.state.lock().edge.block(time, now)
+    }
+
+    /// How long the edge of the exchange still blocks the egress address.
+    pub(crate) fn edge_blocked_for(&self) -> Option<Duration> {
+        self.state.lock().edge.blocked_for(self.clock.boot())
+    }
+}
+
+impl State {
+    /// Makes the budget of a pool if there is none, and removes others that are not needed any more.
+    fn open(&mut self, key: &PoolKey, account: AccountId, quota: u64, now: Duration) {
+        if now.saturating_sub(self.cleaned) > CLEAN_EVERY {
+            self.cleaned = now;
+            self.pools
+                .retain(|_, entry| !entry.waiting.is_empty() || !entry.budget.is_idle(now));
+        }
+        if let Some(entry) = self.pools.get_mut(key) {
+            entry.budget.set_quota(quota);
+            if entry.account != account {
+                entry.account = account;
+            }
+            return;
+        }
+        let entry = Entry {
+            account,
+            budget: PoolBudget::new(quota),
+            waiting: BTreeMap::new(),
+        };
+        self.pools.insert(key.clone(), entry);
+    }
+
+    /// Takes what a new request needs, unless it does not fit or others wait before it.
+    fn first(
+        &mut self,
+        key: &PoolKey,
+        demand: &Demand,
+        now: Duration,
+    ) -> Result<Ticket, (Scarce, Duration)> {
+        let mut others_wait = false;
+        if let Some(entry) = self.pools.get_mut(key) {
+            entry.budget.ask(demand, now);
+            others_wait = !entry.waiting.is_empty();
+        }
+        if others_wait {
+            self.serve(key, now, None);
+            let entry = self.pools.get(key);
+            let first = entry.and_then(|entry| entry.waiting.keys().next());
+            if first.is_some_and(|(priority, _)| *priority == Priority::Cancel)
+                && demand.priority != Priority::Cancel
+            {
+                return Err((Scarce::Pool(key.1), now + ASK_AGAIN_AFTER));
+            }
+        }
+        self.take(key, demand, now)
+    }
+
+    fn take(
+        &mut self,
+        key: &PoolKey,
+        demand: &Demand,
+        now: Duration,
+    ) -> Result<Ticket, (Scarce, Duration)> {
+        let is_cancel = demand.priority == Priority::Cancel;
+        if !is_cancel && self.cancels_waiting > 0 && self.edge.was_just_blocked(now) {
+            return Err((Scarce::Edge, now + ASK_AGAIN_AFTER));
+        }
+        let unknown = (Scarce::Pool(key.1), now + ASK_AGAIN_AFTER);
+        let budget = &mut self.pools.get_mut(key).ok_or(unknown)?.budget;
+        // The edge is asked last, since what it has counted is not given back.
+        let ticket = budget
+            .take(demand, now)
+            .map_err(|until| (Scarce::Pool(key.1), until))?;
+        if let Err(until) = self.edge.take(demand.priority, now) {
+            budget.refund(ticket, demand);
+            return Err((Scarce::Edge, until));
+        }
+        Ok(ticket)
+    }
+
+    /// Grants waiting requests of a pool what fits, in their order. While a cancel waits, nothing else is granted. Returns why the
+    /// request at `of` still waits, and until when.
+    fn serve(
+        &mut self,
+        key: &PoolKey,
+        now: Duration,
+        of: Option<(Priority, u64)>,
+    ) -> Option<(Scarce, Duration)> {
+        let mut found = None;
+        let waiting = std::mem::take(&mut self.pools.get_mut(key)?.waiting);
+        let mut left = BTreeMap::new();
+        let mut blocked_by = None;
+        for (at, request) in waiting {
+            if request.granted.is_closed() {
+                continue;
+            }
+            let taken = match blocked_by {
+                Some(refusal) => Err(refusal),
+                None => self.take(key, &request.demand, now),
+            };
+            match taken {
+                Ok(ticket) => {
+                    if let Err(ticket) = request.granted.send(ticket)
+                        && let Some(entry) = self.pools.get_mut(key)
+                    {
+                        entry.budget.refund(ticket, &request.demand);
+                    }
+                }
+                Err(refusal) => {
+                    if at.0 == Priority::Cancel {
+                        blocked_by = Some(refusal);
+                    }
+                    if of == Some(at) {
+                        found = Some(refusal);
+                    }
+                    left.insert(at, request);
+                }
+            }
+        }
+        self.pools.get_mut(key)?.waiting = left;
+        found
+    }
+}
+
+impl Charge {
+    /// The request is being sent; each time after the first it takes its weight once more.
+    pub(crate) fn begin_attempt(&mut self) {
+        if self.sent_at.is_some() {
+            let again = self.budgets.charge_again(&self.key, &self.demand);
+            self.ticket = again.unwrap_or(self.ticket);
+        }
+        self.sent_at = Some(self.budgets.clock.boot());
+    }
+
+    /// Applies the exchange's answer: `limit` is what its headers say about the pool.
+    pub(crate) fn answered(&self, limit: Option<RateLimit>) {
+        let Some(sent_at) = self.sent_at else { return };
+        let limit = limit.filter(|_| !self.is_pool_assumed);
+        self.change(|budget, ticket, now| budget.answered(ticket, limit, sent_at, now));
+    }
+
+    /// The exchange rejected the request because the pool is empty until `reset`.
+    pub(crate) fn used_up(&self, reset: Duration) {
+        self.change(|budget, _, now| budget.use_up(reset, now));
+    }
+
+    /// The exchange has not counted the request.
+    pub(crate) fn not_counted(&self) {
+        self.change(|budget, ticket, _| budget.refund(ticket, &self.demand));
+    }
+
+    /// Changes the budget, and grants waiting requests what fits now.
+    fn change(&self, change: impl FnOnce(&mut PoolBudget, Ticket, Duration)) {
+        let now = self.budgets.clock.boot();
+        let mut state = self.budgets.state.lock();
+        let Some(entry) = state.pools.get_mut(&self.key) else {
+            return;
+        };
+        change(&mut entry.budget, self.ticket, now);
+        if !entry.waiting.is_empty() {
+            state.serve(&self.key, now, None);
+        }
+    }
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        if self.sent_at.is_none() {
+            self.not_counted();
+        }
+    }
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        let mut state = self.budgets.state.lock();
+        state.cancels_waiting -= usize::from(self.at.0 == Priority::Cancel);
+        if let Some(entry) = state.pools.get_mut(self.key) {
+            entry.waiting.remove(&self.at);
+        }
+    }
+}

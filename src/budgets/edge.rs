@@ -1,0 +1,197 @@
+//! The budget of the egress address at the edge of the exchange (Cloudflare): requests per 10 s, over all accounts. No I/O, and no
+//! clock.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use super::pool::{CANCEL_EVERY, Priority};
+
+/// The edge counts requests in this time. Source: KuCoin API documentation of 2023, "Rate Limit".
+const PERIOD: Duration = Duration::from_secs(10);
+
+/// How long the limit stays reduced after the edge has blocked the address.
+const REDUCED_FOR: Duration = Duration::from_secs(3600);
+
+/// The limit after a block, in percent of the requests of the 10 s before it, and the lowest one.
+const REDUCED_PERCENT: u64 = 80;
+const LOWEST: u64 = 20;
+
+/// The budget. Times are since boot.
+#[derive(Debug, Default)]
+pub(super) struct Edge {
+    /// From the configuration; `None`: no limit.
+    configured: Option<u64>,
+    /// After a block, and until when.
+    reduced: Option<(u64, Duration)>,
+    /// Requests of the last 10 s, by tenth of a second.
+    sent: VecDeque<(u64, u64)>,
+    blocked_until: Duration,
+    /// When a cancel may leave although it is blocked, or the budget is used up.
+    next_cancel: Duration,
+}
+
+impl Edge {
+    pub(super) fn new(configured: Option<u64>) -> Self {
+        Self {
+            configured,
+            ..Self::default()
+        }
+    }
+
+    /// Takes one request.
+    ///
+    /// # Errors
+    /// The time at which it may fit, if it does not now.
+    pub(super) fn take(&mut self, priority: Priority, now: Duration) -> Result<(), Duration> {
+        let until = if now < self.blocked_until {
+            Some(self.blocked_until)
+        } else {
+            self.full_until(now)
+        };
+        if let Some(until) = until {
+            if priority != Priority::Cancel {
+                return Err(until);
+            }
+            if now < self.next_cancel {
+                return Err(self.next_cancel.min(until));
+            }
+            self.next_cancel = now + CANCEL_EVERY;
+        }
+        self.count(now);
+        Ok(())
+    }
+
+    /// Counts a request that is sent in any case.
+    pub(super) fn count(&mut self, now: Duration) {
+        let tenth = tenths(now);
+        match self.sent.back_mut() {
+            Some((last, count)) if *last >= tenth => *count += 1,
+            _ => self.sent.push_back((tenth, 1)),
+        }
+    }
+
+    /// The edge has blocked the address for `time`. Returns whether that is new.
+    pub(super) fn block(&mut self, time: Duration, now: Duration) -> bool {
+        let is_new = now >= self.blocked_until;
+        self.blocked_until = self.blocked_until.max(now + time);
+        if is_new {
+            let limit = (self.recent(now) * REDUCED_PERCENT / 100).max(LOWEST);
+            self.reduced = Some((limit, now + REDUCED_FOR));
+            self.next_cancel = now + CANCEL_EVERY;
+        }
+        is_new
+    }
+
+    /// How long the address is still blocked.
+    pub(super) fn blocked_for(&self, now: Duration) -> Option<Duration> {
+        self.blocked_until
+            .checked_sub(now)
+            .filter(|time| !time.is_zero())
+    }
+
+    /// Whether it is blocked, or has just been: cancels are sent first then.
+    pub(super) fn was_just_blocked(&self, now: Duration) -> bool {
+        now < self.blocked_until + CANCEL_EVERY
+    }
+
+    /// Requests per 10 s; `None`: no limit.
+    pub(super) fn limit(&self, now: Duration) -> Option<u64> {
+        let reduced = self.reduced.filter(|(_, until)| now < *until);
+        let reduced = reduced.map(|(limit, _)| limit);
+        match (self.configured, reduced) {
+            (Some(configured), Some(reduced)) => Some(configured.min(reduced)),
+            (configured, reduced) => configured.or(reduced),
+        }
+    }
+
+    /// When the next request fits; `None`: now.
+    fn full_until(&mut self, now: Duration) -> Option<Duration> {
+        let limit = self.limit(now);
+        let recent = self.recent(now);
+        let oldest = self.sent.front().map(|(tenth, _)| *tenth)?;
+        let end = Duration::from_millis((oldest + 1) * 100) + PERIOD;
+        limit.filter(|limit| recent >= *limit).map(|_| end)
+    }
+
+    /// Requests of the last 10 s.
+    fn recent(&mut self, now: Duration) -> u64 {
+        let since = tenths(now).saturating_sub(tenths(PERIOD));
+        while self.sent.front().is_some_and(|(tenth, _)| *tenth < since) {
+            self.sent.pop_front();
+        }
+        self.sent.iter().map(|(_, count)| count).sum()
+    }
+}
+
+fn tenths(time: Duration) -> u64 {
+    u64::try_from(time.as_millis() / 100).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn fits(edge: &mut Edge, now: Duration) -> bool {
+        edge.take(Priority::RiskIncreasing, now).is_ok()
+    }
+
+    #[test]
+    fn configured_limit_holds_in_any_ten_seconds() {
+        let mut edge = Edge::new(Some(50));
+        let mut sent: Vec<Duration> = Vec::new();
+        for step in 0..600 {
+            let now = SECOND + step * Duration::from_millis(70);
+            if fits(&mut edge, now) {
+                sent.push(now);
+                let recent = sent.iter().filter(|at| **at + PERIOD > now).count();
+                assert!(recent <= 50, "{recent} at {now:?}");
+            }
+        }
+        assert!(sent.len() >= 190, "{}", sent.len());
+    }
+
+    #[test]
+    fn without_a_limit_everything_leaves() {
+        let mut edge = Edge::new(None);
+        assert!((0..10_000).all(|_| fits(&mut edge, SECOND)));
+    }
+
+    #[test]
+    fn during_a_block_one_cancel_per_second_leaves_and_nothing_else() {
+        let mut edge = Edge::new(None);
+        for _ in 0..500 {
+            assert!(fits(&mut edge, SECOND));
+        }
+        assert!(edge.block(30 * SECOND, SECOND));
+        assert!(!edge.block(30 * SECOND, SECOND));
+        let mut cancels = 0;
+        for second in 1..31 {
+            let now = second * SECOND;
+            assert_eq!(
+                edge.take(Priority::RiskIncreasing, now),
+                Err(31 * SECOND),
+                "{second}"
+            );
+            cancels += u32::from(edge.take(Priority::Cancel, now).is_ok());
+            assert!(edge.take(Priority::Cancel, now).is_err());
+        }
+        assert_eq!(cancels, 29);
+        assert!(fits(&mut edge, 31 * SECOND));
+    }
+
+    #[test]
+    fn limit_is_reduced_for_an_hour_after_a_block() {
+        let mut edge = Edge::new(None);
+        for _ in 0..500 {
+            assert!(fits(&mut edge, SECOND));
+        }
+        edge.block(30 * SECOND, SECOND);
+        assert_eq!(edge.limit(40 * SECOND), Some(400));
+        let sent = (0..1000).filter(|_| fits(&mut edge, 40 * SECOND)).count();
+        assert_eq!(sent, 400);
+        assert!(edge.take(Priority::Cancel, 40 * SECOND).is_ok());
+        assert_eq!(edge.limit(3602 * SECOND), None);
+    }
+}

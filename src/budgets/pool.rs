@@ -1,0 +1,540 @@
+//! The budget of one pool of one account: what may be sent in the current window, and by whom. No I/O, and no clock.
+//!
+//! The exchange counts in windows; the first request after the end of one begins the next. The broker counts what it has sent,
+//! and learns from the headers of each answer how much others have used, and when the window ends.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use crate::base::ids::BotId;
+use crate::kucoin::answer::RateLimit;
+use crate::kucoin::quota::WINDOW;
+
+/// The part of a quota that only cancels use, in percent. It is also the room for what others send at the same time.
+const RESERVE_PERCENT: u64 = 3;
+
+/// The largest quota that counts. More than any account has, and small enough to be multiplied.
+const MAX_QUOTA: u64 = 1_000_000_000_000;
+
+/// How long after it was sent a first request can begin a window at the exchange, while no answer has come.
+const LATEST_BEGIN: Duration = Duration::from_secs(10);
+
+/// With an empty pool, one cancel leaves in this time.
+pub(super) const CANCEL_EVERY: Duration = Duration::from_secs(1);
+
+/// When to ask again if other bots have a right to what is left: it grows while they do not use it.
+const ASK_AGAIN_AFTER: Duration = Duration::from_secs(1);
+
+/// The order in which waiting requests are sent.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub(crate) enum Priority {
+    /// It cancels orders.
+    Cancel,
+    /// A request of the broker itself, such as a lookup of an order that may have been placed, or of an admin.
+    Internal,
+    /// It reads open orders.
+    OpenOrders,
+    /// It is risk-increasing.
+    RiskIncreasing,
+    /// Any other request.
+    Other,
+}
+
+/// A request that asks for its weight.
+#[derive(Clone, Debug)]
+pub(super) struct Demand {
+    /// The bot, and its weight among the bots of the account; `None` for admins and the broker itself.
+    pub(super) bot: Option<(BotId, u32)>,
+    pub(super) priority: Priority,
+    pub(super) weight: u32,
+}
+
+/// The weight that a request has taken.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) struct Ticket {
+    window: u64,
+    weight: u64,
+    /// What the broker had sent in the window, with this request.
+    sent: u64,
+}
+
+/// A snapshot for metrics and admins.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct Level {
+    /// Weight per window.
+    pub(crate) quota: u64,
+    /// Weight that the broker has sent in the window.
+    pub(crate) sent: u64,
+    /// Weight that is left, also for cancels.
+    pub(crate) left: u64,
+    /// Time until the window ends; zero if there is none.
+    pub(crate) reset: Duration,
+}
+
+/// The budget. Times are since boot.
+#[derive(Debug)]
+pub(super) struct PoolBudget {
+    quota: u64,
+    window: Option<Window>,
+    /// How many windows there have been.
+    windows: u64,
+    bots: HashMap<BotId, Usage>,
+    /// When a cancel may leave although the pool is empty.
+    next_cancel: Duration,
+}
+
+#[derive(Debug)]
+struct Window {
+    /// The latest time at which it ends.
+    ends: Duration,
+    /// Whether an answer has shown when it began.
+    is_dated: bool,
+    /// Weight sent by the broker.
+    sent: u64,
+    /// Weight used by others of the same account.
+    foreign: u64,
+    /// [`Ticket::sent`] of the newest request whose answer has shown it.
+    newest: u64,
+    /// The exchange rejects requests until the window ends.
+    is_used_up: bool,
+}
+
+/// The requests of a bot.
+#[derive(Debug, Default)]
+struct Usage {
+    share: u32,
+    /// Weight sent in the window.
+    sent: u64,
+    /// Weight asked for in the window, and in the previous one.
+    asked: u64,
+    asked_before: u64,
+}
+
+impl PoolBudget {
+    pub(super) fn new(quota: u64) -> Self {
+        Self {
+            quota,
+            window: None,
+            windows: 0,
+            bots: HashMap::new(),
+            next_cancel: Duration::ZERO,
+        }
+    }
+
+    /// Records that a bot asks for weight. Bots that ask have a share.
+    pub(super) fn ask(&mut self, demand: &Demand, now: Duration) {
+        self.end_window(now);
+        if let Some((bot, share)) = &demand.bot {
+            let usage = self.bots.entry(bot.clone()).or_default();
+            usage.share = *share;
+            usage.asked += u64::from(demand.weight);
+        }
+    }
+
+    /// Takes the weight of a request.
+    ///
+    /// # Errors
+    /// The time at which it may fit, if it does not now.
+    pub(super) fn take(&mut self, demand: &Demand, now: Duration) -> Result<Ticket, Duration> {
+        self.end_window(now);
+        let weight = u64::from(demand.weight);
+        if let Some(window) = &self.window {
+            let left = self.left(window);
+            let fits = !window.is_used_up && left >= weight;
+            if demand.priority == Priority::Cancel {
+                if !fits {
+                    if now < self.next_cancel {
+                        return Err(self.next_cancel.min(window.ends));
+                    }
+                    self.next_cancel = now + CANCEL_EVERY;
+                }
+            } else {
+                let left = left.saturating_sub(self.reserve());
+                if window.is_used_up || left < weight {
+                    return Err(window.ends);
+                }
+                if !self.is_fair(demand, left, window, now) {
+                    return Err(window.ends.min(now + ASK_AGAIN_AFTER));
+                }
+            }
+        }
+        Ok(self.charge(demand, now))
+    }
+
+    /// Takes the weight of a request that is sent in any case.
+    pub(super) fn charge(&mut self, demand: &Demand, now: Duration) -> Ticket {
+        self.end_window(now);
+        let weight = u64::from(demand.weight);
+        if self.window.is_none() {
+            self.windows += 1;
+        }
+        let window = self.window.get_or_insert(Window {
+            ends: now + LATEST_BEGIN + WINDOW,
+            is_dated: false,
+            sent: 0,
+            foreign: 0,
+            newest: 0,
+            is_used_up: false,
+        });
+        window.sent += weight;
+        let sent = window.sent;
+        if let Some((bot, _)) = &demand.bot
+            && let Some(usage) = self.bots.get_mut(bot)
+        {
+            usage.sent += weight;
+        }
+        Ticket {
+            window: self.windows,
+            weight,
+            sent,
+        }
+    }
+
+    /// Gives the weight of a request back that the exchange has not counted.
+    pub(super) fn refund(&mut self, ticket: Ticket, demand: &Demand) {
+        if ticket.window != self.windows {
+            return;
+        }
+        if let Some(window) = &mut self.window {
+            window.sent = window.sent.saturating_sub(ticket.weight);
+        }
+        if let Some((bot, _)) = &demand.bot
+            && let Some(usage) = self.bots.get_mut(bot)
+        {
+            usage.sent = usage.sent.saturating_sub(ticket.weight);
+        }
+    }
+
+    /// Applies an answer that came at `now` to a request that was sent at `sent_at`; `limit` is what its headers say.
+    pub(super) fn answered(
+        &mut self,
+        ticket: Ticket,
+        limit: Option<RateLimit>,
+        sent_at: Duration,
+        now: Duration,
+    ) {
+        let is_current = ticket.window == self.windows;
+        let Some(window) = self.window.as_mut().filter(|window| now < window.ends) else {
+            return;
+        };
+        // A limit of zero would stop the account for ever.
+        let Some(limit) = limit.filter(|limit| limit.limit > 0) else {
+            if is_current && !window.is_dated {
+                window.ends = window.ends.min(now + WINDOW);
+            }
+            return;
+        };
+        self.quota = limit.limit.min(MAX_QUOTA);
+        let used = limit.limit.saturating_sub(limit.remaining).min(MAX_QUOTA);
+        let (earliest, latest) = (sent_at + limit.reset, now + limit.reset);
+        if window.is_dated && earliest > window.ends {
+            // The window ended before the broker expected it.
+            let sent = window.sent.min(used);
+            *window = Window {
+                ends: latest,
+                is_dated: true,
+                sent,
+                foreign: used - sent,
+                newest: 0,
+                is_used_up: false,
+            };
+            self.windows += 1;
+            return;
+        }
+        if !is_current {
+            return;
+        }
+        window.ends = window.ends.min(latest);
+        window.is_dated = true;
+        if ticket.sent >= window.newest {
+            window.newest = ticket.sent;
+            window.foreign = used.saturating_sub(ticket.sent);
+        }
+    }
+
+    /// Sends nothing but cancels for this long: the exchange has rejected a request because the pool is empty.
+    pub(super) fn use_up(&mut self, reset: Duration, now: Duration) {
+        self.end_window(now);
+        let Some(window) = &mut self.window else {
+            return;
+        };
+        window.is_used_up = true;
+        window.is_dated = true;
+        window.ends = now + reset;
+        self.next_cancel = self.next_cancel.max(now + CANCEL_EVERY);
+    }
+
+    pub(super) fn set_quota(&mut self, quota: u64) {
+        if self.window.as_ref().is_none_or(|window| !window.is_dated) {
+            self.quota = quota;
+        }
+    }
+
+    pub(super) fn level(&self, now: Duration) -> Level {
+        let window = self.window.as_ref().filter(|window| now < window.ends);
+        let left = match window {
+            None => self.quota,
+            Some(window) if window.is_used_up => 0,
+            Some(window) => self.left(window),
+        };
+        Level {
+            quota: self.quota,
+            sent: window.map_or(0, |window| window.sent),
+            left,
+            reset: window.map_or(Duration::ZERO, |window| window.ends.saturating_sub(now)),
+        }
+    }
+
+    /// Whether nothing is known that a new budget would not have.
+    pub(super) fn is_idle(&self, now: Duration) -> bool {
+        let ended = |window: &Window| now >= window.ends + WINDOW;
+        self.window.as_ref().is_none_or(ended)
+    }
+
+    fn reserve(&self) -> u64 {
+        self.quota * RESERVE_PERCENT / 100
+    }
+
+    fn left(&self, window: &Window) -> u64 {
+        let used = window.sent.saturating_add(window.foreign);
+        self.quota.saturating_sub(used)
+    }
+
+    /// Whether a bot may take its weight: it is within its share, or leaves enough for those of the others. A share is of no use
+    /// to anyone if its bot does not ask for it, and can no longer be used late in the window: so it shrinks with the time,
+    /// and to what the bot has asked for in the previous window.
+    fn is_fair(&self, demand: &Demand, left: u64, window: &Window, now: Duration) -> bool {
+        let Some((bot, _)) = &demand.bot else {
+            return true;
+        };
+        let shares: u64 = self.bots.values().map(|usage| u64::from(usage.share)).sum();
+        if shares == 0 || self.bots.len() < 2 {
+            return true;
+        }
+        let quota = self.quota - self.reserve();
+        let quota = quota.saturating_sub(window.foreign);
+        let weight = u64::from(demand.weight);
+        let share = |usage: &Usage| quota * u64::from(usage.share) / shares;
+        let own = self.bots.get(bot);
+        if own.is_some_and(|own| own.sent + weight <= share(own)) {
+            return true;
+        }
+        let left_time = window.ends.saturating_sub(now).min(WINDOW);
+        let left_ms = u64::try_from(left_time.as_millis()).unwrap_or(0);
+        let window_ms = u64::try_from(WINDOW.as_millis()).unwrap_or(1);
+        let others: u64 = self
+            .bots
+            .iter()
+            .filter(|(other, _)| *other != bot)
+            .map(|(_, usage)| {
+                let mut share = share(usage);
+                if usage.asked_before > 0 {
+                    share = share.min(usage.asked.max(usage.asked_before * 5 / 4));
+                }
+                let unused = share.saturating_sub(usage.sent);
+                unused.min(share * left_ms / window_ms)
+            })
+            .sum();
+        left.saturating_sub(weight) >= others
+    }
+
+    /// Ends the window if its time is up.
+    fn end_window(&mut self, now: Duration) {
+        let Some(window) = self.window.take_if(|window| now >= window.ends) else {
+            return;
+        };
+        let is_recent = now < window.ends + WINDOW;
+        self.bots.retain(|_, usage| {
+            usage.asked_before = std::mem::take(&mut usage.asked);
+            usage.sent = 0;
+            is_recent && usage.asked_before > 0
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn demand(name: &str, share: u32, priority: Priority, weight: u32) -> Demand {
+        let bot = format!("spiffe://a/bot/{name}").parse().unwrap();
+        Demand {
+            bot: Some((bot, share)),
+            priority,
+            weight,
+        }
+    }
+
+    fn order(name: &str, share: u32) -> Demand {
+        demand(name, share, Priority::RiskIncreasing, 2)
+    }
+
+    fn cancel() -> Demand {
+        demand("a", 1, Priority::Cancel, 1)
+    }
+
+    fn try_take(budget: &mut PoolBudget, demand: &Demand, now: Duration) -> Option<Ticket> {
+        budget.ask(demand, now);
+        budget.take(demand, now).ok()
+    }
+
+    /// Takes as often as possible.
+    fn exhaust(budget: &mut PoolBudget, demand: &Demand, now: Duration) -> u64 {
+        let taken = std::iter::from_fn(|| try_take(budget, demand, now)).count();
+        taken as u64 * u64::from(demand.weight)
+    }
+
+    fn header(limit: u64, remaining: u64, reset: Duration) -> RateLimit {
+        RateLimit {
+            limit,
+            remaining,
+            reset,
+        }
+    }
+
+    #[test]
+    fn bot_alone_uses_all_but_the_reserve_of_cancels() {
+        let mut budget = PoolBudget::new(2000);
+        assert_eq!(exhaust(&mut budget, &order("a", 1), SECOND), 1940);
+        let cancels = (0..60).filter(|_| budget.take(&cancel(), SECOND).is_ok());
+        assert_eq!(cancels.count(), 60);
+        // Of an empty pool, one cancel leaves per second.
+        assert!(budget.take(&cancel(), SECOND).is_ok());
+        assert_eq!(budget.take(&cancel(), SECOND), Err(2 * SECOND));
+        assert!(budget.take(&cancel(), 2 * SECOND).is_ok());
+    }
+
+    #[test]
+    fn bots_that_want_more_than_there_is_get_their_shares() {
+        let mut budget = PoolBudget::new(2000);
+        let bots = [("a", 1), ("b", 2), ("c", 4)];
+        let mut taken = HashMap::<_, u64>::new();
+        for _ in 0..2000 {
+            for (name, share) in bots {
+                if try_take(&mut budget, &order(name, share), SECOND).is_some() {
+                    *taken.entry(name).or_default() += 2;
+                }
+            }
+        }
+        for (name, share) in bots {
+            let expected = 1940 * u64::from(share) / 7;
+            assert!(taken[name].abs_diff(expected) <= 4, "{name}: {taken:?}");
+        }
+    }
+
+    #[test]
+    fn share_of_a_bot_that_asks_for_little_goes_to_the_others() {
+        let mut budget = PoolBudget::new(2000);
+        for window in 0..2 {
+            let now = window * 40 * SECOND + SECOND;
+            assert!(try_take(&mut budget, &order("quiet", 1), now).is_some());
+        }
+        let taken = exhaust(&mut budget, &order("busy", 1), 41 * SECOND);
+        assert!((1900..=1940).contains(&taken), "{taken}");
+        assert!(try_take(&mut budget, &order("quiet", 1), 41 * SECOND).is_none());
+    }
+
+    #[test]
+    fn unused_share_is_free_for_others_late_in_the_window() {
+        let mut budget = PoolBudget::new(2000);
+        let ticket = try_take(&mut budget, &order("new", 1), SECOND).unwrap();
+        budget.answered(ticket, Some(header(2000, 1998, WINDOW)), SECOND, SECOND);
+        let early = exhaust(&mut budget, &order("busy", 1), SECOND);
+        assert!((960..=980).contains(&early), "{early}");
+        let late = early + exhaust(&mut budget, &order("busy", 1), 30 * SECOND);
+        assert!(late > 1900, "{late}");
+    }
+
+    #[test]
+    fn headers_show_what_others_use_and_when_the_window_ends() {
+        let mut budget = PoolBudget::new(2000);
+        let ticket = try_take(&mut budget, &order("a", 1), SECOND).unwrap();
+        budget.answered(
+            ticket,
+            Some(header(4000, 3000, 7 * SECOND)),
+            SECOND,
+            2 * SECOND,
+        );
+        let level = budget.level(2 * SECOND);
+        assert_eq!((level.quota, level.sent, level.left), (4000, 2, 3000));
+        assert_eq!(level.reset, 7 * SECOND);
+        assert_eq!(exhaust(&mut budget, &order("a", 1), 3 * SECOND), 2880);
+        assert_eq!(budget.take(&order("a", 1), 3 * SECOND), Err(9 * SECOND));
+        assert!(budget.take(&order("a", 1), 9 * SECOND).is_ok());
+        assert_eq!(budget.level(9 * SECOND).left, 3998);
+    }
+
+    #[test]
+    fn window_that_ended_early_is_followed() {
+        let mut budget = PoolBudget::new(2000);
+        let first = try_take(&mut budget, &order("a", 1), SECOND).unwrap();
+        budget.answered(first, Some(header(2000, 1998, WINDOW)), SECOND, SECOND);
+        let next = try_take(&mut budget, &order("a", 1), 5 * SECOND).unwrap();
+        budget.answered(
+            next,
+            Some(header(2000, 1990, WINDOW)),
+            5 * SECOND,
+            5 * SECOND,
+        );
+        let level = budget.level(5 * SECOND);
+        assert_eq!((level.left, level.reset), (1990, WINDOW));
+    }
+
+    #[test]
+    fn rejection_stops_all_but_one_cancel_per_second_until_the_reset() {
+        let mut budget = PoolBudget::new(2000);
+        let ticket = try_take(&mut budget, &order("a", 1), SECOND).unwrap();
+        budget.use_up(10 * SECOND, SECOND);
+        budget.refund(ticket, &order("a", 1));
+        assert_eq!(budget.take(&order("a", 1), SECOND), Err(11 * SECOND));
+        assert_eq!(budget.take(&cancel(), SECOND), Err(2 * SECOND));
+        assert!(budget.take(&cancel(), 2 * SECOND).is_ok());
+        assert_eq!(budget.level(2 * SECOND).left, 0);
+        assert!(budget.take(&order("a", 1), 11 * SECOND).is_ok());
+    }
+
+    #[test]
+    fn request_that_was_not_counted_is_given_back() {
+        let mut budget = PoolBudget::new(2000);
+        let order = order("a", 1);
+        let ticket = try_take(&mut budget, &order, SECOND).unwrap();
+        budget.refund(ticket, &order);
+        assert_eq!(exhaust(&mut budget, &order, SECOND), 1940);
+    }
+
+    /// A step of the model: who sends, the weight, and the milliseconds since the last step.
+    type Step = (u8, u32, u64);
+
+    proptest! {
+        /// Against a model of the exchange: windows that begin with their first request, and a limit.
+        #[test]
+        fn exchange_never_rejects_what_the_budget_allows(
+            steps in proptest::collection::vec((0_u8..4, 1_u32..40, 0_u64..600), 1..400),
+            quota in 200_u64..3000,
+        ) {
+            let steps: Vec<Step> = steps;
+            let mut budget = PoolBudget::new(quota);
+            let (mut now, mut began, mut used) = (SECOND, None::<Duration>, 0);
+            for (who, weight, wait_ms) in steps {
+                now += Duration::from_millis(wait_ms);
+                if began.is_some_and(|began| now >= began + WINDOW) {
+                    (began, used) = (None, 0);
+                }
+                let demand = demand(&who.to_string(), 1 + u32::from(who), Priority::Other, weight);
+                let Some(ticket) = try_take(&mut budget, &demand, now) else {
+                    continue;
+                };
+                let began = *began.get_or_insert(now);
+                used += u64::from(weight);
+                prop_assert!(used <= quota, "{used} of {quota}");
+                let reset = (began + WINDOW).saturating_sub(now);
+                let left = header(quota, quota - used, reset);
+                budget.answered(ticket, Some(left), now, now);
+            }
+        }
+    }
+}

@@ -1,0 +1,241 @@
+//! Rate budgets: bots share the quotas of their account, cancels go first, and the exchange rejects nothing for its rate limits.
+
+use std::fmt::Write as _;
+use std::time::{Duration, Instant};
+
+use credbroker::proto::{Method, Outcome, Scope, SignAndSendRequest};
+use credbroker_sim::installation::{RULES, Settings};
+use credbroker_sim::kucoin::{Fault, FaultAction, KucoinSettings, Limits, When};
+use tonic::{Code, Status};
+use tonic_types::StatusExt;
+
+use crate::harness::{Lab, accounts, failure, request, spot_order};
+
+const ORDERS: &str = "/api/v1/hf/orders";
+
+/// Rules for bots with different weights, of which `slow` waits for two seconds.
+fn rules() -> String {
+    let mut rules = String::new();
+    for (bot, more) in [
+        ("one", ""),
+        ("two", ""),
+        ("four", ""),
+        ("slow", "max_wait_ms = 2000\n"),
+    ] {
+        let _ = write!(
+            rules,
+            "[[grant]]\nbot = \"spiffe://demo.test/bot/{bot}\"\naccount = \"main\"\nscope = \"spot-margin\"\n\
+             allow = [\"read\", \"trade\"]\n{more}"
+        );
+    }
+    let mut rules = RULES.to_owned() + &rules;
+    rules += "[bot.\"spiffe://demo.test/bot/two\"]\nweight = 2\n[bot.\"spiffe://demo.test/bot/four\"]\nweight = 4\n";
+    rules
+}
+
+/// A lab whose exchange allows this weight of the spot pool in a window.
+async fn lab(spot: u64, window_ms: u64) -> Lab {
+    let mut limits = Limits::none();
+    limits.pools.insert("Spot".to_owned(), spot);
+    limits.window_ms = window_ms;
+    Lab::with(Settings {
+        rules: rules(),
+        kucoin: KucoinSettings {
+            limits,
+            ..KucoinSettings::default()
+        },
+        ..Settings::default()
+    })
+    .await
+}
+
+fn cancel(client_oid: &str) -> SignAndSendRequest {
+    let target = format!("/api/v1/hf/orders/client-order/{client_oid}?symbol=BTC-USDT");
+    request(Scope::SpotMargin, Method::Delete, &target, "")
+}
+
+/// The delay of a call that was refused for the rate limit.
+fn limited(status: &Status) -> Duration {
+    let (code, reason, outcome, _) = failure(status);
+    assert_eq!(
+        (code, reason.as_str(), outcome.as_str()),
+        (Code::ResourceExhausted, "RATE_LIMITED", "not_sent")
+    );
+    let retry = status.get_details_retry_info();
+    retry.and_then(|info| info.retry_delay).unwrap()
+}
+
+/// The answers with code 429000 that the exchange has sent.
+fn rejected(lab: &Lab) -> usize {
+    let received = lab.kucoin.received();
+    let codes = received.iter().filter_map(|request| request.code());
+    codes.filter(|code| *code == "429000").count()
+}
+
+#[tokio::test]
+async fn bots_get_shares_by_weight_and_the_exchange_rejects_nothing() {
+    let mut lab = lab(200, 30_000).await;
+    let names = ["one", "two", "four"];
+    let (mut bots, mut accepted) = (Vec::new(), [0; 3]);
+    for name in names {
+        bots.push(lab.bot(name).await);
+    }
+    for round in 0..200 {
+        for (which, bot) in bots.iter_mut().enumerate() {
+            match bot.send(spot_order(&format!("{which}-{round}"))).await {
+                Ok(answer) => {
+                    assert_eq!(answer.outcome(), Outcome::Accepted);
+                    accepted[which] += 1;
+                }
+                Err(status) => assert!(limited(&status) <= Duration::from_secs(30)),
+            }
+        }
+    }
+    assert_eq!(rejected(&lab), 0);
+    let all: u32 = accepted.iter().sum();
+    // All but the 3 % for cancels.
+    assert!((190..=194).contains(&all), "{accepted:?}");
+    for (count, expected) in accepted.into_iter().zip([27.7, 55.4, 110.9]) {
+        let error = (f64::from(count) / expected - 1.0).abs();
+        assert!(error < 0.1, "{accepted:?}");
+    }
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn cancels_leave_first_and_once_per_second_from_an_empty_pool() {
+    let mut lab = lab(100, 30_000).await;
+    let mut bot = lab.bot("one").await;
+    let mut last = Ok(());
+    for round in 0..120 {
+        let sent = bot.send(spot_order(&format!("order-{round}"))).await;
+        last = sent.map(drop);
+    }
+    limited(&last.unwrap_err());
+    // A known clientOid gets no "not sent", after which its bot would place the order again.
+    let repeated = bot.send(spot_order("order-0")).await.unwrap_err();
+    let info = repeated.get_details_error_info().unwrap();
+    assert_eq!(info.reason, "ORDER_REPEATED");
+    // The reserve.
+    for round in 0..3 {
+        let answer = bot.send(cancel(&format!("order-{round}"))).await.unwrap();
+        assert_eq!(answer.outcome(), Outcome::Accepted);
+    }
+    assert_eq!(rejected(&lab), 0);
+    let started = Instant::now();
+    for round in 3..6 {
+        let answer = bot.send(cancel(&format!("order-{round}"))).await.unwrap();
+        assert_eq!(answer.code, "429000");
+    }
+    let took = started.elapsed();
+    assert!(took >= Duration::from_millis(1900), "{took:?}");
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn orders_wait_for_a_window_that_is_near_and_are_refused_at_once_if_it_is_not() {
+    let mut lab = lab(20, 1500).await;
+    let (mut one, mut slow) = (lab.bot("one").await, lab.bot("slow").await);
+    let mut last = Ok(());
+    for round in 0..40 {
+        let sent = one.send(spot_order(&format!("order-{round}"))).await;
+        last = sent.map(drop);
+        if last.is_err() {
+            break;
+        }
+    }
+    let wait = limited(&last.unwrap_err());
+    assert!((200..=1500).contains(&wait.as_millis()), "{wait:?}");
+    let answer = slow.send(spot_order("waited")).await.unwrap();
+    assert_eq!(answer.outcome(), Outcome::Accepted);
+    assert_eq!(rejected(&lab), 0);
+    assert_eq!(
+        lab.metric("budget_waiting{account=\"main\",pool=\"spot\"}")
+            .await,
+        Some(0.0)
+    );
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn order_never_waits_past_its_not_after() {
+    let mut lab = lab(20, 3000).await;
+    let (mut one, mut slow) = (lab.bot("one").await, lab.bot("slow").await);
+    let mut time_ms = 0;
+    for round in 0..40 {
+        match one.send(spot_order(&format!("order-{round}"))).await {
+            Ok(answer) => time_ms = answer.broker_time_ms,
+            Err(_) => break,
+        }
+    }
+    let mut order = spot_order("short");
+    order.not_after_ms = time_ms + 700;
+    let started = Instant::now();
+    limited(&slow.send(order).await.unwrap_err());
+    assert!(started.elapsed() < Duration::from_millis(700));
+    assert_eq!(rejected(&lab), 0);
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn during_an_edge_block_one_cancel_per_second_leaves_and_nothing_else() {
+    let mut lab = lab(1000, 30_000).await;
+    let (mut one, mut two) = (lab.bot("one").await, lab.bot("two").await);
+    one.send(spot_order("open")).await.unwrap();
+    let when = When::BeforeProcessing;
+    lab.kucoin
+        .fault(Fault::once(ORDERS, FaultAction::Html { status: 429, when }));
+    let blocked = one.send(spot_order("blocked")).await.unwrap();
+    assert_eq!(blocked.outcome(), Outcome::Rejected);
+    let before = lab.kucoin.received().len();
+    for request in [spot_order("refused"), accounts()] {
+        let wait = limited(&two.send(request).await.unwrap_err());
+        assert!((25..=30).contains(&wait.as_secs()), "{wait:?}");
+    }
+    assert_eq!(lab.kucoin.received().len(), before);
+    assert_eq!(lab.metric("edge_blocked").await, Some(1.0));
+    let (_, ready) = lab.get("/readyz?verbose").await;
+    assert!(
+        ready.contains("rate limit: the exchange blocks the egress address"),
+        "{ready}"
+    );
+    let started = Instant::now();
+    for _ in 0..2 {
+        two.send(cancel("open")).await.unwrap();
+    }
+    assert_eq!(lab.kucoin.received().len(), before + 2);
+    assert!(started.elapsed() >= Duration::from_millis(950));
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn overload_without_headers_stops_nothing() {
+    let mut lab = lab(1000, 30_000).await;
+    let mut one = lab.bot("one").await;
+    let overload = FaultAction::RateLimited { reset_ms: None };
+    lab.kucoin.fault(Fault::once(ORDERS, overload));
+    let rejected = one.send(spot_order("rejected")).await.unwrap();
+    assert_eq!(rejected.code, "429000");
+    let next = one.send(spot_order("next")).await.unwrap();
+    assert_eq!(next.outcome(), Outcome::Accepted);
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn rejection_with_headers_stops_the_pool_until_its_reset() {
+    let mut lab = lab(1000, 30_000).await;
+    let mut one = lab.bot("one").await;
+    let used_up = FaultAction::RateLimited {
+        reset_ms: Some(1000),
+    };
+    lab.kucoin.fault(Fault::once(ORDERS, used_up));
+    one.send(spot_order("rejected")).await.unwrap();
+    let wait = limited(&one.send(spot_order("refused")).await.unwrap_err());
+    assert!((500..=1000).contains(&wait.as_millis()), "{wait:?}");
+    // Other pools are not affected.
+    one.send(accounts()).await.unwrap();
+    tokio::time::sleep(wait).await;
+    let next = one.send(spot_order("next")).await.unwrap();
+    assert_eq!(next.outcome(), Outcome::Accepted);
+    lab.stop().await;
+}
