@@ -18,6 +18,7 @@ use crate::base::ids::{AccountId, BotId};
 use crate::base::lock::Mutex;
 use crate::clock::Clock;
 use crate::kucoin::answer::RateLimit;
+use crate::kucoin::cancel_scope::{CancelScope, PendingOrders};
 use crate::kucoin::quota::{Cost, Pool};
 use edge::Edge;
 use pool::{Demand, PoolBudget, Ticket};
@@ -90,6 +91,19 @@ impl RateLimited {
     }
 }
 
+/// Why a request got no part of a budget.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+pub(crate) enum NoBudget {
+    /// A cancel that covers its orders came while it waited.
+    #[error(
+        "a cancel that covers this order came while the order waited for the rate limit; nothing was sent"
+    )]
+    Cancelled,
+    /// It does not fit in time.
+    #[error(transparent)]
+    RateLimited(#[from] RateLimited),
+}
+
 /// All budgets.
 #[derive(Debug)]
 pub(crate) struct Budgets {
@@ -105,10 +119,20 @@ struct State {
     waited: u64,
     /// Cancels that wait.
     cancels_waiting: usize,
+    /// The orders of requests that wait, or have waited and do not go on yet.
+    pending: HashMap<u64, Pending>,
     cleaned: Duration,
 }
 
 type PoolKey = (Subject, Pool);
+
+/// A request that waits.
+#[derive(Debug)]
+struct Pending {
+    subject: Subject,
+    orders: Option<PendingOrders>,
+    is_cancelled: bool,
+}
 
 #[derive(Debug)]
 struct Entry {
@@ -153,21 +177,24 @@ impl Budgets {
                 edge: Edge::new(edge_limit),
                 waited: 0,
                 cancels_waiting: 0,
+                pending: HashMap::new(),
                 cleaned: clock.boot(),
             }),
             clock,
         }
     }
 
-    /// Takes what a request needs, and waits for it for at most `patience`; a cancel waits for as long as it takes.
+    /// Takes what a request needs, and waits for it for at most `patience`; a cancel waits for as long as it takes. `orders`: those
+    /// that it places or amends; a cancel that covers one of them ends its wait.
     ///
     /// # Errors
-    /// When it does not fit in time; at once if that is known.
+    /// When it does not fit in time; at once if that is known. When it is cancelled.
     pub(crate) async fn take(
         self: &Arc<Self>,
         request: BudgetRequest,
         patience: Duration,
-    ) -> Result<Charge, RateLimited> {
+        orders: impl FnOnce() -> Option<PendingOrders>,
+    ) -> Result<Charge, NoBudget> {
         let key = (request.subject, request.cost.pool);
         let demand = Demand {
             bot: request.bot,
@@ -184,7 +211,14 @@ impl Budgets {
         };
         let ticket = match first {
             Ok(ticket) => ticket,
-            Err(refusal) => self.wait(&key, &demand, refusal, give_up).await?,
+            Err(refusal) => {
+                let pending = Pending {
+                    subject: key.0.clone(),
+                    orders: orders(),
+                    is_cancelled: false,
+                };
+                self.wait(&key, &demand, pending, refusal, give_up).await?
+            }
         };
         Ok(Charge {
             budgets: Arc::clone(self),
@@ -200,15 +234,17 @@ impl Budgets {
         &self,
         key: &PoolKey,
         demand: &Demand,
+        pending: Pending,
         mut refusal: (Scarce, Duration),
         give_up: Duration,
-    ) -> Result<Ticket, RateLimited> {
+    ) -> Result<Ticket, NoBudget> {
         let (granted, mut grant) = oneshot::channel();
         let place = {
             let mut state = self.state.lock();
             state.waited += 1;
             state.cancels_waiting += usize::from(demand.priority == Priority::Cancel);
             let at = (demand.priority, state.waited);
+            state.pending.insert(at.1, pending);
             let waiting = Waiting {
                 demand: demand.clone(),
                 granted,
@@ -226,19 +262,23 @@ impl Budgets {
             let (scarce, until) = refusal;
             let now = self.clock.boot();
             if demand.priority != Priority::Cancel && until > give_up {
-                drop(place);
                 // It may have been granted just now.
-                return grant.try_recv().map_err(|_| RateLimited {
-                    scarce,
-                    retry_after: until.saturating_sub(now),
-                });
+                return match grant.try_recv() {
+                    Ok(ticket) => self.go_on(&place, demand, ticket),
+                    Err(_) => Err(RateLimited {
+                        scarce,
+                        retry_after: until.saturating_sub(now),
+                    }
+                    .into()),
+                };
             }
             tokio::select! {
                 biased;
                 granted = &mut grant => {
-                    if let Ok(ticket) = granted {
-                        return Ok(ticket);
-                    }
+                    return match granted {
+                        Ok(ticket) => self.go_on(&place, demand, ticket),
+                        Err(_) => Err(NoBudget::Cancelled),
+                    };
                 }
                 () = sleep_until(Instant::now() + until.saturating_sub(now)) => {}
             }
@@ -246,6 +286,41 @@ impl Budgets {
             let mut state = self.state.lock();
             if let Some(next) = state.serve(key, now, Some(place.at)) {
                 refusal = next;
+            }
+        }
+    }
+
+    /// Lets a request go on that has waited, unless it was cancelled meanwhile. From here until the claim on its clientOids, nothing
+    /// is awaited.
+    fn go_on(
+        &self,
+        place: &Place<'_>,
+        demand: &Demand,
+        ticket: Ticket,
+    ) -> Result<Ticket, NoBudget> {
+        let mut state = self.state.lock();
+        let pending = state.pending.get(&place.at.1);
+        if pending.is_none_or(|pending| !pending.is_cancelled) {
+            return Ok(ticket);
+        }
+        if let Some(entry) = state.pools.get_mut(place.key) {
+            entry.budget.refund(ticket, demand);
+        }
+        Err(NoBudget::Cancelled)
+    }
+
+    /// Ends the wait of requests with orders that a cancel covers.
+    pub(crate) fn cancel_waiting(&self, subject: &Subject, cancel: &CancelScope) {
+        let mut state = self.state.lock();
+        let State { pending, pools, .. } = &mut *state;
+        for (id, pending) in pending.iter_mut() {
+            let is_covered = |orders: &PendingOrders| cancel.covers(orders);
+            if pending.subject == *subject && pending.orders.as_ref().is_some_and(is_covered) {
+                pending.is_cancelled = true;
+                for entry in pools.values_mut() {
+                    // Its sender drops, which ends the wait.
+                    entry.waiting.retain(|(_, waiting), _| waiting != id);
+                }
             }
         }
     }
@@ -457,6 +532,7 @@ impl Drop for Place<'_> {
     fn drop(&mut self) {
         let mut state = self.budgets.state.lock();
         state.cancels_waiting -= usize::from(self.at.0 == Priority::Cancel);
+        state.pending.remove(&self.at.1);
         if let Some(entry) = state.pools.get_mut(self.key) {
             entry.waiting.remove(&self.at);
         }

@@ -7,6 +7,7 @@ pub mod advice;
 pub(crate) mod answer;
 pub(crate) mod batch;
 pub(crate) mod broker_query;
+pub(crate) mod cancel_scope;
 pub(crate) mod catalog;
 pub(crate) mod code;
 #[allow(dead_code, reason = "the guard of clientOids will use it")]

@@ -17,6 +17,8 @@ use std::path::{Path, PathBuf};
 
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::{Digest, Sha256};
+use tokio::sync::Notify;
+use tokio::sync::futures::Notified;
 
 use crate::audit::MAX_CLIENT_OID_CHARS;
 use crate::base::ids::{AccountId, BotId};
@@ -46,6 +48,7 @@ pub(crate) struct Orders {
     /// The KuCoin accounts that each account in the rules has had, the current one last, as far as key tests have reported them.
     uids: Mutex<BTreeMap<(AccountId, Scope), Vec<String>>>,
     readiness: Mutex<Readiness>,
+    settled: Notify,
 }
 
 /// Claims of earlier runs may be missing.
@@ -273,7 +276,13 @@ impl Orders {
             calls: Mutex::new(CallTable::new(limits)),
             uids: Mutex::default(),
             readiness: Mutex::new(Readiness::Reading),
+            settled: Notify::new(),
         }
+    }
+
+    /// Returns once a claim is settled after this call.
+    pub(crate) fn settled(&self) -> Notified<'_> {
+        self.settled.notified()
     }
 
     /// Whether the claims of earlier runs are known.
@@ -396,6 +405,7 @@ impl Orders {
             let at_s = seconds(claims.at_ms);
             self.guard.lock().settle(*key, at_s, settled);
         }
+        self.settled.notify_waiters();
     }
 
     /// State and time of the claim on a clientOid, also after the window; `None`: it has none.

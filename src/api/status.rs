@@ -10,6 +10,7 @@ use crate::base::ids::RequestId;
 use crate::base::outcome::{Outcome, Reason};
 use crate::base::text::clean;
 use crate::broker::BrokerError;
+use crate::budgets::NoBudget;
 use crate::kucoin::Malformed;
 use crate::orders::Repeated;
 
@@ -67,7 +68,7 @@ fn status_with(
     }
     if retry_helps(reason) {
         details.set_retry_info(Some(match error {
-            BrokerError::RateLimited(limited) => limited.retry_after,
+            BrokerError::NoBudget(NoBudget::RateLimited(limited)) => limited.retry_after,
             _ => RETRY_AFTER,
         }));
     }
@@ -108,6 +109,7 @@ fn code(reason: Reason) -> Code {
         Reason::DeadlineExceeded => Code::DeadlineExceeded,
         Reason::Internal => Code::Internal,
         Reason::AccountFrozen
+        | Reason::CancelledWhileWaiting
         | Reason::ClockUncertain
         | Reason::EgressMismatch
         | Reason::KeyUnavailable => Code::FailedPrecondition,
@@ -129,6 +131,7 @@ fn retry_helps(reason: Reason) -> bool {
         | Reason::AnswerLost
         | Reason::CallerBlocked
         | Reason::CallerUnknown
+        | Reason::CancelledWhileWaiting
         | Reason::ClientOidReused
         | Reason::ClockUncertain
         | Reason::DeadlineExceeded

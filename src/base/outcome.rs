@@ -54,6 +54,8 @@ pub enum Reason {
     CallerBlocked,
     /// No rule names this bot.
     CallerUnknown,
+    /// A cancel that covers the order came while the order waited for the rate limit.
+    CancelledWhileWaiting,
     /// The clientOid was used for a request with another body.
     ClientOidReused,
     /// The exchange's time is not known well enough, and the request is risk-increasing.
@@ -86,12 +88,13 @@ pub enum Reason {
 
 impl Reason {
     /// All reasons.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::AccountFrozen,
         Self::AnswerLost,
         Self::AuditUnavailable,
         Self::CallerBlocked,
         Self::CallerUnknown,
+        Self::CancelledWhileWaiting,
         Self::ClientOidReused,
         Self::ClockUncertain,
         Self::DeadlineExceeded,
@@ -116,6 +119,7 @@ impl Reason {
             Self::AuditUnavailable => "AUDIT_UNAVAILABLE",
             Self::CallerBlocked => "CALLER_BLOCKED",
             Self::CallerUnknown => "CALLER_UNKNOWN",
+            Self::CancelledWhileWaiting => "CANCELLED_WHILE_WAITING",
             Self::ClientOidReused => "CLIENT_OID_REUSED",
             Self::ClockUncertain => "CLOCK_UNCERTAIN",
             Self::DeadlineExceeded => "DEADLINE_EXCEEDED",
@@ -142,6 +146,7 @@ impl Reason {
             | Self::AuditUnavailable
             | Self::CallerBlocked
             | Self::CallerUnknown
+            | Self::CancelledWhileWaiting
             | Self::ClockUncertain
             | Self::DeadlineExceeded
             | Self::EgressMismatch

@@ -3,14 +3,19 @@
 use std::time::Duration;
 
 use tokio::sync::oneshot;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use super::{Broker, BrokerError, Call, Receipt};
 use crate::base::outcome::Outcome;
 use crate::budgets::{BudgetRequest, Charge, Priority, Subject};
+use crate::kucoin::cancel_scope::{CancelScope, PendingOrders};
 use crate::kucoin::quota::{Cost, Pool, WINDOW};
-use crate::kucoin::{Answer, Scope, code, open_orders};
+use crate::kucoin::{Answer, Endpoint, Scope, code, open_orders};
+use crate::orders::OrderState;
 use crate::policy::Permit;
+
+/// How long a cancel waits for an order that it names by clientOid and that is in flight.
+const OWN_ORDER_WITHIN: Duration = Duration::from_millis(200);
 
 impl Broker {
     /// Takes the part of the rate budgets that a call needs, before its intent is recorded. It waits for at most `max_wait_ms`
@@ -25,6 +30,12 @@ impl Broker {
         reply: &mut oneshot::Sender<Result<Receipt, BrokerError>>,
     ) -> Result<Charge, BrokerError> {
         let request = self.budget_request(call, permit);
+        if let Some(endpoint) = permit.endpoint()
+            && let Some(cancel) = CancelScope::of(endpoint, &call.request)
+        {
+            self.budgets.cancel_waiting(&request.subject, &cancel);
+            self.wait_for_own_orders(call, endpoint).await;
+        }
         let until_deadline = call.deadline.saturating_duration_since(Instant::now());
         let patience = match request.priority {
             Priority::Cancel | Priority::Internal => until_deadline,
@@ -43,14 +54,37 @@ impl Broker {
         if request.cost.is_weight_assumed {
             self.metrics.weights_assumed.inc();
         }
+        let orders = || PendingOrders::of(permit.endpoint()?, &call.request);
         let ends_with_caller = !permit.changes() || permit.increases_risk();
         tokio::select! {
             biased;
-            taken = self.budgets.take(request, patience) => Ok(taken?),
+            taken = self.budgets.take(request, patience, orders) => Ok(taken?),
             () = reply.closed(), if ends_with_caller => Err(BrokerError::CallerGone),
             () = sleep_until(call.deadline) => Err(BrokerError::DeadlineExceeded),
             () = self.calls.give_up.cancelled() => Err(BrokerError::ShuttingDown),
         }
+    }
+
+    /// Waits until the orders that a cancel names by clientOid are not in flight any more, so that it does not arrive before them;
+    /// for at most [`OWN_ORDER_WITHIN`].
+    async fn wait_for_own_orders(&self, call: &Call, endpoint: &Endpoint) {
+        let (account, scope) = (&call.request.account, call.request.scope);
+        let oids = endpoint.client_oids(&call.request);
+        let is_in_flight = |oid: &&str| {
+            let claimed = self.orders.claimed(account, scope, oid);
+            claimed.is_some_and(|(state, _)| state == OrderState::InFlight)
+        };
+        let ended = async {
+            loop {
+                let settled = self.orders.settled();
+                if !oids.iter().any(is_in_flight) {
+                    return;
+                }
+                settled.await;
+            }
+        };
+        let left = call.deadline.saturating_duration_since(Instant::now());
+        let _ = timeout(OWN_ORDER_WITHIN.min(left / 2), ended).await;
     }
 
     fn budget_request(&self, call: &Call, permit: &Permit) -> BudgetRequest {

@@ -6,7 +6,7 @@ use super::not_after::NotAfterPassed;
 use crate::audit::AuditError;
 use crate::base::outcome::{Outcome, Reason};
 use crate::base::text::clean;
-use crate::budgets::RateLimited;
+use crate::budgets::NoBudget;
 use crate::clock::ClockUncertain;
 use crate::egress::proof::EgressMismatch;
 use crate::egress::{ConnectError, SendError};
@@ -75,9 +75,9 @@ pub(crate) enum BrokerError {
     /// A limit of calls, connections or memory was reached.
     #[error(transparent)]
     Overloaded(#[from] Overload),
-    /// It does not fit into the rate limits of the exchange in time.
+    /// It does not fit into the rate limits of the exchange in time, or was cancelled while it waited.
     #[error(transparent)]
-    RateLimited(#[from] RateLimited),
+    NoBudget(#[from] NoBudget),
     /// The caller of a read went away after the request was sent.
     #[error("the caller cancelled the call or disconnected; its read was dropped")]
     ReadDropped,
@@ -222,7 +222,8 @@ impl BrokerError {
             Self::Malformed(_) => Reason::RequestMalformed,
             Self::MethodUnknown(_) => Reason::MethodUnknown,
             Self::AnswerDropped(_) | Self::Overloaded(_) => Reason::Overloaded,
-            Self::RateLimited(_) => Reason::RateLimited,
+            Self::NoBudget(NoBudget::Cancelled) => Reason::CancelledWhileWaiting,
+            Self::NoBudget(NoBudget::RateLimited(_)) => Reason::RateLimited,
             Self::Repeated(repeated) if repeated.is_same => Reason::OrderRepeated,
             Self::Repeated(_) => Reason::ClientOidReused,
             Self::Restricted(Restricted::Blocked) => Reason::CallerBlocked,

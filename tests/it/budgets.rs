@@ -9,7 +9,7 @@ use credbroker_sim::kucoin::{Fault, FaultAction, KucoinSettings, Limits, When};
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
-use crate::harness::{Lab, accounts, failure, request, spot_order};
+use crate::harness::{Bot, Lab, accounts, failure, request, spot_cancel_all, spot_order, until};
 
 const ORDERS: &str = "/api/v1/hf/orders";
 
@@ -157,17 +157,95 @@ async fn orders_wait_for_a_window_that_is_near_and_are_refused_at_once_if_it_is_
     lab.stop().await;
 }
 
+/// Uses up the spot pool, at least 200 ms before its reset; returns the last exchange time.
+async fn exhaust(bot: &mut Bot, prefix: &str) -> i64 {
+    let mut time_ms = 0;
+    for round in 0..1000 {
+        match bot.send(spot_order(&format!("{prefix}-{round}"))).await {
+            Ok(answer) => time_ms = answer.broker_time_ms,
+            Err(status) => {
+                limited(&status);
+                return time_ms;
+            }
+        }
+    }
+    panic!("the pool is never used up")
+}
+
+async fn until_one_waits(lab: &Lab) {
+    until("a request waits", async || {
+        let waiting = "budget_waiting{account=\"main\",pool=\"spot\"}";
+        lab.metric(waiting).await == Some(1.0)
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn cancel_ends_the_wait_of_an_order_that_it_covers() {
+    let mut lab = lab(20, 1900).await;
+    let (mut one, mut slow) = (lab.patient_bot("one").await, lab.patient_bot("slow").await);
+    let mut other = lab.bot("one").await;
+    let all = spot_cancel_all();
+    for (oid, cancel, is_covered) in [
+        ("by-oid", cancel("by-oid"), true),
+        ("by-all", all, true),
+        ("another", cancel("by-oid"), false),
+    ] {
+        exhaust(&mut other, oid).await;
+        let order = slow.send(spot_order(oid));
+        let (ordered, cancelled) = tokio::join!(order, async {
+            until_one_waits(&lab).await;
+            one.send(cancel).await
+        });
+        cancelled.unwrap();
+        if is_covered {
+            let status = ordered.unwrap_err();
+            let (code, reason, outcome, _) = failure(&status);
+            assert_eq!(
+                (code, reason.as_str(), outcome.as_str()),
+                (
+                    Code::FailedPrecondition,
+                    "CANCELLED_WHILE_WAITING",
+                    "not_sent"
+                )
+            );
+            assert!(status.get_details_retry_info().is_none());
+        } else {
+            assert_eq!(ordered.unwrap().outcome(), Outcome::Accepted);
+        }
+    }
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn cancel_waits_for_the_answer_to_its_order() {
+    let mut lab = lab(1000, 30_000).await;
+    let (mut one, mut two) = (lab.patient_bot("one").await, lab.patient_bot("two").await);
+    lab.kucoin
+        .fault(Fault::once(ORDERS, FaultAction::Delay { ms: 100 }));
+    let (ordered, cancelled) = tokio::join!(one.send(spot_order("mine")), async {
+        until("the order is at the exchange", async || {
+            lab.kucoin.in_progress() > 0
+        })
+        .await;
+        two.send(cancel("mine")).await
+    });
+    assert_eq!(ordered.unwrap().outcome(), Outcome::Accepted);
+    assert_eq!(cancelled.unwrap().outcome(), Outcome::Accepted);
+    let received = lab.kucoin.received();
+    let methods: Vec<_> = received
+        .iter()
+        .map(|request| request.method.as_str())
+        .collect();
+    assert_eq!(methods, ["POST", "DELETE"]);
+    lab.stop().await;
+}
+
 #[tokio::test]
 async fn order_never_waits_past_its_not_after() {
     let mut lab = lab(20, 3000).await;
     let (mut one, mut slow) = (lab.bot("one").await, lab.bot("slow").await);
-    let mut time_ms = 0;
-    for round in 0..40 {
-        match one.send(spot_order(&format!("order-{round}"))).await {
-            Ok(answer) => time_ms = answer.broker_time_ms,
-            Err(_) => break,
-        }
-    }
+    let time_ms = exhaust(&mut one, "order").await;
     let mut order = spot_order("short");
     order.not_after_ms = time_ms + 700;
     let started = Instant::now();
