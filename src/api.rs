@@ -3,6 +3,7 @@
 pub(crate) mod admin_error;
 pub(crate) mod admins;
 pub(crate) mod bots;
+mod budgets;
 mod messages;
 mod orders;
 mod outcomes;

@@ -7,7 +7,7 @@
 mod edge;
 mod pool;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -104,6 +104,16 @@ pub(crate) enum NoBudget {
     RateLimited(#[from] RateLimited),
 }
 
+/// The state of a pool that an account has used.
+#[derive(Clone, Debug)]
+pub(crate) struct UsedPool {
+    pub(crate) account: AccountId,
+    pub(crate) pool: Pool,
+    pub(crate) level: Level,
+    /// Requests that wait for it.
+    pub(crate) waiting: usize,
+}
+
 /// All budgets.
 #[derive(Debug)]
 pub(crate) struct Budgets {
@@ -136,8 +146,8 @@ struct Pending {
 
 #[derive(Debug)]
 struct Entry {
-    /// The last account that has used it.
-    account: AccountId,
+    /// The accounts that have used it.
+    accounts: BTreeSet<AccountId>,
     budget: PoolBudget,
     /// In the order in which they are sent.
     waiting: BTreeMap<(Priority, u64), Waiting>,
@@ -334,22 +344,35 @@ impl Budgets {
         Some(entry.budget.charge(demand, now))
     }
 
-    /// Every budget of a pool: the account that has used it last, the pool, its level, and how many requests wait for it. One for
-    /// each account and pool: once the uid of an account is known, the one without it is not used any more.
-    pub(crate) fn levels(&self) -> Vec<(AccountId, Pool, Level, usize)> {
+    /// The state of each pool that an account has used, sorted. Once the uid of an account is known, the budgets without it are not
+    /// used any more.
+    pub(crate) fn used(&self) -> Vec<UsedPool> {
         let now = self.clock.boot();
         let state = self.state.lock();
-        let mut entries: Vec<_> = state.pools.iter().collect();
-        entries.sort_by_key(|((subject, pool), entry)| {
-            let has_uid = !matches!(subject, Subject::Account(_));
-            (&entry.account, *pool, !has_uid, subject)
-        });
-        entries.dedup_by_key(|((_, pool), entry)| (&entry.account, *pool));
-        let levels = entries.into_iter().map(|((_, pool), entry)| {
-            let account = entry.account.clone();
-            (account, *pool, entry.budget.level(now), entry.waiting.len())
-        });
-        levels.collect()
+        let mut used = BTreeMap::new();
+        for ((subject, pool), entry) in &state.pools {
+            for account in &entry.accounts {
+                let has_uid = !matches!(subject, Subject::Account(_));
+                let pool = UsedPool {
+                    account: account.clone(),
+                    pool: *pool,
+                    level: entry.budget.level(now),
+                    waiting: entry.waiting.len(),
+                };
+                let key = (account.clone(), pool.pool);
+                if has_uid {
+                    used.insert(key, pool);
+                } else {
+                    used.entry(key).or_insert(pool);
+                }
+            }
+        }
+        used.into_values().collect()
+    }
+
+    /// Requests per 10 s over all accounts; `None`: no limit.
+    pub(crate) fn edge_limit(&self) -> Option<u64> {
+        self.state.lock().edge.limit(self.clock.boot())
     }
 
     /// The edge of the exchange has blocked the egress address for `time`. Returns whether that is new.
@@ -374,13 +397,13 @@ impl State {
         }
         if let Some(entry) = self.pools.get_mut(key) {
             entry.budget.set_quota(quota);
-            if entry.account != account {
-                entry.account = account;
+            if !entry.accounts.contains(&account) {
+                entry.accounts.insert(account);
             }
             return;
         }
         let entry = Entry {
-            account,
+            accounts: BTreeSet::from([account]),
             budget: PoolBudget::new(quota),
             waiting: BTreeMap::new(),
         };

@@ -2,6 +2,7 @@
 
 pub mod admin;
 mod bots;
+mod budgets;
 mod check_config;
 mod clock;
 mod completions;
@@ -64,6 +65,14 @@ enum Command {
         #[command(subcommand)]
         command: bots::Command,
     },
+    /// Show how much of KuCoin's rate limits the accounts have used.
+    ///
+    /// Weights of the current window of each pool, as the running broker counts them. Exit code 0: shown; 1: broker
+    /// unreachable or call refused; 2: usage error or invalid admin.toml.
+    #[command(
+        after_long_help = "Examples:\n  credbroker budgets\n  credbroker budgets main --json"
+    )]
+    Budgets(budgets::Options),
     /// Check the configuration, the rules and all files that they name.
     ///
     /// Reports every problem. Exit code 0: no problems; 2: problems found, or the file cannot be read.
@@ -172,6 +181,7 @@ pub fn run() -> ExitCode {
     });
     ExitCode::from(match command {
         Command::Bots { command } => bots::run(&command),
+        Command::Budgets(options) => budgets::run(&options),
         Command::CheckConfig { config } => check_config::run(&config),
         Command::Clock { command } => clock::run(&command),
         Command::Orders { command } => orders::run(&command),

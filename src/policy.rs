@@ -410,6 +410,14 @@ impl Policy {
         self.weights.get(bot).copied().unwrap_or(1)
     }
 
+    /// Checks that a rule grants this bot anything on the account.
+    ///
+    /// # Errors
+    /// When none does.
+    pub(crate) fn check_account(&self, bot: &BotId, account: &AccountId) -> Result<(), Denied> {
+        self.grants(bot, account, Scope::SpotMargin).map(drop)
+    }
+
     /// The account, if a rule grants this bot the class `read` on it in this scope.
     ///
     /// # Errors

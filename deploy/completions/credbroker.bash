@@ -19,6 +19,9 @@ _credbroker() {
             credbroker,bots)
                 cmd="credbroker__subcmd__bots"
                 ;;
+            credbroker,budgets)
+                cmd="credbroker__subcmd__budgets"
+                ;;
             credbroker,check-config)
                 cmd="credbroker__subcmd__check__subcmd__config"
                 ;;
@@ -90,6 +93,9 @@ _credbroker() {
                 ;;
             credbroker__subcmd__help,bots)
                 cmd="credbroker__subcmd__help__subcmd__bots"
+                ;;
+            credbroker__subcmd__help,budgets)
+                cmd="credbroker__subcmd__help__subcmd__budgets"
                 ;;
             credbroker__subcmd__help,check-config)
                 cmd="credbroker__subcmd__help__subcmd__check__subcmd__config"
@@ -272,7 +278,7 @@ _credbroker() {
 
     case "${cmd}" in
         credbroker)
-            opts="-h -V --help --version bots check-config clock completions doctor explain halt health keys orders policy resume serve help"
+            opts="-h -V --help --version bots budgets check-config clock completions doctor explain halt health keys orders policy resume serve help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -376,6 +382,24 @@ _credbroker() {
         credbroker__subcmd__bots__subcmd__unblock)
             opts="-h --admin --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --admin)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        credbroker__subcmd__budgets)
+            opts="-h --json --admin --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
@@ -578,7 +602,7 @@ _credbroker() {
             return 0
             ;;
         credbroker__subcmd__help)
-            opts="bots check-config clock completions doctor explain halt health keys orders policy resume serve help"
+            opts="bots budgets check-config clock completions doctor explain halt health keys orders policy resume serve help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -622,6 +646,20 @@ _credbroker() {
         credbroker__subcmd__help__subcmd__bots__subcmd__unblock)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        credbroker__subcmd__help__subcmd__budgets)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi

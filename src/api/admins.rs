@@ -8,6 +8,7 @@ use tonic::{Request, Response, Status};
 use zeroize::Zeroizing;
 
 use super::admin_error::{AdminError, host_name};
+use super::budgets;
 use super::messages::in_proto;
 use crate::audit::Act;
 use crate::base::diagnosis::Diagnosis;
@@ -387,6 +388,19 @@ impl Admin for AdminApi {
             .map(KeyState::from);
         let keys = keys.collect();
         Ok(Response::new(proto::ListKeysResponse { keys }))
+    }
+
+    async fn list_budgets(
+        &self,
+        request: Request<proto::ListBudgetsRequest>,
+    ) -> Result<Response<proto::ListBudgetsResponse>, Status> {
+        let (_, message) = opened(request)?;
+        let account = match message.account.as_str() {
+            "" => None,
+            account => Some(self.account(account)?.id.clone()),
+        };
+        let listed = budgets::list(&self.broker, account.as_ref());
+        Ok(Response::new(listed))
     }
 
     async fn refresh_key(

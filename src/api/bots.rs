@@ -1,4 +1,4 @@
-//! The `Broker` service: `SignAndSend`, and `GetOutcome` with `outcomes.rs`.
+//! The `Broker` service: `SignAndSend`, `GetOutcome` with `outcomes.rs`, and `GetBudget` with `budgets.rs`.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -8,8 +8,8 @@ use tokio::time::Instant;
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
-use super::outcomes;
 use super::status::{status, status_of_question};
+use super::{budgets, outcomes};
 use crate::base::ids::{BotId, Principal, RequestId};
 use crate::base::outcome::Outcome;
 use crate::broker::admission::{CallKind, CallSlot, MessageSlot};
@@ -48,6 +48,7 @@ const MAX_RESOLVE_MS: u32 = 30_000;
 
 /// The paths of the methods.
 pub(crate) const SIGN_AND_SEND: &str = "/credbroker.v1.Broker/SignAndSend";
+pub(crate) const GET_BUDGET: &str = "/credbroker.v1.Broker/GetBudget";
 pub(crate) const GET_OUTCOME: &str = "/credbroker.v1.Broker/GetOutcome";
 
 /// The caller, as passed on by the listener.
@@ -89,6 +90,28 @@ impl GrpcApi {
         self.broker
             .policy()
             .host_of(bot, &account, scope(message.scope())?)
+    }
+
+    /// Answers a question about the broker's own state.
+    async fn respond<Q, A>(
+        &self,
+        request: Request<Q>,
+        answer: impl FnOnce(&Broker, &BotId, Q) -> Result<A, BrokerError>,
+    ) -> Result<Response<A>, Status> {
+        // Not the id that a bot asks about, whose calls have audit lines of their own.
+        let id = RequestId::random();
+        let peer = request.extensions().get::<Peer>().cloned();
+        let peer = peer.ok_or_else(|| status_of_question(&BrokerError::Internal, &id, None))?;
+        let message = request.into_inner();
+        let answer = async { answer(&self.broker, &peer.bot, message) };
+        match catch_panic(answer).await {
+            Ok(answer) => Ok(Response::new(answer)),
+            Err(error) => {
+                let error = self.broker.refuse(&peer.bot, &id, error).await;
+                let time_ms = self.broker.clock.measured_ms(None);
+                Err(status_of_question(&error, &id, time_ms))
+            }
+        }
     }
 
     async fn answer(
@@ -186,20 +209,16 @@ impl BrokerRpc for GrpcApi {
         &self,
         request: Request<proto::GetOutcomeRequest>,
     ) -> Result<Response<proto::GetOutcomeResponse>, Status> {
-        // Not the id that the bot asks about, whose calls have audit lines of their own.
-        let id = RequestId::random();
-        let peer = request.extensions().get::<Peer>().cloned();
-        let peer = peer.ok_or_else(|| status_of_question(&BrokerError::Internal, &id, None))?;
-        let message = request.into_inner();
-        let answer = async { outcomes::answer(&self.broker, &peer.bot, message) };
-        match catch_panic(answer).await {
-            Ok(answer) => Ok(Response::new(answer)),
-            Err(error) => {
-                let error = self.broker.refuse(&peer.bot, &id, error).await;
-                let time_ms = self.broker.clock.measured_ms(None);
-                Err(status_of_question(&error, &id, time_ms))
-            }
-        }
+        self.respond(request, outcomes::answer).await
+    }
+
+    async fn get_budget(
+        &self,
+        request: Request<proto::GetBudgetRequest>,
+    ) -> Result<Response<proto::GetBudgetResponse>, Status> {
+        let answer =
+            |broker: &Broker, bot: &BotId, message| budgets::of_account(broker, bot, &message);
+        self.respond(request, answer).await
     }
 }
 

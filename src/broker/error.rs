@@ -67,7 +67,7 @@ pub(crate) enum BrokerError {
     #[error("malformed request: {}", joined(.0))]
     Malformed(Vec<Malformed>),
     /// No service has this method.
-    #[error("unknown method {}; expected /credbroker.v1.Broker/SignAndSend or /credbroker.v1.Broker/GetOutcome; nothing was sent", clean(.0, METHOD_CHARS))]
+    #[error("unknown method {}; expected SignAndSend, GetOutcome or GetBudget of /credbroker.v1.Broker; nothing was sent", clean(.0, METHOD_CHARS))]
     MethodUnknown(String),
     /// `not_after_ms` has passed.
     #[error(transparent)]

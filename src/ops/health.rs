@@ -13,14 +13,12 @@ use tokio::sync::watch;
 use super::key_health::{self, KeyHealth};
 use crate::audit::Audit;
 use crate::base::diagnosis::{Diagnosis, Severity};
-use crate::base::ids::AccountId;
 use crate::broker::Broker;
-use crate::budgets::Level;
+use crate::budgets::UsedPool;
 use crate::clock::{self, ClockUncertain, ExchangeTime, HostId};
 use crate::config::FileProblems;
 use crate::egress::proof::ProofStatus;
 use crate::kucoin::advice;
-use crate::kucoin::quota::Pool;
 use crate::orders::ClaimsUnknown;
 use crate::process::hardened;
 use crate::proto::KeyStatus;
@@ -427,22 +425,27 @@ fn encode_orders(broker: &Broker, gauges: &mut DescriptorEncoder<'_>) -> fmt::Re
 }
 
 fn encode_budgets(broker: &Broker, gauges: &mut DescriptorEncoder<'_>) -> fmt::Result {
-    let levels = broker.budgets.levels();
-    let each = |value: fn(&(AccountId, Pool, Level, usize)) -> u64| {
-        let values = levels.iter().map(move |level| {
-            let (account, pool) = (level.0.to_string(), level.1.as_str().to_owned());
-            ([("account", account), ("pool", pool)], value(level))
+    let used = broker.budgets.used();
+    let each = |value: fn(&UsedPool) -> u64| {
+        let values = used.iter().map(move |used| {
+            let (account, pool) = (used.account.to_string(), used.pool.as_str().to_owned());
+            ([("account", account), ("pool", pool)], value(used))
         });
         values.collect::<Vec<_>>()
     };
     let help = "Weight per 30 s that KuCoin allows the account, or the address in pool public";
-    gauge(gauges, "budget_quota", help, each(|level| level.2.quota))?;
+    gauge(gauges, "budget_quota", help, each(|used| used.level.quota))?;
     let help = "Weight that is left in the current window";
-    gauge(gauges, "budget_left", help, each(|level| level.2.left))?;
+    gauge(gauges, "budget_left", help, each(|used| used.level.left))?;
     let help = "Weight that the broker has sent in the current window; budget_quota - budget_left - budget_sent was used by others";
-    gauge(gauges, "budget_sent", help, each(|level| level.2.sent))?;
+    gauge(gauges, "budget_sent", help, each(|used| used.level.sent))?;
     let help = "Number of requests that wait for the budget";
-    gauge(gauges, "budget_waiting", help, each(|level| level.3 as u64))?;
+    gauge(
+        gauges,
+        "budget_waiting",
+        help,
+        each(|used| used.waiting as u64),
+    )?;
     let help = "1 while the exchange blocks the egress address for too many requests, otherwise 0";
     let is_blocked = broker.budgets.edge_blocked_for().is_some();
     gauge(gauges, "edge_blocked", help, [([], i64::from(is_blocked))])

@@ -20,7 +20,7 @@ use super::connection::{
     unread, unsupported_media_type,
 };
 use super::tls::Trust;
-use crate::api::bots::{GET_OUTCOME, Peer, SIGN_AND_SEND};
+use crate::api::bots::{GET_BUDGET, GET_OUTCOME, Peer, SIGN_AND_SEND};
 use crate::api::status::{status, status_of_question};
 use crate::base::ids::{BotId, RequestId};
 use crate::broker::admission::{Admitted, CallSlot};
@@ -117,7 +117,7 @@ impl BotConnection {
             );
             return unsupported_media_type();
         }
-        let is_question = request.uri().path() == GET_OUTCOME;
+        let is_question = matches!(request.uri().path(), GET_BUDGET | GET_OUTCOME);
         match self.answer(request).await {
             Ok(response) => response,
             Err(error) => self.refused(error, is_question).await.into_http(),
@@ -127,7 +127,7 @@ impl BotConnection {
     async fn answer(&self, request: Request<Incoming>) -> Result<Response<Body>, BrokerError> {
         let arrived = Instant::now();
         let rpc = match request.uri().path() {
-            GET_OUTCOME | SIGN_AND_SEND => Rpc::Broker,
+            GET_BUDGET | GET_OUTCOME | SIGN_AND_SEND => Rpc::Broker,
             path if path.starts_with("/grpc.reflection.") => Rpc::Reflection,
             _ => Rpc::Other,
         };

@@ -3,9 +3,10 @@
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
-use credbroker::proto::{Method, Outcome, Scope, SignAndSendRequest};
+use credbroker::proto::{GetBudgetRequest, Method, Outcome, Scope, SignAndSendRequest};
 use credbroker_sim::installation::{RULES, Settings};
 use credbroker_sim::kucoin::{Fault, FaultAction, KucoinSettings, Limits, When};
+use serde_json::Value;
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
@@ -252,6 +253,48 @@ async fn order_never_waits_past_its_not_after() {
     limited(&slow.send(order).await.unwrap_err());
     assert!(started.elapsed() < Duration::from_millis(700));
     assert_eq!(rejected(&lab), 0);
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn bots_and_admins_see_what_is_left() {
+    let mut lab = lab(1000, 30_000).await;
+    let mut one = lab.bot("one").await;
+    for round in 0..5 {
+        one.send(spot_order(&format!("order-{round}")))
+            .await
+            .unwrap();
+    }
+    let question = |account: &str| GetBudgetRequest {
+        account: account.to_owned(),
+    };
+    let answer = one.client.get_budget(question("main")).await.unwrap();
+    let answer = answer.into_inner();
+    let spot = answer.pools.iter().find(|pool| pool.pool == "spot");
+    let spot = spot.unwrap();
+    assert_eq!((spot.limit, spot.remaining), (1000, 995));
+    assert!((20_000..=30_000).contains(&spot.reset_ms), "{spot:?}");
+    assert_eq!(answer.edge_blocked_ms, 0);
+    for (account, code, reason) in [
+        ("other", Code::PermissionDenied, "POLICY_DENIED"),
+        ("", Code::InvalidArgument, "REQUEST_MALFORMED"),
+    ] {
+        let status = one.client.get_budget(question(account)).await.unwrap_err();
+        let info = status.get_details_error_info().unwrap();
+        assert_eq!((status.code(), info.reason.as_str()), (code, reason));
+        assert!(!info.metadata.contains_key("outcome"));
+    }
+    let shown = lab.admin_cli("anna", &["budgets", "main"]).await;
+    assert_eq!(shown.code, Some(0), "{shown:?}");
+    let line = shown.stdout.lines().find(|line| line.contains(" spot "));
+    let words: Vec<_> = line.unwrap().split_whitespace().collect();
+    assert_eq!(words[..7], ["main", "spot", "1000", "5", "0", "995", "0"]);
+    let shown = lab.admin_cli("anna", &["budgets", "--json"]).await;
+    let lines = shown.stdout.lines();
+    let mut lines = lines.map(|line| serde_json::from_str::<Value>(line).unwrap());
+    assert!(lines.any(|line| line["pool"] == "spot" && line["remaining"] == 995));
+    let unknown = lab.admin_cli("anna", &["budgets", "nobody"]).await;
+    assert_eq!(unknown.code, Some(1));
     lab.stop().await;
 }
 
