@@ -6,6 +6,7 @@
 
 mod edge;
 mod pool;
+mod rate;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -23,6 +24,7 @@ use crate::kucoin::quota::{Cost, Pool};
 use edge::Edge;
 use pool::{Demand, PoolBudget, Ticket};
 pub(crate) use pool::{Level, Priority};
+use rate::Rate;
 
 /// How often budgets of accounts that send nothing are removed.
 const CLEAN_EVERY: Duration = Duration::from_secs(600);
@@ -54,6 +56,8 @@ pub(crate) struct BudgetRequest {
     pub(crate) vip: u8,
     /// The bot, and its weight among the bots of the account; `None` for admins and the broker itself.
     pub(crate) bot: Option<(BotId, u32)>,
+    /// The requests that the bot may send per second, if the rules limit them.
+    pub(crate) requests_per_s: Option<u32>,
     /// When it is sent, compared with others.
     pub(crate) priority: Priority,
 }
@@ -61,6 +65,8 @@ pub(crate) struct BudgetRequest {
 /// The budget that is used up.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Scarce {
+    /// That of the bot alone: `requests_per_s` in the rules.
+    Bot,
     /// That of the egress address.
     Edge,
     /// That of a pool.
@@ -79,6 +85,10 @@ pub(crate) struct RateLimited {
 impl RateLimited {
     fn what(&self) -> String {
         match self.scarce {
+            Scarce::Bot => {
+                "the bot exceeded its limit of requests per second (requests_per_s in the rules)"
+                    .to_owned()
+            }
             Scarce::Edge => {
                 "the exchange limits or blocks the requests of the broker's egress address"
                     .to_owned()
@@ -124,6 +134,8 @@ pub(crate) struct Budgets {
 #[derive(Debug)]
 struct State {
     pools: HashMap<PoolKey, Entry>,
+    /// Bots whose requests per second are limited.
+    rates: HashMap<BotId, Rate>,
     edge: Edge,
     /// Requests that have waited.
     waited: u64,
@@ -184,6 +196,7 @@ impl Budgets {
         Self {
             state: Mutex::new(State {
                 pools: HashMap::new(),
+                rates: HashMap::new(),
                 edge: Edge::new(edge_limit),
                 waited: 0,
                 cancels_waiting: 0,
@@ -210,6 +223,7 @@ impl Budgets {
             bot: request.bot,
             priority: request.priority,
             weight: request.cost.weight,
+            requests_per_s: request.requests_per_s,
         };
         let now = self.clock.boot();
         let give_up = now + patience;
@@ -394,6 +408,7 @@ impl State {
             self.cleaned = now;
             self.pools
                 .retain(|_, entry| !entry.waiting.is_empty() || !entry.budget.is_idle(now));
+            self.rates.retain(|_, rate| !rate.is_full(now));
         }
         if let Some(entry) = self.pools.get_mut(key) {
             entry.budget.set_quota(quota);
@@ -445,6 +460,18 @@ impl State {
         if !is_cancel && self.cancels_waiting > 0 && self.edge.was_just_blocked(now) {
             return Err((Scarce::Edge, now + ASK_AGAIN_AFTER));
         }
+        let mut rate = match (&demand.bot, demand.requests_per_s) {
+            (Some((bot, _)), Some(per_s)) if !is_cancel => {
+                let rate = self.rates.entry(bot.clone());
+                let rate = rate.or_insert_with(|| Rate::new(per_s, now));
+                rate.fill(per_s, now);
+                if let Some(until) = rate.full_until() {
+                    return Err((Scarce::Bot, until));
+                }
+                Some(rate)
+            }
+            _ => None,
+        };
         let unknown = (Scarce::Pool(key.1), now + ASK_AGAIN_AFTER);
         let budget = &mut self.pools.get_mut(key).ok_or(unknown)?.budget;
         // The edge is asked last, since what it has counted is not given back.
@@ -454,6 +481,9 @@ impl State {
         if let Err(until) = self.edge.take(demand.priority, now) {
             budget.refund(ticket, demand);
             return Err((Scarce::Edge, until));
+        }
+        if let Some(rate) = &mut rate {
+            rate.take();
         }
         Ok(ticket)
     }

@@ -80,8 +80,8 @@ pub struct Policy {
     /// The line of each account in the rules file, kept apart so that a moved line does not change the account.
     account_lines: BTreeMap<AccountId, usize>,
     bots: HashMap<BotId, HashMap<AccountId, HashMap<Scope, Grants>>>,
-    /// The weights of bots that are not 1.
-    weights: HashMap<BotId, u32>,
+    /// The settings of bots that have some.
+    settings: HashMap<BotId, BotSettings>,
 }
 
 /// What one bot may do on one account in one scope. No list of rules in a map is empty.
@@ -105,6 +105,27 @@ pub struct Rule {
     pub word: String,
     /// How its requests are treated.
     pub(crate) options: GrantOptions,
+}
+
+/// The settings of a bot, on all accounts.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BotSettings {
+    /// Its weight among the bots of an account, when they share rate limits.
+    pub(crate) weight: u32,
+    /// The requests that it may send per second, except cancels; `None`: no limit of its own.
+    pub(crate) requests_per_s: Option<u32>,
+    /// Its calls in flight; `None`: `limits.calls_in_flight_per_bot`.
+    pub(crate) calls_in_flight: Option<usize>,
+}
+
+impl Default for BotSettings {
+    fn default() -> Self {
+        Self {
+            weight: 1,
+            requests_per_s: None,
+            calls_in_flight: None,
+        }
+    }
 }
 
 /// The options of a grant.
@@ -159,7 +180,7 @@ pub struct Permit {
     scope: Scope,
     endpoint: Option<&'static Endpoint>,
     options: GrantOptions,
-    weight: u32,
+    of_bot: BotSettings,
     passes_like_a_cancel: bool,
 }
 
@@ -227,7 +248,12 @@ impl Permit {
 
     /// The weight of the bot among the bots of the account.
     pub(crate) fn weight(&self) -> u32 {
-        self.weight
+        self.of_bot.weight
+    }
+
+    /// The requests that the bot may send per second, if the rules limit them.
+    pub(crate) fn requests_per_s(&self) -> Option<u32> {
+        self.of_bot.requests_per_s
     }
 
     /// Whether the request can be repeated without harm even if it was executed.
@@ -379,12 +405,12 @@ impl Policy {
             ref target,
             ..
         } = request;
-        let (mut options, mut weight) = (GrantOptions::default(), 1);
+        let (mut options, mut of_bot) = (GrantOptions::default(), BotSettings::default());
         let (entry, endpoint) = match principal {
             Principal::Bot(bot) => {
                 let granted = self.decide(bot, account, scope, method, target.path())?;
                 options = most_generous(granted.by);
-                weight = self.weight(bot);
+                of_bot = self.settings(bot);
                 (granted.account, granted.endpoint)
             }
             Principal::Admin(_) => {
@@ -400,14 +426,14 @@ impl Policy {
             scope,
             endpoint,
             options,
-            weight,
+            of_bot,
             passes_like_a_cancel: false,
         })
     }
 
-    /// The weight of a bot among the bots of an account.
-    pub(crate) fn weight(&self, bot: &BotId) -> u32 {
-        self.weights.get(bot).copied().unwrap_or(1)
+    /// The settings of a bot.
+    pub(crate) fn settings(&self, bot: &BotId) -> BotSettings {
+        self.settings.get(bot).copied().unwrap_or_default()
     }
 
     /// Checks that a rule grants this bot anything on the account.

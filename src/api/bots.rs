@@ -162,7 +162,8 @@ impl GrpcApi {
         } else {
             CallKind::Write
         };
-        let slot = match self.broker.admission.call(&bot, kind) {
+        let calls_in_flight = self.broker.policy().settings(&bot).calls_in_flight;
+        let slot = match self.broker.admission.call(&bot, kind, calls_in_flight) {
             Ok(slot) => slot,
             Err(overload) => return Err(self.broker.refuse(&bot, id, overload.into()).await),
         };

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -71,6 +72,8 @@ pub(crate) struct Admission {
 /// The free slots of one bot.
 #[derive(Debug)]
 struct OfBot {
+    /// How many slots `calls` has, with those in use.
+    calls_limit: AtomicUsize,
     calls: Arc<Semaphore>,
     cancels: Arc<Semaphore>,
     connections: Arc<Semaphore>,
@@ -180,17 +183,25 @@ impl Admission {
         Some(Admitted::TurnedAway(slot, refusal))
     }
 
-    /// Admits a call of `bot`. A cancel that finds no free slot gets one of the reserve.
+    /// Admits a call of `bot`. A cancel that finds no free slot gets one of the reserve. `calls_in_flight`: the limit of the bot in
+    /// the rules, if it has one.
     ///
     /// # Errors
     /// When the bot, or all bots together, are at the limit of calls in flight, and a cancel also at that of cancels; a read
     /// also when answers use up the memory for them.
-    pub(crate) fn call(&self, bot: &BotId, kind: CallKind) -> Result<CallSlot, Overload> {
+    pub(crate) fn call(
+        &self,
+        bot: &BotId,
+        kind: CallKind,
+        calls_in_flight: Option<usize>,
+    ) -> Result<CallSlot, Overload> {
         let of_bot = self.of_bot(bot);
         let limits = &self.limits;
+        let calls_per_bot = calls_in_flight.unwrap_or(limits.calls_per_bot);
+        of_bot.limit_calls(calls_per_bot);
         let slots = take_both(
             (&self.calls, Overload::Calls(limits.calls)),
-            (&of_bot.calls, Overload::CallsOfBot(limits.calls_per_bot)),
+            (&of_bot.calls, Overload::CallsOfBot(calls_per_bot)),
         );
         let (shared, own) = match slots {
             Err(_) if kind == CallKind::Cancel => take_both(
@@ -215,10 +226,18 @@ impl Admission {
     ///
     /// # Errors
     /// When the bot is sending as many requests as it may have calls and cancels in flight.
-    pub(crate) fn message(&self, bot: &BotId) -> Result<MessageSlot, Overload> {
+    pub(crate) fn message(
+        &self,
+        bot: &BotId,
+        calls_in_flight: Option<usize>,
+    ) -> Result<MessageSlot, Overload> {
         let of_bot = self.of_bot(bot);
-        let slot = take(&of_bot.messages)
-            .ok_or(Overload::MessagesOfBot(self.limits.messages_per_bot()))?;
+        if let Some(limit) = calls_in_flight {
+            of_bot.limit_calls(limit);
+        }
+        let slot = take(&of_bot.messages).ok_or_else(|| {
+            Overload::MessagesOfBot(self.limits.messages_per_bot(calls_in_flight))
+        })?;
         Ok(MessageSlot {
             shared_bytes: Arc::clone(&self.message_bytes),
             of_bot,
@@ -287,9 +306,10 @@ impl Admission {
         bots.retain(|_, of_bot| Arc::strong_count(of_bot) > 1);
         let slots = |count| Arc::new(Semaphore::new(count));
         let of_bot = Arc::new(OfBot {
+            calls_limit: AtomicUsize::new(self.limits.calls_per_bot),
             calls: slots(self.limits.calls_per_bot),
             cancels: slots(self.limits.cancels_per_bot),
-            messages: slots(self.limits.messages_per_bot()),
+            messages: slots(self.limits.messages_per_bot(None)),
             message_bytes: slots(self.limits.message_bytes_per_bot),
             answers: Arc::new(AnswerBudget::new(self.limits.answer_bytes_per_bot)),
             connections: slots(self.limits.connections_per_bot),
@@ -298,6 +318,26 @@ impl Admission {
         });
         bots.insert(bot.clone(), Arc::clone(&of_bot));
         of_bot
+    }
+}
+
+impl OfBot {
+    /// Changes the limit of calls in flight, and with it that of requests that are being received. Slots in use count until they are
+    /// free.
+    fn limit_calls(&self, limit: usize) {
+        let now = self.calls_limit.load(Ordering::Relaxed);
+        if now == limit {
+            return;
+        }
+        if limit > now {
+            self.calls.add_permits(limit - now);
+            self.messages.add_permits(limit - now);
+            self.calls_limit.store(limit, Ordering::Relaxed);
+            return;
+        }
+        let removed = self.calls.forget_permits(now - limit);
+        self.messages.forget_permits(removed);
+        self.calls_limit.store(now - removed, Ordering::Relaxed);
     }
 }
 
@@ -353,8 +393,8 @@ impl Drop for RiskIncreasing<'_> {
 
 impl AdmissionLimits {
     /// Requests of one bot that may be received at the same time: as many as it may have in flight.
-    pub(crate) fn messages_per_bot(&self) -> usize {
-        self.calls_per_bot + self.cancels_per_bot
+    pub(crate) fn messages_per_bot(&self, calls_in_flight: Option<usize>) -> usize {
+        calls_in_flight.unwrap_or(self.calls_per_bot) + self.cancels_per_bot
     }
 }
 
@@ -443,23 +483,26 @@ mod tests {
             ..LIMITS
         });
         let (one, two): (BotId, BotId) = ("one".parse().unwrap(), "two".parse().unwrap());
-        let first = admission.call(&one, Write).unwrap();
+        let first = admission.call(&one, Write, None).unwrap();
         let clone = first.clone();
-        let second = admission.call(&one, Write).unwrap();
+        let second = admission.call(&one, Write, None).unwrap();
         assert_eq!(
-            admission.call(&one, Write).unwrap_err(),
+            admission.call(&one, Write, None).unwrap_err(),
             Overload::CallsOfBot(2)
         );
-        let others = admission.call(&two, Write).unwrap();
-        assert_eq!(admission.call(&two, Write).unwrap_err(), Overload::Calls(3));
+        let others = admission.call(&two, Write, None).unwrap();
+        assert_eq!(
+            admission.call(&two, Write, None).unwrap_err(),
+            Overload::Calls(3)
+        );
         drop(first);
         assert_eq!(
-            admission.call(&two, Write).unwrap_err(),
+            admission.call(&two, Write, None).unwrap_err(),
             Overload::Calls(3),
             "a clone still uses the slot"
         );
         drop(clone);
-        drop(admission.call(&one, Write).unwrap());
+        drop(admission.call(&one, Write, None).unwrap());
 
         let served = admission.connection(&one).unwrap();
         assert!(matches!(served, Admitted::Served(_)));
@@ -482,7 +525,7 @@ mod tests {
         drop((served, turned, second, others));
         assert_eq!(admission.now(), (0, 0));
         let three: BotId = "three".parse().unwrap();
-        let _third = admission.call(&three, Write).unwrap();
+        let _third = admission.call(&three, Write, None).unwrap();
         assert_eq!(admission.bots.lock().keys().collect::<Vec<_>>(), [&three]);
     }
 
@@ -514,21 +557,21 @@ mod tests {
             ..LIMITS
         });
         let [one, two, three] = ["one", "two", "three"].map(|bot| bot.parse::<BotId>().unwrap());
-        let read = admission.call(&one, Write).unwrap();
-        let refused = |bot, kind| admission.call(bot, kind).unwrap_err();
+        let read = admission.call(&one, Write, None).unwrap();
+        let refused = |bot, kind| admission.call(bot, kind, None).unwrap_err();
         assert_eq!(refused(&one, Write), Overload::CallsOfBot(1));
-        let cancels = [(); 2].map(|()| admission.call(&one, Cancel).unwrap());
+        let cancels = [(); 2].map(|()| admission.call(&one, Cancel, None).unwrap());
         assert_eq!(refused(&one, Cancel), Overload::CancelsOfBot(2));
         assert_eq!(refused(&one, Write), Overload::CallsOfBot(1));
         // A cancel uses a regular slot while one is free.
-        let regular = admission.call(&two, Cancel).unwrap();
+        let regular = admission.call(&two, Cancel, None).unwrap();
         assert_eq!(refused(&three, Write), Overload::Calls(2));
-        let last = admission.call(&three, Cancel).unwrap();
+        let last = admission.call(&three, Cancel, None).unwrap();
         assert_eq!(refused(&two, Cancel), Overload::Cancels(3));
         drop(cancels);
-        drop(admission.call(&two, Cancel).unwrap());
+        drop(admission.call(&two, Cancel, None).unwrap());
         drop((read, regular, last));
-        drop(admission.call(&three, Write).unwrap());
+        drop(admission.call(&three, Write, None).unwrap());
     }
 
     #[test]
@@ -537,13 +580,13 @@ mod tests {
         let bot = |number: usize| format!("bot-{number}").parse::<BotId>().unwrap();
         let (of_bot, of_all) = (admission.limits.message_bytes_per_bot, MESSAGE_BYTES);
         let receive = |number| {
-            let mut slot = admission.message(&bot(number)).unwrap();
+            let mut slot = admission.message(&bot(number), None).unwrap();
             slot.add(UNCOUNTED_BYTES).unwrap();
             slot
         };
         let (mut first, mut second) = (receive(0), receive(0));
         assert_eq!(
-            admission.message(&bot(0)).unwrap_err(),
+            admission.message(&bot(0), None).unwrap_err(),
             Overload::MessagesOfBot(2)
         );
         first.add(of_bot - 10).unwrap();
@@ -551,7 +594,7 @@ mod tests {
         assert_eq!(second.add(1), Err(Overload::MessageBytesOfBot(of_bot)));
         // A short request is never refused for its bytes.
         drop(first);
-        let mut short = admission.message(&bot(0)).unwrap();
+        let mut short = admission.message(&bot(0), None).unwrap();
         short.add(of_bot - 10 + UNCOUNTED_BYTES).unwrap();
         drop(second);
         let mut cancel = receive(0);

@@ -113,6 +113,7 @@ impl Broker {
             cost,
             vip: account.vip,
             bot: bot.map(|bot| (bot.clone(), permit.weight())),
+            requests_per_s: permit.requests_per_s(),
             priority,
         }
     }

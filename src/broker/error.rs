@@ -130,7 +130,7 @@ pub(crate) enum Overload {
     Calls(usize),
     /// Calls in flight of this bot.
     #[error(
-        "the bot exceeded its limit of {0} in-flight calls (limits.calls_in_flight_per_bot); nothing was sent"
+        "the bot exceeded its limit of {0} in-flight calls (limits.calls_in_flight_per_bot, or calls_in_flight in the rules); nothing was sent"
     )]
     CallsOfBot(usize),
     /// Cancels in flight of all bots, beyond the calls in flight.

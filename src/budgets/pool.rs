@@ -47,6 +47,8 @@ pub(super) struct Demand {
     pub(super) bot: Option<(BotId, u32)>,
     pub(super) priority: Priority,
     pub(super) weight: u32,
+    /// The requests that the bot may send per second, if they are limited.
+    pub(super) requests_per_s: Option<u32>,
 }
 
 /// The weight that a request has taken.
@@ -366,6 +368,7 @@ mod tests {
             bot: Some((bot, share)),
             priority,
             weight,
+            requests_per_s: None,
         }
     }
 

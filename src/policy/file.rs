@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Account, GrantOptions, MaxStale, Policy, Purpose, Rule, serves};
+use super::{Account, BotSettings, GrantOptions, MaxStale, Policy, Purpose, Rule, serves};
 use crate::base::ids::{AccountId, BotId};
 use crate::base::toml_file::{Problem, Problems, Section};
 use crate::kucoin::catalog::Found;
@@ -110,6 +110,13 @@ impl Policy {
     /// Reads the settings of a bot that grants name.
     fn add_bot(&mut self, name: &str, mut section: Section) {
         let weight = section.number("weight", 1, 1..=1000);
+        let mut limit = |key: &'static str, most| {
+            let is_set = section.has(key);
+            let limit = section.number(key, 1, 1..=most);
+            is_set.then_some(limit)
+        };
+        let requests_per_s = limit("requests_per_s", 10_000);
+        let calls_in_flight = limit("calls_in_flight", 100_000);
         let bot = match name.parse::<BotId>() {
             Ok(bot) => bot,
             Err(error) => return section.problem("", error),
@@ -118,7 +125,12 @@ impl Policy {
             let fix = format_args!("no grant names bot {bot}; correct the name, or remove it");
             return section.problem("", fix);
         }
-        self.weights.insert(bot, u32::try_from(weight).unwrap_or(1));
+        let settings = BotSettings {
+            weight: u32::try_from(weight).unwrap_or(1),
+            requests_per_s: requests_per_s.and_then(|limit| limit.try_into().ok()),
+            calls_in_flight: calls_in_flight.and_then(|limit| limit.try_into().ok()),
+        };
+        self.settings.insert(bot, settings);
     }
 
     fn add_grant(&mut self, mut section: Section) {

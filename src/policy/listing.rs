@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
-use super::{Account, ClientOidRule, Policy, most_generous};
+use super::{Account, BotSettings, ClientOidRule, Policy, most_generous};
 use crate::base::ids::{AccountId, BotId};
 use crate::kucoin::{Catalog, Endpoint, Method, Scope};
 
@@ -77,9 +77,20 @@ impl Policy {
                 (Item::Setting { account, setting }, value)
             }));
         }
-        for (bot, weight) in &self.weights {
-            let setting = "weight".to_owned();
-            listing.insert(Item::BotSetting { bot, setting }, weight.to_string());
+        for (bot, settings) in &self.settings {
+            let BotSettings {
+                weight,
+                requests_per_s,
+                calls_in_flight,
+            } = settings;
+            let requests_per_s = requests_per_s.map(|limit| ("requests_per_s", limit.to_string()));
+            let calls_in_flight =
+                calls_in_flight.map(|limit| ("calls_in_flight", limit.to_string()));
+            let settings = [("weight", weight.to_string())].into_iter();
+            for (setting, value) in settings.chain(requests_per_s).chain(calls_in_flight) {
+                let setting = setting.to_owned();
+                listing.insert(Item::BotSetting { bot, setting }, value);
+            }
         }
         for ((bot, account, scope), grants) in self.granted() {
             if let Some(max_wait) = grants.max_wait() {

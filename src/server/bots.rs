@@ -99,7 +99,9 @@ async fn admit(listener: Arc<Listener>, stream: TlsStream<TcpStream>, trust: Tru
         refusal,
     });
     let call = |request| Arc::clone(&bot_connection).call(request);
-    let streams = 2 * admission.limits().messages_per_bot() + SPARE_STREAMS;
+    let calls_in_flight = bot_connection.calls_in_flight();
+    let messages = admission.limits().messages_per_bot(calls_in_flight);
+    let streams = 2 * messages + SPARE_STREAMS;
     let streams = u32::try_from(streams).unwrap_or(u32::MAX);
     bot_connection
         .connection
@@ -108,6 +110,12 @@ async fn admit(listener: Arc<Listener>, stream: TlsStream<TcpStream>, trust: Tru
 }
 
 impl BotConnection {
+    /// The limit of its bot in the rules, if it has one.
+    fn calls_in_flight(&self) -> Option<usize> {
+        let policy = self.connection.listener.broker.policy();
+        policy.settings(&self.bot).calls_in_flight
+    }
+
     /// Refuses a call, or passes it on with the bot's name.
     async fn call(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
         if let Some(problem) = not_grpc(&request) {
@@ -146,7 +154,7 @@ impl BotConnection {
             if rpc == Rpc::Other {
                 in_use.slot = Some(admission.helper(&self.bot)?);
             }
-            let mut received = admission.message(&self.bot)?;
+            let mut received = admission.message(&self.bot, self.calls_in_flight())?;
             let message = connection
                 .message(body, self.limit, |bytes| received.add(bytes))
                 .await;

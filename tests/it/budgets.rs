@@ -34,6 +34,70 @@ fn rules() -> String {
     rules
 }
 
+#[tokio::test]
+async fn bots_have_limits_of_their_own_in_the_rules() {
+    let rules = RULES.to_owned()
+        + "[bot.\"spiffe://demo.test/bot/maker\"]\nrequests_per_s = 5\ncalls_in_flight = 2\n";
+    let mut lab = Lab::with(Settings {
+        rules,
+        ..Settings::default()
+    })
+    .await;
+    let mut maker = lab.patient_bot("maker").await;
+    let mut refused = None;
+    for round in 0..20 {
+        match maker.send(spot_order(&format!("order-{round}"))).await {
+            Ok(_) => {}
+            Err(status) => {
+                refused = Some(status);
+                break;
+            }
+        }
+    }
+    // 200 ms between two requests: an order waits for the next one, and another call finds none then.
+    if let Some(status) = refused {
+        assert!(status.message().contains("requests_per_s in the rules"));
+        assert!(limited(&status) <= Duration::from_millis(400));
+    }
+    let received = lab.kucoin.received();
+    let last_ms = received.iter().map(|request| request.at_ms).max().unwrap();
+    let first_ms = received.iter().map(|request| request.at_ms).min().unwrap();
+    let allowed = 5 + (last_ms - first_ms) / 200 + 1;
+    assert!(
+        i64::try_from(received.len()).unwrap() <= allowed,
+        "{allowed}"
+    );
+    lab.kucoin.fault(Fault {
+        times: None,
+        ..Fault::once(ORDERS, FaultAction::Hold {})
+    });
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let mut held = Vec::new();
+    for which in 0..2 {
+        let mut bot = lab.patient_bot("maker").await;
+        held.push(tokio::spawn(async move {
+            bot.send(spot_order(&format!("held-{which}")))
+                .await
+                .map(drop)
+        }));
+    }
+    until("two calls are in flight", async || {
+        lab.kucoin.in_progress() == 2
+    })
+    .await;
+    let status = maker.send(accounts()).await.unwrap_err();
+    assert_eq!(failure(&status).1, "OVERLOADED");
+    assert!(
+        status.message().contains("its limit of 2 in-flight calls"),
+        "{status}"
+    );
+    lab.kucoin.clear_faults();
+    for call in held {
+        call.await.unwrap().unwrap();
+    }
+    lab.stop().await;
+}
+
 /// A lab whose exchange allows this weight of the spot pool in a window.
 async fn lab(spot: u64, window_ms: u64) -> Lab {
     let mut limits = Limits::none();
