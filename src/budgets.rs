@@ -169,7 +169,11 @@ struct Entry {
 struct Waiting {
     demand: Demand,
     granted: oneshot::Sender<Ticket>,
+    /// Why it still waits, and until when at least.
+    refusal: Refusal,
 }
+
+type Refusal = (Scarce, Duration);
 
 /// The part of a budget that a request has taken. If the request is never sent, it is given back.
 #[derive(Debug)]
@@ -183,11 +187,13 @@ pub(crate) struct Charge {
     sent_at: Option<Duration>,
 }
 
-/// Removes a waiting request.
+/// A request that waits; dropping this ends its wait.
 struct Place<'b> {
     budgets: &'b Budgets,
     key: &'b PoolKey,
+    demand: &'b Demand,
     at: (Priority, u64),
+    grant: oneshot::Receiver<Ticket>,
 }
 
 impl Budgets {
@@ -259,11 +265,11 @@ impl Budgets {
         key: &PoolKey,
         demand: &Demand,
         pending: Pending,
-        mut refusal: (Scarce, Duration),
+        mut refusal: Refusal,
         give_up: Duration,
     ) -> Result<Ticket, NoBudget> {
-        let (granted, mut grant) = oneshot::channel();
-        let place = {
+        let (granted, grant) = oneshot::channel();
+        let mut place = {
             let mut state = self.state.lock();
             state.waited += 1;
             state.cancels_waiting += usize::from(demand.priority == Priority::Cancel);
@@ -272,6 +278,7 @@ impl Budgets {
             let waiting = Waiting {
                 demand: demand.clone(),
                 granted,
+                refusal,
             };
             if let Some(entry) = state.pools.get_mut(key) {
                 entry.waiting.insert(at, waiting);
@@ -279,7 +286,9 @@ impl Budgets {
             Place {
                 budgets: self,
                 key,
+                demand,
                 at,
+                grant,
             }
         };
         loop {
@@ -287,8 +296,8 @@ impl Budgets {
             let now = self.clock.boot();
             if demand.priority != Priority::Cancel && until > give_up {
                 // It may have been granted just now.
-                return match grant.try_recv() {
-                    Ok(ticket) => self.go_on(&place, demand, ticket),
+                return match place.grant.try_recv() {
+                    Ok(ticket) => self.go_on(&place, ticket),
                     Err(_) => Err(RateLimited {
                         scarce,
                         retry_after: until.saturating_sub(now),
@@ -298,9 +307,9 @@ impl Budgets {
             }
             tokio::select! {
                 biased;
-                granted = &mut grant => {
+                granted = &mut place.grant => {
                     return match granted {
-                        Ok(ticket) => self.go_on(&place, demand, ticket),
+                        Ok(ticket) => self.go_on(&place, ticket),
                         Err(_) => Err(NoBudget::Cancelled),
                     };
                 }
@@ -308,27 +317,27 @@ impl Budgets {
             }
             let now = self.clock.boot();
             let mut state = self.state.lock();
-            if let Some(next) = state.serve(key, now, Some(place.at)) {
-                refusal = next;
+            // Another request may have served all of them just now.
+            if state
+                .refusal(key, place.at)
+                .is_some_and(|(_, until)| until <= now)
+            {
+                state.serve(key, now);
             }
+            refusal = state.refusal(key, place.at).unwrap_or(refusal);
         }
     }
 
     /// Lets a request go on that has waited, unless it was cancelled meanwhile. From here until the claim on its clientOids, nothing
     /// is awaited.
-    fn go_on(
-        &self,
-        place: &Place<'_>,
-        demand: &Demand,
-        ticket: Ticket,
-    ) -> Result<Ticket, NoBudget> {
+    fn go_on(&self, place: &Place<'_>, ticket: Ticket) -> Result<Ticket, NoBudget> {
         let mut state = self.state.lock();
         let pending = state.pending.get(&place.at.1);
         if pending.is_none_or(|pending| !pending.is_cancelled) {
             return Ok(ticket);
         }
         if let Some(entry) = state.pools.get_mut(place.key) {
-            entry.budget.refund(ticket, demand);
+            entry.budget.refund(ticket, place.demand);
         }
         Err(NoBudget::Cancelled)
     }
@@ -426,19 +435,17 @@ impl State {
     }
 
     /// Takes what a new request needs, unless it does not fit or others wait before it.
-    fn first(
-        &mut self,
-        key: &PoolKey,
-        demand: &Demand,
-        now: Duration,
-    ) -> Result<Ticket, (Scarce, Duration)> {
+    fn first(&mut self, key: &PoolKey, demand: &Demand, now: Duration) -> Result<Ticket, Refusal> {
         let mut others_wait = false;
         if let Some(entry) = self.pools.get_mut(key) {
             entry.budget.ask(demand, now);
+            let mut waiting = entry.waiting.values();
             others_wait = !entry.waiting.is_empty();
+            if waiting.any(|waiting| waiting.refusal.1 <= now) {
+                self.serve(key, now);
+            }
         }
         if others_wait {
-            self.serve(key, now, None);
             let entry = self.pools.get(key);
             let first = entry.and_then(|entry| entry.waiting.keys().next());
             if first.is_some_and(|(priority, _)| *priority == Priority::Cancel)
@@ -450,12 +457,7 @@ impl State {
         self.take(key, demand, now)
     }
 
-    fn take(
-        &mut self,
-        key: &PoolKey,
-        demand: &Demand,
-        now: Duration,
-    ) -> Result<Ticket, (Scarce, Duration)> {
+    fn take(&mut self, key: &PoolKey, demand: &Demand, now: Duration) -> Result<Ticket, Refusal> {
         let is_cancel = demand.priority == Priority::Cancel;
         if !is_cancel && self.cancels_waiting > 0 && self.edge.was_just_blocked(now) {
             return Err((Scarce::Edge, now + ASK_AGAIN_AFTER));
@@ -488,19 +490,21 @@ impl State {
         Ok(ticket)
     }
 
-    /// Grants waiting requests of a pool what fits, in their order. While a cancel waits, nothing else is granted. Returns why the
-    /// request at `of` still waits, and until when.
-    fn serve(
-        &mut self,
-        key: &PoolKey,
-        now: Duration,
-        of: Option<(Priority, u64)>,
-    ) -> Option<(Scarce, Duration)> {
-        let mut found = None;
-        let waiting = std::mem::take(&mut self.pools.get_mut(key)?.waiting);
+    /// Why a request still waits; `None`: it does not.
+    fn refusal(&self, key: &PoolKey, at: (Priority, u64)) -> Option<Refusal> {
+        let waiting = self.pools.get(key)?.waiting.get(&at)?;
+        Some(waiting.refusal)
+    }
+
+    /// Grants waiting requests of a pool what fits, in their order. While a cancel waits, nothing else is granted.
+    fn serve(&mut self, key: &PoolKey, now: Duration) {
+        let Some(entry) = self.pools.get_mut(key) else {
+            return;
+        };
+        let waiting = std::mem::take(&mut entry.waiting);
         let mut left = BTreeMap::new();
         let mut blocked_by = None;
-        for (at, request) in waiting {
+        for (at, mut request) in waiting {
             if request.granted.is_closed() {
                 continue;
             }
@@ -520,15 +524,14 @@ impl State {
                     if at.0 == Priority::Cancel {
                         blocked_by = Some(refusal);
                     }
-                    if of == Some(at) {
-                        found = Some(refusal);
-                    }
+                    request.refusal = refusal;
                     left.insert(at, request);
                 }
             }
         }
-        self.pools.get_mut(key)?.waiting = left;
-        found
+        if let Some(entry) = self.pools.get_mut(key) {
+            entry.waiting = left;
+        }
     }
 }
 
@@ -568,7 +571,7 @@ impl Charge {
         };
         change(&mut entry.budget, self.ticket, now);
         if !entry.waiting.is_empty() {
-            state.serve(&self.key, now, None);
+            state.serve(&self.key, now);
         }
     }
 }
@@ -588,6 +591,10 @@ impl Drop for Place<'_> {
         state.pending.remove(&self.at.1);
         if let Some(entry) = state.pools.get_mut(self.key) {
             entry.waiting.remove(&self.at);
+            // Its caller has gone before it went on.
+            if let Ok(ticket) = self.grant.try_recv() {
+                entry.budget.refund(ticket, self.demand);
+            }
         }
     }
 }

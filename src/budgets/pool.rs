@@ -112,6 +112,34 @@ struct Usage {
     asked_before: u64,
 }
 
+/// How a quota is divided: by weight, among the bots that want more than their share.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+struct Shares {
+    quota: u64,
+    total: u64,
+}
+
+impl Shares {
+    /// What a bot can count on: its share, but not more than it wants.
+    fn of(self, usage: Option<&Usage>) -> u64 {
+        usage.map_or(0, |usage| self.of_weight(usage.share).min(usage.wants()))
+    }
+
+    fn of_weight(self, weight: u32) -> u64 {
+        self.quota * u64::from(weight) / self.total.max(1)
+    }
+}
+
+impl Usage {
+    /// The weight that the bot is expected to use in the window. Unlimited in the first window that it uses.
+    fn wants(&self) -> u64 {
+        match self.asked_before {
+            0 => u64::MAX,
+            before => self.asked.max(before.saturating_mul(5) / 4),
+        }
+    }
+}
+
 impl PoolBudget {
     pub(super) fn new(quota: u64) -> Self {
         Self {
@@ -123,10 +151,12 @@ impl PoolBudget {
         }
     }
 
-    /// Records that a bot asks for weight. Bots that ask have a share.
+    /// Records that a bot asks for weight. Bots that ask have a share; cancels are not part of it.
     pub(super) fn ask(&mut self, demand: &Demand, now: Duration) {
         self.end_window(now);
-        if let Some((bot, share)) = &demand.bot {
+        if let Some((bot, share)) = &demand.bot
+            && demand.priority != Priority::Cancel
+        {
             let usage = self.bots.entry(bot.clone()).or_default();
             usage.share = *share;
             usage.asked += u64::from(demand.weight);
@@ -180,9 +210,7 @@ impl PoolBudget {
         });
         window.sent += weight;
         let sent = window.sent;
-        if let Some((bot, _)) = &demand.bot
-            && let Some(usage) = self.bots.get_mut(bot)
-        {
+        if let Some(usage) = self.usage(demand) {
             usage.sent += weight;
         }
         Ticket {
@@ -200,11 +228,16 @@ impl PoolBudget {
         if let Some(window) = &mut self.window {
             window.sent = window.sent.saturating_sub(ticket.weight);
         }
-        if let Some((bot, _)) = &demand.bot
-            && let Some(usage) = self.bots.get_mut(bot)
-        {
+        if let Some(usage) = self.usage(demand) {
             usage.sent = usage.sent.saturating_sub(ticket.weight);
         }
+    }
+
+    /// What counts against the share of a bot.
+    fn usage(&mut self, demand: &Demand) -> Option<&mut Usage> {
+        let (bot, _) = demand.bot.as_ref()?;
+        let has_share = demand.priority != Priority::Cancel;
+        self.bots.get_mut(bot).filter(|_| has_share)
     }
 
     /// Applies an answer that came at `now` to a request that was sent at `sent_at`; `limit` is what its headers say.
@@ -302,42 +335,59 @@ impl PoolBudget {
         self.quota.saturating_sub(used)
     }
 
-    /// Whether a bot may take its weight: it is within its share, or leaves enough for those of the others. A share is of no use
-    /// to anyone if its bot does not ask for it, and can no longer be used late in the window: so it shrinks with the time,
-    /// and to what the bot has asked for in the previous window.
+    /// Whether a bot may take its weight: it is within its share, or leaves enough for those of the others. The rest of a share that
+    /// its bot does not use late in the window is lost, so what is kept for it shrinks with the time.
     fn is_fair(&self, demand: &Demand, left: u64, window: &Window, now: Duration) -> bool {
         let Some((bot, _)) = &demand.bot else {
             return true;
         };
-        let shares: u64 = self.bots.values().map(|usage| u64::from(usage.share)).sum();
-        if shares == 0 || self.bots.len() < 2 {
+        if self.bots.len() < 2 {
             return true;
         }
-        let quota = self.quota - self.reserve();
-        let quota = quota.saturating_sub(window.foreign);
         let weight = u64::from(demand.weight);
-        let share = |usage: &Usage| quota * u64::from(usage.share) / shares;
-        let own = self.bots.get(bot);
-        if own.is_some_and(|own| own.sent + weight <= share(own)) {
+        let quota = self.quota.saturating_sub(self.reserve());
+        let quota = quota.saturating_sub(window.foreign);
+        let shares = self.shares(bot, quota);
+        let own = self.bots.get(bot).map_or(0, |usage| usage.sent);
+        if own + weight <= shares.of(self.bots.get(bot)) {
             return true;
         }
         let left_time = window.ends.saturating_sub(now).min(WINDOW);
         let left_ms = u64::try_from(left_time.as_millis()).unwrap_or(0);
         let window_ms = u64::try_from(WINDOW.as_millis()).unwrap_or(1);
-        let others: u64 = self
-            .bots
-            .iter()
-            .filter(|(other, _)| *other != bot)
-            .map(|(_, usage)| {
-                let mut share = share(usage);
-                if usage.asked_before > 0 {
-                    share = share.min(usage.asked.max(usage.asked_before * 5 / 4));
+        let others = self.bots.iter().filter(|(other, _)| *other != bot);
+        let kept = others.map(|(_, usage)| {
+            let share = shares.of(Some(usage));
+            let unused = share.saturating_sub(usage.sent);
+            unused.min(share * left_ms / window_ms)
+        });
+        left.saturating_sub(weight) >= kept.sum()
+    }
+
+    /// Divides `quota` by weight. What bots do not want is divided among those that want more than their share, which `bot` does.
+    fn shares(&self, bot: &BotId, quota: u64) -> Shares {
+        let total = self.bots.values().map(|usage| u64::from(usage.share)).sum();
+        let mut shares = Shares { quota, total };
+        // Each round, the others get more. There are few bots, and few rounds.
+        loop {
+            let (mut quota_left, mut total_left) = (quota, total);
+            for (other, usage) in &self.bots {
+                let want = usage.wants();
+                if other != bot && want < shares.of_weight(usage.share) {
+                    quota_left = quota_left.saturating_sub(want);
+                    total_left -= u64::from(usage.share);
                 }
-                let unused = share.saturating_sub(usage.sent);
-                unused.min(share * left_ms / window_ms)
-            })
-            .sum();
-        left.saturating_sub(weight) >= others
+            }
+            let next = Shares {
+                quota: quota_left,
+                total: total_left,
+            };
+            // Weights are not rounded, so that this ends.
+            if next == shares {
+                return shares;
+            }
+            shares = next;
+        }
     }
 
     /// Ends the window if its time is up.
@@ -439,6 +489,42 @@ mod tests {
         let taken = exhaust(&mut budget, &order("busy", 1), 41 * SECOND);
         assert!((1900..=1940).contains(&taken), "{taken}");
         assert!(try_take(&mut budget, &order("quiet", 1), 41 * SECOND).is_none());
+    }
+
+    #[test]
+    fn unused_share_is_divided_by_weight() {
+        let mut budget = PoolBudget::new(2000);
+        for name in ["quiet", "a", "b"] {
+            assert!(try_take(&mut budget, &order(name, 1), SECOND).is_some());
+        }
+        // All but one want much.
+        for (name, share) in [("a", 1), ("b", 3)] {
+            for _ in 0..1000 {
+                budget.ask(&order(name, share), SECOND);
+            }
+        }
+        let mut taken = HashMap::<_, u64>::new();
+        for _ in 0..2000 {
+            for (name, share) in [("a", 1), ("b", 3)] {
+                if try_take(&mut budget, &order(name, share), 42 * SECOND).is_some() {
+                    *taken.entry(name).or_default() += 2;
+                }
+            }
+        }
+        let (a, b) = (taken["a"], taken["b"]);
+        assert!(a + b >= 1930, "{taken:?}");
+        assert!(b.abs_diff(3 * a) < 60, "{taken:?}");
+    }
+
+    #[test]
+    fn cancels_are_not_part_of_the_share_of_a_bot() {
+        let mut budget = PoolBudget::new(2000);
+        for _ in 0..500 {
+            assert!(try_take(&mut budget, &cancel(), SECOND).is_some());
+        }
+        assert!(try_take(&mut budget, &order("b", 1), SECOND).is_some());
+        let taken = exhaust(&mut budget, &order("a", 1), SECOND);
+        assert!((960..=970).contains(&taken), "{taken}");
     }
 
     #[test]

@@ -197,7 +197,7 @@ impl Reader {
         script(
             "credbroker",
             format!(
-                "case $1 in keys|halt|resume|bots|clock) case \" $* \" in *' --admin '*) ;; *) exec {program} \"$@\" --admin {}; esac; esac\n\
+                "case $1 in keys|halt|resume|bots|budgets|clock) case \" $* \" in *' --admin '*) ;; *) exec {program} \"$@\" --admin {}; esac; esac\n\
                  exec {program} \"$@\"\n",
                 admin.display()
             ),
