@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 use credbroker::proto::{Method, Scope, SignAndSendRequest};
 use credbroker_sim::installation::{MAIN_UID, Settings};
 use credbroker_sim::kucoin::{
-    Fault, FaultAction, KucoinSettings, Limits, Matching, ReceivedRequest, When,
+    Fault, FaultAction, KucoinSettings, Limits, Matching, Order, ReceivedRequest, When,
 };
 use harness::{Bot, Lab, Patient, futures_order, request, spot_order};
 use tokio::time::sleep;
@@ -165,7 +165,7 @@ async fn shares(foreign: bool) -> bool {
     let idle = cancels(&mut hasty, 100, Duration::from_millis(5)).await;
     // The window of these cancels ends.
     sleep(WINDOW + Duration::from_secs(1)).await;
-    let (start, end) = (Instant::now(), Instant::now() + RUN);
+    let end = Instant::now() + RUN;
     let from = lab.kucoin.received().len();
     let counts: Vec<Arc<AtomicU64>> = (0..3).map(|_| Arc::default()).collect();
     let mut tasks = Vec::new();
@@ -232,7 +232,7 @@ async fn shares(foreign: bool) -> bool {
         &format!("{name}: 429 from the exchange"),
         &rejected.to_string(),
         &format!("{most}"),
-        rejected as f64 <= most,
+        f64::from(rejected) <= most,
     );
     is_ok &= row(
         &format!("{name}: use of the pool in two windows"),
@@ -322,7 +322,7 @@ async fn races() -> bool {
         .kucoin
         .orders(MAIN_UID)
         .into_iter()
-        .filter(|order| order.is_open())
+        .filter(Order::is_open)
         .collect();
     let alive = over.iter().filter(|(oid, is_over)| {
         *is_over
