@@ -293,7 +293,8 @@ async fn races() -> bool {
             for number in 0..500_u64 {
                 let oid = format!("race-{worker}-{number}");
                 let order = placer.send(spot_order(&oid));
-                let pause = Duration::from_micros(number % 50 * 200);
+                // The order reaches the broker first.
+                let pause = Duration::from_micros(5000 + number % 50 * 200);
                 let (first, cancelled) = tokio::join!(order, async {
                     sleep(pause).await;
                     hasty.send(cancel(&oid)).await
@@ -333,7 +334,7 @@ async fn races() -> bool {
     let alive: Vec<_> = alive.map(|(oid, _)| oid.clone()).collect();
     let [waited, ended, refused] = counts.map(|count| count.load(Ordering::Relaxed));
     let measured = format!(
-        "{} of {} (orders: {ended} answered, {waited} ended while they waited, {refused} refused)",
+        "{} {alive:?} of {} (orders: {ended} answered, {waited} ended while they waited, {refused} refused)",
         alive.len(),
         over.len()
     );

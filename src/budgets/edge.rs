@@ -12,9 +12,11 @@ const PERIOD: Duration = Duration::from_secs(10);
 /// How long the limit stays reduced after the edge has blocked the address.
 const REDUCED_FOR: Duration = Duration::from_secs(3600);
 
-/// The limit after a block, in percent of the requests of the 10 s before it, and the lowest one.
+/// The limit after a block, in percent of the requests of the 10 s before it.
 const REDUCED_PERCENT: u64 = 80;
-const LOWEST: u64 = 20;
+
+/// The lowest limit: so few requests are not what the edge blocks. Source: a fifth of the published limit, 500.
+const LOWEST: u64 = 100;
 
 /// The budget. Times are since boot.
 #[derive(Debug, Default)]

@@ -31,7 +31,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Response, StatusCode};
+use http::{HeaderValue, Response, StatusCode, header};
 
 pub use accounts::Wallet;
 pub use amount::{Amount, BadAmount};
@@ -322,6 +322,12 @@ impl World {
                 process().into()
             }
             FaultAction::EarlyHints {} => Reply::Raw(answers::early_hints()),
+            FaultAction::EdgeBlock { retry_after_s } => {
+                let mut page = answers::html_page(StatusCode::TOO_MANY_REQUESTS, "simulated block");
+                let seconds = HeaderValue::from(*retry_after_s);
+                page.headers_mut().insert(header::RETRY_AFTER, seconds);
+                page.into()
+            }
             FaultAction::Hold {} => {
                 // The sender lives as long as the exchange.
                 let _ = cleared.changed().await;

@@ -97,6 +97,11 @@ pub enum FaultAction {
     },
     /// Sends informational answers with status 103 without end, and never an answer; the request is not processed.
     EarlyHints {},
+    /// Answers 429 with an HTML page and `retry-after`, as the edge does when it blocks an address; the request is not processed.
+    EdgeBlock {
+        /// Seconds in `retry-after`.
+        retry_after_s: u64,
+    },
     /// Keeps the request until the faults are cleared, then processes it and answers normally.
     Hold {},
     /// Answers with an HTML page.
