@@ -145,6 +145,7 @@ impl Broker {
                     None => charge.not_counted(),
                 }
             }
+            code if code::BUSY.contains(&code) => charge.not_counted(),
             code::FUTURES_RATE_LIMITED if permit.scope() == Scope::Futures => {
                 charge.used_up(answer.retry_after.unwrap_or(WINDOW));
             }

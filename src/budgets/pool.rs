@@ -77,6 +77,8 @@ pub(crate) struct Level {
 #[derive(Debug)]
 pub(super) struct PoolBudget {
     quota: u64,
+    /// The quota by the rules; headers show the real one.
+    configured: u64,
     window: Option<Window>,
     /// How many windows there have been.
     windows: u64,
@@ -144,6 +146,7 @@ impl PoolBudget {
     pub(super) fn new(quota: u64) -> Self {
         Self {
             quota,
+            configured: quota,
             window: None,
             windows: 0,
             bots: HashMap::new(),
@@ -264,16 +267,17 @@ impl PoolBudget {
         let (earliest, latest) = (sent_at + limit.reset, now + limit.reset);
         if window.is_dated && earliest > window.ends {
             // The window ended before the broker expected it.
-            let sent = window.sent.min(used);
-            *window = Window {
+            window.ends = now;
+            self.end_window(now);
+            self.windows += 1;
+            self.window = Some(Window {
                 ends: latest,
                 is_dated: true,
-                sent,
-                foreign: used - sent,
+                sent: used,
+                foreign: 0,
                 newest: 0,
                 is_used_up: false,
-            };
-            self.windows += 1;
+            });
             return;
         }
         if !is_current {
@@ -299,8 +303,10 @@ impl PoolBudget {
         self.next_cancel = self.next_cancel.max(now + CANCEL_EVERY);
     }
 
+    /// Uses another quota, if the rules have changed it.
     pub(super) fn set_quota(&mut self, quota: u64) {
-        if self.window.as_ref().is_none_or(|window| !window.is_dated) {
+        if self.configured != quota {
+            self.configured = quota;
             self.quota = quota;
         }
     }
@@ -571,6 +577,18 @@ mod tests {
         );
         let level = budget.level(5 * SECOND);
         assert_eq!((level.left, level.reset), (1990, WINDOW));
+    }
+
+    #[test]
+    fn quota_of_the_headers_holds_until_the_rules_change_it() {
+        let mut budget = PoolBudget::new(2000);
+        let ticket = try_take(&mut budget, &order("a", 1), SECOND).unwrap();
+        budget.answered(ticket, Some(header(300, 298, WINDOW)), SECOND, SECOND);
+        budget.set_quota(2000);
+        assert_eq!(budget.level(SECOND).quota, 300);
+        assert_eq!(exhaust(&mut budget, &order("a", 1), 60 * SECOND), 290);
+        budget.set_quota(4000);
+        assert_eq!(budget.level(60 * SECOND).quota, 4000);
     }
 
     #[test]
