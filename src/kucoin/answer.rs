@@ -323,11 +323,21 @@ fn judge_bare(http_status: StatusCode) -> Outcome {
 }
 
 impl Answer {
-    /// Whether the edge of the exchange blocks the egress address: code 1015, or an answer without a code that is not from the
-    /// gateway. Source: KuCoin API documentation, code 1015; its edge answers with HTML.
+    /// Whether the edge of the exchange blocks the egress address: code 1015, or an answer that is not from the gateway. Source:
+    /// KuCoin API documentation, code 1015; reports of its page with status 429 or 403 (mikekonan/exchange-proxy issue 14). Other
+    /// pages with 403 can be about one request, and must not stop all others.
     pub(crate) fn is_edge_block(&self) -> bool {
-        let is_bare = self.code.is_empty() && self.http_status == StatusCode::TOO_MANY_REQUESTS;
-        self.code == code::EDGE_BLOCKED || is_bare
+        let names_code = || {
+            let code = code::EDGE_BLOCKED.as_bytes();
+            self.body.windows(code.len()).any(|part| part == code)
+        };
+        let is_page = self.code.is_empty()
+            && match self.http_status {
+                StatusCode::TOO_MANY_REQUESTS => true,
+                StatusCode::FORBIDDEN => self.content_type.starts_with("text/html") && names_code(),
+                _ => false,
+            };
+        is_page || self.code == code::EDGE_BLOCKED
     }
 }
 
@@ -414,6 +424,25 @@ mod tests {
         let pairs =
             pairs.map(|(name, value)| (HeaderName::from_static(name), value.parse().unwrap()));
         pairs.collect()
+    }
+
+    #[test]
+    fn pages_of_the_edge_are_blocks_and_other_pages_are_not() {
+        let html = headers(&[("content-type", "text/html; charset=UTF-8")]);
+        let page = "<html><title>Access denied</title><p>Error 1015: You are being rate limited</p></html>";
+        for (status, body, is_block) in [
+            (429, "<html></html>", true),
+            (429, page, true),
+            (403, page, true),
+            (403, "<html>Forbidden</html>", false),
+            (502, page, false),
+            (200, r#"{"code":"1015","msg":"blocked"}"#, true),
+            (429, r#"{"code":"429000","msg":"Too Many Requests"}"#, false),
+            (403, r#"{"code":"400006","msg":"address 1.1015"}"#, false),
+        ] {
+            let answer = read("spot.post.v1-hf-orders", status, &html, body);
+            assert_eq!(answer.is_edge_block(), is_block, "{status} {body}");
+        }
     }
 
     /// Answers to an order: HTTP status, body, expected outcome.
