@@ -426,9 +426,16 @@ impl State {
             }
             return;
         }
+        // What was counted before the uid of the account was known.
+        let without_uid = (Subject::Account(account.clone()), key.1);
+        let known = self
+            .pools
+            .get_mut(&without_uid)
+            .map(|entry| &mut entry.budget);
+        let known = known.map(|budget| std::mem::replace(budget, PoolBudget::new(quota)));
         let entry = Entry {
             accounts: BTreeSet::from([account]),
-            budget: PoolBudget::new(quota),
+            budget: known.unwrap_or_else(|| PoolBudget::new(quota)),
             waiting: BTreeMap::new(),
         };
         self.pools.insert(key.clone(), entry);

@@ -19,6 +19,10 @@ const MAX_QUOTA: u64 = 1_000_000_000_000;
 /// How long after it was sent a first request can begin a window at the exchange, while no answer has come.
 const LATEST_BEGIN: Duration = Duration::from_secs(10);
 
+/// How far the ends of a window that two answers show can differ: the exchange rounds them, and its servers have clocks of their
+/// own.
+const INEXACT: Duration = Duration::from_millis(500);
+
 /// With an empty pool, one cancel leaves in this time.
 pub(super) const CANCEL_EVERY: Duration = Duration::from_secs(1);
 
@@ -265,7 +269,7 @@ impl PoolBudget {
         self.quota = limit.limit.min(MAX_QUOTA);
         let used = limit.limit.saturating_sub(limit.remaining).min(MAX_QUOTA);
         let (earliest, latest) = (sent_at + limit.reset, now + limit.reset);
-        if window.is_dated && earliest > window.ends {
+        if window.is_dated && earliest > window.ends + INEXACT {
             // The window ended before the broker expected it.
             window.ends = now;
             self.end_window(now);
@@ -561,6 +565,18 @@ mod tests {
         assert_eq!(budget.take(&order("a", 1), 3 * SECOND), Err(9 * SECOND));
         assert!(budget.take(&order("a", 1), 9 * SECOND).is_ok());
         assert_eq!(budget.level(9 * SECOND).left, 3998);
+    }
+
+    #[test]
+    fn rounded_reset_does_not_end_the_window() {
+        let mut budget = PoolBudget::new(2000);
+        let first = try_take(&mut budget, &order("a", 1), SECOND).unwrap();
+        let reset = Duration::from_millis(29_997);
+        budget.answered(first, Some(header(2000, 1998, reset)), SECOND, SECOND);
+        let next = try_take(&mut budget, &order("a", 1), SECOND).unwrap();
+        budget.answered(next, Some(header(2000, 1996, WINDOW)), SECOND, SECOND);
+        assert_eq!(budget.bots.values().next().unwrap().sent, 4);
+        assert_eq!(budget.level(SECOND).reset, reset);
     }
 
     #[test]
