@@ -22,6 +22,7 @@ use crate::base::lock::Mutex;
 use crate::base::outcome::Outcome;
 use crate::base::text::clean;
 use crate::broker::{Broker, BrokerError};
+use crate::budgets::NoBudget;
 use crate::kucoin::code::{self, KEY_REFUSED};
 use crate::kucoin::open_orders::{
     Group, KINDS, Kind, List, PAGE, PAGES, is_over, items, list, name,
@@ -395,6 +396,13 @@ impl Halt<'_> {
                 Err(BrokerError::Denied(_)) => return Err(ListError::NotServed),
                 Err(error @ BrokerError::Key(_)) => {
                     return Err(ListError::NoKey(error.to_string()));
+                }
+                // The broker holds back what the exchange would reject.
+                Err(BrokerError::NoBudget(NoBudget::RateLimited(limited)))
+                    if limited.retry_after < self.left() =>
+                {
+                    sleep(limited.retry_after).await;
+                    continue;
                 }
                 Err(error) => return Err(ListError::Unknown(error.of_repeatable_request())),
             };

@@ -10,7 +10,8 @@ use credbroker::proto::{
 };
 use credbroker_sim::installation::{MAIN_UID, RULES, Settings, kv_path};
 use credbroker_sim::kucoin::{
-    Fault, FaultAction, KucoinSettings, KucoinSim, Limits, Order, ReceivedRequest, SimKey, When,
+    Fault, FaultAction, Host, KucoinSettings, KucoinSim, Limits, Order, ReceivedRequest, SimKey,
+    When,
 };
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -507,7 +508,8 @@ fn account_of(request: &ReceivedRequest) -> Option<&str> {
 #[tokio::test]
 async fn cancel_all_waits_when_the_exchange_limits_its_rate() {
     let mut limits = Limits::none();
-    limits.pools.insert("Spot".to_owned(), 60);
+    // Assumed weights are a tenth of it.
+    limits.pools.insert("Spot".to_owned(), 200);
     limits.window_ms = 1500;
     let mut lab = Lab::with(settings()).await;
     place_each_kind(&lab, &["main", "other"]).await;
@@ -538,7 +540,12 @@ async fn cancel_all_waits_when_the_exchange_limits_its_rate() {
         waited_ms >= 1700,
         "waited only {waited_ms} ms instead of 1700 ms"
     );
-    // The broker holds back what exceeds the limit.
+    // The broker holds back what exceeds the limit: one window was not enough.
+    let at_spot = received.iter().filter(|request| request.host == Host::Spot);
+    let mut at_ms: Vec<_> = at_spot.map(|request| request.at_ms).collect();
+    at_ms.sort_unstable();
+    let took_ms = at_ms.last().unwrap() - at_ms.first().unwrap();
+    assert!(took_ms >= 1500, "took only {took_ms} ms");
     let rejected = received.iter().filter(|request| {
         let is_rejected = request.code() == Some("429000");
         is_rejected && !request.fault
