@@ -72,16 +72,17 @@ impl Edge {
         }
     }
 
-    /// The edge has blocked the address for `time`. Returns whether that is new.
+    /// The edge has blocked the address for `time`. Returns whether that is new. Requests that it rejects during a block do not
+    /// make it longer: each block has a fixed length.
     pub(super) fn block(&mut self, time: Duration, now: Duration) -> bool {
-        let is_new = now >= self.blocked_until;
-        self.blocked_until = self.blocked_until.max(now + time);
-        if is_new {
-            let limit = (self.recent(now) * REDUCED_PERCENT / 100).max(LOWEST);
-            self.reduced = Some((limit, now + REDUCED_FOR));
-            self.next_cancel = now + CANCEL_EVERY;
+        if now < self.blocked_until {
+            return false;
         }
-        is_new
+        self.blocked_until = now + time;
+        let limit = (self.recent(now) * REDUCED_PERCENT / 100).max(LOWEST);
+        self.reduced = Some((limit, now + REDUCED_FOR));
+        self.next_cancel = now + CANCEL_EVERY;
+        true
     }
 
     /// How long the address is still blocked.
@@ -176,7 +177,11 @@ mod tests {
                 Err(31 * SECOND),
                 "{second}"
             );
-            cancels += u32::from(edge.take(Priority::Cancel, now).is_ok());
+            if edge.take(Priority::Cancel, now).is_ok() {
+                cancels += 1;
+                // It is rejected.
+                assert!(!edge.block(30 * SECOND, now));
+            }
             assert!(edge.take(Priority::Cancel, now).is_err());
         }
         assert_eq!(cancels, 29);
