@@ -38,7 +38,7 @@ struct KucoinArgs {
     /// JSON file with a made-up API key (`api_key`, `api_secret`, `passphrase`, `uid`, ...); may be repeated
     #[arg(long = "key", value_name = "FILE")]
     keys: Vec<PathBuf>,
-    /// Turn off the rate limits
+    /// Raise the rate limits so far that nothing reaches them
     #[arg(long)]
     no_limits: bool,
 }

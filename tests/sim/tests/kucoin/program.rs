@@ -26,7 +26,8 @@ async fn program_prints_its_urls_and_its_key() {
             .await
             .unwrap();
         assert!(answer.data().is_number());
-        assert_eq!(answer.header("gw-ratelimit-limit"), None);
+        let limit = answer.header("gw-ratelimit-limit");
+        assert_eq!(limit.as_deref(), Some("1000000000"));
     }
     let key: SimKey = serde_json::from_str(key.strip_prefix("key ").unwrap()).unwrap();
     assert!(key.api_secret.contains("never-real"));
