@@ -8,16 +8,18 @@ mod edge;
 mod pool;
 mod rate;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
+use tokio::sync::oneshot::error::TryRecvError;
 use tokio::time::{Instant, sleep_until};
 
 use crate::base::ids::{AccountId, BotId};
 use crate::base::lock::Mutex;
 use crate::clock::Clock;
+use crate::kucoin::Scope;
 use crate::kucoin::answer::RateLimit;
 use crate::kucoin::cancel_scope::{CancelScope, PendingOrders};
 use crate::kucoin::quota::{Cost, Pool};
@@ -48,8 +50,10 @@ pub(crate) enum Subject {
 pub(crate) struct BudgetRequest {
     /// Whose quota it uses.
     pub(crate) subject: Subject,
-    /// The account, for metrics.
+    /// The account, as named in the rules.
     pub(crate) account: AccountId,
+    /// The exchange's id of the account, if it is known.
+    pub(crate) uid: Option<String>,
     /// What it takes.
     pub(crate) cost: Cost,
     /// The account's VIP level.
@@ -151,15 +155,17 @@ type PoolKey = (Subject, Pool);
 /// A request that waits.
 #[derive(Debug)]
 struct Pending {
-    subject: Subject,
+    account: AccountId,
+    /// The exchange's id of the account, if it is known.
+    uid: Option<String>,
     orders: Option<PendingOrders>,
     is_cancelled: bool,
 }
 
 #[derive(Debug)]
 struct Entry {
-    /// The accounts that have used it.
-    accounts: BTreeSet<AccountId>,
+    /// The accounts that have used it, and the quotas of their VIP levels.
+    accounts: BTreeMap<AccountId, u64>,
     budget: PoolBudget,
     /// In the order in which they are sent.
     waiting: BTreeMap<(Priority, u64), Waiting>,
@@ -185,6 +191,8 @@ pub(crate) struct Charge {
     is_pool_assumed: bool,
     ticket: Ticket,
     sent_at: Option<Duration>,
+    /// Whether its weight has been given back.
+    is_given_back: bool,
 }
 
 /// A request that waits; dropping this ends its wait.
@@ -224,7 +232,7 @@ impl Budgets {
         patience: Duration,
         orders: impl FnOnce() -> Option<PendingOrders>,
     ) -> Result<Charge, NoBudget> {
-        let key = (request.subject, request.cost.pool);
+        let (key, account) = ((request.subject, request.cost.pool), request.account);
         let demand = Demand {
             bot: request.bot,
             priority: request.priority,
@@ -236,14 +244,15 @@ impl Budgets {
         let quota = key.1.quota(request.vip);
         let first = {
             let mut state = self.state.lock();
-            state.open(&key, request.account, quota, now);
+            state.open(&key, &account, quota, now);
             state.first(&key, &demand, now)
         };
         let ticket = match first {
             Ok(ticket) => ticket,
             Err(refusal) => {
                 let pending = Pending {
-                    subject: key.0.clone(),
+                    account,
+                    uid: request.uid,
                     orders: orders(),
                     is_cancelled: false,
                 };
@@ -257,6 +266,7 @@ impl Budgets {
             is_pool_assumed: request.cost.is_pool_assumed,
             ticket,
             sent_at: None,
+            is_given_back: false,
         })
     }
 
@@ -298,7 +308,8 @@ impl Budgets {
                 // It may have been granted just now.
                 return match place.grant.try_recv() {
                     Ok(ticket) => self.go_on(&place, ticket),
-                    Err(_) => Err(RateLimited {
+                    Err(TryRecvError::Closed) => Err(NoBudget::Cancelled),
+                    Err(TryRecvError::Empty) => Err(RateLimited {
                         scarce,
                         retry_after: until.saturating_sub(now),
                     }
@@ -342,13 +353,32 @@ impl Budgets {
         Err(NoBudget::Cancelled)
     }
 
-    /// Ends the wait of requests with orders that a cancel covers.
-    pub(crate) fn cancel_waiting(&self, subject: &Subject, cancel: &CancelScope) {
+    /// Whether a request that waits places or amends an order with one of these clientOids.
+    pub(crate) fn waits_with<'o>(
+        &self,
+        account: &AccountId,
+        scope: Scope,
+        oids: &[&'o str],
+    ) -> Option<&'o str> {
+        let state = self.state.lock();
+        let orders = state
+            .pending
+            .values()
+            .filter(|pending| pending.account == *account);
+        let mut orders = orders.filter_map(|pending| pending.orders.as_ref());
+        orders.find_map(|orders| oids.iter().find(|oid| orders.has(scope, oid)).copied())
+    }
+
+    /// Ends the wait of requests of the same account with orders that a cancel covers.
+    pub(crate) fn cancel_waiting(&self, by: &BudgetRequest, cancel: &CancelScope) {
         let mut state = self.state.lock();
         let State { pending, pools, .. } = &mut *state;
         for (id, pending) in pending.iter_mut() {
             let is_covered = |orders: &PendingOrders| cancel.covers(orders);
-            if pending.subject == *subject && pending.orders.as_ref().is_some_and(is_covered) {
+            // The uid can have become known meanwhile, and accounts in the rules can share it.
+            let is_same =
+                pending.account == by.account || pending.uid.is_some() && pending.uid == by.uid;
+            if is_same && pending.orders.as_ref().is_some_and(is_covered) {
                 pending.is_cancelled = true;
                 for entry in pools.values_mut() {
                     // Its sender drops, which ends the wait.
@@ -374,7 +404,7 @@ impl Budgets {
         let state = self.state.lock();
         let mut used = BTreeMap::new();
         for ((subject, pool), entry) in &state.pools {
-            for account in &entry.accounts {
+            for account in entry.accounts.keys() {
                 let has_uid = !matches!(subject, Subject::Account(_));
                 let pool = UsedPool {
                     account: account.clone(),
@@ -412,7 +442,7 @@ impl Budgets {
 
 impl State {
     /// Makes the budget of a pool if there is none, and removes others that are not needed any more.
-    fn open(&mut self, key: &PoolKey, account: AccountId, quota: u64, now: Duration) {
+    fn open(&mut self, key: &PoolKey, account: &AccountId, quota: u64, now: Duration) {
         if now.saturating_sub(self.cleaned) > CLEAN_EVERY {
             self.cleaned = now;
             self.pools
@@ -420,10 +450,12 @@ impl State {
             self.rates.retain(|_, rate| !rate.is_full(now));
         }
         if let Some(entry) = self.pools.get_mut(key) {
-            entry.budget.set_quota(quota);
-            if !entry.accounts.contains(&account) {
-                entry.accounts.insert(account);
+            if entry.accounts.get(account) != Some(&quota) {
+                entry.accounts.insert(account.clone(), quota);
             }
+            // Accounts with the same uid can have different levels in the rules; the highest one is right.
+            let highest = entry.accounts.values().max().copied();
+            entry.budget.set_quota(highest.unwrap_or(quota));
             return;
         }
         // What was counted before the uid of the account was known.
@@ -434,7 +466,7 @@ impl State {
             .map(|entry| &mut entry.budget);
         let known = known.map(|budget| std::mem::replace(budget, PoolBudget::new(quota)));
         let entry = Entry {
-            accounts: BTreeSet::from([account]),
+            accounts: BTreeMap::from([(account.clone(), quota)]),
             budget: known.unwrap_or_else(|| PoolBudget::new(quota)),
             waiting: BTreeMap::new(),
         };
@@ -483,14 +515,11 @@ impl State {
         };
         let unknown = (Scarce::Pool(key.1), now + ASK_AGAIN_AFTER);
         let budget = &mut self.pools.get_mut(key).ok_or(unknown)?.budget;
-        // The edge is asked last, since what it has counted is not given back.
-        let ticket = budget
-            .take(demand, now)
-            .map_err(|until| (Scarce::Pool(key.1), until))?;
-        if let Err(until) = self.edge.take(demand.priority, now) {
-            budget.refund(ticket, demand);
-            return Err((Scarce::Edge, until));
-        }
+        let edge = self.edge.check(demand.priority, now);
+        edge.map_err(|until| (Scarce::Edge, until))?;
+        let taken = budget.take(demand, now);
+        let ticket = taken.map_err(|until| (Scarce::Pool(key.1), until))?;
+        self.edge.take(demand.priority, now);
         if let Some(rate) = &mut rate {
             rate.take();
         }
@@ -545,7 +574,7 @@ impl State {
 impl Charge {
     /// The request is being sent; each time after the first it takes its weight once more.
     pub(crate) fn begin_attempt(&mut self) {
-        if self.sent_at.is_some() {
+        if self.sent_at.is_some() || std::mem::take(&mut self.is_given_back) {
             let again = self.budgets.charge_again(&self.key, &self.demand);
             self.ticket = again.unwrap_or(self.ticket);
         }
@@ -559,9 +588,24 @@ impl Charge {
         self.change(|budget, ticket, now| budget.answered(ticket, limit, sent_at, now));
     }
 
-    /// The exchange rejected the request because the pool is empty until `reset`.
+    /// The exchange rejected the request because the pool is empty until `reset`. If the pool is assumed, it is another one.
     pub(crate) fn used_up(&self, reset: Duration) {
-        self.change(|budget, _, now| budget.use_up(reset, now));
+        if !self.is_pool_assumed {
+            self.change(|budget, ticket, now| budget.use_up(ticket, reset, now));
+        }
+    }
+
+    /// The exchange rejects all requests to the pool for `time`.
+    pub(crate) fn blocked(&self, time: Duration) {
+        self.change(|budget, _, now| budget.block(time, now));
+    }
+
+    /// The request was not sent after all.
+    pub(crate) fn not_sent(&mut self) {
+        if self.sent_at.take().is_some() {
+            self.not_counted();
+            self.is_given_back = true;
+        }
     }
 
     /// The exchange has not counted the request.
@@ -585,7 +629,7 @@ impl Charge {
 
 impl Drop for Charge {
     fn drop(&mut self) {
-        if self.sent_at.is_none() {
+        if self.sent_at.is_none() && !self.is_given_back {
             self.not_counted();
         }
     }

@@ -200,6 +200,17 @@ pub(crate) struct Repeated {
 }
 
 impl Repeated {
+    /// Another call with this clientOid has not ended, and has no claim yet.
+    pub(crate) fn in_flight(client_oid: &str) -> Self {
+        Self {
+            client_oid: client_oid.to_owned(),
+            item: None,
+            state: OrderState::InFlight,
+            order_id: None,
+            is_same: true,
+        }
+    }
+
     /// The exchange has rejected the only order of a request because an earlier one has its clientOid. `order_id`: of the earlier
     /// order, if it was found and is the same.
     pub(crate) fn at_exchange(client_oid: &str, order_id: Option<String>) -> Self {

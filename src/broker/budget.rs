@@ -11,7 +11,7 @@ use crate::budgets::{BudgetRequest, Charge, Priority, Subject};
 use crate::kucoin::cancel_scope::{CancelScope, PendingOrders};
 use crate::kucoin::quota::{Cost, Pool, WINDOW};
 use crate::kucoin::{Answer, Endpoint, Scope, code, open_orders};
-use crate::orders::OrderState;
+use crate::orders::{OrderState, Repeated};
 use crate::policy::Permit;
 
 /// How long a cancel waits for an order that it names by clientOid and that is in flight.
@@ -33,7 +33,7 @@ impl Broker {
         if let Some(endpoint) = permit.endpoint()
             && let Some(cancel) = CancelScope::of(endpoint, &call.request)
         {
-            self.budgets.cancel_waiting(&request.subject, &cancel);
+            self.budgets.cancel_waiting(&request, &cancel);
             self.wait_for_own_orders(call, endpoint).await;
         }
         let until_deadline = call.deadline.saturating_duration_since(Instant::now());
@@ -51,6 +51,7 @@ impl Broker {
             }
             _ => patience,
         };
+        self.check_waiting(call, permit)?;
         if request.cost.is_weight_assumed {
             self.metrics.weights_assumed.inc();
         }
@@ -62,6 +63,20 @@ impl Broker {
             () = reply.closed(), if ends_with_caller => Err(BrokerError::CallerGone),
             () = sleep_until(call.deadline) => Err(BrokerError::DeadlineExceeded),
             () = self.calls.give_up.cancelled() => Err(BrokerError::ShuttingDown),
+        }
+    }
+
+    /// Refuses an order whose clientOid another call has that waits: `not_sent` would let the bot place it twice.
+    fn check_waiting(&self, call: &Call, permit: &Permit) -> Result<(), BrokerError> {
+        let endpoint = permit.endpoint();
+        let Some(endpoint) = endpoint.filter(|endpoint| endpoint.claims_client_oids()) else {
+            return Ok(());
+        };
+        let oids = endpoint.client_oids(&call.request);
+        let (account, scope) = (&call.request.account, call.request.scope);
+        match self.budgets.waits_with(account, scope, &oids) {
+            Some(oid) => Err(BrokerError::Repeated(Box::new(Repeated::in_flight(oid)))),
+            None => Ok(()),
         }
     }
 
@@ -89,7 +104,9 @@ impl Broker {
 
     fn budget_request(&self, call: &Call, permit: &Permit) -> BudgetRequest {
         let (account, endpoint) = (permit.account(), permit.endpoint());
-        let cost = Cost::of(endpoint, permit.scope());
+        let mut cost = Cost::of(endpoint, permit.scope());
+        // A key under test can belong to another account.
+        cost.is_pool_assumed |= call.key.is_some();
         let priority = match call.principal.bot() {
             _ if self.passes_like_a_cancel(&call.request, endpoint) => Priority::Cancel,
             None => Priority::Internal,
@@ -97,19 +114,19 @@ impl Broker {
             Some(_) if permit.increases_risk() => Priority::RiskIncreasing,
             Some(_) => Priority::Other,
         };
-        let uid = || {
-            let of_master = account.parent_uid.clone();
-            let of_master = of_master.filter(|_| permit.scope() == Scope::Unified);
-            of_master.or_else(|| self.uid_of_key(permit))
-        };
-        let subject = match cost.pool {
-            Pool::Public => Subject::Address,
-            _ => uid().map_or_else(|| Subject::Account(account.id.clone()), Subject::Uid),
+        let uid = self.uid_of_key(permit);
+        let of_master = account.parent_uid.clone();
+        let of_master = of_master.filter(|_| permit.scope() == Scope::Unified);
+        let subject = match (cost.pool, of_master.or_else(|| uid.clone())) {
+            (Pool::Public, _) => Subject::Address,
+            (_, Some(uid)) => Subject::Uid(uid),
+            (_, None) => Subject::Account(account.id.clone()),
         };
         let bot = call.principal.bot();
         BudgetRequest {
             subject,
             account: account.id.clone(),
+            uid,
             cost,
             vip: account.vip,
             bot: bot.map(|bot| (bot.clone(), permit.weight())),
@@ -147,7 +164,7 @@ impl Broker {
             }
             code if code::BUSY.contains(&code) => charge.not_counted(),
             code::FUTURES_RATE_LIMITED if permit.scope() == Scope::Futures => {
-                charge.used_up(answer.retry_after.unwrap_or(WINDOW));
+                charge.blocked(answer.retry_after.unwrap_or(WINDOW));
             }
             _ => {}
         }

@@ -26,6 +26,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use futures_util::FutureExt;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep_until, timeout};
+use tokio_util::task::task_tracker::TaskTrackerToken;
 use tracing::Instrument;
 
 use super::admission::CallSlot;
@@ -99,6 +100,16 @@ pub(crate) struct Receipt {
     pub(crate) lease: Option<KeyLease>,
 }
 
+/// A call that is about to be delivered.
+struct Admitted {
+    permit: Permit,
+    /// Lets a stop wait for the call.
+    open: Option<TaskTrackerToken>,
+    charge: Charge,
+    claims: Claims,
+    intent: Intent,
+}
+
 /// Turns a panic in a step of a call into [`BrokerError::Internal`]. Other calls go on.
 pub(crate) fn catch_panic<T>(
     step: impl Future<Output = Result<T, BrokerError>>,
@@ -141,7 +152,13 @@ impl Broker {
     ) {
         let number = self.calls.next_number();
         let admitted = catch_panic(self.admit(&call, number, &mut reply)).await;
-        let (permit, charge, claims, intent) = match admitted {
+        let Admitted {
+            permit,
+            open,
+            charge,
+            claims,
+            intent,
+        } = match admitted {
             Ok(admitted) => admitted,
             Err(error) => {
                 self.deny(&call, number, &error).await;
@@ -149,7 +166,6 @@ impl Broker {
                 return;
             }
         };
-        let open = self.calls.track(&call, permit.changes());
         let gate = Gate::default();
         let ends_with_caller = !permit.changes() || permit.increases_risk();
         let delivery = self.deliver(&call, &permit, charge, intent, &gate);
@@ -229,16 +245,20 @@ impl Broker {
         call: &Call,
         number: u64,
         reply: &mut oneshot::Sender<Result<Receipt, BrokerError>>,
-    ) -> Result<(Permit, Charge, Claims, Intent), BrokerError> {
+    ) -> Result<Admitted, BrokerError> {
         if !self.is_served(call) {
             return Err(BrokerError::ShuttingDown);
         }
         let permit = self.authorize(call)?;
-        let charge = self.take_budget(call, &permit, reply).await?;
-        // It may have waited.
-        if !self.is_served(call) {
-            return Err(BrokerError::ShuttingDown);
-        }
+        let open = self.calls.track(call, permit.changes());
+        let charge = match self.take_budget(call, &permit, reply).await {
+            Ok(charge) if self.is_served(call) => charge,
+            ended => {
+                // Another call may have sent the order meanwhile.
+                self.check_repeated(call, permit.endpoint())?;
+                return Err(ended.err().unwrap_or(BrokerError::ShuttingDown));
+            }
+        };
         self.log_permit(call, &permit);
         tracing::debug!(
             risk_increasing = permit.increases_risk(),
@@ -253,7 +273,13 @@ impl Broker {
             self.orders.settle(&claims, |_| Settled::NotPlaced);
         })?;
         self.begin_call(call, &permit, &mut claims);
-        Ok((permit, charge, claims, intent))
+        Ok(Admitted {
+            permit,
+            open,
+            charge,
+            claims,
+            intent,
+        })
     }
 
     /// Checks the rules, then the restrictions that admins have set. A risk-increasing request also needs a proven egress
@@ -318,6 +344,9 @@ impl Broker {
         let (is_idempotent, has_own_key) = (permit.is_idempotent(), call.key.is_some());
         let mut last = self.send(call, permit, recorded, charge, gate).await;
         let mut budget = RetryBudget::default();
+        if last.as_ref().is_err_and(is_unsent) {
+            charge.not_sent();
+        }
         while let Some(retry) =
             retry::next(Attempt::of(&last), is_idempotent, has_own_key, &mut budget)
         {

@@ -14,7 +14,11 @@ impl Broker {
     ///
     /// # Errors
     /// When one of its clientOids was used before, or the rules do not allow such a request.
-    fn check_repeated(&self, call: &Call, endpoint: Option<&Endpoint>) -> Result<(), BrokerError> {
+    pub(super) fn check_repeated(
+        &self,
+        call: &Call,
+        endpoint: Option<&Endpoint>,
+    ) -> Result<(), BrokerError> {
         if call.request.method != Method::Post {
             return Ok(());
         }

@@ -18,6 +18,14 @@ const REDUCED_PERCENT: u64 = 80;
 /// The lowest limit: so few requests are not what the edge blocks. Source: a fifth of the published limit, 500.
 const LOWEST: u64 = 100;
 
+/// The part of a limit that only cancels use, in percent.
+const RESERVE_PERCENT: u64 = 3;
+
+/// The longest block that is believed at once, and its length if the edge says none. Source: KuCoin API documentation, code 1015:
+/// 30 s.
+const LONGEST: Duration = Duration::from_secs(60);
+const USUAL: Duration = Duration::from_secs(30);
+
 /// The budget. Times are since boot.
 #[derive(Debug, Default)]
 pub(super) struct Edge {
@@ -40,27 +48,36 @@ impl Edge {
         }
     }
 
-    /// Takes one request.
+    /// Whether one request fits.
     ///
     /// # Errors
     /// The time at which it may fit, if it does not now.
-    pub(super) fn take(&mut self, priority: Priority, now: Duration) -> Result<(), Duration> {
-        let until = if now < self.blocked_until {
-            Some(self.blocked_until)
-        } else {
-            self.full_until(now)
+    pub(super) fn check(&mut self, priority: Priority, now: Duration) -> Result<(), Duration> {
+        let Some(until) = self.scarce_until(priority, now) else {
+            return Ok(());
         };
-        if let Some(until) = until {
-            if priority != Priority::Cancel {
-                return Err(until);
-            }
-            if now < self.next_cancel {
-                return Err(self.next_cancel.min(until));
-            }
+        match priority {
+            Priority::Cancel if now >= self.next_cancel => Ok(()),
+            Priority::Cancel => Err(self.next_cancel.min(until)),
+            _ => Err(until),
+        }
+    }
+
+    /// Takes one request that fits.
+    pub(super) fn take(&mut self, priority: Priority, now: Duration) {
+        if self.scarce_until(priority, now).is_some() {
             self.next_cancel = now + CANCEL_EVERY;
         }
         self.count(now);
-        Ok(())
+    }
+
+    /// Until when the address is blocked, or its budget used up.
+    fn scarce_until(&mut self, priority: Priority, now: Duration) -> Option<Duration> {
+        if now < self.blocked_until {
+            Some(self.blocked_until)
+        } else {
+            self.full_until(priority, now)
+        }
     }
 
     /// Counts a request that is sent in any case.
@@ -78,10 +95,19 @@ impl Edge {
         if now < self.blocked_until {
             return false;
         }
-        self.blocked_until = now + time;
-        let limit = (self.recent(now) * REDUCED_PERCENT / 100).max(LOWEST);
-        self.reduced = Some((limit, now + REDUCED_FOR));
+        let time = if time.is_zero() { USUAL } else { time };
+        let is_renewed = now < self.blocked_until + PERIOD;
+        self.blocked_until = now + time.min(LONGEST);
         self.next_cancel = now + CANCEL_EVERY;
+        // After a block, only few requests were sent, which say nothing about the limit of the edge.
+        let limit = (self.recent(now) * REDUCED_PERCENT / 100).max(LOWEST);
+        let known = self.reduced.filter(|(_, until)| now < *until);
+        let limit = match known {
+            Some((known, _)) if is_renewed => known,
+            Some((known, _)) => known.min(limit),
+            None => limit,
+        };
+        self.reduced = Some((limit, now + REDUCED_FOR));
         true
     }
 
@@ -108,8 +134,11 @@ impl Edge {
     }
 
     /// When the next request fits; `None`: now.
-    fn full_until(&mut self, now: Duration) -> Option<Duration> {
-        let limit = self.limit(now);
+    fn full_until(&mut self, priority: Priority, now: Duration) -> Option<Duration> {
+        let limit = self.limit(now).map(|limit| match priority {
+            Priority::Cancel => limit,
+            _ => limit - (limit * RESERVE_PERCENT).div_ceil(100),
+        });
         let recent = self.recent(now);
         let oldest = self.sent.front().map(|(tenth, _)| *tenth)?;
         let end = Duration::from_millis((oldest + 1) * 100) + PERIOD;
@@ -136,8 +165,14 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
+    fn try_take(edge: &mut Edge, priority: Priority, now: Duration) -> Result<(), Duration> {
+        edge.check(priority, now)?;
+        edge.take(priority, now);
+        Ok(())
+    }
+
     fn fits(edge: &mut Edge, now: Duration) -> bool {
-        edge.take(Priority::RiskIncreasing, now).is_ok()
+        try_take(edge, Priority::RiskIncreasing, now).is_ok()
     }
 
     #[test]
@@ -173,16 +208,16 @@ mod tests {
         for second in 1..31 {
             let now = second * SECOND;
             assert_eq!(
-                edge.take(Priority::RiskIncreasing, now),
+                try_take(&mut edge, Priority::RiskIncreasing, now),
                 Err(31 * SECOND),
                 "{second}"
             );
-            if edge.take(Priority::Cancel, now).is_ok() {
+            if try_take(&mut edge, Priority::Cancel, now).is_ok() {
                 cancels += 1;
                 // It is rejected.
                 assert!(!edge.block(30 * SECOND, now));
             }
-            assert!(edge.take(Priority::Cancel, now).is_err());
+            assert!(try_take(&mut edge, Priority::Cancel, now).is_err());
         }
         assert_eq!(cancels, 29);
         assert!(fits(&mut edge, 31 * SECOND));
@@ -197,8 +232,31 @@ mod tests {
         edge.block(30 * SECOND, SECOND);
         assert_eq!(edge.limit(40 * SECOND), Some(400));
         let sent = (0..1000).filter(|_| fits(&mut edge, 40 * SECOND)).count();
-        assert_eq!(sent, 400);
-        assert!(edge.take(Priority::Cancel, 40 * SECOND).is_ok());
+        // The rest is for cancels.
+        assert_eq!(sent, 388);
+        let mut cancels = (0..12).map(|_| try_take(&mut edge, Priority::Cancel, 40 * SECOND));
+        assert!(cancels.all(|cancel| cancel.is_ok()));
         assert_eq!(edge.limit(3602 * SECOND), None);
+    }
+
+    #[test]
+    fn block_that_is_renewed_does_not_lower_the_limit_again() {
+        let mut edge = Edge::new(None);
+        for _ in 0..500 {
+            assert!(fits(&mut edge, SECOND));
+        }
+        edge.block(30 * SECOND, SECOND);
+        assert!(try_take(&mut edge, Priority::Cancel, 31 * SECOND).is_ok());
+        assert!(edge.block(30 * SECOND, 32 * SECOND));
+        assert_eq!(edge.limit(32 * SECOND), Some(400));
+    }
+
+    #[test]
+    fn length_of_a_block_is_bounded() {
+        for (time, expected) in [(0, 30), (1, 1), (3600, 60)] {
+            let mut edge = Edge::new(None);
+            edge.block(time * SECOND, SECOND);
+            assert_eq!(edge.blocked_for(SECOND), Some(expected * SECOND));
+        }
     }
 }

@@ -89,6 +89,8 @@ pub(super) struct PoolBudget {
     bots: HashMap<BotId, Usage>,
     /// When a cancel may leave although the pool is empty.
     next_cancel: Duration,
+    /// The exchange rejects requests until then, whatever its window.
+    blocked_until: Duration,
 }
 
 #[derive(Debug)]
@@ -155,6 +157,7 @@ impl PoolBudget {
             windows: 0,
             bots: HashMap::new(),
             next_cancel: Duration::ZERO,
+            blocked_until: Duration::ZERO,
         }
     }
 
@@ -177,25 +180,32 @@ impl PoolBudget {
     pub(super) fn take(&mut self, demand: &Demand, now: Duration) -> Result<Ticket, Duration> {
         self.end_window(now);
         let weight = u64::from(demand.weight);
+        let is_cancel = demand.priority == Priority::Cancel;
+        let (mut left, mut full_until) = (u64::MAX, None);
         if let Some(window) = &self.window {
-            let left = self.left(window);
-            let fits = !window.is_used_up && left >= weight;
-            if demand.priority == Priority::Cancel {
-                if !fits {
-                    if now < self.next_cancel {
-                        return Err(self.next_cancel.min(window.ends));
-                    }
-                    self.next_cancel = now + CANCEL_EVERY;
-                }
-            } else {
-                let left = left.saturating_sub(self.reserve());
-                if window.is_used_up || left < weight {
-                    return Err(window.ends);
-                }
-                if !self.is_fair(demand, left, window, now) {
-                    return Err(window.ends.min(now + ASK_AGAIN_AFTER));
-                }
+            left = self.left(window);
+            if !is_cancel {
+                left = left.saturating_sub(self.reserve());
             }
+            full_until = (window.is_used_up || left < weight).then_some(window.ends);
+        }
+        if now < self.blocked_until {
+            full_until = full_until.max(Some(self.blocked_until));
+        }
+        if let Some(until) = full_until {
+            if !is_cancel {
+                return Err(until);
+            }
+            if now < self.next_cancel {
+                return Err(self.next_cancel.min(until));
+            }
+            self.next_cancel = now + CANCEL_EVERY;
+        }
+        if let Some(window) = &self.window
+            && !is_cancel
+            && !self.is_fair(demand, left, window, now)
+        {
+            return Err(window.ends.min(now + ASK_AGAIN_AFTER));
         }
         Ok(self.charge(demand, now))
     }
@@ -234,7 +244,11 @@ impl PoolBudget {
         }
         if let Some(window) = &mut self.window {
             window.sent = window.sent.saturating_sub(ticket.weight);
+            window.newest = window.newest.min(window.sent);
         }
+        // Nothing has begun a window at the exchange.
+        self.window
+            .take_if(|window| window.sent == 0 && !window.is_dated);
         if let Some(usage) = self.usage(demand) {
             usage.sent = usage.sent.saturating_sub(ticket.weight);
         }
@@ -268,7 +282,8 @@ impl PoolBudget {
         };
         self.quota = limit.limit.min(MAX_QUOTA);
         let used = limit.limit.saturating_sub(limit.remaining).min(MAX_QUOTA);
-        let (earliest, latest) = (sent_at + limit.reset, now + limit.reset);
+        let reset = limit.reset.min(WINDOW);
+        let (earliest, latest) = (sent_at + reset, now + reset);
         if window.is_dated && earliest > window.ends + INEXACT {
             // The window ended before the broker expected it.
             window.ends = now;
@@ -287,7 +302,11 @@ impl PoolBudget {
         if !is_current {
             return;
         }
-        window.ends = window.ends.min(latest);
+        window.ends = if window.is_dated {
+            window.ends.min(latest)
+        } else {
+            latest
+        };
         window.is_dated = true;
         if ticket.sent >= window.newest {
             window.newest = ticket.sent;
@@ -295,15 +314,22 @@ impl PoolBudget {
         }
     }
 
-    /// Sends nothing but cancels for this long: the exchange has rejected a request because the pool is empty.
-    pub(super) fn use_up(&mut self, reset: Duration, now: Duration) {
+    /// Sends nothing but cancels until the window ends: the exchange has rejected a request because the pool is empty.
+    pub(super) fn use_up(&mut self, ticket: Ticket, reset: Duration, now: Duration) {
         self.end_window(now);
-        let Some(window) = &mut self.window else {
+        let is_current = ticket.window == self.windows;
+        let Some(window) = self.window.as_mut().filter(|_| is_current) else {
             return;
         };
         window.is_used_up = true;
         window.is_dated = true;
-        window.ends = now + reset;
+        window.ends = now + reset.min(WINDOW);
+        self.next_cancel = self.next_cancel.max(now + CANCEL_EVERY);
+    }
+
+    /// Sends nothing but cancels for this long, which has nothing to do with the window.
+    pub(super) fn block(&mut self, time: Duration, now: Duration) {
+        self.blocked_until = self.blocked_until.max(now + time.min(WINDOW));
         self.next_cancel = self.next_cancel.max(now + CANCEL_EVERY);
     }
 
@@ -322,6 +348,7 @@ impl PoolBudget {
             Some(window) if window.is_used_up => 0,
             Some(window) => self.left(window),
         };
+        let left = if now < self.blocked_until { 0 } else { left };
         Level {
             quota: self.quota,
             sent: window.map_or(0, |window| window.sent),
@@ -611,13 +638,58 @@ mod tests {
     fn rejection_stops_all_but_one_cancel_per_second_until_the_reset() {
         let mut budget = PoolBudget::new(2000);
         let ticket = try_take(&mut budget, &order("a", 1), SECOND).unwrap();
-        budget.use_up(10 * SECOND, SECOND);
+        budget.use_up(ticket, 10 * SECOND, SECOND);
         budget.refund(ticket, &order("a", 1));
         assert_eq!(budget.take(&order("a", 1), SECOND), Err(11 * SECOND));
         assert_eq!(budget.take(&cancel(), SECOND), Err(2 * SECOND));
         assert!(budget.take(&cancel(), 2 * SECOND).is_ok());
         assert_eq!(budget.level(2 * SECOND).left, 0);
         assert!(budget.take(&order("a", 1), 11 * SECOND).is_ok());
+    }
+
+    #[test]
+    fn answers_during_a_block_do_not_end_it() {
+        let mut budget = PoolBudget::new(2000);
+        let first = try_take(&mut budget, &order("a", 1), SECOND).unwrap();
+        let next = try_take(&mut budget, &order("a", 1), SECOND).unwrap();
+        budget.answered(first, Some(header(2000, 1998, WINDOW)), SECOND, SECOND);
+        budget.block(10 * SECOND, 2 * SECOND);
+        budget.answered(
+            next,
+            Some(header(2000, 1996, 28 * SECOND)),
+            SECOND,
+            3 * SECOND,
+        );
+        assert_eq!(budget.take(&order("a", 1), 3 * SECOND), Err(12 * SECOND));
+        assert_eq!(budget.level(3 * SECOND).left, 0);
+        assert!(budget.take(&cancel(), 3 * SECOND).is_ok());
+        assert_eq!(budget.take(&cancel(), 3 * SECOND), Err(4 * SECOND));
+        assert!(budget.take(&order("a", 1), 12 * SECOND).is_ok());
+        assert_eq!(budget.level(12 * SECOND).sent, 7);
+    }
+
+    #[test]
+    fn refunds_do_not_hide_what_headers_show() {
+        let mut budget = PoolBudget::new(2000);
+        let order = order("a", 1);
+        let unsent = try_take(&mut budget, &order, SECOND).unwrap();
+        let first = try_take(&mut budget, &order, SECOND).unwrap();
+        budget.answered(first, Some(header(2000, 1998, WINDOW)), SECOND, SECOND);
+        budget.refund(unsent, &order);
+        let next = try_take(&mut budget, &order, SECOND).unwrap();
+        budget.answered(next, Some(header(2000, 900, WINDOW)), SECOND, SECOND);
+        assert_eq!(budget.level(SECOND).left, 900);
+    }
+
+    #[test]
+    fn window_that_nothing_has_begun_is_forgotten() {
+        let mut budget = PoolBudget::new(2000);
+        let unsent = try_take(&mut budget, &order("a", 1), SECOND).unwrap();
+        budget.refund(unsent, &order("a", 1));
+        let late = 30 * SECOND;
+        let first = try_take(&mut budget, &order("a", 1), late).unwrap();
+        budget.answered(first, Some(header(2000, 1998, WINDOW)), late, late);
+        assert_eq!(budget.level(late).reset, WINDOW);
     }
 
     #[test]

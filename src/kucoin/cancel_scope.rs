@@ -6,11 +6,12 @@ use serde_json::Value;
 
 use super::catalog::{Effect, Endpoint, Product};
 use super::placement::placements;
-use super::{Method, UnsignedRequest};
+use super::{Method, Scope, UnsignedRequest};
 
 /// The orders that a request places or amends.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) struct PendingOrders {
+    scope: Scope,
     product: Product,
     /// Their clientOids; of an amended order also its order id.
     ids: Vec<String>,
@@ -23,13 +24,14 @@ pub(crate) struct PendingOrders {
 /// The orders that a request cancels.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) struct CancelScope {
+    scope: Scope,
     product: Product,
     what: Cancelled,
 }
 
 #[derive(Clone, Debug, Eq, PartialEq)]
 enum Cancelled {
-    /// Those with one of these ids. Some of the texts can be something else, such as a symbol.
+    /// Those with one of these clientOids or order ids.
     Ids(Vec<String>),
     /// All of a product that have one of these symbols (empty: all symbols) and this trade type (`None`: any).
     All {
@@ -55,14 +57,27 @@ impl PendingOrders {
         let trade_types = match endpoint.product {
             Product::Margin if is_isolated => vec!["MARGIN_ISOLATED_TRADE".to_owned()],
             Product::Margin => vec!["MARGIN_TRADE".to_owned()],
+            Product::Spot => match body(request).get("tradeType").and_then(Value::as_str) {
+                // An old endpoint that also accepts margin orders.
+                Some(trade_type) => vec![trade_type.to_owned()],
+                None => vec!["TRADE".to_owned()],
+            },
             _ => fields("tradeType").collect(),
         };
         Some(Self {
+            scope: request.scope,
             product: endpoint.product,
             ids: ids.chain(fields("orderId")).collect(),
             symbols: fields("symbol").collect(),
             trade_types,
         })
+    }
+}
+
+impl PendingOrders {
+    /// Whether one of them has this clientOid or order id.
+    pub(crate) fn has(&self, scope: Scope, id: &str) -> bool {
+        self.scope == scope && self.ids.iter().any(|known| known == id)
     }
 }
 
@@ -76,8 +91,9 @@ impl CancelScope {
                 let in_path = request.target.path().rsplit('/').next();
                 let in_path = in_path.filter(|_| request.method == Method::Delete);
                 let mut ids: Vec<_> = in_path.map(str::to_owned).into_iter().collect();
-                ids.extend(query.iter().map(|(_, value)| value.clone()));
-                add_texts(&body, &mut ids);
+                let in_query = query.iter().filter(|(name, _)| names_ids(name));
+                ids.extend(in_query.map(|(_, value)| value.clone()));
+                add_ids(&body, false, &mut ids);
                 Cancelled::Ids(ids)
             }
             Effect::CancelAll => {
@@ -86,6 +102,16 @@ impl CancelScope {
                     let in_body = body.get(wanted).and_then(Value::as_str);
                     in_query.map(|(_, value)| value.as_str()).or(in_body)
                 };
+                // Some cancel only the orders that they name.
+                let ids = named("orderIds").filter(|ids| !ids.is_empty());
+                if let Some(ids) = ids {
+                    let ids = ids.split(',').map(|id| id.trim().to_owned());
+                    return Some(Self {
+                        scope: request.scope,
+                        product: endpoint.product,
+                        what: Cancelled::Ids(ids.collect()),
+                    });
+                }
                 let symbols = ["symbol", "symbols"].into_iter().filter_map(named);
                 let symbols = symbols.flat_map(|symbols| symbols.split(','));
                 let symbols = symbols.filter(|symbol| !symbol.is_empty());
@@ -97,6 +123,7 @@ impl CancelScope {
             Effect::Amend | Effect::None | Effect::Place | Effect::Test => return None,
         };
         Some(Self {
+            scope: request.scope,
             product: endpoint.product,
             what,
         })
@@ -108,7 +135,9 @@ impl CancelScope {
             known.is_empty() || known.iter().any(|known| wanted.contains(known))
         };
         match &self.what {
-            Cancelled::Ids(ids) => orders.ids.iter().any(|id| ids.contains(id)),
+            Cancelled::Ids(ids) => {
+                self.scope == orders.scope && orders.ids.iter().any(|id| ids.contains(id))
+            }
             Cancelled::All {
                 symbols,
                 trade_type,
@@ -127,13 +156,24 @@ fn body(request: &UnsignedRequest) -> Value {
     serde_json::from_slice(&request.body).unwrap_or_default()
 }
 
-/// Adds every text in a JSON value.
-fn add_texts(value: &Value, texts: &mut Vec<String>) {
+/// Whether a parameter or field has clientOids or order ids, such as `orderId` and `clientOidsList`.
+fn names_ids(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    let name = name.strip_suffix("list").unwrap_or(&name);
+    name.strip_suffix('s').unwrap_or(name).ends_with("id")
+}
+
+/// Adds every clientOid and order id in a JSON value. `is_id`: whether a text here is one.
+fn add_ids(value: &Value, is_id: bool, ids: &mut Vec<String>) {
     match value {
-        Value::String(text) => texts.push(text.clone()),
-        Value::Array(values) => values.iter().for_each(|value| add_texts(value, texts)),
-        Value::Object(members) => members.values().for_each(|value| add_texts(value, texts)),
-        Value::Bool(_) | Value::Null | Value::Number(_) => {}
+        Value::String(text) if is_id => ids.push(text.clone()),
+        Value::Array(values) => values.iter().for_each(|value| add_ids(value, is_id, ids)),
+        Value::Object(members) => {
+            for (name, value) in members {
+                add_ids(value, names_ids(name), ids);
+            }
+        }
+        Value::Bool(_) | Value::Null | Value::Number(_) | Value::String(_) => {}
     }
 }
 
@@ -235,6 +275,35 @@ mod tests {
             assert!(covers(margin, "", &query, &margin_order(isolated)));
             assert!(!covers(margin, "", &query, &margin_order(!isolated)));
         }
+    }
+
+    #[test]
+    fn cancel_of_named_stop_orders_covers_no_others() {
+        let id = "spot.delete.v1-stop-order-cancel";
+        assert!(!covers(id, "", &[("orderIds", "1,2")], &spot_order()));
+        assert!(covers(id, "", &[("orderIds", "1, a-1")], &spot_order()));
+        assert!(!covers(
+            id,
+            "",
+            &[("tradeType", "MARGIN_TRADE")],
+            &spot_order()
+        ));
+    }
+
+    #[test]
+    fn other_parameters_and_scopes_are_not_ids() {
+        let partial = "spot.delete.v1-hf-orders-cancel-order-id";
+        let path = "/api/v1/hf/orders/cancel/9";
+        let query = [("symbol", "BTC-USDT"), ("cancelSize", "a-1")];
+        assert!(!covers(partial, path, &query, &spot_order()));
+        let futures = "futures.delete.v1-orders-client-order-client-oid";
+        let path = "/api/v1/orders/client-order/a-1";
+        assert!(!covers(
+            futures,
+            path,
+            &[("symbol", "XBTUSDTM")],
+            &spot_order()
+        ));
     }
 
     #[test]

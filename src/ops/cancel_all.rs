@@ -371,6 +371,18 @@ impl Halt<'_> {
         self.until.saturating_duration_since(Instant::now())
     }
 
+    /// Waits; false if the account is resumed meanwhile, which ends the run.
+    async fn pause(&self, time: Duration) -> bool {
+        let end = Instant::now() + time;
+        while Instant::now() < end {
+            sleep_until(end.min(Instant::now() + REPEAT_EVERY)).await;
+            if !self.broker.restrictions.is_halted(&self.account.id) {
+                return false;
+            }
+        }
+        true
+    }
+
     /// Requests a list. An answer without `data` is an error, not an empty list.
     async fn list(&self, scope: Scope, ask: Ask) -> Result<Value, ListError> {
         self.ask(scope, ask).await?.ok_or_else(unexpected)
@@ -401,8 +413,10 @@ impl Halt<'_> {
                 Err(BrokerError::NoBudget(NoBudget::RateLimited(limited)))
                     if limited.retry_after < self.left() =>
                 {
-                    sleep(limited.retry_after).await;
-                    continue;
+                    if self.pause(limited.retry_after).await {
+                        continue;
+                    }
+                    return Err(ListError::Unknown(limited.to_string()));
                 }
                 Err(error) => return Err(ListError::Unknown(error.of_repeatable_request())),
             };
@@ -411,7 +425,7 @@ impl Halt<'_> {
                 return Ok(body.and_then(|mut body| Some(body.get_mut("data")?.take())));
             }
             match retry_after(&answer) {
-                Some(wait) if wait < self.left() => sleep(wait).await,
+                Some(wait) if wait < self.left() && self.pause(wait).await => {}
                 _ => return Err(refused(scope, &answer)),
             }
         }

@@ -37,7 +37,7 @@ fn rules() -> String {
 #[tokio::test]
 async fn bots_have_limits_of_their_own_in_the_rules() {
     let rules = RULES.to_owned()
-        + "[bot.\"spiffe://demo.test/bot/maker\"]\nrequests_per_s = 5\ncalls_in_flight = 2\n";
+        + "[bot.\"spiffe://demo.test/bot/maker\"]\nrequests_per_s = 5\n[bot.\"spiffe://demo.test/bot/reader\"]\ncalls_in_flight = 2\n";
     let mut lab = Lab::with(Settings {
         rules,
         ..Settings::default()
@@ -67,25 +67,23 @@ async fn bots_have_limits_of_their_own_in_the_rules() {
         i64::try_from(received.len()).unwrap() <= allowed,
         "{allowed}"
     );
+    let mut reader = lab.patient_bot("reader").await;
     lab.kucoin.fault(Fault {
         times: None,
-        ..Fault::once(ORDERS, FaultAction::Hold {})
+        ..Fault::once("/api/v1/accounts", FaultAction::Hold {})
     });
-    tokio::time::sleep(Duration::from_secs(1)).await;
     let mut held = Vec::new();
-    for which in 0..2 {
-        let mut bot = lab.patient_bot("maker").await;
-        held.push(tokio::spawn(async move {
-            bot.send(spot_order(&format!("held-{which}")))
-                .await
-                .map(drop)
-        }));
+    for _ in 0..2 {
+        let mut bot = lab.patient_bot("reader").await;
+        held.push(tokio::spawn(
+            async move { bot.send(accounts()).await.map(drop) },
+        ));
     }
     until("two calls are in flight", async || {
         lab.kucoin.in_progress() == 2
     })
     .await;
-    let status = maker.send(accounts()).await.unwrap_err();
+    let status = reader.send(accounts()).await.unwrap_err();
     assert_eq!(failure(&status).1, "OVERLOADED");
     assert!(
         status.message().contains("its limit of 2 in-flight calls"),
@@ -240,7 +238,7 @@ async fn exhaust(bot: &mut Bot, prefix: &str) -> i64 {
 async fn until_one_waits(lab: &Lab) {
     until("a request waits", async || {
         let waiting = "budget_waiting{account=\"main\",pool=\"spot\"}";
-        lab.metric(waiting).await == Some(1.0)
+        lab.metric(waiting).await >= Some(1.0)
     })
     .await;
 }
@@ -280,6 +278,43 @@ async fn cancel_ends_the_wait_of_an_order_that_it_covers() {
         }
     }
     lab.stop().await;
+}
+
+#[tokio::test]
+async fn order_that_another_call_waits_with_is_repeated() {
+    let mut lab = lab(20, 1900).await;
+    let (mut first, mut second) = (lab.patient_bot("slow").await, lab.patient_bot("slow").await);
+    let mut other = lab.bot("one").await;
+    exhaust(&mut other, "used").await;
+    let (ordered, repeated) = tokio::join!(first.send(spot_order("same")), async {
+        until_one_waits(&lab).await;
+        second.send(spot_order("same")).await
+    });
+    assert_eq!(ordered.unwrap().outcome(), Outcome::Accepted);
+    let info = repeated.unwrap_err().get_details_error_info().unwrap();
+    assert_eq!(info.reason, "ORDER_REPEATED");
+    assert_eq!(info.metadata["order_outcome"], "in_flight");
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn stop_waits_for_cancels_that_wait() {
+    let mut lab = lab(100, 30_000).await;
+    let mut one = lab.bot("one").await;
+    exhaust(&mut one, "order").await;
+    let mut cancels = Vec::new();
+    for number in 0..6 {
+        let mut bot = lab.patient_bot("one").await;
+        cancels.push(tokio::spawn(async move {
+            bot.send(cancel(&format!("order-{number}"))).await
+        }));
+    }
+    until_one_waits(&lab).await;
+    lab.stop().await;
+    for cancel in cancels {
+        // The exchange has answered it, with 429 once the pool was empty.
+        cancel.await.unwrap().unwrap();
+    }
 }
 
 #[tokio::test]
