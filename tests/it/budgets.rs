@@ -283,7 +283,8 @@ async fn cancel_ends_the_wait_of_an_order_that_it_covers() {
 #[tokio::test]
 async fn order_that_another_call_waits_with_is_repeated() {
     let mut lab = lab(20, 1900).await;
-    let (mut first, mut second) = (lab.patient_bot("slow").await, lab.patient_bot("slow").await);
+    // The second one would not wait for so long.
+    let (mut first, mut second) = (lab.patient_bot("slow").await, lab.patient_bot("one").await);
     let mut other = lab.bot("one").await;
     exhaust(&mut other, "used").await;
     let (ordered, repeated) = tokio::join!(first.send(spot_order("same")), async {
