@@ -34,6 +34,8 @@ use tokio::time::sleep;
 use tonic_types::StatusExt;
 
 const FUTURES: &str = "/api/v1/orders";
+/// The same for idle and busy, since a broker that is idle for longer is slower. 50 cancels fit into the reserve of a window.
+const CANCEL_EVERY: Duration = Duration::from_millis(200);
 /// Two windows, and no third one.
 const RUN: Duration = Duration::from_secs(59);
 /// Weight of the futures pool in a window, without the reserve for cancels.
@@ -162,7 +164,7 @@ async fn shares(foreign: bool) -> bool {
     };
     // What is left of idle cancels, for comparison.
     let mut hasty = lab.patient_bot("waiting").await;
-    let idle = cancels(&mut hasty, 100, Duration::from_millis(5)).await;
+    let idle = cancels(&mut hasty, 50, CANCEL_EVERY).await;
     // The window of these cancels ends.
     sleep(WINDOW + Duration::from_secs(1)).await;
     let end = Instant::now() + RUN;
@@ -185,7 +187,7 @@ async fn shares(foreign: bool) -> bool {
         }
     }
     sleep(Duration::from_secs(2)).await;
-    let busy = cancels(&mut hasty, 40, Duration::from_millis(1300)).await;
+    let busy = cancels(&mut hasty, 50, CANCEL_EVERY).await;
     for task in tasks.into_iter().chain(others) {
         task.await.unwrap();
     }

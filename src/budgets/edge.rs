@@ -35,6 +35,8 @@ pub(super) struct Edge {
     reduced: Option<(u64, Duration)>,
     /// Requests of the last 10 s, by tenth of a second.
     sent: VecDeque<(u64, u64)>,
+    /// All of them together.
+    recent: u64,
     blocked_until: Duration,
     /// When a cancel may leave although it is blocked, or the budget is used up.
     next_cancel: Duration,
@@ -82,6 +84,8 @@ impl Edge {
 
     /// Counts a request that is sent in any case.
     pub(super) fn count(&mut self, now: Duration) {
+        self.recent(now);
+        self.recent += 1;
         let tenth = tenths(now);
         match self.sent.back_mut() {
             Some((last, count)) if *last >= tenth => *count += 1,
@@ -135,23 +139,28 @@ impl Edge {
 
     /// When the next request fits; `None`: now.
     fn full_until(&mut self, priority: Priority, now: Duration) -> Option<Duration> {
-        let limit = self.limit(now).map(|limit| match priority {
+        let limit = self.limit(now)?;
+        let limit = match priority {
             Priority::Cancel => limit,
             _ => limit - (limit * RESERVE_PERCENT).div_ceil(100),
-        });
-        let recent = self.recent(now);
+        };
+        if self.recent(now) < limit {
+            return None;
+        }
         let oldest = self.sent.front().map(|(tenth, _)| *tenth)?;
-        let end = Duration::from_millis((oldest + 1) * 100) + PERIOD;
-        limit.filter(|limit| recent >= *limit).map(|_| end)
+        Some(Duration::from_millis((oldest + 1) * 100) + PERIOD)
     }
 
     /// Requests of the last 10 s.
     fn recent(&mut self, now: Duration) -> u64 {
         let since = tenths(now).saturating_sub(tenths(PERIOD));
-        while self.sent.front().is_some_and(|(tenth, _)| *tenth < since) {
+        while let Some((tenth, count)) = self.sent.front()
+            && *tenth < since
+        {
+            self.recent -= count;
             self.sent.pop_front();
         }
-        self.sent.iter().map(|(_, count)| count).sum()
+        self.recent
     }
 }
 
