@@ -4,11 +4,13 @@
 //! address (`budgets/edge.rs`). A request takes its weight before its intent is audited and before it has a connection. If it
 //! does not fit, it waits here, or is refused. Waiting requests are sent in the order of [`Priority`].
 
+mod charge;
 mod edge;
 mod pool;
 mod rate;
+mod state;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,19 +22,15 @@ use crate::base::ids::{AccountId, BotId};
 use crate::base::lock::Mutex;
 use crate::clock::Clock;
 use crate::kucoin::Scope;
-use crate::kucoin::answer::RateLimit;
 use crate::kucoin::cancel_scope::{CancelScope, PendingOrders};
 use crate::kucoin::quota::{Cost, Pool};
-use edge::Edge;
-use pool::{Demand, PoolBudget, Ticket};
+pub(crate) use charge::Charge;
+use pool::{Demand, Ticket};
 pub(crate) use pool::{Level, Priority};
-use rate::Rate;
+use state::{Pending, PoolId, Refusal, State, Turn};
 
-/// How often budgets of accounts that send nothing are removed.
-const CLEAN_EVERY: Duration = Duration::from_secs(600);
-
-/// When to ask again while cancels wait, which are sent first.
-const ASK_AGAIN_AFTER: Duration = Duration::from_millis(100);
+/// The shortest time after which a refused request is worth repeating.
+const MIN_RETRY_AFTER: Duration = Duration::from_millis(1);
 
 /// Who shares a quota at the exchange.
 #[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -74,7 +72,7 @@ pub(crate) enum Scarce {
     /// That of the egress address.
     Edge,
     /// That of a pool.
-    Pool(Pool),
+    Pool,
 }
 
 /// A request does not fit into its budget in time.
@@ -82,6 +80,7 @@ pub(crate) enum Scarce {
 #[error("{}; nothing was sent; repeat the request after {} ms", self.what(), self.retry_after.as_millis())]
 pub(crate) struct RateLimited {
     scarce: Scarce,
+    pool: Pool,
     /// When it may fit.
     pub(crate) retry_after: Duration,
 }
@@ -97,9 +96,9 @@ impl RateLimited {
                 "the exchange limits or blocks the requests of the broker's egress address"
                     .to_owned()
             }
-            Scarce::Pool(pool) => format!(
+            Scarce::Pool => format!(
                 "the bot's part of the account's rate limit in pool {} is used up",
-                pool.as_str()
+                self.pool.as_str()
             ),
         }
     }
@@ -115,7 +114,7 @@ pub(crate) enum NoBudget {
     Cancelled,
     /// It does not fit in time.
     #[error(transparent)]
-    RateLimited(#[from] RateLimited),
+    RateLimited(RateLimited),
 }
 
 /// The state of a pool that an account has used.
@@ -135,72 +134,12 @@ pub(crate) struct Budgets {
     state: Mutex<State>,
 }
 
-#[derive(Debug)]
-struct State {
-    pools: HashMap<PoolKey, Entry>,
-    /// Bots whose requests per second are limited.
-    rates: HashMap<BotId, Rate>,
-    edge: Edge,
-    /// Requests that have waited.
-    waited: u64,
-    /// Cancels that wait.
-    cancels_waiting: usize,
-    /// The orders of requests that wait, or have waited and do not go on yet.
-    pending: HashMap<u64, Pending>,
-    cleaned: Duration,
-}
-
-type PoolKey = (Subject, Pool);
-
-/// A request that waits.
-#[derive(Debug)]
-struct Pending {
-    account: AccountId,
-    /// The exchange's id of the account, if it is known.
-    uid: Option<String>,
-    orders: Option<PendingOrders>,
-    is_cancelled: bool,
-}
-
-#[derive(Debug)]
-struct Entry {
-    /// The accounts that have used it, and the quotas of their VIP levels.
-    accounts: BTreeMap<AccountId, u64>,
-    budget: PoolBudget,
-    /// In the order in which they are sent.
-    waiting: BTreeMap<(Priority, u64), Waiting>,
-}
-
-#[derive(Debug)]
-struct Waiting {
-    demand: Demand,
-    granted: oneshot::Sender<Ticket>,
-    /// Why it still waits, and until when at least.
-    refusal: Refusal,
-}
-
-type Refusal = (Scarce, Duration);
-
-/// The part of a budget that a request has taken. If the request is never sent, it is given back.
-#[derive(Debug)]
-#[must_use = "it is given back when it drops"]
-pub(crate) struct Charge {
-    budgets: Arc<Budgets>,
-    key: PoolKey,
-    demand: Demand,
-    is_pool_assumed: bool,
-    ticket: Ticket,
-    sent_at: Option<Duration>,
-    /// Whether its weight has been given back.
-    is_given_back: bool,
-}
-
 /// A request that waits; dropping this ends its wait.
 struct Place<'b> {
     budgets: &'b Budgets,
-    key: &'b PoolKey,
-    demand: &'b Demand,
-    at: (Priority, u64),
+    pool: PoolId,
+    demand: Demand,
+    turn: Turn,
     grant: oneshot::Receiver<Ticket>,
 }
 
@@ -208,15 +147,7 @@ impl Budgets {
     /// Nothing has been sent yet. `edge_limit`: requests of the egress address per 10 s; `None`: no limit.
     pub(crate) fn new(edge_limit: Option<u64>, clock: Arc<Clock>) -> Self {
         Self {
-            state: Mutex::new(State {
-                pools: HashMap::new(),
-                rates: HashMap::new(),
-                edge: Edge::new(edge_limit),
-                waited: 0,
-                cancels_waiting: 0,
-                pending: HashMap::new(),
-                cleaned: clock.boot(),
-            }),
+            state: Mutex::new(State::new(edge_limit, clock.boot())),
             clock,
         }
     }
@@ -228,129 +159,80 @@ impl Budgets {
     /// When it does not fit in time; at once if that is known. When it is cancelled.
     pub(crate) async fn take(
         self: &Arc<Self>,
-        request: BudgetRequest,
+        mut request: BudgetRequest,
         patience: Duration,
         orders: impl FnOnce() -> Option<PendingOrders>,
     ) -> Result<Charge, NoBudget> {
-        let (key, account) = ((request.subject, request.cost.pool), request.account);
         let demand = Demand {
-            bot: request.bot,
+            bot: request.bot.take(),
             priority: request.priority,
             weight: request.cost.weight,
             requests_per_s: request.requests_per_s,
         };
-        let now = self.clock.boot();
-        let give_up = now + patience;
-        let quota = key.1.quota(request.vip);
-        let first = {
-            let mut state = self.state.lock();
-            state.open(&key, &account, quota, now);
-            state.first(&key, &demand, now)
-        };
-        let ticket = match first {
+        let cost = request.cost;
+        let give_up = self.clock.boot() + patience;
+        let (pool, taken) = self.begin(request, &demand, orders);
+        let ticket = match taken {
             Ok(ticket) => ticket,
-            Err(refusal) => {
-                let pending = Pending {
-                    account,
-                    uid: request.uid,
-                    orders: orders(),
-                    is_cancelled: false,
-                };
-                self.wait(&key, &demand, pending, refusal, give_up).await?
-            }
-        };
-        Ok(Charge {
-            budgets: Arc::clone(self),
-            key,
-            demand,
-            is_pool_assumed: request.cost.is_pool_assumed,
-            ticket,
-            sent_at: None,
-            is_given_back: false,
-        })
-    }
-
-    async fn wait(
-        &self,
-        key: &PoolKey,
-        demand: &Demand,
-        pending: Pending,
-        mut refusal: Refusal,
-        give_up: Duration,
-    ) -> Result<Ticket, NoBudget> {
-        let (granted, grant) = oneshot::channel();
-        let mut place = {
-            let mut state = self.state.lock();
-            state.waited += 1;
-            state.cancels_waiting += usize::from(demand.priority == Priority::Cancel);
-            let at = (demand.priority, state.waited);
-            state.pending.insert(at.1, pending);
-            let waiting = Waiting {
-                demand: demand.clone(),
-                granted,
-                refusal,
-            };
-            if let Some(entry) = state.pools.get_mut(key) {
-                entry.waiting.insert(at, waiting);
-            }
-            Place {
-                budgets: self,
-                key,
-                demand,
-                at,
-                grant,
-            }
-        };
-        loop {
-            let (scarce, until) = refusal;
-            let now = self.clock.boot();
-            if demand.priority != Priority::Cancel && until > give_up {
-                // It may have been granted just now.
-                return match place.grant.try_recv() {
-                    Ok(ticket) => self.go_on(&place, ticket),
-                    Err(TryRecvError::Closed) => Err(NoBudget::Cancelled),
-                    Err(TryRecvError::Empty) => Err(RateLimited {
+            Err((place, refusal)) => {
+                let waited = place.wait(refusal, give_up).await;
+                waited.map_err(|refusal| match refusal {
+                    None => NoBudget::Cancelled,
+                    Some((scarce, until)) => NoBudget::RateLimited(RateLimited {
                         scarce,
-                        retry_after: until.saturating_sub(now),
-                    }
-                    .into()),
-                };
+                        pool: cost.pool,
+                        retry_after: until.saturating_sub(self.clock.boot()).max(MIN_RETRY_AFTER),
+                    }),
+                })?
             }
-            tokio::select! {
-                biased;
-                granted = &mut place.grant => {
-                    return match granted {
-                        Ok(ticket) => self.go_on(&place, ticket),
-                        Err(_) => Err(NoBudget::Cancelled),
-                    };
-                }
-                () = sleep_until(Instant::now() + until.saturating_sub(now)) => {}
-            }
-            let now = self.clock.boot();
-            let mut state = self.state.lock();
-            // Another request may have served all of them just now.
-            if state
-                .refusal(key, place.at)
-                .is_some_and(|(_, until)| until <= now)
-            {
-                state.serve(key, now);
-            }
-            refusal = state.refusal(key, place.at).unwrap_or(refusal);
-        }
+        };
+        Ok(Charge::new(self, pool, demand, cost, ticket))
     }
 
-    /// Lets a request go on that has waited, unless it was cancelled meanwhile. From here until the claim on its clientOids, nothing
-    /// is awaited.
-    fn go_on(&self, place: &Place<'_>, ticket: Ticket) -> Result<Ticket, NoBudget> {
+    /// Takes what a request needs, or lets it wait; both behind one lock, because a cancel that comes next has to find it.
+    fn begin(
+        &self,
+        request: BudgetRequest,
+        demand: &Demand,
+        orders: impl FnOnce() -> Option<PendingOrders>,
+    ) -> (PoolId, Result<Ticket, (Place<'_>, Refusal)>) {
+        let now = self.clock.boot();
         let mut state = self.state.lock();
-        let pending = state.pending.get(&place.at.1);
-        if pending.is_none_or(|pending| !pending.is_cancelled) {
-            return Ok(ticket);
+        let pool = state.open(&request, now);
+        let taken = state.first(pool, demand, now).map_err(|refusal| {
+            let pending = Pending {
+                account: request.account,
+                uid: request.uid,
+                orders: orders(),
+                pool,
+                is_cancelled: false,
+            };
+            let (turn, grant) = state.wait(pending, demand.clone(), refusal);
+            let place = Place {
+                budgets: self,
+                pool,
+                demand: demand.clone(),
+                turn,
+                grant,
+            };
+            (place, refusal)
+        });
+        (pool, taken)
+    }
+
+    /// Counts a check of the broker itself against the edge's budget. It is never refused for the limit, which the bots could
+    /// use up.
+    ///
+    /// # Errors
+    /// How long the edge still blocks the egress address.
+    pub(crate) fn take_check(&self) -> Result<(), Duration> {
+        let now = self.clock.boot();
+        let mut state = self.state.lock();
+        if let Some(time) = state.edge.blocked_for(now) {
+            return Err(time);
         }
-        if let Some(entry) = state.pools.get_mut(place.key) {
-            entry.budget.refund(ticket, place.demand);
-        }
-        Err(NoBudget::Cancelled)
+        state.edge.count(now);
+        Ok(())
     }
 
     /// Whether a request that waits places or amends an order with one of these clientOids.
@@ -362,8 +244,7 @@ impl Budgets {
     ) -> Option<&'o str> {
         let state = self.state.lock();
         let orders = state
-            .pending
-            .values()
+            .pending()
             .filter(|pending| pending.account == *account);
         let mut orders = orders.filter_map(|pending| pending.orders.as_ref());
         orders.find_map(|orders| oids.iter().find(|oid| orders.has(scope, oid)).copied())
@@ -371,30 +252,7 @@ impl Budgets {
 
     /// Ends the wait of requests of the same account with orders that a cancel covers.
     pub(crate) fn cancel_waiting(&self, by: &BudgetRequest, cancel: &CancelScope) {
-        let mut state = self.state.lock();
-        let State { pending, pools, .. } = &mut *state;
-        for (id, pending) in pending.iter_mut() {
-            let is_covered = |orders: &PendingOrders| cancel.covers(orders);
-            // The uid can have become known meanwhile, and accounts in the rules can share it.
-            let is_same =
-                pending.account == by.account || pending.uid.is_some() && pending.uid == by.uid;
-            if is_same && pending.orders.as_ref().is_some_and(is_covered) {
-                pending.is_cancelled = true;
-                for entry in pools.values_mut() {
-                    // Its sender drops, which ends the wait.
-                    entry.waiting.retain(|(_, waiting), _| waiting != id);
-                }
-            }
-        }
-    }
-
-    /// Charges a request that is sent once more, without waiting.
-    fn charge_again(&self, key: &PoolKey, demand: &Demand) -> Option<Ticket> {
-        let now = self.clock.boot();
-        let mut state = self.state.lock();
-        state.edge.count(now);
-        let entry = state.pools.get_mut(key)?;
-        Some(entry.budget.charge(demand, now))
+        self.state.lock().cancel(by, cancel);
     }
 
     /// The state of each pool that an account has used, sorted. Once the uid of an account is known, the budgets without it are not
@@ -403,12 +261,12 @@ impl Budgets {
         let now = self.clock.boot();
         let state = self.state.lock();
         let mut used = BTreeMap::new();
-        for ((subject, pool), entry) in &state.pools {
+        for (subject, pool, entry) in state.pools() {
             for account in entry.accounts.keys() {
                 let has_uid = !matches!(subject, Subject::Account(_));
                 let pool = UsedPool {
                     account: account.clone(),
-                    pool: *pool,
+                    pool,
                     level: entry.budget.level(now),
                     waiting: entry.waiting.len(),
                 };
@@ -440,212 +298,69 @@ impl Budgets {
     }
 }
 
-impl State {
-    /// Makes the budget of a pool if there is none, and removes others that are not needed any more.
-    fn open(&mut self, key: &PoolKey, account: &AccountId, quota: u64, now: Duration) {
-        if now.saturating_sub(self.cleaned) > CLEAN_EVERY {
-            self.cleaned = now;
-            self.pools
-                .retain(|_, entry| !entry.waiting.is_empty() || !entry.budget.is_idle(now));
-            self.rates.retain(|_, rate| !rate.is_full(now));
-        }
-        if let Some(entry) = self.pools.get_mut(key) {
-            if entry.accounts.get(account) != Some(&quota) {
-                entry.accounts.insert(account.clone(), quota);
+impl Place<'_> {
+    /// Waits until the request is granted its weight, for at most until `give_up`; a cancel for as long as it takes.
+    ///
+    /// # Errors
+    /// Why it is refused; `None`: it was cancelled.
+    async fn wait(
+        mut self,
+        mut refusal: Refusal,
+        give_up: Duration,
+    ) -> Result<Ticket, Option<Refusal>> {
+        let clock = &self.budgets.clock;
+        loop {
+            let until = refusal.1;
+            if self.turn.0 != Priority::Cancel && until > give_up {
+                // It may have been granted just now.
+                return match self.grant.try_recv() {
+                    Ok(ticket) => self.go_on(ticket),
+                    Err(TryRecvError::Closed) => Err(None),
+                    Err(TryRecvError::Empty) => Err(Some(refusal)),
+                };
             }
-            // Accounts with the same uid can have different levels in the rules; the highest one is right.
-            let highest = entry.accounts.values().max().copied();
-            entry.budget.set_quota(highest.unwrap_or(quota));
-            return;
-        }
-        // What was counted before the uid of the account was known.
-        let without_uid = (Subject::Account(account.clone()), key.1);
-        let known = self
-            .pools
-            .get_mut(&without_uid)
-            .map(|entry| &mut entry.budget);
-        let known = known.map(|budget| std::mem::replace(budget, PoolBudget::new(quota)));
-        let entry = Entry {
-            accounts: BTreeMap::from([(account.clone(), quota)]),
-            budget: known.unwrap_or_else(|| PoolBudget::new(quota)),
-            waiting: BTreeMap::new(),
-        };
-        self.pools.insert(key.clone(), entry);
-    }
-
-    /// Takes what a new request needs, unless it does not fit or others wait before it.
-    fn first(&mut self, key: &PoolKey, demand: &Demand, now: Duration) -> Result<Ticket, Refusal> {
-        let mut others_wait = false;
-        if let Some(entry) = self.pools.get_mut(key) {
-            entry.budget.ask(demand, now);
-            let mut waiting = entry.waiting.values();
-            others_wait = !entry.waiting.is_empty();
-            if waiting.any(|waiting| waiting.refusal.1 <= now) {
-                self.serve(key, now);
-            }
-        }
-        if others_wait {
-            let entry = self.pools.get(key);
-            let first = entry.and_then(|entry| entry.waiting.keys().next());
-            if first.is_some_and(|(priority, _)| *priority == Priority::Cancel)
-                && demand.priority != Priority::Cancel
-            {
-                return Err((Scarce::Pool(key.1), now + ASK_AGAIN_AFTER));
-            }
-        }
-        self.take(key, demand, now)
-    }
-
-    fn take(&mut self, key: &PoolKey, demand: &Demand, now: Duration) -> Result<Ticket, Refusal> {
-        let is_cancel = demand.priority == Priority::Cancel;
-        if !is_cancel && self.cancels_waiting > 0 && self.edge.was_just_blocked(now) {
-            return Err((Scarce::Edge, now + ASK_AGAIN_AFTER));
-        }
-        let mut rate = match (&demand.bot, demand.requests_per_s) {
-            (Some((bot, _)), Some(per_s)) if !is_cancel => {
-                let rate = self.rates.entry(bot.clone());
-                let rate = rate.or_insert_with(|| Rate::new(per_s, now));
-                rate.fill(per_s, now);
-                if let Some(until) = rate.full_until() {
-                    return Err((Scarce::Bot, until));
+            let wait = until.saturating_sub(clock.boot());
+            tokio::select! {
+                biased;
+                granted = &mut self.grant => {
+                    return granted.map_or(Err(None), |ticket| self.go_on(ticket));
                 }
-                Some(rate)
+                () = sleep_until(Instant::now() + wait) => {}
             }
-            _ => None,
-        };
-        let unknown = (Scarce::Pool(key.1), now + ASK_AGAIN_AFTER);
-        let budget = &mut self.pools.get_mut(key).ok_or(unknown)?.budget;
-        let edge = self.edge.check(demand.priority, now);
-        edge.map_err(|until| (Scarce::Edge, until))?;
-        let taken = budget.take(demand, now);
-        let ticket = taken.map_err(|until| (Scarce::Pool(key.1), until))?;
-        self.edge.take(demand.priority, now);
-        if let Some(rate) = &mut rate {
-            rate.take();
-        }
-        Ok(ticket)
-    }
-
-    /// Why a request still waits; `None`: it does not.
-    fn refusal(&self, key: &PoolKey, at: (Priority, u64)) -> Option<Refusal> {
-        let waiting = self.pools.get(key)?.waiting.get(&at)?;
-        Some(waiting.refusal)
-    }
-
-    /// Grants waiting requests of a pool what fits, in their order. While a cancel waits, nothing else is granted.
-    fn serve(&mut self, key: &PoolKey, now: Duration) {
-        let Some(entry) = self.pools.get_mut(key) else {
-            return;
-        };
-        let waiting = std::mem::take(&mut entry.waiting);
-        let mut left = BTreeMap::new();
-        let mut blocked_by = None;
-        for (at, mut request) in waiting {
-            if request.granted.is_closed() {
-                continue;
+            let now = clock.boot();
+            let mut state = self.budgets.state.lock();
+            // Another request may have served all of them just now.
+            let known = state.refusal(self.pool, self.turn);
+            if known.is_some_and(|(_, until)| until <= now) {
+                state.serve(self.pool, now);
             }
-            let taken = match blocked_by {
-                Some(refusal) => Err(refusal),
-                None => self.take(key, &request.demand, now),
-            };
-            match taken {
-                Ok(ticket) => {
-                    if let Err(ticket) = request.granted.send(ticket)
-                        && let Some(entry) = self.pools.get_mut(key)
-                    {
-                        entry.budget.refund(ticket, &request.demand);
-                    }
-                }
-                Err(refusal) => {
-                    if at.0 == Priority::Cancel {
-                        blocked_by = Some(refusal);
-                    }
-                    request.refusal = refusal;
-                    left.insert(at, request);
-                }
-            }
-        }
-        if let Some(entry) = self.pools.get_mut(key) {
-            entry.waiting = left;
-        }
-    }
-}
-
-impl Charge {
-    /// The request is being sent; each time after the first it takes its weight once more.
-    pub(crate) fn begin_attempt(&mut self) {
-        if self.sent_at.is_some() || std::mem::take(&mut self.is_given_back) {
-            let again = self.budgets.charge_again(&self.key, &self.demand);
-            self.ticket = again.unwrap_or(self.ticket);
-        }
-        self.sent_at = Some(self.budgets.clock.boot());
-    }
-
-    /// Applies the exchange's answer: `limit` is what its headers say about the pool.
-    pub(crate) fn answered(&self, limit: Option<RateLimit>) {
-        let Some(sent_at) = self.sent_at else { return };
-        let limit = limit.filter(|_| !self.is_pool_assumed);
-        self.change(|budget, ticket, now| budget.answered(ticket, limit, sent_at, now));
-    }
-
-    /// The exchange rejected the request because the pool is empty until `reset`. If the pool is assumed, it is another one.
-    pub(crate) fn used_up(&self, reset: Duration) {
-        if !self.is_pool_assumed {
-            self.change(|budget, ticket, now| budget.use_up(ticket, reset, now));
+            refusal = state.refusal(self.pool, self.turn).unwrap_or(refusal);
         }
     }
 
-    /// The exchange rejects all requests to the pool for `time`.
-    pub(crate) fn blocked(&self, time: Duration) {
-        self.change(|budget, _, now| budget.block(time, now));
-    }
-
-    /// The request was not sent after all.
-    pub(crate) fn not_sent(&mut self) {
-        if self.sent_at.take().is_some() {
-            self.not_counted();
-            self.is_given_back = true;
-        }
-    }
-
-    /// The exchange has not counted the request.
-    pub(crate) fn not_counted(&self) {
-        self.change(|budget, ticket, _| budget.refund(ticket, &self.demand));
-    }
-
-    /// Changes the budget, and grants waiting requests what fits now.
-    fn change(&self, change: impl FnOnce(&mut PoolBudget, Ticket, Duration)) {
-        let now = self.budgets.clock.boot();
+    /// Lets a request go on that has waited, unless it was cancelled meanwhile. From here until the claim on its clientOids, nothing
+    /// is awaited.
+    fn go_on(&self, mut ticket: Ticket) -> Result<Ticket, Option<Refusal>> {
         let mut state = self.budgets.state.lock();
-        let Some(entry) = state.pools.get_mut(&self.key) else {
-            return;
-        };
-        change(&mut entry.budget, self.ticket, now);
-        if !entry.waiting.is_empty() {
-            state.serve(&self.key, now);
+        if !state.is_cancelled(self.turn) {
+            return Ok(ticket);
         }
-    }
-}
-
-impl Drop for Charge {
-    fn drop(&mut self) {
-        if self.sent_at.is_none() && !self.is_given_back {
-            self.not_counted();
+        if let Some(budget) = state.budget(self.pool) {
+            budget.refund(&mut ticket, &self.demand);
         }
+        Err(None)
     }
 }
 
 impl Drop for Place<'_> {
     fn drop(&mut self) {
         let mut state = self.budgets.state.lock();
-        state.cancels_waiting -= usize::from(self.at.0 == Priority::Cancel);
-        state.pending.remove(&self.at.1);
-        if let Some(entry) = state.pools.get_mut(self.key) {
-            entry.waiting.remove(&self.at);
-            // Its caller has gone before it went on.
-            if let Ok(ticket) = self.grant.try_recv() {
-                entry.budget.refund(ticket, self.demand);
-            }
+        state.leave(self.turn);
+        // Its caller has gone before it went on.
+        if let Ok(mut ticket) = self.grant.try_recv()
+            && let Some(budget) = state.budget(self.pool)
+        {
+            budget.refund(&mut ticket, &self.demand);
         }
     }
 }

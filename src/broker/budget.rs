@@ -136,7 +136,7 @@ impl Broker {
     }
 
     /// Applies an answer to the budgets.
-    pub(super) fn apply_to_budgets(&self, charge: &Charge, permit: &Permit, answer: &Answer) {
+    pub(super) fn apply_to_budgets(&self, charge: &mut Charge, permit: &Permit, answer: &Answer) {
         if answer.is_edge_block() {
             charge.not_counted();
             let time = answer.retry_after.unwrap_or(WINDOW);

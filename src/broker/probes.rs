@@ -66,6 +66,9 @@ pub(crate) enum QueryError {
     /// No connection.
     #[error(transparent)]
     Connect(#[from] ConnectError),
+    /// Nothing was sent: the edge of the exchange blocks the egress address for this long.
+    #[error("the exchange blocks the egress address for another {} s", .0.as_secs() + 1)]
+    EdgeBlocked(Duration),
     /// No answer within the time limit.
     #[error("no answer within {} ms", ANSWER_WITHIN.as_millis())]
     Late,
@@ -263,6 +266,7 @@ impl Broker {
         host_id: HostId,
         broker_query: BrokerQuery,
     ) -> Result<(T, Duration, Duration), QueryError> {
+        self.budgets.take_check().map_err(QueryError::EdgeBlocked)?;
         ask(&self.egress, &self.clock, host_id, broker_query).await
     }
 }

@@ -55,13 +55,31 @@ pub(super) struct Demand {
     pub(super) requests_per_s: Option<u32>,
 }
 
+impl Demand {
+    pub(super) fn bot_id(&self) -> Option<&BotId> {
+        self.bot.as_ref().map(|(bot, _)| bot)
+    }
+}
+
 /// The weight that a request has taken.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Debug, Eq, PartialEq)]
 pub(super) struct Ticket {
     window: u64,
-    weight: u64,
+    /// The weight that counts; zero once it is given back.
+    counted: u64,
+    /// The weight that has no answer yet.
+    unanswered: u64,
     /// What the broker had sent in the window, with this request.
     sent: u64,
+    /// What of that had no answer yet, without this request: the exchange may count it later than this request.
+    may_come_later: u64,
+}
+
+impl Ticket {
+    /// Whether its weight was given back.
+    pub(super) fn is_given_back(&self) -> bool {
+        self.counted == 0
+    }
 }
 
 /// A snapshot for metrics and admins.
@@ -101,8 +119,11 @@ struct Window {
     is_dated: bool,
     /// Weight sent by the broker.
     sent: u64,
-    /// Weight used by others of the same account.
-    foreign: u64,
+    /// Of that, weight that has no answer yet.
+    unanswered: u64,
+    /// What the exchange has counted beyond `sent`: the weight used by others of the same account. Below zero if requests weigh
+    /// less than assumed.
+    foreign: i64,
     /// [`Ticket::sent`] of the newest request whose answer has shown it.
     newest: u64,
     /// The exchange rejects requests until the window ends.
@@ -221,36 +242,44 @@ impl PoolBudget {
             ends: now + LATEST_BEGIN + WINDOW,
             is_dated: false,
             sent: 0,
+            unanswered: 0,
             foreign: 0,
             newest: 0,
             is_used_up: false,
         });
+        let may_come_later = window.unanswered;
         window.sent += weight;
+        window.unanswered += weight;
         let sent = window.sent;
         if let Some(usage) = self.usage(demand) {
             usage.sent += weight;
         }
         Ticket {
             window: self.windows,
-            weight,
+            counted: weight,
+            unanswered: weight,
             sent,
+            may_come_later,
         }
     }
 
-    /// Gives the weight of a request back that the exchange has not counted.
-    pub(super) fn refund(&mut self, ticket: Ticket, demand: &Demand) {
+    /// Gives the weight of a request back that the exchange has not counted; once.
+    pub(super) fn refund(&mut self, ticket: &mut Ticket, demand: &Demand) {
+        let weight = std::mem::take(&mut ticket.counted);
+        let unanswered = std::mem::take(&mut ticket.unanswered);
         if ticket.window != self.windows {
             return;
         }
         if let Some(window) = &mut self.window {
-            window.sent = window.sent.saturating_sub(ticket.weight);
+            window.sent = window.sent.saturating_sub(weight);
+            window.unanswered = window.unanswered.saturating_sub(unanswered);
             window.newest = window.newest.min(window.sent);
         }
         // Nothing has begun a window at the exchange.
         self.window
             .take_if(|window| window.sent == 0 && !window.is_dated);
         if let Some(usage) = self.usage(demand) {
-            usage.sent = usage.sent.saturating_sub(ticket.weight);
+            usage.sent = usage.sent.saturating_sub(weight);
         }
     }
 
@@ -264,15 +293,19 @@ impl PoolBudget {
     /// Applies an answer that came at `now` to a request that was sent at `sent_at`; `limit` is what its headers say.
     pub(super) fn answered(
         &mut self,
-        ticket: Ticket,
+        ticket: &mut Ticket,
         limit: Option<RateLimit>,
         sent_at: Duration,
         now: Duration,
     ) {
+        let unanswered = std::mem::take(&mut ticket.unanswered);
         let is_current = ticket.window == self.windows;
         let Some(window) = self.window.as_mut().filter(|window| now < window.ends) else {
             return;
         };
+        if is_current {
+            window.unanswered = window.unanswered.saturating_sub(unanswered);
+        }
         // A limit of zero would stop the account for ever.
         let Some(limit) = limit.filter(|limit| limit.limit > 0) else {
             if is_current && !window.is_dated {
@@ -293,6 +326,7 @@ impl PoolBudget {
                 ends: latest,
                 is_dated: true,
                 sent: used,
+                unanswered: 0,
                 foreign: 0,
                 newest: 0,
                 is_used_up: false,
@@ -310,12 +344,14 @@ impl PoolBudget {
         window.is_dated = true;
         if ticket.sent >= window.newest {
             window.newest = ticket.sent;
-            window.foreign = used.saturating_sub(ticket.sent);
+            let least = signed(used) - signed(ticket.sent);
+            let most = least + signed(ticket.may_come_later);
+            window.foreign = window.foreign.clamp(least, most);
         }
     }
 
     /// Sends nothing but cancels until the window ends: the exchange has rejected a request because the pool is empty.
-    pub(super) fn use_up(&mut self, ticket: Ticket, reset: Duration, now: Duration) {
+    pub(super) fn use_up(&mut self, ticket: &Ticket, reset: Duration, now: Duration) {
         self.end_window(now);
         let is_current = ticket.window == self.windows;
         let Some(window) = self.window.as_mut().filter(|_| is_current) else {
@@ -368,7 +404,7 @@ impl PoolBudget {
     }
 
     fn left(&self, window: &Window) -> u64 {
-        let used = window.sent.saturating_add(window.foreign);
+        let used = window.sent.saturating_add_signed(window.foreign);
         self.quota.saturating_sub(used)
     }
 
@@ -383,7 +419,8 @@ impl PoolBudget {
         }
         let weight = u64::from(demand.weight);
         let quota = self.quota.saturating_sub(self.reserve());
-        let quota = quota.saturating_sub(window.foreign);
+        let quota = signed(quota).saturating_sub(window.foreign);
+        let quota = u64::try_from(quota).unwrap_or(0);
         let shares = self.shares(bot, quota);
         let own = self.bots.get(bot).map_or(0, |usage| usage.sent);
         if own + weight <= shares.of(self.bots.get(bot)) {
@@ -439,6 +476,10 @@ impl PoolBudget {
             is_recent && usage.asked_before > 0
         });
     }
+}
+
+fn signed(weight: u64) -> i64 {
+    i64::try_from(weight).unwrap_or(i64::MAX)
 }
 
 #[cfg(test)]
@@ -567,8 +608,13 @@ mod tests {
     #[test]
     fn unused_share_is_free_for_others_late_in_the_window() {
         let mut budget = PoolBudget::new(2000);
-        let ticket = try_take(&mut budget, &order("new", 1), SECOND).unwrap();
-        budget.answered(ticket, Some(header(2000, 1998, WINDOW)), SECOND, SECOND);
+        let mut ticket = try_take(&mut budget, &order("new", 1), SECOND).unwrap();
+        budget.answered(
+            &mut ticket,
+            Some(header(2000, 1998, WINDOW)),
+            SECOND,
+            SECOND,
+        );
         let early = exhaust(&mut budget, &order("busy", 1), SECOND);
         assert!((960..=980).contains(&early), "{early}");
         let late = early + exhaust(&mut budget, &order("busy", 1), 30 * SECOND);
@@ -578,9 +624,9 @@ mod tests {
     #[test]
     fn headers_show_what_others_use_and_when_the_window_ends() {
         let mut budget = PoolBudget::new(2000);
-        let ticket = try_take(&mut budget, &order("a", 1), SECOND).unwrap();
+        let mut ticket = try_take(&mut budget, &order("a", 1), SECOND).unwrap();
         budget.answered(
-            ticket,
+            &mut ticket,
             Some(header(4000, 3000, 7 * SECOND)),
             SECOND,
             2 * SECOND,
@@ -597,11 +643,11 @@ mod tests {
     #[test]
     fn rounded_reset_does_not_end_the_window() {
         let mut budget = PoolBudget::new(2000);
-        let first = try_take(&mut budget, &order("a", 1), SECOND).unwrap();
+        let mut first = try_take(&mut budget, &order("a", 1), SECOND).unwrap();
         let reset = Duration::from_millis(29_997);
-        budget.answered(first, Some(header(2000, 1998, reset)), SECOND, SECOND);
-        let next = try_take(&mut budget, &order("a", 1), SECOND).unwrap();
-        budget.answered(next, Some(header(2000, 1996, WINDOW)), SECOND, SECOND);
+        budget.answered(&mut first, Some(header(2000, 1998, reset)), SECOND, SECOND);
+        let mut next = try_take(&mut budget, &order("a", 1), SECOND).unwrap();
+        budget.answered(&mut next, Some(header(2000, 1996, WINDOW)), SECOND, SECOND);
         assert_eq!(budget.bots.values().next().unwrap().sent, 4);
         assert_eq!(budget.level(SECOND).reset, reset);
     }
@@ -609,11 +655,11 @@ mod tests {
     #[test]
     fn window_that_ended_early_is_followed() {
         let mut budget = PoolBudget::new(2000);
-        let first = try_take(&mut budget, &order("a", 1), SECOND).unwrap();
-        budget.answered(first, Some(header(2000, 1998, WINDOW)), SECOND, SECOND);
-        let next = try_take(&mut budget, &order("a", 1), 5 * SECOND).unwrap();
+        let mut first = try_take(&mut budget, &order("a", 1), SECOND).unwrap();
+        budget.answered(&mut first, Some(header(2000, 1998, WINDOW)), SECOND, SECOND);
+        let mut next = try_take(&mut budget, &order("a", 1), 5 * SECOND).unwrap();
         budget.answered(
-            next,
+            &mut next,
             Some(header(2000, 1990, WINDOW)),
             5 * SECOND,
             5 * SECOND,
@@ -625,8 +671,8 @@ mod tests {
     #[test]
     fn quota_of_the_headers_holds_until_the_rules_change_it() {
         let mut budget = PoolBudget::new(2000);
-        let ticket = try_take(&mut budget, &order("a", 1), SECOND).unwrap();
-        budget.answered(ticket, Some(header(300, 298, WINDOW)), SECOND, SECOND);
+        let mut ticket = try_take(&mut budget, &order("a", 1), SECOND).unwrap();
+        budget.answered(&mut ticket, Some(header(300, 298, WINDOW)), SECOND, SECOND);
         budget.set_quota(2000);
         assert_eq!(budget.level(SECOND).quota, 300);
         assert_eq!(exhaust(&mut budget, &order("a", 1), 60 * SECOND), 290);
@@ -637,9 +683,9 @@ mod tests {
     #[test]
     fn rejection_stops_all_but_one_cancel_per_second_until_the_reset() {
         let mut budget = PoolBudget::new(2000);
-        let ticket = try_take(&mut budget, &order("a", 1), SECOND).unwrap();
-        budget.use_up(ticket, 10 * SECOND, SECOND);
-        budget.refund(ticket, &order("a", 1));
+        let mut ticket = try_take(&mut budget, &order("a", 1), SECOND).unwrap();
+        budget.use_up(&ticket, 10 * SECOND, SECOND);
+        budget.refund(&mut ticket, &order("a", 1));
         assert_eq!(budget.take(&order("a", 1), SECOND), Err(11 * SECOND));
         assert_eq!(budget.take(&cancel(), SECOND), Err(2 * SECOND));
         assert!(budget.take(&cancel(), 2 * SECOND).is_ok());
@@ -650,12 +696,12 @@ mod tests {
     #[test]
     fn answers_during_a_block_do_not_end_it() {
         let mut budget = PoolBudget::new(2000);
-        let first = try_take(&mut budget, &order("a", 1), SECOND).unwrap();
-        let next = try_take(&mut budget, &order("a", 1), SECOND).unwrap();
-        budget.answered(first, Some(header(2000, 1998, WINDOW)), SECOND, SECOND);
+        let mut first = try_take(&mut budget, &order("a", 1), SECOND).unwrap();
+        let mut next = try_take(&mut budget, &order("a", 1), SECOND).unwrap();
+        budget.answered(&mut first, Some(header(2000, 1998, WINDOW)), SECOND, SECOND);
         budget.block(10 * SECOND, 2 * SECOND);
         budget.answered(
-            next,
+            &mut next,
             Some(header(2000, 1996, 28 * SECOND)),
             SECOND,
             3 * SECOND,
@@ -672,23 +718,23 @@ mod tests {
     fn refunds_do_not_hide_what_headers_show() {
         let mut budget = PoolBudget::new(2000);
         let order = order("a", 1);
-        let unsent = try_take(&mut budget, &order, SECOND).unwrap();
-        let first = try_take(&mut budget, &order, SECOND).unwrap();
-        budget.answered(first, Some(header(2000, 1998, WINDOW)), SECOND, SECOND);
-        budget.refund(unsent, &order);
-        let next = try_take(&mut budget, &order, SECOND).unwrap();
-        budget.answered(next, Some(header(2000, 900, WINDOW)), SECOND, SECOND);
+        let mut unsent = try_take(&mut budget, &order, SECOND).unwrap();
+        let mut first = try_take(&mut budget, &order, SECOND).unwrap();
+        budget.answered(&mut first, Some(header(2000, 1998, WINDOW)), SECOND, SECOND);
+        budget.refund(&mut unsent, &order);
+        let mut next = try_take(&mut budget, &order, SECOND).unwrap();
+        budget.answered(&mut next, Some(header(2000, 900, WINDOW)), SECOND, SECOND);
         assert_eq!(budget.level(SECOND).left, 900);
     }
 
     #[test]
     fn window_that_nothing_has_begun_is_forgotten() {
         let mut budget = PoolBudget::new(2000);
-        let unsent = try_take(&mut budget, &order("a", 1), SECOND).unwrap();
-        budget.refund(unsent, &order("a", 1));
+        let mut unsent = try_take(&mut budget, &order("a", 1), SECOND).unwrap();
+        budget.refund(&mut unsent, &order("a", 1));
         let late = 30 * SECOND;
-        let first = try_take(&mut budget, &order("a", 1), late).unwrap();
-        budget.answered(first, Some(header(2000, 1998, WINDOW)), late, late);
+        let mut first = try_take(&mut budget, &order("a", 1), late).unwrap();
+        budget.answered(&mut first, Some(header(2000, 1998, WINDOW)), late, late);
         assert_eq!(budget.level(late).reset, WINDOW);
     }
 
@@ -696,9 +742,33 @@ mod tests {
     fn request_that_was_not_counted_is_given_back() {
         let mut budget = PoolBudget::new(2000);
         let order = order("a", 1);
-        let ticket = try_take(&mut budget, &order, SECOND).unwrap();
-        budget.refund(ticket, &order);
+        let mut ticket = try_take(&mut budget, &order, SECOND).unwrap();
+        budget.refund(&mut ticket, &order);
         assert_eq!(exhaust(&mut budget, &order, SECOND), 1940);
+    }
+
+    #[test]
+    fn headers_correct_requests_that_weigh_less_than_assumed() {
+        let mut budget = PoolBudget::new(2000);
+        let heavy = demand("a", 1, Priority::Other, 20);
+        let mut first = try_take(&mut budget, &heavy, SECOND).unwrap();
+        budget.answered(&mut first, Some(header(2000, 1999, WINDOW)), SECOND, SECOND);
+        assert_eq!(budget.level(SECOND).left, 1999);
+        let mut second = try_take(&mut budget, &heavy, SECOND).unwrap();
+        let mut third = try_take(&mut budget, &heavy, SECOND).unwrap();
+        assert_eq!(budget.level(SECOND).left, 1959);
+        // It came first; the second one may come later, and weigh 20.
+        budget.answered(&mut third, Some(header(2000, 1998, WINDOW)), SECOND, SECOND);
+        assert_eq!(budget.level(SECOND).left, 1978);
+        budget.answered(
+            &mut second,
+            Some(header(2000, 1997, WINDOW)),
+            SECOND,
+            SECOND,
+        );
+        let mut last = try_take(&mut budget, &heavy, SECOND).unwrap();
+        budget.answered(&mut last, Some(header(2000, 1996, WINDOW)), SECOND, SECOND);
+        assert_eq!(budget.level(SECOND).left, 1996);
     }
 
     /// A step of the model: who sends, the weight, and the milliseconds since the last step.
@@ -720,7 +790,7 @@ mod tests {
                     (began, used) = (None, 0);
                 }
                 let demand = demand(&who.to_string(), 1 + u32::from(who), Priority::Other, weight);
-                let Some(ticket) = try_take(&mut budget, &demand, now) else {
+                let Some(mut ticket) = try_take(&mut budget, &demand, now) else {
                     continue;
                 };
                 let began = *began.get_or_insert(now);
@@ -728,8 +798,58 @@ mod tests {
                 prop_assert!(used <= quota, "{used} of {quota}");
                 let reset = (began + WINDOW).saturating_sub(now);
                 let left = header(quota, quota - used, reset);
-                budget.answered(ticket, Some(left), now, now);
+                budget.answered(&mut ticket, Some(left), now, now);
             }
+        }
+
+        /// The exchange counts and answers requests in any order, and some weigh less than the broker assumes. Once all are
+        /// answered, the next answer shows what is left.
+        #[test]
+        fn order_of_the_answers_does_not_matter(
+            steps in proptest::collection::vec((0_u8..3, 1_u32..40, 0_usize..8, 0_u64..50), 1..400),
+            quota in 200_u64..3000,
+        ) {
+            let mut budget = PoolBudget::new(quota);
+            let (mut now, mut began, mut used) = (SECOND, None::<Duration>, 0);
+            // What is on its way, and what is on its way back.
+            let (mut sent, mut counted) = (Vec::new(), Vec::new());
+            let count = |used: &mut u64, began: &mut Option<Duration>, weight: u64, now| {
+                let began = *began.get_or_insert(now);
+                *used += weight;
+                header(quota, quota.saturating_sub(*used), (began + WINDOW).saturating_sub(now))
+            };
+            for (what, weight, which, wait_ms) in steps {
+                now += Duration::from_millis(wait_ms);
+                match what {
+                    0 => {
+                        let assumed = demand("a", 1, Priority::Other, weight);
+                        if let Some(ticket) = try_take(&mut budget, &assumed, now) {
+                            sent.push((ticket, u64::from(weight.div_ceil(2)), now));
+                        }
+                    }
+                    1 if !sent.is_empty() => {
+                        let (ticket, weight, sent_at) = sent.swap_remove(which % sent.len());
+                        let header = count(&mut used, &mut began, weight, now);
+                        prop_assert!(used <= quota, "{used} of {quota}");
+                        counted.push((ticket, header, sent_at));
+                    }
+                    2 if !counted.is_empty() => {
+                        let (mut ticket, header, sent_at) = counted.swap_remove(which % counted.len());
+                        budget.answered(&mut ticket, Some(header), sent_at, now);
+                    }
+                    _ => {}
+                }
+            }
+            for (ticket, weight, sent_at) in sent {
+                counted.push((ticket, count(&mut used, &mut began, weight, now), sent_at));
+            }
+            for (mut ticket, header, sent_at) in counted {
+                budget.answered(&mut ticket, Some(header), sent_at, now);
+            }
+            let mut last = budget.charge(&cancel(), now);
+            let header = count(&mut used, &mut began, 1, now);
+            budget.answered(&mut last, Some(header), now, now);
+            prop_assert_eq!(budget.level(now).left, quota.saturating_sub(used));
         }
     }
 }

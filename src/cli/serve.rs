@@ -53,7 +53,8 @@ fn serve(config: Config) -> anyhow::Result<u64> {
     init_logs(&config.log_filter, config.log_format).context("log.filter")?;
     start_log_thread().context("cannot start the log thread")?;
     harden();
-    // One thread: handling a call takes less time than waking a second thread.
+    // One thread: handling a call takes less time than waking a second thread. Calls also rely on it: nothing else runs from the grant
+    // of a waiting order to its claim (`budgets.rs`).
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
