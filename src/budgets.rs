@@ -364,3 +364,216 @@ impl Drop for Place<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::task::{JoinHandle, yield_now};
+
+    use super::*;
+    use crate::kucoin::answer::RateLimit;
+    use crate::kucoin::cancel_scope::tests::{spot_cancel_all, spot_order};
+
+    /// The spot quota of VIP 0 without the reserve for cancels. Source: KuCoin API documentation, "Rate Limit".
+    const QUOTA: u32 = 4000 - 120;
+
+    /// Longer than a window can last.
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    fn budgets() -> Arc<Budgets> {
+        let clock = Clock::reading(|| Duration::ZERO);
+        Arc::new(Budgets::new(None, Arc::new(clock)))
+    }
+
+    /// A spot order of bot `a` on account `main`, whose uid is not known.
+    fn order(weight: u32) -> BudgetRequest {
+        let account: AccountId = "main".parse().unwrap();
+        BudgetRequest {
+            subject: Subject::Account(account.clone()),
+            account,
+            uid: None,
+            cost: Cost {
+                pool: Pool::Spot,
+                weight,
+                is_pool_assumed: false,
+                is_weight_assumed: false,
+            },
+            vip: 0,
+            bot: Some((bot("a"), 1)),
+            requests_per_s: None,
+            priority: Priority::RiskIncreasing,
+        }
+    }
+
+    fn bot(name: &str) -> BotId {
+        format!("spiffe://example.org/bot/{name}").parse().unwrap()
+    }
+
+    /// The same request for an account with uid 1.
+    fn with_uid(request: BudgetRequest) -> BudgetRequest {
+        BudgetRequest {
+            subject: Subject::Uid("1".to_owned()),
+            uid: Some("1".to_owned()),
+            ..request
+        }
+    }
+
+    async fn take_now(budgets: &Arc<Budgets>, request: BudgetRequest) -> Result<Charge, NoBudget> {
+        budgets.take(request, Duration::ZERO, || None).await
+    }
+
+    /// A request that has begun to wait, with the spot order of the tests.
+    async fn waiting(
+        budgets: &Arc<Budgets>,
+        request: BudgetRequest,
+    ) -> JoinHandle<Result<Charge, NoBudget>> {
+        let before = spot(budgets).waiting;
+        let own = Arc::clone(budgets);
+        let waits =
+            tokio::spawn(async move { own.take(request, PATIENCE, || Some(spot_order())).await });
+        while spot(budgets).waiting == before {
+            assert!(!waits.is_finished());
+            yield_now().await;
+        }
+        waits
+    }
+
+    fn spot(budgets: &Budgets) -> UsedPool {
+        budgets.used().into_iter().next().unwrap()
+    }
+
+    #[tokio::test]
+    async fn request_does_not_overtake_one_of_the_same_bot() {
+        let budgets = budgets();
+        let first = take_now(&budgets, order(QUOTA - 10)).await.unwrap();
+        let waits = waiting(&budgets, order(20)).await;
+        // It would fit.
+        take_now(&budgets, order(1)).await.unwrap_err();
+        let _of_other_bot = take_now(
+            &budgets,
+            BudgetRequest {
+                bot: Some((bot("b"), 1)),
+                ..order(1)
+            },
+        )
+        .await
+        .unwrap();
+        let _cancel = take_now(
+            &budgets,
+            BudgetRequest {
+                priority: Priority::Cancel,
+                ..order(1)
+            },
+        )
+        .await
+        .unwrap();
+        drop(first);
+        let _granted = waits.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn requests_that_wait_stay_with_the_pool_when_its_uid_becomes_known() {
+        let budgets = budgets();
+        let first = take_now(&budgets, order(QUOTA)).await.unwrap();
+        let waits = waiting(&budgets, order(20)).await;
+        let refused = take_now(&budgets, with_uid(order(1))).await;
+        assert!(matches!(refused, Err(NoBudget::RateLimited(_))));
+        let used = spot(&budgets);
+        assert_eq!((used.waiting, used.level.sent), (1, u64::from(QUOTA)));
+        drop(first);
+        let _granted = waits.await.unwrap().unwrap();
+        assert_eq!(spot(&budgets).level.sent, 20);
+    }
+
+    #[tokio::test]
+    async fn cancel_ends_waits_of_its_account_also_if_the_uid_became_known_later() {
+        for (waits_with_uid, cancel_with_uid, same_account, is_ended) in [
+            (false, false, true, true),
+            (false, true, true, true),
+            (true, true, false, true),
+            (true, false, false, false),
+            (false, true, false, false),
+        ] {
+            let budgets = budgets();
+            let known = |request, has_uid| {
+                if has_uid { with_uid(request) } else { request }
+            };
+            let _first = take_now(&budgets, known(order(QUOTA), waits_with_uid))
+                .await
+                .unwrap();
+            let waits = waiting(&budgets, known(order(20), waits_with_uid)).await;
+            let mut by = known(order(1), cancel_with_uid);
+            if !same_account {
+                by.account = "other".parse().unwrap();
+            }
+            budgets.cancel_waiting(&by, &spot_cancel_all());
+            if is_ended {
+                let ended = waits.await.unwrap();
+                assert_eq!(ended.unwrap_err(), NoBudget::Cancelled);
+            } else {
+                assert_eq!(spot(&budgets).waiting, 1);
+                waits.abort();
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn highest_vip_level_of_accounts_with_the_same_uid_counts() {
+        let budgets = budgets();
+        for (account, vip) in [("low", 0), ("high", 5), ("low", 0)] {
+            let request = BudgetRequest {
+                account: account.parse().unwrap(),
+                vip,
+                ..with_uid(order(1))
+            };
+            let _charge = take_now(&budgets, request).await.unwrap();
+        }
+        // Source: KuCoin API documentation, "Rate Limit".
+        let quotas: Vec<_> = budgets.used().iter().map(|used| used.level.quota).collect();
+        assert_eq!(quotas, [16_000, 16_000]);
+    }
+
+    #[tokio::test]
+    async fn headers_do_not_count_for_an_assumed_pool() {
+        for (is_pool_assumed, left) in [(true, 3990), (false, 500)] {
+            let budgets = budgets();
+            let mut request = order(10);
+            request.cost.is_pool_assumed = is_pool_assumed;
+            let mut charge = take_now(&budgets, request).await.unwrap();
+            charge.begin_attempt();
+            charge.answered(Some(RateLimit {
+                limit: 1000,
+                remaining: 500,
+                reset: Duration::from_secs(10),
+            }));
+            assert_eq!(spot(&budgets).level.left, left);
+        }
+    }
+
+    #[tokio::test]
+    async fn attempt_that_was_not_sent_is_given_back_and_the_next_one_counts() {
+        let budgets = budgets();
+        let sent = || spot(&budgets).level.sent;
+        let mut charge = take_now(&budgets, order(10)).await.unwrap();
+        charge.begin_attempt();
+        charge.not_sent();
+        assert_eq!(sent(), 0);
+        charge.begin_attempt();
+        assert_eq!(sent(), 10);
+        charge.answered(None);
+        charge.begin_attempt();
+        assert_eq!(sent(), 20);
+        drop(charge);
+        assert_eq!(sent(), 20);
+    }
+
+    #[test]
+    fn own_checks_count_at_the_edge_and_are_not_sent_during_a_block() {
+        let clock = Clock::reading(|| Duration::ZERO);
+        let budgets = Budgets::new(Some(1), Arc::new(clock));
+        budgets.take_check().unwrap();
+        budgets.take_check().unwrap();
+        let block = Duration::from_secs(20);
+        budgets.edge_blocked(block);
+        assert_eq!(budgets.take_check(), Err(block));
+    }
+}

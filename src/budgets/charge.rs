@@ -18,6 +18,8 @@ pub(crate) struct Charge {
     demand: Demand,
     is_pool_assumed: bool,
     ticket: Ticket,
+    /// Whether an attempt has used what was taken first.
+    is_used: bool,
     sent_at: Option<Duration>,
 }
 
@@ -35,6 +37,7 @@ impl Charge {
             demand,
             is_pool_assumed: cost.is_pool_assumed,
             ticket,
+            is_used: false,
             sent_at: None,
         }
     }
@@ -42,7 +45,7 @@ impl Charge {
     /// The request is being sent; each time after the first it takes its weight once more.
     pub(crate) fn begin_attempt(&mut self) {
         let now = self.budgets.clock.boot();
-        if self.sent_at.is_some() || self.ticket.is_given_back() {
+        if std::mem::replace(&mut self.is_used, true) {
             let mut state = self.budgets.state.lock();
             state.edge.count(now);
             if let Some(budget) = state.budget(self.pool) {

@@ -75,13 +75,6 @@ pub(super) struct Ticket {
     may_come_later: u64,
 }
 
-impl Ticket {
-    /// Whether its weight was given back.
-    pub(super) fn is_given_back(&self) -> bool {
-        self.counted == 0
-    }
-}
-
 /// A snapshot for metrics and admins.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) struct Level {

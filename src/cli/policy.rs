@@ -267,6 +267,7 @@ fn explanation_text(
             by,
             key,
             client_oid,
+            max_wait,
         }) => {
             lines.push("allowed".to_owned());
             lines.extend(by.into_iter().map(at));
@@ -282,6 +283,7 @@ fn explanation_text(
                     "clientOid: required, unless client_oid = \"optional\" in the grant".to_owned()
                 }
             }));
+            lines.extend(max_wait.map(|wait| format!("max_wait_ms: {}", wait.as_millis())));
             let site = policy.accounts().find(|entry| entry.id == *account);
             lines.extend(site.map(|entry| format!("site: {}", entry.site)));
             DONE

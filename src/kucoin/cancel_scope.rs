@@ -178,7 +178,7 @@ fn add_ids(value: &Value, is_id: bool, ids: &mut Vec<String>) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::super::Catalog;
     use super::*;
     use crate::kucoin::request::RequestLimits;
@@ -221,10 +221,16 @@ mod tests {
         (endpoint, request)
     }
 
-    fn spot_order() -> PendingOrders {
+    pub(crate) fn spot_order() -> PendingOrders {
         let body = r#"{"clientOid":"a-1","side":"buy","symbol":"BTC-USDT","type":"limit","price":"1","size":"1"}"#;
         let (endpoint, request) = request("spot.post.v1-hf-orders", "", &[], body);
         PendingOrders::of(endpoint, &request).unwrap()
+    }
+
+    /// The cancel of all spot orders.
+    pub(crate) fn spot_cancel_all() -> CancelScope {
+        let (endpoint, request) = request("spot.delete.v1-hf-orders-cancel-all", "", &[], "");
+        CancelScope::of(endpoint, &request).unwrap()
     }
 
     fn margin_order(isolated: bool) -> PendingOrders {

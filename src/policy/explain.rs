@@ -1,5 +1,7 @@
 //! Explains to admins why the rules allow or deny a request. Bots get less detail.
 
+use std::time::Duration;
+
 use super::file::GrantTarget;
 use super::{ClientOidRule, Denied, Grants, Policy, Rule, most_generous};
 use crate::base::ids::{AccountId, BotId, KeyName};
@@ -31,6 +33,8 @@ pub struct Allowed<'p> {
     pub key: Option<&'p KeyName>,
     /// Whether an order needs a clientOid; `None` if the exchange requires one anyway, or the request is no order.
     pub(crate) client_oid: Option<ClientOidRule>,
+    /// How long the request waits for its part of a rate budget; `None` if it is a cancel, which waits until its deadline.
+    pub(crate) max_wait: Option<Duration>,
 }
 
 /// The rules deny the request.
@@ -66,9 +70,12 @@ impl Policy {
                 let key = granted.account.keys.get(&scope);
                 let is_open = |e: &Endpoint| e.accepts_orders_without_client_oid();
                 let client_oid = granted.endpoint.is_some_and(is_open);
+                let is_cancel = granted.endpoint.is_some_and(Endpoint::is_cancel);
+                let options = most_generous(granted.by);
                 Ok(Allowed {
                     by,
-                    client_oid: client_oid.then(|| most_generous(granted.by).client_oid),
+                    client_oid: client_oid.then_some(options.client_oid),
+                    max_wait: (!is_cancel).then_some(options.max_wait),
                     key: key.filter(|_| granted.endpoint.is_none_or(Endpoint::is_private)),
                 })
             }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use credbroker::proto::{GetBudgetRequest, Method, Outcome, Scope, SignAndSendRequest};
 use credbroker_sim::installation::{RULES, Settings};
-use credbroker_sim::kucoin::{Fault, FaultAction, KucoinSettings, Limits, When};
+use credbroker_sim::kucoin::{Fault, FaultAction, KucoinSettings, Limits, SimKey, When};
 use serde_json::Value;
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
@@ -445,7 +445,7 @@ async fn overload_without_headers_stops_nothing() {
 #[tokio::test]
 async fn rejection_with_headers_stops_the_pool_until_its_reset() {
     let mut lab = lab(1000, 30_000).await;
-    let mut one = lab.bot("one").await;
+    let (mut one, mut slow) = (lab.bot("one").await, lab.bot("slow").await);
     let used_up = FaultAction::RateLimited {
         reset_ms: Some(1000),
     };
@@ -455,8 +455,62 @@ async fn rejection_with_headers_stops_the_pool_until_its_reset() {
     assert!((500..=1000).contains(&wait.as_millis()), "{wait:?}");
     // Other pools are not affected.
     one.send(accounts()).await.unwrap();
-    tokio::time::sleep(wait).await;
-    let next = one.send(spot_order("next")).await.unwrap();
+    let next = slow.send(spot_order("next")).await.unwrap();
     assert_eq!(next.outcome(), Outcome::Accepted);
+    lab.stop().await;
+}
+
+#[tokio::test]
+async fn sub_accounts_of_a_unified_account_share_its_limit() {
+    let mut limits = Limits::none();
+    limits.pools.insert("Unified".to_owned(), 200);
+    let mut rules = String::new();
+    for account in ["main", "other"] {
+        let _ = write!(
+            rules,
+            "[account.{account}]\nkey.unified = \"main\"\nparent_uid = \"1\"\n\
+             [[grant]]\nbot = \"spiffe://demo.test/bot/maker\"\naccount = \"{account}\"\nscope = \"unified\"\n\
+             allow = [\"read\"]\n"
+        );
+    }
+    let mut lab = Lab::with(Settings {
+        rules,
+        keys: Vec::new(),
+        wait_ready: false,
+        kucoin: KucoinSettings {
+            limits,
+            ..KucoinSettings::default()
+        },
+        ..Settings::default()
+    })
+    .await;
+    for (account, uid) in [("main", 1001), ("other", 1002)] {
+        let key = SimKey {
+            parent_uid: Some(1),
+            ..SimKey::fake(uid)
+        };
+        lab.add_key(account, "main", &key);
+    }
+    lab.until_ready().await;
+    let mut maker = lab.bot("maker").await;
+    let read = |account: &str| SignAndSendRequest {
+        account: account.to_owned(),
+        ..request(
+            Scope::Unified,
+            Method::Get,
+            "/api/ua/v1/unified/order/history?tradeType=SPOT",
+            "",
+        )
+    };
+    let mut last = Ok(());
+    for _ in 0..400 {
+        last = maker.send(read("main")).await.map(drop);
+        if last.is_err() {
+            break;
+        }
+    }
+    limited(&last.unwrap_err());
+    limited(&maker.send(read("other")).await.unwrap_err());
+    assert_eq!(rejected(&lab), 0);
     lab.stop().await;
 }

@@ -86,7 +86,7 @@ fn policy_explain_names_the_rules_line_that_allows_the_request() {
     let line = line_of(RULES, "allow = [\"public\", \"read\", \"trade\"]");
     let expected = format!(
         "allowed\n{}:{line}: grant[0].allow[2] = \"trade\"\nendpoint: spot.post.v1-hf-orders\nrisk: trade\nrisk-increasing: yes\n\
-         key: main/main\nclientOid: required, unless client_oid = \"optional\" in the grant\nsite: global\n",
+         key: main/main\nclientOid: required, unless client_oid = \"optional\" in the grant\nmax_wait_ms: 200\nsite: global\n",
         rules.display()
     );
     assert_eq!(

@@ -201,9 +201,14 @@ impl Exchange {
             Some(Err(refusal)) => return (Err(refusal), None, Vec::new()),
         };
         let from = self.seen_from(request);
-        let subject = key
-            .as_ref()
-            .map_or(Subject::Address(from), |key| Subject::Account(key.uid));
+        let subject = match &key {
+            // Sub-accounts share the unified pool of their master account.
+            Some(key) if endpoint.pool() == Some("Unified") => {
+                Subject::Account(key.parent_uid.unwrap_or(key.uid))
+            }
+            Some(key) => Subject::Account(key.uid),
+            None => Subject::Address(from),
+        };
         let quota = endpoint.pool().and_then(|pool| {
             let weight = endpoint.weight();
             self.usage
