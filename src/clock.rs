@@ -68,6 +68,11 @@ pub(crate) struct ExchangeTime {
 }
 
 impl ExchangeTime {
+    /// The same as a time of the standard library; 1970 if it is before that.
+    pub(crate) fn as_system_time(&self) -> SystemTime {
+        UNIX_EPOCH + Duration::from_millis(u64::try_from(self.ms).unwrap_or_default())
+    }
+
     /// The latest that it may be, rounded up.
     pub(crate) fn latest_ms(&self) -> i64 {
         let uncertainty = self.uncertainty.unwrap_or_default();

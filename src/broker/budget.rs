@@ -135,18 +135,22 @@ impl Broker {
         }
     }
 
+    /// The edge of the exchange has answered that it blocks the egress address for `time`.
+    pub(super) fn edge_blocked(&self, time: Duration) {
+        if self.budgets.edge_blocked(time) {
+            self.metrics.edge_blocks.inc();
+            tracing::warn!(
+                retry_after_ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX),
+                "exchange blocks the egress address for too many requests; until then only one cancel per second is sent"
+            );
+        }
+    }
+
     /// Applies an answer to the budgets.
     pub(super) fn apply_to_budgets(&self, charge: &mut Charge, permit: &Permit, answer: &Answer) {
-        if answer.is_edge_block() {
+        if let Some(time) = answer.edge_block() {
             charge.not_counted();
-            let time = answer.retry_after.unwrap_or(WINDOW);
-            if self.budgets.edge_blocked(time) {
-                self.metrics.edge_blocks.inc();
-                tracing::warn!(
-                    retry_after_ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX),
-                    "exchange blocks the egress address for too many requests; until then only one cancel per second is sent"
-                );
-            }
+            self.edge_blocked(time);
             return;
         }
         charge.answered(answer.rate_limit);

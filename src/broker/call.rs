@@ -21,7 +21,7 @@ use std::panic::AssertUnwindSafe;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::Duration;
 
 use futures_util::FutureExt;
 use tokio::sync::oneshot;
@@ -569,10 +569,7 @@ impl Broker {
             changes: permit.changes(),
             refusal_codes: &self.refusal_codes,
         };
-        let now = || {
-            let ms = self.clock.exchange(permit.destination()).ms;
-            UNIX_EPOCH + Duration::from_millis(u64::try_from(ms).unwrap_or_default())
-        };
+        let now = || self.clock.exchange(permit.destination()).as_system_time();
         let answer = Answer::read(head.status, &head.headers, body, asked, now);
         Ok(answer.judge_batch(endpoint, &call.request, &self.refusal_codes))
     }
@@ -698,6 +695,8 @@ pub(crate) fn micros(duration: Duration) -> u64 {
 pub(super) mod tests {
     use bytes::Bytes;
     use http::{HeaderMap, StatusCode};
+
+    use std::time::UNIX_EPOCH;
 
     use super::*;
     use crate::kucoin::code::RefusalCodes;

@@ -66,7 +66,7 @@ pub(crate) enum QueryError {
     /// No connection.
     #[error(transparent)]
     Connect(#[from] ConnectError),
-    /// Nothing was sent: the edge of the exchange blocks the egress address for this long.
+    /// The edge of the exchange blocks the egress address for this long.
     #[error("the exchange blocks the egress address for another {} s", .0.as_secs() + 1)]
     EdgeBlocked(Duration),
     /// No answer within the time limit.
@@ -267,7 +267,12 @@ impl Broker {
         broker_query: BrokerQuery,
     ) -> Result<(T, Duration, Duration), QueryError> {
         self.budgets.take_check().map_err(QueryError::EdgeBlocked)?;
-        ask(&self.egress, &self.clock, host_id, broker_query).await
+        let asked = ask(&self.egress, &self.clock, host_id, broker_query).await;
+        asked.inspect_err(|error| {
+            if let QueryError::EdgeBlocked(time) = error {
+                self.edge_blocked(*time);
+            }
+        })
     }
 }
 
@@ -286,7 +291,13 @@ pub(crate) async fn ask<T: DeserializeOwned>(
     let answer = timeout(ANSWER_WITHIN, egress.ask(connection, broker_query)).await;
     let answered = clock.boot();
     let answer = answer.map_err(|_| QueryError::Late)??;
-    let data =
-        broker_query::data(answer.body()).ok_or(QueryError::Other(answer.status().as_u16()))?;
-    Ok((data, asked, answered))
+    match broker_query::data(answer.body()) {
+        Some(data) => Ok((data, asked, answered)),
+        None => Err(
+            match broker_query::edge_block(&answer, || clock.exchange(host_id).as_system_time()) {
+                Some(time) => QueryError::EdgeBlocked(time),
+                None => QueryError::Other(answer.status().as_u16()),
+            },
+        ),
+    }
 }

@@ -323,10 +323,10 @@ fn judge_bare(http_status: StatusCode) -> Outcome {
 }
 
 impl Answer {
-    /// Whether the edge of the exchange blocks the egress address: code 1015, or an answer that is not from the gateway. Source:
+    /// How long the edge of the exchange blocks the egress address: code 1015, or an answer that is not from the gateway. Source:
     /// KuCoin API documentation, code 1015; reports of its page with status 429 or 403 (mikekonan/exchange-proxy issue 14). Other
     /// pages with 403 can be about one request, and must not stop all others.
-    pub(crate) fn is_edge_block(&self) -> bool {
+    pub(crate) fn edge_block(&self) -> Option<Duration> {
         let names_code = || {
             let code = code::EDGE_BLOCKED.as_bytes();
             self.body.windows(code.len()).any(|part| part == code)
@@ -337,7 +337,7 @@ impl Answer {
                 StatusCode::FORBIDDEN => self.content_type.starts_with("text/html") && names_code(),
                 _ => false,
             };
-        is_page || self.code == code::EDGE_BLOCKED
+        (is_page || self.code == code::EDGE_BLOCKED).then(|| self.retry_after.unwrap_or(EDGE_BLOCK))
     }
 }
 
@@ -441,7 +441,7 @@ mod tests {
             (403, r#"{"code":"400006","msg":"address 1.1015"}"#, false),
         ] {
             let answer = read("spot.post.v1-hf-orders", status, &html, body);
-            assert_eq!(answer.is_edge_block(), is_block, "{status} {body}");
+            assert_eq!(answer.edge_block().is_some(), is_block, "{status} {body}");
         }
     }
 

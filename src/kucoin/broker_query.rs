@@ -1,15 +1,18 @@
 //! The broker's own queries to the exchange: public, unsigned and read-only.
 
 use std::net::IpAddr;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use http::header::{ACCEPT_ENCODING, CONTENT_TYPE, HeaderValue, USER_AGENT};
-use http::{Request, Uri};
+use http::{Request, Response, Uri};
 use http_body_util::Full;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use super::code;
+use super::Scope;
+use super::answer::{Answer, RequestContext};
+use super::code::{self, RefusalCodes};
 
 /// `User-Agent` of the broker's own requests; it distinguishes them from the requests of bots, on both sides.
 pub(super) const OWN: &str = concat!("credbroker/", env!("CARGO_PKG_VERSION"), " (own)");
@@ -51,6 +54,22 @@ pub(crate) fn data<T: DeserializeOwned>(body: &[u8]) -> Option<T> {
     }
     let envelope: Envelope<T> = serde_json::from_slice(body).ok()?;
     (envelope.code == code::SUCCESS).then_some(envelope.data)
+}
+
+/// How long the edge of the exchange blocks the egress address, if an answer says so; `now` replaces the answer's date if
+/// it has none.
+pub(crate) fn edge_block(
+    answer: &Response<Bytes>,
+    now: impl FnOnce() -> SystemTime,
+) -> Option<Duration> {
+    let asked = RequestContext {
+        endpoint: None,
+        scope: Scope::SpotMargin,
+        changes: false,
+        refusal_codes: &RefusalCodes::default(),
+    };
+    let body = answer.body().clone();
+    Answer::read(answer.status(), answer.headers(), body, asked, now).edge_block()
 }
 
 /// The IP address in the message of a rejection. Source: KuCoin API documentation, code 400006: "… current ip: …".

@@ -430,6 +430,25 @@ async fn during_an_edge_block_one_cancel_per_second_leaves_and_nothing_else() {
 }
 
 #[tokio::test]
+async fn edge_block_of_a_check_of_the_broker_stops_bots_too() {
+    let mut lab = Lab::with(Settings {
+        egress: "proof_every_s = 1".to_owned(),
+        ..Settings::default()
+    })
+    .await;
+    let when = When::BeforeProcessing;
+    let page = FaultAction::Html { status: 429, when };
+    lab.kucoin.fault(Fault::once("/api/v1/my-ip", page));
+    until("the check is rejected", async || {
+        lab.metric("edge_blocked").await == Some(1.0)
+    })
+    .await;
+    let wait = limited(&lab.bot("maker").await.send(accounts()).await.unwrap_err());
+    assert!((20..=30).contains(&wait.as_secs()), "{wait:?}");
+    lab.stop().await;
+}
+
+#[tokio::test]
 async fn overload_without_headers_stops_nothing() {
     let mut lab = lab(1000, 30_000).await;
     let mut one = lab.bot("one").await;
