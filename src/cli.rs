@@ -17,6 +17,7 @@ mod policy;
 mod report;
 mod secrets;
 mod serve;
+mod supervisor;
 pub(crate) mod text;
 
 use std::io::{ErrorKind, IsTerminal, Write};

@@ -3,6 +3,7 @@
 //! It uses HTTP/1.1 over plain hyper connections, because a general client normalizes the target after it was signed. It
 //! has no proxies, no redirects and no 0-RTT, and never sends a request twice: retries are up to the broker.
 
+mod addresses;
 mod body;
 mod decode;
 mod pool;

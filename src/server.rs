@@ -157,7 +157,8 @@ pub struct Server {
 
 impl Server {
     /// Starts a broker. Admins are accepted once this returns. Bots are accepted once the read of every key from
-    /// Vault and the lookup of every DNS name of the exchange have succeeded or failed, after 10 s at most.
+    /// Vault, the lookup of every DNS name of the exchange and the first checks of its time and of the egress address have
+    /// succeeded or failed, after 10 s at most.
     ///
     /// # Errors
     /// When something required is missing. Vault is not required.
@@ -233,6 +234,7 @@ impl Server {
         broker.egress.start();
         let mut probes = Probes::new(config.proof_every);
         probes.follow(&broker, &broker.policy());
+        let first_checks = probes.first_checks();
 
         let (stop, stopping) = watch::channel(false);
         let (health, health_service) = tonic_health::server::health_reporter();
@@ -290,11 +292,19 @@ impl Server {
         background.spawn(named("health reporter", health));
         let wiping = Arc::clone(&broker.keyring).wipe_on_time();
         background.spawn(named("key wipe task", wiping));
+        let (of_exchange, state_dir) = (Arc::clone(&broker), config.state_dir.clone());
+        let addresses = async move { of_exchange.egress.write_addresses(state_dir).await };
+        background.spawn(named("address file task", addresses));
         let reloads = reloader.run(config.reload_every, watched.0, watched.1);
         background.spawn(named("file reload task", reloads));
         let listeners = TaskTracker::new();
-        let serving =
-            listeners.track_future(serve_bots(listener, grpc_listener, limit, bots_wait_until));
+        let serving = listeners.track_future(serve_bots(
+            listener,
+            grpc_listener,
+            limit,
+            first_checks,
+            bots_wait_until,
+        ));
         background.spawn(named("bot listener", serving));
         if let Some((socket, _)) = admin_listener {
             let serving = listeners.track_future(admins::serve(for_admins, socket));
@@ -349,22 +359,32 @@ impl Server {
     }
 }
 
-/// Accepts bots once the first read of all keys and the first lookup of all names have ended, at `latest` in any case.
-/// Until then connections wait in the socket's queue.
-async fn serve_bots(listener: Listener, socket: TcpListener, limit: usize, latest: Instant) {
+/// Accepts bots once the first read of all keys, the first lookup of all names and the first checks of time and egress address
+/// have ended, at `latest` in any case. Until then connections wait in the socket's queue.
+async fn serve_bots(
+    listener: Listener,
+    socket: TcpListener,
+    limit: usize,
+    first_checks: impl Future<Output = ()>,
+    latest: Instant,
+) {
     let mut stopping = listener.stopping.clone();
     let broker = Arc::clone(&listener.broker);
     let is_prepared = async {
-        tokio::join!(broker.egress.first_lookups(), broker.keyring.first_read());
+        tokio::join!(
+            broker.egress.first_lookups(),
+            broker.keyring.first_read(),
+            first_checks
+        );
     };
     tokio::select! {
         () = shutdown_requested(&mut stopping) => return,
         () = is_prepared => {
-            tracing::info!("initial key load and DNS lookups finished; accepting bots");
+            tracing::info!("initial key load and checks of the exchange finished; accepting bots");
         }
         () = sleep_until(latest) => {
             let within_s = FIRST_READ_WITHIN.as_secs();
-            tracing::warn!("initial key load or DNS lookups not finished within {within_s} s; accepting bots");
+            tracing::warn!("initial key load and checks of the exchange not finished within {within_s} s; accepting bots");
         }
     }
     bots::serve(listener, socket, limit).await;

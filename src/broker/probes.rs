@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{sleep, timeout};
 
 use super::Broker;
@@ -38,6 +38,9 @@ const BACKOFF: Backoff = Backoff::new(MIN_WAIT, Duration::from_secs(30)).at_leas
 
 /// The time limit for an answer. A slower one is too inexact for the time, and calls wait for it after a 400002.
 const ANSWER_WITHIN: Duration = Duration::from_secs(3);
+
+/// What a probe drops once it has ended its first check.
+pub(crate) type FirstCheck = mpsc::Sender<()>;
 
 /// Requests early checks.
 #[derive(Debug, Default)]
@@ -81,13 +84,18 @@ pub(crate) enum QueryError {
 }
 
 /// Measures the time of `host_id` in a loop.
-pub(crate) async fn watch_time(broker: Arc<Broker>, host_id: HostId) {
+pub(crate) async fn watch_time(
+    broker: Arc<Broker>,
+    host_id: HostId,
+    mut first: Option<FirstCheck>,
+) {
     let mut backoff = BACKOFF;
     let mut is_different = false;
     loop {
         // Before the measurement, so that a signal during it is not missed.
         let recheck = broker.rechecks.time.notified();
         let measured = broker.measure(host_id, false).await;
+        drop(first.take());
         broker.log_difference(host_id, &mut is_different);
         let wait = match measured {
             Ok(Measured::Invalid | Measured::Implausible(_)) => {
@@ -108,12 +116,18 @@ pub(crate) async fn watch_time(broker: Arc<Broker>, host_id: HostId) {
 }
 
 /// Checks the egress address at a spot host in a loop.
-pub(crate) async fn watch_address(broker: Arc<Broker>, every: Duration) {
+pub(crate) async fn watch_address(
+    broker: Arc<Broker>,
+    every: Duration,
+    mut first: Option<FirstCheck>,
+) {
     let mut backoff = BACKOFF;
     loop {
         // All sites see the same address: use one that the rules name.
         let site = broker.policy().accounts().map(|account| account.site).min();
-        let wait = match broker.prove((site.unwrap_or_default(), Host::Spot)).await {
+        let proven = broker.prove((site.unwrap_or_default(), Host::Spot)).await;
+        drop(first.take());
+        let wait = match proven {
             Ok(()) => {
                 backoff.reset();
                 // Orders may be refused until the address is right again: check more often.

@@ -7,6 +7,7 @@ use anyhow::{Context, anyhow};
 use rustix::process::Signal;
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::supervisor;
 use super::text::counted;
 use super::{DONE, FAILED, USAGE, read_config, say, say_problems};
 use crate::clock::Clock;
@@ -62,6 +63,8 @@ fn serve(config: Config) -> anyhow::Result<u64> {
     let ended = runtime.block_on(async {
         ignore_signals().context("cannot install signal handlers")?;
         let mut server = Server::start_with(config, Clock::system(), inherited).await?;
+        supervisor::ready();
+        tokio::spawn(supervisor::feed_watchdog(server.readiness()));
         let stop = Signals::take([
             ("SIGTERM", SignalKind::terminate()),
             ("SIGINT", SignalKind::interrupt()),
@@ -78,6 +81,7 @@ fn serve(config: Config) -> anyhow::Result<u64> {
                 Some(failure)
             }
         };
+        supervisor::stopping();
         let unresolved = server.stop().await;
         match failure {
             Some(failure) if unresolved == 0 => Err(anyhow!("{failure}: this is a bug")),

@@ -507,7 +507,7 @@ async fn silent_name_server_delays_bots_by_one_lookup_and_does_not_delay_health_
     lab.spawn_broker_under(&["unshare", "--mount", "sh", "-c", own_resolver, resolver])
         .await;
     assert_eq!(lab.get("/healthz").await.0, 200);
-    let message = "initial key load and DNS lookups finished; accepting bots";
+    let message = "initial key load and checks of the exchange finished; accepting bots";
     assert!(
         !lab.process().log().contains(message),
         "health checks must be answered before bots are accepted"

@@ -11,9 +11,10 @@ use tonic::Status;
 
 use crate::harness::{Bot, Lab, Time, patient, refusal, spot_cancel_all};
 
-const KEYS_READ: &str = "initial key load and DNS lookups finished; accepting bots";
+const KEYS_READ: &str = "initial key load and checks of the exchange finished; accepting bots";
 
-const TOO_LONG: &str = "initial key load or DNS lookups not finished within 10 s; accepting bots";
+const TOO_LONG: &str =
+    "initial key load and checks of the exchange not finished within 10 s; accepting bots";
 
 /// An installation whose connections to Vault pass a `Proxy`, with a long time limit for requests to Vault.
 async fn installed() -> (Lab, Proxy) {
