@@ -23,11 +23,14 @@ use crate::base::lock::Mutex;
 use crate::clock::Clock;
 use crate::kucoin::Scope;
 use crate::kucoin::cancel_scope::{CancelScope, PendingOrders};
-use crate::kucoin::quota::{Cost, Pool};
+use crate::kucoin::quota::{Cost, Pool, WINDOW};
 pub(crate) use charge::Charge;
 use pool::{Demand, Ticket};
 pub(crate) use pool::{Level, Priority};
 use state::{Pending, PoolId, Refusal, State, Turn};
+
+/// How long a waiting request sleeps at most before it checks again.
+const ASK_AGAIN_WITHIN: Duration = Duration::from_secs(1);
 
 /// The shortest time after which a refused request is worth repeating.
 const MIN_RETRY_AFTER: Duration = Duration::from_millis(1);
@@ -178,11 +181,19 @@ impl Budgets {
                 let waited = place.wait(refusal, give_up).await;
                 waited.map_err(|refusal| match refusal {
                     None => NoBudget::Cancelled,
-                    Some((scarce, until)) => NoBudget::RateLimited(RateLimited {
-                        scarce,
-                        pool: cost.pool,
-                        retry_after: until.saturating_sub(self.clock.boot()).max(MIN_RETRY_AFTER),
-                    }),
+                    Some((scarce, until)) => {
+                        let until = until.saturating_sub(self.clock.boot());
+                        // Until an answer has shown when the window began, its end is an upper bound.
+                        let until = match scarce {
+                            Scarce::Pool => until.min(WINDOW),
+                            Scarce::Bot | Scarce::Edge => until,
+                        };
+                        NoBudget::RateLimited(RateLimited {
+                            scarce,
+                            pool: cost.pool,
+                            retry_after: until.max(MIN_RETRY_AFTER),
+                        })
+                    }
                 })?
             }
         };
@@ -230,6 +241,9 @@ impl Budgets {
         let mut state = self.state.lock();
         if let Some(time) = state.edge.blocked_for(now) {
             return Err(time);
+        }
+        if state.are_cancels_first(now) {
+            return Err(MIN_RETRY_AFTER);
         }
         state.edge.count(now);
         Ok(())
@@ -286,10 +300,11 @@ impl Budgets {
         self.state.lock().edge.limit(self.clock.boot())
     }
 
-    /// The edge of the exchange has blocked the egress address for `time`. Returns whether that is new.
-    pub(crate) fn edge_blocked(&self, time: Duration) -> bool {
+    /// The edge of the exchange has answered a request that was sent at `sent_at` (time since boot): it blocks the egress address
+    /// for `time`. Returns whether that is new.
+    pub(crate) fn edge_blocked(&self, time: Duration, sent_at: Duration) -> bool {
         let now = self.clock.boot();
-        self.state.lock().edge.block(time, now)
+        self.state.lock().edge.block(time, sent_at, now)
     }
 
     /// How long the edge of the exchange still blocks the egress address.
@@ -319,7 +334,8 @@ impl Place<'_> {
                     Err(TryRecvError::Empty) => Err(Some(refusal)),
                 };
             }
-            let wait = until.saturating_sub(clock.boot());
+            // What it waits for can move to an earlier time.
+            let wait = until.saturating_sub(clock.boot()).min(ASK_AGAIN_WITHIN);
             tokio::select! {
                 biased;
                 granted = &mut self.grant => {
@@ -345,9 +361,12 @@ impl Place<'_> {
         if !state.is_cancelled(self.turn) {
             return Ok(ticket);
         }
-        if let Some(budget) = state.budget(self.pool) {
-            budget.refund(&mut ticket, &self.demand);
-        }
+        state.refund(
+            self.pool,
+            &mut ticket,
+            &self.demand,
+            self.budgets.clock.boot(),
+        );
         Err(None)
     }
 }
@@ -357,10 +376,13 @@ impl Drop for Place<'_> {
         let mut state = self.budgets.state.lock();
         state.leave(self.turn);
         // Its caller has gone before it went on.
-        if let Ok(mut ticket) = self.grant.try_recv()
-            && let Some(budget) = state.budget(self.pool)
-        {
-            budget.refund(&mut ticket, &self.demand);
+        if let Ok(mut ticket) = self.grant.try_recv() {
+            state.refund(
+                self.pool,
+                &mut ticket,
+                &self.demand,
+                self.budgets.clock.boot(),
+            );
         }
     }
 }
@@ -566,6 +588,25 @@ mod tests {
         assert_eq!(sent(), 20);
     }
 
+    #[tokio::test]
+    async fn order_that_was_granted_before_an_edge_block_is_not_sent_during_it() {
+        let budgets = budgets();
+        let granted = take_now(&budgets, order(1)).await.unwrap();
+        let cancel = BudgetRequest {
+            priority: Priority::Cancel,
+            ..order(1)
+        };
+        let cancel = take_now(&budgets, cancel).await.unwrap();
+        granted.check_edge().unwrap();
+        let block = Duration::from_secs(20);
+        budgets.edge_blocked(block, Duration::ZERO);
+        let Err(NoBudget::RateLimited(refusal)) = granted.check_edge() else {
+            panic!("an order during an edge block");
+        };
+        assert_eq!(refusal.retry_after, block);
+        cancel.check_edge().unwrap();
+    }
+
     #[test]
     fn own_checks_count_at_the_edge_and_are_not_sent_during_a_block() {
         let clock = Clock::reading(|| Duration::ZERO);
@@ -573,7 +614,7 @@ mod tests {
         budgets.take_check().unwrap();
         budgets.take_check().unwrap();
         let block = Duration::from_secs(20);
-        budgets.edge_blocked(block);
+        budgets.edge_blocked(block, Duration::ZERO);
         assert_eq!(budgets.take_check(), Err(block));
     }
 }

@@ -11,7 +11,7 @@ use crate::budgets::{BudgetRequest, Charge, Priority, Subject};
 use crate::kucoin::cancel_scope::{CancelScope, PendingOrders};
 use crate::kucoin::quota::{Cost, Pool, WINDOW};
 use crate::kucoin::{Answer, Endpoint, Scope, code, open_orders};
-use crate::orders::{OrderState, Repeated};
+use crate::orders::OrderState;
 use crate::policy::Permit;
 
 /// How long a cancel waits for an order that it names by clientOid and that is in flight.
@@ -51,7 +51,10 @@ impl Broker {
             }
             _ => patience,
         };
-        self.check_waiting(call, permit)?;
+        // Another call can have begun to wait since the first check.
+        if let Some(repeated) = self.waiting_order(call, permit.endpoint()) {
+            return Err(BrokerError::Repeated(repeated));
+        }
         if request.cost.is_weight_assumed {
             self.metrics.weights_assumed.inc();
         }
@@ -63,20 +66,6 @@ impl Broker {
             () = reply.closed(), if ends_with_caller => Err(BrokerError::CallerGone),
             () = sleep_until(call.deadline) => Err(BrokerError::DeadlineExceeded),
             () = self.calls.give_up.cancelled() => Err(BrokerError::ShuttingDown),
-        }
-    }
-
-    /// Refuses an order whose clientOid another call has that waits: `not_sent` would let the bot place it twice.
-    fn check_waiting(&self, call: &Call, permit: &Permit) -> Result<(), BrokerError> {
-        let endpoint = permit.endpoint();
-        let Some(endpoint) = endpoint.filter(|endpoint| endpoint.claims_client_oids()) else {
-            return Ok(());
-        };
-        let oids = endpoint.client_oids(&call.request);
-        let (account, scope) = (&call.request.account, call.request.scope);
-        match self.budgets.waits_with(account, scope, &oids) {
-            Some(oid) => Err(BrokerError::Repeated(Box::new(Repeated::in_flight(oid)))),
-            None => Ok(()),
         }
     }
 
@@ -116,7 +105,7 @@ impl Broker {
         };
         let uid = self.uid_of_key(permit);
         let of_master = account.parent_uid.clone();
-        let of_master = of_master.filter(|_| permit.scope() == Scope::Unified);
+        let of_master = of_master.filter(|_| cost.pool == Pool::Unified);
         let subject = match (cost.pool, of_master.or_else(|| uid.clone())) {
             (Pool::Public, _) => Subject::Address,
             (_, Some(uid)) => Subject::Uid(uid),
@@ -135,9 +124,10 @@ impl Broker {
         }
     }
 
-    /// The edge of the exchange has answered that it blocks the egress address for `time`.
-    pub(super) fn edge_blocked(&self, time: Duration) {
-        if self.budgets.edge_blocked(time) {
+    /// The edge of the exchange has answered a request that was sent at `sent_at` (time since boot): it blocks the egress address
+    /// for `time`.
+    pub(super) fn edge_blocked(&self, time: Duration, sent_at: Duration) {
+        if self.budgets.edge_blocked(time, sent_at) {
             self.metrics.edge_blocks.inc();
             tracing::warn!(
                 retry_after_ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX),
@@ -150,27 +140,32 @@ impl Broker {
     pub(super) fn apply_to_budgets(&self, charge: &mut Charge, permit: &Permit, answer: &Answer) {
         if let Some(time) = answer.edge_block() {
             charge.not_counted();
-            self.edge_blocked(time);
+            if let Some(sent_at) = charge.sent_at() {
+                self.edge_blocked(time, sent_at);
+            }
             return;
         }
-        charge.answered(answer.rate_limit);
         if answer.outcome != Outcome::Rejected {
+            charge.answered(answer.rate_limit);
             return;
         }
-        match answer.code.as_str() {
-            code::RATE_LIMITED => {
-                self.metrics.rate_limited_by_exchange.inc();
-                match answer.rate_limit {
-                    Some(limit) => charge.used_up(limit.reset),
-                    // The exchange is overloaded.
-                    None => charge.not_counted(),
-                }
+        let is_limited = answer.code == code::RATE_LIMITED || answer.is_unreadable_429();
+        if is_limited {
+            self.metrics.rate_limited_by_exchange.inc();
+        }
+        // The exchange is overloaded, which its code of a rate limit means, too, if there are no headers.
+        let is_overloaded = code::BUSY.contains(&answer.code.as_str());
+        match answer.rate_limit {
+            Some(limit) if is_limited => {
+                charge.answered(Some(limit));
+                charge.used_up(limit.reset);
             }
-            code if code::BUSY.contains(&code) => charge.not_counted(),
-            code::FUTURES_RATE_LIMITED if permit.scope() == Scope::Futures => {
-                charge.blocked(answer.retry_after.unwrap_or(WINDOW));
-            }
-            _ => {}
+            None if is_limited => charge.not_counted(),
+            _ if is_overloaded => charge.not_counted(),
+            limit => charge.answered(limit),
+        }
+        if answer.code == code::FUTURES_RATE_LIMITED && permit.scope() == Scope::Futures {
+            charge.blocked(answer.retry_after.unwrap_or(WINDOW));
         }
     }
 }

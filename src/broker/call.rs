@@ -342,11 +342,8 @@ impl Broker {
         let recorded = &intent.recorded(&self.audit, call.deadline).await?;
         tracing::debug!("intent audited");
         let (is_idempotent, has_own_key) = (permit.is_idempotent(), call.key.is_some());
-        let mut last = self.send(call, permit, recorded, charge, gate).await;
+        let mut last = self.attempt(call, permit, recorded, charge, gate).await;
         let mut budget = RetryBudget::default();
-        if last.as_ref().is_err_and(is_unsent) {
-            charge.not_sent();
-        }
         while let Some(retry) =
             retry::next(Attempt::of(&last), is_idempotent, has_own_key, &mut budget)
         {
@@ -355,7 +352,7 @@ impl Broker {
             }
             tracing::debug!(cause = retry.cause(), "sending again");
             let was_sent = !last.as_ref().is_err_and(is_unsent);
-            match self.send(call, permit, recorded, charge, gate).await {
+            match self.attempt(call, permit, recorded, charge, gate).await {
                 // A rejection or a lost answer is never replaced by "not sent".
                 Err(next) if was_sent && is_unsent(&next) => break,
                 ended => last = ended,
@@ -396,7 +393,24 @@ impl Broker {
         }
     }
 
-    /// Makes one attempt: connects, authorizes again, signs and sends. Nothing is awaited between the second authorization
+    /// Makes one attempt, and gives its part of the rate budgets back if it was not sent.
+    async fn attempt(
+        &self,
+        call: &Call,
+        permit: &Permit,
+        recorded: &Recorded,
+        charge: &mut Charge,
+        gate: &Gate,
+    ) -> Result<Receipt, BrokerError> {
+        let before = charge.attempts();
+        let ended = self.send(call, permit, recorded, charge, gate).await;
+        if charge.attempts() > before && ended.as_ref().is_err_and(is_unsent) {
+            charge.not_sent();
+        }
+        ended
+    }
+
+    /// Connects, authorizes again, signs and sends. Nothing is awaited between the second authorization
     /// and the send.
     async fn send(
         &self,
@@ -440,6 +454,7 @@ impl Broker {
             );
             return Err(ConnectError::Failed(moved).into());
         }
+        charge.check_edge()?;
         let signing = Instant::now();
         let lease = self.signing_key(call, permit)?;
         let signed = self.sign(call, permit, lease.as_ref())?;

@@ -5,12 +5,12 @@ use crate::base::outcome::Outcome;
 use crate::clock::HostId;
 use crate::kucoin::lookup::Lookup;
 use crate::kucoin::{Endpoint, Malformed, Method, UnsignedRequest, placement};
-use crate::orders::{ClaimError, Claims, OrderState, Settled};
+use crate::orders::{ClaimError, Claims, OrderState, Repeated, Settled};
 use crate::policy::Permit;
 
 impl Broker {
-    /// Whether an order of this call was sent before. Nothing else may refuse a placing call earlier: after `not_sent`, its bot
-    /// would place the order a second time.
+    /// Whether an order of this call was sent before, or waits in another call. Nothing else may refuse a placing call earlier:
+    /// after `not_sent`, its bot would place the order a second time.
     ///
     /// # Errors
     /// When one of its clientOids was used before, or the rules do not allow such a request.
@@ -23,12 +23,29 @@ impl Broker {
             return Ok(());
         }
         let now_ms = self.exchange_ms(&call.request);
-        let Err(repeated) = self.orders.check(&call.request, endpoint, now_ms) else {
-            return Ok(());
+        let repeated = match self.orders.check(&call.request, endpoint, now_ms) {
+            Err(repeated) => repeated,
+            Ok(()) => match self.waiting_order(call, endpoint) {
+                Some(repeated) => repeated,
+                None => return Ok(()),
+            },
         };
         // Only a bot that may place the order learns about the earlier one.
         self.policy().authorize(&call.principal, &call.request)?;
         Err(BrokerError::Repeated(repeated))
+    }
+
+    /// The order of another call that waits for the rate limit and has a clientOid of this one.
+    pub(super) fn waiting_order(
+        &self,
+        call: &Call,
+        endpoint: Option<&Endpoint>,
+    ) -> Option<Box<Repeated>> {
+        let endpoint = endpoint.filter(|endpoint| endpoint.claims_client_oids())?;
+        let oids = endpoint.client_oids(&call.request);
+        let (account, scope) = (&call.request.account, call.request.scope);
+        let oid = self.budgets.waits_with(account, scope, &oids)?;
+        Some(Box::new(Repeated::in_flight(oid)))
     }
 
     /// Refuses a call of a bot whose clientOids were used before, and audits that; otherwise returns the call.

@@ -281,10 +281,11 @@ impl Broker {
         broker_query: BrokerQuery,
     ) -> Result<(T, Duration, Duration), QueryError> {
         self.budgets.take_check().map_err(QueryError::EdgeBlocked)?;
+        let began = self.clock.boot();
         let asked = ask(&self.egress, &self.clock, host_id, broker_query).await;
         asked.inspect_err(|error| {
             if let QueryError::EdgeBlocked(time) = error {
-                self.edge_blocked(*time);
+                self.edge_blocked(*time, began);
             }
         })
     }

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::Budgets;
-use super::pool::{Demand, PoolBudget, Ticket};
+use super::pool::{Demand, PoolBudget, Priority, Ticket};
 use super::state::PoolId;
+use super::{Budgets, NoBudget, RateLimited, Scarce};
 use crate::kucoin::answer::RateLimit;
 use crate::kucoin::quota::Cost;
 
@@ -16,10 +16,9 @@ pub(crate) struct Charge {
     budgets: Arc<Budgets>,
     pool: PoolId,
     demand: Demand,
-    is_pool_assumed: bool,
+    cost: Cost,
     ticket: Ticket,
-    /// Whether an attempt has used what was taken first.
-    is_used: bool,
+    attempts: u32,
     sent_at: Option<Duration>,
 }
 
@@ -35,17 +34,44 @@ impl Charge {
             budgets: Arc::clone(budgets),
             pool,
             demand,
-            is_pool_assumed: cost.is_pool_assumed,
+            cost,
             ticket,
-            is_used: false,
+            attempts: 0,
             sent_at: None,
         }
+    }
+
+    /// Refuses a request that was granted its weight before the edge of the exchange blocked the egress address; not a cancel.
+    ///
+    /// # Errors
+    /// How long the block lasts.
+    pub(crate) fn check_edge(&self) -> Result<(), NoBudget> {
+        let blocked = self.budgets.edge_blocked_for();
+        match blocked.filter(|_| self.demand.priority != Priority::Cancel) {
+            None => Ok(()),
+            Some(retry_after) => Err(NoBudget::RateLimited(RateLimited {
+                scarce: Scarce::Edge,
+                pool: self.cost.pool,
+                retry_after,
+            })),
+        }
+    }
+
+    /// How many times it was sent.
+    pub(crate) fn attempts(&self) -> u32 {
+        self.attempts
+    }
+
+    /// When the last attempt was sent (time since boot).
+    pub(crate) fn sent_at(&self) -> Option<Duration> {
+        self.sent_at
     }
 
     /// The request is being sent; each time after the first it takes its weight once more.
     pub(crate) fn begin_attempt(&mut self) {
         let now = self.budgets.clock.boot();
-        if std::mem::replace(&mut self.is_used, true) {
+        self.attempts += 1;
+        if self.attempts > 1 {
             let mut state = self.budgets.state.lock();
             state.edge.count(now);
             if let Some(budget) = state.budget(self.pool) {
@@ -58,13 +84,13 @@ impl Charge {
     /// Applies the exchange's answer: `limit` is what its headers say about the pool.
     pub(crate) fn answered(&mut self, limit: Option<RateLimit>) {
         let Some(sent_at) = self.sent_at else { return };
-        let limit = limit.filter(|_| !self.is_pool_assumed);
+        let limit = limit.filter(|_| !self.cost.is_pool_assumed);
         self.change(|budget, ticket, _, now| budget.answered(ticket, limit, sent_at, now));
     }
 
     /// The exchange rejected the request because the pool is empty until `reset`. If the pool is assumed, it is another one.
     pub(crate) fn used_up(&mut self, reset: Duration) {
-        if !self.is_pool_assumed {
+        if !self.cost.is_pool_assumed {
             self.change(|budget, ticket, _, now| budget.use_up(ticket, reset, now));
         }
     }
@@ -74,14 +100,14 @@ impl Charge {
         self.change(|budget, _, _, now| budget.block(time, now));
     }
 
-    /// The request was not sent after all.
+    /// The last attempt was not sent after all.
     pub(crate) fn not_sent(&mut self) {
         if self.sent_at.take().is_some() {
             self.not_counted();
         }
     }
 
-    /// The exchange has not counted the request.
+    /// The exchange has not counted the request. What the headers of its answer say, later answers say better.
     pub(crate) fn not_counted(&mut self) {
         self.change(|budget, ticket, demand, _| budget.refund(ticket, demand));
     }

@@ -93,10 +93,10 @@ impl Edge {
         }
     }
 
-    /// The edge has blocked the address for `time`. Returns whether that is new. Requests that it rejects during a block do not
-    /// make it longer: each block has a fixed length.
-    pub(super) fn block(&mut self, time: Duration, now: Duration) -> bool {
-        if now < self.blocked_until {
+    /// The edge has blocked the address for `time`, as its answer to a request shows that was sent at `sent_at`. Returns whether
+    /// that is new. Requests that it rejects during a block do not make it longer: each block has a fixed length.
+    pub(super) fn block(&mut self, time: Duration, sent_at: Duration, now: Duration) -> bool {
+        if sent_at.min(now) < self.blocked_until {
             return false;
         }
         let time = if time.is_zero() { USUAL } else { time };
@@ -211,8 +211,8 @@ mod tests {
         for _ in 0..500 {
             assert!(fits(&mut edge, SECOND));
         }
-        assert!(edge.block(30 * SECOND, SECOND));
-        assert!(!edge.block(30 * SECOND, SECOND));
+        assert!(edge.block(30 * SECOND, SECOND, SECOND));
+        assert!(!edge.block(30 * SECOND, SECOND, SECOND));
         let mut cancels = 0;
         for second in 1..31 {
             let now = second * SECOND;
@@ -224,7 +224,7 @@ mod tests {
             if try_take(&mut edge, Priority::Cancel, now).is_ok() {
                 cancels += 1;
                 // It is rejected.
-                assert!(!edge.block(30 * SECOND, now));
+                assert!(!edge.block(30 * SECOND, now, now));
             }
             assert!(try_take(&mut edge, Priority::Cancel, now).is_err());
         }
@@ -238,7 +238,7 @@ mod tests {
         for _ in 0..500 {
             assert!(fits(&mut edge, SECOND));
         }
-        edge.block(30 * SECOND, SECOND);
+        edge.block(30 * SECOND, SECOND, SECOND);
         assert_eq!(edge.limit(40 * SECOND), Some(400));
         let sent = (0..1000).filter(|_| fits(&mut edge, 40 * SECOND)).count();
         // The rest is for cancels.
@@ -254,9 +254,9 @@ mod tests {
         for _ in 0..500 {
             assert!(fits(&mut edge, SECOND));
         }
-        edge.block(30 * SECOND, SECOND);
+        edge.block(30 * SECOND, SECOND, SECOND);
         assert!(try_take(&mut edge, Priority::Cancel, 31 * SECOND).is_ok());
-        assert!(edge.block(30 * SECOND, 32 * SECOND));
+        assert!(edge.block(30 * SECOND, 32 * SECOND, 32 * SECOND));
         assert_eq!(edge.limit(32 * SECOND), Some(400));
     }
 
@@ -264,8 +264,17 @@ mod tests {
     fn length_of_a_block_is_bounded() {
         for (time, expected) in [(0, 30), (1, 1), (3600, 60)] {
             let mut edge = Edge::new(None);
-            edge.block(time * SECOND, SECOND);
+            edge.block(time * SECOND, SECOND, SECOND);
             assert_eq!(edge.blocked_for(SECOND), Some(expected * SECOND));
         }
+    }
+
+    #[test]
+    fn rejection_that_comes_after_a_block_of_a_request_during_it_begins_no_other() {
+        let mut edge = Edge::new(None);
+        edge.block(30 * SECOND, SECOND, SECOND);
+        let (sent_at, answered) = (30 * SECOND, 32 * SECOND);
+        assert!(!edge.block(30 * SECOND, sent_at, answered));
+        assert_eq!(edge.blocked_for(answered), None);
     }
 }

@@ -110,6 +110,8 @@ struct Window {
     ends: Duration,
     /// Whether an answer has shown when it began.
     is_dated: bool,
+    /// The longest time until its end that an answer has shown: some pools have shorter windows.
+    length: Duration,
     /// Weight sent by the broker.
     sent: u64,
     /// Of that, weight that has no answer yet.
@@ -193,10 +195,28 @@ impl PoolBudget {
     /// The time at which it may fit, if it does not now.
     pub(super) fn take(&mut self, demand: &Demand, now: Duration) -> Result<Ticket, Duration> {
         self.end_window(now);
+        if let Err(until) = self.check(demand, now) {
+            if demand.priority != Priority::Cancel {
+                return Err(until);
+            }
+            if now < self.next_cancel {
+                return Err(self.next_cancel.min(until));
+            }
+            self.next_cancel = now + CANCEL_EVERY;
+        }
+        Ok(self.charge(demand, now))
+    }
+
+    /// Whether a request fits.
+    ///
+    /// # Errors
+    /// The time at which it may fit, if it does not now.
+    pub(super) fn check(&self, demand: &Demand, now: Duration) -> Result<(), Duration> {
         let weight = u64::from(demand.weight);
         let is_cancel = demand.priority == Priority::Cancel;
+        let window = self.window.as_ref().filter(|window| now < window.ends);
         let (mut left, mut full_until) = (u64::MAX, None);
-        if let Some(window) = &self.window {
+        if let Some(window) = window {
             left = self.left(window);
             if !is_cancel {
                 left = left.saturating_sub(self.reserve());
@@ -207,21 +227,14 @@ impl PoolBudget {
             full_until = full_until.max(Some(self.blocked_until));
         }
         if let Some(until) = full_until {
-            if !is_cancel {
-                return Err(until);
-            }
-            if now < self.next_cancel {
-                return Err(self.next_cancel.min(until));
-            }
-            self.next_cancel = now + CANCEL_EVERY;
+            return Err(until);
         }
-        if let Some(window) = &self.window
-            && !is_cancel
-            && !self.is_fair(demand, left, window, now)
-        {
-            return Err(window.ends.min(now + ASK_AGAIN_AFTER));
+        match window {
+            Some(window) if !is_cancel && !self.is_fair(demand, left, window, now) => {
+                Err(window.ends.min(now + ASK_AGAIN_AFTER))
+            }
+            _ => Ok(()),
         }
-        Ok(self.charge(demand, now))
     }
 
     /// Takes the weight of a request that is sent in any case.
@@ -234,6 +247,7 @@ impl PoolBudget {
         let window = self.window.get_or_insert(Window {
             ends: now + LATEST_BEGIN + WINDOW,
             is_dated: false,
+            length: WINDOW,
             sent: 0,
             unanswered: 0,
             foreign: 0,
@@ -318,6 +332,7 @@ impl PoolBudget {
             self.window = Some(Window {
                 ends: latest,
                 is_dated: true,
+                length: reset,
                 sent: used,
                 unanswered: 0,
                 foreign: 0,
@@ -329,11 +344,13 @@ impl PoolBudget {
         if !is_current {
             return;
         }
-        window.ends = if window.is_dated {
-            window.ends.min(latest)
+        if window.is_dated {
+            window.ends = window.ends.min(latest);
+            window.length = window.length.max(reset);
         } else {
-            latest
-        };
+            window.ends = latest;
+            window.length = reset;
+        }
         window.is_dated = true;
         if ticket.sent >= window.newest {
             window.newest = ticket.sent;
@@ -419,9 +436,9 @@ impl PoolBudget {
         if own + weight <= shares.of(self.bots.get(bot)) {
             return true;
         }
-        let left_time = window.ends.saturating_sub(now).min(WINDOW);
+        let left_time = window.ends.saturating_sub(now).min(window.length);
         let left_ms = u64::try_from(left_time.as_millis()).unwrap_or(0);
-        let window_ms = u64::try_from(WINDOW.as_millis()).unwrap_or(1);
+        let window_ms = u64::try_from(window.length.as_millis()).unwrap_or(1).max(1);
         let others = self.bots.iter().filter(|(other, _)| *other != bot);
         let kept = others.map(|(_, usage)| {
             let share = shares.of(Some(usage));
@@ -844,5 +861,25 @@ mod tests {
             budget.answered(&mut last, Some(header), now, now);
             prop_assert_eq!(budget.level(now).left, quota.saturating_sub(used));
         }
+    }
+
+    #[test]
+    fn shares_are_kept_in_short_windows_too() {
+        let mut budget = PoolBudget::new(200);
+        let (a, b) = (order("a", 1), order("b", 1));
+        budget.ask(&b, SECOND);
+        let mut first = budget.take(&b, SECOND).unwrap();
+        let limit = RateLimit {
+            limit: 200,
+            remaining: 199,
+            reset: 3 * SECOND,
+        };
+        budget.answered(&mut first, Some(limit), SECOND, SECOND);
+        let taken = std::iter::from_fn(|| {
+            budget.ask(&a, SECOND);
+            budget.take(&a, SECOND).ok()
+        });
+        let taken = taken.count() * 2;
+        assert!((90..=100).contains(&taken), "{taken} of 200");
     }
 }

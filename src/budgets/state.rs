@@ -139,6 +139,20 @@ impl State {
         self.pools.get_mut(&pool).map(|entry| &mut entry.budget)
     }
 
+    /// Gives back what a request has taken and does not need, and grants it to others.
+    pub(super) fn refund(
+        &mut self,
+        pool: PoolId,
+        ticket: &mut Ticket,
+        demand: &Demand,
+        now: Duration,
+    ) {
+        if let Some(budget) = self.budget(pool) {
+            budget.refund(ticket, demand);
+            self.serve(pool, now);
+        }
+    }
+
     /// Takes what a new request needs, unless it does not fit or others wait before it.
     pub(super) fn first(
         &mut self,
@@ -156,10 +170,34 @@ impl State {
                 self.serve(pool, now);
             }
         }
-        if let Some(refusal) = self.ahead(pool, demand) {
-            return Err(refusal);
+        match self.ahead(pool, demand) {
+            Some(ahead) => Err(self.behind(ahead, pool, demand, now)),
+            None => self.take(pool, demand, now),
         }
-        self.take(pool, demand, now)
+    }
+
+    /// Why a request waits behind another one, which has the refusal `ahead`, or longer if it would not fit anyway.
+    fn behind(&self, ahead: Refusal, pool: PoolId, demand: &Demand, now: Duration) -> Refusal {
+        if demand.priority == Priority::Cancel {
+            return ahead;
+        }
+        let blocked = self
+            .edge
+            .blocked_for(now)
+            .map(|time| (Scarce::Edge, now + time));
+        let budget = self.pools.get(&pool).map(|entry| &entry.budget);
+        let full = budget.and_then(|budget| budget.check(demand, now).err());
+        let full = full.map(|until| (Scarce::Pool, until));
+        let all = [blocked, full].into_iter().flatten();
+        all.fold(
+            ahead,
+            |latest, own| if own.1 > latest.1 { own } else { latest },
+        )
+    }
+
+    /// Whether cancels that wait go first everywhere: during an edge block, and right after it.
+    pub(super) fn are_cancels_first(&self, now: Duration) -> bool {
+        self.cancels_waiting > 0 && self.edge.was_just_blocked(now)
     }
 
     /// Why a request waits that is sent before a new one: a cancel, or one of the same bot.
@@ -175,8 +213,9 @@ impl State {
 
     fn take(&mut self, pool: PoolId, demand: &Demand, now: Duration) -> Result<Ticket, Refusal> {
         let is_cancel = demand.priority == Priority::Cancel;
-        if !is_cancel && self.cancels_waiting > 0 && self.edge.was_just_blocked(now) {
-            return Err((Scarce::Edge, now + ASK_AGAIN_AFTER));
+        if !is_cancel && self.are_cancels_first(now) {
+            let soon = (Scarce::Edge, now + ASK_AGAIN_AFTER);
+            return Err(self.behind(soon, pool, demand, now));
         }
         let mut rate = match (&demand.bot, demand.requests_per_s) {
             (Some((bot, _)), Some(per_s)) if !is_cancel => {
@@ -203,7 +242,7 @@ impl State {
         Ok(ticket)
     }
 
-    /// Lets a request wait. Returns its turn, and where it is told that it may go on.
+    /// Lets a request wait. Returns its turn, and what gets its ticket once it may go on.
     pub(super) fn wait(
         &mut self,
         pending: Pending,
@@ -291,7 +330,7 @@ impl State {
             let ahead = bots_wait.iter().find(|(other, _)| other.as_ref() == bot);
             let ahead = ahead.map(|(_, refusal)| *refusal);
             let taken = match ahead.or(cancel_waits.filter(|_| !is_cancel)) {
-                Some(refusal) => Err(refusal),
+                Some(ahead) => Err(self.behind(ahead, pool, &request.demand, now)),
                 None => self.take(pool, &request.demand, now),
             };
             match taken {
@@ -317,5 +356,108 @@ impl State {
         if let Some(entry) = self.pools.get_mut(&pool) {
             entry.waiting = left;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kucoin::quota::Cost;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn request(uid: &str) -> BudgetRequest {
+        BudgetRequest {
+            subject: Subject::Uid(uid.to_owned()),
+            account: "main".parse().unwrap(),
+            uid: Some(uid.to_owned()),
+            cost: Cost {
+                pool: Pool::Futures,
+                weight: 2,
+                is_pool_assumed: false,
+                is_weight_assumed: false,
+            },
+            vip: 0,
+            bot: None,
+            requests_per_s: None,
+            priority: Priority::Cancel,
+        }
+    }
+
+    fn demand(bot: &str, priority: Priority) -> Demand {
+        let bot = format!("spiffe://example.org/bot/{bot}");
+        Demand {
+            bot: Some((bot.parse().unwrap(), 1)),
+            priority,
+            weight: 2,
+            requests_per_s: None,
+        }
+    }
+
+    /// Lets a cancel wait that does not fit.
+    fn let_cancel_wait(state: &mut State, pool: PoolId) -> oneshot::Receiver<Ticket> {
+        let cancel = demand("a", Priority::Cancel);
+        let refusal = state.first(pool, &cancel, SECOND).unwrap_err();
+        assert!(refusal.1 <= 2 * SECOND);
+        let pending = Pending {
+            account: "main".parse().unwrap(),
+            uid: None,
+            orders: None,
+            pool,
+            is_cancelled: false,
+        };
+        state.wait(pending, cancel, refusal).1
+    }
+
+    #[test]
+    fn order_behind_a_cancel_is_refused_until_the_edge_block_ends() {
+        for other_pool in [false, true] {
+            let mut state = State::new(None, SECOND);
+            let pool = state.open(&request("1"), SECOND);
+            let other = state.open(&request("2"), SECOND);
+            state.edge.block(30 * SECOND, SECOND, SECOND);
+            let _grant = let_cancel_wait(&mut state, pool);
+            let pool = if other_pool { other } else { pool };
+            let order = demand("b", Priority::RiskIncreasing);
+            let refusal = state.first(pool, &order, SECOND);
+            assert_eq!(refusal, Err((Scarce::Edge, 31 * SECOND)));
+        }
+    }
+
+    #[test]
+    fn order_behind_a_cancel_is_refused_until_the_empty_pool_is_reset() {
+        let mut state = State::new(None, SECOND);
+        let pool = state.open(&request("1"), SECOND);
+        let order = demand("b", Priority::RiskIncreasing);
+        let budget = state.budget(pool).unwrap();
+        let ticket = budget.charge(&order, SECOND);
+        budget.use_up(&ticket, 25 * SECOND, SECOND);
+        let _grant = let_cancel_wait(&mut state, pool);
+        let refusal = state.first(pool, &order, SECOND);
+        assert_eq!(refusal, Err((Scarce::Pool, 26 * SECOND)));
+    }
+
+    #[test]
+    fn what_is_given_back_is_granted_to_a_request_that_waits() {
+        let mut state = State::new(None, SECOND);
+        let pool = state.open(&request("1"), SECOND);
+        let large = Demand {
+            weight: 1939,
+            ..demand("a", Priority::RiskIncreasing)
+        };
+        let mut ticket = state.first(pool, &large, SECOND).unwrap();
+        let order = demand("b", Priority::RiskIncreasing);
+        let refusal = state.first(pool, &order, SECOND).unwrap_err();
+        let pending = Pending {
+            account: "main".parse().unwrap(),
+            uid: None,
+            orders: None,
+            pool,
+            is_cancelled: false,
+        };
+        let (_, mut grant) = state.wait(pending, order, refusal);
+        grant.try_recv().unwrap_err();
+        state.refund(pool, &mut ticket, &large, SECOND);
+        grant.try_recv().unwrap();
     }
 }

@@ -323,6 +323,13 @@ fn judge_bare(http_status: StatusCode) -> Outcome {
 }
 
 impl Answer {
+    /// Whether the gateway rejected the request for its rate limit, with a body that cannot be read.
+    pub(crate) fn is_unreadable_429(&self) -> bool {
+        self.code.is_empty()
+            && self.http_status == StatusCode::TOO_MANY_REQUESTS
+            && self.rate_limit.is_some()
+    }
+
     /// How long the edge of the exchange blocks the egress address: code 1015, or an answer that is not from the gateway. Source:
     /// KuCoin API documentation, code 1015; reports of its page with status 429 or 403 (mikekonan/exchange-proxy issue 14). Other
     /// pages with 403 can be about one request, and must not stop all others.
@@ -333,7 +340,8 @@ impl Answer {
         };
         let is_page = self.code.is_empty()
             && match self.http_status {
-                StatusCode::TOO_MANY_REQUESTS => true,
+                // The gateway's answers have the headers.
+                StatusCode::TOO_MANY_REQUESTS => self.rate_limit.is_none(),
                 StatusCode::FORBIDDEN => self.content_type.starts_with("text/html") && names_code(),
                 _ => false,
             };
@@ -443,6 +451,14 @@ mod tests {
             let answer = read("spot.post.v1-hf-orders", status, &html, body);
             assert_eq!(answer.edge_block().is_some(), is_block, "{status} {body}");
         }
+        let of_gateway = headers(&[
+            ("gw-ratelimit-limit", "2000"),
+            ("gw-ratelimit-remaining", "0"),
+            ("gw-ratelimit-reset", "1000"),
+        ]);
+        let answer = read("spot.post.v1-hf-orders", 429, &of_gateway, "{broken");
+        assert_eq!(answer.edge_block(), None);
+        assert!(answer.is_unreadable_429());
     }
 
     /// Answers to an order: HTTP status, body, expected outcome.

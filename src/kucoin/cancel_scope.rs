@@ -8,11 +8,13 @@ use super::catalog::{Effect, Endpoint, Product};
 use super::placement::placements;
 use super::{Method, Scope, UnsignedRequest};
 
-/// The orders that a request places or amends.
+/// The orders that a request places or amends, or the transfers that it makes.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) struct PendingOrders {
     scope: Scope,
     product: Product,
+    /// Cancels do not cover transfers.
+    are_transfers: bool,
     /// Their clientOids; of an amended order also its order id.
     ids: Vec<String>,
     /// Their symbols; empty: unknown.
@@ -41,9 +43,10 @@ enum Cancelled {
 }
 
 impl PendingOrders {
-    /// `None` if the request neither places nor amends orders.
+    /// `None` if the request neither places nor amends orders, and makes no transfer.
     pub(crate) fn of(endpoint: &'static Endpoint, request: &UnsignedRequest) -> Option<Self> {
-        if !matches!(endpoint.effect, Effect::Amend | Effect::Place) {
+        let are_transfers = !matches!(endpoint.effect, Effect::Amend | Effect::Place);
+        if are_transfers && !endpoint.claims_client_oids() {
             return None;
         }
         let orders = placements(endpoint, request).unwrap_or_default();
@@ -67,6 +70,7 @@ impl PendingOrders {
         Some(Self {
             scope: request.scope,
             product: endpoint.product,
+            are_transfers,
             ids: ids.chain(fields("orderId")).collect(),
             symbols: fields("symbol").collect(),
             trade_types,
@@ -134,6 +138,9 @@ impl CancelScope {
         let has_one = |known: &[String], wanted: &[String]| {
             known.is_empty() || known.iter().any(|known| wanted.contains(known))
         };
+        if orders.are_transfers {
+            return false;
+        }
         match &self.what {
             Cancelled::Ids(ids) => {
                 self.scope == orders.scope && orders.ids.iter().any(|id| ids.contains(id))
@@ -310,6 +317,19 @@ pub(crate) mod tests {
             &[("symbol", "XBTUSDTM")],
             &spot_order()
         ));
+    }
+
+    #[test]
+    fn transfer_that_waits_is_known_by_its_client_oid_and_no_cancel_covers_it() {
+        let transfer = "spot.post.ua-v1-account-transfer";
+        let body = r#"{"clientOid":"t-1","currency":"USDT","amount":"1","type":"INTERNAL"}"#;
+        let (endpoint, transfer) = request(transfer, "", &[], body);
+        let pending = PendingOrders::of(endpoint, &transfer).unwrap();
+        assert!(pending.has(transfer.scope, "t-1"));
+        let all = "spot.post.ua-v2-unified-order-cancel-all";
+        let (endpoint, cancel) = request(all, "", &[], "{}");
+        let cancel = CancelScope::of(endpoint, &cancel).unwrap();
+        assert!(!cancel.covers(&pending));
     }
 
     #[test]

@@ -30,6 +30,7 @@ fn rules() -> String {
         );
     }
     let mut rules = RULES.to_owned() + &rules;
+    rules += "[bot.\"spiffe://demo.test/bot/slow\"]\ncalls_in_flight = 1\n";
     rules += "[bot.\"spiffe://demo.test/bot/two\"]\nweight = 2\n[bot.\"spiffe://demo.test/bot/four\"]\nweight = 4\n";
     rules
 }
@@ -283,18 +284,21 @@ async fn cancel_ends_the_wait_of_an_order_that_it_covers() {
 #[tokio::test]
 async fn order_that_another_call_waits_with_is_repeated() {
     let mut lab = lab(20, 1900).await;
-    // The second one would not wait for so long.
-    let (mut first, mut second) = (lab.patient_bot("slow").await, lab.patient_bot("one").await);
     let mut other = lab.bot("one").await;
-    exhaust(&mut other, "used").await;
-    let (ordered, repeated) = tokio::join!(first.send(spot_order("same")), async {
-        until_one_waits(&lab).await;
-        second.send(spot_order("same")).await
-    });
-    assert_eq!(ordered.unwrap().outcome(), Outcome::Accepted);
-    let info = repeated.unwrap_err().get_details_error_info().unwrap();
-    assert_eq!(info.reason, "ORDER_REPEATED");
-    assert_eq!(info.metadata["order_outcome"], "in_flight");
+    // `one` would not wait for so long, and `slow` may have only one call in flight.
+    for name in ["one", "slow"] {
+        let (mut first, mut second) = (lab.patient_bot("slow").await, lab.patient_bot(name).await);
+        exhaust(&mut other, name).await;
+        let oid = format!("same-{name}");
+        let (ordered, repeated) = tokio::join!(first.send(spot_order(&oid)), async {
+            until_one_waits(&lab).await;
+            second.send(spot_order(&oid)).await
+        });
+        assert_eq!(ordered.unwrap().outcome(), Outcome::Accepted);
+        let info = repeated.unwrap_err().get_details_error_info().unwrap();
+        assert_eq!(info.reason, "ORDER_REPEATED");
+        assert_eq!(info.metadata["order_outcome"], "in_flight");
+    }
     lab.stop().await;
 }
 

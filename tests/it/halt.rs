@@ -508,8 +508,8 @@ fn account_of(request: &ReceivedRequest) -> Option<&str> {
 #[tokio::test]
 async fn cancel_all_waits_when_the_exchange_limits_its_rate() {
     let mut limits = Limits::none();
-    // Assumed weights are a tenth of it.
-    limits.pools.insert("Spot".to_owned(), 200);
+    // Assumed weights are a fifth of it.
+    limits.pools.insert("Spot".to_owned(), 100);
     limits.window_ms = 1500;
     let mut lab = Lab::with(settings()).await;
     place_each_kind(&lab, &["main", "other"]).await;
