@@ -1,0 +1,266 @@
+//! `deploy/install.sh` on a fresh Debian under a booted systemd, in a container: the units, the watchdog, restarts, and the removal.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
+
+use credbroker::proto::Outcome;
+use credbroker_sim::installation::{MAIN_UID, Settings};
+use credbroker_sim::kucoin::SimKey;
+use credbroker_sim::vault::RoleSettings;
+
+use crate::harness::{Bot, Lab, accounts, not_run, patient, print_always, until};
+use crate::network::{EGRESS, Exchange, FUTURES, GRPC, Layout, Network, SPOT, missing};
+
+/// The Debian that `tests/deploy/setup.sh` has made.
+const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/debian");
+
+/// A container with a Debian of its own, which has the network of a host.
+struct Machine {
+    nspawn: Child,
+    systemd: String,
+    root: tempfile::TempDir,
+}
+
+impl Machine {
+    /// Boots it. `folders`: what it sees read-only, below `/opt`.
+    async fn boot(network: &Network, folders: &[(&str, &str)]) -> Self {
+        let root = tempfile::tempdir().unwrap();
+        let mut copy = Command::new("cp");
+        copy.args(["-a", &format!("{ROOT}/.")]).arg(root.path());
+        assert!(copy.status().unwrap().success());
+        let mut nspawn = Command::new("systemd-nspawn");
+        nspawn.args([
+            "--register=no",
+            "--keep-unit",
+            "--quiet",
+            "--boot",
+            "--console=pipe",
+        ]);
+        nspawn
+            .args(["--capability=all", "--directory"])
+            .arg(root.path());
+        nspawn.arg(format!(
+            "--network-namespace-path=/run/netns/{}-host",
+            network.0
+        ));
+        for (outside, inside) in folders {
+            nspawn.arg(format!("--bind-ro={outside}:/opt/{inside}"));
+        }
+        nspawn.env("SYSTEMD_NSPAWN_UNIFIED_HIERARCHY", "1");
+        nspawn.stdin(Stdio::null()).stdout(Stdio::null());
+        let nspawn = nspawn.spawn().unwrap();
+        let children = format!("/proc/{0}/task/{0}/children", nspawn.id());
+        let child = || std::fs::read_to_string(&children).unwrap_or_default();
+        until("the container has started", async || !child().is_empty()).await;
+        let systemd = child().trim().to_owned();
+        let machine = Self {
+            nspawn,
+            systemd,
+            root,
+        };
+        until("the container has booted", async || {
+            let state = machine.output("systemctl is-system-running");
+            let state = String::from_utf8_lossy(&state.stdout);
+            ["running", "degraded"].contains(&state.trim())
+        })
+        .await;
+        machine
+    }
+
+    fn output(&self, command: &str) -> Output {
+        let mut enter = Command::new("nsenter");
+        enter.args([
+            "--target",
+            &self.systemd,
+            "-m",
+            "-u",
+            "-i",
+            "-n",
+            "-p",
+            "-C",
+        ]);
+        enter.args(["sh", "-c", command]).output().unwrap()
+    }
+
+    /// Its output, if it succeeds.
+    fn run(&self, command: &str) -> String {
+        let output = self.output(command);
+        let (out, error) = (output.stdout, output.stderr);
+        let [out, error] = [out, error].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+        assert!(output.status.success(), "{command}: {out}{error}");
+        out
+    }
+
+    fn fails(&self, command: &str) -> String {
+        let output = self.output(command);
+        assert!(!output.status.success(), "{command} succeeded");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    }
+
+    /// The process id of the broker, and how often systemd has restarted it.
+    fn broker(&self) -> (String, u32) {
+        let shown = self.run("systemctl show -P MainPID -P NRestarts credbroker");
+        let mut lines = shown.lines();
+        let pid = lines.next().unwrap().to_owned();
+        (pid, lines.next().unwrap().parse().unwrap())
+    }
+
+    fn path(&self, inside: &str) -> PathBuf {
+        self.root.path().join(inside.trim_start_matches('/'))
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let _ = Command::new("kill").args(["-9", &self.systemd]).status();
+        let _ = self.nspawn.wait();
+    }
+}
+
+#[test]
+fn installs_runs_restarts_and_removes_the_broker_under_systemd() {
+    let name = "installs_runs_restarts_and_removes_the_broker_under_systemd";
+    if let Some(reason) = missing() {
+        return not_run(name, "systemd", &reason);
+    }
+    if !Path::new(ROOT).exists() {
+        return not_run(
+            name,
+            "systemd",
+            "no target/debian; run tests/deploy/setup.sh",
+        );
+    }
+    let network = match Network::new(Layout::Host) {
+        Ok(network) => Arc::new(network),
+        Err(reason) => return not_run(name, "systemd", &reason),
+    };
+    let _exchange = Exchange::start(&network);
+    let host = Arc::clone(&network);
+    let tested = network.thread("host", async move || check(&host).await);
+    tested.join().unwrap();
+}
+
+async fn check(network: &Arc<Network>) {
+    let mut lab = Lab::install(Settings {
+        address: EGRESS,
+        auth: "method = \"approle\"\nrole_id = \"ROLE\"\nsecret_id_file = \"/run/credentials/credbroker.service/secret-id\""
+            .to_owned(),
+        spot_url: Some(format!("http://{SPOT}:443")),
+        futures_url: Some(format!("http://{FUTURES}:443")),
+        edit: Box::new(|config| {
+            let config = config.replacen("127.0.0.1:0", GRPC, 1);
+            let config = config.replacen("127.0.0.1:0", "127.0.0.1:9464", 1);
+            let config = config.replace("state_dir = \"state\"", "state_dir = \"/var/lib/credbroker\"");
+            config.replace("\"server.", "\"tls/server.").replace("\"ca.pem", "\"tls/ca.pem")
+        }),
+        config: "send_signed_requests_to_hosts_other_than_kucoin = true".to_owned(),
+        keys: Vec::new(),
+        ..Settings::default()
+    })
+    .await;
+    lab.is_audit_checked = false;
+    lab.grpc = GRPC.parse().unwrap();
+    lab.ops = ([127, 0, 0, 1], 9464).into();
+    lab.put_key("main", "main", &SimKey::fake(MAIN_UID));
+    let (role_id, secret_id) = lab
+        .vault
+        .enable_approle("credbroker", RoleSettings::default());
+    lab.reconfigure("\"ROLE\"", &format!("\"{role_id}\""));
+    lab.write("secret-id", &secret_id).unwrap();
+    std::fs::create_dir(lab.path("tls")).unwrap();
+    for file in ["server.pem", "server.key", "ca.pem"] {
+        std::fs::copy(lab.path(file), lab.path("tls").join(file)).unwrap();
+    }
+    let answers = format!(
+        "binary=/opt/bin/credbroker\nconfig=/opt/lab/config.toml\nrules=/opt/lab/rules.toml\ntls=/opt/lab/tls\nsecret_id=/opt/lab/secret-id\n\
+         listen={GRPC}\nbots=10.20.0.0/24\negress_address={EGRESS}\negress_gateway=10.40.0.1\n"
+    );
+    lab.write("answers", &answers).unwrap();
+    let programs = Path::new(env!("CARGO_BIN_EXE_credbroker"))
+        .parent()
+        .unwrap();
+    let machine = Machine::boot(
+        network,
+        &[
+            (concat!(env!("CARGO_MANIFEST_DIR"), "/deploy"), "deploy"),
+            (programs.to_str().unwrap(), "bin"),
+            (lab.folder.path().to_str().unwrap(), "lab"),
+        ],
+    )
+    .await;
+
+    let install = "/opt/deploy/install.sh --answers /opt/lab/answers";
+    machine.run(&format!("{install} --dry-run"));
+    machine.run("test ! -e /usr/local/bin/credbroker && test ! -e /etc/credbroker && ! id credbroker 2>/dev/null");
+    machine.run(install);
+    lab.until_ready().await;
+    let again = machine.run(install);
+    assert!(again.ends_with("done: nothing changed\n"), "{again}");
+    let score = "systemd-analyze security --offline=true --threshold=12 /etc/systemd/system/credbroker.service";
+    machine.run(score);
+
+    let identity = lab.ca.bot("maker").unwrap();
+    let roots = [lab.ca.certificate_pem().to_owned()];
+    let call = async || {
+        let (roots, identity) = (roots.clone(), identity.clone());
+        let called = network.thread("bot", async move || {
+            let connection = patient(GRPC.parse().unwrap(), &roots, &identity)
+                .await
+                .unwrap();
+            Bot::over(connection)
+                .send(accounts())
+                .await
+                .unwrap()
+                .outcome()
+        });
+        assert_eq!(called.join().unwrap(), Outcome::Accepted);
+    };
+    call().await;
+    until("the firewall knows the exchange's addresses", async || {
+        machine
+            .run("nft list set inet credbroker exchange4")
+            .contains(SPOT)
+    })
+    .await;
+
+    // A broker that hangs is killed by the watchdog; one that is killed starts again. Calls wait meanwhile.
+    machine.run("mkdir -p /etc/systemd/system/credbroker.service.d && printf '[Service]\\nWatchdogSec=3\\n' > /etc/systemd/system/credbroker.service.d/test.conf && systemctl daemon-reload && systemctl restart credbroker");
+    for signal in ["STOP", "KILL"] {
+        let before = machine.broker();
+        machine.run(&format!("kill -{signal} {}", before.0));
+        call().await;
+        let after = machine.broker();
+        assert_ne!(after.0, before.0);
+        assert_eq!(after.1, before.1 + 1, "SIG{signal}");
+    }
+    machine.run("journalctl -u credbroker | grep -q 'Watchdog timeout'");
+
+    // No rules, no broker.
+    machine.run("nft delete table inet credbroker");
+    let started = machine.fails("systemctl restart credbroker");
+    assert!(started.contains("control process exited"), "{started}");
+    machine.run("systemctl reload credbroker-firewall && systemctl restart credbroker");
+    call().await;
+
+    // What has been changed or comes from elsewhere is not replaced.
+    machine.run("echo >> /etc/systemd/system/credbroker.service");
+    let refused = machine.fails(install);
+    assert!(
+        refused.contains("credbroker.service was changed after it was installed"),
+        "{refused}"
+    );
+
+    machine.run("/opt/deploy/install.sh --uninstall");
+    let left = machine.run("find / -xdev -name '*credbroker*' -not -path '/proc/*' -not -path '/opt/*' -not -path '/sys/*' | sort");
+    print_always(&format!(
+        "systemd: left after --uninstall: {}",
+        left.trim().replace('\n', ", ")
+    ));
+    machine.run(
+        "! nft list table inet credbroker 2>/dev/null && test -f /var/lib/credbroker/audit.jsonl",
+    );
+    assert!(machine.path("/etc/credbroker/config.toml").exists());
+    let refused = machine.fails("/opt/deploy/install.sh --uninstall");
+    assert!(refused.contains("nothing is installed"), "{refused}");
+}
