@@ -51,7 +51,7 @@ use crate::vault::Vault;
 
 use accept::shutdown_requested;
 use build::{Assembled, assemble};
-use connection::Listener;
+use connection::{Listener, STOP_IDLE};
 use probes::Probes;
 use reload::Reloader;
 use sockets::{Inherited, Sockets};
@@ -62,6 +62,9 @@ const CLAIMS_WITHIN: Duration = Duration::from_secs(1);
 
 /// How long the last responses may take to be written once all calls have ended.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How long connections may take to close before the drain begins, if the next broker gets their clients.
+const HANDOVER_WITHIN: Duration = STOP_IDLE.saturating_mul(2);
 
 /// How often readiness is checked for changes that cause no event, such as a DNS name that resolves.
 const HEALTH_EVERY: Duration = Duration::from_secs(1);
@@ -147,6 +150,8 @@ pub struct Server {
     vault: Arc<Vault>,
     readiness: watch::Receiver<Readiness>,
     drain_timeout: Duration,
+    /// If another process keeps the bots' socket open: begins the handover to the next broker, and the connections that are open.
+    handover: Option<(watch::Sender<()>, TaskTracker)>,
     stop: watch::Sender<bool>,
     /// The bot and admin listeners; each task ends with its last connection.
     listeners: TaskTracker,
@@ -220,6 +225,9 @@ impl Server {
             inherited,
         } = inherited.open(&config).await?;
         let admin = admin_listener.as_ref().map(|(_, bound)| *bound);
+        let are_bots_kept = inherited
+            .as_ref()
+            .is_some_and(|names| names.contains("grpc"));
 
         let (key_events, requested_tests) = mpsc::unbounded_channel();
         let refresher = Refresher::new(
@@ -237,6 +245,8 @@ impl Server {
         let first_checks = probes.first_checks();
 
         let (stop, stopping) = watch::channel(false);
+        let (handover, handing_over) = watch::channel(());
+        let bots = TaskTracker::new();
         let (health, health_service) = tonic_health::server::health_reporter();
         let api = GrpcApi::new(
             Arc::clone(&broker),
@@ -254,6 +264,8 @@ impl Server {
             tls,
             limits: config.connection_limits,
             stopping: stopping.clone(),
+            handover: handing_over,
+            connections: bots.clone(),
         };
         let admins = AdminServer::new(AdminApi::new(Arc::clone(&broker)));
         let for_admins = Listener {
@@ -262,6 +274,9 @@ impl Server {
             tls: admins_tls,
             limits: config.connection_limits,
             stopping,
+            // Admins are served until the end.
+            handover: watch::channel(()).1,
+            connections: TaskTracker::new(),
         };
         let (problems_sender, problems) = watch::channel(FileProblems::default());
         let reloader = Reloader {
@@ -322,6 +337,7 @@ impl Server {
             vault,
             readiness: readiness_receiver,
             drain_timeout,
+            handover: are_bots_kept.then_some((handover, bots)),
             stop,
             listeners,
             background,
@@ -349,6 +365,12 @@ impl Server {
     ///
     /// Returns how many calls that change something ended with an unknown outcome.
     pub async fn stop(self) -> u64 {
+        if let Some((handover, connections)) = &self.handover {
+            // Calls that were sent before their clients knew are served like all others.
+            handover.send_replace(());
+            connections.close();
+            let _ = timeout(HANDOVER_WITHIN, connections.wait()).await;
+        }
         let unresolved = self.broker.drain(self.drain_timeout).await;
         tracing::info!("calls drained; closing connections");
         self.stop.send_replace(true);

@@ -20,6 +20,9 @@ use crate::telemetry::Metrics;
 /// milliseconds, and a client that opens connections without completing them must not lock others out.
 const HANDSHAKES: usize = 512;
 
+/// How long connections wait in the socket for the next broker before this one accepts them again, if it still runs.
+const HANDOVER_WAIT: Duration = Duration::from_secs(1);
+
 /// What a listener needs to accept connections.
 pub(super) struct Acceptor {
     pub(super) tls: watch::Receiver<Arc<Tls>>,
@@ -27,24 +30,32 @@ pub(super) struct Acceptor {
     pub(super) within: Duration,
     pub(super) metrics: Arc<Metrics>,
     pub(super) stopping: watch::Receiver<bool>,
+    /// See [`Listener::handover`](super::connection::Listener).
+    pub(super) handover: watch::Receiver<()>,
+    pub(super) connections: TaskTracker,
 }
 
 impl Acceptor {
-    /// Accepts connections until shutdown and passes each one to `serve`; returns once all have ended.
+    /// Accepts connections until shutdown and passes each one to `serve`, with what changes at a handover; returns once all have
+    /// ended.
     pub(super) async fn run<F: Future<Output = ()> + Send + 'static>(
         self,
         socket: TcpListener,
-        serve: impl Fn(TlsStream<TcpStream>, Trust) -> F + Clone + Send + 'static,
+        serve: impl Fn(TlsStream<TcpStream>, Trust, watch::Receiver<()>) -> F + Clone + Send + 'static,
     ) {
-        let (connections, handshakes) = (
-            TaskTracker::new(),
-            HandshakeSlots::new(Share::Small.limit(HANDSHAKES)),
-        );
-        let mut stopping = self.stopping.clone();
+        let connections = self.connections;
+        let handshakes = HandshakeSlots::new(Share::Small.limit(HANDSHAKES));
+        let (mut stopping, mut handover) = (self.stopping.clone(), self.handover);
         loop {
             let accepted = tokio::select! {
-                accepted = socket.accept() => accepted,
+                biased;
                 () = shutdown_requested(&mut stopping) => break,
+                Ok(()) = handover.changed() => {
+                    // Connections wait for the next broker, unless a call delays the exit: cancels are not to wait for it.
+                    let _ = timeout(HANDOVER_WAIT, shutdown_requested(&mut stopping)).await;
+                    continue;
+                }
+                accepted = socket.accept() => accepted,
             };
             let (stream, peer) = match accepted {
                 Ok(accepted) => accepted,
@@ -60,6 +71,8 @@ impl Acceptor {
             let slot = HandshakeSlots::take(&handshakes, network(peer.ip()));
             let (tls, within) = (self.tls.clone(), self.within);
             let (metrics, serve) = (Arc::clone(&self.metrics), serve.clone());
+            // Notices a handover from now on, also while the handshake takes place.
+            let handover = handover.clone();
             connections.spawn(async move {
                 let handshake = tokio::select! {
                     handshake = shake_hands(stream, tls, within) => handshake,
@@ -67,7 +80,7 @@ impl Acceptor {
                 };
                 drop(slot);
                 match handshake {
-                    Ok(Some((stream, trust))) => serve(stream, trust).await,
+                    Ok(Some((stream, trust))) => serve(stream, trust, handover).await,
                     Ok(None) => _ = metrics.connections_unused.inc(),
                     Err(error) => refused(&metrics, peer, &error),
                 }

@@ -55,7 +55,7 @@ pub(super) async fn serve(listener: Listener, socket: TcpListener) {
     let (listener, calls) = (Arc::new(listener), TaskTracker::new());
     let acceptor = listener.acceptor();
     let (slots, tracker) = (HandshakeSlots::new(CONNECTIONS), calls.clone());
-    let serve = move |stream, trust: Trust| {
+    let serve = move |stream, trust: Trust, handover| {
         let (slots, listener, calls) = (Arc::clone(&slots), Arc::clone(&listener), tracker.clone());
         async move {
             // The verifier has made sure that the certificate names one admin.
@@ -63,7 +63,8 @@ pub(super) async fn serve(listener: Listener, socket: TcpListener) {
                 return listener.broker.metrics.connection_refused("certificate");
             };
             let slot = HandshakeSlots::take(&slots, admin.clone());
-            let connection = ClientConnection::new(listener, trust, slot.eviction.clone(), None);
+            let connection =
+                ClientConnection::new(listener, trust, handover, slot.eviction.clone(), None);
             let admin_connection = Arc::new(AdminConnection {
                 connection,
                 admin,

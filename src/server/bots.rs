@@ -8,6 +8,7 @@ use http::{Request, Response};
 use http_body_util::{BodyStream, Full, StreamBody};
 use hyper::body::Incoming;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
@@ -58,12 +59,19 @@ enum Rpc {
 pub(super) async fn serve(listener: Listener, socket: TcpListener, limit: usize) {
     let listener = Arc::new(listener);
     let acceptor = listener.acceptor();
-    let serve = move |stream, trust| admit(Arc::clone(&listener), stream, trust, limit);
+    let serve =
+        move |stream, trust, handover| admit(Arc::clone(&listener), stream, trust, handover, limit);
     acceptor.run(socket, serve).await;
 }
 
 /// Serves a connection if the limits allow it; otherwise refuses its calls with the reason, or closes it.
-async fn admit(listener: Arc<Listener>, stream: TlsStream<TcpStream>, trust: Trust, limit: usize) {
+async fn admit(
+    listener: Arc<Listener>,
+    stream: TlsStream<TcpStream>,
+    trust: Trust,
+    handover: watch::Receiver<()>,
+    limit: usize,
+) {
     let broker = Arc::clone(&listener.broker);
     let (metrics, admission) = (&broker.metrics, &broker.admission);
     // The verifier has made sure that the certificate names one bot.
@@ -91,7 +99,7 @@ async fn admit(listener: Arc<Listener>, stream: TlsStream<TcpStream>, trust: Tru
         None => listener.limits.age.mul_f64(0.9 + 0.1 * fastrand::f64()),
     };
     let never = CancellationToken::new();
-    let connection = ClientConnection::new(listener, trust, never, Some(slot));
+    let connection = ClientConnection::new(listener, trust, handover, never, Some(slot));
     let bot_connection = Arc::new(BotConnection {
         connection,
         bot,

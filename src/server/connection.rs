@@ -25,6 +25,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tonic::body::Body;
 use tonic::service::Routes;
 use tonic::{Code, Status};
@@ -68,7 +69,7 @@ const CHECK_EVERY: Duration = Duration::from_secs(5);
 const CLOSE_IDLE: Duration = Duration::from_secs(5);
 
 /// The same while the broker stops: enough for a call that was sent before its client got GOAWAY.
-const STOP_IDLE: Duration = Duration::from_millis(200);
+pub(super) const STOP_IDLE: Duration = Duration::from_millis(200);
 
 /// What all connections of a listener share.
 pub(super) struct Listener {
@@ -77,12 +78,19 @@ pub(super) struct Listener {
     pub(super) tls: watch::Receiver<Arc<Tls>>,
     pub(super) limits: ConnectionLimits,
     pub(super) stopping: watch::Receiver<bool>,
+    /// Changes when a stop begins and another process keeps the socket open: the connections that are open then close, so that
+    /// their clients connect again and wait in the socket for the next broker.
+    pub(super) handover: watch::Receiver<()>,
+    /// The open connections.
+    pub(super) connections: TaskTracker,
 }
 
 /// One connection.
 pub(super) struct ClientConnection {
     pub(super) listener: Arc<Listener>,
     trust: Trust,
+    /// Changes when it must close for the next broker.
+    handover: watch::Receiver<()>,
     /// Cancelled when it must make room for another connection.
     eviction: CancellationToken,
     /// When each response must have been read by its peer.
@@ -129,6 +137,8 @@ impl Listener {
             within: self.limits.handshake,
             metrics: Arc::clone(&self.broker.metrics),
             stopping: self.stopping.clone(),
+            handover: self.handover.clone(),
+            connections: self.connections.clone(),
         }
     }
 
@@ -141,6 +151,7 @@ impl ClientConnection {
     pub(super) fn new(
         listener: Arc<Listener>,
         trust: Trust,
+        handover: watch::Receiver<()>,
         eviction: CancellationToken,
         slot: Option<ConnectionSlot>,
     ) -> Arc<Self> {
@@ -148,6 +159,7 @@ impl ClientConnection {
         Arc::new(Self {
             listener,
             trust,
+            handover,
             eviction,
             answers: AnswerDeadlines::default(),
             calls: AtomicUsize::new(0),
@@ -220,11 +232,13 @@ impl ClientConnection {
     /// Returns once the connection must be closed.
     async fn must_end(&self, age: Duration) -> Close {
         let (mut trust, mut stopping) = (self.trust.changes(), self.listener.stopping.clone());
+        let mut handover = self.handover.clone();
         let mut age = pin!(sleep(age));
         loop {
             tokio::select! {
                 () = &mut age => return Close::Age,
                 () = shutdown_requested(&mut stopping) => return Close::Stopping,
+                Ok(()) = handover.changed() => return Close::Stopping,
                 () = self.eviction.cancelled() => return Close::Evicted,
                 Ok(()) = trust.changed() => {}
                 () = sleep(CHECK_EVERY) => {}

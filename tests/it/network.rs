@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::process::Command;
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 
 use credbroker_sim::installation::MAIN_UID;
@@ -253,6 +254,7 @@ pub(crate) fn missing() -> Option<String> {
 
 /// The simulated exchange, until this is dropped.
 pub(crate) struct Exchange {
+    pub(crate) sim: Arc<KucoinSim>,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -260,6 +262,7 @@ pub(crate) struct Exchange {
 impl Exchange {
     pub(crate) fn start(network: &Network) -> Self {
         let (stop, stopped) = oneshot::channel();
+        let (started, is_started) = mpsc::channel();
         let thread = network.thread("exchange", async move || {
             let loopback = |port| ([127, 0, 0, 1], port).into();
             let sim = KucoinSim::start(KucoinSettings {
@@ -270,9 +273,12 @@ impl Exchange {
             });
             let sim = sim.await.unwrap();
             sim.add_key(SimKey::fake(MAIN_UID));
+            let sim = Arc::new(sim);
+            let _ = started.send(Arc::clone(&sim));
             let _ = stopped.await;
         });
         Self {
+            sim: is_started.recv().unwrap(),
             stop: Some(stop),
             thread: Some(thread),
         }

@@ -3,11 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 
 use credbroker::proto::Outcome;
 use credbroker_sim::installation::{MAIN_UID, Settings};
-use credbroker_sim::kucoin::SimKey;
+use credbroker_sim::kucoin::{KucoinSim, SimKey};
 use credbroker_sim::vault::RoleSettings;
+use serde_json::Value;
 
 use crate::harness::{Bot, Lab, accounts, not_run, patient, print_always, until};
 use crate::network::{EGRESS, Exchange, FUTURES, GRPC, Layout, Network, SPOT, missing};
@@ -135,13 +137,13 @@ fn installs_runs_restarts_and_removes_the_broker_under_systemd() {
         Ok(network) => Arc::new(network),
         Err(reason) => return not_run(name, "systemd", &reason),
     };
-    let _exchange = Exchange::start(&network);
-    let host = Arc::clone(&network);
-    let tested = network.thread("host", async move || check(&host).await);
+    let exchange = Exchange::start(&network);
+    let (host, sim) = (Arc::clone(&network), Arc::clone(&exchange.sim));
+    let tested = network.thread("host", async move || check(&host, &sim).await);
     tested.join().unwrap();
 }
 
-async fn check(network: &Arc<Network>) {
+async fn check(network: &Arc<Network>, exchange: &KucoinSim) {
     let mut lab = Lab::install(Settings {
         address: EGRESS,
         auth: "method = \"approle\"\nrole_id = \"ROLE\"\nsecret_id_file = \"/run/credentials/credbroker.service/secret-id\""
@@ -224,6 +226,8 @@ async fn check(network: &Arc<Network>) {
     })
     .await;
 
+    restart_under_load(network, exchange, &machine, &lab);
+
     // A broker that hangs is killed by the watchdog; one that is killed starts again. Calls wait meanwhile.
     machine.run("mkdir -p /etc/systemd/system/credbroker.service.d && printf '[Service]\\nWatchdogSec=3\\n' > /etc/systemd/system/credbroker.service.d/test.conf && systemctl daemon-reload && systemctl restart credbroker");
     for signal in ["STOP", "KILL"] {
@@ -263,4 +267,52 @@ async fn check(network: &Arc<Network>) {
     assert!(machine.path("/etc/credbroker/config.toml").exists());
     let refused = machine.fails("/opt/deploy/install.sh --uninstall");
     assert!(refused.contains("nothing is installed"), "{refused}");
+}
+
+/// Restarts the broker while a Python bot, which waits for it as docs/bots.md says, sends 100 calls per second.
+fn restart_under_load(network: &Network, exchange: &KucoinSim, machine: &Machine, lab: &Lab) {
+    let python = concat!(env!("CARGO_MANIFEST_DIR"), "/.venv/bin/python");
+    if !Path::new(python).exists() {
+        return not_run(
+            "restart_under_load",
+            "python",
+            "no .venv; run tests/python/setup.sh",
+        );
+    }
+    lab.write_identity("bot", &lab.ca.bot("maker").unwrap())
+        .unwrap();
+    let (bot, folder) = (
+        concat!(env!("CARGO_MANIFEST_DIR"), "/tests/python/waiting_bot.py"),
+        lab.folder.path().to_str().unwrap(),
+    );
+    let mut bot = network.command("bot", &[python, bot, GRPC, folder, "9", "50"]);
+    let before = exchange.received().len();
+    let mut bot = bot.stdout(Stdio::piped()).spawn().unwrap();
+    let orders = || {
+        let received = exchange.received().split_off(before);
+        received
+            .into_iter()
+            .filter(|request| request.method == "POST")
+    };
+    while orders().count() < 100 {
+        assert!(bot.try_wait().unwrap().is_none(), "the bot has ended");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    for _ in 0..2 {
+        machine.run("systemctl restart credbroker");
+    }
+    let output = bot.wait_with_output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let result: Value = serde_json::from_str(&text).unwrap();
+    print_always(&format!(
+        "systemd: two restarts under load, Python: {}",
+        text.trim()
+    ));
+    assert_eq!(result["failed"], 0);
+    let mut bodies: Vec<_> = orders().map(|request| request.body.clone()).collect();
+    assert_eq!(bodies.len(), 450);
+    bodies.sort();
+    bodies.dedup();
+    assert_eq!(bodies.len(), 450, "an order was sent twice");
+    assert!(result["cancels_p99_ms"].as_f64().unwrap() < 2000.0);
 }
