@@ -460,6 +460,9 @@ fn encode_process(broker: &Broker, gauges: &mut DescriptorEncoder<'_>) -> fmt::R
         "1 while core dumps are disabled and only root can read the process memory, otherwise 0";
     let value = process.map(|process| ([], i64::from(process.is_undumpable)));
     gauge(gauges, "undumpable", help, value)?;
+    let version = env!("CARGO_PKG_VERSION").to_owned();
+    let help = "The version of the program, as a label; always 1";
+    gauge(gauges, "build_info", help, [([("version", version)], 1)])?;
     let help = "Number of running tasks of the async runtime";
     let runtime = Handle::try_current().ok();
     let tasks = runtime.map(|runtime| ([], runtime.metrics().num_alive_tasks()));

@@ -24,10 +24,11 @@ use crate::harness::{not_run, print_always};
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
 /// In reading order: each document may use what the earlier ones have started.
-const DOCUMENTS: [&str; 12] = [
+const DOCUMENTS: [&str; 13] = [
     "README.md",
     "docs/bots.md",
     "docs/certificates.md",
+    "docs/deployment.md",
     "docs/simulators.md",
     "docs/rules.md",
     "docs/configuration.md",

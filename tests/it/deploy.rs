@@ -1,6 +1,7 @@
 //! The files of `deploy/`: the examples load without changes and show the defaults, and generated files are up to date.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -9,6 +10,8 @@ use credbroker::cli::admin::AdminFile;
 use credbroker::config::Config;
 use credbroker::policy::Policy;
 use credbroker_sim::pki::{Ca, Usage};
+
+use crate::harness::not_run;
 
 const CONFIG: &str = include_str!("../../deploy/config.toml");
 const ADMIN: &str = include_str!("../../deploy/admin.toml");
@@ -236,10 +239,11 @@ fn files(folder: &Path) -> Files {
 }
 
 #[test]
-fn completions_and_man_pages_are_up_to_date() {
+fn generated_files_are_up_to_date() {
     let generated = [
         ("deploy/completions", completions()),
         ("deploy/man", man_pages()),
+        ("deploy/prometheus", prometheus_rules()),
     ];
     for (folder, generated) in generated {
         let folder = Path::new(folder);
@@ -260,4 +264,120 @@ fn completions_and_man_pages_are_up_to_date() {
             folder.display()
         );
     }
+}
+
+/// Alerting rules for Prometheus: the alarms of docs/operations.md.
+fn prometheus_rules() -> BTreeMap<String, String> {
+    let mut rules = "# Generated from the table of alarms in docs/operations.md. `promtool check rules` accepts it.\n\
+                     groups:\n  - name: credbroker\n    rules:\n"
+        .to_owned();
+    for alarm in alarms() {
+        let camel = alarm.name.split(' ').map(|word| {
+            let (first, rest) = word.split_at(1);
+            first.to_uppercase() + rest
+        });
+        let name: String = camel.collect();
+        let quoted = |text: &str| serde_json::to_string(text).unwrap();
+        let _ = write!(
+            rules,
+            "      - alert: Credbroker{name}\n        expr: {}\n        for: {}\n        labels:\n          severity: {}\n        annotations:\n          summary: {}\n          description: {}\n",
+            quoted(&alarm.expression),
+            alarm.held_for,
+            if alarm.is_urgent { "page" } else { "ticket" },
+            quoted(&alarm.name),
+            quoted(&alarm.cause),
+        );
+    }
+    BTreeMap::from([("credbroker.rules.yml".to_owned(), rules)])
+}
+
+/// A row of the table of alarms.
+struct Alarm {
+    name: String,
+    is_urgent: bool,
+    expression: String,
+    /// How long it must hold.
+    held_for: String,
+    cause: String,
+}
+
+/// The alarms with an expression; others watch the log.
+fn alarms() -> Vec<Alarm> {
+    let operations = include_str!("../../docs/operations.md");
+    let (_, table) = operations.split_once("## Alarms\n").unwrap();
+    let (table, _) = table.split_once("\n## ").unwrap();
+    let rows = table.lines().filter(|line| line.starts_with("| ")).skip(1);
+    let rows = rows.filter_map(|row| {
+        let row = row.replace("\\|", "\u{1}");
+        let cells = row.split('|').map(|cell| cell.trim().replace('\u{1}', "|"));
+        let cells: Vec<_> = cells.collect();
+        let [_, name, when, cause, ..] = &cells[..] else {
+            panic!("no alarm: {row}");
+        };
+        let (expression, held_for) = condition(when)?;
+        Some(Alarm {
+            name: name.trim_matches('*').to_owned(),
+            is_urgent: name.starts_with("**"),
+            expression,
+            held_for,
+            cause: without_links(&cause.replace('`', "")),
+        })
+    });
+    rows.collect()
+}
+
+/// An expression such as `` `up == 0` or `absent(up)` for 1 min ``; `None` for a log line.
+fn condition(text: &str) -> Option<(String, String)> {
+    if text.starts_with("log line") {
+        return None;
+    }
+    let parts: Vec<_> = text.split('`').collect();
+    let expressions: Vec<_> = parts.iter().skip(1).step_by(2).copied().collect();
+    let between: Vec<_> = parts.iter().step_by(2).map(|part| part.trim()).collect();
+    let (last, between) = between.split_last().unwrap();
+    let is_or = |words: &&str| ["or", ", or"].contains(words);
+    assert!(between.iter().skip(1).all(is_or), "{text}");
+    let held_for = match *last {
+        "" => "0s".to_owned(),
+        words => {
+            let time = words.strip_prefix("for ").unwrap();
+            time.replace(" min", "m").replace(' ', "")
+        }
+    };
+    Some((expressions.join(" or "), held_for))
+}
+
+/// `[text](target)` becomes `text`.
+fn without_links(text: &str) -> String {
+    let mut parts = text.split('[');
+    let mut plain = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let (shown, rest) = part.split_once("](").unwrap_or((part, ""));
+        plain += shown;
+        plain += rest.split_once(')').map_or("", |(_, rest)| rest);
+    }
+    plain
+}
+
+#[test]
+fn promtool_accepts_the_rules() {
+    let name = "promtool_accepts_the_rules";
+    let promtool = concat!(env!("CARGO_MANIFEST_DIR"), "/target/promtool");
+    let output = Command::new(promtool)
+        .args(["check", "rules", "deploy/prometheus/credbroker.rules.yml"])
+        .output();
+    let Ok(output) = output else {
+        return not_run(
+            name,
+            "promtool",
+            "no target/promtool; run tests/deploy/setup.sh",
+        );
+    };
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success(),
+        "{text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(text.contains("rules found"), "{text}");
 }

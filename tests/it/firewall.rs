@@ -8,7 +8,10 @@ use credbroker::proto::Outcome;
 use credbroker_sim::installation::{MAIN_UID, Settings};
 
 use crate::harness::{Bot, Lab, accounts, not_run, patient, print_always, until};
-use crate::network::{EGRESS, Exchange, FUTURES, GRPC, Layout, Network, SPOT, missing};
+use crate::network::{
+    EGRESS, Exchange, FUTURES, GRPC, Layout, Network, SERVER_OVER_IPV6, SPOT, missing,
+    server_over_ipv6,
+};
 
 /// The broker's user. It needs no name.
 const BROKER: u32 = 64_001;
@@ -131,6 +134,12 @@ async fn check_on_host(layout: Layout, network: &Arc<Network>) {
     }
     assert!(!network.connects("host", BROKER, Some(source), &format!("{SPOT}:22")));
     assert!(network.connects("host", BROKER, Some(source), &exchange));
+    let _server = server_over_ipv6(network);
+    until("root reaches others over IPv6", async || {
+        network.connects("host", 0, None, SERVER_OVER_IPV6)
+    })
+    .await;
+    assert!(!network.connects("host", BROKER, None, SERVER_OVER_IPV6));
     let ops = format!("10.20.0.1:{}", lab.ops.port());
     assert!(
         !network.connects("bot", 0, None, &ops),

@@ -9,6 +9,8 @@ use std::thread::JoinHandle;
 use credbroker_sim::installation::MAIN_UID;
 use credbroker_sim::kucoin::{KucoinSettings, KucoinSim, Limits, SimKey};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
 /// The address on the whitelists of the keys.
@@ -19,6 +21,9 @@ pub(crate) const FUTURES: &str = "104.18.0.11";
 /// Where the simulated exchange listens, on loopback: packets to port 443 are translated to it.
 pub(crate) const SPOT_PORT: u16 = 8300;
 pub(crate) const FUTURES_PORT: u16 = 8301;
+/// The address of [`server_over_ipv6`].
+pub(crate) const SERVER_OVER_IPV6: &str = "[fd00:30::1]:9000";
+
 /// The broker's address and port for bots.
 pub(crate) const GRPC: &str = "10.20.0.1:8443";
 /// Where the egress address is.
@@ -92,6 +97,8 @@ impl Network {
                 "exchange",
                 "sysctl -qw net.ipv4.conf.uplink.route_localnet=1",
             ),
+            ("host", "ip address add fd00:30::2/64 dev updates nodad"),
+            ("gateway", "ip address add fd00:30::1/64 dev updates nodad"),
         ] {
             network.run(host, command);
         }
@@ -250,6 +257,27 @@ pub(crate) fn missing() -> Option<String> {
         }
     }
     None
+}
+
+/// A server on the gateway that answers every HTTP request, over IPv6; until the sender is dropped.
+pub(crate) fn server_over_ipv6(network: &Network) -> oneshot::Sender<()> {
+    let (stop, stopped) = oneshot::channel::<()>();
+    network.thread("gateway", async move || {
+        let socket = TcpListener::bind(SERVER_OVER_IPV6).await.unwrap();
+        let serve = async {
+            loop {
+                let (mut stream, _) = socket.accept().await.unwrap();
+                let _ = stream.read(&mut [0; 1024]).await;
+                let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n";
+                let _ = stream.write_all(answer).await;
+            }
+        };
+        tokio::select! {
+            () = serve => {}
+            _ = stopped => {}
+        }
+    });
+    stop
 }
 
 /// The simulated exchange, until this is dropped.
