@@ -169,7 +169,7 @@ install_all() {
     questions
     check_answers
     [ -n "$dry_run" ] || check_host
-    targets="/usr/local/bin/credbroker /usr/local/sbin/credbroker-firewall $share/credbroker.nft $share/dedicated.nft /etc/sysusers.d/credbroker.conf /etc/logrotate.d/credbroker $etc/firewall.conf $etc/firewall.nft $units/credbroker.socket.d/listen.conf $units/credbroker.service.d/secret-id.conf $units/credbroker-addresses.service"
+    targets="/usr/local/bin/credbroker /usr/local/sbin/credbroker-firewall $share/credbroker.nft $share/dedicated.nft /etc/sysusers.d/credbroker.conf /etc/logrotate.d/credbroker $etc/firewall.conf $etc/firewall.nft $units/credbroker.socket.d/listen.conf $units/credbroker.service.d/secret-id.conf $units/credbroker-addresses.service $units/nftables.service.d/credbroker.conf"
     for service in $services; do targets="$targets $units/$service"; done
     for target in $targets; do check_target "$target"; done
     if [ -z "$dry_run" ]; then
@@ -186,6 +186,7 @@ install_all() {
     for service in $services credbroker-addresses.service; do put "$here/systemd/$service" "$units/$service" 644; done
     put "$work/listen.conf" "$units/credbroker.socket.d/listen.conf" 644
     [ -z "$secret_id" ] || put "$work/secret-id.conf" "$units/credbroker.service.d/secret-id.conf" 644
+    put "$here/systemd/nftables-credbroker.conf" "$units/nftables.service.d/credbroker.conf" 644
     put "$here/systemd/credbroker.logrotate" /etc/logrotate.d/credbroker 644
     run install -d -m 750 -o root -g credbroker "$etc"
     put "$work/firewall.conf" "$etc/firewall.conf" 644
@@ -230,7 +231,7 @@ uninstall_all() {
         say "remove   $file"
         run rm -f "$file"
     done
-    run rmdir --ignore-fail-on-non-empty "$share" "$units/credbroker.socket.d" "$units/credbroker.service.d" 2>/dev/null || true
+    run rmdir --ignore-fail-on-non-empty "$share" "$units/credbroker.socket.d" "$units/credbroker.service.d" "$units/nftables.service.d" 2>/dev/null || true
     run rm -rf "$own" /var/lib/credbroker-firewall
     run systemctl daemon-reload
     say "done; left are the user credbroker, $etc, and /var/lib/credbroker with the audit log and restrictions.json"

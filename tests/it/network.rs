@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 
@@ -50,7 +51,9 @@ pub(crate) struct Network(pub(crate) String);
 
 impl Network {
     pub(crate) fn new(layout: Layout) -> Result<Self, String> {
-        let network = Self(format!("cb{}-{layout:?}", std::process::id()));
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let network = Self(format!("cb{}-{number}", std::process::id()));
         for host in ["bot", "host", "gateway", "exchange"] {
             let name = network.name(host);
             let made = Command::new("ip").args(["netns", "add", &name]).output();
@@ -280,6 +283,14 @@ pub(crate) fn server_over_ipv6(network: &Network) -> oneshot::Sender<()> {
     stop
 }
 
+/// The key of account `main`, restricted to the egress address.
+pub(crate) fn key() -> SimKey {
+    SimKey {
+        ip_whitelist: vec![EGRESS.parse().unwrap()],
+        ..SimKey::fake(MAIN_UID)
+    }
+}
+
 /// The simulated exchange, until this is dropped.
 pub(crate) struct Exchange {
     pub(crate) sim: Arc<KucoinSim>,
@@ -300,7 +311,7 @@ impl Exchange {
                 ..KucoinSettings::default()
             });
             let sim = sim.await.unwrap();
-            sim.add_key(SimKey::fake(MAIN_UID));
+            sim.add_key(key());
             let sim = Arc::new(sim);
             let _ = started.send(Arc::clone(&sim));
             let _ = stopped.await;

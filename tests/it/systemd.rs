@@ -6,13 +6,37 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use credbroker::proto::Outcome;
-use credbroker_sim::installation::{MAIN_UID, Settings};
-use credbroker_sim::kucoin::{KucoinSim, SimKey};
+use credbroker_sim::installation::Settings;
+use credbroker_sim::kucoin::KucoinSim;
 use credbroker_sim::vault::RoleSettings;
 use serde_json::Value;
 
 use crate::harness::{Bot, Lab, accounts, not_run, patient, print_always, until};
-use crate::network::{EGRESS, Exchange, FUTURES, GRPC, Layout, Network, SPOT, missing};
+use crate::network::{EGRESS, Exchange, FUTURES, GRPC, Layout, Network, SPOT, key, missing};
+
+/// Rules for bot `maker`.
+const RULES: &str = r#"
+[account.main]
+key = { spot-margin = "main", futures = "main", unified = "main" }
+
+[[grant]]
+bot = "spiffe://demo.test/bot/maker"
+account = "main"
+scope = "spot-margin"
+allow = ["public", "read", "trade"]
+
+[[grant]]
+bot = "spiffe://demo.test/bot/maker"
+account = "main"
+scope = "futures"
+allow = ["read"]
+
+[[grant]]
+bot = "spiffe://demo.test/bot/maker"
+account = "main"
+scope = "unified"
+allow = ["read"]
+"#;
 
 /// The Debian that `tests/deploy/setup.sh` has made.
 const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/debian");
@@ -157,6 +181,7 @@ async fn check(network: &Arc<Network>, exchange: &KucoinSim) {
             config.replace("\"server.", "\"tls/server.").replace("\"ca.pem", "\"tls/ca.pem")
         }),
         config: "send_signed_requests_to_hosts_other_than_kucoin = true".to_owned(),
+        rules: RULES.to_owned(),
         keys: Vec::new(),
         ..Settings::default()
     })
@@ -164,7 +189,9 @@ async fn check(network: &Arc<Network>, exchange: &KucoinSim) {
     lab.is_audit_checked = false;
     lab.grpc = GRPC.parse().unwrap();
     lab.ops = ([127, 0, 0, 1], 9464).into();
-    lab.put_key("main", "main", &SimKey::fake(MAIN_UID));
+    lab.put_key("main", "main", &key());
+    // Like the policy deploy/vault/broker.hcl.
+    lab.vault.deny(None, Some("POST"), "kv/*");
     let (role_id, secret_id) = lab
         .vault
         .enable_approle("credbroker", RoleSettings::default());
@@ -202,6 +229,17 @@ async fn check(network: &Arc<Network>, exchange: &KucoinSim) {
     let score = "systemd-analyze security --offline=true --threshold=12 /etc/systemd/system/credbroker.service";
     machine.run(score);
 
+    // Memory cannot be locked where systemd may not raise the limit, such as in this container.
+    let doctor = machine.run(
+        "setpriv --reuid credbroker --regid credbroker --clear-groups credbroker doctor --config /etc/credbroker/config.toml",
+    );
+    let problems = doctor
+        .lines()
+        .filter(|line| line.starts_with("failed") || line.starts_with("warning"));
+    let problems: Vec<_> = problems
+        .filter(|line| !line.starts_with("warning  memory"))
+        .collect();
+    assert!(problems.is_empty(), "{problems:?} in {doctor}");
     let identity = lab.ca.bot("maker").unwrap();
     let roots = [lab.ca.certificate_pem().to_owned()];
     let call = async || {
@@ -245,6 +283,13 @@ async fn check(network: &Arc<Network>, exchange: &KucoinSim) {
     let started = machine.fails("systemctl restart credbroker");
     assert!(started.contains("control process exited"), "{started}");
     machine.run("systemctl reload credbroker-firewall && systemctl restart credbroker");
+    call().await;
+
+    // Debian's own rules remove all tables when they are loaded.
+    machine.run("grep -q '^flush ruleset' /etc/nftables.conf && systemctl start nftables");
+    for _ in 0..10 {
+        machine.run("systemctl reload nftables; nft list chain inet credbroker exchange");
+    }
     call().await;
 
     // What has been changed or comes from elsewhere is not replaced.
