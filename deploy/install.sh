@@ -19,8 +19,10 @@ dry_run=
 uninstall=
 answers=
 changed=
+# Set while something is half done.
+started=
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+trap 'rm -rf "$work"; [ -z "$started" ] || echo "install.sh: not finished; correct the problem and run it again, or run it with --uninstall" >&2' EXIT
 
 say() { echo "$*"; }
 fail() {
@@ -172,9 +174,14 @@ install_all() {
     targets="/usr/local/bin/credbroker /usr/local/sbin/credbroker-firewall $share/credbroker.nft $share/dedicated.nft /etc/sysusers.d/credbroker.conf /etc/logrotate.d/credbroker $etc/firewall.conf $etc/firewall.nft $units/credbroker.socket.d/listen.conf $units/credbroker.service.d/secret-id.conf $units/credbroker-addresses.service $units/nftables.service.d/credbroker.conf"
     for service in $services; do targets="$targets $units/$service"; done
     for target in $targets; do check_target "$target"; done
+    was_active=
     if [ -z "$dry_run" ]; then
+        generate
+        sed "s|$share|$here/nftables|" "$work/firewall.nft" | nft --check --file - || fail "the firewall's rules are not valid with these answers: see the lines above"
+        if systemctl is-active --quiet credbroker.service; then was_active=yes; fi
         mkdir -p -m 700 "$own"
         touch "$own/unfinished"
+        started=yes
     fi
 
     put "$here/systemd/credbroker.sysusers" /etc/sysusers.d/credbroker.conf 644
@@ -209,10 +216,12 @@ install_all() {
 
     run systemctl daemon-reload
     run setpriv --reuid credbroker --regid credbroker --clear-groups /usr/local/bin/credbroker check-config --config "$etc/config.toml"
+    case $changed in *credbroker.socket*) run systemctl stop credbroker.service credbroker.socket ;; esac
     case $changed in *nft* | *firewall*) run systemctl reload-or-restart credbroker-firewall.service ;; esac
     run systemctl enable --quiet --now $services
-    case $changed in */credbroker.service* | */bin/credbroker*) run systemctl restart credbroker.service ;; esac
+    case $was_active$changed in yes*/credbroker.service* | yes*/bin/credbroker*) run systemctl restart credbroker.service ;; esac
     [ -n "$dry_run" ] || rm -f "$own/unfinished"
+    started=
 
     if [ "$egress_shared" = yes ]; then
         say "note     $egress_address is also the address of this host's other traffic, so only known addresses of the exchange are closed to others:"

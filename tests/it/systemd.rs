@@ -222,6 +222,13 @@ async fn check(network: &Arc<Network>, exchange: &KucoinSim) {
     let install = "/opt/deploy/install.sh --answers /opt/lab/answers";
     machine.run(&format!("{install} --dry-run"));
     machine.run("test ! -e /usr/local/bin/credbroker && test ! -e /etc/credbroker && ! id credbroker 2>/dev/null");
+    let wrong = "sed 's/^bots=.*/bots=10.20.0.0\\/99/' /opt/lab/answers > /tmp/wrong && /opt/deploy/install.sh --answers /tmp/wrong";
+    let refused = machine.fails(wrong);
+    assert!(
+        refused.contains("the firewall's rules are not valid"),
+        "{refused}"
+    );
+    machine.run("test ! -e /usr/local/bin/credbroker && test ! -e /etc/credbroker");
     machine.run(install);
     lab.until_ready().await;
     let again = machine.run(install);
