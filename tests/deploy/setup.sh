@@ -35,6 +35,12 @@ else
     rm -rf "$packages"
     echo "setup: got target/promtool"
 fi
+if ! command -v go >/dev/null 2>&1; then
+    echo "setup: go not found; the test with the Go client prints \"not run\""
+else
+    (cd "$here/../go" && go build -o "$target/waiting-bot" .)
+    echo "setup: built target/waiting-bot"
+fi
 if [ -d "$root" ]; then
     echo "setup: $root exists"
 else
